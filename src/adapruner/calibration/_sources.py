@@ -1,0 +1,177 @@
+"""Where text comes from: named data sets, files, any data set of the hub, and three disjoint parts of each."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import itertools
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import datasets
+import yaml
+from pydantic import BaseModel, ConfigDict
+
+from adapruner.errors import AdaPrunerError
+
+Part = Literal["all", "calibration", "objective", "report"]
+
+SELF_GENERATED = "self"
+DATA_FOLDERS_VARIABLE = "ADAPRUNER_DATA"
+
+# Tenths of the documents, by hash, that belong to each part.
+_TENTHS: dict[str, range] = {"calibration": range(0, 4), "objective": range(4, 6), "report": range(6, 10)}
+_FILE_READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A text source as the user wrote it, and which part of its documents is meant.
+
+    Attributes:
+        name: the source without the part, for example `boolq-passages`, `notes.txt` or `hf:owner/name::train:text`.
+        part: `all`, or one of three disjoint parts into which the documents fall by the hash of their text.
+    """
+
+    name: str
+    part: Part = "all"
+
+    def __str__(self) -> str:
+        return self.name if self.part == "all" else f"{self.name}@{self.part}"
+
+    def restrict(self, part: Part) -> Source:
+        """The same source, restricted to a part unless the user already chose one."""
+        return self if self.part != "all" else replace(self, part=part)
+
+
+class _KnownSource(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    hub: dict[str, str]
+    split: str
+    columns: tuple[str, ...]
+    local: dict[str, str] = {}
+    lines: Literal["keep", "strip"] = "strip"
+    limit: int | None = None
+
+
+def parse_source(text: str) -> Source:
+    """Reads `SRC` or `SRC@PART`.
+
+    Raises:
+        AdaPrunerError: no such name, file or part. Nothing is downloaded to find out.
+    """
+    name, at, part = text.rpartition("@")
+    if not at:
+        name, part = text, "all"
+    if part not in get_args(Part):
+        raise AdaPrunerError(f"unknown part {part!r} of {name!r}; the parts are {', '.join(_TENTHS)}")
+    source = Source(name, part)  # type: ignore[arg-type]
+    _reader(source)
+    return source
+
+
+def read_documents(source: Source) -> list[str]:
+    """All documents of a source (or of its part), in their order.
+
+    Raises:
+        AdaPrunerError: it cannot be read, or has no text.
+    """
+    try:
+        documents = _reader(source)()
+    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetGenerationError) as error:
+        raise AdaPrunerError(f"cannot read {source.name!r}: {str(error).strip().splitlines()[0]}") from error
+    if source.part != "all":
+        tenths = _TENTHS[source.part]
+        documents = [document for document in documents if _tenth(document) in tenths]
+    if not any(document.strip() for document in documents):
+        raise AdaPrunerError(f"there is no text in {source}")
+    return documents
+
+
+def _tenth(document: str) -> int:
+    return int.from_bytes(hashlib.sha256(document.encode()).digest()[:8]) % 10
+
+
+@cache
+def _known_sources() -> dict[str, _KnownSource]:
+    text = (resources.files("adapruner.calibration") / "sources.yaml").read_text()
+    return {name: _KnownSource.model_validate(entry) for name, entry in yaml.safe_load(text).items()}
+
+
+def _reader(source: Source) -> Callable[[], list[str]]:
+    """How to read a source, chosen by its name; raises if the name means nothing."""
+    name, _, option = source.name.partition(":")
+    if name == "hf":
+        return lambda: _read_hub(option)
+    if name in _known_sources():
+        return lambda: _read_known(name, _known_sources()[name], option)
+    path = Path(name).expanduser()
+    if path.suffix == ".txt" or path.suffix in _FILE_READERS:
+        if not path.is_file():
+            raise AdaPrunerError(f"there is no file {path}")
+        return lambda: _read_file(path, option)
+    if source.name == SELF_GENERATED:
+        raise AdaPrunerError(f"{SELF_GENERATED!r} is text that the model generates; it can only be used to calibrate")
+    close = difflib.get_close_matches(name, _known_sources(), n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    raise AdaPrunerError(
+        f"unknown text source {source.name!r}: expected {', '.join(_known_sources())}, {SELF_GENERATED}, a .txt, .jsonl"
+        f" or .parquet file, or hf:owner/name[:config][:split][:column].{hint}"
+    )
+
+
+def _read_known(name: str, known: _KnownSource, option: str) -> list[str]:
+    split = option or known.split
+    for folder in os.environ.get(DATA_FOLDERS_VARIABLE, "").split(os.pathsep):
+        path = Path(folder) / known.local.get(split, "")
+        if folder and split in known.local and path.exists():
+            if path.is_dir():
+                return _rows_as_text(datasets.load_from_disk(str(path)), known.columns)
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            return [(line if line.strip() else "") if known.lines == "keep" else line.strip() for line in lines]
+    return _rows_as_text(_load_dataset(known.hub, split, known.limit), known.columns, known.limit)
+
+
+def _read_hub(option: str) -> list[str]:
+    path, config, split, column = (*option.split(":"), "", "", "")[:4]
+    arguments = {"path": path} | ({"name": config} if config else {})
+    dataset = _load_dataset(arguments, split or "train", None)
+    return _rows_as_text(dataset, (column,) if column else _text_columns(dataset.column_names, path))
+
+
+def _read_file(path: Path, column: str) -> list[str]:
+    if path.suffix == ".txt":
+        text = path.read_text(encoding="utf-8")
+        paragraphs = [paragraph for paragraph in text.split("\n\n") if paragraph.strip()]
+        return paragraphs if len(paragraphs) > 1 else text.splitlines()
+    arguments = {"path": _FILE_READERS[path.suffix], "data_files": str(path)}
+    dataset = _load_dataset(arguments, "train", None)
+    return _rows_as_text(dataset, (column,) if column else _text_columns(dataset.column_names, str(path)))
+
+
+def _load_dataset(arguments: dict[str, str], split: str, limit: int | None) -> Any:
+    datasets.disable_progress_bars()
+    return datasets.load_dataset(**arguments, split=split, streaming=limit is not None)
+
+
+def _text_columns(columns: list[str], name: str) -> tuple[str, ...]:
+    for usual in (("text",), ("instruction", "input", "output")):
+        if set(usual) <= set(columns):
+            return usual
+    if len(columns) == 1:
+        return tuple(columns)
+    raise AdaPrunerError(f"{name} has the columns {', '.join(columns)}: say which holds the text, as {name}:COLUMN")
+
+
+def _rows_as_text(rows: Iterable[dict[str, Any]], columns: tuple[str, ...], limit: int | None = None) -> list[str]:
+    def texts() -> Iterator[str]:
+        for row in itertools.islice(rows, limit):
+            yield "\n".join(str(row[column]) for column in columns if row[column])
+
+    return list(texts())

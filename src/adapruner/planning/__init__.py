@@ -1,0 +1,14 @@
+"""From scores and a ratio to a pruning plan."""
+
+from adapruner.planning._budget import RATIO_TOLERANCE, Budget, kept_counts, removed_parameters
+from adapruner.planning._plan import BlockPlan, PruningPlan, make_plan
+
+__all__ = [
+    "RATIO_TOLERANCE",
+    "BlockPlan",
+    "Budget",
+    "PruningPlan",
+    "kept_counts",
+    "make_plan",
+    "removed_parameters",
+]

@@ -1,0 +1,111 @@
+"""The pruning plan: which groups stay. The only thing that passes from choosing to cutting."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from rich.table import Table
+from torch import Tensor
+
+from adapruner.errors import AdaPrunerError
+from adapruner.planning._budget import removed_parameters
+from adapruner.structure import Block, HeadGranularity, Kind, Structure
+
+
+class BlockPlan(BaseModel):
+    """What stays of one block: the numbers of its groups, in order."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    layer: int
+    kind: Kind
+    groups: int
+    kept: tuple[int, ...]
+
+
+class PruningPlan(BaseModel):
+    """Which groups of which model stay; JSON, explainable, with a hash that is the same for the same cut."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model_type: str
+    head_granularity: HeadGranularity
+    total_parameters: int
+    removed_parameters: int
+    blocks: tuple[BlockPlan, ...]
+
+    @property
+    def ratio(self) -> float:
+        """The share of all parameters that goes."""
+        return self.removed_parameters / self.total_parameters
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 over the plan as JSON."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+    def save(self, path: Path) -> None:
+        """Writes the plan as JSON."""
+        path.write_text(self.model_dump_json() + "\n")
+
+    @staticmethod
+    def load(path: Path) -> PruningPlan:
+        """Reads a plan written by `save`."""
+        return PruningPlan.model_validate_json(path.read_text())
+
+    def explain(self) -> Table:
+        """A table, one row per layer: what stays of its heads and channels."""
+        table = Table(
+            title=f"{self.removed_parameters:,} of {self.total_parameters:,} parameters go ({self.ratio:.1%})"
+        )
+        heads = "KV groups" if self.head_granularity == "kv-group" else "query heads"
+        for title in ("layer", f"{heads} kept", "channels kept"):
+            table.add_column(title, justify="right")
+        kept: dict[int, dict[str, str]] = {}
+        for block in self.blocks:
+            kept.setdefault(block.layer, {})[block.kind] = f"{len(block.kept)} of {block.groups}"
+        for layer, cells in kept.items():
+            table.add_row(str(layer), cells.get("heads", ""), cells.get("channels", ""))
+        return table
+
+    def check_fits(self, structure: Structure) -> None:
+        """Raises AdaPrunerError if the plan was made for another model."""
+        mine = [(block.layer, block.kind, block.groups) for block in self.blocks]
+        theirs = [(block.layer, block.kind, block.groups) for block in structure.blocks]
+        if mine != theirs or self.total_parameters != structure.total_parameters:
+            raise AdaPrunerError(
+                f"this plan is for a {self.model_type} of {self.total_parameters:,} parameters in {len(mine)} blocks,"
+                f" the model is a {structure.model_type} of {structure.total_parameters:,} in {len(theirs)}"
+            )
+
+
+def make_plan(structure: Structure, scores: Tensor, counts: Sequence[int]) -> PruningPlan:
+    """Keeps the most important groups of every block (local ranking); of equal scores, the earlier group.
+
+    Args:
+        scores: [groups], of all blocks in the order of `structure.blocks`.
+        counts: how many groups each block keeps.
+    """
+    by_block = scores.split([block.groups for block in structure.blocks])
+    return PruningPlan(
+        model_type=structure.model_type,
+        head_granularity=structure.head_granularity,
+        total_parameters=structure.total_parameters,
+        removed_parameters=removed_parameters(structure, counts),
+        blocks=tuple(
+            BlockPlan(layer=block.layer, kind=block.kind, groups=block.groups, kept=_most_important(block, own, count))
+            for block, own, count in zip(structure.blocks, by_block, counts, strict=True)
+        ),
+    )
+
+
+def _most_important(block: Block, scores: Tensor, count: int) -> tuple[int, ...]:
+    """The best `count` groups, the same number out of every stratum, in ascending order."""
+    ranked = scores.view(block.strata, -1).argsort(dim=1, descending=True, stable=True)
+    best = ranked[:, : count // block.strata]
+    first_of_stratum = torch.arange(block.strata)[:, None] * (block.groups // block.strata)
+    return tuple((best + first_of_stratum).flatten().sort().values.tolist())
