@@ -61,9 +61,7 @@ def measure_perplexity(
     return Perplexity(math.exp(losses.mean()), text, windows.shape[1], len(windows))
 
 
-def window_losses(
-    model: PreTrainedModel, windows: Tensor, progress: Callable[[int], None] | None = None
-) -> Tensor:
+def window_losses(model: PreTrainedModel, windows: Tensor, progress: Callable[[int], None] | None = None) -> Tensor:
     """[windows], float64: the mean negative log-likelihood in nats of the predicted tokens of each window."""
     batch_size = max(1, TOKENS_PER_BATCH // windows.shape[1])
     losses = []

@@ -156,7 +156,7 @@ class _GradientReducer:
         self.summed_axis = 1 - part.axis
         self.taylor, self.absolute, self.squared = taylor, absolute, squared
 
-    def after_forward(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def after_forward(self, module: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         """Keeps the input of the projection until the gradient of its output arrives."""
         weight, projection_input = module.weight, inputs[0].detach()
         output.register_hook(self._on_output_gradient(weight, projection_input))
@@ -180,10 +180,7 @@ class _GradientReducer:
 
 def _refuse_non_finite(statistics: Statistics, start: int) -> None:
     finite = torch.stack(
-        [
-            getattr(statistics, field.name).view(len(statistics), -1).isfinite().all(1)
-            for field in fields(statistics)
-        ]
+        [getattr(statistics, field.name).view(len(statistics), -1).isfinite().all(1) for field in fields(statistics)]
     ).all(0)
     if not finite.all():
         bad = [start + int(index) for index in torch.nonzero(~finite).flatten()]

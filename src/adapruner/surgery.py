@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor
@@ -23,12 +25,13 @@ def prune_model(model: PreTrainedModel, structure: Structure, plan: PruningPlan)
     plan.check_fits(structure)
     config = _pruned_config(model.config, structure, plan)
     with init_empty_weights(include_buffers=False):
-        pruned: PreTrainedModel = PRUNED_CLASSES[structure.model_type](config)
+        pruned: Any = PRUNED_CLASSES[structure.model_type](config)
     pruned.load_state_dict(_pruned_state(model.state_dict(), structure, plan), assign=True)
     pruned.tie_weights()
     pruned.generation_config = model.generation_config
     # Buffers that are not saved (rotary frequencies) were made on the CPU.
-    return pruned.to(model.device).train(model.training)
+    moved: PreTrainedModel = pruned.to(model.device).train(model.training)
+    return moved
 
 
 def _pruned_config(config: PreTrainedConfig, structure: Structure, plan: PruningPlan) -> PreTrainedConfig:

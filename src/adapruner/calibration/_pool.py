@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,7 +61,7 @@ def text_windows(source: Source, tokenizer: Tokenizer, length: int) -> Tensor:
     Raises:
         AdaPrunerError: the text is shorter than one window.
     """
-    tokens = tokenizer("\n\n".join(read_documents(source)), return_tensors="pt", verbose=False).input_ids[0]
+    tokens: Tensor = tokenizer("\n\n".join(read_documents(source)), return_tensors="pt", verbose=False).input_ids[0]
     windows = len(tokens) // length
     if windows == 0:
         raise AdaPrunerError(f"{source} has {len(tokens)} tokens, less than one window of {length}")
@@ -79,13 +80,14 @@ def generate_windows(model: PreTrainedModel, count: int, length: int, seed: int,
     start = settings.bos_token_id if settings.bos_token_id is not None else ends[0]
     if start is None:
         raise AdaPrunerError("the model names neither a start nor an end token: it cannot generate text by itself")
+    generate: Any = model.generate
     windows = []
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for first in range(0, count, batch_size):
             prompt = torch.full((min(batch_size, count - first), 1), start, device=model.device)
             windows.append(
-                model.generate(
+                generate(
                     prompt,
                     attention_mask=torch.ones_like(prompt),
                     do_sample=True,

@@ -95,7 +95,7 @@ def read_documents(source: Source) -> list[str]:
 
 
 def _tenth(document: str) -> int:
-    return int.from_bytes(hashlib.sha256(document.encode()).digest()[:8]) % 10
+    return int.from_bytes(hashlib.sha256(document.encode()).digest()[:8], "big") % 10
 
 
 @cache

@@ -62,7 +62,7 @@ def load_config(location: ModelLocation) -> PreTrainedConfig:
         AdaPrunerError: it cannot be found or read; the message carries the reason of transformers.
     """
     with _reported_as_unloadable(location):
-        config = AutoConfig.from_pretrained(location.path, **location.arguments)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(location.path, **location.arguments)
     _clear_gguf_marks(config, location)
     return config
 
@@ -91,20 +91,24 @@ def load_model(location: ModelLocation, dtype: str = "auto", device: str = "auto
     is_pruned = config.is_heterogeneous
     loader: Any = modeling_pruned.PRUNED_CLASSES[config.model_type] if is_pruned else AutoModelForCausalLM
     with _reported_as_unloadable(location):
-        model: PreTrainedModel = loader.from_pretrained(
+        model = loader.from_pretrained(
             location.path, dtype=dtype, use_safetensors=location.gguf_file is None or None, **location.arguments
         )
     _clear_gguf_marks(model, location)
     _clear_gguf_marks(model.config, location)
-    return model.to(resolve_device(device)).eval()
+    loaded: PreTrainedModel = model.to(resolve_device(device)).eval()
+    return loaded
 
 
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
     """The model of a config with shapes only, on the meta device: costs no memory and nearly no time."""
     with torch.device("meta"):
-        if config.is_heterogeneous:
-            return modeling_pruned.PRUNED_CLASSES[config.model_type](config)
-        return AutoModelForCausalLM.from_config(config)
+        model: PreTrainedModel = (
+            modeling_pruned.PRUNED_CLASSES[config.model_type](config)
+            if config.is_heterogeneous
+            else AutoModelForCausalLM.from_config(config)
+        )
+    return model
 
 
 def resolve_device(device: str) -> torch.device:

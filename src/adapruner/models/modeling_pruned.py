@@ -31,7 +31,7 @@ from transformers import (
 
 
 def _one_layer_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """A copy that the parent class accepts: without overrides, and with one layer, which is only built to be replaced."""
+    """A copy that the parent class accepts: without overrides, and with one layer, which is built to be replaced."""
     shell = copy.copy(config)
     shell.per_layer_config = None
     shell.num_hidden_layers = 1
@@ -68,7 +68,6 @@ class _PerLayerForCausalLM:
         self.config = config
         self.model = self.decoder_class(config)
         self.post_init()
-
 
 
 @strict

@@ -1,0 +1,33 @@
+"""The command line: one file per verb, each parses, calls and prints."""
+
+from __future__ import annotations
+
+import sys
+
+from cyclopts import App, CycloptsError
+from pydantic import ValidationError
+from rich.console import Console
+
+from adapruner.cli.evaluate import evaluate
+from adapruner.cli.inspect import inspect
+from adapruner.cli.plan import plan
+from adapruner.cli.prune import prune
+from adapruner.config import describe
+from adapruner.errors import AdaPrunerError
+
+USER_ERROR = 2
+
+app = App(name="adapruner", help="Makes causal language models really smaller.")
+for verb in (prune, plan, evaluate, inspect):
+    app.command(verb)
+
+
+def main() -> None:
+    """Entry point. A user's mistake is one line on stderr and exit code 2."""
+    try:
+        app(exit_on_error=False, print_error=False)
+    except (AdaPrunerError, CycloptsError) as error:
+        cause = error.__cause__
+        message = describe(cause) if isinstance(cause, ValidationError) else str(error)
+        Console(stderr=True).print("adapruner:", message, style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(USER_ERROR)

@@ -1,0 +1,45 @@
+"""adapruner plan"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+from rich.console import Console
+
+from adapruner import pipeline
+from adapruner.cli._output import print_json
+
+
+def plan(
+    run: Path,
+    /,
+    *,
+    ratio: float,
+    output: Annotated[Path, Parameter(name=["--output", "-o"])],
+    overwrite: Annotated[bool, Parameter(negative="")] = False,
+    json: Annotated[bool, Parameter(negative="")] = False,
+) -> None:
+    """Prune to another ratio with the statistics and the best point of a finished run.
+
+    Parameters
+    ----------
+    run:
+        Folder of the finished run.
+    ratio:
+        Share of all parameters to remove.
+    output:
+        Folder of the new run.
+    overwrite:
+        Start again where that folder holds a run of another config.
+    json:
+        Print result.json on stdout instead of the tables.
+    """
+    result = pipeline.plan_again(run, output, ratio, overwrite)
+    if json:
+        print_json(result.result)
+        return
+    console = Console()
+    console.print(result.plan.explain())
+    console.print(result.table())

@@ -1,0 +1,122 @@
+"""Every option of a pruning run, once: type, default, range, help. The command line reads this class too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from typing_extensions import Self
+
+from adapruner.errors import AdaPrunerError
+
+
+class PruneOptions(BaseModel):
+    """By how much a model is pruned, on what text, and how the best way is searched."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    ratio: Annotated[
+        float, Field(gt=0, lt=1, description="Share of all parameters to remove (embeddings counted, tied ones once).")
+    ] = 0.2
+    calibration: Annotated[
+        str, Field(description="Text to calibrate on: a known name, a file, hf:…, or self (the model writes it).")
+    ] = "c4"
+    objective: Annotated[
+        str | None,
+        Field(description="Text whose loss the search minimises; by default other documents of the calibration text."),
+    ] = None
+    evaluate: Annotated[
+        tuple[str, ...], Field(description="Text to report perplexity on, before and after; may be repeated.")
+    ] = ()
+    pool: Annotated[int, Field(ge=1, description="Calibration samples that are measured.")] = 64
+    samples: Annotated[int, Field(ge=1, description="Calibration samples that a trial chooses out of the pool.")] = 10
+    objective_windows: Annotated[int, Field(ge=1, description="Held-out windows on which every trial is judged.")] = 32
+    evaluate_windows: Annotated[
+        int | None, Field(ge=1, description="Limit the reported perplexity to so many evenly spaced windows.")
+    ] = None
+    seq_len: Annotated[int, Field(ge=2, description="Tokens per window.")] = 128
+    trials: Annotated[int, Field(ge=1, description="Points of the search space that are tried.")] = 48
+    sampler: Annotated[
+        Literal["tpe", "random"], Field(description="How points are proposed; random is for comparison.")
+    ] = "tpe"
+    search: Annotated[
+        Literal["joint", "calibration", "metric"],
+        Field(description="What is searched: both, or one with the other held at its first draw; for comparison."),
+    ] = "joint"
+    alignment: Annotated[
+        Literal["data", "paper"],
+        Field(description="Scale of the importance terms: by their means, or by the fixed factors of the paper."),
+    ] = "data"
+    reduction: Annotated[
+        Literal["sum", "mean", "max", "prod"], Field(description="How the vectors of a group become one score.")
+    ] = "sum"
+    protect_first: Annotated[int, Field(ge=0, description="Layers at the input that stay whole.")] = 4
+    protect_last: Annotated[int, Field(ge=0, description="Layers at the output that stay whole.")] = 3
+    head_granularity: Annotated[
+        Literal["kv-group", "query-head"],
+        Field(description="Under GQA, remove whole KV groups, or the same number of query heads from each."),
+    ] = "kv-group"
+    head_share: Annotated[
+        float,
+        Field(ge=0, le=1, description="Share of heads removed relative to channels: 0 no heads, 1 equal shares."),
+    ] = 0.0
+    round_to: Annotated[int, Field(ge=1, description="Kept feed-forward widths are multiples of this.")] = 32
+    device: Annotated[str, Field(description="auto, cpu, cuda, cuda:1, …")] = "auto"
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        Field(description="Dtype of the weights; auto keeps that of the checkpoint."),
+    ] = "auto"
+    seed: Annotated[int, Field(ge=0, description="Same seed, same machine: same plan.")] = 0
+
+    @model_validator(mode="after")
+    def _samples_fit_the_pool(self) -> Self:
+        if self.samples > self.pool:
+            raise ValueError(
+                f"--samples {self.samples} is more than the pool of {self.pool} holds: raise --pool or choose fewer"
+            )
+        return self
+
+
+class PruneConfig(PruneOptions):
+    """Everything that a run depends on: the model and the options."""
+
+    model: Annotated[str, Field(description="Hub id, model folder, .gguf file, or smollm2.")]
+
+    def save(self, path: Path) -> None:
+        """Writes the resolved options as YAML."""
+        path.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Reads what `save` wrote.
+
+        Raises:
+            AdaPrunerError: the file is not a config of this version.
+        """
+        try:
+            return cls.from_options(**yaml.safe_load(path.read_text()))
+        except (OSError, yaml.YAMLError, TypeError) as error:
+            raise AdaPrunerError(f"{path} is not the config of a run: {error}") from error
+
+    @classmethod
+    def from_options(cls, **options: Any) -> Self:
+        """Builds the config from plain values.
+
+        Raises:
+            AdaPrunerError: an option is unknown, of the wrong type or out of range.
+        """
+        try:
+            return cls.model_validate(options)
+        except ValidationError as error:
+            raise AdaPrunerError(describe(error)) from None
+
+
+def describe(error: ValidationError) -> str:
+    """The first thing that is wrong with the options, in one line."""
+    first = error.errors()[0]
+    message = first["msg"].removeprefix("Value error, ")
+    if not first["loc"]:
+        return message
+    return f"--{str(first['loc'][0]).replace('_', '-')} {first['input']}: {message}"

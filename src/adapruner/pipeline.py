@@ -1,0 +1,399 @@
+"""The whole job as a list of stages; each reads and writes the run folder, so that the same call goes on."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel
+from rich.table import Table
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from adapruner.calibration import SELF_GENERATED, draw_windows, generate_windows, parse_source, text_windows
+from adapruner.checkpoint import save_checkpoint
+from adapruner.config import PruneConfig
+from adapruner.errors import AdaPrunerError
+from adapruner.evaluation import Perplexity, measure_perplexity
+from adapruner.measurement import Statistics, measure_in_parts
+from adapruner.models import ModelLocation, empty_model, find_model, load_config, load_model, load_tokenizer
+from adapruner.planning import Budget, PruningPlan, kept_counts
+from adapruner.progress import Reporter
+from adapruner.run_folder import RunFolder
+from adapruner.search import Candidate, Objective, SearchSpace, in_fastest_dtype, order_by_likeness, search
+from adapruner.structure import Structure, build_structure, count_parameters
+from adapruner.surgery import prune_model
+
+RESULT_SCHEMA_VERSION = 1
+MEASURING_BATCH = 4
+
+
+class SearchOutcome(BaseModel):
+    """What the search leaves for the stages after it: the best point, and the best fixed metric to compare with."""
+
+    ratio: float
+    trials: int
+    best: Candidate
+    best_loss: float
+    best_trial: int
+    best_fixed: Candidate
+    best_fixed_loss: float
+    best_fixed_name: str
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """A finished run.
+
+    Attributes:
+        output: the run folder.
+        plan: which groups stayed.
+        result: the content of `result.json`.
+    """
+
+    output: Path
+    plan: PruningPlan
+    result: dict[str, Any]
+
+    @property
+    def model_folder(self) -> Path:
+        """The pruned checkpoint; `adapruner.load` reads it."""
+        return RunFolder(self.output).model
+
+    def table(self) -> Table:
+        """Parameters and perplexities: dense, best fixed metric, searched."""
+        return result_table(self.result)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Everything that is known and checked before the weights are loaded."""
+
+    config: PruneConfig
+    run: RunFolder
+    location: ModelLocation
+    tokenizer: Tokenizer
+    structure: Structure
+    counts: list[int]
+    windows: dict[str, Tensor]
+    report: dict[str, Tensor]
+
+
+def prune(model: str, output: str | Path, overwrite: bool = False, **options: Any) -> PruneResult:
+    """Makes a causal language model smaller: measures, searches, cuts, saves and evaluates.
+
+    The same call again goes on where an earlier one stopped.
+
+    Args:
+        model: hub id, model folder, `.gguf` file, or `smollm2`.
+        output: the run folder; the pruned model is in its `model/`.
+        overwrite: start again where the folder holds a run of another config.
+        options: the fields of `PruneOptions`.
+
+    Raises:
+        AdaPrunerError: an option, the model, the text or the folder will not do; before any long work.
+    """
+    config = PruneConfig.from_options(model=model, **options)
+    run = RunFolder(Path(output))
+    run.check(config, overwrite)
+    job = _prepare(config, run)
+    run.create(config, overwrite)
+    return _run_stages(job)
+
+
+def plan_again(source: str | Path, output: str | Path, ratio: float, overwrite: bool = False) -> PruneResult:
+    """Another ratio with the statistics and the best point of a finished search: no measuring, no search.
+
+    Args:
+        source: the run folder of the earlier run.
+        output: the run folder of the new one.
+
+    Raises:
+        AdaPrunerError: the earlier run has not got so far, or the ratio or the new folder will not do.
+    """
+    earlier, run = RunFolder(Path(source)), RunFolder(Path(output))
+    if not earlier.search.is_file():
+        raise AdaPrunerError(f"{source} holds no finished search: run adapruner prune first")
+    options = PruneConfig.load(earlier.config).model_dump() | {"ratio": ratio}
+    config = PruneConfig.from_options(**options)
+    run.check(config, overwrite)
+    job = _prepare(config, run)
+    run.create(config, overwrite)
+    for path in (earlier.windows, earlier.statistics, earlier.search):
+        shutil.copy(path, run.path / path.name)
+    return _run_stages(job)
+
+
+def _prepare(config: PruneConfig, run: RunFolder) -> _Job:
+    """Reads configs, tokenizer and text, and refuses whatever would fail later."""
+    location = find_model(config.model)
+    structure = build_structure(empty_model(load_config(location)), config.head_granularity)
+    counts = kept_counts(
+        structure,
+        Budget(config.ratio, config.protect_first, config.protect_last, config.head_share, config.round_to),
+    )
+    tokenizer = load_tokenizer(location)
+    windows, sources = _draw_calibration(config, tokenizer)
+    report = {}
+    for text in config.evaluate:
+        source = parse_source(text)
+        if source.name in sources:
+            source = source.restrict("report")
+        report[str(source)] = _evenly_spaced(text_windows(source, tokenizer, config.seq_len), config.evaluate_windows)
+    return _Job(config, run, location, tokenizer, structure, counts, windows, report)
+
+
+def _draw_calibration(config: PruneConfig, tokenizer: Tokenizer) -> tuple[dict[str, Tensor], set[str]]:
+    """The pool and the objective windows, from disjoint documents; what the model shall write itself is left out."""
+    texts = {"pool": config.calibration, "objective": config.objective or config.calibration}
+    counts = {"pool": config.pool, "objective": config.objective_windows}
+    windows, names = {}, set()
+    for use, part in (("pool", "calibration"), ("objective", "objective")):
+        if texts[use] == SELF_GENERATED:
+            continue
+        source = parse_source(texts[use]).restrict(part)  # type: ignore[arg-type]
+        names.add(source.name)
+        windows[use] = draw_windows(source, tokenizer, counts[use], config.seq_len, config.seed)
+    return windows, names
+
+
+def _evenly_spaced(windows: Tensor, limit: int | None) -> Tensor:
+    if limit is None or limit >= len(windows):
+        return windows
+    return windows[torch.arange(limit) * len(windows) // limit]
+
+
+def _run_stages(job: _Job) -> PruneResult:
+    reporter = Reporter(job.run.log)
+    with reporter.stage("loading", 1) as advance:
+        model = load_model(job.location, job.config.dtype, job.config.device)
+        advance()
+    windows = _stage_windows(job, model, reporter)
+    statistics = _stage_measure(job, model, windows["pool"], reporter)
+    outcome = _stage_search(job, model, statistics, windows["objective"], reporter)
+    objective = Objective(model, job.structure, statistics, job.counts, windows["objective"])
+    plan = _stage_plan(job, objective, outcome)
+    _stage_save(job, model, plan, reporter)
+    perplexities = _stage_evaluate(job, model, objective.plan(outcome.best_fixed), reporter)
+    result = _result(job, plan, outcome, perplexities, reporter)
+    job.run.save_json(result, job.run.result)
+    return PruneResult(job.run.path, plan, result)
+
+
+def _stage_windows(job: _Job, model: PreTrainedModel, reporter: Reporter) -> dict[str, Tensor]:
+    """The pool and objective windows, kept in the run folder; the model writes those that it shall write."""
+    if job.run.windows.is_file():
+        return load_file(job.run.windows)
+    windows = dict(job.windows)
+    counts = {"pool": job.config.pool, "objective": job.config.objective_windows}
+    for number, use in enumerate(counts):
+        if use not in windows:
+            with reporter.stage(f"writing {use}", 1) as advance:
+                seed = 2 * job.config.seed + number
+                windows[use] = generate_windows(model, counts[use], job.config.seq_len, seed)
+                advance()
+    job.run.save_windows(windows)
+    return windows
+
+
+def _stage_measure(job: _Job, model: PreTrainedModel, pool: Tensor, reporter: Reporter) -> Statistics:
+    """Measures the pool part by part; parts that an earlier call finished are not measured again."""
+    run = job.run
+    if run.statistics.is_file():
+        return Statistics.load(run.statistics)
+    run.statistics_parts.mkdir(exist_ok=True)
+    parts = [run.statistics_parts / f"{start:06}.safetensors" for start in range(0, len(pool), MEASURING_BATCH)]
+    done = next((index for index, part in enumerate(parts) if not part.is_file()), len(parts))
+    with reporter.stage("measuring", len(pool)) as advance:
+        advance(min(done * MEASURING_BATCH, len(pool)))
+        remaining = pool[done * MEASURING_BATCH :]
+        for path, part in zip(
+            parts[done:], measure_in_parts(model, job.structure, remaining, MEASURING_BATCH), strict=True
+        ):
+            run.save_statistics(part, path)
+            advance(len(part))
+    statistics = Statistics.concatenate([Statistics.load(part) for part in parts])
+    run.save_statistics(statistics, run.statistics)
+    shutil.rmtree(run.statistics_parts)
+    return statistics
+
+
+def _stage_search(
+    job: _Job, model: PreTrainedModel, statistics: Statistics, windows: Tensor, reporter: Reporter
+) -> SearchOutcome:
+    config, run = job.config, job.run
+    if run.search.is_file():
+        return SearchOutcome.model_validate_json(run.search.read_text())
+    space = SearchSpace(
+        order_by_likeness(statistics), config.samples, config.alignment, config.reduction, config.search
+    )
+    objective = Objective(in_fastest_dtype(model), job.structure, statistics, job.counts, windows)
+    with reporter.stage("searching", config.trials) as advance:
+        found = search(
+            space,
+            objective,
+            config.trials,
+            config.seed,
+            run.journal,
+            config.sampler,
+            progress=lambda best: advance(1, text=f"best loss {best:.4f}"),
+        )
+    outcome = SearchOutcome(
+        ratio=config.ratio,
+        trials=config.trials,
+        best=found.best.candidate,
+        best_loss=found.best.loss,
+        best_trial=found.best.trial,
+        best_fixed=found.best_fixed.candidate,
+        best_fixed_loss=found.best_fixed.loss,
+        best_fixed_name=found.best_fixed_name,
+    )
+    run.save_json(outcome.model_dump(), run.search)
+    return outcome
+
+
+def _stage_plan(job: _Job, objective: Objective, outcome: SearchOutcome) -> PruningPlan:
+    if job.run.plan.is_file():
+        return PruningPlan.load(job.run.plan)
+    plan = objective.plan(outcome.best)
+    job.run.save_plan(plan)
+    return plan
+
+
+def _stage_save(job: _Job, model: PreTrainedModel, plan: PruningPlan, reporter: Reporter) -> None:
+    if job.run.model.is_dir():
+        return
+    with reporter.stage("saving", 1) as advance:
+        save_checkpoint(prune_model(model, job.structure, plan), job.tokenizer, job.run.model)
+        advance()
+
+
+def _stage_evaluate(
+    job: _Job, model: PreTrainedModel, fixed_plan: PruningPlan, reporter: Reporter
+) -> dict[str, dict[str, Perplexity]]:
+    """Perplexity of the dense model, of the best fixed metric's cut and of the saved checkpoint, by text."""
+    perplexities: dict[str, dict[str, Perplexity]] = {text: {} for text in job.report}
+    total = 3 * sum(len(windows) for windows in job.report.values())
+    if not total:
+        return perplexities
+    with reporter.stage("evaluating", total) as advance:
+        models: dict[str, Callable[[], PreTrainedModel]] = {
+            "dense": lambda: model,
+            "best_fixed": lambda: prune_model(model, job.structure, fixed_plan),
+            "searched": lambda: load_model(find_model(str(job.run.model)), "auto", job.config.device),
+        }
+        for name, make in models.items():
+            evaluated = make()
+            for text, windows in job.report.items():
+                perplexities[text][name] = measure_perplexity(evaluated, windows, text, advance)
+    return perplexities
+
+
+def _result(
+    job: _Job,
+    plan: PruningPlan,
+    outcome: SearchOutcome,
+    perplexities: dict[str, dict[str, Perplexity]],
+    reporter: Reporter,
+) -> dict[str, Any]:
+    after = count_parameters(empty_model(load_config(find_model(str(job.run.model)))))
+    return {
+        "schema_version": RESULT_SCHEMA_VERSION,
+        "config": job.config.model_dump(mode="json"),
+        "parameters": {
+            "before": plan.total_parameters,
+            "after": after,
+            "removed_share": 1 - after / plan.total_parameters,
+        },
+        "plan_hash": plan.hash,
+        "search": outcome.model_dump(),
+        "perplexity": {
+            text: {name: value.as_json() for name, value in by_model.items()} for text, by_model in perplexities.items()
+        },
+        "stages": reporter.finished_stages(),
+        "versions": {name: version(name) for name in ("adapruner", "torch", "transformers", "optuna")}
+        | {"python": platform.python_version()},
+    }
+
+
+def result_table(result: dict[str, Any]) -> Table:
+    """Parameters and perplexities of a `result.json`: dense, best fixed metric, searched."""
+    parameters, perplexity = result["parameters"], result["perplexity"]
+    table = Table(title=f"{result['config']['model']}: {parameters['removed_share']:.1%} of all parameters removed")
+    table.add_column("model")
+    table.add_column("parameters", justify="right")
+    for text in perplexity:
+        table.add_column(f"perplexity\n{text}", justify="right")
+    names = {
+        "dense": "dense",
+        "best_fixed": f"best fixed metric ({result['search']['best_fixed_name']})",
+        "searched": "searched",
+    }
+    for name, title in names.items():
+        count = parameters["before"] if name == "dense" else parameters["after"]
+        table.add_row(title, f"{count:,}", *(f"{by_model[name]['perplexity']:.2f}" for by_model in perplexity.values()))
+    return table
+
+
+def load(model: str | Path, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:
+    """Loads a pruned or a dense model, ready to `generate`.
+
+    Args:
+        model: hub id, model folder (as in `RUN/model`), `.gguf` file, or `smollm2`.
+        dtype: `auto` keeps that of the checkpoint.
+        device: `auto` takes the first GPU where there is one, else the CPU.
+
+    Raises:
+        AdaPrunerError: there is no such model, or it cannot be read.
+    """
+    return load_model(find_model(str(model)), dtype, device)
+
+
+def evaluate(
+    model: str | Path,
+    perplexity: Sequence[str] = ("wikitext2", "ptb"),
+    window_length: int = 128,
+    limit: int | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+) -> list[Perplexity]:
+    """Perplexity of any model on any texts, each with its protocol.
+
+    Args:
+        model: as for `load`.
+        perplexity: text sources.
+        window_length: tokens per window; 128 is the protocol of LLM-Pruner (arXiv 2305.11627).
+        limit: take only so many windows of each text, evenly spaced.
+
+    Raises:
+        AdaPrunerError: the model or a text will not do; before the weights are loaded.
+    """
+    location = find_model(str(model))
+    tokenizer = load_tokenizer(location)
+    texts = {
+        str(source): _evenly_spaced(text_windows(source, tokenizer, window_length), limit)
+        for source in map(parse_source, perplexity)
+    }
+    reporter = Reporter()
+    with reporter.stage("loading", 1) as advance:
+        loaded = load_model(location, dtype, device)
+        advance()
+    with reporter.stage("evaluating", sum(map(len, texts.values()))) as advance:
+        return [measure_perplexity(loaded, windows, text, advance) for text, windows in texts.items()]
+
+
+def inspect(model: str | Path) -> Structure:
+    """What of a model can be pruned, from its config alone.
+
+    Raises:
+        AdaPrunerError: there is no such model, or its family is not known.
+    """
+    return build_structure(empty_model(load_config(find_model(str(model)))))

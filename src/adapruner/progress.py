@@ -1,0 +1,80 @@
+"""What the user sees while it runs: bars on a terminal, one line per stage in a log; and the log file of the run."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+# Advances a stage by some steps; the text is shown beside the bar.
+Advance = Callable[..., None]
+
+
+class Reporter:
+    """Reports stages on stderr and, where a file is given, as JSON lines in it."""
+
+    def __init__(self, log: Path | None = None) -> None:
+        self.console = Console(stderr=True)
+        self.log = log
+
+    @contextlib.contextmanager
+    def stage(self, name: str, total: int) -> Iterator[Advance]:
+        """Wraps one stage of `total` steps; yields the function that advances it."""
+        started = time.monotonic()
+        self._record(event="started", stage=name)
+        if self.console.is_terminal:
+            yield from self._with_bar(name, total)
+        else:
+            yield lambda steps=1, text="": None
+        seconds = time.monotonic() - started
+        if not self.console.is_terminal:
+            print(f"{name}: done in {seconds:.1f} s", file=sys.stderr, flush=True)
+        self._record(event="finished", stage=name, seconds=round(seconds, 2), peak_memory_mib=_peak_memory_mib())
+
+    def say(self, text: str) -> None:
+        """One line for the user and the log."""
+        self.console.print(text, highlight=False)
+        self._record(event="message", text=text)
+
+    def finished_stages(self) -> dict[str, dict[str, float]]:
+        """Seconds and peak memory of every finished stage, from the log: those before an interruption too."""
+        stages: dict[str, dict[str, float]] = {}
+        if self.log and self.log.is_file():
+            for line in self.log.read_text().splitlines():
+                with contextlib.suppress(json.JSONDecodeError):  # the line that a kill cut off
+                    entry = json.loads(line)
+                    if entry["event"] == "finished":
+                        stages[entry["stage"]] = {key: entry[key] for key in ("seconds", "peak_memory_mib")}
+        return stages
+
+    def _with_bar(self, name: str, total: int) -> Iterator[Advance]:
+        columns = (
+            TextColumn("{task.description:<12}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[text]}"),
+        )
+        with Progress(*columns, console=self.console) as bars:
+            task = bars.add_task(name, total=total, text="")
+            yield lambda steps=1, text="": bars.update(task, advance=steps, text=text)
+
+    def _record(self, **entry: Any) -> None:
+        if self.log:
+            with self.log.open("a") as file:
+                file.write(json.dumps({"time": time.time(), **entry}) + "\n")
+
+
+def _peak_memory_mib() -> int:
+    """The most memory that the process has held so far, in MiB (Linux counts KiB, macOS bytes)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak // (1024 * 1024 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,138 @@
+"""The run folder: where every stage leaves what it made. What exists in it is whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from adapruner.config import PruneConfig
+from adapruner.errors import AdaPrunerError
+from adapruner.measurement import Statistics
+from adapruner.planning import PruningPlan
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of a run; files are written beside their place and renamed into it, so that a kill leaves no half ones."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def windows(self) -> Path:
+        return self.path / "windows.safetensors"
+
+    @property
+    def statistics(self) -> Path:
+        return self.path / "statistics.safetensors"
+
+    @property
+    def statistics_parts(self) -> Path:
+        return self.path / "statistics.parts"
+
+    @property
+    def journal(self) -> Path:
+        return self.path / "study.journal"
+
+    @property
+    def search(self) -> Path:
+        return self.path / "search.json"
+
+    @property
+    def plan(self) -> Path:
+        return self.path / "plan.json"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def result(self) -> Path:
+        return self.path / "result.json"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "log.jsonl"
+
+    def check(self, config: PruneConfig, overwrite: bool) -> None:
+        """Refuses, before anything is done, a folder that cannot take this run.
+
+        Raises:
+            AdaPrunerError: it holds the run of another config or other files, or cannot be written.
+        """
+        if self.config.is_file():
+            if not overwrite:
+                self._refuse_other_config(config)
+        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise AdaPrunerError(f"{self.path} exists and holds no run: choose another output")
+        existing = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
+            raise AdaPrunerError(f"cannot write to {self.path}: {existing} is no folder that can be written")
+
+    def create(self, config: PruneConfig, overwrite: bool) -> None:
+        """Makes the folder, empties it to start again, or leaves what is there to go on.
+
+        Raises:
+            AdaPrunerError: it cannot be written.
+        """
+        if overwrite and self.config.is_file():
+            self._clear()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            _write_atomically(self.config, config.save)
+        except OSError as error:
+            raise AdaPrunerError(f"cannot write to {self.path}: {error.strerror}") from None
+
+    def save_statistics(self, statistics: Statistics, path: Path) -> None:
+        """Writes statistics of the whole pool or of a part of it."""
+        _write_atomically(path, statistics.save)
+
+    def save_plan(self, plan: PruningPlan) -> None:
+        _write_atomically(self.plan, plan.save)
+
+    def save_windows(self, windows: dict[str, Tensor]) -> None:
+        _write_atomically(self.windows, lambda partial: save_file(windows, partial))
+
+    def save_json(self, content: dict[str, Any], path: Path) -> None:
+        _write_atomically(path, lambda partial: partial.write_text(json.dumps(content, indent=2) + "\n"))
+
+    def _clear(self) -> None:
+        for path in (self.statistics_parts, self.model):
+            shutil.rmtree(path, ignore_errors=True)
+        for path in (
+            self.windows,
+            self.statistics,
+            self.journal,
+            self.search,
+            self.plan,
+            self.result,
+            self.log,
+            self.config,
+        ):
+            path.unlink(missing_ok=True)
+
+    def _refuse_other_config(self, config: PruneConfig) -> None:
+        old, new = PruneConfig.load(self.config).model_dump(), config.model_dump()
+        changed = [f"{name} {old[name]!r} → {new[name]!r}" for name in new if new[name] != old[name]]
+        if changed:
+            raise AdaPrunerError(
+                f"{self.path} holds a run of another config ({', '.join(changed)}): choose another output, or"
+                " --overwrite to start it again"
+            )
+
+
+def _write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    partial = path.with_name(path.name + ".partial")
+    write(partial)
+    os.replace(partial, path)
