@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from adapruner.models import modeling_pruned
+from adapruner.models import modeling_pruned, quiet_transformers
 
 _MODELING_FILE = Path(modeling_pruned.__file__)
 
@@ -33,7 +33,8 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) 
     model.config.auto_map = {
         auto_class: f"{_MODELING_FILE.stem}.{own_class.__name__}" for auto_class, own_class in classes.items()
     }
-    model.save_pretrained(partial)
+    with quiet_transformers():
+        model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     shutil.copy(_MODELING_FILE, partial / _MODELING_FILE.name)
     shutil.rmtree(folder, ignore_errors=True)

@@ -8,6 +8,7 @@ from adapruner.models._loading import (
     load_config,
     load_model,
     load_tokenizer,
+    quiet_transformers,
     resolve_device,
 )
 from adapruner.models.modeling_pruned import PRUNED_CLASSES
@@ -23,5 +24,6 @@ __all__ = [
     "load_config",
     "load_model",
     "load_tokenizer",
+    "quiet_transformers",
     "resolve_device",
 ]

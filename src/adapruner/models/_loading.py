@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    modeling_gguf_pytorch_utils,
+)
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -62,7 +69,12 @@ def load_config(location: ModelLocation) -> PreTrainedConfig:
         AdaPrunerError: it cannot be found or read; the message carries the reason of transformers.
     """
     with _reported_as_unloadable(location):
-        config: PreTrainedConfig = AutoConfig.from_pretrained(location.path, **location.arguments)
+        fields, _ = PreTrainedConfig.get_config_dict(location.path, **location.arguments)
+        # A stock config class refuses head counts that differ between layers.
+        pruned_class: Any = modeling_pruned.PRUNED_CLASSES.get(str(fields.get("model_type")))
+        is_pruned = "per_layer_config" in fields and pruned_class is not None
+        loader: Any = pruned_class.config_class if is_pruned else AutoConfig
+        config: PreTrainedConfig = loader.from_pretrained(location.path, **location.arguments)
     _clear_gguf_marks(config, location)
     return config
 
@@ -139,7 +151,7 @@ def _clear_gguf_marks(target: PreTrainedConfig | PreTrainedModel, location: Mode
 @contextlib.contextmanager
 def _reported_as_unloadable(location: ModelLocation) -> Iterator[None]:
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             yield
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -147,12 +159,15 @@ def _reported_as_unloadable(location: ModelLocation) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Its bars would run through ours, and into logs."""
+def quiet_transformers() -> Iterator[None]:
+    """Without the progress bars of transformers, which would run through ours and into logs."""
     enabled = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
+    gguf: Any = modeling_gguf_pytorch_utils
+    gguf_bar, gguf.tqdm = gguf.tqdm, lambda items, **_: items
     try:
         yield
     finally:
+        gguf.tqdm = gguf_bar
         if enabled:
             transformers_logging.enable_progress_bar()

@@ -1,0 +1,98 @@
+"""Tiny random models of every family, and a tokenizer to go with them."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+VOCABULARY = 96
+
+# What a family has beyond the common fields, so that all of it is covered somewhere.
+FAMILY_FIELDS: dict[str, dict[str, object]] = {
+    "llama": {"attention_bias": True, "mlp_bias": True},
+    "mistral": {"sliding_window": 8},
+    "qwen2": {
+        "use_sliding_window": True,
+        "sliding_window": 8,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "qwen3": {},
+}
+
+
+def tiny_model(model_type: str = "llama", key_value_heads: int = 3, **fields: object) -> PreTrainedModel:
+    """A random model with 4 layers, 6 heads of 8 and 24 channels; every weight matters, biases too."""
+    options = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 48,
+        "intermediate_size": 24,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 6,
+        "num_key_value_heads": key_value_heads,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        **FAMILY_FIELDS[model_type],
+        **fields,
+    }
+    if model_type != "qwen2":
+        options["head_dim"] = 8
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **options)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+@pytest.fixture
+def make_model() -> Callable[..., PreTrainedModel]:
+    return tiny_model
+
+
+@pytest.fixture
+def model() -> PreTrainedModel:
+    return tiny_model()
+
+
+@pytest.fixture
+def windows() -> torch.Tensor:
+    return torch.randint(3, VOCABULARY, (6, 12), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{number}" for number in range(VOCABULARY - 4))]
+    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A tiny model with its tokenizer, as a user would have it on disk."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_model().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """200 different paragraphs of 20 words."""
+    path = tmp_path_factory.mktemp("texts") / "text.txt"
+    generator = torch.Generator().manual_seed(2)
+    numbers = torch.randint(0, VOCABULARY - 4, (200, 20), generator=generator).tolist()
+    path.write_text("\n\n".join(" ".join(f"w{number}" for number in row) for row in numbers))
+    return path
