@@ -32,7 +32,7 @@ class PruneOptions(BaseModel):
     ] = ()
     pool: Annotated[int, Field(ge=1, description="Calibration samples that are measured.")] = 64
     samples: Annotated[int, Field(ge=1, description="Calibration samples that a trial chooses out of the pool.")] = 10
-    objective_windows: Annotated[int, Field(ge=1, description="Held-out windows on which every trial is judged.")] = 32
+    objective_windows: Annotated[int, Field(ge=1, description="Held-out windows on which every trial is judged.")] = 64
     evaluate_windows: Annotated[
         int | None, Field(ge=1, description="Limit the reported perplexity to so many evenly spaced windows.")
     ] = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import shutil
 from collections.abc import Callable, Sequence
@@ -28,7 +29,7 @@ from adapruner.models import ModelLocation, empty_model, find_model, load_config
 from adapruner.planning import Budget, PruningPlan, kept_counts
 from adapruner.progress import Reporter
 from adapruner.run_folder import RunFolder
-from adapruner.search import Candidate, Objective, SearchSpace, in_fastest_dtype, order_by_likeness, search
+from adapruner.search import Candidate, Objective, SearchSpace, build_subset_family, in_fastest_dtype, search
 from adapruner.structure import Structure, build_structure, count_parameters
 from adapruner.surgery import prune_model
 
@@ -185,7 +186,8 @@ def _run_stages(job: _Job) -> PruneResult:
     perplexities = _stage_evaluate(job, model, objective.plan(outcome.best_fixed), reporter)
     result = _result(job, plan, outcome, perplexities, reporter)
     job.run.save_json(result, job.run.result)
-    return PruneResult(job.run.path, plan, result)
+    # As it will be read back: JSON has lists where Python has tuples.
+    return PruneResult(job.run.path, plan, json.loads(job.run.result.read_text()))
 
 
 def _stage_windows(job: _Job, model: PreTrainedModel, reporter: Reporter) -> dict[str, Tensor]:
@@ -233,7 +235,12 @@ def _stage_search(
     if run.search.is_file():
         return SearchOutcome.model_validate_json(run.search.read_text())
     space = SearchSpace(
-        order_by_likeness(statistics), config.samples, config.alignment, config.reduction, config.search
+        build_subset_family(statistics, job.structure, job.counts),
+        config.samples,
+        config.seed,
+        config.alignment,
+        config.reduction,
+        config.search,
     )
     objective = Objective(in_fastest_dtype(model), job.structure, statistics, job.counts, windows)
     with reporter.stage("searching", config.trials) as advance:

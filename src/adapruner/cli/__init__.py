@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 from cyclopts import App, CycloptsError
 from pydantic import ValidationError
@@ -22,10 +23,10 @@ for verb in (prune, plan, evaluate, inspect):
     app.command(verb)
 
 
-def main() -> None:
-    """Entry point. A user's mistake is one line on stderr and exit code 2."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point; without arguments, those of the process. A user's mistake is one line on stderr and exit code 2."""
     try:
-        app(exit_on_error=False, print_error=False)
+        app(arguments, exit_on_error=False, print_error=False)
     except (AdaPrunerError, CycloptsError) as error:
         cause = error.__cause__
         message = describe(cause) if isinstance(cause, ValidationError) else str(error)

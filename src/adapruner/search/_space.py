@@ -3,103 +3,118 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import optuna
-import torch
+from pydantic import BaseModel, ConfigDict
 
-from adapruner.importance import Alignment, MetricPoint, Reduction
-from adapruner.measurement import Statistics
+from adapruner.importance import LLM_PRUNER_METRICS, MetricPoint, Reduction
+from adapruner.search._subsets import FEATURES, SubsetFamily
 
 Searched = Literal["joint", "calibration", "metric"]
 
-# The fixed factors of the paper (arXiv 2503.06184), and 1, which leaves a term as it is.
-_PAPER_SECOND_ORDER_FACTORS = (1.0, 1e5, 1e6, 1e7)
-_PAPER_FINE_FACTORS = (1.0, 1e-2, 1e-3, 1e-4)
+# The fixed factors of the paper (arXiv 2503.06184) for second-order against first-order and for fine against coarse.
+_PAPER_SECOND_ORDER_FACTORS = (1e5, 1e6, 1e7)
+_PAPER_FINE_FACTORS = (1e-2, 1e-3, 1e-4)
+
+# What a trial is given instead of searching it, among its user attributes.
+_GIVEN_POINT, _GIVEN_SAMPLES = "given_point", "given_samples"
+FIXED_METRIC = "fixed_metric"
 
 
-@dataclass(frozen=True)
-class Candidate:
+class Candidate(BaseModel):
     """A point of the solution space: a metric and the numbers of the pool samples that it is computed on."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     point: MetricPoint
     samples: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class StartingPoint:
-    """A point that is tried before the sampler proposes any, and the name of the metric it stands for."""
+class StartingPoint(BaseModel):
+    """What is tried before the sampler proposes anything: searched parameters, and attributes for what is given."""
 
-    name: str
-    parameters: dict[str, Any]
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    parameters: dict[str, float] = {}
+    attributes: dict[str, Any] = {}
 
 
-@dataclass(frozen=True)
 class SearchSpace:
-    """Turns Optuna parameters into candidates.
+    """Turns Optuna parameters into candidates."""
 
-    Attributes:
-        order: the pool samples, ordered so that neighbours are alike. A parameter is a position in this order.
-        samples: how many of them a candidate has.
-        alignment: `data` divides terms by their means (or leaves them as they are); `paper` searches its fixed factors.
-        searched: hold the samples or the metric at their first draw, or neither.
-    """
+    def __init__(
+        self,
+        subsets: SubsetFamily,
+        samples: int,
+        seed: int,
+        alignment: Literal["data", "paper"] = "data",
+        reduction: Reduction = "sum",
+        searched: Searched = "joint",
+    ) -> None:
+        """
+        Args:
+            subsets: the family of calibration subsets.
+            samples: how many samples a subset has.
+            seed: of the random draw that LLM-Pruner's metrics are tried on.
+            alignment: `data` divides terms by their means; `paper` searches the fixed factors of the paper.
+            searched: `joint`; or only one of both, with the first random draw or `param_first` for the other.
+        """
+        self.subsets, self.samples = subsets, samples
+        self.alignment, self.reduction, self.searched = alignment, reduction, searched
+        self.first_draw = sorted(random.Random(seed).sample(range(len(subsets.gram)), samples))
 
-    order: tuple[int, ...]
-    samples: int
-    alignment: Literal["data", "paper"] = "data"
-    reduction: Reduction = "sum"
-    searched: Searched = "joint"
-
-    def suggest(self, trial: optuna.Trial) -> Candidate:
-        """Asks the trial for all parameters."""
-        return Candidate(self._suggest_point(trial), self._suggest_samples(trial))
-
-    def starting_points(self, seed: int) -> list[StartingPoint]:
-        """LLM-Pruner's four metrics on one random draw of samples: the search cannot end worse than they do."""
-        draw = random.Random(seed).sample(range(len(self.order)), self.samples)
-        positions = {f"sample_{index}": position for index, position in enumerate(sorted(draw))}
-        metrics = {
-            "vectorize": (0.0, 0.0, 0.0),
-            "param_first": (1.0, 0.0, 0.0),
-            "param_second": (1.0, 0.0, 1.0),
-            "param_mix": (1.0, 0.0, 0.5),
-        }
-        unaligned: dict[str, Any] = (
-            {"alignment": "none"} if self.alignment == "data" else {"second_order_factor": 1.0, "fine_factor": 1.0}
-        )
-        points = [
+    def starting_points(self) -> list[StartingPoint]:
+        """LLM-Pruner's metrics on a random draw, as baselines that the search cannot end below; then the subset that
+        represents the pool, with the element-wise terms."""
+        names = ["param_first"] if self.searched == "calibration" else list(LLM_PRUNER_METRICS)
+        baselines = [
             StartingPoint(
-                name,
-                {"fine": fine, "coarse_second_order": coarse_second, "fine_second_order": fine_second}
-                | unaligned
-                | positions,
+                attributes={
+                    FIXED_METRIC: name,
+                    _GIVEN_POINT: LLM_PRUNER_METRICS[name].model_dump(),
+                    _GIVEN_SAMPLES: self.first_draw,
+                }
             )
-            for name, (fine, coarse_second, fine_second) in metrics.items()
+            for name in names
         ]
-        return points if self.searched != "calibration" else [points[1]]
+        untilted = {f"tilt_{feature}": 0.0 for feature in FEATURES} if self.searched != "metric" else {}
+        shares = (0.0, 0.5, 1.0) if self.searched != "calibration" else (None,)
+        representative = [
+            StartingPoint(
+                parameters=untilted | ({} if share is None else {"fine": 1.0, "fine_second_order": share}),
+                attributes=self.given(),
+            )
+            for share in shares
+        ]
+        return baselines + representative
 
-    def fixed_parameters(self, seed: int) -> dict[str, Any]:
-        """The parameters that are not searched, at their values of the starting points."""
-        first = self.starting_points(seed)[0].parameters
+    def given(self) -> dict[str, Any]:
+        """The attributes of a trial that searches as much as this space searches."""
         if self.searched == "calibration":
-            return {name: value for name, value in first.items() if not name.startswith("sample_")}
+            return {_GIVEN_POINT: LLM_PRUNER_METRICS["param_first"].model_dump()}
         if self.searched == "metric":
-            return {name: value for name, value in first.items() if name.startswith("sample_")}
+            return {_GIVEN_SAMPLES: self.first_draw}
         return {}
 
-    def _suggest_point(self, trial: optuna.Trial) -> MetricPoint:
+    def suggest(self, trial: optuna.trial.BaseTrial) -> Candidate:
+        """Asks the trial for all parameters of what it is not given."""
+        given = trial.user_attrs
+        point = given.get(_GIVEN_POINT)
+        samples = given.get(_GIVEN_SAMPLES)
+        return Candidate(
+            point=self._suggest_point(trial) if point is None else MetricPoint.model_validate(point),
+            samples=self._suggest_samples(trial) if samples is None else samples,
+        )
+
+    def _suggest_point(self, trial: optuna.trial.BaseTrial) -> MetricPoint:
         """S = α1 (first + λ second) + α2 κ (first + λ second) of the paper. Only the ratio of α1 to α2 and of first to
         second order changes a ranking, so each pair is one number in [0, 1]."""
         fine = trial.suggest_float("fine", 0, 1)
         coarse_second = trial.suggest_float("coarse_second_order", 0, 1)
         fine_second = trial.suggest_float("fine_second_order", 0, 1)
         second_factor = fine_factor = 1.0
-        alignment: Alignment = "none"
-        if self.alignment == "data":
-            alignment = "data" if trial.suggest_categorical("alignment", ("data", "none")) == "data" else "none"
-        else:
+        if self.alignment == "paper":
             second_factor = trial.suggest_categorical("second_order_factor", _PAPER_SECOND_ORDER_FACTORS)
             fine_factor = trial.suggest_categorical("fine_factor", _PAPER_FINE_FACTORS)
         return MetricPoint(
@@ -109,32 +124,10 @@ class SearchSpace:
                 "fine_first": fine * (1 - fine_second) * fine_factor,
                 "fine_second": fine * fine_second * fine_factor * second_factor,
             },
-            alignment=alignment,
+            alignment="data" if self.alignment == "data" else "none",
             reduction=self.reduction,
         )
 
-    def _suggest_samples(self, trial: optuna.Trial) -> tuple[int, ...]:
-        """One position per sample; a position already taken stands for the next free one."""
-        taken: set[int] = set()
-        for index in range(self.samples):
-            position = trial.suggest_int(f"sample_{index}", 0, len(self.order) - 1)
-            while position in taken:
-                position = (position + 1) % len(self.order)
-            taken.add(position)
-        return tuple(sorted(self.order[position] for position in taken))
-
-
-def order_by_likeness(statistics: Statistics) -> tuple[int, ...]:
-    """Orders the pool so that samples which find the same vectors important are neighbours.
-
-    By the first principal component of the logarithm of the fine first-order term, centred per sample (how much it
-    finds important in all) and per vector (what all samples find important).
-    """
-    importance = statistics.element_absolute.double()
-    logarithm = importance.clamp_min(torch.finfo(torch.float32).tiny).log()
-    centred = logarithm - logarithm.mean(0) - logarithm.mean(1, keepdim=True) + logarithm.mean()
-    # The samples-by-samples product has the same leading direction as the wide matrix, and is small.
-    leading = torch.linalg.eigh(centred @ centred.T).eigenvectors[:, -1]
-    # An eigenvector has no sign of its own: let the first sample be in the first half.
-    leading = leading * (1 if leading[0] <= 0 else -1)
-    return tuple(leading.argsort(stable=True).tolist())
+    def _suggest_samples(self, trial: optuna.trial.BaseTrial) -> tuple[int, ...]:
+        tilt = {feature: trial.suggest_float(f"tilt_{feature}", -1, 1) for feature in FEATURES}
+        return self.subsets.choose(self.samples, tilt)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
-from adapruner.search._space import Candidate, SearchSpace
-
-FIXED_METRIC = "fixed_metric"
+from adapruner.search._space import FIXED_METRIC, Candidate, SearchSpace
 
 
 @dataclass(frozen=True)
@@ -65,14 +64,15 @@ def search(
     )
     for interrupted in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         study.tell(interrupted.number, state=TrialState.FAIL)
-    starting_points = space.starting_points(seed)
-    finished = len(_finished(study))
+    starting_points = space.starting_points()
+    already_finished = len(_finished(study))
     for number in range(trials):
-        if number >= finished:
-            study.sampler = _sampler(space, seed, number, sampler)
-            if number < len(starting_points) and not study.get_trials(states=(TrialState.WAITING,)):
+        if number >= already_finished:
+            study.sampler = _sampler(sampler, random.Random(f"{seed}/{number}").getrandbits(32))
+            start = starting_points[number] if number < len(starting_points) else None
+            if not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
                 study.enqueue_trial(
-                    starting_points[number].parameters, user_attrs={FIXED_METRIC: starting_points[number].name}
+                    start.parameters if start else {}, user_attrs=start.attributes if start else space.given()
                 )
             trial = study.ask()
             study.tell(trial, objective(space.suggest(trial)))
@@ -81,13 +81,14 @@ def search(
     return _result(study, space, trials)
 
 
-def _sampler(space: SearchSpace, seed: int, number: int, kind: str) -> optuna.samplers.BaseSampler:
-    own_seed = random.Random(f"{seed}/{number}").getrandbits(32)
-    base: optuna.samplers.BaseSampler = (
-        optuna.samplers.TPESampler(seed=own_seed) if kind == "tpe" else optuna.samplers.RandomSampler(seed=own_seed)
-    )
-    fixed = space.fixed_parameters(seed)
-    return optuna.samplers.PartialFixedSampler(fixed, base) if fixed else base
+def _sampler(kind: str, seed: int) -> optuna.samplers.BaseSampler:
+    if kind == "random":
+        return optuna.samplers.RandomSampler(seed=seed)
+    with warnings.catch_warnings():
+        # Optuna calls these options experimental; without `group`, trials that are given a part would switch
+        # `multivariate` off.
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True)
 
 
 def _finished(study: optuna.Study) -> list[FrozenTrial]:
@@ -96,8 +97,7 @@ def _finished(study: optuna.Study) -> list[FrozenTrial]:
 
 def _result(study: optuna.Study, space: SearchSpace, trials: int) -> SearchResult:
     finished = _finished(study)[:trials]
-    fixed = [trial for trial in finished if FIXED_METRIC in trial.user_attrs]
-    best_fixed = min(fixed, key=_loss)
+    best_fixed = min((trial for trial in finished if FIXED_METRIC in trial.user_attrs), key=_loss)
     return SearchResult(
         best=_found(min(finished, key=_loss), space),
         best_fixed=_found(best_fixed, space),
@@ -106,8 +106,7 @@ def _result(study: optuna.Study, space: SearchSpace, trials: int) -> SearchResul
 
 
 def _found(trial: FrozenTrial, space: SearchSpace) -> Found:
-    candidate = space.suggest(optuna.trial.FixedTrial(trial.params))  # type: ignore[arg-type]
-    return Found(candidate, _loss(trial), trial.number)
+    return Found(space.suggest(trial), _loss(trial), trial.number)
 
 
 def _loss(trial: FrozenTrial) -> float:

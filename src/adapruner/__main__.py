@@ -1,0 +1,5 @@
+"""python -m adapruner"""
+
+from adapruner.cli import main
+
+main()

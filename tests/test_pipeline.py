@@ -1,0 +1,333 @@
+"""The whole job on a tiny model: what comes out, what goes on after a kill, what is refused before any work."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+import adapruner
+from adapruner import AdaPrunerError, PruneConfig, pipeline
+from adapruner.cli import main
+from adapruner.models import find_model, load_model
+from adapruner.planning import PruningPlan
+
+OPTIONS = {
+    "ratio": 0.1,
+    "pool": 12,
+    "samples": 4,
+    "objective_windows": 6,
+    "seq_len": 16,
+    "trials": 9,
+    "protect_first": 1,
+    "protect_last": 1,
+    "round_to": 1,
+}
+
+
+def command(model: Path, output: Path, text: Path, **changes: object) -> list[str]:
+    options = OPTIONS | {"calibration": str(text), "evaluate": str(text)} | changes
+    flags = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    return ["prune", str(model), "-o", str(output), *flags]
+
+
+def run_cli(arguments: list[str]) -> int:
+    try:
+        main(arguments)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, text_file: Path) -> adapruner.PruneResult:
+    output = tmp_path_factory.mktemp("runs") / "a"
+    return adapruner.prune(str(model_folder), output, calibration=str(text_file), evaluate=(str(text_file),), **OPTIONS)
+
+
+def test_the_result_is_a_smaller_model_with_its_numbers(
+    finished: adapruner.PruneResult, model_folder: Path, text_file: Path
+) -> None:
+    pruned = adapruner.load(finished.model_folder)
+    result = json.loads((finished.output / "result.json").read_text())
+    assert result == finished.result
+    before, after = result["parameters"]["before"], result["parameters"]["after"]
+    assert after == sum(parameter.numel() for parameter in pruned.parameters())
+    assert 0.095 <= 1 - after / before <= 0.105
+    assert result["plan_hash"] == finished.plan.hash == PruningPlan.load(finished.output / "plan.json").hash
+    assert result["search"]["best_loss"] <= result["search"]["best_fixed_loss"]
+    text = f"{text_file}@report"
+    evaluated = adapruner.evaluate(finished.model_folder, [text], window_length=16)
+    assert evaluated[0].perplexity == result["perplexity"][text]["searched"]["perplexity"]
+    dense = adapruner.evaluate(model_folder, [text], window_length=16)
+    assert dense[0].perplexity == result["perplexity"][text]["dense"]["perplexity"]
+    assert set(result["stages"]) == {"loading", "measuring", "searching", "saving", "evaluating"}
+
+
+def test_the_run_folder_holds_what_the_design_says(finished: adapruner.PruneResult) -> None:
+    assert {path.name for path in finished.output.iterdir()} == {
+        "config.yaml",
+        "windows.safetensors",
+        "statistics.safetensors",
+        "study.journal",
+        "search.json",
+        "plan.json",
+        "model",
+        "result.json",
+        "log.jsonl",
+    }
+
+
+def test_the_same_call_again_does_nothing_twice(
+    finished: adapruner.PruneResult, model_folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("done already")
+
+    for name in ("measure_in_parts", "search", "save_checkpoint"):
+        monkeypatch.setattr(pipeline, name, fail)
+    again = adapruner.prune(
+        str(model_folder), finished.output, calibration=str(text_file), evaluate=(str(text_file),), **OPTIONS
+    )
+    assert again.plan == finished.plan
+
+
+def test_another_seed_is_another_run_and_the_same_seed_the_same_plan(
+    finished: adapruner.PruneResult, model_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    hashes = [
+        adapruner.prune(str(model_folder), tmp_path / f"{seed}", calibration=str(text_file), seed=seed, **OPTIONS)
+        for seed in (0, 1)
+    ]
+    assert hashes[0].plan.hash == finished.plan.hash
+    assert hashes[1].plan.hash != finished.plan.hash
+
+
+KILL = """
+import os, signal, sys
+import adapruner.checkpoint, adapruner.run_folder, adapruner.search
+from adapruner.cli import main
+
+target, name, calls = {target}, "{name}", {calls}
+original = getattr(target, name)
+
+def counted(*arguments, **named):
+    global calls
+    calls -= 1
+    if calls < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*arguments, **named)
+
+setattr(target, name, counted)
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("target", "name", "calls", "left"),
+    [
+        ("adapruner.run_folder.RunFolder", "save_statistics", 2, "statistics.parts/000004.safetensors"),
+        ("adapruner.search.Objective", "__call__", 0, "study.journal"),
+        ("adapruner.search.Objective", "__call__", 6, "study.journal"),
+        ("adapruner.checkpoint.shutil", "copy", 0, "model.partial/model.safetensors"),
+    ],
+    ids=["measuring", "first trial", "searching", "saving"],
+)
+def test_a_killed_run_goes_on_to_the_same_plan(
+    target: str,
+    name: str,
+    calls: int,
+    left: str,
+    finished: adapruner.PruneResult,
+    model_folder: Path,
+    text_file: Path,
+    tmp_path: Path,
+) -> None:
+    script = KILL.format(target=target, name=name, calls=calls)
+    arguments = command(model_folder, tmp_path / "run", text_file)
+    killed = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, check=False)
+    assert killed.returncode == -9, killed.stderr.decode()
+    assert (tmp_path / "run" / left).exists()
+    assert not (tmp_path / "run" / "result.json").exists()
+    completed = subprocess.run(
+        [sys.executable, "-m", "adapruner", *arguments, "--json"], capture_output=True, check=True
+    )
+    assert json.loads(completed.stdout)["plan_hash"] == finished.plan.hash
+    assert not list((tmp_path / "run").glob("*.partial*"))
+    assert b"measuring: done" in completed.stderr or target != "adapruner.run_folder.RunFolder"
+
+
+def test_plan_gives_another_ratio_without_measuring_or_searching(
+    finished: adapruner.PruneResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(pipeline, "measure_in_parts")
+    monkeypatch.delattr(pipeline, "search")
+    assert run_cli(["plan", str(finished.output), "--ratio", "0.05", "-o", str(tmp_path / "b")]) == 0
+    plan = PruningPlan.load(tmp_path / "b" / "plan.json")
+    assert abs(plan.ratio - 0.05) <= 0.005
+    for smaller, larger in zip(finished.plan.blocks, plan.blocks, strict=True):
+        assert set(smaller.kept) <= set(larger.kept)
+
+
+def test_the_model_can_write_its_own_calibration_text(model_folder: Path, tmp_path: Path) -> None:
+    result = adapruner.prune(str(model_folder), tmp_path / "run", calibration="self", **OPTIONS)
+    again = adapruner.prune(str(model_folder), tmp_path / "again", calibration="self", **OPTIONS)
+    assert result.plan == again.plan
+
+
+@pytest.mark.parametrize("alignment", ["data", "paper"])
+@pytest.mark.parametrize("search", ["calibration", "metric"])
+def test_parts_of_the_space_can_be_searched_alone(
+    alignment: str, search: str, model_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    options = OPTIONS | {"alignment": alignment, "search": search, "trials": 6}
+    result = adapruner.prune(str(model_folder), tmp_path / "run", calibration=str(text_file), **options).result
+    best, fixed = result["search"]["best"], result["search"]["best_fixed"]
+    if search == "calibration":
+        assert best["point"] == fixed["point"]
+    else:
+        assert best["samples"] == fixed["samples"]
+
+
+def test_query_heads_end_to_end(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    options = OPTIONS | {"head_granularity": "query-head", "head_share": 1.0}
+    result = adapruner.prune(str(model_folder), tmp_path / "run", calibration=str(text_file), **options)
+    assert any(len(block.kept) < block.groups for block in result.plan.blocks if block.kind == "heads")
+    prompt = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3)}
+    assert adapruner.load(result.model_folder).generate(**prompt, max_new_tokens=4).shape[1] <= 7
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "inspect"])
+def test_json_on_stdout(verb: str, model_folder: Path, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    extra = ["--perplexity", str(text_file), "--seq-len", "16", "--limit", "5"] if verb == "evaluate" else []
+    assert run_cli([verb, str(model_folder), "--json", *extra]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["model"] == str(model_folder)
+    if verb == "evaluate":
+        assert content["perplexity"][0]["windows"] == 5
+    else:
+        assert content["parameters"] == sum(p.numel() for p in adapruner.load(model_folder).parameters())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ratio": 0}, "--ratio 0: Input should be greater than 0"),
+        ({"ratio": 1}, "--ratio 1: Input should be less than 1"),
+        ({"ratio": -0.1}, "--ratio -0.1: Input should be greater than 0"),
+        ({"ratio": "much"}, "--ratio much: Input should be a valid number"),
+        ({"ratio": 0.95}, "0.95 cannot be reached: with the first 1 and the last 1 of 4 layers protected, at most 0.1"),
+        ({"samples": 13}, "--samples 13 is more than the pool of 12 holds"),
+        ({"pool": 5000}, "the text is too short: "),
+        ({"objective_windows": 5000}, "the text is too short: "),
+        ({"seq_len": 21}, "0 of "),
+        ({"calibration": "wikitex2"}, "Did you mean 'wikitext2'"),
+        ({"evaluate": "nowhere.txt"}, "there is no file nowhere.txt"),
+        ({"protect_first": 4}, "all 4 layers are protected"),
+        ({"trails": 3}, "Unknown option: --trails"),
+        ({"dtype": "int8"}, "--dtype"),
+    ],
+)
+def test_bad_options_are_one_line_before_any_work(
+    changes: dict[str, object],
+    message: str,
+    model_folder: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    refuse(command(model_folder, tmp_path / "run", text_file, **changes), message, monkeypatch, capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def refuse(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command ends with code 2 and one line, and loads no weights."""
+    monkeypatch.setattr(pipeline, "load_model", lambda *_: pytest.fail("weights were loaded"))
+    assert run_cli(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1, captured.err
+    assert message in captured.err
+    assert captured.out == ""
+
+
+def test_bad_models(
+    text_file: Path,
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "gpt2"}')
+    (tmp_path / "quantized").mkdir()
+    (tmp_path / "quantized" / "config.json").write_text(
+        '{"model_type": "llama", "quantization_config": {"quant_method": "gptq", "bits": 4}}'
+    )
+    for model, message in (
+        ("empty", "holds no model: it has no config.json"),
+        ("other", "unknown architecture 'gpt2'; known are llama, mistral, qwen2, qwen3"),
+        ("quantized", "this model is quantized"),
+        ("missing", "no model at"),
+        ("missing.gguf", "there is no GGUF file at"),
+    ):
+        refuse(command(tmp_path / model, tmp_path / "run", text_file), message, monkeypatch, capsys)
+    refuse(command(Path("nobody/nothing"), tmp_path / "run", text_file), "cannot load 'nobody/", monkeypatch, capsys)
+
+
+def test_bad_outputs(
+    finished: adapruner.PruneResult,
+    model_folder: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("mine")
+    for output, message in (
+        (tmp_path / "file", "exists and holds no run"),
+        (tmp_path / "file" / "below", "cannot write to"),
+        (tmp_path / "full", "exists and holds no run"),
+    ):
+        refuse(command(model_folder, output, text_file), message, monkeypatch, capsys)
+    other = command(model_folder, finished.output, text_file, ratio=0.05)
+    refuse(other, "holds a run of another config (ratio 0.1 → 0.05)", monkeypatch, capsys)
+    refuse(
+        ["plan", str(tmp_path), "--ratio", "0.1", "-o", str(tmp_path / "b")], "no finished search", monkeypatch, capsys
+    )
+
+
+def test_overwrite_starts_again(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    first = adapruner.prune(str(model_folder), tmp_path / "run", calibration=str(text_file), **OPTIONS)
+    options = OPTIONS | {"ratio": 0.05}
+    second = adapruner.prune(str(model_folder), tmp_path / "run", True, calibration=str(text_file), **options)
+    assert first.plan.ratio > 0.09 > second.plan.ratio
+
+
+def test_a_pruned_model_is_not_loaded_from_pickled_weights(model_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "pickled"
+    folder.mkdir()
+    for name in ("config.json", "generation_config.json"):
+        (folder / name).write_text((model_folder / name).read_text())
+    torch.save(adapruner.load(model_folder).state_dict(), folder / "pytorch_model.bin")
+    with pytest.raises(AdaPrunerError, match="safetensors"):
+        load_model(find_model(str(folder)))
+
+
+def test_config_survives_its_file(tmp_path: Path) -> None:
+    config = PruneConfig.from_options(model="smollm2", evaluate=("a", "b"), evaluate_windows=3)
+    config.save(tmp_path / "config.yaml")
+    assert PruneConfig.load(tmp_path / "config.yaml") == config
+    (tmp_path / "config.yaml").write_text("- a\n- list\n")
+    with pytest.raises(AdaPrunerError, match="is not the config of a run"):
+        PruneConfig.load(tmp_path / "config.yaml")

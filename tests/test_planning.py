@@ -1,0 +1,140 @@
+"""Budgets and plans against exhaustive counting on small structures."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import LlamaConfig, PreTrainedModel
+
+from adapruner.errors import AdaPrunerError
+from adapruner.models import empty_model
+from adapruner.planning import Budget, PruningPlan, kept_counts, make_plan, removed_parameters
+from adapruner.structure import Structure, build_structure
+
+
+@pytest.fixture(scope="module")
+def llama_7b() -> Structure:
+    """LLaMA-7B in shapes only."""
+    return build_structure(empty_model(LlamaConfig()))
+
+
+def test_sizes_of_llama_7b(llama_7b: Structure) -> None:
+    assert llama_7b.total_parameters == 6_738_415_616
+    heads, channels = llama_7b.blocks[:2]
+    assert (heads.groups, heads.parameters_per_group) == (32, 4 * 128 * 4096)
+    assert (channels.groups, channels.parameters_per_group) == (11008, 3 * 4096)
+
+
+def test_equal_shares_are_those_of_llm_pruner(llama_7b: Structure) -> None:
+    """25 % of heads and channels in layers 4 to 29 leave 5,422,977,024 parameters (arXiv 2305.11627)."""
+    ratio = 1 - 5_422_977_024 / llama_7b.total_parameters
+    counts = kept_counts(llama_7b, Budget(ratio, protect_first=4, protect_last=2, head_share=1))
+    for block, count in zip(llama_7b.blocks, counts, strict=True):
+        pruned = 4 <= block.layer < 30
+        assert count == {"heads": 24 if pruned else 32, "channels": 8256 if pruned else 11008}[block.kind]
+    assert llama_7b.total_parameters - removed_parameters(llama_7b, counts) == 5_422_977_024
+
+
+@pytest.mark.parametrize("ratio", [0.05, 0.2, 0.35, 0.45])
+@pytest.mark.parametrize("head_share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("round_to", [1, 32, 256])
+def test_the_ratio_is_met_and_widths_are_rounded(
+    llama_7b: Structure, ratio: float, head_share: float, round_to: int
+) -> None:
+    counts = kept_counts(llama_7b, Budget(ratio, 4, 3, head_share, round_to))
+    assert abs(removed_parameters(llama_7b, counts) / llama_7b.total_parameters - ratio) <= 0.005
+    for block, count in zip(llama_7b.blocks, counts, strict=True):
+        if not 4 <= block.layer < 29:
+            assert count == block.groups
+        elif block.kind == "channels":
+            assert count % round_to == 0
+        elif head_share == 0:
+            assert count == block.groups
+    channels = [count for block, count in zip(llama_7b.blocks, counts, strict=True) if block.kind == "channels"][4:29]
+    assert max(channels) - min(channels) <= round_to
+
+
+def test_query_heads_go_in_equal_numbers_from_every_kv_group(make_model: Callable[..., PreTrainedModel]) -> None:
+    structure = build_structure(make_model("llama"), "query-head")
+    counts = kept_counts(structure, Budget(0.2, 0, 0, head_share=1))
+    scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(0))
+    plan = make_plan(structure, scores, counts)
+    heads = [block for block in plan.blocks if block.kind == "heads"]
+    assert any(len(block.kept) < block.groups for block in heads)
+    for block in heads:
+        per_group = [sum(head // 2 == group for head in block.kept) for group in range(3)]
+        assert len(set(per_group)) == 1
+
+
+def test_keeps_the_most_important_groups(model: PreTrainedModel) -> None:
+    structure = build_structure(model)
+    scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(0))
+    counts = [max(1, block.groups // 2) for block in structure.blocks]
+    plan = make_plan(structure, scores, counts)
+    for block, offset, count in zip(plan.blocks, structure.group_offsets, counts, strict=False):
+        own = scores[offset : offset + block.groups]
+        if block.kind == "heads":
+            best = max(itertools.combinations(range(block.groups), count), key=lambda kept: own[list(kept)].sum())
+            assert block.kept == best
+        else:
+            assert own[list(block.kept)].min() > own[[i for i in range(block.groups) if i not in block.kept]].max()
+
+
+def test_same_input_same_hash_and_json_round_trip(model: PreTrainedModel, tmp_path: Path) -> None:
+    structure = build_structure(model)
+    scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(0))
+    counts = [block.groups - 1 for block in structure.blocks]
+    plan = make_plan(structure, scores, counts)
+    assert plan.hash == make_plan(structure, scores.clone(), counts).hash
+    assert plan.hash != make_plan(structure, 1 - scores, counts).hash
+    plan.save(tmp_path / "plan.json")
+    assert PruningPlan.load(tmp_path / "plan.json") == plan
+    assert make_plan(structure, torch.ones_like(scores), counts).blocks[0].kept == (0, 1)  # ties: the earlier ones
+
+
+def test_explain_names_every_layer(model: PreTrainedModel) -> None:
+    structure = build_structure(model)
+    scores = torch.ones(structure.group_offsets[-1])
+    plan = make_plan(structure, scores, kept_counts(structure, Budget(0.1, 1, 1)))
+    console = Console(width=120)
+    with console.capture() as captured:
+        console.print(plan.explain())
+    text = captured.get()
+    assert f"{plan.removed_parameters:,} of {plan.total_parameters:,}" in text
+    assert "24 of 24" in text
+    assert all(f"{len(block.kept)} of {block.groups}" in text for block in plan.blocks)
+
+
+def test_an_impossible_ratio_names_the_largest(llama_7b: Structure) -> None:
+    with pytest.raises(
+        AdaPrunerError, match=r"0\.95 cannot be reached.* at most (0\.\d+) of the 6,738,415,616"
+    ) as error:
+        kept_counts(llama_7b, Budget(0.95))
+    without_heads = float(str(error.value).split("at most ")[1].split()[0])
+    with_heads = float(str(error.value).split("parameters can go, ")[1].split()[0])
+    for largest, head_share in ((without_heads, 0.0), (with_heads, 1.0)):
+        kept_counts(llama_7b, Budget(largest, head_share=head_share))
+        with pytest.raises(AdaPrunerError, match="cannot be reached"):
+            kept_counts(llama_7b, Budget(largest + 0.01, head_share=head_share))
+
+
+def test_steps_that_are_too_coarse_are_refused(model: PreTrainedModel) -> None:
+    with pytest.raises(AdaPrunerError, match="lower --round-to"):
+        kept_counts(build_structure(model), Budget(0.012, 0, 3, round_to=8))
+
+
+def test_protecting_everything_is_refused(model: PreTrainedModel) -> None:
+    with pytest.raises(AdaPrunerError, match="all 4 layers are protected"):
+        kept_counts(build_structure(model), Budget(0.2))
+
+
+def test_a_plan_fits_only_its_model(model: PreTrainedModel, llama_7b: Structure) -> None:
+    structure = build_structure(model)
+    plan = make_plan(structure, torch.ones(structure.group_offsets[-1]), [b.groups for b in structure.blocks])
+    with pytest.raises(AdaPrunerError, match="this plan is for a llama of"):
+        plan.check_fits(llama_7b)
