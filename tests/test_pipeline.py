@@ -89,12 +89,12 @@ def test_the_same_call_again_does_nothing_twice(
     def fail(*_: object, **__: object) -> None:
         raise AssertionError("done already")
 
-    for name in ("measure_in_parts", "search", "save_checkpoint"):
+    for name in ("load_model", "measure_in_parts", "search", "save_checkpoint"):
         monkeypatch.setattr(pipeline, name, fail)
     again = adapruner.prune(
         str(model_folder), finished.output, calibration=str(text_file), evaluate=(str(text_file),), **OPTIONS
     )
-    assert again.plan == finished.plan
+    assert (again.plan, again.result) == (finished.plan, finished.result)
 
 
 def test_another_seed_is_another_run_and_the_same_seed_the_same_plan(
@@ -198,6 +198,7 @@ def test_query_heads_end_to_end(model_folder: Path, text_file: Path, tmp_path: P
     options = OPTIONS | {"head_granularity": "query-head", "head_share": 1.0}
     result = adapruner.prune(str(model_folder), tmp_path / "run", calibration=str(text_file), **options)
     assert any(len(block.kept) < block.groups for block in result.plan.blocks if block.kind == "heads")
+    assert adapruner.evaluate(result.model_folder, [str(text_file)], window_length=16, limit=3)[0].windows == 3
     prompt = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3)}
     assert adapruner.load(result.model_folder).generate(**prompt, max_new_tokens=4).shape[1] <= 7
 

@@ -173,6 +173,8 @@ def _evenly_spaced(windows: Tensor, limit: int | None) -> Tensor:
 
 
 def _run_stages(job: _Job) -> PruneResult:
+    if job.run.result.is_file():
+        return PruneResult(job.run.path, PruningPlan.load(job.run.plan), json.loads(job.run.result.read_text()))
     reporter = Reporter(job.run.log)
     with reporter.stage("loading", 1) as advance:
         model = load_model(job.location, job.config.dtype, job.config.device)
@@ -210,6 +212,7 @@ def _stage_measure(job: _Job, model: PreTrainedModel, pool: Tensor, reporter: Re
     """Measures the pool part by part; parts that an earlier call finished are not measured again."""
     run = job.run
     if run.statistics.is_file():
+        shutil.rmtree(run.statistics_parts, ignore_errors=True)
         return Statistics.load(run.statistics)
     run.statistics_parts.mkdir(exist_ok=True)
     parts = [run.statistics_parts / f"{start:06}.safetensors" for start in range(0, len(pool), MEASURING_BATCH)]

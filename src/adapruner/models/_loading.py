@@ -86,7 +86,8 @@ def load_tokenizer(location: ModelLocation) -> Tokenizer:
         AdaPrunerError: it cannot be found or read.
     """
     with _reported_as_unloadable(location):
-        return AutoTokenizer.from_pretrained(location.path, **location.arguments)
+        # Left alone, it reads the config with the stock class, which refuses layers that differ.
+        return AutoTokenizer.from_pretrained(location.path, config=load_config(location), **location.arguments)
 
 
 def load_model(location: ModelLocation, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:

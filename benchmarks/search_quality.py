@@ -1,0 +1,113 @@
+"""What searching is worth: LLM-Pruner's metrics on random draws against the search and its parts, on the same budget.
+
+    python benchmarks/search_quality.py --output runs/search_quality
+
+For every seed: a pool of its own, LLM-Pruner's four metrics on a random draw of 10 of its samples (with the gradient of
+the mean loss, as LLM-Pruner takes it), the joint search, the search of samples only and of the metric only, and random
+search with as many trials. Perplexities go to results.jsonl, one line per cut model; a second call goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from cyclopts import Parameter, run
+
+from adapruner import PruneConfig, pipeline
+from adapruner.calibration import parse_source, text_windows
+from adapruner.evaluation import measure_perplexity
+from adapruner.importance import LLM_PRUNER_METRICS, score_groups
+from adapruner.measurement import Statistics, measure
+from adapruner.models import find_model, load_model, load_tokenizer
+from adapruner.planning import Budget, PruningPlan, kept_counts, make_plan
+from adapruner.run_folder import RunFolder
+from adapruner.search import SearchSpace, build_subset_family, in_fastest_dtype
+from adapruner.structure import build_structure
+from adapruner.surgery import prune_model
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "joint": {},
+    "random search": {"sampler": "random"},
+    "calibration only": {"search": "calibration"},
+    "metric only": {"search": "metric"},
+}
+
+
+def main(
+    *,
+    output: Path,
+    model: str = "smollm2",
+    ratio: float = 0.2,
+    seeds: Annotated[tuple[int, ...], Parameter(consume_multiple=True)] = (0, 1, 2),
+    trials: int = 48,
+    calibration: str = "boolq-passages",
+    texts: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = (
+        "boolq-passages@report",
+        "wikitext2:validation",
+        "ptb",
+    ),
+    windows: int = 192,
+) -> None:
+    """Runs what results.jsonl does not hold yet."""
+    output.mkdir(parents=True, exist_ok=True)
+    results = output / "results.jsonl"
+    done = {
+        (entry["seed"], entry["name"])
+        for entry in map(json.loads, results.read_text().splitlines() if results.exists() else [])
+    }
+    location = find_model(model)
+    tokenizer = load_tokenizer(location)
+    dense = load_model(location)
+    structure = build_structure(dense)
+    evaluated = in_fastest_dtype(dense)
+    reports = {}
+    for text in texts:
+        found = text_windows(parse_source(text), tokenizer, 128)
+        reports[text] = found[torch.arange(windows) * len(found) // windows] if windows < len(found) else found
+
+    def report(seed: int | None, name: str, plan: PruningPlan | None) -> None:
+        cut = evaluated if plan is None else prune_model(evaluated, structure, plan)
+        perplexity = {text: measure_perplexity(cut, part, text).perplexity for text, part in reports.items()}
+        entry = {"seed": seed, "name": name, "perplexity": perplexity, "ratio": plan.ratio if plan else 0.0}
+        with results.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+        print(name, seed, {text: round(value, 2) for text, value in perplexity.items()}, flush=True)
+
+    def baselines(config: PruneConfig, folder: RunFolder) -> Iterator[tuple[str, PruningPlan]]:
+        counts = kept_counts(structure, Budget(ratio, round_to=config.round_to))
+        statistics = Statistics.load(folder.statistics)
+        draw = SearchSpace(build_subset_family(statistics, structure, counts), config.samples, config.seed).first_draw
+        pool = pipeline.load_file(folder.windows)["pool"]
+        jointly = measure(dense, structure, pool[draw], batch_size=len(draw), jointly=True)
+        for name, point in LLM_PRUNER_METRICS.items():
+            # First order from the mean gradient; the Fisher information of param_second from every sample's own.
+            measured = statistics.select(draw) if name == "param_second" else jointly
+            yield name, make_plan(structure, score_groups(measured, structure, point), counts)
+
+    if (None, "dense") not in done:
+        report(None, "dense", None)
+    for variant, changes in VARIANTS.items():
+        for seed in seeds:
+            config = PruneConfig(model=model, ratio=ratio, calibration=calibration, trials=trials, seed=seed, **changes)
+            folder = RunFolder(output / f"{variant.replace(' ', '-')}-{seed}")
+            if (seed, variant) not in done:
+                measured = RunFolder(output / f"joint-{seed}")
+                if variant != "joint" and not folder.config.is_file():
+                    folder.create(config, overwrite=False)
+                    for path in (measured.windows, measured.statistics):
+                        shutil.copy(path, folder.path / path.name)
+                result = pipeline.prune(output=folder.path, **config.model_dump())
+                report(seed, variant, result.plan)
+            if variant == "joint":
+                for name, plan in baselines(config, folder):
+                    if (seed, name) not in done:
+                        report(seed, name, plan)
+
+
+if __name__ == "__main__":
+    run(main)
