@@ -3,8 +3,8 @@
     python benchmarks/measuring.py
 
 Time: forward over the same windows without gradients, in the same process, alternating. Memory: three processes of the
-same batch; `activations` is the peak of a training step (everything recorded that weight gradients need) that stops
-short of making weight gradients. Linux only: the peak is reset through /proc.
+same batch; `activations` is the peak of a training step (everything recorded that weight gradients need) without a loss
+and without making weight gradients. Linux only: the peak is reset through /proc.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ def main(
         else:
             for batch in tokens.split(batch_size):
                 embedded = loaded.get_input_embeddings()(batch).detach().requires_grad_()
-                torch.autograd.grad(loaded(inputs_embeds=embedded, labels=batch).loss, embedded)
+                logits = loaded(inputs_embeds=embedded, use_cache=False).logits
+                torch.autograd.grad(logits, embedded, grad_outputs=logits.detach())
         print(json.dumps(_memory("VmHWM") - before))
         return
 

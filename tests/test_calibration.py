@@ -126,6 +126,19 @@ def test_bad_sources(text: str, message: str) -> None:
         parse_source(text)
 
 
+def test_a_path_may_look_like_a_part(tmp_path: Path) -> None:
+    (tmp_path / "me@home.txt").write_text("w1\n\nw2")
+    assert read_documents(parse_source(str(tmp_path / "me@home.txt"))) == ["w1", "w2"]
+
+
+def test_names_of_the_same_text_are_known_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_text("w1")
+    monkeypatch.chdir(tmp_path)
+    for one, other in (("a.txt", str(tmp_path / "a.txt")), ("wikitext2", "wikitext2:test@report"), ("ptb", "ptb")):
+        assert parse_source(one).identity == parse_source(other).identity
+    assert parse_source("wikitext2").identity != parse_source("wikitext2:validation").identity
+
+
 def test_broken_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("{not json")
     (tmp_path / "empty.txt").write_text(" \n")

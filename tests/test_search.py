@@ -65,6 +65,21 @@ def test_a_killed_search_proposes_what_an_undisturbed_one_does(
     assert continued == undisturbed
 
 
+def test_what_a_kill_leaves_in_the_journal_does_no_harm(
+    subsets: SubsetFamily, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lock that nobody holds any more, on a relative path, and half a line."""
+    monkeypatch.chdir(tmp_path)
+    space = SearchSpace(subsets, 4, seed=0)
+    undisturbed = search(space, a_smooth_objective, 12, 0, Path("a"))
+    search(space, a_smooth_objective, 8, 0, Path("b"))
+    Path("b.lock").symlink_to("b")
+    with Path("b").open("a") as journal:
+        journal.write('{"op_code": 5, "work')
+    assert search(space, a_smooth_objective, 12, 0, Path("b")) == undisturbed
+    assert search(space, a_smooth_objective, 12, 0, Path("b")) == undisturbed
+
+
 def test_a_trial_that_is_not_finite_is_not_the_best(subsets: SubsetFamily, tmp_path: Path) -> None:
     losses = itertools.chain([float("inf"), 3.0, float("inf"), 2.5], itertools.repeat(float("inf")))
     result = search(SearchSpace(subsets, 4, seed=0), lambda _: next(losses), 12, 0, tmp_path / "journal")

@@ -11,6 +11,8 @@ from typing_extensions import Self
 
 from adapruner.errors import AdaPrunerError
 
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
 
 class PruneOptions(BaseModel):
     """By how much a model is pruned, on what text, and how the best way is searched."""
@@ -64,10 +66,7 @@ class PruneOptions(BaseModel):
     ] = 0.0
     round_to: Annotated[int, Field(ge=1, description="Kept feed-forward widths are multiples of this.")] = 32
     device: Annotated[str, Field(description="auto, cpu, cuda, cuda:1, …")] = "auto"
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"],
-        Field(description="Dtype of the weights; auto keeps that of the checkpoint."),
-    ] = "auto"
+    dtype: Annotated[Dtype, Field(description="Dtype of the weights; auto keeps that of the checkpoint.")] = "auto"
     seed: Annotated[int, Field(ge=0, description="Same seed, same machine: same plan.")] = 0
 
     @model_validator(mode="after")

@@ -44,7 +44,7 @@ class Perplexity:
         )
 
     def as_json(self) -> dict[str, Any]:
-        return asdict(self) | {"predicted_tokens": self.predicted_tokens}
+        return asdict(self) | {"predicted_tokens": self.predicted_tokens, "protocol": self.protocol}
 
 
 def measure_perplexity(

@@ -2,7 +2,7 @@
 
 The loss of each sample is differentiated on its own. The gradient of a weight matrix exists only for the moment in
 which it is reduced to one number per row or column, so the pass needs the memory of a training step without its
-gradients, plus one matrix.
+gradients, plus two matrices of the size of the largest one in float32.
 """
 
 from __future__ import annotations
@@ -71,7 +71,12 @@ def measure(
 
 
 def measure_in_parts(
-    model: PreTrainedModel, structure: Structure, windows: Tensor, batch_size: int = 4, jointly: bool = False
+    model: PreTrainedModel,
+    structure: Structure,
+    windows: Tensor,
+    batch_size: int = 4,
+    jointly: bool = False,
+    first: int = 0,
 ) -> Iterator[Statistics]:
     """One forward and one backward over each batch of windows; yields the statistics of each batch.
 
@@ -82,11 +87,12 @@ def measure_in_parts(
         jointly: treat all windows of a batch as one sample, whose loss is the mean of theirs. Element-wise terms are
             then those of the mean gradient, Σ_k |Σ_j g_jk w_k|, which are not sums over samples (LLM-Pruner,
             arXiv 2305.11627).
+        first: the number of the window to begin with.
 
     Raises:
         AdaPrunerError: a sample gives numbers that are not finite; it is named.
     """
-    for start in range(0, len(windows), batch_size):
+    for start in range(first, len(windows), batch_size):
         batch = windows[start : start + batch_size].to(model.device)
         statistics = _measure_batch(model, structure, batch, jointly)
         _refuse_non_finite(statistics, start)

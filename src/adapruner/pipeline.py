@@ -19,17 +19,41 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from adapruner.calibration import SELF_GENERATED, draw_windows, generate_windows, parse_source, text_windows
+from adapruner.calibration import (
+    SELF_GENERATED,
+    Part,
+    Source,
+    draw_windows,
+    generate_windows,
+    parse_source,
+    text_windows,
+)
 from adapruner.checkpoint import save_checkpoint
-from adapruner.config import PruneConfig
+from adapruner.config import Dtype, PruneConfig
 from adapruner.errors import AdaPrunerError
 from adapruner.evaluation import Perplexity, measure_perplexity
 from adapruner.measurement import Statistics, measure_in_parts
-from adapruner.models import ModelLocation, empty_model, find_model, load_config, load_model, load_tokenizer
+from adapruner.models import (
+    ModelLocation,
+    empty_model,
+    find_model,
+    load_config,
+    load_model,
+    load_tokenizer,
+    resolve_device,
+)
 from adapruner.planning import Budget, PruningPlan, kept_counts
 from adapruner.progress import Reporter
 from adapruner.run_folder import RunFolder
-from adapruner.search import Candidate, Objective, SearchSpace, build_subset_family, in_fastest_dtype, search
+from adapruner.search import (
+    Candidate,
+    Objective,
+    SearchSpace,
+    build_subset_family,
+    in_fastest_dtype,
+    plan_candidate,
+    search,
+)
 from adapruner.structure import Structure, build_structure, count_parameters
 from adapruner.surgery import prune_model
 
@@ -105,7 +129,9 @@ def prune(model: str, output: str | Path, overwrite: bool = False, **options: An
     config = PruneConfig.from_options(model=model, **options)
     run = RunFolder(Path(output))
     run.check(config, overwrite)
-    job = _prepare(config, run)
+    if not overwrite and run.result.is_file():
+        return _read_result(run)
+    job = _prepare(config, run, run.windows if not overwrite else None)
     run.create(config, overwrite)
     return _run_stages(job)
 
@@ -121,20 +147,34 @@ def plan_again(source: str | Path, output: str | Path, ratio: float, overwrite: 
         AdaPrunerError: the earlier run has not got so far, or the ratio or the new folder will not do.
     """
     earlier, run = RunFolder(Path(source)), RunFolder(Path(output))
+    if run.path.resolve() == earlier.path.resolve():
+        raise AdaPrunerError(f"{output} is the earlier run itself: choose another output")
     if not earlier.search.is_file():
         raise AdaPrunerError(f"{source} holds no finished search: run adapruner prune first")
     options = PruneConfig.load(earlier.config).model_dump() | {"ratio": ratio}
     config = PruneConfig.from_options(**options)
     run.check(config, overwrite)
-    job = _prepare(config, run)
+    if not overwrite and run.result.is_file():
+        return _read_result(run)
+    job = _prepare(config, run, earlier.windows)
     run.create(config, overwrite)
     for path in (earlier.windows, earlier.statistics, earlier.search):
         shutil.copy(path, run.path / path.name)
     return _run_stages(job)
 
 
-def _prepare(config: PruneConfig, run: RunFolder) -> _Job:
-    """Reads configs, tokenizer and text, and refuses whatever would fail later."""
+def _read_result(run: RunFolder) -> PruneResult:
+    """The result of a finished run, as its files say it."""
+    return PruneResult(run.path, PruningPlan.load(run.plan), json.loads(run.result.read_text()))
+
+
+def _prepare(config: PruneConfig, run: RunFolder, drawn: Path | None) -> _Job:
+    """Reads configs, tokenizer and text, and refuses whatever would fail later.
+
+    Args:
+        drawn: windows of an earlier call, which are not drawn again where the file is there.
+    """
+    resolve_device(config.device)
     location = find_model(config.model)
     structure = build_structure(empty_model(load_config(location)), config.head_granularity)
     counts = kept_counts(
@@ -142,28 +182,33 @@ def _prepare(config: PruneConfig, run: RunFolder) -> _Job:
         Budget(config.ratio, config.protect_first, config.protect_last, config.head_share, config.round_to),
     )
     tokenizer = load_tokenizer(location)
-    windows, sources = _draw_calibration(config, tokenizer)
+    sources = _calibration_sources(config)
+    windows = (
+        load_file(drawn)
+        if drawn is not None and drawn.is_file()
+        else {
+            use: draw_windows(source, tokenizer, _window_counts(config)[use], config.seq_len, config.seed)
+            for use, source in sources.items()
+        }
+    )
+    used = {source.identity for source in sources.values()}
     report = {}
-    for text in config.evaluate:
-        source = parse_source(text)
-        if source.name in sources:
+    for source in map(parse_source, config.evaluate):
+        if source.identity in used:
             source = source.restrict("report")
         report[str(source)] = _evenly_spaced(text_windows(source, tokenizer, config.seq_len), config.evaluate_windows)
     return _Job(config, run, location, tokenizer, structure, counts, windows, report)
 
 
-def _draw_calibration(config: PruneConfig, tokenizer: Tokenizer) -> tuple[dict[str, Tensor], set[str]]:
-    """The pool and the objective windows, from disjoint documents; what the model shall write itself is left out."""
+def _calibration_sources(config: PruneConfig) -> dict[str, Source]:
+    """Disjoint parts of the texts for the pool and for the objective; without those that the model writes itself."""
     texts = {"pool": config.calibration, "objective": config.objective or config.calibration}
-    counts = {"pool": config.pool, "objective": config.objective_windows}
-    windows, names = {}, set()
-    for use, part in (("pool", "calibration"), ("objective", "objective")):
-        if texts[use] == SELF_GENERATED:
-            continue
-        source = parse_source(texts[use]).restrict(part)  # type: ignore[arg-type]
-        names.add(source.name)
-        windows[use] = draw_windows(source, tokenizer, counts[use], config.seq_len, config.seed)
-    return windows, names
+    parts: dict[str, Part] = {"pool": "calibration", "objective": "objective"}
+    return {use: parse_source(text).restrict(parts[use]) for use, text in texts.items() if text != SELF_GENERATED}
+
+
+def _window_counts(config: PruneConfig) -> dict[str, int]:
+    return {"pool": config.pool, "objective": config.objective_windows}
 
 
 def _evenly_spaced(windows: Tensor, limit: int | None) -> Tensor:
@@ -173,8 +218,6 @@ def _evenly_spaced(windows: Tensor, limit: int | None) -> Tensor:
 
 
 def _run_stages(job: _Job) -> PruneResult:
-    if job.run.result.is_file():
-        return PruneResult(job.run.path, PruningPlan.load(job.run.plan), json.loads(job.run.result.read_text()))
     reporter = Reporter(job.run.log)
     with reporter.stage("loading", 1) as advance:
         model = load_model(job.location, job.config.dtype, job.config.device)
@@ -182,14 +225,14 @@ def _run_stages(job: _Job) -> PruneResult:
     windows = _stage_windows(job, model, reporter)
     statistics = _stage_measure(job, model, windows["pool"], reporter)
     outcome = _stage_search(job, model, statistics, windows["objective"], reporter)
-    objective = Objective(model, job.structure, statistics, job.counts, windows["objective"])
-    plan = _stage_plan(job, objective, outcome)
+    plan = _stage_plan(job, statistics, outcome)
+    fixed_plan = plan_candidate(job.structure, statistics, job.counts, outcome.best_fixed)
+    del statistics
     _stage_save(job, model, plan, reporter)
-    perplexities = _stage_evaluate(job, model, objective.plan(outcome.best_fixed), reporter)
+    perplexities = _stage_evaluate(job, model, fixed_plan, reporter)
     result = _result(job, plan, outcome, perplexities, reporter)
     job.run.save_json(result, job.run.result)
-    # As it will be read back: JSON has lists where Python has tuples.
-    return PruneResult(job.run.path, plan, json.loads(job.run.result.read_text()))
+    return _read_result(job.run)
 
 
 def _stage_windows(job: _Job, model: PreTrainedModel, reporter: Reporter) -> dict[str, Tensor]:
@@ -197,12 +240,11 @@ def _stage_windows(job: _Job, model: PreTrainedModel, reporter: Reporter) -> dic
     if job.run.windows.is_file():
         return load_file(job.run.windows)
     windows = dict(job.windows)
-    counts = {"pool": job.config.pool, "objective": job.config.objective_windows}
-    for number, use in enumerate(counts):
+    for number, (use, count) in enumerate(_window_counts(job.config).items()):
         if use not in windows:
             with reporter.stage(f"writing {use}", 1) as advance:
                 seed = 2 * job.config.seed + number
-                windows[use] = generate_windows(model, counts[use], job.config.seq_len, seed)
+                windows[use] = generate_windows(model, count, job.config.seq_len, seed)
                 advance()
     job.run.save_windows(windows)
     return windows
@@ -219,10 +261,10 @@ def _stage_measure(job: _Job, model: PreTrainedModel, pool: Tensor, reporter: Re
     done = next((index for index, part in enumerate(parts) if not part.is_file()), len(parts))
     with reporter.stage("measuring", len(pool)) as advance:
         advance(min(done * MEASURING_BATCH, len(pool)))
-        remaining = pool[done * MEASURING_BATCH :]
-        for path, part in zip(
-            parts[done:], measure_in_parts(model, job.structure, remaining, MEASURING_BATCH), strict=True
-        ):
+        measured = measure_in_parts(
+            model, job.structure, pool, MEASURING_BATCH, first=min(done * MEASURING_BATCH, len(pool))
+        )
+        for path, part in zip(parts[done:], measured, strict=True):
             run.save_statistics(part, path)
             advance(len(part))
     statistics = Statistics.concatenate([Statistics.load(part) for part in parts])
@@ -270,10 +312,10 @@ def _stage_search(
     return outcome
 
 
-def _stage_plan(job: _Job, objective: Objective, outcome: SearchOutcome) -> PruningPlan:
+def _stage_plan(job: _Job, statistics: Statistics, outcome: SearchOutcome) -> PruningPlan:
     if job.run.plan.is_file():
         return PruningPlan.load(job.run.plan)
-    plan = objective.plan(outcome.best)
+    plan = plan_candidate(job.structure, statistics, job.counts, outcome.best)
     job.run.save_plan(plan)
     return plan
 
@@ -304,6 +346,7 @@ def _stage_evaluate(
             evaluated = make()
             for text, windows in job.report.items():
                 perplexities[text][name] = measure_perplexity(evaluated, windows, text, advance)
+            del evaluated
     return perplexities
 
 
@@ -337,7 +380,9 @@ def _result(
 def result_table(result: dict[str, Any]) -> Table:
     """Parameters and perplexities of a `result.json`: dense, best fixed metric, searched."""
     parameters, perplexity = result["parameters"], result["perplexity"]
-    table = Table(title=f"{result['config']['model']}: {parameters['removed_share']:.1%} of all parameters removed")
+    protocols = [by_model["searched"]["protocol"] for by_model in perplexity.values()]
+    table = Table(caption="\n".join(protocols), caption_justify="left")
+    table.title = f"{result['config']['model']}: {parameters['removed_share']:.1%} of all parameters removed"
     table.add_column("model")
     table.add_column("parameters", justify="right")
     for text in perplexity:
@@ -353,7 +398,7 @@ def result_table(result: dict[str, Any]) -> Table:
     return table
 
 
-def load(model: str | Path, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:
+def load(model: str | Path, dtype: Dtype = "auto", device: str = "auto") -> PreTrainedModel:
     """Loads a pruned or a dense model, ready to `generate`.
 
     Args:
@@ -372,7 +417,7 @@ def evaluate(
     perplexity: Sequence[str] = ("wikitext2", "ptb"),
     window_length: int = 128,
     limit: int | None = None,
-    dtype: str = "auto",
+    dtype: Dtype = "auto",
     device: str = "auto",
 ) -> list[Perplexity]:
     """Perplexity of any model on any texts, each with its protocol.
@@ -384,8 +429,11 @@ def evaluate(
         limit: take only so many windows of each text, evenly spaced.
 
     Raises:
-        AdaPrunerError: the model or a text will not do; before the weights are loaded.
+        AdaPrunerError: an option, the model or a text will not do; before the weights are loaded.
     """
+    if window_length < 2 or (limit is not None and limit < 1):
+        raise AdaPrunerError(f"windows need at least 2 tokens, and a limit at least 1: {window_length}, {limit}")
+    resolve_device(device)
     location = find_model(str(model))
     tokenizer = load_tokenizer(location)
     texts = {

@@ -39,11 +39,6 @@ class Reporter:
             print(f"{name}: done in {seconds:.1f} s", file=sys.stderr, flush=True)
         self._record(event="finished", stage=name, seconds=round(seconds, 2), peak_memory_mib=_peak_memory_mib())
 
-    def say(self, text: str) -> None:
-        """One line for the user and the log."""
-        self.console.print(text, highlight=False)
-        self._record(event="message", text=text)
-
     def finished_stages(self) -> dict[str, dict[str, float]]:
         """Seconds and peak memory of every finished stage, from the log: those before an interruption too."""
         stages: dict[str, dict[str, float]] = {}

@@ -71,14 +71,17 @@ class RunFolder:
         Raises:
             AdaPrunerError: it holds the run of another config or other files, or cannot be written.
         """
-        if self.config.is_file():
-            if not overwrite:
-                self._refuse_other_config(config)
-        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            raise AdaPrunerError(f"{self.path} exists and holds no run: choose another output")
-        existing = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
-        if not existing.is_dir() or not os.access(existing, os.W_OK):
-            raise AdaPrunerError(f"cannot write to {self.path}: {existing} is no folder that can be written")
+        try:
+            if self.config.is_file():
+                if not overwrite:
+                    self._refuse_other_config(config)
+            elif self.path.exists() and not self._is_empty():
+                raise AdaPrunerError(f"{self.path} exists and holds no run: choose another output")
+            existing = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
+            if not existing.is_dir() or not os.access(existing, os.W_OK):
+                raise AdaPrunerError(f"cannot write to {self.path}: {existing} is no folder that can be written")
+        except OSError as error:
+            raise AdaPrunerError(f"cannot write to {self.path}: {error.strerror}") from None
 
     def create(self, config: PruneConfig, overwrite: bool) -> None:
         """Makes the folder, empties it to start again, or leaves what is there to go on.
@@ -106,6 +109,10 @@ class RunFolder:
 
     def save_json(self, content: dict[str, Any], path: Path) -> None:
         _write_atomically(path, lambda partial: partial.write_text(json.dumps(content, indent=2) + "\n"))
+
+    def _is_empty(self) -> bool:
+        """A kill before the config was in place leaves its unfinished file."""
+        return self.path.is_dir() and all(path.name == f"{self.config.name}.partial" for path in self.path.iterdir())
 
     def _clear(self) -> None:
         for path in (self.statistics_parts, self.model):

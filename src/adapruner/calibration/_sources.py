@@ -41,6 +41,14 @@ class Source:
     name: str
     part: Part = "all"
 
+    @property
+    def identity(self) -> str:
+        """The same for two names of the same documents: a known name with its split, a file by its absolute path."""
+        name, _, option = self.name.partition(":")
+        if name in _known_sources():
+            return f"{name}:{option or _known_sources()[name].split}"
+        return self.name if name == "hf" else str(Path(name).expanduser().resolve())
+
     def __str__(self) -> str:
         return self.name if self.part == "all" else f"{self.name}@{self.part}"
 
@@ -67,7 +75,7 @@ def parse_source(text: str) -> Source:
         AdaPrunerError: no such name, file or part. Nothing is downloaded to find out.
     """
     name, at, part = text.rpartition("@")
-    if not at:
+    if not at or Path(text).is_file():
         name, part = text, "all"
     if part not in get_args(Part):
         raise AdaPrunerError(f"unknown part {part!r} of {name!r}; the parts are {', '.join(_TENTHS)}")

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from adapruner import pipeline
 from adapruner.cli._output import print_json
+from adapruner.config import Dtype
 
 
 def evaluate(
@@ -19,7 +20,7 @@ def evaluate(
     perplexity: Annotated[tuple[str, ...], Parameter(negative="")] = ("wikitext2", "ptb"),
     seq_len: int = 128,
     limit: int | None = None,
-    dtype: str = "auto",
+    dtype: Dtype = "auto",
     device: str = "auto",
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:

@@ -32,7 +32,7 @@ def plan(
     output:
         Folder of the new run.
     overwrite:
-        Start again where that folder holds a run of another config.
+        Start again from nothing, whatever run that folder holds.
     json:
         Print result.json on stdout instead of the tables.
     """

@@ -31,7 +31,7 @@ def prune(
     output:
         Run folder; the pruned model is in its model/.
     overwrite:
-        Start again where the folder holds a run of another config.
+        Start again from nothing, whatever run the folder holds.
     json:
         Print result.json on stdout instead of the table.
     """

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from adapruner.errors import AdaPrunerError
 from adapruner.models import modeling_pruned
+from adapruner.models._architecture import architecture_of
 
 SMOLLM2_ALIAS = "smollm2"
 
@@ -114,7 +117,12 @@ def load_model(location: ModelLocation, dtype: str = "auto", device: str = "auto
 
 
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model of a config with shapes only, on the meta device: costs no memory and nearly no time."""
+    """The model of a config with shapes only, on the meta device: costs no memory and nearly no time.
+
+    Raises:
+        AdaPrunerError: its family is not known.
+    """
+    architecture_of(config)
     with torch.device("meta"):
         model: PreTrainedModel = (
             modeling_pruned.PRUNED_CLASSES[config.model_type](config)
@@ -125,10 +133,17 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def resolve_device(device: str) -> torch.device:
-    """`auto` becomes the first GPU where there is one, else the CPU."""
+    """`auto` becomes the first GPU where there is one, else the CPU.
+
+    Raises:
+        AdaPrunerError: there is no such device.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(device)
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise AdaPrunerError(f"--device {device}: {str(error).splitlines()[0]}") from None
 
 
 def _find_smollm2() -> ModelLocation:
@@ -154,7 +169,7 @@ def _reported_as_unloadable(location: ModelLocation) -> Iterator[None]:
     try:
         with quiet_transformers():
             yield
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, StrictDataclassError, SafetensorError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise AdaPrunerError(f"cannot load {location.path!r}: {first_line}") from error
 

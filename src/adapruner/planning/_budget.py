@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from adapruner.errors import AdaPrunerError
 from adapruner.structure import Block, Structure
@@ -54,13 +54,13 @@ def kept_counts(structure: Structure, budget: Budget) -> list[int]:
     target = budget.ratio * structure.total_parameters
 
     prunable_heads, prunable_channels = _parameters(heads.values()), _parameters(channels.values())
-    share = target / (budget.head_share * prunable_heads + prunable_channels)
+    share = min(1.0, target / (budget.head_share * prunable_heads + prunable_channels))
     kept |= _keep_share(heads, 1 - budget.head_share * share, step=1)
     target -= sum((block.groups - kept[index]) * block.parameters_per_group for index, block in heads.items())
     kept |= _keep_share(channels, 1 - target / prunable_channels, step=budget.round_to)
 
     counts = [kept[index] for index in range(len(structure.blocks))]
-    _refuse_missed_ratio(structure, budget, list(blocks.values()), counts)
+    _refuse_missed_ratio(structure, budget, heads, channels, counts)
     return counts
 
 
@@ -90,32 +90,32 @@ def _keep_share(blocks: dict[int, Block], share: float, step: int) -> dict[int, 
 
 
 def _refuse_missed_ratio(
-    structure: Structure, budget: Budget, prunable: Sequence[Block], counts: Sequence[int]
+    structure: Structure,
+    budget: Budget,
+    heads: dict[int, Block],
+    channels: dict[int, Block],
+    counts: Sequence[int],
 ) -> None:
     total = structure.total_parameters
     reached = removed_parameters(structure, counts) / total
     if abs(reached - budget.ratio) <= RATIO_TOLERANCE:
         return
-    largest = _largest_ratio(structure, budget, prunable)
-    if largest < budget.ratio:
-        with_heads = _largest_ratio(structure, replace(budget, head_share=1), prunable)
-        more = "" if budget.head_share else f", {with_heads:.3f} if heads may go too (--head-share 1)"
+
+    def largest(head_share: float) -> float:
+        """The share of all parameters that goes when every channel but the last step does, rounded down."""
+        kept = _keep_share(heads, 1 - head_share, step=1) | _keep_share(channels, 0, budget.round_to)
+        blocks = heads | channels
+        removed = sum((blocks[index].groups - kept[index]) * blocks[index].parameters_per_group for index in kept)
+        return math.floor(1000 * removed / total) / 1000
+
+    if largest(budget.head_share) < budget.ratio:
+        more = f", {largest(1):.3f} with equal shares (--head-share 1)" if budget.head_share < 1 else ""
         raise AdaPrunerError(
             f"a ratio of {budget.ratio:g} cannot be reached: with the first {budget.protect_first} and the last"
-            f" {budget.protect_last} of {structure.layers} layers protected, at most {largest:.3f} of the {total:,}"
-            f" parameters can go{more}"
+            f" {budget.protect_last} of {structure.layers} layers protected, at most {largest(budget.head_share):.3f}"
+            f" of the {total:,} parameters can go{more}"
         )
     raise AdaPrunerError(
         f"a ratio of {budget.ratio:g} is not met: whole heads and steps of {budget.round_to} channels come to"
         f" {reached:.4f}, more than {RATIO_TOLERANCE} off; lower --round-to or --head-share"
     )
-
-
-def _largest_ratio(structure: Structure, budget: Budget, prunable: Sequence[Block]) -> float:
-    """The share of all parameters that goes when every block keeps its last group, rounded down to 0.1 points."""
-    removed = 0
-    for block in prunable:
-        least = block.strata if block.kind == "heads" else min(budget.round_to, block.groups)
-        if block.kind == "channels" or budget.head_share:
-            removed += (block.groups - least) * block.parameters_per_group
-    return math.floor(1000 * removed / structure.total_parameters) / 1000

@@ -1,6 +1,6 @@
 """The joint search over calibration samples and importance metrics."""
 
-from adapruner.search._objective import Objective, in_fastest_dtype
+from adapruner.search._objective import Objective, in_fastest_dtype, plan_candidate
 from adapruner.search._space import Candidate, Searched, SearchSpace, StartingPoint
 from adapruner.search._study import Found, SearchResult, search
 from adapruner.search._subsets import FEATURES, SubsetFamily, build_subset_family
@@ -17,5 +17,6 @@ __all__ = [
     "SubsetFamily",
     "build_subset_family",
     "in_fastest_dtype",
+    "plan_candidate",
     "search",
 ]

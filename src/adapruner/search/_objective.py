@@ -20,6 +20,19 @@ from adapruner.structure import Structure
 from adapruner.surgery import prune_model
 
 
+def plan_candidate(
+    structure: Structure, statistics: Statistics, counts: Sequence[int], candidate: Candidate
+) -> PruningPlan:
+    """The plan that a candidate leads to.
+
+    Args:
+        statistics: of the whole pool.
+        counts: how many groups every block keeps (`planning.kept_counts`).
+    """
+    scores = score_groups(statistics.select(candidate.samples), structure, candidate.point)
+    return make_plan(structure, scores, counts)
+
+
 @dataclass(frozen=True)
 class Objective:
     """The loss in nats per token that a candidate leaves; no trial does a backward pass.
@@ -35,14 +48,10 @@ class Objective:
     counts: Sequence[int]
     windows: Tensor
 
-    def plan(self, candidate: Candidate) -> PruningPlan:
-        """The plan that a candidate leads to."""
-        statistics = self.statistics.select(candidate.samples)
-        return make_plan(self.structure, score_groups(statistics, self.structure, candidate.point), self.counts)
-
     def __call__(self, candidate: Candidate) -> float:
         """The mean loss of the model cut by the candidate's plan; infinite where it is not a number."""
-        pruned = prune_model(self.model, self.structure, self.plan(candidate))
+        plan = plan_candidate(self.structure, self.statistics, self.counts, candidate)
+        pruned = prune_model(self.model, self.structure, plan)
         loss = float(window_losses(pruned, self.windows).mean())
         return loss if loss == loss else float("inf")
 

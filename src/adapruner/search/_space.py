@@ -65,8 +65,8 @@ class SearchSpace:
         self.first_draw = sorted(random.Random(seed).sample(range(len(subsets.gram)), samples))
 
     def starting_points(self) -> list[StartingPoint]:
-        """LLM-Pruner's metrics on a random draw, as baselines that the search cannot end below; then the subset that
-        represents the pool, with the element-wise terms."""
+        """LLM-Pruner's metrics on a random draw, so that the best of all trials is no worse than they are; then the
+        subset that represents the pool, with element-wise terms. Where the metric is not searched, `param_first`."""
         names = ["param_first"] if self.searched == "calibration" else list(LLM_PRUNER_METRICS)
         baselines = [
             StartingPoint(

@@ -59,9 +59,7 @@ def search(
         progress: called after every finished trial, also for those already in the journal, with the best loss so far.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(
-        storage=JournalStorage(JournalFileBackend(str(journal))), study_name="adapruner", load_if_exists=True
-    )
+    study = optuna.create_study(storage=_open_journal(journal), study_name="adapruner", load_if_exists=True)
     for interrupted in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         study.tell(interrupted.number, state=TrialState.FAIL)
     starting_points = space.starting_points()
@@ -79,6 +77,21 @@ def search(
         if progress:
             progress(min(map(_loss, _finished(study)[: number + 1])))
     return _result(study, space, trials)
+
+
+def _open_journal(journal: Path) -> JournalStorage:
+    """Opens the journal of a search that may have been killed while it wrote."""
+    # Optuna's lock is a link to the journal, which must be absolute to be found; a kill leaves it behind.
+    journal = journal.absolute()
+    for lock in journal.parent.glob(f"{journal.name}.lock*"):
+        lock.unlink(missing_ok=True)
+    if journal.is_file():
+        content = journal.read_bytes()
+        whole_lines = content.rfind(b"\n") + 1
+        if whole_lines < len(content):
+            with journal.open("rb+") as file:
+                file.truncate(whole_lines)
+    return JournalStorage(JournalFileBackend(str(journal)))
 
 
 def _sampler(kind: str, seed: int) -> optuna.samplers.BaseSampler:
