@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 import torch
 from cyclopts import Parameter, run
+from safetensors.torch import load_file
 
 from adapruner import PruneConfig, pipeline
 from adapruner.calibration import parse_source, text_windows
@@ -82,7 +83,7 @@ def main(
         counts = kept_counts(structure, Budget(ratio, round_to=config.round_to))
         statistics = Statistics.load(folder.statistics)
         draw = SearchSpace(build_subset_family(statistics, structure, counts), config.samples, config.seed).first_draw
-        pool = pipeline.load_file(folder.windows)["pool"]
+        pool = load_file(folder.windows)["pool"]
         jointly = measure(dense, structure, pool[draw], batch_size=len(draw), jointly=True)
         for name, point in LLM_PRUNER_METRICS.items():
             # First order from the mean gradient; the Fisher information of param_second from every sample's own.

@@ -24,20 +24,20 @@ def measured(model: PreTrainedModel, windows: Tensor) -> tuple[Structure, Statis
 def channel_score(model: PreTrainedModel, windows: Tensor, layer: int, channel: int, metric: str) -> float:
     """LLM-Pruner's score of one feed-forward channel, from one backward pass per sample."""
     mlp = model.model.layers[layer].mlp
-    vectors = lambda: [mlp.gate_proj.weight[channel], mlp.up_proj.weight[channel], mlp.down_proj.weight[:, channel]]  # noqa: E731
-    gradients = lambda: [  # noqa: E731
-        mlp.gate_proj.weight.grad[channel],
-        mlp.up_proj.weight.grad[channel],
-        mlp.down_proj.weight.grad[:, channel],
-    ]
+    names = ("gate_proj", "up_proj", "down_proj")
+
+    def vector(name: str, tensor: Tensor) -> Tensor:
+        return tensor[:, channel] if name == "down_proj" else tensor[channel]
+
     per_sample: list[list[Tensor]] = []
     for window in windows:
         model.zero_grad()
         model(window[None], labels=window[None]).loss.backward()
-        per_sample.append([gradient.clone() for gradient in gradients()])
+        per_sample.append([vector(name, mlp.get_submodule(name).weight.grad) for name in names])
     score = 0.0
     with torch.no_grad():
-        for index, weight in enumerate(vectors()):
+        for index, name in enumerate(names):
+            weight = vector(name, mlp.get_submodule(name).weight)
             g = torch.stack([sample[index] for sample in per_sample])
             score += {
                 "vectorize": (g.mean(0) * weight).sum().abs(),

@@ -8,8 +8,9 @@ from __future__ import annotations
 from adapruner.config import PruneConfig, PruneOptions
 from adapruner.errors import AdaPrunerError
 from adapruner.evaluation import Perplexity
-from adapruner.pipeline import PruneResult, evaluate, load, plan_again, prune
+from adapruner.pipeline import evaluate, load, plan_again, prune
 from adapruner.planning import PruningPlan
+from adapruner.result import PruneResult
 
 __version__ = "0.1.0"
 

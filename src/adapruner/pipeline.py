@@ -2,114 +2,32 @@
 
 from __future__ import annotations
 
-import json
-import platform
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-from pydantic import BaseModel
-from rich.table import Table
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from adapruner.calibration import (
-    SELF_GENERATED,
-    Part,
-    Source,
-    draw_windows,
-    generate_windows,
-    parse_source,
-    text_windows,
-)
+from adapruner.calibration import generate_windows, parse_source, text_windows
 from adapruner.checkpoint import save_checkpoint
 from adapruner.config import Dtype, PruneConfig
 from adapruner.errors import AdaPrunerError
 from adapruner.evaluation import Perplexity, measure_perplexity
+from adapruner.job import Job, evenly_spaced, prepare, window_counts
 from adapruner.measurement import Statistics, measure_in_parts
-from adapruner.models import (
-    ModelLocation,
-    empty_model,
-    find_model,
-    load_config,
-    load_model,
-    load_tokenizer,
-    resolve_device,
-)
-from adapruner.planning import Budget, PruningPlan, kept_counts
+from adapruner.models import empty_model, find_model, load_config, load_model, load_tokenizer, resolve_device
+from adapruner.planning import PruningPlan
 from adapruner.progress import Reporter
+from adapruner.result import PruneResult, SearchOutcome, build_result, read_result
 from adapruner.run_folder import RunFolder
-from adapruner.search import (
-    Candidate,
-    Objective,
-    SearchSpace,
-    build_subset_family,
-    in_fastest_dtype,
-    plan_candidate,
-    search,
-)
-from adapruner.structure import Structure, build_structure, count_parameters
+from adapruner.search import Objective, SearchSpace, build_subset_family, in_fastest_dtype, plan_candidate, search
+from adapruner.structure import Structure, build_structure
 from adapruner.surgery import prune_model
 
-RESULT_SCHEMA_VERSION = 1
 MEASURING_BATCH = 4
-
-
-class SearchOutcome(BaseModel):
-    """What the search leaves for the stages after it: the best point, and the best fixed metric to compare with."""
-
-    ratio: float
-    trials: int
-    best: Candidate
-    best_loss: float
-    best_trial: int
-    best_fixed: Candidate
-    best_fixed_loss: float
-    best_fixed_name: str
-
-
-@dataclass(frozen=True)
-class PruneResult:
-    """A finished run.
-
-    Attributes:
-        output: the run folder.
-        plan: which groups stayed.
-        result: the content of `result.json`.
-    """
-
-    output: Path
-    plan: PruningPlan
-    result: dict[str, Any]
-
-    @property
-    def model_folder(self) -> Path:
-        """The pruned checkpoint; `adapruner.load` reads it."""
-        return RunFolder(self.output).model
-
-    def table(self) -> Table:
-        """Parameters and perplexities: dense, best fixed metric, searched."""
-        return result_table(self.result)
-
-
-@dataclass(frozen=True)
-class _Job:
-    """Everything that is known and checked before the weights are loaded."""
-
-    config: PruneConfig
-    run: RunFolder
-    location: ModelLocation
-    tokenizer: Tokenizer
-    structure: Structure
-    counts: list[int]
-    windows: dict[str, Tensor]
-    report: dict[str, Tensor]
 
 
 def prune(model: str, output: str | Path, overwrite: bool = False, **options: Any) -> PruneResult:
@@ -130,8 +48,8 @@ def prune(model: str, output: str | Path, overwrite: bool = False, **options: An
     run = RunFolder(Path(output))
     run.check(config, overwrite)
     if not overwrite and run.result.is_file():
-        return _read_result(run)
-    job = _prepare(config, run, run.windows if not overwrite else None)
+        return read_result(run)
+    job = prepare(config, run, run.windows if not overwrite else None)
     run.create(config, overwrite)
     return _run_stages(job)
 
@@ -155,69 +73,15 @@ def plan_again(source: str | Path, output: str | Path, ratio: float, overwrite: 
     config = PruneConfig.from_options(**options)
     run.check(config, overwrite)
     if not overwrite and run.result.is_file():
-        return _read_result(run)
-    job = _prepare(config, run, earlier.windows)
+        return read_result(run)
+    job = prepare(config, run, earlier.windows)
     run.create(config, overwrite)
     for path in (earlier.windows, earlier.statistics, earlier.search):
         shutil.copy(path, run.path / path.name)
     return _run_stages(job)
 
 
-def _read_result(run: RunFolder) -> PruneResult:
-    """The result of a finished run, as its files say it."""
-    return PruneResult(run.path, PruningPlan.load(run.plan), json.loads(run.result.read_text()))
-
-
-def _prepare(config: PruneConfig, run: RunFolder, drawn: Path | None) -> _Job:
-    """Reads configs, tokenizer and text, and refuses whatever would fail later.
-
-    Args:
-        drawn: windows of an earlier call, which are not drawn again where the file is there.
-    """
-    resolve_device(config.device)
-    location = find_model(config.model)
-    structure = build_structure(empty_model(load_config(location)), config.head_granularity)
-    counts = kept_counts(
-        structure,
-        Budget(config.ratio, config.protect_first, config.protect_last, config.head_share, config.round_to),
-    )
-    tokenizer = load_tokenizer(location)
-    sources = _calibration_sources(config)
-    windows = (
-        load_file(drawn)
-        if drawn is not None and drawn.is_file()
-        else {
-            use: draw_windows(source, tokenizer, _window_counts(config)[use], config.seq_len, config.seed)
-            for use, source in sources.items()
-        }
-    )
-    used = {source.identity for source in sources.values()}
-    report = {}
-    for source in map(parse_source, config.evaluate):
-        if source.identity in used:
-            source = source.restrict("report")
-        report[str(source)] = _evenly_spaced(text_windows(source, tokenizer, config.seq_len), config.evaluate_windows)
-    return _Job(config, run, location, tokenizer, structure, counts, windows, report)
-
-
-def _calibration_sources(config: PruneConfig) -> dict[str, Source]:
-    """Disjoint parts of the texts for the pool and for the objective; without those that the model writes itself."""
-    texts = {"pool": config.calibration, "objective": config.objective or config.calibration}
-    parts: dict[str, Part] = {"pool": "calibration", "objective": "objective"}
-    return {use: parse_source(text).restrict(parts[use]) for use, text in texts.items() if text != SELF_GENERATED}
-
-
-def _window_counts(config: PruneConfig) -> dict[str, int]:
-    return {"pool": config.pool, "objective": config.objective_windows}
-
-
-def _evenly_spaced(windows: Tensor, limit: int | None) -> Tensor:
-    if limit is None or limit >= len(windows):
-        return windows
-    return windows[torch.arange(limit) * len(windows) // limit]
-
-
-def _run_stages(job: _Job) -> PruneResult:
+def _run_stages(job: Job) -> PruneResult:
     reporter = Reporter(job.run.log)
     with reporter.stage("loading", 1) as advance:
         model = load_model(job.location, job.config.dtype, job.config.device)
@@ -230,17 +94,18 @@ def _run_stages(job: _Job) -> PruneResult:
     del statistics
     _stage_save(job, model, plan, reporter)
     perplexities = _stage_evaluate(job, model, fixed_plan, reporter)
-    result = _result(job, plan, outcome, perplexities, reporter)
+    saved = build_structure(empty_model(load_config(find_model(str(job.run.model)))))
+    result = build_result(job.config, plan, saved.total_parameters, outcome, perplexities, reporter.finished_stages())
     job.run.save_json(result, job.run.result)
-    return _read_result(job.run)
+    return read_result(job.run)
 
 
-def _stage_windows(job: _Job, model: PreTrainedModel, reporter: Reporter) -> dict[str, Tensor]:
+def _stage_windows(job: Job, model: PreTrainedModel, reporter: Reporter) -> dict[str, Tensor]:
     """The pool and objective windows, kept in the run folder; the model writes those that it shall write."""
     if job.run.windows.is_file():
         return load_file(job.run.windows)
     windows = dict(job.windows)
-    for number, (use, count) in enumerate(_window_counts(job.config).items()):
+    for number, (use, count) in enumerate(window_counts(job.config).items()):
         if use not in windows:
             with reporter.stage(f"writing {use}", 1) as advance:
                 seed = 2 * job.config.seed + number
@@ -250,7 +115,7 @@ def _stage_windows(job: _Job, model: PreTrainedModel, reporter: Reporter) -> dic
     return windows
 
 
-def _stage_measure(job: _Job, model: PreTrainedModel, pool: Tensor, reporter: Reporter) -> Statistics:
+def _stage_measure(job: Job, model: PreTrainedModel, pool: Tensor, reporter: Reporter) -> Statistics:
     """Measures the pool part by part; parts that an earlier call finished are not measured again."""
     run = job.run
     if run.statistics.is_file():
@@ -274,7 +139,7 @@ def _stage_measure(job: _Job, model: PreTrainedModel, pool: Tensor, reporter: Re
 
 
 def _stage_search(
-    job: _Job, model: PreTrainedModel, statistics: Statistics, windows: Tensor, reporter: Reporter
+    job: Job, model: PreTrainedModel, statistics: Statistics, windows: Tensor, reporter: Reporter
 ) -> SearchOutcome:
     config, run = job.config, job.run
     if run.search.is_file():
@@ -312,7 +177,7 @@ def _stage_search(
     return outcome
 
 
-def _stage_plan(job: _Job, statistics: Statistics, outcome: SearchOutcome) -> PruningPlan:
+def _stage_plan(job: Job, statistics: Statistics, outcome: SearchOutcome) -> PruningPlan:
     if job.run.plan.is_file():
         return PruningPlan.load(job.run.plan)
     plan = plan_candidate(job.structure, statistics, job.counts, outcome.best)
@@ -320,7 +185,7 @@ def _stage_plan(job: _Job, statistics: Statistics, outcome: SearchOutcome) -> Pr
     return plan
 
 
-def _stage_save(job: _Job, model: PreTrainedModel, plan: PruningPlan, reporter: Reporter) -> None:
+def _stage_save(job: Job, model: PreTrainedModel, plan: PruningPlan, reporter: Reporter) -> None:
     if job.run.model.is_dir():
         return
     with reporter.stage("saving", 1) as advance:
@@ -329,7 +194,7 @@ def _stage_save(job: _Job, model: PreTrainedModel, plan: PruningPlan, reporter: 
 
 
 def _stage_evaluate(
-    job: _Job, model: PreTrainedModel, fixed_plan: PruningPlan, reporter: Reporter
+    job: Job, model: PreTrainedModel, fixed_plan: PruningPlan, reporter: Reporter
 ) -> dict[str, dict[str, Perplexity]]:
     """Perplexity of the dense model, of the best fixed metric's cut and of the saved checkpoint, by text."""
     perplexities: dict[str, dict[str, Perplexity]] = {text: {} for text in job.report}
@@ -348,54 +213,6 @@ def _stage_evaluate(
                 perplexities[text][name] = measure_perplexity(evaluated, windows, text, advance)
             del evaluated
     return perplexities
-
-
-def _result(
-    job: _Job,
-    plan: PruningPlan,
-    outcome: SearchOutcome,
-    perplexities: dict[str, dict[str, Perplexity]],
-    reporter: Reporter,
-) -> dict[str, Any]:
-    after = count_parameters(empty_model(load_config(find_model(str(job.run.model)))))
-    return {
-        "schema_version": RESULT_SCHEMA_VERSION,
-        "config": job.config.model_dump(mode="json"),
-        "parameters": {
-            "before": plan.total_parameters,
-            "after": after,
-            "removed_share": 1 - after / plan.total_parameters,
-        },
-        "plan_hash": plan.hash,
-        "search": outcome.model_dump(),
-        "perplexity": {
-            text: {name: value.as_json() for name, value in by_model.items()} for text, by_model in perplexities.items()
-        },
-        "stages": reporter.finished_stages(),
-        "versions": {name: version(name) for name in ("adapruner", "torch", "transformers", "optuna")}
-        | {"python": platform.python_version()},
-    }
-
-
-def result_table(result: dict[str, Any]) -> Table:
-    """Parameters and perplexities of a `result.json`: dense, best fixed metric, searched."""
-    parameters, perplexity = result["parameters"], result["perplexity"]
-    protocols = [by_model["searched"]["protocol"] for by_model in perplexity.values()]
-    table = Table(caption="\n".join(protocols), caption_justify="left")
-    table.title = f"{result['config']['model']}: {parameters['removed_share']:.1%} of all parameters removed"
-    table.add_column("model")
-    table.add_column("parameters", justify="right")
-    for text in perplexity:
-        table.add_column(f"perplexity\n{text}", justify="right")
-    names = {
-        "dense": "dense",
-        "best_fixed": f"best fixed metric ({result['search']['best_fixed_name']})",
-        "searched": "searched",
-    }
-    for name, title in names.items():
-        count = parameters["before"] if name == "dense" else parameters["after"]
-        table.add_row(title, f"{count:,}", *(f"{by_model[name]['perplexity']:.2f}" for by_model in perplexity.values()))
-    return table
 
 
 def load(model: str | Path, dtype: Dtype = "auto", device: str = "auto") -> PreTrainedModel:
@@ -437,7 +254,7 @@ def evaluate(
     location = find_model(str(model))
     tokenizer = load_tokenizer(location)
     texts = {
-        str(source): _evenly_spaced(text_windows(source, tokenizer, window_length), limit)
+        str(source): evenly_spaced(text_windows(source, tokenizer, window_length), limit)
         for source in map(parse_source, perplexity)
     }
     reporter = Reporter()

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import datasets
 import yaml
@@ -79,7 +79,7 @@ def parse_source(text: str) -> Source:
         name, part = text, "all"
     if part not in get_args(Part):
         raise AdaPrunerError(f"unknown part {part!r} of {name!r}; the parts are {', '.join(_TENTHS)}")
-    source = Source(name, part)  # type: ignore[arg-type]
+    source = Source(name, cast(Part, part))
     _reader(source)
     return source
 

@@ -1,0 +1,89 @@
+"""A pruning job: everything that is known, checked and refused before the weights are loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from adapruner.calibration import SELF_GENERATED, Part, Source, draw_windows, parse_source, text_windows
+from adapruner.config import PruneConfig
+from adapruner.models import ModelLocation, empty_model, find_model, load_config, load_tokenizer, resolve_device
+from adapruner.planning import Budget, kept_counts
+from adapruner.run_folder import RunFolder
+from adapruner.structure import Structure, build_structure
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the stages work on.
+
+    Attributes:
+        counts: how many groups every block keeps.
+        windows: `pool` and `objective`, [windows, tokens] each; without those that the model shall write itself.
+        report: windows to report perplexity on, by text.
+    """
+
+    config: PruneConfig
+    run: RunFolder
+    location: ModelLocation
+    tokenizer: Tokenizer
+    structure: Structure
+    counts: list[int]
+    windows: dict[str, Tensor]
+    report: dict[str, Tensor]
+
+
+def prepare(config: PruneConfig, run: RunFolder, drawn: Path | None) -> Job:
+    """Reads configs, tokenizer and text, and refuses whatever would fail later.
+
+    Args:
+        drawn: windows of an earlier call, which are not drawn again where the file is there.
+    """
+    resolve_device(config.device)
+    location = find_model(config.model)
+    structure = build_structure(empty_model(load_config(location)), config.head_granularity)
+    counts = kept_counts(
+        structure,
+        Budget(config.ratio, config.protect_first, config.protect_last, config.head_share, config.round_to),
+    )
+    tokenizer = load_tokenizer(location)
+    sources = _calibration_sources(config)
+    windows = (
+        load_file(drawn)
+        if drawn is not None and drawn.is_file()
+        else {
+            use: draw_windows(source, tokenizer, window_counts(config)[use], config.seq_len, config.seed)
+            for use, source in sources.items()
+        }
+    )
+    used = {source.identity for source in sources.values()}
+    report = {}
+    for source in map(parse_source, config.evaluate):
+        if source.identity in used:
+            source = source.restrict("report")
+        report[str(source)] = evenly_spaced(text_windows(source, tokenizer, config.seq_len), config.evaluate_windows)
+    return Job(config, run, location, tokenizer, structure, counts, windows, report)
+
+
+def _calibration_sources(config: PruneConfig) -> dict[str, Source]:
+    """Disjoint parts of the texts for the pool and for the objective; without those that the model writes itself."""
+    texts = {"pool": config.calibration, "objective": config.objective or config.calibration}
+    parts: dict[str, Part] = {"pool": "calibration", "objective": "objective"}
+    return {use: parse_source(text).restrict(parts[use]) for use, text in texts.items() if text != SELF_GENERATED}
+
+
+def window_counts(config: PruneConfig) -> dict[str, int]:
+    """How many windows the pool and the objective have."""
+    return {"pool": config.pool, "objective": config.objective_windows}
+
+
+def evenly_spaced(windows: Tensor, limit: int | None) -> Tensor:
+    """At most `limit` of the windows, from beginning to end."""
+    if limit is None or limit >= len(windows):
+        return windows
+    return windows[torch.arange(limit) * len(windows) // limit]
