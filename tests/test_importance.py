@@ -86,7 +86,7 @@ def test_every_term_is_not_negative_and_ignores_the_order_of_samples(
 @pytest.mark.parametrize("reduction", ["sum", "mean", "max", "prod"])
 def test_reductions_by_brute_force(reduction: str, measured: tuple[Structure, Statistics]) -> None:
     structure, statistics = measured
-    point = MetricPoint(weights={"fine_first": 1}, alignment="none", reduction=reduction)  # type: ignore[arg-type]
+    point = MetricPoint(weights={"fine_first": 1}, alignment="none", reduction=reduction)
     scores = score_groups(statistics, structure, point)
     values = statistics.element_absolute.mean(0).double()
     for group in range(0, structure.group_offsets[-1], 7):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ def test_equals_a_loop_of_plain_backward_passes(
     family: str, granularity: str, make_model: Callable[..., PreTrainedModel], windows: Tensor
 ) -> None:
     model = make_model(family)
-    structure = build_structure(model, granularity)  # type: ignore[arg-type]
+    structure = build_structure(model, granularity)
     statistics = measure(model, structure, windows, batch_size=4)
     for sample, products in enumerate(sample_gradients(model, windows)):
         vectors = [by_vector(products, part, block) for block in structure.blocks for part in block.matrices]
@@ -160,9 +161,9 @@ def test_broken_weights_are_named(model: PreTrainedModel, windows: Tensor) -> No
         measure(model, build_structure(model), windows, batch_size=1)
 
 
-def test_save_and_load(model: PreTrainedModel, windows: Tensor, tmp_path: object) -> None:
+def test_save_and_load(model: PreTrainedModel, windows: Tensor, tmp_path: Path) -> None:
     statistics = measure(model, build_structure(model), windows)
-    path = tmp_path / "statistics.safetensors"  # type: ignore[operator]
+    path = tmp_path / "statistics.safetensors"
     statistics.save(path)
     loaded = Statistics.load(path)
     assert torch.equal(loaded.taylor, statistics.taylor)

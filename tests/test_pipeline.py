@@ -251,6 +251,28 @@ def test_bad_options_are_one_line_before_any_work(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("calibration", "evaluate", "message"),
+    [
+        ("@calibration", "", "the objective would be drawn from"),
+        ("", "@objective", "the report would be drawn from"),
+        ("", "@calibration", "the report would be drawn from"),
+    ],
+)
+def test_text_is_not_used_twice(
+    calibration: str,
+    evaluate: str,
+    message: str,
+    model_folder: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    texts = {"calibration": f"{text_file}{calibration}", "evaluate": f"{text_file}{evaluate}"}
+    refuse(command(model_folder, tmp_path / "run", text_file, **texts), message, monkeypatch, capsys)
+
+
 def refuse(
     arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

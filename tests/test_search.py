@@ -58,10 +58,10 @@ def test_a_killed_search_proposes_what_an_undisturbed_one_does(
 
         return objective
 
-    search(space, record(undisturbed), 20, 3, tmp_path / "a")  # type: ignore[arg-type]
+    search(space, record(undisturbed), 20, 3, tmp_path / "a")
     with pytest.raises(KeyboardInterrupt):
-        search(space, record(continued, interrupted_at), 20, 3, tmp_path / "b")  # type: ignore[arg-type]
-    search(space, record(continued), 20, 3, tmp_path / "b")  # type: ignore[arg-type]
+        search(space, record(continued, interrupted_at), 20, 3, tmp_path / "b")
+    search(space, record(continued), 20, 3, tmp_path / "b")
     assert continued == undisturbed
 
 
@@ -91,13 +91,13 @@ def test_a_trial_that_is_not_finite_is_not_the_best(subsets: SubsetFamily, tmp_p
 def test_only_what_is_searched_changes(alignment: str, sampler: str, subsets: SubsetFamily, tmp_path: Path) -> None:
     for searched in ("joint", "calibration", "metric"):
         seen: list[Candidate] = []
-        space = SearchSpace(subsets, 4, 0, alignment, searched=searched)  # type: ignore[arg-type]
+        space = SearchSpace(subsets, 4, 0, alignment, searched=searched)
 
         def objective(candidate: Candidate, seen: list[Candidate] = seen) -> float:
             seen.append(candidate)
             return a_smooth_objective(candidate)
 
-        search(space, objective, 14, 0, tmp_path / searched, sampler)  # type: ignore[arg-type]
+        search(space, objective, 14, 0, tmp_path / searched, sampler)
         points = {candidate.point.model_dump_json() for candidate in seen[4:]}
         samples = {candidate.samples for candidate in seen[4:]}
         assert (len(points) > 1) == (searched != "calibration")

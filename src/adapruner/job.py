@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.calibration import SELF_GENERATED, Part, Source, draw_windows, parse_source, text_windows
 from adapruner.config import PruneConfig
+from adapruner.errors import AdaPrunerError
 from adapruner.models import ModelLocation, empty_model, find_model, load_config, load_tokenizer, resolve_device
 from adapruner.planning import Budget, kept_counts
 from adapruner.run_folder import RunFolder
@@ -53,6 +54,10 @@ def prepare(config: PruneConfig, run: RunFolder, drawn: Path | None) -> Job:
     )
     tokenizer = load_tokenizer(location)
     sources = _calibration_sources(config)
+    used: set[tuple[str, Part]] = set()
+    for use, source in sources.items():
+        _refuse_used_text(source, used, use)
+        used.add((source.identity, source.part))
     windows = (
         load_file(drawn)
         if drawn is not None and drawn.is_file()
@@ -61,11 +66,11 @@ def prepare(config: PruneConfig, run: RunFolder, drawn: Path | None) -> Job:
             for use, source in sources.items()
         }
     )
-    used = {source.identity for source in sources.values()}
     report = {}
     for source in map(parse_source, config.evaluate):
-        if source.identity in used:
+        if source.identity in {identity for identity, _ in used}:
             source = source.restrict("report")
+        _refuse_used_text(source, used, "report")
         report[str(source)] = evenly_spaced(text_windows(source, tokenizer, config.seq_len), config.evaluate_windows)
     return Job(config, run, location, tokenizer, structure, counts, windows, report)
 
@@ -75,6 +80,14 @@ def _calibration_sources(config: PruneConfig) -> dict[str, Source]:
     texts = {"pool": config.calibration, "objective": config.objective or config.calibration}
     parts: dict[str, Part] = {"pool": "calibration", "objective": "objective"}
     return {use: parse_source(text).restrict(parts[use]) for use, text in texts.items() if text != SELF_GENERATED}
+
+
+def _refuse_used_text(source: Source, used: set[tuple[str, Part]], use: str) -> None:
+    """What is chosen on, judged on and reported must be different text."""
+    if (source.identity, source.part) in used:
+        raise AdaPrunerError(
+            f"the {use} would be drawn from {source}, which is used already: name another part or another text"
+        )
 
 
 def window_counts(config: PruneConfig) -> dict[str, int]:
