@@ -35,6 +35,13 @@ class PruneOptions(BaseModel):
     pool: Annotated[int, Field(ge=1, description="Calibration samples that are measured.")] = 64
     samples: Annotated[int, Field(ge=1, description="Calibration samples that a trial chooses out of the pool.")] = 10
     objective_windows: Annotated[int, Field(ge=1, description="Held-out windows on which every trial is judged.")] = 64
+    final_windows: Annotated[
+        int, Field(ge=0, description="Further held-out windows, if there are, on which the best few are judged again.")
+    ] = 128
+    selection: Annotated[
+        Literal["loss", "kl"],
+        Field(description="Judge trials by the loss on the text or by the divergence from the dense model."),
+    ] = "loss"
     evaluate_windows: Annotated[
         int | None, Field(ge=1, description="Limit the reported perplexity to so many evenly spaced windows.")
     ] = None
@@ -54,20 +61,56 @@ class PruneOptions(BaseModel):
     reduction: Annotated[
         Literal["sum", "mean", "max", "prod"], Field(description="How the vectors of a group become one score.")
     ] = "sum"
-    protect_first: Annotated[int, Field(ge=0, description="Layers at the input that stay whole.")] = 4
-    protect_last: Annotated[int, Field(ge=0, description="Layers at the output that stay whole.")] = 3
+    space: Annotated[
+        Literal["paper", "extended"],
+        Field(description="paper mixes the Taylor terms; extended mixes all terms and searches the allocation."),
+    ] = "extended"
+    layout: Annotated[
+        Literal["per-layer", "uniform"],
+        Field(description="Layers of different sizes, or all alike, which any reader of the model family can load."),
+    ] = "per-layer"
+    protect_first: Annotated[
+        int | None, Field(ge=0, description="Layers at the input that stay whole; by default searched, or 4.")
+    ] = None
+    protect_last: Annotated[
+        int | None, Field(ge=0, description="Layers at the output that stay whole; by default searched, or 3.")
+    ] = None
     head_granularity: Annotated[
         Literal["kv-group", "query-head"],
         Field(description="Under GQA, remove whole KV groups, or the same number of query heads from each."),
     ] = "kv-group"
     head_share: Annotated[
-        float,
-        Field(ge=0, le=1, description="Share of heads removed relative to channels: 0 no heads, 1 equal shares."),
-    ] = 0.0
+        float | None,
+        Field(
+            ge=0,
+            le=1,
+            description="Share of heads removed relative to channels: 0 no heads, 1 equal; by default searched, or 0.",
+        ),
+    ] = None
     round_to: Annotated[int, Field(ge=1, description="Kept feed-forward widths are multiples of this.")] = 32
+    compensation: Annotated[
+        Literal["none", "bias", "least-squares", "least-squares-bias"],
+        Field(description="How what stays makes up for what went; the forms with bias add parameters."),
+    ] = "least-squares"
+    compensation_windows: Annotated[
+        int,
+        Field(ge=2, description="Windows of calibration text that compensation is fitted on, if there are so many."),
+    ] = 512
+    sequential: Annotated[
+        bool,
+        Field(description="Fit the final model once more, layer by layer, on what the pruned layers before produce."),
+    ] = True
     device: Annotated[str, Field(description="auto, cpu, cuda, cuda:1, …")] = "auto"
     dtype: Annotated[Dtype, Field(description="Dtype of the weights; auto keeps that of the checkpoint.")] = "auto"
     seed: Annotated[int, Field(ge=0, description="Same seed, same machine: same plan.")] = 0
+
+    @model_validator(mode="after")
+    def _options_go_together(self) -> Self:
+        if self.layout == "uniform" and (self.protect_first or self.protect_last):
+            raise ValueError("--layout uniform makes all layers alike: it cannot protect some, leave --protect-… out")
+        if self.sequential and "bias" in self.compensation:
+            raise ValueError(f"--compensation {self.compensation} cannot be fitted sequentially: add --no-sequential")
+        return self
 
     @model_validator(mode="after")
     def _samples_fit_the_pool(self) -> Self:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -63,14 +63,48 @@ def measure_perplexity(
 
 def window_losses(model: PreTrainedModel, windows: Tensor, progress: Callable[[int], None] | None = None) -> Tensor:
     """[windows], float64: the mean negative log-likelihood in nats of the predicted tokens of each window."""
-    batch_size = max(1, TOKENS_PER_BATCH // windows.shape[1])
     losses = []
-    with torch.inference_mode():
-        for batch in windows.split(batch_size):
-            batch = batch.to(model.device)
-            logits = model(batch, use_cache=False).logits[:, :-1].float()
-            loss = functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
-            losses.append(loss.view(len(batch), -1).double().mean(1).cpu())
-            if progress:
-                progress(len(batch))
+    for batch in losses_by_batch(model, windows):
+        losses.append(batch)
+        if progress:
+            progress(len(batch))
     return torch.cat(losses)
+
+
+def losses_by_batch(
+    model: PreTrainedModel, windows: Tensor, references: Sequence[Tensor] | None = None
+) -> Iterator[Tensor]:
+    """[windows of one batch], float64, batch after batch: the mean over the predicted tokens of each window.
+
+    Args:
+        references: of another model, from `log_probabilities` of the same windows: gives the Kullback-Leibler
+            divergence from that model to this one in place of the negative log-likelihood of the text.
+    """
+    for number, batch in enumerate(_batches(windows)):
+        with torch.inference_mode():
+            targets = batch[:, 1:].to(model.device)
+            logits = _predictions(model, batch)
+            if references is None:
+                loss = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+            else:
+                reference = references[number].to(model.device).float()
+                own = logits.log_softmax(-1)
+                loss = functional.kl_div(own, reference, reduction="none", log_target=True).sum(-1)
+            losses = loss.view(len(batch), -1).double().mean(1).cpu()
+        yield losses
+
+
+def log_probabilities(model: PreTrainedModel, windows: Tensor) -> list[Tensor]:
+    """[windows of one batch, tokens - 1, vocabulary], float16, for every batch: what the model predicts."""
+    with torch.inference_mode():
+        return [_predictions(model, batch).log_softmax(-1).half().cpu() for batch in _batches(windows)]
+
+
+def _batches(windows: Tensor) -> Sequence[Tensor]:
+    batches: Sequence[Tensor] = windows.split(max(1, TOKENS_PER_BATCH // windows.shape[1]))
+    return batches
+
+
+def _predictions(model: PreTrainedModel, batch: Tensor) -> Tensor:
+    logits: Tensor = model(batch.to(model.device), use_cache=False).logits
+    return logits[:, :-1].float()

@@ -18,14 +18,18 @@ from adapruner.planning import Budget, kept_counts
 from adapruner.run_folder import RunFolder
 from adapruner.structure import Structure, build_structure
 
+# Protected layers at both ends and share of heads, from what hurts least to what reaches furthest.
+_DEFAULT_ALLOCATIONS = ((4, 3, 0.0), (2, 2, 0.0), (1, 1, 0.0), (2, 1, 1.0), (0, 0, 1.0))
+
 
 @dataclass(frozen=True)
 class Job:
     """What the stages work on.
 
     Attributes:
-        counts: how many groups every block keeps.
-        windows: `pool` and `objective`, [windows, tokens] each; without those that the model shall write itself.
+        budget: what goes, and from where as far as that is not searched.
+        windows: `pool`, `objective` and `compensation`, [windows, tokens] each; without those that the model shall
+            write itself.
         report: windows to report perplexity on, by text.
     """
 
@@ -34,7 +38,7 @@ class Job:
     location: ModelLocation
     tokenizer: Tokenizer
     structure: Structure
-    counts: list[int]
+    budget: Budget
     windows: dict[str, Tensor]
     report: dict[str, Tensor]
 
@@ -48,31 +52,63 @@ def prepare(config: PruneConfig, run: RunFolder, drawn: Path | None) -> Job:
     resolve_device(config.device)
     location = find_model(config.model)
     structure = build_structure(empty_model(load_config(location)), config.head_granularity)
-    counts = kept_counts(
-        structure,
-        Budget(config.ratio, config.protect_first, config.protect_last, config.head_share, config.round_to),
-    )
+    budget = reference_budget(config, structure)
     tokenizer = load_tokenizer(location)
     sources = _calibration_sources(config)
     used: set[tuple[str, Part]] = set()
     for use, source in sources.items():
         _refuse_used_text(source, used, use)
         used.add((source.identity, source.part))
-    windows = (
-        load_file(drawn)
-        if drawn is not None and drawn.is_file()
-        else {
-            use: draw_windows(source, tokenizer, window_counts(config)[use], config.seq_len, config.seed)
-            for use, source in sources.items()
-        }
-    )
+    windows = load_file(drawn) if drawn is not None and drawn.is_file() else _draw(config, sources, tokenizer)
     report = {}
     for source in map(parse_source, config.evaluate):
         if source.identity in {identity for identity, _ in used}:
             source = source.restrict("report")
         _refuse_used_text(source, used, "report")
         report[str(source)] = evenly_spaced(text_windows(source, tokenizer, config.seq_len), config.evaluate_windows)
-    return Job(config, run, location, tokenizer, structure, counts, windows, report)
+    return Job(config, run, location, tokenizer, structure, budget, windows, report)
+
+
+def reference_budget(config: PruneConfig, structure: Structure) -> Budget:
+    """What is to go, from where the options say; else from the feed-forward channels of the middle layers, and from
+    more layers and heads only where the ratio cannot be reached otherwise.
+
+    Raises:
+        AdaPrunerError: the ratio cannot be reached; with the arithmetic.
+    """
+    given = {
+        name: value
+        for name in ("protect_first", "protect_last", "head_share")
+        if (value := getattr(config, name)) is not None
+    }
+    for first, last, head_share in _DEFAULT_ALLOCATIONS:
+        fields = {"protect_first": first, "protect_last": last, "head_share": head_share} | given
+        budget = Budget(config.ratio, round_to=config.round_to, layout=config.layout, **fields)
+        try:
+            kept_counts(structure, budget)
+        except AdaPrunerError as error:
+            refusal = error
+        else:
+            return budget
+    raise refusal
+
+
+def needs_moments(config: PruneConfig) -> bool:
+    """Whether second moments are measured."""
+    return config.compensation != "none" or config.space == "extended"
+
+
+def _draw(config: PruneConfig, sources: dict[str, Source], tokenizer: Tokenizer) -> dict[str, Tensor]:
+    counts = window_counts(config)
+    at_least = {"pool": config.pool, "objective": config.objective_windows}
+    windows = {
+        use: draw_windows(source, tokenizer, counts[use], config.seq_len, config.seed, at_least[use])
+        for use, source in sources.items()
+    }
+    if "pool" in sources and "compensation" in counts:
+        text = text_windows(sources["pool"], tokenizer, config.seq_len)
+        windows["compensation"] = evenly_spaced(text, counts["compensation"])
+    return windows
 
 
 def _calibration_sources(config: PruneConfig) -> dict[str, Source]:
@@ -91,8 +127,9 @@ def _refuse_used_text(source: Source, used: set[tuple[str, Part]], use: str) -> 
 
 
 def window_counts(config: PruneConfig) -> dict[str, int]:
-    """How many windows the pool and the objective have."""
-    return {"pool": config.pool, "objective": config.objective_windows}
+    """How many windows there are for each use; for the objective, with those for the final choice."""
+    counts = {"pool": config.pool, "objective": config.objective_windows + config.final_windows}
+    return counts | ({"compensation": config.compensation_windows} if needs_moments(config) else {})
 
 
 def evenly_spaced(windows: Tensor, limit: int | None) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,39 @@ from adapruner.calibration import generate_windows, parse_source, text_windows
 from adapruner.checkpoint import save_checkpoint
 from adapruner.config import Dtype, PruneConfig
 from adapruner.errors import AdaPrunerError
-from adapruner.evaluation import Perplexity, measure_perplexity
-from adapruner.job import Job, evenly_spaced, prepare, window_counts
-from adapruner.measurement import Statistics, measure_in_parts
-from adapruner.models import empty_model, find_model, load_config, load_model, load_tokenizer, resolve_device
-from adapruner.planning import PruningPlan
+from adapruner.evaluation import Perplexity, log_probabilities, measure_perplexity
+from adapruner.job import Job, evenly_spaced, needs_moments, prepare, window_counts
+from adapruner.measurement import (
+    Statistics,
+    StoredMoments,
+    measure_in_parts,
+    measure_moments,
+    moments_passes,
+    removal_errors,
+)
+from adapruner.models import (
+    empty_model,
+    find_model,
+    in_fastest_dtype,
+    load_config,
+    load_model,
+    load_tokenizer,
+    resolve_device,
+)
+from adapruner.planning import PruningPlan, kept_counts
 from adapruner.progress import Reporter
 from adapruner.result import PruneResult, SearchOutcome, build_result, read_result
 from adapruner.run_folder import RunFolder
-from adapruner.search import Objective, SearchSpace, build_subset_family, in_fastest_dtype, plan_candidate, search
+from adapruner.search import (
+    Candidate,
+    Objective,
+    SearchSpace,
+    build_subset_family,
+    plan_candidate,
+    search,
+)
 from adapruner.structure import Structure, build_structure
-from adapruner.surgery import prune_model
+from adapruner.surgery import Compensation, prune_model, refit_sequentially
 
 MEASURING_BATCH = 4
 
@@ -76,8 +99,7 @@ def plan_again(source: str | Path, output: str | Path, ratio: float, overwrite: 
         return read_result(run)
     job = prepare(config, run, earlier.windows)
     run.create(config, overwrite)
-    for path in (earlier.windows, earlier.statistics, earlier.search):
-        shutil.copy(path, run.path / path.name)
+    run.take_over(earlier)
     return _run_stages(job)
 
 
@@ -87,12 +109,13 @@ def _run_stages(job: Job) -> PruneResult:
         model = load_model(job.location, job.config.dtype, job.config.device)
         advance()
     windows = _stage_windows(job, model, reporter)
-    statistics = _stage_measure(job, model, windows["pool"], reporter)
-    outcome = _stage_search(job, model, statistics, windows["objective"], reporter)
+    moments = _stage_moments(job, model, windows, reporter)
+    statistics = _stage_measure(job, model, windows["pool"], moments, reporter)
+    outcome = _stage_search(job, model, statistics, moments, windows["objective"], reporter)
     plan = _stage_plan(job, statistics, outcome)
-    fixed_plan = plan_candidate(job.structure, statistics, job.counts, outcome.best_fixed)
+    fixed_plan = plan_candidate(job.structure, statistics, _with_budget_of(job, outcome.best_fixed))
     del statistics
-    _stage_save(job, model, plan, reporter)
+    _stage_save(job, model, plan, moments, windows, reporter)
     perplexities = _stage_evaluate(job, model, fixed_plan, reporter)
     saved = build_structure(empty_model(load_config(find_model(str(job.run.model)))))
     result = build_result(job.config, plan, saved.total_parameters, outcome, perplexities, reporter.finished_stages())
@@ -108,14 +131,38 @@ def _stage_windows(job: Job, model: PreTrainedModel, reporter: Reporter) -> dict
     for number, (use, count) in enumerate(window_counts(job.config).items()):
         if use not in windows:
             with reporter.stage(f"writing {use}", 1) as advance:
-                seed = 2 * job.config.seed + number
+                seed = 3 * job.config.seed + number
                 windows[use] = generate_windows(model, count, job.config.seq_len, seed)
                 advance()
     job.run.save_windows(windows)
     return windows
 
 
-def _stage_measure(job: Job, model: PreTrainedModel, pool: Tensor, reporter: Reporter) -> Statistics:
+def _stage_moments(
+    job: Job, model: PreTrainedModel, windows: dict[str, Tensor], reporter: Reporter
+) -> StoredMoments | None:
+    """Second moments of all blocks, as many blocks at a time as fit into memory; those that are there stay."""
+    if not needs_moments(job.config):
+        return None
+    run = job.run
+    run.moments.mkdir(exist_ok=True)
+    moments = StoredMoments(run.moments)
+    missing = [index for index in range(len(job.structure.blocks)) if not moments.path(index).is_file()]
+    passes = moments_passes(job.structure, missing)
+    if passes:
+        text, fast = windows["compensation"], in_fastest_dtype(model)
+        with reporter.stage("reading activations", len(passes) * len(text)) as advance:
+            for blocks in passes:
+                for index, block_moments in measure_moments(
+                    fast, job.structure, text, blocks, progress=advance
+                ).items():
+                    run.save_moments(block_moments, moments.path(index))
+    return moments
+
+
+def _stage_measure(
+    job: Job, model: PreTrainedModel, pool: Tensor, moments: StoredMoments | None, reporter: Reporter
+) -> Statistics:
     """Measures the pool part by part; parts that an earlier call finished are not measured again."""
     run = job.run
     if run.statistics.is_file():
@@ -133,35 +180,55 @@ def _stage_measure(job: Job, model: PreTrainedModel, pool: Tensor, reporter: Rep
             run.save_statistics(part, path)
             advance(len(part))
     statistics = Statistics.concatenate([Statistics.load(part) for part in parts])
+    if moments is not None:
+        alone, eliminated = removal_errors(model, job.structure, moments)
+        statistics = replace(statistics, removal_error=alone, elimination_error=eliminated)
     run.save_statistics(statistics, run.statistics)
     shutil.rmtree(run.statistics_parts)
     return statistics
 
 
 def _stage_search(
-    job: Job, model: PreTrainedModel, statistics: Statistics, windows: Tensor, reporter: Reporter
+    job: Job,
+    model: PreTrainedModel,
+    statistics: Statistics,
+    moments: StoredMoments | None,
+    windows: Tensor,
+    reporter: Reporter,
 ) -> SearchOutcome:
     config, run = job.config, job.run
     if run.search.is_file():
         return SearchOutcome.model_validate_json(run.search.read_text())
     space = SearchSpace(
-        build_subset_family(statistics, job.structure, job.counts),
-        config.samples,
-        config.seed,
-        config.alignment,
-        config.reduction,
-        config.search,
+        subsets=build_subset_family(statistics, job.structure, kept_counts(job.structure, job.budget)),
+        samples=config.samples,
+        seed=config.seed,
+        budget=job.budget,
+        name=config.space,
+        fixed_allocation=frozenset(
+            name for name in ("protect_first", "protect_last", "head_share") if getattr(config, name) is not None
+        ),
+        alignment=config.alignment,
+        reduction=config.reduction,
+        searched=config.search,
     )
-    objective = Objective(in_fastest_dtype(model), job.structure, statistics, job.counts, windows)
+    fast = in_fastest_dtype(model)
+    compensation = _compensation(job, moments)
+
+    def judge(on: Tensor) -> Objective:
+        references = log_probabilities(fast, on) if config.selection == "kl" else None
+        return Objective(fast, job.structure, statistics, on, compensation, references)
+
     with reporter.stage("searching", config.trials) as advance:
         found = search(
             space,
-            objective,
+            judge(windows[: config.objective_windows]),
             config.trials,
             config.seed,
             run.journal,
             config.sampler,
-            progress=lambda best: advance(1, text=f"best loss {best:.4f}"),
+            progress=lambda best: advance(1, text=f"best {config.selection} {best:.4f}"),
+            judge_again=judge(windows) if len(windows) > config.objective_windows else None,
         )
     outcome = SearchOutcome(
         ratio=config.ratio,
@@ -172,6 +239,7 @@ def _stage_search(
         best_fixed=found.best_fixed.candidate,
         best_fixed_loss=found.best_fixed.loss,
         best_fixed_name=found.best_fixed_name,
+        stopped_early=found.stopped,
     )
     run.save_json(outcome.model_dump(), run.search)
     return outcome
@@ -180,16 +248,44 @@ def _stage_search(
 def _stage_plan(job: Job, statistics: Statistics, outcome: SearchOutcome) -> PruningPlan:
     if job.run.plan.is_file():
         return PruningPlan.load(job.run.plan)
-    plan = plan_candidate(job.structure, statistics, job.counts, outcome.best)
+    plan = plan_candidate(job.structure, statistics, _with_budget_of(job, outcome.best))
     job.run.save_plan(plan)
     return plan
 
 
-def _stage_save(job: Job, model: PreTrainedModel, plan: PruningPlan, reporter: Reporter) -> None:
+def _with_budget_of(job: Job, found: Candidate) -> Candidate:
+    """The candidate at the ratio of this run; where the search was for another ratio that its allocation cannot reach,
+    with the allocation that this ratio starts from."""
+    budget = replace(found.budget, ratio=job.config.ratio)
+    try:
+        kept_counts(job.structure, replace(budget, ranking="local"))
+    except AdaPrunerError:
+        budget = job.budget
+    return found.model_copy(update={"budget": budget})
+
+
+def _compensation(job: Job, moments: StoredMoments | None) -> Compensation | None:
+    form = job.config.compensation
+    return None if form == "none" or moments is None else Compensation(form, moments)
+
+
+def _stage_save(
+    job: Job,
+    model: PreTrainedModel,
+    plan: PruningPlan,
+    moments: StoredMoments | None,
+    windows: dict[str, Tensor],
+    reporter: Reporter,
+) -> None:
     if job.run.model.is_dir():
         return
+    compensation = _compensation(job, moments)
+    pruned = prune_model(model, job.structure, plan, compensation)
+    if compensation and job.config.sequential:
+        with reporter.stage("compensating", job.structure.layers) as advance:
+            refit_sequentially(model, pruned, job.structure, plan, compensation, windows["compensation"], advance)
     with reporter.stage("saving", 1) as advance:
-        save_checkpoint(prune_model(model, job.structure, plan), job.tokenizer, job.run.model)
+        save_checkpoint(pruned, job.tokenizer, job.run.model)
         advance()
 
 

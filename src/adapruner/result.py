@@ -32,6 +32,7 @@ class SearchOutcome(BaseModel):
     best_fixed: Candidate
     best_fixed_loss: float
     best_fixed_name: str
+    stopped_early: int
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from adapruner.config import PruneConfig
 from adapruner.errors import AdaPrunerError
-from adapruner.measurement import Statistics
+from adapruner.measurement import InputMoments, Statistics
 from adapruner.planning import PruningPlan
 
 
@@ -40,6 +40,10 @@ class RunFolder:
     @property
     def statistics_parts(self) -> Path:
         return self.path / "statistics.parts"
+
+    @property
+    def moments(self) -> Path:
+        return self.path / "moments"
 
     @property
     def journal(self) -> Path:
@@ -101,6 +105,17 @@ class RunFolder:
         """Writes statistics of the whole pool or of a part of it."""
         _write_atomically(path, statistics.save)
 
+    def save_moments(self, moments: InputMoments, path: Path) -> None:
+        """Writes the second moments of one block."""
+        _write_atomically(path, moments.save)
+
+    def take_over(self, earlier: RunFolder) -> None:
+        """What another ratio needs of an earlier run; the large moments are linked where the file system can."""
+        for path in (earlier.windows, earlier.statistics, earlier.search):
+            shutil.copy(path, self.path / path.name)
+        if earlier.moments.is_dir():
+            shutil.copytree(earlier.moments, self.moments, copy_function=_link_or_copy, dirs_exist_ok=True)
+
     def save_plan(self, plan: PruningPlan) -> None:
         _write_atomically(self.plan, plan.save)
 
@@ -115,7 +130,7 @@ class RunFolder:
         return self.path.is_dir() and all(path.name == f"{self.config.name}.partial" for path in self.path.iterdir())
 
     def _clear(self) -> None:
-        for path in (self.statistics_parts, self.model):
+        for path in (self.statistics_parts, self.moments, self.model):
             shutil.rmtree(path, ignore_errors=True)
         for path in (
             self.windows,
@@ -137,6 +152,14 @@ class RunFolder:
                 f"{self.path} holds a run of another config ({', '.join(changed)}): choose another output, or"
                 " --overwrite to start it again"
             )
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    Path(target).unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy(source, target)
 
 
 def _write_atomically(path: Path, write: Callable[[Path], Any]) -> None:

@@ -2,8 +2,9 @@
 
 A *group* is the smallest thing that can go: a KV group (a key/value head with its query heads), a query head, or a
 feed-forward channel. A *block* is all groups of one kind in one layer. A *vector* is one row or column of a weight
-matrix that goes with a group. Groups and vectors are numbered through over the whole model in the order of
-`Structure.blocks`, so that statistics and scores are flat tensors.
+matrix that goes with a group. An *input* is one input of a row-wise projection (attention output, feed-forward down):
+one number per token that goes with a group. Groups, vectors and inputs are numbered through over the whole model in the
+order of `Structure.blocks`, so that statistics and scores are flat tensors.
 """
 
 from __future__ import annotations
@@ -63,6 +64,11 @@ class Block:
         return tuple(part for part in self.slices if part.is_matrix)
 
     @property
+    def row_wise(self) -> TensorSlice:
+        """The projection out of the block, whose input columns go: attention output, feed-forward down."""
+        return next(part for part in self.matrices if part.axis == 1)
+
+    @property
     def parameters_per_group(self) -> int:
         return sum(part.width * part.elements for part in self.slices)
 
@@ -103,8 +109,18 @@ class Structure:
     @cached_property
     def block_of_vector(self) -> Tensor:
         """[vectors], int64: the number of the block to which each vector belongs."""
-        sizes = [sum(block.groups * part.width for part in block.matrices) for block in self.blocks]
-        return torch.arange(len(self.blocks)).repeat_interleave(torch.tensor(sizes))
+        return self.block_of_group[self.group_of_vector]
+
+    @cached_property
+    def group_of_input(self) -> Tensor:
+        """[inputs], int64: the number of the group to which each input of a row-wise projection belongs."""
+        widths = [block.row_wise.width for block in self.blocks for _ in range(block.groups)]
+        return torch.arange(len(widths)).repeat_interleave(torch.tensor(widths))
+
+    @cached_property
+    def block_of_group(self) -> Tensor:
+        """[groups], int64: the number of the block to which each group belongs."""
+        return torch.arange(len(self.blocks)).repeat_interleave(torch.tensor([block.groups for block in self.blocks]))
 
 
 def build_structure(model: PreTrainedModel, head_granularity: HeadGranularity = "kv-group") -> Structure:

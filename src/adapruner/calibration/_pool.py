@@ -14,10 +14,15 @@ from adapruner.calibration._sources import Source, read_documents
 from adapruner.errors import AdaPrunerError
 
 
-def draw_windows(source: Source, tokenizer: Tokenizer, count: int, length: int, seed: int) -> Tensor:
+def draw_windows(
+    source: Source, tokenizer: Tokenizer, count: int, length: int, seed: int, at_least: int | None = None
+) -> Tensor:
     """Draws windows from the beginnings of documents in random order; documents shorter than a window are dropped.
 
     Only if there are too few documents, those that are longer give a second window, a third, and so on.
+
+    Args:
+        at_least: fewer windows than `count` will do, but not fewer than this; by default `count`.
 
     Returns:
         [count, length], int64; the same for the same seed.
@@ -41,10 +46,11 @@ def draw_windows(source: Source, tokenizer: Tokenizer, count: int, length: int, 
         rests = [rest for rest in rests if len(rest) >= length]
         windows += [rest[:length] for rest in rests]
         rests = [rest[length:] for rest in rests]
-    if len(windows) < count:
+    needed = count if at_least is None else at_least
+    if len(windows) < needed:
         raise AdaPrunerError(
             f"the text is too short: {long_documents} of {len(documents)} documents in {source} have at least {length}"
-            f" tokens and give {len(windows)} windows, {count} are needed; give more text, or lower --seq-len or the"
+            f" tokens and give {len(windows)} windows, {needed} are needed; give more text, or lower --seq-len or the"
             " number of windows (--pool, --objective-windows)"
         )
     return torch.tensor(windows[:count])

@@ -8,7 +8,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, field_validator
 from torch import Tensor
 
-from adapruner.importance._terms import TERMS
+from adapruner.importance._terms import TERMS, Term
 from adapruner.measurement import Statistics
 from adapruner.structure import Structure
 
@@ -21,7 +21,7 @@ class MetricPoint(BaseModel):
 
     Attributes:
         weights: weight of each term, by name.
-        alignment: `data` divides every term by its mean over the vectors of the block before mixing, so that weights
+        alignment: `data` divides every term by its mean over the groups of the block before mixing, so that weights
             compare; `none` mixes the terms as they are.
         reduction: how the vectors of a group become one number.
     """
@@ -53,9 +53,16 @@ LLM_PRUNER_METRICS = {
 }
 
 
+# Peers that rank by activations, as points of this space (see the terms for their sources).
+ACTIVATION_METRICS = {
+    "wanda_sp": MetricPoint(weights={"activation_norm": 1}, alignment="none"),
+    "flap": MetricPoint(weights={"fluctuation": 1}, alignment="none"),
+}
+
+
 def score_groups(statistics: Statistics, structure: Structure, point: MetricPoint) -> Tensor:
-    """The importance of every group: S(G) = reduction over the vectors of Σ_terms weight · term (Kong et al.,
-    arXiv 2503.06184).
+    """The importance of every group: S(G) = Σ_terms weight · reduction over the vectors of the term (Kong et al., arXiv
+    2503.06184, where the sum over the vectors stands outside).
 
     Args:
         statistics: of the chosen samples only (`Statistics.select`).
@@ -64,25 +71,28 @@ def score_groups(statistics: Statistics, structure: Structure, point: MetricPoin
         [groups], float64, in the order of `structure.blocks`. `prod` is given as the geometric mean, which ranks the
         groups of a block as the product does and does not underflow.
     """
-    vectors = len(structure.group_of_vector)
-    mixed = torch.zeros(vectors, dtype=torch.float64)
+    mixed = torch.zeros(structure.group_offsets[-1], dtype=torch.float64)
     for name, weight in point.weights.items():
         if weight:
-            values = TERMS[name](statistics).double()
-            mixed += weight * (_divide_by_block_mean(values, structure) if point.alignment == "data" else values)
-    return _reduce(mixed, structure, point.reduction)
+            values = _reduce(TERMS[name], statistics, structure, point.reduction)
+            mixed += weight * (divide_by_block_mean(values, structure) if point.alignment == "data" else values)
+    return mixed
 
 
-def _divide_by_block_mean(values: Tensor, structure: Structure) -> Tensor:
-    blocks = structure.block_of_vector
-    means = torch.zeros(len(structure.blocks), dtype=values.dtype)
-    means.scatter_reduce_(0, blocks, values, "mean", include_self=False)
-    return values / means.clamp_min(torch.finfo(values.dtype).tiny)[blocks]
+def divide_by_block_mean(scores: Tensor, structure: Structure) -> Tensor:
+    """[groups]: scores relative to the mean of their block, so that blocks and terms compare."""
+    means = torch.zeros(len(structure.blocks), dtype=scores.dtype)
+    means.scatter_reduce_(0, structure.block_of_group, scores, "mean", include_self=False)
+    return scores / means.clamp_min(torch.finfo(scores.dtype).tiny)[structure.block_of_group]
 
 
-def _reduce(values: Tensor, structure: Structure, reduction: Reduction) -> Tensor:
+def _reduce(term: Term, statistics: Statistics, structure: Structure, reduction: Reduction) -> Tensor:
+    values = term.values(statistics).double()
+    if term.unit == "groups":
+        return values
+    group_of_value = structure.group_of_vector if term.unit == "vectors" else structure.group_of_input
     operation = {"sum": "sum", "mean": "mean", "max": "amax", "prod": "mean"}[reduction]
     values = values.log() if reduction == "prod" else values
     scores = torch.zeros(structure.group_offsets[-1], dtype=values.dtype)
-    scores.scatter_reduce_(0, structure.group_of_vector, values, operation, include_self=False)
+    scores.scatter_reduce_(0, group_of_value, values, operation, include_self=False)
     return scores.exp() if reduction == "prod" else scores

@@ -1,38 +1,59 @@
-"""The importance terms: each turns the statistics of the chosen samples into one number per vector."""
+"""The importance terms: each turns the statistics of the chosen samples into numbers for what can be removed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
+from adapruner.errors import AdaPrunerError
 from adapruner.measurement import Statistics
 
-Term = Callable[[Statistics], Tensor]
+# What a term speaks of, which is then reduced to groups; see `Structure`.
+Unit = Literal["vectors", "inputs", "groups"]
+
+
+@dataclass(frozen=True)
+class Term:
+    """An importance term.
+
+    Attributes:
+        values: [units], not negative, from statistics.
+        unit: what there is one number for.
+    """
+
+    values: Callable[[Statistics], Tensor]
+    unit: Unit
+
 
 TERMS: dict[str, Term] = {}
 
 
-def _register(term: Term) -> Term:
-    TERMS[term.__name__] = term
-    return term
+def _register(unit: Unit) -> Callable[[Callable[[Statistics], Tensor]], Callable[[Statistics], Tensor]]:
+    def register(values: Callable[[Statistics], Tensor]) -> Callable[[Statistics], Tensor]:
+        TERMS[values.__name__] = Term(values, unit)
+        return values
+
+    return register
 
 
-@_register
+@_register("vectors")
 def coarse_first(statistics: Statistics) -> Tensor:
     """[vectors]: |Σ_k g_k w_k| with the gradient of the mean loss, the first-order change of the loss when the vector
     is removed (LLM-Pruner's vector-wise importance, arXiv 2305.11627, eq. 3)."""
     return statistics.taylor.mean(0).abs()
 
 
-@_register
+@_register("vectors")
 def coarse_second(statistics: Statistics) -> Tensor:
     """[vectors]: ½ mean_j (Σ_k g_jk w_k)², the second-order change with the Fisher information as Hessian, taken of
     the vector as a whole (arXiv 2305.11627, eq. 4, summed before squaring)."""
     return statistics.taylor.square().mean(0) / 2
 
 
-@_register
+@_register("vectors")
 def fine_first(statistics: Statistics) -> Tensor:
     """[vectors]: mean_j Σ_k |g_jk w_k|, element by element (LLM-Pruner's element-wise importance, arXiv 2305.11627,
     eq. 5). The mean over samples stands outside the absolute value, which makes the term a sum over samples; the form
@@ -40,8 +61,45 @@ def fine_first(statistics: Statistics) -> Tensor:
     return statistics.element_absolute.mean(0)
 
 
-@_register
+@_register("vectors")
 def fine_second(statistics: Statistics) -> Tensor:
     """[vectors]: ½ Σ_k mean_j (g_jk w_k)², element by element with the diagonal Fisher information (arXiv 2305.11627,
     eq. 4 and 5)."""
     return statistics.element_squared.mean(0) / 2
+
+
+@_register("inputs")
+def activation_norm(statistics: Statistics) -> Tensor:
+    """[inputs]: ‖x_c‖₂ · Σ|W_c|, the norm as root mean square over all tokens (Wanda-sp: the score of Wanda, arXiv
+    2306.11695, summed over the column; as in the repository of FLAP)."""
+    return statistics.input_squared.mean(0).sqrt() * statistics.column_absolute
+
+
+@_register("inputs")
+def fluctuation(statistics: Statistics) -> Tensor:
+    """[inputs]: var(x_c) · ‖W_c‖² over all tokens, what remains of an input when its mean is kept as a bias (FLAP's
+    WIFV, arXiv 2312.11983, eq. 5)."""
+    variance = statistics.input_squared.mean(0) - statistics.input_mean.mean(0).square()
+    return variance.clamp_min(0) * statistics.column_squared
+
+
+@_register("groups")
+def reconstruction(statistics: Statistics) -> Tensor:
+    """[groups]: tr(W_g ([H⁻¹]_gg)⁻¹ W_gᵀ), for a channel ‖W_c‖² / [H⁻¹]_cc: what the output of the block loses when the
+    group goes and the rest is compensated by least squares (optimal brain surgeon, Hassibi and Stork 1992; blocks as
+    in arXiv 2203.07259)."""
+    return _measured(statistics.removal_error)
+
+
+@_register("groups")
+def elimination(statistics: Statistics) -> Tensor:
+    """[groups]: what the output of the block loses by each group when the groups go one after the other, the cheapest
+    first, and the rest is compensated each time (greedy form of `reconstruction`, ZipLM, arXiv 2302.04089). Of two
+    groups that can stand for each other, one ranks high."""
+    return _measured(statistics.elimination_error)
+
+
+def _measured(errors: Tensor | None) -> Tensor:
+    if errors is None:
+        raise AdaPrunerError("this importance term needs second moments, which were not measured: see removal_errors")
+    return errors

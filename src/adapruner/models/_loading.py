@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib.resources
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -144,6 +145,23 @@ def resolve_device(device: str) -> torch.device:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         raise AdaPrunerError(f"--device {device}: {str(error).splitlines()[0]}") from None
+
+
+def in_fastest_dtype(model: PreTrainedModel) -> PreTrainedModel:
+    """The model itself, or a bfloat16 copy where the processor multiplies that natively
+    (about three times as fast on a CPU with AVX-512 bfloat16).
+
+    Trials only have to be told apart; plans are cut out of the original weights.
+    """
+    if model.device.type == "cpu":
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    else:
+        native = model.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if model.dtype != torch.float32 or not native:
+        return model
+    duplicate: Any = copy.deepcopy(model)
+    converted: PreTrainedModel = duplicate.to(torch.bfloat16)
+    return converted
 
 
 def _find_smollm2() -> ModelLocation:

@@ -4,7 +4,8 @@ This file is complete in itself: a pruned checkpoint carries a copy of it, so th
 `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` works where adapruner is not installed.
 
 A checkpoint keeps its `model_type` (`llama`, …) and lists in the config key `per_layer_config`, which transformers 5
-defines, what each layer has less of. Here every layer is built from its own `config.per_layer_config[i]`.
+defines, what each layer has less of. Here every layer is built from its own `config.per_layer_config[i]`. Projections
+named in `added_biases` (paths within a layer) have a bias that the family does not know.
 """
 
 from __future__ import annotations
@@ -49,6 +50,11 @@ class _PerLayerModel:
         self.layers = nn.ModuleList(
             layer_class(config.per_layer_config[index], index) for index in range(config.num_hidden_layers)
         )
+        for layer in self.layers:
+            for path in getattr(config, "added_biases", ()):
+                projection = layer.get_submodule(path)
+                replaced = nn.Linear(projection.in_features, projection.out_features, bias=True)
+                layer.set_submodule(path, replaced.to(projection.weight.dtype))
         # The layers read nothing from their config after construction but the attention implementation, which
         # `set_attn_implementation` changes on the model's own config: let them share that one.
         for module in self.layers.modules():

@@ -1,13 +1,15 @@
 """From scores and a ratio to a pruning plan."""
 
-from adapruner.planning._budget import RATIO_TOLERANCE, Budget, kept_counts, removed_parameters
+from adapruner.planning._budget import RATIO_TOLERANCE, Budget, Layout, Ranking, kept_counts, removed_parameters
 from adapruner.planning._plan import BlockPlan, PruningPlan, make_plan
 
 __all__ = [
     "RATIO_TOLERANCE",
     "BlockPlan",
     "Budget",
+    "Layout",
     "PruningPlan",
+    "Ranking",
     "kept_counts",
     "make_plan",
     "removed_parameters",

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
 
 from adapruner.errors import AdaPrunerError
 from adapruner.structure import Block, Structure
 
 RATIO_TOLERANCE = 0.005
+
+Layout = Literal["per-layer", "uniform"]
+Ranking = Literal["local", "global"]
+
+_Blocks = Mapping[int, Block]
 
 
 @dataclass(frozen=True)
@@ -23,6 +32,12 @@ class Budget:
         head_share: share of heads removed, relative to the share of channels removed; 0 leaves attention whole, 1 is
             the equal shares of LLM-Pruner (arXiv 2305.11627) and the paper.
         round_to: kept feed-forward widths are multiples of this.
+        layout: whether layers may differ, or all keep the same number of heads and of channels, which any reader of
+            the model family can load. A uniform layout protects no layer and has no ranking and no depth profile.
+        ranking: `local` removes by the depth profile alone; `global` removes the groups that score least anywhere,
+            heads and channels alike (as FLAP does, arXiv 2312.11983), whose scores must then compare between blocks.
+        tilt, bend: the depth profile. With z from -1 at the first unprotected layer to 1 at the last, a layer gives up
+            a share in proportion to exp(tilt · z - bend · z²); `global` divides scores by that.
     """
 
     ratio: float
@@ -30,34 +45,36 @@ class Budget:
     protect_last: int = 3
     head_share: float = 0.0
     round_to: int = 1
+    layout: Layout = "per-layer"
+    ranking: Ranking = "local"
+    tilt: float = 0.0
+    bend: float = 0.0
 
 
-def kept_counts(structure: Structure, budget: Budget) -> list[int]:
+def kept_counts(structure: Structure, budget: Budget, scores: Tensor | None = None) -> list[int]:
     """How many groups each block keeps, in the order of `structure.blocks`.
 
-    Every unprotected layer gives up the same share of its heads and of its channels. What one layer cannot give up
-    exactly, because only whole steps can go, is made up by the following ones.
+    What one layer cannot give up exactly, because only whole steps can go, is made up by the following ones, and what
+    heads cannot give up exactly, by channels.
+
+    Args:
+        scores: [groups], for the ranking `global`.
 
     Raises:
         AdaPrunerError: the ratio cannot be reached, or not within 0.5 points; with the arithmetic.
     """
-    unprotected = range(budget.protect_first, structure.layers - budget.protect_last)
-    if not unprotected:
-        raise AdaPrunerError(
-            f"all {structure.layers} layers are protected ({budget.protect_first} first, {budget.protect_last} last);"
-            " lower --protect-first or --protect-last"
-        )
-    kept = {index: block.groups for index, block in enumerate(structure.blocks)}
-    blocks = {index: block for index, block in enumerate(structure.blocks) if block.layer in unprotected}
+    layers = _unprotected(structure, budget)
+    blocks = {index: block for index, block in enumerate(structure.blocks) if block.layer in layers}
     heads = {index: block for index, block in blocks.items() if block.kind == "heads"}
     channels = {index: block for index, block in blocks.items() if block.kind == "channels"}
     target = budget.ratio * structure.total_parameters
+    by_block = _scores_to_rank(structure, budget, scores)
 
-    prunable_heads, prunable_channels = _parameters(heads.values()), _parameters(channels.values())
-    share = min(1.0, target / (budget.head_share * prunable_heads + prunable_channels))
-    kept |= _keep_share(heads, 1 - budget.head_share * share, step=1)
+    wanted = _wanted(budget, layers, blocks, target, by_block)
+    kept = {index: block.groups for index, block in enumerate(structure.blocks)}
+    kept |= _in_steps(budget, heads, wanted, step=1)
     target -= sum((block.groups - kept[index]) * block.parameters_per_group for index, block in heads.items())
-    kept |= _keep_share(channels, 1 - target / prunable_channels, step=budget.round_to)
+    kept |= _in_steps(budget, channels, _wanted(budget, layers, channels, target, by_block), step=budget.round_to)
 
     counts = [kept[index] for index in range(len(structure.blocks))]
     _refuse_missed_ratio(structure, budget, heads, channels, counts)
@@ -72,29 +89,88 @@ def removed_parameters(structure: Structure, counts: Sequence[int]) -> int:
     )
 
 
+def _unprotected(structure: Structure, budget: Budget) -> range:
+    if budget.layout == "uniform":
+        return range(structure.layers)
+    layers = range(budget.protect_first, structure.layers - budget.protect_last)
+    if not layers:
+        raise AdaPrunerError(
+            f"all {structure.layers} layers are protected ({budget.protect_first} first, {budget.protect_last} last);"
+            " lower --protect-first or --protect-last"
+        )
+    return layers
+
+
+def _scores_to_rank(structure: Structure, budget: Budget, scores: Tensor | None) -> Sequence[Tensor] | None:
+    """The scores of each block where groups are ranked over all layers."""
+    if budget.ranking == "local" or budget.layout == "uniform":
+        return None
+    if scores is None:
+        raise AdaPrunerError("a global ranking needs scores")
+    by_block: Sequence[Tensor] = scores.split([block.groups for block in structure.blocks])
+    return by_block
+
+
+def _wanted(
+    budget: Budget, layers: range, blocks: _Blocks, target: float, scores: Sequence[Tensor] | None
+) -> dict[int, float]:
+    """How many groups each block would keep if fractions could go."""
+    weights = {
+        index: (1.0 if budget.layout == "uniform" else _profile(budget, layers, block.layer))
+        * (budget.head_share if block.kind == "heads" else 1.0)
+        for index, block in blocks.items()
+    }
+    if scores is not None:
+        return _by_global_ranking(weights, blocks, target, scores)
+
+    def shares(scale: float) -> dict[int, float]:
+        return {index: min(1.0, scale * weight) for index, weight in weights.items()}
+
+    low, high = 0.0, 1.0 / min(weight for weight in weights.values() if weight > 0)
+    for _ in range(60):
+        middle = (low + high) / 2
+        removed = sum(share * _parameters([blocks[index]]) for index, share in shares(middle).items())
+        low, high = (middle, high) if removed < target else (low, middle)
+    return {index: (1 - share) * blocks[index].groups for index, share in shares(high).items()}
+
+
+def _by_global_ranking(
+    weights: dict[int, float], blocks: _Blocks, target: float, scores: Sequence[Tensor]
+) -> dict[int, float]:
+    """Removes the groups of least score / weight until the target is met."""
+    willing = {index: block for index, block in blocks.items() if weights[index] > 0}
+    keys = torch.cat([scores[index].double() / weights[index] for index in willing])
+    owners = torch.cat([torch.full((block.groups,), index) for index, block in willing.items()])
+    sizes = torch.cat([torch.full((block.groups,), block.parameters_per_group) for block in willing.values()])
+    ascending = keys.argsort(stable=True)
+    gone = ascending[: int((sizes[ascending].cumsum(0) <= target).sum())]
+    removed = torch.bincount(owners[gone], minlength=max(blocks) + 1)
+    return {index: float(block.groups - removed[index]) for index, block in blocks.items()}
+
+
+def _profile(budget: Budget, layers: range, layer: int) -> float:
+    z = 2 * (layer - layers.start) / max(1, len(layers) - 1) - 1
+    return math.exp(budget.tilt * z - budget.bend * z * z)
+
+
 def _parameters(blocks: Iterable[Block]) -> int:
     return sum(block.groups * block.parameters_per_group for block in blocks)
 
 
-def _keep_share(blocks: dict[int, Block], share: float, step: int) -> dict[int, int]:
-    """Counts near `share` of each block's groups, in whole steps, with the rounding carried over."""
+def _in_steps(budget: Budget, blocks: _Blocks, wanted: dict[int, float], step: int) -> dict[int, int]:
+    """Counts near the wanted ones in whole steps, with the rounding carried over; alike in a uniform layout."""
     counts: dict[int, int] = {}
-    wanted, given = 0.0, 0
+    carried = 0.0
     for index, block in blocks.items():
         unit = step * block.strata
-        wanted += share * block.groups
-        count = unit * round((wanted - given) / unit)
-        counts[index] = min(max(count, unit), block.groups)
-        given += counts[index]
+        carried = wanted[index] + (carried if budget.layout == "per-layer" else 0.0)
+        counts[index] = min(max(unit * round(carried / unit), unit), block.groups)
+        carried -= counts[index]
     return counts
 
 
 def _refuse_missed_ratio(
-    structure: Structure,
-    budget: Budget,
-    heads: dict[int, Block],
-    channels: dict[int, Block],
-    counts: Sequence[int],
+    structure: Structure, budget: Budget, heads: _Blocks, channels: _Blocks, counts: Sequence[int]
 ) -> None:
     total = structure.total_parameters
     reached = removed_parameters(structure, counts) / total
@@ -103,16 +179,24 @@ def _refuse_missed_ratio(
 
     def largest(head_share: float) -> float:
         """The share of all parameters that goes when every channel but the last step does, rounded down."""
-        kept = _keep_share(heads, 1 - head_share, step=1) | _keep_share(channels, 0, budget.round_to)
-        blocks = heads | channels
-        removed = sum((blocks[index].groups - kept[index]) * blocks[index].parameters_per_group for index in kept)
+        head_counts = {index: (1 - head_share) * block.groups for index, block in heads.items()}
+        kept = _in_steps(budget, heads, head_counts, 1)
+        kept |= _in_steps(budget, channels, dict.fromkeys(channels, 0.0), budget.round_to)
+        removed = sum(
+            (block.groups - kept[index]) * block.parameters_per_group for index, block in {**heads, **channels}.items()
+        )
         return math.floor(1000 * removed / total) / 1000
 
     if largest(budget.head_share) < budget.ratio:
+        protected = (
+            f"with the first {budget.protect_first} and the last {budget.protect_last} of {structure.layers} layers"
+            " protected, "
+            if budget.layout == "per-layer"
+            else ""
+        )
         more = f", {largest(1):.3f} with equal shares (--head-share 1)" if budget.head_share < 1 else ""
         raise AdaPrunerError(
-            f"a ratio of {budget.ratio:g} cannot be reached: with the first {budget.protect_first} and the last"
-            f" {budget.protect_last} of {structure.layers} layers protected, at most {largest(budget.head_share):.3f}"
+            f"a ratio of {budget.ratio:g} cannot be reached: {protected}at most {largest(budget.head_share):.3f}"
             f" of the {total:,} parameters can go{more}"
         )
     raise AdaPrunerError(

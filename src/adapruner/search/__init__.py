@@ -1,7 +1,7 @@
-"""The joint search over calibration samples and importance metrics."""
+"""The joint search over calibration samples, importance metrics and allocation."""
 
-from adapruner.search._objective import Objective, in_fastest_dtype, plan_candidate
-from adapruner.search._space import Candidate, Searched, SearchSpace, StartingPoint
+from adapruner.search._objective import Objective, Selection, plan_candidate
+from adapruner.search._space import Candidate, Searched, SearchSpace, SpaceName, StartingPoint
 from adapruner.search._study import Found, SearchResult, search
 from adapruner.search._subsets import FEATURES, SubsetFamily, build_subset_family
 
@@ -13,10 +13,11 @@ __all__ = [
     "SearchResult",
     "SearchSpace",
     "Searched",
+    "Selection",
+    "SpaceName",
     "StartingPoint",
     "SubsetFamily",
     "build_subset_family",
-    "in_fastest_dtype",
     "plan_candidate",
     "search",
 ]

@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import math
 import random
+import statistics
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import optuna
+import torch
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
+from torch import Tensor
 
+from adapruner.errors import AdaPrunerError
 from adapruner.search._space import FIXED_METRIC, Candidate, SearchSpace
+
+Judge = Callable[[Candidate], Iterable[Tensor]]
+
+# A trial is stopped once it has been worse than the best one on so many windows, by so many standard errors of the mean
+# difference.
+_FEWEST_WINDOWS, _STANDARD_ERRORS = 16, 2.0
+_STOPPED = "stopped"
 
 
 @dataclass(frozen=True)
 class Found:
-    """A candidate of a finished search and its loss on the objective windows."""
+    """A candidate of a finished search, and its loss on the windows on which it was last judged."""
 
     candidate: Candidate
     loss: float
@@ -31,32 +43,41 @@ class SearchResult:
     """The outcome of a search.
 
     Attributes:
-        best: the best of all candidates.
+        best: the best of all candidates; where finalists were judged again, the best of those.
         best_fixed: the best of LLM-Pruner's metrics on the first random draw of samples, and its name.
+        stopped: how many trials were stopped early.
     """
 
     best: Found
     best_fixed: Found
     best_fixed_name: str
+    stopped: int
 
 
 def search(
     space: SearchSpace,
-    objective: Callable[[Candidate], float],
+    judge: Judge,
     trials: int,
     seed: int,
     journal: Path,
     sampler: Literal["tpe", "random"] = "tpe",
     progress: Callable[[float], None] | None = None,
+    judge_again: Judge | None = None,
+    finalists: int = 4,
 ) -> SearchResult:
-    """Runs trials until the journal holds `trials` finished ones.
+    """Runs trials until the journal holds `trials` finished ones, then judges the best few once more.
 
     What is proposed depends on the seed and on the finished trials alone, so that a search that was killed and
     continued proposes what an undisturbed one would have.
 
     Args:
+        judge: gives the losses of a candidate on held-out windows, batch by batch, the same windows for each. It is not
+            asked for more once the candidate is clearly worse than the best one so far, window by window.
         journal: file that records every trial (Optuna's journal storage); made if it is not there.
         progress: called after every finished trial, also for those already in the journal, with the best loss so far.
+        judge_again: the same on more windows. The best of many trials owes part of its loss to the windows it was
+            chosen on; None takes it as it is.
+        finalists: how many are judged again.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(storage=_open_journal(journal), study_name="adapruner", load_if_exists=True)
@@ -73,10 +94,40 @@ def search(
                     start.parameters if start else {}, user_attrs=start.attributes if start else space.given()
                 )
             trial = study.ask()
-            study.tell(trial, objective(space.suggest(trial)))
+            study.tell(
+                trial, _judged(trial, space.suggest(trial), judge, may_stop=FIXED_METRIC not in trial.user_attrs)
+            )
         if progress:
             progress(min(map(_loss, _finished(study)[: number + 1])))
-    return _result(study, space, trials)
+    return _result(study, space, trials, judge_again, finalists)
+
+
+def _judged(trial: optuna.Trial, candidate: Candidate, judge: Judge, may_stop: bool) -> float:
+    """The mean loss of a candidate over all windows, or what it is likely to be where it was stopped; infinite where
+    its budget cannot be met or the model is broken.
+
+    Windows differ far more than candidates do, which is why candidates are compared window by window.
+    """
+    best = min(
+        (finished for finished in _finished(trial.study) if math.isfinite(_loss(finished))), key=_loss, default=None
+    )
+    losses: list[float] = []
+    try:
+        for batch in judge(candidate):
+            for loss in batch.tolist():
+                if not math.isfinite(loss):
+                    return math.inf
+                trial.report(loss, len(losses))
+                losses.append(loss)
+            if best and may_stop and len(losses) >= _FEWEST_WINDOWS:
+                differences = [loss - best.intermediate_values[step] for step, loss in enumerate(losses)]
+                mean = statistics.fmean(differences)
+                if mean > _STANDARD_ERRORS * statistics.stdev(differences) / math.sqrt(len(losses)):
+                    trial.set_user_attr(_STOPPED, True)
+                    return _loss(best) + mean
+    except AdaPrunerError:
+        return math.inf
+    return statistics.fmean(losses)
 
 
 def _open_journal(journal: Path) -> JournalStorage:
@@ -108,13 +159,25 @@ def _finished(study: optuna.Study) -> list[FrozenTrial]:
     return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
 
 
-def _result(study: optuna.Study, space: SearchSpace, trials: int) -> SearchResult:
+def _result(
+    study: optuna.Study, space: SearchSpace, trials: int, judge_again: Judge | None, finalists: int
+) -> SearchResult:
     finished = _finished(study)[:trials]
     best_fixed = min((trial for trial in finished if FIXED_METRIC in trial.user_attrs), key=_loss)
+    whole = sorted((trial for trial in finished if _STOPPED not in trial.user_attrs), key=_loss)
+    found = [_found(trial, space) for trial in [best_fixed, *whole]]
+    # Trials that propose the same candidate count once; the best fixed metric is always judged again, to compare with.
+    distinct = list({one.candidate.model_dump_json(): one for one in reversed(found)}.values())[::-1]
+    if judge_again:
+        distinct = [
+            replace(one, loss=float(torch.cat(list(judge_again(one.candidate))).mean()))
+            for one in distinct[: finalists + 1]
+        ]
     return SearchResult(
-        best=_found(min(finished, key=_loss), space),
-        best_fixed=_found(best_fixed, space),
+        best=min(distinct, key=lambda one: one.loss),
+        best_fixed=distinct[0],
         best_fixed_name=best_fixed.user_attrs[FIXED_METRIC],
+        stopped=len(finished) - len(whole),
     )
 
 

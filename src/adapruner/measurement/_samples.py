@@ -8,7 +8,7 @@ gradients, plus two matrices of the size of the largest one in float32.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -17,26 +17,39 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from adapruner.errors import AdaPrunerError
-from adapruner.structure import Structure, TensorSlice
+from adapruner.structure import Block, Structure, TensorSlice
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Taylor statistics of the loss, one row per sample and one column per vector (see `Structure`), in float32.
+    """What the importance terms are computed from, in float32; vectors, inputs and groups as in `Structure`.
 
-    With g the gradient of the mean loss of one sample and w the weights of one vector:
+    With g the gradient of the mean loss of one sample, w the weights of one vector, x an input of a row-wise projection
+    at the tokens of one sample, and W_c the column of the projection that takes it:
 
     Attributes:
         taylor: [samples, vectors], Σ_k g_k w_k, signed.
         element_absolute: [samples, vectors], Σ_k |g_k w_k|.
         element_squared: [samples, vectors], Σ_k (g_k w_k)².
         loss: [samples], the mean loss in nats per predicted token.
+        input_mean: [samples, inputs], mean of x.
+        input_squared: [samples, inputs], mean of x².
+        column_absolute: [inputs], Σ|W_c|.
+        column_squared: [inputs], ‖W_c‖².
+        removal_error, elimination_error: [groups], from second moments (`removal_errors`), which may be of other and
+            more text than the samples; None where they were not measured.
     """
 
     taylor: Tensor
     element_absolute: Tensor
     element_squared: Tensor
     loss: Tensor
+    input_mean: Tensor
+    input_squared: Tensor
+    column_absolute: Tensor
+    column_squared: Tensor
+    removal_error: Tensor | None = None
+    elimination_error: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.loss)
@@ -44,23 +57,25 @@ class Statistics:
     def select(self, samples: Sequence[int]) -> Statistics:
         """The statistics of some of the samples."""
         rows = torch.as_tensor(samples)
-        return Statistics(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
+        return replace(self, **{name: getattr(self, name)[rows] for name in _PER_SAMPLE})
 
     @staticmethod
     def concatenate(parts: Sequence[Statistics]) -> Statistics:
         """Joins statistics of the same model over different samples, in the given order."""
-        return Statistics(
-            **{field.name: torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Statistics)}
-        )
+        return replace(parts[0], **{name: torch.cat([getattr(part, name) for part in parts]) for name in _PER_SAMPLE})
 
     def save(self, path: Path) -> None:
         """Writes a safetensors file."""
-        save_file({field.name: getattr(self, field.name) for field in fields(self)}, path)
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        save_file({name: value for name, value in values.items() if value is not None}, path)
 
     @staticmethod
     def load(path: Path) -> Statistics:
         """Reads a file written by `save`."""
         return Statistics(**load_file(path))
+
+
+_PER_SAMPLE = ("taylor", "element_absolute", "element_squared", "loss", "input_mean", "input_squared")
 
 
 def measure(
@@ -104,15 +119,22 @@ def _measure_batch(model: PreTrainedModel, structure: Structure, batch: Tensor, 
     predicted_tokens = batch.numel() // samples - (len(batch) if jointly else 1)
     vectors = len(structure.group_of_vector)
     taylor, absolute, squared = (torch.zeros(samples, vectors) for _ in range(3))
+    input_mean, input_squared = (torch.zeros(samples, len(structure.group_of_input)) for _ in range(2))
     hooks = []
-    offset = 0
+    vector = first_input = 0
     for block in structure.blocks:
         for part in block.matrices:
-            columns = slice(offset, offset + block.groups * part.width)
-            offset = columns.stop
+            columns = slice(vector, vector + block.groups * part.width)
+            vector = columns.stop
             reduce = _GradientReducer(part, taylor[:, columns], absolute[:, columns], squared[:, columns])
-            module = model.get_submodule(part.parameter.removesuffix(".weight"))
-            hooks.append(module.register_forward_hook(reduce.after_forward))
+            hooks.append(projection(model, part).register_forward_hook(reduce.after_forward))
+        inputs = slice(first_input, first_input + block.groups * block.row_wise.width)
+        first_input = inputs.stop
+        hooks.append(
+            projection(model, block.row_wise).register_forward_pre_hook(
+                _input_reducer(input_mean[:, inputs], input_squared[:, inputs])
+            )
+        )
     required = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         # No weight needs a gradient of its own: the hooks form each one from activations, reduce and drop it.
@@ -132,7 +154,29 @@ def _measure_batch(model: PreTrainedModel, structure: Structure, batch: Tensor, 
         element_absolute=absolute.div_(predicted_tokens),
         element_squared=squared.div_(predicted_tokens**2),
         loss=losses.view(samples, -1).mean(1).cpu(),
+        input_mean=input_mean,
+        input_squared=input_squared,
+        column_absolute=torch.cat([_columns(model, block).abs().sum(0) for block in structure.blocks]).cpu(),
+        column_squared=torch.cat([_columns(model, block).square().sum(0) for block in structure.blocks]).cpu(),
     )
+
+
+def projection(model: PreTrainedModel, part: TensorSlice) -> nn.Module:
+    """The module that a matrix belongs to."""
+    return model.get_submodule(part.parameter.removesuffix(".weight"))
+
+
+def _columns(model: PreTrainedModel, block: Block) -> Tensor:
+    return model.get_parameter(block.row_wise.parameter).detach().float()
+
+
+def _input_reducer(mean: Tensor, squared: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def reduce(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        x = inputs[0].detach().float().reshape(len(mean), -1, mean.shape[1])
+        mean.copy_(x.mean(1))
+        squared.copy_(x.square().mean(1))
+
+    return reduce
 
 
 def _replace_by_loss_gradient(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -186,7 +230,7 @@ class _GradientReducer:
 
 def _refuse_non_finite(statistics: Statistics, start: int) -> None:
     finite = torch.stack(
-        [getattr(statistics, field.name).view(len(statistics), -1).isfinite().all(1) for field in fields(statistics)]
+        [getattr(statistics, name).view(len(statistics), -1).isfinite().all(1) for name in _PER_SAMPLE]
     ).all(0)
     if not finite.all():
         bad = [start + int(index) for index in torch.nonzero(~finite).flatten()]

@@ -1,0 +1,265 @@
+"""Second moments of what goes into the row-wise projections: what compensation and the reconstruction terms need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from adapruner.errors import AdaPrunerError
+from adapruner.measurement._samples import projection
+from adapruner.structure import Block, Structure
+
+# Of so many batches, one is held out while the damping is chosen.
+_BATCHES_PER_HELD_OUT = 8
+_ELIMINATION_STEPS = 64
+# Two sums in float32, one of the tokens that are held out.
+_BYTES_PER_ENTRY = 8
+# Tried as multiples of the mean of the diagonal.
+_DAMPINGS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+
+
+@dataclass(frozen=True)
+class InputMoments:
+    """Moments of the inputs x of one row-wise projection over the tokens of a text.
+
+    Attributes:
+        mean: [inputs], float32, E[x].
+        second: [inputs, inputs], float32, H = E[x xᵀ].
+        damping: what is added to the diagonal of H before it is inverted, chosen on tokens that were held out.
+    """
+
+    mean: Tensor
+    second: Tensor
+    damping: float
+
+    def inverse(self) -> Tensor:
+        """[inputs, inputs], float64: (H + damping · I)⁻¹, on the device of H."""
+        return torch.cholesky_inverse(factorize(self.second, self.damping))
+
+    def save(self, path: Path) -> None:
+        """Writes a safetensors file."""
+        save_file({"mean": self.mean, "second": self.second, "damping": torch.tensor(self.damping)}, path)
+
+    @staticmethod
+    def load(path: Path) -> InputMoments:
+        """Reads a file written by `save`."""
+        tensors = load_file(path)
+        return InputMoments(tensors["mean"], tensors["second"], float(tensors["damping"]))
+
+
+class StoredMoments(Mapping[int, InputMoments]):
+    """Moments by number of the block, each in a file of its own, read when it is asked for: those of a 7B model are
+    18 GB, those of its largest block 0.5 GB."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, block: int) -> Path:
+        """The file of a block, whether or not it is there."""
+        return self.folder / f"{block:04}.safetensors"
+
+    def __getitem__(self, block: int) -> InputMoments:
+        if not self.path(block).is_file():
+            raise KeyError(block)
+        return InputMoments.load(self.path(block))
+
+    def __iter__(self) -> Iterator[int]:
+        return (int(path.stem) for path in sorted(self.folder.glob("*.safetensors")))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def factorize(second: Tensor, damping: float) -> Tensor:
+    """[inputs, inputs], float64: the Cholesky factor of H + damping · I.
+
+    Where rounding in H leaves that not positive definite, with ten times the damping, as often as it takes. In float64,
+    because the few inputs that are huge in most language models leave float32 no digits for the others.
+    """
+    while True:
+        diagonal = damping * torch.eye(len(second), dtype=torch.float64, device=second.device)
+        factor: Tensor
+        factor, failed = torch.linalg.cholesky_ex(second.double() + diagonal)
+        if not failed:
+            return factor
+        damping *= 10
+
+
+def moments_passes(structure: Structure, blocks: Sequence[int], memory: int = 4 * 2**30) -> list[list[int]]:
+    """Splits blocks into those whose moments can be measured in one pass with so many bytes; one block at the least.
+
+    A 7B model of the Llama family (11008 channels, 4096 attention outputs, 32 layers) takes 9 passes with 4 GiB.
+    """
+    passes: list[list[int]] = []
+    free = 0
+    for index in blocks:
+        needed = _BYTES_PER_ENTRY * _width(structure.blocks[index]) ** 2
+        if not passes or needed > free:
+            passes.append([])
+            free = memory
+        passes[-1].append(index)
+        free -= needed
+    return passes
+
+
+def measure_moments(
+    model: PreTrainedModel,
+    structure: Structure,
+    windows: Tensor,
+    blocks: Sequence[int],
+    batch_size: int = 8,
+    progress: Callable[[int], None] | None = None,
+) -> dict[int, InputMoments]:
+    """One forward pass over a text for the moments of some blocks.
+
+    Memory: 8 bytes for each entry of H of these blocks; `moments_passes` splits them where that does not fit.
+
+    Args:
+        windows: [windows, tokens], int64; at least two, one of which is held out to choose the damping.
+        blocks: numbers of the blocks in `structure.blocks`.
+        progress: called with the number of windows done after each batch.
+
+    Raises:
+        AdaPrunerError: there are less than two windows, or activations are not finite.
+    """
+    if len(windows) < 2:
+        raise AdaPrunerError(f"second moments need at least 2 windows of text, not {len(windows)}")
+    batches = windows.split(min(batch_size, max(1, len(windows) // _BATCHES_PER_HELD_OUT)))
+    fitted, held_out = (
+        {index: _Sums.zeros(_width(structure.blocks[index]), model.device) for index in blocks} for _ in range(2)
+    )
+    for number, batch in enumerate(batches, 1):
+        is_held_out = number % _BATCHES_PER_HELD_OUT == 0 or number == len(batches) < _BATCHES_PER_HELD_OUT
+        sums = held_out if is_held_out else fitted
+        hooks = [
+            projection(model, structure.blocks[index].row_wise).register_forward_pre_hook(sums[index].add)
+            for index in blocks
+        ]
+        try:
+            with torch.inference_mode():
+                model.base_model(batch.to(model.device), use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if progress:
+            progress(len(batch))
+    moments = {}
+    for index in blocks:
+        weight = model.get_parameter(structure.blocks[index].row_wise.parameter).detach()
+        moments[index] = _choose_damping(weight, fitted.pop(index), held_out.pop(index), structure.blocks[index])
+    return moments
+
+
+@dataclass
+class _Sums:
+    tokens: int
+    first: Tensor
+    second: Tensor
+
+    @staticmethod
+    def zeros(width: int, device: torch.device) -> _Sums:
+        return _Sums(0, torch.zeros(width, device=device), torch.zeros(width, width, device=device))
+
+    def add(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        """A forward pre-hook."""
+        x = inputs[0].flatten(0, -2).float()
+        self.tokens += len(x)
+        self.first += x.sum(0)
+        self.second.addmm_(x.T, x)
+
+
+def _width(block: Block) -> int:
+    return block.groups * block.row_wise.width
+
+
+def _choose_damping(weight: Tensor, fitted: _Sums, held_out: _Sums, block: Block) -> InputMoments:
+    """The damping with which least squares, fitted on most of the tokens, errs least on the others when the half of the
+    inputs that matter least is removed."""
+    second = fitted.second / fitted.tokens
+    total = fitted.tokens + held_out.tokens
+    merged = (fitted.second + held_out.second) / total
+    if not merged.isfinite().all():
+        raise AdaPrunerError(
+            f"the inputs of {block.row_wise.parameter} are not finite on the calibration text; the model has broken"
+            " weights or its dtype is too narrow: try --dtype float32"
+        )
+    scale = float(second.diagonal().mean()) or 1.0
+    weight = weight.double()
+    ranked = (weight.square().sum(0) * second.diagonal()).argsort(descending=True, stable=True)
+    kept, removed = ranked.tensor_split([(len(ranked) + 1) // 2])
+    errors = []
+    for relative in _DAMPINGS:
+        factor = factorize(second[kept][:, kept], relative * scale)
+        moved = torch.cholesky_solve(second[kept][:, removed].double(), factor)
+        difference = torch.empty_like(weight)
+        difference[:, removed], difference[:, kept] = weight[:, removed], -weight[:, removed] @ moved.T
+        errors.append(float(((difference @ held_out.second.double()) * difference).sum()))
+    best = _DAMPINGS[min(range(len(errors)), key=errors.__getitem__)]
+    return InputMoments(((fitted.first + held_out.first) / total).cpu(), merged.cpu(), best * scale)
+
+
+def removal_errors(
+    model: PreTrainedModel, structure: Structure, moments: Mapping[int, InputMoments]
+) -> tuple[Tensor, Tensor]:
+    """What the removal of each group costs the output of its block after least-squares compensation.
+
+    Returns:
+        [groups], float32, twice, in units of the squared output per token; zeros for blocks without moments. First the
+        error if the group goes alone: tr(W_g ([H⁻¹]_gg)⁻¹ W_gᵀ), for a channel ‖W_c‖² / [H⁻¹]_cc (optimal brain
+        surgeon, Hassibi and Stork 1992; blocks as in arXiv 2203.07259). Then the error that it adds when the groups go
+        one after the other, the cheapest first, with the rest compensated each time (ZipLM, arXiv 2302.04089), made
+        ascending in the order of elimination.
+    """
+    alone, eliminated = [], []
+    for index, block in enumerate(structure.blocks):
+        if index not in moments:
+            nothing = torch.zeros(block.groups)
+            alone.append(nothing)
+            eliminated.append(nothing)
+            continue
+        weight = model.get_parameter(block.row_wise.parameter).detach().double()
+        inverse = replace(moments[index], second=moments[index].second.to(weight.device)).inverse()
+        alone.append(_errors(weight, inverse, block.row_wise.width).float().cpu())
+        eliminated.append(_eliminate(weight, inverse, block).float().cpu())
+    return torch.cat(alone), torch.cat(eliminated)
+
+
+def _errors(weight: Tensor, inverse: Tensor, width: int) -> Tensor:
+    """[groups]: tr(W_g ([H⁻¹]_gg)⁻¹ W_gᵀ)."""
+    groups = len(inverse) // width
+    own = torch.arange(groups)
+    diagonal_blocks = inverse.view(groups, width, groups, width)[own, :, own]
+    columns = weight.T.reshape(groups, width, -1)
+    errors: Tensor = (torch.linalg.solve(diagonal_blocks, columns) * columns).sum((1, 2))
+    return errors
+
+
+def _eliminate(weight: Tensor, inverse: Tensor, block: Block) -> Tensor:
+    """[groups]: the error that each group adds in the order of elimination. Several channels go at a time, so that the
+    matrix products are worth it."""
+    width, scores = block.row_wise.width, torch.empty(block.groups, dtype=torch.float64, device=weight.device)
+    at_a_time = max(1, block.groups // _ELIMINATION_STEPS)
+    left = torch.arange(block.groups, device=weight.device)
+    offsets = torch.arange(width, device=weight.device)
+    highest = torch.zeros((), dtype=torch.float64, device=weight.device)
+    while len(left):
+        errors = _errors(weight, inverse, width)
+        ranked = errors.argsort(stable=True)
+        gone, stay = ranked[:at_a_time], ranked[at_a_time:].sort().values
+        ascending = errors[gone].clamp_min(highest)
+        # Ascending in steps that a float32 can tell apart, so that the order is not lost where errors are alike.
+        ascending = ascending * (1 + 1e-6 * torch.arange(1, len(gone) + 1, device=weight.device))
+        scores[left[gone]] = ascending
+        highest = ascending[-1]
+        gone, stay = ((part[:, None] * width + offsets).flatten() for part in (gone, stay))
+        factor = torch.linalg.solve(inverse[gone][:, gone], inverse[gone][:, stay])
+        weight = weight[:, stay] - weight[:, gone] @ factor
+        inverse = inverse[stay][:, stay] - inverse[stay][:, gone] @ factor
+        left = left[ranked[at_a_time:].sort().values]
+    return scores

@@ -1,0 +1,15 @@
+"""Cutting a model by a plan, and compensation for what went."""
+
+from adapruner.surgery._compensation import Compensation, CompensationForm, compensate
+from adapruner.surgery._cut import prune_model
+from adapruner.surgery._sequential import CARRIED_SHARE, compensate_sequentially, refit_sequentially
+
+__all__ = [
+    "CARRIED_SHARE",
+    "Compensation",
+    "CompensationForm",
+    "compensate",
+    "compensate_sequentially",
+    "prune_model",
+    "refit_sequentially",
+]

@@ -1,0 +1,62 @@
+"""Compensation: the weights that stay of a row-wise projection take over from those that go, in closed form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from adapruner.measurement import InputMoments, factorize
+
+# How what stays makes up for what went: by a bias alone (FLAP, arXiv 2312.11983), by least squares, or by both.
+CompensationForm = Literal["bias", "least-squares", "least-squares-bias"]
+
+
+@dataclass(frozen=True)
+class Compensation:
+    """How to compensate, and the second moments that it takes, by number of the block."""
+
+    form: CompensationForm
+    moments: Mapping[int, InputMoments]
+
+    @property
+    def adds_bias(self) -> bool:
+        """Whether the row-wise projections get a bias, which is new parameters."""
+        return self.form != "least-squares"
+
+
+def compensate(weight: Tensor, moments: InputMoments, kept: Tensor, form: CompensationForm) -> tuple[Tensor, Tensor]:
+    """The best columns to keep, and the bias to add, when some inputs of a projection are removed.
+
+    Least squares minimises E‖W x − W' x_K − b‖² + damping · ‖W' − W_K‖² over W' (and b): W' = W_K + W_R S_RK (S_KK +
+    damping · I)⁻¹ with S = E[x xᵀ], or with the covariance where there is a bias. Damped towards the original columns
+    and not towards zero, it is never worse on its own text than leaving them as they are. The bias is b = W μ − W' μ_K.
+
+    Args:
+        weight: [outputs, inputs], any dtype.
+        moments: of the inputs.
+        kept: [kept], int64, the numbers of the inputs that stay, ascending.
+
+    Returns:
+        [outputs, kept] in the dtype of the weight, and [outputs], zeros for the form `least-squares`.
+    """
+    is_removed = torch.ones(weight.shape[1], dtype=torch.bool)
+    is_removed[kept] = False
+    removed = is_removed.nonzero().flatten()
+    kept_columns, removed_columns = (weight[:, part.to(weight.device)].double() for part in (kept, removed))
+    mean = moments.mean.double().to(weight.device)
+    if form != "bias":
+        second = moments.second.to(weight.device)
+        of_kept, of_both = second[kept][:, kept], second[kept][:, removed].double()
+        if form == "least-squares-bias":
+            of_kept = of_kept - torch.outer(mean[kept], mean[kept])
+            of_both = of_both - torch.outer(mean[kept], mean[removed])
+        factor = factorize(of_kept, moments.damping)
+        kept_columns = kept_columns + torch.cholesky_solve(of_both @ removed_columns.T, factor).T
+    bias = torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
+    if form != "least-squares":
+        bias = weight.double() @ mean - kept_columns @ mean[kept]
+    return kept_columns.to(weight.dtype), bias.to(weight.dtype)
