@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,15 +11,18 @@ from pydantic import ValidationError
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from adapruner.importance import LLM_PRUNER_METRICS, TERMS, MetricPoint, score_groups
-from adapruner.measurement import Statistics, measure
+from adapruner.errors import AdaPrunerError
+from adapruner.importance import ACTIVATION_METRICS, LLM_PRUNER_METRICS, TERMS, MetricPoint, score_groups
+from adapruner.measurement import Statistics, measure, measure_moments, removal_errors
 from adapruner.structure import Structure, build_structure
 
 
 @pytest.fixture
 def measured(model: PreTrainedModel, windows: Tensor) -> tuple[Structure, Statistics]:
     structure = build_structure(model)
-    return structure, measure(model, structure, windows)
+    alone, eliminated = removal_errors(model, structure, measure_moments(model, structure, windows, range(8)))
+    measured = measure(model, structure, windows)
+    return structure, replace(measured, removal_error=alone, elimination_error=eliminated)
 
 
 def channel_score(model: PreTrainedModel, windows: Tensor, layer: int, channel: int, metric: str) -> float:
@@ -76,11 +80,66 @@ def test_chosen_samples_are_all_that_counts(measured: tuple[Structure, Statistic
 def test_every_term_is_not_negative_and_ignores_the_order_of_samples(
     term: str, measured: tuple[Structure, Statistics]
 ) -> None:
-    _, statistics = measured
-    values = TERMS[term](statistics)
+    structure, statistics = measured
+    compute, unit = TERMS[term].values, TERMS[term].unit
+    values = compute(statistics)
     assert (values >= 0).all()
-    assert values.shape == (statistics.taylor.shape[1],)
-    torch.testing.assert_close(values, TERMS[term](statistics.select([3, 1, 0, 2, 5, 4])))
+    assert (
+        len(values)
+        == {
+            "vectors": len(structure.group_of_vector),
+            "inputs": len(structure.group_of_input),
+            "groups": structure.group_offsets[-1],
+        }[unit]
+    )
+    torch.testing.assert_close(values, compute(statistics.select([3, 1, 0, 2, 5, 4])))
+
+
+@pytest.mark.parametrize("term", TERMS)
+def test_what_takes_part_in_nothing_is_not_important(term: str, model: PreTrainedModel, windows: Tensor) -> None:
+    """A channel and a KV group whose output weights are zero score least of their block, by every term."""
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[:, 7] = 0
+        model.model.layers[1].self_attn.o_proj.weight[:, 16:32] = 0
+    structure = build_structure(model)
+    alone, eliminated = removal_errors(model, structure, measure_moments(model, structure, windows, range(8)))
+    statistics = replace(measure(model, structure, windows), removal_error=alone, elimination_error=eliminated)
+    scores = score_groups(statistics, structure, MetricPoint(weights={term: 1}))
+    heads, channels = (scores[structure.block_of_group == block] for block in (2, 3))
+    assert int(heads.argmin()) == 1
+    assert int(channels.argmin()) == 7
+
+
+@pytest.mark.parametrize("metric", ACTIVATION_METRICS)
+def test_peers_that_rank_by_activations(
+    metric: str, model: PreTrainedModel, windows: Tensor, measured: tuple[Structure, Statistics]
+) -> None:
+    """Wanda-sp and FLAP written out over all activations of one projection each."""
+    structure, statistics = measured
+    scores = score_groups(statistics, structure, ACTIVATION_METRICS[metric])
+    for block, name in ((2, "self_attn.o_proj"), (3, "mlp.down_proj")):
+        projection = model.model.layers[1].get_submodule(name)
+        seen: list[Tensor] = []
+        hook = projection.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].flatten(0, 1)))
+        with torch.no_grad():
+            model(windows)
+        hook.remove()
+        x, weight = seen[0].double(), projection.weight.detach().double()
+        if metric == "wanda_sp":
+            per_input = weight.abs().sum(0) * x.norm(dim=0) / len(x) ** 0.5
+            expected = per_input.view(structure.blocks[block].groups, -1).sum(1)
+        else:
+            per_input = x.var(0, unbiased=False) * weight.square().sum(0)
+            standardised = (per_input - per_input.mean()) / per_input.std(unbiased=False)
+            expected = standardised.view(structure.blocks[block].groups, -1).mean(1)
+        torch.testing.assert_close(scores[structure.block_of_group == block], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_terms_of_second_moments_say_when_these_are_missing(model: PreTrainedModel, windows: Tensor) -> None:
+    structure = build_structure(model)
+    for term in ("reconstruction", "elimination"):
+        with pytest.raises(AdaPrunerError, match="needs second moments"):
+            score_groups(measure(model, structure, windows), structure, MetricPoint(weights={term: 1}))
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean", "max", "prod"])
@@ -103,8 +162,11 @@ def test_reductions_by_brute_force(reduction: str, measured: tuple[Structure, St
 def test_alignment_makes_scores_independent_of_scale(measured: tuple[Structure, Statistics]) -> None:
     """A loss in other units scales first-order terms by c and second-order ones by c²; aligned mixes do not care."""
     structure, statistics = measured
-    scaled = Statistics(
-        statistics.taylor * 1e-3, statistics.element_absolute * 1e-3, statistics.element_squared * 1e-6, statistics.loss
+    scaled = replace(
+        statistics,
+        taylor=statistics.taylor * 1e-3,
+        element_absolute=statistics.element_absolute * 1e-3,
+        element_squared=statistics.element_squared * 1e-6,
     )
     point = MetricPoint(weights={"coarse_first": 0.3, "coarse_second": 0.2, "fine_first": 1, "fine_second": 2})
     torch.testing.assert_close(
@@ -112,8 +174,8 @@ def test_alignment_makes_scores_independent_of_scale(measured: tuple[Structure, 
     )
     for block, (start, end) in enumerate(zip(structure.group_offsets, structure.group_offsets[1:], strict=False)):
         single = MetricPoint(weights={"fine_second": 1.0})
-        vectors = int((structure.block_of_vector == block).sum())
-        assert math.isclose(float(score_groups(statistics, structure, single)[start:end].sum()), vectors, rel_tol=1e-6)
+        total = float(score_groups(statistics, structure, single)[start:end].sum())
+        assert math.isclose(total, structure.blocks[block].groups, rel_tol=1e-6)
 
 
 def test_points_that_mean_nothing_are_refused() -> None:

@@ -66,7 +66,15 @@ def test_the_result_is_a_smaller_model_with_its_numbers(
     assert evaluated[0].perplexity == result["perplexity"][text]["searched"]["perplexity"]
     dense = adapruner.evaluate(model_folder, [text], window_length=16)
     assert dense[0].perplexity == result["perplexity"][text]["dense"]["perplexity"]
-    assert set(result["stages"]) == {"loading", "measuring", "searching", "saving", "evaluating"}
+    assert set(result["stages"]) == {
+        "loading",
+        "reading activations",
+        "measuring",
+        "searching",
+        "compensating",
+        "saving",
+        "evaluating",
+    }
 
 
 def test_the_run_folder_holds_what_the_design_says(finished: adapruner.PruneResult) -> None:
@@ -74,6 +82,7 @@ def test_the_run_folder_holds_what_the_design_says(finished: adapruner.PruneResu
         "config.yaml",
         "windows.safetensors",
         "statistics.safetensors",
+        "moments",
         "study.journal",
         "search.json",
         "plan.json",
@@ -225,7 +234,9 @@ def test_json_on_stdout(verb: str, model_folder: Path, text_file: Path, capsys: 
         ({"ratio": 1}, "--ratio 1: Input should be less than 1"),
         ({"ratio": -0.1}, "--ratio -0.1: Input should be greater than 0"),
         ({"ratio": "much"}, "--ratio much: Input should be a valid number"),
-        ({"ratio": 0.95}, "0.95 cannot be reached: with the first 1 and the last 1 of 4 layers protected, at most 0.1"),
+        ({"ratio": 0.95}, "0.95 cannot be reached: with the first 1 and the last 1 of 4 layers protected, at most 0."),
+        ({"layout": "uniform"}, "--layout uniform makes all layers alike: it cannot protect some"),
+        ({"compensation": "bias"}, "--compensation bias cannot be fitted sequentially: add --no-sequential"),
         ({"samples": 13}, "--samples 13 is more than the pool of 12 holds"),
         ({"pool": 5000}, "the text is too short: "),
         ({"objective_windows": 5000}, "the text is too short: "),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from adapruner.measurement import Statistics, measure
+from adapruner.errors import AdaPrunerError
+from adapruner.importance import TERMS
+from adapruner.measurement import measure
+from adapruner.planning import Budget
 from adapruner.search import Candidate, SearchSpace, SubsetFamily, build_subset_family, search
 from adapruner.structure import build_structure
 
@@ -23,18 +28,23 @@ def subsets() -> SubsetFamily:
     return SubsetFamily(importance @ importance.T, features)
 
 
-def a_smooth_objective(candidate: Candidate) -> float:
+def a_smooth_loss(candidate: Candidate) -> float:
     """Wants fine second-order terms and the last samples of the pool."""
     weights = candidate.point.weights
     share = weights.get("fine_second", 0.0) / sum(weights.values())
     return (share - 0.7) ** 2 + (1 - sum(candidate.samples) / (4 * 11)) ** 2
 
 
+def a_smooth_objective(candidate: Candidate) -> list[Tensor]:
+    """One window."""
+    return [torch.tensor([a_smooth_loss(candidate)], dtype=torch.float64)]
+
+
 def test_never_worse_than_the_fixed_metrics_and_better_with_trials(subsets: SubsetFamily, tmp_path: Path) -> None:
-    space = SearchSpace(subsets, 4, seed=0)
+    space = SearchSpace(subsets, 4, 0, Budget(0.2))
     result = search(space, a_smooth_objective, 40, 0, tmp_path / "journal")
     assert result.best.loss < result.best_fixed.loss
-    assert result.best.loss == a_smooth_objective(result.best.candidate)
+    assert result.best.loss == a_smooth_loss(result.best.candidate)
     assert result.best_fixed_name in {"vectorize", "param_first", "param_second", "param_mix"}
     assert result.best_fixed.candidate.samples == tuple(space.first_draw)
     few = search(space, a_smooth_objective, 7, 0, tmp_path / "few")
@@ -45,12 +55,12 @@ def test_never_worse_than_the_fixed_metrics_and_better_with_trials(subsets: Subs
 def test_a_killed_search_proposes_what_an_undisturbed_one_does(
     interrupted_at: int, subsets: SubsetFamily, tmp_path: Path
 ) -> None:
-    space = SearchSpace(subsets, 4, seed=3)
+    space = SearchSpace(subsets, 4, 3, Budget(0.2))
     undisturbed: list[Candidate] = []
     continued: list[Candidate] = []
 
     def record(into: list[Candidate], stop_at: int | None = None) -> object:
-        def objective(candidate: Candidate) -> float:
+        def objective(candidate: Candidate) -> list[Tensor]:
             if len(into) == stop_at:
                 raise KeyboardInterrupt
             into.append(candidate)
@@ -70,7 +80,7 @@ def test_what_a_kill_leaves_in_the_journal_does_no_harm(
 ) -> None:
     """A lock that nobody holds any more, on a relative path, and half a line."""
     monkeypatch.chdir(tmp_path)
-    space = SearchSpace(subsets, 4, seed=0)
+    space = SearchSpace(subsets, 4, 0, Budget(0.2))
     undisturbed = search(space, a_smooth_objective, 12, 0, Path("a"))
     search(space, a_smooth_objective, 8, 0, Path("b"))
     Path("b.lock").symlink_to("b")
@@ -82,7 +92,9 @@ def test_what_a_kill_leaves_in_the_journal_does_no_harm(
 
 def test_a_trial_that_is_not_finite_is_not_the_best(subsets: SubsetFamily, tmp_path: Path) -> None:
     losses = itertools.chain([float("inf"), 3.0, float("inf"), 2.5], itertools.repeat(float("inf")))
-    result = search(SearchSpace(subsets, 4, seed=0), lambda _: next(losses), 12, 0, tmp_path / "journal")
+    result = search(
+        SearchSpace(subsets, 4, 0, Budget(0.2)), lambda _: [torch.tensor([next(losses)])], 12, 0, tmp_path / "journal"
+    )
     assert result.best.loss == 2.5
 
 
@@ -91,9 +103,9 @@ def test_a_trial_that_is_not_finite_is_not_the_best(subsets: SubsetFamily, tmp_p
 def test_only_what_is_searched_changes(alignment: str, sampler: str, subsets: SubsetFamily, tmp_path: Path) -> None:
     for searched in ("joint", "calibration", "metric"):
         seen: list[Candidate] = []
-        space = SearchSpace(subsets, 4, 0, alignment, searched=searched)
+        space = SearchSpace(subsets, 4, 0, Budget(0.2), alignment=alignment, searched=searched)
 
-        def objective(candidate: Candidate, seen: list[Candidate] = seen) -> float:
+        def objective(candidate: Candidate, seen: list[Candidate] = seen) -> list[Tensor]:
             seen.append(candidate)
             return a_smooth_objective(candidate)
 
@@ -135,11 +147,11 @@ def test_the_family_of_a_measured_pool(model: PreTrainedModel, windows: Tensor) 
     assert family.features[:, 0].argmax() == statistics.loss.argmax()
     # Blocks that stay whole do not count.
     elsewhere = structure.block_of_vector != 3
-    changed = Statistics(
-        statistics.taylor,
-        torch.where(elsewhere, torch.rand_like(statistics.element_absolute), statistics.element_absolute),
-        statistics.element_squared,
-        statistics.loss,
+    changed = replace(
+        statistics,
+        element_absolute=torch.where(
+            elsewhere, torch.rand_like(statistics.element_absolute), statistics.element_absolute
+        ),
     )
     assert torch.equal(build_subset_family(changed, structure, counts).gram, family.gram)
 
@@ -151,3 +163,92 @@ def test_pools_of_any_size(model: PreTrainedModel, windows: Tensor) -> None:
     for size in (1, 2, 3):
         family = build_subset_family(statistics.select(range(size)), structure, counts)
         assert family.choose(size, {"loss": 0.5}) == tuple(range(size))
+
+
+def windowed(candidate: Candidate, windows: range, asked: list[int] | None = None) -> Iterator[Tensor]:
+    """Batches of 8 windows whose own losses differ far more than candidates do."""
+    for start in windows[::8]:
+        if asked is not None:
+            asked.append(start)
+        own = torch.sin(torch.arange(start, start + 8).double()) * 3
+        noise = torch.rand(8, generator=torch.Generator().manual_seed(start + sum(candidate.samples))).double() / 100
+        yield 5 + own + noise + a_smooth_loss(candidate)
+
+
+def test_bad_trials_are_stopped_and_the_best_is_found_all_the_same(subsets: SubsetFamily, tmp_path: Path) -> None:
+    space = SearchSpace(subsets, 4, 0, Budget(0.2))
+    asked: list[int] = []
+    result = search(space, lambda candidate: windowed(candidate, range(64), asked), 30, 0, tmp_path / "journal")
+    assert result.stopped > 10
+    assert len(asked) < 8 * 30 - 5 * result.stopped
+    # No candidate that was stopped is better.
+    everything: list[float] = []
+
+    def watched(candidate: Candidate) -> Iterator[Tensor]:
+        everything.append(float(torch.cat(list(windowed(candidate, range(64)))).mean()))
+        return windowed(candidate, range(64))
+
+    search(space, watched, 30, 0, tmp_path / "again")
+    assert result.best.loss <= min(everything) + 1e-9
+
+
+def test_the_best_few_are_judged_on_further_windows(subsets: SubsetFamily, tmp_path: Path) -> None:
+    """The loss of each is then the mean over all windows; a candidate that does badly on the further ones loses."""
+    space = SearchSpace(subsets, 4, 0, Budget(0.2))
+    plain = search(space, lambda candidate: windowed(candidate, range(16)), 20, 0, tmp_path / "a")
+    judged: list[Candidate] = []
+
+    def further(candidate: Candidate) -> Iterator[Tensor]:
+        judged.append(candidate)
+        for batch in windowed(candidate, range(16, 64)):
+            yield batch + (1.0 if candidate == plain.best.candidate else 0.0)
+
+    result = search(space, lambda c: windowed(c, range(16)), 20, 0, tmp_path / "b", judge_further=further, finalists=3)
+    assert len(judged) == 4
+    assert judged[0] == plain.best_fixed.candidate
+    assert plain.best.candidate in judged
+    assert result.best.candidate != plain.best.candidate
+    expected = torch.cat(list(windowed(result.best.candidate, range(64)))).mean()
+    assert abs(result.best.loss - float(expected)) < 1e-9
+
+
+def test_a_budget_that_cannot_be_met_is_a_lost_trial(subsets: SubsetFamily, tmp_path: Path) -> None:
+    def refuse_most(candidate: Candidate) -> list[Tensor]:
+        if candidate.budget.protect_first > 2 and candidate.budget.tilt != 0:
+            raise AdaPrunerError("cannot be reached")
+        return a_smooth_objective(candidate)
+
+    space = SearchSpace(subsets, 4, 0, Budget(0.2), "extended")
+    result = search(space, refuse_most, 20, 0, tmp_path / "journal")
+    assert result.best.loss == a_smooth_loss(result.best.candidate)
+
+
+@pytest.mark.parametrize("layout", ["per-layer", "uniform"])
+@pytest.mark.parametrize("fixed", [frozenset(), frozenset({"head_share", "protect_first"})])
+def test_the_extended_space_searches_all_terms_and_the_allocation(
+    layout: str, fixed: frozenset[str], subsets: SubsetFamily, tmp_path: Path
+) -> None:
+    reference = Budget(0.2, 3, 2, 0.5, layout=layout)
+    space = SearchSpace(subsets, 4, 0, reference, "extended", fixed)
+    seen: list[Candidate] = []
+
+    def objective(candidate: Candidate) -> list[Tensor]:
+        seen.append(candidate)
+        return a_smooth_objective(candidate)
+
+    search(space, objective, 40, 0, tmp_path / "journal", "random")
+    assert all(candidate.budget == reference for candidate in seen[:4])
+    assert seen[4].budget == reference
+    proposed = seen[11:]
+    assert {name for candidate in proposed for name, weight in candidate.point.weights.items() if weight} == set(TERMS)
+    budgets = [candidate.budget for candidate in proposed]
+    assert {budget.ratio for budget in budgets} == {0.2}
+    if fixed:
+        assert {(budget.head_share, budget.protect_first) for budget in budgets} == {(0.5, 3)}
+    else:
+        assert any(budget.head_share == 0 for budget in budgets)
+        assert any(budget.head_share > 0 for budget in budgets)
+    searched = {
+        name: len({getattr(b, name) for b in budgets}) > 1 for name in ("tilt", "bend", "ranking", "protect_last")
+    }
+    assert set(searched.values()) == {layout == "per-layer"}

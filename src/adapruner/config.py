@@ -37,7 +37,7 @@ class PruneOptions(BaseModel):
     objective_windows: Annotated[int, Field(ge=1, description="Held-out windows on which every trial is judged.")] = 64
     final_windows: Annotated[
         int, Field(ge=0, description="Further held-out windows, if there are, on which the best few are judged again.")
-    ] = 128
+    ] = 64
     selection: Annotated[
         Literal["loss", "kl"],
         Field(description="Judge trials by the loss on the text or by the divergence from the dense model."),
@@ -95,7 +95,7 @@ class PruneOptions(BaseModel):
     compensation_windows: Annotated[
         int,
         Field(ge=2, description="Windows of calibration text that compensation is fitted on, if there are so many."),
-    ] = 512
+    ] = 768
     sequential: Annotated[
         bool,
         Field(description="Fit the final model once more, layer by layer, on what the pruned layers before produce."),

@@ -228,7 +228,9 @@ def _stage_search(
             run.journal,
             config.sampler,
             progress=lambda best: advance(1, text=f"best {config.selection} {best:.4f}"),
-            judge_again=judge(windows) if len(windows) > config.objective_windows else None,
+            judge_further=judge(windows[config.objective_windows :])
+            if len(windows) > config.objective_windows
+            else None,
         )
     outcome = SearchOutcome(
         ratio=config.ratio,

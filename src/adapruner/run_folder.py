@@ -109,9 +109,9 @@ class RunFolder:
         """Writes the second moments of one block."""
         _write_atomically(path, moments.save)
 
-    def take_over(self, earlier: RunFolder) -> None:
-        """What another ratio needs of an earlier run; the large moments are linked where the file system can."""
-        for path in (earlier.windows, earlier.statistics, earlier.search):
+    def take_over(self, earlier: RunFolder, with_search: bool = True) -> None:
+        """Takes what was measured in an earlier run, and found; large moments are linked where the file system can."""
+        for path in (earlier.windows, earlier.statistics, *([earlier.search] if with_search else [])):
             shutil.copy(path, self.path / path.name)
         if earlier.moments.is_dir():
             shutil.copytree(earlier.moments, self.moments, copy_function=_link_or_copy, dirs_exist_ok=True)

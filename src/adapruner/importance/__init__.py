@@ -6,7 +6,6 @@ from adapruner.importance._metric import (
     Alignment,
     MetricPoint,
     Reduction,
-    divide_by_block_mean,
     score_groups,
 )
 from adapruner.importance._terms import TERMS, Term
@@ -19,6 +18,5 @@ __all__ = [
     "MetricPoint",
     "Reduction",
     "Term",
-    "divide_by_block_mean",
     "score_groups",
 ]

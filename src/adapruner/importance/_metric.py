@@ -12,7 +12,7 @@ from adapruner.importance._terms import TERMS, Term
 from adapruner.measurement import Statistics
 from adapruner.structure import Structure
 
-Alignment = Literal["data", "none"]
+Alignment = Literal["data", "standard", "none"]
 Reduction = Literal["sum", "mean", "max", "prod"]
 
 
@@ -22,7 +22,9 @@ class MetricPoint(BaseModel):
     Attributes:
         weights: weight of each term, by name.
         alignment: `data` divides every term by its mean over the groups of the block before mixing, so that weights
-            compare; `none` mixes the terms as they are.
+            compare; `standard` subtracts the mean over the block and divides by the standard deviation, before the
+            reduction (FLAP, arXiv 2312.11983, which so compares heads and channels of all layers); `none` mixes the
+            terms as they are.
         reduction: how the vectors of a group become one number.
     """
 
@@ -56,7 +58,7 @@ LLM_PRUNER_METRICS = {
 # Peers that rank by activations, as points of this space (see the terms for their sources).
 ACTIVATION_METRICS = {
     "wanda_sp": MetricPoint(weights={"activation_norm": 1}, alignment="none"),
-    "flap": MetricPoint(weights={"fluctuation": 1}, alignment="none"),
+    "flap": MetricPoint(weights={"fluctuation": 1}, alignment="standard", reduction="mean"),
 }
 
 
@@ -74,25 +76,43 @@ def score_groups(statistics: Statistics, structure: Structure, point: MetricPoin
     mixed = torch.zeros(structure.group_offsets[-1], dtype=torch.float64)
     for name, weight in point.weights.items():
         if weight:
-            values = _reduce(TERMS[name], statistics, structure, point.reduction)
-            mixed += weight * (divide_by_block_mean(values, structure) if point.alignment == "data" else values)
+            term = TERMS[name]
+            values, groups = term.values(statistics).double(), _group_of_value(term, structure)
+            if point.alignment == "standard":
+                values = _standardise(values, structure.block_of_group[groups])
+            scores = _reduce(values, groups, point.reduction)
+            mixed += weight * (
+                _divide_by_mean(scores, structure.block_of_group) if point.alignment == "data" else scores
+            )
     return mixed
 
 
-def divide_by_block_mean(scores: Tensor, structure: Structure) -> Tensor:
-    """[groups]: scores relative to the mean of their block, so that blocks and terms compare."""
-    means = torch.zeros(len(structure.blocks), dtype=scores.dtype)
-    means.scatter_reduce_(0, structure.block_of_group, scores, "mean", include_self=False)
-    return scores / means.clamp_min(torch.finfo(scores.dtype).tiny)[structure.block_of_group]
+def _group_of_value(term: Term, structure: Structure) -> Tensor:
+    return {
+        "vectors": lambda: structure.group_of_vector,
+        "inputs": lambda: structure.group_of_input,
+        "groups": lambda: torch.arange(structure.group_offsets[-1]),
+    }[term.unit]()
 
 
-def _reduce(term: Term, statistics: Statistics, structure: Structure, reduction: Reduction) -> Tensor:
-    values = term.values(statistics).double()
-    if term.unit == "groups":
-        return values
-    group_of_value = structure.group_of_vector if term.unit == "vectors" else structure.group_of_input
+def _block_means(values: Tensor, blocks: Tensor) -> Tensor:
+    """The mean of its block for every value."""
+    means = torch.zeros(int(blocks.max()) + 1, dtype=values.dtype)
+    return means.scatter_reduce_(0, blocks, values, "mean", include_self=False)[blocks]
+
+
+def _divide_by_mean(values: Tensor, blocks: Tensor) -> Tensor:
+    return values / _block_means(values, blocks).clamp_min(torch.finfo(values.dtype).tiny)
+
+
+def _standardise(values: Tensor, blocks: Tensor) -> Tensor:
+    centred = values - _block_means(values, blocks)
+    return centred / _block_means(centred.square(), blocks).sqrt().clamp_min(torch.finfo(values.dtype).tiny)
+
+
+def _reduce(values: Tensor, groups: Tensor, reduction: Reduction) -> Tensor:
     operation = {"sum": "sum", "mean": "mean", "max": "amax", "prod": "mean"}[reduction]
     values = values.log() if reduction == "prod" else values
-    scores = torch.zeros(structure.group_offsets[-1], dtype=values.dtype)
-    scores.scatter_reduce_(0, group_of_value, values, operation, include_self=False)
+    scores = torch.zeros(int(groups.max()) + 1, dtype=values.dtype)
+    scores.scatter_reduce_(0, groups, values, operation, include_self=False)
     return scores.exp() if reduction == "prod" else scores

@@ -115,18 +115,18 @@ def _wanted(
     budget: Budget, layers: range, blocks: _Blocks, target: float, scores: Sequence[Tensor] | None
 ) -> dict[int, float]:
     """How many groups each block would keep if fractions could go."""
-    weights = {
-        index: (1.0 if budget.layout == "uniform" else _profile(budget, layers, block.layer))
-        * (budget.head_share if block.kind == "heads" else 1.0)
+    profile = {
+        index: 1.0 if budget.layout == "uniform" else _profile(budget, layers, block.layer)
         for index, block in blocks.items()
     }
+    relative = {index: budget.head_share if block.kind == "heads" else 1.0 for index, block in blocks.items()}
     if scores is not None:
-        return _by_global_ranking(weights, blocks, target, scores)
+        return _by_global_ranking({index: profile[index] * relative[index] for index in blocks}, blocks, target, scores)
 
     def shares(scale: float) -> dict[int, float]:
-        return {index: min(1.0, scale * weight) for index, weight in weights.items()}
+        return {index: relative[index] * min(1.0, scale * profile[index]) for index in blocks}
 
-    low, high = 0.0, 1.0 / min(weight for weight in weights.values() if weight > 0)
+    low, high = 0.0, 1.0 / min(profile.values())
     for _ in range(60):
         middle = (low + high) / 2
         removed = sum(share * _parameters([blocks[index]]) for index, share in shares(middle).items())

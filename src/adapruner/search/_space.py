@@ -103,7 +103,7 @@ class SearchSpace:
                 _mix(reconstruction=1.0) | reference | {"bend": 0.8},
                 _mix(reconstruction=1.0, taylor=0.5) | reference | {"bend": 0.8},
                 _mix(reconstruction=1.0) | reference | {"bend": 0.4, "heads": "some", "head_share": 0.25},
-                _mix(activation=1.0) | reference,
+                _mix(reconstruction=1.0) | reference | {"ranking": "global"},
                 _mix(taylor=1.0) | reference,
             ]
         return baselines + [

@@ -7,7 +7,7 @@ import random
 import statistics
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -43,7 +43,7 @@ class SearchResult:
     """The outcome of a search.
 
     Attributes:
-        best: the best of all candidates; where finalists were judged again, the best of those.
+        best: the best of all candidates; where finalists were judged further, the best of those.
         best_fixed: the best of LLM-Pruner's metrics on the first random draw of samples, and its name.
         stopped: how many trials were stopped early.
     """
@@ -62,10 +62,10 @@ def search(
     journal: Path,
     sampler: Literal["tpe", "random"] = "tpe",
     progress: Callable[[float], None] | None = None,
-    judge_again: Judge | None = None,
-    finalists: int = 4,
+    judge_further: Judge | None = None,
+    finalists: int = 3,
 ) -> SearchResult:
-    """Runs trials until the journal holds `trials` finished ones, then judges the best few once more.
+    """Runs trials until the journal holds `trials` finished ones, then judges the best few on further windows.
 
     What is proposed depends on the seed and on the finished trials alone, so that a search that was killed and
     continued proposes what an undisturbed one would have.
@@ -75,9 +75,9 @@ def search(
             asked for more once the candidate is clearly worse than the best one so far, window by window.
         journal: file that records every trial (Optuna's journal storage); made if it is not there.
         progress: called after every finished trial, also for those already in the journal, with the best loss so far.
-        judge_again: the same on more windows. The best of many trials owes part of its loss to the windows it was
+        judge_further: the same on further windows. The best of many trials owes part of its loss to the windows it was
             chosen on; None takes it as it is.
-        finalists: how many are judged again.
+        finalists: how many are judged further.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(storage=_open_journal(journal), study_name="adapruner", load_if_exists=True)
@@ -99,7 +99,7 @@ def search(
             )
         if progress:
             progress(min(map(_loss, _finished(study)[: number + 1])))
-    return _result(study, space, trials, judge_again, finalists)
+    return _result(study, space, trials, judge_further, finalists)
 
 
 def _judged(trial: optuna.Trial, candidate: Candidate, judge: Judge, may_stop: bool) -> float:
@@ -160,29 +160,33 @@ def _finished(study: optuna.Study) -> list[FrozenTrial]:
 
 
 def _result(
-    study: optuna.Study, space: SearchSpace, trials: int, judge_again: Judge | None, finalists: int
+    study: optuna.Study, space: SearchSpace, trials: int, judge_further: Judge | None, finalists: int
 ) -> SearchResult:
     finished = _finished(study)[:trials]
     best_fixed = min((trial for trial in finished if FIXED_METRIC in trial.user_attrs), key=_loss)
     whole = sorted((trial for trial in finished if _STOPPED not in trial.user_attrs), key=_loss)
-    found = [_found(trial, space) for trial in [best_fixed, *whole]]
-    # Trials that propose the same candidate count once; the best fixed metric is always judged again, to compare with.
-    distinct = list({one.candidate.model_dump_json(): one for one in reversed(found)}.values())[::-1]
-    if judge_again:
-        distinct = [
-            replace(one, loss=float(torch.cat(list(judge_again(one.candidate))).mean()))
-            for one in distinct[: finalists + 1]
-        ]
+    # The best fixed metric is always judged again, to compare with; trials with the same candidate count once.
+    distinct: dict[str, FrozenTrial] = {}
+    for trial in [best_fixed, *whole]:
+        distinct.setdefault(space.suggest(trial).model_dump_json(), trial)
+    found = [
+        _found(trial, space, judge_further)
+        for trial in list(distinct.values())[: finalists + 1 if judge_further else None]
+    ]
     return SearchResult(
-        best=min(distinct, key=lambda one: one.loss),
-        best_fixed=distinct[0],
+        best=min(found, key=lambda one: one.loss),
+        best_fixed=found[0],
         best_fixed_name=best_fixed.user_attrs[FIXED_METRIC],
         stopped=len(finished) - len(whole),
     )
 
 
-def _found(trial: FrozenTrial, space: SearchSpace) -> Found:
-    return Found(space.suggest(trial), _loss(trial), trial.number)
+def _found(trial: FrozenTrial, space: SearchSpace, judge_further: Judge | None) -> Found:
+    candidate, losses = space.suggest(trial), list(trial.intermediate_values.values())
+    if judge_further is None or not math.isfinite(_loss(trial)):
+        return Found(candidate, _loss(trial), trial.number)
+    losses += torch.cat(list(judge_further(candidate))).tolist()
+    return Found(candidate, statistics.fmean(losses), trial.number)
 
 
 def _loss(trial: FrozenTrial) -> float:

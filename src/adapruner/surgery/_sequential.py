@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ def compensate_sequentially(
     text; with none, it is fitted to inputs that it will not see.
 
     Only projections out of which something was cut are refitted. The cost is that of two to three forward passes over
-    the text, and the memory that of two hidden states per token.
+    the text, and the memory that of three hidden states per token.
 
     Args:
         pruned: what `prune_model` made of `dense` by `plan`, in any dtype; its weights change.
@@ -59,25 +59,28 @@ def compensate_sequentially(
     with torch.inference_mode():
         calls = _layer_arguments(dense, layers_path, batches[0])
         dense_states = [dense.get_input_embeddings()(batch) for batch in batches]
-        pruned_states = [state.to(pruned.dtype) for state in dense_states]
+        pruned_states = dense_states
         for layer in range(structure.layers):
             path = f"{layers_path}.{layer}"
             before, after = dense.get_submodule(path), pruned.get_submodule(path)
+            next_dense_states: list[Tensor] = []
             for index, block in enumerate(structure.blocks):
                 if block.layer == layer and len(plan.blocks[index].kept) < block.groups:
                     name = block.row_wise.parameter
-                    refitted[name] = _refit(
-                        _Layer(before, calls[layer], name.removeprefix(f"{path}.").removesuffix(".weight")),
-                        _Layer(after, calls[layer], name.removeprefix(f"{path}.").removesuffix(".weight")),
-                        block,
+                    watched = name.removeprefix(f"{path}.").removesuffix(".weight")
+                    refitted[name], next_dense_states = _refit(
+                        _Layer(before, calls[layer], watched, block),
+                        _Layer(after, calls[layer], watched, block),
                         dense_states,
                         pruned_states,
                         dampings[index],
                         carried_share,
                     )
-            for number in range(len(batches)):
-                dense_states[number] = _hidden(before(dense_states[number], **calls[layer]))
-                pruned_states[number] = _hidden(after(pruned_states[number], **calls[layer]))
+            next_dense_states = next_dense_states or [_hidden(before(state, **calls[layer])) for state in dense_states]
+            pruned_states = (
+                [_hidden(after(state, **calls[layer])) for state in pruned_states] if refitted else next_dense_states
+            )
+            dense_states = next_dense_states
             if progress:
                 progress(1)
     return refitted
@@ -107,59 +110,66 @@ def refit_sequentially(
         pruned.get_parameter(name).data.copy_(weight)
 
 
-class _Layer:
-    """A decoder layer, and one of its projections to watch."""
+@dataclass(frozen=True)
+class _Seen:
+    """What a layer did to a batch: the inputs and output of the watched projection and the hidden state that the output
+    is added to, [tokens, ·] in float32, and what came out of the layer."""
 
-    def __init__(self, module: nn.Module, arguments: dict[str, Any], projection: str) -> None:
-        self.module, self.arguments = module, arguments
+    inputs: Tensor
+    output: Tensor
+    beside: Tensor
+    after: Tensor
+
+
+class _Layer:
+    """A decoder layer, and the row-wise projection of one of its blocks to watch."""
+
+    def __init__(self, module: nn.Module, arguments: dict[str, Any], projection: str, block: Block) -> None:
+        self.module, self.arguments, self.block = module, arguments, block
         self.projection = module.get_submodule(projection)
 
-    def run(self, state: Tensor, block: Block) -> tuple[Tensor, Tensor, Tensor]:
-        """[tokens, ·] each, float32: inputs and output of the projection, and the hidden state it is added to."""
+    def run(self, state: Tensor) -> _Seen:
         seen: list[Tensor] = []
-        with _watched(self.projection, seen):
+        hook = self.projection.register_forward_hook(lambda _, inputs, output: seen.extend((inputs[0], output)))
+        try:
             after = _hidden(self.module(state, **self.arguments))
+        finally:
+            hook.remove()
         inputs, output = (tensor.flatten(0, -2).float() for tensor in seen)
         # The attention output is added to what comes into the layer, the feed-forward output makes what leaves it.
-        beside = state.flatten(0, -2).float() if block.kind == "heads" else after.flatten(0, -2).float() - output
-        return inputs, output, beside
+        beside = state.flatten(0, -2).float() if self.block.kind == "heads" else after.flatten(0, -2).float() - output
+        return _Seen(inputs, output, beside, after)
 
 
 def _refit(
     dense: _Layer,
     pruned: _Layer,
-    block: Block,
     dense_states: list[Tensor],
     pruned_states: list[Tensor],
     damping: float,
     carried_share: float,
-) -> Tensor:
-    """Sets the weight of the pruned projection to the least-squares solution, and returns it in float32."""
+) -> tuple[Tensor, list[Tensor]]:
+    """Sets the weight of the pruned projection to the least-squares solution.
+
+    Returns:
+        The weight in float32, and what comes out of the dense layer.
+    """
     weight: Any = pruned.projection.weight
     second = torch.zeros(weight.shape[1], weight.shape[1], device=weight.device)
     residual = torch.zeros(weight.shape, device=weight.device)
-    tokens = 0
+    after, tokens = [], 0
     for dense_state, pruned_state in zip(dense_states, pruned_states, strict=True):
-        _, wanted, beside = dense.run(dense_state, block)
-        inputs, given, beside_pruned = pruned.run(pruned_state, block)
-        missing = wanted - given + carried_share * (beside - beside_pruned)
-        second.addmm_(inputs.T, inputs)
-        residual.addmm_(missing.T, inputs)
-        tokens += len(inputs)
+        wanted, given = dense.run(dense_state), pruned.run(pruned_state)
+        missing = wanted.output - given.output + carried_share * (wanted.beside - given.beside)
+        second.addmm_(given.inputs.T, given.inputs)
+        residual.addmm_(missing.T, given.inputs)
+        tokens += len(given.inputs)
+        after.append(wanted.after)
     factor = factorize(second / tokens, damping)
     change = torch.cholesky_solve((residual / tokens).double().T, factor).T
     refitted: Tensor = (weight.double() + change).float()
     weight.copy_(refitted)
-    return refitted
-
-
-@contextmanager
-def _watched(projection: nn.Module, seen: list[Tensor]) -> Iterator[None]:
-    hook = projection.register_forward_hook(lambda _, inputs, output: seen.extend((inputs[0], output)))
-    try:
-        yield
-    finally:
-        hook.remove()
+    return refitted, after
 
 
 def _hidden(output: Any) -> Tensor:

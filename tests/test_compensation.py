@@ -1,0 +1,193 @@
+"""Compensation against closed-form solutions by other means, and against what really happens to the outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from adapruner.measurement import InputMoments, measure_moments
+from adapruner.planning import Budget, PruningPlan, kept_counts, make_plan
+from adapruner.structure import Structure, build_structure
+from adapruner.surgery import Compensation, compensate, compensate_sequentially, prune_model
+
+KEPT = torch.tensor([0, 2, 3, 6])
+
+
+def moments_of(inputs: Tensor, damping: float) -> InputMoments:
+    return InputMoments(inputs.mean(0).float(), (inputs.T @ inputs / len(inputs)).float(), damping)
+
+
+@pytest.fixture
+def inputs() -> Tensor:
+    """[tokens, inputs]: correlated, with means of their own."""
+    generator = torch.Generator().manual_seed(0)
+    mixed = torch.randn(200, 8, generator=generator) @ torch.randn(8, 8, generator=generator)
+    return (mixed + torch.randn(8, generator=generator) * 2).double()
+
+
+@pytest.fixture
+def weight() -> Tensor:
+    return torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
+
+
+def error(weight: Tensor, inputs: Tensor, columns: Tensor, bias: Tensor | float = 0.0) -> float:
+    """E‖W x - W' x_K - b‖²."""
+    lost = inputs @ weight.double().T - inputs[:, KEPT] @ columns.double().T - bias
+    return float(lost.square().sum(1).mean())
+
+
+def test_least_squares_equals_a_solver_on_the_stacked_problem(inputs: Tensor, weight: Tensor) -> None:
+    """The damped problem as an ordinary one: the rows √damping · I with the original columns as targets are added."""
+    damping = 0.3
+    columns, bias = compensate(weight, moments_of(inputs, damping), KEPT, "least-squares")
+    tokens, kept = len(inputs), len(KEPT)
+    design = torch.cat([inputs[:, KEPT] / tokens**0.5, damping**0.5 * torch.eye(kept, dtype=torch.float64)])
+    targets = torch.cat([inputs @ weight.double().T / tokens**0.5, damping**0.5 * weight.double()[:, KEPT].T])
+    expected = torch.linalg.lstsq(design, targets).solution.T
+    torch.testing.assert_close(columns.double(), expected, rtol=1e-4, atol=1e-5)
+    assert not bias.any()
+
+
+def test_least_squares_with_bias_equals_a_solver_with_a_column_of_ones(inputs: Tensor, weight: Tensor) -> None:
+    columns, bias = compensate(weight, moments_of(inputs, 1e-9), KEPT, "least-squares-bias")
+    design = torch.cat([inputs[:, KEPT], torch.ones(len(inputs), 1).double()], 1)
+    expected = torch.linalg.lstsq(design, inputs @ weight.double().T).solution.T
+    torch.testing.assert_close(columns.double(), expected[:, :-1], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(bias.double(), expected[:, -1], rtol=1e-3, atol=1e-3)
+
+
+def test_bias_alone_is_that_of_flap(inputs: Tensor, weight: Tensor) -> None:
+    columns, bias = compensate(weight, moments_of(inputs, 0.1), KEPT, "bias")
+    removed = [index for index in range(8) if index not in KEPT]
+    assert torch.equal(columns, weight[:, KEPT])
+    torch.testing.assert_close(
+        bias.double(), weight[:, removed].double() @ inputs.mean(0)[removed], rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 200])
+@pytest.mark.parametrize("damping", [1e-8, 1e-2, 10.0])
+@pytest.mark.parametrize("form", ["least-squares", "least-squares-bias", "bias"])
+def test_never_worse_than_leaving_the_columns_as_they_are(
+    tokens: int, damping: float, form: str, inputs: Tensor, weight: Tensor
+) -> None:
+    """On its own text; also with fewer tokens than inputs, where H is singular."""
+    inputs = inputs[:tokens]
+    columns, bias = compensate(weight, moments_of(inputs, damping), KEPT, form)
+    assert columns.isfinite().all()
+    assert error(weight, inputs, columns, bias.double()) <= error(weight, inputs, weight[:, KEPT]) * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("value", [0.0, 3.0])
+def test_channels_that_never_change(value: float, inputs: Tensor, weight: Tensor) -> None:
+    """One that is constant, whether it stays or goes, and a copy of another."""
+    inputs[:, 2] = inputs[:, 5] = value
+    inputs[:, 7] = inputs[:, 6]
+    for form in ("least-squares", "least-squares-bias"):
+        columns, bias = compensate(weight, moments_of(inputs, 1e-7), KEPT, form)
+        assert columns.isfinite().all()
+        assert error(weight, inputs, columns, bias.double()) <= error(weight, inputs, weight[:, KEPT])
+
+
+def test_all_inputs_are_zero(weight: Tensor) -> None:
+    columns, _ = compensate(weight, moments_of(torch.zeros(4, 8).double(), 1.0), KEPT, "least-squares")
+    assert torch.equal(columns, weight[:, KEPT])
+
+
+def cut(model: PreTrainedModel, ratio: float = 0.15) -> tuple[Structure, PruningPlan]:
+    """A plan that takes heads and channels out of the two middle layers."""
+    structure = build_structure(model)
+    scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(0))
+    return structure, make_plan(structure, scores, kept_counts(structure, Budget(ratio, 1, 1, head_share=1)))
+
+
+def compensation(model: PreTrainedModel, structure: Structure, windows: Tensor, form: str) -> Compensation:
+    return Compensation(form, measure_moments(model, structure, windows, range(len(structure.blocks))))
+
+
+@pytest.mark.parametrize("form", ["bias", "least-squares", "least-squares-bias"])
+def test_a_compensated_model_is_nearer_to_the_dense_one(
+    form: str, make_model: Callable[..., PreTrainedModel], windows: Tensor
+) -> None:
+    """Of a family without biases in these places: the pruned model gets them where the form needs them."""
+    model = make_model("qwen3")
+    structure, plan = cut(model)
+    windows = windows.repeat(1, 2)
+    before, after = (
+        prune_model(model, structure, plan, how) for how in (None, compensation(model, structure, windows, form))
+    )
+    has_bias = after.model.layers[1].mlp.down_proj.bias is not None
+    assert has_bias == (form != "least-squares")
+    with torch.no_grad():
+        dense, plain, compensated = (each(windows).logits for each in (model, before, after))
+    assert (compensated - dense).norm() < 0.95 * (plain - dense).norm()
+
+
+@pytest.mark.parametrize("form", ["bias", "least-squares", "least-squares-bias"])
+def test_nothing_removed_nothing_changed(form: str, model: PreTrainedModel, windows: Tensor) -> None:
+    structure = build_structure(model)
+    plan = make_plan(structure, torch.ones(structure.group_offsets[-1]), [b.groups for b in structure.blocks])
+    pruned = prune_model(model, structure, plan, compensation(model, structure, windows, form))
+    dampings = dict.fromkeys(range(len(structure.blocks)), 0.1)
+    assert compensate_sequentially(model, pruned, structure, plan, windows, dampings) == {}
+    with torch.no_grad():
+        assert torch.equal(pruned(windows).logits, model(windows).logits)
+
+
+def test_sequential_is_the_least_squares_of_what_layers_really_get(
+    make_model: Callable[..., PreTrainedModel], windows: Tensor
+) -> None:
+    """Of every cut projection: its input in the finished model, and its target, by hooks in whole forward passes."""
+    share, damping = 0.5, 1e-3
+    model = make_model("qwen3")
+    structure, plan = cut(model)
+    start = prune_model(model, structure, plan)
+    pruned = prune_model(model, structure, plan)
+    dampings = dict.fromkeys(range(len(structure.blocks)), damping)
+    refitted = compensate_sequentially(model, pruned, structure, plan, windows, dampings, share, batch_size=3)
+    assert len(refitted) == 4
+    for name, weight in refitted.items():
+        assert torch.equal(pruned.get_parameter(name), weight)
+        projection = name.removesuffix(".weight")
+        layer = projection.rsplit(".", 2)[0]
+        seen = {}
+        for which, each in (("dense", model), ("pruned", pruned)):
+            states: dict[str, Tensor] = {}
+            hooks = [
+                each.get_submodule(projection).register_forward_hook(
+                    lambda _, args, output, states=states: states.update(x=args[0], y=output)
+                ),
+                each.get_submodule(layer).register_forward_hook(
+                    lambda _, args, output, states=states: states.update(into=args[0], out=output)
+                ),
+            ]
+            with torch.no_grad():
+                each(windows)
+            for hook in hooks:
+                hook.remove()
+            beside = states["into"] if "self_attn" in name else states["out"] - states["y"]
+            seen[which] = {key: value.flatten(0, 1).double() for key, value in (states | {"beside": beside}).items()}
+        x = seen["pruned"]["x"]
+        target = seen["dense"]["y"] + share * (seen["dense"]["beside"] - seen["pruned"]["beside"])
+        original = start.get_parameter(name).detach().double()
+        design = torch.cat([x / len(x) ** 0.5, damping**0.5 * torch.eye(x.shape[1]).double()])
+        targets = torch.cat([target / len(x) ** 0.5, damping**0.5 * original.T])
+        expected = torch.linalg.lstsq(design, targets).solution.T
+        torch.testing.assert_close(weight.double(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_sequential_brings_the_model_nearer_to_the_dense_one(
+    make_model: Callable[..., PreTrainedModel], windows: Tensor
+) -> None:
+    model = make_model("mistral")
+    structure, plan = cut(model)
+    one_shot = prune_model(model, structure, plan, compensation(model, structure, windows, "least-squares"))
+    refitted = prune_model(model, structure, plan, compensation(model, structure, windows, "least-squares"))
+    compensate_sequentially(model, refitted, structure, plan, windows, dict.fromkeys(range(8), 1e-3))
+    with torch.no_grad():
+        dense, before, after = (each.model(windows).last_hidden_state for each in (model, one_shot, refitted))
+    assert (after - dense).norm() < (before - dense).norm()

@@ -1,0 +1,154 @@
+"""Second moments against hooks that keep every activation, and what removal costs against refitting outright."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, PreTrainedModel
+
+from adapruner.errors import AdaPrunerError
+from adapruner.measurement import (
+    InputMoments,
+    StoredMoments,
+    factorize,
+    measure_moments,
+    moments_passes,
+    removal_errors,
+)
+from adapruner.models import empty_model
+from adapruner.structure import Structure, build_structure
+
+
+def activations(model: PreTrainedModel, structure: Structure, windows: Tensor) -> list[Tensor]:
+    """[tokens, inputs] for each block."""
+    kept: dict[int, Tensor] = {}
+    hooks = [
+        model.get_submodule(block.row_wise.parameter.removesuffix(".weight")).register_forward_pre_hook(
+            lambda _, args, index=index: kept.update({index: args[0].detach().flatten(0, 1).double()})
+        )
+        for index, block in enumerate(structure.blocks)
+    ]
+    with torch.no_grad():
+        model(windows)
+    for hook in hooks:
+        hook.remove()
+    return [kept[index] for index in range(len(structure.blocks))]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 6])
+def test_moments_are_means_over_all_tokens(batch_size: int, model: PreTrainedModel, windows: Tensor) -> None:
+    structure = build_structure(model)
+    moments = measure_moments(model, structure, windows, [0, 3], batch_size)
+    assert set(moments) == {0, 3}
+    for index, x in enumerate(activations(model, structure, windows)):
+        if index in moments:
+            torch.testing.assert_close(moments[index].mean.double(), x.mean(0), rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(moments[index].second.double(), x.T @ x / len(x), rtol=1e-4, atol=1e-6)
+            assert moments[index].damping > 0
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_more_text_needs_less_damping(model: PreTrainedModel) -> None:
+    structure = build_structure(model)
+    windows = torch.randint(3, 96, (64, 12), generator=torch.Generator().manual_seed(5))
+    few, many = (
+        sum(
+            m.damping / float(m.second.diagonal().mean())
+            for m in measure_moments(model, structure, w, range(8)).values()
+        )
+        for w in (windows[:2], windows)
+    )
+    assert many < few
+
+
+def test_what_cannot_be_measured_is_refused(model: PreTrainedModel, windows: Tensor) -> None:
+    structure = build_structure(model)
+    with pytest.raises(AdaPrunerError, match="at least 2 windows"):
+        measure_moments(model, structure, windows[:1], [0])
+    model.model.layers[1].mlp.up_proj.weight.data[3] = float("inf")
+    with pytest.raises(AdaPrunerError, match=r"layers\.1\.mlp\.down_proj\.weight are not finite"):
+        measure_moments(model, structure, windows, range(8))
+
+
+@pytest.mark.parametrize("granularity", ["kv-group", "query-head"])
+def test_removal_alone_costs_what_a_refit_leaves(granularity: str, model: PreTrainedModel, windows: Tensor) -> None:
+    """For every group: least squares without it, by a solver on the activations themselves."""
+    structure = build_structure(model, granularity)
+    measured = measure_moments(model, structure, windows, range(8))
+    moments = {index: InputMoments(m.mean, m.second, 1e-3) for index, m in measured.items()}
+    alone, _ = removal_errors(model, structure, moments)
+    inputs = activations(model, structure, windows)
+    for index, block in enumerate(structure.blocks[:4]):
+        weight = model.get_parameter(block.row_wise.parameter).detach().double()
+        x, width = inputs[index], block.row_wise.width
+        damped = torch.cat([x / len(x) ** 0.5, 1e-3**0.5 * torch.eye(x.shape[1]).double()])
+        for group in range(block.groups):
+            kept = [c for c in range(x.shape[1]) if not group * width <= c < (group + 1) * width]
+            solution = torch.linalg.lstsq(damped[:, kept], damped @ weight.T).solution
+            expected = (damped @ weight.T - damped[:, kept] @ solution).square().sum()
+            actual = alone[structure.group_offsets[index] + group].double()
+            torch.testing.assert_close(actual, expected, rtol=2e-3, atol=1e-6)
+
+
+def test_elimination_adds_up_to_the_error_of_a_refit(model: PreTrainedModel, windows: Tensor) -> None:
+    """One channel after the other: the errors up to any of them are what least squares without all of them leaves."""
+    structure = build_structure(model)
+    measured = measure_moments(model, structure, windows, range(8))
+    moments = {index: InputMoments(m.mean, m.second, 1e-2) for index, m in measured.items()}
+    _, eliminated = removal_errors(model, structure, moments)
+    for index in (1, 5):
+        block, offset = structure.blocks[index], structure.group_offsets[index]
+        weight = model.get_parameter(block.row_wise.parameter).detach().double()
+        x = activations(model, structure, windows)[index]
+        damped = torch.cat([x / len(x) ** 0.5, 1e-2**0.5 * torch.eye(x.shape[1]).double()])
+        costs = eliminated[offset : offset + block.groups].double()
+        order = costs.argsort()
+        for gone in (1, 5, 12):
+            kept = order[gone:].sort().values
+            solution = torch.linalg.lstsq(damped[:, kept], damped @ weight.T).solution
+            left = (damped @ weight.T - damped[:, kept] @ solution).square().sum()
+            # The costs are raised where they would not ascend, and so bound the error from above.
+            assert left <= costs[order[:gone]].sum() * (1 + 1e-3)
+            torch.testing.assert_close(costs[order[:gone]].sum(), left, rtol=0.05, atol=1e-6)
+
+
+def test_blocks_without_moments_cost_nothing(model: PreTrainedModel, windows: Tensor) -> None:
+    structure = build_structure(model)
+    for errors in removal_errors(model, structure, measure_moments(model, structure, windows, [1])):
+        assert errors[structure.block_of_group == 1].all()
+        assert not errors[structure.block_of_group != 1].any()
+
+
+def test_a_factor_is_found_where_rounding_leaves_none() -> None:
+    x = torch.randn(3, 10, generator=torch.Generator().manual_seed(0)) * torch.logspace(-1, 1, 10)
+    second = (x.T @ x).half().float()
+    factor = factorize(second, 1e-9)
+    assert factor.isfinite().all()
+    assert (factor @ factor.T - second.double()).abs().max() < second.abs().max() * 1e-2
+
+
+def test_stored_moments(tmp_path: Path, model: PreTrainedModel, windows: Tensor) -> None:
+    moments = measure_moments(model, build_structure(model), windows, [2, 3])
+    stored = StoredMoments(tmp_path)
+    for index, each in moments.items():
+        each.save(stored.path(index))
+    assert list(stored) == [2, 3]
+    assert len(stored) == 2
+    assert torch.equal(stored[3].second, moments[3].second)
+    assert stored[3].damping == pytest.approx(moments[3].damping)
+    with pytest.raises(KeyError):
+        stored[0]
+
+
+def test_passes_fit_into_memory() -> None:
+    structure = build_structure(empty_model(LlamaConfig()))
+    passes = moments_passes(structure, range(64))
+    assert list(itertools.chain(*passes)) == list(range(64))
+    assert len(passes) == 10
+    widths = {"heads": 4096, "channels": 11008}
+    assert all(sum(8 * widths[structure.blocks[i].kind] ** 2 for i in blocks) <= 4 * 2**30 for blocks in passes)
+    assert moments_passes(structure, [1, 3], memory=1) == [[1], [3]]
