@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -140,3 +141,54 @@ def test_a_plan_fits_only_its_model(model: PreTrainedModel, llama_7b: Structure)
     plan = make_plan(structure, torch.ones(structure.group_offsets[-1]), [b.groups for b in structure.blocks])
     with pytest.raises(AdaPrunerError, match="this plan is for a llama of"):
         plan.check_fits(llama_7b)
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.2, 0.4])
+@pytest.mark.parametrize(("tilt", "bend"), [(0.5, 0.0), (-0.5, 0.0), (0.0, 1.0), (0.3, -0.5)])
+def test_a_depth_profile_says_how_shares_compare(llama_7b: Structure, ratio: float, tilt: float, bend: float) -> None:
+    counts = kept_counts(llama_7b, Budget(ratio, 4, 3, 0.5, tilt=tilt, bend=bend))
+    assert abs(removed_parameters(llama_7b, counts) / llama_7b.total_parameters - ratio) <= 0.001
+    shares = [1 - count / 11008 for b, count in zip(llama_7b.blocks, counts, strict=True) if b.kind == "channels"]
+    assert not any(shares[:4] + shares[29:])
+    profile = [math.exp(tilt * z - bend * z * z) for z in (i / 12 - 1 for i in range(25))]
+    for layer in range(4, 29):
+        if shares[layer] < 0.99:
+            relative = shares[layer] / shares[16]
+            assert math.isclose(relative, profile[layer - 4] / profile[12], rel_tol=0.01)
+
+
+@pytest.mark.parametrize("head_share", [0.0, 0.5, 1.0])
+def test_global_ranking_removes_the_least_of_all_layers(model: PreTrainedModel, head_share: float) -> None:
+    """By brute force: of what goes, nothing scores more than what stays, in the block or in any other."""
+    structure = build_structure(model)
+    scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(0)) + 0.1
+    budget = Budget(0.1, 1, 0, head_share, ranking="global")
+    plan = make_plan(structure, scores, kept_counts(structure, budget, scores))
+    assert abs(plan.ratio - 0.1) <= 0.005
+    gone, stayed = [], []
+    for block, offset in zip(plan.blocks, structure.group_offsets, strict=False):
+        weight = (head_share if block.kind == "heads" else 1.0) * (block.layer >= 1)
+        for group in range(block.groups):
+            if weight:
+                (stayed if group in block.kept else gone).append(float(scores[offset + group]) / weight)
+            else:
+                assert group in block.kept
+    # What is left of the budget after whole heads is made up by channels, near the threshold.
+    assert max(gone) <= min(stayed) + 0.1
+    with pytest.raises(AdaPrunerError, match="needs scores"):
+        kept_counts(structure, budget)
+
+
+@pytest.mark.parametrize("head_share", [0.0, 0.5, 1.0])
+def test_a_uniform_layout_is_the_same_in_every_layer(llama_7b: Structure, head_share: float) -> None:
+    counts = kept_counts(llama_7b, Budget(0.3, 0, 0, head_share, 32, "uniform"))
+    assert abs(removed_parameters(llama_7b, counts) / llama_7b.total_parameters - 0.3) <= 0.005
+    for kind in ("heads", "channels"):
+        kept = {count for block, count in zip(llama_7b.blocks, counts, strict=True) if block.kind == kind}
+        assert len(kept) == 1
+        assert (kept == {32}) == (kind == "heads" and head_share == 0)
+
+
+def test_a_uniform_layout_that_steps_over_the_ratio_is_refused(llama_7b: Structure) -> None:
+    with pytest.raises(AdaPrunerError, match="lower --round-to"):
+        kept_counts(llama_7b, Budget(0.3, 0, 0, 0.0, 1024, "uniform"))

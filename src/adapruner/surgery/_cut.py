@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from adapruner.models import PRUNED_CLASSES, architecture_of
 from adapruner.planning import BlockPlan, PruningPlan
@@ -29,11 +31,9 @@ def prune_model(
         AdaPrunerError: the plan was made for another model.
     """
     plan.check_fits(structure)
-    config = _pruned_config(model.config, structure, plan)
-    if compensation and compensation.adds_bias:
-        config.added_biases = _row_wise_modules(structure)
+    added_biases = _row_wise_modules(structure) if compensation and compensation.adds_bias else []
     with init_empty_weights(include_buffers=False):
-        pruned: Any = PRUNED_CLASSES[structure.model_type](config)
+        pruned: Any = _empty_pruned(model, structure, plan, added_biases)
     pruned.load_state_dict(_pruned_state(model.state_dict(), structure, plan, compensation), assign=True)
     pruned.tie_weights()
     pruned.generation_config = model.generation_config
@@ -42,16 +42,28 @@ def prune_model(
     return moved
 
 
-def _pruned_config(config: PreTrainedConfig, structure: Structure, plan: PruningPlan) -> PreTrainedConfig:
-    """The config of the pruned model: the dense one plus what each layer has less of."""
-    architecture = architecture_of(config)
-    overrides: dict[int, dict[str, int]] = {}
+def _empty_pruned(
+    model: PreTrainedModel, structure: Structure, plan: PruningPlan, added_biases: list[str]
+) -> PreTrainedModel:
+    """The pruned model before its weights are set: of the class that it was where all layers are alike and that class
+    takes the counts, else of the class whose config says what each layer has less of."""
+    architecture = architecture_of(model.config)
+    layers: dict[int, dict[str, int]] = {}
     for block, block_plan in zip(structure.blocks, plan.blocks, strict=True):
         counts = {field: amount * len(block_plan.kept) for field, amount in block.config_counts.items()}
-        overrides.setdefault(block.layer, {}).update(counts)
-    fields = config.to_dict()
-    fields |= {architecture.config_fields.head_dim: architecture.head_dim(config), "per_layer_config": overrides}
-    return PRUNED_CLASSES[structure.model_type].config_class.from_dict(fields)
+        layers.setdefault(block.layer, {}).update(counts)
+    fields = model.config.to_dict()
+    fields |= {architecture.config_fields.head_dim: architecture.head_dim(model.config)}
+    if all(counts == layers[0] for counts in layers.values()) and not added_biases:
+        # Some families refuse numbers of heads that do not divide the hidden size.
+        with contextlib.suppress(StrictDataclassError):
+            return type(model)(type(model.config).from_dict(fields | layers[0]))
+    pruned_class: Any = PRUNED_CLASSES[structure.model_type]
+    differences: dict[str, Any] = {"per_layer_config": layers}
+    if added_biases:
+        differences["added_biases"] = added_biases
+    pruned: PreTrainedModel = pruned_class(pruned_class.config_class.from_dict(fields | differences))
+    return pruned
 
 
 def _row_wise_modules(structure: Structure) -> list[str]:
