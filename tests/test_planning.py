@@ -159,7 +159,8 @@ def test_a_depth_profile_says_how_shares_compare(llama_7b: Structure, ratio: flo
 
 @pytest.mark.parametrize("head_share", [0.0, 0.5, 1.0])
 def test_global_ranking_removes_the_least_of_all_layers(model: PreTrainedModel, head_share: float) -> None:
-    """By brute force: of what goes, nothing scores more than what stays, in the block or in any other."""
+    """By brute force: of what goes, nothing scores more than what stays, in the block or in any other; but the best of
+    each block always stays."""
     structure = build_structure(model)
     scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(0)) + 0.1
     budget = Budget(0.1, 1, 0, head_share, ranking="global")
@@ -169,7 +170,9 @@ def test_global_ranking_removes_the_least_of_all_layers(model: PreTrainedModel, 
     for block, offset in zip(plan.blocks, structure.group_offsets, strict=False):
         weight = (head_share if block.kind == "heads" else 1.0) * (block.layer >= 1)
         for group in range(block.groups):
-            if weight:
+            if group == int(scores[offset : offset + block.groups].argmax()):
+                assert group in block.kept
+            elif weight:
                 (stayed if group in block.kept else gone).append(float(scores[offset + group]) / weight)
             else:
                 assert group in block.kept

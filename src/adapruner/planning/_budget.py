@@ -137,9 +137,14 @@ def _wanted(
 def _by_global_ranking(
     weights: dict[int, float], blocks: _Blocks, target: float, scores: Sequence[Tensor]
 ) -> dict[int, float]:
-    """Removes the groups of least score / weight until the target is met."""
+    """Removes the groups of least score / weight until the target is met; the best of each block stays."""
     willing = {index: block for index, block in blocks.items() if weights[index] > 0}
-    keys = torch.cat([scores[index].double() / weights[index] for index in willing])
+    keys = torch.cat(
+        [
+            torch.where(scores[index] == scores[index].max(), torch.inf, scores[index].double() / weights[index])
+            for index in willing
+        ]
+    )
     owners = torch.cat([torch.full((block.groups,), index) for index, block in willing.items()])
     sizes = torch.cat([torch.full((block.groups,), block.parameters_per_group) for block in willing.values()])
     ascending = keys.argsort(stable=True)
