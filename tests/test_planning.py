@@ -159,25 +159,27 @@ def test_a_depth_profile_says_how_shares_compare(llama_7b: Structure, ratio: flo
 
 @pytest.mark.parametrize("head_share", [0.0, 0.5, 1.0])
 def test_global_ranking_removes_the_least_of_all_layers(model: PreTrainedModel, head_share: float) -> None:
-    """By brute force: of what goes, nothing scores more than what stays, in the block or in any other; but the best of
-    each block always stays."""
+    """By brute force: of the heads that go, none scores more than one that stays anywhere, and so for the channels,
+    which make up what whole heads leave of the budget; but the best of each block always stays."""
     structure = build_structure(model)
     scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(0)) + 0.1
     budget = Budget(0.1, 1, 0, head_share, ranking="global")
     plan = make_plan(structure, scores, kept_counts(structure, budget, scores))
     assert abs(plan.ratio - 0.1) <= 0.005
-    gone, stayed = [], []
+    gone: dict[str, list[float]] = {"heads": [], "channels": []}
+    stayed: dict[str, list[float]] = {"heads": [], "channels": []}
     for block, offset in zip(plan.blocks, structure.group_offsets, strict=False):
-        weight = (head_share if block.kind == "heads" else 1.0) * (block.layer >= 1)
-        for group in range(block.groups):
-            if group == int(scores[offset : offset + block.groups].argmax()):
-                assert group in block.kept
-            elif weight:
-                (stayed if group in block.kept else gone).append(float(scores[offset + group]) / weight)
-            else:
-                assert group in block.kept
-    # What is left of the budget after whole heads is made up by channels, near the threshold.
-    assert max(gone) <= min(stayed) + 0.1
+        own = scores[offset : offset + block.groups]
+        if block.layer < 1 or (block.kind == "heads" and head_share == 0):
+            assert len(block.kept) == block.groups
+            continue
+        assert int(own.argmax()) in block.kept
+        for group in set(range(block.groups)) - {int(own.argmax())}:
+            (stayed if group in block.kept else gone)[block.kind].append(float(own[group]))
+    assert max(gone["channels"]) <= min(stayed["channels"])
+    assert bool(gone["heads"]) == (head_share > 0)
+    if head_share:
+        assert max(gone["heads"]) <= min(stayed["heads"])
     with pytest.raises(AdaPrunerError, match="needs scores"):
         kept_counts(structure, budget)
 
