@@ -11,8 +11,9 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,8 +32,9 @@ from adapruner.job import evenly_spaced
 from adapruner.measurement import Statistics, StoredMoments, measure
 from adapruner.models import find_model, in_fastest_dtype, load_model, load_tokenizer
 from adapruner.planning import Budget, kept_counts, make_plan
+from adapruner.result import SearchOutcome
 from adapruner.run_folder import RunFolder
-from adapruner.search import SearchSpace, build_subset_family
+from adapruner.search import SearchSpace, build_subset_family, plan_candidate
 from adapruner.structure import Structure, build_structure, count_parameters
 from adapruner.surgery import Compensation, prune_model
 
@@ -55,9 +57,9 @@ class Comparison:
     """What all methods share."""
 
     output: Path
+    seeds: tuple[int, ...]
     trials: int
     dense: PreTrainedModel
-    fast: PreTrainedModel
     structure: Structure
     reports: dict[str, Tensor]
 
@@ -80,22 +82,32 @@ class Comparison:
 
     def search(self, seed: int, name: str, ratio: float, **options: Any) -> pipeline.PruneResult:
         """A run with the windows, statistics and moments of the first run of the seed."""
-        folder = RunFolder(self.output / f"{name}-{round(100 * ratio)}-{seed}")
+        folder, first = self.folder(seed, name, ratio), self.folder(seed, "extended")
         config = PruneConfig(
             model="smollm2", ratio=ratio, calibration=CALIBRATION, trials=self.trials, seed=seed, **options
         )
-        first = RunFolder(self.output / f"extended-{round(100 * SEARCHED_RATIO)}-{seed}")
-        if not folder.config.is_file() and folder != first:
+        if not folder.config.is_file():
             folder.create(config, overwrite=False)
-            folder.take_over(first, with_search=False)
+            if folder != first:
+                folder.take_over(first, with_search=False)
+            elif seed != self.seeds[0]:
+                # The text of the moments is the same for all seeds.
+                shutil.copytree(self.folder(self.seeds[0], "extended").moments, folder.moments)
         return pipeline.prune(output=folder.path, **config.model_dump())
 
-    def at_ratio(self, seed: int, name: str, ratio: float, **options: Any) -> pipeline.PruneResult:
-        """The method at any ratio: searched at 20 and 50 %, planned from the first for the others."""
+    def plan(self, seed: int, name: str, ratio: float, **options: Any) -> PruningPlan:
+        """The plan of a method: searched at 20 and 50 %, with what was found at 20 % for the others. Fitted once more
+        layer by layer at 20 % only, where the time goes."""
         if ratio in (SEARCHED_RATIO, EXTREME_RATIO):
-            return self.search(seed, name, ratio, **options)
-        source = self.output / f"{name}-{round(100 * SEARCHED_RATIO)}-{seed}"
-        return pipeline.plan_again(source, self.output / f"{name}-{round(100 * ratio)}-{seed}", ratio)
+            return self.search(seed, name, ratio, sequential=ratio == SEARCHED_RATIO, **options).plan
+        searched = self.folder(seed, name)
+        found = SearchOutcome.model_validate_json(searched.search.read_text()).best
+        candidate = found.model_copy(update={"budget": replace(found.budget, ratio=ratio)})
+        return plan_candidate(self.structure, Statistics.load(searched.statistics), candidate)
+
+    def folder(self, seed: int, name: str, ratio: float = SEARCHED_RATIO) -> RunFolder:
+        """Where the run of a method is."""
+        return RunFolder(self.output / f"{name}-{round(100 * ratio)}-{seed}")
 
 
 def main(
@@ -109,7 +121,7 @@ def main(
         "wikitext2:validation",
         "ptb",
     ),
-    windows: int = 96,
+    windows: int = 64,
 ) -> None:
     """Runs what results.jsonl does not hold yet."""
     output.mkdir(parents=True, exist_ok=True)
@@ -117,7 +129,7 @@ def main(
     tokenizer = load_tokenizer(location)
     dense = load_model(location)
     reports = {text: evenly_spaced(text_windows(parse_source(text), tokenizer, 128), windows) for text in texts}
-    comparison = Comparison(output, trials, dense, in_fastest_dtype(dense), build_structure(dense), reports)
+    comparison = Comparison(output, seeds, trials, dense, build_structure(dense), reports)
     comparison.report(None, 0.0, "dense", lambda: dense)
     for ratio in ratios:
         for seed in seeds:
@@ -127,14 +139,19 @@ def main(
 
 def ours(comparison: Comparison, seed: int, ratio: float) -> None:
     """The extended space per layer and uniform, and the paper's space without and with compensation."""
-    extended = comparison.at_ratio(seed, "extended", ratio)
-    uniform = comparison.at_ratio(seed, "uniform", ratio, layout="uniform", round_to=8)
-    paper = comparison.at_ratio(seed, "paper", ratio, space="paper", compensation="none", **peer_budget(ratio))
-    for name, result in (("extended", extended), ("uniform", uniform), ("paper", paper)):
-        comparison.report(seed, ratio, name, functools.partial(pipeline.load, result.model_folder))
-    compensation = Compensation("least-squares", StoredMoments(RunFolder(extended.output).moments))
-    comparison.report(seed, ratio, "paper + compensation", cut(comparison, paper.plan, compensation))
-    comparison.report(seed, ratio, "extended, one-shot", cut(comparison, extended.plan, compensation))
+    plans = {
+        "extended": comparison.plan(seed, "extended", ratio),
+        "uniform": comparison.plan(seed, "uniform", ratio, layout="uniform", round_to=8),
+        "paper": comparison.plan(seed, "paper", ratio, space="paper", compensation="none", **peer_budget(ratio)),
+    }
+    compensation = Compensation("least-squares", StoredMoments(comparison.folder(seed, "extended").moments))
+    comparison.report(seed, ratio, "paper", cut(comparison, plans["paper"]))
+    for name, plan in plans.items():
+        comparison.report(seed, ratio, f"{name}, compensated", cut(comparison, plan, compensation))
+    if ratio == SEARCHED_RATIO:
+        for name in ("extended", "uniform"):
+            saved = comparison.folder(seed, name).model
+            comparison.report(seed, ratio, f"{name}, sequential", functools.partial(pipeline.load, saved))
 
 
 def cut(
@@ -147,7 +164,7 @@ def cut(
 def peers(comparison: Comparison, seed: int, ratio: float) -> None:
     """Every peer on the pool of the seed; LLM-Pruner on the random draw of 10 samples that it takes."""
     structure = comparison.structure
-    folder = RunFolder(comparison.output / f"extended-{round(100 * SEARCHED_RATIO)}-{seed}")
+    folder = comparison.folder(seed, "extended")
     statistics = Statistics.load(folder.statistics)
     pool = load_file(folder.windows)["pool"]
     budget = Budget(ratio, round_to=1, **peer_budget(ratio))
@@ -161,9 +178,15 @@ def peers(comparison: Comparison, seed: int, ratio: float) -> None:
     ).first_draw
     # First order from the mean gradient, as LLM-Pruner takes it; the Fisher information from every sample's own.
     jointly = measure(comparison.dense, structure, pool[draw], batch_size=len(draw), jointly=True)
+    made: dict[str, str] = {}
     for name, point in LLM_PRUNER_METRICS.items():
         measured = statistics.select(draw) if name == "param_second" else jointly
-        comparison.report(seed, ratio, f"LLM-Pruner {name}", cut(comparison, plan(measured, point, budget)))
+        of_metric = plan(measured, point, budget)
+        if of_metric.hash in made:
+            print(f"LLM-Pruner {name} cuts what {made[of_metric.hash]} cuts", flush=True)
+            continue
+        made[of_metric.hash] = name
+        comparison.report(seed, ratio, f"LLM-Pruner {name}", cut(comparison, of_metric))
     wanda = plan(statistics, ACTIVATION_METRICS["wanda_sp"], budget)
     comparison.report(seed, ratio, "Wanda-sp", cut(comparison, wanda))
     everywhere = Budget(ratio, **peer_budget(ratio) | {"head_share": 1.0}, ranking="global")

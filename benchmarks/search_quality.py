@@ -1,4 +1,6 @@
-"""What searching is worth: LLM-Pruner's metrics on random draws against the search and its parts, on the same budget.
+"""What searching the paper's space is worth: LLM-Pruner's metrics on random draws against the search and its parts.
+
+The same budget and number of trials for all.
 
     python benchmarks/search_quality.py --output runs/search_quality
 
@@ -24,10 +26,10 @@ from adapruner.calibration import parse_source, text_windows
 from adapruner.evaluation import measure_perplexity
 from adapruner.importance import LLM_PRUNER_METRICS, score_groups
 from adapruner.measurement import Statistics, measure
-from adapruner.models import find_model, load_model, load_tokenizer
+from adapruner.models import find_model, in_fastest_dtype, load_model, load_tokenizer
 from adapruner.planning import Budget, PruningPlan, kept_counts, make_plan
 from adapruner.run_folder import RunFolder
-from adapruner.search import SearchSpace, build_subset_family, in_fastest_dtype
+from adapruner.search import SearchSpace, build_subset_family
 from adapruner.structure import build_structure
 from adapruner.surgery import prune_model
 
@@ -80,9 +82,11 @@ def main(
         print(name, seed, {text: round(value, 2) for text, value in perplexity.items()}, flush=True)
 
     def baselines(config: PruneConfig, folder: RunFolder) -> Iterator[tuple[str, PruningPlan]]:
-        counts = kept_counts(structure, Budget(ratio, round_to=config.round_to))
+        budget = Budget(ratio, round_to=config.round_to)
+        counts = kept_counts(structure, budget)
         statistics = Statistics.load(folder.statistics)
-        draw = SearchSpace(build_subset_family(statistics, structure, counts), config.samples, config.seed).first_draw
+        subsets = build_subset_family(statistics, structure, counts)
+        draw = SearchSpace(subsets, config.samples, config.seed, budget).first_draw
         pool = load_file(folder.windows)["pool"]
         jointly = measure(dense, structure, pool[draw], batch_size=len(draw), jointly=True)
         for name, point in LLM_PRUNER_METRICS.items():
@@ -94,7 +98,16 @@ def main(
         report(None, "dense", None)
     for variant, changes in VARIANTS.items():
         for seed in seeds:
-            config = PruneConfig(model=model, ratio=ratio, calibration=calibration, trials=trials, seed=seed, **changes)
+            config = PruneConfig(
+                model=model,
+                ratio=ratio,
+                calibration=calibration,
+                trials=trials,
+                seed=seed,
+                space="paper",
+                compensation="none",
+                **changes,
+            )
             folder = RunFolder(output / f"{variant.replace(' ', '-')}-{seed}")
             if (seed, variant) not in done:
                 measured = RunFolder(output / f"joint-{seed}")

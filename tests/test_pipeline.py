@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
 import adapruner
@@ -16,6 +17,8 @@ from adapruner import AdaPrunerError, PruneConfig, pipeline
 from adapruner.cli import main
 from adapruner.models import find_model, load_model
 from adapruner.planning import PruningPlan
+from adapruner.structure import build_structure
+from adapruner.surgery import prune_model
 
 OPTIONS = {
     "ratio": 0.1,
@@ -140,12 +143,14 @@ main()
 @pytest.mark.parametrize(
     ("target", "name", "calls", "left"),
     [
+        ("adapruner.run_folder.RunFolder", "save_moments", 3, "moments/0002.safetensors"),
         ("adapruner.run_folder.RunFolder", "save_statistics", 2, "statistics.parts/000004.safetensors"),
         ("adapruner.search.Objective", "__call__", 0, "study.journal"),
         ("adapruner.search.Objective", "__call__", 6, "study.journal"),
+        ("adapruner.surgery._sequential", "factorize", 1, "plan.json"),
         ("adapruner.checkpoint.shutil", "copy", 0, "model.partial/model.safetensors"),
     ],
-    ids=["measuring", "first trial", "searching", "saving"],
+    ids=["reading activations", "measuring", "first trial", "searching", "compensating", "saving"],
 )
 def test_a_killed_run_goes_on_to_the_same_plan(
     target: str,
@@ -204,6 +209,51 @@ def test_parts_of_the_space_can_be_searched_alone(
         assert best["point"] == fixed["point"]
     else:
         assert best["samples"] == fixed["samples"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"space": "paper", "compensation": "none"},
+        {"space": "paper", "protect_first": None, "protect_last": None},
+        {"layout": "uniform", "protect_first": None, "protect_last": None, "selection": "kl"},
+        {"compensation": "least-squares-bias", "sequential": False, "final_windows": 0},
+        {"compensation": "bias", "sequential": False, "head_share": 0.5},
+    ],
+    ids=["paper", "paper compensated", "uniform", "least squares with bias", "bias"],
+)
+def test_other_ways(changes: dict[str, object], model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    """Every mode ends in a model that loads, meets the ratio, and has been found by a search of that mode."""
+    options = OPTIONS | {"trials": 12, "ratio": 0.12} | changes
+    result = adapruner.prune(str(model_folder), tmp_path / "run", calibration=str(text_file), **options)
+    assert abs(result.plan.ratio - 0.12) <= 0.005
+    weights = result.result["search"]["best"]["point"]["weights"]
+    assert ("elimination" in weights) == (options.get("space") != "paper") or len(weights) <= 2
+    assert (tmp_path / "run" / "moments").is_dir() == (options.get("compensation") != "none")
+    model = adapruner.load(result.model_folder)
+    dense = adapruner.load(model_folder)
+    if options.get("layout") == "uniform":
+        assert type(model) is type(dense)
+        assert len({(block.kind, len(block.kept)) for block in result.plan.blocks}) == 2
+
+
+def test_the_final_fit_brings_the_model_nearer_to_the_dense_one(
+    model_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    options = OPTIONS | {"calibration": str(text_file), "ratio": 0.15}
+    results = [
+        adapruner.prune(str(model_folder), tmp_path / name, sequential=name == "sequential", **options)
+        for name in ("one-shot", "sequential")
+    ]
+    assert results[0].plan == results[1].plan
+    tokens = load_file(tmp_path / "sequential" / "windows.safetensors")["compensation"]
+    dense = adapruner.load(model_folder)
+    with torch.no_grad():
+        wanted = dense(tokens).logits
+        plain = prune_model(dense, build_structure(dense), results[0].plan)(tokens).logits
+        one_shot, sequential = (adapruner.load(result.model_folder)(tokens).logits for result in results)
+    errors = [float((logits - wanted).norm()) for logits in (plain, one_shot, sequential)]
+    assert errors[0] > errors[1] > errors[2]
 
 
 def test_query_heads_end_to_end(model_folder: Path, text_file: Path, tmp_path: Path) -> None:

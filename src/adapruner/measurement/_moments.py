@@ -247,6 +247,8 @@ def removal_errors(
 
 def _errors(weight: Tensor, inverse: Tensor, width: int) -> Tensor:
     """[groups]: tr(W_g ([H⁻¹]_gg)⁻¹ W_gᵀ)."""
+    if width == 1:
+        return weight.square().sum(0) / inverse.diagonal()
     groups = len(inverse) // width
     own = torch.arange(groups)
     diagonal_blocks = inverse.view(groups, width, groups, width)[own, :, own]
