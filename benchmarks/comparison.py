@@ -3,7 +3,7 @@
     python benchmarks/comparison.py --output runs/comparison
 
 Calibration is on one text, the report on others. For every seed: a pool, a draw of samples and a search of its own.
-Perplexities go to results.jsonl, one line per cut model; a second call goes on. Needs `pip install optipfair`.
+Perplexities go to results.jsonl, one line per cut model; a second call goes on. At the end, the means over the seeds.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any
 
 import torch
@@ -135,6 +136,7 @@ def main(
         for seed in seeds:
             ours(comparison, seed, ratio)
             peers(comparison, seed, ratio)
+    print_table(comparison.results)
 
 
 def ours(comparison: Comparison, seed: int, ratio: float) -> None:
@@ -211,6 +213,19 @@ def optipfair(dense: PreTrainedModel, pool: Tensor, ratio: float) -> PreTrainedM
         layer_indices=layers,
         show_progress=False,
     )
+
+
+def print_table(results: Path) -> None:
+    """Markdown: for every ratio and method the mean over the seeds and, in brackets, the least and the greatest."""
+    rows: dict[tuple[float, str], list[dict[str, float]]] = {}
+    for entry in map(json.loads, results.read_text().splitlines()):
+        rows.setdefault((entry["ratio"], entry["method"]), []).append(entry["perplexity"])
+    for (ratio, method), found in sorted(rows.items()):
+        cells = []
+        for text in found[0]:
+            values = [perplexity[text] for perplexity in found]
+            cells.append(f"{fmean(values):.1f} ({min(values):.1f}–{max(values):.1f})")
+        print(f"| {ratio:.0%} | {method} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":
