@@ -16,6 +16,7 @@ from adapruner.errors import AdaPrunerError
 from adapruner.models import empty_model
 from adapruner.planning import Budget, PruningPlan, kept_counts, make_plan, removed_parameters
 from adapruner.structure import Structure, build_structure
+from adapruner.surgery import prune_model
 
 
 @pytest.fixture(scope="module")
@@ -197,3 +198,24 @@ def test_a_uniform_layout_is_the_same_in_every_layer(llama_7b: Structure, head_s
 def test_a_uniform_layout_that_steps_over_the_ratio_is_refused(llama_7b: Structure) -> None:
     with pytest.raises(AdaPrunerError, match="lower --round-to"):
         kept_counts(llama_7b, Budget(0.3, 0, 0, 0.0, 1024, "uniform"))
+
+
+def test_global_ranking_of_scores_below_zero(model: PreTrainedModel) -> None:
+    """As they come when scores are standardised: fewer heads go when heads shall give less."""
+    structure = build_structure(model)
+    scores = torch.randn(structure.group_offsets[-1], generator=torch.Generator().manual_seed(0))
+    removed = []
+    for head_share in (1.0, 0.5, 0.1):
+        counts = kept_counts(structure, Budget(0.12, 0, 0, head_share, ranking="global"), scores)
+        removed.append(sum(b.groups - c for b, c in zip(structure.blocks, counts, strict=True) if b.kind == "heads"))
+    assert removed == sorted(removed, reverse=True)
+    assert removed[0] > removed[-1]
+
+
+def test_layers_that_differ_cannot_be_cut_alike(model: PreTrainedModel) -> None:
+    structure = build_structure(model)
+    plan = make_plan(
+        structure, torch.ones(structure.group_offsets[-1]), kept_counts(structure, Budget(0.1, 1, 1, 0.0, 1))
+    )
+    with pytest.raises(AdaPrunerError, match="differ already"):
+        kept_counts(build_structure(prune_model(model, structure, plan)), Budget(0.05, layout="uniform"))

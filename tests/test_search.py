@@ -239,7 +239,7 @@ def test_the_extended_space_searches_all_terms_and_the_allocation(
     search(space, objective, 40, 0, tmp_path / "journal", "random")
     assert all(candidate.budget == reference for candidate in seen[:4])
     assert seen[4].budget == reference
-    proposed = seen[11:]
+    proposed = seen[len(space.starting_points()) :]
     assert {name for candidate in proposed for name, weight in candidate.point.weights.items() if weight} == set(TERMS)
     budgets = [candidate.budget for candidate in proposed]
     assert {budget.ratio for budget in budgets} == {0.2}
@@ -252,3 +252,12 @@ def test_the_extended_space_searches_all_terms_and_the_allocation(
         name: len({getattr(b, name) for b in budgets}) > 1 for name in ("tilt", "bend", "ranking", "protect_last")
     }
     assert set(searched.values()) == {layout == "per-layer"}
+
+
+@pytest.mark.parametrize("searched", ["joint", "calibration", "metric"])
+@pytest.mark.parametrize("layout", ["per-layer", "uniform"])
+def test_no_starting_point_is_tried_twice(searched: str, layout: str, subsets: SubsetFamily) -> None:
+    """But for LLM-Pruner's metrics, which are tried whether or not two of them agree."""
+    space = SearchSpace(subsets, 4, 0, Budget(0.2, layout=layout), "extended", searched=searched)
+    points = [point for point in space.starting_points() if "fixed_metric" not in point.attributes]
+    assert len({point.model_dump_json() for point in points}) == len(points) >= 1

@@ -52,7 +52,7 @@ class PruneOptions(BaseModel):
     ] = "tpe"
     search: Annotated[
         Literal["joint", "calibration", "metric"],
-        Field(description="What is searched: both, or one with the other held at its first draw; for comparison."),
+        Field(description="What is searched: all, or only samples or metric, the rest held; for comparison."),
     ] = "joint"
     alignment: Annotated[
         Literal["data", "paper"],
@@ -108,6 +108,8 @@ class PruneOptions(BaseModel):
     def _options_go_together(self) -> Self:
         if self.layout == "uniform" and (self.protect_first or self.protect_last):
             raise ValueError("--layout uniform makes all layers alike: it cannot protect some, leave --protect-… out")
+        if self.alignment == "paper" and self.space == "extended":
+            raise ValueError("--alignment paper only knows the Taylor terms: add --space paper")
         if self.sequential and "bias" in self.compensation:
             raise ValueError(f"--compensation {self.compensation} cannot be fitted sequentially: add --no-sequential")
         return self

@@ -14,7 +14,7 @@ from adapruner.calibration import SELF_GENERATED, Part, Source, draw_windows, pa
 from adapruner.config import PruneConfig
 from adapruner.errors import AdaPrunerError
 from adapruner.models import ModelLocation, empty_model, find_model, load_config, load_tokenizer, resolve_device
-from adapruner.planning import Budget, kept_counts
+from adapruner.planning import Budget, UnreachableRatioError, kept_counts
 from adapruner.run_folder import RunFolder
 from adapruner.structure import Structure, build_structure
 
@@ -74,7 +74,7 @@ def reference_budget(config: PruneConfig, structure: Structure) -> Budget:
     more layers and heads only where the ratio cannot be reached otherwise.
 
     Raises:
-        AdaPrunerError: the ratio cannot be reached; with the arithmetic.
+        AdaPrunerError: the ratio cannot be met; with the arithmetic.
     """
     given = {
         name: value
@@ -86,7 +86,7 @@ def reference_budget(config: PruneConfig, structure: Structure) -> Budget:
         budget = Budget(config.ratio, round_to=config.round_to, layout=config.layout, **fields)
         try:
             kept_counts(structure, budget)
-        except AdaPrunerError as error:
+        except UnreachableRatioError as error:
             refusal = error
         else:
             return budget
@@ -108,6 +108,8 @@ def _draw(config: PruneConfig, sources: dict[str, Source], tokenizer: Tokenizer)
     if "pool" in sources and "compensation" in counts:
         text = text_windows(sources["pool"], tokenizer, config.seq_len)
         windows["compensation"] = evenly_spaced(text, counts["compensation"])
+        if len(windows["compensation"]) < 2:
+            raise AdaPrunerError(f"{sources['pool']} gives one window of {config.seq_len} tokens, compensation needs 2")
     return windows
 
 

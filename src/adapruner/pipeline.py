@@ -113,7 +113,7 @@ def _run_stages(job: Job) -> PruneResult:
     statistics = _stage_measure(job, model, windows["pool"], moments, reporter)
     outcome = _stage_search(job, model, statistics, moments, windows["objective"], reporter)
     plan = _stage_plan(job, statistics, outcome)
-    fixed_plan = plan_candidate(job.structure, statistics, _with_budget_of(job, outcome.best_fixed))
+    fixed_plan = _plan(job, statistics, outcome.best_fixed)
     del statistics
     _stage_save(job, model, plan, moments, windows, reporter)
     perplexities = _stage_evaluate(job, model, fixed_plan, reporter)
@@ -180,8 +180,9 @@ def _stage_measure(
             run.save_statistics(part, path)
             advance(len(part))
     statistics = Statistics.concatenate([Statistics.load(part) for part in parts])
-    if moments is not None:
-        alone, eliminated = removal_errors(model, job.structure, moments)
+    if moments is not None and job.config.space == "extended":
+        with reporter.stage("comparing removals", len(moments)) as advance:
+            alone, eliminated = removal_errors(model, job.structure, moments, advance)
         statistics = replace(statistics, removal_error=alone, elimination_error=eliminated)
     run.save_statistics(statistics, run.statistics)
     shutil.rmtree(run.statistics_parts)
@@ -250,20 +251,19 @@ def _stage_search(
 def _stage_plan(job: Job, statistics: Statistics, outcome: SearchOutcome) -> PruningPlan:
     if job.run.plan.is_file():
         return PruningPlan.load(job.run.plan)
-    plan = plan_candidate(job.structure, statistics, _with_budget_of(job, outcome.best))
+    plan = _plan(job, statistics, outcome.best)
     job.run.save_plan(plan)
     return plan
 
 
-def _with_budget_of(job: Job, found: Candidate) -> Candidate:
-    """The candidate at the ratio of this run; where the search was for another ratio that its allocation cannot reach,
-    with the allocation that this ratio starts from."""
-    budget = replace(found.budget, ratio=job.config.ratio)
+def _plan(job: Job, statistics: Statistics, found: Candidate) -> PruningPlan:
+    """The plan of a candidate at the ratio of this run; where the search was for another ratio, which its allocation
+    cannot reach, with the allocation that this ratio starts from."""
+    at_ratio = found.model_copy(update={"budget": replace(found.budget, ratio=job.config.ratio)})
     try:
-        kept_counts(job.structure, replace(budget, ranking="local"))
+        return plan_candidate(job.structure, statistics, at_ratio)
     except AdaPrunerError:
-        budget = job.budget
-    return found.model_copy(update={"budget": budget})
+        return plan_candidate(job.structure, statistics, found.model_copy(update={"budget": job.budget}))
 
 
 def _compensation(job: Job, moments: StoredMoments | None) -> Compensation | None:
@@ -285,7 +285,7 @@ def _stage_save(
     pruned = prune_model(model, job.structure, plan, compensation)
     if compensation and job.config.sequential:
         with reporter.stage("compensating", job.structure.layers) as advance:
-            # Every second window: this takes three passes, and starts from what all windows gave.
+            # Every second window: this takes several passes, and starts from what all windows gave.
             text = windows["compensation"][::2]
             refit_sequentially(model, pruned, job.structure, plan, compensation, text, advance)
     with reporter.stage("saving", 1) as advance:

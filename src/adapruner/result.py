@@ -76,7 +76,8 @@ def build_result(
 
     Args:
         parameters_after: counted in the saved checkpoint.
-        perplexities: by text, then by model (`dense`, `best_fixed`, `searched`).
+        perplexities: by text, then by model (`dense`, `best_fixed`, `searched`); `best_fixed` as that metric is used
+            elsewhere, without compensation, though trials of it are compensated as all are.
         stages: seconds and peak memory of every stage.
     """
     return {
@@ -108,9 +109,10 @@ def _table(result: dict[str, Any]) -> Table:
     table.add_column("parameters", justify="right")
     for text in perplexity:
         table.add_column(f"perplexity\n{text}", justify="right")
+    not_compensated = ", not compensated" if result["config"]["compensation"] != "none" else ""
     names = {
         "dense": "dense",
-        "best_fixed": f"best fixed metric ({result['search']['best_fixed_name']})",
+        "best_fixed": f"best fixed metric ({result['search']['best_fixed_name']}){not_compensated}",
         "searched": "searched",
     }
     for name, title in names.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -38,10 +38,6 @@ class InputMoments:
     mean: Tensor
     second: Tensor
     damping: float
-
-    def inverse(self) -> Tensor:
-        """[inputs, inputs], float64: (H + damping · I)⁻¹, on the device of H."""
-        return torch.cholesky_inverse(factorize(self.second, self.damping))
 
     def save(self, path: Path) -> None:
         """Writes a safetensors file."""
@@ -125,7 +121,8 @@ def measure_moments(
 ) -> dict[int, InputMoments]:
     """One forward pass over a text for the moments of some blocks.
 
-    Memory: 8 bytes for each entry of H of these blocks; `moments_passes` splits them where that does not fit.
+    Memory: 8 bytes for each entry of H of these blocks, and about 40 for each entry of one of them while its damping is
+    chosen; `moments_passes` splits them where the first does not fit.
 
     Args:
         windows: [windows, tokens], int64; at least two, one of which is held out to choose the damping.
@@ -205,7 +202,7 @@ def _choose_damping(weight: Tensor, fitted: _Sums, held_out: _Sums, block: Block
             " weights or its dtype is too narrow: try --dtype float32"
         )
     scale = float(second.diagonal().mean()) or 1.0
-    weight = weight.double()
+    weight, second_held_out = weight.double(), second_held_out.double()
     ranked = (weight.square().sum(0) * second.diagonal()).argsort(descending=True, stable=True)
     kept, removed = ranked.tensor_split([(len(ranked) + 1) // 2])
     errors = []
@@ -214,15 +211,21 @@ def _choose_damping(weight: Tensor, fitted: _Sums, held_out: _Sums, block: Block
         moved = torch.cholesky_solve(second[kept][:, removed].double(), factor)
         difference = torch.empty_like(weight)
         difference[:, removed], difference[:, kept] = weight[:, removed], -weight[:, removed] @ moved.T
-        errors.append(float(((difference @ second_held_out.double()) * difference).sum()))
+        errors.append(float(((difference @ second_held_out) * difference).sum()))
     best = _DAMPINGS[min(range(len(errors)), key=errors.__getitem__)]
     return InputMoments(((fitted.first + held_out.first) / total).cpu(), merged.cpu(), best * scale)
 
 
 def removal_errors(
-    model: PreTrainedModel, structure: Structure, moments: Mapping[int, InputMoments]
+    model: PreTrainedModel,
+    structure: Structure,
+    moments: Mapping[int, InputMoments],
+    progress: Callable[[int], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What the removal of each group costs the output of its block after least-squares compensation.
+
+    Args:
+        progress: called with 1 after every block.
 
     Returns:
         [groups], float32, twice, in units of the squared output per token; zeros for blocks without moments. First the
@@ -238,10 +241,13 @@ def removal_errors(
             alone.append(nothing)
             eliminated.append(nothing)
             continue
-        weight = model.get_parameter(block.row_wise.parameter).detach().double()
-        inverse = replace(moments[index], second=moments[index].second.to(weight.device)).inverse()
+        weight, of_block = model.get_parameter(block.row_wise.parameter).detach().double(), moments[index]
+        factor = factorize(of_block.second.to(weight.device), of_block.damping)
+        inverse = torch.cholesky_inverse(factor)
         alone.append(_errors(weight, inverse, block.row_wise.width).float().cpu())
         eliminated.append(_eliminate(weight, inverse, block).float().cpu())
+        if progress:
+            progress(1)
     return torch.cat(alone), torch.cat(eliminated)
 
 

@@ -1,6 +1,14 @@
 """From scores and a ratio to a pruning plan."""
 
-from adapruner.planning._budget import RATIO_TOLERANCE, Budget, Layout, Ranking, kept_counts, removed_parameters
+from adapruner.planning._budget import (
+    RATIO_TOLERANCE,
+    Budget,
+    Layout,
+    Ranking,
+    UnreachableRatioError,
+    kept_counts,
+    removed_parameters,
+)
 from adapruner.planning._plan import BlockPlan, PruningPlan, make_plan
 
 __all__ = [
@@ -10,6 +18,7 @@ __all__ = [
     "Layout",
     "PruningPlan",
     "Ranking",
+    "UnreachableRatioError",
     "kept_counts",
     "make_plan",
     "removed_parameters",

@@ -15,6 +15,11 @@ from adapruner.structure import Block, Structure
 
 RATIO_TOLERANCE = 0.005
 
+
+class UnreachableRatioError(AdaPrunerError):
+    """More would have to go than the budget lets go."""
+
+
 Layout = Literal["per-layer", "uniform"]
 Ranking = Literal["local", "global"]
 
@@ -61,7 +66,8 @@ def kept_counts(structure: Structure, budget: Budget, scores: Tensor | None = No
         scores: [groups], for the ranking `global`.
 
     Raises:
-        AdaPrunerError: the ratio cannot be reached, or not within 0.5 points; with the arithmetic.
+        UnreachableRatioError: the ratio cannot be reached; with the arithmetic.
+        AdaPrunerError: it cannot be met within 0.5 points, or layers of different sizes shall become alike.
     """
     layers = _unprotected(structure, budget)
     blocks = {index: block for index, block in enumerate(structure.blocks) if block.layer in layers}
@@ -91,10 +97,12 @@ def removed_parameters(structure: Structure, counts: Sequence[int]) -> int:
 
 def _unprotected(structure: Structure, budget: Budget) -> range:
     if budget.layout == "uniform":
+        if len({(block.kind, block.groups) for block in structure.blocks}) > 2:
+            raise AdaPrunerError("the layers of this model differ already: a uniform layout cannot be cut out of it")
         return range(structure.layers)
     layers = range(budget.protect_first, structure.layers - budget.protect_last)
     if not layers:
-        raise AdaPrunerError(
+        raise UnreachableRatioError(
             f"all {structure.layers} layers are protected ({budget.protect_first} first, {budget.protect_last} last);"
             " lower --protect-first or --protect-last"
         )
@@ -107,6 +115,8 @@ def _scores_to_rank(structure: Structure, budget: Budget, scores: Tensor | None)
         return None
     if scores is None:
         raise AdaPrunerError("a global ranking needs scores")
+    # Scores that were standardised may be negative; only their order counts.
+    scores = scores - scores.min().clamp_max(0)
     by_block: Sequence[Tensor] = scores.split([block.groups for block in structure.blocks])
     return by_block
 
@@ -200,7 +210,7 @@ def _refuse_missed_ratio(
             else ""
         )
         more = f", {largest(1):.3f} with equal shares (--head-share 1)" if budget.head_share < 1 else ""
-        raise AdaPrunerError(
+        raise UnreachableRatioError(
             f"a ratio of {budget.ratio:g} cannot be reached: {protected}at most {largest(budget.head_share):.3f}"
             f" of the {total:,} parameters can go{more}"
         )

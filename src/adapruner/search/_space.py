@@ -94,8 +94,7 @@ class SearchSpace:
         ]
         untilted: dict[str, Any] = {f"tilt_{feature}": 0.0 for feature in FEATURES} if self._searches_samples else {}
         if self.name == "paper":
-            shares = (0.0, 0.5, 1.0) if self._searches_metric else (None,)
-            points = [{} if share is None else {"fine": 1.0, "fine_second_order": share} for share in shares]
+            points: list[dict[str, Any]] = [{"fine": 1.0, "fine_second_order": share} for share in (0.0, 0.5, 1.0)]
         else:
             reference = self._reference_allocation()
             points = [
@@ -106,9 +105,9 @@ class SearchSpace:
                 _mix(reconstruction=1.0) | reference | {"ranking": "global"},
                 _mix(taylor=1.0) | reference,
             ]
-        return baselines + [
-            StartingPoint(parameters=untilted | self._searched_only(point), attributes=self.given()) for point in points
-        ]
+        parameters = [untilted | self._searched_only(point) for point in points]
+        distinct = [point for number, point in enumerate(parameters) if point not in parameters[:number]]
+        return baselines + [StartingPoint(parameters=point, attributes=self.given()) for point in distinct]
 
     def given(self) -> dict[str, Any]:
         """The attributes of a trial that searches as much as this space searches."""
@@ -117,7 +116,7 @@ class SearchSpace:
             given[_GIVEN_POINT] = LLM_PRUNER_METRICS["param_first"].model_dump()
         if not self._searches_samples:
             given[_GIVEN_SAMPLES] = self.first_draw
-        if self.name == "paper":
+        if not self._searches_allocation:
             given[_GIVEN_BUDGET] = asdict(self.budget)
         return given
 
@@ -134,6 +133,10 @@ class SearchSpace:
     @property
     def _searches_metric(self) -> bool:
         return self.searched != "calibration"
+
+    @property
+    def _searches_allocation(self) -> bool:
+        return self.name == "extended" and self.searched == "joint"
 
     @property
     def _searches_samples(self) -> bool:
@@ -206,16 +209,21 @@ class SearchSpace:
 
     def _searched_only(self, parameters: dict[str, Any]) -> dict[str, Any]:
         """Without the parameters that this space does not ask for."""
+        if not self._searches_metric:
+            return {}
         skipped = set(self.fixed_allocation)
+        if not self._searches_allocation:
+            skipped |= {"heads", *_ALLOCATION}
         if "head_share" in skipped:
             skipped.add("heads")
         if parameters.get("heads") == "none":
             skipped.add("head_share")
         if self.budget.layout == "uniform":
-            skipped |= {"tilt", "bend", "ranking", "protect_first", "protect_last"}
+            skipped |= set(_ALLOCATION) - {"head_share"}
         return {name: value for name, value in parameters.items() if name not in skipped}
 
 
+_ALLOCATION = ("head_share", "tilt", "bend", "ranking", "protect_first", "protect_last")
 _TERM_FAMILIES = ("taylor", "activation", "reconstruction")
 
 

@@ -43,7 +43,7 @@ class SearchResult:
     """The outcome of a search.
 
     Attributes:
-        best: the best of all candidates; where finalists were judged further, the best of those.
+        best: the best of the candidates that were not stopped; where finalists were judged further, the best of those.
         best_fixed: the best of LLM-Pruner's metrics on the first random draw of samples, and its name.
         stopped: how many trials were stopped early.
     """

@@ -39,12 +39,12 @@ def compensate_sequentially(
     in the layers before is made up for: with all of it, a layer bends to repair what it cannot and does worse on other
     text; with none, it is fitted to inputs that it will not see.
 
-    Only projections out of which something was cut are refitted. The cost is that of two to three forward passes over
-    the text, and the memory that of three hidden states per token.
+    Only projections out of which something was cut are refitted. The cost is that of three forward passes over the text
+    (five through layers that lost heads and channels), and the memory that of three hidden states per token.
 
     Args:
         pruned: what `prune_model` made of `dense` by `plan`, in any dtype; its weights change.
-        windows: [windows, tokens], int64.
+        windows: [windows, tokens], int64; those beyond a multiple of `batch_size` are left out.
         dampings: of each block that was cut, by number (`InputMoments.damping`).
         progress: called with 1 after every layer.
 
