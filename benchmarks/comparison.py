@@ -13,7 +13,7 @@ import functools
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any
@@ -35,12 +35,12 @@ from adapruner.models import find_model, in_fastest_dtype, load_model, load_toke
 from adapruner.planning import Budget, kept_counts, make_plan
 from adapruner.result import SearchOutcome
 from adapruner.run_folder import RunFolder
-from adapruner.search import SearchSpace, build_subset_family, plan_candidate
+from adapruner.search import SearchSpace, build_subset_family
 from adapruner.structure import Structure, build_structure, count_parameters
 from adapruner.surgery import Compensation, prune_model
 
 SEARCHED_RATIO = 0.2
-# Found anew by a search, because what is best at 20 % is not at this ratio.
+# Where feed-forward channels alone are not enough.
 EXTREME_RATIO = 0.5
 CALIBRATION = "boolq-passages"
 
@@ -51,6 +51,11 @@ def peer_budget(ratio: float) -> dict[str, Any]:
     if ratio < EXTREME_RATIO:
         return {"protect_first": 4, "protect_last": 3, "head_share": 0.0}
     return {"protect_first": 2, "protect_last": 1, "head_share": 1.0}
+
+
+def allocation(name: str, ratio: float) -> dict[str, Any]:
+    """What is not searched of a method: the paper's space takes from where the peers take."""
+    return peer_budget(ratio) if name == "paper" else {}
 
 
 @dataclass
@@ -81,11 +86,11 @@ class Comparison:
             file.write(json.dumps(entry) + "\n")
         print(seed, ratio, method, round(removed, 4), {t: round(p, 2) for t, p in perplexity.items()}, flush=True)
 
-    def search(self, seed: int, name: str, ratio: float, **options: Any) -> pipeline.PruneResult:
+    def search(self, seed: int, name: str, **options: Any) -> pipeline.PruneResult:
         """A run with the windows, statistics and moments of the first run of the seed."""
-        folder, first = self.folder(seed, name, ratio), self.folder(seed, "extended")
+        folder, first = self.folder(seed, name), self.folder(seed, "extended")
         config = PruneConfig(
-            model="smollm2", ratio=ratio, calibration=CALIBRATION, trials=self.trials, seed=seed, **options
+            model="smollm2", ratio=SEARCHED_RATIO, calibration=CALIBRATION, trials=self.trials, seed=seed, **options
         )
         if not folder.config.is_file():
             folder.create(config, overwrite=False)
@@ -97,18 +102,19 @@ class Comparison:
         return pipeline.prune(output=folder.path, **config.model_dump())
 
     def plan(self, seed: int, name: str, ratio: float, **options: Any) -> PruningPlan:
-        """The plan of a method: searched at 20 and 50 %, with what was found at 20 % for the others. Fitted once more
-        layer by layer at 20 % only, where the time goes."""
-        if ratio in (SEARCHED_RATIO, EXTREME_RATIO):
-            return self.search(seed, name, ratio, sequential=ratio == SEARCHED_RATIO, **options).plan
-        searched = self.folder(seed, name)
-        found = SearchOutcome.model_validate_json(searched.search.read_text()).best
-        candidate = found.model_copy(update={"budget": replace(found.budget, ratio=ratio)})
-        return plan_candidate(self.structure, Statistics.load(searched.statistics), candidate)
+        """The plan of a method: searched at 20 %; at other ratios what `adapruner plan` makes of what was found there.
+        Fitted once more layer by layer at 20 % only, where the time goes."""
+        searched = self.search(seed, name, **options | allocation(name, SEARCHED_RATIO))
+        if ratio == SEARCHED_RATIO:
+            return searched.plan
+        config = PruneConfig.from_options(**searched.result["config"] | allocation(name, ratio) | {"ratio": ratio})
+        folder = self.folder(seed, name)
+        found = SearchOutcome.model_validate_json(folder.search.read_text()).best
+        return pipeline.plan_at_ratio(self.structure, Statistics.load(folder.statistics), found, config)
 
-    def folder(self, seed: int, name: str, ratio: float = SEARCHED_RATIO) -> RunFolder:
+    def folder(self, seed: int, name: str) -> RunFolder:
         """Where the run of a method is."""
-        return RunFolder(self.output / f"{name}-{round(100 * ratio)}-{seed}")
+        return RunFolder(self.output / f"{name}-{seed}")
 
 
 def main(
@@ -144,16 +150,15 @@ def ours(comparison: Comparison, seed: int, ratio: float) -> None:
     plans = {
         "extended": comparison.plan(seed, "extended", ratio),
         "uniform": comparison.plan(seed, "uniform", ratio, layout="uniform", round_to=8),
-        "paper": comparison.plan(seed, "paper", ratio, space="paper", compensation="none", **peer_budget(ratio)),
+        "paper": comparison.plan(seed, "paper", ratio, space="paper", compensation="none"),
     }
     compensation = Compensation("least-squares", StoredMoments(comparison.folder(seed, "extended").moments))
     comparison.report(seed, ratio, "paper", cut(comparison, plans["paper"]))
     for name, plan in plans.items():
         comparison.report(seed, ratio, f"{name}, compensated", cut(comparison, plan, compensation))
     if ratio == SEARCHED_RATIO:
-        for name in ("extended", "uniform"):
-            saved = comparison.folder(seed, name).model
-            comparison.report(seed, ratio, f"{name}, sequential", functools.partial(pipeline.load, saved))
+        saved = comparison.folder(seed, "extended").model
+        comparison.report(seed, ratio, "extended, sequential", functools.partial(pipeline.load, saved))
 
 
 def cut(

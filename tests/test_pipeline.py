@@ -35,7 +35,11 @@ OPTIONS = {
 
 def command(model: Path, output: Path, text: Path, **changes: object) -> list[str]:
     options = OPTIONS | {"calibration": str(text), "evaluate": str(text)} | changes
-    flags = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    flags = [
+        part
+        for name, value in options.items()
+        for part in (f"--{name.replace('_', '-')}", *([] if value is True else [str(value)]))
+    ]
     return ["prune", str(model), "-o", str(output), *flags]
 
 
@@ -219,8 +223,8 @@ def test_parts_of_the_space_can_be_searched_alone(
         {"space": "paper", "compensation": "none"},
         {"space": "paper", "protect_first": None, "protect_last": None},
         {"layout": "uniform", "protect_first": None, "protect_last": None, "selection": "kl"},
-        {"compensation": "least-squares-bias", "sequential": False, "final_windows": 0},
-        {"compensation": "bias", "sequential": False, "head_share": 0.5},
+        {"compensation": "least-squares-bias", "final_windows": 0},
+        {"compensation": "bias", "head_share": 0.5},
     ],
     ids=["paper", "paper compensated", "uniform", "least squares with bias", "bias"],
 )
@@ -287,7 +291,7 @@ def test_json_on_stdout(verb: str, model_folder: Path, text_file: Path, capsys: 
         ({"ratio": 0.95}, "0.95 cannot be reached: with the first 1 and the last 1 of 4 layers protected, at most 0."),
         ({"layout": "uniform"}, "--layout uniform makes all layers alike: it cannot protect some"),
         ({"alignment": "paper"}, "--alignment paper only knows the Taylor terms: add --space paper"),
-        ({"compensation": "bias"}, "--compensation bias cannot be fitted sequentially: add --no-sequential"),
+        ({"compensation": "bias", "sequential": True}, "--sequential goes with --compensation least-squares, not bias"),
         ({"samples": 13}, "--samples 13 is more than the pool of 12 holds"),
         ({"pool": 5000}, "the text is too short: "),
         ({"objective_windows": 5000}, "the text is too short: "),

@@ -97,12 +97,22 @@ class PruneOptions(BaseModel):
         Field(ge=2, description="Windows of calibration text that compensation is fitted on, if there are so many."),
     ] = 768
     sequential: Annotated[
-        bool,
-        Field(description="Fit the final model once more, layer by layer, on what the pruned layers before produce."),
-    ] = True
+        bool | None,
+        Field(
+            description="Fit the final model once more, layer by layer, on what the pruned layers before produce; by"
+            " default where layers differ and no bias is added."
+        ),
+    ] = None
     device: Annotated[str, Field(description="auto, cpu, cuda, cuda:1, …")] = "auto"
     dtype: Annotated[Dtype, Field(description="Dtype of the weights; auto keeps that of the checkpoint.")] = "auto"
     seed: Annotated[int, Field(ge=0, description="Same seed, same machine: same plan.")] = 0
+
+    @property
+    def fits_sequentially(self) -> bool:
+        """Whether the final model is fitted once more, layer by layer."""
+        if self.sequential is None:
+            return self.compensation == "least-squares" and self.layout == "per-layer"
+        return self.sequential
 
     @model_validator(mode="after")
     def _options_go_together(self) -> Self:
@@ -110,8 +120,8 @@ class PruneOptions(BaseModel):
             raise ValueError("--layout uniform makes all layers alike: it cannot protect some, leave --protect-… out")
         if self.alignment == "paper" and self.space == "extended":
             raise ValueError("--alignment paper only knows the Taylor terms: add --space paper")
-        if self.sequential and "bias" in self.compensation:
-            raise ValueError(f"--compensation {self.compensation} cannot be fitted sequentially: add --no-sequential")
+        if self.sequential and self.compensation != "least-squares":
+            raise ValueError(f"--sequential goes with --compensation least-squares, not {self.compensation}")
         return self
 
     @model_validator(mode="after")

@@ -17,7 +17,7 @@ from adapruner.checkpoint import save_checkpoint
 from adapruner.config import Dtype, PruneConfig
 from adapruner.errors import AdaPrunerError
 from adapruner.evaluation import Perplexity, log_probabilities, measure_perplexity
-from adapruner.job import Job, evenly_spaced, needs_moments, prepare, window_counts
+from adapruner.job import Job, evenly_spaced, needs_moments, prepare, reference_budget, window_counts
 from adapruner.measurement import (
     Statistics,
     StoredMoments,
@@ -113,7 +113,7 @@ def _run_stages(job: Job) -> PruneResult:
     statistics = _stage_measure(job, model, windows["pool"], moments, reporter)
     outcome = _stage_search(job, model, statistics, moments, windows["objective"], reporter)
     plan = _stage_plan(job, statistics, outcome)
-    fixed_plan = _plan(job, statistics, outcome.best_fixed)
+    fixed_plan = plan_at_ratio(job.structure, statistics, outcome.best_fixed, job.config)
     del statistics
     _stage_save(job, model, plan, moments, windows, reporter)
     perplexities = _stage_evaluate(job, model, fixed_plan, reporter)
@@ -251,19 +251,20 @@ def _stage_search(
 def _stage_plan(job: Job, statistics: Statistics, outcome: SearchOutcome) -> PruningPlan:
     if job.run.plan.is_file():
         return PruningPlan.load(job.run.plan)
-    plan = _plan(job, statistics, outcome.best)
+    plan = plan_at_ratio(job.structure, statistics, outcome.best, job.config)
     job.run.save_plan(plan)
     return plan
 
 
-def _plan(job: Job, statistics: Statistics, found: Candidate) -> PruningPlan:
-    """The plan of a candidate at the ratio of this run; where the search was for another ratio, which its allocation
+def plan_at_ratio(structure: Structure, statistics: Statistics, found: Candidate, config: PruneConfig) -> PruningPlan:
+    """The plan of a candidate at the ratio of a config; where the search was for another ratio, which its allocation
     cannot reach, with the allocation that this ratio starts from."""
-    at_ratio = found.model_copy(update={"budget": replace(found.budget, ratio=job.config.ratio)})
     try:
-        return plan_candidate(job.structure, statistics, at_ratio)
+        at_ratio = found.model_copy(update={"budget": replace(found.budget, ratio=config.ratio)})
+        return plan_candidate(structure, statistics, at_ratio)
     except AdaPrunerError:
-        return plan_candidate(job.structure, statistics, found.model_copy(update={"budget": job.budget}))
+        start = found.model_copy(update={"budget": reference_budget(config, structure)})
+        return plan_candidate(structure, statistics, start)
 
 
 def _compensation(job: Job, moments: StoredMoments | None) -> Compensation | None:
@@ -283,7 +284,7 @@ def _stage_save(
         return
     compensation = _compensation(job, moments)
     pruned = prune_model(model, job.structure, plan, compensation)
-    if compensation and job.config.sequential:
+    if compensation and job.config.fits_sequentially:
         with reporter.stage("compensating", job.structure.layers) as advance:
             # Every second window: this takes several passes, and starts from what all windows gave.
             text = windows["compensation"][::2]
