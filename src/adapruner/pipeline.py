@@ -286,8 +286,7 @@ def _stage_save(
     pruned = prune_model(model, job.structure, plan, compensation)
     if compensation and job.config.fits_sequentially:
         with reporter.stage("compensating", job.structure.layers) as advance:
-            # Every second window: this takes several passes, and starts from what all windows gave.
-            text = windows["compensation"][::2]
+            text = windows["compensation"]
             refit_sequentially(model, pruned, job.structure, plan, compensation, text, advance)
     with reporter.stage("saving", 1) as advance:
         save_checkpoint(pruned, job.tokenizer, job.run.model)
