@@ -45,6 +45,8 @@ def test_pruned_for_real(tmp_path: Path) -> None:
         pool=6,
         samples=3,
         objective_windows=2,
+        final_windows=0,
+        compensation_windows=16,
         trials=8,
     )
     assert 0.195 <= result.result["parameters"]["removed_share"] <= 0.205
