@@ -88,11 +88,10 @@ def score_groups(statistics: Statistics, structure: Structure, point: MetricPoin
 
 
 def _group_of_value(term: Term, structure: Structure) -> Tensor:
-    return {
-        "vectors": lambda: structure.group_of_vector,
-        "inputs": lambda: structure.group_of_input,
-        "groups": lambda: torch.arange(structure.group_offsets[-1]),
-    }[term.unit]()
+    """[units], int64: the number of the group to which each value of a term belongs."""
+    if term.unit == "vectors":
+        return structure.group_of_vector
+    return structure.group_of_input if term.unit == "inputs" else torch.arange(structure.group_offsets[-1])
 
 
 def _block_means(values: Tensor, blocks: Tensor) -> Tensor:
@@ -102,10 +101,12 @@ def _block_means(values: Tensor, blocks: Tensor) -> Tensor:
 
 
 def _divide_by_mean(values: Tensor, blocks: Tensor) -> Tensor:
+    """Relative to the mean of their block, so that blocks and terms compare."""
     return values / _block_means(values, blocks).clamp_min(torch.finfo(values.dtype).tiny)
 
 
 def _standardise(values: Tensor, blocks: Tensor) -> Tensor:
+    """Without the mean of their block, in units of its standard deviation."""
     centred = values - _block_means(values, blocks)
     return centred / _block_means(centred.square(), blocks).sqrt().clamp_min(torch.finfo(values.dtype).tiny)
 

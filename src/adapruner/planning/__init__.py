@@ -3,8 +3,6 @@
 from adapruner.planning._budget import (
     RATIO_TOLERANCE,
     Budget,
-    Layout,
-    Ranking,
     UnreachableRatioError,
     kept_counts,
     removed_parameters,
@@ -15,9 +13,7 @@ __all__ = [
     "RATIO_TOLERANCE",
     "BlockPlan",
     "Budget",
-    "Layout",
     "PruningPlan",
-    "Ranking",
     "UnreachableRatioError",
     "kept_counts",
     "make_plan",

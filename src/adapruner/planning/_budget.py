@@ -115,7 +115,7 @@ def _scores_to_rank(structure: Structure, budget: Budget, scores: Tensor | None)
         return None
     if scores is None:
         raise AdaPrunerError("a global ranking needs scores")
-    # Scores that were standardised may be negative; only their order counts.
+    # Standardised scores may be negative, and dividing those by a weight would turn their order round.
     scores = scores - scores.min().clamp_max(0)
     by_block: Sequence[Tensor] = scores.split([block.groups for block in structure.blocks])
     return by_block

@@ -1,6 +1,6 @@
 """The joint search over calibration samples, importance metrics and allocation."""
 
-from adapruner.search._objective import Objective, Selection, plan_candidate
+from adapruner.search._objective import Objective, plan_candidate
 from adapruner.search._space import Candidate, Searched, SearchSpace, SpaceName, StartingPoint
 from adapruner.search._study import Found, SearchResult, search
 from adapruner.search._subsets import FEATURES, SubsetFamily, build_subset_family
@@ -13,7 +13,6 @@ __all__ = [
     "SearchResult",
     "SearchSpace",
     "Searched",
-    "Selection",
     "SpaceName",
     "StartingPoint",
     "SubsetFamily",

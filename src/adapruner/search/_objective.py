@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -16,8 +15,6 @@ from adapruner.planning import PruningPlan, kept_counts, make_plan
 from adapruner.search._space import Candidate
 from adapruner.structure import Structure
 from adapruner.surgery import Compensation, prune_model
-
-Selection = Literal["loss", "kl"]
 
 
 def plan_candidate(structure: Structure, statistics: Statistics, candidate: Candidate) -> PruningPlan:

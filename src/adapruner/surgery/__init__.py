@@ -2,10 +2,9 @@
 
 from adapruner.surgery._compensation import Compensation, CompensationForm, compensate
 from adapruner.surgery._cut import prune_model
-from adapruner.surgery._sequential import CARRIED_SHARE, compensate_sequentially, refit_sequentially
+from adapruner.surgery._sequential import compensate_sequentially, refit_sequentially
 
 __all__ = [
-    "CARRIED_SHARE",
     "Compensation",
     "CompensationForm",
     "compensate",
