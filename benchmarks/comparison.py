@@ -9,7 +9,6 @@ Perplexities go to results.jsonl, one line per cut model; a second call goes on.
 from __future__ import annotations
 
 import copy
-import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -37,7 +36,7 @@ from adapruner.result import SearchOutcome
 from adapruner.run_folder import RunFolder
 from adapruner.search import SearchSpace, build_subset_family
 from adapruner.structure import Structure, build_structure, count_parameters
-from adapruner.surgery import Compensation, prune_model
+from adapruner.surgery import Compensation, prune_model, refit_sequentially
 
 SEARCHED_RATIO = 0.2
 # Where feed-forward channels alone are not enough.
@@ -64,7 +63,9 @@ class Comparison:
 
     output: Path
     seeds: tuple[int, ...]
+    sequential_seeds: tuple[int, ...]
     trials: int
+    objective_windows: int
     dense: PreTrainedModel
     structure: Structure
     reports: dict[str, Tensor]
@@ -90,7 +91,14 @@ class Comparison:
         """A run with the windows, statistics and moments of the first run of the seed."""
         folder, first = self.folder(seed, name), self.folder(seed, "extended")
         config = PruneConfig(
-            model="smollm2", ratio=SEARCHED_RATIO, calibration=CALIBRATION, trials=self.trials, seed=seed, **options
+            model="smollm2",
+            ratio=SEARCHED_RATIO,
+            calibration=CALIBRATION,
+            objective_windows=self.objective_windows,
+            trials=self.trials,
+            sequential=False,
+            seed=seed,
+            **options,
         )
         if not folder.config.is_file():
             folder.create(config, overwrite=False)
@@ -102,8 +110,7 @@ class Comparison:
         return pipeline.prune(output=folder.path, **config.model_dump())
 
     def plan(self, seed: int, name: str, ratio: float, **options: Any) -> PruningPlan:
-        """The plan of a method: searched at 20 %; at other ratios what `adapruner plan` makes of what was found there.
-        Fitted once more layer by layer at 20 % only, where the time goes."""
+        """The plan of a method: searched at 20 %; at other ratios what `adapruner plan` makes of what was found there."""
         searched = self.search(seed, name, **options | allocation(name, SEARCHED_RATIO))
         if ratio == SEARCHED_RATIO:
             return searched.plan
@@ -122,7 +129,9 @@ def main(
     output: Path,
     ratios: Annotated[tuple[float, ...], Parameter(consume_multiple=True)] = (0.2, 0.1, 0.3, 0.5),
     seeds: Annotated[tuple[int, ...], Parameter(consume_multiple=True)] = (0, 1, 2),
+    sequential_seeds: Annotated[tuple[int, ...], Parameter(consume_multiple=True)] = (0, 1, 2),
     trials: int = 48,
+    objective_windows: int = 64,
     texts: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = (
         "boolq-passages@report",
         "wikitext2:validation",
@@ -130,13 +139,19 @@ def main(
     ),
     windows: int = 64,
 ) -> None:
-    """Runs what results.jsonl does not hold yet."""
+    """Runs what results.jsonl does not hold yet.
+
+    Args:
+        sequential_seeds: for which of the seeds the last, sequential fit is made, which takes most of the time.
+        windows: of each text, evenly spaced.
+    """
     output.mkdir(parents=True, exist_ok=True)
     location = find_model("smollm2")
     tokenizer = load_tokenizer(location)
     dense = load_model(location)
     reports = {text: evenly_spaced(text_windows(parse_source(text), tokenizer, 128), windows) for text in texts}
-    comparison = Comparison(output, seeds, trials, dense, build_structure(dense), reports)
+    structure = build_structure(dense)
+    comparison = Comparison(output, seeds, sequential_seeds, trials, objective_windows, dense, structure, reports)
     comparison.report(None, 0.0, "dense", lambda: dense)
     for ratio in ratios:
         for seed in seeds:
@@ -156,9 +171,16 @@ def ours(comparison: Comparison, seed: int, ratio: float) -> None:
     comparison.report(seed, ratio, "paper", cut(comparison, plans["paper"]))
     for name, plan in plans.items():
         comparison.report(seed, ratio, f"{name}, compensated", cut(comparison, plan, compensation))
-    if ratio == SEARCHED_RATIO:
-        saved = comparison.folder(seed, "extended").model
-        comparison.report(seed, ratio, "extended, sequential", functools.partial(pipeline.load, saved))
+    if seed in comparison.sequential_seeds:
+        text = load_file(comparison.folder(seed, "extended").windows)["compensation"]
+
+        def refitted() -> PreTrainedModel:
+            dense, structure, plan = comparison.dense, comparison.structure, plans["extended"]
+            pruned = prune_model(dense, structure, plan, compensation)
+            refit_sequentially(dense, pruned, structure, plan, compensation, text)
+            return pruned
+
+        comparison.report(seed, ratio, "extended, sequential", refitted)
 
 
 def cut(
