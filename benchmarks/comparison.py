@@ -110,7 +110,7 @@ class Comparison:
         return pipeline.prune(output=folder.path, **config.model_dump())
 
     def plan(self, seed: int, name: str, ratio: float, **options: Any) -> PruningPlan:
-        """The plan of a method: searched at 20 %; at other ratios what `adapruner plan` makes of what was found there."""
+        """The plan of a method: searched at 20 %; at other ratios what `adapruner plan` makes of what was found."""
         searched = self.search(seed, name, **options | allocation(name, SEARCHED_RATIO))
         if ratio == SEARCHED_RATIO:
             return searched.plan

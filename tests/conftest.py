@@ -14,19 +14,54 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from adapruner.models import known_architectures
+
 VOCABULARY = 96
 
 # What a family has beyond the common fields, so that all of it is covered somewhere.
 FAMILY_FIELDS: dict[str, dict[str, object]] = {
+    "bloom": {},
+    "gemma": {},
+    "gemma2": {
+        "query_pre_attn_scalar": 12,
+        "attn_logit_softcapping": 5.0,
+        "final_logit_softcapping": 3.0,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
+    "gemma3_text": {
+        "query_pre_attn_scalar": 12,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"],
+    },
+    "gpt2": {"max_position_embeddings": 64},
+    "gpt_neox": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}},
+    "granite": {
+        "attention_bias": True,
+        "mlp_bias": True,
+        "embedding_multiplier": 2.0,
+        "attention_multiplier": 0.3,
+        "residual_multiplier": 0.5,
+        "logits_scaling": 4.0,
+    },
     "llama": {"attention_bias": True, "mlp_bias": True},
     "mistral": {"sliding_window": 8},
+    "olmo2": {},
+    "opt": {"max_position_embeddings": 64, "word_embed_proj_dim": 48},
+    "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
     "qwen2": {
         "use_sliding_window": True,
         "sliding_window": 8,
-        "layer_types": ["full_attention", "sliding_attention", "full_attention", "sliding_attention"],
+        "layer_types": ["full_attention", "sliding_attention"] * 2,
     },
     "qwen3": {},
+    "stablelm": {
+        "use_qkv_bias": True,
+        "use_parallel_residual": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+    },
 }
+WITH_HEAD_DIM = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen3")
 
 
 def tiny_model(model_type: str = "llama", key_value_heads: int = 3, **fields: object) -> PreTrainedModel:
@@ -34,17 +69,20 @@ def tiny_model(model_type: str = "llama", key_value_heads: int = 3, **fields: ob
     options = {
         "vocab_size": VOCABULARY,
         "hidden_size": 48,
-        "intermediate_size": 24,
         "num_hidden_layers": 4,
         "num_attention_heads": 6,
-        "num_key_value_heads": key_value_heads,
         "bos_token_id": 1,
         "eos_token_id": 2,
         "pad_token_id": 0,
         **FAMILY_FIELDS[model_type],
         **fields,
     }
-    if model_type != "qwen2":
+    config_fields = known_architectures()[model_type].config_fields
+    if config_fields.key_value_heads:
+        options[config_fields.key_value_heads] = key_value_heads
+    if model_type != "bloom":  # four times the hidden size, always
+        options[config_fields.channels] = 24
+    if model_type in WITH_HEAD_DIM:
         options["head_dim"] = 8
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **options)).eval()

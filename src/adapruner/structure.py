@@ -9,16 +9,18 @@ order of `Structure.blocks`, so that statistics and scores are flat tensors.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from adapruner.errors import AdaPrunerError
-from adapruner.models import Architecture, architecture_of
+from adapruner.models import Architecture, ProjectionNames, RowKind, architecture_of
 
 Kind = Literal["heads", "channels"]
 HeadGranularity = Literal["kv-group", "query-head"]
@@ -28,18 +30,36 @@ HeadGranularity = Literal["kv-group", "query-head"]
 class TensorSlice:
     """The part of one parameter that belongs to the groups of a block.
 
-    Group g owns the indices [g * width, (g + 1) * width) of `axis`; every index stands for `elements` numbers.
+    Group g owns the indices [offset + g * width, offset + (g + 1) * width) of `axis`; every index stands for `elements`
+    numbers. A fused projection has several slices, one behind the other.
+
+    Attributes:
+        axis: of the parameter seen as a projection, [outputs, inputs].
+        is_matrix: importance is read from matrices; biases and norms only go along.
+        is_transposed: stored as [inputs, outputs] (`Conv1D` of transformers).
     """
 
     parameter: str
     axis: int
     width: int
     elements: int
+    offset: int = 0
+    is_matrix: bool = True
+    is_transposed: bool = False
 
     @property
-    def is_matrix(self) -> bool:
-        """Importance is read from matrices; biases only go along."""
-        return self.parameter.endswith(".weight")
+    def stored_axis(self) -> int:
+        """The axis of the parameter as it is stored."""
+        return 1 - self.axis if self.is_transposed else self.axis
+
+    @property
+    def module(self) -> str:
+        """Path of the module that the parameter belongs to."""
+        return self.parameter.rpartition(".")[0]
+
+    def as_projection(self, parameter: Tensor) -> Tensor:
+        """[outputs, inputs]: a view of the stored matrix."""
+        return parameter.T if self.is_transposed else parameter
 
 
 @dataclass(frozen=True)
@@ -67,6 +87,14 @@ class Block:
     def row_wise(self) -> TensorSlice:
         """The projection out of the block, whose input columns go: attention output, feed-forward down."""
         return next(part for part in self.matrices if part.axis == 1)
+
+    @property
+    def slices_by_parameter(self) -> dict[str, list[TensorSlice]]:
+        """The slices of each parameter; several where it is a fused projection."""
+        by_parameter: dict[str, list[TensorSlice]] = {}
+        for part in self.slices:
+            by_parameter.setdefault(part.parameter, []).append(part)
+        return by_parameter
 
     @property
     def parameters_per_group(self) -> int:
@@ -135,11 +163,10 @@ def build_structure(model: PreTrainedModel, head_granularity: HeadGranularity = 
             asked for where each KV head has only one.
     """
     architecture = architecture_of(model.config)
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     blocks: list[Block] = []
     for layer in range(model.config.num_hidden_layers):
-        blocks.append(_head_block(model, architecture, shapes, layer, head_granularity))
-        blocks.append(_channel_block(model, architecture, shapes, layer))
+        blocks.append(_head_block(model, architecture, layer, head_granularity))
+        blocks.append(_channel_block(model, architecture, layer))
     return Structure(
         model_type=model.config.model_type,
         layers=model.config.num_hidden_layers,
@@ -154,16 +181,10 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _head_block(
-    model: PreTrainedModel,
-    architecture: Architecture,
-    shapes: dict[str, torch.Size],
-    layer: int,
-    granularity: HeadGranularity,
-) -> Block:
-    config, fields, names = model.config.per_layer_config[layer], architecture.config_fields, architecture.attention
+def _head_block(model: PreTrainedModel, architecture: Architecture, layer: int, granularity: HeadGranularity) -> Block:
+    config, fields = model.config.per_layer_config[layer], architecture.config_fields
     heads = getattr(config, fields.heads)
-    key_value_heads = getattr(config, fields.key_value_heads)
+    key_value_heads = getattr(config, fields.key_value_heads or fields.heads)
     head_dim = architecture.head_dim(config)
     heads_per_group = heads // key_value_heads
     by_query_head = granularity == "query-head"
@@ -173,46 +194,107 @@ def _head_block(
             " there are no single query heads to remove, use --head-granularity kv-group"
         )
     query_width = head_dim if by_query_head else heads_per_group * head_dim
-    parts = [(names.query, 0, query_width), (names.output, 1, query_width)]
-    if not by_query_head:
-        parts += [(names.key, 0, head_dim), (names.value, 0, head_dim)]
+    key_value_width = 0 if by_query_head else head_dim
+    counts = {fields.heads: 1 if by_query_head else heads_per_group}
+    if fields.key_value_heads and not by_query_head:
+        counts[fields.key_value_heads] = 1
     return Block(
         layer=layer,
         kind="heads",
         groups=heads if by_query_head else key_value_heads,
-        slices=_slices(f"{architecture.layers}.{layer}", parts, shapes),
-        config_counts={fields.heads: 1}
-        if by_query_head
-        else {fields.heads: heads_per_group, fields.key_value_heads: 1},
+        slices=_slices(
+            model,
+            f"{architecture.layers}.{layer}",
+            architecture.attention,
+            {
+                "query": _Rows(heads * head_dim, query_width),
+                "key": _Rows(key_value_heads * head_dim, key_value_width),
+                "value": _Rows(key_value_heads * head_dim, key_value_width),
+                "query-key-value": _Rows(3 * heads * head_dim, 3 * head_dim),
+            },
+            output_width=query_width,
+        ),
+        config_counts=counts,
         strata=key_value_heads if by_query_head else 1,
     )
 
 
-def _channel_block(
-    model: PreTrainedModel, architecture: Architecture, shapes: dict[str, torch.Size], layer: int
-) -> Block:
-    names, field = architecture.feed_forward, architecture.config_fields.channels
+def _channel_block(model: PreTrainedModel, architecture: Architecture, layer: int) -> Block:
+    channels = architecture.channels(model.config.per_layer_config[layer])
     return Block(
         layer=layer,
         kind="channels",
-        groups=getattr(model.config.per_layer_config[layer], field),
+        groups=channels,
         slices=_slices(
-            f"{architecture.layers}.{layer}", [(names.gate, 0, 1), (names.up, 0, 1), (names.down, 1, 1)], shapes
+            model, f"{architecture.layers}.{layer}", architecture.feed_forward, {"channels": _Rows(channels, 1)}, 1
         ),
-        config_counts={field: 1},
+        config_counts={architecture.config_fields.channels: 1},
     )
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of a projection that compute one thing: how many, and how many of them go with a group."""
+
+    total: int
+    width: int
+
+
 def _slices(
-    layer_path: str, parts: list[tuple[str, int, int]], shapes: dict[str, torch.Size]
+    model: PreTrainedModel, layer_path: str, names: ProjectionNames, rows: Mapping[RowKind, _Rows], output_width: int
 ) -> tuple[TensorSlice, ...]:
-    """Slices of the weights (by axis) and, along rows, of the biases that exist."""
-    slices = []
-    for module, axis, width in parts:
-        weight, bias = f"{layer_path}.{module}.weight", f"{layer_path}.{module}.bias"
-        if weight not in shapes:
-            raise AdaPrunerError(f"the model has no parameter {weight}: it is not built as its model_type says")
-        slices.append(TensorSlice(weight, axis, width, elements=shapes[weight][1 - axis]))
-        if axis == 0 and bias in shapes:
-            slices.append(TensorSlice(bias, 0, width, elements=1))
-    return tuple(slices)
+    """Slices of what computes a block (rows of matrices, biases and norms), and of the columns of what reads it.
+
+    Args:
+        output_width: how many columns go with a group.
+    """
+    slices: list[TensorSlice] = []
+    for path, kinds in names.inputs.items():
+        module = _module(model, f"{layer_path}.{path}")
+        outputs = module.weight.numel() if module.weight.dim() == 1 else _matrix_shape(module)[0]
+        offset = 0
+        for kind in kinds:
+            if width := rows[kind].width:
+                slices += _row_slices(f"{layer_path}.{path}", module, width, offset)
+            offset += rows[kind].total
+        if offset != outputs:
+            raise AdaPrunerError(
+                f"{layer_path}.{path} has {outputs} outputs where the config says {offset}: the model is not built as"
+                " its model_type says"
+            )
+    reader = _module(model, f"{layer_path}.{names.output}")
+    return *slices, _matrix_slice(f"{layer_path}.{names.output}", reader, 1, output_width, 0)
+
+
+def _row_slices(path: str, module: Any, width: int, offset: int) -> list[TensorSlice]:
+    """Of a projection or of a norm over all its outputs; of the bias, where there is one."""
+    if module.weight.dim() == 1:
+        return [TensorSlice(f"{path}.weight", 0, width, 1, offset, is_matrix=False)]
+    slices = [_matrix_slice(path, module, 0, width, offset)]
+    if getattr(module, "bias", None) is not None:
+        slices.append(TensorSlice(f"{path}.bias", 0, width, 1, offset, is_matrix=False))
+    return slices
+
+
+def _matrix_slice(path: str, module: Any, axis: int, width: int, offset: int) -> TensorSlice:
+    return TensorSlice(
+        f"{path}.weight",
+        axis,
+        width,
+        elements=_matrix_shape(module)[1 - axis],
+        offset=offset,
+        is_transposed=isinstance(module, Conv1D),
+    )
+
+
+def _matrix_shape(module: Any) -> tuple[int, int]:
+    """Outputs and inputs of a projection."""
+    first, second = module.weight.shape
+    return (second, first) if isinstance(module, Conv1D) else (first, second)
+
+
+def _module(model: PreTrainedModel, path: str) -> Any:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        raise AdaPrunerError(f"the model has no module {path}: it is not built as its model_type says") from None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, MistralForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import adapruner
 from adapruner.checkpoint import save_checkpoint
@@ -21,6 +23,22 @@ from adapruner.surgery import Compensation, prune_model
 @pytest.fixture(params=known_architectures())
 def dense(request: pytest.FixtureRequest, make_model: Callable[..., PreTrainedModel]) -> PreTrainedModel:
     return make_model(request.param)
+
+
+# What the stock classes of a family cannot have less of: their attention is as wide as the hidden size, or there is no
+# field for the channels.
+NO_FEWER_HEADS = {"bloom", "gpt2", "gpt_neox", "opt", "stablelm"}
+NO_FEWER_CHANNELS = {"bloom"}
+
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 
 
 def cut(
@@ -45,13 +63,15 @@ def test_a_uniform_layout_is_read_by_stock_transformers(
     tmp_path: Path,
 ) -> None:
     pruned = cut(dense, windows, head_share, form)
-    assert type(pruned) is type(dense)
-    assert (pruned.config.num_attention_heads < 6) == bool(head_share)
     save_checkpoint(pruned, tokenizer, tmp_path / "model")
-    assert not list((tmp_path / "model").glob("*.py"))
-    for loaded in (AutoModelForCausalLM.from_pretrained(tmp_path / "model"), adapruner.load(tmp_path / "model")):
-        with torch.no_grad():
-            assert torch.equal(loaded(windows).logits, pruned(windows).logits)
+    is_stock = not (NO_FEWER_HEADS if head_share else NO_FEWER_CHANNELS) & {dense.config.model_type}
+    assert is_stock == (type(pruned) is type(dense))
+    assert is_stock != bool(list((tmp_path / "model").glob("*.py")))
+    with torch.no_grad():
+        expected = pruned(windows).logits
+        assert torch.equal(adapruner.load(tmp_path / "model")(windows).logits, expected)
+        if is_stock:
+            assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "model")(windows).logits, expected)
 
 
 @pytest.mark.parametrize("layout", ["uniform", "per-layer"])
@@ -65,7 +85,7 @@ def test_added_biases_are_saved_and_loaded(
     tmp_path: Path,
 ) -> None:
     pruned = cut(dense, windows, 1.0, form, layout)
-    biases = [layer.get_submodule(path).bias for layer in pruned.model.layers for path in pruned.config.added_biases]
+    biases = [pruned.get_submodule(block.row_wise.module).bias for block in build_structure(pruned).blocks]
     assert len(biases) == 8
     assert any(bias.any() for bias in biases)
     save_checkpoint(pruned, tokenizer, tmp_path / "model")
@@ -79,11 +99,31 @@ def test_numbers_of_heads_that_a_stock_config_refuses(
     tokenizer: PreTrainedTokenizerFast,
     tmp_path: Path,
 ) -> None:
-    """5 heads do not divide a hidden size of 48: the model is uniform, but not a stock one."""
-    dense = make_model("llama", 6)
-    structure = build_structure(dense)
-    counts = [5 if block.kind == "heads" else 20 for block in structure.blocks]
-    pruned = prune_model(dense, structure, make_plan(structure, torch.ones(structure.group_offsets[-1]), counts))
-    save_checkpoint(pruned, tokenizer, tmp_path / "model")
-    with torch.no_grad():
-        assert torch.equal(adapruner.load(tmp_path / "model")(windows).logits, pruned(windows).logits)
+    """5 heads do not divide a hidden size of 48, which Llama's config refuses and Mistral's, for the same model, does
+    not. A Mistral has no biases."""
+    for biases, model_type in ((False, "mistral"), (True, "llama")):
+        dense = make_model(
+            "llama", 6, attention_bias=biases, mlp_bias=biases, rope_parameters=LLAMA3_ROPE, max_position_embeddings=64
+        )
+        structure = build_structure(dense)
+        counts = [5 if block.kind == "heads" else 20 for block in structure.blocks]
+        plan = make_plan(structure, torch.ones(structure.group_offsets[-1]), counts)
+        folder = tmp_path / model_type
+        save_checkpoint(prune_model(dense, structure, plan), tokenizer, folder)
+        with torch.no_grad():
+            expected = masked_heads(dense, 5, 20)(windows).logits
+            torch.testing.assert_close(adapruner.load(folder)(windows).logits, expected, rtol=1e-4, atol=1e-4)
+            if not biases:
+                stock = AutoModelForCausalLM.from_pretrained(folder)
+                assert type(stock) is MistralForCausalLM
+                assert torch.equal(stock(windows).logits, adapruner.load(folder)(windows).logits)
+        assert json.loads((folder / "config.json").read_text())["model_type"] == model_type
+
+
+def masked_heads(dense: PreTrainedModel, heads: int, channels: int) -> PreTrainedModel:
+    """A Llama in which only the first heads and channels are read."""
+    model = copy.deepcopy(dense)
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.data[:, heads * 8 :] = 0
+        layer.mlp.down_proj.weight.data[:, channels:] = 0
+    return model

@@ -36,6 +36,7 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) 
         model.config.auto_map = {
             auto_class: f"{_MODELING_FILE.stem}.{own_class.__name__}" for auto_class, own_class in classes.items()
         }
+    folder.parent.mkdir(parents=True, exist_ok=True)
     with quiet_transformers():
         model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)

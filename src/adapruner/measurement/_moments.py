@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from adapruner.errors import AdaPrunerError
-from adapruner.measurement._samples import projection
+from adapruner.measurement._samples import projection, row_wise_weight
 from adapruner.structure import Block, Structure
 
 # Of so many batches, one is held out while the damping is chosen.
@@ -155,7 +155,7 @@ def measure_moments(
             progress(len(batch))
     moments = {}
     for index in blocks:
-        weight = model.get_parameter(structure.blocks[index].row_wise.parameter).detach()
+        weight = row_wise_weight(model, structure.blocks[index])
         moments[index] = _choose_damping(weight, fitted.pop(index), held_out.pop(index), structure.blocks[index])
     return moments
 
@@ -241,7 +241,7 @@ def removal_errors(
             alone.append(nothing)
             eliminated.append(nothing)
             continue
-        weight, of_block = model.get_parameter(block.row_wise.parameter).detach().double(), moments[index]
+        weight, of_block = row_wise_weight(model, block).double(), moments[index]
         factor = factorize(of_block.second.to(weight.device), of_block.damping)
         inverse = torch.cholesky_inverse(factor)
         alone.append(_errors(weight, inverse, block.row_wise.width).float().cpu())

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -126,7 +127,14 @@ def _measure_batch(model: PreTrainedModel, structure: Structure, batch: Tensor, 
         for part in block.matrices:
             columns = slice(vector, vector + block.groups * part.width)
             vector = columns.stop
-            reduce = _GradientReducer(part, taylor[:, columns], absolute[:, columns], squared[:, columns])
+            rows = part.offset, part.offset + block.groups * part.width
+            reduce = _GradientReducer(
+                part,
+                slice(*rows) if part.axis == 0 else slice(None),
+                taylor[:, columns],
+                absolute[:, columns],
+                squared[:, columns],
+            )
             hooks.append(projection(model, part).register_forward_hook(reduce.after_forward))
         inputs = slice(first_input, first_input + block.groups * block.row_wise.width)
         first_input = inputs.stop
@@ -149,6 +157,7 @@ def _measure_batch(model: PreTrainedModel, structure: Structure, batch: Tensor, 
             parameter.requires_grad_(True)
         for hook in hooks:
             hook.remove()
+    row_wise = [row_wise_weight(model, block).float() for block in structure.blocks]
     return Statistics(
         taylor=taylor.div_(predicted_tokens),
         element_absolute=absolute.div_(predicted_tokens),
@@ -156,18 +165,19 @@ def _measure_batch(model: PreTrainedModel, structure: Structure, batch: Tensor, 
         loss=losses.view(samples, -1).mean(1).cpu(),
         input_mean=input_mean,
         input_squared=input_squared,
-        column_absolute=torch.cat([_columns(model, block).abs().sum(0) for block in structure.blocks]).cpu(),
-        column_squared=torch.cat([_columns(model, block).square().sum(0) for block in structure.blocks]).cpu(),
+        column_absolute=torch.cat([weight.abs().sum(0) for weight in row_wise]).cpu(),
+        column_squared=torch.cat([weight.square().sum(0) for weight in row_wise]).cpu(),
     )
 
 
 def projection(model: PreTrainedModel, part: TensorSlice) -> nn.Module:
     """The module that a matrix belongs to."""
-    return model.get_submodule(part.parameter.removesuffix(".weight"))
+    return model.get_submodule(part.module)
 
 
-def _columns(model: PreTrainedModel, block: Block) -> Tensor:
-    return model.get_parameter(block.row_wise.parameter).detach().float()
+def row_wise_weight(model: PreTrainedModel, block: Block) -> Tensor:
+    """[outputs, inputs]: the weight of the projection that reads a block."""
+    return block.row_wise.as_projection(model.get_parameter(block.row_wise.parameter).detach())
 
 
 def _input_reducer(mean: Tensor, squared: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -202,28 +212,28 @@ def _replace_by_loss_gradient(logits: Tensor, tokens: Tensor) -> Tensor:
 class _GradientReducer:
     """Forms the weight gradient of one projection, sample by sample, and reduces it to rows or columns."""
 
-    def __init__(self, part: TensorSlice, taylor: Tensor, absolute: Tensor, squared: Tensor) -> None:
-        self.summed_axis = 1 - part.axis
+    def __init__(self, part: TensorSlice, rows: slice, taylor: Tensor, absolute: Tensor, squared: Tensor) -> None:
+        self.part, self.rows = part, rows
         self.taylor, self.absolute, self.squared = taylor, absolute, squared
 
-    def after_forward(self, module: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def after_forward(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         """Keeps the input of the projection until the gradient of its output arrives."""
-        weight, projection_input = module.weight, inputs[0].detach()
-        output.register_hook(self._on_output_gradient(weight, projection_input))
+        stored: Any = module.weight
+        output.register_hook(self._on_output_gradient(self.part.as_projection(stored)[self.rows], inputs[0].detach()))
 
     def _on_output_gradient(self, weight: Tensor, projection_input: Tensor) -> Callable[[Tensor], None]:
         def reduce(output_gradient: Tensor) -> None:
-            samples = len(self.taylor)
+            samples, summed_axis = len(self.taylor), 1 - self.part.axis
             x = projection_input.reshape(samples, -1, projection_input.shape[-1]).float()
-            delta = output_gradient.reshape(samples, -1, output_gradient.shape[-1]).float()
-            products = torch.empty_like(weight, dtype=torch.float32)
+            delta = output_gradient.reshape(samples, -1, output_gradient.shape[-1])[..., self.rows].float()
+            products = torch.empty(weight.shape, device=weight.device)
             squares = torch.empty_like(products)
             for sample in range(samples):
                 torch.mm(delta[sample].T, x[sample], out=products)
                 products.mul_(weight)
-                self.taylor[sample] = products.sum(self.summed_axis)
-                self.squared[sample] = torch.mul(products, products, out=squares).sum(self.summed_axis)
-                self.absolute[sample] = products.abs_().sum(self.summed_axis)
+                self.taylor[sample] = products.sum(summed_axis)
+                self.squared[sample] = torch.mul(products, products, out=squares).sum(summed_axis)
+                self.absolute[sample] = products.abs_().sum(summed_axis)
 
         return reduce
 

@@ -1,6 +1,6 @@
 """Loading models, and what must be known of a family of models to prune it."""
 
-from adapruner.models._architecture import Architecture, architecture_of, known_architectures
+from adapruner.models._architecture import Architecture, ProjectionNames, RowKind, architecture_of, known_architectures
 from adapruner.models._loading import (
     ModelLocation,
     empty_model,
@@ -12,12 +12,15 @@ from adapruner.models._loading import (
     quiet_transformers,
     resolve_device,
 )
-from adapruner.models.modeling_pruned import PRUNED_CLASSES
+from adapruner.models.modeling_pruned import PRUNED_CLASSES, STOCK_CLASSES
 
 __all__ = [
     "PRUNED_CLASSES",
+    "STOCK_CLASSES",
     "Architecture",
     "ModelLocation",
+    "ProjectionNames",
+    "RowKind",
     "architecture_of",
     "empty_model",
     "find_model",

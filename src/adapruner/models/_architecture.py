@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from functools import cache
 from importlib import resources
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict
@@ -18,45 +19,80 @@ class _Data(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class AttentionNames(_Data):
-    """Module paths of the attention projections, relative to a layer."""
+# What rows of a projection compute: all query heads one behind the other, the key heads, the value heads; query, key
+# and value of one head after the other (only where every head has its own key and value); feed-forward channels.
+RowKind = Literal["query", "key", "value", "query-key-value", "channels"]
 
-    query: str
-    key: str
-    value: str
+
+class ProjectionNames(_Data):
+    """Module paths, relative to a layer, of what computes the groups of a block and of the projection that reads them.
+
+    Attributes:
+        inputs: what the rows of each projection (or norm over all of its outputs) compute, in their order.
+    """
+
+    inputs: dict[str, tuple[RowKind, ...]]
     output: str
 
 
-class FeedForwardNames(_Data):
-    """Module paths of the feed-forward projections, relative to a layer."""
-
-    gate: str
-    up: str
-    down: str
-
-
 class ConfigFields(_Data):
-    """Names of the `PreTrainedConfig` fields that count what is pruned."""
+    """Names of the `PreTrainedConfig` fields that count what is pruned.
+
+    Attributes:
+        key_value_heads: None where every query head has its own key and value.
+        head_numbers: field for the numbers of the heads that stay, where positions are told apart by head (alibi).
+    """
 
     heads: str
-    key_value_heads: str
-    head_dim: str
+    key_value_heads: str | None = None
+    head_dim: str = "head_dim"
     channels: str
+    head_numbers: str | None = None
+
+
+class Equivalent(_Data):
+    """Another family that computes the same.
+
+    Attributes:
+        fields: what its config says beside the fields that both have.
+        without: fields of the first family that must be off, as the other does not know them.
+    """
+
+    model_type: str
+    fields: dict[str, Any] = {}
+    without: tuple[str, ...] = ()
 
 
 class Architecture(_Data):
-    """A model family as data: where its layers and projections are and which config fields count them."""
+    """A model family as data: where its layers and projections are and which config fields count them.
+
+    Attributes:
+        default_channels: channels as a multiple of the hidden size, where the config leaves their number open.
+        plain_residual: whether what a block puts out is added to the hidden state as it is, neither scaled nor
+            normalised.
+        equivalent: family whose config takes numbers of heads that this one refuses.
+        unsupported: config fields and the value with which a model is built in another way than is described here.
+    """
 
     model_type: str
     layers: str
-    attention: AttentionNames
-    feed_forward: FeedForwardNames
+    attention: ProjectionNames
+    feed_forward: ProjectionNames
     config_fields: ConfigFields
+    default_channels: int | None = None
+    plain_residual: bool = True
+    equivalent: Equivalent | None = None
+    unsupported: dict[str, bool] = {}
 
     def head_dim(self, config: PreTrainedConfig) -> int:
         """Width of one attention head; families without the field divide the hidden size by the heads."""
         explicit = getattr(config, self.config_fields.head_dim, None)
         return int(explicit or config.hidden_size // getattr(config, self.config_fields.heads))
+
+    def channels(self, config: PreTrainedConfig) -> int:
+        """Feed-forward width of a layer."""
+        explicit = getattr(config, self.config_fields.channels, None)
+        return int(explicit or (self.default_channels or 0) * config.hidden_size)
 
 
 @cache
@@ -75,7 +111,7 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
     """The architecture of a model from its config.
 
     Raises:
-        AdaPrunerError: the family is not known, or the model is quantized.
+        AdaPrunerError: the family is not known or cannot be pruned, or the model is quantized.
     """
     known = known_architectures()
     quantization: Any = getattr(config, "quantization_config", None)
@@ -84,10 +120,28 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
             f"this model is quantized ({quantization}); prune the unquantized checkpoint and quantize the result"
         )
     if config.model_type not in known:
-        close = difflib.get_close_matches(config.model_type, known, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise AdaPrunerError(
-            f"unknown architecture {config.model_type!r}; known are {', '.join(known)}.{hint}"
-            " A new family is one YAML file in adapruner/models/architectures"
-        )
-    return known[config.model_type]
+        raise AdaPrunerError(_why_unknown(config, known))
+    architecture = known[config.model_type]
+    for field, value in architecture.unsupported.items():
+        if getattr(config, field, None) == value:
+            raise AdaPrunerError(f"models of the family {config.model_type} with {field}: {value} cannot be pruned yet")
+    return architecture
+
+
+def _why_unknown(config: PreTrainedConfig, known: Iterable[str]) -> str:
+    reason = f"unknown architecture {config.model_type!r}"
+    kinds = {
+        "a mixture of experts": ("num_experts", "num_local_experts", "n_routed_experts"),
+        "a model with linear attention or state space layers": ("ssm_cfg", "state_size", "linear_num_value_heads"),
+    }
+    if config.is_encoder_decoder:
+        reason = f"{config.model_type!r} is an encoder-decoder, only causal language models can be pruned"
+    else:
+        for kind, marks in kinds.items():
+            if any(getattr(config, mark, None) for mark in marks):
+                reason = f"{config.model_type!r} is {kind}, which cannot be pruned"
+    close = difflib.get_close_matches(config.model_type, known, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return (
+        f"{reason}; known are {', '.join(known)}.{hint} A new family is one YAML file in adapruner/models/architectures"
+    )

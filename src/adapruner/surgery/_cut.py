@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from adapruner.models import PRUNED_CLASSES, architecture_of
+from adapruner.models import PRUNED_CLASSES, STOCK_CLASSES, Architecture, architecture_of
 from adapruner.planning import BlockPlan, PruningPlan
 from adapruner.structure import Structure, TensorSlice
 from adapruner.surgery._compensation import Compensation, compensate
@@ -22,7 +23,8 @@ def prune_model(
 ) -> PreTrainedModel:
     """A new model without the groups that the plan removes.
 
-    Tensors from which nothing goes are shared with the given model, which stays as it is.
+    It is of a stock class where all layers are alike and one takes them, else of the class whose config says what each
+    layer has less of. Tensors from which nothing goes are shared with the given model, which stays as it is.
 
     Args:
         compensation: how what stays of the row-wise projections takes over; None leaves it as it was.
@@ -31,10 +33,10 @@ def prune_model(
         AdaPrunerError: the plan was made for another model.
     """
     plan.check_fits(structure)
-    added_biases = _row_wise_modules(structure) if compensation and compensation.adds_bias else []
+    state = _pruned_state(model.state_dict(), structure, plan, compensation)
     with init_empty_weights(include_buffers=False):
-        pruned: Any = _empty_pruned(model, structure, plan, added_biases)
-    pruned.load_state_dict(_pruned_state(model.state_dict(), structure, plan, compensation), assign=True)
+        pruned: Any = _empty_pruned(model, structure, plan, state, bool(compensation and compensation.adds_bias))
+    pruned.load_state_dict(state, assign=True)
     pruned.tie_weights()
     pruned.generation_config = model.generation_config
     # Buffers that are not saved (rotary frequencies) were made on the CPU.
@@ -43,33 +45,65 @@ def prune_model(
 
 
 def _empty_pruned(
-    model: PreTrainedModel, structure: Structure, plan: PruningPlan, added_biases: list[str]
+    model: PreTrainedModel, structure: Structure, plan: PruningPlan, state: Mapping[str, Tensor], adds_bias: bool
 ) -> PreTrainedModel:
-    """The pruned model before its weights are set: of the class that it was where all layers are alike and that class
-    takes the counts, else of the class whose config says what each layer has less of."""
+    """The pruned model before its weights are set."""
     architecture = architecture_of(model.config)
-    layers: dict[int, dict[str, int]] = {}
-    for block, block_plan in zip(structure.blocks, plan.blocks, strict=True):
-        counts = {field: amount * len(block_plan.kept) for field, amount in block.config_counts.items()}
-        layers.setdefault(block.layer, {}).update(counts)
-    fields = model.config.to_dict()
-    fields |= {architecture.config_fields.head_dim: architecture.head_dim(model.config)}
-    if all(counts == layers[0] for counts in layers.values()) and not added_biases:
-        # Some families refuse numbers of heads that do not divide the hidden size.
-        with contextlib.suppress(StrictDataclassError):
-            return type(model)(type(model.config).from_dict(fields | layers[0]))
+    fields = model.config.to_dict() | {"head_dim": architecture.head_dim(model.config.per_layer_config[0])}
+    fields.pop("per_layer_config", None)
+    layers = _layer_fields(model, architecture, structure, plan)
+    if all(own == layers[0] for own in layers.values()):
+        stock = _stock_model(architecture, fields | layers[0], {name: tensor.shape for name, tensor in state.items()})
+        if stock is not None:
+            return stock
     pruned_class: Any = PRUNED_CLASSES[structure.model_type]
-    differences: dict[str, Any] = {"per_layer_config": layers}
-    if added_biases:
-        differences["added_biases"] = added_biases
-    pruned: PreTrainedModel = pruned_class(pruned_class.config_class.from_dict(fields | differences))
+    fields |= {"per_layer_config": layers}
+    if architecture.config_fields.head_numbers:
+        fields |= {architecture.config_fields.head_numbers: None}
+    if adds_bias:
+        fields |= {"added_biases": _row_wise_modules(structure)}
+    pruned: PreTrainedModel = pruned_class(pruned_class.config_class.from_dict(fields))
     return pruned
+
+
+def _layer_fields(
+    model: PreTrainedModel, architecture: Architecture, structure: Structure, plan: PruningPlan
+) -> dict[int, dict[str, Any]]:
+    """What the config says of each layer."""
+    layers: dict[int, dict[str, Any]] = {}
+    for block, block_plan in zip(structure.blocks, plan.blocks, strict=True):
+        own = layers.setdefault(block.layer, {})
+        own |= {field: amount * len(block_plan.kept) for field, amount in block.config_counts.items()}
+        numbered = architecture.config_fields.head_numbers
+        if numbered and block.kind == "heads" and len(block_plan.kept) < block.groups:
+            before = getattr(model.config.per_layer_config[block.layer], numbered, None) or range(block.groups)
+            own[numbered] = [before[group] for group in block_plan.kept]
+    return layers
+
+
+def _stock_model(
+    architecture: Architecture, fields: dict[str, Any], shapes: dict[str, torch.Size]
+) -> PreTrainedModel | None:
+    """An empty model that plain transformers builds in these shapes: of the same family, or of one that computes the
+    same under a config which takes any number of heads."""
+    candidates = [(architecture.model_type, fields)]
+    equivalent = architecture.equivalent
+    if equivalent and not any(fields.get(field) for field in equivalent.without):
+        own = {name: value for name, value in fields.items() if name not in ("model_type", *equivalent.without)}
+        candidates.append((equivalent.model_type, own | equivalent.fields))
+    for model_type, own in candidates:
+        stock_class: Any = STOCK_CLASSES[model_type]
+        # Some families refuse numbers of heads that do not divide the hidden size, at one place or another.
+        with contextlib.suppress(StrictDataclassError, ValueError):
+            stock: PreTrainedModel = stock_class(stock_class.config_class.from_dict(own))
+            if {name: tensor.shape for name, tensor in stock.state_dict().items()} == shapes:
+                return stock
+    return None
 
 
 def _row_wise_modules(structure: Structure) -> list[str]:
     """Paths of the row-wise projections within a layer."""
-    paths = {block.row_wise.parameter.split(f".{block.layer}.", 1)[1] for block in structure.blocks}
-    return sorted(path.removesuffix(".weight") for path in paths)
+    return sorted({block.row_wise.module.split(f".{block.layer}.", 1)[1] for block in structure.blocks})
 
 
 def _pruned_state(
@@ -77,24 +111,30 @@ def _pruned_state(
 ) -> dict[str, Tensor]:
     """Every tensor with the indices of the kept groups only, compensated."""
     for index, (block, block_plan) in enumerate(zip(structure.blocks, plan.blocks, strict=True)):
-        name = block.row_wise.parameter
-        bias_name = name.removesuffix("weight") + "bias"
-        original = state[name]
+        row_wise = block.row_wise
+        original = row_wise.as_projection(state[row_wise.parameter])
+        bias_name = f"{row_wise.module}.bias"
         if compensation and compensation.adds_bias and bias_name not in state:
             state[bias_name] = original.new_zeros(len(original))
         if len(block_plan.kept) == block.groups:
             continue
-        for part in block.slices:
-            tensor = state[part.parameter]
-            state[part.parameter] = tensor.index_select(part.axis, kept_indices(block_plan, part).to(tensor.device))
+        for parameter, parts in block.slices_by_parameter.items():
+            kept = kept_indices(block_plan, parts, state[parameter].shape[parts[0].stored_axis])
+            state[parameter] = state[parameter].index_select(parts[0].stored_axis, kept.to(original.device))
         if compensation:
-            kept = kept_indices(block_plan, block.row_wise)
-            state[name], bias = compensate(original, compensation.moments[index], kept, compensation.form)
+            kept = kept_indices(block_plan, [row_wise], original.shape[1])
+            weight, bias = compensate(original, compensation.moments[index], kept, compensation.form)
+            state[row_wise.parameter] = row_wise.as_projection(weight).contiguous()
             if compensation.adds_bias:
                 state[bias_name] = state[bias_name] + bias
     return state
 
 
-def kept_indices(plan: BlockPlan, part: TensorSlice) -> Tensor:
-    """[kept], int64: the indices of a tensor's pruned axis that stay."""
-    return (torch.tensor(plan.kept)[:, None] * part.width + torch.arange(part.width)).flatten()
+def kept_indices(plan: BlockPlan, parts: Sequence[TensorSlice], size: int) -> Tensor:
+    """[kept], int64, ascending: the indices of the pruned axis of one tensor that stay, out of `size`."""
+    stays = torch.ones(size, dtype=torch.bool)
+    is_removed = torch.ones(plan.groups, dtype=torch.bool)
+    is_removed[list(plan.kept)] = False
+    for part in parts:
+        stays[part.offset : part.offset + plan.groups * part.width] = ~is_removed.repeat_interleave(part.width)
+    return stays.nonzero().flatten()
