@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -138,12 +139,13 @@ def test_nothing_removed_nothing_changed(form: str, model: PreTrainedModel, wind
         assert torch.equal(pruned(windows).logits, model(windows).logits)
 
 
+@pytest.mark.parametrize("family", ["qwen3", "gpt2", "gpt_neox", "opt", "phi3", "bloom", "gemma"])
 def test_sequential_is_the_least_squares_of_what_layers_really_get(
-    make_model: Callable[..., PreTrainedModel], windows: Tensor
+    family: str, make_model: Callable[..., PreTrainedModel], windows: Tensor
 ) -> None:
     """Of every cut projection: its input in the finished model, and its target, by hooks in whole forward passes."""
     share, damping = 0.5, 1e-3
-    model = make_model("qwen3")
+    model = make_model(family)
     structure, plan = cut(model)
     start = prune_model(model, structure, plan)
     pruned = prune_model(model, structure, plan)
@@ -153,7 +155,8 @@ def test_sequential_is_the_least_squares_of_what_layers_really_get(
     for name, weight in refitted.items():
         assert torch.equal(pruned.get_parameter(name), weight)
         projection = name.removesuffix(".weight")
-        layer = projection.rsplit(".", 2)[0]
+        layer = re.match(r".*?\.\d+", name)[0]
+        is_attention = "attn" in name or "attention" in name
         seen = {}
         for which, each in (("dense", model), ("pruned", pruned)):
             states: dict[str, Tensor] = {}
@@ -162,18 +165,24 @@ def test_sequential_is_the_least_squares_of_what_layers_really_get(
                     lambda _, args, output, states=states: states.update(x=args[0], y=output)
                 ),
                 each.get_submodule(layer).register_forward_hook(
-                    lambda _, args, output, states=states: states.update(into=args[0], out=output)
+                    lambda _, args, output, states=states: states.update(
+                        into=args[0], out=output[0] if isinstance(output, tuple) else output
+                    )
                 ),
             ]
             with torch.no_grad():
                 each(windows)
             for hook in hooks:
                 hook.remove()
-            beside = states["into"] if "self_attn" in name else states["out"] - states["y"]
-            seen[which] = {key: value.flatten(0, 1).double() for key, value in (states | {"beside": beside}).items()}
+            into, out, x, y = (states[key].reshape(windows.numel(), -1).double() for key in ("into", "out", "x", "y"))
+            seen[which] = {"x": x, "y": y, "beside": into if is_attention else out - y}
         x = seen["pruned"]["x"]
-        target = seen["dense"]["y"] + share * (seen["dense"]["beside"] - seen["pruned"]["beside"])
+        bias = getattr(model.get_submodule(projection), "bias", None)
+        wanted = seen["dense"]["y"] - (0.0 if bias is None else bias.detach())
+        target = wanted + share * (seen["dense"]["beside"] - seen["pruned"]["beside"])
         original = start.get_parameter(name).detach().double()
+        if family == "gpt2":
+            original, weight = original.T, weight.T
         design = torch.cat([x / len(x) ** 0.5, damping**0.5 * torch.eye(x.shape[1]).double()])
         targets = torch.cat([target / len(x) ** 0.5, damping**0.5 * original.T])
         expected = torch.linalg.lstsq(design, targets).solution.T

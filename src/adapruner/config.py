@@ -109,7 +109,7 @@ class PruneOptions(BaseModel):
 
     @property
     def fits_sequentially(self) -> bool:
-        """Whether the final model is fitted once more, layer by layer."""
+        """Whether the final model is fitted once more, layer by layer, if the family allows it."""
         if self.sequential is None:
             return self.compensation == "least-squares" and self.layout == "per-layer"
         return self.sequential

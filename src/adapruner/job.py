@@ -8,18 +8,29 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.calibration import SELF_GENERATED, Part, Source, draw_windows, parse_source, text_windows
 from adapruner.config import PruneConfig
 from adapruner.errors import AdaPrunerError
-from adapruner.models import ModelLocation, empty_model, find_model, load_config, load_tokenizer, resolve_device
-from adapruner.planning import Budget, UnreachableRatioError, kept_counts
+from adapruner.models import (
+    ModelLocation,
+    architecture_of,
+    empty_model,
+    find_model,
+    load_config,
+    load_tokenizer,
+    resolve_device,
+)
+from adapruner.planning import Budget, UnreachableRatioError, kept_counts, largest_channel_share
 from adapruner.run_folder import RunFolder
 from adapruner.structure import Structure, build_structure
 
 # Protected layers at both ends and share of heads, from what hurts least to what reaches furthest.
-_DEFAULT_ALLOCATIONS = ((4, 3, 0.0), (2, 2, 0.0), (1, 1, 0.0), (2, 1, 1.0), (0, 0, 1.0))
+_DEFAULT_ALLOCATIONS = ((4, 3, 0.0), (2, 2, 0.0), (1, 1, 0.0), (1, 1, 0.5), (2, 1, 1.0), (0, 0, 1.0))
+# Taking more of the channels of a layer hurts more than taking heads or fewer layers whole (see docs/benchmarks.md).
+MOST_CHANNELS = 0.8
 
 
 @dataclass(frozen=True)
@@ -31,6 +42,7 @@ class Job:
         windows: `pool`, `objective` and `compensation`, [windows, tokens] each; without those that the model shall
             write itself.
         report: windows to report perplexity on, by text.
+        fits_sequentially: whether the final model is fitted once more, layer by layer.
     """
 
     config: PruneConfig
@@ -41,6 +53,7 @@ class Job:
     budget: Budget
     windows: dict[str, Tensor]
     report: dict[str, Tensor]
+    fits_sequentially: bool
 
 
 def prepare(config: PruneConfig, run: RunFolder, drawn: Path | None) -> Job:
@@ -51,8 +64,10 @@ def prepare(config: PruneConfig, run: RunFolder, drawn: Path | None) -> Job:
     """
     resolve_device(config.device)
     location = find_model(config.model)
-    structure = build_structure(empty_model(load_config(location)), config.head_granularity)
+    model = empty_model(load_config(location))
+    structure = build_structure(model, config.head_granularity)
     budget = reference_budget(config, structure)
+    fits_sequentially = _fits_sequentially(config, model)
     tokenizer = load_tokenizer(location)
     sources = _calibration_sources(config)
     used: set[tuple[str, Part]] = set()
@@ -66,12 +81,12 @@ def prepare(config: PruneConfig, run: RunFolder, drawn: Path | None) -> Job:
             source = source.restrict("report")
         _refuse_used_text(source, used, "report")
         report[str(source)] = evenly_spaced(text_windows(source, tokenizer, config.seq_len), config.evaluate_windows)
-    return Job(config, run, location, tokenizer, structure, budget, windows, report)
+    return Job(config, run, location, tokenizer, structure, budget, windows, report, fits_sequentially)
 
 
 def reference_budget(config: PruneConfig, structure: Structure) -> Budget:
     """What is to go, from where the options say; else from the feed-forward channels of the middle layers, and from
-    more layers and heads only where the ratio cannot be reached otherwise.
+    more layers and heads only where that would take more than `MOST_CHANNELS` of the channels of a layer.
 
     Raises:
         AdaPrunerError: the ratio cannot be met; with the arithmetic.
@@ -81,16 +96,31 @@ def reference_budget(config: PruneConfig, structure: Structure) -> Budget:
         for name in ("protect_first", "protect_last", "head_share")
         if (value := getattr(config, name)) is not None
     }
+    reachable: dict[Budget, float] = {}
     for first, last, head_share in _DEFAULT_ALLOCATIONS:
         fields = {"protect_first": first, "protect_last": last, "head_share": head_share} | given
         budget = Budget(config.ratio, round_to=config.round_to, layout=config.layout, **fields)
         try:
-            kept_counts(structure, budget)
+            taken = largest_channel_share(structure, kept_counts(structure, budget))
         except UnreachableRatioError as error:
             refusal = error
         else:
-            return budget
-    raise refusal
+            if taken <= MOST_CHANNELS:
+                return budget
+            reachable[budget] = taken
+    if not reachable:
+        raise refusal
+    return min(reachable, key=reachable.__getitem__)
+
+
+def _fits_sequentially(config: PruneConfig, model: PreTrainedModel) -> bool:
+    possible = architecture_of(model.config).has_plain_residual(model.config)
+    if config.sequential and not possible:
+        raise AdaPrunerError(
+            f"--sequential is not possible for {model.config.model_type}, which scales or normalises what its blocks"
+            " put out: leave it out, compensation is one-shot then"
+        )
+    return config.fits_sequentially and possible
 
 
 def needs_moments(config: PruneConfig) -> bool:

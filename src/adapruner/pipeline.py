@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -17,7 +18,7 @@ from adapruner.checkpoint import save_checkpoint
 from adapruner.config import Dtype, PruneConfig
 from adapruner.errors import AdaPrunerError
 from adapruner.evaluation import Perplexity, log_probabilities, measure_perplexity
-from adapruner.job import Job, evenly_spaced, needs_moments, prepare, reference_budget, window_counts
+from adapruner.job import MOST_CHANNELS, Job, evenly_spaced, needs_moments, prepare, reference_budget, window_counts
 from adapruner.measurement import (
     Statistics,
     StoredMoments,
@@ -35,7 +36,7 @@ from adapruner.models import (
     load_tokenizer,
     resolve_device,
 )
-from adapruner.planning import PruningPlan, kept_counts
+from adapruner.planning import PruningPlan, kept_counts, largest_channel_share
 from adapruner.progress import Reporter
 from adapruner.result import PruneResult, SearchOutcome, build_result, read_result
 from adapruner.run_folder import RunFolder
@@ -258,13 +259,15 @@ def _stage_plan(job: Job, statistics: Statistics, outcome: SearchOutcome) -> Pru
 
 def plan_at_ratio(structure: Structure, statistics: Statistics, found: Candidate, config: PruneConfig) -> PruningPlan:
     """The plan of a candidate at the ratio of a config; where the search was for another ratio, which its allocation
-    cannot reach, with the allocation that this ratio starts from."""
-    try:
+    cannot reach or only by taking a layer apart, with the allocation that this ratio starts from."""
+    with contextlib.suppress(AdaPrunerError):
         at_ratio = found.model_copy(update={"budget": replace(found.budget, ratio=config.ratio)})
-        return plan_candidate(structure, statistics, at_ratio)
-    except AdaPrunerError:
-        start = found.model_copy(update={"budget": reference_budget(config, structure)})
-        return plan_candidate(structure, statistics, start)
+        plan = plan_candidate(structure, statistics, at_ratio)
+        counts = [len(block.kept) for block in plan.blocks]
+        if found.budget.ratio == config.ratio or largest_channel_share(structure, counts) <= MOST_CHANNELS:
+            return plan
+    start = found.model_copy(update={"budget": reference_budget(config, structure)})
+    return plan_candidate(structure, statistics, start)
 
 
 def _compensation(job: Job, moments: StoredMoments | None) -> Compensation | None:
@@ -284,7 +287,7 @@ def _stage_save(
         return
     compensation = _compensation(job, moments)
     pruned = prune_model(model, job.structure, plan, compensation)
-    if compensation and job.config.fits_sequentially:
+    if compensation and job.fits_sequentially:
         with reporter.stage("compensating", job.structure.layers) as advance:
             text = windows["compensation"]
             refit_sequentially(model, pruned, job.structure, plan, compensation, text, advance)

@@ -68,8 +68,8 @@ class Architecture(_Data):
 
     Attributes:
         default_channels: channels as a multiple of the hidden size, where the config leaves their number open.
-        plain_residual: whether what a block puts out is added to the hidden state as it is, neither scaled nor
-            normalised.
+        plain_residual: false where what a block puts out is scaled or normalised before it is added to the hidden
+            state.
         equivalent: family whose config takes numbers of heads that this one refuses.
         unsupported: config fields and the value with which a model is built in another way than is described here.
     """
@@ -88,6 +88,12 @@ class Architecture(_Data):
         """Width of one attention head; families without the field divide the hidden size by the heads."""
         explicit = getattr(config, self.config_fields.head_dim, None)
         return int(explicit or config.hidden_size // getattr(config, self.config_fields.heads))
+
+    def has_plain_residual(self, config: PreTrainedConfig) -> bool:
+        """Whether what a block puts out is added to the hidden state as it is, and nothing else becomes of either."""
+        norm_before = getattr(config, "do_layer_norm_before", True)  # OPT
+        adds_to_norm = getattr(config, "apply_residual_connection_post_layernorm", False)  # BLOOM
+        return self.plain_residual and norm_before and not adds_to_norm
 
     def channels(self, config: PreTrainedConfig) -> int:
         """Feed-forward width of a layer."""

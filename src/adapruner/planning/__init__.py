@@ -5,6 +5,7 @@ from adapruner.planning._budget import (
     Budget,
     UnreachableRatioError,
     kept_counts,
+    largest_channel_share,
     removed_parameters,
 )
 from adapruner.planning._plan import BlockPlan, PruningPlan, make_plan
@@ -16,6 +17,7 @@ __all__ = [
     "PruningPlan",
     "UnreachableRatioError",
     "kept_counts",
+    "largest_channel_share",
     "make_plan",
     "removed_parameters",
 ]

@@ -95,6 +95,15 @@ def removed_parameters(structure: Structure, counts: Sequence[int]) -> int:
     )
 
 
+def largest_channel_share(structure: Structure, counts: Sequence[int]) -> float:
+    """The largest share of its feed-forward channels that a layer gives up."""
+    return max(
+        1 - count / block.groups
+        for block, count in zip(structure.blocks, counts, strict=True)
+        if block.kind == "channels"
+    )
+
+
 def _unprotected(structure: Structure, budget: Budget) -> range:
     if budget.layout == "uniform":
         if len({(block.kind, block.groups) for block in structure.blocks}) > 2:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -39,48 +40,46 @@ def compensate_sequentially(
     in the layers before is made up for: with all of it, a layer bends to repair what it cannot and does worse on other
     text; with none, it is fitted to inputs that it will not see.
 
-    Only projections out of which something was cut are refitted. The cost is that of three forward passes over the text
-    (five through layers that lost heads and channels), and the memory that of three hidden states per token.
+    Only projections out of which something was cut are refitted, and nothing is run behind the last of them. The cost
+    is that of two forward passes over the text (five through layers that lost heads and channels), and the memory that
+    of three hidden states and the inputs of one projection per token.
 
     Args:
+        dense: of a family with a plain residual (`Architecture.has_plain_residual`).
         pruned: what `prune_model` made of `dense` by `plan`, in any dtype; its weights change.
         windows: [windows, tokens], int64; those beyond a multiple of `batch_size` are left out.
         dampings: of each block that was cut, by number (`InputMoments.damping`).
         progress: called with 1 after every layer.
 
     Returns:
-        The new weights by parameter, in float32, for copies of the pruned model in another dtype.
+        The new weights by parameter, as they are stored, in float32, for copies of the pruned model in another dtype.
     """
     layers_path = architecture_of(dense.config).layers
     batch_size = min(batch_size, len(windows))
     # Whole batches only: what the layers are called with is made for one size.
     batches = windows[: len(windows) // batch_size * batch_size].to(dense.device).split(batch_size)
+    cut = _cut_blocks(structure, plan)
     refitted: dict[str, Tensor] = {}
     with torch.inference_mode():
-        calls = _layer_arguments(dense, layers_path, batches[0])
-        dense_states = [dense.get_input_embeddings()(batch) for batch in batches]
+        calls = _layer_calls(dense, layers_path, batches[0])
+        dense_states = [_first_state(dense, layers_path, batch) for batch in batches]
         pruned_states = dense_states
         for layer in range(structure.layers):
-            path = f"{layers_path}.{layer}"
-            before, after = dense.get_submodule(path), pruned.get_submodule(path)
-            next_dense_states: list[Tensor] = []
-            for index, block in enumerate(structure.blocks):
-                if block.layer == layer and len(plan.blocks[index].kept) < block.groups:
-                    name = block.row_wise.parameter
-                    watched = name.removeprefix(f"{path}.").removesuffix(".weight")
-                    refitted[name], next_dense_states = _refit(
-                        _Layer(before, calls[layer], watched, block),
-                        _Layer(after, calls[layer], watched, block),
-                        dense_states,
-                        pruned_states,
-                        dampings[index],
-                        carried_share,
+            if layer <= max(cut, default=-1):
+                path = f"{layers_path}.{layer}"
+                before, after = (_Layer(model.get_submodule(path), path, calls[layer]) for model in (dense, pruned))
+                states = None
+                for index in cut.get(layer, []):
+                    block = structure.blocks[index]
+                    weight, *states = _refit(
+                        before, after, block, dense_states, pruned_states, dampings[index], carried_share
                     )
-            next_dense_states = next_dense_states or [_hidden(before(state, **calls[layer])) for state in dense_states]
-            pruned_states = (
-                [_hidden(after(state, **calls[layer])) for state in pruned_states] if refitted else next_dense_states
-            )
-            dense_states = next_dense_states
+                    refitted[block.row_wise.parameter] = weight
+                if states is None:
+                    states = [[before(state) for state in dense_states]] * 2
+                    if refitted:
+                        states[1] = [after(state) for state in pruned_states]
+                dense_states, pruned_states = states
             if progress:
                 progress(1)
     return refitted
@@ -99,92 +98,145 @@ def refit_sequentially(
     dtype in which they are fastest."""
     fast = in_fastest_dtype(model)
     fast_pruned = pruned if fast is model else in_fastest_dtype(pruned)
-    cut = [
-        index
-        for index, (block, block_plan) in enumerate(zip(structure.blocks, plan.blocks, strict=True))
-        if len(block_plan.kept) < block.groups
-    ]
+    cut = [index for of_layer in _cut_blocks(structure, plan).values() for index in of_layer]
     dampings = {index: compensation.moments[index].damping for index in cut}
     refitted = compensate_sequentially(fast, fast_pruned, structure, plan, windows, dampings, progress=progress)
     for name, weight in refitted.items():
         pruned.get_parameter(name).data.copy_(weight)
 
 
+def _cut_blocks(structure: Structure, plan: PruningPlan) -> dict[int, list[int]]:
+    """The numbers of the blocks out of which something goes, by layer."""
+    by_layer: dict[int, list[int]] = {}
+    for index, (block, block_plan) in enumerate(zip(structure.blocks, plan.blocks, strict=True)):
+        if len(block_plan.kept) < block.groups:
+            by_layer.setdefault(block.layer, []).append(index)
+    return by_layer
+
+
 @dataclass(frozen=True)
 class _Seen:
     """What a layer did to a batch: the inputs and output of the watched projection and the hidden state that the output
-    is added to, [tokens, ·] in float32, and what came out of the layer."""
+    is added to, [tokens, ·]."""
 
     inputs: Tensor
     output: Tensor
     beside: Tensor
-    after: Tensor
 
 
+@dataclass(frozen=True)
 class _Layer:
-    """A decoder layer, and the row-wise projection of one of its blocks to watch."""
+    """A decoder layer and what its model calls it with beside the hidden state: masks, positions."""
 
-    def __init__(self, module: nn.Module, arguments: dict[str, Any], projection: str, block: Block) -> None:
-        self.module, self.arguments, self.block = module, arguments, block
-        self.projection = module.get_submodule(projection)
+    module: nn.Module
+    path: str
+    call: tuple[tuple[Any, ...], dict[str, Any]]
 
-    def run(self, state: Tensor) -> _Seen:
+    def __call__(self, state: Tensor) -> Tensor:
+        arguments, named = self.call
+        output = self.module(state, *arguments, **named)
+        hidden: Tensor = output[0] if isinstance(output, tuple) else output
+        return hidden
+
+    def projection(self, block: Block) -> Any:
+        """The row-wise projection of a block."""
+        return self.module.get_submodule(block.row_wise.module.removeprefix(f"{self.path}."))
+
+    def watch(self, state: Tensor, block: Block) -> _Seen:
+        """Runs the layer and sees what the row-wise projection of a block does."""
         seen: list[Tensor] = []
-        hook = self.projection.register_forward_hook(lambda _, inputs, output: seen.extend((inputs[0], output)))
+        hook = self.projection(block).register_forward_hook(lambda _, inputs, output: seen.extend((inputs[0], output)))
         try:
-            after = _hidden(self.module(state, **self.arguments))
+            after = self(state)
         finally:
             hook.remove()
-        inputs, output = (tensor.flatten(0, -2).float() for tensor in seen)
+        inputs, output = (tensor.flatten(0, -2) for tensor in seen)
         # The attention output is added to what comes into the layer, the feed-forward output makes what leaves it.
-        beside = state.flatten(0, -2).float() if self.block.kind == "heads" else after.flatten(0, -2).float() - output
-        return _Seen(inputs, output, beside, after)
+        beside = state.flatten(0, -2) if block.kind == "heads" else after.flatten(0, -2) - output
+        return _Seen(inputs, output, beside)
 
 
 def _refit(
     dense: _Layer,
     pruned: _Layer,
+    block: Block,
     dense_states: list[Tensor],
     pruned_states: list[Tensor],
     damping: float,
     carried_share: float,
-) -> tuple[Tensor, list[Tensor]]:
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Sets the weight of the pruned projection to the least-squares solution.
 
     Returns:
-        The weight in float32, and what comes out of the dense layer.
+        The weight in float32, and what comes out of the dense and of the pruned layer.
     """
-    weight: Any = pruned.projection.weight
+    stored = pruned.projection(block).weight
+    weight: Tensor = block.row_wise.as_projection(stored)
     second = torch.zeros(weight.shape[1], weight.shape[1], device=weight.device)
     residual = torch.zeros(weight.shape, device=weight.device)
-    after, tokens = [], 0
+    dense_after, given_to_pruned, tokens = [], [], 0
     for dense_state, pruned_state in zip(dense_states, pruned_states, strict=True):
-        wanted, given = dense.run(dense_state), pruned.run(pruned_state)
-        missing = wanted.output - given.output + carried_share * (wanted.beside - given.beside)
-        second.addmm_(given.inputs.T, given.inputs)
-        residual.addmm_(missing.T, given.inputs)
-        tokens += len(given.inputs)
-        after.append(wanted.after)
+        wanted, given = dense.watch(dense_state, block), pruned.watch(pruned_state, block)
+        inputs = given.inputs.float()
+        missing = wanted.output.float() - given.output.float()
+        missing += carried_share * (wanted.beside.float() - given.beside.float())
+        second.addmm_(inputs.T, inputs)
+        residual.addmm_(missing.T, inputs)
+        tokens += len(inputs)
+        if block.kind == "channels":
+            dense_after.append((wanted.beside + wanted.output).view_as(dense_state))
+            given_to_pruned.append(given)
     factor = factorize(second / tokens, damping)
     change = torch.cholesky_solve((residual / tokens).double().T, factor).T
-    refitted: Tensor = (weight.double() + change).float()
+    refitted = (weight.double() + change).float()
     weight.copy_(refitted)
-    return refitted, after
-
-
-def _hidden(output: Any) -> Tensor:
-    hidden: Tensor = output[0] if isinstance(output, tuple) else output
-    return hidden
-
-
-def _layer_arguments(model: PreTrainedModel, layers_path: str, batch: Tensor) -> list[dict[str, Any]]:
-    """What the model calls each of its layers with beside the hidden state: masks, positions."""
-    calls: list[dict[str, Any]] = []
-    layers: Any = model.get_submodule(layers_path)
-    hooks = [
-        layer.register_forward_pre_hook(lambda _, args, kwargs: calls.append(kwargs), with_kwargs=True)
-        for layer in layers
+    if block.kind == "heads":
+        return (
+            block.row_wise.as_projection(refitted),
+            [dense(state) for state in dense_states],
+            [pruned(state) for state in pruned_states],
+        )
+    # The feed-forward comes last in a layer: its output is all that has changed.
+    projection = pruned.projection(block)
+    pruned_after = [
+        (given.beside + projection(given.inputs)).view_as(state)
+        for given, state in zip(given_to_pruned, pruned_states, strict=True)
     ]
+    return block.row_wise.as_projection(refitted), dense_after, pruned_after
+
+
+class _FirstLayerReachedError(Exception):
+    """Ends a forward pass where the layers begin."""
+
+
+def _first_state(model: PreTrainedModel, layers_path: str, batch: Tensor) -> Tensor:
+    """The hidden state that goes into the first layer."""
+    reached: list[Tensor] = []
+
+    def stop(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        reached.append(arguments[0] if arguments else named["hidden_states"])
+        raise _FirstLayerReachedError
+
+    hook = model.get_submodule(f"{layers_path}.0").register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        with contextlib.suppress(_FirstLayerReachedError):
+            model.base_model(batch, use_cache=False)
+    finally:
+        hook.remove()
+    return reached[0]
+
+
+def _layer_calls(
+    model: PreTrainedModel, layers_path: str, batch: Tensor
+) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """What the model calls each of its layers with beside the hidden state."""
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def note(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        calls.append((arguments[1:], {name: value for name, value in named.items() if name != "hidden_states"}))
+
+    layers: Any = model.get_submodule(layers_path)
+    hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
     try:
         model.base_model(batch, use_cache=False)
     finally:
