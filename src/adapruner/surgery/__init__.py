@@ -3,12 +3,14 @@
 from adapruner.surgery._compensation import Compensation, CompensationForm, compensate
 from adapruner.surgery._cut import prune_model
 from adapruner.surgery._sequential import compensate_sequentially, refit_sequentially
+from adapruner.surgery._stock import pad_to_stock
 
 __all__ = [
     "Compensation",
     "CompensationForm",
     "compensate",
     "compensate_sequentially",
+    "pad_to_stock",
     "prune_model",
     "refit_sequentially",
 ]

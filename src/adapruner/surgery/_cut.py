@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from adapruner.models import PRUNED_CLASSES, STOCK_CLASSES, Architecture, architecture_of
+from adapruner.models import PRUNED_CLASSES, Architecture, architecture_of
 from adapruner.planning import BlockPlan, PruningPlan
 from adapruner.structure import Structure, TensorSlice
 from adapruner.surgery._compensation import Compensation, compensate
+from adapruner.surgery._stock import stock_models
 
 
 def prune_model(
@@ -53,9 +52,10 @@ def _empty_pruned(
     fields.pop("per_layer_config", None)
     layers = _layer_fields(model, architecture, structure, plan)
     if all(own == layers[0] for own in layers.values()):
-        stock = _stock_model(architecture, fields | layers[0], {name: tensor.shape for name, tensor in state.items()})
-        if stock is not None:
-            return stock
+        shapes = {name: tensor.shape for name, tensor in state.items()}
+        for stock in stock_models(architecture, fields | layers[0]):
+            if {name: tensor.shape for name, tensor in stock.state_dict().items()} == shapes:
+                return stock
     pruned_class: Any = PRUNED_CLASSES[structure.model_type]
     fields |= {"per_layer_config": layers}
     if architecture.config_fields.head_numbers:
@@ -79,26 +79,6 @@ def _layer_fields(
             before = getattr(model.config.per_layer_config[block.layer], numbered, None) or range(block.groups)
             own[numbered] = [before[group] for group in block_plan.kept]
     return layers
-
-
-def _stock_model(
-    architecture: Architecture, fields: dict[str, Any], shapes: dict[str, torch.Size]
-) -> PreTrainedModel | None:
-    """An empty model that plain transformers builds in these shapes: of the same family, or of one that computes the
-    same under a config which takes any number of heads."""
-    candidates = [(architecture.model_type, fields)]
-    equivalent = architecture.equivalent
-    if equivalent and not any(fields.get(field) for field in equivalent.without):
-        own = {name: value for name, value in fields.items() if name not in ("model_type", *equivalent.without)}
-        candidates.append((equivalent.model_type, own | equivalent.fields))
-    for model_type, own in candidates:
-        stock_class: Any = STOCK_CLASSES[model_type]
-        # Some families refuse numbers of heads that do not divide the hidden size, at one place or another.
-        with contextlib.suppress(StrictDataclassError, ValueError):
-            stock: PreTrainedModel = stock_class(stock_class.config_class.from_dict(own))
-            if {name: tensor.shape for name, tensor in stock.state_dict().items()} == shapes:
-                return stock
-    return None
 
 
 def _row_wise_modules(structure: Structure) -> list[str]:

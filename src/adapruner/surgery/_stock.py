@@ -1,0 +1,132 @@
+"""Models that plain transformers builds: for layers that are alike, and for layers padded to be alike."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from adapruner.errors import AdaPrunerError
+from adapruner.models import STOCK_CLASSES, Architecture, architecture_of
+from adapruner.structure import Block, TensorSlice, build_structure
+
+
+def stock_models(architecture: Architecture, fields: Mapping[str, Any]) -> Iterator[PreTrainedModel]:
+    """Models of a config that stock classes accept: of the family itself, then of one that computes the same under a
+    config which takes any number of heads.
+
+    Args:
+        fields: of the config.
+    """
+    candidates = [(architecture.model_type, dict(fields))]
+    equivalent = architecture.equivalent
+    if equivalent and not any(fields.get(field) for field in equivalent.without):
+        own = {name: value for name, value in fields.items() if name not in ("model_type", *equivalent.without)}
+        candidates.append((equivalent.model_type, own | equivalent.fields))
+    for model_type, own in candidates:
+        stock_class: Any = STOCK_CLASSES[model_type]
+        # Some families refuse numbers of heads that do not divide the hidden size, at one place or another.
+        with contextlib.suppress(StrictDataclassError, ValueError):
+            yield stock_class(stock_class.config_class.from_dict(own))
+
+
+def pad_to_stock(model: PreTrainedModel) -> PreTrainedModel:
+    """A model that computes the same as one whose layers differ, in a stock class: short layers are padded with heads
+    and channels of zeros to the size of the widest, or of the dense model where the family takes no other.
+
+    Every loader reads it; it is no faster than its widest layers.
+
+    Raises:
+        AdaPrunerError: it has biases that its family does not know.
+    """
+    if not model.config.is_heterogeneous:
+        return model
+    if getattr(model.config, "added_biases", None):
+        raise AdaPrunerError(
+            f"the biases that compensation added have no place in a stock {model.config.model_type}: prune with"
+            " --compensation least-squares to export it"
+        )
+    padded: Any = _empty_padded(model)
+    source, target = build_structure(model), build_structure(padded)
+    state = model.state_dict()
+    for block, wide in zip(source.blocks, target.blocks, strict=True):
+        positions = _positions(model, block)
+        for parameter, parts in block.slices_by_parameter.items():
+            pairs = list(zip(parts, wide.slices_by_parameter[parameter], strict=True))
+            state[parameter] = _spread(state[parameter], padded.get_parameter(parameter).shape, pairs, positions)
+    padded.load_state_dict(state, assign=True)
+    padded.tie_weights()
+    padded.generation_config = model.generation_config
+    moved: PreTrainedModel = padded.to(model.device).eval()
+    return moved
+
+
+def _empty_padded(model: PreTrainedModel) -> PreTrainedModel:
+    """Without weights."""
+    architecture = architecture_of(model.config)
+    names = architecture.config_fields
+    layers = list(model.config.per_layer_config)
+    # Without what each layer has less of, the config is that of the dense model.
+    of_dense = model.config.to_dict()
+    for field in ("per_layer_config", "auto_map", "architectures", names.head_numbers or ""):
+        of_dense.pop(field, None)
+    key_value_heads = [getattr(layer, names.key_value_heads or names.heads) for layer in layers]
+    per_group = max(
+        getattr(layer, names.heads) // groups for layer, groups in zip(layers, key_value_heads, strict=True)
+    )
+    widest = {names.heads: max(key_value_heads) * per_group, names.channels: max(map(architecture.channels, layers))}
+    if names.key_value_heads:
+        widest[names.key_value_heads] = max(key_value_heads)
+    with init_empty_weights(include_buffers=False):
+        for fields in (of_dense | widest, of_dense):
+            for padded in stock_models(architecture, fields):
+                if padded.state_dict().keys() == model.state_dict().keys() and _is_as_its_config_says(padded):
+                    return padded
+    raise AdaPrunerError(f"no stock {model.config.model_type} takes the layers of this model")
+
+
+def _is_as_its_config_says(model: PreTrainedModel) -> bool:
+    """False where the family takes no number of heads or channels but its own."""
+    try:
+        build_structure(model)
+    except AdaPrunerError:
+        return False
+    return True
+
+
+def _positions(model: PreTrainedModel, block: Block) -> Tensor:
+    """[groups], int64: which groups of the padded block those of a block become."""
+    numbered = architecture_of(model.config).config_fields.head_numbers
+    numbers = getattr(model.config.per_layer_config[block.layer], numbered, None) if numbered else None
+    return torch.tensor(numbers if numbers and block.kind == "heads" else range(block.groups))
+
+
+def _spread(
+    tensor: Tensor, shape: torch.Size, pairs: list[tuple[TensorSlice, TensorSlice]], positions: Tensor
+) -> Tensor:
+    """A tensor of zeros, with the slices of the groups in their new places.
+
+    Args:
+        pairs: every slice of the tensor, and the one of the padded tensor that it becomes a part of.
+    """
+    axis = pairs[0][0].stored_axis
+    new = torch.cat([_indices(wide.offset, wide.width, part.width, positions) for part, wide in pairs])
+    groups = torch.arange(len(positions))
+    old = torch.cat([_indices(part.offset, part.width, part.width, groups) for part, _ in pairs])
+    padded = tensor.new_zeros(shape)
+    padded.index_copy_(axis, new.to(tensor.device), tensor.index_select(axis, old.to(tensor.device)))
+    is_norm = tensor.dim() == 1 and pairs[0][0].parameter.endswith(".weight")
+    # The zeros count in the mean of the squares.
+    return padded * math.sqrt(len(tensor) / len(padded)) if is_norm else padded
+
+
+def _indices(offset: int, stride: int, width: int, groups: Tensor) -> Tensor:
+    """[groups * width], int64: of every group the first `width` of its `stride` indices."""
+    return (offset + groups[:, None] * stride + torch.arange(width)).flatten()

@@ -1,0 +1,69 @@
+"""Over every known family: layers of different sizes, padded with zeros, are a stock model that computes the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from adapruner.checkpoint import save_checkpoint
+from adapruner.errors import AdaPrunerError
+from adapruner.measurement import measure_moments
+from adapruner.models import known_architectures
+from adapruner.planning import make_plan
+from adapruner.structure import build_structure, count_parameters
+from adapruner.surgery import Compensation, pad_to_stock, prune_model
+
+CASES = [
+    (family, key_value_heads, granularity)
+    for family, architecture in known_architectures().items()
+    for key_value_heads, granularity in ((3, "kv-group"), (3, "query-head"), (6, "kv-group"))
+    if key_value_heads == 6 or architecture.config_fields.key_value_heads
+]
+
+
+@pytest.mark.parametrize("least_lost", [0, 1])
+@pytest.mark.parametrize(("family", "key_value_heads", "granularity"), CASES)
+def test_padded_equals_pruned(
+    family: str,
+    key_value_heads: int,
+    granularity: str,
+    least_lost: int,
+    make_model: Callable[..., PreTrainedModel],
+    windows: torch.Tensor,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+) -> None:
+    """Also where no layer stays whole, so that the padded model is smaller than the dense one."""
+    dense = make_model(family, key_value_heads)
+    structure = build_structure(dense, granularity)
+    scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(6))
+    counts = [
+        block.strata * max(1, block.groups // block.strata - least_lost - block.layer) for block in structure.blocks
+    ]
+    pruned = prune_model(dense, structure, make_plan(structure, scores, counts))
+    padded = pad_to_stock(pruned)
+    assert count_parameters(pruned) < count_parameters(padded) <= count_parameters(dense)
+    save_checkpoint(padded, tokenizer, tmp_path / "stock")
+    assert not list((tmp_path / "stock").glob("*.py"))
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "stock")
+    with torch.no_grad():
+        torch.testing.assert_close(stock(windows).logits, pruned(windows).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_added_biases_have_no_place(model: PreTrainedModel, windows: torch.Tensor) -> None:
+    model = pruned_with_bias(model, windows)
+    if getattr(model.config, "added_biases", None):
+        with pytest.raises(AdaPrunerError, match="least-squares"):
+            pad_to_stock(model)
+
+
+def pruned_with_bias(model: PreTrainedModel, windows: torch.Tensor) -> PreTrainedModel:
+    structure = build_structure(model)
+    moments = measure_moments(model, structure, windows, range(len(structure.blocks)))
+    counts = [max(1, block.groups - block.layer) for block in structure.blocks]
+    plan = make_plan(structure, torch.ones(structure.group_offsets[-1]), counts)
+    return prune_model(model, structure, plan, Compensation("bias", moments))

