@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,19 @@ from adapruner.models import PRUNED_CLASSES, modeling_pruned, quiet_transformers
 _MODELING_FILE = Path(modeling_pruned.__file__)
 
 
-def save_checkpoint(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> None:
-    """Writes weights (safetensors), config, generation config and tokenizer; for a model whose layers differ, also the
-    modelling code.
+def save_checkpoint(
+    model: PreTrainedModel, tokenizer: Tokenizer, folder: Path, card: str | None = None, shard_size: str = "5GB"
+) -> None:
+    """Writes weights (safetensors), config, generation config, tokenizer and model card; for a model whose layers
+    differ, also the modelling code.
 
     `adapruner.load(folder)` reads it, and so does `AutoModelForCausalLM.from_pretrained(folder)` where this package is
     not installed, with `trust_remote_code=True` where layers differ. The folder appears whole or not at all.
 
     Args:
-        model: as returned by `surgery.prune_model`.
+        model: as returned by `surgery.prune_model`; its dtype is kept.
+        card: the content of README.md.
+        shard_size: larger models are split into files of at most this size.
     """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -38,9 +43,28 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) 
         }
     folder.parent.mkdir(parents=True, exist_ok=True)
     with quiet_transformers():
-        model.save_pretrained(partial)
+        model.save_pretrained(partial, max_shard_size=shard_size)
     tokenizer.save_pretrained(partial)
+    _add_older_rope_keys(partial / "config.json")
     if differs:
         shutil.copy(_MODELING_FILE, partial / _MODELING_FILE.name)
+    if card is not None:
+        (partial / "README.md").write_text(card)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
+
+
+def _add_older_rope_keys(config: Path) -> None:
+    """transformers 4 does not read `rope_parameters`, and would silently take a theta of 10,000."""
+    fields = json.loads(config.read_text())
+    parameters = fields.get("rope_parameters")
+    # Where layers of different types have their own, older versions have other keys in every family.
+    if not isinstance(parameters, dict) or "rope_theta" not in parameters:
+        return
+    scaling = {name: value for name, value in parameters.items() if name not in ("rope_theta", "partial_rotary_factor")}
+    fields["rope_theta"] = parameters["rope_theta"]
+    if scaling.get("rope_type", "default") != "default":
+        fields["rope_scaling"] = scaling
+    if "partial_rotary_factor" in parameters:
+        fields["partial_rotary_factor"] = parameters["partial_rotary_factor"]
+    config.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")

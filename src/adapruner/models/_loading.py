@@ -7,6 +7,7 @@ import copy
 import importlib.resources
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,19 @@ def load_config(location: ModelLocation) -> PreTrainedConfig:
     Raises:
         AdaPrunerError: it cannot be found or read; the message carries the reason of transformers.
     """
+    if location.gguf_file:
+        changed = Path(location.path, location.gguf_file).stat().st_mtime_ns
+        return copy.deepcopy(_read_gguf_config(location, changed))
+    return _read_config(location)
+
+
+@lru_cache(maxsize=1)
+def _read_gguf_config(location: ModelLocation, changed: int) -> PreTrainedConfig:
+    """transformers reads the whole file for it, which takes seconds."""
+    return _read_config(location)
+
+
+def _read_config(location: ModelLocation) -> PreTrainedConfig:
     with _reported_as_unloadable(location):
         fields, _ = PreTrainedConfig.get_config_dict(location.path, **location.arguments)
         # A stock config class refuses head counts that differ between layers.
@@ -101,16 +115,25 @@ def load_model(location: ModelLocation, dtype: str = "auto", device: str = "auto
         dtype: `auto` keeps the dtype of the checkpoint (float32 for GGUF files), else the name of a torch dtype.
         device: `auto` takes the first GPU where there is one, else the CPU.
 
+    Weights are read from the files into place, without a second copy of the model.
+
     Raises:
-        AdaPrunerError: it cannot be found or read.
+        AdaPrunerError: it cannot be found or read, or its files and its config do not go together.
     """
     config = load_config(location)
     is_pruned = config.is_heterogeneous
     loader: Any = modeling_pruned.PRUNED_CLASSES[config.model_type] if is_pruned else AutoModelForCausalLM
     with _reported_as_unloadable(location):
-        model = loader.from_pretrained(
-            location.path, dtype=dtype, use_safetensors=location.gguf_file is None or None, **location.arguments
+        # What does not fit is reported below, whole, and not taken.
+        model, report = loader.from_pretrained(
+            location.path,
+            dtype=dtype,
+            use_safetensors=location.gguf_file is None or None,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **location.arguments,
         )
+    _refuse_other_weights(location, f"{architecture_of(config).layers}.", report)
     _clear_gguf_marks(model, location)
     _clear_gguf_marks(model.config, location)
     loaded: PreTrainedModel = model.to(resolve_device(device)).eval()
@@ -175,6 +198,25 @@ def _find_smollm2() -> ModelLocation:
     return ModelLocation(str(folder), file.name)
 
 
+def _refuse_other_weights(location: ModelLocation, layers: str, report: dict[str, Any]) -> None:
+    """transformers draws what is missing or of another shape at random, and drops what it has no place for."""
+    wrong = [
+        f"{name} is {tuple(stored)} in the files and {tuple(wanted)} by the config"
+        for name, stored, wanted in sorted(report["mismatched_keys"])
+    ]
+    wrong += [f"{name} is missing" for name in sorted(report["missing_keys"])]
+    wrong += [
+        f"{name} has no place in the model"
+        for name in sorted(report["unexpected_keys"])
+        if name.startswith(layers) and name.endswith(".weight")
+    ]
+    if wrong:
+        raise AdaPrunerError(
+            f"the files in {location.path!r} do not hold the model of its config.json; {len(wrong)} tensors are wrong:"
+            f" {'; '.join(wrong[:3])}{'; …' if len(wrong) > 3 else ''}"
+        )
+
+
 def _clear_gguf_marks(target: PreTrainedConfig | PreTrainedModel, location: ModelLocation) -> None:
     """Weights read from a GGUF file are plain tensors, but transformers goes on calling the model quantized."""
     if location.gguf_file:
@@ -194,14 +236,17 @@ def _reported_as_unloadable(location: ModelLocation) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Without the progress bars of transformers, which would run through ours and into logs."""
-    enabled = transformers_logging.is_progress_bar_enabled()
+    """Without the progress bars of transformers, which would run through ours and into logs, and without its tables of
+    what does not fit, which our errors say in a line."""
+    enabled, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     gguf: Any = modeling_gguf_pytorch_utils
     gguf_bar, gguf.tqdm = gguf.tqdm, lambda items, **_: items
     try:
         yield
     finally:
         gguf.tqdm = gguf_bar
+        transformers_logging.set_verbosity(verbosity)
         if enabled:
             transformers_logging.enable_progress_bar()

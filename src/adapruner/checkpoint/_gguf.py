@@ -1,0 +1,283 @@
+"""Writing a model as one GGUF file, which llama.cpp, and what is built on it, runs."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from adapruner.checkpoint._gguf_tokenizer import add_tokenizer
+from adapruner.errors import AdaPrunerError
+from adapruner.models import architecture_of
+
+GgufType = Literal["f32", "f16", "bf16", "q8_0"]
+
+_TYPES: dict[GgufType, tuple[GGMLQuantizationType, LlamaFileType]] = {
+    "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
+    "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
+    "bf16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
+    "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
+}
+_Q8_0_BLOCK = 32
+
+# Families that llama.cpp's architectures `llama` and `deci` compute: Qwen 2 is Llama with biases on query, key, value.
+_LLAMA_LIKE = ("llama", "mistral", "qwen2")
+# Architectures of llama.cpp that rotate neighbouring rows.
+_ROTATE_NEIGHBOURS = ("llama", "deci")
+
+# Types of rotary embeddings that can be written, and what may be set of them beside the base.
+_ROPE_SETTINGS: dict[str, set[str]] = {
+    "default": set(),
+    "linear": {"factor"},
+    "yarn": {"factor", "original_max_position_embeddings"},
+    "llama3": {"factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"},
+}
+
+_MODEL_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+_LAYER_NAMES = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def write_gguf(model: PreTrainedModel, tokenizer: Tokenizer, path: Path, gguf_type: GgufType = "f16") -> None:
+    """Writes weights, hyperparameters and tokenizer into one file, which appears whole or not at all.
+
+    Layers may differ in heads and feed-forward channels where the family is Llama, Mistral or Qwen 2. Tensors are
+    converted one at a time: beside the model, only the largest of them is in memory.
+
+    Args:
+        gguf_type: how matrices are stored. Norms and biases are always float32; `q8_0` leaves matrices whose rows are
+            no multiple of 32 long in float16.
+
+    Raises:
+        AdaPrunerError: llama.cpp would not compute what the model computes.
+    """
+    config = model.config
+    _check_exportable(model)
+    architecture = _llama_cpp_architecture(config)
+    writer = GGUFWriter(None, architecture)
+    _add_hyperparameters(writer, config)
+    add_tokenizer(writer, tokenizer, vocabulary=config.vocab_size)
+    writer.add_type("model")
+    writer.add_name(path.stem)
+    writer.add_file_type(_TYPES[gguf_type][1])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    interleaved_width = _head_dim(config) if architecture in _ROTATE_NEIGHBOURS else None
+    with _appearing_whole(path) as partial, contextlib.closing(writer):
+        _write_file(writer, partial, _named_tensors(model), _TYPES[gguf_type][0], interleaved_width)
+
+
+def _check_exportable(model: PreTrainedModel) -> None:
+    config = model.config
+    if config.model_type not in (*_LLAMA_LIKE, "qwen3"):
+        raise AdaPrunerError(
+            f"GGUF export knows {', '.join(_LLAMA_LIKE)} and qwen3, not {config.model_type!r};"
+            " use llama.cpp's own converter on a uniform checkpoint"
+        )
+    if config.hidden_act != "silu":
+        raise AdaPrunerError(f"llama.cpp computes this family with silu only, not with {config.hidden_act}")
+    _check_attends_to_everything(config)
+    _check_rope(config)
+    if config.model_type == "qwen3":
+        _check_qwen3(model)
+
+
+def _check_attends_to_everything(config: PreTrainedConfig) -> None:
+    window = getattr(config, "sliding_window", None)
+    layer_types = getattr(config, "layer_types", None) or ["sliding_attention"]
+    if window and "sliding_attention" in layer_types and window < config.max_position_embeddings:
+        raise AdaPrunerError(
+            f"llama.cpp has no sliding attention window in this family, this model one of {window} tokens; exact is an"
+            f" export of the model with max_position_embeddings={window} in its config.json (now"
+            f" {config.max_position_embeddings})"
+        )
+
+
+def _check_rope(config: PreTrainedConfig) -> None:
+    settings = {name for name, value in config.rope_parameters.items() if value is not None}
+    rope_type = config.rope_parameters["rope_type"]
+    supported = [name for name in _ROPE_SETTINGS if name != "llama3" or config.model_type in _LLAMA_LIKE]
+    unknown = sorted(settings - {"rope_type", "type", "rope_theta"} - _ROPE_SETTINGS.get(rope_type, settings))
+    if rope_type not in supported or unknown:
+        raise AdaPrunerError(
+            f"rotary embeddings of the type {' with '.join([rope_type, *unknown])} cannot be exported to GGUF for"
+            f" {config.model_type}, only {', '.join(supported)}; change `rope_parameters` in config.json, where the"
+            " model allows it"
+        )
+
+
+def _check_qwen3(model: PreTrainedModel) -> None:
+    """llama.cpp's architecture `qwen3` takes one width for all layers, and no biases."""
+    way_out = (
+        "use `adapruner export --to stock`, which pads all layers to the widest, and llama.cpp's own converter on that,"
+        " or prune with `--layout uniform`"
+    )
+    if len(set(_layer_counts(model.config))) > 1:
+        raise AdaPrunerError(f"llama.cpp runs layers that differ in width in Llama, Mistral and Qwen 2 only; {way_out}")
+    biases = [name for name, _ in model.named_parameters() if name.endswith(".bias")]
+    if biases:
+        raise AdaPrunerError(
+            f"llama.cpp reads no biases in qwen3 models, this one has {len(biases)} ({biases[0]}, …); prune with a"
+            " compensation that adds none, as `--compensation least-squares`"
+        )
+
+
+def _layer_counts(config: PreTrainedConfig) -> list[tuple[int, int, int]]:
+    """Query heads, key/value heads and feed-forward channels of every layer."""
+    layers: list[Any] = [config.per_layer_config[index] for index in range(config.num_hidden_layers)]
+    return [(layer.num_attention_heads, layer.num_key_value_heads, layer.intermediate_size) for layer in layers]
+
+
+def _llama_cpp_architecture(config: PreTrainedConfig) -> str:
+    """`deci` computes what `llama` computes, with counts that may differ from layer to layer."""
+    if len(set(_layer_counts(config))) > 1:
+        return "deci"
+    if config.model_type == "qwen3" or (config.model_type == "qwen2" and _is_plain_qwen2(config)):
+        return str(config.model_type)
+    return "llama"
+
+
+def _is_plain_qwen2(config: PreTrainedConfig) -> bool:
+    """Whether llama.cpp's own architecture for Qwen 2 takes it: heads as wide as the hidden size, no further biases."""
+    heads = config.per_layer_config[0].num_attention_heads
+    added_biases = getattr(config, "added_biases", ())
+    is_full_width = heads * _head_dim(config) == config.hidden_size
+    return is_full_width and not added_biases and config.rope_parameters["rope_type"] != "llama3"
+
+
+def _head_dim(config: PreTrainedConfig) -> int:
+    return architecture_of(config).head_dim(config.per_layer_config[0])
+
+
+def _add_hyperparameters(writer: GGUFWriter, config: PreTrainedConfig) -> None:
+    heads, key_value_heads, channels = (list(counts) for counts in zip(*_layer_counts(config), strict=True))
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_head_count(_one_if_alike(heads))
+    writer.add_head_count_kv(_one_if_alike(key_value_heads))
+    writer.add_feed_forward_length(_one_if_alike(channels))
+    # Left out, these would be taken for the hidden size divided by the heads.
+    writer.add_key_length(_head_dim(config))
+    writer.add_value_length(_head_dim(config))
+    writer.add_rope_dimension_count(_head_dim(config))
+    _add_rope(writer, config.rope_parameters)
+
+
+def _add_rope(writer: GGUFWriter, parameters: dict[str, Any]) -> None:
+    """Base and scaling, but for Llama 3's, which is a tensor."""
+    writer.add_rope_freq_base(parameters["rope_theta"])
+    if parameters["rope_type"] in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(parameters["rope_type"]))
+        writer.add_rope_scaling_factor(parameters["factor"])
+    if parameters["rope_type"] == "yarn":
+        writer.add_rope_scaling_orig_ctx_len(parameters["original_max_position_embeddings"])
+
+
+def _one_if_alike(counts: list[int]) -> int | list[int]:
+    return counts[0] if len(set(counts)) == 1 else counts
+
+
+def _named_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Every tensor of the file under its name in llama.cpp; an output layer that shares the embedding has none."""
+    tensors: dict[str, Tensor] = {_gguf_name(name): parameter for name, parameter in model.named_parameters()}
+    if model.config.rope_parameters["rope_type"] == "llama3":
+        tensors["rope_freqs.weight"] = _frequency_divisors(model.config)
+    return tensors
+
+
+def _gguf_name(parameter: str) -> str:
+    module, kind = parameter.rsplit(".", 1)
+    in_layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", module)
+    name = _LAYER_NAMES.get(in_layer[2]) if in_layer else _MODEL_NAMES.get(module)
+    if name is None:
+        raise AdaPrunerError(
+            f"GGUF export does not know the parameter {parameter}; merge adapters into the model first"
+        )
+    return f"blk.{in_layer[1]}.{name}.{kind}" if in_layer else f"{name}.{kind}"
+
+
+def _frequency_divisors(config: PreTrainedConfig) -> Tensor:
+    """[head_dim / 2]: what Llama 3's scaling divides each rotary frequency by."""
+    head_dim = _head_dim(config)
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config.per_layer_config[0], torch.device("cpu"))
+    unscaled: Tensor = config.rope_parameters["rope_theta"] ** -exponents
+    return unscaled / scaled
+
+
+def _write_file(
+    writer: GGUFWriter,
+    path: Path,
+    tensors: dict[str, Tensor],
+    matrix_type: GGMLQuantizationType,
+    interleaved_width: int | None,
+) -> None:
+    for name, tensor in tensors.items():
+        stored = _stored_type(tensor, matrix_type)
+        size = math.prod(gguf.quant_shape_to_byte_shape(tensor.shape, stored))
+        writer.add_tensor_info(name, tensor.shape, np.dtype(np.float32), size, raw_dtype=stored)
+    writer.write_header_to_file(path)
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for name, tensor in tensors.items():
+        if interleaved_width and re.search(r"attn_[qk]\.", name):
+            tensor = _interleaved(tensor, interleaved_width)
+        values: NDArray[np.float32] = tensor.detach().to("cpu", torch.float32).numpy()
+        writer.write_tensor_data(gguf.quantize(values, _stored_type(tensor, matrix_type)))
+
+
+def _stored_type(tensor: Tensor, matrix_type: GGMLQuantizationType) -> GGMLQuantizationType:
+    if tensor.dim() == 1:
+        return GGMLQuantizationType.F32
+    if matrix_type == GGMLQuantizationType.Q8_0 and tensor.shape[-1] % _Q8_0_BLOCK:
+        return GGMLQuantizationType.F16
+    return matrix_type
+
+
+def _interleaved(projection: Tensor, head_dim: int) -> Tensor:
+    """[heads · head_dim, …], with the rows of each head in another order.
+
+    Rotary embeddings turn pairs of rows: transformers pairs row i with row i + head_dim / 2, llama.cpp in `llama` and
+    `deci` row 2i with row 2i + 1.
+    """
+    halves: Tensor = projection.unflatten(0, (-1, 2, head_dim // 2))
+    return halves.transpose(1, 2).flatten(0, 2)
+
+
+@contextlib.contextmanager
+def _appearing_whole(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write to, which takes its place at the end if nothing went wrong."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

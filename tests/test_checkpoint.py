@@ -1,0 +1,147 @@
+"""Folders: what is in them, what else reads them, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+import adapruner
+from adapruner.checkpoint import save_checkpoint
+from adapruner.errors import AdaPrunerError
+from adapruner.planning import make_plan
+from adapruner.structure import build_structure
+from adapruner.surgery import prune_model
+
+
+def pruned_per_layer(dense: PreTrainedModel) -> PreTrainedModel:
+    structure = build_structure(dense)
+    scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(7))
+    counts = [max(1, block.groups - block.layer) for block in structure.blocks]
+    return prune_model(dense, structure, make_plan(structure, scores, counts))
+
+
+@pytest.fixture
+def pruned(model: PreTrainedModel) -> PreTrainedModel:
+    return pruned_per_layer(model)
+
+
+@pytest.fixture
+def folder(pruned: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Path:
+    """In several shards."""
+    save_checkpoint(pruned, tokenizer, tmp_path / "model", shard_size="20KB")
+    assert len(list((tmp_path / "model").glob("model-*.safetensors"))) > 3
+    return tmp_path / "model"
+
+
+def test_shards_are_loaded(folder: Path, pruned: PreTrainedModel, windows: torch.Tensor) -> None:
+    assert torch.equal(adapruner.load(folder)(windows).logits, pruned(windows).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_dtype_is_kept(
+    dtype: torch.dtype, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    pruned = pruned_per_layer(model.to(dtype))
+    save_checkpoint(pruned, tokenizer, tmp_path / "model")
+    loaded = adapruner.load(tmp_path / "model").state_dict()
+    for name, tensor in pruned.state_dict().items():
+        assert loaded[name].dtype == dtype
+        assert torch.equal(loaded[name], tensor)
+
+
+def test_the_chat_template_is_kept(pruned: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    tokenizer = tokenizer.__class__(tokenizer_object=tokenizer.backend_tokenizer, unk_token="<unk>")
+    tokenizer.chat_template = "{% for message in messages %}w1 {{ message.content }} w2 {% endfor %}"
+    save_checkpoint(pruned, tokenizer, tmp_path / "model")
+    loaded = adapruner.models.load_tokenizer(adapruner.models.find_model(str(tmp_path / "model")))
+    chat = [{"role": "user", "content": "w5"}]
+    expected = tokenizer.apply_chat_template(chat, tokenize=False)
+    assert loaded.apply_chat_template(chat, tokenize=False) == expected == "w1 w5 w2 "
+
+
+def change_config(folder: Path, **fields: Any) -> None:
+    config = json.loads((folder / "config.json").read_text()) | fields
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a shard is missing": (lambda folder: sorted(folder.glob("*.safetensors"))[1].unlink(), "model-00002-of"),
+    "a shard is cut off": (
+        lambda folder: sorted(folder.glob("*.safetensors"))[1].write_bytes(b"\x10" * 200),
+        "cannot load",
+    ),
+    "the index is empty": (lambda folder: (folder / "model.safetensors.index.json").write_text("{}"), "cannot load"),
+    "the config is cut off": (lambda folder: (folder / "config.json").write_text("{"), "not a valid JSON"),
+    "the counts are gone": (lambda folder: change_config(folder, per_layer_config=None), r"is \(23,\) .* \(24,\)"),
+    "a width is wrong": (
+        lambda folder: change_config(folder, per_layer_config={"1": {"intermediate_size": 20}}),
+        r"is \(23,\) .* \(20,\)",
+    ),
+    "there are less weights than layers": (lambda folder: change_config(folder, num_hidden_layers=5), "is missing"),
+    "there are more weights than layers": (
+        lambda folder: change_config(folder, num_hidden_layers=2, per_layer_config=counts_of_two_layers(folder)),
+        "has no place",
+    ),
+}
+
+
+def counts_of_two_layers(folder: Path) -> dict[str, Any]:
+    counts = json.loads((folder / "config.json").read_text())["per_layer_config"]
+    return {layer: fields for layer, fields in counts.items() if int(layer) < 2}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_folder_is_refused(damage: str, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    capfd.readouterr()
+    make, message = DAMAGES[damage]
+    make(folder)
+    with pytest.raises(AdaPrunerError, match=message) as refusal:
+        adapruner.load(folder)
+    assert "\n" not in str(refusal.value)
+    assert capfd.readouterr().err == ""
+
+
+def test_weights_out_of_place_in_a_stock_folder(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    save_checkpoint(model, tokenizer, tmp_path / "model")
+    for layers, message in ((3, "has no place"), (5, "is missing")):
+        shutil.copytree(tmp_path / "model", tmp_path / f"{layers}")
+        change_config(tmp_path / f"{layers}", num_hidden_layers=layers)
+        with pytest.raises(AdaPrunerError, match=message):
+            adapruner.load(tmp_path / f"{layers}")
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "default", "rope_theta": 5e5},
+        {"rope_type": "linear", "rope_theta": 5e5, "factor": 2.0},
+    ],
+)
+def test_older_keys_say_the_same_of_positions(
+    rope: dict[str, Any],
+    make_model: Callable[..., PreTrainedModel],
+    windows: torch.Tensor,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+) -> None:
+    """With the new key alone, and with the older keys alone, the saved model is the same."""
+    model = make_model(rope_parameters=rope)
+    save_checkpoint(model, tokenizer, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert config["rope_theta"] == 5e5
+    for absent in (("rope_parameters",), ("rope_theta", "rope_scaling"), ()):
+        folder = tmp_path / "-".join(("without", *absent))
+        shutil.copytree(tmp_path / "model", folder)
+        change_config(folder, **dict.fromkeys(absent))
+        with torch.no_grad():
+            logits = AutoModelForCausalLM.from_pretrained(folder)(windows).logits
+            assert torch.equal(logits, model(windows).logits)
