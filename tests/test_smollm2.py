@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import adapruner
-from adapruner import pipeline
+from adapruner import verbs
 from adapruner.calibration import parse_source, text_windows
 from adapruner.models import find_model, load_tokenizer
 
@@ -27,7 +27,7 @@ def needs(path: str) -> pytest.MarkDecorator:
 
 
 def test_its_structure() -> None:
-    structure = pipeline.inspect("smollm2")
+    structure = verbs.inspect("smollm2")
     assert structure.total_parameters == 134_515_008
     heads, channels = structure.blocks[:2]
     assert (heads.groups, channels.groups) == (3, 1536)

@@ -8,9 +8,10 @@ from __future__ import annotations
 from adapruner.config import PruneConfig, PruneOptions
 from adapruner.errors import AdaPrunerError
 from adapruner.evaluation import Perplexity
-from adapruner.pipeline import evaluate, load, plan_again, prune
+from adapruner.pipeline import plan_again, prune
 from adapruner.planning import PruningPlan
 from adapruner.result import PruneResult
+from adapruner.verbs import evaluate, export, load
 
 __version__ = "0.1.0"
 
@@ -22,6 +23,7 @@ __all__ = [
     "PruneResult",
     "PruningPlan",
     "evaluate",
+    "export",
     "load",
     "plan_again",
     "prune",

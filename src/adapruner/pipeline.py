@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from adapruner.calibration import generate_windows, parse_source, text_windows
-from adapruner.checkpoint import save_checkpoint
-from adapruner.config import Dtype, PruneConfig
+from adapruner.calibration import generate_windows
+from adapruner.checkpoint import check_push, model_card, push, save_checkpoint, write_card
+from adapruner.config import PruneConfig
 from adapruner.errors import AdaPrunerError
 from adapruner.evaluation import Perplexity, log_probabilities, measure_perplexity
-from adapruner.job import MOST_CHANNELS, Job, evenly_spaced, needs_moments, prepare, reference_budget, window_counts
+from adapruner.job import MOST_CHANNELS, Job, needs_moments, prepare, reference_budget, window_counts
 from adapruner.measurement import (
     Statistics,
     StoredMoments,
@@ -33,8 +33,6 @@ from adapruner.models import (
     in_fastest_dtype,
     load_config,
     load_model,
-    load_tokenizer,
-    resolve_device,
 )
 from adapruner.planning import PruningPlan, kept_counts, largest_channel_share
 from adapruner.progress import Reporter
@@ -54,7 +52,9 @@ from adapruner.surgery import Compensation, prune_model, refit_sequentially
 MEASURING_BATCH = 4
 
 
-def prune(model: str, output: str | Path, overwrite: bool = False, **options: Any) -> PruneResult:
+def prune(
+    model: str, output: str | Path, overwrite: bool = False, push_to_hub: str | None = None, **options: Any
+) -> PruneResult:
     """Makes a causal language model smaller: measures, searches, cuts, saves and evaluates.
 
     The same call again goes on where an earlier one stopped.
@@ -63,6 +63,7 @@ def prune(model: str, output: str | Path, overwrite: bool = False, **options: An
         model: hub id, model folder, `.gguf` file, or `smollm2`.
         output: the run folder; the pruned model is in its `model/`.
         overwrite: start again where the folder holds a run of another config.
+        push_to_hub: upload the pruned model to this repository, `owner/name`.
         options: the fields of `PruneOptions`.
 
     Raises:
@@ -71,11 +72,15 @@ def prune(model: str, output: str | Path, overwrite: bool = False, **options: An
     config = PruneConfig.from_options(model=model, **options)
     run = RunFolder(Path(output))
     run.check(config, overwrite)
-    if not overwrite and run.result.is_file():
-        return read_result(run)
-    job = prepare(config, run, run.windows if not overwrite else None)
-    run.create(config, overwrite)
-    return _run_stages(job)
+    if push_to_hub:
+        check_push(push_to_hub)
+    if overwrite or not run.result.is_file():
+        job = prepare(config, run, run.windows if not overwrite else None)
+        run.create(config, overwrite)
+        _run_stages(job)
+    if push_to_hub:
+        push(run.model, push_to_hub)
+    return read_result(run)
 
 
 def plan_again(source: str | Path, output: str | Path, ratio: float, overwrite: bool = False) -> PruneResult:
@@ -118,8 +123,10 @@ def _run_stages(job: Job) -> PruneResult:
     del statistics
     _stage_save(job, model, plan, moments, windows, reporter)
     perplexities = _stage_evaluate(job, model, fixed_plan, reporter)
-    saved = build_structure(empty_model(load_config(find_model(str(job.run.model)))))
-    result = build_result(job.config, plan, saved.total_parameters, outcome, perplexities, reporter.finished_stages())
+    saved = load_config(find_model(str(job.run.model)))
+    parameters = build_structure(empty_model(saved)).total_parameters
+    result = build_result(job.config, plan, parameters, outcome, perplexities, reporter.finished_stages())
+    write_card(job.run.model, model_card(job.location, saved, plan, result))
     job.run.save_json(result, job.run.result)
     return read_result(job.run)
 
@@ -316,62 +323,3 @@ def _stage_evaluate(
                 perplexities[text][name] = measure_perplexity(evaluated, windows, text, advance)
             del evaluated
     return perplexities
-
-
-def load(model: str | Path, dtype: Dtype = "auto", device: str = "auto") -> PreTrainedModel:
-    """Loads a pruned or a dense model, ready to `generate`.
-
-    Args:
-        model: hub id, model folder (as in `RUN/model`), `.gguf` file, or `smollm2`.
-        dtype: `auto` keeps that of the checkpoint.
-        device: `auto` takes the first GPU where there is one, else the CPU.
-
-    Raises:
-        AdaPrunerError: there is no such model, or it cannot be read.
-    """
-    return load_model(find_model(str(model)), dtype, device)
-
-
-def evaluate(
-    model: str | Path,
-    perplexity: Sequence[str] = ("wikitext2", "ptb"),
-    window_length: int = 128,
-    limit: int | None = None,
-    dtype: Dtype = "auto",
-    device: str = "auto",
-) -> list[Perplexity]:
-    """Perplexity of any model on any texts, each with its protocol.
-
-    Args:
-        model: as for `load`.
-        perplexity: text sources.
-        window_length: tokens per window; 128 is the protocol of LLM-Pruner (arXiv 2305.11627).
-        limit: take only so many windows of each text, evenly spaced.
-
-    Raises:
-        AdaPrunerError: an option, the model or a text will not do; before the weights are loaded.
-    """
-    if window_length < 2 or (limit is not None and limit < 1):
-        raise AdaPrunerError(f"windows need at least 2 tokens, and a limit at least 1: {window_length}, {limit}")
-    resolve_device(device)
-    location = find_model(str(model))
-    tokenizer = load_tokenizer(location)
-    texts = {
-        str(source): evenly_spaced(text_windows(source, tokenizer, window_length), limit)
-        for source in map(parse_source, perplexity)
-    }
-    reporter = Reporter()
-    with reporter.stage("loading", 1) as advance:
-        loaded = load_model(location, dtype, device)
-        advance()
-    with reporter.stage("evaluating", sum(map(len, texts.values()))) as advance:
-        return [measure_perplexity(loaded, windows, text, advance) for text, windows in texts.items()]
-
-
-def inspect(model: str | Path) -> Structure:
-    """What of a model can be pruned, from its config alone.
-
-    Raises:
-        AdaPrunerError: there is no such model, or its family is not known.
-    """
-    return build_structure(empty_model(load_config(find_model(str(model)))))

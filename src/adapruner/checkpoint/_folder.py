@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -45,26 +46,41 @@ def save_checkpoint(
     with quiet_transformers():
         model.save_pretrained(partial, max_shard_size=shard_size)
     tokenizer.save_pretrained(partial)
-    _add_older_rope_keys(partial / "config.json")
+    _complete_config(partial / "config.json", _deci_architecture(model))
     if differs:
         shutil.copy(_MODELING_FILE, partial / _MODELING_FILE.name)
     if card is not None:
-        (partial / "README.md").write_text(card)
+        write_card(partial, card)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 
 
-def _add_older_rope_keys(config: Path) -> None:
+def write_card(folder: Path, card: str) -> None:
+    """Writes the README.md of a checkpoint."""
+    partial = folder / "README.md.partial"
+    partial.write_text(card)
+    os.replace(partial, folder / "README.md")
+
+
+def _complete_config(path: Path, other_architectures: list[str]) -> None:
+    """Adds to a config what other readers look for."""
+    fields = json.loads(path.read_text())
+    fields["architectures"] = other_architectures + fields["architectures"]
+    fields |= _older_rope_keys(fields.get("rope_parameters"))
+    path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+
+
+def _older_rope_keys(parameters: Any) -> dict[str, Any]:
     """transformers 4 does not read `rope_parameters`, and would silently take a theta of 10,000."""
-    fields = json.loads(config.read_text())
-    parameters = fields.get("rope_parameters")
     # Where layers of different types have their own, older versions have other keys in every family.
     if not isinstance(parameters, dict) or "rope_theta" not in parameters:
-        return
-    scaling = {name: value for name, value in parameters.items() if name not in ("rope_theta", "partial_rotary_factor")}
-    fields["rope_theta"] = parameters["rope_theta"]
-    if scaling.get("rope_type", "default") != "default":
-        fields["rope_scaling"] = scaling
-    if "partial_rotary_factor" in parameters:
-        fields["partial_rotary_factor"] = parameters["partial_rotary_factor"]
-    config.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+        return {}
+    older = {name: parameters[name] for name in ("rope_theta", "partial_rotary_factor") if name in parameters}
+    scaling = {name: value for name, value in parameters.items() if name not in older}
+    return older | ({"rope_scaling": scaling} if scaling.get("rope_type", "default") != "default" else {})
+
+
+def _deci_architecture(model: PreTrainedModel) -> list[str]:
+    """vLLM builds a Llama whose layers differ in channels alone as this architecture of its own, out of the
+    `block_configs` that the config class in the folder offers."""
+    return ["DeciLMForCausalLM"] if getattr(model.config, "block_configs", None) else []

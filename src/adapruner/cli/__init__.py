@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from adapruner.cli.evaluate import evaluate
+from adapruner.cli.export import export
 from adapruner.cli.inspect import inspect
 from adapruner.cli.plan import plan
 from adapruner.cli.prune import prune
@@ -19,7 +20,7 @@ from adapruner.errors import AdaPrunerError
 USER_ERROR = 2
 
 app = App(name="adapruner", help="Makes causal language models really smaller.")
-for verb in (prune, plan, evaluate, inspect):
+for verb in (prune, plan, evaluate, export, inspect):
     app.command(verb)
 
 

@@ -8,7 +8,7 @@ from cyclopts import Parameter
 from rich.console import Console
 from rich.table import Table
 
-from adapruner import pipeline
+from adapruner import verbs
 from adapruner.cli._output import print_json
 from adapruner.config import Dtype
 
@@ -43,7 +43,7 @@ def evaluate(
     json:
         Print JSON on stdout instead of the table.
     """
-    results = pipeline.evaluate(model, perplexity, seq_len, limit, dtype, device)
+    results = verbs.evaluate(model, perplexity, seq_len, limit, dtype, device)
     if json:
         print_json({"model": model, "perplexity": [result.as_json() for result in results]})
         return

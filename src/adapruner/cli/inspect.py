@@ -8,7 +8,7 @@ from cyclopts import Parameter
 from rich.console import Console
 from rich.table import Table
 
-from adapruner import pipeline
+from adapruner import verbs
 from adapruner.cli._output import print_json
 
 
@@ -22,7 +22,7 @@ def inspect(model: str, /, *, json: Annotated[bool, Parameter(negative="")] = Fa
     json:
         Print JSON on stdout instead of the table.
     """
-    structure = pipeline.inspect(model)
+    structure = verbs.inspect(model)
     if json:
         print_json(
             {

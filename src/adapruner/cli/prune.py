@@ -20,6 +20,7 @@ def prune(
     output: Annotated[Path, Parameter(name=["--output", "-o"])],
     options: Annotated[PruneOptions | None, Parameter(name="*")] = None,
     overwrite: Annotated[bool, Parameter(negative="")] = False,
+    push_to_hub: str | None = None,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
     """Search, prune, save and evaluate a model. The same command again goes on where it stopped.
@@ -32,11 +33,13 @@ def prune(
         Run folder; the pruned model is in its model/.
     overwrite:
         Start again from nothing, whatever run the folder holds.
+    push_to_hub:
+        Upload the pruned model to this repository, owner/name.
     json:
         Print result.json on stdout instead of the table.
     """
     options = options or PruneOptions()
-    result = pipeline.prune(model, output, overwrite, **options.model_dump())
+    result = pipeline.prune(model, output, overwrite, push_to_hub, **options.model_dump())
     if json:
         print_json(result.result)
         return

@@ -1,0 +1,52 @@
+"""adapruner export"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+from rich.console import Console
+
+from adapruner import verbs
+from adapruner.checkpoint import GgufType
+from adapruner.cli._output import print_json
+from adapruner.verbs import ExportFormat
+
+
+def export(
+    model: str,
+    /,
+    *,
+    to: ExportFormat,
+    output: Annotated[Path, Parameter(name=["--output", "-o"])],
+    gguf_type: GgufType = "f16",
+    overwrite: Annotated[bool, Parameter(negative="")] = False,
+    push_to_hub: str | None = None,
+    json: Annotated[bool, Parameter(negative="")] = False,
+) -> None:
+    """Write a model, pruned or dense, in a form that other loaders read.
+
+    Parameters
+    ----------
+    model:
+        Hub id, model folder, .gguf file, or smollm2.
+    to:
+        gguf: one file for llama.cpp. stock: a folder for any loader of the family, short layers padded with zeros to
+        the widest.
+    output:
+        The file or folder to write.
+    gguf_type:
+        How a GGUF file stores matrices.
+    overwrite:
+        Replace what is there.
+    push_to_hub:
+        Upload the result to this repository, owner/name.
+    json:
+        Print JSON on stdout.
+    """
+    exported = verbs.export(model, to, output, gguf_type, overwrite, push_to_hub)
+    if json:
+        print_json({"model": model, "format": to, "path": str(exported.path), "bytes": exported.size})
+        return
+    Console().print(f"{exported.path}: {exported.size / 1e6:,.1f} MB", highlight=False, soft_wrap=True)
