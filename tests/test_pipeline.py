@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import adapruner
-from adapruner import AdaPrunerError, PruneConfig, pipeline
+from adapruner import AdaPrunerError, PruneConfig, pipeline, verbs
+from adapruner.checkpoint import model_card
 from adapruner.cli import main
 from adapruner.models import find_model, load_model
 from adapruner.planning import PruningPlan
@@ -446,3 +449,75 @@ def test_config_survives_its_file(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("- a\n- list\n")
     with pytest.raises(AdaPrunerError, match="is not the config of a run"):
         PruneConfig.load(tmp_path / "config.yaml")
+
+
+def test_the_model_card_says_what_the_result_says(finished: adapruner.PruneResult, text_file: Path) -> None:
+    card = ModelCard.load(finished.model_folder / "README.md")
+    result = finished.result
+    assert card.data.library_name == "transformers"
+    assert card.data.license == "other"
+    assert card.data.base_model is None  # a local folder is no address on the hub
+    perplexities = result["perplexity"][f"{text_file}@report"]
+    assert card.data.eval_results[0].metric_value == round(perplexities["searched"]["perplexity"], 3)
+    assert f"{perplexities['dense']['perplexity']:.2f}" in card.text
+    assert result["plan_hash"][:12] in card.text
+    assert "trust_remote_code=True" in card.text
+    kept = [block for block in finished.plan.blocks if block.layer == 0]
+    assert f"| 0 | {' | '.join(f'{len(block.kept)} of {block.groups}' for block in kept)} |" in card.text
+
+
+def test_the_licence_of_the_base_model_is_carried_over(
+    model_folder: Path, finished: adapruner.PruneResult, tmp_path: Path
+) -> None:
+    base = tmp_path / "base <b>|`x`"
+    shutil.copytree(model_folder, base)
+    (base / "README.md").write_text("---\nlicense: mit\n---\nA model.\n")
+    result = finished.result | {"config": finished.result["config"] | {"model": str(base)}}
+    text = model_card(find_model(str(base)), adapruner.load(finished.model_folder).config, finished.plan, result)
+    assert ModelCard(text).data.license == "mit"
+    body = text.split("---", 2)[2]
+    assert "<b>" not in body
+    assert "&lt;b&gt;&#124;&#96;x&#96;" in body
+
+
+def test_a_model_is_exported(
+    finished: adapruner.PruneResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "stock model"
+    assert run_cli(["export", str(finished.model_folder), "--to", "stock", "-o", str(folder), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["bytes"] == sum(path.stat().st_size for path in folder.iterdir())
+    tokens = torch.arange(3, 19).view(1, -1)
+    with torch.no_grad():
+        stock = AutoModelForCausalLM.from_pretrained(folder)(tokens).logits
+        torch.testing.assert_close(stock, adapruner.load(finished.model_folder)(tokens).logits, rtol=1e-4, atol=1e-4)
+    assert (folder / "README.md").read_text() == (finished.model_folder / "README.md").read_text()
+
+
+def test_exports_that_are_refused(
+    finished: adapruner.PruneResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, there = str(finished.model_folder), tmp_path / "there"
+    there.mkdir()
+    (there / "notes.txt").write_text("mine")
+    for arguments, message in (
+        (["--to", "stock", "-o", str(there)], "exists"),
+        (["--to", "stock", "-o", str(there), "--overwrite"], "something else"),
+        (["--to", "gguf", "-o", str(there), "--overwrite"], "no file"),
+        (["--to", "gguf", "-o", str(tmp_path / "model.gguf")], "llama"),  # biases and a vocabulary of words
+        (["--to", "onnx", "-o", str(tmp_path / "model.onnx")], "onnx"),
+        (["--to", "stock", "-o", str(tmp_path / "a"), "--push-to-hub", "no//name"], "--push-to-hub"),
+    ):
+        assert run_cli(["export", model, *arguments]) == 2
+        assert message in capsys.readouterr().err
+    assert [path.name for path in there.iterdir()] == ["notes.txt"]
+
+
+def test_uploading(finished: adapruner.PruneResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub is asked who is there before any work, and gets the whole folder."""
+    calls = []
+    for name in ("whoami", "create_repo", "upload_folder", "upload_file"):
+        monkeypatch.setattr(HfApi, name, lambda self, *args, name=name, **options: calls.append((name, options)))
+    verbs.export(finished.model_folder, "stock", tmp_path / "stock", push_to_hub="me/small")
+    assert [name for name, _ in calls] == ["whoami", "create_repo", "upload_folder"]
+    assert calls[-1][1] == {"repo_id": "me/small", "folder_path": tmp_path / "stock"}

@@ -1,0 +1,109 @@
+"""The table in docs/checkpoints.md is what this suite finds: every cell that says "works" was tried just now."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from adapruner.checkpoint import save_checkpoint, write_gguf
+from adapruner.errors import AdaPrunerError
+from adapruner.models import known_architectures
+from adapruner.planning import make_plan
+from adapruner.structure import build_structure
+from adapruner.surgery import pad_to_stock, prune_model
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "checkpoints.md"
+# llama.cpp is not asked for sliding windows.
+FULL_ATTENTION: dict[str, dict[str, object]] = {
+    "mistral": {"sliding_window": None},
+    "qwen2": {"use_sliding_window": False, "sliding_window": None, "layer_types": None},
+}
+# How many groups a layer loses, of 3 or 6 heads and of 24 or more channels.
+LAYOUTS: dict[str, Callable[[str, int], int]] = {
+    "uniform, fewer channels": lambda kind, layer: 8 * (kind == "channels"),
+    "uniform, fewer heads too": lambda kind, layer: {"heads": 1, "channels": 8}[kind],
+    "per layer, fewer channels": lambda kind, layer: 4 * layer * (kind == "channels"),
+    "per layer, fewer heads too": lambda kind, layer: min(layer, 2) if kind == "heads" else 4 * layer,
+}
+
+
+@pytest.fixture(scope="module")
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({letter: number for number, letter in enumerate([*alphabet, "</s>"])}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", bos_token="</s>")
+
+
+@pytest.mark.parametrize("family", known_architectures())
+def test_the_table_says_what_works(
+    family: str,
+    make_model: Callable[..., PreTrainedModel],
+    windows: torch.Tensor,
+    byte_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+) -> None:
+    lines = []
+    for number, (layout, lost) in enumerate(LAYOUTS.items()):
+        dense = make_model(family, vocab_size=300, **FULL_ATTENTION.get(family, {}))
+        structure = build_structure(dense)
+        counts = [block.groups - lost(block.kind, block.layer) for block in structure.blocks]
+        scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(9))
+        pruned = prune_model(dense, structure, make_plan(structure, scores, counts))
+        folder = tmp_path / f"{number}"
+        save_checkpoint(pruned, byte_tokenizer, folder)
+        cells = [
+            f"`{family}`",
+            layout,
+            *loads_in_transformers(pruned, folder, windows),
+            loads_padded(pruned, byte_tokenizer, windows, tmp_path / f"{number}-padded"),
+            writes_gguf(pruned, byte_tokenizer, tmp_path / f"{number}.gguf"),
+            what_vllm_has(folder),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    missing = [line for line in lines if line not in DOCUMENT.read_text().splitlines()]
+    assert not missing, "docs/checkpoints.md should say:\n" + "\n".join(missing)
+
+
+def loads_in_transformers(pruned: PreTrainedModel, folder: Path, windows: torch.Tensor) -> tuple[str, str]:
+    """As a stock model, or with the modelling file in the folder."""
+    has_code = bool(list(folder.glob("*.py")))
+    loaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=has_code)
+    with torch.no_grad():
+        assert torch.equal(loaded(windows).logits, pruned(windows).logits)
+    return ("no", "works") if has_code else ("works", "not needed")
+
+
+def loads_padded(
+    pruned: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, windows: torch.Tensor, folder: Path
+) -> str:
+    padded = pad_to_stock(pruned)
+    if padded is pruned:
+        return "not needed"
+    save_checkpoint(padded, tokenizer, folder)
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(folder)(windows).logits
+        torch.testing.assert_close(logits, pruned(windows).logits, rtol=1e-4, atol=1e-4)
+    return "works"
+
+
+def writes_gguf(pruned: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, path: Path) -> str:
+    """What is written runs in llama.cpp: see tests/gguf_export."""
+    try:
+        write_gguf(pruned, tokenizer, path)
+    except AdaPrunerError:
+        return "no"
+    return "works"
+
+
+def what_vllm_has(folder: Path) -> str:
+    if not list(folder.glob("*.py")):
+        return "stock model"
+    architectures = json.loads((folder / "config.json").read_text())["architectures"]
+    return "unknown (`DeciLMForCausalLM`)" if "DeciLMForCausalLM" in architectures else "unknown"
