@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,11 +21,16 @@ from adapruner.structure import Structure, build_structure, count_parameters
 from adapruner.surgery import prune_model
 
 CASES = [
-    (family, key_value_heads, granularity, tied)
+    (family, key_value_heads, granularity, layout, tied)
     for family, architecture in known_architectures().items()
-    for key_value_heads, granularity in ((3, "kv-group"), (3, "query-head"), (6, "kv-group"))
+    for key_value_heads, granularity, tied in (
+        (3, "kv-group", False),
+        (3, "query-head", False),
+        (6, "kv-group", False),
+        (6, "kv-group", True),
+    )
     if key_value_heads == 6 or architecture.config_fields.key_value_heads
-    for tied in (False, True)
+    for layout in ("per-layer", "uniform")
 ]
 
 
@@ -32,15 +38,17 @@ CASES = [
 def dense_and_plan(
     request: pytest.FixtureRequest, make_model: Callable[..., PreTrainedModel]
 ) -> tuple[PreTrainedModel, Structure, PruningPlan]:
-    family, key_value_heads, granularity, tied = request.param
+    family, key_value_heads, granularity, layout, tied = request.param
     model = make_model(family, key_value_heads, tie_word_embeddings=tied)
     structure = build_structure(model, granularity)
     scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(3))
-    # A different cut in every layer: the first stays whole, the last keeps one group (per stratum) of each kind.
+    # A different cut in every layer: the first stays whole, the last keeps one group (per stratum) of each kind. Or
+    # the same everywhere: a third goes (of two query heads of a KV head, one).
     counts = []
     for block in structure.blocks:
         per_stratum = block.groups // block.strata
-        counts.append(block.strata * max(1, per_stratum - block.layer * per_stratum // 3))
+        thirds = block.layer if layout == "per-layer" else 1
+        counts.append(block.strata * max(1, per_stratum - math.ceil(thirds * per_stratum / 3)))
     return model, structure, make_plan(structure, scores, counts)
 
 
@@ -69,12 +77,17 @@ def masked(model: PreTrainedModel, structure: Structure, plan: PruningPlan) -> P
 
 
 def _take_out_of_norms(attention: torch.nn.Module, groups: int, removed: list[int], granularity: str) -> None:
-    """Norms over all heads shall be over those that stay: zeros do not count in a sum, and the mean is corrected."""
-    for name in ("q", "k") if granularity == "kv-group" else ("q",):
-        attention.get_submodule(f"{name}_proj").weight.data.unflatten(0, (groups, -1))[removed] = 0
-        share = (groups - len(removed)) / groups
-        norm = attention.get_submodule(f"{name}_norm")
-        norm.register_forward_hook(lambda _, inputs, output, share=share: output * share**0.5)
+    """Norms over all heads shall be over those that stay."""
+    stays = torch.ones(groups, dtype=torch.bool)
+    stays[removed] = False
+
+    def over_those_that_stay(norm: torch.nn.Module, inputs: tuple[torch.Tensor], _: torch.Tensor) -> torch.Tensor:
+        x = inputs[0]
+        squares = x.square()[..., stays.repeat_interleave(x.shape[-1] // groups)]
+        return norm.weight * x / (squares.mean(-1, keepdim=True) + norm.variance_epsilon).sqrt()
+
+    for name in ("q_norm", "k_norm") if granularity == "kv-group" else ("q_norm",):
+        attention.get_submodule(name).register_forward_hook(over_those_that_stay)
 
 
 def test_pruned_equals_masked(
