@@ -9,8 +9,8 @@ DATA := .data$(if $(ADAPRUNER_DATA),:$(ADAPRUNER_DATA))
 
 demo: .venv/demo .data/ready
 	ADAPRUNER_DATA=$(DATA) $(BIN)/adapruner prune smollm2 --output runs/demo --ratio 0.2 \
-		--calibration boolq-passages --compensation-windows 256 --objective-windows 32 --final-windows 32 \
-		--evaluate boolq-passages --evaluate-windows 64
+		--calibration boolq-passages --pool 48 --compensation-windows 192 \
+		--objective-windows 32 --final-windows 32 --evaluate boolq-passages --evaluate-windows 48
 
 test: .venv/dev .data/ready
 	$(BIN)/ruff format --check .
