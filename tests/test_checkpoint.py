@@ -10,14 +10,22 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 import adapruner
+from adapruner import verbs
 from adapruner.checkpoint import save_checkpoint
 from adapruner.errors import AdaPrunerError
+from adapruner.models import in_fastest_dtype
 from adapruner.planning import make_plan
 from adapruner.structure import build_structure
-from adapruner.surgery import prune_model
+from adapruner.surgery import pad_to_stock, prune_model
 
 
 def pruned_per_layer(dense: PreTrainedModel) -> PreTrainedModel:
@@ -84,6 +92,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda folder: change_config(folder, per_layer_config={"1": {"intermediate_size": 20}}),
         r"is \(23,\) .* \(20,\)",
     ),
+    "the biases have no place": (
+        lambda folder: change_config(folder, attention_bias=False, mlp_bias=False),
+        r"bias has no place",
+    ),
     "there are less weights than layers": (lambda folder: change_config(folder, num_hidden_layers=5), "is missing"),
     "there are more weights than layers": (
         lambda folder: change_config(folder, num_hidden_layers=2, per_layer_config=counts_of_two_layers(folder)),
@@ -117,6 +129,64 @@ def test_weights_out_of_place_in_a_stock_folder(
         change_config(tmp_path / f"{layers}", num_hidden_layers=layers)
         with pytest.raises(AdaPrunerError, match=message):
             adapruner.load(tmp_path / f"{layers}")
+
+
+def test_settings_of_sampling_without_sampling(
+    pruned: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """As some models bring them; transformers reads them and refuses to write them."""
+    pruned.generation_config.temperature = 0.6
+    with pytest.raises(ValueError, match="temperature"):
+        pruned.save_pretrained(tmp_path / "plain")
+    save_checkpoint(pruned, tokenizer, tmp_path / "model")
+    settings = adapruner.load(tmp_path / "model").generation_config
+    assert settings.do_sample
+    assert settings.temperature == 0.6
+
+
+def test_no_code_of_others_is_named(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """A uniform cut and a padded model are stock models, whatever the config of the dense model says."""
+    model.config.auto_map = {"AutoModelForCausalLM": "someone/else--modeling.Other"}
+    structure = build_structure(model)
+    scores = torch.ones(structure.group_offsets[-1])
+    uniform = prune_model(model, structure, make_plan(structure, scores, [b.groups - 1 for b in structure.blocks]))
+    for name, stock in (("uniform", uniform), ("padded", pad_to_stock(pruned_per_layer(model)))):
+        save_checkpoint(stock, tokenizer, tmp_path / name)
+        assert "auto_map" not in json.loads((tmp_path / name / "config.json").read_text())
+
+
+def test_a_family_that_cannot_be_pruned_is_loaded_all_the_same(tmp_path: Path) -> None:
+    config = FalconConfig(vocab_size=96, hidden_size=48, num_hidden_layers=2, num_attention_heads=6)
+    FalconForCausalLM(config).save_pretrained(tmp_path / "falcon")
+    model = adapruner.load(tmp_path / "falcon")
+    assert type(model) is FalconForCausalLM
+    with pytest.raises(AdaPrunerError, match="unknown architecture 'falcon'"):
+        build_structure(model)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model_type": "mixtral"}, "mixture of experts"),
+        ({"model_type": "mamba"}, "linear attention or state space"),
+        ({"model_type": "t5"}, "encoder-decoder"),
+        ({"model_type": "stablelm", "qk_layernorm": True}, "qk_layernorm"),
+        ({"model_type": "gpt2", "add_cross_attention": True}, "add_cross_attention"),
+        ({"model_type": "llama", "quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantized"),
+    ],
+)
+def test_what_cannot_be_pruned_is_named(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(AdaPrunerError, match=message):
+        verbs.inspect(tmp_path)
+
+
+def test_frequencies_stay_exact_in_the_fast_copy(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    fast = in_fastest_dtype(model)
+    assert {parameter.dtype for parameter in fast.parameters()} == {torch.bfloat16}
+    for (name, buffer), (_, original) in zip(fast.named_buffers(), model.named_buffers(), strict=True):
+        assert torch.equal(buffer, original), name
 
 
 @pytest.mark.parametrize(

@@ -471,13 +471,20 @@ def test_the_licence_of_the_base_model_is_carried_over(
 ) -> None:
     base = tmp_path / "base <b>|`x`"
     shutil.copytree(model_folder, base)
-    (base / "README.md").write_text("---\nlicense: mit\n---\nA model.\n")
     result = finished.result | {"config": finished.result["config"] | {"model": str(base)}}
-    text = model_card(find_model(str(base)), adapruner.load(finished.model_folder).config, finished.plan, result)
-    assert ModelCard(text).data.license == "mit"
-    body = text.split("---", 2)[2]
-    assert "<b>" not in body
-    assert "&lt;b&gt;&#124;&#96;x&#96;" in body
+    for readme, expected in (
+        ("---\nlicense: mit\n---\nA model.\n", ("mit", None)),
+        ("---\nlicense: other\nlicense_name: some\n---\nA model.\n", ("other", "some")),
+        ("---\ntitle: a: b: c\n---\nA model.\n", ("other", None)),
+    ):
+        (base / "README.md").write_text(readme)
+        text = model_card(find_model(str(base)), adapruner.load(finished.model_folder).config, finished.plan, result)
+        data = ModelCard(text).data
+        assert (data.license, getattr(data, "license_name", None)) == expected
+        assert str(tmp_path) not in text
+        body = text.split("---", 2)[2]
+        assert "<b>" not in body
+        assert "&lt;b&gt;&#124;&#96;x&#96;" in body
 
 
 def test_a_model_is_exported(
@@ -491,7 +498,11 @@ def test_a_model_is_exported(
     with torch.no_grad():
         stock = AutoModelForCausalLM.from_pretrained(folder)(tokens).logits
         torch.testing.assert_close(stock, adapruner.load(finished.model_folder)(tokens).logits, rtol=1e-4, atol=1e-4)
-    assert (folder / "README.md").read_text() == (finished.model_folder / "README.md").read_text()
+    before, after = ((path / "README.md").read_text() for path in (finished.model_folder, folder))
+    assert "trust_remote_code" in before
+    assert "trust_remote_code" not in after
+    assert before.partition("## Loading")[0] == after.partition("## Loading")[0]
+    assert before.partition("## Licence")[2] == after.partition("## Licence")[2]
 
 
 def test_exports_that_are_refused(

@@ -267,11 +267,12 @@ def _stage_plan(job: Job, statistics: Statistics, outcome: SearchOutcome) -> Pru
 def plan_at_ratio(structure: Structure, statistics: Statistics, found: Candidate, config: PruneConfig) -> PruningPlan:
     """The plan of a candidate at the ratio of a config; where the search was for another ratio, which its allocation
     cannot reach or only by taking a layer apart, with the allocation that this ratio starts from."""
+    if found.budget.ratio == config.ratio:
+        return plan_candidate(structure, statistics, found)
     with contextlib.suppress(AdaPrunerError):
         at_ratio = found.model_copy(update={"budget": replace(found.budget, ratio=config.ratio)})
         plan = plan_candidate(structure, statistics, at_ratio)
-        counts = [len(block.kept) for block in plan.blocks]
-        if found.budget.ratio == config.ratio or largest_channel_share(structure, counts) <= MOST_CHANNELS:
+        if largest_channel_share(structure, [len(block.kept) for block in plan.blocks]) <= MOST_CHANNELS:
             return plan
     start = found.model_copy(update={"budget": reference_budget(config, structure)})
     return plan_candidate(structure, statistics, start)

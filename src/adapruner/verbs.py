@@ -10,15 +10,31 @@ from typing import Literal
 from transformers import PreTrainedModel
 
 from adapruner.calibration import parse_source, text_windows
-from adapruner.checkpoint import GgufType, check_push, push, save_checkpoint, write_gguf
+from adapruner.checkpoint import (
+    GgufType,
+    card_of_export,
+    check_gguf,
+    check_push,
+    push,
+    save_checkpoint,
+    write_gguf,
+)
 from adapruner.config import Dtype
 from adapruner.errors import AdaPrunerError
 from adapruner.evaluation import Perplexity, measure_perplexity
 from adapruner.job import evenly_spaced
-from adapruner.models import empty_model, find_model, load_config, load_model, load_tokenizer, resolve_device
+from adapruner.models import (
+    ModelLocation,
+    empty_model,
+    find_model,
+    load_config,
+    load_model,
+    load_tokenizer,
+    resolve_device,
+)
 from adapruner.progress import Reporter
 from adapruner.structure import Structure, build_structure
-from adapruner.surgery import pad_to_stock
+from adapruner.surgery import check_paddable, pad_to_stock
 
 ExportFormat = Literal["gguf", "stock"]
 
@@ -122,6 +138,11 @@ def export(
     if push_to_hub:
         check_push(push_to_hub)
     location = find_model(str(model))
+    without_weights = empty_model(load_config(location))
+    if to == "gguf":
+        check_gguf(without_weights)
+    else:
+        check_paddable(without_weights)
     tokenizer = load_tokenizer(location)
     reporter = Reporter()
     with reporter.stage("loading", 1) as advance:
@@ -131,10 +152,17 @@ def export(
         if to == "gguf":
             write_gguf(loaded, tokenizer, path, gguf_type)
         else:
-            card = Path(location.path) / "README.md"
-            save_checkpoint(pad_to_stock(loaded), tokenizer, path, card.read_text() if card.is_file() else None)
+            padded = pad_to_stock(loaded)
+            save_checkpoint(padded, tokenizer, path, _card(location, padded))
         advance()
     if push_to_hub:
         push(path, push_to_hub)
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     return Exported(path, sum(file.stat().st_size for file in files))
+
+
+def _card(location: ModelLocation, exported: PreTrainedModel) -> str | None:
+    readme = Path(location.path) / "README.md"
+    if location.gguf_file or not readme.is_file():
+        return None
+    return card_of_export(readme.read_text(), exported.config)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import adapruner
 from adapruner.checkpoint import save_checkpoint
-from adapruner.models import known_architectures
+from adapruner.models import PRUNED_CLASSES, STOCK_CLASSES, known_architectures
 from adapruner.planning import PruningPlan, make_plan
 from adapruner.structure import Structure, build_structure, count_parameters
 from adapruner.surgery import prune_model
@@ -185,15 +185,56 @@ def test_every_family_loads_without_the_package(
     assert finished.returncode == 0, finished.stderr
 
 
-def test_a_pruned_model_can_be_pruned_again(model: PreTrainedModel, windows: torch.Tensor) -> None:
+@pytest.mark.parametrize("family", known_architectures())
+def test_a_pruned_model_can_be_pruned_again(
+    family: str, make_model: Callable[..., PreTrainedModel], windows: torch.Tensor
+) -> None:
+    """First heads, then channels as well, then channels alone."""
+    model = make_model(family)
+    for heads, channels in ((1, 0), (1, 3), (0, 3)):
+        structure = build_structure(model)
+        scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(5))
+        counts = [
+            max(1, block.groups - (block.layer > 1) * {"heads": heads, "channels": channels}[block.kind])
+            for block in structure.blocks
+        ]
+        plan = make_plan(structure, scores, counts)
+        pruned = prune_model(model, structure, plan)
+        expected = masked(model, structure, plan)(windows).logits
+        torch.testing.assert_close(pruned(windows).logits, expected, rtol=1e-4, atol=1e-4)
+        model = pruned
+
+
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.1], "long_factor": [2.0, 3.0], "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("family", "rope"),
+    [
+        ("llama", {"rope_type": "dynamic", "factor": 2.0}),
+        ("llama", {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}),
+        ("stablelm", {"rope_type": "dynamic", "factor": 2.0, "partial_rotary_factor": 0.5}),
+        ("phi3", LONGROPE | {"original_max_position_embeddings": 8, "partial_rotary_factor": 0.5}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value["rope_type"],
+)
+def test_positions_of_long_texts(
+    family: str,
+    rope: dict[str, object],
+    make_model: Callable[..., PreTrainedModel],
+    windows: torch.Tensor,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+) -> None:
+    """Longer than the model was made for, with rotary embeddings that then look into the config."""
+    model = make_model(family, rope_parameters={"rope_theta": 1e4} | rope, max_position_embeddings=8)
     structure = build_structure(model)
-    scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(5))
-    once = prune_model(
-        model, structure, make_plan(structure, scores, [b.groups - (b.layer > 1) for b in structure.blocks])
-    )
-    structure = build_structure(once)
-    plan = make_plan(structure, scores[: structure.group_offsets[-1]], [b.groups - 1 for b in structure.blocks])
-    twice = prune_model(once, structure, plan)
-    torch.testing.assert_close(
-        twice(windows).logits, masked(once, structure, plan)(windows).logits, rtol=1e-4, atol=1e-4
-    )
+    scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(6))
+    plan = make_plan(structure, scores, [max(1, block.groups - block.layer) for block in structure.blocks])
+    save_checkpoint(prune_model(model, structure, plan), tokenizer, tmp_path / "model")
+    expected = masked(model, structure, plan)(windows).logits
+    torch.testing.assert_close(adapruner.load(tmp_path / "model")(windows).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_every_yaml_has_its_classes() -> None:
+    assert set(known_architectures()) == set(PRUNED_CLASSES) == set(STOCK_CLASSES)

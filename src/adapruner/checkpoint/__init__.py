@@ -1,8 +1,18 @@
-"""Checkpoints: Hugging Face folders that load with and without this package."""
+"""Checkpoints: Hugging Face folders that load with and without this package, GGUF files, model cards, uploads."""
 
-from adapruner.checkpoint._card import model_card
+from adapruner.checkpoint._card import card_of_export, model_card
 from adapruner.checkpoint._folder import save_checkpoint, write_card
-from adapruner.checkpoint._gguf import GgufType, write_gguf
+from adapruner.checkpoint._gguf import GgufType, check_gguf, write_gguf
 from adapruner.checkpoint._hub import check_push, push
 
-__all__ = ["GgufType", "check_push", "model_card", "push", "save_checkpoint", "write_card", "write_gguf"]
+__all__ = [
+    "GgufType",
+    "card_of_export",
+    "check_gguf",
+    "check_push",
+    "model_card",
+    "push",
+    "save_checkpoint",
+    "write_card",
+    "write_gguf",
+]

@@ -3,78 +3,100 @@
 from __future__ import annotations
 
 import html
+import re
 from collections import Counter
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import gguf
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedConfig
 
 from adapruner.models import ModelLocation
 from adapruner.planning import PruningPlan
 
-_SAMPLE = "from transformers import AutoModelForCausalLM, AutoTokenizer"
+_LOADING = "## Loading\n\n"
 
 
 def model_card(location: ModelLocation, config: PreTrainedConfig, plan: PruningPlan, result: dict[str, Any]) -> str:
-    """The README.md of a pruned checkpoint, with the metadata that the Hugging Face hub reads.
+    """The README.md of a pruned checkpoint, with the metadata that the Hugging Face hub reads. Folders of this machine
+    are named without their path.
 
     Args:
         location: of the base model.
         config: of the pruned model.
         result: the content of `result.json`.
     """
-    options = result["config"]
-    base = str(options["model"])
+    name = str(result["config"]["model"])
     is_hub_id = location.gguf_file is None and not Path(location.path).is_dir()
+    base = _public(name)
+    licence = base_licence(location) or {}
+    numbers = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=_data_set(text),
+            dataset_name=_public(text),
+            metric_type="perplexity",
+            metric_value=round(by_model["searched"]["perplexity"], 3),
+            metric_name=_public(by_model["searched"]["protocol"]),
+        )
+        for text, by_model in result["perplexity"].items()
+    ]
     metadata = ModelCardData(
-        license=base_licence(location) or "other",
-        base_model=base if is_hub_id else None,
+        license=licence.get("license", "other"),
+        license_name=licence.get("license_name"),
+        license_link=licence.get("license_link"),
+        base_model=name if is_hub_id else None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["adapruner", "pruned", config.model_type],
-        model_name=f"{Path(base).name}, {plan.ratio:.0%} pruned",
-        eval_results=[
-            EvalResult(
-                task_type="text-generation",
-                dataset_type=text.partition("@")[0].partition(":")[0],
-                dataset_name=text,
-                metric_type="perplexity",
-                metric_value=round(by_model["searched"]["perplexity"], 3),
-                metric_name=by_model["searched"]["protocol"],
-            )
-            for text, by_model in result["perplexity"].items()
-        ],
+        model_name=f"{base}, {plan.ratio:.0%} pruned",
+        eval_results=numbers or None,
     )
+    named = licence.get("license_name") or licence.get("license")
     sections = [
-        f"# {_escaped(Path(base).name)}, {plan.ratio:.1%} pruned",
+        f"# {_escaped(base)}, {plan.ratio:.1%} pruned",
         f"{plan.removed_parameters:,} of the {plan.total_parameters:,} parameters of `{_escaped(base)}` were removed:"
         " whole attention heads and feed-forward channels. It was not trained afterwards.",
         "## What was removed\n\n" + _removed(plan),
         "## What it cost\n\n" + _cost(result),
         "## How it was made\n\n" + _made(plan, result),
-        "## Loading\n\n" + _loading(config, result),
-        "## Licence\n\n" + _licence(base_licence(location)),
+        _LOADING + _loading(config),
+        f"## Licence\n\nThat of the base model: {_escaped(named) if named else 'see there, it could not be read'}.",
     ]
     return f"---\n{metadata.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
 
 
-def base_licence(location: ModelLocation) -> str | None:
-    """What the base model says of its licence: the metadata of a GGUF file or of a model card; None where it is silent
-    or cannot be asked."""
+def card_of_export(card: str, config: PreTrainedConfig) -> str | None:
+    """The card of a pruned model for the same model in another form; None if the card is not one of ours.
+
+    Args:
+        config: of the exported model.
+    """
+    before, heading, rest = card.partition(_LOADING)
+    if not heading:
+        return None
+    _, next_heading, after = rest.partition("\n## ")
+    return before + heading + _loading(config) + "\n" + next_heading + after
+
+
+def base_licence(location: ModelLocation) -> dict[str, str] | None:
+    """What the base model says of its licence, in the fields of a model card: from the metadata of a GGUF file or from
+    its card; None where it is silent or cannot be asked."""
     if location.gguf_file:
         field = gguf.GGUFReader(Path(location.path) / location.gguf_file).fields.get("general.license")
-        return str(field.contents()) if field else None
+        return {"license": str(field.contents())} if field else None
     readme = Path(location.path) / "README.md"
     try:
         if Path(location.path).is_dir() and not readme.is_file():
             return None
         card = ModelCard.load(readme if readme.is_file() else location.path, ignore_metadata_errors=True)
-    except (OSError, ValueError):  # no card, or no network
+    except (OSError, ValueError, yaml.YAMLError):  # no card, a broken one, or no network
         return None
-    licence = card.data.license
-    return str(licence) if licence else None
+    names = ("license", "license_name", "license_link")
+    return {name: str(value) for name in names if (value := getattr(card.data, name, None))} or None
 
 
 def _removed(plan: PruningPlan) -> str:
@@ -101,7 +123,7 @@ def _cost(result: dict[str, Any]) -> str:
     for text, by_model in result["perplexity"].items():
         dense, pruned = by_model["dense"], by_model["searched"]
         numbers = f"{dense['perplexity']:.2f} | {pruned['perplexity']:.2f}"
-        lines.append(f"| {_escaped(text)} | {numbers} | {_escaped(pruned['protocol'])} |")
+        lines.append(f"| {_escaped(_public(text))} | {numbers} | {_escaped(_public(pruned['protocol']))} |")
     return "\n".join(lines)
 
 
@@ -111,8 +133,8 @@ def _made(plan: PruningPlan, result: dict[str, Any]) -> str:
     mix = ", ".join(f"{name} {weight:.2f}" for name, weight in terms if weight)
     return "\n".join(
         [
-            f"- calibration text: {_escaped(options['calibration'])}; objective:"
-            f" {_escaped(options['objective'] or options['calibration'])}, other documents",
+            f"- calibration text: {_escaped(_public(options['calibration']))}; objective:"
+            f" {_escaped(_public(options['objective'] or options['calibration']))}, other documents",
             f"- search: {search['trials']} trials, seed {options['seed']}; importance {mix}",
             f"- compensation: {options['compensation']}; layout: {options['layout']}",
             f"- plan: `{plan.hash[:12]}`",
@@ -121,17 +143,17 @@ def _made(plan: PruningPlan, result: dict[str, Any]) -> str:
     )
 
 
-def _loading(config: PreTrainedConfig, result: dict[str, Any]) -> str:
+def _loading(config: PreTrainedConfig) -> str:
     per_layer = config.is_heterogeneous
     remote = ", trust_remote_code=True" if per_layer else ""
-    tried = f"transformers {result['versions']['transformers']}"
+    written = f"Written by transformers {version('transformers')}"
     why = (
-        f"Layers differ in size, so the folder brings a modelling file. Tried with {tried}; versions 4 cannot read it."
+        f"Layers differ in size, so the folder brings a modelling file. {written}; versions 4 cannot read it."
         if per_layer
-        else f"A stock `{config.model_type}` without code of its own. Written by {tried}."
+        else f"A stock `{config.model_type}` without code of its own. {written}."
     )
     code = [
-        _SAMPLE,
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         f"model = AutoModelForCausalLM.from_pretrained(FOLDER{remote})",
         f"tokenizer = AutoTokenizer.from_pretrained(FOLDER{remote})",
@@ -139,15 +161,21 @@ def _loading(config: PreTrainedConfig, result: dict[str, Any]) -> str:
     others = [
         "- with adapruner: `adapruner.load(FOLDER)`, no remote code",
         "- llama.cpp: `adapruner export FOLDER --to gguf -o model.gguf` (families of the Llama kind)",
-        "- vLLM: as any stock model"
-        if not per_layer
-        else "- loaders that take neither: `adapruner export FOLDER --to stock -o PADDED`",
+        "- vLLM and others that take neither: `adapruner export FOLDER --to stock -o PADDED`"
+        if per_layer
+        else "- vLLM and others: as they read the family (not tried)",
     ]
     return "\n".join([why, "", "```python", *code, "```", "", *others])
 
 
-def _licence(licence: str | None) -> str:
-    return f"That of the base model: {_escaped(licence) if licence else 'see there, it could not be read'}."
+def _data_set(text: str) -> str:
+    """The name of a text source without configuration, split and part."""
+    return _public(text).removeprefix("hf:").partition("@")[0].partition(":")[0]
+
+
+def _public(text: str) -> str:
+    """Without the folders of paths, which are nobody's business."""
+    return re.sub(r"(?<!\S)(?:\.{0,2}|~)/(?:[^\s/]+/)*", "", text)
 
 
 def _escaped(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -11,9 +12,7 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from adapruner.models import PRUNED_CLASSES, modeling_pruned, quiet_transformers
-
-_MODELING_FILE = Path(modeling_pruned.__file__)
+from adapruner.models import quiet_transformers
 
 
 def save_checkpoint(
@@ -32,27 +31,26 @@ def save_checkpoint(
     """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    differs = isinstance(model, tuple(PRUNED_CLASSES.values()))
-    if differs:
-        classes: dict[str, Any] = {
-            "AutoConfig": model.config_class,
-            "AutoModel": model.decoder_class,
-            "AutoModelForCausalLM": type(model),
-        }
-        model.config.auto_map = {
-            auto_class: f"{_MODELING_FILE.stem}.{own_class.__name__}" for auto_class, own_class in classes.items()
-        }
     folder.parent.mkdir(parents=True, exist_ok=True)
+    _make_generation_config_valid(model)
     with quiet_transformers():
         model.save_pretrained(partial, max_shard_size=shard_size)
     tokenizer.save_pretrained(partial)
     _complete_config(partial / "config.json", _deci_architecture(model))
-    if differs:
-        shutil.copy(_MODELING_FILE, partial / _MODELING_FILE.name)
     if card is not None:
         write_card(partial, card)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
+
+
+def _make_generation_config_valid(model: PreTrainedModel) -> None:
+    """Some models come with settings of sampling but without sampling, which transformers reads and does not write."""
+    settings: Any = model.generation_config
+    try:
+        settings.validate(strict=True)
+    except ValueError:
+        model.generation_config = copy.deepcopy(settings)
+        model.generation_config.do_sample = True
 
 
 def write_card(folder: Path, card: str) -> None:
@@ -66,17 +64,20 @@ def _complete_config(path: Path, other_architectures: list[str]) -> None:
     """Adds to a config what other readers look for."""
     fields = json.loads(path.read_text())
     fields["architectures"] = other_architectures + fields["architectures"]
-    fields |= _older_rope_keys(fields.get("rope_parameters"))
+    fields |= _older_rope_keys(fields["model_type"], fields.get("rope_parameters"))
     path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
 
 
-def _older_rope_keys(parameters: Any) -> dict[str, Any]:
+def _older_rope_keys(model_type: str, parameters: Any) -> dict[str, Any]:
     """transformers 4 does not read `rope_parameters`, and would silently take a theta of 10,000."""
     # Where layers of different types have their own, older versions have other keys in every family.
     if not isinstance(parameters, dict) or "rope_theta" not in parameters:
         return {}
-    older = {name: parameters[name] for name in ("rope_theta", "partial_rotary_factor") if name in parameters}
-    scaling = {name: value for name, value in parameters.items() if name not in older}
+    names = {"rope_theta": "rope_theta", "partial_rotary_factor": "partial_rotary_factor"}
+    if model_type == "gpt_neox":
+        names = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
+    older = {names[name]: value for name, value in parameters.items() if name in names}
+    scaling = {name: value for name, value in parameters.items() if name not in names}
     return older | ({"rope_scaling": scaling} if scaling.get("rope_type", "default") != "default" else {})
 
 

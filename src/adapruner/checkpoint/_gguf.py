@@ -74,10 +74,10 @@ def write_gguf(model: PreTrainedModel, tokenizer: Tokenizer, path: Path, gguf_ty
             no multiple of 32 long in float16.
 
     Raises:
-        AdaPrunerError: llama.cpp would not compute what the model computes.
+        AdaPrunerError: llama.cpp would not compute what the model computes, or split text as the tokenizer does.
     """
     config = model.config
-    _check_exportable(model)
+    check_gguf(model)
     architecture = _llama_cpp_architecture(config)
     writer = GGUFWriter(None, architecture)
     _add_hyperparameters(writer, config)
@@ -91,7 +91,8 @@ def write_gguf(model: PreTrainedModel, tokenizer: Tokenizer, path: Path, gguf_ty
         _write_file(writer, partial, _named_tensors(model), _TYPES[gguf_type][0], interleaved_width)
 
 
-def _check_exportable(model: PreTrainedModel) -> None:
+def check_gguf(model: PreTrainedModel) -> None:
+    """Raises AdaPrunerError if llama.cpp would not compute what the model computes; it needs no weights for that."""
     config = model.config
     if config.model_type not in (*_LLAMA_LIKE, "qwen3"):
         raise AdaPrunerError(

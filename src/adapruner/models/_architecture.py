@@ -70,6 +70,7 @@ class Architecture(_Data):
         default_channels: channels as a multiple of the hidden size, where the config leaves their number open.
         plain_residual: false where what a block puts out is scaled or normalised before it is added to the hidden
             state.
+        plain_residual_unless: config fields and the value with which it is so.
         equivalent: family whose config takes numbers of heads that this one refuses.
         unsupported: config fields and the value with which a model is built in another way than is described here.
     """
@@ -81,6 +82,7 @@ class Architecture(_Data):
     config_fields: ConfigFields
     default_channels: int | None = None
     plain_residual: bool = True
+    plain_residual_unless: dict[str, bool] = {}
     equivalent: Equivalent | None = None
     unsupported: dict[str, bool] = {}
 
@@ -91,9 +93,8 @@ class Architecture(_Data):
 
     def has_plain_residual(self, config: PreTrainedConfig) -> bool:
         """Whether what a block puts out is added to the hidden state as it is, and nothing else becomes of either."""
-        norm_before = getattr(config, "do_layer_norm_before", True)  # OPT
-        adds_to_norm = getattr(config, "apply_residual_connection_post_layernorm", False)  # BLOOM
-        return self.plain_residual and norm_before and not adds_to_norm
+        otherwise = (getattr(config, field, None) == value for field, value in self.plain_residual_unless.items())
+        return self.plain_residual and not any(otherwise)
 
     def channels(self, config: PreTrainedConfig) -> int:
         """Feed-forward width of a layer."""
@@ -149,5 +150,6 @@ def _why_unknown(config: PreTrainedConfig, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(config.model_type, known, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return (
-        f"{reason}; known are {', '.join(known)}.{hint} A new family is one YAML file in adapruner/models/architectures"
+        f"{reason}; known are {', '.join(known)}.{hint} A new family is one YAML file in"
+        " adapruner/models/architectures and one line in adapruner/models/modeling_pruned.py"
     )

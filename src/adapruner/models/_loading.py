@@ -27,9 +27,11 @@ from transformers.utils import logging as transformers_logging
 
 from adapruner.errors import AdaPrunerError
 from adapruner.models import modeling_pruned
-from adapruner.models._architecture import architecture_of
+from adapruner.models._architecture import architecture_of, known_architectures
 
 SMOLLM2_ALIAS = "smollm2"
+# Left open, transformers asks on the terminal whether to run what lies in the folder.
+_NO_REMOTE_CODE = {"trust_remote_code": False}
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def _read_config(location: ModelLocation) -> PreTrainedConfig:
         pruned_class: Any = modeling_pruned.PRUNED_CLASSES.get(str(fields.get("model_type")))
         is_pruned = "per_layer_config" in fields and pruned_class is not None
         loader: Any = pruned_class.config_class if is_pruned else AutoConfig
-        config: PreTrainedConfig = loader.from_pretrained(location.path, **location.arguments)
+        config: PreTrainedConfig = loader.from_pretrained(location.path, **_NO_REMOTE_CODE, **location.arguments)
     _clear_gguf_marks(config, location)
     return config
 
@@ -105,7 +107,9 @@ def load_tokenizer(location: ModelLocation) -> Tokenizer:
     """
     with _reported_as_unloadable(location):
         # Left alone, it reads the config with the stock class, which refuses layers that differ.
-        return AutoTokenizer.from_pretrained(location.path, config=load_config(location), **location.arguments)
+        return AutoTokenizer.from_pretrained(
+            location.path, config=load_config(location), **_NO_REMOTE_CODE, **location.arguments
+        )
 
 
 def load_model(location: ModelLocation, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:
@@ -131,9 +135,10 @@ def load_model(location: ModelLocation, dtype: str = "auto", device: str = "auto
             use_safetensors=location.gguf_file is None or None,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
+            **_NO_REMOTE_CODE,
             **location.arguments,
         )
-    _refuse_other_weights(location, f"{architecture_of(config).layers}.", report)
+    _refuse_other_weights(location, config, report)
     _clear_gguf_marks(model, location)
     _clear_gguf_marks(model.config, location)
     loaded: PreTrainedModel = model.to(resolve_device(device)).eval()
@@ -182,9 +187,11 @@ def in_fastest_dtype(model: PreTrainedModel) -> PreTrainedModel:
         native = model.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if model.dtype != torch.float32 or not native:
         return model
-    duplicate: Any = copy.deepcopy(model)
-    converted: PreTrainedModel = duplicate.to(torch.bfloat16)
-    return converted
+    duplicate = copy.deepcopy(model)
+    # Parameters alone: the frequencies of rotary embeddings stay as exact as in the model.
+    for parameter in duplicate.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    return duplicate
 
 
 def _find_smollm2() -> ModelLocation:
@@ -198,8 +205,9 @@ def _find_smollm2() -> ModelLocation:
     return ModelLocation(str(folder), file.name)
 
 
-def _refuse_other_weights(location: ModelLocation, layers: str, report: dict[str, Any]) -> None:
+def _refuse_other_weights(location: ModelLocation, config: PreTrainedConfig, report: dict[str, Any]) -> None:
     """transformers draws what is missing or of another shape at random, and drops what it has no place for."""
+    known = known_architectures().get(config.model_type)
     wrong = [
         f"{name} is {tuple(stored)} in the files and {tuple(wanted)} by the config"
         for name, stored, wanted in sorted(report["mismatched_keys"])
@@ -208,7 +216,7 @@ def _refuse_other_weights(location: ModelLocation, layers: str, report: dict[str
     wrong += [
         f"{name} has no place in the model"
         for name in sorted(report["unexpected_keys"])
-        if name.startswith(layers) and name.endswith(".weight")
+        if known and name.startswith(f"{known.layers}.") and name.endswith((".weight", ".bias"))
     ]
     if wrong:
         raise AdaPrunerError(

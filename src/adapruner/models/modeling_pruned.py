@@ -12,7 +12,9 @@ does not know.
 from __future__ import annotations
 
 import copy
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 from huggingface_hub.dataclasses import strict
@@ -38,6 +40,8 @@ from transformers import (
     StableLmForCausalLM,
 )
 from transformers.pytorch_utils import Conv1D
+
+FILE_NAME = "modeling_pruned.py"
 
 
 @dataclass(frozen=True)
@@ -89,8 +93,9 @@ class _PerLayer:
         layers = self.get_submodule(self.layers_path)
         layer_class = type(layers[0])
         del layers[0]
+        # What computes positions keeps the config of the stock model: it asks for sizes that layers may differ in.
         for module in self.modules():
-            if hasattr(module, "config"):
+            if isinstance(module, PreTrainedModel):
                 module.config = config
         for index in range(config.num_hidden_layers):
             layer = _build_layer(layer_class, self.family, config, index)
@@ -99,6 +104,14 @@ class _PerLayer:
                     module.config = _LayerConfig(config, index)
             layers.append(layer)
         self.post_init()
+
+    def save_pretrained(self, save_directory: str | Path, *arguments: object, **options: object) -> None:
+        """As in transformers; the folder gets this file too, and says so."""
+        self.config.auto_map = dict(self.auto_map)
+        super().save_pretrained(save_directory, *arguments, **options)
+        copied = Path(save_directory) / FILE_NAME
+        if copied.parent.is_dir() and not (copied.is_file() and copied.samefile(__file__)):
+            shutil.copy(__file__, copied)
 
 
 class _LayerConfig:
@@ -217,22 +230,28 @@ def _pruned_classes(family: _Family) -> tuple[type, type, type]:
     """Config, decoder and causal language model of a family."""
     name = family.stock_class.__name__.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
     stock_config = family.stock_class.config_class
-    own = {"__module__": __name__, "family": family}
+    classes = {
+        "AutoConfig": f"Pruned{name}Config",
+        "AutoModel": f"Pruned{name}Model",
+        "AutoModelForCausalLM": f"Pruned{name}ForCausalLM",
+    }
+    auto_map = {of: f"{FILE_NAME.removesuffix('.py')}.{own}" for of, own in classes.items()}
+    own = {"__module__": __name__, "family": family, "auto_map": auto_map}
     validation = {"validate_architecture": _accept_any_heads, "validate_rope": _validate_stock_rope}
     of_config = {"__module__": __name__, "stock_class": stock_config} | validation
     if family.stock_class is LlamaForCausalLM:
         of_config["block_configs"] = property(_block_configs)
-    config = strict(type(f"Pruned{name}Config", (stock_config,), of_config))
+    config = strict(type(classes["AutoConfig"], (stock_config,), of_config))
     prefix = f"{family.stock_class.base_model_prefix}."
     decoder = type(
-        f"Pruned{name}Model",
+        classes["AutoModel"],
         (_PerLayer, MODEL_MAPPING[stock_config]),
         own | {"config_class": config, "layers_path": family.layers.removeprefix(prefix)},
     )
     causal = type(
-        f"Pruned{name}ForCausalLM",
+        classes["AutoModelForCausalLM"],
         (_PerLayer, family.stock_class),
-        own | {"config_class": config, "layers_path": family.layers, "decoder_class": decoder},
+        own | {"config_class": config, "layers_path": family.layers},
     )
     return config, decoder, causal
 

@@ -14,7 +14,7 @@ from adapruner.models import PRUNED_CLASSES, Architecture, architecture_of
 from adapruner.planning import BlockPlan, PruningPlan
 from adapruner.structure import Structure, TensorSlice
 from adapruner.surgery._compensation import Compensation, compensate
-from adapruner.surgery._stock import stock_models
+from adapruner.surgery._stock import fields_of_all, stock_models
 
 
 def prune_model(
@@ -48,8 +48,7 @@ def _empty_pruned(
 ) -> PreTrainedModel:
     """The pruned model before its weights are set."""
     architecture = architecture_of(model.config)
-    fields = model.config.to_dict() | {"head_dim": architecture.head_dim(model.config.per_layer_config[0])}
-    fields.pop("per_layer_config", None)
+    fields = fields_of_all(model, architecture) | {"head_dim": architecture.head_dim(model.config.per_layer_config[0])}
     layers = _layer_fields(model, architecture, structure, plan)
     if all(own == layers[0] for own in layers.values()):
         shapes = {name: tensor.shape for name, tensor in state.items()}
@@ -75,9 +74,10 @@ def _layer_fields(
         own = layers.setdefault(block.layer, {})
         own |= {field: amount * len(block_plan.kept) for field, amount in block.config_counts.items()}
         numbered = architecture.config_fields.head_numbers
-        if numbered and block.kind == "heads" and len(block_plan.kept) < block.groups:
-            before = getattr(model.config.per_layer_config[block.layer], numbered, None) or range(block.groups)
-            own[numbered] = [before[group] for group in block_plan.kept]
+        if numbered and block.kind == "heads":
+            before = getattr(model.config.per_layer_config[block.layer], numbered, None)
+            if before or len(block_plan.kept) < block.groups:
+                own[numbered] = [(before or range(block.groups))[group] for group in block_plan.kept]
     return layers
 
 

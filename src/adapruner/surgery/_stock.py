@@ -37,6 +37,12 @@ def stock_models(architecture: Architecture, fields: Mapping[str, Any]) -> Itera
             yield stock_class(stock_class.config_class.from_dict(own))
 
 
+def fields_of_all(model: PreTrainedModel, architecture: Architecture) -> dict[str, Any]:
+    """What a config says of the whole model: without what layers have less of, and without the code of others."""
+    own = {"per_layer_config", "auto_map", "architectures", architecture.config_fields.head_numbers}
+    return {name: value for name, value in model.config.to_dict().items() if name not in own}
+
+
 def pad_to_stock(model: PreTrainedModel) -> PreTrainedModel:
     """A model that computes the same as one whose layers differ, in a stock class: short layers are padded with heads
     and channels of zeros to the size of the widest, or of the dense model where the family takes no other.
@@ -44,15 +50,11 @@ def pad_to_stock(model: PreTrainedModel) -> PreTrainedModel:
     Every loader reads it; it is no faster than its widest layers.
 
     Raises:
-        AdaPrunerError: it has biases that its family does not know.
+        AdaPrunerError: see `check_paddable`.
     """
     if not model.config.is_heterogeneous:
         return model
-    if getattr(model.config, "added_biases", None):
-        raise AdaPrunerError(
-            f"the biases that compensation added have no place in a stock {model.config.model_type}: prune with"
-            " --compensation least-squares to export it"
-        )
+    check_paddable(model)
     padded: Any = _empty_padded(model)
     source, target = build_structure(model), build_structure(padded)
     state = model.state_dict()
@@ -68,15 +70,22 @@ def pad_to_stock(model: PreTrainedModel) -> PreTrainedModel:
     return moved
 
 
+def check_paddable(model: PreTrainedModel) -> None:
+    """Raises AdaPrunerError if a model, which needs no weights for that, has biases that its family does not know."""
+    if getattr(model.config, "added_biases", None):
+        raise AdaPrunerError(
+            f"the biases that compensation added have no place in a stock {model.config.model_type}: prune with"
+            " --compensation least-squares to export it"
+        )
+
+
 def _empty_padded(model: PreTrainedModel) -> PreTrainedModel:
     """Without weights."""
     architecture = architecture_of(model.config)
     names = architecture.config_fields
     layers = list(model.config.per_layer_config)
     # Without what each layer has less of, the config is that of the dense model.
-    of_dense = model.config.to_dict()
-    for field in ("per_layer_config", "auto_map", "architectures", names.head_numbers or ""):
-        of_dense.pop(field, None)
+    of_dense = fields_of_all(model, architecture)
     key_value_heads = [getattr(layer, names.key_value_heads or names.heads) for layer in layers]
     per_group = max(
         getattr(layer, names.heads) // groups for layer, groups in zip(layers, key_value_heads, strict=True)
