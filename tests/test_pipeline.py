@@ -376,7 +376,7 @@ def test_bad_models(
     for model, message in (
         ("empty", "holds no model: it has no config.json"),
         ("other", "Did you mean 'gpt2'?"),
-        ("encoder", "unknown architecture 't5'"),
+        ("encoder", "'t5' is an encoder-decoder"),
         ("broken", "cannot load"),
         ("quantized", "this model is quantized"),
         ("missing", "no model at"),
