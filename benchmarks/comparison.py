@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from adapruner import PruneConfig, PruningPlan, pipeline
+from adapruner import PruneConfig, PruningPlan, pipeline, stages
 from adapruner.calibration import parse_source, text_windows
 from adapruner.evaluation import measure_perplexity
 from adapruner.importance import ACTIVATION_METRICS, LLM_PRUNER_METRICS, MetricPoint, score_groups
@@ -117,7 +117,7 @@ class Comparison:
         config = PruneConfig.from_options(**searched.result["config"] | allocation(name, ratio) | {"ratio": ratio})
         folder = self.folder(seed, name)
         found = SearchOutcome.model_validate_json(folder.search.read_text()).best
-        return pipeline.plan_at_ratio(self.structure, Statistics.load(folder.statistics), found, config)
+        return stages.plan_at_ratio(self.structure, Statistics.load(folder.statistics), found, config)
 
     def folder(self, seed: int, name: str) -> RunFolder:
         """Where the run of a method is."""

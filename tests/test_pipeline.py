@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import adapruner
-from adapruner import AdaPrunerError, PruneConfig, pipeline, verbs
+from adapruner import AdaPrunerError, PruneConfig, stages, verbs
 from adapruner.checkpoint import model_card
 from adapruner.cli import main
 from adapruner.models import find_model, load_model
@@ -72,9 +72,9 @@ def test_the_result_is_a_smaller_model_with_its_numbers(
     assert result["plan_hash"] == finished.plan.hash == PruningPlan.load(finished.output / "plan.json").hash
     assert result["search"]["best_loss"] <= result["search"]["best_fixed_loss"]
     text = f"{text_file}@report"
-    evaluated = adapruner.evaluate(finished.model_folder, [text], window_length=16)
+    evaluated = adapruner.evaluate(finished.model_folder, [text], window_length=16).perplexity
     assert evaluated[0].perplexity == result["perplexity"][text]["searched"]["perplexity"]
-    dense = adapruner.evaluate(model_folder, [text], window_length=16)
+    dense = adapruner.evaluate(model_folder, [text], window_length=16).perplexity
     assert dense[0].perplexity == result["perplexity"][text]["dense"]["perplexity"]
     assert set(result["stages"]) == {
         "loading",
@@ -98,6 +98,7 @@ def test_the_run_folder_holds_what_the_design_says(finished: adapruner.PruneResu
         "search.json",
         "plan.json",
         "model",
+        "evaluation.json",
         "result.json",
         "log.jsonl",
     }
@@ -110,7 +111,7 @@ def test_the_same_call_again_does_nothing_twice(
         raise AssertionError("done already")
 
     for name in ("load_model", "measure_in_parts", "search", "save_checkpoint"):
-        monkeypatch.setattr(pipeline, name, fail)
+        monkeypatch.setattr(stages, name, fail)
     again = adapruner.prune(
         str(model_folder), finished.output, calibration=str(text_file), evaluate=(str(text_file),), **OPTIONS
     )
@@ -190,8 +191,8 @@ def test_a_killed_run_goes_on_to_the_same_plan(
 def test_plan_gives_another_ratio_without_measuring_or_searching(
     finished: adapruner.PruneResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr(pipeline, "measure_in_parts")
-    monkeypatch.delattr(pipeline, "search")
+    monkeypatch.delattr(stages, "measure_in_parts")
+    monkeypatch.delattr(stages, "search")
     assert run_cli(["plan", str(finished.output), "--ratio", "0.05", "-o", str(tmp_path / "b")]) == 0
     plan = PruningPlan.load(tmp_path / "b" / "plan.json")
     assert abs(plan.ratio - 0.05) <= 0.005
@@ -267,7 +268,9 @@ def test_query_heads_end_to_end(model_folder: Path, text_file: Path, tmp_path: P
     options = OPTIONS | {"head_granularity": "query-head", "head_share": 1.0}
     result = adapruner.prune(str(model_folder), tmp_path / "run", calibration=str(text_file), **options)
     assert any(len(block.kept) < block.groups for block in result.plan.blocks if block.kind == "heads")
-    assert adapruner.evaluate(result.model_folder, [str(text_file)], window_length=16, limit=3)[0].windows == 3
+    assert (
+        adapruner.evaluate(result.model_folder, [str(text_file)], window_length=16, limit=3).perplexity[0].windows == 3
+    )
     prompt = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3)}
     assert adapruner.load(result.model_folder).generate(**prompt, max_new_tokens=4, min_new_tokens=4).shape == (1, 7)
 
@@ -347,7 +350,7 @@ def refuse(
 ) -> None:
     """The command ends with code 2 and one line, and loads no weights."""
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "load_model", lambda *_: pytest.fail("weights were loaded"))
+        patch.setattr(stages, "load_model", lambda *_: pytest.fail("weights were loaded"))
         assert run_cli(arguments) == 2
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1, captured.err

@@ -68,7 +68,7 @@ def test_pruned_for_real(tmp_path: Path) -> None:
 @needs("wikitext2/wiki.valid.raw")
 def test_perplexity_on_wikitext2() -> None:
     """Against the loss of transformers over the same windows, each on its own."""
-    [result] = adapruner.evaluate("smollm2", ["wikitext2:validation"], limit=6)
+    [result] = adapruner.evaluate("smollm2", ["wikitext2:validation"], limit=6).perplexity
     model, tokenizer = adapruner.load("smollm2"), load_tokenizer(find_model("smollm2"))
     windows = text_windows(parse_source("wikitext2:validation"), tokenizer, 128)
     chosen = windows[torch.arange(6) * len(windows) // 6]

@@ -5,26 +5,30 @@
 
 from __future__ import annotations
 
-from adapruner.config import PruneConfig, PruneOptions
+from adapruner.config import PruneConfig, PruneOptions, RecoveryOptions
 from adapruner.errors import AdaPrunerError
-from adapruner.evaluation import Perplexity
+from adapruner.evaluation import Perplexity, TaskScore
 from adapruner.pipeline import plan_again, prune
 from adapruner.planning import PruningPlan
 from adapruner.result import PruneResult
-from adapruner.verbs import evaluate, export, load
+from adapruner.verbs import Evaluation, evaluate, export, load, recover
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AdaPrunerError",
+    "Evaluation",
     "Perplexity",
     "PruneConfig",
     "PruneOptions",
     "PruneResult",
     "PruningPlan",
+    "RecoveryOptions",
+    "TaskScore",
     "evaluate",
     "export",
     "load",
     "plan_again",
     "prune",
+    "recover",
 ]

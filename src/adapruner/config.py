@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -12,6 +12,50 @@ from typing_extensions import Self
 from adapruner.errors import AdaPrunerError
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class RecoveryOptions(BaseModel):
+    """How a pruned model is trained again; the defaults are those of LLM-Pruner and the paper."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    method: Annotated[
+        Literal["auto", "labels", "distillation"],
+        Field(
+            description="Learn the text itself or the predictions of the dense model on it; auto: the text of"
+            " instructions, the predictions on plain text where there is a dense model."
+        ),
+    ] = "auto"
+    train: Annotated[
+        Literal["lora", "full"], Field(description="Low-rank adapters, merged at the end, or all weights.")
+    ] = "lora"
+    steps: Annotated[int | None, Field(ge=1, description="Steps of the optimizer, in place of --epochs.")] = None
+    epochs: Annotated[int, Field(ge=1, description="Passes over the data.")] = 2
+    records: Annotated[
+        int | None, Field(ge=2, description="Take at most so many records, or windows of plain text.")
+    ] = None
+    seq_len: Annotated[int, Field(ge=2, description="Tokens of an example; longer ones are cut off.")] = 256
+    batch_size: Annotated[int, Field(ge=1, description="Examples per step.")] = 64
+    micro_batch_size: Annotated[int, Field(ge=1, description="Examples at once, as many as fit into memory.")] = 4
+    learning_rate: Annotated[float, Field(gt=0, description="At its highest, after the warm-up.")] = 1e-4
+    warmup_steps: Annotated[int, Field(ge=0, description="Steps of warm-up, at most a tenth of all.")] = 100
+    lora_rank: Annotated[int, Field(ge=1, description="Rank of the adapters.")] = 8
+    lora_alpha: Annotated[int, Field(ge=1, description="Scale of the adapters, divided by their rank.")] = 16
+    lora_dropout: Annotated[float, Field(ge=0, lt=1, description="Dropout before the adapters.")] = 0.05
+    temperature: Annotated[float, Field(gt=0, description="Softens predictions in distillation.")] = 1.0
+    label_weight: Annotated[
+        float, Field(ge=0, le=1, description="Share of the loss of the text itself in distillation.")
+    ] = 0.0
+    validation: Annotated[
+        int, Field(ge=1, description="Examples kept back to choose the best weights by, at most a tenth.")
+    ] = 2000
+    seed: Annotated[int, Field(ge=0, description="Order of the examples and start of the adapters.")] = 0
+
+    def learns_labels(self, instructions: bool, has_teacher: bool = True) -> bool:
+        """Whether the text itself is learnt, and not what a teacher predicts."""
+        if self.method == "auto":
+            return instructions or not has_teacher
+        return self.method == "labels"
 
 
 class PruneOptions(BaseModel):
@@ -103,6 +147,16 @@ class PruneOptions(BaseModel):
             " default where layers differ and no bias is added."
         ),
     ] = None
+    recover: Annotated[
+        str | None,
+        Field(description="Train the pruned model afterwards on this text, or on instructions with their answers."),
+    ] = None
+    recovery: RecoveryOptions = RecoveryOptions()
+    tasks: Annotated[
+        tuple[str, ...],
+        Field(description="Tasks of lm-eval to report, before and after; commonsense is the seven of the paper."),
+    ] = ()
+    task_limit: Annotated[int | None, Field(ge=1, description="Take so many evenly spaced items of each task.")] = None
     device: Annotated[str, Field(description="auto, cpu, cuda, cuda:1, …")] = "auto"
     dtype: Annotated[Dtype, Field(description="Dtype of the weights; auto keeps that of the checkpoint.")] = "auto"
     seed: Annotated[int, Field(ge=0, description="Same seed, same machine: same plan.")] = 0
@@ -125,11 +179,42 @@ class PruneOptions(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _recovery_is_asked_for(self) -> Self:
+        if self.recover is None and self.recovery != RecoveryOptions():
+            raise ValueError("--recovery.… says how to train, but not on what: add --recover SRC")
+        return self
+
+    @model_validator(mode="after")
     def _samples_fit_the_pool(self) -> Self:
         if self.samples > self.pool:
             raise ValueError(
                 f"--samples {self.samples} is more than the pool of {self.pool} holds: raise --pool or choose fewer"
             )
+        return self
+
+
+class RecoverConfig(RecoveryOptions):
+    """Everything that a recovery by itself depends on."""
+
+    model: str
+    data: str
+    teacher: str | None = None
+
+    @classmethod
+    def from_options(cls, **options: Any) -> Self:
+        """Builds the config from plain values.
+
+        Raises:
+            AdaPrunerError: an option is unknown, of the wrong type or out of range, or they do not go together.
+        """
+        return _validated(cls, options)
+
+    @model_validator(mode="after")
+    def _options_go_together(self) -> Self:
+        if self.method == "distillation" and self.teacher is None:
+            raise ValueError("--method distillation learns from the dense model: name it with --teacher")
+        if self.method == "labels" and self.teacher is not None:
+            raise ValueError("--method labels needs no teacher: leave --teacher out")
         return self
 
 
@@ -161,10 +246,17 @@ class PruneConfig(PruneOptions):
         Raises:
             AdaPrunerError: an option is unknown, of the wrong type or out of range.
         """
-        try:
-            return cls.model_validate(options)
-        except ValidationError as error:
-            raise AdaPrunerError(describe(error)) from None
+        return _validated(cls, options)
+
+
+_Options = TypeVar("_Options", bound=BaseModel)
+
+
+def _validated(cls: type[_Options], options: dict[str, Any]) -> _Options:
+    try:
+        return cls.model_validate(options)
+    except ValidationError as error:
+        raise AdaPrunerError(describe(error)) from None
 
 
 def describe(error: ValidationError) -> str:
@@ -173,4 +265,5 @@ def describe(error: ValidationError) -> str:
     message = first["msg"].removeprefix("Value error, ")
     if not first["loc"]:
         return message
-    return f"--{str(first['loc'][0]).replace('_', '-')} {first['input']}: {message}"
+    option = ".".join(str(part) for part in first["loc"] if isinstance(part, str)).replace("_", "-")
+    return f"--{option} {first['input']}: {message}"

@@ -11,9 +11,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from adapruner.calibration import SELF_GENERATED, Part, Source, draw_windows, parse_source, text_windows
+from adapruner.calibration import (
+    SELF_GENERATED,
+    Part,
+    Source,
+    draw_windows,
+    parse_source,
+    provenance,
+    read_documents,
+    text_windows,
+)
 from adapruner.config import PruneConfig
 from adapruner.errors import AdaPrunerError
+from adapruner.evaluation import Tasks, load_tasks
 from adapruner.models import (
     ModelLocation,
     architecture_of,
@@ -24,6 +34,7 @@ from adapruner.models import (
     resolve_device,
 )
 from adapruner.planning import Budget, UnreachableRatioError, kept_counts, largest_channel_share
+from adapruner.recovery import Examples, read_examples
 from adapruner.run_folder import RunFolder
 from adapruner.structure import Structure, build_structure
 
@@ -31,6 +42,8 @@ from adapruner.structure import Structure, build_structure
 _DEFAULT_ALLOCATIONS = ((4, 3, 0.0), (2, 2, 0.0), (1, 1, 0.0), (1, 1, 0.5), (2, 1, 1.0), (0, 0, 1.0))
 # Taking more of the channels of a layer hurts more than taking heads or fewer layers whole (see docs/benchmarks.md).
 MOST_CHANNELS = 0.8
+# Windows that a model writes to be trained on, where their number is left open.
+DEFAULT_GENERATED_RECORDS = 1024
 
 
 @dataclass(frozen=True)
@@ -41,7 +54,9 @@ class Job:
         budget: what goes, and from where as far as that is not searched.
         windows: `pool`, `objective` and `compensation`, [windows, tokens] each; without those that the model shall
             write itself.
-        report: windows to report perplexity on, by text.
+        report: what to report perplexity on, by name.
+        tasks: what to run of lm-eval.
+        examples: to train the pruned model on; None where it is not trained, or the model shall write them itself.
         fits_sequentially: whether the final model is fitted once more, layer by layer.
     """
 
@@ -52,7 +67,9 @@ class Job:
     structure: Structure
     budget: Budget
     windows: dict[str, Tensor]
-    report: dict[str, Tensor]
+    report: dict[str, EvaluationText]
+    tasks: Tasks | None
+    examples: Examples | None
     fits_sequentially: bool
 
 
@@ -75,13 +92,58 @@ def prepare(config: PruneConfig, run: RunFolder, drawn: Path | None) -> Job:
         _refuse_used_text(source, used, use)
         used.add((source.identity, source.part))
     windows = load_file(drawn) if drawn is not None and drawn.is_file() else _draw(config, sources, tokenizer)
+    recovery_source = _recovery_source(config, used)
+    if recovery_source is not None:
+        used.add((recovery_source.identity, recovery_source.part))
     report = {}
     for source in map(parse_source, config.evaluate):
         if source.identity in {identity for identity, _ in used}:
             source = source.restrict("report")
         _refuse_used_text(source, used, "report")
-        report[str(source)] = evenly_spaced(text_windows(source, tokenizer, config.seq_len), config.evaluate_windows)
-    return Job(config, run, location, tokenizer, structure, budget, windows, report, fits_sequentially)
+        report[str(source)] = evaluation_text(source, tokenizer, config.seq_len, config.evaluate_windows)
+    examples = None
+    if recovery_source is not None:
+        examples = read_examples(recovery_source, tokenizer, config.recovery)
+    tasks = None
+    if config.tasks:
+        seen = [*sources.values(), *([recovery_source] if recovery_source else [])]
+        documents = [document for source in seen for document in read_documents(source)]
+        tasks = load_tasks(config.tasks, config.task_limit, documents)
+    return Job(config, run, location, tokenizer, structure, budget, windows, report, tasks, examples, fits_sequentially)
+
+
+@dataclass(frozen=True)
+class EvaluationText:
+    """Windows of a text, [windows, tokens], the tokens between their beginnings, and what the text is."""
+
+    windows: Tensor
+    stride: int
+    provenance: dict[str, str]
+
+
+def evaluation_text(
+    source: Source, tokenizer: Tokenizer, length: int, limit: int | None, stride: int | None = None
+) -> EvaluationText:
+    """Cuts a text into windows to measure perplexity on.
+
+    Args:
+        limit: at most so many windows, evenly spaced.
+        stride: tokens between the beginnings of windows; by default they do not overlap.
+    """
+    windows = evenly_spaced(text_windows(source, tokenizer, length, stride), limit)
+    name = Path(tokenizer.name_or_path).name or type(tokenizer).__name__
+    return EvaluationText(
+        windows, stride or length, provenance(source) | {"tokenizer": f"{name}, {len(tokenizer):,} tokens"}
+    )
+
+
+def _recovery_source(config: PruneConfig, used: set[tuple[str, Part]]) -> Source | None:
+    """The text that the model is trained on; where it is also that of something else, its part to calibrate on."""
+    if config.recover in (None, SELF_GENERATED):
+        return None
+    source = parse_source(str(config.recover))
+    others = {identity for identity, _ in used} | {parse_source(text).identity for text in config.evaluate}
+    return source.restrict("calibration") if source.identity in others else source
 
 
 def reference_budget(config: PruneConfig, structure: Structure) -> Budget:
@@ -161,7 +223,11 @@ def _refuse_used_text(source: Source, used: set[tuple[str, Part]], use: str) -> 
 def window_counts(config: PruneConfig) -> dict[str, int]:
     """How many windows there are for each use; for the objective, with those for the final choice."""
     counts = {"pool": config.pool, "objective": config.objective_windows + config.final_windows}
-    return counts | ({"compensation": config.compensation_windows} if needs_moments(config) else {})
+    if needs_moments(config):
+        counts["compensation"] = config.compensation_windows
+    if config.recover == SELF_GENERATED:
+        counts["recovery"] = config.recovery.records or DEFAULT_GENERATED_RECORDS
+    return counts
 
 
 def evenly_spaced(windows: Tensor, limit: int | None) -> Tensor:

@@ -13,12 +13,14 @@ from pydantic import BaseModel
 from rich.table import Table
 
 from adapruner.config import PruneConfig
-from adapruner.evaluation import Perplexity
+from adapruner.evaluation import mean_accuracies
 from adapruner.planning import PruningPlan
 from adapruner.run_folder import RunFolder
 from adapruner.search import Candidate
 
-RESULT_SCHEMA_VERSION = 1
+RESULT_SCHEMA_VERSION = 2
+
+_TITLES = {"dense": "dense", "best_fixed": "best fixed metric", "searched": "searched", "recovered": "recovered"}
 
 
 class SearchOutcome(BaseModel):
@@ -51,12 +53,14 @@ class PruneResult:
 
     @property
     def model_folder(self) -> Path:
-        """The pruned checkpoint; `adapruner.load` reads it."""
-        return RunFolder(self.output).model
+        """The pruned checkpoint, the recovered one if it was trained; `adapruner.load` reads it."""
+        run = RunFolder(self.output)
+        return run.recovered if self.result["recovery"] else run.model
 
-    def table(self) -> Table:
-        """Parameters and perplexities: dense, best fixed metric, searched."""
-        return _table(self.result)
+    def tables(self) -> list[Table]:
+        """Parameters and perplexities of the dense, the best fixed metric's, the searched and the recovered model; and
+        what they score in tasks, if any were run."""
+        return [_table(self.result), *([_task_table(self.result)] if self.result["tasks"] else [])]
 
 
 def read_result(run: RunFolder) -> PruneResult:
@@ -69,15 +73,19 @@ def build_result(
     plan: PruningPlan,
     parameters_after: int,
     outcome: SearchOutcome,
-    perplexities: dict[str, dict[str, Perplexity]],
+    recovery: dict[str, Any] | None,
+    perplexities: dict[str, dict[str, Any]],
+    scores: dict[str, dict[str, Any]],
     stages: dict[str, dict[str, float]],
 ) -> dict[str, Any]:
     """The content of `result.json`: every number with what it needs to be had again.
 
     Args:
         parameters_after: counted in the saved checkpoint.
-        perplexities: by text, then by model (`dense`, `best_fixed`, `searched`); `best_fixed` as that metric is used
-            elsewhere, without compensation, though trials of it are compensated as all are.
+        recovery: the record of the training afterwards, if there was any.
+        perplexities: by model (`dense`, `best_fixed`, `searched`, `recovered`), then by text; `best_fixed` as that
+            metric is used elsewhere, without compensation, though trials of it are compensated as all are.
+        scores: by model, then by task.
         stages: seconds and peak memory of every stage.
     """
     return {
@@ -90,8 +98,11 @@ def build_result(
         },
         "plan_hash": plan.hash,
         "search": outcome.model_dump(),
-        "perplexity": {
-            text: {name: value.as_json() for name, value in by_model.items()} for text, by_model in perplexities.items()
+        "recovery": recovery,
+        "perplexity": _by_text(perplexities),
+        "tasks": _by_text(scores),
+        "task_means": {
+            name: mean_accuracies(score["metrics"] for score in by_task.values()) for name, by_task in scores.items()
         },
         "stages": stages,
         "versions": {name: version(name) for name in ("adapruner", "torch", "transformers", "optuna")}
@@ -99,8 +110,13 @@ def build_result(
     }
 
 
+def _by_text(by_model: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Numbers by model and text, or task, the other way round."""
+    texts = list(next(iter(by_model.values()), {}))
+    return {text: {name: own[text] for name, own in by_model.items() if text in own} for text in texts}
+
+
 def _table(result: dict[str, Any]) -> Table:
-    """Parameters and perplexities of a `result.json`: dense, best fixed metric, searched."""
     parameters, perplexity = result["parameters"], result["perplexity"]
     protocols = [by_model["searched"]["protocol"] for by_model in perplexity.values()]
     table = Table(caption="\n".join(protocols), caption_justify="left")
@@ -110,12 +126,28 @@ def _table(result: dict[str, Any]) -> Table:
     for text in perplexity:
         table.add_column(f"perplexity\n{text}", justify="right")
     not_compensated = ", not compensated" if result["config"]["compensation"] != "none" else ""
-    names = {
-        "dense": "dense",
-        "best_fixed": f"best fixed metric ({result['search']['best_fixed_name']}){not_compensated}",
-        "searched": "searched",
-    }
-    for name, title in names.items():
+    titles = _TITLES | {"best_fixed": f"best fixed metric ({result['search']['best_fixed_name']}){not_compensated}"}
+    for name, title in titles.items():
+        if name == "recovered" and not result["recovery"]:
+            continue
         count = parameters["before"] if name == "dense" else parameters["after"]
         table.add_row(title, f"{count:,}", *(f"{by_model[name]['perplexity']:.2f}" for by_model in perplexity.values()))
     return table
+
+
+def _task_table(result: dict[str, Any]) -> Table:
+    models = list(result["task_means"])
+    table = Table("task", "metric", *(_TITLES[name] for name in models), caption_justify="left")
+    for task, by_model in result["tasks"].items():
+        for metric in by_model["dense"]["metrics"]:
+            cells = (_with_error(by_model[name], metric) for name in models)
+            table.add_row(task, metric, *cells)
+    for metric in result["task_means"]["dense"]:
+        table.add_row("mean", metric, *(f"{result['task_means'][name][metric]:.4f}" for name in models))
+    table.caption = "\n".join(by_model["dense"]["protocol"] for by_model in result["tasks"].values())
+    return table
+
+
+def _with_error(score: dict[str, Any], metric: str) -> str:
+    error = score["standard_errors"].get(metric)
+    return f"{score['metrics'][metric]:.4f}" + (f" ± {error:.4f}" if error is not None else "")

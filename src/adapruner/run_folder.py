@@ -17,6 +17,7 @@ from adapruner.config import PruneConfig
 from adapruner.errors import AdaPrunerError
 from adapruner.measurement import InputMoments, Statistics
 from adapruner.planning import PruningPlan
+from adapruner.recovery import working_folder
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,14 @@ class RunFolder:
     @property
     def model(self) -> Path:
         return self.path / "model"
+
+    @property
+    def recovered(self) -> Path:
+        return self.path / "recovered"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.path / "evaluation.json"
 
     @property
     def result(self) -> Path:
@@ -130,7 +139,13 @@ class RunFolder:
         return self.path.is_dir() and all(path.name == f"{self.config.name}.partial" for path in self.path.iterdir())
 
     def _clear(self) -> None:
-        for path in (self.statistics_parts, self.moments, self.model):
+        for path in (
+            self.statistics_parts,
+            self.moments,
+            self.model,
+            self.recovered,
+            working_folder(self.recovered),
+        ):
             shutil.rmtree(path, ignore_errors=True)
         for path in (
             self.windows,
@@ -138,6 +153,7 @@ class RunFolder:
             self.journal,
             self.search,
             self.plan,
+            self.evaluation,
             self.result,
             self.log,
             self.config,

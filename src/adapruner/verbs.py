@@ -5,24 +5,34 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from adapruner.calibration import parse_source, text_windows
+from adapruner.calibration import SELF_GENERATED, generate_windows, parse_source
 from adapruner.checkpoint import (
     GgufType,
     card_of_export,
+    card_of_recovered,
     check_gguf,
     check_push,
     push,
     save_checkpoint,
     write_gguf,
 )
-from adapruner.config import Dtype
+from adapruner.config import Dtype, RecoverConfig, RecoveryOptions
 from adapruner.errors import AdaPrunerError
-from adapruner.evaluation import Perplexity, measure_perplexity
-from adapruner.job import evenly_spaced
+from adapruner.evaluation import (
+    PROTOCOLS,
+    Perplexity,
+    TaskScore,
+    load_tasks,
+    mean_accuracies,
+    measure_perplexity,
+    measure_tasks,
+)
+from adapruner.job import DEFAULT_GENERATED_RECORDS, EvaluationText, evaluation_text
 from adapruner.models import (
     ModelLocation,
     empty_model,
@@ -33,6 +43,7 @@ from adapruner.models import (
     resolve_device,
 )
 from adapruner.progress import Reporter
+from adapruner.recovery import check_folder, read_examples, recover_into, start_folder, total_steps, window_examples
 from adapruner.structure import Structure, build_structure
 from adapruner.surgery import check_paddable, pad_to_stock
 
@@ -53,40 +64,164 @@ def load(model: str | Path, dtype: Dtype = "auto", device: str = "auto") -> PreT
     return load_model(find_model(str(model)), dtype, device)
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model scores, each number with its protocol."""
+
+    perplexity: list[Perplexity]
+    tasks: list[TaskScore]
+
+    @property
+    def mean_accuracies(self) -> dict[str, float]:
+        """Means over the tasks, see `evaluation.mean_accuracies`."""
+        return mean_accuracies(score.metrics for score in self.tasks)
+
+
 def evaluate(
     model: str | Path,
-    perplexity: Sequence[str] = ("wikitext2", "ptb"),
+    perplexity: Sequence[str] = (),
+    protocol: str | None = None,
     window_length: int = 128,
+    stride: int | None = None,
+    tasks: Sequence[str] = (),
     limit: int | None = None,
     dtype: Dtype = "auto",
     device: str = "auto",
-) -> list[Perplexity]:
-    """Perplexity of any model on any texts, each with its protocol.
+) -> Evaluation:
+    """Perplexity on texts and scores in tasks of any model, each with its protocol.
 
     Args:
         model: as for `load`.
         perplexity: text sources.
-        window_length: tokens per window; 128 is the protocol of LLM-Pruner (arXiv 2305.11627).
-        limit: take only so many windows of each text, evenly spaced.
+        protocol: texts and window length as others report them: `llm-pruner` (WikiText2 test and PTB validation, 128
+            tokens; where nothing at all is asked for) or `2048` (WikiText2 test, 2048 tokens).
+        window_length: tokens per window of the texts in `perplexity`.
+        stride: tokens between the beginnings of these windows; by default they do not overlap.
+        tasks: of lm-eval; `commonsense` is the seven of the paper.
+        limit: take only so many windows of each text and items of each task, evenly spaced.
 
     Raises:
-        AdaPrunerError: an option, the model or a text will not do; before the weights are loaded.
+        AdaPrunerError: an option, the model, a text or a task will not do; before the weights are loaded.
     """
     if window_length < 2 or (limit is not None and limit < 1):
         raise AdaPrunerError(f"windows need at least 2 tokens, and a limit at least 1: {window_length}, {limit}")
+    if stride is not None and not 1 <= stride <= window_length:
+        raise AdaPrunerError(f"a stride of {stride} leaves out text or goes nowhere: choose 1 to {window_length}")
+    if protocol is None and not perplexity and not tasks:
+        protocol = "llm-pruner"
     resolve_device(device)
     location = find_model(str(model))
     tokenizer = load_tokenizer(location)
-    texts = {
-        str(source): evenly_spaced(text_windows(source, tokenizer, window_length), limit)
-        for source in map(parse_source, perplexity)
-    }
+    texts = _texts_of_protocol(protocol, tokenizer, limit) if protocol else {}
+    for source in map(parse_source, perplexity):
+        texts[str(source)] = evaluation_text(source, tokenizer, window_length, limit, stride)
+    to_run = load_tasks(tasks, limit) if tasks else None
     reporter = Reporter()
     with reporter.stage("loading", 1) as advance:
         loaded = load_model(location, dtype, device)
         advance()
-    with reporter.stage("evaluating", sum(map(len, texts.values()))) as advance:
-        return [measure_perplexity(loaded, windows, text, advance) for text, windows in texts.items()]
+    perplexities, scores = [], []
+    if texts:
+        with reporter.stage("evaluating", sum(len(text.windows) for text in texts.values())) as advance:
+            for name, text in texts.items():
+                perplexities.append(
+                    measure_perplexity(loaded, text.windows, name, advance, text.stride, text.provenance)
+                )
+    if to_run:
+        with reporter.stage("running tasks", len(to_run)) as advance:
+            scores = measure_tasks(loaded, tokenizer, to_run, advance)
+    return Evaluation(perplexities, scores)
+
+
+def _texts_of_protocol(name: str, tokenizer: Tokenizer, limit: int | None) -> dict[str, EvaluationText]:
+    if name not in PROTOCOLS:
+        raise AdaPrunerError(f"unknown protocol {name!r}; the protocols are {', '.join(PROTOCOLS)}")
+    return {
+        text: evaluation_text(parse_source(text), tokenizer, PROTOCOLS[name].window_length, limit)
+        for text in PROTOCOLS[name].texts
+    }
+
+
+def recover(
+    model: str | Path,
+    data: str,
+    output: str | Path,
+    teacher: str | None = None,
+    overwrite: bool = False,
+    dtype: Dtype = "auto",
+    device: str = "auto",
+    **options: Any,
+) -> dict[str, Any]:
+    """Trains a pruned model again and writes it as a normal checkpoint. A call that was killed goes on from its last
+    saved step.
+
+    Args:
+        model: as for `load`.
+        data: instructions with answers (columns `instruction`, `output` and perhaps `input`), any text, or `self`: text
+            that the teacher writes.
+        output: the folder of the recovered model.
+        teacher: the dense model, for distillation.
+        overwrite: start again where the folder holds another model.
+        options: the fields of `RecoveryOptions`.
+
+    Returns:
+        The record of the training: what `recovery.json` in the folder holds.
+
+    Raises:
+        AdaPrunerError: an option, the data, a model or the folder will not do, before the weights are loaded; or the
+            loss is not finite any more.
+    """
+    config = RecoverConfig.from_options(model=str(model), data=data, teacher=teacher, **options)
+    folder = Path(output)
+    resolved = config.model_dump(mode="json")
+    record = check_folder(folder, resolved, overwrite)
+    if record is not None:
+        return record
+    resolve_device(device)
+    location = find_model(config.model)
+    load_config(location)
+    tokenizer = load_tokenizer(location)
+    of_teacher = find_model(teacher) if teacher else None
+    if of_teacher is not None:
+        _refuse_other_vocabulary(location, of_teacher)
+    settings = RecoveryOptions(**{name: getattr(config, name) for name in RecoveryOptions.model_fields})
+    examples = None
+    if data != SELF_GENERATED:
+        examples = read_examples(parse_source(data), tokenizer, settings)
+    elif of_teacher is None:
+        raise AdaPrunerError("--data self is text that the dense model writes: name it with --teacher")
+    start_folder(folder, resolved)
+    reporter = Reporter()
+    with reporter.stage("loading", 1) as advance:
+        loaded = load_model(location, dtype, device)
+        dense = load_model(of_teacher, dtype, device) if of_teacher else None
+        advance()
+    if examples is None and dense is not None:
+        with reporter.stage("writing text", 1) as advance:
+            count = settings.records or DEFAULT_GENERATED_RECORDS
+            windows = generate_windows(dense, count, settings.seq_len, settings.seed)
+            examples = window_examples(windows, data, settings)
+            advance()
+    assert examples is not None
+    learnt_from = None if settings.learns_labels(examples.instructions, dense is not None) else dense
+    with reporter.stage("recovering", total_steps(examples, settings)) as advance:
+        return recover_into(
+            folder,
+            loaded,
+            tokenizer,
+            examples,
+            settings,
+            learnt_from,
+            resolved,
+            lambda trained: _card(location, loaded, trained),
+            advance,
+        )
+
+
+def _refuse_other_vocabulary(location: ModelLocation, teacher: ModelLocation) -> None:
+    own, other = (load_config(one).vocab_size for one in (location, teacher))
+    if own != other:
+        raise AdaPrunerError(f"the teacher has a vocabulary of {other:,} tokens, the model one of {own:,}")
 
 
 def inspect(model: str | Path) -> Structure:
@@ -161,8 +296,10 @@ def export(
     return Exported(path, sum(file.stat().st_size for file in files))
 
 
-def _card(location: ModelLocation, exported: PreTrainedModel) -> str | None:
+def _card(location: ModelLocation, written: PreTrainedModel, trained: dict[str, Any] | None = None) -> str | None:
+    """The card of a model for what was made of it."""
     readme = Path(location.path) / "README.md"
     if location.gguf_file or not readme.is_file():
         return None
-    return card_of_export(readme.read_text(), exported.config)
+    card = readme.read_text()
+    return card_of_export(card, written.config) if trained is None else card_of_recovered(card, trained)

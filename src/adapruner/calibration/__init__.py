@@ -2,22 +2,24 @@
 
 from adapruner.calibration._pool import draw_windows, generate_windows, text_windows
 from adapruner.calibration._sources import (
-    DATA_FOLDERS_VARIABLE,
     SELF_GENERATED,
     Part,
     Source,
     parse_source,
+    provenance,
     read_documents,
+    read_records,
 )
 
 __all__ = [
-    "DATA_FOLDERS_VARIABLE",
     "SELF_GENERATED",
     "Part",
     "Source",
     "draw_windows",
     "generate_windows",
     "parse_source",
+    "provenance",
     "read_documents",
+    "read_records",
     "text_windows",
 ]

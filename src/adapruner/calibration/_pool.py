@@ -56,10 +56,13 @@ def draw_windows(
     return torch.tensor(windows[:count])
 
 
-def text_windows(source: Source, tokenizer: Tokenizer, length: int) -> Tensor:
-    """Cuts the running text of a source into windows without overlap; the tail is dropped.
+def text_windows(source: Source, tokenizer: Tokenizer, length: int, stride: int | None = None) -> Tensor:
+    """Cuts the running text of a source into windows; the tail is dropped.
 
     The protocol of LLM-Pruner (arXiv 2305.11627): documents joined by an empty line, tokenized at once.
+
+    Args:
+        stride: tokens between the beginnings of windows; by default the windows do not overlap.
 
     Returns:
         [windows, length], int64.
@@ -68,10 +71,9 @@ def text_windows(source: Source, tokenizer: Tokenizer, length: int) -> Tensor:
         AdaPrunerError: the text is shorter than one window.
     """
     tokens: Tensor = tokenizer("\n\n".join(read_documents(source)), return_tensors="pt", verbose=False).input_ids[0]
-    windows = len(tokens) // length
-    if windows == 0:
+    if len(tokens) < length:
         raise AdaPrunerError(f"{source} has {len(tokens)} tokens, less than one window of {length}")
-    return tokens[: windows * length].view(windows, length)
+    return tokens.unfold(0, length, stride or length).clone()
 
 
 def generate_windows(model: PreTrainedModel, count: int, length: int, seed: int, batch_size: int = 16) -> Tensor:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 import hashlib
 import itertools
-import os
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
@@ -18,15 +18,17 @@ import yaml
 from pydantic import BaseModel, ConfigDict
 
 from adapruner.errors import AdaPrunerError
+from adapruner.local_data import find_local_data
 
 Part = Literal["all", "calibration", "objective", "report"]
 
 SELF_GENERATED = "self"
-DATA_FOLDERS_VARIABLE = "ADAPRUNER_DATA"
 
 # Tenths of the documents, by hash, that belong to each part.
 _TENTHS: dict[str, range] = {"calibration": range(0, 4), "objective": range(4, 6), "report": range(6, 10)}
 _FILE_READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+# Columns that are taken where nothing else is said; the second is the form of Stanford Alpaca.
+_USUAL_COLUMNS = (("text",), ("instruction", "input", "output"), ("instruction", "output"))
 
 
 @dataclass(frozen=True)
@@ -84,22 +86,65 @@ def parse_source(text: str) -> Source:
     return source
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """What was read: rows by column, and where from."""
+
+    rows: list[dict[str, str | None]]
+    data_set: str
+    split: str
+    revision: str
+
+
 def read_documents(source: Source) -> list[str]:
     """All documents of a source (or of its part), in their order.
 
     Raises:
         AdaPrunerError: it cannot be read, or has no text.
     """
-    try:
-        documents = _reader(source)()
-    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetGenerationError) as error:
-        raise AdaPrunerError(f"cannot read {source.name!r}: {str(error).strip().splitlines()[0]}") from error
-    if source.part != "all":
-        tenths = _TENTHS[source.part]
-        documents = [document for document in documents if _tenth(document) in tenths]
+    documents = [_joined(row) for row in read_records(source)]
     if not any(document.strip() for document in documents):
         raise AdaPrunerError(f"there is no text in {source}")
     return documents
+
+
+def read_records(source: Source) -> list[dict[str, str | None]]:
+    """All rows of a source (or of its part) by column, in their order; of a text, `text` alone.
+
+    Raises:
+        AdaPrunerError: it cannot be read.
+    """
+    rows = _read(source).rows
+    if source.part == "all":
+        return rows
+    tenths = _TENTHS[source.part]
+    return [row for row in rows if _tenth(_joined(row)) in tenths]
+
+
+def provenance(source: Source) -> dict[str, str]:
+    """Which data set, split and revision a source is; a local file by the hash of its content.
+
+    Raises:
+        AdaPrunerError: it cannot be read.
+    """
+    read = _read(source)
+    named = {"data_set": read.data_set, "split": read.split, "revision": read.revision}
+    return {name: value for name, value in named.items() if value}
+
+
+def _read(source: Source) -> _Rows:
+    try:
+        return _reader(source)()
+    except StopIteration:  # what datasets makes of an empty file
+        raise AdaPrunerError(f"cannot read {source.name!r}: there is nothing in it") from None
+    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetGenerationError) as error:
+        causes = [error, *([error.__cause__] if error.__cause__ else [])]
+        reason = str(causes[-1]).strip() or str(error).strip() or type(error).__name__
+        raise AdaPrunerError(f"cannot read {source.name!r}: {reason.splitlines()[0]}") from error
+
+
+def _joined(row: dict[str, str | None]) -> str:
+    return "\n".join(value for value in row.values() if value)
 
 
 def _tenth(document: str) -> int:
@@ -112,7 +157,7 @@ def _known_sources() -> dict[str, _KnownSource]:
     return {name: _KnownSource.model_validate(entry) for name, entry in yaml.safe_load(text).items()}
 
 
-def _reader(source: Source) -> Callable[[], list[str]]:
+def _reader(source: Source) -> Callable[[], _Rows]:
     """How to read a source, chosen by its name; raises if the name means nothing."""
     name, _, option = source.name.partition(":")
     if name == "hf":
@@ -134,33 +179,42 @@ def _reader(source: Source) -> Callable[[], list[str]]:
     )
 
 
-def _read_known(name: str, known: _KnownSource, option: str) -> list[str]:
+def _read_known(name: str, known: _KnownSource, option: str) -> _Rows:
     split = option or known.split
-    for folder in os.environ.get(DATA_FOLDERS_VARIABLE, "").split(os.pathsep):
-        path = Path(folder) / known.local.get(split, "")
-        if folder and split in known.local and path.exists():
-            if path.is_dir():
-                return _rows_as_text(datasets.load_from_disk(str(path)), known.columns)
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            return [(line if line.strip() else "") if known.lines == "keep" else line.strip() for line in lines]
-    return _rows_as_text(_load_dataset(known.hub, split, known.limit), known.columns, known.limit)
+    path = find_local_data(known.local[split]) if split in known.local else None
+    if path is None:
+        dataset = _load_dataset(known.hub, split, known.limit)
+        return _from_dataset(dataset, known.columns, known.hub, split, known.limit)
+    if path.is_dir():
+        dataset = datasets.load_from_disk(str(path))
+        return _Rows(_columns_of(dataset, known.columns), name, split, f"local copy {dataset._fingerprint}")
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    texts = [(line if line.strip() else "") if known.lines == "keep" else line.strip() for line in lines]
+    return _Rows([{"text": text} for text in texts], name, split, _content_hash(path))
 
 
-def _read_hub(option: str) -> list[str]:
+def _read_hub(option: str) -> _Rows:
     path, config, split, column = (*option.split(":"), "", "", "")[:4]
     arguments = {"path": path} | ({"name": config} if config else {})
     dataset = _load_dataset(arguments, split or "train", None)
-    return _rows_as_text(dataset, (column,) if column else _text_columns(dataset.column_names, path))
+    columns = (column,) if column else _text_columns(dataset.column_names, path)
+    return _from_dataset(dataset, columns, arguments, split or "train")
 
 
-def _read_file(path: Path, column: str) -> list[str]:
+def _read_file(path: Path, column: str) -> _Rows:
     if path.suffix == ".txt":
         text = path.read_text(encoding="utf-8")
         paragraphs = [paragraph for paragraph in text.split("\n\n") if paragraph.strip()]
-        return paragraphs if len(paragraphs) > 1 else text.splitlines()
+        texts = paragraphs if len(paragraphs) > 1 else text.splitlines()
+        return _Rows([{"text": text} for text in texts], path.name, "", _content_hash(path))
     arguments = {"path": _FILE_READERS[path.suffix], "data_files": str(path)}
     dataset = _load_dataset(arguments, "train", None)
-    return _rows_as_text(dataset, (column,) if column else _text_columns(dataset.column_names, str(path)))
+    columns = (column,) if column else _text_columns(dataset.column_names, str(path))
+    return _Rows(_columns_of(dataset, columns), path.name, "", _content_hash(path))
+
+
+def _content_hash(path: Path) -> str:
+    return f"sha256 {hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
 
 
 def _load_dataset(arguments: dict[str, str], split: str, limit: int | None) -> Any:
@@ -168,18 +222,33 @@ def _load_dataset(arguments: dict[str, str], split: str, limit: int | None) -> A
     return datasets.load_dataset(**arguments, split=split, streaming=limit is not None)
 
 
+def _from_dataset(
+    dataset: Any, columns: tuple[str, ...], arguments: dict[str, str], split: str, limit: int | None = None
+) -> _Rows:
+    # The commit that was read is part of the addresses of the files, where they were downloaded.
+    addresses = " ".join(dataset.info.download_checksums or {})
+    commit = re.search(r"@([0-9a-f]{40})/", addresses)
+    revision = commit[1][:12] if commit else arguments.get("revision", "main")
+    name = " ".join(arguments[key] for key in ("path", "name") if key in arguments)
+    return _Rows(_columns_of(dataset, columns, limit), name, split, revision)
+
+
 def _text_columns(columns: list[str], name: str) -> tuple[str, ...]:
-    for usual in (("text",), ("instruction", "input", "output")):
+    for usual in _USUAL_COLUMNS:
         if set(usual) <= set(columns):
             return usual
     if len(columns) == 1:
         return tuple(columns)
-    raise AdaPrunerError(f"{name} has the columns {', '.join(columns)}: say which holds the text, as {name}:COLUMN")
+    raise AdaPrunerError(
+        f"{name} has the columns {', '.join(columns)}: say which holds the text, as {name}:COLUMN; instructions with"
+        " answers have the columns instruction, output and perhaps input"
+    )
 
 
-def _rows_as_text(rows: Iterable[dict[str, Any]], columns: tuple[str, ...], limit: int | None = None) -> list[str]:
-    def texts() -> Iterator[str]:
-        for row in itertools.islice(rows, limit):
-            yield "\n".join(str(row[column]) for column in columns if row[column])
-
-    return list(texts())
+def _columns_of(
+    rows: Iterable[dict[str, Any]], columns: tuple[str, ...], limit: int | None = None
+) -> list[dict[str, str | None]]:
+    return [
+        {column: None if row[column] is None else str(row[column]) for column in columns}
+        for row in itertools.islice(rows, limit)
+    ]

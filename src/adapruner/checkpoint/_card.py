@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import gguf
 import yaml
@@ -18,9 +18,16 @@ from adapruner.models import ModelLocation
 from adapruner.planning import PruningPlan
 
 _LOADING = "## Loading\n\n"
+_NOT_TRAINED = "It was not trained afterwards."
 
 
-def model_card(location: ModelLocation, config: PreTrainedConfig, plan: PruningPlan, result: dict[str, Any]) -> str:
+def model_card(
+    location: ModelLocation,
+    config: PreTrainedConfig,
+    plan: PruningPlan,
+    result: dict[str, Any],
+    of: Literal["searched", "recovered"] = "searched",
+) -> str:
     """The README.md of a pruned checkpoint, with the metadata that the Hugging Face hub reads. Folders of this machine
     are named without their path.
 
@@ -28,7 +35,9 @@ def model_card(location: ModelLocation, config: PreTrainedConfig, plan: PruningP
         location: of the base model.
         config: of the pruned model.
         result: the content of `result.json`.
+        of: which of its models, that before or that after recovery.
     """
+    trained = trained_sentence(result["recovery"]) if of == "recovered" else _NOT_TRAINED
     name = str(result["config"]["model"])
     is_hub_id = location.gguf_file is None and not Path(location.path).is_dir()
     base = _public(name)
@@ -39,10 +48,22 @@ def model_card(location: ModelLocation, config: PreTrainedConfig, plan: PruningP
             dataset_type=_data_set(text),
             dataset_name=_public(text),
             metric_type="perplexity",
-            metric_value=round(by_model["searched"]["perplexity"], 3),
-            metric_name=_public(by_model["searched"]["protocol"]),
+            metric_value=round(by_model[of]["perplexity"], 3),
+            metric_name=_public(by_model[of]["protocol"]),
         )
         for text, by_model in result["perplexity"].items()
+    ]
+    numbers += [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=task,
+            dataset_name=task,
+            metric_type=metric,
+            metric_value=round(value, 4),
+            metric_name=_public(by_model[of]["protocol"]),
+        )
+        for task, by_model in result["tasks"].items()
+        for metric, value in by_model[of]["metrics"].items()
     ]
     metadata = ModelCardData(
         license=licence.get("license", "other"),
@@ -59,9 +80,9 @@ def model_card(location: ModelLocation, config: PreTrainedConfig, plan: PruningP
     sections = [
         f"# {_escaped(base)}, {plan.ratio:.1%} pruned",
         f"{plan.removed_parameters:,} of the {plan.total_parameters:,} parameters of `{_escaped(base)}` were removed:"
-        " whole attention heads and feed-forward channels. It was not trained afterwards.",
+        f" whole attention heads and feed-forward channels. {trained}",
         "## What was removed\n\n" + _removed(plan),
-        "## What it cost\n\n" + _cost(result),
+        "## What it cost\n\n" + _cost(result, of),
         "## How it was made\n\n" + _made(plan, result),
         _LOADING + _loading(config),
         f"## Licence\n\nThat of the base model: {_escaped(named) if named else 'see there, it could not be read'}.",
@@ -116,15 +137,45 @@ def _removed(plan: PruningPlan) -> str:
     return "\n".join(lines)
 
 
-def _cost(result: dict[str, Any]) -> str:
-    if not result["perplexity"]:
-        return "Not measured."
-    lines = ["| perplexity on | dense | this model | protocol |", "|---|---|---|---|"]
-    for text, by_model in result["perplexity"].items():
-        dense, pruned = by_model["dense"], by_model["searched"]
-        numbers = f"{dense['perplexity']:.2f} | {pruned['perplexity']:.2f}"
-        lines.append(f"| {_escaped(_public(text))} | {numbers} | {_escaped(_public(pruned['protocol']))} |")
-    return "\n".join(lines)
+def trained_sentence(record: dict[str, Any]) -> str:
+    """What was done after the pruning, from the record of a recovery."""
+    how = "LoRA, merged" if record["config"]["train"] == "lora" else "all weights"
+    learnt = "the predictions of the dense model" if record["method"] == "distillation" else "the text itself"
+    return (
+        f"It was trained afterwards on `{_escaped(_public(record['config']['data']))}`: {record['steps']:,} steps,"
+        f" {record['tokens']:,} tokens, {how}, learning {learnt}."
+    )
+
+
+def card_of_recovered(card: str, record: dict[str, Any]) -> str | None:
+    """The card of a pruned model for the same model after recovery; None if the card is not one of ours. Its numbers
+    are those from before and go."""
+    if _NOT_TRAINED not in card:
+        return None
+    card = card.replace(_NOT_TRAINED, trained_sentence(record))
+    before, heading, rest = card.partition("## What it cost\n\n")
+    after = rest.partition("\n## ")[2]
+    return re.sub(
+        r"(?ms)^model-index:\n(?:[ -].*?\n)+", "", f"{before}{heading}Not measured after training.\n\n## {after}"
+    )
+
+
+def _cost(result: dict[str, Any], of: str) -> str:
+    sections = []
+    if result["perplexity"]:
+        lines = ["| perplexity on | dense | this model | protocol |", "|---|---|---|---|"]
+        for text, by_model in result["perplexity"].items():
+            numbers = f"{by_model['dense']['perplexity']:.2f} | {by_model[of]['perplexity']:.2f}"
+            lines.append(f"| {_escaped(_public(text))} | {numbers} | {_escaped(_public(by_model[of]['protocol']))} |")
+        sections.append("\n".join(lines))
+    if result["tasks"]:
+        lines = ["| task | metric | dense | this model | protocol |", "|---|---|---|---|---|"]
+        for task, by_model in result["tasks"].items():
+            for metric, value in by_model[of]["metrics"].items():
+                numbers = f"{by_model['dense']['metrics'][metric]:.4f} | {value:.4f}"
+                lines.append(f"| {task} | {metric} | {numbers} | {_escaped(by_model[of]['protocol'])} |")
+        sections.append("\n".join(lines))
+    return "\n\n".join(sections) or "Not measured."
 
 
 def _made(plan: PruningPlan, result: dict[str, Any]) -> str:

@@ -14,13 +14,14 @@ from adapruner.cli.export import export
 from adapruner.cli.inspect import inspect
 from adapruner.cli.plan import plan
 from adapruner.cli.prune import prune
+from adapruner.cli.recover import recover
 from adapruner.config import describe
 from adapruner.errors import AdaPrunerError
 
 USER_ERROR = 2
 
 app = App(name="adapruner", help="Makes causal language models really smaller.")
-for verb in (prune, plan, evaluate, export, inspect):
+for verb in (prune, plan, recover, evaluate, export, inspect):
     app.command(verb)
 
 

@@ -17,14 +17,17 @@ def evaluate(
     model: str,
     /,
     *,
-    perplexity: Annotated[tuple[str, ...], Parameter(negative="")] = ("wikitext2", "ptb"),
+    perplexity: Annotated[tuple[str, ...], Parameter(negative="")] = (),
+    protocol: str | None = None,
     seq_len: int = 128,
+    stride: int | None = None,
+    tasks: Annotated[tuple[str, ...], Parameter(negative="")] = (),
     limit: int | None = None,
     dtype: Dtype = "auto",
     device: str = "auto",
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
-    """Perplexity of a model, dense or pruned.
+    """Perplexity of a model, dense or pruned, and what it scores in tasks of lm-eval.
 
     Parameters
     ----------
@@ -32,22 +35,49 @@ def evaluate(
         Hub id, model folder, .gguf file, or smollm2.
     perplexity:
         Text to evaluate on; may be repeated.
+    protocol:
+        Perplexity as others report it. llm-pruner: WikiText2 test and PTB validation, 128 tokens; taken where nothing
+        else is asked for. 2048: WikiText2 test, 2048 tokens.
     seq_len:
-        Tokens per window.
+        Tokens per window of the texts to evaluate on.
+    stride:
+        Tokens between the beginnings of these windows; by default they do not overlap.
+    tasks:
+        Tasks of lm-eval, separated by commas or repeated; commonsense is the seven of the paper.
     limit:
-        Take only so many windows of each text, evenly spaced.
+        Take only so many windows of each text and items of each task, evenly spaced.
     dtype:
         auto, float32, bfloat16 or float16.
     device:
         auto, cpu, cuda, …
     json:
-        Print JSON on stdout instead of the table.
+        Print JSON on stdout instead of the tables.
     """
-    results = verbs.evaluate(model, perplexity, seq_len, limit, dtype, device)
+    names = [name.strip() for part in tasks for name in part.split(",") if name.strip()]
+    result = verbs.evaluate(model, perplexity, protocol, seq_len, stride, names, limit, dtype, device)
     if json:
-        print_json({"model": model, "perplexity": [result.as_json() for result in results]})
+        print_json(
+            {
+                "model": model,
+                "perplexity": [one.as_json() for one in result.perplexity],
+                "tasks": [score.as_json() for score in result.tasks],
+                "task_means": result.mean_accuracies,
+            }
+        )
         return
-    table = Table("perplexity", "protocol", title=model)
-    for result in results:
-        table.add_row(f"{result.perplexity:.2f}", result.protocol)
-    Console().print(table)
+    console = Console()
+    if result.perplexity:
+        table = Table("perplexity", "protocol", title=model)
+        for one in result.perplexity:
+            table.add_row(f"{one.perplexity:.2f}", one.protocol)
+        console.print(table)
+    if result.tasks:
+        table = Table("task", "metric", "score", "± standard error", title=model, caption_justify="left")
+        for score in result.tasks:
+            for metric, value in score.metrics.items():
+                error = score.standard_errors.get(metric)
+                table.add_row(score.task, metric, f"{value:.4f}", "" if error is None else f"{error:.4f}")
+        for metric, value in result.mean_accuracies.items():
+            table.add_row("mean", metric, f"{value:.4f}", "")
+        table.caption = "\n".join(score.protocol for score in result.tasks)
+        console.print(table)

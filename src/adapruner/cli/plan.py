@@ -42,4 +42,4 @@ def plan(
         return
     console = Console()
     console.print(result.plan.explain())
-    console.print(result.table())
+    console.print(*result.tables(), sep="\n")

@@ -44,5 +44,5 @@ def prune(
         print_json(result.result)
         return
     console = Console()
-    console.print(result.table())
+    console.print(*result.tables(), sep="\n")
     console.print(f"model: {result.model_folder}   plan {result.plan.hash[:12]}", highlight=False, soft_wrap=True)

@@ -3,6 +3,7 @@
 from adapruner.models._architecture import Architecture, ProjectionNames, RowKind, architecture_of, known_architectures
 from adapruner.models._loading import (
     ModelLocation,
+    computes_bfloat16_natively,
     empty_model,
     find_model,
     in_fastest_dtype,
@@ -22,6 +23,7 @@ __all__ = [
     "ProjectionNames",
     "RowKind",
     "architecture_of",
+    "computes_bfloat16_natively",
     "empty_model",
     "find_model",
     "in_fastest_dtype",

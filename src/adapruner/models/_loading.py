@@ -175,17 +175,20 @@ def resolve_device(device: str) -> torch.device:
         raise AdaPrunerError(f"--device {device}: {str(error).splitlines()[0]}") from None
 
 
+def computes_bfloat16_natively(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 faster than float32."""
+    if device.type == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def in_fastest_dtype(model: PreTrainedModel) -> PreTrainedModel:
     """The model itself, or a bfloat16 copy where the processor multiplies that natively
     (about three times as fast on a CPU with AVX-512 bfloat16).
 
     Trials only have to be told apart; plans are cut out of the original weights.
     """
-    if model.device.type == "cpu":
-        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    else:
-        native = model.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    if model.dtype != torch.float32 or not native:
+    if model.dtype != torch.float32 or not computes_bfloat16_natively(model.device):
         return model
     duplicate = copy.deepcopy(model)
     # Parameters alone: the frequencies of rotary embeddings stay as exact as in the model.

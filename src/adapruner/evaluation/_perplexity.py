@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -17,31 +17,56 @@ _TOKENS_PER_BATCH = {"cpu": 512, "cuda": 4096}
 
 
 @dataclass(frozen=True)
+class PerplexityProtocol:
+    """Texts and window length that results are reported with."""
+
+    texts: tuple[str, ...]
+    window_length: int
+
+
+# LLM-Pruner (arXiv 2305.11627) and the paper; SparseGPT, Wanda, FLAP, SliceGPT.
+PROTOCOLS = {
+    "llm-pruner": PerplexityProtocol(("wikitext2:test", "ptb:validation"), 128),
+    "2048": PerplexityProtocol(("wikitext2:test",), 2048),
+}
+
+
+@dataclass(frozen=True)
 class Perplexity:
     """A perplexity and how it was measured.
 
     Attributes:
         perplexity: exp of the mean negative log-likelihood over all predicted tokens.
         text: the source and the part of it.
-        window_length: tokens per window; windows do not overlap, the first token of each is not predicted.
+        window_length: tokens per window; the first token of a window is not predicted.
         windows: how many windows.
+        stride: tokens from the beginning of a window to that of the next. Where windows overlap, all but the last
+            `stride` tokens of a window are context only, except in the first window.
+        provenance: what the text is and how it was made into tokens (`calibration.provenance`): `data_set`, `split`,
+            `revision`, `tokenizer`.
     """
 
     perplexity: float
     text: str
     window_length: int
     windows: int
+    stride: int
+    provenance: dict[str, str] = field(default_factory=dict)
 
     @property
     def predicted_tokens(self) -> int:
-        return self.windows * (self.window_length - 1)
+        if self.stride == self.window_length:
+            return self.windows * (self.window_length - 1)
+        return self.window_length - 1 + (self.windows - 1) * self.stride
 
     @property
     def protocol(self) -> str:
         """One line that says how the number came about."""
+        overlap = "without overlap" if self.stride == self.window_length else f"every {self.stride} tokens"
+        origin = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in self.provenance.items())
         return (
-            f"{self.text}: {self.windows} windows of {self.window_length} tokens without overlap, mean over"
-            f" {self.predicted_tokens:,} predicted tokens"
+            f"{self.text}: {self.windows} windows of {self.window_length} tokens {overlap}, mean over"
+            f" {self.predicted_tokens:,} predicted tokens{f' ({origin})' if origin else ''}"
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -49,7 +74,12 @@ class Perplexity:
 
 
 def measure_perplexity(
-    model: PreTrainedModel, windows: Tensor, text: str, progress: Callable[[int], None] | None = None
+    model: PreTrainedModel,
+    windows: Tensor,
+    text: str,
+    progress: Callable[[int], None] | None = None,
+    stride: int | None = None,
+    provenance: dict[str, str] | None = None,
 ) -> Perplexity:
     """The perplexity over windows.
 
@@ -57,15 +87,32 @@ def measure_perplexity(
         windows: [windows, tokens], int64 (see `calibration.text_windows`).
         text: what the windows are of, for the protocol.
         progress: called with the number of windows done after each batch.
+        stride: tokens between the beginnings of windows; by default they do not overlap.
+        provenance: for the protocol, see `Perplexity`.
     """
-    losses = window_losses(model, windows, progress)
-    return Perplexity(math.exp(losses.mean()), text, windows.shape[1], len(windows))
+    length = windows.shape[1]
+    stride = length if stride is None else stride
+    if stride == length:
+        mean = window_losses(model, windows, progress).mean()
+    else:
+        first, others = window_losses(model, windows[:1], progress), windows[1:]
+        total = first.sum() * (length - 1)
+        if len(others):
+            total += window_losses(model, others, progress, context=length - stride).sum() * stride
+        mean = total / (length - 1 + len(others) * stride)
+    return Perplexity(math.exp(mean), text, length, len(windows), stride, provenance or {})
 
 
-def window_losses(model: PreTrainedModel, windows: Tensor, progress: Callable[[int], None] | None = None) -> Tensor:
-    """[windows], float64: the mean negative log-likelihood in nats of the predicted tokens of each window."""
+def window_losses(
+    model: PreTrainedModel, windows: Tensor, progress: Callable[[int], None] | None = None, context: int = 1
+) -> Tensor:
+    """[windows], float64: the mean negative log-likelihood in nats of the predicted tokens of each window.
+
+    Args:
+        context: tokens at the beginning of a window that are not predicted, at least 1.
+    """
     losses = []
-    for batch in losses_by_batch(model, windows):
+    for batch in losses_by_batch(model, windows, context=context):
         losses.append(batch)
         if progress:
             progress(len(batch))
@@ -73,13 +120,14 @@ def window_losses(model: PreTrainedModel, windows: Tensor, progress: Callable[[i
 
 
 def losses_by_batch(
-    model: PreTrainedModel, windows: Tensor, references: Sequence[Tensor] | None = None
+    model: PreTrainedModel, windows: Tensor, references: Sequence[Tensor] | None = None, context: int = 1
 ) -> Iterator[Tensor]:
     """[windows of one batch], float64, batch after batch: the mean over the predicted tokens of each window.
 
     Args:
         references: of another model, from `log_probabilities` of the same windows: gives the Kullback-Leibler
             divergence from that model to this one in place of the negative log-likelihood of the text.
+        context: tokens at the beginning of a window that are not predicted, at least 1.
     """
     for number, batch in enumerate(_batches(windows, model)):
         with torch.inference_mode():
@@ -95,7 +143,7 @@ def losses_by_batch(
                         own.float().log_softmax(-1), reference, reduction="none", log_target=True
                     )
                     loss = divergence.sum(-1)
-                losses.append(loss.double().mean())
+                losses.append(loss[context - 1 :].double().mean())
             of_batch = torch.stack(losses).cpu()
         yield of_batch
 

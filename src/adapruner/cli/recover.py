@@ -1,0 +1,70 @@
+"""adapruner recover"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+from rich.console import Console
+
+from adapruner import verbs
+from adapruner.cli._output import print_json
+from adapruner.config import Dtype, RecoveryOptions
+
+
+def recover(
+    model: str,
+    /,
+    *,
+    data: str,
+    output: Annotated[Path, Parameter(name=["--output", "-o"])],
+    teacher: str | None = None,
+    options: Annotated[RecoveryOptions | None, Parameter(name="*")] = None,
+    dtype: Dtype = "auto",
+    device: str = "auto",
+    overwrite: Annotated[bool, Parameter(negative="")] = False,
+    json: Annotated[bool, Parameter(negative="")] = False,
+) -> None:
+    """Train a pruned model again. The same command again goes on where it stopped.
+
+    Parameters
+    ----------
+    model:
+        Hub id, model folder, .gguf file, or smollm2.
+    data:
+        Instructions with answers (columns instruction, output and perhaps input), any text, or self: text that the
+        teacher writes.
+    output:
+        Folder of the recovered model.
+    teacher:
+        The dense model, for distillation.
+    dtype:
+        Dtype of the weights; auto keeps that of the checkpoint. Nothing is trained in float16.
+    device:
+        auto, cpu, cuda, …
+    overwrite:
+        Start again from nothing, whatever recovery the folder holds.
+    json:
+        Print recovery.json on stdout.
+    """
+    options = options or RecoveryOptions()
+    record = verbs.recover(
+        model, data, output, teacher, overwrite, dtype, device, **options.model_dump(exclude_unset=True)
+    )
+    if json:
+        print_json(record)
+        return
+    console = Console()
+    console.print(
+        f"{output}: validation loss {record['loss_before']:.4f} → {record['loss_after']:.4f} nats per token, best after"
+        f" {record['best_step']} of {record['steps']} steps, {record['tokens']:,} tokens",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if record["loss_after"] >= record["loss_before"]:
+        Console(stderr=True).print(
+            "adapruner: training has not lowered the validation loss: train longer, or lower --learning-rate",
+            style="yellow",
+            soft_wrap=True,
+        )

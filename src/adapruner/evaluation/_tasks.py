@@ -1,0 +1,318 @@
+"""Zero-shot and other tasks of lm-eval, with the data on this machine where they lie here."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import logging
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib import resources
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+from unittest import mock
+
+import datasets
+import yaml
+from pydantic import BaseModel, ConfigDict
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from adapruner.errors import AdaPrunerError
+from adapruner.local_data import find_local_data
+
+COMMONSENSE = "commonsense"
+_SPLITS = ("training_split", "validation_split", "test_split")
+# Sequences at a time where memory does not say how many go; on a GPU lm-eval finds it out.
+_BATCH_ON_CPU = 8
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """What a model scores in a task of lm-eval, and how that was measured.
+
+    Attributes:
+        task: the name in lm-eval.
+        metrics: by the name in lm-eval: `acc` is the share of items where the right answer is the most likely one,
+            `acc_norm` the same with log-likelihoods divided by the length of the answer in bytes.
+        standard_errors: of the same metrics, where lm-eval gives one.
+        items: on how many items, out of `items_in_all`; fewer are evenly spaced ones.
+        data_set: where the items are from, and their split.
+        version: of the task in lm-eval.
+        shots: examples in the prompt.
+        dtype: that the model computed in.
+    """
+
+    task: str
+    metrics: dict[str, float]
+    standard_errors: dict[str, float]
+    items: int
+    items_in_all: int
+    data_set: str
+    split: str
+    version: str
+    shots: int
+    dtype: str
+
+    @property
+    def protocol(self) -> str:
+        """One line that says how the numbers came about."""
+        which = "all" if self.items == self.items_in_all else f"{self.items:,} of"
+        return (
+            f"{self.task}: lm-eval task version {self.version}, {self.shots} shots, {which} {self.items_in_all:,} items"
+            f" of {self.data_set}, {self.split}; {self.dtype}"
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self) | {"protocol": self.protocol}
+
+
+def mean_accuracies(metrics: Iterable[dict[str, float]]) -> dict[str, float]:
+    """The means over tasks of `acc`, and of `acc_norm` with `acc` where a task has no other; empty where a task has no
+    accuracy.
+
+    Args:
+        metrics: of each task, see `TaskScore`.
+    """
+    of_tasks = list(metrics)
+    if not of_tasks or not all("acc" in own for own in of_tasks):
+        return {}
+    return {
+        "acc": fmean(own["acc"] for own in of_tasks),
+        "acc_norm": fmean(own.get("acc_norm", own["acc"]) for own in of_tasks),
+    }
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """Tasks that are ready to run, with their data.
+
+    Attributes:
+        by_name: what lm-eval built for each name, a task, or several of a group or tag.
+        items: the numbers of the items to take, by task.
+        data_sets: where the items of each task are from.
+    """
+
+    by_name: dict[str, list[Any]]
+    items: dict[str, list[int]]
+    data_sets: dict[str, str]
+
+    def __len__(self) -> int:
+        return len(self.by_name)
+
+
+def load_tasks(names: Sequence[str], limit: int | None = None, used_text: Iterable[str] = ()) -> Tasks:
+    """Finds tasks and reads their data.
+
+    Prompts and metrics are those of lm-eval. The data of the seven tasks of the paper are looked for under
+    `$ADAPRUNER_DATA` first (see `tasks.yaml`).
+
+    Args:
+        names: tasks, groups or tags of lm-eval; `commonsense` is the seven tasks of the paper.
+        limit: so many evenly spaced items of each task.
+        used_text: items with one of these texts in a field are left out: a model was calibrated on them.
+
+    Raises:
+        AdaPrunerError: a task is not known, or its data cannot be read.
+    """
+    if limit is not None and limit < 1:
+        raise AdaPrunerError(f"a limit of {limit} items leaves nothing to evaluate: give at least 1")
+    if find_spec("lm_eval") is None:
+        raise AdaPrunerError("--tasks needs lm-eval: pip install 'adapruner[tasks]'")
+    used = frozenset(used_text)
+    wanted = dict.fromkeys(task for name in names for task in ([*_local_tasks()] if name == COMMONSENSE else [name]))
+    with _quiet_lm_eval():
+        for name in wanted:
+            _refuse_unknown(name, _task_manager().all_tasks)
+        built, items, data_sets = {}, {}, {}
+        for name in wanted:
+            try:
+                loaded = _load(name)
+            except (OSError, ValueError, KeyError, ConnectionError, datasets.exceptions.DatasetsError) as error:
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                raise AdaPrunerError(f"cannot read the data of task {name!r}: {reason}") from error
+            built[name] = [*loaded["groups"].values()] if loaded.get("groups") else [*loaded["tasks"].values()]
+            for task_name, task in loaded["tasks"].items():
+                items[task_name] = _chosen(task.eval_docs, limit, used)
+                data_sets[task_name] = _data_set(task)
+                if not items[task_name]:
+                    raise AdaPrunerError(f"every item of task {task_name!r} holds text that the model is calibrated on")
+    return Tasks(built, items, data_sets)
+
+
+def measure_tasks(
+    model: PreTrainedModel, tokenizer: Tokenizer, tasks: Tasks, progress: Callable[..., None] | None = None
+) -> list[TaskScore]:
+    """Runs tasks through lm-eval.
+
+    Args:
+        progress: called with fractions of a task as they are done, one in all for each name.
+    """
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    scores = []
+    with _quiet_lm_eval(progress):
+        runner = HFLM(
+            pretrained=model,
+            tokenizer=tokenizer,
+            batch_size=_BATCH_ON_CPU if model.device.type == "cpu" else "auto",
+        )
+        for own in tasks.by_name.values():
+            outcome = simple_evaluate(
+                runner, tasks=own, samples=tasks.items, log_samples=False, task_manager=_task_manager()
+            )
+            scores += [_score(name, found, outcome, tasks, model) for name, found in outcome["results"].items()]
+    return scores
+
+
+def _score(name: str, found: dict[str, Any], outcome: Any, tasks: Tasks, model: PreTrainedModel) -> TaskScore:
+    metrics, standard_errors = {}, {}
+    for key, value in found.items():
+        metric, _, kind = key.partition(",")
+        if kind != "none" or not isinstance(value, int | float):
+            continue
+        if metric.endswith("_stderr"):
+            standard_errors[metric.removesuffix("_stderr")] = float(value)
+        else:
+            metrics[metric] = float(value)
+    members = [task for task in outcome["n-samples"] if task == name or task in outcome["group_subtasks"].get(name, [])]
+    first = outcome["configs"].get(members[0] if members else name, {})
+    return TaskScore(
+        task=name,
+        metrics=metrics,
+        standard_errors=standard_errors,
+        items=sum(len(tasks.items[task]) for task in members),
+        items_in_all=sum(outcome["n-samples"][task]["original"] for task in members),
+        data_set=", ".join(dict.fromkeys(tasks.data_sets[task] for task in members)),
+        split=str(first.get("test_split") or first.get("validation_split")),
+        version=str(outcome["versions"].get(name)),
+        shots=int(outcome["n-shot"].get(name, 0)),
+        dtype=str(model.dtype).removeprefix("torch."),
+    )
+
+
+class _LocalData(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    path: str
+    split: str
+
+
+class _LocalTask(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    local: tuple[_LocalData, ...]
+    fields: dict[str, Any] = {}
+
+
+@cache
+def _local_tasks() -> dict[str, _LocalTask]:
+    text = (resources.files("adapruner.evaluation") / "tasks.yaml").read_text()
+    return {name: _LocalTask.model_validate(entry) for name, entry in yaml.safe_load(text).items()}
+
+
+@cache
+def _task_manager() -> Any:
+    """lm-eval's register of tasks; making it reads thousands of files."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+def _refuse_unknown(name: str, known: Sequence[str]) -> None:
+    if name not in known:
+        close = difflib.get_close_matches(name, [COMMONSENSE, *known], n=3)
+        hint = f"; did you mean {', '.join(close)}?" if close else ""
+        raise AdaPrunerError(f"lm-eval has no task {name!r}{hint} (`lm-eval ls tasks` lists them)")
+
+
+def _load(name: str) -> Any:
+    """Builds a task, with the data under `$ADAPRUNER_DATA` where they lie there."""
+    manager = _task_manager()
+    local = _local_tasks().get(name)
+    found = [(data, path) for data in (local.local if local else ()) if (path := find_local_data(data.path))]
+    if not local or not found:
+        return manager.load(name)
+    data, path = found[0]
+    definition = {
+        "include": str(manager.task_index[name].yaml_path),
+        "dataset_path": "arrow" if path.is_dir() else "json",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": {data.split: str(path / "*.arrow" if path.is_dir() else path)}},
+        **{split: data.split if split == f"{data.split}_split" else None for split in _SPLITS},
+        **local.fields,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / f"{name}.yaml"
+        file.write_text(yaml.safe_dump(definition))
+        return manager.load(str(file))
+
+
+def _data_set(task: Any) -> str:
+    """The name of a data set of the hub, or the path of a local copy without the folder that it is in."""
+    files = (task.config.dataset_kwargs or {}).get("data_files")
+    if isinstance(files, dict) and task.config.task in _local_tasks():
+        file = str(next(iter(files.values())))
+        return next((data.path for data in _local_tasks()[task.config.task].local if data.path in file), file)
+    return " ".join(str(name) for name in (task.config.dataset_path, task.config.dataset_name) if name)
+
+
+def _chosen(items: Any, limit: int | None, used: frozenset[str]) -> list[int]:
+    """The numbers of the items to take: evenly spaced out of those that hold none of the used text."""
+    numbers = [number for number in range(len(items)) if not used or not _holds(items[number], used)]
+    if limit is None or limit >= len(numbers):
+        return numbers
+    return [numbers[step * len(numbers) // limit] for step in range(limit)]
+
+
+def _holds(item: dict[str, Any], used: frozenset[str]) -> bool:
+    """Whether a field is one of the texts, as it is or after a title."""
+    texts = [value for value in item.values() if isinstance(value, str)]
+    return any(text in used or text.partition(" -- ")[2] in used for text in texts)
+
+
+class _Bar:
+    """Stands in for the progress bars of lm-eval and passes on what they are told."""
+
+    def __init__(self, items: Iterable[Any] = (), progress: Callable[..., None] | None = None, total: int = 0) -> None:
+        self.items, self.progress, self.total = items, progress, total
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.items)
+
+    def update(self, steps: int = 1) -> None:
+        if self.progress and self.total:
+            self.progress(steps / self.total)
+
+    def close(self) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def _quiet_lm_eval(progress: Callable[..., None] | None = None) -> Iterator[None]:
+    """Without the bars and the chatter of lm-eval."""
+    import lm_eval.api.model
+    import lm_eval.api.task
+    import lm_eval.models.huggingface
+
+    def bar(items: Iterable[Any] = (), total: int = 0, **_: Any) -> _Bar:
+        return _Bar(items, progress, total)
+
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    try:
+        with (
+            mock.patch.object(lm_eval.api.task, "tqdm", bar),
+            mock.patch.object(lm_eval.api.model, "tqdm", bar),
+            mock.patch.object(lm_eval.models.huggingface, "tqdm", bar),
+        ):
+            yield
+    finally:
+        logger.setLevel(level)

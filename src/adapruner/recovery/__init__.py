@@ -1,0 +1,21 @@
+"""Recovery of a pruned model: fine-tuning or distillation, with LoRA or of all weights."""
+
+from adapruner.recovery._examples import Examples, instruction_examples, read_examples, window_examples
+from adapruner.recovery._folder import check_folder, read_record, recover_into, start_folder, working_folder
+from adapruner.recovery._training import Recovered, distillation_loss, total_steps, train
+
+__all__ = [
+    "Examples",
+    "Recovered",
+    "check_folder",
+    "distillation_loss",
+    "instruction_examples",
+    "read_examples",
+    "read_record",
+    "recover_into",
+    "start_folder",
+    "total_steps",
+    "train",
+    "window_examples",
+    "working_folder",
+]

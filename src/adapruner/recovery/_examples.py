@@ -1,0 +1,132 @@
+"""What a model is trained on: instructions with their answers, or windows of running text."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from adapruner.calibration import Source, read_records, text_windows
+from adapruner.config import RecoveryOptions
+from adapruner.errors import AdaPrunerError
+
+IGNORED = -100
+
+# The prompt that Stanford Alpaca was trained with, and LLM-Pruner and the paper after it; what other tools of this
+# format expect.
+_PROMPT = (
+    "Below is an instruction that describes a task{and_input}. Write a response that appropriately completes the"
+    " request.\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
+)
+
+Example = dict[str, list[int]]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Training and validation examples: `input_ids` and `labels` (-100 where nothing is learnt) of equal length.
+
+    Attributes:
+        instructions: whether these are instructions with answers, and not running text.
+        skipped: records left out because their answer is empty or beyond the cut-off.
+    """
+
+    training: list[Example]
+    validation: list[Example]
+    instructions: bool
+    skipped: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens one pass over the training examples has, those of prompts included."""
+        return sum(len(example["input_ids"]) for example in self.training)
+
+
+def read_examples(source: Source, tokenizer: Tokenizer, options: RecoveryOptions) -> Examples:
+    """Instructions where the source has the columns `instruction` and `output`, else windows of its text.
+
+    Raises:
+        AdaPrunerError: the source cannot be read, a field is missing, or too little is in it.
+    """
+    records = read_records(source)
+    if records and "output" in records[0]:
+        return instruction_examples(records, str(source), tokenizer, options)
+    return window_examples(text_windows(source, tokenizer, options.seq_len), str(source), options)
+
+
+def window_examples(windows: Tensor, name: str, options: RecoveryOptions) -> Examples:
+    """Windows of running text, of which every token is learnt. Validation is on the last ones.
+
+    Args:
+        windows: [windows, tokens], int64.
+    """
+    if options.records is not None:
+        windows = windows[torch.arange(min(options.records, len(windows))) * len(windows) // options.records]
+    # Nothing predicts the first token; the Trainer would count it in some families.
+    examples = [{"input_ids": window, "labels": [IGNORED, *window[1:]]} for window in windows.tolist()]
+    kept_back = _validation_count(len(examples), name, options)
+    return Examples(examples[:-kept_back], examples[-kept_back:], instructions=False)
+
+
+def instruction_examples(
+    records: list[dict[str, str | None]], name: str, tokenizer: Tokenizer, options: RecoveryOptions
+) -> Examples:
+    """Prompts in the form of Stanford Alpaca, of which the answer alone is learnt, ended by the end token.
+
+    Args:
+        records: with `instruction`, `output` and perhaps `input`.
+
+    Raises:
+        AdaPrunerError: a record has no instruction or no output, with its number; or there are too few.
+    """
+    for number, record in enumerate(records, start=1):
+        for field in ("instruction", "output"):
+            if record[field] is None or (field == "instruction" and not str(record[field]).strip()):
+                raise AdaPrunerError(f"record {number} of {name} has no {field}")
+    order = list(range(len(records)))
+    random.Random(options.seed).shuffle(order)
+    examples: list[Example] = []
+    skipped = 0
+    for number in order:
+        if options.records is not None and len(examples) == options.records:
+            break
+        example = _instruction_example(records[number], tokenizer, options.seq_len)
+        if example is None:
+            skipped += 1
+        else:
+            examples.append(example)
+    kept_back = _validation_count(len(examples), name, options)
+    return Examples(examples[:-kept_back], examples[-kept_back:], instructions=True, skipped=skipped)
+
+
+def _instruction_example(record: dict[str, Any], tokenizer: Tokenizer, length: int) -> Example | None:
+    """None where nothing of an answer is left to learn."""
+    given = (record.get("input") or "").strip()
+    prompt = _PROMPT.format(
+        instruction=record["instruction"].strip(),
+        and_input=", paired with an input that provides further context" if given else "",
+        input=f"### Input:\n{given}\n\n" if given else "",
+    )
+    answer = record["output"].strip()
+    if not answer:
+        return None
+    of_prompt = tokenizer(prompt, verbose=False).input_ids
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    tokens = [*of_prompt, *tokenizer(answer, add_special_tokens=False, verbose=False).input_ids, *end]
+    labels = [IGNORED] * len(of_prompt) + tokens[len(of_prompt) :]
+    if len(of_prompt) >= length:
+        return None
+    return {"input_ids": tokens[:length], "labels": labels[:length]}
+
+
+def _validation_count(examples: int, name: str, options: RecoveryOptions) -> int:
+    if examples < 2:
+        raise AdaPrunerError(
+            f"{name} gives {examples} examples of at most {options.seq_len} tokens; 2 are needed, one to train on and"
+            " one to validate on"
+        )
+    return max(1, min(options.validation, examples // 10))

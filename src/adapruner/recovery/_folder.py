@@ -1,0 +1,131 @@
+"""Recovery from a model to a model folder, which goes on after a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from adapruner.checkpoint import save_checkpoint
+from adapruner.config import RecoveryOptions
+from adapruner.errors import AdaPrunerError
+from adapruner.recovery._examples import Examples
+from adapruner.recovery._training import train
+
+RECORD = "recovery.json"
+_CONFIG = "config.json"
+
+
+def recover_into(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    examples: Examples,
+    options: RecoveryOptions,
+    teacher: PreTrainedModel | None,
+    config: dict[str, Any],
+    card: Callable[[dict[str, Any]], str | None] = lambda record: None,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """Trains a model and writes it, a normal checkpoint again, with a record of the training beside it.
+
+    Until it is whole, everything is in a folder beside it, `FOLDER.training`, from where the same call goes on.
+
+    Args:
+        teacher: for distillation; None learns the labels.
+        config: which model on which data, and all options.
+        card: makes the model card out of the record.
+
+    Returns:
+        The record: what `recovery.json` in the folder holds.
+    """
+    work = working_folder(folder)
+    recovered = train(model, examples, options, work, teacher, progress)
+    record = {
+        "config": config,
+        "method": "labels" if teacher is None else "distillation",
+        "training_examples": len(examples.training),
+        "validation_examples": len(examples.validation),
+        "skipped_records": examples.skipped,
+        **asdict(recovered),
+    }
+    save_checkpoint(model, tokenizer, folder, card(record))
+    partial = folder / f"{RECORD}.partial"
+    partial.write_text(json.dumps(record, indent=2) + "\n")
+    os.replace(partial, folder / RECORD)
+    shutil.rmtree(work, ignore_errors=True)
+    return record
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """The record of a finished recovery; None where there is none."""
+    path = folder / RECORD
+    record: dict[str, Any] | None = json.loads(path.read_text()) if path.is_file() else None
+    return record
+
+
+def check_folder(folder: Path, config: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
+    """Makes sure, before anything is done, that a recovery may write to a folder and go on from what is beside it.
+
+    Args:
+        config: all that the result depends on, as JSON.
+        overwrite: what is there of another config may go.
+
+    Returns:
+        The record, if it is finished already.
+
+    Raises:
+        AdaPrunerError: the folder holds another recovery, or something else.
+    """
+    record, earlier = read_record(folder), _earlier_config(folder)
+    if earlier is None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise AdaPrunerError(f"{folder} exists and holds no recovery: choose another output")
+    if earlier is not None and earlier != config:
+        if overwrite:
+            return None
+        names = dict.fromkeys([*earlier, *config])
+        changed = [f"{n} {earlier.get(n)!r} → {config.get(n)!r}" for n in names if earlier.get(n) != config.get(n)]
+        raise AdaPrunerError(
+            f"{folder} holds a recovery of another config ({', '.join(changed)}): choose another output, or"
+            " --overwrite to start it again"
+        )
+    return record
+
+
+def start_folder(folder: Path, config: dict[str, Any]) -> None:
+    """Makes the folder to work in, and removes what is there of another config.
+
+    Raises:
+        AdaPrunerError: it cannot be written.
+    """
+    work = working_folder(folder)
+    try:
+        if _earlier_config(folder) not in (None, config):
+            for old in (folder, work):
+                shutil.rmtree(old, ignore_errors=True)
+        work.mkdir(parents=True, exist_ok=True)
+        partial = work / f"{_CONFIG}.partial"
+        partial.write_text(json.dumps(config))
+        os.replace(partial, work / _CONFIG)
+    except OSError as error:
+        raise AdaPrunerError(f"cannot write to {folder}: {error.strerror}") from None
+
+
+def _earlier_config(folder: Path) -> dict[str, Any] | None:
+    record, started = read_record(folder), working_folder(folder) / _CONFIG
+    if record is None and not started.is_file():
+        return None
+    config: dict[str, Any] = record["config"] if record else json.loads(started.read_text())
+    return config
+
+
+def working_folder(folder: Path) -> Path:
+    """Where a recovery into a folder leaves what it goes on from."""
+    return folder.with_name(f"{folder.name}.training")

@@ -1,0 +1,322 @@
+"""Training through the Trainer of transformers: LoRA (arXiv 2106.09685) or all weights, on labels or on a teacher."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as functional
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.pytorch_utils import Conv1D
+
+from adapruner.config import RecoveryOptions
+from adapruner.errors import AdaPrunerError
+from adapruner.models import architecture_of, computes_bfloat16_natively, in_fastest_dtype, quiet_transformers
+from adapruner.recovery._examples import IGNORED, Example, Examples
+
+# The validation loss is measured, and everything saved to go on from, so often while training; or more often, every 200
+# steps as LLM-Pruner does.
+_VALIDATIONS, _MOST_STEPS_BETWEEN = 10, 200
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """What training did.
+
+    Attributes:
+        steps: steps of the optimizer.
+        tokens: tokens that were learnt from, prompts included.
+        loss_before: validation loss before the first step, in nats per token; of distillation, the divergence from the
+            teacher.
+        loss_after: the least validation loss, that of the weights that were kept.
+        best_step: after how many steps that was.
+        seconds: of training, all calls together.
+    """
+
+    steps: int
+    tokens: int
+    loss_before: float
+    loss_after: float
+    best_step: int
+    seconds: float
+
+
+def train(
+    model: PreTrainedModel,
+    examples: Examples,
+    options: RecoveryOptions,
+    folder: Path,
+    teacher: PreTrainedModel | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Recovered:
+    """Trains a model in place: a call that was killed goes on from its last saved step.
+
+    The frozen weights of LoRA are held in bfloat16 where the hardware computes that natively, and the adapters are
+    merged into the weights as they were, in their own dtype. All weights are trained in float32, with bfloat16
+    products where those are native. float16 is never trained in.
+
+    Args:
+        folder: for the Trainer's checkpoints.
+        teacher: learn its predictions (see `distillation_loss`) and not the labels alone.
+        progress: called with the number of steps done.
+
+    Raises:
+        AdaPrunerError: the loss is not finite any more; what was saved before stays.
+    """
+    set_seed(options.seed)
+    dtype, weights = model.dtype, cast(nn.Module, model)
+    if dtype == torch.float16 or options.train == "full":
+        weights.float()
+    steps = total_steps(examples, options)
+    every = max(1, min(_MOST_STEPS_BETWEEN, steps // _VALIDATIONS))
+    with quiet_transformers(), warnings.catch_warnings():
+        # PEFT, the Trainer and PyTorch warn about what is meant here, and about each other.
+        warnings.simplefilter("ignore")
+        trained: Any = _with_adapters(in_fastest_dtype(model), options) if options.train == "lora" else model
+        trainer = _trainer(trained, examples, options, folder, teacher, steps, every)
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(_Watcher(progress, folder))
+        last = _last_whole_checkpoint(folder)
+        before = None if last else _validated(trainer, folder)
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
+    if options.train == "lora":
+        _merge(trained, model)
+    weights.to(dtype).eval()
+    state = trainer.state
+    return Recovered(
+        steps=state.global_step,
+        tokens=round(examples.tokens / len(examples.training) * options.batch_size * state.global_step),
+        loss_before=_loss_before(folder) if before is None else before,
+        loss_after=float(state.best_metric if state.best_metric is not None else math.nan),
+        best_step=int(state.best_global_step or state.global_step),
+        seconds=sum(entry.get("train_runtime", 0.0) for entry in state.log_history),
+    )
+
+
+def total_steps(examples: Examples, options: RecoveryOptions) -> int:
+    """Steps of the optimizer."""
+    return options.steps or options.epochs * math.ceil(len(examples.training) / options.batch_size)
+
+
+def distillation_loss(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    temperature: float,
+    label_weight: float,
+    count: Tensor | int | None,
+) -> Tensor:
+    """The divergence of a model's predictions from a teacher's, KL(teacher ‖ student) · T² (Hinton et al., arXiv
+    1503.02531), mixed with the negative log-likelihood of the labels.
+
+    Args:
+        student, teacher: logits, [sequences, tokens, vocabulary].
+        labels: [sequences, tokens], int64; -100 where nothing is learnt.
+        temperature: both distributions are softened by.
+        label_weight: share of the labels' loss, from 0 to 1.
+        count: how many predicted tokens the sum is divided by; by default those that are here.
+
+    Returns:
+        A scalar, nats per predicted token.
+    """
+    wanted = labels[:, 1:].to(student.device)
+    learnt = wanted != IGNORED
+    predicted, target = student[:, :-1][learnt].float(), teacher[:, :-1][learnt].float()
+    total = predicted.new_zeros(())
+    if label_weight < 1:
+        divergence = functional.kl_div(
+            (predicted / temperature).log_softmax(-1),
+            (target / temperature).log_softmax(-1),
+            reduction="sum",
+            log_target=True,
+        )
+        total = total + (1 - label_weight) * temperature**2 * divergence
+    if label_weight > 0:
+        total = total + label_weight * functional.cross_entropy(predicted, wanted[learnt], reduction="sum")
+    return total / (learnt.sum() if count is None else count)
+
+
+class _DistillationTrainer(Trainer):
+    """Runs the teacher on every batch; its predictions are used at once and not kept."""
+
+    def __init__(self, teacher: PreTrainedModel, options: RecoveryOptions, **parts: Any) -> None:
+        super().__init__(**parts, compute_loss_func=self._loss)
+        self._teacher, self._options = teacher, options
+        self._taught = torch.empty(0)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *arguments: Any, **named: Any) -> Any:
+        with torch.no_grad():
+            self._taught = self._teacher(
+                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
+            ).logits
+        return super().compute_loss(model, inputs, *arguments, **named)
+
+    def _loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        options = self._options
+        return distillation_loss(
+            outputs["logits"], self._taught, labels, options.temperature, options.label_weight, num_items_in_batch
+        )
+
+
+def _trainer(
+    model: Any,
+    examples: Examples,
+    options: RecoveryOptions,
+    folder: Path,
+    teacher: PreTrainedModel | None,
+    steps: int,
+    every: int,
+) -> Trainer:
+    micro_batch = min(options.micro_batch_size, options.batch_size)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=micro_batch,
+        per_device_eval_batch_size=micro_batch,
+        gradient_accumulation_steps=max(1, options.batch_size // micro_batch),
+        learning_rate=options.learning_rate,
+        # A short run would end before it is warm.
+        warmup_steps=min(options.warmup_steps, steps // 10),
+        eval_strategy="steps",
+        eval_steps=every,
+        save_steps=every,
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        prediction_loss_only=True,
+        bf16=options.train == "full" and computes_bfloat16_natively(model.device),
+        use_cpu=model.device.type == "cpu",
+        dataloader_pin_memory=model.device.type != "cpu",
+        remove_unused_columns=False,
+        label_names=["labels"],
+        report_to="none",
+        disable_tqdm=True,
+        seed=options.seed,
+    )
+    parts: dict[str, Any] = {
+        "model": model,
+        "args": arguments,
+        "train_dataset": examples.training,
+        "eval_dataset": examples.validation,
+        "data_collator": _batch,
+    }
+    if teacher is None:
+        return Trainer(**parts)
+    return _DistillationTrainer(**parts, teacher=in_fastest_dtype(teacher), options=options)
+
+
+def _batch(examples: list[Example]) -> dict[str, Tensor]:
+    """[examples, tokens of the longest]: tokens, labels, and where there is something."""
+    columns = {
+        "input_ids": (0, [example["input_ids"] for example in examples]),
+        "labels": (IGNORED, [example["labels"] for example in examples]),
+        "attention_mask": (0, [[1] * len(example["input_ids"]) for example in examples]),
+    }
+    return {
+        name: pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=padding)
+        for name, (padding, rows) in columns.items()
+    }
+
+
+def _with_adapters(model: PreTrainedModel, options: RecoveryOptions) -> Any:
+    """Adapters on every linear layer of the decoder layers, in float32."""
+    layers = architecture_of(model.config).layers
+    linear = {
+        name: module
+        for name, module in model.named_modules()
+        if name.startswith(f"{layers}.") and isinstance(module, nn.Linear | Conv1D)
+    }
+    config = LoraConfig(
+        r=options.lora_rank,
+        lora_alpha=options.lora_alpha,
+        lora_dropout=options.lora_dropout,
+        target_modules=list(linear),
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in linear.values()),
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config)
+
+
+def _merge(adapted: Any, model: PreTrainedModel) -> None:
+    """Adds what the adapters learnt to the weights of a model, of which `adapted` may hold a copy in another dtype."""
+    changes = {
+        name.removeprefix("base_model.model."): cast(Any, module).get_delta_weight("default").detach()
+        for name, module in adapted.named_modules()
+        if isinstance(module, LoraLayer)
+    }
+    adapted.unload()
+    for name, change in changes.items():
+        weight: Any = model.get_submodule(name).weight
+        weight.data.copy_(weight.data.float() + change.float())
+
+
+class _Watcher(TrainerCallback):
+    """Passes on progress, and stops where the loss is not finite before anything is saved."""
+
+    def __init__(self, progress: Callable[[int], None] | None, folder: Path) -> None:
+        self._progress, self._folder = progress, folder
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._progress and state.global_step:
+            self._progress(state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._progress:
+            self._progress(1)
+        if state.global_step >= state.max_steps:  # whatever the interval, the last weights are candidates too
+            control.should_evaluate = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        for name in ("loss", "eval_loss", "grad_norm"):
+            value = (logs or {}).get(name, 0.0)
+            if not math.isfinite(value):
+                saved = _last_whole_checkpoint(self._folder)
+                kept = f"what was saved last, {saved}, stays" if saved else "nothing was saved yet"
+                what = {"loss": "the loss", "eval_loss": "the validation loss", "grad_norm": "the gradient"}[name]
+                raise AdaPrunerError(
+                    f"{what} is {value} at step {state.global_step}; {kept}. Lower --learning-rate"
+                    f" ({args.learning_rate:g}) or raise --warmup-steps, and look for broken records in the data"
+                )
+
+
+def _validated(trainer: Trainer, folder: Path) -> float:
+    """The validation loss before the first step, kept for a call that goes on."""
+    loss = float(trainer.evaluate()["eval_loss"])
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "before.json").write_text(json.dumps({"eval_loss": loss}))
+    return loss
+
+
+def _loss_before(folder: Path) -> float:
+    return float(json.loads((folder / "before.json").read_text())["eval_loss"])
+
+
+def _last_whole_checkpoint(folder: Path) -> Path | None:
+    """The last checkpoint that was written to its end: its state is what the Trainer writes last."""
+    whole = []
+    for state in folder.glob("checkpoint-*/trainer_state.json"):
+        try:
+            whole.append((int(json.loads(state.read_text())["global_step"]), state.parent))
+        except ValueError:
+            continue
+    return max(whole)[1] if whole else None

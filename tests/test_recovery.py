@@ -1,0 +1,345 @@
+"""Training again: what is learnt, that it helps, that it goes on after a kill, and what is refused before it begins."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+import adapruner
+from adapruner import AdaPrunerError, RecoveryOptions, verbs
+from adapruner.calibration import parse_source
+from adapruner.cli import main
+from adapruner.recovery import (
+    Examples,
+    distillation_loss,
+    instruction_examples,
+    read_examples,
+    train,
+    window_examples,
+    working_folder,
+)
+
+SHORT = {"seq_len": 16, "batch_size": 4, "micro_batch_size": 2, "steps": 10, "learning_rate": 3e-3}
+
+
+@pytest.fixture
+def examples() -> Examples:
+    """Windows that count upwards, which is easy to learn."""
+    starts = torch.randint(4, 60, (40, 1), generator=torch.Generator().manual_seed(3))
+    return window_examples(starts + torch.arange(16), "text", RecoveryOptions(**SHORT))
+
+
+def test_distillation_loss_is_the_divergence_that_torch_computes() -> None:
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 5, 7), torch.randn(2, 5, 7)
+    labels = torch.tensor([[1, 2, 3, 4, 5], [-100, -100, -100, 6, 0]])
+    expected = []
+    for row, position in [(0, 0), (0, 1), (0, 2), (0, 3), (1, 2), (1, 3)]:
+        wanted, given = (
+            torch.distributions.Categorical(logits=logits[row, position] / 2.0) for logits in (teacher, student)
+        )
+        expected.append(4.0 * torch.distributions.kl_divergence(wanted, given))
+    loss = distillation_loss(student, teacher, labels, temperature=2.0, label_weight=0.0, count=None)
+    torch.testing.assert_close(loss, torch.stack(expected).mean())
+    likelihood = nn.functional.cross_entropy(student[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    both = distillation_loss(student, teacher, labels, temperature=2.0, label_weight=0.25, count=None)
+    torch.testing.assert_close(both, 0.75 * loss + 0.25 * likelihood)
+    part = distillation_loss(student, teacher, labels, temperature=2.0, label_weight=0.0, count=60)
+    torch.testing.assert_close(part, loss * 6 / 60)
+
+
+def test_a_student_that_predicts_what_the_teacher_does_has_nothing_to_learn() -> None:
+    logits = torch.randn(2, 5, 7, requires_grad=True)
+    labels = torch.randint(0, 7, (2, 5))
+    loss = distillation_loss(logits, logits.detach(), labels, 1.5, 0.0, None)
+    loss.backward()
+    assert abs(float(loss.detach())) < 1e-6
+    assert float(logits.grad.abs().max()) < 1e-6
+
+
+def test_of_instructions_the_answer_alone_is_learnt(tokenizer: PreTrainedTokenizerFast) -> None:
+    records = [
+        {"instruction": "w1 w2", "input": "w3", "output": "w4 w5"},
+        {"instruction": "w6", "input": "", "output": "w7"},
+    ]
+    made = instruction_examples(records, "data", tokenizer, RecoveryOptions(seq_len=256))
+    assert made.instructions
+    by_answer = {}
+    for example in made.training + made.validation:
+        learnt = [token for token in example["labels"] if token != -100]
+        assert example["input_ids"][-len(learnt) :] == learnt
+        by_answer[tokenizer.decode(learnt)] = tokenizer.decode(example["input_ids"][: -len(learnt)])
+    assert set(by_answer) == {"w4 w5 </s>", "w7 </s>"}
+    with_input = by_answer["w4 w5 </s>"]
+    assert "w1 w2" in with_input
+    assert "w3" in with_input
+    assert "w3" not in by_answer["w7 </s>"]
+
+
+def test_long_instructions_are_cut_off_and_empty_answers_skipped(tokenizer: PreTrainedTokenizerFast) -> None:
+    record = {"instruction": "w1", "input": "", "output": "w2 " * 300}
+    records = [record] * 3 + [record | {"output": ""}, record | {"instruction": "w1 " * 300}]
+    made = instruction_examples(records, "data", tokenizer, RecoveryOptions(seq_len=128))
+    assert (len(made.training), len(made.validation), made.skipped) == (2, 1, 2)
+    assert {len(example["input_ids"]) for example in made.training} == {128}
+
+
+def test_validation_windows_are_not_trained_on(examples: Examples) -> None:
+    assert (len(examples.training), len(examples.validation)) == (36, 4)
+    fewer = window_examples(torch.arange(40)[:, None] + torch.arange(16), "text", RecoveryOptions(records=20))
+    starts = [example["input_ids"][0] for example in fewer.training + fewer.validation]
+    assert starts == list(range(0, 40, 2))
+
+
+def test_lora_lowers_the_loss_and_leaves_an_ordinary_model(
+    model: PreTrainedModel, examples: Examples, tmp_path: Path
+) -> None:
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    options = RecoveryOptions(**SHORT, lora_rank=2)
+    steps: list[int] = []
+    recovered = train(model, examples, options, tmp_path / "work", progress=steps.append)
+    assert recovered.loss_after < recovered.loss_before
+    assert (sum(steps), recovered.steps, recovered.tokens) == (10, 10, 10 * 4 * 16)
+    after = dict(model.named_parameters())
+    assert after.keys() == before.keys()
+    layers = model.base_model.layers
+    linear = {f"model.layers.{name}.weight" for name, module in layers.named_modules() if isinstance(module, nn.Linear)}
+    changes = {name: after[name].detach() - before[name] for name in before}
+    assert {name for name, change in changes.items() if change.any()} == linear
+    assert max(int(torch.linalg.matrix_rank(changes[name], rtol=1e-3)) for name in linear) == 2
+    rows = torch.tensor([example["input_ids"] for example in examples.validation])
+    with torch.no_grad():
+        assert math.isclose(float(model(rows, labels=rows).loss), recovered.loss_after, rel_tol=0.02)
+
+
+@pytest.mark.parametrize("train_what", ["lora", "full"])
+def test_distillation_brings_a_model_nearer_to_its_teacher(
+    make_model: Callable[..., PreTrainedModel], examples: Examples, tmp_path: Path, train_what: str
+) -> None:
+    teacher, student = make_model(), make_model()
+    with torch.no_grad():
+        student.model.layers[1].mlp.down_proj.weight.mul_(0.2)
+    rows = torch.tensor([example["input_ids"] for example in examples.validation])
+
+    def divergence() -> float:
+        with torch.no_grad():
+            predicted, wanted = (one(rows).logits[:, :-1].log_softmax(-1) for one in (student, teacher))
+            return float((wanted.exp() * (wanted - predicted)).sum(-1).mean())
+
+    before = divergence()
+    options = RecoveryOptions(**SHORT | {"steps": 30}, train=train_what, lora_dropout=0.0)
+    recovered = train(student, examples, options, tmp_path / "work", teacher)
+    assert math.isclose(recovered.loss_before, before, rel_tol=0.02)
+    assert math.isclose(recovered.loss_after, divergence(), rel_tol=0.02)
+    assert divergence() < 0.8 * before
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "phi3"])
+def test_families_with_other_projections(
+    make_model: Callable[..., PreTrainedModel], examples: Examples, tmp_path: Path, family: str
+) -> None:
+    model = make_model(family)
+    recovered = train(model, examples, RecoveryOptions(**SHORT), tmp_path / "work")
+    assert recovered.loss_after < recovered.loss_before
+    rows = torch.tensor([example["input_ids"] for example in examples.validation])
+    with torch.no_grad():
+        assert math.isclose(float(model(rows, labels=rows).loss), recovered.loss_after, rel_tol=0.02)
+
+
+def test_half_precision_is_never_trained_in(model: PreTrainedModel, examples: Examples, tmp_path: Path) -> None:
+    recovered = train(model.half(), examples, RecoveryOptions(**SHORT), tmp_path / "work")
+    assert recovered.loss_after < recovered.loss_before
+    assert model.dtype == torch.float16
+    rows = torch.tensor([example["input_ids"] for example in examples.validation])
+    with torch.no_grad():
+        assert math.isclose(float(model.float()(rows, labels=rows).loss), recovered.loss_after, rel_tol=0.02)
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_what_was_saved(
+    model: PreTrainedModel, examples: Examples, tmp_path: Path
+) -> None:
+    work = tmp_path / "work"
+    with pytest.raises(AdaPrunerError, match=r"is (nan|inf) at step \d+; .*Lower --learning-rate \(1e\+30\)"):
+        train(model, examples, RecoveryOptions(**SHORT | {"learning_rate": 1e30, "steps": 20}), work)
+    for state in work.glob("checkpoint-*/trainer_state.json"):
+        losses = [entry["loss"] for entry in json.loads(state.read_text())["log_history"] if "loss" in entry]
+        assert all(math.isfinite(loss) for loss in losses)
+
+
+KILL = """
+import os, signal, sys
+from transformers import Trainer
+from adapruner.cli import main
+
+left = {steps}
+original = Trainer.training_step
+
+def counted(*arguments, **named):
+    global left
+    left -= 1
+    if left < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*arguments, **named)
+
+Trainer.training_step = counted
+main()
+"""
+
+
+def test_the_same_command_goes_on_after_a_kill(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    def command(output: Path) -> list[str]:
+        options = ["--seq-len", "16", "--batch-size", "4", "--micro-batch-size", "2", "--steps", "20"]
+        return ["recover", str(model_folder), "--data", str(text_file), "-o", str(output), *options]
+
+    main_or_exit(command(tmp_path / "undisturbed"))
+    killed = tmp_path / "killed"
+    # Two calls of the training step are a step of the optimizer; every second step is saved.
+    for calls, saved in [(15, 6), (9, 10)]:
+        script = [sys.executable, "-c", KILL.format(steps=calls), *command(killed)]
+        environment = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HOME": str(tmp_path), "PATH": ""}
+        assert subprocess.run(script, env=environment, capture_output=True, check=False).returncode == -9
+        assert not killed.exists()
+        assert (working_folder(killed) / f"checkpoint-{saved}").is_dir()
+    # What a kill in the middle of saving leaves.
+    broken = working_folder(killed) / "checkpoint-12"
+    broken.mkdir()
+    (broken / "trainer_state.json").write_text('{"global_st')
+    main_or_exit(command(killed))
+    first, second = (adapruner.load(tmp_path / name) for name in ("undisturbed", "killed"))
+    for (name, one), other in zip(first.named_parameters(), second.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6, msg=name)
+    one, other = (json.loads((tmp_path / name / "recovery.json").read_text()) for name in ("undisturbed", "killed"))
+    for field in ("steps", "tokens", "best_step", "loss_before"):
+        assert one[field] == other[field]
+    assert not working_folder(killed).exists()
+
+
+def main_or_exit(arguments: list[str]) -> int:
+    try:
+        main(arguments)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+@pytest.fixture(scope="module")
+def recovered(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, text_file: Path) -> Path:
+    folder = tmp_path_factory.mktemp("recovered") / "a"
+    verbs.recover(model_folder, str(text_file), folder, **SHORT)
+    return folder
+
+
+def test_a_finished_recovery_is_not_done_again(
+    recovered: Path, model_folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verbs, "load_model", lambda *_: pytest.fail("loaded"))
+    record = verbs.recover(model_folder, str(text_file), recovered, **SHORT)
+    assert record == json.loads((recovered / "recovery.json").read_text())
+    assert record["method"] == "labels"
+    with pytest.raises(AdaPrunerError, match="another config \\(steps 10 → 11\\)"):
+        verbs.recover(model_folder, str(text_file), recovered, **SHORT | {"steps": 11})
+
+
+def test_overwriting_starts_again(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "a"
+    verbs.recover(model_folder, str(text_file), folder, **SHORT)
+    record = verbs.recover(model_folder, str(text_file), folder, overwrite=True, **SHORT | {"steps": 3})
+    assert record["steps"] == 3
+
+
+def test_the_teacher_writes_the_text_itself(model_folder: Path, tmp_path: Path) -> None:
+    record = verbs.recover(
+        model_folder, "self", tmp_path / "a", teacher=str(model_folder), **SHORT | {"steps": 2, "records": 20}
+    )
+    assert (record["method"], record["training_examples"], record["validation_examples"]) == ("distillation", 18, 2)
+    assert record["loss_before"] < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "a.jsonl",
+            '{"instruction": "w1", "input": ""}\n' * 3,
+            "instructions with answers have the columns instruction, output",
+        ),
+        ("a.jsonl", '{"instruction": "w1", "output": "w2"}\n{"instruction": "w1"}\n', "record 2 of .* has no output"),
+        ("a.jsonl", '{"instruction": " ", "output": "w2"}\n' * 2, "record 1 of .* has no instruction"),
+        ("a.jsonl", '{"instruction": "w1", "output": "w2"}\n', "gives 1 examples .* 2 are needed"),
+        ("a.jsonl", '{"instruction": "w1", "output": ""}\n' * 3, "gives 0 examples"),
+        ("a.jsonl", "", "there is nothing in it"),
+        ("a.jsonl", "{broken", "cannot read"),
+        ("a.txt", "w1 w2", "less than one window of 256"),
+        ("a.txt", "", "there is no text"),
+        ("a.txt", b"\xff\xfe\x00w", "cannot read"),
+        ("a.jsonl", b'{"instruction": "\xff\xfe", "output": "w2"}\n' * 2, "cannot read"),
+    ],
+)
+def test_malformed_data_are_refused_before_the_model_is_loaded(
+    model_folder: Path,
+    tmp_path: Path,
+    name: str,
+    content: str | bytes,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(verbs, "load_model", lambda *_: pytest.fail("loaded"))
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    output = tmp_path / "out"
+    assert main_or_exit(["recover", str(model_folder), "--data", str(path), "-o", str(output)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert re.search(message, error), error
+    assert not output.exists()
+    assert not working_folder(output).exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--method", "distillation"], "name it with --teacher"),
+        (["--method", "labels", "--teacher", "smollm2"], "leave --teacher out"),
+        (["--steps", "0"], "--steps 0"),
+        (["--learning-rate", "-1"], "--learning-rate -1"),
+        (["--teacher", "nowhere/at/all"], "no model at"),
+    ],
+)
+def test_options_that_will_not_do(
+    model_folder: Path,
+    text_file: Path,
+    tmp_path: Path,
+    options: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = ["recover", str(model_folder), "--data", str(text_file), "-o", str(tmp_path / "a"), *options]
+    assert main_or_exit(command) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_folder_of_something_else_is_left_alone(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(AdaPrunerError, match="holds no recovery"):
+        verbs.recover(model_folder, str(text_file), tmp_path, overwrite=True, **SHORT)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_text_and_instructions_are_told_apart(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"instruction": f"w{i}", "output": "w2"}) + "\n" for i in range(9)))
+    assert read_examples(parse_source(str(path)), tokenizer, RecoveryOptions()).instructions
+    path = tmp_path / "b.jsonl"
+    path.write_text("".join(json.dumps({"text": f"w{i} w3"}) + "\n" for i in range(90)))
+    assert not read_examples(parse_source(str(path)), tokenizer, RecoveryOptions(seq_len=16)).instructions
