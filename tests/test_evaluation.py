@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
-from adapruner.evaluation import _perplexity, measure_perplexity, window_losses
+from adapruner import AdaPrunerError, verbs
+from adapruner.cli import app
+from adapruner.evaluation import _perplexity, count_macs, measure_perplexity, measure_speed, window_losses
+from adapruner.planning import make_plan
+from adapruner.structure import build_structure
+from adapruner.surgery import prune_model
 
 
 def test_equals_the_loss_of_transformers(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,3 +58,60 @@ def test_provenance_is_part_of_the_protocol(model: PreTrainedModel) -> None:
     result = measure_perplexity(model, torch.full((3, 10), 5), "a", provenance={"data_set": "b", "revision": "c"})
     assert result.protocol.endswith("predicted tokens (data set b, revision c)")
     assert result.as_json()["provenance"] == {"data_set": "b", "revision": "c"}
+
+
+def cut_some_channels(model: PreTrainedModel) -> PreTrainedModel:
+    structure = build_structure(model)
+    scores = torch.rand(sum(block.groups for block in structure.blocks), generator=torch.Generator().manual_seed(0))
+    counts = [7 if (block.layer, block.kind) == (1, "channels") else block.groups for block in structure.blocks]
+    return prune_model(model, structure, make_plan(structure, scores, counts))
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_multiplications_are_those_of_the_matrices_and_of_attention(model: PreTrainedModel, cut: bool) -> None:
+    counted = cut_some_channels(model) if cut else model
+    layers = counted.base_model.layers
+    matrices = sum(module.weight.numel() for module in layers.modules() if isinstance(module, nn.Linear))
+    head = counted.get_output_embeddings().weight.numel()
+    prompt, generated = count_macs(counted, 16)
+    # Queries with keys and probabilities with values: 6 heads of 8, each over all 16 tokens of the prompt, or 17.
+    assert prompt == matrices + len(layers) * 2 * 6 * 8 * 16 + head // 16
+    assert generated == matrices + len(layers) * 2 * 6 * 8 * 17 + head
+
+
+def test_models_are_measured_in_turn(model: PreTrainedModel) -> None:
+    steps: list[int] = []
+    speeds = measure_speed({"dense": model, "cut": cut_some_channels(model)}, (1, 2), 8, 3, 3, steps.append)
+    assert len(steps) == 2 * 2 * 4
+    assert speeds["dense"].parameters - speeds["cut"].parameters == 17 * (3 * 48 + 2)
+    assert speeds["cut"].weight_bytes == 4 * speeds["cut"].parameters
+    assert speeds["cut"].prompt_macs < speeds["dense"].prompt_macs
+    assert (speeds["dense"].unfriendly_widths, speeds["cut"].unfriendly_widths) == ({}, {1: 7})
+    for speed in speeds.values():
+        for rates in (speed.prefill, speed.decode):
+            assert list(rates) == [1, 2]
+            assert all(0 < rate.least <= rate.median <= rate.greatest for rate in rates.values())
+
+
+def test_the_command_warns_of_unfriendly_widths(
+    model: PreTrainedModel, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cut_some_channels(model).save_pretrained(tmp_path / "cut")
+    options = [
+        "--against",
+        str(model_folder),
+        "--batch-size",
+        "1",
+        "--prompt",
+        "8",
+        "--new-tokens",
+        "2",
+        "--repetitions",
+        "1",
+    ]
+    app(["benchmark", str(tmp_path / "cut"), *options, "--json"], exit_on_error=False, result_action="return_value")
+    captured = capsys.readouterr()
+    assert list(json.loads(captured.out)) == [str(model_folder), str(tmp_path / "cut")]
+    assert "widths of layers 1 are no multiples of 8" in captured.err
+    with pytest.raises(AdaPrunerError, match="at least 1"):
+        verbs.benchmark(model_folder, batch_sizes=(0,))

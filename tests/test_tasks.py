@@ -1,4 +1,4 @@
-"""Tasks of lm-eval: the same prompts with data of this machine as with those of the hub, and the scores that they give."""
+"""Tasks of lm-eval: the same prompts with local data as with those of the hub, and the scores that they give."""
 
 from __future__ import annotations
 

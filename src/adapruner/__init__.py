@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from adapruner.config import PruneConfig, PruneOptions, RecoveryOptions
 from adapruner.errors import AdaPrunerError
-from adapruner.evaluation import Perplexity, TaskScore
+from adapruner.evaluation import Perplexity, Speed, TaskScore
 from adapruner.pipeline import plan_again, prune
 from adapruner.planning import PruningPlan
 from adapruner.result import PruneResult
-from adapruner.verbs import Evaluation, evaluate, export, load, recover
+from adapruner.verbs import Evaluation, benchmark, evaluate, export, load, recover
 
 __version__ = "0.1.0"
 
@@ -24,7 +24,9 @@ __all__ = [
     "PruneResult",
     "PruningPlan",
     "RecoveryOptions",
+    "Speed",
     "TaskScore",
+    "benchmark",
     "evaluate",
     "export",
     "load",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -66,6 +67,13 @@ class PruneOptions(BaseModel):
     ratio: Annotated[
         float, Field(gt=0, lt=1, description="Share of all parameters to remove (embeddings counted, tied ones once).")
     ] = 0.2
+    ratio_of: Annotated[
+        Literal["parameters", "groups"],
+        Field(
+            description="What the ratio is a share of: all parameters, or the heads and channels of every layer that is"
+            " not protected, as LLM-Pruner and the paper count."
+        ),
+    ] = "parameters"
     calibration: Annotated[
         str, Field(description="Text to calibrate on: a known name, a file, hf:…, or self (the model writes it).")
     ] = "c4"
@@ -168,30 +176,6 @@ class PruneOptions(BaseModel):
             return self.compensation == "least-squares" and self.layout == "per-layer"
         return self.sequential
 
-    @model_validator(mode="after")
-    def _options_go_together(self) -> Self:
-        if self.layout == "uniform" and (self.protect_first or self.protect_last):
-            raise ValueError("--layout uniform makes all layers alike: it cannot protect some, leave --protect-… out")
-        if self.alignment == "paper" and self.space == "extended":
-            raise ValueError("--alignment paper only knows the Taylor terms: add --space paper")
-        if self.sequential and self.compensation != "least-squares":
-            raise ValueError(f"--sequential goes with --compensation least-squares, not {self.compensation}")
-        return self
-
-    @model_validator(mode="after")
-    def _recovery_is_asked_for(self) -> Self:
-        if self.recover is None and self.recovery != RecoveryOptions():
-            raise ValueError("--recovery.… says how to train, but not on what: add --recover SRC")
-        return self
-
-    @model_validator(mode="after")
-    def _samples_fit_the_pool(self) -> Self:
-        if self.samples > self.pool:
-            raise ValueError(
-                f"--samples {self.samples} is more than the pool of {self.pool} holds: raise --pool or choose fewer"
-            )
-        return self
-
 
 class RecoverConfig(RecoveryOptions):
     """Everything that a recovery by itself depends on."""
@@ -223,6 +207,32 @@ class PruneConfig(PruneOptions):
 
     model: Annotated[str, Field(description="Hub id, model folder, .gguf file, or smollm2.")]
 
+    @model_validator(mode="after")
+    def _options_go_together(self) -> Self:
+        if self.layout == "uniform" and (self.protect_first or self.protect_last):
+            raise ValueError("--layout uniform makes all layers alike: it cannot protect some, leave --protect-… out")
+        if self.alignment == "paper" and self.space == "extended":
+            raise ValueError("--alignment paper only knows the Taylor terms: add --space paper")
+        if self.ratio_of == "groups" and self.space == "extended":
+            raise ValueError("--ratio-of groups leaves no allocation to search: add --space paper")
+        if self.sequential and self.compensation != "least-squares":
+            raise ValueError(f"--sequential goes with --compensation least-squares, not {self.compensation}")
+        return self
+
+    @model_validator(mode="after")
+    def _recovery_is_asked_for(self) -> Self:
+        if self.recover is None and self.recovery != RecoveryOptions():
+            raise ValueError("--recovery.… says how to train, but not on what: add --recover SRC")
+        return self
+
+    @model_validator(mode="after")
+    def _samples_fit_the_pool(self) -> Self:
+        if self.samples > self.pool:
+            raise ValueError(
+                f"--samples {self.samples} is more than the pool of {self.pool} holds: raise --pool or choose fewer"
+            )
+        return self
+
     def save(self, path: Path) -> None:
         """Writes the resolved options as YAML."""
         path.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
@@ -247,6 +257,26 @@ class PruneConfig(PruneOptions):
             AdaPrunerError: an option is unknown, of the wrong type or out of range.
         """
         return _validated(cls, options)
+
+
+def read_recipe(name: str | Path) -> dict[str, Any]:
+    """The options in a recipe: one that comes with the package, by name, or a YAML file.
+
+    Raises:
+        AdaPrunerError: there is none of that name, or it is not a list of options.
+    """
+    folder = resources.files("adapruner") / "recipes"
+    known = sorted(file.name.removesuffix(".yaml") for file in folder.iterdir())
+    file = folder / f"{name}.yaml" if str(name) in known else Path(name)
+    if not file.is_file():
+        raise AdaPrunerError(f"no recipe {str(name)!r}: expected {', '.join(known)}, or a YAML file")
+    try:
+        options = yaml.safe_load(file.read_text())
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise AdaPrunerError(f"cannot read the recipe {name}: {str(error).splitlines()[0]}") from None
+    if not isinstance(options, dict):
+        raise AdaPrunerError(f"the recipe {name} is no list of options with their values")
+    return options
 
 
 _Options = TypeVar("_Options", bound=BaseModel)

@@ -7,7 +7,7 @@ from typing import Any
 
 from adapruner import stages
 from adapruner.checkpoint import check_push, push
-from adapruner.config import PruneConfig
+from adapruner.config import PruneConfig, read_recipe
 from adapruner.errors import AdaPrunerError
 from adapruner.job import Job, prepare
 from adapruner.progress import Reporter
@@ -16,23 +16,29 @@ from adapruner.run_folder import RunFolder
 
 
 def prune(
-    model: str, output: str | Path, overwrite: bool = False, push_to_hub: str | None = None, **options: Any
+    model: str | None,
+    output: str | Path,
+    overwrite: bool = False,
+    push_to_hub: str | None = None,
+    recipe: str | Path | None = None,
+    **options: Any,
 ) -> PruneResult:
     """Makes a causal language model smaller: measures, searches, cuts, saves, trains again if asked to, and evaluates.
 
     The same call again goes on where an earlier one stopped.
 
     Args:
-        model: hub id, model folder, `.gguf` file, or `smollm2`.
+        model: hub id, model folder, `.gguf` file, or `smollm2`; None takes that of the recipe.
         output: the run folder; the pruned model is in its `model/`, the one trained afterwards in `recovered/`.
         overwrite: start again where the folder holds a run of another config.
         push_to_hub: upload the model, recovered if it was, to this repository, `owner/name`.
+        recipe: options to start from, by the name of a recipe of this package or a YAML file; others go before them.
         options: the fields of `PruneOptions`.
 
     Raises:
         AdaPrunerError: an option, the model, the text or the folder will not do; before any long work.
     """
-    config = PruneConfig.from_options(model=model, **options)
+    config = _config(model, recipe, options)
     run = RunFolder(Path(output))
     run.check(config, overwrite)
     if push_to_hub:
@@ -44,6 +50,17 @@ def prune(
     if push_to_hub:
         push(run.recovered if config.recover else run.model, push_to_hub)
     return read_result(run)
+
+
+def _config(model: str | None, recipe: str | Path | None, options: dict[str, Any]) -> PruneConfig:
+    given = read_recipe(recipe) if recipe else {}
+    if isinstance(given.get("recovery"), dict) and isinstance(options.get("recovery"), dict):
+        options = options | {"recovery": given["recovery"] | options["recovery"]}
+    if model is not None:
+        options = options | {"model": model}
+    if "model" not in given | options:
+        raise AdaPrunerError("name a model: hub id, model folder, .gguf file, or smollm2")
+    return PruneConfig.from_options(**given | options)
 
 
 def plan_again(source: str | Path, output: str | Path, ratio: float, overwrite: bool = False) -> PruneResult:

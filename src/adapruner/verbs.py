@@ -26,10 +26,12 @@ from adapruner.errors import AdaPrunerError
 from adapruner.evaluation import (
     PROTOCOLS,
     Perplexity,
+    Speed,
     TaskScore,
     load_tasks,
     mean_accuracies,
     measure_perplexity,
+    measure_speed,
     measure_tasks,
 )
 from adapruner.job import DEFAULT_GENERATED_RECORDS, EvaluationText, evaluation_text
@@ -222,6 +224,42 @@ def _refuse_other_vocabulary(location: ModelLocation, teacher: ModelLocation) ->
     own, other = (load_config(one).vocab_size for one in (location, teacher))
     if own != other:
         raise AdaPrunerError(f"the teacher has a vocabulary of {other:,} tokens, the model one of {own:,}")
+
+
+def benchmark(
+    model: str | Path,
+    against: str | Path | None = None,
+    batch_sizes: Sequence[int] = (1, 16),
+    prompt: int = 128,
+    generated: int = 32,
+    repetitions: int = 5,
+    dtype: Dtype = "auto",
+    device: str = "auto",
+) -> dict[str, Speed]:
+    """How large and how fast a model is, and another one beside it, measured in turn in this process.
+
+    Args:
+        model: as for `load`.
+        against: the model to compare with, the dense one as a rule.
+        batch_sizes, prompt, generated, repetitions: see `evaluation.measure_speed`.
+
+    Raises:
+        AdaPrunerError: an option or a model will not do; before the weights are loaded.
+    """
+    if not batch_sizes or min(*batch_sizes, prompt, generated, repetitions) < 1:
+        raise AdaPrunerError("batch sizes, tokens and repetitions must be at least 1")
+    resolve_device(device)
+    locations = {str(name): find_model(str(name)) for name in (against, model) if name is not None}
+    for location in locations.values():
+        empty_model(load_config(location))
+    reporter = Reporter()
+    with reporter.stage("loading", len(locations)) as advance:
+        loaded = {}
+        for name, location in locations.items():
+            loaded[name] = load_model(location, dtype, device)
+            advance()
+    with reporter.stage("measuring", len(loaded) * len(batch_sizes) * (repetitions + 1)) as advance:
+        return measure_speed(loaded, batch_sizes, prompt, generated, repetitions, advance)
 
 
 def inspect(model: str | Path) -> Structure:

@@ -9,6 +9,7 @@ from cyclopts import App, CycloptsError
 from pydantic import ValidationError
 from rich.console import Console
 
+from adapruner.cli.benchmark import benchmark
 from adapruner.cli.evaluate import evaluate
 from adapruner.cli.export import export
 from adapruner.cli.inspect import inspect
@@ -21,7 +22,7 @@ from adapruner.errors import AdaPrunerError
 USER_ERROR = 2
 
 app = App(name="adapruner", help="Makes causal language models really smaller.")
-for verb in (prune, plan, recover, evaluate, export, inspect):
+for verb in (prune, plan, recover, evaluate, benchmark, export, inspect):
     app.command(verb)
 
 

@@ -14,32 +14,36 @@ from adapruner.config import PruneOptions
 
 
 def prune(
-    model: str,
+    model: str | None = None,
     /,
     *,
     output: Annotated[Path, Parameter(name=["--output", "-o"])],
+    recipe: str | None = None,
     options: Annotated[PruneOptions | None, Parameter(name="*")] = None,
     overwrite: Annotated[bool, Parameter(negative="")] = False,
     push_to_hub: str | None = None,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
-    """Search, prune, save and evaluate a model. The same command again goes on where it stopped.
+    """Search, prune, save, train again if asked to, evaluate. The same command again goes on where it stopped.
 
     Parameters
     ----------
     model:
-        Hub id, model folder, .gguf file, or smollm2.
+        Hub id, model folder, .gguf file, or smollm2; with a recipe, that of the recipe.
     output:
-        Run folder; the pruned model is in its model/.
+        Run folder; the pruned model is in its model/, the one trained afterwards in its recovered/.
+    recipe:
+        Options to start from: smollm2-20, llama-7b-20, llama-7b-50, vicuna-7b-20, vicuna-7b-50, or a YAML file. Options
+        of the command go before them.
     overwrite:
         Start again from nothing, whatever run the folder holds.
     push_to_hub:
-        Upload the pruned model to this repository, owner/name.
+        Upload the model, recovered if it was, to this repository, owner/name.
     json:
         Print result.json on stdout instead of the table.
     """
-    options = options or PruneOptions()
-    result = pipeline.prune(model, output, overwrite, push_to_hub, **options.model_dump())
+    given = options.model_dump(exclude_unset=True) if options else {}
+    result = pipeline.prune(model, output, overwrite, push_to_hub, recipe, **given)
     if json:
         print_json(result.result)
         return

@@ -1,4 +1,4 @@
-"""What a model can do and how fast: perplexity, tasks of lm-eval; with the protocol beside every number."""
+"""What a model can do and how fast: perplexity, tasks of lm-eval, tokens per second, each with its protocol."""
 
 from adapruner.evaluation._perplexity import (
     PROTOCOLS,
@@ -8,19 +8,23 @@ from adapruner.evaluation._perplexity import (
     measure_perplexity,
     window_losses,
 )
+from adapruner.evaluation._speed import Speed, count_macs, measure_speed
 from adapruner.evaluation._tasks import COMMONSENSE, Tasks, TaskScore, load_tasks, mean_accuracies, measure_tasks
 
 __all__ = [
     "COMMONSENSE",
     "PROTOCOLS",
     "Perplexity",
+    "Speed",
     "TaskScore",
     "Tasks",
+    "count_macs",
     "load_tasks",
     "log_probabilities",
     "losses_by_batch",
     "mean_accuracies",
     "measure_perplexity",
+    "measure_speed",
     "measure_tasks",
     "window_losses",
 ]

@@ -22,6 +22,7 @@ class UnreachableRatioError(AdaPrunerError):
 
 Layout = Literal["per-layer", "uniform"]
 Ranking = Literal["local", "global"]
+RatioOf = Literal["parameters", "groups"]
 
 _Blocks = Mapping[int, Block]
 
@@ -31,7 +32,7 @@ class Budget:
     """What is to be removed and where.
 
     Attributes:
-        ratio: share of all parameters to remove, embeddings counted, tied ones once.
+        ratio: share of all parameters to remove, embeddings counted, tied ones once; see `ratio_of`.
         protect_first: layers at the input that stay whole.
         protect_last: layers at the output that stay whole.
         head_share: share of heads removed, relative to the share of channels removed; 0 leaves attention whole, 1 is
@@ -43,6 +44,8 @@ class Budget:
             heads and channels alike (as FLAP does, arXiv 2312.11983), whose scores must then compare between blocks.
         tilt, bend: the depth profile. With z from -1 at the first unprotected layer to 1 at the last, a layer gives up
             a share in proportion to exp(tilt · z - bend · z²); `global` divides scores by that.
+        ratio_of: `groups` makes the ratio a share of the channels (and, times `head_share`, of the heads) of every
+            unprotected layer, as LLM-Pruner's protocol has it, rounded in each; ranking and profile are of no account.
     """
 
     ratio: float
@@ -54,6 +57,7 @@ class Budget:
     ranking: Ranking = "local"
     tilt: float = 0.0
     bend: float = 0.0
+    ratio_of: RatioOf = "parameters"
 
 
 def kept_counts(structure: Structure, budget: Budget, scores: Tensor | None = None) -> list[int]:
@@ -73,6 +77,8 @@ def kept_counts(structure: Structure, budget: Budget, scores: Tensor | None = No
     blocks = {index: block for index, block in enumerate(structure.blocks) if block.layer in layers}
     heads = {index: block for index, block in blocks.items() if block.kind == "heads"}
     channels = {index: block for index, block in blocks.items() if block.kind == "channels"}
+    if budget.ratio_of == "groups":
+        return _shares_of_groups(structure, budget, blocks)
     target = budget.ratio * structure.total_parameters
     by_block = _scores_to_rank(structure, budget, scores)
 
@@ -84,6 +90,17 @@ def kept_counts(structure: Structure, budget: Budget, scores: Tensor | None = No
 
     counts = [kept[index] for index in range(len(structure.blocks))]
     _refuse_missed_ratio(structure, budget, heads, channels, counts)
+    return counts
+
+
+def _shares_of_groups(structure: Structure, budget: Budget, blocks: _Blocks) -> list[int]:
+    """The same share of every block, rounded to whole steps."""
+    counts = [block.groups for block in structure.blocks]
+    for index, block in blocks.items():
+        share, step = (budget.head_share, 1) if block.kind == "heads" else (1.0, budget.round_to)
+        unit = step * block.strata
+        kept = unit * round((1 - share * budget.ratio) * block.groups / unit)
+        counts[index] = min(max(kept, unit), block.groups)
     return counts
 
 

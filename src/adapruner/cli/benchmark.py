@@ -1,0 +1,108 @@
+"""adapruner benchmark"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from cyclopts import Parameter
+from rich.console import Console
+from rich.table import Table
+
+from adapruner import verbs
+from adapruner.cli._output import print_json
+from adapruner.config import Dtype
+from adapruner.evaluation import Speed
+
+
+def benchmark(
+    model: str,
+    /,
+    *,
+    against: str | None = None,
+    batch_size: Annotated[tuple[int, ...], Parameter(negative="")] = (1, 16),
+    prompt: int = 128,
+    new_tokens: int = 32,
+    repetitions: int = 5,
+    dtype: Dtype = "auto",
+    device: str = "auto",
+    json: Annotated[bool, Parameter(negative="")] = False,
+) -> None:
+    """Size, memory and tokens per second of a model, beside another one.
+
+    Parameters
+    ----------
+    model:
+        Hub id, model folder, .gguf file, or smollm2.
+    against:
+        The model to compare with: the dense one.
+    batch_size:
+        Sequences at once; may be repeated.
+    prompt:
+        Tokens that are read at once.
+    new_tokens:
+        Tokens that are then generated.
+    repetitions:
+        Of which the median is taken; models take turns.
+    dtype:
+        auto, float32, bfloat16 or float16.
+    device:
+        auto, cpu, cuda, …
+    json:
+        Print JSON on stdout instead of the table.
+    """
+    speeds = verbs.benchmark(model, against, batch_size, prompt, new_tokens, repetitions, dtype, device)
+    if json:
+        print_json({name: speed.as_json() for name, speed in speeds.items()})
+    else:
+        Console().print(_table(speeds, prompt, new_tokens))
+    _warn(speeds[model], speeds[against] if against else None)
+
+
+def _table(speeds: dict[str, Speed], prompt: int, new_tokens: int) -> Table:
+    """A row for each quantity; of two models, a last column says by how much the second one is smaller or faster."""
+    own = list(speeds.values())
+    table = Table("", *speeds, *(["gain"] if len(own) == 2 else []), caption_justify="left")
+    sizes: dict[str, list[int | None]] = {
+        "parameters": [speed.parameters for speed in own],
+        "bytes of weights": [speed.weight_bytes for speed in own],
+        "peak bytes of memory": [speed.peak_memory_bytes for speed in own],
+        "MACs per token of the prompt": [speed.prompt_macs for speed in own],
+        "MACs per generated token": [speed.generated_macs for speed in own],
+    }
+    for name, values in sizes.items():
+        known = [value for value in values if value is not None]
+        gain = [f"{known[0] / known[1]:.2f} ×"] if len(known) == 2 else [""]
+        table.add_row(name, *("unknown" if value is None else f"{value:,}" for value in values), *gain[: len(own) - 1])
+    for name, kind in (("prompt tokens/s", "prefill"), ("generated tokens/s", "decode")):
+        for batch in own[0].prefill:
+            rates = [getattr(speed, kind)[batch] for speed in own]
+            cells = [f"{rate.median:,.1f} ({rate.least:,.1f}–{rate.greatest:,.1f})" for rate in rates]
+            gain = [f"{rates[-1].median / rates[0].median:.2f} ×"]
+            table.add_row(f"{name}, batch {batch}", *cells, *gain[: len(own) - 1])
+    table.caption = (
+        f"prompts of {prompt} tokens, then {new_tokens} generated with a cache; medians (least–greatest) of repetitions"
+        " in turn"
+    )
+    return table
+
+
+def _warn(speed: Speed, dense: Speed | None) -> None:
+    """What stands in the way of speed, on stderr."""
+    console = Console(stderr=True)
+    if speed.unfriendly_widths:
+        numbers = [str(layer) for layer in speed.unfriendly_widths]
+        layers = ", ".join(numbers[:8]) + (" …" if len(numbers) > 8 else "")
+        console.print(
+            f"adapruner: the feed-forward widths of layers {layers} are no multiples of {speed.friendly_multiple}, with"
+            f" which this device is faster: prune with --round-to {speed.friendly_multiple}",
+            style="yellow",
+            soft_wrap=True,
+        )
+    for kind, what in (("prefill", "reads prompts"), ("decode", "generates")):
+        for batch, rate in getattr(speed, kind).items():
+            if dense and rate.median <= getattr(dense, kind)[batch].median:
+                console.print(
+                    f"adapruner: the model {what} no faster than the one beside it at batch size {batch}",
+                    style="yellow",
+                    soft_wrap=True,
+                )

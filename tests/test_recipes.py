@@ -1,0 +1,109 @@
+"""Recipes: every one is valid, opens with its command, and the 7B ones leave what LLM-Pruner's protocol leaves."""
+
+from __future__ import annotations
+
+import shlex
+from importlib import resources
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import LlamaConfig
+
+import adapruner
+from adapruner import AdaPrunerError, PruneConfig, pipeline
+from adapruner.cli import app
+from adapruner.config import read_recipe
+from adapruner.job import reference_budget
+from adapruner.models import empty_model
+from adapruner.planning import kept_counts, removed_parameters
+from adapruner.structure import build_structure
+
+RECIPES = sorted((resources.files("adapruner") / "recipes").iterdir(), key=lambda file: file.name)
+LLAMA_7B = LlamaConfig(
+    vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
+)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda file: file.name)
+def test_a_recipe_is_valid_and_opens_with_its_command(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = recipe.name.removesuffix(".yaml")
+    command = shlex.split(recipe.read_text().splitlines()[0].removeprefix("# "))
+    assert command == ["adapruner", "prune", "--recipe", name, "-o", f"runs/{name}"]
+    made: list[PruneConfig] = []
+
+    def stop(config: PruneConfig, *_: object) -> None:
+        made.append(config)
+        raise AdaPrunerError("far enough")
+
+    monkeypatch.setattr(pipeline, "prepare", stop)
+    with pytest.raises(AdaPrunerError, match="far enough"):
+        app(command[1:], exit_on_error=False)
+    assert made == [PruneConfig.from_options(**yaml.safe_load(recipe.read_text()))]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "heads", "channels", "left"),
+    [
+        ("llama-7b-20", 24, 8256, 5_422_977_024),
+        ("llama-7b-50", 13, 4403, 3_350_188_032),
+        ("vicuna-7b-20", 24, 8256, 5_422_977_024),
+        ("vicuna-7b-50", 13, 4403, 3_350_188_032),
+    ],
+)
+def test_the_7b_recipes_leave_exactly_what_the_protocol_leaves(
+    recipe: str, heads: int, channels: int, left: int
+) -> None:
+    config = PruneConfig.from_options(**read_recipe(recipe))
+    structure = build_structure(empty_model(LLAMA_7B))
+    counts = kept_counts(structure, reference_budget(config, structure))
+    kept = {(block.layer, block.kind): count for block, count in zip(structure.blocks, counts, strict=True)}
+    middle = structure.layers // 2
+    assert (kept[middle, "heads"], kept[middle, "channels"]) == (heads, channels)
+    assert structure.total_parameters - removed_parameters(structure, counts) == left
+    assert config.recover == "alpaca"
+    assert config.recovery.learns_labels(instructions=True)
+
+
+def test_options_go_before_those_of_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("model: a/b\nratio: 0.3\nrecover: alpaca\nrecovery: {steps: 5, seq_len: 64}\n")
+    made: list[PruneConfig] = []
+
+    def stop(config: PruneConfig, *_: object) -> None:
+        made.append(config)
+        raise AdaPrunerError("far enough")
+
+    monkeypatch.setattr(pipeline, "prepare", stop)
+    with pytest.raises(AdaPrunerError, match="far enough"):
+        app(
+            ["prune", "c/d", "--recipe", str(recipe), "-o", "x", "--trials", "9", "--recovery.steps", "7"],
+            exit_on_error=False,
+        )
+    [config] = made
+    assert (config.model, config.ratio, config.trials) == ("c/d", 0.3, 9)
+    assert (config.recovery.steps, config.recovery.seq_len) == (7, 64)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("no-such", None, "no recipe 'no-such': expected llama-7b-20"),
+        ("a.yaml", "- 1", "is no list of options"),
+        ("a.yaml", "ratio: [", "cannot read the recipe"),
+        ("a.yaml", "model: a/b\nratoi: 0.2", "--ratoi 0.2"),
+        ("a.yaml", "model: a/b\nrecover: x\nrecovery: {steps: 0}", "--recovery.steps 0"),
+        ("a.yaml", "ratio: 0.2", "name a model"),
+        ("a.yaml", "model: a/b\nratio_of: groups", "add --space paper"),
+        ("a.yaml", "model: a/b\nrecovery: {steps: 5}", "add --recover SRC"),
+    ],
+)
+def test_bad_recipes_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: str | None, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        Path(name).write_text(content)
+    with pytest.raises(AdaPrunerError, match=message):
+        adapruner.prune(None, tmp_path / "run", recipe=name)
+    assert not (tmp_path / "run").exists()
