@@ -1,6 +1,6 @@
 """What training a pruned model again brings, by what it is trained on and how, for the same number of tokens.
 
-    ADAPRUNER_DATA=.data:DATA python benchmarks/recovery.py --pruned RUN/model --output runs/recovery --instructions FILE
+    ADAPRUNER_DATA=.data:DATA python benchmarks/recovery.py --pruned RUN/model --output runs/recovery --instructions F
 
 Perplexities and accuracies go to results.jsonl, a line per model; a second call goes on, also in the middle of a
 training. At the end, the table.
