@@ -37,7 +37,7 @@ def main(
     instructions: str,
     text: str = "boolq-passages@calibration",
     dense: str = "smollm2",
-    tokens: int = 200_000,
+    tokens: int = 120_000,
     learning_rates: Annotated[tuple[float, ...], Parameter(consume_multiple=True)] = (1e-3,),
     methods: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = (
         "labels on instructions",
@@ -96,7 +96,7 @@ def _training(method: str, text: str, instructions: str, dense: str, rate: float
         "seq_len": 256 if what == "instructions" else 128,
         "batch_size": 16,
         "micro_batch_size": 8,
-        "validation": 64,
+        "validation": 32,
         # On a CPU, drawing the dropout of the adapters takes a third of a step.
         "lora_dropout": 0.0,
     }
