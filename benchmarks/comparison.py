@@ -25,10 +25,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from adapruner import PruneConfig, PruningPlan, pipeline, stages
-from adapruner.calibration import parse_source, text_windows
+from adapruner.calibration import evenly_spaced, parse_source, text_windows
 from adapruner.evaluation import measure_perplexity
 from adapruner.importance import ACTIVATION_METRICS, LLM_PRUNER_METRICS, MetricPoint, score_groups
-from adapruner.job import evenly_spaced
 from adapruner.measurement import Statistics, StoredMoments, measure
 from adapruner.models import find_model, in_fastest_dtype, load_model, load_tokenizer
 from adapruner.planning import Budget, kept_counts, make_plan

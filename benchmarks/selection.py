@@ -22,9 +22,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from adapruner import PruneConfig
-from adapruner.calibration import parse_source, text_windows
+from adapruner.calibration import evenly_spaced, parse_source, text_windows
 from adapruner.evaluation import log_probabilities, window_losses
-from adapruner.job import evenly_spaced, reference_budget
+from adapruner.job import reference_budget
 from adapruner.measurement import Statistics, StoredMoments
 from adapruner.models import find_model, in_fastest_dtype, load_model, load_tokenizer
 from adapruner.planning import kept_counts

@@ -9,15 +9,18 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer
 
 import adapruner
 from adapruner import AdaPrunerError, RecoveryOptions, verbs
 from adapruner.calibration import parse_source
+from adapruner.checkpoint import card_of_recovered
 from adapruner.cli import main
 from adapruner.recovery import (
     Examples,
@@ -99,6 +102,8 @@ def test_validation_windows_are_not_trained_on(examples: Examples) -> None:
     fewer = window_examples(torch.arange(40)[:, None] + torch.arange(16), "text", RecoveryOptions(records=20))
     starts = [example["input_ids"][0] for example in fewer.training + fewer.validation]
     assert starts == list(range(0, 40, 2))
+    more = window_examples(torch.arange(40)[:, None] + torch.arange(16), "text", RecoveryOptions(records=90))
+    assert [example["input_ids"][0] for example in more.training + more.validation] == list(range(40))
 
 
 def test_lora_lowers_the_loss_and_leaves_an_ordinary_model(
@@ -166,14 +171,34 @@ def test_half_precision_is_never_trained_in(model: PreTrainedModel, examples: Ex
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_what_was_saved(
-    model: PreTrainedModel, examples: Examples, tmp_path: Path
+    model: PreTrainedModel, examples: Examples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    work = tmp_path / "work"
+    calls = 0
+    original = Trainer.training_step
+
+    def breaks(*arguments: Any, **named: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return original(*arguments, **named) * (math.nan if calls > 7 else 1)
+
+    monkeypatch.setattr(Trainer, "training_step", breaks)
+    with pytest.raises(AdaPrunerError, match=r"the loss is nan at step 4; what was saved last, .*checkpoint-3, stays"):
+        train(model, examples, RecoveryOptions(**SHORT), tmp_path / "work")
+    assert (tmp_path / "work" / "checkpoint-3" / "adapter_model.safetensors").is_file()
+    assert not (tmp_path / "work" / "checkpoint-4").exists()
+
+
+def test_weights_that_explode_stop_the_training(model: PreTrainedModel, examples: Examples, tmp_path: Path) -> None:
     with pytest.raises(AdaPrunerError, match=r"is (nan|inf) at step \d+; .*Lower --learning-rate \(1e\+30\)"):
-        train(model, examples, RecoveryOptions(**SHORT | {"learning_rate": 1e30, "steps": 20}), work)
-    for state in work.glob("checkpoint-*/trainer_state.json"):
-        losses = [entry["loss"] for entry in json.loads(state.read_text())["log_history"] if "loss" in entry]
-        assert all(math.isfinite(loss) for loss in losses)
+        train(model, examples, RecoveryOptions(**SHORT | {"learning_rate": 1e30, "steps": 20}), tmp_path / "work")
+
+
+def test_a_batch_is_made_of_whole_micro_batches(model: PreTrainedModel, examples: Examples, tmp_path: Path) -> None:
+    options = RecoveryOptions(**SHORT | {"batch_size": 6, "micro_batch_size": 4, "steps": None, "epochs": 1})
+    recovered = train(model, examples, options, tmp_path / "work")
+    assert (recovered.steps, recovered.tokens) == (6, 36 * 16)
+    state = json.loads((tmp_path / "work" / "checkpoint-6" / "trainer_state.json").read_text())
+    assert (state["train_batch_size"], state["epoch"]) == (3, 1.0)
 
 
 KILL = """
@@ -194,6 +219,21 @@ def counted(*arguments, **named):
 Trainer.training_step = counted
 main()
 """
+
+
+def test_a_call_that_was_killed_after_the_last_step(
+    make_model: Callable[..., PreTrainedModel], examples: Examples, tmp_path: Path
+) -> None:
+    """As while it saves: there is nothing left to learn, and the outcome is the same."""
+    work, options = tmp_path / "work", RecoveryOptions(**SHORT)
+    first, second = make_model(), make_model()
+    one = train(first, examples, options, work)
+    steps: list[int] = []
+    other = train(second, examples, options, work, progress=steps.append)
+    assert (other.steps, other.tokens, other.best_step) == (one.steps, one.tokens, one.best_step)
+    assert sum(steps) == 10
+    for mine, theirs in zip(first.parameters(), second.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_the_same_command_goes_on_after_a_kill(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
@@ -255,6 +295,13 @@ def test_overwriting_starts_again(model_folder: Path, text_file: Path, tmp_path:
     verbs.recover(model_folder, str(text_file), folder, **SHORT)
     record = verbs.recover(model_folder, str(text_file), folder, overwrite=True, **SHORT | {"steps": 3})
     assert record["steps"] == 3
+    record = verbs.recover(
+        model_folder, str(text_file), folder, overwrite=True, dtype="bfloat16", **SHORT | {"steps": 3}
+    )
+    assert adapruner.load(folder).dtype == torch.bfloat16
+    with pytest.raises(AdaPrunerError, match="is a model that this reads from"):
+        verbs.recover(folder, str(text_file), folder, overwrite=True, **SHORT)
+    assert adapruner.load(folder).dtype == torch.bfloat16
 
 
 def test_the_teacher_writes_the_text_itself(model_folder: Path, tmp_path: Path) -> None:
@@ -336,10 +383,34 @@ def test_a_folder_of_something_else_is_left_alone(model_folder: Path, text_file:
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
+def test_the_card_of_a_pruned_model_says_that_it_was_trained() -> None:
+    record = {
+        "config": {"train": "full", "data": "/somewhere/mine.txt"},
+        "method": "labels",
+        "steps": 10,
+        "tokens": 640,
+    }
+    pruned = (
+        "---\nlicense: other\nmodel-index:\n- name: a\n  results:\n  - task:\n      type: b\n---\n\n# a\n\nIt was not"
+        " trained afterwards.\n\n## What it cost\n\n| a | b |\n\n## Licence\n\nx\n"
+    )
+    card = card_of_recovered(pruned, record)
+    assert card is not None
+    assert ModelCard(card).data.to_dict() == {"license": "other"}
+    assert "10 steps, 640 tokens, all weights, learning the text itself" in card
+    assert "`mine.txt`" in card
+    assert "| a | b |" not in card
+    assert card.endswith("## Licence\n\nx\n")
+    assert card_of_recovered("# another card", record) is None
+
+
 def test_text_and_instructions_are_told_apart(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"instruction": f"w{i}", "output": "w2"}) + "\n" for i in range(9)))
     assert read_examples(parse_source(str(path)), tokenizer, RecoveryOptions()).instructions
     path = tmp_path / "b.jsonl"
     path.write_text("".join(json.dumps({"text": f"w{i} w3"}) + "\n" for i in range(90)))
+    assert not read_examples(parse_source(str(path)), tokenizer, RecoveryOptions(seq_len=16)).instructions
+    path = tmp_path / "c.jsonl"
+    path.write_text("".join(json.dumps({"output": f"w{i} w3"}) + "\n" for i in range(90)))
     assert not read_examples(parse_source(str(path)), tokenizer, RecoveryOptions(seq_len=16)).instructions

@@ -185,6 +185,33 @@ def test_all_seven_run_in_one_go(model: PreTrainedModel, tokenizer: PreTrainedTo
     assert metrics == {name: {"acc"} if name in ("boolq", "winogrande") else {"acc", "acc_norm"} for name in metrics}
 
 
+def test_groups_in_groups_are_one_number_where_lm_eval_makes_one(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, local_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lm_eval.tasks import TaskManager
+
+    from adapruner.evaluation import _tasks
+
+    easy = {"include": str(_tasks._task_manager().task_index["arc_easy"].yaml_path), "dataset_path": "json"}
+    easy |= {"training_split": None, "validation_split": None}
+    easy |= {"dataset_kwargs": {"data_files": {"test": str(local_data / FILES["arc_easy"])}}, "dataset_name": None}
+    for name in ("one", "two"):
+        (local_data / f"{name}.yaml").write_text(json.dumps(easy | {"task": name}))
+    mean = [{"metric": "acc", "weight_by_size": True}]
+    inner = {"group": "inner", "task": ["one"], "aggregate_metric_list": mean}
+    (local_data / "inner.yaml").write_text(json.dumps(inner))
+    (local_data / "outer.yaml").write_text(json.dumps({"group": "outer", "task": ["inner", "two"]}))
+    (local_data / "whole.yaml").write_text(json.dumps(inner | {"group": "whole", "task": ["inner", "two"]}))
+    monkeypatch.setattr(_tasks, "_task_manager", lambda: TaskManager(include_path=str(local_data)))
+    names = {
+        name: [score.task for score in measure_tasks(model, tokenizer, load_tasks([name]))]
+        for name in ("outer", "whole")
+    }
+    assert names == {"outer": ["one", "two"], "whole": ["whole"]}
+    [score] = measure_tasks(model, tokenizer, load_tasks(["whole"]))
+    assert (score.items, set(score.metrics)) == (2, {"acc"})
+
+
 def test_means() -> None:
     assert mean_accuracies([{"acc": 0.2}, {"acc": 0.4, "acc_norm": 0.8}]) == {
         "acc": pytest.approx(0.3),
@@ -215,5 +242,5 @@ def test_data_that_cannot_be_read_are_named(
 ) -> None:
     monkeypatch.delenv("ADAPRUNER_DATA", raising=False)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(AdaPrunerError, match="cannot read the data of task 'piqa'"):
+    with pytest.raises(AdaPrunerError, match="cannot load task 'piqa' or its data"):
         load_tasks(["piqa"])

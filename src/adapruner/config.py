@@ -185,6 +185,7 @@ class RecoverConfig(RecoveryOptions):
     model: str
     data: str
     teacher: str | None = None
+    dtype: Dtype = "auto"
 
     @classmethod
     def from_options(cls, **options: Any) -> Self:

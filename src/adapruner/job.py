@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -16,6 +15,7 @@ from adapruner.calibration import (
     Part,
     Source,
     draw_windows,
+    evenly_spaced,
     parse_source,
     provenance,
     read_documents,
@@ -230,10 +230,3 @@ def window_counts(config: PruneConfig) -> dict[str, int]:
     if config.recover == SELF_GENERATED:
         counts["recovery"] = config.recovery.records or DEFAULT_GENERATED_RECORDS
     return counts
-
-
-def evenly_spaced(windows: Tensor, limit: int | None) -> Tensor:
-    """At most `limit` of the windows, from beginning to end."""
-    if limit is None or limit >= len(windows):
-        return windows
-    return windows[torch.arange(limit) * len(windows) // limit]

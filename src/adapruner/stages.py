@@ -241,10 +241,15 @@ def stage_recover(
         pruned = load_model(find_model(str(run.model)), "auto", config.device)
         teacher = None if config.recovery.learns_labels(examples.instructions) else model
         about = {"model": config.model, "data": config.recover, **config.recovery.model_dump(mode="json")}
-        with reporter.stage("recovering", total_steps(examples, config.recovery)) as advance:
-            record = recover_into(
-                run.recovered, pruned, job.tokenizer, examples, config.recovery, teacher, about, progress=advance
-            )
+        try:
+            with reporter.stage("recovering", total_steps(examples, config.recovery)) as advance:
+                record = recover_into(
+                    run.recovered, pruned, job.tokenizer, examples, config.recovery, teacher, about, progress=advance
+                )
+        except AdaPrunerError as error:
+            raise AdaPrunerError(
+                f"{error}. The pruned model is whole: adapruner recover {run.model} trains it with other options"
+            ) from None
     return record
 
 

@@ -173,8 +173,10 @@ def recover(
         AdaPrunerError: an option, the data, a model or the folder will not do, before the weights are loaded; or the
             loss is not finite any more.
     """
-    config = RecoverConfig.from_options(model=str(model), data=data, teacher=teacher, **options)
+    config = RecoverConfig.from_options(model=str(model), data=data, teacher=teacher, dtype=dtype, **options)
     folder = Path(output)
+    if folder.resolve() in [Path(name).resolve() for name in (config.model, teacher) if name]:
+        raise AdaPrunerError(f"{output} is a model that this reads from: choose another output")
     resolved = config.model_dump(mode="json")
     record = check_folder(folder, resolved, overwrite)
     if record is not None:
@@ -192,7 +194,7 @@ def recover(
         examples = read_examples(parse_source(data), tokenizer, settings)
     elif of_teacher is None:
         raise AdaPrunerError("--data self is text that the dense model writes: name it with --teacher")
-    start_folder(folder, resolved)
+    start_folder(folder, resolved, overwrite)
     reporter = Reporter()
     with reporter.stage("loading", 1) as advance:
         loaded = load_model(location, dtype, device)

@@ -1,6 +1,6 @@
 """Text to calibrate on: sources, their disjoint parts, and windows of tokens."""
 
-from adapruner.calibration._pool import draw_windows, generate_windows, text_windows
+from adapruner.calibration._pool import draw_windows, evenly_spaced, generate_windows, text_windows
 from adapruner.calibration._sources import (
     SELF_GENERATED,
     Part,
@@ -16,6 +16,7 @@ __all__ = [
     "Part",
     "Source",
     "draw_windows",
+    "evenly_spaced",
     "generate_windows",
     "parse_source",
     "provenance",

@@ -76,6 +76,13 @@ def text_windows(source: Source, tokenizer: Tokenizer, length: int, stride: int 
     return tokens.unfold(0, length, stride or length).clone()
 
 
+def evenly_spaced(windows: Tensor, limit: int | None) -> Tensor:
+    """At most `limit` of the windows, from beginning to end."""
+    if limit is None or limit >= len(windows):
+        return windows
+    return windows[torch.arange(limit) * len(windows) // limit]
+
+
 def generate_windows(model: PreTrainedModel, count: int, length: int, seed: int, batch_size: int = 16) -> Tensor:
     """Lets the model write the text itself, sampling at temperature 1 from its start token (as LLM-QAT does, arXiv
     2305.17888).

@@ -156,7 +156,7 @@ def card_of_recovered(card: str, record: dict[str, Any]) -> str | None:
     before, heading, rest = card.partition("## What it cost\n\n")
     after = rest.partition("\n## ")[2]
     return re.sub(
-        r"(?ms)^model-index:\n(?:[ -].*?\n)+", "", f"{before}{heading}Not measured after training.\n\n## {after}"
+        r"(?m)^model-index:\n(?:(?!---)[ -].*\n)+", "", f"{before}{heading}Not measured after training.\n\n## {after}"
     )
 
 

@@ -37,8 +37,9 @@ class TaskScore:
 
     Attributes:
         task: the name in lm-eval.
-        metrics: by the name in lm-eval: `acc` is the share of items where the right answer is the most likely one,
-            `acc_norm` the same with log-likelihoods divided by the length of the answer in bytes.
+        metrics: by the name in lm-eval, with that of its filter in brackets if it has one: `acc` is the share of items
+            where the right answer is the most likely one, `acc_norm` the same with log-likelihoods divided by the
+            length of the answer in bytes.
         standard_errors: of the same metrics, where lm-eval gives one.
         items: on how many items, out of `items_in_all`; fewer are evenly spaced ones.
         data_set: where the items are from, and their split.
@@ -92,7 +93,7 @@ class Tasks:
     """Tasks that are ready to run, with their data.
 
     Attributes:
-        by_name: what lm-eval built for each name, a task, or several of a group or tag.
+        by_name: what lm-eval built for each name: a task, a group, or several of them for a tag.
         items: the numbers of the items to take, by task.
         data_sets: where the items of each task are from.
     """
@@ -134,11 +135,12 @@ def load_tasks(names: Sequence[str], limit: int | None = None, used_text: Iterab
         for name in wanted:
             try:
                 loaded = _load(name)
-            except (OSError, ValueError, KeyError, ConnectionError, datasets.exceptions.DatasetsError) as error:
+            except (OSError, ValueError, KeyError, ImportError, datasets.exceptions.DatasetsError) as error:
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                raise AdaPrunerError(f"cannot read the data of task {name!r}: {reason}") from error
-            built[name] = [*loaded["groups"].values()] if loaded.get("groups") else [*loaded["tasks"].values()]
+                raise AdaPrunerError(f"cannot load task {name!r} or its data: {reason}") from error
+            built[name] = _outermost(loaded)
             for task_name, task in loaded["tasks"].items():
+                _refuse_impossible(task_name, task)
                 items[task_name] = _chosen(task.eval_docs, limit, used)
                 data_sets[task_name] = _data_set(task)
                 if not items[task_name]:
@@ -168,22 +170,24 @@ def measure_tasks(
             outcome = simple_evaluate(
                 runner, tasks=own, samples=tasks.items, log_samples=False, task_manager=_task_manager()
             )
-            scores += [_score(name, found, outcome, tasks, model) for name, found in outcome["results"].items()]
+            for name in [one.name if hasattr(one, "child_names") else one.task_name for one in own]:
+                score = _score(name, outcome, tasks, model)
+                members = [name] if score.metrics else _members(name, outcome)
+                scores += [_score(member, outcome, tasks, model) for member in members]
     return scores
 
 
-def _score(name: str, found: dict[str, Any], outcome: Any, tasks: Tasks, model: PreTrainedModel) -> TaskScore:
-    metrics, standard_errors = {}, {}
-    for key, value in found.items():
+def _score(name: str, outcome: Any, tasks: Tasks, model: PreTrainedModel) -> TaskScore:
+    """The score of a task, or of a group where lm-eval makes one number of its tasks."""
+    metrics: dict[str, float] = {}
+    standard_errors: dict[str, float] = {}
+    for key, value in outcome["results"][name].items():
         metric, _, kind = key.partition(",")
-        if kind != "none" or not isinstance(value, int | float):
-            continue
-        if metric.endswith("_stderr"):
-            standard_errors[metric.removesuffix("_stderr")] = float(value)
-        else:
-            metrics[metric] = float(value)
-    members = [task for task in outcome["n-samples"] if task == name or task in outcome["group_subtasks"].get(name, [])]
-    first = outcome["configs"].get(members[0] if members else name, {})
+        if kind and isinstance(value, int | float):
+            into = standard_errors if metric.endswith("_stderr") else metrics
+            into[metric.removesuffix("_stderr") + (f" ({kind})" if kind != "none" else "")] = float(value)
+    members = _members(name, outcome)
+    first = outcome["configs"][members[0]]
     return TaskScore(
         task=name,
         metrics=metrics,
@@ -193,9 +197,31 @@ def _score(name: str, found: dict[str, Any], outcome: Any, tasks: Tasks, model: 
         data_set=", ".join(dict.fromkeys(tasks.data_sets[task] for task in members)),
         split=str(first.get("test_split") or first.get("validation_split")),
         version=str(outcome["versions"].get(name)),
-        shots=int(outcome["n-shot"].get(name, 0)),
+        shots=int(outcome["n-shot"][members[0]]),
         dtype=str(model.dtype).removeprefix("torch."),
     )
+
+
+def _members(name: str, outcome: Any) -> list[str]:
+    """The tasks of a group, and of the groups in it; of a task, itself."""
+    inside = outcome["group_subtasks"].get(name)
+    return [task for one in inside for task in _members(one, outcome)] if inside else [name]
+
+
+def _outermost(loaded: Any) -> list[Any]:
+    """The groups and tasks that are in no group."""
+    everything = {**loaded.get("groups", {}), **loaded["tasks"]}
+    inside = {name for names in loaded.get("group_map", {}).values() for name in names}
+    return [one for name, one in everything.items() if name not in inside]
+
+
+def _refuse_impossible(name: str, task: Any) -> None:
+    if getattr(task, "MULTIMODAL", False):
+        raise AdaPrunerError(f"task {name!r} asks about pictures or sound, of which a language model knows nothing")
+    if getattr(task, "UNSAFE_CODE", False):
+        raise AdaPrunerError(
+            f"task {name!r} runs code that the model writes, which is not done here: run lm-eval directly"
+        )
 
 
 class _LocalData(BaseModel):
@@ -300,6 +326,7 @@ def _quiet_lm_eval(progress: Callable[..., None] | None = None) -> Iterator[None
     """Without the bars and the chatter of lm-eval."""
     import lm_eval.api.model
     import lm_eval.api.task
+    import lm_eval.evaluator
     import lm_eval.models.huggingface
 
     def bar(items: Iterable[Any] = (), total: int = 0, **_: Any) -> _Bar:
@@ -314,6 +341,8 @@ def _quiet_lm_eval(progress: Callable[..., None] | None = None) -> Iterator[None
             mock.patch.object(lm_eval.api.task, "tqdm", bar),
             mock.patch.object(lm_eval.api.model, "tqdm", bar),
             mock.patch.object(lm_eval.models.huggingface, "tqdm", bar),
+            # Asks git, which complains on stderr where there is no repository.
+            mock.patch.object(lm_eval.evaluator, "get_git_commit_hash", return_value=None),
         ):
             yield
     finally:

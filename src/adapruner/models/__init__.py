@@ -4,6 +4,7 @@ from adapruner.models._architecture import Architecture, ProjectionNames, RowKin
 from adapruner.models._loading import (
     ModelLocation,
     computes_bfloat16_natively,
+    copy_in_dtype,
     empty_model,
     find_model,
     in_fastest_dtype,
@@ -24,6 +25,7 @@ __all__ = [
     "RowKind",
     "architecture_of",
     "computes_bfloat16_natively",
+    "copy_in_dtype",
     "empty_model",
     "find_model",
     "in_fastest_dtype",

@@ -190,10 +190,14 @@ def in_fastest_dtype(model: PreTrainedModel) -> PreTrainedModel:
     """
     if model.dtype != torch.float32 or not computes_bfloat16_natively(model.device):
         return model
+    return copy_in_dtype(model, torch.bfloat16)
+
+
+def copy_in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """A copy with parameters of another dtype; the frequencies of rotary embeddings stay as exact as in the model."""
     duplicate = copy.deepcopy(model)
-    # Parameters alone: the frequencies of rotary embeddings stay as exact as in the model.
     for parameter in duplicate.parameters():
-        parameter.data = parameter.data.to(torch.bfloat16)
+        parameter.data = parameter.data.to(dtype)
     return duplicate
 
 

@@ -6,11 +6,10 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from adapruner.calibration import Source, read_records, text_windows
+from adapruner.calibration import Source, evenly_spaced, read_records, text_windows
 from adapruner.config import RecoveryOptions
 from adapruner.errors import AdaPrunerError
 
@@ -53,7 +52,7 @@ def read_examples(source: Source, tokenizer: Tokenizer, options: RecoveryOptions
         AdaPrunerError: the source cannot be read, a field is missing, or too little is in it.
     """
     records = read_records(source)
-    if records and "output" in records[0]:
+    if records and {"instruction", "output"} <= records[0].keys():
         return instruction_examples(records, str(source), tokenizer, options)
     return window_examples(text_windows(source, tokenizer, options.seq_len), str(source), options)
 
@@ -64,8 +63,7 @@ def window_examples(windows: Tensor, name: str, options: RecoveryOptions) -> Exa
     Args:
         windows: [windows, tokens], int64.
     """
-    if options.records is not None:
-        windows = windows[torch.arange(min(options.records, len(windows))) * len(windows) // options.records]
+    windows = evenly_spaced(windows, options.records)
     # Nothing predicts the first token; the Trainer would count it in some families.
     examples = [{"input_ids": window, "labels": [IGNORED, *window[1:]]} for window in windows.tolist()]
     kept_back = _validation_count(len(examples), name, options)

@@ -76,7 +76,7 @@ def check_folder(folder: Path, config: dict[str, Any], overwrite: bool) -> dict[
 
     Args:
         config: all that the result depends on, as JSON.
-        overwrite: what is there of another config may go.
+        overwrite: what is there may go.
 
     Returns:
         The record, if it is finished already.
@@ -87,9 +87,9 @@ def check_folder(folder: Path, config: dict[str, Any], overwrite: bool) -> dict[
     record, earlier = read_record(folder), _earlier_config(folder)
     if earlier is None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise AdaPrunerError(f"{folder} exists and holds no recovery: choose another output")
+    if overwrite:
+        return None
     if earlier is not None and earlier != config:
-        if overwrite:
-            return None
         names = dict.fromkeys([*earlier, *config])
         changed = [f"{n} {earlier.get(n)!r} → {config.get(n)!r}" for n in names if earlier.get(n) != config.get(n)]
         raise AdaPrunerError(
@@ -99,15 +99,15 @@ def check_folder(folder: Path, config: dict[str, Any], overwrite: bool) -> dict[
     return record
 
 
-def start_folder(folder: Path, config: dict[str, Any]) -> None:
-    """Makes the folder to work in, and removes what is there of another config.
+def start_folder(folder: Path, config: dict[str, Any], overwrite: bool) -> None:
+    """Makes the folder to work in; to overwrite, removes what is there.
 
     Raises:
         AdaPrunerError: it cannot be written.
     """
     work = working_folder(folder)
     try:
-        if _earlier_config(folder) not in (None, config):
+        if overwrite:
             for old in (folder, work):
                 shutil.rmtree(old, ignore_errors=True)
         work.mkdir(parents=True, exist_ok=True)

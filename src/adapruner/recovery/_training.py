@@ -28,7 +28,13 @@ from transformers.pytorch_utils import Conv1D
 
 from adapruner.config import RecoveryOptions
 from adapruner.errors import AdaPrunerError
-from adapruner.models import architecture_of, computes_bfloat16_natively, in_fastest_dtype, quiet_transformers
+from adapruner.models import (
+    architecture_of,
+    computes_bfloat16_natively,
+    copy_in_dtype,
+    in_fastest_dtype,
+    quiet_transformers,
+)
 from adapruner.recovery._examples import IGNORED, Example, Examples
 
 # The validation loss is measured, and everything saved to go on from, so often while training; or more often, every 200
@@ -47,7 +53,7 @@ class Recovered:
             teacher.
         loss_after: the least validation loss, that of the weights that were kept.
         best_step: after how many steps that was.
-        seconds: of training, all calls together.
+        seconds: of training, of the last call.
     """
 
     steps: int
@@ -82,14 +88,14 @@ def train(
     """
     set_seed(options.seed)
     dtype, weights = model.dtype, cast(nn.Module, model)
-    if dtype == torch.float16 or options.train == "full":
+    if options.train == "full":
         weights.float()
     steps = total_steps(examples, options)
     every = max(1, min(_MOST_STEPS_BETWEEN, steps // _VALIDATIONS))
     with quiet_transformers(), warnings.catch_warnings():
         # PEFT, the Trainer and PyTorch warn about what is meant here, and about each other.
         warnings.simplefilter("ignore")
-        trained: Any = _with_adapters(in_fastest_dtype(model), options) if options.train == "lora" else model
+        trained: Any = _with_adapters(_frozen(model), options) if options.train == "lora" else model
         trainer = _trainer(trained, examples, options, folder, teacher, steps, every)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(_Watcher(progress, folder))
@@ -100,12 +106,15 @@ def train(
         _merge(trained, model)
     weights.to(dtype).eval()
     state = trainer.state
+    # A call that was killed after the last step makes one more, at a learning rate of zero.
+    done = min(state.global_step, steps)
+    per_example = examples.tokens / len(examples.training)
     return Recovered(
-        steps=state.global_step,
-        tokens=round(examples.tokens / len(examples.training) * options.batch_size * state.global_step),
+        steps=done,
+        tokens=round(per_example * min(options.batch_size, len(examples.training)) * done),
         loss_before=_loss_before(folder) if before is None else before,
         loss_after=float(state.best_metric if state.best_metric is not None else math.nan),
-        best_step=int(state.best_global_step or state.global_step),
+        best_step=min(int(state.best_global_step or done), steps),
         seconds=sum(entry.get("train_runtime", 0.0) for entry in state.log_history),
     )
 
@@ -184,13 +193,14 @@ def _trainer(
     steps: int,
     every: int,
 ) -> Trainer:
-    micro_batch = min(options.micro_batch_size, options.batch_size)
+    # The largest that goes into a batch without a rest.
+    micro_batch = next(n for n in range(options.micro_batch_size, 0, -1) if options.batch_size % n == 0)
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
         per_device_train_batch_size=micro_batch,
         per_device_eval_batch_size=micro_batch,
-        gradient_accumulation_steps=max(1, options.batch_size // micro_batch),
+        gradient_accumulation_steps=options.batch_size // micro_batch,
         learning_rate=options.learning_rate,
         # A short run would end before it is warm.
         warmup_steps=min(options.warmup_steps, steps // 10),
@@ -238,6 +248,14 @@ def _batch(examples: list[Example]) -> dict[str, Tensor]:
     }
 
 
+def _frozen(model: PreTrainedModel) -> PreTrainedModel:
+    """The model, or a copy of it in a dtype to train adapters in: not float16, and bfloat16 where that is fast."""
+    if model.dtype == torch.float16:
+        native = computes_bfloat16_natively(model.device)
+        return copy_in_dtype(model, torch.bfloat16 if native else torch.float32)
+    return in_fastest_dtype(model)
+
+
 def _with_adapters(model: PreTrainedModel, options: RecoveryOptions) -> Any:
     """Adapters on every linear layer of the decoder layers, in float32."""
     layers = architecture_of(model.config).layers
@@ -281,7 +299,7 @@ class _Watcher(TrainerCallback):
             self._progress(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self._progress:
+        if self._progress and state.global_step <= state.max_steps:
             self._progress(1)
         if state.global_step >= state.max_steps:  # whatever the interval, the last weights are candidates too
             control.should_evaluate = True
