@@ -157,7 +157,7 @@ class PruneOptions(BaseModel):
     ] = None
     recover: Annotated[
         str | None,
-        Field(description="Train the pruned model afterwards: on instructions with answers, which teach most, or any text."),
+        Field(description="Train the pruned model afterwards, on instructions with answers or on any text."),
     ] = None
     recovery: RecoveryOptions = RecoveryOptions()
     tasks: Annotated[
