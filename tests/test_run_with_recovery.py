@@ -158,7 +158,6 @@ def test_a_killed_run_goes_on(
     }
     for module, name, calls, left in [
         ("adapruner.recovery._training", "distillation_loss", 27, "recovered.training/checkpoint-3"),
-        ("adapruner.stages", "measure_perplexity", 3, "evaluation.json"),
         ("adapruner.stages", "measure_tasks", 1, "evaluation.json"),
     ]:
         script = KILL.format(module=module, name=name, calls=calls)

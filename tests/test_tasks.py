@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,14 @@ def local_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@cache
+def of_lm_eval() -> Any:
+    """lm-eval's own tasks, as it finds them; that takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
 def requests(task: Any) -> list[tuple[Any, ...]]:
     task.set_config(key="num_fewshot", value=0)
     task.build_all_requests(limit=None, rank=0, world_size=1)
@@ -86,8 +95,6 @@ def requests(task: Any) -> list[tuple[Any, ...]]:
 def test_prompts_choices_and_answers_are_those_of_lm_eval(
     name: str, local_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lm_eval.tasks import TaskManager
-
     [ours] = load_tasks([name]).by_name[name]
 
     def from_the_hub(path: str, **_: object) -> datasets.DatasetDict:
@@ -97,7 +104,7 @@ def test_prompts_choices_and_answers_are_those_of_lm_eval(
 
     with monkeypatch.context() as patch:
         patch.setattr(datasets, "load_dataset", from_the_hub)
-        theirs = TaskManager().load(name)["tasks"][name]
+        theirs = of_lm_eval().load(name)["tasks"][name]
     assert requests(ours) == requests(theirs)
     assert [ours.doc_to_target(item) for item in ours.eval_docs] == [
         theirs.doc_to_target(item) for item in theirs.eval_docs
