@@ -209,7 +209,8 @@ def test_groups_in_groups_are_one_number_where_lm_eval_makes_one(
     (local_data / "inner.yaml").write_text(json.dumps(inner))
     (local_data / "outer.yaml").write_text(json.dumps({"group": "outer", "task": ["inner", "two"]}))
     (local_data / "whole.yaml").write_text(json.dumps(inner | {"group": "whole", "task": ["inner", "two"]}))
-    monkeypatch.setattr(_tasks, "_task_manager", lambda: TaskManager(include_path=str(local_data)))
+    manager = TaskManager(include_path=str(local_data))
+    monkeypatch.setattr(_tasks, "_task_manager", lambda: manager)
     names = {
         name: [score.task for score in measure_tasks(model, tokenizer, load_tasks([name]))]
         for name in ("outer", "whole")
