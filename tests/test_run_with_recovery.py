@@ -24,7 +24,14 @@ OPTIONS = {
     "protect_first": 1,
     "protect_last": 1,
     "round_to": 1,
-    "recovery": {"seq_len": 16, "batch_size": 4, "micro_batch_size": 2, "steps": 12, "learning_rate": 3e-3},
+    "recovery": {
+        "method": "distillation",
+        "seq_len": 16,
+        "batch_size": 4,
+        "micro_batch_size": 2,
+        "steps": 12,
+        "learning_rate": 3e-3,
+    },
     "tasks": ("boolq",),
 }
 

@@ -23,8 +23,8 @@ class RecoveryOptions(BaseModel):
     method: Annotated[
         Literal["auto", "labels", "distillation"],
         Field(
-            description="Learn the text itself or the predictions of the dense model on it; auto: the text of"
-            " instructions, the predictions on plain text where there is a dense model."
+            description="Learn the text itself or the predictions of the dense model on it; auto: the predictions where"
+            " a teacher is named for plain text or the model wrote the text, else the text."
         ),
     ] = "auto"
     train: Annotated[
@@ -52,7 +52,7 @@ class RecoveryOptions(BaseModel):
     ] = 2000
     seed: Annotated[int, Field(ge=0, description="Order of the examples and start of the adapters.")] = 0
 
-    def learns_labels(self, instructions: bool, has_teacher: bool = True) -> bool:
+    def learns_labels(self, instructions: bool, has_teacher: bool) -> bool:
         """Whether the text itself is learnt, and not what a teacher predicts."""
         if self.method == "auto":
             return instructions or not has_teacher

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from adapruner.calibration import generate_windows
+from adapruner.calibration import SELF_GENERATED, generate_windows
 from adapruner.checkpoint import model_card, save_checkpoint, write_card
 from adapruner.config import PruneConfig
 from adapruner.errors import AdaPrunerError
@@ -239,7 +239,9 @@ def stage_recover(
     if record is None:
         examples = job.examples or window_examples(windows["recovery"], config.recover, config.recovery)
         pruned = load_model(find_model(str(run.model)), "auto", config.device)
-        teacher = None if config.recovery.learns_labels(examples.instructions) else model
+        # Of text that the model wrote itself there is nothing to learn but its predictions.
+        of_model = config.recover == SELF_GENERATED
+        teacher = None if config.recovery.learns_labels(examples.instructions, of_model) else model
         about = {"model": config.model, "data": config.recover, **config.recovery.model_dump(mode="json")}
         try:
             with reporter.stage("recovering", total_steps(examples, config.recovery)) as advance:
