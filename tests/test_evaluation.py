@@ -115,3 +115,26 @@ def test_the_command_warns_of_unfriendly_widths(
     assert "widths of layers 1 are no multiples of 8" in captured.err
     with pytest.raises(AdaPrunerError, match="at least 1"):
         verbs.benchmark(model_folder, batch_sizes=(0,))
+
+
+def test_a_protocol_says_texts_and_windows(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = " ".join(f"w{number % 90}" for number in range(300))
+    for name, text in {
+        "wikitext2/wiki.test.raw": f" {words} \n",
+        "ptb/ptb.valid.txt": f" {words} \n {words} \n",
+    }.items():
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(text)
+    monkeypatch.setenv("ADAPRUNER_DATA", str(tmp_path))
+    # Asked for nothing: the protocol of LLM-Pruner.
+    for results in (verbs.evaluate(model_folder, protocol="llm-pruner"), verbs.evaluate(model_folder)):
+        assert [(one.text, one.window_length, one.windows) for one in results.perplexity] == [
+            ("wikitext2:test", 128, 2),
+            ("ptb:validation", 128, 4),
+        ]
+        assert [one.provenance["split"] for one in results.perplexity] == ["test", "validation"]
+        assert results.perplexity[0].provenance["revision"].startswith("sha256 ")
+    with pytest.raises(AdaPrunerError, match="wikitext2:test has 300 tokens, less than one window of 2048"):
+        verbs.evaluate(model_folder, protocol="2048")
+    with pytest.raises(AdaPrunerError, match="unknown protocol 'wanda'; the protocols are llm-pruner, 2048"):
+        verbs.evaluate(model_folder, protocol="wanda")

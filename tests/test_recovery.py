@@ -380,6 +380,11 @@ def test_a_folder_of_something_else_is_left_alone(model_folder: Path, text_file:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(AdaPrunerError, match="holds no recovery"):
         verbs.recover(model_folder, str(text_file), tmp_path, overwrite=True, **SHORT)
+    # Not even where a recovery into it was begun before.
+    working_folder(tmp_path).mkdir()
+    (working_folder(tmp_path) / "config.json").write_text("{}")
+    with pytest.raises(AdaPrunerError, match="holds no recovery"):
+        verbs.recover(model_folder, str(text_file), tmp_path, overwrite=True, **SHORT)
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 

@@ -9,10 +9,9 @@ from adapruner.evaluation._perplexity import (
     window_losses,
 )
 from adapruner.evaluation._speed import Speed, count_macs, measure_speed
-from adapruner.evaluation._tasks import COMMONSENSE, Tasks, TaskScore, load_tasks, mean_accuracies, measure_tasks
+from adapruner.evaluation._tasks import Tasks, TaskScore, load_tasks, mean_accuracies, measure_tasks
 
 __all__ = [
-    "COMMONSENSE",
     "PROTOCOLS",
     "Perplexity",
     "Speed",

@@ -85,7 +85,9 @@ def check_folder(folder: Path, config: dict[str, Any], overwrite: bool) -> dict[
         AdaPrunerError: the folder holds another recovery, or something else.
     """
     record, earlier = read_record(folder), _earlier_config(folder)
-    if earlier is None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    # Without a record it may be ours still: a kill may have come between the model and its record.
+    ours = record is not None or (earlier is not None and (folder / "config.json").is_file())
+    if not ours and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise AdaPrunerError(f"{folder} exists and holds no recovery: choose another output")
     if overwrite:
         return None
