@@ -107,7 +107,7 @@ def cut(model: PreTrainedModel, ratio: float = 0.15) -> tuple[Structure, Pruning
 
 
 def compensation(model: PreTrainedModel, structure: Structure, windows: Tensor, form: str) -> Compensation:
-    return Compensation(form, measure_moments(model, structure, windows, range(len(structure.blocks))))
+    return Compensation(form, dict(measure_moments(model, structure, windows)))
 
 
 @pytest.mark.parametrize("form", ["bias", "least-squares", "least-squares-bias"])

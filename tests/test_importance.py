@@ -20,7 +20,7 @@ from adapruner.structure import Structure, build_structure
 @pytest.fixture
 def measured(model: PreTrainedModel, windows: Tensor) -> tuple[Structure, Statistics]:
     structure = build_structure(model)
-    alone, eliminated = removal_errors(model, structure, measure_moments(model, structure, windows, range(8)))
+    alone, eliminated = removal_errors(model, structure, dict(measure_moments(model, structure, windows)))
     measured = measure(model, structure, windows)
     return structure, replace(measured, removal_error=alone, elimination_error=eliminated)
 
@@ -102,7 +102,7 @@ def test_what_takes_part_in_nothing_is_not_important(term: str, model: PreTraine
         model.model.layers[1].mlp.down_proj.weight[:, 7] = 0
         model.model.layers[1].self_attn.o_proj.weight[:, 16:32] = 0
     structure = build_structure(model)
-    alone, eliminated = removal_errors(model, structure, measure_moments(model, structure, windows, range(8)))
+    alone, eliminated = removal_errors(model, structure, dict(measure_moments(model, structure, windows)))
     statistics = replace(measure(model, structure, windows), removal_error=alone, elimination_error=eliminated)
     scores = score_groups(statistics, structure, MetricPoint(weights={term: 1}))
     heads, channels = (scores[structure.block_of_group == block] for block in (2, 3))
@@ -138,7 +138,7 @@ def test_peers_that_rank_by_activations(
 def test_terms_of_second_moments_say_when_these_are_missing(model: PreTrainedModel, windows: Tensor) -> None:
     structure = build_structure(model)
     for term in ("reconstruction", "elimination"):
-        with pytest.raises(AdaPrunerError, match="needs second moments"):
+        with pytest.raises(AdaPrunerError, match="from second moments, which was left out"):
             score_groups(measure(model, structure, windows), structure, MetricPoint(weights={term: 1}))
 
 

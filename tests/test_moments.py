@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from adapruner.errors import AdaPrunerError
 from adapruner.measurement import (
@@ -16,10 +15,8 @@ from adapruner.measurement import (
     StoredMoments,
     factorize,
     measure_moments,
-    moments_passes,
     removal_errors,
 )
-from adapruner.models import empty_model
 from adapruner.structure import Structure, build_structure
 
 
@@ -42,7 +39,7 @@ def activations(model: PreTrainedModel, structure: Structure, windows: Tensor) -
 @pytest.mark.parametrize("batch_size", [1, 2, 6])
 def test_moments_are_means_over_all_tokens(batch_size: int, model: PreTrainedModel, windows: Tensor) -> None:
     structure = build_structure(model)
-    moments = measure_moments(model, structure, windows, [0, 3], batch_size)
+    moments = dict(measure_moments(model, structure, windows, [0, 3], batch_size))
     assert set(moments) == {0, 3}
     for index, x in enumerate(activations(model, structure, windows)):
         if index in moments:
@@ -56,10 +53,7 @@ def test_more_text_needs_less_damping(model: PreTrainedModel) -> None:
     structure = build_structure(model)
     windows = torch.randint(3, 96, (64, 12), generator=torch.Generator().manual_seed(5))
     few, many = (
-        sum(
-            m.damping / float(m.second.diagonal().mean())
-            for m in measure_moments(model, structure, w, range(8)).values()
-        )
+        sum(m.damping / float(m.second.diagonal().mean()) for m in dict(measure_moments(model, structure, w)).values())
         for w in (windows[:2], windows)
     )
     assert many < few
@@ -68,17 +62,17 @@ def test_more_text_needs_less_damping(model: PreTrainedModel) -> None:
 def test_what_cannot_be_measured_is_refused(model: PreTrainedModel, windows: Tensor) -> None:
     structure = build_structure(model)
     with pytest.raises(AdaPrunerError, match="at least 2 windows"):
-        measure_moments(model, structure, windows[:1], [0])
+        dict(measure_moments(model, structure, windows[:1], [0]))
     model.model.layers[1].mlp.up_proj.weight.data[3] = float("inf")
     with pytest.raises(AdaPrunerError, match=r"layers\.1\.mlp\.down_proj\.weight are not finite"):
-        measure_moments(model, structure, windows, range(8))
+        dict(measure_moments(model, structure, windows))
 
 
 @pytest.mark.parametrize("granularity", ["kv-group", "query-head"])
 def test_removal_alone_costs_what_a_refit_leaves(granularity: str, model: PreTrainedModel, windows: Tensor) -> None:
     """For every group: least squares without it, by a solver on the activations themselves."""
     structure = build_structure(model, granularity)
-    measured = measure_moments(model, structure, windows, range(8))
+    measured = dict(measure_moments(model, structure, windows))
     moments = {index: InputMoments(m.mean, m.second, 1e-3) for index, m in measured.items()}
     alone, _ = removal_errors(model, structure, moments)
     inputs = activations(model, structure, windows)
@@ -97,7 +91,7 @@ def test_removal_alone_costs_what_a_refit_leaves(granularity: str, model: PreTra
 def test_elimination_adds_up_to_the_error_of_a_refit(model: PreTrainedModel, windows: Tensor) -> None:
     """One channel after the other: the errors up to any of them are what least squares without all of them leaves."""
     structure = build_structure(model)
-    measured = measure_moments(model, structure, windows, range(8))
+    measured = dict(measure_moments(model, structure, windows))
     moments = {index: InputMoments(m.mean, m.second, 1e-2) for index, m in measured.items()}
     _, eliminated = removal_errors(model, structure, moments)
     for index in (1, 5):
@@ -118,7 +112,7 @@ def test_elimination_adds_up_to_the_error_of_a_refit(model: PreTrainedModel, win
 
 def test_blocks_without_moments_cost_nothing(model: PreTrainedModel, windows: Tensor) -> None:
     structure = build_structure(model)
-    for errors in removal_errors(model, structure, measure_moments(model, structure, windows, [1])):
+    for errors in removal_errors(model, structure, dict(measure_moments(model, structure, windows, [1]))):
         assert errors[structure.block_of_group == 1].all()
         assert not errors[structure.block_of_group != 1].any()
 
@@ -132,7 +126,7 @@ def test_a_factor_is_found_where_rounding_leaves_none() -> None:
 
 
 def test_stored_moments(tmp_path: Path, model: PreTrainedModel, windows: Tensor) -> None:
-    moments = measure_moments(model, build_structure(model), windows, [2, 3])
+    moments = dict(measure_moments(model, build_structure(model), windows, [2, 3]))
     stored = StoredMoments(tmp_path)
     for index, each in moments.items():
         each.save(stored.path(index))
@@ -142,13 +136,3 @@ def test_stored_moments(tmp_path: Path, model: PreTrainedModel, windows: Tensor)
     assert stored[3].damping == pytest.approx(moments[3].damping)
     with pytest.raises(KeyError):
         stored[0]
-
-
-def test_passes_fit_into_memory() -> None:
-    structure = build_structure(empty_model(LlamaConfig()))
-    passes = moments_passes(structure, range(64))
-    assert list(itertools.chain(*passes)) == list(range(64))
-    assert len(passes) == 10
-    widths = {"heads": 4096, "channels": 11008}
-    assert all(sum(8 * widths[structure.blocks[i].kind] ** 2 for i in blocks) <= 4 * 2**30 for blocks in passes)
-    assert moments_passes(structure, [1, 3], memory=1) == [[1], [3]]

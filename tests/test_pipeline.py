@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import adapruner
-from adapruner import AdaPrunerError, PruneConfig, stages, verbs
+from adapruner import AdaPrunerError, PruneConfig, verbs
 from adapruner.checkpoint import model_card
 from adapruner.cli import main
 from adapruner.models import find_model, load_model
@@ -95,6 +95,7 @@ def test_the_run_folder_holds_what_the_design_says(finished: adapruner.PruneResu
         "statistics.safetensors",
         "moments",
         "study.journal",
+        "study.json",
         "search.json",
         "plan.json",
         "model",
@@ -110,8 +111,13 @@ def test_the_same_call_again_does_nothing_twice(
     def fail(*_: object, **__: object) -> None:
         raise AssertionError("done already")
 
-    for name in ("load_model", "measure_in_parts", "search", "save_checkpoint"):
-        monkeypatch.setattr(stages, name, fail)
+    for name in (
+        "_measuring.load_model",
+        "_measuring.measure_in_parts",
+        "_choosing.Search",
+        "_finishing.save_checkpoint",
+    ):
+        monkeypatch.setattr(f"adapruner.stages.{name}", fail)
     again = adapruner.prune(
         str(model_folder), finished.output, calibration=str(text_file), evaluate=(str(text_file),), **OPTIONS
     )
@@ -191,8 +197,8 @@ def test_a_killed_run_goes_on_to_the_same_plan(
 def test_plan_gives_another_ratio_without_measuring_or_searching(
     finished: adapruner.PruneResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr(stages, "measure_in_parts")
-    monkeypatch.delattr(stages, "search")
+    monkeypatch.delattr("adapruner.stages._measuring.measure_in_parts")
+    monkeypatch.delattr("adapruner.stages._choosing.Search")
     assert run_cli(["plan", str(finished.output), "--ratio", "0.05", "-o", str(tmp_path / "b")]) == 0
     plan = PruningPlan.load(tmp_path / "b" / "plan.json")
     assert abs(plan.ratio - 0.05) <= 0.005
@@ -350,7 +356,7 @@ def refuse(
 ) -> None:
     """The command ends with code 2 and one line, and loads no weights."""
     with monkeypatch.context() as patch:
-        patch.setattr(stages, "load_model", lambda *_: pytest.fail("weights were loaded"))
+        patch.setattr("adapruner.stages._measuring.load_model", lambda *_: pytest.fail("weights were loaded"))
         assert run_cli(arguments) == 2
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1, captured.err

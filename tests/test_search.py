@@ -16,8 +16,32 @@ from adapruner.errors import AdaPrunerError
 from adapruner.importance import TERMS
 from adapruner.measurement import measure
 from adapruner.planning import Budget
-from adapruner.search import Candidate, SearchSpace, SubsetFamily, build_subset_family, search
+from adapruner.search import (
+    Candidate,
+    Search,
+    SearchResult,
+    SearchSpace,
+    StudyPlace,
+    SubsetFamily,
+    build_subset_family,
+)
 from adapruner.structure import build_structure
+
+
+def search(
+    space: SearchSpace,
+    judge: object,
+    trials: int,
+    seed: int,
+    folder: Path,
+    sampler: str = "tpe",
+    judge_further: object = None,
+    finalists: int = 3,
+) -> SearchResult:
+    """The whole search by one process."""
+    whole = Search(space, judge, trials, seed, StudyPlace(folder), sampler)
+    whole.run()
+    return whole.result(judge_further, finalists)
 
 
 @pytest.fixture
@@ -83,8 +107,8 @@ def test_what_a_kill_leaves_in_the_journal_does_no_harm(
     space = SearchSpace(subsets, 4, 0, Budget(0.2))
     undisturbed = search(space, a_smooth_objective, 12, 0, Path("a"))
     search(space, a_smooth_objective, 8, 0, Path("b"))
-    Path("b.lock").symlink_to("b")
-    with Path("b").open("a") as journal:
+    Path("b/locks/asking.lock").touch()
+    with Path("b/study.journal").open("a") as journal:
         journal.write('{"op_code": 5, "work')
     assert search(space, a_smooth_objective, 12, 0, Path("b")) == undisturbed
     assert search(space, a_smooth_objective, 12, 0, Path("b")) == undisturbed

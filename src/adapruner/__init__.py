@@ -8,7 +8,7 @@ from __future__ import annotations
 from adapruner.config import PruneConfig, PruneOptions, RecoveryOptions
 from adapruner.errors import AdaPrunerError
 from adapruner.evaluation import Perplexity, Speed, TaskScore
-from adapruner.pipeline import plan_again, prune
+from adapruner.pipeline import join, plan_again, prune
 from adapruner.planning import PruningPlan
 from adapruner.result import PruneResult
 from adapruner.verbs import Evaluation, benchmark, evaluate, export, load, recover
@@ -29,6 +29,7 @@ __all__ = [
     "benchmark",
     "evaluate",
     "export",
+    "join",
     "load",
     "plan_again",
     "prune",

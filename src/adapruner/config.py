@@ -110,6 +110,10 @@ class PruneOptions(BaseModel):
         Literal["data", "paper"],
         Field(description="Scale of the importance terms: by their means, or by the fixed factors of the paper."),
     ] = "data"
+    terms: Annotated[
+        Literal["all", "vector-wise"],
+        Field(description="Importance terms to measure; vector-wise leaves out the gradients of single weights."),
+    ] = "all"
     reduction: Annotated[
         Literal["sum", "mean", "max", "prod"], Field(description="How the vectors of a group become one score.")
     ] = "sum"
@@ -168,6 +172,13 @@ class PruneOptions(BaseModel):
     ] = ()
     task_limit: Annotated[int | None, Field(ge=1, description="Take so many evenly spaced items of each task.")] = None
     device: Annotated[str, Field(description="auto, cpu, cuda, cuda:1, …")] = "auto"
+    layer_wise: Annotated[
+        bool | None,
+        Field(
+            description="Keep one decoder layer at a time in memory, the others in their files; by default where the"
+            " model does not fit."
+        ),
+    ] = None
     dtype: Annotated[Dtype, Field(description="Dtype of the weights; auto keeps that of the checkpoint.")] = "auto"
     seed: Annotated[int, Field(ge=0, description="Same seed, same machine: same plan.")] = 0
 

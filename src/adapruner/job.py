@@ -27,6 +27,7 @@ from adapruner.evaluation import Tasks, load_tasks
 from adapruner.models import (
     ModelLocation,
     architecture_of,
+    check_streamable,
     empty_model,
     find_model,
     load_config,
@@ -36,6 +37,7 @@ from adapruner.models import (
 from adapruner.planning import Budget, UnreachableRatioError, kept_counts, largest_channel_share
 from adapruner.recovery import Examples, read_examples
 from adapruner.run_folder import RunFolder
+from adapruner.search import StudyPlace
 from adapruner.structure import Structure, build_structure
 
 # Protected layers at both ends and share of heads, from what hurts least to what reaches furthest.
@@ -57,6 +59,8 @@ class Job:
         report: what to report perplexity on, by name.
         tasks: what to run of lm-eval.
         examples: to train the pruned model on; None where it is not trained, or the model shall write them itself.
+        study: where the trials are kept.
+        layer_wise: whether one decoder layer at a time is in memory.
         fits_sequentially: whether the final model is fitted once more, layer by layer.
     """
 
@@ -70,17 +74,24 @@ class Job:
     report: dict[str, EvaluationText]
     tasks: Tasks | None
     examples: Examples | None
+    study: StudyPlace
+    layer_wise: bool
     fits_sequentially: bool
 
 
-def prepare(config: PruneConfig, run: RunFolder, drawn: Path | None) -> Job:
+def prepare(config: PruneConfig, run: RunFolder, drawn: Path | None, database: str | None = None) -> Job:
     """Reads configs, tokenizer and text, and refuses whatever would fail later.
 
     Args:
         drawn: windows of an earlier call, which are not drawn again where the file is there.
+        database: URL of the database that keeps the trials; None for a journal in the run folder.
     """
     resolve_device(config.device)
+    study = StudyPlace(run.path, database)
+    study.check()
     location = find_model(config.model)
+    if config.layer_wise:
+        check_streamable(location)
     model = empty_model(load_config(location))
     structure = build_structure(model, config.head_granularity)
     budget = reference_budget(config, structure)
@@ -109,7 +120,21 @@ def prepare(config: PruneConfig, run: RunFolder, drawn: Path | None) -> Job:
         seen = [*sources.values(), *([recovery_source] if recovery_source else [])]
         documents = [document for source in seen for document in read_documents(source)]
         tasks = load_tasks(config.tasks, config.task_limit, documents)
-    return Job(config, run, location, tokenizer, structure, budget, windows, report, tasks, examples, fits_sequentially)
+    return Job(
+        config=config,
+        run=run,
+        location=location,
+        tokenizer=tokenizer,
+        structure=structure,
+        budget=budget,
+        windows=windows,
+        report=report,
+        tasks=tasks,
+        examples=examples,
+        study=study,
+        layer_wise=bool(config.layer_wise),
+        fits_sequentially=fits_sequentially,
+    )
 
 
 @dataclass(frozen=True)

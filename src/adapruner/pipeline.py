@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import random
+import socket
+import time
 from pathlib import Path
 from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from adapruner import stages
 from adapruner.checkpoint import check_push, push
 from adapruner.config import PruneConfig, read_recipe
 from adapruner.errors import AdaPrunerError
 from adapruner.job import Job, prepare
+from adapruner.processes import Process, this_process
 from adapruner.progress import Reporter
 from adapruner.result import PruneResult, build_result, read_result
 from adapruner.run_folder import RunFolder
@@ -21,11 +30,13 @@ def prune(
     overwrite: bool = False,
     push_to_hub: str | None = None,
     recipe: str | Path | None = None,
+    storage: str | None = None,
     **options: Any,
 ) -> PruneResult:
     """Makes a causal language model smaller: measures, searches, cuts, saves, trains again if asked to, and evaluates.
 
-    The same call again goes on where an earlier one stopped.
+    The same call again goes on where an earlier one stopped. Started by `torchrun` or `accelerate launch`, all
+    processes measure, search and train together, and the first does the rest; `join` adds further ones.
 
     Args:
         model: hub id, model folder, `.gguf` file, or `smollm2`; None takes that of the recipe.
@@ -33,20 +44,25 @@ def prune(
         overwrite: start again where the folder holds a run of another config.
         push_to_hub: upload the model, recovered if it was, to this repository, `owner/name`.
         recipe: options to start from, by the name of a recipe of this package or a YAML file; others go before them.
+        storage: URL of an SQL database that keeps the trials (`postgresql://…`); by default a journal in the run folder
+            does.
         options: the fields of `PruneOptions`.
 
     Raises:
         AdaPrunerError: an option, the model, the text or the folder will not do; before any long work.
     """
     config = _config(model, recipe, options)
-    run = RunFolder(Path(output))
+    run, process = RunFolder(Path(output)), this_process()
+    if not process.leads:
+        return _assist(config, run, process, storage, overwrite)
     run.check(config, overwrite)
     if push_to_hub:
         check_push(push_to_hub)
     if overwrite or not run.result.is_file():
-        job = prepare(config, run, run.windows if not overwrite else None)
-        run.create(config, overwrite)
-        _run_stages(job)
+        job = prepare(config, run, run.windows if not overwrite else None, storage)
+        with run.leading():
+            run.create(config, overwrite)
+            _run_stages(job)
     if push_to_hub:
         push(run.recovered if config.recover else run.model, push_to_hub)
     return read_result(run)
@@ -84,9 +100,61 @@ def plan_again(source: str | Path, output: str | Path, ratio: float, overwrite: 
     if not overwrite and run.result.is_file():
         return read_result(run)
     job = prepare(config, run, earlier.windows)
-    run.create(config, overwrite)
-    run.take_over(earlier)
-    return _run_stages(job)
+    with run.leading():
+        run.create(config, overwrite)
+        run.take_over(earlier)
+        return _run_stages(job)
+
+
+def join(output: str | Path, storage: str | None = None) -> None:
+    """Measures and runs trials beside the process that is at a run, until there is nothing left to help with.
+
+    Args:
+        output: the run folder, as this machine sees it.
+        storage: that of the run.
+
+    Raises:
+        AdaPrunerError: no process is at a run there, or it ended.
+    """
+    run = RunFolder(Path(output))
+    if not run.is_led():
+        raise AdaPrunerError(f"no process is at a run in {output}: start it with adapruner prune")
+    run.wait_for(run.config)
+    _help(PruneConfig.load(run.config), run, f"{socket.gethostname()}-{os.getpid()}", random.random(), storage)
+
+
+def _assist(config: PruneConfig, run: RunFolder, process: Process, storage: str | None, overwrite: bool) -> PruneResult:
+    """What a process that does not lead does of `prune`."""
+    if overwrite:
+        raise AdaPrunerError(f"--overwrite goes with one process: remove {run.path} first")
+    while not run.is_led():
+        if run.result.is_file():
+            return read_result(run)
+        time.sleep(0.2)
+    run.wait_for(run.config)
+    job, model, windows = _help(config, run, str(process.rank), process.rank / process.count, storage)
+    if config.recover is not None:
+        run.wait_for(run.model)
+        stages.stage_recover(job, model, windows, Reporter())
+    run.wait_for(run.result)
+    return read_result(run)
+
+
+def _help(
+    config: PruneConfig, run: RunFolder, name: str, begin_at: float, storage: str | None
+) -> tuple[Job, PreTrainedModel, dict[str, Tensor]]:
+    """Measures and searches beside the process that leads."""
+    reporter = Reporter()
+    run.wait_for(run.windows)
+    job = prepare(config.model_copy(update={"evaluate": (), "tasks": ()}), run, run.windows, storage)
+    model = stages.stage_load(job, reporter)
+    windows = load_file(run.windows)
+    if not run.statistics.is_file():
+        stages.help_measuring(job, model, windows["pool"], begin_at, reporter)
+    run.wait_for(run.statistics)
+    if not run.search.is_file():
+        stages.help_searching(job, model, windows["objective"], name, reporter)
+    return job, model, windows
 
 
 def _run_stages(job: Job) -> PruneResult:

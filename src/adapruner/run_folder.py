@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -18,6 +21,8 @@ from adapruner.errors import AdaPrunerError
 from adapruner.measurement import InputMoments, Statistics
 from adapruner.planning import PruningPlan
 from adapruner.recovery import working_folder
+
+_SECONDS_BETWEEN_LOOKS = 0.2
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,14 @@ class RunFolder:
     @property
     def journal(self) -> Path:
         return self.path / "study.journal"
+
+    @property
+    def study(self) -> Path:
+        return self.path / "study.json"
+
+    @property
+    def locks(self) -> Path:
+        return self.path / "locks"
 
     @property
     def search(self) -> Path:
@@ -110,6 +123,54 @@ class RunFolder:
         except OSError as error:
             raise AdaPrunerError(f"cannot write to {self.path}: {error.strerror}") from None
 
+    @contextlib.contextmanager
+    def leading(self) -> Iterator[None]:
+        """Makes the folder, and keeps others from running in it while this lasts.
+
+        Raises:
+            AdaPrunerError: another process runs in it, or it cannot be written.
+        """
+        try:
+            self.locks.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self._leader, timeout=0)
+            lock.acquire()
+        except Timeout:
+            raise AdaPrunerError(
+                f"another process is at the run in {self.path}: wait for it, or help it with adapruner join {self.path}"
+            ) from None
+        except OSError as error:
+            raise AdaPrunerError(f"cannot write to {self.path}: {error.strerror}") from None
+        try:
+            yield
+            shutil.rmtree(self.locks, ignore_errors=True)
+        finally:
+            lock.release()
+
+    def is_led(self) -> bool:
+        """Whether a process is at the run."""
+        if not self._leader.is_file():
+            return False
+        try:
+            with FileLock(self._leader, timeout=0):
+                return False
+        except Timeout:
+            return True
+
+    def wait_for(self, path: Path) -> None:
+        """Waits until the process that leads the run has made something.
+
+        Raises:
+            AdaPrunerError: it has ended.
+        """
+        while not path.exists():
+            if not self.is_led() and not path.exists():
+                raise AdaPrunerError(f"the process that was at the run in {self.path} has ended: start it again")
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+
+    @property
+    def _leader(self) -> Path:
+        return self.locks / "leader.lock"
+
     def save_statistics(self, statistics: Statistics, path: Path) -> None:
         """Writes statistics of the whole pool or of a part of it."""
         _write_atomically(path, statistics.save)
@@ -135,8 +196,9 @@ class RunFolder:
         _write_atomically(path, lambda partial: partial.write_text(json.dumps(content, indent=2) + "\n"))
 
     def _is_empty(self) -> bool:
-        """A kill before the config was in place leaves its unfinished file."""
-        return self.path.is_dir() and all(path.name == f"{self.config.name}.partial" for path in self.path.iterdir())
+        """A kill before the config was in place leaves its unfinished file, and locks."""
+        unfinished = {f"{self.config.name}.partial", self.locks.name}
+        return self.path.is_dir() and all(path.name in unfinished for path in self.path.iterdir())
 
     def _clear(self) -> None:
         for path in (
@@ -151,6 +213,7 @@ class RunFolder:
             self.windows,
             self.statistics,
             self.journal,
+            self.study,
             self.search,
             self.plan,
             self.evaluation,

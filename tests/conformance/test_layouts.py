@@ -48,7 +48,7 @@ def cut(
     scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(0))
     budget = Budget(0.25 if head_share else 0.12, 0, 0, head_share, layout=layout)
     plan = make_plan(structure, scores, kept_counts(structure, budget))
-    moments = measure_moments(dense, structure, windows, range(len(structure.blocks)))
+    moments = dict(measure_moments(dense, structure, windows))
     return prune_model(dense, structure, plan, Compensation(form, moments) if form else None)
 
 

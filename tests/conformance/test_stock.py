@@ -61,7 +61,7 @@ def test_added_biases_have_no_place(model: PreTrainedModel, windows: torch.Tenso
 
 def pruned_with_bias(model: PreTrainedModel, windows: torch.Tensor) -> PreTrainedModel:
     structure = build_structure(model)
-    moments = measure_moments(model, structure, windows, range(len(structure.blocks)))
+    moments = dict(measure_moments(model, structure, windows))
     counts = [max(1, block.groups - block.layer) for block in structure.blocks]
     plan = make_plan(structure, torch.ones(structure.group_offsets[-1]), counts)
     return prune_model(model, structure, plan, Compensation("bias", moments))

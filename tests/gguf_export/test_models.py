@@ -45,7 +45,7 @@ def cut(
     plan = make_plan(structure, scores, [kept(block, per_layer) for block in structure.blocks])
     if biases_from is None:
         return prune_model(model, structure, plan)
-    moments = measure_moments(model, structure, biases_from, range(len(structure.blocks)))
+    moments = dict(measure_moments(model, structure, biases_from))
     return prune_model(model, structure, plan, Compensation("least-squares-bias", moments))
 
 

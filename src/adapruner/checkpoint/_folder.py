@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from adapruner.models import quiet_transformers
+from adapruner.models import quiet_transformers, whole_state
 
 
 def save_checkpoint(
@@ -34,7 +34,7 @@ def save_checkpoint(
     folder.parent.mkdir(parents=True, exist_ok=True)
     _make_generation_config_valid(model)
     with quiet_transformers():
-        model.save_pretrained(partial, max_shard_size=shard_size)
+        model.save_pretrained(partial, max_shard_size=shard_size, state_dict=whole_state(model))
     tokenizer.save_pretrained(partial)
     _complete_config(partial / "config.json", _deci_architecture(model))
     if card is not None:

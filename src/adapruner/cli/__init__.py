@@ -13,6 +13,7 @@ from adapruner.cli.benchmark import benchmark
 from adapruner.cli.evaluate import evaluate
 from adapruner.cli.export import export
 from adapruner.cli.inspect import inspect
+from adapruner.cli.join import join
 from adapruner.cli.plan import plan
 from adapruner.cli.prune import prune
 from adapruner.cli.recover import recover
@@ -22,7 +23,7 @@ from adapruner.errors import AdaPrunerError
 USER_ERROR = 2
 
 app = App(name="adapruner", help="Makes causal language models really smaller.")
-for verb in (prune, plan, recover, evaluate, benchmark, export, inspect):
+for verb in (prune, join, plan, recover, evaluate, benchmark, export, inspect):
     app.command(verb)
 
 

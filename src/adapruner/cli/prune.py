@@ -11,6 +11,7 @@ from rich.console import Console
 from adapruner import pipeline
 from adapruner.cli._output import print_json
 from adapruner.config import PruneOptions
+from adapruner.processes import this_process
 
 
 def prune(
@@ -22,6 +23,7 @@ def prune(
     options: Annotated[PruneOptions | None, Parameter(name="*")] = None,
     overwrite: Annotated[bool, Parameter(negative="")] = False,
     push_to_hub: str | None = None,
+    storage: str | None = None,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
     """Search, prune, save, train again if asked to, evaluate. The same command again goes on where it stopped.
@@ -39,11 +41,16 @@ def prune(
         Start again from nothing, whatever run the folder holds.
     push_to_hub:
         Upload the model, recovered if it was, to this repository, owner/name.
+    storage:
+        URL of an SQL database that keeps the trials, postgresql://…, so that many machines work on them; by default a
+        journal in the run folder.
     json:
         Print result.json on stdout instead of the table.
     """
     given = options.model_dump(exclude_unset=True) if options else {}
-    result = pipeline.prune(model, output, overwrite, push_to_hub, recipe, **given)
+    result = pipeline.prune(model, output, overwrite, push_to_hub, recipe, storage, **given)
+    if not this_process().leads:
+        return
     if json:
         print_json(result.result)
         return

@@ -3,6 +3,8 @@
 from adapruner.evaluation._perplexity import (
     PROTOCOLS,
     Perplexity,
+    Prefix,
+    compute_prefix,
     log_probabilities,
     losses_by_batch,
     measure_perplexity,
@@ -14,9 +16,11 @@ from adapruner.evaluation._tasks import Tasks, TaskScore, load_tasks, mean_accur
 __all__ = [
     "PROTOCOLS",
     "Perplexity",
+    "Prefix",
     "Speed",
     "TaskScore",
     "Tasks",
+    "compute_prefix",
     "count_macs",
     "load_tasks",
     "log_probabilities",

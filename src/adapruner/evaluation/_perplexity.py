@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,6 +12,8 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from adapruner.models import LayerCall, enter_layers, loaded_layer, skipping_layers
 
 # What the caches of a processor hold, and what keeps a GPU busy.
 _TOKENS_PER_BATCH = {"cpu": 512, "cuda": 4096}
@@ -119,8 +122,51 @@ def window_losses(
     return torch.cat(losses)
 
 
+@dataclass(frozen=True)
+class Prefix:
+    """What comes out of the first layers of a model for every batch of some windows.
+
+    Attributes:
+        states: for each batch, the hidden state [windows, tokens, hidden] in front of the first layer, behind it,
+            behind the second, and so on.
+        calls: for each batch, what a layer is called with.
+    """
+
+    states: list[list[Tensor]]
+    calls: list[LayerCall]
+
+    @property
+    def layers(self) -> int:
+        """How many layers are known."""
+        return len(self.states[0]) - 1
+
+    def in_place(self, model: PreTrainedModel, batch: int, layers: int) -> contextlib.AbstractContextManager[None]:
+        """While it lasts, the first layers of a model are not computed, which are those of the model of the prefix."""
+        known = min(layers, self.layers)
+        if not known:
+            return contextlib.nullcontext()
+        return skipping_layers(model, known, self.states[batch][known], self.calls[batch])
+
+
+def compute_prefix(model: PreTrainedModel, windows: Tensor, layers: int) -> Prefix:
+    """Runs the first layers of a model over windows, in the batches of `losses_by_batch`."""
+    with torch.inference_mode():
+        entered = enter_layers(model, _batches(windows, model))
+        states = [[state] for state, _ in entered]
+        for index in range(layers):
+            with loaded_layer(model, index) as layer:
+                for of_batch, (_, calls) in zip(states, entered, strict=True):
+                    of_batch.append(calls[index].run(layer, of_batch[-1]))
+    return Prefix(states, [calls[0] for _, calls in entered])
+
+
 def losses_by_batch(
-    model: PreTrainedModel, windows: Tensor, references: Sequence[Tensor] | None = None, context: int = 1
+    model: PreTrainedModel,
+    windows: Tensor,
+    references: Sequence[Tensor] | None = None,
+    context: int = 1,
+    prefix: Prefix | None = None,
+    prefix_layers: int = 0,
 ) -> Iterator[Tensor]:
     """[windows of one batch], float64, batch after batch: the mean over the predicted tokens of each window.
 
@@ -128,9 +174,12 @@ def losses_by_batch(
         references: of another model, from `log_probabilities` of the same windows: gives the Kullback-Leibler
             divergence from that model to this one in place of the negative log-likelihood of the text.
         context: tokens at the beginning of a window that are not predicted, at least 1.
+        prefix: of a model whose first layers are the same, and which need not be computed again.
+        prefix_layers: how many are the same.
     """
     for number, batch in enumerate(_batches(windows, model)):
-        with torch.inference_mode():
+        known = prefix.in_place(model, number, prefix_layers) if prefix else contextlib.nullcontext()
+        with torch.inference_mode(), known:
             logits = _predictions(model, batch)
             losses = []
             # Window by window: float32 logits of a batch are the largest thing in memory.

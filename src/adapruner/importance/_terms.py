@@ -58,14 +58,14 @@ def fine_first(statistics: Statistics) -> Tensor:
     """[vectors]: mean_j Σ_k |g_jk w_k|, element by element (LLM-Pruner's element-wise importance, arXiv 2305.11627,
     eq. 5). The mean over samples stands outside the absolute value, which makes the term a sum over samples; the form
     with the mean inside comes from statistics measured `jointly`."""
-    return statistics.element_absolute.mean(0)
+    return _measured(statistics.element_absolute, "element by element").mean(0)
 
 
 @_register("vectors")
 def fine_second(statistics: Statistics) -> Tensor:
     """[vectors]: ½ Σ_k mean_j (g_jk w_k)², element by element with the diagonal Fisher information (arXiv 2305.11627,
     eq. 4 and 5)."""
-    return statistics.element_squared.mean(0) / 2
+    return _measured(statistics.element_squared, "element by element").mean(0) / 2
 
 
 @_register("inputs")
@@ -88,7 +88,7 @@ def reconstruction(statistics: Statistics) -> Tensor:
     """[groups]: tr(W_g ([H⁻¹]_gg)⁻¹ W_gᵀ), for a channel ‖W_c‖² / [H⁻¹]_cc: what the output of the block loses when the
     group goes and the rest is compensated by least squares (optimal brain surgeon, Hassibi and Stork 1992; blocks as
     in arXiv 2203.07259)."""
-    return _measured(statistics.removal_error)
+    return _measured(statistics.removal_error, "from second moments")
 
 
 @_register("groups")
@@ -96,10 +96,10 @@ def elimination(statistics: Statistics) -> Tensor:
     """[groups]: what the output of the block loses by each group when the groups go one after the other, the cheapest
     first, and the rest is compensated each time (greedy form of `reconstruction`, ZipLM, arXiv 2302.04089). Of two
     groups that can stand for each other, one ranks high."""
-    return _measured(statistics.elimination_error)
+    return _measured(statistics.elimination_error, "from second moments")
 
 
-def _measured(errors: Tensor | None) -> Tensor:
-    if errors is None:
-        raise AdaPrunerError("this importance term needs second moments, which were not measured: see removal_errors")
-    return errors
+def _measured(values: Tensor | None, how: str) -> Tensor:
+    if values is None:
+        raise AdaPrunerError(f"this importance term needs what is measured {how}, which was left out")
+    return values

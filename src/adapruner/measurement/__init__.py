@@ -5,19 +5,20 @@ from adapruner.measurement._moments import (
     StoredMoments,
     factorize,
     measure_moments,
-    moments_passes,
     removal_errors,
 )
-from adapruner.measurement._samples import Statistics, measure, measure_in_parts
+from adapruner.measurement._reduction import Terms
+from adapruner.measurement._samples import measure, measure_in_parts
+from adapruner.measurement._statistics import Statistics
 
 __all__ = [
     "InputMoments",
     "Statistics",
     "StoredMoments",
+    "Terms",
     "factorize",
     "measure",
     "measure_in_parts",
     "measure_moments",
-    "moments_passes",
     "removal_errors",
 ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,15 +13,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from adapruner.errors import AdaPrunerError
-from adapruner.measurement._samples import projection, row_wise_weight
+from adapruner.measurement._reduction import projection, row_wise_weight
+from adapruner.models import enter_layers, loaded_layer
 from adapruner.structure import Block, Structure
 
 # Of so many batches, one is held out while the damping is chosen.
 _BATCHES_PER_HELD_OUT = 8
 _ELIMINATION_STEPS = 64
 _STRIPS = 8
-# Two sums in float32, one of the tokens that are held out.
-_BYTES_PER_ENTRY = 8
 # Tried as multiples of the mean of the diagonal.
 _DAMPINGS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
@@ -94,40 +94,23 @@ def factorize(second: Tensor, damping: float) -> Tensor:
         damping *= 10
 
 
-def moments_passes(structure: Structure, blocks: Sequence[int], memory: int = 4 * 2**30) -> list[list[int]]:
-    """Splits blocks into those whose moments can be measured in one pass with so many bytes; one block at the least.
-
-    A 7B model of the Llama family (11008 channels, 4096 attention outputs, 32 layers) takes 10 passes with 4 GiB.
-    """
-    passes: list[list[int]] = []
-    free = 0
-    for index in blocks:
-        needed = _BYTES_PER_ENTRY * _width(structure.blocks[index]) ** 2
-        if not passes or needed > free:
-            passes.append([])
-            free = memory
-        passes[-1].append(index)
-        free -= needed
-    return passes
-
-
 def measure_moments(
     model: PreTrainedModel,
     structure: Structure,
     windows: Tensor,
-    blocks: Sequence[int],
+    blocks: Collection[int] | None = None,
     batch_size: int = 8,
     progress: Callable[[int], None] | None = None,
-) -> dict[int, InputMoments]:
-    """One forward pass over a text for the moments of some blocks.
+) -> Iterator[tuple[int, InputMoments]]:
+    """One forward pass over a text, layer by layer; yields the moments of each block with its number.
 
-    Memory: 8 bytes for each entry of H of these blocks, and about 40 for each entry of one of them while its damping is
-    chosen; `moments_passes` splits them where the first does not fit.
+    Memory: the hidden state of all tokens, 8 bytes for each entry of H of one layer, and about 40 for each entry of one
+    block while its damping is chosen.
 
     Args:
         windows: [windows, tokens], int64; at least two, one of which is held out to choose the damping.
-        blocks: numbers of the blocks in `structure.blocks`.
-        progress: called with the number of windows done after each batch.
+        blocks: numbers of the blocks in `structure.blocks`; by default all.
+        progress: called with 1 after every layer.
 
     Raises:
         AdaPrunerError: there are less than two windows, or activations are not finite.
@@ -135,29 +118,35 @@ def measure_moments(
     if len(windows) < 2:
         raise AdaPrunerError(f"second moments need at least 2 windows of text, not {len(windows)}")
     batches = windows.split(min(batch_size, max(1, len(windows) // _BATCHES_PER_HELD_OUT)))
-    fitted, held_out = (
-        {index: _Sums.zeros(_width(structure.blocks[index]), model.device) for index in blocks} for _ in range(2)
-    )
-    for number, batch in enumerate(batches, 1):
-        is_held_out = number % _BATCHES_PER_HELD_OUT == 0 or number == len(batches) < _BATCHES_PER_HELD_OUT
-        sums = held_out if is_held_out else fitted
-        hooks = [
-            projection(model, structure.blocks[index].row_wise).register_forward_pre_hook(sums[index].add)
-            for index in blocks
-        ]
-        try:
-            with torch.inference_mode():
-                model.base_model(batch.to(model.device), use_cache=False)
-        finally:
-            for hook in hooks:
-                hook.remove()
+    wanted = set(range(len(structure.blocks)) if blocks is None else blocks)
+    with torch.inference_mode():
+        entered = enter_layers(model, batches)
+    states, calls = [state for state, _ in entered], [call for _, call in entered]
+    for index in range(structure.layers):
+        numbers = [number for number in sorted(wanted) if structure.blocks[number].layer == index]
+        if any(structure.blocks[number].layer >= index for number in wanted):
+            with torch.inference_mode(), loaded_layer(model, index) as layer:
+                with _summing(model, [structure.blocks[number] for number in numbers]) as sums:
+                    for number, state in enumerate(states):
+                        sums.held_out = _is_held_out(number, len(states))
+                        states[number] = calls[number][index].run(layer, state)
+                moments = [
+                    (
+                        number,
+                        _choose_damping(
+                            row_wise_weight(model, structure.blocks[number]), *own, structure.blocks[number]
+                        ),
+                    )
+                    for number, own in zip(numbers, sums.of_blocks, strict=True)
+                ]
+            yield from moments
         if progress:
-            progress(len(batch))
-    moments = {}
-    for index in blocks:
-        weight = row_wise_weight(model, structure.blocks[index])
-        moments[index] = _choose_damping(weight, fitted.pop(index), held_out.pop(index), structure.blocks[index])
-    return moments
+            progress(1)
+
+
+def _is_held_out(number: int, batches: int) -> bool:
+    """One batch of eight; the last where there are less."""
+    return (number + 1) % _BATCHES_PER_HELD_OUT == 0 or number + 1 == batches < _BATCHES_PER_HELD_OUT
 
 
 @dataclass
@@ -170,9 +159,9 @@ class _Sums:
     def zeros(width: int, device: torch.device) -> _Sums:
         return _Sums(0, torch.zeros(width, device=device), torch.zeros(width, width, device=device))
 
-    def add(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        """A forward pre-hook."""
-        x = inputs[0].flatten(0, -2).float()
+    def add(self, x: Tensor) -> None:
+        """Adds tokens, [..., inputs]."""
+        x = x.flatten(0, -2).float()
         self.tokens += len(x)
         self.first += x.sum(0)
         # Only the upper triangle, in strips: nearly half of the work.
@@ -184,6 +173,31 @@ class _Sums:
     def symmetric(self) -> Tensor:
         """[inputs, inputs]: the sum of x xᵀ with both triangles."""
         return self.second.triu() + self.second.triu(1).T
+
+
+@dataclass
+class _LayerSums:
+    """Sums of the fitted and of the held-out tokens of every block of a layer, and which of the two grows."""
+
+    of_blocks: list[tuple[_Sums, _Sums]]
+    held_out: bool = False
+
+    def adding_to(self, own: tuple[_Sums, _Sums]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        """A forward pre-hook."""
+        return lambda _, inputs: own[self.held_out].add(inputs[0])
+
+
+@contextlib.contextmanager
+def _summing(model: PreTrainedModel, blocks: Sequence[Block]) -> Iterator[_LayerSums]:
+    """While it lasts, what goes into the row-wise projections of some blocks is summed up."""
+    sums = _LayerSums([])
+    with contextlib.ExitStack() as hooks:
+        for block in blocks:
+            own = _Sums.zeros(_width(block), model.device), _Sums.zeros(_width(block), model.device)
+            sums.of_blocks.append(own)
+            hook = projection(model, block.row_wise).register_forward_pre_hook(sums.adding_to(own))
+            hooks.callback(hook.remove)
+        yield sums
 
 
 def _width(block: Block) -> int:
@@ -241,7 +255,9 @@ def removal_errors(
             alone.append(nothing)
             eliminated.append(nothing)
             continue
-        weight, of_block = row_wise_weight(model, block).double(), moments[index]
+        of_block = moments[index]
+        with loaded_layer(model, block.layer):
+            weight = row_wise_weight(model, block).double()
         factor = factorize(of_block.second.to(weight.device), of_block.damping)
         inverse = torch.cholesky_inverse(factor)
         alone.append(_errors(weight, inverse, block.row_wise.width).float().cpu())

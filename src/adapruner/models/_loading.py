@@ -28,6 +28,8 @@ from transformers.utils import logging as transformers_logging
 from adapruner.errors import AdaPrunerError
 from adapruner.models import modeling_pruned
 from adapruner.models._architecture import architecture_of, known_architectures
+from adapruner.models._layers import is_streamed
+from adapruner.models._streaming import load_streamed
 
 SMOLLM2_ALIAS = "smollm2"
 # Left open, transformers asks on the terminal whether to run what lies in the folder.
@@ -112,12 +114,16 @@ def load_tokenizer(location: ModelLocation) -> Tokenizer:
         )
 
 
-def load_model(location: ModelLocation, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:
+def load_model(
+    location: ModelLocation, dtype: str = "auto", device: str = "auto", layer_wise: bool = False
+) -> PreTrainedModel:
     """Loads a dense or a pruned model, in evaluation mode.
 
     Args:
         dtype: `auto` keeps the dtype of the checkpoint (float32 for GGUF files), else the name of a torch dtype.
         device: `auto` takes the first GPU where there is one, else the CPU.
+        layer_wise: leave the decoder layers in their files; each is in memory while it is in use (see
+            `loaded_layer`), and the model can be run but not trained.
 
     Weights are read from the files into place, without a second copy of the model.
 
@@ -125,6 +131,8 @@ def load_model(location: ModelLocation, dtype: str = "auto", device: str = "auto
         AdaPrunerError: it cannot be found or read, or its files and its config do not go together.
     """
     config = load_config(location)
+    if layer_wise:
+        return _load_streamed(location, config, dtype, device)
     is_pruned = config.is_heterogeneous
     loader: Any = modeling_pruned.PRUNED_CLASSES[config.model_type] if is_pruned else AutoModelForCausalLM
     with _reported_as_unloadable(location):
@@ -143,6 +151,29 @@ def load_model(location: ModelLocation, dtype: str = "auto", device: str = "auto
     _clear_gguf_marks(model.config, location)
     loaded: PreTrainedModel = model.to(resolve_device(device)).eval()
     return loaded
+
+
+def _load_streamed(location: ModelLocation, config: PreTrainedConfig, dtype: str, device: str) -> PreTrainedModel:
+    check_streamable(location)
+    with _reported_as_unloadable(location):
+        model, report = load_streamed(
+            location.path, config, None if dtype == "auto" else getattr(torch, dtype), resolve_device(device)
+        )
+    _refuse_other_weights(location, config, report)
+    streamed: PreTrainedModel = model.eval()
+    return streamed
+
+
+def check_streamable(location: ModelLocation) -> None:
+    """Refuses what has to be read as a whole.
+
+    Raises:
+        AdaPrunerError: the model is a GGUF file.
+    """
+    if location.gguf_file:
+        raise AdaPrunerError(
+            "--layer-wise reads layers out of safetensors files, and a .gguf file is read as a whole: leave it out"
+        )
 
 
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
@@ -188,7 +219,7 @@ def in_fastest_dtype(model: PreTrainedModel) -> PreTrainedModel:
 
     Trials only have to be told apart; plans are cut out of the original weights.
     """
-    if model.dtype != torch.float32 or not computes_bfloat16_natively(model.device):
+    if model.dtype != torch.float32 or is_streamed(model) or not computes_bfloat16_natively(model.device):
         return model
     return copy_in_dtype(model, torch.bfloat16)
 

@@ -1,22 +1,26 @@
 """The joint search over calibration samples, importance metrics and allocation."""
 
 from adapruner.search._objective import Objective, plan_candidate
-from adapruner.search._space import Candidate, Searched, SearchSpace, SpaceName, StartingPoint
-from adapruner.search._study import Found, SearchResult, search
+from adapruner.search._shared import StudyPlace, open_database
+from adapruner.search._space import MOST_PROTECTED_FIRST, Candidate, Searched, SearchSpace, SpaceName, StartingPoint
+from adapruner.search._study import Found, Search, SearchResult
 from adapruner.search._subsets import FEATURES, SubsetFamily, build_subset_family
 
 __all__ = [
     "FEATURES",
+    "MOST_PROTECTED_FIRST",
     "Candidate",
     "Found",
     "Objective",
+    "Search",
     "SearchResult",
     "SearchSpace",
     "Searched",
     "SpaceName",
     "StartingPoint",
+    "StudyPlace",
     "SubsetFamily",
     "build_subset_family",
+    "open_database",
     "plan_candidate",
-    "search",
 ]

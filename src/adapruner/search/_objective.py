@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from adapruner.evaluation import losses_by_batch
+from adapruner.evaluation import Prefix, losses_by_batch
 from adapruner.importance import score_groups
 from adapruner.measurement import Statistics
 from adapruner.planning import PruningPlan, kept_counts, make_plan
@@ -37,6 +37,7 @@ class Objective:
     Attributes:
         windows: [windows, tokens], int64, disjoint from the pool and from everything that is reported.
         compensation: how the cut model is compensated before it is judged.
+        prefix: what comes out of the first layers of the model, which a trial that does not cut them takes from here.
         references: for the selection by divergence, the dense model's log-probabilities, batch by batch (see
             `evaluation.losses_by_batch`); None to select by the loss.
     """
@@ -46,6 +47,7 @@ class Objective:
     statistics: Statistics
     windows: Tensor
     compensation: Compensation | None = None
+    prefix: Prefix | None = None
     references: list[Tensor] | None = None
 
     def __call__(self, candidate: Candidate) -> Iterator[Tensor]:
@@ -53,4 +55,7 @@ class Objective:
         dense one, in nats per predicted token."""
         plan = plan_candidate(self.structure, self.statistics, candidate)
         pruned = prune_model(self.model, self.structure, plan, self.compensation)
-        yield from losses_by_batch(pruned, self.windows, self.references)
+        cut = [block.layer for block in plan.blocks if len(block.kept) < block.groups]
+        yield from losses_by_batch(
+            pruned, self.windows, self.references, prefix=self.prefix, prefix_layers=min(cut, default=0)
+        )

@@ -10,6 +10,7 @@ import optuna
 from pydantic import BaseModel, ConfigDict
 
 from adapruner.importance import LLM_PRUNER_METRICS, MetricPoint, Reduction
+from adapruner.measurement import Terms
 from adapruner.planning import Budget
 from adapruner.search._subsets import FEATURES, SubsetFamily
 
@@ -59,6 +60,7 @@ class SearchSpace:
         name: `paper` mixes the Taylor terms; `extended` mixes all terms, and searches the allocation.
         fixed_allocation: fields of the budget that the extended space leaves as they are.
         alignment: `data` divides terms by their means; `paper` searches the fixed factors of the paper.
+        terms: `vector-wise` leaves out the terms that are fine.
         searched: `joint`; or only samples or metric, with the first random draw or `param_first` for the other.
     """
 
@@ -70,6 +72,7 @@ class SearchSpace:
     fixed_allocation: frozenset[str] = field(default_factory=frozenset)
     alignment: Literal["data", "paper"] = "data"
     reduction: Reduction = "sum"
+    terms: Terms = "all"
     searched: Searched = "joint"
 
     @property
@@ -80,7 +83,9 @@ class SearchSpace:
     def starting_points(self) -> list[StartingPoint]:
         """LLM-Pruner's metrics on a random draw, so that the best of all trials is no worse than they are; then points
         that are good on most models, on the subset that represents the pool."""
-        names = ["param_first"] if self.searched == "calibration" else list(LLM_PRUNER_METRICS)
+        names = list(LLM_PRUNER_METRICS) if self.terms == "all" else ["vectorize"]
+        if self.searched == "calibration":
+            names = [self._held_metric]
         baselines = [
             StartingPoint(
                 attributes={
@@ -94,7 +99,8 @@ class SearchSpace:
         ]
         untilted: dict[str, Any] = {f"tilt_{feature}": 0.0 for feature in FEATURES} if self._searches_samples else {}
         if self.name == "paper":
-            points: list[dict[str, Any]] = [{"fine": 1.0, "fine_second_order": share} for share in (0.0, 0.5, 1.0)]
+            order = "fine_second_order" if self.terms == "all" else "coarse_second_order"
+            points: list[dict[str, Any]] = [{"fine": 1.0, order: share} for share in (0.0, 0.5, 1.0)]
         else:
             reference = self._reference_allocation()
             points = [
@@ -113,7 +119,7 @@ class SearchSpace:
         """The attributes of a trial that searches as much as this space searches."""
         given: dict[str, Any] = {}
         if not self._searches_metric:
-            given[_GIVEN_POINT] = LLM_PRUNER_METRICS["param_first"].model_dump()
+            given[_GIVEN_POINT] = LLM_PRUNER_METRICS[self._held_metric].model_dump()
         if not self._searches_samples:
             given[_GIVEN_SAMPLES] = self.first_draw
         if not self._searches_allocation:
@@ -131,6 +137,11 @@ class SearchSpace:
         )
 
     @property
+    def _held_metric(self) -> str:
+        """LLM-Pruner's metric that is kept where none is searched."""
+        return "param_first" if self.terms == "all" else "vectorize"
+
+    @property
     def _searches_metric(self) -> bool:
         return self.searched != "calibration"
 
@@ -146,13 +157,15 @@ class SearchSpace:
         """S = α1 (first + λ second) + α2 κ (first + λ second) of the paper. Only the ratio of α1 to α2 and of first to
         second order changes a ranking, so each pair is one number in [0, 1]. The extended space mixes that with the
         terms of activations and of reconstruction, each pair of which is one number again."""
-        fine = trial.suggest_float("fine", 0, 1)
+        has_fine = self.terms == "all"
+        fine = trial.suggest_float("fine", 0, 1) if has_fine else 0.0
         coarse_second = trial.suggest_float("coarse_second_order", 0, 1)
-        fine_second = trial.suggest_float("fine_second_order", 0, 1)
+        fine_second = trial.suggest_float("fine_second_order", 0, 1) if has_fine else 0.0
         second_factor = fine_factor = 1.0
         if self.alignment == "paper":
             second_factor = trial.suggest_categorical("second_order_factor", _PAPER_SECOND_ORDER_FACTORS)
-            fine_factor = trial.suggest_categorical("fine_factor", _PAPER_FINE_FACTORS)
+            if has_fine:
+                fine_factor = trial.suggest_categorical("fine_factor", _PAPER_FINE_FACTORS)
         weights = {
             "coarse_first": (1 - fine) * (1 - coarse_second),
             "coarse_second": (1 - fine) * coarse_second * second_factor,
@@ -171,7 +184,7 @@ class SearchSpace:
                 "elimination": reconstruction * elimination / total,
             }
             if not any(weights.values()):
-                weights["fine_first"] = 1.0
+                weights["fine_first" if has_fine else "coarse_first"] = 1.0
         return MetricPoint(
             weights=weights, alignment="data" if self.alignment == "data" else "none", reduction=self.reduction
         )
@@ -212,6 +225,8 @@ class SearchSpace:
         if not self._searches_metric:
             return {}
         skipped = set(self.fixed_allocation)
+        if self.terms != "all":
+            skipped |= {"fine", "fine_second_order"}
         if not self._searches_allocation:
             skipped |= {"heads", *_ALLOCATION}
         if "head_share" in skipped:

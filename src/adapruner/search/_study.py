@@ -1,4 +1,4 @@
-"""The search itself: an Optuna study in a journal file, which goes on where it was killed."""
+"""The search itself: an Optuna study that goes on where it was killed, and that several processes can work on."""
 
 from __future__ import annotations
 
@@ -6,19 +6,17 @@ import math
 import random
 import statistics
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import optuna
 import torch
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
 
 from adapruner.errors import AdaPrunerError
+from adapruner.search._shared import StudyPlace
 from adapruner.search._space import FIXED_METRIC, Candidate, SearchSpace
 
 Judge = Callable[[Candidate], Iterable[Tensor]]
@@ -28,6 +26,8 @@ Judge = Callable[[Candidate], Iterable[Tensor]]
 # to be.
 _FEWEST_WINDOWS, _STANDARD_ERRORS = 8, 1.0
 _STOPPED = "stopped"
+# Which of the starting points a trial is.
+_START = "start"
 
 
 @dataclass(frozen=True)
@@ -55,52 +55,96 @@ class SearchResult:
     stopped: int
 
 
-def search(
-    space: SearchSpace,
-    judge: Judge,
-    trials: int,
-    seed: int,
-    journal: Path,
-    sampler: Literal["tpe", "random"] = "tpe",
-    progress: Callable[[float], None] | None = None,
-    judge_further: Judge | None = None,
-    finalists: int = 3,
-) -> SearchResult:
-    """Runs trials until the journal holds `trials` finished ones, then judges the best few on further windows.
+@dataclass(frozen=True)
+class Search:
+    """A search and what it is made of.
 
-    What is proposed depends on the seed and on the finished trials alone, so that a search that was killed and
-    continued proposes what an undisturbed one would have.
+    What is proposed depends on the seed and on the finished trials alone, so that a search by one process that was
+    killed and continued proposes what an undisturbed one would have. Of several processes, each takes account of what
+    the others are at (constant liar, Ginsbourger et al. 2010).
 
-    Args:
+    Attributes:
         judge: gives the losses of a candidate on held-out windows, batch by batch, the same windows for each. It is not
             asked for more once the candidate is clearly worse than the best one so far, window by window.
-        journal: file that records every trial (Optuna's journal storage); made if it is not there.
-        progress: called after every finished trial, also for those already in the journal, with the best loss so far.
-        judge_further: the same on further windows. The best of many trials owes part of its loss to the windows it was
-            chosen on; None takes it as it is.
-        finalists: how many are judged further.
+        trials: how many are to be finished.
+        place: where every trial is recorded.
+        stops_early: whether bad trials are stopped before they have seen all windows.
     """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(storage=_open_journal(journal), study_name="adapruner", load_if_exists=True)
-    for interrupted in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        study.tell(interrupted.number, state=TrialState.FAIL)
-    starting_points = space.starting_points()
-    already_finished = len(_finished(study))
-    for number in range(trials):
-        if number >= already_finished:
-            study.sampler = _sampler(sampler, random.Random(f"{seed}/{number}").getrandbits(32))
-            start = starting_points[number] if number < len(starting_points) else None
-            if not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-                study.enqueue_trial(
-                    start.parameters if start else {}, user_attrs=start.attributes if start else space.given()
-                )
-            trial = study.ask()
-            study.tell(
-                trial, _judged(trial, space.suggest(trial), judge, may_stop=FIXED_METRIC not in trial.user_attrs)
-            )
-        if progress:
-            progress(min(map(_loss, _finished(study)[: number + 1])))
-    return _result(study, space, trials, judge_further, finalists)
+
+    space: SearchSpace
+    judge: Judge
+    trials: int
+    seed: int
+    place: StudyPlace
+    sampler: Literal["tpe", "random"] = "tpe"
+    stops_early: bool = True
+
+    def run(self, progress: Callable[[float], None] | None = None) -> None:
+        """Runs trials until all are finished, by this process or by others.
+
+        Args:
+            progress: called after every finished trial, also for those of before, with the best loss so far.
+        """
+        for finished in self._work(self.trials):
+            if progress:
+                progress(min(map(_loss, finished)))
+
+    def help(self, name: str) -> None:
+        """Runs trials beside the process that runs the search, as long as there are any that nobody is at.
+
+        Args:
+            name: of this helper, different from those of others; it goes into what it proposes.
+        """
+        for _ in self._work(self.trials, name):
+            pass
+
+    def result(self, judge_further: Judge | None = None, finalists: int = 3) -> SearchResult:
+        """The best of the finished trials, judged on further windows.
+
+        Args:
+            judge_further: the same as `judge`, on further windows. The best of many trials owes part of its loss to the
+                windows it was chosen on; None takes it as it is.
+            finalists: how many are judged further.
+        """
+        return _result(self.place.open(), self.space, self.trials, judge_further, finalists)
+
+    def _work(self, wanted: int, helper: str | None = None) -> Iterator[list[FrozenTrial]]:
+        """Yields the finished trials up to each, in the order in which they were begun."""
+        study, reported = self.place.open(), 0
+        with self.place.working() as worker:
+            while True:
+                with worker.asking():
+                    worker.drop_abandoned(study)
+                    finished = _finished(study)
+                    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+                    is_enough = len(finished) + (len(running) if helper else 0) >= wanted
+                    if not is_enough:
+                        trial = self._ask(study, len(finished), running, helper)
+                        worker.claim(trial)
+                while reported < min(len(finished), wanted):
+                    reported += 1
+                    yield finished[:reported]
+                if is_enough:
+                    return
+                may_stop = self.stops_early and FIXED_METRIC not in trial.user_attrs
+                study.tell(trial, _judged(trial, self.space.suggest(trial), self.judge, may_stop))
+
+    def _ask(self, study: optuna.Study, finished: int, running: list[FrozenTrial], helper: str | None) -> optuna.Trial:
+        seed = f"{self.seed}/{finished}" + (f"/{helper}" if helper else "")
+        study.sampler = _sampler(self.sampler, random.Random(seed).getrandbits(32))
+        # What a kill has left between the two calls below is taken up.
+        if not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+            begun = {trial.user_attrs.get(_START) for trial in [*_finished(study), *running]}
+            starts = enumerate(self.space.starting_points())
+            start = next(((number, point) for number, point in starts if number not in begun), None)
+            if start is None:
+                study.enqueue_trial({}, user_attrs=self.space.given())
+            else:
+                number, point = start
+                study.enqueue_trial(point.parameters, user_attrs=point.attributes | {_START: number})
+        trial = study.ask()
+        self.space.suggest(trial)
+        return trial
 
 
 def _judged(trial: optuna.Trial, candidate: Candidate, judge: Judge, may_stop: bool) -> float:
@@ -131,21 +175,6 @@ def _judged(trial: optuna.Trial, candidate: Candidate, judge: Judge, may_stop: b
     return statistics.fmean(losses)
 
 
-def _open_journal(journal: Path) -> JournalStorage:
-    """Opens the journal of a search that may have been killed while it wrote."""
-    # Optuna's lock is a link to the journal, which must be absolute to be found; a kill leaves it behind.
-    journal = journal.absolute()
-    for lock in journal.parent.glob(f"{journal.name}.lock*"):
-        lock.unlink(missing_ok=True)
-    if journal.is_file():
-        content = journal.read_bytes()
-        whole_lines = content.rfind(b"\n") + 1
-        if whole_lines < len(content):
-            with journal.open("rb+") as file:
-                file.truncate(whole_lines)
-    return JournalStorage(JournalFileBackend(str(journal)))
-
-
 def _sampler(kind: str, seed: int) -> optuna.samplers.BaseSampler:
     if kind == "random":
         return optuna.samplers.RandomSampler(seed=seed)
@@ -153,7 +182,7 @@ def _sampler(kind: str, seed: int) -> optuna.samplers.BaseSampler:
         # Optuna calls these options experimental; without `group`, trials that are given a part would switch
         # `multivariate` off.
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True)
+        return optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True, constant_liar=True)
 
 
 def _finished(study: optuna.Study) -> list[FrozenTrial]:

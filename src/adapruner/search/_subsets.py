@@ -56,7 +56,8 @@ class SubsetFamily:
 
 
 def build_subset_family(statistics: Statistics, structure: Structure, counts: Sequence[int]) -> SubsetFamily:
-    """Compares the samples of a pool by the fine first-order importance that they give to what can be removed.
+    """Compares the samples of a pool by the first-order importance that they give to what can be removed, fine where
+    it was measured.
 
     Args:
         counts: how many groups each block keeps; blocks that stay whole do not count.
@@ -65,7 +66,8 @@ def build_subset_family(statistics: Statistics, structure: Structure, counts: Se
         [count < block.groups for block, count in zip(structure.blocks, counts, strict=True)], dtype=torch.bool
     )
     vectors = pruned[structure.block_of_vector]
-    importance = statistics.element_absolute[:, vectors]
+    fine = statistics.element_absolute
+    importance = (statistics.taylor.abs() if fine is None else fine)[:, vectors]
     blocks = structure.block_of_vector[vectors].expand_as(importance)
     means = torch.zeros(len(importance), len(structure.blocks)).scatter_reduce_(
         1, blocks, importance, "mean", include_self=False

@@ -10,9 +10,16 @@ from accelerate import init_empty_weights
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from adapruner.models import PRUNED_CLASSES, Architecture, architecture_of
+from adapruner.models import (
+    PRUNED_CLASSES,
+    Architecture,
+    architecture_of,
+    is_streamed,
+    loaded_layer,
+    stream_from_memory,
+)
 from adapruner.planning import BlockPlan, PruningPlan
-from adapruner.structure import Structure, TensorSlice
+from adapruner.structure import Block, Structure, TensorSlice
 from adapruner.surgery._compensation import Compensation, compensate
 from adapruner.surgery._stock import fields_of_all, stock_models
 
@@ -23,7 +30,8 @@ def prune_model(
     """A new model without the groups that the plan removes.
 
     It is of a stock class where all layers are alike and one takes them, else of the class whose config says what each
-    layer has less of. Tensors from which nothing goes are shared with the given model, which stays as it is.
+    layer has less of. Tensors from which nothing goes are shared with the given model, which stays as it is. Of a model
+    whose layers are streamed, it is in the memory of the CPU, and its layers are streamed from there.
 
     Args:
         compensation: how what stays of the row-wise projections takes over; None leaves it as it was.
@@ -32,15 +40,19 @@ def prune_model(
         AdaPrunerError: the plan was made for another model.
     """
     plan.check_fits(structure)
-    state = _pruned_state(model.state_dict(), structure, plan, compensation)
+    state = _pruned_state(model, structure, plan, compensation)
     with init_empty_weights(include_buffers=False):
         pruned: Any = _empty_pruned(model, structure, plan, state, bool(compensation and compensation.adds_bias))
     pruned.load_state_dict(state, assign=True)
     pruned.tie_weights()
     pruned.generation_config = model.generation_config
-    # Buffers that are not saved (rotary frequencies) were made on the CPU.
-    moved: PreTrainedModel = pruned.to(model.device).train(model.training)
-    return moved
+    if is_streamed(model):
+        stream_from_memory(pruned, model.device)
+    else:
+        # Buffers that are not saved (rotary frequencies) were made on the CPU.
+        pruned.to(model.device)
+    finished: PreTrainedModel = pruned.train(model.training)
+    return finished
 
 
 def _empty_pruned(
@@ -87,27 +99,42 @@ def _row_wise_modules(structure: Structure) -> list[str]:
 
 
 def _pruned_state(
-    state: dict[str, Tensor], structure: Structure, plan: PruningPlan, compensation: Compensation | None
+    model: PreTrainedModel, structure: Structure, plan: PruningPlan, compensation: Compensation | None
 ) -> dict[str, Tensor]:
     """Every tensor with the indices of the kept groups only, compensated."""
-    for index, (block, block_plan) in enumerate(zip(structure.blocks, plan.blocks, strict=True)):
-        row_wise = block.row_wise
-        original = row_wise.as_projection(state[row_wise.parameter])
-        bias_name = f"{row_wise.module}.bias"
-        if compensation and compensation.adds_bias and bias_name not in state:
-            state[bias_name] = original.new_zeros(len(original))
-        if len(block_plan.kept) == block.groups:
-            continue
-        for parameter, parts in block.slices_by_parameter.items():
-            kept = kept_indices(block_plan, parts, state[parameter].shape[parts[0].stored_axis])
-            state[parameter] = state[parameter].index_select(parts[0].stored_axis, kept.to(original.device))
-        if compensation:
-            kept = kept_indices(block_plan, [row_wise], original.shape[1])
-            weight, bias = compensate(original, compensation.moments[index], kept, compensation.form)
-            state[row_wise.parameter] = row_wise.as_projection(weight).contiguous()
-            if compensation.adds_bias:
-                state[bias_name] = state[bias_name] + bias
+    state: dict[str, Tensor] = model.state_dict()
+    layers_path = architecture_of(model.config).layers
+    for layer in range(structure.layers):
+        with loaded_layer(model, layer) as module:
+            own = {f"{layers_path}.{layer}.{name}": tensor for name, tensor in module.state_dict().items()}
+            for index, (block, block_plan) in enumerate(zip(structure.blocks, plan.blocks, strict=True)):
+                if block.layer == layer:
+                    _prune_block(own, index, block, block_plan, compensation)
+        state |= {name: tensor.cpu() for name, tensor in own.items()} if is_streamed(model) else own
     return state
+
+
+def _prune_block(
+    state: dict[str, Tensor], index: int, block: Block, plan: BlockPlan, compensation: Compensation | None
+) -> None:
+    """Replaces the tensors of a block."""
+    row_wise = block.row_wise
+    original = row_wise.as_projection(state[row_wise.parameter])
+    bias_name = f"{row_wise.module}.bias"
+    if compensation and compensation.adds_bias and bias_name not in state:
+        state[bias_name] = original.new_zeros(len(original))
+    if len(plan.kept) == block.groups:
+        return
+    for parameter, parts in block.slices_by_parameter.items():
+        if compensation is None or parameter != row_wise.parameter:
+            kept = kept_indices(plan, parts, state[parameter].shape[parts[0].stored_axis])
+            state[parameter] = state[parameter].index_select(parts[0].stored_axis, kept.to(original.device))
+    if compensation:
+        kept = kept_indices(plan, [row_wise], original.shape[1])
+        weight, bias = compensate(original, compensation.moments[index], kept, compensation.form)
+        state[row_wise.parameter] = row_wise.as_projection(weight).contiguous()
+        if compensation.adds_bias:
+            state[bias_name] = state[bias_name] + bias
 
 
 def kept_indices(plan: BlockPlan, parts: Sequence[TensorSlice], size: int) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from adapruner.measurement import factorize
-from adapruner.models import architecture_of, in_fastest_dtype
+from adapruner.models import LayerCall, enter_layers, in_fastest_dtype, loaded_layer, overwrite_weight
 from adapruner.planning import PruningPlan
 from adapruner.structure import Block, Structure
 from adapruner.surgery._compensation import Compensation
@@ -47,38 +46,34 @@ def compensate_sequentially(
     Args:
         dense: of a family with a plain residual (`Architecture.has_plain_residual`).
         pruned: what `prune_model` made of `dense` by `plan`, in any dtype; its weights change.
-        windows: [windows, tokens], int64; those beyond a multiple of `batch_size` are left out.
+        windows: [windows, tokens], int64.
         dampings: of each block that was cut, by number (`InputMoments.damping`).
         progress: called with 1 after every layer.
 
     Returns:
         The new weights by parameter, as they are stored, in float32, for copies of the pruned model in another dtype.
     """
-    layers_path = architecture_of(dense.config).layers
-    batch_size = min(batch_size, len(windows))
-    # Whole batches only: what the layers are called with is made for one size.
-    batches = windows[: len(windows) // batch_size * batch_size].to(dense.device).split(batch_size)
     cut = _cut_blocks(structure, plan)
     refitted: dict[str, Tensor] = {}
     with torch.inference_mode():
-        calls = _layer_calls(dense, layers_path, batches[0])
-        dense_states = [_first_state(dense, layers_path, batch) for batch in batches]
-        pruned_states = dense_states
-        for layer in range(structure.layers):
-            if layer <= max(cut, default=-1):
-                path = f"{layers_path}.{layer}"
-                before, after = (_Layer(model.get_submodule(path), path, calls[layer]) for model in (dense, pruned))
-                states = None
-                for index in cut.get(layer, []):
-                    block = structure.blocks[index]
-                    weight, *states = _refit(
-                        before, after, block, dense_states, pruned_states, dampings[index], carried_share
-                    )
-                    refitted[block.row_wise.parameter] = weight
-                if states is None:
-                    states = [[before(state) for state in dense_states]] * 2
-                    if refitted:
-                        states[1] = [after(state) for state in pruned_states]
+        entered = enter_layers(dense, windows.split(batch_size))
+        dense_states = pruned_states = [state for state, _ in entered]
+        for index in range(structure.layers):
+            if index <= max(cut, default=-1):
+                calls = [of_batch[index] for _, of_batch in entered]
+                with loaded_layer(dense, index) as dense_layer, loaded_layer(pruned, index) as pruned_layer:
+                    before, after = _Layer(dense_layer, calls), _Layer(pruned_layer, calls)
+                    states = None
+                    for number in cut.get(index, []):
+                        block = structure.blocks[number]
+                        weight, *states = _refit(
+                            before, after, block, dense_states, pruned_states, dampings[number], carried_share
+                        )
+                        refitted[block.row_wise.parameter] = weight
+                    if states is None:
+                        states = [before.run(dense_states)] * 2
+                        if refitted:
+                            states[1] = after.run(pruned_states)
                 dense_states, pruned_states = states
             if progress:
                 progress(1)
@@ -102,7 +97,7 @@ def refit_sequentially(
     dampings = {index: compensation.moments[index].damping for index in cut}
     refitted = compensate_sequentially(fast, fast_pruned, structure, plan, windows, dampings, progress=progress)
     for name, weight in refitted.items():
-        pruned.get_parameter(name).data.copy_(weight)
+        overwrite_weight(pruned, name, weight)
 
 
 def _cut_blocks(structure: Structure, plan: PruningPlan) -> dict[int, list[int]]:
@@ -126,28 +121,25 @@ class _Seen:
 
 @dataclass(frozen=True)
 class _Layer:
-    """A decoder layer and what its model calls it with beside the hidden state: masks, positions."""
+    """A decoder layer, and what its model calls it with for each batch."""
 
     module: nn.Module
-    path: str
-    call: tuple[tuple[Any, ...], dict[str, Any]]
+    calls: list[LayerCall]
 
-    def __call__(self, state: Tensor) -> Tensor:
-        arguments, named = self.call
-        output = self.module(state, *arguments, **named)
-        hidden: Tensor = output[0] if isinstance(output, tuple) else output
-        return hidden
+    def run(self, states: list[Tensor]) -> list[Tensor]:
+        """The hidden states behind the layer."""
+        return [call.run(self.module, state) for call, state in zip(self.calls, states, strict=True)]
 
     def projection(self, block: Block) -> Any:
         """The row-wise projection of a block."""
-        return self.module.get_submodule(block.row_wise.module.removeprefix(f"{self.path}."))
+        return self.module.get_submodule(block.row_wise.module.split(f".{block.layer}.", 1)[1])
 
-    def watch(self, state: Tensor, block: Block) -> _Seen:
-        """Runs the layer and sees what the row-wise projection of a block does."""
+    def watch(self, number: int, state: Tensor, block: Block) -> _Seen:
+        """Runs the layer on a batch and sees what the row-wise projection of a block does."""
         seen: list[Tensor] = []
         hook = self.projection(block).register_forward_hook(lambda _, inputs, output: seen.extend((inputs[0], output)))
         try:
-            after = self(state)
+            after = self.calls[number].run(self.module, state)
         finally:
             hook.remove()
         inputs, output = (tensor.flatten(0, -2) for tensor in seen)
@@ -175,8 +167,8 @@ def _refit(
     second = torch.zeros(weight.shape[1], weight.shape[1], device=weight.device)
     residual = torch.zeros(weight.shape, device=weight.device)
     dense_after, given_to_pruned, tokens = [], [], 0
-    for dense_state, pruned_state in zip(dense_states, pruned_states, strict=True):
-        wanted, given = dense.watch(dense_state, block), pruned.watch(pruned_state, block)
+    for number, (dense_state, pruned_state) in enumerate(zip(dense_states, pruned_states, strict=True)):
+        wanted, given = dense.watch(number, dense_state, block), pruned.watch(number, pruned_state, block)
         inputs = given.inputs.float()
         missing = wanted.output.float() - given.output.float()
         missing += carried_share * (wanted.beside.float() - given.beside.float())
@@ -191,11 +183,7 @@ def _refit(
     refitted = (weight.double() + change).float()
     weight.copy_(refitted)
     if block.kind == "heads":
-        return (
-            block.row_wise.as_projection(refitted),
-            [dense(state) for state in dense_states],
-            [pruned(state) for state in pruned_states],
-        )
+        return block.row_wise.as_projection(refitted), dense.run(dense_states), pruned.run(pruned_states)
     # The feed-forward comes last in a layer: its output is all that has changed.
     projection = pruned.projection(block)
     pruned_after = [
@@ -203,43 +191,3 @@ def _refit(
         for given, state in zip(given_to_pruned, pruned_states, strict=True)
     ]
     return block.row_wise.as_projection(refitted), dense_after, pruned_after
-
-
-class _FirstLayerReachedError(Exception):
-    """Ends a forward pass where the layers begin."""
-
-
-def _first_state(model: PreTrainedModel, layers_path: str, batch: Tensor) -> Tensor:
-    """The hidden state that goes into the first layer."""
-    reached: list[Tensor] = []
-
-    def stop(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        reached.append(arguments[0] if arguments else named["hidden_states"])
-        raise _FirstLayerReachedError
-
-    hook = model.get_submodule(f"{layers_path}.0").register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        with contextlib.suppress(_FirstLayerReachedError):
-            model.base_model(batch, use_cache=False)
-    finally:
-        hook.remove()
-    return reached[0]
-
-
-def _layer_calls(
-    model: PreTrainedModel, layers_path: str, batch: Tensor
-) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """What the model calls each of its layers with beside the hidden state."""
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-
-    def note(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        calls.append((arguments[1:], {name: value for name, value in named.items() if name != "hidden_states"}))
-
-    layers: Any = model.get_submodule(layers_path)
-    hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
-    try:
-        model.base_model(batch, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return calls

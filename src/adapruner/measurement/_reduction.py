@@ -1,0 +1,148 @@
+"""Hooks that reduce activations and gradients to numbers per vector and per input the moment they exist."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from itertools import accumulate
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from adapruner.structure import Block, Structure, TensorSlice
+
+# Vector-wise terms come from activations and their gradients alone; the others need the gradient of every weight.
+Terms = Literal["all", "vector-wise"]
+
+
+class Reduction:
+    """The sums of one batch over the tokens of each sample; float32, on the CPU.
+
+    Attributes:
+        taylor, element_absolute, element_squared: [samples, vectors]; the latter two None for vector-wise terms.
+        input_mean, input_squared: [samples, inputs].
+    """
+
+    def __init__(self, structure: Structure, samples: int, terms: Terms) -> None:
+        self._structure = structure
+        vectors, inputs = len(structure.group_of_vector), len(structure.group_of_input)
+        self.taylor = torch.zeros(samples, vectors)
+        self.element_absolute = torch.zeros(samples, vectors) if terms == "all" else None
+        self.element_squared = torch.zeros(samples, vectors) if terms == "all" else None
+        self.input_mean, self.input_squared = torch.zeros(samples, inputs), torch.zeros(samples, inputs)
+        self._first_vectors = _offsets(
+            sum(block.groups * part.width for part in block.matrices) for block in structure.blocks
+        )
+        self._first_inputs = _offsets(block.groups * block.row_wise.width for block in structure.blocks)
+
+    @contextlib.contextmanager
+    def watching(self, model: PreTrainedModel, blocks: Iterable[int]) -> Iterator[None]:
+        """While it lasts, some blocks are reduced as the model runs forward and backward through them.
+
+        Args:
+            blocks: their numbers in `structure.blocks`; their weights are in memory.
+        """
+        with contextlib.ExitStack() as hooks:
+            for index in blocks:
+                block = self._structure.blocks[index]
+                for hook in self._hooks(model, block, self._first_vectors[index], self._first_inputs[index]):
+                    hooks.callback(hook.remove)
+            yield
+
+    def _hooks(self, model: PreTrainedModel, block: Block, vector: int, first_input: int) -> Iterator[Any]:
+        for part in block.matrices:
+            columns = slice(vector, vector + block.groups * part.width)
+            vector = columns.stop
+            rows = slice(part.offset, part.offset + block.groups * part.width) if part.axis == 0 else slice(None)
+            taylor = self.taylor[:, columns]
+            module = projection(model, part)
+            if self.element_absolute is None or self.element_squared is None:
+                yield module.register_forward_hook(_vector_wise(part, rows, taylor))
+            else:
+                yield module.register_forward_hook(
+                    _element_wise(
+                        part, rows, taylor, self.element_absolute[:, columns], self.element_squared[:, columns]
+                    )
+                )
+        inputs = slice(first_input, first_input + block.groups * block.row_wise.width)
+        yield projection(model, block.row_wise).register_forward_pre_hook(
+            _input_moments(self.input_mean[:, inputs], self.input_squared[:, inputs])
+        )
+
+
+def projection(model: PreTrainedModel, part: TensorSlice) -> nn.Module:
+    """The module that a matrix belongs to."""
+    return model.get_submodule(part.module)
+
+
+def row_wise_weight(model: PreTrainedModel, block: Block) -> Tensor:
+    """[outputs, inputs]: the weight of the projection that reads a block."""
+    return block.row_wise.as_projection(model.get_parameter(block.row_wise.parameter).detach())
+
+
+def _offsets(sizes: Iterable[int]) -> list[int]:
+    return [0, *accumulate(sizes)]
+
+
+def _input_moments(mean: Tensor, squared: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def reduce(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        x = inputs[0].detach().float().reshape(len(mean), -1, mean.shape[1])
+        mean.copy_(x.mean(1))
+        squared.copy_(x.square().mean(1))
+
+    return reduce
+
+
+_ForwardHook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]
+
+
+def _vector_wise(part: TensorSlice, rows: slice, taylor: Tensor) -> _ForwardHook:
+    """For y = W x, row i of Σ_k g w is Σ_t δ_ti y_ti, column j is Σ_t x_tj (Wᵀδ)_tj: activations times their
+    gradients."""
+
+    def after_forward(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if part.axis == 1:
+            inputs[0].register_hook(reducing(inputs[0].detach()))
+            return
+        bias: Any = getattr(module, "bias", None)
+        computed = output.detach()[..., rows]
+        output.register_hook(reducing(computed if bias is None else computed - bias.detach()[rows]))
+
+    def reducing(activation: Tensor) -> Callable[[Tensor], None]:
+        def reduce(gradient: Tensor) -> None:
+            used = gradient[..., rows] if part.axis == 0 else gradient
+            products = used.float() * activation
+            taylor.copy_(products.reshape(len(taylor), -1, products.shape[-1]).sum(1))
+
+        return reduce
+
+    return after_forward
+
+
+def _element_wise(part: TensorSlice, rows: slice, taylor: Tensor, absolute: Tensor, squared: Tensor) -> _ForwardHook:
+    """Keeps the input of the projection until the gradient of its output arrives; then forms the weight gradient sample
+    by sample and reduces it to rows or columns."""
+
+    def after_forward(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        stored: Any = module.weight
+        output.register_hook(reducing(part.as_projection(stored)[rows], inputs[0].detach()))
+
+    def reducing(weight: Tensor, projection_input: Tensor) -> Callable[[Tensor], None]:
+        def reduce(output_gradient: Tensor) -> None:
+            samples, summed_axis = len(taylor), 1 - part.axis
+            x = projection_input.reshape(samples, -1, projection_input.shape[-1]).float()
+            delta = output_gradient.reshape(samples, -1, output_gradient.shape[-1])[..., rows].float()
+            products = torch.empty(weight.shape, device=weight.device)
+            squares = torch.empty_like(products)
+            for sample in range(samples):
+                torch.mm(delta[sample].T, x[sample], out=products)
+                products.mul_(weight)
+                taylor[sample] = products.sum(summed_axis)
+                squared[sample] = torch.mul(products, products, out=squares).sum(summed_axis)
+                absolute[sample] = products.abs_().sum(summed_axis)
+
+        return reduce
+
+    return after_forward

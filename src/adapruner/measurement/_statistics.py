@@ -1,0 +1,78 @@
+"""What is measured of the samples of a pool, and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What the importance terms are computed from, in float32; vectors, inputs and groups as in `Structure`.
+
+    With g the gradient of the mean loss of one sample, w the weights of one vector, x an input of a row-wise projection
+    at the tokens of one sample, and W_c the column of the projection that takes it:
+
+    Attributes:
+        taylor: [samples, vectors], Σ_k g_k w_k, signed.
+        loss: [samples], the mean loss in nats per predicted token.
+        input_mean: [samples, inputs], mean of x.
+        input_squared: [samples, inputs], mean of x².
+        column_absolute: [inputs], Σ|W_c|.
+        column_squared: [inputs], ‖W_c‖².
+        element_absolute: [samples, vectors], Σ_k |g_k w_k|; None where only vector-wise terms were measured.
+        element_squared: [samples, vectors], Σ_k (g_k w_k)²; None likewise.
+        removal_error, elimination_error: [groups], from second moments (`removal_errors`), which may be of other and
+            more text than the samples; None where they were not measured.
+    """
+
+    taylor: Tensor
+    loss: Tensor
+    input_mean: Tensor
+    input_squared: Tensor
+    column_absolute: Tensor
+    column_squared: Tensor
+    element_absolute: Tensor | None = None
+    element_squared: Tensor | None = None
+    removal_error: Tensor | None = None
+    elimination_error: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.loss)
+
+    @property
+    def per_sample(self) -> dict[str, Tensor]:
+        """What there is of every sample, [samples, ·]."""
+        values = {name: getattr(self, name) for name in _PER_SAMPLE}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def select(self, samples: Sequence[int]) -> Statistics:
+        """The statistics of some of the samples."""
+        rows = torch.as_tensor(samples)
+        return replace(self, **{name: value[rows] for name, value in self.per_sample.items()})
+
+    @staticmethod
+    def concatenate(parts: Sequence[Statistics]) -> Statistics:
+        """Joins statistics of the same model over different samples, in the given order."""
+        return replace(
+            parts[0],
+            **{name: torch.cat([getattr(part, name) for part in parts]) for name in parts[0].per_sample},
+        )
+
+    def save(self, path: Path) -> None:
+        """Writes a safetensors file."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        save_file({name: value for name, value in values.items() if value is not None}, path)
+
+    @staticmethod
+    def load(path: Path) -> Statistics:
+        """Reads a file written by `save`."""
+        return Statistics(**load_file(path))
+
+
+_PER_SAMPLE = ("taylor", "element_absolute", "element_squared", "loss", "input_mean", "input_squared")

@@ -1,0 +1,213 @@
+"""The decoder layers of a model one at a time: run by themselves, skipped, or in memory only while they are in use."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from adapruner.models._architecture import architecture_of
+
+# Weights by name within a layer.
+ReadLayer = Callable[[], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """What a model calls a layer with beside the hidden state (masks, positions), and whether the layer returns a tuple
+    around the hidden state; the same for all batches of one shape."""
+
+    arguments: tuple[Any, ...]
+    named: dict[str, Any]
+    returns_tuple: bool
+
+    def run(self, layer: nn.Module, state: Tensor) -> Tensor:
+        """[batch, tokens, hidden]: the hidden state behind a layer."""
+        output = layer(state, *self.arguments, **self.named)
+        hidden: Tensor = output[0] if isinstance(output, tuple) else output
+        return hidden
+
+
+def decoder_layers(model: PreTrainedModel) -> Sequence[nn.Module]:
+    """The decoder layers, from the input to the output."""
+    layers: Any = model.get_submodule(architecture_of(model.config).layers)
+    return list(layers)
+
+
+def enter_layers(model: PreTrainedModel, batches: Iterable[Tensor]) -> list[tuple[Tensor, list[LayerCall]]]:
+    """For every batch, the hidden state that goes into the first layer, and what each layer is called with; computes
+    one layer for each shape of batch.
+
+    Args:
+        batches: [windows, tokens] each, int64.
+    """
+    calls: dict[torch.Size, list[LayerCall]] = {}
+    entered = []
+    for batch in batches:
+        state, own = _enter(model, batch, calls.get(batch.shape))
+        entered.append((state, calls.setdefault(batch.shape, own)))
+    return entered
+
+
+def _enter(model: PreTrainedModel, batch: Tensor, known: list[LayerCall] | None) -> tuple[Tensor, list[LayerCall]]:
+    layers = decoder_layers(model)
+    own_forward = layers[0].forward
+    states: list[Tensor] = []
+    calls: list[LayerCall] = []
+
+    def note(state: Tensor, *arguments: Any, **named: Any) -> Any:
+        states.append(state)
+        if known or calls:
+            returns_tuple = (known or calls)[0].returns_tuple
+            output: Any = (state,) if returns_tuple else state
+        else:
+            output = own_forward(state, *arguments, **named)
+            returns_tuple = isinstance(output, tuple)
+        calls.append(LayerCall(arguments, named, returns_tuple))
+        return output
+
+    with _other_forwards(dict.fromkeys(layers, note)):
+        model.base_model(batch.to(model.device), use_cache=False)
+    return states[0], calls
+
+
+@contextlib.contextmanager
+def skipping_layers(model: PreTrainedModel, count: int, state: Tensor, call: LayerCall) -> Iterator[None]:
+    """While it lasts, the first `count` layers are not computed: `state` comes out of the last of them.
+
+    Args:
+        state: [batch, tokens, hidden], of the batch that the model will be called with.
+        call: of any of the layers.
+    """
+    output = (state,) if call.returns_tuple else state
+    with _other_forwards({layer: lambda *_, **__: output for layer in decoder_layers(model)[:count]}):
+        yield
+
+
+@contextlib.contextmanager
+def _other_forwards(forwards: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    before = {layer: layer.__dict__.get("forward") for layer in forwards}
+    for layer, forward in forwards.items():
+        layer.forward = forward
+    try:
+        yield
+    finally:
+        for layer, own in before.items():
+            if own is None:
+                del layer.forward
+            else:
+                layer.forward = own
+
+
+class _Stream:
+    """Puts the weights of a layer into place while somebody uses it."""
+
+    def __init__(self, layer: nn.Module, read: ReadLayer) -> None:
+        self.read, self._layer, self._users = read, layer, 0
+        self._placeholders = {name: tensor.to("meta") for name, tensor in layer.state_dict().items()}
+        self._own_forward = layer.forward
+
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        with self.loaded():
+            return self._own_forward(*arguments, **named)
+
+    @contextlib.contextmanager
+    def loaded(self) -> Iterator[None]:
+        if not self._users:
+            self._put(self.read())
+        self._users += 1
+        try:
+            yield
+        finally:
+            self._users -= 1
+            if not self._users:
+                self._put(self._placeholders)
+
+    def _put(self, weights: dict[str, Tensor]) -> None:
+        # Assigned and not copied into place: a backward pass goes on with the tensors of its forward pass.
+        with torch.inference_mode(False):
+            self._layer.load_state_dict(weights, assign=True)
+
+
+def stream_layers(model: PreTrainedModel, readers: Sequence[ReadLayer]) -> None:
+    """From now on, the weights of every layer are read when the layer is called, and dropped when it is done.
+
+    Args:
+        readers: for each layer what reads its weights, onto the device where the rest of the model is.
+    """
+    for layer, read in zip(decoder_layers(model), readers, strict=True):
+        stream = _Stream(layer, read)
+        layer.requires_grad_(False)
+        layer.forward, layer.stream = stream.forward, stream  # type: ignore[assignment]
+
+
+def stream_from_memory(model: PreTrainedModel, device: torch.device) -> None:
+    """Leaves the layers of a model in the memory of the CPU; each is on a device while it is in use, where everything
+    else goes for good."""
+    layers = decoder_layers(model)
+    weights = [{name: tensor.detach() for name, tensor in layer.state_dict().items()} for layer in layers]
+    for layer in layers:
+        layer.load_state_dict({name: tensor.to("meta") for name, tensor in layer.state_dict().items()}, assign=True)
+    in_layers = {id(module) for layer in layers for module in layer.modules()}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if id(module) not in in_layers:
+                parameter.data = parameter.data.to(device)
+        for name, buffer in module.named_buffers(recurse=False):
+            module.register_buffer(name, buffer.to(device), name not in module._non_persistent_buffers_set)
+    stream_layers(model, [_FromMemory(own, device) for own in weights])
+
+
+@dataclass(frozen=True)
+class _FromMemory:
+    weights: dict[str, Tensor]
+    device: torch.device
+
+    def __call__(self) -> dict[str, Tensor]:
+        return plain_weights(self.weights, self.device, None)
+
+
+def overwrite_weight(model: PreTrainedModel, name: str, value: Tensor) -> None:
+    """Sets a parameter in place, also one of a layer that is streamed from memory."""
+    prefix = f"{architecture_of(model.config).layers}."
+    if is_streamed(model) and name.startswith(prefix):
+        index, _, own = name.removeprefix(prefix).partition(".")
+        stream: Any = decoder_layers(model)[int(index)].stream
+        stream.read.weights[own].copy_(value)
+    else:
+        model.get_parameter(name).data.copy_(value)
+
+
+def whole_state(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The state of a model with the weights of all layers, of streamed ones on the CPU."""
+    state: dict[str, Tensor] = model.state_dict()
+    if is_streamed(model):
+        prefix = f"{architecture_of(model.config).layers}."
+        for index in range(len(decoder_layers(model))):
+            with loaded_layer(model, index) as layer:
+                state |= {f"{prefix}{index}.{name}": tensor.cpu() for name, tensor in layer.state_dict().items()}
+    return state
+
+
+def is_streamed(model: PreTrainedModel) -> bool:
+    """Whether layers are in memory only while they are in use."""
+    return hasattr(decoder_layers(model)[0], "stream")
+
+
+@contextlib.contextmanager
+def loaded_layer(model: PreTrainedModel, layer: int) -> Iterator[nn.Module]:
+    """A decoder layer with its weights in memory while this lasts, whether or not layers are streamed."""
+    module = decoder_layers(model)[layer]
+    stream: Any = getattr(module, "stream", None)
+    with stream.loaded() if stream else contextlib.nullcontext():
+        yield module
+
+
+def plain_weights(tensors: dict[str, Tensor], device: torch.device, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The tensors on a device, floating-point ones in a dtype; None keeps theirs."""
+    return {name: tensor.to(device, dtype if tensor.is_floating_point() else None) for name, tensor in tensors.items()}

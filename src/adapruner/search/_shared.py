@@ -1,0 +1,181 @@
+"""An Optuna study that several processes work on, any of which may be killed at any moment."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from filelock import FileLock, Timeout
+from optuna.exceptions import StorageInternalError
+from optuna.storages import JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import SQLAlchemyError
+
+from adapruner.errors import AdaPrunerError
+
+_WORKER = "worker"
+
+
+@dataclass(frozen=True)
+class StudyPlace:
+    """Where the trials of a search are kept.
+
+    Attributes:
+        folder: shared by all processes; holds the journal and the locks by which they know of each other.
+        database: URL of an SQL database that holds the trials in place of the journal.
+    """
+
+    folder: Path
+    database: str | None = None
+
+    @property
+    def journal(self) -> Path:
+        return self.folder.absolute() / "study.journal"
+
+    @property
+    def locks(self) -> Path:
+        """A folder for the locks, which means nothing once no process works here."""
+        return self.folder.absolute() / "locks"
+
+    @property
+    def record(self) -> Path:
+        """Says where the trials are, and under what name."""
+        return self.folder / "study.json"
+
+    def check(self) -> None:
+        """Refuses, before any long work, a place that will not do.
+
+        Raises:
+            AdaPrunerError: the database cannot be reached, or the trials of before are elsewhere.
+        """
+        if self.database is not None:
+            open_database(self.database)
+        if self.record.is_file():
+            place = json.loads(self.record.read_text())["place"]
+            if place != self._described:
+                raise AdaPrunerError(
+                    f"the trials of {self.folder} are in {place} and not in {self._described}: name the same --storage"
+                )
+
+    @property
+    def _described(self) -> str:
+        return make_url(self.database).render_as_string(hide_password=True) if self.database else "its journal"
+
+    def _name(self) -> str:
+        """The name of the study, its own among those of a database; chosen by the process that comes first."""
+        with FileLock(self.locks / "asking.lock"):
+            if not self.record.is_file():
+                partial = self.record.with_name(f"{self.record.name}.partial")
+                partial.write_text(json.dumps({"place": self._described, "name": f"adapruner-{uuid.uuid4().hex}"}))
+                os.replace(partial, self.record)
+        return str(json.loads(self.record.read_text())["name"])
+
+    def open(self) -> optuna.Study:
+        """Opens the study, or makes it.
+
+        Raises:
+            AdaPrunerError: the database cannot be reached.
+        """
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self.locks.mkdir(parents=True, exist_ok=True)
+        if self.database is None:
+            lock: Any = _JournalLock(self.journal, self.locks / "journal.lock")
+            backend = JournalFileBackend(str(self.journal), lock)
+            storage: optuna.storages.BaseStorage = JournalStorage(backend)
+        else:
+            storage = open_database(self.database)
+        return optuna.create_study(storage=storage, study_name=self._name(), load_if_exists=True)
+
+    @contextlib.contextmanager
+    def working(self) -> Iterator[Worker]:
+        """Takes part in the search until it ends, or the process does."""
+        self.locks.mkdir(parents=True, exist_ok=True)
+        worker = Worker(self.locks, f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+        with FileLock(worker.lock(worker.name)):
+            try:
+                yield worker
+            finally:
+                worker.lock(worker.name).unlink(missing_ok=True)
+
+
+def open_database(url: str) -> RDBStorage:
+    """Connects to a database.
+
+    Raises:
+        AdaPrunerError: it cannot be reached, or what reads such databases is not installed.
+    """
+    try:
+        return RDBStorage(url)
+    except ImportError as error:
+        raise AdaPrunerError(f"--storage: {error}. For PostgreSQL: pip install 'adapruner[postgresql]'") from None
+    except (StorageInternalError, SQLAlchemyError, ValueError, RuntimeError) as error:
+        cause: BaseException = error.__cause__ or error
+        raise AdaPrunerError(f"--storage cannot be opened: {str(cause).strip().splitlines()[0]}") from None
+
+
+@dataclass(frozen=True)
+class Worker:
+    """A process that works on a study, known to the others by a lock that the system takes from it when it dies."""
+
+    locks: Path
+    name: str
+
+    def lock(self, name: str) -> Path:
+        """The file that a worker has locked as long as it lives."""
+        return self.locks / f"{name}.lock"
+
+    def asking(self) -> FileLock:
+        """Held while a trial is chosen, which depends on what the others are at."""
+        return FileLock(self.lock("asking"))
+
+    def claim(self, trial: optuna.Trial) -> None:
+        """Says whose trial it is."""
+        trial.set_user_attr(_WORKER, self.name)
+
+    def drop_abandoned(self, study: optuna.Study) -> None:
+        """Marks the trials of workers that have died as failed."""
+        for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            if not self._lives(trial.user_attrs.get(_WORKER)):
+                study.tell(trial.number, state=TrialState.FAIL)
+
+    def _lives(self, name: str | None) -> bool:
+        if name == self.name:
+            return True
+        if name is None or not self.lock(name).is_file():
+            return False
+        try:
+            with FileLock(self.lock(name), timeout=0):
+                self.lock(name).unlink(missing_ok=True)
+        except Timeout:
+            return True
+        return False
+
+
+class _JournalLock:
+    """Lets one process at a time write to a journal, after it has removed what a kill cut off of the last line."""
+
+    def __init__(self, journal: Path, lock: Path) -> None:
+        self._journal, self._lock = journal, FileLock(lock)
+
+    def acquire(self) -> bool:
+        self._lock.acquire()
+        with self._journal.open("rb+") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 1))
+            if size and file.read(1) != b"\n":
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
+        return True
+
+    def release(self) -> None:
+        self._lock.release()
