@@ -541,3 +541,34 @@ def test_uploading(finished: adapruner.PruneResult, tmp_path: Path, monkeypatch:
     verbs.export(finished.model_folder, "stock", tmp_path / "stock", push_to_hub="me/small")
     assert [name for name, _ in calls] == ["whoami", "create_repo", "upload_folder"]
     assert calls[-1][1] == {"repo_id": "me/small", "folder_path": tmp_path / "stock"}
+
+
+def test_layer_by_layer_leads_to_the_same_model(
+    finished: adapruner.PruneResult, model_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """With everything in one dtype, and by a text that the model writes itself."""
+    results = [
+        adapruner.prune(
+            str(model_folder),
+            tmp_path / str(layer_wise),
+            calibration="self",
+            objective=str(text_file),
+            evaluate=(str(text_file),),
+            dtype="bfloat16",
+            layer_wise=layer_wise,
+            **OPTIONS,
+        )
+        for layer_wise in (False, True)
+    ]
+    assert results[0].plan.hash == results[1].plan.hash
+    losses = [result.result["search"]["best_loss"] for result in results]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_vector_wise_terms_alone(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    """The best fixed metric is then the one that needs no gradient of a weight."""
+    result = adapruner.prune(
+        str(model_folder), tmp_path, calibration=str(text_file), terms="vector-wise", **OPTIONS | {"trials": 6}
+    )
+    assert result.result["search"]["best_fixed_name"] == "vectorize"
+    assert "element_absolute" not in load_file(tmp_path / "statistics.safetensors")

@@ -130,9 +130,9 @@ def load_model(
     Raises:
         AdaPrunerError: it cannot be found or read, or its files and its config do not go together.
     """
-    config = load_config(location)
     if layer_wise:
-        return _load_streamed(location, config, dtype, device)
+        return _load_streamed(location, dtype, device)
+    config = load_config(location)
     is_pruned = config.is_heterogeneous
     loader: Any = modeling_pruned.PRUNED_CLASSES[config.model_type] if is_pruned else AutoModelForCausalLM
     with _reported_as_unloadable(location):
@@ -153,8 +153,9 @@ def load_model(
     return loaded
 
 
-def _load_streamed(location: ModelLocation, config: PreTrainedConfig, dtype: str, device: str) -> PreTrainedModel:
+def _load_streamed(location: ModelLocation, dtype: str, device: str) -> PreTrainedModel:
     check_streamable(location)
+    config = load_config(location)
     with _reported_as_unloadable(location):
         model, report = load_streamed(
             location.path, config, None if dtype == "auto" else getattr(torch, dtype), resolve_device(device)

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from adapruner.checkpoint import save_checkpoint
 from adapruner.config import RecoveryOptions
 from adapruner.errors import AdaPrunerError
+from adapruner.processes import this_process
 from adapruner.recovery._examples import Examples
 from adapruner.recovery._training import train
 
@@ -56,6 +57,8 @@ def recover_into(
         "skipped_records": examples.skipped,
         **asdict(recovered),
     }
+    if not this_process().leads:
+        return record
     save_checkpoint(model, tokenizer, folder, card(record))
     partial = folder / f"{RECORD}.partial"
     partial.write_text(json.dumps(record, indent=2) + "\n")

@@ -35,6 +35,7 @@ from adapruner.models import (
     in_fastest_dtype,
     quiet_transformers,
 )
+from adapruner.processes import this_process
 from adapruner.recovery._examples import IGNORED, Example, Examples
 
 # The validation loss is measured, and everything saved to go on from, so often while training; or more often, every 200
@@ -72,7 +73,8 @@ def train(
     teacher: PreTrainedModel | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Recovered:
-    """Trains a model in place: a call that was killed goes on from its last saved step.
+    """Trains a model in place: a call that was killed goes on from its last saved step. Processes that were started
+    together share every batch.
 
     The frozen weights of LoRA are held in bfloat16 where the hardware computes that natively, and the adapters are
     merged into the weights as they were, in their own dtype. All weights are trained in float32, with bfloat16
@@ -193,14 +195,18 @@ def _trainer(
     steps: int,
     every: int,
 ) -> Trainer:
+    processes = this_process().count
+    if options.batch_size % processes:
+        raise AdaPrunerError(f"--batch-size {options.batch_size} cannot be divided among {processes} processes")
+    of_process = options.batch_size // processes
     # The largest that goes into a batch without a rest.
-    micro_batch = next(n for n in range(options.micro_batch_size, 0, -1) if options.batch_size % n == 0)
+    micro_batch = next(n for n in range(options.micro_batch_size, 0, -1) if of_process % n == 0)
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
         per_device_train_batch_size=micro_batch,
         per_device_eval_batch_size=micro_batch,
-        gradient_accumulation_steps=options.batch_size // micro_batch,
+        gradient_accumulation_steps=of_process // micro_batch,
         learning_rate=options.learning_rate,
         # A short run would end before it is warm.
         warmup_steps=min(options.warmup_steps, steps // 10),
@@ -320,8 +326,9 @@ class _Watcher(TrainerCallback):
 def _validated(trainer: Trainer, folder: Path) -> float:
     """The validation loss before the first step, kept for a call that goes on."""
     loss = float(trainer.evaluate()["eval_loss"])
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "before.json").write_text(json.dumps({"eval_loss": loss}))
+    if this_process().leads:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "before.json").write_text(json.dumps({"eval_loss": loss}))
     return loss
 
 

@@ -1,7 +1,7 @@
 """The joint search over calibration samples, importance metrics and allocation."""
 
 from adapruner.search._objective import Objective, plan_candidate
-from adapruner.search._shared import StudyPlace, open_database
+from adapruner.search._shared import StudyPlace
 from adapruner.search._space import MOST_PROTECTED_FIRST, Candidate, Searched, SearchSpace, SpaceName, StartingPoint
 from adapruner.search._study import Found, Search, SearchResult
 from adapruner.search._subsets import FEATURES, SubsetFamily, build_subset_family
@@ -21,6 +21,5 @@ __all__ = [
     "StudyPlace",
     "SubsetFamily",
     "build_subset_family",
-    "open_database",
     "plan_candidate",
 ]

@@ -15,7 +15,7 @@ from typing import Any
 import optuna
 from filelock import FileLock, Timeout
 from optuna.exceptions import StorageInternalError
-from optuna.storages import JournalStorage, RDBStorage
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from sqlalchemy.engine import make_url
@@ -59,7 +59,8 @@ class StudyPlace:
             AdaPrunerError: the database cannot be reached, or the trials of before are elsewhere.
         """
         if self.database is not None:
-            open_database(self.database)
+            with _open_database(self.database):
+                pass
         if self.record.is_file():
             place = json.loads(self.record.read_text())["place"]
             if place != self._described:
@@ -80,7 +81,8 @@ class StudyPlace:
                 os.replace(partial, self.record)
         return str(json.loads(self.record.read_text())["name"])
 
-    def open(self) -> optuna.Study:
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[optuna.Study]:
         """Opens the study, or makes it.
 
         Raises:
@@ -88,13 +90,13 @@ class StudyPlace:
         """
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.locks.mkdir(parents=True, exist_ok=True)
-        if self.database is None:
-            lock: Any = _JournalLock(self.journal, self.locks / "journal.lock")
-            backend = JournalFileBackend(str(self.journal), lock)
-            storage: optuna.storages.BaseStorage = JournalStorage(backend)
-        else:
-            storage = open_database(self.database)
-        return optuna.create_study(storage=storage, study_name=self._name(), load_if_exists=True)
+        with _open_database(self.database) if self.database else self._open_journal() as storage:
+            yield optuna.create_study(storage=storage, study_name=self._name(), load_if_exists=True)
+
+    @contextlib.contextmanager
+    def _open_journal(self) -> Iterator[BaseStorage]:
+        lock: Any = _JournalLock(self.journal, self.locks / "journal.lock")
+        yield JournalStorage(JournalFileBackend(str(self.journal), lock))
 
     @contextlib.contextmanager
     def working(self) -> Iterator[Worker]:
@@ -108,19 +110,23 @@ class StudyPlace:
                 worker.lock(worker.name).unlink(missing_ok=True)
 
 
-def open_database(url: str) -> RDBStorage:
-    """Connects to a database.
-
-    Raises:
-        AdaPrunerError: it cannot be reached, or what reads such databases is not installed.
-    """
+@contextlib.contextmanager
+def _open_database(url: str) -> Iterator[BaseStorage]:
     try:
-        return RDBStorage(url)
+        address = make_url(url)
+        if address.drivername == "postgresql":  # whose driver differs by the version of SQLAlchemy
+            address = address.set(drivername="postgresql+psycopg")
+        storage = RDBStorage(address.render_as_string(hide_password=False))
     except ImportError as error:
         raise AdaPrunerError(f"--storage: {error}. For PostgreSQL: pip install 'adapruner[postgresql]'") from None
     except (StorageInternalError, SQLAlchemyError, ValueError, RuntimeError) as error:
         cause: BaseException = error.__cause__ or error
         raise AdaPrunerError(f"--storage cannot be opened: {str(cause).strip().splitlines()[0]}") from None
+    try:
+        yield storage
+    finally:
+        storage.remove_session()
+        storage.engine.dispose()
 
 
 @dataclass(frozen=True)

@@ -106,12 +106,13 @@ class Search:
                 windows it was chosen on; None takes it as it is.
             finalists: how many are judged further.
         """
-        return _result(self.place.open(), self.space, self.trials, judge_further, finalists)
+        with self.place.opened() as study:
+            return _result(study, self.space, self.trials, judge_further, finalists)
 
     def _work(self, wanted: int, helper: str | None = None) -> Iterator[list[FrozenTrial]]:
         """Yields the finished trials up to each, in the order in which they were begun."""
-        study, reported = self.place.open(), 0
-        with self.place.working() as worker:
+        reported = 0
+        with self.place.opened() as study, self.place.working() as worker:
             while True:
                 with worker.asking():
                     worker.drop_abandoned(study)

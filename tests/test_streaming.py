@@ -1,0 +1,126 @@
+"""Models whose layers stay in their files, against the same models in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from adapruner.checkpoint import save_checkpoint
+from adapruner.errors import AdaPrunerError
+from adapruner.measurement import measure, measure_moments
+from adapruner.models import (
+    decoder_layers,
+    enter_layers,
+    find_model,
+    is_streamed,
+    known_architectures,
+    load_model,
+    loaded_layer,
+    skipping_layers,
+)
+from adapruner.planning import Budget, kept_counts, make_plan
+from adapruner.structure import build_structure
+from adapruner.surgery import Compensation, prune_model, refit_sequentially
+
+
+def on_disk(model: PreTrainedModel, folder: Path) -> str:
+    model.save_pretrained(folder, max_shard_size="20KB")
+    return str(folder)
+
+
+@pytest.mark.parametrize("family", known_architectures())
+def test_every_family_is_the_same_out_of_its_files(
+    family: str, make_model: Callable[..., PreTrainedModel], windows: Tensor, tmp_path: Path
+) -> None:
+    model = make_model(family)
+    streamed = load_model(find_model(on_disk(model, tmp_path)), layer_wise=True)
+    assert is_streamed(streamed)
+    assert not is_streamed(model)
+    with torch.no_grad():
+        assert torch.equal(streamed(windows).logits, model(windows).logits)
+    structure = build_structure(model)
+    expected = measure(model, structure, windows, layer_wise=True)
+    for name, values in measure(streamed, structure, windows, layer_wise=True).per_sample.items():
+        assert torch.equal(values, expected.per_sample[name])
+    assert all(parameter.is_meta for layer in decoder_layers(streamed) for parameter in layer.parameters())
+    with loaded_layer(streamed, 1) as layer:
+        assert not any(parameter.is_meta for parameter in layer.parameters())
+
+
+@pytest.mark.parametrize("family", known_architectures())
+def test_layers_run_by_themselves_are_those_of_the_model(
+    family: str, make_model: Callable[..., PreTrainedModel], windows: Tensor
+) -> None:
+    """One after the other they give what the model gives, and a model goes on behind any of them."""
+    model = make_model(family)
+    with torch.no_grad():
+        logits = model(windows).logits
+        first, second = enter_layers(model, windows.split(4))
+        states = [state for state, _ in (first, second)]
+        for index, layer in enumerate(decoder_layers(model)):
+            states = [calls[index].run(layer, state) for (_, calls), state in zip((first, second), states, strict=True)]
+            for batch, state, (_, calls) in zip(windows.split(4), states, (first, second), strict=True):
+                with skipping_layers(model, index + 1, state, calls[0]):
+                    behind = model(batch).logits
+                expected = logits[:4] if len(batch) == 4 else logits[4:]
+                torch.testing.assert_close(behind, expected, rtol=1e-5, atol=1e-6)
+        assert torch.equal(model(windows).logits, logits)
+
+
+@pytest.mark.parametrize("head_share", [0.0, 1.0])
+def test_a_streamed_model_is_cut_compensated_and_saved(
+    head_share: float,
+    model: PreTrainedModel,
+    windows: Tensor,
+    tokenizer: object,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # What is in memory would run in bfloat16 where that is fast; a streamed model runs as it is.
+    monkeypatch.setattr("adapruner.models._loading.computes_bfloat16_natively", lambda _: False)
+    structure = build_structure(model)
+    streamed = load_model(find_model(on_disk(model, tmp_path / "dense")), layer_wise=True)
+    scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(0))
+    budget = Budget(0.1, protect_first=1, protect_last=0, head_share=head_share, round_to=1)
+    plan = make_plan(structure, scores, kept_counts(structure, budget))
+    saved = []
+    for dense in (model, streamed):
+        compensation = Compensation("least-squares", dict(measure_moments(dense, structure, windows)))
+        pruned = prune_model(dense, structure, plan, compensation)
+        refit_sequentially(dense, pruned, structure, plan, compensation, windows)
+        folder = tmp_path / f"pruned{len(saved)}"
+        save_checkpoint(pruned, tokenizer, folder)
+        saved.append(load_model(find_model(str(folder))))
+        assert is_streamed(pruned) == (dense is streamed)
+        with torch.no_grad():
+            torch.testing.assert_close(pruned(windows).logits, saved[-1](windows).logits)
+    for name, tensor in saved[0].state_dict().items():
+        torch.testing.assert_close(saved[1].state_dict()[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_another_dtype(model: PreTrainedModel, windows: Tensor, tmp_path: Path) -> None:
+    folder = on_disk(model, tmp_path)
+    streamed = load_model(find_model(folder), "bfloat16", layer_wise=True)
+    assert streamed.dtype == torch.bfloat16
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)(windows).logits
+        assert torch.equal(streamed(windows).logits, expected)
+
+
+def test_what_cannot_be_streamed_is_refused(model: PreTrainedModel, tmp_path: Path) -> None:
+    model.config.save_pretrained(tmp_path)
+    with pytest.raises(AdaPrunerError, match="has none: save it as such first"):
+        load_model(find_model(str(tmp_path)), layer_wise=True)
+    model.save_pretrained(tmp_path)
+    model.config.intermediate_size = 32
+    model.config.save_pretrained(tmp_path)
+    with pytest.raises(AdaPrunerError, match=r"gate_proj.weight is \(24, 48\) in the files and \(32, 48\)"):
+        load_model(find_model(str(tmp_path)), layer_wise=True)
+    (tmp_path / "a.gguf").touch()
+    with pytest.raises(AdaPrunerError, match=r"a \.gguf file is read as a whole"):
+        load_model(find_model(str(tmp_path / "a.gguf")), layer_wise=True)
