@@ -16,6 +16,7 @@ from adapruner.measurement import (
     factorize,
     measure_moments,
     removal_errors,
+    solve_damped,
 )
 from adapruner.structure import Structure, build_structure
 
@@ -123,6 +124,35 @@ def test_a_factor_is_found_where_rounding_leaves_none() -> None:
     factor = factorize(second, 1e-9)
     assert factor.isfinite().all()
     assert (factor @ factor.T - second.double()).abs().max() < second.abs().max() * 1e-2
+
+
+@pytest.mark.parametrize("damping", [1e-5, 1.0])
+def test_damped_systems_are_solved_as_well_as_in_float64(damping: float) -> None:
+    """Two inputs a thousand times as large as the others, and nearly alike, as in most language models."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 60, generator=generator) @ torch.randn(60, 60, generator=generator) / 8
+    x[:, 5] = 1e3 * (1 + 0.1 * x[:, 5])
+    x[:, 9] = x[:, 5] + 0.1 * x[:, 9]
+    second, right = x.T @ x / len(x), torch.randn(60, 7, generator=generator)
+    exact = second.double() + damping * torch.eye(60).double()
+    expected = torch.linalg.solve(exact, right.double())
+
+    def objective(solution: Tensor) -> float:
+        """What the solution minimises."""
+        solution = solution.double()
+        return float((solution * (exact @ solution - 2 * right)).sum())
+
+    solved = solve_damped(second, damping, right)
+    assert solved.dtype == torch.float32
+    assert abs(objective(solved) / objective(expected) - 1) < 1e-4
+
+
+def test_a_system_that_rounding_leaves_indefinite_is_solved_all_the_same() -> None:
+    x = torch.randn(3, 10, generator=torch.Generator().manual_seed(0)) * torch.logspace(-1, 1, 10)
+    second = (x.T @ x).half().float()
+    assert solve_damped(second, 1e-9, torch.ones(10, 1)).isfinite().all()
+    with pytest.raises(AdaPrunerError, match="not finite"):
+        solve_damped(second.fill_diagonal_(float("nan")), 1e-9, torch.ones(10, 1))
 
 
 def test_stored_moments(tmp_path: Path, model: PreTrainedModel, windows: Tensor) -> None:

@@ -162,7 +162,7 @@ main()
         ("adapruner.run_folder.RunFolder", "save_statistics", 2, "statistics.parts/000004.safetensors"),
         ("adapruner.search.Objective", "__call__", 0, "study.journal"),
         ("adapruner.search.Objective", "__call__", 6, "study.journal"),
-        ("adapruner.surgery._sequential", "factorize", 1, "plan.json"),
+        ("adapruner.surgery._sequential", "solve_damped", 1, "plan.json"),
         ("adapruner.checkpoint._folder", "_complete_config", 0, "model.partial/model.safetensors"),
     ],
     ids=["reading activations", "measuring", "first trial", "searching", "compensating", "saving"],

@@ -6,6 +6,7 @@ from adapruner.measurement._moments import (
     factorize,
     measure_moments,
     removal_errors,
+    solve_damped,
 )
 from adapruner.measurement._reduction import Terms
 from adapruner.measurement._samples import measure, measure_in_parts
@@ -21,4 +22,5 @@ __all__ = [
     "measure_in_parts",
     "measure_moments",
     "removal_errors",
+    "solve_damped",
 ]

@@ -21,6 +21,7 @@ from adapruner.structure import Block, Structure
 _BATCHES_PER_HELD_OUT = 8
 _ELIMINATION_STEPS = 64
 _STRIPS = 8
+_OUTPUTS_TO_DAMP_BY = 1024
 # Tried as multiples of the mean of the diagonal.
 _DAMPINGS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
@@ -92,6 +93,25 @@ def factorize(second: Tensor, damping: float) -> Tensor:
         if not failed:
             return factor
         damping *= 10
+
+
+def solve_damped(second: Tensor, damping: float, right: Tensor) -> Tensor:
+    """[inputs, columns]: the solution X of (H + damping · I) X = right.
+
+    In float32 after every input was scaled to a unit moment, which leaves the huge ones and the others alike their
+    digits; in float64 where rounding does not even then leave it positive definite.
+
+    Raises:
+        AdaPrunerError: H is not finite.
+    """
+    damping = max(damping, torch.finfo(torch.float32).tiny)
+    scale = (second.diagonal() + damping).rsqrt()
+    scaled = (second * scale).mul_(scale[:, None]).float()
+    scaled.fill_diagonal_(1.0)
+    factor, failed = torch.linalg.cholesky_ex(scaled)
+    if failed:
+        return torch.cholesky_solve(right.double(), factorize(second, damping))
+    return torch.cholesky_solve((right * scale[:, None]).float(), factor) * scale[:, None]
 
 
 def measure_moments(
@@ -216,16 +236,18 @@ def _choose_damping(weight: Tensor, fitted: _Sums, held_out: _Sums, block: Block
             " weights or its dtype is too narrow: try --dtype float32"
         )
     scale = float(second.diagonal().mean()) or 1.0
-    weight, second_held_out = weight.double(), second_held_out.double()
+    # Some of the outputs tell which damping is best as well as all of them.
+    weight = weight[:: -(-len(weight) // _OUTPUTS_TO_DAMP_BY)].float()
     ranked = (weight.square().sum(0) * second.diagonal()).argsort(descending=True, stable=True)
     kept, removed = ranked.tensor_split([(len(ranked) + 1) // 2])
+    gone = weight[:, removed].T
+    within, across = second[kept][:, kept], second[kept][:, removed] @ gone
+    within_held_out, across_held_out = second_held_out[kept][:, kept], second_held_out[kept][:, removed] @ gone
     errors = []
     for relative in _DAMPINGS:
-        factor = factorize(second[kept][:, kept], relative * scale)
-        moved = torch.cholesky_solve(second[kept][:, removed].double(), factor)
-        difference = torch.empty_like(weight)
-        difference[:, removed], difference[:, kept] = weight[:, removed], -weight[:, removed] @ moved.T
-        errors.append(float(((difference @ second_held_out) * difference).sum()))
+        moved = solve_damped(within, relative * scale, across)
+        # What the removed inputs leave by themselves is the same for all.
+        errors.append(float((moved * (within_held_out @ moved - 2 * across_held_out)).sum(dtype=torch.float64)))
     best = _DAMPINGS[min(range(len(errors)), key=errors.__getitem__)]
     return InputMoments(((fitted.first + held_out.first) / total).cpu(), merged.cpu(), best * scale)
 

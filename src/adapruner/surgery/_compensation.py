@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from adapruner.measurement import InputMoments, factorize
+from adapruner.measurement import InputMoments, solve_damped
 
 # How what stays makes up for what went: by a bias alone (FLAP, arXiv 2312.11983), by least squares, or by both.
 CompensationForm = Literal["bias", "least-squares", "least-squares-bias"]
@@ -46,17 +46,19 @@ def compensate(weight: Tensor, moments: InputMoments, kept: Tensor, form: Compen
     is_removed = torch.ones(weight.shape[1], dtype=torch.bool)
     is_removed[kept] = False
     removed = is_removed.nonzero().flatten()
-    kept_columns, removed_columns = (weight[:, part.to(weight.device)].double() for part in (kept, removed))
-    mean = moments.mean.double().to(weight.device)
+    kept, removed = kept.to(weight.device), removed.to(weight.device)
+    kept_columns = weight[:, kept].float()
     if form != "bias":
         second = moments.second.to(weight.device)
-        of_kept, of_both = second[kept][:, kept], second[kept][:, removed].double()
+        of_kept, of_both = second[kept][:, kept], second[kept][:, removed]
         if form == "least-squares-bias":
-            of_kept = of_kept - torch.outer(mean[kept], mean[kept])
-            of_both = of_both - torch.outer(mean[kept], mean[removed])
-        factor = factorize(of_kept, moments.damping)
-        kept_columns = kept_columns + torch.cholesky_solve(of_both @ removed_columns.T, factor).T
+            mean = moments.mean.double().to(weight.device)
+            of_kept = of_kept.double() - torch.outer(mean[kept], mean[kept])
+            of_both = (of_both.double() - torch.outer(mean[kept], mean[removed])).float()
+        change = solve_damped(of_kept, moments.damping, of_both @ weight[:, removed].float().T)
+        kept_columns = kept_columns + change.T
     bias = torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
     if form != "least-squares":
-        bias = weight.double() @ mean - kept_columns @ mean[kept]
+        mean = moments.mean.double().to(weight.device)
+        bias = weight.double() @ mean - kept_columns.double() @ mean[kept]
     return kept_columns.to(weight.dtype), bias.to(weight.dtype)

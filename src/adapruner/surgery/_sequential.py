@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from adapruner.measurement import factorize
+from adapruner.measurement import solve_damped
 from adapruner.models import LayerCall, enter_layers, in_fastest_dtype, loaded_layer, overwrite_weight
 from adapruner.planning import PruningPlan
 from adapruner.structure import Block, Structure
@@ -178,9 +178,8 @@ def _refit(
         if block.kind == "channels":
             dense_after.append((wanted.beside + wanted.output).view_as(dense_state))
             given_to_pruned.append(given)
-    factor = factorize(second / tokens, damping)
-    change = torch.cholesky_solve((residual / tokens).double().T, factor).T
-    refitted = (weight.double() + change).float()
+    change = solve_damped(second / tokens, damping, (residual / tokens).T).T
+    refitted = (weight + change).float()
     weight.copy_(refitted)
     if block.kind == "heads":
         return block.row_wise.as_projection(refitted), dense.run(dense_states), pruned.run(pruned_states)
