@@ -2,7 +2,7 @@
 
     python benchmarks/seven_billion.py --folder runs/7b --calibration boolq-passages
 
-Writes the model once (13.5 GB, sharded, bfloat16), then runs `adapruner prune` on it and prints what each stage took, the
+Writes the model once (13.5 GB, sharded, bfloat16), runs `adapruner prune` on it and prints what each stage took, the
 most memory that the process held, and what is left; at last loads the saved folder and predicts a token. Weights are
 random, so nothing is said about quality here. Needs 45 GB of disk.
 """
