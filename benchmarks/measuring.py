@@ -1,32 +1,34 @@
-"""What the measuring pass costs: its time against a forward pass, and its peak memory beyond weights and activations.
+"""What the measuring pass costs: its time and its peak memory, against a forward pass and against plain autograd.
 
     python benchmarks/measuring.py
 
-Time: forward over the same windows without gradients, in the same process, alternating. Memory: three processes of the
-same batch; `activations` is the peak of a training step (everything recorded that weight gradients need) without a loss
-and without making weight gradients. Linux only: the peak is reset through /proc.
+Time: forward over the same windows without gradients, in the same process, taking turns. Memory: a process for each
+way, the same batch; `activations` is the peak of a training step (everything recorded that weight gradients need)
+without a loss and without making weight gradients. `plain` is what LLM-Pruner does for all four terms: a backward pass
+for every sample, whose squared gradients are summed up, and one over all for the gradient of the mean loss, both kept
+whole for all weights. Linux only: the peak is reset through /proc.
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Literal
 
 import torch
 from cyclopts import run
+from torch import Tensor
+from transformers import PreTrainedModel
 
-from adapruner.measurement import measure_in_parts
+from adapruner.measurement import measure
 from adapruner.models import find_model, load_model
-from adapruner.structure import build_structure
+from adapruner.structure import Structure, build_structure
+from machine import MIB, describe, memory, reset_peak, seconds
 
-MIB = 2**20
+Way = Literal["activations", "all terms", "vector-wise", "layer by layer", "plain"]
 
 
 def main(
@@ -36,30 +38,25 @@ def main(
     length: int = 128,
     batch_size: int = 4,
     repetitions: int = 3,
-    memory_of: Literal["activations", "measuring"] | None = None,
+    memory_of: Way | None = None,
 ) -> None:
-    """Prints both ratios; `memory_of` is for the processes that this one starts."""
+    """Prints all ratios; `memory_of` is for the processes that this one starts."""
     torch.manual_seed(0)
     loaded = load_model(find_model(model))
     structure = build_structure(loaded)
     tokens = torch.randint(0, loaded.config.vocab_size, (windows, length))
-
-    def measure() -> None:
-        for _ in measure_in_parts(loaded, structure, tokens, batch_size):
-            pass
-
+    ways: dict[Way, Callable[[Tensor], object]] = {
+        "activations": lambda text: record_activations(loaded, text, batch_size),
+        "all terms": lambda text: measure(loaded, structure, text, batch_size),
+        "vector-wise": lambda text: measure(loaded, structure, text, batch_size, terms="vector-wise"),
+        "layer by layer": lambda text: measure(loaded, structure, text, batch_size, layer_wise=True),
+        "plain": lambda text: keep_all_gradients(loaded, structure, text, batch_size),
+    }
     if memory_of is not None:
-        tokens = tokens[: 2 * batch_size]
-        _reset_peak()
-        before = _memory("VmRSS")
-        if memory_of == "measuring":
-            measure()
-        else:
-            for batch in tokens.split(batch_size):
-                embedded = loaded.get_input_embeddings()(batch).detach().requires_grad_()
-                logits = loaded(inputs_embeds=embedded, use_cache=False).logits
-                torch.autograd.grad(logits, embedded, grad_outputs=logits.detach())
-        print(json.dumps(_memory("VmHWM") - before))
+        reset_peak()
+        before = memory("VmRSS")
+        ways[memory_of](tokens[: 2 * batch_size])
+        print(json.dumps(memory("VmHWM") - before))
         return
 
     def forward() -> None:
@@ -67,43 +64,56 @@ def main(
             for batch in tokens.split(batch_size):
                 loaded(batch, use_cache=False)
 
+    print(describe())
     forward()
-    times = [(_seconds(forward), _seconds(measure)) for _ in range(repetitions)]
-    ratios = [measured / forwarded for forwarded, measured in times]
-    print(
-        f"{windows} windows of {length}: forward {statistics.median(t[0] for t in times):.1f} s, measuring"
-        f" {statistics.median(t[1] for t in times):.1f} s, ratio {statistics.median(ratios):.2f}"
-        f" ({min(ratios):.2f} to {max(ratios):.2f})"
-    )
-    weights = sum(p.numel() * p.element_size() for p in loaded.parameters())
+    ratios: dict[str, list[float]] = {}
+    for _ in range(repetitions):
+        own = seconds(forward)
+        for way in ("all terms", "vector-wise", "layer by layer", "plain"):
+            ratios.setdefault(way, []).append(seconds(lambda way=way: ways[way](tokens)) / own)
+    print(f"{windows} windows of {length} tokens of {model}; forward {own:.1f} s")
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in loaded.parameters())
     peak = {}
-    for kind in ("activations", "measuring"):
+    for way in ways:
         command = [sys.executable, __file__, "--model", model, "--length", str(length)]
-        command += ["--batch-size", str(batch_size), "--memory-of", kind]
-        peak[kind] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    extra = peak["measuring"] - peak["activations"]
-    print(
-        f"weights {weights / MIB:.0f} MiB; peak beyond them: activations {peak['activations'] / MIB:.0f} MiB, measuring"
-        f" {peak['measuring'] / MIB:.0f} MiB; measuring beyond both: {extra / MIB:+.0f} MiB,"
-        f" {extra / weights:+.1%} of the weights"
-    )
+        command += ["--batch-size", str(batch_size), "--memory-of", way]
+        peak[way] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    print(f"weights {weights / MIB:.0f} MiB; activations {peak['activations'] / MIB:.0f} MiB beyond them")
+    for way, times in ratios.items():
+        extra = peak[way] - peak["activations"]
+        print(
+            f"{way}: {statistics.median(times):.2f} forwards ({min(times):.2f} to {max(times):.2f}); memory beyond"
+            f" weights and activations {extra / MIB:+.0f} MiB, {extra / weights:+.1%} of the weights"
+        )
 
 
-def _seconds(work: Callable[[], None]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
+def record_activations(model: PreTrainedModel, tokens: Tensor, batch_size: int) -> None:
+    """Forward and backward without weight gradients, all that they need recorded."""
+    for batch in tokens.split(batch_size):
+        embedded = model.get_input_embeddings()(batch).detach().requires_grad_()
+        logits = model(inputs_embeds=embedded, use_cache=False).logits
+        torch.autograd.grad(logits, embedded, grad_outputs=logits.detach())
 
 
-def _reset_peak() -> None:
-    """Gives freed memory back and lets the peak of the process start from what it holds now."""
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def _memory(field: str) -> int:
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith(field)))
+def keep_all_gradients(model: PreTrainedModel, structure: Structure, tokens: Tensor, batch_size: int) -> list[Tensor]:
+    """All four terms from whole gradients."""
+    squares = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
+    for window in tokens:
+        model.zero_grad()
+        model(window[None], labels=window[None], use_cache=False).loss.backward()
+        for name, parameter in model.named_parameters():
+            squares[name].addcmul_(parameter.grad, parameter.grad, value=1 / len(tokens))
+    model.zero_grad()
+    for batch in tokens.split(batch_size):
+        (model(batch, labels=batch, use_cache=False).loss * len(batch) / len(tokens)).backward()
+    terms = []
+    for part in (part for block in structure.blocks for part in block.matrices):
+        weight, axis = model.get_parameter(part.parameter), 1 - part.stored_axis
+        first = weight.grad * weight.detach()
+        second = squares[part.parameter] * weight.detach().square()
+        terms.append(torch.stack([first.sum(axis).abs(), first.abs().sum(axis), second.sum(axis)]))
+    model.zero_grad()
+    return terms
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from adapruner.calibration import (
     text_windows,
 )
 from adapruner.config import PruneConfig
+from adapruner.cost import choose_layer_wise
 from adapruner.errors import AdaPrunerError
 from adapruner.evaluation import Tasks, load_tasks
 from adapruner.models import (
@@ -86,7 +87,7 @@ def prepare(config: PruneConfig, run: RunFolder, drawn: Path | None, database: s
         drawn: windows of an earlier call, which are not drawn again where the file is there.
         database: URL of the database that keeps the trials; None for a journal in the run folder.
     """
-    resolve_device(config.device)
+    device = resolve_device(config.device)
     study = StudyPlace(run.path, database)
     study.check()
     location = find_model(config.model)
@@ -96,6 +97,7 @@ def prepare(config: PruneConfig, run: RunFolder, drawn: Path | None, database: s
     structure = build_structure(model, config.head_granularity)
     budget = reference_budget(config, structure)
     fits_sequentially = _fits_sequentially(config, model)
+    layer_wise = choose_layer_wise(config, model, structure, budget, device, location.gguf_file is None)
     tokenizer = load_tokenizer(location)
     sources = _calibration_sources(config)
     used: set[tuple[str, Part]] = set()
@@ -132,7 +134,7 @@ def prepare(config: PruneConfig, run: RunFolder, drawn: Path | None, database: s
         tasks=tasks,
         examples=examples,
         study=study,
-        layer_wise=bool(config.layer_wise),
+        layer_wise=layer_wise,
         fits_sequentially=fits_sequentially,
     )
 

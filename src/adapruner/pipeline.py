@@ -16,12 +16,17 @@ from transformers import PreTrainedModel
 from adapruner import stages
 from adapruner.checkpoint import check_push, push
 from adapruner.config import PruneConfig, read_recipe
+from adapruner.cost import estimate_cost
 from adapruner.errors import AdaPrunerError
 from adapruner.job import Job, prepare
+from adapruner.models import empty_model, load_config, resolve_device
 from adapruner.processes import Process, this_process
 from adapruner.progress import Reporter
 from adapruner.result import PruneResult, build_result, read_result
 from adapruner.run_folder import RunFolder
+
+# Parameters of models for which it is worth to look ahead.
+_LONG = 10**9
 
 
 def prune(
@@ -159,6 +164,11 @@ def _help(
 
 def _run_stages(job: Job) -> PruneResult:
     reporter = Reporter(job.run.log)
+    if job.structure.total_parameters >= _LONG and not job.run.statistics.is_file():
+        model, device = empty_model(load_config(job.location)), resolve_device(job.config.device)
+        timed = not model.config.is_heterogeneous
+        cost = estimate_cost(job.config, model, job.structure, job.budget, device, timed, job.layer_wise)
+        reporter.note(f"this run takes {cost.described}")
     model = stages.stage_load(job, reporter)
     windows = stages.stage_windows(job, model, reporter)
     moments = stages.stage_moments(job, model, windows, reporter)

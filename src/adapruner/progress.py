@@ -29,7 +29,8 @@ class Reporter:
     def stage(self, name: str, total: int) -> Iterator[Advance]:
         """Wraps one stage of `total` steps; yields the function that advances it."""
         started = time.monotonic()
-        self._record(event="started", stage=name)
+        _forget_peak_memory()
+        self._record(event="started", stage=name, memory_mib=_memory_mib("VmRSS:"))
         if self.console.is_terminal:
             yield from self._with_bar(name, total)
         else:
@@ -38,6 +39,10 @@ class Reporter:
         if not self.console.is_terminal:
             print(f"{name}: done in {seconds:.1f} s", file=sys.stderr, flush=True)
         self._record(event="finished", stage=name, seconds=round(seconds, 2), peak_memory_mib=_peak_memory_mib())
+
+    def note(self, line: str) -> None:
+        """Says something once."""
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def finished_stages(self) -> dict[str, dict[str, float]]:
         """Seconds and peak memory of every finished stage, from the log: those before an interruption too."""
@@ -69,7 +74,23 @@ class Reporter:
                 file.write(json.dumps({"time": time.time(), **entry}) + "\n")
 
 
+def _forget_peak_memory() -> None:
+    """Lets the peak begin at what the process holds now; where the system cannot, it is that since the start."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def _peak_memory_mib() -> int:
-    """The most memory that the process has held so far, in MiB (Linux counts KiB, macOS bytes)."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak // (1024 * 1024 if sys.platform == "darwin" else 1024)
+    """The most memory that the process has held since the last `_forget_peak_memory`, in MiB."""
+    peak = _memory_mib("VmHWM:")
+    if peak is not None:
+        return peak
+    peak_so_far = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak_so_far // (1024 * 1024 if sys.platform == "darwin" else 1024)
+
+
+def _memory_mib(field: str) -> int | None:
+    """A field of Linux's /proc/self/status; None elsewhere."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.is_file() else []
+    return next((int(line.split()[1]) // 1024 for line in lines if line.startswith(field)), None)

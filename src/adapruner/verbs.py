@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -21,7 +22,8 @@ from adapruner.checkpoint import (
     save_checkpoint,
     write_gguf,
 )
-from adapruner.config import Dtype, RecoverConfig, RecoveryOptions
+from adapruner.config import Dtype, PruneConfig, RecoverConfig, RecoveryOptions
+from adapruner.cost import Cost, estimate_cost
 from adapruner.errors import AdaPrunerError
 from adapruner.evaluation import (
     PROTOCOLS,
@@ -34,7 +36,7 @@ from adapruner.evaluation import (
     measure_speed,
     measure_tasks,
 )
-from adapruner.job import DEFAULT_GENERATED_RECORDS, EvaluationText, evaluation_text
+from adapruner.job import DEFAULT_GENERATED_RECORDS, EvaluationText, evaluation_text, reference_budget
 from adapruner.models import (
     ModelLocation,
     empty_model,
@@ -271,6 +273,26 @@ def inspect(model: str | Path) -> Structure:
         AdaPrunerError: there is no such model, or its family is not known.
     """
     return build_structure(empty_model(load_config(find_model(str(model)))))
+
+
+def estimate(model: str | Path, device: str = "auto", timed: bool = True, **options: Any) -> Cost:
+    """What `prune` would take with these options: the memory of each stage, and the time on this machine.
+
+    Args:
+        device: where the model would run; for one that is not here, there is no time.
+        options: the fields of `PruneOptions`.
+
+    Raises:
+        AdaPrunerError: there is no such model, or an option will not do.
+    """
+    config = PruneConfig.from_options(model=str(model), device=device, **options)
+    # Memory is known without the device.
+    is_here = device != "cuda" or torch.cuda.is_available()
+    where = resolve_device(device) if is_here else torch.device("cuda")
+    empty = empty_model(load_config(find_model(str(model))))
+    structure = build_structure(empty, config.head_granularity)
+    budget = reference_budget(config, structure)
+    return estimate_cost(config, empty, structure, budget, where, timed and is_here)
 
 
 @dataclass(frozen=True)

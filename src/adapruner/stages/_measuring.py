@@ -12,13 +12,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from adapruner.calibration import generate_windows
+from adapruner.cost import MEASURED_AT_ONCE
 from adapruner.job import Job, needs_moments, window_counts
 from adapruner.measurement import Statistics, StoredMoments, measure_in_parts, measure_moments, removal_errors
 from adapruner.models import in_fastest_dtype, load_model
 from adapruner.progress import Reporter
-
-# Samples that are measured at once; layer by layer the activations of one layer are kept, and so of more samples.
-_AT_ONCE, _LAYER_WISE = 4, 16
 
 
 def stage_load(job: Job, reporter: Reporter) -> PreTrainedModel:
@@ -126,4 +124,4 @@ def _parts(job: Job, pool: Tensor) -> list[tuple[int, Path]]:
 
 
 def _part_size(job: Job) -> int:
-    return _LAYER_WISE if job.layer_wise else _AT_ONCE
+    return MEASURED_AT_ONCE[job.layer_wise]

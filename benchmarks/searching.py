@@ -1,0 +1,122 @@
+"""What a trial costs against the forward pass of the pruned model, and what stopping trials early saves and costs.
+
+    python benchmarks/searching.py --run runs/measured --model smollm2
+
+`--run` is a run folder that was measured before (`adapruner prune … -o runs/measured`). A trial: choosing, building,
+looking at all objective windows; the forward pass: the pruned model alone over the same windows. For every seed, two
+searches over the same statistics, one that stops bad trials and one that does not, whose choices are judged on the
+windows for the final choice, which neither saw.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from cyclopts import run as run_benchmark
+from safetensors.torch import load_file
+from torch import Tensor
+
+from adapruner.config import PruneConfig
+from adapruner.evaluation import compute_prefix, losses_by_batch
+from adapruner.job import reference_budget
+from adapruner.measurement import Statistics, StoredMoments
+from adapruner.models import find_model, in_fastest_dtype, load_model
+from adapruner.planning import kept_counts
+from adapruner.run_folder import RunFolder
+from adapruner.search import (
+    MOST_PROTECTED_FIRST,
+    Candidate,
+    Objective,
+    Search,
+    SearchSpace,
+    StudyPlace,
+    build_subset_family,
+    plan_candidate,
+)
+from adapruner.structure import build_structure
+from adapruner.surgery import Compensation, prune_model
+from machine import describe, seconds
+
+
+def main(
+    *, run: Path, model: str = "smollm2", windows: int = 32, trials: int = 48, seeds: Sequence[int] = (0, 1, 2)
+) -> None:
+    """Prints the ratio of a trial, and a line for every search."""
+    folder = RunFolder(run)
+    config = PruneConfig.load(folder.config)
+    dense = in_fastest_dtype(load_model(find_model(model)))
+    structure = build_structure(dense, config.head_granularity)
+    measured, moments = Statistics.load(folder.statistics), StoredMoments(folder.moments)
+    text = load_file(folder.windows)["objective"]
+    objective, final = text[:windows], text[config.objective_windows :]
+    budget = reference_budget(config, structure)
+    space = SearchSpace(
+        build_subset_family(measured, structure, kept_counts(structure, budget)), config.samples, 0, budget, "extended"
+    )
+    compensation = Compensation("least-squares", moments)
+    prefix = compute_prefix(dense, objective, MOST_PROTECTED_FIRST)
+    judge = Objective(dense, structure, measured, objective, compensation, prefix)
+    looked_at = 0
+
+    def counted(candidate: Candidate) -> Iterator[Tensor]:
+        nonlocal looked_at
+        for batch in judge(candidate):
+            looked_at += len(batch)
+            yield batch
+
+    print(describe())
+    compare_trial(judge, space, objective)
+    for seed in seeds:
+        for stops_early in (True, False):
+            looked_at = 0
+            with tempfile.TemporaryDirectory() as place:
+                own = replace(space, seed=seed)
+                search = Search(own, counted, trials, seed, StudyPlace(Path(place)), stops_early=stops_early)
+                took = seconds(search.run)
+                found = search.result().best
+            candidate = found.candidate
+            chosen = torch.cat(list(replace(judge, windows=final, prefix=None)(candidate))).mean()
+            print(
+                f"seed {seed}, {'bad trials stopped' if stops_early else 'no trial stopped'}: {looked_at} of"
+                f" {trials * len(objective)} windows, {took:.0f} s; chosen {found.loss:.4f} nats, on"
+                f" {len(final)} further windows {chosen:.4f}",
+                flush=True,
+            )
+
+
+def compare_trial(judge: Objective, space: SearchSpace, objective: Tensor) -> None:
+    """A trial against the forward pass of its model, taking turns."""
+    candidate = Candidate(
+        point={"weights": {"fine_first": 0.3, "reconstruction": 0.3, "elimination": 0.4}},
+        samples=space.first_draw,
+        budget=space.budget,
+    )
+    plan = plan_candidate(judge.structure, judge.statistics, candidate)
+    pruned = prune_model(judge.model, judge.structure, plan, judge.compensation)
+    choosing = seconds(lambda: plan_candidate(judge.structure, judge.statistics, candidate))
+    building = seconds(lambda: prune_model(judge.model, judge.structure, plan, judge.compensation))
+
+    def forward() -> None:
+        with torch.inference_mode():
+            for batch in objective.split(4):
+                pruned(batch, use_cache=False)
+
+    forward()
+    pairs = [(seconds(lambda: list(judge(candidate))), seconds(forward)) for _ in range(5)]
+    ratios = [trial / own for trial, own in pairs]
+    alone = seconds(lambda: list(losses_by_batch(pruned, objective)))
+    print(
+        f"a trial over {len(objective)} windows: {statistics.median(t for t, _ in pairs):.2f} s, of which choosing"
+        f" {choosing * 1000:.0f} ms, building {building:.2f} s; the pruned model's forward"
+        f" {statistics.median(f for _, f in pairs):.2f} s (losses without reuse {alone:.2f} s):"
+        f" {statistics.median(ratios):.2f} forwards ({min(ratios):.2f} to {max(ratios):.2f})"
+    )
+
+
+if __name__ == "__main__":
+    run_benchmark(main)

@@ -1,0 +1,118 @@
+"""Both together, and whether a model fits."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from adapruner.config import PruneConfig
+from adapruner.cost._memory import Memory, available_memory, estimate_memory
+from adapruner.cost._time import estimate_seconds
+from adapruner.errors import AdaPrunerError
+from adapruner.planning import Budget
+from adapruner.structure import Structure
+
+# Estimates of memory are right to about a tenth.
+_MARGIN = 1.1
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run takes up to the saved model.
+
+    Attributes:
+        layer_wise: whether one layer at a time is in memory.
+        memory: by stage; the program itself, half a GiB, left out.
+        seconds: of the stages that take long; None where it was not asked for.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    layer_wise: bool
+    memory: dict[str, Memory]
+    seconds: dict[str, float] | None = None
+
+    @property
+    def largest(self) -> str:
+        """The stage that takes the most memory on the device."""
+        return max(self.memory, key=lambda stage: self.memory[stage].device)
+
+    def fits(self, available: int) -> bool:
+        """Whether it does with so many free bytes on the device."""
+        return self.memory[self.largest].device * _MARGIN <= available
+
+    @property
+    def described(self) -> str:
+        """One line: the memory, and if it is known the time."""
+        how = "one layer at a time" if self.layer_wise else "all layers in memory"
+        line = f"{self.memory[self.largest].device / GIB:.1f} GiB at most ({self.largest}), {how}"
+        if self.seconds:
+            parts = ", ".join(f"{stage} {_duration(seconds)}" for stage, seconds in self.seconds.items())
+            line += f"; about {_duration(sum(self.seconds.values()))}: {parts}"
+        return line
+
+
+def estimate_cost(
+    config: PruneConfig,
+    model: PreTrainedModel,
+    structure: Structure,
+    budget: Budget,
+    device: torch.device,
+    timed: bool = False,
+    layer_wise: bool | None = None,
+) -> Cost:
+    """What a run with these options takes.
+
+    Args:
+        model: on the meta device.
+        budget: what is to go; where it is searched, what the search starts from.
+        timed: run a few layers to know the time too.
+        layer_wise: None takes what the options say.
+    """
+    stored: Any = model.config.dtype or torch.float32
+    dtype: torch.dtype = stored if config.dtype == "auto" else getattr(torch, config.dtype)
+    by_layer = bool(config.layer_wise) if layer_wise is None else layer_wise
+    memory = estimate_memory(config, model, structure, budget, device, dtype, by_layer)
+    seconds = None
+    if timed:
+        seconds = estimate_seconds(config, model.config, structure, budget, device, dtype, by_layer)
+    return Cost(device, dtype, by_layer, memory, seconds)
+
+
+def choose_layer_wise(
+    config: PruneConfig,
+    model: PreTrainedModel,
+    structure: Structure,
+    budget: Budget,
+    device: torch.device,
+    streamable: bool,
+) -> bool:
+    """Whether to go layer by layer: as the options say, else where all layers together do not fit.
+
+    Args:
+        streamable: whether its weights can be read one layer at a time.
+
+    Raises:
+        AdaPrunerError: it cannot fit.
+    """
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device.type == "cpu" else 1
+    available = available_memory(device) // processes
+    ways = [config.layer_wise] if config.layer_wise is not None else [False, True] if streamable else [False]
+    costs = [estimate_cost(config, model, structure, budget, device, layer_wise=way) for way in ways]
+    for cost in costs:
+        if cost.fits(available):
+            return cost.layer_wise
+    advice = "" if costs[-1].layer_wise or not streamable else "--layer-wise takes less; so do "
+    raise AdaPrunerError(
+        f"{costs[-1].described}, where {available / GIB:.1f} GiB are free on {device}: {advice}--dtype bfloat16,"
+        " a smaller --pool, --compensation-windows and --objective-windows"
+    )
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"

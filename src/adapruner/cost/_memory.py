@@ -1,0 +1,200 @@
+"""The memory that each stage takes, from shapes alone."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from adapruner.config import PruneConfig
+from adapruner.models import computes_bfloat16_natively, decoder_layers, enter_layers
+from adapruner.planning import Budget, kept_counts
+from adapruner.structure import Block, Structure
+
+# Samples that are measured at once; layer by layer the activations of one layer are kept, and so of more samples.
+MEASURED_AT_ONCE = {False: 4, True: 16}
+_FLOAT, _BFLOAT = 4, 2
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a stage holds at most, in bytes.
+
+    Attributes:
+        device: on the device that the model runs on.
+        host: in the memory of the machine beside that; nothing where the device is the CPU.
+    """
+
+    device: int
+    host: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.device + self.host
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Sizes in bytes.
+
+    Attributes:
+        weight: of a number as it is stored.
+        running: of a number in the dtype that trials and moments run in.
+    """
+
+    weights: int
+    largest_layer: int
+    outside: int
+    weight: int
+    running: int
+    resident: int
+    copy: int
+
+
+def estimate_memory(
+    config: PruneConfig,
+    model: PreTrainedModel,
+    structure: Structure,
+    budget: Budget,
+    device: torch.device,
+    dtype: torch.dtype,
+    layer_wise: bool,
+) -> dict[str, Memory]:
+    """The memory of every stage up to the saved model, the program itself left out.
+
+    Args:
+        model: on the meta device.
+        budget: what is to go; where it is searched, what the search starts from.
+        device: where the model will run.
+        dtype: of the weights.
+    """
+    sizes = _sizes(model, dtype, device, layer_wise)
+    tokens = config.seq_len
+    embeddings: Any = model.get_input_embeddings()
+    vocabulary, hidden = embeddings.weight.shape
+    widths = [block.groups * block.row_wise.width for block in structure.blocks]
+    of_layer = max(
+        sum(width**2 for width, block in zip(widths, structure.blocks, strict=True) if block.layer == layer)
+        for layer in range(structure.layers)
+    )
+    largest = max(widths) ** 2
+    matrix = max(block.row_wise.elements * width for block, width in zip(structure.blocks, widths, strict=True))
+
+    samples = min(MEASURED_AT_ONCE[layer_wise], config.pool)
+    activations = math.ceil(samples * tokens * saved_activations(model.config, dtype))
+    logits = samples * tokens * vocabulary * sizes.weight + 2 * tokens * vocabulary * _FLOAT
+    at_once = 1 if layer_wise else structure.layers
+    measuring = sizes.resident + at_once * activations + logits + 3 * matrix * _FLOAT
+
+    states = config.compensation_windows * tokens * hidden * sizes.running
+    sums = 2 * of_layer * _FLOAT
+    moments = sizes.resident + sizes.copy + states + sums + 4 * largest * _FLOAT
+
+    statistics = _statistics(config, structure)
+    pruned = _pruned_bytes(structure, budget, sizes, layer_wise)
+    solving = 4 * largest * _FLOAT + 3 * matrix * _FLOAT
+    windows = config.objective_windows + config.final_windows
+    prefixes = 7 * windows * tokens * hidden * sizes.running
+    searching = sizes.resident + sizes.copy + pruned + solving + prefixes
+    # The hidden states of both models, in front of a layer and behind it.
+    compensating = sizes.resident + sizes.copy + pruned * (2 if sizes.copy else 1) + 4 * states + solving
+    removal = sizes.resident + 2 * largest * 2 * _FLOAT + 2 * matrix * 2 * _FLOAT
+
+    stages = {"loading": sizes.resident}
+    if config.compensation != "none" or config.space == "extended":
+        stages["reading activations"] = moments
+    stages["measuring"] = measuring
+    if config.space == "extended":
+        stages["comparing removals"] = removal + statistics
+    stages["searching"] = searching + statistics
+    if config.fits_sequentially:
+        stages["compensating"] = compensating
+    stages["saving"] = sizes.resident + pruned
+    if device.type == "cpu":
+        return {stage: Memory(held) for stage, held in stages.items()}
+    on_host = {"comparing removals": statistics, "searching": statistics}
+    if layer_wise:
+        on_host |= {stage: on_host.get(stage, 0) + pruned for stage in ("searching", "compensating", "saving")}
+    return {stage: Memory(held - on_host.get(stage, 0), on_host.get(stage, 0)) for stage, held in stages.items()}
+
+
+def saved_activations(config: PreTrainedConfig, dtype: torch.dtype) -> float:
+    """Bytes that one layer keeps of every token for its backward pass, seen by running one with hardly any tokens."""
+    model = shortened_model(config, 1, torch.device("cpu"), dtype)
+    tokens = torch.zeros(2, 16, dtype=torch.int64)
+    with torch.no_grad():
+        ((state, calls),) = enter_layers(model, [tokens])
+    (layer,) = decoder_layers(model)
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = calls[0].run(layer, state.requires_grad_())
+    own = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
+    held = sum(size for storage, size in kept.items() if storage not in own)
+    return (held + output.nbytes) / tokens.numel()
+
+
+def shortened_model(config: PreTrainedConfig, layers: int, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """A model of the same family and widths with very few layers; its weights are whatever was in memory."""
+    shortened = copy.deepcopy(config)
+    shortened.num_hidden_layers = layers
+    if getattr(shortened, "layer_types", None):
+        shortened.layer_types = shortened.layer_types[:layers]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(shortened, dtype=dtype)
+    model.to_empty(device=device)
+    short: PreTrainedModel = model.eval().requires_grad_(False)
+    return short
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that are free on a device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def _sizes(model: PreTrainedModel, dtype: torch.dtype, device: torch.device, layer_wise: bool) -> _Sizes:
+    size = dtype.itemsize
+    layers = [sum(parameter.numel() for parameter in layer.parameters()) for layer in decoder_layers(model)]
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    outside = parameters - sum(layers)
+    faster = dtype == torch.float32 and computes_bfloat16_natively(device) and not layer_wise
+    return _Sizes(
+        weights=parameters * size,
+        largest_layer=max(layers) * size,
+        outside=outside * size,
+        weight=size,
+        running=_BFLOAT if faster else size,
+        resident=(outside + max(layers)) * size if layer_wise else parameters * size,
+        copy=parameters * _BFLOAT if faster else 0,
+    )
+
+
+def _statistics(config: PruneConfig, structure: Structure) -> int:
+    vectors = sum(part.width * block.groups for block in structure.blocks for part in block.matrices)
+    inputs = sum(block.groups * block.row_wise.width for block in structure.blocks)
+    per_sample = vectors * (3 if config.terms == "all" else 1) + 2 * inputs
+    return config.pool * per_sample * _FLOAT
+
+
+def _pruned_bytes(structure: Structure, budget: Budget, sizes: _Sizes, layer_wise: bool) -> int:
+    """Of a cut model beside the dense one, with which it shares what was not cut; read layer by layer, the rest of it
+    comes into memory as it is used."""
+    counts = kept_counts(structure, budget)
+
+    def kept(block: Block, count: int) -> int:
+        shared = count == block.groups and not layer_wise
+        return 0 if shared else count * block.parameters_per_group
+
+    return sizes.running * sum(kept(block, count) for block, count in zip(structure.blocks, counts, strict=True))

@@ -1,0 +1,150 @@
+"""The time that each stage takes, from the same work on a model of very few layers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from adapruner.config import PruneConfig
+from adapruner.cost._memory import MEASURED_AT_ONCE, shortened_model
+from adapruner.errors import AdaPrunerError
+from adapruner.evaluation import losses_by_batch
+from adapruner.measurement import InputMoments, measure, measure_moments, removal_errors
+from adapruner.models import in_fastest_dtype
+from adapruner.planning import Budget, kept_counts
+from adapruner.structure import Structure, build_structure
+from adapruner.surgery import compensate
+
+_FEW, _SOME = 1, 3
+_MOMENTS_WINDOWS = (16, 48)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Seconds of some work on a model: what it takes without layers, and each layer."""
+
+    fixed: float
+    layer: float
+
+    def of(self, layers: int) -> float:
+        return self.fixed + layers * self.layer
+
+
+def estimate_seconds(
+    config: PruneConfig,
+    model_config: PreTrainedConfig,
+    structure: Structure,
+    budget: Budget,
+    device: torch.device,
+    dtype: torch.dtype,
+    layer_wise: bool,
+) -> dict[str, float]:
+    """Seconds of the stages that take long, on this machine as it is now. Takes what a few layers take.
+
+    A search is counted without trials that are stopped early, which are about half.
+
+    Args:
+        budget: what is to go; where it is searched, what the search starts from.
+        device: where the model will run.
+        dtype: of the weights.
+
+    Raises:
+        AdaPrunerError: the layers of the model differ.
+    """
+    if model_config.is_heterogeneous:
+        raise AdaPrunerError("the time of a model whose layers differ cannot be estimated")
+    few, some = (_random_model(model_config, layers, device, dtype) for layers in (_FEW, _SOME))
+    layers, running = structure.layers, [in_fastest_dtype(few), in_fastest_dtype(some)]
+    samples = MEASURED_AT_ONCE[layer_wise]
+    embeddings: Any = few.get_input_embeddings()
+    text = torch.randint(0, embeddings.weight.shape[0], (max(_MOMENTS_WINDOWS), config.seq_len))
+
+    def run_forward(model: PreTrainedModel) -> None:
+        for _ in losses_by_batch(model, text[:16]):
+            pass
+
+    def run_measuring(model: PreTrainedModel) -> None:
+        own = build_structure(model)
+        measure(model, own, text[:samples], samples, terms=config.terms, layer_wise=layer_wise)
+
+    forward, measured = _difference(run_forward, *running), _difference(run_measuring, few, some)
+    seconds = {"measuring": measured.of(layers) * config.pool / samples}
+
+    own = build_structure(few)
+
+    def run_moments(count: int) -> dict[int, InputMoments]:
+        return dict(measure_moments(running[0], own, text[:count]))
+
+    short, long = (_seconds(partial(run_moments, count), repetitions=1) for count in _MOMENTS_WINDOWS)
+    per_window = (long - short) / (_MOMENTS_WINDOWS[1] - _MOMENTS_WINDOWS[0])
+    choosing = max(0.0, short - per_window * _MOMENTS_WINDOWS[0])
+    if config.compensation != "none" or config.space == "extended":
+        seconds["reading activations"] = layers * (per_window * config.compensation_windows + choosing)
+    if config.space == "extended":
+        moments = run_moments(2)
+        seconds["comparing removals"] = layers * _seconds(lambda: removal_errors(few, own, moments), repetitions=1)
+
+    counts = kept_counts(structure, budget)
+    cut = [index for index, block in enumerate(structure.blocks) if counts[index] < block.groups]
+    solving = _compensation_seconds(few, own, structure, counts, cut) if config.compensation != "none" else 0.0
+    trial = solving + forward.of(layers) * config.objective_windows / 16
+    finalists = 4 * (solving + forward.of(layers) * config.final_windows / 16)
+    seconds["searching"] = config.trials * trial + finalists
+    if config.fits_sequentially:
+        summing = per_window - forward.layer / 16
+        seconds["compensating"] = 2 * solving + config.compensation_windows * (
+            2 * layers * forward.layer / 16 + len(cut) * summing
+        )
+    order = ("reading activations", "measuring", "comparing removals", "searching", "compensating")
+    return {stage: seconds[stage] for stage in order if stage in seconds}
+
+
+def _random_model(config: PreTrainedConfig, layers: int, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    model = shortened_model(config, layers, device, dtype)
+    for parameter in model.parameters():
+        parameter.normal_(0, 0.02)
+    for buffer in model.buffers():
+        buffer.fill_(1.0) if buffer.is_floating_point() else buffer.zero_()
+    return model
+
+
+def _compensation_seconds(
+    few: PreTrainedModel, own: Structure, structure: Structure, counts: list[int], cut: list[int]
+) -> float:
+    """Of all blocks that are cut, by what one of each kind takes."""
+    total = 0.0
+    for kind in ("heads", "channels"):
+        numbers = [index for index in cut if structure.blocks[index].kind == kind]
+        if numbers:
+            block = next(block for block in own.blocks if block.kind == kind)
+            weight = block.row_wise.as_projection(few.get_parameter(block.row_wise.parameter).detach())
+            inputs = weight.shape[1]
+            width = block.row_wise.width
+            kept = torch.arange(sum(counts[index] for index in numbers) // len(numbers) * width)
+            moments = InputMoments(torch.zeros(inputs), torch.eye(inputs), 1.0)
+            total += len(numbers) * _seconds(partial(compensate, weight, moments, kept, "least-squares"))
+    return total
+
+
+def _difference(work: Callable[[PreTrainedModel], object], few: PreTrainedModel, some: PreTrainedModel) -> _Work:
+    one, three = (_seconds(partial(work, model)) for model in (few, some))
+    layer = max(0.0, (three - one) / (_SOME - _FEW))
+    return _Work(max(0.0, one - _FEW * layer), layer)
+
+
+def _seconds(work: Callable[[], object], repetitions: int = 3) -> float:
+    """The median; after a first time that does not count, where it is done more than once."""
+    if repetitions > 1:
+        work()
+    times = []
+    for _ in range(repetitions):
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    return sorted(times)[len(times) // 2]
