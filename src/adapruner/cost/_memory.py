@@ -10,6 +10,7 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from adapruner.config import PruneConfig
@@ -139,9 +140,11 @@ def saved_activations(config: PreTrainedConfig, dtype: torch.dtype) -> float:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         output = calls[0].run(layer, state.requires_grad_())
-    own = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
-    held = sum(size for storage, size in kept.items() if storage not in own)
-    return (held + output.nbytes) / tokens.numel()
+    # Weights, and masks and positions, which all layers are called with, are there once.
+    given = [leaf for leaf in tree_leaves((calls[0].arguments, calls[0].named)) if isinstance(leaf, Tensor)]
+    others = {tensor.untyped_storage().data_ptr() for tensor in (*layer.parameters(), *given)}
+    del output
+    return sum(size for storage, size in kept.items() if storage not in others) / tokens.numel()
 
 
 def shortened_model(config: PreTrainedConfig, layers: int, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:

@@ -22,7 +22,7 @@ from adapruner.structure import Structure, build_structure
 from adapruner.surgery import compensate
 
 _FEW, _SOME = 1, 3
-_MOMENTS_WINDOWS = (16, 48)
+_MOMENTS_WINDOWS = (32, 64)
 
 
 @dataclass(frozen=True)
@@ -81,13 +81,13 @@ def estimate_seconds(
     def run_moments(count: int) -> dict[int, InputMoments]:
         return dict(measure_moments(running[0], own, text[:count]))
 
+    moments = run_moments(2)
     short, long = (_seconds(partial(run_moments, count), repetitions=1) for count in _MOMENTS_WINDOWS)
-    per_window = (long - short) / (_MOMENTS_WINDOWS[1] - _MOMENTS_WINDOWS[0])
+    per_window = max(0.0, long - short) / (_MOMENTS_WINDOWS[1] - _MOMENTS_WINDOWS[0])
     choosing = max(0.0, short - per_window * _MOMENTS_WINDOWS[0])
     if config.compensation != "none" or config.space == "extended":
         seconds["reading activations"] = layers * (per_window * config.compensation_windows + choosing)
     if config.space == "extended":
-        moments = run_moments(2)
         seconds["comparing removals"] = layers * _seconds(lambda: removal_errors(few, own, moments), repetitions=1)
 
     counts = kept_counts(structure, budget)
@@ -97,7 +97,7 @@ def estimate_seconds(
     finalists = 4 * (solving + forward.of(layers) * config.final_windows / 16)
     seconds["searching"] = config.trials * trial + finalists
     if config.fits_sequentially:
-        summing = per_window - forward.layer / 16
+        summing = max(0.0, per_window - forward.layer / 16)
         seconds["compensating"] = 2 * solving + config.compensation_windows * (
             2 * layers * forward.layer / 16 + len(cut) * summing
         )

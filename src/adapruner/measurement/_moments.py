@@ -96,7 +96,7 @@ def factorize(second: Tensor, damping: float) -> Tensor:
 
 
 def solve_damped(second: Tensor, damping: float, right: Tensor) -> Tensor:
-    """[inputs, columns]: the solution X of (H + damping · I) X = right.
+    """[inputs, columns], float32: the solution X of (H + damping · I) X = right.
 
     In float32 after every input was scaled to a unit moment, which leaves the huge ones and the others alike their
     digits; in float64 where rounding does not even then leave it positive definite.
@@ -110,7 +110,7 @@ def solve_damped(second: Tensor, damping: float, right: Tensor) -> Tensor:
     scaled.fill_diagonal_(1.0)
     factor, failed = torch.linalg.cholesky_ex(scaled)
     if failed:
-        return torch.cholesky_solve(right.double(), factorize(second, damping))
+        return torch.cholesky_solve(right.double(), factorize(second, damping)).float()
     return torch.cholesky_solve((right * scale[:, None]).float(), factor) * scale[:, None]
 
 

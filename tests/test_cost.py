@@ -1,0 +1,130 @@
+"""What a run is said to take, against what it takes, and what becomes of runs that do not fit."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, PreTrainedModel
+
+from adapruner import AdaPrunerError, PruneConfig, verbs
+from adapruner.cli import main
+from adapruner.cost import GIB, Cost, Memory, estimate_cost
+from adapruner.cost._memory import saved_activations
+from adapruner.job import prepare, reference_budget
+from adapruner.models import empty_model, known_architectures
+from adapruner.run_folder import RunFolder
+from adapruner.structure import build_structure
+
+SMALL = {"pool": 6, "samples": 3, "objective_windows": 4, "seq_len": 16, "compensation_windows": 8, "trials": 4}
+
+
+def cost_of(model_config: LlamaConfig, device: str = "cpu", **options: object) -> Cost:
+    model = empty_model(model_config)
+    structure = build_structure(model)
+    config = PruneConfig(model="x", **options)
+    return estimate_cost(config, model, structure, reference_budget(config, structure), torch.device(device))
+
+
+@pytest.mark.parametrize("family", known_architectures())
+def test_saved_activations_are_what_one_layer_more_keeps(
+    family: str, make_model: Callable[..., PreTrainedModel], windows: Tensor
+) -> None:
+    """Of the whole model, by PyTorch's own account."""
+    kept = []
+    model = make_model(family)
+    for layers in (2, 3):
+        config = model.config.to_dict() | {"num_hidden_layers": layers}
+        if config.get("layer_types"):
+            config["layer_types"] = config["layer_types"][:layers]
+        shorter = type(model)(type(model.config).from_dict(config)).eval().requires_grad_(False)
+        seen: dict[int, int] = {}
+
+        def keep(tensor: Tensor, seen: dict[int, int] = seen) -> Tensor:
+            seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        embedded = shorter.get_input_embeddings()(windows).requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            logits = shorter(inputs_embeds=embedded, use_cache=False).logits
+        weights = {parameter.untyped_storage().data_ptr() for parameter in shorter.parameters()}
+        kept.append(sum(size for storage, size in seen.items() if storage not in weights))
+        del logits
+    of_layer = saved_activations(model.config, torch.float32) * windows.numel()
+    assert of_layer == pytest.approx(kept[1] - kept[0], rel=0.1)
+
+
+def test_a_7b_model_takes_what_its_shapes_say() -> None:
+    """LLaMA-7B has 6,738,415,616 parameters, 202,383,360 in a layer."""
+    llama = LlamaConfig(dtype="bfloat16")
+    whole, by_layer = cost_of(llama, layer_wise=False), cost_of(llama, layer_wise=True)
+    assert whole.memory["loading"].device == 2 * 6_738_415_616
+    assert by_layer.memory["loading"].device == 2 * (6_738_415_616 - 31 * 202_383_360)
+    deeper = LlamaConfig(dtype="bfloat16", num_hidden_layers=64)
+    measuring = [cost_of(config, layer_wise=True).memory["measuring"].device for config in (llama, deeper)]
+    assert measuring[0] == measuring[1] < 3 * GIB
+    on_gpu = cost_of(llama, "cuda", layer_wise=True)
+    assert on_gpu.memory[on_gpu.largest].device < 12 * GIB
+    assert on_gpu.memory["searching"].host > 10 * GIB
+
+
+@pytest.mark.parametrize("family", known_architectures())
+def test_time_is_estimated_for_every_family(
+    family: str, make_model: Callable[..., PreTrainedModel], tmp_path: Path
+) -> None:
+    make_model(family).save_pretrained(tmp_path)
+    cost = verbs.estimate(tmp_path, **SMALL, ratio=0.05, round_to=1, protect_first=1, protect_last=1)
+    assert cost.seconds is not None
+    assert set(cost.seconds) <= set(cost.memory)
+    assert all(0 <= seconds < 60 for seconds in cost.seconds.values())
+    assert cost.seconds["searching"] > 0
+
+
+def test_where_a_model_does_not_fit_it_is_read_layer_by_layer(
+    model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"model": str(model_folder), "calibration": str(text_file), **SMALL, "protect_first": 1}
+    options |= {"protect_last": 1, "round_to": 1}
+    needed = {False: Memory(1000), True: Memory(600)}
+    monkeypatch.setattr("adapruner.cost._estimate.estimate_memory", lambda *given: {"searching": needed[given[-1]]})
+
+    def goes_layer_by_layer(free: int, **more: object) -> bool:
+        monkeypatch.setattr("adapruner.cost._estimate.available_memory", lambda _: free)
+        return prepare(PruneConfig(**options | more), RunFolder(tmp_path), None).layer_wise
+
+    assert not goes_layer_by_layer(1200)
+    assert goes_layer_by_layer(1200, layer_wise=True)
+    assert goes_layer_by_layer(1000)
+    with pytest.raises(AdaPrunerError, match=r"GiB are free on cpu: --layer-wise takes less"):
+        goes_layer_by_layer(1000, layer_wise=False)
+    with pytest.raises(AdaPrunerError, match=r"one layer at a time, where 0\.0 GiB are free"):
+        goes_layer_by_layer(600)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert not goes_layer_by_layer(2400)
+    assert goes_layer_by_layer(1400)
+
+
+def test_inspect_prints_the_cost(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--pool", "6", "--samples", "3", "--seq-len", "16", "--protect-first", "1", "--protect-last", "1"]
+    with contextlib.suppress(SystemExit):
+        main(["inspect", str(model_folder), "--cost", *options, "--ratio", "0.1", "--round-to", "1", "--json"])
+    stages = {stage["stage"]: stage for stage in json.loads(capsys.readouterr().out)["stages"]}
+    assert list(stages) == [
+        "loading",
+        "reading activations",
+        "measuring",
+        "comparing removals",
+        "searching",
+        "compensating",
+        "saving",
+    ]
+    assert all(stage["device_bytes"] > 0 for stage in stages.values())
+    assert stages["searching"]["seconds"] > 0
+    with pytest.raises(SystemExit):
+        main(["inspect", str(model_folder), "--pool", "6"])
+    assert "only go with --cost" in capsys.readouterr().err
