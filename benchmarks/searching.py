@@ -20,6 +20,7 @@ import torch
 from cyclopts import run as run_benchmark
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from adapruner.config import PruneConfig
 from adapruner.evaluation import compute_prefix, losses_by_batch
@@ -27,6 +28,7 @@ from adapruner.job import reference_budget
 from adapruner.measurement import Statistics, StoredMoments
 from adapruner.models import find_model, in_fastest_dtype, load_model
 from adapruner.planning import kept_counts
+from adapruner.result import read_result
 from adapruner.run_folder import RunFolder
 from adapruner.search import (
     MOST_PROTECTED_FIRST,
@@ -41,6 +43,8 @@ from adapruner.search import (
 from adapruner.structure import build_structure
 from adapruner.surgery import Compensation, prune_model
 from machine import describe, seconds
+
+STAGES = ("reading activations", "measuring", "comparing removals", "searching", "compensating", "saving")
 
 
 def main(
@@ -70,6 +74,7 @@ def main(
             yield batch
 
     print(describe())
+    compare_whole_run(folder, config, dense, objective)
     compare_trial(judge, space, objective)
     for seed in seeds:
         for stops_early in (True, False):
@@ -87,6 +92,24 @@ def main(
                 f" {len(final)} further windows {chosen:.4f}",
                 flush=True,
             )
+
+
+def compare_whole_run(folder: RunFolder, config: PruneConfig, dense: PreTrainedModel, text: Tensor) -> None:
+    """All stages of the run against one forward pass of the dense model over every window that it saw: the pool, the
+    text of compensation once for the moments and once to fit, and whatever trials looked at."""
+    stages = read_result(folder).result["stages"]
+    with StudyPlace(folder.path).opened() as study:
+        in_trials = sum(len(trial.intermediate_values) for trial in study.get_trials(deepcopy=False))
+    finalists = 4 * config.final_windows
+    used = load_file(folder.windows)
+    windows = len(used["pool"]) + 2 * len(used["compensation"]) + in_trials + finalists
+    list(losses_by_batch(dense, text))
+    forward = seconds(lambda: list(losses_by_batch(dense, text))) / len(text)
+    took = {stage: cost["seconds"] for stage, cost in stages.items() if stage in STAGES}
+    print(
+        f"the whole run: {sum(took.values()):.0f} s ({', '.join(f'{stage} {s:.0f}' for stage, s in took.items())}),"
+        f" {windows} windows seen: {sum(took.values()) / (windows * forward):.2f} forwards over all of them"
+    )
 
 
 def compare_trial(judge: Objective, space: SearchSpace, objective: Tensor) -> None:
