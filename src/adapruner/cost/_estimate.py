@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ from adapruner.cost._memory import Memory, available_memory, estimate_memory
 from adapruner.cost._time import estimate_seconds
 from adapruner.errors import AdaPrunerError
 from adapruner.planning import Budget
+from adapruner.processes import this_process
 from adapruner.structure import Structure
 
 # Estimates of memory are right to about a tenth.
@@ -100,7 +100,7 @@ def choose_layer_wise(
     Raises:
         AdaPrunerError: it cannot fit.
     """
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device.type == "cpu" else 1
+    processes = this_process().count_here if device.type == "cpu" else 1
     available = available_memory(device) // processes
     ways = [config.layer_wise] if config.layer_wise is not None else [False, True] if streamable else [False]
     costs = [estimate_cost(config, model, structure, budget, device, layer_wise=way) for way in ways]

@@ -30,6 +30,7 @@ from adapruner.models import modeling_pruned
 from adapruner.models._architecture import architecture_of, known_architectures
 from adapruner.models._layers import is_streamed
 from adapruner.models._streaming import load_streamed
+from adapruner.processes import this_process
 
 SMOLLM2_ALIAS = "smollm2"
 # Left open, transformers asks on the terminal whether to run what lies in the folder.
@@ -194,13 +195,13 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def resolve_device(device: str) -> torch.device:
-    """`auto` becomes the first GPU where there is one, else the CPU.
+    """`auto` becomes a GPU where there is one, for each of the processes that were started together another; else the CPU.
 
     Raises:
         AdaPrunerError: there is no such device.
     """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda", this_process().rank_here) if torch.cuda.is_available() else torch.device("cpu")
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:

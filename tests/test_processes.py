@@ -1,0 +1,25 @@
+"""What launchers say in the environment."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from adapruner.models import resolve_device
+from adapruner.processes import Process, this_process
+
+
+def test_a_process_by_itself_leads(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert this_process() == Process(0, 1, 0, 1)
+    assert this_process().leads
+
+
+def test_each_process_on_a_machine_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    assert this_process() == Process(5, 8, 1, 4)
+    assert not this_process().leads
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert resolve_device("auto") == torch.device("cuda:1")
