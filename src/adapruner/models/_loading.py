@@ -195,7 +195,7 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def resolve_device(device: str) -> torch.device:
-    """`auto` becomes a GPU where there is one, for each of the processes that were started together another; else the CPU.
+    """`auto` becomes a GPU where there is one, another for each process that was started together; else the CPU.
 
     Raises:
         AdaPrunerError: there is no such device.
