@@ -29,11 +29,11 @@ LAYERS_PER_SHARD = 4
 
 
 def main(*, folder: Path, calibration: str, layer_wise: bool = True, layers: int = 32) -> None:
-    """Writes, prunes, loads."""
+    """Writes, prunes, loads; a second call goes on where the first was stopped."""
     model, output = folder / "dense", folder / "run"
     if not (model / "config.json").is_file():
         write_model(model, calibration, layers)
-    command = [sys.executable, "-m", "adapruner", "prune", str(model), "--output", str(output), "--overwrite", "--json"]
+    command = [sys.executable, "-m", "adapruner", "prune", str(model), "--output", str(output), "--json"]
     options = {
         "ratio": 0.25,
         "ratio-of": "groups",
@@ -51,12 +51,12 @@ def main(*, folder: Path, calibration: str, layer_wise: bool = True, layers: int
         "trials": 2,
     }
     command += [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    command += ["--layer-wise" if layer_wise else "--no-layer-wise"]
+    command += ["--no-sequential", "--layer-wise" if layer_wise else "--no-layer-wise"]
     started = time.perf_counter()
     finished = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     result = json.loads(finished.stdout)
     for stage, cost in result["stages"].items():
-        print(f"{stage}: {cost['seconds']:.0f} s, at most {cost['peak_memory_mib'] / 1024:.1f} GiB so far")
+        print(f"{stage}: {cost['seconds']:.0f} s, at most {cost['peak_memory_mib'] / 1024:.1f} GiB")
     parameters = result["parameters"]
     print(
         f"all: {time.perf_counter() - started:.0f} s; {parameters['before']:,} parameters, {parameters['after']:,} left"

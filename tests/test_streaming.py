@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from adapruner.checkpoint import save_checkpoint
 from adapruner.errors import AdaPrunerError
+from adapruner.evaluation import compute_prefix, losses_by_batch
 from adapruner.measurement import measure, measure_moments
 from adapruner.models import (
     decoder_layers,
@@ -101,6 +104,24 @@ def test_a_streamed_model_is_cut_compensated_and_saved(
             torch.testing.assert_close(pruned(windows).logits, saved[-1](windows).logits)
     for name, tensor in saved[0].state_dict().items():
         torch.testing.assert_close(saved[1].state_dict()[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_a_cut_model_is_gone_with_its_last_reference(model: PreTrainedModel, windows: Tensor, tmp_path: Path) -> None:
+    """Without the collector of cycles, which may come many trials later."""
+    structure = build_structure(model)
+    scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(0))
+    plan = make_plan(structure, scores, kept_counts(structure, Budget(0.1, 1, 1)))
+    for dense in (model, load_model(find_model(on_disk(model, tmp_path)), layer_wise=True)):
+        gc.disable()
+        try:
+            pruned = prune_model(dense, structure, plan)
+            prefix = compute_prefix(dense, windows, 1)
+            assert len(list(losses_by_batch(pruned, windows, prefix=prefix, prefix_layers=1)))
+            layer = weakref.ref(decoder_layers(pruned)[1])
+            del pruned
+            assert layer() is None
+        finally:
+            gc.enable()
 
 
 def test_another_dtype(model: PreTrainedModel, windows: Tensor, tmp_path: Path) -> None:

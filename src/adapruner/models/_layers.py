@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -105,16 +106,24 @@ def _other_forwards(forwards: dict[nn.Module, Callable[..., Any]]) -> Iterator[N
 
 
 class _Stream:
-    """Puts the weights of a layer into place while somebody uses it."""
+    """Puts the weights of a layer into place while somebody uses it.
+
+    The layer holds the stream and not the other way round, so that both are gone with the last reference to the model:
+    what waits for the collector of cycles is gigabytes here.
+    """
 
     def __init__(self, layer: nn.Module, read: ReadLayer) -> None:
-        self.read, self._layer, self._users = read, layer, 0
+        self.read, self._layer_reference, self._users = read, weakref.ref(layer), 0
         self._placeholders = {name: tensor.to("meta") for name, tensor in layer.state_dict().items()}
-        self._own_forward = layer.forward
+
+    @property
+    def _layer(self) -> Any:
+        return self._layer_reference()
 
     def forward(self, *arguments: Any, **named: Any) -> Any:
+        layer = self._layer
         with self.loaded():
-            return self._own_forward(*arguments, **named)
+            return type(layer).forward(layer, *arguments, **named)
 
     @contextlib.contextmanager
     def loaded(self) -> Iterator[None]:
