@@ -67,8 +67,8 @@ def main(
                     )
                     for core, role in zip(range(processes), ("leads", "helps"), strict=False)
                 ]
-                for process in started:
-                    process.wait()
+                codes = [process.wait() for process in started]
+                assert not any(codes), codes
                 rates.append(rate(StudyPlace(folder, url), processes))
                 print(f"{name}, {processes} process(es): {rates[-1]:.3f} trials per second", flush=True)
             print(f"{name}: {rates[1] / rates[0]:.2f} times as many")

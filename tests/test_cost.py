@@ -128,3 +128,11 @@ def test_inspect_prints_the_cost(model_folder: Path, capsys: pytest.CaptureFixtu
     with pytest.raises(SystemExit):
         main(["inspect", str(model_folder), "--pool", "6"])
     assert "only go with --cost" in capsys.readouterr().err
+
+
+def test_the_cost_of_query_heads(make_model: Callable[..., PreTrainedModel], tmp_path: Path) -> None:
+    make_model("llama").save_pretrained(tmp_path)
+    options = SMALL | {"head_granularity": "query-head", "head_share": 1.0, "ratio": 0.1, "round_to": 1}
+    cost = verbs.estimate(tmp_path, **options, protect_first=1, protect_last=1)
+    assert cost.seconds is not None
+    assert cost.seconds["searching"] > 0

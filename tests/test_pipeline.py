@@ -159,7 +159,7 @@ main()
     ("target", "name", "calls", "left"),
     [
         ("adapruner.run_folder.RunFolder", "save_moments", 3, "moments/0002.safetensors"),
-        ("adapruner.run_folder.RunFolder", "save_statistics", 2, "statistics.parts/000004.safetensors"),
+        ("adapruner.run_folder.RunFolder", "save_statistics", 2, "statistics.parts/000004-4.safetensors"),
         ("adapruner.search.Objective", "__call__", 0, "study.journal"),
         ("adapruner.search.Objective", "__call__", 6, "study.journal"),
         ("adapruner.surgery._sequential", "solve_damped", 1, "plan.json"),
@@ -572,3 +572,12 @@ def test_vector_wise_terms_alone(model_folder: Path, text_file: Path, tmp_path: 
     )
     assert result.result["search"]["best_fixed_name"] == "vectorize"
     assert "element_absolute" not in load_file(tmp_path / "statistics.safetensors")
+
+
+def test_a_pruned_model_is_pruned_again(finished: adapruner.PruneResult, text_file: Path, tmp_path: Path) -> None:
+    again = adapruner.prune(str(finished.model_folder), tmp_path, calibration=str(text_file), **OPTIONS | {"trials": 5})
+    before, after = again.result["parameters"]["before"], again.result["parameters"]["after"]
+    assert before == finished.result["parameters"]["after"]
+    assert 0.095 <= 1 - after / before <= 0.105
+    with pytest.raises(AdaPrunerError, match="whose layers differ already cannot be estimated"):
+        verbs.estimate(finished.model_folder, **OPTIONS)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from optuna.trial import TrialState
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -285,3 +286,39 @@ def test_no_starting_point_is_tried_twice(searched: str, layout: str, subsets: S
     space = SearchSpace(subsets, 4, 0, Budget(0.2, layout=layout), "extended", searched=searched)
     points = [point for point in space.starting_points() if "fixed_metric" not in point.attributes]
     assert len({point.model_dump_json() for point in points}) == len(points) >= 1
+
+
+def test_the_one_fixed_metric_is_finished_though_a_helper_is_at_it(subsets: SubsetFamily, tmp_path: Path) -> None:
+    """The helper takes it first and does not come to an end; the search does."""
+    space = SearchSpace(subsets, 4, 0, Budget(0.2), searched="calibration")
+    place = StudyPlace(tmp_path)
+
+    def search_beside(candidate: Candidate) -> list[Tensor]:
+        leader = Search(space, a_smooth_objective, 6, 0, place)
+        leader.run()
+        results.append(leader.result())
+        return a_smooth_objective(candidate)
+
+    results: list[SearchResult] = []
+    Search(space, search_beside, 1, 0, place).help("helper")
+    assert results[0].best_fixed_name == "param_first"
+    assert results[0].best.loss <= results[0].best_fixed.loss
+
+
+def test_whose_trial_was_given_to_another_goes_on(subsets: SubsetFamily, tmp_path: Path) -> None:
+    """A file system that forgets locks makes a process look dead that is not."""
+    space, place = SearchSpace(subsets, 4, 0, Budget(0.2)), StudyPlace(tmp_path)
+    robbed: list[int] = []
+
+    def rob(candidate: Candidate) -> list[Tensor]:
+        with place.opened() as study:
+            (running,) = study.get_trials(states=(TrialState.RUNNING,))
+            if len(robbed) < 2:
+                robbed.append(running.number)
+                study.tell(running.number, state=TrialState.FAIL)
+        return a_smooth_objective(candidate)
+
+    search = Search(space, rob, 8, 0, place)
+    search.run()
+    assert search.result().best_fixed_name in {"vectorize", "param_first", "param_second", "param_mix"}
+    assert robbed == [0, 1]

@@ -124,9 +124,9 @@ def test_a_helper_helps_and_a_killed_one_costs_its_trial_alone(
     assert by_state.count(TrialState.RUNNING) <= 1 - by_state.count(TrialState.FAIL)
     assert len(of(helpers[1], TrialState.COMPLETE)) > 5
     # Every starting point was tried to its end once, whoever had it first.
-    starts = [trial.user_attrs.get("start") for trial in trials_of(output, storage)[:20]]
-    tried = [number for number in starts if number is not None]
-    assert set(tried) == set(range(max(tried) + 1))
+    finished = [trial for trial in trials_of(output, storage) if trial.state == TrialState.COMPLETE]
+    starts = sorted(trial.user_attrs["start"] for trial in finished if "start" in trial.user_attrs)
+    assert starts == list(range(10))
     assert adapruner.load(output / "model").num_parameters() > 0
 
 
@@ -175,7 +175,7 @@ def test_what_a_helper_has_measured_is_not_measured_again(
     run.statistics_parts.mkdir()
     alone = measure(model, job.structure, pool)
     for start in (4, 12):
-        run.save_statistics(alone.select(range(start, start + 4)), run.statistics_parts / f"{start:06}.safetensors")
+        run.save_statistics(alone.select(range(start, start + 4)), run.statistics_parts / f"{start:06}-4.safetensors")
     help_measuring(job, model, pool, 0.5, Reporter())
     assert asked == [16, 20, 0, 8]
     torch.testing.assert_close(stage_measure(job, model, pool, None, Reporter()).taylor, alone.taylor)

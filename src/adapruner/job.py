@@ -36,6 +36,7 @@ from adapruner.models import (
     resolve_device,
 )
 from adapruner.planning import Budget, UnreachableRatioError, kept_counts, largest_channel_share
+from adapruner.processes import this_process
 from adapruner.recovery import Examples, read_examples
 from adapruner.run_folder import RunFolder
 from adapruner.search import StudyPlace
@@ -80,19 +81,29 @@ class Job:
     fits_sequentially: bool
 
 
-def prepare(config: PruneConfig, run: RunFolder, drawn: Path | None, database: str | None = None) -> Job:
+def prepare(
+    config: PruneConfig,
+    run: RunFolder,
+    drawn: Path | None,
+    database: str | None = None,
+    overwrite: bool = False,
+    reports: bool = True,
+) -> Job:
     """Reads configs, tokenizer and text, and refuses whatever would fail later.
 
     Args:
         drawn: windows of an earlier call, which are not drawn again where the file is there.
         database: URL of the database that keeps the trials; None for a journal in the run folder.
+        overwrite: what the run folder holds will go.
+        reports: whether this process evaluates; others need none of that text.
     """
     device = resolve_device(config.device)
     study = StudyPlace(run.path, database)
-    study.check()
+    study.check(overwrite)
     location = find_model(config.model)
     if config.layer_wise:
         check_streamable(location)
+    _check_batch(config)
     model = empty_model(load_config(location))
     structure = build_structure(model, config.head_granularity)
     budget = reference_budget(config, structure)
@@ -109,7 +120,7 @@ def prepare(config: PruneConfig, run: RunFolder, drawn: Path | None, database: s
     if recovery_source is not None:
         used.add((recovery_source.identity, recovery_source.part))
     report = {}
-    for source in map(parse_source, config.evaluate):
+    for source in map(parse_source, config.evaluate if reports else ()):
         if source.identity in {identity for identity, _ in used}:
             source = source.restrict("report")
         _refuse_used_text(source, used, "report")
@@ -118,7 +129,7 @@ def prepare(config: PruneConfig, run: RunFolder, drawn: Path | None, database: s
     if recovery_source is not None:
         examples = read_examples(recovery_source, tokenizer, config.recovery)
     tasks = None
-    if config.tasks:
+    if config.tasks and reports:
         seen = [*sources.values(), *([recovery_source] if recovery_source else [])]
         documents = [document for source in seen for document in read_documents(source)]
         tasks = load_tasks(config.tasks, config.task_limit, documents)
@@ -137,6 +148,13 @@ def prepare(config: PruneConfig, run: RunFolder, drawn: Path | None, database: s
         layer_wise=layer_wise,
         fits_sequentially=fits_sequentially,
     )
+
+
+def _check_batch(config: PruneConfig) -> None:
+    """Refuses a batch that the processes cannot share evenly."""
+    size, processes = config.recovery.batch_size, this_process().count
+    if config.recover is not None and size % processes:
+        raise AdaPrunerError(f"--recovery.batch-size {size} cannot be divided among {processes} processes")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from adapruner import stages
 from adapruner.checkpoint import check_push, push
-from adapruner.config import PruneConfig, read_recipe
+from adapruner.config import PruneConfig, RecoveryOptions, read_recipe
 from adapruner.cost import estimate_cost
 from adapruner.errors import AdaPrunerError
 from adapruner.job import Job, prepare
@@ -58,13 +58,15 @@ def prune(
     """
     config = _config(model, recipe, options)
     run, process = RunFolder(Path(output)), this_process()
+    if overwrite and process.count > 1:
+        raise AdaPrunerError(f"--overwrite goes with one process: remove {run.path} first")
     if not process.leads:
-        return _assist(config, run, process, storage, overwrite)
+        return _assist(config, run, process, storage)
     run.check(config, overwrite)
     if push_to_hub:
         check_push(push_to_hub)
     if overwrite or not run.result.is_file():
-        job = prepare(config, run, run.windows if not overwrite else None, storage)
+        job = prepare(config, run, run.windows if not overwrite else None, storage, overwrite)
         with run.leading():
             run.create(config, overwrite)
             _run_stages(job)
@@ -104,19 +106,20 @@ def plan_again(source: str | Path, output: str | Path, ratio: float, overwrite: 
     run.check(config, overwrite)
     if not overwrite and run.result.is_file():
         return read_result(run)
-    job = prepare(config, run, earlier.windows)
+    job = prepare(config, run, earlier.windows, overwrite=overwrite)
     with run.leading():
         run.create(config, overwrite)
         run.take_over(earlier)
         return _run_stages(job)
 
 
-def join(output: str | Path, storage: str | None = None) -> None:
+def join(output: str | Path, storage: str | None = None, device: str = "auto") -> None:
     """Measures and runs trials beside the process that is at a run, until there is nothing left to help with.
 
     Args:
         output: the run folder, as this machine sees it.
         storage: that of the run.
+        device: where this process runs.
 
     Raises:
         AdaPrunerError: no process is at a run there, or it ended.
@@ -125,13 +128,14 @@ def join(output: str | Path, storage: str | None = None) -> None:
     if not run.is_led():
         raise AdaPrunerError(f"no process is at a run in {output}: start it with adapruner prune")
     run.wait_for(run.config)
-    _help(PruneConfig.load(run.config), run, f"{socket.gethostname()}-{os.getpid()}", random.random(), storage)
+    own = {"device": device, "recover": None, "recovery": RecoveryOptions()}
+    config = PruneConfig.load(run.config).model_copy(update=own)
+    _help(config, run, f"{socket.gethostname()}-{os.getpid()}", random.random(), storage)
 
 
-def _assist(config: PruneConfig, run: RunFolder, process: Process, storage: str | None, overwrite: bool) -> PruneResult:
+def _assist(config: PruneConfig, run: RunFolder, process: Process, storage: str | None) -> PruneResult:
     """What a process that does not lead does of `prune`."""
-    if overwrite:
-        raise AdaPrunerError(f"--overwrite goes with one process: remove {run.path} first")
+    Reporter().note(f"process {process.rank} waits for process 0 at {run.path}, which all must see")
     while not run.is_led():
         if run.result.is_file():
             return read_result(run)
@@ -151,7 +155,7 @@ def _help(
     """Measures and searches beside the process that leads."""
     reporter = Reporter()
     run.wait_for(run.windows)
-    job = prepare(config.model_copy(update={"evaluate": (), "tasks": ()}), run, run.windows, storage)
+    job = prepare(config, run, run.windows, storage, reports=False)
     model = stages.stage_load(job, reporter)
     windows = load_file(run.windows)
     if not run.statistics.is_file():
@@ -164,11 +168,10 @@ def _help(
 
 def _run_stages(job: Job) -> PruneResult:
     reporter = Reporter(job.run.log)
+    # Before there is anything to help with: helpers read where the trials will be.
+    job.study.register()
     if job.structure.total_parameters >= _LONG and not job.run.statistics.is_file():
-        model, device = empty_model(load_config(job.location)), resolve_device(job.config.device)
-        timed = not model.config.is_heterogeneous
-        cost = estimate_cost(job.config, model, job.structure, job.budget, device, timed, job.layer_wise)
-        reporter.note(f"this run takes {cost.described}")
+        _announce_cost(job, reporter)
     model = stages.stage_load(job, reporter)
     windows = stages.stage_windows(job, model, reporter)
     moments = stages.stage_moments(job, model, windows, reporter)
@@ -187,3 +190,10 @@ def _run_stages(job: Job) -> PruneResult:
     stages.write_cards(job, plan, result)
     job.run.save_json(result, job.run.result)
     return read_result(job.run)
+
+
+def _announce_cost(job: Job, reporter: Reporter) -> None:
+    model, device = empty_model(load_config(job.location)), resolve_device(job.config.device)
+    if not model.config.is_heterogeneous:
+        cost = estimate_cost(job.config, model, job.structure, job.budget, device, True, job.layer_wise)
+        reporter.note(f"this run takes {cost.described}")

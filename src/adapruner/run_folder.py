@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import shutil
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,8 @@ from adapruner.planning import PruningPlan
 from adapruner.recovery import working_folder
 
 _SECONDS_BETWEEN_LOOKS = 0.2
+# Others who probe a lock hold it for a moment: a lock that is taken every time is held.
+_PROBES = 3
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,8 @@ class RunFolder:
         """
         try:
             self.locks.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self._leader, timeout=0)
+            # Who asks whether the run is led holds the lock for a moment.
+            lock = FileLock(self._leader, timeout=2)
             lock.acquire()
         except Timeout:
             raise AdaPrunerError(
@@ -142,19 +147,17 @@ class RunFolder:
             raise AdaPrunerError(f"cannot write to {self.path}: {error.strerror}") from None
         try:
             yield
-            shutil.rmtree(self.locks, ignore_errors=True)
         finally:
             lock.release()
+        self._remove_free_locks()
 
     def is_led(self) -> bool:
         """Whether a process is at the run."""
-        if not self._leader.is_file():
-            return False
-        try:
-            with FileLock(self._leader, timeout=0):
+        for _ in range(_PROBES):
+            if _is_free(self._leader):
                 return False
-        except Timeout:
-            return True
+            time.sleep(random.uniform(0, _SECONDS_BETWEEN_LOOKS / 10))
+        return True
 
     def wait_for(self, path: Path) -> None:
         """Waits until the process that leads the run has made something.
@@ -167,13 +170,25 @@ class RunFolder:
                 raise AdaPrunerError(f"the process that was at the run in {self.path} has ended: start it again")
             time.sleep(_SECONDS_BETWEEN_LOOKS)
 
+    def _remove_free_locks(self) -> None:
+        """Other processes may be about to end."""
+        for lock in self.locks.glob("*.lock"):
+            if _is_free(lock):
+                lock.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.locks.rmdir()
+
     @property
     def _leader(self) -> Path:
         return self.locks / "leader.lock"
 
     def save_statistics(self, statistics: Statistics, path: Path) -> None:
-        """Writes statistics of the whole pool or of a part of it."""
+        """Writes statistics of the whole pool."""
         _write_atomically(path, statistics.save)
+
+    def save_part(self, statistics: Statistics, path: Path) -> None:
+        """Writes statistics of a part of the pool, which other processes may be writing too."""
+        _write_atomically(path, statistics.save, f".{uuid.uuid4().hex}")
 
     def save_moments(self, moments: InputMoments, path: Path) -> None:
         """Writes the second moments of one block."""
@@ -233,6 +248,16 @@ class RunFolder:
             )
 
 
+def _is_free(lock: Path) -> bool:
+    if not lock.is_file():
+        return True
+    try:
+        with FileLock(lock, timeout=0):
+            return True
+    except Timeout:
+        return False
+
+
 def _link_or_copy(source: str, target: str) -> None:
     Path(target).unlink(missing_ok=True)
     try:
@@ -241,7 +266,12 @@ def _link_or_copy(source: str, target: str) -> None:
         shutil.copy(source, target)
 
 
-def _write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    partial = path.with_name(path.name + ".partial")
+def _write_atomically(path: Path, write: Callable[[Path], Any], writer: str = "") -> None:
+    """Writes a file beside its place and renames it.
+
+    Args:
+        writer: part of the name beside, where several processes may write the same.
+    """
+    partial = path.with_name(f"{path.name}{writer}.partial")
     write(partial)
     os.replace(partial, path)

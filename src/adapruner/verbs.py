@@ -23,7 +23,7 @@ from adapruner.checkpoint import (
     write_gguf,
 )
 from adapruner.config import Dtype, PruneConfig, RecoverConfig, RecoveryOptions
-from adapruner.cost import Cost, estimate_cost
+from adapruner.cost import Cost, choose_layer_wise, estimate_cost
 from adapruner.errors import AdaPrunerError
 from adapruner.evaluation import (
     PROTOCOLS,
@@ -292,7 +292,11 @@ def estimate(model: str | Path, device: str = "auto", timed: bool = True, **opti
     empty = empty_model(load_config(find_model(str(model))))
     structure = build_structure(empty, config.head_granularity)
     budget = reference_budget(config, structure)
-    return estimate_cost(config, empty, structure, budget, where, timed and is_here)
+    by_layer = config.layer_wise
+    if by_layer is None and is_here:
+        streamable = find_model(str(model)).gguf_file is None
+        by_layer = choose_layer_wise(config, empty, structure, budget, where, streamable)
+    return estimate_cost(config, empty, structure, budget, where, timed and is_here, by_layer)
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,12 @@ def estimate_cost(
         budget: what is to go; where it is searched, what the search starts from.
         timed: run a few layers to know the time too.
         layer_wise: None takes what the options say.
+
+    Raises:
+        AdaPrunerError: the layers of the model differ.
     """
+    if model.config.is_heterogeneous:
+        raise AdaPrunerError("the cost of pruning a model whose layers differ already cannot be estimated")
     stored: Any = model.config.dtype or torch.float32
     dtype: torch.dtype = stored if config.dtype == "auto" else getattr(torch, config.dtype)
     by_layer = bool(config.layer_wise) if layer_wise is None else layer_wise
@@ -97,9 +102,13 @@ def choose_layer_wise(
     Args:
         streamable: whether its weights can be read one layer at a time.
 
+    Where layers differ already, the options decide alone.
+
     Raises:
         AdaPrunerError: it cannot fit.
     """
+    if model.config.is_heterogeneous:
+        return bool(config.layer_wise)
     processes = this_process().count_here if device.type == "cpu" else 1
     available = available_memory(device) // processes
     ways = [config.layer_wise] if config.layer_wise is not None else [False, True] if streamable else [False]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -14,8 +15,10 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from adapruner.config import PruneConfig
+from adapruner.evaluation import tokens_per_batch
 from adapruner.models import computes_bfloat16_natively, decoder_layers, enter_layers
 from adapruner.planning import Budget, kept_counts
+from adapruner.search import MOST_PROTECTED_FIRST
 from adapruner.structure import Block, Structure
 
 # Samples that are measured at once; layer by layer the activations of one layer are kept, and so of more samples.
@@ -34,10 +37,6 @@ class Memory:
 
     device: int
     host: int = 0
-
-    @property
-    def total(self) -> int:
-        return self.device + self.host
 
 
 @dataclass(frozen=True)
@@ -101,8 +100,12 @@ def estimate_memory(
     pruned = _pruned_bytes(structure, budget, sizes, layer_wise)
     solving = 4 * largest * _FLOAT + 3 * matrix * _FLOAT
     windows = config.objective_windows + config.final_windows
-    prefixes = 7 * windows * tokens * hidden * sizes.running
-    searching = sizes.resident + sizes.copy + pruned + solving + prefixes
+    known_layers = max(MOST_PROTECTED_FIRST, config.protect_first or 0) + 1 if config.layout == "per-layer" else 0
+    prefixes = known_layers * windows * tokens * hidden * sizes.running
+    predictions = tokens_per_batch(device) * vocabulary * sizes.running + 2 * tokens * vocabulary * _FLOAT
+    # Of every window, in float16, where trials are judged by the divergence from the dense model.
+    references = windows * tokens * vocabulary * 2 if config.selection == "kl" else 0
+    searching = sizes.resident + sizes.copy + pruned + max(solving, predictions) + prefixes
     # The hidden states of both models, in front of a layer and behind it.
     compensating = sizes.resident + sizes.copy + pruned * (2 if sizes.copy else 1) + 4 * states + solving
     removal = sizes.resident + 2 * largest * 2 * _FLOAT + 2 * matrix * 2 * _FLOAT
@@ -113,13 +116,13 @@ def estimate_memory(
     stages["measuring"] = measuring
     if config.space == "extended":
         stages["comparing removals"] = removal + statistics
-    stages["searching"] = searching + statistics
+    stages["searching"] = searching + statistics + references
     if config.fits_sequentially:
         stages["compensating"] = compensating
     stages["saving"] = sizes.resident + pruned
     if device.type == "cpu":
         return {stage: Memory(held) for stage, held in stages.items()}
-    on_host = {"comparing removals": statistics, "searching": statistics}
+    on_host = {"comparing removals": statistics, "searching": statistics + references}
     if layer_wise:
         on_host |= {stage: on_host.get(stage, 0) + pruned for stage in ("searching", "compensating", "saving")}
     return {stage: Memory(held - on_host.get(stage, 0), on_host.get(stage, 0)) for stage, held in stages.items()}
@@ -161,10 +164,14 @@ def shortened_model(config: PreTrainedConfig, layers: int, device: torch.device,
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that are free on a device."""
+    """Bytes that are free on a device; in a container, what it leaves."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
+    available = int(psutil.virtual_memory().available)
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.is_file() and used.is_file() and limit.read_text().strip().isdigit():
+        return min(available, int(limit.read_text()) - int(used.read_text()))
+    return available
 
 
 def _sizes(model: PreTrainedModel, dtype: torch.dtype, device: torch.device, layer_wise: bool) -> _Sizes:

@@ -13,7 +13,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from adapruner.config import PruneConfig
 from adapruner.cost._memory import MEASURED_AT_ONCE, shortened_model
-from adapruner.errors import AdaPrunerError
 from adapruner.evaluation import losses_by_batch
 from adapruner.measurement import InputMoments, measure, measure_moments, removal_errors
 from adapruner.models import in_fastest_dtype
@@ -53,12 +52,7 @@ def estimate_seconds(
         budget: what is to go; where it is searched, what the search starts from.
         device: where the model will run.
         dtype: of the weights.
-
-    Raises:
-        AdaPrunerError: the layers of the model differ.
     """
-    if model_config.is_heterogeneous:
-        raise AdaPrunerError("the time of a model whose layers differ cannot be estimated")
     few, some = (_random_model(model_config, layers, device, dtype) for layers in (_FEW, _SOME))
     layers, running = structure.layers, [in_fastest_dtype(few), in_fastest_dtype(some)]
     samples = MEASURED_AT_ONCE[layer_wise]
@@ -70,13 +64,13 @@ def estimate_seconds(
             pass
 
     def run_measuring(model: PreTrainedModel) -> None:
-        own = build_structure(model)
+        own = build_structure(model, config.head_granularity)
         measure(model, own, text[:samples], samples, terms=config.terms, layer_wise=layer_wise)
 
     forward, measured = _difference(run_forward, *running), _difference(run_measuring, few, some)
     seconds = {"measuring": measured.of(layers) * config.pool / samples}
 
-    own = build_structure(few)
+    own = build_structure(few, config.head_granularity)
 
     def run_moments(count: int) -> dict[int, InputMoments]:
         return dict(measure_moments(running[0], own, text[:count]))

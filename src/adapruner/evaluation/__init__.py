@@ -8,6 +8,7 @@ from adapruner.evaluation._perplexity import (
     log_probabilities,
     losses_by_batch,
     measure_perplexity,
+    tokens_per_batch,
     window_losses,
 )
 from adapruner.evaluation._speed import Speed, count_macs, measure_speed
@@ -29,5 +30,6 @@ __all__ = [
     "measure_perplexity",
     "measure_speed",
     "measure_tasks",
+    "tokens_per_batch",
     "window_losses",
 ]

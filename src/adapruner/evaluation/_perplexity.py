@@ -203,9 +203,13 @@ def log_probabilities(model: PreTrainedModel, windows: Tensor) -> list[Tensor]:
         return [_predictions(model, batch).float().log_softmax(-1).half().cpu() for batch in _batches(windows, model)]
 
 
+def tokens_per_batch(device: torch.device) -> int:
+    """How many tokens are evaluated at once."""
+    return _TOKENS_PER_BATCH.get(device.type, 1024)
+
+
 def _batches(windows: Tensor, model: PreTrainedModel) -> Sequence[Tensor]:
-    tokens = _TOKENS_PER_BATCH.get(model.device.type, 1024)
-    batches: Sequence[Tensor] = windows.split(max(1, tokens // windows.shape[1]))
+    batches: Sequence[Tensor] = windows.split(max(1, tokens_per_batch(model.device) // windows.shape[1]))
     return batches
 
 

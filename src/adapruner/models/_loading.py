@@ -200,8 +200,11 @@ def resolve_device(device: str) -> torch.device:
     Raises:
         AdaPrunerError: there is no such device.
     """
-    if device == "auto":
-        return torch.device("cuda", this_process().rank_here) if torch.cuda.is_available() else torch.device("cpu")
+    process = this_process()
+    if device == "auto" and not torch.cuda.is_available():
+        return torch.device("cpu")
+    if device == "auto" or (device == "cuda" and process.count_here > 1):
+        device = f"cuda:{process.rank_here}"
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:

@@ -111,6 +111,8 @@ def start_folder(folder: Path, config: dict[str, Any], overwrite: bool) -> None:
         AdaPrunerError: it cannot be written.
     """
     work = working_folder(folder)
+    if not this_process().leads:
+        return
     try:
         if overwrite:
             for old in (folder, work):

@@ -52,8 +52,11 @@ class StudyPlace:
         """Says where the trials are, and under what name."""
         return self.folder / "study.json"
 
-    def check(self) -> None:
+    def check(self, overwrite: bool = False) -> None:
         """Refuses, before any long work, a place that will not do.
+
+        Args:
+            overwrite: what is there will go.
 
         Raises:
             AdaPrunerError: the database cannot be reached, or the trials of before are elsewhere.
@@ -61,25 +64,49 @@ class StudyPlace:
         if self.database is not None:
             with _open_database(self.database):
                 pass
-        if self.record.is_file():
-            place = json.loads(self.record.read_text())["place"]
-            if place != self._described:
-                raise AdaPrunerError(
-                    f"the trials of {self.folder} are in {place} and not in {self._described}: name the same --storage"
-                )
+        if not overwrite and self.record.is_file():
+            self._read_name()
 
     @property
     def _described(self) -> str:
         return make_url(self.database).render_as_string(hide_password=True) if self.database else "its journal"
 
-    def _name(self) -> str:
-        """The name of the study, its own among those of a database; chosen by the process that comes first."""
+    @property
+    def name(self) -> str:
+        """The name of the study, its own among those of a database; made where there is none.
+
+        Raises:
+            AdaPrunerError: the trials are elsewhere.
+        """
+        self.register()
+        return self._read_name()
+
+    def register(self) -> None:
+        """Gives the study a name, and says where it is."""
+        self.locks.mkdir(parents=True, exist_ok=True)
         with FileLock(self.locks / "asking.lock"):
             if not self.record.is_file():
                 partial = self.record.with_name(f"{self.record.name}.partial")
                 partial.write_text(json.dumps({"place": self._described, "name": f"adapruner-{uuid.uuid4().hex}"}))
                 os.replace(partial, self.record)
-        return str(json.loads(self.record.read_text())["name"])
+
+    def check_name(self, name: str) -> None:
+        """Makes sure that the run is still the one that had this name.
+
+        Raises:
+            AdaPrunerError: it was started again.
+        """
+        if not self.record.is_file() or self._read_name() != name:
+            raise AdaPrunerError(f"the run in {self.folder} was started again meanwhile: help it from the beginning")
+
+    def _read_name(self) -> str:
+        record = json.loads(self.record.read_text())
+        if record["place"] != self._described:
+            raise AdaPrunerError(
+                f"the trials of {self.folder} are in {record['place']} and not in {self._described}: name the same"
+                " --storage"
+            )
+        return str(record["name"])
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[optuna.Study]:
@@ -89,12 +116,12 @@ class StudyPlace:
             AdaPrunerError: the database cannot be reached.
         """
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self.locks.mkdir(parents=True, exist_ok=True)
         with _open_database(self.database) if self.database else self._open_journal() as storage:
-            yield optuna.create_study(storage=storage, study_name=self._name(), load_if_exists=True)
+            yield optuna.create_study(storage=storage, study_name=self.name, load_if_exists=True)
 
     @contextlib.contextmanager
     def _open_journal(self) -> Iterator[BaseStorage]:
+        self.locks.mkdir(parents=True, exist_ok=True)
         lock: Any = _JournalLock(self.journal, self.locks / "journal.lock")
         yield JournalStorage(JournalFileBackend(str(self.journal), lock))
 
@@ -175,6 +202,8 @@ class _JournalLock:
 
     def acquire(self) -> bool:
         self._lock.acquire()
+        if not self._journal.is_file():
+            raise AdaPrunerError(f"{self._journal} is gone: the run was started again meanwhile")
         with self._journal.open("rb+") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - 1))

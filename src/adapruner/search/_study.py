@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
 import statistics
@@ -12,6 +13,7 @@ from typing import Literal
 
 import optuna
 import torch
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
 
@@ -119,6 +121,9 @@ class Search:
                     finished = _finished(study)
                     running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
                     is_enough = len(finished) + (len(running) if helper else 0) >= wanted
+                    if is_enough and not helper and not any(map(_is_fixed, finished)):
+                        # The only one is still with somebody else, and the result is compared with it.
+                        is_enough, running = False, []
                     if not is_enough:
                         trial = self._ask(study, len(finished), running, helper)
                         worker.claim(trial)
@@ -128,7 +133,10 @@ class Search:
                 if is_enough:
                     return
                 may_stop = self.stops_early and FIXED_METRIC not in trial.user_attrs
-                study.tell(trial, _judged(trial, self.space.suggest(trial), self.judge, may_stop))
+                # Whoever took this process for dead has given the trial to another.
+                with contextlib.suppress(UpdateFinishedTrialError):
+                    value = _judged(trial, self.space.suggest(trial), self.judge, may_stop)
+                    study.tell(trial, value, skip_if_finished=True)
 
     def _ask(self, study: optuna.Study, finished: int, running: list[FrozenTrial], helper: str | None) -> optuna.Trial:
         seed = f"{self.seed}/{finished}" + (f"/{helper}" if helper else "")
@@ -193,8 +201,10 @@ def _finished(study: optuna.Study) -> list[FrozenTrial]:
 def _result(
     study: optuna.Study, space: SearchSpace, trials: int, judge_further: Judge | None, finalists: int
 ) -> SearchResult:
-    finished = _finished(study)[:trials]
-    best_fixed = min((trial for trial in finished if FIXED_METRIC in trial.user_attrs), key=_loss)
+    finished = _finished(study)
+    if any(map(_is_fixed, finished[:trials])):
+        finished = finished[:trials]
+    best_fixed = min(filter(_is_fixed, finished), key=_loss)
     whole = sorted((trial for trial in finished if _STOPPED not in trial.user_attrs), key=_loss)
     # The best fixed metric is always judged again, to compare with; trials with the same candidate count once.
     distinct: dict[str, FrozenTrial] = {}
@@ -218,6 +228,10 @@ def _found(trial: FrozenTrial, space: SearchSpace, judge_further: Judge | None) 
         return Found(candidate, _loss(trial), trial.number)
     losses += torch.cat(list(judge_further(candidate))).tolist()
     return Found(candidate, statistics.fmean(losses), trial.number)
+
+
+def _is_fixed(trial: FrozenTrial) -> bool:
+    return FIXED_METRIC in trial.user_attrs
 
 
 def _loss(trial: FrozenTrial) -> float:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -75,12 +76,13 @@ def stage_measure(
             done = start
         advance(len(pool) - done)
     statistics = Statistics.concatenate([Statistics.load(path) for _, path in _parts(job, pool)])
+    assert len(statistics) == len(pool)
     if moments is not None and job.config.space == "extended":
         with reporter.stage("comparing removals", len(moments)) as advance:
             alone, eliminated = removal_errors(model, job.structure, moments, advance)
         statistics = replace(statistics, removal_error=alone, elimination_error=eliminated)
     run.save_statistics(statistics, run.statistics)
-    shutil.rmtree(run.statistics_parts)
+    shutil.rmtree(run.statistics_parts, ignore_errors=True)
     return statistics
 
 
@@ -91,13 +93,18 @@ def help_measuring(job: Job, model: PreTrainedModel, pool: Tensor, begin_at: flo
         begin_at: share of the pool to begin behind, to meet others late.
     """
     with reporter.stage("helping to measure", len(pool)) as advance:
-        for _ in _measure_missing_parts(job, model, pool, begin_at):
-            advance(_part_size(job))
+        try:
+            for _ in _measure_missing_parts(job, model, pool, begin_at):
+                advance(_part_size(job))
+        except (OSError, SafetensorError):
+            # All is measured, and the folder of the parts is gone.
+            if not job.run.statistics.is_file():
+                raise
 
 
 def _measure_missing_parts(job: Job, model: PreTrainedModel, pool: Tensor, begin_at: float = 0.0) -> Iterator[int]:
     """Measures those parts of the pool that nobody has measured yet; yields the number of the first window of each."""
-    run = job.run
+    run, study = job.run, job.study.name
     run.statistics_parts.mkdir(exist_ok=True)
     parts = _parts(job, pool)
     first = int(begin_at * len(parts))
@@ -111,16 +118,18 @@ def _measure_missing_parts(job: Job, model: PreTrainedModel, pool: Tensor, begin
         terms=job.config.terms,
         layer_wise=job.layer_wise,
         folder=run.statistics_parts,
-        starts=(start for start, path in order if not path.is_file()),
+        starts=(start for start, path in order if not path.is_file() and not run.statistics.is_file()),
     ):
-        run.save_statistics(part, paths[start])
+        job.study.check_name(study)
+        run.save_part(part, paths[start])
         yield start
 
 
 def _parts(job: Job, pool: Tensor) -> list[tuple[int, Path]]:
-    """The number of the first window of each part, and its file."""
-    starts = range(0, len(pool), _part_size(job))
-    return [(start, job.run.statistics_parts / f"{start:06}.safetensors") for start in starts]
+    """The number of the first window of each part, and its file; processes may differ in how many go into one."""
+    size = _part_size(job)
+    folder = job.run.statistics_parts
+    return [(start, folder / f"{start:06}-{size}.safetensors") for start in range(0, len(pool), size)]
 
 
 def _part_size(job: Job) -> int:
