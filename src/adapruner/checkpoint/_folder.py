@@ -16,7 +16,7 @@ from adapruner.models import quiet_transformers, whole_state
 
 
 def save_checkpoint(
-    model: PreTrainedModel, tokenizer: Tokenizer, folder: Path, card: str | None = None, shard_size: str = "5GB"
+    model: PreTrainedModel, tokenizer: Tokenizer, folder: Path, card: str | None = None, shard_size: str = "2GB"
 ) -> None:
     """Writes weights (safetensors), config, generation config, tokenizer and model card; for a model whose layers
     differ, also the modelling code.
@@ -27,7 +27,7 @@ def save_checkpoint(
     Args:
         model: as returned by `surgery.prune_model`; its dtype is kept.
         card: the content of README.md.
-        shard_size: larger models are split into files of at most this size.
+        shard_size: larger models are split into files of at most this size, which is also what writing takes of memory.
     """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)

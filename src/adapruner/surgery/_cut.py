@@ -107,11 +107,22 @@ def _pruned_state(
     for layer in range(structure.layers):
         with loaded_layer(model, layer) as module:
             own = {f"{layers_path}.{layer}.{name}": tensor for name, tensor in module.state_dict().items()}
+            whole = dict(own)
             for index, (block, block_plan) in enumerate(zip(structure.blocks, plan.blocks, strict=True)):
                 if block.layer == layer:
                     _prune_block(own, index, block, block_plan, compensation)
-        state |= {name: tensor.cpu() for name, tensor in own.items()} if is_streamed(model) else own
+            if is_streamed(model):
+                is_cut = any(tensor is not whole.get(name) for name, tensor in own.items())
+                own = {name: _in_memory(tensor, is_cut) for name, tensor in own.items()}
+        state |= own
     return state
+
+
+def _in_memory(tensor: Tensor, of_cut_layer: bool) -> Tensor:
+    """A tensor of a streamed layer on the CPU. Of a layer that is cut it must not lie in the file any more: one norm that
+    does keeps all of the layer mapped, which counts as memory."""
+    lies_in_file = tensor.untyped_storage().nbytes() > tensor.nbytes
+    return tensor.clone() if of_cut_layer and lies_in_file else tensor.cpu()
 
 
 def _prune_block(
