@@ -119,8 +119,8 @@ def _pruned_state(
 
 
 def _in_memory(tensor: Tensor, of_cut_layer: bool) -> Tensor:
-    """A tensor of a streamed layer on the CPU. Of a layer that is cut it must not lie in the file any more: one norm that
-    does keeps all of the layer mapped, which counts as memory."""
+    """A tensor of a streamed layer on the CPU. Of a layer that is cut it must not lie in the file any more: one norm
+    that does keeps all of the layer mapped, which counts as memory."""
     lies_in_file = tensor.untyped_storage().nbytes() > tensor.nbytes
     return tensor.clone() if of_cut_layer and lies_in_file else tensor.cpu()
 
