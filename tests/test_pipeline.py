@@ -82,6 +82,7 @@ def test_the_result_is_a_smaller_model_with_its_numbers(
         "measuring",
         "comparing removals",
         "searching",
+        "cutting",
         "compensating",
         "saving",
         "evaluating",

@@ -36,7 +36,9 @@ def stage_save(
     if job.run.model.is_dir():
         return
     compensation = compensation_of(job, moments)
-    pruned = prune_model(model, job.structure, plan, compensation)
+    with reporter.stage("cutting", 1) as advance:
+        pruned = prune_model(model, job.structure, plan, compensation)
+        advance()
     if compensation and job.fits_sequentially:
         with reporter.stage("compensating", job.structure.layers) as advance:
             text = windows["compensation"]
