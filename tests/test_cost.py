@@ -42,7 +42,7 @@ def test_saved_activations_are_what_one_layer_more_keeps(
         config = model.config.to_dict() | {"num_hidden_layers": layers}
         if config.get("layer_types"):
             config["layer_types"] = config["layer_types"][:layers]
-        shorter = type(model)(type(model.config).from_dict(config)).eval().requires_grad_(False)
+        shorter = type(model)(type(model.config).from_dict(config)).eval()
         seen: dict[int, int] = {}
 
         def keep(tensor: Tensor, seen: dict[int, int] = seen) -> Tensor:

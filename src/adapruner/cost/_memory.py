@@ -129,8 +129,9 @@ def estimate_memory(
 
 
 def saved_activations(config: PreTrainedConfig, dtype: torch.dtype) -> float:
-    """Bytes that one layer keeps of every token for its backward pass, seen by running one with hardly any tokens."""
-    model = shortened_model(config, 1, torch.device("cpu"), dtype)
+    """Bytes that one layer keeps of every token for its backward pass and the gradients of its weights, seen by running
+    one with hardly any tokens."""
+    model = shortened_model(config, 1, torch.device("cpu"), dtype).requires_grad_(True)
     tokens = torch.zeros(2, 16, dtype=torch.int64)
     with torch.no_grad():
         ((state, calls),) = enter_layers(model, [tokens])

@@ -31,7 +31,7 @@ class _Work:
     fixed: float
     layer: float
 
-    def of(self, layers: int) -> float:
+    def of(self, layers: float) -> float:
         return self.fixed + layers * self.layer
 
 
@@ -87,13 +87,18 @@ def estimate_seconds(
     counts = kept_counts(structure, budget)
     cut = [index for index, block in enumerate(structure.blocks) if counts[index] < block.groups]
     solving = _compensation_seconds(few, own, structure, counts, cut) if config.compensation != "none" else 0.0
-    trial = solving + forward.of(layers) * config.objective_windows / 16
-    finalists = 4 * (solving + forward.of(layers) * config.final_windows / 16)
+    first, last = structure.blocks[min(cut)].layer, structure.blocks[max(cut)].layer
+    of_layers = [_kept_share(structure, counts, layer) for layer in range(layers)]
+    # Layers in front of the first that is cut are known, and what stays of the others is what is computed.
+    trial = solving + forward.of(sum(of_layers[first:])) * config.objective_windows / 16
+    finalists = 4 * (solving + forward.of(sum(of_layers)) * config.final_windows / 16)
     seconds["searching"] = config.trials * trial + finalists
     if config.fits_sequentially:
         summing = max(0.0, per_window - forward.layer / 16)
-        seconds["compensating"] = 2 * solving + config.compensation_windows * (
-            2 * layers * forward.layer / 16 + len(cut) * summing
+        # Both models up to the last layer that is cut, the pruned one from the first on.
+        run = last + 1 + sum(of_layers[first + 1 : last + 1])
+        seconds["compensating"] = solving + config.compensation_windows * (
+            run * forward.layer / 16 + len(cut) * summing
         )
     order = ("reading activations", "measuring", "comparing removals", "searching", "compensating")
     return {stage: seconds[stage] for stage in order if stage in seconds}
@@ -106,6 +111,13 @@ def _random_model(config: PreTrainedConfig, layers: int, device: torch.device, d
     for buffer in model.buffers():
         buffer.fill_(1.0) if buffer.is_floating_point() else buffer.zero_()
     return model
+
+
+def _kept_share(structure: Structure, counts: list[int], layer: int) -> float:
+    """What stays of the parameters of a layer."""
+    own = [(block, count) for block, count in zip(structure.blocks, counts, strict=True) if block.layer == layer]
+    whole = sum(block.groups * block.parameters_per_group for block, _ in own)
+    return sum(count * block.parameters_per_group for block, count in own) / whole
 
 
 def _compensation_seconds(
