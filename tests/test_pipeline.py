@@ -160,7 +160,7 @@ main()
     ("target", "name", "calls", "left"),
     [
         ("adapruner.run_folder.RunFolder", "save_moments", 3, "moments/0002.safetensors"),
-        ("adapruner.run_folder.RunFolder", "save_statistics", 2, "statistics.parts/000004-4.safetensors"),
+        ("adapruner.run_folder.RunFolder", "save_part", 2, "statistics.parts/000004-4.safetensors"),
         ("adapruner.search.Objective", "__call__", 0, "study.journal"),
         ("adapruner.search.Objective", "__call__", 6, "study.journal"),
         ("adapruner.surgery._sequential", "solve_damped", 1, "plan.json"),
