@@ -97,16 +97,16 @@ def test_where_a_model_does_not_fit_it_is_read_layer_by_layer(
         monkeypatch.setattr("adapruner.cost._estimate.available_memory", lambda _: free)
         return prepare(PruneConfig(**options | more), RunFolder(tmp_path), None).layer_wise
 
-    assert not goes_layer_by_layer(1200)
-    assert goes_layer_by_layer(1200, layer_wise=True)
+    assert not goes_layer_by_layer(1300)
+    assert goes_layer_by_layer(1300, layer_wise=True)
     assert goes_layer_by_layer(1000)
     with pytest.raises(AdaPrunerError, match=r"GiB are free on cpu: --layer-wise takes less"):
         goes_layer_by_layer(1000, layer_wise=False)
     with pytest.raises(AdaPrunerError, match=r"one layer at a time, where 0\.0 GiB are free"):
         goes_layer_by_layer(600)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert not goes_layer_by_layer(2400)
-    assert goes_layer_by_layer(1400)
+    assert not goes_layer_by_layer(2600)
+    assert goes_layer_by_layer(1600)
 
 
 def test_inspect_prints_the_cost(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
