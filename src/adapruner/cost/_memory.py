@@ -46,11 +46,10 @@ class _Sizes:
     Attributes:
         weight: of a number as it is stored.
         running: of a number in the dtype that trials and moments run in.
+        resident: of the weights that are always in memory, with the largest layer where the others are not.
+        copy: of the copy in the dtype that trials run in, if there is one.
     """
 
-    weights: int
-    largest_layer: int
-    outside: int
     weight: int
     running: int
     resident: int
@@ -182,9 +181,6 @@ def _sizes(model: PreTrainedModel, dtype: torch.dtype, device: torch.device, lay
     outside = parameters - sum(layers)
     faster = dtype == torch.float32 and computes_bfloat16_natively(device) and not layer_wise
     return _Sizes(
-        weights=parameters * size,
-        largest_layer=max(layers) * size,
-        outside=outside * size,
         weight=size,
         running=_BFLOAT if faster else size,
         resident=(outside + max(layers)) * size if layer_wise else parameters * size,
