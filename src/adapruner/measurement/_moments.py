@@ -87,9 +87,10 @@ def factorize(second: Tensor, damping: float) -> Tensor:
         raise AdaPrunerError("second moments of activations are not finite: try --dtype float32")
     damping = max(damping, torch.finfo(torch.float32).tiny)
     while True:
-        diagonal = damping * torch.eye(len(second), dtype=torch.float64, device=second.device)
+        damped = second.to(torch.float64, copy=True)
+        damped.diagonal().add_(damping)
         factor: Tensor
-        factor, failed = torch.linalg.cholesky_ex(second.double() + diagonal)
+        factor, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
             return factor
         damping *= 10
@@ -280,8 +281,7 @@ def removal_errors(
         of_block = moments[index]
         with loaded_layer(model, block.layer):
             weight = row_wise_weight(model, block).double()
-        factor = factorize(of_block.second.to(weight.device), of_block.damping)
-        inverse = torch.cholesky_inverse(factor)
+        inverse = torch.cholesky_inverse(factorize(of_block.second.to(weight.device), of_block.damping))
         alone.append(_errors(weight, inverse, block.row_wise.width).float().cpu())
         eliminated.append(_eliminate(weight, inverse, block).float().cpu())
         if progress:
@@ -321,6 +321,6 @@ def _eliminate(weight: Tensor, inverse: Tensor, block: Block) -> Tensor:
         gone, stay = ((part[:, None] * width + offsets).flatten() for part in (gone, stay))
         factor = torch.linalg.solve(inverse[gone][:, gone], inverse[gone][:, stay])
         weight = weight[:, stay] - weight[:, gone] @ factor
-        inverse = inverse[stay][:, stay] - inverse[stay][:, gone] @ factor
+        inverse = inverse[stay][:, stay].addmm_(inverse[stay][:, gone], factor, alpha=-1)
         left = left[ranked[at_a_time:].sort().values]
     return scores

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -231,10 +232,12 @@ def in_fastest_dtype(model: PreTrainedModel) -> PreTrainedModel:
 
 def copy_in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """A copy with parameters of another dtype; the frequencies of rotary embeddings stay as exact as in the model."""
-    duplicate = copy.deepcopy(model)
-    for parameter in duplicate.parameters():
-        parameter.data = parameter.data.to(dtype)
-    return duplicate
+    # Named to deepcopy as copied already: there is never a second copy in the first dtype.
+    copied = {
+        id(parameter): nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad)
+        for parameter in model.parameters()
+    }
+    return copy.deepcopy(model, copied)
 
 
 def _find_smollm2() -> ModelLocation:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,7 +31,8 @@ def compensate_sequentially(
     carried_share: float = CARRIED_SHARE,
     batch_size: int = 8,
     progress: Callable[[int], None] | None = None,
-) -> dict[str, Tensor]:
+    on_refit: Callable[[str, Tensor], None] | None = None,
+) -> None:
     """Refits the row-wise projections of a pruned model in place, layer after layer.
 
     With x the inputs of a projection in the dense model, x' those that the pruned layers before leave it, r and r' the
@@ -40,8 +42,8 @@ def compensate_sequentially(
     text; with none, it is fitted to inputs that it will not see.
 
     Only projections out of which something was cut are refitted, and nothing is run behind the last of them. The cost
-    is that of two forward passes over the text (five through layers that lost heads and channels), and the memory that
-    of three hidden states and the inputs of one projection per token.
+    is that of two forward passes over the text (four through layers that lost heads), and the memory that of two hidden
+    states and the inputs of one projection per token.
 
     Args:
         dense: of a family with a plain residual (`Architecture.has_plain_residual`).
@@ -49,35 +51,36 @@ def compensate_sequentially(
         windows: [windows, tokens], int64.
         dampings: of each block that was cut, by number (`InputMoments.damping`).
         progress: called with 1 after every layer.
-
-    Returns:
-        The new weights by parameter, as they are stored, in float32, for copies of the pruned model in another dtype.
+        on_refit: called with the name of every refitted parameter and its new weight, as it is stored, in float32, for
+            a copy of the pruned model in another dtype.
     """
     cut = _cut_blocks(structure, plan)
-    refitted: dict[str, Tensor] = {}
+    differ = False
     with torch.inference_mode():
         entered = enter_layers(dense, windows.split(batch_size))
-        dense_states = pruned_states = [state for state, _ in entered]
+        dense_states = [state for state, _ in entered]
+        pruned_states = list(dense_states)
         for index in range(structure.layers):
             if index <= max(cut, default=-1):
                 calls = [of_batch[index] for _, of_batch in entered]
                 with loaded_layer(dense, index) as dense_layer, loaded_layer(pruned, index) as pruned_layer:
                     before, after = _Layer(dense_layer, calls), _Layer(pruned_layer, calls)
-                    states = None
                     for number in cut.get(index, []):
                         block = structure.blocks[number]
-                        weight, *states = _refit(
+                        weight = _refit(
                             before, after, block, dense_states, pruned_states, dampings[number], carried_share
                         )
-                        refitted[block.row_wise.parameter] = weight
-                    if states is None:
-                        states = [before.run(dense_states)] * 2
-                        if refitted:
-                            states[1] = after.run(pruned_states)
-                dense_states, pruned_states = states
+                        differ = True
+                        if on_refit:
+                            on_refit(block.row_wise.parameter, weight)
+                    if not any(structure.blocks[number].kind == "channels" for number in cut.get(index, [])):
+                        before.advance(dense_states)
+                        if differ:
+                            after.advance(pruned_states)
+                        else:
+                            pruned_states = list(dense_states)
             if progress:
                 progress(1)
-    return refitted
 
 
 def refit_sequentially(
@@ -95,9 +98,10 @@ def refit_sequentially(
     fast_pruned = pruned if fast is model else in_fastest_dtype(pruned)
     cut = [index for of_layer in _cut_blocks(structure, plan).values() for index in of_layer]
     dampings = {index: compensation.moments[index].damping for index in cut}
-    refitted = compensate_sequentially(fast, fast_pruned, structure, plan, windows, dampings, progress=progress)
-    for name, weight in refitted.items():
-        overwrite_weight(pruned, name, weight)
+    overwrite = None if fast_pruned is pruned else partial(overwrite_weight, pruned)
+    compensate_sequentially(
+        fast, fast_pruned, structure, plan, windows, dampings, progress=progress, on_refit=overwrite
+    )
 
 
 def _cut_blocks(structure: Structure, plan: PruningPlan) -> dict[int, list[int]]:
@@ -126,9 +130,10 @@ class _Layer:
     module: nn.Module
     calls: list[LayerCall]
 
-    def run(self, states: list[Tensor]) -> list[Tensor]:
-        """The hidden states behind the layer."""
-        return [call.run(self.module, state) for call, state in zip(self.calls, states, strict=True)]
+    def advance(self, states: list[Tensor]) -> None:
+        """Replaces hidden states in front of the layer by those behind it."""
+        for number, state in enumerate(states):
+            states[number] = self.calls[number].run(self.module, state)
 
     def projection(self, block: Block) -> Any:
         """The row-wise projection of a block."""
@@ -156,17 +161,18 @@ def _refit(
     pruned_states: list[Tensor],
     damping: float,
     carried_share: float,
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Sets the weight of the pruned projection to the least-squares solution.
+) -> Tensor:
+    """Sets the weight of the pruned projection to the least-squares solution. The feed-forward comes last in a layer:
+    its output is all that changes then, so hidden states are replaced by those behind the layer on the way.
 
     Returns:
-        The weight in float32, and what comes out of the dense and of the pruned layer.
+        The weight as it is stored, in float32.
     """
-    stored = pruned.projection(block).weight
-    weight: Tensor = block.row_wise.as_projection(stored)
+    projection = pruned.projection(block)
+    weight: Tensor = block.row_wise.as_projection(projection.weight)
     second = torch.zeros(weight.shape[1], weight.shape[1], device=weight.device)
     residual = torch.zeros(weight.shape, device=weight.device)
-    dense_after, given_to_pruned, tokens = [], [], 0
+    inputs_of_pruned, tokens = [], 0
     for number, (dense_state, pruned_state) in enumerate(zip(dense_states, pruned_states, strict=True)):
         wanted, given = dense.watch(number, dense_state, block), pruned.watch(number, pruned_state, block)
         inputs = given.inputs.float()
@@ -176,17 +182,13 @@ def _refit(
         residual.addmm_(missing.T, inputs)
         tokens += len(inputs)
         if block.kind == "channels":
-            dense_after.append((wanted.beside + wanted.output).view_as(dense_state))
-            given_to_pruned.append(given)
+            dense_states[number] = (wanted.beside + wanted.output).view_as(dense_state)
+            pruned_states[number] = given.beside.view_as(pruned_state)
+            inputs_of_pruned.append(given.inputs)
     change = solve_damped(second / tokens, damping, (residual / tokens).T).T
     refitted = (weight + change).float()
     weight.copy_(refitted)
-    if block.kind == "heads":
-        return block.row_wise.as_projection(refitted), dense.run(dense_states), pruned.run(pruned_states)
-    # The feed-forward comes last in a layer: its output is all that has changed.
-    projection = pruned.projection(block)
-    pruned_after = [
-        (given.beside + projection(given.inputs)).view_as(state)
-        for given, state in zip(given_to_pruned, pruned_states, strict=True)
-    ]
-    return block.row_wise.as_projection(refitted), dense_after, pruned_after
+    for number, own_inputs in enumerate(inputs_of_pruned):
+        beside = pruned_states[number]
+        pruned_states[number] = beside + projection(own_inputs).view_as(beside)
+    return block.row_wise.as_projection(refitted)
