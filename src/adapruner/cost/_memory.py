@@ -17,13 +17,16 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from adapruner.config import PruneConfig
 from adapruner.evaluation import tokens_per_batch
 from adapruner.models import computes_bfloat16_natively, decoder_layers, enter_layers
-from adapruner.planning import Budget, kept_counts
+from adapruner.planning import Budget, kept_counts, removed_parameters
 from adapruner.search import MOST_PROTECTED_FIRST
-from adapruner.structure import Block, Structure
+from adapruner.structure import Structure
 
 # Samples that are measured at once; layer by layer the activations of one layer are kept, and so of more samples.
 MEASURED_AT_ONCE = {False: 4, True: 16}
 _FLOAT, _BFLOAT = 4, 2
+# Activations of many sizes, freed in another order than they came, leave gaps in the heap of a process (see
+# docs/benchmarks.md).
+_GAPS = {"cpu": 1.3}
 
 
 @dataclass(frozen=True)
@@ -47,13 +50,13 @@ class _Sizes:
         weight: of a number as it is stored.
         running: of a number in the dtype that trials and moments run in.
         resident: of the weights that are always in memory, with the largest layer where the others are not.
-        copy: of the copy in the dtype that trials run in, if there is one.
+        copied: bytes of every parameter in the copy in the dtype that trials run in; 0 where there is none.
     """
 
     weight: int
     running: int
     resident: int
-    copy: int
+    copied: int
 
 
 def estimate_memory(
@@ -74,6 +77,8 @@ def estimate_memory(
         dtype: of the weights.
     """
     sizes = _sizes(model, dtype, device, layer_wise)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    resident, copied = sizes.resident, sizes.copied * parameters
     tokens = config.seq_len
     embeddings: Any = model.get_input_embeddings()
     vocabulary, hidden = embeddings.weight.shape
@@ -86,17 +91,19 @@ def estimate_memory(
     matrix = max(block.row_wise.elements * width for block, width in zip(structure.blocks, widths, strict=True))
 
     samples = min(MEASURED_AT_ONCE[layer_wise], config.pool)
-    activations = math.ceil(samples * tokens * saved_activations(model.config, dtype))
+    gaps = _GAPS.get(device.type, 1.0)
+    activations = math.ceil(gaps * samples * tokens * saved_activations(model.config, dtype))
     logits = samples * tokens * vocabulary * sizes.weight + 2 * tokens * vocabulary * _FLOAT
     at_once = 1 if layer_wise else structure.layers
-    measuring = sizes.resident + at_once * activations + logits + 3 * matrix * _FLOAT
+    measuring = resident + at_once * activations + logits + 3 * matrix * _FLOAT
 
     states = config.compensation_windows * tokens * hidden * sizes.running
     sums = 2 * of_layer * _FLOAT
-    moments = sizes.resident + sizes.copy + states + sums + 4 * largest * _FLOAT
+    moments = resident + copied + states + sums + 5 * largest * _FLOAT
 
     statistics = _statistics(config, structure)
-    pruned = _pruned_bytes(structure, budget, sizes, layer_wise)
+    counts = kept_counts(structure, budget)
+    own = _own_parameters(structure, counts, layer_wise)
     solving = 4 * largest * _FLOAT + 3 * matrix * _FLOAT
     windows = config.objective_windows + config.final_windows
     known_layers = max(MOST_PROTECTED_FIRST, config.protect_first or 0) + 1 if config.layout == "per-layer" else 0
@@ -104,12 +111,19 @@ def estimate_memory(
     predictions = tokens_per_batch(device) * vocabulary * sizes.running + 2 * tokens * vocabulary * _FLOAT
     # Of every window, in float16, where trials are judged by the divergence from the dense model.
     references = windows * tokens * vocabulary * 2 if config.selection == "kl" else 0
-    searching = sizes.resident + sizes.copy + pruned + max(solving, predictions) + prefixes
-    # The hidden states of both models, in front of a layer and behind it.
-    compensating = sizes.resident + sizes.copy + pruned * (2 if sizes.copy else 1) + 4 * states + solving
-    removal = sizes.resident + 2 * largest * 2 * _FLOAT + 2 * matrix * 2 * _FLOAT
+    searching = resident + copied + own * sizes.running + max(solving, predictions) + prefixes
+    # The hidden states of both models, and what goes into a projection of the cut one, whose copy shares nothing.
+    inputs = max(
+        count * block.row_wise.width if count < block.groups else 0
+        for block, count in zip(structure.blocks, counts, strict=True)
+    )
+    seen = config.compensation_windows * tokens * (2 * hidden + inputs) * sizes.running
+    left = parameters - removed_parameters(structure, counts)
+    compensating = resident + copied + own * sizes.weight + left * sizes.copied + seen + solving
+    # The inverse in float64, what is left of it at a step and before, and the second moments that it is of.
+    removal = resident + 9 * largest * _FLOAT + 4 * matrix * _FLOAT
 
-    stages = {"loading": sizes.resident}
+    stages = {"loading": resident}
     if config.compensation != "none" or config.space == "extended":
         stages["reading activations"] = moments
     stages["measuring"] = measuring
@@ -118,12 +132,13 @@ def estimate_memory(
     stages["searching"] = searching + statistics + references
     if config.fits_sequentially:
         stages["compensating"] = compensating
-    stages["saving"] = sizes.resident + pruned
+    stages["saving"] = resident + own * sizes.weight
     if device.type == "cpu":
         return {stage: Memory(held) for stage, held in stages.items()}
     on_host = {"comparing removals": statistics, "searching": statistics + references}
     if layer_wise:
-        on_host |= {stage: on_host.get(stage, 0) + pruned for stage in ("searching", "compensating", "saving")}
+        cut = own * sizes.weight
+        on_host |= {stage: on_host.get(stage, 0) + cut for stage in ("searching", "compensating", "saving")}
     return {stage: Memory(held - on_host.get(stage, 0), on_host.get(stage, 0)) for stage, held in stages.items()}
 
 
@@ -184,7 +199,7 @@ def _sizes(model: PreTrainedModel, dtype: torch.dtype, device: torch.device, lay
         weight=size,
         running=_BFLOAT if faster else size,
         resident=(outside + max(layers)) * size if layer_wise else parameters * size,
-        copy=parameters * _BFLOAT if faster else 0,
+        copied=_BFLOAT if faster else 0,
     )
 
 
@@ -195,13 +210,11 @@ def _statistics(config: PruneConfig, structure: Structure) -> int:
     return config.pool * per_sample * _FLOAT
 
 
-def _pruned_bytes(structure: Structure, budget: Budget, sizes: _Sizes, layer_wise: bool) -> int:
-    """Of a cut model beside the dense one, with which it shares what was not cut; read layer by layer, the rest of it
-    comes into memory as it is used."""
-    counts = kept_counts(structure, budget)
-
-    def kept(block: Block, count: int) -> int:
-        shared = count == block.groups and not layer_wise
-        return 0 if shared else count * block.parameters_per_group
-
-    return sizes.running * sum(kept(block, count) for block, count in zip(structure.blocks, counts, strict=True))
+def _own_parameters(structure: Structure, counts: list[int], layer_wise: bool) -> int:
+    """Parameters of the blocks of a cut model that it does not share with the dense one, as it does those from which
+    nothing goes; read layer by layer, all of its blocks come into memory as they are used."""
+    return sum(
+        count * block.parameters_per_group
+        for block, count in zip(structure.blocks, counts, strict=True)
+        if layer_wise or count < block.groups
+    )
