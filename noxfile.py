@@ -1,4 +1,4 @@
-"""The versions that the package is for: every Python, with the oldest and the newest transformers. See make test-matrix."""
+"""The versions that the package is for, by make test-matrix: every Python, the oldest and the newest transformers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ nox.options.error_on_missing_interpreters = False
 def oldest(package: str) -> str:
     """The requirement of exactly the lower bound that pyproject.toml states."""
     bounds = {
-        re.split(r"[^\w-]", line)[0]: line for line in nox.project.load_toml("pyproject.toml")["project"]["dependencies"]
+        re.split(r"[^\w-]", line)[0]: line
+        for line in nox.project.load_toml("pyproject.toml")["project"]["dependencies"]
     }
     return bounds[package].replace(">=", "==") + ".*"
 

@@ -1,8 +1,8 @@
 # python examples/distil.py HuggingFaceTB/SmolLM2-360M c4 wikitext2 runs/distil
-"""Prunes a model, then trains it in two ways on the same text: on the text itself, and on what the dense model predicts.
+"""Prunes a model, then trains it in two ways on one text: on the text itself, and on what the dense model predicts.
 
-Arguments: a model, the text to calibrate and train on, the text to report on, a run folder. Both trainings go on from the
-same pruned model, which stays as it is; a training that was killed goes on from its last saved step.
+Arguments: a model, the text to calibrate and train on, the text to report on, a run folder. Both trainings begin
+with the same pruned model, which stays as it is; a training that was killed goes on from its last saved step.
 """
 
 import sys

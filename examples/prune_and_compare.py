@@ -17,7 +17,7 @@ model, calibration, report, output = sys.argv[1:]
 result = adapruner.prune(model, output, ratio=0.2, calibration=calibration, evaluate=(report,))
 
 # Every number carries its protocol, without which a perplexity means nothing.
-for text, by_model in result.result["perplexity"].items():
+for by_model in result.result["perplexity"].values():
     print(by_model["searched"]["protocol"])
     for name, measured in by_model.items():
         print(f"  {name:12} {measured['perplexity']:10.2f}")

@@ -1,4 +1,4 @@
-"""README, docs and examples are true: every block is run, with tiny models and texts that bear the names of real ones."""
+"""README, docs and examples are true: all blocks are run, with tiny models and texts under the names of real ones."""
 
 from __future__ import annotations
 
@@ -65,10 +65,8 @@ MODELS = {
 }
 # Options in the docs that are not of this package.
 OF_OTHER_TOOLS = {"--no-deps", "--nproc-per-node", "--target"}
-WORDS = (
-    "the a of and to in is was for on with as by at from river city music game king school water light house year"
-    " people world state war film book team train stone garden winter paper engine island letter market capital"
-).split()
+WORDS = ["the", "a", "of", "and", "to", "in", "is", "was", "with", "from", "river", "city", "music", "game", "king"]
+WORDS += ["school", "water", "light", "house", "year", "people", "world", "state", "war", "film", "book", "stone"]
 
 
 def paragraphs(seed: int, count: int = 200) -> list[str]:
@@ -178,14 +176,18 @@ def run_command(arguments: list[str]) -> None:
     options = dict(SMALL.get(verb, {}))
     if verb == "prune" and {"--recover", "--recipe"} & set(arguments):
         options |= {f"recovery.{name}": value for name, value in SHORT_TRAINING.items()}
+    if "--recipe" in arguments:
+        options |= {"tasks": "piqa"}  # in place of seven
     for name, value in options.items():
         option = f"--{name.replace('_', '-')}"
         if option not in arguments:
             arguments = [*arguments, option, *([] if value is True else [str(value)])]
+    code: object = 0
     try:
         main(arguments)
     except SystemExit as stop:
-        assert not stop.code, f"adapruner {shlex.join(arguments)} ended with code {stop.code}"
+        code = stop.code
+    assert not code, f"adapruner {shlex.join(arguments)} ended with code {code}"
 
 
 def check_data(content: str, info: str) -> None:
@@ -263,7 +265,7 @@ def test_the_cells_of_a_notebook_run(notebook: Path) -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("material") is None, reason="mkdocs-material is not installed")
 def test_the_site_is_built_and_needs_nothing_from_elsewhere(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr
     pages = sorted(tmp_path.rglob("*.html"))
@@ -274,4 +276,4 @@ def test_the_site_is_built_and_needs_nothing_from_elsewhere(tmp_path: Path) -> N
     for name in PruneConfig.model_fields:
         assert name in ("model", "recovery") or f"--{name.replace('_', '-')}</code>" in options, name
     assert "--recovery.steps" in (tmp_path / "reference" / "cli" / "index.html").read_text()
-    assert "Raises:" not in (tmp_path / "reference" / "python" / "index.html").read_text()
+    assert 'id="adapruner.prune"' in (tmp_path / "reference" / "python" / "index.html").read_text()
