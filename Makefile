@@ -59,11 +59,13 @@ docs: .venv/docs
 
 # Runs on the interpreters that are here, and says which are missing.
 test-matrix: .venv/dev .data/ready
-	ADAPRUNER_DATA=$(abspath .data)$(if $(ADAPRUNER_DATA),:$(ADAPRUNER_DATA)) $(BIN)/nox
+	ADAPRUNER_DATA=$(DATA) $(BIN)/nox
 
-# What is in .venv, which the tests ran with: of a build for the CPU the version alone.
+# What is in .venv, which the tests ran with; of a build for the CPU the version alone.
 constraints: .venv/dev
-	$(BIN)/pip freeze --exclude-editable | grep -v ' @ ' | sed 's/+cpu$$//' > constraints.txt
+	$(BIN)/python -c "import platform as p; print('# Made by make constraints: Python', p.python_version(), p.system())" > $@.txt
+	$(BIN)/pip freeze --exclude-editable | grep -v ' @ ' | sed 's/+cpu$$//' >> $@.txt
 
+# Strict: a version that could not be asked about is a failure too.
 audit: .venv/dev
-	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip
+	$(BIN)/pip-audit --strict --requirement constraints.txt --no-deps --disable-pip
