@@ -46,3 +46,26 @@ bench: .venv/dev .data/ready
 
 clean:
 	rm -rf .venv .data runs
+
+.PHONY: docs test-matrix constraints audit
+
+# Nothing is fetched while the site is built.
+docs: .venv/docs
+	$(BIN)/mkdocs build --strict
+
+.venv/docs: pyproject.toml | .venv/bin/pip
+	$(BIN)/pip install --quiet --editable '.[docs]'
+	touch $@
+
+# Runs on the interpreters that are here, and says which are missing.
+test-matrix: .venv/dev .data/ready
+	ADAPRUNER_DATA=$(DATA) $(BIN)/nox
+
+# What is in .venv, which the tests ran with; of a build for the CPU the version alone.
+constraints: .venv/dev
+	$(BIN)/python -c "import platform as p; print('# Made by make constraints: Python', p.python_version(), p.system())" > $@.txt
+	$(BIN)/pip freeze --exclude-editable | grep -v ' @ ' | sed 's/+cpu$$//' >> $@.txt
+
+# Strict: a version that could not be asked about is a failure too.
+audit: .venv/dev
+	$(BIN)/pip-audit --strict --requirement constraints.txt --no-deps --disable-pip

@@ -10,7 +10,14 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from adapruner.calibration import draw_windows, generate_windows, parse_source, read_documents, text_windows
+from adapruner.calibration import (
+    draw_windows,
+    generate_windows,
+    parse_source,
+    read_documents,
+    read_records,
+    text_windows,
+)
 from adapruner.errors import AdaPrunerError
 
 
@@ -58,6 +65,20 @@ def test_named_sources_are_read_from_the_data_folder(tmp_path: Path, monkeypatch
     assert read_documents(parse_source("wikitext2")) == ["", " = Title = \n", "", " w1 w2 \n"]
     assert read_documents(parse_source("ptb")) == ["w1 w2", "w3"]
     assert read_documents(parse_source("boolq-passages")) == ["w1 w2"]
+
+
+def test_data_sets_of_the_hub_are_read_from_saved_folders_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a large one no more than would be read from the hub."""
+    monkeypatch.setenv("ADAPRUNER_DATA", str(tmp_path))
+    Dataset.from_dict({"text": ["w1"] * 20_001, "url": ["x"] * 20_001}).save_to_disk(tmp_path / "c4/train")
+    assert read_documents(parse_source("c4")) == ["w1"] * 20_000
+    Dataset.from_dict({"text": ["w1", "w2"]}).save_to_disk(tmp_path / "bookcorpus/train")
+    assert read_documents(parse_source("bookcorpus")) == ["w1", "w2"]
+    record = {"instruction": "w1", "input": "", "output": "w2"}
+    Dataset.from_list([record]).save_to_disk(tmp_path / "alpaca/train")
+    assert read_records(parse_source("alpaca")) == [record]
 
 
 def test_parts_are_disjoint_and_complete(text_file: Path) -> None:

@@ -245,7 +245,10 @@ def benchmark(
     Args:
         model: as for `load`.
         against: the model to compare with, the dense one as a rule.
-        batch_sizes, prompt, generated, repetitions: see `evaluation.measure_speed`.
+        batch_sizes: sequences at once.
+        prompt: tokens that are read at once.
+        generated: tokens that are then generated one by one.
+        repetitions: of which the median is taken, after one that does not count.
 
     Raises:
         AdaPrunerError: an option or a model will not do; before the weights are loaded.

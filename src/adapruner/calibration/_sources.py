@@ -187,7 +187,8 @@ def _read_known(name: str, known: _KnownSource, option: str) -> _Rows:
         return _from_dataset(dataset, known.columns, known.hub, split, known.limit)
     if path.is_dir():
         dataset = datasets.load_from_disk(str(path))
-        return _Rows(_columns_of(dataset, known.columns), name, split, f"local copy {dataset._fingerprint}")
+        rows = _columns_of(dataset, known.columns, known.limit)
+        return _Rows(rows, name, split, f"local copy {dataset._fingerprint}")
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     texts = [(line if line.strip() else "") if known.lines == "keep" else line.strip() for line in lines]
     return _Rows([{"text": text} for text in texts], name, split, _content_hash(path))

