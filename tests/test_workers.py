@@ -175,7 +175,7 @@ def test_what_a_helper_has_measured_is_not_measured_again(
     run.statistics_parts.mkdir()
     alone = measure(model, job.structure, pool)
     for start in (4, 12):
-        run.save_statistics(alone.select(range(start, start + 4)), run.statistics_parts / f"{start:06}-4.safetensors")
+        run.save_part(alone.select(range(start, start + 4)), run.statistics_parts / f"{start:06}-4.safetensors")
     help_measuring(job, model, pool, 0.5, Reporter())
     assert asked == [16, 20, 0, 8]
     torch.testing.assert_close(stage_measure(job, model, pool, None, Reporter()).taylor, alone.taylor)

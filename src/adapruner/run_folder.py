@@ -9,17 +9,19 @@ import random
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from adapruner.config import PruneConfig
 from adapruner.errors import AdaPrunerError
+from adapruner.files import Manifest, write_atomically
 from adapruner.measurement import InputMoments, Statistics
 from adapruner.planning import PruningPlan
 from adapruner.recovery import working_folder
@@ -31,7 +33,8 @@ _PROBES = 3
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths of a run; files are written beside their place and renamed into it, so that a kill leaves no half ones."""
+    """Paths of a run. Files are written beside their place and renamed into it, so that a kill leaves no half ones, and
+    named in a manifest, so that what was changed or damaged since is not taken for what it was."""
 
     path: Path
 
@@ -95,6 +98,10 @@ class RunFolder:
     def log(self) -> Path:
         return self.path / "log.jsonl"
 
+    @property
+    def manifest(self) -> Manifest:
+        return Manifest(self.path)
+
     def check(self, config: PruneConfig, overwrite: bool) -> None:
         """Refuses, before anything is done, a folder that cannot take this run.
 
@@ -123,9 +130,9 @@ class RunFolder:
             self._clear()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            _write_atomically(self.config, config.save)
         except OSError as error:
             raise AdaPrunerError(f"cannot write to {self.path}: {error.strerror}") from None
+        write_atomically(self.config, config.save)
 
     @contextlib.contextmanager
     def leading(self) -> Iterator[None]:
@@ -182,17 +189,44 @@ class RunFolder:
     def _leader(self) -> Path:
         return self.locks / "leader.lock"
 
-    def save_statistics(self, statistics: Statistics, path: Path) -> None:
+    def discard_damaged(self) -> list[Path]:
+        """Removes what was changed or damaged since it was written, for its stage to make it again; of a model, the
+        whole folder. What follows from it stays: the stage makes the same again.
+
+        Returns:
+            What is gone.
+        """
+        damaged = set(self.manifest.damaged()) | set(filter(_is_unreadable, self._readable_files()))
+        gone = {
+            next((folder for folder in (self.model, self.recovered) if folder in path.parents), path)
+            for path in damaged
+        }
+        if gone & {self.study, self.journal}:
+            # One means nothing without the other.
+            gone |= {path for path in (self.study, self.journal) if path.is_file()}
+        if gone:
+            # It is the last, and says what the others do.
+            gone |= {self.result} if self.result.is_file() else set()
+        for path in gone:
+            self._remove(path)
+        return sorted(gone)
+
+    def _readable_files(self) -> list[Path]:
+        """Those that any process can read without knowing more of them."""
+        files = (self.windows, self.statistics, self.study, self.journal, self.search, self.plan, self.evaluation)
+        return [path for path in (*files, self.result, *self.moments.glob("*.safetensors")) if path.is_file()]
+
+    def save_statistics(self, statistics: Statistics) -> None:
         """Writes statistics of the whole pool."""
-        _write_atomically(path, statistics.save)
+        self.manifest.write(self.statistics, statistics.save)
 
     def save_part(self, statistics: Statistics, path: Path) -> None:
         """Writes statistics of a part of the pool, which other processes may be writing too."""
-        _write_atomically(path, statistics.save, f".{uuid.uuid4().hex}")
+        write_atomically(path, statistics.save, f".{uuid.uuid4().hex}")
 
     def save_moments(self, moments: InputMoments, path: Path) -> None:
         """Writes the second moments of one block."""
-        _write_atomically(path, moments.save)
+        self.manifest.write(path, moments.save)
 
     def take_over(self, earlier: RunFolder, with_search: bool = True) -> None:
         """Takes what was measured in an earlier run, and found; large moments are linked where the file system can."""
@@ -200,15 +234,20 @@ class RunFolder:
             shutil.copy(path, self.path / path.name)
         if earlier.moments.is_dir():
             shutil.copytree(earlier.moments, self.moments, copy_function=_link_or_copy, dirs_exist_ok=True)
+        self.manifest.take_over(earlier.manifest)
 
     def save_plan(self, plan: PruningPlan) -> None:
-        _write_atomically(self.plan, plan.save)
+        self.manifest.write(self.plan, plan.save)
 
     def save_windows(self, windows: dict[str, Tensor]) -> None:
-        _write_atomically(self.windows, lambda partial: save_file(windows, partial))
+        self.manifest.write(self.windows, lambda partial: save_file(windows, partial))
 
     def save_json(self, content: dict[str, Any], path: Path) -> None:
-        _write_atomically(path, lambda partial: partial.write_text(json.dumps(content, indent=2) + "\n"))
+        self.manifest.write(path, lambda partial: partial.write_text(json.dumps(content, indent=2) + "\n"))
+
+    def name_model(self, folder: Path) -> None:
+        """Names the files of a finished model in the manifest, but for its card, which is for people to write on."""
+        self.manifest.name(path for path in folder.rglob("*") if path.is_file() and path.name != "README.md")
 
     def _is_empty(self) -> bool:
         """A kill before the config was in place leaves its unfinished file, and locks."""
@@ -216,26 +255,16 @@ class RunFolder:
         return self.path.is_dir() and all(path.name in unfinished for path in self.path.iterdir())
 
     def _clear(self) -> None:
-        for path in (
-            self.statistics_parts,
-            self.moments,
-            self.model,
-            self.recovered,
-            working_folder(self.recovered),
-        ):
+        files = (self.windows, self.statistics, self.journal, self.study, self.search, self.plan, self.evaluation)
+        folders = (self.statistics_parts, self.moments, self.model, self.recovered, working_folder(self.recovered))
+        for path in (*folders, *files, self.result, self.log, self.manifest.path, self.config):
+            self._remove(path)
+
+    def _remove(self, path: Path) -> None:
+        self.manifest.forget(path)
+        if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
-        for path in (
-            self.windows,
-            self.statistics,
-            self.journal,
-            self.study,
-            self.search,
-            self.plan,
-            self.evaluation,
-            self.result,
-            self.log,
-            self.config,
-        ):
+        else:
             path.unlink(missing_ok=True)
 
     def _refuse_other_config(self, config: PruneConfig) -> None:
@@ -266,12 +295,16 @@ def _link_or_copy(source: str, target: str) -> None:
         shutil.copy(source, target)
 
 
-def _write_atomically(path: Path, write: Callable[[Path], Any], writer: str = "") -> None:
-    """Writes a file beside its place and renames it.
-
-    Args:
-        writer: part of the name beside, where several processes may write the same.
-    """
-    partial = path.with_name(f"{path.name}{writer}.partial")
-    write(partial)
-    os.replace(partial, path)
+def _is_unreadable(path: Path) -> bool:
+    """Whether a file is not what its name says; a last line of a journal that a kill cut off is mended later."""
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt"):
+                return False
+        lines = path.read_text().splitlines(keepends=True) if path.suffix == ".journal" else [path.read_text()]
+        for line in lines:
+            if path.suffix != ".journal" or line.endswith("\n"):
+                json.loads(line)
+    except (OSError, ValueError, SafetensorError):
+        return True
+    return False

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from adapruner.files import replace_folder, saying_what_cannot_be_written, write_atomically
 from adapruner.models import quiet_transformers, whole_state
 
 
@@ -28,19 +28,22 @@ def save_checkpoint(
         model: as returned by `surgery.prune_model`; its dtype is kept.
         card: the content of README.md.
         shard_size: larger models are split into files of at most this size, which is also what writing takes of memory.
+
+    Raises:
+        AdaPrunerError: it cannot be written.
     """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     _make_generation_config_valid(model)
-    with quiet_transformers():
-        model.save_pretrained(partial, max_shard_size=shard_size, state_dict=whole_state(model))
-    tokenizer.save_pretrained(partial)
-    _complete_config(partial / "config.json", _deci_architecture(model))
-    if card is not None:
-        write_card(partial, card)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    with saying_what_cannot_be_written(folder):
+        with quiet_transformers():
+            model.save_pretrained(partial, max_shard_size=shard_size, state_dict=whole_state(model))
+        tokenizer.save_pretrained(partial)
+        _complete_config(partial / "config.json", _deci_architecture(model))
+        if card is not None:
+            write_card(partial, card)
+        replace_folder(partial, folder)
 
 
 def _make_generation_config_valid(model: PreTrainedModel) -> None:
@@ -55,9 +58,7 @@ def _make_generation_config_valid(model: PreTrainedModel) -> None:
 
 def write_card(folder: Path, card: str) -> None:
     """Writes the README.md of a checkpoint."""
-    partial = folder / "README.md.partial"
-    partial.write_text(card)
-    os.replace(partial, folder / "README.md")
+    write_atomically(folder / "README.md", lambda partial: partial.write_text(card))
 
 
 def _complete_config(path: Path, other_architectures: list[str]) -> None:

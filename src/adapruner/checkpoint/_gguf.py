@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +20,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from adapruner.checkpoint._gguf_tokenizer import add_tokenizer
 from adapruner.errors import AdaPrunerError
+from adapruner.files import being_written
 from adapruner.models import architecture_of
 
 GgufType = Literal["f32", "f16", "bf16", "q8_0"]
@@ -87,7 +86,7 @@ def write_gguf(model: PreTrainedModel, tokenizer: Tokenizer, path: Path, gguf_ty
     writer.add_file_type(_TYPES[gguf_type][1])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     interleaved_width = _head_dim(config) if architecture in _ROTATE_NEIGHBOURS else None
-    with _appearing_whole(path) as partial, contextlib.closing(writer):
+    with being_written(path) as partial, contextlib.closing(writer):
         _write_file(writer, partial, _named_tensors(model), _TYPES[gguf_type][0], interleaved_width)
 
 
@@ -270,15 +269,3 @@ def _interleaved(projection: Tensor, head_dim: int) -> Tensor:
     """
     halves: Tensor = projection.unflatten(0, (-1, 2, head_dim // 2))
     return halves.transpose(1, 2).flatten(0, 2)
-
-
-@contextlib.contextmanager
-def _appearing_whole(path: Path) -> Iterator[Path]:
-    """A file beside `path` to write to, which takes its place at the end if nothing went wrong."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

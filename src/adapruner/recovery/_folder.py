@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
@@ -16,6 +15,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from adapruner.checkpoint import save_checkpoint
 from adapruner.config import RecoveryOptions
 from adapruner.errors import AdaPrunerError
+from adapruner.files import write_atomically
 from adapruner.processes import this_process
 from adapruner.recovery._examples import Examples
 from adapruner.recovery._training import train
@@ -60,9 +60,7 @@ def recover_into(
     if not this_process().leads:
         return record
     save_checkpoint(model, tokenizer, folder, card(record))
-    partial = folder / f"{RECORD}.partial"
-    partial.write_text(json.dumps(record, indent=2) + "\n")
-    os.replace(partial, folder / RECORD)
+    write_atomically(folder / RECORD, lambda partial: partial.write_text(json.dumps(record, indent=2) + "\n"))
     shutil.rmtree(work, ignore_errors=True)
     return record
 
@@ -118,11 +116,9 @@ def start_folder(folder: Path, config: dict[str, Any], overwrite: bool) -> None:
             for old in (folder, work):
                 shutil.rmtree(old, ignore_errors=True)
         work.mkdir(parents=True, exist_ok=True)
-        partial = work / f"{_CONFIG}.partial"
-        partial.write_text(json.dumps(config))
-        os.replace(partial, work / _CONFIG)
     except OSError as error:
         raise AdaPrunerError(f"cannot write to {folder}: {error.strerror}") from None
+    write_atomically(work / _CONFIG, lambda partial: partial.write_text(json.dumps(config)))
 
 
 def _earlier_config(folder: Path) -> dict[str, Any] | None:

@@ -22,6 +22,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from adapruner.errors import AdaPrunerError
+from adapruner.files import write_atomically
 
 _WORKER = "worker"
 
@@ -86,9 +87,8 @@ class StudyPlace:
         self.locks.mkdir(parents=True, exist_ok=True)
         with FileLock(self.locks / "asking.lock"):
             if not self.record.is_file():
-                partial = self.record.with_name(f"{self.record.name}.partial")
-                partial.write_text(json.dumps({"place": self._described, "name": f"adapruner-{uuid.uuid4().hex}"}))
-                os.replace(partial, self.record)
+                record = json.dumps({"place": self._described, "name": f"adapruner-{uuid.uuid4().hex}"})
+                write_atomically(self.record, lambda partial: partial.write_text(record))
 
     def check_name(self, name: str) -> None:
         """Makes sure that the run is still the one that had this name.

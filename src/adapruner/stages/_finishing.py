@@ -18,6 +18,7 @@ from adapruner.job import Job
 from adapruner.measurement import StoredMoments
 from adapruner.models import empty_model, find_model, in_fastest_dtype, load_config, load_model
 from adapruner.planning import PruningPlan
+from adapruner.processes import this_process
 from adapruner.progress import Reporter
 from adapruner.recovery import read_record, recover_into, total_steps, window_examples
 from adapruner.stages._choosing import compensation_of
@@ -45,6 +46,7 @@ def stage_save(
             refit_sequentially(model, pruned, job.structure, plan, compensation, text, advance)
     with reporter.stage("saving", 1) as advance:
         save_checkpoint(pruned, job.tokenizer, job.run.model)
+        job.run.name_model(job.run.model)
         advance()
 
 
@@ -72,6 +74,8 @@ def stage_recover(
             raise AdaPrunerError(
                 f"{error}. The pruned model is whole: adapruner recover {run.model} trains it with other options"
             ) from None
+        if this_process().leads:
+            run.name_model(run.recovered)
     return record
 
 

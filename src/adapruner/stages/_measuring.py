@@ -81,7 +81,7 @@ def stage_measure(
         with reporter.stage("comparing removals", len(moments)) as advance:
             alone, eliminated = removal_errors(model, job.structure, moments, advance)
         statistics = replace(statistics, removal_error=alone, elimination_error=eliminated)
-    run.save_statistics(statistics, run.statistics)
+    run.save_statistics(statistics)
     shutil.rmtree(run.statistics_parts, ignore_errors=True)
     return statistics
 
