@@ -92,6 +92,10 @@ class RunFolder:
         return self.path / "result.json"
 
     @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @property
     def log(self) -> Path:
         return self.path / "log.jsonl"
 
@@ -210,6 +214,10 @@ class RunFolder:
     def save_json(self, content: dict[str, Any], path: Path) -> None:
         _write_atomically(path, lambda partial: partial.write_text(json.dumps(content, indent=2) + "\n"))
 
+    def save_report(self, page: str) -> None:
+        """Writes the report, which another process may be writing too."""
+        _write_atomically(self.report, lambda partial: partial.write_text(page, "utf-8"), f".{uuid.uuid4().hex}")
+
     def _is_empty(self) -> bool:
         """A kill before the config was in place leaves its unfinished file, and locks."""
         unfinished = {f"{self.config.name}.partial", self.locks.name}
@@ -233,6 +241,7 @@ class RunFolder:
             self.plan,
             self.evaluation,
             self.result,
+            self.report,
             self.log,
             self.config,
         ):
