@@ -13,14 +13,15 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from adapruner.planning import PruningPlan
-from adapruner.report._words import KINDS, LOSS_NAMES, shortened
+from adapruner.report._words import KINDS, LOSS_NAMES, described, shortened
+from adapruner.result import TITLES
 from adapruner.search import History, TriedPoint
 
 Numbers = dict[str, dict[str, dict[str, Any]]]
 
 # Colours that can be read on white and on near black.
 _COLOURS = {"dense": "#8b94a3", "best_fixed": "#c08a3e", "searched": "#3d7fd9", "recovered": "#17a08c"}
-_ACCENT, _SECOND, _FAINT = _COLOURS["searched"], _COLOURS["best_fixed"], "#8b94a3"
+_ACCENT, _SECOND, _CHOSEN, _FAINT = _COLOURS["searched"], _COLOURS["best_fixed"], _COLOURS["recovered"], "#8b94a3"
 _GRID = "rgba(128, 136, 150, 0.22)"
 _LINE_HEIGHT = 30
 
@@ -49,7 +50,7 @@ def removed_by_layer(plan: PruningPlan) -> go.Figure:
         )
         figure.update_yaxes(title_text=f"{name}<br>removed", row=row, col=1)
     figure.update_yaxes(tickformat=".0%", rangemode="tozero")
-    figure.update_xaxes(showgrid=False)
+    figure.update_xaxes(showgrid=False, zeroline=False)
     figure.update_xaxes(title_text="layer", row=len(shown), col=1)
     return _styled(figure, 80 + 160 * len(shown), bargap=0.25, showlegend=False)
 
@@ -57,40 +58,39 @@ def removed_by_layer(plan: PruningPlan) -> go.Figure:
 def trials(history: History, chosen: int | None, selection: str) -> go.Figure:
     """The loss of every trial in the order of their beginning, and the best so far."""
     known = [point for point in history.points if point.loss is not None]
+    whole = [point for point in known if not point.stopped]
     figure = go.Figure()
     for name, colour, symbol, points in (
         ("stopped early", _FAINT, "circle-open", [point for point in known if point.stopped]),
-        ("searched", _ACCENT, "circle", [p for p in known if not p.stopped and not p.fixed_metric]),
-        ("LLM-Pruner's metrics", _SECOND, "diamond", [point for point in known if point.fixed_metric]),
+        ("searched", _ACCENT, "circle", [point for point in whole if not point.fixed_metric]),
+        ("LLM-Pruner's metrics", _SECOND, "diamond", [point for point in whole if point.fixed_metric]),
+        ("chosen", _CHOSEN, "circle-open", [point for point in known if point.number == chosen]),
     ):
-        figure.add_scatter(
-            x=[point.number for point in points],
-            y=[point.loss for point in points],
-            name=name,
-            mode="markers",
-            marker={"color": colour, "symbol": symbol, "size": 8, "line": {"width": 1.2}},
-            text=[html.escape(point.fixed_metric or name, quote=False) for point in points],
-            hovertemplate="trial %{x}, %{text}: %{y:.4f}<extra></extra>",
-        )
-    whole = [point for point in known if not point.stopped]
+        if points:
+            is_ring = name == "chosen"
+            figure.add_scatter(
+                x=[point.number for point in points],
+                y=[point.loss for point in points],
+                name=name,
+                mode="markers",
+                marker={
+                    "color": colour,
+                    "symbol": symbol,
+                    "size": 17 if is_ring else 8,
+                    "line": {"color": colour, "width": 2.5 if is_ring else 1.2},
+                },
+                text=[html.escape(point.fixed_metric or name, quote=False) for point in points],
+                hovertemplate="trial %{x}, %{text}: %{y:.4f}<extra></extra>",
+            )
     figure.add_scatter(
-        x=[point.number for point in whole],
-        y=list(accumulate((_loss(point) for point in whole), min)),
+        x=[point.number for point in known],
+        y=list(accumulate((math.inf if point.stopped else _loss(point) for point in known), min)),
         name="best so far",
         mode="lines",
-        line={"color": _COLOURS["recovered"], "width": 2, "shape": "hv"},
-        hovertemplate="best up to trial %{x}: %{y:.4f}<extra></extra>",
-    )
-    best = [point for point in known if point.number == chosen]
-    figure.add_scatter(
-        x=[point.number for point in best],
-        y=[point.loss for point in best],
-        name="chosen",
-        mode="markers",
-        marker={"color": _COLOURS["recovered"], "symbol": "circle-open", "size": 17, "line": {"width": 2.5}},
+        line={"color": _CHOSEN, "width": 2, "shape": "hv"},
         hoverinfo="skip",
     )
-    figure.update_xaxes(title_text="trial", showgrid=False)
+    figure.update_xaxes(title_text="trial", showgrid=False, zeroline=False)
     figure.update_yaxes(title_text=LOSS_NAMES[selection])
     return _styled(figure, 380)
 
@@ -113,7 +113,7 @@ def importance(history: History) -> go.Figure:
     )
     figure.update_xaxes(visible=False, range=[0, max(shares) * 1.15])
     figure.update_yaxes(autorange="reversed", showgrid=False)
-    return _styled(figure, 40 + _LINE_HEIGHT * len(names), bargap=0.35, showlegend=False)
+    return _styled(figure, 30 + 25 * len(names), bargap=0.35, showlegend=False)
 
 
 def parallel_coordinates(history: History, chosen: int | None) -> go.Figure:
@@ -127,9 +127,11 @@ def parallel_coordinates(history: History, chosen: int | None) -> go.Figure:
     for name, colour, opacity, width, points in (
         ("others", _FAINT, 0.35, 1, searched[quarter:]),
         ("best quarter", _ACCENT, 0.7, 1.3, searched[:quarter]),
-        ("chosen", _COLOURS["recovered"], 1, 3, best),
+        ("chosen", _CHOSEN, 1, 3, best),
     ):
         rows = [row for point in points for row in [*_crossings(point, names), (None, None, "")]]
+        if not rows:
+            continue
         figure.add_scatter(
             x=[position for position, _, _ in rows],
             y=[row for _, row, _ in rows],
@@ -145,38 +147,43 @@ def parallel_coordinates(history: History, chosen: int | None) -> go.Figure:
         range=[-0.04, 1.04], tickvals=[0, 1], ticktext=["least", "most"], side="top", zeroline=False, showgrid=False
     )
     figure.update_yaxes(
-        autorange="reversed",
+        range=[len(names) - 0.6, -0.6],
         tickvals=list(range(len(names))),
         ticktext=[f"{_parameter(name)}<br>{_ends(history.ranges[name])}" for name in names],
         tickfont_size=11,
     )
-    return _styled(figure, 120 + 40 * len(names))
+    return _styled(figure, 110 + 36 * len(names))
 
 
-def perplexities(perplexity: Numbers, titles: dict[str, str]) -> go.Figure:
-    """Perplexity of every model on every text, with the standard error of the mean loss where it is known."""
-    figure = go.Figure()
-    for model, title in titles.items():
-        own = {text: by_model[model] for text, by_model in perplexity.items() if model in by_model}
-        if own:
-            values = [number["perplexity"] for number in own.values()]
-            errors = [perplexity_error(number) for number in own.values()]
-            figure.add_bar(
-                y=[_label(text) for text in own],
-                x=values,
-                orientation="h",
-                name=html.escape(title, quote=False),
-                marker_color=_COLOURS[model],
-                error_x=_error_bars(errors),
-                hovertemplate=f"{html.escape(title, quote=False)}: %{{x:.2f}}%{{customdata}}<extra></extra>",
-                customdata=[f" ± {error:.2f}" if error is not None else "" for error in errors],
-            )
+def perplexities(perplexity: Numbers) -> go.Figure:
+    """Perplexity of every model, text by text, with the standard error of the mean loss where it is known."""
+    figure = make_subplots(
+        rows=len(perplexity),
+        subplot_titles=[_label(text) for text in perplexity],
+        vertical_spacing=0.3 / len(perplexity),
+    )
+    bars = 0
+    for row, by_model in enumerate(perplexity.values(), start=1):
+        bars += len(by_model)
+        errors = [perplexity_error(number) for number in by_model.values()]
+        figure.add_bar(
+            y=[TITLES[model] for model in by_model],
+            x=[number["perplexity"] for number in by_model.values()],
+            orientation="h",
+            marker_color=[_COLOURS[model] for model in by_model],
+            error_x=_error_bars(errors),
+            hovertemplate="%{y}: %{x:.2f}%{customdata}<extra></extra>",
+            customdata=[f" ± {error:.2f}" if error is not None else "" for error in errors],
+            row=row,
+            col=1,
+        )
+    figure.update_annotations(x=0, xanchor="left", font_size=13)
     figure.update_yaxes(autorange="reversed", showgrid=False)
-    figure.update_xaxes(title_text="perplexity, less is better", rangemode="tozero")
-    return _styled(figure, 110 + (_LINE_HEIGHT + 4) * len(titles) * len(perplexity), bargap=0.25)
+    figure.update_xaxes(rangemode="tozero")
+    return _styled(figure, 60 * len(perplexity) + _LINE_HEIGHT * bars, bargap=0.3, showlegend=False, margin_t=34)
 
 
-def accuracies(tasks: Numbers, titles: dict[str, str]) -> go.Figure | None:
+def accuracies(tasks: Numbers, models: Iterable[str]) -> go.Figure | None:
     """Accuracy in every task that has one, with standard errors."""
     shown = {
         task: by_model for task, by_model in tasks.items() if all("acc" in own["metrics"] for own in by_model.values())
@@ -184,24 +191,30 @@ def accuracies(tasks: Numbers, titles: dict[str, str]) -> go.Figure | None:
     if not shown:
         return None
     figure = go.Figure()
-    for model, title in titles.items():
+    ends: list[float] = []
+    for model in models:
         own = {task: by_model[model] for task, by_model in shown.items() if model in by_model}
         if own:
+            values = [score["metrics"]["acc"] for score in own.values()]
             errors = [score["standard_errors"].get("acc") for score in own.values()]
+            ends += [
+                value + sign * (error or 0) for value, error in zip(values, errors, strict=True) for sign in (-1, 1)
+            ]
             figure.add_scatter(
                 y=[html.escape(task, quote=False) for task in own],
-                x=[score["metrics"]["acc"] for score in own.values()],
+                x=values,
                 orientation="h",
                 mode="markers",
-                name=html.escape(title, quote=False),
+                name=TITLES[model],
                 marker={"color": _COLOURS[model], "size": 10},
                 offsetgroup=model,
                 error_x=_error_bars(errors),
-                hovertemplate=f"%{{y}}, {html.escape(title, quote=False)}: %{{x:.4f}}%{{customdata}}<extra></extra>",
+                hovertemplate=f"%{{y}}, {TITLES[model]}: %{{x:.4f}}%{{customdata}}<extra></extra>",
                 customdata=[f" ± {error:.4f}" if error is not None else "" for error in errors],
             )
     figure.update_yaxes(autorange="reversed")
-    figure.update_xaxes(title_text="acc, more is better")
+    room = 0.05 * (max(ends) - min(ends)) + 0.01
+    figure.update_xaxes(title_text="acc, more is better", range=[min(ends) - room, max(ends) + room])
     return _styled(figure, 110 + 58 * len(shown), scattermode="group", scattergap=0.35)
 
 
@@ -248,20 +261,20 @@ def _ends(ends: tuple[float | int | str, ...]) -> str:
 
 
 def _value(value: float | int | str) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else html.escape(str(value), quote=False)
+    return html.escape(described(value), quote=False)
 
 
 def _label(text: str) -> str:
     return html.escape(shortened(text), quote=False)
 
 
-def _styled(figure: go.Figure, height: int, **layout: Any) -> go.Figure:
+def _styled(figure: go.Figure, height: int, margin_t: int = 12, **layout: Any) -> go.Figure:
     clear = "rgba(0, 0, 0, 0)"
     figure.update_layout(
         template=go.layout.Template(),
         height=height,
         autosize=True,
-        margin={"l": 8, "r": 12, "t": 12, "b": 8},
+        margin={"l": 8, "r": 12, "t": margin_t, "b": 8},
         paper_bgcolor=clear,
         plot_bgcolor=clear,
         font={"family": "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif", "size": 13},
@@ -270,6 +283,8 @@ def _styled(figure: go.Figure, height: int, **layout: Any) -> go.Figure:
         hovermode="closest",
         **layout,
     )
-    figure.update_xaxes(automargin=True, gridcolor=_GRID, zerolinecolor=_GRID, linecolor=_GRID, fixedrange=False)
-    figure.update_yaxes(automargin=True, gridcolor=_GRID, zerolinecolor=_GRID, linecolor=_GRID, title_standoff=10)
+    figure.update_xaxes(automargin=True, gridcolor=_GRID, zerolinecolor=_GRID, linecolor=_GRID, title_font_size=12)
+    figure.update_yaxes(
+        automargin=True, gridcolor=_GRID, zerolinecolor=_GRID, linecolor=_GRID, title_font_size=12, title_standoff=10
+    )
     return figure

@@ -21,7 +21,7 @@ from adapruner.planning import PruningPlan
 from adapruner.report import _figures
 from adapruner.report._command import command
 from adapruner.report._contents import Contents, read_contents
-from adapruner.report._words import KINDS, LOSS_NAMES
+from adapruner.report._words import KINDS, LOSS_NAMES, described, shortened
 from adapruner.result import TITLES
 from adapruner.run_folder import RunFolder
 
@@ -33,6 +33,7 @@ class Headline:
     label: str
     value: str
     note: str
+    error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def render(contents: Contents, refresh: int | None = None) -> str:
         loss_name=LOSS_NAMES[contents.config.selection],
         mix=_mix(contents),
         allocation=asdict(contents.outcome.best.budget) if contents.outcome else {},
-        figures={name: _figures.as_json(figure) for name, figure in _all_figures(contents, titles).items()},
+        figures={name: _figures.as_json(figure) for name, figure in _all_figures(contents).items()},
         sizes=_sizes(contents),
         command=command(contents.config, contents.path, contents.history.elsewhere),
         options=yaml.safe_dump(contents.config.model_dump(mode="json"), sort_keys=False),
@@ -107,7 +108,11 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["perplexity_error"] = _figures.perplexity_error
+    environment.filters |= {
+        "described": described,
+        "perplexity_error": _figures.perplexity_error,
+        "shortened": shortened,
+    }
     return environment
 
 
@@ -125,14 +130,14 @@ def _titles(contents: Contents) -> dict[str, str]:
     return {name: titles[name] for name in contents.models}
 
 
-def _all_figures(contents: Contents, titles: dict[str, str]) -> dict[str, go.Figure]:
+def _all_figures(contents: Contents) -> dict[str, go.Figure]:
     """The charts that there is something to draw in."""
     history, outcome = contents.history, contents.outcome
     chosen = outcome.best_trial if outcome else None
     figures: dict[str, go.Figure] = {}
     if contents.perplexity:
-        figures["perplexity"] = _figures.perplexities(contents.perplexity, titles)
-    if contents.tasks and (accuracies := _figures.accuracies(contents.tasks, titles)):
+        figures["perplexity"] = _figures.perplexities(contents.perplexity)
+    if contents.tasks and (accuracies := _figures.accuracies(contents.tasks, contents.models)):
         figures["accuracy"] = accuracies
     if contents.plan:
         figures["removed"] = _figures.removed_by_layer(contents.plan)
@@ -184,29 +189,25 @@ def _headlines(contents: Contents) -> list[Headline]:
     before, after = _parameters(contents, "dense"), _parameters(contents, contents.final)
     headlines = []
     if before and after and contents.final != "dense":
-        headlines.append(Headline("parameters", f"−{1 - after / before:.1%}", f"{before:,} → {after:,}"))
+        headlines.append(Headline("parameters", f"−{100 - 100 * after / before:.1f} %", f"{before:,} → {after:,}"))
     for text, by_model in contents.perplexity.items():
         if contents.final in by_model and contents.final != "dense":
             dense, final = by_model["dense"]["perplexity"], by_model[contents.final]["perplexity"]
             headlines.append(
-                Headline(f"perplexity, {text}", f"{final:.2f}", f"dense {dense:.2f}, × {final / dense:.2f}")
+                Headline(f"perplexity, {shortened(text)}", f"{final:.2f}", f"dense {dense:.2f}, × {final / dense:.2f}")
             )
     for metric in _mean_metrics(contents)[:1]:
         dense_mean, final_mean = (_mean(contents, name, metric) for name in ("dense", contents.final))
         if dense_mean and final_mean and contents.final != "dense":
             count = len(contents.tasks)
             which = f"mean {metric} of {count} tasks" if count > 1 else metric
-            headlines.append(Headline(which, _with_error(final_mean), f"dense {_with_error(dense_mean)}"))
+            note = f"dense {dense_mean[0]:.3f}" + ("" if dense_mean[1] is None else f" ± {dense_mean[1]:.3f}")
+            headlines.append(Headline(which, f"{final_mean[0]:.3f}", note, final_mean[1]))
     if contents.stages:
         seconds = sum(stage["seconds"] for stage in contents.stages.values())
         peak = max(stage["peak_memory_mib"] for stage in contents.stages.values())
         headlines.append(Headline("time", _duration(seconds), f"peak memory {peak / 1024:,.2f} GiB"))
     return headlines
-
-
-def _with_error(mean: tuple[float, float | None]) -> str:
-    value, error = mean
-    return f"{value:.3f}" + ("" if error is None else f" ± {error:.3f}")
 
 
 def _duration(seconds: float) -> str:
