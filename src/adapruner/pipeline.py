@@ -22,6 +22,7 @@ from adapruner.job import Job, prepare
 from adapruner.models import empty_model, load_config, resolve_device
 from adapruner.processes import Process, this_process
 from adapruner.progress import Reporter
+from adapruner.report import write_report
 from adapruner.result import PruneResult, build_result, read_result
 from adapruner.run_folder import RunFolder
 
@@ -189,6 +190,7 @@ def _run_stages(job: Job) -> PruneResult:
     result = build_result(job.config, plan, parameters, outcome, recovery, perplexities, scores, finished)
     stages.write_cards(job, plan, result)
     job.run.save_json(result, job.run.result)
+    write_report(job.run)
     return read_result(job.run)
 
 

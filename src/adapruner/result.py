@@ -20,7 +20,7 @@ from adapruner.search import Candidate
 
 RESULT_SCHEMA_VERSION = 2
 
-_TITLES = {"dense": "dense", "best_fixed": "best fixed metric", "searched": "searched", "recovered": "recovered"}
+TITLES = {"dense": "dense", "best_fixed": "best fixed metric", "searched": "searched", "recovered": "recovered"}
 
 
 class SearchOutcome(BaseModel):
@@ -56,6 +56,11 @@ class PruneResult:
         """The pruned checkpoint, the recovered one if it was trained; `adapruner.load` reads it."""
         run = RunFolder(self.output)
         return run.recovered if self.result["recovery"] else run.model
+
+    @property
+    def report(self) -> Path:
+        """The page that shows the run."""
+        return RunFolder(self.output).report
 
     def tables(self) -> list[Table]:
         """Parameters and perplexities of the dense, the best fixed metric's, the searched and the recovered model; and
@@ -99,8 +104,8 @@ def build_result(
         "plan_hash": plan.hash,
         "search": outcome.model_dump(),
         "recovery": recovery,
-        "perplexity": _by_text(perplexities),
-        "tasks": _by_text(scores),
+        "perplexity": by_text(perplexities),
+        "tasks": by_text(scores),
         "task_means": {
             name: mean_accuracies(score["metrics"] for score in by_task.values()) for name, by_task in scores.items()
         },
@@ -110,7 +115,7 @@ def build_result(
     }
 
 
-def _by_text(by_model: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def by_text(by_model: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Numbers by model and text, or task, the other way round."""
     texts = list(next(iter(by_model.values()), {}))
     return {text: {name: own[text] for name, own in by_model.items() if text in own} for text in texts}
@@ -126,7 +131,7 @@ def _table(result: dict[str, Any]) -> Table:
     for text in perplexity:
         table.add_column(f"perplexity\n{text}", justify="right")
     not_compensated = ", not compensated" if result["config"]["compensation"] != "none" else ""
-    titles = _TITLES | {"best_fixed": f"best fixed metric ({result['search']['best_fixed_name']}){not_compensated}"}
+    titles = TITLES | {"best_fixed": f"best fixed metric ({result['search']['best_fixed_name']}){not_compensated}"}
     for name, title in titles.items():
         if name == "recovered" and not result["recovery"]:
             continue
@@ -137,7 +142,7 @@ def _table(result: dict[str, Any]) -> Table:
 
 def _task_table(result: dict[str, Any]) -> Table:
     models = list(result["task_means"])
-    table = Table("task", "metric", *(_TITLES[name] for name in models), caption_justify="left")
+    table = Table("task", "metric", *(TITLES[name] for name in models), caption_justify="left")
     for task, by_model in result["tasks"].items():
         for metric in by_model["dense"]["metrics"]:
             cells = (_with_error(by_model[name], metric) for name in models)

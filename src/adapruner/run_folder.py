@@ -95,6 +95,10 @@ class RunFolder:
         return self.path / "result.json"
 
     @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @property
     def log(self) -> Path:
         return self.path / "log.jsonl"
 
@@ -249,6 +253,10 @@ class RunFolder:
         """Names the files of a finished model in the manifest, but for its card, which is for people to write on."""
         self.manifest.name(path for path in folder.rglob("*") if path.is_file() and path.name != "README.md")
 
+    def save_report(self, page: str) -> None:
+        """Writes the report, which another process may be writing too."""
+        write_atomically(self.report, lambda partial: partial.write_text(page, "utf-8"), f".{uuid.uuid4().hex}")
+
     def _is_empty(self) -> bool:
         """A kill before the config was in place leaves its unfinished file, and locks."""
         unfinished = {f"{self.config.name}.partial", self.locks.name}
@@ -257,7 +265,7 @@ class RunFolder:
     def _clear(self) -> None:
         files = (self.windows, self.statistics, self.journal, self.study, self.search, self.plan, self.evaluation)
         folders = (self.statistics_parts, self.moments, self.model, self.recovered, working_folder(self.recovered))
-        for path in (*folders, *files, self.result, self.log, self.manifest.path, self.config):
+        for path in (*folders, *files, self.result, self.report, self.log, self.manifest.path, self.config):
             self._remove(path)
 
     def _remove(self, path: Path) -> None:

@@ -1,8 +1,9 @@
-"""What is done with one model, dense or pruned, outside of a pruning run."""
+"""What is done with one model, dense or pruned, outside of a pruning run; and with a run that others are at."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -48,10 +49,14 @@ from adapruner.models import (
 )
 from adapruner.progress import Reporter
 from adapruner.recovery import check_folder, read_examples, recover_into, start_folder, total_steps, window_examples
+from adapruner.report import write_report
+from adapruner.run_folder import RunFolder
 from adapruner.structure import Structure, build_structure
 from adapruner.surgery import check_paddable, pad_to_stock
 
 ExportFormat = Literal["gguf", "stock"]
+
+_SECONDS_BETWEEN_REPORTS = 5
 
 
 def load(model: str | Path, dtype: Dtype = "auto", device: str = "auto") -> PreTrainedModel:
@@ -363,6 +368,23 @@ def export(
         push(path, push_to_hub)
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     return Exported(path, sum(file.stat().st_size for file in files))
+
+
+def write_reports(output: str | Path, watch: bool = False) -> Iterator[Path]:
+    """Writes the report of a run, finished or not; yields its path each time.
+
+    Args:
+        output: the run folder.
+        watch: write it every few seconds as long as a process is at the run, and once more when it has ended.
+
+    Raises:
+        AdaPrunerError: the folder holds no run, or cannot be written.
+    """
+    run = RunFolder(Path(output))
+    while watch and run.is_led():
+        yield write_report(run, _SECONDS_BETWEEN_REPORTS)
+        time.sleep(_SECONDS_BETWEEN_REPORTS)
+    yield write_report(run)
 
 
 def _card(location: ModelLocation, written: PreTrainedModel, trained: dict[str, Any] | None = None) -> str | None:

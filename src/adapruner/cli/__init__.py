@@ -17,13 +17,14 @@ from adapruner.cli.join import join
 from adapruner.cli.plan import plan
 from adapruner.cli.prune import prune
 from adapruner.cli.recover import recover
+from adapruner.cli.report import report
 from adapruner.config import describe
 from adapruner.errors import AdaPrunerError
 
 USER_ERROR = 2
 
 app = App(name="adapruner", help="Makes causal language models really smaller.")
-for verb in (prune, join, plan, recover, evaluate, benchmark, export, inspect):
+for verb in (prune, join, report, plan, recover, evaluate, benchmark, export, inspect):
     app.command(verb)
 
 

@@ -56,4 +56,5 @@ def prune(
         return
     console = Console()
     console.print(*result.tables(), sep="\n")
-    console.print(f"model: {result.model_folder}   plan {result.plan.hash[:12]}", highlight=False, soft_wrap=True)
+    last_line = f"model: {result.model_folder}   plan {result.plan.hash[:12]}   report {result.report}"
+    console.print(last_line, highlight=False, soft_wrap=True)

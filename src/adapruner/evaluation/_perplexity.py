@@ -47,6 +47,9 @@ class Perplexity:
             `stride` tokens of a window are context only, except in the first window.
         provenance: what the text is and how it was made into tokens (`calibration.provenance`): `data_set`, `split`,
             `revision`, `tokenizer`.
+        loss_standard_error: of the mean negative log-likelihood, in nats per token: the standard deviation over the
+            windows by the root of their number, which takes windows for independent; None where they overlap, or there
+            is but one.
     """
 
     perplexity: float
@@ -55,6 +58,7 @@ class Perplexity:
     windows: int
     stride: int
     provenance: dict[str, str] = field(default_factory=dict)
+    loss_standard_error: float | None = None
 
     @property
     def predicted_tokens(self) -> int:
@@ -95,15 +99,19 @@ def measure_perplexity(
     """
     length = windows.shape[1]
     stride = length if stride is None else stride
+    standard_error = None
     if stride == length:
-        mean = window_losses(model, windows, progress).mean()
+        losses = window_losses(model, windows, progress)
+        mean = losses.mean()
+        if len(losses) > 1:
+            standard_error = float(losses.std() / math.sqrt(len(losses)))
     else:
         first, others = window_losses(model, windows[:1], progress), windows[1:]
         total = first.sum() * (length - 1)
         if len(others):
             total += window_losses(model, others, progress, context=length - stride).sum() * stride
         mean = total / (length - 1 + len(others) * stride)
-    return Perplexity(math.exp(mean), text, length, len(windows), stride, provenance or {})
+    return Perplexity(math.exp(mean), text, length, len(windows), stride, provenance or {}, standard_error)
 
 
 def window_losses(

@@ -1,5 +1,6 @@
 """The joint search over calibration samples, importance metrics and allocation."""
 
+from adapruner.search._history import History, TriedPoint, read_history
 from adapruner.search._objective import Objective, plan_candidate
 from adapruner.search._shared import StudyPlace
 from adapruner.search._space import MOST_PROTECTED_FIRST, Candidate, Searched, SearchSpace, SpaceName, StartingPoint
@@ -11,6 +12,7 @@ __all__ = [
     "MOST_PROTECTED_FIRST",
     "Candidate",
     "Found",
+    "History",
     "Objective",
     "Search",
     "SearchResult",
@@ -20,6 +22,8 @@ __all__ = [
     "StartingPoint",
     "StudyPlace",
     "SubsetFamily",
+    "TriedPoint",
     "build_subset_family",
     "plan_candidate",
+    "read_history",
 ]

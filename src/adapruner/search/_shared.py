@@ -69,7 +69,8 @@ class StudyPlace:
             self._read_name()
 
     @property
-    def _described(self) -> str:
+    def described(self) -> str:
+        """What the record says of it, without a password."""
         return make_url(self.database).render_as_string(hide_password=True) if self.database else "its journal"
 
     @property
@@ -87,7 +88,7 @@ class StudyPlace:
         self.locks.mkdir(parents=True, exist_ok=True)
         with FileLock(self.locks / "asking.lock"):
             if not self.record.is_file():
-                record = json.dumps({"place": self._described, "name": f"adapruner-{uuid.uuid4().hex}"})
+                record = json.dumps({"place": self.described, "name": f"adapruner-{uuid.uuid4().hex}"})
                 write_atomically(self.record, lambda partial: partial.write_text(record))
 
     def check_name(self, name: str) -> None:
@@ -101,9 +102,9 @@ class StudyPlace:
 
     def _read_name(self) -> str:
         record = json.loads(self.record.read_text())
-        if record["place"] != self._described:
+        if record["place"] != self.described:
             raise AdaPrunerError(
-                f"the trials of {self.folder} are in {record['place']} and not in {self._described}: name the same"
+                f"the trials of {self.folder} are in {record['place']} and not in {self.described}: name the same"
                 " --storage"
             )
         return str(record["name"])

@@ -27,7 +27,7 @@ Judge = Callable[[Candidate], Iterable[Tensor]]
 # difference (see docs/benchmarks.md). It may be as good, but there will be others, and it counts with what it is likely
 # to be.
 _FEWEST_WINDOWS, _STANDARD_ERRORS = 8, 1.0
-_STOPPED = "stopped"
+STOPPED = "stopped"
 # Which of the starting points a trial is.
 _START = "start"
 
@@ -177,7 +177,7 @@ def _judged(trial: optuna.Trial, candidate: Candidate, judge: Judge, may_stop: b
                 differences = [loss - best.intermediate_values[step] for step, loss in enumerate(losses)]
                 mean = statistics.fmean(differences)
                 if mean > _STANDARD_ERRORS * statistics.stdev(differences) / math.sqrt(len(losses)):
-                    trial.set_user_attr(_STOPPED, True)
+                    trial.set_user_attr(STOPPED, True)
                     return _loss(best) + mean
     except AdaPrunerError:
         return math.inf
@@ -205,7 +205,7 @@ def _result(
     if any(map(_is_fixed, finished[:trials])):
         finished = finished[:trials]
     best_fixed = min(filter(_is_fixed, finished), key=_loss)
-    whole = sorted((trial for trial in finished if _STOPPED not in trial.user_attrs), key=_loss)
+    whole = sorted((trial for trial in finished if STOPPED not in trial.user_attrs), key=_loss)
     # The best fixed metric is always judged again, to compare with; trials with the same candidate count once.
     distinct: dict[str, FrozenTrial] = {}
     for trial in [best_fixed, *whole]:

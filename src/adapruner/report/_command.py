@@ -1,0 +1,38 @@
+"""The command that makes a run, from its config."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from adapruner.config import PruneConfig, PruneOptions
+
+
+def command(config: PruneConfig, output: Path, storage: str | None = None) -> str:
+    """The command line, one option a line, with those options alone that differ from their defaults.
+
+    Args:
+        storage: the database that keeps the trials.
+    """
+    options = _options(PruneOptions(**config.model_dump(exclude={"model"})))
+    if storage:
+        options.append(("--storage", storage))
+    return " \\\n    ".join(map(shlex.join, [("adapruner", "prune", config.model, "-o", str(output)), *options]))
+
+
+def _options(values: BaseModel, prefix: str = "--") -> list[tuple[str, ...]]:
+    options: list[tuple[str, ...]] = []
+    for field, definition in type(values).model_fields.items():
+        value = getattr(values, field)
+        name = prefix + field.replace("_", "-")
+        if value == definition.default:
+            continue
+        if isinstance(value, BaseModel):
+            options += _options(value, f"{name}.")
+        elif isinstance(value, bool):
+            options.append((name if value else f"{prefix}no-{field.replace('_', '-')}",))
+        else:
+            options += [(name, str(one)) for one in (value if isinstance(value, tuple) else (value,))]
+    return options
