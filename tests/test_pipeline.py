@@ -92,6 +92,7 @@ def test_the_result_is_a_smaller_model_with_its_numbers(
 def test_the_run_folder_holds_what_the_design_says(finished: adapruner.PruneResult) -> None:
     assert {path.name for path in finished.output.iterdir()} == {
         "config.yaml",
+        "manifest.json",
         "windows.safetensors",
         "statistics.safetensors",
         "moments",

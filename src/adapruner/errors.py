@@ -1,4 +1,8 @@
-"""The one exception class whose message is written for the user."""
+"""The one exception class whose message is written for the user, and what to say of failures of the machine."""
+
+from __future__ import annotations
+
+import errno
 
 
 class AdaPrunerError(Exception):
@@ -6,3 +10,29 @@ class AdaPrunerError(Exception):
 
     The command line prints the message on one line and exits with code 2; it never shows a traceback for it.
     """
+
+
+class NonFiniteError(AdaPrunerError):
+    """Some numbers became infinite or no numbers: broken weights, a dtype that is too narrow, or a bad sample."""
+
+
+def describe_failure(error: BaseException) -> str | None:
+    """What went wrong, and what helps, where the machine has given out and not the program: memory, disk, permissions;
+    None for anything else."""
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _is_about_memory(str(error))):
+        return "out of memory: --layer-wise, --dtype bfloat16 and a smaller --pool take less"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"no space left on the disk{_of(error)}: free some"
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"{(error.strerror or 'the system refuses').lower()}{_of(error)}"
+    return None
+
+
+def _is_about_memory(message: str) -> bool:
+    """PyTorch has no exception of its own for the memory of the CPU; the last one is what oneDNN says of it."""
+    signs = ("out of memory", "can't allocate memory", "bad_alloc", "could not create a primitive")
+    return any(sign in message.lower() for sign in signs)
+
+
+def _of(error: OSError) -> str:
+    return f" ({error.filename})" if error.filename else ""

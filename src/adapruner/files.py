@@ -74,7 +74,7 @@ def saying_what_cannot_be_written(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         cause = getattr(error, "strerror", None) or str(error)
-        raise AdaPrunerError(f"cannot write {path}: {cause}") from None
+        raise AdaPrunerError(f"cannot write {path}: {cause}. What was written before stays") from None
 
 
 def _flush(path: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,14 @@ from adapruner import stages
 from adapruner.checkpoint import check_push, push
 from adapruner.config import PruneConfig, RecoveryOptions, read_recipe
 from adapruner.cost import estimate_cost
-from adapruner.errors import AdaPrunerError
+from adapruner.errors import AdaPrunerError, NonFiniteError, describe_failure
 from adapruner.job import Job, prepare
+from adapruner.measurement import Statistics, StoredMoments
 from adapruner.models import empty_model, load_config, resolve_device
 from adapruner.processes import Process, this_process
 from adapruner.progress import Reporter
 from adapruner.report import write_report
-from adapruner.result import PruneResult, build_result, read_result
+from adapruner.result import PruneResult, SearchOutcome, build_result, read_result
 from adapruner.run_folder import RunFolder
 
 # Parameters of models for which it is worth to look ahead.
@@ -66,14 +69,27 @@ def prune(
     run.check(config, overwrite)
     if push_to_hub:
         check_push(push_to_hub)
-    if overwrite or not run.result.is_file():
-        job = prepare(config, run, run.windows if not overwrite else None, storage, overwrite)
+    if overwrite or not run.config.is_file():
+        job = prepare(config, run, None, storage, overwrite)
         with run.leading():
             run.create(config, overwrite)
             _run_stages(job)
+    else:
+        with run.leading():
+            _discard_damaged(run)
+            if not run.result.is_file():
+                _run_stages(prepare(config, run, run.windows, storage))
+            elif not run.report.is_file():
+                write_report(run)
     if push_to_hub:
         push(run.recovered if config.recover else run.model, push_to_hub)
     return read_result(run)
+
+
+def _discard_damaged(run: RunFolder) -> None:
+    for path in run.discard_damaged():
+        if path != run.result:
+            Reporter().note(f"{path} was changed or damaged since it was written: it is made again")
 
 
 def _config(model: str | None, recipe: str | Path | None, options: dict[str, Any]) -> PruneConfig:
@@ -102,6 +118,11 @@ def plan_again(source: str | Path, output: str | Path, ratio: float, overwrite: 
         raise AdaPrunerError(f"{output} is the earlier run itself: choose another output")
     if not earlier.search.is_file():
         raise AdaPrunerError(f"{source} holds no finished search: run adapruner prune first")
+    if damaged := earlier.damaged_measurements():
+        raise AdaPrunerError(
+            f"{damaged[0]} was changed or damaged since it was written: give the command of that run again, which makes"
+            " it again"
+        )
     options = PruneConfig.load(earlier.config).model_dump() | {"ratio": ratio}
     config = PruneConfig.from_options(**options)
     run.check(config, overwrite)
@@ -169,29 +190,59 @@ def _help(
 
 def _run_stages(job: Job) -> PruneResult:
     reporter = Reporter(job.run.log)
-    # Before there is anything to help with: helpers read where the trials will be.
-    job.study.register()
-    if job.structure.total_parameters >= _LONG and not job.run.statistics.is_file():
-        _announce_cost(job, reporter)
-    model = stages.stage_load(job, reporter)
-    windows = stages.stage_windows(job, model, reporter)
+    with _saying_what_is_kept(job.run, reporter):
+        # Before there is anything to help with: helpers read where the trials will be.
+        job.study.register()
+        if job.structure.total_parameters >= _LONG and not job.run.statistics.is_file():
+            _announce_cost(job, reporter)
+        model = stages.stage_load(job, reporter)
+        windows = stages.stage_windows(job, model, reporter)
+        try:
+            moments, statistics, outcome = _choose(job, model, windows, reporter)
+        except NonFiniteError as error:
+            windows = stages.drop_broken_windows(job, model, windows, error, reporter)
+            moments, statistics, outcome = _choose(job, model, windows, reporter)
+        plan = stages.stage_plan(job, statistics, outcome)
+        fixed_plan = stages.plan_at_ratio(job.structure, statistics, outcome.best_fixed, job.config)
+        del statistics
+        stages.stage_save(job, model, plan, moments, windows, reporter)
+        recovery = stages.stage_recover(job, model, windows, reporter)
+        perplexities = stages.stage_evaluate(job, model, fixed_plan, reporter)
+        scores = stages.stage_tasks(job, model, reporter)
+        parameters = stages.count_saved_parameters(job.run.model)
+        finished = reporter.finished_stages()
+        counts = {use: len(each) for use, each in windows.items()}
+        result = build_result(job.config, plan, parameters, outcome, recovery, perplexities, scores, finished, counts)
+        stages.write_cards(job, plan, result)
+        job.run.save_json(result, job.run.result)
+        write_report(job.run)
+    return read_result(job.run)
+
+
+def _choose(
+    job: Job, model: PreTrainedModel, windows: dict[str, Tensor], reporter: Reporter
+) -> tuple[StoredMoments | None, Statistics, SearchOutcome]:
     moments = stages.stage_moments(job, model, windows, reporter)
     statistics = stages.stage_measure(job, model, windows["pool"], moments, reporter)
-    outcome = stages.stage_search(job, model, statistics, moments, windows["objective"], reporter)
-    plan = stages.stage_plan(job, statistics, outcome)
-    fixed_plan = stages.plan_at_ratio(job.structure, statistics, outcome.best_fixed, job.config)
-    del statistics
-    stages.stage_save(job, model, plan, moments, windows, reporter)
-    recovery = stages.stage_recover(job, model, windows, reporter)
-    perplexities = stages.stage_evaluate(job, model, fixed_plan, reporter)
-    scores = stages.stage_tasks(job, model, reporter)
-    parameters = stages.count_saved_parameters(job.run.model)
-    finished = reporter.finished_stages()
-    result = build_result(job.config, plan, parameters, outcome, recovery, perplexities, scores, finished)
-    stages.write_cards(job, plan, result)
-    job.run.save_json(result, job.run.result)
-    write_report(job.run)
-    return read_result(job.run)
+    return moments, statistics, stages.stage_search(job, model, statistics, moments, windows["objective"], reporter)
+
+
+@contextlib.contextmanager
+def _saying_what_is_kept(run: RunFolder, reporter: Reporter) -> Iterator[None]:
+    """Turns failures of the machine into one line.
+
+    Raises:
+        AdaPrunerError: in their place.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError) as error:
+        failure = describe_failure(error)
+        if failure is None:
+            raise
+        raise AdaPrunerError(
+            f"{reporter.current}: {failure}. What was done before is kept in {run.path}: the same command goes on"
+        ) from error
 
 
 def _announce_cost(job: Job, reporter: Reporter) -> None:

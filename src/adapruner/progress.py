@@ -1,44 +1,56 @@
-"""What the user sees while it runs: bars on a terminal, one line per stage in a log; and the log file of the run."""
+"""What the user sees while it runs: bars on a terminal and in a notebook, one line per stage in a log; and the log file
+of the run."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import json
+import os
 import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+# A variable of the environment: where it is set, nothing but errors and advice is said; processes that are started
+# inherit it.
+QUIET = "ADAPRUNER_QUIET"
 # Advances a stage by some steps; the text is shown beside the bar.
 Advance = Callable[..., None]
 
 
 class Reporter:
-    """Reports stages on stderr and, where a file is given, as JSON lines in it."""
+    """Reports stages on stderr and, where a file is given, as JSON lines in it.
+
+    Attributes:
+        current: the stage that was last begun.
+    """
 
     def __init__(self, log: Path | None = None) -> None:
-        self.console = Console(stderr=True)
+        self.console = Console(stderr=True, quiet=bool(os.environ.get(QUIET)))
+        self.shows_bars = self.console.is_terminal or (self.console.is_jupyter and find_spec("ipywidgets") is not None)
         self.log = log
+        self.current = "preparing"
 
     @contextlib.contextmanager
     def stage(self, name: str, total: int) -> Iterator[Advance]:
         """Wraps one stage of `total` steps; yields the function that advances it."""
-        started = time.monotonic()
+        started, self.current = time.monotonic(), name
         _forget_peak_memory()
         self._record(event="started", stage=name, memory_mib=_memory_mib("VmRSS:"))
-        if self.console.is_terminal:
+        if self.shows_bars:
             yield from self._with_bar(name, total)
         else:
             yield lambda steps=1, text="": None
         seconds = time.monotonic() - started
-        if not self.console.is_terminal:
-            print(f"{name}: done in {seconds:.1f} s", file=sys.stderr, flush=True)
+        if not self.shows_bars:
+            self.note(f"{name}: done in {seconds:.1f} s")
         self._record(event="finished", stage=name, seconds=round(seconds, 2), peak_memory_mib=_peak_memory_mib())
 
     def note(self, line: str) -> None:
@@ -50,7 +62,7 @@ class Reporter:
         stages: dict[str, dict[str, float]] = {}
         if self.log and self.log.is_file():
             for line in self.log.read_text().splitlines():
-                with contextlib.suppress(json.JSONDecodeError):  # the line that a kill cut off
+                with contextlib.suppress(ValueError, KeyError, TypeError):  # the line that a kill cut off
                     entry = json.loads(line)
                     if entry["event"] == "finished":
                         stages[entry["stage"]] = {key: entry[key] for key in ("seconds", "peak_memory_mib")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +20,9 @@ from adapruner.run_folder import RunFolder
 from adapruner.search import Candidate
 
 RESULT_SCHEMA_VERSION = 2
+
+# From when on people are told about it: a perplexity that has grown so many times, so little text, widths so odd.
+_MUCH_WORSE, _FEW_WINDOWS, _FRIENDLY_MULTIPLE = 2.0, 256, 8
 
 TITLES = {"dense": "dense", "best_fixed": "best fixed metric", "searched": "searched", "recovered": "recovered"}
 
@@ -62,6 +66,10 @@ class PruneResult:
         """The page that shows the run."""
         return RunFolder(self.output).report
 
+    def advice(self) -> list[str]:
+        """What about the outcome should not go unseen, and what helps; a line each."""
+        return [*_about_perplexity(self.result), *_about_text(self.result), *_about_widths(self.plan)]
+
     def tables(self) -> list[Table]:
         """Parameters and perplexities of the dense, the best fixed metric's, the searched and the recovered model; and
         what they score in tasks, if any were run."""
@@ -82,6 +90,7 @@ def build_result(
     perplexities: dict[str, dict[str, Any]],
     scores: dict[str, dict[str, Any]],
     stages: dict[str, dict[str, float]],
+    windows: dict[str, int],
 ) -> dict[str, Any]:
     """The content of `result.json`: every number with what it needs to be had again.
 
@@ -92,6 +101,7 @@ def build_result(
             metric is used elsewhere, without compensation, though trials of it are compensated as all are.
         scores: by model, then by task.
         stages: seconds and peak memory of every stage.
+        windows: how many there were, by use.
     """
     return {
         "schema_version": RESULT_SCHEMA_VERSION,
@@ -109,6 +119,7 @@ def build_result(
         "task_means": {
             name: mean_accuracies(score["metrics"] for score in by_task.values()) for name, by_task in scores.items()
         },
+        "windows": windows,
         "stages": stages,
         "versions": {name: version(name) for name in ("adapruner", "torch", "transformers", "optuna")}
         | {"python": platform.python_version()},
@@ -156,3 +167,30 @@ def _task_table(result: dict[str, Any]) -> Table:
 def _with_error(score: dict[str, Any], metric: str) -> str:
     error = score["standard_errors"].get(metric)
     return f"{score['metrics'][metric]:.4f}" + (f" ± {error:.4f}" if error is not None else "")
+
+
+def _about_perplexity(result: dict[str, Any]) -> Iterator[str]:
+    last = "recovered" if result["recovery"] else "searched"
+    training = "training it longer" if result["recovery"] else "--recover SRC, which trains it,"
+    for text, by_model in result["perplexity"].items():
+        dense, pruned = (by_model[name]["perplexity"] for name in ("dense", last))
+        if not pruned <= _MUCH_WORSE * dense:
+            yield f"perplexity on {text} rose from {dense:.1f} to {pruned:.1f}: {training} or a lower --ratio helps"
+
+
+def _about_text(result: dict[str, Any]) -> Iterator[str]:
+    count = result["windows"].get("compensation")
+    if count is not None and count < _FEW_WINDOWS:
+        yield (
+            f"what stays was fitted on {count} windows of text: more calibration text, or more --compensation-windows,"
+            " makes a better model"
+        )
+
+
+def _about_widths(plan: PruningPlan) -> Iterator[str]:
+    odd = [block for block in plan.blocks if block.kind == "channels" and len(block.kept) % _FRIENDLY_MULTIPLE]
+    if odd:
+        yield (
+            f"the feed-forward widths of {len(odd)} layers are no multiples of {_FRIENDLY_MULTIPLE}, with which most"
+            " devices are faster: --round-to 32 keeps to those"
+        )

@@ -160,7 +160,7 @@ class RunFolder:
             yield
         finally:
             lock.release()
-        self._remove_free_locks()
+            self._remove_free_locks()
 
     def is_led(self) -> bool:
         """Whether a process is at the run."""
@@ -215,6 +215,14 @@ class RunFolder:
             self._remove(path)
         return sorted(gone)
 
+    def damaged_measurements(self) -> list[Path]:
+        """What other runs take over, and was changed or damaged since it was written."""
+        taken = {self.windows, self.statistics, self.search}
+        return sorted(path for path in self._damaged() if path in taken or path.parent == self.moments)
+
+    def _damaged(self) -> set[Path]:
+        return {*self.manifest.damaged(), *filter(_is_unreadable, self._readable_files())}
+
     def _readable_files(self) -> list[Path]:
         """Those that any process can read without knowing more of them."""
         files = (self.windows, self.statistics, self.study, self.journal, self.search, self.plan, self.evaluation)
@@ -245,6 +253,13 @@ class RunFolder:
 
     def save_windows(self, windows: dict[str, Tensor]) -> None:
         self.manifest.write(self.windows, lambda partial: save_file(windows, partial))
+
+    def replace_windows(self, windows: dict[str, Tensor]) -> None:
+        """Writes other windows, of which nothing has been measured; processes that help with those of before stop."""
+        self.save_windows(windows)
+        shutil.rmtree(self.statistics_parts, ignore_errors=True)
+        self._remove(self.study)
+        self._remove(self.journal)
 
     def save_json(self, content: dict[str, Any], path: Path) -> None:
         self.manifest.write(path, lambda partial: partial.write_text(json.dumps(content, indent=2) + "\n"))

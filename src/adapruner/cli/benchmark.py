@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -9,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from adapruner import verbs
-from adapruner.cli._output import print_json
+from adapruner.cli._output import print_advice, print_json
 from adapruner.config import Dtype
 from adapruner.evaluation import Speed
 
@@ -55,7 +56,7 @@ def benchmark(
         print_json({name: speed.as_json() for name, speed in speeds.items()})
     else:
         Console().print(_table(speeds, prompt, new_tokens))
-    _warn(speeds[model], speeds[against] if against else None)
+    print_advice([*_advice(speeds[model], speeds[against] if against else None)])
 
 
 def _table(speeds: dict[str, Speed], prompt: int, new_tokens: int) -> Table:
@@ -86,23 +87,16 @@ def _table(speeds: dict[str, Speed], prompt: int, new_tokens: int) -> Table:
     return table
 
 
-def _warn(speed: Speed, dense: Speed | None) -> None:
-    """What stands in the way of speed, on stderr."""
-    console = Console(stderr=True)
+def _advice(speed: Speed, dense: Speed | None) -> Iterator[str]:
+    """What stands in the way of speed."""
     if speed.unfriendly_widths:
         numbers = [str(layer) for layer in speed.unfriendly_widths]
         layers = ", ".join(numbers[:8]) + (" …" if len(numbers) > 8 else "")
-        console.print(
-            f"adapruner: the feed-forward widths of layers {layers} are no multiples of {speed.friendly_multiple}, with"
-            f" which this device is faster: prune with --round-to {speed.friendly_multiple}",
-            style="yellow",
-            soft_wrap=True,
+        yield (
+            f"the feed-forward widths of layers {layers} are no multiples of {speed.friendly_multiple}, with which this"
+            f" device is faster: prune with --round-to {speed.friendly_multiple}"
         )
     for kind, what in (("prefill", "reads prompts"), ("decode", "generates")):
         for batch, rate in getattr(speed, kind).items():
             if dense and rate.median <= getattr(dense, kind)[batch].median:
-                console.print(
-                    f"adapruner: the model {what} no faster than the one beside it at batch size {batch}",
-                    style="yellow",
-                    soft_wrap=True,
-                )
+                yield f"the model {what} no faster than the one beside it at batch size {batch}"

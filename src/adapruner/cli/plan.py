@@ -9,7 +9,7 @@ from cyclopts import Parameter
 from rich.console import Console
 
 from adapruner import pipeline
-from adapruner.cli._output import print_json
+from adapruner.cli._output import print_advice, print_json
 
 
 def plan(
@@ -37,6 +37,7 @@ def plan(
         Print result.json on stdout instead of the tables.
     """
     result = pipeline.plan_again(run, output, ratio, overwrite)
+    print_advice(result.advice())
     if json:
         print_json(result.result)
         return

@@ -9,7 +9,7 @@ from cyclopts import Parameter
 from rich.console import Console
 
 from adapruner import pipeline
-from adapruner.cli._output import print_json
+from adapruner.cli._output import print_advice, print_json
 from adapruner.config import PruneOptions
 from adapruner.processes import this_process
 
@@ -51,6 +51,7 @@ def prune(
     result = pipeline.prune(model, output, overwrite, push_to_hub, recipe, storage, **given)
     if not this_process().leads:
         return
+    print_advice(result.advice())
     if json:
         print_json(result.result)
         return

@@ -9,7 +9,7 @@ from cyclopts import Parameter
 from rich.console import Console
 
 from adapruner import verbs
-from adapruner.cli._output import print_json
+from adapruner.cli._output import print_advice, print_json
 from adapruner.config import Dtype, RecoveryOptions
 
 
@@ -63,8 +63,4 @@ def recover(
         soft_wrap=True,
     )
     if record["loss_after"] >= record["loss_before"]:
-        Console(stderr=True).print(
-            "adapruner: training has not lowered the validation loss: train longer, or lower --learning-rate",
-            style="yellow",
-            soft_wrap=True,
-        )
+        print_advice(["training has not lowered the validation loss: train longer, or lower --learning-rate"])

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from adapruner.errors import AdaPrunerError
+from adapruner.errors import AdaPrunerError, NonFiniteError
 from adapruner.measurement._reduction import projection, row_wise_weight
 from adapruner.models import enter_layers, loaded_layer
 from adapruner.structure import Block, Structure
@@ -134,7 +134,8 @@ def measure_moments(
         progress: called with 1 after every layer.
 
     Raises:
-        AdaPrunerError: there are less than two windows, or activations are not finite.
+        AdaPrunerError: there are less than two windows.
+        NonFiniteError: activations are not finite.
     """
     if len(windows) < 2:
         raise AdaPrunerError(f"second moments need at least 2 windows of text, not {len(windows)}")
@@ -232,7 +233,7 @@ def _choose_damping(weight: Tensor, fitted: _Sums, held_out: _Sums, block: Block
     total = fitted.tokens + held_out.tokens
     merged = (second * fitted.tokens + second_held_out * held_out.tokens) / total
     if not merged.isfinite().all():
-        raise AdaPrunerError(
+        raise NonFiniteError(
             f"the inputs of {block.row_wise.parameter} are not finite on the calibration text; the model has broken"
             " weights or its dtype is too narrow: try --dtype float32"
         )

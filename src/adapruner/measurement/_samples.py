@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from adapruner.errors import AdaPrunerError
+from adapruner.errors import NonFiniteError
 from adapruner.measurement._reduction import Reduction, Terms, row_wise_weight
 from adapruner.measurement._statistics import Statistics
 from adapruner.models import enter_layers, loaded_layer, skipping_layers
@@ -66,7 +66,7 @@ def measure_in_parts(
         starts: the numbers of the windows with which batches begin, asked for one at a time; by default all.
 
     Raises:
-        AdaPrunerError: a sample gives numbers that are not finite; it is named.
+        NonFiniteError: a sample gives numbers that are not finite; it is named.
     """
     columns = _column_sums(model, structure)
     required = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -181,7 +181,7 @@ def _refuse_non_finite(statistics: Statistics, start: int) -> None:
     ).all(0)
     if not finite.all():
         bad = [start + int(index) for index in torch.nonzero(~finite).flatten()]
-        raise AdaPrunerError(
+        raise NonFiniteError(
             f"the gradients of calibration sample(s) {bad} are not finite; the model has broken weights or its dtype"
             " is too narrow: try --dtype float32"
         )

@@ -18,6 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
 
 from adapruner.errors import AdaPrunerError
+from adapruner.interrupts import deferring_interrupts
 from adapruner.search._shared import StudyPlace
 from adapruner.search._space import FIXED_METRIC, Candidate, SearchSpace
 
@@ -82,7 +83,7 @@ class Search:
     stops_early: bool = True
 
     def run(self, progress: Callable[[float], None] | None = None) -> None:
-        """Runs trials until all are finished, by this process or by others.
+        """Runs trials until all are finished, by this process or by others. Ctrl-C stops it after a trial.
 
         Args:
             progress: called after every finished trial, also for those of before, with the best loss so far.
@@ -114,8 +115,13 @@ class Search:
     def _work(self, wanted: int, helper: str | None = None) -> Iterator[list[FrozenTrial]]:
         """Yields the finished trials up to each, in the order in which they were begun."""
         reported = 0
-        with self.place.opened() as study, self.place.working() as worker:
+        with (
+            self.place.opened() as study,
+            self.place.working() as worker,
+            deferring_interrupts("stopping after this trial; once more to stop at once") as raise_if_interrupted,
+        ):
             while True:
+                raise_if_interrupted()
                 with worker.asking():
                     worker.drop_abandoned(study)
                     finished = _finished(study)

@@ -10,6 +10,7 @@ from adapruner.stages._finishing import (
     write_cards,
 )
 from adapruner.stages._measuring import (
+    drop_broken_windows,
     help_measuring,
     stage_load,
     stage_measure,
@@ -19,6 +20,7 @@ from adapruner.stages._measuring import (
 
 __all__ = [
     "count_saved_parameters",
+    "drop_broken_windows",
     "help_measuring",
     "help_searching",
     "plan_at_ratio",

@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from adapruner.config import PruneConfig
-from adapruner.errors import AdaPrunerError
-from adapruner.evaluation import compute_prefix, log_probabilities
+from adapruner.errors import AdaPrunerError, NonFiniteError
+from adapruner.evaluation import compute_prefix, log_probabilities, losses_by_batch
 from adapruner.job import MOST_CHANNELS, Job, needs_moments, reference_budget
 from adapruner.measurement import Statistics, StoredMoments
 from adapruner.models import in_fastest_dtype
@@ -42,6 +42,8 @@ def stage_search(
     if run.search.is_file():
         return SearchOutcome.model_validate_json(run.search.read_text())
     model = in_fastest_dtype(model)
+    if not all(losses.isfinite().all() for losses in losses_by_batch(model, windows)):
+        raise NonFiniteError("the loss of the model is not finite on the text of the objective")
     search = _search(job, model, statistics, moments, windows)
     with reporter.stage("searching", config.trials) as advance:
         search.run(progress=lambda best: advance(1, text=f"best {config.selection} {best:.4f}"))

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -14,6 +15,8 @@ from transformers import PreTrainedModel
 
 from adapruner.calibration import generate_windows
 from adapruner.cost import MEASURED_AT_ONCE
+from adapruner.errors import AdaPrunerError, NonFiniteError
+from adapruner.evaluation import losses_by_batch
 from adapruner.job import Job, needs_moments, window_counts
 from adapruner.measurement import Statistics, StoredMoments, measure_in_parts, measure_moments, removal_errors
 from adapruner.models import in_fastest_dtype, load_model
@@ -41,6 +44,41 @@ def stage_windows(job: Job, model: PreTrainedModel, reporter: Reporter) -> dict[
                 advance()
     job.run.save_windows(windows)
     return windows
+
+
+def drop_broken_windows(
+    job: Job, model: PreTrainedModel, windows: dict[str, Tensor], error: NonFiniteError, reporter: Reporter
+) -> dict[str, Tensor]:
+    """Leaves out the windows on which the dense model's loss is not finite, and names them.
+
+    Args:
+        error: what made somebody look.
+
+    Raises:
+        NonFiniteError: the same, where no window is to blame.
+        AdaPrunerError: the model is to blame, or too few windows are left.
+    """
+    fast, kept = in_fastest_dtype(model), dict(windows)
+    for use in ("pool", "objective", "compensation"):
+        if use in windows:
+            finite = torch.cat(list(losses_by_batch(fast, windows[use]))).isfinite()
+            kept[use] = windows[use][finite]
+            broken = [int(number) for number in torch.nonzero(~finite).flatten()]
+            at_least = {"pool": job.config.samples, "objective": 1, "compensation": 2}[use]
+            if 2 * len(broken) > len(finite) or len(kept[use]) < at_least:
+                raise AdaPrunerError(
+                    f"the loss of the model is not finite on {len(broken)} of the {len(finite)} windows of the {use}:"
+                    " its weights are broken or its dtype is too narrow: try --dtype float32"
+                ) from None
+            if broken:
+                reporter.note(
+                    f"left out, because the model's loss on them is not finite: windows {broken} of the {use}"
+                )
+    if all(len(kept[use]) == len(windows[use]) for use in windows):
+        raise error
+    job.run.replace_windows(kept)
+    job.study.register()
+    return kept
 
 
 def stage_moments(
