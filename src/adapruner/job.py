@@ -28,7 +28,9 @@ from adapruner.evaluation import Tasks, load_tasks
 from adapruner.models import (
     ModelLocation,
     architecture_of,
+    check_length,
     check_streamable,
+    check_tokens,
     empty_model,
     find_model,
     load_config,
@@ -109,6 +111,7 @@ def prepare(
     budget = reference_budget(config, structure)
     fits_sequentially = _fits_sequentially(config, model)
     layer_wise = choose_layer_wise(config, model, structure, budget, device, location.gguf_file is None)
+    check_length(model.config, max(config.seq_len, config.recovery.seq_len if config.recover else 0))
     tokenizer = load_tokenizer(location)
     sources = _calibration_sources(config)
     used: set[tuple[str, Part]] = set()
@@ -128,6 +131,9 @@ def prepare(
     examples = None
     if recovery_source is not None:
         examples = read_examples(recovery_source, tokenizer, config.recovery)
+        check_tokens(model.config, examples.largest_token)
+    for own in (*windows.values(), *(text.windows for text in report.values())):
+        check_tokens(model.config, int(own.max()))
     tasks = None
     if config.tasks and reports:
         seen = [*sources.values(), *([recovery_source] if recovery_source else [])]

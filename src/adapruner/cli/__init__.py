@@ -32,9 +32,7 @@ INTERRUPTED = 130
 # Messages quote what files and options hold; more of it than this is of no use to anybody.
 _LONGEST_MESSAGE = 1000
 
-app = App(
-    name="adapruner", help="Makes causal language models really smaller.", suppress_keyboard_interrupt=False
-)
+app = App(name="adapruner", help="Makes causal language models really smaller.", suppress_keyboard_interrupt=False)
 for verb in (prune, join, plan, recover, evaluate, benchmark, export, inspect):
     app.command(verb)
 
