@@ -141,7 +141,7 @@ def evaluate(
                 )
     if any(math.isnan(one.perplexity) for one in perplexities):
         raise AdaPrunerError(
-            f"what {str(model)!r} computes are no numbers: it has broken weights, or {loaded.dtype} is too narrow for it"
+            f"what {str(model)!r} computes are no numbers: its weights are broken, or {loaded.dtype} is too narrow"
         )
     if to_run:
         with reporter.stage("running tasks", len(to_run)) as advance:

@@ -231,7 +231,7 @@ def test_weights_of_another_model(
         refused([*commands(copy)[verb], "--layer-wise"], str(copy))
 
 
-@pytest.mark.parametrize("verb", ("prune", "recover", "evaluate"))
+@pytest.mark.parametrize("verb", ["prune", "recover", "evaluate"])
 def test_weights_that_are_no_numbers(verb: str, copy: Path, commands: Commands, refused: Refused) -> None:
     path = copy / "model.safetensors"
     save_file({name: tensor.fill_(torch.nan) for name, tensor in load_file(path).items()}, path, {"format": "pt"})
@@ -297,7 +297,7 @@ BROKEN_TOKENIZERS: dict[str, bytes | None] = {
 }
 
 
-@pytest.mark.parametrize("verb", ("prune", "recover", "evaluate", "export"))
+@pytest.mark.parametrize("verb", ["prune", "recover", "evaluate", "export"])
 @pytest.mark.parametrize("content", BROKEN_TOKENIZERS.values(), ids=BROKEN_TOKENIZERS.keys())
 def test_tokenizers_that_are_none(
     content: bytes | None, verb: str, copy: Path, commands: Commands, refused: Refused
@@ -329,7 +329,7 @@ def change_tokenizer(folder: Path, change: Callable[[dict[str, Any]], None]) -> 
     path.write_text(json.dumps(content))
 
 
-@pytest.mark.parametrize("verb", ("prune", "recover", "evaluate", "export"))
+@pytest.mark.parametrize("verb", ["prune", "recover", "evaluate", "export"])
 def test_a_tokenizer_with_more_tokens_than_the_embedding(
     verb: str, copy: Path, commands: Commands, refused: Refused
 ) -> None:
@@ -337,7 +337,7 @@ def test_a_tokenizer_with_more_tokens_than_the_embedding(
     refused(commands(copy)[verb], "has 106 tokens, the embedding of the model only 96")
 
 
-@pytest.mark.parametrize("verb", ("prune", "recover", "evaluate"))
+@pytest.mark.parametrize("verb", ["prune", "recover", "evaluate"])
 def test_an_added_token_beyond_the_embedding_in_a_text(
     verb: str, copy: Path, commands: Commands, refused: Refused, text_file: Path, tmp_path: Path
 ) -> None:

@@ -43,7 +43,7 @@ def stored_tensors(path: str) -> dict[str, StoredTensor]:
     if weights is None and index is None:
         raise AdaPrunerError(f"weights are read from safetensors files, and {path!r} has none: save it as such first")
     stored: dict[str, StoredTensor] = {}
-    for file in [weights] if index is None else _shards(path, index):
+    for file in _shards(path, index) if index else [str(weights)]:
         with safe_open(file, "pt") as opened:
             for name in opened.keys():  # noqa: SIM118 - it is no mapping
                 part = opened.get_slice(name)
