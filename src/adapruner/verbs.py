@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -25,7 +26,7 @@ from adapruner.checkpoint import (
 )
 from adapruner.config import Dtype, PruneConfig, RecoverConfig, RecoveryOptions
 from adapruner.cost import Cost, choose_layer_wise, estimate_cost
-from adapruner.errors import AdaPrunerError
+from adapruner.errors import AdaPrunerError, reason
 from adapruner.evaluation import (
     PROTOCOLS,
     Perplexity,
@@ -49,7 +50,7 @@ from adapruner.models import (
     load_tokenizer,
     resolve_device,
 )
-from adapruner.paths import given_path
+from adapruner.paths import given_path, output_path
 from adapruner.progress import Reporter
 from adapruner.recovery import check_folder, read_examples, recover_into, start_folder, total_steps, window_examples
 from adapruner.structure import Structure, build_structure
@@ -188,7 +189,7 @@ def recover(
             loss is not finite any more.
     """
     config = RecoverConfig.from_options(model=str(model), data=data, teacher=teacher, dtype=dtype, **options)
-    folder = given_path(output)
+    folder = output_path(output)
     if folder.resolve() in [given_path(name).resolve() for name in (config.model, teacher) if name]:
         raise AdaPrunerError(f"{output} is a model that this reads from: choose another output")
     resolved = config.model_dump(mode="json")
@@ -343,7 +344,7 @@ def export(
     Raises:
         AdaPrunerError: the model cannot be written in this form, or something is there already.
     """
-    path = given_path(output)
+    path = output_path(output)
     if path.exists() and not overwrite:
         raise AdaPrunerError(f"{path} exists: choose another output, or --overwrite to replace it")
     if path.is_dir() != (to == "stock") and path.exists():
@@ -364,11 +365,14 @@ def export(
         loaded = load_model(location, "auto", "cpu")
         advance()
     with reporter.stage("writing", 1) as advance:
-        if to == "gguf":
-            write_gguf(loaded, tokenizer, path, gguf_type)
-        else:
-            padded = pad_to_stock(loaded)
-            save_checkpoint(padded, tokenizer, path, _card(location, padded))
+        try:
+            if to == "gguf":
+                write_gguf(loaded, tokenizer, path, gguf_type)
+            else:
+                padded = pad_to_stock(loaded)
+                save_checkpoint(padded, tokenizer, path, _card(location, padded))
+        except (OSError, SafetensorError) as error:
+            raise AdaPrunerError(f"cannot write to {path}: {reason(error)}") from error
         advance()
     if push_to_hub:
         push(path, push_to_hub)

@@ -92,7 +92,12 @@ NO_SUCH_TEXT = {
 @pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.parametrize(("text", "message"), NO_SUCH_TEXT.items(), ids=lambda text: ascii(text)[:30])
 def test_names_of_no_text(
-    text: str, message: str, verb: str, with_text: Callable[..., list[str]], refused: Refused, tmp_path: Path,
+    text: str,
+    message: str,
+    verb: str,
+    with_text: Callable[..., list[str]],
+    refused: Refused,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -107,9 +112,7 @@ def test_a_folder_is_no_text(verb: str, with_text: Callable[..., list[str]], ref
         refused(with_text(verb, tmp_path / name), name)
 
 
-def test_a_column_that_is_not_there(
-    with_text: Callable[..., list[str]], refused: Refused, tmp_path: Path
-) -> None:
+def test_a_column_that_is_not_there(with_text: Callable[..., list[str]], refused: Refused, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"passage": "w1 w2", "title": "w3"}))
     for verb in VERBS:
@@ -131,9 +134,7 @@ def test_a_byte_order_mark_and_line_ends_of_others_are_no_mistake(
     ] * 2
 
 
-def test_one_giant_line_is_a_text(
-    with_text: Callable[..., list[str]], run_cli: RunCli, tmp_path: Path
-) -> None:
+def test_one_giant_line_is_a_text(with_text: Callable[..., list[str]], run_cli: RunCli, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("w1 w2 w3 w4 " * 50_000)
     code, _, errors = run_cli(with_text("evaluate", tmp_path / "a.txt"))
     assert code == 0, errors

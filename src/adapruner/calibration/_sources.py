@@ -247,6 +247,8 @@ def _read_json(path: Path) -> list[dict[str, Any]]:
         lines = {f"line {number}": line for number, line in enumerate(text.split("\n"), 1) if line.strip()}
         records = [_parsed(line, place) for place, line in lines.items()]
         places = list(lines)
+    if not records:
+        raise ValueError("there is nothing in it")
     for place, record in zip(places, records, strict=True):
         if not isinstance(record, dict):
             raise ValueError(f'{place} is no JSON object with fields, as {{"text": …}}')
