@@ -284,9 +284,12 @@ def resolve_device(device: str) -> torch.device:
     if device == "auto" or (device == "cuda" and process.count_here > 1):
         device = f"cuda:{process.rank_here}"
     try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise AdaPrunerError(f"--device {device}: {str(error).splitlines()[0]}") from None
+        found = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise AdaPrunerError(f"--device {device}: {reason(error)}") from None
+    if found.type == "meta":
+        raise AdaPrunerError("--device meta: nothing is computed there")
+    return found
 
 
 def computes_bfloat16_natively(device: torch.device) -> bool:
