@@ -51,7 +51,7 @@ class Source:
     @property
     def identity(self) -> str:
         """The same for two names of the same documents: a known name with its split, a file by its absolute path."""
-        name, _, option = self.name.partition(":")
+        name, option = _split(self.name)
         if name in _known_sources():
             return f"{name}:{option or _known_sources()[name].split}"
         return self.name if name == "hf" else str(Path(name).expanduser().resolve())
@@ -160,9 +160,18 @@ def _known_sources() -> dict[str, _KnownSource]:
     return {name: _KnownSource.model_validate(entry) for name, entry in yaml.safe_load(text).items()}
 
 
+def _split(text: str) -> tuple[str, str]:
+    """What stands before a colon and what behind it; the path of a file may have colons itself."""
+    for name, _, option in ((text, "", ""), text.rpartition(":")):
+        if name and given_path(name).is_file():
+            return name, option
+    name, _, option = text.partition(":")
+    return name, option
+
+
 def _reader(source: Source) -> Callable[[], _Rows]:
     """How to read a source, chosen by its name; raises if the name means nothing."""
-    name, _, option = source.name.partition(":")
+    name, option = _split(source.name)
     if name == "hf":
         _refuse_malformed(option)
         return lambda: _read_hub(option)

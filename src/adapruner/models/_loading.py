@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib.util
+import json
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from adapruner.errors import AdaPrunerError, reason
 from adapruner.models import modeling_pruned
 from adapruner.models._architecture import architecture_of, known_architectures
 from adapruner.models._layers import is_streamed
-from adapruner.models._stored import differences, names_in_files, stored_tensors
+from adapruner.models._stored import differences, names_in_files, refuse_files_elsewhere, stored_tensors
 from adapruner.models._streaming import load_streamed
 from adapruner.paths import given_path
 from adapruner.processes import this_process
@@ -163,6 +164,10 @@ def load_tokenizer(location: ModelLocation) -> Tokenizer:
     """
     config = load_config(location)
     with _reported_as_unloadable(location):
+        settings = Path(location.path) / "tokenizer_config.json"
+        if settings.is_file():
+            names = json.loads(settings.read_text(encoding="utf-8")).get("fast_tokenizer_files", [])
+            refuse_files_elsewhere(settings, names)
         # Left alone, it reads the config with the stock class, which refuses layers that differ.
         tokenizer: Tokenizer = AutoTokenizer.from_pretrained(
             location.path, config=config, **_NO_REMOTE_CODE, **location.arguments

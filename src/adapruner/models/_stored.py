@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,12 +52,16 @@ def stored_tensors(path: str) -> dict[str, StoredTensor]:
 
 
 def _shards(path: str, index: str) -> list[str]:
-    names = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
-    elsewhere = sorted(name for name in names if Path(name).name != name)
-    if elsewhere:
-        raise AdaPrunerError(f"{index} names a file that is not beside it, {elsewhere[0]!r}: it is not read")
+    refuse_files_elsewhere(index, json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
     shards: list[str] = get_checkpoint_shard_files(path, index)[0]
     return shards
+
+
+def refuse_files_elsewhere(named_in: str | Path, names: Iterable[str]) -> None:
+    """Raises AdaPrunerError if a file of a model names others that are not beside it."""
+    for name in names:
+        if Path(name).name != name:
+            raise AdaPrunerError(f"{named_in} names a file that is not beside it, {name!r}: it is not read")
 
 
 def names_in_files(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> dict[str, str]:
