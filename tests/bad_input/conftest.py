@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,11 +35,18 @@ def time_limit(seconds: int) -> Iterator[None]:
 
 
 @pytest.fixture
-def run_cli(capfd: pytest.CaptureFixture[str]) -> Callable[[list[str]], tuple[int, str, str]]:
+def run_cli(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[[list[str]], tuple[int, str, str]]:
     """Runs a command in this process: its exit code, and what it prints on stdout and stderr."""
 
     def run(arguments: list[str]) -> tuple[int, str, str]:
         code = 0
+        # Libraries log to what stderr was when they were imported, which is not what is captured.
+        for name in ("datasets", "transformers", "huggingface_hub"):
+            for handler in logging.getLogger(name).handlers:
+                if type(handler) is logging.StreamHandler:
+                    monkeypatch.setattr(handler, "stream", sys.stderr)
         capfd.readouterr()
         with time_limit(SECONDS):
             try:

@@ -277,6 +277,8 @@ def _content_hash(path: Path) -> str:
 
 def _load_dataset(arguments: dict[str, str], split: str, limit: int | None) -> Any:
     datasets.disable_progress_bars()
+    # What it logs of a broken file, it raises too.
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     return datasets.load_dataset(**arguments, split=split, streaming=limit is not None)
 
 
