@@ -21,7 +21,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 import adapruner
 from adapruner import AdaPrunerError
 from adapruner.cli import main
-from adapruner.files import Manifest
 from adapruner.run_folder import RunFolder
 from adapruner.search import Candidate, Objective
 

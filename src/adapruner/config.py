@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
+import reprlib
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from typing_extensions import Self
 
-from adapruner.errors import AdaPrunerError
+from adapruner.errors import AdaPrunerError, reason
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
+# Seeds of NumPy end here, and nobody has so many tokens, windows or steps.
+_LARGEST_NUMBER = 2**32 - 1
 
-class RecoveryOptions(BaseModel):
+
+class _Options(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _is_no_absurd_number(cls, value: Any) -> Any:
+        if isinstance(value, int) and value > _LARGEST_NUMBER:
+            raise ValueError(f"Input should be less than {_LARGEST_NUMBER + 1}")
+        return value
+
+
+class RecoveryOptions(_Options):
     """How a pruned model is trained again; the defaults are those of LLM-Pruner and the paper."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     method: Annotated[
         Literal["auto", "labels", "distillation"],
@@ -59,10 +72,8 @@ class RecoveryOptions(BaseModel):
         return self.method == "labels"
 
 
-class PruneOptions(BaseModel):
+class PruneOptions(_Options):
     """By how much a model is pruned, on what text, and how the best way is searched."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     ratio: Annotated[
         float, Field(gt=0, lt=1, description="Share of all parameters to remove (embeddings counted, tied ones once).")
@@ -199,7 +210,7 @@ class RecoverConfig(RecoveryOptions):
     dtype: Dtype = "auto"
 
     @classmethod
-    def from_options(cls, **options: Any) -> Self:
+    def from_options(cls, /, **options: Any) -> Self:
         """Builds the config from plain values.
 
         Raises:
@@ -259,12 +270,12 @@ class PruneConfig(PruneOptions):
             AdaPrunerError: the file is not a config of this version.
         """
         try:
-            return cls.from_options(**yaml.safe_load(path.read_text()))
-        except (OSError, yaml.YAMLError, TypeError) as error:
-            raise AdaPrunerError(f"{path} is not the config of a run: {error}") from error
+            return _validated(cls, _parse_options(path.read_text(encoding="utf-8")))
+        except (*_UNREADABLE, AdaPrunerError) as error:
+            raise AdaPrunerError(f"{path} is not the config of a run: {reason(error)}") from error
 
     @classmethod
-    def from_options(cls, **options: Any) -> Self:
+    def from_options(cls, /, **options: Any) -> Self:
         """Builds the config from plain values.
 
         Raises:
@@ -282,21 +293,43 @@ def read_recipe(name: str | Path) -> dict[str, Any]:
     folder = resources.files("adapruner") / "recipes"
     known = sorted(file.name.removesuffix(".yaml") for file in folder.iterdir())
     file = folder / f"{name}.yaml" if str(name) in known else Path(name)
-    if not file.is_file():
-        raise AdaPrunerError(f"no recipe {str(name)!r}: expected {', '.join(known)}, or a YAML file")
     try:
-        options = yaml.safe_load(file.read_text())
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise AdaPrunerError(f"cannot read the recipe {name}: {str(error).splitlines()[0]}") from None
-    if not isinstance(options, dict):
-        raise AdaPrunerError(f"the recipe {name} is no list of options with their values")
+        if not file.is_file():
+            raise AdaPrunerError(f"no recipe {str(name)!r}: expected {', '.join(known)}, or a YAML file")
+        return _parse_options(file.read_text(encoding="utf-8"))
+    except _UNREADABLE as error:
+        raise AdaPrunerError(f"cannot read the recipe {name}: {reason(error)}") from None
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML without aliases, by which a few lines can stand for more than memory holds."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has an alias (*name): write out what it stands for")
+        return super().compose_node(parent, index)
+
+
+# What reading a file and parsing it raise, numbers and dates that are none and endless nesting included.
+_UNREADABLE = (OSError, yaml.YAMLError, ValueError, RecursionError)
+
+
+def _parse_options(text: str) -> dict[str, Any]:
+    """Options and their values out of YAML.
+
+    Raises:
+        YAMLError, ValueError, RecursionError: it is something else.
+    """
+    options = yaml.load(text, _PlainLoader)
+    if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
+        raise ValueError("it is no list of options with their values")
     return options
 
 
-_Options = TypeVar("_Options", bound=BaseModel)
+_Config = TypeVar("_Config", bound=BaseModel)
 
 
-def _validated(cls: type[_Options], options: dict[str, Any]) -> _Options:
+def _validated(cls: type[_Config], options: dict[str, Any]) -> _Config:
     try:
         return cls.model_validate(options)
     except ValidationError as error:
@@ -310,4 +343,15 @@ def describe(error: ValidationError) -> str:
     if not first["loc"]:
         return message
     option = ".".join(str(part) for part in first["loc"] if isinstance(part, str)).replace("_", "-")
-    return f"--{option} {first['input']}: {message}"
+    given = first["input"]
+    return f"--{option} {given if isinstance(given, str) else _BRIEF.repr(given)}: {message}"
+
+
+class _Brief(reprlib.Repr):
+    """Shows the beginning of what is long or nested; Python refuses to print numbers of thousands of digits."""
+
+    def repr_int(self, x: int, level: int) -> str:
+        return super().repr_int(x, level) if x.bit_length() <= 64 else f"{hex(x)[:20]}…"
+
+
+_BRIEF = _Brief()

@@ -1,4 +1,4 @@
-"""The one exception class whose message is written for the user, and what to say of failures of the machine."""
+"""The one exception class whose message is written for the user, and what messages say of other errors."""
 
 from __future__ import annotations
 
@@ -36,3 +36,12 @@ def _is_about_memory(message: str) -> bool:
 
 def _of(error: OSError) -> str:
     return f" ({error.filename})" if error.filename else ""
+
+
+def reason(error: BaseException) -> str:
+    """The first line of an error of another library; with its type where the text alone says little."""
+    lines = str(error).strip().splitlines()
+    if not lines:
+        return type(error).__name__
+    speaks_for_itself = isinstance(error, OSError | ValueError) or type(error) in (Exception, RuntimeError)
+    return lines[0] if speaks_for_itself else f"{type(error).__name__}: {lines[0]}"

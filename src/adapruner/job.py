@@ -28,7 +28,9 @@ from adapruner.evaluation import Tasks, load_tasks
 from adapruner.models import (
     ModelLocation,
     architecture_of,
+    check_length,
     check_streamable,
+    check_tokens,
     empty_model,
     find_model,
     load_config,
@@ -105,6 +107,7 @@ def prepare(
         check_streamable(location)
     _check_batch(config)
     model = empty_model(load_config(location))
+    check_length(model.config, max(config.seq_len, config.recovery.seq_len if config.recover else 0))
     structure = build_structure(model, config.head_granularity)
     budget = reference_budget(config, structure)
     fits_sequentially = _fits_sequentially(config, model)
@@ -128,6 +131,9 @@ def prepare(
     examples = None
     if recovery_source is not None:
         examples = read_examples(recovery_source, tokenizer, config.recovery)
+        check_tokens(model.config, examples.largest_token)
+    for own in (*windows.values(), *(text.windows for text in report.values())):
+        check_tokens(model.config, int(own.max()))
     tasks = None
     if config.tasks and reports:
         seen = [*sources.values(), *([recovery_source] if recovery_source else [])]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -25,7 +27,7 @@ from adapruner.checkpoint import (
 )
 from adapruner.config import Dtype, PruneConfig, RecoverConfig, RecoveryOptions
 from adapruner.cost import Cost, choose_layer_wise, estimate_cost
-from adapruner.errors import AdaPrunerError
+from adapruner.errors import AdaPrunerError, reason
 from adapruner.evaluation import (
     PROTOCOLS,
     Perplexity,
@@ -40,6 +42,8 @@ from adapruner.evaluation import (
 from adapruner.job import DEFAULT_GENERATED_RECORDS, EvaluationText, evaluation_text, reference_budget
 from adapruner.models import (
     ModelLocation,
+    check_length,
+    check_tokens,
     empty_model,
     find_model,
     load_config,
@@ -47,6 +51,7 @@ from adapruner.models import (
     load_tokenizer,
     resolve_device,
 )
+from adapruner.paths import given_path, output_path
 from adapruner.progress import Reporter
 from adapruner.recovery import check_folder, read_examples, recover_into, start_folder, total_steps, window_examples
 from adapruner.report import write_report
@@ -120,10 +125,14 @@ def evaluate(
         protocol = "llm-pruner"
     resolve_device(device)
     location = find_model(str(model))
+    config = load_config(location)
     tokenizer = load_tokenizer(location)
     texts = _texts_of_protocol(protocol, tokenizer, limit) if protocol else {}
     for source in map(parse_source, perplexity):
         texts[str(source)] = evaluation_text(source, tokenizer, window_length, limit, stride)
+    for text in texts.values():
+        check_length(config, text.windows.shape[1])
+        check_tokens(config, int(text.windows.max()))
     to_run = load_tasks(tasks, limit) if tasks else None
     reporter = Reporter()
     with reporter.stage("loading", 1) as advance:
@@ -136,6 +145,10 @@ def evaluate(
                 perplexities.append(
                     measure_perplexity(loaded, text.windows, name, advance, text.stride, text.provenance)
                 )
+    if any(math.isnan(one.perplexity) for one in perplexities):
+        raise AdaPrunerError(
+            f"what {str(model)!r} computes are no numbers: its weights are broken, or {loaded.dtype} is too narrow"
+        )
     if to_run:
         with reporter.stage("running tasks", len(to_run)) as advance:
             scores = measure_tasks(loaded, tokenizer, to_run, advance)
@@ -181,8 +194,8 @@ def recover(
             loss is not finite any more.
     """
     config = RecoverConfig.from_options(model=str(model), data=data, teacher=teacher, dtype=dtype, **options)
-    folder = Path(output)
-    if folder.resolve() in [Path(name).resolve() for name in (config.model, teacher) if name]:
+    folder = output_path(output)
+    if folder.resolve() in [given_path(name).resolve() for name in (config.model, teacher) if name]:
         raise AdaPrunerError(f"{output} is a model that this reads from: choose another output")
     resolved = config.model_dump(mode="json")
     record = check_folder(folder, resolved, overwrite)
@@ -190,7 +203,8 @@ def recover(
         return record
     resolve_device(device)
     location = find_model(config.model)
-    load_config(location)
+    of_model = load_config(location)
+    check_length(of_model, config.seq_len)
     tokenizer = load_tokenizer(location)
     of_teacher = find_model(teacher) if teacher else None
     if of_teacher is not None:
@@ -199,6 +213,7 @@ def recover(
     examples = None
     if data != SELF_GENERATED:
         examples = read_examples(parse_source(data), tokenizer, settings)
+        check_tokens(of_model, examples.largest_token)
     elif of_teacher is None:
         raise AdaPrunerError("--data self is text that the dense model writes: name it with --teacher")
     start_folder(folder, resolved, overwrite)
@@ -263,7 +278,7 @@ def benchmark(
     resolve_device(device)
     locations = {str(name): find_model(str(name)) for name in (against, model) if name is not None}
     for location in locations.values():
-        empty_model(load_config(location))
+        check_length(empty_model(load_config(location)).config, prompt + generated)
     reporter = Reporter()
     with reporter.stage("loading", len(locations)) as advance:
         loaded = {}
@@ -337,7 +352,7 @@ def export(
     Raises:
         AdaPrunerError: the model cannot be written in this form, or something is there already.
     """
-    path = Path(output)
+    path = output_path(output)
     if path.exists() and not overwrite:
         raise AdaPrunerError(f"{path} exists: choose another output, or --overwrite to replace it")
     if path.is_dir() != (to == "stock") and path.exists():
@@ -358,11 +373,14 @@ def export(
         loaded = load_model(location, "auto", "cpu")
         advance()
     with reporter.stage("writing", 1) as advance:
-        if to == "gguf":
-            write_gguf(loaded, tokenizer, path, gguf_type)
-        else:
-            padded = pad_to_stock(loaded)
-            save_checkpoint(padded, tokenizer, path, _card(location, padded))
+        try:
+            if to == "gguf":
+                write_gguf(loaded, tokenizer, path, gguf_type)
+            else:
+                padded = pad_to_stock(loaded)
+                save_checkpoint(padded, tokenizer, path, _card(location, padded))
+        except (OSError, SafetensorError) as error:
+            raise AdaPrunerError(f"cannot write to {path}: {reason(error)}") from error
         advance()
     if push_to_hub:
         push(path, push_to_hub)
@@ -392,5 +410,5 @@ def _card(location: ModelLocation, written: PreTrainedModel, trained: dict[str, 
     readme = Path(location.path) / "README.md"
     if location.gguf_file or not readme.is_file():
         return None
-    card = readme.read_text()
+    card = readme.read_text(encoding="utf-8", errors="replace")
     return card_of_export(card, written.config) if trained is None else card_of_recovered(card, trained)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import itertools
+import json
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -15,10 +16,13 @@ from typing import Any, Literal, cast, get_args
 
 import datasets
 import yaml
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented, but not in __all__
 from pydantic import BaseModel, ConfigDict
 
-from adapruner.errors import AdaPrunerError
+from adapruner.errors import AdaPrunerError, reason
 from adapruner.local_data import find_local_data
+from adapruner.paths import given_path
 
 Part = Literal["all", "calibration", "objective", "report"]
 
@@ -26,7 +30,8 @@ SELF_GENERATED = "self"
 
 # Tenths of the documents, by hash, that belong to each part.
 _TENTHS: dict[str, range] = {"calibration": range(0, 4), "objective": range(4, 6), "report": range(6, 10)}
-_FILE_READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+_FILES = (".txt", ".jsonl", ".json", ".parquet")
+_FORMS = "a .txt, .jsonl or .parquet file, or hf:owner/name[:config][:split][:column]"
 # Columns that are taken where nothing else is said; the second is the form of Stanford Alpaca.
 _USUAL_COLUMNS = (("text",), ("instruction", "input", "output"), ("instruction", "output"))
 
@@ -46,7 +51,7 @@ class Source:
     @property
     def identity(self) -> str:
         """The same for two names of the same documents: a known name with its split, a file by its absolute path."""
-        name, _, option = self.name.partition(":")
+        name, option = _split(self.name)
         if name in _known_sources():
             return f"{name}:{option or _known_sources()[name].split}"
         return self.name if name == "hf" else str(Path(name).expanduser().resolve())
@@ -77,7 +82,7 @@ def parse_source(text: str) -> Source:
         AdaPrunerError: no such name, file or part. Nothing is downloaded to find out.
     """
     name, at, part = text.rpartition("@")
-    if not at or Path(text).is_file():
+    if not at or given_path(text).is_file():
         name, part = text, "all"
     if part not in get_args(Part):
         raise AdaPrunerError(f"unknown part {part!r} of {name!r}; the parts are {', '.join(_TENTHS)}")
@@ -137,10 +142,8 @@ def _read(source: Source) -> _Rows:
         return _reader(source)()
     except StopIteration:  # what datasets makes of an empty file
         raise AdaPrunerError(f"cannot read {source.name!r}: there is nothing in it") from None
-    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetGenerationError) as error:
-        causes = [error, *([error.__cause__] if error.__cause__ else [])]
-        reason = str(causes[-1]).strip() or str(error).strip() or type(error).__name__
-        raise AdaPrunerError(f"cannot read {source.name!r}: {reason.splitlines()[0]}") from error
+    except (OSError, ValueError, LookupError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise AdaPrunerError(f"cannot read {source.name!r}: {reason(error.__cause__ or error)}") from error
 
 
 def _joined(row: dict[str, str | None]) -> str:
@@ -157,15 +160,25 @@ def _known_sources() -> dict[str, _KnownSource]:
     return {name: _KnownSource.model_validate(entry) for name, entry in yaml.safe_load(text).items()}
 
 
+def _split(text: str) -> tuple[str, str]:
+    """What stands before a colon and what behind it; the path of a file may have colons itself."""
+    for name, _, option in ((text, "", ""), text.rpartition(":")):
+        if name and given_path(name).is_file():
+            return name, option
+    name, _, option = text.partition(":")
+    return name, option
+
+
 def _reader(source: Source) -> Callable[[], _Rows]:
     """How to read a source, chosen by its name; raises if the name means nothing."""
-    name, _, option = source.name.partition(":")
+    name, option = _split(source.name)
     if name == "hf":
+        _refuse_malformed(option)
         return lambda: _read_hub(option)
     if name in _known_sources():
         return lambda: _read_known(name, _known_sources()[name], option)
-    path = Path(name).expanduser()
-    if path.suffix == ".txt" or path.suffix in _FILE_READERS:
+    path = given_path(name)
+    if path.suffix in _FILES:
         if not path.is_file():
             raise AdaPrunerError(f"there is no file {path}")
         return lambda: _read_file(path, option)
@@ -174,8 +187,8 @@ def _reader(source: Source) -> Callable[[], _Rows]:
     close = difflib.get_close_matches(name, _known_sources(), n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     raise AdaPrunerError(
-        f"unknown text source {source.name!r}: expected {', '.join(_known_sources())}, {SELF_GENERATED}, a .txt, .jsonl"
-        f" or .parquet file, or hf:owner/name[:config][:split][:column].{hint}"
+        f"unknown text source {source.name!r}: expected {', '.join(_known_sources())}, {SELF_GENERATED},"
+        f" {_FORMS}.{hint}"
     )
 
 
@@ -198,20 +211,65 @@ def _read_hub(option: str) -> _Rows:
     path, config, split, column = (*option.split(":"), "", "", "")[:4]
     arguments = {"path": path} | ({"name": config} if config else {})
     dataset = _load_dataset(arguments, split or "train", None)
-    columns = (column,) if column else _text_columns(dataset.column_names, path)
+    columns = _text_columns(dataset.column_names, path, column)
     return _from_dataset(dataset, columns, arguments, split or "train")
+
+
+def _refuse_malformed(option: str) -> None:
+    path = option.partition(":")[0]
+    try:
+        if option.count(":") > 3:
+            raise HFValidationError("it has more than four parts")
+        if not given_path(path).is_dir() or not path:
+            validate_repo_id(path)
+    except HFValidationError as error:
+        raise AdaPrunerError(f"'hf:{option}' names no data set, expected {_FORMS}: {reason(error)}") from None
 
 
 def _read_file(path: Path, column: str) -> _Rows:
     if path.suffix == ".txt":
-        text = path.read_text(encoding="utf-8")
+        # Some editors begin a file with a mark that is no part of the text.
+        text = path.read_text(encoding="utf-8-sig")
         paragraphs = [paragraph for paragraph in text.split("\n\n") if paragraph.strip()]
         texts = paragraphs if len(paragraphs) > 1 else text.splitlines()
         return _Rows([{"text": text} for text in texts], path.name, "", _content_hash(path))
-    arguments = {"path": _FILE_READERS[path.suffix], "data_files": str(path)}
-    dataset = _load_dataset(arguments, "train", None)
-    columns = (column,) if column else _text_columns(dataset.column_names, str(path))
-    return _Rows(_columns_of(dataset, columns), path.name, "", _content_hash(path))
+    if path.suffix == ".parquet":
+        rows: Any = _load_dataset({"path": "parquet", "data_files": str(path)}, "train", None)
+        names = rows.column_names
+    else:
+        rows = _read_json(path)
+        names = list(dict.fromkeys(name for row in rows for name in row))
+    columns = _text_columns(names, str(path), column)
+    return _Rows(_columns_of(rows, columns), path.name, "", _content_hash(path))
+
+
+def _read_json(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file with one on each line, or of one with a list of them.
+
+    Raises:
+        ValueError: it holds something else; with the place.
+    """
+    text = path.read_text(encoding="utf-8-sig")
+    if path.suffix == ".json" and text.lstrip().startswith("["):
+        records: list[Any] = _parsed(text, "it")
+        places = [f"entry {number}" for number in range(1, len(records) + 1)]
+    else:
+        lines = {f"line {number}": line for number, line in enumerate(text.split("\n"), 1) if line.strip()}
+        records = [_parsed(line, place) for place, line in lines.items()]
+        places = list(lines)
+    if not records:
+        raise ValueError("there is nothing in it")
+    for place, record in zip(places, records, strict=True):
+        if not isinstance(record, dict):
+            raise ValueError(f'{place} is no JSON object with fields, as {{"text": …}}')
+    return records
+
+
+def _parsed(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place} is no JSON: {getattr(error, 'msg', reason(error))}") from None
 
 
 def _content_hash(path: Path) -> str:
@@ -220,6 +278,8 @@ def _content_hash(path: Path) -> str:
 
 def _load_dataset(arguments: dict[str, str], split: str, limit: int | None) -> Any:
     datasets.disable_progress_bars()
+    # What it logs of a broken file, it raises too.
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     return datasets.load_dataset(**arguments, split=split, streaming=limit is not None)
 
 
@@ -234,7 +294,11 @@ def _from_dataset(
     return _Rows(_columns_of(dataset, columns, limit), name, split, revision)
 
 
-def _text_columns(columns: list[str], name: str) -> tuple[str, ...]:
+def _text_columns(columns: list[str], name: str, wanted: str) -> tuple[str, ...]:
+    if wanted in columns:
+        return (wanted,)
+    if wanted:
+        raise AdaPrunerError(f"{name} has the columns {', '.join(columns)}, but no {wanted}")
     for usual in _USUAL_COLUMNS:
         if set(usual) <= set(columns):
             return usual
@@ -250,6 +314,13 @@ def _columns_of(
     rows: Iterable[dict[str, Any]], columns: tuple[str, ...], limit: int | None = None
 ) -> list[dict[str, str | None]]:
     return [
-        {column: None if row[column] is None else str(row[column]) for column in columns}
-        for row in itertools.islice(rows, limit)
+        {column: _text_of(row, column, number) for column in columns}
+        for number, row in enumerate(itertools.islice(rows, limit), 1)
     ]
+
+
+def _text_of(row: dict[str, Any], column: str, number: int) -> str | None:
+    value = row.get(column)
+    if isinstance(value, dict | list):
+        raise ValueError(f"{column} of record {number} is no text but a {type(value).__name__}")
+    return None if value is None else str(value)

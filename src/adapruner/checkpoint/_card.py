@@ -230,5 +230,5 @@ def _public(text: str) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Text of the user's for Markdown that is shown as HTML."""
-    return html.escape(" ".join(text.split())).replace("|", "&#124;").replace("`", "&#96;")
+    """Text of the user's for Markdown that is shown as HTML: on one line, and without links, emphasis and tables."""
+    return "".join(f"&#{ord(sign)};" if sign in "|`[]*\\" else sign for sign in html.escape(" ".join(text.split())))

@@ -8,7 +8,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented, but not in __all__
 
-from adapruner.errors import AdaPrunerError
+from adapruner.errors import AdaPrunerError, reason
 
 
 def check_push(repository: str) -> None:
@@ -21,10 +21,10 @@ def check_push(repository: str) -> None:
         validate_repo_id(repository)
         HfApi().whoami()
     except HFValidationError as error:
-        raise AdaPrunerError(f"--push-to-hub {repository}: {str(error).splitlines()[0]}") from None
+        raise AdaPrunerError(f"--push-to-hub {repository}: {reason(error)}") from None
     except (HfHubHTTPError, OSError) as error:
         raise AdaPrunerError(
-            f"--push-to-hub {repository}: cannot log in to the hub ({str(error).splitlines()[0]}); run hf auth login"
+            f"--push-to-hub {repository}: cannot log in to the hub ({reason(error)}); run hf auth login"
         ) from None
 
 
@@ -42,7 +42,5 @@ def push(path: Path, repository: str) -> str:
         else:
             api.upload_file(repo_id=repository, path_or_fileobj=path, path_in_repo=path.name)
     except (HfHubHTTPError, OSError) as error:
-        raise AdaPrunerError(
-            f"{path} is written, but uploading it to {repository} failed: {str(error).splitlines()[0]}"
-        ) from None
+        raise AdaPrunerError(f"{path} is written, but uploading it to {repository} failed: {reason(error)}") from None
     return str(address)

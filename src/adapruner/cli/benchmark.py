@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from adapruner import verbs
+from adapruner.cli._numbers import WholeNumber
 from adapruner.cli._output import print_advice, print_json
 from adapruner.config import Dtype
 from adapruner.evaluation import Speed
@@ -20,10 +21,10 @@ def benchmark(
     /,
     *,
     against: str | None = None,
-    batch_size: Annotated[tuple[int, ...], Parameter(negative="")] = (1, 16),
-    prompt: int = 128,
-    new_tokens: int = 32,
-    repetitions: int = 5,
+    batch_size: Annotated[tuple[WholeNumber, ...], Parameter(negative="")] = (1, 16),
+    prompt: WholeNumber = 128,
+    new_tokens: WholeNumber = 32,
+    repetitions: WholeNumber = 5,
     dtype: Dtype = "auto",
     device: str = "auto",
     json: Annotated[bool, Parameter(negative="")] = False,

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from adapruner import verbs
+from adapruner.cli._numbers import WholeNumber
 from adapruner.cli._output import print_json
 from adapruner.config import Dtype
 
@@ -19,10 +20,10 @@ def evaluate(
     *,
     perplexity: Annotated[tuple[str, ...], Parameter(negative="")] = (),
     protocol: str | None = None,
-    seq_len: int = 128,
-    stride: int | None = None,
+    seq_len: WholeNumber = 128,
+    stride: WholeNumber | None = None,
     tasks: Annotated[tuple[str, ...], Parameter(negative="")] = (),
-    limit: int | None = None,
+    limit: WholeNumber | None = None,
     dtype: Dtype = "auto",
     device: str = "auto",
     json: Annotated[bool, Parameter(negative="")] = False,

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from adapruner import pipeline
 from adapruner.cli._output import print_advice, print_json
+from adapruner.paths import given_path
 
 
 def plan(
@@ -36,7 +37,7 @@ def plan(
     json:
         Print result.json on stdout instead of the tables.
     """
-    result = pipeline.plan_again(run, output, ratio, overwrite)
+    result = pipeline.plan_again(given_path(run), given_path(output), ratio, overwrite)
     print_advice(result.advice())
     if json:
         print_json(result.result)

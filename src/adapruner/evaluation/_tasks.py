@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from adapruner.errors import AdaPrunerError
+from adapruner.errors import AdaPrunerError, reason
 from adapruner.local_data import find_local_data
 
 COMMONSENSE = "commonsense"
@@ -127,6 +127,8 @@ def load_tasks(names: Sequence[str], limit: int | None = None, used_text: Iterab
         raise AdaPrunerError("--tasks needs lm-eval: pip install 'adapruner[tasks]'")
     used = frozenset(used_text)
     single = [name.strip() for part in names for name in part.split(",") if name.strip()]
+    if not single:
+        raise AdaPrunerError("--tasks names no task: give names of lm-eval, or commonsense")
     wanted = dict.fromkeys(task for name in single for task in ([*_local_tasks()] if name == COMMONSENSE else [name]))
     with _quiet_lm_eval():
         for name in wanted:
@@ -136,8 +138,7 @@ def load_tasks(names: Sequence[str], limit: int | None = None, used_text: Iterab
             try:
                 loaded = _load(name)
             except (OSError, ValueError, KeyError, ImportError, datasets.exceptions.DatasetsError) as error:
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                raise AdaPrunerError(f"cannot load task {name!r} or its data: {reason}") from error
+                raise AdaPrunerError(f"cannot load task {name!r} or its data: {reason(error)}") from error
             built[name] = _outermost(loaded)
             for task_name, task in loaded["tasks"].items():
                 _refuse_impossible(task_name, task)

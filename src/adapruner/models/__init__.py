@@ -1,6 +1,14 @@
 """Loading models, and what must be known of a family of models to prune it."""
 
-from adapruner.models._architecture import Architecture, ProjectionNames, RowKind, architecture_of, known_architectures
+from adapruner.models._architecture import (
+    Architecture,
+    ProjectionNames,
+    RowKind,
+    architecture_of,
+    check_length,
+    check_tokens,
+    known_architectures,
+)
 from adapruner.models._layers import (
     LayerCall,
     decoder_layers,
@@ -37,7 +45,9 @@ __all__ = [
     "ProjectionNames",
     "RowKind",
     "architecture_of",
+    "check_length",
     "check_streamable",
+    "check_tokens",
     "computes_bfloat16_natively",
     "copy_in_dtype",
     "decoder_layers",

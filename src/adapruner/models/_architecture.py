@@ -71,6 +71,7 @@ class Architecture(_Data):
         plain_residual: false where what a block puts out is scaled or normalised before it is added to the hidden
             state.
         plain_residual_unless: config fields and the value with which it is so.
+        learned_positions: whether each position has an embedding of its own, beyond the last of which nothing can be.
         equivalent: family whose config takes numbers of heads that this one refuses.
         unsupported: config fields and the value with which a model is built in another way than is described here.
     """
@@ -83,6 +84,7 @@ class Architecture(_Data):
     default_channels: int | None = None
     plain_residual: bool = True
     plain_residual_unless: dict[str, bool] = {}
+    learned_positions: bool = False
     equivalent: Equivalent | None = None
     unsupported: dict[str, bool] = {}
 
@@ -133,6 +135,25 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
         if getattr(config, field, None) == value:
             raise AdaPrunerError(f"models of the family {config.model_type} with {field}: {value} cannot be pruned yet")
     return architecture
+
+
+def check_length(config: PreTrainedConfig, length: int) -> None:
+    """Raises AdaPrunerError if a model has no positions for so many tokens."""
+    known = known_architectures().get(config.model_type)
+    if known and known.learned_positions and length > config.max_position_embeddings:
+        raise AdaPrunerError(
+            f"this {config.model_type} has {config.max_position_embeddings:,} positions, {length:,} tokens do not go:"
+            " ask for shorter texts"
+        )
+
+
+def check_tokens(config: PreTrainedConfig, largest: int) -> None:
+    """Raises AdaPrunerError if a model has no embedding for the largest token of a text."""
+    if largest >= config.vocab_size:
+        raise AdaPrunerError(
+            f"the text has token {largest}, the embedding of the model ends at {config.vocab_size - 1}: its tokenizer"
+            " has tokens that it was not trained with, take them out of the text or out of the tokenizer"
+        )
 
 
 def _why_unknown(config: PreTrainedConfig, known: Iterable[str]) -> str:

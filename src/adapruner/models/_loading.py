@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib.util
+import json
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import is_offline_mode
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
@@ -26,16 +29,36 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
 
-from adapruner.errors import AdaPrunerError
+from adapruner.errors import AdaPrunerError, reason
 from adapruner.models import modeling_pruned
 from adapruner.models._architecture import architecture_of, known_architectures
 from adapruner.models._layers import is_streamed
+from adapruner.models._stored import differences, names_in_files, refuse_files_elsewhere, stored_tensors
 from adapruner.models._streaming import load_streamed
+from adapruner.paths import given_path
 from adapruner.processes import this_process
 
 SMOLLM2_ALIAS = "smollm2"
 # Left open, transformers asks on the terminal whether to run what lies in the folder.
 _NO_REMOTE_CODE = {"trust_remote_code": False}
+# Building a model takes time for every layer, and the deepest ones have a few hundred.
+_MOST_LAYERS = 2000
+_LARGEST_COUNT = 2**31 - 1
+# What transformers, safetensors, tokenizers and gguf raise over files that are broken, or not what they seem.
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    LookupError,
+    struct.error,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    RuntimeError,
+    ImportError,
+    StrictDataclassError,
+    SafetensorError,
+)
 
 
 @dataclass(frozen=True)
@@ -55,16 +78,18 @@ def find_model(name: str) -> ModelLocation:
     """Turns what the user wrote into a place to load from, without loading anything.
 
     Raises:
-        AdaPrunerError: a local path that holds no model, or the alias without its package.
+        AdaPrunerError: a local path that holds no model, or only an adapter, or the alias without its package.
     """
     if name == SMOLLM2_ALIAS:
         return _find_smollm2()
-    path = Path(name).expanduser()
+    path = given_path(name)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise AdaPrunerError(f"there is no GGUF file at {path}")
         return ModelLocation(str(path.parent), path.name)
     if path.is_dir():
+        if (path / "adapter_config.json").is_file():
+            raise AdaPrunerError(f"the folder {path} holds an adapter: merge it into its model first, and save that")
         if not (path / "config.json").is_file():
             raise AdaPrunerError(f"the folder {path} holds no model: it has no config.json")
         return ModelLocation(str(path))
@@ -94,26 +119,71 @@ def _read_gguf_config(location: ModelLocation, changed: int) -> PreTrainedConfig
 def _read_config(location: ModelLocation) -> PreTrainedConfig:
     with _reported_as_unloadable(location):
         fields, _ = PreTrainedConfig.get_config_dict(location.path, **location.arguments)
+        _refuse_too_many_layers(fields, location)
         # A stock config class refuses head counts that differ between layers.
         pruned_class: Any = modeling_pruned.PRUNED_CLASSES.get(str(fields.get("model_type")))
         is_pruned = "per_layer_config" in fields and pruned_class is not None
         loader: Any = pruned_class.config_class if is_pruned else AutoConfig
         config: PreTrainedConfig = loader.from_pretrained(location.path, **_NO_REMOTE_CODE, **location.arguments)
     _clear_gguf_marks(config, location)
+    _refuse_impossible_counts(config, location)
     return config
+
+
+def _refuse_too_many_layers(fields: dict[str, Any], location: ModelLocation) -> None:
+    """Before a config class makes a list of them."""
+    for name in ("num_hidden_layers", "num_layers", "n_layers", "n_layer"):
+        if isinstance(fields.get(name), int) and fields[name] > _MOST_LAYERS:
+            raise AdaPrunerError(
+                f"the config of {location.path!r} says {name}: {fields[name]}, more than {_MOST_LAYERS} layers"
+            )
+
+
+def _refuse_impossible_counts(config: PreTrainedConfig, location: ModelLocation) -> None:
+    architecture = known_architectures().get(config.model_type)
+    if architecture is None:
+        return
+    fields = architecture.config_fields
+    of_layer = [name for name in (fields.heads, fields.key_value_heads) if name]
+    with _reported_as_unloadable(location):
+        layers: list[Any] = [config.per_layer_config[index] for index in range(config.num_hidden_layers)]
+        counts = {name: getattr(config, name) for name in ("num_hidden_layers", "hidden_size", "vocab_size")}
+        for index, layer in enumerate(layers if config.is_heterogeneous else [config]):
+            own = {name: getattr(layer, name) for name in of_layer}
+            own |= {"head_dim": architecture.head_dim(layer), fields.channels: architecture.channels(layer)}
+            counts |= {f"{name} of layer {index}" if config.is_heterogeneous else name: own[name] for name in own}
+    for name, count in counts.items():
+        if not isinstance(count, int) or not 1 <= count <= _LARGEST_COUNT:
+            raise AdaPrunerError(f"the config of {location.path!r} says {name}: {count!r}, no number that a model has")
 
 
 def load_tokenizer(location: ModelLocation) -> Tokenizer:
     """Loads the tokenizer that lies with the model.
 
     Raises:
-        AdaPrunerError: it cannot be found or read.
+        AdaPrunerError: it cannot be found or read, or is not that of the model.
     """
+    config = load_config(location)
     with _reported_as_unloadable(location):
+        settings = Path(location.path) / "tokenizer_config.json"
+        if settings.is_file():
+            names = json.loads(settings.read_text(encoding="utf-8")).get("fast_tokenizer_files", [])
+            refuse_files_elsewhere(settings, names)
         # Left alone, it reads the config with the stock class, which refuses layers that differ.
-        return AutoTokenizer.from_pretrained(
-            location.path, config=load_config(location), **_NO_REMOTE_CODE, **location.arguments
+        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(
+            location.path, config=config, **_NO_REMOTE_CODE, **location.arguments
         )
+    # Tokens that were added may lie beyond the embedding, as long as no text has them.
+    if tokenizer.vocab_size > config.vocab_size:
+        raise AdaPrunerError(
+            f"the tokenizer in {location.path!r} has {tokenizer.vocab_size:,} tokens, the embedding of the model only"
+            f" {config.vocab_size:,}: it is that of another model"
+        )
+    if not isinstance(tokenizer.model_max_length, int | float):
+        raise AdaPrunerError(
+            f"the tokenizer in {location.path!r} says model_max_length: {tokenizer.model_max_length!r}, no number"
+        )
+    return tokenizer
 
 
 def load_model(
@@ -135,6 +205,7 @@ def load_model(
     if layer_wise:
         return _load_streamed(location, dtype, device)
     config = load_config(location)
+    _compare_with_files(location, config)
     is_pruned = config.is_heterogeneous
     loader: Any = modeling_pruned.PRUNED_CLASSES[config.model_type] if is_pruned else AutoModelForCausalLM
     with _reported_as_unloadable(location):
@@ -153,6 +224,18 @@ def load_model(
     _clear_gguf_marks(model.config, location)
     loaded: PreTrainedModel = model.to(resolve_device(device)).eval()
     return loaded
+
+
+def _compare_with_files(location: ModelLocation, config: PreTrainedConfig) -> None:
+    """Refuses other weights before memory is taken for those that the config speaks of."""
+    is_quantized = getattr(config, "quantization_config", None) is not None
+    if location.gguf_file or is_quantized or config.model_type not in modeling_pruned.PRUNED_CLASSES:
+        return
+    if Path(location.path).is_dir():
+        with _reported_as_unloadable(location):
+            stored, model = stored_tensors(location.path), empty_model(config)
+            found = differences(model, names_in_files(model, stored), stored)
+        _refuse_other_weights(location, config, found)
 
 
 def _load_streamed(location: ModelLocation, dtype: str, device: str) -> PreTrainedModel:
@@ -183,10 +266,10 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
     """The model of a config with shapes only, on the meta device: costs no memory and nearly no time.
 
     Raises:
-        AdaPrunerError: its family is not known.
+        AdaPrunerError: its family is not known, or what the config says does not go together.
     """
     architecture_of(config)
-    with torch.device("meta"):
+    with _reported(f"this config makes no {config.model_type}"), torch.device("meta"):
         model: PreTrainedModel = (
             modeling_pruned.PRUNED_CLASSES[config.model_type](config)
             if config.is_heterogeneous
@@ -207,9 +290,12 @@ def resolve_device(device: str) -> torch.device:
     if device == "auto" or (device == "cuda" and process.count_here > 1):
         device = f"cuda:{process.rank_here}"
     try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise AdaPrunerError(f"--device {device}: {str(error).splitlines()[0]}") from None
+        found = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise AdaPrunerError(f"--device {device}: {reason(error)}") from None
+    if found.type == "meta":
+        raise AdaPrunerError("--device meta: nothing is computed there")
+    return found
 
 
 def computes_bfloat16_natively(device: torch.device) -> bool:
@@ -281,12 +367,22 @@ def _clear_gguf_marks(target: PreTrainedConfig | PreTrainedModel, location: Mode
 
 @contextlib.contextmanager
 def _reported_as_unloadable(location: ModelLocation) -> Iterator[None]:
+    would_ask_the_hub = not Path(location.path).is_dir() and is_offline_mode()
+    hint = " The hub is not asked in offline mode (HF_HUB_OFFLINE is set)" if would_ask_the_hub else ""
+    with _reported(f"cannot load {location.path!r}", hint), quiet_transformers():
+        yield
+
+
+@contextlib.contextmanager
+def _reported(what: str, hint: str = "") -> Iterator[None]:
+    """What other libraries say of a model that is broken is said in one line."""
     try:
-        with quiet_transformers():
-            yield
-    except (OSError, ValueError, KeyError, RuntimeError, StrictDataclassError, SafetensorError) as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise AdaPrunerError(f"cannot load {location.path!r}: {first_line}") from error
+        yield
+    except Exception as error:
+        # tokenizers raises nothing more special than Exception.
+        if not isinstance(error, _UNREADABLE) and type(error) is not Exception:
+            raise
+        raise AdaPrunerError(f"{what}: {reason(error)}{hint}") from error
 
 
 @contextlib.contextmanager

@@ -4,39 +4,58 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
+from typing import Annotated
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from rich.table import Table
 from torch import Tensor
+from typing_extensions import Self
 
-from adapruner.errors import AdaPrunerError
+from adapruner.errors import AdaPrunerError, reason
 from adapruner.planning._budget import removed_parameters
 from adapruner.structure import Block, HeadGranularity, Kind, Structure
 
+# Numbers in JSON are numbers, not words that look like them.
+_STRICT = ConfigDict(extra="forbid", frozen=True, strict=True)
+
 
 class BlockPlan(BaseModel):
-    """What stays of one block: the numbers of its groups, in order."""
+    """What stays of one block: the numbers of its groups, in ascending order, at least one."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = _STRICT
 
-    layer: int
+    layer: Annotated[int, Field(ge=0)]
     kind: Kind
-    groups: int
-    kept: tuple[int, ...]
+    groups: Annotated[int, Field(ge=1)]
+    kept: Annotated[tuple[int, ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _kept_are_groups(self) -> Self:
+        ascending = all(before < after for before, after in pairwise(self.kept))
+        if not ascending or self.kept[0] < 0 or self.kept[-1] >= self.groups:
+            raise ValueError(f"layer {self.layer} keeps other {self.kind} than some of its {self.groups}, in order")
+        return self
 
 
 class PruningPlan(BaseModel):
     """Which groups of which model stay; JSON, explainable, with a hash that is the same for the same cut."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = _STRICT
 
     model_type: str
     head_granularity: HeadGranularity
-    total_parameters: int
-    removed_parameters: int
-    blocks: tuple[BlockPlan, ...]
+    total_parameters: Annotated[int, Field(ge=1)]
+    removed_parameters: Annotated[int, Field(ge=0)]
+    blocks: Annotated[tuple[BlockPlan, ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _something_stays(self) -> Self:
+        if self.removed_parameters >= self.total_parameters:
+            raise ValueError(f"{self.removed_parameters:,} of {self.total_parameters:,} parameters cannot go")
+        return self
 
     @property
     def ratio(self) -> float:
@@ -54,8 +73,21 @@ class PruningPlan(BaseModel):
 
     @staticmethod
     def load(path: Path) -> PruningPlan:
-        """Reads a plan written by `save`."""
-        return PruningPlan.model_validate_json(path.read_text())
+        """Reads a plan written by `save`.
+
+        Raises:
+            AdaPrunerError: the file cannot be read, or holds something else.
+        """
+        try:
+            return PruningPlan.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"])
+            raise AdaPrunerError(
+                f"{path} is not a pruning plan: {f'{place}: ' if place else ''}{first['msg']}"
+            ) from None
+        except OSError as error:
+            raise AdaPrunerError(f"cannot read {path}: {reason(error)}") from None
 
     def explain(self) -> Table:
         """A table, one row per layer: what stays of its heads and channels."""

@@ -44,6 +44,11 @@ class Examples:
         """How many tokens one pass over the training examples has, those of prompts included."""
         return sum(len(example["input_ids"]) for example in self.training)
 
+    @property
+    def largest_token(self) -> int:
+        """The largest number of a token in any example."""
+        return max(max(example["input_ids"]) for example in [*self.training, *self.validation])
+
 
 def read_examples(source: Source, tokenizer: Tokenizer, options: RecoveryOptions) -> Examples:
     """Instructions where the source has the columns `instruction` and `output`, else windows of its text.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,15 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.checkpoint import save_checkpoint
 from adapruner.config import RecoveryOptions
-from adapruner.errors import AdaPrunerError
+from adapruner.errors import AdaPrunerError, reason
 from adapruner.files import write_atomically
 from adapruner.processes import this_process
 from adapruner.recovery._examples import Examples
-from adapruner.recovery._training import train
+from adapruner.recovery._training import Recovered, train
 
 RECORD = "recovery.json"
 _CONFIG = "config.json"
+_RECORD_FIELDS = {field.name for field in fields(Recovered)}
 
 
 def recover_into(
@@ -66,10 +67,26 @@ def recover_into(
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """The record of a finished recovery; None where there is none."""
+    """The record of a finished recovery; None where there is none.
+
+    Raises:
+        AdaPrunerError: it is broken.
+    """
     path = folder / RECORD
-    record: dict[str, Any] | None = json.loads(path.read_text()) if path.is_file() else None
+    if not path.is_file():
+        return None
+    record = _read(path)
+    if not isinstance(record.get("config"), dict) or not record.keys() >= _RECORD_FIELDS:
+        raise AdaPrunerError(f"{path} is not the record of a recovery: choose another output, or --overwrite")
     return record
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise AdaPrunerError(f"cannot read {path}: {reason(error)}; choose another output, or --overwrite") from None
+    return content if isinstance(content, dict) else {}
 
 
 def check_folder(folder: Path, config: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
@@ -85,6 +102,8 @@ def check_folder(folder: Path, config: dict[str, Any], overwrite: bool) -> dict[
     Raises:
         AdaPrunerError: the folder holds another recovery, or something else.
     """
+    if overwrite and (folder / RECORD).is_file():
+        return None
     record, earlier = read_record(folder), _earlier_config(folder)
     # Without a record it may be ours still: a kill may have come between the model and its record.
     ours = record is not None or (earlier is not None and (folder / "config.json").is_file())
@@ -125,7 +144,7 @@ def _earlier_config(folder: Path) -> dict[str, Any] | None:
     record, started = read_record(folder), working_folder(folder) / _CONFIG
     if record is None and not started.is_file():
         return None
-    config: dict[str, Any] = record["config"] if record else json.loads(started.read_text())
+    config: dict[str, Any] = record["config"] if record else _read(started)
     return config
 
 

@@ -1,0 +1,110 @@
+"""What the safetensors files of a model hold, as far as their headers tell: no weights are read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+from adapruner.errors import AdaPrunerError
+
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_FLOATING_POINT = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor is, and what it is, in the words of safetensors."""
+
+    file: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def stored_tensors(path: str) -> dict[str, StoredTensor]:
+    """The tensors of a model by their names in the files.
+
+    Args:
+        path: folder or hub id.
+
+    Raises:
+        AdaPrunerError: there are no safetensors files, or the index names files elsewhere.
+    """
+    weights = cached_file(path, _WEIGHTS, _raise_exceptions_for_missing_entries=False)
+    index = None if weights else cached_file(path, _INDEX, _raise_exceptions_for_missing_entries=False)
+    if weights is None and index is None:
+        raise AdaPrunerError(f"weights are read from safetensors files, and {path!r} has none: save it as such first")
+    stored: dict[str, StoredTensor] = {}
+    for file in _shards(path, index) if index else [str(weights)]:
+        with safe_open(file, "pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 - it is no mapping
+                part = opened.get_slice(name)
+                stored[name] = StoredTensor(file, tuple(part.get_shape()), part.get_dtype())
+    return stored
+
+
+def _shards(path: str, index: str) -> list[str]:
+    refuse_files_elsewhere(index, json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
+    shards: list[str] = get_checkpoint_shard_files(path, index)[0]
+    return shards
+
+
+def refuse_files_elsewhere(named_in: str | Path, names: Iterable[str]) -> None:
+    """Raises AdaPrunerError if a file of a model names others that are not beside it."""
+    for name in names:
+        if Path(name).name != name:
+            raise AdaPrunerError(f"{named_in} names a file that is not beside it, {name!r}: it is not read")
+
+
+def names_in_files(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> dict[str, str]:
+    """For every name in the state of a model that has a tensor in the files, the name that it has there: families are
+    stored under older names, or without the prefix of the model inside the causal language model."""
+    state = model.state_dict()
+    renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
+    return {
+        name: key
+        for key in stored
+        if (name := rename_source_key(key, renamings, [], model.base_model_prefix, state)[0]) in state
+    }
+
+
+def differences(
+    model: PreTrainedModel, names: Mapping[str, str], stored: Mapping[str, StoredTensor]
+) -> dict[str, list[Any]]:
+    """What does not fit, in the form in which `from_pretrained` reports it.
+
+    Args:
+        model: may be on the meta device.
+        names: see `names_in_files`.
+
+    Raises:
+        AdaPrunerError: weights are stored as something else than floating point numbers.
+    """
+    own = dict(model.named_parameters(remove_duplicate=False))
+    for name in sorted(own.keys() & names.keys()):
+        tensor = stored[names[name]]
+        if tensor.dtype not in _FLOATING_POINT:
+            raise AdaPrunerError(
+                f"{name} in {tensor.file} is stored as {tensor.dtype}, not as floating point numbers: take the"
+                " unquantized checkpoint"
+            )
+    mismatched = [
+        (name, stored[names[name]].shape, tuple(wanted.shape))
+        for name, wanted in model.state_dict().items()
+        if name in names and stored[names[name]].shape != tuple(wanted.shape)
+    ]
+    tied = getattr(model, "all_tied_weights_keys", {})
+    elsewhere = {*tied.keys(), *tied.values()}
+    return {
+        "mismatched_keys": mismatched,
+        "missing_keys": sorted(own.keys() - names.keys() - elsewhere),
+        "unexpected_keys": sorted(stored.keys() - set(names.values())),
+    }

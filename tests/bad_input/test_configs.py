@@ -1,0 +1,126 @@
+"""Run configs and recipes that are broken or not what they seem."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+Commands = Callable[[str | Path], dict[str, list[str]]]
+Refused = Callable[..., str]
+
+
+def bomb(levels: int) -> str:
+    """A few lines of YAML that stand for 9 ** levels values."""
+    lines = ["a0: &a0 [x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, levels)]
+    return "\n".join([*lines, f"ratio: *a{levels - 1}"])
+
+
+def merging_bomb(levels: int) -> str:
+    lines = ["a0: &a0 {ratio: 0.2}"]
+    lines += [f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}" for n in range(1, levels)]
+    return "\n".join([*lines, f"<<: *a{levels - 1}"])
+
+
+BROKEN: dict[str, bytes] = {
+    "empty": b"",
+    "comments": b"# nothing\n",
+    "a word": b"ratio",
+    "a number": b"0.2",
+    "a list": b"- ratio: 0.2\n",
+    "two documents": b"ratio: 0.2\n---\nratio: 0.3\n",
+    "cut off": b"model: smollm2\nrecovery: {steps: 5",
+    "tabs": b"model:\n\t- a\n",
+    "binary": bytes(range(256)),
+    "utf-16": "model: smollm2\n".encode("utf-16"),
+    "latin-1": "model: Füße\n".encode("latin-1"),
+    "a pickle": b"\x80\x04\x95\x00\x00\x00\x00\x00\x00\x00\x00}\x94.",
+    "an object of Python": b"!!python/object/apply:os.system ['false']\n",
+    "an object as value": b"model: !!python/object:os.PathLike {}\n",
+    "a function as value": b"model: !!python/name:os.system\n",
+    "an unknown tag": b"model: !secret x\n",
+    "aliases": b"model: &a smollm2\ncalibration: *a\n",
+    "an alias to itself": b"model: &a [*a]\n",
+    "an alias to nothing": b"model: *a\n",
+    "a bomb of aliases": bomb(40).encode(),
+    "a bomb of merges": merging_bomb(40).encode(),
+    "endless nesting": b"model: " + b"[" * 500,
+    "a date that is none": b"model: smollm2\nratio: 2024-13-45\n",
+    "a number as name": b"1: 2\nmodel: smollm2\n",
+    "a list as name": b"? [a, b]\n: 2\n",
+    "no name": b"~: 2\nmodel: smollm2\n",
+    "an unknown name": b"model: smollm2\nratoi: 0.2\n",
+    "the name of an argument": b"model: smollm2\ncls: 1\n",
+    "an empty name": b"model: smollm2\n'': 1\n",
+    "a dunder": b"model: smollm2\n__class__: x\n",
+    "no model": b"ratio: 0.2\n",
+    "a number as model": b"model: 7\n",
+    "no value for the model": b"model:\n",
+    "a word as ratio": b"model: smollm2\nratio: much\n",
+    "a list as ratio": b"model: smollm2\nratio: [0.2]\n",
+    "no number as ratio": b"model: smollm2\nratio: .nan\n",
+    "infinity as ratio": b"model: smollm2\nratio: .inf\n",
+    "infinity below": b"model: smollm2\nratio: -.inf\n",
+    "a huge ratio": b"model: smollm2\nratio: 1.0e+400\n",
+    "a long number": b"model: smollm2\nseed: " + b"9" * 10_000 + b"\n",
+    "a long number in base 16": b"model: smollm2\nseed: 0x" + b"f" * 10_000 + b"\n",
+    "a huge number": b"model: smollm2\nseed: 18446744073709551616\n",
+    "a fraction of a trial": b"model: smollm2\ntrials: 1.5\n",
+    "an infinity of trials": b"model: smollm2\ntrials: .inf\n",
+    "a negative seed": b"model: smollm2\nseed: -1\n",
+    "an unknown choice": b"model: smollm2\nlayout: diagonal\n",
+    "a word as list": b"model: smollm2\nevaluate: wikitext2\n",
+    "a list of numbers": b"model: smollm2\nevaluate: [1, 2]\n",
+    "a word as recovery": b"model: smollm2\nrecover: c4\nrecovery: long\n",
+    "a list as recovery": b"model: smollm2\nrecover: c4\nrecovery: [1]\n",
+    "an unknown name in recovery": b"model: smollm2\nrecover: c4\nrecovery: {stesp: 1}\n",
+    "no finite learning rate": b"model: smollm2\nrecover: c4\nrecovery: {learning_rate: .inf}\n",
+    "options that do not go together": b"model: smollm2\nlayout: uniform\nprotect_first: 2\n",
+    "control characters": b'model: smollm2\n"\\e[2J\\n\\n": 1\n',
+    "a long name": b"model: smollm2\n" + b"x" * 100_000 + b": 1\n",
+    "a long value": b"model: smollm2\nratio: " + b"x" * 100_000 + b"\n",
+    "long lists": b"model: smollm2\nratio: [" + b"1, " * 5_000 + b"1]\n",
+}
+
+
+@pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN.keys())
+def test_recipes(content: bytes, refused: Refused, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_bytes(content)
+    message = refused(["prune", "--recipe", str(recipe), "-o", str(tmp_path / "run")])
+    assert len(message) < 1100
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN.keys())
+def test_configs_of_runs(
+    content: bytes, refused: Refused, tmp_path: Path, model_folder: Path, commands: Commands
+) -> None:
+    run = tmp_path / "output"
+    run.mkdir()
+    (run / "config.yaml").write_bytes(content)
+    refused(commands(model_folder)["prune"], f"{run}/config.yaml is not the config of a run")
+    (run / "search.json").write_text("{}")
+    refused(
+        ["plan", str(run), "--ratio", "0.1", "-o", str(tmp_path / "b")],
+        f"{run}/config.yaml is not the config of a run",
+    )
+    assert (run / "config.yaml").read_bytes() == content
+
+
+def test_the_alias_bombs_are_bombs() -> None:
+    """What is refused at once would otherwise take more than there is."""
+    small = yaml.safe_load(bomb(4))["ratio"]
+    assert sum(len(two) for one in small for two in one) == 9**3
+    assert yaml.safe_load(merging_bomb(3))["ratio"] == 0.2
+
+
+def test_files_that_cannot_be_read(refused: Refused, tmp_path: Path, model_folder: Path, commands: Commands) -> None:
+    for name in ("nowhere.yaml", str(tmp_path), "/dev/null", "a" * 5000, "\x1b[2J"):
+        refused(["prune", "--recipe", name, "-o", str(tmp_path / "run")], *(["no recipe"] if len(name) < 5000 else []))
+    run = tmp_path / "output"
+    (run / "config.yaml").mkdir(parents=True)
+    refused(commands(model_folder)["prune"], "holds no run")

@@ -1,0 +1,159 @@
+"""Texts that are broken, empty, of another kind, or not there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Commands = Callable[[str | Path], dict[str, list[str]]]
+Refused = Callable[..., str]
+RunCli = Callable[[list[str]], tuple[int, str, str]]
+
+VERBS = ("prune", "recover", "evaluate")
+
+
+@pytest.fixture
+def with_text(model_folder: Path, text_file: Path, commands: Commands) -> Callable[[str, str | Path], list[str]]:
+    """The command of a verb with another text."""
+
+    def of(verb: str, text: str | Path) -> list[str]:
+        return [str(text) if part == str(text_file) else part for part in commands(model_folder)[verb]]
+
+    return of
+
+
+BROKEN: dict[str, tuple[str, bytes]] = {
+    "an empty text": ("a.txt", b""),
+    "whitespace": ("a.txt", b" \n\t\n\n  \n"),
+    "a text that is too short": ("a.txt", b"w1 w2 w3"),
+    "latin-1": ("a.txt", "Füße und Gänse ".encode("latin-1") * 100),
+    "utf-16": ("a.txt", ("w1 w2 w3 " * 100).encode("utf-16")),
+    "binary": ("a.txt", bytes(range(256)) * 10),
+    "an empty jsonl": ("a.jsonl", b""),
+    "jsonl of empty lines": ("a.jsonl", b"\n\n\n"),
+    "jsonl cut off": ("a.jsonl", b'{"text": "w1"}\n{"text": "w2'),
+    "jsonl with a broken line": ("a.jsonl", b'{"text": "w1"}\nnot json\n{"text": "w2"}\n'),
+    "jsonl of numbers": ("a.jsonl", b"1\n2\n3\n"),
+    "jsonl of lists": ("a.jsonl", b"[1]\n[2]\n"),
+    "jsonl with other fields": ("a.jsonl", b'{"question": "w1", "answer": "w2"}\n'),
+    "jsonl with changing fields": ("a.jsonl", b'{"text": "w1"}\n{"text": {"a": 1}}\n'),
+    "jsonl without values": ("a.jsonl", b'{"text": null}\n{"text": null}\n'),
+    "jsonl of nothing": ("a.jsonl", b"{}\n{}\n"),
+    "jsonl in latin-1": ("a.jsonl", '{"text": "Füße"}\n'.encode("latin-1")),
+    "jsonl in utf-16": ("a.jsonl", '{"text": "w1"}\n'.encode("utf-16")),
+    "jsonl of endless nesting": ("a.jsonl", b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n"),
+    "jsonl of long numbers": ("a.jsonl", b'{"text": ' + b"9" * 10_000 + b"}\n"),
+    "binary jsonl": ("a.jsonl", bytes(range(256)) * 10),
+    "an empty parquet": ("a.parquet", b""),
+    "a parquet of text": ("a.parquet", b"w1 w2 w3\n" * 100),
+    "a parquet cut off": ("a.parquet", b"PAR1" + b"\0" * 100),
+    "a parquet of a wrong footer": ("a.parquet", b"PAR1" + b"\xff" * 100 + b"\xff\xff\xff\x7fPAR1"),
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize(("name", "content"), BROKEN.values(), ids=BROKEN.keys())
+def test_texts_that_are_none(
+    name: str, content: bytes, verb: str, with_text: Callable[..., list[str]], refused: Refused, tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    refused(with_text(verb, path), name)
+
+
+NO_SUCH_TEXT = {
+    "": "unknown text source ''",
+    "@": "unknown part ''",
+    "wikitext": "Did you mean 'wikitext2'",
+    "c5": "unknown text source 'c5'",
+    "nowhere.txt": "there is no file nowhere.txt",
+    "nowhere.parquet": "there is no file nowhere.parquet",
+    "self@report": "can only be used to calibrate",
+    "wikitext2@training": "unknown part 'training'",
+    "wikitext2:nosplit": "wikitext2:nosplit",
+    "hf": "hf:owner/name",
+    "hf:": "hf:owner/name",
+    "hf::::": "hf:owner/name",
+    "hf:a:b:c:d:e:f": "hf:owner/name",
+    "hf:no spaces in/ids": "hf:owner/name",
+    "hf:a/b/c/d": "hf:owner/name",
+    "hf:nobody/nothing": "cannot read 'hf:nobody/nothing'",
+    "hf:nobody/nothing:config:split:column": "cannot read",
+    "http://example.org/text.txt": "unknown text source",
+    "~nobody-of-this-name/a.txt": "there can be nothing at",
+    "x" * 5000 + ".txt": "there can be nothing at",
+    "a\x1b[2J\n.txt": "there is no file",
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize(("text", "message"), NO_SUCH_TEXT.items(), ids=lambda text: ascii(text)[:30])
+def test_names_of_no_text(
+    text: str,
+    message: str,
+    verb: str,
+    with_text: Callable[..., list[str]],
+    refused: Refused,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("ADAPRUNER_DATA", raising=False)
+    refused(with_text(verb, text), message)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_folder_is_no_text(verb: str, with_text: Callable[..., list[str]], refused: Refused, tmp_path: Path) -> None:
+    for name in ("folder", "folder.txt", "folder.jsonl"):
+        (tmp_path / name).mkdir()
+        refused(with_text(verb, tmp_path / name), name)
+
+
+def test_a_column_that_is_not_there(with_text: Callable[..., list[str]], refused: Refused, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"passage": "w1 w2", "title": "w3"}))
+    for verb in VERBS:
+        refused(with_text(verb, f"{path}:text"), "passage, title")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_a_byte_order_mark_and_line_ends_of_others_are_no_mistake(
+    name: str, with_text: Callable[..., list[str]], run_cli: RunCli, text_file: Path, tmp_path: Path
+) -> None:
+    paragraphs = text_file.read_text().split("\n\n")
+    lines = [json.dumps({"text": one}) for one in paragraphs] if name == "a.jsonl" else paragraphs
+    (tmp_path / name).write_bytes("\r\n".join(lines).encode("utf-8-sig"))
+    code, output, errors = run_cli([*with_text("evaluate", tmp_path / name), "--json"])
+    assert code == 0, errors
+    expected = run_cli([*with_text("evaluate", text_file), "--json"])[1]
+    assert [json.loads(one)["perplexity"][0]["perplexity"] for one in (output, expected)] == [
+        pytest.approx(json.loads(expected)["perplexity"][0]["perplexity"])
+    ] * 2
+
+
+def test_one_giant_line_is_a_text(with_text: Callable[..., list[str]], run_cli: RunCli, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("w1 w2 w3 w4 " * 50_000)
+    code, _, errors = run_cli(with_text("evaluate", tmp_path / "a.txt"))
+    assert code == 0, errors
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"instruction": "w1"},
+        {"instruction": "w1", "output": None},
+        {"instruction": None, "output": "w1"},
+        {"instruction": "", "output": "w1"},
+        {"instruction": ["w1"], "output": None},
+        {"instruction": "w1", "output": ""},
+    ],
+)
+def test_instructions_without_an_answer(
+    record: dict[str, object], with_text: Callable[..., list[str]], refused: Refused, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join([json.dumps(record)] * 3))
+    refused(with_text("recover", path), str(path))

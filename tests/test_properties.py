@@ -1,0 +1,277 @@
+"""What holds for any input: a config, a recipe, a plan or the name of a text is valid or refused, and nothing else.
+
+`HYPOTHESIS_PROFILE=thorough` tries more than 10,000 inputs of configs and plans; the default about 1,000.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic.fields import FieldInfo
+from transformers import LlamaConfig
+
+from adapruner.calibration import parse_source
+from adapruner.config import PruneConfig, RecoverConfig, RecoveryOptions, read_recipe
+from adapruner.errors import AdaPrunerError
+from adapruner.models import empty_model
+from adapruner.planning import RATIO_TOLERANCE, BlockPlan, Budget, PruningPlan, kept_counts, removed_parameters
+from adapruner.structure import build_structure
+
+# Files are written again and again into the same folder, which is meant.
+_COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]}
+settings.register_profile("quick", max_examples=150, **_COMMON)
+settings.register_profile("thorough", max_examples=1500, **_COMMON)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
+
+# With halves of characters, which is what Python makes of names of files that are no UTF-8.
+ANY_TEXT = st.text(st.characters(exclude_categories=[]), max_size=20)
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.integers(min_value=-(2**80), max_value=2**80)
+    | st.floats()
+    | ANY_TEXT
+    | st.sampled_from(["auto", "uniform", "none", "paper", "self", "0.2", "1e3", "5", "lora"])
+)
+ANYTHING = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(ANY_TEXT, inner, max_size=4), max_leaves=8
+)
+
+
+def values_of(options: Any) -> st.SearchStrategy[dict[str, Any]]:
+    """Some options with any value, and now and then one that there is not."""
+    names = st.sampled_from(sorted({*options.model_fields} - {"recovery"})) | ANY_TEXT
+    return st.dictionaries(names, ANYTHING, max_size=5)
+
+
+OPTIONS = st.builds(
+    lambda own, recovery: own | recovery,
+    values_of(PruneConfig),
+    st.just({}) | st.fixed_dictionaries({"recovery": values_of(RecoveryOptions) | ANYTHING}),
+)
+
+
+@given(OPTIONS)
+def test_options_are_valid_or_refused(options: dict[str, Any]) -> None:
+    try:
+        config = PruneConfig.from_options(**{"model": "m"} | options)
+    except AdaPrunerError:
+        return
+    assert PruneConfig.from_options(**config.model_dump()) == config
+    assert 0 < config.ratio < 1
+    numbers = {**config.model_dump(), **config.recovery.model_dump()}.values()
+    assert all(math.isfinite(number) for number in numbers if isinstance(number, int | float))
+
+
+@given(values_of(RecoverConfig))
+def test_options_of_a_recovery_are_valid_or_refused(options: dict[str, Any]) -> None:
+    try:
+        config = RecoverConfig.from_options(**{"model": "m", "data": "d"} | options)
+    except AdaPrunerError:
+        return
+    assert RecoverConfig.from_options(**config.model_dump()) == config
+
+
+def values_in_range(field: FieldInfo) -> st.SearchStrategy[Any]:
+    """What an option takes, as far as its type and its bounds say."""
+    kinds = [field.annotation, *get_args(field.annotation)]
+    bounds = {name: value for bound in field.metadata for name, value in asdict(bound).items()}
+    if get_origin(field.annotation) is Literal:
+        return st.sampled_from(get_args(field.annotation))
+    if float in kinds:
+        least, most = bounds.get("ge", bounds.get("gt", -1e9)), bounds.get("le", bounds.get("lt", 1e9))
+        return st.floats(least, most, exclude_min="gt" in bounds, exclude_max="lt" in bounds)
+    if int in kinds:
+        return st.integers(bounds["ge"], 2**32 - 1)
+    if bool in kinds:
+        return st.booleans()
+    return st.lists(st.text(), max_size=3).map(tuple) if ... in kinds else st.text()
+
+
+def valid_options(options: Any) -> st.SearchStrategy[dict[str, Any]]:
+    fields = {name: field for name, field in options.model_fields.items() if name != "recovery"}
+    return st.fixed_dictionaries({}, optional={name: values_in_range(field) for name, field in fields.items()})
+
+
+@given(valid_options(PruneConfig), valid_options(RecoveryOptions))
+def test_a_config_survives_its_file(tmp_path: Path, options: dict[str, Any], recovery: dict[str, Any]) -> None:
+    """Whatever is valid comes back from config.yaml as it was, also words that look like numbers."""
+    try:
+        config = PruneConfig.from_options(**{"model": "m"} | options | {"recover": "1.5", "recovery": recovery})
+    except AdaPrunerError:
+        return
+    config.save(tmp_path / "config.yaml")
+    assert PruneConfig.load(tmp_path / "config.yaml") == config
+
+
+YAML_TEXT = (
+    st.text(max_size=60)
+    | st.text(alphabet="{}[]&*!|>-:?#%@,'\"\\ \n\tab01.~<", max_size=60)
+    | OPTIONS.map(lambda options: yaml.safe_dump(options, allow_unicode=True))
+)
+
+
+@given(YAML_TEXT.map(lambda text: text.encode("utf-8", "surrogatepass")) | st.binary(max_size=60))
+def test_files_of_options_are_valid_or_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "options.yaml"
+    path.write_bytes(content)
+    for read in (PruneConfig.load, read_recipe):
+        message = refusal(read, path)
+        assert message is None or str(path) in message
+
+
+def refusal(read: Callable[[Path], Any], path: Path) -> str | None:
+    """What is said of a file that is refused; None if it is not."""
+    try:
+        read(path)
+    except AdaPrunerError as error:
+        return str(error)
+    return None
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> PruningPlan:
+    """Valid plans of any model."""
+    blocks = []
+    for layer in range(draw(st.integers(1, 4))):
+        for kind in ("heads", "channels"):
+            groups = draw(st.integers(1, 12))
+            kept = draw(st.sets(st.integers(0, groups - 1), min_size=1))
+            blocks.append(BlockPlan(layer=layer, kind=kind, groups=groups, kept=tuple(sorted(kept))))
+    total = draw(st.integers(1, 10**12))
+    return PruningPlan(
+        model_type=draw(st.sampled_from(["llama", "gpt2"])),
+        head_granularity=draw(st.sampled_from(["kv-group", "query-head"])),
+        total_parameters=total,
+        removed_parameters=draw(st.integers(0, total - 1)),
+        blocks=tuple(blocks),
+    )
+
+
+@given(plans())
+def test_a_plan_survives_its_file(tmp_path: Path, plan: PruningPlan) -> None:
+    path = tmp_path / "plan.json"
+    plan.save(path)
+    again = PruningPlan.load(path)
+    assert (again, again.hash) == (plan, plan.hash)
+    path.write_text(json.dumps(json.loads(path.read_text()), indent=3))
+    assert PruningPlan.load(path).hash == plan.hash
+
+
+def check_loaded(path: Path) -> None:
+    """A plan that makes sense, or a refusal that names the file."""
+    message = refusal(PruningPlan.load, path)
+    if message is not None:
+        assert str(path) in message
+        return
+    plan = PruningPlan.load(path)
+    assert 0 <= plan.ratio < 1
+    for block in plan.blocks:
+        assert block.kept
+        assert sorted(set(block.kept)) == list(block.kept)
+        assert 0 <= block.kept[0] <= block.kept[-1] < block.groups
+    assert plan.explain().row_count > 0
+
+
+@given(ANYTHING.map(json.dumps) | st.text(max_size=60) | st.binary(max_size=60))
+def test_plans_out_of_anything(tmp_path: Path, content: str | bytes) -> None:
+    path = tmp_path / "plan.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
+    check_loaded(path)
+
+
+def places(content: Any, here: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]]:
+    """Where something is inside of JSON."""
+    inside = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    return [here, *(place for key, value in inside for place in places(value, (*here, key)))]
+
+
+@given(plans(), st.data())
+def test_plans_that_were_changed(tmp_path: Path, plan: PruningPlan, data: st.DataObject) -> None:
+    """One thing inside is another, or gone, or there twice; or the file is cut off."""
+    content = json.loads(plan.model_dump_json())
+    *where, last = data.draw(st.sampled_from(places(content)[1:]))
+    parent = content
+    for key in where:
+        parent = parent[key]
+    change = data.draw(st.sampled_from(["another", "gone", "twice", "cut off"]))
+    if change == "another":
+        parent[last] = data.draw(ANYTHING | st.integers(-2, 13))
+    elif change == "gone":
+        del parent[last]
+    elif change == "twice" and isinstance(parent, list):
+        parent.append(parent[last])
+    text = json.dumps(content)
+    path = tmp_path / "plan.json"
+    path.write_text(text[: data.draw(st.integers(0, len(text)))] if change == "cut off" else text)
+    check_loaded(path)
+
+
+@given(
+    ANY_TEXT
+    | st.lists(
+        st.sampled_from(
+            ["hf", ":", "@", "report", "self", "wikitext2", "c4", "a.txt", ".jsonl", "/", "~", "..", "\0", "a"]
+        ),
+        max_size=8,
+    ).map("".join)
+)
+def test_names_of_texts_are_valid_or_refused(text: str) -> None:
+    try:
+        source = parse_source(text)
+    except AdaPrunerError:
+        return
+    assert parse_source(str(source)) == source
+    assert source.restrict("report").part != "all"
+    assert source.identity == parse_source(str(source)).identity
+
+
+STRUCTURE = build_structure(
+    empty_model(
+        LlamaConfig(
+            vocab_size=64,
+            hidden_size=96,
+            intermediate_size=120,
+            num_hidden_layers=8,
+            num_attention_heads=6,
+            num_key_value_heads=3,
+            head_dim=16,
+        )
+    )
+)
+
+
+@given(
+    st.builds(
+        Budget,
+        ratio=st.floats(0.001, 0.999),
+        protect_first=st.integers(0, 9),
+        protect_last=st.integers(0, 9),
+        head_share=st.floats(0, 1),
+        round_to=st.integers(1, 200),
+        layout=st.sampled_from(["per-layer", "uniform"]),
+        tilt=st.floats(-3, 3),
+        bend=st.floats(-3, 3),
+    )
+)
+def test_a_budget_is_met_or_refused(budget: Budget) -> None:
+    try:
+        counts = kept_counts(STRUCTURE, budget)
+    except AdaPrunerError:
+        return
+    removed = removed_parameters(STRUCTURE, counts)
+    assert abs(removed / STRUCTURE.total_parameters - budget.ratio) <= RATIO_TOLERANCE
+    for block, count in zip(STRUCTURE.blocks, counts, strict=True):
+        assert 1 <= count <= block.groups
+        is_protected = not budget.protect_first <= block.layer < STRUCTURE.layers - budget.protect_last
+        assert not (budget.layout == "per-layer" and is_protected) or count == block.groups
