@@ -27,7 +27,7 @@ Judge = Callable[[Candidate], Iterable[Tensor]]
 # A trial is stopped once it has been worse than the best one on so many windows, by so many standard errors of the mean
 # difference (see docs/benchmarks.md). It may be as good, but there will be others, and it counts with what it is likely
 # to be.
-_FEWEST_WINDOWS, _STANDARD_ERRORS = 8, 1.0
+_FEWEST_WINDOWS, _STANDARD_ERRORS = 8, 0.5
 STOPPED = "stopped"
 # Which of the starting points a trial is.
 _START = "start"
