@@ -42,23 +42,6 @@ class Memory:
     host: int = 0
 
 
-@dataclass(frozen=True)
-class _Sizes:
-    """Sizes in bytes.
-
-    Attributes:
-        weight: of a number as it is stored.
-        running: of a number in the dtype that trials and moments run in.
-        resident: of the weights that are always in memory, with the largest layer where the others are not.
-        copied: bytes of every parameter in the copy in the dtype that trials run in; 0 where there is none.
-    """
-
-    weight: int
-    running: int
-    resident: int
-    copied: int
-
-
 def estimate_memory(
     config: PruneConfig,
     model: PreTrainedModel,
@@ -76,70 +59,134 @@ def estimate_memory(
         device: where the model will run.
         dtype: of the weights.
     """
-    sizes = _sizes(model, dtype, device, layer_wise)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    resident, copied = sizes.resident, sizes.copied * parameters
-    tokens = config.seq_len
-    embeddings: Any = model.get_input_embeddings()
-    vocabulary, hidden = embeddings.weight.shape
-    widths = [block.groups * block.row_wise.width for block in structure.blocks]
-    of_layer = max(
-        sum(width**2 for width, block in zip(widths, structure.blocks, strict=True) if block.layer == layer)
-        for layer in range(structure.layers)
-    )
-    largest = max(widths) ** 2
-    matrix = max(block.row_wise.elements * width for block, width in zip(structure.blocks, widths, strict=True))
-
-    samples = min(MEASURED_AT_ONCE[layer_wise], config.pool)
-    gaps = _GAPS.get(device.type, 1.0)
-    activations = math.ceil(gaps * samples * tokens * saved_activations(model.config, dtype))
-    logits = samples * tokens * vocabulary * sizes.weight + 2 * tokens * vocabulary * _FLOAT
-    at_once = 1 if layer_wise else structure.layers
-    measuring = resident + at_once * activations + logits + 3 * matrix * _FLOAT
-
-    states = config.compensation_windows * tokens * hidden * sizes.running
-    sums = 2 * of_layer * _FLOAT
-    moments = resident + copied + states + sums + 5 * largest * _FLOAT
-
-    statistics = _statistics(config, structure)
-    counts = kept_counts(structure, budget)
-    own = _own_parameters(structure, counts, layer_wise)
-    solving = 4 * largest * _FLOAT + 3 * matrix * _FLOAT
-    windows = config.objective_windows + config.final_windows
-    known_layers = max(MOST_PROTECTED_FIRST, config.protect_first or 0) + 1 if config.layout == "per-layer" else 0
-    prefixes = known_layers * windows * tokens * hidden * sizes.running
-    predictions = tokens_per_batch(device) * vocabulary * sizes.running + 2 * tokens * vocabulary * _FLOAT
-    # Of every window, in float16, where trials are judged by the divergence from the dense model.
-    references = windows * tokens * vocabulary * 2 if config.selection == "kl" else 0
-    searching = resident + copied + own * sizes.running + max(solving, predictions) + prefixes
-    # The hidden states of both models, and what goes into a projection of the cut one, whose copy shares nothing.
-    inputs = max(
-        count * block.row_wise.width if count < block.groups else 0
-        for block, count in zip(structure.blocks, counts, strict=True)
-    )
-    seen = config.compensation_windows * tokens * (2 * hidden + inputs) * sizes.running
-    left = parameters - removed_parameters(structure, counts)
-    compensating = resident + copied + own * sizes.weight + left * sizes.copied + seen + solving
-    # The inverse in float64, what is left of it at a step and before, and the second moments that it is of.
-    removal = resident + 9 * largest * _FLOAT + 4 * matrix * _FLOAT
-
-    stages = {"loading": resident}
+    run = _Run(config, model, structure, kept_counts(structure, budget), device, dtype, layer_wise)
+    stages = {"loading": run.resident}
     if config.compensation != "none" or config.space == "extended":
-        stages["reading activations"] = moments
-    stages["measuring"] = measuring
+        stages["reading activations"] = run.reading_activations()
+    stages["measuring"] = run.measuring()
     if config.space == "extended":
-        stages["comparing removals"] = removal + statistics
-    stages["searching"] = searching + statistics + references
+        stages["comparing removals"] = run.comparing_removals()
+    stages["searching"] = run.searching()
     if config.fits_sequentially:
-        stages["compensating"] = compensating
-    stages["saving"] = resident + own * sizes.weight
+        stages["compensating"] = run.compensating()
+    stages["saving"] = run.resident + run.own_parameters * run.weight
     if device.type == "cpu":
         return {stage: Memory(held) for stage, held in stages.items()}
-    on_host = {"comparing removals": statistics, "searching": statistics + references}
+    on_host = {"comparing removals": run.statistics, "searching": run.statistics + run.references}
     if layer_wise:
-        cut = own * sizes.weight
+        cut = run.own_parameters * run.weight
         on_host |= {stage: on_host.get(stage, 0) + cut for stage in ("searching", "compensating", "saving")}
     return {stage: Memory(held - on_host.get(stage, 0), on_host.get(stage, 0)) for stage, held in stages.items()}
+
+
+class _Run:
+    """What a run holds of each kind, and in each stage, in bytes where nothing else is said.
+
+    Attributes:
+        counts: how many groups of each block stay.
+        weight: of a number as it is stored.
+        running: of a number in the dtype that trials and moments run in.
+        copied: of a number in the copy in that dtype; 0 where there is none.
+        resident: of the weights that are always in memory, with the largest layer where the others are not.
+        own_parameters: number of those that a cut model does not share with the dense one.
+        largest: entries of the largest matrix of second moments.
+        matrix: entries of the largest row-wise projection.
+        statistics, references: of what is measured, and of the dense model's predictions.
+    """
+
+    def __init__(
+        self,
+        config: PruneConfig,
+        model: PreTrainedModel,
+        structure: Structure,
+        counts: list[int],
+        device: torch.device,
+        dtype: torch.dtype,
+        layer_wise: bool,
+    ) -> None:
+        self.config, self.model, self.structure, self.counts = config, model, structure, counts
+        self.device, self.dtype, self.layer_wise = device, dtype, layer_wise
+        embeddings: Any = model.get_input_embeddings()
+        self.vocabulary, self.hidden = embeddings.weight.shape
+        self.weight = dtype.itemsize
+        has_copy = dtype == torch.float32 and computes_bfloat16_natively(device) and not layer_wise
+        self.running, self.copied = (_BFLOAT, _BFLOAT) if has_copy else (self.weight, 0)
+        self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        of_layers = [sum(parameter.numel() for parameter in layer.parameters()) for layer in decoder_layers(model)]
+        always = self.parameters - sum(of_layers) + max(of_layers) if layer_wise else self.parameters
+        self.resident = always * self.weight
+        # Blocks from which nothing goes are shared; read layer by layer, all come into memory as they are used.
+        self.own_parameters = sum(
+            count * block.parameters_per_group
+            for block, count in zip(structure.blocks, counts, strict=True)
+            if layer_wise or count < block.groups
+        )
+        self.widths = [block.groups * block.row_wise.width for block in structure.blocks]
+        self.largest = max(self.widths) ** 2
+        self.matrix = max(
+            block.row_wise.elements * width for block, width in zip(structure.blocks, self.widths, strict=True)
+        )
+        self.statistics = self._statistics()
+        # Of every window, in float16, where trials are judged by the divergence from the dense model.
+        self.references = self._objective_tokens() * self.vocabulary * 2 if config.selection == "kl" else 0
+
+    def measuring(self) -> int:
+        samples = min(MEASURED_AT_ONCE[self.layer_wise], self.config.pool)
+        tokens = samples * self.config.seq_len
+        of_layer = math.ceil(tokens * saved_activations(self.model.config, self.dtype) * _GAPS.get(self.device.type, 1))
+        activations = of_layer * (1 if self.layer_wise else self.structure.layers)
+        logits = tokens * self.vocabulary * self.weight + 2 * self.config.seq_len * self.vocabulary * _FLOAT
+        return self.resident + activations + logits + 3 * self.matrix * _FLOAT
+
+    def reading_activations(self) -> int:
+        of_layers = [0] * self.structure.layers
+        for block, width in zip(self.structure.blocks, self.widths, strict=True):
+            of_layers[block.layer] += width**2
+        sums = 2 * max(of_layers) * _FLOAT
+        states = self._compensation_tokens() * self.hidden * self.running
+        return self.resident + self._copy() + states + sums + 5 * self.largest * _FLOAT
+
+    def comparing_removals(self) -> int:
+        # The inverse in float64, what is left of it at a step and before, and the second moments that it is of.
+        return self.resident + 9 * self.largest * _FLOAT + 4 * self.matrix * _FLOAT + self.statistics
+
+    def searching(self) -> int:
+        per_layer = self.config.layout == "per-layer"
+        known_layers = max(MOST_PROTECTED_FIRST, self.config.protect_first or 0) + 1 if per_layer else 0
+        prefixes = known_layers * self._objective_tokens() * self.hidden * self.running
+        at_once = tokens_per_batch(self.device) * self.running + 2 * self.config.seq_len * _FLOAT
+        working = max(self._solving(), at_once * self.vocabulary)
+        cut = self.own_parameters * self.running
+        return self.resident + self._copy() + cut + working + prefixes + self.statistics + self.references
+
+    def compensating(self) -> int:
+        # The hidden states of both models, and what goes into a projection of the cut one, whose copy shares nothing.
+        inputs = max(
+            count * block.row_wise.width if count < block.groups else 0
+            for block, count in zip(self.structure.blocks, self.counts, strict=True)
+        )
+        seen = self._compensation_tokens() * (2 * self.hidden + inputs) * self.running
+        left = self.parameters - removed_parameters(self.structure, self.counts)
+        cut = self.own_parameters * self.weight + left * self.copied
+        return self.resident + self._copy() + cut + seen + self._solving()
+
+    def _copy(self) -> int:
+        return self.parameters * self.copied
+
+    def _solving(self) -> int:
+        """Of the damped system of one block."""
+        return 4 * self.largest * _FLOAT + 3 * self.matrix * _FLOAT
+
+    def _compensation_tokens(self) -> int:
+        return self.config.compensation_windows * self.config.seq_len
+
+    def _objective_tokens(self) -> int:
+        return (self.config.objective_windows + self.config.final_windows) * self.config.seq_len
+
+    def _statistics(self) -> int:
+        vectors = sum(part.width * block.groups for block in self.structure.blocks for part in block.matrices)
+        per_sample = vectors * (3 if self.config.terms == "all" else 1) + 2 * sum(self.widths)
+        return self.config.pool * per_sample * _FLOAT
 
 
 def saved_activations(config: PreTrainedConfig, dtype: torch.dtype) -> float:
@@ -187,34 +234,3 @@ def available_memory(device: torch.device) -> int:
     if limit.is_file() and used.is_file() and limit.read_text().strip().isdigit():
         return min(available, int(limit.read_text()) - int(used.read_text()))
     return available
-
-
-def _sizes(model: PreTrainedModel, dtype: torch.dtype, device: torch.device, layer_wise: bool) -> _Sizes:
-    size = dtype.itemsize
-    layers = [sum(parameter.numel() for parameter in layer.parameters()) for layer in decoder_layers(model)]
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    outside = parameters - sum(layers)
-    faster = dtype == torch.float32 and computes_bfloat16_natively(device) and not layer_wise
-    return _Sizes(
-        weight=size,
-        running=_BFLOAT if faster else size,
-        resident=(outside + max(layers)) * size if layer_wise else parameters * size,
-        copied=_BFLOAT if faster else 0,
-    )
-
-
-def _statistics(config: PruneConfig, structure: Structure) -> int:
-    vectors = sum(part.width * block.groups for block in structure.blocks for part in block.matrices)
-    inputs = sum(block.groups * block.row_wise.width for block in structure.blocks)
-    per_sample = vectors * (3 if config.terms == "all" else 1) + 2 * inputs
-    return config.pool * per_sample * _FLOAT
-
-
-def _own_parameters(structure: Structure, counts: list[int], layer_wise: bool) -> int:
-    """Parameters of the blocks of a cut model that it does not share with the dense one, as it does those from which
-    nothing goes; read layer by layer, all of its blocks come into memory as they are used."""
-    return sum(
-        count * block.parameters_per_group
-        for block, count in zip(structure.blocks, counts, strict=True)
-        if layer_wise or count < block.groups
-    )
