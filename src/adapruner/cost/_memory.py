@@ -107,7 +107,8 @@ class _Run:
         self.config, self.model, self.structure, self.counts = config, model, structure, counts
         self.device, self.dtype, self.layer_wise = device, dtype, layer_wise
         embeddings: Any = model.get_input_embeddings()
-        self.vocabulary, self.hidden = embeddings.weight.shape
+        self.vocabulary: int = embeddings.weight.shape[0]
+        self.hidden: int = embeddings.weight.shape[1]
         self.weight = dtype.itemsize
         has_copy = dtype == torch.float32 and computes_bfloat16_natively(device) and not layer_wise
         self.running, self.copied = (_BFLOAT, _BFLOAT) if has_copy else (self.weight, 0)
