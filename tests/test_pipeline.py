@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -179,6 +180,7 @@ def test_a_killed_run_goes_on_to_the_same_plan(
     model_folder: Path,
     text_file: Path,
     tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     script = KILL.format(target=target, name=name, calls=calls)
     arguments = command(model_folder, tmp_path / "run", text_file)
@@ -186,15 +188,16 @@ def test_a_killed_run_goes_on_to_the_same_plan(
     assert killed.returncode == -9, killed.stderr.decode()
     assert (tmp_path / "run" / left).exists()
     assert not (tmp_path / "run" / "result.json").exists()
-    completed = subprocess.run(
-        [sys.executable, "-m", "adapruner", *arguments, "--json"], capture_output=True, check=True
-    )
-    assert json.loads(completed.stdout)["plan_hash"] == finished.plan.hash
+    capsys.readouterr()
+    assert run_cli([*arguments, "--json"]) == 0
+    completed = capsys.readouterr()
+    assert json.loads(completed.out)["plan_hash"] == finished.plan.hash
     assert not [path for path in (tmp_path / "run").iterdir() if "part" in path.name or "lock" in path.name]
-    # In a log: one line per stage, no bars.
-    assert b"\r" not in completed.stderr
-    assert completed.stderr.decode().count("done in") == len(completed.stderr.splitlines())
-    assert b"measuring: done" in completed.stderr or target != "adapruner.run_folder.RunFolder"
+    # In a log: one line per stage, no bars; and advice.
+    assert "\r" not in completed.err
+    stages = [line for line in completed.err.splitlines() if not line.startswith("adapruner: ")]
+    assert all("done in" in line for line in stages)
+    assert "measuring: done" in completed.err or target != "adapruner.run_folder.RunFolder"
 
 
 def test_plan_gives_another_ratio_without_measuring_or_searching(
@@ -584,3 +587,35 @@ def test_a_pruned_model_is_pruned_again(finished: adapruner.PruneResult, text_fi
     assert 0.095 <= 1 - after / before <= 0.105
     with pytest.raises(AdaPrunerError, match="whose layers differ already cannot be estimated"):
         verbs.estimate(finished.model_folder, **OPTIONS)
+
+
+def test_quiet_leaves_results_and_advice(
+    finished: adapruner.PruneResult, model_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    arguments = [*command(model_folder, tmp_path / "run", text_file), "--quiet", "--json"]
+    environment = os.environ | {"FORCE_COLOR": "1", "NO_COLOR": "1"}
+    process = subprocess.run([sys.executable, "-m", "adapruner", *arguments], capture_output=True, env=environment)
+    assert json.loads(process.stdout)["plan_hash"] == finished.plan.hash
+    said = process.stderr.decode().splitlines()
+    assert said
+    assert all(line.startswith("adapruner: what stays was fitted on ") for line in said)
+
+
+def test_advice_names_what_should_not_go_unseen(finished: adapruner.PruneResult) -> None:
+    def advice(result: dict[str, object], widths: int = 24) -> str:
+        blocks = [block.model_copy(update={"kept": tuple(range(widths))}) for block in finished.plan.blocks]
+        plan = finished.plan.model_copy(update={"blocks": tuple(blocks)})
+        return " | ".join(adapruner.PruneResult(finished.output, plan, finished.result | result).advice())
+
+    def perplexities(dense: float, searched: float, recovered: float) -> dict[str, object]:
+        models = {"dense": dense, "searched": searched, "recovered": recovered}
+        return {"perplexity": {"text": {name: {"perplexity": value} for name, value in models.items()}}}
+
+    enough: dict[str, object] = {"windows": {"compensation": 768}}
+    assert advice(enough | perplexities(20, 30, 30)) == ""
+    assert "rose from 20.0 to 50.0: --recover SRC" in advice(enough | perplexities(20, 50, 30))
+    assert advice(enough | perplexities(20, 50, 30) | {"recovery": {"steps": 1}}) == ""
+    assert "training it longer" in advice(enough | perplexities(20, 50, 45) | {"recovery": {"steps": 1}})
+    assert "rose from 20.0 to nan" in advice(enough | perplexities(20, float("nan"), 30))
+    assert "fitted on 40 windows" in advice(perplexities(20, 30, 30) | {"windows": {"compensation": 40}})
+    assert "no multiples of 8" in advice(enough | perplexities(20, 30, 30), widths=23)
