@@ -306,7 +306,7 @@ class _PlainLoader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("it has an alias (*name): write out what it stands for")
+            raise ValueError("it has an alias (*name): write out what it stands for")
         return super().compose_node(parent, index)
 
 

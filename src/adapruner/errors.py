@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import errno
 
+# The text of these is a name, or part of a sentence of the interpreter's.
+_SAY_LITTLE = (LookupError, TypeError, AttributeError, ArithmeticError, AssertionError, RecursionError)
+_LONGEST_REASON = 300
+
 
 class AdaPrunerError(Exception):
     """Something the user can mend: what is wrong, the numbers, what to do.
@@ -39,9 +43,12 @@ def _of(error: OSError) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """The first line of an error of another library; with its type where the text alone says little."""
-    lines = str(error).strip().splitlines()
-    if not lines:
+    """What an error of another library says, on one line that is not too long; with its type where that says little."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"it is no UTF-8 text, as byte {error.start} shows"
+    text = " ".join(str(error).split())
+    if len(text) > _LONGEST_REASON:
+        text = f"{text[:_LONGEST_REASON]} …"
+    if not text:
         return type(error).__name__
-    speaks_for_itself = isinstance(error, OSError | ValueError) or type(error) in (Exception, RuntimeError)
-    return lines[0] if speaks_for_itself else f"{type(error).__name__}: {lines[0]}"
+    return f"{type(error).__name__}: {text}" if isinstance(error, _SAY_LITTLE) else text

@@ -77,7 +77,7 @@ NO_SUCH_TEXT = {
     "hf": "hf:owner/name",
     "hf:": "hf:owner/name",
     "hf::::": "hf:owner/name",
-    "hf:a:b:c:d:e:f": "hf:owner/name",
+    "hf:a:b:c:d:e:f": "'hf:a:b:c:d:e:f' names no data set",
     "hf:no spaces in/ids": "hf:owner/name",
     "hf:a/b/c/d": "hf:owner/name",
     "hf:nobody/nothing": "cannot read 'hf:nobody/nothing'",

@@ -297,8 +297,8 @@ def _from_dataset(
 def _text_columns(columns: list[str], name: str, wanted: str) -> tuple[str, ...]:
     if wanted in columns:
         return (wanted,)
-    if wanted:
-        raise AdaPrunerError(f"{name} has the columns {', '.join(columns)}, but no {wanted}")
+    if wanted or not columns:
+        raise AdaPrunerError(f"{name} has the columns {', '.join(columns) or 'of no name'}, but no {wanted or 'text'}")
     for usual in _USUAL_COLUMNS:
         if set(usual) <= set(columns):
             return usual

@@ -100,4 +100,6 @@ def _say(message: str) -> None:
     if len(line) > _LONGEST_MESSAGE:
         line = f"{line[:_LONGEST_MESSAGE]} …"
     shown = "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in line)
-    Console(stderr=True).print("adapruner:", shown, style="red", markup=False, highlight=False, soft_wrap=True)
+    Console(stderr=True).print(
+        "adapruner:", shown, style="red", markup=False, emoji=False, highlight=False, soft_wrap=True
+    )

@@ -73,6 +73,9 @@ class ModelLocation:
         """Keyword arguments for the `from_pretrained` of transformers."""
         return {"gguf_file": self.gguf_file} if self.gguf_file else {}
 
+    def __str__(self) -> str:
+        return str(Path(self.path) / self.gguf_file) if self.gguf_file else self.path
+
 
 def find_model(name: str) -> ModelLocation:
     """Turns what the user wrote into a place to load from, without loading anything.
@@ -135,7 +138,7 @@ def _refuse_too_many_layers(fields: dict[str, Any], location: ModelLocation) -> 
     for name in ("num_hidden_layers", "num_layers", "n_layers", "n_layer"):
         if isinstance(fields.get(name), int) and fields[name] > _MOST_LAYERS:
             raise AdaPrunerError(
-                f"the config of {location.path!r} says {name}: {fields[name]}, more than {_MOST_LAYERS} layers"
+                f"the config of {str(location)!r} says {name}: {fields[name]}, more than {_MOST_LAYERS} layers"
             )
 
 
@@ -154,7 +157,7 @@ def _refuse_impossible_counts(config: PreTrainedConfig, location: ModelLocation)
             counts |= {f"{name} of layer {index}" if config.is_heterogeneous else name: own[name] for name in own}
     for name, count in counts.items():
         if not isinstance(count, int) or not 1 <= count <= _LARGEST_COUNT:
-            raise AdaPrunerError(f"the config of {location.path!r} says {name}: {count!r}, no number that a model has")
+            raise AdaPrunerError(f"the config of {str(location)!r} says {name}: {count!r}, which no model has")
 
 
 def load_tokenizer(location: ModelLocation) -> Tokenizer:
@@ -164,7 +167,7 @@ def load_tokenizer(location: ModelLocation) -> Tokenizer:
         AdaPrunerError: it cannot be found or read, or is not that of the model.
     """
     config = load_config(location)
-    with _reported_as_unloadable(location):
+    with _reported_as_unloadable(location, "the tokenizer of "):
         settings = Path(location.path) / "tokenizer_config.json"
         if settings.is_file():
             names = json.loads(settings.read_text(encoding="utf-8")).get("fast_tokenizer_files", [])
@@ -176,12 +179,12 @@ def load_tokenizer(location: ModelLocation) -> Tokenizer:
     # Tokens that were added may lie beyond the embedding, as long as no text has them.
     if tokenizer.vocab_size > config.vocab_size:
         raise AdaPrunerError(
-            f"the tokenizer in {location.path!r} has {tokenizer.vocab_size:,} tokens, the embedding of the model only"
+            f"the tokenizer in {str(location)!r} has {tokenizer.vocab_size:,} tokens, the embedding of the model only"
             f" {config.vocab_size:,}: it is that of another model"
         )
     if not isinstance(tokenizer.model_max_length, int | float):
         raise AdaPrunerError(
-            f"the tokenizer in {location.path!r} says model_max_length: {tokenizer.model_max_length!r}, no number"
+            f"the tokenizer in {str(location)!r} says model_max_length: {tokenizer.model_max_length!r}, no number"
         )
     return tokenizer
 
@@ -353,7 +356,7 @@ def _refuse_other_weights(location: ModelLocation, config: PreTrainedConfig, rep
     ]
     if wrong:
         raise AdaPrunerError(
-            f"the files in {location.path!r} do not hold the model of its config.json; {len(wrong)} tensors are wrong:"
+            f"the files in {str(location)!r} do not hold the model of its config.json; {len(wrong)} tensors are wrong:"
             f" {'; '.join(wrong[:3])}{'; …' if len(wrong) > 3 else ''}"
         )
 
@@ -366,10 +369,10 @@ def _clear_gguf_marks(target: PreTrainedConfig | PreTrainedModel, location: Mode
 
 
 @contextlib.contextmanager
-def _reported_as_unloadable(location: ModelLocation) -> Iterator[None]:
+def _reported_as_unloadable(location: ModelLocation, part: str = "") -> Iterator[None]:
     would_ask_the_hub = not Path(location.path).is_dir() and is_offline_mode()
-    hint = " The hub is not asked in offline mode (HF_HUB_OFFLINE is set)" if would_ask_the_hub else ""
-    with _reported(f"cannot load {location.path!r}", hint), quiet_transformers():
+    hint = "; the hub is not asked in offline mode (HF_HUB_OFFLINE is set)" if would_ask_the_hub else ""
+    with _reported(f"cannot load {part}{str(location)!r}", hint), quiet_transformers():
         yield
 
 
