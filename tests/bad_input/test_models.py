@@ -415,7 +415,7 @@ def test_a_gguf_file_that_is_a_folder(commands: Commands, refused: Refused, tmp_
     ("name", "message"),
     [
         ("", "holds no model"),
-        ("nobody/nothing", "offline"),
+        ("nobody/nothing", "the hub is not asked in offline mode (HF_HUB_OFFLINE is set)"),
         ("no spaces in/ids", "cannot load 'no spaces in/ids'"),
         ("a//b", "no model at"),
         ("../../nothing", "no model at"),

@@ -385,7 +385,7 @@ def _reported(what: str, hint: str = "") -> Iterator[None]:
         # tokenizers raises nothing more special than Exception.
         if not isinstance(error, _UNREADABLE) and type(error) is not Exception:
             raise
-        raise AdaPrunerError(f"{what}: {reason(error)}{hint}") from error
+        raise AdaPrunerError(f"{what}: {reason(error).rstrip('.')}{hint}") from error
 
 
 @contextlib.contextmanager
