@@ -85,7 +85,7 @@ def test_a_streamed_model_is_cut_compensated_and_saved(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # What is in memory would run in bfloat16 where that is fast; a streamed model runs as it is.
-    monkeypatch.setattr("adapruner.models._loading.computes_bfloat16_natively", lambda _: False)
+    monkeypatch.setattr("adapruner.models._device.computes_bfloat16_natively", lambda _: False)
     structure = build_structure(model)
     streamed = load_model(find_model(on_disk(model, tmp_path / "dense")), layer_wise=True)
     scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(0))

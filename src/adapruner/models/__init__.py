@@ -9,6 +9,7 @@ from adapruner.models._architecture import (
     check_tokens,
     known_architectures,
 )
+from adapruner.models._device import computes_bfloat16_natively, copy_in_dtype, in_fastest_dtype, resolve_device
 from adapruner.models._layers import (
     LayerCall,
     decoder_layers,
@@ -23,16 +24,12 @@ from adapruner.models._layers import (
 from adapruner.models._loading import (
     ModelLocation,
     check_streamable,
-    computes_bfloat16_natively,
-    copy_in_dtype,
     empty_model,
     find_model,
-    in_fastest_dtype,
     load_config,
     load_model,
     load_tokenizer,
     quiet_transformers,
-    resolve_device,
 )
 from adapruner.models.modeling_pruned import PRUNED_CLASSES, STOCK_CLASSES
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import importlib.util
 import json
 import struct
@@ -17,7 +16,6 @@ import torch
 from huggingface_hub import is_offline_mode
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -32,11 +30,10 @@ from transformers.utils import logging as transformers_logging
 from adapruner.errors import AdaPrunerError, reason
 from adapruner.models import modeling_pruned
 from adapruner.models._architecture import architecture_of, known_architectures
-from adapruner.models._layers import is_streamed
+from adapruner.models._device import resolve_device
 from adapruner.models._stored import differences, names_in_files, refuse_files_elsewhere, stored_tensors
 from adapruner.models._streaming import load_streamed
 from adapruner.paths import given_path
-from adapruner.processes import this_process
 
 SMOLLM2_ALIAS = "smollm2"
 # Left open, transformers asks on the terminal whether to run what lies in the folder.
@@ -279,54 +276,6 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
             else AutoModelForCausalLM.from_config(config)
         )
     return model
-
-
-def resolve_device(device: str) -> torch.device:
-    """`auto` becomes a GPU where there is one, another for each process that was started together; else the CPU.
-
-    Raises:
-        AdaPrunerError: there is no such device.
-    """
-    process = this_process()
-    if device == "auto" and not torch.cuda.is_available():
-        return torch.device("cpu")
-    if device == "auto" or (device == "cuda" and process.count_here > 1):
-        device = f"cuda:{process.rank_here}"
-    try:
-        found = torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError, ImportError) as error:
-        raise AdaPrunerError(f"--device {device}: {reason(error)}") from None
-    if found.type == "meta":
-        raise AdaPrunerError("--device meta: nothing is computed there")
-    return found
-
-
-def computes_bfloat16_natively(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 faster than float32."""
-    if device.type == "cpu":
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-
-
-def in_fastest_dtype(model: PreTrainedModel) -> PreTrainedModel:
-    """The model itself, or a bfloat16 copy where the processor multiplies that natively
-    (about three times as fast on a CPU with AVX-512 bfloat16).
-
-    Trials only have to be told apart; plans are cut out of the original weights.
-    """
-    if model.dtype != torch.float32 or is_streamed(model) or not computes_bfloat16_natively(model.device):
-        return model
-    return copy_in_dtype(model, torch.bfloat16)
-
-
-def copy_in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """A copy with parameters of another dtype; the frequencies of rotary embeddings stay as exact as in the model."""
-    # Named to deepcopy as copied already: there is never a second copy in the first dtype.
-    copied = {
-        id(parameter): nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad)
-        for parameter in model.parameters()
-    }
-    return copy.deepcopy(model, copied)
 
 
 def _find_smollm2() -> ModelLocation:
