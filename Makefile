@@ -53,7 +53,11 @@ screenshots: .venv/dev
 clean:
 	rm -rf .venv .data runs
 
-.PHONY: docs test-matrix constraints audit
+.PHONY: docs test-matrix constraints audit soak
+
+# Kills a hundred runs at random moments.
+soak: .venv/dev
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/soak.py
 
 # Nothing is fetched while the site is built.
 docs: .venv/docs
