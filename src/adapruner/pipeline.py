@@ -23,6 +23,7 @@ from adapruner.errors import AdaPrunerError, NonFiniteError, describe_failure
 from adapruner.job import Job, prepare
 from adapruner.measurement import Statistics, StoredMoments
 from adapruner.models import empty_model, load_config, resolve_device
+from adapruner.paths import given_path
 from adapruner.processes import Process, this_process
 from adapruner.progress import Reporter
 from adapruner.report import write_report
@@ -61,7 +62,7 @@ def prune(
         AdaPrunerError: an option, the model, the text or the folder will not do; before any long work.
     """
     config = _config(model, recipe, options)
-    run, process = RunFolder(Path(output)), this_process()
+    run, process = RunFolder(given_path(output)), this_process()
     if overwrite and process.count > 1:
         raise AdaPrunerError(f"--overwrite goes with one process: remove {run.path} first")
     if not process.leads:
@@ -113,7 +114,7 @@ def plan_again(source: str | Path, output: str | Path, ratio: float, overwrite: 
     Raises:
         AdaPrunerError: the earlier run has not got so far, or the ratio or the new folder will not do.
     """
-    earlier, run = RunFolder(Path(source)), RunFolder(Path(output))
+    earlier, run = RunFolder(given_path(source)), RunFolder(given_path(output))
     if run.path.resolve() == earlier.path.resolve():
         raise AdaPrunerError(f"{output} is the earlier run itself: choose another output")
     if not earlier.search.is_file():
@@ -146,7 +147,7 @@ def join(output: str | Path, storage: str | None = None, device: str = "auto") -
     Raises:
         AdaPrunerError: no process is at a run there, or it ended.
     """
-    run = RunFolder(Path(output))
+    run = RunFolder(given_path(output))
     if not run.is_led():
         raise AdaPrunerError(f"no process is at a run in {output}: start it with adapruner prune")
     run.wait_for(run.config)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from adapruner import pipeline
-from adapruner.paths import given_path
 
 
 def join(run: Path, /, *, storage: str | None = None, device: str = "auto") -> None:
@@ -20,4 +19,4 @@ def join(run: Path, /, *, storage: str | None = None, device: str = "auto") -> N
     device:
         Where this process runs: auto, cpu, cuda, cuda:1, …
     """
-    pipeline.join(given_path(run), storage, device)
+    pipeline.join(run, storage, device)

@@ -10,7 +10,6 @@ from rich.console import Console
 
 from adapruner import pipeline
 from adapruner.cli._output import print_advice, print_json
-from adapruner.paths import given_path
 
 
 def plan(
@@ -37,7 +36,7 @@ def plan(
     json:
         Print result.json on stdout instead of the tables.
     """
-    result = pipeline.plan_again(given_path(run), given_path(output), ratio, overwrite)
+    result = pipeline.plan_again(run, output, ratio, overwrite)
     print_advice(result.advice())
     if json:
         print_json(result.result)

@@ -11,7 +11,6 @@ from rich.console import Console
 from adapruner import pipeline
 from adapruner.cli._output import print_advice, print_json
 from adapruner.config import PruneOptions
-from adapruner.paths import given_path
 from adapruner.processes import this_process
 
 
@@ -49,7 +48,7 @@ def prune(
         Print result.json on stdout instead of the table.
     """
     given = options.model_dump(exclude_unset=True) if options else {}
-    result = pipeline.prune(model, given_path(output), overwrite, push_to_hub, recipe, storage, **given)
+    result = pipeline.prune(model, output, overwrite, push_to_hub, recipe, storage, **given)
     if not this_process().leads:
         return
     print_advice(result.advice())

@@ -21,7 +21,7 @@ from optuna.trial import TrialState
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
-from adapruner.errors import AdaPrunerError
+from adapruner.errors import AdaPrunerError, reason
 from adapruner.files import write_atomically
 
 _WORKER = "worker"
@@ -101,13 +101,18 @@ class StudyPlace:
             raise AdaPrunerError(f"the run in {self.folder} was started again meanwhile: help it from the beginning")
 
     def _read_name(self) -> str:
-        record = json.loads(self.record.read_text())
-        if record["place"] != self.described:
+        try:
+            record = json.loads(self.record.read_text())
+            place, name = record["place"], str(record["name"])
+        except (ValueError, LookupError, TypeError) as error:
             raise AdaPrunerError(
-                f"the trials of {self.folder} are in {record['place']} and not in {self.described}: name the same"
-                " --storage"
+                f"{self.record} is damaged ({reason(error)}): give the command of the run again"
+            ) from None
+        if place != self.described:
+            raise AdaPrunerError(
+                f"the trials of {self.folder} are in {place} and not in {self.described}: name the same --storage"
             )
-        return str(record["name"])
+        return name
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[optuna.Study]:
@@ -149,7 +154,7 @@ def _open_database(url: str) -> Iterator[BaseStorage]:
         raise AdaPrunerError(f"--storage: {error}. For PostgreSQL: pip install 'adapruner[postgresql]'") from None
     except (StorageInternalError, SQLAlchemyError, ValueError, RuntimeError) as error:
         cause: BaseException = error.__cause__ or error
-        raise AdaPrunerError(f"--storage cannot be opened: {str(cause).strip().splitlines()[0]}") from None
+        raise AdaPrunerError(f"--storage cannot be opened: {reason(cause)}") from None
     try:
         yield storage
     finally:
