@@ -598,7 +598,9 @@ def test_quiet_leaves_results_and_advice(
     assert json.loads(process.stdout)["plan_hash"] == finished.plan.hash
     said = process.stderr.decode().splitlines()
     assert said
-    assert all(line.startswith("adapruner: what stays was fitted on ") for line in said)
+    assert all(
+        line.startswith(("adapruner: what stays was fitted on ", "adapruner: the feed-forward")) for line in said
+    )
 
 
 def test_advice_names_what_should_not_go_unseen(finished: adapruner.PruneResult) -> None:

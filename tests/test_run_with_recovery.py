@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard
 
 import adapruner
 from adapruner import AdaPrunerError
+from adapruner.cli import main
 from adapruner.models import find_model, load_model
 
 OPTIONS = {
@@ -139,7 +140,13 @@ main()
 
 
 def test_a_killed_run_goes_on(
-    finished: adapruner.PruneResult, model_folder: Path, text_file: Path, data: Path, tmp_path: Path
+    finished: adapruner.PruneResult,
+    model_folder: Path,
+    text_file: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     flags = [
         part
@@ -186,10 +193,12 @@ def test_a_killed_run_goes_on(
         )
         assert killed.returncode == -9, killed.stderr.decode()
         assert (run / left).exists()
-    completed = subprocess.run(
-        [sys.executable, "-m", "adapruner", *arguments, "--json"], env=environment, capture_output=True, check=True
-    )
-    result = json.loads(completed.stdout)
+    monkeypatch.setenv("ADAPRUNER_DATA", str(data))
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments, "--json"])
+    assert not ended.value.code
+    result = json.loads(capsys.readouterr().out)
     assert result["perplexity"] == finished.result["perplexity"]
     assert result["tasks"] == finished.result["tasks"]
     assert not (run / "recovered.training").exists()

@@ -45,6 +45,7 @@ _LONGEST_MESSAGE = 1000
 for verb in (prune, join, report, plan, recover, evaluate, benchmark, export, inspect):
     app.command(verb)
 app.register_install_completion_command()
+app.meta.suppress_keyboard_interrupt = False
 
 
 @app.meta.default
