@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -20,10 +21,10 @@ def fail_with(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_interruption(run_cli: RunCli, monkeypatch: pytest.MonkeyPatch) -> None:
     fail_with(KeyboardInterrupt(), monkeypatch)
-    assert run_cli(["inspect", "x"]) == (130, "", "adapruner: interrupted\n")
+    assert run_cli(["inspect", "x"]) == (130, "", "adapruner: stopped; runs go on by the same command\n")
 
 
-@pytest.mark.parametrize("error", [KeyError("a"), MemoryError(), RuntimeError("one\ntwo\nthree"), AssertionError()])
+@pytest.mark.parametrize("error", [KeyError("a"), RuntimeError("one\ntwo\nthree"), AssertionError()])
 def test_an_unexpected_failure(
     error: Exception, run_cli: RunCli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -36,6 +37,24 @@ def test_an_unexpected_failure(
     path = re.fullmatch(r"adapruner: the traceback is in (.*)", second)
     assert path
     assert "Traceback" in Path(path[1]).read_text()
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError(), "out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), "out of memory"),
+        (OSError(errno.ENOSPC, "No space left on device", "a/b"), "no space left on the disk (a/b): free some"),
+        (PermissionError(errno.EACCES, "Permission denied", "a/b"), "permission denied (a/b)"),
+    ],
+)
+def test_a_machine_that_gives_out(
+    error: Exception, said: str, run_cli: RunCli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_with(error, monkeypatch)
+    code, output, errors = run_cli(["inspect", "x"])
+    assert (code, output, errors.count("\n")) == (2, "", 1)
+    assert errors.startswith(f"adapruner: {said}")
 
 
 def test_help_and_nothing_are_no_failures(run_cli: RunCli) -> None:
