@@ -48,7 +48,7 @@ STAGES = ("reading activations", "measuring", "comparing removals", "searching",
 
 
 def main(
-    *, run: Path, model: str = "smollm2", windows: int = 32, trials: int = 48, seeds: Sequence[int] = (0, 1, 2)
+    *, run: Path, model: str = "smollm2", windows: int = 64, trials: int = 48, seeds: Sequence[int] = (0, 1, 2)
 ) -> None:
     """Prints the ratio of a trial, and a line for every search."""
     folder = RunFolder(run)
