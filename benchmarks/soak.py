@@ -127,9 +127,12 @@ def last_stage(output: Path) -> str:
 def difference(run: Path, undisturbed: Path) -> str | None:
     """What is not the same in two finished runs."""
     results = [json.loads((each / "result.json").read_text()) for each in (run, undisturbed)]
+    for result in results:
+        # A trial that was killed keeps its number, so that those after it have others.
+        del result["search"]["best_trial"]
     for key in ("plan_hash", "parameters", "search", "perplexity"):
         if results[0][key] != results[1][key]:
-            return f"{key} differs"
+            return f"{key} differs: {results[0][key]} in place of {results[1][key]}"
     for model in ("model", "recovered"):
         weights = [load_file(each / model / "model.safetensors") for each in (run, undisturbed)]
         if weights[0].keys() != weights[1].keys():
