@@ -65,6 +65,7 @@ def main(*, runs: int = 100, most_kills: int = 5, workers: int = 2, seed: int = 
         outcomes = list(pool.map(partial(run_disturbed, folder, references, most_kills, seed), range(runs)))
     stages = Counter(stage for killed_in, _ in outcomes for stage in killed_in)
     wrong = [f"run {number}: {problem}" for number, (_, problem) in enumerate(outcomes) if problem]
+    print(f"{sum(bool(killed_in) for killed_in, _ in outcomes)} of {runs} runs were killed before they had finished")
     print(f"killed {sum(stages.values())} times, after: {', '.join(f'{s} {n}' for s, n in stages.most_common())}")
     print(f"{runs - len(wrong)} of {runs} runs finished with the plan, weights and numbers of undisturbed ones")
     print(*wrong, sep="\n")
