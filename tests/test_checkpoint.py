@@ -52,6 +52,11 @@ def test_shards_are_loaded(folder: Path, pruned: PreTrainedModel, windows: torch
     assert torch.equal(adapruner.load(folder)(windows).logits, pruned(windows).logits)
 
 
+def test_whoever_may_read_new_files_may_read_the_model(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").touch()
+    assert {path.stat().st_mode for path in folder.iterdir()} == {(tmp_path / "other").stat().st_mode}
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_dtype_is_kept(
     dtype: torch.dtype, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path

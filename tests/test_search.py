@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from optuna.trial import TrialState
+from optuna.distributions import FloatDistribution
+from optuna.trial import TrialState, create_trial
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -26,6 +27,7 @@ from adapruner.search import (
     SubsetFamily,
     build_subset_family,
 )
+from adapruner.search._history import importance_of
 from adapruner.structure import build_structure
 
 
@@ -277,6 +279,15 @@ def test_the_extended_space_searches_all_terms_and_the_allocation(
         name: len({getattr(b, name) for b in budgets}) > 1 for name in ("tilt", "bend", "ranking", "protect_last")
     }
     assert set(searched.values()) == {layout == "per-layer"}
+
+
+def test_a_parameter_that_one_trial_has_is_no_reason_to_warn() -> None:
+    """How much of the heads goes is searched only where some go."""
+    whole = FloatDistribution(0, 1)
+    trials = [create_trial(params={"tilt": n / 30}, distributions={"tilt": whole}, value=n / 30) for n in range(30)]
+    both = {"tilt": whole, "head_share": whole}
+    trials.append(create_trial(params={"tilt": 0.5, "head_share": 0.5}, distributions=both, value=0.0))
+    assert importance_of(trials)["tilt"] > 0
 
 
 @pytest.mark.parametrize("searched", ["joint", "calibration", "metric"])

@@ -18,6 +18,9 @@ from safetensors import SafetensorError
 from adapruner.errors import AdaPrunerError
 
 _PIECE = 1 << 20
+# Reading it means setting it.
+_UMASK = os.umask(0o077)
+os.umask(_UMASK)
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any], writer: str = "") -> None:
@@ -45,6 +48,7 @@ def being_written(path: Path, writer: str = "") -> Iterator[Path]:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             yield partial
+            _open_to_readers(partial)
             _flush(partial)
             os.replace(partial, path)
             _flush(path.parent)
@@ -57,6 +61,8 @@ def being_written(path: Path, writer: str = "") -> Iterator[Path]:
 def replace_folder(partial: Path, folder: Path) -> None:
     """Puts a finished folder in its place, once all that is in it is on the disk; what was there goes."""
     for path in (*partial.rglob("*"), partial):
+        if path.is_file():
+            _open_to_readers(path)
         _flush(path)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
@@ -75,6 +81,12 @@ def saying_what_cannot_be_written(path: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         cause = getattr(error, "strerror", None) or str(error)
         raise AdaPrunerError(f"cannot write {path}: {cause}. What was written before stays") from None
+
+
+def _open_to_readers(path: Path) -> None:
+    """Gives a file the mode that new files get here: safetensors from 0.8 on writes what nobody but the owner can
+    read (huggingface/safetensors issue 782)."""
+    path.chmod(0o666 & ~_UMASK)
 
 
 def _flush(path: Path) -> None:

@@ -81,7 +81,7 @@ def read_history(place: StudyPlace) -> History:
     return History(
         points=tuple(map(_point, finished)),
         ranges={name: _ends(kind) for name, kind in distributions.items()},
-        importance=_importance(finished),
+        importance=importance_of(finished),
     )
 
 
@@ -111,7 +111,7 @@ def _ends(kind: BaseDistribution) -> tuple[Parameter, ...]:
     return kind.low, kind.high
 
 
-def _importance(finished: list[FrozenTrial]) -> dict[str, float]:
+def importance_of(finished: list[FrozenTrial]) -> dict[str, float]:
     """Of the searched points alone: a fixed metric has no parameters, and a trial without a loss teaches nothing."""
     searched = [trial for trial in finished if trial.params and math.isfinite(trial.values[0])]
     if len(searched) < _FEWEST_POINTS:
@@ -122,4 +122,6 @@ def _importance(finished: list[FrozenTrial]) -> dict[str, float]:
         # Called experimental in Optuna 4, whose default needs scikit-learn.
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         evaluator = optuna.importance.PedAnovaImportanceEvaluator()
-    return optuna.importance.get_param_importances(study, evaluator=evaluator)
+        # A parameter that few trials have: the report says that it is a hint.
+        warnings.filterwarnings("ignore", "Some regimes for parameter", UserWarning)
+        return optuna.importance.get_param_importances(study, evaluator=evaluator)
