@@ -148,8 +148,8 @@ class _Run:
         return self.resident + self._copy() + states + sums + 5 * self.largest * _FLOAT
 
     def comparing_removals(self) -> int:
-        # The inverse in float64, what is left of it at a step and before, and the second moments that it is of.
-        return self.resident + 9 * self.largest * _FLOAT + 4 * self.matrix * _FLOAT + self.statistics
+        # In float64 the inverse and its factor, or what is left of it at a step and before; and what it is of.
+        return self.resident + 5 * self.largest * _FLOAT + 4 * self.matrix * _FLOAT + self.statistics
 
     def searching(self) -> int:
         per_layer = self.config.layout == "per-layer"
@@ -214,11 +214,11 @@ def saved_activations(config: PreTrainedConfig, dtype: torch.dtype) -> float:
 
 
 def shortened_model(config: PreTrainedConfig, layers: int, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """A model of the same family and widths with very few layers; its weights are whatever was in memory."""
+    """A model of the same family and widths with few layers; its weights are whatever was in memory."""
     shortened = copy.deepcopy(config)
     shortened.num_hidden_layers = layers
     if getattr(shortened, "layer_types", None):
-        shortened.layer_types = shortened.layer_types[:layers]
+        shortened.layer_types = (list(shortened.layer_types) * layers)[:layers]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(shortened, dtype=dtype)
     model.to_empty(device=device)

@@ -20,8 +20,12 @@ from adapruner.planning import Budget, kept_counts
 from adapruner.structure import Structure, build_structure
 from adapruner.surgery import compensate
 
-_FEW, _SOME = 1, 3
+# Layers of the two models whose times are compared. Where all layers keep their activations, memory is taken from the
+# system again and again, which few layers do not show.
+_LAYERS = {False: (2, 6), True: (1, 3)}
 _MOMENTS_WINDOWS = (32, 64)
+# Seconds from which work is not repeated.
+_LONG = 5.0
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ def estimate_seconds(
         device: where the model will run.
         dtype: of the weights.
     """
-    few, some = (_random_model(model_config, layers, device, dtype) for layers in (_FEW, _SOME))
+    few, some = (_random_model(model_config, layers, device, dtype) for layers in _LAYERS[layer_wise])
     layers, running = structure.layers, [in_fastest_dtype(few), in_fastest_dtype(some)]
     samples = MEASURED_AT_ONCE[layer_wise]
     embeddings: Any = few.get_input_embeddings()
@@ -67,22 +71,30 @@ def estimate_seconds(
         own = build_structure(model, config.head_granularity)
         measure(model, own, text[:samples], samples, terms=config.terms, layer_wise=layer_wise)
 
-    forward, measured = _difference(run_forward, *running), _difference(run_measuring, few, some)
+    forward, measured = (
+        _difference(work, models, _LAYERS[layer_wise])
+        for work, models in ((run_forward, running), (run_measuring, [few, some]))
+    )
     seconds = {"measuring": measured.of(layers) * config.pool / samples}
 
     own = build_structure(few, config.head_granularity)
 
-    def run_moments(count: int) -> dict[int, InputMoments]:
-        return dict(measure_moments(running[0], own, text[:count]))
+    def run_moments(count: int) -> None:
+        for _ in measure_moments(running[0], own, text[:count]):
+            pass
 
-    moments = run_moments(2)
-    short, long = (_seconds(partial(run_moments, count), repetitions=1) for count in _MOMENTS_WINDOWS)
+    run_moments(2)
+    # Of one layer.
+    short, long = (_seconds(partial(run_moments, count)) / own.layers for count in _MOMENTS_WINDOWS)
     per_window = max(0.0, long - short) / (_MOMENTS_WINDOWS[1] - _MOMENTS_WINDOWS[0])
     choosing = max(0.0, short - per_window * _MOMENTS_WINDOWS[0])
     if config.compensation != "none" or config.space == "extended":
         seconds["reading activations"] = layers * (per_window * config.compensation_windows + choosing)
     if config.space == "extended":
-        seconds["comparing removals"] = layers * _seconds(lambda: removal_errors(few, own, moments), repetitions=1)
+        moments = {
+            number: _any_moments(block.groups * block.row_wise.width, device) for number, block in enumerate(own.blocks)
+        }
+        seconds["comparing removals"] = layers * _seconds(partial(removal_errors, few, own, moments)) / own.layers
 
     counts = kept_counts(structure, budget)
     cut = [index for index, block in enumerate(structure.blocks) if counts[index] < block.groups]
@@ -133,24 +145,30 @@ def _compensation_seconds(
             inputs = weight.shape[1]
             width = block.row_wise.width
             kept = torch.arange(sum(counts[index] for index in numbers) // len(numbers) * width)
-            moments = InputMoments(torch.zeros(inputs), torch.eye(inputs), 1.0)
-            total += len(numbers) * _seconds(partial(compensate, weight, moments, kept, "least-squares"))
+            work = partial(compensate, weight, _any_moments(inputs, weight.device), kept, "least-squares")
+            total += len(numbers) * _seconds(work)
     return total
 
 
-def _difference(work: Callable[[PreTrainedModel], object], few: PreTrainedModel, some: PreTrainedModel) -> _Work:
-    one, three = (_seconds(partial(work, model)) for model in (few, some))
-    layer = max(0.0, (three - one) / (_SOME - _FEW))
-    return _Work(max(0.0, one - _FEW * layer), layer)
+def _any_moments(inputs: int, device: torch.device) -> InputMoments:
+    return InputMoments(torch.zeros(inputs, device=device), torch.eye(inputs, device=device), 1.0)
 
 
-def _seconds(work: Callable[[], object], repetitions: int = 3) -> float:
-    """The median; after a first time that does not count, where it is done more than once."""
-    if repetitions > 1:
-        work()
-    times = []
-    for _ in range(repetitions):
+def _difference(
+    work: Callable[[PreTrainedModel], object], models: list[PreTrainedModel], layers: tuple[int, int]
+) -> _Work:
+    short, long = (_seconds(partial(work, model)) for model in models)
+    layer = max(0.0, long - short) / (layers[1] - layers[0])
+    return _Work(max(0.0, short - layers[0] * layer), layer)
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """The median of three, after a first time that does not count unless it was long."""
+    times: list[float] = []
+    for _ in range(4):
         started = time.perf_counter()
         work()
         times.append(time.perf_counter() - started)
-    return sorted(times)[len(times) // 2]
+        if times[0] > _LONG:
+            return times[0]
+    return sorted(times[1:])[1]

@@ -282,9 +282,10 @@ def removal_errors(
         of_block = moments[index]
         with loaded_layer(model, block.layer):
             weight = row_wise_weight(model, block).double()
-        inverse = torch.cholesky_inverse(factorize(of_block.second.to(weight.device), of_block.damping))
-        alone.append(_errors(weight, inverse, block.row_wise.width).float().cpu())
-        eliminated.append(_eliminate(weight, inverse, block).float().cpu())
+        second = of_block.second.to(weight.device)
+        errors = _eliminate(weight, torch.cholesky_inverse(factorize(second, of_block.damping)), block)
+        for each, into in zip(errors, (alone, eliminated), strict=True):
+            into.append(each.float().cpu())
         if progress:
             progress(1)
     return torch.cat(alone), torch.cat(eliminated)
@@ -297,21 +298,21 @@ def _errors(weight: Tensor, inverse: Tensor, width: int) -> Tensor:
     groups = len(inverse) // width
     own = torch.arange(groups)
     diagonal_blocks = inverse.view(groups, width, groups, width)[own, :, own]
-    columns = weight.T.reshape(groups, width, -1)
+    columns = weight.T.reshape(groups, width, len(weight))
     errors: Tensor = (torch.linalg.solve(diagonal_blocks, columns) * columns).sum((1, 2))
     return errors
 
 
-def _eliminate(weight: Tensor, inverse: Tensor, block: Block) -> Tensor:
-    """[groups]: the error that each group adds in the order of elimination. Several channels go at a time, so that the
-    matrix products are worth it."""
+def _eliminate(weight: Tensor, inverse: Tensor, block: Block) -> tuple[Tensor, Tensor]:
+    """[groups], twice: the error of each group alone, and what it adds in the order of elimination. Several channels go
+    at a time, so that the matrix products are worth it."""
     width, scores = block.row_wise.width, torch.empty(block.groups, dtype=torch.float64, device=weight.device)
     at_a_time = max(1, block.groups // _ELIMINATION_STEPS)
     left = torch.arange(block.groups, device=weight.device)
     offsets = torch.arange(width, device=weight.device)
     highest = torch.zeros((), dtype=torch.float64, device=weight.device)
+    alone = errors = _errors(weight, inverse, width)
     while len(left):
-        errors = _errors(weight, inverse, width)
         ranked = errors.argsort(stable=True)
         gone, stay = ranked[:at_a_time], ranked[at_a_time:].sort().values
         ascending = errors[gone].clamp_min(highest)
@@ -320,8 +321,11 @@ def _eliminate(weight: Tensor, inverse: Tensor, block: Block) -> Tensor:
         scores[left[gone]] = ascending
         highest = ascending[-1]
         gone, stay = ((part[:, None] * width + offsets).flatten() for part in (gone, stay))
-        factor = torch.linalg.solve(inverse[gone][:, gone], inverse[gone][:, stay])
-        weight = weight[:, stay] - weight[:, gone] @ factor
-        inverse = inverse[stay][:, stay].addmm_(inverse[stay][:, gone], factor, alpha=-1)
+        rows = gone[:, None]
+        factor = torch.linalg.solve(inverse[rows, gone], inverse[rows, stay])
+        weight = weight[:, stay].addmm_(weight[:, gone], factor, alpha=-1)
+        rows = stay[:, None]
+        inverse = inverse[rows, stay].addmm_(inverse[rows, gone], factor, alpha=-1)
         left = left[ranked[at_a_time:].sort().values]
-    return scores
+        errors = _errors(weight, inverse, width)
+    return alone, scores
