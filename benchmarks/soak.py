@@ -3,13 +3,14 @@
     OMP_NUM_THREADS=1 python benchmarks/soak.py --runs 100
 
 Every run prunes a tiny model, trains it again, evaluates it and writes its report. It is killed one to five times, by
-SIGKILL, at a moment drawn evenly from the time that an undisturbed run takes; then it is left alone. Plan, weights,
-trained weights and perplexities are compared with those of an undisturbed run with the same seed. Processes are forked
-from this one, which has loaded the libraries once.
+SIGKILL, at moments drawn evenly from most of the time that an undisturbed run takes, counted over all its processes;
+then it is left alone. Plan, weights, trained weights and perplexities are compared with those of an undisturbed run with
+the same seed. Processes are forked from this one, which has loaded the libraries once.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -34,6 +35,8 @@ from machine import describe
 
 VOCABULARY = 96
 SEEDS = 5
+# Of the time that an undisturbed run takes: some runs are faster than that one.
+LATEST_KILL = 0.9
 OPTIONS = {
     "ratio": 0.1,
     "pool": 12,
@@ -86,9 +89,10 @@ def run_disturbed(
     """After which stages a run was killed, and what is wrong with its end."""
     own, of_model = random.Random(f"{seed}/{number}"), number % SEEDS
     output, killed_in = folder / f"run{number}", []
-    for _ in range(own.randint(1, most_kills)):
+    moments = sorted(own.uniform(0, LATEST_KILL * seconds[of_model]) for _ in range(own.randint(1, most_kills)))
+    for before, moment in itertools.pairwise([0.0, *moments]):
         child = start(folder, output, of_model)
-        time.sleep(own.uniform(0, seconds[of_model]))
+        time.sleep(moment - before)
         os.kill(child, signal.SIGKILL)
         if os.waitpid(child, 0)[1] == signal.SIGKILL:
             killed_in.append(last_stage(output))

@@ -24,9 +24,10 @@ from adapruner.structure import Structure
 # Samples that are measured at once; layer by layer the activations of one layer are kept, and so of more samples.
 MEASURED_AT_ONCE = {False: 4, True: 16}
 _FLOAT, _BFLOAT = 4, 2
-# Activations of many sizes, freed in another order than they came, leave gaps in the heap of a process (see
-# docs/benchmarks.md).
+# Activations of many sizes, freed in another order than they came, leave gaps in the heap of a process, and so do
+# matrices that shrink step by step (see docs/benchmarks.md).
 _GAPS = {"cpu": 1.3}
+_GAPS_OF_SHRINKING = {"cpu": 2.0}
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,8 @@ class _Run:
 
     def comparing_removals(self) -> int:
         # In float64 the inverse and its factor, or what is left of it at a step and before; and what it is of.
-        return self.resident + 5 * self.largest * _FLOAT + 4 * self.matrix * _FLOAT + self.statistics
+        working = (5 * self.largest + 4 * self.matrix) * _FLOAT * _GAPS_OF_SHRINKING.get(self.device.type, 1)
+        return self.resident + int(working) + self.statistics
 
     def searching(self) -> int:
         per_layer = self.config.layout == "per-layer"

@@ -24,6 +24,8 @@ from adapruner.surgery import compensate
 # system again and again, which few layers do not show.
 _LAYERS = {False: (2, 6), True: (1, 3)}
 _MOMENTS_WINDOWS = (32, 64)
+# Three searched points and the best fixed metric.
+_FINALISTS = 4
 # Seconds from which work is not repeated.
 _LONG = 5.0
 
@@ -101,10 +103,13 @@ def estimate_seconds(
     solving = _compensation_seconds(few, own, structure, counts, cut) if config.compensation != "none" else 0.0
     first, last = structure.blocks[min(cut)].layer, structure.blocks[max(cut)].layer
     of_layers = [_kept_share(structure, counts, layer) for layer in range(layers)]
-    # Layers in front of the first that is cut are known, and what stays of the others is what is computed.
-    trial = solving + forward.of(sum(of_layers[first:])) * config.objective_windows / 16
-    finalists = 4 * (solving + forward.of(sum(of_layers)) * config.final_windows / 16)
-    seconds["searching"] = config.trials * trial + finalists
+    # The dense model reads everything once. Layers in front of the first that is cut are known then, and what stays of
+    # the others is what is computed.
+    batches = [windows / 16 for windows in (config.objective_windows, config.final_windows)]
+    trial, finalist = (solving + forward.of(sum(of_layers[first:])) * each for each in batches)
+    seconds["searching"] = forward.of(layers + first) * sum(batches) + config.trials * trial
+    if config.final_windows:
+        seconds["searching"] += _FINALISTS * finalist
     if config.fits_sequentially:
         summing = max(0.0, per_window - forward.layer / 16)
         # Both models up to the last layer that is cut, the pruned one from the first on.

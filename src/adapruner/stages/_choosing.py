@@ -42,10 +42,10 @@ def stage_search(
     if run.search.is_file():
         return SearchOutcome.model_validate_json(run.search.read_text())
     model = in_fastest_dtype(model)
-    if not all(losses.isfinite().all() for losses in losses_by_batch(model, windows)):
-        raise NonFiniteError("the loss of the model is not finite on the text of the objective")
-    search = _search(job, model, statistics, moments, windows)
     with reporter.stage("searching", config.trials) as advance:
+        if not all(losses.isfinite().all() for losses in losses_by_batch(model, windows)):
+            raise NonFiniteError("the loss of the model is not finite on the text of the objective")
+        search = _search(job, model, statistics, moments, windows)
         search.run(progress=lambda best: advance(1, text=f"best {config.selection} {best:.4f}"))
         further = windows[config.objective_windows :]
         found = search.result(_judge(job, model, statistics, moments, further) if len(further) else None)
