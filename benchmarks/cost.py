@@ -23,8 +23,8 @@ from seven_billion import write_tokenizer
 
 SIZES = {
     "135M": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9},
+    "360M": {"hidden_size": 960, "intermediate_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 15},
     "0.5B": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 28, "num_attention_heads": 16},
-    "1.1B": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32},
 }
 OPTIONS = {"pool": 16, "trials": 4, "objective-windows": 16, "final-windows": 0, "compensation-windows": 64}
 
@@ -46,6 +46,8 @@ def main(*, calibration: str, sizes: tuple[str, ...] = tuple(SIZES), dtype: str 
             program = program_mib(Path(place, "run", "log.jsonl"))
         for stage in estimated["stages"]:
             own = measured[stage["stage"]]
+            if stage["stage"] == "loading":  # files are mapped: what is read comes into memory in the next stages
+                continue
             held, expected = own["peak_memory_mib"] - program, stage["device_bytes"] / MIB
             line = (
                 f"{size}, {stage['stage']}: {expected:.0f} MiB estimated, {held:.0f} held ({expected / held - 1:+.0%})"

@@ -4,8 +4,8 @@
 
 Every run prunes a tiny model, trains it again, evaluates it and writes its report. It is killed one to five times, by
 SIGKILL, at moments drawn evenly from most of the time that an undisturbed run takes, counted over all its processes;
-then it is left alone. Plan, weights, trained weights and perplexities are compared with those of an undisturbed run with
-the same seed. Processes are forked from this one, which has loaded the libraries once.
+then it is left alone. Plan, weights, trained weights and perplexities are compared with those of an undisturbed run
+with the same seed. Processes are forked from this one, which has loaded the libraries once.
 """
 
 from __future__ import annotations
