@@ -26,6 +26,8 @@ _LAYERS = {False: (2, 6), True: (1, 3)}
 _MOMENTS_WINDOWS = (32, 64)
 # Three searched points and the best fixed metric.
 _FINALISTS = 4
+# Bytes; the most that counts in glibc is 32 MiB.
+_KEPT_WHEN_FREED = 31 * 2**20
 # Seconds from which work is not repeated.
 _LONG = 5.0
 
@@ -59,6 +61,8 @@ def estimate_seconds(
         device: where the model will run.
         dtype: of the weights.
     """
+    # Once a process has freed a block of this size, glibc keeps smaller ones, as it does in a run by then.
+    torch.empty(_KEPT_WHEN_FREED, dtype=torch.uint8)
     few, some = (_random_model(model_config, layers, device, dtype) for layers in _LAYERS[layer_wise])
     layers, running = structure.layers, [in_fastest_dtype(few), in_fastest_dtype(some)]
     samples = MEASURED_AT_ONCE[layer_wise]
