@@ -30,6 +30,8 @@ from adapruner.planning import Budget, kept_counts, make_plan
 from adapruner.structure import build_structure
 from adapruner.surgery import Compensation, prune_model, refit_sequentially
 
+MAPPINGS = Path("/proc/self/maps")
+
 
 def on_disk(model: PreTrainedModel, folder: Path) -> str:
     model.save_pretrained(folder, max_shard_size="20KB")
@@ -122,6 +124,21 @@ def test_a_cut_model_is_gone_with_its_last_reference(model: PreTrainedModel, win
             assert layer() is None
         finally:
             gc.enable()
+
+
+@pytest.mark.skipif(not MAPPINGS.is_file(), reason="mappings are seen on Linux only")
+def test_layers_that_are_cut_leave_their_file_behind(model: PreTrainedModel, tmp_path: Path) -> None:
+    """One norm that is still read there keeps a whole layer in memory."""
+    model.save_pretrained(tmp_path)
+    structure = build_structure(model)
+    scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(0))
+    counts = [block.groups - (block.layer > 0 and block.kind == "channels") for block in structure.blocks]
+    streamed = load_model(find_model(str(tmp_path)), layer_wise=True)
+    before = MAPPINGS.read_text().count(str(tmp_path))
+    pruned = prune_model(streamed, structure, make_plan(structure, scores, counts))
+    assert is_streamed(pruned)
+    # Only the first layer is that of the file.
+    assert MAPPINGS.read_text().count(str(tmp_path)) == before + 1
 
 
 def test_another_dtype(model: PreTrainedModel, windows: Tensor, tmp_path: Path) -> None:

@@ -112,17 +112,18 @@ def _pruned_state(
                 if block.layer == layer:
                     _prune_block(own, index, block, block_plan, compensation)
             if is_streamed(model):
-                is_cut = any(tensor is not whole.get(name) for name, tensor in own.items())
-                own = {name: _in_memory(tensor, is_cut) for name, tensor in own.items()}
+                own = _in_memory(own, whole)
         state |= own
     return state
 
 
-def _in_memory(tensor: Tensor, of_cut_layer: bool) -> Tensor:
-    """A tensor of a streamed layer on the CPU. Of a layer that is cut it must not lie in the file any more: one norm
+def _in_memory(own: dict[str, Tensor], whole: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a streamed layer on the CPU. Of a layer that is cut none may lie in the file any more: one norm
     that does keeps all of the layer mapped, which counts as memory."""
-    lies_in_file = tensor.untyped_storage().nbytes() > tensor.nbytes
-    return tensor.clone() if of_cut_layer and lies_in_file else tensor.cpu()
+    untouched = {name for name, tensor in own.items() if tensor is whole.get(name)}
+    if len(untouched) < len(own):
+        own = {name: tensor.clone() if name in untouched else tensor for name, tensor in own.items()}
+    return {name: tensor.cpu() for name, tensor in own.items()}
 
 
 def _prune_block(
