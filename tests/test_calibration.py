@@ -155,9 +155,16 @@ def test_a_path_may_look_like_a_part(tmp_path: Path) -> None:
 def test_names_of_the_same_text_are_known_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.txt").write_text("w1")
     monkeypatch.chdir(tmp_path)
-    for one, other in (("a.txt", str(tmp_path / "a.txt")), ("wikitext2", "wikitext2:test@report"), ("ptb", "ptb")):
+    for one, other in (
+        ("a.txt", str(tmp_path / "a.txt")),
+        ("wikitext2", "wikitext2:test@report"),
+        ("ptb", "ptb"),
+        ("hf:o/n", "hf:o/n::train:text@report"),
+        ("alpaca", "hf:yahma/alpaca-cleaned"),
+    ):
         assert parse_source(one).identity == parse_source(other).identity
-    assert parse_source("wikitext2").identity != parse_source("wikitext2:validation").identity
+    for one, other in (("wikitext2", "wikitext2:validation"), ("hf:o/n", "hf:o/n::test"), ("hf:o/n", "hf:o/n:config")):
+        assert parse_source(one).identity != parse_source(other).identity
 
 
 def test_broken_files_are_named(tmp_path: Path) -> None:

@@ -85,6 +85,26 @@ def test_time_is_estimated_for_every_family(
     assert cost.seconds["searching"] > 0
 
 
+def test_only_what_the_family_allows_is_counted(make_model: Callable[..., PreTrainedModel], tmp_path: Path) -> None:
+    options = SMALL | {"ratio": 0.05, "round_to": 1, "protect_first": 1, "protect_last": 1}
+    for family, fits in (("llama", True), ("gemma2", False)):
+        make_model(family).save_pretrained(tmp_path / family)
+        cost = verbs.estimate(tmp_path / family, timed=False, **options)
+        assert ("compensating" in cost.memory) == fits
+    make_model("gpt2").save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(AdaPrunerError, match="64"):
+        verbs.estimate(tmp_path / "gpt2", **options | {"seq_len": 65})
+
+
+def test_the_cost_of_what_does_not_fit_is_told(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("adapruner.cost._estimate.available_memory", lambda _: 0)
+    options = SMALL | {"ratio": 0.05, "round_to": 1, "protect_first": 1, "protect_last": 1}
+    assert verbs.estimate(model_folder, timed=False, **options).layer_wise
+    assert "does not fit here" in capsys.readouterr().err
+
+
 def test_where_a_model_does_not_fit_it_is_read_layer_by_layer(
     model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -158,6 +158,53 @@ def test_a_search_goes_on_though_its_records_are_damaged(
     assert_same_outcome(run, finished)
 
 
+@pytest.mark.parametrize("name", ["search.json", "plan.json", "model/model.safetensors", "model"])
+def test_results_that_were_removed_are_made_again(
+    name: str, finished: Path, model_folder: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    shutil.rmtree(run / name) if name == "model" else (run / name).unlink()
+    assert exit_code(command(model_folder, run, text_file)) == 0
+    assert f"{run / name.partition('/')[0]} was changed or damaged" in capsys.readouterr().err
+    assert_same_outcome(run, finished)
+    # What stages took stays known.
+    stages = [json.loads((each / "result.json").read_text())["stages"] for each in (run, finished)]
+    assert stages[0]["evaluating"] == stages[1]["evaluating"]
+
+
+def test_what_was_only_measured_on_the_way_may_be_removed(finished: Path, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    shutil.copytree(finished, run.path)
+    shutil.rmtree(run.moments)
+    assert run.discard_damaged() == []
+
+
+def test_another_ratio_is_mended_by_its_own_command(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "[old]:train:"
+    again = ["plan", str(finished), "--ratio", "0.05", "-o", str(other)]
+    assert exit_code(again) == 0
+    first = json.loads((other / "result.json").read_text())
+    truncate(other / "result.json")
+    edit(other / "model/model.safetensors")
+    (other / "report.html").unlink()
+    assert exit_code(again) == 0
+    assert json.loads((other / "result.json").read_text())["plan_hash"] == first["plan_hash"]
+    assert (other / "report.html").is_file()
+    # Names are shown as they are, not as markup or emoji.
+    assert exit_code(["report", str(other)]) == 0
+    assert f"report: {other / 'report.html'}\n" in capsys.readouterr().out
+
+
+def test_a_report_of_what_cannot_be_read_is_refused(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    truncate(run / "windows.safetensors")
+    assert exit_code(["report", str(run)]) == 2
+
+
 def test_another_ratio_is_not_made_from_damaged_measurements(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

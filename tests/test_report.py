@@ -230,6 +230,17 @@ def test_commands_name_what_differs_from_the_defaults(options: dict[str, Any]) -
     assert ("--pool" in line, "--storage" in line) == (False, bool(options))
 
 
+def test_a_point_of_another_ratio_takes_two_commands() -> None:
+    config = PruneConfig.from_options(model="owner/name", ratio=0.3)
+    assert command(config, Path("b"), searched_ratio=0.3) == command(config, Path("b"))
+    both = command(config, Path("b"), searched_ratio=0.2)
+    searched, _, planned = both.rpartition("\n")
+    assert parsed(searched) == config.model_copy(update={"ratio": 0.2})
+    _, bound, _ = app.parse_args(shlex.split(planned)[1:], exit_on_error=False, print_error=False)
+    assert bound.arguments["ratio"] == 0.3
+    assert bound.arguments["output"] == Path("b")
+
+
 def parsed(line: str) -> PruneConfig:
     """What the command line makes of a command."""
     words = shlex.split(line.replace("\\\n", " "))

@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,9 +89,7 @@ def _open_to_readers(path: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk. Not every system can do that for folders."""
-    if path.is_dir() and sys.platform == "win32":
-        return
+    """Waits until a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -138,6 +135,10 @@ class Manifest:
         """Names those files that were copied here as they are named there."""
         named = {name: each for name, each in earlier._read().items() if (self.folder / name).is_file()}
         self._save(self._read() | named)
+
+    def missing(self) -> list[Path]:
+        """The named files that are not there."""
+        return [path for path in map(self.folder.joinpath, self._read()) if not path.exists()]
 
     def damaged(self) -> list[Path]:
         """The named files that are there but are not what was written."""

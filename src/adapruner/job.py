@@ -110,8 +110,9 @@ def prepare(
     check_length(model.config, max(config.seq_len, config.recovery.seq_len if config.recover else 0))
     structure = build_structure(model, config.head_granularity)
     budget = reference_budget(config, structure)
-    fits_sequentially = _fits_sequentially(config, model)
-    layer_wise = choose_layer_wise(config, model, structure, budget, device, location.gguf_file is None)
+    sequential = fits_sequentially(config, model)
+    costed = config.model_copy(update={"sequential": sequential})
+    layer_wise = choose_layer_wise(costed, model, structure, budget, device, location.gguf_file is None)
     tokenizer = load_tokenizer(location)
     sources = _calibration_sources(config)
     used: set[tuple[str, Part]] = set()
@@ -152,7 +153,7 @@ def prepare(
         examples=examples,
         study=study,
         layer_wise=layer_wise,
-        fits_sequentially=fits_sequentially,
+        fits_sequentially=sequential,
     )
 
 
@@ -228,7 +229,7 @@ def reference_budget(config: PruneConfig, structure: Structure) -> Budget:
     return min(reachable, key=reachable.__getitem__)
 
 
-def _fits_sequentially(config: PruneConfig, model: PreTrainedModel) -> bool:
+def fits_sequentially(config: PruneConfig, model: PreTrainedModel) -> bool:
     possible = architecture_of(model.config).has_plain_residual(model.config)
     if config.sequential and not possible:
         raise AdaPrunerError(

@@ -127,8 +127,13 @@ def plan_again(source: str | Path, output: str | Path, ratio: float, overwrite: 
     options = PruneConfig.load(earlier.config).model_dump() | {"ratio": ratio}
     config = PruneConfig.from_options(**options)
     run.check(config, overwrite)
-    if not overwrite and run.result.is_file():
-        return read_result(run)
+    if not overwrite and run.config.is_file():
+        with run.leading():
+            _discard_damaged(run)
+            if run.result.is_file():
+                if not run.report.is_file():
+                    write_report(run)
+                return read_result(run)
     job = prepare(config, run, earlier.windows, overwrite=overwrite)
     with run.leading():
         run.create(config, overwrite)
@@ -249,5 +254,6 @@ def _saying_what_is_kept(run: RunFolder, reporter: Reporter) -> Iterator[None]:
 def _announce_cost(job: Job, reporter: Reporter) -> None:
     model, device = empty_model(load_config(job.location)), resolve_device(job.config.device)
     if not model.config.is_heterogeneous:
-        cost = estimate_cost(job.config, model, job.structure, job.budget, device, True, job.layer_wise)
+        config = job.config.model_copy(update={"sequential": job.fits_sequentially})
+        cost = estimate_cost(config, model, job.structure, job.budget, device, True, job.layer_wise)
         reporter.note(f"this run takes {cost.described}")

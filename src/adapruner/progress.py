@@ -33,7 +33,9 @@ class Reporter:
     """
 
     def __init__(self, log: Path | None = None) -> None:
-        self.console = Console(stderr=True, quiet=bool(os.environ.get(QUIET)))
+        self.console = Console(
+            stderr=True, markup=False, emoji=False, highlight=False, quiet=bool(os.environ.get(QUIET))
+        )
         self.shows_bars = self.console.is_terminal or (self.console.is_jupyter and find_spec("ipywidgets") is not None)
         self.log = log
         self.current = "preparing"
@@ -55,17 +57,22 @@ class Reporter:
 
     def note(self, line: str) -> None:
         """Says something once."""
-        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self.console.print(line, soft_wrap=True)
 
     def finished_stages(self) -> dict[str, dict[str, float]]:
-        """Seconds and peak memory of every finished stage, from the log: those before an interruption too."""
+        """Seconds and peak memory of every finished stage, from the log: those before an interruption too, and where a
+        stage was done in parts, of all of them."""
         stages: dict[str, dict[str, float]] = {}
         if self.log and self.log.is_file():
             for line in self.log.read_text().splitlines():
                 with contextlib.suppress(ValueError, KeyError, TypeError):  # the line that a kill cut off
                     entry = json.loads(line)
                     if entry["event"] == "finished":
-                        stages[entry["stage"]] = {key: entry[key] for key in ("seconds", "peak_memory_mib")}
+                        before = stages.get(entry["stage"], {"seconds": 0.0, "peak_memory_mib": 0})
+                        stages[entry["stage"]] = {
+                            "seconds": round(before["seconds"] + entry["seconds"], 2),
+                            "peak_memory_mib": max(before["peak_memory_mib"], entry["peak_memory_mib"]),
+                        }
         return stages
 
     def _with_bar(self, name: str, total: int) -> Iterator[Advance]:

@@ -184,7 +184,7 @@ class RunFolder:
     def _remove_free_locks(self) -> None:
         """Other processes may be about to end."""
         for lock in self.locks.glob("*.lock"):
-            if _is_free(lock):
+            with contextlib.suppress(Timeout), FileLock(lock, timeout=0):
                 lock.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self.locks.rmdir()
@@ -195,15 +195,18 @@ class RunFolder:
 
     def discard_damaged(self) -> list[Path]:
         """Removes what was changed or damaged since it was written, for its stage to make it again; of a model, the
-        whole folder. What follows from it stays: the stage makes the same again.
+        whole folder. What follows from it stays: the stage makes the same again. Results that were removed count as
+        damaged; what was only measured on the way is missed where it is needed.
 
         Returns:
             What is gone.
         """
-        damaged = set(self.manifest.damaged()) | set(filter(_is_unreadable, self._readable_files()))
+        models = (self.model, self.recovered)
+        missing = {
+            path for path in self.manifest.missing() if path in (self.search, self.plan) or path.parent in models
+        }
         gone = {
-            next((folder for folder in (self.model, self.recovered) if folder in path.parents), path)
-            for path in damaged
+            next((folder for folder in models if folder in path.parents), path) for path in self._damaged() | missing
         }
         if gone & {self.study, self.journal}:
             # One means nothing without the other.

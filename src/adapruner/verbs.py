@@ -39,7 +39,13 @@ from adapruner.evaluation import (
     measure_speed,
     measure_tasks,
 )
-from adapruner.job import DEFAULT_GENERATED_RECORDS, EvaluationText, evaluation_text, reference_budget
+from adapruner.job import (
+    DEFAULT_GENERATED_RECORDS,
+    EvaluationText,
+    evaluation_text,
+    fits_sequentially,
+    reference_budget,
+)
 from adapruner.models import (
     ModelLocation,
     check_length,
@@ -313,12 +319,18 @@ def estimate(model: str | Path, device: str = "auto", timed: bool = True, **opti
     is_here = device != "cuda" or torch.cuda.is_available()
     where = resolve_device(device) if is_here else torch.device("cuda")
     empty = empty_model(load_config(find_model(str(model))))
+    check_length(empty.config, config.seq_len)
     structure = build_structure(empty, config.head_granularity)
     budget = reference_budget(config, structure)
+    config = config.model_copy(update={"sequential": fits_sequentially(config, empty)})
     by_layer = config.layer_wise
     if by_layer is None and is_here:
         streamable = find_model(str(model)).gguf_file is None
-        by_layer = choose_layer_wise(config, empty, structure, budget, where, streamable)
+        try:
+            by_layer = choose_layer_wise(config, empty, structure, budget, where, streamable)
+        except AdaPrunerError as error:
+            Reporter().note(f"this does not fit here: {error}")
+            by_layer = streamable
     return estimate_cost(config, empty, structure, budget, where, timed and is_here, by_layer)
 
 

@@ -50,11 +50,16 @@ class Source:
 
     @property
     def identity(self) -> str:
-        """The same for two names of the same documents: a known name with its split, a file by its absolute path."""
+        """The same for two names of the same documents: a data set with its split, whatever the column; a file by its
+        absolute path."""
         name, option = _split(self.name)
-        if name in _known_sources():
-            return f"{name}:{option or _known_sources()[name].split}"
-        return self.name if name == "hf" else str(Path(name).expanduser().resolve())
+        known = _known_sources().get(name)
+        if known:
+            return f"hf:{known.hub['path']}:{known.hub.get('name', '')}:{option or known.split}"
+        if name == "hf":
+            path, config, split, _ = _hub_parts(option)
+            return f"hf:{path}:{config}:{split}"
+        return str(Path(name).expanduser().resolve())
 
     def __str__(self) -> str:
         return self.name if self.part == "all" else f"{self.name}@{self.part}"
@@ -207,12 +212,18 @@ def _read_known(name: str, known: _KnownSource, option: str) -> _Rows:
     return _Rows([{"text": text} for text in texts], name, split, _content_hash(path))
 
 
-def _read_hub(option: str) -> _Rows:
+def _hub_parts(option: str) -> tuple[str, str, str, str]:
+    """Path, config, split and column."""
     path, config, split, column = (*option.split(":"), "", "", "")[:4]
+    return path, config, split or "train", column
+
+
+def _read_hub(option: str) -> _Rows:
+    path, config, split, column = _hub_parts(option)
     arguments = {"path": path} | ({"name": config} if config else {})
-    dataset = _load_dataset(arguments, split or "train", None)
+    dataset = _load_dataset(arguments, split, None)
     columns = _text_columns(dataset.column_names, path, column)
-    return _from_dataset(dataset, columns, arguments, split or "train")
+    return _from_dataset(dataset, columns, arguments, split)
 
 
 def _refuse_malformed(option: str) -> None:

@@ -1,6 +1,7 @@
 """The command line: one file per verb, each parses, calls and prints.
 
-Exit codes: 0 done, 1 an unexpected failure, 2 a mistake of the user's, 130 interrupted.
+Exit codes: 0 done, 1 an unexpected failure, 2 a mistake of the user's or a machine that gives out (disk, memory,
+permissions), 130 interrupted by Ctrl-C, 143 by SIGTERM.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from typing import Annotated
 
 from cyclopts import App, CycloptsError, Parameter
 from pydantic import ValidationError
-from rich.console import Console
 
+from adapruner.cli._output import plain_console
 from adapruner.cli.benchmark import benchmark
 from adapruner.cli.evaluate import evaluate
 from adapruner.cli.export import export
@@ -39,8 +40,6 @@ USER_ERROR = 2
 _LONGEST_MESSAGE = 1000
 
 app = App(name="adapruner", help="Makes causal language models really smaller.", suppress_keyboard_interrupt=False)
-# Messages quote what files and options hold; more of it than this is of no use to anybody.
-_LONGEST_MESSAGE = 1000
 
 for verb in (prune, join, report, plan, recover, evaluate, benchmark, export, inspect):
     app.command(verb)
@@ -101,6 +100,4 @@ def _say(message: str) -> None:
     if len(line) > _LONGEST_MESSAGE:
         line = f"{line[:_LONGEST_MESSAGE]} …"
     shown = "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in line)
-    Console(stderr=True).print(
-        "adapruner:", shown, style="red", markup=False, emoji=False, highlight=False, soft_wrap=True
-    )
+    plain_console(stderr=True).print("adapruner:", shown, style="red", soft_wrap=True)

@@ -8,6 +8,11 @@ from typing import Any
 from rich.console import Console
 
 
+def plain_console(stderr: bool = False) -> Console:
+    """A console that shows text as it is: names of models, files and texts may look like markup or emoji."""
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+
+
 def print_json(content: Any) -> None:
     """Prints indented JSON; everything for people goes to stderr or is a table."""
     print(json.dumps(content, indent=2))
@@ -16,4 +21,4 @@ def print_json(content: Any) -> None:
 def print_advice(lines: list[str]) -> None:
     """Prints what should not go unseen, on stderr."""
     for line in lines:
-        Console(stderr=True).print(f"adapruner: {line}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+        plain_console(stderr=True).print(f"adapruner: {line}", style="yellow", soft_wrap=True)

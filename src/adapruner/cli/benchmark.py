@@ -6,12 +6,11 @@ from collections.abc import Iterator
 from typing import Annotated
 
 from cyclopts import Parameter
-from rich.console import Console
 from rich.table import Table
 
 from adapruner import verbs
 from adapruner.cli._numbers import WholeNumber
-from adapruner.cli._output import print_advice, print_json
+from adapruner.cli._output import plain_console, print_advice, print_json
 from adapruner.config import Dtype
 from adapruner.evaluation import Speed
 
@@ -56,7 +55,7 @@ def benchmark(
     if json:
         print_json({name: speed.as_json() for name, speed in speeds.items()})
     else:
-        Console().print(_table(speeds, prompt, new_tokens))
+        plain_console().print(_table(speeds, prompt, new_tokens))
     print_advice([*_advice(speeds[model], speeds[against] if against else None)])
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Annotated
 
 from cyclopts import Parameter
-from rich.console import Console
 from rich.table import Table
 
 from adapruner import verbs
 from adapruner.cli._numbers import WholeNumber
-from adapruner.cli._output import print_json
+from adapruner.cli._output import plain_console, print_json
 from adapruner.config import Dtype
 
 
@@ -65,7 +64,7 @@ def evaluate(
             }
         )
         return
-    console = Console()
+    console = plain_console()
     if result.perplexity:
         table = Table("perplexity", "protocol", title=model)
         for one in result.perplexity:

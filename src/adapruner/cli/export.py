@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
-from rich.console import Console
 
 from adapruner import verbs
 from adapruner.checkpoint import GgufType
-from adapruner.cli._output import print_json
+from adapruner.cli._output import plain_console, print_json
 from adapruner.verbs import ExportFormat
 
 
@@ -49,4 +48,4 @@ def export(
     if json:
         print_json({"model": model, "format": to, "path": str(exported.path), "bytes": exported.size})
         return
-    Console().print(f"{exported.path}: {exported.size / 1e6:,.1f} MB", highlight=False, soft_wrap=True)
+    plain_console().print(f"{exported.path}: {exported.size / 1e6:,.1f} MB", soft_wrap=True)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Annotated
 
 from cyclopts import Parameter
-from rich.console import Console
 from rich.table import Table
 
 from adapruner import verbs
-from adapruner.cli._output import print_json
+from adapruner.cli._output import plain_console, print_json
 from adapruner.config import PruneOptions
 from adapruner.cost import GIB, Cost
 from adapruner.errors import AdaPrunerError
@@ -72,7 +71,7 @@ def inspect(
             f"{block.parameters_per_group:,}",
             f"{parameters / structure.total_parameters:.2%}",
         )
-    Console().print(table)
+    plain_console().print(table)
 
 
 def _print_cost(cost: Cost, model: str, json: bool) -> None:
@@ -102,4 +101,4 @@ def _print_cost(cost: Cost, model: str, json: bool) -> None:
     for stage, memory in cost.memory.items():
         time = f"{seconds[stage]:,.0f}" if stage in seconds else ""
         table.add_row(stage, f"{memory.device / GIB:.2f}", f"{memory.host / GIB:.2f}" if memory.host else "", time)
-    Console().print(table)
+    plain_console().print(table)

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
-from rich.console import Console
 
 from adapruner import pipeline
-from adapruner.cli._output import print_advice, print_json
+from adapruner.cli._output import plain_console, print_advice, print_json
 
 
 def plan(
@@ -41,6 +40,6 @@ def plan(
     if json:
         print_json(result.result)
         return
-    console = Console()
+    console = plain_console()
     console.print(result.plan.explain())
     console.print(*result.tables(), sep="\n")

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
-from rich.console import Console
 
 from adapruner import pipeline
-from adapruner.cli._output import print_advice, print_json
+from adapruner.cli._output import plain_console, print_advice, print_json
 from adapruner.config import PruneOptions
 from adapruner.processes import this_process
 
@@ -55,7 +54,7 @@ def prune(
     if json:
         print_json(result.result)
         return
-    console = Console()
+    console = plain_console()
     console.print(*result.tables(), sep="\n")
     last_line = f"model: {result.model_folder}   plan {result.plan.hash[:12]}   report {result.report}"
-    console.print(last_line, highlight=False, soft_wrap=True)
+    console.print(last_line, soft_wrap=True)

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
-from rich.console import Console
 
 from adapruner import verbs
-from adapruner.cli._output import print_advice, print_json
+from adapruner.cli._output import plain_console, print_advice, print_json
 from adapruner.config import Dtype, RecoveryOptions
 
 
@@ -55,11 +54,10 @@ def recover(
     if json:
         print_json(record)
         return
-    console = Console()
+    console = plain_console()
     console.print(
         f"{output}: validation loss {record['loss_before']:.4f} → {record['loss_after']:.4f} nats per token, best after"
         f" {record['best_step']} of {record['steps']} steps, {record['tokens']:,} tokens",
-        highlight=False,
         soft_wrap=True,
     )
     if record["loss_after"] >= record["loss_before"]:

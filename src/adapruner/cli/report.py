@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
-from rich.console import Console
 
 from adapruner import verbs
-from adapruner.cli._output import print_json
+from adapruner.cli._output import plain_console, print_json
 
 
 def report(
@@ -41,6 +40,6 @@ def report(
     if json:
         print_json({"run": str(run), "report": str(page)})
     else:
-        Console().print(f"report: {page}", highlight=False, soft_wrap=True)
+        plain_console().print(f"report: {page}", soft_wrap=True)
     for _ in written:
         pass

@@ -9,13 +9,22 @@ from pydantic import BaseModel
 
 from adapruner.config import PruneConfig, PruneOptions
 
+# The folder of the search, where a run took its point from another.
+_SEARCHED = "runs/searched"
 
-def command(config: PruneConfig, output: Path, storage: str | None = None) -> str:
-    """The command line, one option a line, with those options alone that differ from their defaults.
+
+def command(config: PruneConfig, output: Path, storage: str | None = None, searched_ratio: float | None = None) -> str:
+    """The command line, one option a line, with those options alone that differ from their defaults; two commands
+    where the point was searched at another ratio.
 
     Args:
         storage: the database that keeps the trials.
+        searched_ratio: the ratio of the search, as far as there was one.
     """
+    if searched_ratio not in (None, config.ratio):
+        searched = command(config.model_copy(update={"ratio": searched_ratio}), Path(_SEARCHED), storage)
+        again = shlex.join(("adapruner", "plan", _SEARCHED, "--ratio", str(config.ratio), "-o", str(output)))
+        return f"{searched}\n{again}"
     options = _options(PruneOptions(**config.model_dump(exclude={"model"})))
     if storage:
         options.append(("--storage", storage))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from adapruner.config import PruneConfig
@@ -86,7 +87,7 @@ def read_contents(run: RunFolder) -> Contents:
     config = PruneConfig.load(run.config)
     try:
         return _read(run, config)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
         raise AdaPrunerError(f"cannot read the run in {run.path}: {error}") from error
 
 

@@ -94,7 +94,12 @@ def render(contents: Contents, refresh: int | None = None) -> str:
         allocation=asdict(contents.outcome.best.budget) if contents.outcome else {},
         figures={name: _figures.as_json(figure) for name, figure in _all_figures(contents).items()},
         sizes=_sizes(contents),
-        command=command(contents.config, contents.path, contents.history.elsewhere),
+        command=command(
+            contents.config,
+            contents.path,
+            contents.history.elsewhere,
+            contents.outcome.ratio if contents.outcome else None,
+        ),
         options=yaml.safe_dump(contents.config.model_dump(mode="json"), sort_keys=False),
     )
 

@@ -185,7 +185,8 @@ class Worker:
         """Marks the trials of workers that have died as failed."""
         for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             if not self._lives(trial.user_attrs.get(_WORKER)):
-                study.tell(trial.number, state=TrialState.FAIL)
+                # It may have finished it just before it ended.
+                study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
 
     def _lives(self, name: str | None) -> bool:
         if name == self.name:

@@ -137,6 +137,8 @@ def _evaluate_each(
     path = job.run.evaluation
     kept: dict[str, dict[str, dict[str, Any]]] = json.loads(path.read_text()) if path.is_file() else {}
     done = kept.setdefault(kind, {})
+    if models.keys() <= done.keys():
+        return done
     with reporter.stage({"perplexity": "evaluating", "tasks": "running tasks"}[kind], steps * len(models)) as advance:
         for name, make in models.items():
             if name in done:

@@ -134,10 +134,12 @@ def help_measuring(job: Job, model: PreTrainedModel, pool: Tensor, begin_at: flo
         try:
             for _ in _measure_missing_parts(job, model, pool, begin_at):
                 advance(_part_size(job))
-        except (OSError, SafetensorError):
+        except (AdaPrunerError, OSError, SafetensorError):
             # All is measured, and the folder of the parts is gone.
             if not job.run.statistics.is_file():
                 raise
+    if job.run.statistics.is_file():
+        shutil.rmtree(job.run.statistics_parts, ignore_errors=True)
 
 
 def _measure_missing_parts(job: Job, model: PreTrainedModel, pool: Tensor, begin_at: float = 0.0) -> Iterator[int]:
