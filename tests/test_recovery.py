@@ -236,6 +236,22 @@ def test_a_call_that_was_killed_after_the_last_step(
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
+def test_one_command_at_a_time_trains_into_a_folder(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    begun: list[str] = []
+
+    def second(*given: object) -> None:
+        with pytest.raises(AdaPrunerError, match="another command is training") as refusal:
+            verbs.recover(model_folder, str(text_file), tmp_path / "out", **SHORT)
+        begun.append(str(refusal.value))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("adapruner.verbs.recover_into", second)
+        verbs.recover(model_folder, str(text_file), tmp_path / "out", **SHORT)
+    assert len(begun) == 1
+    assert verbs.recover(model_folder, str(text_file), tmp_path / "out", **SHORT)["steps"] == SHORT["steps"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_the_same_command_goes_on_after_a_kill(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
     def command(output: Path) -> list[str]:
         options = ["--seq-len", "16", "--batch-size", "4", "--micro-batch-size", "2", "--steps", "20"]

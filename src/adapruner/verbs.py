@@ -59,7 +59,15 @@ from adapruner.models import (
 )
 from adapruner.paths import given_path, output_path
 from adapruner.progress import Reporter
-from adapruner.recovery import check_folder, read_examples, recover_into, start_folder, total_steps, window_examples
+from adapruner.recovery import (
+    check_folder,
+    read_examples,
+    recover_into,
+    start_folder,
+    total_steps,
+    training_alone,
+    window_examples,
+)
 from adapruner.report import write_report
 from adapruner.run_folder import RunFolder
 from adapruner.structure import Structure, build_structure
@@ -222,32 +230,33 @@ def recover(
         check_tokens(of_model, examples.largest_token)
     elif of_teacher is None:
         raise AdaPrunerError("--data self is text that the dense model writes: name it with --teacher")
-    start_folder(folder, resolved, overwrite)
-    reporter = Reporter()
-    with reporter.stage("loading", 1) as advance:
-        loaded = load_model(location, dtype, device)
-        dense = load_model(of_teacher, dtype, device) if of_teacher else None
-        advance()
-    if examples is None and dense is not None:
-        with reporter.stage("writing text", 1) as advance:
-            count = settings.records or DEFAULT_GENERATED_RECORDS
-            windows = generate_windows(dense, count, settings.seq_len, settings.seed)
-            examples = window_examples(windows, data, settings)
+    with training_alone(folder):
+        start_folder(folder, resolved, overwrite)
+        reporter = Reporter()
+        with reporter.stage("loading", 1) as advance:
+            loaded = load_model(location, dtype, device)
+            dense = load_model(of_teacher, dtype, device) if of_teacher else None
             advance()
-    assert examples is not None
-    learnt_from = None if settings.learns_labels(examples.instructions, dense is not None) else dense
-    with reporter.stage("recovering", total_steps(examples, settings)) as advance:
-        return recover_into(
-            folder,
-            loaded,
-            tokenizer,
-            examples,
-            settings,
-            learnt_from,
-            resolved,
-            lambda trained: _card(location, loaded, trained),
-            advance,
-        )
+        if examples is None and dense is not None:
+            with reporter.stage("writing text", 1) as advance:
+                count = settings.records or DEFAULT_GENERATED_RECORDS
+                windows = generate_windows(dense, count, settings.seq_len, settings.seed)
+                examples = window_examples(windows, data, settings)
+                advance()
+        assert examples is not None
+        learnt_from = None if settings.learns_labels(examples.instructions, dense is not None) else dense
+        with reporter.stage("recovering", total_steps(examples, settings)) as advance:
+            return recover_into(
+                folder,
+                loaded,
+                tokenizer,
+                examples,
+                settings,
+                learnt_from,
+                resolved,
+                lambda trained: _card(location, loaded, trained),
+                advance,
+            )
 
 
 def _refuse_other_vocabulary(location: ModelLocation, teacher: ModelLocation) -> None:

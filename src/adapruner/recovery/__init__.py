@@ -1,7 +1,14 @@
 """Recovery of a pruned model: fine-tuning or distillation, with LoRA or of all weights."""
 
 from adapruner.recovery._examples import Examples, instruction_examples, read_examples, window_examples
-from adapruner.recovery._folder import check_folder, read_record, recover_into, start_folder, working_folder
+from adapruner.recovery._folder import (
+    check_folder,
+    read_record,
+    recover_into,
+    start_folder,
+    training_alone,
+    working_folder,
+)
 from adapruner.recovery._training import Recovered, distillation_loss, total_steps, train
 
 __all__ = [
@@ -16,6 +23,7 @@ __all__ = [
     "start_folder",
     "total_steps",
     "train",
+    "training_alone",
     "window_examples",
     "working_folder",
 ]

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.checkpoint import save_checkpoint
 from adapruner.config import RecoveryOptions
 from adapruner.errors import AdaPrunerError, reason
-from adapruner.files import write_atomically
+from adapruner.files import saying_what_cannot_be_written, write_atomically
 from adapruner.processes import this_process
 from adapruner.recovery._examples import Examples
 from adapruner.recovery._training import Recovered, train
@@ -119,6 +121,33 @@ def check_folder(folder: Path, config: dict[str, Any], overwrite: bool) -> dict[
             " --overwrite to start it again"
         )
     return record
+
+
+@contextlib.contextmanager
+def training_alone(folder: Path) -> Iterator[None]:
+    """Keeps other commands from training into the same folder meanwhile; processes started together count as one.
+
+    Raises:
+        AdaPrunerError: another one does, or the place cannot be written.
+    """
+    if not this_process().leads:
+        yield
+        return
+    path = folder.with_name(f"{folder.name}.training.lock")
+    lock = FileLock(path, timeout=0)
+    with saying_what_cannot_be_written(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise AdaPrunerError(
+                f"another command is training into {folder}: wait for it, or choose another output"
+            ) from None
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        lock.release()
 
 
 def start_folder(folder: Path, config: dict[str, Any], overwrite: bool) -> None:
