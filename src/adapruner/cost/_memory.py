@@ -117,11 +117,13 @@ class _Run:
         of_layers = [sum(parameter.numel() for parameter in layer.parameters()) for layer in decoder_layers(model)]
         always = self.parameters - sum(of_layers) + max(of_layers) if layer_wise else self.parameters
         self.resident = always * self.weight
-        # Blocks from which nothing goes are shared; read layer by layer, all come into memory as they are used.
+        # Blocks from which nothing goes are shared; read layer by layer, they come into memory as they are used, which
+        # those in front of the first cut are not.
+        cut = [block.layer for block, count in zip(structure.blocks, counts, strict=True) if count < block.groups]
         self.own_parameters = sum(
             count * block.parameters_per_group
             for block, count in zip(structure.blocks, counts, strict=True)
-            if layer_wise or count < block.groups
+            if (block.layer >= min(cut) if layer_wise else count < block.groups)
         )
         self.widths = [block.groups * block.row_wise.width for block in structure.blocks]
         self.largest = max(self.widths) ** 2
