@@ -70,7 +70,9 @@ def test_a_7b_model_takes_what_its_shapes_say() -> None:
     assert measuring[0] == measuring[1] < 3 * GIB
     on_gpu = cost_of(llama, "cuda", layer_wise=True)
     assert on_gpu.memory[on_gpu.largest].device < 12 * GIB
-    assert on_gpu.memory["searching"].host > 10 * GIB
+    # Four fifths of all, less both embeddings and the four layers in front of the first cut.
+    cut = 0.8 * 6_738_415_616 - 2 * 32_000 * 4096 - 4 * 202_383_360
+    assert 2 * cut < on_gpu.memory["searching"].host < 2.5 * cut
 
 
 @pytest.mark.parametrize("family", known_architectures())
