@@ -191,6 +191,7 @@ def test_another_ratio_is_mended_by_its_own_command(
     edit(other / "model/model.safetensors")
     (other / "report.html").unlink()
     assert exit_code(again) == 0
+    assert f"model: {other / 'model'} " in capsys.readouterr().out
     assert json.loads((other / "result.json").read_text())["plan_hash"] == first["plan_hash"]
     assert (other / "report.html").is_file()
     # Names are shown as they are, not as markup or emoji.

@@ -8,7 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from adapruner import pipeline
-from adapruner.cli._output import plain_console, print_advice, print_json
+from adapruner.cli._output import plain_console, print_advice, print_json, print_result
 
 
 def plan(
@@ -40,6 +40,5 @@ def plan(
     if json:
         print_json(result.result)
         return
-    console = plain_console()
-    console.print(result.plan.explain())
-    console.print(*result.tables(), sep="\n")
+    plain_console().print(result.plan.explain())
+    print_result(result)

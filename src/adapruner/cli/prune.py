@@ -8,7 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from adapruner import pipeline
-from adapruner.cli._output import plain_console, print_advice, print_json
+from adapruner.cli._output import print_advice, print_json, print_result
 from adapruner.config import PruneOptions
 from adapruner.processes import this_process
 
@@ -54,7 +54,4 @@ def prune(
     if json:
         print_json(result.result)
         return
-    console = plain_console()
-    console.print(*result.tables(), sep="\n")
-    last_line = f"model: {result.model_folder}   plan {result.plan.hash[:12]}   report {result.report}"
-    console.print(last_line, soft_wrap=True)
+    print_result(result)
