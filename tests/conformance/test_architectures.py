@@ -128,8 +128,18 @@ def test_saved_is_loaded_and_generates(
     greedy = {"do_sample": False, "max_new_tokens": 12, "min_new_tokens": 12}
     with_cache = loaded.generate(**prompt, **greedy, use_cache=True)
     assert torch.equal(with_cache, loaded.generate(**prompt, **greedy, use_cache=False))
-    loaded.set_attn_implementation("eager")
-    torch.testing.assert_close(loaded(windows).logits, expected, rtol=1e-4, atol=1e-4)
+    if is_the_same_eagerly(model, windows):
+        loaded.set_attn_implementation("eager")
+        torch.testing.assert_close(loaded(windows).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def is_the_same_eagerly(model: PreTrainedModel, windows: torch.Tensor) -> bool:
+    """Whether the stock class is: transformers 5.20 caps the attention logits of Gemma 2 in eager mode alone."""
+    chosen, logits = model.config._attn_implementation, model(windows).logits
+    model.set_attn_implementation("eager")
+    same = torch.allclose(model(windows).logits, logits, rtol=1e-4, atol=1e-4)
+    model.set_attn_implementation(chosen)
+    return same
 
 
 REMOTE_CODE = """
