@@ -245,7 +245,7 @@ def test_one_command_at_a_time_trains_into_a_folder(model_folder: Path, text_fil
         begun.append(str(refusal.value))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("adapruner.verbs.recover_into", second)
+        patch.setattr("adapruner.verbs._recover.recover_into", second)
         verbs.recover(model_folder, str(text_file), tmp_path / "out", **SHORT)
     assert len(begun) == 1
     assert verbs.recover(model_folder, str(text_file), tmp_path / "out", **SHORT)["steps"] == SHORT["steps"]
@@ -298,7 +298,7 @@ def recovered(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, text
 def test_a_finished_recovery_is_not_done_again(
     recovered: Path, model_folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verbs, "load_model", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("adapruner.verbs._recover.load_model", lambda *_: pytest.fail("loaded"))
     record = verbs.recover(model_folder, str(text_file), recovered, **SHORT)
     assert record == json.loads((recovered / "recovery.json").read_text())
     assert record["method"] == "labels"
@@ -357,7 +357,7 @@ def test_malformed_data_are_refused_before_the_model_is_loaded(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(verbs, "load_model", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("adapruner.verbs._recover.load_model", lambda *_: pytest.fail("loaded"))
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     output = tmp_path / "out"

@@ -288,7 +288,7 @@ def test_trials_that_are_elsewhere(run: RunFolder) -> None:
 def test_a_run_is_watched_until_it_ends(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     run.result.unlink()
     naps: list[float] = []
-    monkeypatch.setattr(verbs.time, "sleep", naps.append)
+    monkeypatch.setattr("time.sleep", naps.append)
     pages = verbs.write_reports(run.path, watch=True)
     with run.leading():
         for _ in range(2):

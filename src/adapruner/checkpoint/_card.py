@@ -90,6 +90,14 @@ def model_card(
     return f"---\n{metadata.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
 
 
+def read_card(location: ModelLocation) -> str:
+    """The README.md that lies beside a model; empty where there is none."""
+    readme = Path(location.path) / "README.md"
+    if location.gguf_file or not readme.is_file():
+        return ""
+    return readme.read_text(encoding="utf-8", errors="replace")
+
+
 def card_of_export(card: str, config: PreTrainedConfig) -> str | None:
     """The card of a pruned model for the same model in another form; None if the card is not one of ours.
 

@@ -1,0 +1,23 @@
+"""What is done with one model, dense or pruned, outside of a pruning run; and with a run that others are at."""
+
+from adapruner.verbs._benchmark import benchmark
+from adapruner.verbs._evaluate import Evaluation, evaluate
+from adapruner.verbs._export import Exported, ExportFormat, export
+from adapruner.verbs._inspect import estimate, inspect
+from adapruner.verbs._load import load
+from adapruner.verbs._recover import recover
+from adapruner.verbs._report import write_reports
+
+__all__ = [
+    "Evaluation",
+    "ExportFormat",
+    "Exported",
+    "benchmark",
+    "estimate",
+    "evaluate",
+    "export",
+    "inspect",
+    "load",
+    "recover",
+    "write_reports",
+]

@@ -1,0 +1,127 @@
+"""Training one pruned model again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from adapruner.calibration import SELF_GENERATED, generate_windows, parse_source
+from adapruner.checkpoint import card_of_recovered, read_card
+from adapruner.config import Dtype, RecoverConfig, RecoveryOptions
+from adapruner.errors import AdaPrunerError
+from adapruner.job import DEFAULT_GENERATED_RECORDS
+from adapruner.models import (
+    ModelLocation,
+    check_length,
+    check_tokens,
+    find_model,
+    load_config,
+    load_model,
+    load_tokenizer,
+    resolve_device,
+)
+from adapruner.paths import given_path, output_path
+from adapruner.progress import Reporter
+from adapruner.recovery import (
+    Examples,
+    check_folder,
+    read_examples,
+    recover_into,
+    start_folder,
+    total_steps,
+    training_alone,
+    window_examples,
+)
+
+
+def recover(
+    model: str | Path,
+    data: str,
+    output: str | Path,
+    teacher: str | None = None,
+    overwrite: bool = False,
+    dtype: Dtype = "auto",
+    device: str = "auto",
+    **options: Any,
+) -> dict[str, Any]:
+    """Trains a pruned model again and writes it as a normal checkpoint. A call that was killed goes on from its last
+    saved step.
+
+    Args:
+        model: as for `load`.
+        data: instructions with answers (columns `instruction`, `output` and perhaps `input`), any text, or `self`: text
+            that the teacher writes.
+        output: the folder of the recovered model.
+        teacher: the dense model, for distillation.
+        overwrite: start again where the folder holds another model.
+        options: the fields of `RecoveryOptions`.
+
+    Returns:
+        The record of the training: what `recovery.json` in the folder holds.
+
+    Raises:
+        AdaPrunerError: an option, the data, a model or the folder will not do, before the weights are loaded; or the
+            loss is not finite any more.
+    """
+    config = RecoverConfig.from_options(model=str(model), data=data, teacher=teacher, dtype=dtype, **options)
+    folder = output_path(output)
+    if folder.resolve() in [given_path(name).resolve() for name in (config.model, teacher) if name]:
+        raise AdaPrunerError(f"{output} is a model that this reads from: choose another output")
+    resolved = config.model_dump(mode="json")
+    record = check_folder(folder, resolved, overwrite)
+    if record is not None:
+        return record
+    resolve_device(device)
+    location = find_model(config.model)
+    of_model = load_config(location)
+    check_length(of_model, config.seq_len)
+    tokenizer = load_tokenizer(location)
+    of_teacher = find_model(teacher) if teacher else None
+    if of_teacher is not None:
+        _refuse_other_vocabulary(location, of_teacher)
+    settings = RecoveryOptions(**{name: getattr(config, name) for name in RecoveryOptions.model_fields})
+    if data == SELF_GENERATED and teacher is None:
+        raise AdaPrunerError("--data self is text that the dense model writes: name it with --teacher")
+    examples = None
+    if data != SELF_GENERATED:
+        examples = read_examples(parse_source(data), tokenizer, settings)
+        check_tokens(of_model, examples.largest_token)
+    with training_alone(folder):
+        start_folder(folder, resolved, overwrite)
+        reporter = Reporter()
+        with reporter.stage("loading", 1) as advance:
+            loaded = load_model(location, dtype, device)
+            dense = load_model(of_teacher, dtype, device) if of_teacher else None
+            advance()
+        if examples is None:
+            assert dense is not None
+            examples = _written_by(dense, settings, reporter)
+        learnt_from = None if settings.learns_labels(examples.instructions, dense is not None) else dense
+        with reporter.stage("recovering", total_steps(examples, settings)) as advance:
+            return recover_into(
+                folder,
+                loaded,
+                tokenizer,
+                examples,
+                settings,
+                learnt_from,
+                resolved,
+                lambda trained: card_of_recovered(read_card(location), trained),
+                advance,
+            )
+
+
+def _written_by(model: PreTrainedModel, settings: RecoveryOptions, reporter: Reporter) -> Examples:
+    with reporter.stage("writing text", 1) as advance:
+        count = settings.records or DEFAULT_GENERATED_RECORDS
+        windows = generate_windows(model, count, settings.seq_len, settings.seed)
+        advance()
+    return window_examples(windows, SELF_GENERATED, settings)
+
+
+def _refuse_other_vocabulary(location: ModelLocation, teacher: ModelLocation) -> None:
+    own, other = (load_config(one).vocab_size for one in (location, teacher))
+    if own != other:
+        raise AdaPrunerError(f"the teacher has a vocabulary of {other:,} tokens, the model one of {own:,}")
