@@ -14,7 +14,7 @@ from transformers import LlamaConfig, PreTrainedModel
 
 from adapruner import AdaPrunerError, PruneConfig, verbs
 from adapruner.cli import main
-from adapruner.cost import GIB, Cost, Memory, estimate_cost
+from adapruner.cost import GIB, Cost, Memory, available_memory, estimate_cost
 from adapruner.cost._memory import saved_activations
 from adapruner.job import prepare, reference_budget
 from adapruner.models import empty_model, known_architectures
@@ -75,6 +75,12 @@ def test_a_7b_model_takes_what_its_shapes_say() -> None:
     assert 2 * cut < on_gpu.memory["searching"].host < 2.5 * cut
 
 
+def test_a_gpu_that_is_not_here_is_taken_for_one_with_bfloat16() -> None:
+    """Searching holds a copy there, of half the size."""
+    loading, searching = (cost_of(LlamaConfig(), "cuda").memory[stage].device for stage in ("loading", "searching"))
+    assert searching > 1.5 * loading
+
+
 @pytest.mark.parametrize("family", known_architectures())
 def test_time_is_estimated_for_every_family(
     family: str, make_model: Callable[..., PreTrainedModel], tmp_path: Path
@@ -129,6 +135,27 @@ def test_where_a_model_does_not_fit_it_is_read_layer_by_layer(
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert not goes_layer_by_layer(2600)
     assert goes_layer_by_layer(1600)
+
+
+def test_what_is_beside_the_gpu_has_to_fit_too() -> None:
+    cost = Cost(torch.device("cuda"), torch.bfloat16, True, {"searching": Memory(1000, 5), "saving": Memory(500, 1000)})
+    assert cost.fits(Memory(1150, 1150))
+    assert not cost.fits(Memory(1149, 1150))
+    assert not cost.fits(Memory(1150, 1149))
+    assert "beside the GPU (saving)" in cost.described
+
+
+def test_files_in_memory_are_free_for_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers as cgroup v2 gives them."""
+    monkeypatch.setattr("adapruner.cost._memory._CONTROL_GROUP", tmp_path)
+    cpu = torch.device("cpu")
+    everything = available_memory(cpu)
+    (tmp_path / "memory.current").write_text("900\n")
+    (tmp_path / "memory.stat").write_text("anon 300\nfile 600\ninactive_file 400\nactive_file 150\n")
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert available_memory(cpu) == 650
+    (tmp_path / "memory.max").write_text("max\n")
+    assert available_memory(cpu) == pytest.approx(everything, rel=0.2)
 
 
 def test_inspect_prints_the_cost(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

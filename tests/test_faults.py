@@ -180,6 +180,42 @@ def test_what_was_only_measured_on_the_way_may_be_removed(finished: Path, tmp_pa
     assert run.discard_damaged() == []
 
 
+@pytest.mark.parametrize("with_compensation", [True, False])
+def test_what_was_measured_of_other_windows_goes(with_compensation: bool, finished: Path, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    shutil.copytree(finished, run.path)
+    run.statistics_parts.mkdir()
+    before = load_file(run.windows)
+    windows = before | {"pool": before["pool"][1:]}
+    if with_compensation:
+        windows["compensation"] = before["compensation"][1:]
+    run.replace_windows(windows)
+    assert len(load_file(run.windows)["pool"]) == len(before["pool"]) - 1
+    assert not any(path.exists() for path in (run.study, run.journal, run.statistics_parts))
+    assert run.moments.exists() != with_compensation
+    assert run.manifest.damaged() == []
+
+
+def test_a_kill_while_a_model_is_removed_leaves_it_known_as_damaged(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunFolder(tmp_path / "run")
+    shutil.copytree(finished, run.path)
+    edit(run.model / "config.json")
+
+    def remove_a_part(folder: Path, **_: bool) -> None:
+        (folder / "model.safetensors").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("adapruner.run_folder.shutil.rmtree", remove_a_part)
+        with pytest.raises(KeyboardInterrupt):
+            run.discard_damaged()
+    assert run.model.is_dir()
+    assert run.model in run.discard_damaged()
+    assert not run.model.exists()
+
+
 def test_another_ratio_is_mended_by_its_own_command(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -194,6 +230,7 @@ def test_another_ratio_is_mended_by_its_own_command(
     assert f"model: {other / 'model'} " in capsys.readouterr().out
     assert json.loads((other / "result.json").read_text())["plan_hash"] == first["plan_hash"]
     assert (other / "report.html").is_file()
+    assert RunFolder(other).manifest.damaged() == []
     # Names are shown as they are, not as markup or emoji.
     assert exit_code(["report", str(other)]) == 0
     assert f"report: {other / 'report.html'}\n" in capsys.readouterr().out
@@ -327,12 +364,12 @@ main()
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_no_memory_is_one_line_and_the_run_goes_on(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
     arguments = command(model_folder, tmp_path / "run", text_file)
-    # Windows so long that a batch of them does not fit into what is left.
-    large = [*arguments, "--objective", str(text_file)]
-    process = subprocess.run([sys.executable, "-c", OUT_OF_MEMORY, *large], capture_output=True, check=False, text=True)
+    process = subprocess.run(
+        [sys.executable, "-c", OUT_OF_MEMORY, *arguments], capture_output=True, check=False, text=True
+    )
     assert process.returncode == 2, process.stderr
-    assert "out of memory" in process.stderr.splitlines()[-1]
-    assert exit_code(large) == 0
+    assert "out of memory: --layer-wise takes less" in process.stderr.splitlines()[-1]
+    assert exit_code(arguments) == 0
 
 
 def with_broken_embedding(

@@ -447,6 +447,21 @@ def test_overwrite_starts_again(model_folder: Path, text_file: Path, tmp_path: P
     assert first.plan.ratio > 0.09 > second.plan.ratio
 
 
+def test_a_run_goes_on_layer_by_layer(
+    finished: adapruner.PruneResult, model_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """Which is what it says to do where memory gave out."""
+    run = tmp_path / "run"
+    shutil.copytree(finished.output, run)
+    for name in ("plan.json", "result.json"):
+        (run / name).unlink()
+    shutil.rmtree(run / "model")
+    options = OPTIONS | {"evaluate": (str(text_file),), "layer_wise": True, "device": "cpu"}
+    result = adapruner.prune(str(model_folder), run, calibration=str(text_file), **options)
+    assert result.plan == finished.plan
+    assert PruneConfig.load(run / "config.yaml").layer_wise
+
+
 def test_a_pruned_model_is_not_loaded_from_pickled_weights(model_folder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "pickled"
     folder.mkdir()

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 import adapruner
 from adapruner import AdaPrunerError, RecoveryOptions, verbs
@@ -24,6 +25,7 @@ from adapruner.checkpoint import card_of_recovered
 from adapruner.cli import main
 from adapruner.recovery import (
     Examples,
+    check_device,
     distillation_loss,
     instruction_examples,
     read_examples,
@@ -125,6 +127,35 @@ def test_lora_lowers_the_loss_and_leaves_an_ordinary_model(
     rows = torch.tensor([example["input_ids"] for example in examples.validation])
     with torch.no_grad():
         assert math.isclose(float(model(rows, labels=rows).loss), recovered.loss_after, rel_tol=0.02)
+
+
+def test_several_gpus_are_left_alone_by_one_process(
+    make_model: Callable[..., PreTrainedModel], examples: Examples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Trainer would give each of them a batch of the size that was asked for."""
+
+    def of_a_machine_with_two(arguments: TrainingArguments) -> torch.device:
+        arguments._n_gpu = 2
+        return torch.device("cpu")
+
+    trained = []
+    for place in ("one", "two"):
+        trained.append(make_model("llama"))
+        train(trained[-1], examples, RecoveryOptions(**SHORT), tmp_path / place)
+        found = cached_property(of_a_machine_with_two)
+        found.__set_name__(TrainingArguments, "_setup_devices")
+        monkeypatch.setattr(TrainingArguments, "_setup_devices", found)
+    for one, other in zip(trained[0].parameters(), trained[1].parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_training_goes_to_the_first_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for device in ("cpu", "cuda", "cuda:0"):
+        check_device(torch.device(device))
+    with pytest.raises(AdaPrunerError, match="CUDA_VISIBLE_DEVICES=1"):
+        check_device(torch.device("cuda:1"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_device(torch.device("cuda:1"))
 
 
 @pytest.mark.parametrize("train_what", ["lora", "full"])

@@ -77,9 +77,10 @@ def test_layers_run_by_themselves_are_those_of_the_model(
         assert torch.equal(model(windows).logits, logits)
 
 
-@pytest.mark.parametrize("head_share", [0.0, 1.0])
+@pytest.mark.parametrize(("head_share", "copied"), [(0.0, False), (1.0, False), (1.0, True)])
 def test_a_streamed_model_is_cut_compensated_and_saved(
     head_share: float,
+    copied: bool,
     model: PreTrainedModel,
     windows: Tensor,
     tokenizer: object,
@@ -88,6 +89,11 @@ def test_a_streamed_model_is_cut_compensated_and_saved(
 ) -> None:
     # What is in memory would run in bfloat16 where that is fast; a streamed model runs as it is.
     monkeypatch.setattr("adapruner.models._device.computes_bfloat16_natively", lambda _: False)
+    if copied:  # as layers are that go to a GPU
+        monkeypatch.setattr(
+            "adapruner.models._layers._FromMemory.__call__",
+            lambda stored: {name: tensor.clone() for name, tensor in stored.weights.items()},
+        )
     structure = build_structure(model)
     streamed = load_model(find_model(on_disk(model, tmp_path / "dense")), layer_wise=True)
     scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(0))

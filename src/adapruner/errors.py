@@ -20,11 +20,15 @@ class NonFiniteError(AdaPrunerError):
     """Some numbers became infinite or no numbers: broken weights, a dtype that is too narrow, or a bad sample."""
 
 
-def describe_failure(error: BaseException) -> str | None:
+def describe_failure(error: BaseException, takes_less: str) -> str | None:
     """What went wrong, and what helps, where the machine has given out and not the program: memory, disk, permissions;
-    None for anything else."""
+    None for anything else.
+
+    Args:
+        takes_less: what takes less memory.
+    """
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _is_about_memory(str(error))):
-        return "out of memory: --layer-wise, --dtype bfloat16 and a smaller --pool take less"
+        return f"out of memory: {takes_less}"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"no space left on the disk{_of(error)}: free some"
     if isinstance(error, OSError) and error.errno is not None:

@@ -131,10 +131,10 @@ class Manifest:
         if left != digests:
             self._save(left)
 
-    def take_over(self, earlier: Manifest) -> None:
-        """Names those files that were copied here as they are named there."""
-        named = {name: each for name, each in earlier._read().items() if (self.folder / name).is_file()}
-        self._save(self._read() | named)
+    def take_over(self, earlier: Manifest, paths: Iterable[Path]) -> None:
+        """Names files that were copied here as they are named there."""
+        digests = earlier._read()
+        self._save(self._read() | {name: digests[name] for name in map(self._name, paths) if name in digests})
 
     def missing(self) -> list[Path]:
         """The named files that are not there."""

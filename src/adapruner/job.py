@@ -39,7 +39,7 @@ from adapruner.models import (
 )
 from adapruner.planning import Budget, UnreachableRatioError, kept_counts, largest_channel_share
 from adapruner.processes import this_process
-from adapruner.recovery import Examples, read_examples
+from adapruner.recovery import Examples, check_device, read_examples
 from adapruner.run_folder import RunFolder
 from adapruner.search import StudyPlace
 from adapruner.structure import Structure, build_structure
@@ -83,6 +83,36 @@ class Job:
     fits_sequentially: bool
 
 
+@dataclass(frozen=True)
+class Outline:
+    """What is known of a job from its options and the config of the model alone.
+
+    Attributes:
+        config: the options, with `sequential` saying what is done.
+        model: without weights.
+        budget: as in `Job`.
+    """
+
+    config: PruneConfig
+    model: PreTrainedModel
+    structure: Structure
+    budget: Budget
+
+
+def outline(config: PruneConfig, location: ModelLocation) -> Outline:
+    """Reads the config of a model.
+
+    Raises:
+        AdaPrunerError: the family is not known, or an option or the ratio does not go with it.
+    """
+    model = empty_model(load_config(location))
+    check_length(model.config, max(config.seq_len, config.recovery.seq_len if config.recover else 0))
+    structure = build_structure(model, config.head_granularity)
+    budget = reference_budget(config, structure)
+    sequential = _fits_sequentially(config, model)
+    return Outline(config.model_copy(update={"sequential": sequential}), model, structure, budget)
+
+
 def prepare(
     config: PruneConfig,
     run: RunFolder,
@@ -105,14 +135,12 @@ def prepare(
     location = find_model(config.model)
     if config.layer_wise:
         check_streamable(location)
-    _check_batch(config)
-    model = empty_model(load_config(location))
-    check_length(model.config, max(config.seq_len, config.recovery.seq_len if config.recover else 0))
-    structure = build_structure(model, config.head_granularity)
-    budget = reference_budget(config, structure)
-    sequential = fits_sequentially(config, model)
-    costed = config.model_copy(update={"sequential": sequential})
-    layer_wise = choose_layer_wise(costed, model, structure, budget, device, location.gguf_file is None)
+    if config.recover:
+        check_device(device)
+        _check_batch(config)
+    own = outline(config, location)
+    of_model = own.model.config
+    layer_wise = choose_layer_wise(own.config, own.model, own.structure, own.budget, device, location.gguf_file is None)
     tokenizer = load_tokenizer(location)
     sources = _calibration_sources(config)
     used: set[tuple[str, Part]] = set()
@@ -123,18 +151,13 @@ def prepare(
     recovery_source = _recovery_source(config, used)
     if recovery_source is not None:
         used.add((recovery_source.identity, recovery_source.part))
-    report = {}
-    for source in map(parse_source, config.evaluate if reports else ()):
-        if source.identity in {identity for identity, _ in used}:
-            source = source.restrict("report")
-        _refuse_used_text(source, used, "report")
-        report[str(source)] = evaluation_text(source, tokenizer, config.seq_len, config.evaluate_windows)
+    report = _report_texts(config, used, tokenizer) if reports else {}
     examples = None
     if recovery_source is not None:
         examples = read_examples(recovery_source, tokenizer, config.recovery)
-        check_tokens(model.config, examples.largest_token)
-    for own in (*windows.values(), *(text.windows for text in report.values())):
-        check_tokens(model.config, int(own.max()))
+        check_tokens(of_model, examples.largest_token)
+    for each in (*windows.values(), *(text.windows for text in report.values())):
+        check_tokens(of_model, int(each.max()))
     tasks = None
     if config.tasks and reports:
         seen = [*sources.values(), *([recovery_source] if recovery_source else [])]
@@ -145,22 +168,33 @@ def prepare(
         run=run,
         location=location,
         tokenizer=tokenizer,
-        structure=structure,
-        budget=budget,
+        structure=own.structure,
+        budget=own.budget,
         windows=windows,
         report=report,
         tasks=tasks,
         examples=examples,
         study=study,
         layer_wise=layer_wise,
-        fits_sequentially=sequential,
+        fits_sequentially=own.config.fits_sequentially,
     )
+
+
+def _report_texts(config: PruneConfig, used: set[tuple[str, Part]], tokenizer: Tokenizer) -> dict[str, EvaluationText]:
+    """What perplexity is reported on, by name; of texts that are used already, their part for reports."""
+    texts = {}
+    for source in map(parse_source, config.evaluate):
+        if source.identity in {identity for identity, _ in used}:
+            source = source.restrict("report")
+        _refuse_used_text(source, used, "report")
+        texts[str(source)] = evaluation_text(source, tokenizer, config.seq_len, config.evaluate_windows)
+    return texts
 
 
 def _check_batch(config: PruneConfig) -> None:
     """Refuses a batch that the processes cannot share evenly."""
     size, processes = config.recovery.batch_size, this_process().count
-    if config.recover is not None and size % processes:
+    if size % processes:
         raise AdaPrunerError(f"--recovery.batch-size {size} cannot be divided among {processes} processes")
 
 
@@ -229,7 +263,7 @@ def reference_budget(config: PruneConfig, structure: Structure) -> Budget:
     return min(reachable, key=reachable.__getitem__)
 
 
-def fits_sequentially(config: PruneConfig, model: PreTrainedModel) -> bool:
+def _fits_sequentially(config: PruneConfig, model: PreTrainedModel) -> bool:
     possible = architecture_of(model.config).has_plain_residual(model.config)
     if config.sequential and not possible:
         raise AdaPrunerError(

@@ -20,9 +20,9 @@ from adapruner.checkpoint import check_push, push
 from adapruner.config import PruneConfig, RecoveryOptions, read_recipe
 from adapruner.cost import estimate_cost
 from adapruner.errors import AdaPrunerError, NonFiniteError, describe_failure
-from adapruner.job import Job, prepare
+from adapruner.job import Job, outline, prepare
 from adapruner.measurement import Statistics, StoredMoments
-from adapruner.models import empty_model, load_config, resolve_device
+from adapruner.models import resolve_device
 from adapruner.paths import given_path
 from adapruner.processes import Process, this_process
 from adapruner.progress import Reporter
@@ -79,7 +79,9 @@ def prune(
         with run.leading():
             _discard_damaged(run)
             if not run.result.is_file():
-                _run_stages(prepare(config, run, run.windows, storage))
+                job = prepare(config, run, run.windows, storage)
+                run.create(config, overwrite=False)
+                _run_stages(job)
             elif not run.report.is_file():
                 write_report(run)
     if push_to_hub:
@@ -196,7 +198,7 @@ def _help(
 
 def _run_stages(job: Job) -> PruneResult:
     reporter = Reporter(job.run.log)
-    with _saying_what_is_kept(job.run, reporter):
+    with _saying_what_is_kept(job, reporter):
         # Before there is anything to help with: helpers read where the trials will be.
         job.study.register()
         if job.structure.total_parameters >= _LONG and not job.run.statistics.is_file():
@@ -234,7 +236,7 @@ def _choose(
 
 
 @contextlib.contextmanager
-def _saying_what_is_kept(run: RunFolder, reporter: Reporter) -> Iterator[None]:
+def _saying_what_is_kept(job: Job, reporter: Reporter) -> Iterator[None]:
     """Turns failures of the machine into one line.
 
     Raises:
@@ -243,17 +245,26 @@ def _saying_what_is_kept(run: RunFolder, reporter: Reporter) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError, OSError) as error:
-        failure = describe_failure(error)
+        failure = describe_failure(error, _what_takes_less(job, reporter.current))
         if failure is None:
             raise
         raise AdaPrunerError(
-            f"{reporter.current}: {failure}. What was done before is kept in {run.path}: the same command goes on"
+            f"{reporter.current}: {failure}. What was done before is kept in {job.run.path}: the same command goes on,"
+            " without --overwrite"
         ) from error
 
 
+def _what_takes_less(job: Job, stage: str) -> str:
+    """Memory."""
+    if stage == "recovering":
+        return f"adapruner recover {job.run.model} with a smaller --micro-batch-size takes less"
+    if not job.layer_wise and job.location.gguf_file is None:
+        return "--layer-wise takes less"
+    return "--dtype bfloat16 and a smaller --pool take less, in another run"
+
+
 def _announce_cost(job: Job, reporter: Reporter) -> None:
-    model, device = empty_model(load_config(job.location)), resolve_device(job.config.device)
-    if not model.config.is_heterogeneous:
-        config = job.config.model_copy(update={"sequential": job.fits_sequentially})
-        cost = estimate_cost(config, model, job.structure, job.budget, device, True, job.layer_wise)
+    own, device = outline(job.config, job.location), resolve_device(job.config.device)
+    if not own.model.config.is_heterogeneous:
+        cost = estimate_cost(own.config, own.model, own.structure, own.budget, device, True, job.layer_wise)
         reporter.note(f"this run takes {cost.described}")

@@ -16,7 +16,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from adapruner.config import PruneConfig
@@ -27,6 +27,8 @@ from adapruner.planning import PruningPlan
 from adapruner.recovery import working_folder
 
 _SECONDS_BETWEEN_LOOKS = 0.2
+# Options on which what is computed does not depend, but whether it can be.
+_MAY_CHANGE = ("device", "layer_wise")
 # Others who probe a lock hold it for a moment: a lock that is taken every time is held.
 _PROBES = 3
 
@@ -245,11 +247,12 @@ class RunFolder:
 
     def take_over(self, earlier: RunFolder, with_search: bool = True) -> None:
         """Takes what was measured in an earlier run, and found; large moments are linked where the file system can."""
-        for path in (earlier.windows, earlier.statistics, *([earlier.search] if with_search else [])):
-            shutil.copy(path, self.path / path.name)
+        taken = [self.windows, self.statistics, *([self.search] if with_search else [])]
+        for path in taken:
+            shutil.copy(earlier.path / path.name, path)
         if earlier.moments.is_dir():
             shutil.copytree(earlier.moments, self.moments, copy_function=_link_or_copy, dirs_exist_ok=True)
-        self.manifest.take_over(earlier.manifest)
+        self.manifest.take_over(earlier.manifest, [*taken, *self.moments.glob("*")])
 
     def save_plan(self, plan: PruningPlan) -> None:
         self.manifest.write(self.plan, plan.save)
@@ -258,11 +261,13 @@ class RunFolder:
         self.manifest.write(self.windows, lambda partial: save_file(windows, partial))
 
     def replace_windows(self, windows: dict[str, Tensor]) -> None:
-        """Writes other windows, of which nothing has been measured; processes that help with those of before stop."""
+        """Writes other windows; what was measured of those of before goes, and processes that help with them stop."""
+        of_others = [self.study, self.journal, self.statistics_parts]
+        if len(load_file(self.windows).get("compensation", ())) != len(windows.get("compensation", ())):
+            of_others.append(self.moments)
+        for path in of_others:
+            self._remove(path)
         self.save_windows(windows)
-        shutil.rmtree(self.statistics_parts, ignore_errors=True)
-        self._remove(self.study)
-        self._remove(self.journal)
 
     def save_json(self, content: dict[str, Any], path: Path) -> None:
         self.manifest.write(path, lambda partial: partial.write_text(json.dumps(content, indent=2) + "\n"))
@@ -283,19 +288,24 @@ class RunFolder:
     def _clear(self) -> None:
         files = (self.windows, self.statistics, self.journal, self.study, self.search, self.plan, self.evaluation)
         folders = (self.statistics_parts, self.moments, self.model, self.recovered, working_folder(self.recovered))
-        for path in (*folders, *files, self.result, self.report, self.log, self.manifest.path, self.config):
+        for path in (self.result, *folders, *files, self.report, self.log, self.manifest.path, self.config):
             self._remove(path)
 
     def _remove(self, path: Path) -> None:
-        self.manifest.forget(path)
+        # Forgotten last: what a kill leaves of a folder is still known to be damaged.
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+        self.manifest.forget(path)
 
     def _refuse_other_config(self, config: PruneConfig) -> None:
         old, new = PruneConfig.load(self.config).model_dump(), config.model_dump()
-        changed = [f"{name} {old[name]!r} → {new[name]!r}" for name in new if new[name] != old[name]]
+        changed = [
+            f"{name} {old[name]!r} → {new[name]!r}"
+            for name in new
+            if new[name] != old[name] and name not in _MAY_CHANGE
+        ]
         if changed:
             raise AdaPrunerError(
                 f"{self.path} holds a run of another config ({', '.join(changed)}): choose another output, or"

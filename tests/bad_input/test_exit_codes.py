@@ -21,7 +21,11 @@ def fail_with(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_interruption(run_cli: RunCli, monkeypatch: pytest.MonkeyPatch) -> None:
     fail_with(KeyboardInterrupt(), monkeypatch)
-    assert run_cli(["inspect", "x"]) == (130, "", "adapruner: stopped; runs go on by the same command\n")
+    assert run_cli(["inspect", "x"]) == (
+        130,
+        "",
+        "adapruner: stopped; runs go on by the same command, without --overwrite\n",
+    )
 
 
 @pytest.mark.parametrize("error", [KeyError("a"), RuntimeError("one\ntwo\nthree"), AssertionError()])

@@ -99,6 +99,8 @@ def test_numbers_of_other_verbs(
 TOGETHER = [
     ["--samples", "9", "--pool", "8"],
     ["--layout", "uniform"],
+    ["--ratio", "0.0001"],
+    ["--layout", "uniform", "--ratio", "0.004", "--round-to", "32"],
     ["--alignment", "paper"],
     ["--ratio-of", "groups"],
     ["--compensation", "bias", "--sequential"],

@@ -81,10 +81,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _say(describe(cause) if isinstance(cause, ValidationError) else str(error))
         sys.exit(USER_ERROR)
     except KeyboardInterrupt as interrupt:
-        _say("stopped; runs go on by the same command")
+        _say("stopped; runs go on by the same command, without --overwrite")
         sys.exit(128 + next(iter(interrupt.args), signal.SIGINT))
     except Exception as error:
-        if failure := describe_failure(error):
+        if failure := describe_failure(error, "a narrower --dtype and smaller batches take less, where there are any"):
             _say(failure)
             sys.exit(USER_ERROR)
         _say(f"unexpected failure: {reason(error)}")

@@ -42,15 +42,23 @@ class Cost:
         """The stage that takes the most memory on the device."""
         return max(self.memory, key=lambda stage: self.memory[stage].device)
 
-    def fits(self, available: int) -> bool:
-        """Whether it does with so many free bytes on the device."""
-        return self.memory[self.largest].device * _MARGIN <= available
+    @property
+    def largest_beside(self) -> str:
+        """The stage that takes the most memory of the machine beside the device."""
+        return max(self.memory, key=lambda stage: self.memory[stage].host)
+
+    def fits(self, available: Memory) -> bool:
+        """Whether it does with so much free memory."""
+        on_device, beside = self.memory[self.largest].device, self.memory[self.largest_beside].host
+        return on_device * _MARGIN <= available.device and beside * _MARGIN <= available.host
 
     @property
     def described(self) -> str:
         """One line: the memory, and if it is known the time."""
         how = "one layer at a time" if self.layer_wise else "all layers in memory"
         line = f"{self.memory[self.largest].device / GIB:.1f} GiB at most ({self.largest}), {how}"
+        if beside := self.memory[self.largest_beside].host:
+            line += f", and {beside / GIB:.1f} GiB beside the GPU ({self.largest_beside})"
         if self.seconds:
             parts = ", ".join(f"{stage} {_duration(seconds)}" for stage, seconds in self.seconds.items())
             line += f"; about {_duration(sum(self.seconds.values()))}: {parts}"
@@ -109,8 +117,9 @@ def choose_layer_wise(
     """
     if model.config.is_heterogeneous:
         return bool(config.layer_wise)
-    processes = this_process().count_here if device.type == "cpu" else 1
-    available = available_memory(device) // processes
+    beside = available_memory(torch.device("cpu")) // this_process().count_here
+    on_cpu = device.type == "cpu"
+    available = Memory(beside) if on_cpu else Memory(available_memory(device), beside)
     ways = [config.layer_wise] if config.layer_wise is not None else [False, True] if streamable else [False]
     costs = [estimate_cost(config, model, structure, budget, device, layer_wise=way) for way in ways]
     for cost in costs:
@@ -118,7 +127,8 @@ def choose_layer_wise(
             return cost.layer_wise
     advice = "" if costs[-1].layer_wise or not streamable else "--layer-wise takes less; so do "
     raise AdaPrunerError(
-        f"{costs[-1].described}, where {available / GIB:.1f} GiB are free on {device}: {advice}--dtype bfloat16,"
+        f"{costs[-1].described}, where {available.device / GIB:.1f} GiB are free on {device}"
+        f"{'' if on_cpu else f' and {beside / GIB:.1f} GiB beside it'}: {advice}--dtype bfloat16,"
         " a smaller --pool, --compensation-windows and --objective-windows"
     )
 

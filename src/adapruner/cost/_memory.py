@@ -24,6 +24,7 @@ from adapruner.structure import Structure
 # Samples that are measured at once; layer by layer the activations of one layer are kept, and so of more samples.
 MEASURED_AT_ONCE = {False: 4, True: 16}
 _FLOAT, _BFLOAT = 4, 2
+_CONTROL_GROUP = Path("/sys/fs/cgroup")
 # Activations of many sizes, freed in another order than they came, leave gaps in the heap of a process, and so do
 # matrices that shrink step by step (see docs/benchmarks.md).
 _GAPS = {"cpu": 1.3}
@@ -235,7 +236,10 @@ def available_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     available = int(psutil.virtual_memory().available)
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.is_file() and used.is_file() and limit.read_text().strip().isdigit():
-        return min(available, int(limit.read_text()) - int(used.read_text()))
-    return available
+    limit, used, parts = (_CONTROL_GROUP / f"memory.{name}" for name in ("max", "current", "stat"))
+    if not all(path.is_file() for path in (limit, used, parts)) or not limit.read_text().strip().isdigit():
+        return available
+    # Pages of files count as used, and go when there is need of them.
+    own = dict(line.split() for line in parts.read_text().splitlines())
+    reclaimable = int(own["active_file"]) + int(own["inactive_file"])
+    return min(available, int(limit.read_text()) - int(used.read_text()) + reclaimable)

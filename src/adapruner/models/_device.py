@@ -34,10 +34,11 @@ def resolve_device(device: str) -> torch.device:
 
 
 def computes_bfloat16_natively(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 faster than float32."""
+    """Whether the device multiplies bfloat16 faster than float32; a GPU that is not here is taken for one that does."""
     if device.type == "cpu":
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    is_here = torch.cuda.is_available()
+    return device.type == "cuda" and (not is_here or torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def in_fastest_dtype(model: PreTrainedModel) -> PreTrainedModel:

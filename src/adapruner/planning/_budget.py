@@ -71,14 +71,17 @@ def kept_counts(structure: Structure, budget: Budget, scores: Tensor | None = No
 
     Raises:
         UnreachableRatioError: the ratio cannot be reached; with the arithmetic.
-        AdaPrunerError: it cannot be met within 0.5 points, or layers of different sizes shall become alike.
+        AdaPrunerError: it cannot be met within 0.5 points, nothing would go, or layers of different sizes shall become
+            alike.
     """
     layers = _unprotected(structure, budget)
     blocks = {index: block for index, block in enumerate(structure.blocks) if block.layer in layers}
     heads = {index: block for index, block in blocks.items() if block.kind == "heads"}
     channels = {index: block for index, block in blocks.items() if block.kind == "channels"}
     if budget.ratio_of == "groups":
-        return _shares_of_groups(structure, budget, blocks)
+        counts = _shares_of_groups(structure, budget, blocks)
+        _refuse_nothing(structure, budget, counts)
+        return counts
     target = budget.ratio * structure.total_parameters
     by_block = _scores_to_rank(structure, budget, scores)
 
@@ -89,6 +92,7 @@ def kept_counts(structure: Structure, budget: Budget, scores: Tensor | None = No
     kept |= _in_steps(budget, channels, _wanted(budget, layers, channels, target, by_block), step=budget.round_to)
 
     counts = [kept[index] for index in range(len(structure.blocks))]
+    _refuse_nothing(structure, budget, counts)
     _refuse_missed_ratio(structure, budget, heads, channels, counts)
     return counts
 
@@ -208,6 +212,14 @@ def _in_steps(budget: Budget, blocks: _Blocks, wanted: dict[int, float], step: i
         counts[index] = min(max(unit * round(carried / unit), unit), block.groups)
         carried -= counts[index]
     return counts
+
+
+def _refuse_nothing(structure: Structure, budget: Budget, counts: Sequence[int]) -> None:
+    if not removed_parameters(structure, counts):
+        raise AdaPrunerError(
+            f"a ratio of {budget.ratio:g} takes nothing: whole heads and steps of {budget.round_to} channels are more"
+            " than that; lower --round-to or raise --ratio"
+        )
 
 
 def _refuse_missed_ratio(

@@ -9,11 +9,12 @@ from adapruner.recovery._folder import (
     training_alone,
     working_folder,
 )
-from adapruner.recovery._training import Recovered, distillation_loss, total_steps, train
+from adapruner.recovery._training import Recovered, check_device, distillation_loss, total_steps, train
 
 __all__ = [
     "Examples",
     "Recovered",
+    "check_device",
     "check_folder",
     "distillation_loss",
     "instruction_examples",

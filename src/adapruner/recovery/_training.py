@@ -121,6 +121,19 @@ def train(
     )
 
 
+def check_device(device: torch.device) -> None:
+    """Refuses a GPU that the Trainer does not train on: of a process alone, any but the first.
+
+    Raises:
+        AdaPrunerError: with the way there.
+    """
+    if device.type == "cuda" and device.index and this_process().count == 1:
+        raise AdaPrunerError(
+            f"training goes to the first GPU and not to {device}: set CUDA_VISIBLE_DEVICES={device.index} and leave"
+            " --device out"
+        )
+
+
 def total_steps(examples: Examples, options: RecoveryOptions) -> int:
     """Steps of the optimizer."""
     return options.steps or options.epochs * math.ceil(len(examples.training) / options.batch_size)
@@ -229,6 +242,9 @@ def _trainer(
         disable_tqdm=True,
         seed=options.seed,
     )
+    if arguments.n_gpu > 1:
+        # One process trains on one GPU; by itself the Trainer would give each of them a batch of that size.
+        arguments._n_gpu = 1
     parts: dict[str, Any] = {
         "model": model,
         "args": arguments,

@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from adapruner.measurement import solve_damped
-from adapruner.models import LayerCall, enter_layers, in_fastest_dtype, loaded_layer, overwrite_weight
+from adapruner.models import (
+    LayerCall,
+    enter_layers,
+    in_fastest_dtype,
+    is_streamed,
+    loaded_layer,
+    overwrite_weight,
+)
 from adapruner.planning import PruningPlan
 from adapruner.structure import Block, Structure
 from adapruner.surgery._compensation import Compensation
@@ -52,7 +59,7 @@ def compensate_sequentially(
         dampings: of each block that was cut, by number (`InputMoments.damping`).
         progress: called with 1 after every layer.
         on_refit: called with the name of every refitted parameter and its new weight, as it is stored, in float32, for
-            a copy of the pruned model in another dtype.
+            where the weights that stay are others: of a copy in another dtype, or of a layer that is only in use.
     """
     cut = _cut_blocks(structure, plan)
     differ = False
@@ -98,7 +105,9 @@ def refit_sequentially(
     fast_pruned = pruned if fast is model else in_fastest_dtype(pruned)
     cut = [index for of_layer in _cut_blocks(structure, plan).values() for index in of_layer]
     dampings = {index: compensation.moments[index].damping for index in cut}
-    overwrite = None if fast_pruned is pruned else partial(overwrite_weight, pruned)
+    # What is in place while a streamed layer is in use may be a copy on another device.
+    elsewhere = fast_pruned is not pruned or is_streamed(pruned)
+    overwrite = partial(overwrite_weight, pruned) if elsewhere else None
     compensate_sequentially(
         fast, fast_pruned, structure, plan, windows, dampings, progress=progress, on_refit=overwrite
     )

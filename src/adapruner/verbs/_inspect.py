@@ -10,8 +10,8 @@ import torch
 from adapruner.config import PruneConfig
 from adapruner.cost import Cost, choose_layer_wise, estimate_cost
 from adapruner.errors import AdaPrunerError
-from adapruner.job import fits_sequentially, reference_budget
-from adapruner.models import check_length, empty_model, find_model, load_config, resolve_device
+from adapruner.job import outline
+from adapruner.models import empty_model, find_model, load_config, resolve_device
 from adapruner.progress import Reporter
 from adapruner.structure import Structure, build_structure
 
@@ -39,17 +39,14 @@ def estimate(model: str | Path, device: str = "auto", timed: bool = True, **opti
     # Memory is known without the device.
     is_here = device != "cuda" or torch.cuda.is_available()
     where = resolve_device(device) if is_here else torch.device("cuda")
-    empty = empty_model(load_config(find_model(str(model))))
-    check_length(empty.config, config.seq_len)
-    structure = build_structure(empty, config.head_granularity)
-    budget = reference_budget(config, structure)
-    config = config.model_copy(update={"sequential": fits_sequentially(config, empty)})
+    location = find_model(str(model))
+    own = outline(config, location)
     by_layer = config.layer_wise
     if by_layer is None and is_here:
-        streamable = find_model(str(model)).gguf_file is None
+        streamable = location.gguf_file is None
         try:
-            by_layer = choose_layer_wise(config, empty, structure, budget, where, streamable)
+            by_layer = choose_layer_wise(own.config, own.model, own.structure, own.budget, where, streamable)
         except AdaPrunerError as error:
             Reporter().note(f"this does not fit here: {error}")
             by_layer = streamable
-    return estimate_cost(config, empty, structure, budget, where, timed and is_here, by_layer)
+    return estimate_cost(own.config, own.model, own.structure, own.budget, where, timed and is_here, by_layer)

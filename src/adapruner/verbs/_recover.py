@@ -26,6 +26,7 @@ from adapruner.paths import given_path, output_path
 from adapruner.progress import Reporter
 from adapruner.recovery import (
     Examples,
+    check_device,
     check_folder,
     read_examples,
     recover_into,
@@ -73,7 +74,7 @@ def recover(
     record = check_folder(folder, resolved, overwrite)
     if record is not None:
         return record
-    resolve_device(device)
+    check_device(resolve_device(device))
     location = find_model(config.model)
     of_model = load_config(location)
     check_length(of_model, config.seq_len)
