@@ -134,9 +134,12 @@ def test_several_gpus_are_left_alone_by_one_process(
 ) -> None:
     """The Trainer would give each of them a batch of the size that was asked for."""
 
+    own = vars(TrainingArguments)["_setup_devices"]
+
     def of_a_machine_with_two(arguments: TrainingArguments) -> torch.device:
+        device: torch.device = own.__get__(arguments, TrainingArguments)
         arguments._n_gpu = 2
-        return torch.device("cpu")
+        return device
 
     trained = []
     for place in ("one", "two"):

@@ -32,6 +32,10 @@ class Reduction:
         self.element_absolute = torch.zeros(samples, vectors) if terms == "all" else None
         self.element_squared = torch.zeros(samples, vectors) if terms == "all" else None
         self.input_mean, self.input_squared = torch.zeros(samples, inputs), torch.zeros(samples, inputs)
+        self._largest = max(
+            part.elements * part.width * block.groups for block in structure.blocks for part in block.matrices
+        )
+        self._working: Tensor | None = None
         self._first_vectors = _offsets(
             sum(block.groups * part.width for part in block.matrices) for block in structure.blocks
         )
@@ -61,15 +65,23 @@ class Reduction:
             if self.element_absolute is None or self.element_squared is None:
                 yield module.register_forward_hook(_vector_wise(part, rows, taylor))
             else:
+                absolute, squared = self.element_absolute[:, columns], self.element_squared[:, columns]
                 yield module.register_forward_hook(
-                    _element_wise(
-                        part, rows, taylor, self.element_absolute[:, columns], self.element_squared[:, columns]
-                    )
+                    _element_wise(part, rows, taylor, absolute, squared, self._two_stacks)
                 )
         inputs = slice(first_input, first_input + block.groups * block.row_wise.width)
         yield projection(model, block.row_wise).register_forward_pre_hook(
             _input_moments(self.input_mean[:, inputs], self.input_squared[:, inputs])
         )
+
+    def _two_stacks(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Two times as many matrices of a shape, [matrices, ·, ·], float32, as fit into the memory of the largest, to
+        compute in. Memory that is new every time would cost more than what is done in it."""
+        if self._working is None:
+            self._working = torch.empty(2, self._largest, device=like.device)
+        count = self._largest // like.numel()
+        first, second = self._working[:, : count * like.numel()]
+        return first.view(count, *like.shape), second.view(count, *like.shape)
 
 
 def projection(model: PreTrainedModel, part: TensorSlice) -> nn.Module:
@@ -121,9 +133,16 @@ def _vector_wise(part: TensorSlice, rows: slice, taylor: Tensor) -> _ForwardHook
     return after_forward
 
 
-def _element_wise(part: TensorSlice, rows: slice, taylor: Tensor, absolute: Tensor, squared: Tensor) -> _ForwardHook:
-    """Keeps the input of the projection until the gradient of its output arrives; then forms the weight gradient sample
-    by sample and reduces it to rows or columns."""
+def _element_wise(
+    part: TensorSlice,
+    rows: slice,
+    taylor: Tensor,
+    absolute: Tensor,
+    squared: Tensor,
+    two_stacks: Callable[[Tensor], tuple[Tensor, Tensor]],
+) -> _ForwardHook:
+    """Keeps the input of the projection until the gradient of its output arrives; then forms the weight gradient of a
+    few samples at a time and reduces it to rows or columns."""
 
     def after_forward(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         stored: Any = module.weight
@@ -131,17 +150,18 @@ def _element_wise(part: TensorSlice, rows: slice, taylor: Tensor, absolute: Tens
 
     def reducing(weight: Tensor, projection_input: Tensor) -> Callable[[Tensor], None]:
         def reduce(output_gradient: Tensor) -> None:
-            samples, summed_axis = len(taylor), 1 - part.axis
+            samples, summed_axis = len(taylor), 2 - part.axis
             x = projection_input.reshape(samples, -1, projection_input.shape[-1]).float()
             delta = output_gradient.reshape(samples, -1, output_gradient.shape[-1])[..., rows].float()
-            products = torch.empty(weight.shape, device=weight.device)
-            squares = torch.empty_like(products)
-            for sample in range(samples):
-                torch.mm(delta[sample].T, x[sample], out=products)
+            stacks = two_stacks(weight)
+            for start in range(0, samples, len(stacks[0])):
+                some = slice(start, min(start + len(stacks[0]), samples))
+                products, squares = (stack[: some.stop - start] for stack in stacks)
+                torch.bmm(delta[some].transpose(1, 2), x[some], out=products)
                 products.mul_(weight)
-                taylor[sample] = products.sum(summed_axis)
-                squared[sample] = torch.mul(products, products, out=squares).sum(summed_axis)
-                absolute[sample] = products.abs_().sum(summed_axis)
+                taylor[some] = products.sum(summed_axis)
+                squared[some] = torch.mul(products, products, out=squares).sum(summed_axis)
+                absolute[some] = products.abs_().sum(summed_axis)
 
         return reduce
 

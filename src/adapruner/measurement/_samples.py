@@ -167,10 +167,13 @@ def _replace_by_loss_gradient(logits: Tensor, tokens: Tensor) -> Tensor:
     losses = []
     for window, targets in zip(logits, tokens[:, 1:, None], strict=True):
         scores = window[:-1].float()
-        log_normalizer = scores.logsumexp(-1, keepdim=True)
-        losses.append((log_normalizer - scores.gather(-1, targets)).squeeze(-1))
-        gradient = torch.sub(scores, log_normalizer, out=scores).exp_()
-        window[:-1] = gradient.scatter_add_(-1, targets, torch.full_like(log_normalizer, -1.0))
+        largest, of_target = scores.amax(-1, keepdim=True), scores.gather(-1, targets)
+        gradient = torch.softmax(scores, -1, out=scores)
+        # The largest probability never underflows, that of the target may.
+        losses.append((largest - gradient.amax(-1, keepdim=True).log() - of_target).squeeze(-1))
+        gradient.scatter_add_(-1, targets, torch.full_like(largest, -1.0))
+        if window.dtype != torch.float32:
+            window[:-1] = gradient
         window[-1] = 0
     return torch.stack(losses)
 
