@@ -16,7 +16,7 @@ from adapruner.planning import Budget
 from adapruner.processes import this_process
 from adapruner.structure import Structure
 
-# Estimates of memory were up to 12 % too low (see docs/benchmarks.md).
+# Estimates of the largest stage were up to 12 % too low (see docs/benchmarks.md).
 _MARGIN = 1.15
 GIB = 2**30
 
