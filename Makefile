@@ -18,7 +18,7 @@ test: .venv/dev .data/ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	ADAPRUNER_DATA=$(DATA) OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
+	ADAPRUNER_DATA=$(DATA) OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 bench: .venv/dev .data/ready
 	$(BIN)/python benchmarks/measuring.py
