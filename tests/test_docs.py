@@ -27,6 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 import adapruner
 from adapruner import PruneConfig
 from adapruner.cli import app, main
+from adapruner.importance import TERMS
 from adapruner.models import Architecture, ModelLocation, known_architectures
 
 ROOT = Path(__file__).parents[1]
@@ -204,6 +205,15 @@ def check_data(content: str, info: str) -> None:
 
 def run_python(content: str, page: str, line: int, names: dict[str, Any]) -> None:
     exec(compile("\n" * line + content, page, "exec"), names)
+
+
+@pytest.fixture(autouse=True)
+def terms_stay() -> Iterator[None]:
+    """A page adds an importance term, which no other test shall see."""
+    before = dict(TERMS)
+    yield
+    TERMS.clear()
+    TERMS.update(before)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
