@@ -255,7 +255,7 @@ def _saying_what_is_kept(job: Job, reporter: Reporter) -> Iterator[None]:
 
 
 def _what_takes_less(job: Job, stage: str) -> str:
-    """Memory."""
+    """What the user can do where a stage has run out of memory."""
     if stage == "recovering":
         return f"adapruner recover {job.run.model} with a smaller --micro-batch-size takes less"
     if not job.layer_wise and job.location.gguf_file is None:
