@@ -1,37 +1,28 @@
-"""The whole job as a list of stages; each reads and writes the run folder, so that the same call goes on."""
+"""The commands on a run folder: prune a model, prune it at another ratio, join as an additional worker."""
 
 from __future__ import annotations
 
 import contextlib
-import os
-import random
-import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
-from torch import Tensor
-from transformers import PreTrainedModel
-
-from adapruner import stages
+from adapruner.calibration import absolute_source, register_sources
 from adapruner.checkpoint import check_push, push
-from adapruner.config import PruneConfig, RecoveryOptions, read_recipe
-from adapruner.cost import estimate_cost
+from adapruner.config import PruneConfig, read_recipe
+from adapruner.driver import Driver, refuse_outdated
 from adapruner.errors import AdaPrunerError, NonFiniteError, describe_failure
-from adapruner.job import Job, outline, prepare
-from adapruner.measurement import Statistics, StoredMoments
-from adapruner.models import resolve_device
+from adapruner.job import Job, Preparation
+from adapruner.models import find_model, register_architectures
 from adapruner.paths import given_path
+from adapruner.procedure import MOMENTS, PLAN, RESULT, SEARCH, STATISTICS, WINDOWS, help_search
 from adapruner.processes import Process, this_process
 from adapruner.progress import Reporter
-from adapruner.report import write_report
-from adapruner.result import PruneResult, SearchOutcome, build_result, read_result
-from adapruner.run_folder import RunFolder
+from adapruner.result import PruneResult
+from adapruner.run import RunFolder
 
-# Parameters of models for which it is worth to look ahead.
-_LONG = 10**9
+_SECONDS_BETWEEN_LOOKS = 0.2
 
 
 def prune(
@@ -41,202 +32,207 @@ def prune(
     push_to_hub: str | None = None,
     recipe: str | Path | None = None,
     storage: str | None = None,
+    hub_private: bool = True,
+    hub_revision: str | None = None,
+    hub_token: str | None = None,
     **options: Any,
-) -> PruneResult:
-    """Makes a causal language model smaller: measures, searches, cuts, saves, trains again if asked to, and evaluates.
+) -> list[PruneResult]:
+    """Prunes a causal language model: measures, searches, cuts, saves, optionally fine-tunes, and evaluates.
 
-    The same call again goes on where an earlier one stopped. Started by `torchrun` or `accelerate launch`, all
-    processes measure, search and train together, and the first does the rest; `join` adds further ones.
+    Called again, it loads what an earlier call made from the same model, text and options, and makes the rest. Started
+    by `torchrun` or `accelerate launch`, all processes measure, search and train together; `join` adds workers to a
+    search.
 
     Args:
-        model: hub id, model folder, `.gguf` file, or `smollm2`; None takes that of the recipe.
-        output: the run folder; the pruned model is in its `model/`, the one trained afterwards in `recovered/`.
-        overwrite: start again where the folder holds a run of another config.
-        push_to_hub: upload the model, recovered if it was, to this repository, `owner/name`.
-        recipe: options to start from, by the name of a recipe of this package or a YAML file; others go before them.
-        storage: URL of an SQL database that keeps the trials (`postgresql://…`); by default a journal in the run folder
-            does.
+        model: Hub id, model folder, `.gguf` file, or `smollm2`; None takes the model of the recipe.
+        output: the run folder; the pruned model is in its `model/`, the fine-tuned one in `recovered/`; for several
+            ratios, in a folder of each ratio.
+        overwrite: rebuild what was made with other options, from another model or other text.
+        push_to_hub: upload the model, the recovered one if there is one, to this repository, `owner/name`.
+        recipe: options to start from, by the name of a shipped recipe or a YAML file; `options` override them.
+        storage: URL of an SQL database that keeps the trials (`postgresql://…`); by default a SQLite file in the run
+            folder.
+        hub_private, hub_revision, hub_token: of the upload.
         options: the fields of `PruneOptions`.
 
+    Returns:
+        The results, one for each ratio in ascending order.
+
     Raises:
-        AdaPrunerError: an option, the model, the text or the folder will not do; before any long work.
+        AdaPrunerError: an option, the model, the text or the folder is invalid; before any long work.
     """
     config = _config(model, recipe, options)
-    run, process = RunFolder(given_path(output)), this_process()
-    if overwrite and process.count > 1:
-        raise AdaPrunerError(f"--overwrite goes with one process: remove {run.path} first")
-    if not process.leads:
-        return _assist(config, run, process, storage)
-    run.check(config, overwrite)
     if push_to_hub:
-        check_push(push_to_hub)
-    if overwrite or not run.config.is_file():
-        job = prepare(config, run, None, storage, overwrite)
-        with run.leading():
-            run.create(config, overwrite)
-            _run_stages(job)
-    else:
-        with run.leading():
-            _discard_damaged(run)
-            if not run.result.is_file():
-                job = prepare(config, run, run.windows, storage)
-                run.create(config, overwrite=False)
-                _run_stages(job)
-            elif not run.report.is_file():
-                write_report(run)
-    if push_to_hub:
-        push(run.recovered if config.recover else run.model, push_to_hub)
-    return read_result(run)
-
-
-def _discard_damaged(run: RunFolder) -> None:
-    for path in run.discard_damaged():
-        if path != run.result:
-            Reporter().note(f"{path} was changed or damaged since it was written: it is made again")
-
-
-def _config(model: str | None, recipe: str | Path | None, options: dict[str, Any]) -> PruneConfig:
-    given = read_recipe(recipe) if recipe else {}
-    if isinstance(given.get("recovery"), dict) and isinstance(options.get("recovery"), dict):
-        options = options | {"recovery": given["recovery"] | options["recovery"]}
-    if model is not None:
-        options = options | {"model": model}
-    if "model" not in given | options:
-        raise AdaPrunerError("name a model: hub id, model folder, .gguf file, or smollm2")
-    return PruneConfig.from_options(**given | options)
+        if len(config.ratio) > 1:
+            raise AdaPrunerError("`push_to_hub` uploads one model: give one `ratio`")
+        check_push(push_to_hub, hub_token)
+    results = _run(config, RunFolder(given_path(output)), overwrite, storage)
+    if push_to_hub and this_process().leads:
+        push(results[0].model_folder, push_to_hub, hub_private, hub_revision, hub_token)
+    return results
 
 
 def plan_again(source: str | Path, output: str | Path, ratio: float, overwrite: bool = False) -> PruneResult:
     """Another ratio with the statistics and the best point of a finished search: no measuring, no search.
 
     Args:
-        source: the run folder of the earlier run.
-        output: the run folder of the new one.
+        source: the folder of the earlier run.
+        output: the folder of the new run.
 
     Raises:
-        AdaPrunerError: the earlier run has not got so far, or the ratio or the new folder will not do.
+        AdaPrunerError: the earlier run has no finished search or was made from other files, or the ratio or the new
+            folder is invalid.
     """
     earlier, run = RunFolder(given_path(source)), RunFolder(given_path(output))
     if run.path.resolve() == earlier.path.resolve():
-        raise AdaPrunerError(f"{output} is the earlier run itself: choose another output")
-    if not earlier.search.is_file():
-        raise AdaPrunerError(f"{source} holds no finished search: run adapruner prune first")
-    if damaged := earlier.damaged_measurements():
-        raise AdaPrunerError(
-            f"{damaged[0]} was changed or damaged since it was written: give the command of that run again, which makes"
-            " it again"
-        )
-    options = PruneConfig.load(earlier.config).model_dump() | {"ratio": ratio}
-    config = PruneConfig.from_options(**options)
-    run.check(config, overwrite)
-    if not overwrite and run.config.is_file():
-        with run.leading():
-            _discard_damaged(run)
-            if run.result.is_file():
-                if not run.report.is_file():
-                    write_report(run)
-                return read_result(run)
-    job = prepare(config, run, earlier.windows, overwrite=overwrite)
-    with run.leading():
-        run.create(config, overwrite)
-        run.take_over(earlier)
-        return _run_stages(job)
+        raise AdaPrunerError(f"{output} is the earlier run itself: choose another `output`")
+    config = earlier.read_config()
+    nearest = min(config.ratio, key=lambda searched: abs(searched - ratio))
+    changes = {"ratio": ratio, "search_ratio": config.search_ratio or nearest}
+    again = PruneConfig.from_options(**config.model_dump() | changes)
+    (result,) = _run(again, run, overwrite, None, (earlier, earlier.at_ratio(nearest, config)))
+    return result
 
 
 def join(output: str | Path, storage: str | None = None, device: str = "auto") -> None:
-    """Measures and runs trials beside the process that is at a run, until there is nothing left to help with.
+    """Runs trials of a search in progress as an additional worker, until all are finished or running.
 
     Args:
         output: the run folder, as this machine sees it.
         storage: that of the run.
-        device: where this process runs.
+        device: where this worker runs.
 
     Raises:
-        AdaPrunerError: no process is at a run there, or it ended.
+        AdaPrunerError: no run is in progress there, or this worker would compute other numbers.
     """
     run = RunFolder(given_path(output))
-    if not run.is_led():
-        raise AdaPrunerError(f"no process is at a run in {output}: start it with adapruner prune")
-    run.wait_for(run.config)
-    own = {"device": device, "recover": None, "recovery": RecoveryOptions()}
-    config = PruneConfig.load(run.config).model_copy(update=own)
-    _help(config, run, f"{socket.gethostname()}-{os.getpid()}", random.random(), storage)
+    if not run.is_running():
+        raise AdaPrunerError(f"no run is in progress in {output}: start it with adapruner prune")
+    config = run.read_config()
+    # Numbers depend on whether the run goes layer by layer, which its record says.
+    preparation: Preparation | None = None
+    while run.is_running():
+        for ratio in config.ratio:
+            folder = run.at_ratio(ratio, config)
+            record = folder.record(SEARCH.name)
+            if record is None or record.files is not None:
+                continue
+            if preparation is None:
+                by_layer = record.leaves["precision"]["layer_wise"]
+                own = config.model_copy(update={"device": device, "layer_wise": by_layer})
+                preparation = Preparation(own, run, storage, Process(), Reporter())
+            driver = _driver(preparation, ratio)
+            if record.key != driver.job.keys[SEARCH.name]:
+                changes = ", ".join(record.changes(driver.records[SEARCH.name])) or "other files"
+                raise AdaPrunerError(f"this worker would compute other numbers than the run: {changes}")
+            windows, statistics = driver.value(WINDOWS), driver.value(STATISTICS)
+            assert windows is not None
+            assert statistics is not None
+            help_search(driver.job, windows, driver.value(MOMENTS), statistics)
+            return
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
 
 
-def _assist(config: PruneConfig, run: RunFolder, process: Process, storage: str | None) -> PruneResult:
-    """What a process that does not lead does of `prune`."""
-    Reporter().note(f"process {process.rank} waits for process 0 at {run.path}, which all must see")
-    while not run.is_led():
-        if run.result.is_file():
-            return read_result(run)
-        time.sleep(0.2)
-    run.wait_for(run.config)
-    job, model, windows = _help(config, run, str(process.rank), process.rank / process.count, storage)
-    if config.recover is not None:
-        run.wait_for(run.model)
-        stages.stage_recover(job, model, windows, Reporter())
-    run.wait_for(run.result)
-    return read_result(run)
+def _run(
+    config: PruneConfig, run: RunFolder, overwrite: bool, storage: str | None, others: Sequence[RunFolder] = ()
+) -> list[PruneResult]:
+    """Makes what is missing of a run in its folder."""
+    process = this_process()
+    run.check_usable()
+    preparation = Preparation(config, run, storage, process, Reporter())
+    with process.connected(preparation.device):
+        for ratio in config.ratio:
+            _check(_driver(preparation, ratio, others), others)
+        with run.locked() if process.leads else contextlib.nullcontext():
+            if process.leads:
+                run.check_usable()
+            preparation.reporter = Reporter(run.log if process.leads else None)
+            with _saying_what_is_kept(preparation):
+                drivers = [_driver(preparation, ratio, others) for ratio in config.ratio]
+                if process.leads:
+                    if not overwrite:
+                        refuse_outdated(drivers, run.path)
+                    run.save_config(config)
+                for driver in drivers:
+                    _make_missing(driver)
+            return [_result(driver) for driver in drivers]
 
 
-def _help(
-    config: PruneConfig, run: RunFolder, name: str, begin_at: float, storage: str | None
-) -> tuple[Job, PreTrainedModel, dict[str, Tensor]]:
-    """Measures and searches beside the process that leads."""
-    reporter = Reporter()
-    run.wait_for(run.windows)
-    job = prepare(config, run, run.windows, storage, reports=False)
-    model = stages.stage_load(job, reporter)
-    windows = load_file(run.windows)
-    if not run.statistics.is_file():
-        stages.help_measuring(job, model, windows["pool"], begin_at, reporter)
-    run.wait_for(run.statistics)
-    if not run.search.is_file():
-        stages.help_searching(job, model, windows["objective"], name, reporter)
-    return job, model, windows
+def _driver(preparation: Preparation, ratio: float, others: Sequence[RunFolder] = ()) -> Driver:
+    config, root = preparation.config, preparation.folder
+    folder = root.at_ratio(ratio, config)
+    job = Job(config.model_copy(update={"ratio": (ratio,)}), folder, preparation, {})
+    # What an earlier run for this ratio alone made is taken over.
+    return Driver(job, root, tuple(others) if folder == root else (*others, root))
 
 
-def _run_stages(job: Job) -> PruneResult:
-    reporter = Reporter(job.run.log)
-    with _saying_what_is_kept(job, reporter):
-        # Before there is anything to help with: helpers read where the trials will be.
-        job.study.register()
-        if job.structure.total_parameters >= _LONG and not job.run.statistics.is_file():
-            _announce_cost(job, reporter)
-        model = stages.stage_load(job, reporter)
-        windows = stages.stage_windows(job, model, reporter)
+def _check(driver: Driver, searched: Sequence[RunFolder]) -> None:
+    """Prepares what the missing artifacts need, and refuses what would fail later.
+
+    Args:
+        searched: folders that are to hold the search.
+    """
+    missing = driver.missing()
+    if searched and SEARCH in missing:
+        raise AdaPrunerError(
+            f"{searched[0].path} has no finished search of this model and text with its options: rerun the command"
+            " of that run first"
+        )
+    for artifact in missing:
+        artifact.check(driver.job)
+
+
+def _make_missing(driver: Driver) -> None:
+    process, reporter = driver.job.prepared.process, driver.job.prepared.reporter
+    if process.leads:
+        driver.take_over()
+        for artifact in filter(driver.is_damaged, driver.wanted):
+            place = driver.folder(artifact).path / artifact.name
+            reporter.note(f"{place} was changed or damaged since it was written: rebuilding it")
+    while names := process.from_first([artifact.name for artifact in driver.missing()]):
         try:
-            moments, statistics, outcome = _choose(job, model, windows, reporter)
-        except NonFiniteError as error:
-            windows = stages.drop_broken_windows(job, model, windows, error, reporter)
-            moments, statistics, outcome = _choose(job, model, windows, reporter)
-        plan = stages.stage_plan(job, statistics, outcome)
-        fixed_plan = stages.plan_at_ratio(job.structure, statistics, outcome.best_fixed, job.config)
-        del statistics
-        stages.stage_save(job, model, plan, moments, windows, reporter)
-        recovery = stages.stage_recover(job, model, windows, reporter)
-        perplexities = stages.stage_evaluate(job, model, fixed_plan, reporter)
-        scores = stages.stage_tasks(job, model, reporter)
-        parameters = stages.count_saved_parameters(job.run.model)
-        finished = reporter.finished_stages()
-        counts = {use: len(each) for use, each in windows.items()}
-        result = build_result(job.config, plan, parameters, outcome, recovery, perplexities, scores, finished, counts)
-        stages.write_cards(job, plan, result)
-        job.run.save_json(result, job.run.result)
-        write_report(job.run)
-    return read_result(job.run)
+            driver.make(next(artifact for artifact in driver.wanted if artifact.name == names[0]))
+        except NonFiniteError:
+            before = dict(driver.job.keys)
+            driver.refresh()
+            if driver.job.keys == before:
+                raise
 
 
-def _choose(
-    job: Job, model: PreTrainedModel, windows: dict[str, Tensor], reporter: Reporter
-) -> tuple[StoredMoments | None, Statistics, SearchOutcome]:
-    moments = stages.stage_moments(job, model, windows, reporter)
-    statistics = stages.stage_measure(job, model, windows["pool"], moments, reporter)
-    return moments, statistics, stages.stage_search(job, model, statistics, moments, windows["objective"], reporter)
+def _result(driver: Driver) -> PruneResult:
+    plan, result = driver.value(PLAN), driver.value(RESULT)
+    assert plan is not None
+    assert result is not None
+    return PruneResult(driver.job.folder.path, plan, result)
+
+
+def _config(model: str | None, recipe: str | Path | None, options: dict[str, Any]) -> PruneConfig:
+    """The options, with the paths in them absolute, so that the run can be continued from any folder."""
+    given = read_recipe(recipe) if recipe else {}
+    if isinstance(given.get("recovery"), dict) and isinstance(options.get("recovery"), dict):
+        options = options | {"recovery": given["recovery"] | options["recovery"]}
+    if model is not None:
+        options = options | {"model": model}
+    if "model" not in given | options:
+        raise AdaPrunerError("name a model: Hub id, model folder, .gguf file, or smollm2")
+    config = PruneConfig.from_options(**given | options)
+    if config.sources:
+        register_sources(given_path(config.sources))
+    if config.architectures:
+        register_architectures(given_path(config.architectures))
+    return config.model_copy(
+        update={
+            "model": find_model(config.model).given,
+            "calibration": absolute_source(config.calibration),
+            "objective": config.objective and absolute_source(config.objective),
+            "evaluate": tuple(map(absolute_source, config.evaluate)),
+            "recover": config.recover and absolute_source(config.recover),
+        }
+    )
 
 
 @contextlib.contextmanager
-def _saying_what_is_kept(job: Job, reporter: Reporter) -> Iterator[None]:
+def _saying_what_is_kept(preparation: Preparation) -> Iterator[None]:
     """Turns failures of the machine into one line.
 
     Raises:
@@ -245,26 +241,21 @@ def _saying_what_is_kept(job: Job, reporter: Reporter) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError, OSError) as error:
-        failure = describe_failure(error, _what_takes_less(job, reporter.current))
+        stage = preparation.reporter.current
+        failure = describe_failure(error, _what_needs_less(preparation, stage))
         if failure is None:
             raise
         raise AdaPrunerError(
-            f"{reporter.current}: {failure}. What was done before is kept in {job.run.path}: the same command goes on,"
-            " without --overwrite"
+            f"{stage}: {failure}. Finished artifacts are kept in {preparation.folder.path}: rerun the same command to"
+            " resume"
         ) from error
 
 
-def _what_takes_less(job: Job, stage: str) -> str:
+def _what_needs_less(preparation: Preparation, stage: str) -> str:
     """What the user can do where a stage has run out of memory."""
     if stage == "recovering":
-        return f"adapruner recover {job.run.model} with a smaller --micro-batch-size takes less"
-    if not job.layer_wise and job.location.gguf_file is None:
-        return "--layer-wise takes less"
-    return "--dtype bfloat16 and a smaller --pool take less, in another run"
-
-
-def _announce_cost(job: Job, reporter: Reporter) -> None:
-    own, device = outline(job.config, job.location), resolve_device(job.config.device)
-    if not own.model.config.is_heterogeneous:
-        cost = estimate_cost(own.config, own.model, own.structure, own.budget, device, True, job.layer_wise)
-        reporter.note(f"this run takes {cost.described}")
+        model = preparation.folder.model
+        return f"adapruner recover {model} with a smaller `micro_batch_size` needs less memory"
+    if not preparation.layer_wise and preparation.location.gguf_file is None:
+        return "`layer_wise` needs less memory; with `overwrite`, it rebuilds what was made with all layers in memory"
+    return "`dtype` bfloat16 and a smaller `pool` need less memory, in another run"

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
 
-from adapruner.errors import AdaPrunerError
+import torch
+import torch.distributed as distributed
+
+T = TypeVar("T")
+
+# Others wait as long as the first process measures, searches and saves.
+_LONGEST_WAIT = timedelta(days=30)
 
 
 @dataclass(frozen=True)
@@ -29,29 +39,36 @@ class Process:
         """Whether it does what only one may do."""
         return self.rank == 0
 
+    @contextlib.contextmanager
+    def connected(self, device: torch.device) -> Iterator[None]:
+        """While it lasts, the processes can wait for each other, and train together on their devices."""
+        if self.count == 1 or distributed.is_initialized():
+            yield
+            return
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        distributed.init_process_group(backend, timeout=_LONGEST_WAIT)
+        try:
+            yield
+        finally:
+            distributed.destroy_process_group()
+
+    def wait(self) -> None:
+        """Waits until all processes are here."""
+        self.from_first(None)
+
+    def from_first(self, value: T) -> T:
+        """The value that the first process has."""
+        if self.count == 1:
+            return value
+        values = [value]
+        distributed.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+        return values[0]
+
 
 def this_process() -> Process:
-    """Read from the variables that launchers set.
-
-    Raises:
-        AdaPrunerError: they say what cannot be.
-    """
-    process = Process(
-        _variable("RANK", 0), _variable("WORLD_SIZE", 1), _variable("LOCAL_RANK", 0), _variable("LOCAL_WORLD_SIZE", 1)
-    )
-    # Not every launcher says how many there are on a machine.
-    if process.rank >= process.count or ("LOCAL_WORLD_SIZE" in os.environ and process.rank_here >= process.count_here):
-        raise AdaPrunerError(
-            f"RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE say {process.rank} of {process.count}, here"
-            f" {process.rank_here} of {process.count_here}: unset them, or leave them to torchrun"
-        )
-    return process
-
-
-def _variable(name: str, default: int) -> int:
-    value = os.environ.get(name)
-    if value is None:
-        return default
-    if not value.isdecimal():
-        raise AdaPrunerError(f"the environment says {name}={value!r}, no number: unset it, or leave it to torchrun")
-    return int(value)
+    """Read from the variables of a launcher, if one started this process: variables that are left in a shell are not
+    looked at."""
+    if not distributed.is_torchelastic_launched():
+        return Process()
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    return Process(*(int(os.environ[name]) for name in names))

@@ -1,44 +1,99 @@
-"""What a run has to say: the outcome of the search, and `result.json` with its table."""
+"""What a run has to say: `result.json`, its tables, and advice."""
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 from rich.table import Table
 
 from adapruner.config import PruneConfig
-from adapruner.evaluation import mean_accuracies
+from adapruner.evaluation import Perplexity, TaskScore, mean_accuracies
 from adapruner.planning import PruningPlan
-from adapruner.run_folder import RunFolder
-from adapruner.search import Candidate
-
-RESULT_SCHEMA_VERSION = 2
+from adapruner.progress import StageCost
+from adapruner.recovery import RecoveryRecord
+from adapruner.search import SearchResult
 
 # From when on people are told about it: a perplexity that has grown so many times, so little text, widths so odd.
 _MUCH_WORSE, _FEW_WINDOWS, _FRIENDLY_MULTIPLE = 2.0, 256, 8
 
-TITLES = {"dense": "dense", "best_fixed": "best fixed metric", "searched": "searched", "recovered": "recovered"}
+Role = Literal["dense", "best_fixed", "searched", "recovered"]
+TITLES: dict[Role, str] = {
+    "dense": "dense",
+    "best_fixed": "best fixed metric",
+    "searched": "searched",
+    "recovered": "recovered",
+}
 
 
-class SearchOutcome(BaseModel):
-    """What the search leaves for the stages after it: the best point, and the best fixed metric to compare with."""
+class _Content(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
-    ratio: float
-    trials: int
-    best: Candidate
-    best_loss: float
-    best_trial: int
-    best_fixed: Candidate
-    best_fixed_loss: float
-    best_fixed_name: str
-    stopped_early: int
+
+class ModelNumbers(_Content):
+    """What was measured of one model of a run.
+
+    Attributes:
+        role: `dense`; `best_fixed`, the best of LLM-Pruner's metrics, cut and not compensated; `searched`, the pruned
+            model; `recovered`, the same after fine-tuning.
+        parameters: tied ones counted once.
+        perplexity: by text.
+        tasks: scores, by task.
+    """
+
+    role: Role
+    parameters: int
+    perplexity: dict[str, Perplexity] = {}
+    tasks: dict[str, TaskScore] = {}
+
+    @property
+    def mean_accuracies(self) -> dict[str, float]:
+        """The means over all tasks, by metric."""
+        return mean_accuracies(score.metrics for score in self.tasks.values())
+
+
+class RunResult(_Content):
+    """The content of `result.json`: every number with what it takes to reproduce it.
+
+    Attributes:
+        config: the options, with one ratio.
+        plan_hash: of the plan that was cut.
+        search: the chosen candidate and all trials.
+        recovery: the record of the fine-tuning, if there was any.
+        models: the models, in the order in which they were made.
+        windows: how many there were, by use.
+        stages: seconds and peak memory of every stage.
+        versions: of the packages that decide numbers.
+    """
+
+    schema_version: Literal[3] = 3
+    config: PruneConfig
+    plan_hash: str
+    search: SearchResult
+    recovery: RecoveryRecord | None
+    models: tuple[ModelNumbers, ...]
+    windows: dict[str, int]
+    stages: dict[str, StageCost]
+    versions: dict[str, str]
+
+    def model(self, role: Role) -> ModelNumbers:
+        """The numbers of one of the models."""
+        return next(model for model in self.models if model.role == role)
+
+    @property
+    def final(self) -> ModelNumbers:
+        """The model that the run is about."""
+        return self.models[-1]
+
+    @property
+    def removed_share(self) -> float:
+        """The fraction of all parameters that was removed."""
+        return 1 - self.model("searched").parameters / self.model("dense").parameters
 
 
 @dataclass(frozen=True)
@@ -46,144 +101,130 @@ class PruneResult:
     """A finished run.
 
     Attributes:
-        output: the run folder.
-        plan: which groups stayed.
+        output: the folder with its artifacts.
+        plan: which groups are kept.
         result: the content of `result.json`.
     """
 
     output: Path
     plan: PruningPlan
-    result: dict[str, Any]
+    result: RunResult
 
     @property
     def model_folder(self) -> Path:
-        """The pruned checkpoint, the recovered one if it was trained; `adapruner.load` reads it."""
-        run = RunFolder(self.output)
-        return run.recovered if self.result["recovery"] else run.model
+        """The pruned checkpoint, the recovered one if it was fine-tuned; `adapruner.load` reads it."""
+        return self.output / ("recovered" if self.result.recovery else "model")
 
     @property
     def report(self) -> Path:
         """The page that shows the run."""
-        return RunFolder(self.output).report
+        return self.output / "report.html"
 
     def advice(self) -> list[str]:
         """What about the outcome should not go unseen, and what helps; a line each."""
-        return [*_about_perplexity(self.result), *_about_text(self.result), *_about_widths(self.plan)]
+        result = self.result
+        return [*_about_perplexity(result), *_about_text(result), *_about_search(result), *_about_widths(self.plan)]
 
     def tables(self) -> list[Table]:
-        """Parameters and perplexities of the dense, the best fixed metric's, the searched and the recovered model; and
-        what they score in tasks, if any were run."""
-        return [_table(self.result), *([_task_table(self.result)] if self.result["tasks"] else [])]
-
-
-def read_result(run: RunFolder) -> PruneResult:
-    """The result of a finished run, as its files say it."""
-    return PruneResult(run.path, PruningPlan.load(run.plan), json.loads(run.result.read_text()))
+        """Parameters and perplexities of all models; and their scores in tasks, if any were run."""
+        return [_table(self.result), *([_task_table(self.result)] if self.result.final.tasks else [])]
 
 
 def build_result(
     config: PruneConfig,
     plan: PruningPlan,
-    parameters_after: int,
-    outcome: SearchOutcome,
-    recovery: dict[str, Any] | None,
-    perplexities: dict[str, dict[str, Any]],
-    scores: dict[str, dict[str, Any]],
-    stages: dict[str, dict[str, float]],
+    search: SearchResult,
+    recovery: RecoveryRecord | None,
+    models: list[ModelNumbers],
     windows: dict[str, int],
-) -> dict[str, Any]:
-    """The content of `result.json`: every number with what it needs to be had again.
+    stages: dict[str, StageCost],
+) -> RunResult:
+    """Adds the versions; see `RunResult`."""
+    versions = {name: version(name) for name in ("adapruner", "torch", "transformers", "optuna")}
+    return RunResult(
+        config=config,
+        plan_hash=plan.hash,
+        search=search,
+        recovery=recovery,
+        models=tuple(models),
+        windows=windows,
+        stages=stages,
+        versions=versions | {"python": platform.python_version()},
+    )
+
+
+def titles(config: PruneConfig, best_fixed_name: str | None) -> dict[Role, str]:
+    """What the models of a run are called.
 
     Args:
-        parameters_after: counted in the saved checkpoint.
-        recovery: the record of the training afterwards, if there was any.
-        perplexities: by model (`dense`, `best_fixed`, `searched`, `recovered`), then by text; `best_fixed` as that
-            metric is used elsewhere, without compensation, though trials of it are compensated as all are.
-        scores: by model, then by task.
-        stages: seconds and peak memory of every stage.
-        windows: how many there were, by use.
+        best_fixed_name: the name of the best of LLM-Pruner's metrics, once it is known.
     """
-    return {
-        "schema_version": RESULT_SCHEMA_VERSION,
-        "config": config.model_dump(mode="json"),
-        "parameters": {
-            "before": plan.total_parameters,
-            "after": parameters_after,
-            "removed_share": 1 - parameters_after / plan.total_parameters,
-        },
-        "plan_hash": plan.hash,
-        "search": outcome.model_dump(),
-        "recovery": recovery,
-        "perplexity": by_text(perplexities),
-        "tasks": by_text(scores),
-        "task_means": {
-            name: mean_accuracies(score["metrics"] for score in by_task.values()) for name, by_task in scores.items()
-        },
-        "windows": windows,
-        "stages": stages,
-        "versions": {name: version(name) for name in ("adapruner", "torch", "transformers", "optuna")}
-        | {"python": platform.python_version()},
-    }
+    if best_fixed_name is None:
+        return TITLES
+    how = "" if config.compensation == "none" else ", not compensated"
+    return TITLES | {"best_fixed": f"{TITLES['best_fixed']} ({best_fixed_name}){how}"}
 
 
-def by_text(by_model: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Numbers by model and text, or task, the other way round."""
-    texts = list(next(iter(by_model.values()), {}))
-    return {text: {name: own[text] for name, own in by_model.items() if text in own} for text in texts}
+def shown_name(model: str) -> str:
+    """The name of a model; of a local one, without the folders above it."""
+    return Path(model).name if Path(model).is_absolute() else model
 
 
-def _table(result: dict[str, Any]) -> Table:
-    parameters, perplexity = result["parameters"], result["perplexity"]
-    protocols = [by_model["searched"]["protocol"] for by_model in perplexity.values()]
-    table = Table(caption="\n".join(protocols), caption_justify="left")
-    table.title = f"{result['config']['model']}: {parameters['removed_share']:.1%} of all parameters removed"
+def _table(result: RunResult) -> Table:
+    texts = result.final.perplexity
+    table = Table(caption="\n".join(one.protocol for one in texts.values()), caption_justify="left")
+    table.title = f"{shown_name(result.config.model)}: {result.removed_share:.1%} of all parameters removed"
     table.add_column("model")
     table.add_column("parameters", justify="right")
-    for text in perplexity:
+    for text in texts:
         table.add_column(f"perplexity\n{text}", justify="right")
-    not_compensated = ", not compensated" if result["config"]["compensation"] != "none" else ""
-    titles = TITLES | {"best_fixed": f"best fixed metric ({result['search']['best_fixed_name']}){not_compensated}"}
-    for name, title in titles.items():
-        if name == "recovered" and not result["recovery"]:
-            continue
-        count = parameters["before"] if name == "dense" else parameters["after"]
-        table.add_row(title, f"{count:,}", *(f"{by_model[name]['perplexity']:.2f}" for by_model in perplexity.values()))
+    names = titles(result.config, result.search.best_fixed_name)
+    for model in result.models:
+        numbers = (f"{model.perplexity[text].perplexity:.2f}" for text in texts)
+        table.add_row(names[model.role], f"{model.parameters:,}", *numbers)
     return table
 
 
-def _task_table(result: dict[str, Any]) -> Table:
-    models = list(result["task_means"])
-    table = Table("task", "metric", *(TITLES[name] for name in models), caption_justify="left")
-    for task, by_model in result["tasks"].items():
-        for metric in by_model["dense"]["metrics"]:
-            cells = (_with_error(by_model[name], metric) for name in models)
-            table.add_row(task, metric, *cells)
-    for metric in result["task_means"]["dense"]:
-        table.add_row("mean", metric, *(f"{result['task_means'][name][metric]:.4f}" for name in models))
-    table.caption = "\n".join(by_model["dense"]["protocol"] for by_model in result["tasks"].values())
+def _task_table(result: RunResult) -> Table:
+    models = [model for model in result.models if model.tasks]
+    table = Table("task", "metric", *(TITLES[model.role] for model in models), caption_justify="left")
+    for task, score in result.final.tasks.items():
+        for metric in score.metrics:
+            table.add_row(task, metric, *(_with_error(model.tasks[task], metric) for model in models))
+    means = [model.mean_accuracies for model in models]
+    for metric in means[0]:
+        table.add_row("mean", metric, *(f"{own[metric]:.4f}" for own in means))
+    table.caption = "\n".join(score.protocol for score in result.final.tasks.values())
     return table
 
 
-def _with_error(score: dict[str, Any], metric: str) -> str:
-    error = score["standard_errors"].get(metric)
-    return f"{score['metrics'][metric]:.4f}" + (f" ± {error:.4f}" if error is not None else "")
+def _with_error(score: TaskScore, metric: str) -> str:
+    error = score.standard_errors.get(metric)
+    return f"{score.metrics[metric]:.4f}" + (f" ± {error:.4f}" if error is not None else "")
 
 
-def _about_perplexity(result: dict[str, Any]) -> Iterator[str]:
-    last = "recovered" if result["recovery"] else "searched"
-    training = "training it longer" if result["recovery"] else "--recover SRC, which trains it,"
-    for text, by_model in result["perplexity"].items():
-        dense, pruned = (by_model[name]["perplexity"] for name in ("dense", last))
+def _about_perplexity(result: RunResult) -> Iterator[str]:
+    training = "longer fine-tuning" if result.recovery else "fine-tuning with `recover`"
+    for text, final in result.final.perplexity.items():
+        dense, pruned = result.model("dense").perplexity[text].perplexity, final.perplexity
         if not pruned <= _MUCH_WORSE * dense:
-            yield f"perplexity on {text} rose from {dense:.1f} to {pruned:.1f}: {training} or a lower --ratio helps"
+            yield f"perplexity on {text} rose from {dense:.1f} to {pruned:.1f}: {training} or a lower `ratio` helps"
 
 
-def _about_text(result: dict[str, Any]) -> Iterator[str]:
-    count = result["windows"].get("compensation")
+def _about_text(result: RunResult) -> Iterator[str]:
+    count = result.windows.get("compensation")
     if count is not None and count < _FEW_WINDOWS:
         yield (
-            f"what stays was fitted on {count} windows of text: more calibration text, or more --compensation-windows,"
-            " makes a better model"
+            f"the remaining weights were fitted on {count} windows of text: more calibration text, or more"
+            " `compensation_windows`, makes a better model"
+        )
+
+
+def _about_search(result: RunResult) -> Iterator[str]:
+    if result.search.searched == 0:
+        yield (
+            f"nothing was searched: all {result.search.trials} trials are starting points, of which there are"
+            f" {result.search.starting_points}; more `trials` search"
         )
 
 
@@ -191,6 +232,6 @@ def _about_widths(plan: PruningPlan) -> Iterator[str]:
     odd = [block for block in plan.blocks if block.kind == "channels" and len(block.kept) % _FRIENDLY_MULTIPLE]
     if odd:
         yield (
-            f"the feed-forward widths of {len(odd)} layers are no multiples of {_FRIENDLY_MULTIPLE}, with which most"
-            " devices are faster: --round-to 32 keeps to those"
+            f"the feed-forward widths of {len(odd)} layers are not multiples of {_FRIENDLY_MULTIPLE}, with which most"
+            " devices are faster: `round_to` 32 keeps to those"
         )

@@ -1,5 +1,5 @@
-"""The report of a run: one HTML page that needs nothing else, written from what the run folder holds."""
+"""The report of a run: one self-contained HTML page, written from what the run folder holds."""
 
-from adapruner.report._page import write_report
+from adapruner.report._page import render_report, write_reports
 
-__all__ = ["write_report"]
+__all__ = ["render_report", "write_reports"]

@@ -13,21 +13,19 @@ from adapruner.config import PruneConfig, PruneOptions
 _SEARCHED = "runs/searched"
 
 
-def command(config: PruneConfig, output: Path, storage: str | None = None, searched_ratio: float | None = None) -> str:
+def command(config: PruneConfig, output: Path) -> str:
     """The command line, one option a line, with those options alone that differ from their defaults; two commands
-    where the point was searched at another ratio.
+    where the best point of a search at another ratio was taken over.
 
     Args:
-        storage: the database that keeps the trials.
-        searched_ratio: the ratio of the search, as far as there was one.
+        config: the options, with one ratio.
     """
-    if searched_ratio not in (None, config.ratio):
-        searched = command(config.model_copy(update={"ratio": searched_ratio}), Path(_SEARCHED), storage)
-        again = shlex.join(("adapruner", "plan", _SEARCHED, "--ratio", str(config.ratio), "-o", str(output)))
-        return f"{searched}\n{again}"
-    options = _options(PruneOptions(**config.model_dump(exclude={"model"})))
-    if storage:
-        options.append(("--storage", storage))
+    (ratio,) = config.ratio
+    if config.search_ratio not in (None, ratio):
+        searched = config.model_copy(update={"ratio": (config.search_ratio,), "search_ratio": None})
+        again = shlex.join(("adapruner", "plan", _SEARCHED, "--ratio", str(ratio), "-o", str(output)))
+        return f"{command(searched, Path(_SEARCHED))}\n{again}"
+    options = _options(PruneOptions(**config.model_dump(exclude={"model", "search_ratio"})))
     return " \\\n    ".join(map(shlex.join, [("adapruner", "prune", config.model, "-o", str(output)), *options]))
 
 

@@ -6,20 +6,25 @@ import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, TypeVar
 
+from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from adapruner.config import PruneConfig
-from adapruner.errors import AdaPrunerError
-from adapruner.evaluation import mean_accuracies
+from adapruner.errors import AdaPrunerError, reason
+from adapruner.evaluation import Perplexity, TaskScore
 from adapruner.models import find_model, load_tokenizer
 from adapruner.planning import PruningPlan
-from adapruner.progress import Reporter
-from adapruner.result import SearchOutcome, by_text
-from adapruner.run_folder import RunFolder
-from adapruner.search import History, StudyPlace, read_history
+from adapruner.progress import Reporter, StageCost
+from adapruner.result import TITLES, ModelNumbers, RunResult
+from adapruner.run import RunFolder
+from adapruner.search import History, SearchResult, StudyPlace, read_history, sqlite_url
+
+T = TypeVar("T")
+
+_PERPLEXITIES, _SCORES = TypeAdapter(dict[str, Perplexity]), TypeAdapter(dict[str, TaskScore])
 
 
 @dataclass(frozen=True)
@@ -32,19 +37,19 @@ class Sample:
 
 @dataclass(frozen=True)
 class Contents:
-    """What there is of a run.
+    """What there is of one ratio of a run.
 
     Attributes:
-        state: whether it is finished, a process is at it, or it was stopped.
-        stage: what the process that leads it is at.
-        plan: which groups stay; None before the search has ended, as is `outcome`.
-        result: the content of `result.json`, once it is finished.
-        perplexity: by text, then by model.
-        tasks: scores by task, then by model.
-        task_means: mean accuracies by model.
+        path: the folder with its artifacts.
+        state: whether it is finished, a command is running, or it was stopped.
+        stage: the current stage of a running command.
+        config: the options, with this ratio alone.
+        plan: which groups are kept; None before the search has ended, as is `search`.
+        result: once it is finished.
+        models: what was measured of each model so far.
         samples: the calibration samples that were chosen.
         stages: seconds and peak memory of every finished stage.
-        weight_bytes: of the saved models' weights on disk, by model.
+        weight_bytes: of the weights of the final model on disk.
     """
 
     path: Path
@@ -53,92 +58,104 @@ class Contents:
     config: PruneConfig
     history: History
     plan: PruningPlan | None
-    outcome: SearchOutcome | None
-    result: dict[str, Any] | None
-    perplexity: dict[str, dict[str, dict[str, Any]]]
-    tasks: dict[str, dict[str, dict[str, Any]]]
-    task_means: dict[str, dict[str, float]]
+    search: SearchResult | None
+    result: RunResult | None
+    models: tuple[ModelNumbers, ...]
     samples: list[Sample]
-    stages: dict[str, dict[str, float]]
-    weight_bytes: dict[str, int]
+    stages: dict[str, StageCost]
+    weight_bytes: int
 
     @property
-    def models(self) -> list[str]:
-        """The models that there are numbers of, in the order in which they were made."""
-        seen = {"dense": None} | dict.fromkeys(self.weight_bytes)
-        for by_model in [*self.perplexity.values(), *self.tasks.values()]:
-            seen |= dict.fromkeys(by_model)
-        return [name for name in ("dense", "best_fixed", "searched", "recovered") if name in seen]
+    def dense(self) -> ModelNumbers | None:
+        return self.models[0] if self.models else None
 
     @property
-    def final(self) -> str:
-        """The model that the run is about, as far as it has got."""
-        return self.models[-1]
+    def final(self) -> ModelNumbers | None:
+        """The model that the run is about, as far as it has got; None before anything is pruned."""
+        return self.models[-1] if len(self.models) > 1 else None
 
 
-def read_contents(run: RunFolder) -> Contents:
-    """Reads a run folder.
+def read_contents(run: RunFolder, config: PruneConfig) -> Contents:
+    """Reads what there is of one ratio.
+
+    Args:
+        config: the options of the run, with this ratio alone.
 
     Raises:
-        AdaPrunerError: it holds no run, or something in it cannot be read.
+        AdaPrunerError: something in the folder cannot be read.
     """
-    if not run.config.is_file():
-        raise AdaPrunerError(f"{run.path} holds no run: name the folder that adapruner prune wrote")
-    config = PruneConfig.load(run.config)
+    folder = run.at_ratio(config.ratio[0], run.read_config())
     try:
-        return _read(run, config)
+        return _read(run, folder, config)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
-        raise AdaPrunerError(f"cannot read the run in {run.path}: {error}") from error
+        raise AdaPrunerError(f"cannot read the run in {folder.path}: {reason(error)}") from error
 
 
-def _read(run: RunFolder, config: PruneConfig) -> Contents:
-    result = _json(run.result)
-    outcome = SearchOutcome.model_validate_json(run.search.read_text()) if run.search.is_file() else None
-    measured = _json(run.evaluation) or {}
-    scores = measured.get("tasks", {})
-    means = {name: mean_accuracies(score["metrics"] for score in own.values()) for name, own in scores.items()}
-    is_running = result is None and run.is_led()
+def _read(run: RunFolder, folder: RunFolder, config: PruneConfig) -> Contents:
+    plan = PruningPlan.load(folder.path / "plan.json") if (folder.path / "plan.json").is_file() else None
+    search = _content(folder.path / "search.json", TypeAdapter(SearchResult))
+    result = _content(folder.path / "result.json", TypeAdapter(RunResult))
+    is_running = result is None and run.is_running()
+    saved = folder.recovered if folder.recovered.is_dir() else folder.model
     return Contents(
-        path=run.path,
+        path=folder.path,
         state="finished" if result else "running" if is_running else "stopped",
         stage=_current_stage(run.log) if is_running else None,
         config=config,
-        history=read_history(StudyPlace(run.path)),
-        plan=PruningPlan.load(run.plan) if run.plan.is_file() else None,
-        outcome=outcome,
+        history=search.history if search else _running_history(run, folder),
+        plan=plan,
+        search=search,
         result=result,
-        perplexity=result["perplexity"] if result else by_text(measured.get("perplexity", {})),
-        tasks=result["tasks"] if result else by_text(scores),
-        task_means=result["task_means"] if result else means,
-        samples=_samples(run, outcome.best.samples) if outcome else [],
-        stages=result["stages"] if result else Reporter(run.log).finished_stages(),
-        weight_bytes={
-            name: size
-            for name, folder in {"searched": run.model, "recovered": run.recovered}.items()
-            if (size := sum(file.stat().st_size for file in folder.glob("*.safetensors")))
-        },
+        models=result.models if result else tuple(_models(run, folder, plan)),
+        samples=_samples(run, folder, search.best.samples) if search else [],
+        stages=result.stages if result else Reporter(run.log).finished_stages(),
+        weight_bytes=sum(file.stat().st_size for file in saved.glob("*.safetensors")),
     )
 
 
-def _json(path: Path) -> dict[str, Any] | None:
-    content: dict[str, Any] | None = json.loads(path.read_text()) if path.is_file() else None
-    return content
+def _content(path: Path, adapter: TypeAdapter[T]) -> T | None:
+    return adapter.validate_json(path.read_bytes()) if path.is_file() else None
 
 
-def _samples(run: RunFolder, numbers: tuple[int, ...]) -> list[Sample]:
+def _running_history(run: RunFolder, folder: RunFolder) -> History:
+    record = folder.record("search.json")
+    if record is None or not run.study.is_file():
+        return History()
+    return read_history(StudyPlace(sqlite_url(run.study), record.key))
+
+
+def _models(run: RunFolder, folder: RunFolder, plan: PruningPlan | None) -> list[ModelNumbers]:
+    """The models that have been made, or measured."""
+    models = []
+    made = {"searched": folder.model.is_dir(), "recovered": folder.recovered.is_dir()}
+    for role in TITLES:
+        evaluation = (run if role == "dense" else folder).path / "evaluation"
+        perplexity = _content(evaluation / f"perplexity-{role}.json", _PERPLEXITIES)
+        tasks = _content(evaluation / f"tasks-{role}.json", _SCORES)
+        if plan and (role == "dense" or perplexity or tasks or made.get(role)):
+            removed = 0 if role == "dense" else plan.removed_parameters
+            parameters = plan.total_parameters - removed
+            models.append(
+                ModelNumbers(role=role, parameters=parameters, perplexity=perplexity or {}, tasks=tasks or {})
+            )
+    return models
+
+
+def _samples(run: RunFolder, folder: RunFolder, numbers: tuple[int, ...]) -> list[Sample]:
     """The saved model brings the tokenizer."""
-    if not run.windows.is_file() or not run.model.is_dir():
+    windows = run.path / "windows.safetensors"
+    if not windows.is_file() or not folder.model.is_dir():
         return [Sample(number, None) for number in numbers]
-    pool = load_file(run.windows)["pool"]
-    tokenizer = load_tokenizer(find_model(str(run.model)))
+    pool = load_file(windows)["pool"]
+    tokenizer = load_tokenizer(find_model(str(folder.model)))
     return [Sample(number, str(tokenizer.decode(pool[number].tolist()))) for number in numbers]
 
 
 def _current_stage(log: Path) -> str | None:
     """The stage that was begun and has not ended."""
     stage = None
-    for line in log.read_text().splitlines() if log.is_file() else ():
-        with contextlib.suppress(json.JSONDecodeError):  # the line that a kill cut off
+    for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else ():
+        with contextlib.suppress(ValueError, LookupError, TypeError):  # the line that a kill cut off
             entry = json.loads(line)
             stage = entry["stage"] if entry["event"] == "started" else None
     return stage

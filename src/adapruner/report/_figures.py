@@ -12,12 +12,11 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from adapruner.evaluation import Perplexity
 from adapruner.planning import PruningPlan
 from adapruner.report._words import KINDS, LOSS_NAMES, described, shortened
-from adapruner.result import TITLES
+from adapruner.result import TITLES, ModelNumbers
 from adapruner.search import History, TriedPoint
-
-Numbers = dict[str, dict[str, dict[str, Any]]]
 
 # Colours that can be read on white and on near black.
 _COLOURS = {"dense": "#8b94a3", "best_fixed": "#c08a3e", "searched": "#3d7fd9", "recovered": "#17a08c"}
@@ -118,7 +117,7 @@ def importance(history: History) -> go.Figure:
 
 def parallel_coordinates(history: History, chosen: int | None) -> go.Figure:
     """A line for every searched point through its place in the range of every parameter, from top to bottom, so that
-    names can be read and a telephone is wide enough."""
+    names can be read on a phone."""
     names = [name for name in history.importance or history.ranges if name in history.ranges]
     searched = sorted((point for point in history.points if point.positions and point.loss is not None), key=_loss)
     quarter = math.ceil(len(searched) / 4)
@@ -155,22 +154,21 @@ def parallel_coordinates(history: History, chosen: int | None) -> go.Figure:
     return _styled(figure, 110 + 36 * len(names))
 
 
-def perplexities(perplexity: Numbers) -> go.Figure:
+def perplexities(models: Sequence[ModelNumbers]) -> go.Figure:
     """Perplexity of every model, text by text, with the standard error of the mean loss where it is known."""
-    figure = make_subplots(
-        rows=len(perplexity),
-        subplot_titles=[_label(text) for text in perplexity],
-        vertical_spacing=0.3 / len(perplexity),
-    )
+    texts = list(models[0].perplexity)
+    figure = make_subplots(rows=len(texts), subplot_titles=list(map(_label, texts)), vertical_spacing=0.3 / len(texts))
     bars = 0
-    for row, by_model in enumerate(perplexity.values(), start=1):
-        bars += len(by_model)
-        errors = [perplexity_error(number) for number in by_model.values()]
+    for row, text in enumerate(texts, start=1):
+        measured = [model for model in models if text in model.perplexity]
+        numbers = [model.perplexity[text] for model in measured]
+        errors = [perplexity_error(number) for number in numbers]
+        bars += len(numbers)
         figure.add_bar(
-            y=[TITLES[model] for model in by_model],
-            x=[number["perplexity"] for number in by_model.values()],
+            y=[TITLES[model.role] for model in measured],
+            x=[number.perplexity for number in numbers],
             orientation="h",
-            marker_color=[_COLOURS[model] for model in by_model],
+            marker_color=[_COLOURS[model.role] for model in measured],
             error_x=_error_bars(errors),
             hovertemplate="%{y}: %{x:.2f}%{customdata}<extra></extra>",
             customdata=[f" ± {error:.2f}" if error is not None else "" for error in errors],
@@ -180,42 +178,41 @@ def perplexities(perplexity: Numbers) -> go.Figure:
     figure.update_annotations(x=0, xanchor="left", font_size=13)
     figure.update_yaxes(autorange="reversed", showgrid=False)
     figure.update_xaxes(rangemode="tozero")
-    return _styled(figure, 60 * len(perplexity) + _LINE_HEIGHT * bars, bargap=0.3, showlegend=False, margin_t=34)
+    return _styled(figure, 60 * len(texts) + _LINE_HEIGHT * bars, bargap=0.3, showlegend=False, margin_t=34)
 
 
-def accuracies(tasks: Numbers, models: Iterable[str]) -> go.Figure | None:
+def accuracies(models: Sequence[ModelNumbers]) -> go.Figure | None:
     """Accuracy in every task that has one, with standard errors."""
-    shown = {
-        task: by_model for task, by_model in tasks.items() if all("acc" in own["metrics"] for own in by_model.values())
-    }
-    if not shown:
-        return None
     figure = go.Figure()
     ends: list[float] = []
+    tasks: set[str] = set()
     for model in models:
-        own = {task: by_model[model] for task, by_model in shown.items() if model in by_model}
-        if own:
-            values = [score["metrics"]["acc"] for score in own.values()]
-            errors = [score["standard_errors"].get("acc") for score in own.values()]
-            ends += [
-                value + sign * (error or 0) for value, error in zip(values, errors, strict=True) for sign in (-1, 1)
-            ]
-            figure.add_scatter(
-                y=[html.escape(task, quote=False) for task in own],
-                x=values,
-                orientation="h",
-                mode="markers",
-                name=TITLES[model],
-                marker={"color": _COLOURS[model], "size": 10},
-                offsetgroup=model,
-                error_x=_error_bars(errors),
-                hovertemplate=f"%{{y}}, {TITLES[model]}: %{{x:.4f}}%{{customdata}}<extra></extra>",
-                customdata=[f" ± {error:.4f}" if error is not None else "" for error in errors],
-            )
+        scores = {task: score for task, score in model.tasks.items() if "acc" in score.metrics}
+        if not scores:
+            continue
+        tasks |= scores.keys()
+        values = [score.metrics["acc"] for score in scores.values()]
+        errors = [score.standard_errors.get("acc") for score in scores.values()]
+        ends += [value + sign * (error or 0) for value, error in zip(values, errors, strict=True) for sign in (-1, 1)]
+        title = TITLES[model.role]
+        figure.add_scatter(
+            y=[html.escape(task, quote=False) for task in scores],
+            x=values,
+            orientation="h",
+            mode="markers",
+            name=title,
+            marker={"color": _COLOURS[model.role], "size": 10},
+            offsetgroup=model.role,
+            error_x=_error_bars(errors),
+            hovertemplate=f"%{{y}}, {title}: %{{x:.4f}}%{{customdata}}<extra></extra>",
+            customdata=[f" ± {error:.4f}" if error is not None else "" for error in errors],
+        )
+    if not ends:
+        return None
     figure.update_yaxes(autorange="reversed")
     room = 0.05 * (max(ends) - min(ends)) + 0.01
     figure.update_xaxes(title_text="acc, more is better", range=[min(ends) - room, max(ends) + room])
-    return _styled(figure, 110 + 58 * len(shown), scattermode="group", scattergap=0.35)
+    return _styled(figure, 110 + 58 * len(tasks), scattermode="group", scattergap=0.35)
 
 
 def as_json(figure: go.Figure) -> dict[str, Any]:
@@ -224,10 +221,10 @@ def as_json(figure: go.Figure) -> dict[str, Any]:
     return content
 
 
-def perplexity_error(number: dict[str, Any]) -> float | None:
+def perplexity_error(number: Perplexity) -> float | None:
     """The standard error of a perplexity, to first order, from that of the mean loss; None where that is not known."""
-    error = number.get("loss_standard_error")
-    return None if error is None else number["perplexity"] * error
+    error = number.loss_standard_error
+    return None if error is None else number.perplexity * error
 
 
 def _error_bars(errors: Sequence[float | None]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The page: what there is of a run, as HTML that needs nothing from elsewhere."""
+"""The page: what there is of a run, as self-contained HTML."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from adapruner.errors import AdaPrunerError
+from adapruner.config import PruneConfig
+from adapruner.files import write_atomically
 from adapruner.planning import PruningPlan
 from adapruner.report import _figures
 from adapruner.report._command import command
 from adapruner.report._contents import Contents, read_contents
 from adapruner.report._words import KINDS, LOSS_NAMES, described, shortened
-from adapruner.result import TITLES
-from adapruner.run_folder import RunFolder
+from adapruner.result import TITLES, ModelNumbers, shown_name, titles
+from adapruner.run import RunFolder
 
 
 @dataclass(frozen=True)
@@ -37,16 +38,6 @@ class Headline:
 
 
 @dataclass(frozen=True)
-class ModelRow:
-    """The numbers of one model: perplexities by text, and mean accuracies with their standard errors by metric."""
-
-    title: str
-    parameters: int
-    perplexities: list[dict[str, Any] | None]
-    means: list[tuple[float, float | None] | None]
-
-
-@dataclass(frozen=True)
 class LayerRow:
     """How much of a layer stays: kept and all, by kind."""
 
@@ -54,28 +45,39 @@ class LayerRow:
     kept: dict[str, tuple[int, int]]
 
 
-def write_report(run: RunFolder, refresh: int | None = None) -> Path:
-    """Writes `report.html`: all that there is of a run, finished or not.
+def write_reports(run: RunFolder, refresh: int | None = None) -> list[Path]:
+    """Writes `report.html` for every ratio: all that there is of a run, finished or not.
 
     Args:
-        refresh: seconds after which the page reads itself again, while it is written again and again.
+        refresh: seconds after which the page reloads, while the run is in progress.
 
     Raises:
         AdaPrunerError: the folder holds no run, or cannot be written.
     """
-    page = render(read_contents(run), refresh)
-    try:
-        run.save_report(page)
-    except OSError as error:
-        raise AdaPrunerError(f"cannot write {run.report}: {error.strerror}") from None
-    return run.report
+    config, written = run.read_config(), []
+    for ratio in config.ratio:
+        page = render_report(run, config.model_copy(update={"ratio": (ratio,)}), refresh)
+        report = run.at_ratio(ratio, config).report
+        # The command that runs may be writing it too.
+        write_atomically(report, lambda partial, page=page: partial.write_text(page, encoding="utf-8"), ".other")  # type: ignore[misc]
+        written.append(report)
+    return written
+
+
+def render_report(run: RunFolder, config: PruneConfig, refresh: int | None = None) -> str:
+    """The page of one ratio, as text.
+
+    Args:
+        config: the options of the run, with this ratio alone.
+    """
+    return render(read_contents(run, config), refresh)
 
 
 def render(contents: Contents, refresh: int | None = None) -> str:
     """The page as text."""
     environment = _environment()
     scripts = [get_plotlyjs(), environment.get_template("report.js").render()]
-    titles = _titles(contents)
+    names = titles(contents.config, contents.search.best_fixed_name if contents.search else None)
     return environment.get_template("report.html.jinja").render(
         contents=contents,
         refresh=refresh if contents.state == "running" else None,
@@ -83,23 +85,19 @@ def render(contents: Contents, refresh: int | None = None) -> str:
         policy="default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src "
         + " ".join(map(_script_hash, scripts)),
         scripts=[Markup(script) for script in scripts],
-        titles=titles,
+        titles=names,
+        name=shown_name(contents.config.model),
         metrics=_mean_metrics(contents),
         headlines=_headlines(contents),
-        models=_model_rows(contents, titles),
+        means={model.role: _means(model) for model in contents.models},
         layers=_layer_rows(contents.plan) if contents.plan else [],
         kinds=KINDS,
         loss_name=LOSS_NAMES[contents.config.selection],
         mix=_mix(contents),
-        allocation=asdict(contents.outcome.best.budget) if contents.outcome else {},
+        allocation=asdict(contents.search.best.budget) if contents.search else {},
         figures={name: _figures.as_json(figure) for name, figure in _all_figures(contents).items()},
         sizes=_sizes(contents),
-        command=command(
-            contents.config,
-            contents.path,
-            contents.history.elsewhere,
-            contents.outcome.ratio if contents.outcome else None,
-        ),
+        command=command(contents.config, contents.path),
         options=yaml.safe_dump(contents.config.model_dump(mode="json"), sort_keys=False),
     )
 
@@ -126,23 +124,13 @@ def _script_hash(script: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
 
-def _titles(contents: Contents) -> dict[str, str]:
-    """What the models are called."""
-    titles = dict(TITLES)
-    if contents.outcome:
-        how = "" if contents.config.compensation == "none" else ", not compensated"
-        titles["best_fixed"] += f" ({contents.outcome.best_fixed_name}){how}"
-    return {name: titles[name] for name in contents.models}
-
-
 def _all_figures(contents: Contents) -> dict[str, go.Figure]:
     """The charts that there is something to draw in."""
-    history, outcome = contents.history, contents.outcome
-    chosen = outcome.best_trial if outcome else None
+    history, chosen = contents.history, contents.search.best_trial if contents.search else None
     figures: dict[str, go.Figure] = {}
-    if contents.perplexity:
-        figures["perplexity"] = _figures.perplexities(contents.perplexity)
-    if contents.tasks and (accuracies := _figures.accuracies(contents.tasks, contents.models)):
+    if contents.dense and contents.dense.perplexity:
+        figures["perplexity"] = _figures.perplexities(contents.models)
+    if accuracies := _figures.accuracies(contents.models):
         figures["accuracy"] = accuracies
     if contents.plan:
         figures["removed"] = _figures.removed_by_layer(contents.plan)
@@ -155,62 +143,40 @@ def _all_figures(contents: Contents) -> dict[str, go.Figure]:
     return figures
 
 
-def _parameters(contents: Contents, model: str) -> int | None:
-    if contents.result:
-        return int(contents.result["parameters"]["before" if model == "dense" else "after"])
-    if contents.plan is None:
-        return None
-    return contents.plan.total_parameters - (0 if model == "dense" else contents.plan.removed_parameters)
-
-
-def _model_rows(contents: Contents, titles: dict[str, str]) -> list[ModelRow]:
-    return [
-        ModelRow(
-            title,
-            parameters,
-            [by_model.get(name) for by_model in contents.perplexity.values()],
-            [_mean(contents, name, metric) for metric in _mean_metrics(contents)],
-        )
-        for name, title in titles.items()
-        if (parameters := _parameters(contents, name)) is not None
-    ]
-
-
 def _mean_metrics(contents: Contents) -> list[str]:
-    return list(next(iter(contents.task_means.values()), {}))
+    return list(contents.dense.mean_accuracies) if contents.dense else []
 
 
-def _mean(contents: Contents, model: str, metric: str) -> tuple[float, float | None] | None:
-    """A mean accuracy, and its standard error from those of the tasks, which are independent of each other."""
-    value = contents.task_means.get(model, {}).get(metric)
-    if value is None:
-        return None
-    scores = [by_model[model] for by_model in contents.tasks.values()]
-    errors = [score["standard_errors"].get(metric if metric in score["metrics"] else "acc") for score in scores]
-    return value, None if None in errors else math.hypot(*errors) / len(errors)
+def _means(model: ModelNumbers) -> dict[str, tuple[float, float | None]]:
+    """Mean accuracies with their standard errors, from those of the tasks, which are independent of each other."""
+    means = {}
+    for metric, value in model.mean_accuracies.items():
+        scores = model.tasks.values()
+        errors = [score.standard_errors.get(metric if metric in score.metrics else "acc") for score in scores]
+        known = [error for error in errors if error is not None]
+        means[metric] = value, math.hypot(*known) / len(errors) if len(known) == len(errors) else None
+    return means
 
 
 def _headlines(contents: Contents) -> list[Headline]:
-    before, after = _parameters(contents, "dense"), _parameters(contents, contents.final)
     headlines = []
-    if before and after and contents.final != "dense":
+    if contents.dense and contents.final:
+        before, after = contents.dense.parameters, contents.final.parameters
         headlines.append(Headline("parameters", f"−{100 - 100 * after / before:.1f} %", f"{before:,} → {after:,}"))
-    for text, by_model in contents.perplexity.items():
-        if contents.final in by_model and contents.final != "dense":
-            dense, final = by_model["dense"]["perplexity"], by_model[contents.final]["perplexity"]
+        for text, number in contents.final.perplexity.items():
+            dense, final = contents.dense.perplexity[text].perplexity, number.perplexity
             headlines.append(
                 Headline(f"perplexity, {shortened(text)}", f"{final:.2f}", f"dense {dense:.2f}, × {final / dense:.2f}")
             )
-    for metric in _mean_metrics(contents)[:1]:
-        dense_mean, final_mean = (_mean(contents, name, metric) for name in ("dense", contents.final))
-        if dense_mean and final_mean and contents.final != "dense":
-            count = len(contents.tasks)
+        for metric, (mean, error) in list(_means(contents.final).items())[:1]:
+            of_dense, error_of_dense = _means(contents.dense)[metric]
+            count = len(contents.final.tasks)
             which = f"mean {metric} of {count} tasks" if count > 1 else metric
-            note = f"dense {dense_mean[0]:.3f}" + ("" if dense_mean[1] is None else f" ± {dense_mean[1]:.3f}")
-            headlines.append(Headline(which, f"{final_mean[0]:.3f}", note, final_mean[1]))
+            note = f"dense {of_dense:.3f}" + ("" if error_of_dense is None else f" ± {error_of_dense:.3f}")
+            headlines.append(Headline(which, f"{mean:.3f}", note, error))
     if contents.stages:
-        seconds = sum(stage["seconds"] for stage in contents.stages.values())
-        peak = max(stage["peak_memory_mib"] for stage in contents.stages.values())
+        seconds = sum(stage.seconds for stage in contents.stages.values())
+        peak = max(stage.peak_memory_mib for stage in contents.stages.values())
         headlines.append(Headline("time", _duration(seconds), f"peak memory {peak / 1024:,.2f} GiB"))
     return headlines
 
@@ -231,16 +197,18 @@ def _layer_rows(plan: PruningPlan) -> list[LayerRow]:
 
 
 def _mix(contents: Contents) -> dict[str, float]:
-    """The shares of the importance terms in the metric that was found."""
-    weights = contents.outcome.best.point.weights if contents.outcome else {}
+    """The shares of the importance terms in the chosen metric."""
+    weights = contents.search.best.point.weights if contents.search else {}
     total = sum(weights.values())
     return {name: weight / total for name, weight in sorted(weights.items(), key=lambda item: -item[1]) if weight}
 
 
 def _sizes(contents: Contents) -> list[tuple[str, int, float]]:
     """Title, parameters and bytes of the weights; those of the dense model in the dtype of the saved one."""
-    saved = contents.weight_bytes.get(contents.final)
-    before, after = _parameters(contents, "dense"), _parameters(contents, contents.final)
-    if not saved or not before or not after:
+    if not contents.weight_bytes or not contents.dense or not contents.final:
         return []
-    return [("dense", before, before * saved / after), (TITLES[contents.final], after, saved)]
+    before, after = contents.dense.parameters, contents.final.parameters
+    return [
+        ("dense", before, before * contents.weight_bytes / after),
+        (TITLES[contents.final.role], after, contents.weight_bytes),
+    ]

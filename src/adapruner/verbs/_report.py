@@ -1,4 +1,4 @@
-"""The report of a run, also while others are at it."""
+"""The report of a run, also while it is in progress."""
 
 from __future__ import annotations
 
@@ -6,24 +6,25 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from adapruner.report import write_report
-from adapruner.run_folder import RunFolder
+from adapruner import report
+from adapruner.paths import given_path
+from adapruner.run import RunFolder
 
 _SECONDS_BETWEEN_REPORTS = 5
 
 
-def write_reports(output: str | Path, watch: bool = False) -> Iterator[Path]:
-    """Writes the report of a run, finished or not; yields its path each time.
+def write_reports(output: str | Path, watch: bool = False) -> Iterator[list[Path]]:
+    """Writes the report of a run, finished or not, one for each ratio; yields their paths each time.
 
     Args:
         output: the run folder.
-        watch: write it every few seconds as long as a process is at the run, and once more when it has ended.
+        watch: write them every few seconds as long as the run is in progress, and once more when it has ended.
 
     Raises:
         AdaPrunerError: the folder holds no run, or cannot be written.
     """
-    run = RunFolder(Path(output))
-    while watch and run.is_led():
-        yield write_report(run, _SECONDS_BETWEEN_REPORTS)
+    run = RunFolder(given_path(output))
+    while watch and run.is_running():
+        yield report.write_reports(run, _SECONDS_BETWEEN_REPORTS)
         time.sleep(_SECONDS_BETWEEN_REPORTS)
-    yield write_report(run)
+    yield report.write_reports(run)

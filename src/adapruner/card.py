@@ -7,7 +7,6 @@ import re
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
 
 import gguf
 import yaml
@@ -16,42 +15,44 @@ from transformers import PreTrainedConfig
 
 from adapruner.models import ModelLocation
 from adapruner.planning import PruningPlan
+from adapruner.recovery import RecoveryRecord
+from adapruner.result import Role, RunResult
 
 _LOADING = "## Loading\n\n"
-_NOT_TRAINED = "It was not trained afterwards."
+_NOT_TRAINED = "It was not fine-tuned."
 
 
 def model_card(
     location: ModelLocation,
     config: PreTrainedConfig,
     plan: PruningPlan,
-    result: dict[str, Any],
-    of: Literal["searched", "recovered"] = "searched",
+    result: RunResult,
+    of: Role = "searched",
 ) -> str:
-    """The README.md of a pruned checkpoint, with the metadata that the Hugging Face hub reads. Folders of this machine
+    """The README.md of a pruned checkpoint, with the metadata that the Hugging Face Hub reads. Folders of this machine
     are named without their path.
 
     Args:
         location: of the base model.
         config: of the pruned model.
-        result: the content of `result.json`.
-        of: which of its models, that before or that after recovery.
+        of: which of the models of the run.
     """
-    trained = trained_sentence(result["recovery"]) if of == "recovered" else _NOT_TRAINED
-    name = str(result["config"]["model"])
+    trained = trained_sentence(result.recovery) if of == "recovered" and result.recovery else _NOT_TRAINED
+    name = result.config.model
     is_hub_id = location.gguf_file is None and not Path(location.path).is_dir()
     base = _public(name)
     licence = base_licence(location) or {}
+    model = result.model(of)
     numbers = [
         EvalResult(
             task_type="text-generation",
             dataset_type=_data_set(text),
             dataset_name=_public(text),
             metric_type="perplexity",
-            metric_value=round(by_model[of]["perplexity"], 3),
-            metric_name=_public(by_model[of]["protocol"]),
+            metric_value=round(number.perplexity, 3),
+            metric_name=_public(number.protocol),
         )
-        for text, by_model in result["perplexity"].items()
+        for text, number in model.perplexity.items()
     ]
     numbers += [
         EvalResult(
@@ -60,10 +61,10 @@ def model_card(
             dataset_name=task,
             metric_type=metric,
             metric_value=round(value, 4),
-            metric_name=_public(by_model[of]["protocol"]),
+            metric_name=_public(score.protocol),
         )
-        for task, by_model in result["tasks"].items()
-        for metric, value in by_model[of]["metrics"].items()
+        for task, score in model.tasks.items()
+        for metric, value in score.metrics.items()
     ]
     metadata = ModelCardData(
         license=licence.get("license", "other"),
@@ -145,17 +146,17 @@ def _removed(plan: PruningPlan) -> str:
     return "\n".join(lines)
 
 
-def trained_sentence(record: dict[str, Any]) -> str:
-    """What was done after the pruning, from the record of a recovery."""
-    how = "LoRA, merged" if record["config"]["train"] == "lora" else "all weights"
-    learnt = "the predictions of the dense model" if record["method"] == "distillation" else "the text itself"
+def trained_sentence(record: RecoveryRecord) -> str:
+    """What was done after the pruning."""
+    how = "LoRA, merged" if record.config["train"] == "lora" else "all weights"
+    learnt = "the predictions of the dense model" if record.method == "distillation" else "the text itself"
     return (
-        f"It was trained afterwards on `{_escaped(_public(record['config']['data']))}`: {record['steps']:,} steps,"
-        f" {record['tokens']:,} tokens, {how}, learning {learnt}."
+        f"It was fine-tuned on `{_escaped(_public(record.config['data']))}`: {record.steps:,} steps,"
+        f" {record.tokens:,} tokens, {how}, learning {learnt}."
     )
 
 
-def card_of_recovered(card: str, record: dict[str, Any]) -> str | None:
+def card_of_recovered(card: str, record: RecoveryRecord) -> str | None:
     """The card of a pruned model for the same model after recovery; None if the card is not one of ours. Its numbers
     are those from before and go."""
     if _NOT_TRAINED not in card:
@@ -164,38 +165,38 @@ def card_of_recovered(card: str, record: dict[str, Any]) -> str | None:
     before, heading, rest = card.partition("## What it cost\n\n")
     after = rest.partition("\n## ")[2]
     return re.sub(
-        r"(?m)^model-index:\n(?:(?!---)[ -].*\n)+", "", f"{before}{heading}Not measured after training.\n\n## {after}"
+        r"(?m)^model-index:\n(?:(?!---)[ -].*\n)+", "", f"{before}{heading}Not measured after fine-tuning.\n\n## {after}"
     )
 
 
-def _cost(result: dict[str, Any], of: str) -> str:
-    sections = []
-    if result["perplexity"]:
+def _cost(result: RunResult, of: Role) -> str:
+    sections, dense, model = [], result.model("dense"), result.model(of)
+    if model.perplexity:
         lines = ["| perplexity on | dense | this model | protocol |", "|---|---|---|---|"]
-        for text, by_model in result["perplexity"].items():
-            numbers = f"{by_model['dense']['perplexity']:.2f} | {by_model[of]['perplexity']:.2f}"
-            lines.append(f"| {_escaped(_public(text))} | {numbers} | {_escaped(_public(by_model[of]['protocol']))} |")
+        for text, number in model.perplexity.items():
+            numbers = f"{dense.perplexity[text].perplexity:.2f} | {number.perplexity:.2f}"
+            lines.append(f"| {_escaped(_public(text))} | {numbers} | {_escaped(_public(number.protocol))} |")
         sections.append("\n".join(lines))
-    if result["tasks"]:
+    if model.tasks:
         lines = ["| task | metric | dense | this model | protocol |", "|---|---|---|---|---|"]
-        for task, by_model in result["tasks"].items():
-            for metric, value in by_model[of]["metrics"].items():
-                numbers = f"{by_model['dense']['metrics'][metric]:.4f} | {value:.4f}"
-                lines.append(f"| {task} | {metric} | {numbers} | {_escaped(by_model[of]['protocol'])} |")
+        for task, score in model.tasks.items():
+            for metric, value in score.metrics.items():
+                numbers = f"{dense.tasks[task].metrics[metric]:.4f} | {value:.4f}"
+                lines.append(f"| {task} | {metric} | {numbers} | {_escaped(score.protocol)} |")
         sections.append("\n".join(lines))
     return "\n\n".join(sections) or "Not measured."
 
 
-def _made(plan: PruningPlan, result: dict[str, Any]) -> str:
-    options, search, versions = result["config"], result["search"], result["versions"]
-    terms = Counter(search["best"]["point"]["weights"]).most_common(3)
+def _made(plan: PruningPlan, result: RunResult) -> str:
+    config, search, versions = result.config, result.search, result.versions
+    terms = Counter(search.best.point.weights).most_common(3)
     mix = ", ".join(f"{name} {weight:.2f}" for name, weight in terms if weight)
     return "\n".join(
         [
-            f"- calibration text: {_escaped(_public(options['calibration']))}; objective:"
-            f" {_escaped(_public(options['objective'] or options['calibration']))}, other documents",
-            f"- search: {search['trials']} trials, seed {options['seed']}; importance {mix}",
-            f"- compensation: {options['compensation']}; layout: {options['layout']}",
+            f"- calibration text: {_escaped(_public(config.calibration))}; objective:"
+            f" {_escaped(_public(config.objective or config.calibration))}, other documents",
+            f"- search: {search.trials} trials, seed {config.seed}; importance {mix}",
+            f"- compensation: {config.compensation}; layout: {config.layout}",
             f"- plan: `{plan.hash[:12]}`",
             f"- adapruner {versions['adapruner']}, transformers {versions['transformers']}, torch {versions['torch']}",
         ]

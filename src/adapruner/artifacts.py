@@ -1,0 +1,159 @@
+"""What a run makes, declared: what each artifact depends on, how it is made, saved and loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError, safe_open
+
+from adapruner.config import PruneConfig
+
+if TYPE_CHECKING:
+    from adapruner.job import Job
+
+T = TypeVar("T")
+
+# Larger files are told apart by their size and, where they have one, their header.
+_HASHED_WHOLE = 1 << 22
+
+
+@dataclass(frozen=True, eq=False)
+class Artifact(Generic[T]):
+    """Something that a run makes and keeps in its folder.
+
+    Attributes:
+        name: its path in the run folder.
+        make: called with the job, a folder of its own, and the values of the inputs. The folder keeps what a killed
+            process leaves to resume from; it is removed once the artifact is made.
+        save: writes the value to a path that does not exist.
+        load: reads what `save` wrote.
+        inputs: the artifacts that it is made from.
+        options: the fields of the config that its content depends on.
+        leaves: the inputs that no artifact gives: fingerprints of the model and of texts, the precision; see `Job.leaf`.
+        check: prepares and validates what `make` uses beside its inputs, before anything is made.
+        is_wanted: whether a run with this config makes it; a value that is not made is None.
+        is_result: made again when its files were removed. Others are made again when something needs them.
+        is_shared: made by all processes of a distributed run together, saved by the first.
+        version: of the format; another one makes it again.
+    """
+
+    name: str
+    make: Callable[..., T | None]
+    save: Callable[[T, Path], Any]
+    load: Callable[[Path], T]
+    inputs: tuple[Artifact[Any], ...] = ()
+    options: tuple[str, ...] = ()
+    leaves: tuple[str, ...] = ()
+    check: Callable[[Job], Any] = lambda job: None
+    is_wanted: Callable[[PruneConfig], bool] = lambda config: True
+    is_result: bool = True
+    is_shared: bool = False
+    version: int = 1
+
+    def depends_on(self, option: str) -> bool:
+        """Whether its content depends on an option, directly or through its inputs."""
+        return option in self.options or any(artifact.depends_on(option) for artifact in self.inputs)
+
+    def describe(self, config: PruneConfig, leaves: dict[str, Any], inputs: dict[str, str]) -> Record:
+        """What it depends on in a run.
+
+        Args:
+            leaves: the values of its leaves, as JSON.
+            inputs: the keys of the wanted inputs, by name.
+        """
+        values = config.model_dump(mode="json")
+        options = {name: values.get(name, getattr(config, name)) for name in self.options}
+        return Record(version=self.version, options=options, leaves=leaves, inputs=inputs)
+
+
+class Record(BaseModel):
+    """What an artifact was made from. It is written last: what has a record with files is whole.
+
+    Attributes:
+        files: what tells that each file is still as it was written, by its path in the run folder; None while the
+            artifact is being made.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: int
+    options: dict[str, Any]
+    leaves: dict[str, Any]
+    inputs: dict[str, str]
+    files: dict[str, str] | None = None
+
+    @property
+    def key(self) -> str:
+        """SHA-256 over all that the artifact depends on."""
+        return hashlib.sha256(json.dumps(self.model_dump(exclude={"files"}), sort_keys=True).encode()).hexdigest()
+
+    def changes(self, now: Record) -> list[str]:
+        """What is another now: options and leaves, with both values where these say something."""
+        changed = [
+            f"{name} {_short(self.options.get(name))} → {_short(now.options.get(name))}"
+            for name in now.options
+            if self.options.get(name) != now.options[name]
+        ]
+        for name, leaf in now.leaves.items():
+            if name != "left_out":
+                changed += _changes_of_leaf(name.replace("_", " "), self.leaves.get(name), leaf)
+        return changed or ([f"format {self.version} → {now.version}"] if self.version != now.version else [])
+
+
+def _changes_of_leaf(name: str, then: Any, now: Any) -> list[str]:
+    if then == now:
+        return []
+    if not isinstance(then, dict) or not isinstance(now, dict):
+        return [f"another {name}"]
+    if "content" not in now:
+        return [change for one in now for change in _changes_of_leaf(one, then.get(one), now[one])]
+    if then.get("text") == now["text"]:
+        return [f"another content of {now['text']}"]
+    return [f"{name} {then.get('text')} → {now['text']}"]
+
+
+def read_record(path: Path) -> Record | None:
+    """The record in a file; None where there is none that can be read."""
+    try:
+        return Record.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        return None
+
+
+def stamps(paths: Iterable[Path], folder: Path) -> dict[str, str]:
+    """What tells files apart from others, by their paths in a folder."""
+    return {path.relative_to(folder).as_posix(): _stamp(path) for path in sorted(paths)}
+
+
+def are_as_written(files: dict[str, str], folder: Path) -> bool:
+    """Whether all files exist and are as they were written."""
+    try:
+        return all(_stamp(folder / name) == stamp for name, stamp in files.items())
+    except (OSError, SafetensorError):
+        return False
+
+
+def _stamp(path: Path) -> str:
+    """The SHA-256 of a small file; the size of a large one, and the SHA-256 of the header if it is a safetensors file,
+    whose header says where every tensor ends: reading a model of 14 GB at every call would take minutes."""
+    size = path.stat().st_size
+    if size <= _HASHED_WHOLE:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    if path.suffix != ".safetensors":
+        return f"{size} bytes"
+    with safe_open(path, "pt"), path.open("rb") as file:
+        header = file.read(int.from_bytes(file.read(8), "little"))
+    return f"{size} bytes, {hashlib.sha256(header).hexdigest()}"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list) and len(value) == 1:
+        return _short(value[0])
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:60]}…"

@@ -1,0 +1,575 @@
+"""The whole procedure: every artifact of a run with what it depends on, from the windows of text to the report."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from adapruner.artifacts import Artifact
+from adapruner.calibration import SELF_GENERATED, generate_windows
+from adapruner.card import model_card
+from adapruner.checkpoint import save_checkpoint, write_card
+from adapruner.config import PruneConfig
+from adapruner.errors import AdaPrunerError, NonFiniteError
+from adapruner.evaluation import (
+    Perplexity,
+    TaskScore,
+    compute_prefix,
+    log_probabilities,
+    losses_by_batch,
+    measure_perplexity,
+    measure_tasks,
+)
+from adapruner.job import MOST_CHANNELS, Job, needs_moments, window_counts
+from adapruner.measurement import Statistics, StoredMoments, measure_in_parts, measure_moments, removal_errors
+from adapruner.memory import MEASURED_AT_ONCE
+from adapruner.models import empty_model, find_model, in_fastest_dtype, load_config, load_model
+from adapruner.planning import PruningPlan, kept_counts, largest_channel_share
+from adapruner.recovery import RecoveryRecord, read_record, recover_into, total_steps, window_examples
+from adapruner.report import render_report
+from adapruner.result import TITLES, ModelNumbers, Role, RunResult, build_result
+from adapruner.search import (
+    MOST_PROTECTED_FIRST,
+    Candidate,
+    Objective,
+    Search,
+    SearchResult,
+    SearchSpace,
+    build_subset_family,
+    plan_candidate,
+)
+from adapruner.structure import Structure, build_structure
+from adapruner.surgery import Compensation, prune_model, refit_sequentially
+
+Windows = dict[str, Tensor]
+
+# Windows that a model writes to be trained on, where their number is left open.
+DEFAULT_GENERATED_RECORDS = 1024
+
+
+# --- Text ---
+
+
+def make_windows(job: Job, work: Path) -> Windows:
+    """The windows of every use, [windows, tokens] each, int64; the dense model writes those that it is to write."""
+    prepared, config = job.prepared, job.config
+    windows = dict(prepared.drawn)
+    for number, (use, count) in enumerate(window_counts(config).items()):
+        if use not in windows:
+            with prepared.reporter.stage(f"writing {use}", 1) as advance:
+                windows[use] = generate_windows(prepared.dense, count, config.seq_len, 4 * config.seed + number)
+                advance()
+    return windows
+
+
+def make_training_windows(job: Job, work: Path) -> Windows:
+    """Text that the dense model writes for the pruned model to be trained on."""
+    settings, prepared = job.config.recovery, job.prepared
+    with prepared.reporter.stage("writing recovery", 1) as advance:
+        count = settings.records or DEFAULT_GENERATED_RECORDS
+        windows = generate_windows(prepared.dense, count, settings.seq_len, 4 * job.config.seed + 3)
+        advance()
+    return {"recovery": windows}
+
+
+def usable(job: Job, windows: Windows) -> Windows:
+    """The windows without those on which the loss of the dense model is not finite."""
+    kept = dict(windows)
+    for use, numbers in job.prepared.left_out(job.keys[WINDOWS.name]).items():
+        mask = torch.ones(len(windows[use]), dtype=torch.bool)
+        mask[numbers] = False
+        kept[use] = windows[use][mask]
+    return kept
+
+
+def find_broken_windows(job: Job, windows: Windows, error: NonFiniteError) -> dict[str, list[int]]:
+    """The windows on which the loss of the dense model is not finite, by use.
+
+    Args:
+        error: the reason to look.
+
+    Raises:
+        NonFiniteError: the same, where no window is to blame.
+        AdaPrunerError: the model is to blame, or too few windows are left.
+    """
+    fast, broken = in_fastest_dtype(job.prepared.dense), {}
+    for use in windows:
+        finite = torch.cat(list(losses_by_batch(fast, windows[use]))).isfinite()
+        numbers = [int(number) for number in torch.nonzero(~finite).flatten()]
+        at_least = {"pool": job.config.samples, "objective": 1, "compensation": 2}[use]
+        if 2 * len(numbers) > len(finite) or len(finite) - len(numbers) < at_least:
+            raise AdaPrunerError(
+                f"the loss of the model is not finite on {len(numbers)} of the {len(finite)} windows of the {use}: its"
+                " weights are broken or its dtype is too narrow: try `dtype` float32"
+            ) from None
+        if numbers:
+            broken[use] = numbers
+            job.prepared.reporter.note(
+                f"left out, because the loss of the model on them is not finite: windows {numbers} of the {use}"
+            )
+    if broken == job.prepared.left_out(job.keys[WINDOWS.name]):
+        raise error
+    return broken
+
+
+# --- Measuring ---
+
+
+def make_moments(job: Job, work: Path, windows: Windows) -> StoredMoments:
+    """Second moments of all blocks; those of finished blocks are kept."""
+    moments, prepared = StoredMoments(work), job.prepared
+    blocks = prepared.structure.blocks
+    missing = [index for index in range(len(blocks)) if not moments.path(index).is_file()]
+    if missing:
+        text, fast = usable(job, windows)["compensation"], in_fastest_dtype(prepared.dense)
+        with prepared.reporter.stage("reading activations", prepared.structure.layers) as advance:
+            for index, block_moments in measure_moments(fast, prepared.structure, text, missing, progress=advance):
+                _write(moments.path(index), block_moments.save)
+    return moments
+
+
+def make_statistics(job: Job, work: Path, windows: Windows, moments: StoredMoments | None) -> Statistics | None:
+    """Statistics of the pool, measured part by part; of several processes, each measures its share."""
+    prepared, pool = job.prepared, usable(job, windows)["pool"]
+    size = MEASURED_AT_ONCE[prepared.layer_wise]
+    parts = {start: work / f"{start:06}.safetensors" for start in range(0, len(pool), size)}
+    own = list(parts)[prepared.process.rank :: prepared.process.count]
+    missing = [start for start in own if not parts[start].is_file()]
+    with prepared.reporter.stage("measuring", len(own)) as advance:
+        advance(len(own) - len(missing))
+        measured = measure_in_parts(
+            prepared.dense,
+            prepared.structure,
+            pool,
+            size,
+            terms=job.config.terms,
+            layer_wise=prepared.layer_wise,
+            folder=work,
+            starts=missing,
+        )
+        for start, part in measured:
+            _write(parts[start], part.save)
+            advance()
+    prepared.process.wait()
+    if not prepared.process.leads:
+        return None
+    statistics = Statistics.concatenate([Statistics.load(path) for path in parts.values()])
+    if moments is not None and job.config.space == "extended":
+        with prepared.reporter.stage("comparing removals", len(moments)) as advance:
+            alone, eliminated = removal_errors(prepared.dense, prepared.structure, moments, advance)
+        statistics = replace(statistics, removal_error=alone, elimination_error=eliminated)
+    return statistics
+
+
+# --- Choosing ---
+
+
+def make_search(
+    job: Job, work: Path, windows: Windows, moments: StoredMoments | None, statistics: Statistics
+) -> SearchResult | None:
+    """The search; of several processes, the first runs it and the others help."""
+    config, prepared = job.config, job.prepared
+    model, text = in_fastest_dtype(prepared.dense), usable(job, windows)["objective"]
+    if not all(losses.isfinite().all() for losses in losses_by_batch(model, text)):
+        raise NonFiniteError("the loss of the model is not finite on the text of the objective")
+    judge = _judge(job, model, statistics, moments, text[: config.objective_windows])
+    place = prepared.study(job.keys[SEARCH.name])
+    search = Search(_space(job, statistics), judge, config.trials, config.seed, place, config.sampler)
+    if not prepared.process.leads:
+        search.help()
+        return None
+    with prepared.reporter.stage("searching", config.trials) as advance:
+        search.run(progress=lambda best: advance(1, text=f"best {config.selection} {best:.4f}"))
+        further = text[config.objective_windows :]
+        return search.result(_judge(job, model, statistics, moments, further) if len(further) else None)
+
+
+def help_search(
+    job: Job, windows: Windows, moments: StoredMoments | None, statistics: Statistics
+) -> None:
+    """Runs trials of a search that another process leads."""
+    config, prepared = job.config, job.prepared
+    text = usable(job, windows)["objective"][: config.objective_windows]
+    judge = _judge(job, in_fastest_dtype(prepared.dense), statistics, moments, text)
+    place = prepared.study(job.keys[SEARCH.name])
+    with prepared.reporter.stage("running trials", 1) as advance:
+        Search(_space(job, statistics), judge, config.trials, config.seed, place, config.sampler).help()
+        advance()
+
+
+def _space(job: Job, statistics: Statistics) -> SearchSpace:
+    config, structure, budget = job.config, job.prepared.structure, job.budget(job.searched_ratio)
+    return SearchSpace(
+        subsets=build_subset_family(statistics, structure, kept_counts(structure, budget)),
+        samples=config.samples,
+        seed=config.seed,
+        budget=budget,
+        name=config.space,
+        fixed_allocation=frozenset(
+            name for name in ("protect_first", "protect_last", "head_share") if getattr(config, name) is not None
+        ),
+        alignment=config.alignment,
+        reduction=config.reduction,
+        terms=config.terms,
+        searched=config.search,
+    )
+
+
+def _judge(
+    job: Job, model: PreTrainedModel, statistics: Statistics, moments: StoredMoments | None, windows: Tensor
+) -> Objective:
+    config, structure, reused = job.config, job.prepared.structure, 0
+    if config.layout == "per-layer":
+        reused = min(structure.layers, max(MOST_PROTECTED_FIRST, config.protect_first or 0))
+    return Objective(
+        model,
+        structure,
+        statistics,
+        windows,
+        compensation_of(config, moments),
+        compute_prefix(model, windows, reused) if reused else None,
+        log_probabilities(model, windows) if config.selection == "kl" else None,
+    )
+
+
+def make_plan(job: Job, work: Path, statistics: Statistics, search: SearchResult) -> PruningPlan:
+    """The plan of the chosen candidate."""
+    return plan_at_ratio(job, statistics, search.best)
+
+
+def plan_at_ratio(job: Job, statistics: Statistics, found: Candidate) -> PruningPlan:
+    """The plan of a candidate at the ratio of the job; where the search was at another ratio, whose allocation cannot
+    reach this one or only by taking a layer apart, with the allocation that this ratio starts from."""
+    structure = job.prepared.structure
+    if found.budget.ratio == job.ratio:
+        return plan_candidate(structure, statistics, found)
+    with contextlib.suppress(AdaPrunerError):
+        at_ratio = found.model_copy(update={"budget": replace(found.budget, ratio=job.ratio)})
+        plan = plan_candidate(structure, statistics, at_ratio)
+        if largest_channel_share(structure, [len(block.kept) for block in plan.blocks]) <= MOST_CHANNELS:
+            return plan
+    start = found.model_copy(update={"budget": job.budget(job.ratio)})
+    return plan_candidate(structure, statistics, start)
+
+
+def compensation_of(config: PruneConfig, moments: StoredMoments | None) -> Compensation | None:
+    """How the cut model is compensated."""
+    return None if config.compensation == "none" or moments is None else Compensation(config.compensation, moments)
+
+
+# --- The smaller model ---
+
+
+def make_model(
+    job: Job, work: Path, windows: Windows, moments: StoredMoments | None, plan: PruningPlan
+) -> Path:
+    """The dense model, cut by the plan, compensated, and saved."""
+    prepared, compensation = job.prepared, compensation_of(job.config, moments)
+    with prepared.reporter.stage("cutting", 1) as advance:
+        pruned = prune_model(prepared.dense, prepared.structure, plan, compensation)
+        advance()
+    if compensation and prepared.fits_sequentially:
+        with prepared.reporter.stage("compensating", prepared.structure.layers) as advance:
+            text = usable(job, windows)["compensation"]
+            refit_sequentially(prepared.dense, pruned, prepared.structure, plan, compensation, text, advance)
+    with prepared.reporter.stage("saving", 1) as advance:
+        save_checkpoint(pruned, prepared.tokenizer, work / "model", record=_origin(job, plan))
+        advance()
+    return work / "model"
+
+
+def _origin(job: Job, plan: PruningPlan) -> dict[str, Any]:
+    """What a checkpoint says of its making: the base model, and the texts that it was made with."""
+    name = job.config.model
+    base = Path(name).name if Path(name).exists() else name
+    return {"base_model": base, "texts": job.prepared.texts.as_records(), "plan": plan.hash}
+
+
+def make_recovered(job: Job, work: Path, plan: PruningPlan, model: Path, written: Windows | None) -> Path:
+    """Fine-tunes the saved model, on the text or on what the dense model predicts; all processes together."""
+    config, prepared = job.config, job.prepared
+    examples = prepared.examples
+    if examples is None:
+        assert written is not None
+        examples = window_examples(written["recovery"], SELF_GENERATED, config.recovery)
+    pruned = load_model(find_model(str(model)), "auto", config.device)
+    # Of text that the model wrote itself there is nothing to learn but its predictions.
+    of_model = config.recover == SELF_GENERATED
+    teacher = None if config.recovery.learns_labels(examples.instructions, of_model) else prepared.dense
+    about = {"model": config.model, "data": config.recover, **config.recovery.model_dump(mode="json")}
+    try:
+        with prepared.reporter.stage("recovering", total_steps(examples, config.recovery)) as advance:
+            recover_into(
+                work / "model",
+                pruned,
+                prepared.tokenizer,
+                examples,
+                config.recovery,
+                teacher,
+                about,
+                work=work / "training",
+                record=_origin(job, plan),
+                progress=advance,
+            )
+    except AdaPrunerError as error:
+        raise AdaPrunerError(
+            f"{error}. The pruned model is complete: adapruner recover {model} trains it with other options"
+        ) from None
+    return work / "model"
+
+
+# --- Evaluating ---
+
+
+def make_perplexity(role: Role, job: Job, work: Path, *inputs: Any) -> dict[str, Perplexity]:
+    """The perplexity of a model on every text of the report, by name."""
+    texts, model = job.prepared.report, _model_to_evaluate(job, role, inputs)
+    windows = sum(len(text.windows) for text in texts.values())
+    with job.prepared.reporter.stage("evaluating", windows) as advance:
+        return {
+            name: measure_perplexity(model, text.windows, name, advance, provenance=text.provenance)
+            for name, text in texts.items()
+        }
+
+
+def make_scores(role: Role, job: Job, work: Path, *inputs: Any) -> dict[str, TaskScore]:
+    """The scores of a model in every task, by name."""
+    tasks, model = job.prepared.tasks, in_fastest_dtype(_model_to_evaluate(job, role, inputs))
+    with job.prepared.reporter.stage("running tasks", len(tasks)) as advance:
+        return {score.task: score for score in measure_tasks(model, job.prepared.tokenizer, tasks, advance)}
+
+
+def _model_to_evaluate(job: Job, role: Role, inputs: tuple[Any, ...]) -> PreTrainedModel:
+    prepared = job.prepared
+    if role == "dense":
+        return prepared.dense
+    if role == "best_fixed":
+        # As that metric is used elsewhere: without compensation, though its trial was compensated as all are.
+        statistics, search = inputs
+        return prune_model(prepared.dense, prepared.structure, plan_at_ratio(job, statistics, search.best_fixed))
+    return load_model(find_model(str(inputs[0])), "auto", job.config.device, prepared.layer_wise)
+
+
+def make_result(
+    job: Job,
+    work: Path,
+    windows: Windows,
+    search: SearchResult,
+    plan: PruningPlan,
+    model: Path,
+    recovered: Path | None,
+    *measured: dict[str, Any] | None,
+) -> RunResult:
+    """All numbers of a run; the model cards are written too, which show them."""
+    perplexities = dict(zip(PERPLEXITY, measured[: len(PERPLEXITY)], strict=True))
+    scores = dict(zip(SCORES, measured[len(PERPLEXITY) :], strict=True))
+    config_after = load_config(find_model(str(model)))
+    after = build_structure(empty_model(config_after)).total_parameters
+    result = build_result(
+        config=job.config,
+        plan=plan,
+        search=search,
+        recovery=read_record(recovered) if recovered else None,
+        models=[
+            ModelNumbers(
+                role=role,
+                parameters=plan.total_parameters if role == "dense" else after,
+                perplexity=perplexities.get(role) or {},
+                tasks=scores.get(role) or {},
+            )
+            for role in TITLES
+            if role != "recovered" or recovered
+        ],
+        windows={use: len(each) for use, each in usable(job, windows).items()},
+        stages=job.prepared.reporter.finished_stages(),
+    )
+    folders: dict[Role, Path | None] = {"searched": model, "recovered": recovered}
+    for role, folder in folders.items():
+        if folder:
+            write_card(folder, model_card(job.prepared.location, config_after, plan, result, role))
+    return result
+
+
+# --- The artifacts ---
+
+
+def _write(path: Path, save: Callable[[Path], Any]) -> None:
+    """Writes a file of unfinished work, which may be resumed from when it exists."""
+    partial = path.with_suffix(".partial")
+    save(partial)
+    partial.rename(path)
+
+
+def _json(content: type[Any], **options: Any) -> dict[str, Any]:
+    """How an artifact is saved as JSON and loaded."""
+    adapter: TypeAdapter[Any] = TypeAdapter(content)
+    return {
+        "save": lambda value, path: path.write_bytes(adapter.dump_json(value, indent=2) + b"\n"),
+        "load": lambda path: adapter.validate_json(path.read_bytes()),
+    }
+
+
+_FOLDER: dict[str, Any] = {"save": shutil.move, "load": Path}
+_TENSORS: dict[str, Any] = {"save": save_file, "load": load_file}
+_SEARCHED = (
+    *("searched_ratio", "ratio_of", "samples", "objective_windows", "selection", "trials", "sampler", "search"),
+    *("alignment", "terms", "reduction", "space", "layout", "protect_first", "protect_last", "head_granularity"),
+    *("head_share", "round_to", "compensation", "seed"),
+)
+
+WINDOWS: Artifact[Windows] = Artifact(
+    "windows.safetensors",
+    make_windows,
+    **_TENSORS,
+    options=(
+        *("pool", "objective_windows", "final_windows", "compensation_windows", "seq_len", "seed"),
+        *("compensation", "space"),
+    ),
+    leaves=("model", "pool_text", "objective_text"),
+    check=lambda job: job.prepared.drawn,
+    is_result=False,
+)
+MOMENTS: Artifact[StoredMoments] = Artifact(
+    "moments",
+    make_moments,
+    save=lambda moments, path: shutil.move(moments.folder, path),
+    load=StoredMoments,
+    inputs=(WINDOWS,),
+    options=("head_granularity",),
+    leaves=("model", "precision", "left_out"),
+    is_wanted=needs_moments,
+    is_result=False,
+)
+STATISTICS: Artifact[Statistics] = Artifact(
+    "statistics.safetensors",
+    make_statistics,
+    save=lambda statistics, path: statistics.save(path),
+    load=Statistics.load,
+    inputs=(WINDOWS, MOMENTS),
+    options=("terms", "space", "head_granularity"),
+    leaves=("model", "precision", "left_out"),
+    is_result=False,
+    is_shared=True,
+)
+SEARCH: Artifact[SearchResult] = Artifact(
+    "search.json",
+    make_search,
+    **_json(SearchResult),
+    inputs=(WINDOWS, MOMENTS, STATISTICS),
+    options=_SEARCHED,
+    leaves=("model", "precision", "left_out", "terms"),
+    check=lambda job: (job.prepared.study("").check(), job.budget(job.searched_ratio)),
+    is_shared=True,
+)
+PLAN: Artifact[PruningPlan] = Artifact(
+    "plan.json",
+    make_plan,
+    save=lambda plan, path: plan.save(path),
+    load=PruningPlan.load,
+    inputs=(STATISTICS, SEARCH),
+    options=("ratio",),
+    check=lambda job: job.budget(job.ratio),
+)
+MODEL: Artifact[Path] = Artifact(
+    "model",
+    make_model,
+    **_FOLDER,
+    inputs=(WINDOWS, MOMENTS, PLAN),
+    options=("compensation", "sequential"),
+    leaves=("model", "precision", "left_out"),
+    check=lambda job: job.prepared.fits_sequentially,
+)
+TRAINING_WINDOWS: Artifact[Windows] = Artifact(
+    "recovery.safetensors",
+    make_training_windows,
+    **_TENSORS,
+    options=("recovery", "seed"),
+    leaves=("model",),
+    is_wanted=lambda config: config.recover == SELF_GENERATED,
+    is_result=False,
+)
+RECOVERED: Artifact[Path] = Artifact(
+    "recovered",
+    make_recovered,
+    **_FOLDER,
+    inputs=(PLAN, MODEL, TRAINING_WINDOWS),
+    options=("recover", "recovery"),
+    leaves=("model", "precision", "recovery_text"),
+    check=lambda job: job.prepared.examples,
+    is_wanted=lambda config: config.recover is not None,
+    is_shared=True,
+)
+# What each model that is evaluated is made from.
+_EVALUATED: dict[Role, tuple[Artifact[Any], ...]] = {
+    "dense": (),
+    "best_fixed": (STATISTICS, SEARCH),
+    "searched": (MODEL,),
+    "recovered": (RECOVERED,),
+}
+
+
+def _is_evaluated(config: PruneConfig, role: Role) -> bool:
+    return role != "recovered" or config.recover is not None
+
+
+PERPLEXITY: dict[Role, Artifact[dict[str, Perplexity]]] = {
+    role: Artifact(
+        f"evaluation/perplexity-{role}.json",
+        partial(make_perplexity, role),
+        **_json(dict[str, Perplexity]),
+        inputs=inputs,
+        options=("seq_len", "evaluate_windows", *(("ratio",) if role == "best_fixed" else ())),
+        leaves=("model", "precision", "report_texts"),
+        check=lambda job: job.prepared.report,
+        is_wanted=partial(_is_evaluated, role=role),
+        is_result=False,
+    )
+    for role, inputs in _EVALUATED.items()
+}
+SCORES: dict[Role, Artifact[dict[str, TaskScore]]] = {
+    role: Artifact(
+        f"evaluation/tasks-{role}.json",
+        partial(make_scores, role),
+        **_json(dict[str, TaskScore]),
+        inputs=inputs,
+        options=("tasks", "task_limit"),
+        leaves=("model", "precision", "pool_text", "objective_text", "recovery_text"),
+        check=lambda job: job.prepared.tasks,
+        is_wanted=lambda config, role=role: bool(config.tasks) and _is_evaluated(config, role),  # type: ignore[misc]
+        is_result=False,
+    )
+    for role, inputs in _EVALUATED.items()
+    if role != "best_fixed"
+}
+RESULT: Artifact[RunResult] = Artifact(
+    "result.json",
+    make_result,
+    **_json(RunResult),
+    inputs=(WINDOWS, SEARCH, PLAN, MODEL, RECOVERED, *PERPLEXITY.values(), *SCORES.values()),
+)
+REPORT: Artifact[str] = Artifact(
+    "report.html",
+    lambda job, work, result: render_report(job.prepared.folder, job.config),
+    save=lambda page, path: path.write_text(page, encoding="utf-8"),
+    load=lambda path: path.read_text(encoding="utf-8"),
+    inputs=(RESULT,),
+)
+
+# Every artifact stands behind its inputs.
+ARTIFACTS: tuple[Artifact[Any], ...] = (
+    *(WINDOWS, MOMENTS, STATISTICS, SEARCH, PLAN, MODEL, TRAINING_WINDOWS, RECOVERED),
+    *PERPLEXITY.values(),
+    *SCORES.values(),
+    *(RESULT, REPORT),
+)

@@ -1,0 +1,202 @@
+"""The run folder: its paths, its records, and the lock that keeps other commands out of it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from adapruner.artifacts import Record, are_as_written, read_record, stamps
+from adapruner.config import PruneConfig
+from adapruner.errors import AdaPrunerError, reason
+from adapruner.files import write_atomically
+
+# Whoever asks whether a process is running here holds the lock for a moment.
+_SECONDS_TO_WAIT_FOR_PROBES = 2
+_LINKED = 1 << 22
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A folder with the artifacts of a run; of a run for several ratios, each ratio has a folder in it."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "log.jsonl"
+
+    @property
+    def study(self) -> Path:
+        return self.path / "study.db"
+
+    @property
+    def left_out(self) -> Path:
+        return self.path / "left_out.json"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def recovered(self) -> Path:
+        return self.path / "recovered"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    def at_ratio(self, ratio: float, config: PruneConfig) -> RunFolder:
+        """Where the artifacts of one ratio are."""
+        return self if len(config.ratio) == 1 else RunFolder(self.path / f"ratio-{ratio:g}")
+
+    def read_config(self) -> PruneConfig:
+        """The options of the run.
+
+        Raises:
+            AdaPrunerError: the folder holds no run.
+        """
+        if not self.config.is_file():
+            raise AdaPrunerError(f"{self.path} holds no run: name the folder that adapruner prune wrote")
+        return PruneConfig.load(self.config)
+
+    def save_config(self, config: PruneConfig) -> None:
+        write_atomically(self.config, config.save)
+
+    def check_usable(self) -> None:
+        """Refuses a folder that holds something else, or cannot be written.
+
+        Raises:
+            AdaPrunerError: with what is wrong.
+        """
+        try:
+            if self.path.exists() and not (self.path.is_dir() and (self.config.is_file() or self._is_empty())):
+                raise AdaPrunerError(f"{self.path} exists and holds no run: choose another `output`")
+            existing = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
+        except OSError as error:
+            raise AdaPrunerError(f"cannot write to {self.path}: {reason(error)}") from None
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
+            raise AdaPrunerError(f"cannot write to {self.path}: {existing} is not a writable directory")
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Creates the folder, and keeps other commands out of it while this lasts.
+
+        Raises:
+            AdaPrunerError: another command is running in it, or it cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self._lock, timeout=_SECONDS_TO_WAIT_FOR_PROBES)
+            lock.acquire()
+        except Timeout:
+            raise AdaPrunerError(
+                f"another command is running in {self.path}: wait for it, or add a worker with adapruner join"
+                f" {self.path}"
+            ) from None
+        except OSError as error:
+            raise AdaPrunerError(f"cannot write to {self.path}: {reason(error)}") from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def is_running(self) -> bool:
+        """Whether a command is running in it."""
+        if not self._lock.is_file():
+            return False
+        try:
+            with FileLock(self._lock, timeout=0):
+                return False
+        except Timeout:
+            return True
+
+    def record(self, name: str) -> Record | None:
+        """What the artifact here was made from, or is being made from."""
+        return read_record(self._record(name))
+
+    def is_made(self, name: str, key: str) -> bool:
+        """Whether the artifact is here, made from what the key stands for, and as it was written."""
+        record = self.record(name)
+        return bool(record and record.key == key and record.files and are_as_written(record.files, self.path))
+
+    def is_removed(self, name: str) -> bool:
+        """Whether an artifact was made and none of its files is left."""
+        record = self.record(name)
+        return bool(record and record.files and not any((self.path / file).exists() for file in record.files))
+
+    def begin(self, name: str, record: Record) -> Path:
+        """Notes that an artifact is being made; returns the folder to resume from."""
+        if self.record(name) != record:
+            self._save(name, record)
+        work = self.work(name, record.key)
+        for other in work.parent.glob(f"{_flat(name)}-*"):
+            if other != work:
+                shutil.rmtree(other)
+        work.mkdir(parents=True, exist_ok=True)
+        return work
+
+    def finish(self, name: str, record: Record) -> None:
+        """Notes that an artifact is whole; removes what it was resumed from."""
+        path = self.path / name
+        files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+        # A model card is for people to edit, and follows when all is measured.
+        own = [file for file in files if file.name != "README.md" or file == path]
+        self._save(name, record.model_copy(update={"files": stamps(own, self.path)}))
+        work = self.work(name, record.key)
+        shutil.rmtree(work, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            work.parent.rmdir()
+
+    def work(self, name: str, key: str) -> Path:
+        """The folder of an unfinished artifact; another key has another folder."""
+        return self.path / "unfinished" / f"{_flat(name)}-{key[:16]}"
+
+    def take_over(self, name: str, source: RunFolder) -> None:
+        """Copies an artifact of another run; large files are linked where the file system can."""
+        record = source.record(name)
+        assert record is not None
+        assert record.files is not None
+        for file in record.files:
+            target = self.path / file
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.unlink(missing_ok=True)
+            _link_or_copy(source.path / file, target)
+        self._save(name, record)
+
+    @property
+    def _lock(self) -> Path:
+        return self.path / ".lock"
+
+    def _record(self, name: str) -> Path:
+        return self.path / "keys" / f"{_flat(name)}.json"
+
+    def _save(self, name: str, record: Record) -> None:
+        content = record.model_dump_json(indent=2) + "\n"
+        write_atomically(self._record(name), lambda partial: partial.write_text(content, encoding="utf-8"))
+
+    def _is_empty(self) -> bool:
+        """A command that was killed at its start leaves its lock, and perhaps an unfinished config."""
+        return all(path.name in (self._lock.name, f"{self.config.name}.partial") for path in self.path.iterdir())
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    """Small files are copied: people edit them in place."""
+    if source.stat().st_size > _LINKED:
+        with contextlib.suppress(OSError):
+            os.link(source, target)
+            return
+    shutil.copy(source, target)
+
+
+def _flat(name: str) -> str:
+    return name.replace("/", "-")
