@@ -23,6 +23,14 @@ T = TypeVar("T")
 _HASHED_WHOLE = 1 << 22
 
 
+@dataclass(frozen=True)
+class Form(Generic[T]):
+    """How a value is kept: `save` writes it to a path that does not exist, `load` reads what `save` wrote."""
+
+    save: Callable[[T, Path], Any]
+    load: Callable[[Path], T]
+
+
 @dataclass(frozen=True, eq=False)
 class Artifact(Generic[T]):
     """Something that a run makes and keeps in its folder.
@@ -31,8 +39,7 @@ class Artifact(Generic[T]):
         name: its path in the run folder.
         make: called with the job, a folder of its own, and the values of the inputs. The folder keeps what a killed
             process leaves to resume from; it is removed once the artifact is made.
-        save: writes the value to a path that does not exist.
-        load: reads what `save` wrote.
+        form: how it is saved and loaded.
         inputs: the artifacts that it is made from.
         options: the fields of the config that its content depends on.
         leaves: the inputs that no artifact gives: fingerprints of the model and of texts, the precision; see `Job.leaf`.
@@ -45,8 +52,7 @@ class Artifact(Generic[T]):
 
     name: str
     make: Callable[..., T | None]
-    save: Callable[[T, Path], Any]
-    load: Callable[[Path], T]
+    form: Form[T]
     inputs: tuple[Artifact[Any], ...] = ()
     options: tuple[str, ...] = ()
     leaves: tuple[str, ...] = ()
@@ -69,7 +75,17 @@ class Artifact(Generic[T]):
         """
         values = config.model_dump(mode="json")
         options = {name: values.get(name, getattr(config, name)) for name in self.options}
-        return Record(version=self.version, options=options, leaves=leaves, inputs=inputs)
+        return Record(name=self.name, version=self.version, options=options, leaves=leaves, inputs=inputs)
+
+
+def artifact(name: str, form: Form[T], options: str = "", leaves: str = "", **fields: Any) -> Callable[..., Artifact[T]]:
+    """Declares the artifact that a function makes; see `Artifact`.
+
+    Args:
+        options, leaves: with spaces between them.
+        fields: the other attributes of the artifact.
+    """
+    return lambda make: Artifact(name, make, form, options=tuple(options.split()), leaves=tuple(leaves.split()), **fields)
 
 
 class Record(BaseModel):
@@ -82,6 +98,7 @@ class Record(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    name: str
     version: int
     options: dict[str, Any]
     leaves: dict[str, Any]

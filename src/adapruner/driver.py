@@ -11,7 +11,7 @@ from adapruner.artifacts import Artifact, Record
 from adapruner.errors import AdaPrunerError, NonFiniteError
 from adapruner.files import replace
 from adapruner.job import Job
-from adapruner.procedure import ARTIFACTS, WINDOWS, find_broken_windows
+from adapruner.procedure import ARTIFACTS, leave_out_broken_windows, windows
 from adapruner.run import RunFolder
 
 T = TypeVar("T")
@@ -115,7 +115,7 @@ class Driver:
         """An artifact that is made, loaded; None if the run does not want it."""
         if not artifact.is_wanted(self.job.config):
             return None
-        return artifact.load(self.folder(artifact).path / artifact.name)
+        return artifact.form.load(self.folder(artifact).path / artifact.name)
 
     def _made(self, artifact: Artifact[Any]) -> Any:
         folder, record, process = self.folder(artifact), self.records[artifact.name], self.job.prepared.process
@@ -126,11 +126,9 @@ class Driver:
         try:
             return artifact.make(self.job, folder.work(artifact.name, record.key), *map(self.value, artifact.inputs))
         except NonFiniteError as error:
-            windows = self.value(WINDOWS)
-            if windows is None or process.count > 1:
-                raise
-            broken = find_broken_windows(self.job, windows, error)
-            self.job.prepared.leave_out(self.job.keys[WINDOWS.name], broken)
+            drawn = self.value(windows)
+            if drawn is not None and process.count == 1:
+                leave_out_broken_windows(self.job, drawn, error)
             raise
 
     def _keep(self, artifact: Artifact[Any], value: Any) -> None:
@@ -139,7 +137,7 @@ class Driver:
         partial = path.with_name(f".{path.name}.partial")
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
-        artifact.save(value, partial)
+        artifact.form.save(value, partial)
         replace(partial, path)
         folder.finish(artifact.name, self.records[artifact.name])
 

@@ -187,18 +187,23 @@ class Preparation:
         """Where the trials of the search with this key are kept."""
         return StudyPlace(self.storage or sqlite_url(self.folder.study), key)
 
-    def left_out(self, windows_key: str) -> dict[str, list[int]]:
-        """The windows on which the loss of the dense model is not finite, by use."""
+    def left_out(self, keys: dict[str, str]) -> dict[str, list[int]]:
+        """The windows on which the loss of the dense model is not finite, by use.
+
+        Args:
+            keys: of the artifacts, by name.
+        """
         try:
             content = json.loads(self.folder.left_out.read_text(encoding="utf-8"))
-            left_out: dict[str, list[int]] = content["windows"] if content["of"] == windows_key else {}
+            is_of_these = content["of"] == keys["windows.safetensors"]
+            left_out: dict[str, list[int]] = content["windows"] if is_of_these else {}
         except (OSError, ValueError, LookupError, TypeError):
             return {}
         return left_out
 
-    def leave_out(self, windows_key: str, windows: dict[str, list[int]]) -> None:
+    def leave_out(self, keys: dict[str, str], windows: dict[str, list[int]]) -> None:
         """Keeps note of windows on which the loss of the dense model is not finite."""
-        content = json.dumps({"of": windows_key, "windows": windows})
+        content = json.dumps({"of": keys["windows.safetensors"], "windows": windows})
         write_atomically(self.folder.left_out, lambda partial: partial.write_text(content, encoding="utf-8"))
 
     def leaf(self, name: str, keys: dict[str, str]) -> Any:
@@ -208,7 +213,7 @@ class Preparation:
             keys: of the artifacts, by name.
         """
         if name == "left_out":
-            return self.left_out(keys["windows.safetensors"])
+            return self.left_out(keys)
         if name not in self._leaves:
             self._leaves[name] = self._leaf(name)
         return self._leaves[name]
@@ -252,15 +257,6 @@ class Job:
     folder: RunFolder
     prepared: Preparation
     keys: dict[str, str]
-
-    @property
-    def ratio(self) -> float:
-        return self.config.ratio[0]
-
-    @property
-    def searched_ratio(self) -> float:
-        """The ratio of the search, whose best point may be taken over for another one."""
-        return self.config.search_ratio or self.ratio
 
     def budget(self, ratio: float) -> Budget:
         """What is to be removed at a ratio, from where the options say."""

@@ -16,7 +16,7 @@ from adapruner.errors import AdaPrunerError, NonFiniteError, describe_failure
 from adapruner.job import Job, Preparation
 from adapruner.models import find_model, register_architectures
 from adapruner.paths import given_path
-from adapruner.procedure import MOMENTS, PLAN, RESULT, SEARCH, STATISTICS, WINDOWS, help_search
+from adapruner import procedure
 from adapruner.processes import Process, this_process
 from adapruner.progress import Reporter
 from adapruner.result import PruneResult
@@ -25,7 +25,7 @@ from adapruner.run import RunFolder
 _SECONDS_BETWEEN_LOOKS = 0.2
 
 
-def prune(
+def prune_ratios(
     model: str | None,
     output: str | Path,
     overwrite: bool = False,
@@ -72,6 +72,14 @@ def prune(
     return results
 
 
+def prune(model: str | None, output: str | Path, **options: Any) -> PruneResult:
+    """`prune_ratios` for one ratio: prunes a causal language model and returns the result."""
+    if isinstance(ratio := options.get("ratio"), list | tuple) and len(ratio) > 1:
+        raise AdaPrunerError(f"`ratio` names {len(ratio)} ratios: prune_ratios gives a result for each")
+    (result,) = prune_ratios(model, output, **options)
+    return result
+
+
 def plan_again(source: str | Path, output: str | Path, ratio: float, overwrite: bool = False) -> PruneResult:
     """Another ratio with the statistics and the best point of a finished search: no measuring, no search.
 
@@ -114,7 +122,7 @@ def join(output: str | Path, storage: str | None = None, device: str = "auto") -
     while run.is_running():
         for ratio in config.ratio:
             folder = run.at_ratio(ratio, config)
-            record = folder.record(SEARCH.name)
+            record = folder.record(procedure.search.name)
             if record is None or record.files is not None:
                 continue
             if preparation is None:
@@ -122,13 +130,13 @@ def join(output: str | Path, storage: str | None = None, device: str = "auto") -
                 own = config.model_copy(update={"device": device, "layer_wise": by_layer})
                 preparation = Preparation(own, run, storage, Process(), Reporter())
             driver = _driver(preparation, ratio)
-            if record.key != driver.job.keys[SEARCH.name]:
-                changes = ", ".join(record.changes(driver.records[SEARCH.name])) or "other files"
+            if record.key != driver.job.keys[procedure.search.name]:
+                changes = ", ".join(record.changes(driver.records[procedure.search.name])) or "other files"
                 raise AdaPrunerError(f"this worker would compute other numbers than the run: {changes}")
-            windows, statistics = driver.value(WINDOWS), driver.value(STATISTICS)
+            windows, statistics = driver.value(procedure.windows), driver.value(procedure.statistics)
             assert windows is not None
             assert statistics is not None
-            help_search(driver.job, windows, driver.value(MOMENTS), statistics)
+            procedure.help_search(driver.job, windows, driver.value(procedure.moments), statistics)
             return
         time.sleep(_SECONDS_BETWEEN_LOOKS)
 
@@ -173,7 +181,7 @@ def _check(driver: Driver, searched: Sequence[RunFolder]) -> None:
         searched: folders that are to hold the search.
     """
     missing = driver.missing()
-    if searched and SEARCH in missing:
+    if searched and procedure.search in missing:
         raise AdaPrunerError(
             f"{searched[0].path} has no finished search of this model and text with its options: rerun the command"
             " of that run first"
@@ -200,7 +208,7 @@ def _make_missing(driver: Driver) -> None:
 
 
 def _result(driver: Driver) -> PruneResult:
-    plan, result = driver.value(PLAN), driver.value(RESULT)
+    plan, result = driver.value(procedure.plan), driver.value(procedure.result)
     assert plan is not None
     assert result is not None
     return PruneResult(driver.job.folder.path, plan, result)

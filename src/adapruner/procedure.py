@@ -1,4 +1,4 @@
-"""The whole procedure: every artifact of a run with what it depends on, from the windows of text to the report."""
+"""The whole procedure: every artifact of a run, how it is made and from what, from the windows of text to the report."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from adapruner.artifacts import Artifact
+from adapruner.artifacts import Artifact, Form, artifact
 from adapruner.calibration import SELF_GENERATED, generate_windows
 from adapruner.card import model_card
 from adapruner.checkpoint import save_checkpoint, write_card
@@ -36,7 +36,7 @@ from adapruner.measurement import Statistics, StoredMoments, measure_in_parts, m
 from adapruner.memory import MEASURED_AT_ONCE
 from adapruner.models import empty_model, find_model, in_fastest_dtype, load_config, load_model
 from adapruner.planning import PruningPlan, kept_counts, largest_channel_share
-from adapruner.recovery import RecoveryRecord, read_record, recover_into, total_steps, window_examples
+from adapruner.recovery import read_record, recover_into, total_steps, window_examples
 from adapruner.report import render_report
 from adapruner.result import TITLES, ModelNumbers, Role, RunResult, build_result
 from adapruner.search import (
@@ -49,19 +49,44 @@ from adapruner.search import (
     build_subset_family,
     plan_candidate,
 )
-from adapruner.structure import Structure, build_structure
+from adapruner.structure import build_structure
 from adapruner.surgery import Compensation, prune_model, refit_sequentially
 
 Windows = dict[str, Tensor]
+Moments = StoredMoments | None
 
-# Windows that a model writes to be trained on, where their number is left open.
+# Windows that a model writes to be fine-tuned on, where their number is left open.
 DEFAULT_GENERATED_RECORDS = 1024
 
 
-# --- Text ---
+def _json(content: Any) -> Form[Any]:
+    adapter: TypeAdapter[Any] = TypeAdapter(content)
+    return Form(
+        lambda value, path: path.write_bytes(adapter.dump_json(value, indent=2) + b"\n"),
+        lambda path: adapter.validate_json(path.read_bytes()),
+    )
 
 
-def make_windows(job: Job, work: Path) -> Windows:
+TENSORS: Form[Windows] = Form(save_file, load_file)
+# What made it has written the folder already.
+FOLDER: Form[Path] = Form(shutil.move, Path)
+MOMENTS: Form[StoredMoments] = Form(lambda moments, path: shutil.move(moments.folder, path), StoredMoments)
+STATISTICS: Form[Statistics] = Form(Statistics.save, Statistics.load)
+PLAN: Form[PruningPlan] = Form(PruningPlan.save, PruningPlan.load)
+PAGE: Form[str] = Form(
+    lambda page, path: path.write_text(page, encoding="utf-8"), lambda path: path.read_text(encoding="utf-8")
+)
+
+
+@artifact(
+    "windows.safetensors",
+    TENSORS,
+    options="pool objective_windows final_windows compensation_windows seq_len seed compensation space",
+    leaves="model pool_text objective_text",
+    check=lambda job: job.prepared.drawn,
+    is_result=False,
+)
+def windows(job: Job, work: Path) -> Windows:
     """The windows of every use, [windows, tokens] each, int64; the dense model writes those that it is to write."""
     prepared, config = job.prepared, job.config
     windows = dict(prepared.drawn)
@@ -73,64 +98,19 @@ def make_windows(job: Job, work: Path) -> Windows:
     return windows
 
 
-def make_training_windows(job: Job, work: Path) -> Windows:
-    """Text that the dense model writes for the pruned model to be trained on."""
-    settings, prepared = job.config.recovery, job.prepared
-    with prepared.reporter.stage("writing recovery", 1) as advance:
-        count = settings.records or DEFAULT_GENERATED_RECORDS
-        windows = generate_windows(prepared.dense, count, settings.seq_len, 4 * job.config.seed + 3)
-        advance()
-    return {"recovery": windows}
-
-
-def usable(job: Job, windows: Windows) -> Windows:
-    """The windows without those on which the loss of the dense model is not finite."""
-    kept = dict(windows)
-    for use, numbers in job.prepared.left_out(job.keys[WINDOWS.name]).items():
-        mask = torch.ones(len(windows[use]), dtype=torch.bool)
-        mask[numbers] = False
-        kept[use] = windows[use][mask]
-    return kept
-
-
-def find_broken_windows(job: Job, windows: Windows, error: NonFiniteError) -> dict[str, list[int]]:
-    """The windows on which the loss of the dense model is not finite, by use.
-
-    Args:
-        error: the reason to look.
-
-    Raises:
-        NonFiniteError: the same, where no window is to blame.
-        AdaPrunerError: the model is to blame, or too few windows are left.
-    """
-    fast, broken = in_fastest_dtype(job.prepared.dense), {}
-    for use in windows:
-        finite = torch.cat(list(losses_by_batch(fast, windows[use]))).isfinite()
-        numbers = [int(number) for number in torch.nonzero(~finite).flatten()]
-        at_least = {"pool": job.config.samples, "objective": 1, "compensation": 2}[use]
-        if 2 * len(numbers) > len(finite) or len(finite) - len(numbers) < at_least:
-            raise AdaPrunerError(
-                f"the loss of the model is not finite on {len(numbers)} of the {len(finite)} windows of the {use}: its"
-                " weights are broken or its dtype is too narrow: try `dtype` float32"
-            ) from None
-        if numbers:
-            broken[use] = numbers
-            job.prepared.reporter.note(
-                f"left out, because the loss of the model on them is not finite: windows {numbers} of the {use}"
-            )
-    if broken == job.prepared.left_out(job.keys[WINDOWS.name]):
-        raise error
-    return broken
-
-
-# --- Measuring ---
-
-
-def make_moments(job: Job, work: Path, windows: Windows) -> StoredMoments:
+@artifact(
+    "moments",
+    MOMENTS,
+    inputs=(windows,),
+    options="head_granularity",
+    leaves="model precision left_out",
+    is_wanted=needs_moments,
+    is_result=False,
+)
+def moments(job: Job, work: Path, windows: Windows) -> StoredMoments:
     """Second moments of all blocks; those of finished blocks are kept."""
     moments, prepared = StoredMoments(work), job.prepared
-    blocks = prepared.structure.blocks
-    missing = [index for index in range(len(blocks)) if not moments.path(index).is_file()]
+    missing = [index for index in range(len(prepared.structure.blocks)) if not moments.path(index).is_file()]
     if missing:
         text, fast = usable(job, windows)["compensation"], in_fastest_dtype(prepared.dense)
         with prepared.reporter.stage("reading activations", prepared.structure.layers) as advance:
@@ -139,7 +119,16 @@ def make_moments(job: Job, work: Path, windows: Windows) -> StoredMoments:
     return moments
 
 
-def make_statistics(job: Job, work: Path, windows: Windows, moments: StoredMoments | None) -> Statistics | None:
+@artifact(
+    "statistics.safetensors",
+    STATISTICS,
+    inputs=(windows, moments),
+    options="terms space head_granularity",
+    leaves="model precision left_out",
+    is_result=False,
+    is_shared=True,
+)
+def statistics(job: Job, work: Path, windows: Windows, moments: Moments) -> Statistics | None:
     """Statistics of the pool, measured part by part; of several processes, each measures its share."""
     prepared, pool = job.prepared, usable(job, windows)["pool"]
     size = MEASURED_AT_ONCE[prepared.layer_wise]
@@ -148,7 +137,7 @@ def make_statistics(job: Job, work: Path, windows: Windows, moments: StoredMomen
     missing = [start for start in own if not parts[start].is_file()]
     with prepared.reporter.stage("measuring", len(own)) as advance:
         advance(len(own) - len(missing))
-        measured = measure_in_parts(
+        for start, part in measure_in_parts(
             prepared.dense,
             prepared.structure,
             pool,
@@ -157,8 +146,7 @@ def make_statistics(job: Job, work: Path, windows: Windows, moments: StoredMomen
             layer_wise=prepared.layer_wise,
             folder=work,
             starts=missing,
-        )
-        for start, part in measured:
+        ):
             _write(parts[start], part.save)
             advance()
     prepared.process.wait()
@@ -172,64 +160,64 @@ def make_statistics(job: Job, work: Path, windows: Windows, moments: StoredMomen
     return statistics
 
 
-# --- Choosing ---
-
-
-def make_search(
-    job: Job, work: Path, windows: Windows, moments: StoredMoments | None, statistics: Statistics
+@artifact(
+    "search.json",
+    _json(SearchResult),
+    inputs=(windows, moments, statistics),
+    options="searched_ratio ratio_of samples objective_windows selection trials sampler search alignment terms"
+    " reduction space layout protect_first protect_last head_granularity head_share round_to compensation seed",
+    leaves="model precision left_out terms",
+    check=lambda job: (job.prepared.study("").check(), job.budget(job.config.searched_ratio)),
+    is_shared=True,
+)
+def search(
+    job: Job, work: Path, windows: Windows, moments: Moments, statistics: Statistics
 ) -> SearchResult | None:
-    """The search; of several processes, the first runs it and the others help."""
-    config, prepared = job.config, job.prepared
-    model, text = in_fastest_dtype(prepared.dense), usable(job, windows)["objective"]
-    if not all(losses.isfinite().all() for losses in losses_by_batch(model, text)):
+    """The search; of several processes, the first leads it and the others run trials."""
+    prepared, config = job.prepared, job.config
+    text = usable(job, windows)["objective"]
+    if not all(losses.isfinite().all() for losses in losses_by_batch(in_fastest_dtype(prepared.dense), text)):
         raise NonFiniteError("the loss of the model is not finite on the text of the objective")
-    judge = _judge(job, model, statistics, moments, text[: config.objective_windows])
-    place = prepared.study(job.keys[SEARCH.name])
-    search = Search(_space(job, statistics), judge, config.trials, config.seed, place, config.sampler)
+    search = _search(job, windows, moments, statistics)
     if not prepared.process.leads:
         search.help()
         return None
     with prepared.reporter.stage("searching", config.trials) as advance:
         search.run(progress=lambda best: advance(1, text=f"best {config.selection} {best:.4f}"))
         further = text[config.objective_windows :]
-        return search.result(_judge(job, model, statistics, moments, further) if len(further) else None)
+        return search.result(_judge(job, moments, statistics, further) if len(further) else None)
 
 
-def help_search(
-    job: Job, windows: Windows, moments: StoredMoments | None, statistics: Statistics
-) -> None:
+def help_search(job: Job, windows: Windows, moments: Moments, statistics: Statistics) -> None:
     """Runs trials of a search that another process leads."""
-    config, prepared = job.config, job.prepared
-    text = usable(job, windows)["objective"][: config.objective_windows]
-    judge = _judge(job, in_fastest_dtype(prepared.dense), statistics, moments, text)
-    place = prepared.study(job.keys[SEARCH.name])
-    with prepared.reporter.stage("running trials", 1) as advance:
-        Search(_space(job, statistics), judge, config.trials, config.seed, place, config.sampler).help()
+    with job.prepared.reporter.stage("running trials", 1) as advance:
+        _search(job, windows, moments, statistics).help()
         advance()
 
 
-def _space(job: Job, statistics: Statistics) -> SearchSpace:
-    config, structure, budget = job.config, job.prepared.structure, job.budget(job.searched_ratio)
-    return SearchSpace(
+def _search(job: Job, windows: Windows, moments: Moments, statistics: Statistics) -> Search:
+    config, structure, budget = job.config, job.prepared.structure, job.budget(job.config.searched_ratio)
+    fixed = [name for name in ("protect_first", "protect_last", "head_share") if getattr(config, name) is not None]
+    space = SearchSpace(
         subsets=build_subset_family(statistics, structure, kept_counts(structure, budget)),
         samples=config.samples,
         seed=config.seed,
         budget=budget,
         name=config.space,
-        fixed_allocation=frozenset(
-            name for name in ("protect_first", "protect_last", "head_share") if getattr(config, name) is not None
-        ),
+        fixed_allocation=frozenset(fixed),
         alignment=config.alignment,
         reduction=config.reduction,
         terms=config.terms,
         searched=config.search,
     )
+    judge = _judge(job, moments, statistics, usable(job, windows)["objective"][: config.objective_windows])
+    place = job.prepared.study(job.keys["search.json"])
+    return Search(space, judge, config.trials, config.seed, place, config.sampler)
 
 
-def _judge(
-    job: Job, model: PreTrainedModel, statistics: Statistics, moments: StoredMoments | None, windows: Tensor
-) -> Objective:
+def _judge(job: Job, moments: Moments, statistics: Statistics, windows: Tensor) -> Objective:
     config, structure, reused = job.config, job.prepared.structure, 0
+    model = in_fastest_dtype(job.prepared.dense)
     if config.layout == "per-layer":
         reused = min(structure.layers, max(MOST_PROTECTED_FIRST, config.protect_first or 0))
     return Objective(
@@ -237,13 +225,24 @@ def _judge(
         structure,
         statistics,
         windows,
-        compensation_of(config, moments),
+        _compensation(config, moments),
         compute_prefix(model, windows, reused) if reused else None,
         log_probabilities(model, windows) if config.selection == "kl" else None,
     )
 
 
-def make_plan(job: Job, work: Path, statistics: Statistics, search: SearchResult) -> PruningPlan:
+def _compensation(config: PruneConfig, moments: Moments) -> Compensation | None:
+    return None if config.compensation == "none" or moments is None else Compensation(config.compensation, moments)
+
+
+@artifact(
+    "plan.json",
+    PLAN,
+    inputs=(statistics, search),
+    options="ratio",
+    check=lambda job: job.budget(job.config.ratio[0]),
+)
+def plan(job: Job, work: Path, statistics: Statistics, search: SearchResult) -> PruningPlan:
     """The plan of the chosen candidate."""
     return plan_at_ratio(job, statistics, search.best)
 
@@ -251,31 +250,28 @@ def make_plan(job: Job, work: Path, statistics: Statistics, search: SearchResult
 def plan_at_ratio(job: Job, statistics: Statistics, found: Candidate) -> PruningPlan:
     """The plan of a candidate at the ratio of the job; where the search was at another ratio, whose allocation cannot
     reach this one or only by taking a layer apart, with the allocation that this ratio starts from."""
-    structure = job.prepared.structure
-    if found.budget.ratio == job.ratio:
+    structure, (ratio,) = job.prepared.structure, job.config.ratio
+    if found.budget.ratio == ratio:
         return plan_candidate(structure, statistics, found)
     with contextlib.suppress(AdaPrunerError):
-        at_ratio = found.model_copy(update={"budget": replace(found.budget, ratio=job.ratio)})
+        at_ratio = found.model_copy(update={"budget": replace(found.budget, ratio=ratio)})
         plan = plan_candidate(structure, statistics, at_ratio)
         if largest_channel_share(structure, [len(block.kept) for block in plan.blocks]) <= MOST_CHANNELS:
             return plan
-    start = found.model_copy(update={"budget": job.budget(job.ratio)})
-    return plan_candidate(structure, statistics, start)
+    return plan_candidate(structure, statistics, found.model_copy(update={"budget": job.budget(ratio)}))
 
 
-def compensation_of(config: PruneConfig, moments: StoredMoments | None) -> Compensation | None:
-    """How the cut model is compensated."""
-    return None if config.compensation == "none" or moments is None else Compensation(config.compensation, moments)
-
-
-# --- The smaller model ---
-
-
-def make_model(
-    job: Job, work: Path, windows: Windows, moments: StoredMoments | None, plan: PruningPlan
-) -> Path:
+@artifact(
+    "model",
+    FOLDER,
+    inputs=(windows, moments, plan),
+    options="compensation sequential",
+    leaves="model precision left_out",
+    check=lambda job: job.prepared.fits_sequentially,
+)
+def model(job: Job, work: Path, windows: Windows, moments: Moments, plan: PruningPlan) -> Path:
     """The dense model, cut by the plan, compensated, and saved."""
-    prepared, compensation = job.prepared, compensation_of(job.config, moments)
+    prepared, compensation = job.prepared, _compensation(job.config, moments)
     with prepared.reporter.stage("cutting", 1) as advance:
         pruned = prune_model(prepared.dense, prepared.structure, plan, compensation)
         advance()
@@ -296,18 +292,41 @@ def _origin(job: Job, plan: PruningPlan) -> dict[str, Any]:
     return {"base_model": base, "texts": job.prepared.texts.as_records(), "plan": plan.hash}
 
 
-def make_recovered(job: Job, work: Path, plan: PruningPlan, model: Path, written: Windows | None) -> Path:
-    """Fine-tunes the saved model, on the text or on what the dense model predicts; all processes together."""
+@artifact(
+    "recovery.safetensors",
+    TENSORS,
+    options="recovery seed",
+    leaves="model",
+    is_wanted=lambda config: config.recover == SELF_GENERATED,
+    is_result=False,
+)
+def training_windows(job: Job, work: Path) -> Windows:
+    """Text that the dense model writes for the pruned model to be fine-tuned on."""
+    settings, prepared = job.config.recovery, job.prepared
+    with prepared.reporter.stage("writing recovery", 1) as advance:
+        count = settings.records or DEFAULT_GENERATED_RECORDS
+        windows = generate_windows(prepared.dense, count, settings.seq_len, 4 * job.config.seed + 3)
+        advance()
+    return {"recovery": windows}
+
+
+@artifact(
+    "recovered",
+    FOLDER,
+    inputs=(plan, model, training_windows),
+    options="recover recovery",
+    leaves="model precision recovery_text",
+    check=lambda job: job.prepared.examples,
+    is_wanted=lambda config: config.recover is not None,
+    is_shared=True,
+)
+def recovered(job: Job, work: Path, plan: PruningPlan, model: Path, written: Windows | None) -> Path:
+    """The saved model, fine-tuned on the text or on what the dense model predicts, by all processes together."""
     config, prepared = job.config, job.prepared
-    examples = prepared.examples
-    if examples is None:
-        assert written is not None
-        examples = window_examples(written["recovery"], SELF_GENERATED, config.recovery)
+    examples = prepared.examples or window_examples((written or {})["recovery"], SELF_GENERATED, config.recovery)
     pruned = load_model(find_model(str(model)), "auto", config.device)
     # Of text that the model wrote itself there is nothing to learn but its predictions.
-    of_model = config.recover == SELF_GENERATED
-    teacher = None if config.recovery.learns_labels(examples.instructions, of_model) else prepared.dense
-    about = {"model": config.model, "data": config.recover, **config.recovery.model_dump(mode="json")}
+    learns_labels = config.recovery.learns_labels(examples.instructions, config.recover == SELF_GENERATED)
     try:
         with prepared.reporter.stage("recovering", total_steps(examples, config.recovery)) as advance:
             recover_into(
@@ -316,10 +335,10 @@ def make_recovered(job: Job, work: Path, plan: PruningPlan, model: Path, written
                 prepared.tokenizer,
                 examples,
                 config.recovery,
-                teacher,
-                about,
+                None if learns_labels else prepared.dense,
+                {"model": config.model, "data": config.recover, **config.recovery.model_dump(mode="json")},
                 work=work / "training",
-                record=_origin(job, plan),
+                origin=_origin(job, plan),
                 progress=advance,
             )
     except AdaPrunerError as error:
@@ -329,25 +348,39 @@ def make_recovered(job: Job, work: Path, plan: PruningPlan, model: Path, written
     return work / "model"
 
 
-# --- Evaluating ---
+# What each model that is evaluated is made from.
+_EVALUATED: dict[Role, tuple[Artifact[Any], ...]] = {
+    "dense": (),
+    "best_fixed": (statistics, search),
+    "searched": (model,),
+    "recovered": (recovered,),
+}
 
 
-def make_perplexity(role: Role, job: Job, work: Path, *inputs: Any) -> dict[str, Perplexity]:
+def _is_evaluated(role: Role, config: PruneConfig) -> bool:
+    return role != "recovered" or config.recover is not None
+
+
+def _has_tasks(role: Role, config: PruneConfig) -> bool:
+    return bool(config.tasks) and _is_evaluated(role, config)
+
+
+def _measure_perplexity(role: Role, job: Job, work: Path, *inputs: Any) -> dict[str, Perplexity]:
     """The perplexity of a model on every text of the report, by name."""
-    texts, model = job.prepared.report, _model_to_evaluate(job, role, inputs)
+    texts, evaluated = job.prepared.report, _model_to_evaluate(job, role, inputs)
     windows = sum(len(text.windows) for text in texts.values())
     with job.prepared.reporter.stage("evaluating", windows) as advance:
         return {
-            name: measure_perplexity(model, text.windows, name, advance, provenance=text.provenance)
+            name: measure_perplexity(evaluated, text.windows, name, advance, provenance=text.provenance)
             for name, text in texts.items()
         }
 
 
-def make_scores(role: Role, job: Job, work: Path, *inputs: Any) -> dict[str, TaskScore]:
+def _measure_tasks(role: Role, job: Job, work: Path, *inputs: Any) -> dict[str, TaskScore]:
     """The scores of a model in every task, by name."""
-    tasks, model = job.prepared.tasks, in_fastest_dtype(_model_to_evaluate(job, role, inputs))
+    tasks, evaluated = job.prepared.tasks, in_fastest_dtype(_model_to_evaluate(job, role, inputs))
     with job.prepared.reporter.stage("running tasks", len(tasks)) as advance:
-        return {score.task: score for score in measure_tasks(model, job.prepared.tokenizer, tasks, advance)}
+        return {score.task: score for score in measure_tasks(evaluated, job.prepared.tokenizer, tasks, advance)}
 
 
 def _model_to_evaluate(job: Job, role: Role, inputs: tuple[Any, ...]) -> PreTrainedModel:
@@ -356,12 +389,45 @@ def _model_to_evaluate(job: Job, role: Role, inputs: tuple[Any, ...]) -> PreTrai
         return prepared.dense
     if role == "best_fixed":
         # As that metric is used elsewhere: without compensation, though its trial was compensated as all are.
-        statistics, search = inputs
-        return prune_model(prepared.dense, prepared.structure, plan_at_ratio(job, statistics, search.best_fixed))
+        return prune_model(prepared.dense, prepared.structure, plan_at_ratio(job, inputs[0], inputs[1].best_fixed))
     return load_model(find_model(str(inputs[0])), "auto", job.config.device, prepared.layer_wise)
 
 
-def make_result(
+perplexity: dict[Role, Artifact[dict[str, Perplexity]]] = {
+    role: artifact(
+        f"evaluation/perplexity-{role}.json",
+        _json(dict[str, Perplexity]),
+        inputs=inputs,
+        options="seq_len evaluate_windows" + (" ratio" if role == "best_fixed" else ""),
+        leaves="model precision report_texts",
+        check=lambda job: job.prepared.report,
+        is_wanted=partial(_is_evaluated, role),
+        is_result=False,
+    )(partial(_measure_perplexity, role))
+    for role, inputs in _EVALUATED.items()
+}
+scores: dict[Role, Artifact[dict[str, TaskScore]]] = {
+    role: artifact(
+        f"evaluation/tasks-{role}.json",
+        _json(dict[str, TaskScore]),
+        inputs=_EVALUATED[role],
+        options="tasks task_limit",
+        leaves="model precision pool_text objective_text recovery_text",
+        check=lambda job: job.prepared.tasks,
+        is_wanted=partial(_has_tasks, role),
+        is_result=False,
+    )(partial(_measure_tasks, role))
+    for role in _EVALUATED
+    if role != "best_fixed"
+}
+
+
+@artifact(
+    "result.json",
+    _json(RunResult),
+    inputs=(windows, search, plan, model, recovered, *perplexity.values(), *scores.values()),
+)
+def result(
     job: Job,
     work: Path,
     windows: Windows,
@@ -372,28 +438,23 @@ def make_result(
     *measured: dict[str, Any] | None,
 ) -> RunResult:
     """All numbers of a run; the model cards are written too, which show them."""
-    perplexities = dict(zip(PERPLEXITY, measured[: len(PERPLEXITY)], strict=True))
-    scores = dict(zip(SCORES, measured[len(PERPLEXITY) :], strict=True))
+    perplexities = dict(zip(perplexity, measured[: len(perplexity)], strict=True))
+    by_task = dict(zip(scores, measured[len(perplexity) :], strict=True))
     config_after = load_config(find_model(str(model)))
     after = build_structure(empty_model(config_after)).total_parameters
-    result = build_result(
-        config=job.config,
-        plan=plan,
-        search=search,
-        recovery=read_record(recovered) if recovered else None,
-        models=[
-            ModelNumbers(
-                role=role,
-                parameters=plan.total_parameters if role == "dense" else after,
-                perplexity=perplexities.get(role) or {},
-                tasks=scores.get(role) or {},
-            )
-            for role in TITLES
-            if role != "recovered" or recovered
-        ],
-        windows={use: len(each) for use, each in usable(job, windows).items()},
-        stages=job.prepared.reporter.finished_stages(),
-    )
+    numbers = [
+        ModelNumbers(
+            role=role,
+            parameters=plan.total_parameters if role == "dense" else after,
+            perplexity=perplexities[role] or {},
+            tasks=by_task.get(role) or {},
+        )
+        for role in TITLES
+        if _is_evaluated(role, job.config)
+    ]
+    counts = {use: len(each) for use, each in usable(job, windows).items()}
+    record = read_record(recovered) if recovered else None
+    result = build_result(job.config, plan, search, record, numbers, counts, job.prepared.reporter.finished_stages())
     folders: dict[Role, Path | None] = {"searched": model, "recovered": recovered}
     for role, folder in folders.items():
         if folder:
@@ -401,175 +462,64 @@ def make_result(
     return result
 
 
-# --- The artifacts ---
+@artifact("report.html", PAGE, inputs=(result,))
+def report(job: Job, work: Path, result: RunResult) -> str:
+    """The page that shows the run."""
+    return render_report(job.prepared.folder, job.config, result)
 
-
-def _write(path: Path, save: Callable[[Path], Any]) -> None:
-    """Writes a file of unfinished work, which may be resumed from when it exists."""
-    partial = path.with_suffix(".partial")
-    save(partial)
-    partial.rename(path)
-
-
-def _json(content: type[Any], **options: Any) -> dict[str, Any]:
-    """How an artifact is saved as JSON and loaded."""
-    adapter: TypeAdapter[Any] = TypeAdapter(content)
-    return {
-        "save": lambda value, path: path.write_bytes(adapter.dump_json(value, indent=2) + b"\n"),
-        "load": lambda path: adapter.validate_json(path.read_bytes()),
-    }
-
-
-_FOLDER: dict[str, Any] = {"save": shutil.move, "load": Path}
-_TENSORS: dict[str, Any] = {"save": save_file, "load": load_file}
-_SEARCHED = (
-    *("searched_ratio", "ratio_of", "samples", "objective_windows", "selection", "trials", "sampler", "search"),
-    *("alignment", "terms", "reduction", "space", "layout", "protect_first", "protect_last", "head_granularity"),
-    *("head_share", "round_to", "compensation", "seed"),
-)
-
-WINDOWS: Artifact[Windows] = Artifact(
-    "windows.safetensors",
-    make_windows,
-    **_TENSORS,
-    options=(
-        *("pool", "objective_windows", "final_windows", "compensation_windows", "seq_len", "seed"),
-        *("compensation", "space"),
-    ),
-    leaves=("model", "pool_text", "objective_text"),
-    check=lambda job: job.prepared.drawn,
-    is_result=False,
-)
-MOMENTS: Artifact[StoredMoments] = Artifact(
-    "moments",
-    make_moments,
-    save=lambda moments, path: shutil.move(moments.folder, path),
-    load=StoredMoments,
-    inputs=(WINDOWS,),
-    options=("head_granularity",),
-    leaves=("model", "precision", "left_out"),
-    is_wanted=needs_moments,
-    is_result=False,
-)
-STATISTICS: Artifact[Statistics] = Artifact(
-    "statistics.safetensors",
-    make_statistics,
-    save=lambda statistics, path: statistics.save(path),
-    load=Statistics.load,
-    inputs=(WINDOWS, MOMENTS),
-    options=("terms", "space", "head_granularity"),
-    leaves=("model", "precision", "left_out"),
-    is_result=False,
-    is_shared=True,
-)
-SEARCH: Artifact[SearchResult] = Artifact(
-    "search.json",
-    make_search,
-    **_json(SearchResult),
-    inputs=(WINDOWS, MOMENTS, STATISTICS),
-    options=_SEARCHED,
-    leaves=("model", "precision", "left_out", "terms"),
-    check=lambda job: (job.prepared.study("").check(), job.budget(job.searched_ratio)),
-    is_shared=True,
-)
-PLAN: Artifact[PruningPlan] = Artifact(
-    "plan.json",
-    make_plan,
-    save=lambda plan, path: plan.save(path),
-    load=PruningPlan.load,
-    inputs=(STATISTICS, SEARCH),
-    options=("ratio",),
-    check=lambda job: job.budget(job.ratio),
-)
-MODEL: Artifact[Path] = Artifact(
-    "model",
-    make_model,
-    **_FOLDER,
-    inputs=(WINDOWS, MOMENTS, PLAN),
-    options=("compensation", "sequential"),
-    leaves=("model", "precision", "left_out"),
-    check=lambda job: job.prepared.fits_sequentially,
-)
-TRAINING_WINDOWS: Artifact[Windows] = Artifact(
-    "recovery.safetensors",
-    make_training_windows,
-    **_TENSORS,
-    options=("recovery", "seed"),
-    leaves=("model",),
-    is_wanted=lambda config: config.recover == SELF_GENERATED,
-    is_result=False,
-)
-RECOVERED: Artifact[Path] = Artifact(
-    "recovered",
-    make_recovered,
-    **_FOLDER,
-    inputs=(PLAN, MODEL, TRAINING_WINDOWS),
-    options=("recover", "recovery"),
-    leaves=("model", "precision", "recovery_text"),
-    check=lambda job: job.prepared.examples,
-    is_wanted=lambda config: config.recover is not None,
-    is_shared=True,
-)
-# What each model that is evaluated is made from.
-_EVALUATED: dict[Role, tuple[Artifact[Any], ...]] = {
-    "dense": (),
-    "best_fixed": (STATISTICS, SEARCH),
-    "searched": (MODEL,),
-    "recovered": (RECOVERED,),
-}
-
-
-def _is_evaluated(config: PruneConfig, role: Role) -> bool:
-    return role != "recovered" or config.recover is not None
-
-
-PERPLEXITY: dict[Role, Artifact[dict[str, Perplexity]]] = {
-    role: Artifact(
-        f"evaluation/perplexity-{role}.json",
-        partial(make_perplexity, role),
-        **_json(dict[str, Perplexity]),
-        inputs=inputs,
-        options=("seq_len", "evaluate_windows", *(("ratio",) if role == "best_fixed" else ())),
-        leaves=("model", "precision", "report_texts"),
-        check=lambda job: job.prepared.report,
-        is_wanted=partial(_is_evaluated, role=role),
-        is_result=False,
-    )
-    for role, inputs in _EVALUATED.items()
-}
-SCORES: dict[Role, Artifact[dict[str, TaskScore]]] = {
-    role: Artifact(
-        f"evaluation/tasks-{role}.json",
-        partial(make_scores, role),
-        **_json(dict[str, TaskScore]),
-        inputs=inputs,
-        options=("tasks", "task_limit"),
-        leaves=("model", "precision", "pool_text", "objective_text", "recovery_text"),
-        check=lambda job: job.prepared.tasks,
-        is_wanted=lambda config, role=role: bool(config.tasks) and _is_evaluated(config, role),  # type: ignore[misc]
-        is_result=False,
-    )
-    for role, inputs in _EVALUATED.items()
-    if role != "best_fixed"
-}
-RESULT: Artifact[RunResult] = Artifact(
-    "result.json",
-    make_result,
-    **_json(RunResult),
-    inputs=(WINDOWS, SEARCH, PLAN, MODEL, RECOVERED, *PERPLEXITY.values(), *SCORES.values()),
-)
-REPORT: Artifact[str] = Artifact(
-    "report.html",
-    lambda job, work, result: render_report(job.prepared.folder, job.config),
-    save=lambda page, path: path.write_text(page, encoding="utf-8"),
-    load=lambda path: path.read_text(encoding="utf-8"),
-    inputs=(RESULT,),
-)
 
 # Every artifact stands behind its inputs.
 ARTIFACTS: tuple[Artifact[Any], ...] = (
-    *(WINDOWS, MOMENTS, STATISTICS, SEARCH, PLAN, MODEL, TRAINING_WINDOWS, RECOVERED),
-    *PERPLEXITY.values(),
-    *SCORES.values(),
-    *(RESULT, REPORT),
+    *(windows, moments, statistics, search, plan, model, training_windows, recovered),
+    *perplexity.values(),
+    *scores.values(),
+    *(result, report),
 )
+
+
+def usable(job: Job, windows: Windows) -> Windows:
+    """The windows without those on which the loss of the dense model is not finite."""
+    kept = dict(windows)
+    for use, numbers in job.prepared.left_out(job.keys).items():
+        mask = torch.ones(len(windows[use]), dtype=torch.bool)
+        mask[numbers] = False
+        kept[use] = windows[use][mask]
+    return kept
+
+
+def leave_out_broken_windows(job: Job, windows: Windows, error: NonFiniteError) -> None:
+    """Finds and notes the windows on which the loss of the dense model is not finite.
+
+    Args:
+        error: the reason to look.
+
+    Raises:
+        NonFiniteError: the same, where no window is to blame.
+        AdaPrunerError: the model is to blame, or too few windows are left.
+    """
+    fast, broken = in_fastest_dtype(job.prepared.dense), {}
+    for use in windows:
+        finite = torch.cat(list(losses_by_batch(fast, windows[use]))).isfinite()
+        numbers = [int(number) for number in torch.nonzero(~finite).flatten()]
+        at_least = {"pool": job.config.samples, "objective": 1, "compensation": 2}[use]
+        if 2 * len(numbers) > len(finite) or len(finite) - len(numbers) < at_least:
+            raise AdaPrunerError(
+                f"the loss of the model is not finite on {len(numbers)} of the {len(finite)} windows of the {use}: its"
+                " weights are broken or its dtype is too narrow: try `dtype` float32"
+            ) from None
+        if numbers:
+            broken[use] = numbers
+    if broken == job.prepared.left_out(job.keys):
+        raise error
+    for use, numbers in broken.items():
+        job.prepared.reporter.note(
+            f"left out, because the loss of the model on them is not finite: windows {numbers} of the {use}"
+        )
+    job.prepared.leave_out(job.keys, broken)
+
+
+def _write(path: Path, save: Callable[[Path], Any]) -> None:
+    """Writes a file of unfinished work, which is resumed from when it exists."""
+    unfinished = path.with_suffix(".partial")
+    save(unfinished)
+    unfinished.rename(path)

@@ -1,0 +1,279 @@
+"""A run as artifacts: what is loaded, what is rebuilt, and what is refused."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import adapruner
+from adapruner import AdaPrunerError
+from adapruner.artifacts import Record, are_as_written, stamps
+from adapruner.job import Preparation
+from adapruner.pipeline import prune_ratios
+from adapruner.processes import Process, this_process
+from adapruner.procedure import ARTIFACTS
+from adapruner.progress import Reporter
+from adapruner.run import RunFolder
+
+OPTIONS: dict[str, Any] = {
+    "ratio": 0.1,
+    "pool": 12,
+    "samples": 4,
+    "objective_windows": 6,
+    "seq_len": 16,
+    "trials": 9,
+    "protect_first": 1,
+    "protect_last": 1,
+    "round_to": 1,
+}
+
+
+@pytest.fixture
+def model(model_folder: Path, tmp_path: Path) -> Path:
+    shutil.copytree(model_folder, tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def text(text_file: Path, tmp_path: Path) -> Path:
+    shutil.copy(text_file, tmp_path / "text.txt")
+    return tmp_path / "text.txt"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, text_file: Path) -> adapruner.PruneResult:
+    output = tmp_path_factory.mktemp("runs") / "a"
+    return adapruner.prune(str(model_folder), output, calibration=str(text_file), **OPTIONS)
+
+
+@pytest.fixture
+def run(finished: adapruner.PruneResult, tmp_path: Path) -> Path:
+    """A copy of the finished run."""
+    shutil.copytree(finished.output, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def written(folder: Path) -> dict[str, int]:
+    """When each file was written, by its path."""
+    paths = (path for path in folder.rglob("*") if path.is_file() and path.name not in ("log.jsonl", ".lock"))
+    return {path.relative_to(folder).as_posix(): path.stat().st_mtime_ns for path in paths}
+
+
+def stop_behind(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Ends a run when an artifact is made."""
+    finish = RunFolder.finish
+
+    def then_stop(self: RunFolder, artifact: str, record: Record) -> None:
+        finish(self, artifact, record)
+        if artifact == name:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(RunFolder, "finish", then_stop)
+
+
+def test_a_changed_option_rebuilds_what_depends_on_it_and_nothing_else(
+    run: Path, model_folder: Path, text_file: Path
+) -> None:
+    before = written(run)
+    options = OPTIONS | {"calibration": str(text_file), "trials": 11}
+    with pytest.raises(AdaPrunerError, match=r"\(trials 9 → 11\): search.json, plan.json, .*report.html would be rebuilt"):
+        adapruner.prune(str(model_folder), run, **options)
+    assert written(run) == before
+    result = adapruner.prune(str(model_folder), run, overwrite=True, **options)
+    assert result.result.search.trials == 11
+    after = written(run)
+    kept = {name for name in before if name.startswith(("windows", "moments", "statistics", "evaluation/perplexity-d"))}
+    assert len(kept) > 8
+    assert all(after[name] == before[name] for name in kept)
+    assert after["search.json"] != before["search.json"]
+
+
+def test_an_option_that_decides_nothing_may_change(run: Path, model_folder: Path, text_file: Path) -> None:
+    before = written(run)
+    adapruner.prune(str(model_folder), run, calibration=str(text_file), device="cpu", **OPTIONS)
+    assert {name for name, moment in written(run).items() if moment != before.get(name)} == {"config.yaml"}
+
+
+def test_replaced_weights_are_noticed(
+    model: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = OPTIONS | {"calibration": str(text_file)}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_behind(patch, "statistics.safetensors")
+        adapruner.prune(str(model), tmp_path / "run", **options)
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.2.mlp.down_proj.weight"][3] += 1
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(AdaPrunerError, match=r"another model\): windows.safetensors, .*statistics.safetensors would be"):
+        adapruner.prune(str(model), tmp_path / "run", **options)
+    again = adapruner.prune(str(model), tmp_path / "run", overwrite=True, **options)
+    assert again.plan == adapruner.prune(str(model), tmp_path / "fresh", **options).plan
+
+
+def test_replaced_text_is_noticed(
+    model_folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = OPTIONS | {"calibration": str(text)}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_behind(patch, "statistics.safetensors")
+        adapruner.prune(str(model_folder), tmp_path / "run", **options)
+    paragraphs = text.read_text().split("\n\n")
+    text.write_text("\n\n".join(paragraphs[20:]))
+    with pytest.raises(AdaPrunerError, match=r"another content of .*text.txt@calibration"):
+        adapruner.prune(str(model_folder), tmp_path / "run", **options)
+
+
+def test_a_run_resumes_without_its_text(
+    finished: adapruner.PruneResult,
+    model_folder: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options = OPTIONS | {"calibration": str(text), "evaluate": ()}
+    monkeypatch.setattr("adapruner.texts.default_report", lambda *_: {}, raising=False)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_behind(patch, "windows.safetensors")
+        adapruner.prune(str(model_folder), tmp_path / "run", **options)
+    text.unlink()
+    # What was drawn is enough for the model; the report needs the text.
+    with pytest.raises(AdaPrunerError, match="text.txt"):
+        adapruner.prune(str(model_folder), tmp_path / "run", **options)
+    text.write_text("w1 w2")
+    with pytest.raises(AdaPrunerError, match="another content"):
+        adapruner.prune(str(model_folder), tmp_path / "run", **options)
+
+
+def test_a_folder_is_checked_again_once_it_is_locked(
+    model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two different commands start in one new folder: the slower one is refused."""
+    options = OPTIONS | {"calibration": str(text_file)}
+    locked = RunFolder.locked
+
+    @contextlib.contextmanager
+    def slowly(self: RunFolder) -> Iterator[None]:
+        monkeypatch.setattr(RunFolder, "locked", locked)
+        adapruner.prune(str(model_folder), tmp_path / "run", **options | {"ratio": 0.05})
+        with locked(self):
+            yield
+
+    monkeypatch.setattr(RunFolder, "locked", slowly)
+    with pytest.raises(AdaPrunerError, match=r"ratio 0.05 → 0.1"):
+        adapruner.prune(str(model_folder), tmp_path / "run", **options)
+    assert adapruner.prune(str(model_folder), tmp_path / "run", **options | {"ratio": 0.05}).plan.ratio < 0.06
+
+
+def test_the_lock_is_free_after_an_error(
+    model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunFolder(tmp_path / "run")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_behind(patch, "windows.safetensors")
+        adapruner.prune(str(model_folder), run.path, calibration=str(text_file), **OPTIONS)
+    assert not run.is_running()
+    with run.locked():
+        assert run.is_running()
+        with pytest.raises(AdaPrunerError, match="another command is running in"):
+            adapruner.prune(str(model_folder), run.path, calibration=str(text_file), **OPTIONS)
+
+
+def test_several_ratios_share_what_was_measured(
+    finished: adapruner.PruneResult,
+    run: Path,
+    model_folder: Path,
+    text_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr("adapruner.procedure.measure_in_parts")
+    monkeypatch.delattr("adapruner.procedure.measure_moments")
+    options = OPTIONS | {"calibration": str(text_file), "ratio": (0.05, 0.1)}
+    results = prune_ratios(str(model_folder), run, **options)
+    assert [result.result.config.ratio for result in results] == [(0.05,), (0.1,)]
+    assert [round(result.plan.ratio, 2) for result in results] == [0.05, 0.1]
+    assert all(result.result.search.ratio == result.result.config.ratio[0] for result in results)
+    # The ratio of the earlier run was not searched again.
+    assert results[1].result.search == finished.result.search
+    for result in results:
+        assert result.report.is_file()
+        assert adapruner.load(result.model_folder).num_parameters() > 0
+    with pytest.raises(AdaPrunerError, match="names 2 ratios"):
+        adapruner.prune(str(model_folder), run, **options)
+
+
+def test_relative_paths_mean_the_same_from_another_folder(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    first = adapruner.prune("model", "run", calibration="text.txt", **OPTIONS)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    # Another model of the same name.
+    shutil.copytree(model, elsewhere / "model")
+    tensors = {name: tensor + 0.1 for name, tensor in load_file(model / "model.safetensors").items()}
+    save_file(tensors, elsewhere / "model" / "model.safetensors", {"format": "pt"})
+    monkeypatch.chdir(elsewhere)
+    again = adapruner.plan_again("../run", "again", 0.1)
+    assert again.plan == first.plan
+    weights = [load_file(tmp_path / place / "model/model.safetensors") for place in ("run", "elsewhere/again")]
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+
+
+def test_free_memory_decides_no_number(
+    model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = adapruner.PruneConfig.from_options(model=str(model_folder), calibration=str(text_file), **OPTIONS)
+
+    def precision(free: int) -> Any:
+        monkeypatch.setattr("adapruner.memory.available_memory", lambda *_: free)
+        prepared = Preparation(config, RunFolder(tmp_path), None, Process(), Reporter())
+        return prepared.leaf("precision", {})
+
+    assert precision(1 << 40) == precision(1 << 30)
+    with pytest.raises(AdaPrunerError, match="[Mm]emory"):
+        precision(1000)
+
+
+def test_variables_that_are_left_in_a_shell_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert this_process() == Process()
+
+
+def test_every_artifact_stands_behind_its_inputs() -> None:
+    seen: set[str] = set()
+    for artifact in ARTIFACTS:
+        assert all(one.name in seen for one in artifact.inputs), artifact.name
+        seen.add(artifact.name)
+
+
+def test_files_are_known_by_their_content(tmp_path: Path) -> None:
+    small, large = tmp_path / "small.json", tmp_path / "large.safetensors"
+    small.write_text('{"a": 1}')
+    save_file({"a": torch.zeros(2 << 20)}, large)
+    files = stamps([small, large], tmp_path)
+    assert are_as_written(files, tmp_path)
+    small.write_text('{"a": 2}')
+    assert not are_as_written(files, tmp_path)
+    small.write_text('{"a": 1}')
+    os.truncate(large, large.stat().st_size - 4)
+    assert not are_as_written(files, tmp_path)
+    large.unlink()
+    assert not are_as_written(files, tmp_path)
+
+
+def test_a_result_of_another_version_is_rebuilt(run: Path, model_folder: Path, text_file: Path) -> None:
+    content = json.loads((run / "result.json").read_text())
+    (run / "result.json").write_text(json.dumps(content | {"schema_version": 2}))
+    result = adapruner.prune(str(model_folder), run, calibration=str(text_file), **OPTIONS)
+    assert result.result.schema_version == 3
