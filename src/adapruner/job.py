@@ -12,12 +12,13 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.calibration import (
     SELF_GENERATED,
+    EvaluationText,
     Part,
     Source,
     draw_windows,
+    evaluation_text,
     evenly_spaced,
     parse_source,
-    provenance,
     read_documents,
     text_windows,
 )
@@ -183,7 +184,7 @@ def prepare(
 def _report_texts(config: PruneConfig, used: set[tuple[str, Part]], tokenizer: Tokenizer) -> dict[str, EvaluationText]:
     """What perplexity is reported on, by name; of texts that are used already, their part for reports."""
     texts = {}
-    for source in map(parse_source, config.evaluate):
+    for source in (parse_source(text, "report") for text in config.evaluate):
         if source.identity in {identity for identity, _ in used}:
             source = source.restrict("report")
         _refuse_used_text(source, used, "report")
@@ -198,37 +199,12 @@ def _check_batch(config: PruneConfig) -> None:
         raise AdaPrunerError(f"--recovery.batch-size {size} cannot be divided among {processes} processes")
 
 
-@dataclass(frozen=True)
-class EvaluationText:
-    """Windows of a text, [windows, tokens], the tokens between their beginnings, and what the text is."""
-
-    windows: Tensor
-    stride: int
-    provenance: dict[str, str]
-
-
-def evaluation_text(
-    source: Source, tokenizer: Tokenizer, length: int, limit: int | None, stride: int | None = None
-) -> EvaluationText:
-    """Cuts a text into windows to measure perplexity on.
-
-    Args:
-        limit: at most so many windows, evenly spaced.
-        stride: tokens between the beginnings of windows; by default they do not overlap.
-    """
-    windows = evenly_spaced(text_windows(source, tokenizer, length, stride), limit)
-    name = Path(tokenizer.name_or_path).name or type(tokenizer).__name__
-    return EvaluationText(
-        windows, stride or length, provenance(source) | {"tokenizer": f"{name}, {len(tokenizer):,} tokens"}
-    )
-
-
 def _recovery_source(config: PruneConfig, used: set[tuple[str, Part]]) -> Source | None:
     """The text that the model is trained on; where it is also that of something else, its part to calibrate on."""
     if config.recover in (None, SELF_GENERATED):
         return None
     source = parse_source(str(config.recover))
-    others = {identity for identity, _ in used} | {parse_source(text).identity for text in config.evaluate}
+    others = {identity for identity, _ in used} | {parse_source(text, "report").identity for text in config.evaluate}
     return source.restrict("calibration") if source.identity in others else source
 
 
