@@ -20,6 +20,7 @@ from adapruner.paths import given_path
 
 Part = Literal["all", "calibration", "objective", "report"]
 Purpose = Literal["train", "report"]
+Lines = Literal["keep", "strip", "paragraphs"]
 
 SELF_GENERATED = "self"
 
@@ -85,7 +86,7 @@ class KnownSource(_Entry):
     split: str | _Splits
     columns: tuple[str, ...]
     local: dict[str, str] = {}
-    lines: Literal["keep", "strip"] = "strip"
+    lines: Lines = "strip"
     limit: int | None = None
 
     def default_split(self, purpose: Purpose) -> str:
@@ -100,7 +101,8 @@ class Place:
         path: the local file or folder; None where it is read from the Hub.
         hub: None for a dataset that is only local.
         columns: empty where the usual ones are taken.
-        lines: what the documents of a plain text file are; `paragraphs` are separated by empty lines.
+        lines: what the documents of a plain text file are: lines with or without their ends, or paragraphs between
+            empty lines.
         limit: at most so many rows.
     """
 
@@ -109,7 +111,7 @@ class Place:
     hub: HubData | None
     split: str = ""
     columns: tuple[str, ...] = ()
-    lines: Literal["keep", "strip", "paragraphs"] = "paragraphs"
+    lines: Lines = "paragraphs"
     limit: int | None = None
 
 
