@@ -148,7 +148,9 @@ def main(
     location = find_model("smollm2")
     tokenizer = load_tokenizer(location)
     dense = load_model(location)
-    reports = {text: evenly_spaced(text_windows(parse_source(text), tokenizer, 128), windows) for text in texts}
+    reports = {
+        text: evenly_spaced(text_windows(parse_source(text, "report"), tokenizer, 128), windows) for text in texts
+    }
     structure = build_structure(dense)
     comparison = Comparison(output, seeds, sequential_seeds, trials, objective_windows, dense, structure, reports)
     comparison.report(None, 0.0, "dense", lambda: dense)

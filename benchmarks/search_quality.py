@@ -70,7 +70,7 @@ def main(
     evaluated = in_fastest_dtype(dense)
     reports = {}
     for text in texts:
-        found = text_windows(parse_source(text), tokenizer, 128)
+        found = text_windows(parse_source(text, "report"), tokenizer, 128)
         reports[text] = found[torch.arange(windows) * len(found) // windows] if windows < len(found) else found
 
     def report(seed: int | None, name: str, plan: PruningPlan | None) -> None:

@@ -65,7 +65,9 @@ def main(
     objective = load_file(folder.windows)["objective"][: config.objective_windows]
     compensation = Compensation("least-squares", StoredMoments(folder.moments))
     references = log_probabilities(model, objective)
-    reports = {text: evenly_spaced(text_windows(parse_source(text), tokenizer, 128), windows) for text in texts}
+    reports = {
+        text: evenly_spaced(text_windows(parse_source(text, "report"), tokenizer, 128), windows) for text in texts
+    }
     dense = {text: float(window_losses(model, part).mean()) for text, part in reports.items()}
 
     def judged(by: Objective) -> Tensor:

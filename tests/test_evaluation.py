@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import statistics
 from pathlib import Path
 
@@ -14,10 +15,12 @@ from transformers import PreTrainedModel
 
 from adapruner import AdaPrunerError, verbs
 from adapruner.cli import app
+from adapruner.config import PruneConfig
 from adapruner.evaluation import _perplexity, count_macs, measure_perplexity, measure_speed, window_losses
 from adapruner.planning import make_plan
 from adapruner.structure import build_structure
 from adapruner.surgery import prune_model
+from adapruner.texts import assign_texts
 
 
 def test_equals_the_loss_of_transformers(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,6 +57,14 @@ def test_overlapping_windows_predict_every_token_once(model: PreTrainedModel, st
     assert result.predicted_tokens == len(expected)
     assert math.isclose(result.perplexity, math.exp(sum(expected) / len(expected)), rel_tol=1e-4)
     assert f"windows of 12 tokens every {stride} tokens" in result.protocol
+
+
+def test_a_loss_too_large_for_a_perplexity_is_infinite(model: PreTrainedModel) -> None:
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(1e5)
+    windows = torch.randint(3, 96, (3, 12), generator=torch.Generator().manual_seed(0))
+    assert window_losses(model, windows).mean() > 709.8
+    assert measure_perplexity(model, windows, "a").perplexity == math.inf
 
 
 def test_provenance_is_part_of_the_protocol(model: PreTrainedModel) -> None:
@@ -130,7 +141,7 @@ def test_a_protocol_says_texts_and_windows(model_folder: Path, tmp_path: Path, m
     monkeypatch.setenv("ADAPRUNER_DATA", str(tmp_path))
     # Asked for nothing: the protocol of LLM-Pruner.
     for results in (verbs.evaluate(model_folder, protocol="llm-pruner"), verbs.evaluate(model_folder)):
-        assert [(one.text, one.window_length, one.windows) for one in results.perplexity] == [
+        assert [(one.text, one.seq_len, one.windows) for one in results.perplexity] == [
             ("wikitext2:test", 128, 2),
             ("ptb:validation", 128, 4),
         ]
@@ -140,3 +151,25 @@ def test_a_protocol_says_texts_and_windows(model_folder: Path, tmp_path: Path, m
         verbs.evaluate(model_folder, protocol="2048")
     with pytest.raises(AdaPrunerError, match="unknown protocol 'wanda'; the protocols are llm-pruner, 2048"):
         verbs.evaluate(model_folder, protocol="wanda")
+
+
+def test_what_a_checkpoint_was_calibrated_on_is_said(
+    model_folder: Path, tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = assign_texts(PruneConfig(model="m", calibration=str(text_file), recover="ptb"))
+    folder = shutil.copytree(model_folder, tmp_path / "pruned")
+    (folder / "adapruner.json").write_text(json.dumps({"texts": texts.as_records()}))
+    copy = shutil.copy(text_file, tmp_path / "copy.txt")
+    arguments = ["evaluate", str(folder), "--seq-len", "16", "--limit", "2", "--json"]
+    for text, expected in {
+        f"{copy}": ["calibrated on text.txt@calibration", "selected on text.txt@objective"],
+        f"{text_file}@calibration": ["calibrated on text.txt@calibration"],
+        f"{text_file}@report": [],
+    }.items():
+        app([*arguments, "--perplexity", text], exit_on_error=False, result_action="return_value")
+        captured = capsys.readouterr()
+        assert json.loads(captured.out)["overlaps"] == [
+            f"the checkpoint was {use}, which shares documents with {text}: its perplexity there is too good"
+            for use in expected
+        ]
+        assert captured.err.count("adapruner: the checkpoint was") == len(expected)

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from tokenizers import Tokenizer, processors
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
@@ -89,6 +90,20 @@ def test_of_instructions_the_answer_alone_is_learnt(tokenizer: PreTrainedTokeniz
     assert "w1 w2" in with_input
     assert "w3" in with_input
     assert "w3" not in by_answer["w7 </s>"]
+
+
+def test_a_tokenizer_that_ends_every_text_does_not_end_the_prompt(tokenizer: PreTrainedTokenizerFast) -> None:
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", tokenizer.bos_token_id), ("</s>", tokenizer.eos_token_id)]
+    )
+    ending = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    records: list[dict[str, str | None]] = [{"instruction": f"w{number}", "output": "w3 w4"} for number in range(5)]
+    made = instruction_examples(records, "data", ending, RecoveryOptions(seq_len=256))
+    for example in [*made.training, *made.validation]:
+        assert example["input_ids"][0] == ending.bos_token_id
+        assert example["input_ids"].count(ending.eos_token_id) == 1
+        assert [label for label in example["labels"] if label >= 0] == ending("w3 w4").input_ids[1:]
 
 
 def test_long_instructions_are_cut_off_and_empty_answers_skipped(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -118,7 +118,7 @@ def uses_of(folder: Path, text: Path) -> dict[str, Callable[[], Any]]:
     return {
         "load": lambda: adapruner.load(folder),
         "load layer by layer": lambda: load_model(find_model(str(folder)), layer_wise=True),
-        "evaluate": lambda: adapruner.evaluate(folder, [str(text)], window_length=16, limit=2),
+        "evaluate": lambda: adapruner.evaluate(folder, [str(text)], seq_len=16, limit=2),
         "export": lambda: adapruner.export(folder, "stock", folder.parent / "stock"),
         "benchmark": lambda: adapruner.benchmark(folder, None, (1,), 4, 2, 1),
         "recover": lambda: adapruner.recover(folder, str(text), folder.parent / "recovered", seq_len=16, steps=1),

@@ -46,6 +46,8 @@ BROKEN: dict[str, tuple[str, bytes]] = {
     "jsonl in utf-16": ("a.jsonl", '{"text": "w1"}\n'.encode("utf-16")),
     "jsonl of endless nesting": ("a.jsonl", b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n"),
     "jsonl of long numbers": ("a.jsonl", b'{"text": ' + b"9" * 10_000 + b"}\n"),
+    "jsonl with half a character": ("a.jsonl", b'{"text": "w1 \\ud800"}\n' * 100),
+    "jsonl with half a character in names": ("a.jsonl", b'{"a \\ud800": "w1", "b": "w2"}\n' * 100),
     "binary jsonl": ("a.jsonl", bytes(range(256)) * 10),
     "an empty parquet": ("a.parquet", b""),
     "a parquet of text": ("a.parquet", b"w1 w2 w3\n" * 100),

@@ -1,26 +1,32 @@
 """Text to calibrate on: sources, their disjoint parts, and windows of tokens."""
 
-from adapruner.calibration._pool import draw_windows, evenly_spaced, generate_windows, text_windows
-from adapruner.calibration._sources import (
-    SELF_GENERATED,
-    Part,
-    Source,
-    parse_source,
-    provenance,
-    read_documents,
-    read_records,
+from adapruner.calibration._pool import (
+    EvaluationText,
+    draw_windows,
+    evaluation_text,
+    evenly_spaced,
+    generate_windows,
+    text_windows,
 )
+from adapruner.calibration._reading import content_hash, fingerprint, provenance, read_documents, read_records
+from adapruner.calibration._sources import SELF_GENERATED, Part, Purpose, Source, parse_source, register_sources
 
 __all__ = [
     "SELF_GENERATED",
+    "EvaluationText",
     "Part",
+    "Purpose",
     "Source",
+    "content_hash",
     "draw_windows",
+    "evaluation_text",
     "evenly_spaced",
+    "fingerprint",
     "generate_windows",
     "parse_source",
     "provenance",
     "read_documents",
     "read_records",
+    "register_sources",
     "text_windows",
 ]

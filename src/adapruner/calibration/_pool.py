@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,12 +14,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from adapruner.calibration._sources import Source, read_documents
+from adapruner.calibration._reading import provenance, read_documents
+from adapruner.calibration._sources import Source
 from adapruner.errors import AdaPrunerError
 
 
 def draw_windows(
-    source: Source, tokenizer: Tokenizer, count: int, length: int, seed: int, at_least: int | None = None
+    source: Source, tokenizer: Tokenizer, count: int, seq_len: int, seed: int, at_least: int | None = None
 ) -> Tensor:
     """Draws windows from the beginnings of documents in random order; documents shorter than a window are dropped.
 
@@ -25,7 +30,7 @@ def draw_windows(
         at_least: fewer windows than `count` will do, but not fewer than this; by default `count`.
 
     Returns:
-        [count, length], int64; the same for the same seed.
+        [count, seq_len], int64; the same for the same seed.
 
     Raises:
         AdaPrunerError: the source is too short, with the numbers.
@@ -38,25 +43,25 @@ def draw_windows(
         if len(windows) == count:
             break
         tokens = tokenizer(document, verbose=False).input_ids
-        if len(tokens) >= length:
-            windows.append(tokens[:length])
-            rests.append(tokens[length:])
+        if len(tokens) >= seq_len:
+            windows.append(tokens[:seq_len])
+            rests.append(tokens[seq_len:])
     long_documents = len(windows)
     while len(windows) < count and rests:
-        rests = [rest for rest in rests if len(rest) >= length]
-        windows += [rest[:length] for rest in rests]
-        rests = [rest[length:] for rest in rests]
+        rests = [rest for rest in rests if len(rest) >= seq_len]
+        windows += [rest[:seq_len] for rest in rests]
+        rests = [rest[seq_len:] for rest in rests]
     needed = count if at_least is None else at_least
     if len(windows) < needed:
         raise AdaPrunerError(
-            f"the text is too short: {long_documents} of {len(documents)} documents in {source} have at least {length}"
-            f" tokens and give {len(windows)} windows, {needed} are needed; give more text, or lower --seq-len or the"
-            " number of windows (--pool, --objective-windows)"
+            f"the text is too short: {long_documents} of {len(documents)} documents in {source} have at least {seq_len}"
+            f" tokens and give {len(windows)} windows, {needed} are needed; give more text, or lower `seq_len` or the"
+            " number of windows (`pool`, `objective_windows`)"
         )
     return torch.tensor(windows[:count])
 
 
-def text_windows(source: Source, tokenizer: Tokenizer, length: int, stride: int | None = None) -> Tensor:
+def text_windows(source: Source, tokenizer: Tokenizer, seq_len: int, stride: int | None = None) -> Tensor:
     """Cuts the running text of a source into windows; the tail is dropped.
 
     The protocol of LLM-Pruner (arXiv 2305.11627): documents joined by an empty line, tokenized at once.
@@ -65,15 +70,15 @@ def text_windows(source: Source, tokenizer: Tokenizer, length: int, stride: int 
         stride: tokens between the beginnings of windows; by default the windows do not overlap.
 
     Returns:
-        [windows, length], int64.
+        [windows, seq_len], int64.
 
     Raises:
         AdaPrunerError: the text is shorter than one window.
     """
     tokens: Tensor = tokenizer("\n\n".join(read_documents(source)), return_tensors="pt", verbose=False).input_ids[0]
-    if len(tokens) < length:
-        raise AdaPrunerError(f"{source} has {len(tokens)} tokens, less than one window of {length}")
-    return tokens.unfold(0, length, stride or length).clone()
+    if len(tokens) < seq_len:
+        raise AdaPrunerError(f"{source} has {len(tokens)} tokens, less than one window of {seq_len}")
+    return tokens.unfold(0, seq_len, stride or seq_len).clone()
 
 
 def evenly_spaced(windows: Tensor, limit: int | None) -> Tensor:
@@ -83,12 +88,43 @@ def evenly_spaced(windows: Tensor, limit: int | None) -> Tensor:
     return windows[torch.arange(limit) * len(windows) // limit]
 
 
-def generate_windows(model: PreTrainedModel, count: int, length: int, seed: int, batch_size: int = 16) -> Tensor:
+@dataclass(frozen=True)
+class EvaluationText:
+    """A dataset to measure perplexity on.
+
+    Attributes:
+        windows: [windows, seq_len], int64.
+        stride: tokens between the beginnings of windows.
+        provenance: dataset, split, revision and tokenizer.
+    """
+
+    windows: Tensor
+    stride: int
+    provenance: dict[str, str]
+
+
+def evaluation_text(
+    source: Source, tokenizer: Tokenizer, seq_len: int, limit: int | None, stride: int | None = None
+) -> EvaluationText:
+    """Cuts a dataset into windows to measure perplexity on.
+
+    Args:
+        limit: at most so many windows, evenly spaced.
+        stride: tokens between the beginnings of windows; by default they do not overlap.
+    """
+    windows = evenly_spaced(text_windows(source, tokenizer, seq_len, stride), limit)
+    name = Path(tokenizer.name_or_path).name or type(tokenizer).__name__
+    return EvaluationText(
+        windows, stride or seq_len, provenance(source) | {"tokenizer": f"{name}, {len(tokenizer):,} tokens"}
+    )
+
+
+def generate_windows(model: PreTrainedModel, count: int, seq_len: int, seed: int, batch_size: int = 16) -> Tensor:
     """Lets the model write the text itself, sampling at temperature 1 from its start token (as LLM-QAT does, arXiv
     2305.17888).
 
     Returns:
-        [count, length], int64; the same for the same seed on the same machine.
+        [count, seq_len], int64; the same for the same seed on the same machine.
     """
     settings = model.generation_config
     ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
@@ -97,8 +133,7 @@ def generate_windows(model: PreTrainedModel, count: int, length: int, seed: int,
         raise AdaPrunerError("the model names neither a start nor an end token: it cannot generate text by itself")
     generate: Any = model.generate
     windows = []
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with _seeded(model.device, seed):
         for first in range(0, count, batch_size):
             prompt = torch.full((min(batch_size, count - first), 1), start, device=model.device)
             windows.append(
@@ -110,9 +145,22 @@ def generate_windows(model: PreTrainedModel, count: int, length: int, seed: int,
                     top_k=0,
                     top_p=1.0,
                     repetition_penalty=1.0,
-                    min_new_tokens=length - 1,
-                    max_new_tokens=length - 1,
+                    min_new_tokens=seq_len - 1,
+                    max_new_tokens=seq_len - 1,
                     pad_token_id=start,
                 ).cpu()
             )
     return torch.cat(windows)
+
+
+@contextlib.contextmanager
+def _seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """Seeds the generators that sampling on a device draws from; afterwards they are as before. Others are untouched,
+    which torch.manual_seed would seed too."""
+    gpus = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(gpus):
+        torch.default_generator.manual_seed(seed)
+        for gpu in gpus:
+            with torch.cuda.device(gpu):
+                torch.cuda.manual_seed(seed)
+        yield

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from adapruner import verbs
 from adapruner.cli._numbers import WholeNumber
-from adapruner.cli._output import plain_console, print_json
+from adapruner.cli._output import plain_console, print_advice, print_json
 from adapruner.config import Dtype
 
 
@@ -34,26 +34,27 @@ def evaluate(
     model:
         Hub id, model folder, .gguf file, or smollm2.
     perplexity:
-        Text to evaluate on; may be repeated.
+        Dataset to evaluate on; may be repeated.
     protocol:
-        Perplexity as others report it. llm-pruner: WikiText2 test and PTB validation, 128 tokens; taken where nothing
-        else is asked for. 2048: WikiText2 test, 2048 tokens.
+        Perplexity as others report it. llm-pruner: WikiText2 test and PTB validation, 128 tokens; the default if no
+        dataset and no task is named. 2048: WikiText2 test, 2048 tokens.
     seq_len:
-        Tokens per window of the texts to evaluate on.
+        Tokens per window of these datasets.
     stride:
         Tokens between the beginnings of these windows; by default they do not overlap.
     tasks:
         Tasks of lm-eval, separated by commas or repeated; commonsense is the seven of the paper.
     limit:
-        Take only so many windows of each text and items of each task, evenly spaced.
+        Take only so many windows of each dataset and items of each task, evenly spaced.
     dtype:
         auto, float32, bfloat16 or float16.
     device:
         auto, cpu, cuda, …
     json:
-        Print JSON on stdout instead of the tables.
+        Print JSON to stdout instead of tables.
     """
     result = verbs.evaluate(model, perplexity, protocol, seq_len, stride, tasks, limit, dtype, device)
+    print_advice(result.overlaps)
     if json:
         print_json(
             {
@@ -61,6 +62,7 @@ def evaluate(
                 "perplexity": [one.as_json() for one in result.perplexity],
                 "tasks": [score.as_json() for score in result.tasks],
                 "task_means": result.mean_accuracies,
+                "overlaps": result.overlaps,
             }
         )
         return

@@ -24,7 +24,7 @@ class PerplexityProtocol:
     """Texts and window length that results are reported with."""
 
     texts: tuple[str, ...]
-    window_length: int
+    seq_len: int
 
 
 # LLM-Pruner (arXiv 2305.11627) and the paper; SparseGPT, Wanda, FLAP, SliceGPT.
@@ -41,7 +41,7 @@ class Perplexity:
     Attributes:
         perplexity: exp of the mean negative log-likelihood over all predicted tokens.
         text: the source and the part of it.
-        window_length: tokens per window; the first token of a window is not predicted.
+        seq_len: tokens per window; the first token of a window is not predicted.
         windows: how many windows.
         stride: tokens from the beginning of a window to that of the next. Where windows overlap, all but the last
             `stride` tokens of a window are context only, except in the first window.
@@ -54,7 +54,7 @@ class Perplexity:
 
     perplexity: float
     text: str
-    window_length: int
+    seq_len: int
     windows: int
     stride: int
     provenance: dict[str, str] = field(default_factory=dict)
@@ -62,17 +62,17 @@ class Perplexity:
 
     @property
     def predicted_tokens(self) -> int:
-        if self.stride == self.window_length:
-            return self.windows * (self.window_length - 1)
-        return self.window_length - 1 + (self.windows - 1) * self.stride
+        if self.stride == self.seq_len:
+            return self.windows * (self.seq_len - 1)
+        return self.seq_len - 1 + (self.windows - 1) * self.stride
 
     @property
     def protocol(self) -> str:
         """One line that says how the number came about."""
-        overlap = "without overlap" if self.stride == self.window_length else f"every {self.stride} tokens"
+        overlap = "without overlap" if self.stride == self.seq_len else f"every {self.stride} tokens"
         origin = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in self.provenance.items())
         return (
-            f"{self.text}: {self.windows} windows of {self.window_length} tokens {overlap}, mean over"
+            f"{self.text}: {self.windows} windows of {self.seq_len} tokens {overlap}, mean over"
             f" {self.predicted_tokens:,} predicted tokens{f' ({origin})' if origin else ''}"
         )
 
@@ -97,21 +97,25 @@ def measure_perplexity(
         stride: tokens between the beginnings of windows; by default they do not overlap.
         provenance: for the protocol, see `Perplexity`.
     """
-    length = windows.shape[1]
-    stride = length if stride is None else stride
+    seq_len = windows.shape[1]
+    stride = seq_len if stride is None else stride
     standard_error = None
-    if stride == length:
+    if stride == seq_len:
         losses = window_losses(model, windows, progress)
         mean = losses.mean()
         if len(losses) > 1:
             standard_error = float(losses.std() / math.sqrt(len(losses)))
     else:
         first, others = window_losses(model, windows[:1], progress), windows[1:]
-        total = first.sum() * (length - 1)
+        total = first.sum() * (seq_len - 1)
         if len(others):
-            total += window_losses(model, others, progress, context=length - stride).sum() * stride
-        mean = total / (length - 1 + len(others) * stride)
-    return Perplexity(math.exp(mean), text, length, len(windows), stride, provenance or {}, standard_error)
+            total += window_losses(model, others, progress, context=seq_len - stride).sum() * stride
+        mean = total / (seq_len - 1 + len(others) * stride)
+    try:
+        perplexity = math.exp(mean)
+    except OverflowError:
+        perplexity = math.inf
+    return Perplexity(perplexity, text, seq_len, len(windows), stride, provenance or {}, standard_error)
 
 
 def window_losses(

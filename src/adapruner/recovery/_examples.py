@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from transformers import BatchEncoding
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.calibration import Source, evenly_spaced, read_records, text_windows
@@ -106,7 +107,7 @@ def instruction_examples(
     return Examples(examples[:-kept_back], examples[-kept_back:], instructions=True, skipped=skipped)
 
 
-def _instruction_example(record: dict[str, Any], tokenizer: Tokenizer, length: int) -> Example | None:
+def _instruction_example(record: dict[str, Any], tokenizer: Tokenizer, seq_len: int) -> Example | None:
     """None where nothing of an answer is left to learn."""
     given = (record.get("input") or "").strip()
     prompt = _PROMPT.format(
@@ -117,13 +118,21 @@ def _instruction_example(record: dict[str, Any], tokenizer: Tokenizer, length: i
     answer = record["output"].strip()
     if not answer:
         return None
-    of_prompt = tokenizer(prompt, verbose=False).input_ids
+    of_prompt = _without_end(tokenizer(prompt, return_special_tokens_mask=True, verbose=False))
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     tokens = [*of_prompt, *tokenizer(answer, add_special_tokens=False, verbose=False).input_ids, *end]
     labels = [IGNORED] * len(of_prompt) + tokens[len(of_prompt) :]
-    if len(of_prompt) >= length:
+    if len(of_prompt) >= seq_len:
         return None
-    return {"input_ids": tokens[:length], "labels": labels[:length]}
+    return {"input_ids": tokens[:seq_len], "labels": labels[:seq_len]}
+
+
+def _without_end(encoding: BatchEncoding) -> list[int]:
+    """The tokens of a prompt, without those that some tokenizers end every text with."""
+    tokens: list[int] = encoding.input_ids
+    while tokens and encoding.special_tokens_mask[len(tokens) - 1]:
+        tokens = tokens[:-1]
+    return tokens
 
 
 def _validation_count(examples: int, name: str, options: RecoveryOptions) -> int:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from adapruner.calibration import parse_source
+from adapruner.calibration import EvaluationText, Source, evaluation_text, parse_source
 from adapruner.config import Dtype
 from adapruner.errors import AdaPrunerError
 from adapruner.evaluation import (
@@ -21,8 +24,8 @@ from adapruner.evaluation import (
     measure_perplexity,
     measure_tasks,
 )
-from adapruner.job import EvaluationText, evaluation_text
 from adapruner.models import (
+    ModelLocation,
     check_length,
     check_tokens,
     find_model,
@@ -32,14 +35,20 @@ from adapruner.models import (
     resolve_device,
 )
 from adapruner.progress import Reporter
+from adapruner.texts import overlaps
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model scores, each number with its protocol."""
+    """What a model scores, each number with its protocol.
+
+    Attributes:
+        overlaps: a sentence for each use of an evaluated text by which the model was pruned or trained.
+    """
 
     perplexity: list[Perplexity]
     tasks: list[TaskScore]
+    overlaps: list[str] = field(default_factory=list)
 
     @property
     def mean_accuracies(self) -> dict[str, float]:
@@ -51,7 +60,7 @@ def evaluate(
     model: str | Path,
     perplexity: Sequence[str] = (),
     protocol: str | None = None,
-    window_length: int = 128,
+    seq_len: int = 128,
     stride: int | None = None,
     tasks: Sequence[str] = (),
     limit: int | None = None,
@@ -62,59 +71,87 @@ def evaluate(
 
     Args:
         model: as for `load`.
-        perplexity: text sources.
-        protocol: texts and window length as others report them: `llm-pruner` (WikiText2 test and PTB validation, 128
-            tokens; where nothing at all is asked for) or `2048` (WikiText2 test, 2048 tokens).
-        window_length: tokens per window of the texts in `perplexity`.
+        perplexity: datasets.
+        protocol: datasets and window length as others report them: `llm-pruner` (WikiText2 test and PTB validation, 128
+            tokens; the default if no dataset and no task is named) or `2048` (WikiText2 test, 2048 tokens).
+        seq_len: tokens per window of the texts in `perplexity`.
         stride: tokens between the beginnings of these windows; by default they do not overlap.
         tasks: of lm-eval; `commonsense` is the seven of the paper.
-        limit: take only so many windows of each text and items of each task, evenly spaced.
+        limit: take only so many windows of each dataset and items of each task, evenly spaced.
 
     Raises:
         AdaPrunerError: an option, the model, a text or a task will not do; before the weights are loaded.
     """
-    if window_length < 2 or (limit is not None and limit < 1):
-        raise AdaPrunerError(f"windows need at least 2 tokens and a limit at least 1, not {window_length} and {limit}")
-    if stride is not None and not 1 <= stride <= window_length:
-        raise AdaPrunerError(f"a stride of {stride} leaves out text or goes nowhere: choose 1 to {window_length}")
+    _refuse_bad_windows(seq_len, stride, limit)
     if protocol is None and not perplexity and not tasks:
         protocol = "llm-pruner"
     resolve_device(device)
     location = find_model(str(model))
-    config = load_config(location)
     tokenizer = load_tokenizer(location)
     texts = _texts_of_protocol(protocol, tokenizer, limit) if protocol else {}
-    for source in map(parse_source, perplexity):
-        texts[str(source)] = evaluation_text(source, tokenizer, window_length, limit, stride)
-    for text in texts.values():
-        check_length(config, text.windows.shape[1])
-        check_tokens(config, int(text.windows.max()))
+    for source in (parse_source(text, "report") for text in perplexity):
+        texts[source] = evaluation_text(source, tokenizer, seq_len, limit, stride)
+    _check_windows(location, texts)
     to_run = load_tasks(tasks, limit) if tasks else None
+    known_uses = _describe_overlaps(location, list(texts))
     reporter = Reporter()
     with reporter.stage("loading", 1) as advance:
         loaded = load_model(location, dtype, device)
         advance()
-    perplexities, scores = [], []
-    if texts:
-        with reporter.stage("evaluating", sum(len(text.windows) for text in texts.values())) as advance:
-            for name, text in texts.items():
-                perplexities.append(
-                    measure_perplexity(loaded, text.windows, name, advance, text.stride, text.provenance)
-                )
-    if any(math.isnan(one.perplexity) for one in perplexities):
-        raise AdaPrunerError(
-            f"what {str(model)!r} computes are no numbers: its weights are broken, or {loaded.dtype} is too narrow"
-        )
+    perplexities = _measure_texts(loaded, texts, reporter) if texts else []
+    scores = []
     if to_run:
         with reporter.stage("running tasks", len(to_run)) as advance:
             scores = measure_tasks(loaded, tokenizer, to_run, advance)
-    return Evaluation(perplexities, scores)
+    return Evaluation(perplexities, scores, known_uses)
 
 
-def _texts_of_protocol(name: str, tokenizer: Tokenizer, limit: int | None) -> dict[str, EvaluationText]:
+def _refuse_bad_windows(seq_len: int, stride: int | None, limit: int | None) -> None:
+    if seq_len < 2:
+        raise AdaPrunerError(f"`seq_len` {seq_len} is too short: windows need at least 2 tokens")
+    if limit is not None and limit < 1:
+        raise AdaPrunerError(f"`limit` {limit} leaves nothing to evaluate: choose at least 1")
+    if stride is not None and not 1 <= stride <= seq_len:
+        raise AdaPrunerError(f"`stride` {stride} skips text or does not advance: choose 1 to {seq_len}")
+
+
+def _texts_of_protocol(name: str, tokenizer: Tokenizer, limit: int | None) -> dict[Source, EvaluationText]:
     if name not in PROTOCOLS:
         raise AdaPrunerError(f"unknown protocol {name!r}; the protocols are {', '.join(PROTOCOLS)}")
-    return {
-        text: evaluation_text(parse_source(text), tokenizer, PROTOCOLS[name].window_length, limit)
-        for text in PROTOCOLS[name].texts
-    }
+    sources = [parse_source(text, "report") for text in PROTOCOLS[name].texts]
+    return {source: evaluation_text(source, tokenizer, PROTOCOLS[name].seq_len, limit) for source in sources}
+
+
+def _check_windows(location: ModelLocation, texts: dict[Source, EvaluationText]) -> None:
+    config = load_config(location)
+    for text in texts.values():
+        check_length(config, text.windows.shape[1])
+        check_tokens(config, int(text.windows.max()))
+
+
+def _measure_texts(model: PreTrainedModel, texts: dict[Source, EvaluationText], reporter: Reporter) -> list[Perplexity]:
+    with reporter.stage("evaluating", sum(len(text.windows) for text in texts.values())) as advance:
+        perplexities = [
+            measure_perplexity(model, text.windows, str(source), advance, text.stride, text.provenance)
+            for source, text in texts.items()
+        ]
+    if any(math.isnan(one.perplexity) for one in perplexities):
+        raise AdaPrunerError(
+            f"the model predicts numbers that are NaN: its weights are broken, or {model.dtype} is too narrow"
+        )
+    return perplexities
+
+
+def _describe_overlaps(location: ModelLocation, sources: list[Source]) -> list[str]:
+    origin = _read_origin(location) or {}
+    return [
+        f"the checkpoint was {use}, which shares documents with {source}: its perplexity there is too good"
+        for source in sources
+        for use in overlaps(origin.get("texts", []), source)
+    ]
+
+
+def _read_origin(location: ModelLocation) -> dict[str, Any] | None:
+    """Stands in for `adapruner.checkpoint.read_origin`."""
+    path = Path(location.path) / "adapruner.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None

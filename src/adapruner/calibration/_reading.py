@@ -1,0 +1,269 @@
+"""Reading datasets: rows of text from files, saved folders and the Hub; what does not change is read once."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow.parquet
+
+from adapruner.calibration._sources import Place, Source, known_sources, place_of, refuse_missing, split_name
+from adapruner.errors import AdaPrunerError, reason
+
+# Tenths of the documents, by hash, that belong to each part.
+_TENTHS: dict[str, range] = {"calibration": range(0, 4), "objective": range(4, 6), "report": range(6, 10)}
+# Columns that are taken where none is named; the second is the form of Stanford Alpaca.
+_USUAL_COLUMNS = (("text",), ("instruction", "input", "output"), ("instruction", "output"))
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows by column, and which dataset they are of."""
+
+    rows: list[dict[str, str | None]]
+    data_set: str
+    split: str
+    revision: str
+
+
+def read_documents(source: Source) -> list[str]:
+    """All documents of a source (or of its part), in their order.
+
+    Raises:
+        AdaPrunerError: it cannot be read, or has no text.
+    """
+    documents = [_joined(row) for row in read_records(source)]
+    if not any(document.strip() for document in documents):
+        raise AdaPrunerError(f"there is no text in {source}")
+    return documents
+
+
+def read_records(source: Source) -> list[dict[str, str | None]]:
+    """All rows of a source (or of its part) by column, in their order; of plain text, `text` alone.
+
+    Raises:
+        AdaPrunerError: it cannot be read.
+    """
+    rows = _rows_of(source).rows
+    if source.part == "all":
+        return list(rows)
+    tenths = _TENTHS[source.part]
+    return [row for row in rows if _tenth(_joined(row)) in tenths]
+
+
+def provenance(source: Source) -> dict[str, str]:
+    """Which dataset, split and revision a source is; a local file by the hash of its content.
+
+    Raises:
+        AdaPrunerError: it cannot be read.
+    """
+    read = _rows_of(source)
+    named = {"data_set": read.data_set, "split": read.split, "revision": read.revision}
+    return {name: value for name, value in named.items() if value}
+
+
+def fingerprint(source: Source) -> str | None:
+    """Identifies what is read from a source; nothing is parsed, and the network is not used.
+
+    Returns:
+        `content_hash`, and of a known source a hash of it and of the entry in sources.yaml. None if a local file is
+        missing.
+    """
+    content = content_hash(source)
+    known = known_sources().get(split_name(source.name)[0])
+    if known is None or content is None:
+        return content
+    return _hash(known.model_dump_json(exclude={"local"}), content)
+
+
+def content_hash(source: Source) -> str | None:
+    """The SHA-256 of a local file. Of a saved folder, a hash of the state that `datasets` saved and the sizes of its
+    files; of a dataset of the Hub, of the arguments it is loaded with. None if a local file is missing."""
+    place = place_of(source)
+    if place.path is None:
+        assert place.hub is not None
+        return _hash(place.hub.model_dump_json(), place.split, *_sizes(Path(place.hub.path)))
+    if place.path.is_file():
+        return hashlib.sha256(place.path.read_bytes()).hexdigest()
+    if place.path.is_dir():
+        state = place.path / "state.json"
+        return _hash(state.read_text(encoding="utf-8") if state.is_file() else "", *_sizes(place.path))
+    return None
+
+
+def _hash(*parts: str) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _sizes(folder: Path) -> list[str]:
+    return [f"{file.relative_to(folder)} {file.stat().st_size}" for file in _files_in(folder)]
+
+
+def _files_in(path: Path) -> list[Path]:
+    return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+
+
+def _rows_of(source: Source) -> _Rows:
+    place = place_of(source)
+    refuse_missing(place)
+    try:
+        local = place.path if place.hub is None or place.path is not None else Path(place.hub.path)
+        assert local is not None
+        stamps = [(str(file.absolute()), file.stat()) for file in _files_in(local)]
+        return _read(place, tuple((name, each.st_ino, each.st_size, each.st_mtime_ns) for name, each in stamps))
+    except StopIteration:  # what datasets makes of an empty file
+        raise AdaPrunerError(f"cannot read {source.name!r}: there is nothing in it") from None
+    except (OSError, ValueError, LookupError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise AdaPrunerError(f"cannot read {source.name!r}: {reason(error.__cause__ or error)}") from error
+
+
+@lru_cache(maxsize=4)
+def _read(place: Place, stamp: tuple[object, ...]) -> _Rows:
+    """Reads what lies at a place.
+
+    Args:
+        stamp: of the local files, so that changed ones are read again.
+    """
+    if place.path is None:
+        return _read_hub(place)
+    if place.path.is_dir():
+        dataset = datasets.load_from_disk(str(place.path))
+        rows = _columns_of(dataset, place.columns, place.limit)
+        return _Rows(rows, place.name, place.split, f"local copy {dataset._fingerprint}")
+    revision = f"sha256 {hashlib.sha256(place.path.read_bytes()).hexdigest()[:12]}"
+    return _Rows(_read_file(place, place.path), place.name, place.split, revision)
+
+
+def _read_hub(place: Place) -> _Rows:
+    assert place.hub is not None
+    arguments = place.hub.model_dump(exclude_none=True)
+    with _quiet_datasets():
+        dataset = datasets.load_dataset(**arguments, split=place.split, streaming=place.limit is not None)
+        columns = place.columns
+        if place.limit is None:  # a streamed dataset may not know its columns
+            columns = _text_columns(dataset.column_names, place.hub.path, columns)
+        rows = _columns_of(dataset, columns, place.limit)
+    # The commit that was read is part of the addresses of the files, where they were downloaded.
+    commit = re.search(r"@([0-9a-f]{40})/", " ".join(dataset.info.download_checksums or {}))
+    revision = commit[1][:12] if commit else place.hub.revision or "main"
+    return _Rows(rows, " ".join(filter(None, (place.hub.path, place.hub.name))), place.split, revision)
+
+
+@contextlib.contextmanager
+def _quiet_datasets() -> Iterator[None]:
+    """Silences datasets for a while: what it logs about a broken file, it raises too."""
+    verbosity, bars = datasets.logging.get_verbosity(), datasets.is_progress_bar_enabled()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+        if bars:
+            datasets.enable_progress_bars()
+
+
+def _read_file(place: Place, path: Path) -> list[dict[str, str | None]]:
+    if path.suffix == ".parquet":
+        names = pyarrow.parquet.read_schema(path).names
+        columns = _text_columns(names, str(path), place.columns)
+        return _columns_of(pyarrow.parquet.read_table(path, columns=list(columns)).to_pylist(), columns, place.limit)
+    if path.suffix in (".jsonl", ".json"):
+        rows = _read_json(path)
+        columns = _text_columns(list(dict.fromkeys(name for row in rows for name in row)), str(path), place.columns)
+        return _columns_of(rows, columns, place.limit)
+    # Some editors begin a file with a mark that is no part of the text.
+    text = path.read_text(encoding="utf-8-sig")
+    if place.lines == "paragraphs":
+        paragraphs = [paragraph for paragraph in text.split("\n\n") if paragraph.strip()]
+        texts = paragraphs if len(paragraphs) > 1 else text.splitlines()
+    else:
+        lines = text.splitlines(keepends=True)
+        texts = [(line if line.strip() else "") if place.lines == "keep" else line.strip() for line in lines]
+    return [{"text": each} for each in texts[: place.limit]]
+
+
+def _read_json(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file with one on each line, or of one with a list of them.
+
+    Raises:
+        ValueError: it holds something else; with the place.
+    """
+    text = path.read_text(encoding="utf-8-sig")
+    if path.suffix == ".json" and text.lstrip().startswith("["):
+        records: list[Any] = _parsed(text, "it")
+        places = [f"entry {number}" for number in range(1, len(records) + 1)]
+    else:
+        lines = {f"line {number}": line for number, line in enumerate(text.split("\n"), 1) if line.strip()}
+        records = [_parsed(line, place) for place, line in lines.items()]
+        places = list(lines)
+    if not records:
+        raise ValueError("there is nothing in it")
+    for place, record in zip(places, records, strict=True):
+        if not isinstance(record, dict):
+            raise ValueError(f'{place} is no JSON object with fields, as {{"text": …}}')
+    return records
+
+
+def _parsed(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place} is no JSON: {getattr(error, 'msg', reason(error))}") from None
+
+
+def _text_columns(columns: list[str], name: str, wanted: tuple[str, ...]) -> tuple[str, ...]:
+    if wanted and set(wanted) <= set(columns):
+        return wanted
+    if wanted or not columns:
+        missing = ", ".join(column for column in wanted if column not in columns) or "text"
+        raise AdaPrunerError(f"{name} has the columns {', '.join(columns) or 'of no name'}, but no {missing}")
+    for usual in _USUAL_COLUMNS:
+        if set(usual) <= set(columns):
+            return usual
+    if len(columns) == 1:
+        return tuple(columns)
+    raise AdaPrunerError(
+        f"{name} has the columns {', '.join(columns)}: say which holds the text, as {name}:COLUMN; instructions with"
+        " answers have the columns instruction, output and perhaps input"
+    )
+
+
+def _columns_of(
+    rows: Iterable[dict[str, Any]], columns: tuple[str, ...], limit: int | None = None
+) -> list[dict[str, str | None]]:
+    return [
+        {column: _text_of(row, column, number) for column in columns}
+        for number, row in enumerate(itertools.islice(rows, limit), 1)
+    ]
+
+
+def _text_of(row: dict[str, Any], column: str, number: int) -> str | None:
+    value = row.get(column)
+    if value is None:
+        return None
+    if isinstance(value, dict | list):
+        raise ValueError(f"{column} of record {number} is no text but a {type(value).__name__}")
+    try:
+        text = value.decode() if isinstance(value, bytes) else str(value)
+        text.encode()  # refuses half of a surrogate pair, which JSON can hold
+    except UnicodeError:
+        raise ValueError(f"{column} of record {number} is not valid Unicode text") from None
+    return text
+
+
+def _joined(row: dict[str, str | None]) -> str:
+    return "\n".join(value for value in row.values() if value)
+
+
+def _tenth(document: str) -> int:
+    return int.from_bytes(hashlib.sha256(document.encode()).digest()[:8], "big") % 10
