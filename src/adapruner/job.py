@@ -248,7 +248,7 @@ def reference_budget(config: PruneConfig, structure: Structure) -> Budget:
     for first, last, head_share in _DEFAULT_ALLOCATIONS:
         fields = {"protect_first": first, "protect_last": last, "head_share": head_share} | given
         budget = Budget(
-            config.ratio, round_to=config.round_to, layout=config.layout, ratio_of=config.ratio_of, **fields
+            config.ratio[0], round_to=config.round_to, layout=config.layout, ratio_of=config.ratio_of, **fields
         )
         try:
             taken = largest_channel_share(structure, kept_counts(structure, budget))

@@ -41,6 +41,9 @@ def prune(
     push_to_hub: str | None = None,
     recipe: str | Path | None = None,
     storage: str | None = None,
+    hub_private: bool = True,
+    hub_revision: str | None = None,
+    hub_token: str | None = None,
     **options: Any,
 ) -> PruneResult:
     """Makes a causal language model smaller: measures, searches, cuts, saves, trains again if asked to, and evaluates.

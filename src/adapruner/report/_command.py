@@ -21,11 +21,11 @@ def command(config: PruneConfig, output: Path, storage: str | None = None, searc
         storage: the database that keeps the trials.
         searched_ratio: the ratio of the search, as far as there was one.
     """
-    if searched_ratio not in (None, config.ratio):
-        searched = command(config.model_copy(update={"ratio": searched_ratio}), Path(_SEARCHED), storage)
-        again = shlex.join(("adapruner", "plan", _SEARCHED, "--ratio", str(config.ratio), "-o", str(output)))
+    if searched_ratio not in (None, config.ratio[0]):
+        searched = command(config.model_copy(update={"ratio": (searched_ratio,)}), Path(_SEARCHED), storage)
+        again = shlex.join(("adapruner", "plan", _SEARCHED, "--ratio", str(config.ratio[0]), "-o", str(output)))
         return f"{searched}\n{again}"
-    options = _options(PruneOptions(**config.model_dump(exclude={"model"})))
+    options = _options(PruneOptions(**config.model_dump(exclude={"model", "search_ratio"})))
     if storage:
         options.append(("--storage", storage))
     return " \\\n    ".join(map(shlex.join, [("adapruner", "prune", config.model, "-o", str(output)), *options]))

@@ -50,7 +50,7 @@ def stage_search(
         further = windows[config.objective_windows :]
         found = search.result(_judge(job, model, statistics, moments, further) if len(further) else None)
     outcome = SearchOutcome(
-        ratio=config.ratio,
+        ratio=config.ratio[0],
         trials=config.trials,
         best=found.best.candidate,
         best_loss=found.best.loss,
@@ -132,10 +132,10 @@ def stage_plan(job: Job, statistics: Statistics, outcome: SearchOutcome) -> Prun
 def plan_at_ratio(structure: Structure, statistics: Statistics, found: Candidate, config: PruneConfig) -> PruningPlan:
     """The plan of a candidate at the ratio of a config; where the search was for another ratio, which its allocation
     cannot reach or only by taking a layer apart, with the allocation that this ratio starts from."""
-    if found.budget.ratio == config.ratio:
+    if found.budget.ratio == config.ratio[0]:
         return plan_candidate(structure, statistics, found)
     with contextlib.suppress(AdaPrunerError):
-        at_ratio = found.model_copy(update={"budget": replace(found.budget, ratio=config.ratio)})
+        at_ratio = found.model_copy(update={"budget": replace(found.budget, ratio=config.ratio[0])})
         plan = plan_candidate(structure, statistics, at_ratio)
         if largest_channel_share(structure, [len(block.kept) for block in plan.blocks]) <= MOST_CHANNELS:
             return plan
