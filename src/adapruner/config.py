@@ -114,7 +114,7 @@ class RecoveryOptions(_Options):
         " given for plain text or the model generated the text.",
     )
     train: TrainedWeights = Field(default="lora", description="Train LoRA adapters, merged at the end, or all weights.")
-    steps: Count | None = Field(default=None, description="Optimizer steps; replaces the epochs.")
+    steps: int | None = Field(default=None, ge=1, description="Optimizer steps; replaces the epochs.")
     epochs: Count = Field(default=2, description="Passes over the dataset.")
     records: int | None = Field(default=None, ge=2, description="Maximum number of records, or windows of plain text.")
     seq_len: int = Field(default=256, ge=2, description="Tokens per example; longer examples are truncated.")
@@ -144,7 +144,7 @@ class PruneOptions(_Options):
 
     ratio: Ratios = Field(
         default=(0.2,),
-        description="Fraction of all parameters to remove, tied embeddings counted once; may be repeated.",
+        description="Fraction of all parameters to remove, tied embeddings counted once; repeat it for several models.",
     )
     ratio_of: RatioOf = Field(
         default="parameters",
@@ -170,8 +170,8 @@ class PruneOptions(_Options):
     selection: Selection = Field(
         default="loss", description="Score trials by the loss, or by the KL divergence from the dense model."
     )
-    evaluate_windows: Count | None = Field(
-        default=None, description="Maximum number of windows, evenly spaced, for the reported perplexity."
+    evaluate_windows: int | None = Field(
+        default=None, ge=1, description="Maximum number of windows, evenly spaced, for the reported perplexity."
     )
     seq_len: int = Field(default=128, ge=2, description="Tokens per window.")
     trials: Count = Field(default=48, description="Trials of the search.")
@@ -232,7 +232,7 @@ class PruneOptions(_Options):
         default=(),
         description="Tasks of lm-eval to report, comma-separated or repeated; commonsense is the seven of the paper.",
     )
-    task_limit: Count | None = Field(default=None, description="Maximum number of items per task, evenly spaced.")
+    task_limit: int | None = Field(default=None, ge=1, description="Maximum number of items per task, evenly spaced.")
     sources: str | None = Field(default=None, description="YAML file with more datasets.")
     architectures: str | None = Field(default=None, description="YAML file or folder with more model families.")
     device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1, …")
@@ -299,7 +299,7 @@ class PruneConfig(PruneOptions):
         ),
         (
             lambda recover, recovery: recover is None and recovery != RecoveryOptions(),
-            "`recovery` needs a dataset to fine-tune on: add `recover`",
+            "options of the recovery need a dataset to fine-tune on: add `recover`",
         ),
         (
             lambda samples, pool: samples > pool,
