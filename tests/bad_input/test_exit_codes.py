@@ -90,17 +90,30 @@ def test_help_and_nothing_are_no_failures(run_cli: RunCli) -> None:
         assert "adapruner" in output
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("arguments", [["--help"], ["inspect", "MODEL", "--json"]], ids=" ".join)
-def test_a_reader_that_has_ended(arguments: list[str], model_folder: Path) -> None:
+def test_a_reader_that_has_ended(arguments: list[str], unbuffered: str, model_folder: Path) -> None:
     """As in `adapruner --help | true`."""
-    arguments = [str(model_folder) if part == "MODEL" else part for part in arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "adapruner",
+        *(str(model_folder) if part == "MODEL" else part for part in arguments),
+    ]
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
     reading, writing = os.pipe()
     os.close(reading)
-    ended = subprocess.run(
-        [sys.executable, "-m", "adapruner", *arguments], stdout=writing, stderr=subprocess.PIPE, check=False
-    )
+    ended = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, env=environment, check=False)
     os.close(writing)
     assert (ended.returncode, ended.stderr) == (128 + signal.SIGPIPE, b"")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a full device")
+def test_an_output_that_is_full() -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "adapruner", "--help"]
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (2, "adapruner: no space left on the disk: free some\n")
 
 
 def test_fields_become_options(run_cli: RunCli, monkeypatch: pytest.MonkeyPatch) -> None:

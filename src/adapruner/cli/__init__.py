@@ -21,7 +21,7 @@ from cyclopts import App, CycloptsError, Parameter
 from pydantic import ValidationError
 
 from adapruner import __version__
-from adapruner.cli._output import plain_console
+from adapruner.cli._output import CLOSED_OUTPUT, plain_console
 from adapruner.cli.benchmark import benchmark
 from adapruner.cli.evaluate import evaluate
 from adapruner.cli.export import export
@@ -37,7 +37,6 @@ from adapruner.interrupts import end_by_interrupt, handling_interrupts
 
 UNEXPECTED_FAILURE = 1
 USER_ERROR = 2
-SIGNALLED = 128
 
 # Messages quote files and options, which may be long.
 _LONGEST_MESSAGE = 1000
@@ -90,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(USER_ERROR)
     except KeyboardInterrupt as interrupt:
         _say("interrupted; rerun the same command, without --overwrite, to resume")
-        sys.exit(SIGNALLED + next(iter(interrupt.args), signal.SIGINT))
+        sys.exit(128 + next(iter(interrupt.args), signal.SIGINT))
     except Exception as error:
         _fail(error)
 
@@ -98,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _fail(error: Exception) -> NoReturn:
     """Ends after an error that is not of this package."""
     if isinstance(error, OSError) and _is_closed_for_output() and isinstance(error, BrokenPipeError):
-        sys.exit(SIGNALLED + signal.SIGPIPE)
+        sys.exit(CLOSED_OUTPUT)
     if failure := describe_failure(error, "a narrower --dtype or smaller batches need less, if the command has them"):
         _say(failure)
         sys.exit(USER_ERROR)

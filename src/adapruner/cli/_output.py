@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -11,10 +12,17 @@ if TYPE_CHECKING:
     from adapruner.result import PruneResult
 
 
+# What a shell reports of a process that SIGPIPE ended.
+CLOSED_OUTPUT = 141
+
+
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        """Raises the BrokenPipeError that is being handled, in place of an exit with code 1: `main` ends quietly."""
-        raise
+        """Ends as other tools do whose reader has ended; rich drops the output, but exits with code 1."""
+        try:
+            super().on_broken_pipe()
+        finally:
+            sys.exit(CLOSED_OUTPUT)
 
 
 def plain_console(stderr: bool = False) -> Console:
@@ -34,7 +42,7 @@ def print_result(results: list[PruneResult]) -> None:
 
 def print_json(content: Any) -> None:
     """Prints indented JSON on stdout, where nothing else is printed."""
-    print(json.dumps(content, indent=2))
+    plain_console().print(json.dumps(content, indent=2), soft_wrap=True)
 
 
 def print_advice(lines: list[str]) -> None:
