@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import types
 import typing
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
@@ -30,7 +30,8 @@ def options_table(options: type[BaseModel], prefix: str = "") -> str:
     for name, field in options.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             continue  # has a table of its own
-        default = "" if field.default in (None, (), PydanticUndefined) else f"`{field.default}`"
+        defaults = field.default if isinstance(field.default, tuple) else (field.default,)
+        default = ", ".join(f"`{one}`" for one in defaults if one not in (None, PydanticUndefined))
         values = " ".join([_values(field.annotation), *map(_limit, field.metadata)])
         rows.append(f"| `--{prefix}{name.replace('_', '-')}` | {values} | {default} | {field.description} |")
     return "\n".join(rows)
@@ -41,7 +42,7 @@ def _values(annotation: Any) -> str:
     arguments = [argument for argument in typing.get_args(annotation) if argument not in (type(None), Ellipsis)]
     if typing.get_origin(annotation) is Literal:
         return ", ".join(f"`{value}`" for value in arguments)
-    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union, Annotated):
         return _values(arguments[0])
     if typing.get_origin(annotation) is tuple:
         return f"{_values(arguments[0])}, repeated"

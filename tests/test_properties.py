@@ -68,7 +68,8 @@ def test_options_are_valid_or_refused(options: dict[str, Any]) -> None:
     except AdaPrunerError:
         return
     assert PruneConfig.from_options(**config.model_dump()) == config
-    assert 0 < config.ratio < 1
+    assert config.ratio
+    assert all(0 < ratio < 1 for ratio in config.ratio)
     numbers = {**config.model_dump(), **config.recovery.model_dump()}.values()
     assert all(math.isfinite(number) for number in numbers if isinstance(number, int | float))
 
@@ -98,16 +99,29 @@ def values_in_range(field: FieldInfo) -> st.SearchStrategy[Any]:
     return st.lists(st.text(), max_size=3).map(tuple) if ... in kinds else st.text()
 
 
+# Their values are not told by their annotation.
+_OTHERS = ("ratio", "search_ratio", "recovery")
+FRACTION = st.floats(0, 1, exclude_min=True, exclude_max=True)
+
+
 def valid_options(options: Any) -> st.SearchStrategy[dict[str, Any]]:
-    fields = {name: field for name, field in options.model_fields.items() if name != "recovery"}
-    return st.fixed_dictionaries({}, optional={name: values_in_range(field) for name, field in fields.items()})
+    fields = {name: values_in_range(field) for name, field in options.model_fields.items() if name not in _OTHERS}
+    return st.fixed_dictionaries({}, optional=fields)
 
 
-@given(valid_options(PruneConfig), valid_options(RecoveryOptions))
-def test_a_config_survives_its_file(tmp_path: Path, options: dict[str, Any], recovery: dict[str, Any]) -> None:
+@given(
+    valid_options(PruneConfig),
+    valid_options(RecoveryOptions),
+    st.fixed_dictionaries({"ratio": FRACTION | st.lists(FRACTION, min_size=1, unique=True), "search_ratio": FRACTION}),
+)
+def test_a_config_survives_its_file(
+    tmp_path: Path, options: dict[str, Any], recovery: dict[str, Any], fractions: dict[str, Any]
+) -> None:
     """Whatever is valid comes back from config.yaml as it was, also words that look like numbers."""
     try:
-        config = PruneConfig.from_options(**{"model": "m"} | options | {"recover": "1.5", "recovery": recovery})
+        config = PruneConfig.from_options(
+            **{"model": "m"} | options | fractions | {"recover": "1.5", "recovery": recovery}
+        )
     except AdaPrunerError:
         return
     config.save(tmp_path / "config.yaml")

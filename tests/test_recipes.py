@@ -81,7 +81,7 @@ def test_options_go_before_those_of_the_recipe(tmp_path: Path, monkeypatch: pyte
             exit_on_error=False,
         )
     [config] = made
-    assert (config.model, config.ratio, config.trials) == ("c/d", 0.3, 9)
+    assert (config.model, config.ratio, config.trials) == ("c/d", (0.3,), 9)
     assert (config.recovery.steps, config.recovery.seq_len) == (7, 64)
 
 
@@ -89,13 +89,13 @@ def test_options_go_before_those_of_the_recipe(tmp_path: Path, monkeypatch: pyte
     ("name", "content", "message"),
     [
         ("no-such", None, "no recipe 'no-such': expected llama-7b-20"),
-        ("a.yaml", "- 1", "is no list of options"),
+        ("a.yaml", "- 1", "is not a mapping of options"),
         ("a.yaml", "ratio: [", "cannot read the recipe"),
-        ("a.yaml", "model: a/b\nratoi: 0.2", "--ratoi 0.2"),
-        ("a.yaml", "model: a/b\nrecover: x\nrecovery: {steps: 0}", "--recovery.steps 0"),
+        ("a.yaml", "model: a/b\nratoi: 0.2", "`ratoi` is not an option: did you mean `ratio`"),
+        ("a.yaml", "model: a/b\nrecover: x\nrecovery: {steps: 0}", "`recovery.steps` 0 must be at least 1"),
         ("a.yaml", "ratio: 0.2", "name a model"),
-        ("a.yaml", "model: a/b\nratio_of: groups", "add --space paper"),
-        ("a.yaml", "model: a/b\nrecovery: {steps: 5}", "add --recover SRC"),
+        ("a.yaml", "model: a/b\nratio_of: groups", "set `space` paper"),
+        ("a.yaml", "model: a/b\nrecovery: {steps: 5}", "add `recover`"),
     ],
 )
 def test_bad_recipes_are_refused(

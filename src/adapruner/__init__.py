@@ -1,17 +1,21 @@
-"""AdaPruner: makes causal language models really smaller.
+"""AdaPruner prunes causal language models into smaller dense checkpoints.
 
-`prune` does the whole job, `load` reads what it wrote; the command line offers the same.
+`prune` runs the whole procedure, `load` reads its result; the command line offers the same.
 """
 
 from __future__ import annotations
 
-from adapruner.config import PruneConfig, PruneOptions, RecoveryOptions
-from adapruner.errors import AdaPrunerError
-from adapruner.evaluation import Perplexity, Speed, TaskScore
-from adapruner.pipeline import join, plan_again, prune
-from adapruner.planning import PruningPlan
-from adapruner.result import PruneResult
-from adapruner.verbs import Evaluation, benchmark, evaluate, export, load, recover
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from adapruner.config import PruneConfig, PruneOptions, RecoveryOptions
+    from adapruner.errors import AdaPrunerError
+    from adapruner.evaluation import Perplexity, Speed, TaskScore
+    from adapruner.pipeline import join, plan_again, prune
+    from adapruner.planning import PruningPlan
+    from adapruner.result import PruneResult
+    from adapruner.verbs import Evaluation, benchmark, evaluate, export, load, recover
 
 __version__ = "0.1.0"
 
@@ -35,3 +39,23 @@ __all__ = [
     "prune",
     "recover",
 ]
+
+# The modules of what is not in `verbs`; importing them, and PyTorch with them, waits until a name is used.
+_MODULES = {
+    **dict.fromkeys(("PruneConfig", "PruneOptions", "RecoveryOptions"), "config"),
+    **dict.fromkeys(("Perplexity", "Speed", "TaskScore"), "evaluation"),
+    **dict.fromkeys(("join", "plan_again", "prune"), "pipeline"),
+    "AdaPrunerError": "errors",
+    "PruneResult": "result",
+    "PruningPlan": "planning",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES.get(name, 'verbs')}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

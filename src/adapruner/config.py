@@ -1,266 +1,315 @@
-"""Every option of a pruning run, once: type, default, range, help. The command line reads this class too."""
+"""Every option of a pruning run, once: type, default, range, help. The command line reads this module alone."""
 
 from __future__ import annotations
 
+import difflib
+import inspect
+import re
 import reprlib
+from collections.abc import Callable, Iterable
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic_core import ErrorDetails, PydanticCustomError
 from typing_extensions import Self
 
 from adapruner.errors import AdaPrunerError, reason
 
+Alignment = Literal["data", "paper"]
+CompensationForm = Literal["none", "bias", "least-squares", "least-squares-bias"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+ExportFormat = Literal["gguf", "stock"]
+GgufType = Literal["f32", "f16", "bf16", "q8_0"]
+HeadGranularity = Literal["kv-group", "query-head"]
+Layout = Literal["per-layer", "uniform"]
+RatioOf = Literal["parameters", "groups"]
+RecoveryMethod = Literal["auto", "labels", "distillation"]
+Reduction = Literal["sum", "mean", "max", "prod"]
+Sampler = Literal["tpe", "random"]
+Searched = Literal["joint", "calibration", "metric"]
+Selection = Literal["loss", "kl"]
+Space = Literal["paper", "extended"]
+Terms = Literal["all", "vector-wise"]
+TrainedWeights = Literal["lora", "full"]
 
-# Seeds of NumPy end here, and nobody has so many tokens, windows or steps.
+
+def _check_fraction(value: float) -> float:
+    if not 0 < value < 1:
+        percent = value if 1 < value < 100 else 20
+        raise ValueError(f"is not a fraction between 0 and 1: {percent / 100:g} removes {percent:g} %")
+    return value
+
+
+def _ascending(values: tuple[float, ...]) -> tuple[float, ...]:
+    if len(set(values)) < max(len(values), 1):
+        raise ValueError("must be one or more different fractions")
+    return tuple(sorted(values))
+
+
+Count = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, AfterValidator(_check_fraction)]
+# One number stands for a tuple of one.
+Ratios = Annotated[
+    tuple[Fraction, ...],
+    BeforeValidator(lambda value: value if isinstance(value, list | tuple) else (value,)),
+    AfterValidator(_ascending),
+]
+
+# The largest seed of NumPy; nobody has so many tokens, windows or steps either.
 _LARGEST_NUMBER = 2**32 - 1
 
 
 class _Options(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+
+    # Combinations of fields that are refused: a test of the fields that it has as parameters, and a message.
+    _conflicts: ClassVar[tuple[tuple[Callable[..., Any], str], ...]] = ()
 
     @field_validator("*")
     @classmethod
-    def _is_no_absurd_number(cls, value: Any) -> Any:
+    def _is_possible(cls, value: Any, info: ValidationInfo) -> Any:
+        """Finds a conflict at the last of its fields, if the others are valid: all errors are told at once."""
         if isinstance(value, int) and value > _LARGEST_NUMBER:
-            raise ValueError(f"Input should be less than {_LARGEST_NUMBER + 1}")
+            raise ValueError(f"must be at most {_LARGEST_NUMBER}")
+        known, found = {**info.data, str(info.field_name): value}, []
+        for test, message in cls._conflicts:
+            fields = inspect.signature(test).parameters.keys()
+            if info.field_name in fields and fields <= known.keys() and test(*(known[name] for name in fields)):
+                found.append(message.format(**known))
+        if found:
+            raise PydanticCustomError("conflict", "{conflicts}", {"conflicts": "; ".join(found)})
         return value
-
-
-class RecoveryOptions(_Options):
-    """How a pruned model is trained again; the defaults are those of LLM-Pruner and the paper."""
-
-    method: Annotated[
-        Literal["auto", "labels", "distillation"],
-        Field(
-            description="Learn the text itself or the predictions of the dense model on it; auto: the predictions where"
-            " a teacher is named for plain text or the model wrote the text, else the text."
-        ),
-    ] = "auto"
-    train: Annotated[
-        Literal["lora", "full"], Field(description="Low-rank adapters, merged at the end, or all weights.")
-    ] = "lora"
-    steps: Annotated[int | None, Field(ge=1, description="Steps of the optimizer, in place of --epochs.")] = None
-    epochs: Annotated[int, Field(ge=1, description="Passes over the data.")] = 2
-    records: Annotated[
-        int | None, Field(ge=2, description="Take at most so many records, or windows of plain text.")
-    ] = None
-    seq_len: Annotated[int, Field(ge=2, description="Tokens of an example; longer ones are cut off.")] = 256
-    batch_size: Annotated[int, Field(ge=1, description="Examples per step.")] = 64
-    micro_batch_size: Annotated[int, Field(ge=1, description="Examples at once, as many as fit into memory.")] = 4
-    learning_rate: Annotated[float, Field(gt=0, description="At its highest, after the warm-up.")] = 1e-4
-    warmup_steps: Annotated[int, Field(ge=0, description="Steps of warm-up, at most a tenth of all.")] = 100
-    lora_rank: Annotated[int, Field(ge=1, description="Rank of the adapters.")] = 8
-    lora_alpha: Annotated[int, Field(ge=1, description="Scale of the adapters, divided by their rank.")] = 16
-    lora_dropout: Annotated[float, Field(ge=0, lt=1, description="Dropout before the adapters.")] = 0.05
-    temperature: Annotated[float, Field(gt=0, description="Softens predictions in distillation.")] = 1.0
-    label_weight: Annotated[
-        float, Field(ge=0, le=1, description="Share of the loss of the text itself in distillation.")
-    ] = 0.0
-    validation: Annotated[
-        int, Field(ge=1, description="Examples kept back to choose the best weights by, at most a tenth.")
-    ] = 2000
-    seed: Annotated[int, Field(ge=0, description="Order of the examples and start of the adapters.")] = 0
-
-    def learns_labels(self, instructions: bool, has_teacher: bool) -> bool:
-        """Whether the text itself is learnt, and not what a teacher predicts."""
-        if self.method == "auto":
-            return instructions or not has_teacher
-        return self.method == "labels"
-
-
-class PruneOptions(_Options):
-    """By how much a model is pruned, on what text, and how the best way is searched."""
-
-    ratio: Annotated[
-        float, Field(gt=0, lt=1, description="Share of all parameters to remove (embeddings counted, tied ones once).")
-    ] = 0.2
-    ratio_of: Annotated[
-        Literal["parameters", "groups"],
-        Field(
-            description="What the ratio is a share of: all parameters, or the heads and channels of every layer that is"
-            " not protected, as LLM-Pruner and the paper count."
-        ),
-    ] = "parameters"
-    calibration: Annotated[
-        str, Field(description="Text to calibrate on: a known name, a file, hf:…, or self (the model writes it).")
-    ] = "c4"
-    objective: Annotated[
-        str | None,
-        Field(description="Text whose loss the search minimises; by default other documents of the calibration text."),
-    ] = None
-    evaluate: Annotated[
-        tuple[str, ...], Field(description="Text to report perplexity on, before and after; may be repeated.")
-    ] = ()
-    pool: Annotated[int, Field(ge=1, description="Calibration samples that are measured.")] = 64
-    samples: Annotated[int, Field(ge=1, description="Calibration samples that a trial chooses out of the pool.")] = 10
-    objective_windows: Annotated[int, Field(ge=1, description="Held-out windows on which every trial is judged.")] = 64
-    final_windows: Annotated[
-        int, Field(ge=0, description="Further held-out windows, if there are, on which the best few are judged again.")
-    ] = 64
-    selection: Annotated[
-        Literal["loss", "kl"],
-        Field(description="Judge trials by the loss on the text or by the divergence from the dense model."),
-    ] = "loss"
-    evaluate_windows: Annotated[
-        int | None, Field(ge=1, description="Limit the reported perplexity to so many evenly spaced windows.")
-    ] = None
-    seq_len: Annotated[int, Field(ge=2, description="Tokens per window.")] = 128
-    trials: Annotated[int, Field(ge=1, description="Points of the search space that are tried.")] = 48
-    sampler: Annotated[
-        Literal["tpe", "random"], Field(description="How points are proposed; random is for comparison.")
-    ] = "tpe"
-    search: Annotated[
-        Literal["joint", "calibration", "metric"],
-        Field(description="What is searched: all, or only samples or metric, the rest held; for comparison."),
-    ] = "joint"
-    alignment: Annotated[
-        Literal["data", "paper"],
-        Field(description="Scale of the importance terms: by their means, or by the fixed factors of the paper."),
-    ] = "data"
-    terms: Annotated[
-        Literal["all", "vector-wise"],
-        Field(description="Importance terms to measure; vector-wise leaves out the gradients of single weights."),
-    ] = "all"
-    reduction: Annotated[
-        Literal["sum", "mean", "max", "prod"], Field(description="How the vectors of a group become one score.")
-    ] = "sum"
-    space: Annotated[
-        Literal["paper", "extended"],
-        Field(description="paper mixes the Taylor terms; extended mixes all terms and searches the allocation."),
-    ] = "extended"
-    layout: Annotated[
-        Literal["per-layer", "uniform"],
-        Field(description="Layers of different sizes, or all alike, which any reader of the model family can load."),
-    ] = "per-layer"
-    protect_first: Annotated[
-        int | None, Field(ge=0, description="Layers at the input that stay whole; by default searched, or 4.")
-    ] = None
-    protect_last: Annotated[
-        int | None, Field(ge=0, description="Layers at the output that stay whole; by default searched, or 3.")
-    ] = None
-    head_granularity: Annotated[
-        Literal["kv-group", "query-head"],
-        Field(description="Under GQA, remove whole KV groups, or the same number of query heads from each."),
-    ] = "kv-group"
-    head_share: Annotated[
-        float | None,
-        Field(
-            ge=0,
-            le=1,
-            description="Share of heads removed relative to channels: 0 no heads, 1 equal; by default searched, or 0.",
-        ),
-    ] = None
-    round_to: Annotated[int, Field(ge=1, description="Kept feed-forward widths are multiples of this.")] = 32
-    compensation: Annotated[
-        Literal["none", "bias", "least-squares", "least-squares-bias"],
-        Field(description="How what stays makes up for what went; the forms with bias add parameters."),
-    ] = "least-squares"
-    compensation_windows: Annotated[
-        int,
-        Field(ge=2, description="Windows of calibration text that compensation is fitted on, if there are so many."),
-    ] = 768
-    sequential: Annotated[
-        bool | None,
-        Field(
-            description="Fit the final model once more, layer by layer, on what the pruned layers before produce; by"
-            " default where layers differ and no bias is added."
-        ),
-    ] = None
-    recover: Annotated[
-        str | None,
-        Field(description="Train the pruned model afterwards, on instructions with answers or on any text."),
-    ] = None
-    recovery: RecoveryOptions = RecoveryOptions()
-    tasks: Annotated[
-        tuple[str, ...],
-        Field(
-            description="Tasks of lm-eval to report, with commas or repeated; commonsense is the seven of the paper."
-        ),
-    ] = ()
-    task_limit: Annotated[int | None, Field(ge=1, description="Take so many evenly spaced items of each task.")] = None
-    device: Annotated[str, Field(description="auto, cpu, cuda, cuda:1, …")] = "auto"
-    layer_wise: Annotated[
-        bool | None,
-        Field(
-            description="Keep one decoder layer at a time in memory, the others in their files; by default where the"
-            " model does not fit."
-        ),
-    ] = None
-    dtype: Annotated[Dtype, Field(description="Dtype of the weights; auto keeps that of the checkpoint.")] = "auto"
-    seed: Annotated[int, Field(ge=0, description="Same seed, same machine: same plan.")] = 0
-
-    @property
-    def fits_sequentially(self) -> bool:
-        """Whether the final model is fitted once more, layer by layer, if the family allows it."""
-        if self.sequential is None:
-            return self.compensation == "least-squares" and self.layout == "per-layer"
-        return self.sequential
-
-
-class RecoverConfig(RecoveryOptions):
-    """Everything that a recovery by itself depends on."""
-
-    model: str
-    data: str
-    teacher: str | None = None
-    dtype: Dtype = "auto"
 
     @classmethod
     def from_options(cls, /, **options: Any) -> Self:
         """Builds the config from plain values.
 
         Raises:
-            AdaPrunerError: an option is unknown, of the wrong type or out of range, or they do not go together.
+            AdaPrunerError: options are unknown, of the wrong type or out of range, or conflict.
         """
-        return _validated(cls, options)
+        try:
+            return cls.model_validate(options)
+        except ValidationError as error:
+            raise AdaPrunerError(describe(error)) from None
 
-    @model_validator(mode="after")
-    def _options_go_together(self) -> Self:
-        if self.method == "distillation" and self.teacher is None:
-            raise ValueError("--method distillation learns from the dense model: name it with --teacher")
-        if self.method == "labels" and self.teacher is not None:
-            raise ValueError("--method labels needs no teacher: leave --teacher out")
-        return self
+
+class RecoveryOptions(_Options):
+    """How a pruned model is fine-tuned; the defaults are those of LLM-Pruner and the paper."""
+
+    method: RecoveryMethod = Field(
+        default="auto",
+        description="Train on the labels, or distil the predictions of the dense model; auto distils if a teacher is"
+        " given for plain text or the model generated the text.",
+    )
+    train: TrainedWeights = Field(default="lora", description="Train LoRA adapters, merged at the end, or all weights.")
+    steps: int | None = Field(default=None, ge=1, description="Optimizer steps; replaces the epochs.")
+    epochs: Count = Field(default=2, description="Passes over the dataset.")
+    records: int | None = Field(default=None, ge=2, description="Maximum number of records, or windows of plain text.")
+    seq_len: int = Field(default=256, ge=2, description="Tokens per example; longer examples are truncated.")
+    batch_size: Count = Field(default=64, description="Examples per optimizer step.")
+    micro_batch_size: Count = Field(default=4, description="Examples per forward pass, limited by memory.")
+    learning_rate: float = Field(default=1e-4, gt=0, description="Peak learning rate.")
+    warmup_steps: int = Field(default=100, ge=0, description="Warm-up steps, at most a tenth of all steps.")
+    lora_rank: Count = Field(default=8, description="Rank of the adapters.")
+    lora_alpha: Count = Field(default=16, description="Scale of the adapters, divided by their rank.")
+    lora_dropout: float = Field(default=0.05, ge=0, lt=1, description="Dropout on the input of the adapters.")
+    temperature: float = Field(default=1.0, gt=0, description="Softmax temperature of distillation.")
+    label_weight: float = Field(default=0.0, ge=0, le=1, description="Weight of the label loss in distillation.")
+    validation: Count = Field(
+        default=2000, description="Examples held out to select the best weights, at most a tenth of all."
+    )
+    seed: int = Field(default=0, ge=0, description="Seed of the adapters and of the order of the examples.")
+
+    def learns_labels(self, instructions: bool, has_teacher: bool) -> bool:
+        """Whether the model is trained on the labels, and not on the predictions of a teacher."""
+        if self.method == "auto":
+            return instructions or not has_teacher
+        return self.method == "labels"
+
+
+class PruneOptions(_Options):
+    """How much of a model is pruned, on which datasets, and how it is searched."""
+
+    ratio: Ratios = Field(
+        default=(0.2,),
+        description="Fraction of all parameters to remove, tied embeddings counted once; repeat it for several models.",
+    )
+    ratio_of: RatioOf = Field(
+        default="parameters",
+        description="What the ratio is a fraction of: all parameters, or the heads and channels of every layer that is"
+        " not protected, as in LLM-Pruner and the paper.",
+    )
+    calibration: str = Field(
+        default="c4", description="Calibration dataset: a known name, a file, hf:…, or self (the model generates it)."
+    )
+    objective: str | None = Field(
+        default=None,
+        description="Dataset whose loss the search minimises; by default other documents of the calibration dataset.",
+    )
+    evaluate: tuple[str, ...] = Field(
+        default=(), description="Dataset to report perplexity on, before and after pruning; may be repeated."
+    )
+    pool: Count = Field(default=64, description="Calibration samples to measure.")
+    samples: Count = Field(default=10, description="Calibration samples that a trial selects from the pool.")
+    objective_windows: Count = Field(default=64, description="Held-out windows that score every trial.")
+    final_windows: int = Field(
+        default=64, ge=0, description="Further held-out windows, if available, that score the best trials again."
+    )
+    selection: Selection = Field(
+        default="loss", description="Score trials by the loss, or by the KL divergence from the dense model."
+    )
+    evaluate_windows: int | None = Field(
+        default=None, ge=1, description="Maximum number of windows, evenly spaced, for the reported perplexity."
+    )
+    seq_len: int = Field(default=128, ge=2, description="Tokens per window.")
+    trials: Count = Field(default=48, description="Trials of the search.")
+    sampler: Sampler = Field(default="tpe", description="Sampler of the search; random is for comparison.")
+    search: Searched = Field(
+        default="joint", description="Search everything, only the samples, or only the metric; for comparison."
+    )
+    alignment: Alignment = Field(
+        default="data", description="Scale the importance terms by their means, or by the fixed factors of the paper."
+    )
+    terms: Terms = Field(
+        default="all", description="Importance terms to measure; vector-wise omits the gradients of single weights."
+    )
+    reduction: Reduction = Field(default="sum", description="How the vectors of a group become one score.")
+    space: Space = Field(
+        default="extended",
+        description="paper mixes the Taylor terms; extended mixes all terms and searches the allocation.",
+    )
+    layout: Layout = Field(
+        default="per-layer",
+        description="Layers of different widths, or of equal widths, which every loader of the family supports.",
+    )
+    protect_first: int | None = Field(
+        default=None, ge=0, description="Layers at the input that are not pruned; by default searched, or 4."
+    )
+    protect_last: int | None = Field(
+        default=None, ge=0, description="Layers at the output that are not pruned; by default searched, or 3."
+    )
+    head_granularity: HeadGranularity = Field(
+        default="kv-group",
+        description="With GQA, remove whole KV groups, or the same number of query heads from each group.",
+    )
+    head_share: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="Pruning of heads relative to channels: 0 none, 1 equal; by default searched, or 0.",
+    )
+    round_to: Count = Field(default=32, description="Kept MLP widths are multiples of this.")
+    compensation: CompensationForm = Field(
+        default="least-squares",
+        description="How the remaining weights are corrected; the forms with bias add parameters.",
+    )
+    compensation_windows: int = Field(
+        default=768, ge=2, description="Maximum number of calibration windows to fit the compensation on."
+    )
+    sequential: bool | None = Field(
+        default=None,
+        description="Fit the final model again, layer by layer, on the outputs of the pruned layers before; by default"
+        " if the layers differ and no bias is added.",
+    )
+    recover: str | None = Field(
+        default=None,
+        description="Dataset to fine-tune the pruned model on: instructions with answers, or any text.",
+    )
+    recovery: RecoveryOptions = RecoveryOptions()
+    tasks: tuple[str, ...] = Field(
+        default=(),
+        description="Tasks of lm-eval to report, comma-separated or repeated; commonsense is the seven of the paper.",
+    )
+    task_limit: int | None = Field(default=None, ge=1, description="Maximum number of items per task, evenly spaced.")
+    sources: str | None = Field(default=None, description="YAML file with more datasets.")
+    architectures: str | None = Field(default=None, description="YAML file or folder with more model families.")
+    device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1, …")
+    layer_wise: bool | None = Field(
+        default=None, description="Keep one decoder layer in memory at a time; by default if the model does not fit."
+    )
+    dtype: Dtype = Field(default="auto", description="Dtype of the weights; auto keeps the dtype of the checkpoint.")
+    seed: int = Field(default=0, ge=0, description="The same seed on the same machine gives the same plan.")
+
+    @property
+    def fits_sequentially(self) -> bool:
+        """Whether the final model is fitted again, layer by layer, if the family allows it."""
+        if self.sequential is None:
+            return self.compensation == "least-squares" and self.layout == "per-layer"
+        return self.sequential
+
+
+class RecoverConfig(RecoveryOptions):
+    """Everything that a standalone recovery depends on."""
+
+    model: str
+    data: str
+    teacher: str | None = None
+    dtype: Dtype = "auto"
+
+    _conflicts = (
+        (
+            lambda method, teacher: method == "distillation" and teacher is None,
+            "`method` distillation needs the dense model: add `teacher`",
+        ),
+        (
+            lambda method, teacher: method == "labels" and teacher is not None,
+            "`method` labels needs no teacher: remove `teacher`",
+        ),
+    )
 
 
 class PruneConfig(PruneOptions):
-    """Everything that a run depends on: the model and the options."""
+    """Everything that a run depends on: the model and the options.
 
-    model: Annotated[str, Field(description="Hub id, model folder, .gguf file, or smollm2.")]
+    Attributes:
+        search_ratio: the ratio that the search was done at, where it is another than that of the plan.
+    """
 
-    @model_validator(mode="after")
-    def _options_go_together(self) -> Self:
-        if self.layout == "uniform" and (self.protect_first or self.protect_last):
-            raise ValueError("--layout uniform makes all layers alike: it cannot protect some, leave --protect-… out")
-        if self.alignment == "paper" and self.space == "extended":
-            raise ValueError("--alignment paper only knows the Taylor terms: add --space paper")
-        if self.ratio_of == "groups" and self.space == "extended":
-            raise ValueError("--ratio-of groups leaves no allocation to search: add --space paper")
-        if self.sequential and self.compensation != "least-squares":
-            raise ValueError(f"--sequential goes with --compensation least-squares, not {self.compensation}")
-        return self
+    model: str = Field(description="Hub id, model folder, .gguf file, or smollm2.")
+    search_ratio: Fraction | None = None
 
-    @model_validator(mode="after")
-    def _recovery_is_asked_for(self) -> Self:
-        if self.recover is None and self.recovery != RecoveryOptions():
-            raise ValueError("--recovery.… says how to train, but not on what: add --recover SRC")
-        return self
-
-    @model_validator(mode="after")
-    def _samples_fit_the_pool(self) -> Self:
-        if self.samples > self.pool:
-            raise ValueError(
-                f"--samples {self.samples} is more than the pool of {self.pool} holds: raise --pool or choose fewer"
-            )
-        return self
+    _conflicts = (
+        (
+            lambda layout, protect_first, protect_last: layout == "uniform" and (protect_first or protect_last),
+            "`layout` uniform prunes all layers alike: remove `protect_first` and `protect_last`",
+        ),
+        (
+            lambda alignment, space: alignment == "paper" and space == "extended",
+            "`alignment` paper only knows the Taylor terms: set `space` paper",
+        ),
+        (
+            lambda ratio_of, space: ratio_of == "groups" and space == "extended",
+            "`ratio_of` groups leaves no allocation to search: set `space` paper",
+        ),
+        (
+            lambda sequential, compensation: sequential and compensation != "least-squares",
+            "`sequential` needs `compensation` least-squares, not {compensation}",
+        ),
+        (
+            lambda recover, recovery: recover is None and recovery != RecoveryOptions(),
+            "options of the recovery need a dataset to fine-tune on: add `recover`",
+        ),
+        (
+            lambda samples, pool: samples > pool,
+            "`samples` {samples} is more than the {pool} of `pool`: lower one or raise the other",
+        ),
+    )
 
     def save(self, path: Path) -> None:
         """Writes the resolved options as YAML."""
-        path.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
+        path.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -270,25 +319,16 @@ class PruneConfig(PruneOptions):
             AdaPrunerError: the file is not a config of this version.
         """
         try:
-            return _validated(cls, _parse_options(path.read_text(encoding="utf-8")))
+            return cls.from_options(**_parse_options(path.read_text(encoding="utf-8")))
         except (*_UNREADABLE, AdaPrunerError) as error:
             raise AdaPrunerError(f"{path} is not the config of a run: {reason(error)}") from error
 
-    @classmethod
-    def from_options(cls, /, **options: Any) -> Self:
-        """Builds the config from plain values.
-
-        Raises:
-            AdaPrunerError: an option is unknown, of the wrong type or out of range.
-        """
-        return _validated(cls, options)
-
 
 def read_recipe(name: str | Path) -> dict[str, Any]:
-    """The options in a recipe: one that comes with the package, by name, or a YAML file.
+    """The options in a recipe: one of this package, by name, or a YAML file.
 
     Raises:
-        AdaPrunerError: there is none of that name, or it is not a list of options.
+        AdaPrunerError: there is no such recipe, or it is not a mapping of options.
     """
     folder = resources.files("adapruner") / "recipes"
     known = sorted(file.name.removesuffix(".yaml") for file in folder.iterdir())
@@ -310,7 +350,7 @@ class _PlainLoader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-# What reading a file and parsing it raise, numbers and dates that are none and endless nesting included.
+# What reading and parsing a file raise, also for invalid numbers and dates and endless nesting.
 _UNREADABLE = (OSError, yaml.YAMLError, ValueError, RecursionError)
 
 
@@ -322,29 +362,57 @@ def _parse_options(text: str) -> dict[str, Any]:
     """
     options = yaml.load(text, _PlainLoader)
     if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
-        raise ValueError("it is no list of options with their values")
+        raise ValueError("it is not a mapping of options to values")
     return options
 
 
-_Config = TypeVar("_Config", bound=BaseModel)
-
-
-def _validated(cls: type[_Config], options: dict[str, Any]) -> _Config:
-    try:
-        return cls.model_validate(options)
-    except ValidationError as error:
-        raise AdaPrunerError(describe(error)) from None
+# What pydantic finds, by the beginning of its type, in words that continue "`field` value".
+_WORDS = {
+    "bool": "is neither true nor false",
+    "finite_number": "is not a finite number",
+    "float": "is not a number",
+    "greater_than_equal": "must be at least {ge:g}",
+    "greater_than": "must be more than {gt:g}",
+    "int": "is not a whole number",
+    "less_than_equal": "must be at most {le:g}",
+    "less_than": "must be less than {lt:g}",
+    "literal_error": "is not one of {expected}",
+    "model": "is not a mapping of options to values",
+    "string": "is not text",
+    "tuple": "is not a list",
+}
+_MOST_ERRORS = 8
 
 
 def describe(error: ValidationError) -> str:
-    """The first thing that is wrong with the options, in one line."""
-    first = error.errors()[0]
-    message = first["msg"].removeprefix("Value error, ")
-    if not first["loc"]:
+    """All that is wrong with the options, in one line; fields stand in backticks."""
+    errors = error.errors(include_url=False)
+    nested = [] if error.title.startswith("Recover") else [f"recovery.{name}" for name in RecoveryOptions.model_fields]
+    known = [*(PruneConfig if nested else RecoverConfig).model_fields, *nested]
+    more = [f"and {len(errors) - _MOST_ERRORS} more"] if len(errors) > _MOST_ERRORS else []
+    return "; ".join([*(_describe(one, known) for one in errors[:_MOST_ERRORS]), *more])
+
+
+def _describe(error: ErrorDetails, known: list[str]) -> str:
+    kind, message = error["type"], error["msg"].removeprefix("Value error, ")
+    if kind == "conflict":
         return message
-    option = ".".join(str(part) for part in first["loc"] if isinstance(part, str)).replace("_", "-")
-    given = first["input"]
-    return f"--{option} {given if isinstance(given, str) else _BRIEF.repr(given)}: {message}"
+    name = ".".join(part for part in error["loc"] if isinstance(part, str))
+    field = f"`{_brief(name)}`"
+    if kind == "missing":
+        return f"{field} is missing"
+    if kind == "extra_forbidden":
+        return f"{field} is not an option{_suggest(name, known, '`')}"
+    words = next((words for beginning, words in _WORDS.items() if kind.startswith(beginning)), message)
+    given, context = _brief(error["input"]), error.get("ctx", {})
+    choices = re.findall("'([^']*)'", context.get("expected", ""))
+    words = words.format(**context | {"expected": ", ".join(choices)})
+    return f"{field} {given} {words}" + _suggest(given, choices, "'")
+
+
+def _suggest(given: str, known: Iterable[str], mark: str) -> str:
+    close = difflib.get_close_matches(given, known, n=1)
+    return f": did you mean {mark}{close[0]}{mark}?" if close else ""
 
 
 class _Brief(reprlib.Repr):
@@ -354,4 +422,6 @@ class _Brief(reprlib.Repr):
         return super().repr_int(x, level) if x.bit_length() <= 64 else f"{hex(x)[:20]}…"
 
 
-_BRIEF = _Brief()
+def _brief(value: Any) -> str:
+    """Strings are shown as they are, if they are short."""
+    return value if isinstance(value, str) and 0 < len(value) <= 60 else _Brief().repr(value)

@@ -1,55 +1,54 @@
-"""The one exception class whose message is written for the user, and what messages say of other errors."""
+"""The one exception class whose message is written for the user, and how other errors are described."""
 
 from __future__ import annotations
 
 import errno
+import os
 
-# The text of these is a name, or part of a sentence of the interpreter's.
+# The messages of these are a name, or incomprehensible without the type.
 _SAY_LITTLE = (LookupError, TypeError, AttributeError, ArithmeticError, AssertionError, RecursionError)
 _LONGEST_REASON = 300
 
 
 class AdaPrunerError(Exception):
-    """Something the user can mend: what is wrong, the numbers, what to do.
+    """An error that the user can fix. Its message says what is wrong, the numbers, and what to do; options are named
+    as fields in backticks.
 
-    The command line prints the message on one line and exits with code 2; it never shows a traceback for it.
+    The command line prints the message on one line and exits with code 2, without a traceback.
     """
 
 
 class NonFiniteError(AdaPrunerError):
-    """Some numbers became infinite or no numbers: broken weights, a dtype that is too narrow, or a bad sample."""
+    """Numbers became infinite or NaN: broken weights, a dtype that is too narrow, or a bad sample."""
 
 
 def describe_failure(error: BaseException, takes_less: str) -> str | None:
-    """What went wrong, and what helps, where the machine has given out and not the program: memory, disk, permissions;
-    None for anything else.
+    """What is missing and what helps, if the machine lacks memory, disk space or a permission; None for other errors.
 
     Args:
-        takes_less: what takes less memory.
+        takes_less: what needs less memory.
     """
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _is_about_memory(str(error))):
+    number, path = (error.errno, error.filename) if isinstance(error, OSError) else (None, None)
+    said = str(error) if isinstance(error, RuntimeError) else ""
+    if isinstance(error, MemoryError) or number == errno.ENOMEM or _is_about_memory(said):
         return f"out of memory: {takes_less}"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"no space left on the disk{_of(error)}: free some"
-    if isinstance(error, OSError) and error.errno is not None:
-        return f"{(error.strerror or 'the system refuses').lower()}{_of(error)}"
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return f"no space left on the disk{f' ({path})' if path else ''}: free some"
+    if path and number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{os.strerror(number).lower()} ({path})"
     return None
 
 
 def _is_about_memory(message: str) -> bool:
-    """PyTorch has no exception of its own for the memory of the CPU; the last one is what oneDNN says of it."""
+    """PyTorch raises a plain RuntimeError if the memory of the CPU is exhausted; the last sign is from oneDNN."""
     signs = ("out of memory", "can't allocate memory", "bad_alloc", "could not create a primitive")
     return any(sign in message.lower() for sign in signs)
 
 
-def _of(error: OSError) -> str:
-    return f" ({error.filename})" if error.filename else ""
-
-
 def reason(error: BaseException) -> str:
-    """What an error of another library says, on one line that is not too long; with its type where that says little."""
+    """The message of an error of another library on one line of bounded length; with its type if it says little."""
     if isinstance(error, UnicodeDecodeError):
-        return f"it is no UTF-8 text, as byte {error.start} shows"
+        return f"it is not UTF-8 text: byte {error.start} is invalid"
     text = " ".join(str(error).split())
     if len(text) > _LONGEST_REASON:
         text = f"{text[:_LONGEST_REASON]} …"

@@ -1,4 +1,4 @@
-"""Ctrl-C, and requests of the system to end (SIGTERM), at a good moment."""
+"""Ctrl-C (SIGINT), and requests of the system to end (SIGTERM)."""
 
 from __future__ import annotations
 
@@ -11,20 +11,29 @@ from typing import Any, NoReturn
 
 
 @contextlib.contextmanager
-def deferring_interrupts(notice: str) -> Iterator[Callable[[], None]]:
-    """Lets Ctrl-C, and a request of the system to end, wait for a good moment; a second one is not waited with.
+def handling_interrupts(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Installs a handler of SIGINT and SIGTERM, and puts the earlier ones back; only the main thread may and does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
-    Outside of the main thread, which alone hears of them, nothing changes.
+
+@contextlib.contextmanager
+def deferring_interrupts(notice: str) -> Iterator[Callable[[], None]]:
+    """Defers SIGINT and SIGTERM in the main thread until a good moment; a second one ends at once.
 
     Args:
-        notice: what to tell on stderr when one comes.
+        notice: printed on stderr when a signal comes.
 
     Yields:
-        A function for good moments, which raises `KeyboardInterrupt` if one came.
+        A function to call at good moments; it raises `KeyboardInterrupt` if a signal came.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: None
-        return
     heard: list[int] = []
 
     def hear(number: int, frame: Any) -> None:
@@ -37,12 +46,8 @@ def deferring_interrupts(notice: str) -> Iterator[Callable[[], None]]:
         if heard:
             raise KeyboardInterrupt(heard[0])
 
-    before = {number: signal.signal(number, hear) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with handling_interrupts(hear):
         yield raise_if_heard
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def end_by_interrupt(number: int, frame: Any) -> NoReturn:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
-import os
 import resource
 import sys
 import time
@@ -18,11 +17,15 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-# A variable of the environment: where it is set, nothing but errors and advice is said; processes that are started
-# inherit it.
-QUIET = "ADAPRUNER_QUIET"
+_quiet = False
 # Advances a stage by some steps; the text is shown beside the bar.
 Advance = Callable[..., None]
+
+
+def set_quiet(quiet: bool) -> None:
+    """Whether the reporters of this process that are made from now on print nothing."""
+    global _quiet
+    _quiet = quiet
 
 
 class Reporter:
@@ -33,9 +36,7 @@ class Reporter:
     """
 
     def __init__(self, log: Path | None = None) -> None:
-        self.console = Console(
-            stderr=True, markup=False, emoji=False, highlight=False, quiet=bool(os.environ.get(QUIET))
-        )
+        self.console = Console(stderr=True, markup=False, emoji=False, highlight=False, quiet=_quiet)
         self.shows_bars = self.console.is_terminal or (self.console.is_jupyter and find_spec("ipywidgets") is not None)
         self.log = log
         self.current = "preparing"

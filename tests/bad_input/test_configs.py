@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+
+from adapruner.config import PruneConfig, RecoverConfig
+from adapruner.errors import AdaPrunerError
 
 Commands = Callable[[str | Path], dict[str, list[str]]]
 Refused = Callable[..., str]
@@ -60,7 +64,9 @@ BROKEN: dict[str, bytes] = {
     "a number as model": b"model: 7\n",
     "no value for the model": b"model:\n",
     "a word as ratio": b"model: smollm2\nratio: much\n",
-    "a list as ratio": b"model: smollm2\nratio: [0.2]\n",
+    "no ratio": b"model: smollm2\nratio: []\n",
+    "a ratio twice": b"model: smollm2\nratio: [0.2, 0.2]\n",
+    "a list of words as ratio": b"model: smollm2\nratio: [much]\n",
     "no number as ratio": b"model: smollm2\nratio: .nan\n",
     "infinity as ratio": b"model: smollm2\nratio: .inf\n",
     "infinity below": b"model: smollm2\nratio: -.inf\n",
@@ -109,6 +115,40 @@ def test_configs_of_runs(
         f"{run}/config.yaml is not the config of a run",
     )
     assert (run / "config.yaml").read_bytes() == content
+
+
+def refusal(options: Any, **values: Any) -> str:
+    with pytest.raises(AdaPrunerError) as refused:
+        options.from_options(**values)
+    return str(refused.value)
+
+
+def test_all_errors_of_a_config_at_once() -> None:
+    """Conflicts too, as far as their fields are valid."""
+    assert refusal(PruneConfig, ratio="much", samples=100, layout="round", protect_first=1, learning_rate=0) == (
+        "`ratio` much is not a number; `samples` 100 is more than the 64 of `pool`: lower one or raise the other;"
+        " `layout` round is not one of per-layer, uniform; `model` is missing;"
+        " `learning_rate` is not an option: did you mean `recovery.learning_rate`?"
+    )
+    assert refusal(RecoverConfig, model="m", method="labels", teacher="t", steps=0, stesp=1) == (
+        "`steps` 0 must be at least 1; `data` is missing;"
+        " `method` labels needs no teacher: remove `teacher`; `stesp` is not an option: did you mean `steps`?"
+    )
+
+
+def test_many_errors_are_cut_short() -> None:
+    message = refusal(PruneConfig, model="m", **{f"no_{number}": "x" * 1000 for number in range(100)})
+    assert message.count("is not an option") == 8
+    assert message.endswith("; and 92 more")
+
+
+def test_one_ratio_or_several(tmp_path: Path) -> None:
+    for given, ratios in ((0.2, (0.2,)), ("0.2", (0.2,)), ([0.3, 0.1], (0.1, 0.3))):
+        config = PruneConfig.from_options(model="m", ratio=given)
+        assert config.ratio == ratios
+        config.save(tmp_path / "config.yaml")
+        assert yaml.safe_load((tmp_path / "config.yaml").read_text())["ratio"] == [*ratios]
+        assert PruneConfig.load(tmp_path / "config.yaml") == config
 
 
 def test_the_alias_bombs_are_bombs() -> None:

@@ -1,13 +1,23 @@
-"""What is not the user's mistake: an interruption, and failures that nobody expects."""
+"""How a command ends that does not succeed, and what it leaves behind in its process."""
 
 from __future__ import annotations
 
+import ast
 import errno
+import importlib
+import os
 import re
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+import adapruner
+from adapruner.errors import AdaPrunerError
+from adapruner.progress import Reporter
 
 RunCli = Callable[[list[str]], tuple[int, str, str]]
 
@@ -24,11 +34,21 @@ def test_an_interruption(run_cli: RunCli, monkeypatch: pytest.MonkeyPatch) -> No
     assert run_cli(["inspect", "x"]) == (
         130,
         "",
-        "adapruner: stopped; runs go on by the same command, without --overwrite\n",
+        "adapruner: interrupted; rerun the same command, without --overwrite, to resume\n",
     )
 
 
-@pytest.mark.parametrize("error", [KeyError("a"), RuntimeError("one\ntwo\nthree"), AssertionError()])
+@pytest.mark.parametrize(
+    "error",
+    [
+        KeyError("a"),
+        RuntimeError("one\ntwo\nthree"),
+        AssertionError(),
+        FileNotFoundError(errno.ENOENT, "No such file or directory", "a/b"),
+        PermissionError(errno.EACCES, "Permission denied"),
+        BrokenPipeError(errno.EPIPE, "Broken pipe"),
+    ],
+)
 def test_an_unexpected_failure(
     error: Exception, run_cli: RunCli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -49,7 +69,9 @@ def test_an_unexpected_failure(
         (MemoryError(), "out of memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), "out of memory"),
         (OSError(errno.ENOSPC, "No space left on device", "a/b"), "no space left on the disk (a/b): free some"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "out of memory"),
         (PermissionError(errno.EACCES, "Permission denied", "a/b"), "permission denied (a/b)"),
+        (OSError(errno.EROFS, "Read-only file system", "a/b"), "read-only file system (a/b)"),
     ],
 )
 def test_a_machine_that_gives_out(
@@ -66,3 +88,82 @@ def test_help_and_nothing_are_no_failures(run_cli: RunCli) -> None:
         code, output, errors = run_cli(arguments)
         assert (code, errors) == (0, "")
         assert "adapruner" in output
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("arguments", [["--help"], ["inspect", "MODEL", "--json"]], ids=" ".join)
+def test_a_reader_that_has_ended(arguments: list[str], unbuffered: str, model_folder: Path) -> None:
+    """As in `adapruner --help | true`."""
+    command = [
+        sys.executable,
+        "-m",
+        "adapruner",
+        *(str(model_folder) if part == "MODEL" else part for part in arguments),
+    ]
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    reading, writing = os.pipe()
+    os.close(reading)
+    ended = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, env=environment, check=False)
+    os.close(writing)
+    assert (ended.returncode, ended.stderr) == (128 + signal.SIGPIPE, b"")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a full device")
+def test_an_output_that_is_full() -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "adapruner", "--help"]
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (2, "adapruner: no space left on the disk: free some\n")
+
+
+def test_fields_become_options(run_cli: RunCli, monkeypatch: pytest.MonkeyPatch) -> None:
+    message = "`round_to`, `recovery.batch_size`, `gguf_type` and `push_to_hub`, not `config.json`, `model` or `a b`"
+    fail_with(AdaPrunerError(message), monkeypatch)
+    assert run_cli(["inspect", "x"])[2] == (
+        "adapruner: --round-to, --recovery.batch-size, --gguf-type and --push-to-hub, not `config.json`, `model` or"
+        " `a b`\n"
+    )
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["prune", "--help"], ["prune", "--trails", "3"]])
+def test_the_parser_needs_no_heavy_library(arguments: list[str]) -> None:
+    program = (
+        "import sys, adapruner.cli\n"
+        "try: adapruner.cli.main(sys.argv[1:])\n"
+        "except SystemExit: pass\n"
+        "print(*{'torch', 'transformers', 'datasets', 'optuna', 'numpy'} & sys.modules.keys(), file=sys.stderr)\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, encoding="utf-8", check=True
+    )
+    assert ended.stderr.splitlines()[-1] == ""
+    assert ended.stdout or "Did you mean --trials?" in ended.stderr
+
+
+def test_the_version(run_cli: RunCli) -> None:
+    assert run_cli(["--version"]) == (0, f"{adapruner.__version__}\n", "")
+
+
+def test_nothing_is_left_behind(run_cli: RunCli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def state() -> tuple[object, ...]:
+        return dict(os.environ), signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+
+    quiet: list[bool] = []
+    monkeypatch.setattr("adapruner.verbs.inspect", lambda _: quiet.append(Reporter().console.quiet))
+    before = state()
+    for flags in (["--quiet"], []):
+        run_cli([*flags, "inspect", "x"])
+    assert state() == before
+    assert quiet == [True, False]
+
+
+def test_the_lazy_names_are_those_that_tools_see() -> None:
+    tree = ast.parse(Path(adapruner.__file__).read_text(encoding="utf-8"))
+    [typed] = [node for node in tree.body if isinstance(node, ast.If)]
+    homes = {name.name: node.module for node in typed.body if isinstance(node, ast.ImportFrom) for name in node.names}
+    assert homes.keys() == {*adapruner.__all__}
+    for name, home in homes.items():
+        assert getattr(adapruner, name) is getattr(importlib.import_module(str(home)), name)
+        assert name in dir(adapruner)
+    with pytest.raises(AttributeError, match="no attribute 'prun'"):
+        adapruner.prun  # noqa: B018

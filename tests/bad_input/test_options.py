@@ -44,9 +44,12 @@ def out_of_range(options: Any, prefix: str = "") -> list[tuple[str, str]]:
     return cases
 
 
+RATIOS = [("--ratio", value) for value in ("0", "1", "-1", "20", "much", "nan", "inf", "9" * 5000, "")]
+
+
 @pytest.mark.parametrize(
     ("option", "value"),
-    [*out_of_range(PruneOptions), *out_of_range(RecoveryOptions, "recovery.")],
+    [*RATIOS, *out_of_range(PruneOptions), *out_of_range(RecoveryOptions, "recovery.")],
     ids=lambda text: text[:20],
 )
 def test_numbers_of_prune(
@@ -71,6 +74,24 @@ def test_numbers_of_recover(
         del command[place : place + 2]
     refused([*command, option, value], option)
     assert not (tmp_path / "output").exists()
+
+
+def test_all_errors_at_once(refused: Refused, commands: Commands, model_folder: Path) -> None:
+    """Those of single options; options that conflict need all of them, those of a recipe too."""
+    command = [part for part in commands(model_folder)["prune"] if part not in ("--ratio", "0.1", "--pool", "4")]
+    refused(
+        [*command, "--ratio", "20", "--pool", "0", "--layout", "perlayer", "--recovery.epochs", "x"],
+        "--ratio 20 is not a fraction between 0 and 1: 0.2 removes 20 %; ",
+        "--pool 0 must be at least 1; ",
+        "--layout perlayer is not one of per-layer, uniform: did you mean 'per-layer'?; ",
+        "--recovery.epochs x is not a whole number",
+    )
+    refused(
+        [*command, "--ratio", "0.1", "--alignment", "paper", "--ratio-of", "groups", "--recovery.epochs", "2"],
+        "--alignment paper only knows the Taylor terms: set --space paper; ",
+        "--ratio-of groups leaves no allocation to search: set --space paper; ",
+        "options of the recovery need a dataset to fine-tune on: add --recover",
+    )
 
 
 NUMBERS = ("0", "-1", "2.5", "nan", "much", "9" * 30, "9" * 5000, "")
@@ -107,7 +128,7 @@ TOGETHER = [
     ["--recovery.steps", "5"],
     ["--recover", "self", "--recovery.method", "magic"],
     ["--layer-wise", "--no-layer-wise"],
-    ["--ratio", "0.1", "--ratio", "0.2"],
+    ["--ratio", "0.1", "--ratio", "0.1"],
     ["--evaluate", "self"],
     ["--tasks", ","],
     ["--tasks", ""],

@@ -2,11 +2,10 @@
 
 from adapruner.checkpoint._card import card_of_export, card_of_recovered, model_card, read_card
 from adapruner.checkpoint._folder import save_checkpoint, write_card
-from adapruner.checkpoint._gguf import GgufType, check_gguf, write_gguf
+from adapruner.checkpoint._gguf import check_gguf, write_gguf
 from adapruner.checkpoint._hub import check_push, push
 
 __all__ = [
-    "GgufType",
     "card_of_export",
     "card_of_recovered",
     "check_gguf",

@@ -6,7 +6,7 @@ import contextlib
 import math
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import gguf
 import numpy as np
@@ -19,11 +19,10 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from adapruner.checkpoint._gguf_tokenizer import add_tokenizer
+from adapruner.config import GgufType
 from adapruner.errors import AdaPrunerError
 from adapruner.files import being_written
 from adapruner.models import architecture_of
-
-GgufType = Literal["f32", "f16", "bf16", "q8_0"]
 
 _TYPES: dict[GgufType, tuple[GGMLQuantizationType, LlamaFileType]] = {
     "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),

@@ -1,24 +1,27 @@
 """The command line: one file per verb, each parses, calls and prints.
 
-Exit codes: 0 done, 1 an unexpected failure, 2 a mistake of the user's or a machine that gives out (disk, memory,
-permissions), 130 interrupted by Ctrl-C, 143 by SIGTERM.
+A verb imports PyTorch and what needs it when it is run: help and errors of the parser are immediate.
+
+Exit codes: 0 success; 2 invalid input or insufficient resources (disk, memory, permissions); 130 interrupted by Ctrl-C,
+143 by SIGTERM; 141 stdout was closed (SIGPIPE); 1 unexpected failure.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import tempfile
-import threading
 import traceback
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 from cyclopts import App, CycloptsError, Parameter
 from pydantic import ValidationError
 
-from adapruner.cli._output import plain_console
+from adapruner import __version__
+from adapruner.cli._output import CLOSED_OUTPUT, plain_console
 from adapruner.cli.benchmark import benchmark
 from adapruner.cli.evaluate import evaluate
 from adapruner.cli.export import export
@@ -30,16 +33,21 @@ from adapruner.cli.recover import recover
 from adapruner.cli.report import report
 from adapruner.config import describe
 from adapruner.errors import AdaPrunerError, describe_failure, reason
-from adapruner.interrupts import end_by_interrupt
-from adapruner.progress import QUIET
+from adapruner.interrupts import end_by_interrupt, handling_interrupts
 
 UNEXPECTED_FAILURE = 1
 USER_ERROR = 2
 
-# Messages quote what files and options hold; more of it than this is of no use to anybody.
+# Messages quote files and options, which may be long.
 _LONGEST_MESSAGE = 1000
 
-app = App(name="adapruner", help="Makes causal language models really smaller.", suppress_keyboard_interrupt=False)
+app = App(
+    name="adapruner",
+    help="Prunes causal language models into smaller dense checkpoints.",
+    version=__version__,
+    console=plain_console(),
+    suppress_keyboard_interrupt=False,
+)
 
 for verb in (prune, join, report, plan, recover, evaluate, benchmark, export, inspect):
     app.command(verb)
@@ -57,45 +65,80 @@ def launch(
     Parameters
     ----------
     quiet:
-        Say nothing but results, errors and advice.
+        Print only results, errors and advice.
     """
-    if quiet:
-        os.environ[QUIET] = "1"
+    from adapruner.progress import set_quiet
+
+    set_quiet(quiet)
     app(arguments, exit_on_error=False, print_error=False)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point; without arguments, those of the process.
 
-    A user's mistake, and a machine that gives out, is one line on stderr and exit code 2; Ctrl-C ends with 130 and
-    SIGTERM with 143, as in a shell. Whatever else goes wrong is two lines and exit code 1: what happened, and the file
-    that holds the traceback.
+    An error that the user can fix is one line on stderr; an unexpected failure is two, with the file that holds the
+    traceback. See the module for the exit codes.
     """
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, end_by_interrupt)
     try:
-        app.meta(arguments, exit_on_error=False, print_error=False)
+        with handling_interrupts(end_by_interrupt):
+            app.meta(arguments, exit_on_error=False, print_error=False)
+            sys.stdout.flush()
     except (AdaPrunerError, CycloptsError) as error:
         cause = error.__cause__
-        _say(describe(cause) if isinstance(cause, ValidationError) else str(error))
+        _say(_with_options(describe(cause) if isinstance(cause, ValidationError) else str(error)))
         sys.exit(USER_ERROR)
     except KeyboardInterrupt as interrupt:
-        _say("stopped; runs go on by the same command, without --overwrite")
+        _say("interrupted; rerun the same command, without --overwrite, to resume")
         sys.exit(128 + next(iter(interrupt.args), signal.SIGINT))
     except Exception as error:
-        if failure := describe_failure(error, "a narrower --dtype and smaller batches take less, where there are any"):
-            _say(failure)
-            sys.exit(USER_ERROR)
-        _say(f"unexpected failure: {reason(error)}")
-        with tempfile.NamedTemporaryFile("w", prefix="adapruner-", suffix=".log", delete=False) as file:
-            file.write(traceback.format_exc())
-        _say(f"the traceback is in {file.name}")
-        sys.exit(UNEXPECTED_FAILURE)
+        _fail(error)
+
+
+def _fail(error: Exception) -> NoReturn:
+    """Ends after an error that is not of this package."""
+    if isinstance(error, OSError) and _is_closed_for_output() and isinstance(error, BrokenPipeError):
+        sys.exit(CLOSED_OUTPUT)
+    if failure := describe_failure(error, "a narrower --dtype or smaller batches need less, if the command has them"):
+        _say(failure)
+        sys.exit(USER_ERROR)
+    _say(f"unexpected failure: {reason(error)}")
+    with tempfile.NamedTemporaryFile(
+        "w", prefix="adapruner-", suffix=".log", delete=False, encoding="utf-8", errors="backslashreplace"
+    ) as file:
+        file.write("".join(traceback.format_exception(error)))
+    _say(f"the traceback is in {file.name}")
+    sys.exit(UNEXPECTED_FAILURE)
+
+
+def _is_closed_for_output() -> bool:
+    """Whether nothing can be written to stdout; what is left for it is dropped, or Python would complain at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
+def _with_options(message: str) -> str:
+    """Replaces every field in backticks, as the library names it, by its option; other text in backticks is kept."""
+    known = {
+        name
+        for command in app
+        if not command.startswith("-")
+        for argument in app[command].assemble_argument_collection()
+        for name in argument.names
+    }
+
+    def option(match: re.Match[str]) -> str:
+        name = f"--{match[1].replace('_', '-')}"
+        return name if name in known else match[0]
+
+    return re.sub("`([a-z][a-z0-9_.]*)`", option, message)
 
 
 def _say(message: str) -> None:
-    """Prints one line on stderr, without what would move the cursor of a terminal or colour it."""
+    """Prints one line on stderr, without control characters, which could move the cursor of a terminal or colour it."""
     line = " ".join(message.split())
     if len(line) > _LONGEST_MESSAGE:
         line = f"{line[:_LONGEST_MESSAGE]} …"

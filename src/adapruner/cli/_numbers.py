@@ -10,7 +10,7 @@ from cyclopts import Parameter, Token
 
 
 def _whole_number(_: Any, tokens: Sequence[Token]) -> int:
-    """Left alone, cyclopts cuts off what is behind the point."""
+    """cyclopts would truncate a fraction."""
     if not re.fullmatch("[0-9]{1,9}", tokens[0].value):
         raise ValueError("expected a whole number from 0 to 999,999,999")
     return int(tokens[0].value)

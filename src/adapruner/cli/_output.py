@@ -1,35 +1,51 @@
-"""Results on stdout, for people or as JSON, and advice on stderr."""
+"""Results on stdout, as tables or as JSON, and advice on stderr."""
 
 from __future__ import annotations
 
 import json
-from typing import Any
+import sys
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from adapruner.result import PruneResult
+if TYPE_CHECKING:
+    from adapruner.result import PruneResult
+
+
+# What a shell reports of a process that SIGPIPE ended.
+CLOSED_OUTPUT = 141
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Ends as other tools do whose reader has ended; rich drops the output, but exits with code 1."""
+        try:
+            super().on_broken_pipe()
+        finally:
+            sys.exit(CLOSED_OUTPUT)
 
 
 def plain_console(stderr: bool = False) -> Console:
-    """A console that shows text as it is: names of models, files and texts may look like markup or emoji."""
-    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+    """A console that shows text as it is: names of models, files and datasets may look like markup or emoji."""
+    return _Console(stderr=stderr, markup=False, emoji=False, highlight=False)
 
 
-def print_result(result: PruneResult) -> None:
-    """Prints the tables of a run, and where its model is."""
+def print_result(results: list[PruneResult]) -> None:
+    """Prints the tables of a run, and the path of its model, for every ratio."""
     console = plain_console()
-    console.print(*result.tables(), sep="\n")
-    console.print(
-        f"model: {result.model_folder}   plan {result.plan.hash[:12]}   report {result.report}", soft_wrap=True
-    )
+    for result in results:
+        console.print(*result.tables(), sep="\n")
+        console.print(
+            f"model: {result.model_folder}   plan {result.plan.hash[:12]}   report {result.report}", soft_wrap=True
+        )
 
 
 def print_json(content: Any) -> None:
-    """Prints indented JSON; everything for people goes to stderr or is a table."""
-    print(json.dumps(content, indent=2))
+    """Prints indented JSON on stdout, where nothing else is printed."""
+    plain_console().print(json.dumps(content, indent=2), soft_wrap=True)
 
 
 def print_advice(lines: list[str]) -> None:
-    """Prints what should not go unseen, on stderr."""
+    """Prints advice on stderr."""
     for line in lines:
         plain_console(stderr=True).print(f"adapruner: {line}", style="yellow", soft_wrap=True)

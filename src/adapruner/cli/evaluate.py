@@ -7,7 +7,6 @@ from typing import Annotated
 from cyclopts import Parameter
 from rich.table import Table
 
-from adapruner import verbs
 from adapruner.cli._numbers import WholeNumber
 from adapruner.cli._output import plain_console, print_advice, print_json
 from adapruner.config import Dtype
@@ -53,6 +52,8 @@ def evaluate(
     json:
         Print JSON to stdout instead of tables.
     """
+    from adapruner import verbs
+
     result = verbs.evaluate(model, perplexity, protocol, seq_len, stride, tasks, limit, dtype, device)
     print_advice(result.overlaps)
     if json:

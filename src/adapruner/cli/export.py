@@ -7,10 +7,8 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from adapruner import verbs
-from adapruner.checkpoint import GgufType
 from adapruner.cli._output import plain_console, print_json
-from adapruner.verbs import ExportFormat
+from adapruner.config import ExportFormat, GgufType
 
 
 def export(
@@ -44,6 +42,8 @@ def export(
     json:
         Print JSON on stdout.
     """
+    from adapruner import verbs
+
     exported = verbs.export(model, to, output, gguf_type, overwrite, push_to_hub)
     if json:
         print_json({"model": model, "format": to, "path": str(exported.path), "bytes": exported.size})

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 from rich.table import Table
 
-from adapruner import verbs
 from adapruner.cli._output import plain_console, print_json
 from adapruner.config import PruneOptions
-from adapruner.cost import GIB, Cost
 from adapruner.errors import AdaPrunerError
+
+if TYPE_CHECKING:
+    from adapruner.cost import Cost
 
 
 def inspect(
@@ -34,6 +35,8 @@ def inspect(
     json:
         Print JSON on stdout instead of the table.
     """
+    from adapruner import verbs
+
     given = options.model_dump(exclude_unset=True) if options else {}
     if cost:
         _print_cost(verbs.estimate(model, **given), model, json)
@@ -75,6 +78,8 @@ def inspect(
 
 
 def _print_cost(cost: Cost, model: str, json: bool) -> None:
+    from adapruner.cost import GIB
+
     seconds = cost.seconds or {}
     if json:
         print_json(

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from adapruner import pipeline
-
 
 def join(run: Path, /, *, storage: str | None = None, device: str = "auto") -> None:
-    """Help a run that another process is at: measure and run trials, until there is nothing left to help with.
+    """Join a run in progress as an additional worker.
 
     Parameters
     ----------
     run:
-        Its run folder, as this machine sees it.
+        Folder of the run, as seen by this machine.
     storage:
-        That of the run, if it has one.
+        Storage of the run, if it was started with one.
     device:
-        Where this process runs: auto, cpu, cuda, cuda:1, …
+        Device of this worker: auto, cpu, cuda, cuda:1, …
     """
+    from adapruner import pipeline
+
     pipeline.join(run, storage, device)

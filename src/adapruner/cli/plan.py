@@ -7,7 +7,6 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from adapruner import pipeline
 from adapruner.cli._output import plain_console, print_advice, print_json, print_result
 
 
@@ -20,25 +19,27 @@ def plan(
     overwrite: Annotated[bool, Parameter(negative="")] = False,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
-    """Prune to another ratio with the statistics and the best point of a finished run.
+    """Prune to another ratio with the statistics and the best trial of a finished run.
 
     Parameters
     ----------
     run:
         Folder of the finished run.
     ratio:
-        Share of all parameters to remove.
+        Fraction of all parameters to remove.
     output:
         Folder of the new run.
     overwrite:
-        Start again from nothing, whatever run that folder holds.
+        Replace the run in the output folder.
     json:
         Print result.json on stdout instead of the tables.
     """
+    from adapruner import pipeline
+
     result = pipeline.plan_again(run, output, ratio, overwrite)
     print_advice(result.advice())
     if json:
         print_json(result.result)
         return
     plain_console().print(result.plan.explain())
-    print_result(result)
+    print_result([result])

@@ -7,10 +7,8 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from adapruner import pipeline
 from adapruner.cli._output import print_advice, print_json, print_result
 from adapruner.config import PruneOptions
-from adapruner.processes import this_process
 
 
 def prune(
@@ -22,36 +20,61 @@ def prune(
     options: Annotated[PruneOptions | None, Parameter(name="*")] = None,
     overwrite: Annotated[bool, Parameter(negative="")] = False,
     push_to_hub: str | None = None,
+    hub_private: bool = True,
+    hub_revision: str | None = None,
+    hub_token: str | None = None,
     storage: str | None = None,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
-    """Search, prune, save, train again if asked to, evaluate. The same command again goes on where it stopped.
+    """Search, prune, save, fine-tune on request, and evaluate. Rerun the same command to resume.
 
     Parameters
     ----------
     model:
-        Hub id, model folder, .gguf file, or smollm2; with a recipe, that of the recipe.
+        Hub id, model folder, .gguf file, or smollm2; by default the model of the recipe.
     output:
-        Run folder; the pruned model is in its model/, the one trained afterwards in its recovered/.
+        Run folder; the pruned model is saved in model/, the fine-tuned model in recovered/.
     recipe:
-        Options to start from: smollm2-20, llama-7b-20, llama-7b-50, vicuna-7b-20, vicuna-7b-50, or a YAML file. Options
-        of the command go before them.
+        Options to start from: smollm2-20, llama-7b-20, llama-7b-50, vicuna-7b-20, vicuna-7b-50, or a YAML file.
+        Options of the command line override them.
     overwrite:
-        Start again from nothing, whatever run the folder holds.
+        Replace the run in the output folder.
     push_to_hub:
-        Upload the model, recovered if it was, to this repository, owner/name.
+        Upload the final model to this repository of the Hub, owner/name.
+    hub_private:
+        Create that repository as a private one.
+    hub_revision:
+        Branch of that repository to upload to.
+    hub_token:
+        Token of the Hub; by default the token of the login.
     storage:
-        URL of an SQL database that keeps the trials, postgresql://…, so that many machines work on them; by default a
-        journal in the run folder.
+        URL of an SQL database for the trials, postgresql://…, to search on many machines; by default a journal in the
+        run folder.
     json:
-        Print result.json on stdout instead of the table.
+        Print result.json on stdout instead of the tables; a list of them for several ratios.
     """
+    from adapruner import pipeline
+    from adapruner.processes import this_process
+
     given = options.model_dump(exclude_unset=True) if options else {}
-    result = pipeline.prune(model, output, overwrite, push_to_hub, recipe, storage, **given)
+    made = pipeline.prune(
+        model,
+        output,
+        overwrite,
+        push_to_hub,
+        recipe,
+        storage,
+        hub_private=hub_private,
+        hub_revision=hub_revision,
+        hub_token=hub_token,
+        **given,
+    )
     if not this_process().leads:
         return
-    print_advice(result.advice())
+    results = [*made] if isinstance(made, tuple) else [made]
+    print_advice([line for result in results for line in result.advice()])
     if json:
-        print_json(result.result)
+        contents = [result.result for result in results]
+        print_json(contents if len(contents) > 1 else contents[0])
         return
-    print_result(result)
+    print_result(results)

@@ -7,7 +7,6 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from adapruner import verbs
 from adapruner.cli._output import plain_console, print_advice, print_json
 from adapruner.config import Dtype, RecoveryOptions
 
@@ -47,6 +46,8 @@ def recover(
     json:
         Print recovery.json on stdout.
     """
+    from adapruner import verbs
+
     options = options or RecoveryOptions()
     record = verbs.recover(
         model, data, output, teacher, overwrite, dtype, device, **options.model_dump(exclude_unset=True)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import webbrowser
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
-from adapruner import verbs
 from adapruner.cli._output import plain_console, print_json
 
 
@@ -20,19 +18,23 @@ def report(
     watch: Annotated[bool, Parameter(negative="")] = False,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
-    """Write the report of a run, report.html in its folder: one page that needs nothing else.
+    """Write the report of a run, a self-contained page: report.html in the run folder.
 
     Parameters
     ----------
     run:
-        Its folder; of a run that is not finished, the page shows what there is.
+        Run folder; the report of an unfinished run shows what is available.
     open:
-        Show the page in the browser.
+        Open the page in the browser.
     watch:
-        Write it again every few seconds as long as a process is at the run; the page follows by itself.
+        Update the page every few seconds while the run is in progress; the open page reloads automatically.
     json:
-        Print where it is as JSON on stdout.
+        Print the path of the page as JSON on stdout.
     """
+    import webbrowser
+
+    from adapruner import verbs
+
     written = verbs.write_reports(run, watch)
     page = next(written)
     if open:

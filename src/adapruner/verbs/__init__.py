@@ -1,8 +1,8 @@
-"""What is done with one model, dense or pruned, outside of a pruning run; and with a run that others are at."""
+"""Operations on one model, dense or pruned, outside of a pruning run; and the report of a run."""
 
 from adapruner.verbs._benchmark import benchmark
 from adapruner.verbs._evaluate import Evaluation, evaluate
-from adapruner.verbs._export import Exported, ExportFormat, export
+from adapruner.verbs._export import Exported, export
 from adapruner.verbs._inspect import estimate, inspect
 from adapruner.verbs._load import load
 from adapruner.verbs._recover import recover
@@ -10,7 +10,6 @@ from adapruner.verbs._report import write_reports
 
 __all__ = [
     "Evaluation",
-    "ExportFormat",
     "Exported",
     "benchmark",
     "estimate",

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from safetensors import SafetensorError
 
 from adapruner.checkpoint import (
-    GgufType,
     card_of_export,
     check_gguf,
     check_push,
@@ -18,13 +16,12 @@ from adapruner.checkpoint import (
     save_checkpoint,
     write_gguf,
 )
+from adapruner.config import ExportFormat, GgufType
 from adapruner.errors import AdaPrunerError, reason
 from adapruner.models import empty_model, find_model, load_config, load_model, load_tokenizer
 from adapruner.paths import output_path
 from adapruner.progress import Reporter
 from adapruner.surgery import check_paddable, pad_to_stock
-
-ExportFormat = Literal["gguf", "stock"]
 
 
 @dataclass(frozen=True)
