@@ -14,6 +14,15 @@ from typing_extensions import Self
 from adapruner.errors import AdaPrunerError, reason
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Space = Literal["paper", "extended"]
+Sampler = Literal["tpe", "random"]
+Searched = Literal["joint", "calibration", "metric"]
+Alignment = Literal["data", "paper"]
+Terms = Literal["all", "vector-wise"]
+Reduction = Literal["sum", "mean", "max", "prod"]
+Layout = Literal["per-layer", "uniform"]
+RatioOf = Literal["parameters", "groups"]
+HeadGranularity = Literal["kv-group", "query-head"]
 
 # Seeds of NumPy end here, and nobody has so many tokens, windows or steps.
 _LARGEST_NUMBER = 2**32 - 1

@@ -41,7 +41,7 @@ from adapruner.planning import Budget, UnreachableRatioError, kept_counts, large
 from adapruner.processes import this_process
 from adapruner.recovery import Examples, check_device, read_examples
 from adapruner.run_folder import RunFolder
-from adapruner.search import StudyPlace
+from adapruner.search import StudyPlace, sqlite_url
 from adapruner.structure import Structure, build_structure
 
 # Protected layers at both ends and share of heads, from what hurts least to what reaches furthest.
@@ -130,8 +130,9 @@ def prepare(
         reports: whether this process evaluates; others need none of that text.
     """
     device = resolve_device(config.device)
-    study = StudyPlace(run.path, database)
-    study.check(overwrite)
+    study = StudyPlace(database or sqlite_url(run.path / "study.db"), "adapruner")
+    if database is not None:
+        study.check()
     location = find_model(config.model)
     if config.layer_wise:
         check_streamable(location)

@@ -27,8 +27,9 @@ from adapruner.paths import given_path
 from adapruner.processes import Process, this_process
 from adapruner.progress import Reporter
 from adapruner.report import write_report
-from adapruner.result import PruneResult, SearchOutcome, build_result, read_result
+from adapruner.result import PruneResult, build_result, read_result
 from adapruner.run_folder import RunFolder
+from adapruner.search import SearchResult
 
 # Parameters of models for which it is worth to look ahead.
 _LONG = 10**9
@@ -199,8 +200,6 @@ def _help(
 def _run_stages(job: Job) -> PruneResult:
     reporter = Reporter(job.run.log)
     with _saying_what_is_kept(job, reporter):
-        # Before there is anything to help with: helpers read where the trials will be.
-        job.study.register()
         if job.structure.total_parameters >= _LONG and not job.run.statistics.is_file():
             _announce_cost(job, reporter)
         model = stages.stage_load(job, reporter)
@@ -229,7 +228,7 @@ def _run_stages(job: Job) -> PruneResult:
 
 def _choose(
     job: Job, model: PreTrainedModel, windows: dict[str, Tensor], reporter: Reporter
-) -> tuple[StoredMoments | None, Statistics, SearchOutcome]:
+) -> tuple[StoredMoments | None, Statistics, SearchResult]:
     moments = stages.stage_moments(job, model, windows, reporter)
     statistics = stages.stage_measure(job, model, windows["pool"], moments, reporter)
     return moments, statistics, stages.stage_search(job, model, statistics, moments, windows["objective"], reporter)

@@ -10,14 +10,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
 from rich.table import Table
 
 from adapruner.config import PruneConfig
 from adapruner.evaluation import mean_accuracies
 from adapruner.planning import PruningPlan
 from adapruner.run_folder import RunFolder
-from adapruner.search import Candidate
+from adapruner.search import SearchResult
 
 RESULT_SCHEMA_VERSION = 2
 
@@ -25,20 +24,6 @@ RESULT_SCHEMA_VERSION = 2
 _MUCH_WORSE, _FEW_WINDOWS, _FRIENDLY_MULTIPLE = 2.0, 256, 8
 
 TITLES = {"dense": "dense", "best_fixed": "best fixed metric", "searched": "searched", "recovered": "recovered"}
-
-
-class SearchOutcome(BaseModel):
-    """What the search leaves for the stages after it: the best point, and the best fixed metric to compare with."""
-
-    ratio: float
-    trials: int
-    best: Candidate
-    best_loss: float
-    best_trial: int
-    best_fixed: Candidate
-    best_fixed_loss: float
-    best_fixed_name: str
-    stopped_early: int
 
 
 @dataclass(frozen=True)
@@ -85,7 +70,7 @@ def build_result(
     config: PruneConfig,
     plan: PruningPlan,
     parameters_after: int,
-    outcome: SearchOutcome,
+    outcome: SearchResult,
     recovery: dict[str, Any] | None,
     perplexities: dict[str, dict[str, Any]],
     scores: dict[str, dict[str, Any]],
@@ -112,7 +97,7 @@ def build_result(
             "removed_share": 1 - parameters_after / plan.total_parameters,
         },
         "plan_hash": plan.hash,
-        "search": outcome.model_dump(),
+        "search": outcome.model_dump(exclude={"points", "ranges", "importance"}),
         "recovery": recovery,
         "perplexity": by_text(perplexities),
         "tasks": by_text(scores),

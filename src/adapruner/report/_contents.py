@@ -17,9 +17,9 @@ from adapruner.evaluation import mean_accuracies
 from adapruner.models import find_model, load_tokenizer
 from adapruner.planning import PruningPlan
 from adapruner.progress import Reporter
-from adapruner.result import SearchOutcome, by_text
+from adapruner.result import by_text
 from adapruner.run_folder import RunFolder
-from adapruner.search import History, StudyPlace, read_history
+from adapruner.search import History, SearchResult, StudyPlace, read_history, sqlite_url
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Contents:
     config: PruneConfig
     history: History
     plan: PruningPlan | None
-    outcome: SearchOutcome | None
+    outcome: SearchResult | None
     result: dict[str, Any] | None
     perplexity: dict[str, dict[str, dict[str, Any]]]
     tasks: dict[str, dict[str, dict[str, Any]]]
@@ -93,7 +93,7 @@ def read_contents(run: RunFolder) -> Contents:
 
 def _read(run: RunFolder, config: PruneConfig) -> Contents:
     result = _json(run.result)
-    outcome = SearchOutcome.model_validate_json(run.search.read_text()) if run.search.is_file() else None
+    outcome = SearchResult.model_validate_json(run.search.read_text()) if run.search.is_file() else None
     measured = _json(run.evaluation) or {}
     scores = measured.get("tasks", {})
     means = {name: mean_accuracies(score["metrics"] for score in own.values()) for name, own in scores.items()}
@@ -103,7 +103,7 @@ def _read(run: RunFolder, config: PruneConfig) -> Contents:
         state="finished" if result else "running" if is_running else "stopped",
         stage=_current_stage(run.log) if is_running else None,
         config=config,
-        history=read_history(StudyPlace(run.path)),
+        history=outcome or read_history(StudyPlace(sqlite_url(run.path / "study.db"), "adapruner")),
         plan=PruningPlan.load(run.plan) if run.plan.is_file() else None,
         outcome=outcome,
         result=result,

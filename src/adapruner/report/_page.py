@@ -97,7 +97,7 @@ def render(contents: Contents, refresh: int | None = None) -> str:
         command=command(
             contents.config,
             contents.path,
-            contents.history.elsewhere,
+            None,
             contents.outcome.ratio if contents.outcome else None,
         ),
         options=yaml.safe_dump(contents.config.model_dump(mode="json"), sort_keys=False),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import replace
+from functools import partial
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -16,14 +17,15 @@ from adapruner.measurement import Statistics, StoredMoments
 from adapruner.models import in_fastest_dtype
 from adapruner.planning import PruningPlan, kept_counts, largest_channel_share
 from adapruner.progress import Reporter
-from adapruner.result import SearchOutcome
 from adapruner.search import (
     MOST_PROTECTED_FIRST,
     Candidate,
     Objective,
     Search,
+    SearchResult,
     SearchSpace,
     build_subset_family,
+    is_feasible,
     plan_candidate,
 )
 from adapruner.structure import Structure
@@ -37,10 +39,10 @@ def stage_search(
     moments: StoredMoments | None,
     windows: Tensor,
     reporter: Reporter,
-) -> SearchOutcome:
+) -> SearchResult:
     config, run = job.config, job.run
     if run.search.is_file():
-        return SearchOutcome.model_validate_json(run.search.read_text())
+        return SearchResult.model_validate_json(run.search.read_text())
     model = in_fastest_dtype(model)
     with reporter.stage("searching", config.trials) as advance:
         if not all(losses.isfinite().all() for losses in losses_by_batch(model, windows)):
@@ -48,18 +50,7 @@ def stage_search(
         search = _search(job, model, statistics, moments, windows)
         search.run(progress=lambda best: advance(1, text=f"best {config.selection} {best:.4f}"))
         further = windows[config.objective_windows :]
-        found = search.result(_judge(job, model, statistics, moments, further) if len(further) else None)
-    outcome = SearchOutcome(
-        ratio=config.ratio,
-        trials=config.trials,
-        best=found.best.candidate,
-        best_loss=found.best.loss,
-        best_trial=found.best.trial,
-        best_fixed=found.best_fixed.candidate,
-        best_fixed_loss=found.best_fixed.loss,
-        best_fixed_name=found.best_fixed_name,
-        stopped_early=found.stopped,
-    )
+        outcome = search.result(_judge(job, model, statistics, moments, further) if len(further) else None)
     run.save_json(outcome.model_dump(), run.search)
     return outcome
 
@@ -73,7 +64,7 @@ def help_searching(job: Job, model: PreTrainedModel, windows: Tensor, name: str,
     statistics = Statistics.load(job.run.statistics)
     moments = StoredMoments(job.run.moments) if needs_moments(job.config) else None
     with reporter.stage("helping to search", 1) as advance:
-        _search(job, in_fastest_dtype(model), statistics, moments, windows).help(name)
+        _search(job, in_fastest_dtype(model), statistics, moments, windows).help()
         advance()
 
 
@@ -99,6 +90,7 @@ def _search(
         reduction=config.reduction,
         terms=config.terms,
         searched=config.search,
+        is_feasible=partial(is_feasible, job.structure, statistics),
     )
     judge = _judge(job, model, statistics, moments, windows[: config.objective_windows])
     return Search(space, judge, config.trials, config.seed, job.study, config.sampler)
@@ -121,7 +113,7 @@ def _judge(
     )
 
 
-def stage_plan(job: Job, statistics: Statistics, outcome: SearchOutcome) -> PruningPlan:
+def stage_plan(job: Job, statistics: Statistics, outcome: SearchResult) -> PruningPlan:
     if job.run.plan.is_file():
         return PruningPlan.load(job.run.plan)
     plan = plan_at_ratio(job.structure, statistics, outcome.best, job.config)

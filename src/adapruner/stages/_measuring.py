@@ -77,7 +77,6 @@ def drop_broken_windows(
     if all(len(kept[use]) == len(windows[use]) for use in windows):
         raise error
     job.run.replace_windows(kept)
-    job.study.register()
     return kept
 
 
@@ -144,7 +143,7 @@ def help_measuring(job: Job, model: PreTrainedModel, pool: Tensor, begin_at: flo
 
 def _measure_missing_parts(job: Job, model: PreTrainedModel, pool: Tensor, begin_at: float = 0.0) -> Iterator[int]:
     """Measures those parts of the pool that nobody has measured yet; yields the number of the first window of each."""
-    run, study = job.run, job.study.name
+    run = job.run
     run.statistics_parts.mkdir(exist_ok=True)
     parts = _parts(job, pool)
     first = int(begin_at * len(parts))
@@ -160,7 +159,6 @@ def _measure_missing_parts(job: Job, model: PreTrainedModel, pool: Tensor, begin
         folder=run.statistics_parts,
         starts=(start for start, path in order if not path.is_file() and not run.statistics.is_file()),
     ):
-        job.study.check_name(study)
         run.save_part(part, paths[start])
         yield start
 
