@@ -31,9 +31,8 @@ from adapruner.importance import ACTIVATION_METRICS, LLM_PRUNER_METRICS, MetricP
 from adapruner.measurement import Statistics, StoredMoments, measure
 from adapruner.models import find_model, in_fastest_dtype, load_model, load_tokenizer
 from adapruner.planning import Budget, kept_counts, make_plan
-from adapruner.result import SearchOutcome
 from adapruner.run_folder import RunFolder
-from adapruner.search import SearchSpace, build_subset_family
+from adapruner.search import SearchResult, SearchSpace, build_subset_family
 from adapruner.structure import Structure, build_structure, count_parameters
 from adapruner.surgery import Compensation, prune_model, refit_sequentially
 
@@ -115,7 +114,7 @@ class Comparison:
             return searched.plan
         config = PruneConfig.from_options(**searched.result["config"] | allocation(name, ratio) | {"ratio": ratio})
         folder = self.folder(seed, name)
-        found = SearchOutcome.model_validate_json(folder.search.read_text()).best
+        found = SearchResult.model_validate_json(folder.search.read_text()).best
         return stages.plan_at_ratio(self.structure, Statistics.load(folder.statistics), found, config)
 
     def folder(self, seed: int, name: str) -> RunFolder:

@@ -1,22 +1,17 @@
 """From statistics to scores: the importance terms and how a metric point mixes them."""
 
-from adapruner.importance._metric import (
-    ACTIVATION_METRICS,
-    LLM_PRUNER_METRICS,
-    Alignment,
-    MetricPoint,
-    Reduction,
-    score_groups,
-)
-from adapruner.importance._terms import TERMS, Term
+from adapruner.importance._metric import ACTIVATION_METRICS, LLM_PRUNER_METRICS, MetricPoint, score_groups
+from adapruner.importance._terms import PAPER_TERMS, TERMS, Term, needed_statistics, register_term, usable_terms
 
 __all__ = [
     "ACTIVATION_METRICS",
     "LLM_PRUNER_METRICS",
+    "PAPER_TERMS",
     "TERMS",
-    "Alignment",
     "MetricPoint",
-    "Reduction",
     "Term",
+    "needed_statistics",
+    "register_term",
     "score_groups",
+    "usable_terms",
 ]

@@ -8,12 +8,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, field_validator
 from torch import Tensor
 
+from adapruner.config import Reduction
 from adapruner.importance._terms import TERMS, Term
 from adapruner.measurement import Statistics
 from adapruner.structure import Structure
 
-Alignment = Literal["data", "standard", "none"]
-Reduction = Literal["sum", "mean", "max", "prod"]
+Scaling = Literal["data", "standard", "none"]
 
 
 class MetricPoint(BaseModel):
@@ -31,7 +31,7 @@ class MetricPoint(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     weights: dict[str, float]
-    alignment: Alignment = "data"
+    alignment: Scaling = "data"
     reduction: Reduction = "sum"
 
     @field_validator("weights")
@@ -77,7 +77,7 @@ def score_groups(statistics: Statistics, structure: Structure, point: MetricPoin
     for name, weight in point.weights.items():
         if weight:
             term = TERMS[name]
-            values, groups = term.values(statistics).double(), _group_of_value(term, structure)
+            values, groups = term.function(statistics).double(), _group_of_value(term, structure)
             if point.alignment == "standard":
                 values = _standardise(values, structure.block_of_group[groups])
             scores = _reduce(values, groups, point.reduction)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
 
+from adapruner.config import Space, Terms
 from adapruner.errors import AdaPrunerError
 from adapruner.measurement import Statistics
 
-# What a term speaks of, which is then reduced to groups; see `Structure`.
+# What a term gives one number for; see `Structure`.
 Unit = Literal["vectors", "inputs", "groups"]
+TermFunction = Callable[[Statistics], Tensor]
 
 
 @dataclass(frozen=True)
@@ -20,40 +22,69 @@ class Term:
     """An importance term.
 
     Attributes:
-        values: [units], not negative, from statistics.
+        function: [units], not negative, from statistics.
         unit: what there is one number for.
+        family: terms of one family share a weight in the search: `taylor`, `activation`, `reconstruction`, or any other
+            name, which then is a family of its own.
+        share: in the points that are tried first, the part of its family that the term takes from those registered
+            before it, 0 to 1; of the first term of a family, the weight of the family.
+        needs: which statistics have to be measured for it: `taylor`, `elements`, `inputs`, `moments`, `eliminations`.
     """
 
-    values: Callable[[Statistics], Tensor]
+    name: str
+    function: TermFunction
     unit: Unit
+    family: str
+    share: float = 0.0
+    needs: frozenset[str] = frozenset()
 
 
 TERMS: dict[str, Term] = {}
 
 
-def _register(unit: Unit) -> Callable[[Callable[[Statistics], Tensor]], Callable[[Statistics], Tensor]]:
-    def register(values: Callable[[Statistics], Tensor]) -> Callable[[Statistics], Tensor]:
-        TERMS[values.__name__] = Term(values, unit)
-        return values
+def register_term(
+    *, unit: Unit, family: str, needs: Iterable[str] = (), share: float = 0.0
+) -> Callable[[TermFunction], TermFunction]:
+    """A decorator that makes a function an importance term, under its own name. The extended space searches it.
+
+    Args:
+        unit, family, needs, share: as in `Term`.
+    """
+
+    def register(function: TermFunction) -> TermFunction:
+        name = function.__name__
+        TERMS[name] = Term(name, function, unit, family, share, frozenset(needs))
+        return function
 
     return register
 
 
-@_register("vectors")
+def usable_terms(space: Space, terms: Terms) -> list[Term]:
+    """The registered terms that a search mixes, in the order in which they were registered."""
+    mixed = PAPER_TERMS if space == "paper" else tuple(TERMS)
+    return [TERMS[name] for name in mixed if terms == "all" or "elements" not in TERMS[name].needs]
+
+
+def needed_statistics(space: Space, terms: Terms) -> frozenset[str]:
+    """Which statistics the terms of a search are computed from (`Term.needs`)."""
+    return frozenset().union(*(term.needs for term in usable_terms(space, terms)))
+
+
+@register_term(unit="vectors", family="taylor", needs=["taylor"])
 def coarse_first(statistics: Statistics) -> Tensor:
     """[vectors]: |Σ_k g_k w_k| with the gradient of the mean loss, the first-order change of the loss when the vector
     is removed (LLM-Pruner's vector-wise importance, arXiv 2305.11627, eq. 3)."""
     return statistics.taylor.mean(0).abs()
 
 
-@_register("vectors")
+@register_term(unit="vectors", family="taylor", needs=["taylor"])
 def coarse_second(statistics: Statistics) -> Tensor:
     """[vectors]: ½ mean_j (Σ_k g_jk w_k)², the second-order change with the Fisher information as Hessian, taken of
     the vector as a whole (arXiv 2305.11627, eq. 4, summed before squaring)."""
     return statistics.taylor.square().mean(0) / 2
 
 
-@_register("vectors")
+@register_term(unit="vectors", family="taylor", needs=["elements"])
 def fine_first(statistics: Statistics) -> Tensor:
     """[vectors]: mean_j Σ_k |g_jk w_k|, element by element (LLM-Pruner's element-wise importance, arXiv 2305.11627,
     eq. 5). The mean over samples stands outside the absolute value, which makes the term a sum over samples; the form
@@ -61,21 +92,25 @@ def fine_first(statistics: Statistics) -> Tensor:
     return _measured(statistics.element_absolute, "element by element").mean(0)
 
 
-@_register("vectors")
+@register_term(unit="vectors", family="taylor", needs=["elements"])
 def fine_second(statistics: Statistics) -> Tensor:
     """[vectors]: ½ Σ_k mean_j (g_jk w_k)², element by element with the diagonal Fisher information (arXiv 2305.11627,
     eq. 4 and 5)."""
     return _measured(statistics.element_squared, "element by element").mean(0) / 2
 
 
-@_register("inputs")
+# The terms of the paper (arXiv 2503.06184), which mixes them by a formula of its own.
+PAPER_TERMS = tuple(TERMS)
+
+
+@register_term(unit="inputs", family="activation", needs=["inputs"])
 def activation_norm(statistics: Statistics) -> Tensor:
     """[inputs]: ‖x_c‖₂ · Σ|W_c|, the norm as root mean square over all tokens (Wanda-sp: the score of Wanda, arXiv
     2306.11695, summed over the column; as in the repository of FLAP)."""
     return statistics.input_squared.mean(0).sqrt() * statistics.column_absolute
 
 
-@_register("inputs")
+@register_term(unit="inputs", family="activation", needs=["inputs"], share=1.0)
 def fluctuation(statistics: Statistics) -> Tensor:
     """[inputs]: var(x_c) · ‖W_c‖² over all tokens, what remains of an input when its mean is kept as a bias (FLAP's
     WIFV, arXiv 2312.11983, eq. 5)."""
@@ -83,19 +118,19 @@ def fluctuation(statistics: Statistics) -> Tensor:
     return variance.clamp_min(0) * statistics.column_squared
 
 
-@_register("groups")
+@register_term(unit="groups", family="reconstruction", needs=["moments"])
 def reconstruction(statistics: Statistics) -> Tensor:
     """[groups]: tr(W_g ([H⁻¹]_gg)⁻¹ W_gᵀ), for a channel ‖W_c‖² / [H⁻¹]_cc: what the output of the block loses when the
-    group goes and the rest is compensated by least squares (optimal brain surgeon, Hassibi and Stork 1992; blocks as
-    in arXiv 2203.07259)."""
+    group is removed and the rest is compensated by least squares (optimal brain surgeon, Hassibi and Stork 1992; blocks
+    as in arXiv 2203.07259)."""
     return _measured(statistics.removal_error, "from second moments")
 
 
-@_register("groups")
+@register_term(unit="groups", family="reconstruction", needs=["moments", "eliminations"], share=1.0)
 def elimination(statistics: Statistics) -> Tensor:
-    """[groups]: what the output of the block loses by each group when the groups go one after the other, the cheapest
-    first, and the rest is compensated each time (greedy form of `reconstruction`, ZipLM, arXiv 2302.04089). Of two
-    groups that can stand for each other, one ranks high."""
+    """[groups]: what the output of the block loses by each group when the groups are removed one after the other, the
+    cheapest first, and the rest is compensated each time (greedy form of `reconstruction`, ZipLM, arXiv 2302.04089). Of
+    two groups that can stand for each other, one ranks high."""
     return _measured(statistics.elimination_error, "from second moments")
 
 

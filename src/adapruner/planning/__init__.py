@@ -3,6 +3,7 @@
 from adapruner.planning._budget import (
     RATIO_TOLERANCE,
     Budget,
+    BudgetError,
     UnreachableRatioError,
     kept_counts,
     largest_channel_share,
@@ -14,6 +15,7 @@ __all__ = [
     "RATIO_TOLERANCE",
     "BlockPlan",
     "Budget",
+    "BudgetError",
     "PruningPlan",
     "UnreachableRatioError",
     "kept_counts",

@@ -10,19 +10,22 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from adapruner.config import Layout, RatioOf
 from adapruner.errors import AdaPrunerError
 from adapruner.structure import Block, Structure
 
 RATIO_TOLERANCE = 0.005
 
 
-class UnreachableRatioError(AdaPrunerError):
-    """More would have to go than the budget lets go."""
+class BudgetError(AdaPrunerError):
+    """A budget that this model cannot meet; another allocation may."""
 
 
-Layout = Literal["per-layer", "uniform"]
+class UnreachableRatioError(BudgetError):
+    """More would have to be removed than the allocation allows."""
+
+
 Ranking = Literal["local", "global"]
-RatioOf = Literal["parameters", "groups"]
 
 _Blocks = Mapping[int, Block]
 
@@ -71,8 +74,8 @@ def kept_counts(structure: Structure, budget: Budget, scores: Tensor | None = No
 
     Raises:
         UnreachableRatioError: the ratio cannot be reached; with the arithmetic.
-        AdaPrunerError: it cannot be met within 0.5 points, nothing would go, or layers of different sizes shall become
-            alike.
+        BudgetError: it cannot be met within 0.5 percentage points, or nothing would be removed.
+        AdaPrunerError: layers of different sizes shall become alike.
     """
     layers = _unprotected(structure, budget)
     blocks = {index: block for index, block in enumerate(structure.blocks) if block.layer in layers}
@@ -134,7 +137,7 @@ def _unprotected(structure: Structure, budget: Budget) -> range:
     if not layers:
         raise UnreachableRatioError(
             f"all {structure.layers} layers are protected ({budget.protect_first} first, {budget.protect_last} last);"
-            " lower --protect-first or --protect-last"
+            " lower `protect_first` or `protect_last`"
         )
     return layers
 
@@ -216,9 +219,9 @@ def _in_steps(budget: Budget, blocks: _Blocks, wanted: dict[int, float], step: i
 
 def _refuse_nothing(structure: Structure, budget: Budget, counts: Sequence[int]) -> None:
     if not removed_parameters(structure, counts):
-        raise AdaPrunerError(
-            f"a ratio of {budget.ratio:g} takes nothing: whole heads and steps of {budget.round_to} channels are more"
-            " than that; lower --round-to or raise --ratio"
+        raise BudgetError(
+            f"a ratio of {budget.ratio:g} removes nothing: whole heads and steps of {budget.round_to} channels are more"
+            " than that; lower `round_to` or raise `ratio`"
         )
 
 
@@ -247,12 +250,12 @@ def _refuse_missed_ratio(
             if budget.layout == "per-layer"
             else ""
         )
-        more = f", {largest(1):.3f} with equal shares (--head-share 1)" if budget.head_share < 1 else ""
+        more = f", {largest(1):.3f} with equal shares (`head_share` 1)" if budget.head_share < 1 else ""
         raise UnreachableRatioError(
             f"a ratio of {budget.ratio:g} cannot be reached: {protected}at most {largest(budget.head_share):.3f}"
             f" of the {total:,} parameters can go{more}"
         )
-    raise AdaPrunerError(
+    raise BudgetError(
         f"a ratio of {budget.ratio:g} is not met: whole heads and steps of {budget.round_to} channels come to"
-        f" {reached:.4f}, more than {RATIO_TOLERANCE} off; lower --round-to or --head-share"
+        f" {reached:.4f}, more than {RATIO_TOLERANCE} off; lower `round_to` or `head_share`"
     )

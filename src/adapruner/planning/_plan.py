@@ -14,9 +14,10 @@ from rich.table import Table
 from torch import Tensor
 from typing_extensions import Self
 
+from adapruner.config import HeadGranularity
 from adapruner.errors import AdaPrunerError, reason
 from adapruner.planning._budget import removed_parameters
-from adapruner.structure import Block, HeadGranularity, Kind, Structure
+from adapruner.structure import Block, Kind, Structure
 
 # Numbers in JSON are numbers, not words that look like them.
 _STRICT = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -69,7 +70,7 @@ class PruningPlan(BaseModel):
 
     def save(self, path: Path) -> None:
         """Writes the plan as JSON."""
-        path.write_text(self.model_dump_json() + "\n")
+        path.write_text(self.model_dump_json() + "\n", encoding="utf-8")
 
     @staticmethod
     def load(path: Path) -> PruningPlan:
@@ -92,7 +93,7 @@ class PruningPlan(BaseModel):
     def explain(self) -> Table:
         """A table, one row per layer: what stays of its heads and channels."""
         table = Table(
-            title=f"{self.removed_parameters:,} of {self.total_parameters:,} parameters go ({self.ratio:.1%})"
+            title=f"{self.removed_parameters:,} of {self.total_parameters:,} parameters are removed ({self.ratio:.1%})"
         )
         heads = "KV groups" if self.head_granularity == "kv-group" else "query heads"
         for title in ("layer", f"{heads} kept", "channels kept"):

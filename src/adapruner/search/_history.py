@@ -1,98 +1,106 @@
-"""What a search has tried, read beside it: nothing is written."""
+"""What a search has tried."""
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
+from pydantic import BaseModel, ConfigDict
+from typing_extensions import Self
 
-from adapruner.search._shared import StudyPlace
-from adapruner.search._space import FIXED_METRIC
-from adapruner.search._study import STOPPED
+from adapruner.search._place import StudyPlace, quiet_optuna
+from adapruner.search._space import FIXED_METRIC, START
 
+# The user attribute of a trial that was stopped early.
+STOPPED = "stopped"
 # Searched points below which nothing is said of the importance of parameters.
 _FEWEST_POINTS = 20
 
 Parameter = float | int | str
 
 
-@dataclass(frozen=True)
-class TriedPoint:
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
+
+
+class TriedPoint(_Record):
     """A finished trial.
 
     Attributes:
-        loss: mean over the windows, or what it is likely to be where the trial was stopped early; None where its budget
-            cannot be met or the model is broken.
+        number: its place among the finished trials, in the order in which they were begun.
+        loss: mean over the windows, or the expected mean if the trial was stopped early; None if it is not finite.
+        starting_point: whether it was given, and not proposed by the sampler.
         fixed_metric: the name of the LLM-Pruner metric that it is, if it is one.
-        parameters: what was searched, by name.
+        parameters: the searched values, by name.
         positions: the same within their ranges, 0 to 1.
     """
 
     number: int
     loss: float | None
     stopped: bool
+    starting_point: bool
     fixed_metric: str | None
     parameters: dict[str, Parameter]
     positions: dict[str, float]
 
 
-@dataclass(frozen=True)
-class History:
-    """The trials of a search so far.
+class History(_Record):
+    """The finished trials of a search.
 
     Attributes:
         points: in the order in which they were begun.
         ranges: the ends of the range of every parameter, or its choices.
-        importance: the share of each parameter in what sets the best trials apart, largest first (PED-ANOVA, Watanabe
-            et al., arXiv 2304.10255); empty where there are too few trials.
-        elsewhere: the database that holds the trials, of which then nothing else is known here.
+        importance: the share of each parameter in what distinguishes the best trials, largest first (PED-ANOVA,
+            Watanabe et al., arXiv 2304.10255); empty if there are too few trials.
     """
 
     points: tuple[TriedPoint, ...] = ()
-    ranges: dict[str, tuple[Parameter, ...]] = field(default_factory=dict)
-    importance: dict[str, float] = field(default_factory=dict)
-    elsewhere: str | None = None
+    ranges: dict[str, tuple[Parameter, ...]] = {}
+    importance: dict[str, float] = {}
+
+    @property
+    def searched(self) -> int:
+        """The number of points that the sampler proposed."""
+        return sum(not point.starting_point for point in self.points)
+
+    @classmethod
+    def of(cls, finished: Sequence[FrozenTrial], **others: object) -> Self:
+        """Of finished trials, in the order in which they were begun; with the other fields of a subclass."""
+        # A database returns the parameters of a trial in any order.
+        kinds = sorted({name: kind for trial in finished for name, kind in trial.distributions.items()}.items())
+        fields = {
+            "points": tuple(_point(number, trial) for number, trial in enumerate(finished)),
+            "ranges": {name: _ends(kind) for name, kind in kinds},
+            "importance": importance_of(finished),
+        }
+        return cls.model_validate(fields | others)
 
 
 def read_history(place: StudyPlace) -> History:
-    """Reads the trials from the journal of a run."""
-    if not place.record.is_file():
+    """Reads the trials of a search that may be running; empty if there are none yet.
+
+    Raises:
+        AdaPrunerError: the database cannot be opened.
+    """
+    if place.file is not None and not place.file.is_file():
         return History()
-    record = json.loads(place.record.read_text())
-    if record["place"] != StudyPlace(place.folder).described:
-        return History(elsewhere=record["place"])
-    if not place.journal.is_file():
-        return History()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    storage = JournalStorage(JournalFileBackend(str(place.journal)))
-    try:
-        study = optuna.load_study(study_name=record["name"], storage=storage)
-    except KeyError:  # named, but nothing has been tried yet
-        return History()
-    finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    distributions = {name: kind for trial in finished for name, kind in trial.distributions.items()}
-    return History(
-        points=tuple(map(_point, finished)),
-        ranges={name: _ends(kind) for name, kind in distributions.items()},
-        importance=importance_of(finished),
-    )
+    with place.opened() as study:
+        return History.of(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
 
 
-def _point(trial: FrozenTrial) -> TriedPoint:
+def _point(number: int, trial: FrozenTrial) -> TriedPoint:
     return TriedPoint(
-        number=trial.number,
+        number=number,
         loss=trial.values[0] if math.isfinite(trial.values[0]) else None,
         stopped=STOPPED in trial.user_attrs,
+        starting_point=START in trial.user_attrs,
         fixed_metric=trial.user_attrs.get(FIXED_METRIC),
-        parameters=trial.params,
-        positions={name: _position(trial.params[name], kind) for name, kind in trial.distributions.items()},
+        parameters=dict(sorted(trial.params.items())),
+        positions={name: _position(trial.params[name], kind) for name, kind in sorted(trial.distributions.items())},
     )
 
 
@@ -111,14 +119,14 @@ def _ends(kind: BaseDistribution) -> tuple[Parameter, ...]:
     return kind.low, kind.high
 
 
-def importance_of(finished: list[FrozenTrial]) -> dict[str, float]:
+def importance_of(finished: Sequence[FrozenTrial]) -> dict[str, float]:
     """Of the searched points alone: a fixed metric has no parameters, and a trial without a loss teaches nothing."""
     searched = [trial for trial in finished if trial.params and math.isfinite(trial.values[0])]
     if len(searched) < _FEWEST_POINTS:
         return {}
-    study = optuna.create_study()
-    study.add_trials(searched)
-    with warnings.catch_warnings():
+    with quiet_optuna(), warnings.catch_warnings():
+        study = optuna.create_study()
+        study.add_trials(searched)
         # Called experimental in Optuna 4, whose default needs scikit-learn.
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         evaluator = optuna.importance.PedAnovaImportanceEvaluator()

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from adapruner.evaluation import Prefix, losses_by_batch
 from adapruner.importance import score_groups
 from adapruner.measurement import Statistics
-from adapruner.planning import PruningPlan, kept_counts, make_plan
+from adapruner.planning import BudgetError, PruningPlan, kept_counts, make_plan
 from adapruner.search._space import Candidate
 from adapruner.structure import Structure
 from adapruner.surgery import Compensation, prune_model
@@ -24,10 +24,24 @@ def plan_candidate(structure: Structure, statistics: Statistics, candidate: Cand
         statistics: of the whole pool.
 
     Raises:
-        AdaPrunerError: its budget cannot be met.
+        BudgetError: its budget cannot be met.
     """
-    scores = score_groups(statistics.select(candidate.samples), structure, candidate.point)
+    scores = _scores(structure, statistics, candidate)
     return make_plan(structure, scores, kept_counts(structure, candidate.budget, scores))
+
+
+def is_feasible(structure: Structure, statistics: Statistics, candidate: Candidate) -> bool:
+    """Whether the budget of a candidate can be met; see `plan_candidate`."""
+    scores = _scores(structure, statistics, candidate) if candidate.budget.ranking == "global" else None
+    try:
+        kept_counts(structure, candidate.budget, scores)
+    except BudgetError:
+        return False
+    return True
+
+
+def _scores(structure: Structure, statistics: Statistics, candidate: Candidate) -> Tensor:
+    return score_groups(statistics.select(candidate.samples), structure, candidate.point)
 
 
 @dataclass(frozen=True)

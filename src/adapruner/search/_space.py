@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import optuna
 from pydantic import BaseModel, ConfigDict
 
-from adapruner.importance import LLM_PRUNER_METRICS, MetricPoint, Reduction
-from adapruner.measurement import Terms
+from adapruner.config import Alignment, Reduction, Searched, Space, Terms
+from adapruner.importance import LLM_PRUNER_METRICS, PAPER_TERMS, TERMS, MetricPoint, Term, usable_terms
 from adapruner.planning import Budget
 from adapruner.search._subsets import FEATURES, SubsetFamily
-
-SpaceName = Literal["paper", "extended"]
-Searched = Literal["joint", "calibration", "metric"]
 
 # The fixed factors of the paper (arXiv 2503.06184) for second-order against first-order and for fine against coarse.
 _PAPER_SECOND_ORDER_FACTORS = (1e5, 1e6, 1e7)
 _PAPER_FINE_FACTORS = (1e-2, 1e-3, 1e-4)
 
-# What a trial is given instead of searching it, among its user attributes.
+# What a trial is given instead of searching it, among its user attributes; and which of the starting points it is.
 _GIVEN_POINT, _GIVEN_SAMPLES, _GIVEN_BUDGET = "given_point", "given_samples", "given_budget"
-FIXED_METRIC = "fixed_metric"
+FIXED_METRIC, START = "fixed_metric", "start"
 
 MOST_PROTECTED_FIRST, MOST_PROTECTED_LAST = 6, 4
+# What the share of heads is raised to where channels alone cannot meet the ratio.
+_HEAD_SHARES = (0.25, 0.5, 0.75, 1.0)
 
 
 class Candidate(BaseModel):
@@ -50,30 +50,34 @@ class StartingPoint(BaseModel):
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """Turns Optuna parameters into candidates.
+    """Turns Optuna parameters into candidates. Those of the extended space are generated from the registered terms: a
+    weight for each family, and for each but its first term, the part of the family that it takes.
 
     Attributes:
         subsets: the family of calibration subsets.
         samples: how many samples a subset has.
         seed: of the random draw that LLM-Pruner's metrics are tried on.
         budget: what is to go; also where from, as far as that is not searched.
-        name: `paper` mixes the Taylor terms; `extended` mixes all terms, and searches the allocation.
+        name: `paper` mixes the terms of the paper; `extended` mixes all registered terms, and searches the allocation.
         fixed_allocation: fields of the budget that the extended space leaves as they are.
         alignment: `data` divides terms by their means; `paper` searches the fixed factors of the paper.
         terms: `vector-wise` leaves out the terms that are fine.
         searched: `joint`; or only samples or metric, with the first random draw or `param_first` for the other.
+        is_feasible: whether the budget of a candidate can be met. One that cannot is replaced by the nearest that can:
+            with fewer protected layers, then with more heads.
     """
 
     subsets: SubsetFamily
     samples: int
     seed: int
     budget: Budget
-    name: SpaceName = "paper"
+    name: Space = "paper"
     fixed_allocation: frozenset[str] = field(default_factory=frozenset)
-    alignment: Literal["data", "paper"] = "data"
+    alignment: Alignment = "data"
     reduction: Reduction = "sum"
     terms: Terms = "all"
     searched: Searched = "joint"
+    is_feasible: Callable[[Candidate], bool] = lambda _: True
 
     @property
     def first_draw(self) -> list[int]:
@@ -113,9 +117,9 @@ class SearchSpace:
             ]
         parameters = [untilted | self._searched_only(point) for point in points]
         distinct = [point for number, point in enumerate(parameters) if point not in parameters[:number]]
-        return baselines + [StartingPoint(parameters=point, attributes=self.given()) for point in distinct]
+        return baselines + [StartingPoint(parameters=point) for point in distinct]
 
-    def given(self) -> dict[str, Any]:
+    def _given(self) -> dict[str, Any]:
         """The attributes of a trial that searches as much as this space searches."""
         given: dict[str, Any] = {}
         if not self._searches_metric:
@@ -128,13 +132,14 @@ class SearchSpace:
 
     def suggest(self, trial: optuna.trial.BaseTrial) -> Candidate:
         """Asks the trial for all parameters of what it is not given."""
-        given = trial.user_attrs
+        given = self._given() | trial.user_attrs
         point, samples, budget = (given.get(name) for name in (_GIVEN_POINT, _GIVEN_SAMPLES, _GIVEN_BUDGET))
-        return Candidate(
+        candidate = Candidate(
             point=self._suggest_point(trial) if point is None else MetricPoint.model_validate(point),
             samples=self._suggest_samples(trial) if samples is None else samples,
             budget=self._suggest_budget(trial) if budget is None else Budget(**budget),
         )
+        return candidate if budget else self._nearest_feasible(candidate)
 
     @property
     def _held_metric(self) -> str:
@@ -155,8 +160,8 @@ class SearchSpace:
 
     def _suggest_point(self, trial: optuna.trial.BaseTrial) -> MetricPoint:
         """S = α1 (first + λ second) + α2 κ (first + λ second) of the paper. Only the ratio of α1 to α2 and of first to
-        second order changes a ranking, so each pair is one number in [0, 1]. The extended space mixes that with the
-        terms of activations and of reconstruction, each pair of which is one number again."""
+        second order changes a ranking, so each pair is one number in [0, 1]. The extended space adds the other
+        terms."""
         has_fine = self.terms == "all"
         fine = trial.suggest_float("fine", 0, 1) if has_fine else 0.0
         coarse_second = trial.suggest_float("coarse_second_order", 0, 1)
@@ -173,21 +178,26 @@ class SearchSpace:
             "fine_second": fine * fine_second * fine_factor * second_factor,
         }
         if self.name == "extended":
-            taylor, activation, reconstruction = (trial.suggest_float(name, 0, 1) for name in _TERM_FAMILIES)
-            total = taylor + activation + reconstruction or 1.0
-            fluctuation = trial.suggest_float("fluctuation", 0, 1)
-            elimination = trial.suggest_float("elimination", 0, 1)
-            weights = {name: weight * taylor / total for name, weight in weights.items()} | {
-                "activation_norm": activation * (1 - fluctuation) / total,
-                "fluctuation": activation * fluctuation / total,
-                "reconstruction": reconstruction * (1 - elimination) / total,
-                "elimination": reconstruction * elimination / total,
-            }
+            weights = self._suggest_mix(trial, weights)
             if not any(weights.values()):
                 weights["fine_first" if has_fine else "coarse_first"] = 1.0
         return MetricPoint(
             weights=weights, alignment="data" if self.alignment == "data" else "none", reduction=self.reduction
         )
+
+    def _suggest_mix(self, trial: optuna.trial.BaseTrial, paper: dict[str, float]) -> dict[str, float]:
+        """The weights of all terms, given those of the paper, which are the beginning of the Taylor family."""
+        families = _families(usable_terms(self.name, self.terms))
+        mixes = {family: paper if family == "taylor" else {terms[0].name: 1.0} for family, terms in families.items()}
+        shares = {family: trial.suggest_float(family, 0, 1) for family in families}
+        for family, terms in families.items():
+            for term in _joining(terms):
+                part = trial.suggest_float(term.name, 0, 1)
+                mixes[family] = {name: weight * (1 - part) for name, weight in mixes[family].items()} | {
+                    term.name: part
+                }
+        total = sum(shares.values()) or 1.0
+        return {name: weight * shares[family] / total for family, mix in mixes.items() for name, weight in mix.items()}
 
     def _suggest_samples(self, trial: optuna.trial.BaseTrial) -> tuple[int, ...]:
         tilt = {feature: trial.suggest_float(f"tilt_{feature}", -1, 1) for feature in FEATURES}
@@ -206,6 +216,32 @@ class SearchSpace:
                 if name not in self.fixed_allocation:
                     changes[name] = trial.suggest_int(name, 0, most)
         return replace(self.budget, **changes)
+
+    def _nearest_feasible(self, candidate: Candidate) -> Candidate:
+        """The candidate itself where no budget near it can be met either."""
+        for budget in self._relaxed(candidate.budget):
+            nearest = candidate.model_copy(update={"budget": budget})
+            if self.is_feasible(nearest):
+                return nearest
+        return candidate
+
+    def _relaxed(self, budget: Budget) -> Iterator[Budget]:
+        """The budget, then ever more to take it from: a layer less protected, at the end that protects more, and when
+        none is left, more heads."""
+        yield budget
+        while budget.layout == "per-layer":
+            protected = {
+                name: layers
+                for name in ("protect_first", "protect_last")
+                if (layers := getattr(budget, name)) and name not in self.fixed_allocation
+            }
+            if not protected:
+                break
+            most = max(protected, key=protected.__getitem__)
+            budget = replace(budget, **{most: protected[most] - 1})
+            yield budget
+        if "head_share" not in self.fixed_allocation:
+            yield from (replace(budget, head_share=share) for share in _HEAD_SHARES if share > budget.head_share)
 
     def _reference_allocation(self) -> dict[str, Any]:
         """The parameters that give the budget of this space as it is."""
@@ -227,6 +263,7 @@ class SearchSpace:
         skipped = set(self.fixed_allocation)
         if self.terms != "all":
             skipped |= {"fine", "fine_second_order"}
+            skipped |= TERMS.keys() - {term.name for term in usable_terms(self.name, self.terms)}
         if not self._searches_allocation:
             skipped |= {"heads", *_ALLOCATION}
         if "head_share" in skipped:
@@ -239,14 +276,24 @@ class SearchSpace:
 
 
 _ALLOCATION = ("head_share", "tilt", "bend", "ranking", "protect_first", "protect_last")
-_TERM_FAMILIES = ("taylor", "activation", "reconstruction")
 
 
-def _mix(**families: float) -> dict[str, float]:
-    """Parameters of a mix of the best terms of each family."""
-    return {name: families.get(name, 0.0) for name in _TERM_FAMILIES} | {
-        "fine": 1.0,
-        "fine_second_order": 0.5,
-        "fluctuation": 1.0,
-        "elimination": 1.0,
-    }
+def _families(terms: list[Term]) -> dict[str, list[Term]]:
+    """Terms by their family."""
+    families: dict[str, list[Term]] = {}
+    for term in terms:
+        families.setdefault(term.family, []).append(term)
+    return families
+
+
+def _joining(terms: list[Term]) -> list[Term]:
+    """The terms of a family that take a part of it: all but those that it begins with."""
+    return [term for term in terms[1:] if term.name not in PAPER_TERMS]
+
+
+def _mix(**shares: float) -> dict[str, float]:
+    """Parameters of a mix of families, in each of which the terms take the part that they are registered with."""
+    families = _families(list(TERMS.values()))
+    mix = {family: shares.get(family, terms[0].share) for family, terms in families.items()}
+    parts = {term.name: term.share for terms in families.values() for term in _joining(terms)}
+    return mix | {"fine": 1.0, "fine_second_order": 0.5} | parts

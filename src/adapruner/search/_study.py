@@ -1,4 +1,4 @@
-"""The search itself: an Optuna study that goes on where it was killed, and that several processes can work on."""
+"""The search itself: an Optuna study that resumes after a kill, and that several processes can work on."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import math
 import random
 import statistics
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import optuna
 import torch
@@ -17,10 +16,13 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
 
-from adapruner.errors import AdaPrunerError
+from adapruner.config import Sampler
+from adapruner.errors import AdaPrunerError, NonFiniteError
 from adapruner.interrupts import deferring_interrupts
-from adapruner.search._shared import StudyPlace
-from adapruner.search._space import FIXED_METRIC, Candidate, SearchSpace
+from adapruner.planning import BudgetError
+from adapruner.search._history import STOPPED, History
+from adapruner.search._place import StudyPlace
+from adapruner.search._space import FIXED_METRIC, START, Candidate, SearchSpace
 
 Judge = Callable[[Candidate], Iterable[Tensor]]
 
@@ -28,34 +30,45 @@ Judge = Callable[[Candidate], Iterable[Tensor]]
 # difference (see docs/benchmarks.md). It may be as good, but there will be others, and it counts with what it is likely
 # to be.
 _FEWEST_WINDOWS, _STANDARD_ERRORS = 8, 0.5
-STOPPED = "stopped"
-# Which of the starting points a trial is.
-_START = "start"
+# User attributes of trials: the losses of the windows, and that a process runs it beside the one that leads.
+_LOSSES, _HELPER = "losses", "helper"
 
 
-@dataclass(frozen=True)
-class Found:
-    """A candidate of a finished search, and its loss on the windows on which it was last judged."""
-
-    candidate: Candidate
-    loss: float
-    trial: int
-
-
-@dataclass(frozen=True)
-class SearchResult:
-    """The outcome of a search.
+class SearchResult(History):
+    """The outcome of a search, with all finished trials.
 
     Attributes:
+        ratio: of all parameters, to be removed.
+        trials: how many were to be finished.
         best: the best of the candidates that were not stopped; where finalists were judged further, the best of those.
-        best_fixed: the best of LLM-Pruner's metrics on the first random draw of samples, and its name.
-        stopped: how many trials were stopped early.
+        best_loss: on the windows on which it was last judged; so is `best_fixed_loss`.
+        best_trial: its number among `points`.
+        best_fixed: the best of LLM-Pruner's metrics on the first random draw of samples.
+        best_fixed_name: of that metric.
+        stopped_early: how many trials were stopped early.
+        starting_points: how many points the space tries before it searches.
     """
 
-    best: Found
-    best_fixed: Found
+    ratio: float
+    trials: int
+    best: Candidate
+    best_loss: float
+    best_trial: int
+    best_fixed: Candidate
+    best_fixed_loss: float
     best_fixed_name: str
-    stopped: int
+    stopped_early: int
+    starting_points: int
+
+    @property
+    def advice(self) -> str | None:
+        """What to change if nothing was searched."""
+        if self.searched:
+            return None
+        return (
+            f"nothing was searched: all {len(self.points)} trials are starting points; raise `trials` above"
+            f" {self.starting_points}"
+        )
 
 
 @dataclass(frozen=True)
@@ -63,8 +76,8 @@ class Search:
     """A search and what it is made of.
 
     What is proposed depends on the seed and on the finished trials alone, so that a search by one process that was
-    killed and continued proposes what an undisturbed one would have. Of several processes, each takes account of what
-    the others are at (constant liar, Ginsbourger et al. 2010).
+    killed and resumed proposes what an undisturbed one would have. Of several processes, each takes account of what
+    the others are running (constant liar, Ginsbourger et al. 2010).
 
     Attributes:
         judge: gives the losses of a candidate on held-out windows, batch by batch, the same windows for each. It is not
@@ -79,27 +92,41 @@ class Search:
     trials: int
     seed: int
     place: StudyPlace
-    sampler: Literal["tpe", "random"] = "tpe"
+    sampler: Sampler = "tpe"
     stops_early: bool = True
 
     def run(self, progress: Callable[[float], None] | None = None) -> None:
-        """Runs trials until all are finished, by this process or by others. Ctrl-C stops it after a trial.
+        """Runs trials until enough are finished, by this process or by others. Ctrl-C stops it after a trial. One
+        process at a time may do so; any number may `help`.
 
         Args:
             progress: called after every finished trial, also for those of before, with the best loss so far.
         """
-        for finished in self._work(self.trials):
-            if progress:
-                progress(min(map(_loss, finished)))
+        reported = 0
+        with self._working() as (study, raise_if_interrupted):
+            _fail_lost(study)
+            while True:
+                raise_if_interrupted()
+                self._queue_starting_points(study)
+                finished = _finished(study)
+                for count in range(reported + 1, min(len(finished), self.trials) + 1):
+                    reported = count
+                    if progress:
+                        progress(min(map(_loss, finished[:count])))
+                waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+                if self._is_enough(study, len(finished)) and not any(map(_is_fixed, waiting)):
+                    return
+                self._run_trial(study, helps=False)
 
-    def help(self, name: str) -> None:
-        """Runs trials beside the process that runs the search, as long as there are any that nobody is at.
-
-        Args:
-            name: of this helper, different from those of others; it goes into what it proposes.
-        """
-        for _ in self._work(self.trials, name):
-            pass
+    def help(self) -> None:
+        """Runs trials beside the process that leads, as long as more are wanted than are finished or running."""
+        with self._working() as (study, raise_if_interrupted):
+            while True:
+                raise_if_interrupted()
+                begun = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.RUNNING))
+                if self._is_enough(study, len(begun)):
+                    return
+                self._run_trial(study, helps=True)
 
     def result(self, judge_further: Judge | None = None, finalists: int = 3) -> SearchResult:
         """The best of the finished trials, judged on further windows.
@@ -108,132 +135,186 @@ class Search:
             judge_further: the same as `judge`, on further windows. The best of many trials owes part of its loss to the
                 windows it was chosen on; None takes it as it is.
             finalists: how many are judged further.
+
+        Raises:
+            AdaPrunerError: no trial ended with a finite loss.
         """
         with self.place.opened() as study:
-            return _result(study, self.space, self.trials, judge_further, finalists)
+            finished = _finished(study)
+        fixed = sorted(filter(_is_fixed, finished), key=_loss)
+        whole = sorted((trial for trial in finished if STOPPED not in trial.user_attrs), key=_loss)
+        if not fixed or not math.isfinite(_loss(whole[0])):
+            raise AdaPrunerError(
+                f"none of the {len(finished)} trials has a finite loss: lower `ratio`, or try `dtype` float32"
+            )
+        # The best fixed metric is always judged again, to compare with.
+        candidates = self._distinct_candidates([fixed[0], *whole], finalists + 1 if judge_further else 2)
+        losses = {trial.number: _final_loss(trial, candidate, judge_further) for trial, candidate in candidates}
+        best, best_candidate = min(candidates, key=lambda one: losses[one[0].number])
+        return SearchResult.of(
+            finished,
+            ratio=self.space.budget.ratio,
+            trials=self.trials,
+            best=best_candidate,
+            best_loss=losses[best.number],
+            best_trial=finished.index(best),
+            best_fixed=candidates[0][1],
+            best_fixed_loss=losses[fixed[0].number],
+            best_fixed_name=fixed[0].user_attrs[FIXED_METRIC],
+            stopped_early=len(finished) - len(whole),
+            starting_points=len(self.space.starting_points()),
+        )
 
-    def _work(self, wanted: int, helper: str | None = None) -> Iterator[list[FrozenTrial]]:
-        """Yields the finished trials up to each, in the order in which they were begun."""
-        reported = 0
+    def _distinct_candidates(self, trials: Sequence[FrozenTrial], most: int) -> list[tuple[FrozenTrial, Candidate]]:
+        """The first trials whose candidates differ."""
+        distinct: dict[str, tuple[FrozenTrial, Candidate]] = {}
+        for trial in trials:
+            if len(distinct) < most:
+                candidate = self.space.suggest(trial)
+                distinct.setdefault(candidate.model_dump_json(), (trial, candidate))
+        return list(distinct.values())
+
+    @contextlib.contextmanager
+    def _working(self) -> Iterator[tuple[optuna.Study, Callable[[], None]]]:
         with (
             self.place.opened() as study,
-            self.place.working() as worker,
             deferring_interrupts("stopping after this trial; once more to stop at once") as raise_if_interrupted,
         ):
-            while True:
-                raise_if_interrupted()
-                with worker.asking():
-                    worker.drop_abandoned(study)
-                    finished = _finished(study)
-                    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-                    is_enough = len(finished) + (len(running) if helper else 0) >= wanted
-                    if is_enough and not helper and not any(map(_is_fixed, finished)):
-                        # The only one is still with somebody else, and the result is compared with it.
-                        is_enough, running = False, []
-                    if not is_enough:
-                        trial = self._ask(study, len(finished), running, helper)
-                        worker.claim(trial)
-                while reported < min(len(finished), wanted):
-                    reported += 1
-                    yield finished[:reported]
-                if is_enough:
-                    return
-                may_stop = self.stops_early and FIXED_METRIC not in trial.user_attrs
-                # Whoever took this process for dead has given the trial to another.
-                with contextlib.suppress(UpdateFinishedTrialError):
-                    value = _judged(trial, self.space.suggest(trial), self.judge, may_stop)
-                    study.tell(trial, value, skip_if_finished=True)
+            yield study, raise_if_interrupted
 
-    def _ask(self, study: optuna.Study, finished: int, running: list[FrozenTrial], helper: str | None) -> optuna.Trial:
-        seed = f"{self.seed}/{finished}" + (f"/{helper}" if helper else "")
-        study.sampler = _sampler(self.sampler, random.Random(seed).getrandbits(32))
-        # What a kill has left between the two calls below is taken up.
-        if not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-            begun = {trial.user_attrs.get(_START) for trial in [*_finished(study), *running]}
-            starts = enumerate(self.space.starting_points())
-            start = next(((number, point) for number, point in starts if number not in begun), None)
-            if start is None:
-                study.enqueue_trial({}, user_attrs=self.space.given())
-            else:
-                number, point = start
-                study.enqueue_trial(point.parameters, user_attrs=point.attributes | {_START: number})
-        trial = study.ask()
-        self.space.suggest(trial)
-        return trial
+    def _is_enough(self, study: optuna.Study, count: int) -> bool:
+        """Whether so many trials are enough, or as many proposals could not be met."""
+        return max(count, len(_refused(study))) >= self.trials
 
+    def _queue_starting_points(self, study: optuna.Study) -> None:
+        """Queues the starting points that nobody has tried, is trying or will try; in their order, because each is
+        compared with the best before it. At the end, the fixed metrics alone, also those that others are trying: the
+        result is compared with them, and nobody is waited for."""
+        starts = dict(enumerate(self.space.starting_points()[: self.trials]))
+        tried = {TrialState.COMPLETE, TrialState.PRUNED}
+        if self._is_enough(study, len(_finished(study))):
+            starts = {number: start for number, start in starts.items() if FIXED_METRIC in start.attributes}
+        else:
+            tried.add(TrialState.RUNNING)
 
-def _judged(trial: optuna.Trial, candidate: Candidate, judge: Judge, may_stop: bool) -> float:
-    """The mean loss of a candidate over all windows, or what it is likely to be where it was stopped; infinite where
-    its budget cannot be met or the model is broken.
+        def missing(states: Iterable[TrialState]) -> list[int]:
+            trials = study.get_trials(deepcopy=False, states=tuple(states))
+            begun = {trial.user_attrs.get(START) for trial in trials}
+            return [number for number in starts if number not in begun]
 
-    Windows differ far more than candidates do, which is why candidates are compared window by window.
-    """
-    best = min(
-        (finished for finished in _finished(trial.study) if math.isfinite(_loss(finished))), key=_loss, default=None
-    )
-    losses: list[float] = []
-    try:
-        for batch in judge(candidate):
-            for loss in batch.tolist():
-                if not math.isfinite(loss):
+        if not missing(tried | {TrialState.WAITING}):
+            return
+        queued = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+        if queued:  # those before them have been lost; a trial without a number fails
+            study.sampler = optuna.samplers.RandomSampler()
+            study.optimize(lambda _: math.nan, n_trials=len(queued))
+        for number in missing(tried):
+            study.enqueue_trial(starts[number].parameters, user_attrs=starts[number].attributes | {START: number})
+
+    def _run_trial(self, study: optuna.Study, helps: bool) -> None:
+        running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        # Failed proposals count, or the same would be proposed again.
+        counts = [len(_finished(study)), *filter(None, [len(_refused(study))])]
+        own = random.Random("/".join(map(str, [self.seed, *counts])))
+        seed = (random.SystemRandom() if helps else own).getrandbits(32)
+        study.sampler = _sampler(self.sampler, seed, helps or any(_HELPER in trial.user_attrs for trial in running))
+        ended = False
+
+        def objective(trial: optuna.Trial) -> float:
+            nonlocal ended
+            loss = math.nan
+            with contextlib.suppress(UpdateFinishedTrialError):
+                if helps:
+                    trial.set_user_attr(_HELPER, True)
+                loss = self._judged(trial)
+            ended = True
+            return loss
+
+        try:
+            study.optimize(objective, n_trials=1)
+        except UpdateFinishedTrialError:
+            pass
+        except (ValueError, AssertionError):
+            # What Optuna raises where another process took this one for dead, and has failed its trial.
+            if not ended:
+                raise
+
+    def _judged(self, trial: optuna.Trial) -> float:
+        """The mean loss of a candidate over all windows, or what it is likely to be where it was stopped; infinite
+        where the model is broken.
+
+        Windows differ far more than candidates do, which is why candidates are compared window by window.
+
+        Raises:
+            TrialPruned: the budget cannot be met.
+        """
+        candidate = self.space.suggest(trial)
+        may_stop = self.stops_early and FIXED_METRIC not in trial.user_attrs
+        known = [other for other in _finished(trial.study) if math.isfinite(_loss(other))] if may_stop else []
+        best = min(known, key=_loss, default=None)
+        losses: list[float] = []
+        try:
+            for batch in self.judge(candidate):
+                losses += batch.tolist()
+                if not all(map(math.isfinite, losses)):
                     return math.inf
-                trial.report(loss, len(losses))
-                losses.append(loss)
-            if best and may_stop and len(losses) >= _FEWEST_WINDOWS:
-                differences = [loss - best.intermediate_values[step] for step, loss in enumerate(losses)]
-                mean = statistics.fmean(differences)
-                if mean > _STANDARD_ERRORS * statistics.stdev(differences) / math.sqrt(len(losses)):
+                excess = _excess(losses, best.user_attrs[_LOSSES]) if best else 0.0
+                if best and excess > 0:
                     trial.set_user_attr(STOPPED, True)
-                    return _loss(best) + mean
-    except AdaPrunerError:
-        return math.inf
-    return statistics.fmean(losses)
+                    return _loss(best) + excess
+        except BudgetError as error:
+            raise optuna.TrialPruned from error
+        except NonFiniteError:
+            return math.inf
+        trial.set_user_attr(_LOSSES, losses)
+        return statistics.fmean(losses)
 
 
-def _sampler(kind: str, seed: int) -> optuna.samplers.BaseSampler:
+def _excess(losses: Sequence[float], best: Sequence[float]) -> float:
+    """By how much a candidate is clearly worse than the best one on its windows so far; 0 where that is not clear."""
+    if len(losses) < _FEWEST_WINDOWS:
+        return 0.0
+    differences = [own - others for own, others in zip(losses, best, strict=False)]
+    mean = statistics.fmean(differences)
+    return mean if mean > _STANDARD_ERRORS * statistics.stdev(differences) / math.sqrt(len(losses)) else 0.0
+
+
+def _sampler(kind: Sampler, seed: int, beside_others: bool) -> optuna.samplers.BaseSampler:
+    """A sampler for one trial.
+
+    Args:
+        beside_others: whether other processes run trials that count as bad until they are finished.
+    """
     if kind == "random":
         return optuna.samplers.RandomSampler(seed=seed)
     with warnings.catch_warnings():
         # Optuna calls these options experimental; without `group`, trials that are given a part would switch
         # `multivariate` off.
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True, constant_liar=True)
+        return optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True, constant_liar=beside_others)
+
+
+def _fail_lost(study: optuna.Study) -> None:
+    """Fails the trials that a killed leader has left running: all that no helper has marked."""
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        if _HELPER not in trial.user_attrs:
+            study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
 
 
 def _finished(study: optuna.Study) -> list[FrozenTrial]:
     return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
 
 
-def _result(
-    study: optuna.Study, space: SearchSpace, trials: int, judge_further: Judge | None, finalists: int
-) -> SearchResult:
-    finished = _finished(study)
-    if any(map(_is_fixed, finished[:trials])):
-        finished = finished[:trials]
-    best_fixed = min(filter(_is_fixed, finished), key=_loss)
-    whole = sorted((trial for trial in finished if STOPPED not in trial.user_attrs), key=_loss)
-    # The best fixed metric is always judged again, to compare with; trials with the same candidate count once.
-    distinct: dict[str, FrozenTrial] = {}
-    for trial in [best_fixed, *whole]:
-        distinct.setdefault(space.suggest(trial).model_dump_json(), trial)
-    found = [
-        _found(trial, space, judge_further)
-        for trial in list(distinct.values())[: finalists + 1 if judge_further else None]
-    ]
-    return SearchResult(
-        best=min(found, key=lambda one: one.loss),
-        best_fixed=found[0],
-        best_fixed_name=best_fixed.user_attrs[FIXED_METRIC],
-        stopped=len(finished) - len(whole),
-    )
+def _refused(study: optuna.Study) -> list[FrozenTrial]:
+    """The trials whose budget could not be met."""
+    return study.get_trials(deepcopy=False, states=(TrialState.PRUNED,))
 
 
-def _found(trial: FrozenTrial, space: SearchSpace, judge_further: Judge | None) -> Found:
-    candidate, losses = space.suggest(trial), list(trial.intermediate_values.values())
+def _final_loss(trial: FrozenTrial, candidate: Candidate, judge_further: Judge | None) -> float:
+    """Over the windows of the search and further ones."""
     if judge_further is None or not math.isfinite(_loss(trial)):
-        return Found(candidate, _loss(trial), trial.number)
-    losses += torch.cat(list(judge_further(candidate))).tolist()
-    return Found(candidate, statistics.fmean(losses), trial.number)
+        return _loss(trial)
+    return statistics.fmean([*trial.user_attrs[_LOSSES], *torch.cat(list(judge_further(candidate))).tolist()])
 
 
 def _is_fixed(trial: FrozenTrial) -> bool:

@@ -1,0 +1,152 @@
+"""The database in which the trials of a search are kept, shared by all processes that run them."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import optuna
+from optuna.exceptions import ExperimentalWarning, StorageInternalError
+from optuna.storages import RDBStorage
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import SQLAlchemyError
+
+from adapruner.errors import AdaPrunerError, reason
+
+# Seconds between two signs of life of a running trial, without one until it counts as lost, and of waiting for a
+# database file that another process writes to.
+_HEARTBEAT, _GRACE, _LOCK_TIMEOUT = 10, 60, 60
+# Processes that start together create the tables together, which all but one are refused.
+_ATTEMPTS = 5
+
+
+def sqlite_url(path: Path) -> str:
+    """The URL of a database in one file.
+
+    Raises:
+        AdaPrunerError: such a URL cannot name the path.
+    """
+    if "?" in str(path.absolute()):
+        raise AdaPrunerError(f"{path.absolute()} cannot hold a database, because its name contains a question mark")
+    return f"sqlite:///{path.absolute()}"
+
+
+@contextlib.contextmanager
+def quiet_optuna() -> Iterator[None]:
+    """Keeps Optuna from logging what it creates and what fails."""
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(verbosity)
+
+
+@dataclass(frozen=True)
+class StudyPlace:
+    """Where the trials of a search are kept.
+
+    Attributes:
+        url: SQLAlchemy URL of a database.
+        name: of the study in it; a search that depends on anything else needs another name.
+    """
+
+    url: str
+    name: str
+
+    def check(self) -> None:
+        """Opens the database.
+
+        Raises:
+            AdaPrunerError: it cannot be opened.
+        """
+        with self._storage():
+            pass
+
+    @property
+    def described(self) -> str:
+        """The URL without a password, and without its query, which may hold one."""
+        return self._address.set(query={}).render_as_string(hide_password=True)
+
+    @property
+    def file(self) -> Path | None:
+        """The file of an SQLite database."""
+        address = self._address
+        is_file = address.get_backend_name() == "sqlite" and address.database
+        return Path(str(address.database)) if is_file else None
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[optuna.Study]:
+        """Opens the study, or creates it.
+
+        Raises:
+            AdaPrunerError: the database cannot be opened, or fails later.
+        """
+        with self._storage() as storage:
+            yield optuna.create_study(storage=storage, study_name=self.name, load_if_exists=True)
+
+    @property
+    def _address(self) -> URL:
+        try:
+            address = make_url(self.url)
+        except (SQLAlchemyError, ValueError):
+            # What could not be parsed may be a password.
+            raise AdaPrunerError("`storage` is not the URL of a database, as postgresql://user@host/name is") from None
+        # The default driver differs by the version of SQLAlchemy.
+        return address.set(drivername="postgresql+psycopg") if address.drivername == "postgresql" else address
+
+    @contextlib.contextmanager
+    def _storage(self) -> Iterator[RDBStorage]:
+        storage = None
+        try:
+            storage = self._open()
+            with quiet_optuna():
+                yield storage
+        except ImportError as error:
+            raise AdaPrunerError(f"`storage`: {error}. For PostgreSQL: pip install 'adapruner[postgresql]'") from None
+        except (StorageInternalError, SQLAlchemyError) as error:
+            cause = reason(error.__cause__ or error)
+            raise AdaPrunerError(f"the database {self.described} failed: {self._without_secrets(cause)}") from None
+        finally:
+            if storage is not None:
+                storage.remove_session()
+                storage.engine.dispose()
+
+    def _open(self) -> RDBStorage:
+        address = self._address
+        # Optuna takes braces for a template.
+        url = address.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}")
+        options: dict[str, Any] = {"pool_pre_ping": True}
+        if self.file is not None:
+            options["connect_args"] = {"timeout": _LOCK_TIMEOUT}
+        for attempt in range(_ATTEMPTS):
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", ExperimentalWarning)
+                    return _Storage(url, options, heartbeat_interval=_HEARTBEAT, grace_period=_GRACE)
+            except (StorageInternalError, SQLAlchemyError) as error:
+                if "already exists" not in str(error) or attempt == _ATTEMPTS - 1:
+                    raise
+                time.sleep(0.2)
+            except (ValueError, TypeError, RuntimeError) as error:
+                raise AdaPrunerError(f"`storage` cannot be opened: {self._without_secrets(reason(error))}") from None
+        raise AssertionError
+
+    def _without_secrets(self, text: str) -> str:
+        values = [value for values in self._address.normalized_query.values() for value in values]
+        for secret in filter(None, (self._address.password, *values)):
+            text = text.replace(str(secret), "***").replace(quote(str(secret)), "***")
+        return text
+
+
+class _Storage(RDBStorage):
+    def record_heartbeat(self, trial_id: int) -> None:
+        """Nothing is lost with one that fails, and the thread that records them would end with its error."""
+        with contextlib.suppress(StorageInternalError):
+            super().record_heartbeat(trial_id)
