@@ -22,9 +22,9 @@ from adapruner.calibration import (
     text_windows,
 )
 from adapruner.config import PruneConfig
-from adapruner.cost import choose_layer_wise
 from adapruner.errors import AdaPrunerError
 from adapruner.evaluation import Tasks, load_tasks
+from adapruner.memory import choose_layer_wise
 from adapruner.models import (
     ModelLocation,
     architecture_of,

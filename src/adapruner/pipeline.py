@@ -18,20 +18,15 @@ from transformers import PreTrainedModel
 from adapruner import stages
 from adapruner.checkpoint import check_push, push
 from adapruner.config import PruneConfig, RecoveryOptions, read_recipe
-from adapruner.cost import estimate_cost
 from adapruner.errors import AdaPrunerError, NonFiniteError, describe_failure
-from adapruner.job import Job, outline, prepare
+from adapruner.job import Job, prepare
 from adapruner.measurement import Statistics, StoredMoments
-from adapruner.models import resolve_device
 from adapruner.paths import given_path
 from adapruner.processes import Process, this_process
 from adapruner.progress import Reporter
 from adapruner.report import write_report
 from adapruner.result import PruneResult, SearchOutcome, build_result, read_result
 from adapruner.run_folder import RunFolder
-
-# Parameters of models for which it is worth to look ahead.
-_LONG = 10**9
 
 
 def prune(
@@ -201,8 +196,6 @@ def _run_stages(job: Job) -> PruneResult:
     with _saying_what_is_kept(job, reporter):
         # Before there is anything to help with: helpers read where the trials will be.
         job.study.register()
-        if job.structure.total_parameters >= _LONG and not job.run.statistics.is_file():
-            _announce_cost(job, reporter)
         model = stages.stage_load(job, reporter)
         windows = stages.stage_windows(job, model, reporter)
         try:
@@ -261,10 +254,3 @@ def _what_takes_less(job: Job, stage: str) -> str:
     if not job.layer_wise and job.location.gguf_file is None:
         return "--layer-wise takes less"
     return "--dtype bfloat16 and a smaller --pool take less, in another run"
-
-
-def _announce_cost(job: Job, reporter: Reporter) -> None:
-    own, device = outline(job.config, job.location), resolve_device(job.config.device)
-    if not own.model.config.is_heterogeneous:
-        cost = estimate_cost(own.config, own.model, own.structure, own.budget, device, True, job.layer_wise)
-        reporter.note(f"this run takes {cost.described}")

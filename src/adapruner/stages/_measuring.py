@@ -14,11 +14,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from adapruner.calibration import generate_windows
-from adapruner.cost import MEASURED_AT_ONCE
 from adapruner.errors import AdaPrunerError, NonFiniteError
 from adapruner.evaluation import losses_by_batch
 from adapruner.job import Job, needs_moments, window_counts
 from adapruner.measurement import Statistics, StoredMoments, measure_in_parts, measure_moments, removal_errors
+from adapruner.memory import MEASURED_AT_ONCE
 from adapruner.models import in_fastest_dtype, load_model
 from adapruner.progress import Reporter
 
