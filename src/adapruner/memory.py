@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,19 +45,17 @@ def estimate_memory(
 ) -> dict[str, Memory]:
     """The memory of every stage up to the saved model, without the program itself (half a GiB).
 
-    Args:
-        model: on the meta device.
-        budget: what is removed; where the allocation is searched, the one that the search starts from.
+    `model` is on the meta device; `budget` is what is removed, or what the search starts from.
 
     Raises:
         AdaPrunerError: the layers of the model already differ.
     """
     if model.config.is_heterogeneous:
         raise AdaPrunerError("the memory needed to prune a model whose layers already differ cannot be estimated")
-    on_host = {"pool", "selection", *(["pruned weights"] if layer_wise else [])} if device.type == "cuda" else set()
+    on_host = {"pool", "dense predictions"} | ({"pruned weights"} if layer_wise else set())
     memory = {}
     for stage, terms in _stages(config, model, structure, kept_counts(structure, budget), device, layer_wise).items():
-        host = sum(size for term, size in terms.items() if term in on_host)
+        host = sum(size for term, size in terms.items() if term in on_host and device.type == "cuda")
         memory[stage] = Memory(sum(terms.values()) - host, host, max(terms, key=terms.__getitem__))
     return memory
 
@@ -64,7 +63,6 @@ def estimate_memory(
 def _stages(
     config: PruneConfig, model: Any, structure: Structure, counts: list[int], device: torch.device, by_layer: bool
 ) -> dict[str, dict[str, int]]:
-    """Bytes by stage and term."""
     dtype = getattr(torch, config.dtype) if config.dtype != "auto" else model.config.dtype or torch.float32
     trial = trial_dtype(dtype, device)
     with_copy = dtype.itemsize + (trial.itemsize if trial != dtype else 0)
@@ -74,13 +72,12 @@ def _stages(
     blocks = list(zip(structure.blocks, counts, strict=True))
     # Layer by layer, nothing is shared with the dense model.
     pruned = sum(n * block.parameters_per_group for block, n in blocks if by_layer or n < block.groups)
-    inputs = max(n * block.row_wise.width for block, n in blocks)
     widths = [block.groups * block.row_wise.width for block, _ in blocks]
     moments = max(widths) ** 2 * _FLOAT32
     matrix = max(block.row_wise.elements * block.groups * block.row_wise.width for block, _ in blocks) * _FLOAT32
     vectors = sum(part.width * block.groups for block, _ in blocks for part in block.matrices)
     measured = min(MEASURED_AT_ONCE[by_layer], config.pool) * config.seq_len
-    kept = measured * saved_activations(model.config, dtype) * (1 if by_layer else structure.layers)
+    kept = saved_activations(model.config, dtype) * (1 if by_layer else structure.layers) + vocabulary * dtype.itemsize
     losses = 2 * config.seq_len * vocabulary * _FLOAT32
     objective = (config.objective_windows + config.final_windows) * config.seq_len
     known = max(MOST_PROTECTED_FIRST, config.protect_first or 0) + 1 if config.layout == "per-layer" else 0
@@ -91,8 +88,7 @@ def _stages(
     stages = {"loading": weights}
     if config.compensation != "none" or config.space == "extended":
         stages["reading activations"] = both | {"compensation_windows": text * hidden, "second moments": 9 * moments}
-    of_loss = int(kept) + measured * vocabulary * dtype.itemsize + losses
-    stages["measuring"] = weights | {"seq_len": of_loss, "gradients": 3 * matrix}
+    stages["measuring"] = weights | {"seq_len": int(measured * kept) + losses, "gradients": 3 * matrix}
     if config.space == "extended":
         stages["comparing removals"] = weights | pool | {"second moments": 5 * moments + 4 * matrix}
     stages["searching"] = {
@@ -100,10 +96,10 @@ def _stages(
         "pruned weights": pruned * trial.itemsize,
         "logits": tokens_per_batch(device) * vocabulary * trial.itemsize + losses,
         "objective_windows": known * objective * hidden * trial.itemsize,
-        "selection": objective * vocabulary * 2 if config.selection == "kl" else 0,
+        "dense predictions": 2 * objective * vocabulary * (config.selection == "kl"),
     }
     if config.fits_sequentially:
-        seen = {"compensation_windows": text * (2 * hidden + inputs), "pruned weights": pruned * with_copy}
+        seen = {"compensation_windows": text * (2 * hidden + max(widths)), "pruned weights": pruned * with_copy}
         stages["compensating"] = both | seen | solving
     return stages
 
@@ -112,10 +108,8 @@ def choose_layer_wise(
     config: PruneConfig, model: Any, structure: Structure, budget: Budget, device: torch.device, streamable: bool
 ) -> bool:
     """Whether one decoder layer at a time is held in memory: as the options say, else where all layers are too much
-    for this machine. How much memory is free decides only whether the run is refused.
-
-    Args:
-        streamable: whether the weights can be read layer by layer.
+    for this machine and `streamable`, so that they can be read one by one. How much memory is free decides only
+    whether the run is refused.
 
     Raises:
         AdaPrunerError: a stage needs more memory than is free.
@@ -132,11 +126,11 @@ def choose_layer_wise(
         for needed, left, place in ((each.device, free, device), (each.host, host_free, _CPU)):
             if needed > left:
                 option = getattr(config, each.largest, None)
-                term = f"the {each.largest}; " if option is None else f"`{each.largest}` {option}; lower it, or "
-                ways = [] if by_layer or not streamable else ["`layer_wise`"]
+                term = f"the {each.largest}:" if option is None else f"`{each.largest}` {option}; lower it, or"
                 raise AdaPrunerError(
                     f"Not enough memory: {stage} needs up to {needed / GIB:.3g} GiB, {left / GIB:.3g} GiB are free on"
-                    f" {place}. The largest term is {term}try {', '.join([*ways, '`dtype` bfloat16'])}"
+                    f" {place}. The largest term is {term} try {'`layer_wise` or ' * (streamable and not by_layer)}"
+                    "`dtype` bfloat16"
                 )
     return by_layer
 
@@ -147,11 +141,10 @@ def _total_and_free(device: torch.device) -> tuple[int, int]:
         return torch.cuda.mem_get_info(device)[::-1]
     memory = psutil.virtual_memory()
     total, free = memory.total, memory.available
-    limit, used, parts = (_CONTROL_GROUP / f"memory.{name}" for name in ("max", "current", "stat"))
-    if limit.is_file() and limit.read_text(encoding="utf-8").strip().isdigit():
-        total = min(total, int(limit.read_text(encoding="utf-8")))
+    with contextlib.suppress(OSError, ValueError):  # no container, or none with a limit
+        limit, used = (int((_CONTROL_GROUP / f"memory.{name}").read_text("utf-8")) for name in ("max", "current"))
+        parts = dict(line.split() for line in (_CONTROL_GROUP / "memory.stat").read_text("utf-8").splitlines())
         # Cached pages of files count as used, and are dropped when memory is needed.
-        cached = dict(line.split() for line in parts.read_text(encoding="utf-8").splitlines())
-        reclaimable = int(cached["active_file"]) + int(cached["inactive_file"])
-        free = min(free, total - int(used.read_text(encoding="utf-8")) + reclaimable)
+        cached = int(parts["active_file"]) + int(parts["inactive_file"])
+        total, free = min(total, limit), min(free, limit - used + cached)
     return total // this_process().count_here, free // this_process().count_here
