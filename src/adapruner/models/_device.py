@@ -44,7 +44,7 @@ def computes_bfloat16_natively(device: torch.device) -> bool:
 
 
 def trial_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype that trials run in, of a model with weights of this dtype: bfloat16 in place of float32 where the device
+    """The dtype that trials run in, for weights of this dtype: bfloat16 in place of float32 where the device
     multiplies it natively (about three times as fast on a CPU with AVX-512 bfloat16).
 
     Trials only have to be told apart; plans are cut out of the original weights.
