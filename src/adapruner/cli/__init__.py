@@ -6,7 +6,6 @@ permissions), 130 interrupted by Ctrl-C, 143 by SIGTERM.
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import tempfile
@@ -31,7 +30,7 @@ from adapruner.cli.report import report
 from adapruner.config import describe
 from adapruner.errors import AdaPrunerError, describe_failure, reason
 from adapruner.interrupts import end_by_interrupt
-from adapruner.progress import QUIET
+from adapruner.progress import set_quiet
 
 UNEXPECTED_FAILURE = 1
 USER_ERROR = 2
@@ -59,8 +58,7 @@ def launch(
     quiet:
         Say nothing but results, errors and advice.
     """
-    if quiet:
-        os.environ[QUIET] = "1"
+    set_quiet(quiet)
     app(arguments, exit_on_error=False, print_error=False)
 
 

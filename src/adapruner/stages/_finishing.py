@@ -20,7 +20,7 @@ from adapruner.models import empty_model, find_model, in_fastest_dtype, load_con
 from adapruner.planning import PruningPlan
 from adapruner.processes import this_process
 from adapruner.progress import Reporter
-from adapruner.recovery import read_record, recover_into, total_steps, window_examples
+from adapruner.recovery import read_record, recover_into, total_steps, window_examples, working_folder
 from adapruner.stages._choosing import compensation_of
 from adapruner.structure import build_structure
 from adapruner.surgery import prune_model, refit_sequentially
@@ -67,8 +67,17 @@ def stage_recover(
         about = {"model": config.model, "data": config.recover, **config.recovery.model_dump(mode="json")}
         try:
             with reporter.stage("recovering", total_steps(examples, config.recovery)) as advance:
+                work = working_folder(run.recovered)
                 record = recover_into(
-                    run.recovered, pruned, job.tokenizer, examples, config.recovery, teacher, about, progress=advance
+                    run.recovered,
+                    pruned,
+                    job.tokenizer,
+                    examples,
+                    config.recovery,
+                    teacher,
+                    about,
+                    work,
+                    progress=advance,
                 )
         except AdaPrunerError as error:
             raise AdaPrunerError(
@@ -76,7 +85,7 @@ def stage_recover(
             ) from None
         if this_process().leads:
             run.name_model(run.recovered)
-    return record
+    return record.model_dump(mode="json")
 
 
 def stage_evaluate(
@@ -88,7 +97,9 @@ def stage_evaluate(
 
     def measure(evaluated: PreTrainedModel, advance: Callable[..., None]) -> dict[str, Any]:
         return {
-            name: measure_perplexity(evaluated, text.windows, name, advance, provenance=text.provenance).as_json()
+            name: measure_perplexity(evaluated, text.windows, name, advance, provenance=text.provenance).model_dump(
+                mode="json"
+            )
             for name, text in job.report.items()
         }
 
@@ -105,7 +116,7 @@ def stage_tasks(job: Job, model: PreTrainedModel, reporter: Reporter) -> dict[st
 
     def measure(evaluated: PreTrainedModel, advance: Callable[..., None]) -> dict[str, Any]:
         scores = measure_tasks(in_fastest_dtype(evaluated), job.tokenizer, tasks, advance)
-        return {score.task: score.as_json() for score in scores}
+        return {score.task: score.model_dump(mode="json") for score in scores}
 
     return _evaluate_each(job, "tasks", _models_to_evaluate(job, model), measure, len(tasks), reporter)
 
