@@ -39,7 +39,7 @@ def test_equals_the_loss_of_transformers(model: PreTrainedModel, monkeypatch: py
 def test_the_protocol_is_said(model: PreTrainedModel) -> None:
     result = measure_perplexity(model, torch.full((3, 10), 5), "wikitext2")
     assert result.protocol == ("wikitext2: 3 windows of 10 tokens without overlap, mean over 27 predicted tokens")
-    assert result.as_json()["predicted_tokens"] == 27
+    assert result.model_dump(mode="json")["predicted_tokens"] == 27
 
 
 @pytest.mark.parametrize("stride", [1, 5, 11])
@@ -70,7 +70,7 @@ def test_a_loss_too_large_for_a_perplexity_is_infinite(model: PreTrainedModel) -
 def test_provenance_is_part_of_the_protocol(model: PreTrainedModel) -> None:
     result = measure_perplexity(model, torch.full((3, 10), 5), "a", provenance={"data_set": "b", "revision": "c"})
     assert result.protocol.endswith("predicted tokens (data set b, revision c)")
-    assert result.as_json()["provenance"] == {"data_set": "b", "revision": "c"}
+    assert result.model_dump(mode="json")["provenance"] == {"data_set": "b", "revision": "c"}
 
 
 def cut_some_channels(model: PreTrainedModel) -> PreTrainedModel:

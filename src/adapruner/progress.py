@@ -6,37 +6,43 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import psutil
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-_quiet = False
+_quiet = ContextVar("quiet", default=False)
+MIB = 2**20
 # Advances a stage by some steps; the text is shown beside the bar.
 Advance = Callable[..., None]
 
 
 def set_quiet(quiet: bool) -> None:
-    """Whether the reporters of this process that are made from now on print nothing."""
-    global _quiet
-    _quiet = quiet
+    """Whether reporters made from now on print nothing."""
+    _quiet.set(quiet)
 
 
 class Reporter:
     """Reports stages on stderr and, where a file is given, as JSON lines in it.
 
+    Args:
+        log: the file.
+        quiet: print nothing; see `set_quiet` too.
+
     Attributes:
         current: the stage that was last begun.
     """
 
-    def __init__(self, log: Path | None = None) -> None:
-        self.console = Console(stderr=True, markup=False, emoji=False, highlight=False, quiet=_quiet)
+    def __init__(self, log: Path | None = None, quiet: bool = False) -> None:
+        # Bound to stderr as it is now, so that a redirection for another library does not catch our bars.
+        self.console = Console(file=sys.stderr, markup=False, emoji=False, highlight=False, quiet=quiet or _quiet.get())
         self.shows_bars = self.console.is_terminal or (self.console.is_jupyter and find_spec("ipywidgets") is not None)
         self.log = log
         self.current = "preparing"
@@ -45,8 +51,8 @@ class Reporter:
     def stage(self, name: str, total: int) -> Iterator[Advance]:
         """Wraps one stage of `total` steps; yields the function that advances it."""
         started, self.current = time.monotonic(), name
-        _forget_peak_memory()
-        self._record(event="started", stage=name, memory_mib=_memory_mib("VmRSS:"))
+        reset_peak_memory()
+        self._record(event="started", stage=name, memory_mib=held_memory() // MIB)
         if self.shows_bars:
             yield from self._with_bar(name, total)
         else:
@@ -54,7 +60,7 @@ class Reporter:
         seconds = time.monotonic() - started
         if not self.shows_bars:
             self.note(f"{name}: done in {seconds:.1f} s")
-        self._record(event="finished", stage=name, seconds=round(seconds, 2), peak_memory_mib=_peak_memory_mib())
+        self._record(event="finished", stage=name, seconds=round(seconds, 2), peak_memory_mib=peak_memory() // MIB)
 
     def note(self, line: str) -> None:
         """Says something once."""
@@ -65,7 +71,7 @@ class Reporter:
         stage was done in parts, of all of them."""
         stages: dict[str, dict[str, float]] = {}
         if self.log and self.log.is_file():
-            for line in self.log.read_text().splitlines():
+            for line in self.log.read_text(encoding="utf-8").splitlines():
                 with contextlib.suppress(ValueError, KeyError, TypeError):  # the line that a kill cut off
                     entry = json.loads(line)
                     if entry["event"] == "finished":
@@ -91,29 +97,33 @@ class Reporter:
 
     def _record(self, **entry: Any) -> None:
         if self.log:
-            with self.log.open("a") as file:
+            with self.log.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"time": time.time(), **entry}) + "\n")
 
 
-def _forget_peak_memory() -> None:
-    """Gives freed memory back, and lets the peak begin at what the process holds now; where the system cannot, it is
-    that since the start."""
-    with contextlib.suppress(OSError, AttributeError):
+def reset_peak_memory() -> bool:
+    """Gives freed memory back to the system, and lets the peak of this process start at what it holds now; False where
+    the system cannot (all but Linux)."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library than glibc
         ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return False
+    return True
 
 
-def _peak_memory_mib() -> int:
-    """The most memory that the process has held since the last `_forget_peak_memory`, in MiB."""
-    peak = _memory_mib("VmHWM:")
-    if peak is not None:
-        return peak
-    peak_so_far = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak_so_far // (1024 * 1024 if sys.platform == "darwin" else 1024)
+def held_memory() -> int:
+    """Bytes of memory that this process holds."""
+    return int(psutil.Process().memory_info().rss)
 
 
-def _memory_mib(field: str) -> int | None:
-    """A field of Linux's /proc/self/status; None elsewhere."""
+def peak_memory() -> int:
+    """The most bytes that this process has held: on Linux since `reset_peak_memory`, on Windows since its start,
+    elsewhere what it holds now."""
     status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.is_file() else []
-    return next((int(line.split()[1]) // 1024 for line in lines if line.startswith(field)), None)
+    if status.is_file():
+        lines = status.read_text(encoding="utf-8").splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("VmHWM:")).split()[1])
+    memory = psutil.Process().memory_info()
+    return int(getattr(memory, "peak_wset", memory.rss))

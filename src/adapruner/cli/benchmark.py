@@ -56,7 +56,7 @@ def benchmark(
 
     speeds = verbs.benchmark(model, against, batch_size, prompt, new_tokens, repetitions, dtype, device)
     if json:
-        print_json({name: speed.as_json() for name, speed in speeds.items()})
+        print_json({name: speed.model_dump(mode="json") for name, speed in speeds.items()})
     else:
         plain_console().print(_table(speeds, prompt, new_tokens))
     print_advice([*_advice(speeds[model], speeds[against] if against else None)])
@@ -71,7 +71,7 @@ def _table(speeds: dict[str, Speed], prompt: int, new_tokens: int) -> Table:
         "bytes of weights": [speed.weight_bytes for speed in own],
         "peak bytes of memory": [speed.peak_memory_bytes for speed in own],
         "MACs per token of the prompt": [speed.prompt_macs for speed in own],
-        "MACs per generated token": [speed.generated_macs for speed in own],
+        "MACs per generated token": [speed.new_token_macs for speed in own],
     }
     for name, values in sizes.items():
         known = [value for value in values if value is not None]

@@ -60,8 +60,8 @@ def evaluate(
         print_json(
             {
                 "model": model,
-                "perplexity": [one.as_json() for one in result.perplexity],
-                "tasks": [score.as_json() for score in result.tasks],
+                "perplexity": [one.model_dump(mode="json") for one in result.perplexity],
+                "tasks": [score.model_dump(mode="json") for score in result.tasks],
                 "task_means": result.mean_accuracies,
                 "overlaps": result.overlaps,
             }

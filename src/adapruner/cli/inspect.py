@@ -12,7 +12,7 @@ from adapruner.config import PruneOptions
 from adapruner.errors import AdaPrunerError
 
 if TYPE_CHECKING:
-    from adapruner.cost import Cost
+    from adapruner.verbs import Estimate
 
 
 def inspect(
@@ -23,15 +23,14 @@ def inspect(
     options: Annotated[PruneOptions | None, Parameter(name="*")] = None,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
-    """What of a model can be pruned, or what pruning it takes; reads no weights.
+    """List the prunable parts of a model, or estimate its memory use (--cost). Does not load weights.
 
     Parameters
     ----------
     model:
         Hub id, model folder, .gguf file, or smollm2.
     cost:
-        Print the memory and the time that adapruner prune takes with the options that follow, stage by stage; runs a
-        few layers with random weights for it.
+        Print the memory that adapruner prune needs with the options that follow, stage by stage.
     json:
         Print JSON on stdout instead of the table.
     """
@@ -42,7 +41,7 @@ def inspect(
         _print_cost(verbs.estimate(model, **given), model, json)
         return
     if given:
-        raise AdaPrunerError("options of pruning only go with --cost")
+        raise AdaPrunerError("pruning options are used with `cost` only")
     structure = verbs.inspect(model)
     if json:
         print_json(
@@ -77,33 +76,21 @@ def inspect(
     plain_console().print(table)
 
 
-def _print_cost(cost: Cost, model: str, json: bool) -> None:
-    from adapruner.cost import GIB
+def _print_cost(estimate: Estimate, model: str, json: bool) -> None:
+    from adapruner.memory import GIB
 
-    seconds = cost.seconds or {}
     if json:
+        stages = [
+            {"stage": stage, "device_bytes": memory.device, "host_bytes": memory.host, "largest": memory.largest}
+            for stage, memory in estimate.stages.items()
+        ]
         print_json(
-            {
-                "model": model,
-                "device": str(cost.device),
-                "dtype": str(cost.dtype).removeprefix("torch."),
-                "layer_wise": cost.layer_wise,
-                "stages": [
-                    {
-                        "stage": stage,
-                        "device_bytes": memory.device,
-                        "host_bytes": memory.host,
-                        "seconds": seconds.get(stage),
-                    }
-                    for stage, memory in cost.memory.items()
-                ],
-            }
+            {"model": model, "device": str(estimate.device), "layer_wise": estimate.layer_wise, "stages": stages}
         )
         return
-    how = "one layer at a time in memory" if cost.layer_wise else "all layers in memory"
-    table = Table("stage", f"GiB on {cost.device}", "GiB beside it", "seconds")
-    table.title = f"{model} in {str(cost.dtype).removeprefix('torch.')}: {how}"
-    for stage, memory in cost.memory.items():
-        time = f"{seconds[stage]:,.0f}" if stage in seconds else ""
-        table.add_row(stage, f"{memory.device / GIB:.2f}", f"{memory.host / GIB:.2f}" if memory.host else "", time)
+    how = "one layer at a time in memory" if estimate.layer_wise else "all layers in memory"
+    table = Table("stage", f"GiB on {estimate.device}", "GiB beside it", "largest term", title=f"{model}: {how}")
+    for stage, memory in estimate.stages.items():
+        host = f"{memory.host / GIB:.2f}" if memory.host else ""
+        table.add_row(stage, f"{memory.device / GIB:.2f}", host, memory.largest)
     plain_console().print(table)

@@ -9,6 +9,7 @@ from cyclopts import Parameter
 
 from adapruner.cli._output import plain_console, print_advice, print_json
 from adapruner.config import Dtype, RecoveryOptions
+from adapruner.processes import this_process
 
 
 def recover(
@@ -24,7 +25,7 @@ def recover(
     overwrite: Annotated[bool, Parameter(negative="")] = False,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
-    """Train a pruned model again. The same command again goes on where it stopped.
+    """Fine-tune a pruned model, or distil the dense model into it. Rerun the same command to resume.
 
     Parameters
     ----------
@@ -42,7 +43,7 @@ def recover(
     device:
         auto, cpu, cuda, …
     overwrite:
-        Start again from nothing, whatever recovery the folder holds.
+        Start again, whatever recovery the folder holds.
     json:
         Print recovery.json on stdout.
     """
@@ -52,14 +53,15 @@ def recover(
     record = verbs.recover(
         model, data, output, teacher, overwrite, dtype, device, **options.model_dump(exclude_unset=True)
     )
-    if json:
-        print_json(record)
+    if not this_process().leads:
         return
-    console = plain_console()
-    console.print(
-        f"{output}: validation loss {record['loss_before']:.4f} → {record['loss_after']:.4f} nats per token, best after"
-        f" {record['best_step']} of {record['steps']} steps, {record['tokens']:,} tokens",
+    if json:
+        print_json(record.model_dump(mode="json"))
+        return
+    plain_console().print(
+        f"{output}: validation loss {record.loss_before:.4f} → {record.loss_after:.4f} nats per token, best after"
+        f" {record.best_step} of {record.steps} steps, {record.tokens:,} tokens",
         soft_wrap=True,
     )
-    if record["loss_after"] >= record["loss_before"]:
+    if record.loss_after >= record.loss_before:
         print_advice(["training has not lowered the validation loss: train longer, or lower --learning-rate"])

@@ -12,7 +12,7 @@ from adapruner.evaluation._perplexity import (
     window_losses,
 )
 from adapruner.evaluation._speed import Speed, count_macs, measure_speed
-from adapruner.evaluation._tasks import Tasks, TaskScore, load_tasks, mean_accuracies, measure_tasks
+from adapruner.evaluation._tasks import Tasks, TaskScore, check_tasks, load_tasks, mean_accuracies, measure_tasks
 
 __all__ = [
     "PROTOCOLS",
@@ -21,6 +21,7 @@ __all__ = [
     "Speed",
     "TaskScore",
     "Tasks",
+    "check_tasks",
     "compute_prefix",
     "count_macs",
     "load_tasks",

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as functional
+from pydantic import BaseModel, ConfigDict, computed_field
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -34,8 +34,7 @@ PROTOCOLS = {
 }
 
 
-@dataclass(frozen=True)
-class Perplexity:
+class Perplexity(BaseModel):
     """A perplexity and how it was measured.
 
     Attributes:
@@ -52,20 +51,26 @@ class Perplexity:
             is but one.
     """
 
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="constants")
+
     perplexity: float
     text: str
     seq_len: int
     windows: int
     stride: int
-    provenance: dict[str, str] = field(default_factory=dict)
+    provenance: dict[str, str] = {}
     loss_standard_error: float | None = None
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def predicted_tokens(self) -> int:
+        """How many tokens the mean is over."""
         if self.stride == self.seq_len:
             return self.windows * (self.seq_len - 1)
         return self.seq_len - 1 + (self.windows - 1) * self.stride
 
+
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def protocol(self) -> str:
         """One line that says how the number came about."""
@@ -75,9 +80,6 @@ class Perplexity:
             f"{self.text}: {self.windows} windows of {self.seq_len} tokens {overlap}, mean over"
             f" {self.predicted_tokens:,} predicted tokens{f' ({origin})' if origin else ''}"
         )
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self) | {"predicted_tokens": self.predicted_tokens, "protocol": self.protocol}
 
 
 def measure_perplexity(
@@ -115,7 +117,15 @@ def measure_perplexity(
         perplexity = math.exp(mean)
     except OverflowError:
         perplexity = math.inf
-    return Perplexity(perplexity, text, seq_len, len(windows), stride, provenance or {}, standard_error)
+    return Perplexity(
+        perplexity=perplexity,
+        text=text,
+        seq_len=seq_len,
+        windows=len(windows),
+        stride=stride,
+        provenance=provenance or {},
+        loss_standard_error=standard_error,
+    )
 
 
 def window_losses(

@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import io
 import logging
+import random
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, cached_property
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
 from typing import Any
-from unittest import mock
 
 import datasets
+import numpy as np
+import torch
 import yaml
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, computed_field
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.errors import AdaPrunerError, reason
 from adapruner.local_data import find_local_data
+from adapruner.random_state import random_state_kept
 
 COMMONSENSE = "commonsense"
 _SPLITS = ("training_split", "validation_split", "test_split")
@@ -31,8 +35,7 @@ _SPLITS = ("training_split", "validation_split", "test_split")
 _BATCH_ON_CPU = 8
 
 
-@dataclass(frozen=True)
-class TaskScore:
+class TaskScore(BaseModel):
     """What a model scores in a task of lm-eval, and how that was measured.
 
     Attributes:
@@ -48,6 +51,8 @@ class TaskScore:
         dtype: that the model computed in.
     """
 
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="constants")
+
     task: str
     metrics: dict[str, float]
     standard_errors: dict[str, float]
@@ -59,6 +64,7 @@ class TaskScore:
     shots: int
     dtype: str
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def protocol(self) -> str:
         """One line that says how the numbers came about."""
@@ -67,9 +73,6 @@ class TaskScore:
             f"{self.task}: lm-eval task version {self.version}, {self.shots} shots, {which} {self.items_in_all:,} items"
             f" of {self.data_set}, {self.split}; {self.dtype}"
         )
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self) | {"protocol": self.protocol}
 
 
 def mean_accuracies(metrics: Iterable[dict[str, float]]) -> dict[str, float]:
@@ -106,6 +109,31 @@ class Tasks:
         return len(self.by_name)
 
 
+def check_tasks(names: Sequence[str]) -> list[str]:
+    """The tasks that names stand for; reads no data, and lm-eval's register of tasks only for others than the seven of
+    the paper, which takes seconds.
+
+    Args:
+        names: tasks, groups or tags of lm-eval, each alone or several with commas; `commonsense` is the seven of the
+            paper.
+
+    Raises:
+        AdaPrunerError: lm-eval is not installed, or a task is not known.
+    """
+    if find_spec("lm_eval") is None:
+        raise AdaPrunerError("`tasks` needs lm-eval: pip install 'adapruner[tasks]'")
+    single = [name.strip() for part in names for name in part.split(",") if name.strip()]
+    if not single:
+        raise AdaPrunerError("`tasks` names no task: give names of lm-eval, or commonsense")
+    wanted = dict.fromkeys(task for name in single for task in ([*_local_tasks()] if name == COMMONSENSE else [name]))
+    for name in wanted:
+        if name not in _local_tasks() and name not in (known := _task_manager().all_tasks):
+            close = difflib.get_close_matches(name, [COMMONSENSE, *known], n=3)
+            hint = f"; did you mean {', '.join(close)}?" if close else ""
+            raise AdaPrunerError(f"lm-eval has no task {name!r}{hint} (`lm-eval ls tasks` lists them)")
+    return list(wanted)
+
+
 def load_tasks(names: Sequence[str], limit: int | None = None, used_text: Iterable[str] = ()) -> Tasks:
     """Finds tasks and reads their data.
 
@@ -113,8 +141,7 @@ def load_tasks(names: Sequence[str], limit: int | None = None, used_text: Iterab
     `$ADAPRUNER_DATA` first (see `tasks.yaml`).
 
     Args:
-        names: tasks, groups or tags of lm-eval, each alone or several with commas; `commonsense` is the seven of the
-            paper.
+        names: see `check_tasks`.
         limit: so many evenly spaced items of each task.
         used_text: items with one of these texts in a field are left out: a model was calibrated on them.
 
@@ -122,30 +149,22 @@ def load_tasks(names: Sequence[str], limit: int | None = None, used_text: Iterab
         AdaPrunerError: a task is not known, or its data cannot be read.
     """
     if limit is not None and limit < 1:
-        raise AdaPrunerError(f"a limit of {limit} items leaves nothing to evaluate: give at least 1")
-    if find_spec("lm_eval") is None:
-        raise AdaPrunerError("--tasks needs lm-eval: pip install 'adapruner[tasks]'")
+        raise AdaPrunerError(f"`limit` {limit} leaves nothing to evaluate: give at least 1")
     used = frozenset(used_text)
-    single = [name.strip() for part in names for name in part.split(",") if name.strip()]
-    if not single:
-        raise AdaPrunerError("--tasks names no task: give names of lm-eval, or commonsense")
-    wanted = dict.fromkeys(task for name in single for task in ([*_local_tasks()] if name == COMMONSENSE else [name]))
-    with _quiet_lm_eval():
-        for name in wanted:
-            _refuse_unknown(name, _task_manager().all_tasks)
-        built, items, data_sets = {}, {}, {}
-        for name in wanted:
-            try:
+    built, items, data_sets = {}, {}, {}
+    for name in check_tasks(names):
+        try:
+            with _silenced():
                 loaded = _load(name)
-            except (OSError, ValueError, KeyError, ImportError, datasets.exceptions.DatasetsError) as error:
-                raise AdaPrunerError(f"cannot load task {name!r} or its data: {reason(error)}") from error
-            built[name] = _outermost(loaded)
-            for task_name, task in loaded["tasks"].items():
-                _refuse_impossible(task_name, task)
-                items[task_name] = _chosen(task.eval_docs, limit, used)
-                data_sets[task_name] = _data_set(task)
-                if not items[task_name]:
-                    raise AdaPrunerError(f"every item of task {task_name!r} holds text that the model is calibrated on")
+        except (OSError, ValueError, KeyError, ImportError, datasets.exceptions.DatasetsError) as error:
+            raise AdaPrunerError(f"cannot load task {name!r} or its data: {reason(error)}") from error
+        built[name] = _outermost(loaded)
+        for task_name, task in loaded["tasks"].items():
+            _refuse_impossible(task_name, task)
+            items[task_name] = _chosen(task.eval_docs, limit, used)
+            data_sets[task_name] = _data_set(task)
+            if not items[task_name]:
+                raise AdaPrunerError(f"every item of task {task_name!r} holds text that the model is calibrated on")
     return Tasks(built, items, data_sets)
 
 
@@ -157,25 +176,55 @@ def measure_tasks(
     Args:
         progress: called with fractions of a task as they are done, one in all for each name.
     """
-    from lm_eval.evaluator import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
+    with _silenced():
+        from lm_eval.models.huggingface import HFLM
 
-    scores = []
-    with _quiet_lm_eval(progress):
         runner = HFLM(
             pretrained=model,
             tokenizer=tokenizer,
             batch_size=_BATCH_ON_CPU if model.device.type == "cpu" else "auto",
         )
-        for own in tasks.by_name.values():
-            outcome = simple_evaluate(
-                runner, tasks=own, samples=tasks.items, log_samples=False, task_manager=_task_manager()
-            )
-            for name in [one.name if hasattr(one, "child_names") else one.task_name for one in own]:
-                score = _score(name, outcome, tasks, model)
-                members = [name] if score.metrics else _members(name, outcome)
-                scores += [_score(member, outcome, tasks, model) for member in members]
+    scores = []
+    for own in tasks.by_name.values():
+        with _silenced(), random_state_kept(model.device):
+            outcome = _evaluate(runner, own, tasks.items, progress)
+        for name in [one.name if hasattr(one, "child_names") else one.task_name for one in own]:
+            score = _score(name, outcome, tasks, model)
+            members = [name] if score.metrics else _members(name, outcome)
+            scores += [_score(member, outcome, tasks, model) for member in members]
     return scores
+
+
+def _evaluate(runner: Any, own: list[Any], items: dict[str, list[int]], progress: Callable[..., None] | None) -> Any:
+    """What `simple_evaluate` of lm-eval does, without its report on the environment, which asks pip and git."""
+    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+    from lm_eval.evaluator import evaluate
+
+    loaded = _task_manager().load(own)
+    for task in loaded["tasks"].values():
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+    random.seed(DEFAULT_RANDOM_SEED)
+    np.random.seed(DEFAULT_OTHER_SEED)
+    torch.manual_seed(DEFAULT_OTHER_SEED)
+    runner.set_cache_hook(_Answers(list(loaded["tasks"].values()), progress or (lambda share: None)))
+    return evaluate(runner, loaded, samples=items, log_samples=False, fewshot_as_multiturn=True)
+
+
+class _Answers:
+    """Takes the place of lm-eval's cache, which is told of every answer, and passes on what share of all it is."""
+
+    def __init__(self, tasks: list[Any], progress: Callable[..., None]) -> None:
+        self.tasks, self.progress = tasks, progress
+
+    @cached_property
+    def share(self) -> float:
+        """Of one answer; known once lm-eval has built its requests."""
+        return 1 / sum(int(request.repeats) for task in self.tasks for request in task.instances)
+
+    def add_partial(self, kind: str, request: Any, answer: Any) -> None:
+        self.progress(self.share)
 
 
 def _score(name: str, outcome: Any, tasks: Tasks, model: PreTrainedModel) -> TaskScore:
@@ -241,23 +290,17 @@ class _LocalTask(BaseModel):
 
 @cache
 def _local_tasks() -> dict[str, _LocalTask]:
-    text = (resources.files("adapruner.evaluation") / "tasks.yaml").read_text()
+    text = (resources.files("adapruner.evaluation") / "tasks.yaml").read_text(encoding="utf-8")
     return {name: _LocalTask.model_validate(entry) for name, entry in yaml.safe_load(text).items()}
 
 
 @cache
 def _task_manager() -> Any:
     """lm-eval's register of tasks; making it reads thousands of files."""
-    from lm_eval.tasks import TaskManager
+    with _silenced():
+        from lm_eval.tasks import TaskManager
 
-    return TaskManager()
-
-
-def _refuse_unknown(name: str, known: Sequence[str]) -> None:
-    if name not in known:
-        close = difflib.get_close_matches(name, [COMMONSENSE, *known], n=3)
-        hint = f"; did you mean {', '.join(close)}?" if close else ""
-        raise AdaPrunerError(f"lm-eval has no task {name!r}{hint} (`lm-eval ls tasks` lists them)")
+        return TaskManager()
 
 
 def _load(name: str) -> Any:
@@ -278,7 +321,7 @@ def _load(name: str) -> Any:
     }
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / f"{name}.yaml"
-        file.write_text(yaml.safe_dump(definition))
+        file.write_text(yaml.safe_dump(definition), encoding="utf-8")
         return manager.load(str(file))
 
 
@@ -305,46 +348,18 @@ def _holds(item: dict[str, Any], used: frozenset[str]) -> bool:
     return any(text in used or text.partition(" -- ")[2] in used for text in texts)
 
 
-class _Bar:
-    """Stands in for the progress bars of lm-eval and passes on what they are told."""
-
-    def __init__(self, items: Iterable[Any] = (), progress: Callable[..., None] | None = None, total: int = 0) -> None:
-        self.items, self.progress, self.total = items, progress, total
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.items)
-
-    def update(self, steps: int = 1) -> None:
-        if self.progress and self.total:
-            self.progress(steps / self.total)
-
-    def close(self) -> None:
-        pass
-
-
 @contextlib.contextmanager
-def _quiet_lm_eval(progress: Callable[..., None] | None = None) -> Iterator[None]:
-    """Without the bars and the chatter of lm-eval."""
-    import lm_eval.api.model
-    import lm_eval.api.task
-    import lm_eval.evaluator
-    import lm_eval.models.huggingface
-
-    def bar(items: Iterable[Any] = (), total: int = 0, **_: Any) -> _Bar:
-        return _Bar(items, progress, total)
-
-    logger = logging.getLogger("lm_eval")
+def _silenced() -> Iterator[None]:
+    """Without the bars and the chatter of lm-eval and of the libraries that it calls."""
+    logger, bars = logging.getLogger("lm_eval"), datasets.are_progress_bars_disabled()
     level = logger.level
     logger.setLevel(logging.ERROR)
     datasets.disable_progress_bars()
+    nowhere = io.StringIO()
     try:
-        with (
-            mock.patch.object(lm_eval.api.task, "tqdm", bar),
-            mock.patch.object(lm_eval.api.model, "tqdm", bar),
-            mock.patch.object(lm_eval.models.huggingface, "tqdm", bar),
-            # Asks git, which complains on stderr where there is no repository.
-            mock.patch.object(lm_eval.evaluator, "get_git_commit_hash", return_value=None),
-        ):
+        with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
             yield
     finally:
         logger.setLevel(level)
+        if not bars:
+            datasets.enable_progress_bars()

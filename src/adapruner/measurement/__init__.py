@@ -9,7 +9,7 @@ from adapruner.measurement._moments import (
     solve_damped,
 )
 from adapruner.measurement._reduction import Terms
-from adapruner.measurement._samples import measure, measure_in_parts
+from adapruner.measurement._samples import measure, measure_in_parts, saved_activations
 from adapruner.measurement._statistics import Statistics
 
 __all__ = [
@@ -22,5 +22,6 @@ __all__ = [
     "measure_in_parts",
     "measure_moments",
     "removal_errors",
+    "saved_activations",
     "solve_damped",
 ]

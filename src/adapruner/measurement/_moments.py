@@ -84,7 +84,7 @@ def factorize(second: Tensor, damping: float) -> Tensor:
         AdaPrunerError: H is not finite.
     """
     if not second.isfinite().all():
-        raise AdaPrunerError("second moments of activations are not finite: try --dtype float32")
+        raise AdaPrunerError("second moments of activations are not finite: try `dtype` float32")
     damping = max(damping, torch.finfo(torch.float32).tiny)
     while True:
         damped = second.to(torch.float64, copy=True)
@@ -235,7 +235,7 @@ def _choose_damping(weight: Tensor, fitted: _Sums, held_out: _Sums, block: Block
     if not merged.isfinite().all():
         raise NonFiniteError(
             f"the inputs of {block.row_wise.parameter} are not finite on the calibration text; the model has broken"
-            " weights or its dtype is too narrow: try --dtype float32"
+            " weights or its dtype is too narrow: try `dtype` float32"
         )
     scale = float(second.diagonal().mean()) or 1.0
     # Some of the outputs tell which damping is best as well as all of them.

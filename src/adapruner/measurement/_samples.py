@@ -7,6 +7,7 @@ gradients, plus two matrices of the size of the largest one in float32. Layer by
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -14,12 +15,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from adapruner.errors import NonFiniteError
 from adapruner.measurement._reduction import Reduction, Terms, row_wise_weight
 from adapruner.measurement._statistics import Statistics
-from adapruner.models import enter_layers, loaded_layer, skipping_layers
+from adapruner.models import decoder_layers, enter_layers, loaded_layer, skipping_layers
 from adapruner.structure import Structure
 
 
@@ -88,6 +90,34 @@ def measure_in_parts(
         statistics = _statistics(reduction, losses.view(samples, -1), predicted_tokens, columns)
         _refuse_non_finite(statistics, start)
         yield start, statistics
+
+
+def saved_activations(config: PreTrainedConfig, dtype: torch.dtype) -> float:
+    """Bytes per token that a decoder layer keeps for its backward pass and the gradients of its weights, counted by
+    running one layer on a few tokens."""
+    shortened = copy.deepcopy(config)
+    shortened.num_hidden_layers = 1
+    if getattr(shortened, "layer_types", None):
+        shortened.layer_types = shortened.layer_types[:1]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(shortened, dtype=dtype)
+    tokens = torch.zeros(2, 16, dtype=torch.int64)
+    with torch.no_grad():
+        ((state, calls),) = enter_layers(model.to_empty(device="cpu").eval(), [tokens])
+    (layer,) = decoder_layers(model)
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = calls[0].run(layer, state.requires_grad_())
+    # Weights, masks and positions are there once, and not for every layer.
+    given = tree_leaves((list(layer.parameters()), calls[0].arguments, calls[0].named))
+    shared = {tensor.untyped_storage().data_ptr() for tensor in given if isinstance(tensor, Tensor)}
+    del output
+    return sum(size for storage, size in kept.items() if storage not in shared) / tokens.numel()
 
 
 def _pass_at_once(model: PreTrainedModel, structure: Structure, batch: Tensor, reduction: Reduction) -> Tensor:
@@ -186,5 +216,5 @@ def _refuse_non_finite(statistics: Statistics, start: int) -> None:
         bad = [start + int(index) for index in torch.nonzero(~finite).flatten()]
         raise NonFiniteError(
             f"the gradients of calibration sample(s) {bad} are not finite; the model has broken weights or its dtype"
-            " is too narrow: try --dtype float32"
+            " is too narrow: try `dtype` float32"
         )

@@ -9,7 +9,13 @@ from adapruner.models._architecture import (
     check_tokens,
     known_architectures,
 )
-from adapruner.models._device import computes_bfloat16_natively, copy_in_dtype, in_fastest_dtype, resolve_device
+from adapruner.models._device import (
+    computes_bfloat16_natively,
+    copy_in_dtype,
+    in_fastest_dtype,
+    resolve_device,
+    trial_dtype,
+)
 from adapruner.models._layers import (
     LayerCall,
     decoder_layers,
@@ -63,5 +69,6 @@ __all__ = [
     "resolve_device",
     "skipping_layers",
     "stream_from_memory",
+    "trial_dtype",
     "whole_state",
 ]

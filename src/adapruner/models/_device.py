@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Container
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from adapruner.errors import AdaPrunerError, reason
-from adapruner.models._layers import is_streamed
+from adapruner.models._layers import ReadLayer, decoder_layers, is_streamed, stream_layers
 from adapruner.processes import this_process
 
 
@@ -27,9 +29,9 @@ def resolve_device(device: str) -> torch.device:
     try:
         found = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, ImportError) as error:
-        raise AdaPrunerError(f"--device {device}: {reason(error)}") from None
+        raise AdaPrunerError(f"`device` {device}: {reason(error)}") from None
     if found.type == "meta":
-        raise AdaPrunerError("--device meta: nothing is computed there")
+        raise AdaPrunerError("`device` meta: nothing is computed there")
     return found
 
 
@@ -41,22 +43,35 @@ def computes_bfloat16_natively(device: torch.device) -> bool:
     return device.type == "cuda" and (not is_here or torch.cuda.is_bf16_supported(including_emulation=False))
 
 
-def in_fastest_dtype(model: PreTrainedModel) -> PreTrainedModel:
-    """The model itself, or a bfloat16 copy where the processor multiplies that natively
-    (about three times as fast on a CPU with AVX-512 bfloat16).
+def trial_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype that trials run in, for weights of this dtype: bfloat16 in place of float32 where the device
+    multiplies it natively (about three times as fast on a CPU with AVX-512 bfloat16).
 
     Trials only have to be told apart; plans are cut out of the original weights.
     """
-    if model.dtype != torch.float32 or is_streamed(model) or not computes_bfloat16_natively(model.device):
-        return model
-    return copy_in_dtype(model, torch.bfloat16)
+    return torch.bfloat16 if dtype == torch.float32 and computes_bfloat16_natively(device) else dtype
+
+
+def in_fastest_dtype(model: PreTrainedModel) -> PreTrainedModel:
+    """The model itself, or a copy in the dtype of trials (see `trial_dtype`)."""
+    dtype = trial_dtype(model.dtype, model.device)
+    return model if dtype == model.dtype else copy_in_dtype(model, dtype)
 
 
 def copy_in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """A copy with parameters of another dtype; the frequencies of rotary embeddings stay as exact as in the model."""
+    """A copy with parameters of another dtype; the frequencies of rotary embeddings stay as exact as in the model.
+    Layers that are streamed are read from the same place and converted each time."""
     # Named to deepcopy as copied already: there is never a second copy in the first dtype.
-    copied = {
+    known: dict[int, Any] = {
         id(parameter): nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad)
         for parameter in model.parameters()
     }
-    return copy.deepcopy(model, copied)
+    layers: list[Any] = list(decoder_layers(model)) if is_streamed(model) else []
+    copied = copy.deepcopy(model, known | {id(layer.stream): layer.stream for layer in layers})
+    if layers:
+        stream_layers(copied, [_in_dtype(layer.stream.read, dict(layer.named_parameters()), dtype) for layer in layers])
+    return copied
+
+
+def _in_dtype(read: ReadLayer, parameters: Container[str], dtype: torch.dtype) -> ReadLayer:
+    return lambda: {name: value.to(dtype) if name in parameters else value for name, value in read().items()}

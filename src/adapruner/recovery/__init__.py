@@ -2,10 +2,10 @@
 
 from adapruner.recovery._examples import Examples, instruction_examples, read_examples, window_examples
 from adapruner.recovery._folder import (
+    RecoveryRecord,
     check_folder,
     read_record,
     recover_into,
-    start_folder,
     training_alone,
     working_folder,
 )
@@ -14,6 +14,7 @@ from adapruner.recovery._training import Recovered, check_device, distillation_l
 __all__ = [
     "Examples",
     "Recovered",
+    "RecoveryRecord",
     "check_device",
     "check_folder",
     "distillation_loss",
@@ -21,7 +22,6 @@ __all__ = [
     "read_examples",
     "read_record",
     "recover_into",
-    "start_folder",
     "total_steps",
     "train",
     "training_alone",

@@ -1,4 +1,4 @@
-"""Recovery from a model to a model folder, which goes on after a kill."""
+"""Recovery from a model to a model folder, which resumes after a kill."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import contextlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, ValidationError
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -20,11 +21,40 @@ from adapruner.errors import AdaPrunerError, reason
 from adapruner.files import saying_what_cannot_be_written, write_atomically
 from adapruner.processes import this_process
 from adapruner.recovery._examples import Examples
-from adapruner.recovery._training import Recovered, train
+from adapruner.recovery._training import train
 
 RECORD = "recovery.json"
 _CONFIG = "config.json"
-_RECORD_FIELDS = {field.name for field in fields(Recovered)}
+
+
+class RecoveryRecord(BaseModel):
+    """What a recovery did: the content of `recovery.json`.
+
+    Attributes:
+        config: which model on which data, and all options.
+        skipped_records: records that were left out because their answer is empty or beyond the cut-off.
+        steps: steps of the optimizer.
+        tokens: tokens that were learnt from, prompts included.
+        loss_before: validation loss before the first step, in nats per token; of distillation, the divergence from the
+            teacher.
+        loss_after: the least validation loss, that of the weights that were kept.
+        best_step: after how many steps that was.
+        seconds: of training, of the last call.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
+
+    config: dict[str, Any]
+    method: Literal["labels", "distillation"]
+    training_examples: int
+    validation_examples: int
+    skipped_records: int
+    steps: int
+    tokens: int
+    loss_before: float
+    loss_after: float
+    best_step: int
+    seconds: float
 
 
 def recover_into(
@@ -35,40 +65,39 @@ def recover_into(
     options: RecoveryOptions,
     teacher: PreTrainedModel | None,
     config: dict[str, Any],
-    card: Callable[[dict[str, Any]], str | None] = lambda record: None,
+    work: Path,
+    card: Callable[[RecoveryRecord], str | None] = lambda record: None,
     progress: Callable[[int], None] | None = None,
-) -> dict[str, Any]:
-    """Trains a model and writes it, a normal checkpoint again, with a record of the training beside it.
-
-    Until it is whole, everything is in a folder beside it, `FOLDER.training`, from where the same call goes on.
+) -> RecoveryRecord:
+    """Trains a model and writes it, a normal checkpoint again, with the record of the training beside it.
 
     Args:
         teacher: for distillation; None learns the labels.
-        config: which model on which data, and all options.
+        config: which model on which data, and all options; for the record.
+        work: folder for what the same call resumes from; removed at the end.
         card: makes the model card out of the record.
 
-    Returns:
-        The record: what `recovery.json` in the folder holds.
+    Raises:
+        AdaPrunerError: see `train`; or the folder cannot be written.
     """
-    work = working_folder(folder)
     recovered = train(model, examples, options, work, teacher, progress)
-    record = {
-        "config": config,
-        "method": "labels" if teacher is None else "distillation",
-        "training_examples": len(examples.training),
-        "validation_examples": len(examples.validation),
-        "skipped_records": examples.skipped,
+    record = RecoveryRecord(
+        config=config,
+        method="labels" if teacher is None else "distillation",
+        training_examples=len(examples.training),
+        validation_examples=len(examples.validation),
+        skipped_records=examples.skipped,
         **asdict(recovered),
-    }
-    if not this_process().leads:
-        return record
-    save_checkpoint(model, tokenizer, folder, card(record))
-    write_atomically(folder / RECORD, lambda partial: partial.write_text(json.dumps(record, indent=2) + "\n"))
-    shutil.rmtree(work, ignore_errors=True)
+    )
+    if this_process().leads:
+        save_checkpoint(model, tokenizer, folder, card(record))
+        text = record.model_dump_json(indent=2) + "\n"
+        write_atomically(folder / RECORD, lambda partial: partial.write_text(text, encoding="utf-8"))
+        shutil.rmtree(work, ignore_errors=True)
     return record
 
 
-def read_record(folder: Path) -> dict[str, Any] | None:
+def read_record(folder: Path) -> RecoveryRecord | None:
     """The record of a finished recovery; None where there is none.
 
     Raises:
@@ -77,26 +106,21 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     path = folder / RECORD
     if not path.is_file():
         return None
-    record = _read(path)
-    if not isinstance(record.get("config"), dict) or not record.keys() >= _RECORD_FIELDS:
-        raise AdaPrunerError(f"{path} is not the record of a recovery: choose another output, or --overwrite")
-    return record
-
-
-def _read(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise AdaPrunerError(f"cannot read {path}: {reason(error)}; choose another output, or --overwrite") from None
-    return content if isinstance(content, dict) else {}
+        return RecoveryRecord.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        cause = "it has other fields" if isinstance(error, ValidationError) else reason(error)
+        raise AdaPrunerError(
+            f"{path} is not the record of a recovery ({cause}): choose another output, or `overwrite`"
+        ) from None
 
 
-def check_folder(folder: Path, config: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
-    """Makes sure, before anything is done, that a recovery may write to a folder and go on from what is beside it.
+def check_folder(folder: Path, config: dict[str, Any], overwrite: bool) -> RecoveryRecord | None:
+    """Makes sure that a recovery may write to a folder, or resume from what lies beside it.
 
     Args:
         config: all that the result depends on, as JSON.
-        overwrite: what is there may go.
+        overwrite: an earlier recovery may be removed.
 
     Returns:
         The record, if it is finished already.
@@ -106,77 +130,72 @@ def check_folder(folder: Path, config: dict[str, Any], overwrite: bool) -> dict[
     """
     if overwrite and (folder / RECORD).is_file():
         return None
-    record, earlier = read_record(folder), _earlier_config(folder)
-    # Without a record it may be ours still: a kill may have come between the model and its record.
+    record, started = read_record(folder), working_folder(folder) / _CONFIG
+    earlier = record.config if record else _read_config(started) if started.is_file() else None
+    # Without a record it may still be ours: a kill may have come between the model and its record.
     ours = record is not None or (earlier is not None and (folder / "config.json").is_file())
     if not ours and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise AdaPrunerError(f"{folder} exists and holds no recovery: choose another output")
-    if overwrite:
+    if overwrite or earlier is None:
         return None
-    if earlier is not None and earlier != config:
-        names = dict.fromkeys([*earlier, *config])
-        changed = [f"{n} {earlier.get(n)!r} → {config.get(n)!r}" for n in names if earlier.get(n) != config.get(n)]
+    if earlier != config:
+        names = [name for name in dict.fromkeys([*earlier, *config]) if earlier.get(name) != config.get(name)]
+        changed = ", ".join(f"{name} {earlier.get(name)!r} → {config.get(name)!r}" for name in names)
         raise AdaPrunerError(
-            f"{folder} holds a recovery of another config ({', '.join(changed)}): choose another output, or"
-            " --overwrite to start it again"
+            f"{folder} holds a recovery of another config ({changed}): choose another output, or `overwrite` to start"
+            " it again"
         )
     return record
 
 
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise AdaPrunerError(f"cannot read {path}: {reason(error)}; choose another output, or `overwrite`") from None
+    return content if isinstance(content, dict) else {}
+
+
 @contextlib.contextmanager
-def training_alone(folder: Path) -> Iterator[None]:
-    """Keeps other commands from training into the same folder meanwhile; processes started together count as one.
+def training_alone(folder: Path, config: dict[str, Any], overwrite: bool) -> Iterator[RecoveryRecord | None]:
+    """Keeps other commands from training into the same folder meanwhile, and makes the folder to work in.
+    Processes that were started together count as one.
+
+    Yields:
+        The record, where another command has finished the same recovery since it was checked.
 
     Raises:
-        AdaPrunerError: another one does, or the place cannot be written.
+        AdaPrunerError: another command trains into it, or the place cannot be written; see `check_folder` too.
     """
     if not this_process().leads:
-        yield
+        yield None
         return
-    path = folder.with_name(f"{folder.name}.training.lock")
-    lock = FileLock(path, timeout=0)
-    with saying_what_cannot_be_written(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise AdaPrunerError(
-                f"another command is training into {folder}: wait for it, or choose another output"
-            ) from None
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        lock.release()
+    work, lock = working_folder(folder), FileLock(folder.with_name(f"{folder.name}.training.lock"), timeout=0)
+    with contextlib.ExitStack() as stack:
+        with saying_what_cannot_be_written(work):
+            work.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                stack.enter_context(lock)
+            except Timeout:
+                raise AdaPrunerError(
+                    f"another command is training into {folder}: wait for it, or choose another output"
+                ) from None
+            stack.callback(_remove_lock, Path(lock.lock_file))
+            record = check_folder(folder, config, overwrite)
+            if record is None:
+                for old in (folder, work) if overwrite else ():
+                    shutil.rmtree(old, ignore_errors=True)
+                work.mkdir(exist_ok=True)
+                text = json.dumps(config)
+                write_atomically(work / _CONFIG, lambda partial: partial.write_text(text, encoding="utf-8"))
+        yield record
 
 
-def start_folder(folder: Path, config: dict[str, Any], overwrite: bool) -> None:
-    """Makes the folder to work in; to overwrite, removes what is there.
-
-    Raises:
-        AdaPrunerError: it cannot be written.
-    """
-    work = working_folder(folder)
-    if not this_process().leads:
-        return
-    try:
-        if overwrite:
-            for old in (folder, work):
-                shutil.rmtree(old, ignore_errors=True)
-        work.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise AdaPrunerError(f"cannot write to {folder}: {error.strerror}") from None
-    write_atomically(work / _CONFIG, lambda partial: partial.write_text(json.dumps(config)))
-
-
-def _earlier_config(folder: Path) -> dict[str, Any] | None:
-    record, started = read_record(folder), working_folder(folder) / _CONFIG
-    if record is None and not started.is_file():
-        return None
-    config: dict[str, Any] = record["config"] if record else _read(started)
-    return config
+def _remove_lock(path: Path) -> None:
+    with contextlib.suppress(OSError):  # Windows removes no file that is open; filelock does it there
+        path.unlink()
 
 
 def working_folder(folder: Path) -> Path:
-    """Where a recovery into a folder leaves what it goes on from."""
+    """Where a recovery into a folder by `adapruner recover` leaves what it resumes from."""
     return folder.with_name(f"{folder.name}.training")

@@ -36,6 +36,7 @@ from adapruner.models import (
     quiet_transformers,
 )
 from adapruner.processes import this_process
+from adapruner.random_state import random_state_kept
 from adapruner.recovery._examples import IGNORED, Example, Examples
 
 # The validation loss is measured, and everything saved to go on from, so often while training; or more often, every 200
@@ -45,17 +46,7 @@ _VALIDATIONS, _MOST_STEPS_BETWEEN = 10, 200
 
 @dataclass(frozen=True)
 class Recovered:
-    """What training did.
-
-    Attributes:
-        steps: steps of the optimizer.
-        tokens: tokens that were learnt from, prompts included.
-        loss_before: validation loss before the first step, in nats per token; of distillation, the divergence from the
-            teacher.
-        loss_after: the least validation loss, that of the weights that were kept.
-        best_step: after how many steps that was.
-        seconds: of training, of the last call.
-    """
+    """What training did; the fields are those of `RecoveryRecord`."""
 
     steps: int
     tokens: int
@@ -88,15 +79,15 @@ def train(
     Raises:
         AdaPrunerError: the loss is not finite any more; what was saved before stays.
     """
-    set_seed(options.seed)
     dtype, weights = model.dtype, cast(nn.Module, model)
     if options.train == "full":
         weights.float()
     steps = total_steps(examples, options)
     every = max(1, min(_MOST_STEPS_BETWEEN, steps // _VALIDATIONS))
-    with quiet_transformers(), warnings.catch_warnings():
+    with random_state_kept(model.device), quiet_transformers(), warnings.catch_warnings():
         # PEFT, the Trainer and PyTorch warn about what is meant here, and about each other.
         warnings.simplefilter("ignore")
+        set_seed(options.seed)
         trained: Any = _with_adapters(_frozen(model), options) if options.train == "lora" else model
         trainer = _trainer(trained, examples, options, folder, teacher, steps, every)
         trainer.remove_callback(PrinterCallback)
@@ -129,8 +120,8 @@ def check_device(device: torch.device) -> None:
     """
     if device.type == "cuda" and device.index and this_process().count == 1:
         raise AdaPrunerError(
-            f"training goes to the first GPU and not to {device}: set CUDA_VISIBLE_DEVICES={device.index} and leave"
-            " --device out"
+            f"training runs on the first GPU and not on {device}: set CUDA_VISIBLE_DEVICES={device.index} and leave"
+            " `device` out"
         )
 
 
@@ -210,7 +201,7 @@ def _trainer(
 ) -> Trainer:
     processes = this_process().count
     if options.batch_size % processes:
-        raise AdaPrunerError(f"--batch-size {options.batch_size} cannot be divided among {processes} processes")
+        raise AdaPrunerError(f"`batch_size` {options.batch_size} cannot be divided among {processes} processes")
     of_process = options.batch_size // processes
     # The largest that goes into a batch without a rest.
     micro_batch = next(n for n in range(options.micro_batch_size, 0, -1) if of_process % n == 0)
@@ -334,8 +325,8 @@ class _Watcher(TrainerCallback):
                 kept = f"what was saved last, {saved}, stays" if saved else "nothing was saved yet"
                 what = {"loss": "the loss", "eval_loss": "the validation loss", "grad_norm": "the gradient"}[name]
                 raise AdaPrunerError(
-                    f"{what} is {value} at step {state.global_step}; {kept}. Lower --learning-rate"
-                    f" ({args.learning_rate:g}) or raise --warmup-steps, and look for broken records in the data"
+                    f"{what} is {value} at step {state.global_step}; {kept}. Lower `learning_rate`"
+                    f" ({args.learning_rate:g}) or raise `warmup_steps`, and look for broken records in the data"
                 )
 
 
@@ -344,12 +335,12 @@ def _validated(trainer: Trainer, folder: Path) -> float:
     loss = float(trainer.evaluate()["eval_loss"])
     if this_process().leads:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "before.json").write_text(json.dumps({"eval_loss": loss}))
+        (folder / "before.json").write_text(json.dumps({"eval_loss": loss}), encoding="utf-8")
     return loss
 
 
 def _loss_before(folder: Path) -> float:
-    return float(json.loads((folder / "before.json").read_text())["eval_loss"])
+    return float(json.loads((folder / "before.json").read_text(encoding="utf-8"))["eval_loss"])
 
 
 def _last_whole_checkpoint(folder: Path) -> Path | None:
@@ -357,7 +348,7 @@ def _last_whole_checkpoint(folder: Path) -> Path | None:
     whole = []
     for state in folder.glob("checkpoint-*/trainer_state.json"):
         try:
-            whole.append((int(json.loads(state.read_text())["global_step"]), state.parent))
+            whole.append((int(json.loads(state.read_text(encoding="utf-8"))["global_step"]), state.parent))
         except ValueError:
             continue
     return max(whole)[1] if whole else None

@@ -1,16 +1,17 @@
-"""What can be pruned of a model, and what that would cost."""
+"""What of a model can be pruned, and the memory that pruning it needs."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from adapruner.config import PruneConfig
-from adapruner.cost import Cost, choose_layer_wise, estimate_cost
 from adapruner.errors import AdaPrunerError
 from adapruner.job import outline
+from adapruner.memory import Memory, choose_layer_wise, estimate_memory
 from adapruner.models import empty_model, find_model, load_config, resolve_device
 from adapruner.progress import Reporter
 from adapruner.structure import Structure, build_structure
@@ -25,28 +26,36 @@ def inspect(model: str | Path) -> Structure:
     return build_structure(empty_model(load_config(find_model(str(model)))))
 
 
-def estimate(model: str | Path, device: str = "auto", timed: bool = True, **options: Any) -> Cost:
-    """What `prune` would take with these options: the memory of each stage, and the time on this machine.
+@dataclass(frozen=True)
+class Estimate:
+    """The memory of every stage of a run, on a device, with or without `layer_wise`."""
+
+    device: torch.device
+    layer_wise: bool
+    stages: dict[str, Memory]
+
+
+def estimate(model: str | Path, **options: Any) -> Estimate:
+    """The memory that `prune` would need with these options, from shapes: no weights are read.
 
     Args:
-        device: where the model would run; for one that is not here, there is no time.
-        options: the fields of `PruneOptions`.
+        options: the fields of `PruneOptions`; `device` may be `cuda` where there is none.
 
     Raises:
         AdaPrunerError: there is no such model, or an option will not do.
     """
-    config = PruneConfig.from_options(model=str(model), device=device, **options)
-    # Memory is known without the device.
-    is_here = device != "cuda" or torch.cuda.is_available()
-    where = resolve_device(device) if is_here else torch.device("cuda")
-    location = find_model(str(model))
+    config = PruneConfig.from_options(model=str(model), **options)
+    is_here = config.device != "cuda" or torch.cuda.is_available()
+    device = resolve_device(config.device) if is_here else torch.device("cuda")
+    location = find_model(config.model)
     own = outline(config, location)
-    by_layer = config.layer_wise
-    if by_layer is None and is_here:
+    layer_wise = bool(config.layer_wise)
+    if is_here:
         streamable = location.gguf_file is None
         try:
-            by_layer = choose_layer_wise(own.config, own.model, own.structure, own.budget, where, streamable)
+            layer_wise = choose_layer_wise(own.config, own.model, own.structure, own.budget, device, streamable)
         except AdaPrunerError as error:
-            Reporter().note(f"this does not fit here: {error}")
-            by_layer = streamable
-    return estimate_cost(own.config, own.model, own.structure, own.budget, where, timed and is_here, by_layer)
+            Reporter().note(str(error))
+            layer_wise = streamable if config.layer_wise is None else config.layer_wise
+    stages = estimate_memory(own.config, own.model, own.structure, own.budget, device, layer_wise)
+    return Estimate(device, layer_wise, stages)

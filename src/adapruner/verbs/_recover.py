@@ -1,4 +1,4 @@
-"""Training one pruned model again."""
+"""Recovery of one pruned model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from adapruner.calibration import SELF_GENERATED, generate_windows, parse_source
+from adapruner.calibration import SELF_GENERATED, Source, generate_windows, parse_source
 from adapruner.checkpoint import card_of_recovered, read_card
 from adapruner.config import Dtype, RecoverConfig, RecoveryOptions
 from adapruner.errors import AdaPrunerError
@@ -23,17 +23,19 @@ from adapruner.models import (
     resolve_device,
 )
 from adapruner.paths import given_path, output_path
+from adapruner.processes import this_process
 from adapruner.progress import Reporter
 from adapruner.recovery import (
     Examples,
+    RecoveryRecord,
     check_device,
     check_folder,
     read_examples,
     recover_into,
-    start_folder,
     total_steps,
     training_alone,
     window_examples,
+    working_folder,
 )
 
 
@@ -46,8 +48,8 @@ def recover(
     dtype: Dtype = "auto",
     device: str = "auto",
     **options: Any,
-) -> dict[str, Any]:
-    """Trains a pruned model again and writes it as a normal checkpoint. A call that was killed goes on from its last
+) -> RecoveryRecord:
+    """Fine-tunes a pruned model and writes it as a normal checkpoint. A call that was killed resumes from its last
     saved step.
 
     Args:
@@ -56,42 +58,41 @@ def recover(
             that the teacher writes.
         output: the folder of the recovered model.
         teacher: the dense model, for distillation.
-        overwrite: start again where the folder holds another model.
+        overwrite: start again where the folder holds another recovery.
         options: the fields of `RecoveryOptions`.
 
     Returns:
-        The record of the training: what `recovery.json` in the folder holds.
+        The record of the training, which `recovery.json` in the folder holds.
 
     Raises:
-        AdaPrunerError: an option, the data, a model or the folder will not do, before the weights are loaded; or the
+        AdaPrunerError: an option, the data, a model or the folder is invalid, before the weights are loaded; or the
             loss is not finite any more.
     """
     config = RecoverConfig.from_options(model=str(model), data=data, teacher=teacher, dtype=dtype, **options)
+    settings = RecoveryOptions(**{name: getattr(config, name) for name in RecoveryOptions.model_fields})
     folder = output_path(output)
     if folder.resolve() in [given_path(name).resolve() for name in (config.model, teacher) if name]:
         raise AdaPrunerError(f"{output} is a model that this reads from: choose another output")
     resolved = config.model_dump(mode="json")
-    record = check_folder(folder, resolved, overwrite)
-    if record is not None:
+    if record := check_folder(folder, resolved, overwrite):
         return record
+    source = _source(config)
     check_device(resolve_device(device))
     location = find_model(config.model)
     of_model = load_config(location)
     check_length(of_model, config.seq_len)
-    tokenizer = load_tokenizer(location)
     of_teacher = find_model(teacher) if teacher else None
     if of_teacher is not None:
         _refuse_other_vocabulary(location, of_teacher)
-    settings = RecoveryOptions(**{name: getattr(config, name) for name in RecoveryOptions.model_fields})
-    if data == SELF_GENERATED and teacher is None:
-        raise AdaPrunerError("--data self is text that the dense model writes: name it with --teacher")
+    tokenizer = load_tokenizer(location)
     examples = None
-    if data != SELF_GENERATED:
-        examples = read_examples(parse_source(data), tokenizer, settings)
+    if source is not None:
+        examples = read_examples(source, tokenizer, settings)
         check_tokens(of_model, examples.largest_token)
-    with training_alone(folder):
-        start_folder(folder, resolved, overwrite)
-        reporter = Reporter()
+    with training_alone(folder, resolved, overwrite) as record:
+        if record is not None:
+            return record
+        reporter = Reporter(quiet=not this_process().leads)
         with reporter.stage("loading", 1) as advance:
             loaded = load_model(location, dtype, device)
             dense = load_model(of_teacher, dtype, device) if of_teacher else None
@@ -109,9 +110,19 @@ def recover(
                 settings,
                 learnt_from,
                 resolved,
-                lambda trained: card_of_recovered(read_card(location), trained),
+                working_folder(folder),
+                lambda trained: card_of_recovered(read_card(location), trained.model_dump(mode="json")),
                 advance,
             )
+
+
+def _source(config: RecoverConfig) -> Source | None:
+    """The text to train on; None where the teacher writes it."""
+    if config.data != SELF_GENERATED:
+        return parse_source(config.data)
+    if config.teacher is None:
+        raise AdaPrunerError("`data` self is text that the dense model writes: name it with `teacher`")
+    return None
 
 
 def _written_by(model: PreTrainedModel, settings: RecoveryOptions, reporter: Reporter) -> Examples:

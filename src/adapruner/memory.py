@@ -1,0 +1,150 @@
+"""The memory that a pruning run needs, from shapes: the weights, and what every stage holds beside them."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from adapruner.config import PruneConfig
+from adapruner.errors import AdaPrunerError
+from adapruner.evaluation import tokens_per_batch
+from adapruner.measurement import saved_activations
+from adapruner.models import decoder_layers, trial_dtype
+from adapruner.planning import Budget, kept_counts
+from adapruner.processes import this_process
+from adapruner.search import MOST_PROTECTED_FIRST
+from adapruner.structure import Structure
+
+GIB = 2**30
+# Samples measured at once. Layer-wise, the activations of one layer are kept, so more samples fit.
+MEASURED_AT_ONCE = {False: 4, True: 16}
+# All layers are held in memory where that leaves a quarter of the machine's memory to everything else.
+_USABLE = 0.75
+_FLOAT32 = 4
+_CONTROL_GROUP = Path("/sys/fs/cgroup")
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a stage needs on the device of the model and, beside a GPU, in main memory; and the largest term by
+    the name of the option that lowers it, where one does."""
+
+    device: int
+    host: int
+    largest: str
+
+
+def estimate_memory(
+    config: PruneConfig, model: Any, structure: Structure, budget: Budget, device: torch.device, layer_wise: bool
+) -> dict[str, Memory]:
+    """The memory of every stage up to the saved model, without the program itself (half a GiB).
+
+    `model` is on the meta device; `budget` is what is removed, or what the search starts from.
+
+    Raises:
+        AdaPrunerError: the layers of the model already differ.
+    """
+    if model.config.is_heterogeneous:
+        raise AdaPrunerError("the memory needed to prune a model whose layers already differ cannot be estimated")
+    on_host = {"pool", "dense predictions"} | ({"pruned weights"} if layer_wise else set())
+    memory = {}
+    for stage, terms in _stages(config, model, structure, kept_counts(structure, budget), device, layer_wise).items():
+        host = sum(size for term, size in terms.items() if term in on_host and device.type == "cuda")
+        memory[stage] = Memory(sum(terms.values()) - host, host, max(terms, key=terms.__getitem__))
+    return memory
+
+
+def _stages(
+    config: PruneConfig, model: Any, structure: Structure, counts: list[int], device: torch.device, by_layer: bool
+) -> dict[str, dict[str, int]]:
+    dtype = getattr(torch, config.dtype) if config.dtype != "auto" else model.config.dtype or torch.float32
+    trial = trial_dtype(dtype, device)
+    with_copy = dtype.itemsize + (trial.itemsize if trial != dtype else 0)
+    vocabulary, hidden = model.get_input_embeddings().weight.shape
+    of_layers = [sum(weight.numel() for weight in layer.parameters()) for layer in decoder_layers(model)]
+    held = sum(weight.numel() for weight in model.parameters()) - (sum(of_layers) - max(of_layers) if by_layer else 0)
+    blocks = list(zip(structure.blocks, counts, strict=True))
+    # Layer by layer, nothing is shared with the dense model.
+    pruned = sum(n * block.parameters_per_group for block, n in blocks if by_layer or n < block.groups)
+    widths = [block.groups * block.row_wise.width for block, _ in blocks]
+    moments = max(widths) ** 2 * _FLOAT32
+    matrix = max(block.row_wise.elements * block.groups * block.row_wise.width for block, _ in blocks) * _FLOAT32
+    vectors = sum(part.width * block.groups for block, _ in blocks for part in block.matrices)
+    measured = min(MEASURED_AT_ONCE[by_layer], config.pool) * config.seq_len
+    kept = saved_activations(model.config, dtype) * (1 if by_layer else structure.layers) + vocabulary * dtype.itemsize
+    losses = 2 * config.seq_len * vocabulary * _FLOAT32
+    objective = (config.objective_windows + config.final_windows) * config.seq_len
+    known = max(MOST_PROTECTED_FIRST, config.protect_first or 0) + 1 if config.layout == "per-layer" else 0
+    text = config.compensation_windows * config.seq_len * trial.itemsize
+    weights, both = {"weights": held * dtype.itemsize}, {"weights": held * with_copy}
+    pool = {"pool": config.pool * (vectors * (3 if config.terms == "all" else 1) + 2 * sum(widths)) * _FLOAT32}
+    solving = {"second moments": 4 * moments + 3 * matrix}
+    stages = {"loading": weights}
+    if config.compensation != "none" or config.space == "extended":
+        stages["reading activations"] = both | {"compensation_windows": text * hidden, "second moments": 9 * moments}
+    stages["measuring"] = weights | {"seq_len": int(measured * kept) + losses, "gradients": 3 * matrix}
+    if config.space == "extended":
+        stages["comparing removals"] = weights | pool | {"second moments": 5 * moments + 4 * matrix}
+    stages["searching"] = {
+        **(both | pool | solving),
+        "pruned weights": pruned * trial.itemsize,
+        "logits": tokens_per_batch(device) * vocabulary * trial.itemsize + losses,
+        "objective_windows": known * objective * hidden * trial.itemsize,
+        "dense predictions": 2 * objective * vocabulary * (config.selection == "kl"),
+    }
+    if config.fits_sequentially:
+        seen = {"compensation_windows": text * (2 * hidden + max(widths)), "pruned weights": pruned * with_copy}
+        stages["compensating"] = both | seen | solving
+    return stages
+
+
+def choose_layer_wise(
+    config: PruneConfig, model: Any, structure: Structure, budget: Budget, device: torch.device, streamable: bool
+) -> bool:
+    """Whether one decoder layer at a time is held in memory: as the options say, else where all layers are too much
+    for this machine and `streamable`, so that they can be read one by one. How much memory is free decides only
+    whether the run is refused.
+
+    Raises:
+        AdaPrunerError: a stage needs more memory than is free.
+    """
+    if model.config.is_heterogeneous:
+        return bool(config.layer_wise)
+    (total, free), (host_total, host_free) = _total_and_free(device), _total_and_free(_CPU)
+    by_layer = config.layer_wise
+    if by_layer is None:
+        whole = estimate_memory(config, model, structure, budget, device, False).values()
+        fits = all(each.device <= _USABLE * total and each.host <= _USABLE * host_total for each in whole)
+        by_layer = streamable and not fits
+    for stage, each in estimate_memory(config, model, structure, budget, device, by_layer).items():
+        for needed, left, place in ((each.device, free, device), (each.host, host_free, _CPU)):
+            if needed > left:
+                option = getattr(config, each.largest, None)
+                term = f"the {each.largest}:" if option is None else f"`{each.largest}` {option}; lower it, or"
+                raise AdaPrunerError(
+                    f"Not enough memory: {stage} needs up to {needed / GIB:.3g} GiB, {left / GIB:.3g} GiB are free on"
+                    f" {place}. The largest term is {term} try {'`layer_wise` or ' * (streamable and not by_layer)}"
+                    "`dtype` bfloat16"
+                )
+    return by_layer
+
+
+def _total_and_free(device: torch.device) -> tuple[int, int]:
+    """Bytes of memory that this process may use: in all, and at the moment. A container's limit counts."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[::-1]
+    memory = psutil.virtual_memory()
+    total, free = memory.total, memory.available
+    with contextlib.suppress(OSError, ValueError):  # no container, or none with a limit
+        limit, used = (int((_CONTROL_GROUP / f"memory.{name}").read_text("utf-8")) for name in ("max", "current"))
+        parts = dict(line.split() for line in (_CONTROL_GROUP / "memory.stat").read_text("utf-8").splitlines())
+        # Cached pages of files count as used, and are dropped when memory is needed.
+        cached = int(parts["active_file"]) + int(parts["inactive_file"])
+        total, free = min(total, limit), min(free, limit - used + cached)
+    return total // this_process().count_here, free // this_process().count_here

@@ -1,0 +1,186 @@
+"""What a run is said to need of memory, and what becomes of runs that do not fit."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, PreTrainedModel
+
+from adapruner import AdaPrunerError, PruneConfig, memory, verbs
+from adapruner.cli import main
+from adapruner.job import reference_budget
+from adapruner.measurement import saved_activations
+from adapruner.memory import GIB, Memory, choose_layer_wise, estimate_memory
+from adapruner.models import empty_model, find_model, in_fastest_dtype, known_architectures, load_model, trial_dtype
+from adapruner.structure import build_structure
+
+SMALL = {"pool": 6, "samples": 3, "objective_windows": 4, "seq_len": 16, "compensation_windows": 8, "trials": 4}
+TINY = SMALL | {"ratio": 0.05, "round_to": 1, "protect_first": 1, "protect_last": 1}
+
+
+def memory_of(model_config: LlamaConfig, layer_wise: bool, device: str = "cpu", **options: object) -> dict[str, Memory]:
+    model = empty_model(model_config)
+    structure = build_structure(model)
+    config = PruneConfig(model="x", **options)
+    budget = reference_budget(config, structure)
+    return estimate_memory(config, model, structure, budget, torch.device(device), layer_wise)
+
+
+@pytest.mark.parametrize("family", known_architectures())
+def test_saved_activations_are_what_one_layer_more_keeps(
+    family: str, make_model: Callable[..., PreTrainedModel], windows: Tensor
+) -> None:
+    """Of the whole model, by PyTorch's own account."""
+    kept = []
+    model = make_model(family)
+    for layers in (2, 3):
+        config = model.config.to_dict() | {"num_hidden_layers": layers}
+        if config.get("layer_types"):
+            config["layer_types"] = config["layer_types"][:layers]
+        shorter = type(model)(type(model.config).from_dict(config)).eval()
+        seen: dict[int, int] = {}
+
+        def keep(tensor: Tensor, seen: dict[int, int] = seen) -> Tensor:
+            seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        embedded = shorter.get_input_embeddings()(windows).requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            logits = shorter(inputs_embeds=embedded, use_cache=False).logits
+        weights = {parameter.untyped_storage().data_ptr() for parameter in shorter.parameters()}
+        kept.append(sum(size for storage, size in seen.items() if storage not in weights))
+        del logits
+    of_layer = saved_activations(model.config, torch.float32) * windows.numel()
+    assert of_layer == pytest.approx(kept[1] - kept[0], rel=0.1)
+
+
+def test_a_7b_model_needs_what_its_shapes_say() -> None:
+    """LLaMA-7B has 6,738,415,616 parameters, 202,383,360 in a layer."""
+    llama = LlamaConfig(dtype="bfloat16")
+    whole, by_layer = memory_of(llama, False), memory_of(llama, True)
+    assert whole["loading"] == Memory(2 * 6_738_415_616, 0, "weights")
+    assert by_layer["loading"].device == 2 * (6_738_415_616 - 31 * 202_383_360)
+    deeper = LlamaConfig(dtype="bfloat16", num_hidden_layers=64)
+    measuring = [memory_of(config, True)["measuring"].device for config in (llama, deeper)]
+    assert measuring[0] == measuring[1] < 3 * GIB
+    on_gpu = memory_of(llama, True, "cuda")
+    assert max(each.device for each in on_gpu.values()) < 12 * GIB
+    # Pruned layers wait in main memory: four fifths of all, without both embeddings.
+    cut = 0.8 * 6_738_415_616 - 2 * 32_000 * 4096
+    assert 2 * cut < on_gpu["searching"].host < 2.5 * cut
+
+
+def test_a_gpu_that_is_not_here_is_taken_for_one_with_bfloat16() -> None:
+    """Searching holds a copy there, of half the size."""
+    on_gpu = memory_of(LlamaConfig(), False, "cuda")
+    assert on_gpu["searching"].device > 1.5 * on_gpu["loading"].device
+
+
+def test_only_what_the_family_allows_is_counted(make_model: Callable[..., PreTrainedModel], tmp_path: Path) -> None:
+    stages = {}
+    for family in known_architectures():
+        make_model(family).save_pretrained(tmp_path / family)
+        stages[family] = verbs.estimate(tmp_path / family, **TINY).stages
+    assert "compensating" in stages["llama"]
+    assert "compensating" not in stages["gemma2"]
+    with pytest.raises(AdaPrunerError, match="64"):
+        verbs.estimate(tmp_path / "gpt2", **TINY | {"seq_len": 65})
+
+
+@pytest.fixture
+def choose(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., bool]:
+    """Chooses for a model that needs 800 bytes as a whole and 500 layer by layer."""
+    needed = {False: Memory(800, 0, "weights"), True: Memory(500, 0, "seq_len")}
+    monkeypatch.setattr(memory, "estimate_memory", lambda *given: {"searching": needed[given[-1]]})
+    model = empty_model(load_model(find_model(str(model_folder))).config)
+
+    def choose(total: int, free: int, streamable: bool = True, **options: object) -> bool:
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=total, available=free))
+        monkeypatch.setattr(memory, "_CONTROL_GROUP", Path("nowhere"))
+        config = PruneConfig(model="x", **options)
+        structure = build_structure(model)
+        budget = reference_budget(PruneConfig(model="x", **TINY), structure)
+        return choose_layer_wise(config, model, structure, budget, torch.device("cpu"), streamable)
+
+    return choose
+
+
+def test_the_memory_of_the_machine_decides_and_not_what_is_free(choose: Callable[..., bool]) -> None:
+    assert [choose(1100, free) for free in (900, 1000)] == [False, False]
+    assert [choose(1000, free) for free in (600, 1000)] == [True, True]
+    assert choose(10_000, 10_000, layer_wise=True)
+    assert not choose(1000, 900, streamable=False)
+
+
+def test_what_does_not_fit_is_refused(choose: Callable[..., bool]) -> None:
+    with pytest.raises(AdaPrunerError, match=r"Not enough memory: .*largest term is the weights: try `layer_wise`"):
+        choose(10_000, 700)
+    with pytest.raises(AdaPrunerError, match=r"largest term is `seq_len` 128; lower it, or try `dtype` bfloat16"):
+        choose(1000, 400)
+    with pytest.raises(AdaPrunerError, match="the weights: try `dtype` bfloat16"):
+        choose(1000, 700, streamable=False)
+
+
+def test_processes_on_one_machine_share_its_memory(
+    choose: Callable[..., bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert not choose(2200, 2200)
+    assert choose(2000, 2000)
+
+
+def test_a_container_bounds_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers as cgroup v2 gives them; cached files are free."""
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(memory, "_CONTROL_GROUP", tmp_path)
+    total, _ = memory._total_and_free(cpu)
+    (tmp_path / "memory.current").write_text("900\n")
+    (tmp_path / "memory.stat").write_text("anon 300\nfile 600\ninactive_file 400\nactive_file 150\n")
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert memory._total_and_free(cpu) == (1000, 650)
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory._total_and_free(cpu)[0] == total
+
+
+def test_inspect_prints_memory(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--pool", "6", "--samples", "3", "--seq-len", "16", "--protect-first", "1", "--protect-last", "1"]
+    with contextlib.suppress(SystemExit):
+        main(["inspect", str(model_folder), "--cost", *options, "--ratio", "0.1", "--round-to", "1", "--json"])
+    stages = json.loads(capsys.readouterr().out)["stages"]
+    assert [stage["stage"] for stage in stages] == [
+        "loading",
+        "reading activations",
+        "measuring",
+        "comparing removals",
+        "searching",
+        "compensating",
+    ]
+    assert all(stage.keys() == {"stage", "device_bytes", "host_bytes", "largest"} for stage in stages)
+    assert all(stage["device_bytes"] > 0 for stage in stages)
+    with pytest.raises(SystemExit):
+        main(["inspect", str(model_folder), "--pool", "6"])
+
+
+def test_trials_run_in_one_dtype_layer_by_layer_and_not(
+    model_folder: Path, windows: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a processor that multiplies bfloat16."""
+    monkeypatch.setattr("adapruner.models._device.computes_bfloat16_natively", lambda _: True)
+    whole, streamed = (load_model(find_model(str(model_folder)), layer_wise=way) for way in (False, True))
+    assert trial_dtype(whole.dtype, whole.device) == torch.bfloat16
+    copies = [in_fastest_dtype(model) for model in (whole, streamed)]
+    with torch.no_grad():
+        first, second = (copy(windows).logits for copy in copies)
+        assert first.dtype == second.dtype == torch.bfloat16
+        assert torch.equal(first, second)
+        # The models themselves are left as they are.
+        assert torch.equal(whole(windows).logits, streamed(windows).logits)
+    assert streamed.dtype == torch.float32
