@@ -7,6 +7,7 @@ import copy
 import difflib
 import importlib.util
 import json
+import logging
 import re
 import struct
 from collections.abc import Iterator
@@ -185,7 +186,8 @@ def _read_config(location: ModelLocation) -> PreTrainedConfig:
     if _is_known(config, location) and config.tie_word_embeddings:
         # What is broken in the files is said when they are loaded.
         with contextlib.suppress(AdaPrunerError, *_UNREADABLE), quiet_transformers():
-            config.tie_word_embeddings = not has_own_output(location.path, config)
+            stored = stored_tensors(location.path, config, local_files_only=True)
+            config.tie_word_embeddings = not has_own_output(empty_model(config), stored)
     return config
 
 
@@ -442,7 +444,7 @@ def quiet_transformers() -> Iterator[None]:
     of_hub = hub_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    hub_logging.set_verbosity(hub_logging.ERROR)
+    hub_logging.set_verbosity(logging.ERROR)
     gguf: Any = modeling_gguf_pytorch_utils
     gguf_bar, gguf.tqdm = gguf.tqdm, lambda items, **_: items
     try:

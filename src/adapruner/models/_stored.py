@@ -16,7 +16,6 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from adapruner.errors import AdaPrunerError
-from adapruner.models.modeling_pruned import PRUNED_CLASSES
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _FLOATING_POINT = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -70,19 +69,6 @@ def dtype_in_files(stored: Mapping[str, StoredTensor]) -> torch.dtype:
     return next((_FLOATING_POINT[one.dtype] for one in stored.values() if one.dtype in _FLOATING_POINT), torch.float32)
 
 
-def has_own_output(path: str, config: PreTrainedConfig) -> bool:
-    """Whether the files at hand hold an output matrix beside another embedding; transformers then ties the two not,
-    whatever the config says."""
-    model_class: Any = PRUNED_CLASSES[config.model_type]
-    stored = stored_tensors(path, config, local_files_only=True)
-    prefix = f"{model_class.base_model_prefix}."
-    for pair in model_class._tied_weights_keys.items():
-        own = {key: key for name in pair for key in {name, name.removeprefix(prefix)} & stored.keys()}
-        if len(own) == len(pair) and not torch.equal(*read_tensors(own, stored).values()):
-            return True
-    return False
-
-
 def read_tensors(names: Mapping[str, str], stored: Mapping[str, StoredTensor]) -> dict[str, torch.Tensor]:
     """Tensors by their names in the model, on the CPU, where they lie in the files.
 
@@ -113,6 +99,18 @@ def names_in_files(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -
         for key in stored
         if (name := rename_source_key(key, renamings, [], model.base_model_prefix, state)[0]) in state
     }
+
+
+def has_own_output(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> bool:
+    """Whether files hold an output matrix beside another embedding, which transformers then does not tie, whatever the
+    config says."""
+    names = names_in_files(model, stored)
+    for pair in model.all_tied_weights_keys.items():
+        if names.keys() >= set(pair):
+            first, second = read_tensors({name: names[name] for name in pair}, stored).values()
+            if not torch.equal(first, second.to(first.dtype)):
+                return True
+    return False
 
 
 def differences(
