@@ -18,7 +18,7 @@ import torch
 import yaml
 
 import adapruner
-from adapruner import AdaPrunerError, config, verbs
+from adapruner import AdaPrunerError, plain_yaml, verbs
 from adapruner.models import find_model, load_model
 
 SOURCES = sorted(Path(adapruner.__file__).parent.rglob("*.py"))
@@ -29,7 +29,7 @@ FORBIDDEN_CALLS = {
     *("torch.load", "os.system", "os.popen", "pandas.read_pickle", "numpy.load", "np.load"),
     *("yaml.unsafe_load", "yaml.full_load", "yaml.load_all", "yaml.unsafe_load_all", "yaml.full_load_all"),
 }
-SAFE_LOADERS = {"yaml.SafeLoader", "_PlainLoader"}
+SAFE_LOADERS = {"yaml.SafeLoader", "PlainLoader"}
 
 
 def violations(tree: ast.AST) -> Iterator[str]:
@@ -77,8 +77,8 @@ def test_such_code_would_be_found(code: str) -> None:
 
 
 def test_the_loader_of_options_is_a_safe_one() -> None:
-    assert issubclass(config._PlainLoader, yaml.SafeLoader)
-    assert config._PlainLoader.yaml_constructors == yaml.SafeLoader.yaml_constructors
+    assert issubclass(plain_yaml.PlainLoader, yaml.SafeLoader)
+    assert plain_yaml.PlainLoader.yaml_constructors == yaml.SafeLoader.yaml_constructors
 
 
 class _Marks:

@@ -26,6 +26,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from typing_extensions import Self
 
 from adapruner.errors import AdaPrunerError, reason
+from adapruner.plain_yaml import PlainLoader
 
 Alignment = Literal["data", "paper"]
 CompensationForm = Literal["none", "bias", "least-squares", "least-squares-bias"]
@@ -341,15 +342,6 @@ def read_recipe(name: str | Path) -> dict[str, Any]:
         raise AdaPrunerError(f"cannot read the recipe {name}: {reason(error)}") from None
 
 
-class _PlainLoader(yaml.SafeLoader):
-    """YAML without aliases, by which a few lines can stand for more than memory holds."""
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise ValueError("it has an alias (*name): write out what it stands for")
-        return super().compose_node(parent, index)
-
-
 # What reading and parsing a file raise, also for invalid numbers and dates and endless nesting.
 _UNREADABLE = (OSError, yaml.YAMLError, ValueError, RecursionError)
 
@@ -360,7 +352,7 @@ def _parse_options(text: str) -> dict[str, Any]:
     Raises:
         YAMLError, ValueError, RecursionError: it is something else.
     """
-    options = yaml.load(text, _PlainLoader)
+    options = yaml.load(text, PlainLoader)
     if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
         raise ValueError("it is not a mapping of options to values")
     return options

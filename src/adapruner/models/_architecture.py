@@ -6,13 +6,17 @@ import difflib
 from collections.abc import Iterable
 from functools import cache
 from importlib import resources
+from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 from transformers import PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from adapruner.errors import AdaPrunerError
+from adapruner.errors import AdaPrunerError, reason
+from adapruner.models.modeling_pruned import PRUNED_CLASSES, register_family
+from adapruner.plain_yaml import PlainLoader
 
 
 class _Data(BaseModel):
@@ -74,6 +78,8 @@ class Architecture(_Data):
         learned_positions: whether each position has an embedding of its own, beyond the last of which nothing can be.
         equivalent: family whose config takes numbers of heads that this one refuses.
         unsupported: config fields and the value with which a model is built in another way than is described here.
+        fixed_attention_width: for registered families: whether attention is always as wide as the hidden size, so that
+            the config alone cannot build one with fewer heads.
     """
 
     model_type: str
@@ -87,6 +93,7 @@ class Architecture(_Data):
     learned_positions: bool = False
     equivalent: Equivalent | None = None
     unsupported: dict[str, bool] = {}
+    fixed_attention_width: bool = False
 
     def head_dim(self, config: PreTrainedConfig) -> int:
         """Width of one attention head; families without the field divide the hidden size by the heads."""
@@ -106,14 +113,54 @@ class Architecture(_Data):
 
 @cache
 def known_architectures() -> dict[str, Architecture]:
-    """All families shipped with the package, by `model_type`."""
+    """All families, by `model_type`: those shipped with the package, and those that were registered."""
     folder = resources.files("adapruner.models") / "architectures"
     families = (
-        Architecture.model_validate(yaml.safe_load(file.read_text()))
+        Architecture.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
         for file in sorted(folder.iterdir(), key=lambda file: file.name)
         if file.name.endswith(".yaml")
     )
     return {family.model_type: family for family in families}
+
+
+def register_architectures(path: Path) -> list[str]:
+    """Adds families to the shipped ones, for this process.
+
+    Args:
+        path: a YAML file with the fields of `Architecture`, or a folder of such files.
+
+    Returns:
+        The `model_type` of every family in them.
+
+    Raises:
+        AdaPrunerError: a file is none, or describes a family that is shipped or that transformers does not have.
+    """
+    files = sorted(path.glob("*.yaml")) if path.is_dir() else [path]
+    if not files:
+        raise AdaPrunerError(f"{path} has no .yaml file that describes a family")
+    return [_register(file) for file in files]
+
+
+def _register(file: Path) -> str:
+    try:
+        family = Architecture.model_validate(yaml.load(file.read_text(encoding="utf-8"), PlainLoader))
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        raise AdaPrunerError(f"{file} describes no family: {f'`{field}`: ' if field else ''}{first['msg']}") from None
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
+        raise AdaPrunerError(f"{file} cannot be read: {reason(error)}") from None
+    known = known_architectures()
+    if known.get(family.model_type, family) != family:
+        raise AdaPrunerError(f"{file}: there is another description of {family.model_type!r} already")
+    stock_class = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(family.model_type)
+    if not isinstance(stock_class, str):
+        raise AdaPrunerError(f"{file}: transformers has no causal language model {family.model_type!r}")
+    if family.model_type not in PRUNED_CLASSES:
+        attention = tuple(family.attention.output.rsplit(".", 1)) if family.fixed_attention_width else (None, None)
+        register_family(stock_class, family.layers, *attention)
+    known[family.model_type] = family
+    return family.model_type
 
 
 def architecture_of(config: PreTrainedConfig) -> Architecture:
@@ -137,14 +184,27 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
     return architecture
 
 
-def check_length(config: PreTrainedConfig, length: int) -> None:
-    """Raises AdaPrunerError if a model has no positions for so many tokens."""
+def check_length(config: PreTrainedConfig, length: int) -> str | None:
+    """What to tell the user of texts that are longer than those a model was trained on; None where they are not.
+
+    Raises:
+        AdaPrunerError: the model has no positions for so many tokens, or it has dynamic rotary embeddings, which
+            remember the longest text: what is computed of a text would depend on those before.
+    """
+    longest = getattr(config, "max_position_embeddings", None)
+    if not longest or length <= longest:
+        return None
     known = known_architectures().get(config.model_type)
-    if known and known.learned_positions and length > config.max_position_embeddings:
+    is_dynamic = (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "dynamic"
+    if is_dynamic or (known and known.learned_positions):
+        why = "and dynamic rotary embeddings, which remember longer texts" if is_dynamic else "and no more"
         raise AdaPrunerError(
-            f"this {config.model_type} has {config.max_position_embeddings:,} positions, {length:,} tokens do not go:"
-            " ask for shorter texts"
+            f"this {config.model_type} has {longest:,} positions {why}; texts of {length:,} tokens are too long:"
+            " choose shorter ones"
         )
+    return (
+        f"texts of {length:,} tokens are longer than the {longest:,} positions of this model: it may do badly on them"
+    )
 
 
 def check_tokens(config: PreTrainedConfig, largest: int) -> None:
@@ -170,7 +230,4 @@ def _why_unknown(config: PreTrainedConfig, known: Iterable[str]) -> str:
                 reason = f"{config.model_type!r} is {kind}, which cannot be pruned"
     close = difflib.get_close_matches(config.model_type, known, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
-    return (
-        f"{reason}; known are {', '.join(known)}.{hint} A new family is one YAML file in"
-        " adapruner/models/architectures and one line in adapruner/models/modeling_pruned.py"
-    )
+    return f"{reason}; known are {', '.join(known)}.{hint} A new family is one YAML file, see the guide on families"

@@ -19,8 +19,14 @@ def resolve_device(device: str) -> torch.device:
     """`auto` becomes a GPU where there is one, another for each process that was started together; else the CPU.
 
     Raises:
-        AdaPrunerError: there is no such device.
+        AdaPrunerError: there is no such device, or it cannot compute what is needed.
     """
+    if device.startswith("mps"):
+        raise AdaPrunerError(
+            f"`device` {device}: statistics are summed in float64, which MPS does not support; use cpu"
+        )
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise AdaPrunerError(f"`device` {device}: PyTorch finds no CUDA GPU here; use cpu")
     process = this_process()
     if device == "auto" and not torch.cuda.is_available():
         return torch.device("cpu")
@@ -28,10 +34,10 @@ def resolve_device(device: str) -> torch.device:
         device = f"cuda:{process.rank_here}"
     try:
         found = torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError, ImportError) as error:
+    except (RuntimeError, ImportError) as error:
         raise AdaPrunerError(f"`device` {device}: {reason(error)}") from None
     if found.type == "meta":
-        raise AdaPrunerError("`device` meta: nothing is computed there")
+        raise AdaPrunerError("`device` meta computes nothing")
     return found
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import difflib
 import importlib.util
 import json
+import logging
+import re
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,13 +19,16 @@ from typing import Any
 import torch
 from huggingface_hub import is_offline_mode
 from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     modeling_gguf_pytorch_utils,
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -32,7 +38,15 @@ from adapruner.errors import AdaPrunerError, reason
 from adapruner.models import modeling_pruned
 from adapruner.models._architecture import architecture_of, known_architectures
 from adapruner.models._device import resolve_device
-from adapruner.models._stored import differences, names_in_files, refuse_files_elsewhere, stored_tensors
+from adapruner.models._stored import (
+    StoredTensor,
+    differences,
+    dtype_in_files,
+    has_own_output,
+    names_in_files,
+    refuse_files_elsewhere,
+    stored_tensors,
+)
 from adapruner.models._streaming import load_streamed
 from adapruner.paths import given_path
 
@@ -41,7 +55,9 @@ SMOLLM2_ALIAS = "smollm2"
 _NO_REMOTE_CODE = {"trust_remote_code": False}
 # Building a model takes time for every layer, and the deepest ones have a few hundred.
 _MOST_LAYERS = 2000
-_LARGEST_COUNT = 2**31 - 1
+_LARGEST_VOCABULARY = 2**31 - 1
+# Some 20 times the widest models: buffers of positions are made before weights are looked for.
+_LARGEST_WIDTH = 2**20
 # What transformers, safetensors, tokenizers and gguf raise over files that are broken, or not what they seem.
 _UNREADABLE = (
     OSError,
@@ -61,18 +77,36 @@ _UNREADABLE = (
 
 @dataclass(frozen=True)
 class ModelLocation:
-    """Where a model is: a hub id or folder, and the GGUF file inside the folder where it is one."""
+    """Where a model is.
+
+    Attributes:
+        path: a hub id, or the absolute path of a folder.
+        gguf_file: the file in the folder, where the model is one.
+        written: what the user wrote, for messages.
+    """
 
     path: str
     gguf_file: str | None = None
+    written: str = field(default="", compare=False)
 
     @property
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments for the `from_pretrained` of transformers."""
         return {"gguf_file": self.gguf_file} if self.gguf_file else {}
 
-    def __str__(self) -> str:
+    @property
+    def is_local(self) -> bool:
+        return self.gguf_file is not None or Path(self.path).is_dir()
+
+    @property
+    def reference(self) -> str:
+        """The name by which `find_model` finds the same model from any working directory."""
+        if self.written == SMOLLM2_ALIAS:
+            return SMOLLM2_ALIAS
         return str(Path(self.path) / self.gguf_file) if self.gguf_file else self.path
+
+    def __str__(self) -> str:
+        return self.written or self.reference
 
 
 def find_model(name: str) -> ModelLocation:
@@ -86,58 +120,115 @@ def find_model(name: str) -> ModelLocation:
     path = given_path(name)
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise AdaPrunerError(f"there is no GGUF file at {path}")
-        return ModelLocation(str(path.parent), path.name)
+            raise AdaPrunerError(f"there is no GGUF file at {path}{_similar(path)}")
+        return ModelLocation(str(path.parent.absolute()), path.name, name)
     if path.is_dir():
         if (path / "adapter_config.json").is_file():
             raise AdaPrunerError(f"the folder {path} holds an adapter: merge it into its model first, and save that")
         if not (path / "config.json").is_file():
             raise AdaPrunerError(f"the folder {path} holds no model: it has no config.json")
-        return ModelLocation(str(path))
-    if path.exists() or path.is_absolute() or name.startswith(".") or name.count("/") > 1:
-        raise AdaPrunerError(f"no model at {name}: expected a hub id, a model folder or a .gguf file")
+        return ModelLocation(str(path.absolute()), None, name)
+    is_below_a_folder = len(path.parts) > 1 and Path(path.parts[0]).is_dir()
+    if path.exists() or is_below_a_folder or name.startswith(".") or name.count("/") > 1:
+        raise AdaPrunerError(f"no model at {name}: expected a hub id, a model folder or a .gguf file{_similar(path)}")
     return ModelLocation(name)
 
 
+def _similar(path: Path) -> str:
+    """The models beside a path with names like it, as a question."""
+    try:
+        models = [
+            each.name for each in path.parent.iterdir() if (each / "config.json").is_file() or each.suffix == ".gguf"
+        ]
+    except OSError:
+        return ""
+    close = [str(path.with_name(each)) for each in difflib.get_close_matches(path.name, models)]
+    return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
 def load_config(location: ModelLocation) -> PreTrainedConfig:
-    """Reads the config alone.
+    """Reads the config alone; where files at hand hold an output matrix beside another embedding, it says
+    `tie_word_embeddings=False`, as transformers then ties the two not.
 
     Raises:
         AdaPrunerError: it cannot be found or read; the message carries the reason of transformers.
     """
-    if location.gguf_file:
-        changed = Path(location.path, location.gguf_file).stat().st_mtime_ns
-        return copy.deepcopy(_read_gguf_config(location, changed))
-    return _read_config(location)
+    if not location.is_local:
+        return _read_config(location)
+    with _reported_as_unloadable(location):
+        files = [Path(location.path, location.gguf_file)] if location.gguf_file else Path(location.path).iterdir()
+        state = frozenset((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)
+    return copy.deepcopy(_read_config_once(location, state))
 
 
-@lru_cache(maxsize=1)
-def _read_gguf_config(location: ModelLocation, changed: int) -> PreTrainedConfig:
-    """transformers reads the whole file for it, which takes seconds."""
+@lru_cache(maxsize=8)
+def _read_config_once(location: ModelLocation, state: frozenset[tuple[str, int, int]]) -> PreTrainedConfig:
+    """transformers reads a whole GGUF file for it, which takes seconds, and output matrices have to be compared."""
     return _read_config(location)
 
 
 def _read_config(location: ModelLocation) -> PreTrainedConfig:
     with _reported_as_unloadable(location):
         fields, _ = PreTrainedConfig.get_config_dict(location.path, **location.arguments)
-        _refuse_too_many_layers(fields, location)
-        # A stock config class refuses head counts that differ between layers.
+        _refuse_odd_fields(fields, location)
         pruned_class: Any = modeling_pruned.PRUNED_CLASSES.get(str(fields.get("model_type")))
-        is_pruned = "per_layer_config" in fields and pruned_class is not None
-        loader: Any = pruned_class.config_class if is_pruned else AutoConfig
-        config: PreTrainedConfig = loader.from_pretrained(location.path, **_NO_REMOTE_CODE, **location.arguments)
+        config: PreTrainedConfig
+        if location.gguf_file:
+            config = CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
+        elif "per_layer_config" in fields and pruned_class is not None:
+            # A stock config class refuses head counts that differ between layers.
+            config = pruned_class.config_class.from_pretrained(location.path)
+        else:
+            config = AutoConfig.from_pretrained(location.path, **_NO_REMOTE_CODE)
     _clear_gguf_marks(config, location)
+    _drop_negative_tokens(config)
     _refuse_impossible_counts(config, location)
+    if _is_known(config, location) and config.tie_word_embeddings:
+        # What is broken in the files is said when they are loaded.
+        with contextlib.suppress(AdaPrunerError, *_UNREADABLE), quiet_transformers():
+            stored = stored_tensors(location.path, config, local_files_only=True)
+            config.tie_word_embeddings = not has_own_output(empty_model(config), stored)
     return config
 
 
-def _refuse_too_many_layers(fields: dict[str, Any], location: ModelLocation) -> None:
-    """Before a config class makes a list of them."""
+def _is_known(config: PreTrainedConfig, location: ModelLocation) -> bool:
+    """Whether the weights are in safetensors files, as they are, and under names that are known."""
+    is_quantized = getattr(config, "quantization_config", None) is not None
+    return not location.gguf_file and not is_quantized and config.model_type in modeling_pruned.PRUNED_CLASSES
+
+
+def _drop_negative_tokens(settings: Any) -> None:
+    """Some models say -1 where they have no such token, which transformers reads and does not write."""
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        token = getattr(settings, name, None)
+        if isinstance(token, int) and token < 0:
+            setattr(settings, name, None)
+
+
+def _refuse_odd_fields(fields: dict[str, Any], location: ModelLocation) -> None:
+    """Refuses before a config class, or a model, makes lists of what is in the file."""
+
+    def refuse(what: str) -> None:
+        raise AdaPrunerError(f"the config of {str(location)!r} {what}")
+
     for name in ("num_hidden_layers", "num_layers", "n_layers", "n_layer"):
         if isinstance(fields.get(name), int) and fields[name] > _MOST_LAYERS:
-            raise AdaPrunerError(
-                f"the config of {str(location)!r} says {name}: {fields[name]}, more than {_MOST_LAYERS} layers"
-            )
+            refuse(f"says {name}: {fields[name]}, more than {_MOST_LAYERS} layers")
+    family = known_architectures().get(str(fields.get("model_type")))
+    layers, biases = fields.get("per_layer_config"), fields.get("added_biases")
+    if family is None:
+        return
+    if isinstance(layers, dict):
+        names = family.config_fields
+        counted = {names.heads, names.key_value_heads, names.head_dim, names.channels, names.head_numbers}
+        for layer, own in layers.items():
+            if not isinstance(own, dict) or not own.keys() <= counted:
+                refuse(f"says of layer {str(layer)[:20]} in per_layer_config what layers cannot differ in")
+    projections = {family.attention.output, family.feed_forward.output}
+    if biases is not None and not (
+        isinstance(biases, list) and len(biases) <= len(projections) and projections.issuperset(map(str, biases))
+    ):
+        refuse(f"says added_biases that are none of {', '.join(sorted(projections))}")
 
 
 def _refuse_impossible_counts(config: PreTrainedConfig, location: ModelLocation) -> None:
@@ -154,7 +245,8 @@ def _refuse_impossible_counts(config: PreTrainedConfig, location: ModelLocation)
             own |= {"head_dim": architecture.head_dim(layer), fields.channels: architecture.channels(layer)}
             counts |= {f"{name} of layer {index}" if config.is_heterogeneous else name: own[name] for name in own}
     for name, count in counts.items():
-        if not isinstance(count, int) or not 1 <= count <= _LARGEST_COUNT:
+        largest = _LARGEST_VOCABULARY if name == "vocab_size" else _LARGEST_WIDTH
+        if not isinstance(count, int) or not 1 <= count <= largest:
             raise AdaPrunerError(f"the config of {str(location)!r} says {name}: {count!r}, which no model has")
 
 
@@ -170,10 +262,18 @@ def load_tokenizer(location: ModelLocation) -> Tokenizer:
         if settings.is_file():
             names = json.loads(settings.read_text(encoding="utf-8")).get("fast_tokenizer_files", [])
             refuse_files_elsewhere(settings, names)
-        # Left alone, it reads the config with the stock class, which refuses layers that differ.
-        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(
-            location.path, config=config, **_NO_REMOTE_CODE, **location.arguments
-        )
+        # Left alone, AutoTokenizer reads the config with the stock class, which refuses layers that differ, and the
+        # whole of a GGUF file for the config.
+        tokenizer: Tokenizer
+        if location.gguf_file:
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(location.path, **location.arguments)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(location.path, config=config, **_NO_REMOTE_CODE)
+    if isinstance(tokenizer.chat_template, dict):
+        # Each is saved as a file of that name.
+        for name in tokenizer.chat_template:
+            if not re.fullmatch(r"\w[\w.-]{0,99}", str(name)):
+                raise AdaPrunerError(f"the tokenizer in {str(location)!r} names a chat template {str(name)[:100]!r}")
     # Tokens that were added may lie beyond the embedding, as long as no text has them.
     if tokenizer.vocab_size > config.vocab_size:
         raise AdaPrunerError(
@@ -203,52 +303,49 @@ def load_model(
     Raises:
         AdaPrunerError: it cannot be found or read, or its files and its config do not go together.
     """
+    target = resolve_device(device)
     if layer_wise:
-        return _load_streamed(location, dtype, device)
+        check_streamable(location)
     config = load_config(location)
-    _compare_with_files(location, config)
-    is_pruned = config.is_heterogeneous
-    loader: Any = modeling_pruned.PRUNED_CLASSES[config.model_type] if is_pruned else AutoModelForCausalLM
+    files = _matching_files(location, config)
     with _reported_as_unloadable(location):
-        # What does not fit is reported below, whole, and not taken.
-        model, report = loader.from_pretrained(
-            location.path,
-            dtype=dtype,
-            use_safetensors=location.gguf_file is None or None,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            **_NO_REMOTE_CODE,
-            **location.arguments,
-        )
-    _refuse_other_weights(location, config, report)
-    _clear_gguf_marks(model, location)
-    _clear_gguf_marks(model.config, location)
-    loaded: PreTrainedModel = model.to(resolve_device(device)).eval()
-    return loaded
+        if layer_wise:
+            architecture_of(config)
+            wanted: Any = (config.dtype or dtype_in_files(files)) if dtype == "auto" else getattr(torch, dtype)
+            model = load_streamed(location.path, config, files, wanted, target)
+        else:
+            is_pruned = config.is_heterogeneous
+            loader: Any = modeling_pruned.PRUNED_CLASSES[config.model_type] if is_pruned else AutoModelForCausalLM
+            # What does not fit is reported below, whole, and not taken.
+            loaded, report = loader.from_pretrained(
+                location.path,
+                config=config,
+                dtype=dtype,
+                use_safetensors=location.gguf_file is None or None,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **_NO_REMOTE_CODE,
+                **location.arguments,
+            )
+            _refuse_other_weights(location, config, report)
+            model = loaded.to(target).eval()
+    for marked in (model, model.config):
+        _clear_gguf_marks(marked, location)
+    for settings in (model.config, model.generation_config):
+        _drop_negative_tokens(settings)
+    return model
 
 
-def _compare_with_files(location: ModelLocation, config: PreTrainedConfig) -> None:
-    """Refuses other weights before memory is taken for those that the config speaks of."""
-    is_quantized = getattr(config, "quantization_config", None) is not None
-    if location.gguf_file or is_quantized or config.model_type not in modeling_pruned.PRUNED_CLASSES:
-        return
-    if Path(location.path).is_dir():
-        with _reported_as_unloadable(location):
-            stored, model = stored_tensors(location.path), empty_model(config)
-            found = differences(model, names_in_files(model, stored), stored)
-        _refuse_other_weights(location, config, found)
-
-
-def _load_streamed(location: ModelLocation, dtype: str, device: str) -> PreTrainedModel:
-    check_streamable(location)
-    config = load_config(location)
+def _matching_files(location: ModelLocation, config: PreTrainedConfig) -> dict[str, StoredTensor]:
+    """What the files of a model hold, of a family that is known; refuses other weights before memory is taken for
+    those that the config speaks of."""
+    if not _is_known(config, location):
+        return {}
     with _reported_as_unloadable(location):
-        model, report = load_streamed(
-            location.path, config, None if dtype == "auto" else getattr(torch, dtype), resolve_device(device)
-        )
-    _refuse_other_weights(location, config, report)
-    streamed: PreTrainedModel = model.eval()
-    return streamed
+        stored, model = stored_tensors(location.path, config), empty_model(config)
+        found = differences(model, names_in_files(model, stored), stored)
+    _refuse_other_weights(location, config, found)
+    return stored
 
 
 def check_streamable(location: ModelLocation) -> None:
@@ -259,7 +356,7 @@ def check_streamable(location: ModelLocation) -> None:
     """
     if location.gguf_file:
         raise AdaPrunerError(
-            "--layer-wise reads layers out of safetensors files, and a .gguf file is read as a whole: leave it out"
+            "`layer_wise` reads layers out of safetensors files, and a .gguf file is read as a whole: leave it out"
         )
 
 
@@ -288,7 +385,7 @@ def _find_smollm2() -> ModelLocation:
         )
     folder = Path(spec.submodule_search_locations[0])
     file = next(file for file in folder.iterdir() if file.name.endswith(".gguf"))
-    return ModelLocation(str(folder), file.name)
+    return ModelLocation(str(folder), file.name, SMOLLM2_ALIAS)
 
 
 def _refuse_other_weights(location: ModelLocation, config: PreTrainedConfig, report: dict[str, Any]) -> None:
@@ -320,8 +417,9 @@ def _clear_gguf_marks(target: PreTrainedConfig | PreTrainedModel, location: Mode
 
 @contextlib.contextmanager
 def _reported_as_unloadable(location: ModelLocation, part: str = "") -> Iterator[None]:
-    would_ask_the_hub = not Path(location.path).is_dir() and is_offline_mode()
-    hint = "; the hub is not asked in offline mode (HF_HUB_OFFLINE is set)" if would_ask_the_hub else ""
+    hint = "" if location.is_local else _similar(Path(location.path))
+    if not location.is_local and is_offline_mode():
+        hint += "; the hub is not asked in offline mode (HF_HUB_OFFLINE is set)"
     with _reported(f"cannot load {part}{str(location)!r}", hint), quiet_transformers():
         yield
 
@@ -341,10 +439,12 @@ def _reported(what: str, hint: str = "") -> Iterator[None]:
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Without the progress bars of transformers, which would run through ours and into logs, and without its tables of
-    what does not fit, which our errors say in a line."""
+    what does not fit and the retries of the hub, which our errors say in a line."""
     enabled, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    of_hub = hub_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
+    hub_logging.set_verbosity(logging.ERROR)
     gguf: Any = modeling_gguf_pytorch_utils
     gguf_bar, gguf.tqdm = gguf.tqdm, lambda items, **_: items
     try:
@@ -352,5 +452,6 @@ def quiet_transformers() -> Iterator[None]:
     finally:
         gguf.tqdm = gguf_bar
         transformers_logging.set_verbosity(verbosity)
+        hub_logging.set_verbosity(of_hub)
         if enabled:
             transformers_logging.enable_progress_bar()

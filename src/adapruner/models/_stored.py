@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
@@ -17,7 +18,7 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 from adapruner.errors import AdaPrunerError
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_FLOATING_POINT = ("F64", "F32", "F16", "BF16")
+_FLOATING_POINT = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -29,21 +30,27 @@ class StoredTensor:
     dtype: str
 
 
-def stored_tensors(path: str) -> dict[str, StoredTensor]:
+def stored_tensors(path: str, config: PreTrainedConfig, local_files_only: bool = False) -> dict[str, StoredTensor]:
     """The tensors of a model by their names in the files.
 
     Args:
         path: folder or hub id.
+        config: may name the file in `transformers_weights`.
 
     Raises:
         AdaPrunerError: there are no safetensors files, or the index names files elsewhere.
     """
-    weights = cached_file(path, _WEIGHTS, _raise_exceptions_for_missing_entries=False)
-    index = None if weights else cached_file(path, _INDEX, _raise_exceptions_for_missing_entries=False)
-    if weights is None and index is None:
+    named = getattr(config, "transformers_weights", None)
+    if named is not None:
+        refuse_files_elsewhere("config.json", [named])
+    for name in [_WEIGHTS, _INDEX] if named is None else [named]:
+        found = cached_file(path, name, local_files_only=local_files_only, _raise_exceptions_for_missing_entries=False)
+        if found:
+            break
+    else:
         raise AdaPrunerError(f"weights are read from safetensors files, and {path!r} has none: save it as such first")
     stored: dict[str, StoredTensor] = {}
-    for file in _shards(path, index) if index else [str(weights)]:
+    for file in _shards(path, found, local_files_only) if found.endswith(".json") else [found]:
         with safe_open(file, "pt") as opened:
             for name in opened.keys():  # noqa: SIM118 - it is no mapping
                 part = opened.get_slice(name)
@@ -51,10 +58,28 @@ def stored_tensors(path: str) -> dict[str, StoredTensor]:
     return stored
 
 
-def _shards(path: str, index: str) -> list[str]:
+def _shards(path: str, index: str, local_files_only: bool) -> list[str]:
     refuse_files_elsewhere(index, json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
-    shards: list[str] = get_checkpoint_shard_files(path, index)[0]
+    shards: list[str] = get_checkpoint_shard_files(path, index, local_files_only=local_files_only)[0]
     return shards
+
+
+def dtype_in_files(stored: Mapping[str, StoredTensor]) -> torch.dtype:
+    """What `dtype="auto"` of transformers is where the config says none: the dtype of the first floating tensor."""
+    return next((_FLOATING_POINT[one.dtype] for one in stored.values() if one.dtype in _FLOATING_POINT), torch.float32)
+
+
+def read_tensors(names: Mapping[str, str], stored: Mapping[str, StoredTensor]) -> dict[str, torch.Tensor]:
+    """Tensors by their names in the model, on the CPU, where they lie in the files.
+
+    Args:
+        names: see `names_in_files`.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for file in {stored[own].file for own in names.values()}:
+        with safe_open(file, "pt") as opened:
+            tensors |= {name: opened.get_tensor(own) for name, own in names.items() if stored[own].file == file}
+    return tensors
 
 
 def refuse_files_elsewhere(named_in: str | Path, names: Iterable[str]) -> None:
@@ -74,6 +99,18 @@ def names_in_files(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -
         for key in stored
         if (name := rename_source_key(key, renamings, [], model.base_model_prefix, state)[0]) in state
     }
+
+
+def has_own_output(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> bool:
+    """Whether files hold an output matrix beside another embedding, which transformers then does not tie, whatever the
+    config says."""
+    names = names_in_files(model, stored)
+    for pair in model.all_tied_weights_keys.items():
+        if names.keys() >= set(pair):
+            first, second = read_tensors({name: names[name] for name in pair}, stored).values()
+            if not torch.equal(first, second.to(first.dtype)):
+                return True
+    return False
 
 
 def differences(
@@ -102,7 +139,7 @@ def differences(
         if name in names and stored[names[name]].shape != tuple(wanted.shape)
     ]
     tied = getattr(model, "all_tied_weights_keys", {})
-    elsewhere = {*tied.keys(), *tied.values()}
+    elsewhere = {name for pair in tied.items() if names.keys() & pair for name in pair}
     return {
         "mismatched_keys": mismatched,
         "missing_keys": sorted(own.keys() - names.keys() - elsewhere),

@@ -12,11 +12,11 @@ does not know.
 from __future__ import annotations
 
 import copy
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+import transformers
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import (
@@ -109,9 +109,12 @@ class _PerLayer:
         """As in transformers; the folder gets this file too, and says so."""
         self.config.auto_map = dict(self.auto_map)
         super().save_pretrained(save_directory, *arguments, **options)
-        copied = Path(save_directory) / FILE_NAME
-        if copied.parent.is_dir() and not (copied.is_file() and copied.samefile(__file__)):
-            shutil.copy(__file__, copied)
+        if Path(save_directory).is_dir():
+            text = Path(__file__).read_text(encoding="utf-8")
+            own_line = _REGISTERED.get(type(self), "")
+            (Path(save_directory) / FILE_NAME).write_text(
+                text if own_line in text else f"{text}\n{own_line}", encoding="utf-8"
+            )
 
 
 class _LayerConfig:
@@ -256,9 +259,33 @@ def _pruned_classes(family: _Family) -> tuple[type, type, type]:
     return config, decoder, causal
 
 
-STOCK_CLASSES = {family.stock_class.config_class.model_type: family.stock_class for family in _FAMILIES}
+STOCK_CLASSES = {}
 PRUNED_CLASSES = {}
+# The line that makes a class again, for those of families that are not above.
+_REGISTERED = {}
+
+
+def _add(family: _Family) -> tuple[type, type, type]:
+    classes = _pruned_classes(family)
+    globals().update({own.__name__: own for own in classes})
+    model_type = family.stock_class.config_class.model_type
+    STOCK_CLASSES[model_type], PRUNED_CLASSES[model_type] = family.stock_class, classes[-1]
+    return classes
+
+
+def register_family(
+    stock_class: str, layers: str, attention: str | None = None, attention_output: str | None = None
+) -> None:
+    """Adds a family that is not in this file; its checkpoints get a copy of the file that ends in the same call.
+
+    Args:
+        stock_class: name of the causal language model in transformers.
+        layers, attention, attention_output: see `_Family`.
+    """
+    classes = _add(_Family(getattr(transformers, stock_class), layers, attention, attention_output))
+    line = f"register_family({stock_class!r}, {layers!r}, {attention!r}, {attention_output!r})\n"
+    _REGISTERED.update(dict.fromkeys(classes, line))
+
+
 for _family in _FAMILIES:
-    for _pruned_class in _pruned_classes(_family):
-        globals()[_pruned_class.__name__] = _pruned_class
-    PRUNED_CLASSES[_family.stock_class.config_class.model_type] = _pruned_class
+    _add(_family)
