@@ -78,14 +78,18 @@ class Artifact(Generic[T]):
         return Record(name=self.name, version=self.version, options=options, leaves=leaves, inputs=inputs)
 
 
-def artifact(name: str, form: Form[T], options: str = "", leaves: str = "", **fields: Any) -> Callable[..., Artifact[T]]:
+def artifact(
+    name: str, form: Form[T], options: str = "", leaves: str = "", **fields: Any
+) -> Callable[..., Artifact[T]]:
     """Declares the artifact that a function makes; see `Artifact`.
 
     Args:
         options, leaves: with spaces between them.
         fields: the other attributes of the artifact.
     """
-    return lambda make: Artifact(name, make, form, options=tuple(options.split()), leaves=tuple(leaves.split()), **fields)
+    return lambda make: Artifact(
+        name, make, form, options=tuple(options.split()), leaves=tuple(leaves.split()), **fields
+    )
 
 
 class Record(BaseModel):

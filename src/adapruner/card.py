@@ -165,7 +165,9 @@ def card_of_recovered(card: str, record: RecoveryRecord) -> str | None:
     before, heading, rest = card.partition("## What it cost\n\n")
     after = rest.partition("\n## ")[2]
     return re.sub(
-        r"(?m)^model-index:\n(?:(?!---)[ -].*\n)+", "", f"{before}{heading}Not measured after fine-tuning.\n\n## {after}"
+        r"(?m)^model-index:\n(?:(?!---)[ -].*\n)+",
+        "",
+        f"{before}{heading}Not measured after fine-tuning.\n\n## {after}",
     )
 
 

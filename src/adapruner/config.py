@@ -308,6 +308,11 @@ class PruneConfig(PruneOptions):
         ),
     )
 
+    @property
+    def searched_ratio(self) -> float:
+        """The ratio that the search is done at."""
+        return self.search_ratio or self.ratio[0]
+
     def save(self, path: Path) -> None:
         """Writes the resolved options as YAML."""
         path.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False), encoding="utf-8")

@@ -12,7 +12,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from adapruner.calibration import Source, draw_windows, evenly_spaced, fingerprint, read_documents, text_windows
+from adapruner.calibration import (
+    EvaluationText,
+    Source,
+    draw_windows,
+    evaluation_text,
+    evenly_spaced,
+    fingerprint,
+    text_windows,
+)
 from adapruner.config import PruneConfig
 from adapruner.errors import AdaPrunerError
 from adapruner.evaluation import Tasks, load_tasks
@@ -41,7 +49,7 @@ from adapruner.recovery import Examples, check_device, read_examples
 from adapruner.run import RunFolder
 from adapruner.search import StudyPlace, sqlite_url
 from adapruner.structure import Structure, build_structure
-from adapruner.texts import EvaluationText, Texts, assign_texts, evaluation_text
+from adapruner.texts import Texts, assign_texts, report_windows
 
 # Protected layers at both ends and share of heads, from what hurts least to what reaches furthest.
 _DEFAULT_ALLOCATIONS = ((4, 3, 0.0), (2, 2, 0.0), (1, 1, 0.0), (1, 1, 0.5), (2, 1, 1.0), (0, 0, 1.0))
@@ -127,7 +135,7 @@ class Preparation:
 
     @cached_property
     def texts(self) -> Texts:
-        return assign_texts(self.config)
+        return assign_texts(self.config, missing_ok=True)
 
     @cached_property
     def drawn(self) -> dict[str, Tensor]:
@@ -169,7 +177,7 @@ class Preparation:
         """What perplexity is reported on, by name."""
         config = self.config
         report = {
-            name: evaluation_text(source, self.tokenizer, config.seq_len, config.evaluate_windows)
+            name: evaluation_text(source, self.tokenizer, config.seq_len, report_windows(config))
             for name, source in self.texts.report.items()
         }
         for text in report.values():
@@ -179,9 +187,12 @@ class Preparation:
     @cached_property
     def tasks(self) -> Tasks:
         """Tasks of lm-eval, without the items whose text the model is calibrated or trained on."""
-        used = (source for source in (self.texts.pool, self.texts.objective, self.texts.recovery) if source)
-        documents = [document for source in used for document in read_documents(source)]
-        return load_tasks(self.config.tasks, self.config.task_limit, documents)
+        return load_tasks(self.config.tasks, self.config.task_limit, self.texts.used_documents())
+
+    def check_storage(self) -> None:
+        """Refuses a database that cannot be opened."""
+        if self.storage is not None:
+            self.study("").check()
 
     def study(self, key: str) -> StudyPlace:
         """Where the trials of the search with this key are kept."""

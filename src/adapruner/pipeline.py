@@ -8,15 +8,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from adapruner import procedure
 from adapruner.calibration import absolute_source, register_sources
 from adapruner.checkpoint import check_push, push
 from adapruner.config import PruneConfig, read_recipe
 from adapruner.driver import Driver, refuse_outdated
 from adapruner.errors import AdaPrunerError, NonFiniteError, describe_failure
 from adapruner.job import Job, Preparation
-from adapruner.models import find_model, register_architectures
+from adapruner.models import register_architectures
 from adapruner.paths import given_path
-from adapruner import procedure
 from adapruner.processes import Process, this_process
 from adapruner.progress import Reporter
 from adapruner.result import PruneResult
@@ -228,9 +228,10 @@ def _config(model: str | None, recipe: str | Path | None, options: dict[str, Any
         register_sources(given_path(config.sources))
     if config.architectures:
         register_architectures(given_path(config.architectures))
+    path = given_path(config.model)
     return config.model_copy(
         update={
-            "model": find_model(config.model).given,
+            "model": str(path.absolute()) if path.exists() else config.model,
             "calibration": absolute_source(config.calibration),
             "objective": config.objective and absolute_source(config.objective),
             "evaluate": tuple(map(absolute_source, config.evaluate)),

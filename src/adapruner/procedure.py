@@ -1,4 +1,4 @@
-"""The whole procedure: every artifact of a run, how it is made and from what, from the windows of text to the report."""
+"""The whole procedure: every artifact of a run, how it is made and from what, from windows of text to the report."""
 
 from __future__ import annotations
 
@@ -167,12 +167,10 @@ def statistics(job: Job, work: Path, windows: Windows, moments: Moments) -> Stat
     options="searched_ratio ratio_of samples objective_windows selection trials sampler search alignment terms"
     " reduction space layout protect_first protect_last head_granularity head_share round_to compensation seed",
     leaves="model precision left_out terms",
-    check=lambda job: (job.prepared.study("").check(), job.budget(job.config.searched_ratio)),
+    check=lambda job: (job.prepared.check_storage(), job.budget(job.config.searched_ratio)),
     is_shared=True,
 )
-def search(
-    job: Job, work: Path, windows: Windows, moments: Moments, statistics: Statistics
-) -> SearchResult | None:
+def search(job: Job, work: Path, windows: Windows, moments: Moments, statistics: Statistics) -> SearchResult | None:
     """The search; of several processes, the first leads it and the others run trials."""
     prepared, config = job.prepared, job.config
     text = usable(job, windows)["objective"]
@@ -398,7 +396,7 @@ perplexity: dict[Role, Artifact[dict[str, Perplexity]]] = {
         f"evaluation/perplexity-{role}.json",
         _json(dict[str, Perplexity]),
         inputs=inputs,
-        options="seq_len evaluate_windows" + (" ratio" if role == "best_fixed" else ""),
+        options="evaluate evaluate_windows seq_len" + (" ratio" if role == "best_fixed" else ""),
         leaves="model precision report_texts",
         check=lambda job: job.prepared.report,
         is_wanted=partial(_is_evaluated, role),
@@ -465,7 +463,7 @@ def result(
 @artifact("report.html", PAGE, inputs=(result,))
 def report(job: Job, work: Path, result: RunResult) -> str:
     """The page that shows the run."""
-    return render_report(job.prepared.folder, job.config, result)
+    return render_report(job.prepared.folder, job.config)
 
 
 # Every artifact stands behind its inputs.

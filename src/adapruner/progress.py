@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -27,6 +28,15 @@ Advance = Callable[..., None]
 def set_quiet(quiet: bool) -> None:
     """Whether reporters made from now on print nothing."""
     _quiet.set(quiet)
+
+
+class StageCost(BaseModel):
+    """Seconds and peak memory of a stage."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    seconds: float
+    peak_memory_mib: int
 
 
 class Reporter:
@@ -66,20 +76,20 @@ class Reporter:
         """Says something once."""
         self.console.print(line, soft_wrap=True)
 
-    def finished_stages(self) -> dict[str, dict[str, float]]:
-        """Seconds and peak memory of every finished stage, from the log: those before an interruption too, and where a
-        stage was done in parts, of all of them."""
-        stages: dict[str, dict[str, float]] = {}
+    def finished_stages(self) -> dict[str, StageCost]:
+        """The cost of every finished stage, from the log: of stages before an interruption too, and of all parts of a
+        stage that was done in parts."""
+        stages: dict[str, StageCost] = {}
         if self.log and self.log.is_file():
             for line in self.log.read_text(encoding="utf-8").splitlines():
                 with contextlib.suppress(ValueError, KeyError, TypeError):  # the line that a kill cut off
                     entry = json.loads(line)
                     if entry["event"] == "finished":
-                        before = stages.get(entry["stage"], {"seconds": 0.0, "peak_memory_mib": 0})
-                        stages[entry["stage"]] = {
-                            "seconds": round(before["seconds"] + entry["seconds"], 2),
-                            "peak_memory_mib": max(before["peak_memory_mib"], entry["peak_memory_mib"]),
-                        }
+                        before = stages.get(entry["stage"], StageCost(seconds=0, peak_memory_mib=0))
+                        stages[entry["stage"]] = StageCost(
+                            seconds=round(before.seconds + entry["seconds"], 2),
+                            peak_memory_mib=max(before.peak_memory_mib, entry["peak_memory_mib"]),
+                        )
         return stages
 
     def _with_bar(self, name: str, total: int) -> Iterator[Advance]:

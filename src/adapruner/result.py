@@ -123,7 +123,8 @@ class PruneResult:
     def advice(self) -> list[str]:
         """What about the outcome should not go unseen, and what helps; a line each."""
         result = self.result
-        return [*_about_perplexity(result), *_about_text(result), *_about_search(result), *_about_widths(self.plan)]
+        about_search = filter(None, [result.search.advice])
+        return [*_about_perplexity(result), *_about_text(result), *about_search, *_about_widths(self.plan)]
 
     def tables(self) -> list[Table]:
         """Parameters and perplexities of all models; and their scores in tasks, if any were run."""
@@ -217,14 +218,6 @@ def _about_text(result: RunResult) -> Iterator[str]:
         yield (
             f"the remaining weights were fitted on {count} windows of text: more calibration text, or more"
             " `compensation_windows`, makes a better model"
-        )
-
-
-def _about_search(result: RunResult) -> Iterator[str]:
-    if result.search.searched == 0:
-        yield (
-            f"nothing was searched: all {result.search.trials} trials are starting points, of which there are"
-            f" {result.search.starting_points}; more `trials` search"
         )
 
 

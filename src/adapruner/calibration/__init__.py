@@ -9,7 +9,15 @@ from adapruner.calibration._pool import (
     text_windows,
 )
 from adapruner.calibration._reading import content_hash, fingerprint, provenance, read_documents, read_records
-from adapruner.calibration._sources import SELF_GENERATED, Part, Purpose, Source, parse_source, register_sources
+from adapruner.calibration._sources import (
+    SELF_GENERATED,
+    Part,
+    Purpose,
+    Source,
+    absolute_source,
+    parse_source,
+    register_sources,
+)
 
 __all__ = [
     "SELF_GENERATED",
@@ -17,6 +25,7 @@ __all__ = [
     "Part",
     "Purpose",
     "Source",
+    "absolute_source",
     "content_hash",
     "draw_windows",
     "evaluation_text",

@@ -140,6 +140,21 @@ def parse_source(text: str, purpose: Purpose = "train", missing_ok: bool = False
     return source
 
 
+def absolute_source(text: str) -> str:
+    """A source with the path in it absolute, so that it means the same from any folder."""
+    if text == SELF_GENERATED:
+        return text
+    source = parse_source(text, missing_ok=True)
+    name, option = split_name(source.name)
+    if name in known_sources():
+        return text
+    if name == "hf":
+        path = option.partition(":")[0]
+        return text.replace(path, str(given_path(path).absolute()), 1) if _is_folder(path) else text
+    absolute = f"{given_path(name).absolute()}{f':{option}' if option else ''}"
+    return str(replace(source, name=absolute))
+
+
 def place_of(source: Source) -> Place:
     """Where a source is read from; nothing is read. A known source is read from its local copy if there is one."""
     name, option = split_name(source.name)

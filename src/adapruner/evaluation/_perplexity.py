@@ -69,7 +69,6 @@ class Perplexity(BaseModel):
             return self.windows * (self.seq_len - 1)
         return self.seq_len - 1 + (self.windows - 1) * self.stride
 
-
     @computed_field  # type: ignore[prop-decorator]
     @property
     def protocol(self) -> str:

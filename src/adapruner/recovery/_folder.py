@@ -66,6 +66,7 @@ def recover_into(
     teacher: PreTrainedModel | None,
     config: dict[str, Any],
     work: Path,
+    origin: dict[str, Any] | None = None,
     card: Callable[[RecoveryRecord], str | None] = lambda record: None,
     progress: Callable[[int], None] | None = None,
 ) -> RecoveryRecord:
@@ -75,6 +76,7 @@ def recover_into(
         teacher: for distillation; None learns the labels.
         config: which model on which data, and all options; for the record.
         work: folder for what the same call resumes from; removed at the end.
+        origin: what the checkpoint says of its making; see `checkpoint.save_checkpoint`.
         card: makes the model card out of the record.
 
     Raises:
@@ -90,7 +92,7 @@ def recover_into(
         **asdict(recovered),
     )
     if this_process().leads:
-        save_checkpoint(model, tokenizer, folder, card(record))
+        save_checkpoint(model, tokenizer, folder, card(record), record=origin)
         text = record.model_dump_json(indent=2) + "\n"
         write_atomically(folder / RECORD, lambda partial: partial.write_text(text, encoding="utf-8"))
         shutil.rmtree(work, ignore_errors=True)

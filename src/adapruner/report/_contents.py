@@ -102,7 +102,7 @@ def _read(run: RunFolder, folder: RunFolder, config: PruneConfig) -> Contents:
         state="finished" if result else "running" if is_running else "stopped",
         stage=_current_stage(run.log) if is_running else None,
         config=config,
-        history=search.history if search else _running_history(run, folder),
+        history=search or _running_history(run, folder),
         plan=plan,
         search=search,
         result=result,

@@ -8,7 +8,6 @@ import math
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import plotly.graph_objects as go
 import yaml
@@ -17,7 +16,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from adapruner.config import PruneConfig
-from adapruner.files import write_atomically
+from adapruner.files import being_written
 from adapruner.planning import PruningPlan
 from adapruner.report import _figures
 from adapruner.report._command import command
@@ -56,10 +55,11 @@ def write_reports(run: RunFolder, refresh: int | None = None) -> list[Path]:
     """
     config, written = run.read_config(), []
     for ratio in config.ratio:
-        page = render_report(run, config.model_copy(update={"ratio": (ratio,)}), refresh)
         report = run.at_ratio(ratio, config).report
-        # The command that runs may be writing it too.
-        write_atomically(report, lambda partial, page=page: partial.write_text(page, encoding="utf-8"), ".other")  # type: ignore[misc]
+        page = render_report(run, config.model_copy(update={"ratio": (ratio,)}), refresh)
+        # The run itself may be writing it too.
+        with being_written(report, ".other") as partial:
+            partial.write_text(page, encoding="utf-8")
         written.append(report)
     return written
 
