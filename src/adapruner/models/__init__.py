@@ -8,8 +8,10 @@ from adapruner.models._architecture import (
     check_length,
     check_tokens,
     known_architectures,
+    register_architectures,
 )
 from adapruner.models._device import computes_bfloat16_natively, copy_in_dtype, in_fastest_dtype, resolve_device
+from adapruner.models._fingerprint import fingerprint
 from adapruner.models._layers import (
     LayerCall,
     decoder_layers,
@@ -51,6 +53,7 @@ __all__ = [
     "empty_model",
     "enter_layers",
     "find_model",
+    "fingerprint",
     "in_fastest_dtype",
     "is_streamed",
     "known_architectures",
@@ -60,6 +63,7 @@ __all__ = [
     "loaded_layer",
     "overwrite_weight",
     "quiet_transformers",
+    "register_architectures",
     "resolve_device",
     "skipping_layers",
     "stream_from_memory",
