@@ -7,17 +7,25 @@ import re
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
+from typing import BinaryIO
 
-import gguf
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
 from transformers import PreTrainedConfig
+from transformers.utils.hub import cached_file
 
-from adapruner.models import ModelLocation
+from adapruner.models import ModelLocation, quiet_transformers
+from adapruner.plain_yaml import PlainLoader
 from adapruner.planning import PruningPlan
 from adapruner.recovery import RecoveryRecord
 from adapruner.result import Role, RunResult
 
+# The rest of a longer card is not read, nor a longer licence shown.
+_LONGEST_CARD = 2**20
+_LONGEST_METADATA = 2**16
+_LONGEST_LICENCE = 200
+# Size of the values of GGUF metadata by the number of their type; 8 are strings and 9 arrays.
+_GGUF_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _LOADING = "## Loading\n\n"
 _NOT_TRAINED = "It was not fine-tuned."
 
@@ -39,7 +47,6 @@ def model_card(
     """
     trained = trained_sentence(result.recovery) if of == "recovered" and result.recovery else _NOT_TRAINED
     name = result.config.model
-    is_hub_id = location.gguf_file is None and not Path(location.path).is_dir()
     base = _public(name)
     licence = base_licence(location) or {}
     model = result.model(of)
@@ -70,7 +77,7 @@ def model_card(
         license=licence.get("license", "other"),
         license_name=licence.get("license_name"),
         license_link=licence.get("license_link"),
-        base_model=name if is_hub_id else None,
+        base_model=None if location.is_local else name,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["adapruner", "pruned", config.model_type],
@@ -92,11 +99,16 @@ def model_card(
 
 
 def read_card(location: ModelLocation) -> str:
-    """The README.md that lies beside a model; empty where there is none."""
-    readme = Path(location.path) / "README.md"
-    if location.gguf_file or not readme.is_file():
+    """The README.md of a model, up to its first MiB; empty where there is none, or it cannot be read."""
+    try:
+        with quiet_transformers():
+            found = None if location.gguf_file else cached_file(location.path, "README.md")
+        if found is None:
+            return ""
+        with open(found, encoding="utf-8", errors="replace") as file:
+            return file.read(_LONGEST_CARD)
+    except (OSError, ValueError):  # no such card, or no network
         return ""
-    return readme.read_text(encoding="utf-8", errors="replace")
 
 
 def card_of_export(card: str, config: PreTrainedConfig) -> str | None:
@@ -114,19 +126,54 @@ def card_of_export(card: str, config: PreTrainedConfig) -> str | None:
 
 def base_licence(location: ModelLocation) -> dict[str, str] | None:
     """What the base model says of its licence, in the fields of a model card: from the metadata of a GGUF file or from
-    its card; None where it is silent or cannot be asked."""
+    its card; None where it is silent or cannot be asked. Whatever is in the files, it is quick and raises nothing."""
     if location.gguf_file:
-        field = gguf.GGUFReader(Path(location.path) / location.gguf_file).fields.get("general.license")
-        return {"license": str(field.contents())} if field else None
-    readme = Path(location.path) / "README.md"
+        fields: dict[Any, Any] = {"license": _gguf_licence(Path(location.path) / location.gguf_file)}
+    else:
+        fields = _metadata(read_card(location))
+    texts = {name: fields.get(name) for name in ("license", "license_name", "license_link")}
+    return {name: text[:_LONGEST_LICENCE] for name, text in texts.items() if isinstance(text, str)} or None
+
+
+def _metadata(card: str) -> dict[Any, Any]:
+    """The front matter of a card."""
+    front = re.match(r"\s*---[ \t]*\n(.*?)^---", card[:_LONGEST_METADATA], re.DOTALL | re.MULTILINE)
     try:
-        if Path(location.path).is_dir() and not readme.is_file():
-            return None
-        card = ModelCard.load(readme if readme.is_file() else location.path, ignore_metadata_errors=True)
-    except (OSError, ValueError, yaml.YAMLError):  # no card, a broken one, or no network
-        return None
-    names = ("license", "license_name", "license_link")
-    return {name: str(value) for name in names if (value := getattr(card.data, name, None))} or None
+        metadata = yaml.load(front[1], PlainLoader) if front else None
+    except (yaml.YAMLError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError, RecursionError):
+        return {}
+    return metadata if isinstance(metadata, dict) else {}
+
+
+def _gguf_licence(path: Path) -> str | None:
+    """`general.license`, read without the tokens behind it: a reader of whole files takes seconds for those."""
+    try:
+        with path.open("rb") as file:
+            file.seek(16)
+            for _ in range(_number(file, 8)):
+                key, kind = file.read(min(_number(file, 8), _LONGEST_CARD)), _number(file, 4)
+                if key == b"general.license":
+                    return file.read(min(_number(file, 8), _LONGEST_LICENCE)).decode()
+                _skip_value(file, kind)
+    except (OSError, ValueError, LookupError, OverflowError, MemoryError):
+        pass
+    return None
+
+
+def _skip_value(file: BinaryIO, kind: int) -> None:
+    kinds, count = (_number(file, 4), _number(file, 8)) if kind == 9 else (kind, 1)
+    if kinds in _GGUF_BYTES:
+        file.seek(count * _GGUF_BYTES[kinds], 1)
+    else:
+        for _ in range(count):
+            file.seek(_number(file, 8), 1)
+
+
+def _number(file: BinaryIO, size: int) -> int:
+    read = file.read(size)
+    if len(read) < size:
+        raise ValueError("the file ends here")
+    return int.from_bytes(read, "little")
 
 
 def _removed(plan: PruningPlan) -> str:

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
-import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.utils.hub import cached_file
 
 from adapruner.files import replace_folder, saying_what_cannot_be_written, write_atomically
-from adapruner.models import quiet_transformers, whole_state
+from adapruner.models import ModelLocation, quiet_transformers, whole_state
+
+# What a checkpoint was made from; also how a folder shows that this package wrote it.
+_ORIGIN = "adapruner.json"
+_ORIGIN_FORMAT = 1
+_LONGEST_ORIGIN = 2**20
 
 
 def save_checkpoint(
-    model: PreTrainedModel, tokenizer: Tokenizer, folder: Path, card: str | None = None, shard_size: str = "2GB"
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    folder: Path,
+    card: str | None = None,
+    shard_size: str = "2GB",
+    record: dict[str, Any] | None = None,
 ) -> None:
     """Writes weights (safetensors), config, generation config, tokenizer and model card; for a model whose layers
     differ, also the modelling code.
@@ -28,22 +41,60 @@ def save_checkpoint(
         model: as returned by `surgery.prune_model`; its dtype is kept.
         card: the content of README.md.
         shard_size: larger models are split into files of at most this size, which is also what writing takes of memory.
+        record: what the model was made from, for `read_origin`: JSON values under `base_model`, `texts`, `plan`.
 
     Raises:
         AdaPrunerError: it cannot be written.
     """
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     _make_generation_config_valid(model)
-    with saying_what_cannot_be_written(folder):
+    with made_beside(folder) as made:
         with quiet_transformers():
-            model.save_pretrained(partial, max_shard_size=shard_size, state_dict=whole_state(model))
-        tokenizer.save_pretrained(partial)
-        _complete_config(partial / "config.json", _deci_architecture(model))
+            model.save_pretrained(made, max_shard_size=shard_size, state_dict=whole_state(model))
+        tokenizer.save_pretrained(made)
+        _complete_config(made / "config.json", _deci_architecture(model))
+        origin = (record or {}) | {"format": _ORIGIN_FORMAT}
+        (made / _ORIGIN).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
         if card is not None:
-            write_card(partial, card)
-        replace_folder(partial, folder)
+            write_card(made, card)
+        replace_folder(made, folder)
+
+
+@contextlib.contextmanager
+def made_beside(path: Path) -> Iterator[Path]:
+    """Where to write what is moved to `path` once it is whole, in a new folder on the same disk.
+
+    Raises:
+        AdaPrunerError: in place of an error of the system.
+    """
+    with saying_what_cannot_be_written(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".adapruner-", dir=path.parent) as scratch:
+            yield Path(scratch) / path.name
+
+
+def is_replaceable(folder: Path) -> bool:
+    """Whether a folder is empty or was written by this package."""
+    return any((folder / name).is_file() for name in (_ORIGIN, "recovery.json")) or not any(folder.iterdir())
+
+
+def read_origin(location: ModelLocation) -> dict[str, Any] | None:
+    """What a checkpoint was made from: the `record` of `save_checkpoint` with its `format`; None where it does not say,
+    or not in a form that is known. `texts` is a list of dictionaries, whatever is in the file.
+    """
+    try:
+        with quiet_transformers():
+            file = None if location.gguf_file else cached_file(location.path, _ORIGIN)
+        if file is None:
+            return None
+        with open(file, encoding="utf-8") as opened:
+            origin = json.loads(opened.read(_LONGEST_ORIGIN))
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(origin, dict) or origin.get("format") != _ORIGIN_FORMAT:
+        return None
+    texts = origin.get("texts")
+    own = [text for text in texts if isinstance(text, dict)] if isinstance(texts, list) else []
+    return origin | {"texts": own}
 
 
 def _make_generation_config_valid(model: PreTrainedModel) -> None:
@@ -58,15 +109,15 @@ def _make_generation_config_valid(model: PreTrainedModel) -> None:
 
 def write_card(folder: Path, card: str) -> None:
     """Writes the README.md of a checkpoint."""
-    write_atomically(folder / "README.md", lambda partial: partial.write_text(card))
+    write_atomically(folder / "README.md", lambda partial: partial.write_text(card, encoding="utf-8"))
 
 
 def _complete_config(path: Path, other_architectures: list[str]) -> None:
     """Adds to a config what other readers look for."""
-    fields = json.loads(path.read_text())
+    fields = json.loads(path.read_text(encoding="utf-8"))
     fields["architectures"] = other_architectures + fields["architectures"]
     fields |= _older_rope_keys(fields["model_type"], fields.get("rope_parameters"))
-    path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+    path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _older_rope_keys(model_type: str, parameters: Any) -> dict[str, Any]:

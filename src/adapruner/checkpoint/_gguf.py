@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from adapruner.checkpoint._folder import made_beside
 from adapruner.checkpoint._gguf_tokenizer import add_tokenizer
 from adapruner.config import GgufType
 from adapruner.errors import AdaPrunerError
@@ -85,8 +87,10 @@ def write_gguf(model: PreTrainedModel, tokenizer: Tokenizer, path: Path, gguf_ty
     writer.add_file_type(_TYPES[gguf_type][1])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     interleaved_width = _head_dim(config) if architecture in _ROTATE_NEIGHBOURS else None
-    with being_written(path) as partial, contextlib.closing(writer):
-        _write_file(writer, partial, _named_tensors(model), _TYPES[gguf_type][0], interleaved_width)
+    with made_beside(path) as made:
+        with being_written(made) as partial, contextlib.closing(writer):
+            _write_file(writer, partial, _named_tensors(model), _TYPES[gguf_type][0], interleaved_width)
+        os.replace(made, path)
 
 
 def check_gguf(model: PreTrainedModel) -> None:
@@ -133,7 +137,7 @@ def _check_qwen3(model: PreTrainedModel) -> None:
     """llama.cpp's architecture `qwen3` takes one width for all layers, and no biases."""
     way_out = (
         "use `adapruner export --to stock`, which pads all layers to the widest, and llama.cpp's own converter on that,"
-        " or prune with `--layout uniform`"
+        " or prune with `layout` uniform"
     )
     if len(set(_layer_counts(model.config))) > 1:
         raise AdaPrunerError(f"llama.cpp runs layers that differ in width in Llama, Mistral and Qwen 2 only; {way_out}")
@@ -141,7 +145,7 @@ def _check_qwen3(model: PreTrainedModel) -> None:
     if biases:
         raise AdaPrunerError(
             f"llama.cpp reads no biases in qwen3 models, this one has {len(biases)} ({biases[0]}, …); prune with a"
-            " compensation that adds none, as `--compensation least-squares`"
+            " compensation that adds none, as `compensation` least-squares"
         )
 
 

@@ -1,4 +1,4 @@
-"""Uploading to the Hugging Face hub."""
+"""Uploading to the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -11,36 +11,49 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from adapruner.errors import AdaPrunerError, reason
 
 
-def check_push(repository: str) -> None:
+def check_push(repository: str, token: str | None = None) -> None:
     """Refuses what would fail after long work.
+
+    Args:
+        token: of the Hub; by default the one that `hf auth login` stored.
 
     Raises:
         AdaPrunerError: the name is none, or nobody is logged in.
     """
     try:
         validate_repo_id(repository)
-        HfApi().whoami()
+        HfApi(token=token).whoami()
     except HFValidationError as error:
-        raise AdaPrunerError(f"--push-to-hub {repository}: {reason(error)}") from None
+        raise AdaPrunerError(f"`push_to_hub` {repository}: {reason(error)}") from None
     except (HfHubHTTPError, OSError) as error:
         raise AdaPrunerError(
-            f"--push-to-hub {repository}: cannot log in to the hub ({reason(error)}); run hf auth login"
+            f"`push_to_hub` {repository}: cannot log in to the Hub ({reason(error)}); run hf auth login, or give a"
+            " valid `hub_token`"
         ) from None
 
 
-def push(path: Path, repository: str) -> str:
-    """Uploads a folder or a file to a model repository, which is made if it is not there; returns its address.
+def push(
+    path: Path, repository: str, private: bool = True, revision: str | None = None, token: str | None = None
+) -> str:
+    """Uploads a folder or a file to a model repository; returns its address.
+
+    Args:
+        private: whether the repository is private, where it does not exist yet.
+        revision: branch to upload to, created where it does not exist; by default the main branch.
+        token: of the Hub; by default the one that `hf auth login` stored.
 
     Raises:
-        AdaPrunerError: the hub refuses it.
+        AdaPrunerError: the Hub refuses it.
     """
-    api = HfApi()
+    api = HfApi(token=token)
     try:
-        address = api.create_repo(repository, exist_ok=True)
+        address = api.create_repo(repository, private=private, exist_ok=True)
+        if revision:
+            api.create_branch(repository, branch=revision, exist_ok=True)
         if path.is_dir():
-            api.upload_folder(repo_id=repository, folder_path=path)
+            api.upload_folder(repo_id=repository, folder_path=path, revision=revision)
         else:
-            api.upload_file(repo_id=repository, path_or_fileobj=path, path_in_repo=path.name)
+            api.upload_file(repo_id=repository, path_or_fileobj=path, path_in_repo=path.name, revision=revision)
     except (HfHubHTTPError, OSError) as error:
         raise AdaPrunerError(f"{path} is written, but uploading it to {repository} failed: {reason(error)}") from None
     return str(address)

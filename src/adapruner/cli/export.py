@@ -20,6 +20,9 @@ def export(
     gguf_type: GgufType = "f16",
     overwrite: Annotated[bool, Parameter(negative="")] = False,
     push_to_hub: str | None = None,
+    hub_private: bool = True,
+    hub_revision: str | None = None,
+    hub_token: str | None = None,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
     """Write a model, pruned or dense, in a form that other loaders read.
@@ -36,15 +39,21 @@ def export(
     gguf_type:
         How a GGUF file stores matrices.
     overwrite:
-        Replace what is there.
+        Replace an existing GGUF file, or a folder that adapruner wrote.
     push_to_hub:
         Upload the result to this repository, owner/name.
+    hub_private:
+        Create the repository as private, the default, or as public.
+    hub_revision:
+        Branch to upload to, by default the main one.
+    hub_token:
+        Token of the Hub, by default the one of hf auth login.
     json:
         Print JSON on stdout.
     """
     from adapruner import verbs
 
-    exported = verbs.export(model, to, output, gguf_type, overwrite, push_to_hub)
+    exported = verbs.export(model, to, output, gguf_type, overwrite, push_to_hub, hub_private, hub_revision, hub_token)
     if json:
         print_json({"model": model, "format": to, "path": str(exported.path), "bytes": exported.size})
         return

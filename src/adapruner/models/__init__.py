@@ -8,6 +8,7 @@ from adapruner.models._architecture import (
     check_length,
     check_tokens,
     known_architectures,
+    register_architectures,
 )
 from adapruner.models._device import (
     computes_bfloat16_natively,
@@ -16,6 +17,7 @@ from adapruner.models._device import (
     resolve_device,
     trial_dtype,
 )
+from adapruner.models._fingerprint import fingerprint
 from adapruner.models._layers import (
     LayerCall,
     decoder_layers,
@@ -57,6 +59,7 @@ __all__ = [
     "empty_model",
     "enter_layers",
     "find_model",
+    "fingerprint",
     "in_fastest_dtype",
     "is_streamed",
     "known_architectures",
@@ -66,6 +69,7 @@ __all__ = [
     "loaded_layer",
     "overwrite_weight",
     "quiet_transformers",
+    "register_architectures",
     "resolve_device",
     "skipping_layers",
     "stream_from_memory",
