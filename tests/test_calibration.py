@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 import yaml
@@ -65,7 +66,10 @@ def test_a_hub_data_set_as_a_local_folder_of_the_same_layout(tmp_path: Path) -> 
     folder.mkdir(parents=True)
     Dataset.from_dict({"text": ["w1", "w2"], "other": ["x", "y"]}).to_parquet(folder / "train-00000-of-00001.parquet")
     Dataset.from_dict({"text": ["w3"], "other": ["z"]}).to_parquet(folder / "test-00000-of-00001.parquet")
+    datasets.enable_progress_bars()
+    before = datasets.logging.get_verbosity()
     assert read_documents(parse_source(f"hf:{folder}")) == ["w1", "w2"]
+    assert (datasets.logging.get_verbosity(), datasets.is_progress_bar_enabled()) == (before, True)
     assert read_documents(parse_source(f"hf:{folder}::test:other")) == ["z"]
 
 

@@ -169,7 +169,9 @@ def test_what_a_checkpoint_was_calibrated_on_is_said(
         app([*arguments, "--perplexity", text], exit_on_error=False, result_action="return_value")
         captured = capsys.readouterr()
         assert json.loads(captured.out)["overlaps"] == [
-            f"the checkpoint was {use}, which shares documents with {text}: its perplexity there is too good"
+            f"the perplexity on {text} is optimistic: the checkpoint was {use}, which holds some of the same documents"
             for use in expected
         ]
-        assert captured.err.count("adapruner: the checkpoint was") == len(expected)
+        assert captured.err.count("adapruner: the perplexity on") == len(expected)
+    (folder / "adapruner.json").write_text(json.dumps({"texts": [{"use": ["pool"]}]}))
+    assert verbs.evaluate(folder, [str(text_file)], seq_len=16, limit=2).overlaps == []

@@ -1,8 +1,8 @@
-"""Which part of which dataset a run uses for what: what is chosen on, trained on and reported must not overlap.
+"""Which part of which dataset a run uses for what. No document that changes the model is reported on.
 
-Documents fall into three disjoint parts by the hash of their text. Calibration takes one, the objective of the search
-another, and a report on a dataset that is used already takes the third. Documents may be both calibrated and trained
-on, as neither is reported.
+Documents are put into three disjoint parts by the hash of their text. Calibration takes one part, the objective of the
+search another, and a report on a dataset that is also used otherwise takes the third. The model may be calibrated and
+trained on the same documents.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from adapruner.calibration import SELF_GENERATED, Source, content_hash, parse_so
 from adapruner.config import PruneConfig
 from adapruner.errors import AdaPrunerError
 
-# Fields of the config by use, for messages, and what a use did to a model.
+# By use: the field of the config, and what was done to the model.
 _FIELDS = {"pool": "calibration", "objective": "objective", "recovery": "recover", "report": "evaluate"}
 _DID = {"pool": "calibrated", "objective": "selected", "recovery": "trained"}
-# Windows of the text that is reported on where none is named.
+# Windows of the dataset that is reported on if none is named.
 DEFAULT_REPORT_WINDOWS = 256
 
 
 @dataclass(frozen=True)
 class Texts:
-    """What each use of a run reads.
+    """The source of every use.
 
     Attributes:
-        pool: for calibration; None where the model writes the text.
-        objective: what trials are judged on; None where the model writes the text.
-        recovery: what the pruned model is trained on; None where it is not, or the dense model writes the text.
-        report: what perplexity is reported on, by the name shown in results.
+        pool: for calibration; None if the model generates the text.
+        objective: for judging trials; None if the model generates the text.
+        recovery: for training the pruned model; None if it is not trained or a model generates the text.
+        report: for the reported perplexity, by the name shown in results.
     """
 
     pool: Source | None
@@ -43,7 +43,7 @@ class Texts:
         return {use: source for use, source in uses.items() if source is not None}
 
     def used_documents(self) -> list[str]:
-        """All documents that change the model: tasks leave out items that hold one.
+        """All documents of these sources: tasks leave out items that hold one of them.
 
         Raises:
             AdaPrunerError: one of the sources cannot be read.
@@ -51,18 +51,18 @@ class Texts:
         return [document for source in self.used.values() for document in read_documents(source)]
 
     def as_records(self) -> list[dict[str, str]]:
-        """What a checkpoint records of every source in `used`: `use`, `text`, `identity`, `part` and `columns`.
+        """What a checkpoint records of the sources in `used`: `use`, `text`, `identity`, `part` and `columns`.
 
-        A local file is recorded by its name and content, as its folder concerns nobody else.
+        A local file is recorded by its name and the hash of its content, without its folder.
         """
         return [{"use": use} | _record(source) for use, source in self.used.items()]
 
 
 def assign_texts(config: PruneConfig, missing_ok: bool = False) -> Texts:
-    """Gives every use its source and part. No dataset is read.
+    """Gives every use its source and part. Reads no dataset.
 
     Args:
-        missing_ok: whether local files may be missing, for a run that has read them before.
+        missing_ok: whether local files may be missing, for a run that resumes.
 
     Raises:
         AdaPrunerError: a source is not known, or two uses would read the same documents.
@@ -85,7 +85,7 @@ def assign_texts(config: PruneConfig, missing_ok: bool = False) -> Texts:
 
 
 def report_windows(config: PruneConfig) -> int | None:
-    """At most so many windows of each text are reported on; a text that nobody named may be very long."""
+    """How many windows of each dataset are reported on at most; None for all. A dataset of the default may be large."""
     return config.evaluate_windows or (None if config.evaluate else DEFAULT_REPORT_WINDOWS)
 
 
@@ -93,7 +93,7 @@ def overlaps(records: list[dict[str, str]], source: Source) -> list[str]:
     """How a checkpoint used documents of a source, for example `calibrated on boolq-passages@calibration`.
 
     Args:
-        records: as `Texts.as_records` gives them; those of a checkpoint of others may hold anything.
+        records: as `Texts.as_records` gives them; what is in other records is left out.
     """
     given = _record(source)
     return [
@@ -116,20 +116,17 @@ def _share_documents(one: str, other: str) -> bool:
 
 
 def _default_reports(texts: Texts) -> list[Source]:
-    """The report part of what was calibrated on, else of the objective, unless it was chosen for something else."""
+    """The report part of the calibration dataset, or else of the objective's, unless another use takes it."""
     source = texts.pool or texts.objective
     if source is None:
         return []
     report = Source(source.name, "report")
-    return (
-        []
-        if any((each.identity, each.part) == (report.identity, "report") for each in texts.used.values())
-        else [report]
-    )
+    taken = {(each.identity, each.part) for each in texts.used.values()}
+    return [] if (report.identity, report.part) in taken else [report]
 
 
 def _refuse_overlaps(texts: Texts, reports: list[Source]) -> None:
-    """Compares every two uses; to calibrate and to train on the same documents is no mistake."""
+    """Compares every two uses. Recovery may take the part of calibration or of the objective."""
     uses = [*texts.used.items(), *(("report", source) for source in reports)]
     for number, (use, source) in enumerate(uses):
         for earlier, other in uses[:number]:

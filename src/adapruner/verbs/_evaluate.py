@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -43,7 +44,7 @@ class Evaluation:
     """What a model scores, each number with its protocol.
 
     Attributes:
-        overlaps: a sentence for each use of an evaluated text by which the model was pruned or trained.
+        overlaps: a sentence for each evaluated dataset that the model was also pruned or trained on.
     """
 
     perplexity: list[Perplexity]
@@ -143,11 +144,14 @@ def _measure_texts(model: PreTrainedModel, texts: dict[Source, EvaluationText], 
 
 
 def _describe_overlaps(location: ModelLocation, sources: list[Source]) -> list[str]:
-    origin = _read_origin(location) or {}
+    try:
+        records = TypeAdapter(list[dict[str, str]]).validate_python((_read_origin(location) or {}).get("texts", []))
+    except ValidationError:  # of a checkpoint that others have written
+        records = []
     return [
-        f"the checkpoint was {use}, which shares documents with {source}: its perplexity there is too good"
+        f"the perplexity on {source} is optimistic: the checkpoint was {use}, which holds some of the same documents"
         for source in sources
-        for use in overlaps(origin.get("texts", []), source)
+        for use in overlaps(records, source)
     ]
 
 
