@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
-import re
-import reprlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -22,10 +19,10 @@ from pydantic import (
     ValidationInfo,
     field_validator,
 )
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic_core import PydanticCustomError
 from typing_extensions import Self
 
-from adapruner.errors import AdaPrunerError, reason
+from adapruner.errors import AdaPrunerError, describe_invalid, reason
 from adapruner.plain_yaml import PlainLoader
 
 Alignment = Literal["data", "paper"]
@@ -103,7 +100,8 @@ class _Options(BaseModel):
         try:
             return cls.model_validate(options)
         except ValidationError as error:
-            raise AdaPrunerError(describe(error)) from None
+            nested = [f"recovery.{name}" for name in RecoveryOptions.model_fields if "recovery" in cls.model_fields]
+            raise AdaPrunerError(describe_invalid(error, [*cls.model_fields, *nested])) from None
 
 
 class RecoveryOptions(_Options):
@@ -361,64 +359,3 @@ def _parse_options(text: str) -> dict[str, Any]:
     if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
         raise ValueError("it is not a mapping of options to values")
     return options
-
-
-# What pydantic finds, by the beginning of its type, in words that continue "`field` value".
-_WORDS = {
-    "bool": "is neither true nor false",
-    "finite_number": "is not a finite number",
-    "float": "is not a number",
-    "greater_than_equal": "must be at least {ge:g}",
-    "greater_than": "must be more than {gt:g}",
-    "int": "is not a whole number",
-    "less_than_equal": "must be at most {le:g}",
-    "less_than": "must be less than {lt:g}",
-    "literal_error": "is not one of {expected}",
-    "model": "is not a mapping of options to values",
-    "string": "is not text",
-    "tuple": "is not a list",
-}
-_MOST_ERRORS = 8
-
-
-def describe(error: ValidationError) -> str:
-    """All that is wrong with the options, in one line; fields stand in backticks."""
-    errors = error.errors(include_url=False)
-    nested = [] if error.title.startswith("Recover") else [f"recovery.{name}" for name in RecoveryOptions.model_fields]
-    known = [*(PruneConfig if nested else RecoverConfig).model_fields, *nested]
-    more = [f"and {len(errors) - _MOST_ERRORS} more"] if len(errors) > _MOST_ERRORS else []
-    return "; ".join([*(_describe(one, known) for one in errors[:_MOST_ERRORS]), *more])
-
-
-def _describe(error: ErrorDetails, known: list[str]) -> str:
-    kind, message = error["type"], error["msg"].removeprefix("Value error, ")
-    if kind == "conflict":
-        return message
-    name = ".".join(part for part in error["loc"] if isinstance(part, str))
-    field = f"`{_brief(name)}`"
-    if kind == "missing":
-        return f"{field} is missing"
-    if kind == "extra_forbidden":
-        return f"{field} is not an option{_suggest(name, known, '`')}"
-    words = next((words for beginning, words in _WORDS.items() if kind.startswith(beginning)), message)
-    given, context = _brief(error["input"]), error.get("ctx", {})
-    choices = re.findall("'([^']*)'", context.get("expected", ""))
-    words = words.format(**context | {"expected": ", ".join(choices)})
-    return f"{field} {given} {words}" + _suggest(given, choices, "'")
-
-
-def _suggest(given: str, known: Iterable[str], mark: str) -> str:
-    close = difflib.get_close_matches(given, known, n=1)
-    return f": did you mean {mark}{close[0]}{mark}?" if close else ""
-
-
-class _Brief(reprlib.Repr):
-    """Shows the beginning of what is long or nested; Python refuses to print numbers of thousands of digits."""
-
-    def repr_int(self, x: int, level: int) -> str:
-        return super().repr_int(x, level) if x.bit_length() <= 64 else f"{hex(x)[:20]}…"
-
-
-def _brief(value: Any) -> str:
-    """Strings are shown as they are, if they are short."""
-    return value if isinstance(value, str) and 0 < len(value) <= 60 else _Brief().repr(value)

@@ -2,12 +2,38 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import os
+import re
+import reprlib
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+    from pydantic_core import ErrorDetails
 
 # The messages of these are a name, or incomprehensible without the type.
 _SAY_LITTLE = (LookupError, TypeError, AttributeError, ArithmeticError, AssertionError, RecursionError)
 _LONGEST_REASON = 300
+_LONGEST_VALUE = 60
+_MOST_ERRORS = 8
+# What pydantic finds, by the beginning of its type, in words that continue "`field` value".
+_WORDS = {
+    "bool": "is neither true nor false",
+    "finite_number": "is not a finite number",
+    "float": "is not a number",
+    "greater_than_equal": "must be at least {ge:g}",
+    "greater_than": "must be more than {gt:g}",
+    "int": "is not a whole number",
+    "less_than_equal": "must be at most {le:g}",
+    "less_than": "must be less than {lt:g}",
+    "literal_error": "is not one of {expected}",
+    "model": "is not a mapping of options to values",
+    "string": "is not text",
+    "tuple": "is not a list",
+}
 
 
 class AdaPrunerError(Exception):
@@ -55,3 +81,48 @@ def reason(error: BaseException) -> str:
     if not text:
         return type(error).__name__
     return f"{type(error).__name__}: {text}" if isinstance(error, _SAY_LITTLE) else text
+
+
+def describe_invalid(error: ValidationError, known: Collection[str] = ()) -> str:
+    """All that is wrong with some options, in one line of bounded length; fields stand in backticks.
+
+    Args:
+        known: names of fields, to suggest where one is unknown.
+    """
+    errors = error.errors(include_url=False)
+    more = [f"and {len(errors) - _MOST_ERRORS} more"] if len(errors) > _MOST_ERRORS else []
+    return "; ".join([*(_describe(one, known) for one in errors[:_MOST_ERRORS]), *more])
+
+
+def _describe(error: ErrorDetails, known: Collection[str]) -> str:
+    kind, message = error["type"], error["msg"].removeprefix("Value error, ")
+    if kind == "conflict":
+        return message
+    name = ".".join(part for part in error["loc"] if isinstance(part, str))
+    field = f"`{_brief(name)}`"
+    if kind == "missing":
+        return f"{field} is missing"
+    if kind == "extra_forbidden":
+        return f"{field} is not an option{_suggest(name, known, '`')}"
+    given, context = _brief(error["input"]), error.get("ctx", {})
+    choices = re.findall("'([^']*)'", context.get("expected", ""))
+    context = context | {"expected": ", ".join(choices)}
+    words = next((words.format(**context) for start, words in _WORDS.items() if kind.startswith(start)), message)
+    return f"{field} {given} {words}" + _suggest(given, choices, "'")
+
+
+def _suggest(given: str, known: Collection[str], mark: str) -> str:
+    close = difflib.get_close_matches(given, known, n=1)
+    return f": did you mean {mark}{close[0]}{mark}?" if close else ""
+
+
+class _Brief(reprlib.Repr):
+    """Shows the beginning of what is long or nested; Python refuses to print numbers of thousands of digits."""
+
+    def repr_int(self, x: int, level: int) -> str:
+        return super().repr_int(x, level) if x.bit_length() <= 64 else f"{hex(x)[:20]}…"
+
+
+def _brief(value: Any) -> str:
+    """Strings are shown as they are, if they are short."""
+    return value if isinstance(value, str) and 0 < len(value) <= _LONGEST_VALUE else _Brief().repr(value)

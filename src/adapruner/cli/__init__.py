@@ -31,8 +31,7 @@ from adapruner.cli.plan import plan
 from adapruner.cli.prune import prune
 from adapruner.cli.recover import recover
 from adapruner.cli.report import report
-from adapruner.config import describe
-from adapruner.errors import AdaPrunerError, describe_failure, reason
+from adapruner.errors import AdaPrunerError, describe_failure, describe_invalid, reason
 from adapruner.interrupts import end_by_interrupt, handling_interrupts
 
 UNEXPECTED_FAILURE = 1
@@ -85,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sys.stdout.flush()
     except (AdaPrunerError, CycloptsError) as error:
         cause = error.__cause__
-        _say(_with_options(describe(cause) if isinstance(cause, ValidationError) else str(error)))
+        _say(_with_options(describe_invalid(cause) if isinstance(cause, ValidationError) else str(error)))
         sys.exit(USER_ERROR)
     except KeyboardInterrupt as interrupt:
         _say("interrupted; rerun the same command, without --overwrite, to resume")
