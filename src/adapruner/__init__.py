@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from adapruner.config import PruneConfig, PruneOptions, RecoveryOptions
     from adapruner.errors import AdaPrunerError
     from adapruner.evaluation import Perplexity, Speed, TaskScore
-    from adapruner.pipeline import join, plan_again, prune
+    from adapruner.pipeline import join, plan_again, prune, prune_ratios
     from adapruner.planning import PruningPlan
-    from adapruner.result import PruneResult
+    from adapruner.result import PruneResult, RunResult
     from adapruner.verbs import Evaluation, benchmark, evaluate, export, load, recover
 
 __version__ = "0.1.0"
@@ -28,6 +28,7 @@ __all__ = [
     "PruneResult",
     "PruningPlan",
     "RecoveryOptions",
+    "RunResult",
     "Speed",
     "TaskScore",
     "benchmark",
@@ -37,6 +38,7 @@ __all__ = [
     "load",
     "plan_again",
     "prune",
+    "prune_ratios",
     "recover",
 ]
 
@@ -44,9 +46,9 @@ __all__ = [
 _MODULES = {
     **dict.fromkeys(("PruneConfig", "PruneOptions", "RecoveryOptions"), "config"),
     **dict.fromkeys(("Perplexity", "Speed", "TaskScore"), "evaluation"),
-    **dict.fromkeys(("join", "plan_again", "prune"), "pipeline"),
+    **dict.fromkeys(("join", "plan_again", "prune", "prune_ratios"), "pipeline"),
     "AdaPrunerError": "errors",
-    "PruneResult": "result",
+    **dict.fromkeys(("PruneResult", "RunResult"), "result"),
     "PruningPlan": "planning",
 }
 

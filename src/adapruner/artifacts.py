@@ -7,15 +7,12 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from adapruner.config import PruneConfig
-
-if TYPE_CHECKING:
-    from adapruner.job import Job
 
 T = TypeVar("T")
 
@@ -42,8 +39,8 @@ class Artifact(Generic[T]):
         form: how it is saved and loaded.
         inputs: the artifacts that it is made from.
         options: the fields of the config that its content depends on.
-        leaves: the inputs that no artifact gives: fingerprints of the model and of texts, the precision; see `Job.leaf`.
-        check: prepares and validates what `make` uses beside its inputs, before anything is made.
+        leaves: the inputs that no artifact gives: fingerprints of the model and of texts, the precision (`Job.leaf`).
+        check: given the job, prepares and validates what `make` uses beside its inputs, before anything is made.
         is_wanted: whether a run with this config makes it; a value that is not made is None.
         is_result: made again when its files were removed. Others are made again when something needs them.
         is_shared: made by all processes of a distributed run together, saved by the first.
@@ -56,7 +53,7 @@ class Artifact(Generic[T]):
     inputs: tuple[Artifact[Any], ...] = ()
     options: tuple[str, ...] = ()
     leaves: tuple[str, ...] = ()
-    check: Callable[[Job], Any] = lambda job: None
+    check: Callable[[Any], Any] = lambda job: None
     is_wanted: Callable[[PruneConfig], bool] = lambda config: True
     is_result: bool = True
     is_shared: bool = False

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import yaml
 from huggingface_hub import EvalResult, ModelCardData

@@ -162,7 +162,7 @@ def refuse_outdated(drivers: Iterable[Driver], path: Any) -> None:
         for name, changes in driver.outdated().items():
             outdated.setdefault(name, []).extend(changes)
     # Without a change of its own, only windows were left out that broke an earlier call.
-    if changes := dict.fromkeys(change for own in outdated.values() for change in own):
+    if changes := list(dict.fromkeys(change for own in outdated.values() for change in own)):
         raise AdaPrunerError(
             f"{path} holds a run of another configuration ({', '.join(changes)}): {', '.join(outdated)} would be"
             " rebuilt. Choose another `output`, or allow it with `overwrite`"

@@ -36,7 +36,7 @@ from adapruner.measurement import Statistics, StoredMoments, measure_in_parts, m
 from adapruner.memory import MEASURED_AT_ONCE
 from adapruner.models import empty_model, find_model, in_fastest_dtype, load_config, load_model
 from adapruner.planning import PruningPlan, kept_counts, largest_channel_share
-from adapruner.recovery import read_record, recover_into, total_steps, window_examples
+from adapruner.recovery import DEFAULT_GENERATED_RECORDS, read_record, recover_into, total_steps, window_examples
 from adapruner.report import render_report
 from adapruner.result import TITLES, ModelNumbers, Role, RunResult, build_result
 from adapruner.search import (
@@ -54,9 +54,6 @@ from adapruner.surgery import Compensation, prune_model, refit_sequentially
 
 Windows = dict[str, Tensor]
 Moments = StoredMoments | None
-
-# Windows that a model writes to be fine-tuned on, where their number is left open.
-DEFAULT_GENERATED_RECORDS = 1024
 
 
 def _json(content: Any) -> Form[Any]:

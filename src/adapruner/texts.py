@@ -55,7 +55,7 @@ class Texts:
 
         A local file is recorded by its name and the hash of its content, without its folder.
         """
-        return [{"use": use} | _record(source) for use, source in self.used.items()]
+        return [record_of(source, use) for use, source in self.used.items()]
 
 
 def assign_texts(config: PruneConfig, missing_ok: bool = False) -> Texts:
@@ -102,6 +102,11 @@ def overlaps(records: list[dict[str, str]], source: Source) -> list[str]:
         if record.keys() >= given.keys() and record.get("use") in _DID and record["identity"] == given["identity"]
         if record["columns"] != given["columns"] or _share_documents(record["part"], given["part"])
     ]
+
+
+def record_of(source: Source, use: str) -> dict[str, str]:
+    """What a checkpoint records of a source; see `Texts.as_records`."""
+    return {"use": use} | _record(source)
 
 
 def _record(source: Source) -> dict[str, str]:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils.hub import cached_file
 
-from adapruner.files import replace_folder, saying_what_cannot_be_written, write_atomically
+from adapruner.files import replace, saying_what_cannot_be_written, write_atomically
 from adapruner.models import ModelLocation, quiet_transformers, whole_state
 
 # What a checkpoint was made from; also how a folder shows that this package wrote it.
@@ -56,7 +56,7 @@ def save_checkpoint(
         (made / _ORIGIN).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
         if card is not None:
             write_card(made, card)
-        replace_folder(made, folder)
+        replace(made, folder)
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ def plan(
     output:
         Folder of the new run.
     overwrite:
-        Replace the run in the output folder.
+        Rebuild what was made with other options, from another model or other text.
     json:
         Print result.json on stdout instead of the tables.
     """
@@ -39,7 +39,7 @@ def plan(
     result = pipeline.plan_again(run, output, ratio, overwrite)
     print_advice(result.advice())
     if json:
-        print_json(result.result)
+        print_json(result.result.model_dump(mode="json"))
         return
     plain_console().print(result.plan.explain())
     print_result([result])

@@ -38,7 +38,7 @@ def prune(
         Options to start from: smollm2-20, llama-7b-20, llama-7b-50, vicuna-7b-20, vicuna-7b-50, or a YAML file.
         Options of the command line override them.
     overwrite:
-        Replace the run in the output folder.
+        Rebuild what was made with other options, from another model or other text.
     push_to_hub:
         Upload the final model to this repository of the Hub, owner/name.
     hub_private:
@@ -48,8 +48,8 @@ def prune(
     hub_token:
         Token of the Hub; by default the token of the login.
     storage:
-        URL of an SQL database for the trials, postgresql://…, to search on many machines; by default a journal in the
-        run folder.
+        URL of an SQL database for the trials, postgresql://…, to search on many machines; by default a SQLite file
+        in the run folder.
     json:
         Print result.json on stdout instead of the tables; a list of them for several ratios.
     """
@@ -57,7 +57,7 @@ def prune(
     from adapruner.processes import this_process
 
     given = options.model_dump(exclude_unset=True) if options else {}
-    made = pipeline.prune(
+    results = pipeline.prune_ratios(
         model,
         output,
         overwrite,
@@ -71,10 +71,9 @@ def prune(
     )
     if not this_process().leads:
         return
-    results = [*made] if isinstance(made, tuple) else [made]
     print_advice([line for result in results for line in result.advice()])
     if json:
-        contents = [result.result for result in results]
+        contents = [result.result.model_dump(mode="json") for result in results]
         print_json(contents if len(contents) > 1 else contents[0])
         return
     print_result(results)

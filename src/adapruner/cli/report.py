@@ -36,12 +36,12 @@ def report(
     from adapruner import verbs
 
     written = verbs.write_reports(run, watch)
-    page = next(written)
+    pages = next(written)
     if open:
-        webbrowser.open(page.absolute().as_uri())
+        webbrowser.open(pages[-1].absolute().as_uri())
     if json:
-        print_json({"run": str(run), "report": str(page)})
+        print_json({"run": str(run), "reports": [str(page) for page in pages]})
     else:
-        plain_console().print(f"report: {page}", soft_wrap=True)
+        plain_console().print(*(f"report: {page}" for page in pages), sep="\n", soft_wrap=True)
     for _ in written:
         pass

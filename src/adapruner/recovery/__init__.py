@@ -1,6 +1,12 @@
 """Recovery of a pruned model: fine-tuning or distillation, with LoRA or of all weights."""
 
-from adapruner.recovery._examples import Examples, instruction_examples, read_examples, window_examples
+from adapruner.recovery._examples import (
+    DEFAULT_GENERATED_RECORDS,
+    Examples,
+    instruction_examples,
+    read_examples,
+    window_examples,
+)
 from adapruner.recovery._folder import (
     RecoveryRecord,
     check_folder,
@@ -12,6 +18,7 @@ from adapruner.recovery._folder import (
 from adapruner.recovery._training import Recovered, check_device, distillation_loss, total_steps, train
 
 __all__ = [
+    "DEFAULT_GENERATED_RECORDS",
     "Examples",
     "Recovered",
     "RecoveryRecord",

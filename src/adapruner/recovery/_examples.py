@@ -15,6 +15,8 @@ from adapruner.config import RecoveryOptions
 from adapruner.errors import AdaPrunerError
 
 IGNORED = -100
+# Windows that a model writes to be fine-tuned on, where their number is left open.
+DEFAULT_GENERATED_RECORDS = 1024
 
 # The prompt that Stanford Alpaca was trained with, and LLM-Pruner and the paper after it; what other tools of this
 # format expect.

@@ -10,7 +10,7 @@ import torch
 
 from adapruner.config import PruneConfig
 from adapruner.errors import AdaPrunerError
-from adapruner.job import outline
+from adapruner.job import reference_budget
 from adapruner.memory import Memory, choose_layer_wise, estimate_memory
 from adapruner.models import empty_model, find_model, load_config, resolve_device
 from adapruner.progress import Reporter
@@ -48,14 +48,16 @@ def estimate(model: str | Path, **options: Any) -> Estimate:
     is_here = config.device != "cuda" or torch.cuda.is_available()
     device = resolve_device(config.device) if is_here else torch.device("cuda")
     location = find_model(config.model)
-    own = outline(config, location)
+    empty = empty_model(load_config(location))
+    structure = build_structure(empty, config.head_granularity)
+    about = config, empty, structure, reference_budget(config, structure, max(config.ratio)), device
     layer_wise = bool(config.layer_wise)
     if is_here:
         streamable = location.gguf_file is None
         try:
-            layer_wise = choose_layer_wise(own.config, own.model, own.structure, own.budget, device, streamable)
+            layer_wise = choose_layer_wise(*about, streamable)
         except AdaPrunerError as error:
             Reporter().note(str(error))
             layer_wise = streamable if config.layer_wise is None else config.layer_wise
-    stages = estimate_memory(own.config, own.model, own.structure, own.budget, device, layer_wise)
+    stages = estimate_memory(*about, layer_wise)
     return Estimate(device, layer_wise, stages)

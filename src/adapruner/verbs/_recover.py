@@ -8,10 +8,10 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from adapruner.calibration import SELF_GENERATED, Source, generate_windows, parse_source
-from adapruner.checkpoint import card_of_recovered, read_card
+from adapruner.card import card_of_recovered, read_card
+from adapruner.checkpoint import read_origin
 from adapruner.config import Dtype, RecoverConfig, RecoveryOptions
 from adapruner.errors import AdaPrunerError
-from adapruner.job import DEFAULT_GENERATED_RECORDS
 from adapruner.models import (
     ModelLocation,
     check_length,
@@ -26,6 +26,7 @@ from adapruner.paths import given_path, output_path
 from adapruner.processes import this_process
 from adapruner.progress import Reporter
 from adapruner.recovery import (
+    DEFAULT_GENERATED_RECORDS,
     Examples,
     RecoveryRecord,
     check_device,
@@ -37,6 +38,7 @@ from adapruner.recovery import (
     window_examples,
     working_folder,
 )
+from adapruner.texts import record_of
 
 
 def recover(
@@ -111,7 +113,8 @@ def recover(
                 learnt_from,
                 resolved,
                 working_folder(folder),
-                lambda trained: card_of_recovered(read_card(location), trained.model_dump(mode="json")),
+                _origin(location, source),
+                lambda trained: card_of_recovered(read_card(location), trained),
                 advance,
             )
 
@@ -123,6 +126,14 @@ def _source(config: RecoverConfig) -> Source | None:
     if config.teacher is None:
         raise AdaPrunerError("`data` self is text that the dense model writes: name it with `teacher`")
     return None
+
+
+def _origin(location: ModelLocation, source: Source | None) -> dict[str, Any]:
+    """What the checkpoint says of its making: that of the model, and the text that it was trained on."""
+    origin = read_origin(location) or {}
+    texts = origin.get("texts")
+    records = [] if source is None else [record_of(source, "recovery")]
+    return origin | {"texts": [*(texts if isinstance(texts, list) else []), *records]}
 
 
 def _written_by(model: PreTrainedModel, settings: RecoveryOptions, reporter: Reporter) -> Examples:
