@@ -158,7 +158,7 @@ def test_what_a_checkpoint_was_calibrated_on_is_said(
 ) -> None:
     texts = assign_texts(PruneConfig(model="m", calibration=str(text_file), recover="ptb"))
     folder = shutil.copytree(model_folder, tmp_path / "pruned")
-    (folder / "adapruner.json").write_text(json.dumps({"texts": texts.as_records()}))
+    (folder / "adapruner.json").write_text(json.dumps({"format": 1, "texts": texts.as_records()}))
     copy = shutil.copy(text_file, tmp_path / "copy.txt")
     arguments = ["evaluate", str(folder), "--seq-len", "16", "--limit", "2", "--json"]
     for text, expected in {
@@ -173,5 +173,5 @@ def test_what_a_checkpoint_was_calibrated_on_is_said(
             for use in expected
         ]
         assert captured.err.count("adapruner: the perplexity on") == len(expected)
-    (folder / "adapruner.json").write_text(json.dumps({"texts": [{"use": ["pool"]}]}))
+    (folder / "adapruner.json").write_text(json.dumps({"format": 1, "texts": [{"use": ["pool"]}]}))
     assert verbs.evaluate(folder, [str(text_file)], seq_len=16, limit=2).overlaps == []
