@@ -19,8 +19,8 @@ from adapruner import AdaPrunerError
 from adapruner.artifacts import Record, are_as_written, stamps
 from adapruner.job import Preparation
 from adapruner.pipeline import prune_ratios
-from adapruner.processes import Process, this_process
 from adapruner.procedure import ARTIFACTS
+from adapruner.processes import Process, this_process
 from adapruner.progress import Reporter
 from adapruner.run import RunFolder
 
@@ -85,7 +85,9 @@ def test_a_changed_option_rebuilds_what_depends_on_it_and_nothing_else(
 ) -> None:
     before = written(run)
     options = OPTIONS | {"calibration": str(text_file), "trials": 11}
-    with pytest.raises(AdaPrunerError, match=r"\(trials 9 → 11\): search.json, plan.json, .*report.html would be rebuilt"):
+    with pytest.raises(
+        AdaPrunerError, match=r"\(trials 9 → 11\): search.json, plan.json, .*report.html would be rebuilt"
+    ):
         adapruner.prune(str(model_folder), run, **options)
     assert written(run) == before
     result = adapruner.prune(str(model_folder), run, overwrite=True, **options)
@@ -113,7 +115,9 @@ def test_replaced_weights_are_noticed(
     tensors = load_file(model / "model.safetensors")
     tensors["model.layers.2.mlp.down_proj.weight"][3] += 1
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
-    with pytest.raises(AdaPrunerError, match=r"another model\): windows.safetensors, .*statistics.safetensors would be"):
+    with pytest.raises(
+        AdaPrunerError, match=r"another model\): windows.safetensors, .*statistics.safetensors would be"
+    ):
         adapruner.prune(str(model), tmp_path / "run", **options)
     again = adapruner.prune(str(model), tmp_path / "run", overwrite=True, **options)
     assert again.plan == adapruner.prune(str(model), tmp_path / "fresh", **options).plan
@@ -133,21 +137,18 @@ def test_replaced_text_is_noticed(
 
 
 def test_a_run_resumes_without_its_text(
-    finished: adapruner.PruneResult,
-    model_folder: Path,
-    text: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    finished: adapruner.PruneResult, model_folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = OPTIONS | {"calibration": str(text), "evaluate": ()}
-    monkeypatch.setattr("adapruner.texts.default_report", lambda *_: {}, raising=False)
+    options = OPTIONS | {"calibration": str(text)}
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stop_behind(patch, "windows.safetensors")
+        stop_behind(patch, "evaluation/texts.safetensors")
         adapruner.prune(str(model_folder), tmp_path / "run", **options)
     text.unlink()
-    # What was drawn is enough for the model; the report needs the text.
-    with pytest.raises(AdaPrunerError, match="text.txt"):
-        adapruner.prune(str(model_folder), tmp_path / "run", **options)
+    resumed = adapruner.prune(str(model_folder), tmp_path / "run", **options)
+    assert resumed.plan == finished.plan
+    assert [model.parameters for model in resumed.result.models] == [
+        model.parameters for model in finished.result.models
+    ]
     text.write_text("w1 w2")
     with pytest.raises(AdaPrunerError, match="another content"):
         adapruner.prune(str(model_folder), tmp_path / "run", **options)
@@ -234,7 +235,7 @@ def test_free_memory_decides_no_number(
     config = adapruner.PruneConfig.from_options(model=str(model_folder), calibration=str(text_file), **OPTIONS)
 
     def precision(free: int) -> Any:
-        monkeypatch.setattr("adapruner.memory.available_memory", lambda *_: free)
+        monkeypatch.setattr("adapruner.memory._total_and_free", lambda *_: (1 << 36, free))
         prepared = Preparation(config, RunFolder(tmp_path), None, Process(), Reporter())
         return prepared.leaf("precision", {})
 

@@ -149,8 +149,11 @@ def _run(
     run.check_usable()
     preparation = Preparation(config, run, storage, process, Reporter())
     with process.connected(preparation.device):
-        for ratio in config.ratio:
-            _check(_driver(preparation, ratio, others), others)
+        drivers = [_driver(preparation, ratio, others) for ratio in config.ratio]
+        if not overwrite:
+            refuse_outdated(drivers, run.path)
+        for driver in drivers:
+            _check(driver, others)
         with run.locked() if process.leads else contextlib.nullcontext():
             if process.leads:
                 run.check_usable()

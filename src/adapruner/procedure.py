@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from adapruner.artifacts import Artifact, Form, artifact
-from adapruner.calibration import SELF_GENERATED, generate_windows
+from adapruner.calibration import SELF_GENERATED, EvaluationText, generate_windows, load_texts, save_texts
 from adapruner.card import model_card
 from adapruner.checkpoint import save_checkpoint, write_card
 from adapruner.config import PruneConfig
@@ -70,6 +70,7 @@ FOLDER: Form[Path] = Form(shutil.move, Path)
 MOMENTS: Form[StoredMoments] = Form(lambda moments, path: shutil.move(moments.folder, path), StoredMoments)
 STATISTICS: Form[Statistics] = Form(Statistics.save, Statistics.load)
 PLAN: Form[PruningPlan] = Form(PruningPlan.save, PruningPlan.load)
+REPORT_TEXTS: Form[dict[str, EvaluationText]] = Form(save_texts, load_texts)
 PAGE: Form[str] = Form(
     lambda page, path: path.write_text(page, encoding="utf-8"), lambda path: path.read_text(encoding="utf-8")
 )
@@ -93,6 +94,19 @@ def windows(job: Job, work: Path) -> Windows:
                 windows[use] = generate_windows(prepared.dense, count, config.seq_len, 4 * config.seed + number)
                 advance()
     return windows
+
+
+@artifact(
+    "evaluation/texts.safetensors",
+    REPORT_TEXTS,
+    options="evaluate evaluate_windows seq_len",
+    leaves="model report_texts",
+    check=lambda job: job.prepared.report,
+    is_result=False,
+)
+def report_texts(job: Job, work: Path) -> dict[str, EvaluationText]:
+    """The windows that perplexity is reported on, by the name of their text; kept, so that no text is needed later."""
+    return job.prepared.report
 
 
 @artifact(
@@ -360,9 +374,11 @@ def _has_tasks(role: Role, config: PruneConfig) -> bool:
     return bool(config.tasks) and _is_evaluated(role, config)
 
 
-def _measure_perplexity(role: Role, job: Job, work: Path, *inputs: Any) -> dict[str, Perplexity]:
+def _measure_perplexity(
+    role: Role, job: Job, work: Path, texts: dict[str, EvaluationText], *inputs: Any
+) -> dict[str, Perplexity]:
     """The perplexity of a model on every text of the report, by name."""
-    texts, evaluated = job.prepared.report, _model_to_evaluate(job, role, inputs)
+    evaluated = _model_to_evaluate(job, role, inputs)
     windows = sum(len(text.windows) for text in texts.values())
     with job.prepared.reporter.stage("evaluating", windows) as advance:
         return {
@@ -392,10 +408,9 @@ perplexity: dict[Role, Artifact[dict[str, Perplexity]]] = {
     role: artifact(
         f"evaluation/perplexity-{role}.json",
         _json(dict[str, Perplexity]),
-        inputs=inputs,
-        options="evaluate evaluate_windows seq_len" + (" ratio" if role == "best_fixed" else ""),
-        leaves="model precision report_texts",
-        check=lambda job: job.prepared.report,
+        inputs=(report_texts, *inputs),
+        options="ratio" if role == "best_fixed" else "",
+        leaves="model precision",
         is_wanted=partial(_is_evaluated, role),
         is_result=False,
     )(partial(_measure_perplexity, role))
@@ -465,7 +480,7 @@ def report(job: Job, work: Path, result: RunResult) -> str:
 
 # Every artifact stands behind its inputs.
 ARTIFACTS: tuple[Artifact[Any], ...] = (
-    *(windows, moments, statistics, search, plan, model, training_windows, recovered),
+    *(windows, report_texts, moments, statistics, search, plan, model, training_windows, recovered),
     *perplexity.values(),
     *scores.values(),
     *(result, report),

@@ -6,6 +6,8 @@ from adapruner.calibration._pool import (
     evaluation_text,
     evenly_spaced,
     generate_windows,
+    load_texts,
+    save_texts,
     text_windows,
 )
 from adapruner.calibration._reading import content_hash, fingerprint, provenance, read_documents, read_records
@@ -32,10 +34,12 @@ __all__ = [
     "evenly_spaced",
     "fingerprint",
     "generate_windows",
+    "load_texts",
     "parse_source",
     "provenance",
     "read_documents",
     "read_records",
     "register_sources",
+    "save_texts",
     "text_windows",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -117,6 +120,19 @@ def evaluation_text(
     return EvaluationText(
         windows, stride or seq_len, provenance(source) | {"tokenizer": f"{name}, {len(tokenizer):,} tokens"}
     )
+
+
+def save_texts(texts: dict[str, EvaluationText], path: Path) -> None:
+    """Writes texts to report on, by name, to a safetensors file."""
+    about = {name: {"stride": text.stride, "provenance": text.provenance} for name, text in texts.items()}
+    save_file({name: text.windows for name, text in texts.items()}, path, {"texts": json.dumps(about)})
+
+
+def load_texts(path: Path) -> dict[str, EvaluationText]:
+    """Reads what `save_texts` wrote."""
+    with safe_open(path, "pt") as file:
+        about = json.loads(file.metadata()["texts"])
+        return {name: EvaluationText(file.get_tensor(name), **own) for name, own in about.items()}
 
 
 def generate_windows(model: PreTrainedModel, count: int, seq_len: int, seed: int, batch_size: int = 16) -> Tensor:

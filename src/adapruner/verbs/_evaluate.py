@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.calibration import EvaluationText, Source, evaluation_text, parse_source
+from adapruner.checkpoint import read_origin
 from adapruner.config import Dtype
 from adapruner.errors import AdaPrunerError
 from adapruner.evaluation import (
@@ -145,7 +144,7 @@ def _measure_texts(model: PreTrainedModel, texts: dict[Source, EvaluationText], 
 
 def _describe_overlaps(location: ModelLocation, sources: list[Source]) -> list[str]:
     try:
-        records = TypeAdapter(list[dict[str, str]]).validate_python((_read_origin(location) or {}).get("texts", []))
+        records = TypeAdapter(list[dict[str, str]]).validate_python((read_origin(location) or {}).get("texts", []))
     except ValidationError:  # of a checkpoint that others have written
         records = []
     return [
@@ -153,9 +152,3 @@ def _describe_overlaps(location: ModelLocation, sources: list[Source]) -> list[s
         for source in sources
         for use in overlaps(records, source)
     ]
-
-
-def _read_origin(location: ModelLocation) -> dict[str, Any] | None:
-    """Stands in for `adapruner.checkpoint.read_origin`."""
-    path = Path(location.path) / "adapruner.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
