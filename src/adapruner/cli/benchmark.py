@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 from rich.table import Table
 
-from adapruner import verbs
 from adapruner.cli._numbers import WholeNumber
 from adapruner.cli._output import plain_console, print_advice, print_json
 from adapruner.config import Dtype
-from adapruner.evaluation import Speed
+
+if TYPE_CHECKING:
+    from adapruner.evaluation import Speed
 
 
 def benchmark(
@@ -28,7 +29,7 @@ def benchmark(
     device: str = "auto",
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
-    """Size, memory and tokens per second of a model, beside another one.
+    """Measure size, memory and tokens per second of a model, beside another one.
 
     Parameters
     ----------
@@ -51,6 +52,8 @@ def benchmark(
     json:
         Print JSON on stdout instead of the table.
     """
+    from adapruner import verbs
+
     speeds = verbs.benchmark(model, against, batch_size, prompt, new_tokens, repetitions, dtype, device)
     if json:
         print_json({name: speed.model_dump(mode="json") for name, speed in speeds.items()})

@@ -7,7 +7,6 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from adapruner import verbs
 from adapruner.cli._output import plain_console, print_advice, print_json
 from adapruner.config import Dtype, RecoveryOptions
 from adapruner.processes import this_process
@@ -33,14 +32,13 @@ def recover(
     model:
         Hub id, model folder, .gguf file, or smollm2.
     data:
-        Instructions with answers (columns instruction, output and perhaps input), any text, or self: text that the
-        teacher writes.
+        Instructions with answers (columns instruction, output, input), any text, or self: the teacher writes it.
     output:
         Folder of the recovered model.
     teacher:
         The dense model, for distillation.
     dtype:
-        Dtype of the weights; auto keeps that of the checkpoint. Nothing is trained in float16.
+        Dtype of the weights; auto keeps the checkpoint's. Nothing is trained in float16.
     device:
         auto, cpu, cuda, …
     overwrite:
@@ -48,10 +46,10 @@ def recover(
     json:
         Print recovery.json on stdout.
     """
-    options = options or RecoveryOptions()
-    record = verbs.recover(
-        model, data, output, teacher, overwrite, dtype, device, **options.model_dump(exclude_unset=True)
-    )
+    from adapruner import verbs
+
+    given = options.model_dump(exclude_unset=True) if options else {}
+    record = verbs.recover(model, data, output, teacher, overwrite, dtype, device, **given)
     if not this_process().leads:
         return
     if json:
