@@ -2,7 +2,7 @@
 
     python benchmarks/cost.py --calibration boolq-passages
 
-For each size a folder is written, its memory is estimated, and it is pruned; what is compared is the peak of every stage
+For each size a folder is written, its memory is estimated, and it is pruned; compared is the peak of every stage
 beyond what the process holds before the model is loaded.
 """
 
