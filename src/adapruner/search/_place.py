@@ -16,7 +16,7 @@ from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.storages import RDBStorage
 from sqlalchemy import event
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import SAWarning, SQLAlchemyError
 
 from adapruner.errors import AdaPrunerError, reason
 
@@ -109,11 +109,12 @@ class StudyPlace:
             storage = self._open()
             with quiet_optuna():
                 yield storage
-        except ImportError as error:
-            raise AdaPrunerError(f"`storage`: {error}. For PostgreSQL: pip install 'adapruner[postgresql]'") from None
-        except (StorageInternalError, SQLAlchemyError) as error:
-            cause = reason(error.__cause__ or error)
-            raise AdaPrunerError(f"the database {self.described} failed: {self._without_secrets(cause)}") from None
+        except Exception as error:
+            failure = _of_database(error)
+            if failure is None:
+                raise
+            cause = self._without_secrets(reason(failure))
+            raise AdaPrunerError(f"the database {self.described} failed: {cause}") from None
         finally:
             if storage is not None:
                 storage.remove_session()
@@ -130,13 +131,18 @@ class StudyPlace:
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", ExperimentalWarning)
+                    warnings.simplefilter("error", SAWarning)
                     storage = _Storage(url, options, heartbeat_interval=_HEARTBEAT, grace_period=_GRACE)
                 break
             except (StorageInternalError, SQLAlchemyError) as error:
                 if "already exists" not in str(error) or attempt == _ATTEMPTS - 1:
                     raise
                 time.sleep(0.2)
-            except (ValueError, TypeError, RuntimeError) as error:
+            except ImportError as error:
+                raise AdaPrunerError(
+                    f"`storage`: {error}. For PostgreSQL: pip install 'adapruner[postgresql]'"
+                ) from None
+            except (ValueError, TypeError, RuntimeError, SAWarning) as error:
                 raise AdaPrunerError(f"`storage` cannot be opened: {self._without_secrets(reason(error))}") from None
         if self.file is not None:
             storage.engine.dispose()
@@ -148,6 +154,13 @@ class StudyPlace:
         for secret in filter(None, (self._address.password, *values)):
             text = text.replace(str(secret), "***").replace(quote(str(secret)), "***")
         return text
+
+
+def _of_database(error: BaseException | None) -> BaseException | None:
+    """What a database has said, which Optuna may have met with errors of its own."""
+    while error is not None and not isinstance(error, StorageInternalError | SQLAlchemyError):
+        error = error.__context__
+    return error and (error.__cause__ or error)
 
 
 def _write_ahead(connection: Any, _: object) -> None:

@@ -20,7 +20,7 @@ from adapruner.config import Sampler
 from adapruner.errors import AdaPrunerError, NonFiniteError
 from adapruner.interrupts import deferring_interrupts
 from adapruner.planning import BudgetError
-from adapruner.search._history import STOPPED, History
+from adapruner.search._history import LOSSES, STOPPED, History
 from adapruner.search._place import StudyPlace
 from adapruner.search._space import FIXED_METRIC, START, Candidate, SearchSpace
 
@@ -31,8 +31,8 @@ _Trials = dict[TrialState, list[FrozenTrial]]
 # difference (see docs/benchmarks.md). It may be as good, but there will be others, and it counts with what it is likely
 # to be.
 _FEWEST_WINDOWS, _STANDARD_ERRORS = 8, 0.5
-# User attributes of trials: the losses of the windows, and that a process runs it beside the one that leads.
-_LOSSES, _HELPER = "losses", "helper"
+# A user attribute of trials that a process runs beside the one that leads.
+_HELPER = "helper"
 
 
 class SearchResult(History):
@@ -218,25 +218,25 @@ class Search:
         beside_others = helps or any(_HELPER in trial.user_attrs for trial in trials[TrialState.RUNNING])
         study.sampler = _sampler(self.sampler, seed, beside_others)
         best = min((trial for trial in finished if math.isfinite(_loss(trial))), key=_loss, default=None)
-        ended = False
+        is_lost = False
 
         def objective(trial: optuna.Trial) -> float:
-            nonlocal ended
-            loss = math.nan
-            with contextlib.suppress(UpdateFinishedTrialError):
+            nonlocal is_lost
+            try:
                 if helps:
                     trial.set_user_attr(_HELPER, True)
-                loss = self._judged(trial, best)
-            ended = True
-            return loss
+                return self._judged(trial, best)
+            except UpdateFinishedTrialError:
+                is_lost = True
+                raise
 
         try:
             study.optimize(objective, n_trials=1)
         except UpdateFinishedTrialError:
             pass
-        except (ValueError, AssertionError):
+        except ValueError:
             # What Optuna raises where another process took this one for dead, and has failed its trial.
-            if not ended:
+            if not is_lost:
                 raise
 
     def _judged(self, trial: optuna.Trial, best: FrozenTrial | None) -> float:
@@ -252,21 +252,24 @@ class Search:
         if not self.stops_early or FIXED_METRIC in trial.user_attrs:
             best = None
         losses: list[float] = []
+        excess = 0.0
         try:
             for batch in self.judge(candidate):
                 losses += batch.tolist()
                 if not all(map(math.isfinite, losses)):
-                    return math.inf
-                excess = _excess(losses, best.user_attrs[_LOSSES]) if best else 0.0
-                if best and excess > 0:
-                    trial.set_user_attr(STOPPED, True)
-                    return _loss(best) + excess
+                    raise NonFiniteError
+                excess = _excess(losses, best.user_attrs[LOSSES]) if best else 0.0
+                if excess:
+                    break
         except BudgetError as error:
             raise optuna.TrialPruned from error
         except NonFiniteError:
-            return math.inf
-        trial.set_user_attr(_LOSSES, losses)
-        return statistics.fmean(losses)
+            losses = []
+        trial.set_user_attr(LOSSES, losses)
+        if best and excess and losses:
+            trial.set_user_attr(STOPPED, True)
+            return _loss(best) + excess
+        return statistics.fmean(losses) if losses else math.inf
 
 
 def _excess(losses: Sequence[float], best: Sequence[float]) -> float:
@@ -310,7 +313,7 @@ def _final_loss(trial: FrozenTrial, candidate: Candidate, judge_further: Judge |
     """Over the windows of the search and further ones."""
     if judge_further is None or not math.isfinite(_loss(trial)):
         return _loss(trial)
-    return statistics.fmean([*trial.user_attrs[_LOSSES], *torch.cat(list(judge_further(candidate))).tolist()])
+    return statistics.fmean([*trial.user_attrs[LOSSES], *torch.cat(list(judge_further(candidate))).tolist()])
 
 
 def _is_fixed(trial: FrozenTrial) -> bool:
