@@ -77,7 +77,6 @@ def _print_structure(structure: Structure, model: str, json: bool) -> None:
 
 
 def _print_cost(estimate: Estimate, model: str, json: bool) -> None:
-    from adapruner.memory import GIB
 
     if json:
         stages = [

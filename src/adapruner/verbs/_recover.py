@@ -119,7 +119,19 @@ def _train(
     about, work = config.model_dump(mode="json"), working_folder(folder)
     card = partial(card_of_recovered, read_card(location))
     with reporter.stage("recovering", total_steps(examples, settings)) as advance:
-        return recover_into(folder, loaded, tokenizer, examples, settings, teacher, about, work, _origin(location, source), card, advance)
+        return recover_into(
+            folder,
+            loaded,
+            tokenizer,
+            examples,
+            settings,
+            teacher,
+            about,
+            work,
+            _origin(location, source),
+            card,
+            advance,
+        )
 
 
 def _source(config: RecoverConfig) -> Source | None:
