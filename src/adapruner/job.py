@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from adapruner.calibration import (
     evaluation_text,
     evenly_spaced,
     fingerprint,
+    register_sources,
     text_windows,
 )
 from adapruner.config import PruneConfig
@@ -38,6 +40,7 @@ from adapruner.models import (
     load_config,
     load_model,
     load_tokenizer,
+    register_architectures,
     resolve_device,
     trial_dtype,
 )
@@ -301,6 +304,14 @@ def reference_budget(config: PruneConfig, structure: Structure, ratio: float) ->
     if not reachable:
         raise refusal
     return min(reachable, key=reachable.__getitem__)
+
+
+def register_extensions(config: PruneConfig) -> None:
+    """Adds the datasets and families of the user's files to the shipped ones, for this process."""
+    if config.sources:
+        register_sources(Path(config.sources))
+    if config.architectures:
+        register_architectures(Path(config.architectures))
 
 
 def needs_moments(config: PruneConfig) -> bool:

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from adapruner import procedure
-from adapruner.calibration import absolute_source, register_sources
+from adapruner.calibration import absolute_source
 from adapruner.checkpoint import check_push, push
 from adapruner.config import PruneConfig, read_recipe
 from adapruner.driver import Driver, refuse_outdated
 from adapruner.errors import AdaPrunerError, NonFiniteError, describe_failure
-from adapruner.job import Job, Preparation
-from adapruner.models import register_architectures
+from adapruner.job import Job, Preparation, register_extensions
 from adapruner.paths import given_path
 from adapruner.processes import Process, this_process
 from adapruner.progress import Reporter
@@ -95,6 +94,7 @@ def plan_again(source: str | Path, output: str | Path, ratio: float, overwrite: 
     if run.path.resolve() == earlier.path.resolve():
         raise AdaPrunerError(f"{output} is the earlier run itself: choose another `output`")
     config = earlier.read_config()
+    register_extensions(config)
     nearest = min(config.ratio, key=lambda searched: abs(searched - ratio))
     changes = {"ratio": ratio, "search_ratio": config.search_ratio or nearest}
     again = PruneConfig.from_options(**config.model_dump() | changes)
@@ -117,6 +117,7 @@ def join(output: str | Path, storage: str | None = None, device: str = "auto") -
     if not run.is_running():
         raise AdaPrunerError(f"no run is in progress in {output}: start it with adapruner prune")
     config = run.read_config()
+    register_extensions(config)
     # Numbers depend on whether the run goes layer by layer, which its record says.
     preparation: Preparation | None = None
     while run.is_running():
@@ -230,10 +231,13 @@ def _config(model: str | None, recipe: str | Path | None, options: dict[str, Any
     if "model" not in given | options:
         raise AdaPrunerError("name a model: Hub id, model folder, .gguf file, or smollm2")
     config = PruneConfig.from_options(**given | options)
-    if config.sources:
-        register_sources(given_path(config.sources))
-    if config.architectures:
-        register_architectures(given_path(config.architectures))
+    extensions = {
+        name: str(given_path(file).absolute())
+        for name in ("sources", "architectures")
+        if (file := getattr(config, name)) is not None
+    }
+    config = config.model_copy(update=extensions)
+    register_extensions(config)
     path = given_path(config.model)
     return config.model_copy(
         update={

@@ -10,7 +10,7 @@ import torch
 
 from adapruner.config import PruneConfig
 from adapruner.errors import AdaPrunerError
-from adapruner.job import reference_budget
+from adapruner.job import reference_budget, register_extensions
 from adapruner.memory import Memory, choose_layer_wise, estimate_memory
 from adapruner.models import empty_model, find_model, load_config, resolve_device
 from adapruner.progress import Reporter
@@ -45,6 +45,7 @@ def estimate(model: str | Path, **options: Any) -> Estimate:
         AdaPrunerError: there is no such model, or an option will not do.
     """
     config = PruneConfig.from_options(model=str(model), **options)
+    register_extensions(config)
     is_here = config.device != "cuda" or torch.cuda.is_available()
     device = resolve_device(config.device) if is_here else torch.device("cuda")
     location = find_model(config.model)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from adapruner import report
+from adapruner.job import register_extensions
 from adapruner.paths import given_path
 from adapruner.run import RunFolder
 
@@ -24,6 +25,7 @@ def write_reports(output: str | Path, watch: bool = False) -> Iterator[list[Path
         AdaPrunerError: the folder holds no run, or cannot be written.
     """
     run = RunFolder(given_path(output))
+    register_extensions(run.read_config())
     while watch and run.is_running():
         yield report.write_reports(run, _SECONDS_BETWEEN_REPORTS)
         time.sleep(_SECONDS_BETWEEN_REPORTS)
