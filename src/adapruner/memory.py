@@ -51,7 +51,7 @@ def estimate_memory(
         AdaPrunerError: the layers of the model already differ.
     """
     if model.config.is_heterogeneous:
-        raise AdaPrunerError("the memory needed to prune a model whose layers already differ cannot be estimated")
+        raise AdaPrunerError("the memory needed to prune a model whose layers differ already cannot be estimated")
     on_host = {"pool", "dense predictions"} | ({"pruned weights"} if layer_wise else set())
     memory = {}
     for stage, terms in _stages(config, model, structure, kept_counts(structure, budget), device, layer_wise).items():
