@@ -51,7 +51,7 @@ def estimate_memory(
         AdaPrunerError: the layers of the model already differ.
     """
     if model.config.is_heterogeneous:
-        raise AdaPrunerError("the memory needed to prune a model whose layers already differ cannot be estimated")
+        raise AdaPrunerError("the memory needed to prune a model whose layers differ already cannot be estimated")
     on_host = {"pool", "dense predictions"} | ({"pruned weights"} if layer_wise else set())
     memory = {}
     for stage, terms in _stages(config, model, structure, kept_counts(structure, budget), device, layer_wise).items():
@@ -128,7 +128,7 @@ def choose_layer_wise(
                 option = getattr(config, each.largest, None)
                 term = f"the {each.largest}:" if option is None else f"`{each.largest}` {option}; lower it, or"
                 raise AdaPrunerError(
-                    f"Not enough memory: {stage} needs up to {needed / GIB:.3g} GiB, {left / GIB:.3g} GiB are free on"
+                    f"Not enough memory: {stage} needs about {needed / GIB:.3g} GiB, {left / GIB:.3g} GiB are free on"
                     f" {place}. The largest term is {term} try {'`layer_wise` or ' * (streamable and not by_layer)}"
                     "`dtype` bfloat16"
                 )
