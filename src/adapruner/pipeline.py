@@ -14,6 +14,7 @@ from adapruner.checkpoint import check_push, push
 from adapruner.config import PruneConfig, read_recipe
 from adapruner.driver import Driver, refuse_outdated
 from adapruner.errors import AdaPrunerError, NonFiniteError, describe_failure
+from adapruner.evaluation import check_tasks
 from adapruner.job import Job, Preparation, register_extensions
 from adapruner.paths import given_path
 from adapruner.processes import Process, this_process
@@ -153,6 +154,8 @@ def _run(
         drivers = [_driver(preparation, ratio, others) for ratio in config.ratio]
         if not overwrite:
             refuse_outdated(drivers, run.path)
+        if config.tasks:
+            check_tasks(config.tasks)
         for driver in drivers:
             _check(driver, others)
         with run.locked() if process.leads else contextlib.nullcontext():
