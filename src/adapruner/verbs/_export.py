@@ -105,8 +105,8 @@ def _check_output(path: Path, location: ModelLocation, to: ExportFormat, overwri
     if path.is_dir() != (to == "stock"):
         raise AdaPrunerError(f"{path} is no {'folder' if to == 'stock' else 'file'}: choose another output")
     if path.is_dir() and not is_replaceable(path):
-        raise AdaPrunerError(f"{path} was not written by adapruner, it is not replaced: choose another output")
+        raise AdaPrunerError(f"{path} holds something else than what adapruner wrote: choose another output")
     if path.is_file() and path.stat().st_size:
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
-                raise AdaPrunerError(f"{path} is no GGUF file, it is not replaced: choose another output")
+                raise AdaPrunerError(f"{path} is something else than a GGUF file: choose another output")
