@@ -333,7 +333,8 @@ def load_model(
                 **location.arguments,
             )
             _refuse_other_weights(location, config, report)
-            model = loaded.to(target).eval()
+    if not layer_wise:
+        model = loaded.to(target).eval()
     for marked in (model, model.config):
         _clear_gguf_marks(marked, location)
     for settings in (model.config, model.generation_config):

@@ -50,15 +50,12 @@ def export(
 
     Args:
         model: as for `load`.
-        to: `gguf` writes one file for llama.cpp; `stock` a folder for any loader of the family, with short layers
-            padded with zeros to the widest (see `surgery.pad_to_stock`).
+        to: `gguf`: one file for llama.cpp; `stock`: a folder for any loader of the family (see `surgery.pad_to_stock`).
         output: the file or folder.
         gguf_type: how a GGUF file stores matrices.
         overwrite: replace an existing GGUF file, or a folder that this package wrote.
         push_to_hub: upload the result to this repository.
-        hub_private: whether a new repository is private.
-        hub_revision: branch to upload to.
-        hub_token: token of the Hub, by default the stored one.
+        hub_private, hub_revision, hub_token: see `checkpoint.push`.
 
     Raises:
         AdaPrunerError: the model cannot be written in this form, or the output cannot be replaced.
@@ -68,11 +65,7 @@ def export(
     _check_output(path, location, to, overwrite)
     if push_to_hub:
         check_push(push_to_hub, hub_token)
-    without_weights = empty_model(load_config(location))
-    if to == "gguf":
-        check_gguf(without_weights)
-    else:
-        check_paddable(without_weights)
+    (check_gguf if to == "gguf" else check_paddable)(empty_model(load_config(location)))
     tokenizer = load_tokenizer(location)
     reporter = Reporter()
     with reporter.stage("loading", 1) as advance:
