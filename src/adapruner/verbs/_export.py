@@ -90,7 +90,7 @@ def _check_output(path: Path, location: ModelLocation, to: ExportFormat, overwri
     if location.is_local:
         source, target = Path(location.path, location.gguf_file or "").resolve(), path.resolve()
         if source == target or source in target.parents or target in source.parents:
-            raise AdaPrunerError(f"{path} and the model {location} lie in each other: choose another output")
+            raise AdaPrunerError(f"{path} overlaps the model {location}: choose another output")
     if not path.exists():
         return
     if not overwrite:
