@@ -202,7 +202,7 @@ def check_length(config: PreTrainedConfig, length: int) -> str | None:
             f"this {config.model_type} has {longest:,} positions {why}; texts of {length:,} tokens are too long:"
             " choose shorter ones"
         )
-    return f"texts of {length:,} tokens exceed the {longest:,} positions that this model was made for: expect worse results"
+    return f"texts of {length:,} tokens exceed the {longest:,} positions of this model: expect worse results"
 
 
 def check_tokens(config: PreTrainedConfig, largest: int) -> None:
