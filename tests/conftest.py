@@ -6,7 +6,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from adapruner.models import known_architectures
+from adapruner.models import PRUNED_CLASSES, STOCK_CLASSES, known_architectures
 
 VOCABULARY = 96
 
@@ -90,6 +90,17 @@ def tiny_model(model_type: str = "llama", key_value_heads: int = 3, **fields: ob
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     return model
+
+
+@pytest.fixture(autouse=True)
+def _families_of_the_package() -> Iterator[None]:
+    """Families that a test registers are for the process, and gone after the test."""
+    registries = [known_architectures(), PRUNED_CLASSES, STOCK_CLASSES]
+    before = [dict(registry) for registry in registries]
+    yield
+    for registry, own in zip(registries, before, strict=True):
+        registry.clear()
+        registry.update(own)
 
 
 @pytest.fixture
