@@ -2,8 +2,8 @@
 
     python benchmarks/cost.py --calibration boolq-passages
 
-For each size a folder is written, its cost is estimated, and it is pruned; memory is the peak of every stage beyond
-what the process holds before the model is loaded.
+For each size a folder is written, its memory is estimated, and it is pruned; compared is the peak of every stage
+beyond what the process holds before the model is loaded.
 """
 
 from __future__ import annotations
@@ -49,13 +49,8 @@ def main(*, calibration: str, sizes: tuple[str, ...] = tuple(SIZES), dtype: str 
             if stage["stage"] == "loading":  # files are mapped: what is read comes into memory in the next stages
                 continue
             held, expected = own["peak_memory_mib"] - program, stage["device_bytes"] / MIB
-            line = (
-                f"{size}, {stage['stage']}: {expected:.0f} MiB estimated, {held:.0f} held ({expected / held - 1:+.0%})"
-            )
-            if stage["seconds"]:
-                line += f"; {stage['seconds']:.1f} s estimated, {own['seconds']:.1f} taken"
-                line += f" ({stage['seconds'] / own['seconds'] - 1:+.0%})"
-            print(line, flush=True)
+            difference = f"{expected / held - 1:+.0%}"
+            print(f"{size}, {stage['stage']}: {expected:.0f} MiB estimated, {held:.0f} held ({difference})", flush=True)
 
 
 def adapruner(*arguments: str) -> dict:

@@ -14,6 +14,7 @@ import statistics
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,10 +36,13 @@ from adapruner.search import (
     Candidate,
     Objective,
     Search,
+    SearchResult,
     SearchSpace,
     StudyPlace,
     build_subset_family,
+    is_feasible,
     plan_candidate,
+    sqlite_url,
 )
 from adapruner.structure import build_structure
 from adapruner.surgery import Compensation, prune_model
@@ -59,9 +63,9 @@ def main(
     text = load_file(folder.windows)["objective"]
     objective, final = text[:windows], text[config.objective_windows :]
     budget = reference_budget(config, structure)
-    space = SearchSpace(
-        build_subset_family(measured, structure, kept_counts(structure, budget)), config.samples, 0, budget, "extended"
-    )
+    family = build_subset_family(measured, structure, kept_counts(structure, budget))
+    feasible = partial(is_feasible, structure, measured)
+    space = SearchSpace(family, config.samples, 0, budget, "extended", is_feasible=feasible)
     compensation = Compensation("least-squares", moments)
     prefix = compute_prefix(dense, objective, MOST_PROTECTED_FIRST)
     judge = Objective(dense, structure, measured, objective, compensation, prefix)
@@ -84,16 +88,15 @@ def main(
     for seed in seeds:
         for stops_early in (False, True):
             looked_at = 0
-            with tempfile.TemporaryDirectory() as place:
-                own = replace(space, seed=seed)
-                search = Search(own, counted, trials, seed, StudyPlace(Path(place)), stops_early=stops_early)
+            with tempfile.TemporaryDirectory() as files:
+                place = StudyPlace(sqlite_url(Path(files) / "study.db"), "benchmark")
+                search = Search(replace(space, seed=seed), counted, trials, seed, place, stops_early=stops_early)
                 search.run()
-                found = search.result().best
-            candidate = found.candidate
-            chosen = torch.cat(list(replace(judge, windows=final, prefix=None)(candidate))).mean()
+                result = search.result()
+            chosen = torch.cat(list(replace(judge, windows=final, prefix=None)(result.best))).mean()
             print(
                 f"seed {seed}, {'bad trials stopped' if stops_early else 'no trial stopped'}: {looked_at} of"
-                f" {trials * len(objective)} windows; chosen {found.loss:.4f} nats, on"
+                f" {trials * len(objective)} windows; chosen {result.best_loss:.4f} nats, on"
                 f" {len(final)} further windows {chosen:.4f}",
                 flush=True,
             )
@@ -103,8 +106,8 @@ def compare_whole_run(folder: RunFolder, config: PruneConfig, dense: PreTrainedM
     """All stages of the run against one forward pass of the dense model over every window that it saw: the pool, the
     text of compensation once for the moments and once to fit, and whatever trials looked at."""
     stages = read_result(folder).result["stages"]
-    with StudyPlace(folder.path).opened() as study:
-        in_trials = sum(len(trial.intermediate_values) for trial in study.get_trials(deepcopy=False))
+    searched = SearchResult.model_validate_json(folder.search.read_text(encoding="utf-8"))
+    in_trials = sum(point.windows for point in searched.points)
     finalists = 4 * config.final_windows
     used = load_file(folder.windows)
     windows = len(used["pool"]) + 2 * len(used["compensation"]) + in_trials + finalists

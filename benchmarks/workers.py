@@ -1,4 +1,4 @@
-"""Trials per second of one process and of two, each on a core of its own, with a journal and with PostgreSQL.
+"""Trials per second of one process and of two, each on a core of its own, with SQLite and with PostgreSQL.
 
     python benchmarks/workers.py --measured runs/measured
 
@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -28,7 +29,16 @@ from adapruner.measurement import Statistics, StoredMoments
 from adapruner.models import find_model, in_fastest_dtype, load_model
 from adapruner.planning import kept_counts
 from adapruner.run_folder import RunFolder
-from adapruner.search import MOST_PROTECTED_FIRST, Objective, Search, SearchSpace, StudyPlace, build_subset_family
+from adapruner.search import (
+    MOST_PROTECTED_FIRST,
+    Objective,
+    Search,
+    SearchSpace,
+    StudyPlace,
+    build_subset_family,
+    is_feasible,
+    sqlite_url,
+)
 from adapruner.structure import build_structure
 from adapruner.surgery import Compensation
 from machine import describe
@@ -40,26 +50,27 @@ def main(
     model: str = "smollm2",
     windows: int = 16,
     trials: int = 24,
-    place: Path | None = None,
     storage: str | None = None,
+    study: str | None = None,
     role: Literal["leads", "helps"] = "leads",
 ) -> None:
-    """Prints trials per second and their ratio; `place`, `storage` and `role` are for the processes that it starts."""
-    if place is not None:
-        search = make_search(measured, model, windows, trials, StudyPlace(place, storage))
-        search.run() if role == "leads" else search.help("helper")
+    """Prints trials per second and their ratio; `storage`, `study` and `role` are for the processes that it starts."""
+    if storage and study:
+        search = make_search(measured, model, windows, trials, StudyPlace(storage, study))
+        search.run() if role == "leads" else search.help()
         return
     print(describe())
     with contextlib.ExitStack() as stack:
-        storages: dict[str, str | None] = {"journal": None}
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        storages = {"SQLite": sqlite_url(folder / "study.db")}
         if postgresql_server.find_programs():
             storages["PostgreSQL"] = stack.enter_context(postgresql_server.server())
         for name, url in storages.items():
             rates = []
             for processes in (1, 2):
-                folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+                place = StudyPlace(url, f"processes-{processes}")
                 options = ["--measured", str(measured), "--model", model, "--windows", str(windows)]
-                options += ["--trials", str(trials), "--place", str(folder), *(["--storage", url] if url else [])]
+                options += ["--trials", str(trials), "--storage", place.url, "--study", place.name]
                 started = [
                     subprocess.Popen(
                         ["taskset", "--cpu-list", str(core), sys.executable, __file__, *options, "--role", role],
@@ -69,7 +80,7 @@ def main(
                 ]
                 codes = [process.wait() for process in started]
                 assert not any(codes), codes
-                rates.append(rate(StudyPlace(folder, url), processes))
+                rates.append(rate(place, processes))
                 print(f"{name}, {processes} process(es): {rates[-1]:.3f} trials per second", flush=True)
             print(f"{name}: {rates[1] / rates[0]:.2f} times as many")
 
@@ -84,7 +95,8 @@ def make_search(measured: Path, model: str, windows: int, trials: int, place: St
     text = load_file(folder.windows)["objective"][:windows]
     budget = reference_budget(config, structure)
     family = build_subset_family(statistics, structure, kept_counts(structure, budget))
-    space = SearchSpace(family, config.samples, 0, budget, "extended")
+    feasible = partial(is_feasible, structure, statistics)
+    space = SearchSpace(family, config.samples, 0, budget, "extended", is_feasible=feasible)
     compensation, prefix = Compensation("least-squares", moments), compute_prefix(dense, text, MOST_PROTECTED_FIRST)
     judge = Objective(dense, structure, statistics, text, compensation, prefix)
     return Search(space, judge, trials, 0, place, stops_early=False)
@@ -94,10 +106,10 @@ def rate(place: StudyPlace, processes: int) -> float:
     """Finished trials per second, from when every process has begun its first."""
     with place.opened() as study:
         finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    by_worker: dict[str, list[float]] = {}
+    by_worker: dict[bool, list[float]] = {}
     for trial in finished:
         begun, ended = trial.datetime_start, trial.datetime_complete
-        by_worker.setdefault(trial.user_attrs["worker"], []).extend((begun.timestamp(), ended.timestamp()))
+        by_worker.setdefault("helper" in trial.user_attrs, []).extend((begun.timestamp(), ended.timestamp()))
     assert len(by_worker) == processes
     # Each by its own trials between the first moment and the last at which all were at it.
     first = max(min(times) for times in by_worker.values())

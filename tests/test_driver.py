@@ -68,8 +68,8 @@ def written(folder: Path) -> dict[str, int]:
     return {path.relative_to(folder).as_posix(): path.stat().st_mtime_ns for path in paths}
 
 
-def stop_behind(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Ends a run when an artifact is made."""
+def interrupt_behind(name: str, model: Path, output: Path, **options: Any) -> None:
+    """Runs until an artifact is made."""
     finish = RunFolder.finish
 
     def then_stop(self: RunFolder, artifact: str, record: Record) -> None:
@@ -77,7 +77,10 @@ def stop_behind(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
         if artifact == name:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(RunFolder, "finish", then_stop)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunFolder, "finish", then_stop)
+        with pytest.raises(KeyboardInterrupt):
+            adapruner.prune(str(model), output, **options)
 
 
 def test_a_changed_option_rebuilds_what_depends_on_it_and_nothing_else(
@@ -85,9 +88,7 @@ def test_a_changed_option_rebuilds_what_depends_on_it_and_nothing_else(
 ) -> None:
     before = written(run)
     options = OPTIONS | {"calibration": str(text_file), "trials": 11}
-    with pytest.raises(
-        AdaPrunerError, match=r"\(trials 9 → 11\): search.json, plan.json, .*report.html would be rebuilt"
-    ):
+    with pytest.raises(AdaPrunerError, match=r"\(trials 9 → 11\): search.json, plan.json, .*report.html would"):
         adapruner.prune(str(model_folder), run, **options)
     assert written(run) == before
     result = adapruner.prune(str(model_folder), run, overwrite=True, **options)
@@ -105,31 +106,21 @@ def test_an_option_that_decides_nothing_may_change(run: Path, model_folder: Path
     assert {name for name, moment in written(run).items() if moment != before.get(name)} == {"config.yaml"}
 
 
-def test_replaced_weights_are_noticed(
-    model: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_replaced_weights_are_noticed(model: Path, text_file: Path, tmp_path: Path) -> None:
     options = OPTIONS | {"calibration": str(text_file)}
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stop_behind(patch, "statistics.safetensors")
-        adapruner.prune(str(model), tmp_path / "run", **options)
+    interrupt_behind("statistics.safetensors", model, tmp_path / "run", **options)
     tensors = load_file(model / "model.safetensors")
     tensors["model.layers.2.mlp.down_proj.weight"][3] += 1
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
-    with pytest.raises(
-        AdaPrunerError, match=r"another model\): windows.safetensors, .*statistics.safetensors would be"
-    ):
+    with pytest.raises(AdaPrunerError, match=r"another model\): windows.safetensors, .*statistics.safetensors would"):
         adapruner.prune(str(model), tmp_path / "run", **options)
     again = adapruner.prune(str(model), tmp_path / "run", overwrite=True, **options)
     assert again.plan == adapruner.prune(str(model), tmp_path / "fresh", **options).plan
 
 
-def test_replaced_text_is_noticed(
-    model_folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_replaced_text_is_noticed(model_folder: Path, text: Path, tmp_path: Path) -> None:
     options = OPTIONS | {"calibration": str(text)}
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stop_behind(patch, "statistics.safetensors")
-        adapruner.prune(str(model_folder), tmp_path / "run", **options)
+    interrupt_behind("statistics.safetensors", model_folder, tmp_path / "run", **options)
     paragraphs = text.read_text().split("\n\n")
     text.write_text("\n\n".join(paragraphs[20:]))
     with pytest.raises(AdaPrunerError, match=r"another content of .*text.txt@calibration"):
@@ -137,12 +128,10 @@ def test_replaced_text_is_noticed(
 
 
 def test_a_run_resumes_without_its_text(
-    finished: adapruner.PruneResult, model_folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: adapruner.PruneResult, model_folder: Path, text: Path, tmp_path: Path
 ) -> None:
     options = OPTIONS | {"calibration": str(text)}
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stop_behind(patch, "evaluation/texts.safetensors")
-        adapruner.prune(str(model_folder), tmp_path / "run", **options)
+    interrupt_behind("evaluation/texts.safetensors", model_folder, tmp_path / "run", **options)
     text.unlink()
     resumed = adapruner.prune(str(model_folder), tmp_path / "run", **options)
     assert resumed.plan == finished.plan
@@ -174,13 +163,9 @@ def test_a_folder_is_checked_again_once_it_is_locked(
     assert adapruner.prune(str(model_folder), tmp_path / "run", **options | {"ratio": 0.05}).plan.ratio < 0.06
 
 
-def test_the_lock_is_free_after_an_error(
-    model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_lock_is_free_after_an_error(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run")
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stop_behind(patch, "windows.safetensors")
-        adapruner.prune(str(model_folder), run.path, calibration=str(text_file), **OPTIONS)
+    interrupt_behind("windows.safetensors", model_folder, run.path, calibration=str(text_file), **OPTIONS)
     assert not run.is_running()
     with run.locked():
         assert run.is_running()
@@ -240,7 +225,7 @@ def test_free_memory_decides_no_number(
         return prepared.leaf("precision", {})
 
     assert precision(1 << 40) == precision(1 << 30)
-    with pytest.raises(AdaPrunerError, match="[Mm]emory"):
+    with pytest.raises(AdaPrunerError, match="Not enough memory"):
         precision(1000)
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ from transformers import PreTrainedModel
 from adapruner import AdaPrunerError, verbs
 from adapruner.cli import app
 from adapruner.config import PruneConfig
-from adapruner.evaluation import _perplexity, count_macs, measure_perplexity, measure_speed, window_losses
+from adapruner.evaluation import Perplexity, _perplexity, count_macs, measure_perplexity, measure_speed, window_losses
+from adapruner.models import find_model, load_model
 from adapruner.planning import make_plan
 from adapruner.structure import build_structure
 from adapruner.surgery import prune_model
@@ -95,7 +97,7 @@ def test_multiplications_are_those_of_the_matrices_and_of_attention(model: PreTr
 def test_models_are_measured_in_turn(model: PreTrainedModel) -> None:
     steps: list[int] = []
     speeds = measure_speed({"dense": model, "cut": cut_some_channels(model)}, (1, 2), 8, 3, 3, steps.append)
-    assert len(steps) == 2 * 2 * 4
+    assert len(steps) == 2 * (2 * 4 + 1)
     assert speeds["dense"].parameters - speeds["cut"].parameters == 17 * (3 * 48 + 2)
     assert speeds["cut"].weight_bytes == 4 * speeds["cut"].parameters
     assert speeds["cut"].prompt_macs < speeds["dense"].prompt_macs
@@ -104,6 +106,29 @@ def test_models_are_measured_in_turn(model: PreTrainedModel) -> None:
         for rates in (speed.prefill, speed.decode):
             assert list(rates) == [1, 2]
             assert all(0 < rate.least <= rate.median <= rate.greatest for rate in rates.values())
+
+
+def test_mapped_weights_count_once_at_one_batch_size(
+    make_model: Callable[..., PreTrainedModel], tmp_path: Path
+) -> None:
+    """94 MB that come from the file into memory as they are first used."""
+    small = make_model("llama", hidden_size=480, num_hidden_layers=2)
+    config = type(small.config).from_dict(small.config.to_dict() | {"intermediate_size": 8192})
+    type(small)(config).save_pretrained(tmp_path)
+    loaded = load_model(find_model(str(tmp_path)), device="cpu")
+    [speed] = measure_speed({"large": loaded}, (1,), 8, 2, 1).values()
+    assert speed.weight_bytes > 90e6
+    if speed.peak_memory_bytes is not None:
+        assert speed.peak_memory_bytes < 1.5 * speed.weight_bytes
+
+
+def test_an_infinite_perplexity_survives_json() -> None:
+    one = Perplexity(perplexity=math.inf, text="a", window_length=8, windows=2, stride=8)
+    assert json.loads(json.dumps(one.model_dump(mode="json")))["perplexity"] == math.inf
+    content = json.loads(one.model_dump_json())
+    assert (content["perplexity"], content["predicted_tokens"]) == (math.inf, 14)
+    assert content["protocol"] == one.protocol
+    assert Perplexity.model_validate_json(one.model_dump_json()) == one
 
 
 def test_the_command_warns_of_unfriendly_widths(

@@ -81,7 +81,7 @@ def test_every_term_is_not_negative_and_ignores_the_order_of_samples(
     term: str, measured: tuple[Structure, Statistics]
 ) -> None:
     structure, statistics = measured
-    compute, unit = TERMS[term].values, TERMS[term].unit
+    compute, unit = TERMS[term].function, TERMS[term].unit
     values = compute(statistics)
     assert (values >= 0).all()
     assert (

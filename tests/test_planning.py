@@ -128,7 +128,7 @@ def test_an_impossible_ratio_names_the_largest(llama_7b: Structure) -> None:
 
 
 def test_steps_that_are_too_coarse_are_refused(model: PreTrainedModel) -> None:
-    with pytest.raises(AdaPrunerError, match="lower --round-to"):
+    with pytest.raises(AdaPrunerError, match="lower `round_to`"):
         kept_counts(build_structure(model), Budget(0.012, 0, 3, round_to=8))
 
 
@@ -196,7 +196,7 @@ def test_a_uniform_layout_is_the_same_in_every_layer(llama_7b: Structure, head_s
 
 
 def test_a_uniform_layout_that_steps_over_the_ratio_is_refused(llama_7b: Structure) -> None:
-    with pytest.raises(AdaPrunerError, match="lower --round-to"):
+    with pytest.raises(AdaPrunerError, match="lower `round_to`"):
         kept_counts(llama_7b, Budget(0.3, 0, 0, 0.0, 1024, "uniform"))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -30,7 +32,9 @@ from adapruner.recovery import (
     distillation_loss,
     instruction_examples,
     read_examples,
+    read_record,
     train,
+    training_alone,
     window_examples,
     working_folder,
 )
@@ -238,7 +242,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_what_was_saved(
 
 
 def test_weights_that_explode_stop_the_training(model: PreTrainedModel, examples: Examples, tmp_path: Path) -> None:
-    with pytest.raises(AdaPrunerError, match=r"is (nan|inf) at step \d+; .*Lower --learning-rate \(1e\+30\)"):
+    with pytest.raises(AdaPrunerError, match=r"is (nan|inf) at step \d+; .*Lower `learning_rate` \(1e\+30\)"):
         train(model, examples, RecoveryOptions(**SHORT | {"learning_rate": 1e30, "steps": 20}), tmp_path / "work")
 
 
@@ -297,8 +301,59 @@ def test_one_command_at_a_time_trains_into_a_folder(model_folder: Path, text_fil
         patch.setattr("adapruner.verbs._recover.recover_into", second)
         verbs.recover(model_folder, str(text_file), tmp_path / "out", **SHORT)
     assert len(begun) == 1
-    assert verbs.recover(model_folder, str(text_file), tmp_path / "out", **SHORT)["steps"] == SHORT["steps"]
+    assert verbs.recover(model_folder, str(text_file), tmp_path / "out", **SHORT).steps == SHORT["steps"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_lock_is_given_back_even_where_its_file_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Windows, which removes no file that is open."""
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refuse)
+        with pytest.raises(RuntimeError, match="training failed"), training_alone(tmp_path / "a", {}, False):
+            raise RuntimeError("training failed")
+    with training_alone(tmp_path / "a", {}, False) as record:
+        assert record is None
+    assert [path.name for path in tmp_path.iterdir()] == ["a.training"]
+
+
+def test_what_another_command_has_finished_meanwhile_is_not_done_again(
+    recovered: Path, model_folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("adapruner.verbs._recover.check_folder", lambda *_: None)
+    monkeypatch.setattr("adapruner.verbs._recover.load_model", lambda *_: pytest.fail("loaded"))
+    assert verbs.recover(model_folder, str(text_file), recovered, **SHORT).steps == SHORT["steps"]
+
+
+def test_the_first_process_alone_prints(
+    recovered: Path,
+    model_folder: Path,
+    text_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    record = read_record(recovered)
+    monkeypatch.setattr(verbs, "recover", lambda *_, **__: record)
+    command = ["recover", str(model_folder), "--data", str(text_file), "-o", str(recovered), "--json"]
+    for rank in (0, 1):
+        for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}.items():
+            monkeypatch.setenv(name, str(value))
+        assert main_or_exit(command) == 0
+        assert bool(capsys.readouterr().out) == (rank == 0)
+
+
+def test_training_leaves_the_random_state_of_the_host(
+    model: PreTrainedModel, examples: Examples, tmp_path: Path
+) -> None:
+    def state() -> tuple[Any, ...]:
+        return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
+    before = state()
+    train(model, examples, RecoveryOptions(**SHORT), tmp_path / "work")
+    assert state() == before
 
 
 def test_the_same_command_goes_on_after_a_kill(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
@@ -349,8 +404,8 @@ def test_a_finished_recovery_is_not_done_again(
 ) -> None:
     monkeypatch.setattr("adapruner.verbs._recover.load_model", lambda *_: pytest.fail("loaded"))
     record = verbs.recover(model_folder, str(text_file), recovered, **SHORT)
-    assert record == json.loads((recovered / "recovery.json").read_text())
-    assert record["method"] == "labels"
+    assert record.model_dump(mode="json") == json.loads((recovered / "recovery.json").read_text())
+    assert record.method == "labels"
     with pytest.raises(AdaPrunerError, match="another config \\(steps 10 → 11\\)"):
         verbs.recover(model_folder, str(text_file), recovered, **SHORT | {"steps": 11})
 
@@ -359,7 +414,7 @@ def test_overwriting_starts_again(model_folder: Path, text_file: Path, tmp_path:
     folder = tmp_path / "a"
     verbs.recover(model_folder, str(text_file), folder, **SHORT)
     record = verbs.recover(model_folder, str(text_file), folder, overwrite=True, **SHORT | {"steps": 3})
-    assert record["steps"] == 3
+    assert record.steps == 3
     record = verbs.recover(
         model_folder, str(text_file), folder, overwrite=True, dtype="bfloat16", **SHORT | {"steps": 3}
     )
@@ -373,8 +428,8 @@ def test_the_teacher_writes_the_text_itself(model_folder: Path, tmp_path: Path) 
     record = verbs.recover(
         model_folder, "self", tmp_path / "a", teacher=str(model_folder), **SHORT | {"steps": 2, "records": 20}
     )
-    assert (record["method"], record["training_examples"], record["validation_examples"]) == ("distillation", 18, 2)
-    assert record["loss_before"] < 1e-3
+    assert (record.method, record.training_examples, record.validation_examples) == ("distillation", 18, 2)
+    assert record.loss_before < 1e-3
 
 
 @pytest.mark.parametrize(

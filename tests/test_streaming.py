@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+import json
 import weakref
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -18,10 +20,12 @@ from adapruner.evaluation import compute_prefix, losses_by_batch
 from adapruner.measurement import measure, measure_moments
 from adapruner.models import (
     decoder_layers,
+    empty_model,
     enter_layers,
     find_model,
     is_streamed,
     known_architectures,
+    load_config,
     load_model,
     loaded_layer,
     skipping_layers,
@@ -166,5 +170,105 @@ def test_what_cannot_be_streamed_is_refused(model: PreTrainedModel, tmp_path: Pa
     with pytest.raises(AdaPrunerError, match=r"gate_proj.weight is \(24, 48\) in the files and \(32, 48\)"):
         load_model(find_model(str(tmp_path)), layer_wise=True)
     (tmp_path / "a.gguf").touch()
-    with pytest.raises(AdaPrunerError, match=r"a \.gguf file is read as a whole"):
+    with pytest.raises(AdaPrunerError, match=r"`layer_wise` .* a \.gguf file is read as a whole"):
         load_model(find_model(str(tmp_path / "a.gguf")), layer_wise=True)
+
+
+def counted(folder: Path) -> int:
+    """Parameters by the config, without reading weights."""
+    return build_structure(empty_model(load_config(find_model(str(folder))))).total_parameters
+
+
+def rewrite(folder: Path, tensors: dict[str, Tensor] | None = None, **fields: object) -> None:
+    """Changes the files of a model."""
+    config = json.loads((folder / "config.json").read_text()) | fields
+    (folder / "config.json").write_text(json.dumps({name: value for name, value in config.items() if value != "gone"}))
+    if tensors:
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def all_ways(folder: Path, windows: Tensor) -> list[PreTrainedModel]:
+    """Loaded whole and layer by layer, after making sure that both are what transformers loads."""
+    location = find_model(str(folder))
+    models = [load_model(location), load_model(location, layer_wise=True)]
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    with torch.no_grad():
+        for model in models:
+            assert model.dtype == reference.dtype
+            assert torch.equal(model(windows).logits, reference(windows).logits)
+            assert sum(parameter.numel() for parameter in model.parameters()) == counted(folder)
+    return models
+
+
+@pytest.mark.parametrize("family", known_architectures())
+def test_an_output_matrix_beside_a_config_that_ties_is_kept(
+    family: str,
+    make_model: Callable[..., PreTrainedModel],
+    windows: Tensor,
+    tokenizer: object,
+    tmp_path: Path,
+) -> None:
+    model = make_model(family, tie_word_embeddings=False)
+    model.save_pretrained(tmp_path / "dense")
+    untied = counted(tmp_path / "dense")
+    rewrite(tmp_path / "dense", tie_word_embeddings=True)
+    assert counted(tmp_path / "dense") == untied
+    structure = build_structure(model)
+    counts = [max(1, block.groups - block.layer) for block in structure.blocks]
+    plan = make_plan(structure, torch.rand(structure.group_offsets[-1]), counts)
+    for number, dense in enumerate(all_ways(tmp_path / "dense", windows)):
+        pruned = prune_model(dense, structure, plan)
+        save_checkpoint(pruned, tokenizer, tmp_path / f"{number}")
+        with torch.no_grad():
+            loaded = load_model(find_model(str(tmp_path / f"{number}")))
+            assert torch.equal(loaded(windows).logits, prune_model(model, structure, plan)(windows).logits)
+        assert counted(tmp_path / f"{number}") == plan.total_parameters - plan.removed_parameters
+
+
+def test_an_output_matrix_that_is_the_embedding_is_tied(
+    model: PreTrainedModel, windows: Tensor, tmp_path: Path
+) -> None:
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    rewrite(
+        tmp_path, tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, tie_word_embeddings=True
+    )
+    for loaded in all_ways(tmp_path, windows):
+        assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+def test_an_embedding_that_is_stored_as_the_output_matrix(
+    make_model: Callable[..., PreTrainedModel], windows: Tensor, tmp_path: Path
+) -> None:
+    make_model("llama", tie_word_embeddings=True).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    rewrite(tmp_path, tensors | {"lm_head.weight": tensors.pop("model.embed_tokens.weight")})
+    all_ways(tmp_path, windows)
+
+
+@pytest.mark.parametrize(
+    ("fields", "dtype"),
+    [
+        ({"dtype": "float16"}, torch.float16),
+        ({"dtype": "bfloat16"}, torch.bfloat16),
+        ({"dtype": "gone"}, torch.float32),
+    ],
+)
+def test_the_dtype_is_that_of_the_config_or_else_of_the_files(
+    fields: dict[str, object], dtype: torch.dtype, model: PreTrainedModel, windows: Tensor, tmp_path: Path
+) -> None:
+    model.save_pretrained(tmp_path)
+    rewrite(tmp_path, **fields)
+    assert [loaded.dtype for loaded in all_ways(tmp_path, windows)] == [dtype, dtype]
+
+
+def test_weights_that_the_config_names(model: PreTrainedModel, windows: Tensor, tmp_path: Path) -> None:
+    """Not those of the usual name beside them."""
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(
+        {name: tensor * 1.01 for name, tensor in tensors.items()}, tmp_path / "other.safetensors", {"format": "pt"}
+    )
+    rewrite(tmp_path, transformers_weights="other.safetensors")
+    for loaded in all_ways(tmp_path, windows):
+        assert torch.equal(loaded.lm_head.weight, tensors["lm_head.weight"] * 1.01)

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+import random
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from adapruner import AdaPrunerError, verbs
-from adapruner.evaluation import load_tasks, mean_accuracies, measure_tasks
+from adapruner.evaluation import check_tasks, load_tasks, mean_accuracies, measure_tasks
 
 pytest.importorskip("lm_eval")
 
@@ -154,6 +157,39 @@ def test_scores_are_those_of_the_likelihoods(
     assert score.protocol == (
         "arc_easy: lm-eval task version 1.0, 0 shots, all 40 items of commonsense/arc_easy_test.jsonl, test; float32"
     )
+
+
+def test_nothing_is_printed_and_nothing_of_the_host_is_changed(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    local_data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """The way of a GPU, on which lm-eval looks for the largest batch and prints what it found."""
+
+    def host() -> tuple[Any, ...]:
+        states = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+        return *states, logging.getLogger("lm_eval").level, datasets.are_progress_bars_disabled()
+
+    monkeypatch.setattr("adapruner.evaluation._tasks._BATCH_ON_CPU", "auto")
+    before = host()
+    assert not before[-1]
+    [score] = measure_tasks(model, tokenizer, load_tasks(["arc_easy"]))
+    assert host() == before
+    assert score.items == 1
+    assert tuple(capfd.readouterr()) == ("", "")
+
+
+def test_names_are_checked_without_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adapruner.evaluation._tasks._load", lambda _: pytest.fail("loaded"))
+    with pytest.raises(AdaPrunerError, match="no task 'piqqa'; did you mean piqa"):
+        check_tasks(["boolq,piqqa"])
+    # The seven of the paper are known without lm-eval's register.
+    monkeypatch.setattr("adapruner.evaluation._tasks._task_manager", lambda: pytest.fail("register"))
+    assert check_tasks(["piqa, boolq", "commonsense"])[:3] == ["piqa", "boolq", "hellaswag"]
+    with pytest.raises(AdaPrunerError, match="`tasks` names no task"):
+        check_tasks([" , "])
 
 
 def test_fewer_items_are_evenly_spaced_and_used_text_is_left_out(

@@ -173,8 +173,8 @@ def _driver(preparation: Preparation, ratio: float, others: Sequence[RunFolder] 
     config, root = preparation.config, preparation.folder
     folder = root.at_ratio(ratio, config)
     job = Job(config.model_copy(update={"ratio": (ratio,)}), folder, preparation, {})
-    # What an earlier run for this ratio alone made is taken over.
-    return Driver(job, root, tuple(others) if folder == root else (*others, root))
+    # What an earlier run for this ratio alone, or for others too, made is taken over.
+    return Driver(job, root, (*others, root, root.of_ratio(ratio)))
 
 
 def _check(driver: Driver, searched: Sequence[RunFolder]) -> None:
@@ -208,6 +208,9 @@ def _make_missing(driver: Driver) -> None:
             driver.refresh()
             if driver.job.keys == before:
                 raise
+    if process.leads:
+        for folder in (driver.root, driver.job.folder):
+            folder.remove_unfinished()
 
 
 def _result(driver: Driver) -> PruneResult:

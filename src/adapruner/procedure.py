@@ -184,27 +184,29 @@ def statistics(job: Job, work: Path, windows: Windows, moments: Moments) -> Stat
 def search(job: Job, work: Path, windows: Windows, moments: Moments, statistics: Statistics) -> SearchResult | None:
     """The search; of several processes, the first leads it and the others run trials."""
     prepared, config = job.prepared, job.config
-    text = usable(job, windows)["objective"]
-    if not all(losses.isfinite().all() for losses in losses_by_batch(in_fastest_dtype(prepared.dense), text)):
+    fast, text = in_fastest_dtype(prepared.dense), usable(job, windows)["objective"]
+    if not all(losses.isfinite().all() for losses in losses_by_batch(fast, text)):
         raise NonFiniteError("the loss of the model is not finite on the text of the objective")
-    search = _search(job, windows, moments, statistics)
+    judge = partial(_judge, job, fast, moments, statistics)
+    search = _search(job, statistics, judge(text[: config.objective_windows]))
     if not prepared.process.leads:
         search.help()
         return None
     with prepared.reporter.stage("searching", config.trials) as advance:
         search.run(progress=lambda best: advance(1, text=f"best {config.selection} {best:.4f}"))
         further = text[config.objective_windows :]
-        return search.result(_judge(job, moments, statistics, further) if len(further) else None)
+        return search.result(judge(further) if len(further) else None)
 
 
 def help_search(job: Job, windows: Windows, moments: Moments, statistics: Statistics) -> None:
     """Runs trials of a search that another process leads."""
     with job.prepared.reporter.stage("running trials", 1) as advance:
-        _search(job, windows, moments, statistics).help()
+        text = usable(job, windows)["objective"][: job.config.objective_windows]
+        _search(job, statistics, _judge(job, in_fastest_dtype(job.prepared.dense), moments, statistics, text)).help()
         advance()
 
 
-def _search(job: Job, windows: Windows, moments: Moments, statistics: Statistics) -> Search:
+def _search(job: Job, statistics: Statistics, judge: Objective) -> Search:
     config, structure, budget = job.config, job.prepared.structure, job.budget(job.config.searched_ratio)
     fixed = [name for name in ("protect_first", "protect_last", "head_share") if getattr(config, name) is not None]
     space = SearchSpace(
@@ -219,24 +221,22 @@ def _search(job: Job, windows: Windows, moments: Moments, statistics: Statistics
         terms=config.terms,
         searched=config.search,
     )
-    judge = _judge(job, moments, statistics, usable(job, windows)["objective"][: config.objective_windows])
     place = job.prepared.study(job.keys["search.json"])
     return Search(space, judge, config.trials, config.seed, place, config.sampler)
 
 
-def _judge(job: Job, moments: Moments, statistics: Statistics, windows: Tensor) -> Objective:
+def _judge(job: Job, fast: PreTrainedModel, moments: Moments, statistics: Statistics, windows: Tensor) -> Objective:
     config, structure, reused = job.config, job.prepared.structure, 0
-    model = in_fastest_dtype(job.prepared.dense)
     if config.layout == "per-layer":
         reused = min(structure.layers, max(MOST_PROTECTED_FIRST, config.protect_first or 0))
     return Objective(
-        model,
+        fast,
         structure,
         statistics,
         windows,
         _compensation(config, moments),
-        compute_prefix(model, windows, reused) if reused else None,
-        log_probabilities(model, windows) if config.selection == "kl" else None,
+        compute_prefix(fast, windows, reused) if reused else None,
+        log_probabilities(fast, windows) if config.selection == "kl" else None,
     )
 
 

@@ -57,7 +57,11 @@ class RunFolder:
 
     def at_ratio(self, ratio: float, config: PruneConfig) -> RunFolder:
         """Where the artifacts of one ratio are."""
-        return self if len(config.ratio) == 1 else RunFolder(self.path / f"ratio-{ratio:g}")
+        return self if len(config.ratio) == 1 else self.of_ratio(ratio)
+
+    def of_ratio(self, ratio: float) -> RunFolder:
+        """Where the artifacts of one of several ratios are."""
+        return RunFolder(self.path / f"ratio-{ratio:g}")
 
     def read_config(self) -> PruneConfig:
         """The options of the run.
@@ -152,10 +156,11 @@ class RunFolder:
         # A model card is for people to edit, and follows when all is measured.
         own = [file for file in files if file.name != "README.md" or file == path]
         self._save(name, record.model_copy(update={"files": stamps(own, self.path)}))
-        work = self.work(name, record.key)
-        shutil.rmtree(work, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            work.parent.rmdir()
+        shutil.rmtree(self.work(name, record.key), ignore_errors=True)
+
+    def remove_unfinished(self) -> None:
+        """Removes what is left to resume from once everything is made."""
+        shutil.rmtree(self.path / "unfinished", ignore_errors=True)
 
     def work(self, name: str, key: str) -> Path:
         """The folder of an unfinished artifact; another key has another folder."""

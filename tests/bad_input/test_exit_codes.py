@@ -108,6 +108,15 @@ def test_a_reader_that_has_ended(arguments: list[str], unbuffered: str, model_fo
     assert (ended.returncode, ended.stderr) == (128 + signal.SIGPIPE, b"")
 
 
+def test_errors_that_nobody_reads() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "adapruner", "prune", "--trials", "0", "-o", "x"]
+    ended = subprocess.run(command, stderr=writing, stdout=subprocess.PIPE, check=False)
+    os.close(writing)
+    assert (ended.returncode, ended.stdout) == (2, b"")
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a full device")
 def test_an_output_that_is_full() -> None:
     with Path("/dev/full").open("w") as full:

@@ -18,7 +18,10 @@ CLOSED_OUTPUT = 141
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        """Ends as other tools do whose reader has ended; rich drops the output, but exits with code 1."""
+        """Ends as other tools do if the reader of stdout has ended; rich drops the output, but exits with code 1. What
+        nobody reads on stderr is dropped, and the command continues."""
+        if self.stderr:
+            return
         try:
             super().on_broken_pipe()
         finally:

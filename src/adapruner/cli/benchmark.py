@@ -29,7 +29,7 @@ def benchmark(
     device: str = "auto",
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
-    """Size, memory and tokens per second of a model, beside another one.
+    """Measure size, memory and tokens per second of a model, beside another one.
 
     Parameters
     ----------

@@ -12,7 +12,10 @@ from adapruner.config import PruneOptions
 from adapruner.errors import AdaPrunerError
 
 if TYPE_CHECKING:
+    from adapruner.structure import Structure
     from adapruner.verbs import Estimate
+
+_GIB = 2**30
 
 
 def inspect(
@@ -42,22 +45,19 @@ def inspect(
         return
     if given:
         raise AdaPrunerError("pruning options are used with `cost` only")
-    structure = verbs.inspect(model)
+    _print_structure(verbs.inspect(model), model, json)
+
+
+def _print_structure(structure: Structure, model: str, json: bool) -> None:
     if json:
+        names = ("layer", "kind", "groups", "parameters_per_group")
+        blocks = [{name: getattr(block, name) for name in names} for block in structure.blocks]
         print_json(
             {
                 "model": model,
                 "model_type": structure.model_type,
                 "parameters": structure.total_parameters,
-                "blocks": [
-                    {
-                        "layer": block.layer,
-                        "kind": block.kind,
-                        "groups": block.groups,
-                        "parameters_per_group": block.parameters_per_group,
-                    }
-                    for block in structure.blocks
-                ],
+                "blocks": blocks,
             }
         )
         return
@@ -77,7 +77,6 @@ def inspect(
 
 
 def _print_cost(estimate: Estimate, model: str, json: bool) -> None:
-    from adapruner.memory import GIB
 
     if json:
         stages = [
@@ -91,6 +90,6 @@ def _print_cost(estimate: Estimate, model: str, json: bool) -> None:
     how = "one layer at a time in memory" if estimate.layer_wise else "all layers in memory"
     table = Table("stage", f"GiB on {estimate.device}", "GiB beside it", "largest term", title=f"{model}: {how}")
     for stage, memory in estimate.stages.items():
-        host = f"{memory.host / GIB:.2f}" if memory.host else ""
-        table.add_row(stage, f"{memory.device / GIB:.2f}", host, memory.largest)
+        host = f"{memory.host / _GIB:.2f}" if memory.host else ""
+        table.add_row(stage, f"{memory.device / _GIB:.2f}", host, memory.largest)
     plain_console().print(table)

@@ -32,14 +32,13 @@ def recover(
     model:
         Hub id, model folder, .gguf file, or smollm2.
     data:
-        Instructions with answers (columns instruction, output and perhaps input), any text, or self: text that the
-        teacher writes.
+        Instructions with answers (columns instruction, output, input), any text, or self: the teacher writes it.
     output:
         Folder of the recovered model.
     teacher:
         The dense model, for distillation.
     dtype:
-        Dtype of the weights; auto keeps that of the checkpoint. Nothing is trained in float16.
+        Dtype of the weights; auto keeps the checkpoint's. Nothing is trained in float16.
     device:
         auto, cpu, cuda, …
     overwrite:
@@ -49,10 +48,8 @@ def recover(
     """
     from adapruner import verbs
 
-    options = options or RecoveryOptions()
-    record = verbs.recover(
-        model, data, output, teacher, overwrite, dtype, device, **options.model_dump(exclude_unset=True)
-    )
+    given = options.model_dump(exclude_unset=True) if options else {}
+    record = verbs.recover(model, data, output, teacher, overwrite, dtype, device, **given)
     if not this_process().leads:
         return
     if json:

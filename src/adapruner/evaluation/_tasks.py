@@ -154,7 +154,7 @@ def load_tasks(names: Sequence[str], limit: int | None = None, used_text: Iterab
     built, items, data_sets = {}, {}, {}
     for name in check_tasks(names):
         try:
-            with _silenced():
+            with _contained():
                 loaded = _load(name)
         except (OSError, ValueError, KeyError, ImportError, datasets.exceptions.DatasetsError) as error:
             raise AdaPrunerError(f"cannot load task {name!r} or its data: {reason(error)}") from error
@@ -176,22 +176,18 @@ def measure_tasks(
     Args:
         progress: called with fractions of a task as they are done, one in all for each name.
     """
-    with _silenced():
+    scores = []
+    with _contained(model.device):
         from lm_eval.models.huggingface import HFLM
 
-        runner = HFLM(
-            pretrained=model,
-            tokenizer=tokenizer,
-            batch_size=_BATCH_ON_CPU if model.device.type == "cpu" else "auto",
-        )
-    scores = []
-    for own in tasks.by_name.values():
-        with _silenced(), random_state_kept(model.device):
+        batch_size = _BATCH_ON_CPU if model.device.type == "cpu" else "auto"
+        runner = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        for own in tasks.by_name.values():
             outcome = _evaluate(runner, own, tasks.items, progress)
-        for name in [one.name if hasattr(one, "child_names") else one.task_name for one in own]:
-            score = _score(name, outcome, tasks, model)
-            members = [name] if score.metrics else _members(name, outcome)
-            scores += [_score(member, outcome, tasks, model) for member in members]
+            for name in [one.name if hasattr(one, "child_names") else one.task_name for one in own]:
+                score = _score(name, outcome, tasks, model)
+                members = [] if score.metrics else _members(name, outcome)
+                scores += [_score(member, outcome, tasks, model) for member in members] or [score]
     return scores
 
 
@@ -297,7 +293,7 @@ def _local_tasks() -> dict[str, _LocalTask]:
 @cache
 def _task_manager() -> Any:
     """lm-eval's register of tasks; making it reads thousands of files."""
-    with _silenced():
+    with _contained():
         from lm_eval.tasks import TaskManager
 
         return TaskManager()
@@ -349,15 +345,15 @@ def _holds(item: dict[str, Any], used: frozenset[str]) -> bool:
 
 
 @contextlib.contextmanager
-def _silenced() -> Iterator[None]:
-    """Without the bars and the chatter of lm-eval and of the libraries that it calls."""
+def _contained(device: torch.device | None = None) -> Iterator[None]:
+    """Without the bars and the chatter of lm-eval and of the libraries that it calls; it draws random numbers too."""
     logger, bars = logging.getLogger("lm_eval"), datasets.are_progress_bars_disabled()
     level = logger.level
     logger.setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     nowhere = io.StringIO()
     try:
-        with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere), random_state_kept(device):
             yield
     finally:
         logger.setLevel(level)

@@ -50,13 +50,12 @@ def measure_in_parts(
     folder: Path | None = None,
     starts: Iterable[int] | None = None,
 ) -> Iterator[tuple[int, Statistics]]:
-    """One forward and one backward over each batch of windows; yields the statistics of each batch, with the number of
-    its first window.
+    """One forward and one backward over each batch of windows; yields the number of its first window, and statistics.
 
     Args:
         model: any dtype; the statistics are accumulated in float32.
         windows: [samples, tokens], int64.
-        batch_size: samples per pass. It bounds the memory and does not change the statistics.
+        batch_size: samples per pass; bounds the memory.
         jointly: treat all windows of a batch as one sample, whose loss is the mean of theirs. Element-wise terms are
             then those of the mean gradient, Σ_k |Σ_j g_jk w_k|, which are not sums over samples (LLM-Pruner,
             arXiv 2305.11627).
@@ -65,7 +64,7 @@ def measure_in_parts(
             arrives: a third more work. The same statistics. With streamed layers, the memory does not depend on the
             number of layers.
         folder: where the hidden states between layers lie meanwhile; by default that for temporary files.
-        starts: the numbers of the windows with which batches begin, asked for one at a time; by default all.
+        starts: numbers of the windows with which batches begin, asked for one at a time; by default all.
 
     Raises:
         NonFiniteError: a sample gives numbers that are not finite; it is named.

@@ -175,8 +175,13 @@ def _read_config(location: ModelLocation) -> PreTrainedConfig:
         config: PreTrainedConfig
         if location.gguf_file:
             config = CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
-        elif "per_layer_config" in fields and pruned_class is not None:
+        elif fields.get("per_layer_config") is not None:
             # A stock config class refuses head counts that differ between layers.
+            if pruned_class is None:
+                raise AdaPrunerError(
+                    f"layers of {str(location)!r} differ, in a family that is not known, {fields.get('model_type')!r}:"
+                    " register the YAML file that it was pruned with"
+                )
             config = pruned_class.config_class.from_pretrained(location.path)
         else:
             config = AutoConfig.from_pretrained(location.path, **_NO_REMOTE_CODE)

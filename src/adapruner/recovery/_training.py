@@ -64,8 +64,8 @@ def train(
     teacher: PreTrainedModel | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Recovered:
-    """Trains a model in place: a call that was killed goes on from its last saved step. Processes that were started
-    together share every batch.
+    """Trains a model in place; a call that was killed resumes from its last saved step. Processes that were started
+    together share every batch. The random state of the program is left as it was.
 
     The frozen weights of LoRA are held in bfloat16 where the hardware computes that natively, and the adapters are
     merged into the weights as they were, in their own dtype. All weights are trained in float32, with bfloat16
@@ -83,13 +83,12 @@ def train(
     if options.train == "full":
         weights.float()
     steps = total_steps(examples, options)
-    every = max(1, min(_MOST_STEPS_BETWEEN, steps // _VALIDATIONS))
     with random_state_kept(model.device), quiet_transformers(), warnings.catch_warnings():
         # PEFT, the Trainer and PyTorch warn about what is meant here, and about each other.
         warnings.simplefilter("ignore")
         set_seed(options.seed)
         trained: Any = _with_adapters(_frozen(model), options) if options.train == "lora" else model
-        trainer = _trainer(trained, examples, options, folder, teacher, steps, every)
+        trainer = _trainer(trained, examples, options, folder, teacher, steps)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(_Watcher(progress, folder))
         last = _last_whole_checkpoint(folder)
@@ -98,14 +97,17 @@ def train(
     if options.train == "lora":
         _merge(trained, model)
     weights.to(dtype).eval()
-    state = trainer.state
+    return _outcome(trainer.state, examples, options, steps, _loss_before(folder) if before is None else before)
+
+
+def _outcome(state: Any, examples: Examples, options: RecoveryOptions, steps: int, before: float) -> Recovered:
     # A call that was killed after the last step makes one more, at a learning rate of zero.
     done = min(state.global_step, steps)
     per_example = examples.tokens / len(examples.training)
     return Recovered(
         steps=done,
         tokens=round(per_example * min(options.batch_size, len(examples.training)) * done),
-        loss_before=_loss_before(folder) if before is None else before,
+        loss_before=before,
         loss_after=float(state.best_metric if state.best_metric is not None else math.nan),
         best_step=min(int(state.best_global_step or done), steps),
         seconds=sum(entry.get("train_runtime", 0.0) for entry in state.log_history),
@@ -197,14 +199,27 @@ def _trainer(
     folder: Path,
     teacher: PreTrainedModel | None,
     steps: int,
-    every: int,
 ) -> Trainer:
+    parts: dict[str, Any] = {
+        "model": model,
+        "args": _arguments(model.device, options, folder, steps),
+        "train_dataset": examples.training,
+        "eval_dataset": examples.validation,
+        "data_collator": _batch,
+    }
+    if teacher is None:
+        return Trainer(**parts)
+    return _DistillationTrainer(**parts, teacher=in_fastest_dtype(teacher), options=options)
+
+
+def _arguments(device: torch.device, options: RecoveryOptions, folder: Path, steps: int) -> TrainingArguments:
     processes = this_process().count
     if options.batch_size % processes:
         raise AdaPrunerError(f"`batch_size` {options.batch_size} cannot be divided among {processes} processes")
     of_process = options.batch_size // processes
     # The largest that goes into a batch without a rest.
     micro_batch = next(n for n in range(options.micro_batch_size, 0, -1) if of_process % n == 0)
+    every = max(1, min(_MOST_STEPS_BETWEEN, steps // _VALIDATIONS))
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
@@ -224,9 +239,9 @@ def _trainer(
         logging_steps=1,
         logging_nan_inf_filter=False,
         prediction_loss_only=True,
-        bf16=options.train == "full" and computes_bfloat16_natively(model.device),
-        use_cpu=model.device.type == "cpu",
-        dataloader_pin_memory=model.device.type != "cpu",
+        bf16=options.train == "full" and computes_bfloat16_natively(device),
+        use_cpu=device.type == "cpu",
+        dataloader_pin_memory=device.type != "cpu",
         remove_unused_columns=False,
         label_names=["labels"],
         report_to="none",
@@ -236,16 +251,7 @@ def _trainer(
     if arguments.n_gpu > 1:
         # One process trains on one GPU; by itself the Trainer would give each of them a batch of that size.
         arguments._n_gpu = 1
-    parts: dict[str, Any] = {
-        "model": model,
-        "args": arguments,
-        "train_dataset": examples.training,
-        "eval_dataset": examples.validation,
-        "data_collator": _batch,
-    }
-    if teacher is None:
-        return Trainer(**parts)
-    return _DistillationTrainer(**parts, teacher=in_fastest_dtype(teacher), options=options)
+    return arguments
 
 
 def _batch(examples: list[Example]) -> dict[str, Tensor]:

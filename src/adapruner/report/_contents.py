@@ -96,7 +96,7 @@ def _read(run: RunFolder, folder: RunFolder, config: PruneConfig) -> Contents:
     search = _content(folder.path / "search.json", TypeAdapter(SearchResult))
     result = _content(folder.path / "result.json", TypeAdapter(RunResult))
     is_running = result is None and run.is_running()
-    saved = folder.recovered if folder.recovered.is_dir() else folder.model
+    saved = folder.recovered if config.recover and folder.recovered.is_dir() else folder.model
     return Contents(
         path=folder.path,
         state="finished" if result else "running" if is_running else "stopped",
@@ -106,7 +106,7 @@ def _read(run: RunFolder, folder: RunFolder, config: PruneConfig) -> Contents:
         plan=plan,
         search=search,
         result=result,
-        models=result.models if result else tuple(_models(run, folder, plan)),
+        models=result.models if result else tuple(_models(run, folder, config, plan)),
         samples=_samples(run, folder, search.best.samples) if search else [],
         stages=result.stages if result else Reporter(run.log).finished_stages(),
         weight_bytes=sum(file.stat().st_size for file in saved.glob("*.safetensors")),
@@ -124,11 +124,11 @@ def _running_history(run: RunFolder, folder: RunFolder) -> History:
     return read_history(StudyPlace(sqlite_url(run.study), record.key))
 
 
-def _models(run: RunFolder, folder: RunFolder, plan: PruningPlan | None) -> list[ModelNumbers]:
+def _models(run: RunFolder, folder: RunFolder, config: PruneConfig, plan: PruningPlan | None) -> list[ModelNumbers]:
     """The models that have been made, or measured."""
     models = []
     made = {"searched": folder.model.is_dir(), "recovered": folder.recovered.is_dir()}
-    for role in TITLES:
+    for role in TITLES if config.recover else list(TITLES)[:-1]:
         evaluation = (run if role == "dense" else folder).path / "evaluation"
         perplexity = _content(evaluation / f"perplexity-{role}.json", _PERPLEXITIES)
         tasks = _content(evaluation / f"tasks-{role}.json", _SCORES)

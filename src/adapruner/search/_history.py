@@ -15,8 +15,8 @@ from typing_extensions import Self
 from adapruner.search._place import StudyPlace, quiet_optuna
 from adapruner.search._space import FIXED_METRIC, START
 
-# The user attribute of a trial that was stopped early.
-STOPPED = "stopped"
+# User attributes of a trial: that it was stopped early, and the losses of the windows that it was judged on.
+STOPPED, LOSSES = "stopped", "losses"
 # Searched points below which nothing is said of the importance of parameters.
 _FEWEST_POINTS = 20
 
@@ -33,6 +33,7 @@ class TriedPoint(_Record):
     Attributes:
         number: its place among the finished trials, in the order in which they were begun.
         loss: mean over the windows, or the expected mean if the trial was stopped early; None if it is not finite.
+        windows: how many it was judged on; none if its loss is not finite.
         starting_point: whether it was given, and not proposed by the sampler.
         fixed_metric: the name of the LLM-Pruner metric that it is, if it is one.
         parameters: the searched values, by name.
@@ -42,6 +43,7 @@ class TriedPoint(_Record):
     number: int
     loss: float | None
     stopped: bool
+    windows: int
     starting_point: bool
     fixed_metric: str | None
     parameters: dict[str, Parameter]
@@ -97,6 +99,7 @@ def _point(number: int, trial: FrozenTrial) -> TriedPoint:
         number=number,
         loss=trial.values[0] if math.isfinite(trial.values[0]) else None,
         stopped=STOPPED in trial.user_attrs,
+        windows=len(trial.user_attrs[LOSSES]),
         starting_point=START in trial.user_attrs,
         fixed_metric=trial.user_attrs.get(FIXED_METRIC),
         parameters=dict(sorted(trial.params.items())),

@@ -14,8 +14,9 @@ from urllib.parse import quote
 import optuna
 from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.storages import RDBStorage
+from sqlalchemy import event
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import SAWarning, SQLAlchemyError
 
 from adapruner.errors import AdaPrunerError, reason
 
@@ -108,11 +109,12 @@ class StudyPlace:
             storage = self._open()
             with quiet_optuna():
                 yield storage
-        except ImportError as error:
-            raise AdaPrunerError(f"`storage`: {error}. For PostgreSQL: pip install 'adapruner[postgresql]'") from None
-        except (StorageInternalError, SQLAlchemyError) as error:
-            cause = reason(error.__cause__ or error)
-            raise AdaPrunerError(f"the database {self.described} failed: {self._without_secrets(cause)}") from None
+        except Exception as error:
+            failure = _of_database(error)
+            if failure is None:
+                raise
+            cause = self._without_secrets(reason(failure))
+            raise AdaPrunerError(f"the database {self.described} failed: {cause}") from None
         finally:
             if storage is not None:
                 storage.remove_session()
@@ -129,20 +131,43 @@ class StudyPlace:
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", ExperimentalWarning)
-                    return _Storage(url, options, heartbeat_interval=_HEARTBEAT, grace_period=_GRACE)
+                    warnings.simplefilter("error", SAWarning)
+                    storage = _Storage(url, options, heartbeat_interval=_HEARTBEAT, grace_period=_GRACE)
+                break
             except (StorageInternalError, SQLAlchemyError) as error:
                 if "already exists" not in str(error) or attempt == _ATTEMPTS - 1:
                     raise
                 time.sleep(0.2)
-            except (ValueError, TypeError, RuntimeError) as error:
+            except ImportError as error:
+                raise AdaPrunerError(
+                    f"`storage`: {error}. For PostgreSQL: pip install 'adapruner[postgresql]'"
+                ) from None
+            except (ValueError, TypeError, RuntimeError, SAWarning) as error:
                 raise AdaPrunerError(f"`storage` cannot be opened: {self._without_secrets(reason(error))}") from None
-        raise AssertionError
+        if self.file is not None:
+            storage.engine.dispose()
+            event.listen(storage.engine, "connect", _write_ahead)
+        return storage
 
     def _without_secrets(self, text: str) -> str:
         values = [value for values in self._address.normalized_query.values() for value in values]
         for secret in filter(None, (self._address.password, *values)):
             text = text.replace(str(secret), "***").replace(quote(str(secret)), "***")
         return text
+
+
+def _of_database(error: BaseException | None) -> BaseException | None:
+    """What a database has said, which Optuna may have met with errors of its own."""
+    while error is not None and not isinstance(error, StorageInternalError | SQLAlchemyError):
+        error = error.__context__
+    return error and (error.__cause__ or error)
+
+
+def _write_ahead(connection: Any, _: object) -> None:
+    """Spares most of the waiting for the disk: a trial is some thirty transactions. What a power failure takes is the
+    last of them; a kill takes nothing."""
+    connection.execute("PRAGMA journal_mode=WAL")
+    connection.execute("PRAGMA synchronous=NORMAL")
 
 
 class _Storage(RDBStorage):

@@ -64,7 +64,7 @@ class SearchSpace:
         terms: `vector-wise` leaves out the terms that are fine.
         searched: `joint`; or only samples or metric, with the first random draw or `param_first` for the other.
         is_feasible: whether the budget of a candidate can be met. One that cannot is replaced by the nearest that can:
-            with fewer protected layers, then with more heads.
+            with fewer protected layers, then with more heads. None leaves all as they are.
     """
 
     subsets: SubsetFamily
@@ -77,7 +77,7 @@ class SearchSpace:
     reduction: Reduction = "sum"
     terms: Terms = "all"
     searched: Searched = "joint"
-    is_feasible: Callable[[Candidate], bool] = lambda _: True
+    is_feasible: Callable[[Candidate], bool] | None = None
 
     @property
     def first_draw(self) -> list[int]:
@@ -221,7 +221,7 @@ class SearchSpace:
         """The candidate itself where no budget near it can be met either."""
         for budget in self._relaxed(candidate.budget):
             nearest = candidate.model_copy(update={"budget": budget})
-            if self.is_feasible(nearest):
+            if self.is_feasible is None or self.is_feasible(nearest):
                 return nearest
         return candidate
 

@@ -20,18 +20,19 @@ from adapruner.config import Sampler
 from adapruner.errors import AdaPrunerError, NonFiniteError
 from adapruner.interrupts import deferring_interrupts
 from adapruner.planning import BudgetError
-from adapruner.search._history import STOPPED, History
+from adapruner.search._history import LOSSES, STOPPED, History
 from adapruner.search._place import StudyPlace
 from adapruner.search._space import FIXED_METRIC, START, Candidate, SearchSpace
 
 Judge = Callable[[Candidate], Iterable[Tensor]]
+_Trials = dict[TrialState, list[FrozenTrial]]
 
 # A trial is stopped once it has been worse than the best one on so many windows, by so many standard errors of the mean
 # difference (see docs/benchmarks.md). It may be as good, but there will be others, and it counts with what it is likely
 # to be.
 _FEWEST_WINDOWS, _STANDARD_ERRORS = 8, 0.5
-# User attributes of trials: the losses of the windows, and that a process runs it beside the one that leads.
-_LOSSES, _HELPER = "losses", "helper"
+# A user attribute of trials that a process runs beside the one that leads.
+_HELPER = "helper"
 
 
 class SearchResult(History):
@@ -108,25 +109,25 @@ class Search:
             while True:
                 raise_if_interrupted()
                 self._queue_starting_points(study)
-                finished = _finished(study)
+                trials = _by_state(study)
+                finished = trials[TrialState.COMPLETE]
                 for count in range(reported + 1, min(len(finished), self.trials) + 1):
                     reported = count
                     if progress:
                         progress(min(map(_loss, finished[:count])))
-                waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-                if self._is_enough(study, len(finished)) and not any(map(_is_fixed, waiting)):
+                if self._is_enough(trials) and not any(map(_is_fixed, trials[TrialState.WAITING])):
                     return
-                self._run_trial(study, helps=False)
+                self._run_trial(study, trials, helps=False)
 
     def help(self) -> None:
         """Runs trials beside the process that leads, as long as more are wanted than are finished or running."""
         with self._working() as (study, raise_if_interrupted):
             while True:
                 raise_if_interrupted()
-                begun = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.RUNNING))
-                if self._is_enough(study, len(begun)):
+                trials = _by_state(study)
+                if self._is_enough(trials, with_running=True):
                     return
-                self._run_trial(study, helps=True)
+                self._run_trial(study, trials, helps=True)
 
     def result(self, judge_further: Judge | None = None, finalists: int = 3) -> SearchResult:
         """The best of the finished trials, judged on further windows.
@@ -140,7 +141,7 @@ class Search:
             AdaPrunerError: no trial ended with a finite loss.
         """
         with self.place.opened() as study:
-            finished = _finished(study)
+            finished = _by_state(study)[TrialState.COMPLETE]
         fixed = sorted(filter(_is_fixed, finished), key=_loss)
         whole = sorted((trial for trial in finished if STOPPED not in trial.user_attrs), key=_loss)
         if not fixed or not math.isfinite(_loss(whole[0])):
@@ -182,64 +183,63 @@ class Search:
         ):
             yield study, raise_if_interrupted
 
-    def _is_enough(self, study: optuna.Study, count: int) -> bool:
+    def _is_enough(self, trials: _Trials, with_running: bool = False) -> bool:
         """Whether so many trials are enough, or as many proposals could not be met."""
-        return max(count, len(_refused(study))) >= self.trials
+        begun = len(trials[TrialState.COMPLETE]) + with_running * len(trials[TrialState.RUNNING])
+        return max(begun, len(trials[TrialState.PRUNED])) >= self.trials
 
     def _queue_starting_points(self, study: optuna.Study) -> None:
         """Queues the starting points that nobody has tried, is trying or will try; in their order, because each is
         compared with the best before it. At the end, the fixed metrics alone, also those that others are trying: the
         result is compared with them, and nobody is waited for."""
+        trials = _by_state(study)
         starts = dict(enumerate(self.space.starting_points()[: self.trials]))
-        tried = {TrialState.COMPLETE, TrialState.PRUNED}
-        if self._is_enough(study, len(_finished(study))):
+        states = [TrialState.COMPLETE, TrialState.PRUNED]
+        if self._is_enough(trials):
             starts = {number: start for number, start in starts.items() if FIXED_METRIC in start.attributes}
         else:
-            tried.add(TrialState.RUNNING)
-
-        def missing(states: Iterable[TrialState]) -> list[int]:
-            trials = study.get_trials(deepcopy=False, states=tuple(states))
-            begun = {trial.user_attrs.get(START) for trial in trials}
-            return [number for number in starts if number not in begun]
-
-        if not missing(tried | {TrialState.WAITING}):
+            states.append(TrialState.RUNNING)
+        queued = trials[TrialState.WAITING]
+        missing = starts.keys() - {trial.user_attrs.get(START) for state in states for trial in trials[state]}
+        if missing <= {trial.user_attrs.get(START) for trial in queued}:
             return
-        queued = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
         if queued:  # those before them have been lost; a trial without a number fails
             study.sampler = optuna.samplers.RandomSampler()
             study.optimize(lambda _: math.nan, n_trials=len(queued))
-        for number in missing(tried):
+        for number in sorted(missing):
             study.enqueue_trial(starts[number].parameters, user_attrs=starts[number].attributes | {START: number})
 
-    def _run_trial(self, study: optuna.Study, helps: bool) -> None:
-        running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        # Failed proposals count, or the same would be proposed again.
-        counts = [len(_finished(study)), *filter(None, [len(_refused(study))])]
+    def _run_trial(self, study: optuna.Study, trials: _Trials, helps: bool) -> None:
+        finished, refused = trials[TrialState.COMPLETE], trials[TrialState.PRUNED]
+        # Proposals that could not be met count, or the same would be proposed again.
+        counts = [len(finished), *filter(None, [len(refused)])]
         own = random.Random("/".join(map(str, [self.seed, *counts])))
         seed = (random.SystemRandom() if helps else own).getrandbits(32)
-        study.sampler = _sampler(self.sampler, seed, helps or any(_HELPER in trial.user_attrs for trial in running))
-        ended = False
+        beside_others = helps or any(_HELPER in trial.user_attrs for trial in trials[TrialState.RUNNING])
+        study.sampler = _sampler(self.sampler, seed, beside_others)
+        best = min((trial for trial in finished if math.isfinite(_loss(trial))), key=_loss, default=None)
+        is_lost = False
 
         def objective(trial: optuna.Trial) -> float:
-            nonlocal ended
-            loss = math.nan
-            with contextlib.suppress(UpdateFinishedTrialError):
+            nonlocal is_lost
+            try:
                 if helps:
                     trial.set_user_attr(_HELPER, True)
-                loss = self._judged(trial)
-            ended = True
-            return loss
+                return self._judged(trial, best)
+            except UpdateFinishedTrialError:
+                is_lost = True
+                raise
 
         try:
             study.optimize(objective, n_trials=1)
         except UpdateFinishedTrialError:
             pass
-        except (ValueError, AssertionError):
+        except ValueError:
             # What Optuna raises where another process took this one for dead, and has failed its trial.
-            if not ended:
+            if not is_lost:
                 raise
 
-    def _judged(self, trial: optuna.Trial) -> float:
+    def _judged(self, trial: optuna.Trial, best: FrozenTrial | None) -> float:
         """The mean loss of a candidate over all windows, or what it is likely to be where it was stopped; infinite
         where the model is broken.
 
@@ -249,25 +249,27 @@ class Search:
             TrialPruned: the budget cannot be met.
         """
         candidate = self.space.suggest(trial)
-        may_stop = self.stops_early and FIXED_METRIC not in trial.user_attrs
-        known = [other for other in _finished(trial.study) if math.isfinite(_loss(other))] if may_stop else []
-        best = min(known, key=_loss, default=None)
+        if not self.stops_early or FIXED_METRIC in trial.user_attrs:
+            best = None
         losses: list[float] = []
+        excess = 0.0
         try:
             for batch in self.judge(candidate):
                 losses += batch.tolist()
                 if not all(map(math.isfinite, losses)):
-                    return math.inf
-                excess = _excess(losses, best.user_attrs[_LOSSES]) if best else 0.0
-                if best and excess > 0:
-                    trial.set_user_attr(STOPPED, True)
-                    return _loss(best) + excess
+                    raise NonFiniteError
+                excess = _excess(losses, best.user_attrs[LOSSES]) if best else 0.0
+                if excess:
+                    break
         except BudgetError as error:
             raise optuna.TrialPruned from error
         except NonFiniteError:
-            return math.inf
-        trial.set_user_attr(_LOSSES, losses)
-        return statistics.fmean(losses)
+            losses = []
+        trial.set_user_attr(LOSSES, losses)
+        if best and excess and losses:
+            trial.set_user_attr(STOPPED, True)
+            return _loss(best) + excess
+        return statistics.fmean(losses) if losses else math.inf
 
 
 def _excess(losses: Sequence[float], best: Sequence[float]) -> float:
@@ -301,20 +303,17 @@ def _fail_lost(study: optuna.Study) -> None:
             study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
 
 
-def _finished(study: optuna.Study) -> list[FrozenTrial]:
-    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-
-
-def _refused(study: optuna.Study) -> list[FrozenTrial]:
-    """The trials whose budget could not be met."""
-    return study.get_trials(deepcopy=False, states=(TrialState.PRUNED,))
+def _by_state(study: optuna.Study) -> _Trials:
+    """In the order in which they were begun."""
+    trials = study.get_trials(deepcopy=False)
+    return {state: [trial for trial in trials if trial.state == state] for state in TrialState}
 
 
 def _final_loss(trial: FrozenTrial, candidate: Candidate, judge_further: Judge | None) -> float:
     """Over the windows of the search and further ones."""
     if judge_further is None or not math.isfinite(_loss(trial)):
         return _loss(trial)
-    return statistics.fmean([*trial.user_attrs[_LOSSES], *torch.cat(list(judge_further(candidate))).tolist()])
+    return statistics.fmean([*trial.user_attrs[LOSSES], *torch.cat(list(judge_further(candidate))).tolist()])
 
 
 def _is_fixed(trial: FrozenTrial) -> bool:

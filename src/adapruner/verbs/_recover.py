@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.calibration import SELF_GENERATED, Source, generate_windows, parse_source
 from adapruner.card import card_of_recovered, read_card
@@ -80,43 +82,56 @@ def recover(
         return record
     source = _source(config)
     check_device(resolve_device(device))
-    location = find_model(config.model)
+    location, of_teacher = find_model(config.model), find_model(teacher) if teacher else None
     of_model = load_config(location)
     check_length(of_model, config.seq_len)
-    of_teacher = find_model(teacher) if teacher else None
     if of_teacher is not None:
         _refuse_other_vocabulary(location, of_teacher)
     tokenizer = load_tokenizer(location)
-    examples = None
-    if source is not None:
-        examples = read_examples(source, tokenizer, settings)
+    examples = read_examples(source, tokenizer, settings) if source else None
+    if examples is not None:
         check_tokens(of_model, examples.largest_token)
-    with training_alone(folder, resolved, overwrite) as record:
-        if record is not None:
-            return record
-        reporter = Reporter(quiet=not this_process().leads)
-        with reporter.stage("loading", 1) as advance:
-            loaded = load_model(location, dtype, device)
-            dense = load_model(of_teacher, dtype, device) if of_teacher else None
-            advance()
-        if examples is None:
-            assert dense is not None
-            examples = _written_by(dense, settings, reporter)
-        learnt_from = None if settings.learns_labels(examples.instructions, dense is not None) else dense
-        with reporter.stage("recovering", total_steps(examples, settings)) as advance:
-            return recover_into(
-                folder,
-                loaded,
-                tokenizer,
-                examples,
-                settings,
-                learnt_from,
-                resolved,
-                working_folder(folder),
-                _origin(location, source),
-                lambda trained: card_of_recovered(read_card(location), trained),
-                advance,
-            )
+    with training_alone(folder, resolved, overwrite) as finished:
+        return finished or _train(config, settings, folder, location, of_teacher, tokenizer, source, examples, device)
+
+
+def _train(
+    config: RecoverConfig,
+    settings: RecoveryOptions,
+    folder: Path,
+    location: ModelLocation,
+    of_teacher: ModelLocation | None,
+    tokenizer: Tokenizer,
+    source: Source | None,
+    examples: Examples | None,
+    device: str,
+) -> RecoveryRecord:
+    """Loads the models and trains; without examples, on what the teacher writes."""
+    reporter = Reporter(quiet=not this_process().leads)
+    with reporter.stage("loading", 1) as advance:
+        loaded = load_model(location, config.dtype, device)
+        dense = load_model(of_teacher, config.dtype, device) if of_teacher else None
+        advance()
+    if examples is None:
+        assert dense is not None
+        examples = _written_by(dense, settings, reporter)
+    teacher = None if settings.learns_labels(examples.instructions, dense is not None) else dense
+    about, work = config.model_dump(mode="json"), working_folder(folder)
+    card = partial(card_of_recovered, read_card(location))
+    with reporter.stage("recovering", total_steps(examples, settings)) as advance:
+        return recover_into(
+            folder,
+            loaded,
+            tokenizer,
+            examples,
+            settings,
+            teacher,
+            about,
+            work,
+            _origin(location, source),
+            card,
+            advance,
+        )
 
 
 def _source(config: RecoverConfig) -> Source | None:

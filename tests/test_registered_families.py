@@ -1,0 +1,156 @@
+"""Families that do not come with the package, from a user's YAML file to a checkpoint that loads anywhere."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from adapruner.checkpoint import save_checkpoint
+from adapruner.errors import AdaPrunerError
+from adapruner.models import PRUNED_CLASSES, find_model, known_architectures, load_model, register_architectures
+from adapruner.planning import make_plan
+from adapruner.structure import build_structure
+from adapruner.surgery import prune_model
+
+OLMO = """
+model_type: olmo
+layers: model.layers
+attention:
+  inputs:
+    self_attn.q_proj: [query]
+    self_attn.k_proj: [key]
+    self_attn.v_proj: [value]
+  output: self_attn.o_proj
+feed_forward:
+  inputs:
+    mlp.gate_proj: [channels]
+    mlp.up_proj: [channels]
+  output: mlp.down_proj
+config_fields:
+  heads: num_attention_heads
+  key_value_heads: num_key_value_heads
+  channels: intermediate_size
+"""
+PHI = """
+model_type: phi
+layers: model.layers
+attention:
+  inputs:
+    self_attn.q_proj: [query]
+    self_attn.k_proj: [key]
+    self_attn.v_proj: [value]
+  output: self_attn.dense
+feed_forward:
+  inputs:
+    mlp.fc1: [channels]
+  output: mlp.fc2
+config_fields:
+  heads: num_attention_heads
+  key_value_heads: num_key_value_heads
+  channels: intermediate_size
+fixed_attention_width: true
+"""
+
+ELSEWHERE = """
+import sys
+sys.modules["adapruner"] = None  # as if it were not installed
+import torch
+from transformers import AutoModelForCausalLM
+folder, again, logits = sys.argv[1:]
+for place in (folder, again):
+    model = AutoModelForCausalLM.from_pretrained(place, trust_remote_code=True)
+    torch.testing.assert_close(model(torch.arange(3, 40).view(1, -1)).logits, torch.load(logits), rtol=0, atol=0)
+    model.save_pretrained(again)
+"""
+
+
+@pytest.fixture(autouse=True)
+def forgotten() -> Iterator[None]:
+    """What is registered is for the process; other tests find what comes with the package."""
+    yield
+    for known in (known_architectures(), PRUNED_CLASSES):
+        for model_type in ("olmo", "phi"):
+            known.pop(model_type, None)
+
+
+def tiny(model_type: str) -> PreTrainedModel:
+    sizes = {"vocab_size": 96, "hidden_size": 48, "num_hidden_layers": 3, "intermediate_size": 24}
+    sizes |= {"num_attention_heads": 6, "num_key_value_heads": 3, "bos_token_id": 1, "eos_token_id": 2}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, pad_token_id=0, **sizes)).eval()
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+@pytest.mark.parametrize(("model_type", "text"), [("olmo", OLMO), ("phi", PHI)])
+def test_a_family_is_pruned_saved_and_loaded(
+    model_type: str, text: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    (tmp_path / "families").mkdir()
+    (tmp_path / "families" / "own.yaml").write_text(text)
+    model = tiny(model_type)
+    with pytest.raises(AdaPrunerError, match="unknown architecture"):
+        build_structure(model)
+    for _ in range(2):
+        assert register_architectures(tmp_path / "families") == [model_type]
+    structure = build_structure(model)
+    scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(0))
+    plan = make_plan(structure, scores, [max(1, block.groups - block.layer) for block in structure.blocks])
+    pruned = prune_model(model, structure, plan)
+    folder, tokens = tmp_path / "pruned", torch.arange(3, 40).view(1, -1)
+    save_checkpoint(pruned, tokenizer, folder)
+    with torch.no_grad():
+        logits = pruned(tokens).logits
+        for layer_wise in (False, True):
+            loaded = load_model(find_model(str(folder)), layer_wise=layer_wise)
+            assert torch.equal(loaded(tokens).logits, logits)
+    torch.save(logits, tmp_path / "logits.pt")
+    load_model(find_model(str(folder))).save_pretrained(tmp_path / "again")
+    finished = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE, str(folder), str(tmp_path / "again"), str(tmp_path / "logits.pt")],
+        capture_output=True,
+        text=True,
+        env={"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1", "PATH": ""},
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert (tmp_path / "again" / "modeling_pruned.py").read_text().count("\nregister_family(") == 1
+    for known in (known_architectures(), PRUNED_CLASSES):
+        known.pop(model_type)
+    with pytest.raises(AdaPrunerError, match="register the YAML file"):
+        load_model(find_model(str(folder.rename(tmp_path / "moved"))))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model_type: [", "cannot be read"),
+        ("a: &a [1]\nb: *a", "alias"),
+        ("7", "describes no family"),
+        (OLMO.replace("  output: self_attn.o_proj\n", ""), "`attention.output`"),
+        (OLMO + "wings: 2\n", "`wings`"),
+        (OLMO.replace("[query]", "[questions]"), "query"),
+        (OLMO.replace("olmo", "llama") + "plain_residual: false\n", "another description of 'llama'"),
+        (OLMO.replace("olmo", "unheard-of"), "no causal language model 'unheard-of'"),
+    ],
+)
+def test_descriptions_that_are_none(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text(text)
+    with pytest.raises(AdaPrunerError, match=message) as refusal:
+        register_architectures(tmp_path / "own.yaml")
+    assert "\n" not in str(refusal.value)
+    assert "olmo" not in known_architectures()
+
+
+def test_no_descriptions_at_all(tmp_path: Path) -> None:
+    with pytest.raises(AdaPrunerError, match=r"no \.yaml file"):
+        register_architectures(tmp_path)
+    with pytest.raises(AdaPrunerError, match="cannot be read"):
+        register_architectures(tmp_path / "missing.yaml")
