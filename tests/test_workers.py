@@ -39,10 +39,10 @@ judge, measure, recover = Search._judged, procedure.measure_in_parts, procedure.
 def note(what):
     pathlib.Path(os.environ["NOTES"], f"{what}-{os.getpid()}").touch()
 
-def judge_slowly(self, trial):
+def judge_slowly(self, trial, *others):
     trial.set_user_attr("worker", os.getpid())
     time.sleep(0.3)
-    return judge(self, trial)
+    return judge(self, trial, *others)
 
 def measure_noting(*arguments, **options):
     for part in measure(*arguments, **options):
