@@ -47,6 +47,7 @@ from adapruner.search import (
     SearchResult,
     SearchSpace,
     build_subset_family,
+    is_feasible,
     plan_candidate,
 )
 from adapruner.structure import build_structure
@@ -220,6 +221,7 @@ def _search(job: Job, statistics: Statistics, judge: Objective) -> Search:
         reduction=config.reduction,
         terms=config.terms,
         searched=config.search,
+        is_feasible=partial(is_feasible, structure, statistics),
     )
     place = job.prepared.study(job.keys["search.json"])
     return Search(space, judge, config.trials, config.seed, place, config.sampler)
