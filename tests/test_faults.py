@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 import adapruner
 from adapruner import AdaPrunerError
 from adapruner.cli import main
-from adapruner.run_folder import RunFolder
+from adapruner.run import RunFolder
 from adapruner.search import Candidate, Objective
 
 OPTIONS: dict[str, Any] = {
@@ -347,7 +347,7 @@ OUT_OF_MEMORY = """
 import resource
 from pathlib import Path
 from adapruner.cli import main
-from adapruner.run_folder import RunFolder
+from adapruner.run import RunFolder
 
 save_part = RunFolder.save_part
 
