@@ -6,10 +6,8 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,24 +15,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import adapruner
-from adapruner.artifacts import Record, are_as_written
 from adapruner.models import known_architectures
+from runs import RUN_OPTIONS
 
 VOCABULARY = 96
-# Files that say how long something took, or show it.
-WITH_TIMES = ("result.json", "report.html", "recovery.json")
-# Of a run that takes little time.
-RUN_OPTIONS: dict[str, Any] = {
-    "ratio": 0.1,
-    "pool": 12,
-    "samples": 4,
-    "objective_windows": 6,
-    "seq_len": 16,
-    "trials": 9,
-    "protect_first": 1,
-    "protect_last": 1,
-    "round_to": 1,
-}
 
 # What a family has beyond the common fields, so that all of it is covered somewhere.
 FAMILY_FIELDS: dict[str, dict[str, object]] = {
@@ -80,31 +64,6 @@ FAMILY_FIELDS: dict[str, dict[str, object]] = {
     },
 }
 WITH_HEAD_DIM = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen3")
-
-
-def assert_same_artifacts(run: Path, undisturbed: Path) -> None:
-    """Two finished runs made the same artifacts from the same inputs, byte by byte but for the times in them."""
-    made = [
-        {path.name: Record.model_validate_json(path.read_bytes()) for path in (folder / "keys").iterdir()}
-        for folder in (run, undisturbed)
-    ]
-    assert made[0].keys() == made[1].keys()
-    for name, record in made[0].items():
-        assert record.key == made[1][name].key, name
-        contents = [
-            {file: stamp for file, stamp in (one.files or {}).items() if Path(file).name not in WITH_TIMES}
-            for one in (record, made[1][name])
-        ]
-        assert record.files, name
-        assert contents[0] == contents[1], name
-        assert are_as_written(record.files, run), name
-    results = [
-        json.loads((folder / "result.json").read_text()) | {"stages": None, "recovery": None}
-        for folder in (run, undisturbed)
-    ]
-    assert results[0] == results[1]
-    assert not (run / "unfinished").exists()
-    assert not [path for path in run.rglob("*") if "partial" in path.name]
 
 
 def tiny_model(model_type: str = "llama", key_value_heads: int = 3, **fields: object) -> PreTrainedModel:

@@ -28,11 +28,11 @@ from adapruner.planning import PruningPlan
 from adapruner.recovery import RecoveryRecord
 from adapruner.result import ModelNumbers, RunResult
 from adapruner.run import RunFolder
-from adapruner.search import Objective
+from adapruner.search import Search
 from adapruner.structure import build_structure
 from adapruner.surgery import prune_model
-from conftest import RUN_OPTIONS as OPTIONS
-from conftest import WITH_TIMES, assert_same_artifacts
+from runs import RUN_OPTIONS as OPTIONS
+from runs import WITH_TIMES, assert_same_artifacts
 
 
 def command(model: Path, output: Path, text: Path, **changes: object) -> list[str]:
@@ -197,9 +197,9 @@ def test_what_a_kill_at_the_edge_of_any_artifact_leaves_is_resumed_from(
     names: list[str] = []
     finish = RunFolder.finish
 
-    def noting(self: RunFolder, name: str, record: Record) -> None:
+    def noting(self: RunFolder, name: str, record: Record, *beside: Any) -> None:
         names.append(name)
-        finish(self, name, record)
+        finish(self, name, record, *beside)
 
     options = OPTIONS | {"calibration": str(text_file)}
     with monkeypatch.context() as patch:
@@ -210,8 +210,8 @@ def test_what_a_kill_at_the_edge_of_any_artifact_leaves_is_resumed_from(
     assert_same_artifacts(run, finished.output)
     assert len(left) == 3 * len(names) == 36
 
-    def stopping(self: RunFolder, name: str, record: Record) -> None:
-        finish(self, name, record)
+    def stopping(self: RunFolder, name: str, record: Record, *beside: Any) -> None:
+        finish(self, name, record, *beside)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(RunFolder, "finish", stopping)
@@ -494,7 +494,7 @@ def test_another_ratio_in_the_same_folder_and_back(
     assert other.plan.ratio < 0.06
     assert other.result.search.ratio == 0.05
     # The trials of before are known: none is run again.
-    monkeypatch.setattr(Objective, "__call__", lambda *_: pytest.fail("judged again"))
+    monkeypatch.delattr(Search, "_run_trial")
     adapruner.prune(str(model_folder), tmp_path / "run", **options)
     assert_same_artifacts(tmp_path / "run", finished.output)
 
@@ -663,7 +663,7 @@ def test_advice_names_what_should_not_go_unseen(
             for role, value in (("dense", dense), ("recovered" if "recovery" in changes else "searched", final))
         ]
         changes |= {"models": tuple(models), "windows": {"compensation": compensation}}
-        point = finished.result.search.points[0].model_copy(update={"starting_point": None})
+        point = finished.result.search.points[0].model_copy(update={"starting_point": False})
         changes["search"] = finished.result.search.model_copy(update={"points": (point,)})
         return " | ".join(
             adapruner.PruneResult(

@@ -15,7 +15,7 @@ import adapruner
 from adapruner import AdaPrunerError
 from adapruner.cli import main
 from adapruner.models import find_model, load_model
-from conftest import assert_same_artifacts
+from runs import assert_same_artifacts
 
 OPTIONS = {
     "ratio": 0.1,
