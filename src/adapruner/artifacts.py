@@ -117,8 +117,9 @@ class Record(BaseModel):
 
     def changes(self, now: Record) -> list[str]:
         """What is another now: options and leaves, with both values where these say something."""
+        # The ratio of the search is that of the run, unless `plan` took it from another run.
         changed = [
-            f"{name} {_short(self.options.get(name))} → {_short(now.options.get(name))}"
+            f"{name.removeprefix('searched_')} {_short(self.options.get(name))} → {_short(now.options.get(name))}"
             for name in now.options
             if self.options.get(name) != now.options[name]
         ]
