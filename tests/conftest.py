@@ -14,7 +14,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+import adapruner
 from adapruner.models import PRUNED_CLASSES, STOCK_CLASSES, known_architectures
+from runs import RUN_OPTIONS
 
 VOCABULARY = 96
 
@@ -145,3 +147,10 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     numbers = torch.randint(0, VOCABULARY - 4, (200, 20), generator=generator).tolist()
     path.write_text("\n\n".join(" ".join(f"w{number}" for number in row) for row in numbers))
     return path
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, text_file: Path) -> adapruner.PruneResult:
+    """An undisturbed run with `RUN_OPTIONS`; tests that change it take a copy."""
+    output = tmp_path_factory.mktemp("runs") / "undisturbed"
+    return adapruner.prune(str(model_folder), output, calibration=str(text_file), **RUN_OPTIONS)

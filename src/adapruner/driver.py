@@ -139,7 +139,7 @@ class Driver:
         shutil.rmtree(partial, ignore_errors=True)
         artifact.form.save(value, partial)
         replace(partial, path)
-        folder.finish(artifact.name, self.records[artifact.name])
+        folder.finish(artifact.name, self.records[artifact.name], artifact.beside)
 
 
 def _at_hand(now: Any, then: Any) -> Any:

@@ -438,6 +438,7 @@ scores: dict[Role, Artifact[dict[str, TaskScore]]] = {
     "result.json",
     _json(RunResult),
     inputs=(windows, search, plan, model, recovered, *perplexity.values(), *scores.values()),
+    beside=("model/README.md", "recovered/README.md"),
 )
 def result(
     job: Job,
