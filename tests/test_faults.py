@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 from optuna.trial import TrialState
+from runs import RUN_OPTIONS as OPTIONS
+from runs import assert_same_artifacts
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -24,8 +26,6 @@ from adapruner import AdaPrunerError, procedure
 from adapruner.cli import main
 from adapruner.run import RunFolder
 from adapruner.search import Candidate, Objective, Search, StudyPlace, sqlite_url
-from runs import RUN_OPTIONS as OPTIONS
-from runs import assert_same_artifacts
 
 
 def command(model: Path, output: Path, text: Path) -> list[str]:

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard
+from runs import RUN_OPTIONS as OPTIONS
+from runs import WITH_TIMES, assert_same_artifacts
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -31,8 +33,6 @@ from adapruner.run import RunFolder
 from adapruner.search import Search
 from adapruner.structure import build_structure
 from adapruner.surgery import prune_model
-from runs import RUN_OPTIONS as OPTIONS
-from runs import WITH_TIMES, assert_same_artifacts
 
 
 def command(model: Path, output: Path, text: Path, **changes: object) -> list[str]:
@@ -434,7 +434,12 @@ def test_bad_models(
         ("missing.gguf", "there is no GGUF file at"),
     ):
         refuse(command(tmp_path / model, tmp_path / "run", text_file), message, monkeypatch, capsys)
-    refuse(command(Path("nobody/nothing"), tmp_path / "run", text_file), "the files of 'nobody/nothing' cannot be read", monkeypatch, capsys)
+    refuse(
+        command(Path("nobody/nothing"), tmp_path / "run", text_file),
+        "the files of 'nobody/nothing' cannot be read",
+        monkeypatch,
+        capsys,
+    )
 
 
 def test_bad_outputs(
