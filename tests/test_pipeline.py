@@ -436,7 +436,8 @@ def test_bad_models(
         refuse(command(tmp_path / model, tmp_path / "run", text_file), message, monkeypatch, capsys)
     refuse(
         command(Path("nobody/nothing"), tmp_path / "run", text_file),
-        "the files of 'nobody/nothing' cannot be read",
+    unknown = command(Path("nobody/nothing"), tmp_path / "run", text_file)
+    refuse(unknown, "the files of 'nobody/nothing' cannot be read", monkeypatch, capsys)
         monkeypatch,
         capsys,
     )
