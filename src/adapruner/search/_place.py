@@ -16,7 +16,7 @@ from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.storages import RDBStorage
 from sqlalchemy import event
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import SAWarning, SQLAlchemyError
+from sqlalchemy.exc import IntegrityError, SAWarning, SQLAlchemyError
 
 from adapruner.errors import AdaPrunerError, reason
 
@@ -135,7 +135,8 @@ class StudyPlace:
                     storage = _Storage(url, options, heartbeat_interval=_HEARTBEAT, grace_period=_GRACE)
                 break
             except (StorageInternalError, SQLAlchemyError) as error:
-                if "already exists" not in str(error) or attempt == _ATTEMPTS - 1:
+                is_met = isinstance(error, IntegrityError) or "already exists" in str(error)
+                if not is_met or attempt == _ATTEMPTS - 1:
                     raise
                 time.sleep(0.2)
             except ImportError as error:
