@@ -434,8 +434,8 @@ def test_bad_models(
         ("missing.gguf", "there is no GGUF file at"),
     ):
         refuse(command(tmp_path / model, tmp_path / "run", text_file), message, monkeypatch, capsys)
-    unknown = command(Path("nobody/nothing"), tmp_path / "run", text_file)
-    refuse(unknown, "the files of 'nobody/nothing' cannot be read", monkeypatch, capsys)
+    message = "the files of 'nobody/nothing' cannot be read"
+    refuse(command(Path("nobody/nothing"), tmp_path / "run", text_file), message, monkeypatch, capsys)
 
 
 def test_bad_outputs(

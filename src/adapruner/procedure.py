@@ -31,6 +31,7 @@ from adapruner.evaluation import (
     measure_perplexity,
     measure_tasks,
 )
+from adapruner.files import saying_what_cannot_be_written
 from adapruner.job import MOST_CHANNELS, Job, needs_moments, window_counts
 from adapruner.measurement import Statistics, StoredMoments, measure_in_parts, measure_moments, removal_errors
 from adapruner.memory import MEASURED_AT_ONCE
@@ -534,5 +535,6 @@ def leave_out_broken_windows(job: Job, windows: Windows, error: NonFiniteError) 
 def _write(path: Path, save: Callable[[Path], Any]) -> None:
     """Writes a file of unfinished work, which is resumed from when it exists."""
     unfinished = path.with_suffix(".partial")
-    save(unfinished)
-    unfinished.rename(path)
+    with saying_what_cannot_be_written(path):
+        save(unfinished)
+        unfinished.rename(path)

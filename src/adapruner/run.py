@@ -134,9 +134,11 @@ class RunFolder:
         return bool(record and record.key == key and record.files and are_as_written(record.files, self.path))
 
     def is_removed(self, name: str) -> bool:
-        """Whether an artifact was made and is not left."""
+        """Whether files of a finished artifact are gone, and what is left is as it was written."""
         record = self.record(name)
-        return bool(record and record.files and not (self.path / name).exists())
+        files = record.files if record and record.files else {}
+        left = {file: stamp for file, stamp in files.items() if (self.path / file).exists()}
+        return len(left) < len(files) and are_as_written(left, self.path)
 
     def begin(self, name: str, record: Record) -> Path:
         """Notes that an artifact is being made; returns the folder to resume from."""
