@@ -88,6 +88,8 @@ class RunFolder:
             existing = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
         except OSError as error:
             raise AdaPrunerError(f"cannot write to {self.path}: {reason(error)}") from None
+        if self.config.is_file():
+            self.read_config()
         if not existing.is_dir() or not os.access(existing, os.W_OK):
             raise AdaPrunerError(f"cannot write to {self.path}: {existing} is not a writable directory")
 
