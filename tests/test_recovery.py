@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer, Trai
 import adapruner
 from adapruner import AdaPrunerError, RecoveryOptions, verbs
 from adapruner.calibration import parse_source
-from adapruner.checkpoint import card_of_recovered
+from adapruner.card import card_of_recovered
 from adapruner.cli import main
 from adapruner.recovery import (
     Examples,
