@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.errors import AdaPrunerError, reason
-from adapruner.local_data import find_local_data
+from adapruner.paths import find_local_data
 from adapruner.random_state import random_state_kept
 
 COMMONSENSE = "commonsense"
@@ -177,7 +177,7 @@ def measure_tasks(
         progress: called with fractions of a task as they are done, one in all for each name.
     """
     scores = []
-    with _contained(model.device):
+    with _contained():
         from lm_eval.models.huggingface import HFLM
 
         batch_size = _BATCH_ON_CPU if model.device.type == "cpu" else "auto"
@@ -345,7 +345,7 @@ def _holds(item: dict[str, Any], used: frozenset[str]) -> bool:
 
 
 @contextlib.contextmanager
-def _contained(device: torch.device | None = None) -> Iterator[None]:
+def _contained() -> Iterator[None]:
     """Without the bars and the chatter of lm-eval and of the libraries that it calls; it draws random numbers too."""
     logger, bars = logging.getLogger("lm_eval"), datasets.are_progress_bars_disabled()
     level = logger.level
@@ -353,7 +353,7 @@ def _contained(device: torch.device | None = None) -> Iterator[None]:
     datasets.disable_progress_bars()
     nowhere = io.StringIO()
     try:
-        with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere), random_state_kept(device):
+        with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere), random_state_kept():
             yield
     finally:
         logger.setLevel(level)

@@ -83,7 +83,7 @@ def train(
     if options.train == "full":
         weights.float()
     steps = total_steps(examples, options)
-    with random_state_kept(model.device), quiet_transformers(), warnings.catch_warnings():
+    with random_state_kept(), quiet_transformers(), warnings.catch_warnings():
         # PEFT, the Trainer and PyTorch warn about what is meant here, and about each other.
         warnings.simplefilter("ignore")
         set_seed(options.seed)
