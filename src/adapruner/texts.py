@@ -55,7 +55,7 @@ class Texts:
 
         A local file is recorded by its name and the hash of its content, without its folder.
         """
-        return [record_of(source, use) for use, source in self.used.items()]
+        return [{"use": use} | record_of(source) for use, source in self.used.items()]
 
 
 def assign_texts(config: PruneConfig, missing_ok: bool = False) -> Texts:
@@ -95,29 +95,21 @@ def overlaps(records: list[dict[str, str]], source: Source) -> list[str]:
     Args:
         records: as `Texts.as_records` gives them; what is in other records is left out.
     """
-    given = _record(source)
+    given = record_of(source)
     return [
         f"{_DID[record['use']]} on {''.join(filter(str.isprintable, record['text']))}"
         for record in records
         if record.keys() >= given.keys() and record.get("use") in _DID and record["identity"] == given["identity"]
-        if record["columns"] != given["columns"] or _share_documents(record["part"], given["part"])
+        if record["columns"] != given["columns"] or record["part"] in ("all", given["part"]) or source.part == "all"
     ]
 
 
-def record_of(source: Source, use: str) -> dict[str, str]:
-    """What a checkpoint records of a source; see `Texts.as_records`."""
-    return {"use": use} | _record(source)
-
-
-def _record(source: Source) -> dict[str, str]:
+def record_of(source: Source) -> dict[str, str]:
+    """What a checkpoint records of a source, but for its use; see `Texts.as_records`."""
     name, identity = str(source), source.identity
     if not identity.startswith("hf:") or identity.startswith("hf:/"):
         name, identity = name.rpartition("/")[2], content_hash(source) or identity.rpartition("/")[2]
     return {"text": name, "identity": identity, "part": source.part, "columns": source.columns}
-
-
-def _share_documents(one: str, other: str) -> bool:
-    return one == other or "all" in (one, other)
 
 
 def _default_reports(texts: Texts) -> list[Source]:

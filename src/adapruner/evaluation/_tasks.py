@@ -85,10 +85,7 @@ def mean_accuracies(metrics: Iterable[dict[str, float]]) -> dict[str, float]:
     of_tasks = list(metrics)
     if not of_tasks or not all("acc" in own for own in of_tasks):
         return {}
-    return {
-        "acc": fmean(own["acc"] for own in of_tasks),
-        "acc_norm": fmean(own.get("acc_norm", own["acc"]) for own in of_tasks),
-    }
+    return {name: fmean(own.get(name, own["acc"]) for own in of_tasks) for name in ("acc", "acc_norm")}
 
 
 @dataclass(frozen=True)
@@ -148,8 +145,6 @@ def load_tasks(names: Sequence[str], limit: int | None = None, used_text: Iterab
     Raises:
         AdaPrunerError: a task is not known, or its data cannot be read.
     """
-    if limit is not None and limit < 1:
-        raise AdaPrunerError(f"`limit` {limit} leaves nothing to evaluate: give at least 1")
     used = frozenset(used_text)
     built, items, data_sets = {}, {}, {}
     for name in check_tasks(names):
@@ -270,24 +265,12 @@ def _refuse_impossible(name: str, task: Any) -> None:
         )
 
 
-class _LocalData(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    path: str
-    split: str
-
-
-class _LocalTask(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    local: tuple[_LocalData, ...]
-    fields: dict[str, Any] = {}
-
-
 @cache
-def _local_tasks() -> dict[str, _LocalTask]:
+def _local_tasks() -> dict[str, dict[str, Any]]:
+    """The content of tasks.yaml, where its fields are explained."""
     text = (resources.files("adapruner.evaluation") / "tasks.yaml").read_text(encoding="utf-8")
-    return {name: _LocalTask.model_validate(entry) for name, entry in yaml.safe_load(text).items()}
+    tasks: dict[str, dict[str, Any]] = yaml.safe_load(text)
+    return tasks
 
 
 @cache
@@ -301,19 +284,18 @@ def _task_manager() -> Any:
 
 def _load(name: str) -> Any:
     """Builds a task, with the data under `$ADAPRUNER_DATA` where they lie there."""
-    manager = _task_manager()
-    local = _local_tasks().get(name)
-    found = [(data, path) for data in (local.local if local else ()) if (path := find_local_data(data.path))]
-    if not local or not found:
+    manager, known = _task_manager(), _local_tasks().get(name, {"local": {}})
+    found = [(path, split) for data, split in known["local"].items() if (path := find_local_data(data))]
+    if not found:
         return manager.load(name)
-    data, path = found[0]
+    path, of_path = found[0]
     definition = {
         "include": str(manager.task_index[name].yaml_path),
         "dataset_path": "arrow" if path.is_dir() else "json",
         "dataset_name": None,
-        "dataset_kwargs": {"data_files": {data.split: str(path / "data-*.arrow" if path.is_dir() else path)}},
-        **{split: data.split if split == f"{data.split}_split" else None for split in _SPLITS},
-        **local.fields,
+        "dataset_kwargs": {"data_files": {of_path: str(path / "data-*.arrow" if path.is_dir() else path)}},
+        **{split: of_path if split == f"{of_path}_split" else None for split in _SPLITS},
+        **known.get("fields", {}),
     }
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / f"{name}.yaml"
@@ -326,16 +308,15 @@ def _data_set(task: Any) -> str:
     files = (task.config.dataset_kwargs or {}).get("data_files")
     if isinstance(files, dict) and task.config.task in _local_tasks():
         file = str(next(iter(files.values())))
-        return next((data.path for data in _local_tasks()[task.config.task].local if data.path in file), file)
+        return next((data for data in _local_tasks()[task.config.task]["local"] if data in file), file)
     return " ".join(str(name) for name in (task.config.dataset_path, task.config.dataset_name) if name)
 
 
 def _chosen(items: Any, limit: int | None, used: frozenset[str]) -> list[int]:
     """The numbers of the items to take: evenly spaced out of those that hold none of the used text."""
     numbers = [number for number in range(len(items)) if not used or not _holds(items[number], used)]
-    if limit is None or limit >= len(numbers):
-        return numbers
-    return [numbers[step * len(numbers) // limit] for step in range(limit)]
+    count = min(limit or len(numbers), len(numbers))
+    return [numbers[step * len(numbers) // count] for step in range(count)]
 
 
 def _holds(item: dict[str, Any], used: frozenset[str]) -> bool:

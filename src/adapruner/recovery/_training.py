@@ -6,7 +6,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as functional
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
@@ -44,9 +45,20 @@ from adapruner.recovery._examples import IGNORED, Example, Examples
 _VALIDATIONS, _MOST_STEPS_BETWEEN = 10, 200
 
 
-@dataclass(frozen=True)
-class Recovered:
-    """What training did; the fields are those of `RecoveryRecord`."""
+class Recovered(BaseModel):
+    """What training did.
+
+    Attributes:
+        steps: steps of the optimizer.
+        tokens: tokens that were learnt from, prompts included.
+        loss_before: validation loss before the first step, in nats per token; of distillation, the divergence from the
+            teacher.
+        loss_after: the least validation loss, that of the weights that were kept.
+        best_step: after how many steps that was.
+        seconds: of training, of the last call.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
 
     steps: int
     tokens: int
@@ -88,16 +100,23 @@ def train(
         warnings.simplefilter("ignore")
         set_seed(options.seed)
         trained: Any = _with_adapters(_frozen(model), options) if options.train == "lora" else model
-        trainer = _trainer(trained, examples, options, folder, teacher, steps)
+        create = partial(_DistillationTrainer, in_fastest_dtype(teacher), options) if teacher else Trainer
+        trainer = create(
+            model=trained,
+            args=_arguments(model.device, options, folder, steps),
+            train_dataset=examples.training,
+            eval_dataset=examples.validation,
+            data_collator=_batch,
+            callbacks=[_Watcher(progress, folder)],
+        )
         trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(_Watcher(progress, folder))
         last = _last_whole_checkpoint(folder)
-        before = None if last else _validated(trainer, folder)
+        before = _loss_before(trainer, folder, resumes=last is not None)
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     if options.train == "lora":
         _merge(trained, model)
     weights.to(dtype).eval()
-    return _outcome(trainer.state, examples, options, steps, _loss_before(folder) if before is None else before)
+    return _outcome(trainer.state, examples, options, steps, before)
 
 
 def _outcome(state: Any, examples: Examples, options: RecoveryOptions, steps: int, before: float) -> Recovered:
@@ -190,26 +209,6 @@ class _DistillationTrainer(Trainer):
         return distillation_loss(
             outputs["logits"], self._taught, labels, options.temperature, options.label_weight, num_items_in_batch
         )
-
-
-def _trainer(
-    model: Any,
-    examples: Examples,
-    options: RecoveryOptions,
-    folder: Path,
-    teacher: PreTrainedModel | None,
-    steps: int,
-) -> Trainer:
-    parts: dict[str, Any] = {
-        "model": model,
-        "args": _arguments(model.device, options, folder, steps),
-        "train_dataset": examples.training,
-        "eval_dataset": examples.validation,
-        "data_collator": _batch,
-    }
-    if teacher is None:
-        return Trainer(**parts)
-    return _DistillationTrainer(**parts, teacher=in_fastest_dtype(teacher), options=options)
 
 
 def _arguments(device: torch.device, options: RecoveryOptions, folder: Path, steps: int) -> TrainingArguments:
@@ -336,17 +335,16 @@ class _Watcher(TrainerCallback):
                 )
 
 
-def _validated(trainer: Trainer, folder: Path) -> float:
-    """The validation loss before the first step, kept for a call that goes on."""
+def _loss_before(trainer: Trainer, folder: Path, resumes: bool) -> float:
+    """The validation loss before the first step, kept for a call that resumes."""
+    path = folder / "before.json"
+    if resumes:
+        return float(json.loads(path.read_text(encoding="utf-8"))["eval_loss"])
     loss = float(trainer.evaluate()["eval_loss"])
     if this_process().leads:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "before.json").write_text(json.dumps({"eval_loss": loss}), encoding="utf-8")
+        path.write_text(json.dumps({"eval_loss": loss}), encoding="utf-8")
     return loss
-
-
-def _loss_before(folder: Path) -> float:
-    return float(json.loads((folder / "before.json").read_text(encoding="utf-8"))["eval_loss"])
 
 
 def _last_whole_checkpoint(folder: Path) -> Path | None:
