@@ -8,6 +8,7 @@ trained on the same documents.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from adapruner.calibration import SELF_GENERATED, Source, content_hash, parse_source, read_documents
 from adapruner.config import PruneConfig
@@ -89,7 +90,7 @@ def report_windows(config: PruneConfig) -> int | None:
     return config.evaluate_windows or (None if config.evaluate else DEFAULT_REPORT_WINDOWS)
 
 
-def overlaps(records: list[dict[str, str]], source: Source) -> list[str]:
+def overlaps(records: list[dict[str, Any]], source: Source) -> list[str]:
     """How a checkpoint used documents of a source, for example `calibrated on boolq-passages@calibration`.
 
     Args:
@@ -99,7 +100,8 @@ def overlaps(records: list[dict[str, str]], source: Source) -> list[str]:
     return [
         f"{_DID[record['use']]} on {''.join(filter(str.isprintable, record['text']))}"
         for record in records
-        if record.keys() >= given.keys() and record.get("use") in _DID and record["identity"] == given["identity"]
+        if record.keys() >= given.keys() and all(isinstance(value, str) for value in record.values())
+        if record.get("use") in _DID and record["identity"] == given["identity"]
         if record["columns"] != given["columns"] or record["part"] in ("all", given["part"]) or source.part == "all"
     ]
 

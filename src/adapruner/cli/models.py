@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
+from pydantic import TypeAdapter
 from rich.table import Table
 
 from adapruner.cli._options import Device, Dtype, Flag, Json, Model, Output, Upload, WholeNumber
@@ -93,15 +94,8 @@ def evaluate(
     result = verbs.evaluate(model, perplexity, protocol, seq_len, stride, tasks, limit, dtype, device)
     print_advice(result.overlaps)
     if json:
-        print_json(
-            {
-                "model": model,
-                "perplexity": [one.model_dump(mode="json") for one in result.perplexity],
-                "tasks": [score.model_dump(mode="json") for score in result.tasks],
-                "task_means": result.mean_accuracies,
-                "overlaps": result.overlaps,
-            }
-        )
+        content = TypeAdapter(verbs.Evaluation).dump_python(result, mode="json")
+        print_json({"model": model, **content, "task_means": result.mean_accuracies})
     else:
         plain_console().print(*_tables_of_evaluation(result, model), sep="\n")
 

@@ -15,12 +15,11 @@ from adapruner.recovery._folder import (
     training_alone,
     working_folder,
 )
-from adapruner.recovery._training import Recovered, check_device, distillation_loss, total_steps, train
+from adapruner.recovery._training import check_device, distillation_loss, total_steps, train
 
 __all__ = [
     "DEFAULT_GENERATED_RECORDS",
     "Examples",
-    "Recovered",
     "RecoveryRecord",
     "check_device",
     "check_folder",

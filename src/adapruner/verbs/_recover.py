@@ -109,16 +109,14 @@ def _train(
 ) -> RecoveryRecord:
     """Loads the models and trains; without examples, on what the teacher writes."""
     reporter = Reporter(quiet=not this_process().leads)
-    with reporter.stage("loading", 1) as advance:
+    with reporter.stage("loading"):
         loaded = load_model(location, config.dtype, device)
         dense = load_model(of_teacher, config.dtype, device) if of_teacher else None
-        advance()
     if examples is None:
         assert dense is not None
-        with reporter.stage("writing text", 1) as advance:
+        with reporter.stage("writing text"):
             count = config.records or DEFAULT_GENERATED_RECORDS
             windows = generate_windows(dense, count, config.seq_len, config.seed)
-            advance()
         examples = window_examples(windows, SELF_GENERATED, config)
     teacher = None if config.learns_labels(examples.instructions, dense is not None) else dense
     with reporter.stage("recovering", total_steps(examples, config)) as advance:
@@ -139,7 +137,5 @@ def _train(
 
 def _origin(location: ModelLocation, source: Source | None) -> dict[str, Any]:
     """What the checkpoint says of its making: that of the model, and the text that it was trained on."""
-    origin = read_origin(location) or {}
-    texts = origin.get("texts")
-    records = [{"use": "recovery"} | record_of(source)] if source else []
-    return origin | {"texts": [*(texts if isinstance(texts, list) else []), *records]}
+    origin: dict[str, Any] = read_origin(location) or {"texts": []}
+    return origin | {"texts": origin["texts"] + ([{"use": "recovery"} | record_of(source)] if source else [])}
