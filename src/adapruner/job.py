@@ -89,7 +89,9 @@ class Preparation:
     def empty(self) -> PreTrainedModel:
         """The dense model without weights."""
         model = empty_model(load_config(self.location))
-        check_length(model.config, max(self.config.seq_len, self.config.recovery.seq_len if self.config.recover else 0))
+        seq_len = max(self.config.seq_len, self.config.recovery.seq_len if self.config.recover else 0)
+        if warning := check_length(model.config, seq_len):
+            self.reporter.note(warning)
         return model
 
     @cached_property
@@ -234,6 +236,8 @@ class Preparation:
 
     def _leaf(self, name: str) -> Any:
         if name == "model":
+            # The commit of a hub model is known once its config is here.
+            load_config(self.location)
             return fingerprint_of_model(self.location)
         if name == "precision":
             # Free memory decides none of these.
