@@ -8,6 +8,7 @@ trained on the same documents.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 from adapruner.calibration import SELF_GENERATED, Source, content_hash, parse_source, read_documents
@@ -116,28 +117,24 @@ def record_of(source: Source) -> dict[str, str]:
 
 def _default_reports(texts: Texts) -> list[Source]:
     """The report part of the calibration dataset, or else of the objective's, unless another use takes it."""
+    taken = {(source.identity, source.part) for source in texts.used.values()}
     source = texts.pool or texts.objective
-    if source is None:
-        return []
-    report = Source(source.name, "report")
-    taken = {(each.identity, each.part) for each in texts.used.values()}
-    return [] if (report.identity, report.part) in taken else [report]
+    return [Source(source.name, "report")] if source and (source.identity, "report") not in taken else []
 
 
 def _refuse_overlaps(texts: Texts, reports: list[Source]) -> None:
     """Compares every two uses. Recovery may take the part of calibration or of the objective."""
     uses = [*texts.used.items(), *(("report", source) for source in reports)]
-    for number, (use, source) in enumerate(uses):
-        for earlier, other in uses[:number]:
-            if source.identity != other.identity or use == earlier:
-                continue
-            if source.columns != other.columns:
-                raise AdaPrunerError(
-                    f"`{_FIELDS[use]}` and `{_FIELDS[earlier]}` read other columns of the same records, {source} and"
-                    f" {other}: their parts may overlap, so name the same column in both"
-                )
-            if use != "recovery" and source.part == other.part:
-                raise AdaPrunerError(
-                    f"`{_FIELDS[use]}` would read {source}, which `{_FIELDS[earlier]}` reads already: name another part"
-                    " or another text"
-                )
+    for (earlier, other), (use, source) in combinations(uses, 2):
+        if source.identity != other.identity or use == earlier:
+            continue
+        if source.columns != other.columns:
+            raise AdaPrunerError(
+                f"`{_FIELDS[use]}` and `{_FIELDS[earlier]}` read other columns of the same records, {source} and"
+                f" {other}: their parts may overlap, so name the same column in both"
+            )
+        if use != "recovery" and source.part == other.part:
+            raise AdaPrunerError(
+                f"`{_FIELDS[use]}` would read {source}, which `{_FIELDS[earlier]}` reads already: name another part or"
+                " another text"
+            )

@@ -160,10 +160,10 @@ def place_of(source: Source) -> Place:
     name, option = split_name(source.name)
     if name == "hf":
         path, config, split, column = (*option.split(":"), "", "", "")[:4]
-        return Place(path, None, HubData(path=path, name=config or None), split or "train", _named(column))
+        return Place(path, None, HubData(path=path, name=config or None), split or "train", (column,) if column else ())
     known = known_sources().get(name)
     if known is None:
-        return Place(given_path(name).name, given_path(name), None, columns=_named(option))
+        return Place(given_path(name).name, given_path(name), None, columns=(option,) if option else ())
     split = option or known.default_split("train")
     local = find_local_data(known.local[split]) if split in known.local else None
     if local is None and known.hub is None:
@@ -227,10 +227,6 @@ _registered: dict[str, KnownSource] = {}
 def _shipped() -> dict[str, KnownSource]:
     text = (resources.files("adapruner.calibration") / "sources.yaml").read_text(encoding="utf-8")
     return _ENTRIES.validate_python(yaml.safe_load(text))
-
-
-def _named(column: str) -> tuple[str, ...]:
-    return (column,) if column else ()
 
 
 def _is_folder(path: str) -> bool:

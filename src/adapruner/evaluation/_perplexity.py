@@ -141,14 +141,9 @@ class Prefix:
     states: list[list[Tensor]]
     calls: list[LayerCall]
 
-    @property
-    def layers(self) -> int:
-        """How many layers are known."""
-        return len(self.states[0]) - 1
-
     def in_place(self, model: PreTrainedModel, batch: int, layers: int) -> contextlib.AbstractContextManager[None]:
         """While it lasts, the first layers of a model are not computed, which are those of the model of the prefix."""
-        known = min(layers, self.layers)
+        known = min(layers, len(self.states[batch]) - 1)
         if not known:
             return contextlib.nullcontext()
         return skipping_layers(model, known, self.states[batch][known], self.calls[batch])

@@ -31,6 +31,11 @@ from adapruner.random_state import random_state_kept
 
 COMMONSENSE = "commonsense"
 _SPLITS = ("training_split", "validation_split", "test_split")
+# Attributes of tasks that cannot be run.
+_IMPOSSIBLE = {
+    "MULTIMODAL": "asks about pictures or sound, of which a language model knows nothing",
+    "UNSAFE_CODE": "runs code that the model writes, which is not done here: run lm-eval directly",
+}
 # Sequences at a time where memory does not say how many go; on a GPU lm-eval finds it out.
 _BATCH_ON_CPU = 8
 
@@ -155,7 +160,9 @@ def load_tasks(names: Sequence[str], limit: int | None = None, used_text: Iterab
             raise AdaPrunerError(f"cannot load task {name!r} or its data: {reason(error)}") from error
         built[name] = _outermost(loaded)
         for task_name, task in loaded["tasks"].items():
-            _refuse_impossible(task_name, task)
+            for sign, why in _IMPOSSIBLE.items():
+                if getattr(task, sign, False):
+                    raise AdaPrunerError(f"task {task_name!r} {why}")
             items[task_name] = _chosen(task.eval_docs, limit, used)
             data_sets[task_name] = _data_set(task)
             if not items[task_name]:
@@ -254,15 +261,6 @@ def _outermost(loaded: Any) -> list[Any]:
     everything = {**loaded.get("groups", {}), **loaded["tasks"]}
     inside = {name for names in loaded.get("group_map", {}).values() for name in names}
     return [one for name, one in everything.items() if name not in inside]
-
-
-def _refuse_impossible(name: str, task: Any) -> None:
-    if getattr(task, "MULTIMODAL", False):
-        raise AdaPrunerError(f"task {name!r} asks about pictures or sound, of which a language model knows nothing")
-    if getattr(task, "UNSAFE_CODE", False):
-        raise AdaPrunerError(
-            f"task {name!r} runs code that the model writes, which is not done here: run lm-eval directly"
-        )
 
 
 @cache

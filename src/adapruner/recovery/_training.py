@@ -116,16 +116,13 @@ def train(
     if options.train == "lora":
         _merge(trained, model)
     weights.to(dtype).eval()
-    return _outcome(trainer.state, examples, options, steps, before)
-
-
-def _outcome(state: Any, examples: Examples, options: RecoveryOptions, steps: int, before: float) -> Recovered:
+    state: Any = trainer.state
     # A call that was killed after the last step makes one more, at a learning rate of zero.
     done = min(state.global_step, steps)
-    per_example = examples.tokens / len(examples.training)
+    count = len(examples.training)
     return Recovered(
         steps=done,
-        tokens=round(per_example * min(options.batch_size, len(examples.training)) * done),
+        tokens=round(examples.tokens / count * min(options.batch_size, count) * done),
         loss_before=before,
         loss_after=float(state.best_metric if state.best_metric is not None else math.nan),
         best_step=min(int(state.best_global_step or done), steps),
