@@ -192,18 +192,16 @@ def _read_json(path: Path) -> list[dict[str, Any]]:
     """
     text = path.read_text(encoding="utf-8-sig")
     if path.suffix == ".json" and text.lstrip().startswith("["):
-        records: list[Any] = _parsed(text, "it")
-        places = [f"entry {number}" for number in range(1, len(records) + 1)]
+        records = {f"entry {number}": record for number, record in enumerate(_parsed(text, "it"), 1)}
     else:
         lines = {f"line {number}": line for number, line in enumerate(text.split("\n"), 1) if line.strip()}
-        records = [_parsed(line, place) for place, line in lines.items()]
-        places = list(lines)
+        records = {place: _parsed(line, place) for place, line in lines.items()}
     if not records:
         raise ValueError("there is nothing in it")
-    for place, record in zip(places, records, strict=True):
+    for place, record in records.items():
         if not isinstance(record, dict):
             raise ValueError(f'{place} is no JSON object with fields, as {{"text": …}}')
-    return records
+    return list(records.values())
 
 
 def _parsed(text: str, place: str) -> Any:

@@ -9,7 +9,6 @@ Exit codes: 0 success; 2 invalid input or insufficient resources (disk, memory, 
 from __future__ import annotations
 
 import os
-import re
 import signal
 import sys
 import tempfile
@@ -22,7 +21,7 @@ from pydantic import ValidationError
 
 from adapruner import __version__
 from adapruner.cli._options import Flag
-from adapruner.cli._output import CLOSED_OUTPUT, plain_console
+from adapruner.cli._output import CLOSED_OUTPUT, plain_console, with_options
 from adapruner.cli.models import benchmark, evaluate, export, inspect, recover
 from adapruner.cli.runs import join, plan, prune, report
 from adapruner.errors import AdaPrunerError, describe_failure, describe_invalid, reason
@@ -76,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sys.stdout.flush()
     except (AdaPrunerError, CycloptsError) as error:
         cause = error.__cause__
-        _say(_with_options(describe_invalid(cause) if isinstance(cause, ValidationError) else str(error)))
+        _say(with_options(describe_invalid(cause) if isinstance(cause, ValidationError) else str(error)))
         sys.exit(USER_ERROR)
     except KeyboardInterrupt as interrupt:
         _say("interrupted; rerun the same command, without --overwrite, to resume")
@@ -109,23 +108,6 @@ def _is_closed_for_output() -> bool:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return True
     return False
-
-
-def _with_options(message: str) -> str:
-    """Replaces every field in backticks, as the library names it, by its option; other text in backticks is kept."""
-    known = {
-        name
-        for command in app
-        if not command.startswith("-")
-        for argument in app[command].assemble_argument_collection()
-        for name in argument.names
-    }
-
-    def option(match: re.Match[str]) -> str:
-        name = f"--{match[1].replace('_', '-')}"
-        return name if name in known else match[0]
-
-    return re.sub("`([a-z][a-z0-9_.]*)`", option, message)
 
 
 def _say(message: str) -> None:

@@ -61,7 +61,7 @@ def recover(
         soft_wrap=True,
     )
     if record.loss_after >= record.loss_before:
-        print_advice(["training has not lowered the validation loss: train longer, or lower --learning-rate"])
+        print_advice(["training has not lowered the validation loss: train longer, or lower `learning_rate`"])
 
 
 def evaluate(
@@ -239,7 +239,7 @@ def _advice_on_speed(speed: Speed, dense: Speed | None) -> Iterator[str]:
         layers = ", ".join(numbers[:8]) + (" …" if len(numbers) > 8 else "")
         yield (
             f"the feed-forward widths of layers {layers} are no multiples of {speed.friendly_multiple}, with which this"
-            f" device is faster: prune with --round-to {speed.friendly_multiple}"
+            f" device is faster: prune with `round_to` {speed.friendly_multiple}"
         )
     for kind, what in (("prefill", "reads prompts"), ("decode", "generates")):
         for batch, rate in getattr(speed, kind).items():
