@@ -10,11 +10,12 @@ import random
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -206,23 +207,15 @@ def _evaluate(runner: Any, own: list[Any], items: dict[str, list[int]], progress
     random.seed(DEFAULT_RANDOM_SEED)
     np.random.seed(DEFAULT_OTHER_SEED)
     torch.manual_seed(DEFAULT_OTHER_SEED)
-    runner.set_cache_hook(_Answers(list(loaded["tasks"].values()), progress or (lambda share: None)))
+
+    @cache
+    def share_of_an_answer() -> float:
+        """Of all answers; known once lm-eval has built its requests."""
+        return 1 / sum(int(request.repeats) for task in loaded["tasks"].values() for request in task.instances)
+
+    if progress:  # the cache of lm-eval is told of every answer
+        runner.set_cache_hook(SimpleNamespace(add_partial=lambda *_: progress(share_of_an_answer())))
     return evaluate(runner, loaded, samples=items, log_samples=False, fewshot_as_multiturn=True)
-
-
-class _Answers:
-    """Takes the place of lm-eval's cache, which is told of every answer, and passes on what share of all it is."""
-
-    def __init__(self, tasks: list[Any], progress: Callable[..., None]) -> None:
-        self.tasks, self.progress = tasks, progress
-
-    @cached_property
-    def share(self) -> float:
-        """Of one answer; known once lm-eval has built its requests."""
-        return 1 / sum(int(request.repeats) for task in self.tasks for request in task.instances)
-
-    def add_partial(self, kind: str, request: Any, answer: Any) -> None:
-        self.progress(self.share)
 
 
 def _score(name: str, outcome: Any, tasks: Tasks, model: PreTrainedModel) -> TaskScore:

@@ -320,12 +320,12 @@ class _Watcher(TrainerCallback):
             control.should_evaluate = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        for name in ("loss", "eval_loss", "grad_norm"):
+        watched = {"loss": "the loss", "eval_loss": "the validation loss", "grad_norm": "the gradient"}
+        for name, what in watched.items():
             value = (logs or {}).get(name, 0.0)
             if not math.isfinite(value):
                 saved = _last_whole_checkpoint(self._folder)
                 kept = f"what was saved last, {saved}, stays" if saved else "nothing was saved yet"
-                what = {"loss": "the loss", "eval_loss": "the validation loss", "grad_norm": "the gradient"}[name]
                 raise AdaPrunerError(
                     f"{what} is {value} at step {state.global_step}; {kept}. Lower `learning_rate`"
                     f" ({args.learning_rate:g}) or raise `warmup_steps`, and look for broken records in the data"
