@@ -7,7 +7,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
@@ -20,25 +20,10 @@ from adapruner.errors import AdaPrunerError, reason
 from adapruner.files import saying_what_cannot_be_written, write_atomically
 from adapruner.processes import this_process
 from adapruner.recovery._examples import Examples
-from adapruner.recovery._training import Recovered, train
+from adapruner.recovery._training import RecoveryRecord, train
 
 RECORD = "recovery.json"
 _CONFIG = "config.json"
-
-
-class RecoveryRecord(Recovered):
-    """What a recovery did: the content of `recovery.json`.
-
-    Attributes:
-        config: which model on which data, and all options.
-        skipped_records: records that were left out because their answer is empty or beyond the cut-off.
-    """
-
-    config: dict[str, Any]
-    method: Literal["labels", "distillation"]
-    training_examples: int
-    validation_examples: int
-    skipped_records: int
 
 
 def recover_into(
@@ -66,15 +51,7 @@ def recover_into(
     Raises:
         AdaPrunerError: see `train`; or the folder cannot be written.
     """
-    recovered = train(model, examples, options, work, teacher, progress)
-    record = RecoveryRecord(
-        config=config,
-        method="labels" if teacher is None else "distillation",
-        training_examples=len(examples.training),
-        validation_examples=len(examples.validation),
-        skipped_records=examples.skipped,
-        **recovered.model_dump(),
-    )
+    record = train(model, examples, options, work, teacher, progress).model_copy(update={"config": config})
     if this_process().leads:
         save_checkpoint(model, tokenizer, folder, card(record), record=origin)
         text = record.model_dump_json(indent=2) + "\n"

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as functional
@@ -45,10 +45,12 @@ from adapruner.recovery._examples import IGNORED, Example, Examples
 _VALIDATIONS, _MOST_STEPS_BETWEEN = 10, 200
 
 
-class Recovered(BaseModel):
-    """What training did.
+class RecoveryRecord(BaseModel):
+    """What a recovery did: the content of `recovery.json`.
 
     Attributes:
+        config: all options, and in `recovery.json` which model on which data.
+        skipped_records: records that were left out because their answer is empty or beyond the cut-off.
         steps: steps of the optimizer.
         tokens: tokens that were learnt from, prompts included.
         loss_before: validation loss before the first step, in nats per token; of distillation, the divergence from the
@@ -60,6 +62,11 @@ class Recovered(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
 
+    config: dict[str, Any]
+    method: Literal["labels", "distillation"]
+    training_examples: int
+    validation_examples: int
+    skipped_records: int
     steps: int
     tokens: int
     loss_before: float
@@ -75,7 +82,7 @@ def train(
     folder: Path,
     teacher: PreTrainedModel | None = None,
     progress: Callable[[int], None] | None = None,
-) -> Recovered:
+) -> RecoveryRecord:
     """Trains a model in place; a call that was killed resumes from its last saved step. Processes that were started
     together share every batch. The random state of the program is left as it was.
 
@@ -94,7 +101,6 @@ def train(
     dtype, weights = model.dtype, cast(nn.Module, model)
     if options.train == "full":
         weights.float()
-    steps = total_steps(examples, options)
     with random_state_kept(), quiet_transformers(), warnings.catch_warnings():
         # PEFT, the Trainer and PyTorch warn about what is meant here, and about each other.
         warnings.simplefilter("ignore")
@@ -103,7 +109,7 @@ def train(
         create = partial(_DistillationTrainer, in_fastest_dtype(teacher), options) if teacher else Trainer
         trainer = create(
             model=trained,
-            args=_arguments(model.device, options, folder, steps),
+            args=_arguments(model.device, options, folder, total_steps(examples, options)),
             train_dataset=examples.training,
             eval_dataset=examples.validation,
             data_collator=_batch,
@@ -116,11 +122,21 @@ def train(
     if options.train == "lora":
         _merge(trained, model)
     weights.to(dtype).eval()
-    state: Any = trainer.state
+    return _record(trainer.state, examples, options, "distillation" if teacher else "labels", before)
+
+
+def _record(
+    state: Any, examples: Examples, options: RecoveryOptions, method: Literal["labels", "distillation"], before: float
+) -> RecoveryRecord:
+    count, steps = len(examples.training), total_steps(examples, options)
     # A call that was killed after the last step makes one more, at a learning rate of zero.
     done = min(state.global_step, steps)
-    count = len(examples.training)
-    return Recovered(
+    return RecoveryRecord(
+        config=options.model_dump(mode="json"),
+        method=method,
+        training_examples=count,
+        validation_examples=len(examples.validation),
+        skipped_records=examples.skipped,
         steps=done,
         tokens=round(examples.tokens / count * min(options.batch_size, count) * done),
         loss_before=before,
