@@ -14,8 +14,6 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard
-from runs import RUN_OPTIONS as OPTIONS
-from runs import WITH_TIMES, assert_same_artifacts
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -24,7 +22,6 @@ from adapruner import AdaPrunerError, PruneConfig, verbs
 from adapruner.artifacts import Record
 from adapruner.card import model_card
 from adapruner.cli import main
-from adapruner.cli._output import with_options
 from adapruner.files import replace
 from adapruner.models import find_model, load_model
 from adapruner.planning import PruningPlan
@@ -34,6 +31,8 @@ from adapruner.run import RunFolder
 from adapruner.search import Search
 from adapruner.structure import build_structure
 from adapruner.surgery import prune_model
+from run_helpers import RUN_OPTIONS as OPTIONS
+from run_helpers import WITH_TIMES, assert_same_artifacts
 
 
 def command(model: Path, output: Path, text: Path, **changes: object) -> list[str]:
@@ -650,7 +649,7 @@ def test_quiet_leaves_results_and_advice(
     process = subprocess.run([sys.executable, "-m", "adapruner", *arguments], capture_output=True, env=environment)
     assert json.loads(process.stdout)["plan_hash"] == finished.plan.hash
     assert finished.advice()
-    assert process.stderr.decode().splitlines() == [f"adapruner: {with_options(line)}" for line in finished.advice()]
+    assert process.stderr.decode().splitlines() == [f"adapruner: {line}" for line in finished.advice()]
 
 
 def test_advice_names_what_should_not_go_unseen(

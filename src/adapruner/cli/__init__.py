@@ -9,6 +9,7 @@ Exit codes: 0 success; 2 invalid input or insufficient resources (disk, memory, 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -21,7 +22,7 @@ from pydantic import ValidationError
 
 from adapruner import __version__
 from adapruner.cli._options import Flag
-from adapruner.cli._output import CLOSED_OUTPUT, plain_console, with_options
+from adapruner.cli._output import CLOSED_OUTPUT, plain_console
 from adapruner.cli.models import benchmark, evaluate, export, inspect, recover
 from adapruner.cli.runs import join, plan, prune, report
 from adapruner.errors import AdaPrunerError, describe_failure, describe_invalid, reason
@@ -108,6 +109,23 @@ def _is_closed_for_output() -> bool:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return True
     return False
+
+
+def with_options(message: str) -> str:
+    """Replaces every field in backticks, as the library names it, by its option; other text in backticks is kept."""
+    known = {
+        name
+        for command in app
+        if not command.startswith("-")
+        for argument in app[command].assemble_argument_collection()
+        for name in argument.names
+    }
+
+    def option(match: re.Match[str]) -> str:
+        name = f"--{match[1].replace('_', '-')}"
+        return name if name in known else match[0]
+
+    return re.sub("`([a-z][a-z0-9_.]*)`", option, message)
 
 
 def _say(message: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -50,24 +49,7 @@ def print_json(content: Any) -> None:
 
 def print_advice(lines: list[str]) -> None:
     """Prints advice on stderr."""
+    from adapruner.cli import with_options
+
     for line in lines:
         plain_console(stderr=True).print(f"adapruner: {with_options(line)}", style="yellow", soft_wrap=True)
-
-
-def with_options(message: str) -> str:
-    """Replaces every field in backticks, as the library names it, by its option; other text in backticks is kept."""
-    from adapruner.cli import app
-
-    known = {
-        name
-        for command in app
-        if not command.startswith("-")
-        for argument in app[command].assemble_argument_collection()
-        for name in argument.names
-    }
-
-    def option(match: re.Match[str]) -> str:
-        name = f"--{match[1].replace('_', '-')}"
-        return name if name in known else match[0]
-
-    return re.sub("`([a-z][a-z0-9_.]*)`", option, message)
