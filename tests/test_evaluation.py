@@ -123,7 +123,7 @@ def test_mapped_weights_count_once_at_one_batch_size(
 
 
 def test_an_infinite_perplexity_survives_json() -> None:
-    one = Perplexity(perplexity=math.inf, text="a", window_length=8, windows=2, stride=8)
+    one = Perplexity(perplexity=math.inf, text="a", seq_len=8, windows=2, stride=8)
     assert json.loads(json.dumps(one.model_dump(mode="json")))["perplexity"] == math.inf
     content = json.loads(one.model_dump_json())
     assert (content["perplexity"], content["predicted_tokens"]) == (math.inf, 14)

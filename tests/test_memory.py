@@ -30,7 +30,7 @@ def memory_of(model_config: LlamaConfig, layer_wise: bool, device: str = "cpu", 
     model = empty_model(model_config)
     structure = build_structure(model)
     config = PruneConfig(model="x", **options)
-    budget = reference_budget(config, structure)
+    budget = reference_budget(config, structure, config.ratio[0])
     return estimate_memory(config, model, structure, budget, torch.device(device), layer_wise)
 
 
@@ -107,7 +107,7 @@ def choose(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
         monkeypatch.setattr(memory, "_CONTROL_GROUP", Path("nowhere"))
         config = PruneConfig(model="x", **options)
         structure = build_structure(model)
-        budget = reference_budget(PruneConfig(model="x", **TINY), structure)
+        budget = reference_budget(PruneConfig(model="x", **TINY), structure, 0.2)
         return choose_layer_wise(config, model, structure, budget, torch.device("cpu"), streamable)
 
     return choose

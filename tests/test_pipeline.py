@@ -21,7 +21,7 @@ import adapruner
 from adapruner import AdaPrunerError, PruneConfig, verbs
 from adapruner.artifacts import Record
 from adapruner.card import model_card
-from adapruner.cli import main
+from adapruner.cli import main, with_options
 from adapruner.files import replace
 from adapruner.models import find_model, load_model
 from adapruner.planning import PruningPlan
@@ -649,7 +649,7 @@ def test_quiet_leaves_results_and_advice(
     process = subprocess.run([sys.executable, "-m", "adapruner", *arguments], capture_output=True, env=environment)
     assert json.loads(process.stdout)["plan_hash"] == finished.plan.hash
     assert finished.advice()
-    assert process.stderr.decode().splitlines() == [f"adapruner: {line}" for line in finished.advice()]
+    assert process.stderr.decode().splitlines() == [f"adapruner: {with_options(line)}" for line in finished.advice()]
 
 
 def test_advice_names_what_should_not_go_unseen(

@@ -24,10 +24,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer, Trai
 import adapruner
 from adapruner import AdaPrunerError, RecoveryOptions, verbs
 from adapruner.calibration import parse_source
-from adapruner.checkpoint import card_of_recovered
+from adapruner.card import card_of_recovered
 from adapruner.cli import main
 from adapruner.recovery import (
     Examples,
+    RecoveryRecord,
     check_device,
     distillation_loss,
     instruction_examples,
@@ -171,12 +172,19 @@ def test_several_gpus_are_left_alone_by_one_process(
         assert torch.equal(one, other)
 
 
+def launched(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+    """Makes this process one of two that `torchrun` started."""
+    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "TORCHELASTIC_RUN_ID": "a"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+
+
 def test_training_goes_to_the_first_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     for device in ("cpu", "cuda", "cuda:0"):
         check_device(torch.device(device))
     with pytest.raises(AdaPrunerError, match="CUDA_VISIBLE_DEVICES=1"):
         check_device(torch.device("cuda:1"))
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    launched(monkeypatch, 0)
     check_device(torch.device("cuda:1"))
 
 
@@ -339,8 +347,7 @@ def test_the_first_process_alone_prints(
     monkeypatch.setattr(verbs, "recover", lambda *_, **__: record)
     command = ["recover", str(model_folder), "--data", str(text_file), "-o", str(recovered), "--json"]
     for rank in (0, 1):
-        for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}.items():
-            monkeypatch.setenv(name, str(value))
+        launched(monkeypatch, rank)
         assert main_or_exit(command) == 0
         assert bool(capsys.readouterr().out) == (rank == 0)
 
@@ -476,8 +483,8 @@ def test_malformed_data_are_refused_before_the_model_is_loaded(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--method", "distillation"], "name it with --teacher"),
-        (["--method", "labels", "--teacher", "smollm2"], "leave --teacher out"),
+        (["--method", "distillation"], "add --teacher"),
+        (["--method", "labels", "--teacher", "smollm2"], "remove --teacher"),
         (["--steps", "0"], "--steps 0"),
         (["--learning-rate", "-1"], "--learning-rate -1"),
         (["--teacher", "nowhere/at/all"], "no model at"),
@@ -509,15 +516,22 @@ def test_a_folder_of_something_else_is_left_alone(model_folder: Path, text_file:
 
 
 def test_the_card_of_a_pruned_model_says_that_it_was_trained() -> None:
-    record = {
-        "config": {"train": "full", "data": "/somewhere/mine.txt"},
-        "method": "labels",
-        "steps": 10,
-        "tokens": 640,
-    }
+    record = RecoveryRecord(
+        config={"train": "full", "data": "/somewhere/mine.txt"},
+        method="labels",
+        training_examples=9,
+        validation_examples=1,
+        skipped_records=0,
+        steps=10,
+        tokens=640,
+        loss_before=2.0,
+        loss_after=1.0,
+        best_step=10,
+        seconds=1.0,
+    )
     pruned = (
         "---\nlicense: other\nmodel-index:\n- name: a\n  results:\n  - task:\n      type: b\n---\n\n# a\n\nIt was not"
-        " trained afterwards.\n\n## What it cost\n\n| a | b |\n\n## Licence\n\nx\n"
+        " fine-tuned.\n\n## What it cost\n\n| a | b |\n\n## Licence\n\nx\n"
     )
     card = card_of_recovered(pruned, record)
     assert card is not None

@@ -270,7 +270,7 @@ def test_means() -> None:
     [
         (["piqqa"], None, "no task 'piqqa'; did you mean piqa"),
         (["comonsense"], None, "did you mean commonsense"),
-        (["piqa"], 0, "a limit at least 1, not 128 and 0"),
+        (["piqa"], 0, "`limit` 0 leaves nothing to evaluate"),
     ],
 )
 def test_refused_before_the_model_is_loaded(

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 # The messages of these are a name, or incomprehensible without the type.
 _SAY_LITTLE = (LookupError, TypeError, AttributeError, ArithmeticError, AssertionError, RecursionError)
+# In the plain RuntimeError that PyTorch raises if the memory of the CPU is exhausted; the last is from oneDNN.
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "bad_alloc", "could not create a primitive")
 _LONGEST_REASON = 300
 _LONGEST_VALUE = 60
 _MOST_ERRORS = 8
@@ -55,20 +57,14 @@ def describe_failure(error: BaseException, takes_less: str) -> str | None:
         takes_less: what needs less memory.
     """
     number, path = (error.errno, error.filename) if isinstance(error, OSError) else (None, None)
-    said = str(error) if isinstance(error, RuntimeError) else ""
-    if isinstance(error, MemoryError) or number == errno.ENOMEM or _is_about_memory(said):
+    said = str(error).lower() if isinstance(error, RuntimeError) else ""
+    if isinstance(error, MemoryError) or number == errno.ENOMEM or any(sign in said for sign in _OUT_OF_MEMORY):
         return f"out of memory: {takes_less}"
     if number in (errno.ENOSPC, errno.EDQUOT):
         return f"no space left on the disk{f' ({path})' if path else ''}: free some"
     if path and number in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"{os.strerror(number).lower()} ({path})"
     return None
-
-
-def _is_about_memory(message: str) -> bool:
-    """PyTorch raises a plain RuntimeError if the memory of the CPU is exhausted; the last sign is from oneDNN."""
-    signs = ("out of memory", "can't allocate memory", "bad_alloc", "could not create a primitive")
-    return any(sign in message.lower() for sign in signs)
 
 
 def reason(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Paths as a user writes them."""
+"""Paths as a user writes them, and data that lies on this machine."""
 
 from __future__ import annotations
 
@@ -38,3 +38,11 @@ def output_path(name: str | Path) -> Path:
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise AdaPrunerError(f"cannot write to {path}: {existing} is not a writable directory")
     return path
+
+
+def find_local_data(name: str) -> Path | None:
+    """The file or folder of a relative path in the first of the folders of `$ADAPRUNER_DATA` that has it, or of an
+    absolute path if it exists."""
+    folders = filter(None, os.environ.get("ADAPRUNER_DATA", "").split(os.pathsep))
+    places = [Path(name)] if Path(name).is_absolute() else [Path(folder) / name for folder in folders]
+    return next((place for place in places if place.exists()), None)

@@ -58,8 +58,8 @@ class Reporter:
         self.current = "preparing"
 
     @contextlib.contextmanager
-    def stage(self, name: str, total: int) -> Iterator[Advance]:
-        """Wraps one stage of `total` steps; yields the function that advances it."""
+    def stage(self, name: str, total: int = 1) -> Iterator[Advance]:
+        """Wraps one stage of `total` steps, all done at its end; yields the function that advances it."""
         started, self.current = time.monotonic(), name
         reset_peak_memory()
         self._record(event="started", stage=name, memory_mib=held_memory() // MIB)
@@ -104,6 +104,7 @@ class Reporter:
         with Progress(*columns, console=self.console) as bars:
             task = bars.add_task(name, total=total, text="")
             yield lambda steps=1, text="": bars.update(task, advance=steps, text=text)
+            bars.update(task, completed=total)
 
     def _record(self, **entry: Any) -> None:
         if self.log:

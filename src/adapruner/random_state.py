@@ -11,10 +11,10 @@ import torch
 
 
 @contextlib.contextmanager
-def random_state_kept(device: torch.device | None = None) -> Iterator[None]:
-    """Puts the random states of Python, NumPy and PyTorch back afterwards, on the CPU and on a GPU."""
+def random_state_kept() -> Iterator[None]:
+    """Puts the random states of Python, NumPy and PyTorch back afterwards, on the CPU and on all GPUs."""
     of_python, of_numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng([device] if device and device.type == "cuda" else []):
+    with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()):
         try:
             yield
         finally:

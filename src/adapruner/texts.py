@@ -8,6 +8,8 @@ trained on the same documents.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
 
 from adapruner.calibration import SELF_GENERATED, Source, content_hash, parse_source, read_documents
 from adapruner.config import PruneConfig
@@ -55,7 +57,7 @@ class Texts:
 
         A local file is recorded by its name and the hash of its content, without its folder.
         """
-        return [record_of(source, use) for use, source in self.used.items()]
+        return [{"use": use} | record_of(source) for use, source in self.used.items()]
 
 
 def assign_texts(config: PruneConfig, missing_ok: bool = False) -> Texts:
@@ -89,61 +91,50 @@ def report_windows(config: PruneConfig) -> int | None:
     return config.evaluate_windows or (None if config.evaluate else DEFAULT_REPORT_WINDOWS)
 
 
-def overlaps(records: list[dict[str, str]], source: Source) -> list[str]:
+def overlaps(records: list[dict[str, Any]], source: Source) -> list[str]:
     """How a checkpoint used documents of a source, for example `calibrated on boolq-passages@calibration`.
 
     Args:
         records: as `Texts.as_records` gives them; what is in other records is left out.
     """
-    given = _record(source)
+    given = record_of(source)
     return [
         f"{_DID[record['use']]} on {''.join(filter(str.isprintable, record['text']))}"
         for record in records
-        if record.keys() >= given.keys() and record.get("use") in _DID and record["identity"] == given["identity"]
-        if record["columns"] != given["columns"] or _share_documents(record["part"], given["part"])
+        if record.keys() >= given.keys() and all(isinstance(value, str) for value in record.values())
+        if record.get("use") in _DID and record["identity"] == given["identity"]
+        if record["columns"] != given["columns"] or record["part"] in ("all", given["part"]) or source.part == "all"
     ]
 
 
-def record_of(source: Source, use: str) -> dict[str, str]:
-    """What a checkpoint records of a source; see `Texts.as_records`."""
-    return {"use": use} | _record(source)
-
-
-def _record(source: Source) -> dict[str, str]:
+def record_of(source: Source) -> dict[str, str]:
+    """What a checkpoint records of a source, but for its use; see `Texts.as_records`."""
     name, identity = str(source), source.identity
     if not identity.startswith("hf:") or identity.startswith("hf:/"):
         name, identity = name.rpartition("/")[2], content_hash(source) or identity.rpartition("/")[2]
     return {"text": name, "identity": identity, "part": source.part, "columns": source.columns}
 
 
-def _share_documents(one: str, other: str) -> bool:
-    return one == other or "all" in (one, other)
-
-
 def _default_reports(texts: Texts) -> list[Source]:
     """The report part of the calibration dataset, or else of the objective's, unless another use takes it."""
+    taken = {(source.identity, source.part) for source in texts.used.values()}
     source = texts.pool or texts.objective
-    if source is None:
-        return []
-    report = Source(source.name, "report")
-    taken = {(each.identity, each.part) for each in texts.used.values()}
-    return [] if (report.identity, report.part) in taken else [report]
+    return [Source(source.name, "report")] if source and (source.identity, "report") not in taken else []
 
 
 def _refuse_overlaps(texts: Texts, reports: list[Source]) -> None:
     """Compares every two uses. Recovery may take the part of calibration or of the objective."""
     uses = [*texts.used.items(), *(("report", source) for source in reports)]
-    for number, (use, source) in enumerate(uses):
-        for earlier, other in uses[:number]:
-            if source.identity != other.identity or use == earlier:
-                continue
-            if source.columns != other.columns:
-                raise AdaPrunerError(
-                    f"`{_FIELDS[use]}` and `{_FIELDS[earlier]}` read other columns of the same records, {source} and"
-                    f" {other}: their parts may overlap, so name the same column in both"
-                )
-            if use != "recovery" and source.part == other.part:
-                raise AdaPrunerError(
-                    f"`{_FIELDS[use]}` would read {source}, which `{_FIELDS[earlier]}` reads already: name another part"
-                    " or another text"
-                )
+    for (earlier, other), (use, source) in combinations(uses, 2):
+        if source.identity != other.identity or use == earlier:
+            continue
+        if source.columns != other.columns:
+            raise AdaPrunerError(
+                f"`{_FIELDS[use]}` and `{_FIELDS[earlier]}` read other columns of the same records, {source} and"
+                f" {other}: their parts may overlap, so name the same column in both"
+            )
+        if use != "recovery" and source.part == other.part:
+            raise AdaPrunerError(
+                f"`{_FIELDS[use]}` would read {source}, which `{_FIELDS[earlier]}` reads already: name another part or"
+                " another text"
+            )

@@ -13,8 +13,6 @@ from adapruner.calibration._pool import (
 from adapruner.calibration._reading import content_hash, fingerprint, provenance, read_documents, read_records
 from adapruner.calibration._sources import (
     SELF_GENERATED,
-    Part,
-    Purpose,
     Source,
     absolute_source,
     parse_source,
@@ -24,8 +22,6 @@ from adapruner.calibration._sources import (
 __all__ = [
     "SELF_GENERATED",
     "EvaluationText",
-    "Part",
-    "Purpose",
     "Source",
     "absolute_source",
     "content_hash",

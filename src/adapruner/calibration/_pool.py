@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from adapruner.calibration._reading import provenance, read_documents
 from adapruner.calibration._sources import Source
 from adapruner.errors import AdaPrunerError
+from adapruner.random_state import random_state_kept
 
 
 def draw_windows(
@@ -149,7 +148,11 @@ def generate_windows(model: PreTrainedModel, count: int, seq_len: int, seed: int
         raise AdaPrunerError("the model names neither a start nor an end token: it cannot generate text by itself")
     generate: Any = model.generate
     windows = []
-    with _seeded(model.device, seed):
+    # torch.manual_seed would seed the other GPUs too.
+    on_gpu = model.device.type == "cuda"
+    generator = torch.cuda.default_generators[model.device.index] if on_gpu else torch.default_generator
+    with random_state_kept():
+        generator.manual_seed(seed)
         for first in range(0, count, batch_size):
             prompt = torch.full((min(batch_size, count - first), 1), start, device=model.device)
             windows.append(
@@ -167,16 +170,3 @@ def generate_windows(model: PreTrainedModel, count: int, seq_len: int, seed: int
                 ).cpu()
             )
     return torch.cat(windows)
-
-
-@contextlib.contextmanager
-def _seeded(device: torch.device, seed: int) -> Iterator[None]:
-    """Seeds the generators that sampling on a device draws from; afterwards they are as before. Others are untouched,
-    which torch.manual_seed would seed too."""
-    gpus = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(gpus):
-        torch.default_generator.manual_seed(seed)
-        for gpu in gpus:
-            with torch.cuda.device(gpu):
-                torch.cuda.manual_seed(seed)
-        yield

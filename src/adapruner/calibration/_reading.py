@@ -8,7 +8,6 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import datasets
 import pyarrow.parquet
 
-from adapruner.calibration._sources import Place, Source, known_sources, place_of, refuse_missing, split_name
+from adapruner.calibration._sources import HubData, Place, Source, known_sources, place_of, refuse_missing, split_name
 from adapruner.errors import AdaPrunerError, reason
 
 # Tenths of the documents, by hash, that belong to each part.
@@ -24,15 +23,8 @@ _TENTHS: dict[str, range] = {"calibration": range(0, 4), "objective": range(4, 6
 # Columns that are taken where none is named; the second is the form of Stanford Alpaca.
 _USUAL_COLUMNS = (("text",), ("instruction", "input", "output"), ("instruction", "output"))
 
-
-@dataclass(frozen=True)
-class _Rows:
-    """Rows by column, and which dataset they are of."""
-
-    rows: list[dict[str, str | None]]
-    data_set: str
-    split: str
-    revision: str
+# Text by column.
+Row = dict[str, str | None]
 
 
 def read_documents(source: Source) -> list[str]:
@@ -47,17 +39,14 @@ def read_documents(source: Source) -> list[str]:
     return documents
 
 
-def read_records(source: Source) -> list[dict[str, str | None]]:
+def read_records(source: Source) -> list[Row]:
     """All rows of a source (or of its part) by column, in their order; of plain text, `text` alone.
 
     Raises:
         AdaPrunerError: it cannot be read.
     """
-    rows = _rows_of(source).rows
-    if source.part == "all":
-        return list(rows)
-    tenths = _TENTHS[source.part]
-    return [row for row in rows if _tenth(_joined(row)) in tenths]
+    rows, tenths = _rows_of(source)[0], _TENTHS.get(source.part)
+    return [row for row in rows if tenths is None or _tenth(_joined(row)) in tenths]
 
 
 def provenance(source: Source) -> dict[str, str]:
@@ -66,9 +55,8 @@ def provenance(source: Source) -> dict[str, str]:
     Raises:
         AdaPrunerError: it cannot be read.
     """
-    read = _rows_of(source)
-    named = {"data_set": read.data_set, "split": read.split, "revision": read.revision}
-    return {name: value for name, value in named.items() if value}
+    _, about = _rows_of(source)
+    return {name: value for name, value in about.items() if value}
 
 
 def fingerprint(source: Source) -> str | None:
@@ -112,7 +100,8 @@ def _files_in(path: Path) -> list[Path]:
     return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
 
 
-def _rows_of(source: Source) -> _Rows:
+def _rows_of(source: Source) -> tuple[list[Row], dict[str, str]]:
+    """All rows, and which dataset, split and revision they are of."""
     place = place_of(source)
     refuse_missing(place)
     try:
@@ -127,35 +116,38 @@ def _rows_of(source: Source) -> _Rows:
 
 
 @lru_cache(maxsize=4)
-def _read(place: Place, stamp: tuple[object, ...]) -> _Rows:
+def _read(place: Place, stamp: tuple[object, ...]) -> tuple[list[Row], dict[str, str]]:
     """Reads what lies at a place.
 
     Args:
         stamp: of the local files, so that changed ones are read again.
     """
     if place.path is None:
-        return _read_hub(place)
-    if place.path.is_dir():
+        assert place.hub is not None
+        name = " ".join(filter(None, (place.hub.path, place.hub.name)))
+        rows, revision = _read_hub(place, place.hub)
+    elif place.path.is_dir():
         dataset = datasets.load_from_disk(str(place.path))
+        name, revision = place.name, f"local copy {dataset._fingerprint}"
         rows = _columns_of(dataset, place.columns, place.limit)
-        return _Rows(rows, place.name, place.split, f"local copy {dataset._fingerprint}")
-    revision = f"sha256 {hashlib.sha256(place.path.read_bytes()).hexdigest()[:12]}"
-    return _Rows(_read_file(place, place.path), place.name, place.split, revision)
+    else:
+        name, revision = place.name, f"sha256 {hashlib.sha256(place.path.read_bytes()).hexdigest()[:12]}"
+        rows = _read_file(place, place.path)
+    return rows, {"data_set": name, "split": place.split, "revision": revision}
 
 
-def _read_hub(place: Place) -> _Rows:
-    assert place.hub is not None
-    arguments = place.hub.model_dump(exclude_none=True)
+def _read_hub(place: Place, hub: HubData) -> tuple[list[Row], str]:
+    """The rows of a dataset of the Hub, and its revision."""
+    arguments = hub.model_dump(exclude_none=True)
     with _quiet_datasets():
         dataset = datasets.load_dataset(**arguments, split=place.split, streaming=place.limit is not None)
         columns = place.columns
         if place.limit is None:  # a streamed dataset may not know its columns
-            columns = _text_columns(dataset.column_names, place.hub.path, columns)
+            columns = _text_columns(dataset.column_names, hub.path, columns)
         rows = _columns_of(dataset, columns, place.limit)
     # The commit that was read is part of the addresses of the files, where they were downloaded.
     commit = re.search(r"@([0-9a-f]{40})/", " ".join(dataset.info.download_checksums or {}))
-    revision = commit[1][:12] if commit else place.hub.revision or "main"
-    return _Rows(rows, " ".join(filter(None, (place.hub.path, place.hub.name))), place.split, revision)
+    return rows, commit[1][:12] if commit else hub.revision or "main"
 
 
 @contextlib.contextmanager
@@ -172,7 +164,7 @@ def _quiet_datasets() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _read_file(place: Place, path: Path) -> list[dict[str, str | None]]:
+def _read_file(place: Place, path: Path) -> list[Row]:
     if path.suffix == ".parquet":
         names = pyarrow.parquet.read_schema(path).names
         columns = _text_columns(names, str(path), place.columns)
@@ -200,18 +192,16 @@ def _read_json(path: Path) -> list[dict[str, Any]]:
     """
     text = path.read_text(encoding="utf-8-sig")
     if path.suffix == ".json" and text.lstrip().startswith("["):
-        records: list[Any] = _parsed(text, "it")
-        places = [f"entry {number}" for number in range(1, len(records) + 1)]
+        records = {f"entry {number}": record for number, record in enumerate(_parsed(text, "it"), 1)}
     else:
         lines = {f"line {number}": line for number, line in enumerate(text.split("\n"), 1) if line.strip()}
-        records = [_parsed(line, place) for place, line in lines.items()]
-        places = list(lines)
+        records = {place: _parsed(line, place) for place, line in lines.items()}
     if not records:
         raise ValueError("there is nothing in it")
-    for place, record in zip(places, records, strict=True):
+    for place, record in records.items():
         if not isinstance(record, dict):
             raise ValueError(f'{place} is no JSON object with fields, as {{"text": …}}')
-    return records
+    return list(records.values())
 
 
 def _parsed(text: str, place: str) -> Any:
@@ -238,9 +228,7 @@ def _text_columns(columns: list[str], name: str, wanted: tuple[str, ...]) -> tup
     )
 
 
-def _columns_of(
-    rows: Iterable[dict[str, Any]], columns: tuple[str, ...], limit: int | None = None
-) -> list[dict[str, str | None]]:
+def _columns_of(rows: Iterable[dict[str, Any]], columns: tuple[str, ...], limit: int | None) -> list[Row]:
     return [
         {column: _text_of(row, column, number) for column in columns}
         for number, row in enumerate(itertools.islice(rows, limit), 1)
@@ -261,7 +249,7 @@ def _text_of(row: dict[str, Any], column: str, number: int) -> str | None:
     return text
 
 
-def _joined(row: dict[str, str | None]) -> str:
+def _joined(row: Row) -> str:
     return "\n".join(value for value in row.values() if value)
 
 

@@ -13,10 +13,10 @@ import yaml
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented, but not in __all__
 from pydantic import BaseModel, ConfigDict, TypeAdapter
+from typing_extensions import TypedDict
 
 from adapruner.errors import AdaPrunerError, reason
-from adapruner.local_data import find_local_data
-from adapruner.paths import given_path
+from adapruner.paths import find_local_data, given_path
 
 Part = Literal["all", "calibration", "objective", "report"]
 Purpose = Literal["train", "report"]
@@ -62,25 +62,25 @@ class Source:
         return self if self.part != "all" else replace(self, part=part)
 
 
-class _Entry(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class HubData(_Entry):
+class HubData(BaseModel):
     """Arguments of `datasets.load_dataset`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     path: str
     name: str | None = None
     revision: str | None = None
 
 
-class _Splits(_Entry):
+class _Splits(TypedDict):
     train: str
     report: str
 
 
-class KnownSource(_Entry):
+class KnownSource(BaseModel):
     """An entry of sources.yaml, where its fields are explained."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     hub: HubData | None = None
     split: str | _Splits
@@ -90,7 +90,7 @@ class KnownSource(_Entry):
     limit: int | None = None
 
     def default_split(self, purpose: Purpose) -> str:
-        return self.split if isinstance(self.split, str) else str(getattr(self.split, purpose))
+        return self.split if isinstance(self.split, str) else self.split[purpose]
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def parse_source(text: str, purpose: Purpose = "train", missing_ok: bool = False
     known = known_sources().get(name)
     if known is not None and not isinstance(known.split, str):
         name = f"{name}:{known.default_split(purpose)}"
-    _refuse_unknown(name)
+    _check_name(name)
     source = Source(name, cast(Part, part))
     if not missing_ok:
         refuse_missing(place_of(source))
@@ -160,10 +160,10 @@ def place_of(source: Source) -> Place:
     name, option = split_name(source.name)
     if name == "hf":
         path, config, split, column = (*option.split(":"), "", "", "")[:4]
-        return Place(path, None, HubData(path=path, name=config or None), split or "train", _named(column))
+        return Place(path, None, HubData(path=path, name=config or None), split or "train", (column,) if column else ())
     known = known_sources().get(name)
     if known is None:
-        return Place(given_path(name).name, given_path(name), None, columns=_named(option))
+        return Place(given_path(name).name, given_path(name), None, columns=(option,) if option else ())
     split = option or known.default_split("train")
     local = find_local_data(known.local[split]) if split in known.local else None
     if local is None and known.hub is None:
@@ -229,31 +229,23 @@ def _shipped() -> dict[str, KnownSource]:
     return _ENTRIES.validate_python(yaml.safe_load(text))
 
 
-def _named(column: str) -> tuple[str, ...]:
-    return (column,) if column else ()
-
-
 def _is_folder(path: str) -> bool:
     return bool(path) and given_path(path).is_dir()
 
 
-def _refuse_unknown(text: str) -> None:
+def _check_name(text: str) -> None:
+    """Refuses what can name no dataset."""
     name, option = split_name(text)
-    if name == "hf":
-        _refuse_malformed(option)
-    elif name not in known_sources() and given_path(name).suffix not in _FILES:
+    if name in known_sources() or (name != "hf" and given_path(name).suffix in _FILES):
+        return
+    if name != "hf":
         if text == SELF_GENERATED:
-            raise AdaPrunerError(
-                f"{SELF_GENERATED!r} is text that the model generates; it can only be used to calibrate"
-            )
+            raise AdaPrunerError(f"{text!r} is text that the model generates; it can only be used to calibrate")
         close = difflib.get_close_matches(name, known_sources(), n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise AdaPrunerError(
             f"unknown text source {text!r}: expected {', '.join(known_sources())}, {SELF_GENERATED}, {_FORMS}.{hint}"
         )
-
-
-def _refuse_malformed(option: str) -> None:
     path = option.partition(":")[0]
     try:
         if option.count(":") > 3:
@@ -261,4 +253,4 @@ def _refuse_malformed(option: str) -> None:
         if not _is_folder(path):
             validate_repo_id(path)
     except HFValidationError as error:
-        raise AdaPrunerError(f"'hf:{option}' names no data set, expected {_FORMS}: {reason(error)}") from None
+        raise AdaPrunerError(f"{text!r} names no data set, expected {_FORMS}: {reason(error)}") from None

@@ -1,4 +1,4 @@
-"""The command line: one file per verb, each parses, calls and prints.
+"""The command line: each verb parses, calls and prints.
 
 A verb imports PyTorch and what needs it when it is run: help and errors of the parser are immediate.
 
@@ -21,16 +21,10 @@ from cyclopts import App, CycloptsError, Parameter
 from pydantic import ValidationError
 
 from adapruner import __version__
+from adapruner.cli._options import Flag
 from adapruner.cli._output import CLOSED_OUTPUT, plain_console
-from adapruner.cli.benchmark import benchmark
-from adapruner.cli.evaluate import evaluate
-from adapruner.cli.export import export
-from adapruner.cli.inspect import inspect
-from adapruner.cli.join import join
-from adapruner.cli.plan import plan
-from adapruner.cli.prune import prune
-from adapruner.cli.recover import recover
-from adapruner.cli.report import report
+from adapruner.cli.models import benchmark, evaluate, export, inspect, recover
+from adapruner.cli.runs import join, plan, prune, report
 from adapruner.errors import AdaPrunerError, describe_failure, describe_invalid, reason
 from adapruner.interrupts import end_by_interrupt, handling_interrupts
 
@@ -57,14 +51,12 @@ app.meta.suppress_keyboard_interrupt = False
 @app.meta.default
 def launch(
     *arguments: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
-    quiet: Annotated[bool, Parameter(negative="")] = False,
+    quiet: Flag = False,
 ) -> None:
     """Options that all verbs share.
 
-    Parameters
-    ----------
-    quiet:
-        Print only results, errors and advice.
+    Args:
+        quiet: Print only results, errors and advice.
     """
     from adapruner.progress import set_quiet
 

@@ -11,7 +11,6 @@ from rich.console import Console
 if TYPE_CHECKING:
     from adapruner.result import PruneResult
 
-
 # What a shell reports of a process that SIGPIPE ended.
 CLOSED_OUTPUT = 141
 

@@ -19,19 +19,9 @@ from adapruner.models import LayerCall, enter_layers, loaded_layer, skipping_lay
 _TOKENS_PER_BATCH = {"cpu": 512, "cuda": 4096}
 
 
-@dataclass(frozen=True)
-class PerplexityProtocol:
-    """Texts and window length that results are reported with."""
-
-    texts: tuple[str, ...]
-    seq_len: int
-
-
-# LLM-Pruner (arXiv 2305.11627) and the paper; SparseGPT, Wanda, FLAP, SliceGPT.
-PROTOCOLS = {
-    "llm-pruner": PerplexityProtocol(("wikitext2:test", "ptb:validation"), 128),
-    "2048": PerplexityProtocol(("wikitext2:test",), 2048),
-}
+# Datasets and tokens per window that others report with: LLM-Pruner (arXiv 2305.11627) and the paper; SparseGPT, Wanda,
+# FLAP, SliceGPT.
+PROTOCOLS = {"llm-pruner": (("wikitext2:test", "ptb:validation"), 128), "2048": (("wikitext2:test",), 2048)}
 
 
 class Perplexity(BaseModel):
@@ -99,7 +89,7 @@ def measure_perplexity(
         provenance: for the protocol, see `Perplexity`.
     """
     seq_len = windows.shape[1]
-    stride = seq_len if stride is None else stride
+    stride = stride or seq_len
     standard_error = None
     if stride == seq_len:
         losses = window_losses(model, windows, progress)
@@ -107,17 +97,12 @@ def measure_perplexity(
         if len(losses) > 1:
             standard_error = float(losses.std() / math.sqrt(len(losses)))
     else:
-        first, others = window_losses(model, windows[:1], progress), windows[1:]
-        total = first.sum() * (seq_len - 1)
+        total, others = window_losses(model, windows[:1], progress).sum() * (seq_len - 1), windows[1:]
         if len(others):
             total += window_losses(model, others, progress, context=seq_len - stride).sum() * stride
         mean = total / (seq_len - 1 + len(others) * stride)
-    try:
-        perplexity = math.exp(mean)
-    except OverflowError:
-        perplexity = math.inf
     return Perplexity(
-        perplexity=perplexity,
+        perplexity=float(mean.exp()),
         text=text,
         seq_len=seq_len,
         windows=len(windows),
@@ -156,14 +141,9 @@ class Prefix:
     states: list[list[Tensor]]
     calls: list[LayerCall]
 
-    @property
-    def layers(self) -> int:
-        """How many layers are known."""
-        return len(self.states[0]) - 1
-
     def in_place(self, model: PreTrainedModel, batch: int, layers: int) -> contextlib.AbstractContextManager[None]:
         """While it lasts, the first layers of a model are not computed, which are those of the model of the prefix."""
-        known = min(layers, self.layers)
+        known = min(layers, len(self.states[batch]) - 1)
         if not known:
             return contextlib.nullcontext()
         return skipping_layers(model, known, self.states[batch][known], self.calls[batch])

@@ -76,22 +76,20 @@ def measure_speed(
         new_tokens: tokens that are then generated one by one with a cache.
         progress: called after every measurement, `len(models) · (len(batch_sizes) · (repetitions + 1) + 1)` times.
     """
-    seconds: dict[tuple[str, int], list[tuple[float, float]]] = {}
-    peaks: dict[str, int | None] = {}
-    advance = progress or (lambda steps: None)
-    for repetition in range(repetitions + 1):
-        for batch_size in batch_sizes:
-            for name, model in models.items():
-                times = _run(model, batch_size, prompt, new_tokens)
-                if repetition:  # the first is to warm up: what is mapped from files comes into memory then
-                    seconds.setdefault((name, batch_size), []).append(times)
-                advance(1)
-        if repetition == 0:
-            for name, model in models.items():
-                peaks[name] = _peak_beyond_weights(model, partial(_run, model, max(batch_sizes), prompt, new_tokens))
-                advance(1)
+
+    def run(name: str, batch_size: int) -> tuple[float, float]:
+        times = _run(models[name], batch_size, prompt, new_tokens)
+        if progress:
+            progress(1)
+        return times
+
+    runs = [(name, batch_size) for batch_size in batch_sizes for name in models]
+    for each in runs:  # to warm up: what is mapped from files comes into memory
+        run(*each)
+    peaks = {name: _peak_beyond_weights(model, partial(run, name, max(batch_sizes))) for name, model in models.items()}
+    rounds = [{each: run(*each) for each in runs} for _ in range(repetitions)]
     return {
-        name: _speed(model, {b: seconds[name, b] for b in batch_sizes}, peaks[name], prompt, new_tokens)
+        name: _speed(model, {b: [one[name, b] for one in rounds] for b in batch_sizes}, peaks[name], prompt, new_tokens)
         for name, model in models.items()
     }
 

@@ -10,11 +10,12 @@ import random
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -26,11 +27,16 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.errors import AdaPrunerError, reason
-from adapruner.local_data import find_local_data
+from adapruner.paths import find_local_data
 from adapruner.random_state import random_state_kept
 
 COMMONSENSE = "commonsense"
 _SPLITS = ("training_split", "validation_split", "test_split")
+# Attributes of tasks that cannot be run.
+_IMPOSSIBLE = {
+    "MULTIMODAL": "asks about pictures or sound, of which a language model knows nothing",
+    "UNSAFE_CODE": "runs code that the model writes, which is not done here: run lm-eval directly",
+}
 # Sequences at a time where memory does not say how many go; on a GPU lm-eval finds it out.
 _BATCH_ON_CPU = 8
 
@@ -85,10 +91,7 @@ def mean_accuracies(metrics: Iterable[dict[str, float]]) -> dict[str, float]:
     of_tasks = list(metrics)
     if not of_tasks or not all("acc" in own for own in of_tasks):
         return {}
-    return {
-        "acc": fmean(own["acc"] for own in of_tasks),
-        "acc_norm": fmean(own.get("acc_norm", own["acc"]) for own in of_tasks),
-    }
+    return {name: fmean(own.get(name, own["acc"]) for own in of_tasks) for name in ("acc", "acc_norm")}
 
 
 @dataclass(frozen=True)
@@ -148,8 +151,6 @@ def load_tasks(names: Sequence[str], limit: int | None = None, used_text: Iterab
     Raises:
         AdaPrunerError: a task is not known, or its data cannot be read.
     """
-    if limit is not None and limit < 1:
-        raise AdaPrunerError(f"`limit` {limit} leaves nothing to evaluate: give at least 1")
     used = frozenset(used_text)
     built, items, data_sets = {}, {}, {}
     for name in check_tasks(names):
@@ -160,7 +161,9 @@ def load_tasks(names: Sequence[str], limit: int | None = None, used_text: Iterab
             raise AdaPrunerError(f"cannot load task {name!r} or its data: {reason(error)}") from error
         built[name] = _outermost(loaded)
         for task_name, task in loaded["tasks"].items():
-            _refuse_impossible(task_name, task)
+            for sign, why in _IMPOSSIBLE.items():
+                if getattr(task, sign, False):
+                    raise AdaPrunerError(f"task {task_name!r} {why}")
             items[task_name] = _chosen(task.eval_docs, limit, used)
             data_sets[task_name] = _data_set(task)
             if not items[task_name]:
@@ -177,7 +180,7 @@ def measure_tasks(
         progress: called with fractions of a task as they are done, one in all for each name.
     """
     scores = []
-    with _contained(model.device):
+    with _contained():
         from lm_eval.models.huggingface import HFLM
 
         batch_size = _BATCH_ON_CPU if model.device.type == "cpu" else "auto"
@@ -204,23 +207,15 @@ def _evaluate(runner: Any, own: list[Any], items: dict[str, list[int]], progress
     random.seed(DEFAULT_RANDOM_SEED)
     np.random.seed(DEFAULT_OTHER_SEED)
     torch.manual_seed(DEFAULT_OTHER_SEED)
-    runner.set_cache_hook(_Answers(list(loaded["tasks"].values()), progress or (lambda share: None)))
+
+    @cache
+    def share_of_an_answer() -> float:
+        """Of all answers; known once lm-eval has built its requests."""
+        return 1 / sum(int(request.repeats) for task in loaded["tasks"].values() for request in task.instances)
+
+    if progress:  # the cache of lm-eval is told of every answer
+        runner.set_cache_hook(SimpleNamespace(add_partial=lambda *_: progress(share_of_an_answer())))
     return evaluate(runner, loaded, samples=items, log_samples=False, fewshot_as_multiturn=True)
-
-
-class _Answers:
-    """Takes the place of lm-eval's cache, which is told of every answer, and passes on what share of all it is."""
-
-    def __init__(self, tasks: list[Any], progress: Callable[..., None]) -> None:
-        self.tasks, self.progress = tasks, progress
-
-    @cached_property
-    def share(self) -> float:
-        """Of one answer; known once lm-eval has built its requests."""
-        return 1 / sum(int(request.repeats) for task in self.tasks for request in task.instances)
-
-    def add_partial(self, kind: str, request: Any, answer: Any) -> None:
-        self.progress(self.share)
 
 
 def _score(name: str, outcome: Any, tasks: Tasks, model: PreTrainedModel) -> TaskScore:
@@ -261,33 +256,12 @@ def _outermost(loaded: Any) -> list[Any]:
     return [one for name, one in everything.items() if name not in inside]
 
 
-def _refuse_impossible(name: str, task: Any) -> None:
-    if getattr(task, "MULTIMODAL", False):
-        raise AdaPrunerError(f"task {name!r} asks about pictures or sound, of which a language model knows nothing")
-    if getattr(task, "UNSAFE_CODE", False):
-        raise AdaPrunerError(
-            f"task {name!r} runs code that the model writes, which is not done here: run lm-eval directly"
-        )
-
-
-class _LocalData(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    path: str
-    split: str
-
-
-class _LocalTask(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    local: tuple[_LocalData, ...]
-    fields: dict[str, Any] = {}
-
-
 @cache
-def _local_tasks() -> dict[str, _LocalTask]:
+def _local_tasks() -> dict[str, dict[str, Any]]:
+    """The content of tasks.yaml, where its fields are explained."""
     text = (resources.files("adapruner.evaluation") / "tasks.yaml").read_text(encoding="utf-8")
-    return {name: _LocalTask.model_validate(entry) for name, entry in yaml.safe_load(text).items()}
+    tasks: dict[str, dict[str, Any]] = yaml.safe_load(text)
+    return tasks
 
 
 @cache
@@ -301,19 +275,18 @@ def _task_manager() -> Any:
 
 def _load(name: str) -> Any:
     """Builds a task, with the data under `$ADAPRUNER_DATA` where they lie there."""
-    manager = _task_manager()
-    local = _local_tasks().get(name)
-    found = [(data, path) for data in (local.local if local else ()) if (path := find_local_data(data.path))]
-    if not local or not found:
+    manager, known = _task_manager(), _local_tasks().get(name, {"local": {}})
+    found = [(path, split) for data, split in known["local"].items() if (path := find_local_data(data))]
+    if not found:
         return manager.load(name)
-    data, path = found[0]
+    path, of_path = found[0]
     definition = {
         "include": str(manager.task_index[name].yaml_path),
         "dataset_path": "arrow" if path.is_dir() else "json",
         "dataset_name": None,
-        "dataset_kwargs": {"data_files": {data.split: str(path / "data-*.arrow" if path.is_dir() else path)}},
-        **{split: data.split if split == f"{data.split}_split" else None for split in _SPLITS},
-        **local.fields,
+        "dataset_kwargs": {"data_files": {of_path: str(path / "data-*.arrow" if path.is_dir() else path)}},
+        **{split: of_path if split == f"{of_path}_split" else None for split in _SPLITS},
+        **known.get("fields", {}),
     }
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / f"{name}.yaml"
@@ -326,16 +299,15 @@ def _data_set(task: Any) -> str:
     files = (task.config.dataset_kwargs or {}).get("data_files")
     if isinstance(files, dict) and task.config.task in _local_tasks():
         file = str(next(iter(files.values())))
-        return next((data.path for data in _local_tasks()[task.config.task].local if data.path in file), file)
+        return next((data for data in _local_tasks()[task.config.task]["local"] if data in file), file)
     return " ".join(str(name) for name in (task.config.dataset_path, task.config.dataset_name) if name)
 
 
 def _chosen(items: Any, limit: int | None, used: frozenset[str]) -> list[int]:
     """The numbers of the items to take: evenly spaced out of those that hold none of the used text."""
     numbers = [number for number in range(len(items)) if not used or not _holds(items[number], used)]
-    if limit is None or limit >= len(numbers):
-        return numbers
-    return [numbers[step * len(numbers) // limit] for step in range(limit)]
+    count = min(limit or len(numbers), len(numbers))
+    return [numbers[step * len(numbers) // count] for step in range(count)]
 
 
 def _holds(item: dict[str, Any], used: frozenset[str]) -> bool:
@@ -345,7 +317,7 @@ def _holds(item: dict[str, Any], used: frozenset[str]) -> bool:
 
 
 @contextlib.contextmanager
-def _contained(device: torch.device | None = None) -> Iterator[None]:
+def _contained() -> Iterator[None]:
     """Without the bars and the chatter of lm-eval and of the libraries that it calls; it draws random numbers too."""
     logger, bars = logging.getLogger("lm_eval"), datasets.are_progress_bars_disabled()
     level = logger.level
@@ -353,7 +325,7 @@ def _contained(device: torch.device | None = None) -> Iterator[None]:
     datasets.disable_progress_bars()
     nowhere = io.StringIO()
     try:
-        with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere), random_state_kept(device):
+        with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere), random_state_kept():
             yield
     finally:
         logger.setLevel(level)

@@ -7,20 +7,12 @@ from adapruner.recovery._examples import (
     read_examples,
     window_examples,
 )
-from adapruner.recovery._folder import (
-    RecoveryRecord,
-    check_folder,
-    read_record,
-    recover_into,
-    training_alone,
-    working_folder,
-)
-from adapruner.recovery._training import Recovered, check_device, distillation_loss, total_steps, train
+from adapruner.recovery._folder import check_folder, read_record, recover_into, training_alone, working_folder
+from adapruner.recovery._training import RecoveryRecord, check_device, distillation_loss, total_steps, train
 
 __all__ = [
     "DEFAULT_GENERATED_RECORDS",
     "Examples",
-    "Recovered",
     "RecoveryRecord",
     "check_device",
     "check_folder",

@@ -74,8 +74,7 @@ def window_examples(windows: Tensor, name: str, options: RecoveryOptions) -> Exa
     windows = evenly_spaced(windows, options.records)
     # Nothing predicts the first token; the Trainer would count it in some families.
     examples = [{"input_ids": window, "labels": [IGNORED, *window[1:]]} for window in windows.tolist()]
-    kept_back = _validation_count(len(examples), name, options)
-    return Examples(examples[:-kept_back], examples[-kept_back:], instructions=False)
+    return _split(examples, name, options, instructions=False, skipped=0)
 
 
 def instruction_examples(
@@ -93,20 +92,18 @@ def instruction_examples(
         for field in ("instruction", "output"):
             if record[field] is None or (field == "instruction" and not str(record[field]).strip()):
                 raise AdaPrunerError(f"record {number} of {name} has no {field}")
-    order = list(range(len(records)))
-    random.Random(options.seed).shuffle(order)
+    shuffled = list(records)
+    random.Random(options.seed).shuffle(shuffled)
     examples: list[Example] = []
     skipped = 0
-    for number in order:
-        if options.records is not None and len(examples) == options.records:
+    for record in shuffled:
+        if len(examples) == options.records:
             break
-        example = _instruction_example(records[number], tokenizer, options.seq_len)
-        if example is None:
-            skipped += 1
-        else:
+        if example := _instruction_example(record, tokenizer, options.seq_len):
             examples.append(example)
-    kept_back = _validation_count(len(examples), name, options)
-    return Examples(examples[:-kept_back], examples[-kept_back:], instructions=True, skipped=skipped)
+        else:
+            skipped += 1
+    return _split(examples, name, options, instructions=True, skipped=skipped)
 
 
 def _instruction_example(record: dict[str, Any], tokenizer: Tokenizer, seq_len: int) -> Example | None:
@@ -137,10 +134,11 @@ def _without_end(encoding: BatchEncoding) -> list[int]:
     return tokens
 
 
-def _validation_count(examples: int, name: str, options: RecoveryOptions) -> int:
-    if examples < 2:
+def _split(examples: list[Example], name: str, options: RecoveryOptions, instructions: bool, skipped: int) -> Examples:
+    if len(examples) < 2:
         raise AdaPrunerError(
-            f"{name} gives {examples} examples of at most {options.seq_len} tokens; 2 are needed, one to train on and"
-            " one to validate on"
+            f"{name} gives {len(examples)} examples of at most {options.seq_len} tokens; 2 are needed, one to train on"
+            " and one to validate on"
         )
-    return max(1, min(options.validation, examples // 10))
+    kept_back = max(1, min(options.validation, len(examples) // 10))
+    return Examples(examples[:-kept_back], examples[-kept_back:], instructions, skipped)

@@ -6,12 +6,11 @@ import contextlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -21,40 +20,10 @@ from adapruner.errors import AdaPrunerError, reason
 from adapruner.files import saying_what_cannot_be_written, write_atomically
 from adapruner.processes import this_process
 from adapruner.recovery._examples import Examples
-from adapruner.recovery._training import train
+from adapruner.recovery._training import RecoveryRecord, train
 
 RECORD = "recovery.json"
 _CONFIG = "config.json"
-
-
-class RecoveryRecord(BaseModel):
-    """What a recovery did: the content of `recovery.json`.
-
-    Attributes:
-        config: which model on which data, and all options.
-        skipped_records: records that were left out because their answer is empty or beyond the cut-off.
-        steps: steps of the optimizer.
-        tokens: tokens that were learnt from, prompts included.
-        loss_before: validation loss before the first step, in nats per token; of distillation, the divergence from the
-            teacher.
-        loss_after: the least validation loss, that of the weights that were kept.
-        best_step: after how many steps that was.
-        seconds: of training, of the last call.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
-
-    config: dict[str, Any]
-    method: Literal["labels", "distillation"]
-    training_examples: int
-    validation_examples: int
-    skipped_records: int
-    steps: int
-    tokens: int
-    loss_before: float
-    loss_after: float
-    best_step: int
-    seconds: float
 
 
 def recover_into(
@@ -82,15 +51,7 @@ def recover_into(
     Raises:
         AdaPrunerError: see `train`; or the folder cannot be written.
     """
-    recovered = train(model, examples, options, work, teacher, progress)
-    record = RecoveryRecord(
-        config=config,
-        method="labels" if teacher is None else "distillation",
-        training_examples=len(examples.training),
-        validation_examples=len(examples.validation),
-        skipped_records=examples.skipped,
-        **asdict(recovered),
-    )
+    record = train(model, examples, options, work, teacher, progress).model_copy(update={"config": config})
     if this_process().leads:
         save_checkpoint(model, tokenizer, folder, card(record), record=origin)
         text = record.model_dump_json(indent=2) + "\n"
@@ -106,11 +67,9 @@ def read_record(folder: Path) -> RecoveryRecord | None:
         AdaPrunerError: it is broken.
     """
     path = folder / RECORD
-    if not path.is_file():
-        return None
     try:
-        return RecoveryRecord.model_validate_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return RecoveryRecord.model_validate_json(path.read_bytes()) if path.is_file() else None
+    except (OSError, ValidationError) as error:
         cause = "it has other fields" if isinstance(error, ValidationError) else reason(error)
         raise AdaPrunerError(
             f"{path} is not the record of a recovery ({cause}): choose another output, or `overwrite`"
@@ -173,29 +132,27 @@ def training_alone(folder: Path, config: dict[str, Any], overwrite: bool) -> Ite
         yield None
         return
     work, lock = working_folder(folder), FileLock(folder.with_name(f"{folder.name}.training.lock"), timeout=0)
-    with contextlib.ExitStack() as stack:
+    with saying_what_cannot_be_written(work):
+        work.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise AdaPrunerError(
+                f"another command is training into {folder}: wait for it, or choose another output"
+            ) from None
+    try:
         with saying_what_cannot_be_written(work):
-            work.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                stack.enter_context(lock)
-            except Timeout:
-                raise AdaPrunerError(
-                    f"another command is training into {folder}: wait for it, or choose another output"
-                ) from None
-            stack.callback(_remove_lock, Path(lock.lock_file))
             record = check_folder(folder, config, overwrite)
             if record is None:
                 for old in (folder, work) if overwrite else ():
                     shutil.rmtree(old, ignore_errors=True)
-                work.mkdir(exist_ok=True)
                 text = json.dumps(config)
                 write_atomically(work / _CONFIG, lambda partial: partial.write_text(text, encoding="utf-8"))
         yield record
-
-
-def _remove_lock(path: Path) -> None:
-    with contextlib.suppress(OSError):  # Windows removes no file that is open; filelock does it there
-        path.unlink()
+    finally:
+        with contextlib.suppress(OSError):  # Windows removes no file that is open; filelock does it there
+            Path(lock.lock_file).unlink()
+        lock.release()
 
 
 def working_folder(folder: Path) -> Path:

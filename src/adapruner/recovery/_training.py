@@ -6,14 +6,15 @@ import json
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as functional
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
@@ -44,10 +45,28 @@ from adapruner.recovery._examples import IGNORED, Example, Examples
 _VALIDATIONS, _MOST_STEPS_BETWEEN = 10, 200
 
 
-@dataclass(frozen=True)
-class Recovered:
-    """What training did; the fields are those of `RecoveryRecord`."""
+class RecoveryRecord(BaseModel):
+    """What a recovery did: the content of `recovery.json`.
 
+    Attributes:
+        config: all options, and in `recovery.json` which model on which data.
+        skipped_records: records that were left out because their answer is empty or beyond the cut-off.
+        steps: steps of the optimizer.
+        tokens: tokens that were learnt from, prompts included.
+        loss_before: validation loss before the first step, in nats per token; of distillation, the divergence from the
+            teacher.
+        loss_after: the least validation loss, that of the weights that were kept.
+        best_step: after how many steps that was.
+        seconds: of training, of the last call.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
+
+    config: dict[str, Any]
+    method: Literal["labels", "distillation"]
+    training_examples: int
+    validation_examples: int
+    skipped_records: int
     steps: int
     tokens: int
     loss_before: float
@@ -63,7 +82,7 @@ def train(
     folder: Path,
     teacher: PreTrainedModel | None = None,
     progress: Callable[[int], None] | None = None,
-) -> Recovered:
+) -> RecoveryRecord:
     """Trains a model in place; a call that was killed resumes from its last saved step. Processes that were started
     together share every batch. The random state of the program is left as it was.
 
@@ -82,31 +101,44 @@ def train(
     dtype, weights = model.dtype, cast(nn.Module, model)
     if options.train == "full":
         weights.float()
-    steps = total_steps(examples, options)
-    with random_state_kept(model.device), quiet_transformers(), warnings.catch_warnings():
+    with random_state_kept(), quiet_transformers(), warnings.catch_warnings():
         # PEFT, the Trainer and PyTorch warn about what is meant here, and about each other.
         warnings.simplefilter("ignore")
         set_seed(options.seed)
         trained: Any = _with_adapters(_frozen(model), options) if options.train == "lora" else model
-        trainer = _trainer(trained, examples, options, folder, teacher, steps)
+        create = partial(_DistillationTrainer, in_fastest_dtype(teacher), options) if teacher else Trainer
+        trainer = create(
+            model=trained,
+            args=_arguments(model.device, options, folder, total_steps(examples, options)),
+            train_dataset=examples.training,
+            eval_dataset=examples.validation,
+            data_collator=_batch,
+            callbacks=[_Watcher(progress, folder)],
+        )
         trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(_Watcher(progress, folder))
         last = _last_whole_checkpoint(folder)
-        before = None if last else _validated(trainer, folder)
+        before = _loss_before(trainer, folder, resumes=last is not None)
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     if options.train == "lora":
         _merge(trained, model)
     weights.to(dtype).eval()
-    return _outcome(trainer.state, examples, options, steps, _loss_before(folder) if before is None else before)
+    return _record(trainer.state, examples, options, "distillation" if teacher else "labels", before)
 
 
-def _outcome(state: Any, examples: Examples, options: RecoveryOptions, steps: int, before: float) -> Recovered:
+def _record(
+    state: Any, examples: Examples, options: RecoveryOptions, method: Literal["labels", "distillation"], before: float
+) -> RecoveryRecord:
+    count, steps = len(examples.training), total_steps(examples, options)
     # A call that was killed after the last step makes one more, at a learning rate of zero.
     done = min(state.global_step, steps)
-    per_example = examples.tokens / len(examples.training)
-    return Recovered(
+    return RecoveryRecord(
+        config=options.model_dump(mode="json"),
+        method=method,
+        training_examples=count,
+        validation_examples=len(examples.validation),
+        skipped_records=examples.skipped,
         steps=done,
-        tokens=round(per_example * min(options.batch_size, len(examples.training)) * done),
+        tokens=round(examples.tokens / count * min(options.batch_size, count) * done),
         loss_before=before,
         loss_after=float(state.best_metric if state.best_metric is not None else math.nan),
         best_step=min(int(state.best_global_step or done), steps),
@@ -190,26 +222,6 @@ class _DistillationTrainer(Trainer):
         return distillation_loss(
             outputs["logits"], self._taught, labels, options.temperature, options.label_weight, num_items_in_batch
         )
-
-
-def _trainer(
-    model: Any,
-    examples: Examples,
-    options: RecoveryOptions,
-    folder: Path,
-    teacher: PreTrainedModel | None,
-    steps: int,
-) -> Trainer:
-    parts: dict[str, Any] = {
-        "model": model,
-        "args": _arguments(model.device, options, folder, steps),
-        "train_dataset": examples.training,
-        "eval_dataset": examples.validation,
-        "data_collator": _batch,
-    }
-    if teacher is None:
-        return Trainer(**parts)
-    return _DistillationTrainer(**parts, teacher=in_fastest_dtype(teacher), options=options)
 
 
 def _arguments(device: torch.device, options: RecoveryOptions, folder: Path, steps: int) -> TrainingArguments:
@@ -324,29 +336,28 @@ class _Watcher(TrainerCallback):
             control.should_evaluate = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        for name in ("loss", "eval_loss", "grad_norm"):
+        watched = {"loss": "the loss", "eval_loss": "the validation loss", "grad_norm": "the gradient"}
+        for name, what in watched.items():
             value = (logs or {}).get(name, 0.0)
             if not math.isfinite(value):
                 saved = _last_whole_checkpoint(self._folder)
                 kept = f"what was saved last, {saved}, stays" if saved else "nothing was saved yet"
-                what = {"loss": "the loss", "eval_loss": "the validation loss", "grad_norm": "the gradient"}[name]
                 raise AdaPrunerError(
                     f"{what} is {value} at step {state.global_step}; {kept}. Lower `learning_rate`"
                     f" ({args.learning_rate:g}) or raise `warmup_steps`, and look for broken records in the data"
                 )
 
 
-def _validated(trainer: Trainer, folder: Path) -> float:
-    """The validation loss before the first step, kept for a call that goes on."""
+def _loss_before(trainer: Trainer, folder: Path, resumes: bool) -> float:
+    """The validation loss before the first step, kept for a call that resumes."""
+    path = folder / "before.json"
+    if resumes:
+        return float(json.loads(path.read_text(encoding="utf-8"))["eval_loss"])
     loss = float(trainer.evaluate()["eval_loss"])
     if this_process().leads:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "before.json").write_text(json.dumps({"eval_loss": loss}), encoding="utf-8")
+        path.write_text(json.dumps({"eval_loss": loss}), encoding="utf-8")
     return loss
-
-
-def _loss_before(folder: Path) -> float:
-    return float(json.loads((folder / "before.json").read_text(encoding="utf-8"))["eval_loss"])
 
 
 def _last_whole_checkpoint(folder: Path) -> Path | None:

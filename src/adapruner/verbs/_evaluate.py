@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pydantic import TypeAdapter, ValidationError
 from transformers import PreTrainedModel
-from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.calibration import EvaluationText, Source, evaluation_text, parse_source
 from adapruner.checkpoint import read_origin
@@ -85,19 +83,24 @@ def evaluate(
     _refuse_bad_windows(seq_len, stride, limit)
     if protocol is None and not perplexity and not tasks:
         protocol = "llm-pruner"
+    if protocol not in (None, *PROTOCOLS):
+        raise AdaPrunerError(f"unknown protocol {protocol!r}; the protocols are {', '.join(PROTOCOLS)}")
     resolve_device(device)
     location = find_model(str(model))
-    tokenizer = load_tokenizer(location)
-    texts = _texts_of_protocol(protocol, tokenizer, limit) if protocol else {}
-    for source in (parse_source(text, "report") for text in perplexity):
-        texts[source] = evaluation_text(source, tokenizer, seq_len, limit, stride)
-    _check_windows(location, texts)
+    config, tokenizer = load_config(location), load_tokenizer(location)
+    of_protocol, length = PROTOCOLS[protocol] if protocol else ((), seq_len)
+    wanted = [(name, length, None) for name in of_protocol] + [(name, seq_len, stride) for name in perplexity]
+    texts = {}
+    for name, tokens, step in wanted:
+        source = parse_source(name, "report")
+        texts[source] = text = evaluation_text(source, tokenizer, tokens, limit, step)
+        check_length(config, tokens)
+        check_tokens(config, int(text.windows.max()))
     to_run = load_tasks(tasks, limit) if tasks else None
-    known_uses = _describe_overlaps(location, list(texts))
+    known_uses = _describe_overlaps(location, texts)
     reporter = Reporter()
-    with reporter.stage("loading", 1) as advance:
+    with reporter.stage("loading"):
         loaded = load_model(location, dtype, device)
-        advance()
     perplexities = _measure_texts(loaded, texts, reporter) if texts else []
     scores = []
     if to_run:
@@ -115,20 +118,6 @@ def _refuse_bad_windows(seq_len: int, stride: int | None, limit: int | None) -> 
         raise AdaPrunerError(f"`stride` {stride} skips text or does not advance: choose 1 to {seq_len}")
 
 
-def _texts_of_protocol(name: str, tokenizer: Tokenizer, limit: int | None) -> dict[Source, EvaluationText]:
-    if name not in PROTOCOLS:
-        raise AdaPrunerError(f"unknown protocol {name!r}; the protocols are {', '.join(PROTOCOLS)}")
-    sources = [parse_source(text, "report") for text in PROTOCOLS[name].texts]
-    return {source: evaluation_text(source, tokenizer, PROTOCOLS[name].seq_len, limit) for source in sources}
-
-
-def _check_windows(location: ModelLocation, texts: dict[Source, EvaluationText]) -> None:
-    config = load_config(location)
-    for text in texts.values():
-        check_length(config, text.windows.shape[1])
-        check_tokens(config, int(text.windows.max()))
-
-
 def _measure_texts(model: PreTrainedModel, texts: dict[Source, EvaluationText], reporter: Reporter) -> list[Perplexity]:
     with reporter.stage("evaluating", sum(len(text.windows) for text in texts.values())) as advance:
         perplexities = [
@@ -142,11 +131,8 @@ def _measure_texts(model: PreTrainedModel, texts: dict[Source, EvaluationText], 
     return perplexities
 
 
-def _describe_overlaps(location: ModelLocation, sources: list[Source]) -> list[str]:
-    try:
-        records = TypeAdapter(list[dict[str, str]]).validate_python((read_origin(location) or {}).get("texts", []))
-    except ValidationError:  # of a checkpoint that others have written
-        records = []
+def _describe_overlaps(location: ModelLocation, sources: Iterable[Source]) -> list[str]:
+    records = (read_origin(location) or {"texts": []})["texts"]
     return [
         f"the perplexity on {source} is optimistic: the checkpoint was {use}, which holds some of the same documents"
         for source in sources

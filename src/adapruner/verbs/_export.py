@@ -64,17 +64,15 @@ def export(
     (check_gguf if to == "gguf" else check_paddable)(empty_model(load_config(location)))
     tokenizer = load_tokenizer(location)
     reporter = Reporter()
-    with reporter.stage("loading", 1) as advance:
+    with reporter.stage("loading"):
         loaded = load_model(location, "auto", "cpu")
-        advance()
-    with reporter.stage("writing", 1) as advance:
+    with reporter.stage("writing"):
         if to == "gguf":
             write_gguf(loaded, tokenizer, path, gguf_type)
         else:
             padded = pad_to_stock(loaded)
             card = card_of_export(read_card(location), padded.config)
             save_checkpoint(padded, tokenizer, path, card, record=read_origin(location))
-        advance()
     if push_to_hub:
         push(path, push_to_hub, hub_private, hub_revision, hub_token)
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]

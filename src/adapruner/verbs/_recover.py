@@ -6,13 +6,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.calibration import SELF_GENERATED, Source, generate_windows, parse_source
 from adapruner.card import card_of_recovered, read_card
 from adapruner.checkpoint import read_origin
-from adapruner.config import Dtype, RecoverConfig, RecoveryOptions
+from adapruner.config import Dtype, RecoverConfig
 from adapruner.errors import AdaPrunerError
 from adapruner.models import (
     ModelLocation,
@@ -73,31 +72,33 @@ def recover(
             loss is not finite any more.
     """
     config = RecoverConfig.from_options(model=str(model), data=data, teacher=teacher, dtype=dtype, **options)
-    settings = RecoveryOptions(**{name: getattr(config, name) for name in RecoveryOptions.model_fields})
     folder = output_path(output)
     if folder.resolve() in [given_path(name).resolve() for name in (config.model, teacher) if name]:
         raise AdaPrunerError(f"{output} is a model that this reads from: choose another output")
     resolved = config.model_dump(mode="json")
     if record := check_folder(folder, resolved, overwrite):
         return record
-    source = _source(config)
+    source = None if data == SELF_GENERATED else parse_source(data)
+    if source is None and teacher is None:
+        raise AdaPrunerError("`data` self is text that the dense model writes: name it with `teacher`")
     check_device(resolve_device(device))
     location, of_teacher = find_model(config.model), find_model(teacher) if teacher else None
     of_model = load_config(location)
     check_length(of_model, config.seq_len)
-    if of_teacher is not None:
-        _refuse_other_vocabulary(location, of_teacher)
+    if of_teacher and (size := load_config(of_teacher).vocab_size) != of_model.vocab_size:
+        raise AdaPrunerError(
+            f"the teacher has a vocabulary of {size:,} tokens, the model one of {of_model.vocab_size:,}"
+        )
     tokenizer = load_tokenizer(location)
-    examples = read_examples(source, tokenizer, settings) if source else None
-    if examples is not None:
+    examples = read_examples(source, tokenizer, config) if source else None
+    if examples:
         check_tokens(of_model, examples.largest_token)
     with training_alone(folder, resolved, overwrite) as finished:
-        return finished or _train(config, settings, folder, location, of_teacher, tokenizer, source, examples, device)
+        return finished or _train(config, folder, location, of_teacher, tokenizer, source, examples, device)
 
 
 def _train(
     config: RecoverConfig,
-    settings: RecoveryOptions,
     folder: Path,
     location: ModelLocation,
     of_teacher: ModelLocation | None,
@@ -108,58 +109,33 @@ def _train(
 ) -> RecoveryRecord:
     """Loads the models and trains; without examples, on what the teacher writes."""
     reporter = Reporter(quiet=not this_process().leads)
-    with reporter.stage("loading", 1) as advance:
+    with reporter.stage("loading"):
         loaded = load_model(location, config.dtype, device)
         dense = load_model(of_teacher, config.dtype, device) if of_teacher else None
-        advance()
     if examples is None:
         assert dense is not None
-        examples = _written_by(dense, settings, reporter)
-    teacher = None if settings.learns_labels(examples.instructions, dense is not None) else dense
-    about, work = config.model_dump(mode="json"), working_folder(folder)
-    card = partial(card_of_recovered, read_card(location))
-    with reporter.stage("recovering", total_steps(examples, settings)) as advance:
+        with reporter.stage("writing text"):
+            count = config.records or DEFAULT_GENERATED_RECORDS
+            windows = generate_windows(dense, count, config.seq_len, config.seed)
+        examples = window_examples(windows, SELF_GENERATED, config)
+    teacher = None if config.learns_labels(examples.instructions, dense is not None) else dense
+    with reporter.stage("recovering", total_steps(examples, config)) as advance:
         return recover_into(
             folder,
             loaded,
             tokenizer,
             examples,
-            settings,
+            config,
             teacher,
-            about,
-            work,
+            config.model_dump(mode="json"),
+            working_folder(folder),
             _origin(location, source),
-            card,
+            partial(card_of_recovered, read_card(location)),
             advance,
         )
 
 
-def _source(config: RecoverConfig) -> Source | None:
-    """The text to train on; None where the teacher writes it."""
-    if config.data != SELF_GENERATED:
-        return parse_source(config.data)
-    if config.teacher is None:
-        raise AdaPrunerError("`data` self is text that the dense model writes: name it with `teacher`")
-    return None
-
-
 def _origin(location: ModelLocation, source: Source | None) -> dict[str, Any]:
     """What the checkpoint says of its making: that of the model, and the text that it was trained on."""
-    origin = read_origin(location) or {}
-    texts = origin.get("texts")
-    records = [] if source is None else [record_of(source, "recovery")]
-    return origin | {"texts": [*(texts if isinstance(texts, list) else []), *records]}
-
-
-def _written_by(model: PreTrainedModel, settings: RecoveryOptions, reporter: Reporter) -> Examples:
-    with reporter.stage("writing text", 1) as advance:
-        count = settings.records or DEFAULT_GENERATED_RECORDS
-        windows = generate_windows(model, count, settings.seq_len, settings.seed)
-        advance()
-    return window_examples(windows, SELF_GENERATED, settings)
-
-
-def _refuse_other_vocabulary(location: ModelLocation, teacher: ModelLocation) -> None:
-    own, other = (load_config(one).vocab_size for one in (location, teacher))
-    if own != other:
-        raise AdaPrunerError(f"the teacher has a vocabulary of {other:,} tokens, the model one of {own:,}")
+    origin: dict[str, Any] = read_origin(location) or {"texts": []}
+    return origin | {"texts": origin["texts"] + ([{"use": "recovery"} | record_of(source)] if source else [])}

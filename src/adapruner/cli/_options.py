@@ -1,0 +1,47 @@
+"""Parameters that several verbs share."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter, Token
+
+from adapruner import config
+
+Flag = Annotated[bool, Parameter(negative="")]
+Output = Annotated[Path, Parameter(name=["--output", "-o"])]
+Model = Annotated[str, Parameter(help="Hub id, model folder, .gguf file, or smollm2.")]
+Device = Annotated[str, Parameter(help="auto, cpu, cuda, cuda:1, …")]
+Dtype = Annotated[config.Dtype, Parameter(help="Dtype of the weights; auto keeps the dtype of the checkpoint.")]
+Json = Annotated[bool, Parameter(negative="", help="Print JSON on stdout instead of tables.")]
+
+
+@dataclass(frozen=True)
+class Upload:
+    """Whether and how the resulting model is uploaded.
+
+    Attributes:
+        push_to_hub: Upload the resulting model to this repository of the Hub, owner/name.
+        hub_private: Create that repository as a private one.
+        hub_revision: Branch to upload to, by default the main one.
+        hub_token: Token of the Hub, by default the one of hf auth login.
+    """
+
+    push_to_hub: str | None = None
+    hub_private: bool = True
+    hub_revision: str | None = None
+    hub_token: str | None = None
+
+
+def _whole_number(_: Any, tokens: Sequence[Token]) -> int:
+    """cyclopts would truncate a fraction."""
+    if not re.fullmatch("[0-9]{1,9}", tokens[0].value):
+        raise ValueError("expected a whole number from 0 to 999,999,999")
+    return int(tokens[0].value)
+
+
+WholeNumber = Annotated[int, Parameter(converter=_whole_number)]

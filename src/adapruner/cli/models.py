@@ -1,0 +1,286 @@
+"""The verbs of one model: recover, evaluate, benchmark, export, inspect."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+from pydantic import TypeAdapter
+from rich.table import Table
+
+from adapruner.cli._options import Device, Dtype, Flag, Json, Model, Output, Upload, WholeNumber
+from adapruner.cli._output import plain_console, print_advice, print_json
+from adapruner.config import ExportFormat, GgufType, PruneOptions, RecoveryOptions
+from adapruner.errors import AdaPrunerError
+
+if TYPE_CHECKING:
+    from adapruner.evaluation import Speed
+    from adapruner.structure import Structure
+    from adapruner.verbs import Estimate, Evaluation
+
+_GIB = 2**30
+
+
+def recover(
+    model: Model,
+    /,
+    *,
+    data: str,
+    output: Output,
+    teacher: str | None = None,
+    options: Annotated[RecoveryOptions | None, Parameter(name="*")] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    overwrite: Flag = False,
+    json: Json = False,
+) -> None:
+    """Fine-tune a pruned model, or distil the dense model into it. Rerun the same command to resume.
+
+    Nothing is trained in float16: such weights are trained in another dtype, and saved in float16.
+
+    Args:
+        data: Instructions with answers (columns instruction, output, input), any text, or self: the teacher writes it.
+        output: Folder of the recovered model.
+        teacher: The dense model, for distillation.
+        overwrite: Start again, whatever recovery the folder holds.
+    """
+    from adapruner import verbs
+    from adapruner.processes import this_process
+
+    given = options.model_dump(exclude_unset=True) if options else {}
+    record = verbs.recover(model, data, output, teacher, overwrite, dtype, device, **given)
+    if not this_process().leads:
+        return
+    if json:
+        print_json(record.model_dump(mode="json"))
+        return
+    plain_console().print(
+        f"{output}: validation loss {record.loss_before:.4f} → {record.loss_after:.4f} nats per token, best after"
+        f" {record.best_step} of {record.steps} steps, {record.tokens:,} tokens",
+        soft_wrap=True,
+    )
+    if record.loss_after >= record.loss_before:
+        print_advice(["training has not lowered the validation loss: train longer, or lower `learning_rate`"])
+
+
+def evaluate(
+    model: Model,
+    /,
+    *,
+    perplexity: Annotated[tuple[str, ...], Parameter(negative="")] = (),
+    protocol: str | None = None,
+    seq_len: WholeNumber = 128,
+    stride: WholeNumber | None = None,
+    tasks: Annotated[tuple[str, ...], Parameter(negative="")] = (),
+    limit: WholeNumber | None = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Perplexity of a model, dense or pruned, and what it scores in tasks of lm-eval.
+
+    Args:
+        perplexity: Dataset to evaluate on; may be repeated.
+        protocol: Perplexity as others report it. llm-pruner: WikiText2 test and PTB validation, 128 tokens; the default
+            if no dataset and no task is named. 2048: WikiText2 test, 2048 tokens.
+        seq_len: Tokens per window of these datasets.
+        stride: Tokens between the beginnings of these windows; by default they do not overlap.
+        tasks: Tasks of lm-eval, separated by commas or repeated; commonsense is the seven of the paper.
+        limit: Take only so many windows of each dataset and items of each task, evenly spaced.
+    """
+    from adapruner import verbs
+
+    result = verbs.evaluate(model, perplexity, protocol, seq_len, stride, tasks, limit, dtype, device)
+    print_advice(result.overlaps)
+    if json:
+        content = TypeAdapter(verbs.Evaluation).dump_python(result, mode="json")
+        print_json({"model": model, **content, "task_means": result.mean_accuracies})
+    else:
+        plain_console().print(*_tables_of_evaluation(result, model), sep="\n")
+
+
+def benchmark(
+    model: Model,
+    /,
+    *,
+    against: str | None = None,
+    batch_size: Annotated[tuple[WholeNumber, ...], Parameter(negative="")] = (1, 16),
+    prompt: WholeNumber = 128,
+    new_tokens: WholeNumber = 32,
+    repetitions: WholeNumber = 5,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Measure size, memory and tokens per second of a model, beside another one.
+
+    Args:
+        against: The model to compare with: the dense one.
+        batch_size: Sequences at once; may be repeated.
+        prompt: Tokens that are read at once.
+        new_tokens: Tokens that are then generated.
+        repetitions: Of which the median is taken; models take turns.
+    """
+    from adapruner import verbs
+
+    speeds = verbs.benchmark(model, against, batch_size, prompt, new_tokens, repetitions, dtype, device)
+    if json:
+        print_json({name: speed.model_dump(mode="json") for name, speed in speeds.items()})
+    else:
+        plain_console().print(_table_of_speeds(speeds, prompt, new_tokens))
+    print_advice([*_advice_on_speed(speeds[model], speeds[against] if against else None)])
+
+
+def export(
+    model: Model,
+    /,
+    *,
+    to: ExportFormat,
+    output: Output,
+    gguf_type: GgufType = "f16",
+    overwrite: Flag = False,
+    upload: Annotated[Upload | None, Parameter(name="*")] = None,
+    json: Json = False,
+) -> None:
+    """Write a model, pruned or dense, in a form that other loaders read.
+
+    Args:
+        to: gguf: one file for llama.cpp. stock: a folder for any loader of the family, short layers padded with zeros
+            to the widest.
+        output: The file or folder to write.
+        gguf_type: How a GGUF file stores matrices.
+        overwrite: Replace an existing GGUF file, or a folder that adapruner wrote.
+    """
+    from adapruner import verbs
+
+    how = vars(upload) if upload else {}
+    exported = verbs.export(model, to, output, gguf_type, overwrite, **how)
+    if json:
+        print_json({"model": model, "format": to, "path": str(exported.path), "bytes": exported.size})
+    else:
+        plain_console().print(f"{exported.path}: {exported.size / 1e6:,.1f} MB", soft_wrap=True)
+
+
+def inspect(
+    model: Model,
+    /,
+    *,
+    cost: Flag = False,
+    options: Annotated[PruneOptions | None, Parameter(name="*")] = None,
+    json: Json = False,
+) -> None:
+    """List the prunable parts of a model, or estimate its memory use (--cost). Does not load weights.
+
+    Args:
+        cost: Print the memory that adapruner prune needs with the options that follow, stage by stage.
+    """
+    from adapruner import verbs
+
+    given = options.model_dump(exclude_unset=True) if options else {}
+    if cost:
+        _print_cost(verbs.estimate(model, **given), model, json)
+    elif given:
+        raise AdaPrunerError("pruning options are used with `cost` only")
+    else:
+        _print_structure(verbs.inspect(model), model, json)
+
+
+def _tables_of_evaluation(result: Evaluation, model: str) -> Iterator[Table]:
+    if result.perplexity:
+        table = Table("perplexity", "protocol", title=model)
+        for one in result.perplexity:
+            table.add_row(f"{one.perplexity:.2f}", one.protocol)
+        yield table
+    if result.tasks:
+        table = Table("task", "metric", "score", "± standard error", title=model, caption_justify="left")
+        for score in result.tasks:
+            for metric, value in score.metrics.items():
+                error = score.standard_errors.get(metric)
+                table.add_row(score.task, metric, f"{value:.4f}", "" if error is None else f"{error:.4f}")
+        for metric, value in result.mean_accuracies.items():
+            table.add_row("mean", metric, f"{value:.4f}", "")
+        table.caption = "\n".join(score.protocol for score in result.tasks)
+        yield table
+
+
+def _table_of_speeds(speeds: dict[str, Speed], prompt: int, new_tokens: int) -> Table:
+    """A row for each quantity; of two models, a last column says by how much the second one is smaller or faster."""
+    own = list(speeds.values())
+    table = Table("", *speeds, *(["gain"] if len(own) == 2 else []), caption_justify="left")
+    sizes: dict[str, list[int | None]] = {
+        "parameters": [speed.parameters for speed in own],
+        "bytes of weights": [speed.weight_bytes for speed in own],
+        "peak bytes of memory": [speed.peak_memory_bytes for speed in own],
+        "MACs per token of the prompt": [speed.prompt_macs for speed in own],
+        "MACs per generated token": [speed.new_token_macs for speed in own],
+    }
+    for name, values in sizes.items():
+        known = [value for value in values if value is not None]
+        gain = [f"{known[0] / known[1]:.2f} ×"] if len(known) == 2 else []
+        table.add_row(name, *("unknown" if value is None else f"{value:,}" for value in values), *gain)
+    for name, kind in (("prompt tokens/s", "prefill"), ("generated tokens/s", "decode")):
+        for batch in own[0].prefill:
+            rates = [getattr(speed, kind)[batch] for speed in own]
+            cells = [f"{rate.median:,.1f} ({rate.least:,.1f}–{rate.greatest:,.1f})" for rate in rates]
+            gain = [f"{rates[1].median / rates[0].median:.2f} ×"] if len(rates) == 2 else []
+            table.add_row(f"{name}, batch {batch}", *cells, *gain)
+    table.caption = (
+        f"prompts of {prompt} tokens, then {new_tokens} generated with a cache; medians (least–greatest) of repetitions"
+        " in turn"
+    )
+    return table
+
+
+def _advice_on_speed(speed: Speed, dense: Speed | None) -> Iterator[str]:
+    """What stands in the way of speed."""
+    if speed.unfriendly_widths:
+        numbers = [str(layer) for layer in speed.unfriendly_widths]
+        layers = ", ".join(numbers[:8]) + (" …" if len(numbers) > 8 else "")
+        yield (
+            f"the feed-forward widths of layers {layers} are no multiples of {speed.friendly_multiple}, with which this"
+            f" device is faster: prune with `round_to` {speed.friendly_multiple}"
+        )
+    for kind, what in (("prefill", "reads prompts"), ("decode", "generates")):
+        for batch, rate in getattr(speed, kind).items():
+            if dense and rate.median <= getattr(dense, kind)[batch].median:
+                yield f"the model {what} no faster than the one beside it at batch size {batch}"
+
+
+def _print_structure(structure: Structure, model: str, json: bool) -> None:
+    if json:
+        names = ("layer", "kind", "groups", "parameters_per_group")
+        print_json(
+            {
+                "model": model,
+                "model_type": structure.model_type,
+                "parameters": structure.total_parameters,
+                "blocks": [{name: getattr(block, name) for name in names} for block in structure.blocks],
+            }
+        )
+        return
+    table = Table("layer", "kind", "groups", "parameters per group", "share of the model")
+    table.title = f"{model}: {structure.model_type}, {structure.total_parameters:,} parameters"
+    for block in structure.blocks:
+        share = block.groups * block.parameters_per_group / structure.total_parameters
+        kind = "KV groups" if block.kind == "heads" else "channels"
+        cells = (kind, f"{block.groups:,}", f"{block.parameters_per_group:,}", f"{share:.2%}")
+        table.add_row(str(block.layer), *cells)
+    plain_console().print(table)
+
+
+def _print_cost(estimate: Estimate, model: str, json: bool) -> None:
+    if json:
+        stages = [
+            {"stage": stage, "device_bytes": memory.device, "host_bytes": memory.host, "largest": memory.largest}
+            for stage, memory in estimate.stages.items()
+        ]
+        about = {"model": model, "device": str(estimate.device), "layer_wise": estimate.layer_wise}
+        print_json({**about, "stages": stages})
+        return
+    how = "one layer at a time in memory" if estimate.layer_wise else "all layers in memory"
+    table = Table("stage", f"GiB on {estimate.device}", "GiB beside it", "largest term", title=f"{model}: {how}")
+    for stage, memory in estimate.stages.items():
+        host = f"{memory.host / _GIB:.2f}" if memory.host else ""
+        table.add_row(stage, f"{memory.device / _GIB:.2f}", host, memory.largest)
+    plain_console().print(table)

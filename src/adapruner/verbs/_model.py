@@ -1,0 +1,120 @@
+"""One model: loading it, what of it can be pruned, the memory that this needs, and its size and speed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from adapruner.config import Dtype, PruneConfig
+from adapruner.errors import AdaPrunerError
+from adapruner.evaluation import Speed, measure_speed
+from adapruner.job import reference_budget, register_extensions
+from adapruner.memory import Memory, choose_layer_wise, estimate_memory
+from adapruner.models import check_length, empty_model, find_model, load_config, load_model, resolve_device
+from adapruner.progress import Reporter
+from adapruner.structure import Structure, build_structure
+
+
+def load(model: str | Path, dtype: Dtype = "auto", device: str = "auto") -> PreTrainedModel:
+    """Loads a pruned or a dense model, ready to `generate`.
+
+    Args:
+        model: hub id, model folder (as in `RUN/model`), `.gguf` file, or `smollm2`.
+        dtype: `auto` keeps that of the checkpoint.
+        device: `auto` takes the first GPU where there is one, else the CPU.
+
+    Raises:
+        AdaPrunerError: there is no such model, or it cannot be read.
+    """
+    return load_model(find_model(str(model)), dtype, device)
+
+
+def inspect(model: str | Path) -> Structure:
+    """What of a model can be pruned, from its config alone.
+
+    Raises:
+        AdaPrunerError: there is no such model, or its family is not known.
+    """
+    return build_structure(empty_model(load_config(find_model(str(model)))))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The memory of every stage of a run, on a device, with or without `layer_wise`."""
+
+    device: torch.device
+    layer_wise: bool
+    stages: dict[str, Memory]
+
+
+def estimate(model: str | Path, **options: Any) -> Estimate:
+    """The memory that `prune` would need with these options, from shapes: no weights are read.
+
+    Args:
+        options: the fields of `PruneOptions`; `device` may be `cuda` where there is none.
+
+    Raises:
+        AdaPrunerError: there is no such model, or an option will not do.
+    """
+    config = PruneConfig.from_options(model=str(model), **options)
+    register_extensions(config)
+    is_here = config.device != "cuda" or torch.cuda.is_available()
+    device = resolve_device(config.device) if is_here else torch.device("cuda")
+    location = find_model(config.model)
+    empty = empty_model(load_config(location))
+    structure = build_structure(empty, config.head_granularity)
+    about = config, empty, structure, reference_budget(config, structure, max(config.ratio)), device
+    layer_wise = bool(config.layer_wise)
+    if is_here:
+        streamable = location.gguf_file is None
+        try:
+            layer_wise = choose_layer_wise(*about, streamable)
+        except AdaPrunerError as error:
+            Reporter().note(str(error))
+            layer_wise = streamable if config.layer_wise is None else config.layer_wise
+    stages = estimate_memory(*about, layer_wise)
+    return Estimate(device, layer_wise, stages)
+
+
+def benchmark(
+    model: str | Path,
+    against: str | Path | None = None,
+    batch_sizes: Sequence[int] = (1, 16),
+    prompt: int = 128,
+    new_tokens: int = 32,
+    repetitions: int = 5,
+    dtype: Dtype = "auto",
+    device: str = "auto",
+) -> dict[str, Speed]:
+    """Size and speed of a model, and of another one beside it, measured in turn in this process.
+
+    Args:
+        model: as for `load`.
+        against: the model to compare with, the dense one as a rule.
+        batch_sizes: sequences at once.
+        prompt: tokens that are read at once.
+        new_tokens: tokens that are then generated one by one.
+        repetitions: of which the median is taken, after one that does not count.
+
+    Raises:
+        AdaPrunerError: an option or a model is invalid; before the weights are loaded.
+    """
+    if not batch_sizes or min(*batch_sizes, prompt, new_tokens, repetitions) < 1:
+        raise AdaPrunerError("`batch_size`, `prompt`, `new_tokens` and `repetitions` must be at least 1")
+    resolve_device(device)
+    locations = {str(name): find_model(str(name)) for name in (against, model) if name is not None}
+    for location in locations.values():
+        check_length(empty_model(load_config(location)).config, prompt + new_tokens)
+    reporter = Reporter()
+    with reporter.stage("loading", len(locations)) as advance:
+        loaded = {}
+        for name, location in locations.items():
+            loaded[name] = load_model(location, dtype, device)
+            advance()
+    with reporter.stage("measuring", len(loaded) * (len(batch_sizes) * (repetitions + 1) + 1)) as advance:
+        return measure_speed(loaded, batch_sizes, prompt, new_tokens, repetitions, advance)
