@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from importlib.metadata import version
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -164,18 +165,11 @@ def _gguf_licence(path: Path) -> str | None:
 
 def _removed(plan: PruningPlan) -> str:
     """A table with a row for each stretch of layers that are alike."""
-    layers: dict[int, dict[str, tuple[int, int]]] = {}
-    for block in plan.blocks:
-        layers.setdefault(block.layer, {})[block.kind] = (len(block.kept), block.groups)
-    heads = "KV groups" if plan.head_granularity == "kv-group" else "query heads"
-    lines = [f"| layers | {heads} kept | channels kept |", "|---|---|---|"]
-    first = 0
-    for layer, own in layers.items():
-        if layers.get(layer + 1) != own:
-            name = f"{first}" if first == layer else f"{first}–{layer}"
-            cells = (f"{kept:,} of {groups:,}" for kept, groups in (own["heads"], own["channels"]))
-            lines.append(f"| {name} | {' | '.join(cells)} |")
-            first = layer + 1
+    lines = [f"| layers | {plan.head_name} kept | channels kept |", "|---|---|---|"]
+    kept = {layer: " | ".join(block.kept_of_all for block in own.values()) for layer, own in plan.by_layer.items()}
+    for numbers, layers in groupby(kept, kept.__getitem__):
+        first, *others = layers
+        lines.append(f"| {'–'.join(map(str, (first, *others[-1:])))} | {numbers} |")
     return "\n".join(lines)
 
 

@@ -166,6 +166,11 @@ def titles(config: PruneConfig, best_fixed_name: str | None) -> dict[Role, str]:
     return TITLES | {"best_fixed": f"{TITLES['best_fixed']} ({best_fixed_name}){how}"}
 
 
+def plus_minus(error: float | None, digits: int) -> str:
+    """What a standard error adds behind a number; nothing where there is none."""
+    return "" if error is None else f" ± {error:.{digits}f}"
+
+
 def shown_name(model: str) -> str:
     """The name of a model; of a local one, without the folders above it."""
     return Path(model).name if Path(model).is_absolute() else model
@@ -200,8 +205,7 @@ def _task_table(result: RunResult) -> Table:
 
 
 def _with_error(score: TaskScore, metric: str) -> str:
-    error = score.standard_errors.get(metric)
-    return f"{score.metrics[metric]:.4f}" + (f" ± {error:.4f}" if error is not None else "")
+    return f"{score.metrics[metric]:.4f}{plus_minus(score.standard_errors.get(metric), 4)}"
 
 
 def _about_perplexity(result: RunResult) -> Iterator[str]:
