@@ -3,14 +3,13 @@
     python benchmarks/comparison.py --output runs/comparison
 
 Calibration is on one text, the report on others. For every seed: a pool, a draw of samples and a search of its own.
-Perplexities go to results.jsonl, one line per cut model; a second call goes on. At the end, the means over the seeds.
+Perplexities go to results.jsonl, one line per cut model; rerun to resume. At the end, the means over the seeds.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,21 +19,25 @@ from typing import Annotated, Any
 import torch
 from cyclopts import Parameter, run
 from optipfair import prune_model as optipfair_prune
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from adapruner import PruneConfig, PruningPlan, pipeline, stages
+from adapruner import PruningPlan, pipeline
 from adapruner.calibration import evenly_spaced, parse_source, text_windows
 from adapruner.evaluation import measure_perplexity
 from adapruner.importance import ACTIVATION_METRICS, LLM_PRUNER_METRICS, MetricPoint, score_groups
-from adapruner.measurement import Statistics, StoredMoments, measure
+from adapruner.job import Job, Preparation
+from adapruner.measurement import Statistics, measure
 from adapruner.models import find_model, in_fastest_dtype, load_model, load_tokenizer
 from adapruner.planning import Budget, kept_counts, make_plan
-from adapruner.run_folder import RunFolder
-from adapruner.search import SearchResult, SearchSpace, build_subset_family
+from adapruner.procedure import plan_at_ratio
+from adapruner.processes import Process
+from adapruner.progress import Reporter
+from adapruner.run import RunFolder
+from adapruner.search import SearchSpace, build_subset_family
 from adapruner.structure import Structure, build_structure, count_parameters
 from adapruner.surgery import Compensation, prune_model, refit_sequentially
+from measured import Measured, share
 
 SEARCHED_RATIO = 0.2
 # Where feed-forward channels alone are not enough.
@@ -86,10 +89,12 @@ class Comparison:
         print(seed, ratio, method, round(removed, 4), {t: round(p, 2) for t, p in perplexity.items()}, flush=True)
 
     def search(self, seed: int, name: str, **options: Any) -> pipeline.PruneResult:
-        """A run with the windows, statistics and moments of the first run of the seed."""
-        folder, first = self.folder(seed, name), self.folder(seed, "extended")
-        config = PruneConfig(
-            model="smollm2",
+        """A run; one that measures the same as the first run of the seed has its measurements."""
+        if name == "uniform":
+            share(self.folder(seed, name), self.folder(seed, "extended"))
+        return pipeline.prune(
+            "smollm2",
+            self.folder(seed, name),
             ratio=SEARCHED_RATIO,
             calibration=CALIBRATION,
             objective_windows=self.objective_windows,
@@ -98,28 +103,20 @@ class Comparison:
             seed=seed,
             **options,
         )
-        if not folder.config.is_file():
-            folder.create(config, overwrite=False)
-            if folder != first:
-                folder.take_over(first, with_search=False)
-            elif seed != self.seeds[0]:
-                # The text of the moments is the same for all seeds.
-                shutil.copytree(self.folder(self.seeds[0], "extended").moments, folder.moments)
-        return pipeline.prune(output=folder.path, **config.model_dump())
 
     def plan(self, seed: int, name: str, ratio: float, **options: Any) -> PruningPlan:
         """The plan of a method: searched at 20 %; at other ratios what `adapruner plan` makes of what was found."""
         searched = self.search(seed, name, **options | allocation(name, SEARCHED_RATIO))
         if ratio == SEARCHED_RATIO:
             return searched.plan
-        config = PruneConfig.from_options(**searched.result["config"] | allocation(name, ratio) | {"ratio": ratio})
-        folder = self.folder(seed, name)
-        found = SearchResult.model_validate_json(folder.search.read_text()).best
-        return stages.plan_at_ratio(self.structure, Statistics.load(folder.statistics), found, config)
+        config = searched.result.config.model_copy(update=allocation(name, ratio) | {"ratio": (ratio,)})
+        folder = RunFolder(searched.output)
+        job = Job(config, folder, Preparation(config, folder, None, Process(), Reporter(quiet=True)), {})
+        return plan_at_ratio(job, Measured.read(folder.path).statistics, searched.result.search.best)
 
-    def folder(self, seed: int, name: str) -> RunFolder:
+    def folder(self, seed: int, name: str) -> Path:
         """Where the run of a method is."""
-        return RunFolder(self.output / f"{name}-{seed}")
+        return self.output / f"{name}-{seed}"
 
 
 def main(
@@ -167,17 +164,17 @@ def ours(comparison: Comparison, seed: int, ratio: float) -> None:
         "uniform": comparison.plan(seed, "uniform", ratio, layout="uniform", round_to=8),
         "paper": comparison.plan(seed, "paper", ratio, space="paper", compensation="none"),
     }
-    compensation = Compensation("least-squares", StoredMoments(comparison.folder(seed, "extended").moments))
+    found = Measured.read(comparison.folder(seed, "extended"))
+    compensation = Compensation("least-squares", found.moments)
     comparison.report(seed, ratio, "paper", cut(comparison, plans["paper"]))
     for name, plan in plans.items():
         comparison.report(seed, ratio, f"{name}, compensated", cut(comparison, plan, compensation))
     if seed in comparison.sequential_seeds:
-        text = load_file(comparison.folder(seed, "extended").windows)["compensation"]
 
         def refitted() -> PreTrainedModel:
             dense, structure, plan = comparison.dense, comparison.structure, plans["extended"]
             pruned = prune_model(dense, structure, plan, compensation)
-            refit_sequentially(dense, pruned, structure, plan, compensation, text)
+            refit_sequentially(dense, pruned, structure, plan, compensation, found.windows["compensation"])
             return pruned
 
         comparison.report(seed, ratio, "extended, sequential", refitted)
@@ -193,9 +190,8 @@ def cut(
 def peers(comparison: Comparison, seed: int, ratio: float) -> None:
     """Every peer on the pool of the seed; LLM-Pruner on the random draw of 10 samples that it takes."""
     structure = comparison.structure
-    folder = comparison.folder(seed, "extended")
-    statistics = Statistics.load(folder.statistics)
-    pool = load_file(folder.windows)["pool"]
+    found = Measured.read(comparison.folder(seed, "extended"))
+    statistics, pool = found.statistics, found.windows["pool"]
     budget = Budget(ratio, round_to=1, **peer_budget(ratio))
 
     def plan(measured: Statistics, point: MetricPoint, budget: Budget) -> PruningPlan:
@@ -220,7 +216,7 @@ def peers(comparison: Comparison, seed: int, ratio: float) -> None:
     comparison.report(seed, ratio, "Wanda-sp", cut(comparison, wanda))
     everywhere = Budget(ratio, **peer_budget(ratio) | {"head_share": 1.0}, ranking="global")
     flap = plan(statistics, ACTIVATION_METRICS["flap"], everywhere)
-    bias = Compensation("bias", StoredMoments(folder.moments))
+    bias = Compensation("bias", found.moments)
     comparison.report(seed, ratio, "FLAP", cut(comparison, flap, bias))
     comparison.report(seed, ratio, "optipfair", lambda: optipfair(comparison.dense, pool, ratio))
 

@@ -2,8 +2,8 @@
 
     ADAPRUNER_DATA=.data:DATA python benchmarks/recovery.py --pruned RUN/model --output runs/recovery --instructions F
 
-Perplexities and accuracies go to results.jsonl, a line per model; a second call goes on, also in the middle of a
-training. At the end, the table.
+Perplexities and accuracies go to results.jsonl, a line per model; rerun to resume, also in the middle of
+a training. At the end, the table.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def main(
             print(
                 method,
                 rate,
-                {name: record[name] for name in ("steps", "tokens", "loss_before", "loss_after", "seconds")},
+                {name: getattr(record, name) for name in ("steps", "tokens", "loss_before", "loss_after", "seconds")},
             )
             evaluated[f"{method}, {rate:g}"] = folder
     for name, folder in evaluated.items():

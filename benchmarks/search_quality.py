@@ -6,32 +6,30 @@ The same budget and number of trials for all.
 
 For every seed: a pool of its own, LLM-Pruner's four metrics on a random draw of 10 of its samples (with the gradient of
 the mean loss, as LLM-Pruner takes it), the joint search, the search of samples only and of the metric only, and random
-search with as many trials. Perplexities go to results.jsonl, one line per cut model; a second call goes on.
+search with as many trials. Perplexities go to results.jsonl, one line per cut model; rerun to resume.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 from cyclopts import Parameter, run
-from safetensors.torch import load_file
 
 from adapruner import PruneConfig, pipeline
 from adapruner.calibration import parse_source, text_windows
 from adapruner.evaluation import measure_perplexity
 from adapruner.importance import LLM_PRUNER_METRICS, score_groups
-from adapruner.measurement import Statistics, measure
+from adapruner.measurement import measure
 from adapruner.models import find_model, in_fastest_dtype, load_model, load_tokenizer
 from adapruner.planning import Budget, PruningPlan, kept_counts, make_plan
-from adapruner.run_folder import RunFolder
 from adapruner.search import SearchSpace, build_subset_family
 from adapruner.structure import build_structure
 from adapruner.surgery import prune_model
+from measured import Measured, share
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "joint": {},
@@ -81,14 +79,14 @@ def main(
             file.write(json.dumps(entry) + "\n")
         print(name, seed, {text: round(value, 2) for text, value in perplexity.items()}, flush=True)
 
-    def baselines(config: PruneConfig, folder: RunFolder) -> Iterator[tuple[str, PruningPlan]]:
+    def baselines(config: PruneConfig, folder: Path) -> Iterator[tuple[str, PruningPlan]]:
         budget = Budget(ratio, round_to=config.round_to)
         counts = kept_counts(structure, budget)
-        statistics = Statistics.load(folder.statistics)
+        found = Measured.read(folder)
+        statistics = found.statistics
         subsets = build_subset_family(statistics, structure, counts)
         draw = SearchSpace(subsets, config.samples, config.seed, budget).first_draw
-        pool = load_file(folder.windows)["pool"]
-        jointly = measure(dense, structure, pool[draw], batch_size=len(draw), jointly=True)
+        jointly = measure(dense, structure, found.windows["pool"][draw], batch_size=len(draw), jointly=True)
         for name, point in LLM_PRUNER_METRICS.items():
             # First order from the mean gradient; the Fisher information of param_second from every sample's own.
             measured = statistics.select(draw) if name == "param_second" else jointly
@@ -98,7 +96,7 @@ def main(
         report(None, "dense", None)
     for variant, changes in VARIANTS.items():
         for seed in seeds:
-            config = PruneConfig(
+            config = PruneConfig.from_options(
                 model=model,
                 ratio=ratio,
                 calibration=calibration,
@@ -108,14 +106,11 @@ def main(
                 compensation="none",
                 **changes,
             )
-            folder = RunFolder(output / f"{variant.replace(' ', '-')}-{seed}")
+            folder = output / f"{variant.replace(' ', '-')}-{seed}"
             if (seed, variant) not in done:
-                measured = RunFolder(output / f"joint-{seed}")
-                if variant != "joint" and not folder.config.is_file():
-                    folder.create(config, overwrite=False)
-                    for path in (measured.windows, measured.statistics):
-                        shutil.copy(path, folder.path / path.name)
-                result = pipeline.prune(output=folder.path, **config.model_dump())
+                if variant != "joint":
+                    share(folder, output / f"joint-{seed}")
+                result = pipeline.prune(output=folder, **config.model_dump(exclude={"search_ratio"}))
                 report(seed, variant, result.plan)
             if variant == "joint":
                 for name, plan in baselines(config, folder):

@@ -19,24 +19,19 @@ from pathlib import Path
 
 import torch
 from cyclopts import run as run_benchmark
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from adapruner.config import PruneConfig
+from adapruner import RunResult
 from adapruner.evaluation import compute_prefix, losses_by_batch
 from adapruner.job import reference_budget
-from adapruner.measurement import Statistics, StoredMoments
 from adapruner.models import find_model, in_fastest_dtype, load_model
 from adapruner.planning import kept_counts
-from adapruner.result import read_result
-from adapruner.run_folder import RunFolder
 from adapruner.search import (
     MOST_PROTECTED_FIRST,
     Candidate,
     Objective,
     Search,
-    SearchResult,
     SearchSpace,
     StudyPlace,
     build_subset_family,
@@ -47,6 +42,7 @@ from adapruner.search import (
 from adapruner.structure import build_structure
 from adapruner.surgery import Compensation, prune_model
 from machine import describe, seconds
+from measured import Measured
 
 STAGES = ("reading activations", "measuring", "comparing removals", "searching", "compensating", "saving")
 
@@ -55,18 +51,17 @@ def main(
     *, run: Path, model: str = "smollm2", windows: int = 64, trials: int = 48, seeds: Sequence[int] = (0, 1, 2)
 ) -> None:
     """Prints the ratio of a trial, and a line for every search."""
-    folder = RunFolder(run)
-    config = PruneConfig.load(folder.config)
+    found = Measured.read(run)
+    config, measured = found.config, found.statistics
     dense = in_fastest_dtype(load_model(find_model(model)))
     structure = build_structure(dense, config.head_granularity)
-    measured, moments = Statistics.load(folder.statistics), StoredMoments(folder.moments)
-    text = load_file(folder.windows)["objective"]
+    text = found.windows["objective"]
     objective, final = text[:windows], text[config.objective_windows :]
-    budget = reference_budget(config, structure)
+    budget = reference_budget(config, structure, config.ratio[0])
     family = build_subset_family(measured, structure, kept_counts(structure, budget))
     feasible = partial(is_feasible, structure, measured)
     space = SearchSpace(family, config.samples, 0, budget, "extended", is_feasible=feasible)
-    compensation = Compensation("least-squares", moments)
+    compensation = Compensation("least-squares", found.moments)
     prefix = compute_prefix(dense, objective, MOST_PROTECTED_FIRST)
     judge = Objective(dense, structure, measured, objective, compensation, prefix)
     looked_at = 0
@@ -83,7 +78,7 @@ def main(
         known[candidate.model_dump_json()] = seen
 
     print(describe())
-    compare_whole_run(folder, config, dense, objective)
+    compare_whole_run(run, found, dense, objective)
     compare_trial(judge, space, objective)
     for seed in seeds:
         for stops_early in (False, True):
@@ -102,18 +97,17 @@ def main(
             )
 
 
-def compare_whole_run(folder: RunFolder, config: PruneConfig, dense: PreTrainedModel, text: Tensor) -> None:
+def compare_whole_run(run: Path, found: Measured, dense: PreTrainedModel, text: Tensor) -> None:
     """All stages of the run against one forward pass of the dense model over every window that it saw: the pool, the
     text of compensation once for the moments and once to fit, and whatever trials looked at."""
-    stages = read_result(folder).result["stages"]
-    searched = SearchResult.model_validate_json(folder.search.read_text(encoding="utf-8"))
-    in_trials = sum(point.windows for point in searched.points)
-    finalists = 4 * config.final_windows
-    used = load_file(folder.windows)
+    result = RunResult.model_validate_json((run / "result.json").read_bytes())
+    in_trials = sum(point.windows for point in result.search.points)
+    finalists = 4 * found.config.final_windows
+    used = found.windows
     windows = len(used["pool"]) + 2 * len(used["compensation"]) + in_trials + finalists
     list(losses_by_batch(dense, text))
     forward = seconds(lambda: list(losses_by_batch(dense, text))) / len(text)
-    took = {stage: cost["seconds"] for stage, cost in stages.items() if stage in STAGES}
+    took = {stage: cost.seconds for stage, cost in result.stages.items() if stage in STAGES}
     print(
         f"the whole run: {sum(took.values()):.0f} s ({', '.join(f'{stage} {s:.0f}' for stage, s in took.items())}),"
         f" {windows} windows seen: {sum(took.values()) / (windows * forward):.2f} forwards over all of them"

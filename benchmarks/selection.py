@@ -11,31 +11,28 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import optuna
 import torch
-from cyclopts import Parameter, run
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from cyclopts import Parameter
+from cyclopts import run as run_benchmark
+from optuna.trial import TrialState
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import load_file
 from torch import Tensor
 
-from adapruner import PruneConfig
 from adapruner.calibration import evenly_spaced, parse_source, text_windows
 from adapruner.evaluation import log_probabilities, window_losses
 from adapruner.job import reference_budget
-from adapruner.measurement import Statistics, StoredMoments
 from adapruner.models import find_model, in_fastest_dtype, load_model, load_tokenizer
 from adapruner.planning import kept_counts
-from adapruner.run_folder import RunFolder
-from adapruner.search import Objective, SearchSpace, build_subset_family
+from adapruner.run import RunFolder
+from adapruner.search import Objective, SearchSpace, StudyPlace, build_subset_family, sqlite_url
 from adapruner.structure import build_structure
 from adapruner.surgery import Compensation
+from measured import Measured
 
 
 def main(
-    run_folder: Path,
+    run: Path,
     /,
     *,
     candidates: int = 16,
@@ -47,23 +44,22 @@ def main(
     ),
 ) -> None:
     """Judges the first candidates of a run of the extended space."""
-    folder = RunFolder(run_folder)
-    config = PruneConfig.load(folder.config)
+    found = Measured.read(run)
+    config, statistics = found.config, found.statistics
     location = find_model(config.model)
     model = in_fastest_dtype(load_model(location))
     structure = build_structure(model)
     tokenizer = load_tokenizer(location)
-    statistics = Statistics.load(folder.statistics)
-    budget = reference_budget(config, structure)
+    budget = reference_budget(config, structure, config.ratio[0])
     subsets = build_subset_family(statistics, structure, kept_counts(structure, budget))
     space = SearchSpace(subsets, config.samples, config.seed, budget, config.space)
-    storage = JournalStorage(JournalFileBackend(str(folder.journal.absolute())))
-    study = optuna.load_study(study_name="adapruner", storage=storage)
-    points = [space.suggest(trial) for trial in study.get_trials(states=(optuna.trial.TrialState.COMPLETE,))]
+    folder = RunFolder(run)
+    with StudyPlace(sqlite_url(folder.study), folder.record("search.json").key).opened() as study:
+        points = [space.suggest(trial) for trial in study.get_trials(states=(TrialState.COMPLETE,))]
     points = list({point.model_dump_json(): point for point in points}.values())[:candidates]
 
-    objective = load_file(folder.windows)["objective"][: config.objective_windows]
-    compensation = Compensation("least-squares", StoredMoments(folder.moments))
+    objective = found.windows["objective"][: config.objective_windows]
+    compensation = Compensation("least-squares", found.moments)
     references = log_probabilities(model, objective)
     reports = {
         text: evenly_spaced(text_windows(parse_source(text, "report"), tokenizer, 128), windows) for text in texts
@@ -99,4 +95,4 @@ def _rank_correlation(first: Tensor, second: Tensor) -> float:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_benchmark(main)

@@ -29,7 +29,7 @@ LAYERS_PER_SHARD = 4
 
 
 def main(*, folder: Path, calibration: str, layer_wise: bool = True, layers: int = 32) -> None:
-    """Writes, prunes, loads; a second call goes on where the first was stopped."""
+    """Writes, prunes, loads; rerun to resume."""
     model, output = folder / "dense", folder / "run"
     if not (model / "config.json").is_file():
         write_model(model, calibration, layers)
@@ -57,10 +57,8 @@ def main(*, folder: Path, calibration: str, layer_wise: bool = True, layers: int
     result = json.loads(finished.stdout)
     for stage, cost in result["stages"].items():
         print(f"{stage}: {cost['seconds']:.0f} s, at most {cost['peak_memory_mib'] / 1024:.1f} GiB")
-    parameters = result["parameters"]
-    print(
-        f"all: {time.perf_counter() - started:.0f} s; {parameters['before']:,} parameters, {parameters['after']:,} left"
-    )
+    before, *_, after = (of_run["parameters"] for of_run in result["models"])
+    print(f"all: {time.perf_counter() - started:.0f} s; {before:,} parameters, {after:,} kept")
     saved = load_model(find_model(str(output / "model")), layer_wise=True)
     with torch.no_grad():
         print("the saved folder predicts token", int(saved(torch.tensor([[1, 2, 3]])).logits[0, -1].argmax()))

@@ -1,11 +1,12 @@
-"""Kills runs at random moments and lets them go on, again and again: all must end as an undisturbed run does.
+"""Kills runs at random moments and resumes them, again and again: all must end as an undisturbed run does.
 
     OMP_NUM_THREADS=1 python benchmarks/soak.py --runs 100
 
-Every run prunes a tiny model, trains it again, evaluates it and writes its report. It is killed one to five times, by
+Every run prunes a tiny model, fine-tunes it, evaluates it and writes its report. It is killed one to five times, by
 SIGKILL, at moments drawn evenly from most of the time that an undisturbed run takes, counted over all its processes;
-then it is left alone. Plan, weights, trained weights and perplexities are compared with those of an undisturbed run
-with the same seed. Processes are forked from this one, which has loaded the libraries once.
+then it is left alone. The keys of all artifacts, what was measured, the trials, the plan, both models and all numbers
+are compared with those of an undisturbed run with the same seed. Nothing unfinished may be left. Processes are forked
+from this one, which has loaded the libraries once.
 """
 
 from __future__ import annotations
@@ -133,20 +134,25 @@ def difference(run: Path, undisturbed: Path) -> str | None:
     """What is not the same in two finished runs."""
     results = [json.loads((each / "result.json").read_text()) for each in (run, undisturbed)]
     for result in results:
-        # A trial that was killed keeps its number, so that those after it have others.
-        del result["search"]["best_trial"]
-    for key in ("plan_hash", "parameters", "search", "perplexity"):
+        del result["stages"], result["recovery"]["seconds"]
+    for key in results[0]:
         if results[0][key] != results[1][key]:
             return f"{key} differs: {results[0][key]} in place of {results[1][key]}"
-    for model in ("model", "recovered"):
-        weights = [load_file(each / model / "model.safetensors") for each in (run, undisturbed)]
-        if weights[0].keys() != weights[1].keys():
-            return f"the tensors of {model} differ"
-        different = [name for name, tensor in weights[0].items() if not torch.equal(tensor, weights[1][name])]
-        if different:
-            return f"{len(different)} tensors of {model} differ, {different[0]} first"
-    if not (run / "report.html").is_file():
-        return "no report"
+    files = [{path.relative_to(each).as_posix() for path in each.rglob("*")} for each in (run, undisturbed)]
+    if files[0] != files[1]:
+        return f"other files: {', '.join(sorted(files[0] ^ files[1]))}"
+    for name in sorted(files[0]):
+        if name.startswith("keys/"):
+            records = [json.loads((each / name).read_text()) for each in (run, undisturbed)]
+            if any(records[0][field] != records[1][field] for field in ("options", "leaves", "inputs")):
+                return f"{name} differs: {records[0]} in place of {records[1]}"
+        elif name.endswith(".safetensors"):
+            tensors = [load_file(each / name) for each in (run, undisturbed)]
+            if tensors[0].keys() != tensors[1].keys():
+                return f"the tensors of {name} differ"
+            different = [one for one, tensor in tensors[0].items() if not torch.equal(tensor, tensors[1][one])]
+            if different:
+                return f"{len(different)} tensors of {name} differ, {different[0]} first"
     return None
 
 

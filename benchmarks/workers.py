@@ -19,16 +19,12 @@ from typing import Literal
 
 from cyclopts import run
 from optuna.trial import TrialState
-from safetensors.torch import load_file
 
 import postgresql_server
-from adapruner.config import PruneConfig
 from adapruner.evaluation import compute_prefix
 from adapruner.job import reference_budget
-from adapruner.measurement import Statistics, StoredMoments
 from adapruner.models import find_model, in_fastest_dtype, load_model
 from adapruner.planning import kept_counts
-from adapruner.run_folder import RunFolder
 from adapruner.search import (
     MOST_PROTECTED_FIRST,
     Objective,
@@ -42,6 +38,7 @@ from adapruner.search import (
 from adapruner.structure import build_structure
 from adapruner.surgery import Compensation
 from machine import describe
+from measured import Measured
 
 
 def main(
@@ -87,17 +84,19 @@ def main(
 
 def make_search(measured: Path, model: str, windows: int, trials: int, place: StudyPlace) -> Search:
     """The search of a measured run, over some windows."""
-    folder = RunFolder(measured)
-    config = PruneConfig.load(folder.config)
+    found = Measured.read(measured)
+    config, statistics = found.config, found.statistics
     dense = in_fastest_dtype(load_model(find_model(model)))
     structure = build_structure(dense, config.head_granularity)
-    statistics, moments = Statistics.load(folder.statistics), StoredMoments(folder.moments)
-    text = load_file(folder.windows)["objective"][:windows]
-    budget = reference_budget(config, structure)
+    text = found.windows["objective"][:windows]
+    budget = reference_budget(config, structure, config.ratio[0])
     family = build_subset_family(statistics, structure, kept_counts(structure, budget))
     feasible = partial(is_feasible, structure, statistics)
     space = SearchSpace(family, config.samples, 0, budget, "extended", is_feasible=feasible)
-    compensation, prefix = Compensation("least-squares", moments), compute_prefix(dense, text, MOST_PROTECTED_FIRST)
+    compensation, prefix = (
+        Compensation("least-squares", found.moments),
+        compute_prefix(dense, text, MOST_PROTECTED_FIRST),
+    )
     judge = Objective(dense, structure, statistics, text, compensation, prefix)
     return Search(space, judge, trials, 0, place, stops_early=False)
 

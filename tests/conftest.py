@@ -6,15 +6,17 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from runs import RUN_OPTIONS
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from adapruner.models import known_architectures
+import adapruner
+from adapruner.models import PRUNED_CLASSES, STOCK_CLASSES, known_architectures
 
 VOCABULARY = 96
 
@@ -92,6 +94,17 @@ def tiny_model(model_type: str = "llama", key_value_heads: int = 3, **fields: ob
     return model
 
 
+@pytest.fixture(autouse=True)
+def _families_of_the_package() -> Iterator[None]:
+    """Families that a test registers are for the process, and gone after the test."""
+    registries = [known_architectures(), PRUNED_CLASSES, STOCK_CLASSES]
+    before = [dict(registry) for registry in registries]
+    yield
+    for registry, own in zip(registries, before, strict=True):
+        registry.clear()
+        registry.update(own)
+
+
 @pytest.fixture
 def make_model() -> Callable[..., PreTrainedModel]:
     return tiny_model
@@ -134,3 +147,10 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     numbers = torch.randint(0, VOCABULARY - 4, (200, 20), generator=generator).tolist()
     path.write_text("\n\n".join(" ".join(f"w{number}" for number in row) for row in numbers))
     return path
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, text_file: Path) -> adapruner.PruneResult:
+    """An undisturbed run with `RUN_OPTIONS`; tests that change it take a copy."""
+    output = tmp_path_factory.mktemp("runs") / "undisturbed"
+    return adapruner.prune(str(model_folder), output, calibration=str(text_file), **RUN_OPTIONS)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import HfApi
 from transformers import (
     AutoModelForCausalLM,
     FalconConfig,
@@ -20,9 +21,9 @@ from transformers import (
 
 import adapruner
 from adapruner import verbs
-from adapruner.checkpoint import save_checkpoint
+from adapruner.checkpoint import read_origin, save_checkpoint
 from adapruner.errors import AdaPrunerError
-from adapruner.models import in_fastest_dtype
+from adapruner.models import find_model, in_fastest_dtype
 from adapruner.planning import make_plan
 from adapruner.structure import build_structure
 from adapruner.surgery import pad_to_stock, prune_model
@@ -245,3 +246,155 @@ def test_what_vllm_reads_of_layers_that_differ_in_channels_alone(
                 assert block_config.attention.n_heads_in_group == 2
                 assert not block_config.ffn.no_op
                 assert not block_config.attention.no_op
+
+
+ORIGIN = {
+    "base_model": "owner/name",
+    "texts": [{"use": "calibration", "text": "wikitext2:train", "identity": "1f", "part": "all"}],
+    "plan": "ab",
+}
+
+
+def test_a_checkpoint_says_what_it_was_made_from(
+    pruned: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """And so does what is exported from it."""
+    save_checkpoint(pruned, tokenizer, tmp_path / "model", record=ORIGIN)
+    verbs.export(tmp_path / "model", "stock", tmp_path / "stock")
+    for name in ("model", "stock"):
+        assert read_origin(find_model(str(tmp_path / name))) == ORIGIN | {"format": 1}
+    save_checkpoint(pruned, tokenizer, tmp_path / "silent")
+    assert read_origin(find_model(str(tmp_path / "silent"))) == {"format": 1, "texts": []}
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (None, None),
+        (b"", None),
+        (b"{", None),
+        (b"[]", None),
+        (bytes(range(256)), None),
+        (b"[" * 100_000, None),
+        (b'{"format": 2, "texts": []}', None),
+        (b'{"format": 1, "plan": "' + b"x" * 2**20 + b'"}', None),
+        (b'{"format": 1, "texts": 5}', {"format": 1, "texts": []}),
+        (b'{"format": 1, "texts": [5, {"use": "training"}, null]}', {"format": 1, "texts": [{"use": "training"}]}),
+    ],
+)
+def test_a_record_that_is_broken_says_nothing(
+    content: bytes | None, expected: object, model_folder: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    if content is not None:
+        (folder / "adapruner.json").write_bytes(content)
+    assert read_origin(find_model(str(folder))) == expected
+
+
+@pytest.mark.parametrize("stored", [["config.json"], ["config.json", "generation_config.json"]])
+def test_tokens_of_minus_one_are_none(
+    stored: list[str],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    windows: torch.Tensor,
+    tmp_path: Path,
+) -> None:
+    """As the first Llama has them."""
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    if len(stored) == 1:
+        (tmp_path / "model" / "generation_config.json").unlink()
+    for name in stored:
+        fields = json.loads((tmp_path / "model" / name).read_text())
+        (tmp_path / "model" / name).write_text(json.dumps(fields | {"pad_token_id": -1}))
+    verbs.export(tmp_path / "model", "stock", tmp_path / "stock")
+    exported = adapruner.load(tmp_path / "stock")
+    assert exported.config.pad_token_id is None
+    assert exported.generation_config.pad_token_id is None
+    assert not exported.generation_config.do_sample
+    assert torch.equal(exported(windows).logits, model(windows).logits)
+
+
+@pytest.fixture
+def ours(pruned: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Path:
+    save_checkpoint(pruned, tokenizer, tmp_path / "ours")
+    return tmp_path / "ours"
+
+
+def names_below(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
+@pytest.mark.parametrize("to", ["stock", "gguf"])
+def test_only_what_was_written_here_is_replaced(to: str, ours: Path, model_folder: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(model_folder, tmp_path / "other"))
+    (tmp_path / "file.gguf").write_text("a thesis")
+    before = names_below(tmp_path)
+    for output in (
+        other,
+        tmp_path / "file.gguf",
+        ours,
+        ours / "below",
+        tmp_path,
+        other / ".." / "ours",
+        tmp_path / ".",
+    ):
+        with pytest.raises(AdaPrunerError, match=r"something else|is no f|overlaps the model"):
+            verbs.export(ours, to, output, overwrite=True)
+    assert names_below(tmp_path) == before
+    assert (tmp_path / "file.gguf").read_text() == "a thesis"
+
+
+def test_overwriting_replaces_and_leaves_what_is_beside(ours: Path, model_folder: Path, tmp_path: Path) -> None:
+    for name in ("stock.partial", "empty"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "stock.partial" / "mine").touch()
+    before = names_below(tmp_path)
+    verbs.export(ours, "stock", tmp_path / "stock")
+    verbs.export(model_folder, "stock", tmp_path / "stock", overwrite=True)
+    assert json.loads((tmp_path / "stock" / "config.json").read_text())["intermediate_size"] == 24
+    verbs.export(ours, "stock", tmp_path / "empty", overwrite=True)
+    left = {name for name in names_below(tmp_path) if not name.startswith(("stock/", "empty/"))}
+    assert left == {*before, "stock"}
+
+
+def test_a_failed_checkpoint_leaves_nothing(pruned: PreTrainedModel, ours: Path, tmp_path: Path) -> None:
+    before = names_below(tmp_path)
+
+    class Tokenizer:
+        def save_pretrained(self, folder: Path) -> None:
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(AdaPrunerError, match="No space left"):
+        save_checkpoint(pruned, Tokenizer(), ours)
+    assert names_below(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "private", "revision"),
+    [({}, True, None), ({"hub_private": False, "hub_revision": "half", "hub_token": "hf_secret"}, False, "half")],
+)
+def test_uploads_are_private_until_told_otherwise(
+    options: dict[str, Any],
+    private: bool,
+    revision: str | None,
+    ours: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[tuple[str, dict[str, Any]]] = []
+    tokens = set()
+
+    def note(name: str, api: HfApi, *arguments: Any, **options: Any) -> None:
+        tokens.add(api.token)
+        calls.append((name, options))
+
+    for name in ("whoami", "create_repo", "create_branch", "upload_folder"):
+        monkeypatch.setattr(HfApi, name, lambda api, *given, _name=name, **own: note(_name, api, *given, **own))
+    verbs.export(ours, "stock", tmp_path / "stock", push_to_hub="me/small", **options)
+    made = dict(calls)
+    assert made["create_repo"] == {"private": private, "exist_ok": True}
+    assert made["upload_folder"] == {"repo_id": "me/small", "folder_path": tmp_path / "stock", "revision": revision}
+    assert made.get("create_branch") == (revision and {"branch": revision, "exist_ok": True})
+    assert tokens == {options.get("hub_token")}
+    assert not any(b"hf_secret" in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())

@@ -72,8 +72,8 @@ def interrupt_behind(name: str, model: Path, output: Path, **options: Any) -> No
     """Runs until an artifact is made."""
     finish = RunFolder.finish
 
-    def then_stop(self: RunFolder, artifact: str, record: Record) -> None:
-        finish(self, artifact, record)
+    def then_stop(self: RunFolder, artifact: str, record: Record, *beside: Any) -> None:
+        finish(self, artifact, record, *beside)
         if artifact == name:
             raise KeyboardInterrupt
 

@@ -1,4 +1,4 @@
-"""The whole job on a tiny model: what comes out, what goes on after a kill, what is refused before any work."""
+"""The whole job on a tiny model: what comes out, what is resumed after a kill, what is refused before any work."""
 
 from __future__ import annotations
 
@@ -7,38 +7,36 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard
+from runs import RUN_OPTIONS as OPTIONS
+from runs import WITH_TIMES, assert_same_artifacts
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import adapruner
 from adapruner import AdaPrunerError, PruneConfig, verbs
-from adapruner.checkpoint import model_card
+from adapruner.artifacts import Record
+from adapruner.card import model_card
 from adapruner.cli import main
+from adapruner.files import replace
 from adapruner.models import find_model, load_model
 from adapruner.planning import PruningPlan
+from adapruner.recovery import RecoveryRecord
+from adapruner.result import ModelNumbers, RunResult
+from adapruner.run import RunFolder
+from adapruner.search import Search
 from adapruner.structure import build_structure
 from adapruner.surgery import prune_model
 
-OPTIONS = {
-    "ratio": 0.1,
-    "pool": 12,
-    "samples": 4,
-    "objective_windows": 6,
-    "seq_len": 16,
-    "trials": 9,
-    "protect_first": 1,
-    "protect_last": 1,
-    "round_to": 1,
-}
-
 
 def command(model: Path, output: Path, text: Path, **changes: object) -> list[str]:
-    options = OPTIONS | {"calibration": str(text), "evaluate": str(text)} | changes
+    options = OPTIONS | {"calibration": str(text)} | changes
     flags = [
         part
         for name, value in options.items()
@@ -55,29 +53,22 @@ def run_cli(arguments: list[str]) -> int:
     return 0
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, text_file: Path) -> adapruner.PruneResult:
-    output = tmp_path_factory.mktemp("runs") / "a"
-    return adapruner.prune(str(model_folder), output, calibration=str(text_file), evaluate=(str(text_file),), **OPTIONS)
-
-
 def test_the_result_is_a_smaller_model_with_its_numbers(
     finished: adapruner.PruneResult, model_folder: Path, text_file: Path
 ) -> None:
     pruned = adapruner.load(finished.model_folder)
-    result = json.loads((finished.output / "result.json").read_text())
+    result = RunResult.model_validate_json((finished.output / "result.json").read_bytes())
     assert result == finished.result
-    before, after = result["parameters"]["before"], result["parameters"]["after"]
-    assert after == sum(parameter.numel() for parameter in pruned.parameters())
-    assert 0.095 <= 1 - after / before <= 0.105
-    assert result["plan_hash"] == finished.plan.hash == PruningPlan.load(finished.output / "plan.json").hash
-    assert result["search"]["best_loss"] <= result["search"]["best_fixed_loss"]
+    assert [model.role for model in result.models] == ["dense", "best_fixed", "searched"]
+    assert result.final.parameters == sum(parameter.numel() for parameter in pruned.parameters())
+    assert 0.095 <= result.removed_share <= 0.105
+    assert result.plan_hash == finished.plan.hash == PruningPlan.load(finished.output / "plan.json").hash
+    assert result.search.best_loss <= result.search.best_fixed_loss
     text = f"{text_file}@report"
-    evaluated = adapruner.evaluate(finished.model_folder, [text], window_length=16).perplexity
-    assert evaluated[0].perplexity == result["perplexity"][text]["searched"]["perplexity"]
-    dense = adapruner.evaluate(model_folder, [text], window_length=16).perplexity
-    assert dense[0].perplexity == result["perplexity"][text]["dense"]["perplexity"]
-    assert set(result["stages"]) == {
+    for folder, role in ((finished.model_folder, "searched"), (model_folder, "dense")):
+        [evaluated] = adapruner.evaluate(folder, [text], seq_len=16).perplexity
+        assert evaluated.perplexity == result.model(role).perplexity[text].perplexity
+    assert set(result.stages) == {
         "loading",
         "reading activations",
         "measuring",
@@ -91,58 +82,47 @@ def test_the_result_is_a_smaller_model_with_its_numbers(
 
 
 def test_the_run_folder_holds_what_the_design_says(finished: adapruner.PruneResult) -> None:
-    assert {path.name for path in finished.output.iterdir()} == {
+    assert {path.name for path in finished.output.iterdir()} - {".lock"} == {
         "config.yaml",
-        "manifest.json",
+        "keys",
         "windows.safetensors",
         "statistics.safetensors",
         "moments",
-        "study.journal",
-        "study.json",
+        "study.db",
         "search.json",
         "plan.json",
         "model",
-        "evaluation.json",
+        "evaluation",
         "result.json",
         "report.html",
         "log.jsonl",
     }
+    perplexities = {f"perplexity-{role}.json" for role in ("dense", "best_fixed", "searched")}
+    assert {path.name for path in (finished.output / "evaluation").iterdir()} == perplexities | {"texts.safetensors"}
 
 
 def test_the_same_call_again_does_nothing_twice(
     finished: adapruner.PruneResult, model_folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise AssertionError("done already")
-
-    for name in (
-        "_measuring.load_model",
-        "_measuring.measure_in_parts",
-        "_choosing.Search",
-        "_finishing.save_checkpoint",
-    ):
-        monkeypatch.setattr(f"adapruner.stages.{name}", fail)
-    again = adapruner.prune(
-        str(model_folder), finished.output, calibration=str(text_file), evaluate=(str(text_file),), **OPTIONS
-    )
+    monkeypatch.delattr("adapruner.job.load_model")
+    monkeypatch.delattr("adapruner.driver.replace")
+    again = adapruner.prune(str(model_folder), finished.output, calibration=str(text_file), **OPTIONS)
     assert (again.plan, again.result) == (finished.plan, finished.result)
 
 
-def test_another_seed_is_another_run_and_the_same_seed_the_same_plan(
+def test_another_seed_is_another_plan(
     finished: adapruner.PruneResult, model_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    hashes = [
-        adapruner.prune(str(model_folder), tmp_path / f"{seed}", calibration=str(text_file), seed=seed, **OPTIONS)
-        for seed in (0, 1)
-    ]
-    assert hashes[0].plan.hash == finished.plan.hash
-    assert hashes[1].plan.hash != finished.plan.hash
+    """That the same seed gives the same plan is tested with every kill."""
+    other = adapruner.prune(str(model_folder), tmp_path / "run", calibration=str(text_file), seed=1, **OPTIONS)
+    assert other.plan.hash != finished.plan.hash
 
 
 KILL = """
 import os, signal, sys
-import adapruner.checkpoint, adapruner.run_folder, adapruner.search
+import adapruner.checkpoint, adapruner.procedure, adapruner.search
 from adapruner.cli import main
+from adapruner.files import replace
 
 target, name, calls = {target}, "{name}", {calls}
 original = getattr(target, name)
@@ -159,63 +139,118 @@ main()
 """
 
 
-@pytest.mark.parametrize(
-    ("target", "name", "calls", "left"),
-    [
-        ("adapruner.run_folder.RunFolder", "save_moments", 3, "moments/0002.safetensors"),
-        ("adapruner.run_folder.RunFolder", "save_part", 2, "statistics.parts/000004-4.safetensors"),
-        ("adapruner.search.Objective", "__call__", 0, "study.journal"),
-        ("adapruner.search.Objective", "__call__", 6, "study.journal"),
-        ("adapruner.surgery._sequential", "solve_damped", 1, "plan.json"),
-        ("adapruner.checkpoint._folder", "_complete_config", 0, "model.partial/model.safetensors"),
-    ],
-    ids=["reading activations", "measuring", "first trial", "searching", "compensating", "saving"],
-)
-def test_a_killed_run_goes_on_to_the_same_plan(
-    target: str,
-    name: str,
-    calls: int,
-    left: str,
+def test_a_run_that_is_killed_again_and_again_ends_as_an_undisturbed_one(
     finished: adapruner.PruneResult,
     model_folder: Path,
     text_file: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    script = KILL.format(target=target, name=name, calls=calls)
-    arguments = command(model_folder, tmp_path / "run", text_file)
-    killed = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, check=False)
-    assert killed.returncode == -9, killed.stderr.decode()
-    assert (tmp_path / "run" / left).exists()
-    assert not (tmp_path / "run" / "result.json").exists()
+    run = tmp_path / "run"
+    arguments = command(model_folder, run, text_file)
+    # Sums depend on it in their last digits.
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    for target, name, calls, left in (
+        # Three of eight blocks; then the other five, and two of three parts of the pool.
+        ("adapruner.procedure", "_write", 3, "unfinished/moments-*/0002.safetensors"),
+        ("adapruner.procedure", "_write", 7, "unfinished/statistics.safetensors-*/000004.safetensors"),
+        ("adapruner.search.Objective", "__call__", 6, "study.db"),
+        ("adapruner.checkpoint._folder", "_complete_config", 0, "unfinished/model-*/**/model.safetensors"),
+    ):
+        script = KILL.format(target=target, name=name, calls=calls)
+        killed = subprocess.run(
+            [sys.executable, "-c", script, *arguments], env=environment, capture_output=True, check=False
+        )
+        assert killed.returncode == -9, killed.stderr.decode()
+        assert list(run.glob(left)), name
+        assert not (run / "result.json").exists()
     capsys.readouterr()
     assert run_cli([*arguments, "--json"]) == 0
     completed = capsys.readouterr()
     assert json.loads(completed.out)["plan_hash"] == finished.plan.hash
-    assert not [path for path in (tmp_path / "run").iterdir() if "part" in path.name or "lock" in path.name]
-    # In a log: one line per stage, no bars; and advice.
+    assert_same_artifacts(run, finished.output)
+    # In a log: one line per stage, no bars; and advice. Nothing that was finished is done twice.
     assert "\r" not in completed.err
     stages = [line for line in completed.err.splitlines() if not line.startswith("adapruner: ")]
     assert all("done in" in line for line in stages)
-    assert "measuring: done" in completed.err or target != "adapruner.run_folder.RunFolder"
+    named = dict.fromkeys(line.partition(":")[0] for line in stages)
+    assert list(named) == ["loading", "cutting", "compensating", "saving", "evaluating"]
+
+
+def test_what_a_kill_at_the_edge_of_any_artifact_leaves_is_resumed_from(
+    finished: adapruner.PruneResult,
+    model_folder: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is on the disk there is what a kill leaves: before an artifact, when it is saved beside its place, and when
+    it is in its place and not yet known as whole. The artifact is then made from it as in the undisturbed run."""
+    run, left = tmp_path / "run", []
+
+    def leave(*_: object) -> None:
+        left.append(tmp_path / f"{len(left):03}")
+        shutil.copytree(run, left[-1])
+
+    def leaving_before(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *arguments: (leave(), function(*arguments))[1]
+
+    names: list[str] = []
+    finish = RunFolder.finish
+
+    def noting(self: RunFolder, name: str, record: Record, *beside: Any) -> None:
+        names.append(name)
+        finish(self, name, record, *beside)
+
+    options = OPTIONS | {"calibration": str(text_file)}
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "begin", leaving_before(RunFolder.begin))
+        patch.setattr(RunFolder, "finish", leaving_before(noting))
+        patch.setattr("adapruner.driver.replace", leaving_before(replace))
+        adapruner.prune(str(model_folder), run, **options)
+    assert_same_artifacts(run, finished.output)
+    assert len(left) == 3 * len(names) == 36
+
+    def stopping(self: RunFolder, name: str, record: Record, *beside: Any) -> None:
+        finish(self, name, record, *beside)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(RunFolder, "finish", stopping)
+    for number, folder in enumerate(left):
+        name = names[number // 3]
+        assert list(folder.glob(f".{name}.partial" if number % 3 == 1 and "/" not in name else "config.yaml"))
+        with pytest.raises(KeyboardInterrupt):
+            adapruner.prune(str(model_folder), folder, **options)
+        resumed, undisturbed = (RunFolder(one).record(name) for one in (folder, finished.output))
+        assert resumed is not None
+        assert undisturbed is not None
+        assert (resumed.key, bool(resumed.files)) == (undisturbed.key, True), (name, number)
+        assert name in WITH_TIMES or resumed == undisturbed, (name, number)
+        assert not list(folder.glob("unfinished/*"))
 
 
 def test_plan_gives_another_ratio_without_measuring_or_searching(
     finished: adapruner.PruneResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr("adapruner.stages._measuring.measure_in_parts")
-    monkeypatch.delattr("adapruner.stages._choosing.Search")
-    assert run_cli(["plan", str(finished.output), "--ratio", "0.05", "-o", str(tmp_path / "b")]) == 0
-    plan = PruningPlan.load(tmp_path / "b" / "plan.json")
+    for name in ("measure_in_parts", "measure_moments", "Search"):
+        monkeypatch.delattr(f"adapruner.procedure.{name}")
+    other = tmp_path / "b"
+    assert run_cli(["plan", str(finished.output), "--ratio", "0.05", "-o", str(other)]) == 0
+    plan = PruningPlan.load(other / "plan.json")
     assert abs(plan.ratio - 0.05) <= 0.005
     for smaller, larger in zip(finished.plan.blocks, plan.blocks, strict=True):
         assert set(smaller.kept) <= set(larger.kept)
+    dense = "evaluation/perplexity-dense.json"
+    assert RunFolder(other).record(dense) == RunFolder(finished.output).record(dense)
 
 
 def test_the_model_can_write_its_own_calibration_text(model_folder: Path, tmp_path: Path) -> None:
-    result = adapruner.prune(str(model_folder), tmp_path / "run", calibration="self", **OPTIONS)
-    again = adapruner.prune(str(model_folder), tmp_path / "again", calibration="self", **OPTIONS)
+    options = OPTIONS | {"calibration": "self", "trials": 5}
+    result = adapruner.prune(str(model_folder), tmp_path / "run", **options)
+    again = adapruner.prune(str(model_folder), tmp_path / "again", **options)
     assert result.plan == again.plan
+    # There is no text to report on.
+    assert not result.result.final.perplexity
 
 
 @pytest.mark.parametrize(("space", "alignment"), [("paper", "data"), ("paper", "paper"), ("extended", "data")])
@@ -225,12 +260,12 @@ def test_parts_of_the_space_can_be_searched_alone(
 ) -> None:
     options = OPTIONS | {"alignment": alignment, "search": search, "trials": 6, "space": space}
     result = adapruner.prune(str(model_folder), tmp_path / "run", calibration=str(text_file), **options).result
-    best, fixed = result["search"]["best"], result["search"]["best_fixed"]
-    assert best["budget"] == fixed["budget"]
+    best, fixed = result.search.best, result.search.best_fixed
+    assert best.budget == fixed.budget
     if search == "calibration":
-        assert best["point"] == fixed["point"]
+        assert best.point == fixed.point
     else:
-        assert best["samples"] == fixed["samples"]
+        assert best.samples == fixed.samples
 
 
 @pytest.mark.parametrize(
@@ -258,20 +293,23 @@ def test_other_ways(changes: dict[str, object], model_folder: Path, text_file: P
 
 
 def test_the_final_fit_brings_the_model_nearer_to_the_dense_one(
-    model_folder: Path, text_file: Path, tmp_path: Path
+    model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = OPTIONS | {"calibration": str(text_file), "ratio": 0.15}
-    results = [
-        adapruner.prune(str(model_folder), tmp_path / name, sequential=name == "sequential", **options)
-        for name in ("one-shot", "sequential")
-    ]
-    assert results[0].plan == results[1].plan
-    tokens = load_file(tmp_path / "sequential" / "windows.safetensors")["compensation"]
+    result = adapruner.prune(str(model_folder), tmp_path / "run", sequential=False, **options)
+    tokens = load_file(tmp_path / "run" / "windows.safetensors")["compensation"]
     dense = adapruner.load(model_folder)
     with torch.no_grad():
         wanted = dense(tokens).logits
-        plain = prune_model(dense, build_structure(dense), results[0].plan)(tokens).logits
-        one_shot, sequential = (adapruner.load(result.model_folder)(tokens).logits for result in results)
+        plain = prune_model(dense, build_structure(dense), result.plan)(tokens).logits
+        one_shot = adapruner.load(result.model_folder)(tokens).logits
+    # Nothing before the model depends on it.
+    for name in ("measure_in_parts", "measure_moments", "Search"):
+        monkeypatch.delattr(f"adapruner.procedure.{name}")
+    again = adapruner.prune(str(model_folder), tmp_path / "run", overwrite=True, sequential=True, **options)
+    assert again.plan == result.plan
+    with torch.no_grad():
+        sequential = adapruner.load(again.model_folder)(tokens).logits
     errors = [float((logits - wanted).norm()) for logits in (plain, one_shot, sequential)]
     assert errors[0] > errors[1] > errors[2]
 
@@ -280,9 +318,7 @@ def test_query_heads_end_to_end(model_folder: Path, text_file: Path, tmp_path: P
     options = OPTIONS | {"head_granularity": "query-head", "head_share": 1.0}
     result = adapruner.prune(str(model_folder), tmp_path / "run", calibration=str(text_file), **options)
     assert any(len(block.kept) < block.groups for block in result.plan.blocks if block.kind == "heads")
-    assert (
-        adapruner.evaluate(result.model_folder, [str(text_file)], window_length=16, limit=3).perplexity[0].windows == 3
-    )
+    assert adapruner.evaluate(result.model_folder, [str(text_file)], seq_len=16, limit=3).perplexity[0].windows == 3
     prompt = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3)}
     assert adapruner.load(result.model_folder).generate(**prompt, max_new_tokens=4, min_new_tokens=4).shape == (1, 7)
 
@@ -302,20 +338,20 @@ def test_json_on_stdout(verb: str, model_folder: Path, text_file: Path, capsys: 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"ratio": 0}, "--ratio 0: Input should be greater than 0"),
-        ({"ratio": 1}, "--ratio 1: Input should be less than 1"),
-        ({"ratio": -0.1}, "--ratio -0.1: Input should be greater than 0"),
-        ({"ratio": "much"}, "--ratio much: Input should be a valid number"),
+        ({"ratio": 0}, "--ratio 0 is not a fraction between 0 and 1"),
+        ({"ratio": 1}, "--ratio 1 is not a fraction between 0 and 1"),
+        ({"ratio": -0.1}, "--ratio -0.1 is not a fraction between 0 and 1"),
+        ({"ratio": "much"}, "--ratio much is not a number"),
         ({"ratio": 0.95}, "0.95 cannot be reached: with the first 1 and the last 1 of 4 layers protected, at most 0."),
-        ({"layout": "uniform"}, "--layout uniform makes all layers alike: it cannot protect some"),
-        ({"alignment": "paper"}, "--alignment paper only knows the Taylor terms: add --space paper"),
-        ({"compensation": "bias", "sequential": True}, "--sequential goes with --compensation least-squares, not bias"),
-        ({"samples": 13}, "--samples 13 is more than the pool of 12 holds"),
+        ({"layout": "uniform"}, "--layout uniform prunes all layers alike: remove --protect-first"),
+        ({"alignment": "paper"}, "--alignment paper only knows the Taylor terms: set --space paper"),
+        ({"compensation": "bias", "sequential": True}, "--sequential needs --compensation least-squares, not bias"),
+        ({"samples": 13}, "--samples 13 is more than the 12 of --pool"),
         ({"pool": 5000}, "the text is too short: "),
         ({"objective_windows": 5000}, "the text is too short: "),
         ({"seq_len": 21}, "0 of "),
         ({"calibration": "wikitex2"}, "Did you mean 'wikitext2'"),
-        ({"evaluate": "nowhere.txt"}, "there is no file nowhere.txt"),
+        ({"evaluate": "nowhere.txt"}, "there is no file "),
         ({"protect_first": 4}, "all 4 layers are protected"),
         ({"trails": 3}, "Unknown option: --trails"),
         ({"dtype": "int8"}, "--dtype"),
@@ -338,9 +374,9 @@ def test_bad_options_are_one_line_before_any_work(
 @pytest.mark.parametrize(
     ("calibration", "evaluate", "message"),
     [
-        ("@calibration", "", "the objective would be drawn from"),
-        ("", "@objective", "the report would be drawn from"),
-        ("", "@calibration", "the report would be drawn from"),
+        ("@calibration", "", "--objective would read"),
+        ("", "@objective", "--evaluate would read"),
+        ("", "@calibration", "--evaluate would read"),
     ],
 )
 def test_text_is_not_used_twice(
@@ -362,7 +398,7 @@ def refuse(
 ) -> None:
     """The command ends with code 2 and one line, and loads no weights."""
     with monkeypatch.context() as patch:
-        patch.setattr("adapruner.stages._measuring.load_model", lambda *_: pytest.fail("weights were loaded"))
+        patch.setattr("adapruner.job.load_model", lambda *_: pytest.fail("weights were loaded"))
         assert run_cli(arguments) == 2
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1, captured.err
@@ -398,7 +434,8 @@ def test_bad_models(
         ("missing.gguf", "there is no GGUF file at"),
     ):
         refuse(command(tmp_path / model, tmp_path / "run", text_file), message, monkeypatch, capsys)
-    refuse(command(Path("nobody/nothing"), tmp_path / "run", text_file), "cannot load 'nobody/", monkeypatch, capsys)
+    message = "the files of 'nobody/nothing' cannot be read"
+    refuse(command(Path("nobody/nothing"), tmp_path / "run", text_file), message, monkeypatch, capsys)
 
 
 def test_bad_outputs(
@@ -419,10 +456,14 @@ def test_bad_outputs(
     ):
         refuse(command(model_folder, output, text_file), message, monkeypatch, capsys)
     other = command(model_folder, finished.output, text_file, ratio=0.05)
-    refuse(other, "holds a run of another config (ratio 0.1 → 0.05)", monkeypatch, capsys)
-    refuse(
-        ["plan", str(tmp_path), "--ratio", "0.1", "-o", str(tmp_path / "b")], "no finished search", monkeypatch, capsys
-    )
+    refuse(other, "holds a run of another configuration (ratio 0.1 → 0.05)", monkeypatch, capsys)
+    unsearched = tmp_path / "unsearched"
+    shutil.copytree(finished.output, unsearched)
+    (unsearched / "search.json").unlink()
+    for source, message in ((tmp_path, "holds no run"), (unsearched, "has no finished search")):
+        arguments = ["plan", str(source), "--ratio", "0.05", "-o", str(tmp_path / "b")]
+        refuse(arguments, message, monkeypatch, capsys)
+    assert not (tmp_path / "b").exists()
     onto_itself = ["plan", str(finished.output), "--ratio", "0.05", "-o", str(finished.output), "--overwrite"]
     refuse(onto_itself, "is the earlier run itself", monkeypatch, capsys)
     assert adapruner.load(finished.model_folder)
@@ -440,26 +481,24 @@ def test_bad_options_of_evaluate(
     refuse(arguments, option[1], monkeypatch, capsys)
 
 
-def test_overwrite_starts_again(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
-    first = adapruner.prune(str(model_folder), tmp_path / "run", calibration=str(text_file), **OPTIONS)
-    options = OPTIONS | {"ratio": 0.05}
-    second = adapruner.prune(str(model_folder), tmp_path / "run", True, calibration=str(text_file), **options)
-    assert first.plan.ratio > 0.09 > second.plan.ratio
-
-
-def test_a_run_goes_on_layer_by_layer(
-    finished: adapruner.PruneResult, model_folder: Path, text_file: Path, tmp_path: Path
+def test_another_ratio_in_the_same_folder_and_back(
+    finished: adapruner.PruneResult,
+    model_folder: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Which is what it says to do where memory gave out."""
-    run = tmp_path / "run"
-    shutil.copytree(finished.output, run)
-    for name in ("plan.json", "result.json"):
-        (run / name).unlink()
-    shutil.rmtree(run / "model")
-    options = OPTIONS | {"evaluate": (str(text_file),), "layer_wise": True, "device": "cpu"}
-    result = adapruner.prune(str(model_folder), run, calibration=str(text_file), **options)
-    assert result.plan == finished.plan
-    assert PruneConfig.load(run / "config.yaml").layer_wise
+    shutil.copytree(finished.output, tmp_path / "run")
+    for name in ("measure_in_parts", "measure_moments"):
+        monkeypatch.delattr(f"adapruner.procedure.{name}")
+    options = OPTIONS | {"calibration": str(text_file), "overwrite": True}
+    other = adapruner.prune(str(model_folder), tmp_path / "run", **options | {"ratio": 0.05})
+    assert other.plan.ratio < 0.06
+    assert other.result.search.ratio == 0.05
+    # The trials of before are known: none is run again.
+    monkeypatch.delattr(Search, "_run_trial")
+    adapruner.prune(str(model_folder), tmp_path / "run", **options)
+    assert_same_artifacts(tmp_path / "run", finished.output)
 
 
 def test_a_pruned_model_is_not_loaded_from_pickled_weights(model_folder: Path, tmp_path: Path) -> None:
@@ -487,10 +526,10 @@ def test_the_model_card_says_what_the_result_says(finished: adapruner.PruneResul
     assert card.data.library_name == "transformers"
     assert card.data.license == "other"
     assert card.data.base_model is None  # a local folder is no address on the hub
-    perplexities = result["perplexity"][f"{text_file}@report"]
-    assert card.data.eval_results[0].metric_value == round(perplexities["searched"]["perplexity"], 3)
-    assert f"{perplexities['dense']['perplexity']:.2f}" in card.text
-    assert result["plan_hash"][:12] in card.text
+    perplexities = [result.model(role).perplexity[f"{text_file}@report"].perplexity for role in ("dense", "searched")]
+    assert card.data.eval_results[0].metric_value == round(perplexities[1], 3)
+    assert f"| {perplexities[0]:.2f} | {perplexities[1]:.2f} |" in card.text
+    assert result.plan_hash[:12] in card.text
     assert "trust_remote_code=True" in card.text
     kept = [block for block in finished.plan.blocks if block.layer == 0]
     assert f"| 0 | {' | '.join(f'{len(block.kept)} of {block.groups}' for block in kept)} |" in card.text
@@ -501,7 +540,8 @@ def test_the_licence_of_the_base_model_is_carried_over(
 ) -> None:
     base = tmp_path / "base <b>|`x`"
     shutil.copytree(model_folder, base)
-    result = finished.result | {"config": finished.result["config"] | {"model": str(base)}}
+    config = finished.result.config.model_copy(update={"model": str(base)})
+    result = finished.result.model_copy(update={"config": config})
     for readme, expected in (
         ("---\nlicense: mit\n---\nA model.\n", ("mit", None)),
         ("---\nlicense: other\nlicense_name: some\n---\nA model.\n", ("other", "some")),
@@ -543,7 +583,7 @@ def test_exports_that_are_refused(
     (there / "notes.txt").write_text("mine")
     for arguments, message in (
         (["--to", "stock", "-o", str(there)], "exists"),
-        (["--to", "stock", "-o", str(there), "--overwrite"], "something else"),
+        (["--to", "stock", "-o", str(there), "--overwrite"], "was not written by adapruner"),
         (["--to", "gguf", "-o", str(there), "--overwrite"], "no file"),
         (["--to", "gguf", "-o", str(tmp_path / "model.gguf")], "llama"),  # biases and a vocabulary of words
         (["--to", "onnx", "-o", str(tmp_path / "model.onnx")], "onnx"),
@@ -561,29 +601,27 @@ def test_uploading(finished: adapruner.PruneResult, tmp_path: Path, monkeypatch:
         monkeypatch.setattr(HfApi, name, lambda self, *args, name=name, **options: calls.append((name, options)))
     verbs.export(finished.model_folder, "stock", tmp_path / "stock", push_to_hub="me/small")
     assert [name for name, _ in calls] == ["whoami", "create_repo", "upload_folder"]
-    assert calls[-1][1] == {"repo_id": "me/small", "folder_path": tmp_path / "stock"}
+    assert calls[-1][1] == {
+        "repo_id": "me/small",
+        "folder_path": tmp_path / "stock",
+        "revision": None,
+    }
 
 
-def test_layer_by_layer_leads_to_the_same_model(
-    finished: adapruner.PruneResult, model_folder: Path, text_file: Path, tmp_path: Path
-) -> None:
-    """With everything in one dtype, and by a text that the model writes itself."""
-    results = [
-        adapruner.prune(
-            str(model_folder),
-            tmp_path / str(layer_wise),
-            calibration="self",
-            objective=str(text_file),
-            evaluate=(str(text_file),),
-            dtype="bfloat16",
-            layer_wise=layer_wise,
-            **OPTIONS,
-        )
-        for layer_wise in (False, True)
-    ]
-    assert results[0].plan.hash == results[1].plan.hash
-    losses = [result.result["search"]["best_loss"] for result in results]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+def test_layer_by_layer_leads_to_the_same_model(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    """With everything in one dtype, and by a text that the model writes itself. It is what a run is told to do where
+    memory gives out, and decides last digits: it is not mixed with what was made otherwise."""
+    run, texts = tmp_path / "run", {"calibration": "self", "objective": str(text_file)}
+    options = OPTIONS | texts | {"dtype": "bfloat16"}
+    resident = adapruner.prune(str(model_folder), run, layer_wise=False, **options)
+    windows = (run / "windows.safetensors").stat().st_mtime_ns
+    with pytest.raises(AdaPrunerError, match=r"layer_wise\): moments, statistics.safetensors, .* would be rebuilt"):
+        adapruner.prune(str(model_folder), run, layer_wise=True, **options)
+    result = adapruner.prune(str(model_folder), run, overwrite=True, layer_wise=True, **options)
+    assert (run / "windows.safetensors").stat().st_mtime_ns == windows
+    assert PruneConfig.load(run / "config.yaml").layer_wise
+    assert result.plan.hash == resident.plan.hash
+    assert result.result.search.best_loss == pytest.approx(resident.result.search.best_loss, rel=1e-3)
 
 
 def test_vector_wise_terms_alone(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
@@ -591,16 +629,15 @@ def test_vector_wise_terms_alone(model_folder: Path, text_file: Path, tmp_path: 
     result = adapruner.prune(
         str(model_folder), tmp_path, calibration=str(text_file), terms="vector-wise", **OPTIONS | {"trials": 6}
     )
-    assert result.result["search"]["best_fixed_name"] == "vectorize"
+    assert result.result.search.best_fixed_name == "vectorize"
     assert "element_absolute" not in load_file(tmp_path / "statistics.safetensors")
 
 
 def test_a_pruned_model_is_pruned_again(finished: adapruner.PruneResult, text_file: Path, tmp_path: Path) -> None:
     again = adapruner.prune(str(finished.model_folder), tmp_path, calibration=str(text_file), **OPTIONS | {"trials": 5})
-    before, after = again.result["parameters"]["before"], again.result["parameters"]["after"]
-    assert before == finished.result["parameters"]["after"]
-    assert 0.095 <= 1 - after / before <= 0.105
-    with pytest.raises(AdaPrunerError, match="whose layers differ already cannot be estimated"):
+    assert again.result.model("dense").parameters == finished.result.final.parameters
+    assert 0.095 <= again.result.removed_share <= 0.105
+    with pytest.raises(AdaPrunerError, match="whose layers already differ cannot be estimated"):
         verbs.estimate(finished.model_folder, **OPTIONS)
 
 
@@ -611,28 +648,37 @@ def test_quiet_leaves_results_and_advice(
     environment = os.environ | {"FORCE_COLOR": "1", "NO_COLOR": "1"}
     process = subprocess.run([sys.executable, "-m", "adapruner", *arguments], capture_output=True, env=environment)
     assert json.loads(process.stdout)["plan_hash"] == finished.plan.hash
-    said = process.stderr.decode().splitlines()
-    assert said
-    assert all(
-        line.startswith(("adapruner: what stays was fitted on ", "adapruner: the feed-forward")) for line in said
-    )
+    assert finished.advice()
+    assert process.stderr.decode().splitlines() == [f"adapruner: {line}" for line in finished.advice()]
 
 
-def test_advice_names_what_should_not_go_unseen(finished: adapruner.PruneResult) -> None:
-    def advice(result: dict[str, object], widths: int = 24) -> str:
+def test_advice_names_what_should_not_go_unseen(
+    finished: adapruner.PruneResult, text_file: Path, tmp_path: Path
+) -> None:
+    known = finished.result.final.perplexity[f"{text_file}@report"]
+    trained = RecoveryRecord.model_construct()
+
+    def advice(dense: float = 20, final: float = 30, compensation: int = 768, widths: int = 24, **changes: Any) -> str:
         blocks = [block.model_copy(update={"kept": tuple(range(widths))}) for block in finished.plan.blocks]
-        plan = finished.plan.model_copy(update={"blocks": tuple(blocks)})
-        return " | ".join(adapruner.PruneResult(finished.output, plan, finished.result | result).advice())
+        models = [
+            ModelNumbers(role=role, parameters=1, perplexity={"text": known.model_copy(update={"perplexity": value})})
+            for role, value in (("dense", dense), ("recovered" if "recovery" in changes else "searched", final))
+        ]
+        changes |= {"models": tuple(models), "windows": {"compensation": compensation}}
+        point = finished.result.search.points[0].model_copy(update={"starting_point": False})
+        changes["search"] = finished.result.search.model_copy(update={"points": (point,)})
+        return " | ".join(
+            adapruner.PruneResult(
+                tmp_path,
+                finished.plan.model_copy(update={"blocks": tuple(blocks)}),
+                finished.result.model_copy(update=changes),
+            ).advice()
+        )
 
-    def perplexities(dense: float, searched: float, recovered: float) -> dict[str, object]:
-        models = {"dense": dense, "searched": searched, "recovered": recovered}
-        return {"perplexity": {"text": {name: {"perplexity": value} for name, value in models.items()}}}
-
-    enough: dict[str, object] = {"windows": {"compensation": 768}}
-    assert advice(enough | perplexities(20, 30, 30)) == ""
-    assert "rose from 20.0 to 50.0: --recover SRC" in advice(enough | perplexities(20, 50, 30))
-    assert advice(enough | perplexities(20, 50, 30) | {"recovery": {"steps": 1}}) == ""
-    assert "training it longer" in advice(enough | perplexities(20, 50, 45) | {"recovery": {"steps": 1}})
-    assert "rose from 20.0 to nan" in advice(enough | perplexities(20, float("nan"), 30))
-    assert "fitted on 40 windows" in advice(perplexities(20, 30, 30) | {"windows": {"compensation": 40}})
-    assert "no multiples of 8" in advice(enough | perplexities(20, 30, 30), widths=23)
+    assert advice() == ""
+    assert "rose from 20.0 to 50.0: fine-tuning with `recover`" in advice(final=50)
+    assert advice(final=30, recovery=trained) == ""
+    assert "longer fine-tuning" in advice(final=45, recovery=trained)
+    assert "rose from 20.0 to nan" in advice(final=float("nan"))
+    assert "fitted on 40 windows" in advice(compensation=40)
+    assert "not multiples of 8" in advice(widths=23)

@@ -10,16 +10,18 @@ import torch
 from adapruner.models import resolve_device
 from adapruner.processes import Process, this_process
 
+VARIABLES = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 
-def test_a_process_by_itself_leads(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+
+def test_a_standalone_process_leads(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     assert this_process() == Process(0, 1, 0, 1)
     assert this_process().leads
 
 
-def test_each_process_on_a_machine_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}.items():
+def test_every_process_on_a_machine_uses_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {**VARIABLES, "TORCHELASTIC_RUN_ID": "a"}.items():
         monkeypatch.setenv(name, value)
     assert this_process() == Process(5, 8, 1, 4)
     assert not this_process().leads

@@ -36,7 +36,7 @@ def test_a_recipe_is_valid_and_opens_with_its_command(recipe: Path, monkeypatch:
         made.append(config)
         raise AdaPrunerError("far enough")
 
-    monkeypatch.setattr(pipeline, "prepare", stop)
+    monkeypatch.setattr(pipeline, "_run", stop)
     with pytest.raises(AdaPrunerError, match="far enough"):
         app(command[1:], exit_on_error=False)
     assert made == [PruneConfig.from_options(**yaml.safe_load(recipe.read_text()))]
@@ -56,7 +56,7 @@ def test_the_7b_recipes_leave_exactly_what_the_protocol_leaves(
 ) -> None:
     config = PruneConfig.from_options(**read_recipe(recipe))
     structure = build_structure(empty_model(LLAMA_7B))
-    counts = kept_counts(structure, reference_budget(config, structure))
+    counts = kept_counts(structure, reference_budget(config, structure, config.ratio[0]))
     kept = {(block.layer, block.kind): count for block, count in zip(structure.blocks, counts, strict=True)}
     middle = structure.layers // 2
     assert (kept[middle, "heads"], kept[middle, "channels"]) == (heads, channels)
@@ -74,7 +74,7 @@ def test_options_go_before_those_of_the_recipe(tmp_path: Path, monkeypatch: pyte
         made.append(config)
         raise AdaPrunerError("far enough")
 
-    monkeypatch.setattr(pipeline, "prepare", stop)
+    monkeypatch.setattr(pipeline, "_run", stop)
     with pytest.raises(AdaPrunerError, match="far enough"):
         app(
             ["prune", "c/d", "--recipe", str(recipe), "-o", "x", "--trials", "9", "--recovery.steps", "7"],

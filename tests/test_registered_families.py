@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -68,15 +67,6 @@ for place in (folder, again):
     torch.testing.assert_close(model(torch.arange(3, 40).view(1, -1)).logits, torch.load(logits), rtol=0, atol=0)
     model.save_pretrained(again)
 """
-
-
-@pytest.fixture(autouse=True)
-def forgotten() -> Iterator[None]:
-    """What is registered is for the process; other tests find what comes with the package."""
-    yield
-    for known in (known_architectures(), PRUNED_CLASSES):
-        for model_type in ("olmo", "phi"):
-            known.pop(model_type, None)
 
 
 def tiny(model_type: str) -> PreTrainedModel:

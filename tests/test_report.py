@@ -17,9 +17,10 @@ from transformers import PreTrainedTokenizerFast
 import adapruner
 from adapruner import AdaPrunerError, PruneConfig, verbs
 from adapruner.cli import app, main
-from adapruner.report import write_report
+from adapruner.pipeline import prune_ratios
+from adapruner.report import write_reports
 from adapruner.report._command import command
-from adapruner.run_folder import RunFolder
+from adapruner.run import RunFolder
 
 EVIL = "</script><script>alert(1)</script>"
 OPTIONS = {
@@ -134,20 +135,25 @@ def run(finished: adapruner.PruneResult, tmp_path: Path) -> RunFolder:
     return RunFolder(tmp_path / "run")
 
 
+def page_of(run: RunFolder) -> Page:
+    """The page of a run for one ratio, written now."""
+    [path] = write_reports(run)
+    return Page(path)
+
+
 def test_models_are_those_of_the_result(finished: adapruner.PruneResult, page: Page) -> None:
     result = json.loads((finished.output / "result.json").read_text())
     rows = page.rows("model-table")
     assert [name.split(" (")[0] for name in rows] == ["dense", "best fixed metric", "searched"]
-    for name, cells in zip(("dense", "best_fixed", "searched"), rows.values(), strict=True):
-        expected = [f"{result['parameters']['before' if name == 'dense' else 'after']:,}"]
-        for by_model in result["perplexity"].values():
-            value, error = by_model[name]["perplexity"], by_model[name]["loss_standard_error"]
+    for model, cells in zip(result["models"], rows.values(), strict=True):
+        expected = [f"{model['parameters']:,}"]
+        for measured in model["perplexity"].values():
+            value, error = measured["perplexity"], measured["loss_standard_error"]
             assert error > 0
+            assert measured["protocol"] in page.text
             expected.append(f"{value:.2f} ± {value * error:.2f}")
         assert cells == expected
-    for by_model in result["perplexity"].values():
-        assert by_model["searched"]["protocol"] in page.text
-    assert f"−{100 * result['parameters']['removed_share']:.1f} %" in page.text
+    assert f"−{100 * finished.result.removed_share:.1f} %" in page.text
     assert all(f"{name} {version}" in page.text for name, version in result["versions"].items())
 
 
@@ -188,10 +194,10 @@ def test_the_search_is_that_of_its_files(finished: adapruner.PruneResult, page: 
 
 
 def test_stages_are_those_of_the_result(finished: adapruner.PruneResult, page: Page) -> None:
-    stages = finished.result["stages"]
+    stages = finished.result.stages
     rows = page.rows("stage-table")
     assert {name: (cells[0], cells[2]) for name, cells in rows.items()} == {
-        name: (f"{cost['seconds']:,.1f}", f"{cost['peak_memory_mib']:,}") for name, cost in stages.items()
+        name: (f"{cost.seconds:,.1f}", f"{cost.peak_memory_mib:,}") for name, cost in stages.items()
     }
     size = sum(file.stat().st_size for file in finished.model_folder.glob("*.safetensors"))
     assert page.rows("size-table")["searched"][1] == f"{size / 1e6:,.1f}"
@@ -224,18 +230,17 @@ def test_the_command_makes_the_same_run(finished: adapruner.PruneResult, page: P
 )
 def test_commands_name_what_differs_from_the_defaults(options: dict[str, Any]) -> None:
     config = PruneConfig.from_options(model="owner/name", **options)
-    line = command(config, Path("runs/a b"), "postgresql://somewhere" if options else None)
+    line = command(config, Path("runs/a b"))
     assert parsed(line) == config
     assert all(f"--{name.replace('_', '-')}" in line for name in options if name not in ("sequential", "recovery"))
-    assert ("--pool" in line, "--storage" in line) == (False, bool(options))
+    assert "--pool" not in line
 
 
 def test_a_point_of_another_ratio_takes_two_commands() -> None:
-    config = PruneConfig.from_options(model="owner/name", ratio=0.3)
-    assert command(config, Path("b"), searched_ratio=0.3) == command(config, Path("b"))
-    both = command(config, Path("b"), searched_ratio=0.2)
+    config = PruneConfig.from_options(model="owner/name", ratio=0.3, search_ratio=0.2)
+    both = command(config, Path("b"))
     searched, _, planned = both.rpartition("\n")
-    assert parsed(searched) == config.model_copy(update={"ratio": 0.2})
+    assert parsed(searched) == config.model_copy(update={"ratio": (0.2,), "search_ratio": None})
     _, bound, _ = app.parse_args(shlex.split(planned)[1:], exit_on_error=False, print_error=False)
     assert bound.arguments["ratio"] == 0.3
     assert bound.arguments["output"] == Path("b")
@@ -253,50 +258,43 @@ def parsed(line: str) -> PruneConfig:
 
 def test_nothing_of_the_run_is_touched(run: RunFolder) -> None:
     before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file() and path != run.report}
-    write_report(run)
+    write_reports(run)
     assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file() and path != run.report} == before
 
 
 def test_a_run_that_is_not_finished(run: RunFolder) -> None:
     for left_out, has, has_not in (
-        ((run.result,), "not finished", "torch 2"),
-        ((run.evaluation,), "Sample", "perplexity"),
-        ((run.model,), "What was removed", "loading page"),
-        ((run.plan,), "Chosen calibration samples", "What was removed"),
-        ((run.search,), "26 of 26 trials", "Chosen calibration samples"),
-        ((run.journal,), "No trial has ended yet", "26 trials"),
-        ((run.study, run.windows, run.statistics, run.log), "No trial has ended yet", "Time and memory"),
+        (("result.json",), "incomplete: rerun the command to resume", "torch 2"),
+        (("evaluation",), "Sample", "perplexity"),
+        (("model",), "What was removed", EVIL),
+        (("plan.json",), "Chosen calibration samples", "What was removed"),
+        (("search.json",), "26 of 26 trials", "Chosen calibration samples"),
+        (("study.db",), "No trial has finished yet", "26 trials"),
+        (("windows.safetensors", "statistics.safetensors", "log.jsonl"), "No trial has finished yet", "peak memory"),
+        (("keys",), "No trial has finished yet", "peak memory"),
     ):
-        for path in left_out:
+        for name in left_out:
+            path = run.path / name
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        shown = Page(write_report(run))
+        shown = page_of(run)
         assert has in shown.text
         assert has_not not in shown.text
 
 
-def test_trials_that_are_elsewhere(run: RunFolder) -> None:
-    run.journal.unlink()
-    assert "in the folder of the run that searched" in Page(write_report(run)).text
-    record = json.loads(run.study.read_text())
-    run.study.write_text(json.dumps(record | {"place": "postgresql://me:***@there/db"}))
-    shown = Page(write_report(run))
-    assert "The trials are in postgresql://me:***@there/db" in shown.text
-    assert "--storage 'postgresql://me:***@there/db'" in shown.texts["command"]
-    assert "trials" not in shown.texts
-
-
 def test_a_run_is_watched_until_it_ends(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    run.result.unlink()
+    (run.path / "result.json").unlink()
     naps: list[float] = []
     monkeypatch.setattr("time.sleep", naps.append)
     pages = verbs.write_reports(run.path, watch=True)
-    with run.leading():
+    with run.locked():
         for _ in range(2):
-            shown = Page(next(pages))
+            [path] = next(pages)
+            shown = Page(path)
             assert "running" in shown.text
             assert [own["content"] for own in shown.metas if own.get("http-equiv") == "refresh"] == ["5"]
-    [last] = map(Page, pages)
-    assert "not finished" in last.text
+    [[path]] = pages
+    last = Page(path)
+    assert "incomplete" in last.text
     assert not [own for own in last.metas if own.get("http-equiv") == "refresh"]
     assert naps.count(5) == 2
 
@@ -307,9 +305,24 @@ def test_the_verb(run: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     run.report.unlink()
     with pytest.raises(SystemExit, match="0"):
         main(["report", str(run.path), "--open", "--json"])
-    assert json.loads(capsys.readouterr().out)["report"] == str(run.report)
+    assert json.loads(capsys.readouterr().out)["reports"] == [str(run.report)]
     assert opened == [run.report.as_uri()]
     assert run.report.is_file()
+
+
+def test_every_ratio_has_a_page(run: RunFolder) -> None:
+    given = run.read_config().model_dump(exclude={"model", "search_ratio", "ratio"})
+    results = prune_ratios(run.read_config().model, run.path, ratio=(0.06, 0.12), **given)
+    for result in results:
+        result.report.unlink()
+    assert write_reports(run) == [result.report for result in results]
+    for result in results:
+        shown = Page(result.report)
+        (ratio,) = result.result.config.ratio
+        assert f"pruned by {100 * ratio:.3g} %" in shown.text
+        assert result.plan.hash in shown.text
+        assert f"−{100 * result.result.removed_share:.1f} %" in shown.text
+        assert parsed(shown.texts["command"]) == result.result.config
 
 
 def test_a_folder_that_holds_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -321,7 +334,7 @@ def test_a_folder_that_holds_no_run(tmp_path: Path, capsys: pytest.CaptureFixtur
     (tmp_path / "config.yaml").write_text("model: smollm2\n")
     (tmp_path / "search.json").write_text("{}")
     with pytest.raises(AdaPrunerError, match="cannot read the run in"):
-        write_report(RunFolder(tmp_path))
+        write_reports(RunFolder(tmp_path))
 
 
 def test_a_report_that_fails_does_not_lose_the_run(
@@ -329,10 +342,13 @@ def test_a_report_that_fails_does_not_lose_the_run(
 ) -> None:
     options = OPTIONS | {"calibration": str(text_file), "trials": 1}
     with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "save_report", lambda *_: pytest.fail("the disk is full"))
+        patch.setattr("adapruner.procedure.render_report", lambda *_: pytest.fail("it cannot be drawn"))
         with pytest.raises(pytest.fail.Exception):
             adapruner.prune(str(model_folder), tmp_path / "run", **options)
-    assert adapruner.prune(str(model_folder), tmp_path / "run", **options).result["parameters"]
+    written = (tmp_path / "run" / "result.json").stat().st_mtime_ns
+    result = adapruner.prune(str(model_folder), tmp_path / "run", **options)
+    assert result.report.is_file()
+    assert (tmp_path / "run" / "result.json").stat().st_mtime_ns == written
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""A run that trains the pruned model again and runs tasks: what comes out, and that it goes on after a kill."""
+"""A run that fine-tunes the pruned model and runs tasks: what comes out, and that it resumes after a kill."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from runs import assert_same_artifacts
 
 import adapruner
 from adapruner import AdaPrunerError
@@ -62,7 +63,6 @@ def finished(
             str(model_folder),
             output,
             calibration=str(text_file),
-            evaluate=(str(text_file),),
             recover=str(text_file),
             **OPTIONS,
         )
@@ -70,15 +70,16 @@ def finished(
 
 def test_the_result_holds_all_models(finished: adapruner.PruneResult, model_folder: Path) -> None:
     result = finished.result
-    [by_model] = result["perplexity"].values()
-    assert list(by_model) == ["dense", "best_fixed", "searched", "recovered"]
-    assert list(result["tasks"]["boolq"]) == list(result["task_means"]) == ["dense", "searched", "recovered"]
+    assert [model.role for model in result.models] == ["dense", "best_fixed", "searched", "recovered"]
+    assert [model.role for model in result.models if model.tasks] == ["dense", "searched", "recovered"]
+    assert all(model.mean_accuracies for model in result.models if model.tasks)
     assert finished.model_folder == finished.output / "recovered"
-    assert result["recovery"]["method"] == "distillation"
-    assert result["recovery"]["loss_after"] < result["recovery"]["loss_before"]
-    text = next(iter(result["perplexity"]))
-    again = adapruner.evaluate(finished.model_folder, [text], window_length=16).perplexity[0]
-    assert again.perplexity == by_model["recovered"]["perplexity"] != by_model["searched"]["perplexity"]
+    assert result.recovery is not None
+    assert result.recovery.method == "distillation"
+    assert result.recovery.loss_after < result.recovery.loss_before
+    [(text, searched_perplexity)] = result.model("searched").perplexity.items()
+    again = adapruner.evaluate(finished.model_folder, [text], seq_len=16).perplexity[0]
+    assert again.perplexity == result.final.perplexity[text].perplexity != searched_perplexity.perplexity
     searched, recovered = (load_model(find_model(str(finished.output / name))) for name in ("model", "recovered"))
     assert [p.shape for p in searched.parameters()] == [p.shape for p in recovered.parameters()]
     titles = [str(column.header) for column in finished.tables()[1].columns]
@@ -86,16 +87,16 @@ def test_the_result_holds_all_models(finished: adapruner.PruneResult, model_fold
 
 
 def test_what_is_trained_on_is_neither_reported_nor_asked(finished: adapruner.PruneResult, text_file: Path) -> None:
-    assert list(finished.result["perplexity"]) == [f"{text_file}@report"]
-    score = finished.result["tasks"]["boolq"]["recovered"]
+    assert list(finished.result.final.perplexity) == [f"{text_file}@report"]
+    score = finished.result.final.tasks["boolq"]
     # 202 passages: six tenths of the text, by hash, are used to calibrate, to judge and to train.
-    assert score["items_in_all"] == 202
-    assert 60 <= score["items"] <= 110
+    assert score.items_in_all == 202
+    assert 60 <= score.items <= 110
 
 
 def test_the_cards_say_which_was_trained(finished: adapruner.PruneResult) -> None:
     before, after = (ModelCard.load(finished.output / name / "README.md") for name in ("model", "recovered"))
-    assert "It was not trained afterwards." in before.content
+    assert "It was not fine-tuned." in before.content
     assert "12 steps, 768 tokens, LoRA, merged, learning the predictions of the dense model" in after.content
     metrics = {(one.metric_type, one.dataset_type) for one in after.data.eval_results}
     assert ("acc", "boolq") in metrics
@@ -103,17 +104,19 @@ def test_the_cards_say_which_was_trained(finished: adapruner.PruneResult) -> Non
         next(one.metric_value for one in card.data.eval_results if one.metric_type == "perplexity")
         for card in (before, after)
     ]
-    [by_model] = finished.result["perplexity"].values()
-    assert values == [round(by_model[name]["perplexity"], 3) for name in ("searched", "recovered")]
+    perplexities = [
+        one for role in ("searched", "recovered") for one in finished.result.model(role).perplexity.values()
+    ]
+    assert values == [round(one.perplexity, 3) for one in perplexities]
 
 
 def test_the_report_shows_all_models(finished: adapruner.PruneResult) -> None:
     page = finished.report.read_text()
-    [by_model] = finished.result["perplexity"].values()
-    for name, own in by_model.items():
-        assert f"{own['perplexity']:.2f}" in page, name
-    for by_task in finished.result["tasks"]["boolq"].values():
-        assert f'{by_task["metrics"]["acc"]:.4f} <span class="error">± {by_task["standard_errors"]["acc"]:.4f}' in page
+    for model in finished.result.models:
+        for one in model.perplexity.values():
+            assert f"{one.perplexity:.2f}" in page, model.role
+        for score in model.tasks.values():
+            assert f'{score.metrics["acc"]:.4f} <span class="error">± {score.standard_errors["acc"]:.4f}' in page
     assert "12 steps, 768 tokens, learning the predictions of the dense model" in page
     assert 'id="accuracy"' in page
 
@@ -139,7 +142,7 @@ main()
 """
 
 
-def test_a_killed_run_goes_on(
+def test_a_killed_run_resumes(
     finished: adapruner.PruneResult,
     model_folder: Path,
     text_file: Path,
@@ -167,8 +170,6 @@ def test_a_killed_run_goes_on(
         str(run),
         "--calibration",
         str(text_file),
-        "--evaluate",
-        str(text_file),
         "--recover",
         str(text_file),
         "--tasks",
@@ -184,30 +185,30 @@ def test_a_killed_run_goes_on(
         "ADAPRUNER_DATA": str(data),
     }
     for module, name, calls, left in [
-        ("adapruner.recovery._training", "distillation_loss", 27, "recovered.training/checkpoint-3"),
-        ("adapruner.stages._finishing", "measure_tasks", 1, "evaluation.json"),
+        ("adapruner.recovery._training", "distillation_loss", 27, "unfinished/recovered-*/training/checkpoint-3"),
+        ("adapruner.procedure", "measure_tasks", 1, "evaluation/tasks-dense.json"),
     ]:
         script = KILL.format(module=module, name=name, calls=calls)
         killed = subprocess.run(
             [sys.executable, "-c", script, *arguments], env=environment, capture_output=True, check=False
         )
         assert killed.returncode == -9, killed.stderr.decode()
-        assert (run / left).exists()
+        assert list(run.glob(left))
+        assert not (run / "result.json").exists()
     monkeypatch.setenv("ADAPRUNER_DATA", str(data))
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
         main([*arguments, "--json"])
     assert not ended.value.code
     result = json.loads(capsys.readouterr().out)
-    assert result["perplexity"] == finished.result["perplexity"]
-    assert result["tasks"] == finished.result["tasks"]
-    assert not (run / "recovered.training").exists()
+    assert result["models"] == finished.result.model_dump(mode="json")["models"]
+    assert_same_artifacts(run, finished.output)
 
 
 def test_a_task_that_does_not_exist_is_refused_before_any_work(
     model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("adapruner.stages._measuring.load_model", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("adapruner.job.load_model", lambda *_: pytest.fail("loaded"))
     with pytest.raises(AdaPrunerError, match="did you mean boolq"):
         adapruner.prune(
             str(model_folder),

@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from multiprocessing.context import SpawnContext, SpawnProcess
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import optuna
@@ -447,30 +448,36 @@ def start(context: SpawnContext, *arguments: object) -> SpawnProcess:
     return process
 
 
-def work(space: SearchSpace, place: StudyPlace, trials: int, killed_in: int | None, helps: bool) -> None:
+def work(
+    space: SearchSpace,
+    place: StudyPlace,
+    trials: int,
+    killed_in: int | None,
+    helps: bool = False,
+    together: Barrier | None = None,
+) -> None:
     """In a process of its own."""
     begun = 0
 
     def judge(candidate: Candidate) -> Iterator[Tensor]:
         nonlocal begun
         begun += 1
-        batches = list(windowed(candidate, range(16)))
-        yield batches[0]
         if begun == killed_in:
             os.kill(os.getpid(), signal.SIGKILL)
-        if killed_in is None:
-            time.sleep(0.1)
-        yield batches[1]
+        time.sleep(0.1)
+        yield from windowed(candidate, range(16))
 
     own = Search(space, judge, trials, 0, place)
+    if together:
+        together.wait()
     own.help() if helps else own.run()
 
 
 def test_a_search_killed_in_a_trial_ends_as_an_undisturbed_one(subsets: SubsetFamily, tmp_path: Path) -> None:
     space, context = SearchSpace(subsets, 4, 0, Budget(0.2), "extended"), get_context("spawn")
     place = place_in(tmp_path / "killed")
-    for killed_in in (4, 10):
-        process = start(context, space, place, 18, killed_in, False)
+    for killed_in in (4, 9):
+        process = start(context, space, place, 18, killed_in)
         process.join()
         assert process.exitcode == -signal.SIGKILL
     with place.opened() as study:
@@ -491,18 +498,22 @@ def test_a_killed_helper_costs_its_trial_alone(subsets: SubsetFamily, tmp_path: 
         get_context("spawn"),
         place_in(tmp_path),
     )
-    killed, helper = (start(context, space, place, 90, killed_in, True) for killed_in in (3, None))
-    leader = start(context, space, place, 90, None, False)
-    for process in (leader, killed, helper):
-        process.join(120)
+    together = context.Barrier(3)
+    processes = [
+        start(context, space, place, 40, killed_in, helps, together)
+        for killed_in, helps in ((None, False), (2, True), (None, True))
+    ]
+    for process in processes:
+        process.join()
+    leader, killed, helper = processes
     assert (leader.exitcode, killed.exitcode, helper.exitcode) == (0, -signal.SIGKILL, 0)
     with place.opened() as study:
         trials = study.get_trials()
     states = [trial.state for trial in trials]
-    assert 90 <= states.count(TrialState.COMPLETE) <= 92
+    assert 40 <= states.count(TrialState.COMPLETE) <= 42
     assert states.count(TrialState.FAIL) + states.count(TrialState.RUNNING) <= 1
     finished = [trial for trial in trials if trial.state == TrialState.COMPLETE]
-    assert 5 < sum("helper" in trial.user_attrs for trial in finished) < 85
+    assert 1 < sum("helper" in trial.user_attrs for trial in finished) < 40
     starts = sorted(trial.user_attrs["start"] for trial in finished if "start" in trial.user_attrs)
     assert set(starts) >= set(range(4))
     assert len(starts) >= 9

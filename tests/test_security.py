@@ -9,6 +9,7 @@ import os
 import pickle
 import shutil
 import socket
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from adapruner.checkpoint._card import base_licence
 
 import adapruner
 from adapruner import AdaPrunerError, plain_yaml, verbs
@@ -319,3 +321,53 @@ def test_offline_nothing_connects_anywhere(folder: Path, text_file: Path, monkey
             use()
     with pytest.raises(AdaPrunerError, match="offline mode"):
         adapruner.load("nobody/nothing")
+
+
+BOMB = "a: &a [x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+ODD_CARDS: dict[str, bytes] = {
+    "a numeric key": b"---\n5: x\nlicense: mit\n---\n",
+    "numeric tags": b"---\ntags: 5\nlicense: mit\n---\n",
+    "no list of results": b"---\nmodel-index: 7\nlicense: mit\n---\n",
+    "a long card": b"---\nlicense: mit\n---\n" + b"x" * 10**8,
+    "odd bytes": b"---\nlicense: mit\nname: \xff\xfe\n---\n",
+    "deep nesting": b"---\na: " + b"[" * 50_000 + b"\n---\n",
+    "deep blocks": b"---\n" + b"- " * 30_000 + b"\n---\n",
+    "many names": b"---\n" + b"a: b\n" * 10_000 + b"---\n",
+    "an alias bomb": f"---\n{BOMB}license: mit\n---\n".encode(),
+    "a date that is none": b"---\nlicense: 2026-99-99\n---\n",
+    "a long number": b"---\nlicense: " + b"9" * 10_000 + b"\n---\n",
+    "a list as licence": b"---\nlicense: [mit]\n---\n",
+    "a key that is none": b"---\n? [a]\n: b\n---\n",
+    "a tag of Python": b"---\nlicense: !!python/object/apply:os.mkdir [evil]\n---\n",
+    "no end": b"---\nlicense: mit\n",
+    "a long licence": b"---\nlicense: " + b"m" * 10_000 + b"\n---\n",
+    "binary": bytes(range(256)) * 100,
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("content", ODD_CARDS.values(), ids=ODD_CARDS.keys())
+def test_the_card_of_another_is_read_in_short(content: bytes, folder: Path) -> None:
+    (folder / "README.md").write_bytes(content)
+    started = time.process_time()
+    licence = base_licence(find_model(str(folder)))
+    assert time.process_time() - started < 3
+    if licence is not None:
+        assert set(licence) == {"license"}
+        assert licence["license"].strip("m") in ("", "it")
+        assert len(licence["license"]) <= 200
+
+
+def test_cards_that_can_be_read_are_read(folder: Path) -> None:
+    for card in (
+        "---\nlicense: mit\ntags: 5\n---\n",
+        "\n---\r\nlicense: mit\r\n---\r\ntext",
+        "---\nlicense: mit\n5: 6\n---",
+    ):
+        (folder / "README.md").write_bytes(card.encode())
+        assert base_licence(find_model(str(folder))) == {"license": "mit"}
+    (folder / "README.md").unlink()
+    (folder / "README.md").mkdir()
+    assert base_licence(find_model(str(folder))) is None

@@ -51,10 +51,8 @@ def test_pruned_for_real(tmp_path: Path) -> None:
         compensation_windows=16,
         trials=8,
     )
-    assert 0.195 <= result.result["parameters"]["removed_share"] <= 0.205
-    perplexity = {
-        name: value["perplexity"] for name, value in result.result["perplexity"]["boolq-passages@report"].items()
-    }
+    assert 0.195 <= result.result.removed_share <= 0.205
+    perplexity = {model.role: model.perplexity["boolq-passages@report"].perplexity for model in result.result.models}
     assert 15 < perplexity["dense"] < perplexity["searched"] < 200
 
     model = adapruner.load(result.model_folder)

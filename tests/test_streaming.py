@@ -272,3 +272,23 @@ def test_weights_that_the_config_names(model: PreTrainedModel, windows: Tensor, 
     rewrite(tmp_path, transformers_weights="other.safetensors")
     for loaded in all_ways(tmp_path, windows):
         assert torch.equal(loaded.lm_head.weight, tensors["lm_head.weight"] * 1.01)
+
+
+def test_a_model_of_the_hub_that_is_untied_by_its_files(
+    make_model: Callable[..., PreTrainedModel], windows: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Out of the cache of the hub, whose files are links."""
+    for module in ("huggingface_hub.constants", "transformers.utils.hub.constants"):
+        monkeypatch.setattr(f"{module}.HF_HUB_CACHE", str(tmp_path))
+    snapshot = tmp_path / "models--owner--name" / "snapshots" / ("a" * 40)
+    model = make_model("llama", tie_word_embeddings=False)
+    model.save_pretrained(snapshot)
+    rewrite(snapshot, tie_word_embeddings=True)
+    (tmp_path / "models--owner--name" / "refs").mkdir()
+    (tmp_path / "models--owner--name" / "refs" / "main").write_text("a" * 40)
+    location = find_model("owner/name")
+    assert not location.is_local
+    assert not load_config(location).tie_word_embeddings
+    for layer_wise in (False, True):
+        with torch.no_grad():
+            assert torch.equal(load_model(location, layer_wise=layer_wise)(windows).logits, model(windows).logits)

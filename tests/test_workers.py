@@ -1,39 +1,73 @@
-"""Searches that several processes work on, some of which are killed."""
+"""Runs that several processes work on, some of which are killed."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import optuna
 import pytest
-import torch
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import IntegrityError
 
 import adapruner
 import postgresql_server
-from adapruner import AdaPrunerError, PruneConfig
-from adapruner.job import prepare
-from adapruner.measurement import Statistics, measure, measure_in_parts
-from adapruner.progress import Reporter
-from adapruner.run_folder import RunFolder
-from adapruner.search import StudyPlace
-from adapruner.stages import help_measuring, stage_load, stage_measure
+from adapruner import AdaPrunerError
+from adapruner.run import RunFolder
+from adapruner.search import StudyPlace, _place, sqlite_url
+from adapruner.search._space import START
 
 OPTIONS = {"ratio": 0.1, "pool": 24, "samples": 4, "objective_windows": 8, "seq_len": 16, "round_to": 1}
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+
+# The command line, noting who does what. Trials begin together: those of the tiny model would be over before another
+# process has started.
+PROGRAM = """
+import os, pathlib, time
+from adapruner import procedure
+from adapruner.cli import main
+from adapruner.search import Search
+
+judge, measure, recover = Search._judged, procedure.measure_in_parts, procedure.recover_into
+
+NOTES = pathlib.Path(os.environ["NOTES"])
+
+def note(what):
+    (NOTES / f"{what}-{os.getpid()}").touch()
+
+def judge_slowly(self, trial, *others):
+    trial.set_user_attr("worker", os.getpid())
+    note("judged")
+    while len(list(NOTES.glob("judged-*"))) < int(os.environ["PROCESSES"]):
+        time.sleep(0.1)
+    time.sleep(0.2)
+    return judge(self, trial, *others)
+
+def measure_noting(*arguments, **options):
+    for part in measure(*arguments, **options):
+        note("measured")
+        yield part
+
+def recover_noting(*arguments, **options):
+    note("trained")
+    return recover(*arguments, **options)
+
+Search._judged, procedure.measure_in_parts, procedure.recover_into = judge_slowly, measure_noting, recover_noting
+main()
+"""
 
 
-@pytest.fixture(scope="module", params=["journal", "postgresql"])
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
 def storage(request: pytest.FixtureRequest) -> Iterator[str | None]:
-    if request.param == "journal":
+    if request.param == "sqlite":
         yield None
         return
     if postgresql_server.find_programs() is None:
@@ -42,175 +76,188 @@ def storage(request: pytest.FixtureRequest) -> Iterator[str | None]:
         yield url
 
 
-# Trials of the tiny model are over before a helper is there.
-SLOWLY = """
-import time
-from adapruner.cli import main
-from adapruner.search import Objective
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Starts the command line in another process; `together`: how many begin their trials together."""
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    with contextlib.ExitStack() as started:
 
-judge = Objective.__call__
+        def start_one(*arguments: object, together: int = 1, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+            process = subprocess.Popen(
+                [sys.executable, *launcher, str(program), *map(str, arguments)],
+                env=ENVIRONMENT | {"NOTES": str(tmp_path), "PROCESSES": str(together)},
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            started.callback(process.communicate)
+            started.callback(process.kill)
+            return process
 
-def judge_slowly(*arguments):
-    time.sleep(0.3)
-    yield from judge(*arguments)
-
-Objective.__call__ = judge_slowly
-main()
-"""
-
-
-@contextlib.contextmanager
-def start(*arguments: object) -> Iterator[subprocess.Popen[bytes]]:
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOWLY, *map(str, arguments)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
+        yield start_one
 
 
-def wait(process: subprocess.Popen[bytes]) -> str:
-    _, error = process.communicate(timeout=120)
-    return error.decode()
+def ended(process: subprocess.Popen[str]) -> str:
+    """What a process said, when it has ended."""
+    return process.communicate(timeout=300)[1]
 
 
-def prune_command(model: Path, output: Path, text: Path, trials: int, storage: str | None) -> list[object]:
+def prune_command(model: Path, output: Path, text: Path, trials: int, *others: object) -> list[object]:
     flags = [part for name, value in OPTIONS.items() for part in (f"--{name.replace('_', '-')}", value)]
-    flags += ["--storage", storage] if storage else []
-    return ["prune", model, "-o", output, "--calibration", text, "--trials", trials, *flags]
+    return ["prune", model, "-o", output, "--calibration", text, "--trials", trials, *flags, *others]
 
 
 def trials_of(output: Path, storage: str | None) -> list[FrozenTrial]:
-    with StudyPlace(output, storage).opened() as study:
+    run = RunFolder(output)
+    record = run.record("search.json")
+    if record is None or not (storage or run.study.is_file()):
+        return []
+    with StudyPlace(storage or sqlite_url(run.study), record.key).opened() as study:
         return study.get_trials(deepcopy=False)
 
 
-def wait_until(condition: object, seconds: float = 60) -> None:
+def wait_until(condition: Callable[[], object], seconds: float = 180) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not come to that"
         time.sleep(0.2)
 
 
-def test_a_helper_helps_and_a_killed_one_costs_its_trial_alone(
-    storage: str | None, model_folder: Path, text_file: Path, tmp_path: Path
+def test_workers_join_and_a_killed_one_costs_its_trial_alone(
+    storage: str | None, start: Callable[..., Any], model_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "run"
     options = ["--storage", storage] if storage else []
 
-    def of(process: subprocess.Popen[bytes], state: TrialState) -> list[FrozenTrial]:
-        trials = trials_of(output, storage) if (output / "study.json").is_file() else []
-        own = f"-{process.pid}-"
-        return [trial for trial in trials if trial.state == state and own in trial.user_attrs.get("worker", "")]
+    def trials_by(process: Any, state: TrialState) -> list[FrozenTrial]:
+        trials = trials_of(output, storage)
+        return [trial for trial in trials if trial.state == state and trial.user_attrs.get("worker") == process.pid]
 
-    with contextlib.ExitStack() as started:
-        leader = started.enter_context(start(*prune_command(model_folder, output, text_file, 70, storage)))
-        wait_until(lambda: (output / "windows.safetensors").is_file())
-        helpers = [started.enter_context(start("join", output, *options)) for _ in range(2)]
-        wait_until(lambda: of(helpers[0], TrialState.COMPLETE) and of(helpers[0], TrialState.RUNNING))
-        helpers[0].send_signal(signal.SIGKILL)
-        assert "done in" in wait(leader)
-        assert "helping to search: done" in wait(helpers[1])
+    leader = start(*prune_command(model_folder, output, text_file, 40, *options), together=3)
+    # Before the search begins.
+    wait_until(lambda: (output / "windows.safetensors").is_file())
+    helpers = [start("join", output, *options, together=3) for _ in range(2)]
+    wait_until(lambda: trials_by(helpers[0], TrialState.COMPLETE) and trials_by(helpers[0], TrialState.RUNNING))
+    helpers[0].send_signal(signal.SIGKILL)
+    assert "searching: done in" in ended(leader)
+    assert "running trials: done in" in ended(helpers[1])
     assert (leader.returncode, helpers[1].returncode) == (0, 0)
-    by_state = [trial.state for trial in trials_of(output, storage)]
-    assert by_state.count(TrialState.COMPLETE) >= 70
-    # One trial was lost with the helper that was killed; the run was not waiting for it.
-    assert by_state.count(TrialState.FAIL) <= 1
-    assert by_state.count(TrialState.RUNNING) <= 1 - by_state.count(TrialState.FAIL)
-    assert len(of(helpers[1], TrialState.COMPLETE)) > 5
-    # Every starting point was tried to its end once, whoever had it first.
-    finished = [trial for trial in trials_of(output, storage) if trial.state == TrialState.COMPLETE]
-    starts = sorted(trial.user_attrs["start"] for trial in finished if "start" in trial.user_attrs)
-    assert starts == list(range(10))
+    trials = trials_of(output, storage)
+    finished = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    assert len(finished) >= 40
+    # The trial of the one that was killed; the run did not wait for it.
+    assert sum(trial.state in (TrialState.RUNNING, TrialState.FAIL) for trial in trials) <= 1
+    assert len(trials_by(helpers[1], TrialState.COMPLETE)) > 3
+    starts = [trial.user_attrs[START] for trial in finished if START in trial.user_attrs]
+    result = json.loads((output / "result.json").read_text())
+    assert len(starts) == len(set(starts)) >= result["search"]["starting_points"] - 1
     assert adapruner.load(output / "model").num_parameters() > 0
 
 
 def test_processes_started_together_measure_search_and_train(
-    model_folder: Path, text_file: Path, tmp_path: Path
+    start: Callable[..., Any], model_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "run"
-    command = prune_command(model_folder, output, text_file, 20, None)
     recovery = {"steps": 2, "batch-size": 4, "micro-batch-size": 1, "seq-len": 16}
-    command += ["--recover", str(text_file)]
-    command += [part for name, value in recovery.items() for part in (f"--recovery.{name}", value)]
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "adapruner"]
-        + [str(part) for part in command],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"},
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    flags = [part for name, value in recovery.items() for part in (f"--recovery.{name}", value)]
+    command = prune_command(model_folder, output, text_file, 12, "--recover", text_file, *flags)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    launched = start(*command, together=2, launcher=launcher)
+    said = ended(launched)
+    assert launched.returncode == 0, said
     result = json.loads((output / "result.json").read_text())
     assert result["recovery"]["steps"] == 2
-    workers = {trial.user_attrs["worker"] for trial in trials_of(output, None)}
-    assert len(workers) == 2
+    processes = {trial.user_attrs["worker"] for trial in trials_of(output, None)}
+    assert len(processes) == 2
+    for what in ("measured", "trained"):
+        assert {path.name for path in tmp_path.glob(f"{what}-*")} == {f"{what}-{process}" for process in processes}
     assert adapruner.load(output / "recovered").num_parameters() > 0
 
 
-def test_what_a_helper_has_measured_is_not_measured_again(
-    model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_second_command_in_a_running_folder_is_refused(
+    start: Callable[..., Any], model_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    asked: list[int] = []
-
-    def noting(*arguments: Any, starts: Iterable[int], **named: Any) -> Iterator[tuple[int, Statistics]]:
-        for start, statistics in measure_in_parts(*arguments, starts=starts, **named):
-            asked.append(start)
-            yield start, statistics
-
-    monkeypatch.setattr("adapruner.stages._measuring.measure_in_parts", noting)
-    config = PruneConfig(model=str(model_folder), calibration=str(text_file), **OPTIONS)
-    run = RunFolder(tmp_path)
-    job = prepare(config, run, None)
-    run.create(config, overwrite=False)
-    model, pool = stage_load(job, Reporter()), job.windows["pool"]
-    run.save_windows(job.windows)
-    run.statistics_parts.mkdir()
-    alone = measure(model, job.structure, pool)
-    for start in (4, 12):
-        run.save_part(alone.select(range(start, start + 4)), run.statistics_parts / f"{start:06}-4.safetensors")
-    help_measuring(job, model, pool, 0.5, Reporter())
-    assert asked == [16, 20, 0, 8]
-    torch.testing.assert_close(stage_measure(job, model, pool, None, Reporter()).taylor, alone.taylor)
-    assert len(asked) == 4
+    output = tmp_path / "run"
+    leader = start(*prune_command(model_folder, output, text_file, 500))
+    wait_until(RunFolder(output).is_running)
+    with pytest.raises(AdaPrunerError, match="another command is running in"):
+        adapruner.prune(str(model_folder), output, calibration=str(text_file), trials=500, **OPTIONS)
+    assert leader.poll() is None
 
 
-def test_who_helps_where_nobody_works_is_told_so(tmp_path: Path) -> None:
-    with pytest.raises(AdaPrunerError, match="no process is at a run in"):
-        adapruner.join(tmp_path)
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, text_file: Path) -> Path:
+    output = tmp_path_factory.mktemp("runs") / "a"
+    return adapruner.prune(str(model_folder), output, calibration=str(text_file), trials=5, **OPTIONS).output
 
 
-def test_a_run_that_somebody_is_at_is_left_alone(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
-    command = prune_command(model_folder, tmp_path, text_file, 500, None)
-    with start(*command):
-        wait_until(lambda: (tmp_path / "study.journal").is_file())
-        with start(*command) as second:
-            assert "another process is at the run" in wait(second)
-            assert second.returncode == 2
+@pytest.fixture
+def searching(finished: Path, tmp_path: Path) -> Iterator[RunFolder]:
+    """A run in progress, whose search has just begun."""
+    shutil.copytree(finished, tmp_path / "run")
+    run = RunFolder(tmp_path / "run")
+    run.study.unlink()
+    record = run.record("search.json")
+    assert record is not None
+    with run.locked():
+        run.begin("search.json", record.model_copy(update={"files": None}))
+        yield run
 
 
-def test_the_place_of_the_trials_is_kept(tmp_path: Path) -> None:
-    with StudyPlace(tmp_path).opened():
-        pass
-    with pytest.raises(AdaPrunerError, match="are in its journal and not in sqlite:///"):
-        StudyPlace(tmp_path, f"sqlite:///{tmp_path}/trials.db").check()
-    other = StudyPlace(tmp_path / "other", f"sqlite:///{tmp_path}/trials.db")
-    other.folder.mkdir()
-    with other.opened():
-        pass
-    with pytest.raises(AdaPrunerError, match=r"are in sqlite:///.* and not in its journal"):
-        StudyPlace(tmp_path / "other").check()
-    assert len(optuna.get_all_study_names(f"sqlite:///{tmp_path}/trials.db")) == 1
+def test_a_worker_runs_the_trials_that_are_wanted(searching: RunFolder) -> None:
+    for _ in range(2):
+        adapruner.join(searching.path)
+        # Proposals that cannot be met are replaced by the nearest that can.
+        assert [trial.state for trial in trials_of(searching.path, None)] == [TrialState.COMPLETE] * 5
+
+
+@pytest.mark.parametrize(
+    ("leaf", "value", "change"),
+    [
+        ("precision", {"device": "cuda"}, "another precision device|another device"),
+        ("precision", {"dtype of trials": "torch.float16"}, "another dtype of trials"),
+        ("model", {"weights": "others"}, "another model"),
+    ],
+)
+def test_a_worker_that_would_compute_other_numbers_is_refused(
+    searching: RunFolder, leaf: str, value: dict[str, str], change: str
+) -> None:
+    record = searching.record("search.json")
+    assert record is not None
+    now = record.leaves[leaf]
+    leaves = record.leaves | {leaf: now | value if isinstance(now, dict) else value}
+    searching.begin("search.json", record.model_copy(update={"leaves": leaves}))
+    with pytest.raises(AdaPrunerError, match=f"would compute other numbers than the run: ({change})"):
+        adapruner.join(searching.path)
+    assert trials_of(searching.path, None) == []
+
+
+def test_joining_where_nothing_runs_is_refused(finished: Path, tmp_path: Path) -> None:
+    for output in (tmp_path, finished):
+        with pytest.raises(AdaPrunerError, match="no run is in progress in"):
+            adapruner.join(output)
 
 
 @pytest.mark.parametrize("url", ["postgresql://nobody@127.0.0.1:1/none", "oracle", "nosuch://here"])
-def test_databases_that_cannot_be_reached_are_refused(url: str, tmp_path: Path) -> None:
-    with pytest.raises(AdaPrunerError, match="--storage"):
-        StudyPlace(tmp_path, url).check()
+def test_databases_that_cannot_be_opened_are_refused(
+    url: str, model_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(AdaPrunerError, match=r"database|`storage`"):
+        adapruner.prune(str(model_folder), tmp_path / "run", calibration=str(text_file), storage=url, **OPTIONS)
+    assert not (tmp_path / "run").exists()
+
+
+def test_tables_may_be_created_by_two_processes_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The slower one is refused by the database, and then finds them."""
+    create, refused = _place._Storage.__init__, []
+
+    def refuse_once(self: Any, *arguments: Any, **options: Any) -> None:
+        create(self, *arguments, **options)
+        if not refused:
+            refused.append(IntegrityError("INSERT", {}, Exception("UNIQUE constraint failed: alembic_version.x")))
+            raise refused[0]
+
+    monkeypatch.setattr(_place._Storage, "__init__", refuse_once)
+    StudyPlace(sqlite_url(tmp_path / "study.db"), "a").check()
+    assert refused

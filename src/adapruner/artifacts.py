@@ -16,6 +16,8 @@ from adapruner.config import PruneConfig
 
 T = TypeVar("T")
 
+# A model card is for people to edit, and follows when all is measured.
+CARD = "README.md"
 # Larger files are told apart by their size and, where they have one, their header.
 _HASHED_WHOLE = 1 << 22
 
@@ -44,6 +46,7 @@ class Artifact(Generic[T]):
         is_wanted: whether a run with this config makes it; a value that is not made is None.
         is_result: made again when its files were removed. Others are made again when something needs them.
         is_shared: made by all processes of a distributed run together, saved by the first.
+        beside: further files that it writes, for people to edit: it is made again when one was removed.
         version: of the format; another one makes it again.
     """
 
@@ -57,6 +60,7 @@ class Artifact(Generic[T]):
     is_wanted: Callable[[PruneConfig], bool] = lambda config: True
     is_result: bool = True
     is_shared: bool = False
+    beside: tuple[str, ...] = ()
     version: int = 1
 
     def depends_on(self, option: str) -> bool:
@@ -113,8 +117,9 @@ class Record(BaseModel):
 
     def changes(self, now: Record) -> list[str]:
         """What is another now: options and leaves, with both values where these say something."""
+        # The ratio of the search is that of the run, unless `plan` took it from another run.
         changed = [
-            f"{name} {_short(self.options.get(name))} → {_short(now.options.get(name))}"
+            f"{name.removeprefix('searched_')} {_short(self.options.get(name))} → {_short(now.options.get(name))}"
             for name in now.options
             if self.options.get(name) != now.options[name]
         ]
@@ -159,8 +164,11 @@ def are_as_written(files: dict[str, str], folder: Path) -> bool:
 
 def _stamp(path: Path) -> str:
     """The SHA-256 of a small file; the size of a large one, and the SHA-256 of the header if it is a safetensors file,
-    whose header says where every tensor ends: reading a model of 14 GB at every call would take minutes."""
+    whose header says where every tensor ends: reading a model of 14 GB at every call would take minutes. Of a model
+    card, only that it is there."""
     size = path.stat().st_size
+    if path.name == CARD:
+        return "any"
     if size <= _HASHED_WHOLE:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     if path.suffix != ".safetensors":

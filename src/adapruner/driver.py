@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from adapruner.artifacts import Artifact, Record
 from adapruner.errors import AdaPrunerError, NonFiniteError
-from adapruner.files import replace
+from adapruner.files import replace, saying_what_cannot_be_written
 from adapruner.job import Job
 from adapruner.procedure import ARTIFACTS, leave_out_broken_windows, windows
 from adapruner.run import RunFolder
@@ -135,11 +135,12 @@ class Driver:
         folder = self.folder(artifact)
         path = folder.path / artifact.name
         partial = path.with_name(f".{path.name}.partial")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
-        artifact.form.save(value, partial)
-        replace(partial, path)
-        folder.finish(artifact.name, self.records[artifact.name])
+        with saying_what_cannot_be_written(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(partial, ignore_errors=True)
+            artifact.form.save(value, partial)
+            replace(partial, path)
+        folder.finish(artifact.name, self.records[artifact.name], artifact.beside)
 
 
 def _at_hand(now: Any, then: Any) -> Any:

@@ -36,5 +36,5 @@ def output_path(name: str | Path) -> Path:
         raise AdaPrunerError(f"{str(name)!r} is no name for something new: choose another output")
     existing = next(folder for folder in path.absolute().parents if folder.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise AdaPrunerError(f"cannot write to {path}: {existing} is no folder that can be written")
+        raise AdaPrunerError(f"cannot write to {path}: {existing} is not a writable directory")
     return path

@@ -31,6 +31,7 @@ from adapruner.evaluation import (
     measure_perplexity,
     measure_tasks,
 )
+from adapruner.files import saying_what_cannot_be_written
 from adapruner.job import MOST_CHANNELS, Job, needs_moments, window_counts
 from adapruner.measurement import Statistics, StoredMoments, measure_in_parts, measure_moments, removal_errors
 from adapruner.memory import MEASURED_AT_ONCE
@@ -47,6 +48,7 @@ from adapruner.search import (
     SearchResult,
     SearchSpace,
     build_subset_family,
+    is_feasible,
     plan_candidate,
 )
 from adapruner.structure import build_structure
@@ -220,6 +222,7 @@ def _search(job: Job, statistics: Statistics, judge: Objective) -> Search:
         reduction=config.reduction,
         terms=config.terms,
         searched=config.search,
+        is_feasible=partial(is_feasible, structure, statistics),
     )
     place = job.prepared.study(job.keys["search.json"])
     return Search(space, judge, config.trials, config.seed, place, config.sampler)
@@ -436,6 +439,7 @@ scores: dict[Role, Artifact[dict[str, TaskScore]]] = {
     "result.json",
     _json(RunResult),
     inputs=(windows, search, plan, model, recovered, *perplexity.values(), *scores.values()),
+    beside=("model/README.md", "recovered/README.md"),
 )
 def result(
     job: Job,
@@ -531,5 +535,6 @@ def leave_out_broken_windows(job: Job, windows: Windows, error: NonFiniteError) 
 def _write(path: Path, save: Callable[[Path], Any]) -> None:
     """Writes a file of unfinished work, which is resumed from when it exists."""
     unfinished = path.with_suffix(".partial")
-    save(unfinished)
-    unfinished.rename(path)
+    with saying_what_cannot_be_written(path):
+        save(unfinished)
+        unfinished.rename(path)

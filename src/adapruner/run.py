@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from adapruner.artifacts import Record, are_as_written, read_record, stamps
+from adapruner.artifacts import CARD, Record, are_as_written, read_record, stamps
 from adapruner.config import PruneConfig
 from adapruner.errors import AdaPrunerError, reason
 from adapruner.files import write_atomically
@@ -134,9 +134,11 @@ class RunFolder:
         return bool(record and record.key == key and record.files and are_as_written(record.files, self.path))
 
     def is_removed(self, name: str) -> bool:
-        """Whether an artifact was made and none of its files is left."""
+        """Whether files of a finished artifact are gone, and what is left is as it was written."""
         record = self.record(name)
-        return bool(record and record.files and not any((self.path / file).exists() for file in record.files))
+        files = record.files if record and record.files else {}
+        left = {file: stamp for file, stamp in files.items() if (self.path / file).exists()}
+        return len(left) < len(files) and are_as_written(left, self.path)
 
     def begin(self, name: str, record: Record) -> Path:
         """Notes that an artifact is being made; returns the folder to resume from."""
@@ -149,12 +151,16 @@ class RunFolder:
         work.mkdir(parents=True, exist_ok=True)
         return work
 
-    def finish(self, name: str, record: Record) -> None:
-        """Notes that an artifact is whole; removes what it was resumed from."""
+    def finish(self, name: str, record: Record, beside: Iterable[str] = ()) -> None:
+        """Notes that an artifact is whole; removes what it was resumed from.
+
+        Args:
+            beside: further files that belong to it.
+        """
         path = self.path / name
         files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
-        # A model card is for people to edit, and follows when all is measured.
-        own = [file for file in files if file.name != "README.md" or file == path]
+        own = [file for file in files if file.name != CARD]
+        own += [file for file in map(self.path.joinpath, beside) if file.is_file()]
         self._save(name, record.model_copy(update={"files": stamps(own, self.path)}))
         shutil.rmtree(self.work(name, record.key), ignore_errors=True)
 

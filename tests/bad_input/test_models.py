@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +17,9 @@ import pytest
 import torch
 from gguf import GGUFWriter
 from safetensors.torch import load_file, save_file
+
+from adapruner.errors import AdaPrunerError
+from adapruner.models import check_length, find_model, load_model
 
 VERBS = ("prune", "recover", "evaluate", "benchmark", "export", "inspect")
 # These read weights.
@@ -431,3 +438,125 @@ def test_names_that_are_none(
     monkeypatch.chdir(tmp_path)
     for command in commands(name).values():
         refused(command, message)
+
+
+ABSURD: list[tuple[dict[str, Any], str]] = [
+    ({"per_layer_config": {"1": {"model_type": "gpt2"}}}, "per_layer_config"),
+    ({"per_layer_config": {"1": {"intermediate_size": 23, "hidden_size": 10**9}}}, "per_layer_config"),
+    ({"per_layer_config": {"1": {"intermediate_size": 10**9}}}, "intermediate_size of layer 1"),
+    ({"added_biases": ["mlp.down_proj"] * 10**6}, "added_biases"),
+    ({"added_biases": ["mlp.down_proj", "../evil"]}, "added_biases"),
+    ({"added_biases": "mlp.down_proj"}, "added_biases"),
+    ({"intermediate_size": 10**9}, "intermediate_size"),
+    ({"head_dim": 10**9}, "head_dim"),
+    ({"hidden_size": 6 * 10**8}, "hidden_size"),
+    ({"num_attention_heads": 3 * 10**9, "hidden_size": 24 * 10**9}, "hidden_size"),
+]
+
+
+@pytest.mark.parametrize(("fields", "named"), ABSURD, ids=[json.dumps(fields)[:50] for fields, _ in ABSURD])
+def test_configs_that_would_build_for_ever(
+    fields: dict[str, Any], named: str, copy: Path, commands: Commands, refused: Refused
+) -> None:
+    change_config(copy, **fields)
+    started = time.process_time()
+    refused(commands(copy)["evaluate"], named)
+    refused(commands(copy)["inspect"], named)
+    assert time.process_time() - started < 5
+
+
+@pytest.mark.parametrize("verb", ["prune", "export", "recover"])
+@pytest.mark.parametrize("name", ["../../evil", "/evil", "a/b", "", "..", "x" * 300, "\n"])
+def test_chat_templates_that_would_be_written_elsewhere(
+    name: str, verb: str, copy: Path, commands: Commands, refused: Refused
+) -> None:
+    path = copy / "tokenizer_config.json"
+    templates = [{"name": "default", "template": "x"}, {"name": name, "template": "x"}]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": templates}))
+    refused(commands(copy)[verb], "chat template")
+
+
+def test_missing_folders_are_no_hub_ids(
+    copy: Path, commands: Commands, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(copy.parent.parent)
+    (copy.parent / "empty").mkdir()
+    shutil.copy(copy / "config.json", copy.parent / "modal.gguf")
+    for name in (f"{copy.parent.name}/modell", str(copy.parent / "modell"), f"./{copy.parent.name}/modell"):
+        message = refused(commands(name)["evaluate"], "no model at", "did you mean", "model?")
+        assert "hub is not asked" not in message
+    refused(commands(f"{copy.parent.name}/mode.gguf")["evaluate"], "no GGUF file", "modal.gguf?")
+    assert "did you mean" not in refused(commands(f"{copy.parent.name}/quite-another")["evaluate"], "no model at")
+    monkeypatch.chdir(copy.parent)
+    refused(commands("modell")["evaluate"], "cannot load 'modell'", "did you mean model", "the hub is not asked")
+
+
+def test_a_place_is_the_same_from_everywhere(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(model_folder.parent)
+    location = find_model(model_folder.name)
+    monkeypatch.chdir(tmp_path)
+    assert str(location) == model_folder.name
+    assert location == find_model(str(model_folder)) == find_model(location.reference)
+    assert load_model(location, "bfloat16").dtype == torch.bfloat16
+    assert find_model("owner/name").reference == "owner/name"
+
+
+def test_a_hub_that_does_not_answer_is_said_in_one_line() -> None:
+    """Without the log of every retry, and with the verbosity of others as it was."""
+    code = (
+        "import sys, time; time.sleep = lambda _: None\n"
+        "from huggingface_hub.utils import logging\n"
+        "from adapruner.models import find_model, load_config\n"
+        "logging.set_verbosity_info()\n"
+        "try:\n    load_config(find_model('owner/name'))\n"
+        "except Exception as error:\n    sys.stderr.write(f'{type(error).__name__}: {error}')\n"
+        "assert logging.get_verbosity() == logging.logging.INFO\n"
+    )
+    environment = os.environ | {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    finished = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stderr.startswith("AdaPrunerError: cannot load 'owner/name'")
+    assert len(finished.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("mps", "float64"),
+        ("mps:0", "float64"),
+        ("cuda", "no CUDA GPU"),
+        ("cuda:1", "no CUDA GPU"),
+        ("meta", "computes nothing"),
+        ("toaster", "toaster"),
+    ],
+)
+def test_devices_that_will_not_do(
+    device: str, message: str, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(AdaPrunerError, match=message) as refusal:
+        load_model(find_model(str(model_folder)), device=device)
+    assert "`device`" in str(refusal.value)
+    assert "AssertionError" not in str(refusal.value)
+
+
+def test_texts_that_are_longer_than_a_model_was_trained_on(make_model: Callable[..., Any]) -> None:
+    """Rotary embeddings go on beyond that, which is said; learned positions do not, and dynamic ones remember."""
+    config = make_model("llama", max_position_embeddings=64).config
+    assert check_length(config, 64) is None
+    assert "65 tokens" in str(check_length(config, 65))
+    assert check_length(make_model("bloom").config, 10**6) is None
+    with pytest.raises(AdaPrunerError, match="64 positions and no more"):
+        check_length(make_model("gpt2").config, 65)
+    dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    model = make_model("llama", max_position_embeddings=64, rope_parameters=dynamic)
+    with pytest.raises(AdaPrunerError, match="dynamic rotary embeddings"):
+        check_length(model.config, 65)
+    windows = torch.arange(3, 67).view(1, -1)
+    assert check_length(model.config, 64) is None
+    with torch.no_grad():
+        before = model(windows[:, :40]).logits
+        model(windows)
+        assert torch.equal(model(windows[:, :40]).logits, before)

@@ -185,7 +185,7 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
 
 
 def check_length(config: PreTrainedConfig, length: int) -> str | None:
-    """What to tell the user of texts that are longer than those a model was trained on; None where they are not.
+    """A warning for texts longer than `max_position_embeddings`; None for shorter ones.
 
     Raises:
         AdaPrunerError: the model has no positions for so many tokens, or it has dynamic rotary embeddings, which
@@ -202,9 +202,7 @@ def check_length(config: PreTrainedConfig, length: int) -> str | None:
             f"this {config.model_type} has {longest:,} positions {why}; texts of {length:,} tokens are too long:"
             " choose shorter ones"
         )
-    return (
-        f"texts of {length:,} tokens are longer than the {longest:,} positions of this model: it may do badly on them"
-    )
+    return f"texts of {length:,} tokens exceed the {longest:,} positions of this model: expect worse results"
 
 
 def check_tokens(config: PreTrainedConfig, largest: int) -> None:

@@ -157,7 +157,8 @@ def load_config(location: ModelLocation) -> PreTrainedConfig:
         return _read_config(location)
     with _reported_as_unloadable(location):
         files = [Path(location.path, location.gguf_file)] if location.gguf_file else Path(location.path).iterdir()
-        state = frozenset((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)
+        stats = [(file.name, file.stat()) for file in files if file.is_file()]
+        state = frozenset((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
     return copy.deepcopy(_read_config_once(location, state))
 
 
@@ -313,6 +314,8 @@ def load_model(
         check_streamable(location)
     config = load_config(location)
     files = _matching_files(location, config)
+    if not location.is_local:
+        config = load_config(location)  # which sees the files once they are downloaded
     with _reported_as_unloadable(location):
         if layer_wise:
             architecture_of(config)
@@ -333,7 +336,8 @@ def load_model(
                 **location.arguments,
             )
             _refuse_other_weights(location, config, report)
-            model = loaded.to(target).eval()
+    if not layer_wise:
+        model = loaded.to(target).eval()
     for marked in (model, model.config):
         _clear_gguf_marks(marked, location)
     for settings in (model.config, model.generation_config):

@@ -25,6 +25,7 @@ from adapruner.errors import AdaPrunerError, reason
 _HEARTBEAT, _GRACE, _LOCK_TIMEOUT = 10, 60, 60
 # Processes that start together create the tables together, which all but one are refused.
 _ATTEMPTS = 5
+_CREATED_BY_ANOTHER = ("already exists", "unique constraint")
 
 
 def sqlite_url(path: Path) -> str:
@@ -135,7 +136,8 @@ class StudyPlace:
                     storage = _Storage(url, options, heartbeat_interval=_HEARTBEAT, grace_period=_GRACE)
                 break
             except (StorageInternalError, SQLAlchemyError) as error:
-                if "already exists" not in str(error) or attempt == _ATTEMPTS - 1:
+                said = f"{error} {error.__cause__}".lower()
+                if not any(sign in said for sign in _CREATED_BY_ANOTHER) or attempt == _ATTEMPTS - 1:
                     raise
                 time.sleep(0.2)
             except ImportError as error:

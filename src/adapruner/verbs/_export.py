@@ -46,15 +46,12 @@ def export(
 
     Args:
         model: as for `load`.
-        to: `gguf` writes one file for llama.cpp; `stock` a folder for any loader of the family, with short layers
-            padded with zeros to the widest (see `surgery.pad_to_stock`).
+        to: `gguf`: one file for llama.cpp; `stock`: a folder for any loader of the family (see `surgery.pad_to_stock`).
         output: the file or folder.
         gguf_type: how a GGUF file stores matrices.
         overwrite: replace an existing GGUF file, or a folder that this package wrote.
         push_to_hub: upload the result to this repository.
-        hub_private: whether a new repository is private.
-        hub_revision: branch to upload to.
-        hub_token: token of the Hub, by default the stored one.
+        hub_private, hub_revision, hub_token: see `checkpoint.push`.
 
     Raises:
         AdaPrunerError: the model cannot be written in this form, or the output cannot be replaced.
@@ -64,11 +61,7 @@ def export(
     _check_output(path, location, to, overwrite)
     if push_to_hub:
         check_push(push_to_hub, hub_token)
-    without_weights = empty_model(load_config(location))
-    if to == "gguf":
-        check_gguf(without_weights)
-    else:
-        check_paddable(without_weights)
+    (check_gguf if to == "gguf" else check_paddable)(empty_model(load_config(location)))
     tokenizer = load_tokenizer(location)
     reporter = Reporter()
     with reporter.stage("loading", 1) as advance:
@@ -93,7 +86,7 @@ def _check_output(path: Path, location: ModelLocation, to: ExportFormat, overwri
     if location.is_local:
         source, target = Path(location.path, location.gguf_file or "").resolve(), path.resolve()
         if source == target or source in target.parents or target in source.parents:
-            raise AdaPrunerError(f"{path} and the model {location} lie in each other: choose another output")
+            raise AdaPrunerError(f"{path} overlaps the model {location}: choose another output")
     if not path.exists():
         return
     if not overwrite:
@@ -101,8 +94,8 @@ def _check_output(path: Path, location: ModelLocation, to: ExportFormat, overwri
     if path.is_dir() != (to == "stock"):
         raise AdaPrunerError(f"{path} is no {'folder' if to == 'stock' else 'file'}: choose another output")
     if path.is_dir() and not is_replaceable(path):
-        raise AdaPrunerError(f"{path} was not written by adapruner, it is not replaced: choose another output")
+        raise AdaPrunerError(f"{path} holds something else than what adapruner wrote: choose another output")
     if path.is_file() and path.stat().st_size:
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
-                raise AdaPrunerError(f"{path} is no GGUF file, it is not replaced: choose another output")
+                raise AdaPrunerError(f"{path} is something else than a GGUF file: choose another output")

@@ -1,0 +1,70 @@
+"""How often a GGUF file is read: its tokens are a Python loop in the readers of others, seconds for each reading."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+from adapruner.checkpoint._card import base_licence
+from gguf import GGUFWriter
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from adapruner.checkpoint import write_gguf
+from adapruner.models import find_model, load_config, load_model, load_tokenizer
+
+
+@pytest.fixture
+def file(make_model: object, tmp_path: Path) -> Path:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {text: number for number, text in enumerate(["<s>", "</s>", *alphabet, "te"])}
+    backend = Tokenizer(models.BPE(vocabulary, [("t", "e")]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    model: PreTrainedModel = make_model("llama", vocab_size=len(vocabulary), attention_bias=False, mlp_bias=False)
+    write_gguf(model, tokenizer, tmp_path / "model.gguf", "f32")
+    return tmp_path / "model.gguf"
+
+
+def test_a_run_reads_a_file_once_for_its_config_and_once_for_its_weights(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readings = []
+    read = gguf.GGUFReader.__init__
+
+    def count(reader: object, *arguments: object, **options: object) -> None:
+        readings.append(arguments)
+        read(reader, *arguments, **options)
+
+    monkeypatch.setattr(gguf.GGUFReader, "__init__", count)
+    for _ in range(3):
+        assert load_config(find_model(str(file))).hidden_size == 48
+        tokenizer = load_tokenizer(find_model(str(file)))
+    assert tokenizer.decode(tokenizer("some text").input_ids, skip_special_tokens=True) == "some text"
+    model = load_model(find_model(str(file)))
+    assert base_licence(find_model(str(file))) is None
+    assert len(readings) == 2
+    assert torch.isfinite(model(torch.tensor([[5, 6, 7]])).logits).all()
+
+
+def test_the_licence_is_found_behind_other_fields(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    writer = GGUFWriter(path, "llama")
+    writer.add_token_list(["a", "", "ccc"])
+    writer.add_token_scores([0.0, -1.0, -2.0])
+    writer.add_bool("general.odd", True)
+    writer.add_license("apache-2.0")
+    writer.add_block_count(2)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    assert base_licence(find_model(str(path))) == {"license": "apache-2.0"}
+    content = path.read_bytes()
+    for broken in (b"", content[:20], content[:60], content[:16] + struct.pack("<Q", 2**62) + content[24:60]):
+        path.write_bytes(broken)
+        assert base_licence(find_model(str(path))) is None
+    path.write_bytes(content[:24] + struct.pack("<Q", 2**62) + content[32:])
+    assert base_licence(find_model(str(path))) is None
