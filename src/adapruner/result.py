@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from rich.table import Table
 
 from adapruner.config import PruneConfig
@@ -57,6 +57,11 @@ class ModelNumbers(_Content):
         return mean_accuracies(score.metrics for score in self.tasks.values())
 
 
+def _versions() -> dict[str, str]:
+    packages = {name: version(name) for name in ("adapruner", "torch", "transformers", "optuna")}
+    return packages | {"python": platform.python_version()}
+
+
 class RunResult(_Content):
     """The content of `result.json`: every number with what it takes to reproduce it.
 
@@ -79,7 +84,7 @@ class RunResult(_Content):
     models: tuple[ModelNumbers, ...]
     windows: dict[str, int]
     stages: dict[str, StageCost]
-    versions: dict[str, str]
+    versions: dict[str, str] = Field(default_factory=_versions)
 
     def model(self, role: Role) -> ModelNumbers:
         """The numbers of one of the models."""
@@ -129,29 +134,6 @@ class PruneResult:
     def tables(self) -> list[Table]:
         """Parameters and perplexities of all models; and their scores in tasks, if any were run."""
         return [_table(self.result), *([_task_table(self.result)] if self.result.final.tasks else [])]
-
-
-def build_result(
-    config: PruneConfig,
-    plan: PruningPlan,
-    search: SearchResult,
-    recovery: RecoveryRecord | None,
-    models: list[ModelNumbers],
-    windows: dict[str, int],
-    stages: dict[str, StageCost],
-) -> RunResult:
-    """Adds the versions; see `RunResult`."""
-    versions = {name: version(name) for name in ("adapruner", "torch", "transformers", "optuna")}
-    return RunResult(
-        config=config,
-        plan_hash=plan.hash,
-        search=search,
-        recovery=recovery,
-        models=tuple(models),
-        windows=windows,
-        stages=stages,
-        versions=versions | {"python": platform.python_version()},
-    )
 
 
 def titles(config: PruneConfig, best_fixed_name: str | None) -> dict[Role, str]:

@@ -6,7 +6,6 @@ import contextlib
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -21,39 +20,19 @@ _SECONDS_TO_WAIT_FOR_PROBES = 2
 _LINKED = 1 << 22
 
 
-@dataclass(frozen=True)
 class RunFolder:
     """A folder with the artifacts of a run; of a run for several ratios, each ratio has a folder in it."""
 
-    path: Path
-
-    @property
-    def config(self) -> Path:
-        return self.path / "config.yaml"
-
-    @property
-    def log(self) -> Path:
-        return self.path / "log.jsonl"
-
-    @property
-    def study(self) -> Path:
-        return self.path / "study.db"
-
-    @property
-    def left_out(self) -> Path:
-        return self.path / "left_out.json"
-
-    @property
-    def model(self) -> Path:
-        return self.path / "model"
-
-    @property
-    def recovered(self) -> Path:
-        return self.path / "recovered"
-
-    @property
-    def report(self) -> Path:
-        return self.path / "report.html"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.log = path / "log.jsonl"
+        self.study = path / "study.db"
+        self.left_out = path / "left_out.json"
+        self.model = path / "model"
+        self.recovered = path / "recovered"
+        self.report = path / "report.html"
+        self._lock = path / ".lock"
 
     def at_ratio(self, ratio: float, config: PruneConfig) -> RunFolder:
         """Where the artifacts of one ratio are."""
@@ -183,10 +162,6 @@ class RunFolder:
             target.unlink(missing_ok=True)
             _link_or_copy(source.path / file, target)
         self._save(name, record)
-
-    @property
-    def _lock(self) -> Path:
-        return self.path / ".lock"
 
     def _record(self, name: str) -> Path:
         return self.path / "keys" / f"{_flat(name)}.json"
