@@ -96,8 +96,7 @@ def _group_of_value(term: Term, structure: Structure) -> Tensor:
 
 def _block_means(values: Tensor, blocks: Tensor) -> Tensor:
     """The mean of its block for every value."""
-    means = torch.zeros(int(blocks.max()) + 1, dtype=values.dtype)
-    return means.scatter_reduce_(0, blocks, values, "mean", include_self=False)[blocks]
+    return _reduce(values, blocks, "mean")[blocks]
 
 
 def _divide_by_mean(values: Tensor, blocks: Tensor) -> Tensor:

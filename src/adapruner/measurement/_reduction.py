@@ -52,7 +52,7 @@ class Reduction:
             for index in blocks:
                 block = self._structure.blocks[index]
                 for hook in self._hooks(model, block, self._first_vectors[index], self._first_inputs[index]):
-                    hooks.callback(hook.remove)
+                    hooks.enter_context(hook)
             yield
 
     def _hooks(self, model: PreTrainedModel, block: Block, vector: int, first_input: int) -> Iterator[Any]:

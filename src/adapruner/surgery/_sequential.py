@@ -151,11 +151,9 @@ class _Layer:
     def watch(self, number: int, state: Tensor, block: Block) -> _Seen:
         """Runs the layer on a batch and sees what the row-wise projection of a block does."""
         seen: list[Tensor] = []
-        hook = self.projection(block).register_forward_hook(lambda _, inputs, output: seen.extend((inputs[0], output)))
-        try:
+        projection = self.projection(block)
+        with projection.register_forward_hook(lambda _, inputs, output: seen.extend((inputs[0], output))):
             after = self.calls[number].run(self.module, state)
-        finally:
-            hook.remove()
         inputs, output = (tensor.flatten(0, -2) for tensor in seen)
         # The attention output is added to what comes into the layer, the feed-forward output makes what leaves it.
         beside = state.flatten(0, -2) if block.kind == "heads" else after.flatten(0, -2) - output
