@@ -47,9 +47,8 @@ def compensate_sequentially(
     hidden states that its output is added to, the projection W' minimises, around what it was, W₀,
     E‖W x + s (r - r') - W' x'‖² + damping · ‖W' - W₀‖².
 
-    Only projections out of which something was cut are refitted, and nothing is run behind the last of them. The cost
-    is two forward passes over the text (four through layers that lost heads), the memory two hidden states and the
-    inputs of one projection per token.
+    Only cut projections are refitted; nothing is run behind the last. The cost is two forward passes over the text, four
+    through layers that lost heads; the memory two hidden states and the inputs of one projection per token.
 
     Args:
         dense: of a family with a plain residual (`Architecture.has_plain_residual`).
