@@ -79,8 +79,7 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self._lock, timeout=_SECONDS_TO_WAIT_FOR_PROBES)
-            lock.acquire()
+            lock = FileLock(self._lock).acquire(timeout=_SECONDS_TO_WAIT_FOR_PROBES)
         except Timeout:
             raise AdaPrunerError(
                 f"another command is running in {self.path}: wait for it, or add a worker with adapruner join"
@@ -88,10 +87,8 @@ class RunFolder:
             ) from None
         except OSError as error:
             raise AdaPrunerError(f"cannot write to {self.path}: {reason(error)}") from None
-        try:
+        with lock:
             yield
-        finally:
-            lock.release()
 
     def is_running(self) -> bool:
         """Whether a command is running in it."""
