@@ -89,6 +89,11 @@ class Block:
         return next(part for part in self.matrices if part.axis == 1)
 
     @property
+    def row_wise_path(self) -> str:
+        """Where that projection is in its layer."""
+        return self.row_wise.module.split(f".{self.layer}.", 1)[1]
+
+    @property
     def slices_by_parameter(self) -> dict[str, list[TensorSlice]]:
         """The slices of each parameter; several where it is a fused projection."""
         by_parameter: dict[str, list[TensorSlice]] = {}
@@ -191,7 +196,7 @@ def _head_block(model: PreTrainedModel, architecture: Architecture, layer: int, 
     if by_query_head and heads_per_group == 1:
         raise AdaPrunerError(
             f"layer {layer} has one query head for each of its {key_value_heads} key/value heads:"
-            " there are no single query heads to remove, use --head-granularity kv-group"
+            " there are no single query heads to remove, use `head_granularity` kv-group"
         )
     query_width = head_dim if by_query_head else heads_per_group * head_dim
     key_value_width = 0 if by_query_head else head_dim
@@ -207,10 +212,10 @@ def _head_block(model: PreTrainedModel, architecture: Architecture, layer: int, 
             f"{architecture.layers}.{layer}",
             architecture.attention,
             {
-                "query": _Rows(heads * head_dim, query_width),
-                "key": _Rows(key_value_heads * head_dim, key_value_width),
-                "value": _Rows(key_value_heads * head_dim, key_value_width),
-                "query-key-value": _Rows(3 * heads * head_dim, 3 * head_dim),
+                "query": (heads * head_dim, query_width),
+                "key": (key_value_heads * head_dim, key_value_width),
+                "value": (key_value_heads * head_dim, key_value_width),
+                "query-key-value": (3 * heads * head_dim, 3 * head_dim),
             },
             output_width=query_width,
         ),
@@ -226,26 +231,23 @@ def _channel_block(model: PreTrainedModel, architecture: Architecture, layer: in
         kind="channels",
         groups=channels,
         slices=_slices(
-            model, f"{architecture.layers}.{layer}", architecture.feed_forward, {"channels": _Rows(channels, 1)}, 1
+            model, f"{architecture.layers}.{layer}", architecture.feed_forward, {"channels": (channels, 1)}, 1
         ),
         config_counts={architecture.config_fields.channels: 1},
     )
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """Rows of a projection that compute one thing: how many, and how many of them go with a group."""
-
-    total: int
-    width: int
-
-
 def _slices(
-    model: PreTrainedModel, layer_path: str, names: ProjectionNames, rows: Mapping[RowKind, _Rows], output_width: int
+    model: PreTrainedModel,
+    layer_path: str,
+    names: ProjectionNames,
+    rows: Mapping[RowKind, tuple[int, int]],
+    output_width: int,
 ) -> tuple[TensorSlice, ...]:
     """Slices of what computes a block (rows of matrices, biases and norms), and of the columns of what reads it.
 
     Args:
+        rows: how many rows of a projection compute each thing, and how many of these go with a group.
         output_width: how many columns go with a group.
     """
     slices: list[TensorSlice] = []
@@ -254,9 +256,10 @@ def _slices(
         outputs = module.weight.numel() if module.weight.dim() == 1 else _matrix_shape(module)[0]
         offset = 0
         for kind in kinds:
-            if width := rows[kind].width:
+            total, width = rows[kind]
+            if width:
                 slices += _row_slices(f"{layer_path}.{path}", module, width, offset)
-            offset += rows[kind].total
+            offset += total
         if offset != outputs:
             raise AdaPrunerError(
                 f"{layer_path}.{path} has {outputs} outputs where the config says {offset}: the model is not built as"

@@ -72,7 +72,7 @@ def _empty_pruned(
     if architecture.config_fields.head_numbers:
         fields |= {architecture.config_fields.head_numbers: None}
     if adds_bias:
-        fields |= {"added_biases": _row_wise_modules(structure)}
+        fields |= {"added_biases": sorted({block.row_wise_path for block in structure.blocks})}
     pruned: PreTrainedModel = pruned_class(pruned_class.config_class.from_dict(fields))
     return pruned
 
@@ -91,11 +91,6 @@ def _layer_fields(
             if before or len(block_plan.kept) < block.groups:
                 own[numbered] = [(before or range(block.groups))[group] for group in block_plan.kept]
     return layers
-
-
-def _row_wise_modules(structure: Structure) -> list[str]:
-    """Paths of the row-wise projections within a layer."""
-    return sorted({block.row_wise.module.split(f".{block.layer}.", 1)[1] for block in structure.blocks})
 
 
 def _pruned_state(

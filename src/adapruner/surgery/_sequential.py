@@ -47,8 +47,8 @@ def compensate_sequentially(
     hidden states that its output is added to, the projection W' minimises, around what it was, W₀,
     E‖W x + s (r - r') - W' x'‖² + damping · ‖W' - W₀‖².
 
-    Only cut projections are refitted; nothing is run behind the last. The cost is two forward passes over the text, four
-    through layers that lost heads; the memory two hidden states and the inputs of one projection per token.
+    Only cut projections are refitted; nothing is run behind the last. The cost is two forward passes over the text,
+    four through layers that lost heads; the memory two hidden states and the inputs of one projection per token.
 
     Args:
         dense: of a family with a plain residual (`Architecture.has_plain_residual`).
@@ -133,7 +133,7 @@ class _Layer:
 
     def projection(self, block: Block) -> Any:
         """The row-wise projection of a block."""
-        return self.module.get_submodule(block.row_wise.module.split(f".{block.layer}.", 1)[1])
+        return self.module.get_submodule(block.row_wise_path)
 
     def watch(self, number: int, block: Block) -> _Seen:
         """Runs the layer on a batch and sees what the row-wise projection of a block does."""
