@@ -21,7 +21,7 @@ from adapruner.models import ModelLocation, quiet_transformers
 from adapruner.plain_yaml import PlainLoader
 from adapruner.planning import PruningPlan
 from adapruner.recovery import RecoveryRecord
-from adapruner.result import ModelNumbers, Role, RunResult
+from adapruner.result import ModelNumbers, Role, RunResult, shown_name
 
 # The rest of a longer card is not read, nor a longer licence shown.
 _LONGEST_CARD = 2**20
@@ -49,7 +49,7 @@ def model_card(
         config: of the pruned model.
         of: which of the models of the run.
     """
-    base, licence = _public(result.config.model), base_licence(location) or {}
+    base, licence = shown_name(result.config.model), base_licence(location) or {}
     numbers = list(_numbers(result.model(of)))
     metadata = ModelCardData(
         license=licence.get("license", "other"),
@@ -224,28 +224,27 @@ def _made(plan: PruningPlan, result: RunResult) -> str:
 
 
 def _loading(config: PreTrainedConfig) -> str:
-    per_layer = config.is_heterogeneous
-    remote = ", trust_remote_code=True" if per_layer else ""
     written = f"Written by transformers {version('transformers')}"
-    why = (
-        f"Layers differ in size, so the folder brings a modelling file. {written}; versions 4 cannot read it."
-        if per_layer
-        else f"A stock `{config.model_type}` without code of its own. {written}."
-    )
-    code = [
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        f"model = AutoModelForCausalLM.from_pretrained(FOLDER{remote})",
-        f"tokenizer = AutoTokenizer.from_pretrained(FOLDER{remote})",
-    ]
-    others = [
-        "- with adapruner: `adapruner.load(FOLDER)`, no remote code",
-        "- llama.cpp: `adapruner export FOLDER --to gguf -o model.gguf` (families of the Llama kind)",
-        "- vLLM and others that take neither: `adapruner export FOLDER --to stock -o PADDED`"
-        if per_layer
-        else "- vLLM and others: as they read the family (not tried)",
-    ]
-    return "\n".join([why, "", "```python", *code, "```", "", *others])
+    if config.is_heterogeneous:
+        remote = ", trust_remote_code=True"
+        why = f"Layers differ in size, so the folder brings a modelling file. {written}; versions 4 cannot read it."
+        others = "vLLM and others that take neither: `adapruner export FOLDER --to stock -o PADDED`"
+    else:
+        remote = ""
+        why = f"A stock `{config.model_type}` without code of its own. {written}."
+        others = "vLLM and others: as they read the family (not tried)"
+    return f"""{why}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(FOLDER{remote})
+tokenizer = AutoTokenizer.from_pretrained(FOLDER{remote})
+```
+
+- with adapruner: `adapruner.load(FOLDER)`, no remote code
+- llama.cpp: `adapruner export FOLDER --to gguf -o model.gguf` (families of the Llama kind)
+- {others}"""
 
 
 def _public(text: str) -> str:

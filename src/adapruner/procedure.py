@@ -38,7 +38,7 @@ from adapruner.models import empty_model, find_model, in_fastest_dtype, load_con
 from adapruner.planning import PruningPlan, kept_counts, largest_channel_share
 from adapruner.recovery import DEFAULT_GENERATED_RECORDS, read_record, recover_into, total_steps, window_examples
 from adapruner.report import render_report
-from adapruner.result import TITLES, ModelNumbers, Role, RunResult
+from adapruner.result import TITLES, ModelNumbers, Role, RunResult, shown_name
 from adapruner.search import (
     MOST_PROTECTED_FIRST,
     Candidate,
@@ -298,9 +298,7 @@ def model(job: Job, work: Path, windows: Windows, moments: Moments, plan: Prunin
 
 def _origin(job: Job, plan: PruningPlan) -> dict[str, Any]:
     """What a checkpoint says of its making: the base model, and the texts that it was made with."""
-    name = job.config.model
-    base = Path(name).name if Path(name).exists() else name
-    return {"base_model": base, "texts": job.prepared.texts.as_records(), "plan": plan.hash}
+    return {"base_model": shown_name(job.config.model), "texts": job.prepared.texts.as_records(), "plan": plan.hash}
 
 
 @artifact(
