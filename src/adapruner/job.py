@@ -27,7 +27,7 @@ from adapruner.config import PruneConfig
 from adapruner.errors import AdaPrunerError
 from adapruner.evaluation import Tasks, load_tasks
 from adapruner.files import write_atomically
-from adapruner.importance import TERMS
+from adapruner.importance import TERMS, needed_statistics
 from adapruner.memory import choose_layer_wise
 from adapruner.models import (
     ModelLocation,
@@ -316,7 +316,7 @@ def register_extensions(config: PruneConfig) -> None:
 
 def needs_moments(config: PruneConfig) -> bool:
     """Whether second moments are measured."""
-    return config.compensation != "none" or config.space == "extended"
+    return config.compensation != "none" or "moments" in needed_statistics(config.space, config.terms)
 
 
 def window_counts(config: PruneConfig) -> dict[str, int]:
