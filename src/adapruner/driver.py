@@ -36,11 +36,9 @@ class Driver:
 
     def refresh(self) -> None:
         """Reads the leaves, and derives what every wanted artifact depends on."""
-        leaves: dict[str, Any] = {}
+        prepared = self.job.prepared
         for artifact in self.wanted:
-            for name in artifact.leaves:
-                if name not in leaves:
-                    leaves[name] = self.job.prepared.leaf(name, self.job.keys)
+            leaves = prepared.leaves | {"left_out": prepared.left_out(self.job.keys)}
             inputs = {one.name: self.job.keys[one.name] for one in artifact.inputs if one.name in self.job.keys}
             then = self.folder(artifact).record(artifact.name)
             own = {name: _at_hand(leaves[name], then.leaves.get(name) if then else None) for name in artifact.leaves}

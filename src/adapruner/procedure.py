@@ -191,20 +191,14 @@ def search(job: Job, work: Path, windows: Windows, moments: Moments, statistics:
     judge = partial(_judge, job, fast, moments, statistics)
     search = _search(job, statistics, judge(text[: config.objective_windows]))
     if not prepared.process.leads:
-        search.help()
+        with prepared.reporter.stage("running trials", 1) as advance:
+            search.help()
+            advance()
         return None
     with prepared.reporter.stage("searching", config.trials) as advance:
         search.run(progress=lambda best: advance(1, text=f"best {config.selection} {best:.4f}"))
         further = text[config.objective_windows :]
         return search.result(judge(further) if len(further) else None)
-
-
-def help_search(job: Job, windows: Windows, moments: Moments, statistics: Statistics) -> None:
-    """Runs trials of a search that another process leads."""
-    with job.prepared.reporter.stage("running trials", 1) as advance:
-        text = usable(job, windows)["objective"][: job.config.objective_windows]
-        _search(job, statistics, _judge(job, in_fastest_dtype(job.prepared.dense), moments, statistics, text)).help()
-        advance()
 
 
 def _search(job: Job, statistics: Statistics, judge: Objective) -> Search:
