@@ -9,6 +9,7 @@ order of `Structure.blocks`, so that statistics and scores are flat tensors.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -253,47 +254,37 @@ def _slices(
     slices: list[TensorSlice] = []
     for path, kinds in names.inputs.items():
         module = _module(model, f"{layer_path}.{path}")
-        outputs = module.weight.numel() if module.weight.dim() == 1 else _matrix_shape(module)[0]
-        offset = 0
+        outputs, offset = _shape(module)[0], 0
         for kind in kinds:
             total, width = rows[kind]
             if width:
-                slices += _row_slices(f"{layer_path}.{path}", module, width, offset)
+                slices += _slices_of(f"{layer_path}.{path}", module, 0, width, offset)
             offset += total
         if offset != outputs:
             raise AdaPrunerError(
                 f"{layer_path}.{path} has {outputs} outputs where the config says {offset}: the model is not built as"
                 " its model_type says"
             )
-    reader = _module(model, f"{layer_path}.{names.output}")
-    return *slices, _matrix_slice(f"{layer_path}.{names.output}", reader, 1, output_width, 0)
+    reader = f"{layer_path}.{names.output}"
+    return *slices, *_slices_of(reader, _module(model, reader), 1, output_width, 0)
 
 
-def _row_slices(path: str, module: Any, width: int, offset: int) -> list[TensorSlice]:
-    """Of a projection or of a norm over all its outputs; of the bias, where there is one."""
-    if module.weight.dim() == 1:
-        return [TensorSlice(f"{path}.weight", 0, width, 1, offset, is_matrix=False)]
-    slices = [_matrix_slice(path, module, 0, width, offset)]
-    if getattr(module, "bias", None) is not None:
+def _slices_of(path: str, module: Any, axis: int, width: int, offset: int) -> list[TensorSlice]:
+    """Of the weight of a projection, or of a norm over all its outputs; with the rows, of the bias, where there is
+    one."""
+    shape = _shape(module)
+    elements, is_matrix = math.prod(shape) // shape[axis], len(shape) > 1
+    is_transposed = isinstance(module, Conv1D)
+    slices = [TensorSlice(f"{path}.weight", axis, width, elements, offset, is_matrix, is_transposed)]
+    if axis == 0 and getattr(module, "bias", None) is not None:
         slices.append(TensorSlice(f"{path}.bias", 0, width, 1, offset, is_matrix=False))
     return slices
 
 
-def _matrix_slice(path: str, module: Any, axis: int, width: int, offset: int) -> TensorSlice:
-    return TensorSlice(
-        f"{path}.weight",
-        axis,
-        width,
-        elements=_matrix_shape(module)[1 - axis],
-        offset=offset,
-        is_transposed=isinstance(module, Conv1D),
-    )
-
-
-def _matrix_shape(module: Any) -> tuple[int, int]:
-    """Outputs and inputs of a projection."""
-    first, second = module.weight.shape
-    return (second, first) if isinstance(module, Conv1D) else (first, second)
+def _shape(module: Any) -> tuple[int, ...]:
+    """Of its weight: outputs and inputs of a projection, all that a norm scales."""
+    shape = tuple(module.weight.shape)
+    return shape[::-1] if isinstance(module, Conv1D) else shape
 
 
 def _module(model: PreTrainedModel, path: str) -> Any:
