@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -127,9 +126,28 @@ class PruneResult:
 
     def advice(self) -> list[str]:
         """What about the outcome should not go unseen, and what helps; a line each."""
-        result = self.result
-        about_search = filter(None, [result.search.advice])
-        return [*_about_perplexity(result), *_about_text(result), *about_search, *_about_widths(self.plan)]
+        result, lines = self.result, []
+        training = "longer fine-tuning" if result.recovery else "fine-tuning with `recover`"
+        for text, final in result.final.perplexity.items():
+            dense, pruned = result.model("dense").perplexity[text].perplexity, final.perplexity
+            if not pruned <= _MUCH_WORSE * dense:
+                rise = f"rose from {dense:.1f} to {pruned:.1f}"
+                lines.append(f"perplexity on {text} {rise}: {training} or a lower `ratio` helps")
+        count = result.windows.get("compensation")
+        if count is not None and count < _FEW_WINDOWS:
+            lines.append(
+                f"the remaining weights were fitted on {count} windows of text: more calibration text, or more"
+                " `compensation_windows`, makes a better model"
+            )
+        if result.search.advice:
+            lines.append(result.search.advice)
+        odd = [block for block in self.plan.blocks if block.kind == "channels" and len(block.kept) % _FRIENDLY_MULTIPLE]
+        if odd:
+            lines.append(
+                f"the feed-forward widths of {len(odd)} layers are not multiples of {_FRIENDLY_MULTIPLE}, with which"
+                " most devices are faster: `round_to` 32 keeps to those"
+            )
+        return lines
 
     def tables(self) -> list[Table]:
         """Parameters and perplexities of all models; and their scores in tasks, if any were run."""
@@ -188,29 +206,3 @@ def _task_table(result: RunResult) -> Table:
 
 def _with_error(score: TaskScore, metric: str) -> str:
     return f"{score.metrics[metric]:.4f}{plus_minus(score.standard_errors.get(metric), 4)}"
-
-
-def _about_perplexity(result: RunResult) -> Iterator[str]:
-    training = "longer fine-tuning" if result.recovery else "fine-tuning with `recover`"
-    for text, final in result.final.perplexity.items():
-        dense, pruned = result.model("dense").perplexity[text].perplexity, final.perplexity
-        if not pruned <= _MUCH_WORSE * dense:
-            yield f"perplexity on {text} rose from {dense:.1f} to {pruned:.1f}: {training} or a lower `ratio` helps"
-
-
-def _about_text(result: RunResult) -> Iterator[str]:
-    count = result.windows.get("compensation")
-    if count is not None and count < _FEW_WINDOWS:
-        yield (
-            f"the remaining weights were fitted on {count} windows of text: more calibration text, or more"
-            " `compensation_windows`, makes a better model"
-        )
-
-
-def _about_widths(plan: PruningPlan) -> Iterator[str]:
-    odd = [block for block in plan.blocks if block.kind == "channels" and len(block.kept) % _FRIENDLY_MULTIPLE]
-    if odd:
-        yield (
-            f"the feed-forward widths of {len(odd)} layers are not multiples of {_FRIENDLY_MULTIPLE}, with which most"
-            " devices are faster: `round_to` 32 keeps to those"
-        )
