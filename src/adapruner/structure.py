@@ -13,6 +13,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -124,10 +125,7 @@ class Structure:
     @cached_property
     def group_offsets(self) -> list[int]:
         """Where the groups of each block begin in flat score tensors; one more entry for the end."""
-        offsets = [0]
-        for block in self.blocks:
-            offsets.append(offsets[-1] + block.groups)
-        return offsets
+        return list(accumulate((block.groups for block in self.blocks), initial=0))
 
     @cached_property
     def group_of_vector(self) -> Tensor:

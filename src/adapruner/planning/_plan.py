@@ -139,18 +139,16 @@ def make_plan(structure: Structure, scores: Tensor, counts: Sequence[int]) -> Pr
         counts: how many groups each block keeps, a multiple of its strata.
     """
     by_block = scores.split([block.groups for block in structure.blocks])
-    kept = [
-        _most_important(block, own, count) for block, own, count in zip(structure.blocks, by_block, counts, strict=True)
-    ]
+    blocks = tuple(
+        BlockPlan(layer=block.layer, kind=block.kind, groups=block.groups, kept=_most_important(block, own, count))
+        for block, own, count in zip(structure.blocks, by_block, counts, strict=True)
+    )
     return PruningPlan(
         model_type=structure.model_type,
         head_granularity=structure.head_granularity,
         total_parameters=structure.total_parameters,
-        removed_parameters=removed_parameters(structure, [len(groups) for groups in kept]),
-        blocks=tuple(
-            BlockPlan(layer=block.layer, kind=block.kind, groups=block.groups, kept=groups)
-            for block, groups in zip(structure.blocks, kept, strict=True)
-        ),
+        removed_parameters=removed_parameters(structure, [len(block.kept) for block in blocks]),
+        blocks=blocks,
     )
 
 
