@@ -72,7 +72,9 @@ def main(
     judges = {
         "loss, not compensated": judged(Objective(model, structure, statistics, objective)),
         "loss, compensated": judged(Objective(model, structure, statistics, objective, compensation)),
-        "divergence, compensated": judged(Objective(model, structure, statistics, objective, compensation, references)),
+        "divergence, compensated": judged(
+            Objective(model, structure, statistics, objective, compensation, references=references)
+        ),
     }
     truth = {
         text: judged(Objective(model, structure, statistics, part, compensation)) - dense[text]

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import RUN_OPTIONS
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import adapruner
 from adapruner.models import PRUNED_CLASSES, STOCK_CLASSES, known_architectures
+from run_helpers import RUN_OPTIONS
 
 VOCABULARY = 96
 

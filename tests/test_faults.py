@@ -24,8 +24,8 @@ from adapruner import AdaPrunerError, procedure
 from adapruner.cli import main
 from adapruner.run import RunFolder
 from adapruner.search import Candidate, Objective, Search, StudyPlace, sqlite_url
-from runs import RUN_OPTIONS as OPTIONS
-from runs import assert_same_artifacts
+from run_helpers import RUN_OPTIONS as OPTIONS
+from run_helpers import assert_same_artifacts
 
 
 def command(model: Path, output: Path, text: Path) -> list[str]:

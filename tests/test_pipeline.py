@@ -14,8 +14,6 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard
-from runs import RUN_OPTIONS as OPTIONS
-from runs import WITH_TIMES, assert_same_artifacts
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -33,6 +31,8 @@ from adapruner.run import RunFolder
 from adapruner.search import Search
 from adapruner.structure import build_structure
 from adapruner.surgery import prune_model
+from run_helpers import RUN_OPTIONS as OPTIONS
+from run_helpers import WITH_TIMES, assert_same_artifacts
 
 
 def command(model: Path, output: Path, text: Path, **changes: object) -> list[str]:

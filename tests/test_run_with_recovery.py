@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from runs import assert_same_artifacts
 
 import adapruner
 from adapruner import AdaPrunerError
 from adapruner.cli import main
 from adapruner.models import find_model, load_model
+from run_helpers import assert_same_artifacts
 
 OPTIONS = {
     "ratio": 0.1,

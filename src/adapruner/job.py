@@ -88,7 +88,9 @@ class Preparation:
     def empty(self) -> PreTrainedModel:
         """The dense model without weights."""
         model = empty_model(load_config(self.location))
-        check_length(model.config, max(self.config.seq_len, self.config.recovery.seq_len if self.config.recover else 0))
+        seq_len = max(self.config.seq_len, self.config.recovery.seq_len if self.config.recover else 0)
+        if warning := check_length(model.config, seq_len):
+            self.reporter.note(warning)
         return model
 
     @cached_property
@@ -223,6 +225,8 @@ class Preparation:
     def leaves(self) -> dict[str, Any]:
         """The inputs that no artifact gives, as JSON, but for `left_out`; the content of a text that is not at hand is
         None."""
+        # The commit of a hub model is known once its config is here.
+        load_config(self.location)
         return {
             "model": fingerprint_of_model(self.location),
             "pool_text": _leaf_of_text(self.texts.pool),

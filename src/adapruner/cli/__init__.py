@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sys.stdout.flush()
     except (AdaPrunerError, CycloptsError) as error:
         cause = error.__cause__
-        _say(_with_options(describe_invalid(cause) if isinstance(cause, ValidationError) else str(error)))
+        _say(with_options(describe_invalid(cause) if isinstance(cause, ValidationError) else str(error)))
         sys.exit(USER_ERROR)
     except KeyboardInterrupt as interrupt:
         _say("interrupted; rerun the same command, without --overwrite, to resume")
@@ -119,7 +119,7 @@ def _is_closed_for_output() -> bool:
     return False
 
 
-def _with_options(message: str) -> str:
+def with_options(message: str) -> str:
     """Replaces every field in backticks, as the library names it, by its option; other text in backticks is kept."""
     known = {
         name

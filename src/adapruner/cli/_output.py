@@ -50,5 +50,7 @@ def print_json(content: Any) -> None:
 
 def print_advice(lines: list[str]) -> None:
     """Prints advice on stderr."""
+    from adapruner.cli import with_options
+
     for line in lines:
-        plain_console(stderr=True).print(f"adapruner: {line}", style="yellow", soft_wrap=True)
+        plain_console(stderr=True).print(f"adapruner: {with_options(line)}", style="yellow", soft_wrap=True)
