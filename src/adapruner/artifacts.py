@@ -67,17 +67,6 @@ class Artifact(Generic[T]):
         """Whether its content depends on an option, directly or through its inputs."""
         return option in self.options or any(artifact.depends_on(option) for artifact in self.inputs)
 
-    def describe(self, config: PruneConfig, leaves: dict[str, Any], inputs: dict[str, str]) -> Record:
-        """What it depends on in a run.
-
-        Args:
-            leaves: the values of its leaves, as JSON.
-            inputs: the keys of the wanted inputs, by name.
-        """
-        values = config.model_dump(mode="json")
-        options = {name: values.get(name, getattr(config, name)) for name in self.options}
-        return Record(name=self.name, version=self.version, options=options, leaves=leaves, inputs=inputs)
-
 
 def artifact(
     name: str, form: Form[T], options: str = "", leaves: str = "", **fields: Any
