@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from adapruner.config import HeadGranularity
 from adapruner.errors import AdaPrunerError
 from adapruner.models import Architecture, ProjectionNames, RowKind, architecture_of
 
 Kind = Literal["heads", "channels"]
-HeadGranularity = Literal["kv-group", "query-head"]
 
 
 @dataclass(frozen=True)

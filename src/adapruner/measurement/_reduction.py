@@ -6,23 +6,22 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from adapruner.config import Terms
 from adapruner.structure import Block, Structure, TensorSlice
-
-# Vector-wise terms come from activations and their gradients alone; the others need the gradient of every weight.
-Terms = Literal["all", "vector-wise"]
 
 
 class Reduction:
     """The sums of one batch over the tokens of each sample; float32, on the CPU.
 
     Attributes:
-        taylor, element_absolute, element_squared: [samples, vectors]; the latter two None for vector-wise terms.
+        taylor, element_absolute, element_squared: [samples, vectors]; the latter two, which need the gradient of every
+            weight, None for vector-wise terms.
         input_mean, input_squared: [samples, inputs].
     """
 
