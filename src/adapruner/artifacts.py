@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError, safe_open
 
 from adapruner.config import PruneConfig
@@ -128,14 +128,6 @@ def _changes_of_leaf(name: str, then: Any, now: Any) -> list[str]:
     if then.get("text") == now["text"]:
         return [f"another content of {now['text']}"]
     return [f"{name} {then.get('text')} → {now['text']}"]
-
-
-def read_record(path: Path) -> Record | None:
-    """The record in a file; None where there is none that can be read."""
-    try:
-        return Record.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError):
-        return None
 
 
 def stamps(paths: Iterable[Path], folder: Path) -> dict[str, str]:

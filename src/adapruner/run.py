@@ -9,8 +9,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from pydantic import ValidationError
 
-from adapruner.artifacts import CARD, Record, are_as_written, read_record, stamps
+from adapruner.artifacts import CARD, Record, are_as_written, stamps
 from adapruner.config import PruneConfig
 from adapruner.errors import AdaPrunerError, reason
 from adapruner.files import write_atomically
@@ -101,8 +102,11 @@ class RunFolder:
             return True
 
     def record(self, name: str) -> Record | None:
-        """What the artifact here was made from, or is being made from."""
-        return read_record(self._record(name))
+        """What the artifact here was made from, or is being made from; None where no record can be read."""
+        try:
+            return Record.model_validate_json(self._record(name).read_bytes())
+        except (OSError, ValidationError):
+            return None
 
     def is_made(self, name: str, key: str) -> bool:
         """Whether the artifact is here, made from what the key stands for, and as it was written."""
