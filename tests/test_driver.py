@@ -222,7 +222,7 @@ def test_free_memory_decides_no_number(
     def precision(free: int) -> Any:
         monkeypatch.setattr("adapruner.memory._total_and_free", lambda *_: (1 << 36, free))
         prepared = Preparation(config, RunFolder(tmp_path), None, Process(), Reporter())
-        return prepared.leaf("precision", {})
+        return prepared.leaves["precision"]
 
     assert precision(1 << 40) == precision(1 << 30)
     with pytest.raises(AdaPrunerError, match="Not enough memory"):

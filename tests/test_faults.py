@@ -332,7 +332,7 @@ def test_a_signal_while_measuring_keeps_what_was_measured(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    write = procedure._write
+    write = procedure.write_atomically
 
     def interrupted(path: Path, save: Callable[[Path], Any]) -> None:
         write(path, save)
@@ -341,7 +341,7 @@ def test_a_signal_while_measuring_keeps_what_was_measured(
 
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(procedure, "_write", interrupted)
+        patch.setattr(procedure, "write_atomically", interrupted)
         assert exit_code(command(model_folder, run, text_file)) == 130
     [unfinished] = (run / "unfinished").iterdir()
     assert [path.name for path in unfinished.iterdir()] == ["000000.safetensors"]
@@ -388,7 +388,7 @@ from pathlib import Path
 from adapruner import procedure
 from adapruner.cli import main
 
-write = procedure._write
+write = procedure.write_atomically
 
 def then_without_memory(path, save):
     write(path, save)
@@ -397,7 +397,7 @@ def then_without_memory(path, save):
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (8 << 20), -1))
 
-procedure._write = then_without_memory
+procedure.write_atomically = then_without_memory
 main()
 """
 

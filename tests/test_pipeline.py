@@ -152,8 +152,8 @@ def test_a_run_that_is_killed_again_and_again_ends_as_an_undisturbed_one(
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     for target, name, calls, left in (
         # Three of eight blocks; then the other five, and two of three parts of the pool.
-        ("adapruner.procedure", "_write", 3, "unfinished/moments-*/0002.safetensors"),
-        ("adapruner.procedure", "_write", 7, "unfinished/statistics.safetensors-*/000004.safetensors"),
+        ("adapruner.procedure", "write_atomically", 3, "unfinished/moments-*/0002.safetensors"),
+        ("adapruner.procedure", "write_atomically", 7, "unfinished/statistics.safetensors-*/000004.safetensors"),
         ("adapruner.search.Objective", "__call__", 6, "study.db"),
         ("adapruner.checkpoint._folder", "_complete_config", 0, "unfinished/model-*/**/model.safetensors"),
     ):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError, safe_open
 
 from adapruner.config import PruneConfig
@@ -66,17 +66,6 @@ class Artifact(Generic[T]):
     def depends_on(self, option: str) -> bool:
         """Whether its content depends on an option, directly or through its inputs."""
         return option in self.options or any(artifact.depends_on(option) for artifact in self.inputs)
-
-    def describe(self, config: PruneConfig, leaves: dict[str, Any], inputs: dict[str, str]) -> Record:
-        """What it depends on in a run.
-
-        Args:
-            leaves: the values of its leaves, as JSON.
-            inputs: the keys of the wanted inputs, by name.
-        """
-        values = config.model_dump(mode="json")
-        options = {name: values.get(name, getattr(config, name)) for name in self.options}
-        return Record(name=self.name, version=self.version, options=options, leaves=leaves, inputs=inputs)
 
 
 def artifact(
@@ -139,14 +128,6 @@ def _changes_of_leaf(name: str, then: Any, now: Any) -> list[str]:
     if then.get("text") == now["text"]:
         return [f"another content of {now['text']}"]
     return [f"{name} {then.get('text')} → {now['text']}"]
-
-
-def read_record(path: Path) -> Record | None:
-    """The record in a file; None where there is none that can be read."""
-    try:
-        return Record.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError):
-        return None
 
 
 def stamps(paths: Iterable[Path], folder: Path) -> dict[str, str]:

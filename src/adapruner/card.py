@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import html
+import mmap
 import re
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from importlib.metadata import version
+from itertools import groupby
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, NamedTuple
 
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
@@ -18,14 +21,15 @@ from adapruner.models import ModelLocation, quiet_transformers
 from adapruner.plain_yaml import PlainLoader
 from adapruner.planning import PruningPlan
 from adapruner.recovery import RecoveryRecord
-from adapruner.result import Role, RunResult
+from adapruner.result import ModelNumbers, Role, RunResult, shown_name
 
 # The rest of a longer card is not read, nor a longer licence shown.
 _LONGEST_CARD = 2**20
 _LONGEST_METADATA = 2**16
 _LONGEST_LICENCE = 200
-# Size of the values of GGUF metadata by the number of their type; 8 are strings and 9 arrays.
-_GGUF_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+_LONGEST_GGUF_METADATA = 2**26
+# Length of the key, key, type (a string), length of the value, value.
+_GGUF_LICENCE = re.compile(rb"\x0f\0\0\0\0\0\0\0general\.license\x08\0\0\0(.{8})(.{,200})", re.DOTALL)
 _LOADING = "## Loading\n\n"
 _NOT_TRAINED = "It was not fine-tuned."
 
@@ -45,57 +49,61 @@ def model_card(
         config: of the pruned model.
         of: which of the models of the run.
     """
-    trained = trained_sentence(result.recovery) if of == "recovered" and result.recovery else _NOT_TRAINED
-    name = result.config.model
-    base = _public(name)
-    licence = base_licence(location) or {}
-    model = result.model(of)
-    numbers = [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type=_data_set(text),
-            dataset_name=_public(text),
-            metric_type="perplexity",
-            metric_value=round(number.perplexity, 3),
-            metric_name=_public(number.protocol),
-        )
-        for text, number in model.perplexity.items()
-    ]
-    numbers += [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type=task,
-            dataset_name=task,
-            metric_type=metric,
-            metric_value=round(value, 4),
-            metric_name=_public(score.protocol),
-        )
-        for task, score in model.tasks.items()
-        for metric, value in score.metrics.items()
-    ]
+    base, licence = shown_name(result.config.model), base_licence(location) or {}
+    numbers = list(_numbers(result.model(of)))
     metadata = ModelCardData(
         license=licence.get("license", "other"),
         license_name=licence.get("license_name"),
         license_link=licence.get("license_link"),
-        base_model=None if location.is_local else name,
+        base_model=None if location.is_local else result.config.model,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["adapruner", "pruned", config.model_type],
         model_name=f"{base}, {plan.ratio:.0%} pruned",
-        eval_results=numbers or None,
+        eval_results=[number.as_metadata() for number in numbers] or None,
     )
+    trained = trained_sentence(result.recovery) if of == "recovered" and result.recovery else _NOT_TRAINED
     named = licence.get("license_name") or licence.get("license")
     sections = [
         f"# {_escaped(base)}, {plan.ratio:.1%} pruned",
         f"{plan.removed_parameters:,} of the {plan.total_parameters:,} parameters of `{_escaped(base)}` were removed:"
         f" whole attention heads and feed-forward channels. {trained}",
         "## What was removed\n\n" + _removed(plan),
-        "## What it cost\n\n" + _cost(result, of),
+        "## What it cost\n\n" + _cost(_numbers(result.model("dense")), numbers),
         "## How it was made\n\n" + _made(plan, result),
         _LOADING + _loading(config),
         f"## Licence\n\nThat of the base model: {_escaped(named) if named else 'see there, it could not be read'}.",
     ]
     return f"---\n{metadata.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
+
+
+class _Number(NamedTuple):
+    """A number that was measured of a model; the dataset is a text or a task."""
+
+    dataset: str
+    metric: str
+    value: float
+    digits: int
+    protocol: str
+
+    def as_metadata(self) -> EvalResult:
+        return EvalResult(
+            task_type="text-generation",
+            # Without configuration, split and part.
+            dataset_type=self.dataset.removeprefix("hf:").partition("@")[0].partition(":")[0],
+            dataset_name=self.dataset,
+            metric_type=self.metric,
+            metric_value=round(self.value, max(self.digits, 3)),
+            metric_name=self.protocol,
+        )
+
+
+def _numbers(model: ModelNumbers) -> Iterator[_Number]:
+    for text, perplexity in model.perplexity.items():
+        yield _Number(_public(text), "perplexity", perplexity.perplexity, 2, _public(perplexity.protocol))
+    for task, score in model.tasks.items():
+        for metric, value in score.metrics.items():
+            yield _Number(task, metric, value, 4, _public(score.protocol))
 
 
 def read_card(location: ModelLocation) -> str:
@@ -146,50 +154,22 @@ def _metadata(card: str) -> dict[Any, Any]:
 
 
 def _gguf_licence(path: Path) -> str | None:
-    """`general.license`, read without the tokens behind it: a reader of whole files takes seconds for those."""
+    """`general.license`, without a reader of whole files, which takes seconds for the tokens."""
     try:
-        with path.open("rb") as file:
-            file.seek(16)
-            for _ in range(_number(file, 8)):
-                key, kind = file.read(min(_number(file, 8), _LONGEST_CARD)), _number(file, 4)
-                if key == b"general.license":
-                    return file.read(min(_number(file, 8), _LONGEST_LICENCE)).decode()
-                _skip_value(file, kind)
-    except (OSError, ValueError, LookupError, OverflowError, MemoryError):
-        pass
-    return None
-
-
-def _skip_value(file: BinaryIO, kind: int) -> None:
-    kinds, count = (_number(file, 4), _number(file, 8)) if kind == 9 else (kind, 1)
-    if kinds in _GGUF_BYTES:
-        file.seek(count * _GGUF_BYTES[kinds], 1)
-    else:
-        for _ in range(count):
-            file.seek(_number(file, 8), 1)
-
-
-def _number(file: BinaryIO, size: int) -> int:
-    read = file.read(size)
-    if len(read) < size:
-        raise ValueError("the file ends here")
-    return int.from_bytes(read, "little")
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            found = _GGUF_LICENCE.search(content, 0, _LONGEST_GGUF_METADATA)
+            return found[2][: int.from_bytes(found[1], "little")].decode() if found else None
+    except (OSError, ValueError):
+        return None
 
 
 def _removed(plan: PruningPlan) -> str:
     """A table with a row for each stretch of layers that are alike."""
-    layers: dict[int, dict[str, tuple[int, int]]] = {}
-    for block in plan.blocks:
-        layers.setdefault(block.layer, {})[block.kind] = (len(block.kept), block.groups)
-    heads = "KV groups" if plan.head_granularity == "kv-group" else "query heads"
-    lines = [f"| layers | {heads} kept | channels kept |", "|---|---|---|"]
-    first = 0
-    for layer, own in layers.items():
-        if layers.get(layer + 1) != own:
-            name = f"{first}" if first == layer else f"{first}–{layer}"
-            cells = (f"{kept:,} of {groups:,}" for kept, groups in (own["heads"], own["channels"]))
-            lines.append(f"| {name} | {' | '.join(cells)} |")
-            first = layer + 1
+    lines = [f"| layers | {plan.head_name} kept | channels kept |", "|---|---|---|"]
+    kept = {layer: " | ".join(block.kept_of_all for block in own.values()) for layer, own in plan.by_layer.items()}
+    for numbers, layers in groupby(kept, kept.__getitem__):
+        first, *others = layers
+        lines.append(f"| {'–'.join(map(str, (first, *others[-1:])))} | {numbers} |")
     return "\n".join(lines)
 
 
@@ -218,22 +198,13 @@ def card_of_recovered(card: str, record: RecoveryRecord) -> str | None:
     )
 
 
-def _cost(result: RunResult, of: Role) -> str:
-    sections, dense, model = [], result.model("dense"), result.model(of)
-    if model.perplexity:
-        lines = ["| perplexity on | dense | this model | protocol |", "|---|---|---|---|"]
-        for text, number in model.perplexity.items():
-            numbers = f"{dense.perplexity[text].perplexity:.2f} | {number.perplexity:.2f}"
-            lines.append(f"| {_escaped(_public(text))} | {numbers} | {_escaped(_public(number.protocol))} |")
-        sections.append("\n".join(lines))
-    if model.tasks:
-        lines = ["| task | metric | dense | this model | protocol |", "|---|---|---|---|---|"]
-        for task, score in model.tasks.items():
-            for metric, value in score.metrics.items():
-                numbers = f"{dense.tasks[task].metrics[metric]:.4f} | {value:.4f}"
-                lines.append(f"| {task} | {metric} | {numbers} | {_escaped(score.protocol)} |")
-        sections.append("\n".join(lines))
-    return "\n\n".join(sections) or "Not measured."
+def _cost(dense: Iterable[_Number], pruned: list[_Number]) -> str:
+    lines = ["| measured | dense | this model | protocol |", "|---|---|---|---|"]
+    for before, after in zip(dense, pruned, strict=True):
+        what = f"perplexity on {after.dataset}" if after.metric == "perplexity" else f"{after.dataset}, {after.metric}"
+        numbers = " | ".join(f"{number.value:.{number.digits}f}" for number in (before, after))
+        lines.append(f"| {_escaped(what)} | {numbers} | {_escaped(after.protocol)} |")
+    return "\n".join(lines) if pruned else "Not measured."
 
 
 def _made(plan: PruningPlan, result: RunResult) -> str:
@@ -253,33 +224,27 @@ def _made(plan: PruningPlan, result: RunResult) -> str:
 
 
 def _loading(config: PreTrainedConfig) -> str:
-    per_layer = config.is_heterogeneous
-    remote = ", trust_remote_code=True" if per_layer else ""
     written = f"Written by transformers {version('transformers')}"
-    why = (
-        f"Layers differ in size, so the folder brings a modelling file. {written}; versions 4 cannot read it."
-        if per_layer
-        else f"A stock `{config.model_type}` without code of its own. {written}."
-    )
-    code = [
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        f"model = AutoModelForCausalLM.from_pretrained(FOLDER{remote})",
-        f"tokenizer = AutoTokenizer.from_pretrained(FOLDER{remote})",
-    ]
-    others = [
-        "- with adapruner: `adapruner.load(FOLDER)`, no remote code",
-        "- llama.cpp: `adapruner export FOLDER --to gguf -o model.gguf` (families of the Llama kind)",
-        "- vLLM and others that take neither: `adapruner export FOLDER --to stock -o PADDED`"
-        if per_layer
-        else "- vLLM and others: as they read the family (not tried)",
-    ]
-    return "\n".join([why, "", "```python", *code, "```", "", *others])
+    if config.is_heterogeneous:
+        remote = ", trust_remote_code=True"
+        why = f"Layers differ in size, so the folder brings a modelling file. {written}; versions 4 cannot read it."
+        others = "vLLM and others that take neither: `adapruner export FOLDER --to stock -o PADDED`"
+    else:
+        remote = ""
+        why = f"A stock `{config.model_type}` without code of its own. {written}."
+        others = "vLLM and others: as they read the family (not tried)"
+    return f"""{why}
 
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-def _data_set(text: str) -> str:
-    """The name of a text source without configuration, split and part."""
-    return _public(text).removeprefix("hf:").partition("@")[0].partition(":")[0]
+model = AutoModelForCausalLM.from_pretrained(FOLDER{remote})
+tokenizer = AutoTokenizer.from_pretrained(FOLDER{remote})
+```
+
+- with adapruner: `adapruner.load(FOLDER)`, no remote code
+- llama.cpp: `adapruner export FOLDER --to gguf -o model.gguf` (families of the Llama kind)
+- {others}"""
 
 
 def _public(text: str) -> str:

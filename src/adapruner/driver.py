@@ -36,16 +36,20 @@ class Driver:
 
     def refresh(self) -> None:
         """Reads the leaves, and derives what every wanted artifact depends on."""
-        leaves: dict[str, Any] = {}
+        prepared, config = self.job.prepared, self.job.config
+        values = config.model_dump(mode="json")
         for artifact in self.wanted:
-            for name in artifact.leaves:
-                if name not in leaves:
-                    leaves[name] = self.job.prepared.leaf(name, self.job.keys)
+            leaves = prepared.leaves | {"left_out": prepared.left_out(self.job.keys)}
             inputs = {one.name: self.job.keys[one.name] for one in artifact.inputs if one.name in self.job.keys}
             then = self.folder(artifact).record(artifact.name)
-            own = {name: _at_hand(leaves[name], then.leaves.get(name) if then else None) for name in artifact.leaves}
-            self.records[artifact.name] = record = artifact.describe(self.job.config, own, inputs)
-            self.job.keys[artifact.name] = record.key
+            record = Record(
+                name=artifact.name,
+                version=artifact.version,
+                options={name: values.get(name, getattr(config, name)) for name in artifact.options},
+                leaves={name: _at_hand(leaves[name], then and then.leaves.get(name)) for name in artifact.leaves},
+                inputs=inputs,
+            )
+            self.records[artifact.name], self.job.keys[artifact.name] = record, record.key
 
     @property
     def wanted(self) -> list[Artifact[Any]]:

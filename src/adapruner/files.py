@@ -18,13 +18,13 @@ _UMASK = os.umask(0o077)
 os.umask(_UMASK)
 
 
-def write_atomically(path: Path, write: Callable[[Path], Any], writer: str = "") -> None:
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Writes a file beside its place and renames it (see `being_written`).
 
     Args:
         write: given where to write.
     """
-    with being_written(path, writer) as partial:
+    with being_written(path) as partial:
         write(partial)
 
 

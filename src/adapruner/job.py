@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from adapruner.config import PruneConfig
 from adapruner.errors import AdaPrunerError
 from adapruner.evaluation import Tasks, load_tasks
 from adapruner.files import write_atomically
-from adapruner.importance import TERMS
+from adapruner.importance import TERMS, needed_statistics
 from adapruner.memory import choose_layer_wise
 from adapruner.models import (
     ModelLocation,
@@ -75,7 +75,6 @@ class Preparation:
     storage: str | None
     process: Process
     reporter: Reporter
-    _leaves: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
     def location(self) -> ModelLocation:
@@ -222,36 +221,27 @@ class Preparation:
         content = json.dumps({"of": keys["windows.safetensors"], "windows": windows})
         write_atomically(self.folder.left_out, lambda partial: partial.write_text(content, encoding="utf-8"))
 
-    def leaf(self, name: str, keys: dict[str, str]) -> Any:
-        """An input that no artifact gives, as JSON; the content of a text that is not at hand is None.
-
-        Args:
-            keys: of the artifacts, by name.
-        """
-        if name == "left_out":
-            return self.left_out(keys)
-        if name not in self._leaves:
-            self._leaves[name] = self._leaf(name)
-        return self._leaves[name]
-
-    def _leaf(self, name: str) -> Any:
-        if name == "model":
-            # The commit of a hub model is known once its config is here.
-            load_config(self.location)
-            return fingerprint_of_model(self.location)
-        if name == "precision":
+    @cached_property
+    def leaves(self) -> dict[str, Any]:
+        """The inputs that no artifact gives, as JSON, but for `left_out`; the content of a text that is not at hand is
+        None."""
+        # The commit of a hub model is known once its config is here.
+        load_config(self.location)
+        return {
+            "model": fingerprint_of_model(self.location),
+            "pool_text": _leaf_of_text(self.texts.pool),
+            "objective_text": _leaf_of_text(self.texts.objective),
+            "report_texts": {name: _leaf_of_text(source) for name, source in self.texts.report.items()},
             # Free memory decides none of these.
-            return {
+            "precision": {
                 "dtype": str(self.dtype),
                 "dtype of trials": str(trial_dtype(self.dtype, self.device)),
                 "device": self.device.type,
                 "layer_wise": self.layer_wise,
-            }
-        if name == "terms":
-            return {name: [term.family, term.share, sorted(term.needs)] for name, term in TERMS.items()}
-        if name == "report_texts":
-            return {name: _leaf_of_text(source) for name, source in self.texts.report.items()}
-        return _leaf_of_text(getattr(self.texts, name.removesuffix("_text")))
+            },
+            "terms": {name: [term.family, term.share, sorted(term.needs)] for name, term in TERMS.items()},
+            "recovery_text": _leaf_of_text(self.texts.recovery),
+        }
 
 
 def _leaf_of_text(source: Source | None) -> dict[str, str | None] | None:
@@ -320,7 +310,7 @@ def register_extensions(config: PruneConfig) -> None:
 
 def needs_moments(config: PruneConfig) -> bool:
     """Whether second moments are measured."""
-    return config.compensation != "none" or config.space == "extended"
+    return config.compensation != "none" or "moments" in needed_statistics(config.space, config.terms)
 
 
 def window_counts(config: PruneConfig) -> dict[str, int]:

@@ -128,17 +128,15 @@ def join(output: str | Path, storage: str | None = None, device: str = "auto") -
             if record is None or record.files is not None:
                 continue
             if preparation is None:
+                # Not the first process of the run: it leads no search.
                 by_layer = record.leaves["precision"]["layer_wise"]
                 own = config.model_copy(update={"device": device, "layer_wise": by_layer})
-                preparation = Preparation(own, run, storage, Process(), Reporter())
+                preparation = Preparation(own, run, storage, Process(rank=1), Reporter())
             driver = _driver(preparation, ratio)
             if record.key != driver.job.keys[procedure.search.name]:
                 changes = ", ".join(record.changes(driver.records[procedure.search.name])) or "other files"
                 raise AdaPrunerError(f"this worker would compute other numbers than the run: {changes}")
-            windows, statistics = driver.value(procedure.windows), driver.value(procedure.statistics)
-            assert windows is not None
-            assert statistics is not None
-            procedure.help_search(driver.job, windows, driver.value(procedure.moments), statistics)
+            procedure.search.make(driver.job, folder.path, *map(driver.value, procedure.search.inputs))
             return
         time.sleep(_SECONDS_BETWEEN_LOOKS)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,7 +30,7 @@ from adapruner.evaluation import (
     measure_perplexity,
     measure_tasks,
 )
-from adapruner.files import saying_what_cannot_be_written
+from adapruner.files import write_atomically
 from adapruner.job import MOST_CHANNELS, Job, needs_moments, window_counts
 from adapruner.measurement import Statistics, StoredMoments, measure_in_parts, measure_moments, removal_errors
 from adapruner.memory import MEASURED_AT_ONCE
@@ -39,7 +38,7 @@ from adapruner.models import empty_model, find_model, in_fastest_dtype, load_con
 from adapruner.planning import PruningPlan, kept_counts, largest_channel_share
 from adapruner.recovery import DEFAULT_GENERATED_RECORDS, read_record, recover_into, total_steps, window_examples
 from adapruner.report import render_report
-from adapruner.result import TITLES, ModelNumbers, Role, RunResult, build_result
+from adapruner.result import TITLES, ModelNumbers, Role, RunResult, shown_name
 from adapruner.search import (
     MOST_PROTECTED_FIRST,
     Candidate,
@@ -128,7 +127,7 @@ def moments(job: Job, work: Path, windows: Windows) -> StoredMoments:
         text, fast = usable(job, windows)["compensation"], in_fastest_dtype(prepared.dense)
         with prepared.reporter.stage("reading activations", prepared.structure.layers) as advance:
             for index, block_moments in measure_moments(fast, prepared.structure, text, missing, progress=advance):
-                _write(moments.path(index), block_moments.save)
+                write_atomically(moments.path(index), block_moments.save)
     return moments
 
 
@@ -160,7 +159,7 @@ def statistics(job: Job, work: Path, windows: Windows, moments: Moments) -> Stat
             folder=work,
             starts=missing,
         ):
-            _write(parts[start], part.save)
+            write_atomically(parts[start], part.save)
             advance()
     prepared.process.wait()
     if not prepared.process.leads:
@@ -192,20 +191,14 @@ def search(job: Job, work: Path, windows: Windows, moments: Moments, statistics:
     judge = partial(_judge, job, fast, moments, statistics)
     search = _search(job, statistics, judge(text[: config.objective_windows]))
     if not prepared.process.leads:
-        search.help()
+        with prepared.reporter.stage("running trials", 1) as advance:
+            search.help()
+            advance()
         return None
     with prepared.reporter.stage("searching", config.trials) as advance:
         search.run(progress=lambda best: advance(1, text=f"best {config.selection} {best:.4f}"))
         further = text[config.objective_windows :]
         return search.result(judge(further) if len(further) else None)
-
-
-def help_search(job: Job, windows: Windows, moments: Moments, statistics: Statistics) -> None:
-    """Runs trials of a search that another process leads."""
-    with job.prepared.reporter.stage("running trials", 1) as advance:
-        text = usable(job, windows)["objective"][: job.config.objective_windows]
-        _search(job, statistics, _judge(job, in_fastest_dtype(job.prepared.dense), moments, statistics, text)).help()
-        advance()
 
 
 def _search(job: Job, statistics: Statistics, judge: Objective) -> Search:
@@ -299,9 +292,7 @@ def model(job: Job, work: Path, windows: Windows, moments: Moments, plan: Prunin
 
 def _origin(job: Job, plan: PruningPlan) -> dict[str, Any]:
     """What a checkpoint says of its making: the base model, and the texts that it was made with."""
-    name = job.config.model
-    base = Path(name).name if Path(name).exists() else name
-    return {"base_model": base, "texts": job.prepared.texts.as_records(), "plan": plan.hash}
+    return {"base_model": shown_name(job.config.model), "texts": job.prepared.texts.as_records(), "plan": plan.hash}
 
 
 @artifact(
@@ -466,9 +457,15 @@ def result(
         for role in TITLES
         if _is_evaluated(role, job.config)
     ]
-    counts = {use: len(each) for use, each in usable(job, windows).items()}
-    record = read_record(recovered) if recovered else None
-    result = build_result(job.config, plan, search, record, numbers, counts, job.prepared.reporter.finished_stages())
+    result = RunResult(
+        config=job.config,
+        plan_hash=plan.hash,
+        search=search,
+        recovery=read_record(recovered) if recovered else None,
+        models=tuple(numbers),
+        windows={use: len(each) for use, each in usable(job, windows).items()},
+        stages=job.prepared.reporter.finished_stages(),
+    )
     folders: dict[Role, Path | None] = {"searched": model, "recovered": recovered}
     for role, folder in folders.items():
         if folder:
@@ -530,11 +527,3 @@ def leave_out_broken_windows(job: Job, windows: Windows, error: NonFiniteError) 
             f"left out, because the loss of the model on them is not finite: windows {numbers} of the {use}"
         )
     job.prepared.leave_out(job.keys, broken)
-
-
-def _write(path: Path, save: Callable[[Path], Any]) -> None:
-    """Writes a file of unfinished work, which is resumed from when it exists."""
-    unfinished = path.with_suffix(".partial")
-    with saying_what_cannot_be_written(path):
-        save(unfinished)
-        unfinished.rename(path)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from rich.table import Table
 
 from adapruner.config import PruneConfig
@@ -57,6 +56,11 @@ class ModelNumbers(_Content):
         return mean_accuracies(score.metrics for score in self.tasks.values())
 
 
+def _versions() -> dict[str, str]:
+    packages = {name: version(name) for name in ("adapruner", "torch", "transformers", "optuna")}
+    return packages | {"python": platform.python_version()}
+
+
 class RunResult(_Content):
     """The content of `result.json`: every number with what it takes to reproduce it.
 
@@ -79,7 +83,7 @@ class RunResult(_Content):
     models: tuple[ModelNumbers, ...]
     windows: dict[str, int]
     stages: dict[str, StageCost]
-    versions: dict[str, str]
+    versions: dict[str, str] = Field(default_factory=_versions)
 
     def model(self, role: Role) -> ModelNumbers:
         """The numbers of one of the models."""
@@ -122,36 +126,32 @@ class PruneResult:
 
     def advice(self) -> list[str]:
         """What about the outcome should not go unseen, and what helps; a line each."""
-        result = self.result
-        about_search = filter(None, [result.search.advice])
-        return [*_about_perplexity(result), *_about_text(result), *about_search, *_about_widths(self.plan)]
+        result, lines = self.result, []
+        training = "longer fine-tuning" if result.recovery else "fine-tuning with `recover`"
+        for text, final in result.final.perplexity.items():
+            dense, pruned = result.model("dense").perplexity[text].perplexity, final.perplexity
+            if not pruned <= _MUCH_WORSE * dense:
+                rise = f"rose from {dense:.1f} to {pruned:.1f}"
+                lines.append(f"perplexity on {text} {rise}: {training} or a lower `ratio` helps")
+        count = result.windows.get("compensation")
+        if count is not None and count < _FEW_WINDOWS:
+            lines.append(
+                f"the remaining weights were fitted on {count} windows of text: more calibration text, or more"
+                " `compensation_windows`, makes a better model"
+            )
+        if result.search.advice:
+            lines.append(result.search.advice)
+        odd = [block for block in self.plan.blocks if block.kind == "channels" and len(block.kept) % _FRIENDLY_MULTIPLE]
+        if odd:
+            lines.append(
+                f"the feed-forward widths of {len(odd)} layers are not multiples of {_FRIENDLY_MULTIPLE}, with which"
+                " most devices are faster: `round_to` 32 keeps to those"
+            )
+        return lines
 
     def tables(self) -> list[Table]:
         """Parameters and perplexities of all models; and their scores in tasks, if any were run."""
         return [_table(self.result), *([_task_table(self.result)] if self.result.final.tasks else [])]
-
-
-def build_result(
-    config: PruneConfig,
-    plan: PruningPlan,
-    search: SearchResult,
-    recovery: RecoveryRecord | None,
-    models: list[ModelNumbers],
-    windows: dict[str, int],
-    stages: dict[str, StageCost],
-) -> RunResult:
-    """Adds the versions; see `RunResult`."""
-    versions = {name: version(name) for name in ("adapruner", "torch", "transformers", "optuna")}
-    return RunResult(
-        config=config,
-        plan_hash=plan.hash,
-        search=search,
-        recovery=recovery,
-        models=tuple(models),
-        windows=windows,
-        stages=stages,
-        versions=versions | {"python": platform.python_version()},
-    )
 
 
 def titles(config: PruneConfig, best_fixed_name: str | None) -> dict[Role, str]:
@@ -164,6 +164,11 @@ def titles(config: PruneConfig, best_fixed_name: str | None) -> dict[Role, str]:
         return TITLES
     how = "" if config.compensation == "none" else ", not compensated"
     return TITLES | {"best_fixed": f"{TITLES['best_fixed']} ({best_fixed_name}){how}"}
+
+
+def plus_minus(error: float | None, digits: int) -> str:
+    """What a standard error adds behind a number; nothing where there is none."""
+    return "" if error is None else f" ± {error:.{digits}f}"
 
 
 def shown_name(model: str) -> str:
@@ -200,31 +205,4 @@ def _task_table(result: RunResult) -> Table:
 
 
 def _with_error(score: TaskScore, metric: str) -> str:
-    error = score.standard_errors.get(metric)
-    return f"{score.metrics[metric]:.4f}" + (f" ± {error:.4f}" if error is not None else "")
-
-
-def _about_perplexity(result: RunResult) -> Iterator[str]:
-    training = "longer fine-tuning" if result.recovery else "fine-tuning with `recover`"
-    for text, final in result.final.perplexity.items():
-        dense, pruned = result.model("dense").perplexity[text].perplexity, final.perplexity
-        if not pruned <= _MUCH_WORSE * dense:
-            yield f"perplexity on {text} rose from {dense:.1f} to {pruned:.1f}: {training} or a lower `ratio` helps"
-
-
-def _about_text(result: RunResult) -> Iterator[str]:
-    count = result.windows.get("compensation")
-    if count is not None and count < _FEW_WINDOWS:
-        yield (
-            f"the remaining weights were fitted on {count} windows of text: more calibration text, or more"
-            " `compensation_windows`, makes a better model"
-        )
-
-
-def _about_widths(plan: PruningPlan) -> Iterator[str]:
-    odd = [block for block in plan.blocks if block.kind == "channels" and len(block.kept) % _FRIENDLY_MULTIPLE]
-    if odd:
-        yield (
-            f"the feed-forward widths of {len(odd)} layers are not multiples of {_FRIENDLY_MULTIPLE}, with which most"
-            " devices are faster: `round_to` 32 keeps to those"
-        )
+    return f"{score.metrics[metric]:.4f}{plus_minus(score.standard_errors.get(metric), 4)}"

@@ -6,12 +6,12 @@ import contextlib
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from pydantic import ValidationError
 
-from adapruner.artifacts import CARD, Record, are_as_written, read_record, stamps
+from adapruner.artifacts import CARD, Record, are_as_written, stamps
 from adapruner.config import PruneConfig
 from adapruner.errors import AdaPrunerError, reason
 from adapruner.files import write_atomically
@@ -21,39 +21,19 @@ _SECONDS_TO_WAIT_FOR_PROBES = 2
 _LINKED = 1 << 22
 
 
-@dataclass(frozen=True)
 class RunFolder:
     """A folder with the artifacts of a run; of a run for several ratios, each ratio has a folder in it."""
 
-    path: Path
-
-    @property
-    def config(self) -> Path:
-        return self.path / "config.yaml"
-
-    @property
-    def log(self) -> Path:
-        return self.path / "log.jsonl"
-
-    @property
-    def study(self) -> Path:
-        return self.path / "study.db"
-
-    @property
-    def left_out(self) -> Path:
-        return self.path / "left_out.json"
-
-    @property
-    def model(self) -> Path:
-        return self.path / "model"
-
-    @property
-    def recovered(self) -> Path:
-        return self.path / "recovered"
-
-    @property
-    def report(self) -> Path:
-        return self.path / "report.html"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.log = path / "log.jsonl"
+        self.study = path / "study.db"
+        self.left_out = path / "left_out.json"
+        self.model = path / "model"
+        self.recovered = path / "recovered"
+        self.report = path / "report.html"
+        self._lock = path / ".lock"
 
     def at_ratio(self, ratio: float, config: PruneConfig) -> RunFolder:
         """Where the artifacts of one ratio are."""
@@ -102,8 +82,7 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self._lock, timeout=_SECONDS_TO_WAIT_FOR_PROBES)
-            lock.acquire()
+            lock = FileLock(self._lock).acquire(timeout=_SECONDS_TO_WAIT_FOR_PROBES)
         except Timeout:
             raise AdaPrunerError(
                 f"another command is running in {self.path}: wait for it, or add a worker with adapruner join"
@@ -111,10 +90,8 @@ class RunFolder:
             ) from None
         except OSError as error:
             raise AdaPrunerError(f"cannot write to {self.path}: {reason(error)}") from None
-        try:
+        with lock:
             yield
-        finally:
-            lock.release()
 
     def is_running(self) -> bool:
         """Whether a command is running in it."""
@@ -127,8 +104,11 @@ class RunFolder:
             return True
 
     def record(self, name: str) -> Record | None:
-        """What the artifact here was made from, or is being made from."""
-        return read_record(self._record(name))
+        """What the artifact here was made from, or is being made from; None where no record can be read."""
+        try:
+            return Record.model_validate_json(self._record(name).read_bytes())
+        except (OSError, ValidationError):
+            return None
 
     def is_made(self, name: str, key: str) -> bool:
         """Whether the artifact is here, made from what the key stands for, and as it was written."""
@@ -185,10 +165,6 @@ class RunFolder:
             target.unlink(missing_ok=True)
             _link_or_copy(source.path / file, target)
         self._save(name, record)
-
-    @property
-    def _lock(self) -> Path:
-        return self.path / ".lock"
 
     def _record(self, name: str) -> Path:
         return self.path / "keys" / f"{_flat(name)}.json"

@@ -9,9 +9,11 @@ order of `Structure.blocks`, so that statistics and scores are flat tensors.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -19,11 +21,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from adapruner.config import HeadGranularity
 from adapruner.errors import AdaPrunerError
 from adapruner.models import Architecture, ProjectionNames, RowKind, architecture_of
 
 Kind = Literal["heads", "channels"]
-HeadGranularity = Literal["kv-group", "query-head"]
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,11 @@ class Block:
         return next(part for part in self.matrices if part.axis == 1)
 
     @property
+    def row_wise_path(self) -> str:
+        """Where that projection is in its layer."""
+        return self.row_wise.module.split(f".{self.layer}.", 1)[1]
+
+    @property
     def slices_by_parameter(self) -> dict[str, list[TensorSlice]]:
         """The slices of each parameter; several where it is a fused projection."""
         by_parameter: dict[str, list[TensorSlice]] = {}
@@ -118,10 +125,7 @@ class Structure:
     @cached_property
     def group_offsets(self) -> list[int]:
         """Where the groups of each block begin in flat score tensors; one more entry for the end."""
-        offsets = [0]
-        for block in self.blocks:
-            offsets.append(offsets[-1] + block.groups)
-        return offsets
+        return list(accumulate((block.groups for block in self.blocks), initial=0))
 
     @cached_property
     def group_of_vector(self) -> Tensor:
@@ -191,7 +195,7 @@ def _head_block(model: PreTrainedModel, architecture: Architecture, layer: int, 
     if by_query_head and heads_per_group == 1:
         raise AdaPrunerError(
             f"layer {layer} has one query head for each of its {key_value_heads} key/value heads:"
-            " there are no single query heads to remove, use --head-granularity kv-group"
+            " there are no single query heads to remove, use `head_granularity` kv-group"
         )
     query_width = head_dim if by_query_head else heads_per_group * head_dim
     key_value_width = 0 if by_query_head else head_dim
@@ -207,10 +211,10 @@ def _head_block(model: PreTrainedModel, architecture: Architecture, layer: int, 
             f"{architecture.layers}.{layer}",
             architecture.attention,
             {
-                "query": _Rows(heads * head_dim, query_width),
-                "key": _Rows(key_value_heads * head_dim, key_value_width),
-                "value": _Rows(key_value_heads * head_dim, key_value_width),
-                "query-key-value": _Rows(3 * heads * head_dim, 3 * head_dim),
+                "query": (heads * head_dim, query_width),
+                "key": (key_value_heads * head_dim, key_value_width),
+                "value": (key_value_heads * head_dim, key_value_width),
+                "query-key-value": (3 * heads * head_dim, 3 * head_dim),
             },
             output_width=query_width,
         ),
@@ -226,71 +230,59 @@ def _channel_block(model: PreTrainedModel, architecture: Architecture, layer: in
         kind="channels",
         groups=channels,
         slices=_slices(
-            model, f"{architecture.layers}.{layer}", architecture.feed_forward, {"channels": _Rows(channels, 1)}, 1
+            model, f"{architecture.layers}.{layer}", architecture.feed_forward, {"channels": (channels, 1)}, 1
         ),
         config_counts={architecture.config_fields.channels: 1},
     )
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """Rows of a projection that compute one thing: how many, and how many of them go with a group."""
-
-    total: int
-    width: int
-
-
 def _slices(
-    model: PreTrainedModel, layer_path: str, names: ProjectionNames, rows: Mapping[RowKind, _Rows], output_width: int
+    model: PreTrainedModel,
+    layer_path: str,
+    names: ProjectionNames,
+    rows: Mapping[RowKind, tuple[int, int]],
+    output_width: int,
 ) -> tuple[TensorSlice, ...]:
     """Slices of what computes a block (rows of matrices, biases and norms), and of the columns of what reads it.
 
     Args:
+        rows: how many rows of a projection compute each thing, and how many of these go with a group.
         output_width: how many columns go with a group.
     """
     slices: list[TensorSlice] = []
     for path, kinds in names.inputs.items():
         module = _module(model, f"{layer_path}.{path}")
-        outputs = module.weight.numel() if module.weight.dim() == 1 else _matrix_shape(module)[0]
-        offset = 0
+        outputs, offset = _shape(module)[0], 0
         for kind in kinds:
-            if width := rows[kind].width:
-                slices += _row_slices(f"{layer_path}.{path}", module, width, offset)
-            offset += rows[kind].total
+            total, width = rows[kind]
+            if width:
+                slices += _slices_of(f"{layer_path}.{path}", module, 0, width, offset)
+            offset += total
         if offset != outputs:
             raise AdaPrunerError(
                 f"{layer_path}.{path} has {outputs} outputs where the config says {offset}: the model is not built as"
                 " its model_type says"
             )
-    reader = _module(model, f"{layer_path}.{names.output}")
-    return *slices, _matrix_slice(f"{layer_path}.{names.output}", reader, 1, output_width, 0)
+    reader = f"{layer_path}.{names.output}"
+    return *slices, *_slices_of(reader, _module(model, reader), 1, output_width, 0)
 
 
-def _row_slices(path: str, module: Any, width: int, offset: int) -> list[TensorSlice]:
-    """Of a projection or of a norm over all its outputs; of the bias, where there is one."""
-    if module.weight.dim() == 1:
-        return [TensorSlice(f"{path}.weight", 0, width, 1, offset, is_matrix=False)]
-    slices = [_matrix_slice(path, module, 0, width, offset)]
-    if getattr(module, "bias", None) is not None:
+def _slices_of(path: str, module: Any, axis: int, width: int, offset: int) -> list[TensorSlice]:
+    """Of the weight of a projection, or of a norm over all its outputs; with the rows, of the bias, where there is
+    one."""
+    shape = _shape(module)
+    elements, is_matrix = math.prod(shape) // shape[axis], len(shape) > 1
+    is_transposed = isinstance(module, Conv1D)
+    slices = [TensorSlice(f"{path}.weight", axis, width, elements, offset, is_matrix, is_transposed)]
+    if axis == 0 and getattr(module, "bias", None) is not None:
         slices.append(TensorSlice(f"{path}.bias", 0, width, 1, offset, is_matrix=False))
     return slices
 
 
-def _matrix_slice(path: str, module: Any, axis: int, width: int, offset: int) -> TensorSlice:
-    return TensorSlice(
-        f"{path}.weight",
-        axis,
-        width,
-        elements=_matrix_shape(module)[1 - axis],
-        offset=offset,
-        is_transposed=isinstance(module, Conv1D),
-    )
-
-
-def _matrix_shape(module: Any) -> tuple[int, int]:
-    """Outputs and inputs of a projection."""
-    first, second = module.weight.shape
-    return (second, first) if isinstance(module, Conv1D) else (first, second)
+def _shape(module: Any) -> tuple[int, ...]:
+    """Of its weight: outputs and inputs of a projection, all that a norm scales."""
+    shape = tuple(module.weight.shape)
+    return shape[::-1] if isinstance(module, Conv1D) else shape
 
 
 def _module(model: PreTrainedModel, path: str) -> Any:

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, field_validator
 from torch import Tensor
 
 from adapruner.config import Reduction
-from adapruner.importance._terms import TERMS, Term
+from adapruner.importance._terms import TERMS
 from adapruner.measurement import Statistics
 from adapruner.structure import Structure
 
@@ -74,30 +74,27 @@ def score_groups(statistics: Statistics, structure: Structure, point: MetricPoin
         groups of a block as the product does and does not underflow.
     """
     mixed = torch.zeros(structure.group_offsets[-1], dtype=torch.float64)
+    group_of = {
+        "vectors": structure.group_of_vector,
+        "inputs": structure.group_of_input,
+        "groups": torch.arange(structure.group_offsets[-1]),
+    }
     for name, weight in point.weights.items():
         if weight:
             term = TERMS[name]
-            values, groups = term.function(statistics).double(), _group_of_value(term, structure)
+            values, groups = term.function(statistics).double(), group_of[term.unit]
             if point.alignment == "standard":
                 values = _standardise(values, structure.block_of_group[groups])
             scores = _reduce(values, groups, point.reduction)
-            mixed += weight * (
-                _divide_by_mean(scores, structure.block_of_group) if point.alignment == "data" else scores
-            )
+            if point.alignment == "data":
+                scores = _divide_by_mean(scores, structure.block_of_group)
+            mixed += weight * scores
     return mixed
-
-
-def _group_of_value(term: Term, structure: Structure) -> Tensor:
-    """[units], int64: the number of the group to which each value of a term belongs."""
-    if term.unit == "vectors":
-        return structure.group_of_vector
-    return structure.group_of_input if term.unit == "inputs" else torch.arange(structure.group_offsets[-1])
 
 
 def _block_means(values: Tensor, blocks: Tensor) -> Tensor:
     """The mean of its block for every value."""
-    means = torch.zeros(int(blocks.max()) + 1, dtype=values.dtype)
-    return means.scatter_reduce_(0, blocks, values, "mean", include_self=False)[blocks]
+    return _reduce(values, blocks, "mean")[blocks]
 
 
 def _divide_by_mean(values: Tensor, blocks: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ from adapruner.measurement._moments import (
     removal_errors,
     solve_damped,
 )
-from adapruner.measurement._reduction import Terms
 from adapruner.measurement._samples import measure, measure_in_parts, saved_activations
 from adapruner.measurement._statistics import Statistics
 
@@ -16,7 +15,6 @@ __all__ = [
     "InputMoments",
     "Statistics",
     "StoredMoments",
-    "Terms",
     "factorize",
     "measure",
     "measure_in_parts",

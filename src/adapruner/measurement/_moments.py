@@ -144,46 +144,39 @@ def measure_moments(
     with torch.inference_mode():
         entered = enter_layers(model, batches)
     states, calls = [state for state, _ in entered], [call for _, call in entered]
+    # One batch of eight; the last where there are less.
+    held_out = range(_BATCHES_PER_HELD_OUT - 1, len(batches), _BATCHES_PER_HELD_OUT) or [len(batches) - 1]
+    fitted = [number for number in range(len(batches)) if number not in held_out]
     for index in range(structure.layers):
         numbers = [number for number in sorted(wanted) if structure.blocks[number].layer == index]
         if any(structure.blocks[number].layer >= index for number in wanted):
             with torch.inference_mode(), loaded_layer(model, index) as layer:
-                with _summing(model, [structure.blocks[number] for number in numbers]) as sums:
-                    for number, state in enumerate(states):
-                        sums.held_out = _is_held_out(number, len(states))
-                        states[number] = calls[number][index].run(layer, state)
+                of_layer = [structure.blocks[number] for number in numbers]
+                sums: list[list[_Sums]] = []
+                for part in (fitted, held_out):
+                    with _summing(model, of_layer) as sums_of_part:
+                        for number in part:
+                            states[number] = calls[number][index].run(layer, states[number])
+                    sums.append(sums_of_part)
                 moments = [
-                    (
-                        number,
-                        _choose_damping(
-                            row_wise_weight(model, structure.blocks[number]), *own, structure.blocks[number]
-                        ),
-                    )
-                    for number, own in zip(numbers, sums.of_blocks, strict=True)
+                    _choose_damping(row_wise_weight(model, block), of_fitted, of_held_out, block)
+                    for block, of_fitted, of_held_out in zip(of_layer, *sums, strict=True)
                 ]
-            yield from moments
+            yield from zip(numbers, moments, strict=True)
         if progress:
             progress(1)
 
 
-def _is_held_out(number: int, batches: int) -> bool:
-    """One batch of eight; the last where there are less."""
-    return (number + 1) % _BATCHES_PER_HELD_OUT == 0 or number + 1 == batches < _BATCHES_PER_HELD_OUT
-
-
-@dataclass
 class _Sums:
-    tokens: int
-    first: Tensor
-    second: Tensor
+    """Of the inputs of a projection, [inputs] and [inputs, inputs], and the number of their tokens."""
 
-    @staticmethod
-    def zeros(width: int, device: torch.device) -> _Sums:
-        return _Sums(0, torch.zeros(width, device=device), torch.zeros(width, width, device=device))
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.tokens = 0
+        self.first, self.second = torch.zeros(width, device=device), torch.zeros(width, width, device=device)
 
-    def add(self, x: Tensor) -> None:
-        """Adds tokens, [..., inputs]."""
-        x = x.flatten(0, -2).float()
+    def add(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        """A forward pre-hook."""
+        x = inputs[0].flatten(0, -2).float()
         self.tokens += len(x)
         self.first += x.sum(0)
         # Only the upper triangle, in strips: nearly half of the work.
@@ -197,33 +190,14 @@ class _Sums:
         return self.second.triu() + self.second.triu(1).T
 
 
-@dataclass
-class _LayerSums:
-    """Sums of the fitted and of the held-out tokens of every block of a layer, and which of the two grows."""
-
-    of_blocks: list[tuple[_Sums, _Sums]]
-    held_out: bool = False
-
-    def adding_to(self, own: tuple[_Sums, _Sums]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        """A forward pre-hook."""
-        return lambda _, inputs: own[self.held_out].add(inputs[0])
-
-
 @contextlib.contextmanager
-def _summing(model: PreTrainedModel, blocks: Sequence[Block]) -> Iterator[_LayerSums]:
+def _summing(model: PreTrainedModel, blocks: Sequence[Block]) -> Iterator[list[_Sums]]:
     """While it lasts, what goes into the row-wise projections of some blocks is summed up."""
-    sums = _LayerSums([])
+    sums = [_Sums(block.groups * block.row_wise.width, model.device) for block in blocks]
     with contextlib.ExitStack() as hooks:
-        for block in blocks:
-            own = _Sums.zeros(_width(block), model.device), _Sums.zeros(_width(block), model.device)
-            sums.of_blocks.append(own)
-            hook = projection(model, block.row_wise).register_forward_pre_hook(sums.adding_to(own))
-            hooks.callback(hook.remove)
+        for block, of_block in zip(blocks, sums, strict=True):
+            hooks.enter_context(projection(model, block.row_wise).register_forward_pre_hook(of_block.add))
         yield sums
-
-
-def _width(block: Block) -> int:
-    return block.groups * block.row_wise.width
 
 
 def _choose_damping(weight: Tensor, fitted: _Sums, held_out: _Sums, block: Block) -> InputMoments:
@@ -272,23 +246,23 @@ def removal_errors(
         one after the other, the cheapest first, with the rest compensated each time (ZipLM, arXiv 2302.04089), made
         ascending in the order of elimination.
     """
-    alone, eliminated = [], []
+    errors = []
     for index, block in enumerate(structure.blocks):
-        if index not in moments:
-            nothing = torch.zeros(block.groups)
-            alone.append(nothing)
-            eliminated.append(nothing)
+        of_block = moments.get(index)
+        if of_block is None:
+            errors.append((torch.zeros(block.groups), torch.zeros(block.groups)))
             continue
-        of_block = moments[index]
         with loaded_layer(model, block.layer):
             weight = row_wise_weight(model, block).double()
         second = of_block.second.to(weight.device)
-        errors = _eliminate(weight, torch.cholesky_inverse(factorize(second, of_block.damping)), block)
-        for each, into in zip(errors, (alone, eliminated), strict=True):
-            into.append(each.float().cpu())
+        inverse = torch.cholesky_inverse(factorize(second, of_block.damping))
+        errors.append(_eliminate(weight, inverse, block))
         if progress:
             progress(1)
-    return torch.cat(alone), torch.cat(eliminated)
+    alone, eliminated = (
+        torch.cat([each.float().cpu() for each in of_blocks]) for of_blocks in zip(*errors, strict=True)
+    )
+    return alone, eliminated
 
 
 def _errors(weight: Tensor, inverse: Tensor, width: int) -> Tensor:

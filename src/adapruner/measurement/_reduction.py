@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from adapruner.config import Terms
 from adapruner.structure import Block, Structure, TensorSlice
-
-# Vector-wise terms come from activations and their gradients alone; the others need the gradient of every weight.
-Terms = Literal["all", "vector-wise"]
 
 
 class Reduction:
     """The sums of one batch over the tokens of each sample; float32, on the CPU.
 
     Attributes:
-        taylor, element_absolute, element_squared: [samples, vectors]; the latter two None for vector-wise terms.
+        taylor, element_absolute, element_squared: [samples, vectors]; the latter two, which need the gradient of every
+            weight, None for vector-wise terms.
         input_mean, input_squared: [samples, inputs].
     """
 
@@ -36,10 +36,10 @@ class Reduction:
             part.elements * part.width * block.groups for block in structure.blocks for part in block.matrices
         )
         self._working: Tensor | None = None
-        self._first_vectors = _offsets(
-            sum(block.groups * part.width for part in block.matrices) for block in structure.blocks
-        )
-        self._first_inputs = _offsets(block.groups * block.row_wise.width for block in structure.blocks)
+        sizes = [sum(block.groups * part.width for part in block.matrices) for block in structure.blocks]
+        self._first_vectors = list(accumulate(sizes, initial=0))
+        widths = [block.groups * block.row_wise.width for block in structure.blocks]
+        self._first_inputs = list(accumulate(widths, initial=0))
 
     @contextlib.contextmanager
     def watching(self, model: PreTrainedModel, blocks: Iterable[int]) -> Iterator[None]:
@@ -52,7 +52,7 @@ class Reduction:
             for index in blocks:
                 block = self._structure.blocks[index]
                 for hook in self._hooks(model, block, self._first_vectors[index], self._first_inputs[index]):
-                    hooks.callback(hook.remove)
+                    hooks.enter_context(hook)
             yield
 
     def _hooks(self, model: PreTrainedModel, block: Block, vector: int, first_input: int) -> Iterator[Any]:
@@ -94,10 +94,6 @@ def row_wise_weight(model: PreTrainedModel, block: Block) -> Tensor:
     return block.row_wise.as_projection(model.get_parameter(block.row_wise.parameter).detach())
 
 
-def _offsets(sizes: Iterable[int]) -> list[int]:
-    return [0, *accumulate(sizes)]
-
-
 def _input_moments(mean: Tensor, squared: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
     def reduce(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0].detach().float().reshape(len(mean), -1, mean.shape[1])
@@ -116,19 +112,16 @@ def _vector_wise(part: TensorSlice, rows: slice, taylor: Tensor) -> _ForwardHook
 
     def after_forward(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if part.axis == 1:
-            inputs[0].register_hook(reducing(inputs[0].detach()))
+            inputs[0].register_hook(partial(reduce, inputs[0].detach()))
             return
         bias: Any = getattr(module, "bias", None)
         computed = output.detach()[..., rows]
-        output.register_hook(reducing(computed if bias is None else computed - bias.detach()[rows]))
+        output.register_hook(partial(reduce, computed if bias is None else computed - bias.detach()[rows]))
 
-    def reducing(activation: Tensor) -> Callable[[Tensor], None]:
-        def reduce(gradient: Tensor) -> None:
-            used = gradient[..., rows] if part.axis == 0 else gradient
-            products = used.float() * activation
-            taylor.copy_(products.reshape(len(taylor), -1, products.shape[-1]).sum(1))
-
-        return reduce
+    def reduce(activation: Tensor, gradient: Tensor) -> None:
+        used = gradient[..., rows] if part.axis == 0 else gradient
+        products = used.float() * activation
+        taylor.copy_(products.reshape(len(taylor), -1, products.shape[-1]).sum(1))
 
     return after_forward
 
@@ -146,23 +139,20 @@ def _element_wise(
 
     def after_forward(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         stored: Any = module.weight
-        output.register_hook(reducing(part.as_projection(stored)[rows], inputs[0].detach()))
+        output.register_hook(partial(reduce, part.as_projection(stored)[rows], inputs[0].detach()))
 
-    def reducing(weight: Tensor, projection_input: Tensor) -> Callable[[Tensor], None]:
-        def reduce(output_gradient: Tensor) -> None:
-            samples, summed_axis = len(taylor), 2 - part.axis
-            x = projection_input.reshape(samples, -1, projection_input.shape[-1]).float()
-            delta = output_gradient.reshape(samples, -1, output_gradient.shape[-1])[..., rows].float()
-            stacks = two_stacks(weight)
-            for start in range(0, samples, len(stacks[0])):
-                some = slice(start, min(start + len(stacks[0]), samples))
-                products, squares = (stack[: some.stop - start] for stack in stacks)
-                torch.bmm(delta[some].transpose(1, 2), x[some], out=products)
-                products.mul_(weight)
-                taylor[some] = products.sum(summed_axis)
-                squared[some] = torch.mul(products, products, out=squares).sum(summed_axis)
-                absolute[some] = products.abs_().sum(summed_axis)
-
-        return reduce
+    def reduce(weight: Tensor, projection_input: Tensor, output_gradient: Tensor) -> None:
+        samples, summed_axis = len(taylor), 2 - part.axis
+        x = projection_input.reshape(samples, -1, projection_input.shape[-1]).float()
+        delta = output_gradient.reshape(samples, -1, output_gradient.shape[-1])[..., rows].float()
+        stacks = two_stacks(weight)
+        for start in range(0, samples, len(stacks[0])):
+            some = slice(start, min(start + len(stacks[0]), samples))
+            products, squares = (stack[: some.stop - start] for stack in stacks)
+            torch.bmm(delta[some].transpose(1, 2), x[some], out=products)
+            products.mul_(weight)
+            taylor[some] = products.sum(summed_axis)
+            squared[some] = torch.mul(products, products, out=squares).sum(summed_axis)
+            absolute[some] = products.abs_().sum(summed_axis)
 
     return after_forward

@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from adapruner.config import Terms
 from adapruner.errors import NonFiniteError
-from adapruner.measurement._reduction import Reduction, Terms, row_wise_weight
+from adapruner.measurement._reduction import Reduction, row_wise_weight
 from adapruner.measurement._statistics import Statistics
 from adapruner.models import decoder_layers, enter_layers, loaded_layer, skipping_layers
 from adapruner.structure import Structure

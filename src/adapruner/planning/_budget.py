@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -81,10 +81,6 @@ def kept_counts(structure: Structure, budget: Budget, scores: Tensor | None = No
     blocks = {index: block for index, block in enumerate(structure.blocks) if block.layer in layers}
     heads = {index: block for index, block in blocks.items() if block.kind == "heads"}
     channels = {index: block for index, block in blocks.items() if block.kind == "channels"}
-    if budget.ratio_of == "groups":
-        counts = _shares_of_groups(structure, budget, blocks)
-        _refuse_nothing(structure, budget, counts)
-        return counts
     target = budget.ratio * structure.total_parameters
     by_block = _scores_to_rank(structure, budget, scores)
 
@@ -95,19 +91,13 @@ def kept_counts(structure: Structure, budget: Budget, scores: Tensor | None = No
     kept |= _in_steps(budget, channels, _wanted(budget, layers, channels, target, by_block), step=budget.round_to)
 
     counts = [kept[index] for index in range(len(structure.blocks))]
-    _refuse_nothing(structure, budget, counts)
-    _refuse_missed_ratio(structure, budget, heads, channels, counts)
-    return counts
-
-
-def _shares_of_groups(structure: Structure, budget: Budget, blocks: _Blocks) -> list[int]:
-    """The same share of every block, rounded to whole steps."""
-    counts = [block.groups for block in structure.blocks]
-    for index, block in blocks.items():
-        share, step = (budget.head_share, 1) if block.kind == "heads" else (1.0, budget.round_to)
-        unit = step * block.strata
-        kept = unit * round((1 - share * budget.ratio) * block.groups / unit)
-        counts[index] = min(max(kept, unit), block.groups)
+    if not removed_parameters(structure, counts):
+        raise BudgetError(
+            f"a ratio of {budget.ratio:g} removes nothing: whole heads and steps of {budget.round_to} channels are more"
+            " than that; lower `round_to` or raise `ratio`"
+        )
+    if budget.ratio_of == "parameters":
+        _refuse_missed_ratio(structure, budget, heads, channels, counts)
     return counts
 
 
@@ -144,7 +134,7 @@ def _unprotected(structure: Structure, budget: Budget) -> range:
 
 def _scores_to_rank(structure: Structure, budget: Budget, scores: Tensor | None) -> Sequence[Tensor] | None:
     """The scores of each block where groups are ranked over all layers."""
-    if budget.ranking == "local" or budget.layout == "uniform":
+    if budget.ranking == "local" or budget.layout == "uniform" or budget.ratio_of == "groups":
         return None
     if scores is None:
         raise AdaPrunerError("a global ranking needs scores")
@@ -163,6 +153,8 @@ def _wanted(
         for index, block in blocks.items()
     }
     relative = {index: budget.head_share if block.kind == "heads" else 1.0 for index, block in blocks.items()}
+    if budget.ratio_of == "groups":
+        return {index: (1 - relative[index] * budget.ratio) * block.groups for index, block in blocks.items()}
     if scores is not None:
         return _by_global_ranking({index: profile[index] * relative[index] for index in blocks}, blocks, target, scores)
 
@@ -172,7 +164,9 @@ def _wanted(
     low, high = 0.0, 1.0 / min(profile.values())
     for _ in range(60):
         middle = (low + high) / 2
-        removed = sum(share * _parameters([blocks[index]]) for index, share in shares(middle).items())
+        removed = sum(
+            share * blocks[index].groups * blocks[index].parameters_per_group for index, share in shares(middle).items()
+        )
         low, high = (middle, high) if removed < target else (low, middle)
     return {index: (1 - share) * blocks[index].groups for index, share in shares(high).items()}
 
@@ -201,28 +195,16 @@ def _profile(budget: Budget, layers: range, layer: int) -> float:
     return math.exp(budget.tilt * z - budget.bend * z * z)
 
 
-def _parameters(blocks: Iterable[Block]) -> int:
-    return sum(block.groups * block.parameters_per_group for block in blocks)
-
-
 def _in_steps(budget: Budget, blocks: _Blocks, wanted: dict[int, float], step: int) -> dict[int, int]:
-    """Counts near the wanted ones in whole steps, with the rounding carried over; alike in a uniform layout."""
+    """Counts near the wanted ones in whole steps, with the rounding carried over where layers may differ by that."""
     counts: dict[int, int] = {}
-    carried = 0.0
+    carried, carries = 0.0, budget.layout == "per-layer" and budget.ratio_of == "parameters"
     for index, block in blocks.items():
         unit = step * block.strata
-        carried = wanted[index] + (carried if budget.layout == "per-layer" else 0.0)
+        carried = wanted[index] + (carried if carries else 0.0)
         counts[index] = min(max(unit * round(carried / unit), unit), block.groups)
         carried -= counts[index]
     return counts
-
-
-def _refuse_nothing(structure: Structure, budget: Budget, counts: Sequence[int]) -> None:
-    if not removed_parameters(structure, counts):
-        raise BudgetError(
-            f"a ratio of {budget.ratio:g} removes nothing: whole heads and steps of {budget.round_to} channels are more"
-            " than that; lower `round_to` or raise `ratio`"
-        )
 
 
 def _refuse_missed_ratio(

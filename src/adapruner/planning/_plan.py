@@ -19,6 +19,7 @@ from adapruner.errors import AdaPrunerError, reason
 from adapruner.planning._budget import removed_parameters
 from adapruner.structure import Block, Kind, Structure
 
+_KINDS: tuple[Kind, ...] = ("heads", "channels")
 # Numbers in JSON are numbers, not words that look like them.
 _STRICT = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -32,6 +33,11 @@ class BlockPlan(BaseModel):
     kind: Kind
     groups: Annotated[int, Field(ge=1)]
     kept: Annotated[tuple[int, ...], Field(min_length=1)]
+
+    @property
+    def kept_of_all(self) -> str:
+        """How many groups stay, as it is shown."""
+        return f"{len(self.kept):,} of {self.groups:,}"
 
     @model_validator(mode="after")
     def _kept_are_groups(self) -> Self:
@@ -62,6 +68,19 @@ class PruningPlan(BaseModel):
     def ratio(self) -> float:
         """The share of all parameters that goes."""
         return self.removed_parameters / self.total_parameters
+
+    @property
+    def head_name(self) -> str:
+        """What the groups of its attention are called."""
+        return "KV groups" if self.head_granularity == "kv-group" else "query heads"
+
+    @property
+    def by_layer(self) -> dict[int, dict[Kind, BlockPlan]]:
+        """The blocks of every layer, by kind."""
+        layers: dict[int, dict[Kind, BlockPlan]] = {}
+        for block in self.blocks:
+            layers.setdefault(block.layer, {})[block.kind] = block
+        return layers
 
     @property
     def hash(self) -> str:
@@ -95,14 +114,10 @@ class PruningPlan(BaseModel):
         table = Table(
             title=f"{self.removed_parameters:,} of {self.total_parameters:,} parameters are removed ({self.ratio:.1%})"
         )
-        heads = "KV groups" if self.head_granularity == "kv-group" else "query heads"
-        for title in ("layer", f"{heads} kept", "channels kept"):
+        for title in ("layer", f"{self.head_name} kept", "channels kept"):
             table.add_column(title, justify="right")
-        kept: dict[int, dict[str, str]] = {}
-        for block in self.blocks:
-            kept.setdefault(block.layer, {})[block.kind] = f"{len(block.kept)} of {block.groups}"
-        for layer, cells in kept.items():
-            table.add_row(str(layer), cells.get("heads", ""), cells.get("channels", ""))
+        for layer, blocks in self.by_layer.items():
+            table.add_row(str(layer), *(blocks[kind].kept_of_all if kind in blocks else "" for kind in _KINDS))
         return table
 
     def check_fits(self, structure: Structure) -> None:
@@ -124,18 +139,16 @@ def make_plan(structure: Structure, scores: Tensor, counts: Sequence[int]) -> Pr
         counts: how many groups each block keeps, a multiple of its strata.
     """
     by_block = scores.split([block.groups for block in structure.blocks])
-    kept = [
-        _most_important(block, own, count) for block, own, count in zip(structure.blocks, by_block, counts, strict=True)
-    ]
+    blocks = tuple(
+        BlockPlan(layer=block.layer, kind=block.kind, groups=block.groups, kept=_most_important(block, own, count))
+        for block, own, count in zip(structure.blocks, by_block, counts, strict=True)
+    )
     return PruningPlan(
         model_type=structure.model_type,
         head_granularity=structure.head_granularity,
         total_parameters=structure.total_parameters,
-        removed_parameters=removed_parameters(structure, [len(groups) for groups in kept]),
-        blocks=tuple(
-            BlockPlan(layer=block.layer, kind=block.kind, groups=block.groups, kept=groups)
-            for block, groups in zip(structure.blocks, kept, strict=True)
-        ),
+        removed_parameters=removed_parameters(structure, [len(block.kept) for block in blocks]),
+        blocks=blocks,
     )
 
 

@@ -24,16 +24,6 @@ from adapruner.search import History, SearchResult, StudyPlace, read_history, sq
 
 T = TypeVar("T")
 
-_PERPLEXITIES, _SCORES = TypeAdapter(dict[str, Perplexity]), TypeAdapter(dict[str, TaskScore])
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A calibration sample: its number in the pool, and its text once there is a tokenizer to read it with."""
-
-    number: int
-    text: str | None
-
 
 @dataclass(frozen=True)
 class Contents:
@@ -47,7 +37,8 @@ class Contents:
         plan: which groups are kept; None before the search has ended, as is `search`.
         result: once it is finished.
         models: what was measured of each model so far.
-        samples: the calibration samples that were chosen.
+        samples: the texts of the chosen calibration samples, once there is a tokenizer to read them with, by their
+            numbers in the pool.
         stages: seconds and peak memory of every finished stage.
         weight_bytes: of the weights of the final model on disk.
     """
@@ -61,7 +52,7 @@ class Contents:
     search: SearchResult | None
     result: RunResult | None
     models: tuple[ModelNumbers, ...]
-    samples: list[Sample]
+    samples: dict[int, str | None]
     stages: dict[str, StageCost]
     weight_bytes: int
 
@@ -93,8 +84,8 @@ def read_contents(run: RunFolder, config: PruneConfig) -> Contents:
 
 def _read(run: RunFolder, folder: RunFolder, config: PruneConfig) -> Contents:
     plan = PruningPlan.load(folder.path / "plan.json") if (folder.path / "plan.json").is_file() else None
-    search = _content(folder.path / "search.json", TypeAdapter(SearchResult))
-    result = _content(folder.path / "result.json", TypeAdapter(RunResult))
+    search = _content(folder.path / "search.json", SearchResult)
+    result = _content(folder.path / "result.json", RunResult)
     is_running = result is None and run.is_running()
     saved = folder.recovered if config.recover and folder.recovered.is_dir() else folder.model
     return Contents(
@@ -107,14 +98,14 @@ def _read(run: RunFolder, folder: RunFolder, config: PruneConfig) -> Contents:
         search=search,
         result=result,
         models=result.models if result else tuple(_models(run, folder, config, plan)),
-        samples=_samples(run, folder, search.best.samples) if search else [],
+        samples=_samples(run, folder, search.best.samples) if search else {},
         stages=result.stages if result else Reporter(run.log).finished_stages(),
         weight_bytes=sum(file.stat().st_size for file in saved.glob("*.safetensors")),
     )
 
 
-def _content(path: Path, adapter: TypeAdapter[T]) -> T | None:
-    return adapter.validate_json(path.read_bytes()) if path.is_file() else None
+def _content(path: Path, of: type[T]) -> T | None:
+    return TypeAdapter(of).validate_json(path.read_bytes()) if path.is_file() else None
 
 
 def _running_history(run: RunFolder, folder: RunFolder) -> History:
@@ -130,8 +121,8 @@ def _models(run: RunFolder, folder: RunFolder, config: PruneConfig, plan: Prunin
     made = {"searched": folder.model.is_dir(), "recovered": folder.recovered.is_dir()}
     for role in TITLES if config.recover else list(TITLES)[:-1]:
         evaluation = (run if role == "dense" else folder).path / "evaluation"
-        perplexity = _content(evaluation / f"perplexity-{role}.json", _PERPLEXITIES)
-        tasks = _content(evaluation / f"tasks-{role}.json", _SCORES)
+        perplexity = _content(evaluation / f"perplexity-{role}.json", dict[str, Perplexity])
+        tasks = _content(evaluation / f"tasks-{role}.json", dict[str, TaskScore])
         if plan and (role == "dense" or perplexity or tasks or made.get(role)):
             removed = 0 if role == "dense" else plan.removed_parameters
             parameters = plan.total_parameters - removed
@@ -141,14 +132,14 @@ def _models(run: RunFolder, folder: RunFolder, config: PruneConfig, plan: Prunin
     return models
 
 
-def _samples(run: RunFolder, folder: RunFolder, numbers: tuple[int, ...]) -> list[Sample]:
+def _samples(run: RunFolder, folder: RunFolder, numbers: tuple[int, ...]) -> dict[int, str | None]:
     """The saved model brings the tokenizer."""
     windows = run.path / "windows.safetensors"
     if not windows.is_file() or not folder.model.is_dir():
-        return [Sample(number, None) for number in numbers]
+        return dict.fromkeys(numbers)
     pool = load_file(windows)["pool"]
     tokenizer = load_tokenizer(find_model(str(folder.model)))
-    return [Sample(number, str(tokenizer.decode(pool[number].tolist()))) for number in numbers]
+    return {number: str(tokenizer.decode(pool[number].tolist())) for number in numbers}
 
 
 def _current_stage(log: Path) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import json
 import math
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
@@ -14,10 +13,11 @@ from plotly.subplots import make_subplots
 
 from adapruner.evaluation import Perplexity
 from adapruner.planning import PruningPlan
-from adapruner.report._words import KINDS, LOSS_NAMES, described, shortened
-from adapruner.result import TITLES, ModelNumbers
+from adapruner.result import TITLES, ModelNumbers, plus_minus
 from adapruner.search import History, TriedPoint
 
+LOSS_NAMES = {"loss": "loss, nats per token", "kl": "divergence from the dense model, nats per token"}
+_LONGEST_LABEL = 26
 # Colours that can be read on white and on near black.
 _COLOURS = {"dense": "#8b94a3", "best_fixed": "#c08a3e", "searched": "#3d7fd9", "recovered": "#17a08c"}
 _ACCENT, _SECOND, _CHOSEN, _FAINT = _COLOURS["searched"], _COLOURS["best_fixed"], _COLOURS["recovered"], "#8b94a3"
@@ -27,20 +27,17 @@ _LINE_HEIGHT = 30
 
 def removed_by_layer(plan: PruningPlan) -> go.Figure:
     """The share of every layer's heads and channels that went; of heads only where some did."""
-    blocks = {kind: [block for block in plan.blocks if block.kind == kind] for kind in ("channels", "heads")}
-    shown = {
-        kind: own
-        for kind, own in blocks.items()
-        if kind == "channels" or any(len(block.kept) < block.groups for block in own)
-    }
+    channels, heads = ([block for block in plan.blocks if block.kind == kind] for kind in ("channels", "heads"))
+    shown = {"channels": channels, plan.head_name: heads}
+    if all(len(block.kept) == block.groups for block in heads):
+        del shown[plan.head_name]
     figure = make_subplots(rows=len(shown), shared_xaxes=True, vertical_spacing=0.12)
-    for row, (kind, own) in enumerate(shown.items(), start=1):
-        name = KINDS[plan.head_granularity if kind == "heads" else kind]
+    for row, (name, own) in enumerate(shown.items(), start=1):
         figure.add_bar(
             x=[block.layer for block in own],
             y=[1 - len(block.kept) / block.groups for block in own],
             name=name,
-            marker_color=_ACCENT if kind == "channels" else _SECOND,
+            marker_color=_ACCENT if own is channels else _SECOND,
             customdata=[[block.groups - len(block.kept), block.groups] for block in own],
             hovertemplate=f"layer %{{x}}: %{{customdata[0]:,}} of %{{customdata[1]:,}} {name} removed, %{{y:.0%}}"
             "<extra></extra>",
@@ -171,7 +168,7 @@ def perplexities(models: Sequence[ModelNumbers]) -> go.Figure:
             marker_color=[_COLOURS[model.role] for model in measured],
             error_x=_error_bars(errors),
             hovertemplate="%{y}: %{x:.2f}%{customdata}<extra></extra>",
-            customdata=[f" ± {error:.2f}" if error is not None else "" for error in errors],
+            customdata=[plus_minus(error, 2) for error in errors],
             row=row,
             col=1,
         )
@@ -205,7 +202,7 @@ def accuracies(models: Sequence[ModelNumbers]) -> go.Figure | None:
             offsetgroup=model.role,
             error_x=_error_bars(errors),
             hovertemplate=f"%{{y}}, {title}: %{{x:.4f}}%{{customdata}}<extra></extra>",
-            customdata=[f" ± {error:.4f}" if error is not None else "" for error in errors],
+            customdata=[plus_minus(error, 4) for error in errors],
         )
     if not ends:
         return None
@@ -215,10 +212,16 @@ def accuracies(models: Sequence[ModelNumbers]) -> go.Figure | None:
     return _styled(figure, 110 + 58 * len(tasks), scattermode="group", scattergap=0.35)
 
 
-def as_json(figure: go.Figure) -> dict[str, Any]:
-    """The figure as plain values, to be escaped into the page."""
-    content: dict[str, Any] = json.loads(figure.to_json())
-    return content
+def shortened(text: str) -> str:
+    """The end of a text source whose name is too long for a chart."""
+    return text if len(text) <= _LONGEST_LABEL else f"…{text[1 - _LONGEST_LABEL :]}"
+
+
+def described(value: float | int | str) -> str:
+    """A number or a name as it is shown, numbers to three digits."""
+    if isinstance(value, str):
+        return value
+    return f"{value:.3g}".replace("-", "−") if isinstance(value, float) else str(value).replace("-", "−")
 
 
 def perplexity_error(number: Perplexity) -> float | None:

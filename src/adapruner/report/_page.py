@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import math
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 
 import plotly.graph_objects as go
@@ -17,13 +17,21 @@ from plotly.offline import get_plotlyjs
 
 from adapruner.config import PruneConfig
 from adapruner.files import being_written
-from adapruner.planning import PruningPlan
 from adapruner.report import _figures
 from adapruner.report._command import command
 from adapruner.report._contents import Contents, read_contents
-from adapruner.report._words import KINDS, LOSS_NAMES, described, shortened
-from adapruner.result import TITLES, ModelNumbers, shown_name, titles
+from adapruner.report._figures import LOSS_NAMES, described, perplexity_error, shortened
+from adapruner.result import ModelNumbers, plus_minus, shown_name, titles
 from adapruner.run import RunFolder
+
+_TEMPLATES = Environment(
+    loader=PackageLoader("adapruner.report"),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+_TEMPLATES.filters |= {"described": described, "perplexity_error": perplexity_error, "shortened": shortened}
 
 
 @dataclass(frozen=True)
@@ -34,14 +42,6 @@ class Headline:
     value: str
     note: str
     error: float | None = None
-
-
-@dataclass(frozen=True)
-class LayerRow:
-    """How much of a layer stays: kept and all, by kind."""
-
-    layer: int
-    kept: dict[str, tuple[int, int]]
 
 
 def write_reports(run: RunFolder, refresh: int | None = None) -> list[Path]:
@@ -70,53 +70,25 @@ def render_report(run: RunFolder, config: PruneConfig, refresh: int | None = Non
     Args:
         config: the options of the run, with this ratio alone.
     """
-    return render(read_contents(run, config), refresh)
-
-
-def render(contents: Contents, refresh: int | None = None) -> str:
-    """The page as text."""
-    environment = _environment()
-    scripts = [get_plotlyjs(), environment.get_template("report.js").render()]
-    names = titles(contents.config, contents.search.best_fixed_name if contents.search else None)
-    return environment.get_template("report.html.jinja").render(
+    contents = read_contents(run, config)
+    scripts = [get_plotlyjs(), _TEMPLATES.get_template("report.js").render()]
+    return _TEMPLATES.get_template("report.html.jinja").render(
         contents=contents,
         refresh=refresh if contents.state == "running" else None,
         # Whatever a text may smuggle in: nothing is run but these scripts, and nothing is fetched.
         policy="default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src "
         + " ".join(map(_script_hash, scripts)),
         scripts=[Markup(script) for script in scripts],
-        titles=names,
-        name=shown_name(contents.config.model),
-        metrics=_mean_metrics(contents),
+        titles=titles(config, contents.search.best_fixed_name if contents.search else None),
+        name=shown_name(config.model),
         headlines=_headlines(contents),
         means={model.role: _means(model) for model in contents.models},
-        layers=_layer_rows(contents.plan) if contents.plan else [],
-        kinds=KINDS,
-        loss_name=LOSS_NAMES[contents.config.selection],
-        mix=_mix(contents),
+        loss_name=LOSS_NAMES[config.selection],
         allocation=asdict(contents.search.best.budget) if contents.search else {},
-        figures={name: _figures.as_json(figure) for name, figure in _all_figures(contents).items()},
-        sizes=_sizes(contents),
+        figures={name: json.loads(figure.to_json()) for name, figure in _all_figures(contents).items()},
         command=command(contents.config, contents.path),
         options=yaml.safe_dump(contents.config.model_dump(mode="json"), sort_keys=False),
     )
-
-
-@cache
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("adapruner.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "described": described,
-        "perplexity_error": _figures.perplexity_error,
-        "shortened": shortened,
-    }
-    return environment
 
 
 def _script_hash(script: str) -> str:
@@ -141,10 +113,6 @@ def _all_figures(contents: Contents) -> dict[str, go.Figure]:
     if any(point.positions and point.loss is not None for point in history.points):
         figures["parallel"] = _figures.parallel_coordinates(history, chosen)
     return figures
-
-
-def _mean_metrics(contents: Contents) -> list[str]:
-    return list(contents.dense.mean_accuracies) if contents.dense else []
 
 
 def _means(model: ModelNumbers) -> dict[str, tuple[float, float | None]]:
@@ -172,7 +140,7 @@ def _headlines(contents: Contents) -> list[Headline]:
             of_dense, error_of_dense = _means(contents.dense)[metric]
             count = len(contents.final.tasks)
             which = f"mean {metric} of {count} tasks" if count > 1 else metric
-            note = f"dense {of_dense:.3f}" + ("" if error_of_dense is None else f" ± {error_of_dense:.3f}")
+            note = f"dense {of_dense:.3f}{plus_minus(error_of_dense, 3)}"
             headlines.append(Headline(which, f"{mean:.3f}", note, error))
     if contents.stages:
         seconds = sum(stage.seconds for stage in contents.stages.values())
@@ -186,29 +154,3 @@ def _duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = seconds / 60
     return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
-
-
-def _layer_rows(plan: PruningPlan) -> list[LayerRow]:
-    rows: dict[int, LayerRow] = {}
-    for block in plan.blocks:
-        row = rows.setdefault(block.layer, LayerRow(block.layer, {}))
-        row.kept[block.kind] = (len(block.kept), block.groups)
-    return list(rows.values())
-
-
-def _mix(contents: Contents) -> dict[str, float]:
-    """The shares of the importance terms in the chosen metric."""
-    weights = contents.search.best.point.weights if contents.search else {}
-    total = sum(weights.values())
-    return {name: weight / total for name, weight in sorted(weights.items(), key=lambda item: -item[1]) if weight}
-
-
-def _sizes(contents: Contents) -> list[tuple[str, int, float]]:
-    """Title, parameters and bytes of the weights; those of the dense model in the dtype of the saved one."""
-    if not contents.weight_bytes or not contents.dense or not contents.final:
-        return []
-    before, after = contents.dense.parameters, contents.final.parameters
-    return [
-        ("dense", before, before * contents.weight_bytes / after),
-        (TITLES[contents.final.role], after, contents.weight_bytes),
-    ]

@@ -1,13 +1,12 @@
 """Cutting a model by a plan, and compensation for what went."""
 
-from adapruner.surgery._compensation import Compensation, CompensationForm, compensate
+from adapruner.surgery._compensation import Compensation, compensate
 from adapruner.surgery._cut import prune_model
 from adapruner.surgery._sequential import compensate_sequentially, refit_sequentially
 from adapruner.surgery._stock import check_paddable, pad_to_stock
 
 __all__ = [
     "Compensation",
-    "CompensationForm",
     "check_paddable",
     "compensate",
     "compensate_sequentially",

@@ -72,7 +72,7 @@ def _empty_pruned(
     if architecture.config_fields.head_numbers:
         fields |= {architecture.config_fields.head_numbers: None}
     if adds_bias:
-        fields |= {"added_biases": _row_wise_modules(structure)}
+        fields |= {"added_biases": sorted({block.row_wise_path for block in structure.blocks})}
     pruned: PreTrainedModel = pruned_class(pruned_class.config_class.from_dict(fields))
     return pruned
 
@@ -91,11 +91,6 @@ def _layer_fields(
             if before or len(block_plan.kept) < block.groups:
                 own[numbered] = [(before or range(block.groups))[group] for group in block_plan.kept]
     return layers
-
-
-def _row_wise_modules(structure: Structure) -> list[str]:
-    """Paths of the row-wise projections within a layer."""
-    return sorted({block.row_wise.module.split(f".{block.layer}.", 1)[1] for block in structure.blocks})
 
 
 def _pruned_state(
@@ -120,10 +115,10 @@ def _pruned_state(
 def _in_memory(own: dict[str, Tensor], whole: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a streamed layer on the CPU. Of a layer that is cut none may lie in the file any more: one norm
     that does keeps all of the layer mapped, which counts as memory."""
-    untouched = {name for name, tensor in own.items() if tensor is whole.get(name)}
-    if len(untouched) < len(own):
-        own = {name: tensor.clone() if name in untouched else tensor for name, tensor in own.items()}
-    return {name: tensor.cpu() for name, tensor in own.items()}
+    is_cut = any(tensor is not whole.get(name) for name, tensor in own.items())
+    return {
+        name: (tensor.clone() if is_cut and tensor is whole.get(name) else tensor).cpu() for name, tensor in own.items()
+    }
 
 
 def _prune_block(
@@ -152,8 +147,8 @@ def _prune_block(
 def kept_indices(plan: BlockPlan, parts: Sequence[TensorSlice], size: int) -> Tensor:
     """[kept], int64, ascending: the indices of the pruned axis of one tensor that stay, out of `size`."""
     stays = torch.ones(size, dtype=torch.bool)
-    is_removed = torch.ones(plan.groups, dtype=torch.bool)
-    is_removed[list(plan.kept)] = False
+    is_kept = torch.zeros(plan.groups, dtype=torch.bool)
+    is_kept[list(plan.kept)] = True
     for part in parts:
-        stays[part.offset : part.offset + plan.groups * part.width] = ~is_removed.repeat_interleave(part.width)
+        stays[part.offset : part.offset + plan.groups * part.width] = is_kept.repeat_interleave(part.width)
     return stays.nonzero().flatten()

@@ -24,7 +24,8 @@ from adapruner.planning import PruningPlan
 from adapruner.structure import Block, Structure
 from adapruner.surgery._compensation import Compensation
 
-# Share of the error of earlier layers that a layer makes up for (see docs/benchmarks.md).
+# Share of the error of earlier layers that a layer makes up for (see docs/benchmarks.md). With all of it, a layer bends
+# to repair what it cannot and does worse on other text; with none, it is fitted to inputs that it will not see.
 CARRIED_SHARE = 0.5
 
 
@@ -43,14 +44,11 @@ def compensate_sequentially(
     """Refits the row-wise projections of a pruned model in place, layer after layer.
 
     With x the inputs of a projection in the dense model, x' those that the pruned layers before leave it, r and r' the
-    hidden states that its output is added to, the projection W' minimises
-    E‖W x + s (r - r') - W' x'‖² + damping · ‖W' - W₀‖² around what it was, W₀. A share s of the error that has built up
-    in the layers before is made up for: with all of it, a layer bends to repair what it cannot and does worse on other
-    text; with none, it is fitted to inputs that it will not see.
+    hidden states that its output is added to, the projection W' minimises, around what it was, W₀,
+    E‖W x + s (r - r') - W' x'‖² + damping · ‖W' - W₀‖².
 
-    Only projections out of which something was cut are refitted, and nothing is run behind the last of them. The cost
-    is that of two forward passes over the text (four through layers that lost heads), and the memory that of two hidden
-    states and the inputs of one projection per token.
+    Only cut projections are refitted; nothing is run behind the last. The cost is two forward passes over the text,
+    four through layers that lost heads; the memory two hidden states and the inputs of one projection per token.
 
     Args:
         dense: of a family with a plain residual (`Architecture.has_plain_residual`).
@@ -58,34 +56,27 @@ def compensate_sequentially(
         windows: [windows, tokens], int64.
         dampings: of each block that was cut, by number (`InputMoments.damping`).
         progress: called with 1 after every layer.
-        on_refit: called with the name of every refitted parameter and its new weight, as it is stored, in float32, for
-            where the weights that stay are others: of a copy in another dtype, or of a layer that is only in use.
+        on_refit: called with the name and the float32 value, as stored, of every refitted parameter; for where the
+            model that is run is a copy of the one that is kept.
     """
-    cut = _cut_blocks(structure, plan)
-    differ = False
+    cut = {number: structure.blocks[number] for number in _cut_blocks(plan)}
     with torch.inference_mode():
         entered = enter_layers(dense, windows.split(batch_size))
         dense_states = [state for state, _ in entered]
         pruned_states = list(dense_states)
         for index in range(structure.layers):
-            if index <= max(cut, default=-1):
+            if index <= max((block.layer for block in cut.values()), default=-1):
                 calls = [of_batch[index] for _, of_batch in entered]
+                blocks = {number: block for number, block in cut.items() if block.layer == index}
                 with loaded_layer(dense, index) as dense_layer, loaded_layer(pruned, index) as pruned_layer:
-                    before, after = _Layer(dense_layer, calls), _Layer(pruned_layer, calls)
-                    for number in cut.get(index, []):
-                        block = structure.blocks[number]
-                        weight = _refit(
-                            before, after, block, dense_states, pruned_states, dampings[number], carried_share
-                        )
-                        differ = True
+                    before, after = _Layer(dense_layer, calls, dense_states), _Layer(pruned_layer, calls, pruned_states)
+                    for number, block in blocks.items():
+                        weight = _refit(before, after, block, dampings[number], carried_share)
                         if on_refit:
                             on_refit(block.row_wise.parameter, weight)
-                    if not any(structure.blocks[number].kind == "channels" for number in cut.get(index, [])):
-                        before.advance(dense_states)
-                        if differ:
-                            after.advance(pruned_states)
-                        else:
-                            pruned_states = list(dense_states)
+                    if not any(block.kind == "channels" for block in blocks.values()):
+                        before.advance()
+                        after.advance()
             if progress:
                 progress(1)
 
@@ -103,8 +94,7 @@ def refit_sequentially(
     dtype in which they are fastest."""
     fast = in_fastest_dtype(model)
     fast_pruned = pruned if fast is model else in_fastest_dtype(pruned)
-    cut = [index for of_layer in _cut_blocks(structure, plan).values() for index in of_layer]
-    dampings = {index: compensation.moments[index].damping for index in cut}
+    dampings = {number: compensation.moments[number].damping for number in _cut_blocks(plan)}
     # What is in place while a streamed layer is in use may be a copy on another device.
     elsewhere = fast_pruned is not pruned or is_streamed(pruned)
     overwrite = partial(overwrite_weight, pruned) if elsewhere else None
@@ -113,13 +103,9 @@ def refit_sequentially(
     )
 
 
-def _cut_blocks(structure: Structure, plan: PruningPlan) -> dict[int, list[int]]:
-    """The numbers of the blocks out of which something goes, by layer."""
-    by_layer: dict[int, list[int]] = {}
-    for index, (block, block_plan) in enumerate(zip(structure.blocks, plan.blocks, strict=True)):
-        if len(block_plan.kept) < block.groups:
-            by_layer.setdefault(block.layer, []).append(index)
-    return by_layer
+def _cut_blocks(plan: PruningPlan) -> list[int]:
+    """The numbers of the blocks out of which something goes."""
+    return [number for number, block in enumerate(plan.blocks) if len(block.kept) < block.groups]
 
 
 @dataclass(frozen=True)
@@ -134,43 +120,34 @@ class _Seen:
 
 @dataclass(frozen=True)
 class _Layer:
-    """A decoder layer, and what its model calls it with for each batch."""
+    """A decoder layer, and for each batch what its model calls it with and the hidden state in front of it."""
 
     module: nn.Module
     calls: list[LayerCall]
+    states: list[Tensor]
 
-    def advance(self, states: list[Tensor]) -> None:
-        """Replaces hidden states in front of the layer by those behind it."""
-        for number, state in enumerate(states):
-            states[number] = self.calls[number].run(self.module, state)
+    def advance(self) -> None:
+        """Replaces the hidden states by those behind the layer."""
+        for number, state in enumerate(self.states):
+            self.states[number] = self.calls[number].run(self.module, state)
 
     def projection(self, block: Block) -> Any:
         """The row-wise projection of a block."""
-        return self.module.get_submodule(block.row_wise.module.split(f".{block.layer}.", 1)[1])
+        return self.module.get_submodule(block.row_wise_path)
 
-    def watch(self, number: int, state: Tensor, block: Block) -> _Seen:
+    def watch(self, number: int, block: Block) -> _Seen:
         """Runs the layer on a batch and sees what the row-wise projection of a block does."""
-        seen: list[Tensor] = []
-        hook = self.projection(block).register_forward_hook(lambda _, inputs, output: seen.extend((inputs[0], output)))
-        try:
+        state, seen = self.states[number], list[Tensor]()
+        projection = self.projection(block)
+        with projection.register_forward_hook(lambda _, inputs, output: seen.extend((inputs[0], output))):
             after = self.calls[number].run(self.module, state)
-        finally:
-            hook.remove()
         inputs, output = (tensor.flatten(0, -2) for tensor in seen)
         # The attention output is added to what comes into the layer, the feed-forward output makes what leaves it.
         beside = state.flatten(0, -2) if block.kind == "heads" else after.flatten(0, -2) - output
         return _Seen(inputs, output, beside)
 
 
-def _refit(
-    dense: _Layer,
-    pruned: _Layer,
-    block: Block,
-    dense_states: list[Tensor],
-    pruned_states: list[Tensor],
-    damping: float,
-    carried_share: float,
-) -> Tensor:
+def _refit(dense: _Layer, pruned: _Layer, block: Block, damping: float, carried_share: float) -> Tensor:
     """Sets the weight of the pruned projection to the least-squares solution. The feed-forward comes last in a layer:
     its output is all that changes then, so hidden states are replaced by those behind the layer on the way.
 
@@ -182,8 +159,8 @@ def _refit(
     second = torch.zeros(weight.shape[1], weight.shape[1], device=weight.device)
     residual = torch.zeros(weight.shape, device=weight.device)
     inputs_of_pruned, tokens = [], 0
-    for number, (dense_state, pruned_state) in enumerate(zip(dense_states, pruned_states, strict=True)):
-        wanted, given = dense.watch(number, dense_state, block), pruned.watch(number, pruned_state, block)
+    for number, state in enumerate(dense.states):
+        wanted, given = dense.watch(number, block), pruned.watch(number, block)
         inputs = given.inputs.float()
         missing = wanted.output.float() - given.output.float()
         missing += carried_share * (wanted.beside.float() - given.beside.float())
@@ -191,13 +168,13 @@ def _refit(
         residual.addmm_(missing.T, inputs)
         tokens += len(inputs)
         if block.kind == "channels":
-            dense_states[number] = (wanted.beside + wanted.output).view_as(dense_state)
-            pruned_states[number] = given.beside.view_as(pruned_state)
+            dense.states[number] = (wanted.beside + wanted.output).view_as(state)
+            pruned.states[number] = given.beside.view_as(state)
             inputs_of_pruned.append(given.inputs)
     change = solve_damped(second / tokens, damping, (residual / tokens).T).T
     refitted = (weight + change).float()
     weight.copy_(refitted)
     for number, own_inputs in enumerate(inputs_of_pruned):
-        beside = pruned_states[number]
-        pruned_states[number] = beside + projection(own_inputs).view_as(beside)
+        beside = pruned.states[number]
+        pruned.states[number] = beside + projection(own_inputs).view_as(beside)
     return block.row_wise.as_projection(refitted)
