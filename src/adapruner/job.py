@@ -87,11 +87,13 @@ class Preparation:
     @cached_property
     def empty(self) -> PreTrainedModel:
         """The dense model without weights."""
-        model = empty_model(load_config(self.location))
-        seq_len = max(self.config.seq_len, self.config.recovery.seq_len if self.config.recover else 0)
-        if warning := check_length(model.config, seq_len):
-            self.reporter.note(warning)
-        return model
+        return empty_model(load_config(self.location))
+
+    @cached_property
+    def warning(self) -> str | None:
+        """About texts that are longer than the positions of the model."""
+        recovery = self.config.recovery.seq_len if self.config.recover else 0
+        return check_length(self.empty.config, max(self.config.seq_len, recovery))
 
     @cached_property
     def structure(self) -> Structure:
@@ -120,6 +122,8 @@ class Preparation:
     @cached_property
     def dense(self) -> PreTrainedModel:
         """The dense model, loaded."""
+        if self.warning:
+            self.reporter.note(self.warning)
         with self.reporter.stage("loading", 1) as advance:
             model = load_model(self.location, self.config.dtype, self.config.device, self.layer_wise)
             advance()

@@ -14,7 +14,7 @@ from adapruner.config import PruneConfig
 from adapruner.errors import AdaPrunerError
 from adapruner.evaluation import tokens_per_batch
 from adapruner.measurement import saved_activations
-from adapruner.models import decoder_layers, trial_dtype
+from adapruner.models import architecture_of, decoder_layers, trial_dtype
 from adapruner.planning import Budget, kept_counts
 from adapruner.processes import this_process
 from adapruner.search import MOST_PROTECTED_FIRST
@@ -98,7 +98,7 @@ def _stages(
         "objective_windows": known * objective * hidden * trial.itemsize,
         "dense predictions": 2 * objective * vocabulary * (config.selection == "kl"),
     }
-    if config.fits_sequentially:
+    if config.fits_sequentially and architecture_of(model.config).has_plain_residual(model.config):
         seen = {"compensation_windows": text * (2 * hidden + max(widths)), "pruned weights": pruned * with_copy}
         stages["compensating"] = both | seen | solving
     return stages

@@ -241,8 +241,10 @@ def test_texts_longer_than_learned_positions(
     for verb in ("prune", "recover", "evaluate"):
         command = made[verb]
         command[command.index("--seq-len") + 1] = "65"
-        refused(command, f"this {model_type} has 64 positions, 65 tokens do not go")
-    refused([*made["benchmark"][:2], "--prompt", "60", "--new-tokens", "5"], "64 positions, 65 tokens")
+        refused(command, f"this {model_type} has 64 positions and no more; texts of 65 tokens are too long")
+    refused(
+        [*made["benchmark"][:2], "--prompt", "60", "--new-tokens", "5"], "64 positions and no more; texts of 65 tokens"
+    )
 
 
 @pytest.mark.parametrize(

@@ -71,8 +71,8 @@ NO_SUCH_TEXT = {
     "@": "unknown part ''",
     "wikitext": "Did you mean 'wikitext2'",
     "c5": "unknown text source 'c5'",
-    "nowhere.txt": "there is no file nowhere.txt",
-    "nowhere.parquet": "there is no file nowhere.parquet",
+    "nowhere.txt": "there is no file … nowhere.txt",
+    "nowhere.parquet": "there is no file … nowhere.parquet",
     "self@report": "can only be used to calibrate",
     "wikitext2@training": "unknown part 'training'",
     "wikitext2:nosplit": "wikitext2:nosplit",
@@ -104,7 +104,7 @@ def test_names_of_no_text(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("ADAPRUNER_DATA", raising=False)
-    refused(with_text(verb, text), message)
+    refused(with_text(verb, text), *message.split(" … "))
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -90,15 +90,17 @@ def evaluate(
     config, tokenizer = load_config(location), load_tokenizer(location)
     of_protocol, length = PROTOCOLS[protocol] if protocol else ((), seq_len)
     wanted = [(name, length, None) for name in of_protocol] + [(name, seq_len, stride) for name in perplexity]
-    texts = {}
+    texts, warnings = {}, []
     for name, tokens, step in wanted:
         source = parse_source(name, "report")
         texts[source] = text = evaluation_text(source, tokenizer, tokens, limit, step)
-        check_length(config, tokens)
+        warnings.append(check_length(config, tokens))
         check_tokens(config, int(text.windows.max()))
     to_run = load_tasks(tasks, limit) if tasks else None
     known_uses = _describe_overlaps(location, texts)
     reporter = Reporter()
+    for warning in filter(None, dict.fromkeys(warnings)):
+        reporter.note(warning)
     with reporter.stage("loading"):
         loaded = load_model(location, dtype, device)
     perplexities = _measure_texts(loaded, texts, reporter) if texts else []
