@@ -245,28 +245,3 @@ def test_texts_longer_than_learned_positions(
     refused(
         [*made["benchmark"][:2], "--prompt", "60", "--new-tokens", "5"], "64 positions and no more; texts of 65 tokens"
     )
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        *(
-            (name, value)
-            for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-            for value in ("", "a", "-1")
-        ),
-        ("RANK", "1"),
-        ("WORLD_SIZE", "0"),
-        ("LOCAL_WORLD_SIZE", "0"),
-    ],
-)
-def test_variables_of_a_launcher_that_are_none(
-    name: str,
-    value: str,
-    commands: Commands,
-    refused: Refused,
-    model_folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv(name, value)
-    refused(commands(model_folder)["prune"], name)
