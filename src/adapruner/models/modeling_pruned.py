@@ -14,7 +14,6 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import transformers
 from huggingface_hub.dataclasses import strict
@@ -211,24 +210,6 @@ def _validate_stock_rope(self: PreTrainedConfig) -> None:
     self.stock_class.validate_rope(shell)
 
 
-def _block_configs(self: PreTrainedConfig) -> list[SimpleNamespace] | None:
-    """What vLLM's architecture DeciLMForCausalLM reads of each layer; None where query heads, which must be the same
-    everywhere, are not, or there are biases that vLLM does not know."""
-    if "intermediate_size" not in (self.per_layer_attributes or ()) or getattr(self, "added_biases", None):
-        return None
-    if "num_attention_heads" in self.per_layer_attributes:
-        return None
-    return [
-        SimpleNamespace(
-            attention=SimpleNamespace(
-                no_op=False, n_heads_in_group=layer.num_attention_heads // layer.num_key_value_heads
-            ),
-            ffn=SimpleNamespace(no_op=False, intermediate_size=layer.intermediate_size),
-        )
-        for layer in self.per_layer_config
-    ]
-
-
 def _pruned_classes(family: _Family) -> tuple[type, type, type]:
     """Config, decoder and causal language model of a family."""
     name = family.stock_class.__name__.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
@@ -242,8 +223,6 @@ def _pruned_classes(family: _Family) -> tuple[type, type, type]:
     own = {"__module__": __name__, "family": family, "auto_map": auto_map}
     validation = {"validate_architecture": _accept_any_heads, "validate_rope": _validate_stock_rope}
     of_config = {"__module__": __name__, "stock_class": stock_config} | validation
-    if family.stock_class is LlamaForCausalLM:
-        of_config["block_configs"] = property(_block_configs)
     config = strict(type(classes["AutoConfig"], (stock_config,), of_config))
     prefix = f"{family.stock_class.base_model_prefix}."
     decoder = type(
