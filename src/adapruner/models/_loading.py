@@ -9,7 +9,6 @@ import importlib.util
 import json
 import logging
 import re
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -18,9 +17,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import is_offline_mode
-from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils import logging as hub_logging
-from safetensors import SafetensorError
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -35,8 +32,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
 
 from adapruner.errors import AdaPrunerError, reason
-from adapruner.models import modeling_pruned
-from adapruner.models._architecture import architecture_of, known_architectures
+from adapruner.models._architecture import architecture_of, known_architectures, new_model
 from adapruner.models._device import resolve_device
 from adapruner.models._stored import (
     StoredTensor,
@@ -58,21 +54,6 @@ _MOST_LAYERS = 2000
 _LARGEST_VOCABULARY = 2**31 - 1
 # Some 20 times the widest models: buffers of positions are made before weights are looked for.
 _LARGEST_WIDTH = 2**20
-# What transformers, safetensors, tokenizers and gguf raise over files that are broken, or not what they seem.
-_UNREADABLE = (
-    OSError,
-    ValueError,
-    LookupError,
-    struct.error,
-    TypeError,
-    AttributeError,
-    ArithmeticError,
-    AssertionError,
-    RuntimeError,
-    ImportError,
-    StrictDataclassError,
-    SafetensorError,
-)
 
 
 @dataclass(frozen=True)
@@ -172,18 +153,18 @@ def _read_config(location: ModelLocation) -> PreTrainedConfig:
     with _reported_as_unloadable(location):
         fields, _ = PreTrainedConfig.get_config_dict(location.path, **location.arguments)
         _refuse_odd_fields(fields, location)
-        pruned_class: Any = modeling_pruned.PRUNED_CLASSES.get(str(fields.get("model_type")))
+        family = known_architectures().get(str(fields.get("model_type")))
         config: PreTrainedConfig
         if location.gguf_file:
             config = CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
         elif fields.get("per_layer_config") is not None:
             # A stock config class refuses head counts that differ between layers.
-            if pruned_class is None:
+            if family is None:
                 raise AdaPrunerError(
                     f"layers of {str(location)!r} differ, in a family that is not known, {fields.get('model_type')!r}:"
                     " register the YAML file that it was pruned with"
                 )
-            config = pruned_class.config_class.from_pretrained(location.path)
+            config = family.pruned_class.config_class.from_pretrained(location.path)
         else:
             config = AutoConfig.from_pretrained(location.path, **_NO_REMOTE_CODE)
     _clear_gguf_marks(config, location)
@@ -191,7 +172,7 @@ def _read_config(location: ModelLocation) -> PreTrainedConfig:
     _refuse_impossible_counts(config, location)
     if _is_known(config, location) and config.tie_word_embeddings:
         # What is broken in the files is said when they are loaded.
-        with contextlib.suppress(AdaPrunerError, *_UNREADABLE), quiet_transformers():
+        with contextlib.suppress(Exception), quiet_transformers():
             stored = stored_tensors(location.path, config, local_files_only=True)
             config.tie_word_embeddings = not has_own_output(empty_model(config), stored)
     return config
@@ -200,7 +181,7 @@ def _read_config(location: ModelLocation) -> PreTrainedConfig:
 def _is_known(config: PreTrainedConfig, location: ModelLocation) -> bool:
     """Whether the weights are in safetensors files, as they are, and under names that are known."""
     is_quantized = getattr(config, "quantization_config", None) is not None
-    return not location.gguf_file and not is_quantized and config.model_type in modeling_pruned.PRUNED_CLASSES
+    return not location.gguf_file and not is_quantized and config.model_type in known_architectures()
 
 
 def _drop_negative_tokens(settings: Any) -> None:
@@ -319,11 +300,10 @@ def load_model(
     with _reported_as_unloadable(location):
         if layer_wise:
             architecture_of(config)
-            wanted: Any = (config.dtype or dtype_in_files(files)) if dtype == "auto" else getattr(torch, dtype)
+            wanted: Any = getattr(torch, dtype, config.dtype or dtype_in_files(files))
             model = load_streamed(location.path, config, files, wanted, target)
         else:
-            is_pruned = config.is_heterogeneous
-            loader: Any = modeling_pruned.PRUNED_CLASSES[config.model_type] if is_pruned else AutoModelForCausalLM
+            loader: Any = architecture_of(config).pruned_class if config.is_heterogeneous else AutoModelForCausalLM
             # What does not fit is reported below, whole, and not taken.
             loaded, report = loader.from_pretrained(
                 location.path,
@@ -377,12 +357,7 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
     """
     architecture_of(config)
     with _reported(f"this config makes no {config.model_type}"), torch.device("meta"):
-        model: PreTrainedModel = (
-            modeling_pruned.PRUNED_CLASSES[config.model_type](config)
-            if config.is_heterogeneous
-            else AutoModelForCausalLM.from_config(config)
-        )
-    return model
+        return new_model(config)
 
 
 def _find_smollm2() -> ModelLocation:
@@ -438,10 +413,11 @@ def _reported(what: str, hint: str = "") -> Iterator[None]:
     """What other libraries say of a model that is broken is said in one line."""
     try:
         yield
-    except Exception as error:
-        # tokenizers raises nothing more special than Exception.
-        if not isinstance(error, _UNREADABLE) and type(error) is not Exception:
-            raise
+    except (AdaPrunerError, MemoryError):
+        raise
+    except (
+        Exception
+    ) as error:  # transformers, safetensors, tokenizers and gguf raise nearly every class over broken files
         raise AdaPrunerError(f"{what}: {reason(error).rstrip('.')}{hint}") from error
 
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils.hub import cached_file
 
-from adapruner.models import modeling_pruned
-from adapruner.models._architecture import architecture_of
-from adapruner.models._layers import ReadLayer, decoder_layers, plain_weights, stream_layers
+from adapruner.models._architecture import architecture_of, new_model
+from adapruner.models._layers import ReadLayer, decoder_layers, move_resident, plain_weights, stream_layers
 from adapruner.models._stored import StoredTensor, names_in_files, read_tensors
 
 
@@ -28,8 +26,7 @@ def load_streamed(
     """
     config.dtype = dtype
     with init_empty_weights(include_buffers=False):
-        pruned_class: Any = modeling_pruned.PRUNED_CLASSES[config.model_type]
-        model: Any = pruned_class(config) if config.is_heterogeneous else AutoModelForCausalLM.from_config(config)
+        model = new_model(config)
     names = names_in_files(model, files)
     layers_prefix = f"{architecture_of(config).layers}."
 
@@ -44,10 +41,8 @@ def load_streamed(
     model.tie_weights(missing_keys=model.state_dict().keys() - names.keys(), recompute_mapping=False)
     count = len(decoder_layers(model))
     stream_layers(model, [reader(below(f"{layers_prefix}{index}.")) for index in range(count)])
-    for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            module.register_buffer(name, buffer.to(device), name not in module._non_persistent_buffers_set)
+    move_resident(model, device)
     if cached_file(path, "generation_config.json", _raise_exceptions_for_missing_entries=False):
         model.generation_config = GenerationConfig.from_pretrained(path)
-    streamed: PreTrainedModel = model.eval()
-    return streamed
+    model.eval()
+    return model
