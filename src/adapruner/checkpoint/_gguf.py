@@ -47,21 +47,6 @@ _ROPE_SETTINGS: dict[str, set[str]] = {
     "llama3": {"factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"},
 }
 
-_MODEL_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-_LAYER_NAMES = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-
 
 def write_gguf(model: PreTrainedModel, tokenizer: Tokenizer, path: Path, gguf_type: GgufType = "f16") -> None:
     """Writes weights, hyperparameters and tokenizer into one file, which appears whole or not at all.
@@ -89,7 +74,7 @@ def write_gguf(model: PreTrainedModel, tokenizer: Tokenizer, path: Path, gguf_ty
     interleaved_width = _head_dim(config) if architecture in _ROTATE_NEIGHBOURS else None
     with made_beside(path) as made:
         with being_written(made) as partial, contextlib.closing(writer):
-            _write_file(writer, partial, _named_tensors(model), _TYPES[gguf_type][0], interleaved_width)
+            _write_file(writer, partial, _named_tensors(model, architecture), _TYPES[gguf_type][0], interleaved_width)
         os.replace(made, path)
 
 
@@ -207,23 +192,18 @@ def _one_if_alike(counts: list[int]) -> int | list[int]:
     return counts[0] if len(set(counts)) == 1 else counts
 
 
-def _named_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+def _named_tensors(model: PreTrainedModel, architecture: str) -> dict[str, Tensor]:
     """Every tensor of the file under its name in llama.cpp; an output layer that shares the embedding has none."""
-    tensors: dict[str, Tensor] = {_gguf_name(name): parameter for name, parameter in model.named_parameters()}
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], model.config.num_hidden_layers)
+    tensors: dict[str, Tensor] = {}
+    for own, parameter in model.named_parameters():
+        name = names.get_name(own, (".weight", ".bias"))
+        if name is None:
+            raise AdaPrunerError(f"GGUF export does not know the parameter {own}; merge adapters into the model first")
+        tensors[name] = parameter
     if model.config.rope_parameters["rope_type"] == "llama3":
         tensors["rope_freqs.weight"] = _frequency_divisors(model.config)
     return tensors
-
-
-def _gguf_name(parameter: str) -> str:
-    module, kind = parameter.rsplit(".", 1)
-    in_layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", module)
-    name = _LAYER_NAMES.get(in_layer[2]) if in_layer else _MODEL_NAMES.get(module)
-    if name is None:
-        raise AdaPrunerError(
-            f"GGUF export does not know the parameter {parameter}; merge adapters into the model first"
-        )
-    return f"blk.{in_layer[1]}.{name}.{kind}" if in_layer else f"{name}.{kind}"
 
 
 def _frequency_divisors(config: PreTrainedConfig) -> Tensor:
