@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from adapruner.checkpoint._card import base_licence
 
 import adapruner
 from adapruner import AdaPrunerError, plain_yaml, verbs
+from adapruner.card import base_licence
 from adapruner.models import find_model, load_model
 
 SOURCES = sorted(Path(adapruner.__file__).parent.rglob("*.py"))
