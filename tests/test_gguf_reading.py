@@ -8,11 +8,11 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
-from adapruner.checkpoint._card import base_licence
 from gguf import GGUFWriter
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from adapruner.card import base_licence
 from adapruner.checkpoint import write_gguf
 from adapruner.models import find_model, load_config, load_model, load_tokenizer
 
