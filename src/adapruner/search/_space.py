@@ -101,7 +101,9 @@ class SearchSpace:
             )
             for name in names
         ]
-        untilted: dict[str, Any] = {f"tilt_{feature}": 0.0 for feature in FEATURES} if self._searches_samples else {}
+        untilted: dict[str, Any] = (
+            {f"tilt_{feature}": 0.0 for feature in FEATURES} if _GIVEN_SAMPLES not in self._given() else {}
+        )
         if self.name == "paper":
             order = "fine_second_order" if self.terms == "all" else "coarse_second_order"
             points: list[dict[str, Any]] = [{"fine": 1.0, order: share} for share in (0.0, 0.5, 1.0)]
@@ -122,11 +124,11 @@ class SearchSpace:
     def _given(self) -> dict[str, Any]:
         """The attributes of a trial that searches as much as this space searches."""
         given: dict[str, Any] = {}
-        if not self._searches_metric:
+        if self.searched == "calibration":
             given[_GIVEN_POINT] = LLM_PRUNER_METRICS[self._held_metric].model_dump()
-        if not self._searches_samples:
+        if self.searched == "metric":
             given[_GIVEN_SAMPLES] = self.first_draw
-        if not self._searches_allocation:
+        if self.name == "paper" or self.searched != "joint":
             given[_GIVEN_BUDGET] = asdict(self.budget)
         return given
 
@@ -145,18 +147,6 @@ class SearchSpace:
     def _held_metric(self) -> str:
         """LLM-Pruner's metric that is kept where none is searched."""
         return "param_first" if self.terms == "all" else "vectorize"
-
-    @property
-    def _searches_metric(self) -> bool:
-        return self.searched != "calibration"
-
-    @property
-    def _searches_allocation(self) -> bool:
-        return self.name == "extended" and self.searched == "joint"
-
-    @property
-    def _searches_samples(self) -> bool:
-        return self.searched != "metric"
 
     def _suggest_point(self, trial: optuna.trial.BaseTrial) -> MetricPoint:
         """S = α1 (first + λ second) + α2 κ (first + λ second) of the paper. Only the ratio of α1 to α2 and of first to
@@ -258,13 +248,14 @@ class SearchSpace:
 
     def _searched_only(self, parameters: dict[str, Any]) -> dict[str, Any]:
         """Without the parameters that this space does not ask for."""
-        if not self._searches_metric:
+        given = self._given()
+        if _GIVEN_POINT in given:
             return {}
         skipped = set(self.fixed_allocation)
         if self.terms != "all":
             skipped |= {"fine", "fine_second_order"}
             skipped |= TERMS.keys() - {term.name for term in usable_terms(self.name, self.terms)}
-        if not self._searches_allocation:
+        if _GIVEN_BUDGET in given:
             skipped |= {"heads", *_ALLOCATION}
         if "head_share" in skipped:
             skipped.add("heads")
