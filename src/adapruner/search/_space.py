@@ -101,9 +101,7 @@ class SearchSpace:
             )
             for name in names
         ]
-        untilted: dict[str, Any] = (
-            {f"tilt_{feature}": 0.0 for feature in FEATURES} if _GIVEN_SAMPLES not in self._given() else {}
-        )
+        untilted: dict[str, Any] = {} if self.searched == "metric" else {f"tilt_{one}": 0.0 for one in FEATURES}
         if self.name == "paper":
             order = "fine_second_order" if self.terms == "all" else "coarse_second_order"
             points: list[dict[str, Any]] = [{"fine": 1.0, order: share} for share in (0.0, 0.5, 1.0)]
