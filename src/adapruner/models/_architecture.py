@@ -126,11 +126,8 @@ class Architecture(_Data):
 def known_architectures() -> dict[str, Architecture]:
     """All families, by `model_type`: those shipped with the package, and those that were registered."""
     folder = resources.files("adapruner.models") / "architectures"
-    families = (
-        Architecture.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
-        for file in sorted(folder.iterdir(), key=lambda file: file.name)
-        if file.name.endswith(".yaml")
-    )
+    files = sorted((file for file in folder.iterdir() if file.name.endswith(".yaml")), key=lambda file: file.name)
+    families = [Architecture.model_validate(yaml.safe_load(file.read_text(encoding="utf-8"))) for file in files]
     return {family.model_type: family for family in families}
 
 

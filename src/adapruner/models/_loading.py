@@ -39,11 +39,11 @@ from adapruner.models._stored import (
     differences,
     dtype_in_files,
     has_own_output,
+    load_streamed,
     names_in_files,
     refuse_files_elsewhere,
     stored_tensors,
 )
-from adapruner.models._streaming import load_streamed
 from adapruner.paths import given_path
 
 SMOLLM2_ALIAS = "smollm2"
@@ -300,7 +300,7 @@ def load_model(
     with _reported_as_unloadable(location):
         if layer_wise:
             architecture_of(config)
-            wanted: Any = getattr(torch, dtype, config.dtype or dtype_in_files(files))
+            wanted: Any = (config.dtype or dtype_in_files(files)) if dtype == "auto" else getattr(torch, dtype)
             model = load_streamed(location.path, config, files, wanted, target)
         else:
             loader: Any = architecture_of(config).pruned_class if config.is_heterogeneous else AutoModelForCausalLM
