@@ -11,6 +11,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.errors import AdaPrunerError
 
+_Token = tuple[str, TokenType]  # text and kind
+
 _SPACE = "▁"  # how SentencePiece writes a space
 _BYTE_TOKENS = frozenset(f"<0x{byte:02X}>" for byte in range(256))
 
@@ -131,9 +133,7 @@ def _add_sentencepiece_like(writer: GGUFWriter, definition: dict[str, Any], voca
     writer.add_add_space_prefix(_prefixes_a_space(definition))
 
 
-def _splits_that_are_no_merges(
-    tokens: list[tuple[str, TokenType]], merges: list[tuple[str, str]]
-) -> Iterator[tuple[str, str]]:
+def _splits_that_are_no_merges(tokens: list[_Token], merges: list[tuple[str, str]]) -> Iterator[tuple[str, str]]:
     normal = {text for text, kind in tokens if kind == TokenType.NORMAL}
     known = set(merges)
     for text in normal:
@@ -157,7 +157,7 @@ def _prefixes_a_space(definition: dict[str, Any]) -> bool:
     raise _not_writable("it changes or splits text in more ways than SentencePiece does")
 
 
-def _tokens(definition: dict[str, Any], vocabulary: int) -> list[tuple[str, TokenType]]:
+def _tokens(definition: dict[str, Any], vocabulary: int) -> list[_Token]:
     """Text and kind of every id below `vocabulary`."""
     falls_back = definition["model"]["byte_fallback"]
     found = {}

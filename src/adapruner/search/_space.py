@@ -233,15 +233,10 @@ class SearchSpace:
 
     def _reference_allocation(self) -> dict[str, Any]:
         """The parameters that give the budget of this space as it is."""
-        budget = self.budget
-        return {
-            "heads": "some" if budget.head_share else "none",
-            "head_share": budget.head_share,
-            "tilt": budget.tilt,
-            "bend": budget.bend,
-            "ranking": budget.ranking,
-            "protect_first": min(budget.protect_first, MOST_PROTECTED_FIRST),
-            "protect_last": min(budget.protect_last, MOST_PROTECTED_LAST),
+        return {name: getattr(self.budget, name) for name in _ALLOCATION} | {
+            "heads": "some" if self.budget.head_share else "none",
+            "protect_first": min(self.budget.protect_first, MOST_PROTECTED_FIRST),
+            "protect_last": min(self.budget.protect_last, MOST_PROTECTED_LAST),
         }
 
     def _searched_only(self, parameters: dict[str, Any]) -> dict[str, Any]:
