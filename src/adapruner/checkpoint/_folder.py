@@ -113,19 +113,16 @@ def write_card(folder: Path, card: str) -> None:
 
 
 def _add_older_rope_keys(path: Path) -> None:
-    fields = json.loads(path.read_text(encoding="utf-8"))
-    fields |= _older_rope_keys(fields["model_type"], fields.get("rope_parameters"))
-    path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _older_rope_keys(model_type: str, parameters: Any) -> dict[str, Any]:
     """transformers 4 does not read `rope_parameters`, and would silently take a theta of 10,000."""
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    parameters = fields.get("rope_parameters")
     # Where layers of different types have their own, older versions have other keys in every family.
-    if not isinstance(parameters, dict) or "rope_theta" not in parameters:
-        return {}
-    names = {"rope_theta": "rope_theta", "partial_rotary_factor": "partial_rotary_factor"}
-    if model_type == "gpt_neox":
-        names = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
-    older = {names[name]: value for name, value in parameters.items() if name in names}
-    scaling = {name: value for name, value in parameters.items() if name not in names}
-    return older | ({"rope_scaling": scaling} if scaling.get("rope_type", "default") != "default" else {})
+    if isinstance(parameters, dict) and "rope_theta" in parameters:
+        names = {"rope_theta": "rope_theta", "partial_rotary_factor": "partial_rotary_factor"}
+        if fields["model_type"] == "gpt_neox":
+            names = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
+        fields |= {names[name]: value for name, value in parameters.items() if name in names}
+        scaling = {name: value for name, value in parameters.items() if name not in names}
+        if scaling.get("rope_type", "default") != "default":
+            fields["rope_scaling"] = scaling
+    path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")

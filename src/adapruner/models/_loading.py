@@ -46,7 +46,6 @@ from adapruner.models._stored import (
 )
 from adapruner.paths import given_path
 
-SMOLLM2_ALIAS = "smollm2"
 # Left open, transformers asks on the terminal whether to run what lies in the folder.
 _NO_REMOTE_CODE = {"trust_remote_code": False}
 # Building a model takes time for every layer, and the deepest ones have a few hundred.
@@ -79,15 +78,8 @@ class ModelLocation:
     def is_local(self) -> bool:
         return self.gguf_file is not None or Path(self.path).is_dir()
 
-    @property
-    def reference(self) -> str:
-        """The name by which `find_model` finds the same model from any working directory."""
-        if self.written == SMOLLM2_ALIAS:
-            return SMOLLM2_ALIAS
-        return str(Path(self.path) / self.gguf_file) if self.gguf_file else self.path
-
     def __str__(self) -> str:
-        return self.written or self.reference
+        return self.written or self.path
 
 
 def find_model(name: str) -> ModelLocation:
@@ -96,7 +88,7 @@ def find_model(name: str) -> ModelLocation:
     Raises:
         AdaPrunerError: a local path that holds no model, or only an adapter, or the alias without its package.
     """
-    if name == SMOLLM2_ALIAS:
+    if name == "smollm2":
         return _find_smollm2()
     path = given_path(name)
     if path.suffix == ".gguf":
@@ -369,7 +361,7 @@ def _find_smollm2() -> ModelLocation:
         )
     folder = Path(spec.submodule_search_locations[0])
     file = next(file for file in folder.iterdir() if file.name.endswith(".gguf"))
-    return ModelLocation(str(folder), file.name, SMOLLM2_ALIAS)
+    return ModelLocation(str(folder), file.name, "smollm2")
 
 
 def _refuse_other_weights(location: ModelLocation, config: PreTrainedConfig, report: dict[str, Any]) -> None:
