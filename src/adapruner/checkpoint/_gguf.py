@@ -26,14 +26,6 @@ from adapruner.errors import AdaPrunerError
 from adapruner.files import being_written
 from adapruner.models import architecture_of
 
-_TYPES: dict[GgufType, tuple[GGMLQuantizationType, LlamaFileType]] = {
-    "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
-    "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
-    "bf16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
-    "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
-}
-_Q8_0_BLOCK = 32
-
 # Families that llama.cpp's architectures `llama` and `deci` compute: Qwen 2 is Llama with biases on query, key, value.
 _LLAMA_LIKE = ("llama", "mistral", "qwen2")
 # Architectures of llama.cpp that rotate neighbouring rows.
@@ -69,12 +61,15 @@ def write_gguf(model: PreTrainedModel, tokenizer: Tokenizer, path: Path, gguf_ty
     add_tokenizer(writer, tokenizer, vocabulary=config.vocab_size)
     writer.add_type("model")
     writer.add_name(path.stem)
-    writer.add_file_type(_TYPES[gguf_type][1])
+    type_name = gguf_type.upper()
+    writer.add_file_type(LlamaFileType["ALL_F32" if gguf_type == "f32" else f"MOSTLY_{type_name}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     interleaved_width = _head_dim(config) if architecture in _ROTATE_NEIGHBOURS else None
     with made_beside(path) as made:
         with being_written(made) as partial, contextlib.closing(writer):
-            _write_file(writer, partial, _named_tensors(model, architecture), _TYPES[gguf_type][0], interleaved_width)
+            _write_file(
+                writer, partial, _named_tensors(model, architecture), GGMLQuantizationType[type_name], interleaved_width
+            )
         os.replace(made, path)
 
 
@@ -239,9 +234,8 @@ def _write_file(
 def _stored_type(tensor: Tensor, matrix_type: GGMLQuantizationType) -> GGMLQuantizationType:
     if tensor.dim() == 1:
         return GGMLQuantizationType.F32
-    if matrix_type == GGMLQuantizationType.Q8_0 and tensor.shape[-1] % _Q8_0_BLOCK:
-        return GGMLQuantizationType.F16
-    return matrix_type
+    block_size, _ = gguf.GGML_QUANT_SIZES[matrix_type]
+    return GGMLQuantizationType.F16 if tensor.shape[-1] % block_size else matrix_type
 
 
 def _interleaved(projection: Tensor, head_dim: int) -> Tensor:
