@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import adapruner
-from adapruner.models import PRUNED_CLASSES, STOCK_CLASSES, known_architectures
+from adapruner.models import known_architectures
 from run_helpers import RUN_OPTIONS
 
 VOCABULARY = 96
@@ -97,12 +97,10 @@ def tiny_model(model_type: str = "llama", key_value_heads: int = 3, **fields: ob
 @pytest.fixture(autouse=True)
 def _families_of_the_package() -> Iterator[None]:
     """Families that a test registers are for the process, and gone after the test."""
-    registries = [known_architectures(), PRUNED_CLASSES, STOCK_CLASSES]
-    before = [dict(registry) for registry in registries]
+    before = dict(known_architectures())
     yield
-    for registry, own in zip(registries, before, strict=True):
-        registry.clear()
-        registry.update(own)
+    known_architectures().clear()
+    known_architectures().update(before)
 
 
 @pytest.fixture

@@ -223,31 +223,6 @@ def test_older_keys_say_the_same_of_positions(
             assert torch.equal(logits, model(windows).logits)
 
 
-def test_what_vllm_reads_of_layers_that_differ_in_channels_alone(
-    make_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
-    """Its architecture DeciLMForCausalLM has the same number of query heads in every layer."""
-    dense = make_model("llama", mlp_bias=False)
-    structure = build_structure(dense)
-    scores = torch.ones(structure.group_offsets[-1])
-    channels_only = [block.groups - (block.kind == "channels") * block.layer for block in structure.blocks]
-    heads_too = [max(1, block.groups - block.layer) for block in structure.blocks]
-    for name, counts, architectures in (
-        ("channels", channels_only, ["DeciLMForCausalLM", "PrunedLlamaForCausalLM"]),
-        ("heads", heads_too, ["PrunedLlamaForCausalLM"]),
-    ):
-        pruned = prune_model(dense, structure, make_plan(structure, scores, counts))
-        save_checkpoint(pruned, tokenizer, tmp_path / name)
-        loaded = adapruner.load(tmp_path / name)
-        assert json.loads((tmp_path / name / "config.json").read_text())["architectures"] == architectures
-        if name == "channels":
-            for block_config, layer in zip(loaded.config.block_configs, loaded.model.layers, strict=True):
-                assert block_config.ffn.intermediate_size == layer.mlp.down_proj.in_features
-                assert block_config.attention.n_heads_in_group == 2
-                assert not block_config.ffn.no_op
-                assert not block_config.attention.no_op
-
-
 ORIGIN = {
     "base_model": "owner/name",
     "texts": [{"use": "calibration", "text": "wikitext2:train", "identity": "1f", "part": "all"}],

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import adapruner
 from adapruner.checkpoint import save_checkpoint
-from adapruner.models import PRUNED_CLASSES, STOCK_CLASSES, known_architectures
+from adapruner.models import known_architectures
 from adapruner.planning import PruningPlan, make_plan
 from adapruner.structure import Structure, build_structure, count_parameters
 from adapruner.surgery import prune_model
@@ -244,7 +244,3 @@ def test_positions_of_long_texts(
     save_checkpoint(prune_model(model, structure, plan), tokenizer, tmp_path / "model")
     expected = masked(model, structure, plan)(windows).logits
     torch.testing.assert_close(adapruner.load(tmp_path / "model")(windows).logits, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_every_yaml_has_its_classes() -> None:
-    assert set(known_architectures()) == set(PRUNED_CLASSES) == set(STOCK_CLASSES)

@@ -107,8 +107,6 @@ def what_vllm_has(folder: Path) -> str:
     """Nothing is run in vLLM here. Its classes take a stock model as it is, but not all of them read the width of a
     head from the config."""
     config = json.loads((folder / "config.json").read_text())
-    if "DeciLMForCausalLM" in config["architectures"]:
-        return "unknown (`DeciLMForCausalLM`)"
     if list(folder.glob("*.py")):
         return "unknown"
     heads = config.get("num_attention_heads") or config["n_head"]

@@ -51,7 +51,7 @@ def save_checkpoint(
         with quiet_transformers():
             model.save_pretrained(made, max_shard_size=shard_size, state_dict=whole_state(model))
         tokenizer.save_pretrained(made)
-        _complete_config(made / "config.json", _deci_architecture(model))
+        _add_older_rope_keys(made / "config.json")
         origin = (record or {}) | {"format": _ORIGIN_FORMAT}
         (made / _ORIGIN).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
         if card is not None:
@@ -112,28 +112,17 @@ def write_card(folder: Path, card: str) -> None:
     write_atomically(folder / "README.md", lambda partial: partial.write_text(card, encoding="utf-8"))
 
 
-def _complete_config(path: Path, other_architectures: list[str]) -> None:
-    """Adds to a config what other readers look for."""
-    fields = json.loads(path.read_text(encoding="utf-8"))
-    fields["architectures"] = other_architectures + fields["architectures"]
-    fields |= _older_rope_keys(fields["model_type"], fields.get("rope_parameters"))
-    path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _older_rope_keys(model_type: str, parameters: Any) -> dict[str, Any]:
+def _add_older_rope_keys(path: Path) -> None:
     """transformers 4 does not read `rope_parameters`, and would silently take a theta of 10,000."""
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    parameters = fields.get("rope_parameters")
     # Where layers of different types have their own, older versions have other keys in every family.
-    if not isinstance(parameters, dict) or "rope_theta" not in parameters:
-        return {}
-    names = {"rope_theta": "rope_theta", "partial_rotary_factor": "partial_rotary_factor"}
-    if model_type == "gpt_neox":
-        names = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
-    older = {names[name]: value for name, value in parameters.items() if name in names}
-    scaling = {name: value for name, value in parameters.items() if name not in names}
-    return older | ({"rope_scaling": scaling} if scaling.get("rope_type", "default") != "default" else {})
-
-
-def _deci_architecture(model: PreTrainedModel) -> list[str]:
-    """vLLM builds a Llama whose layers differ in channels alone as this architecture of its own, out of the
-    `block_configs` that the config class in the folder offers."""
-    return ["DeciLMForCausalLM"] if getattr(model.config, "block_configs", None) else []
+    if isinstance(parameters, dict) and "rope_theta" in parameters:
+        names = {"rope_theta": "rope_theta", "partial_rotary_factor": "partial_rotary_factor"}
+        if fields["model_type"] == "gpt_neox":
+            names = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
+        fields |= {names[name]: value for name, value in parameters.items() if name in names}
+        scaling = {name: value for name, value in parameters.items() if name not in names}
+        if scaling.get("rope_type", "default") != "default":
+            fields["rope_scaling"] = scaling
+    path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")

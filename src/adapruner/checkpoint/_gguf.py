@@ -26,14 +26,6 @@ from adapruner.errors import AdaPrunerError
 from adapruner.files import being_written
 from adapruner.models import architecture_of
 
-_TYPES: dict[GgufType, tuple[GGMLQuantizationType, LlamaFileType]] = {
-    "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
-    "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
-    "bf16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
-    "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
-}
-_Q8_0_BLOCK = 32
-
 # Families that llama.cpp's architectures `llama` and `deci` compute: Qwen 2 is Llama with biases on query, key, value.
 _LLAMA_LIKE = ("llama", "mistral", "qwen2")
 # Architectures of llama.cpp that rotate neighbouring rows.
@@ -45,21 +37,6 @@ _ROPE_SETTINGS: dict[str, set[str]] = {
     "linear": {"factor"},
     "yarn": {"factor", "original_max_position_embeddings"},
     "llama3": {"factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"},
-}
-
-_MODEL_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-_LAYER_NAMES = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
 }
 
 
@@ -84,12 +61,15 @@ def write_gguf(model: PreTrainedModel, tokenizer: Tokenizer, path: Path, gguf_ty
     add_tokenizer(writer, tokenizer, vocabulary=config.vocab_size)
     writer.add_type("model")
     writer.add_name(path.stem)
-    writer.add_file_type(_TYPES[gguf_type][1])
+    type_name = gguf_type.upper()
+    writer.add_file_type(LlamaFileType["ALL_F32" if gguf_type == "f32" else f"MOSTLY_{type_name}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     interleaved_width = _head_dim(config) if architecture in _ROTATE_NEIGHBOURS else None
     with made_beside(path) as made:
         with being_written(made) as partial, contextlib.closing(writer):
-            _write_file(writer, partial, _named_tensors(model), _TYPES[gguf_type][0], interleaved_width)
+            _write_file(
+                writer, partial, _named_tensors(model, architecture), GGMLQuantizationType[type_name], interleaved_width
+            )
         os.replace(made, path)
 
 
@@ -207,23 +187,18 @@ def _one_if_alike(counts: list[int]) -> int | list[int]:
     return counts[0] if len(set(counts)) == 1 else counts
 
 
-def _named_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+def _named_tensors(model: PreTrainedModel, architecture: str) -> dict[str, Tensor]:
     """Every tensor of the file under its name in llama.cpp; an output layer that shares the embedding has none."""
-    tensors: dict[str, Tensor] = {_gguf_name(name): parameter for name, parameter in model.named_parameters()}
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], model.config.num_hidden_layers)
+    tensors: dict[str, Tensor] = {}
+    for own, parameter in model.named_parameters():
+        name = names.get_name(own, (".weight", ".bias"))
+        if name is None:
+            raise AdaPrunerError(f"GGUF export does not know the parameter {own}; merge adapters into the model first")
+        tensors[name] = parameter
     if model.config.rope_parameters["rope_type"] == "llama3":
         tensors["rope_freqs.weight"] = _frequency_divisors(model.config)
     return tensors
-
-
-def _gguf_name(parameter: str) -> str:
-    module, kind = parameter.rsplit(".", 1)
-    in_layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", module)
-    name = _LAYER_NAMES.get(in_layer[2]) if in_layer else _MODEL_NAMES.get(module)
-    if name is None:
-        raise AdaPrunerError(
-            f"GGUF export does not know the parameter {parameter}; merge adapters into the model first"
-        )
-    return f"blk.{in_layer[1]}.{name}.{kind}" if in_layer else f"{name}.{kind}"
 
 
 def _frequency_divisors(config: PreTrainedConfig) -> Tensor:
@@ -259,9 +234,8 @@ def _write_file(
 def _stored_type(tensor: Tensor, matrix_type: GGMLQuantizationType) -> GGMLQuantizationType:
     if tensor.dim() == 1:
         return GGMLQuantizationType.F32
-    if matrix_type == GGMLQuantizationType.Q8_0 and tensor.shape[-1] % _Q8_0_BLOCK:
-        return GGMLQuantizationType.F16
-    return matrix_type
+    block_size, _ = gguf.GGML_QUANT_SIZES[matrix_type]
+    return GGMLQuantizationType.F16 if tensor.shape[-1] % block_size else matrix_type
 
 
 def _interleaved(projection: Tensor, head_dim: int) -> Tensor:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from gguf import GGUFWriter, TokenType
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.errors import AdaPrunerError
+
+_Token = tuple[str, TokenType]  # text and kind
 
 _SPACE = "▁"  # how SentencePiece writes a space
 _BYTE_TOKENS = frozenset(f"<0x{byte:02X}>" for byte in range(256))
@@ -36,12 +37,6 @@ _PRE_TOKENIZER_NAMES = {
     ((_QWEN_2, "bytes"), False): "qwen2",
     ((_TEKKEN, "bytes"), True): "tekken",
 }
-
-
-@dataclass(frozen=True)
-class _Token:
-    text: str
-    kind: TokenType
 
 
 def add_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer, vocabulary: int) -> None:
@@ -91,8 +86,8 @@ def _add_byte_level(writer: GGUFWriter, definition: dict[str, Any], vocabulary: 
     tokens = _tokens(definition, vocabulary)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(name)
-    writer.add_token_list([token.text for token in tokens])
-    writer.add_token_types([token.kind for token in tokens])
+    writer.add_token_list([text for text, _ in tokens])
+    writer.add_token_types([kind for _, kind in tokens])
     writer.add_token_merges([" ".join(pair) for pair in model["merges"]])
 
 
@@ -132,14 +127,14 @@ def _add_sentencepiece_like(writer: GGUFWriter, definition: dict[str, Any], voca
         ranks.setdefault(left + right, rank)
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
-    writer.add_token_list([token.text for token in tokens])
-    writer.add_token_scores([float(-ranks.get(token.text, 0)) for token in tokens])
-    writer.add_token_types([token.kind for token in tokens])
+    writer.add_token_list([text for text, _ in tokens])
+    writer.add_token_scores([float(-ranks.get(text, 0)) for text, _ in tokens])
+    writer.add_token_types([kind for _, kind in tokens])
     writer.add_add_space_prefix(_prefixes_a_space(definition))
 
 
 def _splits_that_are_no_merges(tokens: list[_Token], merges: list[tuple[str, str]]) -> Iterator[tuple[str, str]]:
-    normal = {token.text for token in tokens if token.kind == TokenType.NORMAL}
+    normal = {text for text, kind in tokens if kind == TokenType.NORMAL}
     known = set(merges)
     for text in normal:
         for middle in range(1, len(text)):
@@ -163,19 +158,19 @@ def _prefixes_a_space(definition: dict[str, Any]) -> bool:
 
 
 def _tokens(definition: dict[str, Any], vocabulary: int) -> list[_Token]:
-    """The token of every id below `vocabulary`."""
+    """Text and kind of every id below `vocabulary`."""
     falls_back = definition["model"]["byte_fallback"]
     found = {}
     for text, index in definition["model"]["vocab"].items():
-        found[index] = _Token(text, TokenType.BYTE if falls_back and text in _BYTE_TOKENS else TokenType.NORMAL)
+        found[index] = (text, TokenType.BYTE if falls_back and text in _BYTE_TOKENS else TokenType.NORMAL)
     for added in definition["added_tokens"]:
         kind = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
         if falls_back and added["content"] == definition["model"]["unk_token"]:
             kind = TokenType.UNKNOWN
-        found[added["id"]] = _Token(added["content"], kind)
+        found[added["id"]] = (added["content"], kind)
     if max(found) >= vocabulary:
         raise _not_writable(f"it has {max(found) + 1} tokens, the embedding of the model only {vocabulary}")
-    return [found.get(index, _Token(f"[PAD{index}]", TokenType.UNUSED)) for index in range(vocabulary)]
+    return [found.get(index, (f"[PAD{index}]", TokenType.UNUSED)) for index in range(vocabulary)]
 
 
 def _add_special_tokens(writer: GGUFWriter, tokenizer: Tokenizer) -> None:

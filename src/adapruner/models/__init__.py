@@ -39,11 +39,8 @@ from adapruner.models._loading import (
     load_tokenizer,
     quiet_transformers,
 )
-from adapruner.models.modeling_pruned import PRUNED_CLASSES, STOCK_CLASSES
 
 __all__ = [
-    "PRUNED_CLASSES",
-    "STOCK_CLASSES",
     "Architecture",
     "LayerCall",
     "ModelLocation",

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from functools import cache
+from functools import cache, cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
-from transformers import PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from adapruner.errors import AdaPrunerError, reason
-from adapruner.models.modeling_pruned import PRUNED_CLASSES, register_family
+from adapruner.models.modeling_pruned import Family, register_family
 from adapruner.plain_yaml import PlainLoader
 
 
@@ -78,8 +78,9 @@ class Architecture(_Data):
         learned_positions: whether each position has an embedding of its own, beyond the last of which nothing can be.
         equivalent: family whose config takes numbers of heads that this one refuses.
         unsupported: config fields and the value with which a model is built in another way than is described here.
-        fixed_attention_width: for registered families: whether attention is always as wide as the hidden size, so that
-            the config alone cannot build one with fewer heads.
+        fixed_attention_width: whether attention is always as wide as the hidden size, so that the config alone cannot
+            build one with fewer heads.
+        fixed_channels: whether the config has no field of its own for the channels.
     """
 
     model_type: str
@@ -94,6 +95,16 @@ class Architecture(_Data):
     equivalent: Equivalent | None = None
     unsupported: dict[str, bool] = {}
     fixed_attention_width: bool = False
+    fixed_channels: bool = False
+
+    @cached_property
+    def pruned_class(self) -> Any:
+        """The class of causal language models of this family whose layers differ."""
+        attention_output = self.attention.output if self.fixed_attention_width else None
+        feed_forward = (*self.feed_forward.inputs, self.feed_forward.output) if self.fixed_channels else ()
+        return register_family(
+            Family(self.model_type, self.layers, attention_output, feed_forward, self.config_fields.channels)
+        )
 
     def head_dim(self, config: PreTrainedConfig) -> int:
         """Width of one attention head; families without the field divide the hidden size by the heads."""
@@ -115,11 +126,8 @@ class Architecture(_Data):
 def known_architectures() -> dict[str, Architecture]:
     """All families, by `model_type`: those shipped with the package, and those that were registered."""
     folder = resources.files("adapruner.models") / "architectures"
-    families = (
-        Architecture.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
-        for file in sorted(folder.iterdir(), key=lambda file: file.name)
-        if file.name.endswith(".yaml")
-    )
+    files = sorted((file for file in folder.iterdir() if file.name.endswith(".yaml")), key=lambda file: file.name)
+    families = [Architecture.model_validate(yaml.safe_load(file.read_text(encoding="utf-8"))) for file in files]
     return {family.model_type: family for family in families}
 
 
@@ -153,12 +161,8 @@ def _register(file: Path) -> str:
     known = known_architectures()
     if known.get(family.model_type, family) != family:
         raise AdaPrunerError(f"{file}: there is another description of {family.model_type!r} already")
-    stock_class = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(family.model_type)
-    if not isinstance(stock_class, str):
+    if not isinstance(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(family.model_type), str):
         raise AdaPrunerError(f"{file}: transformers has no causal language model {family.model_type!r}")
-    if family.model_type not in PRUNED_CLASSES:
-        attention = tuple(family.attention.output.rsplit(".", 1)) if family.fixed_attention_width else (None, None)
-        register_family(stock_class, family.layers, *attention)
     known[family.model_type] = family
     return family.model_type
 
@@ -182,6 +186,14 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
         if getattr(config, field, None) == value:
             raise AdaPrunerError(f"models of the family {config.model_type} with {field}: {value} cannot be pruned yet")
     return architecture
+
+
+def new_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """A model of a config, with weights as transformers draws them; use it where they cost nothing."""
+    is_pruned = config.is_heterogeneous
+    make: Any = architecture_of(config).pruned_class if is_pruned else AutoModelForCausalLM.from_config
+    model: PreTrainedModel = make(config)
+    return model
 
 
 def check_length(config: PreTrainedConfig, length: int) -> str | None:

@@ -162,14 +162,13 @@ def stream_from_memory(model: PreTrainedModel, device: torch.device) -> None:
     weights = [{name: tensor.detach() for name, tensor in layer.state_dict().items()} for layer in layers]
     for layer in layers:
         layer.load_state_dict({name: tensor.to("meta") for name, tensor in layer.state_dict().items()}, assign=True)
-    in_layers = {id(module) for layer in layers for module in layer.modules()}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            if id(module) not in in_layers:
-                parameter.data = parameter.data.to(device)
-        for name, buffer in module.named_buffers(recurse=False):
-            module.register_buffer(name, buffer.to(device), name not in module._non_persistent_buffers_set)
+    move_resident(model, device)
     stream_layers(model, [_FromMemory(own, device) for own in weights])
+
+
+def move_resident(model: PreTrainedModel, device: torch.device) -> None:
+    """Moves what is in memory: everything but the weights of streamed layers."""
+    model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ import importlib.util
 import json
 import logging
 import re
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -18,9 +17,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import is_offline_mode
-from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils import logging as hub_logging
-from safetensors import SafetensorError
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -35,22 +32,20 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
 
 from adapruner.errors import AdaPrunerError, reason
-from adapruner.models import modeling_pruned
-from adapruner.models._architecture import architecture_of, known_architectures
+from adapruner.models._architecture import architecture_of, known_architectures, new_model
 from adapruner.models._device import resolve_device
 from adapruner.models._stored import (
     StoredTensor,
     differences,
     dtype_in_files,
     has_own_output,
+    load_streamed,
     names_in_files,
     refuse_files_elsewhere,
     stored_tensors,
 )
-from adapruner.models._streaming import load_streamed
 from adapruner.paths import given_path
 
-SMOLLM2_ALIAS = "smollm2"
 # Left open, transformers asks on the terminal whether to run what lies in the folder.
 _NO_REMOTE_CODE = {"trust_remote_code": False}
 # Building a model takes time for every layer, and the deepest ones have a few hundred.
@@ -58,21 +53,6 @@ _MOST_LAYERS = 2000
 _LARGEST_VOCABULARY = 2**31 - 1
 # Some 20 times the widest models: buffers of positions are made before weights are looked for.
 _LARGEST_WIDTH = 2**20
-# What transformers, safetensors, tokenizers and gguf raise over files that are broken, or not what they seem.
-_UNREADABLE = (
-    OSError,
-    ValueError,
-    LookupError,
-    struct.error,
-    TypeError,
-    AttributeError,
-    ArithmeticError,
-    AssertionError,
-    RuntimeError,
-    ImportError,
-    StrictDataclassError,
-    SafetensorError,
-)
 
 
 @dataclass(frozen=True)
@@ -98,15 +78,8 @@ class ModelLocation:
     def is_local(self) -> bool:
         return self.gguf_file is not None or Path(self.path).is_dir()
 
-    @property
-    def reference(self) -> str:
-        """The name by which `find_model` finds the same model from any working directory."""
-        if self.written == SMOLLM2_ALIAS:
-            return SMOLLM2_ALIAS
-        return str(Path(self.path) / self.gguf_file) if self.gguf_file else self.path
-
     def __str__(self) -> str:
-        return self.written or self.reference
+        return self.written or self.path
 
 
 def find_model(name: str) -> ModelLocation:
@@ -115,7 +88,7 @@ def find_model(name: str) -> ModelLocation:
     Raises:
         AdaPrunerError: a local path that holds no model, or only an adapter, or the alias without its package.
     """
-    if name == SMOLLM2_ALIAS:
+    if name == "smollm2":
         return _find_smollm2()
     path = given_path(name)
     if path.suffix == ".gguf":
@@ -172,18 +145,18 @@ def _read_config(location: ModelLocation) -> PreTrainedConfig:
     with _reported_as_unloadable(location):
         fields, _ = PreTrainedConfig.get_config_dict(location.path, **location.arguments)
         _refuse_odd_fields(fields, location)
-        pruned_class: Any = modeling_pruned.PRUNED_CLASSES.get(str(fields.get("model_type")))
+        family = known_architectures().get(str(fields.get("model_type")))
         config: PreTrainedConfig
         if location.gguf_file:
             config = CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
         elif fields.get("per_layer_config") is not None:
             # A stock config class refuses head counts that differ between layers.
-            if pruned_class is None:
+            if family is None:
                 raise AdaPrunerError(
                     f"layers of {str(location)!r} differ, in a family that is not known, {fields.get('model_type')!r}:"
                     " register the YAML file that it was pruned with"
                 )
-            config = pruned_class.config_class.from_pretrained(location.path)
+            config = family.pruned_class.config_class.from_pretrained(location.path)
         else:
             config = AutoConfig.from_pretrained(location.path, **_NO_REMOTE_CODE)
     _clear_gguf_marks(config, location)
@@ -191,7 +164,7 @@ def _read_config(location: ModelLocation) -> PreTrainedConfig:
     _refuse_impossible_counts(config, location)
     if _is_known(config, location) and config.tie_word_embeddings:
         # What is broken in the files is said when they are loaded.
-        with contextlib.suppress(AdaPrunerError, *_UNREADABLE), quiet_transformers():
+        with contextlib.suppress(Exception), quiet_transformers():
             stored = stored_tensors(location.path, config, local_files_only=True)
             config.tie_word_embeddings = not has_own_output(empty_model(config), stored)
     return config
@@ -200,7 +173,7 @@ def _read_config(location: ModelLocation) -> PreTrainedConfig:
 def _is_known(config: PreTrainedConfig, location: ModelLocation) -> bool:
     """Whether the weights are in safetensors files, as they are, and under names that are known."""
     is_quantized = getattr(config, "quantization_config", None) is not None
-    return not location.gguf_file and not is_quantized and config.model_type in modeling_pruned.PRUNED_CLASSES
+    return not location.gguf_file and not is_quantized and config.model_type in known_architectures()
 
 
 def _drop_negative_tokens(settings: Any) -> None:
@@ -322,8 +295,7 @@ def load_model(
             wanted: Any = (config.dtype or dtype_in_files(files)) if dtype == "auto" else getattr(torch, dtype)
             model = load_streamed(location.path, config, files, wanted, target)
         else:
-            is_pruned = config.is_heterogeneous
-            loader: Any = modeling_pruned.PRUNED_CLASSES[config.model_type] if is_pruned else AutoModelForCausalLM
+            loader: Any = architecture_of(config).pruned_class if config.is_heterogeneous else AutoModelForCausalLM
             # What does not fit is reported below, whole, and not taken.
             loaded, report = loader.from_pretrained(
                 location.path,
@@ -377,12 +349,7 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
     """
     architecture_of(config)
     with _reported(f"this config makes no {config.model_type}"), torch.device("meta"):
-        model: PreTrainedModel = (
-            modeling_pruned.PRUNED_CLASSES[config.model_type](config)
-            if config.is_heterogeneous
-            else AutoModelForCausalLM.from_config(config)
-        )
-    return model
+        return new_model(config)
 
 
 def _find_smollm2() -> ModelLocation:
@@ -394,7 +361,7 @@ def _find_smollm2() -> ModelLocation:
         )
     folder = Path(spec.submodule_search_locations[0])
     file = next(file for file in folder.iterdir() if file.name.endswith(".gguf"))
-    return ModelLocation(str(folder), file.name, SMOLLM2_ALIAS)
+    return ModelLocation(str(folder), file.name, "smollm2")
 
 
 def _refuse_other_weights(location: ModelLocation, config: PreTrainedConfig, report: dict[str, Any]) -> None:
@@ -438,10 +405,11 @@ def _reported(what: str, hint: str = "") -> Iterator[None]:
     """What other libraries say of a model that is broken is said in one line."""
     try:
         yield
-    except Exception as error:
-        # tokenizers raises nothing more special than Exception.
-        if not isinstance(error, _UNREADABLE) and type(error) is not Exception:
-            raise
+    except (AdaPrunerError, MemoryError):
+        raise
+    except (
+        Exception
+    ) as error:  # transformers, safetensors, tokenizers and gguf raise nearly every class over broken files
         raise AdaPrunerError(f"{what}: {reason(error).rstrip('.')}{hint}") from error
 
 

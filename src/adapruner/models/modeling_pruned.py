@@ -12,85 +12,50 @@ does not know.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
+from typing import NamedTuple
 
-import transformers
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_MAPPING,
-    BloomForCausalLM,
-    Gemma2ForCausalLM,
-    Gemma3ForCausalLM,
-    GemmaForCausalLM,
-    GPT2LMHeadModel,
-    GPTNeoXForCausalLM,
-    GraniteForCausalLM,
-    LlamaForCausalLM,
-    MistralForCausalLM,
-    Olmo2ForCausalLM,
-    OPTForCausalLM,
-    Phi3ForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
-    Qwen2ForCausalLM,
-    Qwen3ForCausalLM,
-    StableLmForCausalLM,
 )
 from transformers.pytorch_utils import Conv1D
 
 FILE_NAME = "modeling_pruned.py"
 
 
-@dataclass(frozen=True)
-class _Family:
-    """What must be known of a stock model to build its layers in other sizes.
+class Family(NamedTuple):
+    """What must be known of a stock model to build its layers in other sizes; paths are relative to a layer.
 
     Attributes:
-        layers: path of the list of layers.
-        attention, attention_output: in families whose attention is always as wide as the hidden size, its path within a
-            layer and the name of its output projection.
-        feed_forward: in families whose config has no field for them, the paths of the two feed-forward projections.
+        layers: path of the list of layers in the causal language model.
+        attention_output: in families whose attention is always as wide as the hidden size, its output projection.
+        feed_forward: in families whose config has no field for their width, the feed-forward projections, the one that
+            reads the channels last.
+        channels: config field for the width of the feed-forward projections.
     """
 
-    stock_class: type[PreTrainedModel]
-    layers: str = "model.layers"
-    attention: str | None = None
-    attention_output: str | None = None
-    feed_forward: tuple[str, str] | None = None
-
-
-_FAMILIES = (
-    _Family(LlamaForCausalLM),
-    _Family(MistralForCausalLM),
-    _Family(Qwen2ForCausalLM),
-    _Family(Qwen3ForCausalLM),
-    _Family(GemmaForCausalLM),
-    _Family(Gemma2ForCausalLM),
-    _Family(Gemma3ForCausalLM),
-    _Family(Phi3ForCausalLM),
-    _Family(Olmo2ForCausalLM),
-    _Family(GraniteForCausalLM),
-    _Family(StableLmForCausalLM, attention="self_attn", attention_output="o_proj"),
-    _Family(GPTNeoXForCausalLM, "gpt_neox.layers", "attention", "dense"),
-    _Family(OPTForCausalLM, "model.decoder.layers", "self_attn", "out_proj"),
-    _Family(GPT2LMHeadModel, "transformer.h", "attn", "c_proj"),
-    _Family(BloomForCausalLM, "transformer.h", "self_attention", "dense", ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h")),
-)
+    model_type: str
+    layers: str
+    attention_output: str | None
+    feed_forward: tuple[str, ...]
+    channels: str
 
 
 class _PerLayer:
     """Mixin over a stock model, with or without language modelling head."""
 
-    family: _Family
-    layers_path: str
+    family: Family
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(_one_layer_config(config))
         config._attn_implementation = self.config._attn_implementation
-        layers = self.get_submodule(self.layers_path)
+        layers = self.base_model.get_submodule(self.family.layers.removeprefix(f"{self.base_model_prefix}."))
         layer_class = type(layers[0])
         del layers[0]
         # What computes positions keeps the config of the stock model: it asks for sizes that layers may differ in.
@@ -106,15 +71,12 @@ class _PerLayer:
         self.post_init()
 
     def save_pretrained(self, save_directory: str | Path, *arguments: object, **options: object) -> None:
-        """As in transformers; the folder gets this file too, and says so."""
+        """As in transformers; the folder gets this file too, with a line that makes these classes again."""
         self.config.auto_map = dict(self.auto_map)
         super().save_pretrained(save_directory, *arguments, **options)
         if Path(save_directory).is_dir():
-            text = Path(__file__).read_text(encoding="utf-8")
-            own_line = _REGISTERED.get(type(self), "")
-            (Path(save_directory) / FILE_NAME).write_text(
-                text if own_line in text else f"{text}\n{own_line}", encoding="utf-8"
-            )
+            text, line = Path(__file__).read_text(encoding="utf-8"), f"\n\nregister_family({self.family!r})\n"
+            (Path(save_directory) / FILE_NAME).write_text(text.removesuffix(line) + line, encoding="utf-8")
 
 
 class _LayerConfig:
@@ -140,19 +102,16 @@ def _one_layer_config(config: PreTrainedConfig) -> PreTrainedConfig:
     return shell
 
 
-def _build_layer(layer_class: type[nn.Module], family: _Family, config: PreTrainedConfig, index: int) -> nn.Module:
+def _build_layer(layer_class: type[nn.Module], family: Family, config: PreTrainedConfig, index: int) -> nn.Module:
     own = config.per_layer_config[index]
-    if family.attention is None:
+    if family.attention_output is None:
         layer = layer_class(own, index)
     else:
         layer = layer_class(_with_all_heads(own, config), index)
-        _narrow_attention(layer.get_submodule(family.attention), layer, family, own, index)
-    if family.feed_forward:
-        up, down = family.feed_forward
-        _resize(layer, up, outputs=own.intermediate_size)
-        _resize(layer, down, inputs=own.intermediate_size)
-    if getattr(own, "alibi_heads", None) is not None:
-        layer.get_submodule(family.attention).register_forward_pre_hook(_alibi_of(own.alibi_heads), with_kwargs=True)
+        _narrow_attention(layer, family.attention_output, own, index)
+    for path in family.feed_forward:
+        reads_channels = path == family.feed_forward[-1]
+        _resize(layer, path, **{"inputs" if reads_channels else "outputs": getattr(own, family.channels)})
     for path in getattr(config, "added_biases", ()):
         _resize(layer, path, bias=True)
     return layer
@@ -166,16 +125,18 @@ def _with_all_heads(own: PreTrainedConfig, config: PreTrainedConfig) -> PreTrain
     return whole
 
 
-def _narrow_attention(whole: nn.Module, layer: nn.Module, family: _Family, own: PreTrainedConfig, index: int) -> None:
+def _narrow_attention(layer: nn.Module, output: str, own: PreTrainedConfig, index: int) -> None:
     """An attention with less heads is that of a narrower model, with projections that reach to the hidden size."""
+    path, _, output_name = output.rpartition(".")
     narrow = copy.copy(own)
     narrow.hidden_size = own.num_attention_heads * own.head_dim
-    attention = type(whole)(narrow, layer_idx=index)
+    attention = type(layer.get_submodule(path))(narrow, layer_idx=index)
     for name, child in list(attention.named_children()):
         if isinstance(child, (nn.Linear, Conv1D)):
-            size = {"outputs" if name == family.attention_output else "inputs": own.hidden_size}
-            _resize(attention, name, **size)
-    layer.set_submodule(family.attention, attention)
+            _resize(attention, name, **{"outputs" if name == output_name else "inputs": own.hidden_size})
+    if getattr(own, "alibi_heads", None) is not None:
+        attention.register_forward_pre_hook(_alibi_of(own.alibi_heads), with_kwargs=True)
+    layer.set_submodule(path, attention)
 
 
 def _resize(
@@ -211,81 +172,23 @@ def _validate_stock_rope(self: PreTrainedConfig) -> None:
     self.stock_class.validate_rope(shell)
 
 
-def _block_configs(self: PreTrainedConfig) -> list[SimpleNamespace] | None:
-    """What vLLM's architecture DeciLMForCausalLM reads of each layer; None where query heads, which must be the same
-    everywhere, are not, or there are biases that vLLM does not know."""
-    if "intermediate_size" not in (self.per_layer_attributes or ()) or getattr(self, "added_biases", None):
-        return None
-    if "num_attention_heads" in self.per_layer_attributes:
-        return None
-    return [
-        SimpleNamespace(
-            attention=SimpleNamespace(
-                no_op=False, n_heads_in_group=layer.num_attention_heads // layer.num_key_value_heads
-            ),
-            ffn=SimpleNamespace(no_op=False, intermediate_size=layer.intermediate_size),
-        )
-        for layer in self.per_layer_config
-    ]
-
-
-def _pruned_classes(family: _Family) -> tuple[type, type, type]:
-    """Config, decoder and causal language model of a family."""
-    name = family.stock_class.__name__.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
-    stock_config = family.stock_class.config_class
-    classes = {
-        "AutoConfig": f"Pruned{name}Config",
-        "AutoModel": f"Pruned{name}Model",
-        "AutoModelForCausalLM": f"Pruned{name}ForCausalLM",
+def register_family(family: Family) -> type[PreTrainedModel]:
+    """Makes the classes of a family whose layers differ (config, decoder and causal language model) and adds them to
+    this module; returns the last."""
+    stock_config = CONFIG_MAPPING[family.model_type]
+    stock_class = MODEL_FOR_CAUSAL_LM_MAPPING[stock_config]
+    name = f"Pruned{stock_class.__name__.removesuffix('ForCausalLM').removesuffix('LMHeadModel')}"
+    names = {"AutoConfig": f"{name}Config", "AutoModel": f"{name}Model", "AutoModelForCausalLM": f"{name}ForCausalLM"}
+    auto_map = {of: f"{FILE_NAME.removesuffix('.py')}.{own}" for of, own in names.items()}
+    of_config = {
+        "__module__": __name__,
+        "stock_class": stock_config,
+        "validate_architecture": _accept_any_heads,
+        "validate_rope": _validate_stock_rope,
     }
-    auto_map = {of: f"{FILE_NAME.removesuffix('.py')}.{own}" for of, own in classes.items()}
-    own = {"__module__": __name__, "family": family, "auto_map": auto_map}
-    validation = {"validate_architecture": _accept_any_heads, "validate_rope": _validate_stock_rope}
-    of_config = {"__module__": __name__, "stock_class": stock_config} | validation
-    if family.stock_class is LlamaForCausalLM:
-        of_config["block_configs"] = property(_block_configs)
-    config = strict(type(classes["AutoConfig"], (stock_config,), of_config))
-    prefix = f"{family.stock_class.base_model_prefix}."
-    decoder = type(
-        classes["AutoModel"],
-        (_PerLayer, MODEL_MAPPING[stock_config]),
-        own | {"config_class": config, "layers_path": family.layers.removeprefix(prefix)},
-    )
-    causal = type(
-        classes["AutoModelForCausalLM"],
-        (_PerLayer, family.stock_class),
-        own | {"config_class": config, "layers_path": family.layers},
-    )
-    return config, decoder, causal
-
-
-STOCK_CLASSES = {}
-PRUNED_CLASSES = {}
-# The line that makes a class again, for those of families that are not above.
-_REGISTERED = {}
-
-
-def _add(family: _Family) -> tuple[type, type, type]:
-    classes = _pruned_classes(family)
-    globals().update({own.__name__: own for own in classes})
-    model_type = family.stock_class.config_class.model_type
-    STOCK_CLASSES[model_type], PRUNED_CLASSES[model_type] = family.stock_class, classes[-1]
-    return classes
-
-
-def register_family(
-    stock_class: str, layers: str, attention: str | None = None, attention_output: str | None = None
-) -> None:
-    """Adds a family that is not in this file; its checkpoints get a copy of the file that ends in the same call.
-
-    Args:
-        stock_class: name of the causal language model in transformers.
-        layers, attention, attention_output: see `_Family`.
-    """
-    classes = _add(_Family(getattr(transformers, stock_class), layers, attention, attention_output))
-    line = f"register_family({stock_class!r}, {layers!r}, {attention!r}, {attention_output!r})\n"
-    _REGISTERED.update(dict.fromkeys(classes, line))
-
-
-for _family in _FAMILIES:
-    _add(_family)
+    config = strict(type(names["AutoConfig"], (stock_config,), of_config))
+    own = {"__module__": __name__, "family": family, "auto_map": auto_map, "config_class": config}
+    decoder = type(names["AutoModel"], (_PerLayer, MODEL_MAPPING[stock_config]), own)
+    causal = type(names["AutoModelForCausalLM"], (_PerLayer, stock_class), own)
+    globals().update({made.__name__: made for made in (config, decoder, causal)})
+    return causal

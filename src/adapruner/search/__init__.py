@@ -3,12 +3,11 @@
 from adapruner.search._history import History, TriedPoint, read_history
 from adapruner.search._objective import Objective, is_feasible, plan_candidate
 from adapruner.search._place import StudyPlace, sqlite_url
-from adapruner.search._space import MOST_PROTECTED_FIRST, Candidate, SearchSpace, StartingPoint
+from adapruner.search._space import MOST_PROTECTED_FIRST, Candidate, SearchSpace
 from adapruner.search._study import Search, SearchResult
-from adapruner.search._subsets import FEATURES, SubsetFamily, build_subset_family
+from adapruner.search._subsets import SubsetFamily, build_subset_family
 
 __all__ = [
-    "FEATURES",
     "MOST_PROTECTED_FIRST",
     "Candidate",
     "History",
@@ -16,7 +15,6 @@ __all__ = [
     "Search",
     "SearchResult",
     "SearchSpace",
-    "StartingPoint",
     "StudyPlace",
     "SubsetFamily",
     "TriedPoint",

@@ -72,11 +72,6 @@ class StudyPlace:
             pass
 
     @property
-    def described(self) -> str:
-        """The URL without a password, and without its query, which may hold one."""
-        return self._address.set(query={}).render_as_string(hide_password=True)
-
-    @property
     def file(self) -> Path | None:
         """The file of an SQLite database."""
         address = self._address
@@ -105,26 +100,25 @@ class StudyPlace:
 
     @contextlib.contextmanager
     def _storage(self) -> Iterator[RDBStorage]:
-        storage = None
         try:
             storage = self._open()
-            with quiet_optuna():
-                yield storage
+            try:
+                with quiet_optuna():
+                    yield storage
+            finally:
+                storage.remove_session()
+                storage.engine.dispose()
         except Exception as error:
             failure = _of_database(error)
             if failure is None:
                 raise
-            cause = self._without_secrets(reason(failure))
-            raise AdaPrunerError(f"the database {self.described} failed: {cause}") from None
-        finally:
-            if storage is not None:
-                storage.remove_session()
-                storage.engine.dispose()
+            # Its query may hold a password as well.
+            shown = self._address.set(query={}).render_as_string(hide_password=True)
+            raise AdaPrunerError(f"the database {shown} failed: {self._without_secrets(reason(failure))}") from None
 
     def _open(self) -> RDBStorage:
-        address = self._address
         # Optuna takes braces for a template.
-        url = address.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}")
+        url = self._address.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}")
         options: dict[str, Any] = {"pool_pre_ping": True}
         if self.file is not None:
             options["connect_args"] = {"timeout": _LOCK_TIMEOUT}
@@ -140,12 +134,10 @@ class StudyPlace:
                 if not any(sign in said for sign in _CREATED_BY_ANOTHER) or attempt == _ATTEMPTS - 1:
                     raise
                 time.sleep(0.2)
-            except ImportError as error:
-                raise AdaPrunerError(
-                    f"`storage`: {error}. For PostgreSQL: pip install 'adapruner[postgresql]'"
-                ) from None
-            except (ValueError, TypeError, RuntimeError, SAWarning) as error:
-                raise AdaPrunerError(f"`storage` cannot be opened: {self._without_secrets(reason(error))}") from None
+            except (ValueError, TypeError, RuntimeError, SAWarning, ImportError) as error:
+                hint = ". For PostgreSQL: pip install 'adapruner[postgresql]'" if isinstance(error, ImportError) else ""
+                said = self._without_secrets(reason(error))
+                raise AdaPrunerError(f"`storage` cannot be opened: {said}{hint}") from None
         if self.file is not None:
             storage.engine.dispose()
             event.listen(storage.engine, "connect", _write_ahead)

@@ -101,7 +101,7 @@ class SearchSpace:
             )
             for name in names
         ]
-        untilted: dict[str, Any] = {f"tilt_{feature}": 0.0 for feature in FEATURES} if self._searches_samples else {}
+        untilted: dict[str, Any] = {} if self.searched == "metric" else {f"tilt_{one}": 0.0 for one in FEATURES}
         if self.name == "paper":
             order = "fine_second_order" if self.terms == "all" else "coarse_second_order"
             points: list[dict[str, Any]] = [{"fine": 1.0, order: share} for share in (0.0, 0.5, 1.0)]
@@ -122,11 +122,11 @@ class SearchSpace:
     def _given(self) -> dict[str, Any]:
         """The attributes of a trial that searches as much as this space searches."""
         given: dict[str, Any] = {}
-        if not self._searches_metric:
+        if self.searched == "calibration":
             given[_GIVEN_POINT] = LLM_PRUNER_METRICS[self._held_metric].model_dump()
-        if not self._searches_samples:
+        if self.searched == "metric":
             given[_GIVEN_SAMPLES] = self.first_draw
-        if not self._searches_allocation:
+        if self.name == "paper" or self.searched != "joint":
             given[_GIVEN_BUDGET] = asdict(self.budget)
         return given
 
@@ -145,18 +145,6 @@ class SearchSpace:
     def _held_metric(self) -> str:
         """LLM-Pruner's metric that is kept where none is searched."""
         return "param_first" if self.terms == "all" else "vectorize"
-
-    @property
-    def _searches_metric(self) -> bool:
-        return self.searched != "calibration"
-
-    @property
-    def _searches_allocation(self) -> bool:
-        return self.name == "extended" and self.searched == "joint"
-
-    @property
-    def _searches_samples(self) -> bool:
-        return self.searched != "metric"
 
     def _suggest_point(self, trial: optuna.trial.BaseTrial) -> MetricPoint:
         """S = α1 (first + λ second) + α2 κ (first + λ second) of the paper. Only the ratio of α1 to α2 and of first to
@@ -245,26 +233,22 @@ class SearchSpace:
 
     def _reference_allocation(self) -> dict[str, Any]:
         """The parameters that give the budget of this space as it is."""
-        budget = self.budget
-        return {
-            "heads": "some" if budget.head_share else "none",
-            "head_share": budget.head_share,
-            "tilt": budget.tilt,
-            "bend": budget.bend,
-            "ranking": budget.ranking,
-            "protect_first": min(budget.protect_first, MOST_PROTECTED_FIRST),
-            "protect_last": min(budget.protect_last, MOST_PROTECTED_LAST),
+        return {name: getattr(self.budget, name) for name in _ALLOCATION} | {
+            "heads": "some" if self.budget.head_share else "none",
+            "protect_first": min(self.budget.protect_first, MOST_PROTECTED_FIRST),
+            "protect_last": min(self.budget.protect_last, MOST_PROTECTED_LAST),
         }
 
     def _searched_only(self, parameters: dict[str, Any]) -> dict[str, Any]:
         """Without the parameters that this space does not ask for."""
-        if not self._searches_metric:
+        given = self._given()
+        if _GIVEN_POINT in given:
             return {}
         skipped = set(self.fixed_allocation)
         if self.terms != "all":
             skipped |= {"fine", "fine_second_order"}
             skipped |= TERMS.keys() - {term.name for term in usable_terms(self.name, self.terms)}
-        if not self._searches_allocation:
+        if _GIVEN_BUDGET in given:
             skipped |= {"heads", *_ALLOCATION}
         if "head_share" in skipped:
             skipped.add("heads")

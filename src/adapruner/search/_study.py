@@ -105,7 +105,9 @@ class Search:
         """
         reported = 0
         with self._working() as (study, raise_if_interrupted):
-            _fail_lost(study)
+            for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+                if _HELPER not in trial.user_attrs:  # a killed leader has left it
+                    study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
             while True:
                 raise_if_interrupted()
                 self._queue_starting_points(study)
@@ -218,28 +220,14 @@ class Search:
         beside_others = helps or any(_HELPER in trial.user_attrs for trial in trials[TrialState.RUNNING])
         study.sampler = _sampler(self.sampler, seed, beside_others)
         best = min((trial for trial in finished if math.isfinite(_loss(trial))), key=_loss, default=None)
-        is_lost = False
-
-        def objective(trial: optuna.Trial) -> float:
-            nonlocal is_lost
-            try:
-                if helps:
-                    trial.set_user_attr(_HELPER, True)
-                return self._judged(trial, best)
-            except UpdateFinishedTrialError:
-                is_lost = True
-                raise
-
         try:
-            study.optimize(objective, n_trials=1)
-        except UpdateFinishedTrialError:
-            pass
-        except ValueError:
-            # What Optuna raises where another process took this one for dead, and has failed its trial.
-            if not is_lost:
+            study.optimize(lambda trial: self._judged(trial, best, helps), n_trials=1)
+        except (UpdateFinishedTrialError, ValueError) as error:
+            # Another process took this one for dead, and has failed its trial.
+            if isinstance(error, ValueError) and "Cannot tell a FAIL trial" not in str(error):
                 raise
 
-    def _judged(self, trial: optuna.Trial, best: FrozenTrial | None) -> float:
+    def _judged(self, trial: optuna.Trial, best: FrozenTrial | None, helps: bool) -> float:
         """The mean loss of a candidate over all windows, or what it is likely to be where it was stopped; infinite
         where the model is broken.
 
@@ -248,27 +236,26 @@ class Search:
         Raises:
             TrialPruned: the budget cannot be met.
         """
+        if helps:
+            trial.set_user_attr(_HELPER, True)
         candidate = self.space.suggest(trial)
         if not self.stops_early or FIXED_METRIC in trial.user_attrs:
             best = None
         losses: list[float] = []
-        excess = 0.0
         try:
             for batch in self.judge(candidate):
                 losses += batch.tolist()
                 if not all(map(math.isfinite, losses)):
                     raise NonFiniteError
-                excess = _excess(losses, best.user_attrs[LOSSES]) if best else 0.0
-                if excess:
-                    break
+                if best and (excess := _excess(losses, best.user_attrs[LOSSES])):
+                    trial.set_user_attr(STOPPED, True)
+                    trial.set_user_attr(LOSSES, losses)
+                    return _loss(best) + excess
         except BudgetError as error:
             raise optuna.TrialPruned from error
         except NonFiniteError:
             losses = []
         trial.set_user_attr(LOSSES, losses)
-        if best and excess and losses:
-            trial.set_user_attr(STOPPED, True)
-            return _loss(best) + excess
         return statistics.fmean(losses) if losses else math.inf
 
 
@@ -294,13 +281,6 @@ def _sampler(kind: Sampler, seed: int, beside_others: bool) -> optuna.samplers.B
         # `multivariate` off.
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         return optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True, constant_liar=beside_others)
-
-
-def _fail_lost(study: optuna.Study) -> None:
-    """Fails the trials that a killed leader has left running: all that no helper has marked."""
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if _HELPER not in trial.user_attrs:
-            study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
 
 
 def _by_state(study: optuna.Study) -> _Trials:

@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from adapruner.models import (
-    PRUNED_CLASSES,
     Architecture,
     architecture_of,
     is_streamed,
@@ -67,13 +66,18 @@ def _empty_pruned(
         for stock in stock_models(architecture, fields | layers[0]):
             if {name: tensor.shape for name, tensor in stock.state_dict().items()} == shapes:
                 return stock
-    pruned_class: Any = PRUNED_CLASSES[structure.model_type]
     fields |= {"per_layer_config": layers}
     if architecture.config_fields.head_numbers:
         fields |= {architecture.config_fields.head_numbers: None}
     if adds_bias:
+<<<<<<< HEAD
         fields |= {"added_biases": sorted({block.row_wise_path for block in structure.blocks})}
     pruned: PreTrainedModel = pruned_class(pruned_class.config_class.from_dict(fields))
+=======
+        fields |= {"added_biases": _row_wise_modules(structure)}
+    config = architecture.pruned_class.config_class.from_dict(fields)
+    pruned: PreTrainedModel = architecture.pruned_class(config)
+>>>>>>> w-s3
     return pruned
 
 

@@ -11,10 +11,10 @@ import torch
 from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
 from adapruner.errors import AdaPrunerError
-from adapruner.models import STOCK_CLASSES, Architecture, architecture_of
+from adapruner.models import Architecture, architecture_of
 from adapruner.structure import Block, TensorSlice, build_structure
 
 
@@ -31,7 +31,7 @@ def stock_models(architecture: Architecture, fields: Mapping[str, Any]) -> Itera
         own = {name: value for name, value in fields.items() if name not in ("model_type", *equivalent.without)}
         candidates.append((equivalent.model_type, own | equivalent.fields))
     for model_type, own in candidates:
-        stock_class: Any = STOCK_CLASSES[model_type]
+        stock_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[model_type]]
         # Some families refuse numbers of heads that do not divide the hidden size, at one place or another.
         with contextlib.suppress(StrictDataclassError, ValueError):
             yield stock_class(stock_class.config_class.from_dict(own))
