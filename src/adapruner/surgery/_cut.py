@@ -70,14 +70,9 @@ def _empty_pruned(
     if architecture.config_fields.head_numbers:
         fields |= {architecture.config_fields.head_numbers: None}
     if adds_bias:
-<<<<<<< HEAD
         fields |= {"added_biases": sorted({block.row_wise_path for block in structure.blocks})}
-    pruned: PreTrainedModel = pruned_class(pruned_class.config_class.from_dict(fields))
-=======
-        fields |= {"added_biases": _row_wise_modules(structure)}
     config = architecture.pruned_class.config_class.from_dict(fields)
     pruned: PreTrainedModel = architecture.pruned_class(config)
->>>>>>> w-s3
     return pruned
 
 
