@@ -83,13 +83,10 @@ def evaluate(
     _refuse_bad_windows(seq_len, stride, limit)
     if protocol is None and not perplexity and not tasks:
         protocol = "llm-pruner"
-    if protocol not in (None, *PROTOCOLS):
-        raise AdaPrunerError(f"unknown protocol {protocol!r}; the protocols are {', '.join(PROTOCOLS)}")
+    wanted = [*_windows_of_protocol(protocol), *((name, seq_len, stride) for name in perplexity)]
     resolve_device(device)
     location = find_model(str(model))
     config, tokenizer = load_config(location), load_tokenizer(location)
-    of_protocol, length = PROTOCOLS[protocol] if protocol else ((), seq_len)
-    wanted = [(name, length, None) for name in of_protocol] + [(name, seq_len, stride) for name in perplexity]
     texts, warnings = {}, []
     for name, tokens, step in wanted:
         source = parse_source(name, "report")
@@ -109,6 +106,16 @@ def evaluate(
         with reporter.stage("running tasks", len(to_run)) as advance:
             scores = measure_tasks(loaded, tokenizer, to_run, advance)
     return Evaluation(perplexities, scores, known_uses)
+
+
+def _windows_of_protocol(protocol: str | None) -> list[tuple[str, int, int | None]]:
+    """The names of its datasets, with the tokens and the stride of their windows."""
+    if protocol is None:
+        return []
+    if protocol not in PROTOCOLS:
+        raise AdaPrunerError(f"unknown protocol {protocol!r}; the protocols are {', '.join(PROTOCOLS)}")
+    names, seq_len = PROTOCOLS[protocol]
+    return [(name, seq_len, None) for name in names]
 
 
 def _refuse_bad_windows(seq_len: int, stride: int | None, limit: int | None) -> None:

@@ -52,13 +52,11 @@ def recover(
     device: str = "auto",
     **options: Any,
 ) -> RecoveryRecord:
-    """Fine-tunes a pruned model and writes it as a normal checkpoint. A call that was killed resumes from its last
-    saved step.
+    """Fine-tunes a pruned model and writes it as a normal checkpoint. A killed call resumes from its last saved step.
 
     Args:
         model: as for `load`.
-        data: instructions with answers (columns `instruction`, `output` and perhaps `input`), any text, or `self`: text
-            that the teacher writes.
+        data: instructions with answers, any text, or `self`: text that the teacher writes.
         output: the folder of the recovered model.
         teacher: the dense model, for distillation.
         overwrite: start again where the folder holds another recovery.
@@ -84,7 +82,7 @@ def recover(
     check_device(resolve_device(device))
     location, of_teacher = find_model(config.model), find_model(teacher) if teacher else None
     of_model = load_config(location)
-    check_length(of_model, config.seq_len)
+    warning = check_length(of_model, config.seq_len)
     if of_teacher and (size := load_config(of_teacher).vocab_size) != of_model.vocab_size:
         raise AdaPrunerError(
             f"the teacher has a vocabulary of {size:,} tokens, the model one of {of_model.vocab_size:,}"
@@ -94,6 +92,8 @@ def recover(
     if examples:
         check_tokens(of_model, examples.largest_token)
     with training_alone(folder, resolved, overwrite) as finished:
+        if warning:
+            Reporter().note(warning)
         return finished or _train(config, folder, location, of_teacher, tokenizer, source, examples, device)
 
 
