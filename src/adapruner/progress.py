@@ -72,9 +72,10 @@ class Reporter:
             self.note(f"{name}: done in {seconds:.1f} s")
         self._record(event="finished", stage=name, seconds=round(seconds, 2), peak_memory_mib=peak_memory() // MIB)
 
-    def note(self, line: str) -> None:
-        """Says something once."""
-        self.console.print(line, soft_wrap=True)
+    def note(self, lines: str) -> None:
+        """Prints something once, if there is something to print."""
+        if lines:
+            self.console.print(lines, soft_wrap=True)
 
     def finished_stages(self) -> dict[str, StageCost]:
         """The cost of every finished stage, from the log: of stages before an interruption too, and of all parts of a

@@ -70,8 +70,7 @@ def evaluate(
     Args:
         model: as for `load`.
         perplexity: datasets.
-        protocol: datasets and window length as others report them: `llm-pruner` (WikiText2 test and PTB validation, 128
-            tokens; the default if no dataset and no task is named) or `2048` (WikiText2 test, 2048 tokens).
+        protocol: as others report, see `PROTOCOLS`; `llm-pruner` if no dataset and no task is named.
         seq_len: tokens per window of the texts in `perplexity`.
         stride: tokens between the beginnings of these windows; by default they do not overlap.
         tasks: of lm-eval; `commonsense` is the seven of the paper.
@@ -96,8 +95,7 @@ def evaluate(
     to_run = load_tasks(tasks, limit) if tasks else None
     known_uses = _describe_overlaps(location, texts)
     reporter = Reporter()
-    for warning in filter(None, dict.fromkeys(warnings)):
-        reporter.note(warning)
+    reporter.note("\n".join(filter(None, dict.fromkeys(warnings))))
     with reporter.stage("loading"):
         loaded = load_model(location, dtype, device)
     perplexities = _measure_texts(loaded, texts, reporter) if texts else []

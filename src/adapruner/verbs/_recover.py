@@ -52,7 +52,8 @@ def recover(
     device: str = "auto",
     **options: Any,
 ) -> RecoveryRecord:
-    """Fine-tunes a pruned model and writes it as a normal checkpoint. A killed call resumes from its last saved step.
+    """Fine-tunes a pruned model and writes it as a normal checkpoint with the record that is returned. A killed call
+    resumes from its last saved step.
 
     Args:
         model: as for `load`.
@@ -61,9 +62,6 @@ def recover(
         teacher: the dense model, for distillation.
         overwrite: start again where the folder holds another recovery.
         options: the fields of `RecoveryOptions`.
-
-    Returns:
-        The record of the training, which `recovery.json` in the folder holds.
 
     Raises:
         AdaPrunerError: an option, the data, a model or the folder is invalid, before the weights are loaded; or the
