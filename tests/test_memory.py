@@ -134,7 +134,9 @@ def test_what_does_not_fit_is_refused(choose: Callable[..., bool]) -> None:
 def test_processes_on_one_machine_share_its_memory(
     choose: Callable[..., bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    launched = {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
     assert not choose(2200, 2200)
     assert choose(2000, 2000)
 

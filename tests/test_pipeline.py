@@ -434,7 +434,7 @@ def test_bad_models(
         ("missing.gguf", "there is no GGUF file at"),
     ):
         refuse(command(tmp_path / model, tmp_path / "run", text_file), message, monkeypatch, capsys)
-    message = "the files of 'nobody/nothing' cannot be read"
+    message = "cannot load 'nobody/nothing'"
     refuse(command(Path("nobody/nothing"), tmp_path / "run", text_file), message, monkeypatch, capsys)
 
 
@@ -583,7 +583,7 @@ def test_exports_that_are_refused(
     (there / "notes.txt").write_text("mine")
     for arguments, message in (
         (["--to", "stock", "-o", str(there)], "exists"),
-        (["--to", "stock", "-o", str(there), "--overwrite"], "was not written by adapruner"),
+        (["--to", "stock", "-o", str(there), "--overwrite"], "holds something else than what adapruner wrote"),
         (["--to", "gguf", "-o", str(there), "--overwrite"], "no file"),
         (["--to", "gguf", "-o", str(tmp_path / "model.gguf")], "llama"),  # biases and a vocabulary of words
         (["--to", "onnx", "-o", str(tmp_path / "model.onnx")], "onnx"),
@@ -637,7 +637,7 @@ def test_a_pruned_model_is_pruned_again(finished: adapruner.PruneResult, text_fi
     again = adapruner.prune(str(finished.model_folder), tmp_path, calibration=str(text_file), **OPTIONS | {"trials": 5})
     assert again.result.model("dense").parameters == finished.result.final.parameters
     assert 0.095 <= again.result.removed_share <= 0.105
-    with pytest.raises(AdaPrunerError, match="whose layers already differ cannot be estimated"):
+    with pytest.raises(AdaPrunerError, match="whose layers differ already cannot be estimated"):
         verbs.estimate(finished.model_folder, **OPTIONS)
 
 

@@ -87,13 +87,14 @@ class Preparation:
     @cached_property
     def empty(self) -> PreTrainedModel:
         """The dense model without weights."""
-        return empty_model(load_config(self.location))
+        model = empty_model(load_config(self.location))
+        check_length(model.config, self._seq_len)
+        return model
 
-    @cached_property
-    def warning(self) -> str | None:
-        """About texts that are longer than the positions of the model."""
-        recovery = self.config.recovery.seq_len if self.config.recover else 0
-        return check_length(self.empty.config, max(self.config.seq_len, recovery))
+    @property
+    def _seq_len(self) -> int:
+        """Tokens of the longest text."""
+        return max(self.config.seq_len, self.config.recovery.seq_len if self.config.recover else 0)
 
     @cached_property
     def structure(self) -> Structure:
@@ -122,8 +123,7 @@ class Preparation:
     @cached_property
     def dense(self) -> PreTrainedModel:
         """The dense model, loaded."""
-        if self.warning:
-            self.reporter.note(self.warning)
+        self.reporter.note(check_length(self.empty.config, self._seq_len) or "")
         with self.reporter.stage("loading", 1) as advance:
             model = load_model(self.location, self.config.dtype, self.config.device, self.layer_wise)
             advance()

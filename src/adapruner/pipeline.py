@@ -52,7 +52,9 @@ def prune_ratios(
         recipe: options to start from, by the name of a shipped recipe or a YAML file; `options` override them.
         storage: URL of an SQL database that keeps the trials (`postgresql://…`); by default a SQLite file in the run
             folder.
-        hub_private, hub_revision, hub_token: of the upload.
+        hub_private: whether a new repository is private.
+        hub_revision: branch.
+        hub_token: by default that of the login.
         options: the fields of `PruneOptions`.
 
     Returns:

@@ -82,7 +82,7 @@ PAGE: Form[str] = Form(
     TENSORS,
     options="pool objective_windows final_windows compensation_windows seq_len seed compensation space",
     leaves="model pool_text objective_text",
-    check=lambda job: (job.prepared.warning, job.prepared.drawn),
+    check=lambda job: job.prepared.drawn,
     is_result=False,
 )
 def windows(job: Job, work: Path) -> Windows:

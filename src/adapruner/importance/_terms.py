@@ -46,10 +46,7 @@ def register_term(
     *, unit: Unit, family: str, needs: Iterable[str] = (), share: float = 0.0
 ) -> Callable[[TermFunction], TermFunction]:
     """A decorator that makes a function an importance term, under its own name. The extended space searches it.
-
-    Args:
-        unit, family, needs, share: as in `Term`.
-    """
+    `Term` explains the arguments."""
 
     def register(function: TermFunction) -> TermFunction:
         name = function.__name__

@@ -97,6 +97,8 @@ def saved_activations(config: PreTrainedConfig, dtype: torch.dtype) -> float:
     running one layer on a few tokens."""
     shortened = copy.deepcopy(config)
     shortened.num_hidden_layers = 1
+    # Or the tokens below might be padding, of which transformers warns.
+    shortened.pad_token_id = None
     if getattr(shortened, "layer_types", None):
         shortened.layer_types = shortened.layer_types[:1]
     with torch.device("meta"):

@@ -51,7 +51,9 @@ def export(
         gguf_type: how a GGUF file stores matrices.
         overwrite: replace an existing GGUF file, or a folder that this package wrote.
         push_to_hub: upload the result to this repository.
-        hub_private, hub_revision, hub_token: see `checkpoint.push`.
+        hub_private: whether a new repository is private.
+        hub_revision: branch.
+        hub_token: by default that of the login.
 
     Raises:
         AdaPrunerError: the model cannot be written in this form, or the output cannot be replaced.

@@ -67,6 +67,7 @@ def estimate(model: str | Path, **options: Any) -> Estimate:
     device = resolve_device(config.device) if is_here else torch.device("cuda")
     location = find_model(config.model)
     empty = empty_model(load_config(location))
+    check_length(empty.config, config.seq_len)
     structure = build_structure(empty, config.head_granularity)
     about = config, empty, structure, reference_budget(config, structure, max(config.ratio)), device
     layer_wise = bool(config.layer_wise)
