@@ -155,7 +155,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_an_undisturbed_one(
         ("adapruner.procedure", "write_atomically", 3, "unfinished/moments-*/0002.safetensors"),
         ("adapruner.procedure", "write_atomically", 7, "unfinished/statistics.safetensors-*/000004.safetensors"),
         ("adapruner.search.Objective", "__call__", 6, "study.db"),
-        ("adapruner.checkpoint._folder", "_complete_config", 0, "unfinished/model-*/**/model.safetensors"),
+        ("adapruner.checkpoint._folder", "_add_older_rope_keys", 0, "unfinished/model-*/**/model.safetensors"),
     ):
         script = KILL.format(target=target, name=name, calls=calls)
         killed = subprocess.run(

