@@ -44,9 +44,9 @@ class Artifact(Generic[T]):
         leaves: the inputs that no artifact gives: fingerprints of the model and of texts, the precision (`Job.leaf`).
         check: given the job, prepares and validates what `make` uses beside its inputs, before anything is made.
         is_wanted: whether a run with this config makes it; a value that is not made is None.
-        is_result: made again when its files were removed. Others are made again when something needs them.
+        is_result: rebuilt when its files were removed; others are rebuilt when something needs them.
         is_shared: made by all processes of a distributed run together, saved by the first.
-        beside: further files that it writes, for people to edit: it is made again when one was removed.
+        beside: further files that it writes, for people to edit: it is rebuilt when one was removed.
         version: of the format; another one makes it again.
     """
 

@@ -75,7 +75,7 @@ class Driver:
                     folder.take_over(artifact.name, other)
 
     def outdated(self) -> dict[str, list[str]]:
-        """The artifacts that are here, finished or begun, but for other inputs; by name, with what changed."""
+        """The existing artifacts, finished or begun, that were made from other inputs; by name, with what changed."""
         outdated = {}
         for artifact in self.wanted:
             then, now = self.folder(artifact).record(artifact.name), self.records[artifact.name]
@@ -160,7 +160,7 @@ def refuse_outdated(drivers: Iterable[Driver], path: Any) -> None:
     """Refuses to replace what was made with other options, from another model or other text.
 
     Raises:
-        AdaPrunerError: with what changed and what would be made again.
+        AdaPrunerError: with what changed and what would be rebuilt.
     """
     outdated: dict[str, list[str]] = {}
     for driver in drivers:

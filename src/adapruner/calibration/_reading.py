@@ -76,7 +76,7 @@ def fingerprint(source: Source) -> str | None:
 
 def content_hash(source: Source) -> str | None:
     """The SHA-256 of a local file. Of a saved folder, a hash of the state that `datasets` saved and the sizes of its
-    files; of a dataset of the Hub, of the arguments it is loaded with. None if a local file is missing."""
+    files; for a Hub dataset, a hash of the arguments it is loaded with. None if a local file is missing."""
     place = place_of(source)
     if place.path is None:
         assert place.hub is not None
@@ -138,7 +138,7 @@ def _read(place: Place, stamp: tuple[object, ...]) -> tuple[list[Row], dict[str,
 
 
 def _read_hub(place: Place, hub: HubData) -> tuple[list[Row], str]:
-    """The rows of a dataset of the Hub, and its revision."""
+    """The rows of a Hub dataset, and its revision."""
     arguments = hub.model_dump(exclude_none=True)
     with _quiet_datasets():
         dataset = datasets.load_dataset(**arguments, split=place.split, streaming=place.limit is not None)

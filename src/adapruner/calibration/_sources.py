@@ -1,4 +1,4 @@
-"""Names of datasets: known ones, local files and datasets of the Hub, and the three disjoint parts of each."""
+"""Names of datasets: known ones, local files and Hub datasets, and the three disjoint parts of each."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ def check_push(repository: str, token: str | None = None) -> None:
     """Refuses what would fail after long work.
 
     Args:
-        token: of the Hub; by default the one that `hf auth login` stored.
+        token: Hub token; by default the one that `hf auth login` stored.
 
     Raises:
         AdaPrunerError: the name is none, or nobody is logged in.
@@ -40,7 +40,7 @@ def push(
     Args:
         private: whether the repository is private, where it does not exist yet.
         revision: branch to upload to, created where it does not exist; by default the main branch.
-        token: of the Hub; by default the one that `hf auth login` stored.
+        token: Hub token; by default the one that `hf auth login` stored.
 
     Raises:
         AdaPrunerError: the Hub refuses it.

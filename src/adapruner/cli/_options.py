@@ -25,10 +25,10 @@ class Upload:
     """Whether and how the resulting model is uploaded.
 
     Attributes:
-        push_to_hub: Upload the resulting model to this repository of the Hub, owner/name.
+        push_to_hub: Upload the resulting model to this Hub repository, owner/name.
         hub_private: Create that repository as a private one.
         hub_revision: Branch to upload to, by default the main one.
-        hub_token: Token of the Hub, by default the one of hf auth login.
+        hub_token: Hub token, by default the one of hf auth login.
     """
 
     push_to_hub: str | None = None
