@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ import adapruner
 from adapruner import AdaPrunerError
 from adapruner.artifacts import Record, are_as_written, stamps
 from adapruner.job import Preparation
+from adapruner.models import known_architectures
 from adapruner.pipeline import prune_ratios
 from adapruner.procedure import ARTIFACTS
 from adapruner.processes import Process, this_process
@@ -125,6 +127,25 @@ def test_replaced_text_is_noticed(model_folder: Path, text: Path, tmp_path: Path
     text.write_text("\n\n".join(paragraphs[20:]))
     with pytest.raises(AdaPrunerError, match=r"another content of .*text.txt@calibration"):
         adapruner.prune(str(model_folder), tmp_path / "run", **options)
+
+
+def test_another_column_of_a_text_is_another_text(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    rows = [{"a": one, "b": other} for one, other in itertools.pairwise(text_file.read_text().split("\n\n"))]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    interrupt_behind("windows.safetensors", model_folder, tmp_path / "run", calibration=f"{path}:a", **OPTIONS)
+    with pytest.raises(AdaPrunerError, match=r"rows.jsonl:a@calibration → .*rows.jsonl:b@calibration"):
+        adapruner.prune(str(model_folder), tmp_path / "run", calibration=f"{path}:b", **OPTIONS)
+
+
+def test_another_description_of_the_family_rebuilds_what_was_measured(
+    run: Path, model_folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = known_architectures()
+    other = known["llama"].model_copy(update={"plain_residual": False})
+    monkeypatch.setitem(known, "llama", other)
+    with pytest.raises(AdaPrunerError, match=r"another family\): moments, statistics.safetensors, search.json"):
+        adapruner.prune(str(model_folder), run, calibration=str(text_file), **OPTIONS)
 
 
 def test_a_run_resumes_without_its_text(

@@ -229,10 +229,11 @@ class Preparation:
     def leaves(self) -> dict[str, Any]:
         """The inputs that no artifact gives, as JSON, but for `left_out`; the content of a text that is not at hand is
         None."""
-        # The commit of a hub model is known once its config is here.
-        load_config(self.location)
+        # The commit of a Hub model is known once its config is here.
+        family = architecture_of(load_config(self.location))
         return {
             "model": fingerprint_of_model(self.location),
+            "family": family.model_dump_json(),
             "pool_text": _leaf_of_text(self.texts.pool),
             "objective_text": _leaf_of_text(self.texts.objective),
             "report_texts": {name: _leaf_of_text(source) for name, source in self.texts.report.items()},
@@ -251,7 +252,8 @@ class Preparation:
 def _leaf_of_text(source: Source | None) -> dict[str, str | None] | None:
     if source is None:
         return None
-    return {"text": f"{source.identity}@{source.part}", "content": fingerprint(source)}
+    columns = f":{source.columns}" if source.columns else ""
+    return {"text": f"{source.identity}{columns}@{source.part}", "content": fingerprint(source)}
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,7 @@ def report_texts(job: Job, work: Path) -> dict[str, EvaluationText]:
     MOMENTS,
     inputs=(windows,),
     options="head_granularity",
-    leaves="model precision left_out",
+    leaves="model family precision left_out",
     is_wanted=needs_moments,
     is_result=False,
 )
@@ -136,7 +136,7 @@ def moments(job: Job, work: Path, windows: Windows) -> StoredMoments:
     STATISTICS,
     inputs=(windows, moments),
     options="terms space head_granularity",
-    leaves="model precision left_out",
+    leaves="model family precision left_out",
     is_result=False,
     is_shared=True,
 )
@@ -178,7 +178,7 @@ def statistics(job: Job, work: Path, windows: Windows, moments: Moments) -> Stat
     inputs=(windows, moments, statistics),
     options="searched_ratio ratio_of samples objective_windows selection trials sampler search alignment terms"
     " reduction space layout protect_first protect_last head_granularity head_share round_to compensation seed",
-    leaves="model precision left_out terms",
+    leaves="model family precision left_out terms",
     check=lambda job: (job.prepared.check_storage(), job.budget(job.config.searched_ratio)),
     is_shared=True,
 )
@@ -271,7 +271,7 @@ def plan_at_ratio(job: Job, statistics: Statistics, found: Candidate) -> Pruning
     FOLDER,
     inputs=(windows, moments, plan),
     options="compensation sequential",
-    leaves="model precision left_out",
+    leaves="model family precision left_out",
     check=lambda job: job.prepared.fits_sequentially,
 )
 def model(job: Job, work: Path, windows: Windows, moments: Moments, plan: PruningPlan) -> Path:
