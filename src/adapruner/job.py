@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import dataclass
 from functools import cached_property
@@ -68,6 +69,7 @@ class Preparation:
         config: the options; its ratios are all those of the run.
         folder: the run folder.
         storage: URL of the database that keeps the trials; None for a SQLite file in the run folder.
+        others: earlier run folders, whose artifacts are taken over.
     """
 
     config: PruneConfig
@@ -75,6 +77,7 @@ class Preparation:
     storage: str | None
     process: Process
     reporter: Reporter
+    others: tuple[RunFolder, ...] = ()
 
     @cached_property
     def location(self) -> ModelLocation:
@@ -212,17 +215,17 @@ class Preparation:
         Args:
             keys: of the artifacts, by name.
         """
-        try:
-            content = json.loads(self.folder.left_out.read_text(encoding="utf-8"))
-            is_of_these = content["of"] == keys["windows.safetensors"]
-            left_out: dict[str, list[int]] = content["windows"] if is_of_these else {}
-        except (OSError, ValueError, LookupError, TypeError):
-            return {}
-        return left_out
+        for folder in (self.folder, *self.others):
+            with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+                content = json.loads(folder.left_out.read_text(encoding="utf-8"))
+                if content["of"] == [keys["windows.safetensors"], self.leaves["precision"]]:
+                    left_out: dict[str, list[int]] = content["windows"]
+                    return left_out
+        return {}
 
     def leave_out(self, keys: dict[str, str], windows: dict[str, list[int]]) -> None:
         """Keeps note of windows on which the loss of the dense model is not finite."""
-        content = json.dumps({"of": keys["windows.safetensors"], "windows": windows})
+        content = json.dumps({"of": [keys["windows.safetensors"], self.leaves["precision"]], "windows": windows})
         write_atomically(self.folder.left_out, lambda partial: partial.write_text(content, encoding="utf-8"))
 
     @cached_property
@@ -231,19 +234,21 @@ class Preparation:
         None."""
         # The commit of a Hub model is known once its config is here.
         family = architecture_of(load_config(self.location))
+        # Free memory decides none of these.
+        precision = {
+            "dtype": str(self.dtype),
+            "dtype of trials": str(trial_dtype(self.dtype, self.device)),
+            "device": self.device.type,
+            "layer_wise": self.layer_wise,
+        }
         return {
             "model": fingerprint_of_model(self.location),
             "family": family.model_dump_json(),
-            "pool_text": _leaf_of_text(self.texts.pool),
-            "objective_text": _leaf_of_text(self.texts.objective),
+            # What the model writes depends on how it computes.
+            "pool_text": _leaf_of_text(self.texts.pool) or precision,
+            "objective_text": _leaf_of_text(self.texts.objective) or precision,
             "report_texts": {name: _leaf_of_text(source) for name, source in self.texts.report.items()},
-            # Free memory decides none of these.
-            "precision": {
-                "dtype": str(self.dtype),
-                "dtype of trials": str(trial_dtype(self.dtype, self.device)),
-                "device": self.device.type,
-                "layer_wise": self.layer_wise,
-            },
+            "precision": precision,
             "terms": {name: [term.family, term.share, sorted(term.needs)] for name, term in TERMS.items()},
             "recovery_text": _leaf_of_text(self.texts.recovery),
         }

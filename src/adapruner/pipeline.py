@@ -99,7 +99,10 @@ def plan_again(source: str | Path, output: str | Path, ratio: float, overwrite: 
     config = earlier.read_config()
     register_extensions(config)
     nearest = min(config.ratio, key=lambda searched: abs(searched - ratio))
-    changes = {"ratio": ratio, "search_ratio": config.search_ratio or nearest}
+    changes: dict[str, Any] = {"ratio": ratio, "search_ratio": config.search_ratio or nearest}
+    # Whether the model fits depends on the ratio, and what was searched on how it computes.
+    if record := earlier.at_ratio(nearest, config).record(procedure.search.name):
+        changes["layer_wise"] = record.leaves["precision"]["layer_wise"]
     again = PruneConfig.from_options(**config.model_dump() | changes)
     (result,) = _run(again, run, overwrite, None, (earlier, earlier.at_ratio(nearest, config)))
     return result
@@ -134,6 +137,10 @@ def join(output: str | Path, storage: str | None = None, device: str = "auto") -
                 by_layer = record.leaves["precision"]["layer_wise"]
                 own = config.model_copy(update={"device": device, "layer_wise": by_layer})
                 preparation = Preparation(own, run, storage, Process(rank=1), Reporter())
+                preparation.check_storage()
+            trials = preparation.study(record.key).file
+            if trials is not None and not trials.is_file():  # the run has not opened it yet, or keeps them elsewhere
+                continue
             driver = _driver(preparation, ratio)
             if record.key != driver.job.keys[procedure.search.name]:
                 changes = ", ".join(record.changes(driver.records[procedure.search.name])) or "other files"
@@ -141,6 +148,7 @@ def join(output: str | Path, storage: str | None = None, device: str = "auto") -
             procedure.search.make(driver.job, folder.path, *map(driver.value, procedure.search.inputs))
             return
         time.sleep(_SECONDS_BETWEEN_LOOKS)
+    Reporter().note(f"nothing to run: the run in {output} has ended, or keeps its trials in another `storage`")
 
 
 def _run(
@@ -149,7 +157,7 @@ def _run(
     """Makes what is missing of a run in its folder."""
     process = this_process()
     run.check_usable()
-    preparation = Preparation(config, run, storage, process, Reporter())
+    preparation = Preparation(config, run, storage, process, Reporter(), tuple(others))
     with process.connected(preparation.device):
         drivers = [_driver(preparation, ratio, others) for ratio in config.ratio]
         if not overwrite:
@@ -199,8 +207,12 @@ def _check(driver: Driver, searched: Sequence[RunFolder]) -> None:
 
 def _make_missing(driver: Driver) -> None:
     process, reporter = driver.job.prepared.process, driver.job.prepared.reporter
+    # Another ratio may have left out windows.
+    driver.refresh()
     if process.leads:
         driver.take_over()
+        if left_out := driver.job.prepared.left_out(driver.job.keys):
+            driver.job.prepared.leave_out(driver.job.keys, left_out)
         for artifact in filter(driver.is_damaged, driver.wanted):
             place = driver.folder(artifact).path / artifact.name
             reporter.note(f"{place} was changed or damaged since it was written: rebuilding it")

@@ -285,7 +285,10 @@ def model(job: Job, work: Path, windows: Windows, moments: Moments, plan: Prunin
             text = usable(job, windows)["compensation"]
             refit_sequentially(prepared.dense, pruned, prepared.structure, plan, compensation, text, advance)
     with prepared.reporter.stage("saving", 1) as advance:
-        save_checkpoint(pruned, prepared.tokenizer, work / "model", record=_origin(job, plan))
+        origin = _origin(job, plan)
+        # Another model is fine-tuned, or none yet.
+        origin["texts"] = [text for text in origin["texts"] if text["use"] != "recovery"]
+        save_checkpoint(pruned, prepared.tokenizer, work / "model", record=origin)
         advance()
     return work / "model"
 
@@ -299,7 +302,7 @@ def _origin(job: Job, plan: PruningPlan) -> dict[str, Any]:
     "recovery.safetensors",
     TENSORS,
     options="recovery seed",
-    leaves="model",
+    leaves="model precision",
     is_wanted=lambda config: config.recover == SELF_GENERATED,
     is_result=False,
 )

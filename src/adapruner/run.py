@@ -159,6 +159,8 @@ class RunFolder:
         record = source.record(name)
         assert record is not None
         assert record.files is not None
+        if (self.path / name).is_dir():
+            shutil.rmtree(self.path / name)
         for file in record.files:
             target = self.path / file
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -85,7 +85,7 @@ def read_contents(run: RunFolder, config: PruneConfig) -> Contents:
 def _read(run: RunFolder, folder: RunFolder, config: PruneConfig) -> Contents:
     plan = PruningPlan.load(folder.path / "plan.json") if (folder.path / "plan.json").is_file() else None
     search = _content(folder.path / "search.json", SearchResult)
-    result = _content(folder.path / "result.json", RunResult)
+    result = _content(folder.path / "result.json", RunResult) if _is_current("result.json", run, folder) else None
     is_running = result is None and run.is_running()
     saved = folder.recovered if config.recover and folder.recovered.is_dir() else folder.model
     return Contents(
@@ -138,8 +138,20 @@ def _samples(run: RunFolder, folder: RunFolder, numbers: tuple[int, ...]) -> dic
     if not windows.is_file() or not folder.model.is_dir():
         return dict.fromkeys(numbers)
     pool = load_file(windows)["pool"]
+    if run.left_out.is_file():
+        left_out = json.loads(run.left_out.read_text(encoding="utf-8"))["windows"].get("pool", [])
+        pool = pool[[number for number in range(len(pool)) if number not in left_out]]
     tokenizer = load_tokenizer(find_model(str(folder.model)))
     return {number: str(tokenizer.decode(pool[number].tolist())) for number in numbers}
+
+
+def _is_current(name: str, run: RunFolder, folder: RunFolder) -> bool:
+    """Whether an artifact was made from what is in the run now."""
+    record = folder.record(name) or run.record(name)
+    if record is None:
+        return False
+    inputs = {one: folder.record(one) or run.record(one) for one in record.inputs}
+    return all(one and one.key == record.inputs[name] for name, one in inputs.items())
 
 
 def _current_stage(log: Path) -> str | None:

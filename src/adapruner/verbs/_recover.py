@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from adapruner.calibration import SELF_GENERATED, Source, generate_windows, parse_source
+from adapruner.calibration import SELF_GENERATED, Source, content_hash, generate_windows, parse_source
 from adapruner.card import card_of_recovered, read_card
 from adapruner.checkpoint import read_origin
 from adapruner.config import Dtype, RecoverConfig
@@ -18,6 +18,7 @@ from adapruner.models import (
     check_length,
     check_tokens,
     find_model,
+    fingerprint,
     load_config,
     load_model,
     load_tokenizer,
@@ -71,15 +72,17 @@ def recover(
     folder = output_path(output)
     if folder.resolve() in [given_path(name).resolve() for name in (config.model, teacher) if name]:
         raise AdaPrunerError(f"{output} is a model that this reads from: choose another output")
-    resolved = config.model_dump(mode="json")
-    if record := check_folder(folder, resolved, overwrite):
-        return record
     source = None if data == SELF_GENERATED else parse_source(data)
     if source is None and teacher is None:
         raise AdaPrunerError("`data` self is text that the dense model writes: name it with `teacher`")
     check_device(resolve_device(device))
     location, of_teacher = find_model(config.model), find_model(teacher) if teacher else None
     of_model = load_config(location)
+    # Names alone would take another model of the same name, or another text, for those of an earlier call.
+    content = [fingerprint(one) for one in (location, of_teacher) if one] + [source and content_hash(source)]
+    resolved = config.model_dump(mode="json") | {"content": content}
+    if record := check_folder(folder, resolved, overwrite):
+        return record
     warning = check_length(of_model, config.seq_len)
     if of_teacher and (size := load_config(of_teacher).vocab_size) != of_model.vocab_size:
         raise AdaPrunerError(
@@ -92,11 +95,12 @@ def recover(
     with training_alone(folder, resolved, overwrite) as finished:
         if warning:
             Reporter().note(warning)
-        return finished or _train(config, folder, location, of_teacher, tokenizer, source, examples, device)
+        return finished or _train(config, resolved, folder, location, of_teacher, tokenizer, source, examples, device)
 
 
 def _train(
     config: RecoverConfig,
+    resolved: dict[str, Any],
     folder: Path,
     location: ModelLocation,
     of_teacher: ModelLocation | None,
@@ -125,7 +129,7 @@ def _train(
             examples,
             config,
             teacher,
-            config.model_dump(mode="json"),
+            resolved,
             working_folder(folder),
             _origin(location, source),
             partial(card_of_recovered, read_card(location)),
