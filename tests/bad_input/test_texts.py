@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -56,11 +57,13 @@ BROKEN: dict[str, tuple[str, bytes]] = {
 }
 
 
-@pytest.mark.parametrize("verb", VERBS)
-@pytest.mark.parametrize(("name", "content"), BROKEN.values(), ids=BROKEN.keys())
+@pytest.mark.parametrize(
+    ("case", "verb"), list(zip(BROKEN.values(), itertools.cycle(VERBS), strict=False)), ids=BROKEN.keys()
+)
 def test_texts_that_are_none(
-    name: str, content: bytes, verb: str, with_text: Callable[..., list[str]], refused: Refused, tmp_path: Path
+    case: tuple[str, bytes], verb: str, with_text: Callable[..., list[str]], refused: Refused, tmp_path: Path
 ) -> None:
+    name, content = case
     path = tmp_path / name
     path.write_bytes(content)
     refused(with_text(verb, path), name)

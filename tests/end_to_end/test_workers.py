@@ -65,7 +65,7 @@ main()
 """
 
 
-@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+@pytest.fixture(scope="module", params=os.environ.get("ADAPRUNER_TEST_STORAGES", "sqlite").split(","))
 def storage(request: pytest.FixtureRequest) -> Iterator[str | None]:
     if request.param == "sqlite":
         yield None
