@@ -138,13 +138,13 @@ def join(output: str | Path, storage: str | None = None, device: str = "auto") -
                 own = config.model_copy(update={"device": device, "layer_wise": by_layer})
                 preparation = Preparation(own, run, storage, Process(rank=1), Reporter())
                 preparation.check_storage()
-            trials = preparation.study(record.key).file
-            if trials is not None and not trials.is_file():  # the run has not opened it yet, or keeps them elsewhere
-                continue
             driver = _driver(preparation, ratio)
             if record.key != driver.job.keys[procedure.search.name]:
                 changes = ", ".join(record.changes(driver.records[procedure.search.name])) or "other files"
                 raise AdaPrunerError(f"this worker would compute other numbers than the run: {changes}")
+            trials = preparation.study(record.key).file
+            if trials is not None and not trials.is_file():  # the run has not opened it yet, or keeps them elsewhere
+                continue
             procedure.search.make(driver.job, folder.path, *map(driver.value, procedure.search.inputs))
             return
         time.sleep(_SECONDS_BETWEEN_LOOKS)
