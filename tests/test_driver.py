@@ -217,6 +217,50 @@ def test_several_ratios_share_what_was_measured(
         adapruner.prune(str(model_folder), run, **options)
 
 
+def test_ratios_and_plans_agree_on_the_windows_that_are_left_out(
+    model: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.embed_tokens.weight"][40] = torch.nan
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    options = OPTIONS | {"calibration": str(text_file), "pool": 40, "objective_windows": 24, "ratio": (0.05, 0.1)}
+    first = prune_ratios(str(model), tmp_path / "run", **options)
+    before = written(tmp_path / "run")
+    assert RunFolder(tmp_path / "run").left_out.is_file()
+    # Everything has the key that the second call looks for, and what was measured is enough for another ratio.
+    with monkeypatch.context() as patch:
+        patch.delattr("adapruner.procedure.measure_in_parts")
+        patch.delattr("adapruner.procedure.Search")
+        again = prune_ratios(str(model), tmp_path / "run", **options)
+        planned = adapruner.plan_again(tmp_path / "run", tmp_path / "plan", 0.08)
+    assert [one.plan for one in again] == [one.plan for one in first]
+    assert {name for name, moment in written(tmp_path / "run").items() if moment != before[name]} <= {"config.yaml"} | {
+        name for name in before if name.endswith("left_out.json")
+    }
+    assert round(planned.plan.ratio, 2) == 0.08
+
+
+def test_what_is_taken_over_replaces_the_whole_folder(tmp_path: Path) -> None:
+    source, target = RunFolder(tmp_path / "source"), RunFolder(tmp_path / "target")
+    for run, names in ((source, ("a", "b")), (target, ("a", "c"))):
+        run.model.mkdir(parents=True)
+        for name in names:
+            (run.model / name).write_text(f"{run.path.name} {name}")
+    record = Record(name="model", version=1, options={}, leaves={}, inputs={})
+    source.finish("model", record)
+    target.take_over("model", source)
+    assert {path.name: path.read_text() for path in target.model.iterdir()} == {"a": "source a", "b": "source b"}
+    assert target.is_made("model", record.key)
+
+
+def test_text_that_the_model_writes_depends_on_how_it_computes(model_folder: Path, tmp_path: Path) -> None:
+    def leaf(dtype: str) -> Any:
+        config = adapruner.PruneConfig.from_options(model=str(model_folder), calibration="self", dtype=dtype, **OPTIONS)
+        return Preparation(config, RunFolder(tmp_path), None, Process(), Reporter()).leaves["pool_text"]
+
+    assert leaf("float32") != leaf("bfloat16")
+
+
 def test_relative_paths_mean_the_same_from_another_folder(
     model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

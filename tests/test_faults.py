@@ -270,7 +270,7 @@ def test_a_report_of_what_cannot_be_read_is_refused(run: RunFolder, capsys: pyte
 def test_another_ratio_is_not_made_from_damaged_measurements(
     finished: adapruner.PruneResult, run: RunFolder, tmp_path: Path
 ) -> None:
-    """They are made again where they are needed; the earlier run is left alone."""
+    """They are rebuilt where something needs them; the earlier run is not touched."""
     edit(run.path / "statistics.safetensors")
     damaged = (run.path / "statistics.safetensors").read_bytes()
     assert exit_code(["plan", str(run.path), "--ratio", "0.05", "-o", str(tmp_path / "other")]) == 0

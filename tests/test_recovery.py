@@ -6,6 +6,7 @@ import json
 import math
 import random
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, processors
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer, TrainingArguments
@@ -415,6 +417,25 @@ def test_a_finished_recovery_is_not_done_again(
     assert record.method == "labels"
     with pytest.raises(AdaPrunerError, match="another config \\(steps 10 → 11\\)"):
         verbs.recover(model_folder, str(text_file), recovered, **SHORT | {"steps": 11})
+
+
+def test_another_model_of_the_same_name_is_not_taken_for_the_first(
+    model_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    model, text = tmp_path / "model", tmp_path / "text.txt"
+    shutil.copytree(model_folder, model)
+    shutil.copy(text_file, text)
+    verbs.recover(model, str(text), tmp_path / "a", **SHORT | {"steps": 2})
+    tensors = load_file(model / "model.safetensors")
+    changed = {name: tensor + 0.01 for name, tensor in tensors.items()}
+    save_file(changed, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(AdaPrunerError, match="another config"):
+        verbs.recover(model, str(text), tmp_path / "a", **SHORT | {"steps": 2})
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    verbs.recover(model, str(text), tmp_path / "a", **SHORT | {"steps": 2})
+    text.write_text(text.read_text() + "\n\nw1 w2 w3")
+    with pytest.raises(AdaPrunerError, match="another config"):
+        verbs.recover(model, str(text), tmp_path / "a", **SHORT | {"steps": 2})
 
 
 def test_overwriting_starts_again(model_folder: Path, text_file: Path, tmp_path: Path) -> None:

@@ -277,7 +277,7 @@ def test_weights_that_the_config_names(model: PreTrainedModel, windows: Tensor, 
 def test_a_model_of_the_hub_that_is_untied_by_its_files(
     make_model: Callable[..., PreTrainedModel], windows: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Out of the cache of the hub, whose files are links."""
+    """From the Hub cache, whose files are links."""
     for module in ("huggingface_hub.constants", "transformers.utils.hub.constants"):
         monkeypatch.setattr(f"{module}.HF_HUB_CACHE", str(tmp_path))
     snapshot = tmp_path / "models--owner--name" / "snapshots" / ("a" * 40)

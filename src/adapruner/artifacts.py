@@ -41,13 +41,13 @@ class Artifact(Generic[T]):
         form: how it is saved and loaded.
         inputs: the artifacts that it is made from.
         options: the fields of the config that its content depends on.
-        leaves: the inputs that no artifact gives: fingerprints of the model and of texts, the precision (`Job.leaf`).
+        leaves: the inputs that no artifact gives, such as the fingerprint of the model; see `Preparation.leaves`.
         check: given the job, prepares and validates what `make` uses beside its inputs, before anything is made.
         is_wanted: whether a run with this config makes it; a value that is not made is None.
         is_result: rebuilt when its files were removed; others are rebuilt when something needs them.
         is_shared: made by all processes of a distributed run together, saved by the first.
         beside: further files that it writes, for people to edit: it is rebuilt when one was removed.
-        version: of the format; another one makes it again.
+        version: of the format; an artifact of another version is rebuilt.
     """
 
     name: str

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 from adapruner.artifacts import Artifact, Record
@@ -84,7 +85,7 @@ class Driver:
         return outdated
 
     def missing(self) -> list[Artifact[Any]]:
-        """The artifacts to make: results that are not here, what is damaged, and what these are made from."""
+        """The artifacts to make: missing results, damaged artifacts, and what these are made from."""
         needed: set[str] = set()
         missing = []
         for artifact in reversed(self.wanted):
@@ -105,8 +106,8 @@ class Driver:
         """Makes an artifact; of several processes, the first saves it.
 
         Raises:
-            NonFiniteError: the loss of the dense model is not finite on windows that are now left out: with them
-                changed the keys of what follows.
+            NonFiniteError: the loss of the dense model is not finite on some windows, which are left out from now on;
+                this changes the keys of everything made from them.
         """
         process = self.job.prepared.process
         if process.leads or artifact.is_shared:
@@ -156,7 +157,7 @@ def _at_hand(now: Any, then: Any) -> Any:
     return {name: _at_hand(one, then.get(name)) for name, one in now.items()}
 
 
-def refuse_outdated(drivers: Iterable[Driver], path: Any) -> None:
+def refuse_outdated(drivers: Iterable[Driver], path: Path) -> None:
     """Refuses to replace what was made with other options, from another model or other text.
 
     Raises:

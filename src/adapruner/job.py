@@ -127,10 +127,8 @@ class Preparation:
     def dense(self) -> PreTrainedModel:
         """The dense model, loaded."""
         self.reporter.note(check_length(self.empty.config, self._seq_len) or "")
-        with self.reporter.stage("loading", 1) as advance:
-            model = load_model(self.location, self.config.dtype, self.config.device, self.layer_wise)
-            advance()
-        return model
+        with self.reporter.stage("loading"):
+            return load_model(self.location, self.config.dtype, self.config.device, self.layer_wise)
 
     @cached_property
     def fits_sequentially(self) -> bool:

@@ -91,9 +91,8 @@ def windows(job: Job, work: Path) -> Windows:
     windows = dict(prepared.drawn)
     for number, (use, count) in enumerate(window_counts(config).items()):
         if use not in windows:
-            with prepared.reporter.stage(f"writing {use}", 1) as advance:
+            with prepared.reporter.stage(f"writing {use}"):
                 windows[use] = generate_windows(prepared.dense, count, config.seq_len, 4 * config.seed + number)
-                advance()
     return windows
 
 
@@ -191,9 +190,8 @@ def search(job: Job, work: Path, windows: Windows, moments: Moments, statistics:
     judge = partial(_judge, job, fast, moments, statistics)
     search = _search(job, statistics, judge(text[: config.objective_windows]))
     if not prepared.process.leads:
-        with prepared.reporter.stage("running trials", 1) as advance:
+        with prepared.reporter.stage("running trials"):
             search.help()
-            advance()
         return None
     with prepared.reporter.stage("searching", config.trials) as advance:
         search.run(progress=lambda best: advance(1, text=f"best {config.selection} {best:.4f}"))
@@ -277,19 +275,17 @@ def plan_at_ratio(job: Job, statistics: Statistics, found: Candidate) -> Pruning
 def model(job: Job, work: Path, windows: Windows, moments: Moments, plan: PruningPlan) -> Path:
     """The dense model, cut by the plan, compensated, and saved."""
     prepared, compensation = job.prepared, _compensation(job.config, moments)
-    with prepared.reporter.stage("cutting", 1) as advance:
+    with prepared.reporter.stage("cutting"):
         pruned = prune_model(prepared.dense, prepared.structure, plan, compensation)
-        advance()
     if compensation and prepared.fits_sequentially:
         with prepared.reporter.stage("compensating", prepared.structure.layers) as advance:
             text = usable(job, windows)["compensation"]
             refit_sequentially(prepared.dense, pruned, prepared.structure, plan, compensation, text, advance)
-    with prepared.reporter.stage("saving", 1) as advance:
+    with prepared.reporter.stage("saving"):
         origin = _origin(job, plan)
         # Another model is fine-tuned, or none yet.
         origin["texts"] = [text for text in origin["texts"] if text["use"] != "recovery"]
         save_checkpoint(pruned, prepared.tokenizer, work / "model", record=origin)
-        advance()
     return work / "model"
 
 
@@ -309,10 +305,9 @@ def _origin(job: Job, plan: PruningPlan) -> dict[str, Any]:
 def training_windows(job: Job, work: Path) -> Windows:
     """Text that the dense model writes for the pruned model to be fine-tuned on."""
     settings, prepared = job.config.recovery, job.prepared
-    with prepared.reporter.stage("writing recovery", 1) as advance:
+    with prepared.reporter.stage("writing recovery"):
         count = settings.records or DEFAULT_GENERATED_RECORDS
         windows = generate_windows(prepared.dense, count, settings.seq_len, 4 * job.config.seed + 3)
-        advance()
     return {"recovery": windows}
 
 

@@ -53,7 +53,7 @@ class Process:
             distributed.destroy_process_group()
 
     def wait(self) -> None:
-        """Waits until all processes are here."""
+        """Waits for all processes at a barrier."""
         self.from_first(None)
 
     def from_first(self, value: T) -> T:

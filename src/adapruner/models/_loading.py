@@ -416,7 +416,7 @@ def _reported(what: str, hint: str = "") -> Iterator[None]:
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Without the progress bars of transformers, which would run through ours and into logs, and without its tables of
-    what does not fit and the retries of the hub, which our errors say in a line."""
+    what does not fit and the Hub's retries, which our errors report in one line."""
     enabled, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     of_hub = hub_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
