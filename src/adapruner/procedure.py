@@ -31,6 +31,7 @@ from adapruner.evaluation import (
     measure_tasks,
 )
 from adapruner.files import write_atomically
+from adapruner.importance import needed_statistics
 from adapruner.job import MOST_CHANNELS, Job, needs_moments, window_counts
 from adapruner.measurement import Statistics, StoredMoments, measure_in_parts, measure_moments, removal_errors
 from adapruner.memory import MEASURED_AT_ONCE
@@ -164,7 +165,7 @@ def statistics(job: Job, work: Path, windows: Windows, moments: Moments) -> Stat
     if not prepared.process.leads:
         return None
     statistics = Statistics.concatenate([Statistics.load(path) for path in parts.values()])
-    if moments is not None and job.config.space == "extended":
+    if moments is not None and "moments" in needed_statistics(job.config.space, job.config.terms):
         with prepared.reporter.stage("comparing removals", len(moments)) as advance:
             alone, eliminated = removal_errors(prepared.dense, prepared.structure, moments, advance)
         statistics = replace(statistics, removal_error=alone, elimination_error=eliminated)
