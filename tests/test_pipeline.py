@@ -614,11 +614,9 @@ def test_layer_by_layer_leads_to_the_same_model(model_folder: Path, text_file: P
     run, texts = tmp_path / "run", {"calibration": "self", "objective": str(text_file)}
     options = OPTIONS | texts | {"dtype": "bfloat16"}
     resident = adapruner.prune(str(model_folder), run, layer_wise=False, **options)
-    windows = (run / "windows.safetensors").stat().st_mtime_ns
-    with pytest.raises(AdaPrunerError, match=r"layer_wise\): moments, statistics.safetensors, .* would be rebuilt"):
+    with pytest.raises(AdaPrunerError, match=r"layer_wise\): windows.safetensors, moments, .* would be rebuilt"):
         adapruner.prune(str(model_folder), run, layer_wise=True, **options)
     result = adapruner.prune(str(model_folder), run, overwrite=True, layer_wise=True, **options)
-    assert (run / "windows.safetensors").stat().st_mtime_ns == windows
     assert PruneConfig.load(run / "config.yaml").layer_wise
     assert result.plan.hash == resident.plan.hash
     assert result.result.search.best_loss == pytest.approx(resident.result.search.best_loss, rel=1e-3)

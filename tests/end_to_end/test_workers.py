@@ -202,6 +202,8 @@ def searching(finished: Path, tmp_path: Path) -> Iterator[RunFolder]:
     assert record is not None
     with run.locked():
         run.begin("search.json", record.model_copy(update={"files": None}))
+        with StudyPlace(sqlite_url(run.study), record.key).opened():
+            pass
         yield run
 
 

@@ -6,6 +6,7 @@ import contextlib
 import math
 import random
 import statistics
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ _Trials = dict[TrialState, list[FrozenTrial]]
 _FEWEST_WINDOWS, _STANDARD_ERRORS = 8, 0.5
 # A user attribute of trials that a process runs beside the one that leads.
 _HELPER = "helper"
+# A helper marks its trial after it has created it.
+_SECONDS_TO_MARK = 1.0
 
 
 class SearchResult(History):
@@ -105,9 +108,7 @@ class Search:
         """
         reported = 0
         with self._working() as (study, raise_if_interrupted):
-            for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-                if _HELPER not in trial.user_attrs:  # a killed leader has left it
-                    study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+            _discard_trials_of_a_killed_leader(study)
             while True:
                 raise_if_interrupted()
                 self._queue_starting_points(study)
@@ -281,6 +282,17 @@ def _sampler(kind: Sampler, seed: int, beside_others: bool) -> optuna.samplers.B
         # `multivariate` off.
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         return optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True, constant_liar=beside_others)
+
+
+def _discard_trials_of_a_killed_leader(study: optuna.Study) -> None:
+    def unmarked() -> set[int]:
+        running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        return {trial.number for trial in running if _HELPER not in trial.user_attrs}
+
+    if left := unmarked():
+        time.sleep(_SECONDS_TO_MARK)
+        for number in left & unmarked():
+            study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
 
 
 def _by_state(study: optuna.Study) -> _Trials:
