@@ -56,8 +56,11 @@ def test_pruned_for_real(dense: Path, tmp_path: Path) -> None:
         samples=3,
         objective_windows=2,
         final_windows=0,
-        compensation_windows=16,
-        trials=8,
+        compensation_windows=8,
+        trials=6,
+        # What the extended space measures takes a minute here; small models are pruned with all of it.
+        space="paper",
+        compensation="least-squares",
     )
     assert 0.195 <= result.result.removed_share <= 0.205
     perplexity = {model.role: model.perplexity["boolq-passages@report"].perplexity for model in result.result.models}
@@ -93,7 +96,7 @@ def test_accuracies_equal_lm_eval_run_directly(dense: Path, monkeypatch: pytest.
     """On the same items, with lm-eval's own definitions and its own loading of the model; the hub is stood in for."""
     lm_eval = pytest.importorskip("lm_eval")
     items = int(os.environ.get("ADAPRUNER_TEST_ITEMS", "2"))
-    tasks = os.environ.get("ADAPRUNER_TEST_TASKS", "boolq,hellaswag,arc_easy")
+    tasks = os.environ.get("ADAPRUNER_TEST_TASKS", "boolq,arc_easy")
     mine = adapruner.evaluate(dense, tasks=[tasks], limit=items).tasks
     folders = [Path(folder) for folder in os.environ["ADAPRUNER_DATA"].split(os.pathsep)]
 
