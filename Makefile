@@ -53,7 +53,11 @@ screenshots: .venv/dev
 clean:
 	rm -rf .venv .data runs
 
-.PHONY: docs test-matrix constraints audit soak
+.PHONY: docs test-families test-matrix constraints audit soak
+
+# Tries every decoder of transformers, and writes the table in docs/families.md (10 minutes).
+test-families: .venv/dev
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python tests/family_table.py
 
 # Kills a hundred runs at random moments.
 soak: .venv/dev

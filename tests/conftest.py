@@ -94,6 +94,14 @@ def tiny_model(model_type: str = "llama", key_value_heads: int = 3, **fields: ob
     return model
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _cache_of_families(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Families are checked once for all tests, and nothing is left with the user."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path_factory.mktemp("hub")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _families_of_the_package() -> Iterator[None]:
     """Families that a test registers are for the process, and gone after the test."""

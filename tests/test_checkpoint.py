@@ -13,8 +13,8 @@ import torch
 from huggingface_hub import HfApi
 from transformers import (
     AutoModelForCausalLM,
-    FalconConfig,
-    FalconForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -162,19 +162,18 @@ def test_no_code_of_others_is_named(model: PreTrainedModel, tokenizer: PreTraine
 
 
 def test_a_family_that_cannot_be_pruned_is_loaded_all_the_same(tmp_path: Path) -> None:
-    config = FalconConfig(vocab_size=96, hidden_size=48, num_hidden_layers=2, num_attention_heads=6)
-    FalconForCausalLM(config).save_pretrained(tmp_path / "falcon")
-    model = adapruner.load(tmp_path / "falcon")
-    assert type(model) is FalconForCausalLM
-    with pytest.raises(AdaPrunerError, match="unknown architecture 'falcon'"):
+    MambaForCausalLM(MambaConfig(vocab_size=96, hidden_size=48, num_hidden_layers=2)).save_pretrained(tmp_path)
+    model = adapruner.load(tmp_path)
+    assert type(model) is MambaForCausalLM
+    with pytest.raises(AdaPrunerError, match="in a mamba, no heads, channels or experts were found"):
         build_structure(model)
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model_type": "mixtral"}, "mixture of experts"),
-        ({"model_type": "mamba"}, "linear attention or state space"),
+        ({"model_type": "mamba"}, "no heads, channels or experts"),
+        ({"model_type": "gemma3"}, "other models beside a text model"),
         ({"model_type": "t5"}, "encoder-decoder"),
         ({"model_type": "stablelm", "qk_layernorm": True}, "qk_layernorm"),
         ({"model_type": "gpt2", "add_cross_attention": True}, "add_cross_attention"),

@@ -415,7 +415,7 @@ def test_bad_models(
 ) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "config.json").write_text('{"model_type": "gptj"}')
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "mistral3"}')
     (tmp_path / "encoder").mkdir()
     (tmp_path / "encoder" / "config.json").write_text('{"model_type": "t5"}')
     (tmp_path / "broken").mkdir()
@@ -426,7 +426,7 @@ def test_bad_models(
     )
     for model, message in (
         ("empty", "holds no model: it has no config.json"),
-        ("other", "Did you mean 'gpt2'?"),
+        ("other", "no causal language model 'mistral3'; did you mean 'mistral'?"),
         ("encoder", "'t5' is an encoder-decoder"),
         ("broken", "cannot load"),
         ("quantized", "this model is quantized"),

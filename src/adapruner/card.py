@@ -17,7 +17,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from transformers import PreTrainedConfig
 from transformers.utils.hub import cached_file
 
-from adapruner.models import ModelLocation, quiet_transformers
+from adapruner.models import ModelLocation, is_pruned, quiet_transformers
 from adapruner.plain_yaml import PlainLoader
 from adapruner.planning import PruningPlan
 from adapruner.recovery import RecoveryRecord
@@ -165,11 +165,17 @@ def _gguf_licence(path: Path) -> str | None:
 
 def _removed(plan: PruningPlan) -> str:
     """A table with a row for each stretch of layers that are alike."""
-    lines = [f"| layers | {plan.head_name} kept | channels kept |", "|---|---|---|"]
-    kept = {layer: " | ".join(block.kept_of_all for block in own.values()) for layer, own in plan.by_layer.items()}
+    titles = " | ".join(f"{plan.name_of(kind)} kept" for kind in plan.kinds)
+    lines = [f"| layers | {titles} |", "|---" * (1 + len(plan.kinds)) + "|"]
+    kept = {
+        layer: " | ".join(own[kind].kept_of_all if kind in own else "–" for kind in plan.kinds)
+        for layer, own in plan.by_layer.items()
+    }
     for numbers, layers in groupby(kept, kept.__getitem__):
         first, *others = layers
         lines.append(f"| {'–'.join(map(str, (first, *others[-1:])))} | {numbers} |")
+    if plan.note:
+        lines += ["", f"{plan.note[0].upper()}{plan.note[1:]}."]
     return "\n".join(lines)
 
 
@@ -225,7 +231,7 @@ def _made(plan: PruningPlan, result: RunResult) -> str:
 
 def _loading(config: PreTrainedConfig) -> str:
     written = f"Written by transformers {version('transformers')}"
-    if config.is_heterogeneous:
+    if is_pruned(config):
         remote = ", trust_remote_code=True"
         why = f"Layers differ in size, so the folder brings a modelling file. {written}; versions 4 cannot read it."
         others = "vLLM and others that take neither: `adapruner export FOLDER --to stock -o PADDED`"

@@ -38,6 +38,7 @@ from adapruner.models import (
     check_tokens,
     empty_model,
     find_model,
+    is_streamable,
     load_config,
     load_model,
     load_tokenizer,
@@ -46,7 +47,7 @@ from adapruner.models import (
     trial_dtype,
 )
 from adapruner.models import fingerprint as fingerprint_of_model
-from adapruner.planning import Budget, UnreachableRatioError, kept_counts, largest_channel_share
+from adapruner.planning import Budget, BudgetError, kept_counts, largest_channel_share
 from adapruner.processes import Process
 from adapruner.progress import Reporter
 from adapruner.recovery import Examples, check_device, read_examples
@@ -101,6 +102,12 @@ class Preparation:
 
     @cached_property
     def structure(self) -> Structure:
+        possible = architecture_of(self.empty.config).layouts
+        if self.config.layout not in possible:
+            raise AdaPrunerError(
+                f"the layers of a {self.empty.config.model_type} cannot be cut differently: set `layout` to"
+                f" {possible[0]}"
+            )
         return build_structure(self.empty, self.config.head_granularity)
 
     @cached_property
@@ -111,9 +118,9 @@ class Preparation:
     def layer_wise(self) -> bool:
         """Whether one decoder layer at a time is in memory."""
         if self.config.layer_wise:
-            check_streamable(self.location)
+            check_streamable(self.location, self.empty.config)
         budget = reference_budget(self.config, self.structure, max(self.config.ratio))
-        streamable = self.location.gguf_file is None
+        streamable = is_streamable(self.location, self.empty.config)
         return choose_layer_wise(self.config, self.empty, self.structure, budget, self.device, streamable)
 
     @cached_property
@@ -298,7 +305,7 @@ def reference_budget(config: PruneConfig, structure: Structure, ratio: float) ->
         budget = Budget(ratio, round_to=config.round_to, layout=config.layout, ratio_of=config.ratio_of, **fields)
         try:
             taken = largest_channel_share(structure, kept_counts(structure, budget))
-        except UnreachableRatioError as error:
+        except BudgetError as error:
             refusal = error
         else:
             if taken <= MOST_CHANNELS:

@@ -14,7 +14,7 @@ from adapruner.config import PruneConfig
 from adapruner.errors import AdaPrunerError
 from adapruner.evaluation import tokens_per_batch
 from adapruner.measurement import saved_activations
-from adapruner.models import architecture_of, decoder_layers, trial_dtype
+from adapruner.models import architecture_of, decoder_layers, is_pruned, trial_dtype
 from adapruner.planning import Budget, kept_counts
 from adapruner.processes import this_process
 from adapruner.search import MOST_PROTECTED_FIRST
@@ -50,7 +50,7 @@ def estimate_memory(
     Raises:
         AdaPrunerError: the layers of the model already differ.
     """
-    if model.config.is_heterogeneous:
+    if is_pruned(model.config):
         raise AdaPrunerError("the memory needed to prune a model whose layers differ already cannot be estimated")
     on_host = {"pool", "dense predictions"} | ({"pruned weights"} if layer_wise else set())
     memory = {}
@@ -72,9 +72,13 @@ def _stages(
     blocks = list(zip(structure.blocks, counts, strict=True))
     # Layer by layer, nothing is shared with the dense model.
     pruned = sum(n * block.parameters_per_group for block, n in blocks if by_layer or n < block.groups)
-    widths = [block.groups * block.row_wise.width for block, _ in blocks]
+    widths = [block.inputs for block, _ in blocks]
     moments = max(widths) ** 2 * _FLOAT32
-    matrix = max(block.row_wise.elements * block.groups * block.row_wise.width for block, _ in blocks) * _FLOAT32
+    projected = [block for block, _ in blocks if block.is_projected]
+    matrix = max((block.row_wise.elements * block.inputs for block in projected), default=0) * _FLOAT32
+    largest = (
+        max(part.elements * block.groups * part.width for block, _ in blocks for part in block.matrices) * _FLOAT32
+    )
     vectors = sum(part.width * block.groups for block, _ in blocks for part in block.matrices)
     measured = min(MEASURED_AT_ONCE[by_layer], config.pool) * config.seq_len
     kept = saved_activations(model.config, dtype) * (1 if by_layer else structure.layers) + vocabulary * dtype.itemsize
@@ -88,7 +92,10 @@ def _stages(
     stages = {"loading": weights}
     if config.compensation != "none" or config.space == "extended":
         stages["reading activations"] = both | {"compensation_windows": text * hidden, "second moments": 9 * moments}
-    stages["measuring"] = weights | {"seq_len": int(measured * kept) + losses, "gradients": 3 * matrix}
+    stages["measuring"] = weights | {
+        "seq_len": int(measured * kept) + losses,
+        "gradients": 3 * (largest if structure.has_experts else matrix),
+    }
     if config.space == "extended":
         stages["comparing removals"] = weights | pool | {"second moments": 5 * moments + 4 * matrix}
     stages["searching"] = {
@@ -114,7 +121,7 @@ def choose_layer_wise(
     Raises:
         AdaPrunerError: a stage needs more memory than is free.
     """
-    if model.config.is_heterogeneous:
+    if is_pruned(model.config):
         return bool(config.layer_wise)
     (total, free), (host_total, host_free) = _total_and_free(device), _total_and_free(_CPU)
     by_layer = config.layer_wise

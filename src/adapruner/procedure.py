@@ -7,7 +7,7 @@ import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import TypeAdapter
@@ -33,7 +33,14 @@ from adapruner.evaluation import (
 from adapruner.files import write_atomically
 from adapruner.importance import needed_statistics
 from adapruner.job import MOST_CHANNELS, Job, needs_moments, window_counts
-from adapruner.measurement import Statistics, StoredMoments, measure_in_parts, measure_moments, removal_errors
+from adapruner.measurement import (
+    Statistics,
+    StoredMoments,
+    measure_in_parts,
+    measure_moments,
+    projected_blocks,
+    removal_errors,
+)
 from adapruner.memory import MEASURED_AT_ONCE
 from adapruner.models import empty_model, find_model, in_fastest_dtype, load_config, load_model
 from adapruner.planning import PruningPlan, kept_counts, largest_channel_share
@@ -51,7 +58,7 @@ from adapruner.search import (
     is_feasible,
     plan_candidate,
 )
-from adapruner.structure import build_structure
+from adapruner.structure import Structure, build_structure
 from adapruner.surgery import Compensation, prune_model, refit_sequentially
 
 Windows = dict[str, Tensor]
@@ -122,7 +129,7 @@ def report_texts(job: Job, work: Path) -> dict[str, EvaluationText]:
 def moments(job: Job, work: Path, windows: Windows) -> StoredMoments:
     """Second moments of all blocks; those of finished blocks are kept."""
     moments, prepared = StoredMoments(work), job.prepared
-    missing = [index for index in range(len(prepared.structure.blocks)) if not moments.path(index).is_file()]
+    missing = [index for index in projected_blocks(prepared.structure) if not moments.path(index).is_file()]
     if missing:
         text, fast = usable(job, windows)["compensation"], in_fastest_dtype(prepared.dense)
         with prepared.reporter.stage("reading activations", prepared.structure.layers) as advance:
@@ -215,9 +222,17 @@ def _search(job: Job, statistics: Statistics, judge: Objective) -> Search:
         terms=config.terms,
         searched=config.search,
         is_feasible=partial(is_feasible, structure, statistics),
+        experts=_what_ranks_experts(structure, statistics),
     )
     place = job.prepared.study(job.keys["search.json"])
     return Search(space, judge, config.trials, config.seed, place, config.sampler)
+
+
+def _what_ranks_experts(structure: Structure, statistics: Statistics) -> Literal["none", "routing", "taylor"]:
+    if not structure.has_experts:
+        return "none"
+    is_known = statistics.routed_share is not None and bool(statistics.routed_share.any())
+    return "routing" if is_known else "taylor"
 
 
 def _judge(job: Job, fast: PreTrainedModel, moments: Moments, statistics: Statistics, windows: Tensor) -> Objective:

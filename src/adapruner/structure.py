@@ -1,16 +1,17 @@
 """What can be removed from a model: blocks of groups, and the tensor slices that belong to each group.
 
-A *group* is the smallest thing that can go: a KV group (a key/value head with its query heads), a query head, or a
-feed-forward channel. A *block* is all groups of one kind in one layer. A *vector* is one row or column of a weight
-matrix that goes with a group. An *input* is one input of a row-wise projection (attention output, feed-forward down):
-one number per token that goes with a group. Groups, vectors and inputs are numbered through over the whole model in the
-order of `Structure.blocks`, so that statistics and scores are flat tensors.
+A *group* is the smallest thing that can go: a KV group (a key/value head with its query heads), a query head, a
+feed-forward channel, or an expert. A *block* is all groups of one kind in one layer. A *vector* is one row or column of
+a weight matrix that goes with a group, or one expert in a stack of matrices. An *input* is one input of a row-wise
+projection (attention output, feed-forward down): one number per token that goes with a group. Groups, vectors and
+inputs are numbered through over the whole model in the order of `Structure.blocks`, so that statistics and scores are
+flat tensors.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -25,7 +26,7 @@ from adapruner.config import HeadGranularity
 from adapruner.errors import AdaPrunerError
 from adapruner.models import Architecture, ProjectionNames, RowKind, architecture_of
 
-Kind = Literal["heads", "channels"]
+Kind = Literal["heads", "channels", "experts"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class TensorSlice:
     numbers. A fused projection has several slices, one behind the other.
 
     Attributes:
-        axis: of the parameter seen as a projection, [outputs, inputs].
+        axis: of the parameter seen as a projection, [outputs, inputs]; of the experts, as it is stored.
         is_matrix: importance is read from matrices; biases and norms only go along.
         is_transposed: stored as [inputs, outputs] (`Conv1D` of transformers).
     """
@@ -72,6 +73,7 @@ class Block:
         strata: the groups fall into this many consecutive parts of equal size, each of which loses the same number
             (query heads of one KV head); 1 where any group may go.
         config_counts: how much each config field counts per group that stays.
+        least: how many groups must stay.
     """
 
     layer: int
@@ -80,15 +82,26 @@ class Block:
     slices: tuple[TensorSlice, ...]
     config_counts: dict[str, int]
     strata: int = 1
+    least: int = 1
 
     @property
     def matrices(self) -> tuple[TensorSlice, ...]:
         return tuple(part for part in self.slices if part.is_matrix)
 
     @property
+    def is_projected(self) -> bool:
+        """Whether one projection reads all groups; experts have none in common."""
+        return self.kind != "experts"
+
+    @property
     def row_wise(self) -> TensorSlice:
         """The projection out of the block, whose input columns go: attention output, feed-forward down."""
         return next(part for part in self.matrices if part.axis == 1)
+
+    @property
+    def inputs(self) -> int:
+        """How many numbers that projection reads per token; 0 where there is none."""
+        return self.groups * self.row_wise.width if self.is_projected else 0
 
     @property
     def row_wise_path(self) -> str:
@@ -122,6 +135,20 @@ class Structure:
     total_parameters: int
     blocks: tuple[Block, ...]
 
+    @property
+    def whole_mixers(self) -> list[int]:
+        """The layers whose attention, or what they have in its place, cannot be cut."""
+        return layers_without_heads(self.layers, self.blocks)
+
+    @property
+    def note(self) -> str:
+        """What a table of the blocks does not show."""
+        return note_on_mixers(self.whole_mixers)
+
+    @property
+    def has_experts(self) -> bool:
+        return any(not block.is_projected for block in self.blocks)
+
     @cached_property
     def group_offsets(self) -> list[int]:
         """Where the groups of each block begin in flat score tensors; one more entry for the end."""
@@ -146,13 +173,31 @@ class Structure:
     @cached_property
     def group_of_input(self) -> Tensor:
         """[inputs], int64: the number of the group to which each input of a row-wise projection belongs."""
-        widths = [block.row_wise.width for block in self.blocks for _ in range(block.groups)]
+        widths = [block.inputs // block.groups for block in self.blocks for _ in range(block.groups)]
         return torch.arange(len(widths)).repeat_interleave(torch.tensor(widths))
 
     @cached_property
     def block_of_group(self) -> Tensor:
         """[groups], int64: the number of the block to which each group belongs."""
         return torch.arange(len(self.blocks)).repeat_interleave(torch.tensor([block.groups for block in self.blocks]))
+
+
+def layers_without_heads(layers: int, blocks: Iterable[Any]) -> list[int]:
+    """The layers of which no block of heads is among some blocks, of a structure or a plan."""
+    with_heads = {block.layer for block in blocks if block.kind == "heads"}
+    return [layer for layer in range(layers) if layer not in with_heads]
+
+
+def note_on_mixers(layers: Iterable[int]) -> str:
+    """Says which layers have a mixer that cannot be cut; empty where there are none."""
+    stretches: list[list[int]] = []
+    for layer in layers:
+        if stretches and stretches[-1][-1] == layer - 1:
+            stretches[-1].append(layer)
+        else:
+            stretches.append([layer])
+    shown = ", ".join("–".join(map(str, sorted({stretch[0], stretch[-1]}))) for stretch in stretches)
+    return f"the attention or other mixer of layers {shown} cannot be cut" if shown else ""
 
 
 def build_structure(model: PreTrainedModel, head_granularity: HeadGranularity = "kv-group") -> Structure:
@@ -169,8 +214,9 @@ def build_structure(model: PreTrainedModel, head_granularity: HeadGranularity = 
     architecture = architecture_of(model.config)
     blocks: list[Block] = []
     for layer in range(model.config.num_hidden_layers):
-        blocks.append(_head_block(model, architecture, layer, head_granularity))
-        blocks.append(_channel_block(model, architecture, layer))
+        blocks += _head_blocks(model, architecture, layer, head_granularity)
+        blocks += _channel_blocks(model, architecture, layer)
+        blocks += _expert_blocks(model, architecture, layer)
     return Structure(
         model_type=model.config.model_type,
         layers=model.config.num_hidden_layers,
@@ -185,93 +231,144 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _head_block(model: PreTrainedModel, architecture: Architecture, layer: int, granularity: HeadGranularity) -> Block:
-    config, fields = model.config.per_layer_config[layer], architecture.config_fields
+def _head_blocks(
+    model: PreTrainedModel, architecture: Architecture, layer: int, granularity: HeadGranularity
+) -> list[Block]:
+    names, fields = architecture.attention, architecture.config_fields
+    layer_path = f"{architecture.layers}.{layer}"
+    if names is None or not _has(model, f"{layer_path}.{names.output}"):
+        return []
+    config = model.config.per_layer_config[layer]
     heads = getattr(config, fields.heads)
     key_value_heads = getattr(config, fields.key_value_heads or fields.heads)
-    head_dim = architecture.head_dim(config)
-    heads_per_group = heads // key_value_heads
     by_query_head = granularity == "query-head"
-    if by_query_head and heads_per_group == 1:
+    if by_query_head and (
+        heads == key_value_heads or any("query-key-value" in kinds for kinds in names.inputs.values())
+    ):
         raise AdaPrunerError(
-            f"layer {layer} has one query head for each of its {key_value_heads} key/value heads:"
-            " there are no single query heads to remove, use `head_granularity` kv-group"
+            f"layer {layer} has {heads} query heads for {key_value_heads} key/value heads"
+            f"{', in one matrix' if heads > key_value_heads else ''}: there are no single query heads to remove, use"
+            " `head_granularity` kv-group"
         )
-    query_width = head_dim if by_query_head else heads_per_group * head_dim
-    key_value_width = 0 if by_query_head else head_dim
-    counts = {fields.heads: 1 if by_query_head else heads_per_group}
+    counts = {fields.heads: 1 if by_query_head else heads // key_value_heads}
     if fields.key_value_heads and not by_query_head:
         counts[fields.key_value_heads] = 1
-    return Block(
-        layer=layer,
-        kind="heads",
-        groups=heads if by_query_head else key_value_heads,
-        slices=_slices(
-            model,
-            f"{architecture.layers}.{layer}",
-            architecture.attention,
-            {
-                "query": (heads * head_dim, query_width),
-                "key": (key_value_heads * head_dim, key_value_width),
-                "value": (key_value_heads * head_dim, key_value_width),
-                "query-key-value": (3 * heads * head_dim, 3 * head_dim),
-            },
-            output_width=query_width,
-        ),
-        config_counts=counts,
-        strata=key_value_heads if by_query_head else 1,
-    )
+    groups = heads if by_query_head else key_value_heads
+    rows: dict[RowKind, int] = {"query": heads, "key": key_value_heads, "value": key_value_heads}
+    rows["query-key-value"] = key_value_heads
+    return [
+        Block(
+            layer=layer,
+            kind="heads",
+            groups=groups,
+            slices=_slices(
+                model,
+                layer_path,
+                names,
+                rows,
+                groups,
+                {"key", "value"} if by_query_head else set(),
+                architecture.head_dim(config),
+            ),
+            config_counts=counts,
+            strata=key_value_heads if by_query_head else 1,
+        )
+    ]
 
 
-def _channel_block(model: PreTrainedModel, architecture: Architecture, layer: int) -> Block:
-    channels = architecture.channels(model.config.per_layer_config[layer])
-    return Block(
-        layer=layer,
-        kind="channels",
-        groups=channels,
-        slices=_slices(
-            model, f"{architecture.layers}.{layer}", architecture.feed_forward, {"channels": (channels, 1)}, 1
-        ),
-        config_counts={architecture.config_fields.channels: 1},
-    )
+def _channel_blocks(model: PreTrainedModel, architecture: Architecture, layer: int) -> list[Block]:
+    names, layer_path = architecture.feed_forward, f"{architecture.layers}.{layer}"
+    if names is None or not _has(model, f"{layer_path}.{names.output}"):
+        return []
+    channels = _shape(model.get_submodule(f"{layer_path}.{names.output}"))[1]
+    return [
+        Block(
+            layer=layer,
+            kind="channels",
+            groups=channels,
+            slices=_slices(model, layer_path, names, {"channels": channels}, channels),
+            config_counts={architecture.config_fields.channels: 1},
+        )
+    ]
+
+
+def _expert_blocks(model: PreTrainedModel, architecture: Architecture, layer: int) -> list[Block]:
+    names, layer_path = architecture.experts, f"{architecture.layers}.{layer}"
+    if names is None:
+        return []
+    slices = []
+    for path, axis in names.tensors.items():
+        tensor = _tensor(model, f"{layer_path}.{path}")
+        if tensor is not None:
+            # Buffers are cut with the parameters, and are none.
+            elements = tensor.numel() // tensor.shape[axis] if isinstance(tensor, nn.Parameter) else 0
+            slices.append(TensorSlice(f"{layer_path}.{path}", axis, 1, elements, is_matrix=tensor.dim() == 3))
+    if not any(part.is_matrix for part in slices):
+        return []
+    config = model.config.per_layer_config[layer]
+    experts, top_k = getattr(config, names.count), getattr(config, names.top_k or "", None) or 0
+    groups = getattr(config, names.groups or "", None) or 1
+    # A router that chooses all experts chooses nothing, and groups are compared by their best two.
+    of_group = max(2, math.ceil((top_k + 1) / (getattr(config, names.chosen_groups or "", None) or 1)))
+    return [
+        Block(
+            layer=layer,
+            kind="experts",
+            groups=experts,
+            slices=tuple(slices),
+            config_counts={names.count: 1},
+            strata=groups,
+            least=min(groups * of_group if groups > 1 else top_k + 1, experts),
+        )
+    ]
 
 
 def _slices(
     model: PreTrainedModel,
     layer_path: str,
     names: ProjectionNames,
-    rows: Mapping[RowKind, tuple[int, int]],
-    output_width: int,
+    counts: Mapping[RowKind, int],
+    groups: int,
+    kept: Collection[RowKind] = (),
+    width: int = 1,
 ) -> tuple[TensorSlice, ...]:
     """Slices of what computes a block (rows of matrices, biases and norms), and of the columns of what reads it.
 
     Args:
-        rows: how many rows of a projection compute each thing, and how many of these go with a group.
-        output_width: how many columns go with a group.
+        counts: how many there are of each thing that rows of a projection compute, all of it in one parameter.
+        kept: what is not removed with a group.
+        width: rows of each thing where one projection computes several.
     """
     slices: list[TensorSlice] = []
     for path, kinds in names.inputs.items():
-        module = _module(model, f"{layer_path}.{path}")
+        name = f"{layer_path}.{path}"
+        module = model.get_submodule(name) if _has(model, name) else _tensor(model, name)
+        if module is None:
+            continue
         outputs, offset = _shape(module)[0], 0
-        for kind in kinds:
-            total, width = rows[kind]
-            if width:
-                slices += _slices_of(f"{layer_path}.{path}", module, 0, width, offset)
-            offset += total
-        if offset != outputs:
+        sizes = [counts[kind] * width for kind in kinds] if len(kinds) > 1 else [outputs]
+        if sum(sizes) != outputs or any(size % counts[kind] for size, kind in zip(sizes, kinds, strict=True)):
             raise AdaPrunerError(
-                f"{layer_path}.{path} has {outputs} outputs where the config says {offset}: the model is not built as"
-                " its model_type says"
+                f"{name} has {outputs} outputs where the config says {' + '.join(map(str, sizes))}, for"
+                f" {', '.join(f'{counts[kind]} {kind}' for kind in kinds)}: the model is not built as its model_type"
+                " says"
             )
+        for kind, size in zip(kinds, sizes, strict=True):
+            if kind not in kept:
+                slices += _slices_of(name, module, 0, size // groups, offset)
+            offset += size
     reader = f"{layer_path}.{names.output}"
-    return *slices, *_slices_of(reader, _module(model, reader), 1, output_width, 0)
+    module = model.get_submodule(reader)
+    return *slices, *_slices_of(reader, module, 1, _shape(module)[1] // groups, 0)
 
 
 def _slices_of(path: str, module: Any, axis: int, width: int, offset: int) -> list[TensorSlice]:
     """Of the weight of a projection, or of a norm over all its outputs; with the rows, of the bias, where there is
-    one."""
+    one. Of a parameter, itself."""
     shape = _shape(module)
     elements, is_matrix = math.prod(shape) // shape[axis], len(shape) > 1
+    if isinstance(module, Tensor):
+        return [TensorSlice(path, axis, width, elements, offset, is_matrix=False)]
     is_transposed = isinstance(module, Conv1D)
     slices = [TensorSlice(f"{path}.weight", axis, width, elements, offset, is_matrix, is_transposed)]
     if axis == 0 and getattr(module, "bias", None) is not None:
@@ -281,12 +378,21 @@ def _slices_of(path: str, module: Any, axis: int, width: int, offset: int) -> li
 
 def _shape(module: Any) -> tuple[int, ...]:
     """Of its weight: outputs and inputs of a projection, all that a norm scales."""
-    shape = tuple(module.weight.shape)
+    shape = tuple(module.shape if isinstance(module, Tensor) else module.weight.shape)
     return shape[::-1] if isinstance(module, Conv1D) else shape
 
 
-def _module(model: PreTrainedModel, path: str) -> Any:
+def _has(model: PreTrainedModel, path: str) -> bool:
+    """Whether a model has such a module."""
     try:
-        return model.get_submodule(path)
+        model.get_submodule(path)
     except AttributeError:
-        raise AdaPrunerError(f"the model has no module {path}: it is not built as its model_type says") from None
+        return False
+    return True
+
+
+def _tensor(model: PreTrainedModel, name: str) -> Tensor | None:
+    """A parameter or buffer of a model."""
+    path, _, own = name.rpartition(".")
+    tensor = getattr(model.get_submodule(path), own, None) if _has(model, path) else None
+    return tensor if isinstance(tensor, Tensor) else None

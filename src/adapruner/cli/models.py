@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
+import yaml
 from cyclopts import Parameter
 from pydantic import TypeAdapter
 from rich.table import Table
@@ -16,6 +17,7 @@ from adapruner.errors import AdaPrunerError
 
 if TYPE_CHECKING:
     from adapruner.evaluation import Speed
+    from adapruner.models import Architecture
     from adapruner.structure import Structure
     from adapruner.verbs import Estimate, Evaluation
 
@@ -167,12 +169,14 @@ def inspect(
     /,
     *,
     cost: Flag = False,
+    architecture: Flag = False,
     options: Annotated[PruneOptions | None, Parameter(name="*")] = None,
     json: Json = False,
 ) -> None:
     """List the prunable parts of a model, or estimate its memory use (--cost). Does not load weights.
 
     Args:
+        architecture: Print how the family of the model is built, as YAML that --architectures reads.
         cost: Print the memory that adapruner prune needs with the options that follow, stage by stage.
     """
     from adapruner import verbs
@@ -182,8 +186,20 @@ def inspect(
         _print_cost(verbs.estimate(model, **given), model, json)
     elif given:
         raise AdaPrunerError("pruning options are used with `cost` only")
+    elif architecture:
+        _print_architecture(verbs.describe(model), json)
     else:
         _print_structure(verbs.inspect(model), model, json)
+
+
+def _print_architecture(architecture: Architecture, json: bool) -> None:
+    content = architecture.model_dump(mode="json", exclude_defaults=True)
+    if json:
+        print_json(content)
+    else:
+        plain_console().print(
+            yaml.safe_dump(content, sort_keys=False, default_flow_style=None).rstrip(), soft_wrap=True
+        )
 
 
 def _tables_of_evaluation(result: Evaluation, model: str) -> Iterator[Table]:
@@ -256,6 +272,7 @@ def _print_structure(structure: Structure, model: str, json: bool) -> None:
                 "model_type": structure.model_type,
                 "parameters": structure.total_parameters,
                 "blocks": [{name: getattr(block, name) for name in names} for block in structure.blocks],
+                "whole_mixers": structure.whole_mixers,
             }
         )
         return
@@ -263,9 +280,10 @@ def _print_structure(structure: Structure, model: str, json: bool) -> None:
     table.title = f"{model}: {structure.model_type}, {structure.total_parameters:,} parameters"
     for block in structure.blocks:
         share = block.groups * block.parameters_per_group / structure.total_parameters
-        kind = "KV groups" if block.kind == "heads" else "channels"
+        kind = "KV groups" if block.kind == "heads" else block.kind
         cells = (kind, f"{block.groups:,}", f"{block.parameters_per_group:,}", f"{share:.2%}")
         table.add_row(str(block.layer), *cells)
+    table.caption = structure.note or None
     plain_console().print(table)
 
 

@@ -85,7 +85,7 @@ def score_groups(statistics: Statistics, structure: Structure, point: MetricPoin
             values, groups = term.function(statistics).double(), group_of[term.unit]
             if point.alignment == "standard":
                 values = _standardise(values, structure.block_of_group[groups])
-            scores = _reduce(values, groups, point.reduction)
+            scores = _reduce(values, groups, point.reduction, structure.group_offsets[-1])
             if point.alignment == "data":
                 scores = _divide_by_mean(scores, structure.block_of_group)
             mixed += weight * scores
@@ -94,7 +94,7 @@ def score_groups(statistics: Statistics, structure: Structure, point: MetricPoin
 
 def _block_means(values: Tensor, blocks: Tensor) -> Tensor:
     """The mean of its block for every value."""
-    return _reduce(values, blocks, "mean")[blocks]
+    return _reduce(values, blocks, "mean", int(blocks.max()) + 1)[blocks]
 
 
 def _divide_by_mean(values: Tensor, blocks: Tensor) -> Tensor:
@@ -108,9 +108,13 @@ def _standardise(values: Tensor, blocks: Tensor) -> Tensor:
     return centred / _block_means(centred.square(), blocks).sqrt().clamp_min(torch.finfo(values.dtype).tiny)
 
 
-def _reduce(values: Tensor, groups: Tensor, reduction: Reduction) -> Tensor:
+def _reduce(values: Tensor, groups: Tensor, reduction: Reduction, count: int) -> Tensor:
     operation = {"sum": "sum", "mean": "mean", "max": "amax", "prod": "mean"}[reduction]
     values = values.log() if reduction == "prod" else values
-    scores = torch.zeros(int(groups.max()) + 1, dtype=values.dtype)
+    scores = torch.zeros(count, dtype=values.dtype)
     scores.scatter_reduce_(0, groups, values, operation, include_self=False)
-    return scores.exp() if reduction == "prod" else scores
+    if reduction == "prod":
+        # Of a group without values, nothing is known.
+        is_covered = torch.zeros(count, dtype=torch.bool).index_fill_(0, groups, True)
+        scores = torch.where(is_covered, scores.exp(), 0)
+    return scores

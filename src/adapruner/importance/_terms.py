@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from adapruner.config import Space, Terms
@@ -28,7 +29,8 @@ class Term:
             name, which then is a family of its own.
         share: in the points that are tried first, the part of its family that the term takes from those registered
             before it, 0 to 1; of the first term of a family, the weight of the family.
-        needs: which statistics have to be measured for it: `taylor`, `elements`, `inputs`, `moments`, `eliminations`.
+        needs: which statistics have to be measured for it: `taylor`, `elements`, `inputs`, `moments`, `eliminations`,
+            `routing` (of models with experts alone).
     """
 
     name: str
@@ -56,10 +58,11 @@ def register_term(
     return register
 
 
-def usable_terms(space: Space, terms: Terms) -> list[Term]:
+def usable_terms(space: Space, terms: Terms, has_experts: bool = False) -> list[Term]:
     """The registered terms that a search mixes, in the order in which they were registered."""
     mixed = PAPER_TERMS if space == "paper" else tuple(TERMS)
-    return [TERMS[name] for name in mixed if terms == "all" or "elements" not in TERMS[name].needs]
+    unusable = {*(["elements"] if terms != "all" else []), *([] if has_experts else ["routing"])}
+    return [TERMS[name] for name in mixed if not TERMS[name].needs & unusable]
 
 
 def needed_statistics(space: Space, terms: Terms) -> frozenset[str]:
@@ -129,6 +132,20 @@ def elimination(statistics: Statistics) -> Tensor:
     cheapest first, and the rest is compensated each time (greedy form of `reconstruction`, ZipLM, arXiv 2302.04089). Of
     two groups that can stand for each other, one ranks high."""
     return _measured(statistics.elimination_error, "from second moments")
+
+
+@register_term(unit="groups", family="routing", needs=["routing"])
+def expert_output(statistics: Statistics) -> Tensor:
+    """[groups]: the mean of router weight · ‖output‖ over the tokens that are sent to an expert (REAP, arXiv
+    2510.13999); zeros for other groups."""
+    share = _measured(statistics.routed_share, "of experts").sum(0)
+    return _measured(statistics.routed_output, "of experts").sum(0) / share.clamp_min(torch.finfo(share.dtype).tiny)
+
+
+@register_term(unit="groups", family="routing", needs=["routing"], share=0.0)
+def expert_frequency(statistics: Statistics) -> Tensor:
+    """[groups]: the share of tokens that are sent to an expert; zeros for other groups."""
+    return _measured(statistics.routed_share, "of experts").mean(0)
 
 
 def _measured(values: Tensor | None, how: str) -> Tensor:

@@ -5,6 +5,7 @@ from adapruner.measurement._moments import (
     StoredMoments,
     factorize,
     measure_moments,
+    projected_blocks,
     removal_errors,
     solve_damped,
 )
@@ -19,6 +20,7 @@ __all__ = [
     "measure",
     "measure_in_parts",
     "measure_moments",
+    "projected_blocks",
     "removal_errors",
     "saved_activations",
     "solve_damped",

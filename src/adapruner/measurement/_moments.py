@@ -130,7 +130,7 @@ def measure_moments(
 
     Args:
         windows: [windows, tokens], int64; at least two, one of which is held out to choose the damping.
-        blocks: numbers of the blocks in `structure.blocks`; by default all.
+        blocks: numbers of the blocks in `structure.blocks`; by default all that a projection reads.
         progress: called with 1 after every layer.
 
     Raises:
@@ -140,7 +140,7 @@ def measure_moments(
     if len(windows) < 2:
         raise AdaPrunerError(f"second moments need at least 2 windows of text, not {len(windows)}")
     batches = windows.split(min(batch_size, max(1, len(windows) // _BATCHES_PER_HELD_OUT)))
-    wanted = set(range(len(structure.blocks)) if blocks is None else blocks)
+    wanted = set(projected_blocks(structure) if blocks is None else blocks)
     with torch.inference_mode():
         entered = enter_layers(model, batches)
     states, calls = [state for state, _ in entered], [call for _, call in entered]
@@ -165,6 +165,11 @@ def measure_moments(
             yield from zip(numbers, moments, strict=True)
         if progress:
             progress(1)
+
+
+def projected_blocks(structure: Structure) -> list[int]:
+    """The numbers of the blocks that have second moments: those that one projection reads."""
+    return [number for number, block in enumerate(structure.blocks) if block.is_projected]
 
 
 class _Sums:
@@ -193,7 +198,7 @@ class _Sums:
 @contextlib.contextmanager
 def _summing(model: PreTrainedModel, blocks: Sequence[Block]) -> Iterator[list[_Sums]]:
     """While it lasts, what goes into the row-wise projections of some blocks is summed up."""
-    sums = [_Sums(block.groups * block.row_wise.width, model.device) for block in blocks]
+    sums = [_Sums(block.inputs, model.device) for block in blocks]
     with contextlib.ExitStack() as hooks:
         for block, of_block in zip(blocks, sums, strict=True):
             hooks.enter_context(projection(model, block.row_wise).register_forward_pre_hook(of_block.add))

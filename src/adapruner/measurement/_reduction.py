@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import accumulate
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,14 +32,17 @@ class Reduction:
         self.element_absolute = torch.zeros(samples, vectors) if terms == "all" else None
         self.element_squared = torch.zeros(samples, vectors) if terms == "all" else None
         self.input_mean, self.input_squared = torch.zeros(samples, inputs), torch.zeros(samples, inputs)
+        groups = structure.group_offsets[-1]
+        self.routed_output = torch.zeros(samples, groups) if structure.has_experts else None
+        self.routed_share = torch.zeros(samples, groups) if structure.has_experts else None
+        projected = [block for block in structure.blocks if block.is_projected]
         self._largest = max(
-            part.elements * part.width * block.groups for block in structure.blocks for part in block.matrices
+            (part.elements * part.width * block.groups for block in projected for part in block.matrices), default=0
         )
         self._working: Tensor | None = None
         sizes = [sum(block.groups * part.width for part in block.matrices) for block in structure.blocks]
         self._first_vectors = list(accumulate(sizes, initial=0))
-        widths = [block.groups * block.row_wise.width for block in structure.blocks]
-        self._first_inputs = list(accumulate(widths, initial=0))
+        self._first_inputs = list(accumulate((block.inputs for block in structure.blocks), initial=0))
 
     @contextlib.contextmanager
     def watching(self, model: PreTrainedModel, blocks: Iterable[int]) -> Iterator[None]:
@@ -51,7 +54,11 @@ class Reduction:
         with contextlib.ExitStack() as hooks:
             for index in blocks:
                 block = self._structure.blocks[index]
-                for hook in self._hooks(model, block, self._first_vectors[index], self._first_inputs[index]):
+                if block.is_projected:
+                    own = self._hooks(model, block, self._first_vectors[index], self._first_inputs[index])
+                else:
+                    own = self._expert_hooks(model, block, self._first_vectors[index], index)
+                for hook in own:
                     hooks.enter_context(hook)
             yield
 
@@ -69,10 +76,33 @@ class Reduction:
                 yield module.register_forward_hook(
                     _element_wise(part, rows, taylor, absolute, squared, self._two_stacks)
                 )
-        inputs = slice(first_input, first_input + block.groups * block.row_wise.width)
+        inputs = slice(first_input, first_input + block.inputs)
         yield projection(model, block.row_wise).register_forward_pre_hook(
             _input_moments(self.input_mean[:, inputs], self.input_squared[:, inputs])
         )
+
+    def _expert_hooks(self, model: PreTrainedModel, block: Block, vector: int, index: int) -> Iterator[Any]:
+        """For experts, whose weights are multiplied out of the sight of hooks: gradients of whole parameters, each
+        dropped as soon as it was reduced. Only where there is one sample at a time."""
+        for part in block.matrices:
+            columns = slice(vector, vector + block.groups)
+            vector = columns.stop
+            parameter = model.get_parameter(part.parameter)
+            yield parameter.register_post_accumulate_grad_hook(partial(self._reduce_gradient, part.axis, columns))
+        if self.routed_output is not None and self.routed_share is not None:
+            first = self._structure.group_offsets[index]
+            experts = slice(first, first + block.groups)
+            yield model.get_submodule(block.matrices[0].module).register_forward_hook(
+                partial(_reduce_routing, self.routed_output[0, experts], self.routed_share[0, experts])
+            )
+
+    def _reduce_gradient(self, axis: int, columns: slice, parameter: Tensor) -> None:
+        products = (cast(Tensor, parameter.grad).float() * parameter.detach()).movedim(axis, 0).flatten(1)
+        parameter.grad = None
+        self.taylor[0, columns] = products.sum(1).cpu()
+        if self.element_absolute is not None and self.element_squared is not None:
+            self.element_absolute[0, columns] = products.abs().sum(1).cpu()
+            self.element_squared[0, columns] = products.square_().sum(1).cpu()
 
     def _two_stacks(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Two times as many matrices of a shape, [matrices, ·, ·], float32, as fit into the memory of the largest, to
@@ -101,6 +131,21 @@ def _input_moments(mean: Tensor, squared: Tensor) -> Callable[[nn.Module, tuple[
         squared.copy_(x.square().mean(1))
 
     return reduce
+
+
+def _reduce_routing(output: Tensor, share: Tensor, module: nn.Module, inputs: tuple[Any, ...], _: Any) -> None:
+    """Sums up router weight · ‖output‖ of every expert. Each token's experts are run once more, one after the other,
+    because a module of experts gives only what they add up to. Nothing where it is called with something else than
+    hidden states, numbers of experts and weights, [tokens, experts per token] each."""
+    if len(inputs) != 3 or inputs[1].is_floating_point() or inputs[1].shape != inputs[2].shape:
+        return
+    state, chosen, weights = (tensor.detach() for tensor in inputs)
+    with torch.no_grad():
+        for number, weight in zip(chosen.split(1, 1), weights.split(1, 1), strict=True):
+            alone = module.forward(state, number, torch.ones_like(weight)).norm(dim=-1)
+            flat = number.flatten().cpu()
+            output.index_add_(0, flat, (alone * weight.flatten()).float().cpu() / len(state))
+            share.index_add_(0, flat, torch.full((len(state),), 1 / len(state)))
 
 
 _ForwardHook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]

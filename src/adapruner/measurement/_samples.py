@@ -7,10 +7,12 @@ gradients, plus two matrices of the size of the largest one in float32. Layer by
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -74,22 +76,40 @@ def measure_in_parts(
     required = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     for start in range(0, len(windows), batch_size) if starts is None else starts:
         batch = windows[start : start + batch_size].to(model.device)
-        samples = 1 if jointly else len(batch)
-        predicted_tokens = batch.numel() // samples - (len(batch) if jointly else 1)
-        reduction = Reduction(structure, samples, terms)
         try:
             # No weight needs a gradient of its own: the hooks form each one from activations, reduce and drop it.
+            # Only the gradients of experts are whole, and of one sample.
             model.requires_grad_(False)
-            if layer_wise:
-                losses = _pass_layer_by_layer(model, structure, batch, reduction, folder)
-            else:
-                losses = _pass_at_once(model, structure, batch, reduction)
+            parts = batch.split(1) if structure.has_experts and not jointly else [batch]
+            each = [
+                _measure_batch(model, structure, part, jointly, terms, layer_wise, folder, columns) for part in parts
+            ]
         finally:
             for name in required:
                 model.get_parameter(name).requires_grad_(True)
-        statistics = _statistics(reduction, losses.view(samples, -1), predicted_tokens, columns)
+        statistics = Statistics.concatenate(each)
         _refuse_non_finite(statistics, start)
         yield start, statistics
+
+
+def _measure_batch(
+    model: PreTrainedModel,
+    structure: Structure,
+    batch: Tensor,
+    jointly: bool,
+    terms: Terms,
+    layer_wise: bool,
+    folder: Path | None,
+    columns: tuple[Tensor, Tensor],
+) -> Statistics:
+    samples = 1 if jointly else len(batch)
+    predicted_tokens = batch.numel() // samples - (len(batch) if jointly else 1)
+    reduction = Reduction(structure, samples, terms)
+    if layer_wise:
+        losses = _pass_layer_by_layer(model, structure, batch, reduction, folder)
+    else:
+        losses = _pass_at_once(model, structure, batch, reduction)
+    return _statistics(reduction, losses.view(samples, -1), predicted_tokens, columns)
 
 
 def saved_activations(config: PreTrainedConfig, dtype: torch.dtype) -> float:
@@ -124,12 +144,29 @@ def saved_activations(config: PreTrainedConfig, dtype: torch.dtype) -> float:
 
 def _pass_at_once(model: PreTrainedModel, structure: Structure, batch: Tensor, reduction: Reduction) -> Tensor:
     """[samples, tokens - 1], float32: the losses."""
-    with reduction.watching(model, range(len(structure.blocks))):
+    blocks = range(len(structure.blocks))
+    with _expert_gradients(model, structure, blocks) as wanted, reduction.watching(model, blocks):
         embedded = model.get_input_embeddings()(batch).requires_grad_()
         logits = model(inputs_embeds=embedded, use_cache=False).logits
         losses = _replace_by_loss_gradient(logits.detach(), batch)
-        torch.autograd.grad(logits, embedded, grad_outputs=logits.detach())
+        torch.autograd.backward(logits, logits.detach(), inputs=[embedded, *wanted])
     return losses
+
+
+@contextlib.contextmanager
+def _expert_gradients(
+    model: PreTrainedModel, structure: Structure, blocks: Iterable[int]
+) -> Iterator[list[torch.nn.Parameter]]:
+    """The weights of the experts of some blocks, which need gradients while this lasts."""
+    experts = [structure.blocks[number] for number in blocks if not structure.blocks[number].is_projected]
+    wanted = [model.get_parameter(part.parameter) for block in experts for part in block.matrices]
+    for parameter in wanted:
+        parameter.requires_grad_(True)
+    try:
+        yield wanted
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(False)
 
 
 def _pass_layer_by_layer(
@@ -153,9 +190,14 @@ def _pass_layer_by_layer(
         for index in reversed(range(structure.layers)):
             state = load_file(paths[index])["state"].to(model.device).requires_grad_()
             blocks = [number for number, block in enumerate(structure.blocks) if block.layer == index]
-            with loaded_layer(model, index) as layer, reduction.watching(model, blocks):
+            with (
+                loaded_layer(model, index) as layer,
+                _expert_gradients(model, structure, blocks) as wanted,
+                reduction.watching(model, blocks),
+            ):
                 output = calls[index].run(layer, state)
-                (gradient,) = torch.autograd.grad(output, state, grad_outputs=gradient)
+                torch.autograd.backward(output, gradient, inputs=[state, *wanted])
+                gradient = cast(Tensor, state.grad)
                 del output
     return losses
 
@@ -169,6 +211,8 @@ def _statistics(
         loss=losses.mean(1).cpu(),
         input_mean=reduction.input_mean,
         input_squared=reduction.input_squared,
+        routed_output=reduction.routed_output,
+        routed_share=reduction.routed_share,
         column_absolute=columns[0],
         column_squared=columns[1],
         element_absolute=None if absolute is None else absolute.div_(predicted_tokens),
@@ -178,8 +222,8 @@ def _statistics(
 
 def _column_sums(model: PreTrainedModel, structure: Structure) -> tuple[Tensor, Tensor]:
     """[inputs] each: Σ|W_c| and ‖W_c‖² of the columns of all row-wise projections."""
-    absolute, squared = [], []
-    for block in structure.blocks:
+    absolute, squared = [torch.zeros(0)], [torch.zeros(0)]
+    for block in filter(lambda block: block.is_projected, structure.blocks):
         with loaded_layer(model, block.layer):
             weight = row_wise_weight(model, block).float()
         absolute.append(weight.abs().sum(0).cpu())

@@ -27,6 +27,9 @@ class Statistics:
         column_squared: [inputs], ‖W_c‖².
         element_absolute: [samples, vectors], Σ_k |g_k w_k|; None where only vector-wise terms were measured.
         element_squared: [samples, vectors], Σ_k (g_k w_k)²; None likewise.
+        routed_output: [samples, groups], for an expert the mean over all tokens of router weight · ‖output‖, 0 for
+            tokens that are sent elsewhere; zeros for other groups; None where there are no experts.
+        routed_share: [samples, groups], the share of tokens that are sent to an expert; likewise.
         removal_error, elimination_error: [groups], from second moments (`removal_errors`), which may be of other and
             more text than the samples; None where they were not measured.
     """
@@ -39,6 +42,8 @@ class Statistics:
     column_squared: Tensor
     element_absolute: Tensor | None = None
     element_squared: Tensor | None = None
+    routed_output: Tensor | None = None
+    routed_share: Tensor | None = None
     removal_error: Tensor | None = None
     elimination_error: Tensor | None = None
 
@@ -75,4 +80,13 @@ class Statistics:
         return Statistics(**load_file(path))
 
 
-_PER_SAMPLE = ("taylor", "element_absolute", "element_squared", "loss", "input_mean", "input_squared")
+_PER_SAMPLE = (
+    "taylor",
+    "element_absolute",
+    "element_squared",
+    "loss",
+    "input_mean",
+    "input_squared",
+    "routed_output",
+    "routed_share",
+)

@@ -7,8 +7,10 @@ from adapruner.models._architecture import (
     architecture_of,
     check_length,
     check_tokens,
+    is_pruned,
     known_architectures,
     register_architectures,
+    using_architecture,
 )
 from adapruner.models._device import (
     computes_bfloat16_natively,
@@ -18,6 +20,7 @@ from adapruner.models._device import (
     trial_dtype,
 )
 from adapruner.models._fingerprint import fingerprint
+from adapruner.models._inference import InferenceError, infer_architecture, random_model
 from adapruner.models._layers import (
     LayerCall,
     decoder_layers,
@@ -34,14 +37,17 @@ from adapruner.models._loading import (
     check_streamable,
     empty_model,
     find_model,
+    is_streamable,
     load_config,
     load_model,
     load_tokenizer,
     quiet_transformers,
 )
+from adapruner.models._tiny import tiny_config
 
 __all__ = [
     "Architecture",
+    "InferenceError",
     "LayerCall",
     "ModelLocation",
     "ProjectionNames",
@@ -58,6 +64,9 @@ __all__ = [
     "find_model",
     "fingerprint",
     "in_fastest_dtype",
+    "infer_architecture",
+    "is_pruned",
+    "is_streamable",
     "is_streamed",
     "known_architectures",
     "load_config",
@@ -66,10 +75,13 @@ __all__ = [
     "loaded_layer",
     "overwrite_weight",
     "quiet_transformers",
+    "random_model",
     "register_architectures",
     "resolve_device",
     "skipping_layers",
     "stream_from_memory",
+    "tiny_config",
     "trial_dtype",
+    "using_architecture",
     "whole_state",
 ]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache, cached_property
-from importlib import resources
+from importlib import import_module, resources
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,14 +30,34 @@ RowKind = Literal["query", "key", "value", "query-key-value", "channels"]
 
 
 class ProjectionNames(_Data):
-    """Module paths, relative to a layer, of what computes the groups of a block and of the projection that reads them.
+    """Paths, relative to a layer, of what computes the groups of a block and of the projection that reads them.
 
     Attributes:
-        inputs: what the rows of each projection (or norm over all of its outputs) compute, in their order.
+        inputs: what the rows of each projection (or norm over all of its outputs, or single parameter) compute, in
+            their order.
     """
 
     inputs: dict[str, tuple[RowKind, ...]]
     output: str
+
+
+class ExpertNames(_Data):
+    """The experts of a layer.
+
+    Attributes:
+        tensors: paths, relative to a layer, of the parameters and buffers that have a part for every expert (weights,
+            rows of the router, corrections), and the axis along which the experts lie.
+        count: config field for their number.
+        top_k: config field for the experts that a token is sent to.
+        groups: config field for the groups of experts of which the best are chosen first.
+        chosen_groups: config field for how many groups are chosen.
+    """
+
+    tensors: dict[str, int]
+    count: str
+    top_k: str | None = None
+    groups: str | None = None
+    chosen_groups: str | None = None
 
 
 class ConfigFields(_Data):
@@ -47,10 +68,10 @@ class ConfigFields(_Data):
         head_numbers: field for the numbers of the heads that stay, where positions are told apart by head (alibi).
     """
 
-    heads: str
+    heads: str = "num_attention_heads"
     key_value_heads: str | None = None
     head_dim: str = "head_dim"
-    channels: str
+    channels: str = "intermediate_size"
     head_numbers: str | None = None
 
 
@@ -81,12 +102,14 @@ class Architecture(_Data):
         fixed_attention_width: whether attention is always as wide as the hidden size, so that the config alone cannot
             build one with fewer heads.
         fixed_channels: whether the config has no field of its own for the channels.
+        layouts: which layouts pruned models can have.
     """
 
     model_type: str
     layers: str
-    attention: ProjectionNames
-    feed_forward: ProjectionNames
+    attention: ProjectionNames | None = None
+    feed_forward: ProjectionNames | None = None
+    experts: ExpertNames | None = None
     config_fields: ConfigFields
     default_channels: int | None = None
     plain_residual: bool = True
@@ -96,12 +119,18 @@ class Architecture(_Data):
     unsupported: dict[str, bool] = {}
     fixed_attention_width: bool = False
     fixed_channels: bool = False
+    layouts: tuple[Literal["per-layer", "uniform"], ...] = ("per-layer", "uniform")
+
+    def changed(self, **fields: Any) -> Architecture:
+        """Another architecture, with other fields."""
+        return Architecture(**{name: getattr(self, name) for name in Architecture.model_fields} | fields)
 
     @cached_property
     def pruned_class(self) -> Any:
         """The class of causal language models of this family whose layers differ."""
-        attention_output = self.attention.output if self.fixed_attention_width else None
-        feed_forward = (*self.feed_forward.inputs, self.feed_forward.output) if self.fixed_channels else ()
+        attention, channels = self.attention, self.feed_forward
+        attention_output = attention.output if attention and self.fixed_attention_width else None
+        feed_forward = (*channels.inputs, channels.output) if channels and self.fixed_channels else ()
         return register_family(
             Family(self.model_type, self.layers, attention_output, feed_forward, self.config_fields.channels)
         )
@@ -167,6 +196,50 @@ def _register(file: Path) -> str:
     return family.model_type
 
 
+# Of families that no file describes, by `model_type`: the architecture, or why there is none.
+_described: dict[str, Architecture | str] = {}
+
+
+def family_named(model_type: Any) -> Architecture | None:
+    """The architecture of a family that is known so far."""
+    described = _described.get(model_type) if isinstance(model_type, str) else None
+    return known_architectures().get(model_type) or (described if isinstance(described, Architecture) else None)
+
+
+def find_architecture(config: PreTrainedConfig) -> None:
+    """Has the family of a config inferred and proven if no file describes it: `architecture_of` then knows it, or says
+    why it cannot be pruned.
+
+    Args:
+        config: as it was read, of a stock model.
+    """
+    if config.model_type in known_architectures() or getattr(config, "quantization_config", None):
+        return
+    if config.is_encoder_decoder or not isinstance(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type), str):
+        return
+    # Everything else is above the models: a family is proven by pruning one of it.
+    families: Any = import_module("adapruner.families")
+    try:
+        _described[config.model_type] = families.describe(config)
+    except AdaPrunerError as refusal:
+        _described[config.model_type] = str(refusal)
+    except Exception as error:  # whatever a model class raises that is built as no other
+        _described[config.model_type] = f"how a {config.model_type} is built was not found out: {reason(error)}"
+
+
+@contextlib.contextmanager
+def using_architecture(architecture: Architecture) -> Iterator[None]:
+    """While it lasts, a family is what `architecture` says."""
+    known, before = known_architectures(), known_architectures().get(architecture.model_type)
+    known[architecture.model_type] = architecture
+    try:
+        yield
+    finally:
+        del known[architecture.model_type]
+        if before is not None:
+            known[architecture.model_type] = before
+
+
 def architecture_of(config: PreTrainedConfig) -> Architecture:
     """The architecture of a model from its config.
 
@@ -179,19 +252,25 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
         raise AdaPrunerError(
             f"this model is quantized ({quantization}); prune the unquantized checkpoint and quantize the result"
         )
-    if config.model_type not in known:
-        raise AdaPrunerError(_why_unknown(config, known))
-    architecture = known[config.model_type]
+    if config.model_type not in _described and not is_pruned(config):
+        find_architecture(config)
+    architecture = known.get(config.model_type) or _described.get(config.model_type) or _why_unknown(config, known)
+    if isinstance(architecture, str):
+        raise AdaPrunerError(architecture)
     for field, value in architecture.unsupported.items():
         if getattr(config, field, None) == value:
             raise AdaPrunerError(f"models of the family {config.model_type} with {field}: {value} cannot be pruned yet")
     return architecture
 
 
+def is_pruned(config: PreTrainedConfig) -> bool:
+    """Whether a config says what each layer has less of, in a class that this package made."""
+    return hasattr(config, "stock_class")
+
+
 def new_model(config: PreTrainedConfig) -> PreTrainedModel:
     """A model of a config, with weights as transformers draws them; use it where they cost nothing."""
-    is_pruned = config.is_heterogeneous
-    make: Any = architecture_of(config).pruned_class if is_pruned else AutoModelForCausalLM.from_config
+    make: Any = architecture_of(config).pruned_class if is_pruned(config) else AutoModelForCausalLM.from_config
     model: PreTrainedModel = make(config)
     return model
 
@@ -206,7 +285,7 @@ def check_length(config: PreTrainedConfig, length: int) -> str | None:
     longest = getattr(config, "max_position_embeddings", None)
     if not longest or length <= longest:
         return None
-    known = known_architectures().get(config.model_type)
+    known = family_named(config.model_type)
     is_dynamic = (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "dynamic"
     if is_dynamic or (known and known.learned_positions):
         why = "and dynamic rotary embeddings, which remember longer texts" if is_dynamic else "and no more"
@@ -227,17 +306,8 @@ def check_tokens(config: PreTrainedConfig, largest: int) -> None:
 
 
 def _why_unknown(config: PreTrainedConfig, known: Iterable[str]) -> str:
-    reason = f"unknown architecture {config.model_type!r}"
-    kinds = {
-        "a mixture of experts": ("num_experts", "num_local_experts", "n_routed_experts"),
-        "a model with linear attention or state space layers": ("ssm_cfg", "state_size", "linear_num_value_heads"),
-    }
     if config.is_encoder_decoder:
-        reason = f"{config.model_type!r} is an encoder-decoder, only causal language models can be pruned"
-    else:
-        for kind, marks in kinds.items():
-            if any(getattr(config, mark, None) for mark in marks):
-                reason = f"{config.model_type!r} is {kind}, which cannot be pruned"
+        return f"{config.model_type!r} is an encoder-decoder, only causal language models can be pruned"
     close = difflib.get_close_matches(config.model_type, known, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    return f"{reason}; known are {', '.join(known)}.{hint} A new family is one YAML file, see the guide on families"
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return f"transformers has no causal language model {config.model_type!r}{hint}"

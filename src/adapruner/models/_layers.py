@@ -20,12 +20,16 @@ ReadLayer = Callable[[], dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class LayerCall:
-    """What a model calls a layer with beside the hidden state (masks, positions), and whether the layer returns a tuple
-    around the hidden state; the same for all batches of one shape."""
+    """What a model calls a layer with beside the hidden state (masks, positions), and what the layer returns beside it,
+    None where that is no tuple; the same for all batches of one shape."""
 
     arguments: tuple[Any, ...]
     named: dict[str, Any]
-    returns_tuple: bool
+    others: tuple[Any, ...] | None
+
+    def output(self, state: Tensor) -> Any:
+        """What the layer returns with another hidden state."""
+        return state if self.others is None else (state, *self.others)
 
     def run(self, layer: nn.Module, state: Tensor) -> Tensor:
         """[batch, tokens, hidden]: the hidden state behind a layer."""
@@ -64,13 +68,12 @@ def _enter(model: PreTrainedModel, batch: Tensor, known: list[LayerCall] | None)
     def note(state: Tensor, *arguments: Any, **named: Any) -> Any:
         states.append(state)
         if known or calls:
-            returns_tuple = (known or calls)[0].returns_tuple
-            output: Any = (state,) if returns_tuple else state
+            others = (known or calls)[0].others
         else:
             output = own_forward(state, *arguments, **named)
-            returns_tuple = isinstance(output, tuple)
-        calls.append(LayerCall(arguments, named, returns_tuple))
-        return output
+            others = output[1:] if isinstance(output, tuple) else None
+        calls.append(LayerCall(arguments, named, others))
+        return calls[-1].output(state)
 
     with _other_forwards(dict.fromkeys(layers, note)):
         model.base_model(batch.to(model.device), use_cache=False)
@@ -85,7 +88,7 @@ def skipping_layers(model: PreTrainedModel, count: int, state: Tensor, call: Lay
         state: [batch, tokens, hidden], of the batch that the model will be called with.
         call: of any of the layers.
     """
-    output = (state,) if call.returns_tuple else state
+    output = call.output(state)
     with _other_forwards({layer: lambda *_, **__: output for layer in decoder_layers(model)[:count]}):
         yield
 

@@ -32,10 +32,11 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
 
 from adapruner.errors import AdaPrunerError, reason
-from adapruner.models._architecture import architecture_of, known_architectures, new_model
+from adapruner.models._architecture import architecture_of, family_named, find_architecture, is_pruned, new_model
 from adapruner.models._device import resolve_device
 from adapruner.models._stored import (
     StoredTensor,
+    are_stored_apart,
     differences,
     dtype_in_files,
     has_own_output,
@@ -127,12 +128,19 @@ def load_config(location: ModelLocation) -> PreTrainedConfig:
         AdaPrunerError: it cannot be found or read; the message carries the reason of transformers.
     """
     if not location.is_local:
-        return _read_config(location)
+        return _with_its_family(_read_config(location))
     with _reported_as_unloadable(location):
         files = [Path(location.path, location.gguf_file)] if location.gguf_file else Path(location.path).iterdir()
         stats = [(file.name, file.stat()) for file in files if file.is_file()]
         state = frozenset((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
-    return copy.deepcopy(_read_config_once(location, state))
+    return _with_its_family(copy.deepcopy(_read_config_once(location, state)))
+
+
+def _with_its_family(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Another model of the family may have been read since."""
+    if not is_pruned(config):
+        find_architecture(config)
+    return config
 
 
 @lru_cache(maxsize=8)
@@ -144,12 +152,16 @@ def _read_config_once(location: ModelLocation, state: frozenset[tuple[str, int, 
 def _read_config(location: ModelLocation) -> PreTrainedConfig:
     with _reported_as_unloadable(location):
         fields, _ = PreTrainedConfig.get_config_dict(location.path, **location.arguments)
-        _refuse_odd_fields(fields, location)
-        family = known_architectures().get(str(fields.get("model_type")))
+        _refuse_too_many_layers(fields, location)
         config: PreTrainedConfig
+        if _is_of_pruned(fields) and fields.get("model_type") in CONFIG_MAPPING:
+            with contextlib.suppress(AdaPrunerError, ValueError, TypeError):
+                find_architecture(_stock_config(fields))
+        _refuse_odd_fields(fields, location)
+        family = family_named(fields.get("model_type"))
         if location.gguf_file:
             config = CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
-        elif fields.get("per_layer_config") is not None:
+        elif _is_of_pruned(fields):
             # A stock config class refuses head counts that differ between layers.
             if family is None:
                 raise AdaPrunerError(
@@ -161,6 +173,8 @@ def _read_config(location: ModelLocation) -> PreTrainedConfig:
             config = AutoConfig.from_pretrained(location.path, **_NO_REMOTE_CODE)
     _clear_gguf_marks(config, location)
     _drop_negative_tokens(config)
+    if not is_pruned(config):
+        find_architecture(config)
     _refuse_impossible_counts(config, location)
     if _is_known(config, location) and config.tie_word_embeddings:
         # What is broken in the files is said when they are loaded.
@@ -170,10 +184,29 @@ def _read_config(location: ModelLocation) -> PreTrainedConfig:
     return config
 
 
+def _stock_config(fields: dict[str, Any]) -> PreTrainedConfig:
+    """The config of the dense model that a pruned one was made of."""
+    of_pruned = ("per_layer_config", "stock_per_layer_config", "auto_map", "added_biases", "model_type")
+    own = {name: value for name, value in fields.items() if name not in of_pruned}
+    if fields.get("stock_per_layer_config"):
+        own["per_layer_config"] = fields["stock_per_layer_config"]
+    return CONFIG_MAPPING[fields["model_type"]].from_dict(own)
+
+
+def _is_of_pruned(fields: dict[str, Any]) -> bool:
+    """Whether a config says what each layer has less of, where a stock config of the family says nothing."""
+    if fields.get("per_layer_config") is None or "auto_map" in fields:
+        return fields.get("per_layer_config") is not None
+    model_type = fields.get("model_type")
+    return model_type not in CONFIG_MAPPING or not CONFIG_MAPPING[str(model_type)]().is_heterogeneous
+
+
 def _is_known(config: PreTrainedConfig, location: ModelLocation) -> bool:
     """Whether the weights are in safetensors files, as they are, and under names that are known."""
     is_quantized = getattr(config, "quantization_config", None) is not None
-    return not location.gguf_file and not is_quantized and config.model_type in known_architectures()
+    if location.gguf_file or is_quantized or family_named(config.model_type) is None:
+        return False
+    return not are_stored_apart(empty_model(config))
 
 
 def _drop_negative_tokens(settings: Any) -> None:
@@ -184,26 +217,33 @@ def _drop_negative_tokens(settings: Any) -> None:
             setattr(settings, name, None)
 
 
+def _refuse_too_many_layers(fields: dict[str, Any], location: ModelLocation) -> None:
+    """Refuses before a config class makes lists of what is in the file."""
+    for name in ("num_hidden_layers", "num_layers", "n_layers", "n_layer"):
+        if isinstance(fields.get(name), int) and fields[name] > _MOST_LAYERS:
+            raise AdaPrunerError(
+                f"the config of {str(location)!r} says {name}: {fields[name]}, more than {_MOST_LAYERS} layers"
+            )
+
+
 def _refuse_odd_fields(fields: dict[str, Any], location: ModelLocation) -> None:
-    """Refuses before a config class, or a model, makes lists of what is in the file."""
+    """Refuses what layers cannot differ in."""
 
     def refuse(what: str) -> None:
         raise AdaPrunerError(f"the config of {str(location)!r} {what}")
 
-    for name in ("num_hidden_layers", "num_layers", "n_layers", "n_layer"):
-        if isinstance(fields.get(name), int) and fields[name] > _MOST_LAYERS:
-            refuse(f"says {name}: {fields[name]}, more than {_MOST_LAYERS} layers")
-    family = known_architectures().get(str(fields.get("model_type")))
+    family = family_named(fields.get("model_type"))
     layers, biases = fields.get("per_layer_config"), fields.get("added_biases")
     if family is None:
         return
     if isinstance(layers, dict):
         names = family.config_fields
         counted = {names.heads, names.key_value_heads, names.head_dim, names.channels, names.head_numbers}
+        counted |= {family.experts.count} if family.experts else set()
         for layer, own in layers.items():
             if not isinstance(own, dict) or not own.keys() <= counted:
                 refuse(f"says of layer {str(layer)[:20]} in per_layer_config what layers cannot differ in")
-    projections = {family.attention.output, family.feed_forward.output}
+    projections = {part.output for part in (family.attention, family.feed_forward) if part}
     if biases is not None and not (
         isinstance(biases, list) and len(biases) <= len(projections) and projections.issuperset(map(str, biases))
     ):
@@ -211,7 +251,7 @@ def _refuse_odd_fields(fields: dict[str, Any], location: ModelLocation) -> None:
 
 
 def _refuse_impossible_counts(config: PreTrainedConfig, location: ModelLocation) -> None:
-    architecture = known_architectures().get(config.model_type)
+    architecture = family_named(config.model_type)
     if architecture is None:
         return
     fields = architecture.config_fields
@@ -220,8 +260,13 @@ def _refuse_impossible_counts(config: PreTrainedConfig, location: ModelLocation)
         layers: list[Any] = [config.per_layer_config[index] for index in range(config.num_hidden_layers)]
         counts = {name: getattr(config, name) for name in ("num_hidden_layers", "hidden_size", "vocab_size")}
         for index, layer in enumerate(layers if config.is_heterogeneous else [config]):
-            own = {name: getattr(layer, name) for name in of_layer}
-            own |= {"head_dim": architecture.head_dim(layer), fields.channels: architecture.channels(layer)}
+            own: dict[str, int] = {}
+            if architecture.attention:
+                own |= {name: getattr(layer, name) for name in of_layer} | {"head_dim": architecture.head_dim(layer)}
+            if architecture.feed_forward:
+                own[fields.channels] = architecture.channels(layer)
+            if architecture.experts:
+                own[architecture.experts.count] = getattr(layer, architecture.experts.count)
             counts |= {f"{name} of layer {index}" if config.is_heterogeneous else name: own[name] for name in own}
     for name, count in counts.items():
         largest = _LARGEST_VOCABULARY if name == "vocab_size" else _LARGEST_WIDTH
@@ -283,9 +328,9 @@ def load_model(
         AdaPrunerError: it cannot be found or read, or its files and its config do not go together.
     """
     target = resolve_device(device)
-    if layer_wise:
-        check_streamable(location)
     config = load_config(location)
+    if layer_wise:
+        check_streamable(location, config)
     files = _matching_files(location, config)
     if not location.is_local:
         config = load_config(location)  # which sees the files once they are downloaded
@@ -295,7 +340,7 @@ def load_model(
             wanted: Any = (config.dtype or dtype_in_files(files)) if dtype == "auto" else getattr(torch, dtype)
             model = load_streamed(location.path, config, files, wanted, target)
         else:
-            loader: Any = architecture_of(config).pruned_class if config.is_heterogeneous else AutoModelForCausalLM
+            loader: Any = architecture_of(config).pruned_class if is_pruned(config) else AutoModelForCausalLM
             # What does not fit is reported below, whole, and not taken.
             loaded, report = loader.from_pretrained(
                 location.path,
@@ -329,16 +374,24 @@ def _matching_files(location: ModelLocation, config: PreTrainedConfig) -> dict[s
     return stored
 
 
-def check_streamable(location: ModelLocation) -> None:
+def is_streamable(location: ModelLocation, config: PreTrainedConfig) -> bool:
+    """Whether the layers of a model can be read one by one."""
+    return location.gguf_file is None and not are_stored_apart(empty_model(config))
+
+
+def check_streamable(location: ModelLocation, config: PreTrainedConfig) -> None:
     """Refuses what has to be read as a whole.
 
     Raises:
-        AdaPrunerError: the model is a GGUF file.
+        AdaPrunerError: the model is a GGUF file, or has experts that lie in the files one by one.
     """
-    if location.gguf_file:
-        raise AdaPrunerError(
-            "`layer_wise` reads layers out of safetensors files, and a .gguf file is read as a whole: leave it out"
+    if not is_streamable(location, config):
+        why = (
+            "a .gguf file is read as a whole"
+            if location.gguf_file
+            else f"transformers puts those of a {config.model_type} together from several tensors in the files"
         )
+        raise AdaPrunerError(f"`layer_wise` reads layers out of safetensors files, and {why}: leave it out")
 
 
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
@@ -366,7 +419,7 @@ def _find_smollm2() -> ModelLocation:
 
 def _refuse_other_weights(location: ModelLocation, config: PreTrainedConfig, report: dict[str, Any]) -> None:
     """transformers draws what is missing or of another shape at random, and drops what it has no place for."""
-    known = known_architectures().get(config.model_type)
+    known = family_named(config.model_type)
     wrong = [
         f"{name} is {tuple(stored)} in the files and {tuple(wanted)} by the config"
         for name, stored, wanted in sorted(report["mismatched_keys"])

@@ -13,7 +13,7 @@ from accelerate import init_empty_weights
 from safetensors import safe_open
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from adapruner.errors import AdaPrunerError
@@ -102,6 +102,11 @@ def names_in_files(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -
         for key in stored
         if (name := rename_source_key(key, renamings, [], model.base_model_prefix, state)[0]) in state
     }
+
+
+def are_stored_apart(model: PreTrainedModel) -> bool:
+    """Whether transformers puts tensors of the model together from several in the files, as it does with experts."""
+    return any(isinstance(entry, WeightConverter) for entry in get_model_conversion_mapping(model))
 
 
 def has_own_output(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> bool:

@@ -53,21 +53,18 @@ class _PerLayer:
     family: Family
 
     def __init__(self, config: PreTrainedConfig) -> None:
-        super().__init__(_one_layer_config(config))
+        super().__init__(_stock_config(config))
         config._attn_implementation = self.config._attn_implementation
         layers = self.base_model.get_submodule(self.family.layers.removeprefix(f"{self.base_model_prefix}."))
-        layer_class = type(layers[0])
-        del layers[0]
         # What computes positions keeps the config of the stock model: it asks for sizes that layers may differ in.
         for module in self.modules():
             if isinstance(module, PreTrainedModel):
                 module.config = config
-        for index in range(config.num_hidden_layers):
-            layer = _build_layer(layer_class, self.family, config, index)
+        for index, stock in enumerate(layers):
+            layers[index] = layer = _build_layer(type(stock), self.family, config, index)
             for module in layer.modules():
                 if hasattr(module, "config"):
                     module.config = _LayerConfig(config, index)
-            layers.append(layer)
         self.post_init()
 
     def save_pretrained(self, save_directory: str | Path, *arguments: object, **options: object) -> None:
@@ -94,12 +91,12 @@ class _LayerConfig:
         return self._own[name] if name in self._own else getattr(self._of_model, name)
 
 
-def _one_layer_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """A copy that the stock class accepts: without overrides, and with one layer, which is built to be replaced."""
-    shell = copy.copy(config)
-    shell.per_layer_config = None
-    shell.num_hidden_layers = 1
-    return shell
+def _stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A copy that the stock class accepts, without overrides."""
+    stock = copy.copy(config)
+    # Of some families, layers differ already in the dense model.
+    stock.per_layer_config = getattr(config, "stock_per_layer_config", None)
+    return stock
 
 
 def _build_layer(layer_class: type[nn.Module], family: Family, config: PreTrainedConfig, index: int) -> nn.Module:
@@ -118,7 +115,7 @@ def _build_layer(layer_class: type[nn.Module], family: Family, config: PreTraine
 
 
 def _with_all_heads(own: PreTrainedConfig, config: PreTrainedConfig) -> PreTrainedConfig:
-    stock, whole = _one_layer_config(config), copy.copy(own)
+    stock, whole = _stock_config(config), copy.copy(own)
     for field in ("num_attention_heads", "num_key_value_heads"):
         if hasattr(stock, field):
             setattr(whole, field, getattr(stock, field))
@@ -168,8 +165,7 @@ def _accept_any_heads(self: PreTrainedConfig) -> None:
 
 def _validate_stock_rope(self: PreTrainedConfig) -> None:
     """Positions are those of the stock model, with all its heads."""
-    shell = _one_layer_config(self)
-    self.stock_class.validate_rope(shell)
+    self.stock_class.validate_rope(_stock_config(self))
 
 
 def register_family(family: Family) -> type[PreTrainedModel]:

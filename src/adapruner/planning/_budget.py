@@ -15,6 +15,7 @@ from adapruner.errors import AdaPrunerError
 from adapruner.structure import Block, Structure
 
 RATIO_TOLERANCE = 0.005
+_MOST_BESIDE_EXPERTS = 0.8
 
 
 class BudgetError(AdaPrunerError):
@@ -78,26 +79,43 @@ def kept_counts(structure: Structure, budget: Budget, scores: Tensor | None = No
         AdaPrunerError: layers of different sizes shall become alike.
     """
     layers = _unprotected(structure, budget)
-    blocks = {index: block for index, block in enumerate(structure.blocks) if block.layer in layers}
-    heads = {index: block for index, block in blocks.items() if block.kind == "heads"}
-    channels = {index: block for index, block in blocks.items() if block.kind == "channels"}
+    everywhere = dict(enumerate(structure.blocks))
+    # Experts are the same in number in all layers, as stock models have them.
+    experts = {index: block for index, block in everywhere.items() if block.kind == "experts"}
+    heads = {index: block for index, block in everywhere.items() if block.kind == "heads" and block.layer in layers}
+    channels = {
+        index: block for index, block in everywhere.items() if block.kind == "channels" and block.layer in layers
+    }
     target = budget.ratio * structure.total_parameters
     by_block = _scores_to_rank(structure, budget, scores)
 
-    wanted = _wanted(budget, layers, blocks, target, by_block)
-    kept = {index: block.groups for index, block in enumerate(structure.blocks)}
-    kept |= _in_steps(budget, heads, wanted, step=1)
-    target -= sum((block.groups - kept[index]) * block.parameters_per_group for index, block in heads.items())
-    kept |= _in_steps(budget, channels, _wanted(budget, layers, channels, target, by_block), step=budget.round_to)
+    kept = {index: block.groups for index, block in everywhere.items()}
+
+    def settle(blocks: _Blocks, others: _Blocks, step: int = 1) -> None:
+        """Counts of some blocks, when they share the rest of the target with others."""
+        rest = target - removed_parameters(structure, [kept[index] for index in everywhere])
+        together = dict(sorted({**blocks, **others}.items()))
+        kept.update(_in_steps(budget, blocks, _wanted(budget, layers, together, rest, by_block), step))
+
+    settle(heads, {**experts, **channels})
+    if experts:
+        # The few layers without experts cannot make up for what whole experts miss.
+        settle(channels, experts, budget.round_to)
+        beside_experts = {index: kept[index] for index in channels}
+        kept.update((index, block.groups) for index, block in channels.items())
+    settle(experts, channels)
+    settle(channels, {}, budget.round_to)
+    if experts and largest_channel_share(structure, [kept[index] for index in everywhere]) > _MOST_BESIDE_EXPERTS:
+        kept.update(beside_experts)
 
     counts = [kept[index] for index in range(len(structure.blocks))]
     if not removed_parameters(structure, counts):
         raise BudgetError(
-            f"a ratio of {budget.ratio:g} removes nothing: whole heads and steps of {budget.round_to} channels are more"
-            " than that; lower `round_to` or raise `ratio`"
+            f"a ratio of {budget.ratio:g} removes nothing: whole heads, experts and steps of {budget.round_to} channels"
+            " are more than that; lower `round_to` or raise `ratio`"
         )
     if budget.ratio_of == "parameters":
-        _refuse_missed_ratio(structure, budget, heads, channels, counts)
+        _refuse_missed_ratio(structure, budget, {**heads, **experts}, channels, counts)
     return counts
 
 
@@ -111,16 +129,18 @@ def removed_parameters(structure: Structure, counts: Sequence[int]) -> int:
 
 def largest_channel_share(structure: Structure, counts: Sequence[int]) -> float:
     """The largest share of its feed-forward channels that a layer gives up."""
-    return max(
+    channels = (
         1 - count / block.groups
         for block, count in zip(structure.blocks, counts, strict=True)
         if block.kind == "channels"
     )
+    return max(channels, default=0.0)
 
 
 def _unprotected(structure: Structure, budget: Budget) -> range:
     if budget.layout == "uniform":
-        if len({(block.kind, block.groups) for block in structure.blocks}) > 2:
+        sizes = {(block.kind, block.groups) for block in structure.blocks}
+        if len(sizes) > len({kind for kind, _ in sizes}):
             raise AdaPrunerError("the layers of this model differ already: a uniform layout cannot be cut out of it")
         return range(structure.layers)
     layers = range(budget.protect_first, structure.layers - budget.protect_last)
@@ -148,8 +168,10 @@ def _wanted(
     budget: Budget, layers: range, blocks: _Blocks, target: float, scores: Sequence[Tensor] | None
 ) -> dict[int, float]:
     """How many groups each block would keep if fractions could go."""
+    if not blocks:
+        return {}
     profile = {
-        index: 1.0 if budget.layout == "uniform" else _profile(budget, layers, block.layer)
+        index: 1.0 if budget.layout == "uniform" or block.kind == "experts" else _profile(budget, layers, block.layer)
         for index, block in blocks.items()
     }
     relative = {index: budget.head_share if block.kind == "heads" else 1.0 for index, block in blocks.items()}
@@ -199,10 +221,15 @@ def _in_steps(budget: Budget, blocks: _Blocks, wanted: dict[int, float], step: i
     """Counts near the wanted ones in whole steps, with the rounding carried over where layers may differ by that."""
     counts: dict[int, int] = {}
     carried, carries = 0.0, budget.layout == "per-layer" and budget.ratio_of == "parameters"
+    of_experts = [wanted[index] for index, block in blocks.items() if block.kind == "experts"]
     for index, block in blocks.items():
         unit = step * block.strata
-        carried = wanted[index] + (carried if carries else 0.0)
-        counts[index] = min(max(unit * round(carried / unit), unit), block.groups)
+        if block.kind == "experts":
+            carried = math.fsum(of_experts) / len(of_experts)
+        else:
+            carried = wanted[index] + (carried if carries else 0.0)
+        least = unit * math.ceil(block.least / unit)
+        counts[index] = min(max(unit * round(carried / unit), least), block.groups)
         carried -= counts[index]
     return counts
 
@@ -216,8 +243,10 @@ def _refuse_missed_ratio(
         return
 
     def largest(head_share: float) -> float:
-        """The share of all parameters that goes when every channel but the last step does, rounded down."""
-        head_counts = {index: (1 - head_share) * block.groups for index, block in heads.items()}
+        """The share of all parameters that goes when every channel and expert does that may, rounded down."""
+        head_counts = {
+            index: (1 - head_share) * block.groups if block.kind == "heads" else 0.0 for index, block in heads.items()
+        }
         kept = _in_steps(budget, heads, head_counts, 1)
         kept |= _in_steps(budget, channels, dict.fromkeys(channels, 0.0), budget.round_to)
         removed = sum(
@@ -237,7 +266,14 @@ def _refuse_missed_ratio(
             f"a ratio of {budget.ratio:g} cannot be reached: {protected}at most {largest(budget.head_share):.3f}"
             f" of the {total:,} parameters can go{more}"
         )
+    of_experts = [block for block in heads.values() if block.kind == "experts"]
+    if of_experts:
+        step = sum(block.strata * block.parameters_per_group for block in of_experts) / total
+        raise BudgetError(
+            f"a ratio of {budget.ratio:g} is not met: whole experts, as many in every layer, come in steps of"
+            f" {step:.4f}, and here to {reached:.4f}; choose a `ratio` near a multiple of that"
+        )
     raise BudgetError(
-        f"a ratio of {budget.ratio:g} is not met: whole heads and steps of {budget.round_to} channels come to"
+        f"a ratio of {budget.ratio:g} is not met: whole heads, experts and steps of {budget.round_to} channels come to"
         f" {reached:.4f}, more than {RATIO_TOLERANCE} off; lower `round_to` or `head_share`"
     )

@@ -17,9 +17,9 @@ from typing_extensions import Self
 from adapruner.config import HeadGranularity
 from adapruner.errors import AdaPrunerError, reason
 from adapruner.planning._budget import removed_parameters
-from adapruner.structure import Block, Kind, Structure
+from adapruner.structure import Block, Kind, Structure, layers_without_heads, note_on_mixers
 
-_KINDS: tuple[Kind, ...] = ("heads", "channels")
+_KINDS: tuple[Kind, ...] = ("heads", "experts", "channels")
 # Numbers in JSON are numbers, not words that look like them.
 _STRICT = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -75,6 +75,25 @@ class PruningPlan(BaseModel):
         return "KV groups" if self.head_granularity == "kv-group" else "query heads"
 
     @property
+    def kinds(self) -> list[Kind]:
+        """Which kinds of groups there are, in the order in which they are shown."""
+        return [kind for kind in _KINDS if any(block.kind == kind for block in self.blocks)]
+
+    def name_of(self, kind: Kind) -> str:
+        """What the groups of a kind are called."""
+        return self.head_name if kind == "heads" else kind
+
+    @property
+    def whole_mixers(self) -> list[int]:
+        """The layers whose attention, or what they have in its place, cannot be cut."""
+        return layers_without_heads(max(block.layer for block in self.blocks) + 1, self.blocks)
+
+    @property
+    def note(self) -> str:
+        """What a table of the blocks does not show."""
+        return note_on_mixers(self.whole_mixers)
+
+    @property
     def by_layer(self) -> dict[int, dict[Kind, BlockPlan]]:
         """The blocks of every layer, by kind."""
         layers: dict[int, dict[Kind, BlockPlan]] = {}
@@ -110,14 +129,15 @@ class PruningPlan(BaseModel):
             raise AdaPrunerError(f"cannot read {path}: {reason(error)}") from None
 
     def explain(self) -> Table:
-        """A table, one row per layer: what stays of its heads and channels."""
+        """A table, one row per layer: what stays of its heads, experts and channels."""
         table = Table(
             title=f"{self.removed_parameters:,} of {self.total_parameters:,} parameters are removed ({self.ratio:.1%})"
         )
-        for title in ("layer", f"{self.head_name} kept", "channels kept"):
+        for title in ("layer", *(f"{self.name_of(kind)} kept" for kind in self.kinds)):
             table.add_column(title, justify="right")
         for layer, blocks in self.by_layer.items():
-            table.add_row(str(layer), *(blocks[kind].kept_of_all if kind in blocks else "" for kind in _KINDS))
+            table.add_row(str(layer), *(blocks[kind].kept_of_all if kind in blocks else "" for kind in self.kinds))
+        table.caption = self.note or None
         return table
 
     def check_fits(self, structure: Structure) -> None:

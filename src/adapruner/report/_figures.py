@@ -26,18 +26,22 @@ _LINE_HEIGHT = 30
 
 
 def removed_by_layer(plan: PruningPlan) -> go.Figure:
-    """The share of every layer's heads and channels that went; of heads only where some did."""
-    channels, heads = ([block for block in plan.blocks if block.kind == kind] for kind in ("channels", "heads"))
-    shown = {"channels": channels, plan.head_name: heads}
-    if all(len(block.kept) == block.groups for block in heads):
-        del shown[plan.head_name]
+    """The share of every layer's channels, experts and heads that was removed; of heads only where some were."""
+    kinds = [
+        kind
+        for kind in reversed(plan.kinds)
+        if kind != "heads"
+        or any(len(block.kept) < block.groups for block in plan.blocks if block.kind == kind)
+        or len(plan.kinds) == 1
+    ]
+    shown = {plan.name_of(kind): [block for block in plan.blocks if block.kind == kind] for kind in kinds}
     figure = make_subplots(rows=len(shown), shared_xaxes=True, vertical_spacing=0.12)
     for row, (name, own) in enumerate(shown.items(), start=1):
         figure.add_bar(
             x=[block.layer for block in own],
             y=[1 - len(block.kept) / block.groups for block in own],
             name=name,
-            marker_color=_ACCENT if own is channels else _SECOND,
+            marker_color=_SECOND if name == plan.head_name else _ACCENT,
             customdata=[[block.groups - len(block.kept), block.groups] for block in own],
             hovertemplate=f"layer %{{x}}: %{{customdata[0]:,}} of %{{customdata[1]:,}} {name} removed, %{{y:.0%}}"
             "<extra></extra>",

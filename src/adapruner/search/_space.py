@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import optuna
 from pydantic import BaseModel, ConfigDict
@@ -62,6 +62,8 @@ class SearchSpace:
         fixed_allocation: fields of the budget that the extended space leaves as they are.
         alignment: `data` divides terms by their means; `paper` searches the fixed factors of the paper.
         terms: `vector-wise` leaves out the terms that are fine.
+        experts: whether there are experts, and what they can be ranked by: also by what was measured of their routing,
+            or, where that is not known, by the Taylor terms alone.
         searched: `joint`; or only samples or metric, with the first random draw or `param_first` for the other.
         is_feasible: whether the budget of a candidate can be met. One that cannot is replaced by the nearest that can:
             with fewer protected layers, then with more heads. None leaves all as they are.
@@ -78,6 +80,11 @@ class SearchSpace:
     terms: Terms = "all"
     searched: Searched = "joint"
     is_feasible: Callable[[Candidate], bool] | None = None
+    experts: Literal["none", "routing", "taylor"] = "none"
+
+    @property
+    def _terms(self) -> list[Term]:
+        return usable_terms(self.name, self.terms, self.experts == "routing")
 
     @property
     def first_draw(self) -> list[int]:
@@ -107,12 +114,15 @@ class SearchSpace:
             points: list[dict[str, Any]] = [{"fine": 1.0, order: share} for share in (0.0, 0.5, 1.0)]
         else:
             reference = self._reference_allocation()
+            # Router weight and output norm alone rank experts worse than how often they are used (docs/benchmarks.md).
+            experts = {} if self.experts == "none" else {"taylor": 1.0}
+            routing = {"routing": 0.5} if self.experts == "routing" else {}
             points = [
-                _mix(reconstruction=1.0) | reference,
-                _mix(reconstruction=1.0) | reference | {"bend": 0.8},
-                _mix(reconstruction=1.0, taylor=0.5) | reference | {"bend": 0.8},
-                _mix(reconstruction=1.0) | reference | {"bend": 0.4, "heads": "some", "head_share": 0.25},
-                _mix(reconstruction=1.0) | reference | {"ranking": "global"},
+                _mix(reconstruction=1.0, **experts) | reference,
+                _mix(reconstruction=1.0, **experts) | reference | {"bend": 0.8},
+                _mix(reconstruction=1.0, taylor=0.5, **routing) | reference | {"bend": 0.8},
+                _mix(reconstruction=1.0, **experts) | reference | {"bend": 0.4, "heads": "some", "head_share": 0.25},
+                _mix(reconstruction=1.0, **experts) | reference | {"ranking": "global"},
                 _mix(taylor=1.0) | reference,
             ]
         parameters = [untilted | self._searched_only(point) for point in points]
@@ -175,7 +185,7 @@ class SearchSpace:
 
     def _suggest_mix(self, trial: optuna.trial.BaseTrial, paper: dict[str, float]) -> dict[str, float]:
         """The weights of all terms, given those of the paper, which are the beginning of the Taylor family."""
-        families = _families(usable_terms(self.name, self.terms))
+        families = _families(self._terms)
         mixes = {family: paper if family == "taylor" else {terms[0].name: 1.0} for family, terms in families.items()}
         shares = {family: trial.suggest_float(family, 0, 1) for family in families}
         for family, terms in families.items():
@@ -247,7 +257,8 @@ class SearchSpace:
         skipped = set(self.fixed_allocation)
         if self.terms != "all":
             skipped |= {"fine", "fine_second_order"}
-            skipped |= TERMS.keys() - {term.name for term in usable_terms(self.name, self.terms)}
+        skipped |= {*TERMS, *_families(list(TERMS.values()))} - {*_families(self._terms)}
+        skipped -= {term.name for term in self._terms}
         if _GIVEN_BUDGET in given:
             skipped |= {"heads", *_ALLOCATION}
         if "head_share" in skipped:

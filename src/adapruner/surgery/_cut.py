@@ -59,21 +59,36 @@ def _empty_pruned(
 ) -> PreTrainedModel:
     """The pruned model before its weights are set."""
     architecture = architecture_of(model.config)
-    fields = fields_of_all(model, architecture) | {"head_dim": architecture.head_dim(model.config.per_layer_config[0])}
+    fields = fields_of_all(model, architecture)
+    if architecture.attention:
+        fields["head_dim"] = architecture.head_dim(model.config.per_layer_config[0])
     layers = _layer_fields(model, architecture, structure, plan)
-    if all(own == layers[0] for own in layers.values()):
+    common: dict[str, Any] = {}
+    for own in layers.values():
+        common |= own
+    # A layer without heads says nothing of heads.
+    if all(own.items() <= common.items() for own in layers.values()):
         shapes = {name: tensor.shape for name, tensor in state.items()}
-        for stock in stock_models(architecture, fields | layers[0]):
+        for stock in stock_models(architecture, fields | common):
             if {name: tensor.shape for name, tensor in stock.state_dict().items()} == shapes:
                 return stock
+    if of_stock := fields.pop("per_layer_config", None):
+        fields["stock_per_layer_config"] = of_stock
+        layers = {index: _of_layer(of_stock, index) | layers.get(index, {}) for index in range(structure.layers)}
     fields |= {"per_layer_config": layers}
     if architecture.config_fields.head_numbers:
         fields |= {architecture.config_fields.head_numbers: None}
     if adds_bias:
-        fields |= {"added_biases": sorted({block.row_wise_path for block in structure.blocks})}
+        projected = {block.row_wise_path for block in structure.blocks if block.is_projected}
+        fields |= {"added_biases": sorted(projected)}
     config = architecture.pruned_class.config_class.from_dict(fields)
     pruned: PreTrainedModel = architecture.pruned_class(config)
     return pruned
+
+
+def _of_layer(per_layer: Mapping[Any, dict[str, Any]], index: int) -> dict[str, Any]:
+    """Numbers of layers are words in JSON."""
+    return per_layer.get(index) or per_layer.get(str(index)) or {}
 
 
 def _layer_fields(
@@ -124,6 +139,11 @@ def _prune_block(
     state: dict[str, Tensor], index: int, block: Block, plan: BlockPlan, compensation: Compensation | None
 ) -> None:
     """Replaces the tensors of a block."""
+    if not block.is_projected:
+        for parameter, (part,) in block.slices_by_parameter.items():
+            kept = torch.tensor(plan.kept, device=state[parameter].device)
+            state[parameter] = state[parameter].index_select(part.axis, kept)
+        return
     row_wise = block.row_wise
     original = row_wise.as_projection(state[row_wise.parameter])
     bias_name = f"{row_wise.module}.bias"

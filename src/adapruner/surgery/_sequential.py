@@ -104,8 +104,10 @@ def refit_sequentially(
 
 
 def _cut_blocks(plan: PruningPlan) -> list[int]:
-    """The numbers of the blocks out of which something goes."""
-    return [number for number, block in enumerate(plan.blocks) if len(block.kept) < block.groups]
+    """The numbers of the blocks out of which something goes and that a projection reads."""
+    return [
+        number for number, block in enumerate(plan.blocks) if len(block.kept) < block.groups and block.kind != "experts"
+    ]
 
 
 @dataclass(frozen=True)

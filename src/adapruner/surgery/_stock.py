@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
 from adapruner.errors import AdaPrunerError
-from adapruner.models import Architecture, architecture_of
-from adapruner.structure import Block, TensorSlice, build_structure
+from adapruner.models import Architecture, architecture_of, is_pruned
+from adapruner.structure import Block, Structure, TensorSlice, build_structure
 
 
 def stock_models(architecture: Architecture, fields: Mapping[str, Any]) -> Iterator[PreTrainedModel]:
@@ -39,8 +39,11 @@ def stock_models(architecture: Architecture, fields: Mapping[str, Any]) -> Itera
 
 def fields_of_all(model: PreTrainedModel, architecture: Architecture) -> dict[str, Any]:
     """What a config says of the whole model: without what layers have less of, and without the code of others."""
-    own = {"per_layer_config", "auto_map", "architectures", architecture.config_fields.head_numbers}
-    return {name: value for name, value in model.config.to_dict().items() if name not in own}
+    own = {"auto_map", "architectures", "stock_per_layer_config", architecture.config_fields.head_numbers}
+    fields = model.config.to_dict()
+    kept = {name: value for name, value in fields.items() if name not in own | {"per_layer_config"}}
+    of_stock = fields.get("stock_per_layer_config" if is_pruned(model.config) else "per_layer_config")
+    return kept | ({"per_layer_config": of_stock} if of_stock else {})
 
 
 def pad_to_stock(model: PreTrainedModel) -> PreTrainedModel:
@@ -52,17 +55,17 @@ def pad_to_stock(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         AdaPrunerError: see `check_paddable`.
     """
-    if not model.config.is_heterogeneous:
+    if not is_pruned(model.config):
         return model
     check_paddable(model)
     padded: Any = _empty_padded(model)
     source, target = build_structure(model), build_structure(padded)
-    state = model.state_dict()
+    state, shapes = model.state_dict(), {name: tensor.shape for name, tensor in padded.state_dict().items()}
     for block, wide in zip(source.blocks, target.blocks, strict=True):
         positions = _positions(model, block)
         for parameter, parts in block.slices_by_parameter.items():
             pairs = list(zip(parts, wide.slices_by_parameter[parameter], strict=True))
-            state[parameter] = _spread(state[parameter], padded.get_parameter(parameter).shape, pairs, positions)
+            state[parameter] = _spread(state[parameter], shapes[parameter], pairs, positions)
     padded.load_state_dict(state, assign=True)
     padded.tie_weights()
     padded.generation_config = model.generation_config
@@ -81,27 +84,37 @@ def check_paddable(model: PreTrainedModel) -> None:
 
 def _empty_padded(model: PreTrainedModel) -> PreTrainedModel:
     """Without weights."""
-    architecture = architecture_of(model.config)
-    names = architecture.config_fields
-    layers = list(model.config.per_layer_config)
+    architecture, structure = architecture_of(model.config), build_structure(model)
     # Without what each layer has less of, the config is that of the dense model.
     of_dense = fields_of_all(model, architecture)
-    key_value_heads = [getattr(layer, names.key_value_heads or names.heads) for layer in layers]
-    per_group = max(
-        getattr(layer, names.heads) // groups for layer, groups in zip(layers, key_value_heads, strict=True)
-    )
-    widest = {names.heads: max(key_value_heads) * per_group, names.channels: max(map(architecture.channels, layers))}
-    if names.key_value_heads:
-        widest[names.key_value_heads] = max(key_value_heads)
+    widest: dict[str, int] = {}
+    for kind in ("heads", "experts", "channels"):
+        blocks = [block for block in structure.blocks if block.kind == kind]
+        most = max((block.groups for block in blocks), default=0)
+        if kind == "experts" and any(block.groups != most for block in blocks):
+            raise AdaPrunerError(
+                "layers with different numbers of experts cannot be padded: a router would choose zeros"
+            )
+        for field in {field for block in blocks for field in block.config_counts}:
+            widest[field] = most * max(block.config_counts[field] for block in blocks)
+    # Experts cannot be padded, so their number is never that of the dense model.
+    always = {architecture.experts.count} & widest.keys() if architecture.experts else set()
+    of_dense |= {field: widest[field] for field in always}
     with init_empty_weights(include_buffers=False):
         for fields in (of_dense | widest, of_dense):
             for padded in stock_models(architecture, fields):
                 # Some families take no number of heads or channels but their own, whatever their config says.
                 with contextlib.suppress(AdaPrunerError):
-                    build_structure(padded)
-                    if padded.state_dict().keys() == model.state_dict().keys():
+                    widths = _widths(build_structure(padded))
+                    if widths == _widths(structure) and padded.state_dict().keys() == model.state_dict().keys():
                         return padded
     raise AdaPrunerError(f"no stock {model.config.model_type} takes the layers of this model")
+
+
+def _widths(structure: Structure) -> list[int]:
+    """How wide a query head or channel of each block is."""
+    projected = [block for block in structure.blocks if block.is_projected]
+    return [block.row_wise.width // max(block.config_counts.values()) for block in projected]
 
 
 def _positions(model: PreTrainedModel, block: Block) -> Tensor:

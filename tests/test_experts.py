@@ -1,0 +1,157 @@
+"""Mixtures of experts: measured, ranked, and removed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, MixtralForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+import adapruner
+from adapruner.checkpoint import save_checkpoint
+from adapruner.errors import AdaPrunerError
+from adapruner.importance import TERMS, MetricPoint, score_groups
+from adapruner.measurement import Statistics, measure, measure_moments
+from adapruner.models import infer_architecture, known_architectures, random_model
+from adapruner.planning import Budget, kept_counts, make_plan
+from adapruner.structure import Structure, build_structure
+from adapruner.surgery import Compensation, prune_model
+from run_helpers import RUN_OPTIONS
+from tiny_families import tiny_config
+
+FAMILIES = ("mixtral", "gpt_oss", "deepseek_v3")
+
+
+@pytest.fixture(params=FAMILIES)
+def mixture(request: pytest.FixtureRequest) -> PreTrainedModel:
+    config = tiny_config(request.param)
+    known_architectures()[request.param] = infer_architecture(config)
+    return random_model(config)
+
+
+@pytest.fixture
+def mixtral() -> PreTrainedModel:
+    config = tiny_config("mixtral")
+    known_architectures()["mixtral"] = infer_architecture(config)
+    return random_model(config)
+
+
+def taylor_by_hand(model: PreTrainedModel, structure: Structure, windows: Tensor) -> Tensor:
+    """[samples, vectors]: Σ_k g_k w_k, with the gradients of PyTorch."""
+    rows = []
+    model.requires_grad_(True)
+    for window in windows:
+        model.zero_grad()
+        model(window[None], labels=window[None]).loss.backward()
+        row = []
+        for block in structure.blocks:
+            for part in block.matrices:
+                parameter = model.get_parameter(part.parameter)
+                product = (parameter.grad * parameter).detach()
+                if block.is_projected:
+                    used = part.as_projection(product).sum(1 - part.axis)
+                    row.append(used[part.offset : part.offset + block.groups * part.width].unflatten(0, (-1, 1)))
+                else:
+                    row.append(product.movedim(part.axis, 0).flatten(1).sum(1, keepdim=True))
+        rows.append(torch.cat(row).flatten())
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("layer_wise", [False, True])
+def test_taylor_terms_are_those_of_autograd(mixture: PreTrainedModel, windows: Tensor, layer_wise: bool) -> None:
+    structure = build_structure(mixture)
+    statistics = measure(mixture, structure, windows[:3], batch_size=2, layer_wise=layer_wise)
+    torch.testing.assert_close(statistics.taylor, taylor_by_hand(mixture, structure, windows[:3]), rtol=1e-3, atol=1e-6)
+
+
+def test_routing_is_what_the_router_says(mixtral: PreTrainedModel, windows: Tensor) -> None:
+    """Share of tokens, and router weight times norm of the output, expert by expert (arXiv 2510.13999)."""
+    structure = build_structure(mixtral)
+    statistics = measure(mixtral, structure, windows[:2])
+    layer = mixtral.model.layers[1].mlp
+    seen: list[Tensor] = []
+    hook = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(0, 1)))
+    mixtral.requires_grad_(False)
+    mixtral(windows[:2])
+    hook.remove()
+    (state,) = seen
+    probabilities = torch.softmax(state @ layer.gate.weight.T, -1)
+    weights, chosen = probabilities.topk(2)
+    weights /= weights.sum(-1, keepdim=True)
+    block = next(number for number, each in enumerate(structure.blocks) if each.kind == "experts" and each.layer == 1)
+    first = structure.group_offsets[block]
+    for expert in range(4):
+        gate, up = (state @ layer.experts.gate_up_proj[expert].T).chunk(2, -1)
+        norms = ((torch.nn.functional.silu(gate) * up) @ layer.experts.down_proj[expert].T).norm(dim=-1)
+        routed = (chosen == expert).any(-1)
+        weight = torch.where(chosen == expert, weights, 0).sum(-1)
+        share, output = statistics.routed_share, statistics.routed_output
+        assert share is not None
+        assert output is not None
+        assert float(share[:, first + expert].mean()) == pytest.approx(float(routed.float().mean()))
+        assert float(output[:, first + expert].mean()) == pytest.approx(float((weight * norms).mean()), rel=1e-3)
+        if routed.any():
+            expected = float((weight * norms)[routed].mean())
+            score = float(TERMS["expert_output"].function(statistics)[first + expert])
+            assert score == pytest.approx(expected, rel=1e-3)
+
+
+def test_an_expert_that_does_nothing_is_the_least_important(mixtral: PreTrainedModel, windows: Tensor) -> None:
+    with torch.no_grad():
+        for layer in mixtral.model.layers:
+            layer.mlp.experts.down_proj[2] = 0
+    structure = build_structure(mixtral)
+    statistics = measure(mixtral, structure, windows)
+    for term in ("fine_first", "expert_output"):
+        scores = score_groups(statistics, structure, MetricPoint(weights={term: 1}))
+        for number, block in enumerate(structure.blocks):
+            if block.kind == "experts":
+                assert int(scores[structure.block_of_group == number].argmin()) == 2, term
+
+
+def test_all_layers_keep_the_same_number(mixtral: PreTrainedModel, windows: Tensor) -> None:
+    structure = build_structure(mixtral)
+    for layout in ("per-layer", "uniform"):
+        counts = kept_counts(structure, Budget(0.195, 1, 1, layout=layout))  # type: ignore[arg-type]
+        kept = {count for block, count in zip(structure.blocks, counts, strict=True) if block.kind == "experts"}
+        assert kept == {3}
+    # Two experts see every token: of two, there would be no choice.
+    with pytest.raises(AdaPrunerError, match="cannot be reached"):
+        kept_counts(structure, Budget(0.5, 0, 0))
+
+
+def test_a_mixture_is_pruned_to_a_stock_one(
+    mixtral: PreTrainedModel, windows: Tensor, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Compensation leaves experts as they are."""
+    structure = build_structure(mixtral)
+    statistics = measure(mixtral, structure, windows)
+    scores = score_groups(statistics, structure, MetricPoint(weights={"expert_output": 1}))
+    plan = make_plan(structure, scores, kept_counts(structure, Budget(0.195, 0, 0)))
+    moments = dict(measure_moments(mixtral, structure, windows))
+    assert all(structure.blocks[number].is_projected for number in moments)
+    pruned = prune_model(mixtral, structure, plan, Compensation("least-squares", moments))
+    assert type(pruned) is MixtralForCausalLM
+    assert pruned.config.num_local_experts == 3
+    save_checkpoint(pruned, tokenizer, tmp_path / "model")
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    with torch.no_grad():
+        assert torch.equal(stock(windows).logits, pruned(windows).logits)
+
+
+def test_a_mixture_is_pruned_from_end_to_end(
+    mixtral: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, text_file: Path, tmp_path: Path
+) -> None:
+    save_checkpoint(mixtral, tokenizer, tmp_path / "dense")
+    options = RUN_OPTIONS | {"ratio": 0.195, "trials": 11}
+    result = adapruner.prune(str(tmp_path / "dense"), tmp_path / "run", calibration=str(text_file), **options)
+    assert {len(block.kept) for block in result.plan.blocks if block.kind == "experts"} == {3}
+    assert any(point.parameters.get("routing") for point in result.result.search.points)
+    assert "experts kept" in (result.model_folder / "README.md").read_text()
+    statistics = Statistics.load(tmp_path / "run" / "statistics.safetensors")
+    assert statistics.routed_output is not None
+    # Experts lie in the files one by one.
+    with pytest.raises(AdaPrunerError, match="together from several tensors"):
+        adapruner.prune(str(tmp_path / "dense"), tmp_path / "b", calibration=str(text_file), layer_wise=True, **options)

@@ -1,0 +1,220 @@
+"""Families that nobody has described: what is inferred of them, and what the proof finds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+import adapruner
+from adapruner import families, verbs
+from adapruner.cli import main
+from adapruner.conformance import ConformanceError, failed_checks, prove
+from adapruner.errors import AdaPrunerError
+from adapruner.models import (
+    Architecture,
+    ProjectionNames,
+    _architecture,
+    _loading,
+    architecture_of,
+    empty_model,
+    find_model,
+    infer_architecture,
+    known_architectures,
+    load_config,
+    random_model,
+    register_architectures,
+    using_architecture,
+)
+from adapruner.structure import Structure, build_structure
+from run_helpers import RUN_OPTIONS
+from tiny_families import tiny_config
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache, and a process that has seen no family."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(_architecture, "_described", {})
+    _loading._read_config_once.cache_clear()
+    return tmp_path / "cache" / "adapruner" / "families"
+
+
+def run(arguments: list[str], code: int = 0) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == code
+
+
+def contents(structure: Structure) -> list[tuple[object, ...]]:
+    return [
+        (block.layer, block.kind, block.groups, block.strata, block.config_counts, set(block.slices))
+        for block in structure.blocks
+    ]
+
+
+@pytest.mark.parametrize("granularity", ["kv-group", "query-head"])
+@pytest.mark.parametrize("model_type", known_architectures())
+def test_the_families_with_a_file_are_inferred_to_the_same_structure(model_type: str, granularity: str) -> None:
+    config = tiny_config(model_type)
+    inferred = infer_architecture(config)
+    model = empty_model(config)
+    structures = []
+    for architecture in (known_architectures()[model_type], inferred):
+        with using_architecture(architecture):
+            try:
+                structures.append(contents(build_structure(model, granularity)))  # type: ignore[arg-type]
+            except AdaPrunerError as refusal:
+                assert granularity == "query-head"
+                structures.append([(str(refusal).partition(":")[0],)])
+    assert structures[0] == structures[1]
+    shipped = known_architectures()[model_type]
+    for field in ("layers", "learned_positions", "fixed_attention_width", "fixed_channels"):
+        assert getattr(inferred, field) == getattr(shipped, field), field
+    # What a config may switch on is off in a tiny one.
+    assert inferred.plain_residual == shipped.has_plain_residual(config) or model_type == "granite"
+
+
+# One of each make: gated attention beside linear attention and experts; latent attention with dense and shared experts;
+# interleaved experts with sinks; convolutions; state space; a feed-forward that is as wide as its class rounds.
+@pytest.mark.parametrize(
+    ("model_type", "kinds", "whole_mixers"),
+    [
+        ("smollm3", {"heads", "channels"}, []),
+        ("gpt_oss", {"heads", "experts"}, []),
+        ("deepseek_v3", {"heads", "channels", "experts"}, []),
+        ("gemma4_text", {"heads", "channels"}, []),
+        ("lfm2_moe", {"heads", "channels", "experts"}, [0, 2]),
+        ("granitemoehybrid", {"heads", "experts"}, [0, 2]),
+        ("mpt", {"channels"}, [0, 1, 2, 3]),
+    ],
+)
+def test_a_family_without_a_file_is_inferred_and_proven(
+    model_type: str, kinds: set[str], whole_mixers: list[int]
+) -> None:
+    config = tiny_config(model_type)
+    architecture = prove(config, infer_architecture(config))
+    assert architecture.layouts == ("per-layer", "uniform")
+    with using_architecture(architecture):
+        structure = build_structure(empty_model(config))
+    assert {block.kind for block in structure.blocks} == kinds
+    assert structure.whole_mixers == whole_mixers
+
+
+WRONG_ROWS = ProjectionNames(inputs={"mlp.gate_proj": ("channels",)}, output="mlp.down_proj")
+HEADS = known_architectures()["llama"].attention
+
+
+@pytest.mark.parametrize(
+    ("changes", "failure"),
+    [
+        ({"feed_forward": WRONG_ROWS}, "fails"),
+        ({"layers": "model.norm"}, "fails"),
+        ({"feed_forward": HEADS and ProjectionNames(inputs=HEADS.inputs, output="self_attn.o_proj")}, "fails"),
+    ],
+)
+def test_the_proof_finds_what_is_wrong(changes: dict[str, object], failure: str) -> None:
+    config = tiny_config("llama")
+    right = known_architectures()["llama"]
+    model = random_model(config)
+    assert failed_checks(model, right) == {}
+    wrong = Architecture.model_validate(right.model_dump() | changes)
+    failures = failed_checks(model, wrong)
+    assert failures.keys() == {"per-layer", "uniform"}
+    assert all(failure in reason for reason in failures.values())
+    # What is right is left.
+    if "feed_forward" in changes:
+        proven = prove(config, wrong)
+        assert proven.feed_forward is None
+        assert proven.attention == right.attention
+    else:
+        with pytest.raises(ConformanceError, match="cannot be pruned"):
+            prove(config, wrong.changed(attention=None))
+
+
+def test_gate_and_up_in_the_wrong_order_are_found() -> None:
+    """The shapes are right, the rows are not."""
+    config = tiny_config("phi3")
+    right = known_architectures()["phi3"]
+    (path,) = right.feed_forward.inputs if right.feed_forward else ()
+    interleaved = ProjectionNames(inputs={path: ("channels",)}, output="mlp.down_proj")
+    failures = failed_checks(random_model(config), right.changed(feed_forward=interleaved, attention=None))
+    assert "pruned equals masked fails: they differ by" in failures["uniform"]
+
+
+@pytest.fixture
+def smollm3(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
+    random_model(tiny_config("smollm3")).save_pretrained(tmp_path / "smollm3")
+    tokenizer.save_pretrained(tmp_path / "smollm3")
+    return tmp_path / "smollm3"
+
+
+def test_a_family_is_checked_once(
+    smollm3: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = verbs.describe(smollm3)
+    assert "checking how smollm3 is built: done in" in capsys.readouterr().err
+    (file,) = cache.iterdir()
+    assert Architecture.model_validate_json(file.read_bytes()) == first
+    config = tiny_config("smollm3")
+    assert families.describe(config) == first
+    assert capsys.readouterr().err == ""
+    file.write_text("{")
+    assert families.describe(config) == first
+    assert "checking how smollm3 is built" in capsys.readouterr().err
+    monkeypatch.setattr(families.transformers, "__version__", "6.0.0")
+    families.describe(config)
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_what_was_inferred_can_be_a_file(smollm3: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(["inspect", str(smollm3), "--architecture"])
+    (tmp_path / "smollm3.yaml").write_text(capsys.readouterr().out)
+    inferred = architecture_of(load_config(find_model(str(smollm3))))
+    assert register_architectures(tmp_path / "smollm3.yaml") == ["smollm3"]
+    assert known_architectures()["smollm3"] == inferred
+    run(["inspect", str(smollm3), "--architecture", "--json"])
+    assert json.loads(capsys.readouterr().out)["attention"]["output"] == "self_attn.o_proj"
+
+
+def test_a_family_without_a_file_is_pruned_from_end_to_end(smollm3: Path, text_file: Path, tmp_path: Path) -> None:
+    result = adapruner.prune(str(smollm3), tmp_path / "run", calibration=str(text_file), **RUN_OPTIONS)
+    assert 0.095 <= result.result.removed_share <= 0.105
+    tokens = torch.arange(3, 40).view(1, -1)
+    with torch.no_grad():
+        logits = adapruner.load(result.model_folder)(tokens).logits
+        elsewhere = AutoModelForCausalLM.from_pretrained(result.model_folder, trust_remote_code=True)
+        assert torch.equal(elsewhere(tokens).logits, logits)
+    # A process that has not seen the family loads it too.
+    _architecture._described.clear()
+    _loading._read_config_once.cache_clear()
+    assert torch.equal(adapruner.load(result.model_folder)(tokens).logits, logits)
+
+
+def test_a_layout_that_a_family_cannot_have_is_refused(
+    smollm3: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uniform = infer_architecture(tiny_config("smollm3")).changed(layouts=("uniform",))
+    monkeypatch.setattr(families, "describe", lambda _: uniform)
+    with pytest.raises(AdaPrunerError, match="cannot be cut differently: set `layout` to uniform"):
+        adapruner.prune(str(smollm3), tmp_path / "run", calibration=str(text_file), **RUN_OPTIONS)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("mamba", "no heads, channels or experts were found"),
+    ],
+)
+def test_what_cannot_be_pruned_is_refused_in_a_line(
+    model_type: str, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    random_model(tiny_config(model_type)).save_pretrained(tmp_path / "model")
+    with pytest.raises(AdaPrunerError, match=reason):
+        verbs.inspect(tmp_path / "model")
+    run(["inspect", str(tmp_path / "model"), "--json"], code=2)
+    assert capsys.readouterr().out == ""
