@@ -109,11 +109,7 @@ def kept_counts(structure: Structure, budget: Budget, scores: Tensor | None = No
         kept.update(beside_experts)
 
     counts = [kept[index] for index in range(len(structure.blocks))]
-    if not removed_parameters(structure, counts):
-        raise BudgetError(
-            f"a ratio of {budget.ratio:g} removes nothing: whole heads, experts and steps of {budget.round_to} channels"
-            " are more than that; lower `round_to` or raise `ratio`"
-        )
+    _refuse_nothing_removed(structure, budget, counts)
     if budget.ratio_of == "parameters":
         _refuse_missed_ratio(structure, budget, {**heads, **experts}, channels, counts)
     return counts
@@ -232,6 +228,14 @@ def _in_steps(budget: Budget, blocks: _Blocks, wanted: dict[int, float], step: i
         counts[index] = min(max(unit * round(carried / unit), least), block.groups)
         carried -= counts[index]
     return counts
+
+
+def _refuse_nothing_removed(structure: Structure, budget: Budget, counts: Sequence[int]) -> None:
+    if not removed_parameters(structure, counts):
+        raise BudgetError(
+            f"a ratio of {budget.ratio:g} removes nothing: whole heads, experts and steps of {budget.round_to} channels"
+            " are more than that; lower `round_to` or raise `ratio`"
+        )
 
 
 def _refuse_missed_ratio(

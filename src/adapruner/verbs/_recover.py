@@ -84,18 +84,20 @@ def recover(
     if record := check_folder(folder, resolved, overwrite):
         return record
     warning = check_length(of_model, config.seq_len)
-    if of_teacher and (size := load_config(of_teacher).vocab_size) != of_model.vocab_size:
-        raise AdaPrunerError(
-            f"the teacher has a vocabulary of {size:,} tokens, the model one of {of_model.vocab_size:,}"
-        )
+    if of_teacher:
+        _refuse_other_vocabulary(load_config(of_teacher).vocab_size, of_model.vocab_size)
     tokenizer = load_tokenizer(location)
     examples = read_examples(source, tokenizer, config) if source else None
     if examples:
         check_tokens(of_model, examples.largest_token)
     with training_alone(folder, resolved, overwrite) as finished:
-        if warning:
-            Reporter().note(warning)
+        Reporter().note(warning or "")
         return finished or _train(config, resolved, folder, location, of_teacher, tokenizer, source, examples, device)
+
+
+def _refuse_other_vocabulary(of_teacher: int, of_model: int) -> None:
+    if of_teacher != of_model:
+        raise AdaPrunerError(f"the teacher has a vocabulary of {of_teacher:,} tokens, the model one of {of_model:,}")
 
 
 def _train(
