@@ -90,8 +90,11 @@ def test_help_and_nothing_are_no_failures(run_cli: RunCli) -> None:
         assert "adapruner" in output
 
 
-@pytest.mark.parametrize("unbuffered", ["", "1"])
-@pytest.mark.parametrize("arguments", [["--help"], ["inspect", "MODEL", "--json"]], ids=" ".join)
+@pytest.mark.parametrize(
+    ("arguments", "unbuffered"),
+    [(["--help"], ""), (["--help"], "1"), (["inspect", "MODEL", "--json"], "1")],
+    ids=["help", "help unbuffered", "inspect unbuffered"],
+)
 def test_a_reader_that_has_ended(arguments: list[str], unbuffered: str, model_folder: Path) -> None:
     """As in `adapruner --help | true`."""
     command = [

@@ -26,7 +26,6 @@ CASES = [
     for key_value_heads, granularity, tied in (
         (3, "kv-group", False),
         (3, "query-head", False),
-        (6, "kv-group", False),
         (6, "kv-group", True),
     )
     if key_value_heads == 6 or architecture.config_fields.key_value_heads

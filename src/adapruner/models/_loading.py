@@ -54,6 +54,8 @@ _MOST_LAYERS = 2000
 _LARGEST_VOCABULARY = 2**31 - 1
 # Some 20 times the widest models: buffers of positions are made before weights are looked for.
 _LARGEST_WIDTH = 2**20
+# By `model_type`.
+_stored_apart: dict[str, bool] = {}
 
 
 @dataclass(frozen=True)
@@ -206,7 +208,7 @@ def _is_known(config: PreTrainedConfig, location: ModelLocation) -> bool:
     is_quantized = getattr(config, "quantization_config", None) is not None
     if location.gguf_file or is_quantized or family_named(config.model_type) is None:
         return False
-    return not are_stored_apart(empty_model(config))
+    return not _are_stored_apart(config)
 
 
 def _drop_negative_tokens(settings: Any) -> None:
@@ -328,6 +330,8 @@ def load_model(
         AdaPrunerError: it cannot be found or read, or its files and its config do not go together.
     """
     target = resolve_device(device)
+    if layer_wise and location.gguf_file:
+        check_streamable(location)
     config = load_config(location)
     if layer_wise:
         check_streamable(location, config)
@@ -374,13 +378,23 @@ def _matching_files(location: ModelLocation, config: PreTrainedConfig) -> dict[s
     return stored
 
 
-def is_streamable(location: ModelLocation, config: PreTrainedConfig) -> bool:
-    """Whether the layers of a model can be read one by one."""
-    return location.gguf_file is None and not are_stored_apart(empty_model(config))
+def _are_stored_apart(config: PreTrainedConfig) -> bool:
+    """See `are_stored_apart`; the same for all models of a family."""
+    if config.model_type not in _stored_apart:
+        _stored_apart[config.model_type] = are_stored_apart(empty_model(config))
+    return _stored_apart[config.model_type]
 
 
-def check_streamable(location: ModelLocation, config: PreTrainedConfig) -> None:
+def is_streamable(location: ModelLocation, config: PreTrainedConfig | None) -> bool:
+    """Whether the layers of a model can be read one by one; a GGUF file tells that without a config."""
+    return location.gguf_file is None and (config is None or not _are_stored_apart(config))
+
+
+def check_streamable(location: ModelLocation, config: PreTrainedConfig | None = None) -> None:
     """Refuses what has to be read as a whole.
+
+    Args:
+        config: None while it has not been read.
 
     Raises:
         AdaPrunerError: the model is a GGUF file, or has experts that lie in the files one by one.
@@ -389,7 +403,7 @@ def check_streamable(location: ModelLocation, config: PreTrainedConfig) -> None:
         why = (
             "a .gguf file is read as a whole"
             if location.gguf_file
-            else f"transformers puts those of a {config.model_type} together from several tensors in the files"
+            else "transformers puts those of this family together from several tensors in the files"
         )
         raise AdaPrunerError(f"`layer_wise` reads layers out of safetensors files, and {why}: leave it out")
 
