@@ -3,9 +3,9 @@
     python benchmarks/experts.py --text wiki.valid.raw
 
 Trains a small Mixtral on the bytes of a text (the first eight tenths), measures it on the ninth, removes experts, and
-reports the loss on the last. Then two ways to make up for what was removed are tried: a scale for what is left,
-fitted by least squares to the outputs of the dense layer, and merging each removed expert into the nearest one that
-stays, weighted by how often they are used.
+reports the loss on the last. Then two ways to make up for what was removed are tried: a scale for the kept experts,
+fitted by least squares to the outputs of the dense layer, and merging each removed expert into the nearest kept one,
+weighted by how often they are used.
 """
 
 from __future__ import annotations

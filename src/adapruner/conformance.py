@@ -8,7 +8,7 @@ import copy
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor
@@ -33,13 +33,15 @@ from adapruner.planning import PruningPlan, make_plan
 from adapruner.structure import Block, Kind, Structure, build_structure, count_parameters
 from adapruner.surgery import prune_model
 
-# Of what masking changes in the logits: what differs is the order of sums, and the epsilon of norms with fewer heads.
-# Of the logits, what masking changes at least.
-_TOLERANCE, _EFFECT = 2e-3, 1e-4
+# How far the pruned logits may be from the masked ones, relative to the change by masking: sums have another order, and
+# the epsilon of a norm over fewer heads weighs otherwise.
+_TOLERANCE = 2e-3
+# The least change by masking, relative to the logits: a smaller one proves nothing.
+_EFFECT = 1e-4
 _NEW_TOKENS = 8
 _NEVER_CHOSEN = -1e9
 _PARTS: dict[Kind, str] = {"heads": "attention", "channels": "feed_forward", "experts": "experts"}
-_LAYOUTS: tuple[Layout, ...] = ("per-layer", "uniform")
+_LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 
 
 class ConformanceError(AdaPrunerError):
@@ -138,7 +140,7 @@ def _check(model: PreTrainedModel, structure: Structure, plan: PruningPlan, chec
         checking("saved equals loaded")
         with tempfile.TemporaryDirectory() as folder:
             pruned.save_pretrained(folder)
-            loaded = load_model(ModelLocation(folder), device="cpu")
+            loaded = load_model(ModelLocation(folder, written="the saved model"), device="cpu")
         torch.testing.assert_close(loaded(tokens).logits, logits, rtol=0, atol=0)
         checking("cached equals uncached")
         if _generates_alike(model, tokens) and not _generates_alike(loaded, tokens):
@@ -177,7 +179,7 @@ def masked(model: PreTrainedModel, structure: Structure, plan: PruningPlan) -> I
 
 
 def _mask_norms(model: PreTrainedModel, block: Block, removed: Tensor) -> None:
-    """Norms over all groups are over those that stay: zeros add nothing to a mean of squares, but count in it."""
+    """Makes norms over all groups norms over the kept ones: zeros add nothing to a mean of squares, but count in it."""
     norms = [part for part in block.slices if not part.is_matrix and part.parameter.endswith(".weight")]
     for part in block.slices if norms else ():
         if part.axis == 0 and part not in norms:
@@ -191,15 +193,10 @@ def _mask_experts(model: PreTrainedModel, block: Block, removed: Tensor, never: 
     for part in block.slices:
         path, _, name = part.parameter.rpartition(".")
         tensor = getattr(model.get_submodule(path), name)
-        if (
-            tensor.dim() == 2
-            and part.axis == 0
-            and part.elements > 1
-            and tensor.numel() == tensor.shape[0] * part.elements
-        ):
-            never.routers[tensor.untyped_storage().data_ptr()] = removed
         if tensor.numel() == block.groups:
             tensor.data.view(-1)[removed] = _NEVER_CHOSEN
+        elif tensor.dim() == 2:
+            never.routers[tensor.untyped_storage().data_ptr()] = removed
 
 
 class _NeverChosen(TorchFunctionMode):

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import transformers
 from huggingface_hub import constants
-from pydantic import ValidationError
 from transformers import PreTrainedConfig
 
 from adapruner.conformance import prove
@@ -23,6 +22,9 @@ _FORMAT = 1
 # What configs say of the files that they come with.
 _OF_FILES = ("_name_or_path", "architectures", "dtype", "transformers_version")
 
+# For this process: another version of this package may be able to prune it.
+_refused: dict[Path, str] = {}
+
 
 def describe(config: PreTrainedConfig) -> Architecture:
     """The architecture of the stock model of a config, inferred and proven; taken from the cache of this user where it
@@ -32,10 +34,16 @@ def describe(config: PreTrainedConfig) -> Architecture:
         AdaPrunerError: it cannot be pruned; with the reason.
     """
     file = _file(config)
-    with suppress(OSError, ValueError, ValidationError):
+    if refusal := _refused.get(file):
+        raise AdaPrunerError(refusal)
+    with suppress(OSError, ValueError):
         return Architecture.model_validate_json(file.read_bytes())
-    with Reporter().stage(f"checking how {config.model_type} is built"), quiet_transformers():
-        architecture = prove(config, infer_architecture(config))
+    try:
+        with Reporter().stage(f"checking how {config.model_type} is built"), quiet_transformers():
+            architecture = prove(config, infer_architecture(config))
+    except AdaPrunerError as error:
+        _refused[file] = str(error)
+        raise
     # A cache that cannot be written is no cache.
     with suppress(OSError, AdaPrunerError):
         file.parent.mkdir(parents=True, exist_ok=True)

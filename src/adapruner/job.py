@@ -47,7 +47,7 @@ from adapruner.models import (
     trial_dtype,
 )
 from adapruner.models import fingerprint as fingerprint_of_model
-from adapruner.planning import Budget, BudgetError, kept_counts, largest_channel_share
+from adapruner.planning import MOST_CHANNELS, Budget, BudgetError, kept_counts, largest_channel_share
 from adapruner.processes import Process
 from adapruner.progress import Reporter
 from adapruner.recovery import Examples, check_device, read_examples
@@ -58,8 +58,6 @@ from adapruner.texts import Texts, assign_texts, report_windows
 
 # Protected layers at both ends and share of heads, from what hurts least to what reaches furthest.
 _DEFAULT_ALLOCATIONS = ((4, 3, 0.0), (2, 2, 0.0), (1, 1, 0.0), (1, 1, 0.5), (2, 1, 1.0), (0, 0, 1.0))
-# Taking more of the channels of a layer hurts more than taking heads or fewer layers whole (see docs/benchmarks.md).
-MOST_CHANNELS = 0.8
 
 
 @dataclass

@@ -32,7 +32,7 @@ from adapruner.evaluation import (
 )
 from adapruner.files import write_atomically
 from adapruner.importance import needed_statistics
-from adapruner.job import MOST_CHANNELS, Job, needs_moments, window_counts
+from adapruner.job import Job, needs_moments, window_counts
 from adapruner.measurement import (
     Statistics,
     StoredMoments,
@@ -43,7 +43,7 @@ from adapruner.measurement import (
 )
 from adapruner.memory import MEASURED_AT_ONCE
 from adapruner.models import empty_model, find_model, in_fastest_dtype, load_config, load_model
-from adapruner.planning import PruningPlan, kept_counts, largest_channel_share
+from adapruner.planning import MOST_CHANNELS, PruningPlan, kept_counts, largest_channel_share
 from adapruner.recovery import DEFAULT_GENERATED_RECORDS, read_record, recover_into, total_steps, window_examples
 from adapruner.report import render_report
 from adapruner.result import TITLES, ModelNumbers, Role, RunResult, shown_name

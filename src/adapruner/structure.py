@@ -73,7 +73,7 @@ class Block:
         strata: the groups fall into this many consecutive parts of equal size, each of which loses the same number
             (query heads of one KV head); 1 where any group may go.
         config_counts: how much each config field counts per group that stays.
-        least: how many groups must stay.
+        least: how many groups must be kept.
     """
 
     layer: int

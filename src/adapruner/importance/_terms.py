@@ -58,10 +58,10 @@ def register_term(
     return register
 
 
-def usable_terms(space: Space, terms: Terms, has_experts: bool = False) -> list[Term]:
+def usable_terms(space: Space, terms: Terms, with_routing: bool = False) -> list[Term]:
     """The registered terms that a search mixes, in the order in which they were registered."""
     mixed = PAPER_TERMS if space == "paper" else tuple(TERMS)
-    unusable = {*(["elements"] if terms != "all" else []), *([] if has_experts else ["routing"])}
+    unusable = {*(["elements"] if terms != "all" else []), *([] if with_routing else ["routing"])}
     return [TERMS[name] for name in mixed if not TERMS[name].needs & unusable]
 
 
@@ -142,7 +142,7 @@ def expert_output(statistics: Statistics) -> Tensor:
     return _measured(statistics.routed_output, "of experts").sum(0) / share.clamp_min(torch.finfo(share.dtype).tiny)
 
 
-@register_term(unit="groups", family="routing", needs=["routing"], share=0.0)
+@register_term(unit="groups", family="routing", needs=["routing"])
 def expert_frequency(statistics: Statistics) -> Tensor:
     """[groups]: the share of tokens that are sent to an expert; zeros for other groups."""
     return _measured(statistics.routed_share, "of experts").mean(0)

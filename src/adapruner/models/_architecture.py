@@ -122,7 +122,7 @@ class Architecture(_Data):
     layouts: tuple[Literal["per-layer", "uniform"], ...] = ("per-layer", "uniform")
 
     def changed(self, **fields: Any) -> Architecture:
-        """Another architecture, with other fields."""
+        """Another architecture, with other fields; unlike `model_copy`, without the classes made for this one."""
         return Architecture(**{name: getattr(self, name) for name in Architecture.model_fields} | fields)
 
     @cached_property

@@ -8,57 +8,28 @@ fields count them is found by changing the fields and comparing shapes. No names
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as functional
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from adapruner.errors import AdaPrunerError, reason
 from adapruner.models._architecture import Architecture, ConfigFields, ExpertNames, ProjectionNames, RowKind
-from adapruner.models._tiny import parameters_of, tiny_config
+from adapruner.models._tiny import CHOSEN_GROUPS, EXPERT_GROUPS, TOP_K, parameters_of, tiny_config
+from adapruner.models._tracing import Layer, Writer
 
 _HEADS, _KEY_VALUE_HEADS = "num_attention_heads", "num_key_value_heads"
-_TOKENS = 48
 _MOST_PARAMETERS = 50_000_000
-# Of a row-wise projection with more inputs than this, no groups are looked for: it belongs to no tiny model.
-_MOST_INPUTS = 1024
+# By how much a width is changed to see what moves.
+_STEP = 16
+_Shapes = dict[str, tuple[int, ...]]
 
 
 class InferenceError(AdaPrunerError):
     """Nothing that could be removed was found in a model."""
-
-
-class _Transparent(TorchFunctionMode):
-    """While it lasts, statistics of norms are constants and rectifiers are smooth, so that a number has a gradient to
-    exactly what it is computed from."""
-
-    def __torch_function__(
-        self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if function in (functional.layer_norm, functional.rms_norm):
-            return _norm(function is functional.layer_norm, *args, **kwargs)
-        if function in (functional.relu, functional.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_):
-            return functional.silu(args[0])
-        result = function(*args, **kwargs)
-        return result.detach() if getattr(function, "__name__", "") in ("rsqrt", "mean", "var") else result
-
-
-def _norm(
-    centred: bool, x: Tensor, shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: Any = None
-) -> Tensor:
-    axes = tuple(range(-len(shape), 0))
-    mean = x.mean(axes, keepdim=True) if centred else torch.zeros(())
-    scaled = (x - mean) * ((x - mean).square().mean(axes, keepdim=True) + (eps or 1e-6)).rsqrt()
-    scaled = scaled if weight is None else scaled * weight
-    return scaled if bias is None else scaled + bias
 
 
 def infer_architecture(config: PreTrainedConfig) -> Architecture:
@@ -82,7 +53,7 @@ def infer_architecture(config: PreTrainedConfig) -> Architecture:
         tiny.allow_global_per_layer_attribute_access = True
         model = random_model(tiny)
         path, layers = _layer_list(model)
-        seen = [_Layer(model, path, layers, index) for index in _distinct(layers)]
+        seen = [Layer(model, path, layers, index) for index in _distinct(layers)]
     except InferenceError:
         raise
     except Exception as error:  # whatever a model class raises over sizes that it was not made for
@@ -129,252 +100,42 @@ def _distinct(layers: Sequence[nn.Module]) -> list[int]:
     return sorted(makes.values())
 
 
-@dataclass(frozen=True)
-class _Part:
-    """The rows of one parameter, along its outputs, that inputs of a writer depend on.
-
-    Attributes:
-        rows: [inputs, rows] bool: which input depends on which.
-        groups, query_heads: those of every row; None where there is not one.
-    """
-
-    parameter: str
-    rows: Tensor
-    groups: list[int | None]
-    query_heads: list[int | None]
-
-    def passes(self, count: int) -> list[slice] | None:
-        """Where all groups come by in order, each as wide as the others; None where they come by otherwise."""
-        runs = [(group, len(list(rows))) for group, rows in groupby(self.groups)]
-        if [group for group, _ in runs] != list(range(count)) * (len(runs) // count):
-            return None
-        found, start = [], 0
-        for width, own in groupby(runs, key=lambda run: run[1]):
-            for _ in range(len(list(own)) // count):
-                found.append(slice(start, start + width * count))
-                start += width * count
-        return found if start == len(self.groups) else None
-
-    def kind_of_heads(self, one: slice, count: int) -> RowKind:
-        """What the rows of one pass compute: queries belong to one query head, and each input has its own value."""
-        alone = {head is not None for head in self.query_heads[one]}
-        if len(alone) > 1:
-            return "query-key-value"
-        is_query = alone.pop()
-        if is_query and self.query_heads[one] != self.groups[one]:
-            return "query"
-        has_own_row = one.stop - one.start > count and int(self.rows[:, one].sum(1).max()) == 1
-        return "value" if has_own_row else "query" if is_query else "key"
-
-
-@dataclass(frozen=True)
-class _Writer:
-    """A projection whose output is added to the hidden state.
-
-    Attributes:
-        inputs: how many numbers it reads per token.
-        plain: whether its output is added as it is.
-    """
-
-    path: str
-    inputs: int
-    plain: bool
-
-
-class _Layer:
-    """One decoder layer of the tiny model, and what its projections read."""
-
-    def __init__(self, model: PreTrainedModel, path: str, layers: list[nn.Module], index: int) -> None:
-        self.index, self.path = index, f"{path}.{index}"
-        self._model, self._layer = model, layers[index]
-        self.parameters = dict(self._layer.named_parameters())
-        hidden = model.config.hidden_size
-        self._projections = {
-            name: module
-            for name, module in self._layer.named_modules()
-            if isinstance(module, nn.Linear | Conv1D) and _outputs(module) == hidden
-        }
-        self._read: dict[str, Tensor] = {}
-        hooks = [
-            module.register_forward_pre_hook(lambda _, args, name=name: self._read.__setitem__(name, args[0]))
-            for name, module in self._projections.items()
-        ]
-        self._run(hooks)
-        self.writers = {writer.path: writer for writer in self._find_writers()}
-
-    def linears(self) -> set[str]:
-        """Paths of the plain projections."""
-        return {name for name, module in self._layer.named_modules() if isinstance(module, nn.Linear | Conv1D)}
-
-    def weight(self, writer: _Writer) -> str:
-        """The name of the weight of a writer in the model."""
-        return f"{self.path}.{writer.path}.weight"
-
-    def input_axis(self, writer: _Writer) -> int:
-        """The axis of its weight, as it is stored, along which its inputs lie."""
-        return 0 if isinstance(self._projections[writer.path], Conv1D) else 1
-
-    def size(self, inputs: Iterable[str], writer: _Writer) -> int:
-        """How many numbers the parameters hold, with those of a writer."""
-        return sum(self.parameters[name].numel() for name in (*inputs, f"{writer.path}.weight"))
-
-    def groups(self, writer: _Writer, heads: int) -> tuple[int, list[_Part]]:
-        """How many groups the inputs of a writer fall into, and what else belongs to them.
-
-        Args:
-            heads: query heads, whose inputs lie one behind the other; 0 where there are none.
-        """
-        touched = self._touched(writer)
-        count, owner = _components(writer.inputs, touched.values())
-        query_head = torch.arange(writer.inputs) * heads // writer.inputs if heads > 1 else owner
-        return count, [
-            _Part(
-                name,
-                rows,
-                [_only(owner[column]) for column in rows.T],
-                [_only(query_head[column]) for column in rows.T],
-            )
-            for name, rows in touched.items()
-        ]
-
-    def _touched(self, writer: _Writer) -> dict[str, Tensor]:
-        """For each parameter of which no input of a writer depends on every row, [inputs, rows] bool: on which ones."""
-        read = self._read[writer.path]
-        mix = torch.randn(read.shape[:-1], generator=torch.Generator().manual_seed(2))
-        rows: dict[str, list[Tensor]] = {}
-        for one in range(writer.inputs):
-            gradients = torch.autograd.grad(
-                (read[..., one] * mix).sum(), list(self.parameters.values()), retain_graph=True, allow_unused=True
-            )
-            for (name, parameter), gradient in zip(self.parameters.items(), gradients, strict=True):
-                axis = self._axis(name)
-                other = [each for each in range(parameter.dim()) if each != axis]
-                is_touched = torch.zeros_like(parameter, dtype=torch.bool) if gradient is None else gradient != 0
-                rows.setdefault(name, []).append(is_touched.amax(other) if other else is_touched)
-        touched = {name: torch.stack(each) for name, each in rows.items()}
-        return {name: each for name, each in touched.items() if each.any(1).all() and not each.all(1).any()}
-
-    def _axis(self, name: str) -> int:
-        """The axis of a parameter along which its outputs lie."""
-        owner = self._layer.get_submodule(name.rpartition(".")[0])
-        return int(isinstance(owner, Conv1D) and self.parameters[name].dim() > 1)
-
-    def _find_writers(self) -> Iterator[_Writer]:
-        """With all other candidates silent, the output of the layer is what a writer puts out, and what came in."""
-        for name, module in self._projections.items():
-            read = self._read.get(name)
-            if read is None or not read.requires_grad or read.shape[-1] > _MOST_INPUTS:
-                continue
-            noted: dict[str, Tensor] = {}
-            # Experts are parameters of three axes, not projections.
-            experts = [
-                each
-                for each in self._layer.modules()
-                if any(parameter.dim() == 3 for parameter in each.parameters(recurse=False))
-            ]
-            others = [other for each, other in self._projections.items() if each != name]
-            silent = [other.register_forward_hook(lambda *about: _silenced(about[2])) for other in (*others, *experts)]
-            hooks = [
-                *silent,
-                module.register_forward_hook(lambda *about, noted=noted: noted.update(written=about[2])),
-                self._layer.register_forward_pre_hook(
-                    lambda _, args, given, noted=noted: noted.update(before=(args or list(given.values()))[0]),
-                    with_kwargs=True,
-                ),
-                self._layer.register_forward_hook(lambda *about, noted=noted: noted.update(after=_first(about[2]))),
-            ]
-            self._run(hooks)
-            written, after = noted["written"], noted["after"].flatten(0, -2)
-            if not written.requires_grad or not after.requires_grad:
-                continue
-            (gradient,) = torch.autograd.grad(after[:, 5].sum(), written, allow_unused=True)
-            if gradient is not None and (gradient.flatten(0, -2) != 0).any(0).nonzero().flatten().tolist() == [5]:
-                plain = torch.allclose(after, (noted["before"] + written.view_as(noted["before"])).flatten(0, -2))
-                yield _Writer(name, self._read[name].shape[-1], plain)
-
-    def _run(self, hooks: Iterable[Any]) -> None:
-        generator = torch.Generator().manual_seed(1)
-        tokens = torch.randint(3, self._model.config.vocab_size, (2, _TOKENS // 2), generator=generator)
-        try:
-            with _Transparent(), torch.enable_grad():
-                self._model(tokens, use_cache=False)
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-
-def _silenced(output: Any) -> Any:
-    return torch.zeros_like(output) if isinstance(output, Tensor) else tuple(map(_silenced, output))
-
-
-def _first(output: Any) -> Tensor:
-    tensor: Tensor = output[0] if isinstance(output, tuple | list) else output
-    return tensor
-
-
-def _outputs(module: Any) -> int:
-    return int(module.nf if isinstance(module, Conv1D) else module.out_features)
-
-
-def _components(inputs: int, touched: Iterable[Tensor]) -> tuple[int, Tensor]:
-    """How many groups there are, and the group of each input: inputs that touch a row together are of one group."""
-    parent = list(range(inputs))
-
-    def root(one: int) -> int:
-        while parent[one] != one:
-            parent[one] = parent[parent[one]]
-            one = parent[one]
-        return one
-
-    for rows in touched:
-        for column in rows.T:
-            together = column.nonzero().flatten().tolist()
-            for one in together[1:]:
-                parent[root(one)] = root(together[0])
-    roots = [root(one) for one in range(inputs)]
-    numbers = {one: number for number, one in enumerate(dict.fromkeys(roots))}
-    return len(numbers), torch.tensor([numbers[one] for one in roots])
-
-
-def _only(values: Tensor) -> int | None:
-    """The one value that all have; None where they have several, or there are none."""
-    distinct = values.unique()
-    return int(distinct) if len(distinct) == 1 else None
-
-
-# What a config calls the experts that a token is sent to, and the groups of experts that are chosen first.
-_TOP_K = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k")
-_EXPERT_GROUPS, _CHOSEN_GROUPS = ("n_group", "num_expert_group"), ("topk_group",)
-# By how much a width is changed to see what moves.
-_STEP = 16
-_Shapes = dict[str, tuple[int, ...]]
-
-
 class _Counting:
     """Which config fields count what: they are changed, one at a time, and the shapes compared."""
 
     def __init__(self, config: PreTrainedConfig, layers: str) -> None:
         self.config, self._layers = config, layers
-        self._now = self.shapes({}) or {}
-        hidden = _input_embedding(config)
-        fields = {name: value for name, value in config.to_dict().items() if _is_count(value)}
+        self._now, embedding = self._built({}) or ({}, None)
         self._wider: dict[str, _Shapes] = {}
         self._doubled: dict[str, _Shapes] = {}
-        for name, value in fields.items():
+        for name, value in config.to_dict().items():
+            if not _is_count(value):
+                continue
             for shapes, changed in ((self._wider, (value or 0) + _STEP), (self._doubled, 2 * (value or 0))):
-                found = self.shapes({name: changed}) if changed else None
-                if found and found != self._now and _input_embedding(config, {name: changed}) == hidden:
-                    shapes[name] = found
+                built = self._built({name: changed}) if changed else None
+                # What changes the embedding is the hidden size or the vocabulary.
+                if built and built[0] != self._now and built[1] == embedding:
+                    shapes[name] = built[0]
 
     def shapes(self, changes: Mapping[str, Any]) -> _Shapes | None:
         """Of all tensors in the layers, with other fields; None where such a model cannot be built."""
+        built = self._built(changes)
+        return built and built[0]
+
+    def _built(self, changes: Mapping[str, Any]) -> tuple[_Shapes, tuple[int, ...]] | None:
+        """The shapes of the tensors in the layers, and of the input embedding."""
+        config = copy.deepcopy(self.config)
         try:
+            for name, value in changes.items():
+                setattr(config, name, value)
             with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(_changed(self.config, changes))
-        except Exception:  # whatever a config or model class raises
+                model = AutoModelForCausalLM.from_config(config)
+            embedding = tuple(model.get_input_embeddings().weight.shape)
+        except Exception:  # whatever a config or model class raises over a field that it was not made for
             return None
         state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        return {name: tuple(tensor.shape) for name, tensor in state.items() if name.startswith(f"{self._layers}.")}
+        prefix = f"{self._layers}."
+        return {name: tuple(tensor.shape) for name, tensor in state.items() if name.startswith(prefix)}, embedding
 
     def width_field(self, parameter: str, axis: int) -> str | None:
         """The field that an axis of a parameter is as wide as."""
@@ -408,22 +169,6 @@ def _is_count(value: Any) -> bool:
     return value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0)
 
 
-def _changed(config: PreTrainedConfig, changes: Mapping[str, Any]) -> PreTrainedConfig:
-    config = copy.deepcopy(config)
-    for name, value in changes.items():
-        setattr(config, name, value)
-    return config
-
-
-def _input_embedding(config: PreTrainedConfig, changes: Mapping[str, Any] | None = None) -> tuple[int, ...] | None:
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(_changed(config, changes or {}))
-        return tuple(model.get_input_embeddings().weight.shape)
-    except Exception:  # as above
-        return None
-
-
 @dataclass(frozen=True)
 class _Found:
     """A kind of groups: the projections, the config fields by their names in `Architecture`, and how much they hold."""
@@ -434,7 +179,7 @@ class _Found:
     plain: bool
 
 
-def _described(model: PreTrainedModel, counting: _Counting, path: str, layers: Sequence[_Layer]) -> Architecture:
+def _described(model: PreTrainedModel, counting: _Counting, path: str, layers: Sequence[Layer]) -> Architecture:
     attention: dict[str, list[_Found]] = {}
     feed_forward: dict[str, list[_Found]] = {}
     with_experts = [layer for layer in layers if counting.expert_field(layer.path)]
@@ -442,7 +187,7 @@ def _described(model: PreTrainedModel, counting: _Counting, path: str, layers: S
         for writer in layer.writers.values():
             if heads := _heads(layer, writer, counting):
                 attention.setdefault(writer.path, []).append(heads)
-            # Shared experts stay: every token needs them.
+            # Shared experts are kept whole: every token needs them.
             elif layer not in with_experts and (channels := _channels(layer, writer, counting)):
                 feed_forward.setdefault(writer.path, []).append(channels)
     kinds = {"attention": _largest(attention), "feed_forward": _largest(feed_forward)}
@@ -480,7 +225,7 @@ def _largest(by_output: Mapping[str, list[_Found]]) -> _Found | None:
     return _Found(names, several[-1].fields, 0, all(found.plain for found in several))
 
 
-def _heads(layer: _Layer, writer: _Writer, counting: _Counting) -> _Found | None:
+def _heads(layer: Layer, writer: Writer, counting: _Counting) -> _Found | None:
     """The heads whose outputs a writer reads."""
     config = counting.config
     heads, key_value_heads = getattr(config, _HEADS, None), getattr(config, _KEY_VALUE_HEADS, None)
@@ -508,7 +253,7 @@ def _heads(layer: _Layer, writer: _Writer, counting: _Counting) -> _Found | None
     return _Found(_names(inputs, writer), fields, layer.size(inputs, writer), writer.plain)
 
 
-def _channels(layer: _Layer, writer: _Writer, counting: _Counting) -> _Found | None:
+def _channels(layer: Layer, writer: Writer, counting: _Counting) -> _Found | None:
     """The feed-forward channels that a writer reads."""
     config = counting.config
     field = counting.width_field(layer.weight(writer), layer.input_axis(writer))
@@ -530,7 +275,7 @@ def _channels(layer: _Layer, writer: _Writer, counting: _Counting) -> _Found | N
     return _Found(_names(inputs, writer), fields, layer.size(inputs, writer), writer.plain)
 
 
-def _names(inputs: Mapping[str, tuple[RowKind, ...]], writer: _Writer) -> ProjectionNames:
+def _names(inputs: Mapping[str, tuple[RowKind, ...]], writer: Writer) -> ProjectionNames:
     """Weights and biases by their module, other parameters by their own name."""
     by_module = {name.removesuffix(".weight"): kinds for name, kinds in inputs.items()}
     own = {
@@ -539,7 +284,7 @@ def _names(inputs: Mapping[str, tuple[RowKind, ...]], writer: _Writer) -> Projec
     return ProjectionNames(inputs=own, output=writer.path)
 
 
-def _experts(counting: _Counting, layers: Sequence[_Layer]) -> ExpertNames | None:
+def _experts(counting: _Counting, layers: Sequence[Layer]) -> ExpertNames | None:
     tensors: dict[str, int] = {}
     field = None
     for layer in layers:
@@ -548,10 +293,17 @@ def _experts(counting: _Counting, layers: Sequence[_Layer]) -> ExpertNames | Non
             tensors |= axes
     if field is None:
         return None
-    top_k = next((name for name in _TOP_K if getattr(counting.config, name, None)), None)
-    groups = next((name for name in _EXPERT_GROUPS if getattr(counting.config, name, None)), None)
-    chosen = next((name for name in _CHOSEN_GROUPS if getattr(counting.config, name, None)), None)
-    return ExpertNames(tensors=tensors, count=field, top_k=top_k, groups=groups, chosen_groups=chosen)
+
+    def named(names: Sequence[str]) -> str | None:
+        return next((name for name in names if getattr(counting.config, name, None)), None)
+
+    return ExpertNames(
+        tensors=tensors,
+        count=field,
+        top_k=named(TOP_K),
+        groups=named(EXPERT_GROUPS),
+        chosen_groups=named(CHOSEN_GROUPS),
+    )
 
 
 def _has_learned_positions(model: PreTrainedModel) -> bool:

@@ -331,6 +331,7 @@ def load_model(
     """
     target = resolve_device(device)
     if layer_wise and location.gguf_file:
+        # Its config takes seconds to read.
         check_streamable(location)
     config = load_config(location)
     if layer_wise:

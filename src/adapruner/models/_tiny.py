@@ -12,6 +12,9 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 # What is small enough to be taken as it is.
 _MOST_PARAMETERS, _MOST_LAYERS = 10_000_000, 8
 _LAYERS, _HEADS, _KEY_VALUE_HEADS, _WIDTH, _EXPERTS = 4, 4, 2, 16, 4
+# What configs call the experts that a token is sent to, the groups of experts, and how many groups are chosen first.
+TOP_K = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k")
+EXPERT_GROUPS, CHOSEN_GROUPS = ("n_group", "num_expert_group"), ("topk_group",)
 # By the names that configs have for them. Heads are as wide as the hidden size allows, for families in which they must.
 _SIZES: dict[str, int] = {
     **dict.fromkeys(("hidden_size", "n_embd", "d_model"), _HEADS * _WIDTH),
@@ -35,8 +38,8 @@ _SIZES: dict[str, int] = {
     **dict.fromkeys(
         ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts"), _EXPERTS
     ),
-    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts"), 2),
-    **dict.fromkeys(("n_group", "topk_group", "num_expert_group"), 1),
+    **dict.fromkeys(TOP_K, 2),
+    **dict.fromkeys((*EXPERT_GROUPS, *CHOSEN_GROUPS), 1),
     **dict.fromkeys(("kv_lora_rank", "q_lora_rank"), 24),
     **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim"), _WIDTH),
     **dict.fromkeys(("mamba_n_heads", "mamba_num_heads", "linear_num_value_heads"), 8),

@@ -1,6 +1,7 @@
 """From scores and a ratio to a pruning plan."""
 
 from adapruner.planning._budget import (
+    MOST_CHANNELS,
     RATIO_TOLERANCE,
     Budget,
     BudgetError,
@@ -12,6 +13,7 @@ from adapruner.planning._budget import (
 from adapruner.planning._plan import BlockPlan, PruningPlan, make_plan
 
 __all__ = [
+    "MOST_CHANNELS",
     "RATIO_TOLERANCE",
     "BlockPlan",
     "Budget",

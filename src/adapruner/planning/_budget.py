@@ -15,7 +15,8 @@ from adapruner.errors import AdaPrunerError
 from adapruner.structure import Block, Structure
 
 RATIO_TOLERANCE = 0.005
-_MOST_BESIDE_EXPERTS = 0.8
+# Taking more of the channels of a layer hurts more than taking heads or fewer layers whole (see docs/benchmarks.md).
+MOST_CHANNELS = 0.8
 
 
 class BudgetError(AdaPrunerError):
@@ -91,22 +92,19 @@ def kept_counts(structure: Structure, budget: Budget, scores: Tensor | None = No
 
     kept = {index: block.groups for index, block in everywhere.items()}
 
-    def settle(blocks: _Blocks, others: _Blocks, step: int = 1) -> None:
-        """Counts of some blocks, when they share the rest of the target with others."""
+    def counts_of(blocks: _Blocks, others: _Blocks, step: int = 1) -> dict[int, int]:
+        """How many groups some blocks keep, when they share the rest of the target with others."""
         rest = target - removed_parameters(structure, [kept[index] for index in everywhere])
         together = dict(sorted({**blocks, **others}.items()))
-        kept.update(_in_steps(budget, blocks, _wanted(budget, layers, together, rest, by_block), step))
+        return _in_steps(budget, blocks, _wanted(budget, layers, together, rest, by_block), step)
 
-    settle(heads, {**experts, **channels})
-    if experts:
+    kept |= counts_of(heads, {**experts, **channels})
+    beside_experts = counts_of(channels, experts, budget.round_to) if experts else {}
+    kept |= counts_of(experts, channels)
+    kept |= counts_of(channels, {}, budget.round_to)
+    if experts and largest_channel_share(structure, [kept[index] for index in everywhere]) > MOST_CHANNELS:
         # The few layers without experts cannot make up for what whole experts miss.
-        settle(channels, experts, budget.round_to)
-        beside_experts = {index: kept[index] for index in channels}
-        kept.update((index, block.groups) for index, block in channels.items())
-    settle(experts, channels)
-    settle(channels, {}, budget.round_to)
-    if experts and largest_channel_share(structure, [kept[index] for index in everywhere]) > _MOST_BESIDE_EXPERTS:
-        kept.update(beside_experts)
+        kept |= beside_experts
 
     counts = [kept[index] for index in range(len(structure.blocks))]
     _refuse_nothing_removed(structure, budget, counts)
@@ -247,7 +245,7 @@ def _refuse_missed_ratio(
         return
 
     def largest(head_share: float) -> float:
-        """The share of all parameters that goes when every channel and expert does that may, rounded down."""
+        """The share of all parameters that is removed when every channel and expert is that may be, rounded down."""
         head_counts = {
             index: (1 - head_share) * block.groups if block.kind == "heads" else 0.0 for index, block in heads.items()
         }

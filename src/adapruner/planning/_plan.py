@@ -129,7 +129,7 @@ class PruningPlan(BaseModel):
             raise AdaPrunerError(f"cannot read {path}: {reason(error)}") from None
 
     def explain(self) -> Table:
-        """A table, one row per layer: what stays of its heads, experts and channels."""
+        """A table with one row per layer: how many of its heads, experts and channels are kept."""
         table = Table(
             title=f"{self.removed_parameters:,} of {self.total_parameters:,} parameters are removed ({self.ratio:.1%})"
         )

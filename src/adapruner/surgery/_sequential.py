@@ -104,7 +104,7 @@ def refit_sequentially(
 
 
 def _cut_blocks(plan: PruningPlan) -> list[int]:
-    """The numbers of the blocks out of which something goes and that a projection reads."""
+    """The numbers of the blocks of which groups are removed and that a projection reads."""
     return [
         number for number, block in enumerate(plan.blocks) if len(block.kept) < block.groups and block.kind != "experts"
     ]

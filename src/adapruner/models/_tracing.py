@@ -1,0 +1,263 @@
+"""What the projections of a decoder layer read, and from which rows of which parameters that is computed.
+
+Found by differentiation on a tiny random model. No names of parameters are looked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from adapruner.models._architecture import RowKind
+
+_TOKENS = 48
+# Of a row-wise projection with more inputs than this, no groups are looked for: it belongs to no tiny model.
+_MOST_INPUTS = 1024
+
+
+class _Transparent(TorchFunctionMode):
+    """While it lasts, statistics of norms are constants and rectifiers are smooth, so that a number has a gradient to
+    exactly what it is computed from."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function in (functional.layer_norm, functional.rms_norm):
+            return _norm(function is functional.layer_norm, *args, **kwargs)
+        if function in (functional.relu, functional.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_):
+            return functional.silu(args[0])
+        result = function(*args, **kwargs)
+        return result.detach() if getattr(function, "__name__", "") in ("rsqrt", "mean", "var") else result
+
+
+def _norm(
+    centred: bool, x: Tensor, shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: Any = None
+) -> Tensor:
+    axes = tuple(range(-len(shape), 0))
+    mean = x.mean(axes, keepdim=True) if centred else torch.zeros(())
+    scaled = (x - mean) * ((x - mean).square().mean(axes, keepdim=True) + (eps or 1e-6)).rsqrt()
+    scaled = scaled if weight is None else scaled * weight
+    return scaled if bias is None else scaled + bias
+
+
+@dataclass(frozen=True)
+class Part:
+    """The rows of one parameter, along its outputs, that inputs of a writer depend on.
+
+    Attributes:
+        rows: [inputs, rows] bool: which input depends on which.
+        groups, query_heads: those of every row; None where there is not one.
+    """
+
+    parameter: str
+    rows: Tensor
+    groups: list[int | None]
+    query_heads: list[int | None]
+
+    def passes(self, count: int) -> list[slice] | None:
+        """Where all groups come by in order, each as wide as the others; None where they come by otherwise."""
+        runs = [(group, len(list(rows))) for group, rows in groupby(self.groups)]
+        if [group for group, _ in runs] != list(range(count)) * (len(runs) // count):
+            return None
+        found, start = [], 0
+        for width, own in groupby(runs, key=lambda run: run[1]):
+            for _ in range(len(list(own)) // count):
+                found.append(slice(start, start + width * count))
+                start += width * count
+        return found if start == len(self.groups) else None
+
+    def kind_of_heads(self, one: slice, count: int) -> RowKind:
+        """What the rows of one pass compute: queries belong to one query head, and each input has its own value."""
+        alone = {head is not None for head in self.query_heads[one]}
+        if len(alone) > 1:
+            return "query-key-value"
+        is_query = alone.pop()
+        if is_query and self.query_heads[one] != self.groups[one]:
+            return "query"
+        has_own_row = one.stop - one.start > count and int(self.rows[:, one].sum(1).max()) == 1
+        return "value" if has_own_row else "query" if is_query else "key"
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A projection whose output is added to the hidden state.
+
+    Attributes:
+        inputs: how many numbers it reads per token.
+        plain: whether its output is added as it is.
+    """
+
+    path: str
+    inputs: int
+    plain: bool
+
+
+class Layer:
+    """One decoder layer of the tiny model, and what its projections read."""
+
+    def __init__(self, model: PreTrainedModel, path: str, layers: list[nn.Module], index: int) -> None:
+        self.index, self.path = index, f"{path}.{index}"
+        self._model, self._layer = model, layers[index]
+        self.parameters = dict(self._layer.named_parameters())
+        hidden = model.config.hidden_size
+        self._projections = {
+            name: module
+            for name, module in self._layer.named_modules()
+            if isinstance(module, nn.Linear | Conv1D) and _outputs(module) == hidden
+        }
+        self._read: dict[str, Tensor] = {}
+        hooks = [
+            module.register_forward_pre_hook(lambda _, args, name=name: self._read.__setitem__(name, args[0]))
+            for name, module in self._projections.items()
+        ]
+        self._run(hooks)
+        self.writers = {writer.path: writer for writer in self._find_writers()}
+
+    def linears(self) -> set[str]:
+        """Paths of the plain projections."""
+        return {name for name, module in self._layer.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+
+    def weight(self, writer: Writer) -> str:
+        """The name of the weight of a writer in the model."""
+        return f"{self.path}.{writer.path}.weight"
+
+    def input_axis(self, writer: Writer) -> int:
+        """The axis of its weight, as it is stored, along which its inputs lie."""
+        return 0 if isinstance(self._projections[writer.path], Conv1D) else 1
+
+    def size(self, inputs: Iterable[str], writer: Writer) -> int:
+        """How many numbers the parameters hold, with those of a writer."""
+        return sum(self.parameters[name].numel() for name in (*inputs, f"{writer.path}.weight"))
+
+    def groups(self, writer: Writer, heads: int) -> tuple[int, list[Part]]:
+        """How many groups the inputs of a writer fall into, and what else belongs to them.
+
+        Args:
+            heads: query heads, whose inputs lie one behind the other; 0 where there are none.
+        """
+        touched = self._touched(writer)
+        count, owner = _components(writer.inputs, touched.values())
+        query_head = torch.arange(writer.inputs) * heads // writer.inputs if heads > 1 else owner
+        return count, [
+            Part(
+                name,
+                rows,
+                [_only(owner[column]) for column in rows.T],
+                [_only(query_head[column]) for column in rows.T],
+            )
+            for name, rows in touched.items()
+        ]
+
+    def _touched(self, writer: Writer) -> dict[str, Tensor]:
+        """For each parameter of which no input of a writer depends on every row, [inputs, rows] bool: on which ones."""
+        read = self._read[writer.path]
+        mix = torch.randn(read.shape[:-1], generator=torch.Generator().manual_seed(2))
+        rows: dict[str, list[Tensor]] = {}
+        for one in range(writer.inputs):
+            gradients = torch.autograd.grad(
+                (read[..., one] * mix).sum(), list(self.parameters.values()), retain_graph=True, allow_unused=True
+            )
+            for (name, parameter), gradient in zip(self.parameters.items(), gradients, strict=True):
+                axis = self._axis(name)
+                other = [each for each in range(parameter.dim()) if each != axis]
+                is_touched = torch.zeros_like(parameter, dtype=torch.bool) if gradient is None else gradient != 0
+                rows.setdefault(name, []).append(is_touched.amax(other) if other else is_touched)
+        touched = {name: torch.stack(each) for name, each in rows.items()}
+        return {name: each for name, each in touched.items() if each.any(1).all() and not each.all(1).any()}
+
+    def _axis(self, name: str) -> int:
+        """The axis of a parameter along which its outputs lie."""
+        owner = self._layer.get_submodule(name.rpartition(".")[0])
+        return int(isinstance(owner, Conv1D) and self.parameters[name].dim() > 1)
+
+    def _find_writers(self) -> Iterator[Writer]:
+        """With all other candidates silent, the output of the layer is what a writer puts out, and what came in."""
+        for name, module in self._projections.items():
+            read = self._read.get(name)
+            if read is None or not read.requires_grad or read.shape[-1] > _MOST_INPUTS:
+                continue
+            noted: dict[str, Tensor] = {}
+            # Experts are parameters of three axes, not projections.
+            experts = [
+                each
+                for each in self._layer.modules()
+                if any(parameter.dim() == 3 for parameter in each.parameters(recurse=False))
+            ]
+            others = [other for each, other in self._projections.items() if each != name]
+            silent = [other.register_forward_hook(lambda *about: _silenced(about[2])) for other in (*others, *experts)]
+            hooks = [
+                *silent,
+                module.register_forward_hook(lambda *about, noted=noted: noted.update(written=about[2])),
+                self._layer.register_forward_pre_hook(
+                    lambda _, args, given, noted=noted: noted.update(before=(args or list(given.values()))[0]),
+                    with_kwargs=True,
+                ),
+                self._layer.register_forward_hook(lambda *about, noted=noted: noted.update(after=_first(about[2]))),
+            ]
+            self._run(hooks)
+            written, after = noted["written"], noted["after"].flatten(0, -2)
+            if not written.requires_grad or not after.requires_grad:
+                continue
+            (gradient,) = torch.autograd.grad(after[:, 5].sum(), written, allow_unused=True)
+            if gradient is not None and (gradient.flatten(0, -2) != 0).any(0).nonzero().flatten().tolist() == [5]:
+                plain = torch.allclose(after, (noted["before"] + written.view_as(noted["before"])).flatten(0, -2))
+                yield Writer(name, self._read[name].shape[-1], plain)
+
+    def _run(self, hooks: Iterable[Any]) -> None:
+        generator = torch.Generator().manual_seed(1)
+        tokens = torch.randint(3, self._model.config.vocab_size, (2, _TOKENS // 2), generator=generator)
+        try:
+            with _Transparent(), torch.enable_grad():
+                self._model(tokens, use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def _silenced(output: Any) -> Any:
+    return torch.zeros_like(output) if isinstance(output, Tensor) else tuple(map(_silenced, output))
+
+
+def _first(output: Any) -> Tensor:
+    tensor: Tensor = output[0] if isinstance(output, tuple | list) else output
+    return tensor
+
+
+def _outputs(module: Any) -> int:
+    return int(module.nf if isinstance(module, Conv1D) else module.out_features)
+
+
+def _components(inputs: int, touched: Iterable[Tensor]) -> tuple[int, Tensor]:
+    """How many groups there are, and the group of each input: inputs that touch a row together are of one group."""
+    parent = list(range(inputs))
+
+    def root(one: int) -> int:
+        while parent[one] != one:
+            parent[one] = parent[parent[one]]
+            one = parent[one]
+        return one
+
+    for rows in touched:
+        for column in rows.T:
+            together = column.nonzero().flatten().tolist()
+            for one in together[1:]:
+                parent[root(one)] = root(together[0])
+    roots = [root(one) for one in range(inputs)]
+    numbers = {one: number for number, one in enumerate(dict.fromkeys(roots))}
+    return len(numbers), torch.tensor([numbers[one] for one in roots])
+
+
+def _only(values: Tensor) -> int | None:
+    """The one value that all have; None where they have several, or there are none."""
+    distinct = values.unique()
+    return int(distinct) if len(distinct) == 1 else None
