@@ -47,7 +47,7 @@ from adapruner.search import (
     read_history,
     sqlite_url,
 )
-from adapruner.search._history import importance_of
+from adapruner.search._history import LOSSES, importance_of
 from adapruner.structure import build_structure
 
 
@@ -412,6 +412,28 @@ def test_whose_trial_was_given_to_another_goes_on(subsets: SubsetFamily, tmp_pat
     robbed_search.run()
     assert robbed_search.result() == search(space, a_smooth_objective, 8, 0, tmp_path / "undisturbed")
     assert len(robbed) == 2
+
+
+def test_a_trial_that_two_processes_took_is_finished_once(subsets: SubsetFamily, tmp_path: Path) -> None:
+    """SQLite lets two processes take the same queued trial; the slower one finds it finished."""
+    space, place = SearchSpace(subsets, 4, 0, Budget(0.2)), place_in(tmp_path)
+    taken: list[int] = []
+
+    def finish_elsewhere(candidate: Candidate) -> list[Tensor]:
+        losses = a_smooth_objective(candidate)
+        if not taken:
+            with place.opened() as study:
+                (running,) = study.get_trials(states=(TrialState.RUNNING,))
+                taken.append(running.number)
+                study._storage.set_trial_user_attr(running._trial_id, LOSSES, torch.cat(losses).tolist())
+                study.tell(running.number, float(torch.cat(losses).mean()))
+        return losses
+
+    own = Search(space, finish_elsewhere, 6, 0, place)
+    own.run()
+    assert taken == [0]
+    with place.opened() as study:
+        assert [trial.state for trial in study.get_trials()] == [TrialState.COMPLETE] * 6
 
 
 class KilledError(BaseException):

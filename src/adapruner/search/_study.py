@@ -224,8 +224,9 @@ class Search:
         try:
             study.optimize(lambda trial: self._judged(trial, best, helps), n_trials=1)
         except (UpdateFinishedTrialError, ValueError) as error:
-            # Another process took this one for dead, and has failed its trial.
-            if isinstance(error, ValueError) and "Cannot tell a FAIL trial" not in str(error):
+            # Another process took this one for dead and has failed its trial, or has finished it: SQLite does not keep
+            # two processes from taking one queued trial.
+            if isinstance(error, ValueError) and "Cannot tell a" not in str(error):
                 raise
 
     def _judged(self, trial: optuna.Trial, best: FrozenTrial | None, helps: bool) -> float:
