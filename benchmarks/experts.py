@@ -3,7 +3,8 @@
     python benchmarks/experts.py --text wiki.valid.raw
 
 Trains a small Mixtral on the bytes of a text (the first eight tenths), measures it on the ninth, removes experts, and
-reports the loss on the last. Then two ways to make up for what was removed are tried: a scale for the kept experts,
+reports the loss on the last. The same number of parameters is taken from the channels of all experts, with and without
+compensation. Then two ways to make up for what was removed are tried: a scale for the kept experts,
 fitted by least squares to the outputs of the dense layer, and merging each removed expert into the nearest kept one,
 weighted by how often they are used.
 """
@@ -20,11 +21,11 @@ from torch import Tensor
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from adapruner.importance import MetricPoint, score_groups
-from adapruner.measurement import Statistics, measure
+from adapruner.measurement import Statistics, measure, measure_moments
 from adapruner.models import infer_architecture, using_architecture
 from adapruner.planning import make_plan
 from adapruner.structure import Structure, build_structure
-from adapruner.surgery import prune_model
+from adapruner.surgery import Compensation, prune_model
 from machine import describe
 
 EXPERTS, LENGTH = 8, 128
@@ -71,6 +72,10 @@ def main(*, text: Path, steps: int = 1200, samples: int = 48, random_draws: int 
             pruned = cut(model, structure, scores, kept)
             print(f"  {'… scaled':14} {loss(scaled(model, pruned, measured), held_out):.4f}")
             print(f"  {'… merged':14} {loss(merged(model, structure, seen, scores, kept), held_out):.4f}")
+        for kept in (6, 4):
+            print(f"\n{kept} of {EXPERTS} channels of every expert are kept")
+            for name, value in channels_cut(model, measured, held_out, kept / EXPERTS).items():
+                print(f"  {name:14} {value:.4f}")
 
 
 def generator(seed: int) -> torch.Generator:
@@ -117,6 +122,20 @@ def counts(structure: Structure, kept: int) -> list[int]:
 
 def cut(model: MixtralForCausalLM, structure: Structure, scores: Tensor, kept: int) -> MixtralForCausalLM:
     return copy.deepcopy(prune_model(model, structure, make_plan(structure, scores, counts(structure, kept))))
+
+
+def channels_cut(model: MixtralForCausalLM, measured: Tensor, held_out: Tensor, share: float) -> dict[str, float]:
+    """Losses when the same share of the channels of every expert is kept."""
+    structure = build_structure(model, experts="channel")
+    seen, moments = measure(model, structure, measured), dict(measure_moments(model, structure, measured))
+    keeps = [int(share * block.groups) if block.experts else block.groups for block in structure.blocks]
+    losses = {}
+    for name, weights in {"Taylor": {"fine_first": 1.0}, "activation": {"activation_norm": 1.0}}.items():
+        scores = score_groups(seen, structure, MetricPoint(weights=weights))
+        plan = make_plan(structure, scores, keeps)
+        for form, compensation in (("", None), ("compensated", Compensation("least-squares", moments))):
+            losses[f"{name} {form}"] = loss(prune_model(model, structure, plan, compensation), held_out)
+    return losses
 
 
 @torch.no_grad()

@@ -31,13 +31,14 @@ def row(model_type: str) -> tuple[str, bool]:
         architecture = shipped or prove(config, infer_architecture(config))
     except AdaPrunerError as refusal:
         reason = " ".join(str(refusal).split()).replace("|", "/")
-        return f"| `{model_type}` | refused: {reason[:200]}{'…' if len(reason) > 200 else ''} | | | | |", False
+        return f"| `{model_type}` | refused: {reason[:200]}{'…' if len(reason) > 200 else ''} | | | | | |", False
     with using_architecture(architecture):
         blocks = build_structure(empty_model(config)).blocks
     cells = [f"`{model_type}`", "file" if shipped else "inferred"]
     for kind in KINDS:
         layers = len({block.layer for block in blocks if block.kind == kind})
         cells.append("" if not layers else "yes" if layers == config.num_hidden_layers else "some layers")
+    cells.append("yes" if architecture.experts and architecture.experts.channels else "")
     cells.append(", ".join(architecture.layouts))
     return f"| {' | '.join(cells)} |", True
 
@@ -57,7 +58,7 @@ def main() -> None:
         f"transformers {transformers.__version__}: {pruned} of {len(families)} families can be pruned"
         f" ({len(OTHERS)} encoders, state-space models and parts of other models were not tried).\n\n"
     )
-    heading = "| family | from | heads | channels | experts | layouts |\n|---|---|---|---|---|---|\n"
+    heading = "| family | from | heads | channels | experts | channels in experts | layouts |\n|---|---|---|---|---|---|---|\n"
     table = "\n".join(rows) + "\n"
     DOCUMENT.write_text(before + START + count + heading + table + END + rest.partition(END)[2], encoding="utf-8")
 

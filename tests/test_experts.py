@@ -11,13 +11,14 @@ from transformers import AutoModelForCausalLM, MixtralForCausalLM, PreTrainedMod
 
 import adapruner
 from adapruner.checkpoint import save_checkpoint
+from adapruner.config import ExpertGranularity
 from adapruner.errors import AdaPrunerError
 from adapruner.importance import TERMS, MetricPoint, score_groups
-from adapruner.measurement import Statistics, measure, measure_moments
+from adapruner.measurement import InputMoments, Statistics, measure, measure_moments
 from adapruner.models import infer_architecture, known_architectures, random_model
 from adapruner.planning import Budget, kept_counts, make_plan
 from adapruner.structure import Structure, build_structure
-from adapruner.surgery import Compensation, prune_model
+from adapruner.surgery import Compensation, pad_to_stock, prune_model
 from run_helpers import RUN_OPTIONS
 from tiny_families import tiny_config
 
@@ -50,7 +51,12 @@ def taylor_by_hand(model: PreTrainedModel, structure: Structure, windows: Tensor
             for part in block.matrices:
                 parameter = model.get_parameter(part.parameter)
                 product = (parameter.grad * parameter).detach()
-                if block.is_projected:
+                if block.experts:
+                    for one in product if not part.is_transposed else product.transpose(1, 2):
+                        rows_of_one = one.sum(1 - part.axis)
+                        end = part.offset + block.groups // block.experts * part.width
+                        row.append(rows_of_one[part.offset : end, None])
+                elif block.is_projected:
                     used = part.as_projection(product).sum(1 - part.axis)
                     row.append(used[part.offset : part.offset + block.groups * part.width].unflatten(0, (-1, 1)))
                 else:
@@ -60,8 +66,16 @@ def taylor_by_hand(model: PreTrainedModel, structure: Structure, windows: Tensor
 
 
 @pytest.mark.parametrize("layer_wise", [False, True])
-def test_taylor_terms_are_those_of_autograd(mixture: PreTrainedModel, windows: Tensor, layer_wise: bool) -> None:
-    structure = build_structure(mixture)
+@pytest.mark.parametrize("granularity", ["expert", "channel"])
+def test_taylor_terms_are_those_of_autograd(
+    mixture: PreTrainedModel, windows: Tensor, layer_wise: bool, granularity: ExpertGranularity
+) -> None:
+    if mixture.config.model_type == "deepseek_v3" and granularity == "channel":
+        # Shared experts are as wide.
+        with pytest.raises(AdaPrunerError, match="use `expert_granularity` expert"):
+            build_structure(mixture, experts=granularity)
+        return
+    structure = build_structure(mixture, experts=granularity)
     statistics = measure(mixture, structure, windows[:3], batch_size=2, layer_wise=layer_wise)
     torch.testing.assert_close(statistics.taylor, taylor_by_hand(mixture, structure, windows[:3]), rtol=1e-3, atol=1e-6)
 
@@ -96,6 +110,96 @@ def test_routing_is_what_the_router_says(mixtral: PreTrainedModel, windows: Tens
             expected = float((weight * norms)[routed].mean())
             score = float(TERMS["expert_output"].function(statistics)[first + expert])
             assert score == pytest.approx(expected, rel=1e-3)
+
+
+def read_by_experts(model: PreTrainedModel, layer: int, windows: Tensor) -> Tensor:
+    """[experts, tokens, channels]: what the down projections of a Mixtral read, times the weight of the router."""
+    seen: list[Tensor] = []
+    mlp = model.model.layers[layer].mlp
+    hook = mlp.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(0, 1)))
+    with torch.no_grad():
+        model(windows)
+        hook.remove()
+        (state,) = seen
+        weights, chosen = torch.softmax(state @ mlp.gate.weight.T, -1).topk(2)
+        weights /= weights.sum(-1, keepdim=True)
+        read = []
+        for expert in range(4):
+            gate, up = (state @ mlp.experts.gate_up_proj[expert].T).chunk(2, -1)
+            weight = torch.where(chosen == expert, weights, 0).sum(-1, keepdim=True)
+            read.append(torch.nn.functional.silu(gate) * up * weight)
+    return torch.stack(read)
+
+
+def channels_of(structure: Structure, layer: int) -> int:
+    return next(number for number, block in enumerate(structure.blocks) if block.experts and block.layer == layer)
+
+
+def test_moments_of_experts_are_those_of_what_they_read(mixtral: PreTrainedModel, windows: Tensor) -> None:
+    structure = build_structure(mixtral, experts="channel")
+    number = channels_of(structure, 1)
+    moments = dict(measure_moments(mixtral, structure, windows, [number]))[number]
+    read = read_by_experts(mixtral, 1, windows)
+    torch.testing.assert_close(moments.second, read.mT @ read / read.shape[1], rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(moments.mean, read.mean(1).flatten(), rtol=1e-3, atol=1e-6)
+    statistics = measure(mixtral, structure, windows)
+    own = structure.block_of_group[structure.group_of_input] == number
+    squared = statistics.input_squared[:, own].mean(0)
+    torch.testing.assert_close(squared, read.square().mean(1).flatten(), rtol=1e-3, atol=1e-6)
+
+
+def test_channels_of_experts_are_compensated_by_least_squares(mixtral: PreTrainedModel) -> None:
+    """What each expert puts out is as near to what it was as any down projection of the kept channels comes."""
+    windows = torch.randint(3, 256, (16, 64), generator=torch.Generator().manual_seed(0))
+    structure = build_structure(mixtral, experts="channel")
+    number = channels_of(structure, 0)
+    measured = dict(measure_moments(mixtral, structure, windows, [number]))[number]
+    moments = {number: InputMoments(measured.mean, measured.second, 1e-9)}
+    counts = [block.groups - 4 * 30 * (each == number) for each, block in enumerate(structure.blocks)]
+    plan = make_plan(structure, torch.rand(structure.group_offsets[-1]), counts)
+    pruned = prune_model(mixtral, structure, plan, Compensation("least-squares", moments))
+    before, after = (model.model.layers[0].mlp.experts.down_proj.detach().double() for model in (mixtral, pruned))
+    channels = before.shape[2]
+    kept = torch.tensor(plan.blocks[number].kept).view(4, -1) % channels
+    for read, own, new, stays in zip(read_by_experts(mixtral, 0, windows).double(), before, after, kept, strict=True):
+        wanted, given = read @ own.T, read[:, stays]
+        least = (given @ torch.linalg.lstsq(given, wanted).solution - wanted).norm()
+        assert 1e-3 < least < 0.9 * (given @ own[:, stays].T - wanted).norm()
+        assert (given @ new.T - wanted).norm() < 1.001 * least
+
+
+@pytest.mark.parametrize("mixture", ["mixtral", "gpt_oss"], indirect=True)
+def test_experts_with_fewer_channels_in_some_layers_are_padded(mixture: PreTrainedModel, windows: Tensor) -> None:
+    structure = build_structure(mixture, experts="channel")
+    counts = [block.groups - 4 * 5 * block.layer * bool(block.experts) for block in structure.blocks]
+    plan = make_plan(structure, torch.rand(structure.group_offsets[-1]), counts)
+    pruned = prune_model(mixture, structure, plan)
+    padded = pad_to_stock(pruned)
+    assert type(padded) is type(mixture)
+    with torch.no_grad():
+        torch.testing.assert_close(padded(windows).logits, pruned(windows).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_channels_inside_of_experts_are_pruned_from_end_to_end(
+    mixtral: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, text_file: Path, tmp_path: Path
+) -> None:
+    save_checkpoint(mixtral, tokenizer, tmp_path / "dense")
+    structure = build_structure(mixtral, experts="channel")
+    per_channel = sum(4 * block.parameters_per_group for block in structure.blocks if block.experts)
+    own = {"ratio": 16 * per_channel / structure.total_parameters, "trials": 6, "expert_granularity": "channel"}
+    uniform = {"layout": "uniform", "head_share": 0.0, "protect_first": None, "protect_last": None}
+    options = RUN_OPTIONS | own | uniform
+    result = adapruner.prune(str(tmp_path / "dense"), tmp_path / "run", calibration=str(text_file), **options)
+    for block in result.plan.blocks:
+        if block.kind == "channels":
+            of_experts = torch.tensor(block.kept) // (block.groups // 4)
+            assert of_experts.bincount().tolist() == [block.groups // 4 - 16] * 4
+    model = adapruner.load(result.model_folder)
+    assert type(model) is MixtralForCausalLM
+    assert (model.config.num_local_experts, model.config.intermediate_size) == (
+        4,
+        mixtral.config.intermediate_size - 16,
+    )
 
 
 def test_an_expert_that_does_nothing_is_the_least_important(mixtral: PreTrainedModel, windows: Tensor) -> None:

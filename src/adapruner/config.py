@@ -28,6 +28,7 @@ from adapruner.plain_yaml import PlainLoader
 Alignment = Literal["data", "paper"]
 CompensationForm = Literal["none", "bias", "least-squares", "least-squares-bias"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+ExpertGranularity = Literal["expert", "channel"]
 ExportFormat = Literal["gguf", "stock"]
 GgufType = Literal["f32", "f16", "bf16", "q8_0"]
 HeadGranularity = Literal["kv-group", "query-head"]
@@ -202,6 +203,9 @@ class PruneOptions(_Options):
     head_granularity: HeadGranularity = Field(
         default="kv-group",
         description="With GQA, remove whole KV groups, or the same number of query heads from each group.",
+    )
+    expert_granularity: ExpertGranularity = Field(
+        default="expert", description="Of mixtures, remove whole experts, or the same number of channels from each."
     )
     head_share: float | None = Field(
         default=None,

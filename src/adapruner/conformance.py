@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from adapruner.config import Layout
+from adapruner.config import ExpertGranularity, Layout
 from adapruner.errors import AdaPrunerError, reason
 from adapruner.models import (
     Architecture,
@@ -58,7 +58,17 @@ def prove(config: PreTrainedConfig, architecture: Architecture) -> Architecture:
     Raises:
         ConformanceError: nothing holds; with the check that failed for each kind.
     """
-    model, refusals = random_model(tiny_config(config)), dict[str, str]()
+    model = random_model(tiny_config(config))
+    proven = _proven_parts(model, architecture)
+    experts = proven.experts
+    if experts and experts.channels and failed_checks(model, proven, "channel").keys() & set(proven.layouts):
+        return proven.changed(experts=experts.model_copy(update={"channels": None}))
+    return proven
+
+
+def _proven_parts(model: PreTrainedModel, architecture: Architecture) -> Architecture:
+    """What `prove` gives, with experts as a whole."""
+    refusals = dict[str, str]()
     if not failed_checks(model, architecture):
         return architecture
     for kind, part in _PARTS.items():
@@ -85,21 +95,24 @@ def prove(config: PreTrainedConfig, architecture: Architecture) -> Architecture:
             return architecture.changed(layouts=left)
         refusals |= {f"together, {layout}": refusal for layout, refusal in together.items()}
     why = "; ".join(f"{kind}: {refusal}" for kind, refusal in refusals.items())
-    raise ConformanceError(f"models of the family {config.model_type} cannot be pruned ({why})")
+    raise ConformanceError(f"models of the family {architecture.model_type} cannot be pruned ({why})")
 
 
-def failed_checks(model: PreTrainedModel, architecture: Architecture) -> dict[Layout, str]:
+def failed_checks(
+    model: PreTrainedModel, architecture: Architecture, experts: ExpertGranularity = "expert"
+) -> dict[Layout, str]:
     """The first check that fails for each layout, and why; empty where all hold.
 
     Args:
         model: a random one, of a stock class.
+        experts: as in `build_structure`.
     """
     failures: dict[Layout, str] = {}
     with using_architecture(architecture):
         for layout in _LAYOUTS:
             made = ["the structure is that of the model"]
             try:
-                structure = build_structure(model)
+                structure = build_structure(model, experts=experts)
                 _check(model, structure, _some_plan(structure, layout), made.append)
             except Exception as error:  # whatever a model class raises that is built in another way
                 failures[layout] = f"{made[-1]} fails: {reason(error)}"
@@ -169,8 +182,9 @@ def masked(model: PreTrainedModel, structure: Structure, plan: PruningPlan) -> I
         removed = torch.ones(block.groups, dtype=torch.bool)
         removed[list(kept.kept)] = False
         if block.is_projected:
-            weight = block.row_wise.as_projection(model.get_parameter(block.row_wise.parameter).data)
-            weight.unflatten(1, (block.groups, -1))[:, removed] = 0
+            weights = block.row_wise.as_projections(model.get_parameter(block.row_wise.parameter).data)
+            for weight, own in zip(weights, removed.view(len(weights), -1), strict=True):
+                weight.unflatten(1, (len(own), -1))[:, own] = 0
             _mask_norms(model, block, removed)
         else:
             _mask_experts(model, block, removed, never)

@@ -106,7 +106,7 @@ class Preparation:
                 f"the layers of a {self.empty.config.model_type} cannot be cut differently: set `layout` to"
                 f" {possible[0]}"
             )
-        return build_structure(self.empty, self.config.head_granularity)
+        return build_structure(self.empty, self.config.head_granularity, self.config.expert_granularity)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

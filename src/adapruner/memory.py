@@ -73,7 +73,7 @@ def _stages(
     # Layer by layer, nothing is shared with the dense model.
     pruned = sum(n * block.parameters_per_group for block, n in blocks if by_layer or n < block.groups)
     widths = [block.inputs for block, _ in blocks]
-    moments = max(widths) ** 2 * _FLOAT32
+    moments = max(block.inputs * block.inputs_of_one for block, _ in blocks) * _FLOAT32
     projected = [block for block, _ in blocks if block.is_projected]
     matrix = max((block.row_wise.elements * block.inputs for block in projected), default=0) * _FLOAT32
     largest = (
@@ -94,7 +94,7 @@ def _stages(
         stages["reading activations"] = both | {"compensation_windows": text * hidden, "second moments": 9 * moments}
     stages["measuring"] = weights | {
         "seq_len": int(measured * kept) + losses,
-        "gradients": 3 * (largest if structure.has_experts else matrix),
+        "gradients": 3 * (largest if structure.cuts_experts else matrix),
     }
     if config.space == "extended":
         stages["comparing removals"] = weights | pool | {"second moments": 5 * moments + 4 * matrix}

@@ -121,7 +121,7 @@ def report_texts(job: Job, work: Path) -> dict[str, EvaluationText]:
     "moments",
     MOMENTS,
     inputs=(windows,),
-    options="head_granularity",
+    options="head_granularity expert_granularity",
     leaves="model family precision left_out",
     is_wanted=needs_moments,
     is_result=False,
@@ -142,7 +142,7 @@ def moments(job: Job, work: Path, windows: Windows) -> StoredMoments:
     "statistics.safetensors",
     STATISTICS,
     inputs=(windows, moments),
-    options="terms space head_granularity",
+    options="terms space head_granularity expert_granularity",
     leaves="model family precision left_out",
     is_result=False,
     is_shared=True,
@@ -184,7 +184,8 @@ def statistics(job: Job, work: Path, windows: Windows, moments: Moments) -> Stat
     _json(SearchResult),
     inputs=(windows, moments, statistics),
     options="searched_ratio ratio_of samples objective_windows selection trials sampler search alignment terms"
-    " reduction space layout protect_first protect_last head_granularity head_share round_to compensation seed",
+    " reduction space layout protect_first protect_last head_granularity expert_granularity head_share round_to"
+    " compensation seed",
     leaves="model family precision left_out terms",
     check=lambda job: (job.prepared.check_storage(), job.budget(job.config.searched_ratio)),
     is_shared=True,

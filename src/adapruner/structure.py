@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from adapruner.config import HeadGranularity
+from adapruner.config import ExpertGranularity, HeadGranularity
 from adapruner.errors import AdaPrunerError
 from adapruner.models import Architecture, ProjectionNames, RowKind, architecture_of
 
@@ -40,6 +40,8 @@ class TensorSlice:
         axis: of the parameter seen as a projection, [outputs, inputs]; of the experts, as it is stored.
         is_matrix: importance is read from matrices; biases and norms only go along.
         is_transposed: stored as [inputs, outputs] (`Conv1D` of transformers).
+        experts: how many such parts are stacked along the first axis of the parameter, one for each expert, all of them
+            as described; 0 where there is only the one. The groups of one expert come after those of another.
     """
 
     parameter: str
@@ -49,19 +51,35 @@ class TensorSlice:
     offset: int = 0
     is_matrix: bool = True
     is_transposed: bool = False
+    experts: int = 0
 
     @property
     def stored_axis(self) -> int:
-        """The axis of the parameter as it is stored."""
+        """The axis of the parameter, or of the part of one expert, as it is stored."""
         return 1 - self.axis if self.is_transposed else self.axis
+
+    def of_experts(self, parameter: Tensor) -> Tensor:
+        """[experts, …]: a view of the parameter with one part for each expert, as they are stored; one part where there
+        are no experts."""
+        return parameter if self.experts else parameter[None]
+
+    def as_projections(self, parameter: Tensor) -> Tensor:
+        """[experts, outputs, inputs]: a view of the stored matrices; one where there are no experts."""
+        matrices = self.of_experts(parameter)
+        return matrices.mT if self.is_transposed else matrices
 
     @property
     def module(self) -> str:
         """Path of the module that the parameter belongs to."""
         return self.parameter.rpartition(".")[0]
 
+    def as_stored(self, matrices: Tensor) -> Tensor:
+        """The inverse of `as_projections`."""
+        stored = (matrices.mT if self.is_transposed else matrices).contiguous()
+        return stored if self.experts else stored[0]
+
     def as_projection(self, parameter: Tensor) -> Tensor:
-        """[outputs, inputs]: a view of the stored matrix."""
+        """[outputs, inputs]: a view of the stored matrix, where there are no experts."""
         return parameter.T if self.is_transposed else parameter
 
 
@@ -71,8 +89,9 @@ class Block:
 
     Attributes:
         strata: the groups fall into this many consecutive parts of equal size, each of which loses the same number
-            (query heads of one KV head); 1 where any group may go.
-        config_counts: how much each config field counts per group that stays.
+            (query heads of one KV head, channels of one expert); 1 where any group may go.
+        config_counts: how much each config field counts per group that stays; where each expert has channels of its
+            own, per group of one expert.
         least: how many groups must be kept.
     """
 
@@ -90,18 +109,33 @@ class Block:
 
     @property
     def is_projected(self) -> bool:
-        """Whether one projection reads all groups; experts have none in common."""
+        """Whether projections read the groups; experts as a whole have none."""
         return self.kind != "experts"
 
     @property
+    def experts(self) -> int:
+        """How many experts have groups of this block, each its own; 0 where the groups are of no expert, or experts."""
+        return self.row_wise.experts if self.is_projected else 0
+
+    def config_fields(self, kept: int) -> dict[str, int]:
+        """What the config says of the block when so many groups are kept."""
+        return {field: amount * kept // (self.experts or 1) for field, amount in self.config_counts.items()}
+
+    @property
     def row_wise(self) -> TensorSlice:
-        """The projection out of the block, whose input columns go: attention output, feed-forward down."""
+        """The projection out of the block, whose input columns go: attention output, feed-forward down; of experts, the
+        down projections of all."""
         return next(part for part in self.matrices if part.axis == 1)
 
     @property
     def inputs(self) -> int:
         """How many numbers that projection reads per token; 0 where there is none."""
         return self.groups * self.row_wise.width if self.is_projected else 0
+
+    @property
+    def inputs_of_one(self) -> int:
+        """How many numbers one of the projections reads: all inputs, or those of one expert."""
+        return self.inputs // (self.experts or 1)
 
     @property
     def row_wise_path(self) -> str:
@@ -147,7 +181,13 @@ class Structure:
 
     @property
     def has_experts(self) -> bool:
+        """Whether experts are among the groups."""
         return any(not block.is_projected for block in self.blocks)
+
+    @property
+    def cuts_experts(self) -> bool:
+        """Whether experts, or channels inside of them, are among the groups."""
+        return self.has_experts or any(block.experts for block in self.blocks)
 
     @cached_property
     def group_offsets(self) -> list[int]:
@@ -200,23 +240,27 @@ def note_on_mixers(layers: Iterable[int]) -> str:
     return f"the attention or other mixer of layers {shown} cannot be cut" if shown else ""
 
 
-def build_structure(model: PreTrainedModel, head_granularity: HeadGranularity = "kv-group") -> Structure:
+def build_structure(
+    model: PreTrainedModel, head_granularity: HeadGranularity = "kv-group", experts: ExpertGranularity = "expert"
+) -> Structure:
     """Reads the blocks of a model off its config and shapes; a model on the meta device is enough.
 
     Args:
         head_granularity: under grouped-query attention, whether whole KV groups go or the same number of query heads
             of every KV group. With one query head per KV head there is nothing finer than `kv-group`.
+        experts: whether experts go as a whole, or the same number of channels of each.
 
     Raises:
-        AdaPrunerError: the family is not known, the model does not look as its architecture says, or query heads are
-            asked for where each KV head has only one.
+        AdaPrunerError: the family is not known, the model does not look as its architecture says, query heads are
+            asked for where each KV head has only one, or channels of experts where none can be cut.
     """
     architecture = architecture_of(model.config)
     blocks: list[Block] = []
     for layer in range(model.config.num_hidden_layers):
         blocks += _head_blocks(model, architecture, layer, head_granularity)
         blocks += _channel_blocks(model, architecture, layer)
-        blocks += _expert_blocks(model, architecture, layer)
+        make = _expert_blocks if experts == "expert" else _expert_channel_blocks
+        blocks += make(model, architecture, layer)
     return Structure(
         model_type=model.config.model_type,
         layers=model.config.num_hidden_layers,
@@ -319,6 +363,44 @@ def _expert_blocks(model: PreTrainedModel, architecture: Architecture, layer: in
             config_counts={names.count: 1},
             strata=groups,
             least=min(groups * of_group if groups > 1 else top_k + 1, experts),
+        )
+    ]
+
+
+def _expert_channel_blocks(model: PreTrainedModel, architecture: Architecture, layer: int) -> list[Block]:
+    names, layer_path = architecture.experts, f"{architecture.layers}.{layer}"
+    if names is None:
+        return []
+    own = names.channels
+    if own is None:
+        raise AdaPrunerError(
+            f"the channels inside the experts of a {architecture.model_type} cannot be cut: use `expert_granularity`"
+            " expert"
+        )
+    down = _tensor(model, f"{layer_path}.{own.output}")
+    if down is None:
+        return []
+    experts, channels = down.shape[0], down.shape[own.axes[own.output]]
+    slices: list[TensorSlice] = []
+    for path, widths in {**own.inputs, own.output: (1,)}.items():
+        tensor, axis, offset = _tensor(model, f"{layer_path}.{path}"), int(path == own.output), 0
+        if tensor is None:
+            continue
+        elements, is_matrix = tensor[0].numel() // tensor.shape[own.axes[path]], tensor.dim() == 3
+        is_transposed = is_matrix and own.axes[path] - 1 != axis
+        for width in widths:
+            name = f"{layer_path}.{path}"
+            slices.append(TensorSlice(name, axis, width, elements, offset, is_matrix, is_transposed, experts))
+            offset += width * channels
+    return [
+        Block(
+            layer=layer,
+            kind="channels",
+            groups=experts * channels,
+            slices=tuple(slices),
+            config_counts={own.count: 1},
+            strata=experts,
+            least=experts,
         )
     ]
 

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from adapruner.errors import AdaPrunerError, NonFiniteError
-from adapruner.measurement._reduction import projection, row_wise_weight
+from adapruner.measurement._reduction import expert_inputs, projection, row_wise_weights
 from adapruner.models import enter_layers, loaded_layer
 from adapruner.structure import Block, Structure
 
@@ -28,17 +29,25 @@ _DAMPINGS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 @dataclass(frozen=True)
 class InputMoments:
-    """Moments of the inputs x of one row-wise projection over the tokens of a text.
+    """Moments of the inputs x of one row-wise projection over the tokens of a text; or of the projections of all
+    experts, where x is zero for the tokens that are not sent to an expert, and else includes the weight of the router.
 
     Attributes:
         mean: [inputs], float32, E[x].
-        second: [inputs, inputs], float32, H = E[x xᵀ].
+        second: [inputs, inputs], float32, H = E[x xᵀ]; of experts, [experts, inputs of one, inputs of one].
         damping: what is added to the diagonal of H before it is inverted, chosen on tokens that were held out.
     """
 
     mean: Tensor
     second: Tensor
     damping: float
+
+    def of_experts(self) -> list[InputMoments]:
+        """Those of each expert; one where there are no experts."""
+        if self.second.dim() == 2:
+            return [self]
+        means = self.mean.view(len(self.second), -1)
+        return [InputMoments(mean, own, self.damping) for mean, own in zip(means, self.second, strict=True)]
 
     def save(self, path: Path) -> None:
         """Writes a safetensors file."""
@@ -159,7 +168,7 @@ def measure_moments(
                             states[number] = calls[number][index].run(layer, states[number])
                     sums.append(sums_of_part)
                 moments = [
-                    _choose_damping(row_wise_weight(model, block), of_fitted, of_held_out, block)
+                    _choose_damping(row_wise_weights(model, block), of_fitted, of_held_out, block)
                     for block, of_fitted, of_held_out in zip(of_layer, *sums, strict=True)
                 ]
             yield from zip(numbers, moments, strict=True)
@@ -173,41 +182,58 @@ def projected_blocks(structure: Structure) -> list[int]:
 
 
 class _Sums:
-    """Of the inputs of a projection, [inputs] and [inputs, inputs], and the number of their tokens."""
+    """Of the inputs of the projections of a block, [experts, inputs] and [experts, inputs, inputs], one expert where
+    there are none; and the number of tokens."""
 
-    def __init__(self, width: int, device: torch.device) -> None:
-        self.tokens = 0
-        self.first, self.second = torch.zeros(width, device=device), torch.zeros(width, width, device=device)
+    def __init__(self, block: Block, device: torch.device) -> None:
+        self.tokens, self._block = 0, block
+        experts, width = block.experts or 1, block.inputs_of_one
+        self.first = torch.zeros(experts, width, device=device)
+        self.second = torch.zeros(experts, width, width, device=device)
 
-    def add(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        """A forward pre-hook."""
+    def watch(self, model: PreTrainedModel) -> Any:
+        """A handle of the hook that adds what the projections read."""
+        if self._block.experts:
+            return model.get_submodule(self._block.row_wise.module).register_forward_hook(self._add_of_experts)
+        return projection(model, self._block.row_wise).register_forward_pre_hook(self._add_input)
+
+    def _add_input(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0].flatten(0, -2).float()
         self.tokens += len(x)
-        self.first += x.sum(0)
+        self._add(0, x)
+
+    def _add_of_experts(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        self.tokens += len(output)
+        for number, read in expert_inputs(self._block, module, inputs):
+            for expert in number.unique().tolist():
+                self._add(expert, read[number == expert])
+
+    def _add(self, expert: int, x: Tensor) -> None:
+        self.first[expert] += x.sum(0)
         # Only the upper triangle, in strips: nearly half of the work.
         for strip in torch.arange(x.shape[1]).tensor_split(_STRIPS):
             if len(strip):
                 start, stop = int(strip[0]), int(strip[-1]) + 1
-                self.second[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
+                self.second[expert, start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
 
     def symmetric(self) -> Tensor:
-        """[inputs, inputs]: the sum of x xᵀ with both triangles."""
-        return self.second.triu() + self.second.triu(1).T
+        """[experts, inputs, inputs]: the sum of x xᵀ with both triangles."""
+        return self.second.triu() + self.second.triu(1).mT
 
 
 @contextlib.contextmanager
 def _summing(model: PreTrainedModel, blocks: Sequence[Block]) -> Iterator[list[_Sums]]:
     """While it lasts, what goes into the row-wise projections of some blocks is summed up."""
-    sums = [_Sums(block.inputs, model.device) for block in blocks]
+    sums = [_Sums(block, model.device) for block in blocks]
     with contextlib.ExitStack() as hooks:
-        for block, of_block in zip(blocks, sums, strict=True):
-            hooks.enter_context(projection(model, block.row_wise).register_forward_pre_hook(of_block.add))
+        for of_block in sums:
+            hooks.enter_context(of_block.watch(model))
         yield sums
 
 
-def _choose_damping(weight: Tensor, fitted: _Sums, held_out: _Sums, block: Block) -> InputMoments:
+def _choose_damping(weights: Tensor, fitted: _Sums, held_out: _Sums, block: Block) -> InputMoments:
     """The damping with which least squares, fitted on most of the tokens, errs least on the others when the half of the
-    inputs that matter least is removed."""
+    inputs that matter least is removed; one for all experts."""
     second, second_held_out = fitted.symmetric() / fitted.tokens, held_out.symmetric() / held_out.tokens
     total = fitted.tokens + held_out.tokens
     merged = (second * fitted.tokens + second_held_out * held_out.tokens) / total
@@ -216,21 +242,30 @@ def _choose_damping(weight: Tensor, fitted: _Sums, held_out: _Sums, block: Block
             f"the inputs of {block.row_wise.parameter} are not finite on the calibration text; the model has broken"
             " weights or its dtype is too narrow: try `dtype` float32"
         )
-    scale = float(second.diagonal().mean()) or 1.0
+    scale = float(second.diagonal(dim1=1, dim2=2).mean()) or 1.0
     # Some of the outputs tell which damping is best as well as all of them.
-    weight = weight[:: -(-len(weight) // _OUTPUTS_TO_DAMP_BY)].float()
+    weights = weights[:, :: -(-weights.shape[1] // _OUTPUTS_TO_DAMP_BY)]
+    dampings = [relative * scale for relative in _DAMPINGS]
+    of_experts = zip(weights, second, second_held_out, strict=True)
+    errors = torch.stack([_held_out_errors(*of_expert, dampings) for of_expert in of_experts]).sum(0)
+    mean = ((fitted.first + held_out.first) / total).flatten()
+    return InputMoments(mean.cpu(), (merged if block.experts else merged[0]).cpu(), dampings[int(errors.argmin())])
+
+
+def _held_out_errors(weight: Tensor, second: Tensor, held_out: Tensor, dampings: Sequence[float]) -> Tensor:
+    """[dampings], float64: the error on the held-out tokens with each damping, but for a constant."""
+    weight = weight.float()
     ranked = (weight.square().sum(0) * second.diagonal()).argsort(descending=True, stable=True)
     kept, removed = ranked.tensor_split([(len(ranked) + 1) // 2])
     gone = weight[:, removed].T
     within, across = second[kept][:, kept], second[kept][:, removed] @ gone
-    within_held_out, across_held_out = second_held_out[kept][:, kept], second_held_out[kept][:, removed] @ gone
+    within_held_out, across_held_out = held_out[kept][:, kept], held_out[kept][:, removed] @ gone
     errors = []
-    for relative in _DAMPINGS:
-        moved = solve_damped(within, relative * scale, across)
+    for damping in dampings:
+        moved = solve_damped(within, damping, across)
         # What the removed inputs leave by themselves is the same for all.
-        errors.append(float((moved * (within_held_out @ moved - 2 * across_held_out)).sum(dtype=torch.float64)))
-    best = _DAMPINGS[min(range(len(errors)), key=errors.__getitem__)]
-    return InputMoments(((fitted.first + held_out.first) / total).cpu(), merged.cpu(), best * scale)
+        errors.append((moved * (within_held_out @ moved - 2 * across_held_out)).sum(dtype=torch.float64))
+    return torch.stack(errors)
 
 
 def removal_errors(
@@ -258,10 +293,10 @@ def removal_errors(
             errors.append((torch.zeros(block.groups), torch.zeros(block.groups)))
             continue
         with loaded_layer(model, block.layer):
-            weight = row_wise_weight(model, block).double()
-        second = of_block.second.to(weight.device)
-        inverse = torch.cholesky_inverse(factorize(second, of_block.damping))
-        errors.append(_eliminate(weight, inverse, block))
+            weights = row_wise_weights(model, block).double()
+        for weight, own in zip(weights, of_block.of_experts(), strict=True):
+            inverse = torch.cholesky_inverse(factorize(own.second.to(weight.device), own.damping))
+            errors.append(_eliminate(weight, inverse, block.row_wise.width))
         if progress:
             progress(1)
     alone, eliminated = (
@@ -282,12 +317,13 @@ def _errors(weight: Tensor, inverse: Tensor, width: int) -> Tensor:
     return errors
 
 
-def _eliminate(weight: Tensor, inverse: Tensor, block: Block) -> tuple[Tensor, Tensor]:
+def _eliminate(weight: Tensor, inverse: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """[groups], twice: the error of each group alone, and what it adds in the order of elimination. Several channels go
     at a time, so that the matrix products are worth it."""
-    width, scores = block.row_wise.width, torch.empty(block.groups, dtype=torch.float64, device=weight.device)
-    at_a_time = max(1, block.groups // _ELIMINATION_STEPS)
-    left = torch.arange(block.groups, device=weight.device)
+    groups = len(inverse) // width
+    scores = torch.empty(groups, dtype=torch.float64, device=weight.device)
+    at_a_time = max(1, groups // _ELIMINATION_STEPS)
+    left = torch.arange(groups, device=weight.device)
     offsets = torch.arange(width, device=weight.device)
     highest = torch.zeros((), dtype=torch.float64, device=weight.device)
     alone = errors = _errors(weight, inverse, width)

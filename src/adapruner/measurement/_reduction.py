@@ -35,7 +35,7 @@ class Reduction:
         groups = structure.group_offsets[-1]
         self.routed_output = torch.zeros(samples, groups) if structure.has_experts else None
         self.routed_share = torch.zeros(samples, groups) if structure.has_experts else None
-        projected = [block for block in structure.blocks if block.is_projected]
+        projected = [block for block in structure.blocks if block.is_projected and not block.experts]
         self._largest = max(
             (part.elements * part.width * block.groups for block in projected for part in block.matrices), default=0
         )
@@ -54,15 +54,13 @@ class Reduction:
         with contextlib.ExitStack() as hooks:
             for index in blocks:
                 block = self._structure.blocks[index]
-                if block.is_projected:
-                    own = self._hooks(model, block, self._first_vectors[index], self._first_inputs[index])
-                else:
-                    own = self._expert_hooks(model, block, self._first_vectors[index], index)
-                for hook in own:
+                make = self._expert_hooks if block.experts or not block.is_projected else self._hooks
+                for hook in make(model, block, index):
                     hooks.enter_context(hook)
             yield
 
-    def _hooks(self, model: PreTrainedModel, block: Block, vector: int, first_input: int) -> Iterator[Any]:
+    def _hooks(self, model: PreTrainedModel, block: Block, index: int) -> Iterator[Any]:
+        vector = self._first_vectors[index]
         for part in block.matrices:
             columns = slice(vector, vector + block.groups * part.width)
             vector = columns.stop
@@ -76,33 +74,51 @@ class Reduction:
                 yield module.register_forward_hook(
                     _element_wise(part, rows, taylor, absolute, squared, self._two_stacks)
                 )
-        inputs = slice(first_input, first_input + block.inputs)
         yield projection(model, block.row_wise).register_forward_pre_hook(
-            _input_moments(self.input_mean[:, inputs], self.input_squared[:, inputs])
+            _input_moments(self.input_mean[:, self._inputs(index)], self.input_squared[:, self._inputs(index)])
         )
 
-    def _expert_hooks(self, model: PreTrainedModel, block: Block, vector: int, index: int) -> Iterator[Any]:
+    def _inputs(self, index: int) -> slice:
+        return slice(*self._first_inputs[index : index + 2])
+
+    def _expert_hooks(self, model: PreTrainedModel, block: Block, index: int) -> Iterator[Any]:
         """For experts, whose weights are multiplied out of the sight of hooks: gradients of whole parameters, each
         dropped as soon as it was reduced. Only where there is one sample at a time."""
+        vector, by_parameter = self._first_vectors[index], dict[str, list[tuple[TensorSlice, slice]]]()
         for part in block.matrices:
-            columns = slice(vector, vector + block.groups)
+            columns = slice(vector, vector + block.groups * part.width)
             vector = columns.stop
-            parameter = model.get_parameter(part.parameter)
-            yield parameter.register_post_accumulate_grad_hook(partial(self._reduce_gradient, part.axis, columns))
-        if self.routed_output is not None and self.routed_share is not None:
+            by_parameter.setdefault(part.parameter, []).append((part, columns))
+        for name, parts in by_parameter.items():
+            yield model.get_parameter(name).register_post_accumulate_grad_hook(partial(self._reduce_gradient, parts))
+        experts = model.get_submodule(block.matrices[0].module)
+        if block.experts:
+            mean, squared = self.input_mean[0, self._inputs(index)], self.input_squared[0, self._inputs(index)]
+            yield experts.register_forward_hook(partial(_reduce_expert_inputs, block, mean, squared))
+        elif self.routed_output is not None and self.routed_share is not None:
             first = self._structure.group_offsets[index]
-            experts = slice(first, first + block.groups)
-            yield model.get_submodule(block.matrices[0].module).register_forward_hook(
-                partial(_reduce_routing, self.routed_output[0, experts], self.routed_share[0, experts])
+            own = slice(first, first + block.groups)
+            yield experts.register_forward_hook(
+                partial(_reduce_routing, self.routed_output[0, own], self.routed_share[0, own])
             )
 
-    def _reduce_gradient(self, axis: int, columns: slice, parameter: Tensor) -> None:
-        products = (cast(Tensor, parameter.grad).float() * parameter.detach()).movedim(axis, 0).flatten(1)
+    def _reduce_gradient(self, parts: list[tuple[TensorSlice, slice]], parameter: Tensor) -> None:
+        products = cast(Tensor, parameter.grad).float() * parameter.detach()
         parameter.grad = None
-        self.taylor[0, columns] = products.sum(1).cpu()
+        self._reduce_products(self.taylor, parts, products)
         if self.element_absolute is not None and self.element_squared is not None:
-            self.element_absolute[0, columns] = products.abs().sum(1).cpu()
-            self.element_squared[0, columns] = products.square_().sum(1).cpu()
+            self._reduce_products(self.element_absolute, parts, products.abs())
+            self._reduce_products(self.element_squared, parts, products.square_())
+
+    @staticmethod
+    def _reduce_products(sums: Tensor, parts: list[tuple[TensorSlice, slice]], products: Tensor) -> None:
+        for part, columns in parts:
+            if part.experts:
+                of_rows = part.as_projections(products).sum(2 - part.axis)
+                width = (columns.stop - columns.start) // part.experts
+                sums[0, columns] = of_rows[:, part.offset : part.offset + width].flatten().cpu()
+            else:
+                sums[0, columns] = products.movedim(part.axis, 0).flatten(1).sum(1).cpu()
 
     def _two_stacks(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Two times as many matrices of a shape, [matrices, ·, ·], float32, as fit into the memory of the largest, to
@@ -119,9 +135,9 @@ def projection(model: PreTrainedModel, part: TensorSlice) -> nn.Module:
     return model.get_submodule(part.module)
 
 
-def row_wise_weight(model: PreTrainedModel, block: Block) -> Tensor:
-    """[outputs, inputs]: the weight of the projection that reads a block."""
-    return block.row_wise.as_projection(model.get_parameter(block.row_wise.parameter).detach())
+def row_wise_weights(model: PreTrainedModel, block: Block) -> Tensor:
+    """[experts, outputs, inputs]: the weights of the projections that read a block; one where there are no experts."""
+    return block.row_wise.as_projections(model.get_parameter(block.row_wise.parameter).detach())
 
 
 def _input_moments(mean: Tensor, squared: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -135,17 +151,76 @@ def _input_moments(mean: Tensor, squared: Tensor) -> Callable[[nn.Module, tuple[
 
 def _reduce_routing(output: Tensor, share: Tensor, module: nn.Module, inputs: tuple[Any, ...], _: Any) -> None:
     """Sums up router weight · ‖output‖ of every expert. Each token's experts are run once more, one after the other,
-    because a module of experts gives only what they add up to. Nothing where it is called with something else than
-    hidden states, numbers of experts and weights, [tokens, experts per token] each."""
-    if len(inputs) != 3 or inputs[1].is_floating_point() or inputs[1].shape != inputs[2].shape:
-        return
-    state, chosen, weights = (tensor.detach() for tensor in inputs)
+    because a module of experts gives only what they add up to."""
     with torch.no_grad():
-        for number, weight in zip(chosen.split(1, 1), weights.split(1, 1), strict=True):
+        for state, number, weight in _choices(inputs):
             alone = module.forward(state, number, torch.ones_like(weight)).norm(dim=-1)
             flat = number.flatten().cpu()
             output.index_add_(0, flat, (alone * weight.flatten()).float().cpu() / len(state))
             share.index_add_(0, flat, torch.full((len(state),), 1 / len(state)))
+
+
+def _choices(inputs: tuple[Any, ...]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """[tokens, hidden], [tokens, 1] and [tokens, 1]: the hidden states that experts are called with, an expert of each
+    token and its weight; once for every expert of a token. Nothing where they are called with something else than
+    hidden states, numbers of experts and weights, [tokens, experts per token] each."""
+    if len(inputs) != 3 or inputs[1].is_floating_point() or inputs[1].shape != inputs[2].shape:
+        return
+    state, chosen, weights = (tensor.detach() for tensor in inputs)
+    for number, weight in zip(chosen.split(1, 1), weights.split(1, 1), strict=True):
+        yield state, number, weight
+
+
+def expert_inputs(block: Block, module: nn.Module, inputs: tuple[Any, ...]) -> Iterator[tuple[Tensor, Tensor]]:
+    """What the down projections of experts read, with the weight that the router gives it: what they put out is linear
+    in that. Each token's experts are run once more, one after the other, with down projections that change nothing.
+
+    Args:
+        block: of channels inside experts.
+        module: the experts.
+        inputs: what they were called with.
+
+    Yields:
+        [tokens], int64, an expert of each token, and [tokens, channels], float32.
+    """
+    computing = {part.parameter.rpartition(".")[2] for part in block.slices}
+    down = module.get_parameter(block.row_wise.parameter.rpartition(".")[2])
+    outputs, channels = block.row_wise.as_projections(down).shape[1:]
+    others = {
+        parameter: torch.zeros_like(parameter)
+        for name, parameter in module.named_parameters(recurse=False)
+        if name not in computing
+    }
+    with torch.no_grad():
+        for state, number, weight in _choices(inputs):
+            read = []
+            for first in range(0, channels, outputs):
+                same = torch.eye(outputs, channels - first, dtype=down.dtype, device=down.device)
+                same = torch.nn.functional.pad(same, (first, 0)).expand(block.experts, outputs, channels)
+                with _values({down: block.row_wise.as_stored(same), **others}):
+                    read.append(module.forward(state, number, weight)[:, : channels - first])
+            yield number.flatten(), torch.cat(read, 1).float()
+
+
+@contextlib.contextmanager
+def _values(values: dict[nn.Parameter, Tensor]) -> Iterator[None]:
+    """While it lasts, parameters have other values."""
+    before = {parameter: parameter.data for parameter in values}
+    try:
+        for parameter, value in values.items():
+            parameter.data = value
+        yield
+    finally:
+        for parameter, value in before.items():
+            parameter.data = value
+
+
+def _reduce_expert_inputs(
+    block: Block, mean: Tensor, squared: Tensor, module: nn.Module, inputs: tuple[Any, ...], _: Any
+) -> None:
+    for number, read in expert_inputs(block, module, inputs):
+        for sums, values in ((mean, read), (squared, read.square())):
+            sums.view(block.experts, -1).index_add_(0, number.cpu(), values.cpu() / len(read))
 
 
 _ForwardHook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from adapruner.config import Terms
 from adapruner.errors import NonFiniteError
-from adapruner.measurement._reduction import Reduction, row_wise_weight
+from adapruner.measurement._reduction import Reduction, row_wise_weights
 from adapruner.measurement._statistics import Statistics
 from adapruner.models import decoder_layers, enter_layers, loaded_layer, skipping_layers
 from adapruner.structure import Structure
@@ -80,7 +80,7 @@ def measure_in_parts(
             # No weight needs a gradient of its own: the hooks form each one from activations, reduce and drop it.
             # Only the gradients of experts are whole, and of one sample.
             model.requires_grad_(False)
-            parts = batch.split(1) if structure.has_experts and not jointly else [batch]
+            parts = batch.split(1) if structure.cuts_experts and not jointly else [batch]
             each = [
                 _measure_batch(model, structure, part, jointly, terms, layer_wise, folder, columns) for part in parts
             ]
@@ -158,8 +158,9 @@ def _expert_gradients(
     model: PreTrainedModel, structure: Structure, blocks: Iterable[int]
 ) -> Iterator[list[torch.nn.Parameter]]:
     """The weights of the experts of some blocks, which need gradients while this lasts."""
-    experts = [structure.blocks[number] for number in blocks if not structure.blocks[number].is_projected]
-    wanted = [model.get_parameter(part.parameter) for block in experts for part in block.matrices]
+    some = [structure.blocks[number] for number in blocks]
+    names = {part.parameter for block in some if block.experts or not block.is_projected for part in block.matrices}
+    wanted = [model.get_parameter(name) for name in sorted(names)]
     for parameter in wanted:
         parameter.requires_grad_(True)
     try:
@@ -225,9 +226,9 @@ def _column_sums(model: PreTrainedModel, structure: Structure) -> tuple[Tensor, 
     absolute, squared = [torch.zeros(0)], [torch.zeros(0)]
     for block in filter(lambda block: block.is_projected, structure.blocks):
         with loaded_layer(model, block.layer):
-            weight = row_wise_weight(model, block).float()
-        absolute.append(weight.abs().sum(0).cpu())
-        squared.append(weight.square().sum(0).cpu())
+            weights = row_wise_weights(model, block).float()
+        absolute.append(weights.abs().sum(1).flatten().cpu())
+        squared.append(weights.square().sum(1).flatten().cpu())
     return torch.cat(absolute), torch.cat(squared)
 
 

@@ -41,6 +41,23 @@ class ProjectionNames(_Data):
     output: str
 
 
+class ExpertChannels(_Data):
+    """The channels inside of each expert; paths are relative to a layer, of parameters with one part for every expert.
+
+    Attributes:
+        inputs: of the parameters that compute channels, how wide each channel is in one pass over all of them: `[1, 1]`
+            where gates come first and then ups, `[2]` where each gate is followed by its up.
+        output: the parameter that reads them.
+        axes: the axis of each of these along which channels lie.
+        count: config field for their number.
+    """
+
+    inputs: dict[str, tuple[int, ...]]
+    output: str
+    axes: dict[str, int]
+    count: str
+
+
 class ExpertNames(_Data):
     """The experts of a layer.
 
@@ -51,6 +68,7 @@ class ExpertNames(_Data):
         top_k: config field for the experts that a token is sent to.
         groups: config field for the groups of experts of which the best are chosen first.
         chosen_groups: config field for how many groups are chosen.
+        channels: what is inside of each; None where that cannot be cut.
     """
 
     tensors: dict[str, int]
@@ -58,6 +76,7 @@ class ExpertNames(_Data):
     top_k: str | None = None
     groups: str | None = None
     chosen_groups: str | None = None
+    channels: ExpertChannels | None = None
 
 
 class ConfigFields(_Data):
@@ -134,6 +153,14 @@ class Architecture(_Data):
         return register_family(
             Family(self.model_type, self.layers, attention_output, feed_forward, self.config_fields.channels)
         )
+
+    @property
+    def layer_fields(self) -> set[str | None]:
+        """The config fields in which layers may differ."""
+        names, experts = self.config_fields, self.experts
+        fields = {names.heads, names.key_value_heads, names.head_dim, names.channels, names.head_numbers}
+        fields |= {experts.count} if experts else set()
+        return fields | ({experts.channels.count} if experts and experts.channels else set())
 
     def head_dim(self, config: PreTrainedConfig) -> int:
         """Width of one attention head; families without the field divide the hidden size by the heads."""

@@ -17,7 +17,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from adapruner.errors import AdaPrunerError, reason
-from adapruner.models._architecture import Architecture, ConfigFields, ExpertNames, ProjectionNames, RowKind
+from adapruner.models._architecture import (
+    Architecture,
+    ConfigFields,
+    ExpertChannels,
+    ExpertNames,
+    ProjectionNames,
+    RowKind,
+)
 from adapruner.models._tiny import CHOSEN_GROUPS, EXPERT_GROUPS, TOP_K, parameters_of, tiny_config
 from adapruner.models._tracing import Layer, Writer
 
@@ -146,6 +153,15 @@ class _Counting:
             if value in (None, size) and parameter in shapes and shapes[parameter][axis] == (value or 0) + _STEP:
                 return name
         return None
+
+    def size(self, parameter: str, axis: int) -> int:
+        """How long an axis of a parameter is."""
+        return self._now[parameter][axis]
+
+    def moved(self, layer: str, field: str) -> set[str]:
+        """The tensors of a layer that become wider with a field."""
+        shapes = self._wider[field]
+        return {name for name, before in self._now.items() if name.startswith(f"{layer}.") and shapes[name] != before}
 
     def expert_field(self, layer: str) -> tuple[str, dict[str, int]] | None:
         """The field that counts experts, and the axis of every tensor of a layer along which they lie."""
@@ -286,11 +302,12 @@ def _names(inputs: Mapping[str, tuple[RowKind, ...]], writer: Writer) -> Project
 
 def _experts(counting: _Counting, layers: Sequence[Layer]) -> ExpertNames | None:
     tensors: dict[str, int] = {}
-    field = None
+    field, channels = None, None
     for layer in layers:
         if found := counting.expert_field(layer.path):
             field, axes = found
             tensors |= axes
+            channels = _expert_channels(counting, layer, [path for path, axis in axes.items() if axis == 0])
     if field is None:
         return None
 
@@ -303,7 +320,24 @@ def _experts(counting: _Counting, layers: Sequence[Layer]) -> ExpertNames | None
         top_k=named(TOP_K),
         groups=named(EXPERT_GROUPS),
         chosen_groups=named(CHOSEN_GROUPS),
+        channels=channels,
     )
+
+
+def _expert_channels(counting: _Counting, layer: Layer, stacks: Sequence[str]) -> ExpertChannels | None:
+    """What is inside of the experts of a layer, where a config field counts that and nothing else."""
+    writer = layer.expert_writer([path for path in stacks if path in layer.parameters])
+    if writer is None:
+        return None
+    count = counting.size(f"{layer.path}.{writer.parameter}", writer.axis)
+    field = counting.width_field(f"{layer.path}.{writer.parameter}", writer.axis)
+    passes = {part.parameter: part.passes(count) for part in writer.parts}
+    own = {f"{layer.path}.{path}" for path in (writer.parameter, *passes)}
+    if field is None or None in passes.values() or not passes or counting.moved(layer.path, field) != own:
+        return None
+    inputs = {path: tuple((one.stop - one.start) // count for one in each or ()) for path, each in passes.items()}
+    axes = {**writer.axes, writer.parameter: writer.axis}
+    return ExpertChannels(inputs=inputs, output=writer.parameter, axes=axes, count=field)
 
 
 def _has_learned_positions(model: PreTrainedModel) -> bool:

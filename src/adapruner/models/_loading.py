@@ -239,11 +239,8 @@ def _refuse_odd_fields(fields: dict[str, Any], location: ModelLocation) -> None:
     if family is None:
         return
     if isinstance(layers, dict):
-        names = family.config_fields
-        counted = {names.heads, names.key_value_heads, names.head_dim, names.channels, names.head_numbers}
-        counted |= {family.experts.count} if family.experts else set()
         for layer, own in layers.items():
-            if not isinstance(own, dict) or not own.keys() <= counted:
+            if not isinstance(own, dict) or not own.keys() <= family.layer_fields:
                 refuse(f"says of layer {str(layer)[:20]} in per_layer_config what layers cannot differ in")
     projections = {part.output for part in (family.attention, family.feed_forward) if part}
     if biases is not None and not (

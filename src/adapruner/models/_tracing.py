@@ -5,7 +5,7 @@ Found by differentiation on a tiny random model. No names of parameters are look
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -102,6 +103,21 @@ class Writer:
     plain: bool
 
 
+@dataclass(frozen=True)
+class ExpertWriter:
+    """A stack of down projections, and the parts of other stacks that the channels of an expert depend on.
+
+    Attributes:
+        axis: of the stored parameter, along which channels lie.
+        axes: of the other parameters, along which the channels lie that `parts` are of.
+    """
+
+    parameter: str
+    axis: int
+    parts: list[Part]
+    axes: dict[str, int]
+
+
 class Layer:
     """One decoder layer of the tiny model, and what its projections read."""
 
@@ -157,6 +173,38 @@ class Layer:
             )
             for name, rows in touched.items()
         ]
+
+    def expert_writer(self, stacks: Iterable[str]) -> ExpertWriter | None:
+        """The down projections of the experts, and what computes the channels that they read; None where that is not
+        found.
+
+        Args:
+            stacks: paths of the parameters that have a part for every expert, along their first axis.
+        """
+        path = next((name.rpartition(".")[0] for name in stacks if self.parameters[name].dim() == 3), None)
+        if path is None:
+            return None
+        module, given = self._layer.get_submodule(path), list[Any]()
+        self._run([module.register_forward_pre_hook(lambda *about: given.extend(about[1:]), with_kwargs=True)])
+        own = {name.rpartition(".")[2]: self.parameters[name] for name in stacks if name.rpartition(".")[0] == path}
+        arguments, named = tree_map(lambda each: each.detach() if isinstance(each, Tensor) else each, given[:2])
+
+        def put_out(values: Mapping[str, Tensor]) -> Tensor:
+            with _Transparent(), torch.enable_grad():
+                return _first(torch.func.functional_call(module, dict(values), arguments, named)).flatten(0, -2)
+
+        for name in own:
+            writes = torch.autograd.grad(put_out(own)[:, 5].sum(), own[name])[0] != 0
+            expert = int(writes.flatten(1).any(1).nonzero()[0]) if writes.any() else 0
+            if writes.dim() == 3 and (axis := _other_axis(writes[expert])) is not None:
+                touched = _touched_by_channels(put_out, own, name, axis, expert)
+                parts = [
+                    Part(f"{path}.{other}", rows, [_only(column.nonzero()) for column in rows.T], [])
+                    for other, (_, rows) in touched.items()
+                ]
+                axes = {f"{path}.{other}": of_other for other, (of_other, _) in touched.items()}
+                return ExpertWriter(f"{path}.{name}", axis, parts, axes)
+        return None
 
     def _touched(self, writer: Writer) -> dict[str, Tensor]:
         """For each parameter of which no input of a writer depends on every row, [inputs, rows] bool: on which ones."""
@@ -222,6 +270,44 @@ class Layer:
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def _other_axis(writes: Tensor) -> int | None:
+    """Of a stack of matrices, the axis along which inputs lie, where output number 5 depends on row or column 5 alone.
+
+    Args:
+        writes: [·, ·], bool: on what of one matrix it depends.
+    """
+    for axis in (0, 1):
+        if writes.any(1 - axis).nonzero().flatten().tolist() == [5]:
+            return 2 - axis
+    return None
+
+
+def _touched_by_channels(
+    put_out: Callable[[Mapping[str, Tensor]], Tensor], own: Mapping[str, Tensor], name: str, axis: int, expert: int
+) -> dict[str, tuple[int, Tensor]]:
+    """For each other stack, the axis along which channels lie, and [channels, rows] bool: on which rows of one expert
+    each channel depends. A channel is what is put out when nothing else is read."""
+    others = [other for other in own if other != name]
+    touched: dict[str, list[Tensor]] = {other: [] for other in others}
+    for channel in range(own[name].shape[axis]):
+        alone = torch.zeros_like(own[name])
+        alone.select(axis, channel).copy_(own[name].detach().select(axis, channel))
+        gradients = torch.autograd.grad(
+            put_out({**own, name: alone}).square().sum(), [own[other] for other in others], allow_unused=True
+        )
+        for other, gradient in zip(others, gradients, strict=True):
+            touched[other].append(torch.zeros_like(own[other][0]) if gradient is None else gradient[expert])
+    found = {}
+    for other, each in touched.items():
+        is_touched = torch.stack(each) != 0
+        for stored in range(1, is_touched.dim()):
+            summed = [one for one in range(1, is_touched.dim()) if one != stored]
+            rows = is_touched.amax(summed) if summed else is_touched
+            if rows.any(1).all() and (rows.sum(0) == 1).all():
+                found[other] = (stored, rows)
+    return found
 
 
 def _silenced(output: Any) -> Any:

@@ -133,8 +133,8 @@ def largest_channel_share(structure: Structure, counts: Sequence[int]) -> float:
 
 def _unprotected(structure: Structure, budget: Budget) -> range:
     if budget.layout == "uniform":
-        sizes = {(block.kind, block.groups) for block in structure.blocks}
-        if len(sizes) > len({kind for kind, _ in sizes}):
+        sizes = {(block.kind, bool(block.experts), block.groups) for block in structure.blocks}
+        if len(sizes) > len({each[:2] for each in sizes}):
             raise AdaPrunerError("the layers of this model differ already: a uniform layout cannot be cut out of it")
         return range(structure.layers)
     layers = range(budget.protect_first, structure.layers - budget.protect_last)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from adapruner.measurement import InputMoments, solve_damped
+from adapruner.structure import Block
 
 # How what stays makes up for what went: by a bias alone (FLAP, arXiv 2312.11983), by least squares, or by both.
 CompensationForm = Literal["bias", "least-squares", "least-squares-bias"]
@@ -26,6 +27,12 @@ class Compensation:
     def adds_bias(self) -> bool:
         """Whether the row-wise projections get a bias, which is new parameters."""
         return self.form != "least-squares"
+
+    def form_for(self, block: Block) -> CompensationForm | None:
+        """How a block is compensated: experts as a whole are not, and channels inside of them get no bias."""
+        if not block.is_projected or (block.experts and self.form == "bias"):
+            return None
+        return "least-squares" if block.experts else self.form
 
 
 def compensate(weight: Tensor, moments: InputMoments, kept: Tensor, form: CompensationForm) -> tuple[Tensor, Tensor]:

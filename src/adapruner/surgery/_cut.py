@@ -79,7 +79,7 @@ def _empty_pruned(
     if architecture.config_fields.head_numbers:
         fields |= {architecture.config_fields.head_numbers: None}
     if adds_bias:
-        projected = {block.row_wise_path for block in structure.blocks if block.is_projected}
+        projected = {block.row_wise_path for block in structure.blocks if block.is_projected and not block.experts}
         fields |= {"added_biases": sorted(projected)}
     config = architecture.pruned_class.config_class.from_dict(fields)
     pruned: PreTrainedModel = architecture.pruned_class(config)
@@ -98,7 +98,7 @@ def _layer_fields(
     layers: dict[int, dict[str, Any]] = {}
     for block, block_plan in zip(structure.blocks, plan.blocks, strict=True):
         own = layers.setdefault(block.layer, {})
-        own |= {field: amount * len(block_plan.kept) for field, amount in block.config_counts.items()}
+        own |= block.config_fields(len(block_plan.kept))
         numbered = architecture.config_fields.head_numbers
         if numbered and block.kind == "heads":
             before = getattr(model.config.per_layer_config[block.layer], numbered, None)
@@ -139,35 +139,43 @@ def _prune_block(
     state: dict[str, Tensor], index: int, block: Block, plan: BlockPlan, compensation: Compensation | None
 ) -> None:
     """Replaces the tensors of a block."""
-    if not block.is_projected:
-        for parameter, (part,) in block.slices_by_parameter.items():
-            kept = torch.tensor(plan.kept, device=state[parameter].device)
-            state[parameter] = state[parameter].index_select(part.axis, kept)
-        return
-    row_wise = block.row_wise
-    original = row_wise.as_projection(state[row_wise.parameter])
-    bias_name = f"{row_wise.module}.bias"
-    if compensation and compensation.adds_bias and bias_name not in state:
-        state[bias_name] = original.new_zeros(len(original))
+    form = compensation.form_for(block) if compensation else None
+    row_wise = block.row_wise if form else None
+    if row_wise and compensation and compensation.adds_bias and not block.experts:
+        weight = row_wise.as_projection(state[row_wise.parameter])
+        state.setdefault(f"{row_wise.module}.bias", weight.new_zeros(len(weight)))
     if len(plan.kept) == block.groups:
         return
     for parameter, parts in block.slices_by_parameter.items():
-        if compensation is None or parameter != row_wise.parameter:
-            kept = kept_indices(plan, parts, state[parameter].shape[parts[0].stored_axis])
-            state[parameter] = state[parameter].index_select(parts[0].stored_axis, kept.to(original.device))
-    if compensation:
-        kept = kept_indices(plan, [row_wise], original.shape[1])
-        weight, bias = compensate(original, compensation.moments[index], kept, compensation.form)
-        state[row_wise.parameter] = row_wise.as_projection(weight).contiguous()
-        if compensation.adds_bias:
-            state[bias_name] = state[bias_name] + bias
+        if row_wise is None or parameter != row_wise.parameter:
+            state[parameter] = _kept_part(state[parameter], plan, parts)
+    if row_wise and compensation and form:
+        weights = row_wise.as_projections(state[row_wise.parameter])
+        kept = kept_indices(plan, [row_wise], weights.shape[2])
+        moments = compensation.moments[index].of_experts()
+        each = [compensate(*of_expert, form) for of_expert in zip(weights, moments, kept, strict=True)]
+        state[row_wise.parameter] = row_wise.as_stored(torch.stack([weight for weight, _ in each]))
+        if not block.experts and compensation.adds_bias:
+            state[f"{row_wise.module}.bias"] = state[f"{row_wise.module}.bias"] + each[0][1]
+
+
+def _kept_part(tensor: Tensor, plan: BlockPlan, parts: Sequence[TensorSlice]) -> Tensor:
+    """What stays of a tensor of which `parts` are those of the groups."""
+    axis, of_experts = parts[0].stored_axis, parts[0].of_experts(tensor)
+    kept = kept_indices(plan, parts, of_experts.shape[1 + axis]).to(tensor.device)
+    each = [own.index_select(axis, stays) for own, stays in zip(of_experts, kept, strict=True)]
+    return torch.stack(each) if parts[0].experts else each[0]
 
 
 def kept_indices(plan: BlockPlan, parts: Sequence[TensorSlice], size: int) -> Tensor:
-    """[kept], int64, ascending: the indices of the pruned axis of one tensor that stay, out of `size`."""
-    stays = torch.ones(size, dtype=torch.bool)
+    """[experts, kept], int64, ascending: the indices of the pruned axis of one tensor that stay, out of `size`; one row
+    where there are no experts."""
+    experts = parts[0].experts or 1
     is_kept = torch.zeros(plan.groups, dtype=torch.bool)
     is_kept[list(plan.kept)] = True
+    stays, of_experts = torch.ones(experts, size, dtype=torch.bool), is_kept.view(experts, -1)
     for part in parts:
-        stays[part.offset : part.offset + plan.groups * part.width] = is_kept.repeat_interleave(part.width)
-    return stays.nonzero().flatten()
+        stays[:, part.offset : part.offset + of_experts.shape[1] * part.width] = of_experts.repeat_interleave(
+            part.width, 1
+        )
+    return stays.nonzero()[:, 1].view(experts, -1)

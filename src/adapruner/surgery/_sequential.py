@@ -59,7 +59,7 @@ def compensate_sequentially(
         on_refit: called with the name and the float32 value, as stored, of every refitted parameter; for where the
             model that is run is a copy of the one that is kept.
     """
-    cut = {number: structure.blocks[number] for number in _cut_blocks(plan)}
+    cut = {number: structure.blocks[number] for number in _cut_blocks(structure, plan)}
     with torch.inference_mode():
         entered = enter_layers(dense, windows.split(batch_size))
         dense_states = [state for state, _ in entered]
@@ -94,7 +94,7 @@ def refit_sequentially(
     dtype in which they are fastest."""
     fast = in_fastest_dtype(model)
     fast_pruned = pruned if fast is model else in_fastest_dtype(pruned)
-    dampings = {number: compensation.moments[number].damping for number in _cut_blocks(plan)}
+    dampings = {number: compensation.moments[number].damping for number in _cut_blocks(structure, plan)}
     # What is in place while a streamed layer is in use may be a copy on another device.
     elsewhere = fast_pruned is not pruned or is_streamed(pruned)
     overwrite = partial(overwrite_weight, pruned) if elsewhere else None
@@ -103,10 +103,12 @@ def refit_sequentially(
     )
 
 
-def _cut_blocks(plan: PruningPlan) -> list[int]:
-    """The numbers of the blocks of which groups are removed and that a projection reads."""
+def _cut_blocks(structure: Structure, plan: PruningPlan) -> list[int]:
+    """The numbers of the blocks of which groups are removed and that one projection reads."""
     return [
-        number for number, block in enumerate(plan.blocks) if len(block.kept) < block.groups and block.kind != "experts"
+        number
+        for number, (block, kept) in enumerate(zip(structure.blocks, plan.blocks, strict=True))
+        if len(kept.kept) < kept.groups and block.is_projected and not block.experts
     ]
 
 

@@ -59,7 +59,7 @@ def pad_to_stock(model: PreTrainedModel) -> PreTrainedModel:
         return model
     check_paddable(model)
     padded: Any = _empty_padded(model)
-    source, target = build_structure(model), build_structure(padded)
+    source, target = _structure(model), _structure(padded)
     state, shapes = model.state_dict(), {name: tensor.shape for name, tensor in padded.state_dict().items()}
     for block, wide in zip(source.blocks, target.blocks, strict=True):
         positions = _positions(model, block)
@@ -84,31 +84,39 @@ def check_paddable(model: PreTrainedModel) -> None:
 
 def _empty_padded(model: PreTrainedModel) -> PreTrainedModel:
     """Without weights."""
-    architecture, structure = architecture_of(model.config), build_structure(model)
+    architecture, structure = architecture_of(model.config), _structure(model)
     # Without what each layer has less of, the config is that of the dense model.
     of_dense = fields_of_all(model, architecture)
+    if architecture.experts:
+        # Experts cannot be padded, so their number is never that of the dense model.
+        of_dense |= _number_of_experts(model, architecture.experts.count)
     widest: dict[str, int] = {}
-    for kind in ("heads", "experts", "channels"):
-        blocks = [block for block in structure.blocks if block.kind == kind]
-        most = max((block.groups for block in blocks), default=0)
-        if kind == "experts" and any(block.groups != most for block in blocks):
-            raise AdaPrunerError(
-                "layers with different numbers of experts cannot be padded: a router would choose zeros"
-            )
-        for field in {field for block in blocks for field in block.config_counts}:
-            widest[field] = most * max(block.config_counts[field] for block in blocks)
-    # Experts cannot be padded, so their number is never that of the dense model.
-    always = {architecture.experts.count} & widest.keys() if architecture.experts else set()
-    of_dense |= {field: widest[field] for field in always}
+    for block in structure.blocks:
+        for field, count in block.config_fields(block.groups).items():
+            widest[field] = max(count, widest.get(field, 0))
     with init_empty_weights(include_buffers=False):
         for fields in (of_dense | widest, of_dense):
             for padded in stock_models(architecture, fields):
                 # Some families take no number of heads or channels but their own, whatever their config says.
                 with contextlib.suppress(AdaPrunerError):
-                    widths = _widths(build_structure(padded))
+                    widths = _widths(_structure(padded))
                     if widths == _widths(structure) and padded.state_dict().keys() == model.state_dict().keys():
                         return padded
     raise AdaPrunerError(f"no stock {model.config.model_type} takes the layers of this model")
+
+
+def _structure(model: PreTrainedModel) -> Structure:
+    """With the channels inside of experts where they can be cut, because experts themselves cannot be padded."""
+    experts = architecture_of(model.config).experts
+    return build_structure(model, experts="channel" if experts and experts.channels else "expert")
+
+
+def _number_of_experts(model: PreTrainedModel, field: str) -> dict[str, int]:
+    """The config field, and the number that all layers have."""
+    blocks = [block for block in build_structure(model).blocks if block.kind == "experts"]
+    if len({block.groups for block in blocks}) > 1:
+        raise AdaPrunerError("layers with different numbers of experts cannot be padded: a router would choose zeros")
+    return {field: blocks[0].groups} if blocks else {}
 
 
 def _widths(structure: Structure) -> list[int]:
@@ -118,10 +126,12 @@ def _widths(structure: Structure) -> list[int]:
 
 
 def _positions(model: PreTrainedModel, block: Block) -> Tensor:
-    """[groups], int64: which groups of the padded block those of a block become."""
+    """[groups], int64: which groups of the padded block those of a block become; of one expert where each has its
+    own."""
     numbered = architecture_of(model.config).config_fields.head_numbers
     numbers = getattr(model.config.per_layer_config[block.layer], numbered, None) if numbered else None
-    return torch.tensor(numbers if numbers and block.kind == "heads" else range(block.groups))
+    own = range(block.groups // (block.experts or 1))
+    return torch.tensor(numbers if numbers and block.kind == "heads" else own)
 
 
 def _spread(
@@ -132,7 +142,7 @@ def _spread(
     Args:
         pairs: every slice of the tensor, and the one of the padded tensor that it becomes a part of.
     """
-    axis = pairs[0][0].stored_axis
+    axis = pairs[0][0].stored_axis + bool(pairs[0][0].experts)
     new = torch.cat([_indices(wide.offset, wide.width, part.width, positions) for part, wide in pairs])
     groups = torch.arange(len(positions))
     old = torch.cat([_indices(part.offset, part.width, part.width, groups) for part, _ in pairs])

@@ -87,7 +87,7 @@ def estimate(model: str | Path, **options: Any) -> Estimate:
     location = find_model(config.model)
     empty = empty_model(load_config(location))
     check_length(empty.config, config.seq_len)
-    structure = build_structure(empty, config.head_granularity)
+    structure = build_structure(empty, config.head_granularity, config.expert_granularity)
     about = config, empty, structure, reference_budget(config, structure, max(config.ratio)), device
     layer_wise = bool(config.layer_wise)
     if is_here:
