@@ -1,45 +1,63 @@
-"""Which families can be pruned, and how: every decoder of the installed transformers that builds tiny is inferred and
-proven, and the table in docs/families.md written.
+"""Which families can be pruned, and how: of every decoder of the installed transformers that builds tiny, a random model
+is saved, and `adapruner inspect` asked about the folder. Writes the table in docs/families.md.
 
     python tests/family_table.py
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
+import json
 import sys
+import tempfile
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import transformers
 
-from adapruner.conformance import prove
-from adapruner.errors import AdaPrunerError
-from adapruner.models import empty_model, infer_architecture, known_architectures, using_architecture
-from adapruner.structure import Kind, build_structure
+from adapruner.cli import main as adapruner
+from adapruner.models import known_architectures, random_model
 from tiny_families import OTHERS, decoder_families, tiny_config
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "families.md"
 START, END = "<!-- table -->\n", "<!-- end -->\n"
-KINDS: tuple[Kind, ...] = ("heads", "channels", "experts")
+COLUMNS = ("family", "from", "heads", "channels", "experts", "channels in experts", "layouts")
+
+
+def inspect(folder: str, *options: str) -> tuple[int, str]:
+    """The exit code of `adapruner inspect FOLDER --json`, and what it prints: JSON, or with code 2 the refusal."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            adapruner(["inspect", folder, *options, "--json"])
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+            return code, err.getvalue() if code else out.getvalue()
+    raise AssertionError("the command did not exit")
 
 
 def row(model_type: str) -> tuple[str, bool]:
     """A line of the table, and whether the family can be pruned."""
-    config, shipped = tiny_config(model_type), known_architectures().get(model_type)
-    try:
-        architecture = shipped or prove(config, infer_architecture(config))
-    except AdaPrunerError as refusal:
-        reason = " ".join(str(refusal).split()).replace("|", "/")
-        return f"| `{model_type}` | refused: {reason[:200]}{'…' if len(reason) > 200 else ''} | | | | | |", False
-    with using_architecture(architecture):
-        blocks = build_structure(empty_model(config)).blocks
-    cells = [f"`{model_type}`", "file" if shipped else "inferred"]
-    for kind in KINDS:
-        layers = len({block.layer for block in blocks if block.kind == kind})
+    config = tiny_config(model_type)
+    with tempfile.TemporaryDirectory() as folder:
+        random_model(config).save_pretrained(folder)
+        code, answer = inspect(folder)
+        if code:
+            assert code == 2, answer
+            reason = " ".join(answer.removeprefix("adapruner: ").replace(folder, "").split()).replace("|", "/")
+            short = f"{reason[:200]}…" if len(reason) > 200 else reason
+            return f"| `{model_type}` | refused: {short}{' |' * (len(COLUMNS) - 1)}", False
+        blocks = json.loads(answer)["blocks"]
+        architecture: dict[str, Any] = json.loads(inspect(folder, "--architecture")[1])
+    cells = [f"`{model_type}`", "file" if model_type in known_architectures() else "inferred"]
+    for kind in ("heads", "channels", "experts"):
+        layers = len({block["layer"] for block in blocks if block["kind"] == kind})
         cells.append("" if not layers else "yes" if layers == config.num_hidden_layers else "some layers")
-    cells.append("yes" if architecture.experts and architecture.experts.channels else "")
-    cells.append(", ".join(architecture.layouts))
+    cells.append("yes" if "channels" in architecture.get("experts", {}) else "")
+    cells.append(", ".join(architecture.get("layouts", ("per-layer", "uniform"))))
     return f"| {' | '.join(cells)} |", True
 
 
@@ -58,7 +76,7 @@ def main() -> None:
         f"transformers {transformers.__version__}: {pruned} of {len(families)} families can be pruned"
         f" ({len(OTHERS)} encoders, state-space models and parts of other models were not tried).\n\n"
     )
-    heading = "| family | from | heads | channels | experts | channels in experts | layouts |\n|---|---|---|---|---|---|---|\n"
+    heading = f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|\n"
     table = "\n".join(rows) + "\n"
     DOCUMENT.write_text(before + START + count + heading + table + END + rest.partition(END)[2], encoding="utf-8")
 
