@@ -1,5 +1,5 @@
-"""Which families can be pruned, and how: of every decoder of the installed transformers that builds tiny, a random model
-is saved, and `adapruner inspect` asked about the folder. Writes the table in docs/families.md.
+"""Which families can be pruned, and how: of every decoder of the installed transformers that builds tiny, a model is
+saved, and `adapruner inspect` asked about the folder. Writes the table in docs/families.md.
 
     python tests/family_table.py
 """
