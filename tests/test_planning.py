@@ -14,7 +14,7 @@ from transformers import LlamaConfig, PreTrainedModel
 
 from adapruner.errors import AdaPrunerError
 from adapruner.models import empty_model
-from adapruner.planning import Budget, PruningPlan, kept_counts, make_plan, removed_parameters
+from adapruner.planning import Budget, PruningPlan, kept_counts, make_plan
 from adapruner.structure import Structure, build_structure
 from adapruner.surgery import prune_model
 
@@ -39,7 +39,7 @@ def test_equal_shares_are_those_of_llm_pruner(llama_7b: Structure) -> None:
     for block, count in zip(llama_7b.blocks, counts, strict=True):
         pruned = 4 <= block.layer < 30
         assert count == {"heads": 24 if pruned else 32, "channels": 8256 if pruned else 11008}[block.kind]
-    assert llama_7b.total_parameters - removed_parameters(llama_7b, counts) == 5_422_977_024
+    assert llama_7b.total_parameters - llama_7b.removed_parameters(counts) == 5_422_977_024
 
 
 @pytest.mark.parametrize("ratio", [0.05, 0.2, 0.35, 0.45])
@@ -49,7 +49,7 @@ def test_the_ratio_is_met_and_widths_are_rounded(
     llama_7b: Structure, ratio: float, head_share: float, round_to: int
 ) -> None:
     counts = kept_counts(llama_7b, Budget(ratio, 4, 3, head_share, round_to))
-    assert abs(removed_parameters(llama_7b, counts) / llama_7b.total_parameters - ratio) <= 0.005
+    assert abs(llama_7b.removed_parameters(counts) / llama_7b.total_parameters - ratio) <= 0.005
     for block, count in zip(llama_7b.blocks, counts, strict=True):
         if not 4 <= block.layer < 29:
             assert count == block.groups
@@ -148,7 +148,7 @@ def test_a_plan_fits_only_its_model(model: PreTrainedModel, llama_7b: Structure)
 @pytest.mark.parametrize(("tilt", "bend"), [(0.5, 0.0), (-0.5, 0.0), (0.0, 1.0), (0.3, -0.5)])
 def test_a_depth_profile_says_how_shares_compare(llama_7b: Structure, ratio: float, tilt: float, bend: float) -> None:
     counts = kept_counts(llama_7b, Budget(ratio, 4, 3, 0.5, tilt=tilt, bend=bend))
-    assert abs(removed_parameters(llama_7b, counts) / llama_7b.total_parameters - ratio) <= 0.001
+    assert abs(llama_7b.removed_parameters(counts) / llama_7b.total_parameters - ratio) <= 0.001
     shares = [1 - count / 11008 for b, count in zip(llama_7b.blocks, counts, strict=True) if b.kind == "channels"]
     assert not any(shares[:4] + shares[29:])
     profile = [math.exp(tilt * z - bend * z * z) for z in (i / 12 - 1 for i in range(25))]
@@ -188,7 +188,7 @@ def test_global_ranking_removes_the_least_of_all_layers(model: PreTrainedModel, 
 @pytest.mark.parametrize("head_share", [0.0, 0.5, 1.0])
 def test_a_uniform_layout_is_the_same_in_every_layer(llama_7b: Structure, head_share: float) -> None:
     counts = kept_counts(llama_7b, Budget(0.3, 0, 0, head_share, 32, "uniform"))
-    assert abs(removed_parameters(llama_7b, counts) / llama_7b.total_parameters - 0.3) <= 0.005
+    assert abs(llama_7b.removed_parameters(counts) / llama_7b.total_parameters - 0.3) <= 0.005
     for kind in ("heads", "channels"):
         kept = {count for block, count in zip(llama_7b.blocks, counts, strict=True) if block.kind == kind}
         assert len(kept) == 1

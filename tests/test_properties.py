@@ -23,7 +23,7 @@ from adapruner.calibration import parse_source
 from adapruner.config import PruneConfig, RecoverConfig, RecoveryOptions, read_recipe
 from adapruner.errors import AdaPrunerError
 from adapruner.models import empty_model
-from adapruner.planning import RATIO_TOLERANCE, BlockPlan, Budget, PruningPlan, kept_counts, removed_parameters
+from adapruner.planning import RATIO_TOLERANCE, BlockPlan, Budget, PruningPlan, kept_counts
 from adapruner.structure import build_structure
 
 # Files are written again and again into the same folder, which is meant.
@@ -283,7 +283,7 @@ def test_a_budget_is_met_or_refused(budget: Budget) -> None:
         counts = kept_counts(STRUCTURE, budget)
     except AdaPrunerError:
         return
-    removed = removed_parameters(STRUCTURE, counts)
+    removed = STRUCTURE.removed_parameters(counts)
     assert abs(removed / STRUCTURE.total_parameters - budget.ratio) <= RATIO_TOLERANCE
     for block, count in zip(STRUCTURE.blocks, counts, strict=True):
         assert 1 <= count <= block.groups

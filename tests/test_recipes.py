@@ -16,7 +16,7 @@ from adapruner.cli import app
 from adapruner.config import read_recipe
 from adapruner.job import reference_budget
 from adapruner.models import empty_model
-from adapruner.planning import kept_counts, removed_parameters
+from adapruner.planning import kept_counts
 from adapruner.structure import build_structure
 
 RECIPES = sorted((resources.files("adapruner") / "recipes").iterdir(), key=lambda file: file.name)
@@ -60,7 +60,7 @@ def test_the_7b_recipes_leave_exactly_what_the_protocol_leaves(
     kept = {(block.layer, block.kind): count for block, count in zip(structure.blocks, counts, strict=True)}
     middle = structure.layers // 2
     assert (kept[middle, "heads"], kept[middle, "channels"]) == (heads, channels)
-    assert structure.total_parameters - removed_parameters(structure, counts) == left
+    assert structure.total_parameters - structure.removed_parameters(counts) == left
     assert config.recover == "alpaca"
     assert config.recovery.learns_labels(instructions=True, has_teacher=True)
 

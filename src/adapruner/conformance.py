@@ -20,6 +20,7 @@ from adapruner.errors import AdaPrunerError, reason
 from adapruner.models import (
     Architecture,
     ModelLocation,
+    Whole,
     decoder_layers,
     enter_layers,
     load_model,
@@ -40,6 +41,7 @@ _TOLERANCE = 2e-3
 _EFFECT = 1e-4
 _NEW_TOKENS = 8
 _NEVER_CHOSEN = -1e9
+_KINDS: tuple[Kind, ...] = get_args(Kind)
 _PARTS: dict[Kind, str] = {"heads": "attention", "channels": "feed_forward", "experts": "experts"}
 _LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 
@@ -62,8 +64,8 @@ def prove(config: PreTrainedConfig, architecture: Architecture) -> Architecture:
     proven = _proven_parts(model, architecture)
     experts = proven.experts
     if experts and experts.channels and failed_checks(model, proven, "channel").keys() & set(proven.layouts):
-        return proven.changed(experts=experts.model_copy(update={"channels": None}))
-    return proven
+        proven = proven.changed(experts=experts.model_copy(update={"channels": None}))
+    return proven.changed(whole=tuple(whole for whole in proven.whole if not why_not_whole(model, proven, whole)))
 
 
 def _proven_parts(model: PreTrainedModel, architecture: Architecture) -> Architecture:
@@ -117,6 +119,38 @@ def failed_checks(
             except Exception as error:  # whatever a model class raises that is built in another way
                 failures[layout] = f"{made[-1]} fails: {reason(error)}"
     return failures
+
+
+def why_not_whole(model: PreTrainedModel, architecture: Architecture, whole: Whole) -> str | None:
+    """The check that fails, and why, where a layer in the middle has no attention, no feed-forward, or is gone; None
+    where all hold.
+
+    Args:
+        model: a random one, of a stock class.
+    """
+    made = ["the structure is that of the model"]
+    with using_architecture(architecture):
+        try:
+            structure = build_structure(model)
+            counts = _counts_without(structure, whole)
+            plan = make_plan(structure, torch.zeros(structure.group_offsets[-1]), counts)
+            _check(model, structure, plan, made.append)
+        except Exception as error:  # whatever a model class raises that is built in another way
+            return f"{made[-1]} fails: {reason(error)}"
+    return None
+
+
+def _counts_without(structure: Structure, whole: Whole) -> list[int]:
+    """The groups that each block keeps when a layer loses a part: the first that can, as caches are asked there."""
+    kinds: dict[Whole, tuple[Kind, ...]] = {"attention": ("heads",), "feed-forward": ("channels",)}
+    gone = kinds.get(whole, _KINDS)
+    layers = {block.layer for block in structure.blocks if block.kind in gone and not block.experts}
+    if whole == "layer":
+        layers &= set(structure.removable_layers)
+    if not layers:
+        raise ConformanceError("there is none")
+    first = min(layers)
+    return [0 if block.layer == first and block.kind in gone else block.groups for block in structure.blocks]
 
 
 def _some_plan(structure: Structure, layout: Layout) -> PruningPlan:
@@ -178,6 +212,8 @@ def masked(model: PreTrainedModel, structure: Structure, plan: PruningPlan) -> I
     """The model with all its parameters, in which nothing that the plan removes has an effect: no column reads it, no
     router chooses it. An independent way to remove it, which needs no other sizes."""
     model, never = copy.deepcopy(model), _NeverChosen()
+    for layer in structure.removed_layers([len(block.kept) for block in plan.blocks]):
+        decoder_layers(model)[layer].register_forward_hook(_put_through, with_kwargs=True)
     for block, kept in zip(structure.blocks, plan.blocks, strict=True):
         removed = torch.ones(block.groups, dtype=torch.bool)
         removed[list(kept.kept)] = False
@@ -186,10 +222,19 @@ def masked(model: PreTrainedModel, structure: Structure, plan: PruningPlan) -> I
             for weight, own in zip(weights, removed.view(len(weights), -1), strict=True):
                 weight.unflatten(1, (len(own), -1))[:, own] = 0
             _mask_norms(model, block, removed)
+            bias = getattr(model.get_submodule(block.row_wise.module), "bias", None)
+            if not kept.kept and isinstance(bias, Tensor):
+                bias.data.zero_()
         else:
-            _mask_experts(model, block, removed, never)
+            _mask_experts(model, block, removed & bool(kept.kept), never)
     with never:
         yield model
+
+
+def _put_through(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """What came into a layer, in place of what it puts out."""
+    state = args[0] if args else kwargs["hidden_states"]
+    return (state, *output[1:]) if isinstance(output, tuple) else state
 
 
 def _mask_norms(model: PreTrainedModel, block: Block, removed: Tensor) -> None:

@@ -11,8 +11,8 @@ flat tensors.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from typing import Any, Literal
@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from adapruner.config import ExpertGranularity, HeadGranularity
 from adapruner.errors import AdaPrunerError
-from adapruner.models import Architecture, ProjectionNames, RowKind, architecture_of
+from adapruner.models import Architecture, ProjectionNames, RowKind, Whole, architecture_of
 
 Kind = Literal["heads", "channels", "experts"]
 
@@ -92,7 +92,8 @@ class Block:
             (query heads of one KV head, channels of one expert); 1 where any group may go.
         config_counts: how much each config field counts per group that stays; where each expert has channels of its
             own, per group of one expert.
-        least: how many groups must be kept.
+        least: how many groups must be kept, unless none is.
+        rest: parameters that go with the last group: what is left of the attention or feed-forward.
     """
 
     layer: int
@@ -102,6 +103,7 @@ class Block:
     config_counts: dict[str, int]
     strata: int = 1
     least: int = 1
+    rest: int = 0
 
     @property
     def matrices(self) -> tuple[TensorSlice, ...]:
@@ -154,6 +156,18 @@ class Block:
     def parameters_per_group(self) -> int:
         return sum(part.width * part.elements for part in self.slices)
 
+    def with_rest(self, model: PreTrainedModel, module: str | None) -> Block:
+        """The block with `rest`.
+
+        Args:
+            module: path of the attention or feed-forward; None where that is the layer.
+        """
+        if module is None:
+            return self
+        return replace(
+            self, rest=count_parameters(model.get_submodule(module)) - self.groups * self.parameters_per_group
+        )
+
 
 @dataclass(frozen=True)
 class Structure:
@@ -161,6 +175,8 @@ class Structure:
 
     Attributes:
         total_parameters: all parameters of the model, tied ones counted once.
+        layer_parameters: of these, those of each layer.
+        whole: what of a layer can be removed whole.
     """
 
     model_type: str
@@ -168,6 +184,8 @@ class Structure:
     head_granularity: HeadGranularity
     total_parameters: int
     blocks: tuple[Block, ...]
+    layer_parameters: tuple[int, ...]
+    whole: frozenset[Whole]
 
     @property
     def whole_mixers(self) -> list[int]:
@@ -178,6 +196,34 @@ class Structure:
     def note(self) -> str:
         """What a table of the blocks does not show."""
         return note_on_mixers(self.whole_mixers)
+
+    @property
+    def removable_layers(self) -> list[int]:
+        """The layers that can go with all that is in them: those with an attention and a feed-forward, or experts, that
+        can be cut."""
+        kinds: dict[int, set[Kind]] = {}
+        for block in self.blocks:
+            kinds.setdefault(block.layer, set()).add(block.kind)
+        return [layer for layer, own in kinds.items() if "layer" in self.whole and "heads" in own and len(own) > 1]
+
+    def removed_layers(self, counts: Sequence[int]) -> list[int]:
+        """The layers of which nothing stays.
+
+        Args:
+            counts: how many groups each block keeps.
+        """
+        left = {block.layer for block, count in zip(self.blocks, counts, strict=True) if count}
+        return [layer for layer in self.removable_layers if layer not in left]
+
+    def removed_parameters(self, counts: Sequence[int]) -> int:
+        """Parameters that go when every block keeps the given number of groups."""
+        gone = set(self.removed_layers(counts))
+        of_blocks = sum(
+            (block.groups - count) * block.parameters_per_group + (0 if count else block.rest)
+            for block, count in zip(self.blocks, counts, strict=True)
+            if block.layer not in gone
+        )
+        return of_blocks + sum(self.layer_parameters[layer] for layer in gone)
 
     @property
     def has_experts(self) -> bool:
@@ -255,6 +301,7 @@ def build_structure(
             asked for where each KV head has only one, or channels of experts where none can be cut.
     """
     architecture = architecture_of(model.config)
+    layers: Any = model.get_submodule(architecture.layers)
     blocks: list[Block] = []
     for layer in range(model.config.num_hidden_layers):
         blocks += _head_blocks(model, architecture, layer, head_granularity)
@@ -267,6 +314,8 @@ def build_structure(
         head_granularity=head_granularity,
         total_parameters=count_parameters(model),
         blocks=tuple(blocks),
+        layer_parameters=tuple(count_parameters(layer) for layer in layers),
+        whole=frozenset(architecture.whole),
     )
 
 
@@ -316,7 +365,7 @@ def _head_blocks(
             ),
             config_counts=counts,
             strata=key_value_heads if by_query_head else 1,
-        )
+        ).with_rest(model, f"{layer_path}.{names.module}")
     ]
 
 
@@ -332,7 +381,7 @@ def _channel_blocks(model: PreTrainedModel, architecture: Architecture, layer: i
             groups=channels,
             slices=_slices(model, layer_path, names, {"channels": channels}, channels),
             config_counts={architecture.config_fields.channels: 1},
-        )
+        ).with_rest(model, f"{layer_path}.{names.module}" if names.module else None)
     ]
 
 

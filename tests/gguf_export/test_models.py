@@ -101,6 +101,20 @@ def test_llama_cpp_generates_the_same(
     assert_computes_the_same(path, pruned, llama_cpp)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_layers_without_attention_or_feed_forward(
+    family: str, tiny: MakeModel, bytes_tokenizer: PreTrainedTokenizerFast, llama_cpp: LlamaCpp, tmp_path: Path
+) -> None:
+    dense = tiny(family)
+    structure = build_structure(dense)
+    gone = {(0, "heads"), (1, "channels"), (2, "heads")}
+    counts = [0 if (block.layer, block.kind) in gone else block.groups for block in structure.blocks]
+    plan = make_plan(structure, torch.zeros(structure.group_offsets[-1]), counts)
+    pruned = prune_model(dense, structure, plan)
+    write_gguf(pruned, bytes_tokenizer, tmp_path / "model.gguf", "f32")
+    assert_computes_the_same(tmp_path / "model.gguf", pruned, llama_cpp)
+
+
 @pytest.mark.parametrize("per_layer", [False, True])
 def test_biases_of_a_compensation(
     per_layer: bool,

@@ -31,6 +31,9 @@ _LLAMA_LIKE = ("llama", "mistral", "qwen2")
 # Architectures of llama.cpp that rotate neighbouring rows.
 _ROTATE_NEIGHBOURS = ("llama", "deci")
 
+# As many as a block of any quantization without superblocks holds.
+_FEW_CHANNELS = 32
+
 # Types of rotary embeddings that can be written, and what may be set of them beside the base.
 _ROPE_SETTINGS: dict[str, set[str]] = {
     "default": set(),
@@ -135,6 +138,15 @@ def _layer_counts(config: PreTrainedConfig) -> list[tuple[int, int, int]]:
     return [(layer.num_attention_heads, layer.num_key_value_heads, layer.intermediate_size) for layer in layers]
 
 
+def _written_counts(config: PreTrainedConfig) -> list[tuple[int, int, int]]:
+    """What the file says of every layer. llama.cpp reads the width of heads off the first layer, and leaves out the
+    attention too where there is no feed-forward: there it is told of one head, or a few channels, of zeros."""
+    return [
+        (heads or int(index == 0), key_value_heads or int(index == 0), channels or (_FEW_CHANNELS if heads else 0))
+        for index, (heads, key_value_heads, channels) in enumerate(_layer_counts(config))
+    ]
+
+
 def _llama_cpp_architecture(config: PreTrainedConfig) -> str:
     """`deci` computes what `llama` computes, with counts that may differ from layer to layer."""
     if len(set(_layer_counts(config))) > 1:
@@ -157,7 +169,7 @@ def _head_dim(config: PreTrainedConfig) -> int:
 
 
 def _add_hyperparameters(writer: GGUFWriter, config: PreTrainedConfig) -> None:
-    heads, key_value_heads, channels = (list(counts) for counts in zip(*_layer_counts(config), strict=True))
+    heads, key_value_heads, channels = (list(counts) for counts in zip(*_written_counts(config), strict=True))
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -191,14 +203,37 @@ def _named_tensors(model: PreTrainedModel, architecture: str) -> dict[str, Tenso
     """Every tensor of the file under its name in llama.cpp; an output layer that shares the embedding has none."""
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], model.config.num_hidden_layers)
     tensors: dict[str, Tensor] = {}
+    unread = _unread_norms(model.config)
     for own, parameter in model.named_parameters():
+        if own.startswith(unread):
+            continue
         name = names.get_name(own, (".weight", ".bias"))
         if name is None:
             raise AdaPrunerError(f"GGUF export does not know the parameter {own}; merge adapters into the model first")
         tensors[name] = parameter
+    tensors |= _zeros(model.config)
     if model.config.rope_parameters["rope_type"] == "llama3":
         tensors["rope_freqs.weight"] = _frequency_divisors(model.config)
     return tensors
+
+
+def _unread_norms(config: PreTrainedConfig) -> tuple[str, ...]:
+    """The norms in front of attentions that layers have none of, which llama.cpp does not expect."""
+    heads = [of_layer[0] for of_layer in _written_counts(config)]
+    return tuple(f"model.layers.{index}.input_layernorm." for index, count in enumerate(heads) if not count)
+
+
+def _zeros(config: PreTrainedConfig) -> dict[str, Tensor]:
+    """What adds nothing, in place of what llama.cpp does not let a layer be without."""
+    hidden, width, zeros = config.hidden_size, _head_dim(config), dict[str, Tensor]()
+    for index, (own, written) in enumerate(zip(_layer_counts(config), _written_counts(config), strict=True)):
+        if own[0] != written[0]:
+            zeros |= {f"blk.{index}.attn_{name}.weight": torch.zeros(width, hidden) for name in "qkv"}
+            zeros[f"blk.{index}.attn_output.weight"] = torch.zeros(hidden, width)
+        if own[2] != written[2]:
+            zeros |= {f"blk.{index}.ffn_{name}.weight": torch.zeros(written[2], hidden) for name in ("gate", "up")}
+            zeros[f"blk.{index}.ffn_down.weight"] = torch.zeros(hidden, written[2])
+    return zeros
 
 
 def _frequency_divisors(config: PreTrainedConfig) -> Tensor:

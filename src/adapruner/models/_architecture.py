@@ -7,6 +7,7 @@ import difflib
 from collections.abc import Iterable, Iterator
 from functools import cache, cached_property
 from importlib import import_module, resources
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from adapruner.errors import AdaPrunerError, reason
-from adapruner.models.modeling_pruned import Family, register_family
+from adapruner.models.modeling_pruned import Family, Removable, register_family
 from adapruner.plain_yaml import PlainLoader
 
 
@@ -29,16 +30,29 @@ class _Data(BaseModel):
 RowKind = Literal["query", "key", "value", "query-key-value", "channels"]
 
 
+Whole = Literal["attention", "feed-forward", "layer"]
+
+
 class ProjectionNames(_Data):
     """Paths, relative to a layer, of what computes the groups of a block and of the projection that reads them.
 
     Attributes:
         inputs: what the rows of each projection (or norm over all of its outputs, or single parameter) compute, in
             their order.
+        returned: how many things the module around all of them returns, of which the first is its output; 0 where that
+            is all it returns.
     """
 
     inputs: dict[str, tuple[RowKind, ...]]
     output: str
+    returned: int = 0
+
+    @property
+    def module(self) -> str:
+        """Path of the module around all of them; empty where that is the layer."""
+        paths = [path.split(".")[:-1] for path in (*self.inputs, self.output)]
+        levels = takewhile(lambda names: len(set(names)) == 1, zip(*paths, strict=False))
+        return ".".join(names[0] for names in levels)
 
 
 class ExpertChannels(_Data):
@@ -122,6 +136,8 @@ class Architecture(_Data):
             build one with fewer heads.
         fixed_channels: whether the config has no field of its own for the channels.
         layouts: which layouts pruned models can have.
+        whole: what of a layer can be removed whole: its attention, its feed-forward, or the layer with all that is in
+            it.
     """
 
     model_type: str
@@ -139,6 +155,7 @@ class Architecture(_Data):
     fixed_attention_width: bool = False
     fixed_channels: bool = False
     layouts: tuple[Literal["per-layer", "uniform"], ...] = ("per-layer", "uniform")
+    whole: tuple[Whole, ...] = ("attention", "feed-forward", "layer")
 
     def changed(self, **fields: Any) -> Architecture:
         """Another architecture, with other fields; unlike `model_copy`, without the classes made for this one."""
@@ -150,9 +167,20 @@ class Architecture(_Data):
         attention, channels = self.attention, self.feed_forward
         attention_output = attention.output if attention and self.fixed_attention_width else None
         feed_forward = (*channels.inputs, channels.output) if channels and self.fixed_channels else ()
+        names, removable = self.config_fields, list[Removable]()
+        if attention:
+            fields = (names.heads, *filter(None, [names.key_value_heads]))
+            removable.append(Removable(fields, attention.module, attention.returned))
+        if channels:
+            removable.append(Removable((names.channels,), channels.module, channels.returned))
         return register_family(
-            Family(self.model_type, self.layers, attention_output, feed_forward, self.config_fields.channels)
+            Family(self.model_type, self.layers, attention_output, feed_forward, names.channels, tuple(removable))
         )
+
+    def module_of(self, kind: str) -> str:
+        """Path, in a layer, of the attention (of `heads`) or the feed-forward (of `channels`)."""
+        names = self.attention if kind == "heads" else self.feed_forward
+        return names.module if names else ""
 
     @property
     def layer_fields(self) -> set[str | None]:
@@ -175,7 +203,7 @@ class Architecture(_Data):
     def channels(self, config: PreTrainedConfig) -> int:
         """Feed-forward width of a layer."""
         explicit = getattr(config, self.config_fields.channels, None)
-        return int(explicit or (self.default_channels or 0) * config.hidden_size)
+        return int((self.default_channels or 0) * config.hidden_size if explicit is None else explicit)
 
 
 @cache

@@ -237,7 +237,7 @@ def _largest(by_output: Mapping[str, list[_Found]]) -> _Found | None:
     inputs: dict[str, tuple[RowKind, ...]] = {}
     for found in several:
         inputs |= found.names.inputs
-    names = ProjectionNames(inputs=inputs, output=several[0].names.output)
+    names = ProjectionNames(inputs=inputs, output=several[0].names.output, returned=several[0].names.returned)
     return _Found(names, several[-1].fields, 0, all(found.plain for found in several))
 
 
@@ -266,7 +266,7 @@ def _heads(layer: Layer, writer: Writer, counting: _Counting) -> _Found | None:
     fields = {"heads": _HEADS, "fixed_attention_width": not is_narrower}
     if count == key_value_heads:
         fields["key_value_heads"] = _KEY_VALUE_HEADS
-    return _Found(_names(inputs, writer), fields, layer.size(inputs, writer), writer.plain)
+    return _Found(_names(layer, inputs, writer), fields, layer.size(inputs, writer), writer.plain)
 
 
 def _channels(layer: Layer, writer: Writer, counting: _Counting) -> _Found | None:
@@ -288,16 +288,17 @@ def _channels(layer: Layer, writer: Writer, counting: _Counting) -> _Found | Non
     fields: dict[str, Any] = {"channels": field or "intermediate_size", "fixed_channels": field is None}
     if field is None or getattr(config, field) is None:
         fields["default_channels"] = writer.inputs // config.hidden_size
-    return _Found(_names(inputs, writer), fields, layer.size(inputs, writer), writer.plain)
+    return _Found(_names(layer, inputs, writer), fields, layer.size(inputs, writer), writer.plain)
 
 
-def _names(inputs: Mapping[str, tuple[RowKind, ...]], writer: Writer) -> ProjectionNames:
+def _names(layer: Layer, inputs: Mapping[str, tuple[RowKind, ...]], writer: Writer) -> ProjectionNames:
     """Weights and biases by their module, other parameters by their own name."""
     by_module = {name.removesuffix(".weight"): kinds for name, kinds in inputs.items()}
     own = {
         name: kinds for name, kinds in by_module.items() if name.removesuffix(".bias") not in by_module.keys() - {name}
     }
-    return ProjectionNames(inputs=own, output=writer.path)
+    names = ProjectionNames(inputs=own, output=writer.path)
+    return ProjectionNames(inputs=own, output=writer.path, returned=layer.returned(names.module))
 
 
 def _experts(counting: _Counting, layers: Sequence[Layer]) -> ExpertNames | None:

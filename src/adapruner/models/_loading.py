@@ -257,6 +257,8 @@ def _refuse_impossible_counts(config: PreTrainedConfig, location: ModelLocation)
     of_layer = [name for name in (fields.heads, fields.key_value_heads) if name]
     with _reported_as_unloadable(location):
         layers: list[Any] = [config.per_layer_config[index] for index in range(config.num_hidden_layers)]
+        # A layer of a pruned model may have no attention or no feed-forward.
+        may_be_none = {fields.heads, fields.key_value_heads, fields.channels} if config.is_heterogeneous else set()
         counts = {name: getattr(config, name) for name in ("num_hidden_layers", "hidden_size", "vocab_size")}
         for index, layer in enumerate(layers if config.is_heterogeneous else [config]):
             own: dict[str, int] = {}
@@ -269,7 +271,8 @@ def _refuse_impossible_counts(config: PreTrainedConfig, location: ModelLocation)
             counts |= {f"{name} of layer {index}" if config.is_heterogeneous else name: own[name] for name in own}
     for name, count in counts.items():
         largest = _LARGEST_VOCABULARY if name == "vocab_size" else _LARGEST_WIDTH
-        if not isinstance(count, int) or not 1 <= count <= largest:
+        least = int(name.partition(" ")[0] not in may_be_none)
+        if not isinstance(count, int) or not least <= count <= largest:
             raise AdaPrunerError(f"the config of {str(location)!r} says {name}: {count!r}, which no model has")
 
 

@@ -139,6 +139,12 @@ class Layer:
         self._run(hooks)
         self.writers = {writer.path: writer for writer in self._find_writers()}
 
+    def returned(self, path: str) -> int:
+        """How many things a module returns; 0 for a single tensor."""
+        seen: list[Any] = []
+        self._run([self._layer.get_submodule(path).register_forward_hook(lambda *about: seen.append(about[2]))])
+        return len(seen[0]) if seen and isinstance(seen[0], tuple | list) else 0
+
     def linears(self) -> set[str]:
         """Paths of the plain projections."""
         return {name for name, module in self._layer.named_modules() if isinstance(module, nn.Linear | Conv1D)}

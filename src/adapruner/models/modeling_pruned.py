@@ -1,4 +1,4 @@
-"""Causal language models whose layers differ in heads and feed-forward channels.
+"""Causal language models whose layers differ in heads and feed-forward channels, or have no attention or feed-forward.
 
 This file is complete in itself: a pruned checkpoint carries a copy of it, so that
 `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` works where adapruner is not installed.
@@ -15,6 +15,7 @@ import copy
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import (
@@ -29,6 +30,20 @@ from transformers.pytorch_utils import Conv1D
 FILE_NAME = "modeling_pruned.py"
 
 
+class Removable(NamedTuple):
+    """What a layer may have none of.
+
+    Attributes:
+        fields: config fields that count what is in it; the first is 0 where a layer has none.
+        module: its path in the layer.
+        returned: how many things it returns, of which the first is added to the hidden state; 0 where that is all.
+    """
+
+    fields: tuple[str, ...]
+    module: str
+    returned: int
+
+
 class Family(NamedTuple):
     """What must be known of a stock model to build its layers in other sizes; paths are relative to a layer.
 
@@ -38,6 +53,7 @@ class Family(NamedTuple):
         feed_forward: in families whose config has no field for their width, the feed-forward projections, the one that
             reads the channels last.
         channels: config field for the width of the feed-forward projections.
+        removable: attention and feed-forward, where there is one.
     """
 
     model_type: str
@@ -45,6 +61,7 @@ class Family(NamedTuple):
     attention_output: str | None
     feed_forward: tuple[str, ...]
     channels: str
+    removable: tuple[Removable, ...] = ()
 
 
 class _PerLayer:
@@ -65,6 +82,7 @@ class _PerLayer:
             for module in layer.modules():
                 if hasattr(module, "config"):
                     module.config = _LayerConfig(config, index)
+        _renumber_caches(layers, self.family, config)
         self.post_init()
 
     def save_pretrained(self, save_directory: str | Path, *arguments: object, **options: object) -> None:
@@ -99,8 +117,26 @@ def _stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
     return stock
 
 
+class _Nothing(nn.Module):
+    """In place of an attention or a feed-forward: adds nothing to the hidden state, and has no cache."""
+
+    def __init__(self, returned: int) -> None:
+        super().__init__()
+        self.returned = returned
+
+    def forward(self, *args: object, **kwargs: object) -> torch.Tensor | tuple:
+        state = next(given for given in (*args, *kwargs.values()) if isinstance(given, torch.Tensor))
+        nothing = torch.zeros_like(state)
+        return (nothing, *[None] * (self.returned - 1)) if self.returned else nothing
+
+
 def _build_layer(layer_class: type[nn.Module], family: Family, config: PreTrainedConfig, index: int) -> nn.Module:
-    own = config.per_layer_config[index]
+    own, stock = config.per_layer_config[index], _stock_config(config).per_layer_config[index]
+    gone = [part for part in family.removable if getattr(own, part.fields[0], None) == 0]
+    for field in (field for part in gone for field in part.fields):
+        # Stock classes cannot build what there is none of: it is built as in the stock model, and replaced.
+        if hasattr(stock, field):
+            setattr(own, field, getattr(stock, field))
     if family.attention_output is None:
         layer = layer_class(own, index)
     else:
@@ -111,7 +147,27 @@ def _build_layer(layer_class: type[nn.Module], family: Family, config: PreTraine
         _resize(layer, path, **{"inputs" if reads_channels else "outputs": getattr(own, family.channels)})
     for path in getattr(config, "added_biases", ()):
         _resize(layer, path, bias=True)
+    for part in gone:
+        layer.set_submodule(part.module, _Nothing(part.returned))
     return layer
+
+
+def _renumber_caches(layers: nn.ModuleList, family: Family, config: PreTrainedConfig) -> None:
+    """Layers without attention have no cache. The others take the first places among the layers of their type, since
+    transformers asks those how much is in the cache."""
+    attention = next((part for part in family.removable if part.fields[0] == "num_attention_heads"), None)
+    with_place: dict[str | None, list[int]] = {}
+    for index, layer in enumerate(layers):
+        if attention and any(name == attention.module for name, _ in layer.named_modules()):
+            types = getattr(config, "layer_types", None)
+            with_place.setdefault(types[index] if types else None, []).append(index)
+    for places in with_place.values():
+        modules = [layers[index].get_submodule(attention.module) for index in places]
+        kept = [module for module in modules if not isinstance(module, _Nothing)]
+        for place, module in zip(places, kept if len(kept) < len(modules) else (), strict=False):
+            for part in module.modules():
+                if hasattr(part, "layer_idx"):
+                    part.layer_idx = place
 
 
 def _with_all_heads(own: PreTrainedConfig, config: PreTrainedConfig) -> PreTrainedConfig:

@@ -8,7 +8,6 @@ from adapruner.planning._budget import (
     UnreachableRatioError,
     kept_counts,
     largest_channel_share,
-    removed_parameters,
 )
 from adapruner.planning._plan import BlockPlan, PruningPlan, make_plan
 
@@ -23,5 +22,4 @@ __all__ = [
     "kept_counts",
     "largest_channel_share",
     "make_plan",
-    "removed_parameters",
 ]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from adapruner.config import Layout, RatioOf
 from adapruner.errors import AdaPrunerError
+from adapruner.models import Whole
 from adapruner.structure import Block, Structure
 
 RATIO_TOLERANCE = 0.005
@@ -51,6 +52,8 @@ class Budget:
             a share in proportion to exp(tilt · z - bend · z²); `global` divides scores by that.
         ratio_of: `groups` makes the ratio a share of the channels (and, times `head_share`, of the heads) of every
             unprotected layer, as LLM-Pruner's protocol has it, rounded in each; ranking and profile are of no account.
+        without_attention, without_feed_forward: layers whose attention, and whose feed-forward or experts, go whole; in
+            both, the layer goes. Protected or not.
     """
 
     ratio: float
@@ -63,6 +66,12 @@ class Budget:
     tilt: float = 0.0
     bend: float = 0.0
     ratio_of: RatioOf = "parameters"
+    without_attention: tuple[int, ...] = ()
+    without_feed_forward: tuple[int, ...] = ()
+
+    def removes_whole(self, block: Block) -> bool:
+        """Whether nothing of a block stays."""
+        return block.layer in (self.without_attention if block.kind == "heads" else self.without_feed_forward)
 
 
 def kept_counts(structure: Structure, budget: Budget, scores: Tensor | None = None) -> list[int]:
@@ -80,7 +89,8 @@ def kept_counts(structure: Structure, budget: Budget, scores: Tensor | None = No
         AdaPrunerError: layers of different sizes shall become alike.
     """
     layers = _unprotected(structure, budget)
-    everywhere = dict(enumerate(structure.blocks))
+    _refuse_impossible_whole(structure, budget)
+    everywhere = {index: block for index, block in enumerate(structure.blocks) if not budget.removes_whole(block)}
     # Experts are the same in number in all layers, as stock models have them.
     experts = {index: block for index, block in everywhere.items() if block.kind == "experts"}
     heads = {index: block for index, block in everywhere.items() if block.kind == "heads" and block.layer in layers}
@@ -90,11 +100,14 @@ def kept_counts(structure: Structure, budget: Budget, scores: Tensor | None = No
     target = budget.ratio * structure.total_parameters
     by_block = _scores_to_rank(structure, budget, scores)
 
-    kept = {index: block.groups for index, block in everywhere.items()}
+    kept = dict.fromkeys(range(len(structure.blocks)), 0) | {index: each.groups for index, each in everywhere.items()}
+
+    def counts() -> list[int]:
+        return list(kept.values())
 
     def counts_of(blocks: _Blocks, others: _Blocks, step: int = 1) -> dict[int, int]:
         """How many groups some blocks keep, when they share the rest of the target with others."""
-        rest = target - removed_parameters(structure, [kept[index] for index in everywhere])
+        rest = target - structure.removed_parameters(counts())
         together = dict(sorted({**blocks, **others}.items()))
         return _in_steps(budget, blocks, _wanted(budget, layers, together, rest, by_block), step)
 
@@ -102,31 +115,22 @@ def kept_counts(structure: Structure, budget: Budget, scores: Tensor | None = No
     beside_experts = counts_of(channels, experts, budget.round_to) if experts else {}
     kept |= counts_of(experts, channels)
     kept |= counts_of(channels, {}, budget.round_to)
-    if experts and largest_channel_share(structure, [kept[index] for index in everywhere]) > MOST_CHANNELS:
+    if experts and largest_channel_share(structure, counts()) > MOST_CHANNELS:
         # The few layers without experts cannot make up for what whole experts miss.
         kept |= beside_experts
 
-    counts = [kept[index] for index in range(len(structure.blocks))]
-    _refuse_nothing_removed(structure, budget, counts)
+    _refuse_nothing_removed(structure, budget, counts())
     if budget.ratio_of == "parameters":
-        _refuse_missed_ratio(structure, budget, {**heads, **experts}, channels, counts)
-    return counts
-
-
-def removed_parameters(structure: Structure, counts: Sequence[int]) -> int:
-    """Parameters that go when every block keeps the given number of groups."""
-    return sum(
-        (block.groups - count) * block.parameters_per_group
-        for block, count in zip(structure.blocks, counts, strict=True)
-    )
+        _refuse_missed_ratio(structure, budget, {**heads, **experts}, channels, counts())
+    return counts()
 
 
 def largest_channel_share(structure: Structure, counts: Sequence[int]) -> float:
-    """The largest share of its feed-forward channels that a layer gives up."""
+    """The largest share of its feed-forward channels that a layer gives up which keeps some."""
     channels = (
         1 - count / block.groups
         for block, count in zip(structure.blocks, counts, strict=True)
-        if block.kind == "channels"
+        if block.kind == "channels" and count
     )
     return max(channels, default=0.0)
 
@@ -228,8 +232,21 @@ def _in_steps(budget: Budget, blocks: _Blocks, wanted: dict[int, float], step: i
     return counts
 
 
+def _refuse_impossible_whole(structure: Structure, budget: Budget) -> None:
+    attention, feed_forward = set(budget.without_attention), set(budget.without_feed_forward)
+    layers = attention & feed_forward
+    wanted: dict[Whole, set[int]] = {
+        "attention": attention - layers,
+        "feed-forward": feed_forward - layers,
+        "layer": layers - set(structure.removable_layers),
+    }
+    for whole, own in wanted.items():
+        if own and (whole == "layer" or whole not in structure.whole or budget.layout == "uniform"):
+            raise BudgetError(f"the {whole} of layer {min(own)} of this {structure.model_type} cannot go whole")
+
+
 def _refuse_nothing_removed(structure: Structure, budget: Budget, counts: Sequence[int]) -> None:
-    if not removed_parameters(structure, counts):
+    if not structure.removed_parameters(counts):
         raise BudgetError(
             f"a ratio of {budget.ratio:g} removes nothing: whole heads, experts and steps of {budget.round_to} channels"
             " are more than that; lower `round_to` or raise `ratio`"
@@ -240,7 +257,7 @@ def _refuse_missed_ratio(
     structure: Structure, budget: Budget, heads: _Blocks, channels: _Blocks, counts: Sequence[int]
 ) -> None:
     total = structure.total_parameters
-    reached = removed_parameters(structure, counts) / total
+    reached = structure.removed_parameters(counts) / total
     if abs(reached - budget.ratio) <= RATIO_TOLERANCE:
         return
 
@@ -251,10 +268,8 @@ def _refuse_missed_ratio(
         }
         kept = _in_steps(budget, heads, head_counts, 1)
         kept |= _in_steps(budget, channels, dict.fromkeys(channels, 0.0), budget.round_to)
-        removed = sum(
-            (block.groups - kept[index]) * block.parameters_per_group for index, block in {**heads, **channels}.items()
-        )
-        return math.floor(1000 * removed / total) / 1000
+        most = [kept.get(index, count) for index, count in enumerate(counts)]
+        return math.floor(1000 * structure.removed_parameters(most) / total) / 1000
 
     if largest(budget.head_share) < budget.ratio:
         protected = (

@@ -16,7 +16,6 @@ from typing_extensions import Self
 
 from adapruner.config import HeadGranularity
 from adapruner.errors import AdaPrunerError, reason
-from adapruner.planning._budget import removed_parameters
 from adapruner.structure import Block, Kind, Structure, layers_without_heads, note_on_mixers
 
 _KINDS: tuple[Kind, ...] = ("heads", "experts", "channels")
@@ -25,24 +24,25 @@ _STRICT = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class BlockPlan(BaseModel):
-    """What stays of one block: the numbers of its groups, in ascending order, at least one."""
+    """What stays of one block: the numbers of its groups, in ascending order; none where the attention or feed-forward
+    goes whole."""
 
     model_config = _STRICT
 
     layer: Annotated[int, Field(ge=0)]
     kind: Kind
     groups: Annotated[int, Field(ge=1)]
-    kept: Annotated[tuple[int, ...], Field(min_length=1)]
+    kept: tuple[int, ...]
 
     @property
     def kept_of_all(self) -> str:
         """How many groups stay, as it is shown."""
-        return f"{len(self.kept):,} of {self.groups:,}"
+        return f"{len(self.kept):,} of {self.groups:,}" if self.kept else "none"
 
     @model_validator(mode="after")
     def _kept_are_groups(self) -> Self:
         ascending = all(before < after for before, after in pairwise(self.kept))
-        if not ascending or self.kept[0] < 0 or self.kept[-1] >= self.groups:
+        if self.kept and (not ascending or self.kept[0] < 0 or self.kept[-1] >= self.groups):
             raise ValueError(f"layer {self.layer} keeps other {self.kind} than some of its {self.groups}, in order")
         return self
 
@@ -167,7 +167,7 @@ def make_plan(structure: Structure, scores: Tensor, counts: Sequence[int]) -> Pr
         model_type=structure.model_type,
         head_granularity=structure.head_granularity,
         total_parameters=structure.total_parameters,
-        removed_parameters=removed_parameters(structure, [len(block.kept) for block in blocks]),
+        removed_parameters=structure.removed_parameters([len(block.kept) for block in blocks]),
         blocks=blocks,
     )
 

@@ -20,7 +20,7 @@ from adapruner.models import (
 from adapruner.planning import BlockPlan, PruningPlan
 from adapruner.structure import Block, Structure, TensorSlice
 from adapruner.surgery._compensation import Compensation, compensate
-from adapruner.surgery._stock import fields_of_all, stock_models
+from adapruner.surgery._stock import fields_of_all, fields_of_layers, of_layer, stock_models
 
 
 def prune_model(
@@ -39,9 +39,10 @@ def prune_model(
         AdaPrunerError: the plan was made for another model.
     """
     plan.check_fits(structure)
-    state = _pruned_state(model, structure, plan, compensation)
+    kept = kept_layers(structure, plan)
+    state = _pruned_state(model, structure, plan, kept, compensation)
     with init_empty_weights(include_buffers=False):
-        pruned: Any = _empty_pruned(model, structure, plan, state, bool(compensation and compensation.adds_bias))
+        pruned: Any = _empty_pruned(model, structure, plan, kept, state, bool(compensation and compensation.adds_bias))
     pruned.load_state_dict(state, assign=True)
     pruned.tie_weights()
     pruned.generation_config = model.generation_config
@@ -54,15 +55,27 @@ def prune_model(
     return finished
 
 
+def kept_layers(structure: Structure, plan: PruningPlan) -> list[int]:
+    """The layers of which anything stays, from the input to the output."""
+    gone = structure.removed_layers([len(block.kept) for block in plan.blocks])
+    return [layer for layer in range(structure.layers) if layer not in gone]
+
+
 def _empty_pruned(
-    model: PreTrainedModel, structure: Structure, plan: PruningPlan, state: Mapping[str, Tensor], adds_bias: bool
+    model: PreTrainedModel,
+    structure: Structure,
+    plan: PruningPlan,
+    kept: Sequence[int],
+    state: Mapping[str, Tensor],
+    adds_bias: bool,
 ) -> PreTrainedModel:
     """The pruned model before its weights are set."""
     architecture = architecture_of(model.config)
-    fields = fields_of_all(model, architecture)
+    fields = fields_of_layers(model.config, fields_of_all(model, architecture), kept)
     if architecture.attention:
         fields["head_dim"] = architecture.head_dim(model.config.per_layer_config[0])
-    layers = _layer_fields(model, architecture, structure, plan)
+    of_layers = _layer_fields(model, architecture, structure, plan)
+    layers = {new: of_layers[old] for new, old in enumerate(kept) if old in of_layers}
     common: dict[str, Any] = {}
     for own in layers.values():
         common |= own
@@ -74,7 +87,7 @@ def _empty_pruned(
                 return stock
     if of_stock := fields.pop("per_layer_config", None):
         fields["stock_per_layer_config"] = of_stock
-        layers = {index: _of_layer(of_stock, index) | layers.get(index, {}) for index in range(structure.layers)}
+        layers = {index: of_layer(of_stock, index) | layers.get(index, {}) for index in range(len(kept))}
     fields |= {"per_layer_config": layers}
     if architecture.config_fields.head_numbers:
         fields |= {architecture.config_fields.head_numbers: None}
@@ -84,11 +97,6 @@ def _empty_pruned(
     config = architecture.pruned_class.config_class.from_dict(fields)
     pruned: PreTrainedModel = architecture.pruned_class(config)
     return pruned
-
-
-def _of_layer(per_layer: Mapping[Any, dict[str, Any]], index: int) -> dict[str, Any]:
-    """Numbers of layers are words in JSON."""
-    return per_layer.get(index) or per_layer.get(str(index)) or {}
 
 
 def _layer_fields(
@@ -108,21 +116,29 @@ def _layer_fields(
 
 
 def _pruned_state(
-    model: PreTrainedModel, structure: Structure, plan: PruningPlan, compensation: Compensation | None
+    model: PreTrainedModel,
+    structure: Structure,
+    plan: PruningPlan,
+    kept: Sequence[int],
+    compensation: Compensation | None,
 ) -> dict[str, Tensor]:
-    """Every tensor with the indices of the kept groups only, compensated."""
-    state: dict[str, Tensor] = model.state_dict()
-    layers_path = architecture_of(model.config).layers
-    for layer in range(structure.layers):
+    """Every tensor with the indices of the kept groups only, compensated; layers that stay are numbered anew."""
+    architecture = architecture_of(model.config)
+    prefix = f"{architecture.layers}."
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(prefix)}
+    for new, layer in enumerate(kept):
         with loaded_layer(model, layer) as module:
-            own = {f"{layers_path}.{layer}.{name}": tensor for name, tensor in module.state_dict().items()}
+            own = {f"{prefix}{layer}.{name}": tensor for name, tensor in module.state_dict().items()}
             whole = dict(own)
             for index, (block, block_plan) in enumerate(zip(structure.blocks, plan.blocks, strict=True)):
-                if block.layer == layer:
+                if block.layer == layer and block_plan.kept:
                     _prune_block(own, index, block, block_plan, compensation)
+                elif block.layer == layer:
+                    path = f"{prefix}{layer}.{architecture.module_of(block.kind)}."
+                    own = {name: tensor for name, tensor in own.items() if not name.startswith(path)}
             if is_streamed(model):
                 own = _in_memory(own, whole)
-        state |= own
+        state |= {name.replace(f"{prefix}{layer}.", f"{prefix}{new}.", 1): tensor for name, tensor in own.items()}
     return state
 
 

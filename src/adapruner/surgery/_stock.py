@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from adapruner.errors import AdaPrunerError
 from adapruner.models import Architecture, architecture_of, is_pruned
-from adapruner.structure import Block, Structure, TensorSlice, build_structure
+from adapruner.structure import Block, Kind, Structure, TensorSlice, build_structure
 
 
 def stock_models(architecture: Architecture, fields: Mapping[str, Any]) -> Iterator[PreTrainedModel]:
@@ -46,6 +46,33 @@ def fields_of_all(model: PreTrainedModel, architecture: Architecture) -> dict[st
     return kept | ({"per_layer_config": of_stock} if of_stock else {})
 
 
+def fields_of_layers(config: PreTrainedConfig, fields: Mapping[str, Any], kept: Sequence[int]) -> dict[str, Any]:
+    """A config for some of the layers: what it lists of each layer is shortened to those.
+
+    Args:
+        config: of the model with all layers.
+        fields: what is to be said of it.
+        kept: the numbers of the layers that stay.
+    """
+    layers = config.num_hidden_layers
+    if len(kept) == layers:
+        return dict(fields)
+    shortened = {
+        name: [value[layer] for layer in kept]
+        if isinstance(value, list | tuple) and len(value) == layers and "token" not in name
+        else {new: of_layer(value, old) for new, old in enumerate(kept)}
+        if name == "per_layer_config" and value
+        else value
+        for name, value in fields.items()
+    }
+    return shortened | {config.attribute_map.get("num_hidden_layers", "num_hidden_layers"): len(kept)}
+
+
+def of_layer(per_layer: Mapping[Any, dict[str, Any]], index: int) -> dict[str, Any]:
+    """What a config says of one layer; numbers of layers are words in JSON."""
+    return per_layer.get(index) or per_layer.get(str(index)) or {}
+
+
 def pad_to_stock(model: PreTrainedModel) -> PreTrainedModel:
     """A model that computes the same as one whose layers differ, in a stock class: short layers are padded with heads
     and channels of zeros to the size of the widest, or of the dense model where the family takes no other.
@@ -59,10 +86,13 @@ def pad_to_stock(model: PreTrainedModel) -> PreTrainedModel:
         return model
     check_paddable(model)
     padded: Any = _empty_padded(model)
-    source, target = _structure(model), _structure(padded)
+    target = {(block.layer, block.kind): block for block in _structure(padded).blocks}
     state, shapes = model.state_dict(), {name: tensor.shape for name, tensor in padded.state_dict().items()}
-    for block, wide in zip(source.blocks, target.blocks, strict=True):
-        positions = _positions(model, block)
+    # What a layer has none of adds zeros.
+    like: Tensor = next(iter(state.values()))
+    state |= {name: like.new_zeros(shape) for name, shape in shapes.items() if name not in state}
+    for block in _structure(model).blocks:
+        wide, positions = target[block.layer, block.kind], _positions(model, block)
         for parameter, parts in block.slices_by_parameter.items():
             pairs = list(zip(parts, wide.slices_by_parameter[parameter], strict=True))
             state[parameter] = _spread(state[parameter], shapes[parameter], pairs, positions)
@@ -99,8 +129,10 @@ def _empty_padded(model: PreTrainedModel) -> PreTrainedModel:
             for padded in stock_models(architecture, fields):
                 # Some families take no number of heads or channels but their own, whatever their config says.
                 with contextlib.suppress(AdaPrunerError):
-                    widths = _widths(_structure(padded))
-                    if widths == _widths(structure) and padded.state_dict().keys() == model.state_dict().keys():
+                    wide, missing = _structure(padded), padded.state_dict().keys() ^ model.state_dict().keys()
+                    if _widths(structure).items() <= _widths(wide).items() and _are_of_what_is_gone(
+                        missing, architecture, structure, wide
+                    ):
                         return padded
     raise AdaPrunerError(f"no stock {model.config.model_type} takes the layers of this model")
 
@@ -119,10 +151,19 @@ def _number_of_experts(model: PreTrainedModel, field: str) -> dict[str, int]:
     return {field: blocks[0].groups} if blocks else {}
 
 
-def _widths(structure: Structure) -> list[int]:
-    """How wide a query head or channel of each block is."""
+def _widths(structure: Structure) -> dict[tuple[int, Kind], int]:
+    """How wide a query head or channel of each block is, by layer and kind."""
     projected = [block for block in structure.blocks if block.is_projected]
-    return [block.row_wise.width // max(block.config_counts.values()) for block in projected]
+    return {(block.layer, block.kind): block.row_wise.width // max(block.config_counts.values()) for block in projected}
+
+
+def _are_of_what_is_gone(
+    names: Collection[str], architecture: Architecture, structure: Structure, wide: Structure
+) -> bool:
+    """Whether tensors are of an attention or feed-forward that a layer has none of."""
+    gone = _widths(wide).keys() - _widths(structure).keys()
+    paths = tuple(f"{architecture.layers}.{layer}.{architecture.module_of(kind)}." for layer, kind in gone)
+    return all(name.startswith(paths) for name in names)
 
 
 def _positions(model: PreTrainedModel, block: Block) -> Tensor:

@@ -1,0 +1,99 @@
+"""Attentions, feed-forwards and layers that go whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
+
+from adapruner.checkpoint import save_checkpoint
+from adapruner.conformance import masked, why_not_whole
+from adapruner.models import Whole, known_architectures
+from adapruner.planning import Budget, BudgetError, PruningPlan, kept_counts, make_plan
+from adapruner.structure import Structure, build_structure, count_parameters
+from adapruner.surgery import pad_to_stock, prune_model
+
+WHOLE: tuple[Whole, ...] = ("attention", "feed-forward", "layer")
+
+
+def planned(structure: Structure, **budget: object) -> PruningPlan:
+    scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(0))
+    return make_plan(structure, scores, kept_counts(structure, Budget(0.4, 0, 0, **budget)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("whole", WHOLE)
+@pytest.mark.parametrize("model_type", known_architectures())
+def test_what_a_family_says_can_go_whole_is_what_can(
+    model_type: str, whole: Whole, make_model: Callable[..., PreTrainedModel]
+) -> None:
+    architecture = known_architectures()[model_type]
+    refusal = why_not_whole(make_model(model_type), architecture, whole)
+    assert (refusal is None) == (whole in architecture.whole), refusal
+
+
+def test_a_layer_without_attention_has_no_cache(
+    make_model: Callable[..., PreTrainedModel],
+    windows: torch.Tensor,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+) -> None:
+    dense = make_model("llama")
+    structure = build_structure(dense)
+    plan = planned(structure, without_attention=(0, 2), without_feed_forward=(1,), head_share=0.5)
+    pruned = prune_model(dense, structure, plan)
+    assert count_parameters(pruned) == plan.total_parameters - plan.removed_parameters
+    save_checkpoint(pruned, tokenizer, tmp_path / "model")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", trust_remote_code=True)
+    cache = DynamicCache(config=loaded.config)
+    with torch.no_grad(), masked(dense, structure, plan) as same:
+        logits = loaded(windows, cache=cache, use_cache=True).logits
+        torch.testing.assert_close(logits, same(windows).logits, rtol=1e-3, atol=1e-4)
+    used = [layer for layer in cache.layers if layer.is_initialized]
+    assert len(used) == 2
+    assert cache.get_seq_length() == windows.shape[1]
+    padded = pad_to_stock(loaded)
+    assert type(padded) is type(dense)
+    with torch.no_grad():
+        torch.testing.assert_close(padded(windows).logits, logits, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "gpt2"])
+def test_a_uniform_model_with_fewer_layers_is_a_stock_model(
+    model_type: str, make_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    dense = make_model(model_type)
+    structure = build_structure(dense)
+    counts = [0 if block.layer == 1 else block.groups - 2 * (block.kind == "channels") for block in structure.blocks]
+    plan = make_plan(structure, torch.rand(structure.group_offsets[-1]), counts)
+    pruned = prune_model(dense, structure, plan)
+    assert type(pruned) is type(dense)
+    assert pruned.config.num_hidden_layers == 3
+    save_checkpoint(pruned, tokenizer, tmp_path / "model")
+    assert not list((tmp_path / "model").glob("*.py"))
+    stock, tokens = AutoModelForCausalLM.from_pretrained(tmp_path / "model"), torch.arange(5, 25)[None]
+    with torch.no_grad(), masked(dense, structure, plan) as same:
+        torch.testing.assert_close(stock(tokens).logits, same(tokens).logits, rtol=1e-3, atol=1e-4)
+
+
+def test_what_cannot_go_whole_is_refused(make_model: Callable[..., PreTrainedModel]) -> None:
+    llama, bloom = build_structure(make_model("llama")), build_structure(make_model("bloom"))
+    for structure, budget in (
+        (bloom, Budget(0.2, 0, 0, without_attention=(1,))),
+        (llama, Budget(0.2, 0, 0, layout="uniform", without_feed_forward=(2,))),
+    ):
+        with pytest.raises(BudgetError, match=r"of layer \d of this \w+ cannot go whole"):
+            kept_counts(structure, budget)
+
+
+def test_the_rest_of_the_ratio_comes_from_what_stays(make_model: Callable[..., PreTrainedModel]) -> None:
+    structure = build_structure(make_model("llama"))
+    for attention, feed_forward in ((2,), ()), ((), (1,)), ((1, 2), (2,)):
+        budget = Budget(0.4, 0, 0, 0.5, without_attention=attention, without_feed_forward=feed_forward)
+        counts = kept_counts(structure, budget)
+        assert abs(structure.removed_parameters(counts) / structure.total_parameters - 0.4) <= 0.005
+        for block, count in zip(structure.blocks, counts, strict=True):
+            gone = block.layer in (attention if block.kind == "heads" else feed_forward)
+            assert (count == 0) == gone
