@@ -12,6 +12,7 @@ does not know.
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +28,8 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 FILE_NAME = "modeling_pruned.py"
+# The same for mlx-lm, which the config names as `model_file`.
+MLX_FILE_NAME = "mlx_pruned.py"
 
 
 class Family(NamedTuple):
@@ -68,10 +71,15 @@ class _PerLayer:
         self.post_init()
 
     def save_pretrained(self, save_directory: str | Path, *arguments: object, **options: object) -> None:
-        """As in transformers; the folder gets this file too, with a line that makes these classes again."""
+        """As in transformers; the folder gets this file too, with a line that makes these classes again, and the file
+        for mlx-lm where it lies beside this one."""
         self.config.auto_map = dict(self.auto_map)
+        for_mlx = Path(__file__).with_name(MLX_FILE_NAME)
+        self.config.model_file = MLX_FILE_NAME if for_mlx.is_file() else None
         super().save_pretrained(save_directory, *arguments, **options)
         if Path(save_directory).is_dir():
+            if for_mlx.is_file():
+                shutil.copyfile(for_mlx, Path(save_directory) / MLX_FILE_NAME)
             text, line = Path(__file__).read_text(encoding="utf-8"), f"\n\nregister_family({self.family!r})\n"
             (Path(save_directory) / FILE_NAME).write_text(text.removesuffix(line) + line, encoding="utf-8")
 
