@@ -18,12 +18,12 @@ import mlx_lm
 import torch
 import transformers
 from mlx_lm.generate import generate_step
-from mlx_lm.utils import load_model
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from adapruner.checkpoint._folder import _add_older_rope_keys as add_older_rope_keys
-from adapruner.conformance import prove
-from adapruner.models import infer_architecture, random_model, using_architecture
+from adapruner.checkpoint import save_checkpoint
+from adapruner.families import describe
+from adapruner.models import known_architectures, random_model, using_architecture
 from adapruner.planning import make_plan
 from adapruner.structure import build_structure
 from adapruner.surgery import prune_model
@@ -34,7 +34,7 @@ FAMILIES = (
     *("qwen2_moe", "qwen3_moe", "mixtral", "olmoe", "gpt_oss"),
 )
 SIZES: dict[str, int] = {
-    **{"vocab_size": 256, "hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 4, "head_dim": 64},
+    **{"vocab_size": 256, "hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 6, "head_dim": 64},
     **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "num_experts_per_tok": 2},
     **{"num_experts": 8, "num_local_experts": 8, "moe_intermediate_size": 128},
     **{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
@@ -43,12 +43,20 @@ SIZES: dict[str, int] = {
 LAYOUTS: dict[str, dict[str, Any]] = {
     "fewer channels, all layers alike": {"channels": lambda _: 64},
     "fewer heads, all layers alike": {"heads": lambda _: 1},
-    "fewer channels, per layer": {"channels": lambda layer: 32 * layer},
+    "fewer channels, per layer": {"channels": lambda layer: 16 * layer},
     "fewer heads, per layer": {"heads": lambda layer: layer % 2},
     "fewer experts, all layers alike": {"experts": lambda _: 2},
     "fewer experts, per layer": {"experts": lambda layer: layer},
 }
 PROMPT, NEW_TOKENS = list(range(20, 40)), 24
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token for each byte."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[]))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=made)
 
 
 def write(folder: Path, family: str) -> dict[str, Path]:
@@ -57,7 +65,7 @@ def write(folder: Path, family: str) -> dict[str, Path]:
     known = set(config_class().to_dict())
     config = config_class(**{name: size for name, size in SIZES.items() if name in known})
     written: dict[str, Path] = {}
-    with using_architecture(prove(config, infer_architecture(config))):
+    with using_architecture(known_architectures().get(family) or describe(config)):
         model = random_model(config)
         structure = build_structure(model)
         scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(0))
@@ -67,8 +75,7 @@ def write(folder: Path, family: str) -> dict[str, Path]:
                 continue
             counts = [block.groups - lost.get(block.kind, lambda _: 0)(block.layer) for block in structure.blocks]
             path = folder / f"{family}-{number}"
-            prune_model(model, structure, make_plan(structure, scores, counts)).save_pretrained(path)
-            add_older_rope_keys(path / "config.json")
+            save_checkpoint(prune_model(model, structure, make_plan(structure, scores, counts)), tokenizer(), path)
             written[layout] = path
     return written
 
@@ -84,7 +91,8 @@ def compare(path: Path) -> str:
             expected = model(torch.tensor([PROMPT])).logits[0]
         options = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
         tokens = model.generate(torch.tensor([PROMPT]), **options)[0, len(PROMPT) :].tolist()
-        in_mlx, _ = load_model(path, trust_remote_code=has_code)
+        trust = {"trust_remote_code": has_code}
+        in_mlx, _ = mlx_lm.load(str(path), tokenizer_config=trust, **trust)
         in_mlx.set_dtype(mx.float32)
         logits = torch.tensor(in_mlx(mx.array([PROMPT]))[0].tolist())
         steps = generate_step(mx.array(PROMPT), in_mlx, max_tokens=NEW_TOKENS)
@@ -100,6 +108,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--family", nargs="*", default=FAMILIES)
     arguments = parser.parse_args()
+    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
     print(f"mlx-lm {mlx_lm.__version__}, mlx {mx.__version__}, transformers {transformers.__version__}")
     for family in arguments.family:
         try:

@@ -42,7 +42,10 @@ class ModelArgs:
 
     def of_stock(self, **fields: Any) -> Any:
         """The arguments of the stock model with other fields."""
-        return self.stock_args.from_dict(self.config | fields)
+        fields = self.config | fields
+        if "num_local_experts" in fields:  # the name that transformers 5 gives it in all families
+            fields["num_experts"] = fields["num_local_experts"]
+        return self.stock_args.from_dict(fields)
 
     def layer(self, index: int) -> nn.Module:
         """One layer in its own sizes, without weights."""
@@ -137,15 +140,25 @@ def _check_shapes(model: nn.Module, weights: dict[str, mx.array]) -> None:
     shapes = {name: parameter.shape for name, parameter in tree_flatten(model.parameters())}
     for name, tensor in weights.items():
         if shapes.get(name) != tensor.shape:
-            raise ValueError(
-                f"mlx-lm cannot build this pruned {model.pruned_args.config['model_type']}: {name} is {tensor.shape} in"
-                f" the checkpoint and {shapes.get(name, 'missing')} in mlx-lm. `adapruner export --to stock` writes a"
-                " folder whose layers are alike."
-            )
+            difference = f"{name} is {tensor.shape} in the checkpoint and {shapes.get(name, 'missing')} in mlx-lm"
+            raise _cannot_build(model.pruned_args, difference)
+
+
+def _cannot_build(args: ModelArgs, why: object) -> ValueError:
+    model_type = args.config["model_type"]
+    return ValueError(f"mlx-lm cannot build this pruned {model_type}: {why} (`adapruner export --to stock` may help)")
 
 
 def _build(args: ModelArgs) -> nn.Module:
-    return type("Model", (_PerLayer, args.stock_class), {})(args)
+    """What mlx-lm calls as `Model`.
+
+    Raises:
+        ValueError: mlx-lm cannot build a model with such layers.
+    """
+    try:
+        return type("Model", (_PerLayer, args.stock_class), {})(args)
+    except Exception as error:  # whatever its classes raise over sizes
+        raise _cannot_build(args, error) from error
 
 
 Model = _build

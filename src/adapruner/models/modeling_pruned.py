@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from huggingface_hub.dataclasses import strict
-from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -25,7 +24,12 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.pytorch_utils import Conv1D
+from transformers.utils import is_torch_available
+
+# Elsewhere (mlx-lm) a tokenizer is loaded with the config class alone.
+if is_torch_available():
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
 
 FILE_NAME = "modeling_pruned.py"
 # The same for mlx-lm, which the config names as `model_file`.
@@ -178,21 +182,24 @@ def _validate_stock_rope(self: PreTrainedConfig) -> None:
 
 def register_family(family: Family) -> type[PreTrainedModel]:
     """Makes the classes of a family whose layers differ (config, decoder and causal language model) and adds them to
-    this module; returns the last."""
+    this module; returns the last. Without PyTorch, the config alone, which is what loading a tokenizer needs."""
     stock_config = CONFIG_MAPPING[family.model_type]
-    stock_class = MODEL_FOR_CAUSAL_LM_MAPPING[stock_config]
-    name = f"Pruned{stock_class.__name__.removesuffix('ForCausalLM').removesuffix('LMHeadModel')}"
-    names = {"AutoConfig": f"{name}Config", "AutoModel": f"{name}Model", "AutoModelForCausalLM": f"{name}ForCausalLM"}
-    auto_map = {of: f"{FILE_NAME.removesuffix('.py')}.{own}" for of, own in names.items()}
     of_config = {
         "__module__": __name__,
         "stock_class": stock_config,
         "validate_architecture": _accept_any_heads,
         "validate_rope": _validate_stock_rope,
     }
-    config = strict(type(names["AutoConfig"], (stock_config,), of_config))
+    config = strict(type(f"Pruned{stock_config.__name__}", (stock_config,), of_config))
+    globals()[config.__name__] = config
+    if not is_torch_available():
+        return PreTrainedModel
+    stock_class = MODEL_FOR_CAUSAL_LM_MAPPING[stock_config]
+    name = f"Pruned{stock_class.__name__.removesuffix('ForCausalLM').removesuffix('LMHeadModel')}"
+    names = {"AutoConfig": config.__name__, "AutoModel": f"{name}Model", "AutoModelForCausalLM": f"{name}ForCausalLM"}
+    auto_map = {of: f"{FILE_NAME.removesuffix('.py')}.{own}" for of, own in names.items()}
     own = {"__module__": __name__, "family": family, "auto_map": auto_map, "config_class": config}
     decoder = type(names["AutoModel"], (_PerLayer, MODEL_MAPPING[stock_config]), own)
     causal = type(names["AutoModelForCausalLM"], (_PerLayer, stock_class), own)
-    globals().update({made.__name__: made for made in (config, decoder, causal)})
+    globals().update({made.__name__: made for made in (decoder, causal)})
     return causal
