@@ -2,8 +2,8 @@
 
     python benchmarks/mlx_folders.py --folder runs/mlx
 
-Needs `pip install 'mlx-lm[cpu]'` (Linux) or `mlx-lm` (macOS), Python 3.11 or newer. Tiny random models are pruned, every
-layer differently or all alike, read by both in float32, and written as a row of the table in docs/checkpoints.md.
+Needs `pip install 'mlx-lm[cpu]'` (Linux) or `mlx-lm` (macOS), Python 3.11 or newer. Tiny random models are pruned,
+every layer differently or all alike, and read by both in float32. Each is a row of the table in docs/checkpoints.md.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def compare(path: Path) -> str:
         ).eval()
         with torch.no_grad():
             expected = model(torch.tensor([PROMPT])).logits[0]
-        options = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
+        options = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "eos_token_id": -1}
         tokens = model.generate(torch.tensor([PROMPT]), **options)[0, len(PROMPT) :].tolist()
         trust = {"trust_remote_code": has_code}
         in_mlx, _ = mlx_lm.load(str(path), tokenizer_config=trust, **trust)

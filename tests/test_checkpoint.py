@@ -20,18 +20,17 @@ from transformers import (
     MambaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
 )
 
 import adapruner
 from adapruner import verbs
 from adapruner.checkpoint import read_origin, save_checkpoint
 from adapruner.errors import AdaPrunerError
-from adapruner.models import find_model, in_fastest_dtype, modeling_pruned
+from adapruner.models import find_model, in_fastest_dtype, modeling_pruned, random_model
 from adapruner.planning import make_plan
 from adapruner.structure import build_structure
 from adapruner.surgery import pad_to_stock, prune_model
+from tiny_families import tiny_config
 
 
 def pruned_per_layer(dense: PreTrainedModel) -> PreTrainedModel:
@@ -220,10 +219,10 @@ def test_the_tokenizer_needs_no_torch(folder: Path, tmp_path: Path) -> None:
 def test_a_mixture_has_the_older_name_of_the_number_of_experts(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    config = Qwen3MoeConfig(vocab_size=96, hidden_size=32, num_hidden_layers=1, num_experts=6, moe_intermediate_size=8)
-    save_checkpoint(Qwen3MoeForCausalLM(config), tokenizer, tmp_path / "model")
-    assert json.loads((tmp_path / "model" / "config.json").read_text())["num_experts"] == 6
-    assert AutoConfig.from_pretrained(tmp_path / "model").num_experts == 6
+    model = random_model(tiny_config("qwen3_moe"))
+    save_checkpoint(model, tokenizer, tmp_path / "model")
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["num_experts"] == 4
+    assert AutoConfig.from_pretrained(tmp_path / "model").num_experts == 4
 
 
 def test_a_family_that_cannot_be_pruned_is_loaded_all_the_same(tmp_path: Path) -> None:
