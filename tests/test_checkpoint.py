@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 import torch
 from huggingface_hub import HfApi
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     MambaConfig,
     MambaForCausalLM,
@@ -23,10 +26,11 @@ import adapruner
 from adapruner import verbs
 from adapruner.checkpoint import read_origin, save_checkpoint
 from adapruner.errors import AdaPrunerError
-from adapruner.models import find_model, in_fastest_dtype
+from adapruner.models import find_model, in_fastest_dtype, modeling_pruned, random_model
 from adapruner.planning import make_plan
 from adapruner.structure import build_structure
 from adapruner.surgery import pad_to_stock, prune_model
+from tiny_families import tiny_config
 
 
 def pruned_per_layer(dense: PreTrainedModel) -> PreTrainedModel:
@@ -153,12 +157,72 @@ def test_settings_of_sampling_without_sampling(
 def test_no_code_of_others_is_named(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     """A uniform cut and a padded model are stock models, whatever the config of the dense model says."""
     model.config.auto_map = {"AutoModelForCausalLM": "someone/else--modeling.Other"}
+    model.config.model_file = "other_for_mlx.py"
     structure = build_structure(model)
     scores = torch.ones(structure.group_offsets[-1])
     uniform = prune_model(model, structure, make_plan(structure, scores, [b.groups - 1 for b in structure.blocks]))
     for name, stock in (("uniform", uniform), ("padded", pad_to_stock(pruned_per_layer(model)))):
         save_checkpoint(stock, tokenizer, tmp_path / name)
-        assert "auto_map" not in json.loads((tmp_path / name / "config.json").read_text())
+        assert not {"auto_map", "model_file"} & json.loads((tmp_path / name / "config.json").read_text()).keys()
+        assert not list((tmp_path / name).glob("*.py"))
+
+
+def test_the_config_names_the_file_for_mlx_where_it_is(folder: Path, tmp_path: Path) -> None:
+    def named(saved: Path) -> str | None:
+        name: str | None = json.loads((saved / "config.json").read_text())["model_file"]
+        return name
+
+    adapruner.load(folder).save_pretrained(tmp_path / "again")
+    for saved in (folder, tmp_path / "again"):
+        assert named(saved) == "mlx_pruned.py"
+        assert (saved / "mlx_pruned.py").read_text() == Path(modeling_pruned.__file__).with_name(
+            "mlx_pruned.py"
+        ).read_text()
+    # transformers copies only the modelling file to where it runs it.
+    AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).save_pretrained(tmp_path / "elsewhere")
+    assert named(tmp_path / "elsewhere") is None
+    assert not (tmp_path / "elsewhere" / "mlx_pruned.py").exists()
+
+
+WITHOUT_TORCH = """
+import importlib.abc, importlib.util, sys
+from importlib.machinery import PathFinder
+
+class NoTorch(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "torch":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, NoTorch())
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: None if name == "torch" else found(name, package)
+from transformers import AutoConfig, AutoTokenizer
+print(type(AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=True)).__name__)
+print(AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)("w5")["input_ids"])
+assert "torch" not in sys.modules
+"""
+
+
+def test_the_tokenizer_needs_no_torch(folder: Path, tmp_path: Path) -> None:
+    """As where mlx-lm runs."""
+    finished = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, str(folder)],
+        capture_output=True,
+        text=True,
+        env={"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache"), "PATH": ""},
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.splitlines() == ["PrunedLlamaConfig", "[9]"]
+
+
+def test_a_mixture_has_the_older_name_of_the_number_of_experts(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    model = random_model(tiny_config("qwen3_moe"))
+    save_checkpoint(model, tokenizer, tmp_path / "model")
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["num_experts"] == 4
+    assert AutoConfig.from_pretrained(tmp_path / "model").num_experts == 4
 
 
 def test_a_family_that_cannot_be_pruned_is_loaded_all_the_same(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils.hub import cached_file
 
@@ -51,7 +51,7 @@ def save_checkpoint(
         with quiet_transformers():
             model.save_pretrained(made, max_shard_size=shard_size, state_dict=whole_state(model))
         tokenizer.save_pretrained(made)
-        _add_older_rope_keys(made / "config.json")
+        _add_older_keys(made / "config.json")
         origin = (record or {}) | {"format": _ORIGIN_FORMAT}
         (made / _ORIGIN).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
         if card is not None:
@@ -112,9 +112,13 @@ def write_card(folder: Path, card: str) -> None:
     write_atomically(folder / "README.md", lambda partial: partial.write_text(card, encoding="utf-8"))
 
 
-def _add_older_rope_keys(path: Path) -> None:
-    """transformers 4 does not read `rope_parameters`, and would silently take a theta of 10,000."""
+def _add_older_keys(path: Path) -> None:
+    """transformers 4 and mlx-lm do not read `rope_parameters`, and would silently take a theta of 10,000; nor the new
+    name of the number of experts."""
     fields = json.loads(path.read_text(encoding="utf-8"))
+    renamed = CONFIG_MAPPING[fields["model_type"]].attribute_map.get("num_experts")
+    if renamed in fields:
+        fields["num_experts"] = fields[renamed]
     parameters = fields.get("rope_parameters")
     # Where layers of different types have their own, older versions have other keys in every family.
     if isinstance(parameters, dict) and "rope_theta" in parameters:

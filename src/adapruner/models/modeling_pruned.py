@@ -12,12 +12,12 @@ does not know.
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from huggingface_hub.dataclasses import strict
-from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -25,9 +25,16 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.pytorch_utils import Conv1D
+from transformers.utils import is_torch_available
+
+# Elsewhere (mlx-lm) a tokenizer is loaded with the config class alone.
+if is_torch_available():
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
 
 FILE_NAME = "modeling_pruned.py"
+# The same for mlx-lm, which the config names as `model_file`.
+MLX_FILE_NAME = "mlx_pruned.py"
 
 
 class Removable(NamedTuple):
@@ -86,10 +93,15 @@ class _PerLayer:
         self.post_init()
 
     def save_pretrained(self, save_directory: str | Path, *arguments: object, **options: object) -> None:
-        """As in transformers; the folder gets this file too, with a line that makes these classes again."""
+        """As in transformers; the folder gets this file too, with a line that makes these classes again, and the file
+        for mlx-lm where it lies beside this one."""
         self.config.auto_map = dict(self.auto_map)
+        for_mlx = Path(__file__).with_name(MLX_FILE_NAME)
+        self.config.model_file = MLX_FILE_NAME if for_mlx.is_file() else None
         super().save_pretrained(save_directory, *arguments, **options)
         if Path(save_directory).is_dir():
+            if for_mlx.is_file():
+                shutil.copyfile(for_mlx, Path(save_directory) / MLX_FILE_NAME)
             text, line = Path(__file__).read_text(encoding="utf-8"), f"\n\nregister_family({self.family!r})\n"
             (Path(save_directory) / FILE_NAME).write_text(text.removesuffix(line) + line, encoding="utf-8")
 
@@ -226,21 +238,24 @@ def _validate_stock_rope(self: PreTrainedConfig) -> None:
 
 def register_family(family: Family) -> type[PreTrainedModel]:
     """Makes the classes of a family whose layers differ (config, decoder and causal language model) and adds them to
-    this module; returns the last."""
+    this module; returns the last. Without PyTorch, the config alone, which is what loading a tokenizer needs."""
     stock_config = CONFIG_MAPPING[family.model_type]
-    stock_class = MODEL_FOR_CAUSAL_LM_MAPPING[stock_config]
-    name = f"Pruned{stock_class.__name__.removesuffix('ForCausalLM').removesuffix('LMHeadModel')}"
-    names = {"AutoConfig": f"{name}Config", "AutoModel": f"{name}Model", "AutoModelForCausalLM": f"{name}ForCausalLM"}
-    auto_map = {of: f"{FILE_NAME.removesuffix('.py')}.{own}" for of, own in names.items()}
     of_config = {
         "__module__": __name__,
         "stock_class": stock_config,
         "validate_architecture": _accept_any_heads,
         "validate_rope": _validate_stock_rope,
     }
-    config = strict(type(names["AutoConfig"], (stock_config,), of_config))
+    config = strict(type(f"Pruned{stock_config.__name__}", (stock_config,), of_config))
+    globals()[config.__name__] = config
+    if not is_torch_available():
+        return PreTrainedModel
+    stock_class = MODEL_FOR_CAUSAL_LM_MAPPING[stock_config]
+    name = f"Pruned{stock_class.__name__.removesuffix('ForCausalLM').removesuffix('LMHeadModel')}"
+    names = {"AutoConfig": config.__name__, "AutoModel": f"{name}Model", "AutoModelForCausalLM": f"{name}ForCausalLM"}
+    auto_map = {of: f"{FILE_NAME.removesuffix('.py')}.{own}" for of, own in names.items()}
     own = {"__module__": __name__, "family": family, "auto_map": auto_map, "config_class": config}
     decoder = type(names["AutoModel"], (_PerLayer, MODEL_MAPPING[stock_config]), own)
     causal = type(names["AutoModelForCausalLM"], (_PerLayer, stock_class), own)
-    globals().update({made.__name__: made for made in (config, decoder, causal)})
+    globals().update({made.__name__: made for made in (decoder, causal)})
     return causal

@@ -39,7 +39,7 @@ def stock_models(architecture: Architecture, fields: Mapping[str, Any]) -> Itera
 
 def fields_of_all(model: PreTrainedModel, architecture: Architecture) -> dict[str, Any]:
     """What a config says of the whole model: without what layers have less of, and without the code of others."""
-    own = {"auto_map", "architectures", "stock_per_layer_config", architecture.config_fields.head_numbers}
+    own = {"auto_map", "model_file", "architectures", "stock_per_layer_config", architecture.config_fields.head_numbers}
     fields = model.config.to_dict()
     kept = {name: value for name, value in fields.items() if name not in own | {"per_layer_config"}}
     of_stock = fields.get("stock_per_layer_config" if is_pruned(model.config) else "per_layer_config")

@@ -1,0 +1,127 @@
+"""mlx-lm reads folders whose layers differ, and computes what transformers computes.
+
+Needs `pip install 'mlx-lm[cpu]'`, which has wheels for macOS and for Linux with glibc 2.35 or newer.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from adapruner.checkpoint import save_checkpoint
+from adapruner.families import describe
+from adapruner.measurement import measure_moments
+from adapruner.models import known_architectures, random_model
+from adapruner.planning import make_plan
+from adapruner.structure import build_structure
+from adapruner.surgery import Compensation, prune_model
+from tiny_families import tiny_config
+
+mlx = pytest.importorskip("mlx.core")
+mlx_lm = pytest.importorskip("mlx_lm")
+generation = pytest.importorskip("mlx_lm.generate")
+NEW_TOKENS = 12
+
+
+def pruned(model_type: str, compensates: bool = False, **fields: object) -> PreTrainedModel:
+    """Every layer has lost another number of every kind of groups; compensated with biases, or not."""
+    config = tiny_config(model_type)
+    for name, value in fields.items():
+        setattr(config, name, value)
+    if model_type not in known_architectures():
+        known_architectures()[model_type] = describe(config)
+    model = random_model(config)
+    structure = build_structure(model)
+    scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(0))
+    most = {"heads": 1, "channels": 40, "experts": 2}
+    counts = [max(1, block.groups - min(most[block.kind], block.layer)) for block in structure.blocks]
+    windows = torch.randint(0, 90, (8, 16), generator=torch.Generator().manual_seed(1))
+    how = Compensation("bias", dict(measure_moments(model, structure, windows))) if compensates else None
+    return prune_model(model, structure, make_plan(structure, scores, counts), how)
+
+
+def read(folder: Path, trusted: bool = True) -> mlx_lm.models.llama.Model:
+    model, _ = mlx_lm.load(str(folder), tokenizer_config={"trust_remote_code": trusted}, trust_remote_code=trusted)
+    return model
+
+
+def check_equal(folder: Path) -> None:
+    """Logits and greedy tokens, with and without the cache of mlx-lm."""
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+    prompt = list(range(20, 40))
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt])).logits[0]
+    options = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "eos_token_id": -1}
+    tokens = model.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist()
+    in_mlx = read(folder)
+    made = torch.tensor(in_mlx(mlx.array([prompt]))[0].tolist())
+    torch.testing.assert_close(made, logits, rtol=1e-3, atol=1e-3 * float(logits.abs().max()))
+    steps = generation.generate_step(mlx.array(prompt), in_mlx, max_tokens=NEW_TOKENS)
+    assert [int(token) for token, _ in steps] == tokens
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3", "olmo2", "qwen3_moe", "mixtral"])
+def test_mlx_computes_the_same(model_type: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    # mlx-lm does not know the sliding windows of Mistral and Mixtral.
+    fields = {"sliding_window": None} if model_type in ("mistral", "mixtral") else {}
+    save_checkpoint(pruned(model_type, **fields), tokenizer, tmp_path / "model")
+    assert (tmp_path / "model" / "mlx_pruned.py").is_file()
+    check_equal(tmp_path / "model")
+
+
+def test_layers_of_two_kinds(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """Every sixth layer of Gemma 3 has no sliding window, and mlx-lm needs one of these."""
+    layers = ["sliding_attention"] * 5 + ["full_attention"]
+    model = pruned("gemma3_text", num_hidden_layers=6, layer_types=layers, tie_word_embeddings=True)
+    save_checkpoint(model, tokenizer, tmp_path / "model")
+    check_equal(tmp_path / "model")
+
+
+def test_biases_that_the_family_does_not_know(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    model = pruned("qwen2", compensates=True)
+    assert float(model.get_parameter("model.layers.2.mlp.down_proj.bias").detach().abs().max()) > 0.0
+    save_checkpoint(model, tokenizer, tmp_path / "model")
+    check_equal(tmp_path / "model")
+
+
+def test_mlx_asks_before_it_runs_the_file(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    save_checkpoint(pruned("llama"), tokenizer, tmp_path / "model")
+    with pytest.raises(ValueError, match=r"mlx_pruned\.py"):
+        read(tmp_path / "model", trusted=False)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "message"),
+    [("bloom", "Model type bloom not supported"), ("gpt_neox", "mlx-lm cannot build this pruned gpt_neox")],
+)
+def test_what_mlx_cannot_build_is_said_in_a_line(
+    model_type: str, message: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    save_checkpoint(pruned(model_type), tokenizer, tmp_path / "model")
+    with pytest.raises(ValueError, match=message) as refusal:
+        read(tmp_path / "model")
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_width_that_does_not_fit(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    save_checkpoint(pruned("llama"), tokenizer, tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    config = json.loads(path.read_text())
+    config["per_layer_config"]["2"]["intermediate_size"] = 88
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"llama: model\.layers\.2\.mlp\.\w+\.weight is .*94.* and .*88.* in mlx-lm"):
+        read(tmp_path / "model")
+
+
+def test_quantized_by_mlx(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """The tools of mlx-lm copy the file."""
+    save_checkpoint(pruned("llama"), tokenizer, tmp_path / "model")
+    options = {"quantize": True, "q_bits": 8, "q_group_size": 32, "trust_remote_code": True}
+    mlx_lm.convert(str(tmp_path / "model"), str(tmp_path / "quantized"), **options)
+    prompt = mlx.array([list(range(20, 40))])
+    exact, quantized = read(tmp_path / "model")(prompt), read(tmp_path / "quantized")(prompt)
+    assert float(mlx.abs(exact - quantized).max()) < 0.1 * float(mlx.abs(exact).max())
