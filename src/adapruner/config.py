@@ -37,6 +37,7 @@ RatioOf = Literal["parameters", "groups"]
 RecoveryMethod = Literal["auto", "labels", "distillation"]
 Reduction = Literal["sum", "mean", "max", "prod"]
 Sampler = Literal["tpe", "random"]
+WholePart = Literal["attention", "feed-forward", "layer", "none"]
 Searched = Literal["joint", "calibration", "metric"]
 Selection = Literal["loss", "kl"]
 Space = Literal["paper", "extended"]
@@ -207,6 +208,11 @@ class PruneOptions(_Options):
     expert_granularity: ExpertGranularity = Field(
         default="expert", description="Of mixtures, remove whole experts, or the same number of channels from each."
     )
+    whole: tuple[WholePart, ...] | None = Field(
+        default=None,
+        description="Part of a layer that may be removed whole, if the search finds that better: attention,"
+        " feed-forward, layer, or none; may be repeated; by default attention, with layout uniform layer.",
+    )
     head_share: float | None = Field(
         default=None,
         ge=0,
@@ -287,6 +293,18 @@ class PruneConfig(PruneOptions):
         (
             lambda layout, protect_first, protect_last: layout == "uniform" and (protect_first or protect_last),
             "`layout` uniform prunes all layers alike: remove `protect_first` and `protect_last`",
+        ),
+        (
+            lambda layout, whole: layout == "uniform" and set(whole or ()) & {"attention", "feed-forward"},
+            "`layout` uniform prunes all layers alike: `whole` can only be layer or none",
+        ),
+        (
+            lambda space, whole: space == "paper" and set(whole or ()) - {"none"},
+            "`space` paper removes nothing whole: remove `whole`, or set `space` extended",
+        ),
+        (
+            lambda whole: "none" in (whole or ()) and len(whole) > 1,
+            "`whole` is either none or parts of a layer: remove one or the other",
         ),
         (
             lambda alignment, space: alignment == "paper" and space == "extended",

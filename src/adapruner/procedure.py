@@ -7,7 +7,7 @@ import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from pydantic import TypeAdapter
@@ -19,7 +19,7 @@ from adapruner.artifacts import Artifact, Form, artifact
 from adapruner.calibration import SELF_GENERATED, EvaluationText, generate_windows, load_texts, save_texts
 from adapruner.card import model_card
 from adapruner.checkpoint import save_checkpoint, write_card
-from adapruner.config import PruneConfig
+from adapruner.config import PruneConfig, WholePart
 from adapruner.errors import AdaPrunerError, NonFiniteError
 from adapruner.evaluation import (
     Perplexity,
@@ -42,25 +42,30 @@ from adapruner.measurement import (
     removal_errors,
 )
 from adapruner.memory import MEASURED_AT_ONCE
-from adapruner.models import empty_model, find_model, in_fastest_dtype, load_config, load_model
+from adapruner.models import Whole, empty_model, find_model, in_fastest_dtype, load_config, load_model
 from adapruner.planning import MOST_CHANNELS, PruningPlan, kept_counts, largest_channel_share
 from adapruner.recovery import DEFAULT_GENERATED_RECORDS, read_record, recover_into, total_steps, window_examples
 from adapruner.report import render_report
 from adapruner.result import TITLES, ModelNumbers, Role, RunResult, shown_name
 from adapruner.search import (
     MOST_PROTECTED_FIRST,
+    MOST_WHOLE,
     Candidate,
     Objective,
+    RemovalOrders,
     Search,
     SearchResult,
     SearchSpace,
     build_subset_family,
     is_feasible,
     plan_candidate,
+    removal_orders,
 )
 from adapruner.structure import Structure, build_structure
 from adapruner.surgery import Compensation, prune_model, refit_sequentially
 
+# Of the calibration pool, on which parts are removed whole.
+_WINDOWS_FOR_WHOLE = 8
 Windows = dict[str, Tensor]
 Moments = StoredMoments | None
 
@@ -179,10 +184,36 @@ def statistics(job: Job, work: Path, windows: Windows, moments: Moments) -> Stat
     return statistics
 
 
+def _may_remove_whole(config: PruneConfig) -> bool:
+    return config.space == "extended" and config.search == "joint" and config.whole != ("none",)
+
+
+@artifact(
+    "whole.json",
+    _json(RemovalOrders),
+    inputs=(windows,),
+    options="whole layout space search protect_first protect_last",
+    leaves="model family precision left_out",
+    is_wanted=_may_remove_whole,
+    is_result=False,
+)
+def whole(job: Job, work: Path, windows: Windows) -> RemovalOrders:
+    """In which order attentions, feed-forwards and layers go whole."""
+    prepared, config = job.prepared, job.config
+    structure = prepared.structure
+    by_default: tuple[WholePart, ...] = ("layer",) if config.layout == "uniform" else ("attention",)
+    parts = [part for part in get_args(Whole) if part in structure.whole and part in (config.whole or by_default)]
+    unprotected = range(config.protect_first or 0, structure.layers - (config.protect_last or 0))
+    candidates = {part: sorted(structure.whole_parameters(part).keys() & set(unprotected)) for part in parts}
+    text = usable(job, windows)["pool"][:_WINDOWS_FOR_WHOLE]
+    with prepared.reporter.stage("removing parts whole", MOST_WHOLE * len(parts)) as advance:
+        return removal_orders(in_fastest_dtype(prepared.dense), structure, text, candidates, advance)
+
+
 @artifact(
     "search.json",
     _json(SearchResult),
-    inputs=(windows, moments, statistics),
+    inputs=(windows, moments, statistics, whole),
     options="searched_ratio ratio_of samples objective_windows selection trials sampler search alignment terms"
     " reduction space layout protect_first protect_last head_granularity expert_granularity head_share round_to"
     " compensation seed",
@@ -190,14 +221,16 @@ def statistics(job: Job, work: Path, windows: Windows, moments: Moments) -> Stat
     check=lambda job: (job.prepared.check_storage(), job.budget(job.config.searched_ratio)),
     is_shared=True,
 )
-def search(job: Job, work: Path, windows: Windows, moments: Moments, statistics: Statistics) -> SearchResult | None:
+def search(
+    job: Job, work: Path, windows: Windows, moments: Moments, statistics: Statistics, orders: RemovalOrders | None
+) -> SearchResult | None:
     """The search; of several processes, the first leads it and the others run trials."""
     prepared, config = job.prepared, job.config
     fast, text = in_fastest_dtype(prepared.dense), usable(job, windows)["objective"]
     if not all(losses.isfinite().all() for losses in losses_by_batch(fast, text)):
         raise NonFiniteError("the loss of the model is not finite on the text of the objective")
     judge = partial(_judge, job, fast, moments, statistics)
-    search = _search(job, statistics, judge(text[: config.objective_windows]))
+    search = _search(job, statistics, orders, judge(text[: config.objective_windows]))
     if not prepared.process.leads:
         with prepared.reporter.stage("running trials"):
             search.help()
@@ -208,7 +241,7 @@ def search(job: Job, work: Path, windows: Windows, moments: Moments, statistics:
         return search.result(judge(further) if len(further) else None)
 
 
-def _search(job: Job, statistics: Statistics, judge: Objective) -> Search:
+def _search(job: Job, statistics: Statistics, orders: RemovalOrders | None, judge: Objective) -> Search:
     config, structure, budget = job.config, job.prepared.structure, job.budget(job.config.searched_ratio)
     fixed = [name for name in ("protect_first", "protect_last", "head_share") if getattr(config, name) is not None]
     space = SearchSpace(
@@ -224,6 +257,7 @@ def _search(job: Job, statistics: Statistics, judge: Objective) -> Search:
         searched=config.search,
         is_feasible=partial(is_feasible, structure, statistics),
         experts=_what_ranks_experts(structure, statistics),
+        whole=orders.shortened(structure, budget.ratio) if orders else {},
     )
     place = job.prepared.study(job.keys["search.json"])
     return Search(space, judge, config.trials, config.seed, place, config.sampler)
@@ -496,7 +530,7 @@ def report(job: Job, work: Path, result: RunResult) -> str:
 
 # Every artifact stands behind its inputs.
 ARTIFACTS: tuple[Artifact[Any], ...] = (
-    *(windows, report_texts, moments, statistics, search, plan, model, training_windows, recovered),
+    *(windows, report_texts, moments, statistics, whole, search, plan, model, training_windows, recovered),
     *perplexity.values(),
     *scores.values(),
     *(result, report),

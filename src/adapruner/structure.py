@@ -189,7 +189,7 @@ class Structure:
 
     @property
     def whole_mixers(self) -> list[int]:
-        """The layers whose attention, or what they have in its place, cannot be cut."""
+        """The layers without an attention that can be cut."""
         return layers_without_heads(self.layers, self.blocks)
 
     @property
@@ -205,6 +205,18 @@ class Structure:
         for block in self.blocks:
             kinds.setdefault(block.layer, set()).add(block.kind)
         return [layer for layer, own in kinds.items() if "layer" in self.whole and "heads" in own and len(own) > 1]
+
+    def whole_parameters(self, whole: Whole) -> dict[int, int]:
+        """By layer, the parameters that go with its attention, its feed-forward, or all of it, where it has one that
+        can be cut."""
+        if whole == "layer":
+            return {layer: self.layer_parameters[layer] for layer in self.removable_layers}
+        kind = "heads" if whole == "attention" else "channels"
+        return {
+            block.layer: block.groups * block.parameters_per_group + block.rest
+            for block in self.blocks
+            if block.kind == kind and not block.experts
+        }
 
     def removed_layers(self, counts: Sequence[int]) -> list[int]:
         """The layers of which nothing stays.
@@ -275,7 +287,7 @@ def layers_without_heads(layers: int, blocks: Iterable[Any]) -> list[int]:
 
 
 def note_on_mixers(layers: Iterable[int]) -> str:
-    """Says which layers have a mixer that cannot be cut; empty where there are none."""
+    """Says which layers have no attention, or another mixer in its place; empty where there are none."""
     stretches: list[list[int]] = []
     for layer in layers:
         if stretches and stretches[-1][-1] == layer - 1:
@@ -283,7 +295,7 @@ def note_on_mixers(layers: Iterable[int]) -> str:
         else:
             stretches.append([layer])
     shown = ", ".join("–".join(map(str, sorted({stretch[0], stretch[-1]}))) for stretch in stretches)
-    return f"the attention or other mixer of layers {shown} cannot be cut" if shown else ""
+    return f"layers {shown} have no attention that can be cut" if shown else ""
 
 
 def build_structure(

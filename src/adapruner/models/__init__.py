@@ -32,6 +32,7 @@ from adapruner.models._layers import (
     skipping_layers,
     stream_from_memory,
     whole_state,
+    without_parts,
 )
 from adapruner.models._loading import (
     ModelLocation,
@@ -86,4 +87,5 @@ __all__ = [
     "trial_dtype",
     "using_architecture",
     "whole_state",
+    "without_parts",
 ]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from adapruner.models._architecture import architecture_of
+from adapruner.models._architecture import Whole, architecture_of
 
 # Weights by name within a layer.
 ReadLayer = Callable[[], dict[str, Tensor]]
@@ -90,6 +90,31 @@ def skipping_layers(model: PreTrainedModel, count: int, state: Tensor, call: Lay
     """
     output = call.output(state)
     with _other_forwards({layer: lambda *_, **__: output for layer in decoder_layers(model)[:count]}):
+        yield
+
+
+@contextlib.contextmanager
+def without_parts(model: PreTrainedModel, whole: Whole, layers: Iterable[int], call: LayerCall) -> Iterator[None]:
+    """While it lasts, the attentions or feed-forwards of some layers add nothing to the hidden state, or the layers let
+    it through.
+
+    Args:
+        call: of any of the layers.
+    """
+    architecture = architecture_of(model.config)
+    names = {"attention": architecture.attention, "feed-forward": architecture.feed_forward}.get(whole)
+    chosen = [decoder_layers(model)[layer] for layer in layers]
+
+    def add_nothing(*arguments: Any, **named: Any) -> Any:
+        state = next(given for given in (*arguments, *named.values()) if isinstance(given, Tensor))
+        nothing, returned = torch.zeros_like(state), names.returned if names else 0
+        return (nothing, *[None] * (returned - 1)) if returned else nothing
+
+    if names is None:
+        forwards = dict.fromkeys(chosen, lambda state, *_, **__: call.output(state))
+    else:
+        forwards = dict.fromkeys((layer.get_submodule(names.module) for layer in chosen), add_nothing)
+    with _other_forwards(forwards):
         yield
 
 

@@ -85,7 +85,7 @@ class PruningPlan(BaseModel):
 
     @property
     def whole_mixers(self) -> list[int]:
-        """The layers whose attention, or what they have in its place, cannot be cut."""
+        """The layers without an attention that can be cut."""
         return layers_without_heads(max(block.layer for block in self.blocks) + 1, self.blocks)
 
     @property

@@ -6,12 +6,15 @@ from adapruner.search._place import StudyPlace, sqlite_url
 from adapruner.search._space import MOST_PROTECTED_FIRST, Candidate, SearchSpace
 from adapruner.search._study import Search, SearchResult
 from adapruner.search._subsets import SubsetFamily, build_subset_family
+from adapruner.search._whole import MOST_WHOLE, RemovalOrders, removal_orders
 
 __all__ = [
     "MOST_PROTECTED_FIRST",
+    "MOST_WHOLE",
     "Candidate",
     "History",
     "Objective",
+    "RemovalOrders",
     "Search",
     "SearchResult",
     "SearchSpace",
@@ -22,5 +25,6 @@ __all__ = [
     "is_feasible",
     "plan_candidate",
     "read_history",
+    "removal_orders",
     "sqlite_url",
 ]

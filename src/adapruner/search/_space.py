@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import optuna
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from adapruner.config import Alignment, Reduction, Searched, Space, Terms
 from adapruner.importance import LLM_PRUNER_METRICS, PAPER_TERMS, TERMS, MetricPoint, Term, usable_terms
+from adapruner.models import Whole
 from adapruner.planning import Budget
 from adapruner.search._subsets import FEATURES, SubsetFamily
 
@@ -26,6 +27,10 @@ FIXED_METRIC, START = "fixed_metric", "start"
 MOST_PROTECTED_FIRST, MOST_PROTECTED_LAST = 6, 4
 # What the share of heads is raised to where channels alone cannot meet the ratio.
 _HEAD_SHARES = (0.25, 0.5, 0.75, 1.0)
+
+
+# What a database gives back is lists.
+_BUDGET = TypeAdapter(Budget)
 
 
 class Candidate(BaseModel):
@@ -66,7 +71,8 @@ class SearchSpace:
             or, where that is not known, by the Taylor terms alone.
         searched: `joint`; or only samples or metric, with the first random draw or `param_first` for the other.
         is_feasible: whether the budget of a candidate can be met. One that cannot is replaced by the nearest that can:
-            with fewer protected layers, then with more heads. None leaves all as they are.
+            without parts that go whole, with fewer protected layers, then with more heads. None leaves all as they are.
+        whole: the layers whose attention, feed-forward or all goes first, second and so on. How many go is searched.
     """
 
     subsets: SubsetFamily
@@ -81,6 +87,7 @@ class SearchSpace:
     searched: Searched = "joint"
     is_feasible: Callable[[Candidate], bool] | None = None
     experts: Literal["none", "routing", "taylor"] = "none"
+    whole: Mapping[Whole, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def _terms(self) -> list[Term]:
@@ -122,6 +129,8 @@ class SearchSpace:
                 _mix(reconstruction=1.0, **experts) | reference | {"bend": 0.8},
                 _mix(reconstruction=1.0, taylor=0.5, **routing) | reference | {"bend": 0.8},
                 _mix(reconstruction=1.0, **experts) | reference | {"bend": 0.4, "heads": "some", "head_share": 0.25},
+                _mix(reconstruction=1.0, **experts) | reference | {"bend": 0.8, **self._removed(attention=3)},
+                _mix(reconstruction=1.0, **experts) | reference | {"bend": 0.8, **self._removed(layer=1)},
                 _mix(reconstruction=1.0, **experts) | reference | {"ranking": "global"},
                 _mix(taylor=1.0) | reference,
             ]
@@ -147,7 +156,7 @@ class SearchSpace:
         candidate = Candidate(
             point=self._suggest_point(trial) if point is None else MetricPoint.model_validate(point),
             samples=self._suggest_samples(trial) if samples is None else samples,
-            budget=self._suggest_budget(trial) if budget is None else Budget(**budget),
+            budget=self._suggest_budget(trial) if budget is None else _BUDGET.validate_python(budget),
         )
         return candidate if budget else self._nearest_feasible(candidate)
 
@@ -213,7 +222,19 @@ class SearchSpace:
             for name, most in (("protect_first", MOST_PROTECTED_FIRST), ("protect_last", MOST_PROTECTED_LAST)):
                 if name not in self.fixed_allocation:
                     changes[name] = trial.suggest_int(name, 0, most)
+        gone = {
+            whole: layers[: trial.suggest_int(_WHOLE_COUNTS[whole], 0, len(layers))]
+            for whole, layers in self.whole.items()
+            if layers
+        }
+        for name, whole in _WITHOUT.items():
+            changes[name] = tuple(sorted({*gone.get("layer", ()), *gone.get(whole, ())}))
         return replace(self.budget, **changes)
+
+    def _removed(self, **counts: int) -> dict[str, int]:
+        """The parameters with which so many attentions, feed-forwards or layers go whole, or as many as may."""
+        possible = {whole: len(layers) for whole, layers in self.whole.items() if layers}
+        return {_WHOLE_COUNTS[whole]: min(counts.get(whole, 0), most) for whole, most in possible.items()}
 
     def _nearest_feasible(self, candidate: Candidate) -> Candidate:
         """The candidate itself where no budget near it can be met either."""
@@ -224,9 +245,12 @@ class SearchSpace:
         return candidate
 
     def _relaxed(self, budget: Budget) -> Iterator[Budget]:
-        """The budget, then ever more to take it from: a layer less protected, at the end that protects more, and when
-        none is left, more heads."""
+        """The budget, then without parts that go whole, then ever more to take it from: a layer less protected, at the
+        end that protects more, and when none is left, more heads."""
         yield budget
+        if budget.without_attention or budget.without_feed_forward:
+            budget = replace(budget, without_attention=(), without_feed_forward=())
+            yield budget
         while budget.layout == "per-layer":
             protected = {
                 name: layers
@@ -247,6 +271,7 @@ class SearchSpace:
             "heads": "some" if self.budget.head_share else "none",
             "protect_first": min(self.budget.protect_first, MOST_PROTECTED_FIRST),
             "protect_last": min(self.budget.protect_last, MOST_PROTECTED_LAST),
+            **self._removed(),
         }
 
     def _searched_only(self, parameters: dict[str, Any]) -> dict[str, Any]:
@@ -260,7 +285,7 @@ class SearchSpace:
         skipped |= {*TERMS, *_families(list(TERMS.values()))} - {*_families(self._terms)}
         skipped -= {term.name for term in self._terms}
         if _GIVEN_BUDGET in given:
-            skipped |= {"heads", *_ALLOCATION}
+            skipped |= {"heads", *_ALLOCATION, *_WHOLE_COUNTS.values()}
         if "head_share" in skipped:
             skipped.add("heads")
         if parameters.get("heads") == "none":
@@ -270,6 +295,13 @@ class SearchSpace:
         return {name: value for name, value in parameters.items() if name not in skipped}
 
 
+# The parameters that say how many go whole, and the fields of the budget that say which.
+_WHOLE_COUNTS: dict[Whole, str] = {
+    "attention": "attentions_removed",
+    "feed-forward": "feed_forwards_removed",
+    "layer": "layers_removed",
+}
+_WITHOUT: dict[str, Whole] = {"without_attention": "attention", "without_feed_forward": "feed-forward"}
 _ALLOCATION = ("head_share", "tilt", "bend", "ranking", "protect_first", "protect_last")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +24,7 @@ from adapruner.models import (
 from adapruner.planning import PruningPlan
 from adapruner.structure import Block, Structure
 from adapruner.surgery._compensation import Compensation
+from adapruner.surgery._cut import kept_layers
 
 # Share of the error of earlier layers that a layer makes up for (see docs/benchmarks.md). With all of it, a layer bends
 # to repair what it cannot and does worse on other text; with none, it is fitted to inputs that it will not see.
@@ -60,6 +62,7 @@ def compensate_sequentially(
             model that is run is a copy of the one that is kept.
     """
     cut = {number: structure.blocks[number] for number in _cut_blocks(structure, plan)}
+    new_number = {layer: new for new, layer in enumerate(kept_layers(structure, plan))}
     with torch.inference_mode():
         entered = enter_layers(dense, windows.split(batch_size))
         dense_states = [state for state, _ in entered]
@@ -68,12 +71,18 @@ def compensate_sequentially(
             if index <= max((block.layer for block in cut.values()), default=-1):
                 calls = [of_batch[index] for _, of_batch in entered]
                 blocks = {number: block for number, block in cut.items() if block.layer == index}
-                with loaded_layer(dense, index) as dense_layer, loaded_layer(pruned, index) as pruned_layer:
-                    before, after = _Layer(dense_layer, calls, dense_states), _Layer(pruned_layer, calls, pruned_states)
+                with contextlib.ExitStack() as loaded:
+                    before = _Layer(loaded.enter_context(loaded_layer(dense, index)), calls, dense_states)
+                    if index not in new_number:
+                        before.advance()
+                        continue
+                    of_pruned = loaded.enter_context(loaded_layer(pruned, new_number[index]))
+                    after = _Layer(of_pruned, calls, pruned_states)
                     for number, block in blocks.items():
                         weight = _refit(before, after, block, dampings[number], carried_share)
                         if on_refit:
-                            on_refit(block.row_wise.parameter, weight)
+                            own = block.row_wise.parameter
+                            on_refit(own.replace(f".{index}.", f".{new_number[index]}.", 1), weight)
                     if not any(block.kind == "channels" for block in blocks.values()):
                         before.advance()
                         after.advance()
@@ -104,11 +113,11 @@ def refit_sequentially(
 
 
 def _cut_blocks(structure: Structure, plan: PruningPlan) -> list[int]:
-    """The numbers of the blocks of which groups are removed and that one projection reads."""
+    """The numbers of the blocks of which some groups are removed and that one projection reads."""
     return [
         number
         for number, (block, kept) in enumerate(zip(structure.blocks, plan.blocks, strict=True))
-        if len(kept.kept) < kept.groups and block.is_projected and not block.experts
+        if 0 < len(kept.kept) < kept.groups and block.is_projected and not block.experts
     ]
 
 

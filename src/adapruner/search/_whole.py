@@ -1,0 +1,92 @@
+"""In which order attentions, feed-forwards and layers go whole: greedily, by the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from adapruner.evaluation import Prefix, compute_prefix, losses_by_batch
+from adapruner.models import Whole, without_parts
+from adapruner.structure import Structure
+
+# How many of each go at most, and which part of the parameters that are to go.
+MOST_WHOLE, _LARGEST_PART = 6, 0.5
+# Of the layers that are left, so many of those whose loss was least before are measured again after every removal.
+_MEASURED_AGAIN = 4
+
+
+class RemovalOrders(BaseModel):
+    """The layers whose attention, feed-forward or all goes first, second and so on, and the loss after each."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    layers: dict[Whole, tuple[int, ...]]
+    losses: dict[Whole, tuple[float, ...]]
+
+    def shortened(self, structure: Structure, ratio: float) -> dict[Whole, tuple[int, ...]]:
+        """The layers in each order, as far as they are not more than half of what is to go."""
+        most, shortened = _LARGEST_PART * ratio * structure.total_parameters, dict[Whole, tuple[int, ...]]()
+        for whole, layers in self.layers.items():
+            sizes = structure.whole_parameters(whole)
+            shortened[whole] = layers[: sum(size <= most for size in accumulate(sizes[layer] for layer in layers))]
+        return shortened
+
+
+def removal_orders(
+    model: PreTrainedModel,
+    structure: Structure,
+    windows: Tensor,
+    candidates: Mapping[Whole, Sequence[int]],
+    progress: Callable[[int], None] | None = None,
+) -> RemovalOrders:
+    """Removes one attention after another, each time the one without which the loss is least, and likewise
+    feed-forwards and layers (BlockPruner, arXiv 2406.10594; second stage of 2SSP, arXiv 2501.17771). A candidate is
+    judged from the hidden state in front of it on; after the first round only the most promising are.
+
+    Args:
+        windows: [windows, tokens], int64.
+        candidates: the layers that can lose it, for each part.
+        progress: called with 1 after every removal.
+    """
+    layers, losses = dict[Whole, tuple[int, ...]](), dict[Whole, tuple[float, ...]]()
+    for whole, own in candidates.items():
+        layers[whole], losses[whole] = _greedily(model, structure, windows, whole, own, progress)
+    return RemovalOrders(layers=layers, losses=losses)
+
+
+def _greedily(
+    model: PreTrainedModel,
+    structure: Structure,
+    windows: Tensor,
+    whole: Whole,
+    candidates: Sequence[int],
+    progress: Callable[[int], None] | None,
+) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    gone: list[int] = []
+    losses: list[float] = []
+    last_known = dict.fromkeys(candidates, 0.0)
+    prefix = compute_prefix(model, windows, structure.layers)
+    while last_known and len(gone) < MOST_WHOLE:
+        with without_parts(model, whole, gone, prefix.calls[0]):
+            prefix = compute_prefix(model, windows, structure.layers) if gone else prefix
+        promising = sorted(last_known, key=last_known.__getitem__)[: _MEASURED_AGAIN if gone else None]
+        for layer in promising:
+            last_known[layer] = _loss_without(model, windows, whole, [*gone, layer], prefix)
+        best = min(promising, key=last_known.__getitem__)
+        gone.append(best)
+        losses.append(last_known.pop(best))
+        if progress:
+            progress(1)
+    return tuple(gone), tuple(losses)
+
+
+def _loss_without(model: PreTrainedModel, windows: Tensor, whole: Whole, gone: list[int], prefix: Prefix) -> float:
+    """Nats per token, without the parts of some layers, the last of which was not yet gone in the prefix."""
+    with without_parts(model, whole, gone, prefix.calls[0]):
+        batches = list(losses_by_batch(model, windows, prefix=prefix, prefix_layers=gone[-1]))
+    return float(torch.cat(batches).mean())
