@@ -18,6 +18,7 @@ from adapruner.calibration._sources import (
     parse_source,
     register_sources,
 )
+from adapruner.calibration._streaming import stream_documents
 
 __all__ = [
     "SELF_GENERATED",
@@ -37,5 +38,6 @@ __all__ = [
     "read_records",
     "register_sources",
     "save_texts",
+    "stream_documents",
     "text_windows",
 ]
