@@ -390,7 +390,9 @@ def _measure_perplexity(
     windows = sum(len(text.windows) for text in texts.values())
     with job.prepared.reporter.stage("evaluating", windows) as advance:
         return {
-            name: measure_perplexity(evaluated, text.windows, name, advance, provenance=text.provenance)
+            name: measure_perplexity(
+                evaluated, text.windows, name, advance, text.stride, text.provenance, text.predicted_bytes
+            )
             for name, text in texts.items()
         }
 
