@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from adapruner.errors import AdaPrunerError
-from adapruner.models import ModelLocation, empty_model, quiet_transformers
+from adapruner.models import ModelLocation, new_model, quiet_transformers
 from adapruner.tokens._choosing import Vocabulary
 
 # Fields of configs that hold a token, or lists of them.
@@ -73,7 +73,8 @@ def cut_vocabulary(model: PreTrainedModel, vocabulary: Vocabulary) -> None:
         AdaPrunerError: a tensor changes otherwise.
     """
     config = cut_config(model.config, vocabulary)
-    smaller = empty_model(config)
+    with torch.device("meta"):
+        smaller = new_model(config)
     # A tied weight stands in several modules.
     done: dict[int, nn.Parameter | Tensor] = {}
     kept = torch.tensor(vocabulary.kept)
