@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,15 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+import adapruner
+from adapruner.calibration import parse_source, read_documents
+from adapruner.cli import main
 from adapruner.errors import AdaPrunerError
 from adapruner.models import find_model, load_tokenizer
 from adapruner.tokens import (
     TokenizerParts,
     Vocabulary,
+    VocabularySummary,
     choose_tokens,
     count_tokens,
     cut_tokenizer,
@@ -37,7 +42,8 @@ from adapruner.tokens import (
     foreign_tokens,
     named_tokens,
 )
-from conftest import FAMILY_FIELDS
+from conftest import FAMILY_FIELDS, tiny_model
+from run_helpers import RUN_OPTIONS
 
 # A folder or .gguf file of Gemma 3; its licence keeps it out of the repository.
 GEMMA = os.environ.get("ADAPRUNER_TEST_GEMMA", "")
@@ -199,6 +205,11 @@ def tokenizer_and_cut(kind: str) -> tuple[Any, Any, Vocabulary]:
     return tokenizer, *cut(tokenizer, ENGLISH)
 
 
+def vocabulary_of(kept: Sequence[int], rows: int) -> Vocabulary:
+    summary = VocabularySummary(before=rows, after=len(kept), occurring=1, counted_bytes=1)
+    return Vocabulary(kept=tuple(kept), summary=summary)
+
+
 def cut(tokenizer: Any, texts: list[str], rows: int | None = None, **options: Any) -> tuple[Any, Vocabulary]:
     rows = rows or len(tokenizer)
     parts = TokenizerParts.of(tokenizer)
@@ -206,8 +217,7 @@ def cut(tokenizer: Any, texts: list[str], rows: int | None = None, **options: An
     counted = [count_tokens(tokenizer, [text], rows) for text in texts]
     counts = torch.stack([own for own, _ in counted]).sum(0)
     kept = choose_tokens(parts, counts, {tokenizer.eos_token_id}, **{"multiple": 1} | options)
-    about = {"occurring": int((counts > 0).sum()), "counted_tokens": int(counts.sum())}
-    vocabulary = Vocabulary(rows=rows, kept=kept, counted_bytes=sum(read for _, read in counted), **about)
+    vocabulary = vocabulary_of(kept, rows)
     return cut_tokenizer(tokenizer, parts, vocabulary.new_ids), vocabulary
 
 
@@ -414,7 +424,7 @@ def test_logits_of_kept_tokens_are_unchanged(
     model = random_model(model_type, make_model, tie_word_embeddings=tied)
     generator = torch.Generator().manual_seed(0)
     kept = sorted({0, 1, 2, *torch.randperm(96, generator=generator)[:40].tolist()})
-    vocabulary = Vocabulary(rows=96, kept=kept, occurring=40, counted_tokens=1, counted_bytes=1)
+    vocabulary = vocabulary_of(kept, 96)
     tokens = torch.tensor(kept)[torch.randint(len(kept), (2, 9), generator=generator)]
     renumbered = tokens.clone().apply_(vocabulary.new_ids.__getitem__)
     with torch.no_grad():
@@ -439,7 +449,7 @@ def test_configs_follow(make_model: Callable[..., PreTrainedModel]) -> None:
     assert named_tokens(model.config) == {1, 2, 50}
     assert named_tokens(model.generation_config) == {1, 2, 50, 7, 60, 8, 9}
     kept = (1, 2, 7, 8, 9, 50, 60)
-    cut_vocabulary(model, Vocabulary(rows=96, kept=kept, occurring=7, counted_tokens=1, counted_bytes=1))
+    cut_vocabulary(model, vocabulary_of(kept, 96))
     assert (model.config.bos_token_id, model.config.eos_token_id, model.config.pad_token_id) == (0, [1, 5], None)
     settings = model.generation_config
     assert (settings.eos_token_id, settings.suppress_tokens, settings.bad_words_ids) == ([1, 5], [2, 6], [[3, 4], [6]])
@@ -459,3 +469,175 @@ def test_scripts_that_a_text_has_not_are_foreign() -> None:
     tokens = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
     cyrillic = sum(any("Ѐ" <= sign <= "ӿ" for sign in token) for token in tokens)
     assert foreign["CYRILLIC"] == cyrillic
+
+
+WORDS = [
+    "the",
+    "river",
+    "runs",
+    "through",
+    "old",
+    "town",
+    "past",
+    "mill",
+    "and",
+    "market",
+    "she",
+    "said",
+    "walk",
+    "home",
+    "year",
+    "people",
+    "visited",
+    "naïve",
+    "café",
+]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """A tiny model of many languages, English text, and other English text."""
+    folder = tmp_path_factory.mktemp("vocabulary")
+    tokenizer = byte_level()
+    tiny_model("llama", vocab_size=len(tokenizer) + 7).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    for seed, name in enumerate(("text", "other")):
+        generator = random.Random(seed)
+        paragraphs = [" ".join(generator.choices(WORDS, k=25)) + "." for _ in range(200)]
+        (folder / f"{name}.txt").write_text("\n\n".join(paragraphs))
+    return folder / "model", folder / "text.txt", folder / "other.txt"
+
+
+def test_the_verb_writes_a_model_that_computes_the_same(folders: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    folder, text, _ = folders
+    pruned = adapruner.vocabulary(folder, str(text), tmp_path / "small")
+    summary = pruned.vocabulary
+    before, after = (AutoModelForCausalLM.from_pretrained(path) for path in (folder, pruned.path))
+    assert summary.after == after.config.vocab_size == len(AutoTokenizer.from_pretrained(pruned.path))
+    assert summary.after % 64 == 0
+    for model, parameters in ((before, summary.parameters_before), (after, summary.parameters_after)):
+        assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+    tokenizers = [AutoTokenizer.from_pretrained(path) for path in (folder, pruned.path)]
+    inputs = [one(text.read_text()[:200], return_tensors="pt").input_ids for one in tokenizers]
+    texts = [one.convert_ids_to_tokens(own[0].tolist()) for one, own in zip(tokenizers, inputs, strict=True)]
+    assert texts[0] == texts[1]
+    kept = [tokenizers[0].get_vocab()[token] for token in tokenizers[1].convert_ids_to_tokens(range(summary.after))]
+    with torch.no_grad():
+        assert torch.equal(after(inputs[1]).logits, before(inputs[0]).logits[..., kept])
+    card = (pruned.path / "README.md").read_text()
+    assert "# ⚠ OTHER LANGUAGES THAN THOSE OF THE TEXT BELOW ARE GONE" in card
+    assert "| CYRILLIC |" in card
+    assert str(text.parent) not in card
+    origin = json.loads((pruned.path / "adapruner.json").read_text())
+    assert [record["use"] for record in origin["texts"]] == ["vocabulary"]
+    assert adapruner.evaluate(pruned.path, [str(text)]).overlaps == [
+        f"the perplexity on {text} is optimistic: the checkpoint was given its tokens on text.txt, which holds some of"
+        " the same documents"
+    ]
+
+
+def test_the_command_says_what_was_removed(
+    folders: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, text, other = folders
+    main(["vocabulary", str(folder), "--vocabulary", f"{text},{other}", "-o", str(tmp_path / "small"), "--json"])
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["path"] == str(tmp_path / "small")
+    assert printed["vocabulary"]["counted_bytes"] > 1.9 * text.stat().st_size
+    for arguments, message in (
+        (["--vocabulary", str(text)], "exists: choose another output"),
+        (["--vocabulary", ","], "--vocabulary names no text"),
+        (["--vocabulary", "self"], "can only be used to calibrate"),
+        (["--vocabulary", str(text), "--vocabulary-size", "50", "--overwrite"], "--vocabulary-size 50 is less than"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(["vocabulary", str(folder), "-o", str(tmp_path / "small"), *arguments])
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+def test_text_with_all_tokens_is_refused(folders: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    everything = tmp_path / "all.txt"
+    tokenizer = AutoTokenizer.from_pretrained(folders[0])
+    everything.write_text("\n\n".join(TEXTS + tokenizer.batch_decode([[token] for token in range(len(tokenizer))])))
+    with pytest.raises(AdaPrunerError, match=r"no token can be removed: \d+ of the \d+ tokens occur"):
+        adapruner.vocabulary(folders[0], str(everything), tmp_path / "small", vocabulary_multiple=1024)
+
+
+def test_a_run_counts_the_vocabulary_in_its_ratio(folders: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    folder, text, other = folders
+    options: dict[str, Any] = {**RUN_OPTIONS, "vocabulary": (str(other),), "evaluate": (f"{text}@report",)}
+    alone = adapruner.vocabulary(folder, str(other), tmp_path / "alone").vocabulary
+    share = alone.removed_parameters / alone.parameters_before
+    with pytest.raises(
+        AdaPrunerError, match=rf"`ratio` 0.1 is less than what the vocabulary alone gives, {share:.3f} of"
+    ):
+        adapruner.prune(str(folder), tmp_path / "run", calibration=str(text), **options)
+    options |= {"ratio": round(share + 0.05, 3)}
+    result = adapruner.prune(str(folder), tmp_path / "run", calibration=str(text), **options)
+    numbers = result.result
+    assert numbers.vocabulary == alone
+    assert numbers.removed_share == pytest.approx(options["ratio"], abs=0.005)
+    saved = adapruner.load(result.model_folder)
+    assert numbers.final.parameters == sum(parameter.numel() for parameter in saved.parameters())
+    assert saved.config.vocab_size == alone.after
+    name = f"{text}@report"
+    dense = adapruner.evaluate(folder, [name], seq_len=16).perplexity[0]
+    assert numbers.model("dense").perplexity[name] == dense
+    again = adapruner.evaluate(result.model_folder, [name], seq_len=16).perplexity[0]
+    final = numbers.final.perplexity[name]
+    assert (final.perplexity, final.bits_per_byte) == pytest.approx((again.perplexity, again.bits_per_byte), rel=1e-4)
+    card = (result.model_folder / "README.md").read_text()
+    assert "OTHER LANGUAGES THAN" in card
+    assert "bits per byte on text.txt@report" in card
+    page = result.report.read_text()
+    for expected in ("CYRILLIC", "more tokens than before", "bits per byte", "are gone"):
+        assert expected in page
+    # Nothing is counted again, though the text is not there any more.
+    moved = other.rename(tmp_path / "moved.txt")
+    try:
+        (tmp_path / "run" / "plan.json").unlink()
+        resumed = adapruner.prune(str(folder), tmp_path / "run", calibration=str(text), **options)
+    finally:
+        moved.rename(other)
+    assert resumed.plan.hash == result.plan.hash
+
+
+def test_a_run_on_one_language_of_many_offers_to_prune_the_vocabulary(
+    folders: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    folder, text, _ = folders
+    result = adapruner.prune(str(folder), tmp_path, calibration=str(text), **RUN_OPTIONS)
+    foreign = result.result.foreign
+    assert foreign is not None
+    assert "CYRILLIC" in foreign.scripts
+    tokens = sum(1 for line in result.advice() if "`vocabulary`" in line and "CYRILLIC" in line)
+    assert tokens == (foreign.share >= 0.05) == 1
+
+
+@pytest.mark.parametrize(("stride", "limit"), [(None, None), (7, None), (16, 5)])
+def test_bits_per_byte_are_those_of_the_text(
+    folders: tuple[Path, Path, Path], stride: int | None, limit: int | None, tmp_path: Path
+) -> None:
+    """Against the loss of every token alone, and the bytes of what is between the tokens that are not predicted."""
+    folder, _, _ = folders
+    text = " ".join(ENGLISH + OTHERS[:20])
+    path = tmp_path / "text.txt"
+    path.write_text(text)
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), adapruner.load(folder)
+    number = adapruner.evaluate(folder, [str(path)], seq_len=16, stride=stride, limit=limit).perplexity[0]
+    running = "\n\n".join(read_documents(parse_source(str(path))))
+    encoded = tokenizer(running, return_offsets_mapping=True)
+    ends = [end for _, end in encoded.offset_mapping]
+    starts = list(range(0, len(encoded.input_ids) - 15, stride or 16))
+    starts = starts if limit is None else [starts[index * len(starts) // limit] for index in range(limit)]
+    bits, read = 0.0, 0
+    for position, start in enumerate(starts):
+        window = torch.tensor(encoded.input_ids[start : start + 16])
+        first = 1 if position == 0 or stride is None or stride == 16 else 16 - stride
+        with torch.no_grad():
+            losses = torch.nn.functional.cross_entropy(model(window[None]).logits[0, :-1], window[1:], reduction="none")
+        bits += float(losses[first - 1 :].double().sum()) / math.log(2)
+        read += len(running[ends[start + first - 1] : ends[start + 15]].encode())
+    assert number.predicted_bytes == read
+    assert number.bits_per_byte == pytest.approx(bits / read, rel=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
@@ -153,6 +154,16 @@ def absolute_source(text: str) -> str:
         return text.replace(path, str(given_path(path).absolute()), 1) if _is_folder(path) else text
     absolute = f"{given_path(name).absolute()}{f':{option}' if option else ''}"
     return str(replace(source, name=absolute))
+
+
+def source_names(texts: Sequence[str]) -> list[str]:
+    """The names of datasets, given one by one or several with commas; the path of a file may have commas itself."""
+    return [
+        name
+        for text in texts
+        for name in ([text] if given_path(split_name(text)[0]).is_file() else map(str.strip, text.split(",")))
+        if name
+    ]
 
 
 def place_of(source: Source) -> Place:

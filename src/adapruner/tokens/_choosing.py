@@ -12,41 +12,58 @@ from adapruner.errors import AdaPrunerError
 from adapruner.tokens._tokenizer import TokenizerParts
 
 
-class Vocabulary(BaseModel):
-    """Which tokens are kept, and what that means.
+class VocabularySummary(BaseModel):
+    """What was done to a vocabulary.
 
     Attributes:
-        rows: of the embedding before.
-        kept: ids, ascending; the new id of each is its place.
-        beyond: ids of added tokens that have no row in the embedding, ascending; they come behind the kept ones.
-        occurring: how many different tokens the text has.
-        counted_tokens: tokens of the text.
+        before, after: tokens: rows of the embedding.
+        occurring: different tokens of the text.
         counted_bytes: of the text in UTF-8.
         scripts: tokens before and after, by script.
+        parameters_before, parameters_after: of the model, tied ones counted once, before anything else is removed.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    rows: int
-    kept: tuple[int, ...]
-    beyond: tuple[int, ...] = ()
+    before: int
+    after: int
     occurring: int
-    counted_tokens: int
     counted_bytes: int
     scripts: dict[str, tuple[int, int]] = {}
+    parameters_before: int = 0
+    parameters_after: int = 0
+
+    @property
+    def removed_parameters(self) -> int:
+        return self.parameters_before - self.parameters_after
+
+    @property
+    def sentence(self) -> str:
+        """What was done, in one sentence."""
+        return (
+            f"{self.after:,} of {self.before:,} tokens were kept: the most frequent of the {self.occurring:,} in"
+            f" {self.counted_bytes / 1e6:,.1f} MB of text, what they are merged from, bytes, and special tokens."
+        )
+
+
+class Vocabulary(BaseModel):
+    """Which tokens are kept.
+
+    Attributes:
+        kept: ids, ascending; the new id of each is its place.
+        beyond: ids of added tokens that have no row in the embedding, ascending; they come behind the kept ones.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kept: tuple[int, ...]
+    beyond: tuple[int, ...] = ()
+    summary: VocabularySummary
 
     @cached_property
     def new_ids(self) -> dict[int, int]:
         """By old id."""
         return {old: new for new, old in enumerate((*self.kept, *self.beyond))}
-
-    @property
-    def sentence(self) -> str:
-        """What was done, in a sentence without its end."""
-        return (
-            f"{len(self.kept):,} of {self.rows:,} tokens are kept: {self.occurring:,} that occur in"
-            f" {self.counted_bytes / 1e6:,.1f} MB of text, what they are merged from, bytes, and special tokens"
-        )
 
 
 def choose_tokens(
