@@ -33,11 +33,6 @@ _TEMPLATES = Environment(
 )
 _TEMPLATES.filters |= {"described": described, "perplexity_error": perplexity_error, "shortened": shortened}
 _TEMPLATES.filters["bits"] = bits
-    "described": described,
-    "perplexity_error": perplexity_error,
-    "shortened": shortened,
-    "bits": bits,
-}
 
 
 @dataclass(frozen=True)
