@@ -152,8 +152,8 @@ def _check_one_width(model: PreTrainedModel) -> None:
     biases = [name for name, _ in model.named_parameters() if name.endswith(".bias")]
     if biases:
         raise AdaPrunerError(
-            f"llama.cpp reads no biases in {model.config.model_type} models, this one has {len(biases)} ({biases[0]}, …); prune with a"
-            " compensation that adds none, as `compensation` least-squares"
+            f"llama.cpp reads no biases in {model.config.model_type} models, this one has {len(biases)} ({biases[0]}, …);"
+            " prune with a compensation that adds none, as `compensation` least-squares"
         )
 
 
