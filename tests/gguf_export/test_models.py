@@ -130,7 +130,9 @@ def assert_computes_the_same(path: Path, model: PreTrainedModel, llama_cpp: Llam
     with torch.no_grad():
         expected = model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
     for token, log_probability in opened.next_token_log_probabilities(prompt, 8).items():
-        assert log_probability == pytest.approx(float(expected[token]), abs=1e-4)
+        # llama.cpp looks GELU up in a table of float16.
+        tolerance = 1e-3 if model.config.model_type == "gemma3_text" else 1e-4
+        assert log_probability == pytest.approx(float(expected[token]), abs=tolerance)
 
 
 @pytest.mark.parametrize("fields", [{}, {"tie_word_embeddings": True, "rope_parameters": LINEAR_SCALING}])

@@ -8,7 +8,7 @@ from typing import Any
 
 import gguf
 import pytest
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import Regex, decoders, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import LlamaTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX as QWEN_2
@@ -202,6 +202,8 @@ def test_a_tokenizer_with_fewer_tokens(
     assert_cut_the_same: Callable[..., None],
 ) -> None:
     whole = byte_level() if kind == "bytes" else sentencepiece_like(SPACES)
+    if kind == "characters":
+        whole.backend_tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback()])
     parts, rows = TokenizerParts.of(whole), len(whole)
     counts, _ = count_tokens(whole, texts[:1], rows)
     kept = choose_tokens(parts, counts, (), multiple=1)

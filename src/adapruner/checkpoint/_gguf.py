@@ -151,8 +151,9 @@ def _check_one_width(model: PreTrainedModel) -> None:
         raise AdaPrunerError(f"llama.cpp runs layers that differ in width in Llama, Mistral and Qwen 2 only; {way_out}")
     biases = [name for name, _ in model.named_parameters() if name.endswith(".bias")]
     if biases:
+        family = model.config.model_type
         raise AdaPrunerError(
-            f"llama.cpp reads no biases in {model.config.model_type} models, this one has {len(biases)} ({biases[0]}, …);"
+            f"llama.cpp reads no biases in {family} models, this one has {len(biases)} ({biases[0]}, …);"
             " prune with a compensation that adds none, as `compensation` least-squares"
         )
 
