@@ -27,7 +27,7 @@ from transformers import (
 )
 
 import adapruner
-from adapruner.calibration import parse_source, read_documents
+from adapruner.calibration import parse_source, read_documents, source_names
 from adapruner.cli import main
 from adapruner.errors import AdaPrunerError
 from adapruner.models import find_model, load_tokenizer
@@ -623,3 +623,12 @@ def test_bits_per_byte_are_those_of_the_text(
         read += len(running[ends[start + first - 1] : ends[start + 15]].encode())
     assert number.predicted_bytes == read
     assert number.bits_per_byte == pytest.approx(bits / read, rel=1e-5)
+
+
+def test_names_of_texts_are_separated_by_commas(tmp_path: Path) -> None:
+    odd, records = tmp_path / "a,b.txt", tmp_path / "c.jsonl"
+    for path in (odd, records):
+        path.write_text("")
+    assert source_names([str(odd)]) == [str(odd)]
+    assert source_names([f"{records}:text,c4, wikitext2", "ptb"]) == [f"{records}:text", "c4", "wikitext2", "ptb"]
+    assert source_names([",", ""]) == []

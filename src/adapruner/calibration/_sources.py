@@ -158,12 +158,12 @@ def absolute_source(text: str) -> str:
 
 def source_names(texts: Sequence[str]) -> list[str]:
     """The names of datasets, given one by one or several with commas; the path of a file may have commas itself."""
-    return [
-        name
-        for text in texts
-        for name in ([text] if given_path(split_name(text)[0]).is_file() else map(str.strip, text.split(",")))
-        if name
-    ]
+    names = []
+    for text in texts:
+        name, option = split_name(text)
+        is_one = given_path(name).is_file() and "," not in option
+        names += [text] if is_one else [part.strip() for part in text.split(",")]
+    return [name for name in names if name]
 
 
 def place_of(source: Source) -> Place:
