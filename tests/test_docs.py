@@ -52,6 +52,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "task_limit": 2,
     },
     "recover": SHORT_TRAINING,
+    "vocabulary": {"vocabulary_size": 300, "vocabulary_multiple": 4},
     "evaluate": {"limit": 2},
     "benchmark": {"repetitions": 1, "prompt": 8, "new_tokens": 2},
     "export": {"overwrite": True},  # several pages show the same
@@ -153,7 +154,7 @@ def _workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("ADAPRUNER_DATA", str(folder / "data"))
         alias = ModelLocation(str(folder / "smollm2"))
         patch.setattr("adapruner.models._loading._find_smollm2", lambda: alias)
-        for verb in ("prune", "recover", "evaluate"):
+        for verb in ("prune", "recover", "evaluate", "vocabulary"):
             patch.setattr(adapruner, verb, in_small(verb, getattr(adapruner, verb)))
         first = next(line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("adapruner pr"))
         run_commands(first)
@@ -177,6 +178,8 @@ def run_command(arguments: list[str]) -> None:
     options = dict(SMALL.get(verb, {}))
     if verb == "prune" and {"--recover", "--recipe"} & set(arguments):
         options |= {f"recovery.{name}": value for name, value in SHORT_TRAINING.items()}
+    if verb == "prune" and "--vocabulary" in arguments:
+        options |= SMALL["vocabulary"]
     if "--recipe" in arguments:
         options |= {"tasks": "piqa"}  # in place of seven
     for name, value in options.items():

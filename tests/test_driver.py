@@ -144,7 +144,9 @@ def test_another_description_of_the_family_rebuilds_what_was_measured(
     known = known_architectures()
     other = known["llama"].model_copy(update={"plain_residual": False})
     monkeypatch.setitem(known, "llama", other)
-    with pytest.raises(AdaPrunerError, match=r"another family\): moments, statistics.safetensors, whole.json, search.json"):
+    with pytest.raises(
+        AdaPrunerError, match=r"another family\): moments, statistics.safetensors, whole.json, search.json"
+    ):
         adapruner.prune(str(model_folder), run, calibration=str(text_file), **OPTIONS)
 
 

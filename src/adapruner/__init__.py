@@ -15,7 +15,16 @@ if TYPE_CHECKING:
     from adapruner.pipeline import join, plan_again, prune, prune_ratios
     from adapruner.planning import PruningPlan
     from adapruner.result import PruneResult, RunResult
-    from adapruner.verbs import Evaluation, benchmark, evaluate, export, load, recover
+    from adapruner.verbs import (
+        Evaluation,
+        PrunedVocabulary,
+        benchmark,
+        evaluate,
+        export,
+        load,
+        recover,
+        vocabulary,
+    )
 
 __version__ = "0.1.0"
 
@@ -26,6 +35,7 @@ __all__ = [
     "PruneConfig",
     "PruneOptions",
     "PruneResult",
+    "PrunedVocabulary",
     "PruningPlan",
     "RecoveryOptions",
     "RunResult",
@@ -40,6 +50,7 @@ __all__ = [
     "prune",
     "prune_ratios",
     "recover",
+    "vocabulary",
 ]
 
 # The modules of what is not in `verbs`; importing them, and PyTorch with them, waits until a name is used.

@@ -130,6 +130,15 @@ def _changes_of_leaf(name: str, then: Any, now: Any) -> list[str]:
     return [f"{name} {then.get('text')} → {now['text']}"]
 
 
+def at_hand(now: Any, then: Any) -> Any:
+    """A leaf; of a text that is not at hand, what it was when the artifact was made."""
+    if not isinstance(now, dict) or not isinstance(then, dict):
+        return now
+    if "content" in now:
+        return then if now["content"] is None and now["text"] == then.get("text") else now
+    return {name: at_hand(one, then.get(name)) for name, one in now.items()}
+
+
 def stamps(paths: Iterable[Path], folder: Path) -> dict[str, str]:
     """What tells files apart from others, by their paths in a folder."""
     return {path.relative_to(folder).as_posix(): _stamp(path) for path in sorted(paths)}

@@ -22,6 +22,7 @@ from adapruner.plain_yaml import PlainLoader
 from adapruner.planning import PruningPlan
 from adapruner.recovery import RecoveryRecord
 from adapruner.result import ModelNumbers, Role, RunResult, shown_name
+from adapruner.tokens import VocabularySummary
 
 # The rest of a longer card is not read, nor a longer licence shown.
 _LONGEST_CARD = 2**20
@@ -32,6 +33,7 @@ _LONGEST_GGUF_METADATA = 2**26
 _GGUF_LICENCE = re.compile(rb"\x0f\0\0\0\0\0\0\0general\.license\x08\0\0\0(.{8})(.{,200})", re.DOTALL)
 _LOADING = "## Loading\n\n"
 _NOT_TRAINED = "It was not fine-tuned."
+_MOST_SCRIPTS = 12
 
 
 def model_card(
@@ -52,29 +54,92 @@ def model_card(
     base, licence = shown_name(result.config.model), base_licence(location) or {}
     numbers = list(_numbers(result.model(of)))
     metadata = ModelCardData(
-        license=licence.get("license", "other"),
-        license_name=licence.get("license_name"),
-        license_link=licence.get("license_link"),
+        **_licence_fields(licence),
         base_model=None if location.is_local else result.config.model,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["adapruner", "pruned", config.model_type],
-        model_name=f"{base}, {plan.ratio:.0%} pruned",
+        model_name=f"{base}, {result.removed_share:.0%} pruned",
         eval_results=[number.as_metadata() for number in numbers] or None,
     )
     trained = trained_sentence(result.recovery) if of == "recovered" and result.recovery else _NOT_TRAINED
-    named = licence.get("license_name") or licence.get("license")
+    before, after = result.model("dense").parameters, result.model("searched").parameters
+    tokens = "tokens, " if result.vocabulary else ""
     sections = [
-        f"# {_escaped(base)}, {plan.ratio:.1%} pruned",
-        f"{plan.removed_parameters:,} of the {plan.total_parameters:,} parameters of `{_escaped(base)}` were removed:"
-        f" whole attention heads and feed-forward channels. {trained}",
+        f"# {_escaped(base)}, {result.removed_share:.1%} pruned",
+        f"{before - after:,} of the {before:,} parameters of `{_escaped(base)}` were removed:"
+        f" {tokens}whole attention heads and feed-forward channels. {trained}",
+        *([_tokens_removed(result.vocabulary, result.config.vocabulary)] if result.vocabulary else []),
         "## What was removed\n\n" + _removed(plan),
         "## What it cost\n\n" + _cost(_numbers(result.model("dense")), numbers),
         "## How it was made\n\n" + _made(plan, result),
         _LOADING + _loading(config),
-        f"## Licence\n\nThat of the base model: {_escaped(named) if named else 'see there, it could not be read'}.",
+        _licence_section(licence),
     ]
     return f"---\n{metadata.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
+
+
+def vocabulary_card(
+    location: ModelLocation, config: PreTrainedConfig, base: str, summary: VocabularySummary, texts: Iterable[str]
+) -> str:
+    """The README.md of a model of which tokens were removed and nothing else.
+
+    Args:
+        location: of the base model.
+        config: of the smaller model.
+        base: what the base model is called.
+        texts: whose tokens were kept.
+    """
+    licence = base_licence(location) or {}
+    metadata = ModelCardData(
+        **_licence_fields(licence),
+        base_model=None if location.is_local else base,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["adapruner", "pruned", config.model_type],
+        model_name=f"{base}, fewer tokens",
+    )
+    share = summary.removed_parameters / summary.parameters_before
+    sections = [
+        f"# {_escaped(base)}, fewer tokens",
+        f"{summary.removed_parameters:,} of the {summary.parameters_before:,} parameters ({share:.1%}) of"
+        f" `{_escaped(base)}` were removed: rows of the embedding and the output layer. {_NOT_TRAINED}",
+        _tokens_removed(summary, texts),
+        _LOADING + _loading(config),
+        _licence_section(licence),
+    ]
+    return f"---\n{metadata.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
+
+
+def _tokens_removed(summary: VocabularySummary, texts: Iterable[str]) -> str:
+    """Which languages are gone, and a table of the scripts."""
+    lines = [
+        "# ⚠ OTHER LANGUAGES THAN THOSE OF THE TEXT BELOW ARE GONE",
+        "",
+        "The model can still spell them byte by byte, and was not trained to.",
+        "",
+        f"- {summary.sentence}",
+        f"- text: {', '.join(f'`{_escaped(_public(text))}`' for text in texts)}",
+        "",
+        "| script | tokens before | tokens kept |",
+        "|---|---|---|",
+    ]
+    for script, (before, after) in list(summary.scripts.items())[:_MOST_SCRIPTS]:
+        lines.append(f"| {_escaped(script)} | {before:,} | {after:,} |")
+    return "\n".join(lines)
+
+
+def _licence_fields(licence: dict[str, str]) -> dict[str, Any]:
+    return {
+        "license": licence.get("license", "other"),
+        "license_name": licence.get("license_name"),
+        "license_link": licence.get("license_link"),
+    }
+
+
+def _licence_section(licence: dict[str, str]) -> str:
+    named = licence.get("license_name") or licence.get("license")
+    return f"## Licence\n\nThat of the base model: {_escaped(named) if named else 'see there, it could not be read'}."
 
 
 class _Number(NamedTuple):
@@ -100,7 +165,10 @@ class _Number(NamedTuple):
 
 def _numbers(model: ModelNumbers) -> Iterator[_Number]:
     for text, perplexity in model.perplexity.items():
-        yield _Number(_public(text), "perplexity", perplexity.perplexity, 2, _public(perplexity.protocol))
+        protocol = _public(perplexity.protocol)
+        yield _Number(_public(text), "perplexity", perplexity.perplexity, 2, protocol)
+        if perplexity.bits_per_byte is not None:
+            yield _Number(_public(text), "bits per byte", perplexity.bits_per_byte, 4, protocol)
     for task, score in model.tasks.items():
         for metric, value in score.metrics.items():
             yield _Number(task, metric, value, 4, _public(score.protocol))
@@ -207,7 +275,8 @@ def card_of_recovered(card: str, record: RecoveryRecord) -> str | None:
 def _cost(dense: Iterable[_Number], pruned: list[_Number]) -> str:
     lines = ["| measured | dense | this model | protocol |", "|---|---|---|---|"]
     for before, after in zip(dense, pruned, strict=True):
-        what = f"perplexity on {after.dataset}" if after.metric == "perplexity" else f"{after.dataset}, {after.metric}"
+        is_of_text = after.metric in ("perplexity", "bits per byte")
+        what = f"{after.metric} on {after.dataset}" if is_of_text else f"{after.dataset}, {after.metric}"
         numbers = " | ".join(f"{number.value:.{number.digits}f}" for number in (before, after))
         lines.append(f"| {_escaped(what)} | {numbers} | {_escaped(after.protocol)} |")
     return "\n".join(lines) if pruned else "Not measured."

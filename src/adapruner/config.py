@@ -147,6 +147,17 @@ class PruneOptions(_Options):
         default=(0.2,),
         description="Fraction of all parameters to remove, tied embeddings counted once; repeat it for several models.",
     )
+    vocabulary: tuple[str, ...] = Field(
+        default=(),
+        description="Datasets whose tokens are kept, comma-separated or repeated; the others are removed and count"
+        " towards the ratio. By default all tokens are kept.",
+    )
+    vocabulary_size: int | None = Field(
+        default=None, ge=1, description="Maximum number of tokens to keep, the most frequent ones."
+    )
+    vocabulary_multiple: Count = Field(
+        default=64, description="The number of kept tokens is rounded up to a multiple of this."
+    )
     ratio_of: RatioOf = Field(
         default="parameters",
         description="What the ratio is a fraction of: all parameters, or the heads and channels of every layer that is"
@@ -317,6 +328,10 @@ class PruneConfig(PruneOptions):
         (
             lambda sequential, compensation: sequential and compensation != "least-squares",
             "`sequential` needs `compensation` least-squares, not {compensation}",
+        ),
+        (
+            lambda vocabulary, vocabulary_size: vocabulary_size is not None and not vocabulary,
+            "`vocabulary_size` needs text to count tokens in: add `vocabulary`",
         ),
         (
             lambda recover, recovery: recover is None and recovery != RecoveryOptions(),

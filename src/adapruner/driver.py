@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from adapruner.artifacts import Artifact, Record
+from adapruner.artifacts import Artifact, Record, at_hand
 from adapruner.errors import AdaPrunerError, NonFiniteError
 from adapruner.files import replace, saying_what_cannot_be_written
 from adapruner.job import Job
@@ -47,7 +47,7 @@ class Driver:
                 name=artifact.name,
                 version=artifact.version,
                 options={name: values.get(name, getattr(config, name)) for name in artifact.options},
-                leaves={name: _at_hand(leaves[name], then and then.leaves.get(name)) for name in artifact.leaves},
+                leaves={name: at_hand(leaves[name], then and then.leaves.get(name)) for name in artifact.leaves},
                 inputs=inputs,
             )
             self.records[artifact.name], self.job.keys[artifact.name] = record, record.key
@@ -146,15 +146,6 @@ class Driver:
             artifact.form.save(value, partial)
             replace(partial, path)
         folder.finish(artifact.name, self.records[artifact.name], artifact.beside)
-
-
-def _at_hand(now: Any, then: Any) -> Any:
-    """A leaf; of a text that is not at hand, what it was when the artifact was made."""
-    if not isinstance(now, dict) or not isinstance(then, dict):
-        return now
-    if "content" in now:
-        return then if now["content"] is None and now["text"] == then.get("text") else now
-    return {name: _at_hand(one, then.get(name)) for name, one in now.items()}
 
 
 def refuse_outdated(drivers: Iterable[Driver], path: Path) -> None:

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from adapruner.artifacts import at_hand
 from adapruner.calibration import (
     EvaluationText,
     Source,
@@ -55,6 +56,18 @@ from adapruner.run import RunFolder
 from adapruner.search import StudyPlace, sqlite_url
 from adapruner.structure import Structure, build_structure
 from adapruner.texts import Texts, assign_texts, report_windows
+from adapruner.tokens import (
+    TokenizerParts,
+    Vocabulary,
+    cut_config,
+    cut_tokenizer,
+    cut_vocabulary,
+    read_generation_config,
+    select_vocabulary,
+)
+
+# The artifact with the chosen tokens.
+VOCABULARY = "vocabulary.json"
 
 # Protected layers at both ends and share of heads, from what hurts least to what reaches furthest.
 _DEFAULT_ALLOCATIONS = ((4, 3, 0.0), (2, 2, 0.0), (1, 1, 0.0), (1, 1, 0.5), (2, 1, 1.0), (0, 0, 1.0))
@@ -87,11 +100,68 @@ class Preparation:
         return resolve_device(self.config.device)
 
     @cached_property
+    def config_given(self) -> PreTrainedConfig:
+        """The config of the given model, with all of its tokens."""
+        config = load_config(self.location)
+        check_length(config, self._seq_len)
+        return config
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary | None:
+        """The tokens that are kept: those that the run has chosen, or else chosen now; None if all are."""
+        if not self.config.vocabulary:
+            return None
+        for folder in (self.folder, *self.others):
+            if self._is_chosen_in(folder):
+                return Vocabulary.model_validate_json((folder.path / VOCABULARY).read_bytes())
+        config = self.config_given
+        with self.reporter.stage("counting tokens") as advance:
+            return select_vocabulary(
+                self.tokenizer_given,
+                config,
+                read_generation_config(self.location, config),
+                self.texts.vocabulary,
+                self.config.vocabulary_size,
+                self.config.vocabulary_multiple,
+                advance,
+            )
+
+    def _is_chosen_in(self, folder: RunFolder) -> bool:
+        record = folder.record(VOCABULARY)
+        if record is None or not folder.is_made(VOCABULARY, record.key):
+            return False
+        leaves = {"model": fingerprint_of_model(self.location), "vocabulary_texts": self._vocabulary_leaf}
+        options = {name: getattr(self.config, name) for name in ("vocabulary_size", "vocabulary_multiple")}
+        return record.options == options and record.leaves == at_hand(leaves, record.leaves)
+
+    @cached_property
+    def _vocabulary_leaf(self) -> dict[str, Any]:
+        return {str(source): _leaf_of_text(source) for source in self.texts.vocabulary}
+
+    @cached_property
     def empty(self) -> PreTrainedModel:
-        """The dense model without weights."""
-        model = empty_model(load_config(self.location))
-        check_length(model.config, self._seq_len)
-        return model
+        """The dense model without weights, with the tokens that are kept."""
+        config = self.config_given
+        return empty_model(cut_config(config, self.vocabulary) if self.vocabulary else config)
+
+    def ratio_of_blocks(self, ratio: float) -> float:
+        """What of the remaining parameters blocks must lose, for a ratio of all parameters of the given model.
+
+        Raises:
+            AdaPrunerError: the vocabulary alone is more than the ratio.
+        """
+        if self.vocabulary is None or self.config.ratio_of == "groups":
+            return ratio
+        summary = self.vocabulary.summary
+        left = ratio * summary.parameters_before - summary.removed_parameters
+        if left <= 0:
+            share = summary.removed_parameters / summary.parameters_before
+            raise AdaPrunerError(
+                f"`ratio` {ratio} is less than what the vocabulary alone gives, {share:.3f} of the"
+                f" {summary.parameters_before:,} parameters: choose a larger ratio, or a larger `vocabulary_size`;"
+                " adapruner vocabulary removes tokens and nothing else"
+            )
+        return left / summary.parameters_after
 
     @property
     def _seq_len(self) -> int:
@@ -109,15 +179,24 @@ class Preparation:
         return build_structure(self.empty, self.config.head_granularity, self.config.expert_granularity)
 
     @cached_property
-    def tokenizer(self) -> Tokenizer:
+    def tokenizer_given(self) -> Tokenizer:
+        """The tokenizer of the given model, with all of its tokens."""
         return load_tokenizer(self.location)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer with the tokens that are kept."""
+        if self.vocabulary is None:
+            return self.tokenizer_given
+        parts = TokenizerParts.of(self.tokenizer_given)
+        return cut_tokenizer(self.tokenizer_given, parts, self.vocabulary.new_ids)
 
     @cached_property
     def layer_wise(self) -> bool:
         """Whether one decoder layer at a time is in memory."""
         if self.config.layer_wise:
             check_streamable(self.location, self.empty.config)
-        budget = reference_budget(self.config, self.structure, max(self.config.ratio))
+        budget = reference_budget(self.config, self.structure, self.ratio_of_blocks(max(self.config.ratio)))
         streamable = is_streamable(self.location, self.empty.config)
         return choose_layer_wise(self.config, self.empty, self.structure, budget, self.device, streamable)
 
@@ -130,8 +209,18 @@ class Preparation:
 
     @cached_property
     def dense(self) -> PreTrainedModel:
-        """The dense model, loaded."""
+        """The dense model, loaded, with the tokens that are kept."""
         self.reporter.note(check_length(self.empty.config, self._seq_len) or "")
+        with self.reporter.stage("loading"):
+            model = load_model(self.location, self.config.dtype, self.config.device, self.layer_wise)
+            if self.vocabulary:
+                cut_vocabulary(model, self.vocabulary)
+        return model
+
+    def load_given(self) -> PreTrainedModel:
+        """The given model with all of its tokens: loaded anew where `dense` has fewer, and kept by nobody."""
+        if self.vocabulary is None:
+            return self.dense
         with self.reporter.stage("loading"):
             return load_model(self.location, self.config.dtype, self.config.device, self.layer_wise)
 
@@ -189,13 +278,21 @@ class Preparation:
     @cached_property
     def report(self) -> dict[str, EvaluationText]:
         """What perplexity is reported on, by name."""
+        return self._report(self.tokenizer, self.empty.config)
+
+    @cached_property
+    def report_given(self) -> dict[str, EvaluationText]:
+        """The same for the given model, with all of its tokens."""
+        return self._report(self.tokenizer_given, self.config_given)
+
+    def _report(self, tokenizer: Tokenizer, of_model: PreTrainedConfig) -> dict[str, EvaluationText]:
         config = self.config
         report = {
-            name: evaluation_text(source, self.tokenizer, config.seq_len, report_windows(config))
+            name: evaluation_text(source, tokenizer, config.seq_len, report_windows(config))
             for name, source in self.texts.report.items()
         }
         for text in report.values():
-            check_tokens(self.empty.config, int(text.windows.max()))
+            check_tokens(of_model, int(text.windows.max()))
         return report
 
     @cached_property
@@ -254,6 +351,7 @@ class Preparation:
             "precision": precision,
             "terms": {name: [term.family, term.share, sorted(term.needs)] for name, term in TERMS.items()},
             "recovery_text": _leaf_of_text(self.texts.recovery),
+            "vocabulary_texts": self._vocabulary_leaf,
         }
 
 
@@ -282,7 +380,7 @@ class Job:
 
     def budget(self, ratio: float) -> Budget:
         """What is to be removed at a ratio, from where the options say."""
-        return reference_budget(self.config, self.prepared.structure, ratio)
+        return reference_budget(self.config, self.prepared.structure, self.prepared.ratio_of_blocks(ratio))
 
 
 def reference_budget(config: PruneConfig, structure: Structure, ratio: float) -> Budget:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from adapruner import procedure
-from adapruner.calibration import absolute_source
+from adapruner.calibration import absolute_source, source_names
 from adapruner.checkpoint import check_push, push
 from adapruner.config import PruneConfig, read_recipe
 from adapruner.driver import Driver, refuse_outdated
@@ -261,6 +261,7 @@ def _config(model: str | None, recipe: str | Path | None, options: dict[str, Any
             "objective": config.objective and absolute_source(config.objective),
             "evaluate": tuple(map(absolute_source, config.evaluate)),
             "recover": config.recover and absolute_source(config.recover),
+            "vocabulary": tuple(map(absolute_source, source_names(config.vocabulary))),
         }
     )
 

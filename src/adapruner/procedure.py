@@ -32,7 +32,7 @@ from adapruner.evaluation import (
 )
 from adapruner.files import write_atomically
 from adapruner.importance import needed_statistics
-from adapruner.job import Job, needs_moments, window_counts
+from adapruner.job import VOCABULARY, Job, needs_moments, window_counts
 from adapruner.measurement import (
     Statistics,
     StoredMoments,
@@ -46,7 +46,7 @@ from adapruner.models import Whole, empty_model, find_model, in_fastest_dtype, l
 from adapruner.planning import MOST_CHANNELS, PruningPlan, kept_counts, largest_channel_share
 from adapruner.recovery import DEFAULT_GENERATED_RECORDS, read_record, recover_into, total_steps, window_examples
 from adapruner.report import render_report
-from adapruner.result import TITLES, ModelNumbers, Role, RunResult, shown_name
+from adapruner.result import TITLES, ForeignVocabulary, ModelNumbers, Role, RunResult, shown_name
 from adapruner.search import (
     MOST_PROTECTED_FIRST,
     MOST_WHOLE,
@@ -63,6 +63,7 @@ from adapruner.search import (
 )
 from adapruner.structure import Structure, build_structure
 from adapruner.surgery import Compensation, prune_model, refit_sequentially
+from adapruner.tokens import Vocabulary, foreign_tokens
 
 # Of the calibration pool, on which parts are removed whole.
 _WINDOWS_FOR_WHOLE = 8
@@ -91,14 +92,29 @@ PAGE: Form[str] = Form(
 
 
 @artifact(
+    VOCABULARY,
+    _json(Vocabulary),
+    options="vocabulary_size vocabulary_multiple",
+    leaves="model vocabulary_texts",
+    check=lambda job: job.prepared.vocabulary,
+    is_wanted=lambda config: bool(config.vocabulary),
+    is_result=False,
+)
+def vocabulary(job: Job, work: Path) -> Vocabulary | None:
+    """The tokens that are kept. Everything from here on is of the model and the tokenizer with these alone."""
+    return job.prepared.vocabulary
+
+
+@artifact(
     "windows.safetensors",
     TENSORS,
+    inputs=(vocabulary,),
     options="pool objective_windows final_windows compensation_windows seq_len seed compensation space",
     leaves="model pool_text objective_text",
     check=lambda job: job.prepared.drawn,
     is_result=False,
 )
-def windows(job: Job, work: Path) -> Windows:
+def windows(job: Job, work: Path, vocabulary: Vocabulary | None) -> Windows:
     """The windows of every use, [windows, tokens] each, int64; the dense model writes those that it is to write."""
     prepared, config = job.prepared, job.config
     windows = dict(prepared.drawn)
@@ -112,14 +128,29 @@ def windows(job: Job, work: Path) -> Windows:
 @artifact(
     "evaluation/texts.safetensors",
     REPORT_TEXTS,
+    inputs=(vocabulary,),
     options="evaluate evaluate_windows seq_len",
     leaves="model report_texts",
     check=lambda job: job.prepared.report,
     is_result=False,
 )
-def report_texts(job: Job, work: Path) -> dict[str, EvaluationText]:
+def report_texts(job: Job, work: Path, vocabulary: Vocabulary | None) -> dict[str, EvaluationText]:
     """The windows that perplexity is reported on, by the name of their text; kept, so that no text is needed later."""
     return job.prepared.report
+
+
+@artifact(
+    "evaluation/texts-dense.safetensors",
+    REPORT_TEXTS,
+    options="evaluate evaluate_windows seq_len",
+    leaves="model report_texts",
+    check=lambda job: job.prepared.report_given,
+    is_wanted=lambda config: bool(config.vocabulary),
+    is_result=False,
+)
+def report_texts_dense(job: Job, work: Path) -> dict[str, EvaluationText]:
+    """The same text in the tokens of the given model, where the pruned one has fewer."""
+    return job.prepared.report_given
 
 
 @artifact(
@@ -304,7 +335,7 @@ def plan(job: Job, work: Path, statistics: Statistics, search: SearchResult) -> 
 def plan_at_ratio(job: Job, statistics: Statistics, found: Candidate) -> PruningPlan:
     """The plan of a candidate at the ratio of the job; where the search was at another ratio, whose allocation cannot
     reach this one or only by taking a layer apart, with the allocation that this ratio starts from."""
-    structure, (ratio,) = job.prepared.structure, job.config.ratio
+    structure, ratio = job.prepared.structure, job.prepared.ratio_of_blocks(job.config.ratio[0])
     if found.budget.ratio == ratio:
         return plan_candidate(structure, statistics, found)
     with contextlib.suppress(AdaPrunerError):
@@ -312,7 +343,8 @@ def plan_at_ratio(job: Job, statistics: Statistics, found: Candidate) -> Pruning
         plan = plan_candidate(structure, statistics, at_ratio)
         if largest_channel_share(structure, [len(block.kept) for block in plan.blocks]) <= MOST_CHANNELS:
             return plan
-    return plan_candidate(structure, statistics, found.model_copy(update={"budget": job.budget(ratio)}))
+    budget = job.budget(job.config.ratio[0])
+    return plan_candidate(structure, statistics, found.model_copy(update={"budget": budget}))
 
 
 @artifact(
@@ -348,12 +380,13 @@ def _origin(job: Job, plan: PruningPlan) -> dict[str, Any]:
 @artifact(
     "recovery.safetensors",
     TENSORS,
+    inputs=(vocabulary,),
     options="recovery seed",
     leaves="model precision",
     is_wanted=lambda config: config.recover == SELF_GENERATED,
     is_result=False,
 )
-def training_windows(job: Job, work: Path) -> Windows:
+def training_windows(job: Job, work: Path, vocabulary: Vocabulary | None) -> Windows:
     """Text that the dense model writes for the pruned model to be fine-tuned on."""
     settings, prepared = job.config.recovery, job.prepared
     with prepared.reporter.stage("writing recovery"):
@@ -422,10 +455,14 @@ def _measure_perplexity(
 ) -> dict[str, Perplexity]:
     """The perplexity of a model on every text of the report, by name."""
     evaluated = _model_to_evaluate(job, role, inputs)
+    if role == "dense" and inputs[0] is not None:
+        texts = inputs[0]
     windows = sum(len(text.windows) for text in texts.values())
     with job.prepared.reporter.stage("evaluating", windows) as advance:
         return {
-            name: measure_perplexity(evaluated, text.windows, name, advance, provenance=text.provenance)
+            name: measure_perplexity(
+                evaluated, text.windows, name, advance, text.stride, text.provenance, text.predicted_bytes
+            )
             for name, text in texts.items()
         }
 
@@ -433,14 +470,15 @@ def _measure_perplexity(
 def _measure_tasks(role: Role, job: Job, work: Path, *inputs: Any) -> dict[str, TaskScore]:
     """The scores of a model in every task, by name."""
     tasks, evaluated = job.prepared.tasks, in_fastest_dtype(_model_to_evaluate(job, role, inputs))
+    tokenizer = job.prepared.tokenizer_given if role == "dense" else job.prepared.tokenizer
     with job.prepared.reporter.stage("running tasks", len(tasks)) as advance:
-        return {score.task: score for score in measure_tasks(evaluated, job.prepared.tokenizer, tasks, advance)}
+        return {score.task: score for score in measure_tasks(evaluated, tokenizer, tasks, advance)}
 
 
 def _model_to_evaluate(job: Job, role: Role, inputs: tuple[Any, ...]) -> PreTrainedModel:
     prepared = job.prepared
     if role == "dense":
-        return prepared.dense
+        return prepared.load_given()
     if role == "best_fixed":
         # As that metric is used elsewhere: without compensation, though its trial was compensated as all are.
         return prune_model(prepared.dense, prepared.structure, plan_at_ratio(job, inputs[0], inputs[1].best_fixed))
@@ -451,7 +489,7 @@ perplexity: dict[Role, Artifact[dict[str, Perplexity]]] = {
     role: artifact(
         f"evaluation/perplexity-{role}.json",
         _json(dict[str, Perplexity]),
-        inputs=(report_texts, *inputs),
+        inputs=(report_texts, *([report_texts_dense] if role == "dense" else inputs)),
         options="ratio" if role == "best_fixed" else "",
         leaves="model precision",
         is_wanted=partial(_is_evaluated, role),
@@ -496,10 +534,12 @@ def result(
     by_task = dict(zip(scores, measured[len(perplexity) :], strict=True))
     config_after = load_config(find_model(str(model)))
     after = build_structure(empty_model(config_after)).total_parameters
+    chosen = job.prepared.vocabulary.summary if job.prepared.vocabulary else None
+    before = chosen.parameters_before if chosen else plan.total_parameters
     numbers = [
         ModelNumbers(
             role=role,
-            parameters=plan.total_parameters if role == "dense" else after,
+            parameters=before if role == "dense" else after,
             perplexity=perplexities[role] or {},
             tasks=by_task.get(role) or {},
         )
@@ -514,12 +554,24 @@ def result(
         models=tuple(numbers),
         windows={use: len(each) for use, each in usable(job, windows).items()},
         stages=job.prepared.reporter.finished_stages(),
+        vocabulary=chosen,
+        foreign=None if chosen else _foreign_vocabulary(job, windows),
     )
     folders: dict[Role, Path | None] = {"searched": model, "recovered": recovered}
     for role, folder in folders.items():
         if folder:
             write_card(folder, model_card(job.prepared.location, config_after, plan, result, role))
     return result
+
+
+def _foreign_vocabulary(job: Job, windows: Windows) -> ForeignVocabulary:
+    """What of the vocabulary is written in scripts that the text has no letter of."""
+    prepared, used = job.prepared, torch.cat([each.flatten() for each in windows.values()]).unique().tolist()
+    config = prepared.empty.config
+    scripts = foreign_tokens(prepared.tokenizer, config.vocab_size, used)
+    embeddings = sum(tensor.numel() for tensor in prepared.empty.parameters() if config.vocab_size in tensor.shape[:1])
+    share = embeddings / config.vocab_size * sum(scripts.values()) / prepared.structure.total_parameters
+    return ForeignVocabulary(tokens=sum(scripts.values()), scripts=list(scripts)[:3], share=share)
 
 
 @artifact("report.html", PAGE, inputs=(result,))
@@ -530,7 +582,8 @@ def report(job: Job, work: Path, result: RunResult) -> str:
 
 # Every artifact stands behind its inputs.
 ARTIFACTS: tuple[Artifact[Any], ...] = (
-    *(windows, report_texts, moments, statistics, whole, search, plan, model, training_windows, recovered),
+    *(vocabulary, windows, report_texts, report_texts_dense),
+    *(moments, statistics, whole, search, plan, model, training_windows, recovered),
     *perplexity.values(),
     *scores.values(),
     *(result, report),

@@ -17,9 +17,14 @@ from adapruner.planning import PruningPlan
 from adapruner.progress import StageCost
 from adapruner.recovery import RecoveryRecord
 from adapruner.search import SearchResult
+from adapruner.tokens import VocabularySummary
 
 # From when on people are told about it: a perplexity that has grown so many times, so little text, widths so odd.
 _MUCH_WORSE, _FEW_WINDOWS, _FRIENDLY_MULTIPLE = 2.0, 256, 8
+# The same for bits per byte, which are compared where tokens are others.
+_MANY_MORE_BITS = 1.2
+# Of all parameters, in rows of tokens that text of one language does not need.
+_MUCH_FOREIGN = 0.05
 
 Role = Literal["dense", "best_fixed", "searched", "recovered"]
 TITLES: dict[Role, str] = {
@@ -56,6 +61,19 @@ class ModelNumbers(_Content):
         return mean_accuracies(score.metrics for score in self.tasks.values())
 
 
+class ForeignVocabulary(_Content):
+    """Tokens in scripts that the text of a run has no letter of.
+
+    Attributes:
+        scripts: the most frequent ones.
+        share: of all parameters, that their rows make.
+    """
+
+    tokens: int
+    scripts: list[str]
+    share: float
+
+
 def _versions() -> dict[str, str]:
     packages = {name: version(name) for name in ("adapruner", "torch", "transformers", "optuna")}
     return packages | {"python": platform.python_version()}
@@ -73,6 +91,8 @@ class RunResult(_Content):
         windows: how many there were, by use.
         stages: seconds and peak memory of every stage.
         versions: of the packages that decide numbers.
+        vocabulary: what was done to the vocabulary; None if all tokens are kept.
+        foreign: what could be, if all are.
     """
 
     schema_version: Literal[3] = 3
@@ -84,6 +104,8 @@ class RunResult(_Content):
     windows: dict[str, int]
     stages: dict[str, StageCost]
     versions: dict[str, str] = Field(default_factory=_versions)
+    vocabulary: VocabularySummary | None = None
+    foreign: ForeignVocabulary | None = None
 
     def model(self, role: Role) -> ModelNumbers:
         """The numbers of one of the models."""
@@ -130,14 +152,24 @@ class PruneResult:
         training = "longer fine-tuning" if result.recovery else "fine-tuning with `recover`"
         for text, final in result.final.perplexity.items():
             dense, pruned = result.model("dense").perplexity[text].perplexity, final.perplexity
-            if not pruned <= _MUCH_WORSE * dense:
-                rise = f"rose from {dense:.1f} to {pruned:.1f}"
-                lines.append(f"perplexity on {text} {rise}: {training} or a lower `ratio` helps")
+            what, most, digits = "perplexity", _MUCH_WORSE, 1
+            if result.vocabulary:
+                before, after = result.model("dense").perplexity[text].bits_per_byte, final.bits_per_byte
+                dense, pruned, what, most, digits = before or 0.0, after or 0.0, "bits per byte", _MANY_MORE_BITS, 3
+            if not pruned <= most * dense:
+                rise = f"rose from {dense:.{digits}f} to {pruned:.{digits}f}"
+                lines.append(f"{what} on {text} {rise}: {training} or a lower `ratio` helps")
         count = result.windows.get("compensation")
         if count is not None and count < _FEW_WINDOWS:
             lines.append(
                 f"the remaining weights were fitted on {count} windows of text: more calibration text, or more"
                 " `compensation_windows`, makes a better model"
+            )
+        if result.foreign and result.foreign.share >= _MUCH_FOREIGN:
+            lines.append(
+                f"{result.foreign.tokens:,} tokens are in scripts that the text of this run does not have"
+                f" ({', '.join(result.foreign.scripts)}): `vocabulary` with text of all languages that are needed"
+                f" removes them and others, {result.foreign.share:.0%} of all parameters or more"
             )
         if result.search.advice:
             lines.append(result.search.advice)
@@ -184,11 +216,21 @@ def _table(result: RunResult) -> Table:
     table.add_column("parameters", justify="right")
     for text in texts:
         table.add_column(f"perplexity\n{text}", justify="right")
+        table.add_column("bits per byte", justify="right")
     names = titles(result.config, result.search.best_fixed_name)
     for model in result.models:
-        numbers = (f"{model.perplexity[text].perplexity:.2f}" for text in texts)
-        table.add_row(names[model.role], f"{model.parameters:,}", *numbers)
+        cells = [cell for text in texts for cell in _both(model.perplexity[text])]
+        table.add_row(names[model.role], f"{model.parameters:,}", *cells)
     return table
+
+
+def _both(number: Perplexity) -> tuple[str, str]:
+    return f"{number.perplexity:.2f}", bits(number)
+
+
+def bits(number: Perplexity) -> str:
+    """Bits per byte as they are shown; nothing where bytes were not counted."""
+    return "" if number.bits_per_byte is None else f"{number.bits_per_byte:.4f}"
 
 
 def _task_table(result: RunResult) -> Table:

@@ -7,17 +7,18 @@ trained on the same documents.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-from adapruner.calibration import SELF_GENERATED, Source, content_hash, parse_source, read_documents
+from adapruner.calibration import SELF_GENERATED, Source, content_hash, parse_source, read_documents, source_names
 from adapruner.config import PruneConfig
 from adapruner.errors import AdaPrunerError
 
 # By use: the field of the config, and what was done to the model.
 _FIELDS = {"pool": "calibration", "objective": "objective", "recovery": "recover", "report": "evaluate"}
-_DID = {"pool": "calibrated", "objective": "selected", "recovery": "trained"}
+_DID = {"pool": "calibrated", "objective": "selected", "recovery": "trained", "vocabulary": "given its tokens"}
 # Windows of the dataset that is reported on if none is named.
 DEFAULT_REPORT_WINDOWS = 256
 
@@ -31,12 +32,14 @@ class Texts:
         objective: for judging trials; None if the model generates the text.
         recovery: for training the pruned model; None if it is not trained or a model generates the text.
         report: for the reported perplexity, by the name shown in results.
+        vocabulary: whose tokens are kept; empty if all are.
     """
 
     pool: Source | None
     objective: Source | None
     recovery: Source | None
     report: dict[str, Source]
+    vocabulary: tuple[Source, ...] = ()
 
     @property
     def used(self) -> dict[str, Source]:
@@ -53,11 +56,13 @@ class Texts:
         return [document for source in self.used.values() for document in read_documents(source)]
 
     def as_records(self) -> list[dict[str, str]]:
-        """What a checkpoint records of the sources in `used`: `use`, `text`, `identity`, `part` and `columns`.
+        """What a checkpoint records of the sources in `used` and `vocabulary`: `use`, `text`, `identity`, `part` and
+        `columns`.
 
         A local file is recorded by its name and the hash of its content, without its folder.
         """
-        return [{"use": use} | record_of(source) for use, source in self.used.items()]
+        uses = [*self.used.items(), *(("vocabulary", source) for source in self.vocabulary)]
+        return [{"use": use} | record_of(source) for use, source in uses]
 
 
 def assign_texts(config: PruneConfig, missing_ok: bool = False) -> Texts:
@@ -78,12 +83,16 @@ def assign_texts(config: PruneConfig, missing_ok: bool = False) -> Texts:
     reports = [parse_source(text, "report", missing_ok) for text in config.evaluate]
     if recovery is not None and recovery.identity in {each.identity for each in (pool, objective, *reports) if each}:
         recovery = recovery.restrict("calibration")
+    counted = tuple(parse_source(text, missing_ok=missing_ok) for text in source_names(config.vocabulary))
+    others = {each.identity for each in (pool, objective, recovery, *reports) if each}
+    counted = tuple(source.restrict("calibration") if source.identity in others else source for source in counted)
     texts = Texts(pool, objective, recovery, {})
     identities = {source.identity for source in texts.used.values()}
     reports = [source.restrict("report") if source.identity in identities else source for source in reports]
     _refuse_overlaps(texts, reports)
     reports = reports or _default_reports(texts)
-    return Texts(pool, objective, recovery, {str(source): source for source in reports})
+    _refuse_reported_vocabulary(counted, reports)
+    return Texts(pool, objective, recovery, {str(source): source for source in reports}, counted)
 
 
 def report_windows(config: PruneConfig) -> int | None:
@@ -120,6 +129,17 @@ def _default_reports(texts: Texts) -> list[Source]:
     taken = {(source.identity, source.part) for source in texts.used.values()}
     source = texts.pool or texts.objective
     return [Source(source.name, "report")] if source and (source.identity, "report") not in taken else []
+
+
+def _refuse_reported_vocabulary(counted: Sequence[Source], reports: Sequence[Source]) -> None:
+    for source in counted:
+        for report in reports:
+            if source.identity == report.identity and (
+                source.part == report.part or "all" in (source.part, report.part)
+            ):
+                raise AdaPrunerError(
+                    f"`evaluate` would report on {report}, whose tokens `vocabulary` keeps: name another part or text"
+                )
 
 
 def _refuse_overlaps(texts: Texts, reports: list[Source]) -> None:

@@ -20,6 +20,7 @@ FULL_ATTENTION: dict[str, dict[str, object]] = {
     "mistral": {"sliding_window": None},
     "qwen2": {"use_sliding_window": False, "sliding_window": None, "layer_types": None},
     "qwen3": {},
+    "gemma3_text": {"sliding_window": 8},
 }
 
 

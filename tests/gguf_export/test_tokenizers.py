@@ -8,7 +8,7 @@ from typing import Any
 
 import gguf
 import pytest
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import LlamaTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX as QWEN_2
@@ -16,6 +16,7 @@ from transformers.tokenization_utils_base import generate_merges
 
 from adapruner.checkpoint._gguf import write_gguf
 from adapruner.errors import AdaPrunerError
+from adapruner.tokens import TokenizerParts, choose_tokens, count_tokens, cut_tokenizer
 
 LLAMA_3 = TikTokenConverter().pattern
 # As in the tokenizer.json of Mistral-Nemo.
@@ -190,3 +191,22 @@ def test_refused_merges(
     backend = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True))
     backend.normalizer = PREFIX_AND_SPACES
     assert_refused(with_special_tokens(backend), "would not merge 'a' and 'bc'")
+
+
+@pytest.mark.parametrize("kind", ["bytes", "characters"])
+def test_a_tokenizer_with_fewer_tokens(
+    kind: str,
+    texts: list[str],
+    byte_level: MakeTokenizer,
+    sentencepiece_like: MakeTokenizer,
+    assert_cut_the_same: Callable[..., None],
+) -> None:
+    whole = byte_level() if kind == "bytes" else sentencepiece_like(SPACES)
+    if kind == "characters":
+        whole.backend_tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback()])
+    parts, rows = TokenizerParts.of(whole), len(whole)
+    counts, _ = count_tokens(whole, texts[:1], rows)
+    kept = choose_tokens(parts, counts, (), multiple=1)
+    assert len(kept) < rows
+    fewer = cut_tokenizer(whole, parts, {old: new for new, old in enumerate(kept)})
+    assert_cut_the_same(fewer, texts, *(("gpt2", "gpt-2") if kind == "bytes" else ("llama", "default")))

@@ -17,7 +17,9 @@ from adapruner.calibration._sources import (
     absolute_source,
     parse_source,
     register_sources,
+    source_names,
 )
+from adapruner.calibration._streaming import stream_documents
 
 __all__ = [
     "SELF_GENERATED",
@@ -37,5 +39,7 @@ __all__ = [
     "read_records",
     "register_sources",
     "save_texts",
+    "source_names",
+    "stream_documents",
     "text_windows",
 ]

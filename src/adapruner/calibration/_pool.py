@@ -77,10 +77,19 @@ def text_windows(source: Source, tokenizer: Tokenizer, seq_len: int, stride: int
     Raises:
         AdaPrunerError: the text is shorter than one window.
     """
-    tokens: Tensor = tokenizer("\n\n".join(read_documents(source)), return_tensors="pt", verbose=False).input_ids[0]
-    if len(tokens) < seq_len:
-        raise AdaPrunerError(f"{source} has {len(tokens)} tokens, less than one window of {seq_len}")
-    return tokens.unfold(0, seq_len, stride or seq_len).clone()
+    tokens = torch.tensor(tokenizer(_running_text(source), verbose=False).input_ids)
+    return _cut_into_windows(tokens, source, seq_len, stride)
+
+
+def _running_text(source: Source) -> str:
+    return "\n\n".join(read_documents(source))
+
+
+def _cut_into_windows(numbers: Tensor, source: Source, seq_len: int, stride: int | None) -> Tensor:
+    """[windows, seq_len]: one number for each token, window by window."""
+    if len(numbers) < seq_len:
+        raise AdaPrunerError(f"{source} has {len(numbers)} tokens, less than one window of {seq_len}")
+    return numbers.unfold(0, seq_len, stride or seq_len).clone()
 
 
 def evenly_spaced(windows: Tensor, limit: int | None) -> Tensor:
@@ -98,11 +107,14 @@ class EvaluationText:
         windows: [windows, seq_len], int64.
         stride: tokens between the beginnings of windows.
         provenance: dataset, split, revision and tokenizer.
+        predicted_bytes: UTF-8 bytes of the predicted text; None where the tokenizer does not say which text a token is
+            of.
     """
 
     windows: Tensor
     stride: int
     provenance: dict[str, str]
+    predicted_bytes: int | None = None
 
 
 def evaluation_text(
@@ -114,16 +126,49 @@ def evaluation_text(
         limit: at most so many windows, evenly spaced.
         stride: tokens between the beginnings of windows; by default they do not overlap.
     """
-    windows = evenly_spaced(text_windows(source, tokenizer, seq_len, stride), limit)
+    text = _running_text(source)
+    encoded = tokenizer(text, verbose=False, return_offsets_mapping=tokenizer.is_fast)
+    windows = evenly_spaced(_cut_into_windows(torch.tensor(encoded.input_ids), source, seq_len, stride), limit)
+    read = None
+    if tokenizer.is_fast:
+        until = _bytes_until(text, torch.tensor(encoded.offset_mapping)[:, 1])
+        read = _bytes_predicted(
+            evenly_spaced(_cut_into_windows(until, source, seq_len, stride), limit), stride or seq_len
+        )
     name = Path(tokenizer.name_or_path).name or type(tokenizer).__name__
-    return EvaluationText(
-        windows, stride or seq_len, provenance(source) | {"tokenizer": f"{name}, {len(tokenizer):,} tokens"}
-    )
+    about = provenance(source) | {"tokenizer": f"{name}, {len(tokenizer):,} tokens"}
+    return EvaluationText(windows, stride or seq_len, about, read)
+
+
+def _bytes_until(text: str, ends: Tensor) -> Tensor:
+    """[tokens], int64: UTF-8 bytes of the text up to the end of each token. Special tokens, which have no text, end
+    where the token before them does.
+
+    Args:
+        ends: [tokens], int64: how many characters the text has up to there; 0 for special tokens.
+    """
+    points = torch.frombuffer(bytearray(text.encode("utf-32-le")), dtype=torch.int32)
+    widths = 1 + (points >= 0x80).long() + (points >= 0x800).long() + (points >= 0x10000).long()
+    until = torch.cat([torch.zeros(1, dtype=torch.int64), widths.cumsum(0)])
+    return until[ends.cummax(0).values]
+
+
+def _bytes_predicted(until: Tensor, stride: int) -> int:
+    """The bytes of all predicted tokens: of all but the first of a window, and where windows overlap, of the last
+    `stride` of each window behind the first.
+
+    Args:
+        until: [windows, seq_len], int64, see `_bytes_until`.
+    """
+    context = torch.full((len(until), 1), max(until.shape[1] - stride, 1))
+    context[0] = 1
+    return int((until[:, -1:] - until.gather(1, context - 1)).sum())
 
 
 def save_texts(texts: dict[str, EvaluationText], path: Path) -> None:
     """Writes texts to report on, by name, to a safetensors file."""
-    about = {name: {"stride": text.stride, "provenance": text.provenance} for name, text in texts.items()}
+    names = ("stride", "provenance", "predicted_bytes")
+    about = {title: {name: getattr(text, name) for name in names} for title, text in texts.items()}
     save_file({name: text.windows for name, text in texts.items()}, path, {"texts": json.dumps(about)})
 
 

@@ -16,7 +16,16 @@ import datasets
 import pyarrow.parquet
 from huggingface_hub.utils import logging as hub_logging
 
-from adapruner.calibration._sources import HubData, Place, Source, known_sources, place_of, refuse_missing, split_name
+from adapruner.calibration._sources import (
+    HubData,
+    Part,
+    Place,
+    Source,
+    known_sources,
+    place_of,
+    refuse_missing,
+    split_name,
+)
 from adapruner.errors import AdaPrunerError, reason
 
 # Tenths of the documents, by hash, that belong to each part.
@@ -34,7 +43,7 @@ def read_documents(source: Source) -> list[str]:
     Raises:
         AdaPrunerError: it cannot be read, or has no text.
     """
-    documents = [_joined(row) for row in read_records(source)]
+    documents = [joined(row) for row in read_records(source)]
     if not any(document.strip() for document in documents):
         raise AdaPrunerError(f"there is no text in {source}")
     return documents
@@ -46,8 +55,7 @@ def read_records(source: Source) -> list[Row]:
     Raises:
         AdaPrunerError: it cannot be read.
     """
-    rows, tenths = _rows_of(source)[0], _TENTHS.get(source.part)
-    return [row for row in rows if tenths is None or _tenth(_joined(row)) in tenths]
+    return [row for row in _rows_of(source)[0] if is_of_part(joined(row), source.part)]
 
 
 def provenance(source: Source) -> dict[str, str]:
@@ -82,11 +90,19 @@ def content_hash(source: Source) -> str | None:
         assert place.hub is not None
         return _hash(place.hub.model_dump_json(), place.split, *_sizes(Path(place.hub.path)))
     if place.path.is_file():
-        return hashlib.sha256(place.path.read_bytes()).hexdigest()
+        return _hash_of_file(place.path)
     if place.path.is_dir():
         state = place.path / "state.json"
         return _hash(state.read_text(encoding="utf-8") if state.is_file() else "", *_sizes(place.path))
     return None
+
+
+def _hash_of_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _hash(*parts: str) -> str:
@@ -104,12 +120,23 @@ def _files_in(path: Path) -> list[Path]:
 def _rows_of(source: Source) -> tuple[list[Row], dict[str, str]]:
     """All rows, and which dataset, split and revision they are of."""
     place = place_of(source)
-    refuse_missing(place)
-    try:
+    with reading(source):
         local = place.path if place.hub is None or place.path is not None else Path(place.hub.path)
         assert local is not None
         stamps = [(str(file.absolute()), file.stat()) for file in _files_in(local)]
         return _read(place, tuple((name, each.st_ino, each.st_size, each.st_mtime_ns) for name, each in stamps))
+
+
+@contextlib.contextmanager
+def reading(source: Source) -> Iterator[None]:
+    """Turns what libraries raise over a dataset into one line.
+
+    Raises:
+        AdaPrunerError: in their place, or because a local file is missing.
+    """
+    refuse_missing(place_of(source))
+    try:
+        yield
     except StopIteration:  # what datasets makes of an empty file
         raise AdaPrunerError(f"cannot read {source.name!r}: there is nothing in it") from None
     except (OSError, ValueError, LookupError, RuntimeError, datasets.exceptions.DatasetsError) as error:
@@ -130,9 +157,9 @@ def _read(place: Place, stamp: tuple[object, ...]) -> tuple[list[Row], dict[str,
     elif place.path.is_dir():
         dataset = datasets.load_from_disk(str(place.path))
         name, revision = place.name, f"local copy {dataset._fingerprint}"
-        rows = _columns_of(dataset, place.columns, place.limit)
+        rows = list(columns_of(dataset, place.columns, place.limit))
     else:
-        name, revision = place.name, f"sha256 {hashlib.sha256(place.path.read_bytes()).hexdigest()[:12]}"
+        name, revision = place.name, f"sha256 {_hash_of_file(place.path)[:12]}"
         rows = _read_file(place, place.path)
     return rows, {"data_set": name, "split": place.split, "revision": revision}
 
@@ -140,19 +167,19 @@ def _read(place: Place, stamp: tuple[object, ...]) -> tuple[list[Row], dict[str,
 def _read_hub(place: Place, hub: HubData) -> tuple[list[Row], str]:
     """The rows of a Hub dataset, and its revision."""
     arguments = hub.model_dump(exclude_none=True)
-    with _quiet_datasets():
+    with quiet_datasets():
         dataset = datasets.load_dataset(**arguments, split=place.split, streaming=place.limit is not None)
         columns = place.columns
         if place.limit is None:  # a streamed dataset may not know its columns
-            columns = _text_columns(dataset.column_names, hub.path, columns)
-        rows = _columns_of(dataset, columns, place.limit)
+            columns = text_columns(dataset.column_names, hub.path, columns)
+        rows = list(columns_of(dataset, columns, place.limit))
     # The commit that was read is part of the addresses of the files, where they were downloaded.
     commit = re.search(r"@([0-9a-f]{40})/", " ".join(dataset.info.download_checksums or {}))
     return rows, commit[1][:12] if commit else hub.revision or "main"
 
 
 @contextlib.contextmanager
-def _quiet_datasets() -> Iterator[None]:
+def quiet_datasets() -> Iterator[None]:
     """Silences datasets and the Hub for a while: what they log about a broken file or no network, they raise too."""
     verbosity, bars = datasets.logging.get_verbosity(), datasets.is_progress_bar_enabled()
     of_hub = hub_logging.get_verbosity()
@@ -171,12 +198,13 @@ def _quiet_datasets() -> Iterator[None]:
 def _read_file(place: Place, path: Path) -> list[Row]:
     if path.suffix == ".parquet":
         names = pyarrow.parquet.read_schema(path).names
-        columns = _text_columns(names, str(path), place.columns)
-        return _columns_of(pyarrow.parquet.read_table(path, columns=list(columns)).to_pylist(), columns, place.limit)
+        columns = text_columns(names, str(path), place.columns)
+        rows = pyarrow.parquet.read_table(path, columns=list(columns)).to_pylist()
+        return list(columns_of(rows, columns, place.limit))
     if path.suffix in (".jsonl", ".json"):
         rows = _read_json(path)
-        columns = _text_columns(list(dict.fromkeys(name for row in rows for name in row)), str(path), place.columns)
-        return _columns_of(rows, columns, place.limit)
+        columns = text_columns(list(dict.fromkeys(name for row in rows for name in row)), str(path), place.columns)
+        return list(columns_of(rows, columns, place.limit))
     # Some editors begin a file with a mark that is no part of the text.
     text = path.read_text(encoding="utf-8-sig")
     if place.lines == "paragraphs":
@@ -202,10 +230,25 @@ def _read_json(path: Path) -> list[dict[str, Any]]:
         records = {place: _parsed(line, place) for place, line in lines.items()}
     if not records:
         raise ValueError("there is nothing in it")
-    for place, record in records.items():
-        if not isinstance(record, dict):
-            raise ValueError(f'{place} is no JSON object with fields, as {{"text": …}}')
-    return list(records.values())
+    return [_checked(record, place) for place, record in records.items()]
+
+
+def parsed_line(line: str, place: str) -> dict[str, Any]:
+    """The object on a line of a file.
+
+    Args:
+        place: which line, for messages.
+
+    Raises:
+        ValueError: it is something else; with the place.
+    """
+    return _checked(_parsed(line, place), place)
+
+
+def _checked(record: Any, place: str) -> dict[str, Any]:
+    if not isinstance(record, dict):
+        raise ValueError(f'{place} is no JSON object with fields, as {{"text": …}}')
+    return record
 
 
 def _parsed(text: str, place: str) -> Any:
@@ -215,7 +258,14 @@ def _parsed(text: str, place: str) -> Any:
         raise ValueError(f"{place} is no JSON: {getattr(error, 'msg', reason(error))}") from None
 
 
-def _text_columns(columns: list[str], name: str, wanted: tuple[str, ...]) -> tuple[str, ...]:
+def text_columns(columns: list[str], name: str, wanted: tuple[str, ...]) -> tuple[str, ...]:
+    """The columns that hold the text.
+
+    Args:
+        columns: existing ones.
+        name: of the dataset, for messages.
+        wanted: those that the user named.
+    """
     if wanted and set(wanted) <= set(columns):
         return wanted
     if wanted or not columns:
@@ -232,11 +282,10 @@ def _text_columns(columns: list[str], name: str, wanted: tuple[str, ...]) -> tup
     )
 
 
-def _columns_of(rows: Iterable[dict[str, Any]], columns: tuple[str, ...], limit: int | None) -> list[Row]:
-    return [
-        {column: _text_of(row, column, number) for column in columns}
-        for number, row in enumerate(itertools.islice(rows, limit), 1)
-    ]
+def columns_of(rows: Iterable[dict[str, Any]], columns: tuple[str, ...], limit: int | None) -> Iterator[Row]:
+    """The texts of rows, at most `limit` of them, as they are read."""
+    for number, row in enumerate(itertools.islice(rows, limit), 1):
+        yield {column: _text_of(row, column, number) for column in columns}
 
 
 def _text_of(row: dict[str, Any], column: str, number: int) -> str | None:
@@ -253,9 +302,12 @@ def _text_of(row: dict[str, Any], column: str, number: int) -> str | None:
     return text
 
 
-def _joined(row: Row) -> str:
+def joined(row: Row) -> str:
+    """The document that a row is."""
     return "\n".join(value for value in row.values() if value)
 
 
-def _tenth(document: str) -> int:
-    return int.from_bytes(hashlib.sha256(document.encode()).digest()[:8], "big") % 10
+def is_of_part(document: str, part: Part) -> bool:
+    """Whether a document belongs to a part, by the hash of its text."""
+    tenths = _TENTHS.get(part)
+    return tenths is None or int.from_bytes(hashlib.sha256(document.encode()).digest()[:8], "big") % 10 in tenths

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
@@ -153,6 +154,16 @@ def absolute_source(text: str) -> str:
         return text.replace(path, str(given_path(path).absolute()), 1) if _is_folder(path) else text
     absolute = f"{given_path(name).absolute()}{f':{option}' if option else ''}"
     return str(replace(source, name=absolute))
+
+
+def source_names(texts: Sequence[str]) -> list[str]:
+    """The names of datasets, given one by one or several with commas; the path of a file may have commas itself."""
+    names = []
+    for text in texts:
+        name, option = split_name(text)
+        is_one = given_path(name).is_file() and "," not in option
+        names += [text] if is_one else [part.strip() for part in text.split(",")]
+    return [name for name in names if name]
 
 
 def place_of(source: Source) -> Place:

@@ -79,17 +79,20 @@ def write_gguf(model: PreTrainedModel, tokenizer: Tokenizer, path: Path, gguf_ty
 def check_gguf(model: PreTrainedModel) -> None:
     """Raises AdaPrunerError if llama.cpp would not compute what the model computes; it needs no weights for that."""
     config = model.config
-    if config.model_type not in (*_LLAMA_LIKE, "qwen3"):
+    if config.model_type not in (*_LLAMA_LIKE, "qwen3", "gemma3_text"):
         raise AdaPrunerError(
-            f"GGUF export knows {', '.join(_LLAMA_LIKE)} and qwen3, not {config.model_type!r};"
+            f"GGUF export knows {', '.join(_LLAMA_LIKE)}, qwen3 and gemma3_text, not {config.model_type!r};"
             " use llama.cpp's own converter on a uniform checkpoint"
         )
+    if config.model_type == "gemma3_text":
+        _check_gemma3(model)
+        return
     if config.hidden_act != "silu":
         raise AdaPrunerError(f"llama.cpp computes this family with silu only, not with {config.hidden_act}")
     _check_attends_to_everything(config)
     _check_rope(config)
     if config.model_type == "qwen3":
-        _check_qwen3(model)
+        _check_one_width(model)
 
 
 def _check_attends_to_everything(config: PreTrainedConfig) -> None:
@@ -116,8 +119,33 @@ def _check_rope(config: PreTrainedConfig) -> None:
         )
 
 
-def _check_qwen3(model: PreTrainedModel) -> None:
-    """llama.cpp's architecture `qwen3` takes one width for all layers, and no biases."""
+def _check_gemma3(model: PreTrainedModel) -> None:
+    """llama.cpp's architecture `gemma3` takes one width for all layers, and much of what a config says as given."""
+    _check_one_width(model)
+    config, rope = model.config, model.config.rope_parameters
+    layers = config.num_hidden_layers
+    given = {
+        "hidden_activation": (config.hidden_activation, "gelu_pytorch_tanh"),
+        "layer_types": (config.layer_types, _gemma3_layer_types(layers)),
+        "query_pre_attn_scalar": (config.query_pre_attn_scalar, _head_dim(config)),
+        "final_logit_softcapping": (config.final_logit_softcapping, None),
+        "attn_logit_softcapping": (config.attn_logit_softcapping, None),
+        "use_bidirectional_attention": (bool(config.use_bidirectional_attention), False),
+        "rope_parameters": (rope["sliding_attention"], {"rope_type": "default", "rope_theta": 10_000.0}),
+        "rope_type of full_attention": (rope["full_attention"]["rope_type"], "default"),
+    }
+    for name, (value, expected) in given.items():
+        if value != expected:
+            raise AdaPrunerError(f"llama.cpp computes gemma3 with {name} {expected} only, not {value}")
+
+
+def _gemma3_layer_types(layers: int) -> list[str]:
+    """Every sixth layer attends to everything."""
+    return ["sliding_attention" if (layer + 1) % 6 else "full_attention" for layer in range(layers)]
+
+
+def _check_one_width(model: PreTrainedModel) -> None:
+    """llama.cpp's architectures beside `llama` and `deci` take one width for all layers, and no biases."""
     way_out = (
         "use `adapruner export --to stock`, which pads all layers to the widest, and llama.cpp's own converter on that,"
         " or prune with `layout` uniform"
@@ -126,9 +154,10 @@ def _check_qwen3(model: PreTrainedModel) -> None:
         raise AdaPrunerError(f"llama.cpp runs layers that differ in width in Llama, Mistral and Qwen 2 only; {way_out}")
     biases = [name for name, _ in model.named_parameters() if name.endswith(".bias")]
     if biases:
+        family = model.config.model_type
         raise AdaPrunerError(
-            f"llama.cpp reads no biases in qwen3 models, this one has {len(biases)} ({biases[0]}, …); prune with a"
-            " compensation that adds none, as `compensation` least-squares"
+            f"llama.cpp reads no biases in {family} models, this one has {len(biases)} ({biases[0]}, …);"
+            " prune with a compensation that adds none, as `compensation` least-squares"
         )
 
 
@@ -149,6 +178,8 @@ def _written_counts(config: PreTrainedConfig) -> list[tuple[int, int, int]]:
 
 def _llama_cpp_architecture(config: PreTrainedConfig) -> str:
     """`deci` computes what `llama` computes, with counts that may differ from layer to layer."""
+    if config.model_type == "gemma3_text":
+        return "gemma3"
     if len(set(_layer_counts(config))) > 1:
         return "deci"
     if config.model_type == "qwen3" or (config.model_type == "qwen2" and _is_plain_qwen2(config)):
@@ -182,7 +213,11 @@ def _add_hyperparameters(writer: GGUFWriter, config: PreTrainedConfig) -> None:
     writer.add_key_length(_head_dim(config))
     writer.add_value_length(_head_dim(config))
     writer.add_rope_dimension_count(_head_dim(config))
-    _add_rope(writer, config.rope_parameters)
+    if config.model_type == "gemma3_text":
+        writer.add_sliding_window(config.sliding_window)
+        writer.add_rope_freq_base(config.rope_parameters["full_attention"]["rope_theta"])
+    else:
+        _add_rope(writer, config.rope_parameters)
 
 
 def _add_rope(writer: GGUFWriter, parameters: dict[str, Any]) -> None:
@@ -200,7 +235,8 @@ def _one_if_alike(counts: list[int]) -> int | list[int]:
 
 
 def _named_tensors(model: PreTrainedModel, architecture: str) -> dict[str, Tensor]:
-    """Every tensor of the file under its name in llama.cpp; an output layer that shares the embedding has none."""
+    """Every tensor of the file under its name in llama.cpp, with the values that it computes with; an output layer that
+    shares the embedding has none."""
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], model.config.num_hidden_layers)
     tensors: dict[str, Tensor] = {}
     unread = _unread_norms(model.config)
@@ -210,9 +246,10 @@ def _named_tensors(model: PreTrainedModel, architecture: str) -> dict[str, Tenso
         name = names.get_name(own, (".weight", ".bias"))
         if name is None:
             raise AdaPrunerError(f"GGUF export does not know the parameter {own}; merge adapters into the model first")
-        tensors[name] = parameter
+        # Weights of Gemma's norms are stored less one.
+        tensors[name] = parameter + 1 if architecture == "gemma3" and name.endswith("norm.weight") else parameter
     tensors |= _zeros(model.config)
-    if model.config.rope_parameters["rope_type"] == "llama3":
+    if model.config.rope_parameters.get("rope_type") == "llama3":
         tensors["rope_freqs.weight"] = _frequency_divisors(model.config)
     return tensors
 

@@ -147,7 +147,11 @@ def _prefixes_a_space(definition: dict[str, Any]) -> bool:
     """Whether text gets a space in front; refuses everything that does more than write spaces as SentencePiece does."""
     prepend = {"type": "Prepend", "prepend": _SPACE}
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
+    # Where all spaces are written otherwise, there is nothing left to split at.
+    at_spaces = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
     match definition["normalizer"], definition["pre_tokenizer"]:
+        case normalizer, pre_tokenizer if normalizer == replace and pre_tokenizer == at_spaces:
+            return False
         case {"type": "Sequence", "normalizers": normalizers}, None if normalizers == [prepend, replace]:
             return True
         case normalizer, None if normalizer == replace:

@@ -164,6 +164,44 @@ def export(
         plain_console().print(f"{exported.path}: {exported.size / 1e6:,.1f} MB", soft_wrap=True)
 
 
+def vocabulary(
+    model: Model,
+    /,
+    *,
+    vocabulary: Annotated[tuple[str, ...], Parameter(negative="")],
+    output: Output,
+    vocabulary_size: WholeNumber | None = None,
+    vocabulary_multiple: WholeNumber = 64,
+    overwrite: Flag = False,
+    dtype: Dtype = "auto",
+    upload: Annotated[Upload | None, Parameter(name="*")] = None,
+    json: Json = False,
+) -> None:
+    """Remove the tokens that text does not have from a model, and nothing else.
+
+    Args:
+        vocabulary: Datasets whose tokens are kept, comma-separated or repeated.
+        output: Folder of the smaller model.
+        vocabulary_size: Maximum number of tokens to keep, the most frequent ones.
+        vocabulary_multiple: The number of kept tokens is rounded up to a multiple of this.
+        overwrite: Replace a folder that adapruner wrote.
+    """
+    from adapruner import verbs
+
+    how = vars(upload) if upload else {}
+    pruned = verbs.vocabulary(model, vocabulary, output, vocabulary_size, vocabulary_multiple, overwrite, dtype, **how)
+    if json:
+        print_json({"model": model, **pruned.model_dump(mode="json")})
+        return
+    summary = pruned.vocabulary
+    share = summary.removed_parameters / summary.parameters_before
+    plain_console().print(
+        f"{pruned.path}: {summary.sentence} {summary.removed_parameters:,} of {summary.parameters_before:,} parameters"
+        f" were removed ({share:.1%})",
+        soft_wrap=True,
+    )
+
+
 def inspect(
     model: Model,
     /,
@@ -203,10 +241,12 @@ def _print_architecture(architecture: Architecture, json: bool) -> None:
 
 
 def _tables_of_evaluation(result: Evaluation, model: str) -> Iterator[Table]:
+    from adapruner.result import bits
+
     if result.perplexity:
-        table = Table("perplexity", "protocol", title=model)
+        table = Table("perplexity", "bits per byte", "protocol", title=model)
         for one in result.perplexity:
-            table.add_row(f"{one.perplexity:.2f}", one.protocol)
+            table.add_row(f"{one.perplexity:.2f}", bits(one), one.protocol)
         yield table
     if result.tasks:
         table = Table("task", "metric", "score", "± standard error", title=model, caption_justify="left")

@@ -36,6 +36,8 @@ class Perplexity(BaseModel):
             `stride` tokens of a window are context only, except in the first window.
         provenance: what the text is and how it was made into tokens (`calibration.provenance`): `data_set`, `split`,
             `revision`, `tokenizer`.
+        predicted_bytes: UTF-8 bytes of the text of all predicted tokens; None where the tokenizer does not say which
+            text a token is of.
         loss_standard_error: of the mean negative log-likelihood, in nats per token: the standard deviation over the
             windows by the root of their number, which takes windows for independent; None where they overlap, or there
             is but one.
@@ -49,7 +51,17 @@ class Perplexity(BaseModel):
     windows: int
     stride: int
     provenance: dict[str, str] = {}
+    predicted_bytes: int | None = None
     loss_standard_error: float | None = None
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def bits_per_byte(self) -> float | None:
+        """The negative log-likelihood of the predicted text in bits, by its bytes: unlike the perplexity, it compares
+        models with different tokenizers."""
+        if not self.predicted_bytes:
+            return None
+        return math.log2(self.perplexity) * self.predicted_tokens / self.predicted_bytes
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -64,10 +76,11 @@ class Perplexity(BaseModel):
     def protocol(self) -> str:
         """One line that says how the number came about."""
         overlap = "without overlap" if self.stride == self.seq_len else f"every {self.stride} tokens"
+        counted = f" of {self.predicted_bytes:,} bytes" if self.predicted_bytes else ""
         origin = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in self.provenance.items())
         return (
             f"{self.text}: {self.windows} windows of {self.seq_len} tokens {overlap}, mean over"
-            f" {self.predicted_tokens:,} predicted tokens{f' ({origin})' if origin else ''}"
+            f" {self.predicted_tokens:,} predicted tokens{counted}{f' ({origin})' if origin else ''}"
         )
 
 
@@ -78,6 +91,7 @@ def measure_perplexity(
     progress: Callable[[int], None] | None = None,
     stride: int | None = None,
     provenance: dict[str, str] | None = None,
+    predicted_bytes: int | None = None,
 ) -> Perplexity:
     """The perplexity over windows.
 
@@ -86,7 +100,7 @@ def measure_perplexity(
         text: what the windows are of, for the protocol.
         progress: called with the number of windows done after each batch.
         stride: tokens between the beginnings of windows; by default they do not overlap.
-        provenance: for the protocol, see `Perplexity`.
+        provenance, predicted_bytes: see `Perplexity`.
     """
     seq_len = windows.shape[1]
     stride = stride or seq_len
@@ -108,6 +122,7 @@ def measure_perplexity(
         windows=len(windows),
         stride=stride,
         provenance=provenance or {},
+        predicted_bytes=predicted_bytes,
         loss_standard_error=standard_error,
     )
 

@@ -10,6 +10,7 @@ from adapruner.models._architecture import (
     check_tokens,
     is_pruned,
     known_architectures,
+    new_model,
     register_architectures,
     using_architecture,
 )
@@ -76,6 +77,7 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "loaded_layer",
+    "new_model",
     "overwrite_weight",
     "quiet_transformers",
     "random_model",

@@ -21,6 +21,7 @@ from adapruner.progress import Reporter, StageCost
 from adapruner.result import TITLES, ModelNumbers, RunResult
 from adapruner.run import RunFolder
 from adapruner.search import History, SearchResult, StudyPlace, read_history, sqlite_url
+from adapruner.tokens import Vocabulary
 
 T = TypeVar("T")
 
@@ -124,8 +125,9 @@ def _models(run: RunFolder, folder: RunFolder, config: PruneConfig, plan: Prunin
         perplexity = _content(evaluation / f"perplexity-{role}.json", dict[str, Perplexity])
         tasks = _content(evaluation / f"tasks-{role}.json", dict[str, TaskScore])
         if plan and (role == "dense" or perplexity or tasks or made.get(role)):
-            removed = 0 if role == "dense" else plan.removed_parameters
-            parameters = plan.total_parameters - removed
+            chosen = _content(run.path / "vocabulary.json", Vocabulary) if config.vocabulary else None
+            of_vocabulary = chosen.summary.removed_parameters if chosen else 0
+            parameters = plan.total_parameters + (of_vocabulary if role == "dense" else -plan.removed_parameters)
             models.append(
                 ModelNumbers(role=role, parameters=parameters, perplexity=perplexity or {}, tasks=tasks or {})
             )

@@ -21,7 +21,7 @@ from adapruner.report import _figures
 from adapruner.report._command import command
 from adapruner.report._contents import Contents, read_contents
 from adapruner.report._figures import LOSS_NAMES, described, perplexity_error, shortened
-from adapruner.result import ModelNumbers, plus_minus, shown_name, titles
+from adapruner.result import ModelNumbers, bits, plus_minus, shown_name, titles
 from adapruner.run import RunFolder
 
 _TEMPLATES = Environment(
@@ -32,6 +32,7 @@ _TEMPLATES = Environment(
     lstrip_blocks=True,
 )
 _TEMPLATES.filters |= {"described": described, "perplexity_error": perplexity_error, "shortened": shortened}
+_TEMPLATES.filters["bits"] = bits
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,10 @@ def _headlines(contents: Contents) -> list[Headline]:
         headlines.append(Headline("parameters", f"−{100 - 100 * after / before:.1f} %", f"{before:,} → {after:,}"))
         for text, number in contents.final.perplexity.items():
             dense, final = contents.dense.perplexity[text].perplexity, number.perplexity
+            if number.bits_per_byte is not None and contents.config.vocabulary:
+                before_bits = bits(contents.dense.perplexity[text])
+                headlines.append(Headline(f"bits per byte, {shortened(text)}", bits(number), f"dense {before_bits}"))
+                continue
             headlines.append(
                 Headline(f"perplexity, {shortened(text)}", f"{final:.2f}", f"dense {dense:.2f}, × {final / dense:.2f}")
             )

@@ -5,10 +5,12 @@ from adapruner.verbs._export import export
 from adapruner.verbs._model import Estimate, benchmark, describe, estimate, inspect, load
 from adapruner.verbs._recover import recover
 from adapruner.verbs._report import write_reports
+from adapruner.verbs._vocabulary import PrunedVocabulary, vocabulary
 
 __all__ = [
     "Estimate",
     "Evaluation",
+    "PrunedVocabulary",
     "benchmark",
     "describe",
     "estimate",
@@ -17,5 +19,6 @@ __all__ = [
     "inspect",
     "load",
     "recover",
+    "vocabulary",
     "write_reports",
 ]

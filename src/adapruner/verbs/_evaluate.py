@@ -128,7 +128,9 @@ def _refuse_bad_windows(seq_len: int, stride: int | None, limit: int | None) -> 
 def _measure_texts(model: PreTrainedModel, texts: dict[Source, EvaluationText], reporter: Reporter) -> list[Perplexity]:
     with reporter.stage("evaluating", sum(len(text.windows) for text in texts.values())) as advance:
         perplexities = [
-            measure_perplexity(model, text.windows, str(source), advance, text.stride, text.provenance)
+            measure_perplexity(
+                model, text.windows, str(source), advance, text.stride, text.provenance, text.predicted_bytes
+            )
             for source, text in texts.items()
         ]
     if any(math.isnan(one.perplexity) for one in perplexities):

@@ -60,7 +60,7 @@ def export(
     """
     path = output_path(output)
     location = find_model(str(model))
-    _check_output(path, location, to, overwrite)
+    check_output(path, location, to, overwrite)
     if push_to_hub:
         check_push(push_to_hub, hub_token)
     (check_gguf if to == "gguf" else check_paddable)(empty_model(load_config(location)))
@@ -81,7 +81,7 @@ def export(
     return Exported(path, sum(file.stat().st_size for file in files))
 
 
-def _check_output(path: Path, location: ModelLocation, to: ExportFormat, overwrite: bool) -> None:
+def check_output(path: Path, location: ModelLocation, to: ExportFormat, overwrite: bool) -> None:
     """Refuses to touch the model itself, and to replace what is not a result of this package."""
     if location.is_local:
         source, target = Path(location.path, location.gguf_file or "").resolve(), path.resolve()

@@ -81,6 +81,8 @@ def estimate(model: str | Path, **options: Any) -> Estimate:
         AdaPrunerError: there is no such model, or an option will not do.
     """
     config = PruneConfig.from_options(model=str(model), **options)
+    if config.vocabulary:
+        raise AdaPrunerError("the estimate reads no text: leave `vocabulary` out; with it, a run needs less memory")
     register_extensions(config)
     is_here = config.device != "cuda" or torch.cuda.is_available()
     device = resolve_device(config.device) if is_here else torch.device("cuda")

@@ -1,0 +1,126 @@
+"""Choosing the tokens that are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cached_property
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from adapruner.errors import AdaPrunerError
+from adapruner.tokens._tokenizer import TokenizerParts
+
+
+class VocabularySummary(BaseModel):
+    """What was done to a vocabulary.
+
+    Attributes:
+        before, after: tokens: rows of the embedding.
+        occurring: different tokens of the text.
+        counted_bytes: of the text in UTF-8.
+        scripts: tokens before and after, by script.
+        parameters_before, parameters_after: of the model, tied ones counted once, before anything else is removed.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    before: int
+    after: int
+    occurring: int
+    counted_bytes: int
+    scripts: dict[str, tuple[int, int]] = {}
+    parameters_before: int = 0
+    parameters_after: int = 0
+
+    @property
+    def removed_parameters(self) -> int:
+        return self.parameters_before - self.parameters_after
+
+    @property
+    def sentence(self) -> str:
+        """What was done, in one sentence."""
+        return (
+            f"{self.after:,} of {self.before:,} tokens were kept: the most frequent of the {self.occurring:,} in"
+            f" {self.counted_bytes / 1e6:,.1f} MB of text, what they are merged from, bytes, and special tokens."
+        )
+
+
+class Vocabulary(BaseModel):
+    """Which tokens are kept.
+
+    Attributes:
+        kept: ids, ascending; the new id of each is its place.
+        beyond: ids of added tokens that have no row in the embedding, ascending; they come behind the kept ones.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kept: tuple[int, ...]
+    beyond: tuple[int, ...] = ()
+    summary: VocabularySummary
+
+    @cached_property
+    def new_ids(self) -> dict[int, int]:
+        """By old id."""
+        return {old: new for new, old in enumerate((*self.kept, *self.beyond))}
+
+
+def choose_tokens(
+    parts: TokenizerParts,
+    counts: Tensor,
+    named: Iterable[int],
+    size: int | None = None,
+    multiple: int = 64,
+) -> tuple[int, ...]:
+    """The tokens of a text, those that they are merged from, and those that no text can do without; ascending.
+
+    Rounding up adds tokens that the text does not have, those with the smallest ids first, which training the tokenizer
+    found first.
+
+    Args:
+        counts: [rows of the embedding], int64, see `count_tokens`.
+        named: tokens that configs name.
+        size: at most so many are kept, rounded up; the most frequent ones.
+        multiple: of which the number of kept tokens is one, unless fewer are left out than that takes.
+
+    Raises:
+        AdaPrunerError: `size` does not suffice for what must be kept.
+    """
+    rows = len(counts)
+    chosen: set[int] = set()
+    for token in parts.required | set(named):
+        chosen |= {one for one in parts.with_ancestors(token) if one < rows}
+    if size is not None and size < len(chosen):
+        raise AdaPrunerError(
+            f"`vocabulary_size` {size:,} is less than the {len(chosen):,} tokens that must be kept (special and added"
+            " tokens, bytes or characters, and what these are merged from): choose at least that"
+        )
+    most = rows if size is None else _rounded_up(size, multiple)
+    occurring = counts.nonzero().flatten()
+    by_frequency = occurring[counts[occurring].argsort(descending=True, stable=True)].tolist()
+    _take(chosen, by_frequency, parts, most)
+    _take(chosen, sorted(index for index in parts.texts if index < rows), parts, _rounded_up(len(chosen), multiple))
+    return tuple(
+        sorted(chosen | _unused_rows(parts, rows, min(_rounded_up(len(chosen), multiple), rows) - len(chosen)))
+    )
+
+
+def _take(chosen: set[int], tokens: Iterable[int], parts: TokenizerParts, most: int) -> None:
+    """Adds tokens with those that they are merged from, until there are so many; what is too much is passed over."""
+    for token in tokens:
+        if len(chosen) >= most:
+            return
+        added = parts.with_ancestors(token) - chosen
+        if len(chosen) + len(added) <= most:
+            chosen |= added
+
+
+def _unused_rows(parts: TokenizerParts, rows: int, count: int) -> set[int]:
+    """The first rows of the embedding behind all tokens."""
+    first = max(parts.texts) + 1
+    return set(range(first, min(first + count, rows)))
+
+
+def _rounded_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple

@@ -1,0 +1,72 @@
+"""From the texts to the tokens that are kept of a model."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import torch
+from transformers import GenerationConfig, PreTrainedConfig
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from adapruner.calibration import Source, stream_documents
+from adapruner.errors import AdaPrunerError
+from adapruner.models import new_model
+from adapruner.tokens._choosing import Vocabulary, VocabularySummary, choose_tokens
+from adapruner.tokens._counting import count_tokens, scripts_of
+from adapruner.tokens._model import cut_config, named_tokens
+from adapruner.tokens._tokenizer import TokenizerParts
+
+
+def select_vocabulary(
+    tokenizer: Tokenizer,
+    config: PreTrainedConfig,
+    generation_config: GenerationConfig,
+    sources: Sequence[Source],
+    size: int | None = None,
+    multiple: int = 64,
+    progress: Callable[[int], None] | None = None,
+) -> Vocabulary:
+    """Counts the tokens of texts and chooses those that a model keeps; reads no weights.
+
+    Args:
+        size, multiple: see `choose_tokens`.
+        progress: called with the number of documents read.
+
+    Raises:
+        AdaPrunerError: the tokenizer or the model cannot be cut, a text cannot be read, `size` is too small, or nothing
+            would be removed.
+    """
+    parts, rows = TokenizerParts.of(tokenizer), config.get_text_config().vocab_size
+    named = named_tokens(config) | named_tokens(generation_config)
+    documents = itertools.chain.from_iterable(map(stream_documents, sources))
+    counts, read = count_tokens(tokenizer, documents, rows, progress)
+    kept = choose_tokens(parts, counts, {token for token in named if token < rows}, size, multiple)
+    occurring = int(counts.count_nonzero())
+    if len(kept) == rows:
+        raise AdaPrunerError(
+            f"no token can be removed: {occurring:,} of the {rows:,} tokens occur in the text; choose a smaller"
+            " `vocabulary_size`, or a text in fewer languages"
+        )
+    known = [token for token in parts.texts if token < rows]
+    scripts = dict(zip(known, scripts_of(tokenizer, known), strict=True))
+    before, after = Counter(scripts.values()), Counter(scripts[token] for token in kept if token in scripts)
+    summary = VocabularySummary(
+        before=rows,
+        after=len(kept),
+        occurring=occurring,
+        counted_bytes=read,
+        scripts={script: (count, after[script]) for script, count in before.most_common()},
+        parameters_before=_parameters(config),
+    )
+    beyond = tuple(sorted(token for token in parts.texts if token >= rows))
+    vocabulary = Vocabulary(kept=kept, beyond=beyond, summary=summary)
+    left = _parameters(cut_config(config, vocabulary))
+    return vocabulary.model_copy(update={"summary": summary.model_copy(update={"parameters_after": left})})
+
+
+def _parameters(config: PreTrainedConfig) -> int:
+    """Of the model of a config, tied ones counted once."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in new_model(config).parameters())

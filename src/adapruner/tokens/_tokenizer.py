@@ -1,0 +1,318 @@
+"""The definition of a fast tokenizer: which tokens need which others, and the same tokenizer with fewer tokens.
+
+The smaller tokenizer decodes what it encodes to the same text as before, because every token that is left out is
+spelled by others: by what it was merged from, down to characters or bytes, or by other pieces. Text whose tokens are
+all kept is encoded as before, because everything that was merged on the way to a kept token is still merged, in the
+same order (BPE), or because the best path through the pieces is still there and no new one is better (Unigram). What
+this cannot be said of is refused.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from adapruner.errors import AdaPrunerError
+from adapruner.models import quiet_transformers
+
+_BYTE_TOKENS = tuple(f"<0x{byte:02X}>" for byte in range(256))
+
+
+@dataclass(frozen=True)
+class TokenizerParts:
+    """What `tokenizer.json` says.
+
+    Attributes:
+        definition: the parsed content of the file.
+    """
+
+    definition: dict[str, Any]
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> TokenizerParts:
+        """Reads and checks the definition of a tokenizer.
+
+        Raises:
+            AdaPrunerError: it cannot be rewritten exactly.
+        """
+        if not tokenizer.is_fast:
+            raise _not_rewritable("it is not a fast tokenizer (one with a tokenizer.json)")
+        parts = cls(json.loads(tokenizer.backend_tokenizer.to_str()))
+        _check_model(parts)
+        _check_decoder(parts)
+        _check_post_processor(parts.definition["post_processor"])
+        return parts
+
+    @property
+    def model(self) -> dict[str, Any]:
+        model: dict[str, Any] = self.definition["model"]
+        return model
+
+    @property
+    def is_unigram(self) -> bool:
+        return bool(self.model["type"] == "Unigram")
+
+    @cached_property
+    def ids(self) -> dict[str, int]:
+        """The ids of the tokens of the model, by token; those that were added are apart."""
+        if self.is_unigram:
+            return {piece: index for index, (piece, _) in enumerate(self.model["vocab"])}
+        return dict(self.model["vocab"])
+
+    @cached_property
+    def texts(self) -> dict[int, str]:
+        """All tokens by id, as they are written in the file; added ones too."""
+        return {index: text for text, index in self.ids.items()} | {
+            added["id"]: added["content"] for added in self.definition["added_tokens"]
+        }
+
+    @cached_property
+    def falls_back(self) -> bool:
+        """Whether every character that is no token is encoded as bytes, and decoded again."""
+        decoders = {decoder["type"] for decoder in _flat(self.definition["decoder"], "decoders")}
+        has_bytes = self.ids.keys() >= set(_BYTE_TOKENS)
+        return bool(self.model.get("byte_fallback")) and has_bytes and "ByteFallback" in decoders
+
+    @cached_property
+    def required(self) -> frozenset[int]:
+        """Tokens that no text can do without: added ones, bytes or else all characters, and what is used for unknown
+        characters or named by the post-processor."""
+        needed = {added["id"] for added in self.definition["added_tokens"]}
+        needed |= {index for _, index in _named_by_post_processor(self.definition["post_processor"])}
+        if self.definition["padding"]:
+            needed.add(self.definition["padding"]["pad_id"])
+        needed |= {self.ids[token] for token in _BYTE_TOKENS if token in self.ids and self.model.get("byte_fallback")}
+        # What the decoder turns into something else is not the same when it is spelled by bytes.
+        touched = set(_signs_of_decoder(self.definition["decoder"]))
+        needed |= {
+            index for text, index in self.ids.items() if len(text) == 1 and (text in touched or not self.falls_back)
+        }
+        if self.is_unigram:
+            unknown = self.model["unk_id"]
+            lowest = min(range(len(self.ids)), key=lambda index: self.model["vocab"][index][1])
+            # The score of an unknown character is that of the worst piece, less a constant.
+            needed |= {lowest} | ({unknown} if unknown is not None else set())
+        elif self.model["unk_token"] is not None:
+            needed |= {self.ids[token] for token in [self.model["unk_token"]] if token in self.ids}
+        return frozenset(needed)
+
+    def with_ancestors(self, token: int) -> set[int]:
+        """A token with those that it is merged from, in the order that BPE merges; of a token that merging does not
+        give, the token alone."""
+        text = self.texts.get(token)
+        if self.is_unigram or text is None or self.ids.get(text) != token:
+            return {token}
+        symbols, merged = [self.ids.get(sign, -1) for sign in text], {token}
+        if -1 in symbols:
+            return {token}
+        merged |= set(symbols)
+        while len(symbols) > 1:
+            ranked = [
+                (*self._merges[pair], at) for at, pair in enumerate(itertools.pairwise(symbols)) if pair in self._merges
+            ]
+            if not ranked:
+                return {token}
+            _, result, at = min(ranked, key=lambda found: (found[0], found[2]))
+            symbols[at : at + 2] = [result]
+            merged.add(result)
+        return merged if symbols == [token] else {token}
+
+    @cached_property
+    def _merges(self) -> dict[tuple[int, int], tuple[int, int]]:
+        """Rank and result of every pair that is merged."""
+        return {
+            (self.ids[left], self.ids[right]): (rank, self.ids[left + right])
+            for rank, (left, right) in enumerate(_merge_pairs(self.model["merges"]))
+        }
+
+    def rewritten(self, new_ids: Mapping[int, int]) -> dict[str, Any]:
+        """The definition with the tokens that have a new id alone.
+
+        Args:
+            new_ids: by old id; ascending, without gaps.
+        """
+        model = dict(self.model)
+        if self.is_unigram:
+            model["vocab"] = [entry for index, entry in enumerate(self.model["vocab"]) if index in new_ids]
+            model["unk_id"] = None if model["unk_id"] is None else new_ids[model["unk_id"]]
+        else:
+            kept = {text: new_ids[index] for text, index in self.ids.items() if index in new_ids}
+            model["vocab"] = dict(sorted(kept.items(), key=lambda item: item[1]))
+            model["merges"] = [
+                [left, right]
+                for left, right in _merge_pairs(self.model["merges"])
+                if left in kept and right in kept and left + right in kept
+            ]
+        padding = self.definition["padding"]
+        return self.definition | {
+            "model": model,
+            "added_tokens": [added | {"id": new_ids[added["id"]]} for added in self.definition["added_tokens"]],
+            "post_processor": _with_new_ids(self.definition["post_processor"], new_ids),
+            "padding": padding and padding | {"pad_id": new_ids[padding["pad_id"]]},
+        }
+
+
+def cut_tokenizer(tokenizer: Tokenizer, parts: TokenizerParts, new_ids: Mapping[int, int]) -> Tokenizer:
+    """The tokenizer with the tokens that have a new id alone. Everything else is as before: normalization, splitting,
+    special tokens, chat templates, settings.
+
+    Args:
+        parts: of this tokenizer.
+        new_ids: by old id; ascending, without gaps.
+
+    Raises:
+        AdaPrunerError: what transformers loads is not what was written.
+    """
+    definition = parts.rewritten(new_ids)
+    with tempfile.TemporaryDirectory() as folder, quiet_transformers():
+        tokenizer.save_pretrained(folder)
+        _write_json(Path(folder) / "tokenizer.json", definition)
+        settings = Path(folder) / "tokenizer_config.json"
+        # Classes of a family build their tokenizer anew; this one takes the file as it is.
+        fields = json.loads(settings.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+        _write_json(settings, {name: value for name, value in fields.items() if name != "added_tokens_decoder"})
+        cut: Tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    cut.name_or_path = tokenizer.name_or_path
+    _check_cut(tokenizer, cut, definition, new_ids, parts)
+    return cut
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+
+
+def _check_cut(
+    before: Tokenizer, cut: Tokenizer, written: dict[str, Any], new_ids: Mapping[int, int], parts: TokenizerParts
+) -> None:
+    loaded = json.loads(cut.backend_tokenizer.to_str())
+    changed = [name for name in written if _sorted(loaded[name]) != _sorted(written[name])]
+    texts = cut.backend_tokenizer.get_vocab(with_added_tokens=True)
+    if changed or texts != {parts.texts[old]: new for old, new in new_ids.items() if old in parts.texts}:
+        raise _not_rewritable(f"read again, it differs in {', '.join(changed) or 'its tokens'}")
+    for name, token in before.special_tokens_map.items():
+        if cut.special_tokens_map.get(name) != token:
+            raise _not_rewritable(f"read again, its {name} is another")
+
+
+def _sorted(content: Any) -> str:
+    return json.dumps(content, sort_keys=True)
+
+
+def _not_rewritable(reason: str) -> AdaPrunerError:
+    return AdaPrunerError(
+        f"this tokenizer cannot be rewritten exactly with fewer tokens: {reason}; BPE over bytes, BPE that falls back"
+        " to bytes and Unigram can be, other vocabularies stay as they are: leave `vocabulary` out"
+    )
+
+
+def _check_model(parts: TokenizerParts) -> None:
+    model = parts.model
+    if model["type"] not in ("BPE", "Unigram"):
+        raise _not_rewritable(f"its model is {model['type']}")
+    if model["type"] == "BPE":
+        if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
+            raise _not_rewritable("it marks the insides or ends of words")
+        if model.get("dropout"):
+            raise _not_rewritable(f"it encodes text at random (dropout {model['dropout']})")
+        return
+    if not parts.falls_back:
+        # Added tokens are found before pieces are.
+        pieces = parts.ids.keys() - {added["content"] for added in parts.definition["added_tokens"]}
+        signs = {sign for piece in pieces for sign in piece} - parts.ids.keys()
+        if signs:
+            raise _not_rewritable(
+                f"pieces hold characters that are no pieces themselves ({''.join(sorted(signs))[:20]!r})"
+            )
+
+
+def _check_decoder(parts: TokenizerParts) -> None:
+    """Refuses decoders whose text depends on more than the tokens one behind the other."""
+    decoders = list(_flat(parts.definition["decoder"], "decoders"))
+    if not decoders:
+        raise _not_rewritable("it has no decoder, and writes spaces between tokens")
+    joined = False
+    for decoder in decoders:
+        match decoder:
+            case {"type": "Fuse" | "ByteLevel"}:
+                joined = True
+            case {"type": "ByteFallback"}:
+                pass
+            case {"type": "Replace", "pattern": {"String": pattern}} if joined or len(pattern) == 1:
+                pass
+            case {"type": "Strip"} if joined:
+                pass
+            case {"type": "Metaspace"} if joined or decoder["prepend_scheme"] == "never" or _splits_at_spaces(parts):
+                pass
+            case _:
+                raise _not_rewritable(f"its decoder ({decoder['type']}) looks at single tokens")
+
+
+def _signs_of_decoder(decoder: Any) -> Iterator[str]:
+    """The characters that a decoder replaces or strips."""
+    for part in _flat(decoder, "decoders"):
+        pattern = part.get("pattern") or {}
+        for text in (pattern.get("String"), part.get("content"), part.get("replacement")):
+            yield from text or ""
+
+
+def _splits_at_spaces(parts: TokenizerParts) -> bool:
+    """Whether a space stands in no token but at its beginning: the decoder drops all those of the first token."""
+    splitters = list(_flat(parts.definition["pre_tokenizer"], "pretokenizers"))
+    return any(splitter["type"] == "Metaspace" and splitter["split"] for splitter in splitters)
+
+
+def _check_post_processor(post_processor: Any) -> None:
+    for part in _flat(post_processor, "processors"):
+        if part["type"] not in ("TemplateProcessing", "RobertaProcessing", "BertProcessing", "ByteLevel"):
+            raise _not_rewritable(f"its post-processor {part['type']} is not known")
+
+
+def _named_by_post_processor(post_processor: Any) -> Iterator[tuple[str, int]]:
+    for part in _flat(post_processor, "processors"):
+        if part["type"] == "TemplateProcessing":
+            for special in part["special_tokens"].values():
+                yield from zip(special["tokens"], special["ids"], strict=True)
+        elif part["type"] != "ByteLevel":
+            yield from (tuple(part[name]) for name in ("sep", "cls"))
+
+
+def _with_new_ids(post_processor: Any, new_ids: Mapping[int, int]) -> Any:
+    if post_processor is None:
+        return None
+    if post_processor["type"] == "Sequence":
+        return post_processor | {"processors": [_with_new_ids(one, new_ids) for one in post_processor["processors"]]}
+    if post_processor["type"] == "TemplateProcessing":
+        special = {
+            name: one | {"ids": [new_ids[index] for index in one["ids"]]}
+            for name, one in post_processor["special_tokens"].items()
+        }
+        return post_processor | {"special_tokens": special}
+    named = {name: post_processor[name] for name in ("sep", "cls") if name in post_processor}
+    return post_processor | {name: [text, new_ids[index]] for name, (text, index) in named.items()}
+
+
+def _flat(component: Any, parts: str) -> Iterator[dict[str, Any]]:
+    """A component of a definition, or those of a sequence of them."""
+    if component is None:
+        return
+    if component["type"] != "Sequence":
+        yield component
+        return
+    for part in component[parts]:
+        yield from _flat(part, parts)
+
+
+def _merge_pairs(merges: Iterable[Any]) -> Iterator[tuple[str, str]]:
+    """Older files write a merge as one string."""
+    for merge in merges:
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        yield left, right

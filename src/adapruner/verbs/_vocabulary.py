@@ -1,0 +1,104 @@
+"""Removing tokens from one model, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from adapruner.calibration import parse_source, source_names
+from adapruner.card import vocabulary_card
+from adapruner.checkpoint import check_push, push, read_origin, save_checkpoint
+from adapruner.config import Dtype
+from adapruner.errors import AdaPrunerError
+from adapruner.models import find_model, load_config, load_model, load_tokenizer
+from adapruner.paths import output_path
+from adapruner.progress import Reporter
+from adapruner.result import shown_name
+from adapruner.texts import record_of
+from adapruner.tokens import (
+    TokenizerParts,
+    VocabularySummary,
+    cut_tokenizer,
+    cut_vocabulary,
+    read_generation_config,
+    select_vocabulary,
+)
+from adapruner.verbs._export import check_output
+
+
+class PrunedVocabulary(BaseModel):
+    """A model with fewer tokens.
+
+    Attributes:
+        path: its folder.
+        vocabulary: what was removed.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    path: Path
+    vocabulary: VocabularySummary
+
+
+def vocabulary(
+    model: str | Path,
+    vocabulary: str | Sequence[str],
+    output: str | Path,
+    vocabulary_size: int | None = None,
+    vocabulary_multiple: int = 64,
+    overwrite: bool = False,
+    dtype: Dtype = "auto",
+    push_to_hub: str | None = None,
+    hub_private: bool = True,
+    hub_revision: str | None = None,
+    hub_token: str | None = None,
+) -> PrunedVocabulary:
+    """Removes the tokens that text does not have from a model, with their rows of the embedding and the output layer.
+
+    Every text is decoded as before. Text whose tokens are all kept has the same tokens, and the same logits for them.
+
+    Args:
+        model: as for `load`.
+        vocabulary: the datasets whose tokens are kept.
+        output: the folder of the smaller model.
+        vocabulary_size: at most so many tokens are kept, the most frequent ones.
+        vocabulary_multiple: the number of kept tokens is rounded up to a multiple of this.
+        overwrite: replace a folder that this package wrote.
+        push_to_hub: upload the result to this repository.
+        hub_private: whether a new repository is private.
+        hub_revision: branch.
+        hub_token: by default that of the login.
+
+    Raises:
+        AdaPrunerError: an option, a text, the model or its tokenizer is invalid or cannot be cut exactly; before the
+            weights are loaded.
+    """
+    if vocabulary_multiple < 1 or (vocabulary_size is not None and vocabulary_size < 1):
+        raise AdaPrunerError("`vocabulary_size` and `vocabulary_multiple` must be at least 1")
+    names = source_names([vocabulary] if isinstance(vocabulary, str) else vocabulary)
+    if not names:
+        raise AdaPrunerError("`vocabulary` names no text: give datasets or files in the languages to keep")
+    sources = [parse_source(name) for name in names]
+    path, location = output_path(output), find_model(str(model))
+    check_output(path, location, "stock", overwrite)
+    if push_to_hub:
+        check_push(push_to_hub, hub_token)
+    config, tokenizer, reporter = load_config(location), load_tokenizer(location), Reporter()
+    with reporter.stage("counting tokens") as advance:
+        settings = read_generation_config(location, config)
+        chosen = select_vocabulary(tokenizer, config, settings, sources, vocabulary_size, vocabulary_multiple, advance)
+    cut = cut_tokenizer(tokenizer, TokenizerParts.of(tokenizer), chosen.new_ids)
+    with reporter.stage("loading"):
+        loaded = load_model(location, dtype, "cpu")
+    cut_vocabulary(loaded, chosen)
+    with reporter.stage("saving"):
+        origin: dict[str, Any] = read_origin(location) or {"base_model": shown_name(str(model)), "texts": []}
+        origin["texts"] = origin["texts"] + [{"use": "vocabulary"} | record_of(source) for source in sources]
+        card = vocabulary_card(location, loaded.config, shown_name(str(model)), chosen.summary, names)
+        save_checkpoint(loaded, cut, path, card, record=origin)
+    if push_to_hub:
+        push(path, push_to_hub, hub_private, hub_revision, hub_token)
+    return PrunedVocabulary(path=path, vocabulary=chosen.summary)
