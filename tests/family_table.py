@@ -24,7 +24,7 @@ from tiny_families import OTHERS, decoder_families, tiny_config
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "families.md"
 START, END = "<!-- table -->\n", "<!-- end -->\n"
-COLUMNS = ("family", "from", "heads", "channels", "experts", "channels in experts", "layouts")
+COLUMNS = ("family", "from", "heads", "channels", "experts", "channels in experts", "whole", "layouts")
 
 
 def inspect(folder: str, *options: str) -> tuple[int, str]:
@@ -57,6 +57,7 @@ def row(model_type: str) -> tuple[str, bool]:
         layers = len({block["layer"] for block in blocks if block["kind"] == kind})
         cells.append("" if not layers else "yes" if layers == config.num_hidden_layers else "some layers")
     cells.append("yes" if "channels" in architecture.get("experts", {}) else "")
+    cells.append(", ".join(architecture.get("whole", ("attention", "feed-forward", "layer"))))
     cells.append(", ".join(architecture.get("layouts", ("per-layer", "uniform"))))
     return f"| {' | '.join(cells)} |", True
 
