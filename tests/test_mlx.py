@@ -44,6 +44,15 @@ def pruned(model_type: str, compensates: bool = False, **fields: object) -> PreT
     return prune_model(model, structure, make_plan(structure, scores, counts), how)
 
 
+def without_parts(model_type: str) -> PreTrainedModel:
+    """The first layer has no attention, the second no feed-forward, the third is gone."""
+    model = random_model(tiny_config(model_type))
+    structure = build_structure(model)
+    gone = {(0, "heads"), (1, "channels"), (2, "heads"), (2, "channels")}
+    counts = [0 if (block.layer, block.kind) in gone else block.groups for block in structure.blocks]
+    return prune_model(model, structure, make_plan(structure, torch.zeros(structure.group_offsets[-1]), counts))
+
+
 def read(folder: Path, trusted: bool = True) -> mlx_lm.models.llama.Model:
     model, _ = mlx_lm.load(str(folder), tokenizer_config={"trust_remote_code": trusted}, trust_remote_code=trusted)
     return model
@@ -70,6 +79,14 @@ def test_mlx_computes_the_same(model_type: str, tokenizer: PreTrainedTokenizerFa
     fields = {"sliding_window": None} if model_type in ("mistral", "mixtral") else {}
     save_checkpoint(pruned(model_type, **fields), tokenizer, tmp_path / "model")
     assert (tmp_path / "model" / "mlx_pruned.py").is_file()
+    check_equal(tmp_path / "model")
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "olmo2"])
+def test_layers_without_attention_or_feed_forward(
+    model_type: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    save_checkpoint(without_parts(model_type), tokenizer, tmp_path / "model")
     check_equal(tmp_path / "model")
 
 

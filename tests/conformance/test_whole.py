@@ -11,10 +11,13 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, Pr
 
 from adapruner.checkpoint import save_checkpoint
 from adapruner.conformance import masked, why_not_whole
+from adapruner.evaluation import window_losses
+from adapruner.measurement import measure_moments
 from adapruner.models import Whole, known_architectures
 from adapruner.planning import Budget, BudgetError, PruningPlan, kept_counts, make_plan
+from adapruner.search import removal_orders
 from adapruner.structure import Structure, build_structure, count_parameters
-from adapruner.surgery import pad_to_stock, prune_model
+from adapruner.surgery import Compensation, compensate_sequentially, pad_to_stock, prune_model
 
 WHOLE: tuple[Whole, ...] = ("attention", "feed-forward", "layer")
 
@@ -97,3 +100,51 @@ def test_the_rest_of_the_ratio_comes_from_what_stays(make_model: Callable[..., P
         for block, count in zip(structure.blocks, counts, strict=True):
             gone = block.layer in (attention if block.kind == "heads" else feed_forward)
             assert (count == 0) == gone
+
+
+@pytest.mark.parametrize("whole", WHOLE)
+def test_the_order_is_the_greedy_one(
+    whole: Whole, make_model: Callable[..., PreTrainedModel], windows: torch.Tensor
+) -> None:
+    """Compared with every model of one part less, really cut."""
+    dense = make_model("llama")
+    structure = build_structure(dense)
+    orders = removal_orders(dense, structure, windows, {whole: range(4)})
+    gone: list[int] = []
+    for layer, loss in zip(orders.layers[whole][:3], orders.losses[whole][:3], strict=True):
+        losses = {}
+        for candidate in set(range(4)) - set(gone):
+            parts = (*gone, candidate)
+            kinds = {"attention": ("heads",), "feed-forward": ("channels",)}.get(whole, ("heads", "channels"))
+            counts = [0 if block.layer in parts and block.kind in kinds else block.groups for block in structure.blocks]
+            plan = make_plan(structure, torch.zeros(structure.group_offsets[-1]), counts)
+            losses[candidate] = float(window_losses(prune_model(dense, structure, plan), windows).mean())
+        assert layer == min(losses, key=losses.__getitem__)
+        assert loss == pytest.approx(losses[layer], rel=1e-5)
+        gone.append(layer)
+
+
+def test_the_fit_layer_by_layer_makes_up_for_what_is_gone(
+    make_model: Callable[..., PreTrainedModel], windows: torch.Tensor
+) -> None:
+    dense = make_model("llama")
+    structure = build_structure(dense)
+    budget = Budget(0.45, 0, 0, 0.5, without_attention=(0, 1), without_feed_forward=(1,))
+    scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(0))
+    plan = make_plan(structure, scores, kept_counts(structure, budget))
+    moments = dict(measure_moments(dense, structure, windows))
+    pruned = prune_model(dense, structure, plan, Compensation("least-squares", moments))
+
+    def distance() -> float:
+        with torch.no_grad():
+            states = [model.model(windows).last_hidden_state for model in (dense, pruned)]
+        return float((states[0] - states[1]).norm())
+
+    one_shot, refitted = distance(), list[str]()
+    dampings = {number: own.damping for number, own in moments.items()}
+    compensate_sequentially(
+        dense, pruned, structure, plan, windows, dampings, on_refit=lambda name, _: refitted.append(name)
+    )
+    assert distance() < 0.95 * one_shot
+    assert set(refitted) <= dict(pruned.named_parameters()).keys()
+    assert any(name.startswith("model.layers.2.") for name in refitted)

@@ -49,7 +49,8 @@ class ModelArgs:
 
     def layer(self, index: int) -> nn.Module:
         """One layer in its own sizes, without weights."""
-        own = self.of_layer(index)
+        counts = self.of_layer(index)
+        own = {name: count for name, count in counts.items() if count}
         layer = _layers(self.model_with(json.dumps(own)))[index]
         fields = self.config | own
         width = fields.get("num_attention_heads", 0) * (fields.get("head_dim") or 0)
@@ -61,17 +62,41 @@ class ModelArgs:
             projection = functools.reduce(lambda module, name: module[name], path.split("."), layer)
             if "bias" not in projection:
                 projection.bias = mx.zeros(projection.weight.shape[0])
+        # A layer has no attention or no feed-forward where its count is 0.
+        for name in [name for name, child in layer.children().items() if _is_gone(name, child, counts)]:
+            layer[name] = _Nothing()
         return layer
 
     def _model_with(self, fields: str) -> nn.Module:
         return self.stock_class(self.of_stock(**json.loads(fields)))
 
 
+class _Nothing(nn.Module):
+    """In place of an attention or a feed-forward: adds nothing to the hidden state."""
+
+    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        for given in (*args, *kwargs.values()):
+            if hasattr(given, "update_and_fetch"):
+                # mlx-lm asks the cache of the first layer how long the text is.
+                length = mx.zeros((x.shape[0], 1, x.shape[1], 1), x.dtype)
+                given.update_and_fetch(length, length)
+        return mx.zeros_like(x)
+
+
+def _is_gone(name: str, child: object, counts: dict[str, Any]) -> bool:
+    """Whether a module of a layer is an attention or feed-forward that the layer has none of."""
+    has_projections = isinstance(child, nn.Module) and any(
+        isinstance(each, nn.Linear) for each in child.children().values()
+    )
+    heads, channels = counts.get("num_attention_heads"), [counts[one] for one in counts if "head" not in one]
+    return has_projections and (heads == 0 if re.search("att", name) else 0 in channels)
+
+
 class _PerLayer:
     """Mixin over the stock model."""
 
     def __init__(self, args: ModelArgs) -> None:
-        super().__init__(args.of_stock(**args.of_layer(0)))
+        super().__init__(args.of_stock(**{name: count for name, count in args.of_layer(0).items() if count}))
         self.pruned_args = args
         layers = _layers(self)
         layers[:] = [args.layer(index) for index in range(len(layers))]
