@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM, MixtralForCausalLM, PreTrainedMod
 import adapruner
 from adapruner.checkpoint import save_checkpoint
 from adapruner.config import ExpertGranularity
+from adapruner.conformance import failed_checks
 from adapruner.errors import AdaPrunerError
 from adapruner.importance import TERMS, MetricPoint, score_groups
 from adapruner.measurement import InputMoments, Statistics, measure, measure_moments
-from adapruner.models import infer_architecture, known_architectures, random_model
+from adapruner.models import infer_architecture, known_architectures, random_model, using_architecture
 from adapruner.planning import Budget, kept_counts, make_plan
 from adapruner.structure import Structure, build_structure
 from adapruner.surgery import Compensation, pad_to_stock, prune_model
@@ -259,3 +260,14 @@ def test_a_mixture_is_pruned_from_end_to_end(
     # Experts lie in the files one by one.
     with pytest.raises(AdaPrunerError, match="together from several tensors"):
         adapruner.prune(str(tmp_path / "dense"), tmp_path / "b", calibration=str(text_file), layer_wise=True, **options)
+
+
+def test_routing_that_chooses_groups_of_experts_first_is_proven() -> None:
+    config = tiny_config("deepseek_v3")
+    config.n_routed_experts, config.n_group, config.topk_group = 8, 2, 1
+    architecture, model = infer_architecture(config), random_model(config)
+    with using_architecture(architecture):
+        blocks = [block for block in build_structure(model).blocks if block.kind == "experts"]
+    # Two of one group see a token, so three of each stay.
+    assert {(block.strata, block.least) for block in blocks} == {(2, 6)}
+    assert not failed_checks(model, architecture)
