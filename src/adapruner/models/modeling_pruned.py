@@ -15,6 +15,16 @@ import copy
 from pathlib import Path
 from typing import NamedTuple
 
+import transformers
+from packaging.version import Version
+
+# Older ones would fail at the imports below, or build layers of the wrong sizes.
+if Version(transformers.__version__) < Version("5.14"):
+    raise ImportError(
+        "The layers of this model differ in size, which needs transformers 5.14 or newer; installed is"
+        f" {transformers.__version__}. Install a newer one: pip install --upgrade 'transformers>=5.14'"
+    )
+
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import (
@@ -24,6 +34,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.pytorch_utils import Conv1D
 
 FILE_NAME = "modeling_pruned.py"
@@ -186,5 +197,10 @@ def register_family(family: Family) -> type[PreTrainedModel]:
     own = {"__module__": __name__, "family": family, "auto_map": auto_map, "config_class": config}
     decoder = type(names["AutoModel"], (_PerLayer, MODEL_MAPPING[stock_config]), own)
     causal = type(names["AutoModelForCausalLM"], (_PerLayer, stock_class), own)
+    # A custom class does not get the conversions of its family by default. The causal model needs none: its decoder is
+    # a stock one.
+    stock_names = (MODEL_MAPPING[stock_config].__name__, family.model_type)
+    if mapping := next(filter(None, map(get_checkpoint_conversion_mapping, stock_names)), None):
+        register_checkpoint_conversion_mapping(decoder.__name__, mapping, overwrite=True)
     globals().update({made.__name__: made for made in (config, decoder, causal)})
     return causal
