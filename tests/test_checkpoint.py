@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import shutil
 import subprocess
 import sys
@@ -256,6 +257,13 @@ def test_frequencies_stay_exact_in_the_fast_copy(model: PreTrainedModel, monkeyp
     assert {parameter.dtype for parameter in fast.parameters()} == {torch.bfloat16}
     for (name, buffer), (_, original) in zip(fast.named_buffers(), model.named_buffers(), strict=True):
         assert torch.equal(buffer, original), name
+
+
+@pytest.mark.parametrize("installed", ["4.56.2", "5.13.1"])
+def test_an_older_transformers_is_named(installed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.__version__", installed)
+    with pytest.raises(ImportError, match=rf"needs transformers 5\.14 or newer; installed is {installed}\. [^\n]*$"):
+        runpy.run_path(modeling_pruned.__file__)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, MixtralForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModel, AutoModelForCausalLM, MixtralForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import adapruner
 from adapruner.checkpoint import save_checkpoint
@@ -244,6 +244,20 @@ def test_a_mixture_is_pruned_to_a_stock_one(
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     with torch.no_grad():
         assert torch.equal(stock(windows).logits, pruned(windows).logits)
+
+
+def test_the_decoder_alone_is_loaded_with_its_experts(
+    mixtral: PreTrainedModel, windows: Tensor, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """vLLM loads the class of the decoder, which has to rename the experts of the file as the stock class does."""
+    structure = build_structure(mixtral)
+    counts = [block.groups - (block.kind == "heads" and block.layer == 0) for block in structure.blocks]
+    pruned = prune_model(mixtral, structure, make_plan(structure, torch.rand(structure.group_offsets[-1]), counts))
+    save_checkpoint(pruned, tokenizer, tmp_path / "model")
+    decoder = AutoModel.from_pretrained(tmp_path / "model", trust_remote_code=True)
+    with torch.no_grad():
+        hidden = pruned.base_model(windows).last_hidden_state
+        assert torch.equal(decoder(windows).last_hidden_state, hidden)
 
 
 def test_a_mixture_is_pruned_from_end_to_end(

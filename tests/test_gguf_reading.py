@@ -8,7 +8,9 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
+import transformers
 from gguf import GGUFWriter
+from packaging.version import Version
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -20,8 +22,9 @@ from adapruner.models import find_model, load_config, load_model, load_tokenizer
 @pytest.fixture
 def file(make_model: object, tmp_path: Path) -> Path:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {text: number for number, text in enumerate(["<s>", "</s>", *alphabet, "te"])}
-    backend = Tokenizer(models.BPE(vocabulary, [("t", "e")]))
+    vocabulary = {text: number for number, text in enumerate(["<s>", "</s>", *alphabet, "te", "so"])}
+    # Two merges: transformers before 5.18 reads a list of one as a text.
+    backend = Tokenizer(models.BPE(vocabulary, [("t", "e"), ("s", "o")]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
     model: PreTrainedModel = make_model("llama", vocab_size=len(vocabulary), attention_bias=False, mlp_bias=False)
@@ -46,7 +49,9 @@ def test_a_run_reads_a_file_once_for_its_config_and_once_for_its_weights(
     assert tokenizer.decode(tokenizer("some text").input_ids, skip_special_tokens=True) == "some text"
     model = load_model(find_model(str(file)))
     assert base_licence(find_model(str(file))) is None
-    assert len(readings) == 2
+    # Before 5.18, transformers reads the file for each tokenizer too.
+    of_tokenizers = 3 if Version(transformers.__version__) < Version("5.18") else 0
+    assert len(readings) == 2 + of_tokenizers
     assert torch.isfinite(model(torch.tensor([[5, 6, 7]])).logits).all()
 
 

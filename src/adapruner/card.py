@@ -302,8 +302,8 @@ def _loading(config: PreTrainedConfig) -> str:
     written = f"Written by transformers {version('transformers')}"
     if is_pruned(config):
         remote = ", trust_remote_code=True"
-        why = f"Layers differ in size, so the folder brings a modelling file. {written}; versions 4 cannot read it."
-        others = "vLLM and others that take neither: `adapruner export FOLDER --to stock -o PADDED`"
+        why = f"Layers differ, so the folder brings a modelling file. {written}; versions before 5.14 cannot read it."
+        others = "vLLM: `--trust-remote-code`; loaders without it: `adapruner export FOLDER --to stock -o PADDED`"
     else:
         remote = ""
         why = f"A stock `{config.model_type}` without code of its own. {written}."

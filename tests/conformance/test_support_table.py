@@ -19,6 +19,8 @@ from adapruner.structure import build_structure
 from adapruner.surgery import pad_to_stock, prune_model
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "checkpoints.md"
+# By benchmarks/vllm_folders.py, whose results are in the document; vLLM is not run here.
+RUN_IN_VLLM = ("llama", "qwen3")
 # llama.cpp is not asked for sliding windows.
 FULL_ATTENTION: dict[str, dict[str, object]] = {
     "mistral": {"sliding_window": None},
@@ -64,7 +66,7 @@ def test_the_table_says_what_works(
             *loads_in_transformers(pruned, folder, windows),
             loads_padded(pruned, byte_tokenizer, windows, tmp_path / f"{number}-padded"),
             writes_gguf(pruned, byte_tokenizer, tmp_path / f"{number}.gguf"),
-            what_vllm_has(folder),
+            loads_in_vllm(family, folder),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     documented = [line for line in DOCUMENT.read_text().splitlines() if line.startswith(f"| `{family}` |")]
@@ -103,11 +105,13 @@ def writes_gguf(pruned: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, pat
     return "works"
 
 
-def what_vllm_has(folder: Path) -> str:
-    """Nothing is run in vLLM here. Its classes take a stock model as it is, but not all of them read the width of a
-    head from the config."""
+def loads_in_vllm(family: str, folder: Path) -> str:
+    """vLLM's classes take a stock model as it is, but not all of them read the width of a head from the config."""
     config = json.loads((folder / "config.json").read_text())
-    if list(folder.glob("*.py")):
+    has_code = any(folder.glob("*.py"))
+    if family in RUN_IN_VLLM:
+        return "remote code" if has_code else "works"
+    if has_code:
         return "unknown"
     heads = config.get("num_attention_heads") or config["n_head"]
     is_as_wide_as_the_model = heads * config["head_dim"] == (config.get("hidden_size") or config["n_embd"])

@@ -16,7 +16,16 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
+import transformers
+from packaging.version import Version
+
+# Older ones would fail at the imports below, or build layers of the wrong sizes.
+if Version(transformers.__version__) < Version("5.14"):
+    raise ImportError(
+        "The layers of this model differ in size, which needs transformers 5.14 or newer; installed is"
+        f" {transformers.__version__}. Install a newer one: pip install --upgrade 'transformers>=5.14'"
+    )
+
 from huggingface_hub.dataclasses import strict
 from transformers import (
     CONFIG_MAPPING,
@@ -29,8 +38,26 @@ from transformers.utils import is_torch_available
 
 # Elsewhere (mlx-lm) a tokenizer is loaded with the config class alone.
 if is_torch_available():
+    import torch
     from torch import nn
+    from transformers.conversion_mapping import (
+        get_checkpoint_conversion_mapping,
+        register_checkpoint_conversion_mapping,
+    )
     from transformers.pytorch_utils import Conv1D
+
+    class _Nothing(nn.Module):
+        """In place of an attention or a feed-forward: adds nothing to the hidden state, and has no cache."""
+
+        def __init__(self, returned: int) -> None:
+            super().__init__()
+            self.returned = returned
+
+        def forward(self, *args: object, **kwargs: object) -> torch.Tensor | tuple:
+            state = next(given for given in (*args, *kwargs.values()) if isinstance(given, torch.Tensor))
+            nothing = torch.zeros_like(state)
+            return (nothing, *[None] * (self.returned - 1)) if self.returned else nothing
+
 
 FILE_NAME = "modeling_pruned.py"
 # The same for mlx-lm, which the config names as `model_file`.
@@ -127,19 +154,6 @@ def _stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
     # Of some families, layers differ already in the dense model.
     stock.per_layer_config = getattr(config, "stock_per_layer_config", None)
     return stock
-
-
-class _Nothing(nn.Module):
-    """In place of an attention or a feed-forward: adds nothing to the hidden state, and has no cache."""
-
-    def __init__(self, returned: int) -> None:
-        super().__init__()
-        self.returned = returned
-
-    def forward(self, *args: object, **kwargs: object) -> torch.Tensor | tuple:
-        state = next(given for given in (*args, *kwargs.values()) if isinstance(given, torch.Tensor))
-        nothing = torch.zeros_like(state)
-        return (nothing, *[None] * (self.returned - 1)) if self.returned else nothing
 
 
 def _build_layer(layer_class: type[nn.Module], family: Family, config: PreTrainedConfig, index: int) -> nn.Module:
@@ -257,5 +271,10 @@ def register_family(family: Family) -> type[PreTrainedModel]:
     own = {"__module__": __name__, "family": family, "auto_map": auto_map, "config_class": config}
     decoder = type(names["AutoModel"], (_PerLayer, MODEL_MAPPING[stock_config]), own)
     causal = type(names["AutoModelForCausalLM"], (_PerLayer, stock_class), own)
+    # A custom class does not get the conversions of its family by default. The causal model needs none: its decoder is
+    # a stock one.
+    stock_names = (MODEL_MAPPING[stock_config].__name__, family.model_type)
+    if mapping := next(filter(None, map(get_checkpoint_conversion_mapping, stock_names)), None):
+        register_checkpoint_conversion_mapping(decoder.__name__, mapping, overwrite=True)
     globals().update({made.__name__: made for made in (decoder, causal)})
     return causal
