@@ -73,6 +73,7 @@ def test_the_result_is_a_smaller_model_with_its_numbers(
         "reading activations",
         "measuring",
         "comparing removals",
+        "removing parts whole",
         "searching",
         "cutting",
         "compensating",
@@ -88,6 +89,7 @@ def test_the_run_folder_holds_what_the_design_says(finished: adapruner.PruneResu
         "windows.safetensors",
         "statistics.safetensors",
         "moments",
+        "whole.json",
         "study.db",
         "search.json",
         "plan.json",
@@ -155,7 +157,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_an_undisturbed_one(
         ("adapruner.procedure", "write_atomically", 3, "unfinished/moments-*/0002.safetensors"),
         ("adapruner.procedure", "write_atomically", 7, "unfinished/statistics.safetensors-*/000004.safetensors"),
         ("adapruner.search.Objective", "__call__", 6, "study.db"),
-        ("adapruner.checkpoint._folder", "_add_older_rope_keys", 0, "unfinished/model-*/**/model.safetensors"),
+        ("adapruner.checkpoint._folder", "_add_older_keys", 0, "unfinished/model-*/**/model.safetensors"),
     ):
         script = KILL.format(target=target, name=name, calls=calls)
         killed = subprocess.run(
@@ -209,7 +211,7 @@ def test_what_a_kill_at_the_edge_of_any_artifact_leaves_is_resumed_from(
         patch.setattr("adapruner.driver.replace", leaving_before(replace))
         adapruner.prune(str(model_folder), run, **options)
     assert_same_artifacts(run, finished.output)
-    assert len(left) == 3 * len(names) == 36
+    assert len(left) == 3 * len(names) == 39
 
     def stopping(self: RunFolder, name: str, record: Record, *beside: Any) -> None:
         finish(self, name, record, *beside)

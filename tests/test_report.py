@@ -151,7 +151,7 @@ def test_models_are_those_of_the_result(finished: adapruner.PruneResult, page: P
             value, error = measured["perplexity"], measured["loss_standard_error"]
             assert error > 0
             assert measured["protocol"] in page.text
-            expected.append(f"{value:.2f} ± {value * error:.2f}")
+            expected += [f"{value:.2f} ± {value * error:.2f}", f"{measured['bits_per_byte']:.4f}"]
         assert cells == expected
     assert f"−{100 * finished.result.removed_share:.1f} %" in page.text
     assert all(f"{name} {version}" in page.text for name, version in result["versions"].items())

@@ -31,7 +31,8 @@ def select_vocabulary(
     """Counts the tokens of texts and chooses those that a model keeps; reads no weights.
 
     Args:
-        size, multiple: see `choose_tokens`.
+        size: at most so many are kept; see `choose_tokens`.
+        multiple: of which the number of kept tokens is one.
         progress: called with the number of documents read.
 
     Raises:
