@@ -79,8 +79,8 @@ def _empty_pruned(
     common: dict[str, Any] = {}
     for own in layers.values():
         common |= own
-    # A layer without heads says nothing of heads.
-    if all(own.items() <= common.items() for own in layers.values()):
+    # A layer without heads says nothing of heads. No stock class takes a count of 0.
+    if all(common.values()) and all(own.items() <= common.items() for own in layers.values()):
         shapes = {name: tensor.shape for name, tensor in state.items()}
         for stock in stock_models(architecture, fields | common):
             if {name: tensor.shape for name, tensor in stock.state_dict().items()} == shapes:
