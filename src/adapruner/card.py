@@ -303,7 +303,10 @@ def _loading(config: PreTrainedConfig) -> str:
     if is_pruned(config):
         remote = ", trust_remote_code=True"
         why = f"Layers differ, so the folder brings a modelling file. {written}; versions before 5.14 cannot read it."
-        others = "vLLM: `--trust-remote-code`; loaders without it: `adapruner export FOLDER --to stock -o PADDED`"
+        others = (
+            "vLLM: `--trust-remote-code`, if every layer has an attention; other loaders:"
+            " `adapruner export FOLDER --to stock -o PADDED`"
+        )
     else:
         remote = ""
         why = f"A stock `{config.model_type}` without code of its own. {written}."
