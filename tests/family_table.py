@@ -46,7 +46,10 @@ def row(model_type: str) -> tuple[str, bool]:
     """A line of the table, and whether the family can be pruned."""
     config = tiny_config(model_type)
     with tempfile.TemporaryDirectory() as folder:
-        random_model(config).save_pretrained(folder)
+        try:
+            random_model(config).save_pretrained(folder)
+        except RuntimeError:  # builds on the meta device alone; `inspect` reads the config and says why
+            config.save_pretrained(folder)
         code, answer = inspect(folder)
         if code:
             assert code == 2, answer

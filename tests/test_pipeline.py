@@ -21,6 +21,7 @@ import adapruner
 from adapruner import AdaPrunerError, PruneConfig, verbs
 from adapruner.artifacts import Record
 from adapruner.card import model_card
+from adapruner.checkpoint import save_checkpoint
 from adapruner.cli import main, with_options
 from adapruner.files import replace
 from adapruner.models import find_model, load_model
@@ -682,3 +683,16 @@ def test_advice_names_what_should_not_go_unseen(
     assert "rose from 20.0 to nan" in advice(final=float("nan"))
     assert "fitted on 40 windows" in advice(compensation=40)
     assert "not multiples of 8" in advice(widths=23)
+
+
+def test_a_part_that_the_family_cannot_lose_is_refused_before_anything_is_made(
+    make_model: Any, tokenizer: PreTrainedTokenizerFast, text_file: Path, tmp_path: Path
+) -> None:
+    save_checkpoint(make_model("opt"), tokenizer, tmp_path / "opt")
+    with pytest.raises(
+        AdaPrunerError, match=r"`whole` feed-forward: .* opt cannot lose it; possible: attention, layer"
+    ):
+        adapruner.prune(
+            str(tmp_path / "opt"), tmp_path / "run", calibration=str(text_file), **OPTIONS | {"whole": ["feed-forward"]}
+        )
+    assert not (tmp_path / "run").exists()

@@ -64,11 +64,10 @@ def model_card(
     )
     trained = trained_sentence(result.recovery) if of == "recovered" and result.recovery else _NOT_TRAINED
     before, after = result.model("dense").parameters, result.model("searched").parameters
-    tokens = "tokens, " if result.vocabulary else ""
     sections = [
         f"# {_escaped(base)}, {result.removed_share:.1%} pruned",
         f"{before - after:,} of the {before:,} parameters of `{_escaped(base)}` were removed:"
-        f" {tokens}whole attention heads and feed-forward channels. {trained}",
+        f" {_what_was_removed(plan, result)}. {trained}",
         *([_tokens_removed(result.vocabulary, result.config.vocabulary)] if result.vocabulary else []),
         "## What was removed\n\n" + _removed(plan),
         "## What it cost\n\n" + _cost(_numbers(result.model("dense")), numbers),
@@ -77,6 +76,15 @@ def model_card(
         _licence_section(licence),
     ]
     return f"---\n{metadata.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
+
+
+def _what_was_removed(plan: PruningPlan, result: RunResult) -> str:
+    """The kinds of what was removed, with commas between them."""
+    removed = ["tokens"] if result.vocabulary else []
+    for kind, name in (("heads", "attention heads"), ("experts", "experts"), ("channels", "feed-forward channels")):
+        if any(len(block.kept) < block.groups for block in plan.blocks if block.kind == kind):
+            removed.append(name)
+    return ", ".join(removed)
 
 
 def vocabulary_card(

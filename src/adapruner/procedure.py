@@ -219,6 +219,23 @@ def _may_remove_whole(config: PruneConfig) -> bool:
     return config.space == "extended" and config.search == "joint" and config.whole != ("none",)
 
 
+def _whole_parts(job: Job) -> list[Whole]:
+    """What of a layer the search may remove whole.
+
+    Raises:
+        AdaPrunerError: the options name a part that no layer of this model can lose.
+    """
+    config, structure = job.config, job.prepared.structure
+    by_default: tuple[WholePart, ...] = ("layer",) if config.layout == "uniform" else ("attention",)
+    for part in config.whole or ():
+        if part not in structure.whole:
+            possible = ", ".join(sorted(structure.whole)) or "none"
+            raise AdaPrunerError(
+                f"`whole` {part}: models of the family {structure.model_type} cannot lose it; possible: {possible}"
+            )
+    return [part for part in get_args(Whole) if part in structure.whole and part in (config.whole or by_default)]
+
+
 @artifact(
     "whole.json",
     _json(RemovalOrders),
@@ -226,14 +243,13 @@ def _may_remove_whole(config: PruneConfig) -> bool:
     options="whole layout space search protect_first protect_last",
     leaves="model family precision left_out",
     is_wanted=_may_remove_whole,
+    check=_whole_parts,
     is_result=False,
 )
 def whole(job: Job, work: Path, windows: Windows) -> RemovalOrders:
-    """In which order attentions, feed-forwards and layers go whole."""
+    """In which order attentions, feed-forwards and layers are removed whole."""
     prepared, config = job.prepared, job.config
-    structure = prepared.structure
-    by_default: tuple[WholePart, ...] = ("layer",) if config.layout == "uniform" else ("attention",)
-    parts = [part for part in get_args(Whole) if part in structure.whole and part in (config.whole or by_default)]
+    structure, parts = prepared.structure, _whole_parts(job)
     unprotected = range(config.protect_first or 0, structure.layers - (config.protect_last or 0))
     candidates = {part: sorted(structure.whole_parameters(part).keys() & set(unprotected)) for part in parts}
     text = usable(job, windows)["pool"][:_WINDOWS_FOR_WHOLE]

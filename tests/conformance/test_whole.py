@@ -1,4 +1,4 @@
-"""Attentions, feed-forwards and layers that go whole."""
+"""Whole attentions, feed-forwards and layers that are removed."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_what_cannot_go_whole_is_refused(make_model: Callable[..., PreTrainedMod
         (bloom, Budget(0.2, 0, 0, without_attention=(1,))),
         (llama, Budget(0.2, 0, 0, layout="uniform", without_feed_forward=(2,))),
     ):
-        with pytest.raises(BudgetError, match=r"of layer \d of this \w+ cannot go whole"):
+        with pytest.raises(BudgetError, match=r"of layer \d of this \w+ cannot be removed whole"):
             kept_counts(structure, budget)
 
 

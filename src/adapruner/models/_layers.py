@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from adapruner.models._architecture import Whole, architecture_of
+from adapruner.models.modeling_pruned import Nothing
 
 # Weights by name within a layer.
 ReadLayer = Callable[[], dict[str, Tensor]]
@@ -105,15 +106,11 @@ def without_parts(model: PreTrainedModel, whole: Whole, layers: Iterable[int], c
     names = {"attention": architecture.attention, "feed-forward": architecture.feed_forward}.get(whole)
     chosen = [decoder_layers(model)[layer] for layer in layers]
 
-    def add_nothing(*arguments: Any, **named: Any) -> Any:
-        state = next(given for given in (*arguments, *named.values()) if isinstance(given, Tensor))
-        nothing, returned = torch.zeros_like(state), names.returned if names else 0
-        return (nothing, *[None] * (returned - 1)) if returned else nothing
-
     if names is None:
         forwards = dict.fromkeys(chosen, lambda state, *_, **__: call.output(state))
     else:
-        forwards = dict.fromkeys((layer.get_submodule(names.module) for layer in chosen), add_nothing)
+        nothing = Nothing(names.returned).forward
+        forwards = dict.fromkeys((layer.get_submodule(names.module) for layer in chosen), nothing)
     with _other_forwards(forwards):
         yield
 

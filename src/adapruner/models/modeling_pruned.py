@@ -46,7 +46,7 @@ if is_torch_available():
     )
     from transformers.pytorch_utils import Conv1D
 
-    class _Nothing(nn.Module):
+    class Nothing(nn.Module):
         """In place of an attention or a feed-forward: adds nothing to the hidden state, and has no cache."""
 
         def __init__(self, returned: int) -> None:
@@ -174,7 +174,7 @@ def _build_layer(layer_class: type[nn.Module], family: Family, config: PreTraine
     for path in getattr(config, "added_biases", ()):
         _resize(layer, path, bias=True)
     for part in gone:
-        layer.set_submodule(part.module, _Nothing(part.returned))
+        layer.set_submodule(part.module, Nothing(part.returned))
     return layer
 
 
@@ -189,8 +189,11 @@ def _renumber_caches(layers: nn.ModuleList, family: Family, config: PreTrainedCo
             with_place.setdefault(types[index] if types else None, []).append(index)
     for places in with_place.values():
         modules = [layers[index].get_submodule(attention.module) for index in places]
-        kept = [module for module in modules if not isinstance(module, _Nothing)]
-        for place, module in zip(places, kept if len(kept) < len(modules) else (), strict=False):
+        kept = [module for module in modules if not isinstance(module, Nothing)]
+        if len(kept) == len(modules):
+            continue
+        # More places than attentions: the last places stay empty.
+        for place, module in zip(places, kept, strict=False):
             for part in module.modules():
                 if hasattr(part, "layer_idx"):
                     part.layer_idx = place

@@ -52,8 +52,8 @@ class Budget:
             a share in proportion to exp(tilt · z - bend · z²); `global` divides scores by that.
         ratio_of: `groups` makes the ratio a share of the channels (and, times `head_share`, of the heads) of every
             unprotected layer, as LLM-Pruner's protocol has it, rounded in each; ranking and profile are of no account.
-        without_attention, without_feed_forward: layers whose attention, and whose feed-forward or experts, go whole; in
-            both, the layer goes. Protected or not.
+        without_attention, without_feed_forward: layers whose attention, and layers whose feed-forward, are removed
+            whole, protected or not. A layer in both is removed.
     """
 
     ratio: float
@@ -70,7 +70,7 @@ class Budget:
     without_feed_forward: tuple[int, ...] = ()
 
     def removes_whole(self, block: Block) -> bool:
-        """Whether nothing of a block stays."""
+        """Whether no group of a block is kept."""
         return block.layer in (self.without_attention if block.kind == "heads" else self.without_feed_forward)
 
 
@@ -126,7 +126,7 @@ def kept_counts(structure: Structure, budget: Budget, scores: Tensor | None = No
 
 
 def largest_channel_share(structure: Structure, counts: Sequence[int]) -> float:
-    """The largest share of its feed-forward channels that a layer gives up which keeps some."""
+    """The largest share of feed-forward channels removed from a layer, among the layers that keep some."""
     channels = (
         1 - count / block.groups
         for block, count in zip(structure.blocks, counts, strict=True)
@@ -238,11 +238,14 @@ def _refuse_impossible_whole(structure: Structure, budget: Budget) -> None:
     wanted: dict[Whole, set[int]] = {
         "attention": attention - layers,
         "feed-forward": feed_forward - layers,
-        "layer": layers - set(structure.removable_layers),
+        "layer": layers,
     }
-    for whole, own in wanted.items():
-        if own and (whole == "layer" or whole not in structure.whole or budget.layout == "uniform"):
-            raise BudgetError(f"the {whole} of layer {min(own)} of this {structure.model_type} cannot go whole")
+    for whole, removed in wanted.items():
+        is_allowed = whole in structure.whole and (whole == "layer" or budget.layout == "per-layer")
+        if impossible := removed - (structure.whole_parameters(whole).keys() if is_allowed else set()):
+            raise BudgetError(
+                f"the {whole} of layer {min(impossible)} of this {structure.model_type} cannot be removed whole"
+            )
 
 
 def _refuse_nothing_removed(structure: Structure, budget: Budget, counts: Sequence[int]) -> None:

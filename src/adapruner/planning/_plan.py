@@ -24,8 +24,8 @@ _STRICT = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class BlockPlan(BaseModel):
-    """What stays of one block: the numbers of its groups, in ascending order; none where the attention or feed-forward
-    goes whole."""
+    """The numbers of the kept groups of one block, in ascending order; empty where the attention or feed-forward is
+    removed whole."""
 
     model_config = _STRICT
 

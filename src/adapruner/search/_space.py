@@ -71,8 +71,9 @@ class SearchSpace:
             or, where that is not known, by the Taylor terms alone.
         searched: `joint`; or only samples or metric, with the first random draw or `param_first` for the other.
         is_feasible: whether the budget of a candidate can be met. One that cannot is replaced by the nearest that can:
-            without parts that go whole, with fewer protected layers, then with more heads. None leaves all as they are.
-        whole: the layers whose attention, feed-forward or all goes first, second and so on. How many go is searched.
+            without whole parts removed, with fewer protected layers, then with more heads. None leaves all as they are.
+        whole: for each part of a layer that may be removed whole, the layers in the order of removal. How many are
+            removed is searched.
     """
 
     subsets: SubsetFamily
@@ -232,7 +233,7 @@ class SearchSpace:
         return replace(self.budget, **changes)
 
     def _removed(self, **counts: int) -> dict[str, int]:
-        """The parameters with which so many attentions, feed-forwards or layers go whole, or as many as may."""
+        """The parameters that remove so many attentions, feed-forwards or layers, or as many as possible."""
         possible = {whole: len(layers) for whole, layers in self.whole.items() if layers}
         return {_WHOLE_COUNTS[whole]: min(counts.get(whole, 0), most) for whole, most in possible.items()}
 
@@ -245,7 +246,7 @@ class SearchSpace:
         return candidate
 
     def _relaxed(self, budget: Budget) -> Iterator[Budget]:
-        """The budget, then without parts that go whole, then ever more to take it from: a layer less protected, at the
+        """The budget, then without whole parts removed, then ever more to take it from: a layer less protected, at the
         end that protects more, and when none is left, more heads."""
         yield budget
         if budget.without_attention or budget.without_feed_forward:
@@ -295,7 +296,7 @@ class SearchSpace:
         return {name: value for name, value in parameters.items() if name not in skipped}
 
 
-# The parameters that say how many go whole, and the fields of the budget that say which.
+# The parameters that count the whole parts removed, and the fields of the budget that list their layers.
 _WHOLE_COUNTS: dict[Whole, str] = {
     "attention": "attentions_removed",
     "feed-forward": "feed_forwards_removed",

@@ -1,4 +1,4 @@
-"""In which order attentions, feed-forwards and layers go whole: greedily, by the loss."""
+"""The order in which whole attentions, feed-forwards and layers are removed: greedy, by the loss."""
 
 from __future__ import annotations
 
@@ -14,14 +14,18 @@ from adapruner.evaluation import Prefix, compute_prefix, losses_by_batch
 from adapruner.models import Whole, without_parts
 from adapruner.structure import Structure
 
-# How many of each go at most, and which part of the parameters that are to go.
+# The maximum number of each that is removed, and their maximum share of the parameters to remove.
 MOST_WHOLE, _LARGEST_PART = 6, 0.5
-# Of the layers that are left, so many of those whose loss was least before are measured again after every removal.
+# How many of the remaining layers, those with the lowest loss before, are measured again after every removal.
 _MEASURED_AGAIN = 4
 
 
 class RemovalOrders(BaseModel):
-    """The layers whose attention, feed-forward or all goes first, second and so on, and the loss after each."""
+    """For each part of a layer, the layers in the order of removal, and the loss after each removal.
+
+    Attributes:
+        losses: nats per token, nothing else removed or compensated.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -29,7 +33,7 @@ class RemovalOrders(BaseModel):
     losses: dict[Whole, tuple[float, ...]]
 
     def shortened(self, structure: Structure, ratio: float) -> dict[Whole, tuple[int, ...]]:
-        """The layers in each order, as far as they are not more than half of what is to go."""
+        """The orders, cut off where a part would be more than half of the parameters to remove."""
         most, shortened = _LARGEST_PART * ratio * structure.total_parameters, dict[Whole, tuple[int, ...]]()
         for whole, layers in self.layers.items():
             sizes = structure.whole_parameters(whole)
@@ -44,9 +48,9 @@ def removal_orders(
     candidates: Mapping[Whole, Sequence[int]],
     progress: Callable[[int], None] | None = None,
 ) -> RemovalOrders:
-    """Removes one attention after another, each time the one without which the loss is least, and likewise
-    feed-forwards and layers (BlockPruner, arXiv 2406.10594; second stage of 2SSP, arXiv 2501.17771). A candidate is
-    judged from the hidden state in front of it on; after the first round only the most promising are.
+    """Removes one attention after another, each time the one whose removal gives the lowest loss, and likewise
+    feed-forwards and layers (BlockPruner, arXiv 2406.10594; second stage of 2SSP, arXiv 2501.17771). The layers before
+    a candidate are not computed again; after the first round only the most promising candidates are measured.
 
     Args:
         windows: [windows, tokens], int64.

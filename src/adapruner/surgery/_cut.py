@@ -56,7 +56,7 @@ def prune_model(
 
 
 def kept_layers(structure: Structure, plan: PruningPlan) -> list[int]:
-    """The layers of which anything stays, from the input to the output."""
+    """The layers that are not removed, from the input to the output."""
     gone = structure.removed_layers([len(block.kept) for block in plan.blocks])
     return [layer for layer in range(structure.layers) if layer not in gone]
 
@@ -176,7 +176,11 @@ def _prune_block(
 
 
 def _kept_part(tensor: Tensor, plan: BlockPlan, parts: Sequence[TensorSlice]) -> Tensor:
-    """What stays of a tensor of which `parts` are those of the groups."""
+    """The tensor with the indices of the kept groups only.
+
+    Args:
+        parts: the slices of the groups in this tensor.
+    """
     axis, of_experts = parts[0].stored_axis, parts[0].of_experts(tensor)
     kept = kept_indices(plan, parts, of_experts.shape[1 + axis]).to(tensor.device)
     each = [own.index_select(axis, stays) for own, stays in zip(of_experts, kept, strict=True)]

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from adapruner.calibration import Source, stream_documents
 from adapruner.errors import AdaPrunerError
 from adapruner.models import new_model
+from adapruner.structure import count_parameters
 from adapruner.tokens._choosing import Vocabulary, VocabularySummary, choose_tokens
 from adapruner.tokens._counting import count_tokens, scripts_of
 from adapruner.tokens._model import cut_config, named_tokens
@@ -68,6 +69,6 @@ def select_vocabulary(
 
 
 def _parameters(config: PreTrainedConfig) -> int:
-    """Of the model of a config, tied ones counted once."""
+    """Of the model of a config, tied ones counted once; also of a family that cannot be pruned otherwise."""
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in new_model(config).parameters())
+        return count_parameters(new_model(config))
