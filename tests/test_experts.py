@@ -285,3 +285,10 @@ def test_routing_that_chooses_groups_of_experts_first_is_proven() -> None:
     # Two of one group see a token, so three of each stay.
     assert {(block.strata, block.least) for block in blocks} == {(2, 6)}
     assert not failed_checks(model, architecture)
+
+
+def test_experts_whose_projections_are_modules_of_their_own_are_cut_whole() -> None:
+    """JetMoE: no stack in the module of the down projections computes what they read."""
+    experts = infer_architecture(tiny_config("jetmoe")).experts
+    assert experts is not None
+    assert experts.channels is None

@@ -294,8 +294,10 @@ def _touched_by_channels(
     put_out: Callable[[Mapping[str, Tensor]], Tensor], own: Mapping[str, Tensor], name: str, axis: int, expert: int
 ) -> dict[str, tuple[int, Tensor]]:
     """For each other stack, the axis along which channels lie, and [channels, rows] bool: on which rows of one expert
-    each channel depends. A channel is what is put out when nothing else is read."""
+    each channel depends. Its output is what remains when the inputs of all other channels are silenced."""
     others = [other for other in own if other != name]
+    if not others:
+        return {}
     touched: dict[str, list[Tensor]] = {other: [] for other in others}
     for channel in range(own[name].shape[axis]):
         alone = torch.zeros_like(own[name])
