@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -17,12 +18,14 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from adapruner.calibration import (
     _reading,
     _sources,
     draw_windows,
+    evaluation_text,
     fingerprint,
     generate_windows,
     parse_source,
@@ -142,6 +145,40 @@ def test_running_text_is_cut_without_overlap(tmp_path: Path, tokenizer: PreTrain
     assert text_windows(parse_source(str(path)), tokenizer, 3).tolist() == [ids[:3], ids[3:6]]
     with pytest.raises(AdaPrunerError, match="has 7 tokens, less than one window of 8"):
         text_windows(parse_source(str(path)), tokenizer, 8)
+
+
+@pytest.fixture
+def starting(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """A tokenizer that puts a token in front of every text, as those of Llama and Gemma do."""
+    starting = copy.deepcopy(tokenizer)
+    start = starting.convert_tokens_to_ids("w0")
+    starting.backend_tokenizer.post_processor = TemplateProcessing("w0 $A", special_tokens=[("w0", start)])
+    return starting
+
+
+def test_every_window_begins_as_a_text_does(tmp_path: Path, starting: PreTrainedTokenizerFast) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("w1 w2 w3 w4 w5 w6 w7 w8 w9")
+    start, *ids = starting(path.read_text()).input_ids
+    source = parse_source(str(path))
+    assert text_windows(source, starting, 4).tolist() == [[start, *ids[first : first + 3]] for first in (0, 3, 6)]
+    assert draw_windows(source, starting, 3, 4, seed=0).tolist() == text_windows(source, starting, 4).tolist()
+
+
+def test_special_tokens_in_front_of_windows_have_no_bytes(tmp_path: Path, starting: PreTrainedTokenizerFast) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("w1 w22 w3 w4 w5 w6 w7")
+    source = parse_source(str(path))
+    start, *ids = starting(path.read_text()).input_ids
+    text = evaluation_text(source, starting, 4, None)
+    assert text.windows.tolist() == [[start, *ids[:3]], [start, *ids[3:6]]]
+    assert text.provenance["every_window_after"] == "w0"
+    assert text.predicted_bytes == len("w1 w22 w3 w4 w5 w6")
+    overlapping = evaluation_text(source, starting, 4, None, stride=1)
+    assert overlapping.predicted_bytes == len("w1 w22 w3 w4 w5 w6 w7")
+    published = evaluation_text(source, starting, 4, None, bos=False)
+    assert published.windows.tolist() == [[start, *ids[:3]], ids[3:7]]
+    assert published.predicted_bytes == len("w1 w22 w3") + len(" w5 w6 w7")
 
 
 def test_the_model_writes_its_own_text(model: PreTrainedModel) -> None:

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import unicodedata
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -111,6 +112,10 @@ ODD = [
     "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa----------------________________",
 ]
 TEXTS = [*ENGLISH, *OTHERS, *ODD]
+MORE_TEXTS = [
+    *(unicodedata.normalize("NFD", text.upper()) for text in [*ENGLISH, *OTHERS]),
+    Path(__file__).read_text(encoding="utf-8"),
+]
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 TEMPLATE = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
 LETTERS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -237,7 +242,7 @@ def assert_says_the_same(kind: str, text: str) -> None:
 def test_text_of_any_language_is_decoded_as_before(kind: str) -> None:
     before, after, vocabulary = tokenizer_and_cut(kind)
     assert len(after) == len(vocabulary.kept) < 0.8 * len(before)
-    for text in TEXTS:
+    for text in [*TEXTS, *MORE_TEXTS]:
         assert_says_the_same(kind, text)
     # That nothing of English is lost, and something of other languages is, shows in the number of tokens.
     for text in ENGLISH:

@@ -185,6 +185,11 @@ class PruneOptions(_Options):
     evaluate_windows: int | None = Field(
         default=None, ge=1, description="Maximum number of windows, evenly spaced, for the reported perplexity."
     )
+    evaluate_bos: bool = Field(
+        default=True,
+        description="Begin every reported window with the token for the beginning of a text, if the tokenizer has one;"
+        " LLM-Pruner and the paper do not.",
+    )
     seq_len: int = Field(default=128, ge=2, description="Tokens per window.")
     trials: Count = Field(default=48, description="Trials of the search.")
     sampler: Sampler = Field(default="tpe", description="Sampler of the search; random is for comparison.")

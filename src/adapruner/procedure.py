@@ -129,7 +129,7 @@ def windows(job: Job, work: Path, vocabulary: Vocabulary | None) -> Windows:
     "evaluation/texts.safetensors",
     REPORT_TEXTS,
     inputs=(vocabulary,),
-    options="evaluate evaluate_windows seq_len",
+    options="evaluate evaluate_windows evaluate_bos seq_len",
     leaves="model report_texts",
     check=lambda job: job.prepared.report,
     is_result=False,
@@ -142,7 +142,7 @@ def report_texts(job: Job, work: Path, vocabulary: Vocabulary | None) -> dict[st
 @artifact(
     "evaluation/texts-dense.safetensors",
     REPORT_TEXTS,
-    options="evaluate evaluate_windows seq_len",
+    options="evaluate evaluate_windows evaluate_bos seq_len",
     leaves="model report_texts",
     check=lambda job: job.prepared.report_given,
     is_wanted=lambda config: bool(config.vocabulary),

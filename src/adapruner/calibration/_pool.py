@@ -26,7 +26,8 @@ def draw_windows(
 ) -> Tensor:
     """Draws windows from the beginnings of documents in random order; documents shorter than a window are dropped.
 
-    Only if there are too few documents, those that are longer give a second window, a third, and so on.
+    Only if there are too few documents, those that are longer give a second window, a third, and so on. Every window
+    begins with the tokens that the tokenizer puts in front of a text, if it does.
 
     Args:
         at_least: fewer windows than `count` will do, but not fewer than this; by default `count`.
@@ -39,6 +40,8 @@ def draw_windows(
     """
     documents = list(dict.fromkeys(read_documents(source)))
     random.Random(seed).shuffle(documents)
+    start = _start_of_text(tokenizer)
+    step = seq_len - len(start)
     windows: list[list[int]] = []
     rests: list[list[int]] = []
     for document in documents:
@@ -50,9 +53,9 @@ def draw_windows(
             rests.append(tokens[seq_len:])
     long_documents = len(windows)
     while len(windows) < count and rests:
-        rests = [rest for rest in rests if len(rest) >= seq_len]
-        windows += [rest[:seq_len] for rest in rests]
-        rests = [rest[seq_len:] for rest in rests]
+        rests = [rest for rest in rests if len(rest) >= step]
+        windows += [start + rest[:step] for rest in rests]
+        rests = [rest[step:] for rest in rests]
     needed = count if at_least is None else at_least
     if len(windows) < needed:
         raise AdaPrunerError(
@@ -63,13 +66,12 @@ def draw_windows(
     return torch.tensor(windows[:count])
 
 
-def text_windows(source: Source, tokenizer: Tokenizer, seq_len: int, stride: int | None = None) -> Tensor:
-    """Cuts the running text of a source into windows; the tail is dropped.
+def text_windows(source: Source, tokenizer: Tokenizer, seq_len: int) -> Tensor:
+    """Cuts the running text of a source into windows that do not overlap; the tail is dropped.
 
-    The protocol of LLM-Pruner (arXiv 2305.11627): documents joined by an empty line, tokenized at once.
-
-    Args:
-        stride: tokens between the beginnings of windows; by default the windows do not overlap.
+    Documents are joined by an empty line and tokenized at once, as LLM-Pruner does (arXiv 2305.11627). But every window
+    begins with the tokens that the tokenizer puts in front of a text, if it does: models that were trained with them
+    predict badly without.
 
     Returns:
         [windows, seq_len], int64.
@@ -77,19 +79,35 @@ def text_windows(source: Source, tokenizer: Tokenizer, seq_len: int, stride: int
     Raises:
         AdaPrunerError: the text is shorter than one window.
     """
-    tokens = torch.tensor(tokenizer(_running_text(source), verbose=False).input_ids)
-    return _cut_into_windows(tokens, source, seq_len, stride)
+    start = _start_of_text(tokenizer)
+    tokens = tokenizer(_running_text(source), verbose=False, add_special_tokens=False).input_ids
+    windows = _cut_into_windows(torch.tensor(tokens), source, seq_len - len(start))
+    return _behind(start, windows)
 
 
 def _running_text(source: Source) -> str:
     return "\n\n".join(read_documents(source))
 
 
-def _cut_into_windows(numbers: Tensor, source: Source, seq_len: int, stride: int | None) -> Tensor:
-    """[windows, seq_len]: one number for each token, window by window."""
-    if len(numbers) < seq_len:
-        raise AdaPrunerError(f"{source} has {len(numbers)} tokens, less than one window of {seq_len}")
-    return numbers.unfold(0, seq_len, stride or seq_len).clone()
+def _cut_into_windows(tokens: Tensor, source: Source, size: int, stride: int | None = None) -> Tensor:
+    """[windows, size], int64: running tokens, window by window; by default windows do not overlap."""
+    if size < 1 or len(tokens) < size:
+        raise AdaPrunerError(f"{source} has {len(tokens)} tokens, less than one window of {max(size, 1)}")
+    return tokens.unfold(0, size, stride or size).clone()
+
+
+def _start_of_text(tokenizer: Tokenizer) -> list[int]:
+    """The special tokens that a tokenizer puts in front of a text."""
+    text = "a"
+    whole = tokenizer(text).input_ids
+    bare = tokenizer(text, add_special_tokens=False).input_ids
+    length = next((first for first in range(len(whole)) if whole[first : first + len(bare)] == bare), 0)
+    return list(whole[:length])
+
+
+def _behind(start: list[int], windows: Tensor) -> Tensor:
+    """Windows with the same tokens in front of each."""
+    return torch.cat([torch.tensor(start, dtype=torch.int64).expand(len(windows), -1), windows], 1)
 
 
 def evenly_spaced(windows: Tensor, limit: int | None) -> Tensor:
@@ -118,26 +136,38 @@ class EvaluationText:
 
 
 def evaluation_text(
-    source: Source, tokenizer: Tokenizer, seq_len: int, limit: int | None, stride: int | None = None
+    source: Source,
+    tokenizer: Tokenizer,
+    seq_len: int,
+    limit: int | None,
+    stride: int | None = None,
+    bos: bool = True,
 ) -> EvaluationText:
     """Cuts a dataset into windows to measure perplexity on.
 
     Args:
         limit: at most so many windows, evenly spaced.
-        stride: tokens between the beginnings of windows; by default they do not overlap.
+        stride: tokens of the text between the beginnings of windows; by default they do not overlap.
+        bos: whether every window begins with the tokens that the tokenizer puts in front of a text, if it does. LLM-Pruner
+            (arXiv 2305.11627), SparseGPT and others have them at the beginning of the whole text alone.
     """
     text = _running_text(source)
-    encoded = tokenizer(text, verbose=False, return_offsets_mapping=tokenizer.is_fast)
-    windows = evenly_spaced(_cut_into_windows(torch.tensor(encoded.input_ids), source, seq_len, stride), limit)
+    encoded = tokenizer(text, verbose=False, add_special_tokens=not bos, return_offsets_mapping=tokenizer.is_fast)
+    start = _start_of_text(tokenizer) if bos else []
+    size = seq_len - len(start)
+    stride = min(stride or size, size)
+    windows = evenly_spaced(_cut_into_windows(torch.tensor(encoded.input_ids), source, size, stride), limit)
     read = None
     if tokenizer.is_fast:
         until = _bytes_until(text, torch.tensor(encoded.offset_mapping)[:, 1])
-        read = _bytes_predicted(
-            evenly_spaced(_cut_into_windows(until, source, seq_len, stride), limit), stride or seq_len
-        )
+        # One more to the left: what is read before the first token of a window.
+        edges = evenly_spaced(torch.cat([torch.zeros(1, dtype=torch.int64), until]).unfold(0, size + 1, stride), limit)
+        read = _bytes_predicted(edges if start else edges[:, 1:], stride)
     name = Path(tokenizer.name_or_path).name or type(tokenizer).__name__
     about = provenance(source) | {"tokenizer": f"{name}, {len(tokenizer):,} tokens"}
-    return EvaluationText(windows, stride or seq_len, about, read)
+    if start:
+        about["every_window_after"] = "".join(tokenizer.convert_ids_to_tokens(start))
+    return EvaluationText(_behind(start, windows), stride, about, read)
 
 
 def _bytes_until(text: str, ends: Tensor) -> Tensor:
@@ -158,7 +188,7 @@ def _bytes_predicted(until: Tensor, stride: int) -> int:
     `stride` of each window behind the first.
 
     Args:
-        until: [windows, seq_len], int64, see `_bytes_until`.
+        until: [windows, tokens], int64, see `_bytes_until`.
     """
     context = torch.full((len(until), 1), max(until.shape[1] - stride, 1))
     context[0] = 1

@@ -74,6 +74,7 @@ def evaluate(
     protocol: str | None = None,
     seq_len: WholeNumber = 128,
     stride: WholeNumber | None = None,
+    bos: bool = True,
     tasks: Annotated[tuple[str, ...], Parameter(negative="")] = (),
     limit: WholeNumber | None = None,
     dtype: Dtype = "auto",
@@ -88,12 +89,13 @@ def evaluate(
             if no dataset and no task is named. 2048: WikiText2 test, 2048 tokens.
         seq_len: Tokens per window of these datasets.
         stride: Tokens between the beginnings of these windows; by default they do not overlap.
+        bos: Begin each of these windows with the token for the beginning of a text, if the tokenizer has one.
         tasks: Tasks of lm-eval, separated by commas or repeated; commonsense is the seven of the paper.
         limit: Take only so many windows of each dataset and items of each task, evenly spaced.
     """
     from adapruner import verbs
 
-    result = verbs.evaluate(model, perplexity, protocol, seq_len, stride, tasks, limit, dtype, device)
+    result = verbs.evaluate(model, perplexity, protocol, seq_len, stride, bos, tasks, limit, dtype, device)
     print_advice(result.overlaps)
     if json:
         content = TypeAdapter(verbs.Evaluation).dump_python(result, mode="json")

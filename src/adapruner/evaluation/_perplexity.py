@@ -32,10 +32,10 @@ class Perplexity(BaseModel):
         text: the source and the part of it.
         seq_len: tokens per window; the first token of a window is not predicted.
         windows: how many windows.
-        stride: tokens from the beginning of a window to that of the next. Where windows overlap, all but the last
-            `stride` tokens of a window are context only, except in the first window.
+        stride: tokens of the text from the beginning of a window to that of the next. Where windows overlap, all but
+            the last `stride` tokens of a window are context only, except in the first window.
         provenance: what the text is and how it was made into tokens (`calibration.provenance`): `data_set`, `split`,
-            `revision`, `tokenizer`.
+            `revision`, `tokenizer`, and `every_window_after` where windows begin with a special token.
         predicted_bytes: UTF-8 bytes of the text of all predicted tokens; None where the tokenizer does not say which
             text a token is of.
         loss_standard_error: of the mean negative log-likelihood, in nats per token: the standard deviation over the
@@ -67,9 +67,7 @@ class Perplexity(BaseModel):
     @property
     def predicted_tokens(self) -> int:
         """How many tokens the mean is over."""
-        if self.stride == self.seq_len:
-            return self.windows * (self.seq_len - 1)
-        return self.seq_len - 1 + (self.windows - 1) * self.stride
+        return self.seq_len - 1 + (self.windows - 1) * min(self.stride, self.seq_len - 1)
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -96,7 +94,7 @@ def measure_perplexity(
     """The perplexity over windows.
 
     Args:
-        windows: [windows, tokens], int64 (see `calibration.text_windows`).
+        windows: [windows, tokens], int64 (see `calibration.evaluation_text`).
         text: what the windows are of, for the protocol.
         progress: called with the number of windows done after each batch.
         stride: tokens between the beginnings of windows; by default they do not overlap.
@@ -105,7 +103,7 @@ def measure_perplexity(
     seq_len = windows.shape[1]
     stride = stride or seq_len
     standard_error = None
-    if stride == seq_len:
+    if stride >= seq_len - 1:  # the first token is not predicted, and may be a special one in front of the text
         losses = window_losses(model, windows, progress)
         mean = losses.mean()
         if len(losses) > 1:

@@ -60,6 +60,7 @@ def evaluate(
     protocol: str | None = None,
     seq_len: int = 128,
     stride: int | None = None,
+    bos: bool = True,
     tasks: Sequence[str] = (),
     limit: int | None = None,
     dtype: Dtype = "auto",
@@ -73,6 +74,8 @@ def evaluate(
         protocol: as others report, see `PROTOCOLS`; `llm-pruner` if no dataset and no task is named.
         seq_len: tokens per window of the texts in `perplexity`.
         stride: tokens between the beginnings of these windows; by default they do not overlap.
+        bos: begin each of these windows with the token for the beginning of a text, if the tokenizer has one; protocols
+            do not.
         tasks: of lm-eval; `commonsense` is the seven of the paper.
         limit: take only so many windows of each dataset and items of each task, evenly spaced.
 
@@ -82,14 +85,14 @@ def evaluate(
     _refuse_bad_windows(seq_len, stride, limit)
     if protocol is None and not perplexity and not tasks:
         protocol = "llm-pruner"
-    wanted = [*_windows_of_protocol(protocol), *((name, seq_len, stride) for name in perplexity)]
+    wanted = [*_windows_of_protocol(protocol), *((name, seq_len, stride, bos) for name in perplexity)]
     resolve_device(device)
     location = find_model(str(model))
     config, tokenizer = load_config(location), load_tokenizer(location)
     texts, warnings = {}, []
-    for name, tokens, step in wanted:
+    for name, tokens, step, begin in wanted:
         source = parse_source(name, "report")
-        texts[source] = text = evaluation_text(source, tokenizer, tokens, limit, step)
+        texts[source] = text = evaluation_text(source, tokenizer, tokens, limit, step, begin)
         warnings.append(check_length(config, tokens))
         check_tokens(config, int(text.windows.max()))
     to_run = load_tasks(tasks, limit) if tasks else None
@@ -106,14 +109,14 @@ def evaluate(
     return Evaluation(perplexities, scores, known_uses)
 
 
-def _windows_of_protocol(protocol: str | None) -> list[tuple[str, int, int | None]]:
-    """The names of its datasets, with the tokens and the stride of their windows."""
+def _windows_of_protocol(protocol: str | None) -> list[tuple[str, int, int | None, bool]]:
+    """The names of its datasets, with the tokens and the stride of their windows, and whether each has a token in front."""
     if protocol is None:
         return []
     if protocol not in PROTOCOLS:
         raise AdaPrunerError(f"unknown protocol {protocol!r}; the protocols are {', '.join(PROTOCOLS)}")
     names, seq_len = PROTOCOLS[protocol]
-    return [(name, seq_len, None) for name in names]
+    return [(name, seq_len, None, False) for name in names]
 
 
 def _refuse_bad_windows(seq_len: int, stride: int | None, limit: int | None) -> None:
