@@ -605,9 +605,10 @@ def test_a_run_on_one_language_of_many_offers_to_prune_the_vocabulary(
     assert tokens == (foreign.share >= 0.05) == 1
 
 
-@pytest.mark.parametrize(("stride", "limit"), [(None, None), (7, None), (16, 5)])
+@pytest.mark.parametrize("bos", [True, False])
+@pytest.mark.parametrize(("stride", "limit"), [(None, None), (7, None), (15, 5)])
 def test_bits_per_byte_are_those_of_the_text(
-    folders: tuple[Path, Path, Path], stride: int | None, limit: int | None, tmp_path: Path
+    folders: tuple[Path, Path, Path], stride: int | None, limit: int | None, bos: bool, tmp_path: Path
 ) -> None:
     """Against the loss of every token alone, and the bytes of what is between the tokens that are not predicted."""
     folder, _, _ = folders
@@ -615,16 +616,21 @@ def test_bits_per_byte_are_those_of_the_text(
     path = tmp_path / "text.txt"
     path.write_text(text)
     tokenizer, model = AutoTokenizer.from_pretrained(folder), adapruner.load(folder)
-    number = adapruner.evaluate(folder, [str(path)], seq_len=16, stride=stride, limit=limit).perplexity[0]
+    number = adapruner.evaluate(folder, [str(path)], seq_len=16, stride=stride, limit=limit, bos=bos).perplexity[0]
     running = "\n\n".join(read_documents(parse_source(str(path))))
     encoded = tokenizer(running, return_offsets_mapping=True)
-    ends = [end for _, end in encoded.offset_mapping]
-    starts = list(range(0, len(encoded.input_ids) - 15, stride or 16))
+    start_of_text, *ids = encoded.input_ids
+    # Of every window the first token is not predicted: the special one in front of each, or what the text has there.
+    ends = [0, *(end for _, end in encoded.offset_mapping[1:])]
+    step = stride or (15 if bos else 16)
+    starts = list(range(0, len(ids) + 1 - 15, step))
     starts = starts if limit is None else [starts[index * len(starts) // limit] for index in range(limit)]
     bits, read = 0.0, 0
     for position, start in enumerate(starts):
-        window = torch.tensor(encoded.input_ids[start : start + 16])
-        first = 1 if position == 0 or stride is None or stride == 16 else 16 - stride
+        window = torch.tensor([start_of_text, *ids][start : start + 16])
+        if bos:
+            window[0] = start_of_text
+        first = 1 if position == 0 or stride is None else 16 - stride
         with torch.no_grad():
             losses = torch.nn.functional.cross_entropy(model(window[None]).logits[0, :-1], window[1:], reduction="none")
         bits += float(losses[first - 1 :].double().sum()) / math.log(2)

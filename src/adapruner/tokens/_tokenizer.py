@@ -91,11 +91,10 @@ class TokenizerParts:
         if self.definition["padding"]:
             needed.add(self.definition["padding"]["pad_id"])
         needed |= {self.ids[token] for token in _BYTE_TOKENS if token in self.ids and self.model.get("byte_fallback")}
-        # What the decoder turns into something else is not the same when it is spelled by bytes.
-        touched = set(_signs_of_decoder(self.definition["decoder"]))
-        needed |= {
-            index for text, index in self.ids.items() if len(text) == 1 and (text in touched or not self.falls_back)
-        }
+        # What the decoder turns into something else is not the same when it is spelled by bytes. And Unigram takes
+        # "<0xE2>" in a text for the byte, which another character spelled by bytes beside it would complete.
+        touched, keeps_all = set(_signs_of_decoder(self.definition["decoder"])), self.is_unigram or not self.falls_back
+        needed |= {index for text, index in self.ids.items() if len(text) == 1 and (text in touched or keeps_all)}
         if self.is_unigram:
             unknown = self.model["unk_id"]
             lowest = min(range(len(self.ids)), key=lambda index: self.model["vocab"][index][1])
@@ -224,14 +223,11 @@ def _check_model(parts: TokenizerParts) -> None:
         if model.get("dropout"):
             raise _not_rewritable(f"it encodes text at random (dropout {model['dropout']})")
         return
-    if not parts.falls_back:
-        # Added tokens are found before pieces are.
-        pieces = parts.ids.keys() - {added["content"] for added in parts.definition["added_tokens"]}
-        signs = {sign for piece in pieces for sign in piece} - parts.ids.keys()
-        if signs:
-            raise _not_rewritable(
-                f"pieces hold characters that are no pieces themselves ({''.join(sorted(signs))[:20]!r})"
-            )
+    # Added tokens are found before pieces are, and bytes are pieces of their own.
+    pieces = parts.ids.keys() - {added["content"] for added in parts.definition["added_tokens"]} - {*_BYTE_TOKENS}
+    signs = {sign for piece in pieces for sign in piece} - parts.ids.keys()
+    if signs:
+        raise _not_rewritable(f"pieces hold characters that are no pieces themselves ({''.join(sorted(signs))[:20]!r})")
 
 
 def _check_decoder(parts: TokenizerParts) -> None:
