@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -162,8 +163,21 @@ def test_sequential_is_the_least_squares_of_what_layers_really_get(
         projection = name.removesuffix(".weight")
         layer = re.match(r".*?\.\d+", name)[0]
         is_attention = "attn" in name or "attention" in name
+        calls: list[Any] = []
+        hook = pruned.get_submodule(layer).register_forward_pre_hook(
+            lambda _, *call, calls=calls: calls.append(call), with_kwargs=True
+        )
+        with torch.no_grad():
+            pruned(windows, use_cache=False)
+        hook.remove()
+        [(args, kwargs)] = calls
         seen = {}
-        for which, each in (("dense", model), ("pruned", pruned)):
+        runs = {
+            "dense": (model, lambda: model(windows)),
+            "pruned": (pruned, lambda: pruned(windows)),
+            "uncut": (model, lambda args=args, kwargs=kwargs, layer=layer: model.get_submodule(layer)(*args, **kwargs)),
+        }
+        for which, (each, run) in runs.items():
             states: dict[str, Tensor] = {}
             hooks = [
                 each.get_submodule(projection).register_forward_hook(
@@ -176,15 +190,15 @@ def test_sequential_is_the_least_squares_of_what_layers_really_get(
                 ),
             ]
             with torch.no_grad():
-                each(windows)
+                run()
             for hook in hooks:
                 hook.remove()
             into, out, x, y = (states[key].reshape(windows.numel(), -1).double() for key in ("into", "out", "x", "y"))
-            seen[which] = {"x": x, "y": y, "beside": into if is_attention else out - y}
+            seen[which] = {"x": x, "beside": into if is_attention else out - y, "behind": into + y if is_attention else out}
         x = seen["pruned"]["x"]
         bias = getattr(model.get_submodule(projection), "bias", None)
-        wanted = seen["dense"]["y"] - (0.0 if bias is None else bias.detach())
-        target = wanted + share * (seen["dense"]["beside"] - seen["pruned"]["beside"])
+        target = (1 - share) * seen["uncut"]["behind"] + share * seen["dense"]["behind"] - seen["pruned"]["beside"]
+        target -= 0.0 if bias is None else bias.detach()
         original = start.get_parameter(name).detach().double()
         if family == "gpt2":
             original, weight = original.T, weight.T

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -27,7 +27,7 @@ from adapruner.surgery._compensation import Compensation
 from adapruner.surgery._cut import kept_layers
 
 # Share of the error of earlier layers that a layer makes up for (see docs/benchmarks.md). With all of it, a layer bends
-# to repair what it cannot and does worse on other text; with none, it is fitted to inputs that it will not see.
+# to repair what it cannot and does worse on other text; with none, errors add up.
 CARRIED_SHARE = 0.5
 
 
@@ -45,12 +45,16 @@ def compensate_sequentially(
 ) -> None:
     """Refits the row-wise projections of a pruned model in place, layer after layer.
 
-    With x the inputs of a projection in the dense model, x' those that the pruned layers before leave it, r and r' the
-    hidden states that its output is added to, the projection W' minimises, around what it was, W₀,
-    E‖W x + s (r - r') - W' x'‖² + damping · ‖W' - W₀‖².
+    With d the hidden state behind a block in the dense model, u what the dense layer makes of the state that the pruned
+    layers before leave it, x' the input of the pruned projection W' and r' the hidden state that its output is added to,
+    W' minimises, around what it was, W₀,
+    E‖(1 - s) u + s d - r' - W' x'‖² + damping · ‖W' - W₀‖².
 
-    Only cut projections are refitted; nothing is run behind the last. The cost is two forward passes over the text,
-    four through layers that lost heads; the memory two hidden states and the inputs of one projection per token.
+    Fitting x' to d alone would shrink the weights, because what the pruned layers before get wrong is noise in x'; u has
+    the same noise. (GPTQ, arXiv 2210.17323, fits to u; GPTAQ, arXiv 2504.02692, to d.)
+
+    Only cut projections are refitted; nothing is run behind the last. The cost is three forward passes over the text,
+    six through layers that lost heads; the memory two hidden states and the inputs of one projection per token.
 
     Args:
         dense: of a family with a plain residual (`Architecture.has_plain_residual`).
@@ -130,6 +134,11 @@ class _Seen:
     output: Tensor
     beside: Tensor
 
+    @property
+    def behind(self) -> Tensor:
+        """[tokens, hidden], float32: the hidden state behind the projection."""
+        return self.beside.float() + self.output.float()
+
 
 @dataclass(frozen=True)
 class _Layer:
@@ -171,12 +180,12 @@ def _refit(dense: _Layer, pruned: _Layer, block: Block, damping: float, carried_
     weight: Tensor = block.row_wise.as_projection(projection.weight)
     second = torch.zeros(weight.shape[1], weight.shape[1], device=weight.device)
     residual = torch.zeros(weight.shape, device=weight.device)
+    uncut = replace(dense, states=pruned.states)
     inputs_of_pruned, tokens = [], 0
     for number, state in enumerate(dense.states):
-        wanted, given = dense.watch(number, block), pruned.watch(number, block)
+        wanted, possible, given = (layer.watch(number, block) for layer in (dense, uncut, pruned))
         inputs = given.inputs.float()
-        missing = wanted.output.float() - given.output.float()
-        missing += carried_share * (wanted.beside.float() - given.beside.float())
+        missing = torch.lerp(possible.behind, wanted.behind, carried_share) - given.behind
         second.addmm_(inputs.T, inputs)
         residual.addmm_(missing.T, inputs)
         tokens += len(inputs)
