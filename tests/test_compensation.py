@@ -194,7 +194,11 @@ def test_sequential_is_the_least_squares_of_what_layers_really_get(
             for hook in hooks:
                 hook.remove()
             into, out, x, y = (states[key].reshape(windows.numel(), -1).double() for key in ("into", "out", "x", "y"))
-            seen[which] = {"x": x, "beside": into if is_attention else out - y, "behind": into + y if is_attention else out}
+            seen[which] = {
+                "x": x,
+                "beside": into if is_attention else out - y,
+                "behind": into + y if is_attention else out,
+            }
         x = seen["pruned"]["x"]
         bias = getattr(model.get_submodule(projection), "bias", None)
         target = (1 - share) * seen["uncut"]["behind"] + share * seen["dense"]["behind"] - seen["pruned"]["beside"]

@@ -172,6 +172,9 @@ def test_the_cut_is_that_of_the_plan(finished: adapruner.PruneResult, page: Page
 def test_the_search_is_that_of_its_files(finished: adapruner.PruneResult, page: Page) -> None:
     search = json.loads((finished.output / "search.json").read_text())
     weights = search["best"]["point"]["weights"]
+    steps = {step["name"]: f"{step['loss']:.4f}" for step in search["steps"]}
+    assert {name: cells[1] for name, cells in page.rows("steps-table").items()} == steps
+    assert len(steps) > 1
     shares = {name.replace(" ", "_"): cells[0] for name, cells in page.rows("mix-table").items()}
     assert shares == {
         name: f"{100 * weight / sum(weights.values()):.1f} %" for name, weight in weights.items() if weight

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import random
 import signal
@@ -579,6 +580,28 @@ def test_a_result_is_the_same_when_read_again(subsets: SubsetFamily, tmp_path: P
     assert result.advice is None
     assert read_history(StudyPlace(sqlite_url(tmp_path / "none.db"), "study")) == History()
     assert not (tmp_path / "none.db").exists()
+
+
+def test_steps_are_measured_on_windows_that_nothing_was_chosen_on(subsets: SubsetFamily, tmp_path: Path) -> None:
+    space = SearchSpace(subsets, 4, 0, Budget(0.2), "extended")
+
+    def further(candidate: Candidate) -> list[Tensor]:
+        return [torch.tensor([2.0, 4.0]) * a_smooth_loss(candidate), torch.tensor([3.0]) * a_smooth_loss(candidate)]
+
+    result = search(space, a_smooth_objective, 40, 0, tmp_path, judge_further=further)
+    fixed, start, searched = result.steps
+    assert [step.name for step in result.steps] == ["fixed metric", "starting point", "searched"]
+    assert result.points[fixed.trial].fixed_metric == result.best_fixed_name
+    assert result.points[start.trial].starting_point
+    assert not result.points[start.trial].fixed_metric
+    assert not result.points[searched.trial].starting_point
+    assert fixed.gain is None
+    for before, step in itertools.pairwise(result.steps):
+        own, earlier = (result.points[one.trial].loss for one in (step, before))
+        assert step.loss == pytest.approx(3 * own)
+        assert step.gain == pytest.approx(3 * (earlier - own))
+        assert step.standard_error == pytest.approx(abs(earlier - own) / math.sqrt(3))
+    assert search(space, a_smooth_objective, 40, 0, tmp_path / "none").steps[0].loss == result.points[fixed.trial].loss
 
 
 def test_a_search_of_starting_points_alone_says_so(subsets: SubsetFamily, tmp_path: Path) -> None:

@@ -288,9 +288,7 @@ class Preparation:
     def _report(self, tokenizer: Tokenizer, of_model: PreTrainedConfig) -> dict[str, EvaluationText]:
         config = self.config
         report = {
-            name: evaluation_text(
-                source, tokenizer, config.seq_len, report_windows(config), bos=config.evaluate_bos
-            )
+            name: evaluation_text(source, tokenizer, config.seq_len, report_windows(config), bos=config.evaluate_bos)
             for name, source in self.texts.report.items()
         }
         for text in report.values():

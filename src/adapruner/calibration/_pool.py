@@ -148,8 +148,8 @@ def evaluation_text(
     Args:
         limit: at most so many windows, evenly spaced.
         stride: tokens of the text between the beginnings of windows; by default they do not overlap.
-        bos: whether every window begins with the tokens that the tokenizer puts in front of a text, if it does. LLM-Pruner
-            (arXiv 2305.11627), SparseGPT and others have them at the beginning of the whole text alone.
+        bos: whether every window begins with the tokens that the tokenizer puts in front of a text, if it does.
+            LLM-Pruner (arXiv 2305.11627), SparseGPT and others have them at the beginning of the whole text alone.
     """
     text = _running_text(source)
     encoded = tokenizer(text, verbose=False, add_special_tokens=not bos, return_offsets_mapping=tokenizer.is_fast)

@@ -10,11 +10,12 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import optuna
-import torch
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from adapruner.config import Sampler
@@ -27,6 +28,7 @@ from adapruner.search._space import FIXED_METRIC, START, Candidate, SearchSpace
 
 Judge = Callable[[Candidate], Iterable[Tensor]]
 _Trials = dict[TrialState, list[FrozenTrial]]
+StepName = Literal["fixed metric", "starting point", "searched"]
 
 # A trial is stopped once it has been worse than the best one on so many windows, by so many standard errors of the mean
 # difference (see docs/benchmarks.md). It may be as good, but there will be others, and it counts with what it is likely
@@ -36,6 +38,27 @@ _FEWEST_WINDOWS, _STANDARD_ERRORS = 8, 0.5
 _HELPER = "helper"
 # A helper marks its trial after it has created it.
 _SECONDS_TO_MARK = 1.0
+
+
+class Step(BaseModel):
+    """A step from what one would take without a search to what it found; all are compensated alike.
+
+    Attributes:
+        name: the best of LLM-Pruner's metrics, the best starting point, the best point that the sampler proposed.
+        trial: its number among `points`.
+        loss: mean over further windows, which no trial was chosen on; without these, over those of the search, where
+            the best of many trials looks better than it is.
+        gain: by how much the loss is below that of the step before, in nats per predicted token; None for the first.
+        standard_error: of the gain, from the differences window by window; None where there is but one.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
+
+    name: StepName
+    trial: int
+    loss: float
+    gain: float | None = None
+    standard_error: float | None = None
 
 
 class SearchResult(History):
@@ -51,6 +74,7 @@ class SearchResult(History):
         best_fixed_name: of that metric.
         stopped_early: how many trials were stopped early.
         starting_points: how many points the space tries before it searches.
+        steps: what each part of the search is worth, as far as a trial of that kind was not stopped.
     """
 
     ratio: float
@@ -63,6 +87,7 @@ class SearchResult(History):
     best_fixed_name: str
     stopped_early: int
     starting_points: int
+    steps: tuple[Step, ...] = ()
 
     @property
     def advice(self) -> str | None:
@@ -151,9 +176,21 @@ class Search:
             raise AdaPrunerError(
                 f"none of the {len(finished)} trials has a finite loss: lower `ratio`, or try `dtype` float32"
             )
+        judged: dict[int, list[float]] = {}
+
+        def further(trial: FrozenTrial) -> list[float]:
+            if trial.number not in judged:
+                batches = judge_further(self.space.suggest(trial)) if judge_further else []
+                judged[trial.number] = [loss for batch in batches for loss in batch.tolist()]
+            return judged[trial.number]
+
+        def final_loss(trial: FrozenTrial) -> float:
+            is_finite = math.isfinite(_loss(trial))
+            return statistics.fmean([*trial.user_attrs[LOSSES], *further(trial)]) if is_finite else _loss(trial)
+
         # The best fixed metric is always judged again, to compare with.
         candidates = self._distinct_candidates([fixed[0], *whole], finalists + 1 if judge_further else 2)
-        losses = {trial.number: _final_loss(trial, candidate, judge_further) for trial, candidate in candidates}
+        losses = {trial.number: final_loss(trial) for trial, _ in candidates}
         best, best_candidate = min(candidates, key=lambda one: losses[one[0].number])
         return SearchResult.of(
             finished,
@@ -167,6 +204,7 @@ class Search:
             best_fixed_name=fixed[0].user_attrs[FIXED_METRIC],
             stopped_early=len(finished) - len(whole),
             starting_points=len(self.space.starting_points()),
+            steps=_steps(finished, fixed, whole, further),
         )
 
     def _distinct_candidates(self, trials: Sequence[FrozenTrial], most: int) -> list[tuple[FrozenTrial, Candidate]]:
@@ -302,11 +340,43 @@ def _by_state(study: optuna.Study) -> _Trials:
     return {state: [trial for trial in trials if trial.state == state] for state in TrialState}
 
 
-def _final_loss(trial: FrozenTrial, candidate: Candidate, judge_further: Judge | None) -> float:
-    """Over the windows of the search and further ones."""
-    if judge_further is None or not math.isfinite(_loss(trial)):
-        return _loss(trial)
-    return statistics.fmean([*trial.user_attrs[LOSSES], *torch.cat(list(judge_further(candidate))).tolist()])
+def _steps(
+    finished: list[FrozenTrial],
+    fixed: list[FrozenTrial],
+    whole: list[FrozenTrial],
+    further: Callable[[FrozenTrial], list[float]],
+) -> tuple[Step, ...]:
+    """What each part of a search is worth.
+
+    Args:
+        finished: all trials.
+        fixed: LLM-Pruner's metrics, the best first.
+        whole: the trials that were not stopped, the best first.
+        further: gives the losses of a trial on further windows; none if there are no such windows.
+    """
+    kinds: dict[StepName, list[FrozenTrial]] = {
+        "fixed metric": fixed,
+        "starting point": [trial for trial in whole if START in trial.user_attrs and not _is_fixed(trial)],
+        "searched": [trial for trial in whole if START not in trial.user_attrs],
+    }
+    steps: list[Step] = []
+    before: list[float] = []
+    for name, trials in kinds.items():
+        if not trials or not math.isfinite(_loss(trials[0])):
+            continue
+        losses = further(trials[0]) or trials[0].user_attrs[LOSSES]
+        gains = [earlier - later for earlier, later in zip(before, losses, strict=bool(before))]
+        steps.append(
+            Step(
+                name=name,
+                trial=finished.index(trials[0]),
+                loss=statistics.fmean(losses),
+                gain=statistics.fmean(gains) if gains else None,
+                standard_error=statistics.stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else None,
+            )
+        )
+        before = losses
+    return tuple(steps)
 
 
 def _is_fixed(trial: FrozenTrial) -> bool:

@@ -46,12 +46,12 @@ def compensate_sequentially(
     """Refits the row-wise projections of a pruned model in place, layer after layer.
 
     With d the hidden state behind a block in the dense model, u what the dense layer makes of the state that the pruned
-    layers before leave it, x' the input of the pruned projection W' and r' the hidden state that its output is added to,
-    W' minimises, around what it was, W₀,
+    layers before leave it, x' the input of the pruned projection W' and r' the hidden state that its output is added
+    to, W' minimises, around what it was, W₀,
     E‖(1 - s) u + s d - r' - W' x'‖² + damping · ‖W' - W₀‖².
 
-    Fitting x' to d alone would shrink the weights, because what the pruned layers before get wrong is noise in x'; u has
-    the same noise. (GPTQ, arXiv 2210.17323, fits to u; GPTAQ, arXiv 2504.02692, to d.)
+    Fitting x' to d alone would shrink the weights, because what the pruned layers before get wrong is noise in x'; u
+    has the same noise. (GPTQ, arXiv 2210.17323, fits to u; GPTAQ, arXiv 2504.02692, to d.)
 
     Only cut projections are refitted; nothing is run behind the last. The cost is three forward passes over the text,
     six through layers that lost heads; the memory two hidden states and the inputs of one projection per token.

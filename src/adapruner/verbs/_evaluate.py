@@ -110,7 +110,7 @@ def evaluate(
 
 
 def _windows_of_protocol(protocol: str | None) -> list[tuple[str, int, int | None, bool]]:
-    """The names of its datasets, with the tokens and the stride of their windows, and whether each has a token in front."""
+    """The names of its datasets, with the tokens and stride of their windows, and whether each has a token in front."""
     if protocol is None:
         return []
     if protocol not in PROTOCOLS:
