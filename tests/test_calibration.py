@@ -181,6 +181,23 @@ def test_special_tokens_in_front_of_windows_have_no_bytes(tmp_path: Path, starti
     assert published.predicted_bytes == len("w1 w22 w3") + len(" w5 w6 w7")
 
 
+def test_two_special_tokens_in_front_are_context(tmp_path: Path, starting: PreTrainedTokenizerFast) -> None:
+    two = copy.deepcopy(starting)
+    numbers = [(token, starting.convert_tokens_to_ids(token)) for token in ("w0", "w10")]
+    two.backend_tokenizer.post_processor = TemplateProcessing("w0 w10 $A", special_tokens=numbers)
+    path = tmp_path / "a.txt"
+    path.write_text("w1 w2 w3 w4 w5 w6")
+    source = parse_source(str(path))
+    text = evaluation_text(source, two, 5, None)
+    assert text.windows.tolist() == [
+        [*two("").input_ids, *two(words).input_ids[2:]] for words in ("w1 w2 w3", "w4 w5 w6")
+    ]
+    assert (text.special_tokens, text.stride, text.predicted_bytes) == (2, 3, len("w1 w2 w3 w4 w5 w6"))
+    for use in (lambda: evaluation_text(source, two, 2, None), lambda: draw_windows(source, two, 1, 2, seed=0)):
+        with pytest.raises(AdaPrunerError, match=r"`seq_len` 2 leaves no room for text: .* 2 special tokens"):
+            use()
+
+
 def test_the_model_writes_its_own_text(model: PreTrainedModel) -> None:
     state = torch.random.get_rng_state()
     windows = generate_windows(model, 5, 12, seed=0, batch_size=3)

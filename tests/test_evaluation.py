@@ -46,6 +46,19 @@ def test_the_protocol_is_said(model: PreTrainedModel) -> None:
     assert result.model_dump(mode="json")["predicted_tokens"] == 27
 
 
+def test_special_tokens_in_front_are_not_predicted(model: PreTrainedModel) -> None:
+    windows = torch.randint(3, 96, (3, 12), generator=torch.Generator().manual_seed(0))
+    windows[:, :2] = torch.tensor([1, 2])
+    result = measure_perplexity(model, windows, "text", stride=10, special_tokens=2)
+    with torch.no_grad():
+        logits = model(windows).logits[:, 1:-1].log_softmax(-1)
+    losses = -logits.gather(-1, windows[:, 2:, None]).squeeze(-1)
+    assert result.perplexity == pytest.approx(float(losses.mean().exp()), rel=1e-5)
+    assert result.loss_standard_error == pytest.approx(float(losses.mean(1).std() / 3**0.5), rel=1e-4)
+    assert result.predicted_tokens == 30
+    assert "3 windows of 12 tokens without overlap" in result.protocol
+
+
 @pytest.mark.parametrize("stride", [1, 5, 11])
 def test_overlapping_windows_predict_every_token_once(model: PreTrainedModel, stride: int) -> None:
     tokens = torch.randint(3, 96, (12 + 6 * stride,), generator=torch.Generator().manual_seed(0))

@@ -601,7 +601,21 @@ def test_steps_are_measured_on_windows_that_nothing_was_chosen_on(subsets: Subse
         assert step.loss == pytest.approx(3 * own)
         assert step.gain == pytest.approx(3 * (earlier - own))
         assert step.standard_error == pytest.approx(abs(earlier - own) / math.sqrt(3))
-    assert search(space, a_smooth_objective, 40, 0, tmp_path / "none").steps[0].loss == result.points[fixed.trial].loss
+    assert all((step.windows, step.is_held_out) == (3, True) for step in result.steps)
+    alone = search(space, a_smooth_objective, 40, 0, tmp_path / "none").steps[0]
+    assert (alone.loss, alone.is_held_out) == (result.points[fixed.trial].loss, False)
+
+
+def test_what_breaks_on_further_windows_is_no_step(subsets: SubsetFamily, tmp_path: Path) -> None:
+    space = SearchSpace(subsets, 4, 0, Budget(0.2), "extended")
+
+    def further(candidate: Candidate) -> list[Tensor]:
+        broken = list(candidate.samples) == space.first_draw
+        return [torch.tensor([a_smooth_loss(candidate), math.inf if broken else 1.0])]
+
+    result = search(space, a_smooth_objective, 24, 0, tmp_path, judge_further=further)
+    assert [step.name for step in result.steps] == ["starting point", "searched"]
+    assert result.best_fixed_loss == math.inf
 
 
 def test_a_search_of_starting_points_alone_says_so(subsets: SubsetFamily, tmp_path: Path) -> None:

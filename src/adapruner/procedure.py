@@ -113,6 +113,7 @@ def vocabulary(job: Job, work: Path) -> Vocabulary | None:
     leaves="model pool_text objective_text",
     check=lambda job: job.prepared.drawn,
     is_result=False,
+    version=2,
 )
 def windows(job: Job, work: Path, vocabulary: Vocabulary | None) -> Windows:
     """The windows of every use, [windows, tokens] each, int64; the dense model writes those that it is to write."""
@@ -267,6 +268,7 @@ def whole(job: Job, work: Path, windows: Windows) -> RemovalOrders:
     leaves="model family precision left_out terms",
     check=lambda job: (job.prepared.check_storage(), job.budget(job.config.searched_ratio)),
     is_shared=True,
+    version=2,
 )
 def search(
     job: Job, work: Path, windows: Windows, moments: Moments, statistics: Statistics, orders: RemovalOrders | None
@@ -370,6 +372,7 @@ def plan_at_ratio(job: Job, statistics: Statistics, found: Candidate) -> Pruning
     options="compensation sequential",
     leaves="model family precision left_out",
     check=lambda job: job.prepared.fits_sequentially,
+    version=2,
 )
 def model(job: Job, work: Path, windows: Windows, moments: Moments, plan: PruningPlan) -> Path:
     """The dense model, cut by the plan, compensated, and saved."""
@@ -420,6 +423,7 @@ def training_windows(job: Job, work: Path, vocabulary: Vocabulary | None) -> Win
     check=lambda job: job.prepared.examples,
     is_wanted=lambda config: config.recover is not None,
     is_shared=True,
+    version=2,
 )
 def recovered(job: Job, work: Path, plan: PruningPlan, model: Path, written: Windows | None) -> Path:
     """The saved model, fine-tuned on the text or on what the dense model predicts, by all processes together."""
@@ -476,9 +480,7 @@ def _measure_perplexity(
     windows = sum(len(text.windows) for text in texts.values())
     with job.prepared.reporter.stage("evaluating", windows) as advance:
         return {
-            name: measure_perplexity(
-                evaluated, text.windows, name, advance, text.stride, text.provenance, text.predicted_bytes
-            )
+            name: measure_perplexity(evaluated, text.windows, name, advance, **text.about)
             for name, text in texts.items()
         }
 

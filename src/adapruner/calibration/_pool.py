@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ def draw_windows(
     """Draws windows from the beginnings of documents in random order; documents shorter than a window are dropped.
 
     Only if there are too few documents, those that are longer give a second window, a third, and so on. Every window
-    begins with the tokens that the tokenizer puts in front of a text, if it does.
+    begins with the special tokens that the tokenizer puts in front of a text, if there are any.
 
     Args:
         at_least: fewer windows than `count` will do, but not fewer than this; by default `count`.
@@ -40,7 +40,7 @@ def draw_windows(
     """
     documents = list(dict.fromkeys(read_documents(source)))
     random.Random(seed).shuffle(documents)
-    start = _start_of_text(tokenizer)
+    start = _start_of_text(tokenizer, seq_len)
     step = seq_len - len(start)
     windows: list[list[int]] = []
     rests: list[list[int]] = []
@@ -70,8 +70,8 @@ def text_windows(source: Source, tokenizer: Tokenizer, seq_len: int) -> Tensor:
     """Cuts the running text of a source into windows that do not overlap; the tail is dropped.
 
     Documents are joined by an empty line and tokenized at once, as LLM-Pruner does (arXiv 2305.11627). But every window
-    begins with the tokens that the tokenizer puts in front of a text, if it does: models that were trained with them
-    predict badly without.
+    begins with the special tokens that the tokenizer puts in front of a text, if there are any: models that were
+    trained with them predict badly without.
 
     Returns:
         [windows, seq_len], int64.
@@ -79,7 +79,7 @@ def text_windows(source: Source, tokenizer: Tokenizer, seq_len: int) -> Tensor:
     Raises:
         AdaPrunerError: the text is shorter than one window.
     """
-    start = _start_of_text(tokenizer)
+    start = _start_of_text(tokenizer, seq_len)
     tokens = tokenizer(_running_text(source), verbose=False, add_special_tokens=False).input_ids
     windows = _cut_into_windows(torch.tensor(tokens), source, seq_len - len(start))
     return _behind(start, windows)
@@ -91,17 +91,25 @@ def _running_text(source: Source) -> str:
 
 def _cut_into_windows(tokens: Tensor, source: Source, size: int, stride: int | None = None) -> Tensor:
     """[windows, size], int64: running tokens, window by window; by default windows do not overlap."""
-    if size < 1 or len(tokens) < size:
-        raise AdaPrunerError(f"{source} has {len(tokens)} tokens, less than one window of {max(size, 1)}")
+    if len(tokens) < size:
+        raise AdaPrunerError(f"{source} has {len(tokens)} tokens, less than one window of {size}")
     return tokens.unfold(0, size, stride or size).clone()
 
 
-def _start_of_text(tokenizer: Tokenizer) -> list[int]:
-    """The special tokens that a tokenizer puts in front of a text."""
+def _start_of_text(tokenizer: Tokenizer, seq_len: int) -> list[int]:
+    """The special tokens that a tokenizer puts in front of a text.
+
+    Raises:
+        AdaPrunerError: windows of `seq_len` tokens have no room for others.
+    """
     text = "a"
     whole = tokenizer(text).input_ids
     bare = tokenizer(text, add_special_tokens=False).input_ids
     length = next((first for first in range(len(whole)) if whole[first : first + len(bare)] == bare), 0)
+    if seq_len <= length:
+        raise AdaPrunerError(
+            f"`seq_len` {seq_len} leaves no room for text: every window begins with {length} special tokens"
+        )
     return list(whole[:length])
 
 
@@ -127,12 +135,19 @@ class EvaluationText:
         provenance: dataset, split, revision and tokenizer.
         predicted_bytes: UTF-8 bytes of the predicted text; None where the tokenizer does not say which text a token is
             of.
+        special_tokens: how many every window begins with.
     """
 
     windows: Tensor
     stride: int
     provenance: dict[str, str]
     predicted_bytes: int | None = None
+    special_tokens: int = 0
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """Everything but the windows, by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "windows"}
 
 
 def evaluation_text(
@@ -148,12 +163,12 @@ def evaluation_text(
     Args:
         limit: at most so many windows, evenly spaced.
         stride: tokens of the text between the beginnings of windows; by default they do not overlap.
-        bos: whether every window begins with the tokens that the tokenizer puts in front of a text, if it does.
+        bos: whether every window begins with the special tokens that the tokenizer puts in front of a text.
             LLM-Pruner (arXiv 2305.11627), SparseGPT and others have them at the beginning of the whole text alone.
     """
     text = _running_text(source)
     encoded = tokenizer(text, verbose=False, add_special_tokens=not bos, return_offsets_mapping=tokenizer.is_fast)
-    start = _start_of_text(tokenizer) if bos else []
+    start = _start_of_text(tokenizer, seq_len) if bos else []
     size = seq_len - len(start)
     stride = min(stride or size, size)
     windows = evenly_spaced(_cut_into_windows(torch.tensor(encoded.input_ids), source, size, stride), limit)
@@ -167,7 +182,7 @@ def evaluation_text(
     about = provenance(source) | {"tokenizer": f"{name}, {len(tokenizer):,} tokens"}
     if start:
         about["every_window_after"] = "".join(tokenizer.convert_ids_to_tokens(start))
-    return EvaluationText(_behind(start, windows), stride, about, read)
+    return EvaluationText(_behind(start, windows), stride, about, read, len(start))
 
 
 def _bytes_until(text: str, ends: Tensor) -> Tensor:
@@ -197,8 +212,7 @@ def _bytes_predicted(until: Tensor, stride: int) -> int:
 
 def save_texts(texts: dict[str, EvaluationText], path: Path) -> None:
     """Writes texts to report on, by name, to a safetensors file."""
-    names = ("stride", "provenance", "predicted_bytes")
-    about = {title: {name: getattr(text, name) for name in names} for title, text in texts.items()}
+    about = {name: text.about for name, text in texts.items()}
     save_file({name: text.windows for name, text in texts.items()}, path, {"texts": json.dumps(about)})
 
 

@@ -38,6 +38,7 @@ class Perplexity(BaseModel):
             `revision`, `tokenizer`, and `every_window_after` where windows begin with a special token.
         predicted_bytes: UTF-8 bytes of the text of all predicted tokens; None where the tokenizer does not say which
             text a token is of.
+        special_tokens: how many every window begins with; they are not predicted.
         loss_standard_error: of the mean negative log-likelihood, in nats per token: the standard deviation over the
             windows by the root of their number, which takes windows for independent; None where they overlap, or there
             is but one.
@@ -52,6 +53,7 @@ class Perplexity(BaseModel):
     stride: int
     provenance: dict[str, str] = {}
     predicted_bytes: int | None = None
+    special_tokens: int = 0
     loss_standard_error: float | None = None
 
     @computed_field  # type: ignore[prop-decorator]
@@ -67,13 +69,15 @@ class Perplexity(BaseModel):
     @property
     def predicted_tokens(self) -> int:
         """How many tokens the mean is over."""
-        return self.seq_len - 1 + (self.windows - 1) * min(self.stride, self.seq_len - 1)
+        most = self.seq_len - max(1, self.special_tokens)
+        return most + (self.windows - 1) * min(self.stride, most)
 
     @computed_field  # type: ignore[prop-decorator]
     @property
     def protocol(self) -> str:
         """One line that says how the number came about."""
-        overlap = "without overlap" if self.stride == self.seq_len else f"every {self.stride} tokens"
+        overlaps = self.stride < self.seq_len - self.special_tokens
+        overlap = f"every {self.stride} tokens" if overlaps else "without overlap"
         counted = f" of {self.predicted_bytes:,} bytes" if self.predicted_bytes else ""
         origin = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in self.provenance.items())
         return (
@@ -90,6 +94,7 @@ def measure_perplexity(
     stride: int | None = None,
     provenance: dict[str, str] | None = None,
     predicted_bytes: int | None = None,
+    special_tokens: int = 0,
 ) -> Perplexity:
     """The perplexity over windows.
 
@@ -98,21 +103,23 @@ def measure_perplexity(
         text: what the windows are of, for the protocol.
         progress: called with the number of windows done after each batch.
         stride: tokens between the beginnings of windows; by default they do not overlap.
-        provenance, predicted_bytes: see `Perplexity`.
+        provenance, predicted_bytes, special_tokens: see `Perplexity`.
     """
     seq_len = windows.shape[1]
     stride = stride or seq_len
-    standard_error = None
-    if stride >= seq_len - 1:  # the first token is not predicted, and may be a special one in front of the text
-        losses = window_losses(model, windows, progress)
+    standard_error, context = None, max(1, special_tokens)
+    if stride >= seq_len - special_tokens:
+        losses = window_losses(model, windows, progress, context)
         mean = losses.mean()
         if len(losses) > 1:
             standard_error = float(losses.std() / math.sqrt(len(losses)))
     else:
-        total, others = window_losses(model, windows[:1], progress).sum() * (seq_len - 1), windows[1:]
+        first, others = seq_len - context, windows[1:]
+        stride = min(stride, first)
+        total = window_losses(model, windows[:1], progress, context).sum() * first
         if len(others):
-            total += window_losses(model, others, progress, context=seq_len - stride).sum() * stride
-        mean = total / (seq_len - 1 + len(others) * stride)
+            total += window_losses(model, others, progress, seq_len - stride).sum() * stride
+        mean = total / (first + len(others) * stride)
     return Perplexity(
         perplexity=float(mean.exp()),
         text=text,
@@ -121,6 +128,7 @@ def measure_perplexity(
         stride=stride,
         provenance=provenance or {},
         predicted_bytes=predicted_bytes,
+        special_tokens=special_tokens,
         loss_standard_error=standard_error,
     )
 

@@ -46,8 +46,10 @@ class Step(BaseModel):
     Attributes:
         name: the best of LLM-Pruner's metrics, the best starting point, the best point that the sampler proposed.
         trial: its number among `points`.
-        loss: mean over further windows, which no trial was chosen on; without these, over those of the search, where
-            the best of many trials looks better than it is.
+        loss: mean over `windows`.
+        windows: how many windows the steps are compared on.
+        is_held_out: whether these are further windows. If not, they are the windows of the search, on which the trials
+            of the steps were picked: there the best of many looks better than it is.
         gain: by how much the loss is below that of the step before, in nats per predicted token; None for the first.
         standard_error: of the gain, from the differences window by window; None where there is but one.
     """
@@ -57,6 +59,8 @@ class Step(BaseModel):
     name: StepName
     trial: int
     loss: float
+    windows: int
+    is_held_out: bool
     gain: float | None = None
     standard_error: float | None = None
 
@@ -74,7 +78,8 @@ class SearchResult(History):
         best_fixed_name: of that metric.
         stopped_early: how many trials were stopped early.
         starting_points: how many points the space tries before it searches.
-        steps: what each part of the search is worth, as far as a trial of that kind was not stopped.
+        steps: the best trial of each kind, picked on the windows of the search, and what it gains over the kind before.
+            Kinds whose trials were all stopped are missing. `best` may be another trial.
     """
 
     ratio: float
@@ -362,15 +367,18 @@ def _steps(
     steps: list[Step] = []
     before: list[float] = []
     for name, trials in kinds.items():
-        if not trials or not math.isfinite(_loss(trials[0])):
+        held_out = further(trials[0]) if trials and math.isfinite(_loss(trials[0])) else []
+        losses = held_out or (trials[0].user_attrs[LOSSES] if trials else [])
+        if not losses or not all(map(math.isfinite, losses)):
             continue
-        losses = further(trials[0]) or trials[0].user_attrs[LOSSES]
         gains = [earlier - later for earlier, later in zip(before, losses, strict=bool(before))]
         steps.append(
             Step(
                 name=name,
                 trial=finished.index(trials[0]),
                 loss=statistics.fmean(losses),
+                windows=len(losses),
+                is_held_out=bool(held_out),
                 gain=statistics.fmean(gains) if gains else None,
                 standard_error=statistics.stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else None,
             )

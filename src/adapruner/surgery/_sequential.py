@@ -51,10 +51,11 @@ def compensate_sequentially(
     E‖(1 - s) u + s d - r' - W' x'‖² + damping · ‖W' - W₀‖².
 
     Fitting x' to d alone would shrink the weights, because what the pruned layers before get wrong is noise in x'; u
-    has the same noise. (GPTQ, arXiv 2210.17323, fits to u; GPTAQ, arXiv 2504.02692, to d.)
+    has the same noise. What a cut attention gets wrong is made up for by the feed-forward of its layer in full, because
+    u is of the whole dense layer. (GPTQ, arXiv 2210.17323, fits to u.)
 
-    Only cut projections are refitted; nothing is run behind the last. The cost is three forward passes over the text,
-    six through layers that lost heads; the memory two hidden states and the inputs of one projection per token.
+    Only cut projections are refitted; nothing is run behind the last. The cost is at most three forward passes over the
+    text, six through layers that lost heads; the memory two hidden states and the inputs of one projection per token.
 
     Args:
         dense: of a family with a plain residual (`Architecture.has_plain_residual`).

@@ -84,8 +84,8 @@ class TokenizerParts:
 
     @cached_property
     def required(self) -> frozenset[int]:
-        """Tokens that no text can do without: added ones, bytes or else all characters, and what is used for unknown
-        characters or named by the post-processor."""
+        """Tokens that no text can do without: added ones, bytes that are fallen back to, all characters where there are
+        none or the model is Unigram, and what is used for unknown characters or named by the post-processor."""
         needed = {added["id"] for added in self.definition["added_tokens"]}
         needed |= {index for _, index in _named_by_post_processor(self.definition["post_processor"])}
         if self.definition["padding"]:
@@ -223,8 +223,9 @@ def _check_model(parts: TokenizerParts) -> None:
         if model.get("dropout"):
             raise _not_rewritable(f"it encodes text at random (dropout {model['dropout']})")
         return
-    # Added tokens are found before pieces are, and bytes are pieces of their own.
-    pieces = parts.ids.keys() - {added["content"] for added in parts.definition["added_tokens"]} - {*_BYTE_TOKENS}
+    # Added tokens are found before pieces are, and bytes that are fallen back to are kept.
+    pieces = parts.ids.keys() - {added["content"] for added in parts.definition["added_tokens"]}
+    pieces -= set(_BYTE_TOKENS) if model.get("byte_fallback") else set()
     signs = {sign for piece in pieces for sign in piece} - parts.ids.keys()
     if signs:
         raise _not_rewritable(f"pieces hold characters that are no pieces themselves ({''.join(sorted(signs))[:20]!r})")

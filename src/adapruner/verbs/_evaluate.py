@@ -89,14 +89,15 @@ def evaluate(
     resolve_device(device)
     location = find_model(str(model))
     config, tokenizer = load_config(location), load_tokenizer(location)
-    texts, warnings = {}, []
+    texts, warnings = list[tuple[Source, EvaluationText]](), []
     for name, tokens, step, begin in wanted:
         source = parse_source(name, "report")
-        texts[source] = text = evaluation_text(source, tokenizer, tokens, limit, step, begin)
+        text = evaluation_text(source, tokenizer, tokens, limit, step, begin)
+        texts.append((source, text))
         warnings.append(check_length(config, tokens))
         check_tokens(config, int(text.windows.max()))
     to_run = load_tasks(tasks, limit) if tasks else None
-    known_uses = _describe_overlaps(location, texts)
+    known_uses = _describe_overlaps(location, dict.fromkeys(source for source, _ in texts))
     reporter = Reporter()
     reporter.note("\n".join(filter(None, dict.fromkeys(warnings))))
     with reporter.stage("loading"):
@@ -128,13 +129,12 @@ def _refuse_bad_windows(seq_len: int, stride: int | None, limit: int | None) -> 
         raise AdaPrunerError(f"`stride` {stride} skips text or does not advance: choose 1 to {seq_len}")
 
 
-def _measure_texts(model: PreTrainedModel, texts: dict[Source, EvaluationText], reporter: Reporter) -> list[Perplexity]:
-    with reporter.stage("evaluating", sum(len(text.windows) for text in texts.values())) as advance:
+def _measure_texts(
+    model: PreTrainedModel, texts: Sequence[tuple[Source, EvaluationText]], reporter: Reporter
+) -> list[Perplexity]:
+    with reporter.stage("evaluating", sum(len(text.windows) for _, text in texts)) as advance:
         perplexities = [
-            measure_perplexity(
-                model, text.windows, str(source), advance, text.stride, text.provenance, text.predicted_bytes
-            )
-            for source, text in texts.items()
+            measure_perplexity(model, text.windows, str(source), advance, **text.about) for source, text in texts
         ]
     if any(math.isnan(one.perplexity) for one in perplexities):
         raise AdaPrunerError(
