@@ -19,6 +19,8 @@ from adapruner.errors import AdaPrunerError, reason
 from adapruner.structure import Block, Kind, Structure, layers_without_heads, note_on_mixers
 
 _KINDS: tuple[Kind, ...] = ("heads", "experts", "channels")
+# More than any model has: what is shown goes through all layers.
+_MOST_LAYERS = 1 << 16
 # Numbers in JSON are numbers, not words that look like them.
 _STRICT = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -29,7 +31,7 @@ class BlockPlan(BaseModel):
 
     model_config = _STRICT
 
-    layer: Annotated[int, Field(ge=0)]
+    layer: Annotated[int, Field(ge=0, lt=_MOST_LAYERS)]
     kind: Kind
     groups: Annotated[int, Field(ge=1)]
     kept: tuple[int, ...]
