@@ -582,7 +582,7 @@ def test_a_result_is_the_same_when_read_again(subsets: SubsetFamily, tmp_path: P
     assert not (tmp_path / "none.db").exists()
 
 
-def test_steps_are_measured_on_windows_that_nothing_was_chosen_on(subsets: SubsetFamily, tmp_path: Path) -> None:
+def test_steps_are_compared_on_further_windows(subsets: SubsetFamily, tmp_path: Path) -> None:
     space = SearchSpace(subsets, 4, 0, Budget(0.2), "extended")
 
     def further(candidate: Candidate) -> list[Tensor]:

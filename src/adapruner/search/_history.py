@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from typing import Literal
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
@@ -21,6 +22,7 @@ STOPPED, LOSSES = "stopped", "losses"
 _FEWEST_POINTS = 20
 
 Parameter = float | int | str
+StepName = Literal["fixed metric", "starting point", "searched"]
 
 
 class _Record(BaseModel):
@@ -48,6 +50,29 @@ class TriedPoint(_Record):
     fixed_metric: str | None
     parameters: dict[str, Parameter]
     positions: dict[str, float]
+
+
+class Step(_Record):
+    """A step from what one would take without a search to what it found; all are compensated alike.
+
+    Attributes:
+        name: the best of LLM-Pruner's metrics, the best starting point, the best point that the sampler proposed.
+        trial: its number among `points`.
+        loss: mean over `windows`.
+        windows: how many windows the steps are compared on.
+        is_held_out: whether these are further windows. If not, they are the windows of the search, on which the trials
+            of the steps were picked: there the best of many looks better than it is.
+        gain: by how much the loss is below that of the step before, in nats per predicted token; None for the first.
+        standard_error: of the gain, from the differences window by window; None where there is but one.
+    """
+
+    name: StepName
+    trial: int
+    loss: float
+    windows: int
+    is_held_out: bool
+    gain: float | None = None
+    standard_error: float | None = None
 
 
 class History(_Record):

@@ -10,25 +10,22 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from adapruner.config import Sampler
 from adapruner.errors import AdaPrunerError, NonFiniteError
 from adapruner.interrupts import deferring_interrupts
 from adapruner.planning import BudgetError
-from adapruner.search._history import LOSSES, STOPPED, History
+from adapruner.search._history import LOSSES, STOPPED, History, Step, StepName
 from adapruner.search._place import StudyPlace
 from adapruner.search._space import FIXED_METRIC, START, Candidate, SearchSpace
 
 Judge = Callable[[Candidate], Iterable[Tensor]]
 _Trials = dict[TrialState, list[FrozenTrial]]
-StepName = Literal["fixed metric", "starting point", "searched"]
 
 # A trial is stopped once it has been worse than the best one on so many windows, by so many standard errors of the mean
 # difference (see docs/benchmarks.md). It may be as good, but there will be others, and it counts with what it is likely
@@ -38,31 +35,6 @@ _FEWEST_WINDOWS, _STANDARD_ERRORS = 8, 0.5
 _HELPER = "helper"
 # A helper marks its trial after it has created it.
 _SECONDS_TO_MARK = 1.0
-
-
-class Step(BaseModel):
-    """A step from what one would take without a search to what it found; all are compensated alike.
-
-    Attributes:
-        name: the best of LLM-Pruner's metrics, the best starting point, the best point that the sampler proposed.
-        trial: its number among `points`.
-        loss: mean over `windows`.
-        windows: how many windows the steps are compared on.
-        is_held_out: whether these are further windows. If not, they are the windows of the search, on which the trials
-            of the steps were picked: there the best of many looks better than it is.
-        gain: by how much the loss is below that of the step before, in nats per predicted token; None for the first.
-        standard_error: of the gain, from the differences window by window; None where there is but one.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
-
-    name: StepName
-    trial: int
-    loss: float
-    windows: int
-    is_held_out: bool
-    gain: float | None = None
-    standard_error: float | None = None
 
 
 class SearchResult(History):
