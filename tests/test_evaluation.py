@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import statistics
 from collections.abc import Callable
@@ -14,12 +15,21 @@ import torch
 import transformers
 from packaging.version import Version
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from adapruner import AdaPrunerError, verbs
+from adapruner.calibration import _probes, probe_texts
 from adapruner.cli import app
 from adapruner.config import PruneConfig
-from adapruner.evaluation import Perplexity, _perplexity, count_macs, measure_perplexity, measure_speed, window_losses
+from adapruner.evaluation import (
+    Perplexity,
+    _perplexity,
+    count_macs,
+    measure_perplexity,
+    measure_repetition,
+    measure_speed,
+    window_losses,
+)
 from adapruner.models import find_model, load_model
 from adapruner.planning import make_plan
 from adapruner.structure import build_structure
@@ -38,6 +48,35 @@ def test_equals_the_loss_of_transformers(model: PreTrainedModel, monkeypatch: py
     assert math.isclose(result.perplexity, math.exp(sum(expected) / 7), rel_tol=1e-5)
     assert result.loss_standard_error == pytest.approx(statistics.stdev(expected) / math.sqrt(7), rel=1e-4)
     assert steps == [3, 3, 1]
+
+
+def test_repetition_is_that_of_greedy_continuations(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    openings = ["w7 w8 w9", "w11 w12 w13 w14", "w20 w3 w4"]
+    shares = []
+    for opening in openings:
+        tokens = tokenizer(opening).input_ids[:3]
+        for _ in range(64):
+            with torch.no_grad():
+                logits = model(torch.tensor([tokens])).logits[0, -1]
+            logits[2] = -math.inf  # a text that ends does not repeat itself
+            tokens.append(int(logits.argmax()))
+        pieces = [tuple(tokens[first : first + 4]) for first in range(3, len(tokens) - 3)]
+        shares.append(sum(piece in pieces[:place] for place, piece in enumerate(pieces)) / len(pieces))
+    assert 0 < statistics.fmean(shares) < 1
+    assert measure_repetition(model, tokenizer, openings) == pytest.approx(statistics.fmean(shares))
+
+
+def test_built_in_texts_need_no_dataset(tokenizer: PreTrainedTokenizerFast) -> None:
+    texts = probe_texts(tokenizer, 32)
+    assert {name: tuple(text.windows.shape) for name, text in texts.items()} == {
+        "arithmetic": (24, 32),
+        "code": (24, 32),
+    }
+    lines = re.findall(r"(\d+) ([+x]) (\d+) = (\d+)", _probes._tables())
+    assert len(lines) > 400
+    assert all(int(c) == (int(a) + int(b) if sign == "+" else int(a) * int(b)) for a, sign, b, c in lines)
+    assert "Python 3." in texts["code"].provenance["modules"]
+    assert texts["code"].predicted_bytes
 
 
 def test_the_protocol_is_said(model: PreTrainedModel) -> None:

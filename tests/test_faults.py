@@ -80,6 +80,7 @@ FILES = {
     "evaluation/perplexity-dense.json": "evaluation/perplexity-dense.json",
     "evaluation/perplexity-best_fixed.json": "evaluation/perplexity-best_fixed.json",
     "evaluation/perplexity-searched.json": "evaluation/perplexity-searched.json",
+    "evaluation/breakage-searched.json": "evaluation/breakage-searched.json",
     "result.json": "result.json",
     "report.html": "report.html",
 }

@@ -74,6 +74,9 @@ def test_the_result_is_a_smaller_model_with_its_numbers(
         "reading activations",
         "measuring",
         "comparing removals",
+        "levelling widths",
+        "writing text",
+        "looking for breakage",
         "removing parts whole",
         "searching",
         "cutting",
@@ -88,11 +91,13 @@ def test_the_run_folder_holds_what_the_design_says(finished: adapruner.PruneResu
         "config.yaml",
         "keys",
         "windows.safetensors",
+        "self.safetensors",
         "statistics.safetensors",
         "moments",
         "whole.json",
         "study.db",
         "search.json",
+        "levelled.json",
         "plan.json",
         "model",
         "evaluation",
@@ -101,7 +106,10 @@ def test_the_run_folder_holds_what_the_design_says(finished: adapruner.PruneResu
         "log.jsonl",
     }
     perplexities = {f"perplexity-{role}.json" for role in ("dense", "best_fixed", "searched")}
-    assert {path.name for path in (finished.output / "evaluation").iterdir()} == perplexities | {"texts.safetensors"}
+    breakage = {f"breakage-{role}.json" for role in ("dense", "searched")}
+    assert {path.name for path in (finished.output / "evaluation").iterdir()} == perplexities | breakage | {
+        "texts.safetensors"
+    }
 
 
 def test_the_same_call_again_does_nothing_twice(
@@ -177,7 +185,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_an_undisturbed_one(
     stages = [line for line in completed.err.splitlines() if not line.startswith("adapruner: ")]
     assert all("done in" in line for line in stages)
     named = dict.fromkeys(line.partition(":")[0] for line in stages)
-    assert list(named) == ["loading", "cutting", "compensating", "saving", "evaluating"]
+    assert list(named) == ["loading", "cutting", "compensating", "saving", "evaluating", "looking for breakage"]
 
 
 def test_what_a_kill_at_the_edge_of_any_artifact_leaves_is_resumed_from(
@@ -212,7 +220,7 @@ def test_what_a_kill_at_the_edge_of_any_artifact_leaves_is_resumed_from(
         patch.setattr("adapruner.driver.replace", leaving_before(replace))
         adapruner.prune(str(model_folder), run, **options)
     assert_same_artifacts(run, finished.output)
-    assert len(left) == 3 * len(names) == 39
+    assert len(left) == 3 * len(names) == 51
 
     def stopping(self: RunFolder, name: str, record: Record, *beside: Any) -> None:
         finish(self, name, record, *beside)

@@ -219,3 +219,22 @@ def test_layers_that_differ_cannot_be_cut_alike(model: PreTrainedModel) -> None:
     )
     with pytest.raises(AdaPrunerError, match="differ already"):
         kept_counts(build_structure(prune_model(model, structure, plan)), Budget(0.05, layout="uniform"))
+
+
+def test_shares_take_the_place_of_the_profile(llama_7b: Structure) -> None:
+    budget = Budget(0.2, protect_first=4, protect_last=3, head_share=0.5, bend=0.8)
+    counts = kept_counts(llama_7b, budget)
+    channels = {number: block for number, block in enumerate(llama_7b.blocks) if block.kind == "channels"}
+    same = tuple(1 - counts[number] / block.groups for number, block in channels.items())
+    by_shares = kept_counts(
+        llama_7b, Budget(0.2, protect_first=4, protect_last=3, head_share=0.5, bend=0.8, shares=same)
+    )
+    for number, (before, after) in enumerate(zip(counts, by_shares, strict=True)):
+        # As whole channels are what was rounded to shares.
+        assert abs(before - after) <= (2 if number in channels else 0)
+    # Twice the share of a layer takes twice as many of its channels as of the others, protected or not.
+    twice = kept_counts(llama_7b, Budget(0.1, shares=(2.0, *[1.0] * 30, 0.0)))
+    gone = [block.groups - twice[number] for number, block in channels.items()]
+    assert gone[0] == pytest.approx(2 * gone[1], abs=2)
+    assert gone[-1] == 0
+    assert abs(llama_7b.removed_parameters(twice) / llama_7b.total_parameters - 0.1) <= 0.005

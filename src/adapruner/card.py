@@ -34,6 +34,7 @@ _GGUF_LICENCE = re.compile(rb"\x0f\0\0\0\0\0\0\0general\.license\x08\0\0\0(.{8})
 _LOADING = "## Loading\n\n"
 _NOT_TRAINED = "It was not fine-tuned."
 _MOST_SCRIPTS = 12
+_REPETITION = "greedy continuations of 64 tokens: fraction of pieces of 4 tokens that were there before"
 
 
 def model_card(
@@ -177,6 +178,12 @@ def _numbers(model: ModelNumbers) -> Iterator[_Number]:
         yield _Number(_public(text), "perplexity", perplexity.perplexity, 2, protocol)
         if perplexity.bits_per_byte is not None:
             yield _Number(_public(text), "bits per byte", perplexity.bits_per_byte, 4, protocol)
+    if model.breakage:
+        for text, perplexity in model.breakage.texts.items():
+            if perplexity.bits_per_byte is not None:
+                yield _Number(text, "bits per byte", perplexity.bits_per_byte, 4, perplexity.protocol)
+        if model.breakage.repetition is not None:
+            yield _Number("openings", "repetition", model.breakage.repetition, 2, _REPETITION)
     for task, score in model.tasks.items():
         for metric, value in score.metrics.items():
             yield _Number(task, metric, value, 4, _public(score.protocol))
@@ -283,7 +290,7 @@ def card_of_recovered(card: str, record: RecoveryRecord) -> str | None:
 def _cost(dense: Iterable[_Number], pruned: list[_Number]) -> str:
     lines = ["| measured | dense | this model | protocol |", "|---|---|---|---|"]
     for before, after in zip(dense, pruned, strict=True):
-        is_of_text = after.metric in ("perplexity", "bits per byte")
+        is_of_text = after.metric in ("perplexity", "bits per byte", "repetition")
         what = f"{after.metric} on {after.dataset}" if is_of_text else f"{after.dataset}, {after.metric}"
         numbers = " | ".join(f"{number.value:.{number.digits}f}" for number in (before, after))
         lines.append(f"| {_escaped(what)} | {numbers} | {_escaped(after.protocol)} |")
@@ -298,12 +305,17 @@ def _made(plan: PruningPlan, result: RunResult) -> str:
         [
             f"- calibration text: {_escaped(_public(config.calibration))}; objective:"
             f" {_escaped(_public(config.objective or config.calibration))}, other documents",
-            f"- search: {search.trials} trials, seed {config.seed}; importance {mix}",
+            f"- search: {search.trials} trials, seed {config.seed}; importance {mix}{_levelled(result)}",
             f"- compensation: {config.compensation}; layout: {config.layout}",
             f"- plan: `{plan.hash[:12]}`",
             f"- adapruner {versions['adapruner']}, transformers {versions['transformers']}, torch {versions['torch']}",
         ]
     )
+
+
+def _levelled(result: RunResult) -> str:
+    rounds = sum(each.accepted for each in result.levelled.rounds) if result.levelled else 0
+    return f"; widths levelled in {rounds} round{'s'[: rounds != 1]}" if rounds else ""
 
 
 def _loading(config: PreTrainedConfig) -> str:

@@ -192,6 +192,12 @@ class PruneOptions(_Options):
     )
     seq_len: int = Field(default=128, ge=2, description="Tokens per window.")
     trials: Count = Field(default=48, description="Trials of the search.")
+    level_rounds: int = Field(
+        default=2,
+        ge=0,
+        description="Rounds after the search that move channels to layers where they are worth more, as long as that"
+        " lowers the loss; only with space extended, search joint and layout per-layer.",
+    )
     sampler: Sampler = Field(default="tpe", description="Sampler of the search; random is for comparison.")
     search: Searched = Field(
         default="joint", description="Search everything, only the samples, or only the metric; for comparison."
@@ -241,7 +247,13 @@ class PruneOptions(_Options):
         description="How the remaining weights are corrected; the forms with bias add parameters.",
     )
     compensation_windows: int = Field(
-        default=768, ge=2, description="Maximum number of calibration windows to fit the compensation on."
+        default=512, ge=2, description="Maximum number of calibration windows to fit the compensation on."
+    )
+    self_windows: int | None = Field(
+        default=None,
+        ge=0,
+        description="Windows that the model generates itself and that the compensation is fitted on as well, so that it"
+        " also holds for other text; by default half of compensation_windows, with layer_wise none.",
     )
     sequential: bool | None = Field(
         default=None,
@@ -266,6 +278,12 @@ class PruneOptions(_Options):
     )
     dtype: Dtype = Field(default="auto", description="Dtype of the weights; auto keeps the dtype of the checkpoint.")
     seed: int = Field(default=0, ge=0, description="The same seed on the same machine gives the same plan.")
+
+    @property
+    def levels_widths(self) -> bool:
+        """Whether the widths are levelled after the search."""
+        searches_allocation = self.space == "extended" and self.search == "joint" and self.ratio_of == "parameters"
+        return searches_allocation and self.layout == "per-layer" and self.level_rounds > 0
 
     @property
     def fits_sequentially(self) -> bool:
@@ -306,6 +324,10 @@ class PruneConfig(PruneOptions):
     search_ratio: Fraction | None = None
 
     _conflicts = (
+        (
+            lambda calibration, self_windows: calibration == "self" and self_windows,
+            "with `calibration` self the model generates all windows: remove `self_windows`",
+        ),
         (
             lambda layout, protect_first, protect_last: layout == "uniform" and (protect_first or protect_last),
             "`layout` uniform prunes all layers alike: remove `protect_first` and `protect_last`",

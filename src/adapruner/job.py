@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.artifacts import at_hand
 from adapruner.calibration import (
+    SELF_GENERATED,
     EvaluationText,
     Source,
     draw_windows,
@@ -23,6 +24,7 @@ from adapruner.calibration import (
     evenly_spaced,
     fingerprint,
     register_sources,
+    start_token,
     text_windows,
 )
 from adapruner.config import PruneConfig
@@ -239,6 +241,15 @@ class Preparation:
     @cached_property
     def texts(self) -> Texts:
         return assign_texts(self.config, missing_ok=True)
+
+    @property
+    def self_windows(self) -> int:
+        """How many windows the model writes for compensation. Layer by layer every token would read all weights."""
+        config = self.config
+        if config.self_windows is not None:
+            return config.self_windows
+        cannot = config.calibration == SELF_GENERATED or self.layer_wise or start_token(self.empty) is None
+        return 0 if cannot else config.compensation_windows // 2
 
     @cached_property
     def drawn(self) -> dict[str, Tensor]:

@@ -85,7 +85,8 @@ def _stages(
     losses = 2 * config.seq_len * vocabulary * _FLOAT32
     objective = (config.objective_windows + config.final_windows) * config.seq_len
     known = max(MOST_PROTECTED_FIRST, config.protect_first or 0) + 1 if config.layout == "per-layer" else 0
-    text = config.compensation_windows * config.seq_len * trial.itemsize
+    written = config.compensation_windows // 2 if config.self_windows is None else config.self_windows
+    text = (config.compensation_windows + written) * config.seq_len * trial.itemsize
     weights, both = {"weights": held * dtype.itemsize}, {"weights": held * with_copy}
     pool = {"pool": config.pool * (vectors * (3 if config.terms == "all" else 1) + 2 * sum(widths)) * _FLOAT32}
     solving = {"second moments": 4 * moments + 3 * matrix}
@@ -105,6 +106,15 @@ def _stages(
         "objective_windows": known * objective * hidden * trial.itemsize,
         "dense predictions": 2 * objective * vocabulary * (config.selection == "kl"),
     }
+    if config.levels_widths:
+        tokens = config.pool * config.seq_len
+        stages["levelling widths"] = {
+            **(both | pool | solving),
+            "pruned weights": 2 * pruned * trial.itemsize,
+            "logits": stages["searching"]["logits"],
+            "hidden states": (structure.layers + 1) * tokens * hidden * trial.itemsize,
+            "dense predictions": 2 * tokens * vocabulary,
+        }
     if config.fits_sequentially and architecture_of(model.config).has_plain_residual(model.config):
         seen = {"compensation_windows": text * (2 * hidden + max(widths)), "pruned weights": pruned * with_copy}
         stages["compensating"] = both | seen | solving

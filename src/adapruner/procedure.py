@@ -16,18 +16,28 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from adapruner.artifacts import Artifact, Form, artifact
-from adapruner.calibration import SELF_GENERATED, EvaluationText, generate_windows, load_texts, save_texts
+from adapruner.calibration import (
+    OPENINGS,
+    SELF_GENERATED,
+    EvaluationText,
+    generate_windows,
+    load_texts,
+    probe_texts,
+    save_texts,
+)
 from adapruner.card import model_card
 from adapruner.checkpoint import save_checkpoint, write_card
 from adapruner.config import PruneConfig, WholePart
 from adapruner.errors import AdaPrunerError, NonFiniteError
 from adapruner.evaluation import (
+    Breakage,
     Perplexity,
     TaskScore,
     compute_prefix,
     log_probabilities,
     losses_by_batch,
     measure_perplexity,
+    measure_repetition,
     measure_tasks,
 )
 from adapruner.files import write_atomically
@@ -51,6 +61,7 @@ from adapruner.search import (
     MOST_PROTECTED_FIRST,
     MOST_WHOLE,
     Candidate,
+    Levelled,
     Objective,
     RemovalOrders,
     Search,
@@ -58,6 +69,7 @@ from adapruner.search import (
     SearchSpace,
     build_subset_family,
     is_feasible,
+    level,
     plan_candidate,
     removal_orders,
 )
@@ -65,8 +77,11 @@ from adapruner.structure import Structure, build_structure
 from adapruner.surgery import Compensation, prune_model, refit_sequentially
 from adapruner.tokens import Vocabulary, foreign_tokens
 
-# Of the calibration pool, on which parts are removed whole.
-_WINDOWS_FOR_WHOLE = 8
+# Of the calibration pool, on which parts are removed whole. On fewer, attentions are removed that other kinds of text
+# need (see docs/benchmarks.md).
+_WINDOWS_FOR_WHOLE = 32
+# Tokens per window of the built-in texts, of which there is little.
+_PROBED_TOKENS = 128
 Windows = dict[str, Tensor]
 Moments = StoredMoments | None
 
@@ -155,24 +170,54 @@ def report_texts_dense(job: Job, work: Path) -> dict[str, EvaluationText]:
 
 
 @artifact(
+    "self.safetensors",
+    TENSORS,
+    inputs=(vocabulary,),
+    options="self_windows compensation_windows calibration seq_len seed",
+    leaves="model precision",
+    is_wanted=lambda config: needs_moments(config) and config.self_windows != 0,
+    is_result=False,
+)
+def self_written(job: Job, work: Path, vocabulary: Vocabulary | None) -> Windows:
+    """Windows that the dense model writes for compensation, which is fitted on them as well: text of other kinds than
+    that of the calibration dataset."""
+    prepared, config = job.prepared, job.config
+    count = prepared.self_windows
+    if not count:
+        return {"compensation": torch.empty(0, config.seq_len, dtype=torch.int64)}
+    with prepared.reporter.stage("writing text", count) as advance:
+        number = list(window_counts(config)).index("compensation")
+        fast, seed = in_fastest_dtype(prepared.dense), 4 * config.seed + number
+        written = generate_windows(fast, count, config.seq_len, seed, progress=advance)
+    return {"compensation": written}
+
+
+@artifact(
     "moments",
     MOMENTS,
-    inputs=(windows,),
+    inputs=(windows, self_written),
     options="head_granularity expert_granularity",
     leaves="model family precision left_out",
     is_wanted=needs_moments,
     is_result=False,
 )
-def moments(job: Job, work: Path, windows: Windows) -> StoredMoments:
+def moments(job: Job, work: Path, windows: Windows, written: Windows | None) -> StoredMoments:
     """Second moments of all blocks; those of finished blocks are kept."""
     moments, prepared = StoredMoments(work), job.prepared
     missing = [index for index in projected_blocks(prepared.structure) if not moments.path(index).is_file()]
     if missing:
-        text, fast = usable(job, windows)["compensation"], in_fastest_dtype(prepared.dense)
+        text, fast = _text_to_fit(job, windows, written), in_fastest_dtype(prepared.dense)
         with prepared.reporter.stage("reading activations", prepared.structure.layers) as advance:
             for index, block_moments in measure_moments(fast, prepared.structure, text, missing, progress=advance):
                 write_atomically(moments.path(index), block_moments.save)
     return moments
+
+
+def _text_to_fit(job: Job, windows: Windows, written: Windows | None) -> Tensor:
+    """[windows, tokens], int64: what compensation is fitted on, mixed, because some of it is held out."""
+    text = usable(job, windows)["compensation"]
+    both = torch.cat([text, written["compensation"]]) if written else text
+    return both[torch.randperm(len(both), generator=torch.Generator().manual_seed(job.config.seed))]
 
 
 @artifact(
@@ -339,49 +384,72 @@ def _compensation(config: PruneConfig, moments: Moments) -> Compensation | None:
 
 
 @artifact(
+    "levelled.json",
+    _json(Levelled),
+    inputs=(windows, moments, statistics, search),
+    options="ratio level_rounds",
+    leaves="model family precision left_out",
+    is_wanted=lambda config: config.levels_widths,
+    is_result=False,
+)
+def levelled(
+    job: Job, work: Path, windows: Windows, moments: Moments, statistics: Statistics, search: SearchResult
+) -> Levelled:
+    """The chosen candidate at the ratio, with its widths levelled: costs are measured on the pool, and the windows of
+    the objective decide what is accepted."""
+    prepared, config, text = job.prepared, job.config, usable(job, windows)
+    fast, candidate = in_fastest_dtype(prepared.dense), candidate_at_ratio(job, statistics, search.best)
+    compensation = _compensation(config, moments)
+    objective = Objective(fast, prepared.structure, statistics, text["objective"], compensation)
+    channels = sum(block.kind == "channels" and not block.experts for block in prepared.structure.blocks)
+    with prepared.reporter.stage("levelling widths", channels * config.level_rounds) as advance:
+        return level(objective, text["pool"], candidate, config.level_rounds, advance)
+
+
+@artifact(
     "plan.json",
     PLAN,
-    inputs=(statistics, search),
+    inputs=(statistics, search, levelled),
     options="ratio",
     check=lambda job: job.budget(job.config.ratio[0]),
 )
-def plan(job: Job, work: Path, statistics: Statistics, search: SearchResult) -> PruningPlan:
+def plan(job: Job, work: Path, statistics: Statistics, search: SearchResult, levelled: Levelled | None) -> PruningPlan:
     """The plan of the chosen candidate."""
-    return plan_at_ratio(job, statistics, search.best)
+    candidate = levelled.candidate if levelled else candidate_at_ratio(job, statistics, search.best)
+    return plan_candidate(job.prepared.structure, statistics, candidate)
 
 
-def plan_at_ratio(job: Job, statistics: Statistics, found: Candidate) -> PruningPlan:
-    """The plan of a candidate at the ratio of the job; where the search was at another ratio, whose allocation cannot
-    reach this one or only by taking a layer apart, with the allocation that this ratio starts from."""
+def candidate_at_ratio(job: Job, statistics: Statistics, found: Candidate) -> Candidate:
+    """A candidate at the ratio of the job; where the search was at another ratio, whose allocation cannot reach this
+    one or only by taking a layer apart, with the allocation that this ratio starts from."""
     structure, ratio = job.prepared.structure, job.prepared.ratio_of_blocks(job.config.ratio[0])
     if found.budget.ratio == ratio:
-        return plan_candidate(structure, statistics, found)
+        return found
     with contextlib.suppress(AdaPrunerError):
         at_ratio = found.model_copy(update={"budget": replace(found.budget, ratio=ratio)})
         plan = plan_candidate(structure, statistics, at_ratio)
         if largest_channel_share(structure, [len(block.kept) for block in plan.blocks]) <= MOST_CHANNELS:
-            return plan
-    budget = job.budget(job.config.ratio[0])
-    return plan_candidate(structure, statistics, found.model_copy(update={"budget": budget}))
+            return at_ratio
+    return found.model_copy(update={"budget": job.budget(job.config.ratio[0])})
 
 
 @artifact(
     "model",
     FOLDER,
-    inputs=(windows, moments, plan),
+    inputs=(windows, self_written, moments, plan),
     options="compensation sequential",
     leaves="model family precision left_out",
     check=lambda job: job.prepared.fits_sequentially,
     version=2,
 )
-def model(job: Job, work: Path, windows: Windows, moments: Moments, plan: PruningPlan) -> Path:
+def model(job: Job, work: Path, windows: Windows, written: Windows | None, moments: Moments, plan: PruningPlan) -> Path:
     """The dense model, cut by the plan, compensated, and saved."""
     prepared, compensation = job.prepared, _compensation(job.config, moments)
     with prepared.reporter.stage("cutting"):
         pruned = prune_model(prepared.dense, prepared.structure, plan, compensation)
     if compensation and prepared.fits_sequentially:
         with prepared.reporter.stage("compensating", prepared.structure.layers) as advance:
-            text = usable(job, windows)["compensation"]
+            text = _text_to_fit(job, windows, written)
             refit_sequentially(prepared.dense, pruned, prepared.structure, plan, compensation, text, advance)
     with prepared.reporter.stage("saving"):
         origin = _origin(job, plan)
@@ -485,6 +553,23 @@ def _measure_perplexity(
         }
 
 
+def _measure_breakage(role: Role, job: Job, work: Path, *inputs: Any) -> Breakage:
+    """Signs that a model is broken; layer by layer every generated token would read all weights."""
+    prepared = job.prepared
+    evaluated = in_fastest_dtype(_model_to_evaluate(job, role, inputs))
+    tokenizer = prepared.tokenizer_given if role == "dense" else prepared.tokenizer
+    texts = probe_texts(tokenizer, min(job.config.seq_len, _PROBED_TOKENS))
+    windows = sum(len(text.windows) for text in texts.values())
+    with prepared.reporter.stage("looking for breakage", windows) as advance:
+        return Breakage(
+            repetition=None if prepared.layer_wise else measure_repetition(evaluated, tokenizer, OPENINGS),
+            texts={
+                name: measure_perplexity(evaluated, text.windows, name, advance, **text.about)
+                for name, text in texts.items()
+            },
+        )
+
+
 def _measure_tasks(role: Role, job: Job, work: Path, *inputs: Any) -> dict[str, TaskScore]:
     """The scores of a model in every task, by name."""
     tasks, evaluated = job.prepared.tasks, in_fastest_dtype(_model_to_evaluate(job, role, inputs))
@@ -499,7 +584,8 @@ def _model_to_evaluate(job: Job, role: Role, inputs: tuple[Any, ...]) -> PreTrai
         return prepared.load_given()
     if role == "best_fixed":
         # As that metric is used elsewhere: without compensation, though its trial was compensated as all are.
-        return prune_model(prepared.dense, prepared.structure, plan_at_ratio(job, inputs[0], inputs[1].best_fixed))
+        found, structure = candidate_at_ratio(job, inputs[0], inputs[1].best_fixed), prepared.structure
+        return prune_model(prepared.dense, structure, plan_candidate(structure, inputs[0], found))
     return load_model(find_model(str(inputs[0])), "auto", job.config.device, prepared.layer_wise)
 
 
@@ -530,11 +616,35 @@ scores: dict[Role, Artifact[dict[str, TaskScore]]] = {
     if role != "best_fixed"
 }
 
+breakage: dict[Role, Artifact[Breakage]] = {
+    role: artifact(
+        f"evaluation/breakage-{role}.json",
+        _json(Breakage),
+        inputs=_EVALUATED[role] or (vocabulary,),
+        options="seq_len",
+        leaves="model precision",
+        is_wanted=partial(_is_evaluated, role),
+        is_result=False,
+    )(partial(_measure_breakage, role))
+    for role in _EVALUATED
+    if role != "best_fixed"
+}
+
 
 @artifact(
     "result.json",
     _json(RunResult),
-    inputs=(windows, search, plan, model, recovered, *perplexity.values(), *scores.values()),
+    inputs=(
+        windows,
+        search,
+        levelled,
+        plan,
+        model,
+        recovered,
+        *perplexity.values(),
+        *scores.values(),
+        *breakage.values(),
+    ),
     beside=("model/README.md", "recovered/README.md"),
 )
 def result(
@@ -542,14 +652,16 @@ def result(
     work: Path,
     windows: Windows,
     search: SearchResult,
+    levelled: Levelled | None,
     plan: PruningPlan,
     model: Path,
     recovered: Path | None,
-    *measured: dict[str, Any] | None,
+    *measured: Any,
 ) -> RunResult:
     """All numbers of a run; the model cards are written too, which show them."""
     perplexities = dict(zip(perplexity, measured[: len(perplexity)], strict=True))
-    by_task = dict(zip(scores, measured[len(perplexity) :], strict=True))
+    by_task = dict(zip(scores, measured[len(perplexity) : -len(breakage)], strict=True))
+    broken = dict(zip(breakage, measured[-len(breakage) :], strict=True))
     config_after = load_config(find_model(str(model)))
     after = build_structure(empty_model(config_after)).total_parameters
     chosen = job.prepared.vocabulary.summary if job.prepared.vocabulary else None
@@ -560,6 +672,7 @@ def result(
             parameters=before if role == "dense" else after,
             perplexity=perplexities[role] or {},
             tasks=by_task.get(role) or {},
+            breakage=broken.get(role),
         )
         for role in TITLES
         if _is_evaluated(role, job.config)
@@ -568,6 +681,7 @@ def result(
         config=job.config,
         plan_hash=plan.hash,
         search=search,
+        levelled=levelled,
         recovery=read_record(recovered) if recovered else None,
         models=tuple(numbers),
         windows={use: len(each) for use, each in usable(job, windows).items()},
@@ -601,9 +715,10 @@ def report(job: Job, work: Path, result: RunResult) -> str:
 # Every artifact stands behind its inputs.
 ARTIFACTS: tuple[Artifact[Any], ...] = (
     *(vocabulary, windows, report_texts, report_texts_dense),
-    *(moments, statistics, whole, search, plan, model, training_windows, recovered),
+    *(self_written, moments, statistics, whole, search, levelled, plan, model, training_windows, recovered),
     *perplexity.values(),
     *scores.values(),
+    *breakage.values(),
     *(result, report),
 )
 

@@ -12,11 +12,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from rich.table import Table
 
 from adapruner.config import PruneConfig
-from adapruner.evaluation import Perplexity, TaskScore, mean_accuracies
+from adapruner.evaluation import Breakage, Perplexity, TaskScore, mean_accuracies
 from adapruner.planning import PruningPlan
 from adapruner.progress import StageCost
 from adapruner.recovery import RecoveryRecord
-from adapruner.search import SearchResult
+from adapruner.search import Levelled, SearchResult
 from adapruner.tokens import VocabularySummary
 
 # From when on people are told about it: a perplexity that has grown so many times, so little text, widths so odd.
@@ -48,12 +48,14 @@ class ModelNumbers(_Content):
         parameters: tied ones counted once.
         perplexity: by text.
         tasks: scores, by task.
+        breakage: signs that it is broken; None for `best_fixed`.
     """
 
     role: Role
     parameters: int
     perplexity: dict[str, Perplexity] = {}
     tasks: dict[str, TaskScore] = {}
+    breakage: Breakage | None = None
 
     @property
     def mean_accuracies(self) -> dict[str, float]:
@@ -86,6 +88,7 @@ class RunResult(_Content):
         config: the options, with one ratio.
         plan_hash: of the plan that was cut.
         search: the chosen candidate and all trials.
+        levelled: the same with its widths levelled, which was cut; None if they were not.
         recovery: the record of the fine-tuning, if there was any.
         models: the models, in the order in which they were made.
         windows: how many there were, by use.
@@ -99,6 +102,7 @@ class RunResult(_Content):
     config: PruneConfig
     plan_hash: str
     search: SearchResult
+    levelled: Levelled | None = None
     recovery: RecoveryRecord | None
     models: tuple[ModelNumbers, ...]
     windows: dict[str, int]
@@ -182,8 +186,13 @@ class PruneResult:
         return lines
 
     def tables(self) -> list[Table]:
-        """Parameters and perplexities of all models; and their scores in tasks, if any were run."""
-        return [_table(self.result), *([_task_table(self.result)] if self.result.final.tasks else [])]
+        """Parameters and perplexities of all models, signs of breakage, and their scores in tasks, if any were run."""
+        result = self.result
+        return [
+            _table(result),
+            *([_breakage_table(result)] if result.final.breakage else []),
+            *([_task_table(result)] if result.final.tasks else []),
+        ]
 
 
 def titles(config: PruneConfig, best_fixed_name: str | None) -> dict[Role, str]:
@@ -231,6 +240,19 @@ def _both(number: Perplexity) -> tuple[str, str]:
 def bits(number: Perplexity) -> str:
     """Bits per byte as they are shown; nothing where bytes were not counted."""
     return "" if number.bits_per_byte is None else f"{number.bits_per_byte:.4f}"
+
+
+def _breakage_table(result: RunResult) -> Table:
+    table = Table("model", title="signs of breakage")
+    texts = result.final.breakage.texts if result.final.breakage else {}
+    for heading in ("repetition", *(f"{text}\nbits per byte" for text in texts)):
+        table.add_column(heading, justify="right")
+    for model in result.models:
+        if model.breakage:
+            repeated = model.breakage.repetition
+            shown = "" if repeated is None else f"{repeated:.2f}"
+            table.add_row(TITLES[model.role], shown, *(bits(number) for number in model.breakage.texts.values()))
+    return table
 
 
 def _task_table(result: RunResult) -> Table:

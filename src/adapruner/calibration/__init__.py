@@ -8,8 +8,10 @@ from adapruner.calibration._pool import (
     generate_windows,
     load_texts,
     save_texts,
+    start_token,
     text_windows,
 )
+from adapruner.calibration._probes import OPENINGS, probe_texts
 from adapruner.calibration._reading import content_hash, fingerprint, provenance, read_documents, read_records
 from adapruner.calibration._sources import (
     SELF_GENERATED,
@@ -22,6 +24,7 @@ from adapruner.calibration._sources import (
 from adapruner.calibration._streaming import stream_documents
 
 __all__ = [
+    "OPENINGS",
     "SELF_GENERATED",
     "EvaluationText",
     "Source",
@@ -34,12 +37,14 @@ __all__ = [
     "generate_windows",
     "load_texts",
     "parse_source",
+    "probe_texts",
     "provenance",
     "read_documents",
     "read_records",
     "register_sources",
     "save_texts",
     "source_names",
+    "start_token",
     "stream_documents",
     "text_windows",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ def _running_text(source: Source) -> str:
     return "\n\n".join(read_documents(source))
 
 
-def _cut_into_windows(tokens: Tensor, source: Source, size: int, stride: int | None = None) -> Tensor:
+def _cut_into_windows(tokens: Tensor, source: Source | str, size: int, stride: int | None = None) -> Tensor:
     """[windows, size], int64: running tokens, window by window; by default windows do not overlap."""
     if len(tokens) < size:
         raise AdaPrunerError(f"{source} has {len(tokens)} tokens, less than one window of {size}")
@@ -158,28 +159,44 @@ def evaluation_text(
     stride: int | None = None,
     bos: bool = True,
 ) -> EvaluationText:
-    """Cuts a dataset into windows to measure perplexity on.
+    """Cuts a dataset into windows to measure perplexity on; see `evaluation_text_of`."""
+    text = _running_text(source)
+    return evaluation_text_of(text, source, tokenizer, seq_len, limit, stride, bos, provenance(source))
+
+
+def evaluation_text_of(
+    text: str,
+    name: Source | str,
+    tokenizer: Tokenizer,
+    seq_len: int,
+    limit: int | None,
+    stride: int | None = None,
+    bos: bool = True,
+    about: dict[str, str] | None = None,
+) -> EvaluationText:
+    """Cuts a running text into windows to measure perplexity on.
 
     Args:
+        name: what the text is of, for messages.
         limit: at most so many windows, evenly spaced.
         stride: tokens of the text between the beginnings of windows; by default they do not overlap.
         bos: whether every window begins with the special tokens that the tokenizer puts in front of a text.
             LLM-Pruner (arXiv 2305.11627), SparseGPT and others have them at the beginning of the whole text alone.
+        about: the provenance of the text.
     """
-    text = _running_text(source)
     encoded = tokenizer(text, verbose=False, add_special_tokens=not bos, return_offsets_mapping=tokenizer.is_fast)
     start = _start_of_text(tokenizer, seq_len) if bos else []
     size = seq_len - len(start)
     stride = min(stride or size, size)
-    windows = evenly_spaced(_cut_into_windows(torch.tensor(encoded.input_ids), source, size, stride), limit)
+    windows = evenly_spaced(_cut_into_windows(torch.tensor(encoded.input_ids), name, size, stride), limit)
     read = None
     if tokenizer.is_fast:
         until = _bytes_until(text, torch.tensor(encoded.offset_mapping)[:, 1])
         # One more to the left: what is read before the first token of a window.
         edges = evenly_spaced(torch.cat([torch.zeros(1, dtype=torch.int64), until]).unfold(0, size + 1, stride), limit)
         read = _bytes_predicted(edges if start else edges[:, 1:], stride)
-    name = Path(tokenizer.name_or_path).name or type(tokenizer).__name__
-    about = provenance(source) | {"tokenizer": f"{name}, {len(tokenizer):,} tokens"}
+    of_tokenizer = Path(tokenizer.name_or_path).name or type(tokenizer).__name__
+    about = (about or {}) | {"tokenizer": f"{of_tokenizer}, {len(tokenizer):,} tokens"}
     if start:
         about["every_window_after"] = "".join(tokenizer.convert_ids_to_tokens(start))
     return EvaluationText(_behind(start, windows), stride, about, read, len(start))
@@ -223,16 +240,32 @@ def load_texts(path: Path) -> dict[str, EvaluationText]:
         return {name: EvaluationText(file.get_tensor(name), **own) for name, own in about.items()}
 
 
-def generate_windows(model: PreTrainedModel, count: int, seq_len: int, seed: int, batch_size: int = 16) -> Tensor:
+def start_token(model: PreTrainedModel) -> int | None:
+    """The token that a model begins a text with: that for the beginning, or else the end; None if it has neither."""
+    settings = model.generation_config
+    ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+    start: int | None = settings.bos_token_id if settings.bos_token_id is not None else ends[0]
+    return start
+
+
+def generate_windows(
+    model: PreTrainedModel,
+    count: int,
+    seq_len: int,
+    seed: int,
+    batch_size: int = 32,
+    progress: Callable[[int], None] | None = None,
+) -> Tensor:
     """Lets the model write the text itself, sampling at temperature 1 from its start token (as LLM-QAT does, arXiv
     2305.17888).
+
+    Args:
+        progress: called with the number of windows after every batch.
 
     Returns:
         [count, seq_len], int64; the same for the same seed on the same machine.
     """
-    settings = model.generation_config
-    ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
-    start = settings.bos_token_id if settings.bos_token_id is not None else ends[0]
+    start = start_token(model)
     if start is None:
         raise AdaPrunerError("the model names neither a start nor an end token: it cannot generate text by itself")
     generate: Any = model.generate
@@ -258,4 +291,6 @@ def generate_windows(model: PreTrainedModel, count: int, seq_len: int, seed: int
                     pad_token_id=start,
                 ).cpu()
             )
+            if progress:
+                progress(len(prompt))
     return torch.cat(windows)

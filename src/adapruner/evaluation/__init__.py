@@ -1,5 +1,6 @@
 """What a model can do and how fast: perplexity, tasks of lm-eval, tokens per second, each with its protocol."""
 
+from adapruner.evaluation._breakage import Breakage, measure_repetition
 from adapruner.evaluation._perplexity import (
     PROTOCOLS,
     Perplexity,
@@ -16,6 +17,7 @@ from adapruner.evaluation._tasks import Tasks, TaskScore, check_tasks, load_task
 
 __all__ = [
     "PROTOCOLS",
+    "Breakage",
     "Perplexity",
     "Prefix",
     "Speed",
@@ -29,6 +31,7 @@ __all__ = [
     "losses_by_batch",
     "mean_accuracies",
     "measure_perplexity",
+    "measure_repetition",
     "measure_speed",
     "measure_tasks",
     "tokens_per_batch",

@@ -52,6 +52,8 @@ class Budget:
             a share in proportion to exp(tilt · z - bend · z²); `global` divides scores by that.
         ratio_of: `groups` makes the ratio a share of the channels (and, times `head_share`, of the heads) of every
             unprotected layer, as LLM-Pruner's protocol has it, rounded in each; ranking and profile are of no account.
+        shares: for every layer, how large a share of its channels it gives up, relative to the others; takes the place
+            of protection, ranking and profile for channels alone. Empty: as those say.
         without_attention, without_feed_forward: layers whose attention, and layers whose feed-forward, are removed
             whole, protected or not. A layer in both is removed.
     """
@@ -66,6 +68,7 @@ class Budget:
     tilt: float = 0.0
     bend: float = 0.0
     ratio_of: RatioOf = "parameters"
+    shares: tuple[float, ...] = ()
     without_attention: tuple[int, ...] = ()
     without_feed_forward: tuple[int, ...] = ()
 
@@ -95,7 +98,9 @@ def kept_counts(structure: Structure, budget: Budget, scores: Tensor | None = No
     experts = {index: block for index, block in everywhere.items() if block.kind == "experts"}
     heads = {index: block for index, block in everywhere.items() if block.kind == "heads" and block.layer in layers}
     channels = {
-        index: block for index, block in everywhere.items() if block.kind == "channels" and block.layer in layers
+        index: block
+        for index, block in everywhere.items()
+        if block.kind == "channels" and (budget.shares or block.layer in layers)
     }
     target = budget.ratio * structure.total_parameters
     by_block = _scores_to_rank(structure, budget, scores)
@@ -152,7 +157,7 @@ def _unprotected(structure: Structure, budget: Budget) -> range:
 
 def _scores_to_rank(structure: Structure, budget: Budget, scores: Tensor | None) -> Sequence[Tensor] | None:
     """The scores of each block where groups are ranked over all layers."""
-    if budget.ranking == "local" or budget.layout == "uniform" or budget.ratio_of == "groups":
+    if budget.ranking == "local" or budget.shares or budget.layout == "uniform" or budget.ratio_of == "groups":
         return None
     if scores is None:
         raise AdaPrunerError("a global ranking needs scores")
@@ -172,6 +177,13 @@ def _wanted(
         index: 1.0 if budget.layout == "uniform" or block.kind == "experts" else _profile(budget, layers, block.layer)
         for index, block in blocks.items()
     }
+    if budget.shares:
+        # As much as the profile would take together, so that heads keep their part.
+        by_profile = math.fsum(_profile(budget, layers, layer) for layer in layers)
+        factor = by_profile / math.fsum(budget.shares)
+        profile |= {
+            index: factor * budget.shares[block.layer] for index, block in blocks.items() if block.kind == "channels"
+        }
     relative = {index: budget.head_share if block.kind == "heads" else 1.0 for index, block in blocks.items()}
     if budget.ratio_of == "groups":
         return {index: (1 - relative[index] * budget.ratio) * block.groups for index, block in blocks.items()}
@@ -181,7 +193,7 @@ def _wanted(
     def shares(scale: float) -> dict[int, float]:
         return {index: relative[index] * min(1.0, scale * profile[index]) for index in blocks}
 
-    low, high = 0.0, 1.0 / min(profile.values())
+    low, high = 0.0, 1.0 / min(filter(None, profile.values()))
     for _ in range(60):
         middle = (low + high) / 2
         removed = sum(

@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 
 from adapruner.config import PruneConfig
 from adapruner.errors import AdaPrunerError, reason
-from adapruner.evaluation import Perplexity, TaskScore
+from adapruner.evaluation import Breakage, Perplexity, TaskScore
 from adapruner.models import find_model, load_tokenizer
 from adapruner.planning import PruningPlan
 from adapruner.progress import Reporter, StageCost
 from adapruner.result import TITLES, ModelNumbers, RunResult
 from adapruner.run import RunFolder
-from adapruner.search import History, SearchResult, StudyPlace, read_history, sqlite_url
+from adapruner.search import History, Levelled, SearchResult, StudyPlace, read_history, sqlite_url
 from adapruner.tokens import Vocabulary
 
 T = TypeVar("T")
@@ -35,7 +35,7 @@ class Contents:
         state: whether it is finished, a command is running, or it was stopped.
         stage: the current stage of a running command.
         config: the options, with this ratio alone.
-        plan: which groups are kept; None before the search has ended, as is `search`.
+        plan: which groups are kept; None before the search has ended, as are `search` and `levelled`.
         result: once it is finished.
         models: what was measured of each model so far.
         samples: the texts of the chosen calibration samples, once there is a tokenizer to read them with, by their
@@ -51,6 +51,7 @@ class Contents:
     history: History
     plan: PruningPlan | None
     search: SearchResult | None
+    levelled: Levelled | None
     result: RunResult | None
     models: tuple[ModelNumbers, ...]
     samples: dict[int, str | None]
@@ -97,6 +98,7 @@ def _read(run: RunFolder, folder: RunFolder, config: PruneConfig) -> Contents:
         history=search or _running_history(run, folder),
         plan=plan,
         search=search,
+        levelled=_content(folder.path / "levelled.json", Levelled),
         result=result,
         models=result.models if result else tuple(_models(run, folder, config, plan)),
         samples=_samples(run, folder, search.best.samples) if search else {},
@@ -124,12 +126,19 @@ def _models(run: RunFolder, folder: RunFolder, config: PruneConfig, plan: Prunin
         evaluation = (run if role == "dense" else folder).path / "evaluation"
         perplexity = _content(evaluation / f"perplexity-{role}.json", dict[str, Perplexity])
         tasks = _content(evaluation / f"tasks-{role}.json", dict[str, TaskScore])
+        breakage = _content(evaluation / f"breakage-{role}.json", Breakage)
         if plan and (role == "dense" or perplexity or tasks or made.get(role)):
             chosen = _content(run.path / "vocabulary.json", Vocabulary) if config.vocabulary else None
             of_vocabulary = chosen.summary.removed_parameters if chosen else 0
             parameters = plan.total_parameters + (of_vocabulary if role == "dense" else -plan.removed_parameters)
             models.append(
-                ModelNumbers(role=role, parameters=parameters, perplexity=perplexity or {}, tasks=tasks or {})
+                ModelNumbers(
+                    role=role,
+                    parameters=parameters,
+                    perplexity=perplexity or {},
+                    tasks=tasks or {},
+                    breakage=breakage,
+                )
             )
     return models
 

@@ -221,10 +221,12 @@ def shortened(text: str) -> str:
     return text if len(text) <= _LONGEST_LABEL else f"…{text[1 - _LONGEST_LABEL :]}"
 
 
-def described(value: float | int | str) -> str:
+def described(value: float | int | str | tuple[float | int, ...]) -> str:
     """A number or a name as it is shown, numbers to three digits."""
     if isinstance(value, str):
         return value
+    if isinstance(value, tuple):
+        return ", ".join(map(described, value))
     return f"{value:.3g}".replace("-", "−") if isinstance(value, float) else str(value).replace("-", "−")
 
 

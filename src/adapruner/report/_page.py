@@ -72,6 +72,7 @@ def render_report(run: RunFolder, config: PruneConfig, refresh: int | None = Non
         config: the options of the run, with this ratio alone.
     """
     contents = read_contents(run, config)
+    chosen = contents.levelled.candidate if contents.levelled else contents.search and contents.search.best
     scripts = [get_plotlyjs(), _TEMPLATES.get_template("report.js").render()]
     return _TEMPLATES.get_template("report.html.jinja").render(
         contents=contents,
@@ -85,7 +86,7 @@ def render_report(run: RunFolder, config: PruneConfig, refresh: int | None = Non
         headlines=_headlines(contents),
         means={model.role: _means(model) for model in contents.models},
         loss_name=LOSS_NAMES[config.selection],
-        allocation=asdict(contents.search.best.budget) if contents.search else {},
+        allocation=asdict(chosen.budget) if chosen else {},
         figures={name: json.loads(figure.to_json()) for name, figure in _all_figures(contents).items()},
         command=command(contents.config, contents.path),
         options=yaml.safe_dump(contents.config.model_dump(mode="json"), sort_keys=False),

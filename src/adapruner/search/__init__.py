@@ -1,6 +1,7 @@
 """The joint search over calibration samples, importance metrics and allocation."""
 
 from adapruner.search._history import History, TriedPoint, read_history
+from adapruner.search._levelling import Levelled, LevellingRound, level
 from adapruner.search._objective import Objective, is_feasible, plan_candidate
 from adapruner.search._place import StudyPlace, sqlite_url
 from adapruner.search._space import MOST_PROTECTED_FIRST, Candidate, SearchSpace
@@ -13,6 +14,8 @@ __all__ = [
     "MOST_WHOLE",
     "Candidate",
     "History",
+    "Levelled",
+    "LevellingRound",
     "Objective",
     "RemovalOrders",
     "Search",
@@ -23,6 +26,7 @@ __all__ = [
     "TriedPoint",
     "build_subset_family",
     "is_feasible",
+    "level",
     "plan_candidate",
     "read_history",
     "removal_orders",

@@ -26,13 +26,13 @@ def plan_candidate(structure: Structure, statistics: Statistics, candidate: Cand
     Raises:
         BudgetError: its budget cannot be met.
     """
-    scores = _scores(structure, statistics, candidate)
+    scores = scores_of(structure, statistics, candidate)
     return make_plan(structure, scores, kept_counts(structure, candidate.budget, scores))
 
 
 def is_feasible(structure: Structure, statistics: Statistics, candidate: Candidate) -> bool:
     """Whether the budget of a candidate can be met; see `plan_candidate`."""
-    scores = _scores(structure, statistics, candidate) if candidate.budget.ranking == "global" else None
+    scores = scores_of(structure, statistics, candidate) if candidate.budget.ranking == "global" else None
     try:
         kept_counts(structure, candidate.budget, scores)
     except BudgetError:
@@ -40,7 +40,8 @@ def is_feasible(structure: Structure, statistics: Statistics, candidate: Candida
     return True
 
 
-def _scores(structure: Structure, statistics: Statistics, candidate: Candidate) -> Tensor:
+def scores_of(structure: Structure, statistics: Statistics, candidate: Candidate) -> Tensor:
+    """[groups]: the importance that a candidate gives every group."""
     return score_groups(statistics.select(candidate.samples), structure, candidate.point)
 
 

@@ -1,7 +1,7 @@
 """Cutting a model by a plan, and compensation for what went."""
 
 from adapruner.surgery._compensation import Compensation, compensate
-from adapruner.surgery._cut import prune_model
+from adapruner.surgery._cut import kept_layers, prune_model
 from adapruner.surgery._sequential import compensate_sequentially, refit_sequentially
 from adapruner.surgery._stock import check_paddable, pad_to_stock
 
@@ -10,6 +10,7 @@ __all__ = [
     "check_paddable",
     "compensate",
     "compensate_sequentially",
+    "kept_layers",
     "pad_to_stock",
     "prune_model",
     "refit_sequentially",

@@ -1,0 +1,62 @@
+"""Built-in text that needs no dataset: what models continue, and what is not prose."""
+
+from __future__ import annotations
+
+import bisect
+import heapq
+import inspect
+import platform
+import textwrap
+
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from adapruner.calibration._pool import EvaluationText, evaluation_text_of
+
+# Beginnings of texts of different kinds.
+OPENINGS = (
+    "The old bridge over the river was built",
+    "To bake a loaf of bread, first",
+    "My sister called yesterday and told me that",
+    "Plants turn sunlight into",
+    "The committee decided on Tuesday to",
+    "In the year 1850, the town",
+    "The easiest way to learn a new language is",
+    "A triangle has three sides, and",
+    "When the train finally arrived,",
+    "Scientists who study the ocean have found",
+    "The king had two sons. The elder",
+    "Question: Why is the sky blue?\nAnswer:",
+    "Dear Mr. Brown,\n\nThank you for",
+    "The price of oil rose last week because",
+    "Here is a list of things to pack for a journey:\n1.",
+    "def mean(numbers):\n    ",
+)
+_WINDOWS = 24
+
+
+def probe_texts(tokenizer: Tokenizer, seq_len: int) -> dict[str, EvaluationText]:
+    """Text of which every model has seen much, and which breaks before prose does: sums and products, and code of
+    Python's standard library.
+
+    Args:
+        seq_len: tokens per window.
+    """
+    code = "\n".join(map(inspect.getsource, (bisect, heapq, textwrap)))
+    texts = {
+        "arithmetic": (_tables(), {}),
+        "code": (code, {"modules": f"bisect, heapq and textwrap of Python {platform.python_version()}"}),
+    }
+    return {
+        name: evaluation_text_of(text, name, tokenizer, seq_len, _WINDOWS, about=about)
+        for name, (text, about) in texts.items()
+    }
+
+
+def _tables() -> str:
+    """Tables of addition and multiplication: after the first lines, everything follows."""
+    lines = []
+    for first in range(2, 20):
+        lines += [f"{first} + {second} = {first + second}" for second in range(1, 13)]
+        lines += [f"{first} x {second} = {first * second}" for second in range(1, 13)]
+        lines.append("")
+    return "\n".join(lines)

@@ -1,0 +1,194 @@
+"""Levelling: widths move from layers whose channels cost little to layers whose channels cost much."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from adapruner.evaluation import compute_prefix, log_probabilities, losses_by_batch
+from adapruner.planning import BudgetError, kept_counts, make_plan
+from adapruner.search._objective import Objective, scores_of
+from adapruner.search._space import Candidate
+from adapruner.structure import Block
+from adapruner.surgery import kept_layers, prune_model
+
+# What a layer gives up more to see what its channels are worth, as a share of those it keeps: less drowns in noise.
+_PROBED_SHARE = 0.15
+# A layer whose channels cost twice the mean gets 2 ** 0.4 times as many, and none more than 1.3 times or less than
+# 1 / 1.3 times in a round.
+_EXPONENT, _MOST_PER_ROUND = 0.4, 1.3
+# Channels that cost nothing, or less: measured costs are noisy.
+_LEAST_COST = 0.05
+
+
+class LevellingRound(BaseModel):
+    """What one round has measured and changed.
+
+    Attributes:
+        costs: by layer, what its next channels to go would cost: nats of divergence from the dense model per predicted
+            token and million parameters.
+        standard_errors: of these, over the windows.
+        gain: by how much the loss on the windows of the objective fell, in nats per predicted token.
+        gain_standard_error: from the differences window by window; None where there is but one.
+        accepted: whether the gain is more than that, and the widths were changed.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    costs: dict[int, float]
+    standard_errors: dict[int, float]
+    gain: float
+    gain_standard_error: float | None
+    accepted: bool
+
+
+class Levelled(BaseModel):
+    """A candidate with its widths levelled.
+
+    Attributes:
+        candidate: the one of the search where no round was accepted.
+        rounds: those that were made; the last may not have been accepted.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    candidate: Candidate
+    rounds: tuple[LevellingRound, ...]
+
+
+def level(
+    objective: Objective,
+    windows: Tensor,
+    candidate: Candidate,
+    rounds: int,
+    progress: Callable[[int], None] | None = None,
+) -> Levelled:
+    """Moves channels between layers until none costs more than another, as far as can be told.
+
+    At the best allocation, the channels that would go next cost the same per parameter in every layer. In each round
+    that cost is measured at the present widths, layer by layer: the pruned and compensated model, with the layer yet
+    narrower, against the dense one. All layers are then changed at once, by a part of what the costs say, which
+    averages out the noise that accepting the best single moves picks up. The windows that costs are measured on are
+    not those that decide whether a round is accepted.
+
+    Args:
+        objective: what decides; its windows are judged by the loss.
+        windows: [windows, tokens], int64, to measure costs on.
+        rounds: at most so many; the first that gains nothing is the last.
+        progress: called with 1 after every measured layer.
+    """
+    references = log_probabilities(objective.model, windows)
+    best = _losses(objective, candidate)
+    made: list[LevellingRound] = []
+    for _ in range(rounds):
+        measured = dict(_costs(objective, windows, references, candidate, progress))
+        changed = _moved(objective, candidate, measured)
+        if changed is None:
+            break
+        losses = _losses(objective, changed)
+        gains = [before - after for before, after in zip(best, losses, strict=True)]
+        error = statistics.stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else None
+        made.append(
+            LevellingRound(
+                costs={block: cost for block, (cost, _) in measured.items()},
+                standard_errors={block: deviation for block, (_, deviation) in measured.items()},
+                gain=statistics.fmean(gains),
+                gain_standard_error=error,
+                accepted=statistics.fmean(gains) > (error or 0.0),
+            )
+        )
+        if not made[-1].accepted:
+            break
+        candidate, best = changed, losses
+    return Levelled(candidate=candidate, rounds=tuple(made))
+
+
+def _losses(objective: Objective, candidate: Candidate) -> list[float]:
+    return [loss for batch in objective(candidate) for loss in batch.tolist()]
+
+
+def _levelled_blocks(objective: Objective) -> dict[int, Block]:
+    return {
+        number: block
+        for number, block in enumerate(objective.structure.blocks)
+        if block.kind == "channels" and not block.experts
+    }
+
+
+def _costs(
+    objective: Objective,
+    windows: Tensor,
+    references: list[Tensor],
+    candidate: Candidate,
+    progress: Callable[[int], None] | None,
+) -> Iterator[tuple[int, tuple[float, float]]]:
+    """By layer, the cost of its next channels and the standard error of that (see `LevellingRound`)."""
+    structure = objective.structure
+    scores = scores_of(structure, objective.statistics, candidate)
+    counts = kept_counts(structure, candidate.budget, scores)
+    plan = make_plan(structure, scores, counts)
+    layers = kept_layers(structure, plan)
+    present = prune_model(objective.model, structure, plan, objective.compensation)
+    prefix = compute_prefix(present, windows, len(layers))
+    before = torch.cat(list(losses_by_batch(present, windows, references, prefix=prefix, prefix_layers=len(layers))))
+    for number, block in _levelled_blocks(objective).items():
+        step = candidate.budget.round_to * block.strata
+        fewer = counts[number] - step * max(1, round(_PROBED_SHARE * counts[number] / step))
+        if fewer >= max(1, block.least):
+            narrower = make_plan(structure, scores, [*counts[:number], fewer, *counts[number + 1 :]])
+            model = prune_model(objective.model, structure, narrower, objective.compensation)
+            same = layers.index(block.layer)
+            after = torch.cat(list(losses_by_batch(model, windows, references, prefix=prefix, prefix_layers=same)))
+            millions = (counts[number] - fewer) * block.parameters_per_group / 1e6
+            added = (after - before) / millions
+            yield block.layer, (float(added.mean()), float(added.std() / math.sqrt(len(added))))
+        if progress:
+            progress(1)
+
+
+def _moved(objective: Objective, candidate: Candidate, measured: dict[int, tuple[float, float]]) -> Candidate | None:
+    """The candidate with every layer changed by a part of what the costs say; None where they cannot be told apart, or
+    the budget cannot be met so."""
+    structure = objective.structure
+    counts = kept_counts(structure, candidate.budget, scores_of(structure, objective.statistics, candidate))
+    factors = _factors(measured)
+    shares = [0.0] * structure.layers
+    for number, block in _levelled_blocks(objective).items():
+        if not candidate.budget.removes_whole(block):
+            shares[block.layer] = 1 - min(1.0, counts[number] / block.groups * factors.get(block.layer, 1.0))
+    if not factors or not any(shares):
+        return None
+    changed = candidate.model_copy(update={"budget": replace(candidate.budget, shares=tuple(shares))})
+    try:
+        kept = kept_counts(structure, changed.budget)
+    except BudgetError:
+        return None
+    return changed if kept != counts else None
+
+
+def _factors(measured: dict[int, tuple[float, float]]) -> dict[int, float]:
+    """By layer, how many times as many channels it gets. Costs are drawn towards their mean by what of their variance
+    is noise."""
+    if len(measured) < 2:
+        return {}
+    costs = [cost for cost, _ in measured.values()]
+    mean = statistics.fmean(costs)
+    noise = statistics.fmean(error**2 for _, error in measured.values())
+    signal = max(0.0, statistics.pvariance(costs) - noise)
+    if mean <= 0 or not signal:
+        return {}
+    return {
+        layer: min(_MOST_PER_ROUND, max(1 / _MOST_PER_ROUND, _relative(cost, error, mean, signal) ** _EXPONENT))
+        for layer, (cost, error) in measured.items()
+    }
+
+
+def _relative(cost: float, error: float, mean: float, signal: float) -> float:
+    drawn = mean + (cost - mean) * signal / (signal + error**2)
+    return max(_LEAST_COST, drawn / mean)

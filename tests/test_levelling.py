@@ -1,0 +1,129 @@
+"""Levelling of widths against models that are cut and run whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from adapruner.calibration import generate_windows
+from adapruner.evaluation import window_losses
+from adapruner.importance import LLM_PRUNER_METRICS
+from adapruner.measurement import measure
+from adapruner.planning import Budget, kept_counts, make_plan
+from adapruner.search import Candidate, Objective, level, plan_candidate
+from adapruner.search import _levelling as levelling
+from adapruner.search._objective import scores_of
+from adapruner.structure import build_structure
+from adapruner.surgery import prune_model
+
+LOUD = 2
+
+
+@pytest.fixture
+def loud_model(make_model: Callable[..., PreTrainedModel]) -> PreTrainedModel:
+    """With 24 channels in each of 4 layers, one of which matters more than the others."""
+    model = make_model()
+    with torch.no_grad():
+        for number, layer in enumerate(model.model.layers):
+            layer.mlp.down_proj.weight *= 4.0 if number == LOUD else 0.1
+    return model
+
+
+@pytest.fixture
+def text(loud_model: PreTrainedModel) -> Tensor:
+    """The model's own, so that what diverges from it loses."""
+    return generate_windows(loud_model, 440, 12, seed=0, batch_size=440)
+
+
+@pytest.fixture
+def objective(loud_model: PreTrainedModel, text: Tensor) -> Objective:
+    structure = build_structure(loud_model)
+    return Objective(loud_model, structure, measure(loud_model, structure, text[:4]), text[:400])
+
+
+@pytest.fixture
+def candidate() -> Candidate:
+    budget = Budget(0.15, protect_first=0, protect_last=0)
+    return Candidate(point=LLM_PRUNER_METRICS["param_first"], samples=(0, 1, 2), budget=budget)
+
+
+def widths(objective: Objective, candidate: Candidate) -> list[int]:
+    plan = plan_candidate(objective.structure, objective.statistics, candidate)
+    return [len(block.kept) for block in plan.blocks if block.kind == "channels"]
+
+
+def test_costs_are_those_of_narrower_models_that_are_run_whole(
+    objective: Objective, candidate: Candidate, text: Tensor
+) -> None:
+    candidate = candidate.model_copy(update={"budget": replace(candidate.budget, without_attention=(1,))})
+    structure, model, text = objective.structure, objective.model, text[:12]
+    scores = scores_of(structure, objective.statistics, candidate)
+    counts = kept_counts(structure, candidate.budget)
+
+    def divergence(counts: list[int]) -> Tensor:
+        pruned = prune_model(model, structure, make_plan(structure, scores, counts))
+        with torch.no_grad():
+            wanted, given = (each(text).logits[:, :-1].double().log_softmax(-1) for each in (model, pruned))
+        return (wanted.exp() * (wanted - given)).sum(-1).mean(-1)
+
+    with torch.no_grad():
+        references = [model(text).logits[:, :-1].log_softmax(-1)]
+    measured = dict(levelling._costs(objective, text, references, candidate, None))
+    assert list(measured) == [0, 1, 2, 3]
+    before = divergence(counts)
+    for number, block in enumerate(structure.blocks):
+        if block.kind == "channels":
+            gone = round(0.15 * counts[number])
+            narrower = [*counts[:number], counts[number] - gone, *counts[number + 1 :]]
+            expected = (divergence(narrower) - before) / (gone * block.parameters_per_group / 1e6)
+            cost, error = measured[block.layer]
+            assert cost == pytest.approx(float(expected.mean()), rel=1e-3, abs=1e-3)
+            assert error == pytest.approx(float(expected.std() / 12**0.5), rel=1e-3)
+
+
+def test_channels_move_to_the_layer_where_they_cost_most(
+    objective: Objective, candidate: Candidate, text: Tensor
+) -> None:
+    seen: list[int] = []
+    levelled = level(objective, text[400:], candidate, 3, seen.append)
+    assert levelled.rounds
+    assert sum(seen) in (4 * len(levelled.rounds), 4 * len(levelled.rounds) + 4)
+    assert levelled.rounds[0].accepted
+    before, after = widths(objective, candidate), widths(objective, levelled.candidate)
+    assert after[LOUD] > before[LOUD]
+    structure = objective.structure
+    plan = plan_candidate(structure, objective.statistics, levelled.candidate)
+    assert abs(plan.removed_parameters / structure.total_parameters - 0.15) <= 0.005
+    plans = [plan_candidate(structure, objective.statistics, one) for one in (candidate, levelled.candidate)]
+    losses = [window_losses(prune_model(objective.model, structure, plan), objective.windows) for plan in plans]
+    assert float((losses[0] - losses[1]).mean()) == pytest.approx(
+        sum(each.gain for each in levelled.rounds if each.accepted), abs=1e-4
+    )
+
+
+def test_what_does_not_lower_the_loss_is_not_taken(
+    objective: Objective, candidate: Candidate, text: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(levelling, "_EXPONENT", -0.4)
+    levelled = level(objective, text[400:], candidate, 3)
+    assert levelled.candidate == candidate
+    (only,) = levelled.rounds
+    assert not only.accepted
+    assert only.gain < 0
+
+
+def test_costs_that_noise_explains_move_nothing() -> None:
+    assert levelling._factors({layer: (1.0 + 0.1 * (layer % 2), 0.2) for layer in range(6)}) == {}
+    assert levelling._factors({0: (1.0, 0.1)}) == {}
+    factors = levelling._factors({0: (1.0, 1e-9), 1: (1.0, 1e-9), 2: (4.0, 1e-9), 3: (-1.0, 1e-9)})
+    assert factors[2] == pytest.approx(1.3)
+    assert factors[3] == pytest.approx(1 / 1.3)
+    assert factors[0] == factors[1] == pytest.approx((1 / 1.25) ** 0.4)
+    noisy = levelling._factors({0: (1.0, 0.5), 1: (1.0, 0.5), 2: (2.0, 0.5), 3: (0.0, 0.5)})
+    # Half of the variance, 0.5, is noise, which the errors are half of.
+    assert noisy[2] == pytest.approx(min(1.3, (1 + 0.5 * 1) ** 0.4))
