@@ -30,11 +30,11 @@ from adapruner.job import Job, Preparation
 from adapruner.measurement import Statistics, measure
 from adapruner.models import find_model, in_fastest_dtype, load_model, load_tokenizer
 from adapruner.planning import Budget, kept_counts, make_plan
-from adapruner.procedure import plan_at_ratio
+from adapruner.procedure import candidate_at_ratio
 from adapruner.processes import Process
 from adapruner.progress import Reporter
 from adapruner.run import RunFolder
-from adapruner.search import SearchSpace, build_subset_family
+from adapruner.search import SearchSpace, build_subset_family, plan_candidate
 from adapruner.structure import Structure, build_structure, count_parameters
 from adapruner.surgery import Compensation, prune_model, refit_sequentially
 from measured import Measured, share
@@ -112,7 +112,10 @@ class Comparison:
         config = searched.result.config.model_copy(update=allocation(name, ratio) | {"ratio": (ratio,)})
         folder = RunFolder(searched.output)
         job = Job(config, folder, Preparation(config, folder, None, Process(), Reporter(quiet=True)), {})
-        return plan_at_ratio(job, Measured.read(folder.path).statistics, searched.result.search.best)
+        statistics = Measured.read(folder.path).statistics
+        return plan_candidate(
+            self.structure, statistics, candidate_at_ratio(job, statistics, searched.result.search.best)
+        )
 
     def folder(self, seed: int, name: str) -> Path:
         """Where the run of a method is."""

@@ -45,6 +45,6 @@ def share(run: Path, source: Path) -> None:
     if not folder.config.is_file():
         # A folder with artifacts is taken for a run if it has a config.
         folder.save_config(other.read_config())
-        for name in ("windows.safetensors", "moments", "statistics.safetensors"):
+        for name in ("windows.safetensors", "self.safetensors", "moments", "statistics.safetensors"):
             if other.record(name) is not None:
                 folder.take_over(name, other)

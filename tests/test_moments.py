@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+import adapruner
+from adapruner.calibration import generate_windows
 from adapruner.errors import AdaPrunerError
 from adapruner.measurement import (
     InputMoments,
@@ -18,6 +21,7 @@ from adapruner.measurement import (
     removal_errors,
     solve_damped,
 )
+from adapruner.models import find_model, in_fastest_dtype, load_model
 from adapruner.structure import Structure, build_structure
 
 
@@ -171,3 +175,20 @@ def test_stored_moments(tmp_path: Path, model: PreTrainedModel, windows: Tensor)
     assert stored[3].damping == pytest.approx(moments[3].damping)
     with pytest.raises(KeyError):
         stored[0]
+
+
+def test_a_run_sums_them_over_its_text_and_over_what_the_model_writes(
+    finished: adapruner.PruneResult, model_folder: Path
+) -> None:
+    text, written = (
+        load_file(finished.output / name)["compensation"] for name in ("windows.safetensors", "self.safetensors")
+    )
+    assert len(written) == 256
+    model = load_model(find_model(str(model_folder)))
+    assert torch.equal(written, generate_windows(in_fastest_dtype(model), 256, 16, seed=2))
+    both = activations(in_fastest_dtype(model), build_structure(model), torch.cat([text, written]))
+    for index, moments in StoredMoments(finished.output / "moments").items():
+        expected = both[index].T @ both[index] / len(both[index])
+        torch.testing.assert_close(
+            moments.second.double(), expected, rtol=0.02, atol=0.02 * float(expected.abs().max())
+        )

@@ -157,6 +157,32 @@ def test_models_are_those_of_the_result(finished: adapruner.PruneResult, page: P
     assert all(f"{name} {version}" in page.text for name, version in result["versions"].items())
 
 
+def test_signs_of_breakage_are_those_of_the_result(finished: adapruner.PruneResult, page: Page) -> None:
+    models = json.loads((finished.output / "result.json").read_text())["models"]
+    expected = {
+        model["role"]: [
+            f"{model['breakage']['repetition']:.2f}",
+            *(f"{text['bits_per_byte']:.4f}" for text in model["breakage"]["texts"].values()),
+        ]
+        for model in models
+        if model["breakage"]
+    }
+    assert list(expected) == ["dense", "searched"]
+    assert page.rows("breakage-table") == expected
+
+
+def test_rounds_of_levelling_are_those_of_the_run(finished: adapruner.PruneResult, page: Page) -> None:
+    rounds = json.loads((finished.output / "levelled.json").read_text())["rounds"]
+    assert rounds
+    assert {number: cells[1:] for number, cells in page.rows("levelling-table").items()} == {
+        str(number): [
+            f"{one['gain']:.4f} ± {one['gain_standard_error']:.4f}",
+            "yes" if one["accepted"] else "no",
+        ]
+        for number, one in enumerate(rounds, 1)
+    }
+
+
 def test_the_cut_is_that_of_the_plan(finished: adapruner.PruneResult, page: Page) -> None:
     plan = json.loads((finished.output / "plan.json").read_text())
     rows = page.rows("layer-table")
@@ -181,8 +207,8 @@ def test_the_search_is_that_of_its_files(finished: adapruner.PruneResult, page: 
     }
     trials = page.rows("trial-table")
     assert len(trials) == OPTIONS["trials"]
-    assert trials[str(search["best_trial"])][1] == "chosen"
-    assert sum(cells[1] == "stopped early" for cells in trials.values()) == search["stopped_early"]
+    assert trials[str(search["best_trial"])][1].split(", ")[-1] == "chosen"
+    assert sum("stopped early" in cells[1].split(", ") for cells in trials.values()) == search["stopped_early"]
     drawn = {trace["name"]: trace for trace in page.figures()[2]["data"]}
     kinds = ("searched", "stopped early", "LLM-Pruner's metrics")
     assert sum(len(drawn[kind]["x"]) for kind in kinds if kind in drawn) == OPTIONS["trials"]

@@ -313,7 +313,7 @@ def whole(job: Job, work: Path, windows: Windows) -> RemovalOrders:
     leaves="model family precision left_out terms",
     check=lambda job: (job.prepared.check_storage(), job.budget(job.config.searched_ratio)),
     is_shared=True,
-    version=2,
+    version=3,
 )
 def search(
     job: Job, work: Path, windows: Windows, moments: Moments, statistics: Statistics, orders: RemovalOrders | None
@@ -636,6 +636,7 @@ breakage: dict[Role, Artifact[Breakage]] = {
     _json(RunResult),
     inputs=(
         windows,
+        self_written,
         search,
         levelled,
         plan,
@@ -651,6 +652,7 @@ def result(
     job: Job,
     work: Path,
     windows: Windows,
+    written: Windows | None,
     search: SearchResult,
     levelled: Levelled | None,
     plan: PruningPlan,
@@ -664,6 +666,7 @@ def result(
     broken = dict(zip(breakage, measured[-len(breakage) :], strict=True))
     config_after = load_config(find_model(str(model)))
     after = build_structure(empty_model(config_after)).total_parameters
+    written_windows = {"self": len(written["compensation"])} if written else {}
     chosen = job.prepared.vocabulary.summary if job.prepared.vocabulary else None
     before = chosen.parameters_before if chosen else plan.total_parameters
     numbers = [
@@ -684,7 +687,7 @@ def result(
         levelled=levelled,
         recovery=read_record(recovered) if recovered else None,
         models=tuple(numbers),
-        windows={use: len(each) for use, each in usable(job, windows).items()},
+        windows={use: len(each) for use, each in usable(job, windows).items()} | written_windows,
         stages=job.prepared.reporter.finished_stages(),
         vocabulary=chosen,
         foreign=None if chosen else _foreign_vocabulary(job, windows),

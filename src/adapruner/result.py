@@ -91,7 +91,7 @@ class RunResult(_Content):
         levelled: the same with its widths levelled, which was cut; None if they were not.
         recovery: the record of the fine-tuning, if there was any.
         models: the models, in the order in which they were made.
-        windows: how many there were, by use.
+        windows: how many there were, by use; `self`: those that the model wrote for compensation.
         stages: seconds and peak memory of every stage.
         versions: of the packages that decide numbers.
         vocabulary: what was done to the vocabulary; None if all tokens are kept.
@@ -163,8 +163,8 @@ class PruneResult:
             if not pruned <= most * dense:
                 rise = f"rose from {dense:.{digits}f} to {pruned:.{digits}f}"
                 lines.append(f"{what} on {text} {rise}: {training} or a lower `ratio` helps")
-        count = result.windows.get("compensation")
-        if count is not None and count < _FEW_WINDOWS:
+        count = result.windows.get("compensation", 0) + result.windows.get("self", 0)
+        if 0 < count < _FEW_WINDOWS:
             lines.append(
                 f"the remaining weights were fitted on {count} windows of text: more calibration text, or more"
                 " `compensation_windows`, makes a better model"

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from typing_extensions import Self
 
 from adapruner.search._place import StudyPlace, quiet_optuna
-from adapruner.search._space import FIXED_METRIC, START
+from adapruner.search._space import FIXED_METRIC, START, Candidate
 
 # User attributes of a trial: that it was stopped early, and the losses of the windows that it was judged on.
 STOPPED, LOSSES = "stopped", "losses"
@@ -58,6 +58,7 @@ class Step(_Record):
     Attributes:
         name: the best of LLM-Pruner's metrics, the best starting point, the best point that the sampler proposed.
         trial: its number among `points`.
+        candidate: what it is of.
         loss: mean over `windows`.
         windows: how many windows the steps are compared on.
         is_held_out: whether these are further windows. If not, they are the windows of the search, on which the trials
@@ -68,6 +69,7 @@ class Step(_Record):
 
     name: StepName
     trial: int
+    candidate: Candidate
     loss: float
     windows: int
     is_held_out: bool

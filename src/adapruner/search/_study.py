@@ -181,7 +181,7 @@ class Search:
             best_fixed_name=fixed[0].user_attrs[FIXED_METRIC],
             stopped_early=len(finished) - len(whole),
             starting_points=len(self.space.starting_points()),
-            steps=_steps(finished, fixed, whole, further),
+            steps=_steps(finished, fixed, whole, further, self.space.suggest),
         )
 
     def _distinct_candidates(self, trials: Sequence[FrozenTrial], most: int) -> list[tuple[FrozenTrial, Candidate]]:
@@ -322,6 +322,7 @@ def _steps(
     fixed: list[FrozenTrial],
     whole: list[FrozenTrial],
     further: Callable[[FrozenTrial], list[float]],
+    candidate_of: Callable[[FrozenTrial], Candidate],
 ) -> tuple[Step, ...]:
     """What each part of a search is worth.
 
@@ -330,6 +331,7 @@ def _steps(
         fixed: LLM-Pruner's metrics, the best first.
         whole: the trials that were not stopped, the best first.
         further: gives the losses of a trial on further windows; none if there are no such windows.
+        candidate_of: gives the candidate of a trial.
     """
     kinds: dict[StepName, list[FrozenTrial]] = {
         "fixed metric": fixed,
@@ -348,6 +350,7 @@ def _steps(
             Step(
                 name=name,
                 trial=finished.index(trials[0]),
+                candidate=candidate_of(trials[0]),
                 loss=statistics.fmean(losses),
                 windows=len(losses),
                 is_held_out=bool(held_out),

@@ -1,0 +1,100 @@
+"""What every part of a run is worth, on text that it never saw: from a fixed metric to the saved model.
+
+    python benchmarks/ladder.py RUN
+
+The steps that a finished run recorded are cut again, compensated in one shot, and run on windows of other texts; then
+the saved models. Every gain is over the line before, with the standard error of the differences window by window.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+from cyclopts import run as run_benchmark
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from adapruner.calibration import evenly_spaced, parse_source, text_windows
+from adapruner.evaluation import window_losses
+from adapruner.measurement import Statistics, StoredMoments
+from adapruner.models import find_model, in_fastest_dtype, load_model, load_tokenizer
+from adapruner.result import RunResult
+from adapruner.run import RunFolder
+from adapruner.search import Candidate, plan_candidate
+from adapruner.structure import build_structure
+from adapruner.surgery import Compensation, prune_model
+
+
+def main(
+    run: Path,
+    /,
+    *,
+    ratio: float | None = None,
+    windows: int = 192,
+    texts: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = (
+        "boolq-passages@report",
+        "wikitext2:validation",
+        "ptb:validation",
+    ),
+) -> None:
+    """Runs every step on every text.
+
+    Args:
+        ratio: of a run with several.
+        windows: of each text, evenly spaced.
+    """
+    root = RunFolder(run)
+    config = root.read_config()
+    folder = root.at_ratio(ratio or config.ratio[0], config)
+    result = RunResult.model_validate_json((folder.path / "result.json").read_bytes())
+    location = find_model(config.model)
+    dense = in_fastest_dtype(load_model(location))
+    structure, tokenizer = build_structure(dense), load_tokenizer(location)
+    statistics = Statistics.load(root.path / "statistics.safetensors")
+    compensation = Compensation("least-squares", StoredMoments(root.path / "moments"))
+    reports = {
+        text: evenly_spaced(text_windows(parse_source(text), tokenizer, config.seq_len), windows) for text in texts
+    }
+    table = Table("step", *reports)
+    of_dense: dict[str, Tensor] = {}
+    before: dict[str, Tensor] = {}
+
+    def show(name: str, model: PreTrainedModel) -> None:
+        losses = {text: window_losses(model, part) for text, part in reports.items()}
+        cells = []
+        for text, own in losses.items():
+            cell = f"{math.exp(own.mean()):.2f}"
+            if of_dense:
+                cell += f" ({math.exp(own.mean() - of_dense[text].mean()):.3f})"
+            if before:
+                gain = before[text] - own
+                cell += f" {gain.mean():+.4f} ± {gain.std() / math.sqrt(len(gain)):.4f}"
+            cells.append(cell)
+        table.add_row(name, *cells)
+        Console(width=200).print(name, *cells)
+        if of_dense:
+            before.update(losses)
+        of_dense.update({} if of_dense else losses)
+
+    def cut(candidate: Candidate) -> PreTrainedModel:
+        return prune_model(dense, structure, plan_candidate(structure, statistics, candidate), compensation)
+
+    show("dense", dense)
+    for step in result.search.steps:
+        show(step.name, cut(step.candidate))
+    show("chosen", cut(result.search.best))
+    if result.levelled and any(each.accepted for each in result.levelled.rounds):
+        show("levelled", cut(result.levelled.candidate))
+    show("saved", in_fastest_dtype(load_model(find_model(str(folder.model)))))
+    if result.recovery:
+        show("recovered", in_fastest_dtype(load_model(find_model(str(folder.recovered)))))
+    Console(width=200).print(table)
+
+
+if __name__ == "__main__":
+    run_benchmark(main)
