@@ -165,6 +165,8 @@ def test_inspect_prints_memory(model_folder: Path, capsys: pytest.CaptureFixture
         "measuring",
         "comparing removals",
         "searching",
+        "removing parts whole",
+        "levelling widths",
         "compensating",
     ]
     assert all(stage.keys() == {"stage", "device_bytes", "host_bytes", "largest"} for stage in stages)

@@ -192,11 +192,11 @@ class PruneOptions(_Options):
     )
     seq_len: int = Field(default=128, ge=2, description="Tokens per window.")
     trials: Count = Field(default=48, description="Trials of the search.")
-    level_rounds: int = Field(
-        default=2,
+    level_rounds: int | None = Field(
+        default=None,
         ge=0,
-        description="Rounds after the search that move channels to layers where they are worth more, as long as that"
-        " lowers the loss; only with space extended, search joint and layout per-layer.",
+        description="Maximum number of rounds after the search that move channels to layers where they are worth more;"
+        " by default 2, none with layer_wise or where the allocation is not searched.",
     )
     sampler: Sampler = Field(default="tpe", description="Sampler of the search; random is for comparison.")
     search: Searched = Field(
@@ -258,7 +258,7 @@ class PruneOptions(_Options):
     sequential: bool | None = Field(
         default=None,
         description="Fit the final model again, layer by layer, on the outputs of the pruned layers before; by default"
-        " if the layers differ and no bias is added.",
+        " if no bias is added.",
     )
     recover: str | None = Field(
         default=None,
@@ -281,15 +281,15 @@ class PruneOptions(_Options):
 
     @property
     def levels_widths(self) -> bool:
-        """Whether the widths are levelled after the search."""
+        """Whether the widths are levelled after the search, if all layers are in memory."""
         searches_allocation = self.space == "extended" and self.search == "joint" and self.ratio_of == "parameters"
-        return searches_allocation and self.layout == "per-layer" and self.level_rounds > 0
+        return searches_allocation and self.layout == "per-layer" and self.level_rounds != 0
 
     @property
     def fits_sequentially(self) -> bool:
         """Whether the final model is fitted again, layer by layer, if the family allows it."""
         if self.sequential is None:
-            return self.compensation == "least-squares" and self.layout == "per-layer"
+            return self.compensation == "least-squares"
         return self.sequential
 
 

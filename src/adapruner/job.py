@@ -71,6 +71,8 @@ from adapruner.tokens import (
 # The artifact with the chosen tokens.
 VOCABULARY = "vocabulary.json"
 
+_LEVEL_ROUNDS = 2
+
 # Protected layers at both ends and share of heads, from what hurts least to what reaches furthest.
 _DEFAULT_ALLOCATIONS = ((4, 3, 0.0), (2, 2, 0.0), (1, 1, 0.0), (1, 1, 0.5), (2, 1, 1.0), (0, 0, 1.0))
 
@@ -242,14 +244,23 @@ class Preparation:
     def texts(self) -> Texts:
         return assign_texts(self.config, missing_ok=True)
 
-    @property
-    def self_windows(self) -> int:
-        """How many windows the model writes for compensation. Layer by layer every token would read all weights."""
+    def self_windows(self, others: int) -> int:
+        """How many windows the model writes for compensation. Layer by layer every token would read all weights.
+
+        Args:
+            others: how many there are of the calibration dataset.
+        """
         config = self.config
         if config.self_windows is not None:
             return config.self_windows
-        cannot = config.calibration == SELF_GENERATED or self.layer_wise or start_token(self.empty) is None
-        return 0 if cannot else config.compensation_windows // 2
+        cannot = config.calibration == SELF_GENERATED or self.layer_wise or start_token(self.dense) is None
+        return 0 if cannot else others // 2
+
+    @property
+    def level_rounds(self) -> int:
+        """How many rounds of levelling there are at most. Layer by layer every layer would be read again and again."""
+        default = 0 if self.layer_wise else _LEVEL_ROUNDS
+        return default if self.config.level_rounds is None else self.config.level_rounds
 
     @cached_property
     def drawn(self) -> dict[str, Tensor]:

@@ -23,6 +23,9 @@ from adapruner.structure import Structure
 GIB = 2**30
 # Samples measured at once. Layer-wise, the activations of one layer are kept, so more samples fit.
 MEASURED_AT_ONCE = {False: 4, True: 16}
+# Of the calibration pool, on which parts are removed whole, and on which the costs of widths are measured: hidden
+# states of all layers are kept for them. On fewer, attentions are removed that other text needs (docs/benchmarks.md).
+TOKENS_FOR_WHOLE, TOKENS_FOR_COSTS, _FEWEST_WINDOWS = 4096, 8192, 8
 # All layers are held in memory where that leaves a quarter of the machine's memory to everything else.
 _USABLE = 0.75
 _FLOAT32 = 4
@@ -85,7 +88,9 @@ def _stages(
     losses = 2 * config.seq_len * vocabulary * _FLOAT32
     objective = (config.objective_windows + config.final_windows) * config.seq_len
     known = max(MOST_PROTECTED_FIRST, config.protect_first or 0) + 1 if config.layout == "per-layer" else 0
-    written = config.compensation_windows // 2 if config.self_windows is None else config.self_windows
+    written = config.self_windows or 0
+    if config.self_windows is None and not by_layer:
+        written = config.compensation_windows // 2
     text = (config.compensation_windows + written) * config.seq_len * trial.itemsize
     weights, both = {"weights": held * dtype.itemsize}, {"weights": held * with_copy}
     pool = {"pool": config.pool * (vectors * (3 if config.terms == "all" else 1) + 2 * sum(widths)) * _FLOAT32}
@@ -106,19 +111,30 @@ def _stages(
         "objective_windows": known * objective * hidden * trial.itemsize,
         "dense predictions": 2 * objective * vocabulary * (config.selection == "kl"),
     }
-    if config.levels_widths:
-        tokens = config.pool * config.seq_len
+    of_token = (structure.layers + 1) * hidden * trial.itemsize
+    if config.space == "extended" and config.search == "joint" and config.whole != ("none",):
+        stages["removing parts whole"] = both | {
+            "seq_len": windows_of(TOKENS_FOR_WHOLE, config) * config.seq_len * of_token,
+            "logits": stages["searching"]["logits"],
+        }
+    if config.levels_widths and not by_layer:
+        tokens = windows_of(TOKENS_FOR_COSTS, config) * config.seq_len
         stages["levelling widths"] = {
             **(both | pool | solving),
-            "pruned weights": 2 * pruned * trial.itemsize,
+            "pruned weights": pruned * trial.itemsize + largest,
             "logits": stages["searching"]["logits"],
-            "hidden states": (structure.layers + 1) * tokens * hidden * trial.itemsize,
+            "level_rounds": tokens * of_token,
             "dense predictions": 2 * tokens * vocabulary,
         }
     if config.fits_sequentially and architecture_of(model.config).has_plain_residual(model.config):
         seen = {"compensation_windows": text * (2 * hidden + max(widths)), "pruned weights": pruned * with_copy}
         stages["compensating"] = both | seen | solving
     return stages
+
+
+def windows_of(tokens: int, config: PruneConfig) -> int:
+    """How many windows of the pool have about so many tokens."""
+    return min(config.pool, max(_FEWEST_WINDOWS, tokens // config.seq_len))
 
 
 def choose_layer_wise(

@@ -51,7 +51,7 @@ from adapruner.measurement import (
     projected_blocks,
     removal_errors,
 )
-from adapruner.memory import MEASURED_AT_ONCE
+from adapruner.memory import MEASURED_AT_ONCE, TOKENS_FOR_COSTS, TOKENS_FOR_WHOLE, windows_of
 from adapruner.models import Whole, empty_model, find_model, in_fastest_dtype, load_config, load_model
 from adapruner.planning import MOST_CHANNELS, PruningPlan, kept_counts, largest_channel_share
 from adapruner.recovery import DEFAULT_GENERATED_RECORDS, read_record, recover_into, total_steps, window_examples
@@ -77,9 +77,7 @@ from adapruner.structure import Structure, build_structure
 from adapruner.surgery import Compensation, prune_model, refit_sequentially
 from adapruner.tokens import Vocabulary, foreign_tokens
 
-# Of the calibration pool, on which parts are removed whole. On fewer, attentions are removed that other kinds of text
-# need (see docs/benchmarks.md).
-_WINDOWS_FOR_WHOLE = 32
+_WRITTEN_AT_ONCE = 64
 # Tokens per window of the built-in texts, of which there is little.
 _PROBED_TOKENS = 128
 Windows = dict[str, Tensor]
@@ -172,31 +170,32 @@ def report_texts_dense(job: Job, work: Path) -> dict[str, EvaluationText]:
 @artifact(
     "self.safetensors",
     TENSORS,
-    inputs=(vocabulary,),
-    options="self_windows compensation_windows calibration seq_len seed",
+    inputs=(windows,),
+    options="self_windows calibration seq_len seed",
     leaves="model precision",
     is_wanted=lambda config: needs_moments(config) and config.self_windows != 0,
     is_result=False,
 )
-def self_written(job: Job, work: Path, vocabulary: Vocabulary | None) -> Windows:
+def self_written(job: Job, work: Path, windows: Windows) -> Windows:
     """Windows that the dense model writes for compensation, which is fitted on them as well: text of other kinds than
-    that of the calibration dataset."""
+    that of the calibration dataset. Those on which its loss is not finite are dropped."""
     prepared, config = job.prepared, job.config
-    count = prepared.self_windows
+    count = prepared.self_windows(len(windows["compensation"]))
     if not count:
         return {"compensation": torch.empty(0, config.seq_len, dtype=torch.int64)}
     with prepared.reporter.stage("writing text", count) as advance:
         number = list(window_counts(config)).index("compensation")
         fast, seed = in_fastest_dtype(prepared.dense), 4 * config.seed + number
-        written = generate_windows(fast, count, config.seq_len, seed, progress=advance)
-    return {"compensation": written}
+        written = generate_windows(fast, count, config.seq_len, seed, _WRITTEN_AT_ONCE, advance)
+        finite = torch.cat(list(losses_by_batch(fast, written))).isfinite()
+    return {"compensation": written[finite]}
 
 
 @artifact(
     "moments",
     MOMENTS,
     inputs=(windows, self_written),
-    options="head_granularity expert_granularity",
+    options="self_windows head_granularity expert_granularity",
     leaves="model family precision left_out",
     is_wanted=needs_moments,
     is_result=False,
@@ -291,6 +290,7 @@ def _whole_parts(job: Job) -> list[Whole]:
     is_wanted=_may_remove_whole,
     check=_whole_parts,
     is_result=False,
+    version=2,
 )
 def whole(job: Job, work: Path, windows: Windows) -> RemovalOrders:
     """In which order attentions, feed-forwards and layers are removed whole."""
@@ -298,7 +298,7 @@ def whole(job: Job, work: Path, windows: Windows) -> RemovalOrders:
     structure, parts = prepared.structure, _whole_parts(job)
     unprotected = range(config.protect_first or 0, structure.layers - (config.protect_last or 0))
     candidates = {part: sorted(structure.whole_parameters(part).keys() & set(unprotected)) for part in parts}
-    text = usable(job, windows)["pool"][:_WINDOWS_FOR_WHOLE]
+    text = usable(job, windows)["pool"][: windows_of(TOKENS_FOR_WHOLE, config)]
     with prepared.reporter.stage("removing parts whole", MOST_WHOLE * len(parts)) as advance:
         return removal_orders(in_fastest_dtype(prepared.dense), structure, text, candidates, advance)
 
@@ -308,7 +308,7 @@ def whole(job: Job, work: Path, windows: Windows) -> RemovalOrders:
     _json(SearchResult),
     inputs=(windows, moments, statistics, whole),
     options="searched_ratio ratio_of samples objective_windows selection trials sampler search alignment terms"
-    " reduction space layout protect_first protect_last head_granularity expert_granularity head_share round_to"
+    " reduction space layout whole protect_first protect_last head_granularity expert_granularity head_share round_to"
     " compensation seed",
     leaves="model family precision left_out terms",
     check=lambda job: (job.prepared.check_storage(), job.budget(job.config.searched_ratio)),
@@ -383,6 +383,11 @@ def _compensation(config: PruneConfig, moments: Moments) -> Compensation | None:
     return None if config.compensation == "none" or moments is None else Compensation(config.compensation, moments)
 
 
+def _check_levelling(job: Job) -> None:
+    if job.prepared.layer_wise and job.prepared.level_rounds:
+        raise AdaPrunerError("levelling needs all layers in memory: set `level_rounds` 0 with `layer_wise`")
+
+
 @artifact(
     "levelled.json",
     _json(Levelled),
@@ -390,6 +395,7 @@ def _compensation(config: PruneConfig, moments: Moments) -> Compensation | None:
     options="ratio level_rounds",
     leaves="model family precision left_out",
     is_wanted=lambda config: config.levels_widths,
+    check=_check_levelling,
     is_result=False,
 )
 def levelled(
@@ -398,19 +404,22 @@ def levelled(
     """The chosen candidate at the ratio, with its widths levelled: costs are measured on the pool, and the windows of
     the objective decide what is accepted."""
     prepared, config, text = job.prepared, job.config, usable(job, windows)
+    pool, rounds = text["pool"][: windows_of(TOKENS_FOR_COSTS, config)], prepared.level_rounds
     fast, candidate = in_fastest_dtype(prepared.dense), candidate_at_ratio(job, statistics, search.best)
     compensation = _compensation(config, moments)
     objective = Objective(fast, prepared.structure, statistics, text["objective"], compensation)
     channels = sum(block.kind == "channels" and not block.experts for block in prepared.structure.blocks)
-    with prepared.reporter.stage("levelling widths", channels * config.level_rounds) as advance:
-        return level(objective, text["pool"], candidate, config.level_rounds, advance)
+    if not rounds:
+        return Levelled(candidate=candidate, rounds=())
+    with prepared.reporter.stage("levelling widths", channels * rounds) as advance:
+        return level(objective, pool, candidate, rounds, advance)
 
 
 @artifact(
     "plan.json",
     PLAN,
     inputs=(statistics, search, levelled),
-    options="ratio",
+    options="ratio level_rounds",
     check=lambda job: job.budget(job.config.ratio[0]),
 )
 def plan(job: Job, work: Path, statistics: Statistics, search: SearchResult, levelled: Levelled | None) -> PruningPlan:

@@ -163,8 +163,8 @@ class PruneResult:
             if not pruned <= most * dense:
                 rise = f"rose from {dense:.{digits}f} to {pruned:.{digits}f}"
                 lines.append(f"{what} on {text} {rise}: {training} or a lower `ratio` helps")
-        count = result.windows.get("compensation", 0) + result.windows.get("self", 0)
-        if 0 < count < _FEW_WINDOWS:
+        count = result.windows.get("compensation")
+        if count is not None and count < _FEW_WINDOWS:
             lines.append(
                 f"the remaining weights were fitted on {count} windows of text: more calibration text, or more"
                 " `compensation_windows`, makes a better model"

@@ -123,6 +123,7 @@ TOGETHER = [
     ["--ratio", "0.0001"],
     ["--layout", "uniform", "--ratio", "0.004", "--round-to", "32"],
     ["--alignment", "paper"],
+    ["--calibration", "self", "--self-windows", "4"],
     ["--ratio-of", "groups"],
     ["--compensation", "bias", "--sequential"],
     ["--recovery.steps", "5"],

@@ -241,11 +241,13 @@ def load_texts(path: Path) -> dict[str, EvaluationText]:
 
 
 def start_token(model: PreTrainedModel) -> int | None:
-    """The token that a model begins a text with: that for the beginning, or else the end; None if it has neither."""
+    """The token that a model begins a text with: that for the beginning, or else the end; None if it has neither, or
+    its vocabulary does not."""
     settings = model.generation_config
     ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
     start: int | None = settings.bos_token_id if settings.bos_token_id is not None else ends[0]
-    return start
+    embedding: Any = model.get_input_embeddings()
+    return start if start is not None and 0 <= start < len(embedding.weight) else None
 
 
 def generate_windows(
@@ -253,7 +255,7 @@ def generate_windows(
     count: int,
     seq_len: int,
     seed: int,
-    batch_size: int = 32,
+    batch_size: int = 16,
     progress: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Lets the model write the text itself, sampling at temperature 1 from its start token (as LLM-QAT does, arXiv
@@ -289,6 +291,8 @@ def generate_windows(
                     min_new_tokens=seq_len - 1,
                     max_new_tokens=seq_len - 1,
                     pad_token_id=start,
+                    # A model that breaks on its own text is found where the text is read.
+                    remove_invalid_values=True,
                 ).cpu()
             )
             if progress:

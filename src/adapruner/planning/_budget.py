@@ -100,7 +100,7 @@ def kept_counts(structure: Structure, budget: Budget, scores: Tensor | None = No
     channels = {
         index: block
         for index, block in everywhere.items()
-        if block.kind == "channels" and (budget.shares or block.layer in layers)
+        if block.kind == "channels" and ((budget.shares and not block.experts) or block.layer in layers)
     }
     target = budget.ratio * structure.total_parameters
     by_block = _scores_to_rank(structure, budget, scores)
@@ -179,11 +179,10 @@ def _wanted(
     }
     if budget.shares:
         # As much as the profile would take together, so that heads keep their part.
-        by_profile = math.fsum(_profile(budget, layers, layer) for layer in layers)
-        factor = by_profile / math.fsum(budget.shares)
-        profile |= {
-            index: factor * budget.shares[block.layer] for index, block in blocks.items() if block.kind == "channels"
-        }
+        shared = {i: block.layer for i, block in blocks.items() if block.kind == "channels" and not block.experts}
+        by_profile = math.fsum(profile[index] for index, layer in shared.items() if layer in layers)
+        factor = by_profile / (math.fsum(budget.shares[layer] for layer in shared.values()) or 1.0)
+        profile |= {index: factor * budget.shares[layer] for index, layer in shared.items()}
     relative = {index: budget.head_share if block.kind == "heads" else 1.0 for index, block in blocks.items()}
     if budget.ratio_of == "groups":
         return {index: (1 - relative[index] * budget.ratio) * block.groups for index, block in blocks.items()}
@@ -193,7 +192,7 @@ def _wanted(
     def shares(scale: float) -> dict[int, float]:
         return {index: relative[index] * min(1.0, scale * profile[index]) for index in blocks}
 
-    low, high = 0.0, 1.0 / min(filter(None, profile.values()))
+    low, high = 0.0, 1.0 / min(filter(None, profile.values()), default=1.0)
     for _ in range(60):
         middle = (low + high) / 2
         removed = sum(

@@ -88,6 +88,7 @@ def _read(run: RunFolder, folder: RunFolder, config: PruneConfig) -> Contents:
     plan = PruningPlan.load(folder.path / "plan.json") if (folder.path / "plan.json").is_file() else None
     search = _content(folder.path / "search.json", SearchResult)
     result = _content(folder.path / "result.json", RunResult) if _is_current("result.json", run, folder) else None
+    levelled = _content(folder.path / "levelled.json", Levelled) if config.levels_widths else None
     is_running = result is None and run.is_running()
     saved = folder.recovered if config.recover and folder.recovered.is_dir() else folder.model
     return Contents(
@@ -98,7 +99,7 @@ def _read(run: RunFolder, folder: RunFolder, config: PruneConfig) -> Contents:
         history=search or _running_history(run, folder),
         plan=plan,
         search=search,
-        levelled=_content(folder.path / "levelled.json", Levelled),
+        levelled=result.levelled if result else levelled,
         result=result,
         models=result.models if result else tuple(_models(run, folder, config, plan)),
         samples=_samples(run, folder, search.best.samples) if search else {},

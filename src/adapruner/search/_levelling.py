@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from dataclasses import replace
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from adapruner.evaluation import compute_prefix, log_probabilities, losses_by_batch
 from adapruner.planning import BudgetError, kept_counts, make_plan
@@ -89,9 +91,9 @@ def level(
     for _ in range(rounds):
         measured = dict(_costs(objective, windows, references, candidate, progress))
         changed = _moved(objective, candidate, measured)
-        if changed is None:
+        losses = _losses(objective, changed) if changed else []
+        if changed is None or not all(map(math.isfinite, losses)):
             break
-        losses = _losses(objective, changed)
         gains = [before - after for before, after in zip(best, losses, strict=True)]
         error = statistics.stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else None
         made.append(
@@ -137,24 +139,48 @@ def _costs(
     present = prune_model(objective.model, structure, plan, objective.compensation)
     prefix = compute_prefix(present, windows, len(layers))
     before = torch.cat(list(losses_by_batch(present, windows, references, prefix=prefix, prefix_layers=len(layers))))
+    whole = [block.groups for block in structure.blocks]
     for number, block in _levelled_blocks(objective).items():
         step = candidate.budget.round_to * block.strata
         fewer = counts[number] - step * max(1, round(_PROBED_SHARE * counts[number] / step))
         if fewer >= max(1, block.least):
-            narrower = make_plan(structure, scores, [*counts[:number], fewer, *counts[number + 1 :]])
-            model = prune_model(objective.model, structure, narrower, objective.compensation)
+            alone = make_plan(structure, scores, [*whole[:number], fewer, *whole[number + 1 :]])
+            narrower = prune_model(objective.model, structure, alone, objective.compensation)
             same = layers.index(block.layer)
-            after = torch.cat(list(losses_by_batch(model, windows, references, prefix=prefix, prefix_layers=same)))
+            with _in_place(present, narrower, block, same):
+                after = torch.cat(
+                    list(losses_by_batch(present, windows, references, prefix=prefix, prefix_layers=same))
+                )
             millions = (counts[number] - fewer) * block.parameters_per_group / 1e6
             added = (after - before) / millions
-            yield block.layer, (float(added.mean()), float(added.std() / math.sqrt(len(added))))
+            if len(added) > 1 and added.isfinite().all():
+                yield block.layer, (float(added.mean()), float(added.std() / math.sqrt(len(added))))
         if progress:
             progress(1)
 
 
+@contextlib.contextmanager
+def _in_place(model: PreTrainedModel, other: PreTrainedModel, block: Block, layer: int) -> Iterator[None]:
+    """While it lasts, the projections of a block are those of another model, which has all layers.
+
+    Args:
+        layer: which of the layers of the first model it is.
+    """
+    paths = {name.rpartition(".")[0] for name in block.slices_by_parameter}
+    own = {path: path.replace(f".{block.layer}.", f".{layer}.", 1) for path in paths}
+    before = {path: model.get_submodule(own[path]) for path in paths}
+    try:
+        for path in paths:
+            model.set_submodule(own[path], other.get_submodule(path))
+        yield
+    finally:
+        for path in paths:
+            model.set_submodule(own[path], before[path])
+
+
 def _moved(objective: Objective, candidate: Candidate, measured: dict[int, tuple[float, float]]) -> Candidate | None:
-    """The candidate with every layer changed by a part of what the costs say; None where they cannot be told apart, or
-    the budget cannot be met so."""
+    """The candidate with every layer changed by a part of what the costs say; None where they cannot be told apart, the
+    budget cannot be met so, or heads and channels are ranked together."""
     structure = objective.structure
     counts = kept_counts(structure, candidate.budget, scores_of(structure, objective.statistics, candidate))
     factors = _factors(measured)
@@ -162,7 +188,9 @@ def _moved(objective: Objective, candidate: Candidate, measured: dict[int, tuple
     for number, block in _levelled_blocks(objective).items():
         if not candidate.budget.removes_whole(block):
             shares[block.layer] = 1 - min(1.0, counts[number] / block.groups * factors.get(block.layer, 1.0))
-    if not factors or not any(shares):
+    # Heads that are ranked with the channels have no share of their own.
+    ranks_heads = candidate.budget.ranking == "global" and candidate.budget.head_share > 0
+    if not factors or not any(shares) or ranks_heads:
         return None
     changed = candidate.model_copy(update={"budget": replace(candidate.budget, shares=tuple(shares))})
     try:

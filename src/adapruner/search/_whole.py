@@ -75,9 +75,12 @@ def _greedily(
     losses: list[float] = []
     last_known = dict.fromkeys(candidates, 0.0)
     prefix = compute_prefix(model, windows, structure.layers)
+    call = prefix.calls[0]
     while last_known and len(gone) < MOST_WHOLE:
-        with without_parts(model, whole, gone, prefix.calls[0]):
-            prefix = compute_prefix(model, windows, structure.layers) if gone else prefix
+        if gone:
+            del prefix  # two at once would be the largest thing in memory
+            with without_parts(model, whole, gone, call):
+                prefix = compute_prefix(model, windows, structure.layers)
         promising = sorted(last_known, key=last_known.__getitem__)[: _MEASURED_AGAIN if gone else None]
         for layer in promising:
             last_known[layer] = _loss_without(model, windows, whole, [*gone, layer], prefix)
