@@ -23,6 +23,7 @@ from adapruner.artifacts import Record
 from adapruner.card import model_card
 from adapruner.checkpoint import save_checkpoint
 from adapruner.cli import main, with_options
+from adapruner.evaluation import Breakage
 from adapruner.files import replace
 from adapruner.models import find_model, load_model
 from adapruner.planning import PruningPlan
@@ -684,6 +685,19 @@ def test_advice_names_what_should_not_go_unseen(
             ).advice()
         )
 
+    def broken(repetition: float, arithmetic: float) -> str:
+        def of(role: Any, repetition: float, bits: float) -> ModelNumbers:
+            text = known.model_copy(update={"perplexity": 2**bits, "predicted_bytes": known.predicted_tokens})
+            return ModelNumbers(role=role, parameters=1, breakage=Breakage(repetition=repetition, texts={"code": text}))
+
+        models = (of("dense", 0.2, 1.0), of("searched", repetition, arithmetic))
+        result = finished.result.model_copy(update={"models": models})
+        return " | ".join(adapruner.PruneResult(tmp_path, finished.plan, result).advice())
+
+    assert "the model repeats itself: 50% of its greedy text was there before, 20% in" in broken(0.5, 1.0)
+    assert "repeats" not in broken(0.4, 1.0)
+    assert "bits per byte of code rose from 1.00 to 1.60: fine-tuning" in broken(0.2, 1.6)
+    assert "code" not in broken(0.2, 1.4)
     assert advice() == ""
     assert "rose from 20.0 to 50.0: fine-tuning with `recover`" in advice(final=50)
     assert advice(final=30, recovery=trained) == ""

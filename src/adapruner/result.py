@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import platform
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +25,9 @@ from adapruner.tokens import VocabularySummary
 _MUCH_WORSE, _FEW_WINDOWS, _FRIENDLY_MULTIPLE = 2.0, 256, 8
 # The same for bits per byte, which are compared where tokens are others.
 _MANY_MORE_BITS = 1.2
+# The rise of the repeated fraction of greedy text, and of bits per byte of arithmetic and code. SmolLM2-135M without a
+# fifth of its parameters: 0.16 to 0.51, and 1.3 times (docs/benchmarks.md).
+_MUCH_REPETITION, _MANY_MORE_PROBE_BITS = 0.25, 1.5
 # Of all parameters, in rows of tokens that text of one language does not need.
 _MUCH_FOREIGN = 0.05
 
@@ -163,6 +168,7 @@ class PruneResult:
             if not pruned <= most * dense:
                 rise = f"rose from {dense:.{digits}f} to {pruned:.{digits}f}"
                 lines.append(f"{what} on {text} {rise}: {training} or a lower `ratio` helps")
+        lines += [f"{sign}: {training} or a lower `ratio` helps" for sign in _breakage(result)]
         count = result.windows.get("compensation")
         if count is not None and count < _FEW_WINDOWS:
             lines.append(
@@ -193,6 +199,22 @@ class PruneResult:
             *([_breakage_table(result)] if result.final.breakage else []),
             *([_task_table(result)] if result.final.tasks else []),
         ]
+
+
+def _breakage(result: RunResult) -> Iterator[str]:
+    """What says that the model is broken."""
+    dense, final = result.model("dense").breakage, result.final.breakage
+    if dense is None or final is None:
+        return
+    if (final.repetition or 0.0) > (dense.repetition or 0.0) + _MUCH_REPETITION:
+        yield (
+            f"the model repeats itself: {final.repetition:.0%} of its greedy text was there before,"
+            f" {dense.repetition:.0%} in the dense model"
+        )
+    for text, number in final.texts.items():
+        before, after = dense.texts[text].bits_per_byte or math.inf, number.bits_per_byte or 0.0
+        if not after <= _MANY_MORE_PROBE_BITS * before:
+            yield f"bits per byte of {text} rose from {before:.2f} to {after:.2f}"
 
 
 def titles(config: PruneConfig, best_fixed_name: str | None) -> dict[Role, str]:
