@@ -87,7 +87,8 @@ def main(
     show("dense", dense)
     for step in result.search.steps:
         show(step.name, cut(step.candidate))
-    show("chosen", cut(result.search.best))
+    if result.search.best not in [step.candidate for step in result.search.steps]:
+        show("chosen", cut(result.search.best))
     if result.levelled and any(each.accepted for each in result.levelled.rounds):
         show("levelled", cut(result.levelled.candidate))
     show("saved", in_fastest_dtype(load_model(find_model(str(folder.model)))))
