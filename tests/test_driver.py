@@ -90,16 +90,29 @@ def test_a_changed_option_rebuilds_what_depends_on_it_and_nothing_else(
 ) -> None:
     before = written(run)
     options = OPTIONS | {"calibration": str(text_file), "trials": 11}
-    with pytest.raises(AdaPrunerError, match=r"\(trials 9 → 11\): search.json, plan.json, .*report.html would"):
+    with pytest.raises(
+        AdaPrunerError, match=r"\(trials 9 → 11\): search.json, levelled.json, plan.json, .*report.html would"
+    ):
         adapruner.prune(str(model_folder), run, **options)
     assert written(run) == before
     result = adapruner.prune(str(model_folder), run, overwrite=True, **options)
     assert result.result.search.trials == 11
     after = written(run)
-    kept = {name for name in before if name.startswith(("windows", "moments", "statistics", "evaluation/perplexity-d"))}
-    assert len(kept) > 8
+    kept_alike = ("windows", "self", "moments", "statistics", "evaluation/perplexity-d", "evaluation/breakage-d")
+    kept = {name for name in before if name.startswith(kept_alike)}
+    assert len(kept) > 10
     assert all(after[name] == before[name] for name in kept)
     assert after["search.json"] != before["search.json"]
+
+
+@pytest.mark.parametrize(("option", "first"), [("level_rounds", "plan.json"), ("self_windows", "moments")])
+def test_what_is_no_longer_made_is_a_change_too(
+    option: str, first: str, run: Path, model_folder: Path, text_file: Path
+) -> None:
+    before = written(run)
+    with pytest.raises(AdaPrunerError, match=rf"\({option} null → 0.*\): {first}, "):
+        adapruner.prune(str(model_folder), run, calibration=str(text_file), **OPTIONS, **{option: 0})
+    assert written(run) == before
 
 
 def test_an_option_that_decides_nothing_may_change(run: Path, model_folder: Path, text_file: Path) -> None:
