@@ -82,7 +82,7 @@ def test_the_result_holds_all_models(finished: adapruner.PruneResult, model_fold
     assert again.perplexity == result.final.perplexity[text].perplexity != searched_perplexity.perplexity
     searched, recovered = (load_model(find_model(str(finished.output / name))) for name in ("model", "recovered"))
     assert [p.shape for p in searched.parameters()] == [p.shape for p in recovered.parameters()]
-    titles = [str(column.header) for column in finished.tables()[1].columns]
+    titles = [str(column.header) for column in finished.tables()[2].columns]
     assert titles == ["task", "metric", "dense", "searched", "recovered"]
 
 
