@@ -125,5 +125,5 @@ def test_costs_that_noise_explains_move_nothing() -> None:
     assert factors[3] == pytest.approx(1 / 1.3)
     assert factors[0] == factors[1] == pytest.approx((1 / 1.25) ** 0.4)
     noisy = levelling._factors({0: (1.0, 0.5), 1: (1.0, 0.5), 2: (2.0, 0.5), 3: (0.0, 0.5)})
-    # Half of the variance, 0.5, is noise, which the errors are half of.
-    assert noisy[2] == pytest.approx(min(1.3, (1 + 0.5 * 1) ** 0.4))
+    # The variance is 0.5 and the noise 0.25: half of the distance from the mean remains.
+    assert noisy[2] == pytest.approx(1.5**0.4)

@@ -164,8 +164,8 @@ def test_inspect_prints_memory(model_folder: Path, capsys: pytest.CaptureFixture
         "reading activations",
         "measuring",
         "comparing removals",
-        "searching",
         "removing parts whole",
+        "searching",
         "levelling widths",
         "compensating",
     ]

@@ -689,12 +689,12 @@ def test_advice_names_what_should_not_go_unseen(
             ).advice()
         )
 
-    def broken(repetition: float, arithmetic: float) -> str:
+    def broken(repetition: float, bits: float) -> str:
         def of(role: Any, repetition: float, bits: float) -> ModelNumbers:
             text = known.model_copy(update={"perplexity": 2**bits, "predicted_bytes": known.predicted_tokens})
             return ModelNumbers(role=role, parameters=1, breakage=Breakage(repetition=repetition, texts={"code": text}))
 
-        models = (of("dense", 0.2, 1.0), of("searched", repetition, arithmetic))
+        models = (of("dense", 0.2, 1.0), of("searched", repetition, bits))
         result = finished.result.model_copy(update={"models": models})
         return " | ".join(adapruner.PruneResult(tmp_path, finished.plan, result).advice())
 

@@ -17,6 +17,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from transformers import PreTrainedConfig
 from transformers.utils.hub import cached_file
 
+from adapruner.evaluation import REPETITION_PROTOCOL
 from adapruner.models import ModelLocation, is_pruned, quiet_transformers
 from adapruner.plain_yaml import PlainLoader
 from adapruner.planning import PruningPlan
@@ -34,7 +35,6 @@ _GGUF_LICENCE = re.compile(rb"\x0f\0\0\0\0\0\0\0general\.license\x08\0\0\0(.{8})
 _LOADING = "## Loading\n\n"
 _NOT_TRAINED = "It was not fine-tuned."
 _MOST_SCRIPTS = 12
-_REPETITION = "greedy continuations of 64 tokens: fraction of pieces of 4 tokens that were there before"
 
 
 def model_card(
@@ -183,7 +183,7 @@ def _numbers(model: ModelNumbers) -> Iterator[_Number]:
             if perplexity.bits_per_byte is not None:
                 yield _Number(text, "bits per byte", perplexity.bits_per_byte, 4, perplexity.protocol)
         if model.breakage.repetition is not None:
-            yield _Number("openings", "repetition", model.breakage.repetition, 2, _REPETITION)
+            yield _Number("openings", "repetition", model.breakage.repetition, 2, REPETITION_PROTOCOL)
     for task, score in model.tasks.items():
         for metric, value in score.metrics.items():
             yield _Number(task, metric, value, 4, _public(score.protocol))

@@ -71,6 +71,11 @@ Ratios = Annotated[
 _LARGEST_NUMBER = 2**32 - 1
 
 
+def _searches_widths(ratio_of: RatioOf, search: Searched, space: Space, layout: Layout) -> bool:
+    """Whether the search decides how many channels each layer keeps."""
+    return (ratio_of, search, space, layout) == ("parameters", "joint", "extended", "per-layer")
+
+
 class _Options(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
 
@@ -282,8 +287,7 @@ class PruneOptions(_Options):
     @property
     def levels_widths(self) -> bool:
         """Whether the widths are levelled after the search, if all layers are in memory."""
-        searches_allocation = self.space == "extended" and self.search == "joint" and self.ratio_of == "parameters"
-        return searches_allocation and self.layout == "per-layer" and self.level_rounds != 0
+        return self.level_rounds != 0 and _searches_widths(self.ratio_of, self.search, self.space, self.layout)
 
     @property
     def fits_sequentially(self) -> bool:
@@ -324,6 +328,13 @@ class PruneConfig(PruneOptions):
     search_ratio: Fraction | None = None
 
     _conflicts = (
+        (
+            lambda ratio_of, search, space, layout, level_rounds: (
+                level_rounds and not _searches_widths(ratio_of, search, space, layout)
+            ),
+            "`level_rounds` moves widths that the search chose: remove it, or set `space` extended, `search` joint,"
+            " `layout` per-layer and `ratio_of` parameters",
+        ),
         (
             lambda calibration, self_windows: calibration == "self" and self_windows,
             "with `calibration` self the model generates all windows: remove `self_windows`",

@@ -104,25 +104,24 @@ def _stages(
     }
     if config.space == "extended":
         stages["comparing removals"] = weights | pool | {"second moments": 5 * moments + 4 * matrix}
+    logits = tokens_per_batch(device) * vocabulary * trial.itemsize + losses
+    of_token = (structure.layers + 1) * hidden * trial.itemsize
+    if config.space == "extended" and config.search == "joint" and config.whole != ("none",):
+        whole = windows_of(TOKENS_FOR_WHOLE, config) * config.seq_len * of_token
+        stages["removing parts whole"] = both | {"seq_len": whole, "logits": logits}
     stages["searching"] = {
         **(both | pool | solving),
         "pruned weights": pruned * trial.itemsize,
-        "logits": tokens_per_batch(device) * vocabulary * trial.itemsize + losses,
+        "logits": logits,
         "objective_windows": known * objective * hidden * trial.itemsize,
         "dense predictions": 2 * objective * vocabulary * (config.selection == "kl"),
     }
-    of_token = (structure.layers + 1) * hidden * trial.itemsize
-    if config.space == "extended" and config.search == "joint" and config.whole != ("none",):
-        stages["removing parts whole"] = both | {
-            "seq_len": windows_of(TOKENS_FOR_WHOLE, config) * config.seq_len * of_token,
-            "logits": stages["searching"]["logits"],
-        }
     if config.levels_widths and not by_layer:
         tokens = windows_of(TOKENS_FOR_COSTS, config) * config.seq_len
         stages["levelling widths"] = {
             **(both | pool | solving),
             "pruned weights": pruned * trial.itemsize + largest,
-            "logits": stages["searching"]["logits"],
+            "logits": logits,
             "level_rounds": tokens * of_token,
             "dense predictions": 2 * tokens * vocabulary,
         }

@@ -124,6 +124,7 @@ TOGETHER = [
     ["--layout", "uniform", "--ratio", "0.004", "--round-to", "32"],
     ["--alignment", "paper"],
     ["--calibration", "self", "--self-windows", "4"],
+    ["--space", "paper", "--level-rounds", "1"],
     ["--ratio-of", "groups"],
     ["--compensation", "bias", "--sequential"],
     ["--recovery.steps", "5"],

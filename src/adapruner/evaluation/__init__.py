@@ -1,6 +1,6 @@
 """What a model can do and how fast: perplexity, tasks of lm-eval, tokens per second, each with its protocol."""
 
-from adapruner.evaluation._breakage import Breakage, measure_repetition
+from adapruner.evaluation._breakage import REPETITION_PROTOCOL, Breakage, measure_repetition
 from adapruner.evaluation._perplexity import (
     PROTOCOLS,
     Perplexity,
@@ -17,6 +17,7 @@ from adapruner.evaluation._tasks import Tasks, TaskScore, check_tasks, load_task
 
 __all__ = [
     "PROTOCOLS",
+    "REPETITION_PROTOCOL",
     "Breakage",
     "Perplexity",
     "Prefix",

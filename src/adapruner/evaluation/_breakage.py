@@ -13,7 +13,10 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from adapruner.evaluation._perplexity import Perplexity
 
 # Tokens of every continuation, and of the pieces that are looked for in it.
-CONTINUED, _PIECE = 64, 4
+_CONTINUED, _PIECE = 64, 4
+REPETITION_PROTOCOL = (
+    f"greedy continuations of {_CONTINUED} tokens, fraction of pieces of {_PIECE} tokens that were there before"
+)
 
 
 class Breakage(BaseModel):
@@ -53,8 +56,8 @@ def measure_repetition(model: PreTrainedModel, tokenizer: Tokenizer, openings: S
         top_k=None,
         repetition_penalty=1.0,
         no_repeat_ngram_size=0,
-        min_new_tokens=CONTINUED,
-        max_new_tokens=CONTINUED,
+        min_new_tokens=_CONTINUED,
+        max_new_tokens=_CONTINUED,
         pad_token_id=0,
     )
     return sum(map(_repeated, continued[:, shortest:].tolist())) / len(tokens)

@@ -16,6 +16,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from adapruner.config import PruneConfig
+from adapruner.evaluation import REPETITION_PROTOCOL
 from adapruner.files import being_written
 from adapruner.report import _figures
 from adapruner.report._command import command
@@ -85,6 +86,7 @@ def render_report(run: RunFolder, config: PruneConfig, refresh: int | None = Non
         name=shown_name(config.model),
         headlines=_headlines(contents),
         means={model.role: _means(model) for model in contents.models},
+        repetition_protocol=REPETITION_PROTOCOL,
         loss_name=LOSS_NAMES[config.selection],
         allocation=asdict(chosen.budget) if chosen else {},
         figures={name: json.loads(figure.to_json()) for name, figure in _all_figures(contents).items()},

@@ -98,8 +98,8 @@ def level(
         error = statistics.stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else None
         made.append(
             LevellingRound(
-                costs={block: cost for block, (cost, _) in measured.items()},
-                standard_errors={block: deviation for block, (_, deviation) in measured.items()},
+                costs={layer: cost for layer, (cost, _) in measured.items()},
+                standard_errors={layer: deviation for layer, (_, deviation) in measured.items()},
                 gain=statistics.fmean(gains),
                 gain_standard_error=error,
                 accepted=statistics.fmean(gains) > (error or 0.0),
