@@ -58,7 +58,7 @@ def estimate_memory(
     on_host = {"pool", "dense predictions"} | ({"pruned weights"} if layer_wise else set())
     memory = {}
     for stage, terms in _stages(config, model, structure, kept_counts(structure, budget), device, layer_wise).items():
-        host = sum(size for term, size in terms.items() if term in on_host and device.type == "cuda")
+        host = sum(size for term, size in terms.items() if term in on_host and device.type != "cpu")
         memory[stage] = Memory(sum(terms.values()) - host, host, max(terms, key=terms.__getitem__))
     return memory
 
@@ -66,7 +66,7 @@ def estimate_memory(
 def _stages(
     config: PruneConfig, model: Any, structure: Structure, counts: list[int], device: torch.device, by_layer: bool
 ) -> dict[str, dict[str, int]]:
-    dtype = getattr(torch, config.dtype) if config.dtype != "auto" else model.config.dtype or torch.float32
+    dtype = _dtype(config, model)
     trial = trial_dtype(dtype, device)
     with_copy = dtype.itemsize + (trial.itemsize if trial != dtype else 0)
     vocabulary, hidden = model.get_input_embeddings().weight.shape
@@ -103,7 +103,7 @@ def _stages(
         "gradients": 3 * (largest if structure.cuts_experts else matrix),
     }
     if config.space == "extended":
-        stages["comparing removals"] = weights | pool | {"second moments": 5 * moments + 4 * matrix}
+        stages["comparing removals"] = weights | pool | {"second moments": 4 * moments + 4 * matrix}
     logits = tokens_per_batch(device) * vocabulary * trial.itemsize + losses
     of_token = (structure.layers + 1) * hidden * trial.itemsize
     if config.space == "extended" and config.search == "joint" and config.whole != ("none",):
@@ -131,6 +131,11 @@ def _stages(
     return stages
 
 
+def _dtype(config: PruneConfig, model: Any) -> torch.dtype:
+    found: torch.dtype = getattr(torch, config.dtype) if config.dtype != "auto" else model.config.dtype or torch.float32
+    return found
+
+
 def windows_of(tokens: int, config: PruneConfig) -> int:
     """How many windows of the pool have about so many tokens."""
     return min(config.pool, max(_FEWEST_WINDOWS, tokens // config.seq_len))
@@ -149,7 +154,7 @@ def choose_layer_wise(
     if is_pruned(model.config):
         return bool(config.layer_wise)
     (total, free), (host_total, host_free) = _total_and_free(device), _total_and_free(_CPU)
-    by_layer = config.layer_wise
+    by_layer, dtype = config.layer_wise, _dtype(config, model)
     if by_layer is None:
         whole = estimate_memory(config, model, structure, budget, device, False).values()
         fits = all(each.device <= _USABLE * total and each.host <= _USABLE * host_total for each in whole)
@@ -159,18 +164,19 @@ def choose_layer_wise(
             if needed > left:
                 option = getattr(config, each.largest, None)
                 term = f"the {each.largest}:" if option is None else f"`{each.largest}` {option}; lower it, or"
+                ways = ["`layer_wise`"] * (streamable and not by_layer) + ["`dtype` bfloat16"] * (dtype.itemsize > 2)
                 raise AdaPrunerError(
                     f"Not enough memory: {stage} needs about {needed / GIB:.3g} GiB, {left / GIB:.3g} GiB are free on"
-                    f" {place}. The largest term is {term} try {'`layer_wise` or ' * (streamable and not by_layer)}"
-                    "`dtype` bfloat16"
+                    f" {place}. The largest term is {term} try {' or '.join(ways or ['a smaller model'])}"
                 )
     return by_layer
 
 
 def _total_and_free(device: torch.device) -> tuple[int, int]:
     """Bytes of memory that this process may use: in all, and at the moment. A container's limit counts."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[::-1]
+    if device.type != "cpu":
+        free, total = torch.get_device_module(device).mem_get_info(device)
+        return total, free
     memory = psutil.virtual_memory()
     total, free = memory.total, memory.available
     with contextlib.suppress(OSError, ValueError):  # no container, or none with a limit

@@ -45,7 +45,9 @@ class Process:
         if self.count == 1 or distributed.is_initialized():
             yield
             return
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        backend = "gloo"
+        if device.type != "cpu":
+            backend = f"cpu:gloo,{device.type}:{distributed.get_default_backend_for_device(device)}"
         distributed.init_process_group(backend, timeout=_LONGEST_WAIT)
         try:
             yield

@@ -272,9 +272,9 @@ def generate_windows(
         raise AdaPrunerError("the model names neither a start nor an end token: it cannot generate text by itself")
     generate: Any = model.generate
     windows = []
-    # torch.manual_seed would seed the other GPUs too.
-    on_gpu = model.device.type == "cuda"
-    generator = torch.cuda.default_generators[model.device.index] if on_gpu else torch.default_generator
+    generator = torch.default_generator
+    if model.device.type != "cpu":  # torch.manual_seed would seed the other accelerators too
+        generator = torch.get_device_module(model.device).default_generators[model.device.index]
     with random_state_kept():
         generator.manual_seed(seed)
         for first in range(0, count, batch_size):

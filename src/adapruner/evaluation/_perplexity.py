@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from adapruner.models import LayerCall, enter_layers, loaded_layer, skipping_layers
 
 # What the caches of a processor hold, and what keeps a GPU busy.
-_TOKENS_PER_BATCH = {"cpu": 512, "cuda": 4096}
+_TOKENS_PER_BATCH_ON_CPU, _TOKENS_PER_BATCH = 512, 4096
 
 
 # Datasets and tokens per window that others report with: LLM-Pruner (arXiv 2305.11627) and the paper; SparseGPT, Wanda,
@@ -227,7 +227,7 @@ def log_probabilities(model: PreTrainedModel, windows: Tensor) -> list[Tensor]:
 
 def tokens_per_batch(device: torch.device) -> int:
     """How many tokens are evaluated at once."""
-    return _TOKENS_PER_BATCH.get(device.type, 1024)
+    return _TOKENS_PER_BATCH_ON_CPU if device.type == "cpu" else _TOKENS_PER_BATCH
 
 
 def _batches(windows: Tensor, model: PreTrainedModel) -> Sequence[Tensor]:

@@ -20,7 +20,7 @@ from adapruner.progress import held_memory, peak_memory, reset_peak_memory
 from adapruner.structure import build_structure
 
 # Widths that matrix units take whole: vector registers of a processor, tiles of a GPU's tensor cores.
-_FRIENDLY_MULTIPLES = {"cpu": 8, "cuda": 64}
+_FRIENDLY_ON_CPU, _FRIENDLY_MULTIPLE = 8, 64
 
 
 class Rate(BaseModel):
@@ -118,7 +118,7 @@ def _speed(
     weights = {parameter.data_ptr(): parameter for parameter in model.parameters()}.values()
     weight_bytes = sum(parameter.numel() * parameter.element_size() for parameter in weights)
     prompt_macs, new_token_macs = count_macs(model, prompt)
-    multiple = _FRIENDLY_MULTIPLES.get(model.device.type, 64)
+    multiple = _FRIENDLY_ON_CPU if model.device.type == "cpu" else _FRIENDLY_MULTIPLE
     blocks = build_structure(model).blocks
     return Speed(
         parameters=sum(parameter.numel() for parameter in weights),
@@ -160,18 +160,19 @@ def _new_cache(model: PreTrainedModel) -> dict[str, DynamicCache]:
 
 
 def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
     return time.perf_counter()
 
 
 def _peak_beyond_weights(model: PreTrainedModel, run: Callable[[], Any]) -> int | None:
     """The most memory that a run takes beyond what was held before; None where the system does not tell."""
-    if model.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(model.device)
-        before = torch.cuda.memory_allocated(model.device)
+    if model.device.type != "cpu":
+        accelerator: Any = torch.get_device_module(model.device)
+        accelerator.reset_peak_memory_stats(model.device)
+        before = accelerator.memory_allocated(model.device)
         run()
-        return torch.cuda.max_memory_allocated(model.device) - before
+        return int(accelerator.max_memory_allocated(model.device) - before)
     gc.collect()
     if not reset_peak_memory():
         run()

@@ -114,14 +114,21 @@ def solve_damped(second: Tensor, damping: float, right: Tensor) -> Tensor:
     Raises:
         AdaPrunerError: H is not finite.
     """
+    factor, scale = _scaled_factor(second, damping)
+    if factor is None:
+        return torch.cholesky_solve(right.double(), factorize(second, damping)).float()
+    return torch.cholesky_solve((right * scale[:, None]).float(), factor) * scale[:, None]
+
+
+def _scaled_factor(second: Tensor, damping: float) -> tuple[Tensor | None, Tensor]:
+    """The Cholesky factor of H + damping · I, float32, after every input was divided by the root of its moment, and
+    that divisor's inverse, [inputs]. No factor where rounding leaves that not positive definite."""
     damping = max(damping, torch.finfo(torch.float32).tiny)
     scale = (second.diagonal() + damping).rsqrt()
     scaled = (second * scale).mul_(scale[:, None]).float()
     scaled.fill_diagonal_(1.0)
     factor, failed = torch.linalg.cholesky_ex(scaled)
-    if failed:
-        return torch.cholesky_solve(right.double(), factorize(second, damping)).float()
-    return torch.cholesky_solve((right * scale[:, None]).float(), factor) * scale[:, None]
+    return (None if failed else factor), scale
 
 
 def measure_moments(
@@ -293,10 +300,9 @@ def removal_errors(
             errors.append((torch.zeros(block.groups), torch.zeros(block.groups)))
             continue
         with loaded_layer(model, block.layer):
-            weights = row_wise_weights(model, block).double()
+            weights = row_wise_weights(model, block).float()
         for weight, own in zip(weights, of_block.of_experts(), strict=True):
-            inverse = torch.cholesky_inverse(factorize(own.second.to(weight.device), own.damping))
-            errors.append(_eliminate(weight, inverse, block.row_wise.width))
+            errors.append(_eliminate(*_with_inverse(weight, own), block.row_wise.width))
         if progress:
             progress(1)
     alone, eliminated = (
@@ -305,12 +311,22 @@ def removal_errors(
     return alone, eliminated
 
 
+def _with_inverse(weight: Tensor, moments: InputMoments) -> tuple[Tensor, Tensor]:
+    """[outputs, inputs], what a projection does with inputs that are scaled to a unit moment, and [inputs, inputs], the
+    inverse of their damped second moments. Scaled, float32 ranks groups as float64 does; float64 where it must be."""
+    second = moments.second.to(weight.device)
+    factor, scale = _scaled_factor(second, moments.damping)
+    if factor is None:
+        return weight.double(), torch.cholesky_inverse(factorize(second, moments.damping))
+    return weight / scale, torch.cholesky_inverse(factor)
+
+
 def _errors(weight: Tensor, inverse: Tensor, width: int) -> Tensor:
     """[groups]: tr(W_g ([H⁻¹]_gg)⁻¹ W_gᵀ)."""
     if width == 1:
         return weight.square().sum(0) / inverse.diagonal()
     groups = len(inverse) // width
-    own = torch.arange(groups)
+    own = torch.arange(groups, device=inverse.device)
     diagonal_blocks = inverse.view(groups, width, groups, width)[own, :, own]
     columns = weight.T.reshape(groups, width, len(weight))
     errors: Tensor = (torch.linalg.solve(diagonal_blocks, columns) * columns).sum((1, 2))
@@ -321,11 +337,11 @@ def _eliminate(weight: Tensor, inverse: Tensor, width: int) -> tuple[Tensor, Ten
     """[groups], twice: the error of each group alone, and what it adds in the order of elimination. Several channels go
     at a time, so that the matrix products are worth it."""
     groups = len(inverse) // width
-    scores = torch.empty(groups, dtype=torch.float64, device=weight.device)
+    scores = weight.new_empty(groups)
     at_a_time = max(1, groups // _ELIMINATION_STEPS)
     left = torch.arange(groups, device=weight.device)
     offsets = torch.arange(width, device=weight.device)
-    highest = torch.zeros((), dtype=torch.float64, device=weight.device)
+    highest = weight.new_zeros(())
     alone = errors = _errors(weight, inverse, width)
     while len(left):
         ranked = errors.argsort(stable=True)
@@ -336,11 +352,11 @@ def _eliminate(weight: Tensor, inverse: Tensor, width: int) -> tuple[Tensor, Ten
         scores[left[gone]] = ascending
         highest = ascending[-1]
         gone, stay = ((part[:, None] * width + offsets).flatten() for part in (gone, stay))
-        rows = gone[:, None]
-        factor = torch.linalg.solve(inverse[rows, gone], inverse[rows, stay])
-        weight = weight[:, stay].addmm_(weight[:, gone], factor, alpha=-1)
-        rows = stay[:, None]
-        inverse = inverse[rows, stay].addmm_(inverse[rows, gone], factor, alpha=-1)
+        of_gone = inverse.index_select(0, gone)
+        across = of_gone.index_select(1, stay)
+        factor = torch.linalg.solve(of_gone.index_select(1, gone), across)
+        weight = weight.index_select(1, stay).addmm_(weight.index_select(1, gone), factor, alpha=-1)
+        inverse = inverse.index_select(0, stay).index_select(1, stay).addmm_(across.T, factor, alpha=-1)
         left = left[ranked[at_a_time:].sort().values]
         errors = _errors(weight, inverse, width)
     return alone, scores

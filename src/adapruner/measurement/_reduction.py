@@ -17,7 +17,8 @@ from adapruner.structure import Block, Structure, TensorSlice
 
 
 class Reduction:
-    """The sums of one batch over the tokens of each sample; float32, on the CPU.
+    """The sums of one batch over the tokens of each sample; float32, on the device of the model: it would have to wait
+    for every copy to the CPU.
 
     Attributes:
         taylor, element_absolute, element_squared: [samples, vectors]; the latter two, which need the gradient of every
@@ -25,16 +26,17 @@ class Reduction:
         input_mean, input_squared: [samples, inputs].
     """
 
-    def __init__(self, structure: Structure, samples: int, terms: Terms) -> None:
+    def __init__(self, structure: Structure, samples: int, terms: Terms, device: torch.device) -> None:
         self._structure = structure
+        zeros = partial(torch.zeros, device=device)
         vectors, inputs = len(structure.group_of_vector), len(structure.group_of_input)
-        self.taylor = torch.zeros(samples, vectors)
-        self.element_absolute = torch.zeros(samples, vectors) if terms == "all" else None
-        self.element_squared = torch.zeros(samples, vectors) if terms == "all" else None
-        self.input_mean, self.input_squared = torch.zeros(samples, inputs), torch.zeros(samples, inputs)
+        self.taylor = zeros(samples, vectors)
+        self.element_absolute = zeros(samples, vectors) if terms == "all" else None
+        self.element_squared = zeros(samples, vectors) if terms == "all" else None
+        self.input_mean, self.input_squared = zeros(samples, inputs), zeros(samples, inputs)
         groups = structure.group_offsets[-1]
-        self.routed_output = torch.zeros(samples, groups) if structure.has_experts else None
-        self.routed_share = torch.zeros(samples, groups) if structure.has_experts else None
+        self.routed_output = zeros(samples, groups) if structure.has_experts else None
+        self.routed_share = zeros(samples, groups) if structure.has_experts else None
         projected = [block for block in structure.blocks if block.is_projected and not block.experts]
         self._largest = max(
             (part.elements * part.width * block.groups for block in projected for part in block.matrices), default=0
@@ -116,9 +118,9 @@ class Reduction:
             if part.experts:
                 of_rows = part.as_projections(products).sum(2 - part.axis)
                 width = (columns.stop - columns.start) // part.experts
-                sums[0, columns] = of_rows[:, part.offset : part.offset + width].flatten().cpu()
+                sums[0, columns] = of_rows[:, part.offset : part.offset + width].flatten()
             else:
-                sums[0, columns] = products.movedim(part.axis, 0).flatten(1).sum(1).cpu()
+                sums[0, columns] = products.movedim(part.axis, 0).flatten(1).sum(1)
 
     def _two_stacks(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Two times as many matrices of a shape, [matrices, ·, ·], float32, as fit into the memory of the largest, to
@@ -155,9 +157,9 @@ def _reduce_routing(output: Tensor, share: Tensor, module: nn.Module, inputs: tu
     with torch.no_grad():
         for state, number, weight in _choices(inputs):
             alone = module.forward(state, number, torch.ones_like(weight)).norm(dim=-1)
-            flat = number.flatten().cpu()
-            output.index_add_(0, flat, (alone * weight.flatten()).float().cpu() / len(state))
-            share.index_add_(0, flat, torch.full((len(state),), 1 / len(state)))
+            sent = _one_hot(number.flatten(), len(output)) / len(state)
+            output += sent.T @ (alone * weight.flatten()).float()
+            share += sent.sum(0)
 
 
 def _choices(inputs: tuple[Any, ...]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -220,7 +222,13 @@ def _reduce_expert_inputs(
 ) -> None:
     for number, read in expert_inputs(block, module, inputs):
         for sums, values in ((mean, read), (squared, read.square())):
-            sums.view(block.experts, -1).index_add_(0, number.cpu(), values.cpu() / len(read))
+            sums.view(block.experts, -1).addmm_(_one_hot(number, block.experts).T / len(read), values)
+
+
+def _one_hot(number: Tensor, experts: int) -> Tensor:
+    """[tokens, experts], float32. Sums by product and not by `index_add_`, whose order differs from run to run on
+    GPUs."""
+    return torch.nn.functional.one_hot(number, experts).float()
 
 
 _ForwardHook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]

@@ -104,7 +104,7 @@ def _measure_batch(
 ) -> Statistics:
     samples = 1 if jointly else len(batch)
     predicted_tokens = batch.numel() // samples - (len(batch) if jointly else 1)
-    reduction = Reduction(structure, samples, terms)
+    reduction = Reduction(structure, samples, terms, batch.device)
     if layer_wise:
         losses = _pass_layer_by_layer(model, structure, batch, reduction, folder)
     else:
@@ -206,18 +206,20 @@ def _pass_layer_by_layer(
 def _statistics(
     reduction: Reduction, losses: Tensor, predicted_tokens: int, columns: tuple[Tensor, Tensor]
 ) -> Statistics:
-    absolute, squared = reduction.element_absolute, reduction.element_squared
+    def on_cpu(sums: Tensor | None, divisor: int = 1) -> Tensor | None:
+        return None if sums is None else sums.div_(divisor).cpu()
+
     return Statistics(
-        taylor=reduction.taylor.div_(predicted_tokens),
+        taylor=reduction.taylor.div_(predicted_tokens).cpu(),
         loss=losses.mean(1).cpu(),
-        input_mean=reduction.input_mean,
-        input_squared=reduction.input_squared,
-        routed_output=reduction.routed_output,
-        routed_share=reduction.routed_share,
+        input_mean=reduction.input_mean.cpu(),
+        input_squared=reduction.input_squared.cpu(),
+        routed_output=on_cpu(reduction.routed_output),
+        routed_share=on_cpu(reduction.routed_share),
         column_absolute=columns[0],
         column_squared=columns[1],
-        element_absolute=None if absolute is None else absolute.div_(predicted_tokens),
-        element_squared=None if squared is None else squared.div_(predicted_tokens**2),
+        element_absolute=on_cpu(reduction.element_absolute, predicted_tokens),
+        element_squared=on_cpu(reduction.element_squared, predicted_tokens**2),
     )
 
 

@@ -16,37 +16,46 @@ from adapruner.processes import this_process
 
 
 def resolve_device(device: str) -> torch.device:
-    """`auto` becomes a GPU where there is one, another for each process that was started together; else the CPU.
+    """`auto` becomes the accelerator that PyTorch finds, another one for each process that was started together; else
+    the CPU. An accelerator becomes the current one, on which libraries put what names no device.
 
     Raises:
         AdaPrunerError: there is no such device, or it cannot compute what is needed.
     """
     if device.startswith("mps"):
-        raise AdaPrunerError(
-            f"`device` {device}: statistics are summed in float64, which MPS does not support; use cpu"
-        )
+        raise AdaPrunerError(f"`device` {device}: some sums are in float64, which MPS does not support; use cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise AdaPrunerError(f"`device` {device}: PyTorch finds no CUDA GPU here; use cpu")
-    process = this_process()
-    if device == "auto" and not torch.cuda.is_available():
+    process, accelerator = this_process(), _accelerator()
+    if device == "auto" and accelerator is None:
         return torch.device("cpu")
-    if device == "auto" or (device == "cuda" and process.count_here > 1):
-        device = f"cuda:{process.rank_here}"
+    if accelerator and (device == "auto" or (device == accelerator and process.count_here > 1)):
+        device = f"{accelerator}:{process.rank_here}"
     try:
         found = torch.empty(0, device=device).device
     except (RuntimeError, ImportError) as error:
         raise AdaPrunerError(f"`device` {device}: {reason(error)}") from None
     if found.type == "meta":
         raise AdaPrunerError("`device` meta computes nothing")
+    if found.type == accelerator:
+        torch.get_device_module(found).set_device(found)
     return found
+
+
+def _accelerator() -> str | None:
+    """The type of the accelerator that is here and computes in float64."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return None if found is None or found.type == "mps" else found.type
 
 
 def computes_bfloat16_natively(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 faster than float32; a GPU that is not here is taken for one that does."""
     if device.type == "cpu":
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    is_here = torch.cuda.is_available()
-    return device.type == "cuda" and (not is_here or torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return True
+    is_supported: Any = getattr(torch.get_device_module(device), "is_bf16_supported", None)
+    return bool(is_supported and is_supported(including_emulation=False))
 
 
 def trial_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

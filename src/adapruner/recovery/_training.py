@@ -152,7 +152,7 @@ def check_device(device: torch.device) -> None:
     Raises:
         AdaPrunerError: with the way there.
     """
-    if device.type == "cuda" and device.index and this_process().count == 1:
+    if device.type != "cpu" and device.index and this_process().count == 1:
         raise AdaPrunerError(
             f"training runs on the first GPU and not on {device}: set CUDA_VISIBLE_DEVICES={device.index} and leave"
             " `device` out"
