@@ -53,11 +53,15 @@ screenshots: .venv/dev
 clean:
 	rm -rf .venv .data runs
 
-.PHONY: docs test-families test-matrix constraints audit soak
+.PHONY: docs test-families test-device test-matrix constraints audit soak
 
 # Tries every decoder of transformers, and writes the table in docs/families.md (10 minutes).
 test-families: .venv/dev
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python tests/family_table.py
+
+# All tests on a simulated GPU, of which make test runs a few. Needs Linux, a C++ compiler and a PyTorch for the CPU.
+test-device: .venv/dev
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/device -m '' --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # Kills a hundred runs at random moments.
 soak: .venv/dev

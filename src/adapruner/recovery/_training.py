@@ -17,6 +17,7 @@ from peft.tuners.lora import LoraLayer
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
@@ -107,26 +108,30 @@ def train(
         set_seed(options.seed)
         trained: Any = _with_adapters(_frozen(model), options) if options.train == "lora" else model
         create = partial(_DistillationTrainer, in_fastest_dtype(teacher), options) if teacher else Trainer
+        last = _last_whole_checkpoint(folder)
         trainer = create(
             model=trained,
-            args=_arguments(model.device, options, folder, total_steps(examples, options)),
+            args=_arguments(
+                model.device, options, folder, total_steps(examples, options), evaluates_first=last is None
+            ),
             train_dataset=examples.training,
             eval_dataset=examples.validation,
             data_collator=_batch,
             callbacks=[_Watcher(progress, folder)],
         )
         trainer.remove_callback(PrinterCallback)
-        last = _last_whole_checkpoint(folder)
-        before = _loss_before(trainer, folder, resumes=last is not None)
         trainer.train(resume_from_checkpoint=str(last) if last else None)
-    if options.train == "lora":
+        if trainer.is_fsdp_enabled:
+            _gather(trainer)
+    if options.train == "lora" and (this_process().leads or not trainer.is_fsdp_enabled):
         _merge(trained, model)
+    model.tie_weights()
     weights.to(dtype).eval()
-    return _record(trainer.state, examples, options, "distillation" if teacher else "labels", before)
+    return _record(trainer.state, examples, options, "distillation" if teacher else "labels")
 
 
 def _record(
-    state: Any, examples: Examples, options: RecoveryOptions, method: Literal["labels", "distillation"], before: float
+    state: Any, examples: Examples, options: RecoveryOptions, method: Literal["labels", "distillation"]
 ) -> RecoveryRecord:
     count, steps = len(examples.training), total_steps(examples, options)
     # A call that was killed after the last step makes one more, at a learning rate of zero.
@@ -139,7 +144,7 @@ def _record(
         skipped_records=examples.skipped,
         steps=done,
         tokens=round(examples.tokens / count * min(options.batch_size, count) * done),
-        loss_before=before,
+        loss_before=next(entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry),
         loss_after=float(state.best_metric if state.best_metric is not None else math.nan),
         best_step=min(int(state.best_global_step or done), steps),
         seconds=sum(entry.get("train_runtime", 0.0) for entry in state.log_history),
@@ -186,8 +191,23 @@ def distillation_loss(
         A scalar, nats per predicted token.
     """
     wanted = labels[:, 1:].to(student.device)
+    parts = zip(student[:, :-1], teacher[:, :-1], wanted, strict=True)
+    # A sequence at a time, computed once more for the gradient: in float32, several tensors of the size of the
+    # vocabulary would outweigh the model.
+    losses = [
+        checkpoint(_distillation_sum, *part, temperature, label_weight, use_reentrant=False, preserve_rng_state=False)
+        for part in parts
+    ]
+    total: Tensor = torch.stack(losses).sum()
+    return total / ((wanted != IGNORED).sum() if count is None else count)
+
+
+def _distillation_sum(
+    student: Tensor, teacher: Tensor, wanted: Tensor, temperature: float, label_weight: float
+) -> Tensor:
+    """The loss of one sequence, summed over its tokens."""
     learnt = wanted != IGNORED
-    predicted, target = student[:, :-1][learnt].float(), teacher[:, :-1][learnt].float()
+    predicted, target = student[learnt].float(), teacher[learnt].float()
     total = predicted.new_zeros(())
     if label_weight < 1:
         divergence = functional.kl_div(
@@ -199,7 +219,7 @@ def distillation_loss(
         total = total + (1 - label_weight) * temperature**2 * divergence
     if label_weight > 0:
         total = total + label_weight * functional.cross_entropy(predicted, wanted[learnt], reduction="sum")
-    return total / (learnt.sum() if count is None else count)
+    return total
 
 
 class _DistillationTrainer(Trainer):
@@ -224,7 +244,9 @@ class _DistillationTrainer(Trainer):
         )
 
 
-def _arguments(device: torch.device, options: RecoveryOptions, folder: Path, steps: int) -> TrainingArguments:
+def _arguments(
+    device: torch.device, options: RecoveryOptions, folder: Path, steps: int, evaluates_first: bool
+) -> TrainingArguments:
     processes = this_process().count
     if options.batch_size % processes:
         raise AdaPrunerError(f"`batch_size` {options.batch_size} cannot be divided among {processes} processes")
@@ -241,6 +263,7 @@ def _arguments(device: torch.device, options: RecoveryOptions, folder: Path, ste
         learning_rate=options.learning_rate,
         # A short run would end before it is warm.
         warmup_steps=min(options.warmup_steps, steps // 10),
+        eval_on_start=evaluates_first,
         eval_strategy="steps",
         eval_steps=every,
         save_steps=every,
@@ -306,6 +329,17 @@ def _with_adapters(model: PreTrainedModel, options: RecoveryOptions) -> Any:
     return get_peft_model(model, config)
 
 
+def _gather(trainer: Trainer) -> None:
+    """Gives the first process the whole of every weight that FSDP has shared out, in main memory; the others keep their
+    part."""
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    for name, weight in state.items() if this_process().leads else ():
+        path, _, own = name.rpartition(".")
+        module = cast(nn.Module, trainer.model).get_submodule(path)
+        if own in module._parameters:
+            module._parameters[own] = nn.Parameter(weight, requires_grad=False)
+
+
 def _merge(adapted: Any, model: PreTrainedModel) -> None:
     """Adds what the adapters learnt to the weights of a model, of which `adapted` may hold a copy in another dtype."""
     changes = {
@@ -346,18 +380,6 @@ class _Watcher(TrainerCallback):
                     f"{what} is {value} at step {state.global_step}; {kept}. Lower `learning_rate`"
                     f" ({args.learning_rate:g}) or raise `warmup_steps`, and look for broken records in the data"
                 )
-
-
-def _loss_before(trainer: Trainer, folder: Path, resumes: bool) -> float:
-    """The validation loss before the first step, kept for a call that resumes."""
-    path = folder / "before.json"
-    if resumes:
-        return float(json.loads(path.read_text(encoding="utf-8"))["eval_loss"])
-    loss = float(trainer.evaluate()["eval_loss"])
-    if this_process().leads:
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"eval_loss": loss}), encoding="utf-8")
-    return loss
 
 
 def _last_whole_checkpoint(folder: Path) -> Path | None:
