@@ -14,6 +14,7 @@ import adapruner
 from adapruner.calibration import generate_windows
 from adapruner.errors import AdaPrunerError
 from adapruner.measurement import (
+    HeldMoments,
     InputMoments,
     StoredMoments,
     factorize,
@@ -192,3 +193,18 @@ def test_a_run_sums_them_over_its_text_and_over_what_the_model_writes(
         torch.testing.assert_close(
             moments.second.double(), expected, rtol=0.02, atol=0.02 * float(expected.abs().max())
         )
+
+
+def test_held_moments_are_read_once_where_there_is_room(tmp_path: Path) -> None:
+    stored = StoredMoments(tmp_path)
+    for block in range(3):
+        InputMoments(torch.full((4,), float(block)), torch.eye(4), 0.5).save(stored.path(block))
+    room = 2 * (16 + 64)
+    held = HeldMoments(stored, {torch.device("meta"): 0, torch.device("cpu"): room})
+    assert list(held) == [0, 1, 2]
+    assert len(held) == 3
+    for block in range(3):
+        assert held[block].mean.equal(stored[block].mean)
+        assert held[block].damping == 0.5
+    assert [held[block] is held[block] for block in range(3)] == [True, True, False]
+    assert HeldMoments(stored, {torch.device("meta"): room})[1].second.device.type == "meta"

@@ -172,6 +172,12 @@ def choose_layer_wise(
     return by_layer
 
 
+def room_for_moments(device: torch.device) -> dict[torch.device, int]:
+    """Bytes that second moments may take while trials use them: half of what is free, on the device of the model and
+    then in main memory. The estimates leave them out, because a run works without."""
+    return {place: _total_and_free(place)[1] // 2 for place in dict.fromkeys((device, _CPU))}
+
+
 def _total_and_free(device: torch.device) -> tuple[int, int]:
     """Bytes of memory that this process may use: in all, and at the moment. A container's limit counts."""
     if device.type != "cpu":

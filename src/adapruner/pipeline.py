@@ -16,6 +16,7 @@ from adapruner.driver import Driver, refuse_outdated
 from adapruner.errors import AdaPrunerError, NonFiniteError, describe_failure
 from adapruner.evaluation import check_tasks
 from adapruner.job import Job, Preparation, register_extensions
+from adapruner.models import computing_repeatably
 from adapruner.paths import given_path
 from adapruner.processes import Process, this_process
 from adapruner.progress import Reporter
@@ -158,7 +159,7 @@ def _run(
     process = this_process()
     run.check_usable()
     preparation = Preparation(config, run, storage, process, Reporter(), tuple(others))
-    with process.connected(preparation.device):
+    with process.connected(preparation.device), computing_repeatably(preparation.device):
         drivers = [_driver(preparation, ratio, others) for ratio in config.ratio]
         if not overwrite:
             refuse_outdated(drivers, run.path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -44,6 +45,8 @@ from adapruner.files import write_atomically
 from adapruner.importance import needed_statistics
 from adapruner.job import VOCABULARY, Job, needs_moments, window_counts
 from adapruner.measurement import (
+    HeldMoments,
+    InputMoments,
     Statistics,
     StoredMoments,
     measure_in_parts,
@@ -51,8 +54,8 @@ from adapruner.measurement import (
     projected_blocks,
     removal_errors,
 )
-from adapruner.memory import MEASURED_AT_ONCE, TOKENS_FOR_COSTS, TOKENS_FOR_WHOLE, windows_of
-from adapruner.models import Whole, empty_model, find_model, in_fastest_dtype, load_config, load_model
+from adapruner.memory import MEASURED_AT_ONCE, TOKENS_FOR_COSTS, TOKENS_FOR_WHOLE, room_for_moments, windows_of
+from adapruner.models import Whole, describe_device, empty_model, find_model, in_fastest_dtype, load_config, load_model
 from adapruner.planning import MOST_CHANNELS, PruningPlan, kept_counts, largest_channel_share
 from adapruner.recovery import DEFAULT_GENERATED_RECORDS, read_record, recover_into, total_steps, window_examples
 from adapruner.report import render_report
@@ -323,7 +326,7 @@ def search(
     fast, text = in_fastest_dtype(prepared.dense), usable(job, windows)["objective"]
     if not all(losses.isfinite().all() for losses in losses_by_batch(fast, text)):
         raise NonFiniteError("the loss of the model is not finite on the text of the objective")
-    judge = partial(_judge, job, fast, moments, statistics)
+    judge = partial(_judge, job, fast, _held(job, moments), statistics)
     search = _search(job, statistics, orders, judge(text[: config.objective_windows]))
     if not prepared.process.leads:
         with prepared.reporter.stage("running trials"):
@@ -364,7 +367,14 @@ def _what_ranks_experts(structure: Structure, statistics: Statistics) -> Literal
     return "routing" if is_known else "taylor"
 
 
-def _judge(job: Job, fast: PreTrainedModel, moments: Moments, statistics: Statistics, windows: Tensor) -> Objective:
+def _held(job: Job, moments: Moments) -> HeldMoments | None:
+    """The moments for stages that use them many times."""
+    return None if moments is None else HeldMoments(moments, room_for_moments(job.prepared.device))
+
+
+def _judge(
+    job: Job, fast: PreTrainedModel, moments: HeldMoments | None, statistics: Statistics, windows: Tensor
+) -> Objective:
     config, structure, reused = job.config, job.prepared.structure, 0
     if config.layout == "per-layer":
         reused = min(structure.layers, max(MOST_PROTECTED_FIRST, config.protect_first or 0))
@@ -379,7 +389,7 @@ def _judge(job: Job, fast: PreTrainedModel, moments: Moments, statistics: Statis
     )
 
 
-def _compensation(config: PruneConfig, moments: Moments) -> Compensation | None:
+def _compensation(config: PruneConfig, moments: Mapping[int, InputMoments] | None) -> Compensation | None:
     return None if config.compensation == "none" or moments is None else Compensation(config.compensation, moments)
 
 
@@ -406,7 +416,7 @@ def levelled(
     prepared, config, text = job.prepared, job.config, usable(job, windows)
     pool, rounds = text["pool"][: windows_of(TOKENS_FOR_COSTS, config)], prepared.level_rounds
     fast, candidate = in_fastest_dtype(prepared.dense), candidate_at_ratio(job, statistics, search.best)
-    compensation = _compensation(config, moments)
+    compensation = _compensation(config, _held(job, moments))
     objective = Objective(fast, prepared.structure, statistics, text["objective"], compensation)
     channels = sum(block.kind == "channels" and not block.experts for block in prepared.structure.blocks)
     if not rounds:
@@ -698,6 +708,7 @@ def result(
         models=tuple(numbers),
         windows={use: len(each) for use, each in usable(job, windows).items()} | written_windows,
         stages=job.prepared.reporter.finished_stages(),
+        device=describe_device(job.prepared.device),
         vocabulary=chosen,
         foreign=None if chosen else _foreign_vocabulary(job, windows),
     )

@@ -99,6 +99,7 @@ class RunResult(_Content):
         windows: how many there were, by use; `self`: those that the model wrote for compensation.
         stages: seconds and peak memory of every stage.
         versions: of the packages that decide numbers.
+        device: what computed them, and how exactly.
         vocabulary: what was done to the vocabulary; None if all tokens are kept.
         foreign: what could be, if all are.
     """
@@ -113,6 +114,7 @@ class RunResult(_Content):
     windows: dict[str, int]
     stages: dict[str, StageCost]
     versions: dict[str, str] = Field(default_factory=_versions)
+    device: str = "cpu"
     vocabulary: VocabularySummary | None = None
     foreign: ForeignVocabulary | None = None
 

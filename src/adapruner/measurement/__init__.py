@@ -1,6 +1,7 @@
 """One pass over the pool for Taylor and activation statistics, one over more text for second moments."""
 
 from adapruner.measurement._moments import (
+    HeldMoments,
     InputMoments,
     StoredMoments,
     factorize,
@@ -13,6 +14,7 @@ from adapruner.measurement._samples import measure, measure_in_parts, saved_acti
 from adapruner.measurement._statistics import Statistics
 
 __all__ = [
+    "HeldMoments",
     "InputMoments",
     "Statistics",
     "StoredMoments",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,36 @@ class StoredMoments(Mapping[int, InputMoments]):
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
+
+
+class HeldMoments(Mapping[int, InputMoments]):
+    """Stored moments that stay in memory once they were read, where there is room: trials ask for them again and again.
+
+    Args:
+        room: bytes that they may take on each device; those first are preferred. What has no room is read every time.
+    """
+
+    def __init__(self, stored: StoredMoments, room: Mapping[torch.device, int]) -> None:
+        self._stored, self._room = stored, dict(room)
+        self._held: dict[int, InputMoments] = {}
+
+    def __getitem__(self, block: int) -> InputMoments:
+        if block in self._held:
+            return self._held[block]
+        read = self._stored[block]
+        size = read.mean.nbytes + read.second.nbytes
+        for device, left in self._room.items():
+            if size <= left:
+                self._room[device] -= size
+                held = replace(read, mean=read.mean.to(device), second=read.second.to(device))
+                return self._held.setdefault(block, held)
+        return read
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
 
 
 def factorize(second: Tensor, damping: float) -> Tensor:

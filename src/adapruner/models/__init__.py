@@ -16,7 +16,9 @@ from adapruner.models._architecture import (
 )
 from adapruner.models._device import (
     computes_bfloat16_natively,
+    computing_repeatably,
     copy_in_dtype,
+    describe_device,
     in_fastest_dtype,
     resolve_device,
     trial_dtype,
@@ -61,8 +63,10 @@ __all__ = [
     "check_streamable",
     "check_tokens",
     "computes_bfloat16_natively",
+    "computing_repeatably",
     "copy_in_dtype",
     "decoder_layers",
+    "describe_device",
     "empty_model",
     "enter_layers",
     "find_model",

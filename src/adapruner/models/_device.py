@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Container
+import os
+import warnings
+from collections.abc import Container, Iterator
 from typing import Any
 
 import torch
@@ -46,6 +49,40 @@ def _accelerator() -> str | None:
     """The type of the accelerator that is here and computes in float64."""
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return None if found is None or found.type == "mps" else found.type
+
+
+@contextlib.contextmanager
+def computing_repeatably(device: torch.device) -> Iterator[None]:
+    """While it lasts, an accelerator multiplies float32 as float32 and not in fewer bits (TF32), and adds in an order
+    that does not change from run to run, wherever PyTorch has such a kernel. A CPU does so anyway."""
+    if device.type == "cpu":
+        yield
+        return
+    settings: Any = torch.utils.deterministic
+    precision, fills = torch.get_float32_matmul_precision(), settings.fill_uninitialized_memory
+    is_strict = torch.are_deterministic_algorithms_enabled()
+    only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    # Read by cuBLAS when it is first used: without it, its sums may differ between streams.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    try:
+        torch.set_float32_matmul_precision("highest")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        settings.fill_uninitialized_memory = False
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*(deterministic|CUBLAS_WORKSPACE_CONFIG)")
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        torch.use_deterministic_algorithms(is_strict, warn_only=only_warns)
+        settings.fill_uninitialized_memory = fills
+
+
+def describe_device(device: torch.device) -> str:
+    """What computes, in words, with what `computing_repeatably` makes of it."""
+    if device.type == "cpu":
+        return "cpu"
+    name = torch.get_device_module(device).get_device_name(device)
+    return f"{device.type} ({name}), no TF32, deterministic kernels where PyTorch has them"
 
 
 def computes_bfloat16_natively(device: torch.device) -> bool:
