@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -324,21 +325,22 @@ def removal_errors(
         ascending in the order of elimination.
     """
     errors = []
-    for index, block in enumerate(structure.blocks):
-        of_block = moments.get(index)
-        if of_block is None:
-            errors.append((torch.zeros(block.groups), torch.zeros(block.groups)))
-            continue
-        with loaded_layer(model, block.layer):
-            weights = row_wise_weights(model, block).float()
-        for weight, own in zip(weights, of_block.of_experts(), strict=True):
-            errors.append(_eliminate(*_with_inverse(weight, own), block.row_wise.width))
-        if progress:
-            progress(1)
-    alone, eliminated = (
-        torch.cat([each.float().cpu() for each in of_blocks]) for of_blocks in zip(*errors, strict=True)
-    )
-    return alone, eliminated
+    # Each layer is loaded once for all of its blocks.
+    for layer, of_layer in groupby(enumerate(structure.blocks), key=lambda numbered: numbered[1].layer):
+        with loaded_layer(model, layer):
+            for index, block in of_layer:
+                of_block = moments.get(index)
+                if of_block is None:
+                    errors.append((torch.zeros(block.groups), torch.zeros(block.groups)))
+                    continue
+                weights = row_wise_weights(model, block).float()
+                for weight, own in zip(weights, of_block.of_experts(), strict=True):
+                    each = _eliminate(*_with_inverse(weight, own), block.row_wise.width)
+                    errors.append((each[0].float().cpu(), each[1].float().cpu()))
+                if progress:
+                    progress(1)
+    alone, eliminated = zip(*errors, strict=True)
+    return torch.cat(alone), torch.cat(eliminated)
 
 
 def _with_inverse(weight: Tensor, moments: InputMoments) -> tuple[Tensor, Tensor]:

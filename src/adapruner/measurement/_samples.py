@@ -11,6 +11,7 @@ import contextlib
 import copy
 import tempfile
 from collections.abc import Iterable, Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import cast
 
@@ -226,11 +227,12 @@ def _statistics(
 def _column_sums(model: PreTrainedModel, structure: Structure) -> tuple[Tensor, Tensor]:
     """[inputs] each: Σ|W_c| and ‖W_c‖² of the columns of all row-wise projections."""
     absolute, squared = [torch.zeros(0)], [torch.zeros(0)]
-    for block in filter(lambda block: block.is_projected, structure.blocks):
-        with loaded_layer(model, block.layer):
-            weights = row_wise_weights(model, block).float()
-        absolute.append(weights.abs().sum(1).flatten().cpu())
-        squared.append(weights.square().sum(1).flatten().cpu())
+    for layer, of_layer in groupby(structure.blocks, key=lambda block: block.layer):
+        with loaded_layer(model, layer):
+            for block in filter(lambda block: block.is_projected, of_layer):
+                weights = row_wise_weights(model, block).float()
+                absolute.append(weights.abs().sum(1).flatten().cpu())
+                squared.append(weights.square().sum(1).flatten().cpu())
     return torch.cat(absolute), torch.cat(squared)
 
 
