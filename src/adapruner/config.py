@@ -132,7 +132,9 @@ class RecoveryOptions(_Options):
     lora_alpha: Count = Field(default=16, description="Scale of the adapters, divided by their rank.")
     lora_dropout: float = Field(default=0.05, ge=0, lt=1, description="Dropout on the input of the adapters.")
     temperature: float = Field(default=1.0, gt=0, description="Softmax temperature of distillation.")
-    label_weight: float = Field(default=0.0, ge=0, le=1, description="Weight of the label loss in distillation.")
+    label_weight: float = Field(
+        default=0.5, ge=0, le=1, description="Weight of the label loss in distillation; the teacher has the rest."
+    )
     validation: Count = Field(
         default=2000, description="Examples held out to select the best weights, at most a tenth of all."
     )

@@ -54,8 +54,8 @@ class RecoveryRecord(BaseModel):
         skipped_records: records that were left out because their answer is empty or beyond the cut-off.
         steps: steps of the optimizer.
         tokens: tokens that were learnt from, prompts included.
-        loss_before: validation loss before the first step, in nats per token; of distillation, the divergence from the
-            teacher.
+        loss_before: validation loss before the first step, in nats per token; of distillation, the weighted sum of this
+            and the divergence from the teacher.
         loss_after: the least validation loss, that of the weights that were kept.
         best_step: after how many steps that was.
         seconds: of training, of the last call.
