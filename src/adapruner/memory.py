@@ -99,8 +99,10 @@ def _stages(
     if config.compensation != "none" or config.space == "extended":
         stages["reading activations"] = both | {"compensation_windows": text * hidden, "second moments": 9 * moments}
     stages["measuring"] = weights | {
-        "seq_len": int(measured * kept) + losses,
+        # Layer by layer, the states before and behind a layer and the gradient are held beside what it keeps.
+        "seq_len": int(measured * kept) + losses + by_layer * 3 * measured * hidden * dtype.itemsize,
         "gradients": 3 * (largest if structure.cuts_experts else matrix),
+        "sums": min(MEASURED_AT_ONCE[by_layer], config.pool) * (3 * vectors + 2 * sum(widths)) * _FLOAT32,
     }
     if config.space == "extended":
         stages["comparing removals"] = weights | pool | {"second moments": 4 * moments + 4 * matrix}

@@ -158,7 +158,8 @@ def _run(
     """Makes what is missing of a run in its folder."""
     process = this_process()
     run.check_usable()
-    preparation = Preparation(config, run, storage, process, Reporter(), tuple(others))
+    quiet = not process.leads
+    preparation = Preparation(config, run, storage, process, Reporter(quiet=quiet), tuple(others))
     with process.connected(preparation.device), computing_repeatably(preparation.device):
         drivers = [_driver(preparation, ratio, others) for ratio in config.ratio]
         if not overwrite:
@@ -170,7 +171,7 @@ def _run(
         with run.locked() if process.leads else contextlib.nullcontext():
             if process.leads:
                 run.check_usable()
-            preparation.reporter = Reporter(run.log if process.leads else None)
+            preparation.reporter = Reporter(run.log if process.leads else None, quiet)
             with _saying_what_is_kept(preparation):
                 drivers = [_driver(preparation, ratio, others) for ratio in config.ratio]
                 if process.leads:

@@ -47,7 +47,7 @@ class Reporter:
         quiet: print nothing; see `set_quiet` too.
 
     Attributes:
-        current: the stage that was last begun.
+        current: the stage that is running, or that an error ended.
     """
 
     def __init__(self, log: Path | None = None, quiet: bool = False) -> None:
@@ -60,14 +60,14 @@ class Reporter:
     @contextlib.contextmanager
     def stage(self, name: str, total: int = 1) -> Iterator[Advance]:
         """Wraps one stage of `total` steps, all done at its end; yields the function that advances it."""
-        started, self.current = time.monotonic(), name
+        started, outer, self.current = time.monotonic(), self.current, name
         reset_peak_memory()
         self._record(event="started", stage=name, memory_mib=held_memory() // MIB)
         if self.shows_bars:
             yield from self._with_bar(name, total)
         else:
             yield lambda steps=1, text="": None
-        seconds = time.monotonic() - started
+        seconds, self.current = time.monotonic() - started, outer
         if not self.shows_bars:
             self.note(f"{name}: done in {seconds:.1f} s")
         self._record(event="finished", stage=name, seconds=round(seconds, 2), peak_memory_mib=peak_memory() // MIB)

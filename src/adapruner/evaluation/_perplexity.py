@@ -201,13 +201,14 @@ def losses_by_batch(
     """
     for number, batch in enumerate(_batches(windows, model)):
         known = prefix.in_place(model, number, prefix_layers) if prefix else contextlib.nullcontext()
+        batch = batch.to(model.device)
         with torch.inference_mode(), known:
             logits = _predictions(model, batch)
             losses = []
             # Window by window: float32 logits of a batch are the largest thing in memory.
             for window, own in enumerate(logits):
                 if references is None:
-                    loss = functional.cross_entropy(own.float(), batch[window, 1:].to(own.device), reduction="none")
+                    loss = functional.cross_entropy(own.float(), batch[window, 1:], reduction="none")
                 else:
                     reference = references[number][window].to(own.device).float()
                     divergence = functional.kl_div(

@@ -361,7 +361,7 @@ def _errors(weight: Tensor, inverse: Tensor, width: int) -> Tensor:
     own = torch.arange(groups, device=inverse.device)
     diagonal_blocks = inverse.view(groups, width, groups, width)[own, :, own]
     columns = weight.T.reshape(groups, width, len(weight))
-    errors: Tensor = (torch.linalg.solve(diagonal_blocks, columns) * columns).sum((1, 2))
+    errors: Tensor = (torch.linalg.solve_ex(diagonal_blocks, columns).result * columns).sum((1, 2))
     return errors
 
 
@@ -386,7 +386,8 @@ def _eliminate(weight: Tensor, inverse: Tensor, width: int) -> tuple[Tensor, Ten
         gone, stay = ((part[:, None] * width + offsets).flatten() for part in (gone, stay))
         of_gone = inverse.index_select(0, gone)
         across = of_gone.index_select(1, stay)
-        factor = torch.linalg.solve(of_gone.index_select(1, gone), across)
+        # A GPU would have to wait for the check of `solve`; a positive definite matrix has a solution.
+        factor = torch.linalg.solve_ex(of_gone.index_select(1, gone), across).result
         weight = weight.index_select(1, stay).addmm_(weight.index_select(1, gone), factor, alpha=-1)
         inverse = inverse.index_select(0, stay).index_select(1, stay).addmm_(across.T, factor, alpha=-1)
         left = left[ranked[at_a_time:].sort().values]

@@ -120,7 +120,7 @@ def saved_activations(config: PreTrainedConfig, dtype: torch.dtype) -> float:
     shortened.num_hidden_layers = 1
     # Or the tokens below might be padding, of which transformers warns.
     shortened.pad_token_id = None
-    if getattr(shortened, "layer_types", None):
+    if "layer_types" in vars(shortened):  # in some families it is computed from other fields
         shortened.layer_types = shortened.layer_types[:1]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(shortened, dtype=dtype)

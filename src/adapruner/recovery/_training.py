@@ -16,6 +16,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -29,7 +30,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from adapruner.config import RecoveryOptions
-from adapruner.errors import AdaPrunerError
+from adapruner.errors import AdaPrunerError, reason
 from adapruner.models import (
     architecture_of,
     computes_bfloat16_natively,
@@ -123,10 +124,11 @@ def train(
         trainer.train(resume_from_checkpoint=str(last) if last else None)
         if trainer.is_fsdp_enabled:
             _gather(trainer)
-    if options.train == "lora" and (this_process().leads or not trainer.is_fsdp_enabled):
-        _merge(trained, model)
-    model.tie_weights()
-    weights.to(dtype).eval()
+    if this_process().leads or not trainer.is_fsdp_enabled:
+        if options.train == "lora":
+            _merge(trained, model)
+        model.tie_weights()
+        weights.to(dtype).eval()
     return _record(trainer.state, examples, options, "distillation" if teacher else "labels")
 
 
@@ -279,6 +281,8 @@ def _arguments(
         dataloader_pin_memory=device.type != "cpu",
         remove_unused_columns=False,
         label_names=["labels"],
+        # There are none, and looking for them takes a walk through the graph in every step.
+        ddp_find_unused_parameters=False,
         report_to="none",
         disable_tqdm=True,
         seed=options.seed,
@@ -326,16 +330,30 @@ def _with_adapters(model: PreTrainedModel, options: RecoveryOptions) -> Any:
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in linear.values()),
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config)
+    try:
+        adapted: Any = get_peft_model(model, config)
+    except ValueError as error:
+        raise AdaPrunerError(
+            f"PEFT cannot put adapters on a {model.config.model_type} ({reason(error)}): set `train` to full"
+        ) from error
+    # By itself it loads adapters onto the first GPU, wherever the model is.
+    adapted.load_adapter = partial(adapted.load_adapter, torch_device=str(model.device))
+    return adapted
 
 
 def _gather(trainer: Trainer) -> None:
-    """Gives the first process the whole of every weight that FSDP has shared out, in main memory; the others keep their
-    part."""
+    """Gives the first process the whole of every weight that FSDP has shared out, in main memory, and makes its modules
+    what they were before; the others keep their part. The model is there to be saved, not to be run."""
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    for name, weight in state.items() if this_process().leads else ():
+    if not this_process().leads:
+        return
+    whole = cast(nn.Module, trainer.model)
+    for module in whole.modules():
+        if isinstance(module, FSDPModule):  # a class that was derived for the occasion from this and the real one
+            cast(Any, module).__class__ = type(module).__mro__[2]
+    for name, weight in state.items():
         path, _, own = name.rpartition(".")
-        module = cast(nn.Module, trainer.model).get_submodule(path)
+        module = whole.get_submodule(path)
         if own in module._parameters:
             module._parameters[own] = nn.Parameter(weight, requires_grad=False)
 
@@ -350,7 +368,7 @@ def _merge(adapted: Any, model: PreTrainedModel) -> None:
     adapted.unload()
     for name, change in changes.items():
         weight: Any = model.get_submodule(name).weight
-        weight.data.copy_(weight.data.float() + change.float())
+        weight.data.copy_(weight.data.float() + change.to(weight.device).float())
 
 
 class _Watcher(TrainerCallback):

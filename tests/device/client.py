@@ -1,0 +1,139 @@
+"""The simulated device, as tests use it: commands run in another process, and what came of them is returned."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import constants
+
+HERE = Path(__file__).parent
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of a command: its steps, and the bytes on the first device before, at most and after."""
+
+    name: str
+    steps: int
+    held: int
+    peak: int
+    after: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a command.
+
+    Attributes:
+        code: the exit code; 9 if it was killed.
+        stderr: with the traceback of an unexpected failure at the end.
+        events: calls by (stage, kind, operator, line of the package); see `simulated_cuda.events`.
+        left: bytes on the device that were not freed.
+    """
+
+    code: int
+    stdout: str = ""
+    stderr: str = ""
+    stages: tuple[Stage, ...] = ()
+    events: Mapping[tuple[str, str, str, str], int] = field(default_factory=dict)
+    left: int = 0
+    seconds: float = 0
+
+    def count(self, stage: str, *kinds: str) -> int:
+        """How many events of these kinds there were in a stage; copies that do not block are no event."""
+        return sum(
+            calls
+            for (of, kind, operator, _), calls in self.events.items()
+            if of == stage and kind in kinds and "non-blocking" not in operator
+        )
+
+
+class Device:
+    """A process with the simulated device, started when it is first used and again after it was killed.
+
+    Args:
+        folder: for its output.
+    """
+
+    def __init__(self, folder: Path, devices: int = 1) -> None:
+        self._folder, self._devices = folder, devices
+        self._process: subprocess.Popen[str] | None = None
+
+    def run(
+        self,
+        *arguments: object,
+        memory: int = 80 * GIB,
+        limits: Mapping[str, int] | None = None,
+        native_bfloat16: bool = True,
+        killed_in: tuple[str, int] | None = None,
+        file: Path | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> Outcome:
+        """Runs `adapruner` with these arguments.
+
+        Args:
+            memory: bytes of each device.
+            limits: of a stage, how many bytes beyond those held at its beginning there are from then on.
+            native_bfloat16: whether the hardware multiplies bfloat16.
+            killed_in: a stage, and the step after which the process dies there.
+            file: a Python file to run in place of the command line.
+            environment: variables that are added.
+        """
+        request = {
+            "arguments": [str(argument) for argument in arguments],
+            "memory": memory,
+            "limits": dict(limits or {}),
+            "native_bfloat16": native_bfloat16,
+            "killed_in": killed_in,
+            "file": None if file is None else str(file),
+            "environment": dict(environment or {}),
+        }
+        process = self._started()
+        assert process.stdin
+        assert process.stdout
+        process.stdin.write(json.dumps(request) + "\n")
+        process.stdin.flush()
+        line = process.stdout.readline()
+        if not line:
+            self.close()
+            return Outcome(process.returncode, stderr=(self._folder / "stderr").read_text(encoding="utf-8"))
+        answer: dict[str, Any] = json.loads(line)
+        answer["stages"] = tuple(Stage(*stage) for stage in answer["stages"])
+        answer["events"] = {tuple(what): calls for *what, calls in answer["events"]}
+        return Outcome(**answer)
+
+    def environment(self) -> dict[str, str]:
+        """Of processes with simulated devices."""
+        return os.environ | {
+            "HF_HOME": constants.HF_HOME,  # families are checked once for all tests
+            "OMP_NUM_THREADS": "1",
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "GOMP_SPINCOUNT": "0",
+            "SIMULATED_CUDA_DEVICES": str(self._devices),
+            "COLUMNS": "200",
+        }
+
+    def close(self) -> None:
+        """Ends the process."""
+        if self._process:
+            self._process.communicate()
+            self._process = None
+
+    def _started(self) -> subprocess.Popen[str]:
+        if self._process is None:
+            self._process = subprocess.Popen(
+                [sys.executable, str(HERE / "server.py"), str(self._folder)],
+                env=self.environment(),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        return self._process

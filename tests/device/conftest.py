@@ -1,0 +1,59 @@
+"""The simulated CUDA device, and tiny models for it. Where it cannot be built, tests are skipped with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from device import building
+from device.client import Device
+from tiny_families import tiny_config
+
+
+@pytest.fixture(scope="session")
+def built() -> None:
+    """The library of the device."""
+    if reason := building.reason_against():
+        pytest.skip(f"the CUDA device cannot be simulated: {reason}")
+    building.build()
+
+
+@pytest.fixture(scope="session")
+def device(built: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Device]:
+    """One simulated GPU."""
+    own = Device(tmp_path_factory.mktemp("device"))
+    yield own
+    own.close()
+
+
+@pytest.fixture(scope="session")
+def two_devices(built: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Device]:
+    """Two simulated GPUs."""
+    own = Device(tmp_path_factory.mktemp("devices"), devices=2)
+    yield own
+    own.close()
+
+
+@pytest.fixture(scope="session")
+def family(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Callable[..., Path]:
+    """Writes a tiny random model of a family, once for each dtype and other sizes."""
+    made: dict[object, Path] = {}
+
+    def make(model_type: str, dtype: str = "float32", **sizes: int) -> Path:
+        key = (model_type, dtype, *sizes.items())
+        if key not in made:
+            torch.manual_seed(0)
+            config = tiny_config(model_type)
+            config.update(sizes)
+            model = AutoModelForCausalLM.from_config(config).eval()
+            folder = tmp_path_factory.mktemp("families") / f"{model_type}-{dtype}"
+            model.to(getattr(torch, dtype)).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            made[key] = folder
+        return made[key]
+
+    return make

@@ -1,0 +1,45 @@
+"""A tensor that stays on the CPU by mistake is found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from device.client import Device
+from device.options import SMALL_RUN, flags
+
+# Calls of `to` out of one file of the package do not move; the conversion of dtypes is left as it is.
+PROGRAM = """
+import sys, torch
+from adapruner.cli import main
+
+move = torch.Tensor.to
+
+def stay(tensor, *arguments, **named):
+    moved = move(tensor, *arguments, **named)
+    if sys._getframe(1).f_code.co_filename.endswith({file!r}) and moved.device != tensor.device:
+        return move(tensor, moved.dtype)
+    return moved
+
+torch.Tensor.to = stay
+try:
+    main({arguments!r})
+finally:
+    torch.Tensor.to = move
+"""
+
+
+@pytest.mark.parametrize(
+    "file", ["evaluation/_perplexity.py", "measurement/_samples.py", "surgery/_compensation.py"], ids=lambda file: file
+)
+def test_a_tensor_left_on_the_cpu_is_found(
+    file: str, device: Device, family: Callable[..., Path], text_file: Path, tmp_path: Path
+) -> None:
+    arguments = ["prune", family("llama"), "-o", tmp_path / "a", "--calibration", text_file, *flags(SMALL_RUN)]
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM.format(file=file, arguments=[str(argument) for argument in arguments]))
+    outcome = device.run(file=program)
+    assert outcome.code == 1
+    assert "Expected all tensors to be on the same device" in outcome.stderr

