@@ -31,12 +31,13 @@ def set_quiet(quiet: bool) -> None:
 
 
 class StageCost(BaseModel):
-    """Seconds and peak memory of a stage."""
+    """Seconds and peak memory of a stage: that of the process, and what PyTorch held on an accelerator."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     seconds: float
     peak_memory_mib: int
+    peak_on_accelerator_mib: int = 0
 
 
 class Reporter:
@@ -62,6 +63,7 @@ class Reporter:
         """Wraps one stage of `total` steps, all done at its end; yields the function that advances it."""
         started, outer, self.current = time.monotonic(), self.current, name
         reset_peak_memory()
+        _reset_accelerator_peak()
         self._record(event="started", stage=name, memory_mib=held_memory() // MIB)
         if self.shows_bars:
             yield from self._with_bar(name, total)
@@ -70,7 +72,8 @@ class Reporter:
         seconds, self.current = time.monotonic() - started, outer
         if not self.shows_bars:
             self.note(f"{name}: done in {seconds:.1f} s")
-        self._record(event="finished", stage=name, seconds=round(seconds, 2), peak_memory_mib=peak_memory() // MIB)
+        peaks = {"peak_memory_mib": peak_memory() // MIB, "peak_on_accelerator_mib": _accelerator_peak() // MIB}
+        self._record(event="finished", stage=name, seconds=round(seconds, 2), **peaks)
 
     def note(self, lines: str) -> None:
         """Prints something once, if there is something to print."""
@@ -90,6 +93,9 @@ class Reporter:
                         stages[entry["stage"]] = StageCost(
                             seconds=round(before.seconds + entry["seconds"], 2),
                             peak_memory_mib=max(before.peak_memory_mib, entry["peak_memory_mib"]),
+                            peak_on_accelerator_mib=max(
+                                before.peak_on_accelerator_mib, entry.get("peak_on_accelerator_mib", 0)
+                            ),
                         )
         return stages
 
@@ -123,6 +129,27 @@ def reset_peak_memory() -> bool:
     except OSError:
         return False
     return True
+
+
+def _accelerator() -> Any:
+    """The module of PyTorch for the accelerator that is in use. PyTorch is not imported for it: help must not wait."""
+    if "torch" not in sys.modules:
+        return None
+    from adapruner.accelerators import accelerator_in_use
+
+    found = accelerator_in_use()
+    return found and found[1]
+
+
+def _reset_accelerator_peak() -> None:
+    if module := _accelerator():
+        module.reset_peak_memory_stats()
+
+
+def _accelerator_peak() -> int:
+    """Bytes; of the current device."""
+    module = _accelerator()
+    return int(module.max_memory_allocated()) if module else 0
 
 
 def held_memory() -> int:

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from adapruner.accelerators import accelerator_in_use
+
 
 @contextlib.contextmanager
 def random_state_kept() -> Iterator[None]:
@@ -23,9 +25,7 @@ def random_state_kept() -> Iterator[None]:
 
 
 def _of_pytorch_kept() -> contextlib.AbstractContextManager[None]:
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    module = torch.get_device_module(accelerator) if accelerator else None
-    # One that nothing has used yet has no state, and asking for it would set it up.
-    if accelerator is None or not getattr(module, "is_initialized", lambda: False)():
+    found = accelerator_in_use()
+    if found is None:
         return torch.random.fork_rng(())
-    return torch.random.fork_rng(range(torch.accelerator.device_count()), device_type=accelerator.type)
+    return torch.random.fork_rng(range(torch.accelerator.device_count()), device_type=found[0])

@@ -190,3 +190,14 @@ def test_fewer_tokens(
     only_json(outcome)
     for name in ("a", "b/recovered"):
         assert adapruner.load(tmp_path / name).config.vocab_size == 300
+
+
+def test_doctor_compares_the_gpu_with_the_cpu(device: Device, family: Callable[..., Path]) -> None:
+    model = family("llama", max_position_embeddings=256)
+    found = only_json(device.run("doctor", model, "--benchmark", "--json"))
+    assert len(found["devices"]) == 2
+    comparison = found["comparison"]
+    assert comparison["same_groups"] == 1
+    assert comparison["cpu"]["plan"] == comparison["accelerator"]["plan"]
+    assert comparison["accelerator"]["device"].startswith("cuda")
+    assert comparison["accelerator"]["stages"].keys() >= comparison["cpu"]["estimated"].keys()

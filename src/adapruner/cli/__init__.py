@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from adapruner import __version__
 from adapruner.cli._options import Flag
 from adapruner.cli._output import CLOSED_OUTPUT, plain_console
-from adapruner.cli.models import benchmark, evaluate, export, inspect, recover, vocabulary
+from adapruner.cli.models import benchmark, doctor, evaluate, export, inspect, recover, vocabulary
 from adapruner.cli.runs import join, plan, prune, report
 from adapruner.errors import AdaPrunerError, describe_failure, describe_invalid, reason
 from adapruner.interrupts import end_by_interrupt, handling_interrupts
@@ -42,7 +42,7 @@ app = App(
     suppress_keyboard_interrupt=False,
 )
 
-for verb in (prune, join, report, plan, recover, vocabulary, evaluate, benchmark, export, inspect):
+for verb in (prune, join, report, plan, recover, vocabulary, evaluate, benchmark, export, inspect, doctor):
     app.command(verb)
 app.register_install_completion_command()
 app.meta.suppress_keyboard_interrupt = False

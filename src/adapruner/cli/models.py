@@ -1,4 +1,4 @@
-"""The verbs of one model: recover, evaluate, benchmark, export, inspect."""
+"""The verbs of one model: recover, evaluate, benchmark, export, inspect; and doctor, which takes one too."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from adapruner.evaluation import Speed
     from adapruner.models import Architecture
     from adapruner.structure import Structure
-    from adapruner.verbs import Estimate, Evaluation
+    from adapruner.verbs import Comparison, Diagnosis, Estimate, Evaluation
 
 _GIB = 2**30
 
@@ -134,6 +134,34 @@ def benchmark(
     else:
         plain_console().print(_table_of_speeds(speeds, prompt, new_tokens))
     print_advice([*_advice_on_speed(speeds[model], speeds[against] if against else None)])
+
+
+def doctor(
+    model: Model = "smollm2",
+    /,
+    *,
+    benchmark: Flag = False,
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Say what is installed here, and check an accelerator against the CPU. Paste the output into an issue.
+
+    Args:
+        benchmark: Prune the model twice with little text, on the CPU and on the accelerator, and compare; some minutes.
+    """
+    from adapruner import verbs
+
+    diagnosis = verbs.doctor(model, benchmark, dtype, device)
+    if json:
+        print_json(diagnosis.model_dump(mode="json"))
+        return
+    console = plain_console()
+    console.print(_table_of_facts(diagnosis))
+    if diagnosis.comparison:
+        console.print(_table_of_comparison(diagnosis.comparison))
+    elif benchmark:
+        print_advice(["PyTorch finds no accelerator here: there is nothing to compare with the CPU"])
 
 
 def export(
@@ -260,6 +288,44 @@ def _tables_of_evaluation(result: Evaluation, model: str) -> Iterator[Table]:
             table.add_row("mean", metric, f"{value:.4f}", "")
         table.caption = "\n".join(score.protocol for score in result.tasks)
         yield table
+
+
+def _table_of_facts(diagnosis: Diagnosis) -> Table:
+    table = Table("", "", show_header=False)
+    table.add_row("python", f"{diagnosis.python}, {diagnosis.platform}")
+    packages = {name: found or "not installed" for name, found in diagnosis.packages.items()}
+    for name, found in packages.items():
+        table.add_row(name, found)
+    for device in diagnosis.devices:
+        memory = f", {device.memory / 2**30:.1f} GiB" if device.memory else ""
+        table.add_row(
+            "device", f"{device.name}{memory}, {'native' if device.native_bfloat16 else 'no native'} bfloat16"
+        )
+    for folder, is_there in diagnosis.data.items():
+        table.add_row("data", folder if is_there else f"{folder} does not exist")
+    table.add_row("engines", ", ".join(name for name, is_here in diagnosis.engines.items() if is_here) or "none")
+    return table
+
+
+def _table_of_comparison(comparison: Comparison) -> Table:
+    """A small run on the CPU and on the accelerator, stage by stage."""
+    cpu, other = comparison.cpu, comparison.accelerator
+    table = Table("", "CPU", "accelerator", "peak, MiB", "estimated, MiB", caption_justify="left")
+    for name, cost in cpu.stages.items():
+        own, expected = other.stages.get(name), other.estimated.get(name)
+        table.add_row(
+            f"{name}, s",
+            f"{cost.seconds:.1f}",
+            f"{own.seconds:.1f}" if own else "",
+            f"{own.peak_on_accelerator_mib:,}" if own else "",
+            f"{expected / 2**20:,.0f}" if expected else "",
+        )
+    table.add_row("loss of the chosen trial", f"{cpu.loss:.4f}", f"{other.loss:.4f}")
+    for role, value in cpu.perplexity.items():
+        table.add_row(f"perplexity, {role}", f"{value:.3f}", f"{other.perplexity[role]:.3f}")
+    table.add_row("plan", cpu.plan[:12], other.plan[:12])
+    table.caption = f"{comparison.same_groups:.2%} of the groups kept on the CPU are kept on the accelerator too"
+    return table
 
 
 def _table_of_speeds(speeds: dict[str, Speed], prompt: int, new_tokens: int) -> Table:

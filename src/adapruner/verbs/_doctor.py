@@ -1,0 +1,217 @@
+"""What is installed here, and whether an accelerator computes what the CPU does."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import platform
+import sys
+import tempfile
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from adapruner.config import Dtype
+from adapruner.models import computes_bfloat16_natively, describe_device, resolve_device
+from adapruner.pipeline import prune
+from adapruner.progress import StageCost
+from adapruner.result import PruneResult
+from adapruner.verbs._model import estimate
+
+_PACKAGES = ("adapruner", "torch", "transformers", "optuna", "peft", "accelerate", "safetensors", "lm-eval")
+# What loads a written model, by the name of its module.
+_ENGINES = ("llama_cpp", "mlx_lm", "vllm")
+# Enough for every stage to run, in minutes on two cores of a CPU.
+_SMALL: dict[str, Any] = {
+    "ratio": 0.2,
+    "pool": 8,
+    "samples": 4,
+    "objective_windows": 8,
+    "final_windows": 8,
+    "compensation_windows": 64,
+    "self_windows": 0,
+    "level_rounds": 1,
+    "trials": 13,
+    "evaluate_windows": 16,
+    "seq_len": 128,
+}
+_MODULES = (
+    "argparse",
+    "ast",
+    "collections",
+    "datetime",
+    "decimal",
+    "inspect",
+    "pickle",
+    "random",
+    "statistics",
+    "tarfile",
+)
+
+
+class _Facts(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Device(_Facts):
+    """A device: memory in bytes, and whether it multiplies bfloat16 natively."""
+
+    name: str
+    memory: int | None
+    native_bfloat16: bool
+
+
+class SmallRun(_Facts):
+    """A small pruning run on one device.
+
+    Attributes:
+        device: its name, and how exactly it computes.
+        loss: of the chosen candidate, nats per token.
+        perplexity: of the dense and the pruned model on held-out text.
+        stages: seconds and peak memory.
+        estimated: bytes on the device that each stage was expected to need.
+    """
+
+    device: str
+    plan: str
+    loss: float
+    perplexity: dict[str, float]
+    stages: dict[str, StageCost]
+    estimated: dict[str, int]
+
+
+class Comparison(_Facts):
+    """The same small run on the CPU and on the accelerator.
+
+    Attributes:
+        same_groups: the share of the groups kept on the CPU that are kept on the accelerator too.
+    """
+
+    model: str
+    cpu: SmallRun
+    accelerator: SmallRun
+    same_groups: float
+
+
+class Diagnosis(_Facts):
+    """What `adapruner doctor` finds.
+
+    Attributes:
+        packages: versions; None where one is not installed.
+        devices: the CPU and the accelerators.
+        data: the folders of `$ADAPRUNER_DATA`, and whether they exist.
+        engines: which engines that load written models are installed here.
+        comparison: of a small run; None where none was asked for or there is no accelerator.
+    """
+
+    python: str
+    platform: str
+    packages: dict[str, str | None]
+    devices: list[Device]
+    data: dict[str, bool]
+    engines: dict[str, bool]
+    comparison: Comparison | None = None
+
+
+def doctor(
+    model: str = "smollm2", benchmark: bool = False, dtype: Dtype = "float32", device: str = "auto"
+) -> Diagnosis:
+    """Says what is installed here; with `benchmark`, prunes a model twice with little text, on the CPU and on the
+    accelerator, and compares. The text is source code of Python's standard library, so that nothing is fetched.
+
+    Args:
+        model: as for `prune`.
+        benchmark: take some minutes.
+        dtype: of the weights in both runs.
+        device: the accelerator.
+
+    Raises:
+        AdaPrunerError: there is no such model or device.
+    """
+    accelerator = resolve_device(device)
+    compares = benchmark and accelerator.type != "cpu"
+    return Diagnosis(
+        python=sys.version.split()[0],
+        platform=platform.platform(),
+        packages={name: _version(name) for name in _PACKAGES},
+        devices=[_cpu(), *_accelerators()],
+        data={str(folder): folder.is_dir() for folder in _data_folders()},
+        engines={name: find_spec(name) is not None for name in _ENGINES},
+        comparison=_compare(model, dtype, accelerator) if compares else None,
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _data_folders() -> list[Path]:
+    return [Path(name) for name in os.environ.get("ADAPRUNER_DATA", "").split(os.pathsep) if name]
+
+
+def _cpu() -> Device:
+    cores = f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    return Device(name=cores, memory=None, native_bfloat16=computes_bfloat16_natively(torch.device("cpu")))
+
+
+def _accelerators() -> list[Device]:
+    if not torch.accelerator.is_available():
+        return []
+    devices = []
+    for number in range(torch.accelerator.device_count()):
+        one = torch.device(str(torch.accelerator.current_accelerator()), number)
+        module: Any = torch.get_device_module(one)
+        memory = module.mem_get_info(one)[1] if hasattr(module, "mem_get_info") else None
+        devices.append(
+            Device(name=describe_device(one), memory=memory, native_bfloat16=computes_bfloat16_natively(one))
+        )
+    return devices
+
+
+def _compare(model: str, dtype: Dtype, accelerator: torch.device) -> Comparison:
+    with tempfile.TemporaryDirectory(prefix="adapruner-") as folder:
+        text = Path(folder, "text.jsonl")
+        text.write_text("".join(json.dumps({"text": one}) + "\n" for one in _documents()), encoding="utf-8")
+        results, runs = list[PruneResult](), list[SmallRun]()
+        for place in ("cpu", str(accelerator)):
+            options = _SMALL | {"calibration": str(text), "dtype": dtype, "device": place}
+            results.append(prune(model, Path(folder, place.replace(":", "-")), **options))
+            expected = estimate(model, **options).stages
+            runs.append(_small_run(results[-1], {name: each.device for name, each in expected.items()}))
+        kept = [_kept_groups(result) for result in results]
+    same = len(kept[0] & kept[1]) / len(kept[0])
+    return Comparison(model=model, cpu=runs[0], accelerator=runs[1], same_groups=same)
+
+
+def _documents() -> list[str]:
+    """Paragraphs of code, in an order that has nothing to do with the file they are from."""
+    sources = [inspect.getsource(__import__(name)).split("\n\n\n") for name in _MODULES]
+    return sorted(
+        (part.strip() for source in sources for part in source if len(part) > 200), key=lambda part: part[::-1]
+    )
+
+
+def _small_run(result: PruneResult, estimated: dict[str, int]) -> SmallRun:
+    numbers = result.result
+    return SmallRun(
+        device=numbers.device,
+        plan=numbers.plan_hash,
+        loss=numbers.search.best_loss,
+        perplexity={
+            role: next(iter(numbers.model(role).perplexity.values())).perplexity for role in ("dense", "searched")
+        },
+        stages=numbers.stages,
+        estimated=estimated,
+    )
+
+
+def _kept_groups(result: PruneResult) -> set[tuple[int, int]]:
+    return {(number, group) for number, block in enumerate(result.plan.blocks) for group in block.kept}
