@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
+import ast
+import dataclasses
+import difflib
 import inspect
 import json
 import os
 import platform
+import random
+import statistics
 import sys
+import tarfile
 import tempfile
+import textwrap
+import typing
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -40,18 +49,7 @@ _SMALL: dict[str, Any] = {
     "evaluate_windows": 16,
     "seq_len": 128,
 }
-_MODULES = (
-    "argparse",
-    "ast",
-    "collections",
-    "datetime",
-    "decimal",
-    "inspect",
-    "pickle",
-    "random",
-    "statistics",
-    "tarfile",
-)
+_SOURCES = (argparse, ast, dataclasses, difflib, inspect, random, statistics, tarfile, textwrap, typing)
 
 
 class _Facts(BaseModel):
@@ -193,7 +191,7 @@ def _compare(model: str, dtype: Dtype, accelerator: torch.device) -> Comparison:
 
 def _documents() -> list[str]:
     """Paragraphs of code, in an order that has nothing to do with the file they are from."""
-    sources = [inspect.getsource(__import__(name)).split("\n\n\n") for name in _MODULES]
+    sources = [inspect.getsource(module).split("\n\n\n") for module in _SOURCES]
     return sorted(
         (part.strip() for source in sources for part in source if len(part) > 200), key=lambda part: part[::-1]
     )
