@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from adapruner.cli import main
-from adapruner.verbs import doctor
+from adapruner.doctor import diagnose
 
 
 def test_it_says_what_is_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ADAPRUNER_DATA", f"{tmp_path}:{tmp_path / 'none'}")
-    found = doctor(device="cpu", benchmark=True)
+    found = diagnose(device="cpu", benchmark=True)
     assert found.packages["torch"] == version("torch")
     assert found.data == {str(tmp_path): True, str(tmp_path / "none"): False}
     assert found.devices[0].name.startswith("CPU")

@@ -16,10 +16,11 @@ from adapruner.config import ExportFormat, GgufType, PruneOptions, RecoveryOptio
 from adapruner.errors import AdaPrunerError
 
 if TYPE_CHECKING:
+    from adapruner.doctor import Comparison, Diagnosis
     from adapruner.evaluation import Speed
     from adapruner.models import Architecture
     from adapruner.structure import Structure
-    from adapruner.verbs import Comparison, Diagnosis, Estimate, Evaluation
+    from adapruner.verbs import Estimate, Evaluation
 
 _GIB = 2**30
 
@@ -150,9 +151,9 @@ def doctor(
     Args:
         benchmark: Prune the model twice with little text, on the CPU and on the accelerator, and compare; some minutes.
     """
-    from adapruner import verbs
+    from adapruner.doctor import diagnose
 
-    diagnosis = verbs.doctor(model, benchmark, dtype, device)
+    diagnosis = diagnose(model, benchmark, dtype, device)
     if json:
         print_json(diagnosis.model_dump(mode="json"))
         return

@@ -1,6 +1,5 @@
 """Operations on one model, dense or pruned, outside of a pruning run; and the report of a run."""
 
-from adapruner.verbs._doctor import Comparison, Diagnosis, doctor
 from adapruner.verbs._evaluate import Evaluation, evaluate
 from adapruner.verbs._export import export
 from adapruner.verbs._model import Estimate, benchmark, describe, estimate, inspect, load
@@ -9,14 +8,11 @@ from adapruner.verbs._report import write_reports
 from adapruner.verbs._vocabulary import PrunedVocabulary, vocabulary
 
 __all__ = [
-    "Comparison",
-    "Diagnosis",
     "Estimate",
     "Evaluation",
     "PrunedVocabulary",
     "benchmark",
     "describe",
-    "doctor",
     "estimate",
     "evaluate",
     "export",

@@ -30,7 +30,7 @@ from adapruner.models import computes_bfloat16_natively, describe_device, resolv
 from adapruner.pipeline import prune
 from adapruner.progress import StageCost
 from adapruner.result import PruneResult
-from adapruner.verbs._model import estimate
+from adapruner.verbs import estimate
 
 _PACKAGES = ("adapruner", "torch", "transformers", "optuna", "peft", "accelerate", "safetensors", "lm-eval")
 # What loads a written model, by the name of its module.
@@ -116,7 +116,7 @@ class Diagnosis(_Facts):
     comparison: Comparison | None = None
 
 
-def doctor(
+def diagnose(
     model: str = "smollm2", benchmark: bool = False, dtype: Dtype = "float32", device: str = "auto"
 ) -> Diagnosis:
     """Says what is installed here; with `benchmark`, prunes a model twice with little text, on the CPU and on the
