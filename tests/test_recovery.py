@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import random
@@ -149,6 +150,25 @@ def test_lora_lowers_the_loss_and_leaves_an_ordinary_model(
     rows = torch.tensor([example["input_ids"] for example in examples.validation])
     with torch.no_grad():
         assert math.isclose(float(model(rows, labels=rows).loss), recovered.loss_after, rel_tol=0.02)
+
+
+@pytest.mark.parametrize("trained", ["lora", "full"])
+def test_computing_activations_twice_changes_no_weight(
+    trained: str, model: PreTrainedModel, examples: Examples, tmp_path: Path
+) -> None:
+    """Layers are run again on the way back: twice as often in a step, and nothing else differs."""
+    weights, calls = [], []
+    for twice in (False, True):
+        copied, seen = copy.deepcopy(model), list[nn.Module]()
+        copied.model.layers[0].input_layernorm.register_forward_pre_hook(
+            lambda module, _, seen=seen: seen.append(module)
+        )
+        options = RecoveryOptions(**SHORT | {"gradient_checkpointing": twice, "train": trained, "lora_dropout": 0.0})
+        train(copied, examples, options, tmp_path / str(twice))
+        weights.append(copied.state_dict())
+        calls.append(len(seen))
+    assert calls[1] > 1.3 * calls[0]
+    assert all(value.equal(weights[1][name]) for name, value in weights[0].items())
 
 
 def test_several_gpus_are_left_alone_by_one_process(

@@ -126,6 +126,9 @@ class RecoveryOptions(_Options):
     seq_len: int = Field(default=256, ge=2, description="Tokens per example; longer examples are truncated.")
     batch_size: Count = Field(default=64, description="Examples per optimizer step.")
     micro_batch_size: Count = Field(default=4, description="Examples per forward pass, limited by memory.")
+    gradient_checkpointing: bool = Field(
+        default=False, description="Compute activations twice in place of keeping them: less memory, a third slower."
+    )
     learning_rate: float = Field(default=1e-4, gt=0, description="Peak learning rate.")
     warmup_steps: int = Field(default=100, ge=0, description="Warm-up steps, at most a tenth of all steps.")
     lora_rank: Count = Field(default=8, description="Rank of the adapters.")

@@ -262,6 +262,8 @@ def _arguments(
         per_device_train_batch_size=micro_batch,
         per_device_eval_batch_size=micro_batch,
         gradient_accumulation_steps=of_process // micro_batch,
+        gradient_checkpointing=options.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
         learning_rate=options.learning_rate,
         # A short run would end before it is warm.
         warmup_steps=min(options.warmup_steps, steps // 10),
