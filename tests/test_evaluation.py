@@ -256,3 +256,5 @@ def test_what_a_checkpoint_was_calibrated_on_is_said(
         assert captured.err.count("adapruner: the perplexity on") == len(expected)
     (folder / "adapruner.json").write_text(json.dumps({"format": 1, "texts": [{"use": ["pool"]}]}))
     assert verbs.evaluate(folder, [str(text_file)], seq_len=16, limit=2).overlaps == []
+    # One name needs no list.
+    assert verbs.evaluate(folder, str(text_file), seq_len=16, limit=2).perplexity[0].windows == 2

@@ -56,12 +56,12 @@ class Evaluation:
 
 def evaluate(
     model: str | Path,
-    perplexity: Sequence[str] = (),
+    perplexity: str | Sequence[str] = (),
     protocol: str | None = None,
     seq_len: int = 128,
     stride: int | None = None,
     bos: bool = True,
-    tasks: Sequence[str] = (),
+    tasks: str | Sequence[str] = (),
     limit: int | None = None,
     dtype: Dtype = "auto",
     device: str = "auto",
@@ -70,18 +70,19 @@ def evaluate(
 
     Args:
         model: as for `load`.
-        perplexity: datasets.
+        perplexity: a dataset, or several.
         protocol: as others report, see `PROTOCOLS`; `llm-pruner` if no dataset and no task is named.
         seq_len: tokens per window of the texts in `perplexity`.
         stride: tokens between the beginnings of these windows; by default they do not overlap.
         bos: begin each of these windows with the token for the beginning of a text, if the tokenizer has one; protocols
             do not.
-        tasks: of lm-eval; `commonsense` is the seven of the paper.
+        tasks: one or several of lm-eval; `commonsense` is the seven of the paper.
         limit: take only so many windows of each dataset and items of each task, evenly spaced.
 
     Raises:
         AdaPrunerError: an option, the model, a text or a task will not do; before the weights are loaded.
     """
+    perplexity, tasks = ([names] if isinstance(names, str) else list(names) for names in (perplexity, tasks))
     _refuse_bad_windows(seq_len, stride, limit)
     if protocol is None and not perplexity and not tasks:
         protocol = "llm-pruner"
