@@ -376,16 +376,6 @@ def test_no_starting_point_is_tried_twice(searched: str, layout: str, subsets: S
     assert len({point.model_dump_json() for point in points}) == len(points) >= 1
 
 
-def test_a_high_ratio_also_starts_without_three_attentions(subsets: SubsetFamily) -> None:
-    def searched(ratio: float) -> list[dict[str, float | int | str]]:
-        space = SearchSpace(subsets, 4, 0, Budget(ratio), "extended", whole={"attention": (3, 1, 2, 0)})
-        return [point.parameters for point in space.starting_points()]
-
-    *common, level = searched(0.5)
-    assert common == searched(0.2)
-    assert (level["attentions_removed"], level["head_share"]) == (3, 0.5)
-
-
 def test_the_one_fixed_metric_is_finished_though_a_helper_is_at_it(subsets: SubsetFamily, tmp_path: Path) -> None:
     """The helper takes it first and does not come to an end; the search does."""
     space, place = SearchSpace(subsets, 4, 0, Budget(0.2), searched="calibration"), place_in(tmp_path)

@@ -25,8 +25,6 @@ _GIVEN_POINT, _GIVEN_SAMPLES, _GIVEN_BUDGET = "given_point", "given_samples", "g
 FIXED_METRIC, START = "fixed_metric", "start"
 
 MOST_PROTECTED_FIRST, MOST_PROTECTED_LAST = 6, 4
-# From here on no layer can be spared, and a few heads are cheaper than the last channels (docs/benchmarks.md).
-_HIGH_RATIO = 0.3
 # What the share of heads is raised to where channels alone cannot meet the ratio.
 _HEAD_SHARES = (0.25, 0.5, 0.75, 1.0)
 
@@ -137,9 +135,6 @@ class SearchSpace:
                 _mix(reconstruction=1.0, **experts) | reference | {"ranking": "global"},
                 _mix(taylor=1.0) | reference,
             ]
-            if self.budget.ratio >= _HIGH_RATIO:
-                level = {"bend": 0.2, "protect_first": 1, "protect_last": 1, "heads": "some", "head_share": 0.5}
-                points.append(_mix(reconstruction=1.0, **experts) | reference | level | self._removed(attention=3))
         parameters = [untilted | self._searched_only(point) for point in points]
         distinct = [point for number, point in enumerate(parameters) if point not in parameters[:number]]
         return baselines + [StartingPoint(parameters=point) for point in distinct]
