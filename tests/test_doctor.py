@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.metadata import version
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from adapruner.doctor import diagnose
 
 
 def test_it_says_what_is_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ADAPRUNER_DATA", f"{tmp_path}:{tmp_path / 'none'}")
+    monkeypatch.setenv("ADAPRUNER_DATA", f"{tmp_path}{os.pathsep}{tmp_path / 'none'}")
     found = diagnose(device="cpu", benchmark=True)
     assert found.packages["torch"] == version("torch")
     assert found.data == {str(tmp_path): True, str(tmp_path / "none"): False}

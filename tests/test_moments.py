@@ -22,6 +22,7 @@ from adapruner.measurement import (
     removal_errors,
     solve_damped,
 )
+from adapruner.measurement._moments import _eliminate, _with_inverse
 from adapruner.models import find_model, in_fastest_dtype, load_model
 from adapruner.structure import Structure, build_structure
 
@@ -208,3 +209,15 @@ def test_held_moments_are_read_once_where_there_is_room(tmp_path: Path) -> None:
         assert held[block].damping == 0.5
     assert [held[block] is held[block] for block in range(3)] == [True, True, False]
     assert HeldMoments(stored, {torch.device("meta"): room})[1].second.device.type == "meta"
+
+
+def test_inputs_that_repeat_each_other_are_ranked_in_float64() -> None:
+    """Few tokens of low rank: against plain float64 on the moments as they are."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(128, 24, generator=generator) @ torch.randn(24, 96, generator=generator)
+    second = inputs.T @ inputs / 128
+    own = InputMoments(torch.zeros(96), second, 1e-5 * float(second.diagonal().mean()))
+    weight = torch.randn(32, 96, generator=generator)
+    expected = _eliminate(weight.double(), torch.cholesky_inverse(factorize(second, own.damping)), 1)
+    for found, exact in zip(_eliminate(*_with_inverse(weight, own), 1), expected, strict=True):
+        assert found.argsort().equal(exact.argsort())

@@ -68,7 +68,7 @@ class SmallRun(_Facts):
     """A small pruning run on one device.
 
     Attributes:
-        device: its name, and how exactly it computes.
+        device: its type and name.
         loss: of the chosen candidate, nats per token.
         perplexity: of the dense and the pruned model on held-out text.
         stages: seconds and peak memory.
@@ -104,7 +104,7 @@ class Diagnosis(_Facts):
         devices: the CPU and the accelerators.
         data: the folders of `$ADAPRUNER_DATA`, and whether they exist.
         engines: which engines that load written models are installed here.
-        comparison: of a small run; None where none was asked for or there is no accelerator.
+        comparison: of a small run; None if not requested, or if there is no accelerator.
     """
 
     python: str

@@ -32,7 +32,7 @@ from adapruner.errors import AdaPrunerError
 from adapruner.evaluation import Tasks, load_tasks
 from adapruner.files import write_atomically
 from adapruner.importance import TERMS, needed_statistics
-from adapruner.memory import choose_layer_wise
+from adapruner.memory import choose_layer_wise, estimate_memory, room_for_moments
 from adapruner.models import (
     ModelLocation,
     architecture_of,
@@ -41,6 +41,7 @@ from adapruner.models import (
     check_tokens,
     empty_model,
     find_model,
+    is_pruned,
     is_streamable,
     load_config,
     load_model,
@@ -203,6 +204,14 @@ class Preparation:
         budget = reference_budget(self.config, self.structure, self.ratio_of_blocks(max(self.config.ratio)))
         streamable = is_streamable(self.location, self.empty.config)
         return choose_layer_wise(self.config, self.empty, self.structure, budget, self.device, streamable)
+
+    def room_for_moments(self) -> dict[torch.device, int]:
+        """Bytes that second moments may take while trials use them, by device; nothing where that cannot be told."""
+        if is_pruned(self.empty.config):
+            return {}
+        budget = reference_budget(self.config, self.structure, self.ratio_of_blocks(max(self.config.ratio)))
+        stages = estimate_memory(self.config, self.empty, self.structure, budget, self.device, self.layer_wise)
+        return room_for_moments(self.device, stages["searching"])
 
     @cached_property
     def dtype(self) -> torch.dtype:

@@ -105,7 +105,8 @@ def _stages(
         "sums": min(MEASURED_AT_ONCE[by_layer], config.pool) * (3 * vectors + 2 * sum(widths)) * _FLOAT32,
     }
     if config.space == "extended":
-        stages["comparing removals"] = weights | pool | {"second moments": 4 * moments + 4 * matrix}
+        # Twice as much as float32 takes: some blocks need float64.
+        stages["comparing removals"] = weights | pool | {"second moments": 8 * moments + 4 * matrix}
     logits = tokens_per_batch(device) * vocabulary * trial.itemsize + losses
     of_token = (structure.layers + 1) * hidden * trial.itemsize
     if config.space == "extended" and config.search == "joint" and config.whole != ("none",):
@@ -174,10 +175,15 @@ def choose_layer_wise(
     return by_layer
 
 
-def room_for_moments(device: torch.device) -> dict[torch.device, int]:
-    """Bytes that second moments may take while trials use them: half of what is free, on the device of the model and
-    then in main memory. The estimates leave them out, because a run works without."""
-    return {place: _total_and_free(place)[1] // 2 for place in dict.fromkeys((device, _CPU))}
+def room_for_moments(device: torch.device, needed: Memory) -> dict[torch.device, int]:
+    """Bytes that second moments may take while trials use them, on the device of the model and then in main memory:
+    half of what is free beyond what a stage needs in all. The estimates leave them out, because a run works without.
+
+    Args:
+        needed: by the stage, as estimated.
+    """
+    needs = {_CPU: needed.host} | {device: needed.device}
+    return {place: max(0, _total_and_free(place)[1] - needs[place]) // 2 for place in dict.fromkeys((device, _CPU))}
 
 
 def _total_and_free(device: torch.device) -> tuple[int, int]:

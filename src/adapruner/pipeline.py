@@ -146,7 +146,8 @@ def join(output: str | Path, storage: str | None = None, device: str = "auto") -
             trials = preparation.study(record.key).file
             if trials is not None and not trials.is_file():  # the run has not opened it yet, or keeps them elsewhere
                 continue
-            procedure.search.make(driver.job, folder.path, *map(driver.value, procedure.search.inputs))
+            with computing_repeatably(preparation.device):
+                procedure.search.make(driver.job, folder.path, *map(driver.value, procedure.search.inputs))
             return
         time.sleep(_SECONDS_BETWEEN_LOOKS)
     Reporter().note(f"nothing to run: the run in {output} has ended, or keeps its trials in another `storage`")

@@ -54,7 +54,7 @@ from adapruner.measurement import (
     projected_blocks,
     removal_errors,
 )
-from adapruner.memory import MEASURED_AT_ONCE, TOKENS_FOR_COSTS, TOKENS_FOR_WHOLE, room_for_moments, windows_of
+from adapruner.memory import MEASURED_AT_ONCE, TOKENS_FOR_COSTS, TOKENS_FOR_WHOLE, windows_of
 from adapruner.models import Whole, describe_device, empty_model, find_model, in_fastest_dtype, load_config, load_model
 from adapruner.planning import MOST_CHANNELS, PruningPlan, kept_counts, largest_channel_share
 from adapruner.recovery import DEFAULT_GENERATED_RECORDS, read_record, recover_into, total_steps, window_examples
@@ -369,7 +369,7 @@ def _what_ranks_experts(structure: Structure, statistics: Statistics) -> Literal
 
 def _held(job: Job, moments: Moments) -> HeldMoments | None:
     """The moments for stages that use them many times."""
-    return None if moments is None else HeldMoments(moments, room_for_moments(job.prepared.device))
+    return None if moments is None else HeldMoments(moments, job.prepared.room_for_moments())
 
 
 def _judge(

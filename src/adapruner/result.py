@@ -99,7 +99,7 @@ class RunResult(_Content):
         windows: how many there were, by use; `self`: those that the model wrote for compensation.
         stages: seconds and peak memory of every stage.
         versions: of the packages that decide numbers.
-        device: what computed them, and how exactly.
+        device: of the last call that added numbers.
         vocabulary: what was done to the vocabulary; None if all tokens are kept.
         foreign: what could be, if all are.
     """

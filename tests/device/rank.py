@@ -10,6 +10,7 @@ os.environ["SIMULATED_CUDA_DEVICES"] = os.environ["LOCAL_WORLD_SIZE"]
 import simulated_cuda
 
 simulated_cuda.install()
+simulated_cuda.native_bfloat16 = os.environ.get("SIMULATED_NATIVE_BFLOAT16", "1") == "1"
 
 import simulated_nccl  # noqa: E402
 

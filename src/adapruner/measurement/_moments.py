@@ -22,6 +22,8 @@ from adapruner.structure import Block, Structure
 # Of so many batches, one is held out while the damping is chosen.
 _BATCHES_PER_HELD_OUT = 8
 _ELIMINATION_STEPS = 64
+# The least share of an input that those before it do not say, with which float32 inverses are near enough.
+_LEAST_PIVOT = 1e-3
 _STRIPS = 8
 _OUTPUTS_TO_DAMP_BY = 1024
 # Tried as multiples of the mean of the diagonal.
@@ -339,16 +341,19 @@ def removal_errors(
                     errors.append((each[0].float().cpu(), each[1].float().cpu()))
                 if progress:
                     progress(1)
-    alone, eliminated = zip(*errors, strict=True)
-    return torch.cat(alone), torch.cat(eliminated)
+    alone, eliminated = (torch.cat(each) for each in zip(*errors, strict=True))
+    if not (alone.isfinite().all() and eliminated.isfinite().all()):
+        raise AdaPrunerError("errors of removal are not finite: try `dtype` float32, or more `compensation_windows`")
+    return alone, eliminated
 
 
 def _with_inverse(weight: Tensor, moments: InputMoments) -> tuple[Tensor, Tensor]:
     """[outputs, inputs], what a projection does with inputs that are scaled to a unit moment, and [inputs, inputs], the
-    inverse of their damped second moments. Scaled, float32 ranks groups as float64 does; float64 where it must be."""
+    inverse of their damped second moments. Scaled, float32 ranks groups as float64 does; float64 where an input is
+    nearly what others say of it."""
     second = moments.second.to(weight.device)
     factor, scale = _scaled_factor(second, moments.damping)
-    if factor is None:
+    if factor is None or factor.diagonal().min() ** 2 < _LEAST_PIVOT:
         return weight.double(), torch.cholesky_inverse(factorize(second, moments.damping))
     return weight / scale, torch.cholesky_inverse(factor)
 

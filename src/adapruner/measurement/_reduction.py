@@ -17,8 +17,8 @@ from adapruner.structure import Block, Structure, TensorSlice
 
 
 class Reduction:
-    """The sums of one batch over the tokens of each sample; float32, on the device of the model: it would have to wait
-    for every copy to the CPU.
+    """The sums of one batch over the tokens of each sample; float32, on the device of the model, because copying each
+    of them to the CPU would stall it.
 
     Attributes:
         taylor, element_absolute, element_squared: [samples, vectors]; the latter two, which need the gradient of every

@@ -65,8 +65,8 @@ def measure_in_parts(
             arXiv 2305.11627).
         terms: `vector-wise` leaves out what needs the gradients of weights: a third of the work less.
         layer_wise: keep the activations of one layer only, and run every layer forward once more when its gradient
-            arrives: a third more work. The same statistics. With streamed layers, the memory does not depend on the
-            number of layers.
+            arrives: a third more work. The same statistics. With streamed layers, only the sums grow with the number
+            of layers.
         folder: where the hidden states between layers lie meanwhile; by default that for temporary files.
         starts: numbers of the windows with which batches begin, asked for one at a time; by default all.
 
@@ -120,7 +120,7 @@ def saved_activations(config: PreTrainedConfig, dtype: torch.dtype) -> float:
     shortened.num_hidden_layers = 1
     # Or the tokens below might be padding, of which transformers warns.
     shortened.pad_token_id = None
-    if "layer_types" in vars(shortened):  # in some families it is computed from other fields
+    if vars(shortened).get("layer_types"):  # in some families it is computed from other fields
         shortened.layer_types = shortened.layer_types[:1]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(shortened, dtype=dtype)

@@ -60,12 +60,14 @@ def computing_repeatably(device: torch.device) -> Iterator[None]:
         return
     settings: Any = torch.utils.deterministic
     precision, fills = torch.get_float32_matmul_precision(), settings.fill_uninitialized_memory
+    convolves_in_tf32 = torch.backends.cudnn.allow_tf32
     is_strict = torch.are_deterministic_algorithms_enabled()
     only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
     # Read by cuBLAS when it is first used: without it, its sums may differ between streams.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     try:
         torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
         torch.use_deterministic_algorithms(True, warn_only=True)
         settings.fill_uninitialized_memory = False
         with warnings.catch_warnings():
@@ -73,16 +75,15 @@ def computing_repeatably(device: torch.device) -> Iterator[None]:
             yield
     finally:
         torch.set_float32_matmul_precision(precision)
+        torch.backends.cudnn.allow_tf32 = convolves_in_tf32
         torch.use_deterministic_algorithms(is_strict, warn_only=only_warns)
         settings.fill_uninitialized_memory = fills
 
 
 def describe_device(device: torch.device) -> str:
-    """What computes, in words, with what `computing_repeatably` makes of it."""
-    if device.type == "cpu":
-        return "cpu"
-    name = torch.get_device_module(device).get_device_name(device)
-    return f"{device.type} ({name}), no TF32, deterministic kernels where PyTorch has them"
+    """Its type and, of an accelerator, what it is called."""
+    name: Any = getattr(torch.get_device_module(device), "get_device_name", None)
+    return f"{device.type} ({name(device)})" if name else device.type
 
 
 def computes_bfloat16_natively(device: torch.device) -> bool:
@@ -92,7 +93,9 @@ def computes_bfloat16_natively(device: torch.device) -> bool:
     if device.type == "cuda" and not torch.cuda.is_available():
         return True
     is_supported: Any = getattr(torch.get_device_module(device), "is_bf16_supported", None)
-    return bool(is_supported and is_supported(including_emulation=False))
+    if device.type == "cuda":
+        return bool(is_supported(including_emulation=False))
+    return bool(is_supported and is_supported())
 
 
 def trial_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

@@ -6,6 +6,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -16,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -38,6 +39,7 @@ from adapruner.models import (
     in_fastest_dtype,
     quiet_transformers,
 )
+from adapruner.models.modeling_pruned import Nothing
 from adapruner.processes import this_process
 from adapruner.random_state import random_state_kept
 from adapruner.recovery._examples import IGNORED, Example, Examples
@@ -45,6 +47,8 @@ from adapruner.recovery._examples import IGNORED, Example, Examples
 # The validation loss is measured, and everything saved to go on from, so often while training; or more often, every 200
 # steps as LLM-Pruner does.
 _VALIDATIONS, _MOST_STEPS_BETWEEN = 10, 200
+# The variables that say which accelerators a program sees.
+_VISIBLE = {"cuda": "CUDA_VISIBLE_DEVICES", "xpu": "ZE_AFFINITY_MASK"}
 
 
 class RecoveryRecord(BaseModel):
@@ -112,15 +116,15 @@ def train(
         last = _last_whole_checkpoint(folder)
         trainer = create(
             model=trained,
-            args=_arguments(
-                model.device, options, folder, total_steps(examples, options), evaluates_first=last is None
-            ),
+            args=_arguments(model, options, folder, total_steps(examples, options), evaluates_first=last is None),
             train_dataset=examples.training,
             eval_dataset=examples.validation,
             data_collator=_batch,
             callbacks=[_Watcher(progress, folder)],
         )
         trainer.remove_callback(PrinterCallback)
+        if trainer.is_fsdp_enabled:
+            _sum_in_float32(trainer)
         trainer.train(resume_from_checkpoint=str(last) if last else None)
         if trainer.is_fsdp_enabled:
             _gather(trainer)
@@ -161,8 +165,8 @@ def check_device(device: torch.device) -> None:
     """
     if device.type != "cpu" and device.index and this_process().count == 1:
         raise AdaPrunerError(
-            f"training runs on the first GPU and not on {device}: set CUDA_VISIBLE_DEVICES={device.index} and leave"
-            " `device` out"
+            f"training runs on the first accelerator and not on {device}: set"
+            f" {_VISIBLE.get(device.type, 'its variable for visible devices')}={device.index} and leave `device` out"
         )
 
 
@@ -247,8 +251,9 @@ class _DistillationTrainer(Trainer):
 
 
 def _arguments(
-    device: torch.device, options: RecoveryOptions, folder: Path, steps: int, evaluates_first: bool
+    model: PreTrainedModel, options: RecoveryOptions, folder: Path, steps: int, evaluates_first: bool
 ) -> TrainingArguments:
+    device = model.device
     processes = this_process().count
     if options.batch_size % processes:
         raise AdaPrunerError(f"`batch_size` {options.batch_size} cannot be divided among {processes} processes")
@@ -283,8 +288,8 @@ def _arguments(
         dataloader_pin_memory=device.type != "cpu",
         remove_unused_columns=False,
         label_names=["labels"],
-        # There are none, and looking for them takes a walk through the graph in every step.
-        ddp_find_unused_parameters=False,
+        # The norms of parts that were removed whole. Looking for them takes a walk through the graph in every step.
+        ddp_find_unused_parameters=any(isinstance(module, Nothing) for module in cast(nn.Module, model).modules()),
         report_to="none",
         disable_tqdm=True,
         seed=options.seed,
@@ -341,6 +346,17 @@ def _with_adapters(model: PreTrainedModel, options: RecoveryOptions) -> Any:
     # By itself it loads adapters onto the first GPU, wherever the model is.
     adapted.load_adapter = partial(adapted.load_adapter, torch_device=str(model.device))
     return adapted
+
+
+def _sum_in_float32(trainer: Trainer) -> None:
+    """FSDP would give the loss, and add up gradients, in the dtype of the products."""
+    plugin: Any = trainer.accelerator.state.fsdp_plugin
+    if plugin.fsdp_version != 2:
+        raise AdaPrunerError(f"FSDP version {plugin.fsdp_version} is not supported: launch with --fsdp_version 2")
+    if isinstance(plugin.mixed_precision_policy, MixedPrecisionPolicy):
+        plugin.mixed_precision_policy = replace(
+            plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=torch.float32
+        )
 
 
 def _gather(trainer: Trainer) -> None:

@@ -1,0 +1,38 @@
+"""How an accelerator is made to compute. None is here: its settings are PyTorch's own, wherever they are read."""
+
+from __future__ import annotations
+
+import torch
+
+from adapruner.memory import Memory, room_for_moments
+from adapruner.models import computing_repeatably
+
+
+def settings() -> tuple[str, bool, bool, bool]:
+    return (
+        torch.get_float32_matmul_precision(),
+        torch.backends.cudnn.allow_tf32,
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+
+
+def test_a_run_on_an_accelerator_computes_repeatably_and_leaves_the_settings_as_they_were() -> None:
+    torch.set_float32_matmul_precision("high")
+    before = settings()
+    try:
+        with computing_repeatably(torch.device("cuda")):
+            assert settings() == ("highest", False, True, True)
+        assert settings() == before
+        with computing_repeatably(torch.device("cpu")):
+            assert settings() == before
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_moments_take_no_memory_that_a_stage_needs() -> None:
+    cpu = torch.device("cpu")
+    everything = room_for_moments(cpu, Memory(device=0, host=0, largest="weights"))[cpu]
+    some = room_for_moments(cpu, Memory(device=everything, host=0, largest="weights"))[cpu]
+    assert 0 < some < 0.7 * everything
+    assert room_for_moments(cpu, Memory(device=2**60, host=0, largest="weights")) == {cpu: 0}
