@@ -26,6 +26,10 @@ def test_every_process_on_a_machine_uses_its_own_gpu(monkeypatch: pytest.MonkeyP
     assert this_process() == Process(5, 8, 1, 4)
     assert not this_process().leads
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    current = list[torch.device]()
+    monkeypatch.setattr(torch, "get_device_module", lambda _: SimpleNamespace(set_device=current.append))
     monkeypatch.setattr(torch, "empty", lambda *_, device: SimpleNamespace(device=torch.device(device)))
     assert resolve_device("auto") == resolve_device("cuda") == torch.device("cuda:1")
-    assert resolve_device("cuda:0") == torch.device("cuda:0")
+    assert resolve_device("cuda:0") == torch.device("cuda:0") == current[-1]

@@ -225,7 +225,7 @@ def test_distillation_brings_a_model_nearer_to_its_teacher(
             return float((wanted.exp() * (wanted - predicted)).sum(-1).mean())
 
     before = divergence()
-    options = RecoveryOptions(**SHORT | {"steps": 30}, train=train_what, lora_dropout=0.0)
+    options = RecoveryOptions(**SHORT | {"steps": 30}, train=train_what, lora_dropout=0.0, label_weight=0.0)
     recovered = train(student, examples, options, tmp_path / "work", teacher)
     assert math.isclose(recovered.loss_before, before, rel_tol=0.02)
     assert math.isclose(recovered.loss_after, divergence(), rel_tol=0.02)
@@ -474,7 +474,11 @@ def test_overwriting_starts_again(model_folder: Path, text_file: Path, tmp_path:
 
 def test_the_teacher_writes_the_text_itself(model_folder: Path, tmp_path: Path) -> None:
     record = verbs.recover(
-        model_folder, "self", tmp_path / "a", teacher=str(model_folder), **SHORT | {"steps": 2, "records": 20}
+        model_folder,
+        "self",
+        tmp_path / "a",
+        teacher=str(model_folder),
+        **SHORT | {"steps": 2, "records": 20, "label_weight": 0.0},
     )
     assert (record.method, record.training_examples, record.validation_examples) == ("distillation", 18, 2)
     assert record.loss_before < 1e-3
