@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -14,13 +16,15 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedModel
 
-from adapruner import AdaPrunerError, PruneConfig, memory, verbs
+import adapruner
+from adapruner import AdaPrunerError, PruneConfig, memory, procedure, verbs
 from adapruner.cli import main
 from adapruner.job import reference_budget
-from adapruner.measurement import saved_activations
+from adapruner.measurement import HeldMoments, saved_activations
 from adapruner.memory import GIB, Memory, choose_layer_wise, estimate_memory
 from adapruner.models import empty_model, find_model, in_fastest_dtype, known_architectures, load_model, trial_dtype
 from adapruner.structure import build_structure
+from run_helpers import RUN_OPTIONS
 
 SMALL = {"pool": 6, "samples": 3, "objective_windows": 4, "seq_len": 16, "compensation_windows": 8, "trials": 4}
 TINY = SMALL | {"ratio": 0.05, "round_to": 1, "protect_first": 1, "protect_last": 1}
@@ -194,3 +198,23 @@ def test_trials_run_in_one_dtype_layer_by_layer_and_not(
         # The models themselves are left as they are.
         assert torch.equal(whole(windows).logits, streamed(windows).logits)
     assert streamed.dtype == torch.float32
+
+
+def test_no_moments_are_held_when_the_model_is_cut(
+    model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive = []
+    cut = procedure.prune_model
+
+    def counting(*arguments: Any) -> Any:
+        alive.append(sum(type(one) is HeldMoments for one in gc.get_objects()))
+        return cut(*arguments)
+
+    monkeypatch.setattr(procedure, "prune_model", counting)
+    gc.disable()
+    try:
+        adapruner.prune(str(model_folder), tmp_path / "a", calibration=str(text_file), **RUN_OPTIONS)
+    finally:
+        gc.enable()
+    assert alive
+    assert set(alive) == {0}
