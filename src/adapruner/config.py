@@ -127,7 +127,7 @@ class RecoveryOptions(_Options):
     batch_size: Count = Field(default=64, description="Examples per optimizer step.")
     micro_batch_size: Count = Field(default=4, description="Examples per forward pass, limited by memory.")
     gradient_checkpointing: bool = Field(
-        default=False, description="Recompute activations in the backward pass: less memory, about a third slower."
+        default=False, description="Recompute activations in the backward pass: less memory, more time."
     )
     learning_rate: float = Field(default=1e-4, gt=0, description="Peak learning rate.")
     warmup_steps: int = Field(default=100, ge=0, description="Warm-up steps, at most a tenth of all steps.")

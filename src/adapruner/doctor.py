@@ -27,6 +27,7 @@ from pydantic import BaseModel, ConfigDict
 
 from adapruner.config import Dtype
 from adapruner.models import computes_bfloat16_natively, describe_device, resolve_device
+from adapruner.paths import data_folders
 from adapruner.pipeline import prune
 from adapruner.progress import StageCost
 from adapruner.result import PruneResult
@@ -138,7 +139,7 @@ def diagnose(
         platform=platform.platform(),
         packages={name: _version(name) for name in _PACKAGES},
         devices=[_cpu(), *_accelerators()],
-        data={str(folder): folder.is_dir() for folder in _data_folders()},
+        data={str(folder): folder.is_dir() for folder in data_folders()},
         engines={name: find_spec(name) is not None for name in _ENGINES},
         comparison=_compare(model, dtype, accelerator) if compares else None,
     )
@@ -149,10 +150,6 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _data_folders() -> list[Path]:
-    return [Path(name) for name in os.environ.get("ADAPRUNER_DATA", "").split(os.pathsep) if name]
 
 
 def _cpu() -> Device:

@@ -40,9 +40,13 @@ def output_path(name: str | Path) -> Path:
     return path
 
 
+def data_folders() -> list[Path]:
+    """The folders of `$ADAPRUNER_DATA`, whether or not they exist."""
+    return [Path(name) for name in os.environ.get("ADAPRUNER_DATA", "").split(os.pathsep) if name]
+
+
 def find_local_data(name: str) -> Path | None:
     """The file or folder of a relative path in the first of the folders of `$ADAPRUNER_DATA` that has it, or of an
     absolute path if it exists."""
-    folders = filter(None, os.environ.get("ADAPRUNER_DATA", "").split(os.pathsep))
-    places = [Path(name)] if Path(name).is_absolute() else [Path(folder) / name for folder in folders]
+    places = [Path(name)] if Path(name).is_absolute() else [folder / name for folder in data_folders()]
     return next((place for place in places if place.exists()), None)

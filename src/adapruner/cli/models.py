@@ -294,9 +294,8 @@ def _tables_of_evaluation(result: Evaluation, model: str) -> Iterator[Table]:
 def _table_of_facts(diagnosis: Diagnosis) -> Table:
     table = Table("", "", show_header=False)
     table.add_row("python", f"{diagnosis.python}, {diagnosis.platform}")
-    packages = {name: found or "not installed" for name, found in diagnosis.packages.items()}
-    for name, found in packages.items():
-        table.add_row(name, found)
+    for name, found in diagnosis.packages.items():
+        table.add_row(name, found or "not installed")
     for device in diagnosis.devices:
         memory = f", {device.memory / 2**30:.1f} GiB" if device.memory else ""
         table.add_row(

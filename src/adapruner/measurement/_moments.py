@@ -325,6 +325,9 @@ def removal_errors(
         surgeon, Hassibi and Stork 1992; blocks as in arXiv 2203.07259). Then the error that it adds when the groups go
         one after the other, the cheapest first, with the rest compensated each time (ZipLM, arXiv 2302.04089), made
         ascending in the order of elimination.
+
+    Raises:
+        AdaPrunerError: an error is not finite.
     """
     errors = []
     # Each layer is loaded once for all of its blocks.

@@ -343,7 +343,7 @@ def _with_adapters(model: PreTrainedModel, options: RecoveryOptions) -> Any:
         raise AdaPrunerError(
             f"PEFT cannot put adapters on a {model.config.model_type} ({reason(error)}): set `train` to full"
         ) from error
-    # By itself it loads adapters onto the first GPU, wherever the model is.
+    # PEFT would load saved adapters onto the first GPU, wherever the model is.
     adapted.load_adapter = partial(adapted.load_adapter, torch_device=str(model.device))
     return adapted
 
