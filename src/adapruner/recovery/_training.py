@@ -124,7 +124,7 @@ def train(
         )
         trainer.remove_callback(PrinterCallback)
         if trainer.is_fsdp_enabled:
-            _sum_in_float32(trainer)
+            _set_up_fsdp(trainer)
         trainer.train(resume_from_checkpoint=str(last) if last else None)
         if trainer.is_fsdp_enabled:
             _gather(trainer)
@@ -348,8 +348,12 @@ def _with_adapters(model: PreTrainedModel, options: RecoveryOptions) -> Any:
     return adapted
 
 
-def _sum_in_float32(trainer: Trainer) -> None:
-    """FSDP would give the loss, and add up gradients, in the dtype of the products."""
+def _set_up_fsdp(trainer: Trainer) -> None:
+    """By default FSDP gives the loss, and adds up gradients, in the dtype of the products; here both are float32.
+
+    Raises:
+        AdaPrunerError: it is FSDP 1, whose weights `_gather` cannot give back.
+    """
     plugin: Any = trainer.accelerator.state.fsdp_plugin
     if plugin.fsdp_version != 2:
         raise AdaPrunerError(f"FSDP version {plugin.fsdp_version} is not supported: launch with --fsdp_version 2")
