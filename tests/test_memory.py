@@ -83,7 +83,9 @@ def test_a_7b_model_needs_what_its_shapes_say() -> None:
     assert max(each.device for each in on_gpu.values()) < 12 * GIB
     # Pruned layers wait in main memory: four fifths of all, without both embeddings.
     cut = 0.8 * 6_738_415_616 - 2 * 32_000 * 4096
-    assert 2 * cut < on_gpu["searching"].host < 2.5 * cut
+    assert on_gpu["compensating"].host == pytest.approx(2 * cut, rel=1e-3)
+    # Trials cut a layer when they read it.
+    assert on_gpu["searching"].host < 0.5 * cut
 
 
 def test_a_gpu_that_is_not_here_is_taken_for_one_with_bfloat16() -> None:

@@ -9,7 +9,7 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
@@ -126,6 +126,37 @@ def test_a_killed_search_proposes_what_an_undisturbed_one_does(
         search(space, record(continued, interrupted_at), 20, 3, tmp_path / "b")
     search(space, record(continued), 20, 3, tmp_path / "b")
     assert continued == undisturbed
+
+
+def test_trials_are_judged_four_at_a_time(subsets: SubsetFamily, tmp_path: Path) -> None:
+    """Every one is recorded with its own losses, one that cannot be met is replaced, and a killed search goes on."""
+    space, groups = SearchSpace(subsets, 4, 3, Budget(0.2)), []
+
+    def refuse() -> Iterator[Tensor]:
+        raise BudgetError("too much")
+        yield
+
+    def together(candidates: Sequence[Candidate]) -> list[Iterable[Tensor]]:
+        if len(groups) == 3 and not (tmp_path / "killed").exists():
+            (tmp_path / "killed").touch()
+            raise KeyboardInterrupt
+        groups.append([each.model_dump_json() for each in candidates])
+        judged: list[Iterable[Tensor]] = [a_smooth_objective(each) for each in candidates]
+        return [judged[0], refuse(), *judged[2:]] if len(groups) == 6 else judged
+
+    whole = Search(space, a_smooth_objective, 30, 3, place_in(tmp_path / "run"), judge_together=together)
+    with pytest.raises(KeyboardInterrupt):
+        whole.run()
+    whole.run()
+    points = whole.result().points
+    assert [len(group) for group in groups] == [4, 4, 4, 4, 4, 4, 4, 3]
+    assert len(set(groups[5])) == 4
+    assert len(points) == 30
+    assert sorted(point.loss for point in points) == sorted(
+        a_smooth_loss(Candidate.model_validate_json(each))
+        for number, group in enumerate(groups)
+        for each in (group if number != 5 else [group[0], *group[2:]])
+    )
 
 
 def test_a_trial_that_is_not_finite_is_not_the_best(subsets: SubsetFamily, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from adapruner.checkpoint import save_checkpoint
 from adapruner.errors import AdaPrunerError
-from adapruner.evaluation import compute_prefix, losses_by_batch
+from adapruner.evaluation import compute_prefix, log_probabilities, losses_by_batch, losses_in_step
 from adapruner.measurement import measure, measure_moments
 from adapruner.models import (
     decoder_layers,
@@ -32,7 +32,7 @@ from adapruner.models import (
 )
 from adapruner.planning import Budget, kept_counts, make_plan
 from adapruner.structure import build_structure
-from adapruner.surgery import Compensation, prune_model, refit_sequentially
+from adapruner.surgery import Compensation, kept_layers, prune_model, prune_on_reading, refit_sequentially
 
 MAPPINGS = Path("/proc/self/maps")
 
@@ -116,6 +116,37 @@ def test_a_streamed_model_is_cut_compensated_and_saved(
             torch.testing.assert_close(pruned(windows).logits, saved[-1](windows).logits)
     for name, tensor in saved[0].state_dict().items():
         torch.testing.assert_close(saved[1].state_dict()[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", known_architectures())
+def test_several_pruned_models_are_run_with_one_reading(
+    family: str, make_model: Callable[..., PreTrainedModel], windows: Tensor, tmp_path: Path
+) -> None:
+    """Against the same models cut in memory, one after the other."""
+    model = make_model(family)
+    structure = build_structure(model)
+    compensation = Compensation("least-squares", dict(measure_moments(model, structure, windows)))
+    plans = []
+    for seed, budget in enumerate((Budget(0.1, 1, 0, 0.5, 1), Budget(0.08, 0, 1, 0.0, 1))):
+        scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(seed))
+        plans.append(make_plan(structure, scores, kept_counts(structure, budget)))
+    if "layer" in structure.whole:
+        plans.append(make_plan(structure, scores, [block.groups * (block.layer != 1) for block in structure.blocks]))
+    streamed = load_model(find_model(on_disk(model, tmp_path)), layer_wise=True)
+    read: list[int] = []
+    for number, layer in enumerate(decoder_layers(streamed)):
+        stream, inner = layer.stream, layer.stream.read
+        stream.read = lambda number=number, inner=inner: (read.append(number), inner())[1]
+    references = log_probabilities(model, windows)
+    for of_dense in (None, references):
+        read.clear()
+        models = [(prune_on_reading(streamed, structure, p, compensation), kept_layers(structure, p)) for p in plans]
+        losses = losses_in_step(streamed, models, windows, of_dense)
+        # The first layer is also read to see what layers are called with.
+        assert read == [0, *range(structure.layers)]
+        for plan, own in zip(plans, losses, strict=True):
+            expected = losses_by_batch(prune_model(model, structure, plan, compensation), windows, of_dense)
+            torch.testing.assert_close(torch.cat(own), torch.cat(list(expected)), rtol=1e-4, atol=1e-6)
 
 
 def test_a_cut_model_is_gone_with_its_last_reference(model: PreTrainedModel, windows: Tensor, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from adapruner.measurement import saved_activations
 from adapruner.models import architecture_of, decoder_layers, is_pruned, trial_dtype
 from adapruner.planning import Budget, kept_counts
 from adapruner.processes import this_process
-from adapruner.search import MOST_PROTECTED_FIRST
+from adapruner.search import JUDGED_TOGETHER, MOST_PROTECTED_FIRST
 from adapruner.structure import Structure
 
 GIB = 2**30
@@ -114,9 +114,10 @@ def _stages(
         stages["removing parts whole"] = both | {"seq_len": whole, "logits": logits}
     stages["searching"] = {
         **(both | pool | solving),
-        "pruned weights": pruned * trial.itemsize,
+        # Layer by layer, trials have one layer in memory, and the hidden states of all windows.
+        ("a pruned layer" if by_layer else "pruned weights"): (max(of_layers) if by_layer else pruned) * trial.itemsize,
         "logits": logits,
-        "objective_windows": known * objective * hidden * trial.itemsize,
+        "objective_windows": (known + by_layer * 2 * JUDGED_TOGETHER) * objective * hidden * trial.itemsize,
         "dense predictions": 2 * objective * vocabulary * (config.selection == "kl"),
     }
     if config.levels_widths and not by_layer:

@@ -357,7 +357,8 @@ def _search(job: Job, statistics: Statistics, orders: RemovalOrders | None, judg
         whole=orders.shortened(structure, budget.ratio) if orders else {},
     )
     place = job.prepared.study(job.keys["search.json"])
-    return Search(space, judge, config.trials, config.seed, place, config.sampler)
+    together = judge.together if job.prepared.layer_wise else None
+    return Search(space, judge, config.trials, config.seed, place, config.sampler, judge_together=together)
 
 
 def _what_ranks_experts(structure: Structure, statistics: Statistics) -> Literal["none", "routing", "taylor"]:

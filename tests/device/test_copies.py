@@ -46,7 +46,7 @@ LAYER_BY_LAYER = {
     "measuring": Most(183, 39, 3),
     "comparing removals": Most(9, 3, 8),
     "removing parts whole": Most(40, 1, 2),
-    "searching": Most(198, 93, 8),
+    "searching": Most(96, 3, 9),
     "cutting": Most(72, 54, 3),
     "compensating": Most(25, 1, 2),
     "evaluating": Most(10, 1, 1),

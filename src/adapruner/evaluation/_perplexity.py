@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
-import torch.nn.functional as functional
 from pydantic import BaseModel, ConfigDict, computed_field
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from adapruner.models import LayerCall, enter_layers, loaded_layer, skipping_layers
-
-# What the caches of a processor hold, and what keeps a GPU busy.
-_TOKENS_PER_BATCH_ON_CPU, _TOKENS_PER_BATCH = 512, 4096
-
+from adapruner.evaluation._losses import losses_by_batch
 
 # Datasets and tokens per window that others report with: LLM-Pruner (arXiv 2305.11627) and the paper; SparseGPT, Wanda,
 # FLAP, SliceGPT.
@@ -147,95 +140,3 @@ def window_losses(
         if progress:
             progress(len(batch))
     return torch.cat(losses)
-
-
-@dataclass(frozen=True)
-class Prefix:
-    """What comes out of the first layers of a model for every batch of some windows.
-
-    Attributes:
-        states: for each batch, the hidden state [windows, tokens, hidden] in front of the first layer, behind it,
-            behind the second, and so on.
-        calls: for each batch, what a layer is called with.
-    """
-
-    states: list[list[Tensor]]
-    calls: list[LayerCall]
-
-    def in_place(self, model: PreTrainedModel, batch: int, layers: int) -> contextlib.AbstractContextManager[None]:
-        """While it lasts, the first layers of a model are not computed, which are those of the model of the prefix."""
-        known = min(layers, len(self.states[batch]) - 1)
-        if not known:
-            return contextlib.nullcontext()
-        return skipping_layers(model, known, self.states[batch][known], self.calls[batch])
-
-
-def compute_prefix(model: PreTrainedModel, windows: Tensor, layers: int) -> Prefix:
-    """Runs the first layers of a model over windows, in the batches of `losses_by_batch`."""
-    with torch.inference_mode():
-        entered = enter_layers(model, _batches(windows, model))
-        states = [[state] for state, _ in entered]
-        for index in range(layers):
-            with loaded_layer(model, index) as layer:
-                for of_batch, (_, calls) in zip(states, entered, strict=True):
-                    of_batch.append(calls[index].run(layer, of_batch[-1]))
-    return Prefix(states, [calls[0] for _, calls in entered])
-
-
-def losses_by_batch(
-    model: PreTrainedModel,
-    windows: Tensor,
-    references: Sequence[Tensor] | None = None,
-    context: int = 1,
-    prefix: Prefix | None = None,
-    prefix_layers: int = 0,
-) -> Iterator[Tensor]:
-    """[windows of one batch], float64, batch after batch: the mean over the predicted tokens of each window.
-
-    Args:
-        references: of another model, from `log_probabilities` of the same windows: gives the Kullback-Leibler
-            divergence from that model to this one in place of the negative log-likelihood of the text.
-        context: tokens at the beginning of a window that are not predicted, at least 1.
-        prefix: of a model whose first layers are the same, and which need not be computed again.
-        prefix_layers: how many are the same.
-    """
-    for number, batch in enumerate(_batches(windows, model)):
-        known = prefix.in_place(model, number, prefix_layers) if prefix else contextlib.nullcontext()
-        batch = batch.to(model.device)
-        with torch.inference_mode(), known:
-            logits = _predictions(model, batch)
-            losses = []
-            # Window by window: float32 logits of a batch are the largest thing in memory.
-            for window, own in enumerate(logits):
-                if references is None:
-                    loss = functional.cross_entropy(own.float(), batch[window, 1:], reduction="none")
-                else:
-                    reference = references[number][window].to(own.device).float()
-                    divergence = functional.kl_div(
-                        own.float().log_softmax(-1), reference, reduction="none", log_target=True
-                    )
-                    loss = divergence.sum(-1)
-                losses.append(loss[context - 1 :].double().mean())
-            of_batch = torch.stack(losses).cpu()
-        yield of_batch
-
-
-def log_probabilities(model: PreTrainedModel, windows: Tensor) -> list[Tensor]:
-    """[windows of one batch, tokens - 1, vocabulary], float16, for every batch: what the model predicts."""
-    with torch.inference_mode():
-        return [_predictions(model, batch).float().log_softmax(-1).half().cpu() for batch in _batches(windows, model)]
-
-
-def tokens_per_batch(device: torch.device) -> int:
-    """How many tokens are evaluated at once."""
-    return _TOKENS_PER_BATCH_ON_CPU if device.type == "cpu" else _TOKENS_PER_BATCH
-
-
-def _batches(windows: Tensor, model: PreTrainedModel) -> Sequence[Tensor]:
-    batches: Sequence[Tensor] = windows.split(max(1, tokens_per_batch(model.device) // windows.shape[1]))
-    return batches
-
-
-def _predictions(model: PreTrainedModel, batch: Tensor) -> Tensor:
-    logits: Tensor = model(batch.to(model.device), use_cache=False).logits
-    return logits[:, :-1]

@@ -5,11 +5,12 @@ from adapruner.search._levelling import Levelled, LevellingRound, level
 from adapruner.search._objective import Objective, is_feasible, plan_candidate
 from adapruner.search._place import StudyPlace, sqlite_url
 from adapruner.search._space import MOST_PROTECTED_FIRST, Candidate, SearchSpace
-from adapruner.search._study import Search, SearchResult
+from adapruner.search._study import JUDGED_TOGETHER, Search, SearchResult
 from adapruner.search._subsets import SubsetFamily, build_subset_family
 from adapruner.search._whole import MOST_WHOLE, RemovalOrders, removal_orders
 
 __all__ = [
+    "JUDGED_TOGETHER",
     "MOST_PROTECTED_FIRST",
     "MOST_WHOLE",
     "Candidate",

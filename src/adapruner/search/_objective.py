@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from adapruner.evaluation import Prefix, losses_by_batch
+from adapruner.evaluation import Prefix, losses_by_batch, losses_in_step
 from adapruner.importance import score_groups
 from adapruner.measurement import Statistics
+from adapruner.models import is_streamed
 from adapruner.planning import BudgetError, PruningPlan, kept_counts, make_plan
 from adapruner.search._space import Candidate
 from adapruner.structure import Structure
-from adapruner.surgery import Compensation, prune_model
+from adapruner.surgery import Compensation, kept_layers, prune_model, prune_on_reading
 
 
 def plan_candidate(structure: Structure, statistics: Statistics, candidate: Candidate) -> PruningPlan:
@@ -69,8 +71,31 @@ class Objective:
         """[windows of one batch], float64, batch after batch: the loss of the cut model, or its divergence from the
         dense one, in nats per predicted token."""
         plan = plan_candidate(self.structure, self.statistics, candidate)
+        if is_streamed(self.model):
+            yield from self._in_step([plan])[0]
+            return
         pruned = prune_model(self.model, self.structure, plan, self.compensation)
-        cut = [block.layer for block in plan.blocks if len(block.kept) < block.groups]
         yield from losses_by_batch(
-            pruned, self.windows, self.references, prefix=self.prefix, prefix_layers=min(cut, default=0)
+            pruned, self.windows, self.references, prefix=self.prefix, prefix_layers=_first_cut([plan])
         )
+
+    def together(self, candidates: Sequence[Candidate]) -> list[Iterable[Tensor]]:
+        """The same of several candidates, for which every layer of a model whose layers are streamed is read once."""
+        plans = {}
+        for number, candidate in enumerate(candidates):
+            with suppress(BudgetError):
+                plans[number] = plan_candidate(self.structure, self.statistics, candidate)
+        losses = dict(zip(plans, self._in_step(list(plans.values())), strict=True))
+        return [losses[number] if number in plans else self(each) for number, each in enumerate(candidates)]
+
+    def _in_step(self, plans: Sequence[PruningPlan]) -> list[list[Tensor]]:
+        models = [
+            (prune_on_reading(self.model, self.structure, plan, self.compensation), kept_layers(self.structure, plan))
+            for plan in plans
+        ]
+        return losses_in_step(self.model, models, self.windows, self.references, self.prefix, _first_cut(plans))
+
+
+def _first_cut(plans: Sequence[PruningPlan]) -> int:
+    """The first layer that one of the plans cuts."""
+    return min((block.layer for plan in plans for block in plan.blocks if len(block.kept) < block.groups), default=0)

@@ -25,12 +25,15 @@ from adapruner.search._place import StudyPlace
 from adapruner.search._space import FIXED_METRIC, START, Candidate, SearchSpace
 
 Judge = Callable[[Candidate], Iterable[Tensor]]
+JudgeTogether = Callable[[Sequence[Candidate]], Sequence[Iterable[Tensor]]]
 _Trials = dict[TrialState, list[FrozenTrial]]
 
 # A trial is stopped once it has been worse than the best one on so many windows, by so many standard errors of the mean
 # difference (see docs/benchmarks.md). It may be as good, but there will be others, and it counts with what it is likely
 # to be.
 _FEWEST_WINDOWS, _STANDARD_ERRORS = 8, 0.5
+# Trials that are judged together. Each is proposed without knowing what the others will come to.
+JUDGED_TOGETHER = 4
 # A user attribute of trials that a process runs beside the one that leads.
 _HELPER = "helper"
 # A helper marks its trial after it has created it.
@@ -82,8 +85,9 @@ class Search:
     """A search and what it is made of.
 
     What is proposed depends on the seed and on the finished trials alone, so that a search by one process that was
-    killed and resumed proposes what an undisturbed one would have. Of several processes, each takes account of what
-    the others are running (constant liar, Ginsbourger et al. 2010).
+    killed and resumed proposes what an undisturbed one would have (unless it was killed while it recorded trials that
+    were judged together). Of several processes, each takes account of what the others are running (constant liar,
+    Ginsbourger et al. 2010).
 
     Attributes:
         judge: gives the losses of a candidate on held-out windows, batch by batch, the same windows for each. It is not
@@ -91,6 +95,8 @@ class Search:
         trials: how many are to be finished.
         place: where every trial is recorded.
         stops_early: whether bad trials are stopped before they have seen all windows.
+        judge_together: gives the losses of several candidates on the same windows, where that is cheaper than one by
+            one; four trials are judged at a time then, and none is stopped.
     """
 
     space: SearchSpace
@@ -100,6 +106,7 @@ class Search:
     place: StudyPlace
     sampler: Sampler = "tpe"
     stops_early: bool = True
+    judge_together: JudgeTogether | None = None
 
     def run(self, progress: Callable[[float], None] | None = None) -> None:
         """Runs trials until enough are finished, by this process or by others. Ctrl-C stops it after a trial. One
@@ -236,31 +243,70 @@ class Search:
         beside_others = helps or any(_HELPER in trial.user_attrs for trial in trials[TrialState.RUNNING])
         study.sampler = _sampler(self.sampler, seed, beside_others)
         best = min((trial for trial in finished if math.isfinite(_loss(trial))), key=_loss, default=None)
+        left = self.trials - len(finished) - len(trials[TrialState.RUNNING])
+        beside = min(JUDGED_TOGETHER, left) - 1 if self.judge_together else 0
+
+        def run(trial: optuna.Trial) -> float:
+            others = [self._ask(study, seed + number) for number in range(1, beside + 1)]
+            return self._run_together(study, [trial, *others], best, helps)
+
         try:
-            study.optimize(lambda trial: self._judged(trial, best, helps), n_trials=1)
+            study.optimize(run, n_trials=1)
         except (UpdateFinishedTrialError, ValueError) as error:
             # Another process took this one for dead and has failed its trial, or has finished it: SQLite does not keep
             # two processes from taking one queued trial.
             if isinstance(error, ValueError) and "Cannot tell a" not in str(error):
                 raise
 
-    def _judged(self, trial: optuna.Trial, best: FrozenTrial | None, helps: bool) -> float:
+    def _ask(self, study: optuna.Study, seed: int) -> optuna.Trial:
+        """A further trial, proposed beside those that are running."""
+        study.sampler = _sampler(self.sampler, seed, beside_others=True)
+        with warnings.catch_warnings():
+            # Of trials that are asked for, Optuna sends no heartbeat: that of the trial they are judged with stands for
+            # them.
+            warnings.filterwarnings("ignore", message="Heartbeat of storage")
+            return study.ask()
+
+    def _run_together(
+        self, study: optuna.Study, trials: Sequence[optuna.Trial], best: FrozenTrial | None, helps: bool
+    ) -> float:
+        """Judges trials and records all but the first one, whose value is returned for Optuna to record.
+
+        Raises:
+            TrialPruned: the budget of the first one cannot be met.
+        """
+        if helps:
+            for trial in trials:
+                trial.set_user_attr(_HELPER, True)
+        candidates = [self.space.suggest(trial) for trial in trials]
+        if self.judge_together is None:
+            return self._value(trials[0], self.judge(candidates[0]), best)
+        first, *others = self.judge_together(candidates)
+        for trial, losses in zip(trials[1:], others, strict=True):
+            try:
+                study.tell(trial, self._value(trial, losses, None))
+            except optuna.TrialPruned:
+                study.tell(trial, state=TrialState.PRUNED)
+        return self._value(trials[0], first, None)
+
+    def _value(self, trial: optuna.Trial, batches: Iterable[Tensor], best: FrozenTrial | None) -> float:
         """The mean loss of a candidate over all windows, or what it is likely to be where it was stopped; infinite
         where the model is broken.
 
         Windows differ far more than candidates do, which is why candidates are compared window by window.
 
+        Args:
+            batches: its losses.
+            best: the trial to stop it by; None stops nothing.
+
         Raises:
             TrialPruned: the budget cannot be met.
         """
-        if helps:
-            trial.set_user_attr(_HELPER, True)
-        candidate = self.space.suggest(trial)
         if not self.stops_early or FIXED_METRIC in trial.user_attrs:
             best = None
         losses: list[float] = []
         try:
-            for batch in self.judge(candidate):
+            for batch in batches:
                 losses += batch.tolist()
                 if not all(map(math.isfinite, losses)):
                     raise NonFiniteError

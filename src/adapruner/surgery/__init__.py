@@ -1,7 +1,7 @@
 """Cutting a model by a plan, and compensation for what went."""
 
 from adapruner.surgery._compensation import Compensation, compensate
-from adapruner.surgery._cut import kept_layers, prune_model
+from adapruner.surgery._cut import kept_layers, prune_model, prune_on_reading
 from adapruner.surgery._sequential import compensate_sequentially, refit_sequentially
 from adapruner.surgery._stock import check_paddable, pad_to_stock
 
@@ -13,5 +13,6 @@ __all__ = [
     "kept_layers",
     "pad_to_stock",
     "prune_model",
+    "prune_on_reading",
     "refit_sequentially",
 ]

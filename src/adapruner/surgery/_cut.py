@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,9 @@ from adapruner.models import (
     architecture_of,
     is_streamed,
     loaded_layer,
+    move_resident,
     stream_from_memory,
+    stream_layers,
 )
 from adapruner.planning import BlockPlan, PruningPlan
 from adapruner.structure import Block, Structure, TensorSlice
@@ -55,6 +58,31 @@ def prune_model(
     return finished
 
 
+def prune_on_reading(
+    model: PreTrainedModel, structure: Structure, plan: PruningPlan, compensation: Compensation | None = None
+) -> PreTrainedModel:
+    """The same of a model whose layers are streamed, for a single run over it: nothing of a layer is in memory, it is
+    cut whenever it is read.
+
+    Args:
+        compensation: see `prune_model`.
+
+    Raises:
+        AdaPrunerError: the plan was made for another model.
+    """
+    plan.check_fits(structure)
+    kept, prefix = kept_layers(structure, plan), f"{architecture_of(model.config).layers}."
+    with init_empty_weights(include_buffers=False):
+        pruned: Any = _empty_pruned(model, structure, plan, kept, None, bool(compensation and compensation.adds_bias))
+    resident = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(prefix)}
+    pruned.load_state_dict(resident, strict=False, assign=True)
+    pruned.tie_weights()
+    move_resident(pruned, model.device)
+    stream_layers(pruned, [partial(_pruned_layer, model, layer, structure, plan, compensation) for layer in kept])
+    finished: PreTrainedModel = pruned.train(model.training)
+    return finished
+
+
 def kept_layers(structure: Structure, plan: PruningPlan) -> list[int]:
     """The layers that are not removed, from the input to the output."""
     gone = structure.removed_layers([len(block.kept) for block in plan.blocks])
@@ -66,10 +94,10 @@ def _empty_pruned(
     structure: Structure,
     plan: PruningPlan,
     kept: Sequence[int],
-    state: Mapping[str, Tensor],
+    state: Mapping[str, Tensor] | None,
     adds_bias: bool,
 ) -> PreTrainedModel:
-    """The pruned model before its weights are set."""
+    """The pruned model before its weights are set; without a state that tells their shapes, of no stock class."""
     architecture = architecture_of(model.config)
     fields = fields_of_layers(model.config, fields_of_all(model, architecture), kept)
     if architecture.attention:
@@ -80,7 +108,7 @@ def _empty_pruned(
     for own in layers.values():
         common |= own
     # A layer without heads says nothing of heads. No stock class takes a count of 0.
-    if all(common.values()) and all(own.items() <= common.items() for own in layers.values()):
+    if state and all(common.values()) and all(own.items() <= common.items() for own in layers.values()):
         shapes = {name: tensor.shape for name, tensor in state.items()}
         for stock in stock_models(architecture, fields | common):
             if {name: tensor.shape for name, tensor in stock.state_dict().items()} == shapes:
@@ -123,31 +151,41 @@ def _pruned_state(
     compensation: Compensation | None,
 ) -> dict[str, Tensor]:
     """Every tensor with the indices of the kept groups only, compensated; layers that stay are numbered anew."""
-    architecture = architecture_of(model.config)
-    prefix = f"{architecture.layers}."
+    prefix = f"{architecture_of(model.config).layers}."
     state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(prefix)}
     for new, layer in enumerate(kept):
         with loaded_layer(model, layer) as module:
-            own = {f"{prefix}{layer}.{name}": tensor for name, tensor in module.state_dict().items()}
-            whole = dict(own)
-            for index, (block, block_plan) in enumerate(zip(structure.blocks, plan.blocks, strict=True)):
-                if block.layer == layer and block_plan.kept:
-                    _prune_block(own, index, block, block_plan, compensation)
-                elif block.layer == layer:
-                    path = f"{prefix}{layer}.{architecture.module_of(block.kind)}."
-                    own = {name: tensor for name, tensor in own.items() if not name.startswith(path)}
+            own = _pruned_layer(model, layer, structure, plan, compensation)
             if is_streamed(model):
-                own = _in_memory(own, whole)
-        state |= {name.replace(f"{prefix}{layer}.", f"{prefix}{new}.", 1): tensor for name, tensor in own.items()}
+                own = _in_memory(own, module.state_dict())
+        state |= {f"{prefix}{new}.{name}": tensor for name, tensor in own.items()}
     return state
 
 
-def _in_memory(own: dict[str, Tensor], whole: dict[str, Tensor]) -> dict[str, Tensor]:
+def _pruned_layer(
+    model: PreTrainedModel, layer: int, structure: Structure, plan: PruningPlan, compensation: Compensation | None
+) -> dict[str, Tensor]:
+    """The tensors of a layer, by their names within it, with the indices of the kept groups only, compensated."""
+    architecture = architecture_of(model.config)
+    prefix = f"{architecture.layers}.{layer}."
+    with loaded_layer(model, layer) as module:
+        own = {f"{prefix}{name}": tensor for name, tensor in module.state_dict().items()}
+    for index, (block, block_plan) in enumerate(zip(structure.blocks, plan.blocks, strict=True)):
+        if block.layer == layer and block_plan.kept:
+            _prune_block(own, index, block, block_plan, compensation)
+        elif block.layer == layer:
+            path = f"{prefix}{architecture.module_of(block.kind)}."
+            own = {name: tensor for name, tensor in own.items() if not name.startswith(path)}
+    return {name.removeprefix(prefix): tensor for name, tensor in own.items()}
+
+
+def _in_memory(own: dict[str, Tensor], whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a streamed layer on the CPU. Of a layer that is cut none may lie in the file any more: one norm
     that does keeps all of the layer mapped, which counts as memory."""
-    is_cut = any(tensor is not whole.get(name) for name, tensor in own.items())
+    shared = {name for name, tensor in own.items() if name in whole and tensor.data_ptr() == whole[name].data_ptr()}
     return {
-        name: (tensor.clone() if is_cut and tensor is whole.get(name) else tensor).cpu() for name, tensor in own.items()
+        name: (tensor if name not in shared or shared == own.keys() else tensor.clone()).cpu()
+        for name, tensor in own.items()
     }
 
 
