@@ -94,7 +94,7 @@ class Comparison:
             share(self.folder(seed, name), self.folder(seed, "extended"))
         return pipeline.prune(
             "smollm2",
-            self.folder(seed, name),
+            output=self.folder(seed, name),
             ratio=SEARCHED_RATIO,
             calibration=CALIBRATION,
             objective_windows=self.objective_windows,

@@ -11,7 +11,7 @@ from pathlib import Path
 import adapruner
 
 model, text, report, output = sys.argv[1:]
-pruned = adapruner.prune(model, output, ratio=0.2, calibration=text).model_folder
+pruned = adapruner.prune(model, output=output, ratio=0.2, calibration=text).model_folder
 
 # Documents are split by their use, so that nothing is reported on documents of the calibration or the training.
 data = f"{text}@calibration"

@@ -16,7 +16,7 @@ import adapruner
 model, calibration, report, folder = sys.argv[1:]
 
 # The search is at 20 %; its best point is used for the other ratios, which only cut, compensate and evaluate.
-searched = adapruner.prune(model, Path(folder, "20"), ratio=0.2, calibration=calibration, evaluate=(report,))
+searched = adapruner.prune(model, output=Path(folder, "20"), ratio=0.2, calibration=calibration, evaluate=(report,))
 results = {20: searched}
 for percent in (5, 10, 15, 25, 30):
     try:

@@ -13,7 +13,7 @@ import adapruner
 model, calibration, report, output = sys.argv[1:]
 
 # Measures, searches, cuts, compensates, saves, and evaluates; invalid input raises AdaPrunerError before any work.
-result = adapruner.prune(model, output, ratio=0.2, calibration=calibration, evaluate=(report,))
+result = adapruner.prune(model, output=output, ratio=0.2, calibration=calibration, evaluate=(report,))
 
 # Every number carries its protocol, without which a perplexity means nothing.
 for text, measured in result.result.final.perplexity.items():

@@ -159,4 +159,4 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, text_file: Path) -> adapruner.PruneResult:
     """An undisturbed run with `RUN_OPTIONS`; tests that change it take a copy."""
     output = tmp_path_factory.mktemp("runs") / "undisturbed"
-    return adapruner.prune(str(model_folder), output, calibration=str(text_file), **RUN_OPTIONS)
+    return adapruner.prune(str(model_folder), output=output, calibration=str(text_file), **RUN_OPTIONS)

@@ -54,7 +54,7 @@ def text(text_file: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, text_file: Path) -> adapruner.PruneResult:
     output = tmp_path_factory.mktemp("runs") / "a"
-    return adapruner.prune(str(model_folder), output, calibration=str(text_file), **OPTIONS)
+    return adapruner.prune(str(model_folder), output=output, calibration=str(text_file), **OPTIONS)
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def interrupt_behind(name: str, model: Path, output: Path, **options: Any) -> No
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RunFolder, "finish", then_stop)
         with pytest.raises(KeyboardInterrupt):
-            adapruner.prune(str(model), output, **options)
+            adapruner.prune(str(model), output=output, **options)
 
 
 def test_a_changed_option_rebuilds_what_depends_on_it_and_nothing_else(
@@ -93,9 +93,9 @@ def test_a_changed_option_rebuilds_what_depends_on_it_and_nothing_else(
     with pytest.raises(
         AdaPrunerError, match=r"\(trials 9 → 11\): search.json, levelled.json, plan.json, .*report.html would"
     ):
-        adapruner.prune(str(model_folder), run, **options)
+        adapruner.prune(str(model_folder), output=run, **options)
     assert written(run) == before
-    result = adapruner.prune(str(model_folder), run, overwrite=True, **options)
+    result = adapruner.prune(str(model_folder), output=run, overwrite=True, **options)
     assert result.result.search.trials == 11
     after = written(run)
     kept_alike = ("windows", "self", "moments", "statistics", "evaluation/perplexity-d", "evaluation/breakage-d")
@@ -111,13 +111,13 @@ def test_what_is_no_longer_made_is_a_change_too(
 ) -> None:
     before = written(run)
     with pytest.raises(AdaPrunerError, match=rf"\({option} null → 0.*\): {first}, "):
-        adapruner.prune(str(model_folder), run, calibration=str(text_file), **OPTIONS, **{option: 0})
+        adapruner.prune(str(model_folder), output=run, calibration=str(text_file), **OPTIONS, **{option: 0})
     assert written(run) == before
 
 
 def test_an_option_that_decides_nothing_may_change(run: Path, model_folder: Path, text_file: Path) -> None:
     before = written(run)
-    adapruner.prune(str(model_folder), run, calibration=str(text_file), device="cpu", **OPTIONS)
+    adapruner.prune(str(model_folder), output=run, calibration=str(text_file), device="cpu", **OPTIONS)
     assert {name for name, moment in written(run).items() if moment != before.get(name)} == {"config.yaml"}
 
 
@@ -128,9 +128,9 @@ def test_replaced_weights_are_noticed(model: Path, text_file: Path, tmp_path: Pa
     tensors["model.layers.2.mlp.down_proj.weight"][3] += 1
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
     with pytest.raises(AdaPrunerError, match=r"another model\): windows.safetensors, .*statistics.safetensors would"):
-        adapruner.prune(str(model), tmp_path / "run", **options)
-    again = adapruner.prune(str(model), tmp_path / "run", overwrite=True, **options)
-    assert again.plan == adapruner.prune(str(model), tmp_path / "fresh", **options).plan
+        adapruner.prune(str(model), output=tmp_path / "run", **options)
+    again = adapruner.prune(str(model), output=tmp_path / "run", overwrite=True, **options)
+    assert again.plan == adapruner.prune(str(model), output=tmp_path / "fresh", **options).plan
 
 
 def test_replaced_text_is_noticed(model_folder: Path, text: Path, tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_replaced_text_is_noticed(model_folder: Path, text: Path, tmp_path: Path
     paragraphs = text.read_text().split("\n\n")
     text.write_text("\n\n".join(paragraphs[20:]))
     with pytest.raises(AdaPrunerError, match=r"another content of .*text.txt@calibration"):
-        adapruner.prune(str(model_folder), tmp_path / "run", **options)
+        adapruner.prune(str(model_folder), output=tmp_path / "run", **options)
 
 
 def test_another_column_of_a_text_is_another_text(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_another_column_of_a_text_is_another_text(model_folder: Path, text_file:
     path.write_text("\n".join(map(json.dumps, rows)))
     interrupt_behind("windows.safetensors", model_folder, tmp_path / "run", calibration=f"{path}:a", **OPTIONS)
     with pytest.raises(AdaPrunerError, match=r"rows.jsonl:a@calibration → .*rows.jsonl:b@calibration"):
-        adapruner.prune(str(model_folder), tmp_path / "run", calibration=f"{path}:b", **OPTIONS)
+        adapruner.prune(str(model_folder), output=tmp_path / "run", calibration=f"{path}:b", **OPTIONS)
 
 
 def test_another_description_of_the_family_rebuilds_what_was_measured(
@@ -160,7 +160,7 @@ def test_another_description_of_the_family_rebuilds_what_was_measured(
     with pytest.raises(
         AdaPrunerError, match=r"another family\): moments, statistics.safetensors, whole.json, search.json"
     ):
-        adapruner.prune(str(model_folder), run, calibration=str(text_file), **OPTIONS)
+        adapruner.prune(str(model_folder), output=run, calibration=str(text_file), **OPTIONS)
 
 
 def test_a_run_resumes_without_its_text(
@@ -169,14 +169,14 @@ def test_a_run_resumes_without_its_text(
     options = OPTIONS | {"calibration": str(text)}
     interrupt_behind("evaluation/texts.safetensors", model_folder, tmp_path / "run", **options)
     text.unlink()
-    resumed = adapruner.prune(str(model_folder), tmp_path / "run", **options)
+    resumed = adapruner.prune(str(model_folder), output=tmp_path / "run", **options)
     assert resumed.plan == finished.plan
     assert [model.parameters for model in resumed.result.models] == [
         model.parameters for model in finished.result.models
     ]
     text.write_text("w1 w2")
     with pytest.raises(AdaPrunerError, match="another content"):
-        adapruner.prune(str(model_folder), tmp_path / "run", **options)
+        adapruner.prune(str(model_folder), output=tmp_path / "run", **options)
 
 
 def test_a_folder_is_checked_again_once_it_is_locked(
@@ -189,14 +189,14 @@ def test_a_folder_is_checked_again_once_it_is_locked(
     @contextlib.contextmanager
     def slowly(self: RunFolder) -> Iterator[None]:
         monkeypatch.setattr(RunFolder, "locked", locked)
-        adapruner.prune(str(model_folder), tmp_path / "run", **options | {"ratio": 0.05})
+        adapruner.prune(str(model_folder), output=tmp_path / "run", **options | {"ratio": 0.05})
         with locked(self):
             yield
 
     monkeypatch.setattr(RunFolder, "locked", slowly)
     with pytest.raises(AdaPrunerError, match=r"ratio 0.05 → 0.1"):
-        adapruner.prune(str(model_folder), tmp_path / "run", **options)
-    assert adapruner.prune(str(model_folder), tmp_path / "run", **options | {"ratio": 0.05}).plan.ratio < 0.06
+        adapruner.prune(str(model_folder), output=tmp_path / "run", **options)
+    assert adapruner.prune(str(model_folder), output=tmp_path / "run", **options | {"ratio": 0.05}).plan.ratio < 0.06
 
 
 def test_the_lock_is_free_after_an_error(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_the_lock_is_free_after_an_error(model_folder: Path, text_file: Path, tm
     with run.locked():
         assert run.is_running()
         with pytest.raises(AdaPrunerError, match="another command is running in"):
-            adapruner.prune(str(model_folder), run.path, calibration=str(text_file), **OPTIONS)
+            adapruner.prune(str(model_folder), output=run.path, calibration=str(text_file), **OPTIONS)
 
 
 def test_several_ratios_share_what_was_measured(
@@ -219,7 +219,7 @@ def test_several_ratios_share_what_was_measured(
     monkeypatch.delattr("adapruner.procedure.measure_in_parts")
     monkeypatch.delattr("adapruner.procedure.measure_moments")
     options = OPTIONS | {"calibration": str(text_file), "ratio": (0.05, 0.1)}
-    results = prune_ratios(str(model_folder), run, **options)
+    results = prune_ratios(str(model_folder), output=run, **options)
     assert [result.result.config.ratio for result in results] == [(0.05,), (0.1,)]
     assert [round(result.plan.ratio, 2) for result in results] == [0.05, 0.1]
     assert all(result.result.search.ratio == result.result.config.ratio[0] for result in results)
@@ -229,7 +229,7 @@ def test_several_ratios_share_what_was_measured(
         assert result.report.is_file()
         assert adapruner.load(result.model_folder).num_parameters() > 0
     with pytest.raises(AdaPrunerError, match="names 2 ratios"):
-        adapruner.prune(str(model_folder), run, **options)
+        adapruner.prune(str(model_folder), output=run, **options)
 
 
 def test_ratios_and_plans_agree_on_the_windows_that_are_left_out(
@@ -239,14 +239,14 @@ def test_ratios_and_plans_agree_on_the_windows_that_are_left_out(
     tensors["model.embed_tokens.weight"][40] = torch.nan
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
     options = OPTIONS | {"calibration": str(text_file), "pool": 40, "objective_windows": 24, "ratio": (0.05, 0.1)}
-    first = prune_ratios(str(model), tmp_path / "run", **options)
+    first = prune_ratios(str(model), output=tmp_path / "run", **options)
     before = written(tmp_path / "run")
     assert RunFolder(tmp_path / "run").left_out.is_file()
     # Everything has the key that the second call looks for, and what was measured is enough for another ratio.
     with monkeypatch.context() as patch:
         patch.delattr("adapruner.procedure.measure_in_parts")
         patch.delattr("adapruner.procedure.Search")
-        again = prune_ratios(str(model), tmp_path / "run", **options)
+        again = prune_ratios(str(model), output=tmp_path / "run", **options)
         planned = adapruner.plan_again(tmp_path / "run", tmp_path / "plan", 0.08)
     assert [one.plan for one in again] == [one.plan for one in first]
     assert {name for name, moment in written(tmp_path / "run").items() if moment != before[name]} <= {"config.yaml"} | {
@@ -280,7 +280,7 @@ def test_relative_paths_mean_the_same_from_another_folder(
     model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    first = adapruner.prune("model", "run", calibration="text.txt", **OPTIONS)
+    first = adapruner.prune("model", output="run", calibration="text.txt", **OPTIONS)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     # Another model of the same name.
@@ -341,5 +341,5 @@ def test_files_are_known_by_their_content(tmp_path: Path) -> None:
 def test_a_result_of_another_version_is_rebuilt(run: Path, model_folder: Path, text_file: Path) -> None:
     content = json.loads((run / "result.json").read_text())
     (run / "result.json").write_text(json.dumps(content | {"schema_version": 2}))
-    result = adapruner.prune(str(model_folder), run, calibration=str(text_file), **OPTIONS)
+    result = adapruner.prune(str(model_folder), output=run, calibration=str(text_file), **OPTIONS)
     assert result.result.schema_version == 3

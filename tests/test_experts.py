@@ -190,7 +190,7 @@ def test_channels_inside_of_experts_are_pruned_from_end_to_end(
     own = {"ratio": 16 * per_channel / structure.total_parameters, "trials": 6, "expert_granularity": "channel"}
     uniform = {"layout": "uniform", "head_share": 0.0, "protect_first": None, "protect_last": None}
     options = RUN_OPTIONS | own | uniform
-    result = adapruner.prune(str(tmp_path / "dense"), tmp_path / "run", calibration=str(text_file), **options)
+    result = adapruner.prune(str(tmp_path / "dense"), output=tmp_path / "run", calibration=str(text_file), **options)
     for block in result.plan.blocks:
         if block.kind == "channels":
             of_experts = torch.tensor(block.kept) // (block.groups // 4)
@@ -265,7 +265,7 @@ def test_a_mixture_is_pruned_from_end_to_end(
 ) -> None:
     save_checkpoint(mixtral, tokenizer, tmp_path / "dense")
     options = RUN_OPTIONS | {"ratio": 0.195, "trials": 11}
-    result = adapruner.prune(str(tmp_path / "dense"), tmp_path / "run", calibration=str(text_file), **options)
+    result = adapruner.prune(str(tmp_path / "dense"), output=tmp_path / "run", calibration=str(text_file), **options)
     assert {len(block.kept) for block in result.plan.blocks if block.kind == "experts"} == {3}
     assert any(point.parameters.get("routing") for point in result.result.search.points)
     assert "experts kept" in (result.model_folder / "README.md").read_text()
@@ -273,7 +273,9 @@ def test_a_mixture_is_pruned_from_end_to_end(
     assert statistics.routed_output is not None
     # Experts lie in the files one by one.
     with pytest.raises(AdaPrunerError, match="together from several tensors"):
-        adapruner.prune(str(tmp_path / "dense"), tmp_path / "b", calibration=str(text_file), layer_wise=True, **options)
+        adapruner.prune(
+            str(tmp_path / "dense"), output=tmp_path / "b", calibration=str(text_file), layer_wise=True, **options
+        )
 
 
 def test_routing_that_chooses_groups_of_experts_first_is_proven() -> None:

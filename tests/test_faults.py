@@ -214,7 +214,7 @@ def test_what_was_only_measured_on_the_way_may_be_removed(
     for folder in ("moments", "evaluation"):
         shutil.rmtree(run.path / folder)
     monkeypatch.delattr("adapruner.job.load_model")
-    again = adapruner.prune(str(model_folder), run.path, calibration=str(text_file), **OPTIONS)
+    again = adapruner.prune(str(model_folder), output=run.path, calibration=str(text_file), **OPTIONS)
     assert again.result == finished.result
 
 
@@ -237,10 +237,10 @@ def test_a_kill_while_a_damaged_model_is_replaced(
     with monkeypatch.context() as patch:
         patch.setattr("adapruner.files.shutil.rmtree", remove_a_part)
         with pytest.raises(KeyboardInterrupt):
-            adapruner.prune(str(model_folder), run.path, calibration=str(text_file), **OPTIONS)
+            adapruner.prune(str(model_folder), output=run.path, calibration=str(text_file), **OPTIONS)
     assert run.model.is_dir()
     assert made(run) == set(FILES.values()) - {"model"}
-    adapruner.prune(str(model_folder), run.path, calibration=str(text_file), **OPTIONS)
+    adapruner.prune(str(model_folder), output=run.path, calibration=str(text_file), **OPTIONS)
     assert_same_artifacts(run.path, finished.output)
 
 
@@ -433,7 +433,7 @@ def test_samples_that_break_the_model_are_left_out_and_named(
 ) -> None:
     folder = with_broken_embedding(tmp_path / "model", model, tokenizer, slice(40, 41))
     options = OPTIONS | {"pool": 40, "objective_windows": 24}
-    result = adapruner.prune(str(folder), tmp_path / "run", calibration=str(text_file), **options)
+    result = adapruner.prune(str(folder), output=tmp_path / "run", calibration=str(text_file), **options)
     said = capsys.readouterr().err
     assert "not finite: windows [" in said
     assert said.count("left out") == 3
@@ -448,11 +448,11 @@ def test_samples_that_break_the_model_are_left_out_and_named(
     # They are known when the run is resumed.
     with monkeypatch.context() as patch:
         patch.delattr("adapruner.job.load_model")
-        again = adapruner.prune(str(folder), tmp_path / "run", calibration=str(text_file), **options)
+        again = adapruner.prune(str(folder), output=tmp_path / "run", calibration=str(text_file), **options)
     assert again.result.model_dump_json() == result.result.model_dump_json()
     # Of other windows, others are left out.
     options |= {"seed": 1, "overwrite": True}
-    other = adapruner.prune(str(folder), tmp_path / "run", calibration=str(text_file), **options)
+    other = adapruner.prune(str(folder), output=tmp_path / "run", calibration=str(text_file), **options)
     assert json.loads((tmp_path / "run" / "left_out.json").read_text())["windows"] != left_out
     assert other.plan.hash != result.plan.hash
 
@@ -464,4 +464,4 @@ def test_a_broken_model_is_refused(
     with pytest.raises(
         AdaPrunerError, match=r"not finite on (\d+) of the \1 windows of the \w+: its weights are broken"
     ):
-        adapruner.prune(str(folder), tmp_path / "run", calibration=str(text_file), **OPTIONS)
+        adapruner.prune(str(folder), output=tmp_path / "run", calibration=str(text_file), **OPTIONS)

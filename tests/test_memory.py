@@ -215,7 +215,7 @@ def test_no_moments_are_held_when_the_model_is_cut(
     monkeypatch.setattr(procedure, "prune_model", counting)
     gc.disable()
     try:
-        adapruner.prune(str(model_folder), tmp_path / "a", calibration=str(text_file), **RUN_OPTIONS)
+        adapruner.prune(str(model_folder), output=tmp_path / "a", calibration=str(text_file), **RUN_OPTIONS)
     finally:
         gc.enable()
     assert alive

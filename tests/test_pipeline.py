@@ -118,7 +118,7 @@ def test_the_same_call_again_does_nothing_twice(
 ) -> None:
     monkeypatch.delattr("adapruner.job.load_model")
     monkeypatch.delattr("adapruner.driver.replace")
-    again = adapruner.prune(str(model_folder), finished.output, calibration=str(text_file), **OPTIONS)
+    again = adapruner.prune(str(model_folder), output=finished.output, calibration=str(text_file), **OPTIONS)
     assert (again.plan, again.result) == (finished.plan, finished.result)
 
 
@@ -126,7 +126,7 @@ def test_another_seed_is_another_plan(
     finished: adapruner.PruneResult, model_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
     """That the same seed gives the same plan is tested with every kill."""
-    other = adapruner.prune(str(model_folder), tmp_path / "run", calibration=str(text_file), seed=1, **OPTIONS)
+    other = adapruner.prune(str(model_folder), output=tmp_path / "run", calibration=str(text_file), seed=1, **OPTIONS)
     assert other.plan.hash != finished.plan.hash
 
 
@@ -219,7 +219,7 @@ def test_what_a_kill_at_the_edge_of_any_artifact_leaves_is_resumed_from(
         patch.setattr(RunFolder, "begin", leaving_before(RunFolder.begin))
         patch.setattr(RunFolder, "finish", leaving_before(noting))
         patch.setattr("adapruner.driver.replace", leaving_before(replace))
-        adapruner.prune(str(model_folder), run, **options)
+        adapruner.prune(str(model_folder), output=run, **options)
     assert_same_artifacts(run, finished.output)
     assert len(left) == 3 * len(names) == 51
 
@@ -232,7 +232,7 @@ def test_what_a_kill_at_the_edge_of_any_artifact_leaves_is_resumed_from(
         name = names[number // 3]
         assert list(folder.glob(f".{name}.partial" if number % 3 == 1 and "/" not in name else "config.yaml"))
         with pytest.raises(KeyboardInterrupt):
-            adapruner.prune(str(model_folder), folder, **options)
+            adapruner.prune(str(model_folder), output=folder, **options)
         resumed, undisturbed = (RunFolder(one).record(name) for one in (folder, finished.output))
         assert resumed is not None
         assert undisturbed is not None
@@ -245,7 +245,9 @@ def test_plan_gives_another_ratio_without_measuring_or_searching(
     model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Widths are levelled at each ratio: without that, more is removed of the same.
-    earlier = adapruner.prune(str(model_folder), tmp_path / "a", calibration=str(text_file), level_rounds=0, **OPTIONS)
+    earlier = adapruner.prune(
+        str(model_folder), output=tmp_path / "a", calibration=str(text_file), level_rounds=0, **OPTIONS
+    )
     for name in ("generate_windows", "measure_in_parts", "measure_moments", "Search"):
         monkeypatch.delattr(f"adapruner.procedure.{name}")
     other = tmp_path / "b"
@@ -260,8 +262,8 @@ def test_plan_gives_another_ratio_without_measuring_or_searching(
 
 def test_the_model_can_write_its_own_calibration_text(model_folder: Path, tmp_path: Path) -> None:
     options = OPTIONS | {"calibration": "self", "trials": 5}
-    result = adapruner.prune(str(model_folder), tmp_path / "run", **options)
-    again = adapruner.prune(str(model_folder), tmp_path / "again", **options)
+    result = adapruner.prune(str(model_folder), output=tmp_path / "run", **options)
+    again = adapruner.prune(str(model_folder), output=tmp_path / "again", **options)
     assert result.plan == again.plan
     # There is no text to report on.
     assert not result.result.final.perplexity
@@ -273,7 +275,7 @@ def test_parts_of_the_space_can_be_searched_alone(
     space: str, alignment: str, search: str, model_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
     options = OPTIONS | {"alignment": alignment, "search": search, "trials": 6, "space": space}
-    result = adapruner.prune(str(model_folder), tmp_path / "run", calibration=str(text_file), **options).result
+    result = adapruner.prune(str(model_folder), output=tmp_path / "run", calibration=str(text_file), **options).result
     best, fixed = result.search.best, result.search.best_fixed
     assert best.budget == fixed.budget
     if search == "calibration":
@@ -296,7 +298,7 @@ def test_parts_of_the_space_can_be_searched_alone(
 def test_other_ways(changes: dict[str, object], model_folder: Path, text_file: Path, tmp_path: Path) -> None:
     """Every mode ends in a model that loads, meets the ratio, and has been found by a search of that mode."""
     options = OPTIONS | {"trials": 12, "ratio": 0.12} | changes
-    result = adapruner.prune(str(model_folder), tmp_path / "run", calibration=str(text_file), **options)
+    result = adapruner.prune(str(model_folder), output=tmp_path / "run", calibration=str(text_file), **options)
     assert abs(result.plan.ratio - 0.12) <= 0.005
     assert (tmp_path / "run" / "moments").is_dir() == (options.get("compensation") != "none")
     model = adapruner.load(result.model_folder)
@@ -310,7 +312,7 @@ def test_the_final_fit_brings_the_model_nearer_to_the_dense_one(
     model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = OPTIONS | {"calibration": str(text_file), "ratio": 0.15}
-    result = adapruner.prune(str(model_folder), tmp_path / "run", sequential=False, **options)
+    result = adapruner.prune(str(model_folder), output=tmp_path / "run", sequential=False, **options)
     tokens = load_file(tmp_path / "run" / "windows.safetensors")["compensation"]
     dense = adapruner.load(model_folder)
     with torch.no_grad():
@@ -320,7 +322,7 @@ def test_the_final_fit_brings_the_model_nearer_to_the_dense_one(
     # Nothing before the model depends on it.
     for name in ("measure_in_parts", "measure_moments", "Search"):
         monkeypatch.delattr(f"adapruner.procedure.{name}")
-    again = adapruner.prune(str(model_folder), tmp_path / "run", overwrite=True, sequential=True, **options)
+    again = adapruner.prune(str(model_folder), output=tmp_path / "run", overwrite=True, sequential=True, **options)
     assert again.plan == result.plan
     with torch.no_grad():
         sequential = adapruner.load(again.model_folder)(tokens).logits
@@ -330,7 +332,7 @@ def test_the_final_fit_brings_the_model_nearer_to_the_dense_one(
 
 def test_query_heads_end_to_end(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
     options = OPTIONS | {"head_granularity": "query-head", "head_share": 1.0}
-    result = adapruner.prune(str(model_folder), tmp_path / "run", calibration=str(text_file), **options)
+    result = adapruner.prune(str(model_folder), output=tmp_path / "run", calibration=str(text_file), **options)
     assert any(len(block.kept) < block.groups for block in result.plan.blocks if block.kind == "heads")
     assert adapruner.evaluate(result.model_folder, [str(text_file)], seq_len=16, limit=3).perplexity[0].windows == 3
     prompt = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3)}
@@ -506,12 +508,12 @@ def test_another_ratio_in_the_same_folder_and_back(
     for name in ("measure_in_parts", "measure_moments"):
         monkeypatch.delattr(f"adapruner.procedure.{name}")
     options = OPTIONS | {"calibration": str(text_file), "overwrite": True}
-    other = adapruner.prune(str(model_folder), tmp_path / "run", **options | {"ratio": 0.05})
+    other = adapruner.prune(str(model_folder), output=tmp_path / "run", **options | {"ratio": 0.05})
     assert other.plan.ratio < 0.06
     assert other.result.search.ratio == 0.05
     # The trials of before are known: none is run again.
     monkeypatch.delattr(Search, "_run_trial")
-    adapruner.prune(str(model_folder), tmp_path / "run", **options)
+    adapruner.prune(str(model_folder), output=tmp_path / "run", **options)
     assert_same_artifacts(tmp_path / "run", finished.output)
 
 
@@ -627,12 +629,12 @@ def test_layer_by_layer_leads_to_the_same_model(model_folder: Path, text_file: P
     memory gives out, and decides last digits: it is not mixed with what was made otherwise."""
     run, texts = tmp_path / "run", {"calibration": "self", "objective": str(text_file)}
     options = OPTIONS | texts | {"dtype": "bfloat16", "level_rounds": 0}
-    resident = adapruner.prune(str(model_folder), run, layer_wise=False, **options)
+    resident = adapruner.prune(str(model_folder), output=run, layer_wise=False, **options)
     with pytest.raises(
         AdaPrunerError, match=r"layer_wise\): windows.safetensors, self.safetensors, .* would be rebuilt"
     ):
-        adapruner.prune(str(model_folder), run, layer_wise=True, **options)
-    result = adapruner.prune(str(model_folder), run, overwrite=True, layer_wise=True, **options)
+        adapruner.prune(str(model_folder), output=run, layer_wise=True, **options)
+    result = adapruner.prune(str(model_folder), output=run, overwrite=True, layer_wise=True, **options)
     assert PruneConfig.load(run / "config.yaml").layer_wise
     assert result.plan.hash == resident.plan.hash
     assert result.result.search.best_loss == pytest.approx(resident.result.search.best_loss, rel=1e-3)
@@ -641,14 +643,16 @@ def test_layer_by_layer_leads_to_the_same_model(model_folder: Path, text_file: P
 def test_vector_wise_terms_alone(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
     """The best fixed metric is then the one that needs no gradient of a weight."""
     result = adapruner.prune(
-        str(model_folder), tmp_path, calibration=str(text_file), terms="vector-wise", **OPTIONS | {"trials": 6}
+        str(model_folder), output=tmp_path, calibration=str(text_file), terms="vector-wise", **OPTIONS | {"trials": 6}
     )
     assert result.result.search.best_fixed_name == "vectorize"
     assert "element_absolute" not in load_file(tmp_path / "statistics.safetensors")
 
 
 def test_a_pruned_model_is_pruned_again(finished: adapruner.PruneResult, text_file: Path, tmp_path: Path) -> None:
-    again = adapruner.prune(str(finished.model_folder), tmp_path, calibration=str(text_file), **OPTIONS | {"trials": 5})
+    again = adapruner.prune(
+        str(finished.model_folder), output=tmp_path, calibration=str(text_file), **OPTIONS | {"trials": 5}
+    )
     assert again.result.model("dense").parameters == finished.result.final.parameters
     assert 0.095 <= again.result.removed_share <= 0.105
     with pytest.raises(AdaPrunerError, match="whose layers differ already cannot be estimated"):
@@ -719,6 +723,9 @@ def test_a_part_that_the_family_cannot_lose_is_refused_before_anything_is_made(
         AdaPrunerError, match=r"`whole` feed-forward: .* opt cannot lose it; possible: attention, layer"
     ):
         adapruner.prune(
-            str(tmp_path / "opt"), tmp_path / "run", calibration=str(text_file), **OPTIONS | {"whole": ["feed-forward"]}
+            str(tmp_path / "opt"),
+            output=tmp_path / "run",
+            calibration=str(text_file),
+            **OPTIONS | {"whole": ["feed-forward"]},
         )
     assert not (tmp_path / "run").exists()

@@ -105,5 +105,5 @@ def test_bad_recipes_are_refused(
     if content is not None:
         Path(name).write_text(content)
     with pytest.raises(AdaPrunerError, match=message):
-        adapruner.prune(None, tmp_path / "run", recipe=name)
+        adapruner.prune(None, output=tmp_path / "run", recipe=name)
     assert not (tmp_path / "run").exists()

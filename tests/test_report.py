@@ -119,7 +119,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, text_
     paragraphs = text_file.read_text().split("\n\n")
     text.write_text("\n\n".join(f"{EVIL} {paragraph}" for paragraph in paragraphs))
     return adapruner.prune(
-        str(model), folder / "run", calibration=str(text), evaluate=(str(text), f"{text_file}@report"), **OPTIONS
+        str(model), output=folder / "run", calibration=str(text), evaluate=(str(text), f"{text_file}@report"), **OPTIONS
     )
 
 
@@ -342,7 +342,7 @@ def test_the_verb(run: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 def test_every_ratio_has_a_page(run: RunFolder) -> None:
     given = run.read_config().model_dump(exclude={"model", "search_ratio", "ratio"})
-    results = prune_ratios(run.read_config().model, run.path, ratio=(0.06, 0.12), **given)
+    results = prune_ratios(run.read_config().model, output=run.path, ratio=(0.06, 0.12), **given)
     for result in results:
         result.report.unlink()
     assert write_reports(run) == [result.report for result in results]
@@ -374,9 +374,9 @@ def test_a_report_that_fails_does_not_lose_the_run(
     with monkeypatch.context() as patch:
         patch.setattr("adapruner.procedure.render_report", lambda *_: pytest.fail("it cannot be drawn"))
         with pytest.raises(pytest.fail.Exception):
-            adapruner.prune(str(model_folder), tmp_path / "run", **options)
+            adapruner.prune(str(model_folder), output=tmp_path / "run", **options)
     written = (tmp_path / "run" / "result.json").stat().st_mtime_ns
-    result = adapruner.prune(str(model_folder), tmp_path / "run", **options)
+    result = adapruner.prune(str(model_folder), output=tmp_path / "run", **options)
     assert result.report.is_file()
     assert (tmp_path / "run" / "result.json").stat().st_mtime_ns == written
 

@@ -125,7 +125,7 @@ def uses_of(folder: Path, text: Path) -> dict[str, Callable[[], Any]]:
         "benchmark": lambda: adapruner.benchmark(folder, None, (1,), 4, 2, 1),
         "recover": lambda: adapruner.recover(folder, str(text), folder.parent / "recovered", seq_len=16, steps=1),
         "prune": lambda: adapruner.prune(
-            str(folder), folder.parent / "run", calibration=str(text), ratio=0.1, **options
+            str(folder), output=folder.parent / "run", calibration=str(text), ratio=0.1, **options
         ),
     }
 
@@ -258,7 +258,7 @@ def pruned(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, text_fi
     options |= {"recover": str(text), "recovery": {"seq_len": 16, "steps": 1}, "protect_first": 1, "protect_last": 1}
     return adapruner.prune(
         str(model),
-        place / "run",
+        output=place / "run",
         calibration=str(text),
         evaluate=(str(text),),
         evaluate_windows=2,

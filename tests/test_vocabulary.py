@@ -562,9 +562,9 @@ def test_a_run_counts_the_vocabulary_in_its_ratio(folders: tuple[Path, Path, Pat
     with pytest.raises(
         AdaPrunerError, match=rf"`ratio` 0.1 is less than what the vocabulary alone gives, {share:.3f} of"
     ):
-        adapruner.prune(str(folder), tmp_path / "run", calibration=str(text), **options)
+        adapruner.prune(str(folder), output=tmp_path / "run", calibration=str(text), **options)
     options |= {"ratio": round(share + 0.05, 3)}
-    result = adapruner.prune(str(folder), tmp_path / "run", calibration=str(text), **options)
+    result = adapruner.prune(str(folder), output=tmp_path / "run", calibration=str(text), **options)
     numbers = result.result
     assert numbers.vocabulary == alone
     assert numbers.removed_share == pytest.approx(options["ratio"], abs=0.005)
@@ -587,7 +587,7 @@ def test_a_run_counts_the_vocabulary_in_its_ratio(folders: tuple[Path, Path, Pat
     moved = other.rename(tmp_path / "moved.txt")
     try:
         (tmp_path / "run" / "plan.json").unlink()
-        resumed = adapruner.prune(str(folder), tmp_path / "run", calibration=str(text), **options)
+        resumed = adapruner.prune(str(folder), output=tmp_path / "run", calibration=str(text), **options)
     finally:
         moved.rename(other)
     assert resumed.plan.hash == result.plan.hash
@@ -597,7 +597,7 @@ def test_a_run_on_one_language_of_many_offers_to_prune_the_vocabulary(
     folders: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:
     folder, text, _ = folders
-    result = adapruner.prune(str(folder), tmp_path, calibration=str(text), **RUN_OPTIONS)
+    result = adapruner.prune(str(folder), output=tmp_path, calibration=str(text), **RUN_OPTIONS)
     foreign = result.result.foreign
     assert foreign is not None
     assert "CYRILLIC" in foreign.scripts

@@ -178,7 +178,7 @@ def _compare(model: str, dtype: Dtype, accelerator: torch.device) -> Comparison:
         results, runs = list[PruneResult](), list[SmallRun]()
         for place in ("cpu", str(accelerator)):
             options = _SMALL | {"calibration": str(text), "dtype": dtype, "device": place}
-            results.append(prune(model, Path(folder, place.replace(":", "-")), **options))
+            results.append(prune(model, output=Path(folder, place.replace(":", "-")), **options))
             expected = estimate(model, **options).stages
             runs.append(_small_run(results[-1], {name: each.device for name, each in expected.items()}))
         kept = [_kept_groups(result) for result in results]

@@ -61,7 +61,7 @@ def finished(
         patch.setenv("ADAPRUNER_DATA", str(data))
         return adapruner.prune(
             str(model_folder),
-            output,
+            output=output,
             calibration=str(text_file),
             recover=str(text_file),
             **OPTIONS,
@@ -212,7 +212,7 @@ def test_a_task_that_does_not_exist_is_refused_before_any_work(
     with pytest.raises(AdaPrunerError, match="did you mean boolq"):
         adapruner.prune(
             str(model_folder),
-            tmp_path / "run",
+            output=tmp_path / "run",
             calibration=str(text_file),
             **OPTIONS | {"tasks": ("bolq",), "recovery": {}},
         )

@@ -48,7 +48,7 @@ def test_its_structure() -> None:
 def test_pruned_for_real(dense: Path, tmp_path: Path) -> None:
     result = adapruner.prune(
         str(dense),
-        tmp_path / "run",
+        output=tmp_path / "run",
         calibration="boolq-passages",
         evaluate=("boolq-passages",),
         evaluate_windows=2,

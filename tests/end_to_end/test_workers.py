@@ -182,14 +182,14 @@ def test_a_second_command_in_a_running_folder_is_refused(
     leader = start(*prune_command(model_folder, output, text_file, 500))
     wait_until(RunFolder(output).is_running)
     with pytest.raises(AdaPrunerError, match="another command is running in"):
-        adapruner.prune(str(model_folder), output, calibration=str(text_file), trials=500, **OPTIONS)
+        adapruner.prune(str(model_folder), output=output, calibration=str(text_file), trials=500, **OPTIONS)
     assert leader.poll() is None
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, text_file: Path) -> Path:
     output = tmp_path_factory.mktemp("runs") / "a"
-    return adapruner.prune(str(model_folder), output, calibration=str(text_file), trials=5, **OPTIONS).output
+    return adapruner.prune(str(model_folder), output=output, calibration=str(text_file), trials=5, **OPTIONS).output
 
 
 @pytest.fixture
@@ -246,7 +246,7 @@ def test_databases_that_cannot_be_opened_are_refused(
     url: str, model_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(AdaPrunerError, match=r"database|`storage`"):
-        adapruner.prune(str(model_folder), tmp_path / "run", calibration=str(text_file), storage=url, **OPTIONS)
+        adapruner.prune(str(model_folder), output=tmp_path / "run", calibration=str(text_file), storage=url, **OPTIONS)
     assert not (tmp_path / "run").exists()
 
 
