@@ -9,12 +9,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from adapruner.callbacks import Callback
     from adapruner.config import PruneConfig, PruneOptions, RecoveryOptions
     from adapruner.errors import AdaPrunerError
     from adapruner.evaluation import Perplexity, Speed, TaskScore
     from adapruner.pipeline import join, plan_again, prune, prune_ratios
     from adapruner.planning import PruningPlan
+    from adapruner.progress import StageCost
     from adapruner.result import PruneResult, RunResult
+    from adapruner.search import TriedPoint
     from adapruner.verbs import (
         Evaluation,
         PrunedVocabulary,
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
         evaluate,
         export,
         load,
+        load_tokenizer,
         recover,
         vocabulary,
     )
@@ -30,6 +34,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdaPrunerError",
+    "Callback",
     "Evaluation",
     "Perplexity",
     "PruneConfig",
@@ -40,12 +45,15 @@ __all__ = [
     "RecoveryOptions",
     "RunResult",
     "Speed",
+    "StageCost",
     "TaskScore",
+    "TriedPoint",
     "benchmark",
     "evaluate",
     "export",
     "join",
     "load",
+    "load_tokenizer",
     "plan_again",
     "prune",
     "prune_ratios",
@@ -59,6 +67,9 @@ _MODULES = {
     **dict.fromkeys(("Perplexity", "Speed", "TaskScore"), "evaluation"),
     **dict.fromkeys(("join", "plan_again", "prune", "prune_ratios"), "pipeline"),
     "AdaPrunerError": "errors",
+    "Callback": "callbacks",
+    "StageCost": "progress",
+    "TriedPoint": "search",
     **dict.fromkeys(("PruneResult", "RunResult"), "result"),
     "PruningPlan": "planning",
 }

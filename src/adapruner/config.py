@@ -60,12 +60,13 @@ def _ascending(values: tuple[float, ...]) -> tuple[float, ...]:
 
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, AfterValidator(_check_fraction)]
-# One number stands for a tuple of one.
-Ratios = Annotated[
-    tuple[Fraction, ...],
-    BeforeValidator(lambda value: value if isinstance(value, list | tuple) else (value,)),
-    AfterValidator(_ascending),
-]
+# One value stands for a tuple of one.
+_OneOrMore = BeforeValidator(lambda value: value if isinstance(value, list | tuple) else (value,))
+Ratios = Annotated[tuple[Fraction, ...], _OneOrMore, AfterValidator(_ascending)]
+Names = Annotated[tuple[str, ...], _OneOrMore]
+
+# What the option `objective` begins with where it stands for a function of the user.
+FUNCTION = "python:"
 
 # The largest seed of NumPy; nobody has so many tokens, windows or steps either.
 _LARGEST_NUMBER = 2**32 - 1
@@ -157,7 +158,7 @@ class PruneOptions(_Options):
         default=(0.2,),
         description="Fraction of all parameters to remove, tied embeddings counted once; repeat it for several models.",
     )
-    vocabulary: tuple[str, ...] = Field(
+    vocabulary: Names = Field(
         default=(),
         description="Datasets whose tokens are kept, comma-separated or repeated; the others are removed and count"
         " towards the ratio. By default all tokens are kept.",
@@ -180,7 +181,7 @@ class PruneOptions(_Options):
         default=None,
         description="Dataset whose loss the search minimises; by default other documents of the calibration dataset.",
     )
-    evaluate: tuple[str, ...] = Field(
+    evaluate: Names = Field(
         default=(), description="Dataset to report perplexity on, before and after pruning; may be repeated."
     )
     pool: Count = Field(default=64, description="Calibration samples to measure.")
@@ -240,7 +241,7 @@ class PruneOptions(_Options):
     expert_granularity: ExpertGranularity = Field(
         default="expert", description="Of mixtures, remove whole experts, or the same number of channels from each."
     )
-    whole: tuple[WholePart, ...] | None = Field(
+    whole: Annotated[tuple[WholePart, ...], _OneOrMore] | None = Field(
         default=None,
         description="Part of a layer that may be removed whole, if the search finds that better: attention,"
         " feed-forward, layer, or none; may be repeated; by default attention, with layout uniform layer.",
@@ -275,7 +276,7 @@ class PruneOptions(_Options):
         description="Dataset to fine-tune the pruned model on: instructions with answers, or any text.",
     )
     recovery: RecoveryOptions = RecoveryOptions()
-    tasks: tuple[str, ...] = Field(
+    tasks: Names = Field(
         default=(),
         description="Tasks of lm-eval to report, comma-separated or repeated; commonsense is the seven of the paper.",
     )
@@ -288,6 +289,17 @@ class PruneOptions(_Options):
     )
     dtype: Dtype = Field(default="auto", description="Dtype of the weights; auto keeps the dtype of the checkpoint.")
     seed: int = Field(default=0, ge=0, description="The same seed on the same machine gives the same plan.")
+
+    @property
+    def objective_function(self) -> str | None:
+        """The name and version of the Python function that judges the trials; None for the loss on a dataset."""
+        is_function = self.objective is not None and self.objective.startswith(FUNCTION)
+        return self.objective if is_function else None
+
+    @property
+    def objective_dataset(self) -> str:
+        """The dataset whose windows are those of the objective."""
+        return self.calibration if self.objective is None or self.objective_function else self.objective
 
     @property
     def levels_widths(self) -> bool:

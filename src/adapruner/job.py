@@ -27,6 +27,7 @@ from adapruner.calibration import (
     start_token,
     text_windows,
 )
+from adapruner.callbacks import Callback
 from adapruner.config import PruneConfig
 from adapruner.errors import AdaPrunerError
 from adapruner.evaluation import Tasks, load_tasks
@@ -56,7 +57,7 @@ from adapruner.processes import Process
 from adapruner.progress import Reporter
 from adapruner.recovery import Examples, check_device, read_examples
 from adapruner.run import RunFolder
-from adapruner.search import StudyPlace, sqlite_url
+from adapruner.search import ItemLosses, StudyPlace, sqlite_url
 from adapruner.structure import Structure, build_structure
 from adapruner.texts import Texts, assign_texts, report_windows
 from adapruner.tokens import (
@@ -87,6 +88,8 @@ class Preparation:
         folder: the run folder.
         storage: URL of the database that keeps the trials; None for a SQLite file in the run folder.
         others: earlier run folders, whose artifacts are taken over.
+        item_losses: the function that judges trials, where the config names one.
+        callbacks: told of every trial.
     """
 
     config: PruneConfig
@@ -95,6 +98,8 @@ class Preparation:
     process: Process
     reporter: Reporter
     others: tuple[RunFolder, ...] = ()
+    item_losses: ItemLosses | None = None
+    callbacks: tuple[Callback, ...] = ()
 
     @cached_property
     def location(self) -> ModelLocation:
@@ -330,6 +335,14 @@ class Preparation:
     def tasks(self) -> Tasks:
         """Tasks of lm-eval, without the items whose text the model is calibrated or trained on."""
         return load_tasks(self.config.tasks, self.config.task_limit, self.texts.used_documents())
+
+    def check_objective(self) -> None:
+        """Refuses to judge trials without the function that is to judge them."""
+        if self.config.objective_function and self.item_losses is None:
+            raise AdaPrunerError(
+                f"the trials of this run are judged by a Python function ({self.config.objective_function}): call"
+                " adapruner.prune with the same function as `objective`"
+            )
 
     def check_storage(self) -> None:
         """Refuses a database that cannot be opened."""

@@ -4,17 +4,33 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
+
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+from typing_extensions import Unpack
 
 from adapruner import procedure
+from adapruner.arguments import PruneArguments, RunArguments
 from adapruner.calibration import absolute_source, source_names
+from adapruner.callbacks import Callback
 from adapruner.checkpoint import check_push, push
-from adapruner.config import PruneConfig, read_recipe
+from adapruner.config import FUNCTION, PruneConfig, PruneOptions, RecoveryOptions, read_recipe
 from adapruner.driver import Driver, refuse_outdated
 from adapruner.errors import AdaPrunerError, NonFiniteError, describe_failure
 from adapruner.evaluation import check_tasks
+from adapruner.given import (
+    TextData,
+    check_prunable,
+    check_tokenizer,
+    is_in_memory,
+    name_of_code,
+    write_model,
+    write_text,
+)
 from adapruner.job import Job, Preparation, register_extensions
 from adapruner.models import computing_repeatably
 from adapruner.paths import given_path
@@ -22,41 +38,79 @@ from adapruner.processes import Process, this_process
 from adapruner.progress import Reporter
 from adapruner.result import PruneResult
 from adapruner.run import RunFolder
+from adapruner.search import ItemLosses
 
 _SECONDS_BETWEEN_LOOKS = 0.2
+# The options whose values may be in memory.
+_IN_FILES = ("model", "calibration", "objective", "recover")
+ModelGiven: TypeAlias = str | Path | PreTrainedModel
 
 
-def prune_ratios(
-    model: str | None,
-    output: str | Path,
-    overwrite: bool = False,
-    push_to_hub: str | None = None,
-    recipe: str | Path | None = None,
-    storage: str | None = None,
-    hub_private: bool = True,
-    hub_revision: str | None = None,
-    hub_token: str | None = None,
-    **options: Any,
-) -> list[PruneResult]:
+def prune(
+    model: ModelGiven | None = None, calibration: TextData | None = None, **arguments: Unpack[RunArguments]
+) -> PruneResult:
     """Prunes a causal language model: measures, searches, cuts, saves, optionally fine-tunes, and evaluates.
 
-    Called again, it loads what an earlier call made from the same model, text and options, and makes the rest. Started
-    by `torchrun` or `accelerate launch`, all processes measure, search and train together; `join` adds workers to a
-    search.
+    Called again with the same output, it loads what an earlier call made from the same model, text and options, and
+    makes the rest. Started by `torchrun` or `accelerate launch`, all processes measure, search and train together;
+    `join` adds workers to a search.
 
     Args:
-        model: Hub id, model folder, `.gguf` file, or `smollm2`; None takes the model of the recipe.
-        output: the run folder; the pruned model is in its `model/`, the fine-tuned one in `recovered/`; for several
-            ratios, in a folder of each ratio.
+        model: Hub id, model folder, `.gguf` file, `smollm2`, or a model in memory with its `tokenizer`; None takes the
+            model of the recipe or the config. A model in memory is written to the run folder first, and read from there
+            as any other: it is not changed, and the run needs the memory of a second one.
+        calibration: the calibration dataset: a name; documents: a list or other iterable of strings, or the rows of a
+            `datasets.Dataset` with a column of text; or windows of tokens, [windows, tokens], int64. What is in memory
+            is written to the run folder too.
+        output: the run folder; the pruned model is in its `model/`, the fine-tuned one in `recovered/`. By default a
+            temporary one that is removed with the result: save the model elsewhere if you want to keep it.
+        tokenizer: of a model in memory.
+        config: options to start from: a `PruneConfig` or `PruneOptions`; keyword arguments override them.
+        recipe: the same, by the name of a shipped recipe or a YAML file.
         overwrite: rebuild what was made with other options, from another model or other text.
-        push_to_hub: upload the model, the recovered one if there is one, to this repository, `owner/name`.
-        recipe: options to start from, by the name of a shipped recipe or a YAML file; `options` override them.
+        objective: the dataset whose loss judges the trials, as for `calibration`; or a function that is given a pruned
+            model, in evaluation mode and on the device of the run, and returns its loss on each of some items,
+            [items]. The items are the same for every model, because candidates are compared item by item; lower is
+            better. Call `prune` with the same function to resume.
+        objective_version: of the function, for `resume`: results of another version are not used. By default a hash of
+            the file that the function is in.
+        callbacks: told of stages and trials.
         storage: URL of an SQL database that keeps the trials (`postgresql://…`); by default a SQLite file in the run
             folder.
+        push_to_hub: upload the model, the recovered one if there is one, to this repository, `owner/name`.
         hub_private: whether a new repository is private.
         hub_revision: branch.
         hub_token: by default that of the login.
-        options: the fields of `PruneOptions`.
+        arguments: the above, and the fields of `PruneOptions`.
+
+    Raises:
+        AdaPrunerError: an option, the model, the text or the folder is invalid; before any long work.
+    """
+    if isinstance(ratio := arguments.get("ratio"), list | tuple) and len(ratio) > 1:
+        raise AdaPrunerError(f"`ratio` names {len(ratio)} ratios: prune_ratios gives a result for each")
+    (result,) = prune_ratios(model, calibration, **arguments)
+    return result
+
+
+def prune_ratios(
+    model: ModelGiven | None = None,
+    calibration: TextData | None = None,
+    *,
+    output: str | Path | None = None,
+    tokenizer: Tokenizer | None = None,
+    config: PruneOptions | None = None,
+    recipe: str | Path | None = None,
+    overwrite: bool = False,
+    objective_version: str | None = None,
+    callbacks: Sequence[Callback] = (),
+    storage: str | None = None,
+    push_to_hub: str | None = None,
+    hub_private: bool = True,
+    hub_revision: str | None = None,
+    hub_token: str | None = None,
+    **options: Unpack[PruneArguments],
+) -> list[PruneResult]:
+    """`prune` for several values of `ratio`: measures once, and searches for each; the arguments are the same.
 
     Returns:
         The results, one for each ratio in ascending order.
@@ -64,23 +118,29 @@ def prune_ratios(
     Raises:
         AdaPrunerError: an option, the model, the text or the folder is invalid; before any long work.
     """
-    config = _config(model, recipe, options)
+    run = _run_folder(output)
+    objective = options.get("objective")
+    item_losses = objective if callable(objective) else None
+    given = _given_options(recipe, config, {"model": model, "calibration": calibration, **options})
+    if item_losses:
+        given["objective"] = FUNCTION + name_of_code(item_losses, objective_version)
+    resolved = _config(_in_files(given, tokenizer, run))
     if push_to_hub:
-        if len(config.ratio) > 1:
+        if len(resolved.ratio) > 1:
             raise AdaPrunerError("`push_to_hub` uploads one model: give one `ratio`")
         check_push(push_to_hub, hub_token)
-    results = _run(config, RunFolder(given_path(output)), overwrite, storage)
+    results = _run(resolved, run, overwrite, storage, item_losses=item_losses, callbacks=callbacks)
     if push_to_hub and this_process().leads:
         push(results[0].model_folder, push_to_hub, hub_private, hub_revision, hub_token)
     return results
 
 
-def prune(model: str | None, output: str | Path, **options: Any) -> PruneResult:
-    """`prune_ratios` for one ratio: prunes a causal language model and returns the result."""
-    if isinstance(ratio := options.get("ratio"), list | tuple) and len(ratio) > 1:
-        raise AdaPrunerError(f"`ratio` names {len(ratio)} ratios: prune_ratios gives a result for each")
-    (result,) = prune_ratios(model, output, **options)
-    return result
+def _run_folder(output: str | Path | None) -> RunFolder:
+    if output is not None:
+        return RunFolder(given_path(output))
+    if this_process().count > 1:
+        raise AdaPrunerError("several processes share a run folder: name it with `output`")
+    return RunFolder.temporary()
 
 
 def plan_again(source: str | Path, output: str | Path, ratio: float, overwrite: bool = False) -> PruneResult:
@@ -154,13 +214,21 @@ def join(output: str | Path, storage: str | None = None, device: str = "auto") -
 
 
 def _run(
-    config: PruneConfig, run: RunFolder, overwrite: bool, storage: str | None, others: Sequence[RunFolder] = ()
+    config: PruneConfig,
+    run: RunFolder,
+    overwrite: bool,
+    storage: str | None,
+    others: Sequence[RunFolder] = (),
+    item_losses: ItemLosses | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> list[PruneResult]:
     """Makes what is missing of a run in its folder."""
     process = this_process()
     run.check_usable()
     quiet = not process.leads
-    preparation = Preparation(config, run, storage, process, Reporter(quiet=quiet), tuple(others))
+    told = tuple(callbacks) if process.leads else ()
+    reporter = Reporter(quiet=quiet, watchers=told)
+    preparation = Preparation(config, run, storage, process, reporter, tuple(others), item_losses, told)
     with process.connected(preparation.device), computing_repeatably(preparation.device):
         drivers = [_driver(preparation, ratio, others) for ratio in config.ratio]
         if not overwrite:
@@ -172,13 +240,14 @@ def _run(
         with run.locked() if process.leads else contextlib.nullcontext():
             if process.leads:
                 run.check_usable()
-            preparation.reporter = Reporter(run.log if process.leads else None, quiet)
+            preparation.reporter = Reporter(run.log if process.leads else None, quiet, told)
             with _saying_what_is_kept(preparation):
                 drivers = [_driver(preparation, ratio, others) for ratio in config.ratio]
                 if process.leads:
                     if not overwrite:
                         refuse_outdated(drivers, run.path)
                     run.save_config(config)
+                    run.remove_given_but(config)
                 for driver in drivers:
                     _make_missing(driver)
             return [_result(driver) for driver in drivers]
@@ -236,19 +305,56 @@ def _result(driver: Driver) -> PruneResult:
     plan, result = driver.value(procedure.plan), driver.value(procedure.result)
     assert plan is not None
     assert result is not None
-    return PruneResult(driver.job.folder.path, plan, result)
+    return PruneResult(driver.job.folder.path, plan, result, driver.root)
 
 
-def _config(model: str | None, recipe: str | Path | None, options: dict[str, Any]) -> PruneConfig:
-    """The options, with the paths in them absolute, so that the run can be continued from any folder."""
-    given = read_recipe(recipe) if recipe else {}
-    if isinstance(given.get("recovery"), dict) and isinstance(options.get("recovery"), dict):
-        options = options | {"recovery": given["recovery"] | options["recovery"]}
-    if model is not None:
-        options = options | {"model": model}
-    if "model" not in given | options:
+def _given_options(
+    recipe: str | Path | None, config: PruneOptions | None, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The options of a recipe and a config, overridden by those that are given by name; a model or text may be in
+    memory.
+
+    Raises:
+        AdaPrunerError: an option is invalid.
+    """
+    base = (read_recipe(recipe) if recipe else {}) | (config.model_dump(exclude_unset=True) if config else {})
+    own = {name: value for name, value in options.items() if value is not None or name not in ("model", "calibration")}
+    recovery = own.get("recovery")
+    if isinstance(recovery, RecoveryOptions):
+        own["recovery"] = recovery.model_dump(exclude_unset=True)
+    if isinstance(base.get("recovery"), dict) and isinstance(recovery, dict):
+        own["recovery"] = base["recovery"] | recovery
+    given = base | own
+    if "model" not in given:
         raise AdaPrunerError("name a model: Hub id, model folder, .gguf file, or smollm2")
-    config = PruneConfig.from_options(**given | options)
+    if isinstance(windows := given.get("calibration"), Tensor) and windows.dim() == 2:
+        given.setdefault("seq_len", windows.shape[1])
+    # Other mistakes are told before anything is written.
+    named = {name: type(value).__name__ for name, value in given.items() if name in _IN_FILES and value is not None}
+    PruneConfig.from_options(**given | named)
+    return given
+
+
+def _in_files(given: Mapping[str, Any], tokenizer: Tokenizer | None, run: RunFolder) -> dict[str, Any]:
+    """The options, with a model and text that are in memory in files of the run folder."""
+    options: dict[str, Any] = {name: str(one) if isinstance(one, Path) else one for name, one in given.items()}
+    model: Any = options["model"]
+    loaded = not isinstance(model, str)
+    if loaded:
+        check_prunable(model)
+        tokenizer = check_tokenizer(tokenizer)
+    elif tokenizer is not None:
+        raise AdaPrunerError("`tokenizer` goes with a model in memory: leave it out, or load the model")
+    texts = {name: options[name] for name in ("calibration", "objective", "recover") if is_in_memory(options.get(name))}
+    if texts or loaded:
+        run.check_usable()
+    options |= {name: write_text(data, run.given, name) for name, data in texts.items()}
+    return options | ({"model": str(write_model(model, tokenizer, run.given))} if tokenizer else {})
+
+
+def _config(options: Mapping[str, Any]) -> PruneConfig:
+    """The options, with the paths in them absolute, so that the run can be continued from any folder."""
+    config = PruneConfig.from_options(**options)
     extensions = {
         name: str(given_path(file).absolute())
         for name in ("sources", "architectures")
@@ -257,13 +363,16 @@ def _config(model: str | None, recipe: str | Path | None, options: dict[str, Any
     config = config.model_copy(update=extensions)
     register_extensions(config)
     path = given_path(config.model)
+    absolute = {
+        name: absolute_source(value)
+        for name in ("calibration", "objective", "recover")
+        if (value := getattr(config, name)) is not None and not value.startswith(FUNCTION)
+    }
     return config.model_copy(
-        update={
+        update=absolute
+        | {
             "model": str(path.absolute()) if path.exists() else config.model,
-            "calibration": absolute_source(config.calibration),
-            "objective": config.objective and absolute_source(config.objective),
             "evaluate": tuple(map(absolute_source, config.evaluate)),
-            "recover": config.recover and absolute_source(config.recover),
             "vocabulary": tuple(map(absolute_source, source_names(config.vocabulary))),
         }
     )

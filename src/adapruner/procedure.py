@@ -57,6 +57,7 @@ from adapruner.measurement import (
 from adapruner.memory import MEASURED_AT_ONCE, TOKENS_FOR_COSTS, TOKENS_FOR_WHOLE, windows_of
 from adapruner.models import Whole, describe_device, empty_model, find_model, in_fastest_dtype, load_config, load_model
 from adapruner.planning import MOST_CHANNELS, PruningPlan, kept_counts, largest_channel_share
+from adapruner.progress import Advance
 from adapruner.recovery import DEFAULT_GENERATED_RECORDS, read_record, recover_into, total_steps, window_examples
 from adapruner.report import render_report
 from adapruner.result import TITLES, ForeignVocabulary, ModelNumbers, Role, RunResult, shown_name
@@ -70,6 +71,7 @@ from adapruner.search import (
     Search,
     SearchResult,
     SearchSpace,
+    TriedPoint,
     build_subset_family,
     is_feasible,
     level,
@@ -310,13 +312,17 @@ def whole(job: Job, work: Path, windows: Windows) -> RemovalOrders:
     "search.json",
     _json(SearchResult),
     inputs=(windows, moments, statistics, whole),
-    options="searched_ratio ratio_of samples objective_windows selection trials sampler search alignment terms"
-    " reduction space layout whole protect_first protect_last head_granularity expert_granularity head_share round_to"
-    " compensation seed",
+    options="searched_ratio ratio_of samples objective_windows objective_function selection trials sampler search"
+    " alignment terms reduction space layout whole protect_first protect_last head_granularity expert_granularity"
+    " head_share round_to compensation seed",
     leaves="model family precision left_out terms",
-    check=lambda job: (job.prepared.check_storage(), job.budget(job.config.searched_ratio)),
+    check=lambda job: (
+        job.prepared.check_storage(),
+        job.prepared.check_objective(),
+        job.budget(job.config.searched_ratio),
+    ),
     is_shared=True,
-    version=3,
+    version=4,
 )
 def search(
     job: Job, work: Path, windows: Windows, moments: Moments, statistics: Statistics, orders: RemovalOrders | None
@@ -333,9 +339,16 @@ def search(
             search.help()
         return None
     with prepared.reporter.stage("searching", config.trials) as advance:
-        search.run(progress=lambda best: advance(1, text=f"best {config.selection} {best:.4f}"))
+        search.run(partial(_report_trial, job, advance))
         further = text[config.objective_windows :]
-        return search.result(judge(further) if len(further) else None)
+        judges_further = len(further) and not prepared.item_losses
+        return search.result(judge(further) if judges_further else None)
+
+
+def _report_trial(job: Job, advance: Advance, trial: TriedPoint, best: float) -> None:
+    advance(1, text=f"best {'objective' if job.config.objective_function else job.config.selection} {best:.4f}")
+    for callback in job.prepared.callbacks:
+        callback.on_trial(trial)
 
 
 def _search(job: Job, statistics: Statistics, orders: RemovalOrders | None, judge: Objective) -> Search:
@@ -357,7 +370,7 @@ def _search(job: Job, statistics: Statistics, orders: RemovalOrders | None, judg
         whole=orders.shortened(structure, budget.ratio) if orders else {},
     )
     place = job.prepared.study(job.keys["search.json"])
-    together = judge.together if job.prepared.layer_wise else None
+    together = judge.together if job.prepared.layer_wise and not judge.item_losses else None
     return Search(space, judge, config.trials, config.seed, place, config.sampler, judge_together=together)
 
 
@@ -377,6 +390,9 @@ def _judge(
     job: Job, fast: PreTrainedModel, moments: HeldMoments | None, statistics: Statistics, windows: Tensor
 ) -> Objective:
     config, structure, reused = job.config, job.prepared.structure, 0
+    compensation = _compensation(config, moments)
+    if item_losses := job.prepared.item_losses:
+        return Objective(fast, structure, statistics, windows, compensation, item_losses=item_losses)
     if config.layout == "per-layer":
         reused = min(structure.layers, max(MOST_PROTECTED_FIRST, config.protect_first or 0))
     return Objective(
@@ -384,7 +400,7 @@ def _judge(
         structure,
         statistics,
         windows,
-        _compensation(config, moments),
+        compensation,
         compute_prefix(fast, windows, reused) if reused else None,
         log_probabilities(fast, windows) if config.selection == "kl" else None,
     )
@@ -395,6 +411,8 @@ def _compensation(config: PruneConfig, moments: Mapping[int, InputMoments] | Non
 
 
 def _check_levelling(job: Job) -> None:
+    if job.prepared.level_rounds:
+        job.prepared.check_objective()
     if job.prepared.layer_wise and job.prepared.level_rounds:
         raise AdaPrunerError("levelling needs all layers in memory: set `level_rounds` 0 with `layer_wise`")
 
@@ -418,7 +436,9 @@ def levelled(
     pool, rounds = text["pool"][: windows_of(TOKENS_FOR_COSTS, config)], prepared.level_rounds
     fast, candidate = in_fastest_dtype(prepared.dense), candidate_at_ratio(job, statistics, search.best)
     compensation = _compensation(config, _held(job, moments))
-    objective = Objective(fast, prepared.structure, statistics, text["objective"], compensation)
+    objective = Objective(
+        fast, prepared.structure, statistics, text["objective"], compensation, item_losses=prepared.item_losses
+    )
     channels = sum(block.kind == "channels" and not block.experts for block in prepared.structure.blocks)
     if not rounds:
         return Levelled(candidate=candidate, rounds=())

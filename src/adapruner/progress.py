@@ -8,11 +8,11 @@ import ctypes
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 from pydantic import BaseModel, ConfigDict
@@ -40,22 +40,31 @@ class StageCost(BaseModel):
     peak_on_accelerator_mib: int = 0
 
 
+class StageWatcher(Protocol):
+    """Told of the stages of a reporter."""
+
+    def on_stage_begin(self, stage: str) -> None: ...
+
+    def on_stage_end(self, stage: str, cost: StageCost) -> None: ...
+
+
 class Reporter:
     """Reports stages on stderr and, where a file is given, as JSON lines in it.
 
     Args:
         log: the file.
         quiet: print nothing; see `set_quiet` too.
+        watchers: told of every stage.
 
     Attributes:
         current: the stage that is running, or that an error ended.
     """
 
-    def __init__(self, log: Path | None = None, quiet: bool = False) -> None:
+    def __init__(self, log: Path | None = None, quiet: bool = False, watchers: Sequence[StageWatcher] = ()) -> None:
         # Bound to stderr as it is now, so that a redirection for another library does not catch our bars.
         self.console = Console(file=sys.stderr, markup=False, emoji=False, highlight=False, quiet=quiet or _quiet.get())
         self.shows_bars = self.console.is_terminal or (self.console.is_jupyter and find_spec("ipywidgets") is not None)
-        self.log = log
+        self.log, self.watchers = log, tuple(watchers)
         self.current = "preparing"
 
     @contextlib.contextmanager
@@ -65,6 +74,8 @@ class Reporter:
         reset_peak_memory()
         _reset_accelerator_peak()
         self._record(event="started", stage=name, memory_mib=held_memory() // MIB)
+        for watcher in self.watchers:
+            watcher.on_stage_begin(name)
         if self.shows_bars:
             yield from self._with_bar(name, total)
         else:
@@ -73,7 +84,10 @@ class Reporter:
         if not self.shows_bars:
             self.note(f"{name}: done in {seconds:.1f} s")
         peaks = {"peak_memory_mib": peak_memory() // MIB, "peak_on_accelerator_mib": _accelerator_peak() // MIB}
-        self._record(event="finished", stage=name, seconds=round(seconds, 2), **peaks)
+        cost = StageCost(seconds=round(seconds, 2), **peaks)
+        self._record(event="finished", stage=name, **cost.model_dump())
+        for watcher in self.watchers:
+            watcher.on_stage_end(name, cost)
 
     def note(self, lines: str) -> None:
         """Prints something once, if there is something to print."""

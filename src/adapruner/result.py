@@ -5,19 +5,24 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from rich.table import Table
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.config import PruneConfig
 from adapruner.evaluation import Breakage, Perplexity, TaskScore, mean_accuracies
+from adapruner.models import find_model, load_model, load_tokenizer
 from adapruner.planning import PruningPlan
 from adapruner.progress import StageCost
 from adapruner.recovery import RecoveryRecord
+from adapruner.run import RunFolder
 from adapruner.search import Levelled, SearchResult
 from adapruner.tokens import VocabularySummary
 
@@ -146,6 +151,18 @@ class PruneResult:
     output: Path
     plan: PruningPlan
     result: RunResult
+    # A temporary run folder exists as long as this.
+    _run: RunFolder | None = field(default=None, repr=False, compare=False)
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The pruned model, the recovered one if it was fine-tuned; loaded when it is first used, and kept."""
+        return load_model(find_model(str(self.model_folder)))
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the model."""
+        return load_tokenizer(find_model(str(self.model_folder)))
 
     @property
     def model_folder(self) -> Path:

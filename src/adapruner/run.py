@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import tempfile
+import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -33,7 +35,16 @@ class RunFolder:
         self.model = path / "model"
         self.recovered = path / "recovered"
         self.report = path / "report.html"
+        # A model and text that were in memory.
+        self.given = path / "given"
         self._lock = path / ".lock"
+
+    @classmethod
+    def temporary(cls) -> RunFolder:
+        """A folder that is removed with the object."""
+        run = cls(Path(tempfile.mkdtemp(prefix="adapruner-")))
+        weakref.finalize(run, shutil.rmtree, run.path, ignore_errors=True)
+        return run
 
     def at_ratio(self, ratio: float, config: PruneConfig) -> RunFolder:
         """Where the artifacts of one ratio are."""
@@ -146,6 +157,13 @@ class RunFolder:
         self._save(name, record.model_copy(update={"files": stamps(own, self.path)}))
         shutil.rmtree(self.work(name, record.key), ignore_errors=True)
 
+    def remove_given_but(self, config: PruneConfig) -> None:
+        """Removes models and texts of earlier calls that the config does not name."""
+        names = str(list(config.model_dump().values()))
+        for path in self.given.iterdir() if self.given.is_dir() else ():
+            if path.name not in names:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
     def remove_unfinished(self) -> None:
         """Removes what is left to resume from once everything is made."""
         shutil.rmtree(self.path / "unfinished", ignore_errors=True)
@@ -176,8 +194,10 @@ class RunFolder:
         write_atomically(self._record(name), lambda partial: partial.write_text(content, encoding="utf-8"))
 
     def _is_empty(self) -> bool:
-        """A command that was killed at its start leaves its lock, and perhaps an unfinished config."""
-        return all(path.name in (self._lock.name, f"{self.config.name}.partial") for path in self.path.iterdir())
+        """A command that was killed at its start leaves its lock, what was in memory, and perhaps an unfinished
+        config."""
+        left = (self._lock.name, self.given.name, f"{self.config.name}.partial")
+        return all(path.name in left for path in self.path.iterdir())
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

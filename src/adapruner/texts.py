@@ -48,12 +48,14 @@ class Texts:
         return {use: source for use, source in uses.items() if source is not None}
 
     def used_documents(self) -> list[str]:
-        """All documents of these sources: tasks leave out items that hold one of them.
+        """All documents of these sources: tasks leave out items that hold one of them. Windows of tokens
+        have none.
 
         Raises:
             AdaPrunerError: one of the sources cannot be read.
         """
-        return [document for source in self.used.values() for document in read_documents(source)]
+        sources = [source for source in self.used.values() if not source.holds_windows]
+        return [document for source in sources for document in read_documents(source)]
 
     def as_records(self) -> list[dict[str, str]]:
         """What a checkpoint records of the sources in `used` and `vocabulary`: `use`, `text`, `identity`, `part` and
@@ -78,7 +80,7 @@ def assign_texts(config: PruneConfig, missing_ok: bool = False) -> Texts:
     def parse(text: str | None) -> Source | None:
         return None if text in (None, SELF_GENERATED) else parse_source(str(text), missing_ok=missing_ok)
 
-    pool, objective, recovery = map(parse, (config.calibration, config.objective or config.calibration, config.recover))
+    pool, objective, recovery = map(parse, (config.calibration, config.objective_dataset, config.recover))
     pool, objective = pool and pool.restrict("calibration"), objective and objective.restrict("objective")
     reports = [parse_source(text, "report", missing_ok) for text in config.evaluate]
     if recovery is not None and recovery.identity in {each.identity for each in (pool, objective, *reports) if each}:

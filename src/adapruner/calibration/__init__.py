@@ -4,6 +4,7 @@ from adapruner.calibration._pool import (
     EvaluationText,
     draw_windows,
     evaluation_text,
+    evaluation_text_of,
     evenly_spaced,
     generate_windows,
     load_texts,
@@ -12,7 +13,16 @@ from adapruner.calibration._pool import (
     text_windows,
 )
 from adapruner.calibration._probes import OPENINGS, probe_texts
-from adapruner.calibration._reading import content_hash, fingerprint, provenance, read_documents, read_records
+from adapruner.calibration._reading import (
+    WINDOWS,
+    content_hash,
+    fingerprint,
+    provenance,
+    read_documents,
+    read_records,
+    read_windows,
+    text_rows,
+)
 from adapruner.calibration._sources import (
     SELF_GENERATED,
     Source,
@@ -26,12 +36,14 @@ from adapruner.calibration._streaming import stream_documents
 __all__ = [
     "OPENINGS",
     "SELF_GENERATED",
+    "WINDOWS",
     "EvaluationText",
     "Source",
     "absolute_source",
     "content_hash",
     "draw_windows",
     "evaluation_text",
+    "evaluation_text_of",
     "evenly_spaced",
     "fingerprint",
     "generate_windows",
@@ -41,10 +53,12 @@ __all__ = [
     "provenance",
     "read_documents",
     "read_records",
+    "read_windows",
     "register_sources",
     "save_texts",
     "source_names",
     "start_token",
     "stream_documents",
+    "text_rows",
     "text_windows",
 ]

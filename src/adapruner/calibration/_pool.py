@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from adapruner.calibration._reading import provenance, read_documents
+from adapruner.calibration._reading import provenance, read_documents, read_windows
 from adapruner.calibration._sources import Source
 from adapruner.errors import AdaPrunerError
 from adapruner.random_state import random_state_kept
@@ -39,6 +39,9 @@ def draw_windows(
     Raises:
         AdaPrunerError: the source is too short, with the numbers.
     """
+    if source.holds_windows:
+        given = _given_windows(source, seq_len, count if at_least is None else at_least)
+        return given[torch.randperm(len(given), generator=torch.Generator().manual_seed(seed))[:count]]
     documents = list(dict.fromkeys(read_documents(source)))
     random.Random(seed).shuffle(documents)
     start = _start_of_text(tokenizer, seq_len)
@@ -80,10 +83,25 @@ def text_windows(source: Source, tokenizer: Tokenizer, seq_len: int) -> Tensor:
     Raises:
         AdaPrunerError: the text is shorter than one window.
     """
+    if source.holds_windows:
+        return _given_windows(source, seq_len, 1)
     start = _start_of_text(tokenizer, seq_len)
     tokens = tokenizer(_running_text(source), verbose=False, add_special_tokens=False).input_ids
     windows = _cut_into_windows(torch.tensor(tokens), source, seq_len - len(start))
     return _behind(start, windows)
+
+
+def _given_windows(source: Source, seq_len: int, at_least: int) -> Tensor:
+    """The windows of a source that holds windows, with the special tokens that they have."""
+    windows = read_windows(source)
+    if len(windows) < at_least:
+        raise AdaPrunerError(
+            f"{source} has {len(windows)} windows, {at_least} are needed: give more, or lower `pool` or"
+            " `objective_windows`. Windows are put into three parts by their hash"
+        )
+    if windows.shape[1] != seq_len:
+        raise AdaPrunerError(f"the windows in {source} have {windows.shape[1]} tokens: set `seq_len` to that")
+    return windows
 
 
 def _running_text(source: Source) -> str:
@@ -160,6 +178,11 @@ def evaluation_text(
     bos: bool = True,
 ) -> EvaluationText:
     """Cuts a dataset into windows to measure perplexity on; see `evaluation_text_of`."""
+    if source.holds_windows:
+        if stride is not None:
+            raise AdaPrunerError(f"{source} holds windows as they are: leave `stride` out")
+        windows = evenly_spaced(_given_windows(source, seq_len, 1), limit)
+        return EvaluationText(windows, seq_len, provenance(source))
     text = _running_text(source)
     return evaluation_text_of(text, source, tokenizer, seq_len, limit, stride, bos, provenance(source))
 

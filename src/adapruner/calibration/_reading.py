@@ -14,7 +14,11 @@ from typing import Any
 
 import datasets
 import pyarrow.parquet
+import torch
 from huggingface_hub.utils import logging as hub_logging
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 
 from adapruner.calibration._sources import (
     HubData,
@@ -32,6 +36,9 @@ from adapruner.errors import AdaPrunerError, reason
 _TENTHS: dict[str, range] = {"calibration": range(0, 4), "objective": range(4, 6), "report": range(6, 10)}
 # Columns that are taken where none is named; the second is the form of Stanford Alpaca.
 _USUAL_COLUMNS = (("text",), ("instruction", "input", "output"), ("instruction", "output"))
+
+# The tensor in a file of windows.
+WINDOWS = "windows"
 
 # Text by column.
 Row = dict[str, str | None]
@@ -58,12 +65,35 @@ def read_records(source: Source) -> list[Row]:
     return [row for row in _rows_of(source)[0] if is_of_part(joined(row), source.part)]
 
 
+def read_windows(source: Source) -> Tensor:
+    """[windows, tokens], int64: the windows of tokens in a `.safetensors` file (or of its part), in their order.
+
+    Windows are put into parts by the hash of their tokens.
+
+    Raises:
+        AdaPrunerError: it cannot be read, or holds something else.
+    """
+    path = place_of(source).path
+    assert path is not None
+    with reading(source):
+        try:
+            windows = load_file(path).get(WINDOWS)
+        except SafetensorError as error:
+            raise ValueError(str(error)) from None
+        if windows is None or windows.dtype != torch.int64 or windows.dim() != 2:
+            raise ValueError(f"it holds no tensor {WINDOWS!r} of tokens, int64, of shape [windows, tokens]")
+    return windows[torch.tensor([is_of_part(str(one), source.part) for one in windows.tolist()], dtype=torch.bool)]
+
+
 def provenance(source: Source) -> dict[str, str]:
     """Which dataset, split and revision a source is; a local file by the hash of its content.
 
     Raises:
         AdaPrunerError: it cannot be read.
     """
+    place = place_of(source)
+    if source.holds_windows and place.path is not None:
+        return {"data_set": place.name, "revision": f"sha256 {_hash_of_file(place.path)[:12]}"}
     _, about = _rows_of(source)
     return {name: value for name, value in about.items() if value}
 
@@ -205,6 +235,8 @@ def _read_file(place: Place, path: Path) -> list[Row]:
         rows = _read_json(path)
         columns = text_columns(list(dict.fromkeys(name for row in rows for name in row)), str(path), place.columns)
         return list(columns_of(rows, columns, place.limit))
+    if path.suffix == ".safetensors":
+        raise ValueError("it holds windows of tokens, where text is needed")
     # Some editors begin a file with a mark that is no part of the text.
     text = path.read_text(encoding="utf-8-sig")
     if place.lines == "paragraphs":
@@ -300,6 +332,24 @@ def _text_of(row: dict[str, Any], column: str, number: int) -> str | None:
     except UnicodeError:
         raise ValueError(f"{column} of record {number} is not valid Unicode text") from None
     return text
+
+
+def text_rows(rows: Iterable[dict[str, Any]], name: str) -> Iterator[Row]:
+    """The columns with the text, of rows whose first one says which these are.
+
+    Args:
+        name: what the rows are, for messages.
+
+    Raises:
+        AdaPrunerError: there is no such column, or it holds something else than text.
+    """
+    rows = iter(rows)
+    for first in rows:
+        columns = text_columns(list(first), f"`{name}`", ())
+        try:
+            yield from columns_of(itertools.chain([first], rows), columns, None)
+        except ValueError as error:
+            raise AdaPrunerError(f"`{name}`: {error}") from None
 
 
 def joined(row: Row) -> str:

@@ -25,8 +25,10 @@ Lines = Literal["keep", "strip", "paragraphs"]
 
 SELF_GENERATED = "self"
 
-_FILES = (".txt", ".jsonl", ".json", ".parquet")
-_FORMS = "a .txt, .jsonl or .parquet file, or hf:owner/name[:config][:split][:column]"
+# Windows of tokens, in place of text.
+_OF_WINDOWS = ".safetensors"
+_FILES = (".txt", ".jsonl", ".json", ".parquet", _OF_WINDOWS)
+_FORMS = "a .txt, .jsonl, .parquet or .safetensors file, or hf:owner/name[:config][:split][:column]"
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,12 @@ class Source:
     def columns(self) -> str:
         """The columns by whose text records are put into parts; empty where none is named and the usual ones count."""
         return ",".join(place_of(self).columns)
+
+    @property
+    def holds_windows(self) -> bool:
+        """Whether it is a file of windows of tokens, in place of text."""
+        path = place_of(self).path
+        return path is not None and path.suffix == _OF_WINDOWS
 
     def __str__(self) -> str:
         return self.name if self.part == "all" else f"{self.name}@{self.part}"

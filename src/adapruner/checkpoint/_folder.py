@@ -46,8 +46,7 @@ def save_checkpoint(
     Raises:
         AdaPrunerError: it cannot be written.
     """
-    _make_generation_config_valid(model)
-    with made_beside(folder) as made:
+    with _valid_generation_config(model), made_beside(folder) as made:
         with quiet_transformers():
             model.save_pretrained(made, max_shard_size=shard_size, state_dict=whole_state(model))
         tokenizer.save_pretrained(made)
@@ -97,14 +96,20 @@ def read_origin(location: ModelLocation) -> dict[str, Any] | None:
     return origin | {"texts": own}
 
 
-def _make_generation_config_valid(model: PreTrainedModel) -> None:
-    """Some models come with settings of sampling but without sampling, which transformers reads and does not write."""
+@contextlib.contextmanager
+def _valid_generation_config(model: PreTrainedModel) -> Iterator[None]:
+    """Some models come with settings of sampling but without sampling, which transformers reads and does not write:
+    while this lasts, they sample."""
     settings: Any = model.generation_config
     try:
         settings.validate(strict=True)
     except ValueError:
         model.generation_config = copy.deepcopy(settings)
         model.generation_config.do_sample = True
+    try:
+        yield
+    finally:
+        model.generation_config = settings
 
 
 def write_card(folder: Path, card: str) -> None:

@@ -40,7 +40,7 @@ def prune(
     from adapruner.processes import this_process
 
     given = (options.model_dump(exclude_unset=True) if options else {}) | (vars(upload) if upload else {})
-    results = pipeline.prune_ratios(model, output=output, overwrite, recipe=recipe, storage=storage, **given)
+    results = pipeline.prune_ratios(model, output=output, overwrite=overwrite, recipe=recipe, storage=storage, **given)
     if not this_process().leads:
         return
     print_advice([line for result in results for line in result.advice()])

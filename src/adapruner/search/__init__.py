@@ -2,7 +2,7 @@
 
 from adapruner.search._history import History, TriedPoint, read_history
 from adapruner.search._levelling import Levelled, LevellingRound, level
-from adapruner.search._objective import Objective, is_feasible, plan_candidate
+from adapruner.search._objective import ItemLosses, Objective, is_feasible, plan_candidate
 from adapruner.search._place import StudyPlace, sqlite_url
 from adapruner.search._space import MOST_PROTECTED_FIRST, Candidate, SearchSpace
 from adapruner.search._study import JUDGED_TOGETHER, Search, SearchResult
@@ -15,6 +15,7 @@ __all__ = [
     "MOST_WHOLE",
     "Candidate",
     "History",
+    "ItemLosses",
     "Levelled",
     "LevellingRound",
     "Objective",

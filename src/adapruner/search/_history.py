@@ -102,7 +102,7 @@ class History(_Record):
         # A database returns the parameters of a trial in any order.
         kinds = sorted({name: kind for trial in finished for name, kind in trial.distributions.items()}.items())
         fields = {
-            "points": tuple(_point(number, trial) for number, trial in enumerate(finished)),
+            "points": tuple(point_of(number, trial) for number, trial in enumerate(finished)),
             "ranges": {name: _ends(kind) for name, kind in kinds},
             "importance": importance_of(finished),
         }
@@ -121,7 +121,12 @@ def read_history(place: StudyPlace) -> History:
         return History.of(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
 
 
-def _point(number: int, trial: FrozenTrial) -> TriedPoint:
+def point_of(number: int, trial: FrozenTrial) -> TriedPoint:
+    """A finished trial.
+
+    Args:
+        number: its place among the finished trials.
+    """
     return TriedPoint(
         number=number,
         loss=trial.values[0] if math.isfinite(trial.values[0]) else None,

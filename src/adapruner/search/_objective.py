@@ -1,14 +1,18 @@
-"""What a trial costs the model: from a candidate to a plan, a cut model, and its loss on held-out windows."""
+"""What a trial costs the model: from a candidate to a plan, a cut model, and its loss on held-out windows or what a
+function of the user gives."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TypeAlias
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from adapruner.errors import AdaPrunerError
 from adapruner.evaluation import Prefix, losses_by_batch, losses_in_step
 from adapruner.importance import score_groups
 from adapruner.measurement import Statistics
@@ -17,6 +21,9 @@ from adapruner.planning import BudgetError, PruningPlan, kept_counts, make_plan
 from adapruner.search._space import Candidate
 from adapruner.structure import Structure
 from adapruner.surgery import Compensation, kept_layers, prune_model, prune_on_reading
+
+# Given a pruned model, its loss on each of the same items, lower is better.
+ItemLosses: TypeAlias = Callable[[PreTrainedModel], Sequence[float] | Tensor]
 
 
 def plan_candidate(structure: Structure, statistics: Statistics, candidate: Candidate) -> PruningPlan:
@@ -57,6 +64,7 @@ class Objective:
         prefix: what comes out of the first layers of the model, which a trial that does not cut them takes from here.
         references: for the selection by divergence, the dense model's log-probabilities, batch by batch (see
             `evaluation.losses_by_batch`); None to select by the loss.
+        item_losses: what judges in place of the windows; None for the windows.
     """
 
     model: PreTrainedModel
@@ -66,11 +74,17 @@ class Objective:
     compensation: Compensation | None = None
     prefix: Prefix | None = None
     references: list[Tensor] | None = None
+    item_losses: ItemLosses | None = None
+    _counts: set[int] = field(default_factory=set)
 
     def __call__(self, candidate: Candidate) -> Iterator[Tensor]:
         """[windows of one batch], float64, batch after batch: the loss of the cut model, or its divergence from the
-        dense one, in nats per predicted token."""
+        dense one, in nats per predicted token; of a function of the user, [items] at once."""
         plan = plan_candidate(self.structure, self.statistics, candidate)
+        if self.item_losses:
+            pruned = prune_model(self.model, self.structure, plan, self.compensation)
+            yield self._losses_of_items(pruned, self.item_losses)
+            return
         if is_streamed(self.model):
             yield from self._in_step([plan])[0]
             return
@@ -94,6 +108,23 @@ class Objective:
             for plan in plans
         ]
         return losses_in_step(self.model, models, self.windows, self.references, self.prefix, _first_cut(plans))
+
+    def _losses_of_items(self, pruned: PreTrainedModel, item_losses: ItemLosses) -> Tensor:
+        """[items], float64.
+
+        Raises:
+            AdaPrunerError: they are not a loss for each of the same items: candidates are compared item by item.
+        """
+        with torch.no_grad():
+            losses = torch.as_tensor(item_losses(pruned), dtype=torch.float64, device="cpu")
+        self._counts.add(losses.numel())
+        if losses.dim() != 1 or not len(losses) or len(self._counts) > 1:
+            before = f" and {min(self._counts)} or {max(self._counts)} losses" if len(self._counts) > 1 else ""
+            raise AdaPrunerError(
+                f"`objective` gave shape {list(losses.shape)}{before}: it must give one loss for each item, of the same"
+                " items for every model"
+            )
+        return losses
 
 
 def _first_cut(plans: Sequence[PruningPlan]) -> int:

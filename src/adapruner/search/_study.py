@@ -20,7 +20,7 @@ from adapruner.config import Sampler
 from adapruner.errors import AdaPrunerError, NonFiniteError
 from adapruner.interrupts import deferring_interrupts
 from adapruner.planning import BudgetError
-from adapruner.search._history import LOSSES, STOPPED, History, Step, StepName
+from adapruner.search._history import LOSSES, STOPPED, History, Step, StepName, TriedPoint, point_of
 from adapruner.search._place import StudyPlace
 from adapruner.search._space import FIXED_METRIC, START, Candidate, SearchSpace
 
@@ -108,12 +108,12 @@ class Search:
     stops_early: bool = True
     judge_together: JudgeTogether | None = None
 
-    def run(self, progress: Callable[[float], None] | None = None) -> None:
+    def run(self, progress: Callable[[TriedPoint, float], None] | None = None) -> None:
         """Runs trials until enough are finished, by this process or by others. Ctrl-C stops it after a trial. One
         process at a time may do so; any number may `help`.
 
         Args:
-            progress: called after every finished trial, also for those of before, with the best loss so far.
+            progress: called after every finished trial, also for those of before, with it and the best loss so far.
         """
         reported = 0
         with self._working() as (study, raise_if_interrupted):
@@ -126,7 +126,7 @@ class Search:
                 for count in range(reported + 1, min(len(finished), self.trials) + 1):
                     reported = count
                     if progress:
-                        progress(min(map(_loss, finished[:count])))
+                        progress(point_of(count - 1, finished[count - 1]), min(map(_loss, finished[:count])))
                 if self._is_enough(trials) and not any(map(_is_fixed, trials[TrialState.WAITING])):
                     return
                 self._run_trial(study, trials, helps=False)

@@ -2,7 +2,7 @@
 
 from adapruner.verbs._evaluate import Evaluation, evaluate
 from adapruner.verbs._export import export
-from adapruner.verbs._model import Estimate, benchmark, describe, estimate, inspect, load
+from adapruner.verbs._model import Estimate, benchmark, describe, estimate, inspect, load, load_tokenizer
 from adapruner.verbs._recover import recover
 from adapruner.verbs._report import write_reports
 from adapruner.verbs._vocabulary import PrunedVocabulary, vocabulary
@@ -18,6 +18,7 @@ __all__ = [
     "export",
     "inspect",
     "load",
+    "load_tokenizer",
     "recover",
     "vocabulary",
     "write_reports",

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from adapruner.calibration import EvaluationText, Source, evaluation_text, parse_source
+from adapruner.calibration import EvaluationText, Source, evaluation_text, evaluation_text_of, parse_source
 from adapruner.checkpoint import read_origin
 from adapruner.config import Dtype
 from adapruner.errors import AdaPrunerError
@@ -22,18 +23,10 @@ from adapruner.evaluation import (
     measure_perplexity,
     measure_tasks,
 )
-from adapruner.models import (
-    ModelLocation,
-    check_length,
-    check_tokens,
-    find_model,
-    load_config,
-    load_model,
-    load_tokenizer,
-    resolve_device,
-)
+from adapruner.models import ModelLocation, check_length, check_tokens, resolve_device
 from adapruner.progress import Reporter
 from adapruner.texts import overlaps
+from adapruner.verbs._source import ModelGiven, ModelSource
 
 
 @dataclass(frozen=True)
@@ -55,8 +48,8 @@ class Evaluation:
 
 
 def evaluate(
-    model: str | Path,
-    perplexity: str | Sequence[str] = (),
+    model: ModelGiven,
+    perplexity: str | Sequence[str] | Mapping[str, Iterable[str]] = (),
     protocol: str | None = None,
     seq_len: int = 128,
     stride: int | None = None,
@@ -65,12 +58,13 @@ def evaluate(
     limit: int | None = None,
     dtype: Dtype = "auto",
     device: str = "auto",
+    tokenizer: Tokenizer | None = None,
 ) -> Evaluation:
     """Perplexity on texts and scores in tasks of any model, each with its protocol.
 
     Args:
-        model: as for `load`.
-        perplexity: a dataset, or several.
+        model: as for `load`; or a model in memory, which is evaluated where it is and not changed.
+        perplexity: a dataset, or several; or documents in memory, by the name that is shown.
         protocol: as others report, see `PROTOCOLS`; `llm-pruner` if no dataset and no task is named.
         seq_len: tokens per window of the texts in `perplexity`.
         stride: tokens between the beginnings of these windows; by default they do not overlap.
@@ -78,36 +72,43 @@ def evaluate(
             do not.
         tasks: one or several of lm-eval; `commonsense` is the seven of the paper.
         limit: take only so many windows of each dataset and items of each task, evenly spaced.
+        tokenizer: of a model in memory.
 
     Raises:
         AdaPrunerError: an option, the model, a text or a task will not do; before the weights are loaded.
     """
-    perplexity, tasks = ([names] if isinstance(names, str) else list(names) for names in (perplexity, tasks))
+    in_memory = perplexity if isinstance(perplexity, Mapping) else {}
+    names = [] if in_memory else [perplexity] if isinstance(perplexity, str) else list(perplexity)
+    tasks = [tasks] if isinstance(tasks, str) else list(tasks)
     _refuse_bad_windows(seq_len, stride, limit)
     if protocol is None and not perplexity and not tasks:
         protocol = "llm-pruner"
-    wanted = [*_windows_of_protocol(protocol), *((name, seq_len, stride, bos) for name in perplexity)]
+    wanted = [*_windows_of_protocol(protocol), *((name, seq_len, stride, bos) for name in names)]
     resolve_device(device)
-    location = find_model(str(model))
-    config, tokenizer = load_config(location), load_tokenizer(location)
-    texts, warnings = list[tuple[Source, EvaluationText]](), []
+    source = ModelSource.of(model, dtype, device)
+    config, tokenizer = source.config, source.tokenizer(tokenizer)
+    texts, datasets = list[tuple[str, EvaluationText]](), list[Source]()
     for name, tokens, step, begin in wanted:
-        source = parse_source(name, "report")
-        text = evaluation_text(source, tokenizer, tokens, limit, step, begin)
-        texts.append((source, text))
-        warnings.append(check_length(config, tokens))
-        check_tokens(config, int(text.windows.max()))
+        datasets.append(parse_source(name, "report"))
+        texts.append((str(datasets[-1]), evaluation_text(datasets[-1], tokenizer, tokens, limit, step, begin)))
+    for name, documents in in_memory.items():
+        text = "\n\n".join(documents)
+        texts.append((name, evaluation_text_of(text, name, tokenizer, seq_len, limit, stride, bos)))
+    for _, cut in texts:
+        check_tokens(config, int(cut.windows.max()))
     to_run = load_tasks(tasks, limit) if tasks else None
-    known_uses = _describe_overlaps(location, dict.fromkeys(source for source, _ in texts))
+    known_uses = _describe_overlaps(source.location, dict.fromkeys(datasets)) if source.location else []
     reporter = Reporter()
+    warnings = [check_length(config, cut.windows.shape[1]) for _, cut in texts]
     reporter.note("\n".join(filter(None, dict.fromkeys(warnings))))
-    with reporter.stage("loading"):
-        loaded = load_model(location, dtype, device)
-    perplexities = _measure_texts(loaded, texts, reporter) if texts else []
     scores = []
-    if to_run:
-        with reporter.stage("running tasks", len(to_run)) as advance:
-            scores = measure_tasks(loaded, tokenizer, to_run, advance)
+    with contextlib.ExitStack() as using:
+        with reporter.stage("loading"):
+            loaded = using.enter_context(source.loaded(dtype, device))
+        perplexities = _measure_texts(loaded, texts, reporter) if texts else []
+        if to_run:
+            with reporter.stage("running tasks", len(to_run)) as advance:
+                scores = measure_tasks(loaded, tokenizer, to_run, advance)
     return Evaluation(perplexities, scores, known_uses)
 
 
@@ -131,12 +132,10 @@ def _refuse_bad_windows(seq_len: int, stride: int | None, limit: int | None) -> 
 
 
 def _measure_texts(
-    model: PreTrainedModel, texts: Sequence[tuple[Source, EvaluationText]], reporter: Reporter
+    model: PreTrainedModel, texts: Sequence[tuple[str, EvaluationText]], reporter: Reporter
 ) -> list[Perplexity]:
     with reporter.stage("evaluating", sum(len(text.windows) for _, text in texts)) as advance:
-        perplexities = [
-            measure_perplexity(model, text.windows, str(source), advance, **text.about) for source, text in texts
-        ]
+        perplexities = [measure_perplexity(model, text.windows, name, advance, **text.about) for name, text in texts]
     if any(math.isnan(one.perplexity) for one in perplexities):
         raise AdaPrunerError(
             f"the model predicts numbers that are NaN: its weights are broken, or {model.dtype} is too narrow"

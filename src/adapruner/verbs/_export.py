@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
+
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.card import card_of_export, read_card
 from adapruner.checkpoint import (
@@ -17,10 +21,11 @@ from adapruner.checkpoint import (
 )
 from adapruner.config import ExportFormat, GgufType
 from adapruner.errors import AdaPrunerError
-from adapruner.models import ModelLocation, empty_model, find_model, load_config, load_model, load_tokenizer
+from adapruner.models import ModelLocation, empty_model
 from adapruner.paths import output_path
 from adapruner.progress import Reporter
 from adapruner.surgery import check_paddable, pad_to_stock
+from adapruner.verbs._source import ModelGiven, ModelSource
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,7 @@ class Exported:
 
 
 def export(
-    model: str | Path,
+    model: ModelGiven,
     to: ExportFormat,
     output: str | Path,
     gguf_type: GgufType = "f16",
@@ -41,11 +46,12 @@ def export(
     hub_private: bool = True,
     hub_revision: str | None = None,
     hub_token: str | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> Exported:
     """Writes a model, pruned or dense, in a form that other loaders read.
 
     Args:
-        model: as for `load`.
+        model: as for `load`; or a model in memory, which is not changed.
         to: `gguf`: one file for llama.cpp; `stock`: a folder for any loader of the family (see `surgery.pad_to_stock`).
         output: the file or folder.
         gguf_type: how a GGUF file stores matrices.
@@ -54,36 +60,42 @@ def export(
         hub_private: whether a new repository is private.
         hub_revision: branch.
         hub_token: by default that of the login.
+        tokenizer: of a model in memory.
 
     Raises:
         AdaPrunerError: the model cannot be written in this form, or the output cannot be replaced.
     """
     path = output_path(output)
-    location = find_model(str(model))
-    check_output(path, location, to, overwrite)
+    source = ModelSource.of(model)
+    check_output(path, source.location, to, overwrite)
     if push_to_hub:
         check_push(push_to_hub, hub_token)
-    (check_gguf if to == "gguf" else check_paddable)(empty_model(load_config(location)))
-    tokenizer = load_tokenizer(location)
+    (check_gguf if to == "gguf" else check_paddable)(empty_model(source.config))
+    tokenizer = source.tokenizer(tokenizer)
     reporter = Reporter()
-    with reporter.stage("loading"):
-        loaded = load_model(location, "auto", "cpu")
-    with reporter.stage("writing"):
-        if to == "gguf":
-            write_gguf(loaded, tokenizer, path, gguf_type)
-        else:
-            padded = pad_to_stock(loaded)
-            card = card_of_export(read_card(location), padded.config)
-            save_checkpoint(padded, tokenizer, path, card, record=read_origin(location))
+    with contextlib.ExitStack() as using:
+        with reporter.stage("loading"):
+            loaded = using.enter_context(source.loaded(device="cpu"))
+        with reporter.stage("writing"):
+            if to == "gguf":
+                write_gguf(loaded, tokenizer, path, gguf_type)
+            else:
+                _write_stock(loaded, tokenizer, path, source.location)
     if push_to_hub:
         push(path, push_to_hub, hub_private, hub_revision, hub_token)
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     return Exported(path, sum(file.stat().st_size for file in files))
 
 
-def check_output(path: Path, location: ModelLocation, to: ExportFormat, overwrite: bool) -> None:
+def _write_stock(loaded: PreTrainedModel, tokenizer: Tokenizer, path: Path, location: ModelLocation | None) -> None:
+    padded = pad_to_stock(loaded)
+    card = card_of_export(read_card(location), padded.config) if location else None
+    save_checkpoint(padded, tokenizer, path, card, record=read_origin(location) if location else None)
+
+
+def check_output(path: Path, location: ModelLocation | None, to: ExportFormat, overwrite: bool) -> None:
     """Refuses to touch the model itself, and to replace what is not a result of this package."""
-    if location.is_local:
+    if location and location.is_local:
         source, target = Path(location.path, location.gguf_file or "").resolve(), path.resolve()
         if source == target or source in target.parents or target in source.parents:
             raise AdaPrunerError(f"{path} overlaps the model {location}: choose another output")

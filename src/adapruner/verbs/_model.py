@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,9 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from adapruner import models
 from adapruner.config import Dtype, PruneConfig
 from adapruner.errors import AdaPrunerError
 from adapruner.evaluation import Speed, measure_speed
@@ -28,6 +31,7 @@ from adapruner.models import (
 )
 from adapruner.progress import Reporter
 from adapruner.structure import Structure, build_structure
+from adapruner.verbs._source import ModelGiven, ModelSource
 
 
 def load(model: str | Path, dtype: Dtype = "auto", device: str = "auto") -> PreTrainedModel:
@@ -42,6 +46,18 @@ def load(model: str | Path, dtype: Dtype = "auto", device: str = "auto") -> PreT
         AdaPrunerError: there is no such model, or it cannot be read.
     """
     return load_model(find_model(str(model)), dtype, device)
+
+
+def load_tokenizer(model: str | Path) -> Tokenizer:
+    """Loads the tokenizer of a model.
+
+    Args:
+        model: as for `load`.
+
+    Raises:
+        AdaPrunerError: there is no such model, or its tokenizer cannot be read.
+    """
+    return models.load_tokenizer(find_model(str(model)))
 
 
 def inspect(model: str | Path) -> Structure:
@@ -104,8 +120,8 @@ def estimate(model: str | Path, **options: Any) -> Estimate:
 
 
 def benchmark(
-    model: str | Path,
-    against: str | Path | None = None,
+    model: ModelGiven,
+    against: ModelGiven | None = None,
     batch_sizes: Sequence[int] = (1, 16),
     prompt: int = 128,
     new_tokens: int = 32,
@@ -116,12 +132,15 @@ def benchmark(
     """Size and speed of a model, and of another one beside it, measured in turn in this process.
 
     Args:
-        model: as for `load`.
+        model: as for `load`; or a model in memory, which is measured where it is.
         against: the model to compare with, the dense one as a rule.
         batch_sizes: sequences at once.
         prompt: tokens that are read at once.
         new_tokens: tokens that are then generated one by one.
         repetitions: of which the median is taken, after one that does not count.
+
+    Returns:
+        By the name or path of each model; models in memory are called `against` and `model`.
 
     Raises:
         AdaPrunerError: an option or a model is invalid; before the weights are loaded.
@@ -129,14 +148,20 @@ def benchmark(
     if not batch_sizes or min(*batch_sizes, prompt, new_tokens, repetitions) < 1:
         raise AdaPrunerError("`batch_size`, `prompt`, `new_tokens` and `repetitions` must be at least 1")
     resolve_device(device)
-    locations = {str(name): find_model(str(name)) for name in (against, model) if name is not None}
-    for location in locations.values():
-        check_length(empty_model(load_config(location)).config, prompt + new_tokens)
+    given = {"against": against, "model": model}
+    sources = {
+        str(one) if isinstance(one, str | Path) else role: ModelSource.of(one, dtype, device)
+        for role, one in given.items()
+        if one is not None
+    }
+    for source in sources.values():
+        check_length(empty_model(source.config).config, prompt + new_tokens)
     reporter = Reporter()
-    with reporter.stage("loading", len(locations)) as advance:
+    with contextlib.ExitStack() as using:
         loaded = {}
-        for name, location in locations.items():
-            loaded[name] = load_model(location, dtype, device)
-            advance()
-    with reporter.stage("measuring", len(loaded) * (len(batch_sizes) * (repetitions + 1) + 1)) as advance:
-        return measure_speed(loaded, batch_sizes, prompt, new_tokens, repetitions, advance)
+        with reporter.stage("loading", len(sources)) as advance:
+            for name, source in sources.items():
+                loaded[name] = using.enter_context(source.loaded(dtype, device))
+                advance()
+        with reporter.stage("measuring", len(loaded) * (len(batch_sizes) * (repetitions + 1) + 1)) as advance:
+            return measure_speed(loaded, batch_sizes, prompt, new_tokens, repetitions, advance)

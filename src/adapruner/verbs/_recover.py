@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from typing_extensions import Unpack
 
+from adapruner.arguments import RecoveryArguments
 from adapruner.calibration import SELF_GENERATED, Source, content_hash, generate_windows, parse_source
 from adapruner.card import card_of_recovered, read_card
 from adapruner.checkpoint import read_origin
@@ -51,7 +53,7 @@ def recover(
     overwrite: bool = False,
     dtype: Dtype = "auto",
     device: str = "auto",
-    **options: Any,
+    **options: Unpack[RecoveryArguments],
 ) -> RecoveryRecord:
     """Fine-tunes a pruned model and writes it as a normal checkpoint with the record that is returned. A killed call
     resumes from its last saved step.

@@ -1,0 +1,22 @@
+"""What a caller is told of a run in progress."""
+
+from __future__ import annotations
+
+from adapruner.progress import StageCost
+from adapruner.search import TriedPoint
+
+
+class Callback:
+    """Override what you want to be told of; of several processes, only the first one tells.
+
+    An exception that a method raises ends the run; call `adapruner.prune` again to resume it.
+    """
+
+    def on_stage_begin(self, stage: str) -> None:
+        """A stage begins: `measuring`, `searching`, `compensating`, …"""
+
+    def on_stage_end(self, stage: str, cost: StageCost) -> None:
+        """A stage has ended, with its seconds and peak memory. Finished stages of a resumed run are not repeated."""
+
+    def on_trial(self, trial: TriedPoint) -> None:
+        """A trial has finished; also called for those of an earlier call, in the order in which they were begun."""

@@ -1,0 +1,178 @@
+"""A model, text or windows in memory, written to files: a run reads all of its inputs from files, so that it can be
+resumed, joined and repeated."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from adapruner.calibration import WINDOWS, text_rows
+from adapruner.checkpoint import save_checkpoint
+from adapruner.errors import AdaPrunerError
+from adapruner.files import being_written
+from adapruner.models import architecture_of, find_architecture, is_pruned, whole_state
+
+# A dataset: its name; documents, one by one or as rows with columns (a `datasets.Dataset`); or windows of tokens,
+# [windows, tokens], int64.
+TextData: TypeAlias = str | Path | Tensor | Iterable[str] | Iterable[Mapping[str, object]]
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """Refuses what is no model in memory.
+
+    Raises:
+        AdaPrunerError: with what it is.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise AdaPrunerError(
+            f"a {type(model).__name__} is not a PreTrainedModel of transformers: give a model, a Hub id or a path;"
+            " merge an adapter of PEFT first, with merge_and_unload()"
+        )
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise AdaPrunerError("the weights of the model are not in memory (device meta): load it without offloading")
+    if not is_pruned(model.config):
+        find_architecture(model.config)
+
+
+def check_tokenizer(tokenizer: Tokenizer | None) -> Tokenizer:
+    """The tokenizer that a model in memory comes with.
+
+    Raises:
+        AdaPrunerError: there is none.
+    """
+    if tokenizer is None:
+        raise AdaPrunerError("a model in memory needs its `tokenizer`")
+    return tokenizer
+
+
+def check_prunable(model: PreTrainedModel) -> None:
+    """Refuses a model in memory that cannot be pruned.
+
+    Raises:
+        AdaPrunerError: see `check_model`; or its family cannot be pruned, it is quantized, or it has an adapter.
+    """
+    check_model(model)
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise AdaPrunerError("the model has an adapter: merge it first, or remove it with delete_adapter()")
+    architecture_of(model.config)
+
+
+def write_model(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> Path:
+    """Writes a model in memory below a folder, under a name that says its content, unless it is there; returns where.
+
+    The model is not changed. The cost is one copy on the disk, in the dtype of the weights.
+
+    Raises:
+        AdaPrunerError: it cannot be written.
+    """
+    name = Path(str(model.name_or_path)).name or model.config.model_type
+    place = folder / f"{name}-{_hash_of_model(model, tokenizer)}"
+    if not place.is_dir():
+        save_checkpoint(model, tokenizer, place)
+    return place
+
+
+def _hash_of_model(model: PreTrainedModel, tokenizer: Tokenizer) -> str:
+    settings = model.generation_config.to_json_string() if model.generation_config else ""
+    digest = hashlib.sha256((model.config.to_json_string() + settings).encode())
+    for name, tensor in sorted(whole_state(model).items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    with tempfile.TemporaryDirectory() as written:
+        tokenizer.save_pretrained(written)
+        for file in sorted(Path(written).rglob("*")):
+            digest.update(file.read_bytes() if file.is_file() else b"")
+    return digest.hexdigest()[:12]
+
+
+def is_in_memory(data: TextData | None) -> bool:
+    """Whether it is text or windows, and not the name of a dataset."""
+    return data is not None and not isinstance(data, str | Path)
+
+
+def write_text(data: TextData, folder: Path, use: str) -> str:
+    """The name of a dataset; text or windows in memory are written below a folder first, under a name that says their
+    content.
+
+    Args:
+        use: what they are for, the beginning of the name.
+
+    Raises:
+        AdaPrunerError: it holds something else than text or windows, or nothing; or it cannot be written.
+    """
+    if isinstance(data, str | Path):
+        return str(data)
+    if isinstance(data, Tensor):
+        return str(_write_windows(data, folder, use))
+    digest, count = hashlib.sha256(), 0
+    unnamed = folder / f".{use}-{os.getpid()}.jsonl"
+    with being_written(unnamed) as partial, partial.open("w", encoding="utf-8") as file:
+        for count, row in enumerate(text_rows(_rows(data, use), use), 1):  # noqa: B007
+            line = json.dumps(row) + "\n"
+            digest.update(line.encode())
+            file.write(line)
+    if not count:
+        unnamed.unlink()
+        raise AdaPrunerError(f"`{use}` holds no text")
+    path = folder / f"{use}-{digest.hexdigest()[:12]}.jsonl"
+    os.replace(unnamed, path)
+    return str(path)
+
+
+def _rows(data: Any, use: str) -> Iterator[dict[str, Any]]:
+    for number, item in enumerate(data, 1):
+        if not isinstance(item, str | Mapping):
+            raise AdaPrunerError(
+                f"item {number} of `{use}` is a {type(item).__name__}: expected text, rows with a column of text, or a"
+                " tensor of windows"
+            )
+        yield {"text": item} if isinstance(item, str) else dict(item)
+
+
+def _write_windows(windows: Tensor, folder: Path, use: str) -> Path:
+    if windows.dtype != torch.int64 or windows.dim() != 2 or not len(windows):
+        raise AdaPrunerError(
+            f"`{use}` is a tensor of {windows.dtype} and shape {list(windows.shape)}: windows are tokens, int64, of"
+            " shape [windows, tokens]"
+        )
+    content = windows.detach().cpu().contiguous()
+    path = folder / f"{use}-{hashlib.sha256(content.numpy().tobytes()).hexdigest()[:12]}.safetensors"
+    with being_written(path, f"-{os.getpid()}") as partial:
+        save_file({WINDOWS: content}, partial)
+    return path
+
+
+def name_of_code(function: Callable[..., Any], version: str | None = None) -> str:
+    """`NAME@VERSION` of a function of the user, by which results that were made with another one are told apart.
+
+    Args:
+        version: by default a hash of the file that the function is from, or of its own source where that is no file.
+            What else it depends on, such as data that it has read, is not seen.
+
+    Raises:
+        AdaPrunerError: there is no source.
+    """
+    written = inspect.unwrap(function.func if isinstance(function, functools.partial) else function)
+    code = written if inspect.isroutine(written) else type(written)
+    name = getattr(code, "__name__", type(code).__name__)
+    if version is None:
+        try:
+            file = Path(inspect.getsourcefile(code) or "")
+            content = file.read_bytes() if file.is_file() else inspect.getsource(code).encode()
+        except (OSError, TypeError):
+            raise AdaPrunerError(f"the source of {name} cannot be read: give it a version") from None
+        version = hashlib.sha256(content).hexdigest()[:12]
+    return f"{name}@{version}"

@@ -1,0 +1,80 @@
+"""The model of a verb: one to be loaded, or one in memory."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from adapruner.config import Dtype
+from adapruner.errors import AdaPrunerError
+from adapruner.given import check_model, check_tokenizer
+from adapruner.models import ModelLocation, find_model, load_config, load_model, load_tokenizer
+
+ModelGiven: TypeAlias = str | Path | PreTrainedModel
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model that is used where it is, or loaded.
+
+    Attributes:
+        location: None for a model in memory.
+        model: None for one that is to be loaded.
+    """
+
+    location: ModelLocation | None = None
+    model: PreTrainedModel | None = None
+
+    @classmethod
+    def of(cls, model: ModelGiven, dtype: Dtype = "auto", device: str = "auto") -> ModelSource:
+        """What a user gave.
+
+        Raises:
+            AdaPrunerError: there is no such model, or it cannot be used as it is.
+        """
+        if isinstance(model, str | Path):
+            return cls(location=find_model(str(model)))
+        check_model(model)
+        if (dtype, device) != ("auto", "auto"):
+            raise AdaPrunerError("a model in memory is used as it is: leave `dtype` and `device` out, or use to()")
+        return cls(model=model)
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        if self.location:
+            return load_config(self.location)
+        assert self.model is not None
+        return self.model.config
+
+    def tokenizer(self, given: Tokenizer | None) -> Tokenizer:
+        """The tokenizer: that beside the files, or the given one of a model in memory.
+
+        Raises:
+            AdaPrunerError: it cannot be read, or it is given where there is another, or missing.
+        """
+        if self.location is None:
+            return check_tokenizer(given)
+        if given is not None:
+            raise AdaPrunerError("`tokenizer` goes with a model in memory: leave it out, or load the model")
+        return load_tokenizer(self.location)
+
+    @contextlib.contextmanager
+    def loaded(self, dtype: Dtype = "auto", device: str = "auto") -> Iterator[PreTrainedModel]:
+        """The model in evaluation mode; one in memory is then in the mode in which it was."""
+        if self.location:
+            yield load_model(self.location, dtype, device)
+            return
+        assert self.model is not None
+        training = [module for module in self.model.modules() if module.training]
+        self.model.eval()
+        try:
+            yield self.model
+        finally:
+            for module in training:
+                module.training = True

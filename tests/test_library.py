@@ -1,0 +1,274 @@
+"""Objects in, objects out: what is in memory gives what files give, and type checkers know the options."""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import datasets
+import pytest
+import torch
+from mypy import api as mypy
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+import adapruner
+from adapruner import AdaPrunerError, PruneConfig, PruneOptions, RecoveryOptions
+from adapruner.arguments import PruneArguments, RecoveryArguments, RunArguments
+from adapruner.given import name_of_code
+from run_helpers import RUN_OPTIONS
+
+QUICK = RUN_OPTIONS | {"trials": 5, "level_rounds": 0, "self_windows": 0}
+
+
+@pytest.fixture
+def loaded(model_folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(model_folder)
+
+
+@pytest.fixture
+def documents(text_file: Path) -> list[str]:
+    return text_file.read_text().split("\n\n")
+
+
+def state_of(model: PreTrainedModel) -> dict[str, Any]:
+    own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    return own | {"training": model.training, "config": model.config.to_dict(), "settings": model.generation_config}
+
+
+def test_a_model_and_texts_in_memory_give_the_plan_of_files(
+    finished: adapruner.PruneResult,
+    loaded: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    documents: list[str],
+    tmp_path: Path,
+) -> None:
+    before = state_of(loaded)
+    result = adapruner.prune(loaded, documents, tokenizer=tokenizer, output=tmp_path / "run", **RUN_OPTIONS)
+    assert result.plan == finished.plan
+    after = state_of(loaded)
+    assert all(torch.equal(before.pop(name), after.pop(name)) for name in loaded.state_dict())
+    assert before == after
+    # The same objects again resume the run, from what is in its folder; other ones are told.
+    again = adapruner.prune(loaded, iter(documents), tokenizer=tokenizer, output=tmp_path / "run", **RUN_OPTIONS)
+    assert again.result == result.result
+    with torch.no_grad():
+        loaded.lm_head.weight[0] += 1
+    with pytest.raises(AdaPrunerError, match=r"holds a run of another configuration.*another model"):
+        adapruner.prune(loaded, documents, tokenizer=tokenizer, output=tmp_path / "run", **RUN_OPTIONS)
+
+
+def test_a_temporary_run_lasts_as_long_as_its_result(
+    model_folder: Path, loaded: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, documents: list[str]
+) -> None:
+    rows = datasets.Dataset.from_dict({"id": list(range(len(documents))), "text": documents})
+    result = adapruner.prune(loaded, rows, tokenizer=tokenizer, **QUICK)
+    of_list = adapruner.prune(str(model_folder), documents, config=PruneOptions(**QUICK), seed=0)
+    assert result.plan == of_list.plan
+    folder, pruned = result.output, result.model
+    assert sum(parameter.numel() for parameter in pruned.parameters()) == result.result.final.parameters
+    assert result.tokenizer("w1 w2").input_ids == tokenizer("w1 w2").input_ids
+    assert folder.is_dir()
+    del result
+    gc.collect()
+    assert not folder.exists()
+    assert pruned(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+
+
+def test_windows_are_used_as_they_are_and_each_for_one_thing(model_folder: Path, tmp_path: Path) -> None:
+    windows = torch.randint(3, 96, (60, 12), generator=torch.Generator().manual_seed(0))
+    options = QUICK | {"pool": 6, "objective_windows": 3}
+    options.pop("seq_len")
+    result = adapruner.prune(str(model_folder), windows, output=tmp_path / "run", **options)
+    used = load_file(tmp_path / "run" / "windows.safetensors")
+    used["report"] = load_file(tmp_path / "run" / "evaluation" / "texts.safetensors").popitem()[1]
+    given = {str(window) for window in windows.tolist()}
+    by_use = {use: {str(window) for window in own.tolist()} for use, own in used.items()}
+    assert all(own <= given for own in by_use.values())
+    # Compensation is fitted on the text that the pool is drawn from.
+    assert by_use["pool"] <= by_use["compensation"]
+    assert not by_use["compensation"] & by_use["objective"]
+    assert not (by_use["compensation"] | by_use["objective"]) & by_use["report"]
+    assert by_use["compensation"] | by_use["objective"] | by_use["report"] == given
+    assert result.result.config.seq_len == 12
+    with pytest.raises(AdaPrunerError, match="int64, of shape"):
+        adapruner.prune(str(model_folder), windows.float(), output=tmp_path / "other", **options)
+    with pytest.raises(AdaPrunerError, match="set `seq_len` to that"):
+        adapruner.prune(str(model_folder), windows, output=tmp_path / "other", seq_len=16, **options)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokenizer": None}, "needs its `tokenizer`"),
+        ({"model": torch.nn.Linear(2, 2)}, "a Linear is not a PreTrainedModel"),
+        ({"calibration": [1, 2]}, "item 1 of `calibration` is a int"),
+        ({"calibration": []}, "`calibration` holds no text"),
+        ({"calibration": [{"a": "x", "b": "y"}]}, "`calibration` has the columns a, b"),
+        ({"trials": 0}, "`trials` 0 must be at least 1"),
+    ],
+)
+def test_what_cannot_be_pruned_is_refused_before_anything_is_kept(
+    changes: dict[str, Any],
+    message: str,
+    loaded: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    documents: list[str],
+    tmp_path: Path,
+) -> None:
+    given: dict[str, Any] = {"model": loaded, "calibration": documents, "tokenizer": tokenizer, **QUICK} | changes
+    with pytest.raises(AdaPrunerError, match=message):
+        adapruner.prune(given.pop("model"), given.pop("calibration"), output=tmp_path / "run", **given)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+class Told(adapruner.Callback):
+    def __init__(self) -> None:
+        self.begun, self.ended, self.trials = list[str](), list[str](), list[adapruner.TriedPoint]()
+
+    def on_stage_begin(self, stage: str) -> None:
+        self.begun.append(stage)
+
+    def on_stage_end(self, stage: str, cost: adapruner.StageCost) -> None:
+        assert cost.seconds >= 0
+        self.ended.append(stage)
+
+    def on_trial(self, trial: adapruner.TriedPoint) -> None:
+        self.trials.append(trial)
+
+
+def test_a_function_judges_the_trials_and_callbacks_are_told(
+    model_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """The function prefers candidates that keep the weights of the last layer; its numbers are those of the trials."""
+    given: list[list[float]] = []
+
+    def size_of_last(model: PreTrainedModel) -> list[float]:
+        assert not model.training
+        size = float(model.model.layers[-1].mlp.down_proj.weight.numel())
+        given.append([size, size + 1])
+        return given[-1]
+
+    told, options = Told(), QUICK | {"trials": 8, "protect_last": 0, "whole": "none", "output": tmp_path / "run"}
+    text = str(text_file)
+    result = adapruner.prune(str(model_folder), text, objective=size_of_last, callbacks=[told], **options)
+    assert [trial.loss for trial in told.trials] == [sum(losses) / 2 for losses in given]
+    assert tuple(told.trials) == result.result.search.points
+    assert result.result.search.best_loss == min(sum(losses) / 2 for losses in given)
+    assert told.begun == told.ended
+    assert {"measuring", "searching", "saving"} <= set(told.ended)
+
+    # Another version is another search; a dataset too. Another ratio needs no search, and so not the function.
+    with pytest.raises(AdaPrunerError, match=r"objective_function python:.*size_of_last@"):
+        adapruner.prune(str(model_folder), text, objective=size_of_last, objective_version="2", **options)
+    with pytest.raises(AdaPrunerError, match="objective_function python:size_of_last@"):
+        adapruner.prune(str(model_folder), text, **options)
+    calls = len(given)
+    assert adapruner.plan_again(tmp_path / "run", tmp_path / "other", 0.05).plan.removed_parameters
+    assert len(given) == calls
+
+
+def test_a_function_gives_a_loss_for_each_of_the_same_items(
+    model_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    counts = iter(range(2, 20))
+    with pytest.raises(AdaPrunerError, match=r"`objective` gave shape \[3\] and 2 or 3 losses"):
+        adapruner.prune(
+            str(model_folder),
+            str(text_file),
+            output=tmp_path / "run",
+            objective=lambda model: [0.0] * next(counts),
+            **QUICK,
+        )
+
+
+def test_a_function_is_known_by_its_file_or_its_version(tmp_path: Path) -> None:
+    names: dict[str, Any] = {}
+    path = tmp_path / "own.py"
+    for content in ("def judge(model): return [1.0]\n", "def judge(model): return [2.0]\n"):
+        path.write_text(content)
+        own: dict[str, Any] = {}
+        exec(compile(content, str(path), "exec"), own)
+        names[name_of_code(own["judge"])] = own["judge"]
+    assert len(names) == 2
+    assert {name_of_code(function, "3") for function in names.values()} == {"judge@3"}
+    exec("def unwritten(model): return [1.0]", own)
+    with pytest.raises(AdaPrunerError, match="source of unwritten cannot be read: give it a version"):
+        name_of_code(own["unwritten"])
+
+
+def widened(hint: Any) -> Any:
+    """What a keyword argument takes for an option: one value where the option is a tuple."""
+    if get_origin(hint) is tuple:
+        item = get_args(hint)[0]
+        return item | Sequence[item]
+    if get_origin(hint) in (Union, types.UnionType):
+        first, *others = map(widened, get_args(hint))
+        for other in others:
+            first = first | other
+        return first
+    return hint
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "others"),
+    [(PruneArguments, PruneOptions, {"objective", "recover", "recovery"}), (RecoveryArguments, RecoveryOptions, set())],
+)
+def test_the_arguments_are_the_options(arguments: type, options: type[Any], others: set[str]) -> None:
+    hints = get_type_hints(arguments)
+    assert {*hints, "calibration"} == {*options.model_fields, "calibration"}
+    assert hints == {
+        name: hints[name] if name in others else widened(hint)
+        for name, hint in get_type_hints(options).items()
+        if name in hints
+    }
+
+
+def test_the_arguments_of_a_run_are_those_of_the_function() -> None:
+    named = inspect.signature(adapruner.prune_ratios).parameters.keys() - {"model", "calibration", "options"}
+    assert named == RunArguments.__annotations__.keys() - PruneArguments.__annotations__.keys()
+
+
+def test_a_type_checker_knows_every_option(tmp_path: Path) -> None:
+    """mypy on calls that are right and on calls with one mistake each."""
+    right = [
+        f"adapruner.prune('m', 'c4', {name}={PruneConfig.from_options(model='m').model_dump()[name]!r})"
+        for name in PruneOptions.model_fields
+        if name not in ("calibration", "recovery", "whole")
+    ]
+    right += [
+        "adapruner.prune(model, ['a', 'b'], tokenizer=tokenizer, ratio=0.2, whole='none', recovery={'steps': 3})",
+        "adapruner.prune('m', torch.zeros(2, 3), objective=lambda model: [float(model.training)])",
+        "adapruner.prune('m', [{'text': 'a'}], config=adapruner.PruneOptions(), evaluate='wikitext2').model.eval()",
+        "adapruner.prune_ratios('m', ratio=(0.1, 0.2))[0].plan.hash",
+        "adapruner.recover('m', 'c4', 'out', steps=3)",
+    ]
+    wrong = [
+        "adapruner.prune('m', 'c4', trails=3)",
+        "adapruner.prune('m', 'c4', ratio='a')",
+        "adapruner.prune('m', 'c4', layout='unifrom')",
+        "adapruner.prune('m', 'c4', recovery={'stesp': 3})",
+        "adapruner.prune('m', 'c4', callbacks=[print])",
+        "adapruner.prune('m', 3)",
+        "adapruner.recover('m', 'c4', 'out', stesp=3)",
+    ]
+    head = [
+        "import adapruner, torch",
+        "from transformers import PreTrainedModel, PreTrainedTokenizerBase",
+        "model: PreTrainedModel",
+        "tokenizer: PreTrainedTokenizerBase",
+    ]
+    script = tmp_path / "calls.py"
+    script.write_text("\n".join([*head, *right, *wrong]) + "\n")
+    settings = tmp_path / "mypy.ini"
+    others = ("transformers", "torch", "datasets", "optuna", "accelerate", "peft", "plotly", "sqlalchemy", "rich")
+    skipped = "".join(f"[mypy-{name}.*]\nfollow_imports = skip\nignore_missing_imports = True\n" for name in others)
+    settings.write_text(f"[mypy]\ncache_dir = {tmp_path / 'cache'}\n{skipped}")
+    said, _, _ = mypy.run([str(script), "--config-file", str(settings), "--follow-imports", "silent"])
+    lines = {int(line.split(":")[1]) for line in said.splitlines() if line.startswith(str(script)) and "error" in line}
+    first_wrong = len(head) + len(right) + 1
+    assert lines == set(range(first_wrong, first_wrong + len(wrong))), said
