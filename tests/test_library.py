@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import inspect
+import runpy
+import sys
 import types
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,8 +22,10 @@ import adapruner
 from adapruner import AdaPrunerError, PruneConfig, PruneOptions, RecoveryOptions
 from adapruner.arguments import PruneArguments, RecoveryArguments, RunArguments
 from adapruner.given import name_of_code
+from adapruner.importance import TERMS
 from run_helpers import RUN_OPTIONS
 
+EXAMPLES = sorted(path for path in (Path(__file__).parents[1] / "examples").glob("*.py") if path.name != "inputs.py")
 QUICK = RUN_OPTIONS | {"trials": 5, "level_rounds": 0, "self_windows": 0}
 
 
@@ -253,7 +257,6 @@ def test_a_type_checker_knows_every_option(tmp_path: Path) -> None:
         "adapruner.prune('m', 'c4', layout='unifrom')",
         "adapruner.prune('m', 'c4', recovery={'stesp': 3})",
         "adapruner.prune('m', 'c4', callbacks=[print])",
-        "adapruner.prune('m', 3)",
         "adapruner.recover('m', 'c4', 'out', stesp=3)",
     ]
     head = [
@@ -272,3 +275,21 @@ def test_a_type_checker_knows_every_option(tmp_path: Path) -> None:
     lines = {int(line.split(":")[1]) for line in said.splitlines() if line.startswith(str(script)) and "error" in line}
     first_wrong = len(head) + len(right) + 1
     assert lines == set(range(first_wrong, first_wrong + len(wrong))), said
+
+
+@pytest.mark.parametrize("script", EXAMPLES, ids=lambda script: script.stem)
+def test_an_example_is_short_and_runs_in_small(
+    script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert len(script.read_text().splitlines()) <= 25
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [script.name, "--small"])
+    monkeypatch.syspath_prepend(str(script.parent))
+    monkeypatch.delitem(sys.modules, "inputs", raising=False)
+    terms = dict(TERMS)
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    finally:
+        TERMS.clear()
+        TERMS.update(terms)
+    assert capsys.readouterr().out

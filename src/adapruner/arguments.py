@@ -103,6 +103,7 @@ class PruneArguments(TypedDict, total=False):
     tasks: str | Sequence[str]
     task_limit: int | None
     sources: str | None
+    plugins: str | Sequence[str]
     architectures: str | None
     device: str
     layer_wise: bool | None

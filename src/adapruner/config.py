@@ -282,6 +282,9 @@ class PruneOptions(_Options):
     )
     task_limit: int | None = Field(default=None, ge=1, description="Maximum number of items per task, evenly spaced.")
     sources: str | None = Field(default=None, description="YAML file with more datasets.")
+    plugins: Names = Field(
+        default=(), description="Plugins of installed packages that add terms, datasets or families; may be repeated."
+    )
     architectures: str | None = Field(default=None, description="YAML file or folder with more model families.")
     device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1, …")
     layer_wise: bool | None = Field(

@@ -108,7 +108,8 @@ def write_text(data: TextData, folder: Path, use: str) -> str:
     content.
 
     Args:
-        use: what they are for, the beginning of the name.
+        use: what they are for, for messages. The name does not depend on it: the same text for two uses is one dataset,
+            whose parts are kept apart.
 
     Raises:
         AdaPrunerError: it holds something else than text or windows, or nothing; or it cannot be written.
@@ -127,7 +128,7 @@ def write_text(data: TextData, folder: Path, use: str) -> str:
     if not count:
         unnamed.unlink()
         raise AdaPrunerError(f"`{use}` holds no text")
-    path = folder / f"{use}-{digest.hexdigest()[:12]}.jsonl"
+    path = folder / f"text-{digest.hexdigest()[:12]}.jsonl"
     os.replace(unnamed, path)
     return str(path)
 
@@ -149,7 +150,7 @@ def _write_windows(windows: Tensor, folder: Path, use: str) -> Path:
             " shape [windows, tokens]"
         )
     content = windows.detach().cpu().contiguous()
-    path = folder / f"{use}-{hashlib.sha256(content.numpy().tobytes()).hexdigest()[:12]}.safetensors"
+    path = folder / f"windows-{hashlib.sha256(content.numpy().tobytes()).hexdigest()[:12]}.safetensors"
     with being_written(path, f"-{os.getpid()}") as partial:
         save_file({WINDOWS: content}, partial)
     return path

@@ -32,7 +32,8 @@ from adapruner.config import PruneConfig
 from adapruner.errors import AdaPrunerError
 from adapruner.evaluation import Tasks, load_tasks
 from adapruner.files import write_atomically
-from adapruner.importance import TERMS, needed_statistics
+from adapruner.given import name_of_code
+from adapruner.importance import TERMS, Term, needed_statistics
 from adapruner.memory import choose_layer_wise, estimate_memory, room_for_moments
 from adapruner.models import (
     ModelLocation,
@@ -53,6 +54,7 @@ from adapruner.models import (
 )
 from adapruner.models import fingerprint as fingerprint_of_model
 from adapruner.planning import MOST_CHANNELS, Budget, BudgetError, kept_counts, largest_channel_share
+from adapruner.plugins import load_plugins
 from adapruner.processes import Process
 from adapruner.progress import Reporter
 from adapruner.recovery import Examples, check_device, read_examples
@@ -393,10 +395,19 @@ class Preparation:
             "objective_text": _leaf_of_text(self.texts.objective) or precision,
             "report_texts": {name: _leaf_of_text(source) for name, source in self.texts.report.items()},
             "precision": precision,
-            "terms": {name: [term.family, term.share, sorted(term.needs)] for name, term in TERMS.items()},
+            "terms": {name: _leaf_of_term(term) for name, term in TERMS.items()},
             "recovery_text": _leaf_of_text(self.texts.recovery),
             "vocabulary_texts": self._vocabulary_leaf,
         }
+
+
+def _leaf_of_term(term: Term) -> list[Any]:
+    """What a term is; of one from outside this package, with what tells its code from another."""
+    code = list[str]()
+    if not term.function.__module__.startswith("adapruner."):
+        with contextlib.suppress(AdaPrunerError):  # defined on a prompt, which no later run is from
+            code = [name_of_code(term.function)]
+    return [term.family, term.share, sorted(term.needs), *code]
 
 
 def _leaf_of_text(source: Source | None) -> dict[str, str | None] | None:
@@ -457,7 +468,9 @@ def reference_budget(config: PruneConfig, structure: Structure, ratio: float) ->
 
 
 def register_extensions(config: PruneConfig) -> None:
-    """Adds the datasets and families of the user's files to the shipped ones, for this process."""
+    """Adds the datasets and families of the user's files, and what the user's plugins register, to the shipped ones,
+    for this process."""
+    load_plugins(config.plugins)
     if config.sources:
         register_sources(Path(config.sources))
     if config.architectures:

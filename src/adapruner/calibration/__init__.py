@@ -11,6 +11,7 @@ from adapruner.calibration._pool import (
     save_texts,
     start_token,
     text_windows,
+    windows_of_documents,
 )
 from adapruner.calibration._probes import OPENINGS, probe_texts
 from adapruner.calibration._reading import (
@@ -61,4 +62,5 @@ __all__ = [
     "stream_documents",
     "text_rows",
     "text_windows",
+    "windows_of_documents",
 ]

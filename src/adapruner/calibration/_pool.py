@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,24 @@ def draw_windows(
     if source.holds_windows:
         given = _given_windows(source, seq_len, count if at_least is None else at_least)
         return given[torch.randperm(len(given), generator=torch.Generator().manual_seed(seed))[:count]]
-    documents = list(dict.fromkeys(read_documents(source)))
+    return windows_of_documents(read_documents(source), source, tokenizer, count, seq_len, seed, at_least)
+
+
+def windows_of_documents(
+    documents: Sequence[str],
+    name: Source | str,
+    tokenizer: Tokenizer,
+    count: int,
+    seq_len: int,
+    seed: int,
+    at_least: int | None = None,
+) -> Tensor:
+    """`draw_windows` for documents in memory.
+
+    Args:
+        name: what they are, for messages.
+    """
+    documents = list(dict.fromkeys(documents))
     random.Random(seed).shuffle(documents)
     start = _start_of_text(tokenizer, seq_len)
     step = seq_len - len(start)
@@ -63,7 +80,7 @@ def draw_windows(
     needed = count if at_least is None else at_least
     if len(windows) < needed:
         raise AdaPrunerError(
-            f"the text is too short: {long_documents} of {len(documents)} documents in {source} have at least {seq_len}"
+            f"the text is too short: {long_documents} of {len(documents)} documents in {name} have at least {seq_len}"
             f" tokens and give {len(windows)} windows, {needed} are needed; give more text, or lower `seq_len` or the"
             " number of windows (`pool`, `objective_windows`)"
         )

@@ -108,6 +108,32 @@ class PruningPlan(BaseModel):
         """SHA-256 over the plan as JSON."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
+    @staticmethod
+    def of(structure: Structure, kept: Sequence[Sequence[int]]) -> PruningPlan:
+        """The plan that keeps these groups.
+
+        Args:
+            kept: for each of `structure.blocks`, the numbers of the kept groups in ascending order; as many of every
+                stratum of the block.
+
+        Raises:
+            AdaPrunerError: these are not groups of the blocks.
+        """
+        try:
+            blocks = tuple(
+                BlockPlan(layer=block.layer, kind=block.kind, groups=block.groups, kept=tuple(own))
+                for block, own in zip(structure.blocks, kept, strict=True)
+            )
+        except ValueError as error:
+            raise AdaPrunerError(f"these groups make no plan: {reason(error)}") from None
+        return PruningPlan(
+            model_type=structure.model_type,
+            head_granularity=structure.head_granularity,
+            total_parameters=structure.total_parameters,
+            removed_parameters=structure.removed_parameters([len(block.kept) for block in blocks]),
+            blocks=blocks,
+        )
+
     def save(self, path: Path) -> None:
         """Writes the plan as JSON."""
         path.write_text(self.model_dump_json() + "\n", encoding="utf-8")
@@ -161,17 +187,10 @@ def make_plan(structure: Structure, scores: Tensor, counts: Sequence[int]) -> Pr
         counts: how many groups each block keeps, a multiple of its strata.
     """
     by_block = scores.split([block.groups for block in structure.blocks])
-    blocks = tuple(
-        BlockPlan(layer=block.layer, kind=block.kind, groups=block.groups, kept=_most_important(block, own, count))
-        for block, own, count in zip(structure.blocks, by_block, counts, strict=True)
-    )
-    return PruningPlan(
-        model_type=structure.model_type,
-        head_granularity=structure.head_granularity,
-        total_parameters=structure.total_parameters,
-        removed_parameters=structure.removed_parameters([len(block.kept) for block in blocks]),
-        blocks=blocks,
-    )
+    kept = [
+        _most_important(block, own, count) for block, own, count in zip(structure.blocks, by_block, counts, strict=True)
+    ]
+    return PruningPlan.of(structure, kept)
 
 
 def _most_important(block: Block, scores: Tensor, count: int) -> tuple[int, ...]:

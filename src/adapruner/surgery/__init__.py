@@ -1,12 +1,13 @@
 """Cutting a model by a plan, and compensation for what went."""
 
-from adapruner.surgery._compensation import Compensation, compensate
+from adapruner.surgery._compensation import Compensation, CompensationForm, compensate
 from adapruner.surgery._cut import kept_layers, prune_model, prune_on_reading
 from adapruner.surgery._sequential import compensate_sequentially, refit_sequentially
 from adapruner.surgery._stock import check_paddable, pad_to_stock
 
 __all__ = [
     "Compensation",
+    "CompensationForm",
     "check_paddable",
     "compensate",
     "compensate_sequentially",

@@ -5,6 +5,7 @@ from adapruner.verbs._export import export
 from adapruner.verbs._model import Estimate, benchmark, describe, estimate, inspect, load, load_tokenizer
 from adapruner.verbs._recover import recover
 from adapruner.verbs._report import write_reports
+from adapruner.verbs._steps import compensate, cut, make_windows, measure, plan, score
 from adapruner.verbs._vocabulary import PrunedVocabulary, vocabulary
 
 __all__ = [
@@ -12,6 +13,8 @@ __all__ = [
     "Evaluation",
     "PrunedVocabulary",
     "benchmark",
+    "compensate",
+    "cut",
     "describe",
     "estimate",
     "evaluate",
@@ -19,7 +22,11 @@ __all__ = [
     "inspect",
     "load",
     "load_tokenizer",
+    "make_windows",
+    "measure",
+    "plan",
     "recover",
+    "score",
     "vocabulary",
     "write_reports",
 ]

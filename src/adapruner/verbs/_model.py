@@ -6,14 +6,15 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from typing_extensions import Unpack
 
 from adapruner import models
-from adapruner.config import Dtype, PruneConfig
+from adapruner.arguments import PruneArguments
+from adapruner.config import Dtype, ExpertGranularity, HeadGranularity, PruneConfig
 from adapruner.errors import AdaPrunerError
 from adapruner.evaluation import Speed, measure_speed
 from adapruner.job import reference_budget, register_extensions
@@ -60,13 +61,19 @@ def load_tokenizer(model: str | Path) -> Tokenizer:
     return models.load_tokenizer(find_model(str(model)))
 
 
-def inspect(model: str | Path) -> Structure:
+def inspect(
+    model: ModelGiven, head_granularity: HeadGranularity = "kv-group", expert_granularity: ExpertGranularity = "expert"
+) -> Structure:
     """What of a model can be pruned, from its config alone.
+
+    Args:
+        model: as for `load`, or a model in memory.
+        head_granularity, expert_granularity: as in `PruneOptions`.
 
     Raises:
         AdaPrunerError: there is no such model, or its family is not known.
     """
-    return build_structure(empty_model(load_config(find_model(str(model)))))
+    return build_structure(empty_model(ModelSource.of(model).config), head_granularity, expert_granularity)
 
 
 def describe(model: str | Path) -> Architecture:
@@ -87,7 +94,7 @@ class Estimate:
     stages: dict[str, Memory]
 
 
-def estimate(model: str | Path, **options: Any) -> Estimate:
+def estimate(model: str | Path, **options: Unpack[PruneArguments]) -> Estimate:
     """The memory that `prune` would need with these options, from shapes: no weights are read.
 
     Args:

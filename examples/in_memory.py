@@ -1,0 +1,23 @@
+"""Prunes a model in memory on a list of strings, then evaluates, benchmarks and exports it: nothing needs a path."""
+
+from inputs import model, options, seq_len, texts, tokenizer
+
+import adapruner
+
+held_out, calibration = texts[:50], texts[50:]
+result = adapruner.prune(model, calibration, tokenizer=tokenizer, ratio=0.2, **options)
+pruned = result.model  # an ordinary PreTrainedModel
+
+# Every number carries its protocol, without which a perplexity means nothing.
+for name, one in {"dense": model, "pruned": pruned}.items():
+    [measured] = adapruner.evaluate(one, {"held out": held_out}, seq_len=seq_len, tokenizer=tokenizer).perplexity
+    print(f"{name}: perplexity {measured.perplexity:.2f}, {measured.protocol}")
+
+# Both models take turns, so that other load on the machine affects both.
+speeds = adapruner.benchmark(pruned, against=model, batch_sizes=[1], prompt=seq_len, new_tokens=8, repetitions=3)
+for name, speed in speeds.items():
+    print(f"{name}: {speed.parameters:,} parameters, {speed.decode[1].median:,.0f} generated tokens per second")
+
+prompt = tokenizer(held_out[0][:20], return_tensors="pt").to(pruned.device)
+print(tokenizer.decode(pruned.generate(**prompt, max_new_tokens=12, do_sample=False)[0]))
+print(adapruner.export(pruned, "stock", "runs/in-memory", overwrite=True, tokenizer=tokenizer).path)

@@ -1,0 +1,21 @@
+"""What the examples prune. `python examples/NAME.py [MODEL [TEXT]]` takes SmolLM2-135M and C4 by default; `--small` takes
+a tiny random model and random words, for a try in seconds."""
+
+import argparse
+
+import adapruner
+from adapruner import testing
+from adapruner.calibration import parse_source, read_documents
+
+parser = argparse.ArgumentParser()
+parser.add_argument("model", nargs="?", default="smollm2", help="Hub id, model folder, .gguf file, or smollm2")
+parser.add_argument("text", nargs="?", default="c4", help="a known dataset, hf:…, or a .txt, .jsonl or .parquet file")
+parser.add_argument("--small", action="store_true", help="a tiny random model and random words")
+given = parser.parse_args()
+
+model = testing.tiny_model() if given.small else adapruner.load(given.model)
+tokenizer = testing.tiny_tokenizer() if given.small else adapruner.load_tokenizer(given.model)
+texts = testing.tiny_texts() if given.small else read_documents(parse_source(given.text))
+# Of a run, and of single steps.
+options = testing.SMALL if given.small else {}
+seq_len, round_to = (16, 1) if given.small else (128, 32)

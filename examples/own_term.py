@@ -1,0 +1,19 @@
+"""An importance term of your own, checked and then searched together with the others."""
+
+from inputs import model, options, texts, tokenizer
+
+import adapruner
+from adapruner import testing
+from adapruner.importance import register_term
+
+
+@register_term(unit="inputs", family="energy", needs=["inputs"], share=0.5)
+def input_energy(statistics):
+    """[inputs]: E[x²] · ‖W_c‖², what an input adds to the output of its block, on average and squared."""
+    return statistics.input_squared.mean(0) * statistics.column_squared
+
+
+testing.check_term("input_energy")
+result = adapruner.prune(model, texts, tokenizer=tokenizer, ratio=0.2, **options)
+for name, weight in result.result.search.best.point.weights.items():
+    print(f"{name:16} {weight:.3f}")

@@ -1,0 +1,167 @@
+"""Checks for importance terms, families, datasets and objectives of your own, and a tiny model to try them on.
+
+Each check raises `AssertionError` with what is wrong, so it can be called in a test.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import torch
+from tokenizers import Tokenizer as Backend
+from tokenizers import models, pre_tokenizers
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from adapruner.arguments import PruneArguments
+from adapruner.calibration import fingerprint, parse_source, read_documents
+from adapruner.conformance import failed_checks
+from adapruner.importance import TERMS, MetricPoint, score_groups
+from adapruner.measurement import Statistics, measure, measure_moments, removal_errors
+from adapruner.models import Architecture, architecture_of, find_architecture, random_model, tiny_config
+from adapruner.planning import make_plan
+from adapruner.search import ItemLosses
+from adapruner.structure import Structure, build_structure
+from adapruner.surgery import prune_model
+
+_SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
+_WORDS = (
+    *("the", "a", "of", "and", "to", "in", "is", "was", "with", "from", "river", "city", "music", "game", "king"),
+    *("school", "water", "light", "house", "year", "people", "world", "state", "war", "film", "book", "stone"),
+)
+
+# Options of a run that takes seconds.
+SMALL: PruneArguments = {
+    "pool": 8,
+    "samples": 4,
+    "objective_windows": 4,
+    "final_windows": 0,
+    "compensation_windows": 16,
+    "evaluate_windows": 4,
+    "seq_len": 16,
+    "trials": 5,
+    "level_rounds": 0,
+    "round_to": 1,
+}
+
+
+def tiny_tokenizer() -> Tokenizer:
+    """A tokenizer of a few words, each a token."""
+    numbers = {word: number for number, word in enumerate((*_SPECIAL, *_WORDS))}
+    backend = Backend(models.WordLevel(numbers, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    names = ("pad_token", "bos_token", "eos_token", "unk_token")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **dict(zip(names, _SPECIAL, strict=True)))
+
+
+def tiny_model(family: str = "llama") -> PreTrainedModel:
+    """A random model of a family of transformers, by `model_type`, with a vocabulary for `tiny_tokenizer`."""
+    config = tiny_config(AutoConfig.for_model(family))
+    config.pad_token_id, config.bos_token_id, config.eos_token_id = 0, 1, 2
+    return random_model(config)
+
+
+def tiny_texts(count: int = 200, seed: int = 0) -> list[str]:
+    """Documents of 30 words of `tiny_tokenizer`, drawn at random."""
+    generator = random.Random(seed)
+    return [" ".join(generator.choices(_WORDS, k=30)) for _ in range(count)]
+
+
+def check_term(name: str, family: str = "llama") -> None:
+    """Checks a registered importance term on a tiny model.
+
+    It gives one finite number, not negative, for each vector, input or group; whatever the order of the samples; for a
+    single sample too; and the scores of the groups follow from it.
+
+    Args:
+        family: of the model; `mixtral` for terms that need `routing`.
+    """
+    term, model = TERMS[name], tiny_model(family)
+    structure = build_structure(model)
+    statistics = _all_statistics(model, structure)
+    units = {
+        "vectors": len(structure.group_of_vector),
+        "inputs": len(structure.group_of_input),
+        "groups": structure.group_offsets[-1],
+    }[term.unit]
+    for kind, some in {
+        "all samples": statistics,
+        "a single sample": statistics.select([0]),
+        "other samples": statistics.select([2, 1]),
+    }.items():
+        values = term.function(some)
+        assert values.shape == (units,), (
+            f"{name} of {kind}: shape {list(values.shape)}, expected [{units}], {term.unit}"
+        )
+        assert values.isfinite().all(), f"{name} of {kind} is not finite"
+        assert (values >= 0).all(), f"{name} of {kind} is negative: larger is more important, 0 is least"
+    reordered = term.function(statistics.select([3, 1, 0, 2]))
+    assert torch.allclose(reordered, term.function(statistics), rtol=1e-4), (
+        f"{name} depends on the order of the samples"
+    )
+    scores = score_groups(statistics, structure, MetricPoint(weights={name: 1.0}))
+    assert scores.unique().numel() > 1, f"{name} gives all groups the same score"
+
+
+def _all_statistics(model: PreTrainedModel, structure: Structure) -> Statistics:
+    windows = torch.randint(3, model.config.vocab_size, (16, 16), generator=torch.Generator().manual_seed(0))
+    statistics = measure(model, structure, windows[:4])
+    alone, eliminated = removal_errors(model, structure, dict(measure_moments(model, structure, windows)))
+    return replace(statistics, removal_error=alone, elimination_error=eliminated)
+
+
+def check_family(config: PreTrainedConfig | str, architecture: Architecture | None = None) -> None:
+    """Checks the description of a family on a tiny random model: pruned equals dense with the removed groups masked,
+    saved equals loaded, generation is the same with and without a cache, and layer by layer equals at once.
+
+    Args:
+        config: of a stock model, or its `model_type`.
+        architecture: the description; by default the registered or inferred one.
+    """
+    tiny = tiny_config(AutoConfig.for_model(config) if isinstance(config, str) else config)
+    if architecture is None:
+        find_architecture(tiny)
+        architecture = architecture_of(tiny)
+    failures = failed_checks(random_model(tiny), architecture)
+    wrong = {layout: failures[layout] for layout in architecture.layouts if layout in failures}
+    assert not wrong, f"{architecture.model_type}: {wrong}"
+
+
+def check_source(name: str) -> None:
+    """Checks a dataset, by its name: it can be read, twice the same; its three parts are disjoint and make the whole;
+    its content can be told from another.
+
+    Args:
+        name: known, registered or a file, without a part.
+    """
+    documents = read_documents(parse_source(name))
+    assert documents == read_documents(parse_source(name)), f"{name} is another one when it is read again"
+    parts = [read_documents(parse_source(f"{name}@{part}")) for part in ("calibration", "objective", "report")]
+    assert sum(map(len, parts)) == len(documents), f"the parts of {name} are not the whole"
+    shared = set(parts[0]) & set(parts[1]) | set(parts[1]) & set(parts[2]) | set(parts[0]) & set(parts[2])
+    assert not shared, f"the parts of {name} share {len(shared)} documents"
+    assert fingerprint(parse_source(name)), f"the content of {name} has no fingerprint"
+
+
+def check_objective(item_losses: ItemLosses, model: PreTrainedModel | None = None) -> None:
+    """Checks a function that judges trials: it gives one finite loss for each of the same items, twice the same, also
+    for a pruned model, and does not change the model.
+
+    Args:
+        model: by default a tiny one, with the vocabulary of `tiny_tokenizer`.
+    """
+    model = (model or tiny_model()).eval()
+    structure = build_structure(model)
+    fewer = [block.groups // 2 if block.kind == "channels" else block.groups for block in structure.blocks]
+    pruned = prune_model(model, structure, make_plan(structure, torch.rand(structure.group_offsets[-1]), fewer))
+    before = {name: tensor.clone() for name, tensor in pruned.state_dict().items()}
+    with torch.no_grad():
+        of_dense, of_pruned, again = (torch.as_tensor(item_losses(one)) for one in (model, pruned, pruned))
+    assert of_pruned.dim() == 1, f"shape {list(of_pruned.shape)}, expected [items]"
+    assert len(of_dense) == len(of_pruned), f"{len(of_dense)} losses of one model, {len(of_pruned)} of another"
+    assert torch.cat([of_dense, of_pruned]).isfinite().all(), "losses are not finite"
+    assert torch.equal(of_pruned, again), "losses differ when they are computed again"
+    after = pruned.state_dict()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items()), "the model was changed"
+    assert not pruned.training, "the model was left in training mode"

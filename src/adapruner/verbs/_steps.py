@@ -1,0 +1,159 @@
+"""The steps of a run, one by one and in memory: measure, score, plan, cut, compensate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from adapruner import measurement
+from adapruner.calibration import windows_of_documents
+from adapruner.config import Layout, PruneConfig, RatioOf, Terms
+from adapruner.importance import LLM_PRUNER_METRICS, MetricPoint, score_groups
+from adapruner.job import reference_budget
+from adapruner.measurement import Statistics, measure_moments
+from adapruner.models import architecture_of
+from adapruner.planning import PruningPlan, kept_counts, make_plan
+from adapruner.structure import Structure
+from adapruner.surgery import Compensation, CompensationForm, prune_model, refit_sequentially
+
+
+def make_windows(
+    documents: Iterable[str], tokenizer: Tokenizer, count: int = 64, seq_len: int = 128, seed: int = 0
+) -> Tensor:
+    """Windows of tokens from documents: the beginnings, in random order, then the rest of long ones.
+
+    Args:
+        count: of windows.
+        seq_len: tokens per window.
+
+    Returns:
+        [count, seq_len], int64; the same for the same seed.
+
+    Raises:
+        AdaPrunerError: there is too little text.
+    """
+    return windows_of_documents(list(documents), "`documents`", tokenizer, count, seq_len, seed)
+
+
+def measure(
+    model: PreTrainedModel, structure: Structure, windows: Tensor, batch_size: int = 4, terms: Terms = "all"
+) -> Statistics:
+    """Measures what importance terms are computed from: one forward and one backward pass; weights get no gradients.
+
+    Args:
+        model: in evaluation mode, on its device, in any dtype.
+        structure: what of the model can be pruned, from `inspect`.
+        windows: [samples, tokens], int64.
+        batch_size: samples per pass; bounds the memory.
+        terms: `vector-wise` leaves out what needs the gradients of single weights: a third of the work less.
+
+    Returns:
+        Statistics per sample, [samples, vectors] and [samples, inputs], on the CPU; `Statistics.select` takes a subset.
+
+    Raises:
+        NonFiniteError: a sample gives numbers that are not finite; it is named.
+    """
+    return measurement.measure(model, structure, windows, batch_size, terms=terms)
+
+
+def score(
+    statistics: Statistics, structure: Structure, metric: str | Mapping[str, float] | MetricPoint = "param_first"
+) -> Tensor:
+    """The importance of every group: every head, channel or expert.
+
+    Args:
+        metric: one of LLM-Pruner's by name (`vectorize`, `param_first`, `param_second`, `param_mix`), weights of
+            importance terms by name, or a `MetricPoint`.
+
+    Returns:
+        [groups], float64, in the order of `structure.blocks`; larger is more important. Scores of your own have this
+        shape: `scores.split([block.groups for block in structure.blocks])` are those of each block.
+
+    Raises:
+        AdaPrunerError: a term needs statistics that were not measured.
+    """
+    if isinstance(metric, str):
+        metric = LLM_PRUNER_METRICS[metric]
+    point = metric if isinstance(metric, MetricPoint) else MetricPoint(weights=dict(metric))
+    return score_groups(statistics, structure, point)
+
+
+def plan(
+    structure: Structure,
+    scores: Tensor,
+    ratio: float = 0.2,
+    *,
+    round_to: int = 32,
+    protect_first: int | None = None,
+    protect_last: int | None = None,
+    head_share: float | None = None,
+    layout: Layout = "per-layer",
+    ratio_of: RatioOf = "parameters",
+) -> PruningPlan:
+    """Which groups are kept at a ratio: in every block those with the highest scores.
+
+    For an allocation that `Budget` describes in more detail, call `planning.kept_counts` and `planning.make_plan`.
+
+    Args:
+        scores: [groups], in the order of `structure.blocks`.
+        ratio: fraction of all parameters to remove.
+        round_to, protect_first, protect_last, head_share, layout, ratio_of: as in `PruneOptions`.
+
+    Raises:
+        AdaPrunerError: the ratio cannot be reached; with the arithmetic.
+    """
+    config = PruneConfig.from_options(
+        model=structure.model_type,
+        ratio=ratio,
+        round_to=round_to,
+        protect_first=protect_first,
+        protect_last=protect_last,
+        head_share=head_share,
+        layout=layout,
+        ratio_of=ratio_of,
+        space="paper" if ratio_of == "groups" else "extended",
+    )
+    return make_plan(structure, scores, kept_counts(structure, reference_budget(config, structure, ratio)))
+
+
+def cut(model: PreTrainedModel, structure: Structure, plan: PruningPlan) -> PreTrainedModel:
+    """A new, smaller model without the groups that the plan removes, and nothing else changed.
+
+    Weights from which nothing is removed are shared with the given model, which is not changed. Save it with its
+    tokenizer by `checkpoint.save_checkpoint`, or by `save_pretrained` where all layers are alike.
+
+    Raises:
+        AdaPrunerError: the plan is for another model.
+    """
+    return prune_model(model, structure, plan)
+
+
+def compensate(
+    model: PreTrainedModel,
+    structure: Structure,
+    plan: PruningPlan,
+    windows: Tensor,
+    form: CompensationForm = "least-squares",
+    sequential: bool = True,
+) -> PreTrainedModel:
+    """The model that `cut` gives, with the remaining weights of the output projections corrected in closed form.
+
+    Args:
+        model: the dense model, which is not changed.
+        windows: [windows, tokens], int64, at least 2; more text makes a better model.
+        form: `bias`, `least-squares` or `least-squares-bias`; those with a bias add parameters.
+        sequential: fit least squares layer by layer on the outputs of the pruned layers before, if the family allows.
+
+    Raises:
+        AdaPrunerError: the plan is for another model, or there are less than two windows.
+        NonFiniteError: activations are not finite.
+    """
+    compensation = Compensation(form, dict(measure_moments(model, structure, windows)))
+    pruned = prune_model(model, structure, plan, compensation)
+    possible = form == "least-squares" and architecture_of(model.config).has_plain_residual(model.config)
+    if sequential and possible:
+        refit_sequentially(model, pruned, structure, plan, compensation, windows)
+    return pruned
