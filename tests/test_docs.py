@@ -65,7 +65,7 @@ MODELS = {
     "smollm2": "llama",
 }
 # Options in the docs that are not of this package.
-OF_OTHER_TOOLS = {"--no-deps", "--nproc-per-node", "--target", "--trust-remote-code"}
+OF_OTHER_TOOLS = {"--no-deps", "--nproc-per-node", "--small", "--target", "--trust-remote-code"}
 WORDS = ["the", "a", "of", "and", "to", "in", "is", "was", "with", "from", "river", "city", "music", "game", "king"]
 WORDS += ["school", "water", "light", "house", "year", "people", "world", "state", "war", "film", "book", "stone"]
 

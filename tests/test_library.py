@@ -16,13 +16,14 @@ import pytest
 import torch
 from mypy import api as mypy
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 import adapruner
 from adapruner import AdaPrunerError, PruneConfig, PruneOptions, RecoveryOptions
 from adapruner.arguments import PruneArguments, RecoveryArguments, RunArguments
 from adapruner.given import name_of_code
 from adapruner.importance import TERMS
+from adapruner.measurement import Statistics
 from run_helpers import RUN_OPTIONS
 
 EXAMPLES = sorted(path for path in (Path(__file__).parents[1] / "examples").glob("*.py") if path.name != "inputs.py")
@@ -203,6 +204,73 @@ def test_a_function_is_known_by_its_file_or_its_version(tmp_path: Path) -> None:
     exec("def unwritten(model): return [1.0]", own)
     with pytest.raises(AdaPrunerError, match="source of unwritten cannot be read: give it a version"):
         name_of_code(own["unwritten"])
+
+
+def test_a_model_in_memory_is_evaluated_measured_and_exported_as_its_files_are(
+    finished: adapruner.PruneResult,
+    loaded: PreTrainedModel,
+    model_folder: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    text_file: Path,
+    documents: list[str],
+    tmp_path: Path,
+) -> None:
+    [by_path] = adapruner.evaluate(model_folder, str(text_file), seq_len=16).perplexity
+    loaded.model.layers[0].train()
+    [in_memory] = adapruner.evaluate(loaded, str(text_file), seq_len=16, tokenizer=tokenizer).perplexity
+    [of_list] = adapruner.evaluate(loaded, {"own": documents}, seq_len=16, tokenizer=tokenizer).perplexity
+    assert in_memory.perplexity == of_list.perplexity == by_path.perplexity
+    assert of_list.text == "own"
+    assert [module.training for module in (loaded.model.layers[0], loaded.lm_head)] == [True, False]
+
+    pruned, numbers = finished.model, {"prompt": 4, "new_tokens": 2, "repetitions": 1, "batch_sizes": [1]}
+    speeds = adapruner.benchmark(pruned, loaded, **numbers)
+    assert {name: speed.parameters for name, speed in speeds.items()} == {
+        "model": finished.result.final.parameters,
+        "against": finished.result.model("dense").parameters,
+    }
+
+    adapruner.export(finished.model_folder, "stock", tmp_path / "by-path")
+    adapruner.export(pruned, "stock", tmp_path / "in-memory", tokenizer=finished.tokenizer)
+    states = [load_file(tmp_path / name / "model.safetensors") for name in ("by-path", "in-memory")]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert AutoTokenizer.from_pretrained(tmp_path / "in-memory")("w3").input_ids == tokenizer("w3").input_ids
+    with pytest.raises(AdaPrunerError, match="needs its `tokenizer`"):
+        adapruner.evaluate(pruned, {"own": documents})
+    with pytest.raises(AdaPrunerError, match="used as it is: leave `dtype`"):
+        adapruner.benchmark(pruned, dtype="float16")
+
+
+def test_the_steps_one_by_one_make_the_model_of_a_run(finished: adapruner.PruneResult, loaded: PreTrainedModel) -> None:
+    structure = adapruner.inspect(loaded)
+    windows = load_file(finished.output / "windows.safetensors")
+    statistics = adapruner.measure(loaded, structure, windows["pool"])
+    of_run = Statistics.load(finished.output / "statistics.safetensors")
+    for name, values in statistics.per_sample.items():
+        torch.testing.assert_close(values, of_run.per_sample[name], rtol=1e-3, atol=1e-7)
+
+    point = {"fine_first": 1.0, "fluctuation": 2.0}
+    scores = adapruner.score(statistics, structure, point)
+    plan = adapruner.plan(structure, scores, 0.1, round_to=1, protect_first=1, protect_last=1)
+    assert abs(plan.ratio - 0.1) < 0.005
+    for block, own, numbers in zip(
+        structure.blocks, plan.blocks, scores.split([block.groups for block in structure.blocks]), strict=True
+    ):
+        removed = sorted(set(range(block.groups)) - set(own.kept))
+        assert not removed or numbers[removed].max() <= numbers[list(own.kept)].min()
+    kept = [list(block.kept) for block in plan.blocks]
+    assert adapruner.PruningPlan.of(structure, kept) == plan
+    with pytest.raises(AdaPrunerError, match="these groups make no plan"):
+        adapruner.PruningPlan.of(structure, [[99], *kept[1:]])
+
+    text = torch.cat([windows["compensation"], load_file(finished.output / "self.safetensors")["compensation"]])
+    text = text[torch.randperm(len(text), generator=torch.Generator().manual_seed(0))]
+    compensated = adapruner.compensate(loaded, structure, finished.plan, text).state_dict()
+    for name, tensor in finished.model.state_dict().items():
+        torch.testing.assert_close(compensated[name], tensor, rtol=1e-3, atol=1e-5)
+    plain = adapruner.cut(loaded, structure, finished.plan).state_dict()
+    assert any(not torch.equal(plain[name], tensor) for name, tensor in compensated.items())
 
 
 def widened(hint: Any) -> Any:

@@ -126,6 +126,12 @@ class PruningPlan(BaseModel):
             )
         except ValueError as error:
             raise AdaPrunerError(f"these groups make no plan: {reason(error)}") from None
+        for block, own in zip(structure.blocks, blocks, strict=True):
+            strata = [group * block.strata // block.groups for group in own.kept]
+            if len({strata.count(stratum) for stratum in range(block.strata)}) > 1:
+                raise AdaPrunerError(
+                    f"layer {block.layer} keeps other numbers of {block.kind} in some of its {block.strata} strata"
+                )
         return PruningPlan(
             model_type=structure.model_type,
             head_granularity=structure.head_granularity,
