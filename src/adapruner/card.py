@@ -304,7 +304,7 @@ def _made(plan: PruningPlan, result: RunResult) -> str:
     return "\n".join(
         [
             f"- calibration text: {_escaped(_public(config.calibration))}; objective:"
-            f" {_escaped(_public(config.objective or config.calibration))}, other documents",
+            f" {_escaped(config.objective_function or f'{_public(config.objective_dataset)}, other documents')}",
             f"- search: {search.trials} trials, seed {config.seed}; importance {mix}{_levelled(result)}",
             f"- compensation: {config.compensation}; layout: {config.layout}",
             f"- plan: `{plan.hash[:12]}`",

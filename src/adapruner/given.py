@@ -9,6 +9,7 @@ import inspect
 import json
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -24,9 +25,13 @@ from adapruner.checkpoint import save_checkpoint
 from adapruner.errors import AdaPrunerError
 from adapruner.files import being_written
 from adapruner.models import architecture_of, find_architecture, is_pruned, whole_state
+from adapruner.processes import this_process
 
+_SECONDS_BETWEEN_LOOKS = 0.2
 # A dataset: its name; documents, one by one or as rows with columns (a `datasets.Dataset`); or windows of tokens,
 # [windows, tokens], int64.
+# A model: a name or path, or one in memory.
+ModelGiven: TypeAlias = str | Path | PreTrainedModel
 TextData: TypeAlias = str | Path | Tensor | Iterable[str] | Iterable[Mapping[str, object]]
 
 
@@ -80,8 +85,12 @@ def write_model(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> P
     """
     name = Path(str(model.name_or_path)).name or model.config.model_type
     place = folder / f"{name}-{_hash_of_model(model, tokenizer)}"
-    if not place.is_dir():
-        save_checkpoint(model, tokenizer, place)
+    # Of several processes, one writes; the folder appears whole.
+    while not place.is_dir():
+        if this_process().leads:
+            save_checkpoint(model, tokenizer, place)
+        else:
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
     return place
 
 

@@ -4,33 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
-from torch import Tensor
-from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from typing_extensions import Unpack
 
 from adapruner import procedure
 from adapruner.arguments import PruneArguments, RunArguments
-from adapruner.calibration import absolute_source, source_names
 from adapruner.callbacks import Callback
 from adapruner.checkpoint import check_push, push
-from adapruner.config import FUNCTION, PruneConfig, PruneOptions, RecoveryOptions, read_recipe
+from adapruner.config import FUNCTION, PruneConfig, PruneOptions
 from adapruner.driver import Driver, refuse_outdated
 from adapruner.errors import AdaPrunerError, NonFiniteError, describe_failure
 from adapruner.evaluation import check_tasks
-from adapruner.given import (
-    TextData,
-    check_prunable,
-    check_tokenizer,
-    is_in_memory,
-    name_of_code,
-    write_model,
-    write_text,
-)
+from adapruner.given import ModelGiven, TextData, name_of_code
+from adapruner.inputs import resolve
 from adapruner.job import Job, Preparation, register_extensions
 from adapruner.models import computing_repeatably
 from adapruner.paths import given_path
@@ -41,9 +31,6 @@ from adapruner.run import RunFolder
 from adapruner.search import ItemLosses
 
 _SECONDS_BETWEEN_LOOKS = 0.2
-# The options whose values may be in memory.
-_IN_FILES = ("model", "calibration", "objective", "recover")
-ModelGiven: TypeAlias = str | Path | PreTrainedModel
 
 
 def prune(
@@ -121,10 +108,10 @@ def prune_ratios(
     run = _run_folder(output)
     objective = options.get("objective")
     item_losses = objective if callable(objective) else None
-    given = _given_options(recipe, config, {"model": model, "calibration": calibration, **options})
+    given: dict[str, Any] = {"model": model, "calibration": calibration, **options}
     if item_losses:
         given["objective"] = FUNCTION + name_of_code(item_losses, objective_version)
-    resolved = _config(_in_files(given, tokenizer, run))
+    resolved = resolve(given, tokenizer, run, recipe, config)
     if push_to_hub:
         if len(resolved.ratio) > 1:
             raise AdaPrunerError("`push_to_hub` uploads one model: give one `ratio`")
@@ -306,76 +293,6 @@ def _result(driver: Driver) -> PruneResult:
     assert plan is not None
     assert result is not None
     return PruneResult(driver.job.folder.path, plan, result, driver.root)
-
-
-def _given_options(
-    recipe: str | Path | None, config: PruneOptions | None, options: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The options of a recipe and a config, overridden by those that are given by name; a model or text may be in
-    memory.
-
-    Raises:
-        AdaPrunerError: an option is invalid.
-    """
-    base = (read_recipe(recipe) if recipe else {}) | (config.model_dump(exclude_unset=True) if config else {})
-    own = {name: value for name, value in options.items() if value is not None or name not in ("model", "calibration")}
-    recovery = own.get("recovery")
-    if isinstance(recovery, RecoveryOptions):
-        own["recovery"] = recovery.model_dump(exclude_unset=True)
-    if isinstance(base.get("recovery"), dict) and isinstance(recovery, dict):
-        own["recovery"] = base["recovery"] | recovery
-    given = base | own
-    if "model" not in given:
-        raise AdaPrunerError("name a model: Hub id, model folder, .gguf file, or smollm2")
-    if isinstance(windows := given.get("calibration"), Tensor) and windows.dim() == 2:
-        given.setdefault("seq_len", windows.shape[1])
-    # Other mistakes are told before anything is written.
-    named = {name: type(value).__name__ for name, value in given.items() if name in _IN_FILES and value is not None}
-    PruneConfig.from_options(**given | named)
-    return given
-
-
-def _in_files(given: Mapping[str, Any], tokenizer: Tokenizer | None, run: RunFolder) -> dict[str, Any]:
-    """The options, with a model and text that are in memory in files of the run folder."""
-    options: dict[str, Any] = {name: str(one) if isinstance(one, Path) else one for name, one in given.items()}
-    model: Any = options["model"]
-    loaded = not isinstance(model, str)
-    if loaded:
-        check_prunable(model)
-        tokenizer = check_tokenizer(tokenizer)
-    elif tokenizer is not None:
-        raise AdaPrunerError("`tokenizer` goes with a model in memory: leave it out, or load the model")
-    texts = {name: options[name] for name in ("calibration", "objective", "recover") if is_in_memory(options.get(name))}
-    if texts or loaded:
-        run.check_usable()
-    options |= {name: write_text(data, run.given, name) for name, data in texts.items()}
-    return options | ({"model": str(write_model(model, tokenizer, run.given))} if tokenizer else {})
-
-
-def _config(options: Mapping[str, Any]) -> PruneConfig:
-    """The options, with the paths in them absolute, so that the run can be continued from any folder."""
-    config = PruneConfig.from_options(**options)
-    extensions = {
-        name: str(given_path(file).absolute())
-        for name in ("sources", "architectures")
-        if (file := getattr(config, name)) is not None
-    }
-    config = config.model_copy(update=extensions)
-    register_extensions(config)
-    path = given_path(config.model)
-    absolute = {
-        name: absolute_source(value)
-        for name in ("calibration", "objective", "recover")
-        if (value := getattr(config, name)) is not None and not value.startswith(FUNCTION)
-    }
-    return config.model_copy(
-        update=absolute
-        | {
-            "model": str(path.absolute()) if path.exists() else config.model,
-            "evaluate": tuple(map(absolute_source, config.evaluate)),
-            "vocabulary": tuple(map(absolute_source, source_names(config.vocabulary))),
-        }
-    )
 
 
 @contextlib.contextmanager

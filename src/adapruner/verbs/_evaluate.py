@@ -23,10 +23,11 @@ from adapruner.evaluation import (
     measure_perplexity,
     measure_tasks,
 )
+from adapruner.given import ModelGiven
 from adapruner.models import ModelLocation, check_length, check_tokens, resolve_device
 from adapruner.progress import Reporter
 from adapruner.texts import overlaps
-from adapruner.verbs._source import ModelGiven, ModelSource
+from adapruner.verbs._source import ModelSource
 
 
 @dataclass(frozen=True)

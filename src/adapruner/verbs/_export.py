@@ -21,11 +21,12 @@ from adapruner.checkpoint import (
 )
 from adapruner.config import ExportFormat, GgufType
 from adapruner.errors import AdaPrunerError
+from adapruner.given import ModelGiven
 from adapruner.models import ModelLocation, empty_model
 from adapruner.paths import output_path
 from adapruner.progress import Reporter
 from adapruner.surgery import check_paddable, pad_to_stock
-from adapruner.verbs._source import ModelGiven, ModelSource
+from adapruner.verbs._source import ModelSource
 
 
 @dataclass(frozen=True)

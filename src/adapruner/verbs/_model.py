@@ -17,6 +17,7 @@ from adapruner.arguments import PruneArguments
 from adapruner.config import Dtype, ExpertGranularity, HeadGranularity, PruneConfig
 from adapruner.errors import AdaPrunerError
 from adapruner.evaluation import Speed, measure_speed
+from adapruner.given import ModelGiven
 from adapruner.job import reference_budget, register_extensions
 from adapruner.memory import Memory, choose_layer_wise, estimate_memory
 from adapruner.models import (
@@ -32,7 +33,7 @@ from adapruner.models import (
 )
 from adapruner.progress import Reporter
 from adapruner.structure import Structure, build_structure
-from adapruner.verbs._source import ModelGiven, ModelSource
+from adapruner.verbs._source import ModelSource
 
 
 def load(model: str | Path, dtype: Dtype = "auto", device: str = "auto") -> PreTrainedModel:

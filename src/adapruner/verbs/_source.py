@@ -6,17 +6,14 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
 
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.config import Dtype
 from adapruner.errors import AdaPrunerError
-from adapruner.given import check_model, check_tokenizer
+from adapruner.given import ModelGiven, check_model, check_tokenizer
 from adapruner.models import ModelLocation, find_model, load_config, load_model, load_tokenizer
-
-ModelGiven: TypeAlias = str | Path | PreTrainedModel
 
 
 @dataclass(frozen=True)

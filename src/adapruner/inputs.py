@@ -1,0 +1,110 @@
+"""What a caller of `adapruner.prune` gives, made into a config: by name, in memory, in a recipe or a config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from adapruner.calibration import absolute_source, source_names
+from adapruner.config import FUNCTION, PruneConfig, PruneOptions, RecoveryOptions, read_recipe
+from adapruner.errors import AdaPrunerError
+from adapruner.given import check_prunable, check_tokenizer, is_in_memory, write_model, write_text
+from adapruner.job import register_extensions
+from adapruner.paths import given_path
+from adapruner.run import RunFolder
+
+# The options whose values may be in memory.
+_IN_FILES = ("model", "calibration", "objective", "recover")
+
+
+def resolve(
+    options: Mapping[str, Any],
+    tokenizer: Tokenizer | None,
+    run: RunFolder,
+    recipe: str | Path | None,
+    config: PruneOptions | None,
+) -> PruneConfig:
+    """The config of a run. A model and text in memory are written to its folder.
+
+    Args:
+        options: by name; they override those of the recipe and the config.
+        tokenizer: of a model in memory.
+
+    Raises:
+        AdaPrunerError: an option is invalid, or what is in memory cannot be pruned.
+    """
+    return _with_absolute_paths(_in_files(_given_options(recipe, config, options), tokenizer, run))
+
+
+def _given_options(
+    recipe: str | Path | None, config: PruneOptions | None, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The options of a recipe and a config, overridden by those that are given by name; a model or text may be in
+    memory.
+
+    Raises:
+        AdaPrunerError: an option is invalid.
+    """
+    base = (read_recipe(recipe) if recipe else {}) | (config.model_dump(exclude_unset=True) if config else {})
+    own = {name: value for name, value in options.items() if value is not None or name not in ("model", "calibration")}
+    recovery = own.get("recovery")
+    if isinstance(recovery, RecoveryOptions):
+        own["recovery"] = recovery.model_dump(exclude_unset=True)
+    if isinstance(base.get("recovery"), dict) and isinstance(recovery, dict):
+        own["recovery"] = base["recovery"] | recovery
+    given = base | own
+    if "model" not in given:
+        raise AdaPrunerError("name a model: Hub id, model folder, .gguf file, or smollm2")
+    if isinstance(windows := given.get("calibration"), Tensor) and windows.dim() == 2:
+        given.setdefault("seq_len", windows.shape[1])
+    # Other mistakes are told before anything is written.
+    named = {name: type(value).__name__ for name, value in given.items() if name in _IN_FILES and value is not None}
+    PruneConfig.from_options(**given | named)
+    return given
+
+
+def _in_files(given: Mapping[str, Any], tokenizer: Tokenizer | None, run: RunFolder) -> dict[str, Any]:
+    """The options, with a model and text that are in memory in files of the run folder."""
+    options: dict[str, Any] = {name: str(one) if isinstance(one, Path) else one for name, one in given.items()}
+    model: Any = options["model"]
+    loaded = not isinstance(model, str)
+    if loaded:
+        check_prunable(model)
+        tokenizer = check_tokenizer(tokenizer)
+    elif tokenizer is not None:
+        raise AdaPrunerError("`tokenizer` goes with a model in memory: leave it out, or load the model")
+    texts = {name: options[name] for name in ("calibration", "objective", "recover") if is_in_memory(options.get(name))}
+    if texts or loaded:
+        run.check_usable()
+    options |= {name: write_text(data, run.given, name) for name, data in texts.items()}
+    return options | ({"model": str(write_model(model, tokenizer, run.given))} if tokenizer else {})
+
+
+def _with_absolute_paths(options: Mapping[str, Any]) -> PruneConfig:
+    """The options, with the paths in them absolute, so that the run can be continued from any folder."""
+    config = PruneConfig.from_options(**options)
+    extensions = {
+        name: str(given_path(file).absolute())
+        for name in ("sources", "architectures")
+        if (file := getattr(config, name)) is not None
+    }
+    config = config.model_copy(update=extensions)
+    register_extensions(config)
+    path = given_path(config.model)
+    absolute = {
+        name: absolute_source(value)
+        for name in ("calibration", "objective", "recover")
+        if (value := getattr(config, name)) is not None and not value.startswith(FUNCTION)
+    }
+    return config.model_copy(
+        update=absolute
+        | {
+            "model": str(path.absolute()) if path.exists() else config.model,
+            "evaluate": tuple(map(absolute_source, config.evaluate)),
+            "vocabulary": tuple(map(absolute_source, source_names(config.vocabulary))),
+        }
+    )
