@@ -143,6 +143,10 @@ def write_text(data: TextData, folder: Path, use: str) -> str:
 
 
 def _rows(data: Any, use: str) -> Iterator[dict[str, Any]]:
+    if not isinstance(data, Iterable):
+        raise AdaPrunerError(
+            f"`{use}` is a {type(data).__name__}: expected the name of a dataset, documents or windows"
+        )
     for number, item in enumerate(data, 1):
         if not isinstance(item, str | Mapping):
             raise AdaPrunerError(

@@ -51,18 +51,17 @@ def _given_options(
     """
     base = (read_recipe(recipe) if recipe else {}) | (config.model_dump(exclude_unset=True) if config else {})
     own = {name: value for name, value in options.items() if value is not None or name not in ("model", "calibration")}
-    recovery = own.get("recovery")
-    if isinstance(recovery, RecoveryOptions):
-        own["recovery"] = recovery.model_dump(exclude_unset=True)
-    if isinstance(base.get("recovery"), dict) and isinstance(recovery, dict):
-        own["recovery"] = base["recovery"] | recovery
+    if isinstance(own.get("recovery"), RecoveryOptions):
+        own["recovery"] = own["recovery"].model_dump(exclude_unset=True)
+    if isinstance(base.get("recovery"), dict) and isinstance(own.get("recovery"), dict):
+        own["recovery"] = base["recovery"] | own["recovery"]
     given = base | own
     if "model" not in given:
         raise AdaPrunerError("name a model: Hub id, model folder, .gguf file, or smollm2")
     if isinstance(windows := given.get("calibration"), Tensor) and windows.dim() == 2:
         given.setdefault("seq_len", windows.shape[1])
     # Other mistakes are told before anything is written.
-    named = {name: type(value).__name__ for name, value in given.items() if name in _IN_FILES and value is not None}
+    named = {name: type(value).__name__ for name, value in own.items() if name in _IN_FILES and value is not None}
     PruneConfig.from_options(**given | named)
     return given
 
