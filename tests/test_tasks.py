@@ -276,7 +276,7 @@ def test_means() -> None:
 def test_refused_before_the_model_is_loaded(
     model_folder: Path, names: list[str], limit: int | None, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("adapruner.verbs._evaluate.load_model", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("adapruner.verbs._source.load_model", lambda *_: pytest.fail("loaded"))
     with pytest.raises(AdaPrunerError, match=message):
         verbs.evaluate(model_folder, tasks=names, limit=limit)
 
