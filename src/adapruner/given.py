@@ -28,6 +28,8 @@ from adapruner.models import architecture_of, find_architecture, is_pruned, whol
 from adapruner.processes import this_process
 
 _SECONDS_BETWEEN_LOOKS = 0.2
+# What `save_pretrained` writes into the config of a model in memory.
+_NOTED_ON_SAVING = ("_name_or_path", "architectures", "dtype", "transformers_version")
 # A dataset: its name; documents, one by one or as rows with columns (a `datasets.Dataset`); or windows of tokens,
 # [windows, tokens], int64.
 # A model: a name or path, or one in memory.
@@ -78,7 +80,8 @@ def check_prunable(model: PreTrainedModel) -> None:
 def write_model(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> Path:
     """Writes a model in memory below a folder, under a name that says its content, unless it is there; returns where.
 
-    The model is not changed. The cost is one copy on the disk, in the dtype of the weights.
+    The model is not changed, but for what `save_pretrained` notes in its config. The cost is one copy on the disk, in
+    the dtype of the weights.
 
     Raises:
         AdaPrunerError: it cannot be written.
@@ -95,8 +98,12 @@ def write_model(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> P
 
 
 def _hash_of_model(model: PreTrainedModel, tokenizer: Tokenizer) -> str:
-    settings = model.generation_config.to_json_string() if model.generation_config else ""
-    digest = hashlib.sha256((model.config.to_json_string() + settings).encode())
+    settings = model.generation_config.to_dict() if model.generation_config else {}
+    both = [
+        {name: value for name, value in fields.items() if name not in _NOTED_ON_SAVING}
+        for fields in (model.config.to_dict(), settings)
+    ]
+    digest = hashlib.sha256(json.dumps(both, sort_keys=True, default=str).encode())
     for name, tensor in sorted(whole_state(model).items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
