@@ -14,7 +14,7 @@ from adapruner.config import Layout, PruneConfig, RatioOf, Terms
 from adapruner.importance import LLM_PRUNER_METRICS, MetricPoint, score_groups
 from adapruner.job import reference_budget
 from adapruner.measurement import Statistics, measure_moments
-from adapruner.models import architecture_of
+from adapruner.models import architecture_of, in_fastest_dtype
 from adapruner.planning import PruningPlan, kept_counts, make_plan
 from adapruner.structure import Structure
 from adapruner.surgery import Compensation, CompensationForm, prune_model, refit_sequentially
@@ -151,7 +151,7 @@ def compensate(
         AdaPrunerError: the plan is for another model, or there are less than two windows.
         NonFiniteError: activations are not finite.
     """
-    compensation = Compensation(form, dict(measure_moments(model, structure, windows)))
+    compensation = Compensation(form, dict(measure_moments(in_fastest_dtype(model), structure, windows)))
     pruned = prune_model(model, structure, plan, compensation)
     possible = form == "least-squares" and architecture_of(model.config).has_plain_residual(model.config)
     if sequential and possible:
