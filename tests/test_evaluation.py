@@ -22,12 +22,16 @@ from adapruner.calibration import _probes, probe_texts
 from adapruner.cli import app
 from adapruner.config import PruneConfig
 from adapruner.evaluation import (
+    Breakage,
     Perplexity,
     _perplexity,
+    agreement,
+    continue_greedily,
     count_macs,
+    judge,
     measure_perplexity,
-    measure_repetition,
     measure_speed,
+    repetition,
     window_losses,
 )
 from adapruner.models import find_model, load_model
@@ -52,7 +56,7 @@ def test_equals_the_loss_of_transformers(model: PreTrainedModel, monkeypatch: py
 
 def test_repetition_is_that_of_greedy_continuations(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
     openings = ["w7 w8 w9", "w11 w12 w13 w14", "w20 w3 w4"]
-    shares = []
+    shares, continued = [], []
     for opening in openings:
         tokens = tokenizer(opening).input_ids[:3]
         for _ in range(64):
@@ -62,8 +66,66 @@ def test_repetition_is_that_of_greedy_continuations(model: PreTrainedModel, toke
             tokens.append(int(logits.argmax()))
         pieces = [tuple(tokens[first : first + 4]) for first in range(3, len(tokens) - 3)]
         shares.append(sum(piece in pieces[:place] for place, piece in enumerate(pieces)) / len(pieces))
+        continued.append(tokens)
     assert 0 < statistics.fmean(shares) < 1
-    assert measure_repetition(model, tokenizer, openings) == pytest.approx(statistics.fmean(shares))
+    assert continue_greedily(model, tokenizer, openings).tolist() == continued
+    assert repetition(torch.tensor(continued)) == pytest.approx(statistics.fmean(shares))
+
+
+def test_agreement_is_the_fraction_of_equal_next_tokens(
+    make_model: Callable[..., PreTrainedModel], model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Along the text of the one, whatever the other would have written before."""
+    continued = continue_greedily(model, tokenizer, ["w7 w8 w9", "w20 w3 w4"])
+    assert agreement(model, continued) == 1
+    other = make_model("qwen2")
+    equal = []
+    for tokens in continued.tolist():
+        for place in range(3, 67):
+            with torch.no_grad():
+                logits = other(torch.tensor([tokens[:place]])).logits[0, -1]
+            logits[2] = -math.inf
+            equal.append(int(logits.argmax()) == tokens[place])
+    assert agreement(other, continued) == statistics.fmean(equal)
+
+
+@pytest.mark.parametrize(
+    ("agrees", "bits", "repeated", "expected"),
+    [
+        (0.67, 1.279, 0.449, "usable"),
+        (0.66, 1.0, 0.2, "recover first"),
+        (1.0, 1.281, 0.2, "recover first"),
+        (1.0, 1.0, 0.451, "recover first"),
+        (0.49, 1.799, 1.0, "recover first"),
+        (0.48, 1.0, 0.2, "broken"),
+        (1.0, 1.801, 0.2, "broken"),
+        (1.0, math.nan, 0.2, "broken"),
+        (None, 1.279, None, "usable"),  # layer by layer nothing is generated
+        (None, 1.801, None, "broken"),
+        (1.0, None, 0.2, "usable"),  # a tokenizer that does not say which bytes a token is
+    ],
+)
+def test_verdict_at_its_limits(
+    model: PreTrainedModel, agrees: float | None, bits: float | None, repeated: float | None, expected: str
+) -> None:
+    number = measure_perplexity(model, torch.randint(3, 96, (2, 12)), "text")
+
+    def signs(repeated: float | None, agrees: float | None, *bits: float | None) -> Breakage:
+        texts = {
+            str(index): number.model_copy(
+                update={
+                    "perplexity": 2.0 ** (each or 1.0),
+                    "predicted_bytes": None if each is None else number.predicted_tokens,
+                }
+            )
+            for index, each in enumerate(bits)
+        }
+        return Breakage(repetition=repeated, agreement=agrees, texts=texts)
+
+    # The mean of both kinds counts: twice the bits of the dense model for one, half of them for the other.
+    dense = signs(0.2, 1.0, 1.0, 8.0)
+    assert judge(dense, signs(repeated, agrees, bits and 2 * bits, bits and 4 * bits)) == expected
+    assert judge(dense, dense) == "usable"
 
 
 def test_built_in_texts_need_no_dataset(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -107,7 +107,7 @@ def test_the_run_folder_holds_what_the_design_says(finished: adapruner.PruneResu
         "log.jsonl",
     }
     perplexities = {f"perplexity-{role}.json" for role in ("dense", "best_fixed", "searched")}
-    breakage = {f"breakage-{role}.json" for role in ("dense", "searched")}
+    breakage = {f"breakage-{role}.json" for role in ("dense", "searched")} | {"continuations.safetensors"}
     assert {path.name for path in (finished.output / "evaluation").iterdir()} == perplexities | breakage | {
         "texts.safetensors"
     }

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 import adapruner
 from adapruner import AdaPrunerError, PruneConfig, verbs
 from adapruner.cli import app, main
+from adapruner.evaluation import Verdict
 from adapruner.pipeline import prune_ratios
 from adapruner.report import write_reports
 from adapruner.report._command import command
@@ -161,13 +162,16 @@ def test_signs_of_breakage_are_those_of_the_result(finished: adapruner.PruneResu
     models = json.loads((finished.output / "result.json").read_text())["models"]
     expected = {
         model["role"]: [
-            f"{model['breakage']['repetition']:.2f}",
+            *(f"{model['breakage'][sign]:.2f}" for sign in ("agreement", "repetition")),
             *(f"{text['bits_per_byte']:.4f}" for text in model["breakage"]["texts"].values()),
+            model["verdict"] or "",
         ]
         for model in models
         if model["breakage"]
     }
     assert list(expected) == ["dense", "searched"]
+    assert expected["searched"][-1] in get_args(Verdict)
+    assert f"verdict{expected['searched'][-1]}agrees with" in "".join(page.text.split("\n")).replace("  ", "")
     assert page.rows("breakage-table") == expected
 
 

@@ -188,6 +188,7 @@ def test_names_are_checked_without_data(monkeypatch: pytest.MonkeyPatch) -> None
     # The seven of the paper are known without lm-eval's register.
     monkeypatch.setattr("adapruner.evaluation._tasks._task_manager", lambda: pytest.fail("register"))
     assert check_tasks(["piqa, boolq", "commonsense"])[:3] == ["piqa", "boolq", "hellaswag"]
+    assert check_tasks(["generative"]) == ["gsm8k", "ifeval"]
     with pytest.raises(AdaPrunerError, match="`tasks` names no task"):
         check_tasks([" , "])
 
@@ -254,6 +255,14 @@ def test_groups_in_groups_are_one_number_where_lm_eval_makes_one(
     assert names == {"outer": ["one", "two"], "whole": ["whole"]}
     [score] = measure_tasks(model, tokenizer, load_tasks(["whole"]))
     assert (score.items, set(score.metrics)) == (2, {"acc"})
+
+
+def test_generative_tasks_are_of_lm_eval_and_run_no_code() -> None:
+    register = of_lm_eval()
+    for name in check_tasks(["generative"]):
+        definition = Path(register.task_index[name].yaml_path).read_text(encoding="utf-8")
+        assert "output_type: generate_until" in definition
+        assert "unsafe_code" not in definition
 
 
 def test_means() -> None:

@@ -17,7 +17,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from transformers import PreTrainedConfig
 from transformers.utils.hub import cached_file
 
-from adapruner.evaluation import REPETITION_PROTOCOL
+from adapruner.evaluation import AGREEMENT_PROTOCOL, REPETITION_PROTOCOL
 from adapruner.models import ModelLocation, is_pruned, quiet_transformers
 from adapruner.plain_yaml import PlainLoader
 from adapruner.planning import PruningPlan
@@ -71,7 +71,7 @@ def model_card(
         f" {_what_was_removed(plan, result)}. {trained}",
         *([_tokens_removed(result.vocabulary, result.config.vocabulary)] if result.vocabulary else []),
         "## What was removed\n\n" + _removed(plan),
-        "## What it cost\n\n" + _cost(_numbers(result.model("dense")), numbers),
+        "## What it cost\n\n" + _verdict(result.model(of)) + _cost(_numbers(result.model("dense")), numbers),
         "## How it was made\n\n" + _made(plan, result),
         _LOADING + _loading(config),
         _licence_section(licence),
@@ -182,6 +182,8 @@ def _numbers(model: ModelNumbers) -> Iterator[_Number]:
         for text, perplexity in model.breakage.texts.items():
             if perplexity.bits_per_byte is not None:
                 yield _Number(text, "bits per byte", perplexity.bits_per_byte, 4, perplexity.protocol)
+        if model.breakage.agreement is not None:
+            yield _Number("openings", "agreement", model.breakage.agreement, 2, AGREEMENT_PROTOCOL)
         if model.breakage.repetition is not None:
             yield _Number("openings", "repetition", model.breakage.repetition, 2, REPETITION_PROTOCOL)
     for task, score in model.tasks.items():
@@ -287,10 +289,14 @@ def card_of_recovered(card: str, record: RecoveryRecord) -> str | None:
     )
 
 
+def _verdict(model: ModelNumbers) -> str:
+    return f"Verdict of the signs of breakage below: **{model.verdict}**.\n\n" if model.verdict else ""
+
+
 def _cost(dense: Iterable[_Number], pruned: list[_Number]) -> str:
     lines = ["| measured | dense | this model | protocol |", "|---|---|---|---|"]
     for before, after in zip(dense, pruned, strict=True):
-        is_of_text = after.metric in ("perplexity", "bits per byte", "repetition")
+        is_of_text = after.metric in ("perplexity", "bits per byte", "agreement", "repetition")
         what = f"{after.metric} on {after.dataset}" if is_of_text else f"{after.dataset}, {after.metric}"
         numbers = " | ".join(f"{number.value:.{number.digits}f}" for number in (before, after))
         lines.append(f"| {_escaped(what)} | {numbers} | {_escaped(after.protocol)} |")

@@ -278,7 +278,8 @@ class PruneOptions(_Options):
     recovery: RecoveryOptions = RecoveryOptions()
     tasks: Names = Field(
         default=(),
-        description="Tasks of lm-eval to report, comma-separated or repeated; commonsense is the seven of the paper.",
+        description="Tasks of lm-eval to report, comma-separated or repeated; commonsense is the seven of the paper,"
+        " generative is GSM8K and IFEval.",
     )
     task_limit: int | None = Field(default=None, ge=1, description="Maximum number of items per task, evenly spaced.")
     sources: str | None = Field(default=None, description="YAML file with more datasets.")

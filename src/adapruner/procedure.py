@@ -34,12 +34,14 @@ from adapruner.evaluation import (
     Breakage,
     Perplexity,
     TaskScore,
+    agreement,
     compute_prefix,
+    continue_greedily,
     log_probabilities,
     losses_by_batch,
     measure_perplexity,
-    measure_repetition,
     measure_tasks,
+    repetition,
 )
 from adapruner.files import write_atomically
 from adapruner.importance import needed_statistics
@@ -60,7 +62,7 @@ from adapruner.planning import MOST_CHANNELS, PruningPlan, kept_counts, largest_
 from adapruner.progress import Advance
 from adapruner.recovery import DEFAULT_GENERATED_RECORDS, read_record, recover_into, total_steps, window_examples
 from adapruner.report import render_report
-from adapruner.result import TITLES, ForeignVocabulary, ModelNumbers, Role, RunResult, shown_name
+from adapruner.result import TITLES, ForeignVocabulary, ModelNumbers, Role, RunResult, shown_name, verdict_of
 from adapruner.search import (
     MOST_PROTECTED_FIRST,
     MOST_WHOLE,
@@ -593,16 +595,38 @@ def _measure_perplexity(
         }
 
 
-def _measure_breakage(role: Role, job: Job, work: Path, *inputs: Any) -> Breakage:
-    """Signs that a model is broken; layer by layer every generated token would read all weights."""
+@artifact(
+    "evaluation/continuations.safetensors",
+    TENSORS,
+    inputs=(vocabulary,),
+    leaves="model precision",
+    is_result=False,
+)
+def continuations(job: Job, work: Path, vocabulary: Vocabulary | None) -> Windows:
+    """How the dense model continues the built-in openings, [openings, tokens], int64, in the tokens that are kept; none
+    layer by layer, where every generated token would read all weights."""
     prepared = job.prepared
+    if prepared.layer_wise:
+        return {}
+    with prepared.reporter.stage("looking for breakage"):
+        return {"dense": continue_greedily(in_fastest_dtype(prepared.dense), prepared.tokenizer, OPENINGS)}
+
+
+def _measure_breakage(role: Role, job: Job, work: Path, of_dense: Windows, *inputs: Any) -> Breakage:
+    """Signs that a model is broken, where the dense model's continuations were made with those of its own."""
+    prepared, own = job.prepared, of_dense.get("dense")
+    agreed = None if own is None else 1.0
     evaluated = in_fastest_dtype(_model_to_evaluate(job, role, inputs))
     tokenizer = prepared.tokenizer_given if role == "dense" else prepared.tokenizer
     texts = probe_texts(tokenizer, min(job.config.seq_len, _PROBED_TOKENS))
     windows = sum(len(text.windows) for text in texts.values())
     with prepared.reporter.stage("looking for breakage", windows) as advance:
+        if own is not None and role != "dense":
+            agreed = agreement(evaluated, own)
+            own = continue_greedily(evaluated, tokenizer, OPENINGS)
         return Breakage(
-            repetition=None if prepared.layer_wise else measure_repetition(evaluated, tokenizer, OPENINGS),
+            repetition=None if own is None else repetition(own),
+            agreement=agreed,
             texts={
                 name: measure_perplexity(evaluated, text.windows, name, advance, **text.about)
                 for name, text in texts.items()
@@ -660,11 +684,12 @@ breakage: dict[Role, Artifact[Breakage]] = {
     role: artifact(
         f"evaluation/breakage-{role}.json",
         _json(Breakage),
-        inputs=_EVALUATED[role] or (vocabulary,),
+        inputs=(continuations, *_EVALUATED[role]),
         options="seq_len",
         leaves="model precision",
         is_wanted=partial(_is_evaluated, role),
         is_result=False,
+        version=2,
     )(partial(_measure_breakage, role))
     for role in _EVALUATED
     if role != "best_fixed"
@@ -716,6 +741,7 @@ def result(
             perplexity=perplexities[role] or {},
             tasks=by_task.get(role) or {},
             breakage=broken.get(role),
+            verdict=verdict_of(role, broken),
         )
         for role in TITLES
         if _is_evaluated(role, job.config)
@@ -762,6 +788,7 @@ ARTIFACTS: tuple[Artifact[Any], ...] = (
     *(self_written, moments, statistics, whole, search, levelled, plan, model, training_windows, recovered),
     *perplexity.values(),
     *scores.values(),
+    continuations,
     *breakage.values(),
     *(result, report),
 )

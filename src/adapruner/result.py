@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.config import PruneConfig
-from adapruner.evaluation import Breakage, Perplexity, TaskScore, mean_accuracies
+from adapruner.evaluation import Breakage, Perplexity, TaskScore, Verdict, judge, mean_accuracies
 from adapruner.models import find_model, load_model, load_tokenizer
 from adapruner.planning import PruningPlan
 from adapruner.progress import StageCost
@@ -59,6 +59,7 @@ class ModelNumbers(_Content):
         perplexity: by text.
         tasks: scores, by task.
         breakage: signs that it is broken; None for `best_fixed`.
+        verdict: what they say; None for the dense model and where there are none.
     """
 
     role: Role
@@ -66,6 +67,7 @@ class ModelNumbers(_Content):
     perplexity: dict[str, Perplexity] = {}
     tasks: dict[str, TaskScore] = {}
     breakage: Breakage | None = None
+    verdict: Verdict | None = None
 
     @property
     def mean_accuracies(self) -> dict[str, float]:
@@ -187,7 +189,8 @@ class PruneResult:
             if not pruned <= most * dense:
                 rise = f"rose from {dense:.{digits}f} to {pruned:.{digits}f}"
                 lines.append(f"{what} on {text} {rise}: {training} or a lower `ratio` helps")
-        lines += [f"{sign}: {training} or a lower `ratio` helps" for sign in _breakage(result)]
+        signs = [*_verdict(result.final), *_breakage(result)]
+        lines += [f"{sign}: {training} or a lower `ratio` helps" for sign in signs]
         count = result.windows.get("compensation")
         if count is not None and count < _FEW_WINDOWS:
             lines.append(
@@ -218,6 +221,21 @@ class PruneResult:
             *([_breakage_table(result)] if result.final.breakage else []),
             *([_task_table(result)] if result.final.tasks else []),
         ]
+
+
+def verdict_of(role: Role, breakage: Mapping[Role, Breakage | None]) -> Verdict | None:
+    """The verdict on a model, from the signs of all models; None of the dense model, and where signs are missing."""
+    dense, own = breakage.get("dense"), breakage.get(role)
+    return judge(dense, own) if dense and own and role != "dense" else None
+
+
+def _verdict(final: ModelNumbers) -> Iterator[str]:
+    """What the verdict on a model that is not usable comes to."""
+    if final.breakage is None or final.verdict in (None, "usable"):
+        return
+    agreement = final.breakage.agreement
+    seen = "" if agreement is None else f": it predicts {agreement:.0%} of the tokens that the dense model would write"
+    yield ("the model is broken" if final.verdict == "broken" else "the model should be recovered before use") + seen
 
 
 def _breakage(result: RunResult) -> Iterator[str]:
@@ -283,16 +301,22 @@ def bits(number: Perplexity) -> str:
     return "" if number.bits_per_byte is None else f"{number.bits_per_byte:.4f}"
 
 
+def fraction(value: float | None) -> str:
+    """A fraction as it is shown; nothing where it was not measured."""
+    return "" if value is None else f"{value:.2f}"
+
+
 def _breakage_table(result: RunResult) -> Table:
     table = Table("model", title="signs of breakage")
     texts = result.final.breakage.texts if result.final.breakage else {}
-    for heading in ("repetition", *(f"{text}\nbits per byte" for text in texts)):
+    for heading in ("agreement\nwith dense", "repetition", *(f"{text}\nbits per byte" for text in texts)):
         table.add_column(heading, justify="right")
+    table.add_column("verdict")
     for model in result.models:
         if model.breakage:
-            repeated = model.breakage.repetition
-            shown = "" if repeated is None else f"{repeated:.2f}"
-            table.add_row(TITLES[model.role], shown, *(bits(number) for number in model.breakage.texts.values()))
+            shares = (model.breakage.agreement, model.breakage.repetition)
+            numbers = [bits(number) for number in model.breakage.texts.values()]
+            table.add_row(TITLES[model.role], *map(fraction, shares), *numbers, model.verdict)
     return table
 
 

@@ -25,6 +25,10 @@ CASES = [
 ]
 
 
+# A norm over all heads adds its epsilon to the mean of the squares, which zeros make smaller.
+FIELDS = {"olmo2": {"rms_norm_eps": 1e-9}}
+
+
 @pytest.mark.parametrize("least_lost", [0, 1])
 @pytest.mark.parametrize(("family", "key_value_heads", "granularity"), CASES)
 def test_padded_equals_pruned(
@@ -38,7 +42,7 @@ def test_padded_equals_pruned(
     tmp_path: Path,
 ) -> None:
     """Also where no layer stays whole, so that the padded model is smaller than the dense one."""
-    dense = make_model(family, key_value_heads)
+    dense = make_model(family, key_value_heads, **FIELDS.get(family, {}))
     structure = build_structure(dense, granularity)
     scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(6))
     counts = [
@@ -52,6 +56,30 @@ def test_padded_equals_pruned(
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "stock")
     with torch.no_grad():
         torch.testing.assert_close(stock(windows).logits, pruned(windows).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("family", "key_value_heads", "granularity"), CASES)
+def test_fewer_heads_in_all_layers_are_filled_up_to_the_hidden_size(
+    family: str,
+    key_value_heads: int,
+    granularity: str,
+    make_model: Callable[..., PreTrainedModel],
+    windows: torch.Tensor,
+) -> None:
+    """For loaders that take the hidden size, divided by the heads, for the width of a head."""
+    dense = make_model(family, key_value_heads, **FIELDS.get(family, {}))
+    structure = build_structure(dense, granularity)
+    scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(6))
+    counts = [block.groups - block.strata if block.kind == "heads" else block.groups // 2 for block in structure.blocks]
+    pruned = prune_model(dense, structure, make_plan(structure, scores, counts))
+    padded = pad_to_stock(pruned, fills_heads=True)
+    names, structure = known_architectures()[family].config_fields, build_structure(padded)
+    heads, groups = (getattr(padded.config, name or names.heads) for name in (names.heads, names.key_value_heads))
+    widths = {block.inputs / heads for block in structure.blocks if block.kind == "heads"}
+    assert widths == {padded.config.hidden_size / heads}
+    assert heads % groups == 0
+    with torch.no_grad():
+        torch.testing.assert_close(padded(windows).logits, pruned(windows).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_added_biases_have_no_place(model: PreTrainedModel, windows: torch.Tensor) -> None:

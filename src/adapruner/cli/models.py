@@ -91,7 +91,8 @@ def evaluate(
         seq_len: Tokens per window of these datasets.
         stride: Tokens between the beginnings of these windows; by default they do not overlap.
         bos: Begin each of these windows with the token for the beginning of a text, if the tokenizer has one.
-        tasks: Tasks of lm-eval, separated by commas or repeated; commonsense is the seven of the paper.
+        tasks: Tasks of lm-eval, separated by commas or repeated; commonsense is the seven of the paper,
+            generative is GSM8K and IFEval.
         limit: Take only so many windows of each dataset and items of each task, evenly spaced.
     """
     from adapruner import verbs

@@ -1,6 +1,13 @@
 """What a model can do and how fast: perplexity, tasks of lm-eval, tokens per second, each with its protocol."""
 
-from adapruner.evaluation._breakage import REPETITION_PROTOCOL, Breakage, measure_repetition
+from adapruner.evaluation._breakage import (
+    AGREEMENT_PROTOCOL,
+    REPETITION_PROTOCOL,
+    Breakage,
+    agreement,
+    continue_greedily,
+    repetition,
+)
 from adapruner.evaluation._losses import (
     Prefix,
     compute_prefix,
@@ -12,8 +19,10 @@ from adapruner.evaluation._losses import (
 from adapruner.evaluation._perplexity import PROTOCOLS, Perplexity, measure_perplexity, window_losses
 from adapruner.evaluation._speed import Speed, count_macs, measure_speed
 from adapruner.evaluation._tasks import Tasks, TaskScore, check_tasks, load_tasks, mean_accuracies, measure_tasks
+from adapruner.evaluation._verdict import Verdict, judge
 
 __all__ = [
+    "AGREEMENT_PROTOCOL",
     "PROTOCOLS",
     "REPETITION_PROTOCOL",
     "Breakage",
@@ -22,18 +31,22 @@ __all__ = [
     "Speed",
     "TaskScore",
     "Tasks",
+    "Verdict",
+    "agreement",
     "check_tasks",
     "compute_prefix",
+    "continue_greedily",
     "count_macs",
+    "judge",
     "load_tasks",
     "log_probabilities",
     "losses_by_batch",
     "losses_in_step",
     "mean_accuracies",
     "measure_perplexity",
-    "measure_repetition",
     "measure_speed",
     "measure_tasks",
+    "repetition",
     "tokens_per_batch",
     "window_losses",
 ]

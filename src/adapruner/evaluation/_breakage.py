@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -17,6 +18,10 @@ _CONTINUED, _PIECE = 64, 4
 REPETITION_PROTOCOL = (
     f"greedy continuations of {_CONTINUED} tokens, fraction of pieces of {_PIECE} tokens that were there before"
 )
+AGREEMENT_PROTOCOL = (
+    f"along the dense model's greedy continuations of {_CONTINUED} tokens, fraction of tokens that this model predicts"
+    " too"
+)
 
 
 class Breakage(BaseModel):
@@ -26,27 +31,32 @@ class Breakage(BaseModel):
         repetition: of the greedy continuations of some openings, the fraction of pieces of 4 tokens that were there
             before in the same continuation (seq-rep-4 of Welleck et al., arXiv 1908.04319), mean over the openings;
             None where it was not measured.
+        agreement: the fraction of the tokens of the dense model's greedy continuations that this model predicts as
+            well, given the tokens before, so 1 for the dense model; None where it was not measured.
         texts: perplexity and bits per byte of text that is not prose, by name.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     repetition: float | None
+    agreement: float | None = None
     texts: dict[str, Perplexity]
 
 
-def measure_repetition(model: PreTrainedModel, tokenizer: Tokenizer, openings: Sequence[str]) -> float:
-    """How much a model repeats itself; see `Breakage`.
+def continue_greedily(model: PreTrainedModel, tokenizer: Tokenizer, openings: Sequence[str]) -> Tensor:
+    """Beginnings of texts, and the 64 tokens with which a model continues each; no text ends before.
 
     Args:
-        openings: beginnings of texts, each of which the model continues by 64 tokens; cut off where the shortest ends,
-            so that none is padded.
+        openings: cut off where the shortest ends, so that none is padded.
+
+    Returns:
+        [openings, tokens], int64.
     """
     tokens = tokenizer(list(openings)).input_ids
     shortest = min(map(len, tokens))
     prompts = torch.tensor([own[:shortest] for own in tokens], device=model.device)
     generate: Any = model.generate
-    continued = generate(
+    continued: Tensor = generate(
         prompts,
         attention_mask=torch.ones_like(prompts),
         do_sample=False,
@@ -60,7 +70,33 @@ def measure_repetition(model: PreTrainedModel, tokenizer: Tokenizer, openings: S
         max_new_tokens=_CONTINUED,
         pad_token_id=0,
     )
-    return sum(map(_repeated, continued[:, shortest:].tolist())) / len(tokens)
+    return continued.cpu()
+
+
+def repetition(continued: Tensor) -> float:
+    """How much continuations repeat themselves; see `Breakage`.
+
+    Args:
+        continued: [openings, tokens], int64, see `continue_greedily`.
+    """
+    repeated = [_repeated(tokens) for tokens in continued[:, -_CONTINUED:].tolist()]
+    return sum(repeated) / len(repeated)
+
+
+@torch.no_grad()
+def agreement(model: PreTrainedModel, continued: Tensor) -> float:
+    """The fraction of tokens of another model's continuations that a model would choose too; see `Breakage`.
+
+    Args:
+        continued: [openings, tokens], int64, see `continue_greedily`.
+    """
+    logits = model(input_ids=continued.to(model.device), use_cache=False).logits[:, -_CONTINUED - 1 : -1]
+    # No text was allowed to end.
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    if ends is not None:
+        logits[..., ends] = -torch.inf
+    chosen: Tensor = logits.argmax(-1).cpu()
+    return float((chosen == continued[:, -_CONTINUED:]).double().mean())
 
 
 def _repeated(tokens: Sequence[int]) -> float:

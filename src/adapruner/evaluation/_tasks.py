@@ -30,7 +30,9 @@ from adapruner.errors import AdaPrunerError, reason
 from adapruner.paths import find_local_data
 from adapruner.random_state import random_state_kept
 
-COMMONSENSE = "commonsense"
+COMMONSENSE, GENERATIVE = "commonsense", "generative"
+# Those in which the model writes text that is judged by its content. HumanEval and MBPP run what the model writes.
+_GENERATIVE_TASKS = ("gsm8k", "ifeval")
 _SPLITS = ("training_split", "validation_split", "test_split")
 # Attributes of tasks that cannot be run.
 _IMPOSSIBLE = {
@@ -113,12 +115,12 @@ class Tasks:
 
 
 def check_tasks(names: Sequence[str]) -> list[str]:
-    """The tasks that names stand for; reads no data, and lm-eval's register of tasks only for others than the seven of
-    the paper, which takes seconds.
+    """The tasks that names stand for; reads no data, and lm-eval's register of tasks, which takes seconds, only for
+    others than those of the two groups here.
 
     Args:
         names: tasks, groups or tags of lm-eval, each alone or several with commas; `commonsense` is the seven of the
-            paper.
+            paper, `generative` is GSM8K and IFEval.
 
     Raises:
         AdaPrunerError: lm-eval is not installed, or a task is not known.
@@ -127,11 +129,13 @@ def check_tasks(names: Sequence[str]) -> list[str]:
         raise AdaPrunerError("`tasks` needs lm-eval: pip install 'adapruner[tasks]'")
     single = [name.strip() for part in names for name in part.split(",") if name.strip()]
     if not single:
-        raise AdaPrunerError("`tasks` names no task: give names of lm-eval, or commonsense")
-    wanted = dict.fromkeys(task for name in single for task in ([*_local_tasks()] if name == COMMONSENSE else [name]))
+        raise AdaPrunerError("`tasks` names no task: give names of lm-eval, commonsense or generative")
+    groups = {COMMONSENSE: (*_local_tasks(),), GENERATIVE: _GENERATIVE_TASKS}
+    wanted = dict.fromkeys(task for name in single for task in groups.get(name, (name,)))
+    grouped = {task for tasks in groups.values() for task in tasks}
     for name in wanted:
-        if name not in _local_tasks() and name not in (known := _task_manager().all_tasks):
-            close = difflib.get_close_matches(name, [COMMONSENSE, *known], n=3)
+        if name not in grouped and name not in (known := _task_manager().all_tasks):
+            close = difflib.get_close_matches(name, [*groups, *known], n=3)
             hint = f"; did you mean {', '.join(close)}?" if close else ""
             raise AdaPrunerError(f"lm-eval has no task {name!r}{hint} (`lm-eval ls tasks` lists them)")
     return list(wanted)

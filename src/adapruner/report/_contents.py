@@ -18,7 +18,7 @@ from adapruner.evaluation import Breakage, Perplexity, TaskScore
 from adapruner.models import find_model, load_tokenizer
 from adapruner.planning import PruningPlan
 from adapruner.progress import Reporter, StageCost
-from adapruner.result import TITLES, ModelNumbers, RunResult
+from adapruner.result import TITLES, ModelNumbers, Role, RunResult, verdict_of
 from adapruner.run import RunFolder
 from adapruner.search import History, Levelled, SearchResult, StudyPlace, read_history, sqlite_url
 from adapruner.tokens import Vocabulary
@@ -122,12 +122,13 @@ def _running_history(run: RunFolder, folder: RunFolder) -> History:
 def _models(run: RunFolder, folder: RunFolder, config: PruneConfig, plan: PruningPlan | None) -> list[ModelNumbers]:
     """The models that have been made, or measured."""
     models = []
+    broken: dict[Role, Breakage | None] = {}
     made = {"searched": folder.model.is_dir(), "recovered": folder.recovered.is_dir()}
     for role in TITLES if config.recover else list(TITLES)[:-1]:
         evaluation = (run if role == "dense" else folder).path / "evaluation"
         perplexity = _content(evaluation / f"perplexity-{role}.json", dict[str, Perplexity])
         tasks = _content(evaluation / f"tasks-{role}.json", dict[str, TaskScore])
-        breakage = _content(evaluation / f"breakage-{role}.json", Breakage)
+        broken[role] = _content(evaluation / f"breakage-{role}.json", Breakage)
         if plan and (role == "dense" or perplexity or tasks or made.get(role)):
             chosen = _content(run.path / "vocabulary.json", Vocabulary) if config.vocabulary else None
             of_vocabulary = chosen.summary.removed_parameters if chosen else 0
@@ -138,7 +139,8 @@ def _models(run: RunFolder, folder: RunFolder, config: PruneConfig, plan: Prunin
                     parameters=parameters,
                     perplexity=perplexity or {},
                     tasks=tasks or {},
-                    breakage=breakage,
+                    breakage=broken[role],
+                    verdict=verdict_of(role, broken),
                 )
             )
     return models

@@ -16,13 +16,13 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from adapruner.config import PruneConfig
-from adapruner.evaluation import REPETITION_PROTOCOL
+from adapruner.evaluation import AGREEMENT_PROTOCOL, REPETITION_PROTOCOL
 from adapruner.files import being_written
 from adapruner.report import _figures
 from adapruner.report._command import command
 from adapruner.report._contents import Contents, read_contents
 from adapruner.report._figures import LOSS_NAMES, described, perplexity_error, shortened
-from adapruner.result import ModelNumbers, bits, plus_minus, shown_name, titles
+from adapruner.result import ModelNumbers, bits, fraction, plus_minus, shown_name, titles
 from adapruner.run import RunFolder
 
 _TEMPLATES = Environment(
@@ -33,7 +33,7 @@ _TEMPLATES = Environment(
     lstrip_blocks=True,
 )
 _TEMPLATES.filters |= {"described": described, "perplexity_error": perplexity_error, "shortened": shortened}
-_TEMPLATES.filters["bits"] = bits
+_TEMPLATES.filters |= {"bits": bits, "fraction": fraction}
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,7 @@ def render_report(run: RunFolder, config: PruneConfig, refresh: int | None = Non
         name=shown_name(config.model),
         headlines=_headlines(contents),
         means={model.role: _means(model) for model in contents.models},
+        agreement_protocol=AGREEMENT_PROTOCOL,
         repetition_protocol=REPETITION_PROTOCOL,
         loss_name="objective" if config.objective_function else LOSS_NAMES[config.selection],
         allocation=asdict(chosen.budget) if chosen else {},
@@ -150,6 +151,10 @@ def _headlines(contents: Contents) -> list[Headline]:
             which = f"mean {metric} of {count} tasks" if count > 1 else metric
             note = f"dense {of_dense:.3f}{plus_minus(error_of_dense, 3)}"
             headlines.append(Headline(which, f"{mean:.3f}", note, error))
+        if contents.final.breakage and contents.final.verdict:
+            agreement = contents.final.breakage.agreement
+            note = "" if agreement is None else f"agrees with {agreement:.0%} of the dense model's text"
+            headlines.append(Headline("verdict", contents.final.verdict, note))
     if contents.stages:
         seconds = sum(stage.seconds for stage in contents.stages.values())
         peak = max(stage.peak_memory_mib for stage in contents.stages.values())

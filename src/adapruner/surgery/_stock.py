@@ -15,7 +15,7 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrained
 
 from adapruner.errors import AdaPrunerError
 from adapruner.models import Architecture, architecture_of, is_pruned
-from adapruner.structure import Block, Kind, Structure, TensorSlice, build_structure
+from adapruner.structure import Block, Kind, Structure, TensorSlice, build_structure, count_parameters
 
 
 def stock_models(architecture: Architecture, fields: Mapping[str, Any]) -> Iterator[PreTrainedModel]:
@@ -73,19 +73,39 @@ def of_layer(per_layer: Mapping[Any, dict[str, Any]], index: int) -> dict[str, A
     return per_layer.get(index) or per_layer.get(str(index)) or {}
 
 
-def pad_to_stock(model: PreTrainedModel) -> PreTrainedModel:
-    """A model that computes the same as one whose layers differ, in a stock class: short layers are padded with heads
-    and channels of zeros to the size of the widest, or of the dense model where the family takes no other.
+def pad_to_stock(model: PreTrainedModel, fills_heads: bool = False) -> PreTrainedModel:
+    """A model that computes the same as a pruned one, in a stock class and with heads that are together as wide as the
+    hidden size: short layers are padded with heads and channels of zeros, to the heads of the dense model and the
+    channels of the widest layer, or to those of the dense model where the family takes no other.
 
     Every loader reads it; it is no faster than its widest layers.
+
+    Args:
+        fills_heads: whether a model of a stock class is padded as well, with heads up to the hidden size. Dense models
+            of some families have fewer on purpose.
 
     Raises:
         AdaPrunerError: see `check_paddable`.
     """
+    if is_pruned(model.config):
+        check_paddable(model)
+        return _padded(model, _empty_padded(model))
+    padded = _empty_with_more_heads(model) if fills_heads else None
+    return _padded(model, padded) if padded else model
+
+
+def is_as_large_as_dense(padded: PreTrainedModel, model: PreTrainedModel) -> bool:
+    """Whether padding gave a model whose layers differ back all that was pruned inside of them."""
     if not is_pruned(model.config):
-        return model
-    check_paddable(model)
-    padded: Any = _empty_padded(model)
+        return False
+    architecture = architecture_of(model.config)
+    with init_empty_weights(include_buffers=False):
+        dense = next(stock_models(architecture, fields_of_all(model, architecture)))
+    return count_parameters(padded) >= count_parameters(dense)
+
+
+def _padded(model: PreTrainedModel, padded: Any) -> PreTrainedModel:
+    """Gives a larger model, which has no weights, those of a smaller one and zeros."""
     target = {(block.layer, block.kind): block for block in _structure(padded).blocks}
     state, shapes = model.state_dict(), {name: tensor.shape for name, tensor in padded.state_dict().items()}
     # What a layer has none of adds zeros.
@@ -121,7 +141,7 @@ def _empty_padded(model: PreTrainedModel) -> PreTrainedModel:
         # Experts cannot be padded, so their number is never that of the dense model.
         of_dense |= _number_of_experts(model, architecture.experts.count)
     widest: dict[str, int] = {}
-    for block in structure.blocks:
+    for block in (block for block in structure.blocks if block.kind != "heads"):
         for field, count in block.config_fields(block.groups).items():
             widest[field] = max(count, widest.get(field, 0))
     with init_empty_weights(include_buffers=False):
@@ -135,6 +155,32 @@ def _empty_padded(model: PreTrainedModel) -> PreTrainedModel:
                     ):
                         return padded
     raise AdaPrunerError(f"no stock {model.config.model_type} takes the layers of this model")
+
+
+def _empty_with_more_heads(model: PreTrainedModel) -> PreTrainedModel | None:
+    """A stock model without weights whose heads are together as wide as the hidden size, which loaders without a field
+    for the width of a head need; None where they are so already, or no number of heads is."""
+    architecture, structure = architecture_of(model.config), _structure(model)
+    of_heads = [block for block in structure.blocks if block.kind == "heads"]
+    counts = {tuple(sorted(block.config_fields(block.groups).items())) for block in of_heads}
+    widths = {width for (_, kind), width in _widths(structure).items() if kind == "heads"}
+    if len(counts) != 1 or len(widths) != 1:
+        return None
+    names, own = architecture.config_fields, dict(next(iter(counts)))
+    wanted = model.config.hidden_size // max(widths)
+    if model.config.hidden_size % max(widths) or own[names.heads] >= wanted:
+        return None
+    more = {names.heads: wanted}
+    if names.key_value_heads:
+        groups = own[names.key_value_heads]
+        # Every group gets more query heads, or else there are more groups of as many.
+        if wanted % groups:
+            groups, rest = divmod(groups * wanted, own[names.heads])
+            if rest:
+                return None
+        more[names.key_value_heads] = groups
+    with init_empty_weights(include_buffers=False):
+        return next(stock_models(architecture, fields_of_all(model, architecture) | more), None)
 
 
 def _structure(model: PreTrainedModel) -> Structure:

@@ -71,7 +71,7 @@ def evaluate(
         stride: tokens between the beginnings of these windows; by default they do not overlap.
         bos: begin each of these windows with the token for the beginning of a text, if the tokenizer has one; protocols
             do not.
-        tasks: one or several of lm-eval; `commonsense` is the seven of the paper.
+        tasks: one or several of lm-eval; `commonsense` is the seven of the paper, `generative` is GSM8K and IFEval.
         limit: take only so many windows of each dataset and items of each task, evenly spaced.
         tokenizer: of a model in memory.
 

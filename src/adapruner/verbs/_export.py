@@ -25,7 +25,7 @@ from adapruner.given import ModelGiven
 from adapruner.models import ModelLocation, empty_model
 from adapruner.paths import output_path
 from adapruner.progress import Reporter
-from adapruner.surgery import check_paddable, pad_to_stock
+from adapruner.surgery import check_paddable, is_as_large_as_dense, pad_to_stock
 from adapruner.verbs._source import ModelSource
 
 
@@ -81,17 +81,20 @@ def export(
             if to == "gguf":
                 write_gguf(loaded, tokenizer, path, gguf_type)
             else:
-                _write_stock(loaded, tokenizer, path, source.location)
+                reporter.note(_write_stock(loaded, tokenizer, path, source.location))
     if push_to_hub:
         push(path, push_to_hub, hub_private, hub_revision, hub_token)
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     return Exported(path, sum(file.stat().st_size for file in files))
 
 
-def _write_stock(loaded: PreTrainedModel, tokenizer: Tokenizer, path: Path, location: ModelLocation | None) -> None:
-    padded = pad_to_stock(loaded)
+def _write_stock(loaded: PreTrainedModel, tokenizer: Tokenizer, path: Path, location: ModelLocation | None) -> str:
+    """Returns what padding costs; see `_what_padding_costs`."""
+    origin = read_origin(location) if location else None
+    padded = pad_to_stock(loaded, fills_heads=origin is not None)
     card = card_of_export(read_card(location), padded.config) if location else None
-    save_checkpoint(padded, tokenizer, path, card, record=read_origin(location) if location else None)
+    save_checkpoint(padded, tokenizer, path, card, record=origin)
+    return _what_padding_costs(loaded, padded)
 
 
 def check_output(path: Path, location: ModelLocation | None, to: ExportFormat, overwrite: bool) -> None:
@@ -112,3 +115,14 @@ def check_output(path: Path, location: ModelLocation | None, to: ExportFormat, o
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
                 raise AdaPrunerError(f"{path} is something else than a GGUF file: choose another output")
+
+
+def _what_padding_costs(loaded: PreTrainedModel, padded: PreTrainedModel) -> str:
+    """A line for the user; empty where nothing was padded."""
+    if padded is loaded:
+        return ""
+    before, after = (each.get_memory_footprint() / 1e6 for each in (loaded, padded))
+    line = f"padding with zeros: {before:,.1f} MB of weights became {after:,.1f} MB"
+    if not is_as_large_as_dense(padded, loaded):
+        return line
+    return f"{line}, no smaller than without pruning; `layout` uniform prunes to a stock model that needs no padding"

@@ -1,0 +1,54 @@
+"""A plain word on whether a pruned model still works, from how far it is from its dense model."""
+
+from __future__ import annotations
+
+from statistics import geometric_mean
+from typing import Literal, NamedTuple
+
+from adapruner.evaluation._breakage import Breakage
+
+Verdict = Literal["usable", "recover first", "broken"]
+
+
+class _Limits(NamedTuple):
+    """What a model has to keep to.
+
+    Attributes:
+        agreement: the least.
+        bits: the most bits per byte, as a multiple of the dense model's, geometric mean over the built-in texts.
+        repetition: the most, above the dense model's.
+    """
+
+    agreement: float
+    bits: float
+    repetition: float
+
+    def hold(self, dense: Breakage, pruned: Breakage) -> bool:
+        rises = [
+            number.bits_per_byte / before
+            for text, number in pruned.texts.items()
+            if number.bits_per_byte is not None and (before := dense.texts[text].bits_per_byte)
+        ]
+        # A comparison with a number that is not one is false.
+        return (
+            (pruned.agreement is None or pruned.agreement >= self.agreement)
+            and (not rises or geometric_mean(rises) <= self.bits)
+            and (pruned.repetition or 0.0) - (dense.repetition or 0.0) <= self.repetition
+        )
+
+
+# Between models that are without doubt of one kind and of the next: docs/benchmarks.md, "The verdict". A broken model
+# may repeat itself or babble, so repetition says nothing about that.
+_USABLE = _Limits(agreement=0.67, bits=1.28, repetition=0.25)
+_NOT_BROKEN = _Limits(agreement=0.49, bits=1.8, repetition=1.0)
+
+
+def judge(dense: Breakage, pruned: Breakage) -> Verdict:
+    """Whether a pruned model can be used as it is, needs fine-tuning, or has lost the language.
+
+    All is measured against the dense model, so that a pruned model is not called broken for what its dense model cannot
+    do either. What was not measured is not judged.
+    """
+    if _USABLE.hold(dense, pruned):
+        return "usable"
+    return "recover first" if _NOT_BROKEN.hold(dense, pruned) else "broken"
