@@ -30,6 +30,7 @@ from adapruner.config import (
     Selection,
     Space,
     Terms,
+    Tracker,
     TrainedWeights,
     WholePart,
 )
@@ -126,3 +127,4 @@ class RunArguments(PruneArguments, total=False):
     hub_private: bool
     hub_revision: str | None
     hub_token: str | None
+    track: Tracker | None

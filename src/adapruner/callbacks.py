@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 from adapruner.progress import StageCost
 from adapruner.search import TriedPoint
 
@@ -20,3 +22,13 @@ class Callback:
 
     def on_trial(self, trial: TriedPoint) -> None:
         """A trial has finished; also called for those of an earlier call, in the order in which they were begun."""
+
+    def on_numbers(self, numbers: Mapping[str, float]) -> None:
+        """Numbers by name: what the Trainer logs in every step of a fine-tuning, `recovery/loss`, …, and at the end
+        the perplexities of all models."""
+
+
+def tell(callbacks: Iterable[Callback], numbers: Mapping[str, float]) -> None:
+    """Calls `on_numbers` of each."""
+    for callback in callbacks:
+        callback.on_numbers(numbers)

@@ -42,6 +42,7 @@ Searched = Literal["joint", "calibration", "metric"]
 Selection = Literal["loss", "kl"]
 Space = Literal["paper", "extended"]
 Terms = Literal["all", "vector-wise"]
+Tracker = Literal["mlflow", "tensorboard", "trackio", "wandb"]
 TrainedWeights = Literal["lora", "full"]
 
 

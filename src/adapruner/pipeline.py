@@ -15,7 +15,7 @@ from adapruner import procedure
 from adapruner.arguments import PruneArguments, RunArguments
 from adapruner.callbacks import Callback
 from adapruner.checkpoint import check_push, push
-from adapruner.config import FUNCTION, PruneConfig, PruneOptions
+from adapruner.config import FUNCTION, PruneConfig, PruneOptions, Tracker
 from adapruner.driver import Driver, refuse_outdated
 from adapruner.errors import AdaPrunerError, NonFiniteError, describe_failure
 from adapruner.evaluation import check_tasks
@@ -29,6 +29,7 @@ from adapruner.progress import Reporter
 from adapruner.result import PruneResult
 from adapruner.run import RunFolder
 from adapruner.search import ItemLosses
+from adapruner.tracking import Tracking, check_tracker
 
 _SECONDS_BETWEEN_LOOKS = 0.2
 
@@ -68,6 +69,7 @@ def prune(
         hub_private: whether a new repository is private.
         hub_revision: branch.
         hub_token: by default that of the login.
+        track: experiment tracker that gets trials, training curves, stage times and perplexities; None sends nothing.
         arguments: the above, and the fields of `PruneOptions`.
 
     Raises:
@@ -95,6 +97,7 @@ def prune_ratios(
     hub_private: bool = True,
     hub_revision: str | None = None,
     hub_token: str | None = None,
+    track: Tracker | None = None,
     **options: Unpack[PruneArguments],
 ) -> list[PruneResult]:
     """`prune` for several values of `ratio`: measures once, and searches for each; the arguments are the same.
@@ -105,6 +108,7 @@ def prune_ratios(
     Raises:
         AdaPrunerError: an option, the model, the text or the folder is invalid; before any long work.
     """
+    check_tracker(track)
     run = _run_folder(output)
     objective = options.get("objective")
     item_losses = objective if callable(objective) else None
@@ -116,7 +120,7 @@ def prune_ratios(
         if len(resolved.ratio) > 1:
             raise AdaPrunerError("`push_to_hub` uploads one model: give one `ratio`")
         check_push(push_to_hub, hub_token)
-    results = _run(resolved, run, overwrite, storage, item_losses=item_losses, callbacks=callbacks)
+    results = _run(resolved, run, overwrite, storage, item_losses=item_losses, callbacks=callbacks, track=track)
     if push_to_hub and this_process().leads:
         push(results[0].model_folder, push_to_hub, hub_private, hub_revision, hub_token)
     return results
@@ -208,12 +212,14 @@ def _run(
     others: Sequence[RunFolder] = (),
     item_losses: ItemLosses | None = None,
     callbacks: Sequence[Callback] = (),
+    track: Tracker | None = None,
 ) -> list[PruneResult]:
     """Makes what is missing of a run in its folder."""
     process = this_process()
     run.check_usable()
     quiet = not process.leads
-    told = tuple(callbacks) if process.leads else ()
+    tracking = Tracking(track if process.leads else None, run.path, Reporter(quiet=quiet).note)
+    told = (*callbacks, tracking) if process.leads else ()
     reporter = Reporter(quiet=quiet, watchers=told)
     preparation = Preparation(config, run, storage, process, reporter, tuple(others), item_losses, told)
     with process.connected(preparation.device), computing_repeatably(preparation.device):
@@ -228,7 +234,7 @@ def _run(
             if process.leads:
                 run.check_usable()
             preparation.reporter = Reporter(run.log if process.leads else None, quiet, told)
-            with _saying_what_is_kept(preparation):
+            with tracking, _saying_what_is_kept(preparation):
                 drivers = [_driver(preparation, ratio, others) for ratio in config.ratio]
                 if process.leads:
                     if not overwrite:

@@ -26,6 +26,7 @@ from adapruner.calibration import (
     probe_texts,
     save_texts,
 )
+from adapruner.callbacks import tell
 from adapruner.card import model_card
 from adapruner.checkpoint import save_checkpoint, write_card
 from adapruner.config import PruneConfig, WholePart
@@ -555,6 +556,7 @@ def recovered(job: Job, work: Path, plan: PruningPlan, model: Path, written: Win
                 work=work / "training",
                 origin=_origin(job, plan),
                 progress=advance,
+                track=partial(tell, prepared.callbacks),
             )
     except AdaPrunerError as error:
         raise AdaPrunerError(
@@ -746,6 +748,9 @@ def result(
         for role in TITLES
         if _is_evaluated(role, job.config)
     ]
+    for each in numbers:
+        perplexities_of = {f"perplexity {each.role}/{text}": one.perplexity for text, one in each.perplexity.items()}
+        tell(job.prepared.callbacks, perplexities_of)
     result = RunResult(
         config=job.config,
         plan_hash=plan.hash,

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from adapruner.cli._options import Device, Dtype, Flag, Json, Model, Output, Upload, WholeNumber
 from adapruner.cli._output import plain_console, print_advice, print_json
-from adapruner.config import ExportFormat, GgufType, PruneOptions, RecoveryOptions
+from adapruner.config import ExportFormat, GgufType, PruneOptions, RecoveryOptions, Tracker
 from adapruner.errors import AdaPrunerError
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ def recover(
     options: Annotated[RecoveryOptions | None, Parameter(name="*")] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    track: Tracker | None = None,
     overwrite: Flag = False,
     json: Json = False,
 ) -> None:
@@ -46,13 +47,14 @@ def recover(
         data: Instructions with answers (columns instruction, output, input), any text, or self: the teacher writes it.
         output: Folder of the recovered model.
         teacher: The dense model, for distillation.
+        track: Experiment tracker that gets the training curves; tensorboard writes into OUTPUT.tracking.
         overwrite: Start again, whatever recovery the folder holds.
     """
     from adapruner import verbs
     from adapruner.processes import this_process
 
     given = options.model_dump(exclude_unset=True) if options else {}
-    record = verbs.recover(model, data, output, teacher, overwrite, dtype, device, **given)
+    record = verbs.recover(model, data, output, teacher, overwrite, dtype, device, track, **given)
     if not this_process().leads:
         return
     if json:

@@ -9,7 +9,7 @@ from cyclopts import Parameter
 
 from adapruner.cli._options import Device, Flag, Json, Model, Output, Upload
 from adapruner.cli._output import plain_console, print_advice, print_json, print_result
-from adapruner.config import PruneOptions
+from adapruner.config import PruneOptions, Tracker
 
 
 def prune(
@@ -22,6 +22,7 @@ def prune(
     overwrite: Flag = False,
     upload: Annotated[Upload | None, Parameter(name="*")] = None,
     storage: str | None = None,
+    track: Tracker | None = None,
     json: Json = False,
 ) -> None:
     """Search, prune, save, fine-tune on request, and evaluate. Rerun the same command to resume.
@@ -35,12 +36,16 @@ def prune(
         overwrite: Rebuild what was made with other options, from another model or other text.
         storage: URL of an SQL database for the trials, postgresql://…, to search on many machines; by default a SQLite
             file in the run folder.
+        track: Experiment tracker that gets trials, training curves, stage times and perplexities while they come;
+            tensorboard writes into the run folder. By default nothing is sent.
     """
     from adapruner import pipeline
     from adapruner.processes import this_process
 
     given = (options.model_dump(exclude_unset=True) if options else {}) | (vars(upload) if upload else {})
-    results = pipeline.prune_ratios(model, output=output, overwrite=overwrite, recipe=recipe, storage=storage, **given)
+    results = pipeline.prune_ratios(
+        model, output=output, overwrite=overwrite, recipe=recipe, storage=storage, track=track, **given
+    )
     if not this_process().leads:
         return
     print_advice([line for result in results for line in result.advice()])

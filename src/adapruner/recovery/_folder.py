@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ def recover_into(
     origin: dict[str, Any] | None = None,
     card: Callable[[RecoveryRecord], str | None] = lambda record: None,
     progress: Callable[[int], None] | None = None,
+    track: Callable[[Mapping[str, float]], None] = lambda values: None,
 ) -> RecoveryRecord:
     """Trains a model and writes it, a normal checkpoint again, with the record of the training beside it.
 
@@ -47,11 +48,12 @@ def recover_into(
         work: folder for what the same call resumes from; removed at the end.
         origin: what the checkpoint says of its making; see `checkpoint.save_checkpoint`.
         card: makes the model card out of the record.
+        track: called with the losses and the learning rate of every step.
 
     Raises:
         AdaPrunerError: see `train`; or the folder cannot be written.
     """
-    record = train(model, examples, options, work, teacher, progress).model_copy(update={"config": config})
+    record = train(model, examples, options, work, teacher, progress, track).model_copy(update={"config": config})
     if this_process().leads:
         save_checkpoint(model, tokenizer, folder, card(record), record=origin)
         text = record.model_dump_json(indent=2) + "\n"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -88,6 +88,7 @@ def train(
     folder: Path,
     teacher: PreTrainedModel | None = None,
     progress: Callable[[int], None] | None = None,
+    track: Callable[[Mapping[str, float]], None] = lambda values: None,
 ) -> RecoveryRecord:
     """Trains a model in place; a call that was killed resumes from its last saved step. Processes that were started
     together share every batch. The random state of the program is left as it was.
@@ -100,6 +101,7 @@ def train(
         folder: for the Trainer's checkpoints.
         teacher: learn its predictions (see `distillation_loss`) and not the labels alone.
         progress: called with the number of steps done.
+        track: called with what the Trainer logs, the losses and the learning rate of every step.
 
     Raises:
         AdaPrunerError: the loss is not finite any more; what was saved before stays.
@@ -120,7 +122,7 @@ def train(
             train_dataset=examples.training,
             eval_dataset=examples.validation,
             data_collator=_batch,
-            callbacks=[_Watcher(progress, folder)],
+            callbacks=[_Watcher(progress, folder, track)],
         )
         trainer.remove_callback(PrinterCallback)
         if trainer.is_fsdp_enabled:
@@ -396,8 +398,13 @@ def _merge(adapted: Any, model: PreTrainedModel) -> None:
 class _Watcher(TrainerCallback):
     """Passes on progress, and stops where the loss is not finite before anything is saved."""
 
-    def __init__(self, progress: Callable[[int], None] | None, folder: Path) -> None:
-        self._progress, self._folder = progress, folder
+    def __init__(
+        self,
+        progress: Callable[[int], None] | None,
+        folder: Path,
+        track: Callable[[Mapping[str, float]], None],
+    ) -> None:
+        self._progress, self._folder, self._track = progress, folder, track
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self._progress and state.global_step:
@@ -410,6 +417,7 @@ class _Watcher(TrainerCallback):
             control.should_evaluate = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        self._track({f"recovery/{name}": value for name, value in (logs or {}).items()})
         watched = {"loss": "the loss", "eval_loss": "the validation loss", "grad_norm": "the gradient"}
         for name, what in watched.items():
             value = (logs or {}).get(name, 0.0)

@@ -13,7 +13,7 @@ from adapruner.arguments import RecoveryArguments
 from adapruner.calibration import SELF_GENERATED, Source, content_hash, generate_windows, parse_source
 from adapruner.card import card_of_recovered, read_card
 from adapruner.checkpoint import read_origin
-from adapruner.config import Dtype, RecoverConfig
+from adapruner.config import Dtype, RecoverConfig, Tracker
 from adapruner.errors import AdaPrunerError
 from adapruner.models import (
     ModelLocation,
@@ -43,6 +43,7 @@ from adapruner.recovery import (
     working_folder,
 )
 from adapruner.texts import record_of
+from adapruner.tracking import Tracking, check_tracker
 
 
 def recover(
@@ -53,6 +54,7 @@ def recover(
     overwrite: bool = False,
     dtype: Dtype = "auto",
     device: str = "auto",
+    track: Tracker | None = None,
     **options: Unpack[RecoveryArguments],
 ) -> RecoveryRecord:
     """Fine-tunes a pruned model and writes it as a normal checkpoint with the record that is returned. A killed call
@@ -64,6 +66,7 @@ def recover(
         output: the folder of the recovered model.
         teacher: the dense model, for distillation.
         overwrite: start again where the folder holds another recovery.
+        track: experiment tracker that gets the training curves; TensorBoard's files are in a folder beside the output.
         options: the fields of `RecoveryOptions`.
 
     Raises:
@@ -78,6 +81,7 @@ def recover(
     if source is None and teacher is None:
         raise AdaPrunerError("`data` self is text that the dense model writes: name it with `teacher`")
     check_device(resolve_device(device))
+    check_tracker(track)
     location, of_teacher = find_model(config.model), find_model(teacher) if teacher else None
     of_model = load_config(location)
     # Names alone would take another model of the same name, or another text, for those of an earlier call.
@@ -94,7 +98,13 @@ def recover(
         check_tokens(of_model, examples.largest_token)
     with training_alone(folder, resolved, overwrite) as finished:
         Reporter().note(warning or "")
-        return finished or _train(config, resolved, folder, location, of_teacher, tokenizer, source, examples, device)
+        if finished:
+            return finished
+        own = track if this_process().leads else None
+        with Tracking(own, folder.with_name(f"{folder.name}.tracking"), Reporter().note) as tracking:
+            return _train(
+                config, resolved, folder, location, of_teacher, tokenizer, source, examples, device, tracking
+            )
 
 
 def _refuse_other_vocabulary(of_teacher: int, of_model: int) -> None:
@@ -112,9 +122,10 @@ def _train(
     source: Source | None,
     examples: Examples | None,
     device: str,
+    tracking: Tracking,
 ) -> RecoveryRecord:
     """Loads the models and trains; without examples, on what the teacher writes."""
-    reporter = Reporter(quiet=not this_process().leads)
+    reporter = Reporter(quiet=not this_process().leads, watchers=(tracking,))
     with reporter.stage("loading"):
         loaded = load_model(location, config.dtype, device)
         dense = load_model(of_teacher, config.dtype, device) if of_teacher else None
@@ -138,6 +149,7 @@ def _train(
             _origin(location, source),
             partial(card_of_recovered, read_card(location)),
             advance,
+            tracking.on_numbers,
         )
 
 
