@@ -182,8 +182,8 @@ def export(
     """Write a model, pruned or dense, in a form that other loaders read.
 
     Args:
-        to: gguf: one file for llama.cpp. stock: a folder for any loader of the family, short layers padded with zeros
-            to the widest.
+        to: gguf: one file for llama.cpp. stock: a folder for any loader of the family, padded with zeros: heads to
+            their number in the dense model, channels to the widest layer.
         output: The file or folder to write.
         gguf_type: How a GGUF file stores matrices.
         overwrite: Replace an existing GGUF file, or a folder that adapruner wrote.
