@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -221,7 +222,7 @@ def test_what_a_kill_at_the_edge_of_any_artifact_leaves_is_resumed_from(
         patch.setattr("adapruner.driver.replace", leaving_before(replace))
         adapruner.prune(str(model_folder), output=run, **options)
     assert_same_artifacts(run, finished.output)
-    assert len(left) == 3 * len(names) == 51
+    assert len(left) == 3 * len(names) == 54
 
     def stopping(self: RunFolder, name: str, record: Record, *beside: Any) -> None:
         finish(self, name, record, *beside)
@@ -578,8 +579,10 @@ def test_a_model_is_exported(
 ) -> None:
     folder = tmp_path / "stock model"
     assert run_cli(["export", str(finished.model_folder), "--to", "stock", "-o", str(folder), "--json"]) == 0
-    printed = json.loads(capsys.readouterr().out)
+    completed = capsys.readouterr()
+    printed = json.loads(completed.out)
     assert printed["bytes"] == sum(path.stat().st_size for path in folder.iterdir())
+    assert re.search(r"padding with zeros: [\d.]+ MB of weights became [\d.]+ MB", completed.err)
     tokens = torch.arange(3, 19).view(1, -1)
     with torch.no_grad():
         stock = AutoModelForCausalLM.from_pretrained(folder)(tokens).logits

@@ -311,7 +311,7 @@ def _breakage_table(result: RunResult) -> Table:
     texts = result.final.breakage.texts if result.final.breakage else {}
     for heading in ("agreement\nwith dense", "repetition", *(f"{text}\nbits per byte" for text in texts)):
         table.add_column(heading, justify="right")
-    table.add_column("verdict")
+    table.add_column("verdict", no_wrap=True)
     for model in result.models:
         if model.breakage:
             shares = (model.breakage.agreement, model.breakage.repetition)

@@ -15,7 +15,7 @@ from adapruner.measurement import measure_moments
 from adapruner.models import known_architectures
 from adapruner.planning import make_plan
 from adapruner.structure import build_structure, count_parameters
-from adapruner.surgery import Compensation, pad_to_stock, prune_model
+from adapruner.surgery import Compensation, is_as_large_as_dense, pad_to_stock, prune_model
 
 CASES = [
     (family, key_value_heads, granularity)
@@ -51,6 +51,7 @@ def test_padded_equals_pruned(
     pruned = prune_model(dense, structure, make_plan(structure, scores, counts))
     padded = pad_to_stock(pruned)
     assert count_parameters(pruned) < count_parameters(padded) <= count_parameters(dense)
+    assert is_as_large_as_dense(padded, pruned) == (count_parameters(padded) == count_parameters(dense))
     save_checkpoint(padded, tokenizer, tmp_path / "stock")
     assert not list((tmp_path / "stock").glob("*.py"))
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "stock")

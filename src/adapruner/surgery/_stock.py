@@ -15,7 +15,7 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrained
 
 from adapruner.errors import AdaPrunerError
 from adapruner.models import Architecture, architecture_of, is_pruned
-from adapruner.structure import Block, Kind, Structure, TensorSlice, build_structure, count_parameters
+from adapruner.structure import Block, Kind, Structure, TensorSlice, build_structure
 
 
 def stock_models(architecture: Architecture, fields: Mapping[str, Any]) -> Iterator[PreTrainedModel]:
@@ -101,13 +101,17 @@ def is_as_large_as_dense(padded: PreTrainedModel, model: PreTrainedModel) -> boo
     architecture = architecture_of(model.config)
     with init_empty_weights(include_buffers=False):
         dense = next(stock_models(architecture, fields_of_all(model, architecture)))
-    return count_parameters(padded) >= count_parameters(dense)
+    return _shapes(padded) == _shapes(dense)
+
+
+def _shapes(model: PreTrainedModel) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
 def _padded(model: PreTrainedModel, padded: Any) -> PreTrainedModel:
     """Gives a larger model, which has no weights, those of a smaller one and zeros."""
     target = {(block.layer, block.kind): block for block in _structure(padded).blocks}
-    state, shapes = model.state_dict(), {name: tensor.shape for name, tensor in padded.state_dict().items()}
+    state, shapes = model.state_dict(), _shapes(padded)
     # What a layer has none of adds zeros.
     like: Tensor = next(iter(state.values()))
     state |= {name: like.new_zeros(shape) for name, shape in shapes.items() if name not in state}
