@@ -102,9 +102,7 @@ def recover(
             return finished
         own = track if this_process().leads else None
         with Tracking(own, folder.with_name(f"{folder.name}.tracking"), Reporter().note) as tracking:
-            return _train(
-                config, resolved, folder, location, of_teacher, tokenizer, source, examples, device, tracking
-            )
+            return _train(config, resolved, folder, location, of_teacher, tokenizer, source, examples, device, tracking)
 
 
 def _refuse_other_vocabulary(of_teacher: int, of_model: int) -> None:
