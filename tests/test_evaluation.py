@@ -23,7 +23,7 @@ from adapruner.cli import app
 from adapruner.config import PruneConfig
 from adapruner.evaluation import (
     Perplexity,
-    _perplexity,
+    _losses,
     count_macs,
     measure_perplexity,
     measure_repetition,
@@ -39,7 +39,7 @@ from adapruner.texts import assign_texts
 
 def test_equals_the_loss_of_transformers(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     windows = torch.randint(3, 96, (7, 12), generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(_perplexity, "_TOKENS_PER_BATCH_ON_CPU", 36)
+    monkeypatch.setattr(_losses, "_TOKENS_PER_BATCH_ON_CPU", 36)
     with torch.no_grad():
         expected = [float(model(window[None], labels=window[None]).loss) for window in windows]
     torch.testing.assert_close(window_losses(model, windows), torch.tensor(expected).double(), rtol=1e-5, atol=1e-5)
