@@ -96,7 +96,8 @@ def facts(contents: Contents) -> dict[str, str]:
             for name, one in texts.items()
         )
         used = assign_texts(config, missing_ok=True).used
-        uses = ", ".join(f"{_DID[use]} {source}" for use, source in used.items())
+        read = {use: source for use, source in used.items() if use != "objective" or not config.objective_function}
+        uses = ", ".join(f"{_DID[use]} {source}" for use, source in read.items())
         found["Overlap"] = f"{uses}: no document of these is reported on" if uses else "none: the model wrote the text"
     scores = contents.final.tasks.values() if contents.final else ()
     if scores:

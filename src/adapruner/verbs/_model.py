@@ -18,8 +18,8 @@ from adapruner.arguments import PruneArguments
 from adapruner.config import Dtype, ExpertGranularity, HeadGranularity, PruneConfig
 from adapruner.errors import AdaPrunerError
 from adapruner.evaluation import Speed, measure_speed
-from adapruner.given import ModelGiven
 from adapruner.files import write_atomically
+from adapruner.given import ModelGiven
 from adapruner.job import reference_budget, register_extensions
 from adapruner.memory import Memory, choose_layer_wise, estimate_memory
 from adapruner.models import (
