@@ -1,4 +1,4 @@
-"""Pictures of a run's report: on a desk, on a telephone, and in the dark.
+"""Pictures of a run's report: on a desk, on a phone, in the dark; and as it is printed.
 
     python docs/screenshots.py --run runs/demo --output runs/screenshots
 
@@ -25,7 +25,7 @@ PICTURES = {
 
 def main(*, run: Path = Path("runs/demo"), output: Path = Path("runs/screenshots")) -> None:
     """Writes the report again, and pictures of the whole page."""
-    [page_file] = write_reports(run)
+    [[page_file]] = write_reports(run)
     executable = next(filter(None, map(shutil.which, CHROMIUM)))
     output.mkdir(parents=True, exist_ok=True)
     with sync_playwright() as playwright:
@@ -36,6 +36,9 @@ def main(*, run: Path = Path("runs/demo"), output: Path = Path("runs/screenshots
             picture = output / f"report-{name}.png"
             page.screenshot(path=picture, full_page=True)
             print(picture)
+        printed = output / "report-print.pdf"
+        page.pdf(path=printed, prefer_css_page_size=True)
+        print(printed)
         browser.close()
 
 

@@ -40,7 +40,7 @@ Role = Literal["dense", "best_fixed", "searched", "recovered"]
 TITLES: dict[Role, str] = {
     "dense": "dense",
     "best_fixed": "best fixed metric",
-    "searched": "searched",
+    "searched": "pruned",
     "recovered": "recovered",
 }
 
@@ -264,6 +264,16 @@ def titles(config: PruneConfig, best_fixed_name: str | None) -> dict[Role, str]:
         return TITLES
     how = "" if config.compensation == "none" else ", not compensated"
     return TITLES | {"best_fixed": f"{TITLES['best_fixed']} ({best_fixed_name}){how}"}
+
+
+def is_noise(difference: float, *errors: float | None) -> bool:
+    """Whether a difference is within two standard errors of none.
+
+    Args:
+        errors: of what it is the difference of, taken for independent; where one is not known, nothing is noise.
+    """
+    known = [error for error in errors if error is not None]
+    return len(known) == len(errors) and abs(difference) < 2 * math.hypot(*known)
 
 
 def plus_minus(error: float | None, digits: int) -> str:

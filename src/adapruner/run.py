@@ -35,6 +35,7 @@ class RunFolder:
         self.model = path / "model"
         self.recovered = path / "recovered"
         self.report = path / "report.html"
+        self.speed = path / "speed.json"
         # A model and text that were in memory.
         self.given = path / "given"
         self._lock = path / ".lock"

@@ -288,14 +288,19 @@ def layers_without_heads(layers: int, blocks: Iterable[Any]) -> list[int]:
 
 def note_on_mixers(layers: Iterable[int]) -> str:
     """Says which layers have no attention, or another mixer in its place; empty where there are none."""
+    shown = shown_layers(layers)
+    return f"layers {shown} have no attention that can be cut" if shown else ""
+
+
+def shown_layers(layers: Iterable[int]) -> str:
+    """Numbers of layers, ascending, as they are shown: `3–5, 8`."""
     stretches: list[list[int]] = []
     for layer in layers:
         if stretches and stretches[-1][-1] == layer - 1:
             stretches[-1].append(layer)
         else:
             stretches.append([layer])
-    shown = ", ".join("–".join(map(str, sorted({stretch[0], stretch[-1]}))) for stretch in stretches)
-    return f"layers {shown} have no attention that can be cut" if shown else ""
+    return ", ".join("–".join(map(str, sorted({stretch[0], stretch[-1]}))) for stretch in stretches)
 
 
 def build_structure(

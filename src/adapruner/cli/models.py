@@ -119,6 +119,7 @@ def benchmark(
     repetitions: WholeNumber = 5,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    output: Output | None = None,
     json: Json = False,
 ) -> None:
     """Measure size, memory and tokens per second of a model, beside another one.
@@ -129,10 +130,11 @@ def benchmark(
         prompt: Tokens that are read at once.
         new_tokens: Tokens that are then generated.
         repetitions: Of which the median is taken; models take turns.
+        output: Write the result here as JSON; as speed.json in a run folder, the report of the run shows it.
     """
     from adapruner import verbs
 
-    speeds = verbs.benchmark(model, against, batch_size, prompt, new_tokens, repetitions, dtype, device)
+    speeds = verbs.benchmark(model, against, batch_size, prompt, new_tokens, repetitions, dtype, device, output)
     if json:
         print_json({name: speed.model_dump(mode="json") for name, speed in speeds.items()})
     else:

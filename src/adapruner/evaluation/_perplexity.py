@@ -65,6 +65,18 @@ class Perplexity(BaseModel):
         most = self.seq_len - max(1, self.special_tokens)
         return most + (self.windows - 1) * min(self.stride, most)
 
+    @property
+    def standard_error(self) -> float | None:
+        """Of the perplexity, to first order; None where that of the mean loss is not known."""
+        return None if self.loss_standard_error is None else self.perplexity * self.loss_standard_error
+
+    @property
+    def bits_standard_error(self) -> float | None:
+        """Of the bits per byte; None where either is not known."""
+        if self.loss_standard_error is None or not self.predicted_bytes:
+            return None
+        return self.loss_standard_error / math.log(2) * self.predicted_tokens / self.predicted_bytes
+
     @computed_field  # type: ignore[prop-decorator]
     @property
     def protocol(self) -> str:

@@ -1,4 +1,4 @@
-"""The command that makes a run, from its config."""
+"""The command that makes a run, from its config, and those that follow it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from adapruner.config import PruneConfig, PruneOptions
+from adapruner.report._contents import Contents
 
 # The folder of the search, where a run took its point from another.
 _SEARCHED = "runs/searched"
@@ -27,6 +28,25 @@ def command(config: PruneConfig, output: Path) -> str:
         return f"{command(searched, Path(_SEARCHED))}\n{again}"
     options = _options(PruneOptions(**config.model_dump(exclude={"model", "search_ratio"})))
     return " \\\n    ".join(map(shlex.join, [("adapruner", "prune", config.model, "-o", str(output)), *options]))
+
+
+def next_commands(contents: Contents) -> dict[str, str]:
+    """What is left to do with a finished run: command lines, by what they are for."""
+    config, folder, model = contents.config, contents.path, contents.final_folder
+    commands: dict[str, tuple[str, ...]] = {}
+    if not config.recover:
+        commands["Recover part of the loss by fine-tuning"] = (
+            *("recover", str(model), "--data", config.calibration, "--teacher", config.model),
+            *("-o", str(folder / "better")),
+        )
+    if not config.tasks:
+        commands["Measure tasks"] = ("evaluate", str(model), "--tasks", "commonsense")
+    if not contents.speed:
+        commands["Measure the speed on this machine, and show it here"] = (
+            *("benchmark", str(model), "--against", config.model, "-o", str(folder / "speed.json")),
+        )
+    commands["Export for llama.cpp"] = ("export", str(model), "--to", "gguf", "-o", str(folder / "model.gguf"))
+    return {purpose: shlex.join(("adapruner", *words)) for purpose, words in commands.items()}
 
 
 def _options(values: BaseModel, prefix: str = "--") -> list[tuple[str, ...]]:

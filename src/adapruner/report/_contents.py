@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from adapruner.config import PruneConfig
 from adapruner.errors import AdaPrunerError, reason
-from adapruner.evaluation import Breakage, Perplexity, TaskScore
+from adapruner.evaluation import Breakage, Perplexity, Speed, TaskScore
 from adapruner.models import find_model, load_tokenizer
 from adapruner.planning import PruningPlan
 from adapruner.progress import Reporter, StageCost
@@ -42,6 +42,7 @@ class Contents:
             numbers in the pool.
         stages: seconds and peak memory of every finished stage.
         weight_bytes: of the weights of the final model on disk.
+        speed: of the dense and the final model, where `adapruner benchmark --output` wrote it here.
     """
 
     path: Path
@@ -57,6 +58,7 @@ class Contents:
     samples: dict[int, str | None]
     stages: dict[str, StageCost]
     weight_bytes: int
+    speed: tuple[Speed, Speed] | None
 
     @property
     def dense(self) -> ModelNumbers | None:
@@ -66,6 +68,11 @@ class Contents:
     def final(self) -> ModelNumbers | None:
         """The model that the run is about, as far as it has got; None before anything is pruned."""
         return self.models[-1] if len(self.models) > 1 else None
+
+    @property
+    def final_folder(self) -> Path:
+        """Where its checkpoint is."""
+        return self.path / ("recovered" if self.final and self.final.role == "recovered" else "model")
 
 
 def read_contents(run: RunFolder, config: PruneConfig) -> Contents:
@@ -91,6 +98,7 @@ def _read(run: RunFolder, folder: RunFolder, config: PruneConfig) -> Contents:
     levelled = _content(folder.path / "levelled.json", Levelled) if config.levels_widths else None
     is_running = result is None and run.is_running()
     saved = folder.recovered if config.recover and folder.recovered.is_dir() else folder.model
+    models = result.models if result else tuple(_models(run, folder, config, plan))
     return Contents(
         path=folder.path,
         state="finished" if result else "running" if is_running else "stopped",
@@ -101,10 +109,11 @@ def _read(run: RunFolder, folder: RunFolder, config: PruneConfig) -> Contents:
         search=search,
         levelled=result.levelled if result else levelled,
         result=result,
-        models=result.models if result else tuple(_models(run, folder, config, plan)),
+        models=models,
         samples=_samples(run, folder, search.best.samples) if search else {},
         stages=result.stages if result else Reporter(run.log).finished_stages(),
         weight_bytes=sum(file.stat().st_size for file in saved.glob("*.safetensors")),
+        speed=_speed(folder, models),
     )
 
 
@@ -144,6 +153,15 @@ def _models(run: RunFolder, folder: RunFolder, config: PruneConfig, plan: Prunin
                 )
             )
     return models
+
+
+def _speed(folder: RunFolder, models: tuple[ModelNumbers, ...]) -> tuple[Speed, Speed] | None:
+    """Told apart by their parameters: what was measured of another cut is not shown."""
+    measured = _content(folder.speed, dict[str, Speed]) or {}
+    by_size = {speed.parameters: speed for speed in measured.values()}
+    pair = [by_size.get(model.parameters) for model in (models[0], models[-1])] if len(models) > 1 else []
+    dense, final = pair or (None, None)
+    return (dense, final) if dense and final else None
 
 
 def _samples(run: RunFolder, folder: RunFolder, numbers: tuple[int, ...]) -> dict[int, str | None]:

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import json
-import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
-import plotly.graph_objects as go
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
-from plotly.offline import get_plotlyjs
 
 from adapruner.config import PruneConfig
 from adapruner.evaluation import AGREEMENT_PROTOCOL, REPETITION_PROTOCOL
 from adapruner.files import being_written
-from adapruner.report import _figures
-from adapruner.report._command import command
+from adapruner.report import _charts, _summary
+from adapruner.report._command import command, next_commands
 from adapruner.report._contents import Contents, read_contents
-from adapruner.report._figures import LOSS_NAMES, described, perplexity_error, shortened
-from adapruner.result import ModelNumbers, bits, fraction, plus_minus, shown_name, titles
+from adapruner.report._ladder import ladder
+from adapruner.report._layers import layer_rows, whole_layers
+from adapruner.result import PruneResult, bits, fraction, is_noise, shown_name, titles
 from adapruner.run import RunFolder
 
+# Whatever a text may smuggle in: nothing is run and nothing is fetched.
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 _TEMPLATES = Environment(
     loader=PackageLoader("adapruner.report"),
     autoescape=True,
@@ -32,18 +28,14 @@ _TEMPLATES = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-_TEMPLATES.filters |= {"described": described, "perplexity_error": perplexity_error, "shortened": shortened}
-_TEMPLATES.filters |= {"bits": bits, "fraction": fraction}
-
-
-@dataclass(frozen=True)
-class Headline:
-    """One of the numbers at the top of the page."""
-
-    label: str
-    value: str
-    note: str
-    error: float | None = None
+_TEMPLATES.filters |= {
+    "described": _charts.described,
+    "shortened": _charts.shortened,
+    "bits": bits,
+    "fraction": fraction,
+}
+_TEMPLATES.filters["duration"] = _summary.duration
+_TEMPLATES.tests["noise"] = is_noise
 
 
 def write_reports(run: RunFolder, refresh: int | None = None) -> list[Path]:
@@ -73,97 +65,38 @@ def render_report(run: RunFolder, config: PruneConfig, refresh: int | None = Non
         config: the options of the run, with this ratio alone.
     """
     contents = read_contents(run, config)
-    chosen = contents.levelled.candidate if contents.levelled else contents.search and contents.search.best
-    scripts = [get_plotlyjs(), _TEMPLATES.get_template("report.js").render()]
+    search, plan = contents.search, contents.plan
+    chosen = contents.levelled.candidate if contents.levelled else search and search.best
+    best_trial = search.best_trial if search else None
+    loss_name = "objective" if config.objective_function else _charts.LOSS_NAMES[config.selection]
     return _TEMPLATES.get_template("report.html.jinja").render(
         contents=contents,
         refresh=refresh if contents.state == "running" else None,
-        # Whatever a text may smuggle in: nothing is run but these scripts, and nothing is fetched.
-        policy="default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src "
-        + " ".join(map(_script_hash, scripts)),
-        scripts=[Markup(script) for script in scripts],
-        titles=titles(config, contents.search.best_fixed_name if contents.search else None),
+        policy=_POLICY,
+        titles=titles(config, search.best_fixed_name if search else None),
         name=shown_name(config.model),
-        headlines=_headlines(contents),
-        means={model.role: _means(model) for model in contents.models},
+        losses=_summary.losses(contents),
+        gains=_summary.gains(contents),
+        facts=_summary.facts(contents),
+        advice=_advice(contents),
+        next_commands=next_commands(contents) if contents.result else {},
+        means={model.role: _summary.mean_accuracies(model) for model in contents.models},
+        task_differences=_summary.task_differences(contents),
         agreement_protocol=AGREEMENT_PROTOCOL,
         repetition_protocol=REPETITION_PROTOCOL,
-        loss_name="objective" if config.objective_function else LOSS_NAMES[config.selection],
+        layer_rows=layer_rows(plan, contents.result.vocabulary if contents.result else None) if plan else [],
+        whole_layers=whole_layers(plan) if plan else "",
+        ladder=ladder(contents),
+        loss_name=loss_name,
+        trials=_charts.trials(contents.history, best_trial, loss_name),
+        strips=_charts.strips(contents.history, best_trial),
         allocation=asdict(chosen.budget) if chosen else {},
-        figures={name: json.loads(figure.to_json()) for name, figure in _all_figures(contents).items()},
-        command=command(contents.config, contents.path),
-        options=yaml.safe_dump(contents.config.model_dump(mode="json"), sort_keys=False),
+        command=command(config, contents.path),
+        options=yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False),
     )
 
 
-def _script_hash(script: str) -> str:
-    """Of an inline script, for a content security policy."""
-    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
-
-
-def _all_figures(contents: Contents) -> dict[str, go.Figure]:
-    """The charts that there is something to draw in."""
-    history, chosen = contents.history, contents.search.best_trial if contents.search else None
-    figures: dict[str, go.Figure] = {}
-    if contents.dense and contents.dense.perplexity:
-        figures["perplexity"] = _figures.perplexities(contents.models)
-    if accuracies := _figures.accuracies(contents.models):
-        figures["accuracy"] = accuracies
-    if contents.plan:
-        figures["removed"] = _figures.removed_by_layer(contents.plan)
-    if any(point.loss is not None for point in history.points):
-        figures["trials"] = _figures.trials(history, chosen, contents.config.selection)
-    if history.importance:
-        figures["importance"] = _figures.importance(history)
-    if any(point.positions and point.loss is not None for point in history.points):
-        figures["parallel"] = _figures.parallel_coordinates(history, chosen)
-    return figures
-
-
-def _means(model: ModelNumbers) -> dict[str, tuple[float, float | None]]:
-    """Mean accuracies with their standard errors, from those of the tasks, which are independent of each other."""
-    means = {}
-    for metric, value in model.mean_accuracies.items():
-        scores = model.tasks.values()
-        errors = [score.standard_errors.get(metric if metric in score.metrics else "acc") for score in scores]
-        known = [error for error in errors if error is not None]
-        means[metric] = value, math.hypot(*known) / len(errors) if len(known) == len(errors) else None
-    return means
-
-
-def _headlines(contents: Contents) -> list[Headline]:
-    headlines = []
-    if contents.dense and contents.final:
-        before, after = contents.dense.parameters, contents.final.parameters
-        headlines.append(Headline("parameters", f"−{100 - 100 * after / before:.1f} %", f"{before:,} → {after:,}"))
-        for text, number in contents.final.perplexity.items():
-            dense, final = contents.dense.perplexity[text].perplexity, number.perplexity
-            if number.bits_per_byte is not None and contents.config.vocabulary:
-                before_bits = bits(contents.dense.perplexity[text])
-                headlines.append(Headline(f"bits per byte, {shortened(text)}", bits(number), f"dense {before_bits}"))
-                continue
-            headlines.append(
-                Headline(f"perplexity, {shortened(text)}", f"{final:.2f}", f"dense {dense:.2f}, × {final / dense:.2f}")
-            )
-        for metric, (mean, error) in list(_means(contents.final).items())[:1]:
-            of_dense, error_of_dense = _means(contents.dense)[metric]
-            count = len(contents.final.tasks)
-            which = f"mean {metric} of {count} tasks" if count > 1 else metric
-            note = f"dense {of_dense:.3f}{plus_minus(error_of_dense, 3)}"
-            headlines.append(Headline(which, f"{mean:.3f}", note, error))
-        if contents.final.breakage and contents.final.verdict:
-            agreement = contents.final.breakage.agreement
-            note = "" if agreement is None else f"agrees with {agreement:.0%} of the dense model's text"
-            headlines.append(Headline("verdict", contents.final.verdict, note))
-    if contents.stages:
-        seconds = sum(stage.seconds for stage in contents.stages.values())
-        peak = max(stage.peak_memory_mib for stage in contents.stages.values())
-        headlines.append(Headline("time", _duration(seconds), f"peak memory {peak / 1024:,.2f} GiB"))
-    return headlines
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    minutes = seconds / 60
-    return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+def _advice(contents: Contents) -> list[str]:
+    if not contents.result or not contents.plan:
+        return []
+    return PruneResult(contents.path, contents.plan, contents.result).advice()

@@ -18,8 +18,9 @@ from adapruner.search._space import FIXED_METRIC, START, Candidate
 
 # User attributes of a trial: that it was stopped early, and the losses of the windows that it was judged on.
 STOPPED, LOSSES = "stopped", "losses"
-# Searched points below which nothing is said of the importance of parameters.
-_FEWEST_POINTS = 20
+# Searched points below which nothing is said of the importance of parameters: PED-ANOVA looks at the best tenth, and
+# from fewer than ten trials it reads chance.
+_FEWEST_POINTS = 100
 
 Parameter = float | int | str
 StepName = Literal["fixed metric", "starting point", "searched"]

@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
@@ -280,7 +281,8 @@ class Search:
                 trial.set_user_attr(_HELPER, True)
         candidates = [self.space.suggest(trial) for trial in trials]
         if self.judge_together is None:
-            return self._value(trials[0], self.judge(candidates[0]), best)
+            # The judge may refuse a candidate when it is called, or later.
+            return self._value(trials[0], chain.from_iterable(map(self.judge, candidates)), best)
         first, *others = self.judge_together(candidates)
         for trial, losses in zip(trials[1:], others, strict=True):
             try:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from pydantic import TypeAdapter
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from typing_extensions import Unpack
@@ -17,6 +18,7 @@ from adapruner.arguments import PruneArguments
 from adapruner.config import Dtype, ExpertGranularity, HeadGranularity, PruneConfig
 from adapruner.errors import AdaPrunerError
 from adapruner.evaluation import Speed, measure_speed
+from adapruner.files import write_atomically
 from adapruner.given import ModelGiven
 from adapruner.job import reference_budget, register_extensions
 from adapruner.memory import Memory, choose_layer_wise, estimate_memory
@@ -31,6 +33,7 @@ from adapruner.models import (
     load_model,
     resolve_device,
 )
+from adapruner.paths import output_path
 from adapruner.progress import Reporter
 from adapruner.structure import Structure, build_structure
 from adapruner.verbs._source import ModelSource
@@ -136,6 +139,7 @@ def benchmark(
     repetitions: int = 5,
     dtype: Dtype = "auto",
     device: str = "auto",
+    output: str | Path | None = None,
 ) -> dict[str, Speed]:
     """Size and speed of a model, and of another one beside it, measured in turn in this process.
 
@@ -146,6 +150,7 @@ def benchmark(
         prompt: tokens that are read at once.
         new_tokens: tokens that are then generated one by one.
         repetitions: of which the median is taken, after one that does not count.
+        output: a file for the result as JSON; `speed.json` in a run folder is shown by the report of the run.
 
     Returns:
         By the name or path of each model; models in memory are called `against` and `model`.
@@ -155,6 +160,7 @@ def benchmark(
     """
     if not batch_sizes or min(*batch_sizes, prompt, new_tokens, repetitions) < 1:
         raise AdaPrunerError("`batch_size`, `prompt`, `new_tokens` and `repetitions` must be at least 1")
+    written = None if output is None else output_path(output)
     resolve_device(device)
     given = {"against": against, "model": model}
     sources = {
@@ -172,4 +178,8 @@ def benchmark(
                 loaded[name] = using.enter_context(source.loaded(dtype, device))
                 advance()
         with reporter.stage("measuring", len(loaded) * (len(batch_sizes) * (repetitions + 1) + 1)) as advance:
-            return measure_speed(loaded, batch_sizes, prompt, new_tokens, repetitions, advance)
+            speeds = measure_speed(loaded, batch_sizes, prompt, new_tokens, repetitions, advance)
+    if written is not None:
+        content = TypeAdapter(dict[str, Speed]).dump_json(speeds, indent=2)
+        write_atomically(written, lambda partial: partial.write_bytes(content))
+    return speeds

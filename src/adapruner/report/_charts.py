@@ -1,0 +1,180 @@
+"""The charts as the templates draw them: marks at percentages of a plot's width and height, with no script."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+from adapruner.search import History, TriedPoint
+
+LOSS_NAMES = {"loss": "loss, nats per token", "kl": "divergence from the dense model, nats per token"}
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A point of a plot: percentages from the left and from the top, and what is said of it."""
+
+    x: float
+    y: float
+    label: str
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One side of a plot.
+
+    Attributes:
+        ticks: percentages from its least value, and what is written there.
+    """
+
+    title: str
+    least: float
+    most: float
+    ticks: tuple[tuple[float, str], ...]
+
+    @classmethod
+    def over(cls, title: str, values: Sequence[float]) -> Axis:
+        """An axis with a little room around finite values, and ticks at round numbers."""
+        span = max(values) - min(values) or abs(max(values)) or 1.0
+        room = 0.04 * span if max(values) > min(values) else span / 2
+        least, most = min(values) - room, max(values) + room
+        power = 10.0 ** math.floor(math.log10(span / 4))
+        step = next(factor * power for factor in (1, 2, 5, 10) if span / (factor * power) <= 5)
+        digits = max(0, -math.floor(math.log10(step)))
+        numbers = [number * step for number in range(math.ceil(least / step), math.floor(most / step) + 1)]
+        return cls(title, least, most, tuple((_percent(one, least, most), f"{one:,.{digits}f}") for one in numbers))
+
+    def place(self, value: float) -> float:
+        return _percent(value, self.least, self.most)
+
+
+@dataclass(frozen=True)
+class Scatter:
+    """Points of several kinds over two axes.
+
+    Attributes:
+        series: the marks of each kind, by its name in the legend.
+        line: a line through the plot, in the same percentages; what it is stands in `line_name`.
+    """
+
+    x: Axis
+    y: Axis
+    series: dict[str, tuple[Mark, ...]]
+    line: tuple[tuple[float, float], ...] = ()
+    line_name: str = ""
+
+
+def scatter(x: str, y: str, points: Mapping[str, Sequence[tuple[float, float, str]]]) -> Scatter:
+    """A plot of points.
+
+    Args:
+        x, y: what the axes show.
+        points: x, y and a label, by the name of their kind; finite, at least one.
+    """
+    every = [point for kind in points.values() for point in kind]
+    across, up = Axis.over(x, [point[0] for point in every]), Axis.over(y, [point[1] for point in every])
+    marks = {
+        name: tuple(Mark(across.place(one), 100 - up.place(other), label) for one, other, label in kind)
+        for name, kind in points.items()
+        if kind
+    }
+    return Scatter(across, up, marks)
+
+
+def trials(history: History, chosen: int | None, loss_name: str) -> Scatter | None:
+    """The loss of every trial in the order of their beginning, and the best so far; None where none has a loss."""
+    known = [(point, point.loss) for point in history.points if point.loss is not None]
+    if not known:
+        return None
+    kinds: dict[str, list[tuple[float, float, str]]] = {name: [] for name in (*_KINDS, "chosen")}
+    for point, loss in known:
+        kind = _kind(point)
+        mark = point.number, loss, f"trial {point.number}, {point.fixed_metric or kind}: {loss:.4f}"
+        kinds[kind].append(mark)
+        if point.number == chosen:
+            kinds["chosen"].append(mark)
+    plot = scatter("trial", loss_name, kinds)
+    best = list(accumulate((math.inf if point.stopped else loss for point, loss in known), min))
+    corners = [
+        (plot.x.place(point.number), 100 - plot.y.place(one))
+        for (point, _), before, now in zip(known, [math.inf, *best], best, strict=False)
+        for one in (before, now)
+        if math.isfinite(one)
+    ]
+    return Scatter(plot.x, plot.y, plot.series, tuple(corners), "best so far")
+
+
+_KINDS = ("stopped early", "proposed by the sampler", "starting point", "fixed metric")
+
+
+def _kind(point: TriedPoint) -> str:
+    if point.stopped:
+        return "stopped early"
+    if point.fixed_metric:
+        return "fixed metric"
+    return "starting point" if point.starting_point else "proposed by the sampler"
+
+
+@dataclass(frozen=True)
+class Strip:
+    """One searched parameter.
+
+    Attributes:
+        ends: of its range, or its choices.
+        marks: the trials on it, by kind: `other`, `best quarter`, `chosen`.
+        importance: its share in what sets the best trials apart; None where there are too few to tell.
+        value: of the chosen trial; None where that has no such parameter.
+    """
+
+    name: str
+    ends: tuple[float | int | str, ...]
+    value: float | int | str | None
+    importance: float | None
+    marks: dict[str, list[Mark]] = field(default_factory=dict)
+
+
+def strips(history: History, chosen: int | None) -> list[Strip]:
+    """The range of every searched parameter with the trials on it, the most important parameter first."""
+    tried = sorted(
+        ((point.loss, point) for point in history.points if point.positions and point.loss is not None),
+        key=lambda one: one[0],
+    )
+    quarter = math.ceil(len(tried) / 4)
+    names = list(history.importance) or list(history.ranges)
+    found = {
+        name: Strip(
+            name.replace("_", " "),
+            history.ranges[name],
+            next((point.parameters.get(name) for _, point in tried if point.number == chosen), None),
+            history.importance.get(name),
+        )
+        for name in names
+        if name in history.ranges
+    }
+    for rank, (loss, point) in reversed(list(enumerate(tried))):  # the best on top
+        kind = "chosen" if point.number == chosen else "best quarter" if rank < quarter else "other"
+        for name, position in point.positions.items():
+            if name in found:
+                label = f"trial {point.number}, loss {loss:.4f}: {described(point.parameters[name])}"
+                found[name].marks.setdefault(kind, []).append(Mark(100 * position, 50, label))
+    return list(found.values()) if tried else []
+
+
+def shortened(text: str, longest: int = 26) -> str:
+    """The end of a text source whose name is too long for a table."""
+    return text if len(text) <= longest else f"…{text[1 - longest :]}"
+
+
+def described(value: float | int | str | tuple[float | int, ...]) -> str:
+    """A number or a name as it is shown, numbers to three digits."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, tuple):
+        return ", ".join(map(described, value))
+    return f"{value:.3g}".replace("-", "−") if isinstance(value, float) else str(value).replace("-", "−")
+
+
+def _percent(value: float, least: float, most: float) -> float:
+    return round(100 * (value - least) / (most - least), 2)
