@@ -29,6 +29,7 @@ from transformers import (
     set_seed,
 )
 from transformers.pytorch_utils import Conv1D
+from transformers.trainer import FSDP_MODEL_NAME
 
 from adapruner.config import RecoveryOptions
 from adapruner.errors import AdaPrunerError, reason
@@ -123,6 +124,8 @@ def train(
             callbacks=[_Watcher(progress, folder)],
         )
         trainer.remove_callback(PrinterCallback)
+        if last:
+            _refuse_other_sharding(last, trainer.is_fsdp_enabled)
         if trainer.is_fsdp_enabled:
             _set_up_fsdp(trainer)
         trainer.train(resume_from_checkpoint=str(last) if last else None)
@@ -348,6 +351,21 @@ def _with_adapters(model: PreTrainedModel, options: RecoveryOptions) -> Any:
     return adapted
 
 
+def _refuse_other_sharding(checkpoint: Path, sharded: bool) -> None:
+    """The number of processes may change between calls, but not whether FSDP shares out the weights: the Trainer then
+    saves them otherwise.
+
+    Raises:
+        AdaPrunerError: with the way there.
+    """
+    # One file, or a folder with a part of each process.
+    if any(checkpoint.glob(f"{FSDP_MODEL_NAME}*")) != sharded:
+        way = "without FSDP" if sharded else "with FSDP: launch it as before, with any number of processes, also one"
+        raise AdaPrunerError(
+            f"the training in {checkpoint.parent} resumes only {way}; delete that folder to start the training again"
+        )
+
+
 def _set_up_fsdp(trainer: Trainer) -> None:
     """By default FSDP gives the loss, and adds up gradients, in the dtype of the products; here both are float32.
 
@@ -381,16 +399,19 @@ def _gather(trainer: Trainer) -> None:
 
 
 def _merge(adapted: Any, model: PreTrainedModel) -> None:
-    """Adds what the adapters learnt to the weights of a model, of which `adapted` may hold a copy in another dtype."""
-    changes = {
-        name.removeprefix("base_model.model."): cast(Any, module).get_delta_weight("default").detach()
+    """Adds what the adapters learnt to the weights of a model, of which `adapted` may hold a copy in another dtype. One
+    at a time: the changes of all weights together are twice as large as a model in bfloat16."""
+    adapters = {
+        name.removeprefix("base_model.model."): cast(Any, module)
         for name, module in adapted.named_modules()
         if isinstance(module, LoraLayer)
     }
     adapted.unload()
-    for name, change in changes.items():
-        weight: Any = model.get_submodule(name).weight
-        weight.data.copy_(weight.data.float() + change.to(weight.device).float())
+    with torch.no_grad():
+        for name, adapter in adapters.items():
+            weight: Any = model.get_submodule(name).weight
+            merged = adapter.get_delta_weight("default").to(weight.device).float()
+            weight.copy_(merged.add_(weight))
 
 
 class _Watcher(TrainerCallback):
@@ -400,6 +421,9 @@ class _Watcher(TrainerCallback):
         self._progress, self._folder = progress, folder
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        best = self._folder / f"checkpoint-{state.best_global_step}"
+        if best.is_dir():  # the state names the place where the folder was when it was saved
+            state.best_model_checkpoint = str(best)
         if self._progress and state.global_step:
             self._progress(state.global_step)
 
