@@ -358,8 +358,7 @@ def _refuse_other_sharding(checkpoint: Path, sharded: bool) -> None:
     Raises:
         AdaPrunerError: with the way there.
     """
-    # One file, or a folder with a part of each process.
-    if any(checkpoint.glob(f"{FSDP_MODEL_NAME}*")) != sharded:
+    if (checkpoint / f"{FSDP_MODEL_NAME}.bin").is_file() != sharded:
         way = "without FSDP" if sharded else "with FSDP: launch it as before, with any number of processes, also one"
         raise AdaPrunerError(
             f"the training in {checkpoint.parent} resumes only {way}; delete that folder to start the training again"
@@ -367,7 +366,9 @@ def _refuse_other_sharding(checkpoint: Path, sharded: bool) -> None:
 
 
 def _set_up_fsdp(trainer: Trainer) -> None:
-    """By default FSDP gives the loss, and adds up gradients, in the dtype of the products; here both are float32.
+    """By default FSDP gives the loss, and adds up gradients, in the dtype of the products; here both are float32. What
+    training resumes from is saved whole, whatever the launcher says: any number of processes reads that, without
+    unpickling.
 
     Raises:
         AdaPrunerError: it is FSDP 1, whose weights `_gather` cannot give back.
@@ -375,6 +376,8 @@ def _set_up_fsdp(trainer: Trainer) -> None:
     plugin: Any = trainer.accelerator.state.fsdp_plugin
     if plugin.fsdp_version != 2:
         raise AdaPrunerError(f"FSDP version {plugin.fsdp_version} is not supported: launch with --fsdp_version 2")
+    plugin.state_dict_config = plugin.optim_state_dict_config = None
+    plugin.set_state_dict_type("FULL_STATE_DICT")
     if isinstance(plugin.mixed_precision_policy, MixedPrecisionPolicy):
         plugin.mixed_precision_policy = replace(
             plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=torch.float32
