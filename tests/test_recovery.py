@@ -319,6 +319,17 @@ def test_a_call_that_was_killed_after_the_last_step(
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
+def test_the_best_weights_are_found_where_the_folder_was_moved(
+    make_model: Callable[..., PreTrainedModel], examples: Examples, tmp_path: Path
+) -> None:
+    work, options = tmp_path / "work", RecoveryOptions(**SHORT | {"learning_rate": 0.5})
+    first, second = make_model(), make_model()
+    assert train(first, examples, options, work).best_step < 10
+    train(second, examples, options, work.rename(tmp_path / "moved"))
+    for mine, theirs in zip(first.parameters(), second.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
 def test_one_command_at_a_time_trains_into_a_folder(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
     begun: list[str] = []
 

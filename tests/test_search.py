@@ -13,7 +13,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
-from multiprocessing.context import SpawnContext, SpawnProcess
+from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
@@ -48,7 +49,7 @@ from adapruner.search import (
     read_history,
     sqlite_url,
 )
-from adapruner.search._history import LOSSES, importance_of
+from adapruner.search._history import LOSSES, STOPPED, importance_of
 from adapruner.structure import build_structure
 
 
@@ -501,7 +502,7 @@ def test_a_search_killed_between_any_two_statements_ends_as_an_undisturbed_one(
         event.remove(Engine, "before_cursor_execute", count)
 
 
-def start(context: SpawnContext, *arguments: object) -> SpawnProcess:
+def start(context: BaseContext, *arguments: object) -> BaseProcess:
     process = context.Process(target=work, args=arguments)
     process.start()
     return process
@@ -576,6 +577,32 @@ def test_a_killed_helper_costs_its_trial_alone(subsets: SubsetFamily, tmp_path: 
     starts = sorted(trial.user_attrs["start"] for trial in finished if "start" in trial.user_attrs)
     assert set(starts) >= set(range(4))
     assert len(starts) >= 9
+
+
+def test_sixteen_processes_lose_and_double_nothing_though_two_are_killed(subsets: SubsetFamily, tmp_path: Path) -> None:
+    """On one SQLite file. Packages are imported once for all."""
+    space, place = SearchSpace(subsets, 4, 0, Budget(0.2), "extended"), place_in(tmp_path)
+    context, wanted = get_context("forkserver"), 80
+    context.set_forkserver_preload([__name__])
+    together = context.Barrier(16)
+    roles = [(None, False), (2, True), (3, True), *[(None, True)] * 13]
+    processes = [start(context, space, place, wanted, killed_in, helps, together) for killed_in, helps in roles]
+    for process in processes:
+        process.join()
+    killed = [index for index, process in enumerate(processes) if process.exitcode == -signal.SIGKILL]
+    assert killed == [1, 2]
+    assert not any(process.exitcode for index, process in enumerate(processes) if index not in killed)
+    with place.opened() as study:
+        trials = study.get_trials()
+    finished = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    # Others may have begun one more while the last was being finished. Lost are those of the killed alone.
+    assert wanted <= len(finished) < wanted + 14
+    assert len(trials) - len(finished) <= 2
+    starts = sorted(trial.user_attrs["start"] for trial in finished if "start" in trial.user_attrs)
+    assert starts == list(range(len(space.starting_points())))
+    searched = [tuple(trial.params.items()) for trial in finished if "start" not in trial.user_attrs]
+    assert len(set(searched)) == len(searched)
+    assert all(len(trial.user_attrs[LOSSES]) in (8, 16) or STOPPED in trial.user_attrs for trial in finished)
 
 
 def test_a_lost_starting_point_comes_before_those_after_it(subsets: SubsetFamily, tmp_path: Path) -> None:

@@ -26,8 +26,10 @@ MEASURED_AT_ONCE = {False: 4, True: 16}
 # Of the calibration pool, on which parts are removed whole, and on which the costs of widths are measured: hidden
 # states of all layers are kept for them. On fewer, attentions are removed that other text needs (docs/benchmarks.md).
 TOKENS_FOR_WHOLE, TOKENS_FOR_COSTS, _FEWEST_WINDOWS = 4096, 8192, 8
+# Windows whose layer is fitted at once.
+_FITTED_AT_ONCE = 8
 # All layers are held in memory where that leaves a quarter of the machine's memory to everything else.
-_USABLE = 0.75
+USABLE = 0.75
 _FLOAT32 = 4
 _CONTROL_GROUP = Path("/sys/fs/cgroup")
 _CPU = torch.device("cpu")
@@ -98,25 +100,31 @@ def _stages(
     stages = {"loading": weights}
     if config.compensation != "none" or config.space == "extended":
         stages["reading activations"] = both | {"compensation_windows": text * hidden, "second moments": 9 * moments}
+    # Layer by layer, the states before and behind a layer and the gradient are held beside what it keeps.
+    going_back = 3 * (max(widths) + by_layer * hidden) * dtype.itemsize
     stages["measuring"] = weights | {
-        # Layer by layer, the states before and behind a layer and the gradient are held beside what it keeps.
-        "seq_len": int(measured * kept) + losses + by_layer * 3 * measured * hidden * dtype.itemsize,
+        "seq_len": int(measured * (kept + going_back)) + losses,
         "gradients": 3 * (largest if structure.cuts_experts else matrix),
         "sums": min(MEASURED_AT_ONCE[by_layer], config.pool) * (3 * vectors + 2 * sum(widths)) * _FLOAT32,
     }
     if config.space == "extended":
         # Twice as much as float32 takes: some blocks need float64.
         stages["comparing removals"] = weights | pool | {"second moments": 8 * moments + 4 * matrix}
-    logits = tokens_per_batch(device) * vocabulary * trial.itemsize + losses
+    # Of a batch, what a layer computes, and after the last one the logits.
+    widest = max(vocabulary, 3 * max(widths) + 4 * hidden) * trial.itemsize
+    at_once = tokens_per_batch(device)
     of_token = (structure.layers + 1) * hidden * trial.itemsize
     if config.space == "extended" and config.search == "joint" and config.whole != ("none",):
-        whole = windows_of(TOKENS_FOR_WHOLE, config) * config.seq_len * of_token
-        stages["removing parts whole"] = both | {"seq_len": whole, "logits": logits}
+        tokens = windows_of(TOKENS_FOR_WHOLE, config) * config.seq_len
+        stages["removing parts whole"] = both | {
+            "seq_len": tokens * of_token,
+            "logits": min(at_once, tokens) * widest + losses,
+        }
     stages["searching"] = {
         **(both | pool | solving),
         # Layer by layer, trials have one layer in memory, and the hidden states of all windows.
         ("a pruned layer" if by_layer else "pruned weights"): (max(of_layers) if by_layer else pruned) * trial.itemsize,
-        "logits": logits,
+        "logits": min(at_once, objective) * widest + losses,
         "objective_windows": (known + by_layer * 2 * JUDGED_TOGETHER) * objective * hidden * trial.itemsize,
         "dense predictions": 2 * objective * vocabulary * (config.selection == "kl"),
     }
@@ -125,13 +133,19 @@ def _stages(
         stages["levelling widths"] = {
             **(both | pool | solving),
             "pruned weights": pruned * trial.itemsize + largest,
-            "logits": logits,
+            "logits": min(at_once, tokens) * widest + losses,
             "level_rounds": tokens * of_token,
             "dense predictions": 2 * tokens * vocabulary,
         }
     if config.fits_sequentially and architecture_of(model.config).has_plain_residual(model.config):
-        seen = {"compensation_windows": text * (2 * hidden + max(widths)), "pruned weights": pruned * with_copy}
-        stages["compensating"] = both | seen | solving
+        stages["compensating"] = {
+            **(both | solving),
+            # The states in front of the first layer are held as well as those of the dense and of the pruned model.
+            "compensation_windows": text * (3 * hidden + max(widths)),
+            "pruned weights": pruned * with_copy,
+            # Of a batch: what the layer computes, and what three runs of it have left.
+            "seq_len": _FITTED_AT_ONCE * config.seq_len * 6 * (hidden + max(widths)) * trial.itemsize,
+        }
     return stages
 
 
@@ -161,7 +175,7 @@ def choose_layer_wise(
     by_layer, dtype = config.layer_wise, _dtype(config, model)
     if by_layer is None:
         whole = estimate_memory(config, model, structure, budget, device, False).values()
-        fits = all(each.device <= _USABLE * total and each.host <= _USABLE * host_total for each in whole)
+        fits = all(each.device <= USABLE * total and each.host <= USABLE * host_total for each in whole)
         by_layer = streamable and not fits
     for stage, each in estimate_memory(config, model, structure, budget, device, by_layer).items():
         for needed, left, place in ((each.device, free, device), (each.host, host_free, _CPU)):

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 from huggingface_hub import constants
 
 HERE = Path(__file__).parent
 GIB = 2**30
+# Seconds of a command in several processes, which hang where one waits for another.
+LONGEST = 280
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,39 @@ class Device:
         answer["stages"] = tuple(Stage(*stage) for stage in answer["stages"])
         answer["events"] = {tuple(what): calls for *what, calls in answer["events"]}
         return Outcome(**answer)
+
+    def launch(
+        self,
+        *arguments: object,
+        processes: int = 2,
+        environment: Mapping[str, str] | None = None,
+        killed_when: Callable[[], bool] = lambda: False,
+    ) -> Outcome:
+        """Runs `adapruner` in several processes, as torchrun starts them, each with a GPU of its own: memory of the
+        others cannot be allocated.
+
+        Args:
+            environment: variables that are added.
+            killed_when: asked again and again; once it says yes, the launcher and all processes die.
+        """
+        launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes))
+        with (self._folder / "launched.out").open("w+") as stdout, (self._folder / "launched.err").open("w+") as stderr:
+            started = psutil.Popen(
+                [sys.executable, *launcher, str(HERE / "rank.py"), *map(str, arguments)],
+                env=self.environment() | dict(environment or {}),
+                stdout=stdout,
+                stderr=stderr,
+            )
+            deadline = time.monotonic() + LONGEST
+            while started.poll() is None:
+                if killed_when() or time.monotonic() > deadline:
+                    # The launcher first, so that it starts nothing else; its processes are not of its group.
+                    for one in (started, *started.children(recursive=True)):
+                        with contextlib.suppress(psutil.NoSuchProcess):
+                            one.kill()
+                time.sleep(0.01)
+            said = [Path(stream.name).read_text(encoding="utf-8") for stream in (stdout, stderr)]
+        return Outcome(started.returncode, *said)
 
     def environment(self) -> dict[str, str]:
         """Of processes with simulated devices."""

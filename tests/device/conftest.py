@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from device import building
-from device.client import Device
+from device.client import Device, Outcome
 from tiny_families import tiny_config
 
 
@@ -36,6 +36,12 @@ def two_devices(built: None, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     own = Device(tmp_path_factory.mktemp("devices"), devices=2)
     yield own
     own.close()
+
+
+@pytest.fixture
+def launch(two_devices: Device) -> Callable[..., Outcome]:
+    """Runs a command in several processes, each with a GPU of its own; see `Device.launch`."""
+    return two_devices.launch
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,8 @@ import simulated_cuda
 
 simulated_cuda.install()
 simulated_cuda.native_bfloat16 = os.environ.get("SIMULATED_NATIVE_BFLOAT16", "1") == "1"
+if os.environ.get("SIMULATED_POOR_RANK") == os.environ["RANK"]:
+    simulated_cuda.limit_memory(int(os.environ["SIMULATED_POOR_BYTES"]))
 
 import simulated_nccl  # noqa: E402
 

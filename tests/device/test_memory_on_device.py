@@ -136,3 +136,24 @@ def test_the_estimate_is_not_far_below_what_is_needed(
     # What no estimate counts, such as masks and logits of some windows, is large beside a tiny model.
     below = {name: (peak, estimates[name]) for name, peak in measured.items() if peak > 1.1 * estimates[name] + 2**20}
     assert below == {}
+
+
+def test_adapters_cost_what_their_shapes_say(
+    device: Device, family: Callable[..., Path], text_file: Path, tmp_path: Path
+) -> None:
+    """With gradient checkpointing, a layer more is its weights, its adapters with their gradients and two moments, and
+    the hidden state in front of it; from three models one of any depth follows (docs/benchmarks.md)."""
+    hidden, channels, heads, tokens = 128, 384, 64, 4 * 16  # two KV heads of 32 beside four query heads
+    options = SMALL_RECOVERY | {"micro_batch_size": 4, "batch_size": 8, "gradient_checkpointing": True}
+    # A vocabulary in whose logits the peak is, as in models for use.
+    sizes = {"hidden_size": hidden, "intermediate_size": channels, "head_dim": 32, "vocab_size": 4096}
+    peaks = []
+    for layers in (2, 4, 6):
+        model, output = family("llama", "bfloat16", num_hidden_layers=layers, **sizes), tmp_path / str(layers)
+        outcome = device.run("recover", model, "--data", text_file, "-o", output, "--json", *flags(options))
+        only_json(outcome)
+        peaks.append(max(stage.peak for stage in outcome.stages))
+    weights = 2 * hidden * (hidden + heads) + 3 * hidden * channels + 2 * hidden
+    adapters = 8 * (2 * (hidden + hidden) + 2 * (hidden + heads) + 3 * (hidden + channels))
+    of_layer = 2 * weights + 16 * adapters + 2 * tokens * hidden
+    assert [(peaks[1] - peaks[0]) / 2, (peaks[2] - peaks[1]) / 2] == pytest.approx([of_layer, of_layer], rel=0.02)

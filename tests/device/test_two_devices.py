@@ -2,38 +2,17 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import adapruner
-from device.client import HERE, Device, Outcome
+from device.client import Device, Outcome
 from device.options import LAYER_WISE, SMALL_RECOVERY, SMALL_RUN, flags
 from device.results import only_json, only_line
 
 pytestmark = pytest.mark.device_matrix
-
-
-@pytest.fixture
-def launch(two_devices: Device) -> Callable[..., Outcome]:
-    """Runs a command in two processes, each with a GPU of its own: memory of the other one cannot be allocated."""
-
-    def run(*arguments: object, environment: dict[str, str] | None = None) -> Outcome:
-        launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-        done = subprocess.run(
-            [sys.executable, *launcher, str(HERE / "rank.py"), *map(str, arguments)],
-            env=two_devices.environment() | (environment or {}),
-            capture_output=True,
-            text=True,
-            timeout=280,
-            check=False,
-        )
-        return Outcome(done.returncode, done.stdout, done.stderr)
-
-    return run
 
 
 def peaks(outcome: Outcome) -> list[int]:
@@ -127,41 +106,6 @@ def test_a_process_that_runs_out_of_memory_ends_all(
     )
     assert outcome.code != 0
     assert "adapruner: out of memory" in outcome.stderr
-
-
-@pytest.fixture
-def pruned(two_devices: Device, family: Callable[..., Path], text_file: Path, tmp_path: Path) -> Path:
-    """A model whose layers differ."""
-    arguments = ("prune", family("llama"), "-o", tmp_path / "run", "--calibration", text_file, "--json")
-    only_json(two_devices.run(*arguments, *flags(SMALL_RUN)))
-    return tmp_path / "run" / "model"
-
-
-@pytest.mark.parametrize("train", ["lora", "full"])
-def test_sharded_training_saves_the_whole_model(
-    train: str, launch: Callable[..., Outcome], pruned: Path, text_file: Path, tmp_path: Path
-) -> None:
-    """As `accelerate launch --use_fsdp --fsdp_version 2` starts it, against data parallel training."""
-    sharded = {
-        "ACCELERATE_USE_FSDP": "true",
-        "FSDP_VERSION": "2",
-        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-        "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
-        "FSDP_RESHARD_AFTER_FORWARD": "true",
-    }
-    # Products in bfloat16 are rounded elsewhere with FSDP.
-    exact = {"SIMULATED_NATIVE_BFLOAT16": "0"}
-    options = SMALL_RECOVERY | {"train": train, "learning_rate": 3e-3}
-    arguments = ["recover", pruned, "--data", text_file, *flags(options), "--json"]
-    outcome = launch(*arguments, "-o", tmp_path / "a", environment=sharded | exact)
-    record = only_json(outcome)
-    alone = only_json(launch(*arguments, "-o", tmp_path / "b", environment=exact))
-    assert record["loss_after"] == pytest.approx(alone["loss_after"], rel=1e-5)
-    first, second = (adapruner.load(tmp_path / name) for name in ("a", "b"))
-    assert first.config.architectures == second.config.architectures
-    of_second = second.state_dict()
-    changes = {name: float((own - of_second[name]).abs().max()) for name, own in first.state_dict().items()}
-    assert {name: change for name, change in changes.items() if change > 1e-5} == {}
 
 
 def test_all_weights_are_trained_though_an_attention_is_gone(

@@ -191,8 +191,7 @@ def measure_moments(
     batches = windows.split(min(batch_size, max(1, len(windows) // _BATCHES_PER_HELD_OUT)))
     wanted = set(projected_blocks(structure) if blocks is None else blocks)
     with torch.inference_mode():
-        entered = enter_layers(model, batches)
-    states, calls = [state for state, _ in entered], [call for _, call in entered]
+        states, calls = map(list, zip(*enter_layers(model, batches), strict=True))
     # One batch of eight; the last where there are less.
     held_out = range(_BATCHES_PER_HELD_OUT - 1, len(batches), _BATCHES_PER_HELD_OUT) or [len(batches) - 1]
     fitted = [number for number in range(len(batches)) if number not in held_out]

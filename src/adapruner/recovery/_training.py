@@ -29,6 +29,7 @@ from transformers import (
     set_seed,
 )
 from transformers.pytorch_utils import Conv1D
+from transformers.trainer import FSDP_MODEL_NAME
 
 from adapruner.config import RecoveryOptions
 from adapruner.errors import AdaPrunerError, reason
@@ -125,6 +126,8 @@ def train(
             callbacks=[_Watcher(progress, folder, track)],
         )
         trainer.remove_callback(PrinterCallback)
+        if last:
+            _refuse_other_sharding(last, trainer.is_fsdp_enabled)
         if trainer.is_fsdp_enabled:
             _set_up_fsdp(trainer)
         trainer.train(resume_from_checkpoint=str(last) if last else None)
@@ -350,8 +353,24 @@ def _with_adapters(model: PreTrainedModel, options: RecoveryOptions) -> Any:
     return adapted
 
 
+def _refuse_other_sharding(checkpoint: Path, sharded: bool) -> None:
+    """The number of processes may change between calls, but not whether FSDP shares out the weights: the Trainer then
+    saves them otherwise.
+
+    Raises:
+        AdaPrunerError: with the way there.
+    """
+    if (checkpoint / f"{FSDP_MODEL_NAME}.bin").is_file() != sharded:
+        way = "without FSDP" if sharded else "with FSDP: launch it as before, with any number of processes, also one"
+        raise AdaPrunerError(
+            f"the training in {checkpoint.parent} resumes only {way}; delete that folder to start the training again"
+        )
+
+
 def _set_up_fsdp(trainer: Trainer) -> None:
-    """By default FSDP gives the loss, and adds up gradients, in the dtype of the products; here both are float32.
+    """By default FSDP gives the loss, and adds up gradients, in the dtype of the products; here both are float32. What
+    training resumes from is saved whole, whatever the launcher says: any number of processes reads that, without
+    unpickling.
 
     Raises:
         AdaPrunerError: it is FSDP 1, whose weights `_gather` cannot give back.
@@ -359,6 +378,8 @@ def _set_up_fsdp(trainer: Trainer) -> None:
     plugin: Any = trainer.accelerator.state.fsdp_plugin
     if plugin.fsdp_version != 2:
         raise AdaPrunerError(f"FSDP version {plugin.fsdp_version} is not supported: launch with --fsdp_version 2")
+    plugin.state_dict_config = plugin.optim_state_dict_config = None
+    plugin.set_state_dict_type("FULL_STATE_DICT")
     if isinstance(plugin.mixed_precision_policy, MixedPrecisionPolicy):
         plugin.mixed_precision_policy = replace(
             plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=torch.float32
@@ -383,16 +404,19 @@ def _gather(trainer: Trainer) -> None:
 
 
 def _merge(adapted: Any, model: PreTrainedModel) -> None:
-    """Adds what the adapters learnt to the weights of a model, of which `adapted` may hold a copy in another dtype."""
-    changes = {
-        name.removeprefix("base_model.model."): cast(Any, module).get_delta_weight("default").detach()
+    """Adds what the adapters learnt to the weights of a model, of which `adapted` may hold a copy in another dtype. One
+    at a time: the changes of all weights together are twice as large as a model in bfloat16."""
+    adapters = {
+        name.removeprefix("base_model.model."): cast(Any, module)
         for name, module in adapted.named_modules()
         if isinstance(module, LoraLayer)
     }
     adapted.unload()
-    for name, change in changes.items():
-        weight: Any = model.get_submodule(name).weight
-        weight.data.copy_(weight.data.float() + change.to(weight.device).float())
+    with torch.no_grad():
+        for name, adapter in adapters.items():
+            weight: Any = model.get_submodule(name).weight
+            merged = adapter.get_delta_weight("default").to(weight.device).float()
+            weight.copy_(merged.add_(weight))
 
 
 class _Watcher(TrainerCallback):
@@ -407,6 +431,9 @@ class _Watcher(TrainerCallback):
         self._progress, self._folder, self._track = progress, folder, track
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        best = self._folder / f"checkpoint-{state.best_global_step}"
+        if best.is_dir():  # the state names the place where the folder was when it was saved
+            state.best_model_checkpoint = str(best)
         if self._progress and state.global_step:
             self._progress(state.global_step)
 

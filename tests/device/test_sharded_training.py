@@ -1,0 +1,174 @@
+"""FSDP2: recovery with weights that are shared out between two GPUs, as `accelerate launch --use_fsdp` starts it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+import adapruner
+from device.client import Device, Outcome
+from device.options import SMALL_RECOVERY, SMALL_RUN, flags
+from device.results import only_json, only_line
+
+pytestmark = pytest.mark.device_matrix
+
+SHARDED = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+}
+# Products in bfloat16 are rounded elsewhere with FSDP.
+EXACT = {"SIMULATED_NATIVE_BFLOAT16": "0"}
+KILLED = 9
+
+
+def recovery(model: Path, text: Path, output: Path, **options: object) -> list[object]:
+    # The processes draw dropout each for itself.
+    exact = {"learning_rate": 3e-3, "lora_dropout": 0}
+    return ["recover", model, "--data", text, "-o", output, "--json", *flags(SMALL_RECOVERY | exact | options)]
+
+
+@dataclass(frozen=True)
+class Killed:
+    """A recovery that was killed.
+
+    Attributes:
+        folder: `a.training` in it is what was left.
+    """
+
+    folder: Path
+    model: Path
+    text: Path
+    options: dict[str, object]
+    variables: dict[str, str]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return SHARDED | EXACT | self.variables
+
+    def command(self, output: Path) -> list[object]:
+        return recovery(self.model, self.text, output, **self.options)
+
+
+def check_equal_weights(first: Path, second: Path) -> None:
+    """Loaded by transformers alone."""
+    ours, theirs = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (first, second))
+    assert ours.keys() == theirs.keys()
+    changes = {name: float((weight - theirs[name]).abs().max()) for name, weight in ours.items()}
+    assert {name: change for name, change in changes.items() if change > 1e-5} == {}
+
+
+@pytest.fixture(scope="module")
+def pruned(
+    two_devices: Device, family: Callable[..., Path], text_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A model whose layers differ."""
+    folder = tmp_path_factory.mktemp("pruned")
+    arguments = ("prune", family("llama"), "-o", folder, "--calibration", text_file, "--json")
+    only_json(two_devices.run(*arguments, *flags(SMALL_RUN)))
+    return folder / "model"
+
+
+@pytest.fixture(scope="module")
+def counting(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Text that is easy to learn: every step of a training is better than the one before."""
+    path = tmp_path_factory.mktemp("texts") / "counting.txt"
+    path.write_text("\n\n".join(" ".join(f"w{(start + i) % 20}" for i in range(20)) for start in range(100)))
+    return path
+
+
+@pytest.fixture(scope="module", params=[("lora", "SHARDED_STATE_DICT"), ("full", "FULL_STATE_DICT")])
+def killed(
+    request: pytest.FixtureRequest,
+    two_devices: Device,
+    family: Callable[..., Path],
+    counting: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Killed:
+    """On two GPUs, in the middle of eight steps."""
+    train, saved = request.param
+    folder = tmp_path_factory.mktemp("killed")
+    own = Killed(folder, family("llama"), counting, {"train": train, "steps": 8}, {"FSDP_STATE_DICT_TYPE": saved})
+    state = folder / "a.training/checkpoint-4/trainer_state.json"
+    outcome = two_devices.launch(*own.command(folder / "a"), environment=own.environment, killed_when=state.is_file)
+    assert outcome.code == -KILLED, outcome.stderr
+    assert not (folder / "a").exists()
+    # Only a training that resumes from here has this number in its record.
+    edited = json.loads(state.read_text())
+    next(entry for entry in edited["log_history"] if "eval_loss" in entry)["eval_loss"] = 123
+    state.write_text(json.dumps(edited))
+    return own
+
+
+@pytest.fixture(scope="module")
+def undisturbed(killed: Killed, two_devices: Device) -> Path:
+    """The same in one process without FSDP."""
+    output = killed.folder / "undisturbed"
+    record = only_json(two_devices.run(*killed.command(output), native_bfloat16=False))
+    # Or the weights before the kill would be kept, and resuming not be seen in them.
+    assert record["best_step"] == 8
+    return output
+
+
+@pytest.mark.parametrize("processes", [2, 1])
+def test_a_killed_recovery_resumes(
+    processes: int, killed: Killed, undisturbed: Path, launch: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    shutil.copytree(killed.folder / "a.training", tmp_path / "a.training")
+    outcome = launch(*killed.command(tmp_path / "a"), environment=killed.environment, processes=processes)
+    record = only_json(outcome)
+    assert (record["steps"], record["loss_before"]) == (8, 123)
+    check_equal_weights(tmp_path / "a", undisturbed)
+
+
+def test_a_killed_recovery_does_not_resume_without_fsdp(killed: Killed, two_devices: Device, tmp_path: Path) -> None:
+    shutil.copytree(killed.folder / "a.training", tmp_path / "a.training")
+    assert "resumes only with FSDP" in only_line(two_devices.run(*killed.command(tmp_path / "a")))
+
+
+def test_a_recovery_without_fsdp_does_not_resume_with_it(
+    launch: Callable[..., Outcome], two_devices: Device, family: Callable[..., Path], text_file: Path, tmp_path: Path
+) -> None:
+    arguments = recovery(family("llama"), text_file, tmp_path / "a", steps=12)
+    assert two_devices.run(*arguments, killed_in=("recovering", 6)).code == KILLED
+    refused = launch(*arguments, environment=SHARDED, processes=1)
+    assert refused.code != 0
+    assert "resumes only without FSDP" in refused.stderr
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_fails_ends_all(
+    rank: int, launch: Callable[..., Outcome], family: Callable[..., Path], text_file: Path, tmp_path: Path
+) -> None:
+    """The other one waits for it in the middle of a step, or at its end."""
+    arguments = recovery(family("llama"), text_file, tmp_path / "a", train="full")
+    poor = {"SIMULATED_POOR_RANK": str(rank), "SIMULATED_POOR_BYTES": "600000"}
+    outcome = launch(*arguments, environment=SHARDED | poor)
+    assert outcome.code != 0
+    said = [line for line in outcome.stderr.splitlines() if line.startswith("adapruner: ")]
+    assert len(said) == 1, said
+    assert "out of memory" in said[0]
+    assert not outcome.stdout
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("train", ["lora", "full"])
+def test_a_model_whose_layers_differ_is_saved_whole(
+    train: str, launch: Callable[..., Outcome], pruned: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """Against data parallel training."""
+    arguments = recovery(pruned, text_file, tmp_path / "a", train=train)
+    record = only_json(launch(*arguments, environment=SHARDED | EXACT))
+    alone = only_json(launch(*recovery(pruned, text_file, tmp_path / "b", train=train), environment=EXACT))
+    assert record["loss_after"] == pytest.approx(alone["loss_after"], rel=1e-5)
+    first, second = (adapruner.load(tmp_path / name) for name in ("a", "b"))
+    assert first.config.architectures == second.config.architectures
+    check_equal_weights(tmp_path / "a", tmp_path / "b")
