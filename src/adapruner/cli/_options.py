@@ -35,7 +35,7 @@ else:
         "PruneOptions",
         __base__=config.PruneOptions,
         **{
-            name: (Annotated[field.annotation, Parameter(group=_group_of.get(name))], field)
+            name: (Annotated[field.annotation, Parameter(group=_group_of[name])], field)
             for name, field in config.PruneOptions.model_fields.items()
         },
     )

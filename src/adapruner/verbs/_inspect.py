@@ -20,7 +20,8 @@ def inspect(
 
     Args:
         model: as for `load`, or a model in memory.
-        head_granularity, expert_granularity: as in `PruneOptions`.
+        head_granularity: as in `PruneOptions`.
+        expert_granularity: the same.
 
     Raises:
         AdaPrunerError: there is no such model, or its family is not known.
