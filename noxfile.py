@@ -6,7 +6,7 @@ import re
 
 import nox
 
-PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
+PYTHONS = ["3.10", "3.11", "3.12", "3.13", "3.14"]
 
 nox.options.sessions = ["tests"]
 nox.options.error_on_missing_interpreters = False

@@ -8,6 +8,7 @@ import typing
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from adapruner import config
@@ -17,19 +18,25 @@ _DIRECTIVE = re.compile(r"^::: options (\w+)(?: prefix=(\S+))?$", re.MULTILINE)
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Replaces every line `::: options CLASS [prefix=…]` by a table of the options of that class."""
-    return _DIRECTIVE.sub(lambda match: options_table(getattr(config, match[1]), match[2] or ""), markdown)
+    return _DIRECTIVE.sub(lambda match: options_tables(getattr(config, match[1]), match[2] or ""), markdown)
 
 
-def options_table(options: type[BaseModel], prefix: str = "") -> str:
-    """A Markdown table of the fields of a class: option, values, default, help.
+def options_tables(options: type[BaseModel], prefix: str = "") -> str:
+    """Markdown tables of the fields of a class: option, values, default, help. Of `PruneOptions`, one for each group.
 
     Args:
         prefix: what stands before the name of an option on the command line.
     """
+    fields = options.model_fields
+    if options is not config.PruneOptions:
+        return _table(fields, prefix)
+    groups = {name: {field: fields[field] for field in names} for name, names in config.OPTION_GROUPS.items()}
+    return "\n\n".join(f"### {name}\n\n{_table(own, prefix)}" for name, own in groups.items() if "recovery" not in own)
+
+
+def _table(fields: dict[str, FieldInfo], prefix: str) -> str:
     rows = ["| option | values | default | |", "|---|---|---|---|"]
-    for name, field in options.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            continue  # has a table of its own
+    for name, field in fields.items():
         defaults = field.default if isinstance(field.default, tuple) else (field.default,)
         default = ", ".join(f"`{one}`" for one in defaults if one not in (None, PydanticUndefined))
         values = " ".join([_values(field.annotation), *map(_limit, field.metadata)])

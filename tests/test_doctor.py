@@ -6,7 +6,9 @@ import os
 from importlib.metadata import version
 from pathlib import Path
 
+import psutil
 import pytest
+from huggingface_hub.constants import HF_HUB_CACHE
 
 from adapruner.cli import main
 from adapruner.doctor import diagnose
@@ -14,10 +16,17 @@ from adapruner.doctor import diagnose
 
 def test_it_says_what_is_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ADAPRUNER_DATA", f"{tmp_path}{os.pathsep}{tmp_path / 'none'}")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    program = tmp_path / "llama-cli"
+    program.touch(mode=0o700)
     found = diagnose(device="cpu", benchmark=True)
     assert found.packages["torch"] == version("torch")
     assert found.data == {str(tmp_path): True, str(tmp_path / "none"): False}
     assert found.devices[0].name.startswith("CPU")
+    assert found.devices[0].memory == psutil.virtual_memory().total
+    assert found.hub_cache == HF_HUB_CACHE
+    assert found.engines["llama-cli"]
+    assert not found.engines["ollama"]
     assert found.comparison is None
 
 

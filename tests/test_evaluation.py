@@ -309,13 +309,13 @@ def test_what_a_checkpoint_was_calibrated_on_is_said(
         f"{text_file}@calibration": ["calibrated on text.txt@calibration"],
         f"{text_file}@report": [],
     }.items():
-        app([*arguments, "--perplexity", text], exit_on_error=False, result_action="return_value")
+        app([*arguments, "--evaluate", text], exit_on_error=False, result_action="return_value")
         captured = capsys.readouterr()
         assert json.loads(captured.out)["overlaps"] == [
             f"the perplexity on {text} is optimistic: the checkpoint was {use}, which holds some of the same documents"
             for use in expected
         ]
-        assert captured.err.count("adapruner: the perplexity on") == len(expected)
+        assert captured.err.count("advice: the perplexity on") == len(expected)
     (folder / "adapruner.json").write_text(json.dumps({"format": 1, "texts": [{"use": ["pool"]}]}))
     assert verbs.evaluate(folder, [str(text_file)], seq_len=16, limit=2).overlaps == []
     # One name needs no list.

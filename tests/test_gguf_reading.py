@@ -6,17 +6,20 @@ import struct
 from pathlib import Path
 
 import gguf
+import numpy as np
 import pytest
 import torch
 import transformers
 from gguf import GGUFWriter
 from packaging.version import Version
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from adapruner.card import base_licence
 from adapruner.checkpoint import write_gguf
+from adapruner.errors import AdaPrunerError
 from adapruner.models import find_model, load_config, load_model, load_tokenizer
+from adapruner.models._gguf import without_tokens
 
 
 @pytest.fixture
@@ -53,6 +56,55 @@ def test_a_run_reads_a_file_once_for_its_config_and_once_for_its_weights(
     of_tokenizers = 3 if Version(transformers.__version__) < Version("5.18") else 0
     assert len(readings) == 2 + of_tokenizers
     assert torch.isfinite(model(torch.tensor([[5, 6, 7]])).logits).all()
+
+
+@pytest.fixture
+def long_lists(tmp_path: Path) -> Path:
+    """A file with lists of tokens that are stepped over, and a short one for each layer that is not."""
+    writer = GGUFWriter(tmp_path / "long.gguf", "llama")
+    writer.add_token_list([f"w{number}" * (number % 7) for number in range(5000)])
+    writer.add_token_scores([-float(number) for number in range(5000)])
+    writer.add_token_types([1] * 5000)
+    writer.add_head_count_kv([2, 1])
+    writer.add_block_count(2)
+    for name in ("token_embd.weight", "output.weight"):
+        writer.add_tensor(name, np.random.default_rng(0).normal(size=(5000, 4)).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return tmp_path / "long.gguf"
+
+
+def test_tokens_are_stepped_over(long_lists: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All else is what the reader of gguf reads, and transformers counts the tokens."""
+    whole = gguf.GGUFReader(long_lists)
+    settings, _ = PreTrainedConfig.get_config_dict(long_lists.parent, gguf_file=long_lists.name)
+    read: list[object] = []
+    of_strings = gguf.GGUFReader._get_str
+    monkeypatch.setattr(gguf.GGUFReader, "_get_str", lambda *place: read.append(place) or of_strings(*place))
+    with without_tokens():
+        short = gguf.GGUFReader(long_lists)
+        again, _ = PreTrainedConfig.get_config_dict(long_lists.parent, gguf_file=long_lists.name)
+    assert len(read) < 50
+    assert again == settings
+    assert again["vocab_size"] == 5000
+    assert short.fields.keys() == whole.fields.keys()
+    for name, field in whole.fields.items():
+        if len(field.data) < 5000:
+            assert short.fields[name].contents() == field.contents(), name
+    for one, other in zip(short.tensors, whole.tensors, strict=True):
+        assert (one.name, one.data_offset) == (other.name, other.data_offset)
+        assert np.array_equal(one.data, other.data)
+
+
+def test_a_list_that_is_longer_than_the_file_is_refused(long_lists: Path) -> None:
+    content = long_lists.read_bytes()
+    assert content.count(struct.pack("<Q", 5000)) >= 3
+    for count in (5001, 2**40, 2**63):
+        long_lists.write_bytes(content.replace(struct.pack("<Q", 5000), struct.pack("<Q", count)))
+        with pytest.raises(AdaPrunerError, match="cannot load"):
+            load_config(find_model(str(long_lists)))
 
 
 def test_the_licence_is_found_behind_other_fields(tmp_path: Path) -> None:

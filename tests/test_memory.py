@@ -135,6 +135,7 @@ def test_what_does_not_fit_is_refused(choose: Callable[..., bool]) -> None:
         AdaPrunerError, match=r"Not enough memory: searching needs about .* free on cpu.*the weights: try `layer_wise`"
     ):
         choose(10_000, 700)
+    assert not choose(10_000, 700, layer_wise=False, ignore_memory=True)
     with pytest.raises(AdaPrunerError, match=r"largest term is `seq_len` 128; lower it, or try `dtype` bfloat16"):
         choose(1000, 400)
     with pytest.raises(AdaPrunerError, match="the weights: try `dtype` bfloat16"):

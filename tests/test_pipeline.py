@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 import adapruner
 from adapruner import AdaPrunerError, PruneConfig, verbs
 from adapruner.artifacts import Record
-from adapruner.card import model_card
+from adapruner.card import _what_was_removed, model_card
 from adapruner.checkpoint import save_checkpoint
 from adapruner.cli import main, with_options
 from adapruner.evaluation import Breakage
@@ -184,7 +185,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_an_undisturbed_one(
     assert_same_artifacts(run, finished.output)
     # In a log: one line per stage, no bars; and advice. Nothing that was finished is done twice.
     assert "\r" not in completed.err
-    stages = [line for line in completed.err.splitlines() if not line.startswith("adapruner: ")]
+    stages = [line for line in completed.err.splitlines() if not line.startswith("advice: ")]
     assert all("done in" in line for line in stages)
     named = dict.fromkeys(line.partition(":")[0] for line in stages)
     assert list(named) == ["loading", "cutting", "compensating", "saving", "evaluating", "looking for breakage"]
@@ -342,7 +343,7 @@ def test_query_heads_end_to_end(model_folder: Path, text_file: Path, tmp_path: P
 
 @pytest.mark.parametrize("verb", ["evaluate", "inspect"])
 def test_json_on_stdout(verb: str, model_folder: Path, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    extra = ["--perplexity", str(text_file), "--seq-len", "16", "--limit", "5"] if verb == "evaluate" else []
+    extra = ["--evaluate", str(text_file), "--seq-len", "16", "--limit", "5"] if verb == "evaluate" else []
     assert run_cli([verb, str(model_folder), "--json", *extra]) == 0
     content = json.loads(capsys.readouterr().out)
     assert content["model"] == str(model_folder)
@@ -494,7 +495,7 @@ def test_bad_options_of_evaluate(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    arguments = ["evaluate", str(model_folder), "--perplexity", str(text_file), *option]
+    arguments = ["evaluate", str(model_folder), "--evaluate", str(text_file), *option]
     refuse(arguments, option[1], monkeypatch, capsys)
 
 
@@ -550,6 +551,27 @@ def test_the_model_card_says_what_the_result_says(finished: adapruner.PruneResul
     assert "trust_remote_code=True" in card.text
     kept = [block for block in finished.plan.blocks if block.layer == 0]
     assert f"| 0 | {' | '.join(f'{len(block.kept)} of {block.groups}' for block in kept)} |" in card.text
+
+
+@pytest.mark.parametrize(
+    ("kept", "named"),
+    [
+        ({"heads": [4, 4], "channels": [8, 5]}, "feed-forward channels"),
+        ({"heads": [4, 0], "channels": [8, 5]}, "whole attentions, feed-forward channels"),
+        ({"heads": [4, 2], "channels": [8, 8]}, "attention heads"),
+        (
+            {"heads": [0, 2], "channels": [0, 5]},
+            "attention heads, whole attentions, feed-forward channels, whole feed-forwards",
+        ),
+        ({"heads": [4, 4], "experts": [6, 6]}, "experts"),
+    ],
+)
+def test_the_model_card_names_what_was_removed(kept: dict[str, list[int]], named: str) -> None:
+    groups = {"heads": 4, "channels": 8, "experts": 8}
+    blocks = [
+        SimpleNamespace(kind=kind, groups=groups[kind], kept=range(count)) for kind in kept for count in kept[kind]
+    ]
+    assert _what_was_removed(SimpleNamespace(blocks=blocks), SimpleNamespace(vocabulary=None)) == named
 
 
 def test_the_licence_of_the_base_model_is_carried_over(
@@ -670,7 +692,7 @@ def test_quiet_leaves_results_and_advice(
     process = subprocess.run([sys.executable, "-m", "adapruner", *arguments], capture_output=True, env=environment)
     assert json.loads(process.stdout)["plan_hash"] == finished.plan.hash
     assert finished.advice()
-    assert process.stderr.decode().splitlines() == [f"adapruner: {with_options(line)}" for line in finished.advice()]
+    assert process.stderr.decode().splitlines() == [f"advice: {with_options(line)}" for line in finished.advice()]
 
 
 def test_advice_names_what_should_not_go_unseen(

@@ -32,6 +32,24 @@ def test_sizes_of_llama_7b(llama_7b: Structure) -> None:
     assert (channels.groups, channels.parameters_per_group) == (11008, 3 * 4096)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_parts_and_what_can_be_removed_at_most(tied: bool) -> None:
+    """Against the names of the parameters, and a model with one KV group and one channel in each layer."""
+    sizes = {"vocab_size": 90, "hidden_size": 48, "num_hidden_layers": 3, "head_dim": 8, "tie_word_embeddings": tied}
+    widths = {"num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 40}
+    model = empty_model(LlamaConfig(**sizes, **widths))
+    structure = build_structure(model)
+    by_name = {"embed_tokens": "embedding", "lm_head": "embedding", "self_attn": "attention", "mlp": "feed-forward"}
+    expected = dict.fromkeys(structure.parts, 0)
+    for name, parameter in model.named_parameters():
+        part = next((part for word, part in by_name.items() if word in name.split(".")), "other")
+        expected[part] += parameter.numel()
+    assert structure.parts == expected
+    least = {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 1}
+    smallest = build_structure(empty_model(LlamaConfig(**sizes, **least)))
+    assert structure.removable_parameters == structure.total_parameters - smallest.total_parameters
+
+
 def test_equal_shares_are_those_of_llm_pruner(llama_7b: Structure) -> None:
     """25 % of heads and channels in layers 4 to 29 leave 5,422,977,024 parameters (arXiv 2305.11627)."""
     ratio = 1 - 5_422_977_024 / llama_7b.total_parameters

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, processors
 from torch import nn
@@ -571,32 +571,51 @@ def test_a_folder_of_something_else_is_left_alone(model_folder: Path, text_file:
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-def test_the_card_of_a_pruned_model_says_that_it_was_trained() -> None:
-    record = RecoveryRecord(
-        config={"train": "full", "data": "/somewhere/mine.txt"},
-        method="labels",
-        training_examples=9,
-        validation_examples=1,
-        skipped_records=0,
-        steps=10,
-        tokens=640,
-        loss_before=2.0,
-        loss_after=1.0,
-        best_step=10,
-        seconds=1.0,
+RECORD = RecoveryRecord(
+    config={"train": "full", "data": "/somewhere/mine.txt"},
+    method="labels",
+    training_examples=9,
+    validation_examples=1,
+    skipped_records=0,
+    steps=10,
+    tokens=640,
+    loss_before=2.0,
+    loss_after=1.0,
+    best_step=10,
+    seconds=1.0,
+)
+
+
+def test_the_recovered_model_is_uploaded(
+    model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Hub is asked who is there before the training."""
+    calls: list[tuple[str, dict[str, Any]]] = []
+    for name in ("whoami", "create_repo", "create_branch", "upload_folder"):
+        monkeypatch.setattr(HfApi, name, lambda self, *_, name=name, **options: calls.append((name, options)))
+    monkeypatch.setattr("adapruner.verbs._recover._recover_into", lambda *_: calls.append(("train", {})) or RECORD)
+    (tmp_path / "a").mkdir()
+    upload = ["--push-to-hub", "me/small", "--hub-revision", "half"]
+    assert (
+        main_or_exit(["recover", str(model_folder), "--data", str(text_file), "-o", str(tmp_path / "a"), *upload]) == 0
     )
+    assert [name for name, _ in calls] == ["whoami", "train", "create_repo", "create_branch", "upload_folder"]
+    assert calls[-1][1] == {"repo_id": "me/small", "folder_path": tmp_path / "a", "revision": "half"}
+
+
+def test_the_card_of_a_pruned_model_says_that_it_was_trained() -> None:
     pruned = (
         "---\nlicense: other\nmodel-index:\n- name: a\n  results:\n  - task:\n      type: b\n---\n\n# a\n\nIt was not"
         " fine-tuned.\n\n## What it cost\n\n| a | b |\n\n## Licence\n\nx\n"
     )
-    card = card_of_recovered(pruned, record)
+    card = card_of_recovered(pruned, RECORD)
     assert card is not None
     assert ModelCard(card).data.to_dict() == {"license": "other"}
     assert "10 steps, 640 tokens, all weights, learning the text itself" in card
     assert "`mine.txt`" in card
     assert "| a | b |" not in card
     assert card.endswith("## Licence\n\nx\n")
-    assert card_of_recovered("# another card", record) is None
+    assert card_of_recovered("# another card", RECORD) is None
 
 
 def test_text_and_instructions_are_told_apart(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
     )
 
 __version__ = "0.1.0"
+
+# Progress is shown on stderr, unless this level is raised.
+logging.getLogger(__name__).setLevel(logging.INFO)
 
 __all__ = [
     "AdaPrunerError",

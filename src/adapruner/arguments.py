@@ -108,6 +108,7 @@ class PruneArguments(TypedDict, total=False):
     architectures: str | None
     device: str
     layer_wise: bool | None
+    ignore_memory: bool
     dtype: Dtype
     seed: int
 

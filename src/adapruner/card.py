@@ -35,6 +35,8 @@ _GGUF_LICENCE = re.compile(rb"\x0f\0\0\0\0\0\0\0general\.license\x08\0\0\0(.{8})
 _LOADING = "## Loading\n\n"
 _NOT_TRAINED = "It was not fine-tuned."
 _MOST_SCRIPTS = 12
+# On fewer items, accuracies differ by chance more than models do: they are in the table, and not in the metadata.
+_FEWEST_ITEMS = 100
 
 
 def model_card(
@@ -61,7 +63,7 @@ def model_card(
         pipeline_tag="text-generation",
         tags=["adapruner", "pruned", config.model_type],
         model_name=f"{base}, {result.removed_share:.0%} pruned",
-        eval_results=[number.as_metadata() for number in numbers] or None,
+        eval_results=[number.as_metadata() for number in numbers if number.is_comparable] or None,
     )
     trained = trained_sentence(result.recovery) if of == "recovered" and result.recovery else _NOT_TRAINED
     before, after = result.model("dense").parameters, result.model("searched").parameters
@@ -82,9 +84,13 @@ def model_card(
 def _what_was_removed(plan: PruningPlan, result: RunResult) -> str:
     """The kinds of what was removed, with commas between them."""
     removed = ["tokens"] if result.vocabulary else []
-    for kind, name in (("heads", "attention heads"), ("experts", "experts"), ("channels", "feed-forward channels")):
-        if any(len(block.kept) < block.groups for block in plan.blocks if block.kind == kind):
-            removed.append(name)
+    for kind, groups, whole in (
+        ("heads", "attention heads", "whole attentions"),
+        ("experts", "experts", "whole mixtures of experts"),
+        ("channels", "feed-forward channels", "whole feed-forwards"),
+    ):
+        cut = [block for block in plan.blocks if block.kind == kind and len(block.kept) < block.groups]
+        removed += [groups] * any(block.kept for block in cut) + [whole] * any(not block.kept for block in cut)
     return ", ".join(removed)
 
 
@@ -152,13 +158,24 @@ def _licence_section(licence: dict[str, str]) -> str:
 
 
 class _Number(NamedTuple):
-    """A number that was measured of a model; the dataset is a text or a task."""
+    """A number that was measured of a model; the dataset is a text or a task.
+
+    Attributes:
+        error: standard error of the value.
+        is_comparable: whether it was measured on enough items to compare models by it.
+    """
 
     dataset: str
     metric: str
     value: float
     digits: int
     protocol: str
+    error: float | None = None
+    is_comparable: bool = True
+
+    def __str__(self) -> str:
+        error = "" if self.error is None else f" ± {self.error:.{self.digits}f}"
+        return f"{self.value:.{self.digits}f}{error}"
 
     def as_metadata(self) -> EvalResult:
         return EvalResult(
@@ -168,7 +185,7 @@ class _Number(NamedTuple):
             dataset_name=self.dataset,
             metric_type=self.metric,
             metric_value=round(self.value, max(self.digits, 3)),
-            metric_name=self.protocol,
+            metric_name=self.protocol if self.error is None else f"{self.protocol}, standard error {self.error:.4f}",
         )
 
 
@@ -188,7 +205,8 @@ def _numbers(model: ModelNumbers) -> Iterator[_Number]:
             yield _Number("openings", "repetition", model.breakage.repetition, 2, REPETITION_PROTOCOL)
     for task, score in model.tasks.items():
         for metric, value in score.metrics.items():
-            yield _Number(task, metric, value, 4, _public(score.protocol))
+            error, is_comparable = score.standard_errors.get(metric), score.items >= _FEWEST_ITEMS
+            yield _Number(task, metric, value, 4, _public(score.protocol), error, is_comparable)
 
 
 def read_card(location: ModelLocation) -> str:
@@ -298,8 +316,7 @@ def _cost(dense: Iterable[_Number], pruned: list[_Number]) -> str:
     for before, after in zip(dense, pruned, strict=True):
         is_of_text = after.metric in ("perplexity", "bits per byte", "agreement", "repetition")
         what = f"{after.metric} on {after.dataset}" if is_of_text else f"{after.dataset}, {after.metric}"
-        numbers = " | ".join(f"{number.value:.{number.digits}f}" for number in (before, after))
-        lines.append(f"| {_escaped(what)} | {numbers} | {_escaped(after.protocol)} |")
+        lines.append(f"| {_escaped(what)} | {before} | {after} | {_escaped(after.protocol)} |")
     return "\n".join(lines) if pruned else "Not measured."
 
 

@@ -292,6 +292,7 @@ class PruneOptions(_Options):
     layer_wise: bool | None = Field(
         default=None, description="Keep one decoder layer in memory at a time; by default if the model does not fit."
     )
+    ignore_memory: bool = Field(default=False, description="Start although the memory estimate is more than is free.")
     dtype: Dtype = Field(default="auto", description="Dtype of the weights; auto keeps the dtype of the checkpoint.")
     seed: int = Field(default=0, ge=0, description="The same seed on the same machine gives the same plan.")
 
@@ -317,6 +318,23 @@ class PruneOptions(_Options):
         if self.sequential is None:
             return self.compensation == "least-squares"
         return self.sequential
+
+
+# How the command line and the documentation group the fields of `PruneOptions`; the first group is what most runs set.
+OPTION_GROUPS: dict[str, tuple[str, ...]] = {
+    "Most used": ("ratio", "calibration", "evaluate", "recover", "device"),
+    "What is removed": (
+        *("ratio_of", "layout", "protect_first", "protect_last", "head_share", "head_granularity"),
+        *("expert_granularity", "whole", "round_to", "vocabulary", "vocabulary_size", "vocabulary_multiple"),
+    ),
+    "Datasets": ("objective", "pool", "samples", "objective_windows", "final_windows", "seq_len", "sources"),
+    "Search": ("trials", "level_rounds", "selection", "search", "space", "sampler", "seed"),
+    "Importance": ("terms", "alignment", "reduction"),
+    "Compensation": ("compensation", "compensation_windows", "self_windows", "sequential"),
+    "Fine-tuning": ("recovery",),
+    "Evaluation": ("evaluate_windows", "evaluate_bos", "tasks", "task_limit"),
+    "Model and memory": ("dtype", "layer_wise", "ignore_memory", "architectures", "plugins"),
+}
 
 
 class RecoverConfig(RecoveryOptions):
@@ -425,19 +443,26 @@ class PruneConfig(PruneOptions):
             raise AdaPrunerError(f"{path} is not the config of a run: {reason(error)}") from error
 
 
+def recipes() -> dict[str, str]:
+    """The text of every recipe of this package, by name: YAML, with what it is for in the comment at its beginning."""
+    folder = resources.files("adapruner") / "recipes"
+    files = sorted(folder.iterdir(), key=lambda file: file.name)
+    return {file.name.removesuffix(".yaml"): file.read_text(encoding="utf-8") for file in files}
+
+
 def read_recipe(name: str | Path) -> dict[str, Any]:
     """The options in a recipe: one of this package, by name, or a YAML file.
 
     Raises:
         AdaPrunerError: there is no such recipe, or it is not a mapping of options.
     """
-    folder = resources.files("adapruner") / "recipes"
-    known = sorted(file.name.removesuffix(".yaml") for file in folder.iterdir())
-    file = folder / f"{name}.yaml" if str(name) in known else Path(name)
+    known = recipes()
     try:
-        if not file.is_file():
+        if text := known.get(str(name)):
+            return _parse_options(text)
+        if not Path(name).is_file():
             raise AdaPrunerError(f"no recipe {str(name)!r}: expected {', '.join(known)}, or a YAML file")
-        return _parse_options(file.read_text(encoding="utf-8"))
+        return _parse_options(Path(name).read_text(encoding="utf-8"))
     except _UNREADABLE as error:
         raise AdaPrunerError(f"cannot read the recipe {name}: {reason(error)}") from None
 

@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import random
+import shutil
 import statistics
 import sys
 import tarfile
@@ -22,7 +23,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
+from huggingface_hub import is_offline_mode
+from huggingface_hub.constants import HF_HUB_CACHE
 from pydantic import BaseModel, ConfigDict
 
 from adapruner.config import Dtype
@@ -33,9 +37,13 @@ from adapruner.progress import StageCost
 from adapruner.result import PruneResult
 from adapruner.verbs import estimate
 
-_PACKAGES = ("adapruner", "torch", "transformers", "optuna", "peft", "accelerate", "safetensors", "lm-eval")
-# What loads a written model, by the name of its module.
-_ENGINES = ("llama_cpp", "mlx_lm", "vllm")
+_PACKAGES = (
+    *("adapruner", "torch", "transformers", "optuna", "peft", "accelerate", "safetensors", "datasets"),
+    *("huggingface-hub", "gguf", "numpy", "lm-eval"),
+)
+# What loads a written model: modules, and programs on the path.
+_ENGINE_MODULES = ("llama_cpp", "xllamacpp", "mlx_lm", "vllm", "sglang")
+_ENGINE_PROGRAMS = ("llama-cli", "llama-server", "ollama")
 # Enough for every stage to run, in minutes on two cores of a CPU.
 _SMALL: dict[str, Any] = {
     "ratio": 0.2,
@@ -103,6 +111,8 @@ class Diagnosis(_Facts):
     Attributes:
         packages: versions; None where one is not installed.
         devices: the CPU and the accelerators.
+        hub_cache: where models and datasets of the Hub are kept.
+        offline: whether the Hub is not asked.
         data: the folders of `$ADAPRUNER_DATA`, and whether they exist.
         engines: which engines that load written models are installed here.
         comparison: of a small run; None if not requested, or if there is no accelerator.
@@ -112,6 +122,8 @@ class Diagnosis(_Facts):
     platform: str
     packages: dict[str, str | None]
     devices: list[Device]
+    hub_cache: str
+    offline: bool
     data: dict[str, bool]
     engines: dict[str, bool]
     comparison: Comparison | None = None
@@ -139,8 +151,11 @@ def diagnose(
         platform=platform.platform(),
         packages={name: _version(name) for name in _PACKAGES},
         devices=[_cpu(), *_accelerators()],
+        hub_cache=HF_HUB_CACHE,
+        offline=is_offline_mode(),
         data={str(folder): folder.is_dir() for folder in data_folders()},
-        engines={name: find_spec(name) is not None for name in _ENGINES},
+        engines={name: find_spec(name) is not None for name in _ENGINE_MODULES}
+        | {name: shutil.which(name) is not None for name in _ENGINE_PROGRAMS},
         comparison=_compare(model, dtype, accelerator) if compares else None,
     )
 
@@ -154,7 +169,8 @@ def _version(package: str) -> str | None:
 
 def _cpu() -> Device:
     cores = f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    return Device(name=cores, memory=None, native_bfloat16=computes_bfloat16_natively(torch.device("cpu")))
+    memory = psutil.virtual_memory().total
+    return Device(name=cores, memory=memory, native_bfloat16=computes_bfloat16_natively(torch.device("cpu")))
 
 
 def _accelerators() -> list[Device]:

@@ -167,7 +167,7 @@ def choose_layer_wise(
     whether the run is refused.
 
     Raises:
-        AdaPrunerError: a stage needs more memory than is free.
+        AdaPrunerError: a stage needs more memory than is free, and `ignore_memory` is not set.
     """
     if is_pruned(model.config):
         return bool(config.layer_wise)
@@ -179,13 +179,14 @@ def choose_layer_wise(
         by_layer = streamable and not fits
     for stage, each in estimate_memory(config, model, structure, budget, device, by_layer).items():
         for needed, left, place in ((each.device, free, device), (each.host, host_free, _CPU)):
-            if needed > left:
+            if needed > left and not config.ignore_memory:
                 option = getattr(config, each.largest, None)
                 term = f"the {each.largest}:" if option is None else f"`{each.largest}` {option}; lower it, or"
                 ways = ["`layer_wise`"] * (streamable and not by_layer) + ["`dtype` bfloat16"] * (dtype.itemsize > 2)
                 raise AdaPrunerError(
                     f"Not enough memory: {stage} needs about {needed / GIB:.3g} GiB, {left / GIB:.3g} GiB are free on"
-                    f" {place}. The largest term is {term} try {' or '.join(ways or ['a smaller model'])}"
+                    f" {place}. The largest term is {term} try {' or '.join(ways or ['a smaller model'])};"
+                    " `ignore_memory` starts the run all the same"
                 )
     return by_layer
 

@@ -24,6 +24,7 @@ from adapruner.inputs import resolve
 from adapruner.job import Job, Preparation, register_extensions
 from adapruner.models import computing_repeatably
 from adapruner.paths import given_path
+from adapruner.preview import Preview, preview
 from adapruner.processes import Process, this_process
 from adapruner.progress import Reporter
 from adapruner.result import PruneResult
@@ -134,6 +135,27 @@ def _run_folder(output: str | Path | None) -> RunFolder:
     return RunFolder.temporary()
 
 
+def preview_ratios(
+    model: str | None,
+    *,
+    output: str | Path,
+    recipe: str | Path | None = None,
+    overwrite: bool = False,
+    storage: str | None = None,
+    **options: Unpack[PruneArguments],
+) -> list[Preview]:
+    """What `prune_ratios` would make with the same arguments, all of them names, after the same checks; writes nothing.
+
+    Raises:
+        AdaPrunerError: what the run would be refused for.
+    """
+    run = RunFolder(given_path(output))
+    given: dict[str, Any] = {"model": model, **options}
+    run.check_usable()
+    preparation = Preparation(resolve(given, None, run, recipe, None), run, storage, this_process(), Reporter())
+    return [preview(driver) for driver in _checked_drivers(preparation, overwrite)]
+
+
 def plan_again(source: str | Path, output: str | Path, ratio: float, overwrite: bool = False) -> PruneResult:
     """Another ratio with the statistics and the best point of a finished search: no measuring, no search.
 
@@ -223,13 +245,7 @@ def _run(
     reporter = Reporter(quiet=quiet, watchers=told)
     preparation = Preparation(config, run, storage, process, reporter, tuple(others), item_losses, told)
     with process.connected(preparation.device), computing_repeatably(preparation.device):
-        drivers = [_driver(preparation, ratio, others) for ratio in config.ratio]
-        if not overwrite:
-            refuse_outdated(drivers, run.path)
-        if config.tasks:
-            check_tasks(config.tasks)
-        for driver in drivers:
-            _check(driver, others)
+        _checked_drivers(preparation, overwrite, others)
         with run.locked() if process.leads else contextlib.nullcontext():
             if process.leads:
                 run.check_usable()
@@ -244,6 +260,18 @@ def _run(
                 for driver in drivers:
                     _make_missing(driver)
             return [_result(driver) for driver in drivers]
+
+
+def _checked_drivers(preparation: Preparation, overwrite: bool, others: Sequence[RunFolder] = ()) -> list[Driver]:
+    """One for each ratio, after everything that can be refused before the work was."""
+    drivers = [_driver(preparation, ratio, others) for ratio in preparation.config.ratio]
+    if not overwrite:
+        refuse_outdated(drivers, preparation.folder.path)
+    if preparation.config.tasks:
+        check_tasks(preparation.config.tasks)
+    for driver in drivers:
+        _check(driver, others)
+    return drivers
 
 
 def _driver(preparation: Preparation, ratio: float, others: Sequence[RunFolder] = ()) -> Driver:

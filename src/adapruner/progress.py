@@ -6,10 +6,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,16 +18,15 @@ import psutil
 from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
 
-_quiet = ContextVar("quiet", default=False)
+# At INFO, which the package sets, stages are shown; at DEBUG, what is recorded of them is logged too.
+_logger = logging.getLogger("adapruner")
 MIB = 2**20
+# Of the longest name of a stage, so that bars stand below each other; and of numbers up to 9999.
+_STAGE_WIDTH, _COUNT_WIDTH = 20, 9
 # Advances a stage by some steps; the text is shown beside the bar.
 Advance = Callable[..., None]
-
-
-def set_quiet(quiet: bool) -> None:
-    """Whether reporters made from now on print nothing."""
-    _quiet.set(quiet)
 
 
 class StageCost(BaseModel):
@@ -53,7 +52,7 @@ class Reporter:
 
     Args:
         log: the file.
-        quiet: print nothing; see `set_quiet` too.
+        quiet: print nothing, as if the level of the logger `adapruner` were above INFO.
         watchers: told of every stage.
 
     Attributes:
@@ -62,7 +61,8 @@ class Reporter:
 
     def __init__(self, log: Path | None = None, quiet: bool = False, watchers: Sequence[StageWatcher] = ()) -> None:
         # Bound to stderr as it is now, so that a redirection for another library does not catch our bars.
-        self.console = Console(file=sys.stderr, markup=False, emoji=False, highlight=False, quiet=quiet or _quiet.get())
+        quiet = quiet or not _logger.isEnabledFor(logging.INFO)
+        self.console = Console(file=sys.stderr, markup=False, emoji=False, highlight=False, quiet=quiet)
         self.shows_bars = self.console.is_terminal or (self.console.is_jupyter and find_spec("ipywidgets") is not None)
         self.log, self.watchers = log, tuple(watchers)
         self.current = "preparing"
@@ -115,9 +115,9 @@ class Reporter:
 
     def _with_bar(self, name: str, total: int) -> Iterator[Advance]:
         columns = (
-            TextColumn("{task.description:<12}"),
-            BarColumn(),
-            MofNCompleteColumn(),
+            TextColumn("{task.description}", table_column=Column(min_width=_STAGE_WIDTH)),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(table_column=Column(min_width=_COUNT_WIDTH)),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[text]}"),
@@ -128,6 +128,7 @@ class Reporter:
             bars.update(task, completed=total)
 
     def _record(self, **entry: Any) -> None:
+        _logger.debug("%s", json.dumps(entry))
         if self.log:
             with self.log.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"time": time.time(), **entry}) + "\n")

@@ -175,6 +175,7 @@ class Structure:
 
     Attributes:
         total_parameters: all parameters of the model, tied ones counted once.
+        embedding_parameters: of these, those of the embedding and the output layer.
         layer_parameters: of these, those of each layer.
         whole: what of a layer can be removed whole.
     """
@@ -183,6 +184,7 @@ class Structure:
     layers: int
     head_granularity: HeadGranularity
     total_parameters: int
+    embedding_parameters: int
     blocks: tuple[Block, ...]
     layer_parameters: tuple[int, ...]
     whole: frozenset[Whole]
@@ -217,6 +219,24 @@ class Structure:
             for block in self.blocks
             if block.kind == kind and not block.experts
         }
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """How the parameters are divided among the embedding with the output layer, attention, feed-forward, experts,
+        and others (norms, routers, mixers that cannot be cut); the sum is `total_parameters`."""
+        parts = {"embedding": self.embedding_parameters, "attention": 0, "feed-forward": 0, "experts": 0}
+        for block in self.blocks:
+            of_experts = block.kind == "experts" or block.experts
+            part = "experts" if of_experts else "attention" if block.kind == "heads" else "feed-forward"
+            parts[part] += block.groups * block.parameters_per_group + block.rest
+        return parts | {"other": self.total_parameters - sum(parts.values())}
+
+    @property
+    def removable_parameters(self) -> int:
+        """Parameters that can be removed at most while every block keeps some groups, all tokens are kept, and widths
+        are not rounded."""
+        least = [block.strata * math.ceil(block.least / block.strata) for block in self.blocks]
+        return self.removed_parameters(least)
 
     def removed_layers(self, counts: Sequence[int]) -> list[int]:
         """The layers of which nothing stays.
@@ -288,12 +308,12 @@ def layers_without_heads(layers: int, blocks: Iterable[Any]) -> list[int]:
 
 def note_on_mixers(layers: Iterable[int]) -> str:
     """Says which layers have no attention, or another mixer in its place; empty where there are none."""
-    shown = shown_layers(layers)
+    shown = show_layers(layers)
     return f"layers {shown} have no attention that can be cut" if shown else ""
 
 
-def shown_layers(layers: Iterable[int]) -> str:
-    """Numbers of layers, ascending, as they are shown: `3–5, 8`."""
+def show_layers(layers: Iterable[int]) -> str:
+    """Ascending numbers of layers as ranges: `0–3, 5`."""
     stretches: list[list[int]] = []
     for layer in layers:
         if stretches and stretches[-1][-1] == layer - 1:
@@ -330,6 +350,7 @@ def build_structure(
         layers=model.config.num_hidden_layers,
         head_granularity=head_granularity,
         total_parameters=count_parameters(model),
+        embedding_parameters=_embedding_parameters(model),
         blocks=tuple(blocks),
         layer_parameters=tuple(count_parameters(layer) for layer in layers),
         whole=frozenset(architecture.whole),
@@ -339,6 +360,12 @@ def build_structure(
 def count_parameters(model: nn.Module) -> int:
     """All parameters of a model, tied ones counted once."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _embedding_parameters(model: PreTrainedModel) -> int:
+    """Those of the embedding and the output layer, tied ones counted once."""
+    both = [model.get_input_embeddings(), model.get_output_embeddings()]
+    return count_parameters(nn.ModuleList(module for module in both if module is not None))
 
 
 def _head_blocks(

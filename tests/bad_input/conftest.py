@@ -91,7 +91,7 @@ def commands(tmp_path: Path, text_file: Path) -> Callable[[str | Path], dict[str
                 *("--protect-first", "1", "--protect-last", "1"),
             ],
             "recover": ["recover", name, "--data", text, "-o", output, "--seq-len", "16", "--steps", "1"],
-            "evaluate": ["evaluate", name, "--perplexity", text, "--seq-len", "16", "--limit", "2"],
+            "evaluate": ["evaluate", name, "--evaluate", text, "--seq-len", "16", "--limit", "2"],
             "benchmark": [
                 *("benchmark", name, "--prompt", "4", "--new-tokens", "2", "--repetitions", "1", "--batch-size", "1"),
             ],

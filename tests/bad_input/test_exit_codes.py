@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import errno
+import gc
 import importlib
+import logging
 import os
 import re
 import signal
@@ -158,7 +160,8 @@ def test_the_version(run_cli: RunCli) -> None:
 
 def test_nothing_is_left_behind(run_cli: RunCli, monkeypatch: pytest.MonkeyPatch) -> None:
     def state() -> tuple[object, ...]:
-        return dict(os.environ), signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+        handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+        return dict(os.environ), *handlers, logging.getLogger("adapruner").level, gc.isenabled()
 
     quiet: list[bool] = []
     monkeypatch.setattr("adapruner.verbs.inspect", lambda _: quiet.append(Reporter().console.quiet))

@@ -109,7 +109,7 @@ def test_other_commands_that_run_out_of_memory_say_so(
     model = undisturbed[0] / "model"
     arguments: dict[str, list[object]] = {
         "recover": ["--data", text_file, "-o", tmp_path / "a", *flags(SMALL_RECOVERY)],
-        "evaluate": ["--perplexity", text_file, "--seq-len", 16],
+        "evaluate": ["--evaluate", text_file, "--seq-len", 16],
         "benchmark": ["--against", family("llama"), "--prompt", 8, "--new-tokens", 2, "--repetitions", 1],
     }
     whole = device.run(verb, model, *arguments[verb], "--json")

@@ -46,7 +46,7 @@ def test_training_on_the_second_gpu_alone_says_how(
 
 
 def test_there_is_no_third_gpu(two_devices: Device, family: Callable[..., Path], text_file: Path) -> None:
-    outcome = two_devices.run("evaluate", family("llama"), "--perplexity", text_file, "--device", "cuda:2")
+    outcome = two_devices.run("evaluate", family("llama"), "--evaluate", text_file, "--device", "cuda:2")
     assert only_line(outcome).startswith("--device cuda:2: CUDA error: invalid device ordinal")
 
 
@@ -73,7 +73,7 @@ def test_two_processes_prune_and_train_together(
     lines = [line for line in outcome.stderr.splitlines() if ": done in" in line]
     assert sum(line.startswith("measuring: ") for line in lines) == 1
     assert sum(line.startswith("recovering: ") for line in lines) == 1
-    advice = [line for line in outcome.stderr.splitlines() if line.startswith("adapruner: ")]
+    advice = [line for line in outcome.stderr.splitlines() if line.startswith("advice: ")]
     assert len(advice) == len(set(advice))
     assert adapruner.load(tmp_path / "a/recovered").num_parameters() > 0
 

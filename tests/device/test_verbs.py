@@ -98,7 +98,7 @@ def test_a_worker_on_another_kind_of_device_is_refused(device: Device, run: Path
 
 
 def test_evaluate(device: Device, run: Path, text_file: Path) -> None:
-    command = ("evaluate", model_of(run), "--perplexity", text_file, "--seq-len", 16, "--limit", 8, "--json")
+    command = ("evaluate", model_of(run), "--evaluate", text_file, "--seq-len", 16, "--limit", 8, "--json")
     values = []
     for place in ("cuda", "cpu"):
         outcome = device.run(*command, "--device", place)

@@ -8,13 +8,15 @@ Exit codes: 0 success; 2 invalid input or insufficient resources (disk, memory, 
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import re
 import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, NoReturn
 
 from cyclopts import App, CycloptsError, Parameter
@@ -23,8 +25,10 @@ from pydantic import ValidationError
 from adapruner import __version__
 from adapruner.cli._options import Flag
 from adapruner.cli._output import CLOSED_OUTPUT, plain_console
-from adapruner.cli.models import benchmark, doctor, evaluate, export, inspect, recover, vocabulary
+from adapruner.cli.installation import doctor, recipes
+from adapruner.cli.models import benchmark, evaluate, export, recover, vocabulary
 from adapruner.cli.runs import join, plan, prune, report
+from adapruner.cli.structure import inspect
 from adapruner.errors import AdaPrunerError, describe_failure, describe_invalid, reason
 from adapruner.interrupts import end_by_interrupt, handling_interrupts
 
@@ -42,7 +46,7 @@ app = App(
     suppress_keyboard_interrupt=False,
 )
 
-for verb in (prune, join, report, plan, recover, vocabulary, evaluate, benchmark, export, inspect, doctor):
+for verb in (prune, join, report, plan, recover, vocabulary, evaluate, benchmark, export, inspect, recipes, doctor):
     app.command(verb)
 app.register_install_completion_command()
 app.meta.suppress_keyboard_interrupt = False
@@ -52,16 +56,30 @@ app.meta.suppress_keyboard_interrupt = False
 def launch(
     *arguments: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
     quiet: Flag = False,
+    verbose: Annotated[bool, Parameter(name=["--verbose", "-v"], negative="")] = False,
 ) -> None:
     """Options that all verbs share.
 
     Args:
         quiet: Print only results, errors and advice.
+        verbose: Log the memory and time of every stage, and the warnings of transformers and the Hub.
     """
-    from adapruner.progress import set_quiet
+    with _shown_from(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO):
+        app(arguments, exit_on_error=False, print_error=False)
 
-    set_quiet(quiet)
-    app(arguments, exit_on_error=False, print_error=False)
+
+@contextlib.contextmanager
+def _shown_from(level: int) -> Iterator[None]:
+    """What of this package is shown on stderr while this lasts."""
+    logger = logging.getLogger("adapruner")
+    before = logger.level
+    if level == logging.DEBUG:
+        logging.basicConfig(format="%(name)s: %(message)s")
+    logger.setLevel(level)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

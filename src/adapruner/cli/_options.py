@@ -6,9 +6,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from cyclopts import Parameter, Token
+from cyclopts import Group, Parameter, Token
+from pydantic import create_model
 
 from adapruner import config
 
@@ -19,7 +20,28 @@ Device = Annotated[str, Parameter(help="auto, cpu, cuda, cuda:1, …")]
 Dtype = Annotated[config.Dtype, Parameter(help="Dtype of the weights; auto keeps the dtype of the checkpoint.")]
 Json = Annotated[bool, Parameter(negative="", help="Print JSON on stdout instead of tables.")]
 
+# The panels of the help of `prune`, in this order.
+_GROUPS = {name: Group(name, sort_key=number) for number, name in enumerate(config.OPTION_GROUPS)}
+MOST_USED = next(iter(_GROUPS.values()))
+RUN_FOLDER = Group("Run folder", sort_key=len(_GROUPS))
+HUB = Group("Hub", sort_key=len(_GROUPS) + 1)
 
+if TYPE_CHECKING:
+    PruneOptions = config.PruneOptions
+else:
+    _group_of = {field: _GROUPS[name] for name, fields in config.OPTION_GROUPS.items() for field in fields}
+    # The same fields, each with its panel.
+    PruneOptions = create_model(
+        "PruneOptions",
+        __base__=config.PruneOptions,
+        **{
+            name: (Annotated[field.annotation, Parameter(group=_group_of[name])], field)
+            for name, field in config.PruneOptions.model_fields.items()
+        },
+    )
+
+
+@Parameter(group=HUB)
 @dataclass(frozen=True)
 class Upload:
     """Whether and how the resulting model is uploaded.

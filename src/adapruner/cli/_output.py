@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
+import logging
+import os
 import sys
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.table import Table
 
 if TYPE_CHECKING:
+    from adapruner.memory import Memory
+    from adapruner.preview import Preview
     from adapruner.result import PruneResult
+
+GIB = 2**30
 
 # What a shell reports of a process that SIGPIPE ended.
 CLOSED_OUTPUT = 141
@@ -42,6 +52,29 @@ def print_result(results: list[PruneResult]) -> None:
         )
 
 
+def print_previews(previews: list[Preview]) -> None:
+    """Prints what a run would make, for every ratio."""
+    console = plain_console()
+    for one in previews:
+        removed = 1 - one.parameters_after / one.parameters_before
+        about = f"about {one.parameters_after:,} of {one.parameters_before:,} parameters kept ({removed:.1%} removed)"
+        console.print(f"{one.folder}: {about}", soft_wrap=True)
+        console.print(f"to make: {', '.join(one.missing) or 'nothing'}")
+        console.print(f"on disk: model {one.model_bytes / 1e6:,.1f} MB, moments {one.moments_bytes / 1e6:,.1f} MB")
+        if one.stages:
+            console.print(table_of_memory(one.stages, one.device, one.layer_wise))
+
+
+def table_of_memory(stages: Mapping[str, Memory], device: object, layer_wise: bool) -> Table:
+    """The memory of every stage, on the device of the model and in main memory beside it."""
+    table = Table("stage", f"GiB on {device}", "GiB in main memory", "largest term", caption_justify="left")
+    for stage, memory in stages.items():
+        host = f"{memory.host / GIB:.2f}" if memory.host else ""
+        table.add_row(stage, f"{memory.device / GIB:.2f}", host, memory.largest)
+    table.caption = f"with {'one layer at a time' if layer_wise else 'all layers'} in memory"
+    return table
+
+
 def print_json(content: Any) -> None:
     """Prints indented JSON on stdout, where nothing else is printed."""
     plain_console().print(json.dumps(content, indent=2), soft_wrap=True)
@@ -52,4 +85,31 @@ def print_advice(lines: list[str]) -> None:
     from adapruner.cli import with_options
 
     for line in lines:
-        plain_console(stderr=True).print(f"adapruner: {with_options(line)}", style="yellow", soft_wrap=True)
+        plain_console(stderr=True).print(f"advice: {with_options(line)}", style="yellow", soft_wrap=True)
+
+
+def print_note(line: str) -> None:
+    """Prints a line about the progress on stderr."""
+    if _shows_progress():
+        plain_console(stderr=True).print(line, soft_wrap=True)
+
+
+def _shows_progress() -> bool:
+    """Unless --quiet is set; of processes that torchrun started together, the first."""
+    return logging.getLogger("adapruner").isEnabledFor(logging.INFO) and os.environ.get("RANK", "0") == "0"
+
+
+@contextlib.contextmanager
+def starting() -> Iterator[None]:
+    """Shows on a terminal that libraries are being imported, which takes seconds."""
+    console = plain_console(stderr=True)
+    console.quiet = not _shows_progress()
+    # Imports make hundreds of thousands of objects and no garbage: looking for some takes a fifth of the time.
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        with console.status("starting"):
+            yield
+    finally:
+        if collects:
+            gc.enable()

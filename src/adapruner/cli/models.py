@@ -1,28 +1,21 @@
-"""The verbs of one model: recover, evaluate, benchmark, export, inspect; and doctor, which takes one too."""
+"""The verbs that load a model: recover, evaluate, benchmark, export, vocabulary."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
-import yaml
 from cyclopts import Parameter
 from pydantic import TypeAdapter
 from rich.table import Table
 
 from adapruner.cli._options import Device, Dtype, Flag, Json, Model, Output, Upload, WholeNumber
-from adapruner.cli._output import plain_console, print_advice, print_json
-from adapruner.config import ExportFormat, GgufType, PruneOptions, RecoveryOptions, Tracker
-from adapruner.errors import AdaPrunerError
+from adapruner.cli._output import plain_console, print_advice, print_json, starting
+from adapruner.config import ExportFormat, GgufType, RecoveryOptions, Tracker
 
 if TYPE_CHECKING:
-    from adapruner.doctor import Comparison, Diagnosis
     from adapruner.evaluation import Speed
-    from adapruner.models import Architecture
-    from adapruner.structure import Structure
-    from adapruner.verbs import Estimate, Evaluation
-
-_GIB = 2**30
+    from adapruner.verbs import Evaluation
 
 
 def recover(
@@ -37,6 +30,7 @@ def recover(
     device: Device = "auto",
     track: Tracker | None = None,
     overwrite: Flag = False,
+    upload: Annotated[Upload | None, Parameter(name="*")] = None,
     json: Json = False,
 ) -> None:
     """Fine-tune a pruned model, or distil the dense model into it. Rerun the same command to resume.
@@ -50,11 +44,14 @@ def recover(
         track: Experiment tracker that gets the training curves; tensorboard writes into OUTPUT.tracking.
         overwrite: Start again, whatever recovery the folder holds.
     """
-    from adapruner import verbs
-    from adapruner.processes import this_process
+    with starting():
+        from adapruner import verbs
+        from adapruner.processes import this_process
 
-    given = options.model_dump(exclude_unset=True) if options else {}
-    record = verbs.recover(model, data, output, teacher, overwrite, dtype, device, track, **given)
+        run = verbs.recover
+
+    given = (options.model_dump(exclude_unset=True) if options else {}) | (vars(upload) if upload else {})
+    record = run(model, data, output, teacher, overwrite, dtype, device, track, **given)
     if not this_process().leads:
         return
     if json:
@@ -73,7 +70,7 @@ def evaluate(
     model: Model,
     /,
     *,
-    perplexity: Annotated[tuple[str, ...], Parameter(negative="")] = (),
+    evaluate: Annotated[tuple[str, ...], Parameter(negative="")] = (),
     protocol: str | None = None,
     seq_len: WholeNumber = 128,
     stride: WholeNumber | None = None,
@@ -87,7 +84,7 @@ def evaluate(
     """Perplexity of a model, dense or pruned, and what it scores in tasks of lm-eval.
 
     Args:
-        perplexity: Dataset to evaluate on; may be repeated.
+        evaluate: Dataset to report perplexity on; may be repeated.
         protocol: Perplexity as others report it. llm-pruner: WikiText2 test and PTB validation, 128 tokens; the default
             if no dataset and no task is named. 2048: WikiText2 test, 2048 tokens.
         seq_len: Tokens per window of these datasets.
@@ -97,9 +94,12 @@ def evaluate(
             generative is GSM8K and IFEval.
         limit: Take only so many windows of each dataset and items of each task, evenly spaced.
     """
-    from adapruner import verbs
+    with starting():
+        from adapruner import verbs
 
-    result = verbs.evaluate(model, perplexity, protocol, seq_len, stride, bos, tasks, limit, dtype, device)
+        run = verbs.evaluate
+
+    result = run(model, evaluate, protocol, seq_len, stride, bos, tasks, limit, dtype, device)
     print_advice(result.overlaps)
     if json:
         content = TypeAdapter(verbs.Evaluation).dump_python(result, mode="json")
@@ -132,42 +132,17 @@ def benchmark(
         repetitions: Of which the median is taken; models take turns.
         output: Write the result here as JSON; as speed.json in a run folder, the report of the run shows it.
     """
-    from adapruner import verbs
+    with starting():
+        from adapruner import verbs
 
-    speeds = verbs.benchmark(model, against, batch_size, prompt, new_tokens, repetitions, dtype, device, output)
+        run = verbs.benchmark
+
+    speeds = run(model, against, batch_size, prompt, new_tokens, repetitions, dtype, device, output)
     if json:
         print_json({name: speed.model_dump(mode="json") for name, speed in speeds.items()})
     else:
         plain_console().print(_table_of_speeds(speeds, prompt, new_tokens))
     print_advice([*_advice_on_speed(speeds[model], speeds[against] if against else None)])
-
-
-def doctor(
-    model: Model = "smollm2",
-    /,
-    *,
-    benchmark: Flag = False,
-    dtype: Dtype = "float32",
-    device: Device = "auto",
-    json: Json = False,
-) -> None:
-    """Say what is installed here, and check an accelerator against the CPU. Paste the output into an issue.
-
-    Args:
-        benchmark: Prune the model twice with little text, on the CPU and on the accelerator, and compare; some minutes.
-    """
-    from adapruner.doctor import diagnose
-
-    diagnosis = diagnose(model, benchmark, dtype, device)
-    if json:
-        print_json(diagnosis.model_dump(mode="json"))
-        return
-    console = plain_console()
-    console.print(_table_of_facts(diagnosis))
-    if diagnosis.comparison:
-        console.print(_table_of_comparison(diagnosis.comparison))
-    elif benchmark:
-        print_advice(["PyTorch finds no accelerator here: there is nothing to compare with the CPU"])
 
 
 def export(
@@ -190,10 +165,13 @@ def export(
         gguf_type: How a GGUF file stores matrices.
         overwrite: Replace an existing GGUF file, or a folder that adapruner wrote.
     """
-    from adapruner import verbs
+    with starting():
+        from adapruner import verbs
+
+        run = verbs.export
 
     how = vars(upload) if upload else {}
-    exported = verbs.export(model, to, output, gguf_type, overwrite, **how)
+    exported = run(model, to, output, gguf_type, overwrite, **how)
     if json:
         print_json({"model": model, "format": to, "path": str(exported.path), "bytes": exported.size})
     else:
@@ -222,10 +200,13 @@ def vocabulary(
         vocabulary_multiple: The number of kept tokens is rounded up to a multiple of this.
         overwrite: Replace a folder that adapruner wrote.
     """
-    from adapruner import verbs
+    with starting():
+        from adapruner import verbs
+
+        run = verbs.vocabulary
 
     how = vars(upload) if upload else {}
-    pruned = verbs.vocabulary(model, vocabulary, output, vocabulary_size, vocabulary_multiple, overwrite, dtype, **how)
+    pruned = run(model, vocabulary, output, vocabulary_size, vocabulary_multiple, overwrite, dtype, **how)
     if json:
         print_json({"model": model, **pruned.model_dump(mode="json")})
         return
@@ -236,44 +217,6 @@ def vocabulary(
         f" were removed ({share:.1%})",
         soft_wrap=True,
     )
-
-
-def inspect(
-    model: Model,
-    /,
-    *,
-    cost: Flag = False,
-    architecture: Flag = False,
-    options: Annotated[PruneOptions | None, Parameter(name="*")] = None,
-    json: Json = False,
-) -> None:
-    """List the prunable parts of a model, or estimate its memory use (--cost). Does not load weights.
-
-    Args:
-        architecture: Print how the family of the model is built, as YAML that --architectures reads.
-        cost: Print the memory that adapruner prune needs with the options that follow, stage by stage.
-    """
-    from adapruner import verbs
-
-    given = options.model_dump(exclude_unset=True) if options else {}
-    if cost:
-        _print_cost(verbs.estimate(model, **given), model, json)
-    elif given:
-        raise AdaPrunerError("pruning options are used with `cost` only")
-    elif architecture:
-        _print_architecture(verbs.describe(model), json)
-    else:
-        _print_structure(verbs.inspect(model), model, json)
-
-
-def _print_architecture(architecture: Architecture, json: bool) -> None:
-    content = architecture.model_dump(mode="json", exclude_defaults=True)
-    if json:
-        print_json(content)
-    else:
-        plain_console().print(
-            yaml.safe_dump(content, sort_keys=False, default_flow_style=None).rstrip(), soft_wrap=True
-        )
 
 
 def _tables_of_evaluation(result: Evaluation, model: str) -> Iterator[Table]:
@@ -294,43 +237,6 @@ def _tables_of_evaluation(result: Evaluation, model: str) -> Iterator[Table]:
             table.add_row("mean", metric, f"{value:.4f}", "")
         table.caption = "\n".join(score.protocol for score in result.tasks)
         yield table
-
-
-def _table_of_facts(diagnosis: Diagnosis) -> Table:
-    table = Table("", "", show_header=False)
-    table.add_row("python", f"{diagnosis.python}, {diagnosis.platform}")
-    for name, found in diagnosis.packages.items():
-        table.add_row(name, found or "not installed")
-    for device in diagnosis.devices:
-        memory = f", {device.memory / 2**30:.1f} GiB" if device.memory else ""
-        table.add_row(
-            "device", f"{device.name}{memory}, {'native' if device.native_bfloat16 else 'no native'} bfloat16"
-        )
-    for folder, is_there in diagnosis.data.items():
-        table.add_row("data", folder if is_there else f"{folder} does not exist")
-    table.add_row("engines", ", ".join(name for name, is_here in diagnosis.engines.items() if is_here) or "none")
-    return table
-
-
-def _table_of_comparison(comparison: Comparison) -> Table:
-    """A small run on the CPU and on the accelerator, stage by stage."""
-    cpu, other = comparison.cpu, comparison.accelerator
-    table = Table("", "CPU", "accelerator", "peak, MiB", "estimated, MiB", caption_justify="left")
-    for name, cost in cpu.stages.items():
-        own, expected = other.stages.get(name), other.estimated.get(name)
-        table.add_row(
-            f"{name}, s",
-            f"{cost.seconds:.1f}",
-            f"{own.seconds:.1f}" if own else "",
-            f"{own.peak_on_accelerator_mib:,}" if own else "",
-            f"{expected / 2**20:,.0f}" if expected else "",
-        )
-    table.add_row("loss of the chosen trial", f"{cpu.loss:.4f}", f"{other.loss:.4f}")
-    for role, value in cpu.perplexity.items():
-        table.add_row(f"perplexity, {role}", f"{value:.3f}", f"{other.perplexity[role]:.3f}")
-    table.add_row("plan", cpu.plan[:12], other.plan[:12])
-    table.caption = f"{comparison.same_groups:.2%} of the groups kept on the CPU are kept on the accelerator too"
-    return table
 
 
 def _table_of_speeds(speeds: dict[str, Speed], prompt: int, new_tokens: int) -> Table:
@@ -374,44 +280,3 @@ def _advice_on_speed(speed: Speed, dense: Speed | None) -> Iterator[str]:
         for batch, rate in getattr(speed, kind).items():
             if dense and rate.median <= getattr(dense, kind)[batch].median:
                 yield f"the model {what} no faster than the one beside it at batch size {batch}"
-
-
-def _print_structure(structure: Structure, model: str, json: bool) -> None:
-    if json:
-        names = ("layer", "kind", "groups", "parameters_per_group")
-        print_json(
-            {
-                "model": model,
-                "model_type": structure.model_type,
-                "parameters": structure.total_parameters,
-                "blocks": [{name: getattr(block, name) for name in names} for block in structure.blocks],
-                "whole_mixers": structure.whole_mixers,
-            }
-        )
-        return
-    table = Table("layer", "kind", "groups", "parameters per group", "share of the model")
-    table.title = f"{model}: {structure.model_type}, {structure.total_parameters:,} parameters"
-    for block in structure.blocks:
-        share = block.groups * block.parameters_per_group / structure.total_parameters
-        kind = "KV groups" if block.kind == "heads" else block.kind
-        cells = (kind, f"{block.groups:,}", f"{block.parameters_per_group:,}", f"{share:.2%}")
-        table.add_row(str(block.layer), *cells)
-    table.caption = structure.note or None
-    plain_console().print(table)
-
-
-def _print_cost(estimate: Estimate, model: str, json: bool) -> None:
-    if json:
-        stages = [
-            {"stage": stage, "device_bytes": memory.device, "host_bytes": memory.host, "largest": memory.largest}
-            for stage, memory in estimate.stages.items()
-        ]
-        about = {"model": model, "device": str(estimate.device), "layer_wise": estimate.layer_wise}
-        print_json({**about, "stages": stages})
-        return
-    how = "one layer at a time in memory" if estimate.layer_wise else "all layers in memory"
-    table = Table("stage", f"GiB on {estimate.device}", "GiB beside it", "largest term", title=f"{model}: {how}")
-    for stage, memory in estimate.stages.items():
-        host = f"{memory.host / _GIB:.2f}" if memory.host else ""
-        table.add_row(stage, f"{memory.device / _GIB:.2f}", host, memory.largest)
-    plain_console().print(table)

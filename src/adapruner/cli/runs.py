@@ -3,57 +3,97 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from adapruner.cli._options import Device, Flag, Json, Model, Output, Upload
-from adapruner.cli._output import plain_console, print_advice, print_json, print_result
-from adapruner.config import PruneOptions, Tracker
+from adapruner import config
+from adapruner.cli._options import MOST_USED, RUN_FOLDER, Device, Flag, Json, Model, Output, PruneOptions, Upload
+from adapruner.cli._output import (
+    plain_console,
+    print_advice,
+    print_json,
+    print_note,
+    print_previews,
+    print_result,
+    starting,
+)
+from adapruner.config import Tracker
+from adapruner.errors import AdaPrunerError
 
 
 def prune(
     model: Model | None = None,
     /,
     *,
-    output: Output,
-    recipe: str | None = None,
+    output: Annotated[Path | None, Parameter(name=["--output", "-o"], group=MOST_USED)] = None,
+    recipe: Annotated[str | None, Parameter(group=MOST_USED)] = None,
+    dry_run: Annotated[Flag, Parameter(group=MOST_USED)] = False,
     options: Annotated[PruneOptions | None, Parameter(name="*")] = None,
-    overwrite: Flag = False,
+    overwrite: Annotated[Flag, Parameter(group=RUN_FOLDER)] = False,
+    storage: Annotated[str | None, Parameter(group=RUN_FOLDER)] = None,
     upload: Annotated[Upload | None, Parameter(name="*")] = None,
-    storage: str | None = None,
-    track: Tracker | None = None,
-    json: Json = False,
+    track: Annotated[Tracker | None, Parameter(group=RUN_FOLDER)] = None,
+    json: Annotated[Json, Parameter(group=RUN_FOLDER)] = False,
 ) -> None:
     """Search, prune, save, fine-tune on request, and evaluate. Rerun the same command to resume.
 
     For several ratios, --json prints a list.
 
     Args:
-        output: Run folder; the pruned model is saved in model/, the fine-tuned model in recovered/.
-        recipe: Options to start from: smollm2-20, llama-7b-20, llama-7b-50, vicuna-7b-20, vicuna-7b-50, or a YAML file.
-            Options of the command line override them; the model may be that of the recipe.
+        output: Run folder; the pruned model is saved in model/, the fine-tuned model in recovered/. By default
+            runs/MODEL-RATIO.
+        recipe: Options to start from: a recipe that adapruner recipes lists, or a YAML file. Options of the command
+            line override them; the model may be that of the recipe.
+        dry_run: Check the options and print what would be made, with sizes and memory; write nothing.
         overwrite: Rebuild what was made with other options, from another model or other text.
         storage: URL of an SQL database for the trials, postgresql://…, to search on many machines; by default a SQLite
             file in the run folder.
         track: Experiment tracker that gets trials, training curves, stage times and perplexities while they come;
             tensorboard writes into the run folder. By default nothing is sent.
     """
-    from adapruner import pipeline
-    from adapruner.processes import this_process
-
-    given = (options.model_dump(exclude_unset=True) if options else {}) | (vars(upload) if upload else {})
+    given = options.model_dump(exclude_unset=True) if options else {}
+    if output is None:
+        output = _default_output(model, recipe, given)
+        print_note(f"run folder: {output}")
+    with starting():
+        from adapruner import pipeline
+        from adapruner.processes import this_process
+    if dry_run:
+        previews = pipeline.preview_ratios(
+            model, output=output, overwrite=overwrite, recipe=recipe, storage=storage, **given
+        )
+        if json:
+            _print_all([preview.model_dump(mode="json") for preview in previews])
+        else:
+            print_previews(previews)
+        return
+    how = vars(upload) if upload else {}
     results = pipeline.prune_ratios(
-        model, output=output, overwrite=overwrite, recipe=recipe, storage=storage, track=track, **given
+        model, output=output, overwrite=overwrite, recipe=recipe, storage=storage, track=track, **how, **given
     )
     if not this_process().leads:
         return
     print_advice([line for result in results for line in result.advice()])
     if json:
-        contents = [result.result.model_dump(mode="json") for result in results]
-        print_json(contents if len(contents) > 1 else contents[0])
+        _print_all([result.result.model_dump(mode="json") for result in results])
     else:
         print_result(results)
+
+
+def _default_output(model: str | None, recipe: str | None, options: dict[str, Any]) -> Path:
+    """`runs/MODEL-RATIO`, with the last part of the name of the model and all ratios."""
+    given = (config.read_recipe(recipe) if recipe else {}) | options
+    if not (model := model or given.get("model")):
+        raise AdaPrunerError("name a model: Hub id, model folder, .gguf file, or smollm2")
+    name = Path(str(model)).resolve().name.removesuffix(".gguf")
+    ratios = config.PruneOptions.from_options(**{key: given[key] for key in given if key == "ratio"}).ratio
+    return Path("runs", "-".join([name, *(f"{ratio:g}" for ratio in ratios)]))
+
+
+def _print_all(contents: list[Any]) -> None:
+    """Prints a list as JSON, or its one entry."""
+    print_json(contents if len(contents) > 1 else contents[0])
 
 
 def join(run: Path, /, *, storage: str | None = None, device: Device = "auto") -> None:
@@ -63,7 +103,8 @@ def join(run: Path, /, *, storage: str | None = None, device: Device = "auto") -
         run: Folder of the run, as seen by this machine.
         storage: Storage of the run, if it was started with one.
     """
-    from adapruner import pipeline
+    with starting():
+        from adapruner import pipeline
 
     pipeline.join(run, storage, device)
 
@@ -77,7 +118,8 @@ def plan(run: Path, /, *, ratio: float, output: Output, overwrite: Flag = False,
         output: Folder of the new run.
         overwrite: Rebuild what was made with other options, from another model or other text.
     """
-    from adapruner import pipeline
+    with starting():
+        from adapruner import pipeline
 
     result = pipeline.plan_again(run, output, ratio, overwrite)
     print_advice(result.advice())
@@ -98,9 +140,10 @@ def report(run: Path, /, *, open: Flag = False, watch: Flag = False, json: Json 
     """
     import webbrowser
 
-    from adapruner import verbs
+    with starting():
+        from adapruner.verbs import write_reports
 
-    written = verbs.write_reports(run, watch)
+    written = write_reports(run, watch)
     pages = next(written)
     if open:
         webbrowser.open(pages[-1].absolute().as_uri())

@@ -34,6 +34,7 @@ from transformers.utils import logging as transformers_logging
 from adapruner.errors import AdaPrunerError, reason
 from adapruner.models._architecture import architecture_of, family_named, find_architecture, is_pruned, new_model
 from adapruner.models._device import resolve_device
+from adapruner.models._gguf import without_tokens
 from adapruner.models._stored import (
     StoredTensor,
     are_stored_apart,
@@ -147,13 +148,14 @@ def _with_its_family(config: PreTrainedConfig) -> PreTrainedConfig:
 
 @lru_cache(maxsize=8)
 def _read_config_once(location: ModelLocation, state: frozenset[tuple[str, int, int]]) -> PreTrainedConfig:
-    """transformers reads a whole GGUF file for it, which takes seconds, and output matrices have to be compared."""
+    """Output matrices have to be compared, and lists of tokens in a GGUF file stepped over."""
     return _read_config(location)
 
 
 def _read_config(location: ModelLocation) -> PreTrainedConfig:
     with _reported_as_unloadable(location):
-        fields, _ = PreTrainedConfig.get_config_dict(location.path, **location.arguments)
+        with without_tokens():
+            fields, _ = PreTrainedConfig.get_config_dict(location.path, **location.arguments)
         _refuse_too_many_layers(fields, location)
         config: PreTrainedConfig
         if _is_of_pruned(fields) and fields.get("model_type") in CONFIG_MAPPING:
@@ -330,9 +332,6 @@ def load_model(
         AdaPrunerError: it cannot be found or read, or its files and its config do not go together.
     """
     target = resolve_device(device)
-    if layer_wise and location.gguf_file:
-        # Its config takes seconds to read.
-        check_streamable(location)
     config = load_config(location)
     if layer_wise:
         check_streamable(location, config)
@@ -347,16 +346,17 @@ def load_model(
         else:
             loader: Any = architecture_of(config).pruned_class if is_pruned(config) else AutoModelForCausalLM
             # What does not fit is reported below, whole, and not taken.
-            loaded, report = loader.from_pretrained(
-                location.path,
-                config=config,
-                dtype=dtype,
-                use_safetensors=location.gguf_file is None or None,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-                **_NO_REMOTE_CODE,
-                **location.arguments,
-            )
+            with without_tokens():
+                loaded, report = loader.from_pretrained(
+                    location.path,
+                    config=config,
+                    dtype=dtype,
+                    use_safetensors=location.gguf_file is None or None,
+                    ignore_mismatched_sizes=True,
+                    output_loading_info=True,
+                    **_NO_REMOTE_CODE,
+                    **location.arguments,
+                )
             _refuse_other_weights(location, config, report)
     if not layer_wise:
         model = loaded.to(target).eval()
@@ -386,16 +386,13 @@ def _are_stored_apart(config: PreTrainedConfig) -> bool:
     return _stored_apart[config.model_type]
 
 
-def is_streamable(location: ModelLocation, config: PreTrainedConfig | None) -> bool:
-    """Whether the layers of a model can be read one by one; a GGUF file tells that without a config."""
-    return location.gguf_file is None and (config is None or not _are_stored_apart(config))
+def is_streamable(location: ModelLocation, config: PreTrainedConfig) -> bool:
+    """Whether the layers of a model can be read one by one."""
+    return location.gguf_file is None and not _are_stored_apart(config)
 
 
-def check_streamable(location: ModelLocation, config: PreTrainedConfig | None = None) -> None:
+def check_streamable(location: ModelLocation, config: PreTrainedConfig) -> None:
     """Refuses what has to be read as a whole.
-
-    Args:
-        config: None while it has not been read.
 
     Raises:
         AdaPrunerError: the model is a GGUF file, or has experts that lie in the files one by one.
@@ -484,7 +481,11 @@ def _reported(what: str, hint: str = "") -> Iterator[None]:
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Without the progress bars of transformers, which would run through ours and into logs, and without its tables of
-    what does not fit and the Hub's retries, which our errors report in one line."""
+    what does not fit and the Hub's retries, which our errors report in one line; all of them are shown where the logger
+    `adapruner` is at DEBUG."""
+    if logging.getLogger("adapruner").isEnabledFor(logging.DEBUG):
+        yield
+        return
     enabled, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     of_hub = hub_logging.get_verbosity()
     transformers_logging.disable_progress_bar()

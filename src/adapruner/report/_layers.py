@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from adapruner.planning import BlockPlan, PruningPlan
-from adapruner.structure import shown_layers
+from adapruner.structure import show_layers
 from adapruner.tokens import VocabularySummary
 
 _NAMES = {"heads": "attention", "experts": "experts", "channels": "feed-forward"}
@@ -55,7 +55,7 @@ def layer_rows(plan: PruningPlan, vocabulary: VocabularySummary | None) -> list[
 
 def whole_layers(plan: PruningPlan) -> str:
     """The layers of which every block was removed."""
-    return shown_layers(layer for layer, own in plan.by_layer.items() if not any(block.kept for block in own.values()))
+    return show_layers(layer for layer, own in plan.by_layer.items() if not any(block.kept for block in own.values()))
 
 
 def _summary(blocks: list[BlockPlan], name: str) -> Iterator[str]:
@@ -67,7 +67,7 @@ def _summary(blocks: list[BlockPlan], name: str) -> Iterator[str]:
         else f"all {of_all:,} {name} kept"
     )
     if whole := [block.layer for block in blocks if not block.kept]:
-        yield f"none left in layer{'s'[: len(whole) > 1]} {shown_layers(whole)}"
+        yield f"none left in layer{'s'[: len(whole) > 1]} {show_layers(whole)}"
 
 
 def _of_vocabulary(summary: VocabularySummary) -> LayerRow:

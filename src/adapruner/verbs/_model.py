@@ -1,4 +1,4 @@
-"""One model: loading it, what of it can be pruned, the memory that this needs, and its size and speed."""
+"""One model: loading it, the memory that pruning it needs, and its size and speed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing_extensions import Unpack
 
 from adapruner import models
 from adapruner.arguments import PruneArguments
-from adapruner.config import Dtype, ExpertGranularity, HeadGranularity, PruneConfig
+from adapruner.config import Dtype, PruneConfig
 from adapruner.errors import AdaPrunerError
 from adapruner.evaluation import Speed, measure_speed
 from adapruner.files import write_atomically
@@ -23,8 +23,6 @@ from adapruner.given import ModelGiven
 from adapruner.job import reference_budget, register_extensions
 from adapruner.memory import Memory, choose_layer_wise, estimate_memory
 from adapruner.models import (
-    Architecture,
-    architecture_of,
     check_length,
     empty_model,
     find_model,
@@ -35,7 +33,7 @@ from adapruner.models import (
 )
 from adapruner.paths import output_path
 from adapruner.progress import Reporter
-from adapruner.structure import Structure, build_structure
+from adapruner.structure import build_structure
 from adapruner.verbs._source import ModelSource
 
 
@@ -65,30 +63,6 @@ def load_tokenizer(model: str | Path) -> Tokenizer:
     return models.load_tokenizer(find_model(str(model)))
 
 
-def inspect(
-    model: ModelGiven, head_granularity: HeadGranularity = "kv-group", expert_granularity: ExpertGranularity = "expert"
-) -> Structure:
-    """What of a model can be pruned, from its config alone.
-
-    Args:
-        model: as for `load`, or a model in memory.
-        head_granularity, expert_granularity: as in `PruneOptions`.
-
-    Raises:
-        AdaPrunerError: there is no such model, or its family is not known.
-    """
-    return build_structure(empty_model(ModelSource.of(model).config), head_granularity, expert_granularity)
-
-
-def describe(model: str | Path) -> Architecture:
-    """How the family of a model is built, from its config alone: as a file says, or as it was inferred and proven.
-
-    Raises:
-        AdaPrunerError: there is no such model, or its family cannot be pruned.
-    """
-    return architecture_of(load_config(find_model(str(model))))
-
-
 @dataclass(frozen=True)
 class Estimate:
     """The memory of every stage of a run, on a device, with or without `layer_wise`."""
@@ -109,7 +83,9 @@ def estimate(model: str | Path, **options: Unpack[PruneArguments]) -> Estimate:
     """
     config = PruneConfig.from_options(model=str(model), **options)
     if config.vocabulary:
-        raise AdaPrunerError("the estimate reads no text: leave `vocabulary` out; with it, a run needs less memory")
+        raise AdaPrunerError(
+            "the estimate reads no text: leave `vocabulary` out, or use adapruner prune with `dry_run`, which reads it"
+        )
     register_extensions(config)
     is_here = config.device != "cuda" or torch.cuda.is_available()
     device = resolve_device(config.device) if is_here else torch.device("cuda")

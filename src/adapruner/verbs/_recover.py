@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 from adapruner.arguments import RecoveryArguments
 from adapruner.calibration import SELF_GENERATED, Source, content_hash, generate_windows, parse_source
 from adapruner.card import card_of_recovered, read_card
-from adapruner.checkpoint import read_origin
+from adapruner.checkpoint import check_push, push, read_origin
 from adapruner.config import Dtype, RecoverConfig, Tracker
 from adapruner.errors import AdaPrunerError
 from adapruner.models import (
@@ -55,6 +55,10 @@ def recover(
     dtype: Dtype = "auto",
     device: str = "auto",
     track: Tracker | None = None,
+    push_to_hub: str | None = None,
+    hub_private: bool = True,
+    hub_revision: str | None = None,
+    hub_token: str | None = None,
     **options: Unpack[RecoveryArguments],
 ) -> RecoveryRecord:
     """Fine-tunes a pruned model and writes it as a normal checkpoint with the record that is returned. A killed call
@@ -67,6 +71,10 @@ def recover(
         teacher: the dense model, for distillation.
         overwrite: start again where the folder holds another recovery.
         track: experiment tracker that gets the training curves; TensorBoard's files are in a folder beside the output.
+        push_to_hub: upload the recovered model to this repository.
+        hub_private: whether a new repository is private.
+        hub_revision: branch.
+        hub_token: by default that of the login.
         options: the fields of `RecoveryOptions`.
 
     Raises:
@@ -74,9 +82,22 @@ def recover(
             loss is not finite any more.
     """
     config = RecoverConfig.from_options(model=str(model), data=data, teacher=teacher, dtype=dtype, **options)
+    if push_to_hub:
+        check_push(push_to_hub, hub_token)
     folder = output_path(output)
+    record = _recover_into(folder, config, overwrite, device, track)
+    if push_to_hub and this_process().leads:
+        push(folder, push_to_hub, hub_private, hub_revision, hub_token)
+    return record
+
+
+def _recover_into(
+    folder: Path, config: RecoverConfig, overwrite: bool, device: str, track: Tracker | None
+) -> RecoveryRecord:
+    """Trains the model that the config names, unless the folder holds the result."""
+    data, teacher = config.data, config.teacher
     if folder.resolve() in [given_path(name).resolve() for name in (config.model, teacher) if name]:
-        raise AdaPrunerError(f"{output} is a model that this reads from: choose another output")
+        raise AdaPrunerError(f"{folder} is a model that this reads from: choose another output")
     source = None if data == SELF_GENERATED else parse_source(data)
     if source is None and teacher is None:
         raise AdaPrunerError("`data` self is text that the dense model writes: name it with `teacher`")

@@ -1,0 +1,128 @@
+"""What is installed: doctor, and the recipes of the package."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cyclopts import App
+from rich.table import Table
+
+from adapruner import config
+from adapruner.cli._options import Device, Dtype, Flag, Json, Model
+from adapruner.cli._output import plain_console, print_advice, print_json, starting
+from adapruner.errors import AdaPrunerError
+from adapruner.paths import output_path
+
+if TYPE_CHECKING:
+    from adapruner.doctor import Comparison, Diagnosis
+
+
+def doctor(
+    model: Model = "smollm2",
+    /,
+    *,
+    benchmark: Flag = False,
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Print versions, devices, data folders and engines, and check an accelerator against the CPU on request.
+
+    Paste the output into an issue.
+
+    Args:
+        benchmark: Prune the model twice with little text, on the CPU and on the accelerator, and compare; some minutes.
+    """
+    with starting():
+        from adapruner.doctor import diagnose
+
+    diagnosis = diagnose(model, benchmark, dtype, device)
+    if json:
+        print_json(diagnosis.model_dump(mode="json"))
+        return
+    console = plain_console()
+    console.print(_table_of_facts(diagnosis))
+    if diagnosis.comparison:
+        console.print(_table_of_comparison(diagnosis.comparison))
+    elif benchmark:
+        print_advice(["PyTorch finds no accelerator here: there is nothing to compare with the CPU"])
+
+
+def _table_of_facts(diagnosis: Diagnosis) -> Table:
+    table = Table("", "", show_header=False)
+    table.add_row("python", f"{diagnosis.python}, {diagnosis.platform}")
+    for name, found in diagnosis.packages.items():
+        table.add_row(name, found or "not installed")
+    for device in diagnosis.devices:
+        memory = f", {device.memory / 2**30:.1f} GiB" if device.memory else ""
+        bfloat16 = "native" if device.native_bfloat16 else "emulated"
+        table.add_row("device", f"{device.name}{memory}, bfloat16 {bfloat16}")
+    table.add_row("Hub", f"{diagnosis.hub_cache}{', offline' if diagnosis.offline else ''}")
+    for folder, is_there in diagnosis.data.items():
+        table.add_row("data", folder if is_there else f"{folder} does not exist")
+    table.add_row("engines", ", ".join(name for name, is_here in diagnosis.engines.items() if is_here) or "none")
+    return table
+
+
+def _table_of_comparison(comparison: Comparison) -> Table:
+    """A small run on the CPU and on the accelerator, stage by stage."""
+    cpu, other = comparison.cpu, comparison.accelerator
+    table = Table("", "CPU", "accelerator", "peak, MiB", "estimated, MiB", caption_justify="left")
+    for name, cost in cpu.stages.items():
+        own, expected = other.stages.get(name), other.estimated.get(name)
+        table.add_row(
+            f"{name}, s",
+            f"{cost.seconds:.1f}",
+            f"{own.seconds:.1f}" if own else "",
+            f"{own.peak_on_accelerator_mib:,}" if own else "",
+            f"{expected / 2**20:,.0f}" if expected else "",
+        )
+    table.add_row("loss of the chosen trial", f"{cpu.loss:.4f}", f"{other.loss:.4f}")
+    for role, value in cpu.perplexity.items():
+        table.add_row(f"perplexity, {role}", f"{value:.3f}", f"{other.perplexity[role]:.3f}")
+    table.add_row("plan", cpu.plan[:12], other.plan[:12])
+    table.caption = f"{comparison.same_groups:.2%} of the groups kept on the CPU are kept on the accelerator too"
+    return table
+
+
+recipes = App(name="recipes", help="List the recipes of the package, or copy one to edit it.")
+
+
+@recipes.default
+def list_recipes(*, json: Json = False) -> None:
+    """List the recipes of the package: options for adapruner prune --recipe NAME."""
+    purposes = {name: _purpose(text) for name, text in config.recipes().items()}
+    if json:
+        print_json(purposes)
+        return
+    table = Table("recipe", "", show_lines=True)
+    for name, purpose in purposes.items():
+        table.add_row(name, purpose)
+    plain_console().print(table)
+
+
+@recipes.command(name="copy")
+def copy_recipe(name: str, file: Path | None = None, /, *, overwrite: Flag = False) -> None:
+    """Write a recipe of the package to a file, to edit it.
+
+    Args:
+        name: A recipe of the list.
+        file: The file to write, by default NAME.yaml in the current folder.
+        overwrite: Replace an existing file.
+    """
+    known = config.recipes()
+    if name not in known:
+        raise AdaPrunerError(f"no recipe {name!r}: the package has {', '.join(known)}")
+    target = output_path(file or f"{name}.yaml")
+    if target.exists() and not overwrite:
+        raise AdaPrunerError(f"{target} exists: name another file, or replace it with `overwrite`")
+    target.write_text(known[name], encoding="utf-8")
+    plain_console().print(f"{target}: adapruner prune --recipe {target}", soft_wrap=True)
+
+
+def _purpose(recipe: str) -> str:
+    """The first sentence of the comment that a recipe begins with, behind the command."""
+    lines = itertools.takewhile(lambda line: line.startswith("#"), recipe.splitlines()[1:])
+    return " ".join(line.removeprefix("#").strip() for line in lines).strip().partition(": ")[0]

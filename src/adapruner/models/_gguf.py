@@ -1,0 +1,55 @@
+"""Reading what a GGUF file says of a model and its weights, without its tokens."""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+from collections.abc import Iterator
+from typing import Any, cast
+
+import gguf
+import numpy as np
+
+# Longer than any list with an entry for each layer.
+_LONGEST_LIST = 2**12
+_ARRAY_HEADER = struct.Struct("<IQ")
+_STRING_LENGTH = struct.Struct("<Q")
+_NOTHING = np.zeros(1, dtype=np.uint8)
+
+
+class _WithoutTokens(gguf.GGUFReader):
+    """Steps over lists of tokens, their scores and merges. The base class makes NumPy arrays of every entry, which
+    takes seconds for a vocabulary; only the number of entries is kept, from which transformers counts the tokens."""
+
+    def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list[Any], list[int], list[Any]]:
+        if raw_type == gguf.GGUFValueType.ARRAY and self.byte_order == "I":
+            data: Any = self.data
+            kind, count = _ARRAY_HEADER.unpack_from(data, orig_offs)
+            if count > _LONGEST_LIST:
+                start = orig_offs + _ARRAY_HEADER.size
+                end = self._end_of_list(start, gguf.GGUFValueType(kind), count)
+                if end > len(data):
+                    raise ValueError("a list is longer than the file")
+                entries = [0] * count if kind == gguf.GGUFValueType.STRING else []
+                return end - orig_offs, [_NOTHING], entries, [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT8]
+        parts: tuple[int, list[Any], list[int], list[Any]] = super()._get_field_parts(orig_offs, raw_type)
+        return parts
+
+    def _end_of_list(self, start: int, kind: gguf.GGUFValueType, count: int) -> int:
+        if kind != gguf.GGUFValueType.STRING:
+            return int(start + count * np.dtype(self.gguf_scalar_to_np[kind]).itemsize)
+        end, data = start, cast(Any, self.data)
+        for _ in range(count):
+            end += _STRING_LENGTH.size + _STRING_LENGTH.unpack_from(data, end)[0]
+        return end
+
+
+@contextlib.contextmanager
+def without_tokens() -> Iterator[None]:
+    """transformers, which imports the reader when it reads, steps over the tokens of GGUF files."""
+    module: Any = gguf
+    reader, module.GGUFReader = module.GGUFReader, _WithoutTokens
+    try:
+        yield
+    finally:
+        module.GGUFReader = reader

@@ -1,0 +1,46 @@
+"""What of a model can be pruned, from its config alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from adapruner.config import ExpertGranularity, HeadGranularity
+from adapruner.models import Architecture, architecture_of, empty_model, find_model, load_config
+from adapruner.structure import Structure, build_structure
+
+if TYPE_CHECKING:
+    from adapruner.given import ModelGiven
+
+
+def inspect(
+    model: ModelGiven, head_granularity: HeadGranularity = "kv-group", expert_granularity: ExpertGranularity = "expert"
+) -> Structure:
+    """What of a model can be pruned, from its config alone.
+
+    Args:
+        model: as for `load`, or a model in memory.
+        head_granularity: as in `PruneOptions`.
+        expert_granularity: the same.
+
+    Raises:
+        AdaPrunerError: there is no such model, or its family is not known.
+    """
+    if isinstance(model, str | Path):
+        config = load_config(find_model(str(model)))
+    else:
+        # Not imported for a model by name: it brings the readers of text.
+        from adapruner.given import check_model
+
+        check_model(model)
+        config = model.config
+    return build_structure(empty_model(config), head_granularity, expert_granularity)
+
+
+def describe(model: str | Path) -> Architecture:
+    """How the family of a model is built, from its config alone: as a file says, or as it was inferred and proven.
+
+    Raises:
+        AdaPrunerError: there is no such model, or its family cannot be pruned.
+    """
+    return architecture_of(load_config(find_model(str(model))))

@@ -1,0 +1,215 @@
+"""What the command line shows and offers beside the results of its verbs."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+import adapruner
+from adapruner.cli import app, main
+from adapruner.cli.runs import _default_output
+from adapruner.config import OPTION_GROUPS, PruneConfig, PruneOptions, read_recipe, recipes
+from adapruner.progress import Reporter
+
+RUN = ["--ratio", "0.2", "--pool", "4", "--samples", "2", "--objective-windows", "4", "--final-windows", "0"]
+RUN += ["--compensation-windows", "8", "--seq-len", "16", "--trials", "3", "--round-to", "1", "--whole", "none"]
+RUN += ["--level-rounds", "0", "--self-windows", "0"]
+
+
+def run(*arguments: str) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(arguments)
+
+
+def in_a_shell(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "adapruner", *arguments]
+    return subprocess.run(
+        command, env=os.environ | environment, capture_output=True, text=True, encoding="utf-8", check=False
+    )
+
+
+def test_every_option_of_a_run_is_in_one_group() -> None:
+    assert Counter(name for names in OPTION_GROUPS.values() for name in names) == Counter(
+        PruneOptions.model_fields.keys()
+    )
+
+
+def test_help_begins_with_what_most_runs_set_and_fits_a_narrow_terminal() -> None:
+    shown = in_a_shell("prune", "--help", COLUMNS="80").stdout
+    assert max(map(len, shown.splitlines())) <= 80
+    places = [shown.index(f"─ {name} ─") for name in (*OPTION_GROUPS, "Run folder", "Hub")]
+    assert places == sorted(places)
+    assert places[0] < shown.index("--ratio") < shown.index("--device") < places[1]
+
+
+def test_no_colour_where_none_is_wanted() -> None:
+    """Of a result on stdout and of an error on stderr; bold and italics are no colours (https://no-color.org)."""
+    colour = re.compile(r"\x1b\[(?:\d+;)*[349][0-7]m")
+    terminal = {"FORCE_COLOR": "1", "TERM": "xterm-256color"}
+    for arguments in (("--help",), ("prune", "--trials", "0")):
+        coloured, plain = (in_a_shell(*arguments, **terminal, **extra) for extra in ({}, {"NO_COLOR": "1"}))
+        assert colour.search(coloured.stdout + coloured.stderr)
+        assert not colour.search(plain.stdout + plain.stderr)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_knows_all_options(shell: str, tmp_path: Path) -> None:
+    script = tmp_path / "script"
+    run("--install-completion", "--shell", shell, "--output", str(script))
+    text = script.read_text()
+    for name in PruneOptions.model_fields:
+        option = name.replace("_", "-")
+        assert f"--{option}" in text or f"-l {option}" in text or f"-l '{option}'" in text, option
+    if shutil.which(shell):
+        subprocess.run([shell, "-n", str(script)], check=True)
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("adapruner pru", {"prune"}),
+        ("adapruner prune MODEL --rat", {"--ratio", "--ratio-of"}),
+        ("adapruner prune MODEL --sampler ", {"random", "tpe"}),
+        ("adapruner recipes co", {"copy"}),
+    ],
+)
+def test_bash_completes(words: str, offered: set[str], tmp_path: Path) -> None:
+    script = tmp_path / "script"
+    script.write_text(app.generate_completion(shell="bash"))
+    program = (
+        f'source {script}; read -ra COMP_WORDS <<< "{words}"; [[ "{words}" == *" " ]] && COMP_WORDS+=("");'
+        ' COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); _adapruner; printf "%s\\n" "${COMPREPLY[@]}"'
+    )
+    shown = subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=True).stdout
+    assert {line.strip() for line in shown.splitlines()} == offered
+
+
+def test_a_dry_run_says_what_the_run_then_makes(
+    model_folder: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Into the folder that is the default, which is named after the model and the ratio."""
+    monkeypatch.chdir(tmp_path)
+    command = ["--quiet", "prune", str(model_folder), "--calibration", str(text_file), *RUN, "--json"]
+    run(*command, "--dry-run")
+    assert not list(tmp_path.iterdir())
+    foreseen = json.loads(capsys.readouterr().out)
+    run(*command)
+    result = json.loads(capsys.readouterr().out)
+    folder = tmp_path / "runs" / "tiny-0.2"
+    assert foreseen["folder"] == "runs/tiny-0.2"
+    made = {json.loads(file.read_text())["name"] for file in (folder / "keys").iterdir()}
+    assert set(foreseen["missing"]) == made
+    dense, pruned = (
+        next(model["parameters"] for model in result["models"] if model["role"] == role)
+        for role in ("dense", "searched")
+    )
+    assert foreseen["parameters_before"] == dense
+    assert abs(foreseen["parameters_after"] - pruned) <= 0.01 * dense
+    moments = sum(file.stat().st_size for file in (folder / "moments").rglob("*.safetensors"))
+    assert foreseen["moments_bytes"] <= moments <= 1.2 * foreseen["moments_bytes"] + 2**16
+    run(*command, "--dry-run")
+    assert json.loads(capsys.readouterr().out)["missing"] == []
+
+
+@pytest.mark.parametrize(
+    ("model", "recipe", "options", "folder"),
+    [
+        ("HuggingFaceTB/SmolLM2-360M", None, {}, "runs/SmolLM2-360M-0.2"),
+        ("models/small.gguf", None, {"ratio": (0.1, 0.25)}, "runs/small-0.1-0.25"),
+        (".", None, {"ratio": (0.3,)}, "runs/here-0.3"),
+        (None, "llama-7b-50", {}, "runs/llama-7b-0.6"),
+        (None, "mine.yaml", {}, "runs/of-mine-0.4"),
+        ("other", "mine.yaml", {"ratio": (0.5,)}, "runs/other-0.5"),
+    ],
+)
+def test_the_default_run_folder(
+    model: str | None,
+    recipe: str | None,
+    options: dict[str, object],
+    folder: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    Path("mine.yaml").write_text("model: me/of-mine\nratio: 0.4\n")
+    assert _default_output(model, recipe, options) == Path(folder)
+
+
+def test_a_dry_run_is_refused_for_what_the_run_would_be(
+    model_folder: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["prune", str(model_folder), "-o", str(tmp_path / "run"), "--calibration", str(text_file), *RUN]
+    with pytest.raises(SystemExit, match="2"):
+        main([*command, "--evaluate", "no-such-file.txt", "--dry-run"])
+    [message] = capsys.readouterr().err.splitlines()
+    assert "no-such-file.txt" in message
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_recipe_is_copied_and_read_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("recipes", "--json")
+    assert json.loads(capsys.readouterr().out).keys() == recipes().keys()
+    for name in recipes():
+        run("recipes", "copy", name, str(tmp_path / f"{name}.yaml"))
+        options = read_recipe(tmp_path / f"{name}.yaml")
+        assert PruneConfig.from_options(**options) == PruneConfig.from_options(**read_recipe(name))
+        with pytest.raises(SystemExit, match="2"):
+            main(["recipes", "copy", name, str(tmp_path / f"{name}.yaml")])
+    assert "replace it with --overwrite" in capsys.readouterr().err
+
+
+def test_the_level_of_the_logger_decides_what_is_shown(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def inspect(_: str) -> None:
+        with Reporter().stage("looking"):
+            logging.getLogger("adapruner").debug("a detail")
+        raise adapruner.AdaPrunerError("nothing there")
+
+    monkeypatch.setattr("adapruner.verbs.inspect", inspect)
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    shown = {}
+    for flags in ((), ("--quiet",), ("-v",)):
+        with pytest.raises(SystemExit, match="2"):
+            main([*flags, "inspect", "x"])
+        shown[flags] = capsys.readouterr().err
+    assert "looking: done in" in shown[()]
+    assert "a detail" not in shown[()]
+    assert shown[("--quiet",)] == "adapruner: nothing there\n"
+    assert "looking: done in" in shown[("-v",)]
+    assert "adapruner: a detail" in shown[("-v",)]
+    assert '"event": "finished", "stage": "looking"' in shown[("-v",)]
+
+
+def test_bars_stand_below_each_other() -> None:
+    """Whatever the name of the stage and its number of steps, within 80 columns."""
+    places = set()
+    for name, total in (("cutting", 1), ("removing parts whole", 48), ("looking for breakage", 1024)):
+        terminal = io.StringIO()
+        reporter = Reporter()
+        reporter.console = Console(file=terminal, force_terminal=True, width=80, color_system=None)
+        reporter.shows_bars = True
+        with reporter.stage(name, total):
+            pass
+        [*_, last] = [line for line in re.split(r"[\r\n]", terminal.getvalue()) if "━" in line]
+        shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", last).rstrip()
+        assert len(shown) <= 80
+        places.add((shown.index("━"), shown.rindex("━")))
+    assert len(places) == 1

@@ -1,0 +1,59 @@
+"""Other systems than Linux, as far as they can be imitated here."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+
+from adapruner import memory, progress
+from adapruner.run import _link_or_copy
+
+
+@pytest.fixture
+def _no_proc(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As on Windows and macOS: no /proc, and no symbols of the C library of GNU."""
+    monkeypatch.setattr(progress, "Path", lambda name: tmp_path / "none" / str(name).lstrip("/"))
+
+    def refuse(_: None) -> None:
+        raise TypeError("bad argument type for built-in operation")  # what Windows says to CDLL(None)
+
+    monkeypatch.setattr(ctypes, "CDLL", refuse)
+
+
+@pytest.mark.usefixtures("_no_proc")
+@pytest.mark.parametrize(
+    ("reported", "peak"), [({"rss": 5, "peak_wset": 9}, 9), ({"rss": 5}, 5)], ids=["windows", "macos"]
+)
+def test_peak_memory_without_proc(reported: dict[str, int], peak: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not progress.reset_peak_memory()
+    process = SimpleNamespace(memory_info=lambda: SimpleNamespace(**reported))
+    monkeypatch.setattr(psutil, "Process", lambda: process)
+    assert progress.peak_memory() == peak
+    with progress.Reporter(quiet=True).stage("a stage"):
+        pass
+
+
+def test_all_memory_is_usable_without_control_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_CONTROL_GROUP", tmp_path / "none")
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=10, available=7))
+    assert memory._total_and_free(memory._CPU) == (10, 7)
+
+
+def test_files_are_copied_where_they_cannot_be_linked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a file system without hard links, or on another drive."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(os, "link", refuse)
+    source, target = tmp_path / "a", tmp_path / "b"
+    source.write_bytes(bytes(2**22 + 1))
+    _link_or_copy(source, target)
+    assert target.read_bytes() == source.read_bytes()
+    assert not target.samefile(source)
