@@ -32,7 +32,7 @@ def test_a_recipe_is_valid_and_opens_with_its_command(recipe: Path, monkeypatch:
     assert command == ["adapruner", "prune", "--recipe", name, "-o", f"runs/{name}"]
     made: list[PruneConfig] = []
 
-    def stop(config: PruneConfig, *_: object) -> None:
+    def stop(config: PruneConfig, *_: object, **others: object) -> None:
         made.append(config)
         raise AdaPrunerError("far enough")
 
@@ -70,7 +70,7 @@ def test_options_go_before_those_of_the_recipe(tmp_path: Path, monkeypatch: pyte
     recipe.write_text("model: a/b\nratio: 0.3\nrecover: alpaca\nrecovery: {steps: 5, seq_len: 64}\n")
     made: list[PruneConfig] = []
 
-    def stop(config: PruneConfig, *_: object) -> None:
+    def stop(config: PruneConfig, *_: object, **others: object) -> None:
         made.append(config)
         raise AdaPrunerError("far enough")
 
