@@ -20,6 +20,7 @@ from adapruner.config import (
     ExpertGranularity,
     HeadGranularity,
     Layout,
+    Phase,
     PruneOptions,
     RatioOf,
     RecoveryMethod,
@@ -29,6 +30,7 @@ from adapruner.config import (
     Searched,
     Selection,
     Space,
+    TargetFormat,
     Terms,
     Tracker,
     TrainedWeights,
@@ -65,6 +67,13 @@ class PruneArguments(TypedDict, total=False):
     """The fields of `PruneOptions` but for the dataset, which is an argument of its own."""
 
     ratio: float | Sequence[float]
+    target_size: str | None
+    target_memory: str | None
+    target_speed: float | None
+    target_format: TargetFormat
+    target_phase: Phase
+    target_batch: int
+    target_context: int | None
     vocabulary: str | Sequence[str]
     vocabulary_size: int | None
     vocabulary_multiple: int

@@ -6,15 +6,17 @@ import inspect
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
+    ByteSize,
     ConfigDict,
     Field,
+    TypeAdapter,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -33,6 +35,7 @@ ExportFormat = Literal["gguf", "stock"]
 GgufType = Literal["f32", "f16", "bf16", "q8_0"]
 HeadGranularity = Literal["kv-group", "query-head"]
 Layout = Literal["per-layer", "uniform"]
+Phase = Literal["prefill", "decode"]
 RatioOf = Literal["parameters", "groups"]
 RecoveryMethod = Literal["auto", "labels", "distillation"]
 Reduction = Literal["sum", "mean", "max", "prod"]
@@ -41,6 +44,18 @@ WholePart = Literal["attention", "feed-forward", "layer", "none"]
 Searched = Literal["joint", "calibration", "metric"]
 Selection = Literal["loss", "kl"]
 Space = Literal["paper", "extended"]
+TargetFormat = Literal[
+    "auto",
+    "float32",
+    "bfloat16",
+    "float16",
+    "gguf:f32",
+    "gguf:f16",
+    "gguf:bf16",
+    "gguf:q8_0",
+    "gguf:q4_k_m",
+]
+TargetName = Literal["target_size", "target_memory", "target_speed"]
 Terms = Literal["all", "vector-wise"]
 Tracker = Literal["mlflow", "tensorboard", "trackio", "wandb"]
 TrainedWeights = Literal["lora", "full"]
@@ -59,7 +74,27 @@ def _ascending(values: tuple[float, ...]) -> tuple[float, ...]:
     return tuple(sorted(values))
 
 
+def size_in_bytes(value: Any) -> int:
+    """The bytes that are meant by a size such as 400MB or 1.5GiB.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        return int(TypeAdapter(ByteSize).validate_python(value))
+    except ValidationError:
+        raise ValueError("is not a size: expected a number with a unit, as 400MB or 1.5GiB") from None
+
+
+def _check_size(value: Any) -> str:
+    if not size_in_bytes(value):
+        raise ValueError("must be more than nothing")
+    return str(value)
+
+
 Count = Annotated[int, Field(ge=1)]
+# As it was given: a size in bytes says less to whoever reads it.
+Size = Annotated[str, BeforeValidator(_check_size)]
 Fraction = Annotated[float, AfterValidator(_check_fraction)]
 # One value stands for a tuple of one.
 _OneOrMore = BeforeValidator(lambda value: value if isinstance(value, list | tuple) else (value,))
@@ -68,6 +103,13 @@ Names = Annotated[tuple[str, ...], _OneOrMore]
 
 # What the option `objective` begins with where it stands for a function of the user.
 FUNCTION = "python:"
+
+# What says how much is removed; a run has one of them.
+TARGETS: tuple[TargetName, ...] = get_args(TargetName)
+BUDGETS = ("ratio", *TARGETS)
+
+# Tokens of a sequence where `target_context` does not say: in the cache, and of a prompt that is timed.
+_CACHED_TOKENS, _TIMED_TOKENS = 2048, 128
 
 # The largest seed of NumPy; nobody has so many tokens, windows or steps either.
 _LARGEST_NUMBER = 2**32 - 1
@@ -158,6 +200,33 @@ class PruneOptions(_Options):
     ratio: Ratios = Field(
         default=(0.2,),
         description="Fraction of all parameters to remove, tied embeddings counted once; repeat it for several models.",
+    )
+    target_size: Size | None = Field(
+        default=None, description="Size of the checkpoint in place of a ratio, as 400MB or 1.5GiB; see target_format."
+    )
+    target_memory: Size | None = Field(
+        default=None,
+        description="Memory of weights and KV cache in place of a ratio, at target_batch and target_context.",
+    )
+    target_speed: float | None = Field(
+        default=None,
+        gt=1,
+        description="How many times as fast as the dense model on this machine, in place of a ratio, as 1.3; see"
+        " target_phase.",
+    )
+    target_format: TargetFormat = Field(
+        default="auto",
+        description="Format of target_size and target_memory: a dtype of safetensors, or a type of GGUF; auto is the"
+        " dtype of the weights.",
+    )
+    target_phase: Phase = Field(
+        default="prefill", description="What target_speed is about: reading a prompt, or generating after it."
+    )
+    target_batch: Count = Field(default=1, description="Sequences at once, for target_memory and target_speed.")
+    target_context: int | None = Field(
+        default=None,
+        ge=1,
+        description="Tokens of each sequence, for target_memory (by default 2048) and target_speed (by default 128).",
     )
     vocabulary: Names = Field(
         default=(),
@@ -308,6 +377,16 @@ class PruneOptions(_Options):
         return self.calibration if self.objective is None or self.objective_function else self.objective
 
     @property
+    def target(self) -> TargetName | None:
+        """What is given in place of a ratio."""
+        return next((name for name in TARGETS if getattr(self, name) is not None), None)
+
+    @property
+    def tokens_of_target(self) -> int:
+        """Tokens of each sequence that memory or speed is about."""
+        return self.target_context or (_TIMED_TOKENS if self.target == "target_speed" else _CACHED_TOKENS)
+
+    @property
     def levels_widths(self) -> bool:
         """Whether the widths are levelled after the search, if all layers are in memory."""
         return self.level_rounds != 0 and _searches_widths(self.ratio_of, self.search, self.space, self.layout)
@@ -326,6 +405,10 @@ OPTION_GROUPS: dict[str, tuple[str, ...]] = {
     "What is removed": (
         *("ratio_of", "layout", "protect_first", "protect_last", "head_share", "head_granularity"),
         *("expert_granularity", "whole", "round_to", "vocabulary", "vocabulary_size", "vocabulary_multiple"),
+    ),
+    "A target in place of the ratio": (
+        *("target_size", "target_memory", "target_speed"),
+        *("target_format", "target_phase", "target_batch", "target_context"),
     ),
     "Datasets": ("objective", "pool", "samples", "objective_windows", "final_windows", "seq_len", "sources"),
     "Search": ("trials", "level_rounds", "selection", "search", "space", "sampler", "seed"),
@@ -359,6 +442,8 @@ class RecoverConfig(RecoveryOptions):
 
 class PruneConfig(PruneOptions):
     """Everything that a run depends on: the model and the options.
+
+    Where a target takes the place of the ratio, the ratio is the one that the search starts with to meet it.
 
     Attributes:
         search_ratio: the ratio that the search was done at, where it is another than that of the plan.
@@ -402,6 +487,39 @@ class PruneConfig(PruneOptions):
         (
             lambda ratio_of, space: ratio_of == "groups" and space == "extended",
             "`ratio_of` groups leaves no allocation to search: set `space` paper",
+        ),
+        (
+            lambda target_size, target_memory, target_speed: (
+                sum(target is not None for target in (target_size, target_memory, target_speed)) > 1
+            ),
+            "`target_size`, `target_memory` and `target_speed` each say how much is removed: give one",
+        ),
+        (
+            lambda target_size, target_memory, target_format: (
+                target_format != "auto" and target_size is None and target_memory is None
+            ),
+            "`target_format` is that of a size: add `target_size` or `target_memory`",
+        ),
+        (
+            lambda target_speed, target_phase: target_phase != "prefill" and target_speed is None,
+            "`target_phase` is that of a speed: add `target_speed`",
+        ),
+        (
+            lambda target_memory, target_speed, target_batch, target_context: (
+                (target_batch, target_context) != (1, None) and target_memory is None and target_speed is None
+            ),
+            "`target_batch` and `target_context` change neither a size nor a ratio: add `target_memory` or"
+            " `target_speed`",
+        ),
+        (
+            lambda target_size, target_memory, target_speed, ratio_of: (
+                ratio_of == "groups" and (target_size or target_memory or target_speed)
+            ),
+            "`ratio_of` groups is about a ratio: remove the target or `ratio_of`",
+        ),
+        (
+            lambda target_speed, layer_wise: target_speed is not None and layer_wise,
+            "`target_speed` is measured with all layers in memory: remove `layer_wise`",
         ),
         (
             lambda sequential, compensation: sequential and compensation != "least-squares",

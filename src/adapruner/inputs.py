@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.calibration import absolute_source, source_names
-from adapruner.config import FUNCTION, PruneConfig, PruneOptions, RecoveryOptions, read_recipe
+from adapruner.config import BUDGETS, FUNCTION, PruneConfig, PruneOptions, RecoveryOptions, read_recipe
 from adapruner.errors import AdaPrunerError
 from adapruner.given import check_prunable, check_tokenizer, is_in_memory, write_model, write_text
 from adapruner.job import register_extensions
@@ -55,7 +55,11 @@ def _given_options(
         own["recovery"] = own["recovery"].model_dump(exclude_unset=True)
     if isinstance(base.get("recovery"), dict) and isinstance(own.get("recovery"), dict):
         own["recovery"] = base["recovery"] | own["recovery"]
+    if any(own.get(name) is not None for name in BUDGETS):
+        base = {name: value for name, value in base.items() if name not in BUDGETS}
     given = base | own
+    if len(budgets := [name for name in BUDGETS if given.get(name) is not None]) > 1 and "ratio" in budgets:
+        raise AdaPrunerError(f"`ratio` and `{budgets[1]}` both say how much is removed: give one")
     if "model" not in given:
         raise AdaPrunerError("name a model: Hub id, model folder, .gguf file, or smollm2")
     if isinstance(windows := given.get("calibration"), Tensor) and windows.dim() == 2:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,21 @@ from adapruner.calibration import (
     text_windows,
 )
 from adapruner.callbacks import Callback
+from adapruner.checkpoint import check_gguf
 from adapruner.config import PruneConfig
+from adapruner.costs import (
+    Latencies,
+    check_latencies,
+    describe_measuring,
+    is_gguf,
+    layers_to_measure,
+    measure_latencies,
+    measured_model,
+    read_latencies,
+    target_of,
+    timer,
+    timings,
+)
 from adapruner.errors import AdaPrunerError
 from adapruner.evaluation import Tasks, load_tasks
 from adapruner.files import write_atomically
@@ -53,7 +67,15 @@ from adapruner.models import (
     trial_dtype,
 )
 from adapruner.models import fingerprint as fingerprint_of_model
-from adapruner.planning import MOST_CHANNELS, Budget, BudgetError, kept_counts, largest_channel_share
+from adapruner.planning import (
+    MOST_CHANNELS,
+    Budget,
+    BudgetError,
+    Target,
+    kept_counts,
+    largest_channel_share,
+    make_plan,
+)
 from adapruner.plugins import load_plugins
 from adapruner.processes import Process
 from adapruner.progress import Reporter
@@ -61,6 +83,7 @@ from adapruner.recovery import Examples, check_device, read_examples
 from adapruner.run import RunFolder
 from adapruner.search import ItemLosses, StudyPlace, sqlite_url
 from adapruner.structure import Structure, build_structure
+from adapruner.surgery import prune_model
 from adapruner.texts import Texts, assign_texts, report_windows
 from adapruner.tokens import (
     TokenizerParts,
@@ -74,6 +97,8 @@ from adapruner.tokens import (
 
 # The artifact with the chosen tokens.
 VOCABULARY = "vocabulary.json"
+# The artifact with what layers take on this machine.
+LATENCIES = "latencies.json"
 
 _LEVEL_ROUNDS = 2
 
@@ -175,6 +200,55 @@ class Preparation:
             )
         return left / summary.parameters_after
 
+    @cached_property
+    def latencies(self) -> Latencies:
+        """What layers take on this machine: as the run has measured it, or else as this user has, or measured now."""
+        check_latencies(self.structure)
+        config, model = self.config, self.empty.config
+        phase, batch, context = config.target_phase, config.target_batch, config.tokens_of_target
+        about = describe_measuring(model, self.dtype, self.device, phase, batch, context)
+        for folder in (self.folder, *self.others):
+            record = folder.record(LATENCIES)
+            if record is not None and folder.is_made(LATENCIES, record.key):
+                earlier = Latencies.model_validate_json((folder.path / LATENCIES).read_bytes())
+                if earlier.are_of(about):
+                    return earlier
+
+        def measure() -> Latencies:
+            layers = layers_to_measure(self.structure, self.dtype)
+            with self.reporter.stage("timing layers", timings(self.structure)) as advance:
+                make = partial(measured_model, model, dtype=self.dtype, device=self.device)
+                return measure_latencies(self.structure, make, layers, timer(phase, batch, context), about, advance)
+
+        return read_latencies(about, measure)
+
+    @cached_property
+    def target(self) -> Target | None:
+        """What takes the place of the ratio."""
+        return target_of(self.config, self.empty, self.structure, self.dtype, self.tokenizer, lambda: self.latencies)
+
+    def ratio_of_target(self, target: Target) -> float:
+        """The ratio that the search starts with to meet a target, from where the options say.
+
+        Raises:
+            AdaPrunerError: it cannot be met, or what meets it cannot be written in the format; with the numbers.
+        """
+
+        def counts_at(ratio: float) -> list[int]:
+            return kept_counts(self.structure, self.budget(ratio))
+
+        summary = self.vocabulary.summary if self.vocabulary else None
+        least = summary.removed_parameters / summary.parameters_before if summary else 0.0
+        ratio = target.ratio(counts_at, least)
+        if is_gguf(self.config.target_format):
+            scores = torch.zeros(self.structure.group_offsets[-1])
+            check_gguf(prune_model(self.empty, self.structure, make_plan(self.structure, scores, counts_at(ratio))))
+        return ratio
+
+    def budget(self, ratio: float) -> Budget:
+        """What is to be removed at a ratio, from where the options say."""
+        return reference_budget(self.config, self.structure, self.ratio_of_blocks(ratio))
+
     @property
     def _seq_len(self) -> int:
         """Tokens of the longest text."""
@@ -208,7 +282,7 @@ class Preparation:
         """Whether one decoder layer at a time is in memory."""
         if self.config.layer_wise:
             check_streamable(self.location, self.empty.config)
-        budget = reference_budget(self.config, self.structure, self.ratio_of_blocks(max(self.config.ratio)))
+        budget = self.budget(max(self.config.ratio))
         streamable = is_streamable(self.location, self.empty.config)
         return choose_layer_wise(self.config, self.empty, self.structure, budget, self.device, streamable)
 
@@ -216,7 +290,7 @@ class Preparation:
         """Bytes that second moments may take while trials use them, by device; nothing where that cannot be told."""
         if is_pruned(self.empty.config):
             return {}
-        budget = reference_budget(self.config, self.structure, self.ratio_of_blocks(max(self.config.ratio)))
+        budget = self.budget(max(self.config.ratio))
         stages = estimate_memory(self.config, self.empty, self.structure, budget, self.device, self.layer_wise)
         return room_for_moments(self.device, stages["searching"])
 
@@ -435,7 +509,7 @@ class Job:
 
     def budget(self, ratio: float) -> Budget:
         """What is to be removed at a ratio, from where the options say."""
-        return reference_budget(self.config, self.prepared.structure, self.prepared.ratio_of_blocks(ratio))
+        return self.prepared.budget(ratio)
 
 
 def reference_budget(config: PruneConfig, structure: Structure, ratio: float) -> Budget:

@@ -174,6 +174,8 @@ def plan_again(source: str | Path, output: str | Path, ratio: float, overwrite: 
     register_extensions(config)
     nearest = min(config.ratio, key=lambda searched: abs(searched - ratio))
     changes: dict[str, Any] = {"ratio": ratio, "search_ratio": config.search_ratio or nearest}
+    # A ratio takes the place of a target too.
+    changes |= {name: field.default for name, field in PruneOptions.model_fields.items() if name.startswith("target_")}
     # Whether the model fits depends on the ratio, and what was searched on how it computes.
     if record := earlier.at_ratio(nearest, config).record(procedure.search.name):
         changes["layer_wise"] = record.leaves["precision"]["layer_wise"]
@@ -246,6 +248,7 @@ def _run(
     preparation = Preparation(config, run, storage, process, reporter, tuple(others), item_losses, told)
     with process.connected(preparation.device), computing_repeatably(preparation.device):
         _checked_drivers(preparation, overwrite, others)
+        config = preparation.config
         with run.locked() if process.leads else contextlib.nullcontext():
             if process.leads:
                 run.check_usable()
@@ -264,6 +267,8 @@ def _run(
 
 def _checked_drivers(preparation: Preparation, overwrite: bool, others: Sequence[RunFolder] = ()) -> list[Driver]:
     """One for each ratio, after everything that can be refused before the work was."""
+    if preparation.config.target:
+        preparation.config = _with_ratio(preparation)
     drivers = [_driver(preparation, ratio, others) for ratio in preparation.config.ratio]
     if not overwrite:
         refuse_outdated(drivers, preparation.folder.path)
@@ -272,6 +277,14 @@ def _checked_drivers(preparation: Preparation, overwrite: bool, others: Sequence
     for driver in drivers:
         _check(driver, others)
     return drivers
+
+
+def _with_ratio(preparation: Preparation) -> PruneConfig:
+    """The options with the ratio that meets the target, which the first process finds."""
+    process, ratio = preparation.process, 0.0
+    if process.leads and preparation.target:
+        ratio = preparation.ratio_of_target(preparation.target)
+    return preparation.config.model_copy(update={"ratio": (process.from_first(ratio),)})
 
 
 def _driver(preparation: Preparation, ratio: float, others: Sequence[RunFolder] = ()) -> Driver:

@@ -30,6 +30,7 @@ from adapruner.callbacks import tell
 from adapruner.card import model_card
 from adapruner.checkpoint import save_checkpoint, write_card
 from adapruner.config import PruneConfig, WholePart
+from adapruner.costs import Latencies, TargetOutcome, bytes_of_model, cache_bytes, dtype_in, is_gguf, timer
 from adapruner.errors import AdaPrunerError, NonFiniteError
 from adapruner.evaluation import (
     Breakage,
@@ -46,7 +47,7 @@ from adapruner.evaluation import (
 )
 from adapruner.files import write_atomically
 from adapruner.importance import needed_statistics
-from adapruner.job import VOCABULARY, Job, needs_moments, window_counts
+from adapruner.job import LATENCIES, VOCABULARY, Job, needs_moments, window_counts
 from adapruner.measurement import (
     HeldMoments,
     InputMoments,
@@ -59,7 +60,7 @@ from adapruner.measurement import (
 )
 from adapruner.memory import MEASURED_AT_ONCE, TOKENS_FOR_COSTS, TOKENS_FOR_WHOLE, windows_of
 from adapruner.models import Whole, describe_device, empty_model, find_model, in_fastest_dtype, load_config, load_model
-from adapruner.planning import MOST_CHANNELS, PruningPlan, kept_counts, largest_channel_share
+from adapruner.planning import MOST_CHANNELS, PruningPlan, Target, kept_counts, largest_channel_share
 from adapruner.progress import Advance
 from adapruner.recovery import DEFAULT_GENERATED_RECORDS, read_record, recover_into, total_steps, window_examples
 from adapruner.report import render_report
@@ -80,12 +81,15 @@ from adapruner.search import (
     level,
     plan_candidate,
     removal_orders,
+    scores_of,
 )
 from adapruner.structure import Structure, build_structure
 from adapruner.surgery import Compensation, prune_model, refit_sequentially
 from adapruner.tokens import Vocabulary, foreign_tokens
 
 _WRITTEN_AT_ONCE = 64
+# What decides how much is removed; a ratio alone leaves the others as they are.
+_BUDGET = "ratio target_size target_memory target_speed target_format target_phase target_batch target_context"
 # Tokens per window of the built-in texts, of which there is little.
 _PROBED_TOKENS = 128
 Windows = dict[str, Tensor]
@@ -424,7 +428,7 @@ def _check_levelling(job: Job) -> None:
     "levelled.json",
     _json(Levelled),
     inputs=(windows, moments, statistics, search),
-    options="ratio level_rounds",
+    options=f"{_BUDGET} level_rounds",
     leaves="model family precision left_out",
     is_wanted=lambda config: config.levels_widths,
     check=_check_levelling,
@@ -453,22 +457,26 @@ def levelled(
     "plan.json",
     PLAN,
     inputs=(statistics, search, levelled),
-    options="ratio level_rounds",
+    options=f"{_BUDGET} level_rounds",
     check=lambda job: job.budget(job.config.ratio[0]),
 )
 def plan(job: Job, work: Path, statistics: Statistics, search: SearchResult, levelled: Levelled | None) -> PruningPlan:
     """The plan of the chosen candidate."""
-    candidate = levelled.candidate if levelled else candidate_at_ratio(job, statistics, search.best)
+    # Widths that were moved may cost something else.
+    candidate = candidate_at_ratio(job, statistics, levelled.candidate if levelled else search.best)
     return plan_candidate(job.prepared.structure, statistics, candidate)
 
 
 def candidate_at_ratio(job: Job, statistics: Statistics, found: Candidate) -> Candidate:
-    """A candidate at the ratio of the job; where the search was at another ratio, whose allocation cannot reach this
-    one or only by taking a layer apart, with the allocation that this ratio starts from."""
+    """A candidate at the ratio of the job, or at the one with which it meets the target; where its allocation cannot do
+    so, or only by taking a layer apart, with the allocation that the job starts from."""
     structure, ratio = job.prepared.structure, job.prepared.ratio_of_blocks(job.config.ratio[0])
-    if found.budget.ratio == ratio:
-        return found
     with contextlib.suppress(AdaPrunerError):
+        if target := job.prepared.target:
+            scores = scores_of(structure, statistics, found)
+            ratio = target.ratio(lambda ratio: kept_counts(structure, replace(found.budget, ratio=ratio), scores))
+        if found.budget.ratio == ratio:
+            return found
         at_ratio = found.model_copy(update={"budget": replace(found.budget, ratio=ratio)})
         plan = plan_candidate(structure, statistics, at_ratio)
         if largest_channel_share(structure, [len(block.kept) for block in plan.blocks]) <= MOST_CHANNELS:
@@ -505,6 +513,66 @@ def model(job: Job, work: Path, windows: Windows, written: Windows | None, momen
 def _origin(job: Job, plan: PruningPlan) -> dict[str, Any]:
     """What a checkpoint says of its making: the base model, and the texts that it was made with."""
     return {"base_model": shown_name(job.config.model), "texts": job.prepared.texts.as_records(), "plan": plan.hash}
+
+
+@artifact(
+    LATENCIES,
+    _json(Latencies),
+    options="target_phase target_batch target_context head_granularity",
+    leaves="model precision",
+    is_wanted=lambda config: config.target_speed is not None,
+    is_result=False,
+)
+def latencies(job: Job, work: Path) -> Latencies:
+    """What layers take on this machine, by which the target was resolved."""
+    return job.prepared.latencies
+
+
+@artifact(
+    "target.json",
+    _json(TargetOutcome),
+    inputs=(latencies, plan, model),
+    options=_BUDGET,
+    leaves="model precision",
+    is_wanted=lambda config: config.target is not None,
+    is_result=False,
+)
+def target(job: Job, work: Path, latencies: Latencies | None, plan: PruningPlan, model: Path) -> TargetOutcome | None:
+    """How well the saved model meets the target."""
+    aim = job.prepared.target
+    if aim is None:
+        return None
+    reached = _measured_cost(job, aim, model) if latencies else float(_bytes_of_saved(job, model))
+    return TargetOutcome(
+        option=aim.option,
+        unit=aim.unit,
+        dense=aim.shown(aim.dense),
+        asked=aim.shown(aim.most),
+        predicted=aim.shown(aim.costs([len(block.kept) for block in plan.blocks])),
+        reached=aim.shown(reached),
+    )
+
+
+def _measured_cost(job: Job, aim: Target, model: Path) -> float:
+    """Seconds of the saved model, for as many as were predicted for the dense one: both are measured in turn."""
+    config, prepared = job.config, job.prepared
+    models = {"dense": prepared.dense, "pruned": load_model(find_model(str(model)), "auto", config.device)}
+    with prepared.reporter.stage("timing"):
+        seconds = timer(config.target_phase, config.target_batch, config.tokens_of_target)(models)
+    return aim.dense * seconds["pruned"] / seconds["dense"]
+
+
+def _bytes_of_saved(job: Job, model: Path) -> int:
+    """Of the file that was written, or that an export would write, and of the cache where the target is memory."""
+    config, prepared = job.config, job.prepared
+    dtype = dtype_in(config.target_format, prepared.dtype)
+    empty = empty_model(load_config(find_model(str(model))))
+    size = bytes_of_model(empty, prepared.tokenizer, config.target_format, prepared.dtype)
+    if not is_gguf(config.target_format) and dtype == prepared.dtype:
+        size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    if config.target_memory:
+        size += sum(cache_bytes(empty, config.target_batch, config.tokens_of_target, dtype))
+    return size
 
 
 @artifact(
@@ -660,7 +728,7 @@ perplexity: dict[Role, Artifact[dict[str, Perplexity]]] = {
         f"evaluation/perplexity-{role}.json",
         _json(dict[str, Perplexity]),
         inputs=(report_texts, *([report_texts_dense] if role == "dense" else inputs)),
-        options="ratio" if role == "best_fixed" else "",
+        options=_BUDGET if role == "best_fixed" else "",
         leaves="model precision",
         is_wanted=partial(_is_evaluated, role),
         is_result=False,
@@ -708,6 +776,7 @@ breakage: dict[Role, Artifact[Breakage]] = {
         levelled,
         plan,
         model,
+        target,
         recovered,
         *perplexity.values(),
         *scores.values(),
@@ -724,6 +793,7 @@ def result(
     levelled: Levelled | None,
     plan: PruningPlan,
     model: Path,
+    target: TargetOutcome | None,
     recovered: Path | None,
     *measured: Any,
 ) -> RunResult:
@@ -763,6 +833,7 @@ def result(
         device=describe_device(job.prepared.device),
         vocabulary=chosen,
         foreign=None if chosen else _foreign_vocabulary(job, windows),
+        target=target,
     )
     folders: dict[Role, Path | None] = {"searched": model, "recovered": recovered}
     for role, folder in folders.items():
@@ -790,7 +861,8 @@ def report(job: Job, work: Path, result: RunResult) -> str:
 # Every artifact stands behind its inputs.
 ARTIFACTS: tuple[Artifact[Any], ...] = (
     *(vocabulary, windows, report_texts, report_texts_dense),
-    *(self_written, moments, statistics, whole, search, levelled, plan, model, training_windows, recovered),
+    *(self_written, moments, statistics, whole, search, levelled, plan, model),
+    *(latencies, target, training_windows, recovered),
     *perplexity.values(),
     *scores.values(),
     continuations,

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.config import PruneConfig
+from adapruner.costs import TargetOutcome
 from adapruner.evaluation import Breakage, Perplexity, TaskScore, Verdict, judge, mean_accuracies
 from adapruner.models import find_model, load_model, load_tokenizer
 from adapruner.planning import PruningPlan
@@ -109,6 +110,7 @@ class RunResult(_Content):
         device: of the last call that added numbers.
         vocabulary: what was done to the vocabulary; None if all tokens are kept.
         foreign: what could be, if all are.
+        target: what took the place of the ratio, and how well it was met.
     """
 
     schema_version: Literal[3] = 3
@@ -124,6 +126,7 @@ class RunResult(_Content):
     device: str = "cpu"
     vocabulary: VocabularySummary | None = None
     foreign: ForeignVocabulary | None = None
+    target: TargetOutcome | None = None
 
     def model(self, role: Role) -> ModelNumbers:
         """The numbers of one of the models."""
@@ -218,6 +221,7 @@ class PruneResult:
         result = self.result
         return [
             _table(result),
+            *([_target_table(result.target)] if result.target else []),
             *([_breakage_table(result)] if result.final.breakage else []),
             *([_task_table(result)] if result.final.tasks else []),
         ]
@@ -314,6 +318,15 @@ def bits(number: Perplexity) -> str:
 def fraction(value: float | None) -> str:
     """A fraction as it is shown; nothing where it was not measured."""
     return "" if value is None else f"{value:.2f}"
+
+
+def _target_table(target: TargetOutcome) -> Table:
+    numbers = {"dense": target.dense, "target": target.asked, "predicted": target.predicted, "reached": target.reached}
+    if target.option == "target_speed":
+        del numbers["dense"]
+    table = Table(target.option.replace("_", " "), *numbers)
+    table.add_row(target.unit, *(f"{number:,.2f}" for number in numbers.values()))
+    return table
 
 
 def _breakage_table(result: RunResult) -> Table:

@@ -1,12 +1,17 @@
 """Checkpoints: Hugging Face folders that load with and without this package, GGUF files, uploads."""
 
 from adapruner.checkpoint._folder import is_replaceable, read_origin, save_checkpoint, write_card
-from adapruner.checkpoint._gguf import check_gguf, write_gguf
+from adapruner.checkpoint._gguf import check_gguf, gguf_bytes, gguf_header_bytes, gguf_names, write_gguf
+from adapruner.checkpoint._gguf_sizes import gguf_tensor_bytes
 from adapruner.checkpoint._hub import check_push, push
 
 __all__ = [
     "check_gguf",
     "check_push",
+    "gguf_bytes",
+    "gguf_header_bytes",
+    "gguf_names",
+    "gguf_tensor_bytes",
     "is_replaceable",
     "push",
     "read_origin",

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import re
+import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import gguf
 import numpy as np
@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from adapruner.checkpoint._folder import made_beside
+from adapruner.checkpoint._gguf_sizes import aligned, gguf_tensor_bytes, stored_type, tensor_bytes
 from adapruner.checkpoint._gguf_tokenizer import add_tokenizer
 from adapruner.config import GgufType
 from adapruner.errors import AdaPrunerError
@@ -56,24 +57,54 @@ def write_gguf(model: PreTrainedModel, tokenizer: Tokenizer, path: Path, gguf_ty
     Raises:
         AdaPrunerError: llama.cpp would not compute what the model computes, or split text as the tokenizer does.
     """
-    config = model.config
     check_gguf(model)
-    architecture = _llama_cpp_architecture(config)
-    writer = GGUFWriter(None, architecture)
-    _add_hyperparameters(writer, config)
-    add_tokenizer(writer, tokenizer, vocabulary=config.vocab_size)
-    writer.add_type("model")
-    writer.add_name(path.stem)
-    type_name = gguf_type.upper()
-    writer.add_file_type(LlamaFileType["ALL_F32" if gguf_type == "f32" else f"MOSTLY_{type_name}"])
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    interleaved_width = _head_dim(config) if architecture in _ROTATE_NEIGHBOURS else None
+    architecture, matrix_type = _llama_cpp_architecture(model.config), GGMLQuantizationType[gguf_type.upper()]
+    writer = _new_writer(model, tokenizer, path.stem)
+    writer.add_file_type(LlamaFileType["ALL_F32" if gguf_type == "f32" else f"MOSTLY_{matrix_type.name}"])
+    interleaved_width = _head_dim(model.config) if architecture in _ROTATE_NEIGHBOURS else None
     with made_beside(path) as made:
         with being_written(made) as partial, contextlib.closing(writer):
-            _write_file(
-                writer, partial, _named_tensors(model, architecture), GGMLQuantizationType[type_name], interleaved_width
-            )
+            _write_file(writer, partial, _named_tensors(model, architecture), matrix_type, interleaved_width)
         os.replace(made, path)
+
+
+def _new_writer(model: PreTrainedModel, tokenizer: Tokenizer, name: str) -> GGUFWriter:
+    """With all but the tensors and their type."""
+    writer = GGUFWriter(None, _llama_cpp_architecture(model.config))
+    _add_hyperparameters(writer, model.config)
+    add_tokenizer(writer, tokenizer, vocabulary=model.config.vocab_size)
+    writer.add_type("model")
+    writer.add_name(name)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    return writer
+
+
+def gguf_bytes(model: PreTrainedModel, tokenizer: Tokenizer, gguf_type: GgufType | Literal["q4_k_m"]) -> int:
+    """Bytes of the file that `write_gguf` writes, or that llama.cpp quantizes; the model needs no weights for that."""
+    header = gguf_header_bytes(model, tokenizer)
+    tensors = _named_tensors(model, _llama_cpp_architecture(model.config))
+    return header + gguf_tensor_bytes({name: tensor.shape for name, tensor in tensors.items()}, gguf_type)
+
+
+def gguf_header_bytes(model: PreTrainedModel, tokenizer: Tokenizer) -> int:
+    """Bytes in front of the tensors, of a file that is called model.gguf.
+
+    Raises:
+        AdaPrunerError: llama.cpp would not compute what the model computes, or split text as the tokenizer does.
+    """
+    check_gguf(model)
+    tensors = _named_tensors(model, _llama_cpp_architecture(model.config))
+    with tempfile.TemporaryDirectory() as folder, contextlib.closing(_new_writer(model, tokenizer, "model")) as writer:
+        writer.add_file_type(LlamaFileType.ALL_F32)
+        _write_header(writer, path := Path(folder) / "model.gguf", tensors, GGMLQuantizationType.F32)
+        return aligned(path.stat().st_size)
+
+
+def gguf_names(model: PreTrainedModel) -> dict[str, str]:
+    """What llama.cpp calls every parameter of a model."""
+    architecture = gguf.MODEL_ARCH[_llama_cpp_architecture(model.config).upper()]
+    names = gguf.get_tensor_name_map(architecture, model.config.num_hidden_layers)
+    return {own: _name(names, own) for own, _ in model.named_parameters()}
 
 
 def check_gguf(model: PreTrainedModel) -> None:
@@ -243,15 +274,20 @@ def _named_tensors(model: PreTrainedModel, architecture: str) -> dict[str, Tenso
     for own, parameter in model.named_parameters():
         if own.startswith(unread):
             continue
-        name = names.get_name(own, (".weight", ".bias"))
-        if name is None:
-            raise AdaPrunerError(f"GGUF export does not know the parameter {own}; merge adapters into the model first")
+        name = _name(names, own)
         # Weights of Gemma's norms are stored less one.
         tensors[name] = parameter + 1 if architecture == "gemma3" and name.endswith("norm.weight") else parameter
     tensors |= _zeros(model.config)
     if model.config.rope_parameters.get("rope_type") == "llama3":
         tensors["rope_freqs.weight"] = _frequency_divisors(model.config)
     return tensors
+
+
+def _name(names: gguf.TensorNameMap, own: str) -> str:
+    name = names.get_name(own, (".weight", ".bias"))
+    if name is None:
+        raise AdaPrunerError(f"GGUF export does not know the parameter {own}; merge adapters into the model first")
+    return name
 
 
 def _unread_norms(config: PreTrainedConfig) -> tuple[str, ...]:
@@ -289,25 +325,23 @@ def _write_file(
     matrix_type: GGMLQuantizationType,
     interleaved_width: int | None,
 ) -> None:
-    for name, tensor in tensors.items():
-        stored = _stored_type(tensor, matrix_type)
-        size = math.prod(gguf.quant_shape_to_byte_shape(tensor.shape, stored))
-        writer.add_tensor_info(name, tensor.shape, np.dtype(np.float32), size, raw_dtype=stored)
-    writer.write_header_to_file(path)
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
+    _write_header(writer, path, tensors, matrix_type)
     for name, tensor in tensors.items():
         if interleaved_width and re.search(r"attn_[qk]\.", name):
             tensor = _interleaved(tensor, interleaved_width)
         values: NDArray[np.float32] = tensor.detach().to("cpu", torch.float32).numpy()
-        writer.write_tensor_data(gguf.quantize(values, _stored_type(tensor, matrix_type)))
+        writer.write_tensor_data(gguf.quantize(values, stored_type(tensor.shape, matrix_type)))
 
 
-def _stored_type(tensor: Tensor, matrix_type: GGMLQuantizationType) -> GGMLQuantizationType:
-    if tensor.dim() == 1:
-        return GGMLQuantizationType.F32
-    block_size, _ = gguf.GGML_QUANT_SIZES[matrix_type]
-    return GGMLQuantizationType.F16 if tensor.shape[-1] % block_size else matrix_type
+def _write_header(
+    writer: GGUFWriter, path: Path, tensors: dict[str, Tensor], matrix_type: GGMLQuantizationType
+) -> None:
+    for name, tensor in tensors.items():
+        size, stored = tensor_bytes(tensor.shape, matrix_type), stored_type(tensor.shape, matrix_type)
+        writer.add_tensor_info(name, tensor.shape, np.dtype(np.float32), size, raw_dtype=stored)
+    writer.write_header_to_file(path)
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
 
 
 def _interleaved(projection: Tensor, head_dim: int) -> Tensor:

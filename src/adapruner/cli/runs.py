@@ -87,8 +87,11 @@ def _default_output(model: str | None, recipe: str | None, options: dict[str, An
     if not (model := model or given.get("model")):
         raise AdaPrunerError("name a model: Hub id, model folder, .gguf file, or smollm2")
     name = Path(str(model)).resolve().name.removesuffix(".gguf")
-    ratios = config.PruneOptions.from_options(**{key: given[key] for key in given if key == "ratio"}).ratio
-    return Path("runs", "-".join([name, *(f"{ratio:g}" for ratio in ratios)]))
+    chosen = config.PruneOptions.from_options(**{key: given[key] for key in given if key in config.BUDGETS})
+    amounts = (getattr(chosen, chosen.target),) if chosen.target else chosen.ratio
+    return Path(
+        "runs", "-".join([name, *(f"{amount:g}" if isinstance(amount, float) else amount for amount in amounts)])
+    )
 
 
 def _print_all(contents: list[Any]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from adapruner.models import empty_model
 from adapruner.progress import held_memory, peak_memory, reset_peak_memory
@@ -94,12 +94,31 @@ def measure_speed(
     }
 
 
+def seconds_in_turn(
+    models: Mapping[str, PreTrainedModel], batch_size: int, prompt: int, new_tokens: int, repetitions: int
+) -> dict[str, float]:
+    """Median seconds of reading prompts or, where tokens are generated after them, of one new token of every sequence;
+    of models in turn, after a run that does not count.
+
+    Args:
+        new_tokens: 0 to measure the prompt.
+    """
+    _, *rounds = [
+        {name: _run(model, batch_size, prompt, new_tokens) for name, model in models.items()}
+        for _ in range(repetitions + 1)
+    ]
+    return {
+        name: statistics.median(one[name][1] / new_tokens if new_tokens else one[name][0] for one in rounds)
+        for name in models
+    }
+
+
 def count_macs(model: PreTrainedModel, prompt: int) -> tuple[int, int]:
     """Multiply-accumulates of all matrix products: per token of a prompt of that length, of which only the last
     prediction is computed, and of the token generated after it."""
     empty = empty_model(model.config).eval()
     tokens = torch.zeros(1, prompt, dtype=torch.long, device="meta")
-    cache = _new_cache(empty)
+    cache = new_cache(empty)
     with torch.no_grad():
         with FlopCounterMode(display=False) as of_prompt:
             empty(tokens, use_cache=True, logits_to_keep=1, **cache)
@@ -143,7 +162,7 @@ def _run(model: PreTrainedModel, batch_size: int, prompt: int, new_tokens: int) 
     """Seconds of reading prompts and of generating after them."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.config.vocab_size, (batch_size, prompt), generator=generator).to(model.device)
-    cache = _new_cache(model)
+    cache = new_cache(model)
     with torch.inference_mode():
         started = _now(model.device)
         logits = model(tokens, use_cache=True, logits_to_keep=1, **cache).logits
@@ -153,10 +172,14 @@ def _run(model: PreTrainedModel, batch_size: int, prompt: int, new_tokens: int) 
         return read - started, _now(model.device) - read
 
 
-def _new_cache(model: PreTrainedModel) -> dict[str, DynamicCache]:
-    """An empty cache by the name that this version of transformers has for it."""
+def new_cache(model: PreTrainedModel, config: PreTrainedConfig | None = None) -> dict[str, DynamicCache]:
+    """An empty cache by the name that this version of transformers has for it.
+
+    Args:
+        config: of the model, for a cache that holds no more than its layers look back at, as `generate` has it.
+    """
     name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-    return {name: DynamicCache()}
+    return {name: DynamicCache(config=config)}
 
 
 def _now(device: torch.device) -> float:

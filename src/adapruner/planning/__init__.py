@@ -10,14 +10,18 @@ from adapruner.planning._budget import (
     largest_channel_share,
 )
 from adapruner.planning._plan import BlockPlan, PruningPlan, make_plan
+from adapruner.planning._targets import TARGET_TOLERANCE, Costs, Target
 
 __all__ = [
     "MOST_CHANNELS",
     "RATIO_TOLERANCE",
+    "TARGET_TOLERANCE",
     "BlockPlan",
     "Budget",
     "BudgetError",
+    "Costs",
     "PruningPlan",
+    "Target",
     "UnreachableRatioError",
     "kept_counts",
     "largest_channel_share",

@@ -26,7 +26,9 @@ def command(config: PruneConfig, output: Path) -> str:
         searched = config.model_copy(update={"ratio": (config.search_ratio,), "search_ratio": None})
         again = shlex.join(("adapruner", "plan", _SEARCHED, "--ratio", str(ratio), "-o", str(output)))
         return f"{command(searched, Path(_SEARCHED))}\n{again}"
-    options = _options(PruneOptions(**config.model_dump(exclude={"model", "search_ratio"})))
+    # A target takes the place of the ratio, which follows from it.
+    derived = {"model", "search_ratio", *(["ratio"] if config.target else [])}
+    options = _options(PruneOptions(**config.model_dump(exclude=derived)))
     return " \\\n    ".join(map(shlex.join, [("adapruner", "prune", config.model, "-o", str(output)), *options]))
 
 

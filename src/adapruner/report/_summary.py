@@ -106,6 +106,11 @@ def facts(contents: Contents) -> dict[str, str]:
         error = next(iter(mean_accuracies(contents.final).values()), (0.0, None))[1] if contents.final else None
         least = f"; a change of the mean below {2 * math.sqrt(2) * error:.2f} is noise" if error else ""
         found["Tasks"] = f"{items} items a task{least}"
+    if contents.result and (target := contents.result.target):
+        found["Target"] = (
+            f"{target.option.removeprefix('target_')}: asked {target.asked:,.2f} {target.unit}, predicted"
+            f" {target.predicted:,.2f}, reached {target.reached:,.2f}"
+        )
     seeds = f"{config.seed}" + (f", of the recovery {config.recovery.seed}" if config.recover else "")
     found["Seed"] = f"{seeds}: one run; other seeds give other plans"
     if contents.result:

@@ -2,7 +2,7 @@
 
 from adapruner.search._history import History, TriedPoint, read_history
 from adapruner.search._levelling import Levelled, LevellingRound, level
-from adapruner.search._objective import ItemLosses, Objective, is_feasible, plan_candidate
+from adapruner.search._objective import ItemLosses, Objective, is_feasible, plan_candidate, scores_of
 from adapruner.search._place import StudyPlace, sqlite_url
 from adapruner.search._space import MOST_PROTECTED_FIRST, Candidate, SearchSpace
 from adapruner.search._study import JUDGED_TOGETHER, Search, SearchResult
@@ -32,5 +32,6 @@ __all__ = [
     "plan_candidate",
     "read_history",
     "removal_orders",
+    "scores_of",
     "sqlite_url",
 ]

@@ -3,7 +3,7 @@
 from adapruner.surgery._compensation import Compensation, CompensationForm, compensate
 from adapruner.surgery._cut import kept_layers, prune_model, prune_on_reading
 from adapruner.surgery._sequential import compensate_sequentially, refit_sequentially
-from adapruner.surgery._stock import check_paddable, is_as_large_as_dense, pad_to_stock
+from adapruner.surgery._stock import check_paddable, fields_of_layers, is_as_large_as_dense, pad_to_stock
 
 __all__ = [
     "Compensation",
@@ -11,6 +11,7 @@ __all__ = [
     "check_paddable",
     "compensate",
     "compensate_sequentially",
+    "fields_of_layers",
     "is_as_large_as_dense",
     "kept_layers",
     "pad_to_stock",

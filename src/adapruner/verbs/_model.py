@@ -82,6 +82,8 @@ def estimate(model: str | Path, **options: Unpack[PruneArguments]) -> Estimate:
         AdaPrunerError: there is no such model, or an option will not do.
     """
     config = PruneConfig.from_options(model=str(model), **options)
+    if config.target:
+        raise AdaPrunerError(f"the estimate is that of a `ratio`: leave `{config.target}` out")
     if config.vocabulary:
         raise AdaPrunerError(
             "the estimate reads no text: leave `vocabulary` out, or use adapruner prune with `dry_run`, which reads it"

@@ -1,0 +1,212 @@
+"""How long a pruned model takes, from what narrower layers were measured to take on this device."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import statistics
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub import constants
+from pydantic import BaseModel, ConfigDict
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from adapruner.config import Phase
+from adapruner.errors import AdaPrunerError
+from adapruner.evaluation import seconds_in_turn
+from adapruner.files import write_atomically
+from adapruner.models import describe_device
+from adapruner.planning import Costs, make_plan
+from adapruner.structure import Kind, Structure, build_structure
+from adapruner.surgery import fields_of_layers, prune_model
+
+# So many bytes of layers do not fit into the caches of a processor: each weight is read from memory, as in the model.
+_BYTES_OF_LAYERS = 2**29
+# Where widths are measured: at so many equal steps from the full one down, and heads at so many.
+_STEPS: dict[Kind, int] = {"channels": 8, "heads": 4}
+# Tokens that are generated to measure one.
+_NEW_TOKENS = 16
+# What configs say of the files that they come with.
+_OF_FILES = ("_name_or_path", "architectures", "dtype", "transformers_version")
+
+Timer = Callable[[Mapping[str, PreTrainedModel]], Mapping[str, float]]
+
+
+class Latencies(BaseModel):
+    """What layers take on one device, in one phase, at one batch size.
+
+    Attributes:
+        about: device, dtype, threads, model and phase.
+        seconds: of the dense model: of a prompt, or of one generated token.
+        of_layer: of that, one dense layer.
+        added: by kind and number of kept groups, the seconds that a layer takes beyond the dense one; negative where
+            it takes less.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    about: dict[str, Any]
+    seconds: float
+    of_layer: float
+    added: dict[Kind, dict[int, float]]
+
+    def are_of(self, about: dict[str, Any]) -> bool:
+        """Whether they are of this model and phase, on whatever device they were measured."""
+        names = about.keys() - {"device", "threads", "torch"}
+        return all(self.about.get(name) == about[name] for name in names)
+
+    def costs(self, structure: Structure) -> Costs:
+        """Seconds of a pruned model: linear between the measured widths, a sum over blocks."""
+        grids = {kind: (sorted(own), [own[kept] for kept in sorted(own)]) for kind, own in self.added.items()}
+
+        def costs(counts: Any) -> float:
+            gone = structure.removed_layers(counts)
+            blocks = [
+                float(np.interp(count, *grids[block.kind]))
+                for block, count in zip(structure.blocks, counts, strict=True)
+                if block.layer not in gone
+            ]
+            return self.seconds - len(gone) * self.of_layer + math.fsum(blocks)
+
+        return costs
+
+
+def measured_model(config: PreTrainedConfig, layers: int, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """A random model like a given one with so many of its layers: time does not depend on the values of weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        shorter = type(config).from_dict(fields_of_layers(config, config.to_dict(), range(layers)))
+        model: Any = AutoModelForCausalLM.from_config(shorter, dtype=dtype)
+    moved: PreTrainedModel = model.to(device).eval()
+    return moved
+
+
+def describe_measuring(
+    config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, phase: Phase, batch: int, context: int
+) -> dict[str, Any]:
+    """What latencies depend on, as JSON."""
+    about = {
+        "device": describe_device(device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "dtype": str(dtype),
+        "phase": phase,
+        "batch": batch,
+        "context": context,
+        "model": {name: value for name, value in config.to_dict().items() if name not in _OF_FILES},
+    }
+    as_json: dict[str, Any] = json.loads(json.dumps(about, default=str))
+    return as_json
+
+
+def read_latencies(about: dict[str, Any], measure: Callable[[], Latencies]) -> Latencies:
+    """Latencies out of the cache of this user, measured where there are none yet.
+
+    Args:
+        about: what they depend on; see `describe_measuring`.
+    """
+    key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+    file = Path(constants.HF_HOME) / "adapruner" / "latencies" / f"{about['model']['model_type']}-{key[:16]}.json"
+    with contextlib.suppress(OSError, ValueError):
+        return Latencies.model_validate_json(file.read_bytes())
+    measured = measure()
+    # A cache that cannot be written is no cache.
+    with contextlib.suppress(OSError, AdaPrunerError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        content = measured.model_dump_json(indent=2)
+        write_atomically(file, lambda partial: partial.write_text(content, encoding="utf-8"))
+    return measured
+
+
+def check_latencies(structure: Structure) -> None:
+    """Raises AdaPrunerError where one layer does not stand for the others, or experts would have to be measured."""
+    if structure.cuts_experts:
+        raise AdaPrunerError("`target_speed` does not know experts, of which a token uses as many as before")
+    if structure.layers < 2:
+        raise AdaPrunerError("`target_speed` compares layers, of which this model has one")
+    if structure.whole_mixers or len({(block.kind, block.groups) for block in structure.blocks}) > 2:
+        raise AdaPrunerError("`target_speed` measures one layer for all: the layers of this model differ")
+
+
+def layers_to_measure(structure: Structure, dtype: torch.dtype) -> int:
+    """How many layers make a model that no processor holds in its caches; at least 2."""
+    size = max(structure.layer_parameters) * dtype.itemsize
+    return min(structure.layers, max(2, math.ceil(_BYTES_OF_LAYERS / size)))
+
+
+def measure_latencies(
+    structure: Structure,
+    make: Callable[[int], PreTrainedModel],
+    layers: int,
+    timer: Timer,
+    about: dict[str, Any],
+    progress: Callable[[int], None] | None = None,
+) -> Latencies:
+    """Times models in which all layers but the first are narrower in one kind of block, each in turn with the dense
+    one, so that whatever else the machine does meets both.
+
+    Args:
+        structure: of the model that is to be pruned.
+        make: a model like it with so many layers; see `measured_model`.
+        layers: of the models that are timed, at least 2.
+        timer: the seconds of models that are timed in turn, by name.
+        progress: called with 1 after every timing, `timings` in all.
+    """
+    model, shorter = make(layers), make(layers // 2)
+
+    def compared(other: PreTrainedModel) -> tuple[float, float]:
+        times = timer({"dense": model, "other": other})
+        if progress:
+            progress(1)
+        return times["dense"], times["other"] / times["dense"]
+
+    sample = build_structure(model, structure.head_granularity)
+    dense, of_shorter = compared(shorter)
+    measured = {
+        kind: {kept: compared(_narrowed(model, sample, kind, kept)) for kept in grid}
+        for kind, grid in _grids(structure).items()
+    }
+    seconds = statistics.median([dense, *(own for grid in measured.values() for own, _ in grid.values())])
+    of_layer = seconds * (1 - of_shorter) / (layers - layers // 2)
+    full = {block.kind: block.groups for block in structure.blocks}
+    return Latencies(
+        about=about,
+        seconds=seconds + (structure.layers - layers) * of_layer,
+        of_layer=of_layer,
+        added={
+            kind: {kept: seconds * (ratio - 1) / (layers - 1) for kept, (_, ratio) in grid.items()} | {full[kind]: 0.0}
+            for kind, grid in measured.items()
+        },
+    )
+
+
+def timings(structure: Structure) -> int:
+    """How many there are to measure."""
+    return 1 + sum(map(len, _grids(structure).values()))
+
+
+def _grids(structure: Structure) -> dict[Kind, list[int]]:
+    """By kind of block, the numbers of kept groups to measure, fewer than there are."""
+    grids: dict[Kind, list[int]] = {}
+    for kind, block in {block.kind: block for block in structure.blocks}.items():
+        step = block.strata * math.ceil(block.groups / block.strata / _STEPS[kind])
+        can_go = ("attention" if kind == "heads" else "feed-forward") in structure.whole
+        grids[kind] = [*([0] if can_go else []), *range(block.groups - step, 0, -step)]
+    return grids
+
+
+def _narrowed(model: PreTrainedModel, structure: Structure, kind: Kind, kept: int) -> PreTrainedModel:
+    counts = [kept if block.kind == kind and block.layer else block.groups for block in structure.blocks]
+    return prune_model(model, structure, make_plan(structure, torch.zeros(structure.group_offsets[-1]), counts))
+
+
+def timer(phase: Phase, batch: int, context: int) -> Timer:
+    """Times models on this machine; many sequences at once take long and vary less."""
+    new_tokens, repetitions = _NEW_TOKENS if phase == "decode" else 0, 5 if batch == 1 else 3
+    return lambda models: seconds_in_turn(models, batch, context, new_tokens, repetitions)
