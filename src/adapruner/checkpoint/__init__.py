@@ -2,14 +2,17 @@
 
 from adapruner.checkpoint._folder import is_replaceable, read_origin, save_checkpoint, write_card
 from adapruner.checkpoint._gguf import check_gguf, write_gguf
+from adapruner.checkpoint._gguf_types import StoredTypes, read_stored_types
 from adapruner.checkpoint._hub import check_push, push
 
 __all__ = [
+    "StoredTypes",
     "check_gguf",
     "check_push",
     "is_replaceable",
     "push",
     "read_origin",
+    "read_stored_types",
     "save_checkpoint",
     "write_card",
     "write_gguf",

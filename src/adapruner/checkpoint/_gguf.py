@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from adapruner import llama_cpp
 from adapruner.checkpoint._folder import made_beside
 from adapruner.checkpoint._gguf_tokenizer import add_tokenizer
 from adapruner.config import GgufType
@@ -30,6 +31,10 @@ from adapruner.models import architecture_of
 _LLAMA_LIKE = ("llama", "mistral", "qwen2")
 # Architectures of llama.cpp that rotate neighbouring rows.
 _ROTATE_NEIGHBOURS = ("llama", "deci")
+
+# Made by llama.cpp's own quantizer, and what it reads: the weights as they are.
+_QUANTIZED_BY_LLAMA_CPP = ("q6_k", "q5_k_m", "q4_k_m", "q4_k_s", "q3_k_m")
+_EXACT_TYPES: dict[torch.dtype, GgufType] = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 # As many as a block of any quantization without superblocks holds.
 _FEW_CHANNELS = 32
@@ -51,33 +56,30 @@ def write_gguf(model: PreTrainedModel, tokenizer: Tokenizer, path: Path, gguf_ty
 
     Args:
         gguf_type: how matrices are stored. Norms and biases are always float32; `q8_0` leaves matrices whose rows are
-            no multiple of 32 long in float16.
+            no multiple of 32 long in float16. Other quantizations are made by llama.cpp, out of a file in the dtype of
+            the model that is removed afterwards.
 
     Raises:
-        AdaPrunerError: llama.cpp would not compute what the model computes, or split text as the tokenizer does.
+        AdaPrunerError: llama.cpp would not compute what the model computes, or split text as the tokenizer does, or is
+            needed and not installed.
     """
-    config = model.config
-    check_gguf(model)
-    architecture = _llama_cpp_architecture(config)
-    writer = GGUFWriter(None, architecture)
-    _add_hyperparameters(writer, config)
-    add_tokenizer(writer, tokenizer, vocabulary=config.vocab_size)
-    writer.add_type("model")
-    writer.add_name(path.stem)
-    type_name = gguf_type.upper()
-    writer.add_file_type(LlamaFileType["ALL_F32" if gguf_type == "f32" else f"MOSTLY_{type_name}"])
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    interleaved_width = _head_dim(config) if architecture in _ROTATE_NEIGHBOURS else None
+    check_gguf(model, gguf_type)
     with made_beside(path) as made:
-        with being_written(made) as partial, contextlib.closing(writer):
-            _write_file(
-                writer, partial, _named_tensors(model, architecture), GGMLQuantizationType[type_name], interleaved_width
-            )
+        with being_written(made) as partial:
+            if gguf_type in _QUANTIZED_BY_LLAMA_CPP:
+                exact = made.with_name(f"{made.name}.exact")
+                _write(model, tokenizer, exact, path.stem, _EXACT_TYPES[model.dtype])
+                llama_cpp.quantize(exact, partial, gguf_type)
+            else:
+                _write(model, tokenizer, partial, path.stem, gguf_type)
         os.replace(made, path)
 
 
-def check_gguf(model: PreTrainedModel) -> None:
-    """Raises AdaPrunerError if llama.cpp would not compute what the model computes; it needs no weights for that."""
+def check_gguf(model: PreTrainedModel, gguf_type: GgufType = "f16") -> None:
+    """Raises AdaPrunerError if llama.cpp would not compute what the model computes, or is needed to write the file and
+    not installed; it needs no weights for that."""
+    if gguf_type in _QUANTIZED_BY_LLAMA_CPP:
+        llama_cpp.check_installed()
     config = model.config
     if config.model_type not in (*_LLAMA_LIKE, "qwen3", "gemma3_text"):
         raise AdaPrunerError(
@@ -93,6 +95,25 @@ def check_gguf(model: PreTrainedModel) -> None:
     _check_rope(config)
     if config.model_type == "qwen3":
         _check_one_width(model)
+
+
+def _write(model: PreTrainedModel, tokenizer: Tokenizer, path: Path, name: str, gguf_type: GgufType) -> None:
+    """Writes the file in a type that gguf-py makes."""
+    config = model.config
+    architecture = _llama_cpp_architecture(config)
+    writer = GGUFWriter(None, architecture)
+    _add_hyperparameters(writer, config)
+    add_tokenizer(writer, tokenizer, vocabulary=config.vocab_size)
+    writer.add_type("model")
+    writer.add_name(name)
+    type_name = gguf_type.upper()
+    writer.add_file_type(LlamaFileType["ALL_F32" if gguf_type == "f32" else f"MOSTLY_{type_name}"])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    interleaved_width = _head_dim(config) if architecture in _ROTATE_NEIGHBOURS else None
+    with contextlib.closing(writer):
+        _write_file(
+            writer, path, _named_tensors(model, architecture), GGMLQuantizationType[type_name], interleaved_width
+        )
 
 
 def _check_attends_to_everything(config: PreTrainedConfig) -> None:

@@ -23,6 +23,7 @@ from pydantic import ValidationError
 from adapruner import __version__
 from adapruner.cli._options import Flag
 from adapruner.cli._output import CLOSED_OUTPUT, plain_console
+from adapruner.cli.compare import compare
 from adapruner.cli.models import benchmark, doctor, evaluate, export, inspect, recover, vocabulary
 from adapruner.cli.runs import join, plan, prune, report
 from adapruner.errors import AdaPrunerError, describe_failure, describe_invalid, reason
@@ -42,7 +43,7 @@ app = App(
     suppress_keyboard_interrupt=False,
 )
 
-for verb in (prune, join, report, plan, recover, vocabulary, evaluate, benchmark, export, inspect, doctor):
+for verb in (prune, join, report, plan, recover, vocabulary, evaluate, benchmark, compare, export, inspect, doctor):
     app.command(verb)
 app.register_install_completion_command()
 app.meta.suppress_keyboard_interrupt = False

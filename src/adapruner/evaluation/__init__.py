@@ -17,7 +17,7 @@ from adapruner.evaluation._losses import (
     tokens_per_batch,
 )
 from adapruner.evaluation._perplexity import PROTOCOLS, Perplexity, measure_perplexity, window_losses
-from adapruner.evaluation._speed import Speed, count_macs, measure_speed
+from adapruner.evaluation._speed import Rate, Speed, count_macs, measure_speed, rate
 from adapruner.evaluation._tasks import Tasks, TaskScore, check_tasks, load_tasks, mean_accuracies, measure_tasks
 from adapruner.evaluation._verdict import Verdict, judge
 
@@ -28,6 +28,7 @@ __all__ = [
     "Breakage",
     "Perplexity",
     "Prefix",
+    "Rate",
     "Speed",
     "TaskScore",
     "Tasks",
@@ -46,6 +47,7 @@ __all__ = [
     "measure_perplexity",
     "measure_speed",
     "measure_tasks",
+    "rate",
     "repetition",
     "tokens_per_batch",
     "window_losses",

@@ -52,7 +52,7 @@ def removed_by_layer(plan: PruningPlan) -> go.Figure:
     figure.update_yaxes(tickformat=".0%", rangemode="tozero")
     figure.update_xaxes(showgrid=False, zeroline=False)
     figure.update_xaxes(title_text="layer", row=len(shown), col=1)
-    return _styled(figure, 80 + 160 * len(shown), bargap=0.25, showlegend=False)
+    return styled(figure, 80 + 160 * len(shown), bargap=0.25, showlegend=False)
 
 
 def trials(history: History, chosen: int | None, selection: str) -> go.Figure:
@@ -92,7 +92,7 @@ def trials(history: History, chosen: int | None, selection: str) -> go.Figure:
     )
     figure.update_xaxes(title_text="trial", showgrid=False, zeroline=False)
     figure.update_yaxes(title_text=LOSS_NAMES[selection])
-    return _styled(figure, 380)
+    return styled(figure, 380)
 
 
 def importance(history: History) -> go.Figure:
@@ -113,7 +113,7 @@ def importance(history: History) -> go.Figure:
     )
     figure.update_xaxes(visible=False, range=[0, max(shares) * 1.15])
     figure.update_yaxes(autorange="reversed", showgrid=False)
-    return _styled(figure, 30 + 25 * len(names), bargap=0.35, showlegend=False)
+    return styled(figure, 30 + 25 * len(names), bargap=0.35, showlegend=False)
 
 
 def parallel_coordinates(history: History, chosen: int | None) -> go.Figure:
@@ -152,7 +152,7 @@ def parallel_coordinates(history: History, chosen: int | None) -> go.Figure:
         ticktext=[f"{_parameter(name)}<br>{_ends(history.ranges[name])}" for name in names],
         tickfont_size=11,
     )
-    return _styled(figure, 110 + 36 * len(names))
+    return styled(figure, 110 + 36 * len(names))
 
 
 def perplexities(models: Sequence[ModelNumbers]) -> go.Figure:
@@ -179,7 +179,7 @@ def perplexities(models: Sequence[ModelNumbers]) -> go.Figure:
     figure.update_annotations(x=0, xanchor="left", font_size=13)
     figure.update_yaxes(autorange="reversed", showgrid=False)
     figure.update_xaxes(rangemode="tozero")
-    return _styled(figure, 60 * len(texts) + _LINE_HEIGHT * bars, bargap=0.3, showlegend=False, margin_t=34)
+    return styled(figure, 60 * len(texts) + _LINE_HEIGHT * bars, bargap=0.3, showlegend=False, margin_t=34)
 
 
 def accuracies(models: Sequence[ModelNumbers]) -> go.Figure | None:
@@ -213,7 +213,7 @@ def accuracies(models: Sequence[ModelNumbers]) -> go.Figure | None:
     figure.update_yaxes(autorange="reversed")
     room = 0.05 * (max(ends) - min(ends)) + 0.01
     figure.update_xaxes(title_text="acc, more is better", range=[min(ends) - room, max(ends) + room])
-    return _styled(figure, 110 + 58 * len(tasks), scattermode="group", scattergap=0.35)
+    return styled(figure, 110 + 58 * len(tasks), scattermode="group", scattergap=0.35)
 
 
 def shortened(text: str) -> str:
@@ -274,7 +274,8 @@ def _label(text: str) -> str:
     return html.escape(shortened(text), quote=False)
 
 
-def _styled(figure: go.Figure, height: int, margin_t: int = 12, **layout: Any) -> go.Figure:
+def styled(figure: go.Figure, height: int, margin_t: int = 12, **layout: Any) -> go.Figure:
+    """A figure in the style of the page, of a height in pixels."""
     clear = "rgba(0, 0, 0, 0)"
     figure.update_layout(
         template=go.layout.Template(),

@@ -6,8 +6,10 @@ import base64
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import plotly.graph_objects as go
 import yaml
@@ -74,14 +76,11 @@ def render_report(run: RunFolder, config: PruneConfig, refresh: int | None = Non
     """
     contents = read_contents(run, config)
     chosen = contents.levelled.candidate if contents.levelled else contents.search and contents.search.best
-    scripts = [get_plotlyjs(), _TEMPLATES.get_template("report.js").render()]
-    return _TEMPLATES.get_template("report.html.jinja").render(
+    return render(
+        "report.html.jinja",
+        _all_figures(contents),
         contents=contents,
         refresh=refresh if contents.state == "running" else None,
-        # Whatever a text may smuggle in: nothing is run but these scripts, and nothing is fetched.
-        policy="default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src "
-        + " ".join(map(_script_hash, scripts)),
-        scripts=[Markup(script) for script in scripts],
         titles=titles(config, contents.search.best_fixed_name if contents.search else None),
         name=shown_name(config.model),
         headlines=_headlines(contents),
@@ -90,9 +89,26 @@ def render_report(run: RunFolder, config: PruneConfig, refresh: int | None = Non
         repetition_protocol=REPETITION_PROTOCOL,
         loss_name="objective" if config.objective_function else LOSS_NAMES[config.selection],
         allocation=asdict(chosen.budget) if chosen else {},
-        figures={name: json.loads(figure.to_json()) for name, figure in _all_figures(contents).items()},
         command=command(contents.config, contents.path),
         options=yaml.safe_dump(contents.config.model_dump(mode="json"), sort_keys=False),
+    )
+
+
+def render(template: str, figures: Mapping[str, go.Figure], **values: Any) -> str:
+    """A page with charts, as text.
+
+    Args:
+        figures: by the name that the template draws them under.
+        values: what else the template shows.
+    """
+    scripts = [get_plotlyjs(), _TEMPLATES.get_template("report.js").render()]
+    return _TEMPLATES.get_template(template).render(
+        # Whatever a text may smuggle in: nothing is run but these scripts, and nothing is fetched.
+        policy="default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src "
+        + " ".join(map(_script_hash, scripts)),
+        scripts=[Markup(script) for script in scripts],
+        figures={name: json.loads(figure.to_json()) for name, figure in figures.items()},
+        **values,
     )
 
 

@@ -1,5 +1,6 @@
 """Operations on one model, dense or pruned, outside of a pruning run; and the report of a run."""
 
+from adapruner.verbs._compare import compare
 from adapruner.verbs._evaluate import Evaluation, evaluate
 from adapruner.verbs._export import export
 from adapruner.verbs._model import Estimate, benchmark, describe, estimate, inspect, load, load_tokenizer
@@ -13,6 +14,7 @@ __all__ = [
     "Evaluation",
     "PrunedVocabulary",
     "benchmark",
+    "compare",
     "compensate",
     "cut",
     "describe",
