@@ -130,6 +130,7 @@ ENGINES = (("transformers", "float32"), ("llama.cpp", "f32"), ("llama.cpp", "q8_
     [
         ({"types": ["q8_0,q9"]}, "not q9"),
         ({"types": [","]}, "`types` must be some of"),
+        ({"models": []}, "name the models"),
         ({"seq_len": 1}, "`seq_len` 1 is too short"),
         ({"repetitions": 0}, "must be at least 1"),
         ({"tasks": ["boolq"]}, "add it to `engine`"),
@@ -143,4 +144,4 @@ def test_bad_options(
     Path("text.txt").write_text("text")
     monkeypatch.setattr("adapruner.verbs._compare.load_model", lambda *_: pytest.fail("weights were loaded"))
     with pytest.raises(AdaPrunerError, match=re.escape(message)):
-        adapruner.compare(models, **{"perplexity": "text.txt", "types": ["f16"]} | options)
+        adapruner.compare(**{"models": models, "perplexity": "text.txt", "types": ["f16"]} | options)

@@ -1,7 +1,8 @@
 """Checkpoints: Hugging Face folders that load with and without this package, GGUF files, uploads."""
 
 from adapruner.checkpoint._folder import is_replaceable, read_origin, save_checkpoint, write_card
-from adapruner.checkpoint._gguf import check_gguf, write_gguf
+from adapruner.checkpoint._gguf import write_gguf
+from adapruner.checkpoint._gguf_checks import check_gguf
 from adapruner.checkpoint._gguf_types import StoredTypes, read_stored_types
 from adapruner.checkpoint._hub import check_push, push
 

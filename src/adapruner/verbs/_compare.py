@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import get_args
 
 import torch
-from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from adapruner import llama_cpp, report
@@ -68,6 +67,11 @@ class _Candidate:
     tokenizer: Tokenizer
     text: EvaluationText
 
+    @property
+    def file(self) -> Path | None:
+        """The GGUF file that the user named; the alias of a model is one too, but stands for the model."""
+        return given_path(self.name) if self.name.endswith(".gguf") else None
+
 
 def compare(
     models: Sequence[str | Path],
@@ -107,29 +111,19 @@ def compare(
     measurement = _Measurement(perplexity, seq_len, limit, prompt, new_tokens, repetitions)
     gguf_types = _parse_types(types) if "llama.cpp" in engines else []
     names = [tasks] if isinstance(tasks, str) else list(tasks)
-    _check_options(measurement, engines, names)
-    target = resolve_device(device)
+    _check_options(measurement, models, engines, names)
+    target = str(resolve_device(device))
     candidates = [_candidate(str(name), measurement, gguf_types) for name in dict.fromkeys(models)]
     to_run = load_tasks(names, limit) if names else None
-    with (
-        tempfile.TemporaryDirectory(prefix=".adapruner-", dir=page.parent if page else None) as scratch,
-        Reporter().stage("comparing", len(candidates)) as advance,
-    ):
-        points = []
+    points = list[Point]()
+    with Reporter().stage("comparing", len(candidates)) as advance:
         for candidate in candidates:
-            if "transformers" in engines or not candidate.location.gguf_file:
-                model = load_model(candidate.location, "auto", str(target) if "transformers" in engines else "cpu")
             if "transformers" in engines:
-                points.append(_in_transformers(model, candidate, measurement, to_run))
-            if candidate.location.gguf_file and "llama.cpp" in engines:
-                file = Path(candidate.location.path, candidate.location.gguf_file)
-                points.append(_in_llama_cpp(file, "gguf", candidate, measurement))
-            elif "llama.cpp" in engines:
-                points += _quantized(model, candidate, gguf_types, Path(scratch), measurement)
+                points.append(_in_transformers(candidate, measurement, to_run, target))
+            if "llama.cpp" in engines:
+                points += _in_every_type(candidate, measurement, gguf_types, page.parent if page else None)
             advance()
-    comparison = Comparison(
-        points=points, prompt=prompt, new_tokens=new_tokens, repetitions=repetitions, device=str(target)
-    )
+    comparison = Comparison(points=points, prompt=prompt, new_tokens=new_tokens, repetitions=repetitions, device=target)
     if page:
         report.write_comparison(comparison, page)
     return comparison
@@ -154,7 +148,11 @@ def _parse_types(names: Sequence[str]) -> list[GgufType]:
     return [name for name in known if name in wanted]
 
 
-def _check_options(measurement: _Measurement, engines: Sequence[Engine], tasks: Sequence[str]) -> None:
+def _check_options(
+    measurement: _Measurement, models: Sequence[str | Path], engines: Sequence[Engine], tasks: Sequence[str]
+) -> None:
+    if not models:
+        raise AdaPrunerError("name the models to compare")
     if measurement.seq_len < 2:
         raise AdaPrunerError(f"`seq_len` {measurement.seq_len} is too short: windows need at least 2 tokens")
     counts = (measurement.prompt, measurement.new_tokens, measurement.repetitions)
@@ -171,7 +169,7 @@ def _candidate(name: str, measurement: _Measurement, gguf_types: Sequence[GgufTy
     location = find_model(_last_model(name))
     config, tokenizer = load_config(location), load_tokenizer(location)
     empty = empty_model(config)
-    for gguf_type in () if location.gguf_file else gguf_types:
+    for gguf_type in () if name.endswith(".gguf") else gguf_types:
         check_gguf(empty, gguf_type)
     check_length(empty.config, measurement.length)
     source = parse_source(measurement.source, "report")
@@ -191,10 +189,8 @@ def _last_model(name: str) -> str:
     return str(found[0]) if found else name
 
 
-def _in_transformers(
-    model: PreTrainedModel, candidate: _Candidate, measurement: _Measurement, tasks: Tasks | None
-) -> Point:
-    text, how = candidate.text, measurement
+def _in_transformers(candidate: _Candidate, measurement: _Measurement, tasks: Tasks | None, device: str) -> Point:
+    model, text, how = load_model(candidate.location, "auto", device), candidate.text, measurement
     speed = measure_speed({"": model}, (1,), how.prompt, how.new_tokens, how.repetitions)[""]
     return Point(
         model=candidate.name,
@@ -208,18 +204,19 @@ def _in_transformers(
     )
 
 
-def _quantized(
-    model: PreTrainedModel,
-    candidate: _Candidate,
-    gguf_types: Sequence[GgufType],
-    scratch: Path,
-    measurement: _Measurement,
+def _in_every_type(
+    candidate: _Candidate, measurement: _Measurement, gguf_types: Sequence[GgufType], folder: Path | None
 ) -> Iterator[Point]:
-    """The model in every type; only one file is on the disk at a time."""
-    for gguf_type in gguf_types:
-        file = scratch / "model.gguf"
-        write_gguf(model, candidate.tokenizer, file, gguf_type)
-        yield _in_llama_cpp(file, gguf_type, candidate, measurement)
+    """The model in llama.cpp; files are made one at a time, in a temporary folder in this one."""
+    if candidate.file:
+        yield _in_llama_cpp(candidate.file, "gguf", candidate, measurement)
+        return
+    model = load_model(candidate.location, "auto", "cpu")
+    with tempfile.TemporaryDirectory(prefix=".adapruner-", dir=folder) as scratch:
+        for gguf_type in gguf_types:
+            file = Path(scratch) / "model.gguf"
+            write_gguf(model, candidate.tokenizer, file, gguf_type)
+            yield _in_llama_cpp(file, gguf_type, candidate, measurement)
 
 
 def _in_llama_cpp(file: Path, gguf_type: str, candidate: _Candidate, measurement: _Measurement) -> Point:
