@@ -46,7 +46,7 @@ def _models(points: Sequence[Point]) -> list[str]:
 
 
 def _quality_against(comparison: Comparison, axis: Axis) -> go.Figure:
-    """A line through the points of every model and engine; what is dominated is hollow."""
+    """The points of every model and engine, by size with a line through them; what is dominated is hollow."""
     figure = go.Figure()
     models, dominated = _models(comparison.points), comparison.dominated
     by_line: dict[tuple[str, str], list[Point]] = {}
@@ -58,7 +58,7 @@ def _quality_against(comparison: Comparison, axis: Axis) -> go.Figure:
             x=[point.size / 1e6 if axis == "size" else getattr(point, axis).median for point in points],
             y=[point.bits_per_byte for point in points],
             name=name if len(by_line) == len(models) else f"{name}, {engine}",
-            mode="lines+markers+text",
+            mode="lines+markers+text" if axis == "size" else "markers+text",
             text=[point.type for point in points],
             textposition="top center",
             line={

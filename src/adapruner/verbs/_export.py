@@ -37,7 +37,7 @@ class Exported:
 
     Attributes:
         size: bytes of all files.
-        stored_types: how the tensors of a GGUF file are stored; None of a folder.
+        stored_types: how the tensors of a quantized GGUF file are stored; None of anything else.
     """
 
     path: Path
@@ -97,7 +97,8 @@ def export(
     if push_to_hub:
         push(path, push_to_hub, hub_private, hub_revision, hub_token)
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-    stored = read_stored_types(path, gguf_type) if to == "gguf" else None
+    is_quantized = to == "gguf" and gguf_type not in ("f32", "f16", "bf16")
+    stored = read_stored_types(path, gguf_type) if is_quantized else None
     return Exported(path, sum(file.stat().st_size for file in files), stored)
 
 
