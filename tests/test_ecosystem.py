@@ -14,6 +14,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    TorchAoConfig,
     Trainer,
     TrainingArguments,
     pipeline,
@@ -116,6 +117,31 @@ def test_a_pipeline_generates(save: Callable[[str], Path]) -> None:
     text = generate("w5 w6", max_new_tokens=4, min_new_tokens=4, max_length=None, do_sample=False)[0]["generated_text"]
     assert text.startswith("w5 w6")
     assert text.count("w") == 6
+
+
+@pytest.mark.parametrize("layout", ["uniform", "per-layer"])
+def test_torchao_loads_int8_weights(
+    layout: str,
+    make_model: Callable[..., PreTrainedModel],
+    tokenizer: PreTrainedTokenizerFast,
+    windows: torch.Tensor,
+    tmp_path: Path,
+) -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    dense = make_model("llama")
+    structure = build_structure(dense)
+    counts = [block.groups - (block.layer if layout == "per-layer" else 1) % block.groups for block in structure.blocks]
+    pruned = prune_model(dense, structure, make_plan(structure, torch.zeros(structure.group_offsets[-1]), counts))
+    save_checkpoint(pruned, tokenizer, tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path,
+        trust_remote_code=layout == "per-layer",
+        quantization_config=TorchAoConfig(quantization.Int8WeightOnlyConfig()),
+    )
+    assert type(loaded.model.layers[1].mlp.down_proj.weight).__name__ != "Parameter"
+    with torch.no_grad():
+        expected, logits = pruned(windows).logits, loaded(windows).logits
+    assert 0 < (logits - expected).abs().max() < 0.05 * expected.abs().max()
 
 
 FINE_TUNE = """

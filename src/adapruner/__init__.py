@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from adapruner.callbacks import Callback
+    from adapruner.comparison import Comparison
     from adapruner.config import PruneConfig, PruneOptions, RecoveryOptions
     from adapruner.errors import AdaPrunerError
     from adapruner.evaluation import Perplexity, Speed, TaskScore
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
         Evaluation,
         PrunedVocabulary,
         benchmark,
+        compare,
         compensate,
         cut,
         evaluate,
@@ -46,6 +48,7 @@ logging.getLogger(__name__).setLevel(logging.INFO)
 __all__ = [
     "AdaPrunerError",
     "Callback",
+    "Comparison",
     "Evaluation",
     "Perplexity",
     "PruneConfig",
@@ -60,6 +63,7 @@ __all__ = [
     "TaskScore",
     "TriedPoint",
     "benchmark",
+    "compare",
     "compensate",
     "cut",
     "evaluate",
@@ -82,6 +86,7 @@ __all__ = [
 # The modules of what is not in `verbs`; importing them, and PyTorch with them, waits until a name is used.
 _MODULES = {
     **dict.fromkeys(("PruneConfig", "PruneOptions", "RecoveryOptions"), "config"),
+    "Comparison": "comparison",
     **dict.fromkeys(("Perplexity", "Speed", "TaskScore"), "evaluation"),
     **dict.fromkeys(("join", "plan_again", "prune", "prune_ratios"), "pipeline"),
     "AdaPrunerError": "errors",

@@ -7,7 +7,7 @@ import os
 import re
 import tempfile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import gguf
 import numpy as np
@@ -19,29 +19,23 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from adapruner import llama_cpp
 from adapruner.checkpoint._folder import made_beside
+from adapruner.checkpoint._gguf_checks import QUANTIZED_BY_LLAMA_CPP, check_gguf, head_dim, layer_counts
 from adapruner.checkpoint._gguf_sizes import aligned, gguf_tensor_bytes, stored_type, tensor_bytes
 from adapruner.checkpoint._gguf_tokenizer import add_tokenizer
 from adapruner.config import GgufType
 from adapruner.errors import AdaPrunerError
 from adapruner.files import being_written
-from adapruner.models import architecture_of
 
-# Families that llama.cpp's architectures `llama` and `deci` compute: Qwen 2 is Llama with biases on query, key, value.
-_LLAMA_LIKE = ("llama", "mistral", "qwen2")
 # Architectures of llama.cpp that rotate neighbouring rows.
 _ROTATE_NEIGHBOURS = ("llama", "deci")
 
+# What llama.cpp's quantizer reads: the weights as they are.
+_EXACT_TYPES: dict[torch.dtype, GgufType] = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+
 # As many as a block of any quantization without superblocks holds.
 _FEW_CHANNELS = 32
-
-# Types of rotary embeddings that can be written, and what may be set of them beside the base.
-_ROPE_SETTINGS: dict[str, set[str]] = {
-    "default": set(),
-    "linear": {"factor"},
-    "yarn": {"factor", "original_max_position_embeddings"},
-    "llama3": {"factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"},
-}
 
 
 def write_gguf(model: PreTrainedModel, tokenizer: Tokenizer, path: Path, gguf_type: GgufType = "f16") -> None:
@@ -52,20 +46,32 @@ def write_gguf(model: PreTrainedModel, tokenizer: Tokenizer, path: Path, gguf_ty
 
     Args:
         gguf_type: how matrices are stored. Norms and biases are always float32; `q8_0` leaves matrices whose rows are
-            no multiple of 32 long in float16.
+            no multiple of 32 long in float16. Other quantizations are made by llama.cpp, out of a file in the dtype of
+            the model that is removed afterwards.
 
     Raises:
-        AdaPrunerError: llama.cpp would not compute what the model computes, or split text as the tokenizer does.
+        AdaPrunerError: llama.cpp would not compute what the model computes, or split text as the tokenizer does, or is
+            needed and not installed.
     """
-    check_gguf(model)
-    architecture, matrix_type = _llama_cpp_architecture(model.config), GGMLQuantizationType[gguf_type.upper()]
-    writer = _new_writer(model, tokenizer, path.stem)
-    writer.add_file_type(LlamaFileType["ALL_F32" if gguf_type == "f32" else f"MOSTLY_{matrix_type.name}"])
-    interleaved_width = _head_dim(model.config) if architecture in _ROTATE_NEIGHBOURS else None
+    check_gguf(model, gguf_type)
     with made_beside(path) as made:
-        with being_written(made) as partial, contextlib.closing(writer):
-            _write_file(writer, partial, _named_tensors(model, architecture), matrix_type, interleaved_width)
+        with being_written(made) as partial:
+            if gguf_type in QUANTIZED_BY_LLAMA_CPP:
+                exact = made.with_name(f"{made.name}.exact")
+                _write(model, tokenizer, exact, path.stem, _EXACT_TYPES[model.dtype])
+                llama_cpp.quantize(exact, partial, gguf_type)
+            else:
+                _write(model, tokenizer, partial, path.stem, gguf_type)
         os.replace(made, path)
+
+
+def _write(model: PreTrainedModel, tokenizer: Tokenizer, path: Path, name: str, gguf_type: GgufType) -> None:
+    """Writes the file in a type that gguf-py makes."""
+    architecture, matrix_type = _llama_cpp_architecture(model.config), GGMLQuantizationType[gguf_type.upper()]
+    interleaved_width = head_dim(model.config) if architecture in _ROTATE_NEIGHBOURS else None
+    with contextlib.closing(_new_writer(model, tokenizer, name)) as writer:
+        writer.add_file_type(LlamaFileType["ALL_F32" if gguf_type == "f32" else f"MOSTLY_{matrix_type.name}"])
+        _write_file(writer, path, _named_tensors(model, architecture), matrix_type, interleaved_width)
 
 
 def _new_writer(model: PreTrainedModel, tokenizer: Tokenizer, name: str) -> GGUFWriter:
@@ -79,7 +85,7 @@ def _new_writer(model: PreTrainedModel, tokenizer: Tokenizer, name: str) -> GGUF
     return writer
 
 
-def gguf_bytes(model: PreTrainedModel, tokenizer: Tokenizer, gguf_type: GgufType | Literal["q4_k_m"]) -> int:
+def gguf_bytes(model: PreTrainedModel, tokenizer: Tokenizer, gguf_type: GgufType) -> int:
     """Bytes of the file that `write_gguf` writes, or that llama.cpp quantizes; the model needs no weights for that."""
     header = gguf_header_bytes(model, tokenizer)
     tensors = _named_tensors(model, _llama_cpp_architecture(model.config))
@@ -107,103 +113,12 @@ def gguf_names(model: PreTrainedModel) -> dict[str, str]:
     return {own: _name(names, own) for own, _ in model.named_parameters()}
 
 
-def check_gguf(model: PreTrainedModel) -> None:
-    """Raises AdaPrunerError if llama.cpp would not compute what the model computes; it needs no weights for that."""
-    config = model.config
-    if config.model_type not in (*_LLAMA_LIKE, "qwen3", "gemma3_text"):
-        raise AdaPrunerError(
-            f"GGUF export knows {', '.join(_LLAMA_LIKE)}, qwen3 and gemma3_text, not {config.model_type!r};"
-            " use llama.cpp's own converter on a uniform checkpoint"
-        )
-    if config.model_type == "gemma3_text":
-        _check_gemma3(model)
-        return
-    if config.hidden_act != "silu":
-        raise AdaPrunerError(f"llama.cpp computes this family with silu only, not with {config.hidden_act}")
-    _check_attends_to_everything(config)
-    _check_rope(config)
-    if config.model_type == "qwen3":
-        _check_one_width(model)
-
-
-def _check_attends_to_everything(config: PreTrainedConfig) -> None:
-    window = getattr(config, "sliding_window", None)
-    layer_types = getattr(config, "layer_types", None) or ["sliding_attention"]
-    if window and "sliding_attention" in layer_types and window < config.max_position_embeddings:
-        raise AdaPrunerError(
-            f"llama.cpp has no sliding attention window in this family, this model one of {window} tokens; exact is an"
-            f" export of the model with max_position_embeddings={window} in its config.json (now"
-            f" {config.max_position_embeddings})"
-        )
-
-
-def _check_rope(config: PreTrainedConfig) -> None:
-    settings = {name for name, value in config.rope_parameters.items() if value is not None}
-    rope_type = config.rope_parameters["rope_type"]
-    supported = [name for name in _ROPE_SETTINGS if name != "llama3" or config.model_type in _LLAMA_LIKE]
-    unknown = sorted(settings - {"rope_type", "type", "rope_theta"} - _ROPE_SETTINGS.get(rope_type, settings))
-    if rope_type not in supported or unknown:
-        raise AdaPrunerError(
-            f"rotary embeddings of the type {' with '.join([rope_type, *unknown])} cannot be exported to GGUF for"
-            f" {config.model_type}, only {', '.join(supported)}; change `rope_parameters` in config.json, where the"
-            " model allows it"
-        )
-
-
-def _check_gemma3(model: PreTrainedModel) -> None:
-    """llama.cpp's architecture `gemma3` takes one width for all layers, and much of what a config says as given."""
-    _check_one_width(model)
-    config, rope = model.config, model.config.rope_parameters
-    layers = config.num_hidden_layers
-    given = {
-        "hidden_activation": (config.hidden_activation, "gelu_pytorch_tanh"),
-        "layer_types": (config.layer_types, _gemma3_layer_types(layers)),
-        "query_pre_attn_scalar": (config.query_pre_attn_scalar, _head_dim(config)),
-        "final_logit_softcapping": (config.final_logit_softcapping, None),
-        "attn_logit_softcapping": (config.attn_logit_softcapping, None),
-        "use_bidirectional_attention": (bool(config.use_bidirectional_attention), False),
-        "rope_parameters": (rope["sliding_attention"], {"rope_type": "default", "rope_theta": 10_000.0}),
-        "rope_type of full_attention": (rope["full_attention"]["rope_type"], "default"),
-    }
-    for name, (value, expected) in given.items():
-        if value != expected:
-            raise AdaPrunerError(f"llama.cpp computes gemma3 with {name} {expected} only, not {value}")
-
-
-def _gemma3_layer_types(layers: int) -> list[str]:
-    """Every sixth layer attends to everything."""
-    return ["sliding_attention" if (layer + 1) % 6 else "full_attention" for layer in range(layers)]
-
-
-def _check_one_width(model: PreTrainedModel) -> None:
-    """llama.cpp's architectures beside `llama` and `deci` take one width for all layers, and no biases."""
-    way_out = (
-        "use `adapruner export --to stock`, which pads all layers to the widest, and llama.cpp's own converter on that,"
-        " or prune with `layout` uniform"
-    )
-    if len(set(_layer_counts(model.config))) > 1:
-        raise AdaPrunerError(f"llama.cpp runs layers that differ in width in Llama, Mistral and Qwen 2 only; {way_out}")
-    biases = [name for name, _ in model.named_parameters() if name.endswith(".bias")]
-    if biases:
-        family = model.config.model_type
-        raise AdaPrunerError(
-            f"llama.cpp reads no biases in {family} models, this one has {len(biases)} ({biases[0]}, …);"
-            " prune with a compensation that adds none, as `compensation` least-squares"
-        )
-
-
-def _layer_counts(config: PreTrainedConfig) -> list[tuple[int, int, int]]:
-    """Query heads, key/value heads and feed-forward channels of every layer."""
-    layers: list[Any] = [config.per_layer_config[index] for index in range(config.num_hidden_layers)]
-    return [(layer.num_attention_heads, layer.num_key_value_heads, layer.intermediate_size) for layer in layers]
-
-
 def _written_counts(config: PreTrainedConfig) -> list[tuple[int, int, int]]:
     """What the file says of every layer. llama.cpp reads the width of heads off the first layer, and leaves out the
     attention too where there is no feed-forward: there it is told of one head, or a few channels, of zeros."""
     return [
         (heads or int(index == 0), key_value_heads or int(index == 0), channels or (_FEW_CHANNELS if heads else 0))
-        for index, (heads, key_value_heads, channels) in enumerate(_layer_counts(config))
+        for index, (heads, key_value_heads, channels) in enumerate(layer_counts(config))
     ]
 
 
@@ -211,7 +126,7 @@ def _llama_cpp_architecture(config: PreTrainedConfig) -> str:
     """`deci` computes what `llama` computes, with counts that may differ from layer to layer."""
     if config.model_type == "gemma3_text":
         return "gemma3"
-    if len(set(_layer_counts(config))) > 1:
+    if len(set(layer_counts(config))) > 1:
         return "deci"
     if config.model_type == "qwen3" or (config.model_type == "qwen2" and _is_plain_qwen2(config)):
         return str(config.model_type)
@@ -222,12 +137,8 @@ def _is_plain_qwen2(config: PreTrainedConfig) -> bool:
     """Whether llama.cpp's own architecture for Qwen 2 takes it: heads as wide as the hidden size, no further biases."""
     heads = config.per_layer_config[0].num_attention_heads
     added_biases = getattr(config, "added_biases", ())
-    is_full_width = heads * _head_dim(config) == config.hidden_size
+    is_full_width = heads * head_dim(config) == config.hidden_size
     return is_full_width and not added_biases and config.rope_parameters["rope_type"] != "llama3"
-
-
-def _head_dim(config: PreTrainedConfig) -> int:
-    return architecture_of(config).head_dim(config.per_layer_config[0])
 
 
 def _add_hyperparameters(writer: GGUFWriter, config: PreTrainedConfig) -> None:
@@ -241,9 +152,9 @@ def _add_hyperparameters(writer: GGUFWriter, config: PreTrainedConfig) -> None:
     writer.add_head_count_kv(_one_if_alike(key_value_heads))
     writer.add_feed_forward_length(_one_if_alike(channels))
     # Left out, these would be taken for the hidden size divided by the heads.
-    writer.add_key_length(_head_dim(config))
-    writer.add_value_length(_head_dim(config))
-    writer.add_rope_dimension_count(_head_dim(config))
+    writer.add_key_length(head_dim(config))
+    writer.add_value_length(head_dim(config))
+    writer.add_rope_dimension_count(head_dim(config))
     if config.model_type == "gemma3_text":
         writer.add_sliding_window(config.sliding_window)
         writer.add_rope_freq_base(config.rope_parameters["full_attention"]["rope_theta"])
@@ -298,8 +209,8 @@ def _unread_norms(config: PreTrainedConfig) -> tuple[str, ...]:
 
 def _zeros(config: PreTrainedConfig) -> dict[str, Tensor]:
     """What adds nothing, in place of what llama.cpp does not let a layer be without."""
-    hidden, width, zeros = config.hidden_size, _head_dim(config), dict[str, Tensor]()
-    for index, (own, written) in enumerate(zip(_layer_counts(config), _written_counts(config), strict=True)):
+    hidden, width, zeros = config.hidden_size, head_dim(config), dict[str, Tensor]()
+    for index, (own, written) in enumerate(zip(layer_counts(config), _written_counts(config), strict=True)):
         if own[0] != written[0]:
             zeros |= {f"blk.{index}.attn_{name}.weight": torch.zeros(width, hidden) for name in "qkv"}
             zeros[f"blk.{index}.attn_output.weight"] = torch.zeros(hidden, width)
@@ -310,9 +221,9 @@ def _zeros(config: PreTrainedConfig) -> dict[str, Tensor]:
 
 
 def _frequency_divisors(config: PreTrainedConfig) -> Tensor:
-    """[head_dim / 2]: what Llama 3's scaling divides each rotary frequency by."""
-    head_dim = _head_dim(config)
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    """[half the width of a head]: what Llama 3's scaling divides each rotary frequency by."""
+    width = head_dim(config)
+    exponents = torch.arange(0, width, 2, dtype=torch.float32) / width
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config.per_layer_config[0], torch.device("cpu"))
     unscaled: Tensor = config.rope_parameters["rope_theta"] ** -exponents
     return unscaled / scaled

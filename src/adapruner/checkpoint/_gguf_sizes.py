@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
 import gguf
 from gguf import GGMLQuantizationType
@@ -18,7 +17,7 @@ _WITHOUT_SUPERBLOCKS = {
 }
 
 
-def gguf_tensor_bytes(shapes: Mapping[str, Sequence[int]], gguf_type: GgufType | Literal["q4_k_m"]) -> int:
+def gguf_tensor_bytes(shapes: Mapping[str, Sequence[int]], gguf_type: GgufType) -> int:
     """Bytes of all tensors of a file, each filled up to the alignment.
 
     Args:

@@ -162,7 +162,7 @@ def export(
         to: gguf: one file for llama.cpp. stock: a folder for any loader of the family, padded with zeros: heads to
             their number in the dense model, channels to the widest layer.
         output: The file or folder to write.
-        gguf_type: How a GGUF file stores matrices.
+        gguf_type: How a GGUF file stores matrices. Quantizations other than q8_0 need pip install 'adapruner[gguf]'.
         overwrite: Replace an existing GGUF file, or a folder that adapruner wrote.
     """
     with starting():
@@ -172,10 +172,13 @@ def export(
 
     how = vars(upload) if upload else {}
     exported = run(model, to, output, gguf_type, overwrite, **how)
+    stored = exported.stored_types
     if json:
-        print_json({"model": model, "format": to, "path": str(exported.path), "bytes": exported.size})
+        tensor_bytes = {"tensor_bytes": stored.tensor_bytes} if stored else {}
+        print_json({"model": model, "format": to, "path": str(exported.path), "bytes": exported.size, **tensor_bytes})
     else:
-        plain_console().print(f"{exported.path}: {exported.size / 1e6:,.1f} MB", soft_wrap=True)
+        types = f"; {stored.sentence}" if stored and stored.sentence else ""
+        plain_console().print(f"{exported.path}: {exported.size / 1e6:,.1f} MB{types}", soft_wrap=True)
 
 
 def vocabulary(

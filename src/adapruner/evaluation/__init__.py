@@ -17,7 +17,7 @@ from adapruner.evaluation._losses import (
     tokens_per_batch,
 )
 from adapruner.evaluation._perplexity import PROTOCOLS, Perplexity, measure_perplexity, window_losses
-from adapruner.evaluation._speed import Rate, Speed, count_macs, measure_speed, new_cache, seconds_in_turn
+from adapruner.evaluation._speed import Rate, Speed, count_macs, measure_speed, new_cache, rate, seconds_in_turn
 from adapruner.evaluation._tasks import Tasks, TaskScore, check_tasks, load_tasks, mean_accuracies, measure_tasks
 from adapruner.evaluation._verdict import Verdict, judge
 
@@ -48,6 +48,7 @@ __all__ = [
     "measure_speed",
     "measure_tasks",
     "new_cache",
+    "rate",
     "repetition",
     "seconds_in_turn",
     "tokens_per_batch",

@@ -145,8 +145,8 @@ def _speed(
         prompt_macs=prompt_macs,
         new_token_macs=new_token_macs,
         peak_memory_bytes=None if peak is None else weight_bytes + peak,
-        prefill={batch: _rate(batch * prompt, [own[0] for own in times]) for batch, times in seconds.items()},
-        decode={batch: _rate(batch * new_tokens, [own[1] for own in times]) for batch, times in seconds.items()},
+        prefill={batch: rate(batch * prompt, [own[0] for own in times]) for batch, times in seconds.items()},
+        decode={batch: rate(batch * new_tokens, [own[1] for own in times]) for batch, times in seconds.items()},
         unfriendly_widths={
             block.layer: block.groups for block in blocks if block.kind == "channels" and block.groups % multiple
         },
@@ -154,7 +154,8 @@ def _speed(
     )
 
 
-def _rate(tokens: int, seconds: list[float]) -> Rate:
+def rate(tokens: int, seconds: Sequence[float]) -> Rate:
+    """Of so many tokens in each of some repetitions."""
     return Rate(median=tokens / statistics.median(seconds), least=tokens / max(seconds), greatest=tokens / min(seconds))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -69,10 +70,10 @@ def render_report(run: RunFolder, config: PruneConfig, refresh: int | None = Non
     chosen = contents.levelled.candidate if contents.levelled else search and search.best
     best_trial = search.best_trial if search else None
     loss_name = "objective" if config.objective_function else _charts.LOSS_NAMES[config.selection]
-    return _TEMPLATES.get_template("report.html.jinja").render(
+    return render(
+        "report.html.jinja",
         contents=contents,
         refresh=refresh if contents.state == "running" else None,
-        policy=_POLICY,
         titles=titles(config, search.best_fixed_name if search else None),
         name=shown_name(config.model),
         losses=_summary.losses(contents),
@@ -94,6 +95,11 @@ def render_report(run: RunFolder, config: PruneConfig, refresh: int | None = Non
         command=command(config, contents.path),
         options=yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False),
     )
+
+
+def render(template: str, **content: Any) -> str:
+    """A page of this package."""
+    return _TEMPLATES.get_template(template).render(policy=_POLICY, **content)
 
 
 def _advice(contents: Contents) -> list[str]:

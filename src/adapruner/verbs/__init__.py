@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from adapruner.verbs._compare import compare
     from adapruner.verbs._evaluate import Evaluation, evaluate
     from adapruner.verbs._export import export
     from adapruner.verbs._inspect import describe, inspect
@@ -20,6 +21,7 @@ __all__ = [
     "Evaluation",
     "PrunedVocabulary",
     "benchmark",
+    "compare",
     "compensate",
     "cut",
     "describe",
@@ -40,6 +42,7 @@ __all__ = [
 
 # Imported when first used: inspecting a model needs none of the libraries for searching, training and tasks.
 _MODULES = {
+    "compare": "_compare",
     **dict.fromkeys(("Evaluation", "evaluate"), "_evaluate"),
     "export": "_export",
     **dict.fromkeys(("describe", "inspect"), "_inspect"),

@@ -11,11 +11,13 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.card import card_of_export, read_card
 from adapruner.checkpoint import (
+    StoredTypes,
     check_gguf,
     check_push,
     is_replaceable,
     push,
     read_origin,
+    read_stored_types,
     save_checkpoint,
     write_gguf,
 )
@@ -31,10 +33,16 @@ from adapruner.verbs._source import ModelSource
 
 @dataclass(frozen=True)
 class Exported:
-    """Where an export is, and its size in bytes."""
+    """Where an export is.
+
+    Attributes:
+        size: bytes of all files.
+        stored_types: how the tensors of a quantized GGUF file are stored; None of anything else.
+    """
 
     path: Path
     size: int
+    stored_types: StoredTypes | None = None
 
 
 def export(
@@ -55,7 +63,7 @@ def export(
         model: as for `load`; or a model in memory, which is not changed.
         to: `gguf`: one file for llama.cpp; `stock`: a folder for any loader of the family (see `surgery.pad_to_stock`).
         output: the file or folder.
-        gguf_type: how a GGUF file stores matrices.
+        gguf_type: how a GGUF file stores matrices, see `checkpoint.write_gguf`.
         overwrite: replace an existing GGUF file, or a folder that this package wrote.
         push_to_hub: upload the result to this repository.
         hub_private: whether a new repository is private.
@@ -71,7 +79,11 @@ def export(
     check_output(path, source.location, to, overwrite)
     if push_to_hub:
         check_push(push_to_hub, hub_token)
-    (check_gguf if to == "gguf" else check_paddable)(empty_model(source.config))
+    empty = empty_model(source.config)
+    if to == "gguf":
+        check_gguf(empty, gguf_type)
+    else:
+        check_paddable(empty)
     tokenizer = source.tokenizer(tokenizer)
     reporter = Reporter()
     with contextlib.ExitStack() as using:
@@ -85,7 +97,9 @@ def export(
     if push_to_hub:
         push(path, push_to_hub, hub_private, hub_revision, hub_token)
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-    return Exported(path, sum(file.stat().st_size for file in files))
+    is_quantized = to == "gguf" and gguf_type not in ("f32", "f16", "bf16")
+    stored = read_stored_types(path, gguf_type) if is_quantized else None
+    return Exported(path, sum(file.stat().st_size for file in files), stored)
 
 
 def _write_stock(loaded: PreTrainedModel, tokenizer: Tokenizer, path: Path, location: ModelLocation | None) -> str:

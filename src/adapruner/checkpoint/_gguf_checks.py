@@ -1,0 +1,125 @@
+"""What llama.cpp computes as the model does, and what it does not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from adapruner import llama_cpp
+from adapruner.config import GgufType
+from adapruner.errors import AdaPrunerError
+from adapruner.models import architecture_of
+
+# Families that llama.cpp's architectures `llama` and `deci` compute: Qwen 2 is Llama with biases on query, key, value.
+LLAMA_LIKE = ("llama", "mistral", "qwen2")
+
+# Made by llama.cpp's own quantizer.
+QUANTIZED_BY_LLAMA_CPP = ("q6_k", "q5_k_m", "q4_k_m", "q4_k_s", "q3_k_m")
+
+# Types of rotary embeddings that can be written, and what may be set of them beside the base.
+_ROPE_SETTINGS: dict[str, set[str]] = {
+    "default": set(),
+    "linear": {"factor"},
+    "yarn": {"factor", "original_max_position_embeddings"},
+    "llama3": {"factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"},
+}
+
+
+def check_gguf(model: PreTrainedModel, gguf_type: GgufType = "f16") -> None:
+    """Raises AdaPrunerError if llama.cpp would not compute what the model computes, or is needed to write the file and
+    not installed; it needs no weights for that."""
+    if gguf_type in QUANTIZED_BY_LLAMA_CPP:
+        llama_cpp.check_installed()
+    config = model.config
+    if config.model_type not in (*LLAMA_LIKE, "qwen3", "gemma3_text"):
+        raise AdaPrunerError(
+            f"GGUF export knows {', '.join(LLAMA_LIKE)}, qwen3 and gemma3_text, not {config.model_type!r};"
+            " use llama.cpp's own converter on a uniform checkpoint"
+        )
+    if config.model_type == "gemma3_text":
+        _check_gemma3(model)
+        return
+    if config.hidden_act != "silu":
+        raise AdaPrunerError(f"llama.cpp computes this family with silu only, not with {config.hidden_act}")
+    _check_attends_to_everything(config)
+    _check_rope(config)
+    if config.model_type == "qwen3":
+        _check_one_width(model)
+
+
+def layer_counts(config: PreTrainedConfig) -> list[tuple[int, int, int]]:
+    """Query heads, key/value heads and feed-forward channels of every layer."""
+    layers: list[Any] = [config.per_layer_config[index] for index in range(config.num_hidden_layers)]
+    return [(layer.num_attention_heads, layer.num_key_value_heads, layer.intermediate_size) for layer in layers]
+
+
+def head_dim(config: PreTrainedConfig) -> int:
+    """Width of a head."""
+    return architecture_of(config).head_dim(config.per_layer_config[0])
+
+
+def _check_attends_to_everything(config: PreTrainedConfig) -> None:
+    window = getattr(config, "sliding_window", None)
+    layer_types = getattr(config, "layer_types", None) or ["sliding_attention"]
+    if window and "sliding_attention" in layer_types and window < config.max_position_embeddings:
+        raise AdaPrunerError(
+            f"llama.cpp has no sliding attention window in this family, this model one of {window} tokens; exact is an"
+            f" export of the model with max_position_embeddings={window} in its config.json (now"
+            f" {config.max_position_embeddings})"
+        )
+
+
+def _check_rope(config: PreTrainedConfig) -> None:
+    settings = {name for name, value in config.rope_parameters.items() if value is not None}
+    rope_type = config.rope_parameters["rope_type"]
+    supported = [name for name in _ROPE_SETTINGS if name != "llama3" or config.model_type in LLAMA_LIKE]
+    unknown = sorted(settings - {"rope_type", "type", "rope_theta"} - _ROPE_SETTINGS.get(rope_type, settings))
+    if rope_type not in supported or unknown:
+        raise AdaPrunerError(
+            f"rotary embeddings of the type {' with '.join([rope_type, *unknown])} cannot be exported to GGUF for"
+            f" {config.model_type}, only {', '.join(supported)}; change `rope_parameters` in config.json, where the"
+            " model allows it"
+        )
+
+
+def _check_gemma3(model: PreTrainedModel) -> None:
+    """llama.cpp's architecture `gemma3` takes one width for all layers, and much of what a config says as given."""
+    _check_one_width(model)
+    config, rope = model.config, model.config.rope_parameters
+    layers = config.num_hidden_layers
+    given = {
+        "hidden_activation": (config.hidden_activation, "gelu_pytorch_tanh"),
+        "layer_types": (config.layer_types, _gemma3_layer_types(layers)),
+        "query_pre_attn_scalar": (config.query_pre_attn_scalar, head_dim(config)),
+        "final_logit_softcapping": (config.final_logit_softcapping, None),
+        "attn_logit_softcapping": (config.attn_logit_softcapping, None),
+        "use_bidirectional_attention": (bool(config.use_bidirectional_attention), False),
+        "rope_parameters": (rope["sliding_attention"], {"rope_type": "default", "rope_theta": 10_000.0}),
+        "rope_type of full_attention": (rope["full_attention"]["rope_type"], "default"),
+    }
+    for name, (value, expected) in given.items():
+        if value != expected:
+            raise AdaPrunerError(f"llama.cpp computes gemma3 with {name} {expected} only, not {value}")
+
+
+def _gemma3_layer_types(layers: int) -> list[str]:
+    """Every sixth layer attends to everything."""
+    return ["sliding_attention" if (layer + 1) % 6 else "full_attention" for layer in range(layers)]
+
+
+def _check_one_width(model: PreTrainedModel) -> None:
+    """llama.cpp's architectures beside `llama` and `deci` take one width for all layers, and no biases."""
+    way_out = (
+        "use `adapruner export --to stock`, which pads all layers to the widest, and llama.cpp's own converter on that,"
+        " or prune with `layout` uniform"
+    )
+    if len(set(layer_counts(model.config))) > 1:
+        raise AdaPrunerError(f"llama.cpp runs layers that differ in width in Llama, Mistral and Qwen 2 only; {way_out}")
+    biases = [name for name, _ in model.named_parameters() if name.endswith(".bias")]
+    if biases:
+        family = model.config.model_type
+        raise AdaPrunerError(
+            f"llama.cpp reads no biases in {family} models, this one has {len(biases)} ({biases[0]}, …);"
+            " prune with a compensation that adds none, as `compensation` least-squares"
+        )

@@ -1,0 +1,73 @@
+"""The verb that sets models side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+from rich.table import Table
+
+from adapruner.cli._options import Device, Flag, Json, WholeNumber
+from adapruner.cli._output import plain_console, print_json
+from adapruner.config import Engine
+
+
+def compare(
+    *models: Annotated[str, Parameter(help="Hub id, model folder, run folder, .gguf file, or smollm2.")],
+    types: Annotated[tuple[str, ...], Parameter(negative="")] = ("f16", "q8_0", "q4_k_m"),
+    engine: Annotated[tuple[Engine, ...], Parameter(negative="")] = ("llama.cpp",),
+    perplexity: str = "wikitext2",
+    seq_len: WholeNumber = 128,
+    limit: WholeNumber | None = None,
+    tasks: Annotated[tuple[str, ...], Parameter(negative="")] = (),
+    prompt: WholeNumber = 128,
+    new_tokens: WholeNumber = 32,
+    repetitions: WholeNumber = 5,
+    output: Annotated[Path | None, Parameter(name=["--output", "-o"])] = None,
+    overwrite: Flag = False,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Measure quality, size and speed of several models and quantizations, and say which are dominated.
+
+    Args:
+        types: Types of GGUF file that llama.cpp runs, comma-separated or repeated. A given .gguf file runs as it is.
+        engine: What runs the models; may be repeated. transformers runs them in their dtype. llama.cpp runs GGUF files
+            and needs pip install 'adapruner[gguf]'.
+        perplexity: Dataset for bits per byte.
+        seq_len: Tokens per window of this dataset.
+        limit: Take only so many windows, and items of each task, evenly spaced.
+        tasks: Tasks of lm-eval, separated by commas or repeated; run by transformers.
+        prompt: Tokens that are read at once to measure speed.
+        new_tokens: Tokens that are then generated.
+        repetitions: Of which the median is taken.
+        output: HTML page to write.
+        overwrite: Replace an existing page.
+    """
+    from adapruner import verbs
+    from adapruner.comparison import protocols, table
+
+    comparison = verbs.compare(
+        models,
+        output,
+        perplexity,
+        seq_len,
+        limit,
+        types,
+        engine,
+        tasks,
+        prompt,
+        new_tokens,
+        repetitions,
+        overwrite,
+        device,
+    )
+    if json:
+        print_json(comparison.model_dump(mode="json"))
+        return
+    header, rows = table(comparison)
+    shown = Table(*header, caption="\n".join(protocols(comparison)), caption_justify="left")
+    for row in rows:
+        shown.add_row(*row)
+    plain_console().print(shown)

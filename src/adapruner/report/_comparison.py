@@ -1,0 +1,54 @@
+"""The page of a comparison of models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from adapruner.comparison import AXES, Axis, Comparison, Point, protocols, table
+from adapruner.files import being_written
+from adapruner.report._charts import Scatter, scatter, shortened
+from adapruner.report._page import render
+
+
+def write_comparison(comparison: Comparison, path: Path) -> None:
+    """Writes a self-contained page.
+
+    Raises:
+        AdaPrunerError: it cannot be written.
+    """
+    with being_written(path) as partial:
+        partial.write_text(render_comparison(comparison), encoding="utf-8")
+
+
+def render_comparison(comparison: Comparison) -> str:
+    """The page, as text."""
+    header, rows = table(comparison)
+    return render(
+        "comparison.html.jinja",
+        plots={axis: _quality_against(comparison, axis) for axis in AXES},
+        points={point.name: point for point in comparison.points},
+        comparison=comparison,
+        models=_models(comparison.points),
+        header=header,
+        rows=rows,
+        protocols=protocols(comparison),
+    )
+
+
+def _models(points: Sequence[Point]) -> list[str]:
+    return list(dict.fromkeys(point.model for point in points))
+
+
+def _quality_against(comparison: Comparison, axis: Axis) -> Scatter:
+    """Bits per byte against size or speed, a series for every model and engine."""
+    title = "MB" if axis == "size" else AXES[axis]
+    points: dict[str, list[tuple[float, float, str]]] = {}
+    for point in comparison.points:
+        cost = point.size / 1e6 if axis == "size" else getattr(point, axis).median
+        points.setdefault(_series(point), []).append((cost, point.bits_per_byte, point.name))
+    return scatter(title, "bits per byte", points)
+
+
+def _series(point: Point) -> str:
+    return f"{shortened(point.model)}, {point.engine}"

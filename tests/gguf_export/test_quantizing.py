@@ -1,0 +1,106 @@
+"""Quantizations that llama.cpp makes itself: another llama.cpp runs them, and they say what they are."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import gguf
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from adapruner.checkpoint import read_stored_types, write_gguf
+from adapruner.config import GgufType
+from adapruner.errors import AdaPrunerError
+from adapruner.evaluation import window_losses
+from adapruner.llama_cpp import LlamaCpp
+from adapruner.planning import make_plan
+from adapruner.structure import build_structure
+from adapruner.surgery import prune_model
+
+# More than the tokenizer of these tests has.
+VOCABULARY = 400
+TYPES: tuple[GgufType, ...] = get_args(GgufType)
+
+
+@pytest.fixture(params=["uniform", "per-layer"])
+def pruned(request: pytest.FixtureRequest) -> PreTrainedModel:
+    """Rows of 256 and of 512 weights, and of 300 in one matrix where layers differ."""
+    torch.manual_seed(0)
+    dense = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=256,
+            intermediate_size=600,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            tie_word_embeddings=True,
+            initializer_range=0.1,
+        )
+    ).eval()
+    structure = build_structure(dense)
+    channels = {0: 300 if request.param == "per-layer" else 512, 1: 512}
+    counts = [channels[block.layer] if block.kind == "channels" else block.groups for block in structure.blocks]
+    return prune_model(dense, structure, make_plan(structure, torch.zeros(structure.group_offsets[-1]), counts))
+
+
+def widths(model: PreTrainedModel) -> set[int]:
+    return {layer.mlp.down_proj.in_features for layer in model.model.layers}
+
+
+def test_every_type_runs(
+    pruned: PreTrainedModel, bytes_tokenizer: PreTrainedTokenizerFast, llama_cpp: Callable[[Path], Any], tmp_path: Path
+) -> None:
+    pytest.importorskip("cyllama")
+    windows = torch.randint(5, 300, (3, 24), generator=torch.Generator().manual_seed(1))
+    expected = window_losses(pruned, windows)
+    sizes = {}
+    for gguf_type in TYPES:
+        path = tmp_path / f"{gguf_type}.gguf"
+        write_gguf(pruned, bytes_tokenizer, path, gguf_type)
+        assert len(llama_cpp(path).generate([5, 6, 7], 4)) == 4
+        losses = torch.tensor(list(LlamaCpp(path, 24).window_losses(windows)), dtype=torch.float64)
+        tolerance = 0.03 if gguf_type in ("f32", "f16", "bf16", "q8_0") else 0.5
+        torch.testing.assert_close(losses, expected, rtol=0, atol=tolerance)
+        sizes[gguf_type] = path.stat().st_size
+    # From the widest to the narrowest type.
+    assert list(sizes.values()) == sorted(sizes.values(), reverse=True)
+    assert [file.name for file in tmp_path.iterdir() if file.suffix != ".gguf"] == []
+
+
+def test_says_which_matrices_fell_back(
+    pruned: PreTrainedModel, bytes_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    pytest.importorskip("cyllama")
+    path = tmp_path / "model.gguf"
+    write_gguf(pruned, bytes_tokenizer, path, "q4_k_m")
+    stored = read_stored_types(path, "q4_k_m")
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    assert sum(stored.tensor_bytes.values()) == sum(tensor.data.nbytes for tensor in tensors.values())
+    odd = {
+        name for name, tensor in tensors.items() if len(tensor.data.shape) == 2 and tensor.shape[0] not in (256, 512)
+    }
+    assert odd == ({"blk.0.ffn_down.weight"} if 300 in widths(pruned) else set())
+    assert stored.fallbacks == {tensors[name].tensor_type.name: 1 for name in odd}
+    k_quants = [tensor.data.nbytes for tensor in tensors.values() if tensor.tensor_type.name.endswith("_K")]
+    assert stored.k_quant_share == sum(k_quants) / sum(stored.tensor_bytes.values())
+    assert (stored.k_quant_share > 0.9) == (not odd)
+    assert stored.sentence.startswith(f"{stored.k_quant_share:.1%} of the bytes are in K-quants")
+
+
+def test_without_the_quantizer(
+    tiny: Callable[..., PreTrainedModel],
+    bytes_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr("adapruner.llama_cpp.find_spec", lambda name: None if name == "cyllama" else found(name))
+    with pytest.raises(AdaPrunerError, match=r"pip install 'adapruner\[gguf\]'"):
+        write_gguf(tiny("llama"), bytes_tokenizer, tmp_path / "model.gguf", "q4_k_m")
+    write_gguf(tiny("llama"), bytes_tokenizer, tmp_path / "model.gguf", "q8_0")
+    assert [file.name for file in tmp_path.iterdir()] == ["model.gguf"]
