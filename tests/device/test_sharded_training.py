@@ -85,7 +85,9 @@ def counting(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module", params=[("lora", "SHARDED_STATE_DICT"), ("full", "FULL_STATE_DICT")])
+@pytest.fixture(
+    scope="module", params=[("lora", "SHARDED_STATE_DICT"), ("full", "FULL_STATE_DICT")], ids=["lora", "full"]
+)
 def killed(
     request: pytest.FixtureRequest,
     two_devices: Device,
