@@ -36,20 +36,20 @@ from adapruner import procedure
 from adapruner.cli import main
 from adapruner.search import Search
 
-judge, measure, recover = Search._judged, procedure.measure_in_parts, procedure.recover_into
+judge, measure, recover = Search._run_together, procedure.measure_in_parts, procedure.recover_into
 
 NOTES = pathlib.Path(os.environ["NOTES"])
 
 def note(what):
     (NOTES / f"{what}-{os.getpid()}").touch()
 
-def judge_slowly(self, trial, *others):
-    trial.set_user_attr("worker", os.getpid())
+def judge_slowly(self, study, trials, *others):
+    trials[0].set_user_attr("worker", os.getpid())
     note("judged")
     while len(list(NOTES.glob("judged-*"))) < int(os.environ["PROCESSES"]):
         time.sleep(0.1)
     time.sleep(0.2)
-    return judge(self, trial, *others)
+    return judge(self, study, trials, *others)
 
 def measure_noting(*arguments, **options):
     for part in measure(*arguments, **options):
@@ -60,7 +60,8 @@ def recover_noting(*arguments, **options):
     note("trained")
     return recover(*arguments, **options)
 
-Search._judged, procedure.measure_in_parts, procedure.recover_into = judge_slowly, measure_noting, recover_noting
+Search._run_together = judge_slowly
+procedure.measure_in_parts, procedure.recover_into = measure_noting, recover_noting
 main()
 """
 
