@@ -133,8 +133,14 @@ def test_the_estimate_is_not_far_below_what_is_needed(
     only_json(outcome)
     measured = {stage.name: stage.peak for stage in outcome.stages if stage.name in estimates}
     assert measured.keys() == estimates.keys()
-    # What no estimate counts, such as masks and logits of some windows, is large beside a tiny model.
-    below = {name: (peak, estimates[name]) for name, peak in measured.items() if peak > 1.1 * estimates[name] + 2**20}
+    # Estimates leave out the second moments that trials hold where there is room, of four layers here. What else no
+    # estimate counts, such as attention scores, is large beside a tiny model.
+    room = dict.fromkeys(("searching", "levelling widths"), 4 * 4 * (256**2 + 768**2))
+    below = {
+        name: (peak, estimates[name])
+        for name, peak in measured.items()
+        if peak - room.get(name, 0) > 1.1 * estimates[name] + 2**20
+    }
     assert below == {}
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import adapruner
 from device.client import Device, Outcome
@@ -58,9 +58,8 @@ class Killed:
         return recovery(self.model, self.text, output, **self.options)
 
 
-def check_equal_weights(first: Path, second: Path) -> None:
-    """Loaded by transformers alone."""
-    ours, theirs = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (first, second))
+def check_equal_weights(first: PreTrainedModel, second: PreTrainedModel) -> None:
+    ours, theirs = first.state_dict(), second.state_dict()
     assert ours.keys() == theirs.keys()
     changes = {name: float((weight - theirs[name]).abs().max()) for name, weight in ours.items()}
     assert {name: change for name, change in changes.items() if change > 1e-5} == {}
@@ -128,7 +127,8 @@ def test_a_killed_recovery_resumes(
     outcome = launch(*killed.command(tmp_path / "a"), environment=killed.environment, processes=processes)
     record = only_json(outcome)
     assert (record["steps"], record["loss_before"]) == (8, 123)
-    check_equal_weights(tmp_path / "a", undisturbed)
+    # By transformers alone.
+    check_equal_weights(*(AutoModelForCausalLM.from_pretrained(folder) for folder in (tmp_path / "a", undisturbed)))
 
 
 def test_a_killed_recovery_does_not_resume_without_fsdp(killed: Killed, two_devices: Device, tmp_path: Path) -> None:
@@ -156,8 +156,10 @@ def test_a_process_that_fails_ends_all(
     outcome = launch(*arguments, environment=SHARDED | poor)
     assert outcome.code != 0
     said = [line for line in outcome.stderr.splitlines() if line.startswith("adapruner: ")]
-    assert len(said) == 1, said
-    assert "out of memory" in said[0]
+    # The launcher ends the other one, which may still say so.
+    causes = [line for line in said if not line.startswith("adapruner: interrupted")]
+    assert len(causes) == 1, said
+    assert "out of memory" in causes[0]
     assert not outcome.stdout
     assert not (tmp_path / "a").exists()
 
@@ -173,4 +175,4 @@ def test_a_model_whose_layers_differ_is_saved_whole(
     assert record["loss_after"] == pytest.approx(alone["loss_after"], rel=1e-5)
     first, second = (adapruner.load(tmp_path / name) for name in ("a", "b"))
     assert first.config.architectures == second.config.architectures
-    check_equal_weights(tmp_path / "a", tmp_path / "b")
+    check_equal_weights(first, second)
