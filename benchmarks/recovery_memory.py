@@ -1,7 +1,7 @@
 """The memory that LoRA on LLaMA-7B takes on a GPU: counted on the simulated one (tests/device) with the widths of
 LLaMA-7B and one, two and three layers, and extended to 32 layers.
 
-    python benchmarks/recovery_memory.py --micro-batch-size 4
+    python benchmarks/recovery_memory.py --micro-batch-size 1 --layers 1 --layers 2
 
 Everything but the number of layers is that of the model, so the peak grows by the same bytes with every layer. Weights
 are no numbers that mean anything: bytes do not depend on them.
