@@ -78,7 +78,7 @@ BROKEN: dict[str, bytes] = {
     "an infinity of trials": b"model: smollm2\ntrials: .inf\n",
     "a negative seed": b"model: smollm2\nseed: -1\n",
     "an unknown choice": b"model: smollm2\nlayout: diagonal\n",
-    "a word as list": b"model: smollm2\nevaluate: wikitext2\n",
+    "a number as list": b"model: smollm2\nevaluate: 3\n",
     "a list of numbers": b"model: smollm2\nevaluate: [1, 2]\n",
     "a word as recovery": b"model: smollm2\nrecover: c4\nrecovery: long\n",
     "a list as recovery": b"model: smollm2\nrecover: c4\nrecovery: [1]\n",

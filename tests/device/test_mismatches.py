@@ -32,7 +32,7 @@ finally:
 
 
 @pytest.mark.parametrize(
-    "file", ["evaluation/_perplexity.py", "measurement/_samples.py", "surgery/_compensation.py"], ids=lambda file: file
+    "file", ["evaluation/_losses.py", "measurement/_samples.py", "surgery/_compensation.py"], ids=lambda file: file
 )
 def test_a_tensor_left_on_the_cpu_is_found(
     file: str, device: Device, family: Callable[..., Path], text_file: Path, tmp_path: Path

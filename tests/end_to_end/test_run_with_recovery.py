@@ -121,7 +121,7 @@ def test_the_report_shows_all_models(finished: adapruner.PruneResult) -> None:
         for score in model.tasks.values():
             assert f'{score.metrics["acc"]:.4f} <span class="error">± {score.standard_errors["acc"]:.4f}' in page
     assert "12 steps, 768 tokens, learning the predictions of the dense model" in page
-    assert 'id="accuracy"' in page
+    assert 'id="task-table"' in page
 
 
 KILL = """

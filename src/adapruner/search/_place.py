@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 import warnings
 from collections.abc import Iterator
@@ -124,7 +125,7 @@ class StudyPlace:
             options["connect_args"] = {"timeout": _LOCK_TIMEOUT}
         for attempt in range(_ATTEMPTS):
             try:
-                with warnings.catch_warnings():
+                with warnings.catch_warnings(), _logging_left_alone():
                     warnings.simplefilter("ignore", ExperimentalWarning)
                     warnings.simplefilter("error", SAWarning)
                     storage = _Storage(url, options, heartbeat_interval=_HEARTBEAT, grace_period=_GRACE)
@@ -148,6 +149,18 @@ class StudyPlace:
         for secret in filter(None, (self._address.password, *values)):
             text = text.replace(str(secret), "***").replace(quote(str(secret)), "***")
         return text
+
+
+@contextlib.contextmanager
+def _logging_left_alone() -> Iterator[None]:
+    """Where the root logger has no handler, Optuna sets up the logging of the whole process when it creates tables,
+    which disables all loggers that there are."""
+    handler = logging.NullHandler()
+    logging.getLogger().addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
 
 
 def _of_database(error: BaseException | None) -> BaseException | None:
