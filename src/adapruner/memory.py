@@ -140,8 +140,7 @@ def _stages(
     if config.fits_sequentially and architecture_of(model.config).has_plain_residual(model.config):
         stages["compensating"] = {
             **(both | solving),
-            # The states in front of the first layer are held as well as those of the dense and of the pruned model.
-            "compensation_windows": text * (3 * hidden + max(widths)),
+            "compensation_windows": text * (2 * hidden + max(widths)),
             "pruned weights": pruned * with_copy,
             # Of a batch: what the layer computes, and what three runs of it have left.
             "seq_len": _FITTED_AT_ONCE * config.seq_len * 6 * (hidden + max(widths)) * trial.itemsize,

@@ -69,12 +69,11 @@ def compensate_sequentially(
     cut = {number: structure.blocks[number] for number in _cut_blocks(structure, plan)}
     new_number = {layer: new for new, layer in enumerate(kept_layers(structure, plan))}
     with torch.inference_mode():
-        entered = enter_layers(dense, windows.split(batch_size))
-        dense_states = [state for state, _ in entered]
+        dense_states, all_calls = map(list, zip(*enter_layers(dense, windows.split(batch_size)), strict=True))
         pruned_states = list(dense_states)
         for index in range(structure.layers):
             if index <= max((block.layer for block in cut.values()), default=-1):
-                calls = [of_batch[index] for _, of_batch in entered]
+                calls = [of_batch[index] for of_batch in all_calls]
                 blocks = {number: block for number, block in cut.items() if block.layer == index}
                 with contextlib.ExitStack() as loaded:
                     before = _Layer(loaded.enter_context(loaded_layer(dense, index)), calls, dense_states)
