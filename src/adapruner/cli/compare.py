@@ -9,7 +9,7 @@ from cyclopts import Parameter
 from rich.table import Table
 
 from adapruner.cli._options import Device, Flag, Json, WholeNumber
-from adapruner.cli._output import plain_console, print_json
+from adapruner.cli._output import plain_console, print_json, starting
 from adapruner.config import Engine
 
 
@@ -17,7 +17,7 @@ def compare(
     *models: Annotated[str, Parameter(help="Hub id, model folder, run folder, .gguf file, or smollm2.")],
     types: Annotated[tuple[str, ...], Parameter(negative="")] = ("f16", "q8_0", "q4_k_m"),
     engine: Annotated[tuple[Engine, ...], Parameter(negative="")] = ("llama.cpp",),
-    perplexity: str = "wikitext2",
+    evaluate: str = "wikitext2",
     seq_len: WholeNumber = 128,
     limit: WholeNumber | None = None,
     tasks: Annotated[tuple[str, ...], Parameter(negative="")] = (),
@@ -35,7 +35,7 @@ def compare(
         types: Types of GGUF file that llama.cpp runs, comma-separated or repeated. A given .gguf file runs as it is.
         engine: What runs the models; may be repeated. transformers runs them in their dtype. llama.cpp runs GGUF files
             and needs pip install 'adapruner[gguf]'.
-        perplexity: Dataset for bits per byte.
+        evaluate: Dataset for bits per byte.
         seq_len: Tokens per window of this dataset.
         limit: Take only so many windows, and items of each task, evenly spaced.
         tasks: Tasks of lm-eval, separated by commas or repeated; run by transformers.
@@ -45,13 +45,16 @@ def compare(
         output: HTML page to write.
         overwrite: Replace an existing page.
     """
-    from adapruner import verbs
-    from adapruner.comparison import protocols, table
+    with starting():
+        from adapruner import verbs
+        from adapruner.comparison import protocols, table
 
-    comparison = verbs.compare(
+        run = verbs.compare
+
+    comparison = run(
         models,
         output,
-        perplexity,
+        evaluate,
         seq_len,
         limit,
         types,
