@@ -80,10 +80,12 @@ def test_a_model_that_does_not_fit_is_pruned_layer_by_layer(
 ) -> None:
     """The estimate is above what is needed; with a fifth of what the whole model would need, it goes layer by layer."""
     options = {name: value for name, value in (SMALL_RUN | LAYER_WISE).items() if name != "layer_wise"}
-    arguments = ["prune", family("llama"), "-o", tmp_path / "a", "--calibration", text_file, *flags(options), "--json"]
+    # Of many layers: layer by layer, more samples and trials are in memory at once.
+    model = family("llama", num_hidden_layers=24)
+    arguments = ["prune", model, "-o", tmp_path / "a", "--calibration", text_file, *flags(options), "--json"]
     estimates = {}
     for layer_wise in ("--layer-wise", "--no-layer-wise"):
-        cost = only_json(device.run("inspect", family("llama"), "--cost", "--json", *flags(options), layer_wise))
+        cost = only_json(device.run("inspect", model, "--cost", "--json", *flags(options), layer_wise))
         estimates[layer_wise] = max(stage["device_bytes"] for stage in cost["stages"])
     assert estimates["--layer-wise"] < estimates["--no-layer-wise"]
     memory = (estimates["--layer-wise"] + estimates["--no-layer-wise"]) // 2
