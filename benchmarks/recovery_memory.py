@@ -4,7 +4,7 @@ LLaMA-7B and one, two and three layers, and extended to 32 layers.
     python benchmarks/recovery_memory.py --micro-batch-size 1 --layers 1 --layers 2
 
 Everything but the number of layers is that of the model, so the peak grows by the same bytes with every layer. Weights
-are no numbers that mean anything: bytes do not depend on them.
+are random: bytes do not depend on their values.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ sys.path.append(str(Path(__file__).parents[1] / "tests" / "device"))
 import building
 import simulated_cuda
 
+# Before transformers is imported, which looks for devices once.
 building.build()
 native = simulated_cuda.install()
 

@@ -29,6 +29,7 @@ from adapruner import PruneConfig, PruneOptions
 from adapruner.cli import app, main
 from adapruner.importance import TERMS
 from adapruner.models import Architecture, ModelLocation, known_architectures
+from adapruner.testing import SMALL as SMALL_RUN
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -38,18 +39,7 @@ NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 # that tiny models have.
 SHORT_TRAINING = {"steps": 2, "batch_size": 4, "micro_batch_size": 4, "seq_len": 320, "records": 24}
 SMALL: dict[str, dict[str, Any]] = {
-    "prune": {
-        "pool": 8,
-        "samples": 4,
-        "objective_windows": 4,
-        "final_windows": 0,
-        "compensation_windows": 16,
-        "evaluate_windows": 4,
-        "seq_len": 16,
-        "trials": 5,
-        "round_to": 1,
-        "task_limit": 2,
-    },
+    "prune": {**SMALL_RUN, "task_limit": 2},
     "recover": SHORT_TRAINING,
     "vocabulary": {"vocabulary_size": 300, "vocabulary_multiple": 4},
     "evaluate": {"limit": 2},

@@ -254,6 +254,8 @@ def test_the_steps_one_by_one_make_the_model_of_a_run(finished: adapruner.PruneR
         torch.testing.assert_close(values, of_run.per_sample[name], rtol=1e-3, atol=1e-7)
 
     point = {"fine_first": 1.0, "fluctuation": 2.0}
+    with pytest.raises(AdaPrunerError, match="no metric 'param_frist': expected vectorize, param_first"):
+        adapruner.score(statistics, structure, "param_frist")
     scores = adapruner.score(statistics, structure, point)
     plan = adapruner.plan(structure, scores, 0.1, round_to=1, protect_first=1, protect_last=1)
     assert abs(plan.ratio - 0.1) < 0.005

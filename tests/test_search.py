@@ -130,7 +130,7 @@ def test_a_killed_search_proposes_what_an_undisturbed_one_does(
 
 
 def test_trials_are_judged_four_at_a_time(subsets: SubsetFamily, tmp_path: Path) -> None:
-    """Every one is recorded with its own losses, one that cannot be met is replaced, and a killed search goes on."""
+    """Every one is recorded with its own losses, one that cannot be met is replaced, and a killed search resumes."""
     space, groups = SearchSpace(subsets, 4, 3, Budget(0.2)), []
 
     def refuse() -> Iterator[Tensor]:

@@ -71,7 +71,7 @@ class Comparison(_Content):
     repetitions: int
     device: str
 
-    @computed_field  # type: ignore[prop-decorator]
+    @computed_field
     @property
     def dominated(self) -> dict[str, dict[Axis, str]]:
         """By the name of each dominated point, and by what it costs: the name of the point that dominates it, see

@@ -111,7 +111,7 @@ class Diagnosis(_Facts):
     Attributes:
         packages: versions; None where one is not installed.
         devices: the CPU and the accelerators.
-        hub_cache: where models and datasets of the Hub are kept.
+        hub_cache: folder with the models and datasets downloaded from the Hub.
         offline: whether the Hub is not asked.
         data: the folders of `$ADAPRUNER_DATA`, and whether they exist.
         engines: which engines that load written models are installed here.

@@ -137,7 +137,8 @@ def write_text(data: TextData, folder: Path, use: str) -> str:
     digest, count = hashlib.sha256(), 0
     unnamed = folder / f".{use}-{os.getpid()}.jsonl"
     with being_written(unnamed) as partial, partial.open("w", encoding="utf-8") as file:
-        for count, row in enumerate(text_rows(_rows(data, use), use), 1):  # noqa: B007
+        for row in text_rows(_rows(data, use), use):
+            count += 1
             line = json.dumps(row) + "\n"
             digest.update(line.encode())
             file.write(line)

@@ -110,7 +110,8 @@ def _library() -> ModuleType:
     from cyllama.llama import llama_cpp
 
     llama_cpp.disable_logging()
-    return llama_cpp  # type: ignore[no-any-return]
+    library: ModuleType = llama_cpp
+    return library
 
 
 def _model_class(library: ModuleType) -> Any:

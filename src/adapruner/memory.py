@@ -68,6 +68,11 @@ def estimate_memory(
 def _stages(
     config: PruneConfig, model: Any, structure: Structure, counts: list[int], device: torch.device, by_layer: bool
 ) -> dict[str, dict[str, int]]:
+    """Bytes by stage and term; a term is named after the option that lowers it, where there is one.
+
+    Args:
+        counts: how many groups each block keeps, in the order of `structure.blocks`.
+    """
     dtype = _dtype(config, model)
     trial = trial_dtype(dtype, device)
     with_copy = dtype.itemsize + (trial.itemsize if trial != dtype else 0)

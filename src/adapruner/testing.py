@@ -154,7 +154,8 @@ def check_objective(item_losses: ItemLosses, model: PreTrainedModel | None = Non
     model = (model or tiny_model()).eval()
     structure = build_structure(model)
     fewer = [block.groups // 2 if block.kind == "channels" else block.groups for block in structure.blocks]
-    pruned = prune_model(model, structure, make_plan(structure, torch.rand(structure.group_offsets[-1]), fewer))
+    scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(0))
+    pruned = prune_model(model, structure, make_plan(structure, scores, fewer))
     before = {name: tensor.clone() for name, tensor in pruned.state_dict().items()}
     with torch.no_grad():
         of_dense, of_pruned, again = (torch.as_tensor(item_losses(one)) for one in (model, pruned, pruned))

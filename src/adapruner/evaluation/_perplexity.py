@@ -49,7 +49,7 @@ class Perplexity(BaseModel):
     special_tokens: int = 0
     loss_standard_error: float | None = None
 
-    @computed_field  # type: ignore[prop-decorator]
+    @computed_field
     @property
     def bits_per_byte(self) -> float | None:
         """The negative log-likelihood of the predicted text in bits, by its bytes: unlike the perplexity, it compares
@@ -58,7 +58,7 @@ class Perplexity(BaseModel):
             return None
         return math.log2(self.perplexity) * self.predicted_tokens / self.predicted_bytes
 
-    @computed_field  # type: ignore[prop-decorator]
+    @computed_field
     @property
     def predicted_tokens(self) -> int:
         """How many tokens the mean is over."""
@@ -77,7 +77,7 @@ class Perplexity(BaseModel):
             return None
         return self.loss_standard_error / math.log(2) * self.predicted_tokens / self.predicted_bytes
 
-    @computed_field  # type: ignore[prop-decorator]
+    @computed_field
     @property
     def protocol(self) -> str:
         """One line that says how the number came about."""

@@ -72,7 +72,7 @@ class TaskScore(BaseModel):
     shots: int
     dtype: str
 
-    @computed_field  # type: ignore[prop-decorator]
+    @computed_field
     @property
     def protocol(self) -> str:
         """One line that says how the numbers came about."""

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from adapruner import measurement
 from adapruner.calibration import windows_of_documents
 from adapruner.config import Layout, PruneConfig, RatioOf, Terms
+from adapruner.errors import AdaPrunerError
 from adapruner.importance import LLM_PRUNER_METRICS, MetricPoint, score_groups
 from adapruner.job import reference_budget
 from adapruner.measurement import Statistics, measure_moments
@@ -73,9 +74,11 @@ def score(
         shape: `scores.split([block.groups for block in structure.blocks])` are those of each block.
 
     Raises:
-        AdaPrunerError: a term needs statistics that were not measured.
+        AdaPrunerError: there is no such metric, or a term needs statistics that were not measured.
     """
     if isinstance(metric, str):
+        if metric not in LLM_PRUNER_METRICS:
+            raise AdaPrunerError(f"no metric {metric!r}: expected {', '.join(LLM_PRUNER_METRICS)}, or weights of terms")
         metric = LLM_PRUNER_METRICS[metric]
     point = metric if isinstance(metric, MetricPoint) else MetricPoint(weights=dict(metric))
     return score_groups(statistics, structure, point)
