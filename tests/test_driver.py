@@ -216,8 +216,8 @@ def test_several_ratios_share_what_was_measured(
     text_file: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.delattr("adapruner.procedure.measure_in_parts")
-    monkeypatch.delattr("adapruner.procedure.measure_moments")
+    monkeypatch.delattr("adapruner.procedure._statistics.measure_in_parts")
+    monkeypatch.delattr("adapruner.procedure._statistics.measure_moments")
     options = OPTIONS | {"calibration": str(text_file), "ratio": (0.05, 0.1)}
     results = prune_ratios(str(model_folder), output=run, **options)
     assert [result.result.config.ratio for result in results] == [(0.05,), (0.1,)]
@@ -244,8 +244,8 @@ def test_ratios_and_plans_agree_on_the_windows_that_are_left_out(
     assert RunFolder(tmp_path / "run").left_out.is_file()
     # Everything has the key that the second call looks for, and what was measured is enough for another ratio.
     with monkeypatch.context() as patch:
-        patch.delattr("adapruner.procedure.measure_in_parts")
-        patch.delattr("adapruner.procedure.Search")
+        patch.delattr("adapruner.procedure._statistics.measure_in_parts")
+        patch.delattr("adapruner.procedure._search.Search")
         again = prune_ratios(str(model), output=tmp_path / "run", **options)
         planned = adapruner.plan_again(tmp_path / "run", tmp_path / "plan", 0.08)
     assert [one.plan for one in again] == [one.plan for one in first]

@@ -20,8 +20,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import adapruner
-from adapruner import AdaPrunerError, procedure
+from adapruner import AdaPrunerError
 from adapruner.cli import main
+from adapruner.procedure import _statistics
 from adapruner.run import RunFolder
 from adapruner.search import Candidate, Objective, Search, StudyPlace, sqlite_url
 from run_helpers import RUN_OPTIONS as OPTIONS
@@ -177,7 +178,7 @@ def test_results_that_were_removed_are_rebuilt(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """From what is there: nothing is measured, tried or evaluated again; and it is no damage."""
-    for forbidden in ("measure_in_parts", "measure_moments", "measure_perplexity"):
+    for forbidden in ("_statistics.measure_in_parts", "_statistics.measure_moments", "_evaluation.measure_perplexity"):
         monkeypatch.delattr(f"adapruner.procedure.{forbidden}")
     monkeypatch.delattr(Search, "_run_trial")
     shutil.rmtree(run.path / name) if name == "model" else (run.path / name).unlink()
@@ -333,7 +334,7 @@ def test_a_signal_while_measuring_keeps_what_was_measured(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    write = procedure.write_atomically
+    write = _statistics.write_atomically
 
     def interrupted(path: Path, save: Callable[[Path], Any]) -> None:
         write(path, save)
@@ -342,7 +343,7 @@ def test_a_signal_while_measuring_keeps_what_was_measured(
 
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(procedure, "write_atomically", interrupted)
+        patch.setattr(_statistics, "write_atomically", interrupted)
         assert exit_code(command(model_folder, run, text_file)) == 130
     [unfinished] = (run / "unfinished").iterdir()
     assert [path.name for path in unfinished.iterdir()] == ["000000.safetensors"]
@@ -386,10 +387,10 @@ def test_a_full_disk_is_one_line_and_the_run_resumes(
 OUT_OF_MEMORY = """
 import resource
 from pathlib import Path
-from adapruner import procedure
+from adapruner.procedure import _statistics
 from adapruner.cli import main
 
-write = procedure.write_atomically
+write = _statistics.write_atomically
 
 def then_without_memory(path, save):
     write(path, save)
@@ -398,7 +399,7 @@ def then_without_memory(path, save):
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (8 << 20), -1))
 
-procedure.write_atomically = then_without_memory
+_statistics.write_atomically = then_without_memory
 main()
 """
 

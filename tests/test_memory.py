@@ -17,12 +17,13 @@ from torch import Tensor
 from transformers import LlamaConfig, PreTrainedModel
 
 import adapruner
-from adapruner import AdaPrunerError, PruneConfig, memory, procedure, verbs
+from adapruner import AdaPrunerError, PruneConfig, memory, verbs
 from adapruner.cli import main
 from adapruner.job import reference_budget
 from adapruner.measurement import HeldMoments, saved_activations
 from adapruner.memory import GIB, Memory, choose_layer_wise, estimate_memory
 from adapruner.models import empty_model, find_model, in_fastest_dtype, known_architectures, load_model, trial_dtype
+from adapruner.procedure import _model
 from adapruner.structure import build_structure
 from run_helpers import RUN_OPTIONS
 
@@ -207,13 +208,13 @@ def test_no_moments_are_held_when_the_model_is_cut(
     model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alive = []
-    cut = procedure.prune_model
+    cut = _model.prune_model
 
     def counting(*arguments: Any) -> Any:
         alive.append(sum(type(one) is HeldMoments for one in gc.get_objects()))
         return cut(*arguments)
 
-    monkeypatch.setattr(procedure, "prune_model", counting)
+    monkeypatch.setattr(_model, "prune_model", counting)
     gc.disable()
     try:
         adapruner.prune(str(model_folder), output=tmp_path / "a", calibration=str(text_file), **RUN_OPTIONS)

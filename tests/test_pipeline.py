@@ -166,8 +166,13 @@ def test_a_run_that_is_killed_again_and_again_ends_as_an_undisturbed_one(
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     for target, name, calls, left in (
         # Three of eight blocks; then the other five, and two of three parts of the pool.
-        ("adapruner.procedure", "write_atomically", 3, "unfinished/moments-*/0002.safetensors"),
-        ("adapruner.procedure", "write_atomically", 7, "unfinished/statistics.safetensors-*/000004.safetensors"),
+        ("adapruner.procedure._statistics", "write_atomically", 3, "unfinished/moments-*/0002.safetensors"),
+        (
+            "adapruner.procedure._statistics",
+            "write_atomically",
+            7,
+            "unfinished/statistics.safetensors-*/000004.safetensors",
+        ),
         ("adapruner.search.Objective", "__call__", 6, "study.db"),
         ("adapruner.checkpoint._folder", "_add_older_keys", 0, "unfinished/model-*/**/model.safetensors"),
     ):
@@ -250,7 +255,12 @@ def test_plan_gives_another_ratio_without_measuring_or_searching(
     earlier = adapruner.prune(
         str(model_folder), output=tmp_path / "a", calibration=str(text_file), level_rounds=0, **OPTIONS
     )
-    for name in ("generate_windows", "measure_in_parts", "measure_moments", "Search"):
+    for name in (
+        "_windows.generate_windows",
+        "_statistics.measure_in_parts",
+        "_statistics.measure_moments",
+        "_search.Search",
+    ):
         monkeypatch.delattr(f"adapruner.procedure.{name}")
     other = tmp_path / "b"
     assert run_cli(["plan", str(earlier.output), "--ratio", "0.05", "-o", str(other)]) == 0
@@ -322,7 +332,7 @@ def test_the_final_fit_brings_the_model_nearer_to_the_dense_one(
         plain = prune_model(dense, build_structure(dense), result.plan)(tokens).logits
         one_shot = adapruner.load(result.model_folder)(tokens).logits
     # Nothing before the model depends on it.
-    for name in ("measure_in_parts", "measure_moments", "Search"):
+    for name in ("_statistics.measure_in_parts", "_statistics.measure_moments", "_search.Search"):
         monkeypatch.delattr(f"adapruner.procedure.{name}")
     again = adapruner.prune(str(model_folder), output=tmp_path / "run", overwrite=True, sequential=True, **options)
     assert again.plan == result.plan
@@ -507,7 +517,7 @@ def test_another_ratio_in_the_same_folder_and_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     shutil.copytree(finished.output, tmp_path / "run")
-    for name in ("measure_in_parts", "measure_moments"):
+    for name in ("_statistics.measure_in_parts", "_statistics.measure_moments"):
         monkeypatch.delattr(f"adapruner.procedure.{name}")
     options = OPTIONS | {"calibration": str(text_file), "overwrite": True}
     other = adapruner.prune(str(model_folder), output=tmp_path / "run", **options | {"ratio": 0.05})

@@ -189,7 +189,7 @@ def test_a_killed_run_resumes(
     }
     for module, name, calls, left in [
         ("adapruner.recovery._training", "distillation_loss", 27, "unfinished/recovered-*/training/checkpoint-3"),
-        ("adapruner.procedure", "measure_tasks", 1, "evaluation/tasks-dense.json"),
+        ("adapruner.procedure._evaluation", "measure_tasks", 1, "evaluation/tasks-dense.json"),
     ]:
         script = KILL.format(module=module, name=name, calls=calls)
         killed = subprocess.run(

@@ -32,11 +32,11 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"
 # process has started.
 PROGRAM = """
 import os, pathlib, time
-from adapruner import procedure
 from adapruner.cli import main
+from adapruner.procedure import _model, _statistics
 from adapruner.search import Search
 
-judge, measure, recover = Search._run_together, procedure.measure_in_parts, procedure.recover_into
+judge, measure, recover = Search._run_together, _statistics.measure_in_parts, _model.recover_into
 
 NOTES = pathlib.Path(os.environ["NOTES"])
 
@@ -61,7 +61,7 @@ def recover_noting(*arguments, **options):
     return recover(*arguments, **options)
 
 Search._run_together = judge_slowly
-procedure.measure_in_parts, procedure.recover_into = measure_noting, recover_noting
+_statistics.measure_in_parts, _model.recover_into = measure_noting, recover_noting
 main()
 """
 

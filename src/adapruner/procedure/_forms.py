@@ -1,0 +1,25 @@
+"""Forms that several artifacts share: JSON, and named tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import TypeAdapter
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from adapruner.artifacts import Form
+
+Windows = dict[str, Tensor]
+
+
+def json_form(content: Any) -> Form[Any]:
+    """Values of a type that pydantic knows, as JSON."""
+    adapter: TypeAdapter[Any] = TypeAdapter(content)
+    return Form(
+        lambda value, path: path.write_bytes(adapter.dump_json(value, indent=2) + b"\n"),
+        lambda path: adapter.validate_json(path.read_bytes()),
+    )
+
+
+TENSORS: Form[Windows] = Form(save_file, load_file)
