@@ -334,19 +334,22 @@ def removal_errors(
         with loaded_layer(model, layer):
             for index, block in of_layer:
                 of_block = moments.get(index)
-                if of_block is None:
-                    errors.append((torch.zeros(block.groups), torch.zeros(block.groups)))
-                    continue
-                weights = row_wise_weights(model, block).float()
-                for weight, own in zip(weights, of_block.of_experts(), strict=True):
-                    each = _eliminate(*_with_inverse(weight, own), block.row_wise.width)
-                    errors.append((each[0].float().cpu(), each[1].float().cpu()))
-                if progress:
+                errors.append(_removal_errors_of(model, block, of_block))
+                if progress and of_block:
                     progress(1)
-    alone, eliminated = (torch.cat(each) for each in zip(*errors, strict=True))
+    alone, eliminated = torch.cat(errors, dim=1)
     if not (alone.isfinite().all() and eliminated.isfinite().all()):
         raise AdaPrunerError("errors of removal are not finite: try `dtype` float32, or more `compensation_windows`")
     return alone, eliminated
+
+
+def _removal_errors_of(model: PreTrainedModel, block: Block, moments: InputMoments | None) -> Tensor:
+    """[2, groups of the block], float32, on the CPU: see `removal_errors`."""
+    if moments is None:
+        return torch.zeros(2, block.groups)
+    of_experts = zip(row_wise_weights(model, block).float(), moments.of_experts(), strict=True)
+    errors = [_eliminate(*_with_inverse(*of_expert), block.row_wise.width) for of_expert in of_experts]
+    return torch.cat([torch.stack(each).float() for each in errors], dim=1).cpu()
 
 
 def _with_inverse(weight: Tensor, moments: InputMoments) -> tuple[Tensor, Tensor]:
