@@ -739,10 +739,11 @@ def test_advice_names_what_should_not_go_unseen(
 
     assert "the model repeats itself: 50% of its greedy text was there before, 20% in" in broken(0.5, 1.0)
     assert "repeats" not in broken(0.4, 1.0)
-    assert "bits per byte of code rose from 1.00 to 1.60: fine-tuning" in broken(0.2, 1.6)
+    assert "bits per byte of code rose from 1.00 to 1.60 | fine-tuning" in broken(0.2, 1.6)
+    assert broken(0.5, 1.6).count("a lower `ratio` helps") == 1
     assert "code" not in broken(0.2, 1.4)
     assert advice() == ""
-    assert "rose from 20.0 to 50.0: fine-tuning with `recover`" in advice(final=50)
+    assert "rose from 20.0 to 50.0 | fine-tuning with `recover`" in advice(final=50)
     assert advice(final=30, recovery=trained) == ""
     assert "longer fine-tuning" in advice(final=45, recovery=trained)
     assert "rose from 20.0 to nan" in advice(final=float("nan"))

@@ -181,19 +181,11 @@ class PruneResult:
 
     def advice(self) -> list[str]:
         """What about the outcome should not go unseen, and what helps; a line each."""
-        result, lines = self.result, []
-        training = "longer fine-tuning" if result.recovery else "fine-tuning with `recover`"
-        for text, final in result.final.perplexity.items():
-            dense, pruned = result.model("dense").perplexity[text].perplexity, final.perplexity
-            what, most, digits = "perplexity", _MUCH_WORSE, 1
-            if result.vocabulary:
-                before, after = result.model("dense").perplexity[text].bits_per_byte, final.bits_per_byte
-                dense, pruned, what, most, digits = before or 0.0, after or 0.0, "bits per byte", _MANY_MORE_BITS, 3
-            if not pruned <= most * dense:
-                rise = f"rose from {dense:.{digits}f} to {pruned:.{digits}f}"
-                lines.append(f"{what} on {text} {rise}: {training} or a lower `ratio` helps")
-        signs = [*_verdict(result.final), *_breakage(result)]
-        lines += [f"{sign}: {training} or a lower `ratio` helps" for sign in signs]
+        result = self.result
+        lines = [*_rises(result), *_verdict(result.final), *_breakage(result)]
+        if lines:
+            training = "longer fine-tuning" if result.recovery else "fine-tuning with `recover`"
+            lines.append(f"{training} or a lower `ratio` helps")
         count = result.windows.get("compensation")
         if count is not None and count < _FEW_WINDOWS:
             lines.append(
@@ -231,6 +223,18 @@ def verdict_of(role: Role, breakage: Mapping[Role, Breakage | None]) -> Verdict 
     """The verdict on a model, from the signs of all models; None of the dense model, and where signs are missing."""
     dense, own = breakage.get("dense"), breakage.get(role)
     return judge(dense, own) if dense and own and role != "dense" else None
+
+
+def _rises(result: RunResult) -> Iterator[str]:
+    """On which texts the final model is much worse than the dense one."""
+    for text, final in result.final.perplexity.items():
+        dense = result.model("dense").perplexity[text]
+        what, most, digits, before, after = "perplexity", _MUCH_WORSE, 1, dense.perplexity, final.perplexity
+        if result.vocabulary:
+            what, most, digits = "bits per byte", _MANY_MORE_BITS, 3
+            before, after = dense.bits_per_byte or 0.0, final.bits_per_byte or 0.0
+        if not after <= most * before:
+            yield f"{what} on {text} rose from {before:.{digits}f} to {after:.{digits}f}"
 
 
 def _verdict(final: ModelNumbers) -> Iterator[str]:
