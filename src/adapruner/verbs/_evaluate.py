@@ -84,23 +84,25 @@ def evaluate(
     _refuse_bad_windows(seq_len, stride, limit)
     if protocol is None and not perplexity and not tasks:
         protocol = "llm-pruner"
-    wanted = [*_windows_of_protocol(protocol), *((name, seq_len, stride, bos) for name in names)]
+    named = [_Dataset(parse_source(name, "report"), seq_len, stride, bos) for name in names]
+    datasets = [*_datasets_of_protocol(protocol), *named]
     resolve_device(device)
     source = ModelSource.of(model, dtype, device)
     config, tokenizer = source.config, source.tokenizer(tokenizer)
-    texts, datasets = list[tuple[str, EvaluationText]](), list[Source]()
-    for name, tokens, step, begin in wanted:
-        datasets.append(parse_source(name, "report"))
-        texts.append((str(datasets[-1]), evaluation_text(datasets[-1], tokenizer, tokens, limit, step, begin)))
+    texts = [
+        (str(one.source), evaluation_text(one.source, tokenizer, one.seq_len, limit, one.stride, one.bos))
+        for one in datasets
+    ]
     for name, documents in in_memory.items():
-        text = "\n\n".join(documents)
-        texts.append((name, evaluation_text_of(text, name, tokenizer, seq_len, limit, stride, bos)))
-    for _, cut in texts:
-        check_tokens(config, int(cut.windows.max()))
+        joined = "\n\n".join(documents)
+        texts.append((name, evaluation_text_of(joined, name, tokenizer, seq_len, limit, stride, bos)))
+    for _, text in texts:
+        check_tokens(config, int(text.windows.max()))
     to_run = load_tasks(tasks, limit) if tasks else None
-    known_uses = _describe_overlaps(source.location, dict.fromkeys(datasets)) if source.location else []
+    sources = dict.fromkeys(one.source for one in datasets)
+    known_uses = _describe_overlaps(source.location, sources) if source.location else []
     reporter = Reporter()
-    warnings = [check_length(config, cut.windows.shape[1]) for _, cut in texts]
+    warnings = [check_length(config, text.windows.shape[1]) for _, text in texts]
     reporter.note("\n".join(filter(None, dict.fromkeys(warnings))))
     scores = []
     with contextlib.ExitStack() as using:
@@ -113,14 +115,23 @@ def evaluate(
     return Evaluation(perplexities, scores, known_uses)
 
 
-def _windows_of_protocol(protocol: str | None) -> list[tuple[str, int, int | None, bool]]:
-    """The names of its datasets, with the tokens and stride of their windows, and whether each has a token in front."""
+@dataclass(frozen=True)
+class _Dataset:
+    """A dataset to report perplexity on, and how it is cut into windows; see `evaluate`."""
+
+    source: Source
+    seq_len: int
+    stride: int | None = None
+    bos: bool = False
+
+
+def _datasets_of_protocol(protocol: str | None) -> list[_Dataset]:
     if protocol is None:
         return []
     if protocol not in PROTOCOLS:
         raise AdaPrunerError(f"unknown protocol {protocol!r}; the protocols are {', '.join(PROTOCOLS)}")
     names, seq_len = PROTOCOLS[protocol]
-    return [(name, seq_len, None, False) for name in names]
+    return [_Dataset(parse_source(name, "report"), seq_len) for name in names]
 
 
 def _refuse_bad_windows(seq_len: int, stride: int | None, limit: int | None) -> None:
