@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,35 @@ RUN_OPTIONS: dict[str, Any] = {
     "protect_last": 1,
     "round_to": 1,
 }
+
+_KILLED = """
+import os, pkgutil, signal
+from adapruner.cli import main
+
+target, name, left = pkgutil.resolve_name("{target}"), "{name}", {calls}
+original = getattr(target, name)
+
+def counted(*arguments, **named):
+    global left
+    left -= 1
+    if left < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*arguments, **named)
+
+setattr(target, name, counted)
+main()
+"""
+
+
+def run_killed(target: str, name: str, calls: int, arguments: list[str], environment: Mapping[str, str]) -> None:
+    """Runs the command line in a process that is killed when it calls a function again, after so many calls.
+
+    Args:
+        target: the module or class that the function is in.
+    """
+    program = [sys.executable, "-c", _KILLED.format(target=target, name=name, calls=calls), *arguments]
+    killed = subprocess.run(program, env=environment, capture_output=True, check=False)
+    assert killed.returncode == -9, killed.stderr.decode()
 
 
 def assert_same_artifacts(run: Path, undisturbed: Path) -> None:

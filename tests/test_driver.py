@@ -25,18 +25,7 @@ from adapruner.procedure import ARTIFACTS
 from adapruner.processes import Process, this_process
 from adapruner.progress import Reporter
 from adapruner.run import RunFolder
-
-OPTIONS: dict[str, Any] = {
-    "ratio": 0.1,
-    "pool": 12,
-    "samples": 4,
-    "objective_windows": 6,
-    "seq_len": 16,
-    "trials": 9,
-    "protect_first": 1,
-    "protect_last": 1,
-    "round_to": 1,
-}
+from run_helpers import RUN_OPTIONS as OPTIONS
 
 
 @pytest.fixture

@@ -36,7 +36,7 @@ from adapruner.search import Search
 from adapruner.structure import build_structure
 from adapruner.surgery import prune_model
 from run_helpers import RUN_OPTIONS as OPTIONS
-from run_helpers import WITH_TIMES, assert_same_artifacts
+from run_helpers import WITH_TIMES, assert_same_artifacts, run_killed
 
 
 def command(model: Path, output: Path, text: Path, **changes: object) -> list[str]:
@@ -132,27 +132,6 @@ def test_another_seed_is_another_plan(
     assert other.plan.hash != finished.plan.hash
 
 
-KILL = """
-import os, signal, sys
-import adapruner.checkpoint, adapruner.procedure, adapruner.search
-from adapruner.cli import main
-from adapruner.files import replace
-
-target, name, calls = {target}, "{name}", {calls}
-original = getattr(target, name)
-
-def counted(*arguments, **named):
-    global calls
-    calls -= 1
-    if calls < 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(*arguments, **named)
-
-setattr(target, name, counted)
-main()
-"""
-
-
 def test_a_run_that_is_killed_again_and_again_ends_as_an_undisturbed_one(
     finished: adapruner.PruneResult,
     model_folder: Path,
@@ -176,11 +155,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_an_undisturbed_one(
         ("adapruner.search.Objective", "__call__", 6, "study.db"),
         ("adapruner.checkpoint._folder", "_add_older_keys", 0, "unfinished/model-*/**/model.safetensors"),
     ):
-        script = KILL.format(target=target, name=name, calls=calls)
-        killed = subprocess.run(
-            [sys.executable, "-c", script, *arguments], env=environment, capture_output=True, check=False
-        )
-        assert killed.returncode == -9, killed.stderr.decode()
+        run_killed(target, name, calls, arguments, environment)
         assert list(run.glob(left)), name
         assert not (run / "result.json").exists()
     capsys.readouterr()

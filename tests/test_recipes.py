@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 
@@ -19,27 +20,38 @@ from adapruner.models import empty_model
 from adapruner.planning import kept_counts
 from adapruner.structure import build_structure
 
+Resolved = Callable[[list[str]], PruneConfig]
 RECIPES = sorted((resources.files("adapruner") / "recipes").iterdir(), key=lambda file: file.name)
 LLAMA_7B = LlamaConfig(
     vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
 )
 
 
+@pytest.fixture
+def resolved(monkeypatch: pytest.MonkeyPatch) -> Resolved:
+    """The config with which a command of the command line would begin to work."""
+
+    def resolve(command: list[str]) -> PruneConfig:
+        made: list[PruneConfig] = []
+
+        def stop(config: PruneConfig, *_: object, **others: object) -> None:
+            made.append(config)
+            raise AdaPrunerError("far enough")
+
+        monkeypatch.setattr(pipeline, "_run", stop)
+        with pytest.raises(AdaPrunerError, match="far enough"):
+            app(command, exit_on_error=False)
+        return made[0]
+
+    return resolve
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda file: file.name)
-def test_a_recipe_is_valid_and_opens_with_its_command(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recipe_is_valid_and_opens_with_its_command(recipe: Path, resolved: Resolved) -> None:
     name = recipe.name.removesuffix(".yaml")
     command = shlex.split(recipe.read_text().splitlines()[0].removeprefix("# "))
     assert command == ["adapruner", "prune", "--recipe", name, "-o", f"runs/{name}"]
-    made: list[PruneConfig] = []
-
-    def stop(config: PruneConfig, *_: object, **others: object) -> None:
-        made.append(config)
-        raise AdaPrunerError("far enough")
-
-    monkeypatch.setattr(pipeline, "_run", stop)
-    with pytest.raises(AdaPrunerError, match="far enough"):
-        app(command[1:], exit_on_error=False)
-    assert made == [PruneConfig.from_options(**yaml.safe_load(recipe.read_text()))]
+    assert resolved(command[1:]) == PruneConfig.from_options(**yaml.safe_load(recipe.read_text()))
 
 
 @pytest.mark.parametrize(
@@ -65,22 +77,10 @@ def test_the_7b_recipes_leave_exactly_what_the_protocol_leaves(
     assert config.recovery.learns_labels(instructions=True, has_teacher=True)
 
 
-def test_options_go_before_those_of_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_go_before_those_of_the_recipe(tmp_path: Path, resolved: Resolved) -> None:
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("model: a/b\nratio: 0.3\nrecover: alpaca\nrecovery: {steps: 5, seq_len: 64}\n")
-    made: list[PruneConfig] = []
-
-    def stop(config: PruneConfig, *_: object, **others: object) -> None:
-        made.append(config)
-        raise AdaPrunerError("far enough")
-
-    monkeypatch.setattr(pipeline, "_run", stop)
-    with pytest.raises(AdaPrunerError, match="far enough"):
-        app(
-            ["prune", "c/d", "--recipe", str(recipe), "-o", "x", "--trials", "9", "--recovery.steps", "7"],
-            exit_on_error=False,
-        )
-    [config] = made
+    config = resolved(["prune", "c/d", "--recipe", str(recipe), "-o", "x", "--trials", "9", "--recovery.steps", "7"])
     assert (config.model, config.ratio, config.trials) == ("c/d", (0.3,), 9)
     assert (config.recovery.steps, config.recovery.seq_len) == (7, 64)
 

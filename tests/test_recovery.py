@@ -8,8 +8,6 @@ import math
 import random
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -42,6 +40,7 @@ from adapruner.recovery import (
     window_examples,
     working_folder,
 )
+from run_helpers import run_killed
 
 SHORT = {"seq_len": 16, "batch_size": 4, "micro_batch_size": 2, "steps": 10, "learning_rate": 3e-3}
 
@@ -284,26 +283,6 @@ def test_a_batch_is_made_of_whole_micro_batches(model: PreTrainedModel, examples
     assert (state["train_batch_size"], state["epoch"]) == (3, 1.0)
 
 
-KILL = """
-import os, signal, sys
-from transformers import Trainer
-from adapruner.cli import main
-
-left = {steps}
-original = Trainer.training_step
-
-def counted(*arguments, **named):
-    global left
-    left -= 1
-    if left < 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(*arguments, **named)
-
-Trainer.training_step = counted
-main()
-"""
-
-
 def test_a_call_that_was_killed_after_the_last_step(
     make_model: Callable[..., PreTrainedModel], examples: Examples, tmp_path: Path
 ) -> None:
@@ -405,9 +384,8 @@ def test_the_same_command_goes_on_after_a_kill(model_folder: Path, text_file: Pa
     killed = tmp_path / "killed"
     # Two calls of the training step are a step of the optimizer; every second step is saved.
     for calls, saved in [(15, 6), (9, 10)]:
-        script = [sys.executable, "-c", KILL.format(steps=calls), *command(killed)]
         environment = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HOME": str(tmp_path), "PATH": ""}
-        assert subprocess.run(script, env=environment, capture_output=True, check=False).returncode == -9
+        run_killed("transformers.Trainer", "training_step", calls, command(killed), environment)
         assert not killed.exists()
         assert (working_folder(killed) / f"checkpoint-{saved}").is_dir()
     # What a kill in the middle of saving leaves.

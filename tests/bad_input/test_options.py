@@ -44,6 +44,14 @@ def out_of_range(options: Any, prefix: str = "") -> list[tuple[str, str]]:
     return cases
 
 
+def without(option: str, command: list[str]) -> list[str]:
+    """A command without an option, if it has it, and the value behind it."""
+    if option not in command:
+        return command
+    place = command.index(option)
+    return command[:place] + command[place + 2 :]
+
+
 RATIOS = [("--ratio", value) for value in ("0", "1", "-1", "20", "much", "nan", "inf", "9" * 5000, "")]
 
 
@@ -55,10 +63,7 @@ RATIOS = [("--ratio", value) for value in ("0", "1", "-1", "20", "much", "nan", 
 def test_numbers_of_prune(
     option: str, value: str, refused: Refused, commands: Commands, model_folder: Path, tmp_path: Path
 ) -> None:
-    command = commands(model_folder)["prune"]
-    if option in command:
-        place = command.index(option)
-        del command[place : place + 2]
+    command = without(option, commands(model_folder)["prune"])
     extra = ["--recover", "c4"] if option.startswith("--recovery.") else []
     refused([*command, *extra, option, value], option)
     assert not (tmp_path / "output").exists()
@@ -68,10 +73,7 @@ def test_numbers_of_prune(
 def test_numbers_of_recover(
     option: str, value: str, refused: Refused, commands: Commands, model_folder: Path, tmp_path: Path
 ) -> None:
-    command = commands(model_folder)["recover"]
-    if option in command:
-        place = command.index(option)
-        del command[place : place + 2]
+    command = without(option, commands(model_folder)["recover"])
     refused([*command, option, value], option)
     assert not (tmp_path / "output").exists()
 
@@ -110,10 +112,7 @@ def test_numbers_of_other_verbs(
     verb: str, option: str, value: str, refused: Refused, commands: Commands, model_folder: Path, tmp_path: Path
 ) -> None:
     known = commands(model_folder) | {"plan": ["plan", str(tmp_path), "-o", str(tmp_path / "b")]}
-    command = known[verb]
-    if option in command:
-        place = command.index(option)
-        del command[place : place + 2]
+    command = without(option, known[verb])
     refused([*command, option, value])
 
 

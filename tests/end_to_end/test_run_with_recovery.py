@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +13,7 @@ import adapruner
 from adapruner import AdaPrunerError
 from adapruner.cli import main
 from adapruner.models import find_model, load_model
-from run_helpers import assert_same_artifacts
+from run_helpers import assert_same_artifacts, run_killed
 
 OPTIONS = {
     "ratio": 0.1,
@@ -124,27 +122,6 @@ def test_the_report_shows_all_models(finished: adapruner.PruneResult) -> None:
     assert 'id="task-table"' in page
 
 
-KILL = """
-import os, signal, sys
-import {module}
-from adapruner.cli import main
-
-module = sys.modules["{module}"]
-original = module.{name}
-left = {calls}
-
-def counted(*arguments, **named):
-    global left
-    left -= 1
-    if left < 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(*arguments, **named)
-
-module.{name} = counted
-main()
-"""
-
-
 def test_a_killed_run_resumes(
     finished: adapruner.PruneResult,
     model_folder: Path,
@@ -191,11 +168,7 @@ def test_a_killed_run_resumes(
         ("adapruner.recovery._training", "distillation_loss", 27, "unfinished/recovered-*/training/checkpoint-3"),
         ("adapruner.procedure._evaluation", "measure_tasks", 1, "evaluation/tasks-dense.json"),
     ]:
-        script = KILL.format(module=module, name=name, calls=calls)
-        killed = subprocess.run(
-            [sys.executable, "-c", script, *arguments], env=environment, capture_output=True, check=False
-        )
-        assert killed.returncode == -9, killed.stderr.decode()
+        run_killed(module, name, calls, arguments, environment)
         assert list(run.glob(left))
         assert not (run / "result.json").exists()
     monkeypatch.setenv("ADAPRUNER_DATA", str(data))
