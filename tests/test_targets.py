@@ -13,6 +13,7 @@ import adapruner
 from adapruner.costs import Latencies
 from adapruner.errors import AdaPrunerError
 from adapruner.models import empty_model
+from adapruner.pipeline import preview_ratios
 from adapruner.planning import Budget, BudgetError, Costs, Target, kept_counts
 from adapruner.report import render_report
 from adapruner.report._command import command
@@ -132,9 +133,21 @@ def test_options_that_do_not_go_together(
     assert not (tmp_path / "run").exists()
 
 
-def test_the_estimate_is_of_a_ratio(model_folder: Path) -> None:
-    with pytest.raises(AdaPrunerError, match="leave `target_size` out"):
-        estimate(model_folder, target_size="1MB")
+def test_the_estimate_of_a_target_is_that_of_the_ratio_that_meets_it(
+    model_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    target = {"target_size": str(int(0.87 * (model_folder / "model.safetensors").stat().st_size))}
+    options = OPTIONS | {"calibration": str(text_file)}
+    (preview,) = preview_ratios(str(model_folder), output=tmp_path / "run", **options, **target)
+    stages = estimate(model_folder, **options, **target).stages
+    assert stages == preview.stages == estimate(model_folder, ratio=preview.ratio, **options).stages
+    assert stages != estimate(model_folder, ratio=preview.ratio / 2, **options).stages
+
+
+def test_the_speed_of_another_machine_is_not_estimated(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(AdaPrunerError, match="`target_speed` is measured"):
+        estimate(model_folder, target_speed=1.2, device="cuda", **OPTIONS)
 
 
 def test_a_budget_of_the_command_takes_the_place_of_that_of_the_recipe(

@@ -34,6 +34,7 @@ from adapruner.calibration import parse_source, read_documents, source_names
 from adapruner.cli import main
 from adapruner.errors import AdaPrunerError
 from adapruner.models import find_model, load_tokenizer
+from adapruner.pipeline import preview_ratios
 from adapruner.tokens import (
     TokenizerParts,
     Vocabulary,
@@ -45,6 +46,7 @@ from adapruner.tokens import (
     foreign_tokens,
     named_tokens,
 )
+from adapruner.verbs import estimate
 from conftest import FAMILY_FIELDS, tiny_model
 from run_helpers import RUN_OPTIONS
 
@@ -564,6 +566,8 @@ def test_a_run_counts_the_vocabulary_in_its_ratio(folders: tuple[Path, Path, Pat
     ):
         adapruner.prune(str(folder), output=tmp_path / "run", calibration=str(text), **options)
     options |= {"ratio": round(share + 0.05, 3)}
+    (preview,) = preview_ratios(str(folder), output=tmp_path / "run", calibration=str(text), **options)
+    assert estimate(folder, calibration=str(text), **options).stages == preview.stages
     result = adapruner.prune(str(folder), output=tmp_path / "run", calibration=str(text), **options)
     numbers = result.result
     assert numbers.vocabulary == alone

@@ -245,6 +245,16 @@ class Preparation:
             check_gguf(prune_model(self.empty, self.structure, make_plan(self.structure, scores, counts_at(ratio))))
         return ratio
 
+    def meet_target(self) -> None:
+        """Sets the ratio of the config to the one that meets the target, if there is one; the first process finds it.
+
+        Raises:
+            AdaPrunerError: see `ratio_of_target`.
+        """
+        if self.config.target:
+            ratio = self.ratio_of_target(self.target) if self.process.leads and self.target else 0.0
+            self.config = self.config.model_copy(update={"ratio": (self.process.from_first(ratio),)})
+
     def budget(self, ratio: float) -> Budget:
         """What is to be removed at a ratio, from where the options say."""
         return reference_budget(self.config, self.structure, self.ratio_of_blocks(ratio))

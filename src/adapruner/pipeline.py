@@ -267,8 +267,7 @@ def _run(
 
 def _checked_drivers(preparation: Preparation, overwrite: bool, others: Sequence[RunFolder] = ()) -> list[Driver]:
     """One for each ratio, after everything that can be refused before the work was."""
-    if preparation.config.target:
-        preparation.config = _with_ratio(preparation)
+    preparation.meet_target()
     drivers = [_driver(preparation, ratio, others) for ratio in preparation.config.ratio]
     if not overwrite:
         refuse_outdated(drivers, preparation.folder.path)
@@ -277,14 +276,6 @@ def _checked_drivers(preparation: Preparation, overwrite: bool, others: Sequence
     for driver in drivers:
         _check(driver, others)
     return drivers
-
-
-def _with_ratio(preparation: Preparation) -> PruneConfig:
-    """The options with the ratio that meets the target, which the first process finds."""
-    process, ratio = preparation.process, 0.0
-    if process.leads and preparation.target:
-        ratio = preparation.ratio_of_target(preparation.target)
-    return preparation.config.model_copy(update={"ratio": (process.from_first(ratio),)})
 
 
 def _driver(preparation: Preparation, ratio: float, others: Sequence[RunFolder] = ()) -> Driver:

@@ -20,20 +20,20 @@ from adapruner.errors import AdaPrunerError
 from adapruner.evaluation import Speed, measure_speed
 from adapruner.files import write_atomically
 from adapruner.given import ModelGiven
-from adapruner.job import reference_budget, register_extensions
-from adapruner.memory import Memory, choose_layer_wise, estimate_memory
+from adapruner.job import Preparation, register_extensions
+from adapruner.memory import Memory, estimate_memory
 from adapruner.models import (
     check_length,
     empty_model,
     find_model,
     is_streamable,
-    load_config,
     load_model,
     resolve_device,
 )
 from adapruner.paths import output_path
+from adapruner.processes import Process
 from adapruner.progress import Reporter
-from adapruner.structure import build_structure
+from adapruner.run import RunFolder
 from adapruner.verbs._source import ModelSource
 
 
@@ -73,7 +73,8 @@ class Estimate:
 
 
 def estimate(model: str | Path, **options: Unpack[PruneArguments]) -> Estimate:
-    """The memory that `prune` would need with these options, from shapes: no weights are read.
+    """The memory that `prune` would need with these options, from shapes: no weights are read, and of text only that of
+    `vocabulary`.
 
     Args:
         options: the fields of `PruneOptions`; `device` may be `cuda` where there is none.
@@ -82,30 +83,24 @@ def estimate(model: str | Path, **options: Unpack[PruneArguments]) -> Estimate:
         AdaPrunerError: there is no such model, or an option will not do.
     """
     config = PruneConfig.from_options(model=str(model), **options)
-    if config.target:
-        raise AdaPrunerError(f"the estimate is that of a `ratio`: leave `{config.target}` out")
-    if config.vocabulary:
-        raise AdaPrunerError(
-            "the estimate reads no text: leave `vocabulary` out, or use adapruner prune with `dry_run`, which reads it"
-        )
     register_extensions(config)
+    prepared = Preparation(config, RunFolder.temporary(), None, Process(), Reporter())
     is_here = config.device != "cuda" or torch.cuda.is_available()
-    device = resolve_device(config.device) if is_here else torch.device("cuda")
-    location = find_model(config.model)
-    empty = empty_model(load_config(location))
-    check_length(empty.config, config.seq_len)
-    structure = build_structure(empty, config.head_granularity, config.expert_granularity)
-    about = config, empty, structure, reference_budget(config, structure, max(config.ratio)), device
-    layer_wise = bool(config.layer_wise)
+    if not is_here:
+        if config.target_speed:
+            raise AdaPrunerError("`target_speed` is measured, and this machine has no `device` cuda: give a `ratio`")
+        prepared.device = torch.device("cuda")
+    prepared.meet_target()
+    budget, layer_wise = prepared.budget(max(prepared.config.ratio)), bool(config.layer_wise)
     if is_here:
-        streamable = is_streamable(location, empty.config)
         try:
-            layer_wise = choose_layer_wise(*about, streamable)
+            layer_wise = prepared.layer_wise
         except AdaPrunerError as error:
-            Reporter().note(str(error))
-            layer_wise = streamable if config.layer_wise is None else config.layer_wise
-    stages = estimate_memory(*about, layer_wise)
-    return Estimate(device, layer_wise, stages)
+            prepared.reporter.note(str(error))
+            if config.layer_wise is None:
+                layer_wise = is_streamable(prepared.location, prepared.empty.config)
+    about = prepared.config, prepared.empty, prepared.structure, budget, prepared.device
+    return Estimate(prepared.device, layer_wise, estimate_memory(*about, layer_wise))
 
 
 def benchmark(
