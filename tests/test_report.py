@@ -418,6 +418,12 @@ def test_a_point_of_another_ratio_takes_two_commands() -> None:
     _, bound, _ = app.parse_args(shlex.split(planned)[1:], exit_on_error=False, print_error=False)
     assert bound.arguments["ratio"] == 0.3
     assert bound.arguments["output"] == Path("b")
+    target = config.model_copy(update={"target_memory": "1GB", "target_batch": 8})
+    searched_too, _, planned = command(target, Path("b")).rpartition("\n")
+    assert searched_too == searched
+    _, bound, _ = app.parse_args(shlex.split(planned)[1:], exit_on_error=False, print_error=False)
+    assert bound.arguments["target"].model_dump(exclude_unset=True) == {"target_memory": "1GB", "target_batch": 8}
+    assert "ratio" not in bound.arguments
 
 
 def parsed(line: str) -> PruneConfig:

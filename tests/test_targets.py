@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import pytest
 from transformers import PreTrainedModel
 
 import adapruner
+from adapruner import PruneConfig
+from adapruner.cli import main
 from adapruner.costs import Latencies
 from adapruner.errors import AdaPrunerError
 from adapruner.models import empty_model
@@ -165,7 +168,9 @@ def test_a_budget_of_the_command_takes_the_place_of_that_of_the_recipe(
         )
 
 
-def test_a_run_meets_a_size(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+def test_a_run_meets_a_size(
+    model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     dense = (model_folder / "model.safetensors").stat().st_size
     asked = int(0.87 * dense)
     options = OPTIONS | {"calibration": str(text_file), "target_size": str(asked), "level_rounds": 1}
@@ -187,6 +192,23 @@ def test_a_run_meets_a_size(model_folder: Path, text_file: Path, tmp_path: Path)
     other = adapruner.plan_again(tmp_path / "run", tmp_path / "other", ratio=0.2)
     assert other.result.target is None
     assert other.plan.ratio == pytest.approx(0.2, abs=0.005)
+    # And another target that of the target: without measuring, and with the point that was found.
+    asked = int(0.8 * dense)
+    monkeypatch.delattr("adapruner.procedure._statistics.measure_in_parts")
+    monkeypatch.delattr("adapruner.procedure._search.Search")
+    arguments = ["plan", str(tmp_path / "run"), "-o", str(tmp_path / "smaller"), "--target-size", str(asked)]
+    with contextlib.suppress(SystemExit):
+        main(arguments)
+    assert 0.99 * asked <= (tmp_path / "smaller/model/model.safetensors").stat().st_size <= asked
+    found = RunFolder(tmp_path / "smaller").read_config()
+    assert found.search_ratio == result.result.config.ratio[0] < found.ratio[0]
+
+
+@pytest.mark.parametrize("amount", [{}, {"ratio": 0.2, "target_size": "1MB"}])
+def test_a_plan_has_one_budget(amount: dict[str, Any], tmp_path: Path) -> None:
+    PruneConfig.from_options(model="m").save(tmp_path / "config.yaml")
+    with pytest.raises(AdaPrunerError, match="give one of `ratio`, `target_size`, `target_memory`, `target_speed`"):
+        adapruner.plan_again(tmp_path, tmp_path / "other", **amount)
 
 
 def test_a_run_meets_a_speed_that_was_measured_before(

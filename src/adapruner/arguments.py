@@ -1,4 +1,4 @@
-"""The keyword arguments of `adapruner.prune` and `adapruner.recover`, for type checkers and editors.
+"""The keyword arguments of `adapruner.prune`, `plan_again` and `recover`, for type checkers and editors.
 
 The options themselves, with their defaults, ranges and explanations, are the fields of `PruneOptions` and
 `RecoveryOptions`; a test compares both.
@@ -63,10 +63,9 @@ class RecoveryArguments(TypedDict, total=False):
     seed: int
 
 
-class PruneArguments(TypedDict, total=False):
-    """The fields of `PruneOptions` but for the dataset, which is an argument of its own."""
+class TargetArguments(TypedDict, total=False):
+    """The fields of `PruneOptions` that say what takes the place of a ratio."""
 
-    ratio: float | Sequence[float]
     target_size: str | None
     target_memory: str | None
     target_speed: float | None
@@ -74,6 +73,12 @@ class PruneArguments(TypedDict, total=False):
     target_phase: Phase
     target_batch: int
     target_context: int | None
+
+
+class PruneArguments(TargetArguments, total=False):
+    """The fields of `PruneOptions` but for the dataset, which is an argument of its own."""
+
+    ratio: float | Sequence[float]
     vocabulary: str | Sequence[str]
     vocabulary_size: int | None
     vocabulary_multiple: int

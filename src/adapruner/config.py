@@ -108,6 +108,7 @@ FUNCTION = "python:"
 # What says how much is removed; a run has one of them.
 TARGETS: tuple[TargetName, ...] = get_args(TargetName)
 BUDGETS = ("ratio", *TARGETS)
+TARGET_OPTIONS = (*TARGETS, "target_format", "target_phase", "target_batch", "target_context")
 
 # Tokens of a sequence where `target_context` does not say: in the cache, and of a prompt that is timed.
 _CACHED_TOKENS, _TIMED_TOKENS = 2048, 128
@@ -407,10 +408,7 @@ OPTION_GROUPS: dict[str, tuple[str, ...]] = {
         *("ratio_of", "layout", "protect_first", "protect_last", "head_share", "head_granularity"),
         *("expert_granularity", "whole", "round_to", "vocabulary", "vocabulary_size", "vocabulary_multiple"),
     ),
-    "A target in place of the ratio": (
-        *("target_size", "target_memory", "target_speed"),
-        *("target_format", "target_phase", "target_batch", "target_context"),
-    ),
+    "A target in place of the ratio": TARGET_OPTIONS,
     "Datasets": ("objective", "pool", "samples", "objective_windows", "final_windows", "seq_len", "sources"),
     "Search": ("trials", "level_rounds", "selection", "search", "space", "sampler", "seed"),
     "Importance": ("terms", "alignment", "reduction"),

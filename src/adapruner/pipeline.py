@@ -12,10 +12,10 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from typing_extensions import Unpack
 
 from adapruner import procedure
-from adapruner.arguments import PruneArguments, RunArguments
+from adapruner.arguments import PruneArguments, RunArguments, TargetArguments
 from adapruner.callbacks import Callback
 from adapruner.checkpoint import check_push, push
-from adapruner.config import FUNCTION, PruneConfig, PruneOptions, Tracker
+from adapruner.config import BUDGETS, FUNCTION, TARGET_OPTIONS, TARGETS, PruneConfig, PruneOptions, Tracker
 from adapruner.driver import Driver, refuse_outdated
 from adapruner.errors import AdaPrunerError, NonFiniteError, describe_failure
 from adapruner.evaluation import check_tasks
@@ -156,30 +156,45 @@ def preview_ratios(
     return [preview(driver) for driver in _checked_drivers(preparation, overwrite)]
 
 
-def plan_again(source: str | Path, output: str | Path, ratio: float, overwrite: bool = False) -> PruneResult:
+def plan_again(
+    source: str | Path,
+    output: str | Path,
+    ratio: float | None = None,
+    overwrite: bool = False,
+    **target: Unpack[TargetArguments],
+) -> PruneResult:
     """Another ratio with the statistics and the best point of a finished search: no measuring, no search.
 
     Args:
         source: the folder of the earlier run.
         output: the folder of the new run.
+        ratio: the new ratio.
+        target: what takes its place, as for `prune`.
 
     Raises:
-        AdaPrunerError: the earlier run has no finished search or was made from other files, or the ratio or the new
-            folder is invalid.
+        AdaPrunerError: the earlier run has no finished search or was made from other files, or the ratio, the target or
+            the new folder is invalid.
     """
     earlier, run = RunFolder(given_path(source)), RunFolder(given_path(output))
     if run.path.resolve() == earlier.path.resolve():
         raise AdaPrunerError(f"{output} is the earlier run itself: choose another `output`")
     config = earlier.read_config()
     register_extensions(config)
+    if (ratio is None) is all(target.get(name) is None for name in TARGETS):
+        raise AdaPrunerError(f"give one of {', '.join(f'`{name}`' for name in BUDGETS)}: how much is removed")
+    # What the earlier run was to meet does not count any more.
+    unset = {name: PruneOptions.model_fields[name].default for name in TARGET_OPTIONS}
+    options = config.model_dump() | unset | target
+    if ratio is None:
+        aim = Preparation(PruneConfig.from_options(**options), run, None, Process(), Reporter(), (earlier,))
+        aim.meet_target()
+        (ratio,) = aim.config.ratio
     nearest = min(config.ratio, key=lambda searched: abs(searched - ratio))
-    changes: dict[str, Any] = {"ratio": ratio, "search_ratio": config.search_ratio or nearest}
-    # A ratio takes the place of a target too.
-    changes |= {name: field.default for name, field in PruneOptions.model_fields.items() if name.startswith("target_")}
+    options |= {"ratio": ratio, "search_ratio": config.search_ratio or nearest}
     # Whether the model fits depends on the ratio, and what was searched on how it computes.
     if record := earlier.at_ratio(nearest, config).record(procedure.search.name):
-        changes["layer_wise"] = record.leaves["precision"]["layer_wise"]
-    again = PruneConfig.from_options(**config.model_dump() | changes)
+        options["layer_wise"] = record.leaves["precision"]["layer_wise"]
+    again = PruneConfig.from_options(**options)
     (result,) = _run(again, run, overwrite, None, (earlier, earlier.at_ratio(nearest, config)))
     return result
 

@@ -28,17 +28,16 @@ HUB = Group("Hub", sort_key=len(_GROUPS) + 1)
 
 if TYPE_CHECKING:
     PruneOptions = config.PruneOptions
+    TargetOptions = config.PruneOptions
 else:
     _group_of = {field: _GROUPS[name] for name, fields in config.OPTION_GROUPS.items() for field in fields}
+    _fields = {
+        name: (Annotated[field.annotation, Parameter(group=_group_of[name])], field)
+        for name, field in config.PruneOptions.model_fields.items()
+    }
     # The same fields, each with its panel.
-    PruneOptions = create_model(
-        "PruneOptions",
-        __base__=config.PruneOptions,
-        **{
-            name: (Annotated[field.annotation, Parameter(group=_group_of[name])], field)
-            for name, field in config.PruneOptions.model_fields.items()
-        },
-    )
+    PruneOptions = create_model("PruneOptions", __base__=config.PruneOptions, **_fields)
+    TargetOptions = create_model("TargetOptions", **{name: _fields[name] for name in config.TARGET_OPTIONS})
 
 
 @Parameter(group=HUB)

@@ -8,7 +8,18 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from adapruner import config
-from adapruner.cli._options import MOST_USED, RUN_FOLDER, Device, Flag, Json, Model, Output, PruneOptions, Upload
+from adapruner.cli._options import (
+    MOST_USED,
+    RUN_FOLDER,
+    Device,
+    Flag,
+    Json,
+    Model,
+    Output,
+    PruneOptions,
+    TargetOptions,
+    Upload,
+)
 from adapruner.cli._output import (
     plain_console,
     print_advice,
@@ -112,19 +123,29 @@ def join(run: Path, /, *, storage: str | None = None, device: Device = "auto") -
     pipeline.join(run, storage, device)
 
 
-def plan(run: Path, /, *, ratio: float, output: Output, overwrite: Flag = False, json: Json = False) -> None:
-    """Prune to another ratio with the statistics and the best trial of a finished run.
+def plan(
+    run: Path,
+    /,
+    *,
+    output: Output,
+    ratio: float | None = None,
+    target: Annotated[TargetOptions | None, Parameter(name="*")] = None,
+    overwrite: Flag = False,
+    json: Json = False,
+) -> None:
+    """Prune to another ratio or target with the statistics and the best trial of a finished run.
 
     Args:
         run: Folder of the finished run.
-        ratio: Fraction of all parameters to remove.
         output: Folder of the new run.
+        ratio: Fraction of all parameters to remove.
         overwrite: Rebuild what was made with other options, from another model or other text.
     """
     with starting():
         from adapruner import pipeline
 
-    result = pipeline.plan_again(run, output, ratio, overwrite)
+    given = target.model_dump(exclude_unset=True) if target else {}
+    result = pipeline.plan_again(run, output, ratio, overwrite, **given)
     print_advice(result.advice())
     if json:
         print_json(result.result.model_dump(mode="json"))

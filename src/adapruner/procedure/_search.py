@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from adapruner.artifacts import Form, artifact
-from adapruner.config import PruneConfig, WholePart
+from adapruner.config import TARGET_OPTIONS, PruneConfig, WholePart
 from adapruner.errors import AdaPrunerError, NonFiniteError
 from adapruner.evaluation import compute_prefix, log_probabilities, losses_by_batch
 from adapruner.job import Job
@@ -47,7 +47,7 @@ from adapruner.structure import Structure
 from adapruner.surgery import Compensation
 
 # What decides how much is removed; a ratio alone leaves the others as they are.
-BUDGET = "ratio target_size target_memory target_speed target_format target_phase target_batch target_context"
+BUDGET = " ".join(("ratio", *TARGET_OPTIONS))
 PLAN: Form[PruningPlan] = Form(PruningPlan.save, PruningPlan.load)
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shlex
+from itertools import chain
 from pathlib import Path
 
 from pydantic import BaseModel
 
-from adapruner.config import PruneConfig, PruneOptions
+from adapruner.config import TARGET_OPTIONS, PruneConfig, PruneOptions
 from adapruner.report._contents import Contents
 
 # The folder of the search, where a run took its point from another.
@@ -23,8 +24,11 @@ def command(config: PruneConfig, output: Path) -> str:
     """
     (ratio,) = config.ratio
     if config.search_ratio not in (None, ratio):
-        searched = config.model_copy(update={"ratio": (config.search_ratio,), "search_ratio": None})
-        again = shlex.join(("adapruner", "plan", _SEARCHED, "--ratio", str(ratio), "-o", str(output)))
+        no_target = PruneOptions().model_dump(include=set(TARGET_OPTIONS))
+        searched = config.model_copy(update={"ratio": (config.search_ratio,), "search_ratio": None, **no_target})
+        target = PruneOptions(**{name: getattr(config, name) for name in TARGET_OPTIONS})
+        amount = _options(target) if config.target else [("--ratio", str(ratio))]
+        again = shlex.join(("adapruner", "plan", _SEARCHED, *chain.from_iterable(amount), "-o", str(output)))
         return f"{command(searched, Path(_SEARCHED))}\n{again}"
     # A target takes the place of the ratio, which follows from it.
     derived = {"model", "search_ratio", *(["ratio"] if config.target else [])}
