@@ -19,10 +19,9 @@ from rich.table import Table
 from transformers import LlamaConfig, PreTrainedConfig, Qwen3Config
 
 from adapruner.config import PruneConfig
-from adapruner.job import reference_budget
 from adapruner.memory import GIB, USABLE, Memory, estimate_memory
 from adapruner.models import decoder_layers, empty_model
-from adapruner.planning import kept_counts
+from adapruner.planning import kept_counts, reference_budget
 from adapruner.structure import Structure, build_structure
 
 _LLAMA = {"num_key_value_heads": 8, "vocab_size": 128_256, "dtype": "bfloat16", "max_position_embeddings": 8192}

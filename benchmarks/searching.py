@@ -24,9 +24,8 @@ from transformers import PreTrainedModel
 
 from adapruner import RunResult
 from adapruner.evaluation import compute_prefix, losses_by_batch
-from adapruner.job import reference_budget
 from adapruner.models import find_model, in_fastest_dtype, load_model
-from adapruner.planning import kept_counts
+from adapruner.planning import kept_counts, reference_budget
 from adapruner.search import (
     MOST_PROTECTED_FIRST,
     Candidate,

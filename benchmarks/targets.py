@@ -17,9 +17,8 @@ from transformers import PreTrainedModel
 
 from adapruner.config import Dtype, Phase, PruneConfig
 from adapruner.costs import layers_to_measure, measure_latencies, measured_model, timer
-from adapruner.job import reference_budget
 from adapruner.models import find_model, load_model
-from adapruner.planning import Budget, Target, kept_counts, make_plan
+from adapruner.planning import Budget, Target, kept_counts, make_plan, reference_budget
 from adapruner.structure import Structure, build_structure
 from adapruner.surgery import prune_model
 from machine import describe

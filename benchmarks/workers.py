@@ -22,9 +22,8 @@ from optuna.trial import TrialState
 
 import postgresql_server
 from adapruner.evaluation import compute_prefix
-from adapruner.job import reference_budget
 from adapruner.models import find_model, in_fastest_dtype, load_model
-from adapruner.planning import kept_counts
+from adapruner.planning import kept_counts, reference_budget
 from adapruner.search import (
     MOST_PROTECTED_FIRST,
     Objective,

@@ -19,10 +19,10 @@ from transformers import LlamaConfig, PreTrainedModel
 import adapruner
 from adapruner import AdaPrunerError, PruneConfig, memory, verbs
 from adapruner.cli import main
-from adapruner.job import reference_budget
 from adapruner.measurement import HeldMoments, saved_activations
 from adapruner.memory import GIB, Memory, choose_layer_wise, estimate_memory
 from adapruner.models import empty_model, find_model, in_fastest_dtype, known_architectures, load_model, trial_dtype
+from adapruner.planning import reference_budget
 from adapruner.procedure import _model
 from adapruner.structure import build_structure
 from run_helpers import RUN_OPTIONS

@@ -15,9 +15,8 @@ import adapruner
 from adapruner import AdaPrunerError, PruneConfig, pipeline
 from adapruner.cli import app
 from adapruner.config import read_recipe
-from adapruner.job import reference_budget
 from adapruner.models import empty_model
-from adapruner.planning import kept_counts
+from adapruner.planning import kept_counts, reference_budget
 from adapruner.structure import build_structure
 
 Resolved = Callable[[list[str]], PruneConfig]

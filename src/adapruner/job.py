@@ -67,15 +67,7 @@ from adapruner.models import (
     trial_dtype,
 )
 from adapruner.models import fingerprint as fingerprint_of_model
-from adapruner.planning import (
-    MOST_CHANNELS,
-    Budget,
-    BudgetError,
-    Target,
-    kept_counts,
-    largest_channel_share,
-    make_plan,
-)
+from adapruner.planning import Budget, Target, kept_counts, make_plan, reference_budget
 from adapruner.plugins import load_plugins
 from adapruner.processes import Process
 from adapruner.progress import Reporter
@@ -101,9 +93,6 @@ VOCABULARY = "vocabulary.json"
 LATENCIES = "latencies.json"
 
 _LEVEL_ROUNDS = 2
-
-# Protected layers at both ends and share of heads, from what hurts least to what reaches furthest.
-_DEFAULT_ALLOCATIONS = ((4, 3, 0.0), (2, 2, 0.0), (1, 1, 0.0), (1, 1, 0.5), (2, 1, 1.0), (0, 0, 1.0))
 
 
 @dataclass
@@ -520,35 +509,6 @@ class Job:
     def budget(self, ratio: float) -> Budget:
         """What is to be removed at a ratio, from where the options say."""
         return self.prepared.budget(ratio)
-
-
-def reference_budget(config: PruneConfig, structure: Structure, ratio: float) -> Budget:
-    """What is to be removed, from where the options say; else from the feed-forward channels of the middle layers, and
-    from more layers and heads only where that would take more than `MOST_CHANNELS` of the channels of a layer.
-
-    Raises:
-        AdaPrunerError: the ratio cannot be met; with the arithmetic.
-    """
-    given = {
-        name: value
-        for name in ("protect_first", "protect_last", "head_share")
-        if (value := getattr(config, name)) is not None
-    }
-    reachable: dict[Budget, float] = {}
-    for first, last, head_share in _DEFAULT_ALLOCATIONS:
-        fields = {"protect_first": first, "protect_last": last, "head_share": head_share} | given
-        budget = Budget(ratio, round_to=config.round_to, layout=config.layout, ratio_of=config.ratio_of, **fields)
-        try:
-            taken = largest_channel_share(structure, kept_counts(structure, budget))
-        except BudgetError as error:
-            refusal = error
-        else:
-            if taken <= MOST_CHANNELS:
-                return budget
-            reachable[budget] = taken
-    if not reachable:
-        raise refusal
-    return min(reachable, key=reachable.__getitem__)
 
 
 def register_extensions(config: PruneConfig) -> None:

@@ -8,6 +8,7 @@ from adapruner.planning._budget import (
     UnreachableRatioError,
     kept_counts,
     largest_channel_share,
+    reference_budget,
 )
 from adapruner.planning._plan import BlockPlan, PruningPlan, make_plan
 from adapruner.planning._targets import TARGET_TOLERANCE, Costs, Target
@@ -26,4 +27,5 @@ __all__ = [
     "kept_counts",
     "largest_channel_share",
     "make_plan",
+    "reference_budget",
 ]

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from adapruner.config import Layout, RatioOf
+from adapruner.config import Layout, PruneConfig, RatioOf
 from adapruner.errors import AdaPrunerError
 from adapruner.models import Whole
 from adapruner.structure import Block, Structure
@@ -18,6 +18,8 @@ from adapruner.structure import Block, Structure
 RATIO_TOLERANCE = 0.005
 # Taking more of the channels of a layer hurts more than taking heads or fewer layers whole (see docs/benchmarks.md).
 MOST_CHANNELS = 0.8
+# Protected layers at both ends and share of heads, from what hurts least to what reaches furthest.
+_DEFAULT_ALLOCATIONS = ((4, 3, 0.0), (2, 2, 0.0), (1, 1, 0.0), (1, 1, 0.5), (2, 1, 1.0), (0, 0, 1.0))
 
 
 class BudgetError(AdaPrunerError):
@@ -128,6 +130,35 @@ def kept_counts(structure: Structure, budget: Budget, scores: Tensor | None = No
     if budget.ratio_of == "parameters":
         _refuse_missed_ratio(structure, budget, {**heads, **experts}, channels, counts())
     return counts()
+
+
+def reference_budget(config: PruneConfig, structure: Structure, ratio: float) -> Budget:
+    """What is to be removed, from where the options say; else from the feed-forward channels of the middle layers, and
+    from more layers and heads only where that would take more than `MOST_CHANNELS` of the channels of a layer.
+
+    Raises:
+        AdaPrunerError: the ratio cannot be met; with the arithmetic.
+    """
+    given = {
+        name: value
+        for name in ("protect_first", "protect_last", "head_share")
+        if (value := getattr(config, name)) is not None
+    }
+    reachable: dict[Budget, float] = {}
+    for first, last, head_share in _DEFAULT_ALLOCATIONS:
+        fields = {"protect_first": first, "protect_last": last, "head_share": head_share} | given
+        budget = Budget(ratio, round_to=config.round_to, layout=config.layout, ratio_of=config.ratio_of, **fields)
+        try:
+            taken = largest_channel_share(structure, kept_counts(structure, budget))
+        except BudgetError as error:
+            refusal = error
+        else:
+            if taken <= MOST_CHANNELS:
+                return budget
+            reachable[budget] = taken
+    if not reachable:
+        raise refusal
+    return min(reachable, key=reachable.__getitem__)
 
 
 def largest_channel_share(structure: Structure, counts: Sequence[int]) -> float:

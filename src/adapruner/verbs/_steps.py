@@ -13,10 +13,9 @@ from adapruner.calibration import windows_of_documents
 from adapruner.config import Layout, PruneConfig, RatioOf, Terms
 from adapruner.errors import AdaPrunerError
 from adapruner.importance import LLM_PRUNER_METRICS, MetricPoint, score_groups
-from adapruner.job import reference_budget
 from adapruner.measurement import Statistics, measure_moments
 from adapruner.models import architecture_of, in_fastest_dtype
-from adapruner.planning import PruningPlan, kept_counts, make_plan
+from adapruner.planning import PruningPlan, kept_counts, make_plan, reference_budget
 from adapruner.structure import Structure
 from adapruner.surgery import Compensation, CompensationForm, prune_model, refit_sequentially
 
