@@ -4,11 +4,13 @@ from adapruner.measurement._moments import (
     HeldMoments,
     InputMoments,
     StoredMoments,
+    add_products,
     factorize,
     measure_moments,
     projected_blocks,
     removal_errors,
     solve_damped,
+    symmetric,
 )
 from adapruner.measurement._samples import measure, measure_in_parts, saved_activations
 from adapruner.measurement._statistics import Statistics
@@ -18,6 +20,7 @@ __all__ = [
     "InputMoments",
     "Statistics",
     "StoredMoments",
+    "add_products",
     "factorize",
     "measure",
     "measure_in_parts",
@@ -26,4 +29,5 @@ __all__ = [
     "removal_errors",
     "saved_activations",
     "solve_damped",
+    "symmetric",
 ]

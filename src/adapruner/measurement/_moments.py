@@ -249,15 +249,29 @@ class _Sums:
 
     def _add(self, expert: int, x: Tensor) -> None:
         self.first[expert] += x.sum(0)
-        # Only the upper triangle, in strips: nearly half of the work.
-        for strip in torch.arange(x.shape[1]).tensor_split(_STRIPS):
-            if len(strip):
-                start, stop = int(strip[0]), int(strip[-1]) + 1
-                self.second[expert, start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
+        add_products(self.second[expert], x)
 
     def symmetric(self) -> Tensor:
-        """[experts, inputs, inputs]: the sum of x xᵀ with both triangles."""
-        return self.second.triu() + self.second.triu(1).mT
+        """[experts, inputs, inputs]: the sum of x xᵀ."""
+        return symmetric(self.second)
+
+
+def add_products(second: Tensor, x: Tensor) -> None:
+    """Adds the sum of x xᵀ to the upper triangle, in place: nearly half of the work of both (see `symmetric`).
+
+    Args:
+        second: [inputs, inputs], float32. A strip of the lower triangle beside the diagonal is written too.
+        x: [tokens, inputs], float32.
+    """
+    for strip in torch.arange(x.shape[1]).tensor_split(_STRIPS):
+        if len(strip):
+            start, stop = int(strip[0]), int(strip[-1]) + 1
+            second[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
+
+
+def symmetric(upper: Tensor) -> Tensor:
+    """[…, inputs, inputs]: with the upper triangle in place of the lower, too."""
+    return upper.triu() + upper.triu(1).mT
 
 
 @contextlib.contextmanager

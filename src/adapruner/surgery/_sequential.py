@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from adapruner.measurement import solve_damped
+from adapruner.measurement import add_products, solve_damped, symmetric
 from adapruner.models import (
     LayerCall,
     enter_layers,
@@ -24,7 +24,7 @@ from adapruner.models import (
 from adapruner.planning import PruningPlan
 from adapruner.structure import Block, Structure
 from adapruner.surgery._compensation import Compensation
-from adapruner.surgery._cut import kept_layers
+from adapruner.surgery._cut import kept_indices, kept_layers
 
 # Share of the error of earlier layers that a layer makes up for (see docs/benchmarks.md). With all of it, a layer bends
 # to repair what it cannot and does worse on other text; with none, errors add up.
@@ -54,8 +54,9 @@ def compensate_sequentially(
     has the same noise. What a cut attention gets wrong is made up for by the feed-forward of its layer in full, because
     u is of the whole dense layer. (GPTQ, arXiv 2210.17323, fits to u.)
 
-    Only cut projections are refitted; nothing is run behind the last. The cost is at most three forward passes over the
-    text, six through layers that lost heads; the memory two hidden states and the inputs of one projection per token.
+    Only cut projections are refitted; nothing is run behind the last. The cost is at most two forward passes over the
+    text, six through layers that lost heads and three through those without attention; the memory two hidden states and
+    the inputs of one projection per token.
 
     Args:
         dense: of a family with a plain residual (`Architecture.has_plain_residual`).
@@ -83,7 +84,8 @@ def compensate_sequentially(
                     of_pruned = loaded.enter_context(loaded_layer(pruned, new_number[index]))
                     after = _Layer(of_pruned, calls, pruned_states)
                     for number, block in blocks.items():
-                        weight = _refit(before, after, block, dampings[number], carried_share)
+                        kept = _kept_inputs(structure, plan, number)
+                        weight = _refit(before, after, block, dampings[number], carried_share, kept)
                         if on_refit:
                             own = block.row_wise.parameter
                             on_refit(own.replace(f".{index}.", f".{new_number[index]}.", 1), weight)
@@ -125,6 +127,20 @@ def _cut_blocks(structure: Structure, plan: PruningPlan) -> list[int]:
     ]
 
 
+def _kept_inputs(structure: Structure, plan: PruningPlan, number: int) -> Tensor | None:
+    """[kept], int64: which inputs of the dense down projection the pruned one reads, if the rest of the layer is as in
+    the dense model: running the dense layer then shows what the pruned one does. None if something else is removed."""
+    block = structure.blocks[number]
+    others = [
+        kept
+        for index, (other, kept) in enumerate(zip(structure.blocks, plan.blocks, strict=True))
+        if other.layer == block.layer and index != number
+    ]
+    if block.kind != "channels" or any(len(kept.kept) < kept.groups for kept in others):
+        return None
+    return kept_indices(plan.blocks[number], [block.row_wise], block.inputs_of_one)[0]
+
+
 @dataclass(frozen=True)
 class _Seen:
     """What a layer did to a batch: the inputs and output of the watched projection and the hidden state that the output
@@ -138,6 +154,11 @@ class _Seen:
     def behind(self) -> Tensor:
         """[tokens, hidden], float32: the hidden state behind the projection."""
         return self.beside.float() + self.output.float()
+
+    def narrowed(self, projection: nn.Module, kept: Tensor) -> _Seen:
+        """What a pruned layer does of which only this projection is narrower."""
+        inputs = self.inputs.index_select(-1, kept.to(self.inputs.device))
+        return _Seen(inputs, projection(inputs), self.beside)
 
 
 @dataclass(frozen=True)
@@ -169,9 +190,14 @@ class _Layer:
         return _Seen(inputs, output, beside)
 
 
-def _refit(dense: _Layer, pruned: _Layer, block: Block, damping: float, carried_share: float) -> Tensor:
+def _refit(
+    dense: _Layer, pruned: _Layer, block: Block, damping: float, carried_share: float, kept: Tensor | None
+) -> Tensor:
     """Sets the weight of the pruned projection to the least-squares solution. The feed-forward comes last in a layer:
     its output is all that changes then, so hidden states are replaced by those behind the layer on the way.
+
+    Args:
+        kept: see `_kept_inputs`.
 
     Returns:
         The weight as it is stored, in float32.
@@ -183,17 +209,18 @@ def _refit(dense: _Layer, pruned: _Layer, block: Block, damping: float, carried_
     uncut = replace(dense, states=pruned.states)
     inputs_of_pruned, tokens = [], 0
     for number, state in enumerate(dense.states):
-        wanted, possible, given = (layer.watch(number, block) for layer in (dense, uncut, pruned))
+        wanted, possible = dense.watch(number, block), uncut.watch(number, block)
+        given = pruned.watch(number, block) if kept is None else possible.narrowed(projection, kept)
         inputs = given.inputs.float()
         missing = torch.lerp(possible.behind, wanted.behind, carried_share) - given.behind
-        second.addmm_(inputs.T, inputs)
+        add_products(second, inputs)
         residual.addmm_(missing.T, inputs)
         tokens += len(inputs)
         if block.kind == "channels":
             dense.states[number] = (wanted.beside + wanted.output).view_as(state)
             pruned.states[number] = given.beside.view_as(state)
             inputs_of_pruned.append(given.inputs)
-    change = solve_damped(second / tokens, damping, (residual / tokens).T).T
+    change = solve_damped(symmetric(second) / tokens, damping, (residual / tokens).T).T
     refitted = (weight + change).float()
     weight.copy_(refitted)
     for number, own_inputs in enumerate(inputs_of_pruned):
