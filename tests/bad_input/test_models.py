@@ -379,9 +379,12 @@ def test_a_tokenizer_without_special_tokens_will_do(
 
 @pytest.fixture
 def gguf_file(tmp_path: Path) -> Path:
+    return write_gguf_file(tmp_path / "model.gguf", "llama")
+
+
+def write_gguf_file(path: Path, architecture: str) -> Path:
     """Well-formed, with some of what a Llama needs."""
-    path = tmp_path / "model.gguf"
-    writer = GGUFWriter(path, "llama")
+    writer = GGUFWriter(path, architecture)
     writer.add_block_count(2)
     writer.add_embedding_length(8)
     writer.add_tensor("token_embd.weight", torch.zeros(4, 8).numpy())
@@ -416,6 +419,11 @@ def test_gguf_files_that_are_none(
 ) -> None:
     gguf_file.write_bytes(change(gguf_file.read_bytes()))
     refused(commands(gguf_file)[verb])
+
+
+def test_a_gguf_file_of_layers_that_differ(commands: Commands, refused: Refused, tmp_path: Path) -> None:
+    for command in commands(write_gguf_file(tmp_path / "model.gguf", "deci")).values():
+        refused(command, "transformers cannot read the GGUF architecture 'deci'", "give the safetensors folder")
 
 
 def test_a_gguf_file_that_is_a_folder(commands: Commands, refused: Refused, tmp_path: Path) -> None:

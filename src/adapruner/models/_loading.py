@@ -156,6 +156,12 @@ def _read_config(location: ModelLocation) -> PreTrainedConfig:
     with _reported_as_unloadable(location):
         with without_tokens():
             fields, _ = PreTrainedConfig.get_config_dict(location.path, **location.arguments)
+        # transformers counts `deci`, which has layers of different widths, as supported and has no class for it.
+        if location.gguf_file and fields["model_type"] not in CONFIG_MAPPING:
+            raise AdaPrunerError(
+                f"transformers cannot read the GGUF architecture {fields['model_type']!r} of {str(location)!r}: give"
+                " the safetensors folder that the file was made from"
+            )
         _refuse_too_many_layers(fields, location)
         config: PreTrainedConfig
         if _is_of_pruned(fields) and fields.get("model_type") in CONFIG_MAPPING:
