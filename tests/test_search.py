@@ -262,6 +262,19 @@ def test_bad_trials_are_stopped_and_the_best_is_found_all_the_same(subsets: Subs
     assert result.best_loss <= min(everything) + 1e-9
 
 
+def test_batches_of_another_size_stop_the_same_trials(subsets: SubsetFamily, tmp_path: Path) -> None:
+    """As on a GPU, which computes more windows at once than a CPU."""
+    space, results = SearchSpace(subsets, 4, 0, Budget(0.2)), []
+
+    def judge(candidate: Candidate, size: int) -> Iterator[Tensor]:
+        yield from torch.cat(list(windowed(candidate, range(64)))).split(size)
+
+    for size in (4, 5, 32, 64):
+        results.append(search(space, partial(judge, size=size), 20, 0, tmp_path / str(size)))
+    assert results[0].stopped_early > 5
+    assert results[1:] == [results[0]] * 3
+
+
 def test_the_best_few_are_judged_on_further_windows(subsets: SubsetFamily, tmp_path: Path) -> None:
     """The loss of each is then the mean over all windows; a candidate that does badly on the further ones loses."""
     space = SearchSpace(subsets, 4, 0, Budget(0.2))

@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import torch
 
 import adapruner
 from adapruner.planning import PruningPlan
 from device.client import Device
 from device.options import LAYER_WISE, SMALL_RECOVERY, SMALL_RUN, flags
 from device.results import only_json
+from device.whole_run import compare
 
 
 @dataclass(frozen=True)
@@ -103,3 +105,20 @@ def test_pruning_on_a_gpu_gives_the_plan_of_the_cpu(
     if case.dtype == "float32":
         assert plans["cuda"] == plans["cpu"]
     assert adapruner.load(tmp_path / "cuda" / ("model" if case.recovery is None else "recovered")).num_parameters() > 0
+
+
+@pytest.mark.device_matrix
+@pytest.mark.timeout(1200)
+def test_a_whole_run_with_the_default_options_gives_the_plan_of_the_cpu(
+    device: Device, family: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A model with enough layers and channels for them, and text for all windows, of which words follow each other as
+    in a random walk."""
+    model = family("llama", hidden_size=64, intermediate_size=256, num_hidden_layers=8, max_position_embeddings=512)
+    generator, text = torch.Generator().manual_seed(3), tmp_path / "text.txt"
+    walks = torch.randint(-4, 5, (900, 300), generator=generator).cumsum(1) % 90
+    text.write_text("\n\n".join(" ".join(f"w{word}" for word in walk) for walk in walks.tolist()))
+    agreement = compare(device, [model, "--calibration", text], tmp_path)
+    assert agreement["same_plan"]
+    for name, perplexity in agreement["perplexity"]["cpu"].items():
+        assert agreement["perplexity"]["cuda"][name] == pytest.approx(perplexity, rel=1e-4)

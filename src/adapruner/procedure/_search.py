@@ -108,7 +108,7 @@ def whole(job: Job, work: Path, windows: Windows) -> RemovalOrders:
         job.budget(job.config.searched_ratio),
     ),
     is_shared=True,
-    version=4,
+    version=5,
 )
 def search(
     job: Job, work: Path, windows: Windows, moments: Moments, statistics: Statistics, orders: RemovalOrders | None
@@ -157,7 +157,9 @@ def _search(job: Job, statistics: Statistics, orders: RemovalOrders | None, judg
     )
     place = job.prepared.study(job.keys["search.json"])
     together = judge.together if job.prepared.layer_wise and not judge.item_losses else None
-    return Search(space, judge, config.trials, config.seed, place, config.sampler, judge_together=together)
+    # A function of the user gives the losses of all items at once.
+    stops = not judge.item_losses
+    return Search(space, judge, config.trials, config.seed, place, config.sampler, stops, together)
 
 
 def _what_ranks_experts(structure: Structure, statistics: Statistics) -> Literal["none", "routing", "taylor"]:
