@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import torch
+from transformers import PreTrainedModel
 
 from adapruner.memory import Memory, room_for_moments
-from adapruner.models import computing_repeatably
+from adapruner.models import computing_repeatably, decoder_layers
+from adapruner.models._layers import share_out
 
 
 def settings() -> tuple[str, bool, bool, bool]:
@@ -36,3 +38,21 @@ def test_moments_take_no_memory_that_a_stage_needs() -> None:
     some = room_for_moments(cpu, Memory(device=everything, host=0, largest="weights"))[cpu]
     assert 0 < some < 0.7 * everything
     assert room_for_moments(cpu, Memory(device=2**60, host=0, largest="weights")) == {cpu: 0}
+
+
+def test_devices_share_the_layers_in_their_order(model: PreTrainedModel) -> None:
+    layers = decoder_layers(model)
+    sizes = [sum(weight.nbytes for weight in layer.parameters()) for layer in layers]
+    total = sum(weight.nbytes for weight in model.parameters())
+    assert share_out(model, [torch.device("cpu")]) == [torch.device("cpu")] * len(layers)
+    for count in (2, 3):
+        devices = [torch.device("cuda", number) for number in range(count)]
+        shares = share_out(model, devices)
+        assert shares == sorted(shares, key=devices.index)
+        outside = total - sum(sizes)
+        held = [
+            sum(size for size, own in zip(sizes, shares, strict=True) if own == device) + outside * (not number)
+            for number, device in enumerate(devices)
+        ]
+        assert sum(held) == total
+        assert max(held) <= max(total / count, outside) + max(sizes)

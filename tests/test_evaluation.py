@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -9,6 +10,7 @@ import shutil
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from packaging.version import Version
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from adapruner import AdaPrunerError, verbs
+from adapruner import AdaPrunerError, memory, verbs
 from adapruner.calibration import _probes, probe_texts
 from adapruner.cli import app
 from adapruner.config import PruneConfig
@@ -34,7 +36,7 @@ from adapruner.evaluation import (
     repetition,
     window_losses,
 )
-from adapruner.models import find_model, load_model
+from adapruner.models import find_model, is_streamed, load_model
 from adapruner.planning import make_plan
 from adapruner.structure import build_structure
 from adapruner.surgery import prune_model
@@ -294,6 +296,43 @@ def test_a_protocol_says_texts_and_windows(model_folder: Path, tmp_path: Path, m
         verbs.evaluate(model_folder, protocol="2048")
     with pytest.raises(AdaPrunerError, match="unknown protocol 'wanda'; the protocols are llm-pruner, 2048"):
         verbs.evaluate(model_folder, protocol="wanda")
+
+
+@pytest.mark.parametrize("memory_for", ["all weights", "a few layers"])
+def test_a_model_that_does_not_fit_is_evaluated_layer_by_layer(
+    memory_for: str,
+    model: PreTrainedModel,
+    model_folder: Path,
+    text_file: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    total = weights / (0.8 if memory_for == "a few layers" else 0.7)
+    monkeypatch.setattr(memory, "_total_and_free", lambda _: (total, total))
+    evaluated: list[PreTrainedModel] = []
+
+    def noted(model: PreTrainedModel, *given: Any, **named: Any) -> Perplexity:
+        evaluated.append(model)
+        return measure_perplexity(model, *given, **named)
+
+    monkeypatch.setattr("adapruner.verbs._evaluate.measure_perplexity", noted)
+    scores = []
+    for chosen in ([], ["--no-layer-wise"], ["--layer-wise"]):
+        command = ["evaluate", str(model_folder), "--evaluate", str(text_file), "--seq-len", "16", "--json"]
+        with contextlib.suppress(SystemExit):
+            app([*command, *chosen])
+        scores.append(json.loads(capsys.readouterr().out)["perplexity"][0]["perplexity"])
+    assert [is_streamed(one) for one in evaluated] == [memory_for == "a few layers", False, True]
+    assert scores[0] == scores[1] == scores[2]
+
+
+def test_a_model_in_memory_is_evaluated_as_it_is(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, text_file: Path
+) -> None:
+    texts = {"own": [text_file.read_text()]}
+    with pytest.raises(AdaPrunerError, match="used as it is: leave `layer_wise` out"):
+        verbs.evaluate(model, texts, seq_len=16, tokenizer=tokenizer, layer_wise=True)
 
 
 def test_what_a_checkpoint_was_calibrated_on_is_said(

@@ -20,7 +20,7 @@ import adapruner
 from adapruner import AdaPrunerError, PruneConfig, memory, verbs
 from adapruner.cli import main
 from adapruner.measurement import HeldMoments, saved_activations
-from adapruner.memory import GIB, Memory, choose_layer_wise, estimate_memory
+from adapruner.memory import GIB, Memory, choose_placement, estimate_memory
 from adapruner.models import empty_model, find_model, in_fastest_dtype, known_architectures, load_model, trial_dtype
 from adapruner.planning import reference_budget
 from adapruner.procedure import _model
@@ -110,7 +110,7 @@ def test_only_what_the_family_allows_is_counted(make_model: Callable[..., PreTra
 def choose(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., bool]:
     """Chooses for a model that needs 800 bytes as a whole and 500 layer by layer."""
     needed = {False: Memory(800, 0, "weights"), True: Memory(500, 0, "seq_len")}
-    monkeypatch.setattr(memory, "estimate_memory", lambda *given: {"searching": needed[given[-1]]})
+    monkeypatch.setattr(memory, "estimate_memory", lambda *given: {"searching": needed[given[5]]})
     model = empty_model(load_model(find_model(str(model_folder))).config)
 
     def choose(total: int, free: int, streamable: bool = True, **options: object) -> bool:
@@ -119,7 +119,9 @@ def choose(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
         config = PruneConfig(model="x", **options)
         structure = build_structure(model)
         budget = reference_budget(PruneConfig(model="x", **TINY), structure, 0.2)
-        return choose_layer_wise(config, model, structure, budget, torch.device("cpu"), streamable)
+        placement = choose_placement(config, model, structure, budget, [torch.device("cpu")], streamable)
+        assert placement.devices == (torch.device("cpu"),)
+        return placement.layer_wise
 
     return choose
 
@@ -141,6 +143,50 @@ def test_what_does_not_fit_is_refused(choose: Callable[..., bool]) -> None:
         choose(1000, 400)
     with pytest.raises(AdaPrunerError, match="the weights: try `dtype` bfloat16"):
         choose(1000, 700, streamable=False)
+
+
+def test_layers_are_on_as_few_devices_as_hold_them(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that needs 800 bytes, 100 of them on every device, or 150 layer by layer, on four devices."""
+    monkeypatch.setattr(
+        memory,
+        "estimate_memory",
+        lambda *given: {"searching": Memory(150 if given[5] else 100 + 700 // given[6], 0, "weights")},
+    )
+    model, devices = (
+        empty_model(load_model(find_model(str(model_folder))).config),
+        [torch.device("cuda", n) for n in range(4)],
+    )
+    structure = build_structure(model)
+    budget = reference_budget(PruneConfig(model="x", **TINY), structure, 0.2)
+
+    def choose(total: int, streamable: bool = True, **options: object) -> tuple[int, bool]:
+        monkeypatch.setattr(memory, "_total_and_free", lambda _: (total, total))
+        config = PruneConfig(model="x", **options)
+        placement = choose_placement(config, model, structure, budget, devices, streamable)
+        assert placement.devices == tuple(devices[: len(placement.devices)])
+        return len(placement.devices), placement.layer_wise
+
+    # The memory that has three quarters of it for 800, 450, 333 and 275 bytes.
+    assert [choose(total) for total in (1068, 600, 444, 367, 365)] == [(n, False) for n in (1, 2, 3, 4)] + [(1, True)]
+    assert choose(1068, layer_wise=True) == (1, True)
+    assert choose(600, layer_wise=False) == (2, False)
+    assert choose(1068, device="cuda:0,cuda:1,cuda:2,cuda:3") == (4, False)
+    assert choose(365, streamable=False) == (4, False)
+    with pytest.raises(AdaPrunerError, match=r"needs about .* are free on cuda:0, cuda:1, cuda:2, cuda:3"):
+        choose(200, streamable=False)
+
+
+def test_spread_weights_are_estimated_for_the_device_that_has_most() -> None:
+    config = LlamaConfig(dtype=torch.bfloat16)  # LLaMA-7B
+    model, options = empty_model(config), PruneConfig(model="x", compensation_windows=64, self_windows=0)
+    structure = build_structure(model)
+    budget = reference_budget(options, structure, 0.2)
+    loading = [
+        estimate_memory(options, model, structure, budget, torch.device("cuda"), False, count)["loading"].device
+        for count in (1, 2, 100)
+    ]
+    layer, outside = 202_383_360, 6_738_415_616 - 32 * 202_383_360
+    assert loading == [2 * 6_738_415_616, 2 * (6_738_415_616 // 2 + layer), 2 * (outside + layer)]
 
 
 def test_processes_on_one_machine_share_its_memory(

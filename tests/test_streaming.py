@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from adapruner.checkpoint import save_checkpoint
 from adapruner.errors import AdaPrunerError
-from adapruner.evaluation import compute_prefix, log_probabilities, losses_by_batch, losses_in_step
+from adapruner.evaluation import _losses, compute_prefix, log_probabilities, losses_by_batch, losses_in_step
 from adapruner.measurement import measure, measure_moments
 from adapruner.models import (
     check_streamable,
@@ -148,6 +148,28 @@ def test_several_pruned_models_are_run_with_one_reading(
         for plan, own in zip(plans, losses, strict=True):
             expected = losses_by_batch(prune_model(model, structure, plan, compensation), windows, of_dense)
             torch.testing.assert_close(torch.cat(own), torch.cat(list(expected)), rtol=1e-4, atol=1e-6)
+
+
+def test_many_batches_are_evaluated_with_one_reading(
+    model: PreTrainedModel, windows: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches of two windows: all three with one reading, then two with one and one with another."""
+    streamed = load_model(find_model(on_disk(model, tmp_path)), layer_wise=True)
+    monkeypatch.setattr(_losses, "_TOKENS_PER_BATCH_ON_CPU", 2 * windows.shape[1])
+    read: list[int] = []
+    for number, layer in enumerate(decoder_layers(streamed)):
+        stream, inner = layer.stream, layer.stream.read
+        stream.read = lambda number=number, inner=inner: (read.append(number), inner())[1]
+    references = [of_batch.roll(1, -1) for of_batch in log_probabilities(model, windows)]
+    with_one_reading = [0, *range(len(decoder_layers(model)))]
+    for tokens, readings in ((6 * windows.shape[1], 1), (4 * windows.shape[1], 2)):
+        monkeypatch.setattr(_losses, "_TOKENS_PER_READING", tokens)
+        for given in ({}, {"context": 5}, {"references": references}):
+            read.clear()
+            losses = list(losses_by_batch(streamed, windows, **given))
+            assert read == readings * with_one_reading
+            expected = list(losses_by_batch(model, windows, **given))
+            assert [torch.equal(own, other) for own, other in zip(losses, expected, strict=True)] == [True] * 3
 
 
 def test_a_cut_model_is_gone_with_its_last_reference(model: PreTrainedModel, windows: Tensor, tmp_path: Path) -> None:

@@ -229,6 +229,11 @@ def test_all_seven_run_in_one_go(model: PreTrainedModel, tokenizer: PreTrainedTo
     assert metrics == {name: {"acc"} if name in ("boolq", "winogrande") else {"acc", "acc_norm"} for name in metrics}
 
 
+def test_layer_by_layer_the_scores_are_the_same(model_folder: Path, local_data: Path) -> None:
+    scores = [verbs.evaluate(model_folder, tasks="commonsense", layer_wise=way).tasks for way in (False, True)]
+    assert scores[0] == scores[1]
+
+
 def test_groups_in_groups_are_one_number_where_lm_eval_makes_one(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, local_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

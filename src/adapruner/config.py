@@ -359,7 +359,9 @@ class PruneOptions(_Options):
         default=(), description="Plugins of installed packages that add terms, datasets or families; may be repeated."
     )
     architectures: str | None = Field(default=None, description="YAML file or folder with more model families.")
-    device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1, …")
+    device: str = Field(
+        default="auto", description="auto, cpu, cuda, cuda:1, …; over cuda:0,cuda:1 the layers are spread."
+    )
     layer_wise: bool | None = Field(
         default=None, description="Keep one decoder layer in memory at a time; by default if the model does not fit."
     )

@@ -48,7 +48,7 @@ from adapruner.evaluation import Tasks, load_tasks
 from adapruner.files import write_atomically
 from adapruner.given import name_of_code
 from adapruner.importance import TERMS, Term, needed_statistics
-from adapruner.memory import choose_layer_wise, estimate_memory, room_for_moments
+from adapruner.memory import Placement, choose_placement, dtype_of_weights, estimate_memory, room_for_moments
 from adapruner.models import (
     ModelLocation,
     architecture_of,
@@ -63,8 +63,9 @@ from adapruner.models import (
     load_model,
     load_tokenizer,
     register_architectures,
-    resolve_device,
+    resolve_devices,
     trial_dtype,
+    usable_devices,
 )
 from adapruner.models import fingerprint as fingerprint_of_model
 from adapruner.planning import Budget, Target, kept_counts, make_plan, reference_budget
@@ -123,7 +124,8 @@ class Preparation:
 
     @cached_property
     def device(self) -> torch.device:
-        return resolve_device(self.config.device)
+        """Where the model is; of several devices, the first."""
+        return resolve_devices(self.config.device)[0]
 
     @cached_property
     def config_given(self) -> PreTrainedConfig:
@@ -277,35 +279,43 @@ class Preparation:
         return cut_tokenizer(self.tokenizer_given, parts, self.vocabulary.new_ids)
 
     @cached_property
-    def layer_wise(self) -> bool:
-        """Whether one decoder layer at a time is in memory."""
+    def placement(self) -> Placement:
+        """On which devices the layers are."""
         if self.config.layer_wise:
             check_streamable(self.location, self.empty.config)
         budget = self.budget(max(self.config.ratio))
         streamable = is_streamable(self.location, self.empty.config)
-        return choose_layer_wise(self.config, self.empty, self.structure, budget, self.device, streamable)
+        devices = usable_devices(self.config.device)
+        placement = choose_placement(self.config, self.empty, self.structure, budget, devices, streamable)
+        if self.config.target_speed and len(placement.devices) > 1:
+            raise AdaPrunerError("`target_speed` is measured on one device, and the layers are on several")
+        return placement
+
+    @property
+    def layer_wise(self) -> bool:
+        """Whether one decoder layer at a time is in memory."""
+        return self.placement.layer_wise
 
     def room_for_moments(self) -> dict[torch.device, int]:
         """Bytes that second moments may take while trials use them, by device; nothing where that cannot be told."""
         if is_pruned(self.empty.config):
             return {}
         budget = self.budget(max(self.config.ratio))
-        stages = estimate_memory(self.config, self.empty, self.structure, budget, self.device, self.layer_wise)
+        about = self.config, self.empty, self.structure, budget, self.device, self.layer_wise
+        stages = estimate_memory(*about, len(self.placement.devices))
         return room_for_moments(self.device, stages["searching"])
 
     @cached_property
     def dtype(self) -> torch.dtype:
         """Of the weights."""
-        stored: Any = self.empty.config.dtype or torch.float32
-        dtype: torch.dtype = stored if self.config.dtype == "auto" else getattr(torch, self.config.dtype)
-        return dtype
+        return dtype_of_weights(self.empty, self.config.dtype)
 
     @cached_property
     def dense(self) -> PreTrainedModel:
         """The dense model, loaded, with the tokens that are kept."""
         self.reporter.note(check_length(self.empty.config, self._seq_len) or "")
         with self.reporter.stage("loading"):
-            model = load_model(self.location, self.config.dtype, self.config.device, self.layer_wise)
+            model = self._load()
             if self.vocabulary:
                 cut_vocabulary(model, self.vocabulary)
         return model
@@ -315,7 +325,10 @@ class Preparation:
         if self.vocabulary is None:
             return self.dense
         with self.reporter.stage("loading"):
-            return load_model(self.location, self.config.dtype, self.config.device, self.layer_wise)
+            return self._load()
+
+    def _load(self) -> PreTrainedModel:
+        return load_model(self.location, self.config.dtype, self.placement.device, self.layer_wise)
 
     @cached_property
     def fits_sequentially(self) -> bool:

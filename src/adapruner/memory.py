@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import psutil
 import torch
 
-from adapruner.config import PruneConfig
+from adapruner.config import Dtype, PruneConfig
 from adapruner.errors import AdaPrunerError
 from adapruner.evaluation import tokens_per_batch
 from adapruner.measurement import saved_activations
@@ -37,8 +38,8 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that a stage needs on the device of the model and, beside a GPU, in main memory; and the largest term by
-    the name of the option that lowers it, where one does."""
+    """Bytes that a stage needs on the device of the model, of several on each, and, beside a GPU, in main memory; and
+    the largest term by the name of the option that lowers it, where one does."""
 
     device: int
     host: int
@@ -46,11 +47,18 @@ class Memory:
 
 
 def estimate_memory(
-    config: PruneConfig, model: Any, structure: Structure, budget: Budget, device: torch.device, layer_wise: bool
+    config: PruneConfig,
+    model: Any,
+    structure: Structure,
+    budget: Budget,
+    device: torch.device,
+    layer_wise: bool,
+    devices: int = 1,
 ) -> dict[str, Memory]:
     """The memory of every stage up to the saved model, without the program itself (half a GiB).
 
-    `model` is on the meta device; `budget` is what is removed, or what the search starts from.
+    `model` is on the meta device; `budget` is what is removed, or what the search starts from; the layers are spread
+    over so many `devices`.
 
     Raises:
         AdaPrunerError: the layers of the model already differ.
@@ -59,21 +67,29 @@ def estimate_memory(
         raise AdaPrunerError("the memory needed to prune a model whose layers differ already cannot be estimated")
     on_host = {"pool", "dense predictions"} | ({"pruned weights"} if layer_wise else set())
     memory = {}
-    for stage, terms in _stages(config, model, structure, kept_counts(structure, budget), device, layer_wise).items():
+    counts = kept_counts(structure, budget)
+    for stage, terms in _stages(config, model, structure, counts, device, layer_wise, devices).items():
         host = sum(size for term, size in terms.items() if term in on_host and device.type != "cpu")
         memory[stage] = Memory(sum(terms.values()) - host, host, max(terms, key=terms.__getitem__))
     return memory
 
 
 def _stages(
-    config: PruneConfig, model: Any, structure: Structure, counts: list[int], device: torch.device, by_layer: bool
+    config: PruneConfig,
+    model: Any,
+    structure: Structure,
+    counts: list[int],
+    device: torch.device,
+    by_layer: bool,
+    devices: int,
 ) -> dict[str, dict[str, int]]:
     """Bytes by stage and term; a term is named after the option that lowers it, where there is one.
 
     Args:
         counts: how many groups each block keeps, in the order of `structure.blocks`.
+        devices: over how many the weights are spread; everything else is counted on each of them.
     """
-    dtype = _dtype(config, model)
+    dtype = dtype_of_weights(model, config.dtype)
     trial = trial_dtype(dtype, device)
     with_copy = dtype.itemsize + (trial.itemsize if trial != dtype else 0)
     vocabulary, hidden = model.get_input_embeddings().weight.shape
@@ -82,6 +98,10 @@ def _stages(
     blocks = list(zip(structure.blocks, counts, strict=True))
     # Layer by layer, nothing is shared with the dense model.
     pruned = sum(n * block.parameters_per_group for block, n in blocks if by_layer or n < block.groups)
+    if devices > 1:
+        # The first holds what is in no layer, and none holds more than a layer beyond its share.
+        held = max(held // devices, held - sum(of_layers)) + max(of_layers)
+        pruned = pruned // devices + max(of_layers)
     widths = [block.inputs for block, _ in blocks]
     moments = max(block.inputs * block.inputs_of_one for block, _ in blocks) * _FLOAT32
     projected = [block for block, _ in blocks if block.is_projected]
@@ -153,8 +173,9 @@ def _stages(
     return stages
 
 
-def _dtype(config: PruneConfig, model: Any) -> torch.dtype:
-    found: torch.dtype = getattr(torch, config.dtype) if config.dtype != "auto" else model.config.dtype or torch.float32
+def dtype_of_weights(model: Any, dtype: Dtype) -> torch.dtype:
+    """What a model is loaded in: `auto` is the dtype of the checkpoint."""
+    found: torch.dtype = model.config.dtype or torch.float32 if dtype == "auto" else getattr(torch, dtype)
     return found
 
 
@@ -163,26 +184,56 @@ def windows_of(tokens: int, config: PruneConfig) -> int:
     return min(config.pool, max(_FEWEST_WINDOWS, tokens // config.seq_len))
 
 
-def choose_layer_wise(
-    config: PruneConfig, model: Any, structure: Structure, budget: Budget, device: torch.device, streamable: bool
-) -> bool:
-    """Whether one decoder layer at a time is held in memory: as the options say, else where all layers are too much
-    for this machine and `streamable`, so that they can be read one by one. How much memory is free decides only
-    whether the run is refused.
+@dataclass(frozen=True)
+class Placement:
+    """The devices over which the layers of a model are spread; or with `layer_wise`, the one on which one layer at a
+    time is."""
+
+    devices: tuple[torch.device, ...]
+    layer_wise: bool
+
+    @property
+    def device(self) -> str:
+        """As `device` of the options names them."""
+        return ",".join(map(str, self.devices))
+
+
+def choose_placement(
+    config: PruneConfig,
+    model: Any,
+    structure: Structure,
+    budget: Budget,
+    devices: Sequence[torch.device],
+    streamable: bool,
+) -> Placement:
+    """Where the layers of a model are: as the options say, else on as few devices as hold all of them, and one at a
+    time where all devices are too small and the layers are `streamable`, so that they can be read one by one. How much
+    memory is free decides only whether the run is refused.
+
+    Args:
+        devices: those that may be used; all of them are, if the options name them.
 
     Raises:
         AdaPrunerError: a stage needs more memory than is free, and `ignore_memory` is not set.
     """
+    by_layer, dtype = config.layer_wise, dtype_of_weights(model, config.dtype)
+    least = 1 if config.device == "auto" or by_layer else len(devices)
     if is_pruned(model.config):
-        return bool(config.layer_wise)
-    (total, free), (host_total, host_free) = _total_and_free(device), _total_and_free(_CPU)
-    by_layer, dtype = config.layer_wise, _dtype(config, model)
+        return Placement(tuple(devices[:least]), bool(by_layer))
+    (host_total, host_free), memories = _total_and_free(_CPU), [_total_and_free(device) for device in devices]
+
+    def fits(count: int) -> bool:
+        whole = estimate_memory(config, model, structure, budget, devices[0], False, count).values()
+        total = min(total for total, _ in memories[:count])
+        return all(each.device <= USABLE * total and each.host <= USABLE * host_total for each in whole)
+
+    count = 1 if by_layer else next(filter(fits, range(least, len(devices) + 1)), None)
     if by_layer is None:
-        whole = estimate_memory(config, model, structure, budget, device, False).values()
-        fits = all(each.device <= USABLE * total and each.host <= USABLE * host_total for each in whole)
-        by_layer = streamable and not fits
-    for stage, each in estimate_memory(config, model, structure, budget, device, by_layer).items():
-        for needed, left, place in ((each.device, free, device), (each.host, host_free, _CPU)):
+        by_layer = streamable and count is None
+    used = tuple(devices[: count or (1 if by_layer else len(devices))])
+    free = min(free for _, free in memories[: len(used)])
+    for stage, each in estimate_memory(config, model, structure, budget, used[0], by_layer, len(used)).items():
+        for needed, left, place in ((each.device, free, ", ".join(map(str, used))), (each.host, host_free, _CPU)):
             if needed > left and not config.ignore_memory:
                 option = getattr(config, each.largest, None)
                 term = f"the {each.largest}:" if option is None else f"`{each.largest}` {option}; lower it, or"
@@ -192,7 +243,22 @@ def choose_layer_wise(
                     f" {place}. The largest term is {term} try {' or '.join(ways or ['a smaller model'])};"
                     " `ignore_memory` starts the run all the same"
                 )
-    return by_layer
+    return Placement(used, by_layer)
+
+
+def place_weights(model: Any, dtype: Dtype, devices: Sequence[torch.device], least: int, may_stream: bool) -> Placement:
+    """Where the layers of a model are that is only run: on as few devices as leave a quarter of their memory free.
+    Where all devices are too small, one at a time if they `may_stream`, else on all devices.
+
+    Args:
+        model: on the meta device.
+        least: how many devices are used at least.
+    """
+    weights = sum(weight.numel() for weight in model.parameters()) * dtype_of_weights(model, dtype).itemsize
+    for count in range(least, len(devices) + 1):
+        if weights / count <= USABLE * min(_total_and_free(device)[0] for device in devices[:count]):
+            return Placement(tuple(devices[:count]), False)
+    return Placement(tuple(devices[: 1 if may_stream else None]), may_stream)
 
 
 def room_for_moments(device: torch.device, needed: Memory) -> dict[torch.device, int]:

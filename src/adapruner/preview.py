@@ -52,7 +52,7 @@ def preview(driver: Driver) -> Preview:
     stages = {}
     if procedure.model in missing and not is_pruned(prepared.empty.config):
         about = job.config, prepared.empty, structure, budget, prepared.device, prepared.layer_wise
-        stages = estimate_memory(*about)
+        stages = estimate_memory(*about, len(prepared.placement.devices))
     moments = sum(block.inputs * block.inputs_of_one for block in structure.blocks) * _FLOAT32
     return Preview(
         ratio=ratio,
@@ -62,7 +62,7 @@ def preview(driver: Driver) -> Preview:
         parameters_after=after,
         model_bytes=after * prepared.dtype.itemsize,
         moments_bytes=moments if procedure.moments in missing else 0,
-        device=str(prepared.device),
+        device=prepared.placement.device,
         layer_wise=prepared.layer_wise,
         stages=stages,
     )

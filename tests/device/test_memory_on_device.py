@@ -95,6 +95,21 @@ def test_a_model_that_does_not_fit_is_pruned_layer_by_layer(
     assert record.leaves["precision"]["layer_wise"] is True
 
 
+def test_a_model_that_does_not_fit_is_evaluated_layer_by_layer(
+    device: Device, family: Callable[..., Path], text_file: Path
+) -> None:
+    """On a GPU with memory for two thirds of the weights, of 24 layers."""
+    model = family("llama", num_hidden_layers=24)
+    command = ["evaluate", model, "--evaluate", text_file, "--seq-len", 16, "--limit", 8, "--json"]
+    whole = device.run(*command)
+    weights = next(stage.after for stage in whole.stages if stage.name == "loading")
+    small = device.run(*command, memory=2 * weights // 3)
+    assert only_json(small)["perplexity"] == only_json(whole)["perplexity"]
+    assert max(stage.peak for stage in small.stages) < 2 * weights // 3
+    refused = only_line(device.run(*command, "--no-layer-wise", memory=2 * weights // 3))
+    assert "out of memory" in refused
+
+
 @pytest.mark.parametrize(
     ("verb", "stage"),
     [("recover", "loading"), ("recover", "recovering"), ("evaluate", "evaluating"), ("benchmark", "measuring")],

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import adapruner
+from adapruner.run import RunFolder
 from device.client import Device, Outcome
 from device.options import LAYER_WISE, SMALL_RECOVERY, SMALL_RUN, flags
 from device.results import only_json, only_line
+from device.test_commands import CASES, STEPS
 
 pytestmark = pytest.mark.device_matrix
 
@@ -33,6 +36,114 @@ def test_the_second_gpu_alone_is_used(
     only_json(outcome)
     # Of the first device.
     assert {stage.name: stage.peak for stage in outcome.stages if stage.peak} == {}
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "mixtral", "jamba", "gemma2", "lfm2"])
+def test_layers_on_two_gpus_give_the_plan_of_the_cpu(
+    model_type: str, two_devices: Device, family: Callable[..., Path], text_file: Path, tmp_path: Path
+) -> None:
+    options = SMALL_RUN | ({"ratio": STEPS[model_type]} if model_type in STEPS else {})
+    plans, results = [], []
+    for place in ("cuda:0,cuda:1", "cpu"):
+        output = tmp_path / place[:3]
+        outcome = two_devices.run(
+            *("prune", family(model_type), "-o", output, "--calibration", text_file, "--evaluate", text_file),
+            *("--device", place, "--json", *flags(options)),
+            native_bfloat16=False,
+        )
+        results.append(only_json(outcome))
+        plans.append(adapruner.PruningPlan.load(output / "plan.json").hash)
+        moved = {stage for stage, kind, *_ in outcome.events if kind == "p2p"}
+        assert ({"measuring", "searching", "evaluating"} <= moved) == (place != "cpu")
+        assert outcome.left == 0
+    assert plans[0] == plans[1]
+    for ours, of_cpu in zip(results[0]["models"], results[1]["models"], strict=True):
+        assert ours["perplexity"].keys() == of_cpu["perplexity"].keys()
+        for name, one in of_cpu["perplexity"].items():
+            assert ours["perplexity"][name]["perplexity"] == pytest.approx(one["perplexity"], rel=1e-4)
+
+
+PROGRAM = """
+import json, sys, torch
+from adapruner.models import find_model, layer_devices, load_model
+
+def outputs(folder, device):
+    model = load_model(find_model(folder), device=device)
+    tokens = torch.arange(3, 27).view(2, 12).to(model.device)
+    with torch.no_grad():
+        logits = model(tokens, use_cache=False).logits.cpu()
+        written = model.generate(tokens, max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0)
+    return logits, written.tolist(), sorted({{str(device) for device in layer_devices(model)}})
+
+results = {{}}
+for name, folder in {folders!r}.items():
+    logits, written, devices = outputs(folder, "cuda:0,cuda:1")
+    expected, of_one, _ = outputs(folder, "cuda:0")
+    results[name] = [devices, torch.equal(logits, expected), written == of_one]
+print(json.dumps(results))
+"""
+
+
+@pytest.mark.timeout(900)  # families are inferred, if no other test has done it
+def test_families_compute_the_same_on_two_gpus(
+    two_devices: Device, family: Callable[..., Path], tmp_path: Path
+) -> None:
+    """To the last bit, with and without a cache, which holds what belongs to a layer where the layer is."""
+    families = sorted({case.family for case in CASES})
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM.format(folders={name: str(family(name)) for name in families}))
+    outcome = two_devices.run(file=program)
+    assert outcome.code == 0, outcome.stderr
+    assert json.loads(outcome.stdout) == {name: [["cuda:0", "cuda:1"], True, True] for name in families}
+
+
+def test_a_model_that_is_too_large_for_one_gpu_is_spread_over_two(
+    two_devices: Device, family: Callable[..., Path], text_file: Path, tmp_path: Path
+) -> None:
+    # Wide enough for the weights to be the most of it.
+    sizes = {"num_hidden_layers": 16, "hidden_size": 256, "intermediate_size": 768, "head_dim": 64}
+    options, model = SMALL_RUN | {"level_rounds": 0}, family("llama", **sizes)
+    costs = {}
+    for place in ("cuda:0", "cuda:0,cuda:1"):
+        cost = only_json(two_devices.run("inspect", model, "--cost", "--json", *flags(options), "--device", place))
+        assert (cost["device"], cost["layer_wise"]) == (place, False)
+        costs[place] = max(stage["device_bytes"] for stage in cost["stages"])
+    memory = (costs["cuda:0"] + costs["cuda:0,cuda:1"]) * 2 // 3
+    assert costs["cuda:0,cuda:1"] < 0.75 * memory < costs["cuda:0"]
+    outcome = two_devices.run(
+        *("prune", model, "-o", tmp_path / "a", "--calibration", text_file, "--recover", text_file, "--json"),
+        *flags(options),
+        *flags(SMALL_RECOVERY, "recovery."),
+        memory=memory,
+    )
+    assert only_json(outcome)["recovery"]["steps"] == 3
+    assert "p2p" in {kind for stage, kind, *_ in outcome.events if stage == "searching"}
+    record = RunFolder(tmp_path / "a").record("search.json")
+    assert record is not None
+    assert record.leaves["precision"]["layer_wise"] is False
+
+
+def test_evaluating_uses_as_many_gpus_as_the_weights_need(
+    two_devices: Device, family: Callable[..., Path], text_file: Path
+) -> None:
+    model = family("llama", num_hidden_layers=24)
+    command = ["evaluate", model, "--evaluate", text_file, "--seq-len", 16, "--limit", 8, "--json"]
+    whole = two_devices.run(*command)
+    weights = next(stage.after for stage in whole.stages if stage.name == "loading")
+    spread = two_devices.run(*command, memory=weights)
+    assert only_json(spread)["perplexity"] == only_json(whole)["perplexity"]
+    moved = [{kind for stage, kind, *_ in outcome.events if stage == "evaluating"} for outcome in (whole, spread)]
+    assert ["p2p" in kinds for kinds in moved] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("place", "said"), [("cuda:0,cuda:0", "name different devices"), ("cuda:0,cpu", "of one type")]
+)
+def test_devices_that_cannot_share_a_model_are_refused(
+    place: str, said: str, two_devices: Device, family: Callable[..., Path], text_file: Path
+) -> None:
+    outcome = two_devices.run("evaluate", family("llama"), "--evaluate", text_file, "--device", place)
+    assert said in only_line(outcome)
 
 
 def test_training_on_the_second_gpu_alone_says_how(

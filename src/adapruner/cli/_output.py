@@ -65,9 +65,15 @@ def print_previews(previews: list[Preview]) -> None:
             console.print(table_of_memory(one.stages, one.device, one.layer_wise))
 
 
-def table_of_memory(stages: Mapping[str, Memory], device: object, layer_wise: bool) -> Table:
-    """The memory of every stage, on the device of the model and in main memory beside it."""
-    table = Table("stage", f"GiB on {device}", "GiB in main memory", "largest term", caption_justify="left")
+def table_of_memory(stages: Mapping[str, Memory], device: str, layer_wise: bool) -> Table:
+    """The memory of every stage, on the device of the model, or each of several, and in main memory beside it."""
+    table = Table(
+        "stage",
+        f"GiB on {'each of ' if ',' in device else ''}{device}",
+        "GiB in main memory",
+        "largest term",
+        caption_justify="left",
+    )
     for stage, memory in stages.items():
         host = f"{memory.host / GIB:.2f}" if memory.host else ""
         table.add_row(stage, f"{memory.device / GIB:.2f}", host, memory.largest)

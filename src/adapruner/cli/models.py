@@ -79,6 +79,7 @@ def evaluate(
     limit: WholeNumber | None = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    layer_wise: bool | None = None,
     json: Json = False,
 ) -> None:
     """Perplexity of a model, dense or pruned, and what it scores in tasks of lm-eval.
@@ -93,13 +94,14 @@ def evaluate(
         tasks: Tasks of lm-eval, separated by commas or repeated; commonsense is the seven of the paper,
             generative is GSM8K and IFEval.
         limit: Take only so many windows of each dataset and items of each task, evenly spaced.
+        layer_wise: Keep one decoder layer in memory at a time; by default if the model does not fit.
     """
     with starting():
         from adapruner import verbs
 
         run = verbs.evaluate
 
-    result = run(model, evaluate, protocol, seq_len, stride, bos, tasks, limit, dtype, device)
+    result = run(model, evaluate, protocol, seq_len, stride, bos, tasks, limit, dtype, device, layer_wise=layer_wise)
     print_advice(result.overlaps)
     if json:
         content = TypeAdapter(verbs.Evaluation).dump_python(result, mode="json")

@@ -117,9 +117,10 @@ def _print_cost(estimate: Estimate, model: str, json: bool) -> None:
             {"stage": stage, "device_bytes": memory.device, "host_bytes": memory.host, "largest": memory.largest}
             for stage, memory in estimate.stages.items()
         ]
-        about = {"model": model, "device": str(estimate.device), "layer_wise": estimate.layer_wise}
+        place = estimate.placement
+        about = {"model": model, "device": place.device, "layer_wise": place.layer_wise}
         print_json({**about, "stages": stages})
         return
     console = plain_console()
     console.print(model, soft_wrap=True)
-    console.print(table_of_memory(estimate.stages, estimate.device, estimate.layer_wise))
+    console.print(table_of_memory(estimate.stages, estimate.placement.device, estimate.placement.layer_wise))

@@ -1,4 +1,4 @@
-"""The loss of models on windows of text: one model batch by batch, or several layer by layer."""
+"""The loss of models on windows of text: one model batch by batch, or one or several layer by layer."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ import torch.nn.functional as functional
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from adapruner.models import LayerCall, decoder_layers, enter_layers, loaded_layer, skipping_layers
+from adapruner.models import LayerCall, decoder_layers, enter_layers, is_streamed, loaded_layer, skipping_layers
 
 # What the caches of a processor hold, and what keeps a GPU busy.
 _TOKENS_PER_BATCH_ON_CPU, _TOKENS_PER_BATCH = 512, 4096
+# Whose hidden states are held while all layers of a streamed model are read once: 256 MiB for LLaMA-7B in bfloat16.
+_TOKENS_PER_READING = 32768
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,8 @@ def losses_by_batch(
     prefix: Prefix | None = None,
     prefix_layers: int = 0,
 ) -> Iterator[Tensor]:
-    """[windows of one batch], float64, batch after batch: the mean over the predicted tokens of each window.
+    """[windows of one batch], float64, batch after batch: the mean over the predicted tokens of each window. Many
+    batches go through the layers of a streamed model together, so that a layer is read once for all of them.
 
     Args:
         references: of another model, from `log_probabilities` of the same windows: gives the Kullback-Leibler
@@ -67,7 +70,16 @@ def losses_by_batch(
         prefix: of a model whose first layers are the same, and which need not be computed again.
         prefix_layers: how many are the same.
     """
-    for number, batch in enumerate(_batches(windows, model)):
+    batches = _batches(windows, model)
+    if is_streamed(model) and prefix is None:
+        itself = [(model, range(len(decoder_layers(model))))]
+        at_once = max(1, _TOKENS_PER_READING // batches[0].numel())
+        for first in range(0, len(batches), at_once):
+            part = slice(first, first + at_once)
+            of_part = None if references is None else references[part]
+            yield from losses_in_step(model, itself, torch.cat(list(batches[part])), of_part, context=context)[0]
+        return
+    for number, batch in enumerate(batches):
         known = prefix.in_place(model, number, prefix_layers) if prefix else contextlib.nullcontext()
         with torch.inference_mode(), known:
             reference = references[number] if references is not None else None
@@ -82,13 +94,14 @@ def losses_in_step(
     references: Sequence[Tensor] | None = None,
     prefix: Prefix | None = None,
     prefix_layers: int = 0,
+    context: int = 1,
 ) -> list[list[Tensor]]:
     """What `losses_by_batch` gives for each of several models whose layers are cut out of streamed ones when they are
     read: all of them go through the layers together, so that every layer of the dense model is read once.
 
     Args:
         models: each with the numbers of the dense layers that its layers are cut out of.
-        references: see `losses_by_batch`.
+        references, context: see `losses_by_batch`.
         prefix: of the dense model; `prefix_layers` of it are the same in all models.
     """
     batches = _batches(windows, dense)
@@ -112,7 +125,9 @@ def losses_in_step(
                             ]
         return [
             [
-                _losses_of_states(model, batch, state, call[0], references[number] if references is not None else None)
+                _losses_of_states(
+                    model, batch, state, call[0], None if references is None else references[number], context
+                )
                 for number, (batch, state, call) in enumerate(zip(batches, of_model, own, strict=True))
             ]
             for (model, _), of_model, own in zip(models, states, calls, strict=True)
@@ -120,11 +135,11 @@ def losses_in_step(
 
 
 def _losses_of_states(
-    model: PreTrainedModel, batch: Tensor, state: Tensor, call: LayerCall, reference: Tensor | None
+    model: PreTrainedModel, batch: Tensor, state: Tensor, call: LayerCall, reference: Tensor | None, context: int
 ) -> Tensor:
     """[windows], float64: of what comes out of the last layer of a model for a batch."""
     with skipping_layers(model, len(decoder_layers(model)), state, call):
-        return _losses_of_batch(model, batch, reference, 1)
+        return _losses_of_batch(model, batch, reference, context)
 
 
 def _losses_of_batch(model: PreTrainedModel, batch: Tensor, reference: Tensor | None, context: int) -> Tensor:

@@ -277,7 +277,7 @@ def symmetric(upper: Tensor) -> Tensor:
 @contextlib.contextmanager
 def _summing(model: PreTrainedModel, blocks: Sequence[Block]) -> Iterator[list[_Sums]]:
     """While it lasts, what goes into the row-wise projections of some blocks is summed up."""
-    sums = [_Sums(block, model.device) for block in blocks]
+    sums = [_Sums(block, model.get_parameter(block.row_wise.parameter).device) for block in blocks]
     with contextlib.ExitStack() as hooks:
         for of_block in sums:
             hooks.enter_context(of_block.watch(model))

@@ -17,8 +17,8 @@ from adapruner.structure import Block, Structure, TensorSlice
 
 
 class Reduction:
-    """The sums of one batch over the tokens of each sample; float32, on the device of the model, because copying each
-    of them to the CPU would stall it.
+    """The sums of one batch over the tokens of each sample; float32, on the first device of the model, because copying
+    each of them to the CPU would stall it.
 
     Attributes:
         taylor, element_absolute, element_squared: [samples, vectors]; the latter two, which need the gradient of every
@@ -41,7 +41,7 @@ class Reduction:
         self._largest = max(
             (part.elements * part.width * block.groups for block in projected for part in block.matrices), default=0
         )
-        self._working: Tensor | None = None
+        self._working: dict[torch.device, Tensor] = {}
         sizes = [sum(block.groups * part.width for part in block.matrices) for block in structure.blocks]
         self._first_vectors = list(accumulate(sizes, initial=0))
         self._first_inputs = list(accumulate((block.inputs for block in structure.blocks), initial=0))
@@ -125,10 +125,10 @@ class Reduction:
     def _two_stacks(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Two times as many matrices of a shape, [matrices, ·, ·], float32, as fit into the memory of the largest, to
         compute in. Memory that is new every time would cost more than what is done in it."""
-        if self._working is None:
-            self._working = torch.empty(2, self._largest, device=like.device)
+        if like.device not in self._working:
+            self._working[like.device] = torch.empty(2, self._largest, device=like.device)
         count = self._largest // like.numel()
-        first, second = self._working[:, : count * like.numel()]
+        first, second = self._working[like.device][:, : count * like.numel()]
         return first.view(count, *like.shape), second.view(count, *like.shape)
 
 
@@ -158,8 +158,8 @@ def _reduce_routing(output: Tensor, share: Tensor, module: nn.Module, inputs: tu
         for state, number, weight in _choices(inputs):
             alone = module.forward(state, number, torch.ones_like(weight)).norm(dim=-1)
             sent = _one_hot(number.flatten(), len(output)) / len(state)
-            output += sent.T @ (alone * weight.flatten()).float()
-            share += sent.sum(0)
+            output += (sent.T @ (alone * weight.flatten()).float()).to(output.device)
+            share += sent.sum(0).to(share.device)
 
 
 def _choices(inputs: tuple[Any, ...]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -222,7 +222,8 @@ def _reduce_expert_inputs(
 ) -> None:
     for number, read in expert_inputs(block, module, inputs):
         for sums, values in ((mean, read), (squared, read.square())):
-            sums.view(block.experts, -1).addmm_(_one_hot(number, block.experts).T / len(read), values)
+            added = sums.to(read.device).view(block.experts, -1)  # the sums themselves, where they are there
+            sums.copy_(added.addmm_(_one_hot(number, block.experts).T / len(read), values).flatten())
 
 
 def _one_hot(number: Tensor, experts: int) -> Tensor:

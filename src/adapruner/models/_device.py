@@ -45,6 +45,35 @@ def resolve_device(device: str) -> torch.device:
     return found
 
 
+def resolve_devices(device: str) -> tuple[torch.device, ...]:
+    """The device of a model, or those over which its layers are spread, with commas between them: `cuda:0,cuda:1`. The
+    first becomes the current one.
+
+    Raises:
+        AdaPrunerError: there is no such device, or it cannot compute what is needed; or there are several for each of
+            several processes.
+    """
+    names = [name.strip() for name in device.split(",")]
+    found = [resolve_device(name) for name in reversed(names)][::-1]
+    if len(found) > 1 and (len(set(found)) < len(found) or len({one.type for one in found}) > 1):
+        raise AdaPrunerError(f"`device` {device}: name different devices of one type")
+    if len(found) > 1 and this_process().count > 1:
+        raise AdaPrunerError(f"`device` {device}: each of several processes has a GPU of its own; leave `device` out")
+    return tuple(found)
+
+
+def usable_devices(device: str) -> tuple[torch.device, ...]:
+    """The devices over which layers may be spread: those that are named; with `auto`, all of this process.
+
+    Raises:
+        AdaPrunerError: see `resolve_devices`.
+    """
+    named = resolve_devices(device)
+    if device != "auto" or named[0].type == "cpu" or this_process().count > 1:
+        return named
+    return tuple(torch.device(named[0].type, index) for index in range(torch.accelerator.device_count()))
+
+
 def _accelerator() -> str | None:
     """The type of the accelerator that is here and computes in float64."""
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None

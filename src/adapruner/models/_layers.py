@@ -1,4 +1,5 @@
-"""The decoder layers of a model one at a time: run by themselves, skipped, or in memory only while they are in use."""
+"""The decoder layers of a model one at a time: run by themselves, skipped, on several devices, or in memory only while
+they are in use."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -128,6 +130,58 @@ def _other_forwards(forwards: dict[nn.Module, Callable[..., Any]]) -> Iterator[N
                 del layer.forward
             else:
                 layer.forward = own
+
+
+def layer_devices(model: PreTrainedModel) -> list[torch.device]:
+    """Where the decoder layers are."""
+    return [_device_of(layer) for layer in decoder_layers(model)]
+
+
+def share_out(model: PreTrainedModel, devices: Sequence[torch.device]) -> list[torch.device]:
+    """A device for every decoder layer, so that all hold about as many bytes; the first also holds everything else."""
+    sizes = [sum(weight.nbytes for weight in layer.parameters()) for layer in decoder_layers(model)]
+    total = sum(weight.nbytes for weight in model.parameters())
+    held, shares = total - sum(sizes), list[torch.device]()
+    for size in sizes:
+        shares.append(devices[int((held + size / 2) * len(devices) / total)])
+        held += size
+    return shares
+
+
+def place_layers(model: PreTrainedModel, device: torch.device, of_layers: Sequence[torch.device]) -> None:
+    """Moves every decoder layer to a device, and everything else to one. Where they differ, layers and the modules
+    outside of them from then on move what they are called with to where they are."""
+    layers = decoder_layers(model)
+    inside = {module for layer in layers for module in layer.modules()}
+    outside = [module for module in model.modules() if module not in inside]
+    for layer, own in zip(layers, of_layers, strict=True):
+        layer.to(own)
+    for module in outside:
+        module._apply(lambda tensor: tensor.to(device), recurse=False)
+    if {*of_layers} != {device}:
+        holding = (module for module in outside if [*module.parameters(False), *module.buffers(False)])
+        for module in (*layers, *holding):
+            module.register_forward_pre_hook(_move_arguments, with_kwargs=True)
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    return next(chain(module.parameters(), module.buffers())).device
+
+
+def _move_arguments(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    device = _device_of(module)
+    return _moved(arguments, device), _moved(named, device)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """With all tensors on a device; caches are left alone, what they hold of a layer is where the layer is."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if type(value) in (tuple, list):
+        return type(value)(_moved(one, device) for one in value)
+    if type(value) is dict:
+        return {name: _moved(one, device) for name, one in value.items()}
+    return value
 
 
 class _Stream:

@@ -33,8 +33,9 @@ from transformers.utils import logging as transformers_logging
 
 from adapruner.errors import AdaPrunerError, reason
 from adapruner.models._architecture import architecture_of, family_named, find_architecture, is_pruned, new_model
-from adapruner.models._device import resolve_device
+from adapruner.models._device import resolve_devices
 from adapruner.models._gguf import without_tokens
+from adapruner.models._layers import place_layers, share_out
 from adapruner.models._stored import (
     StoredTensor,
     are_stored_apart,
@@ -186,7 +187,7 @@ def _read_config(location: ModelLocation) -> PreTrainedConfig:
     if not is_pruned(config):
         find_architecture(config)
     _refuse_impossible_counts(config, location)
-    if _is_known(config, location) and config.tie_word_embeddings:
+    if is_streamable(location, config) and config.tie_word_embeddings:
         # What is broken in the files is said when they are loaded.
         with contextlib.suppress(Exception), quiet_transformers():
             stored = stored_tensors(location.path, config, local_files_only=True)
@@ -209,14 +210,6 @@ def _is_of_pruned(fields: dict[str, Any]) -> bool:
         return fields.get("per_layer_config") is not None
     model_type = fields.get("model_type")
     return model_type not in CONFIG_MAPPING or not CONFIG_MAPPING[str(model_type)]().is_heterogeneous
-
-
-def _is_known(config: PreTrainedConfig, location: ModelLocation) -> bool:
-    """Whether the weights are in safetensors files, as they are, and under names that are known."""
-    is_quantized = getattr(config, "quantization_config", None) is not None
-    if location.gguf_file or is_quantized or family_named(config.model_type) is None:
-        return False
-    return not _are_stored_apart(config)
 
 
 def _drop_negative_tokens(settings: Any) -> None:
@@ -328,7 +321,8 @@ def load_model(
 
     Args:
         dtype: `auto` keeps the dtype of the checkpoint (float32 for GGUF files), else the name of a torch dtype.
-        device: `auto` takes the first GPU where there is one, else the CPU.
+        device: `auto` takes the first GPU where there is one, else the CPU; of several devices, with commas between
+            them, each holds some of the decoder layers.
         layer_wise: leave the decoder layers in their files; each is in memory while it is in use (see
             `loaded_layer`), and the model can be run but not trained.
 
@@ -337,7 +331,7 @@ def load_model(
     Raises:
         AdaPrunerError: it cannot be found or read, or its files and its config do not go together.
     """
-    target = resolve_device(device)
+    target, *others = devices = resolve_devices(device)
     config = load_config(location)
     if layer_wise:
         check_streamable(location, config)
@@ -346,7 +340,6 @@ def load_model(
         config = load_config(location)  # which sees the files once they are downloaded
     with _reported_as_unloadable(location):
         if layer_wise:
-            architecture_of(config)
             wanted: Any = (config.dtype or dtype_in_files(files)) if dtype == "auto" else getattr(torch, dtype)
             model = load_streamed(location.path, config, files, wanted, target)
         else:
@@ -365,7 +358,11 @@ def load_model(
                 )
             _refuse_other_weights(location, config, report)
     if not layer_wise:
-        model = loaded.to(target).eval()
+        model = loaded.eval()
+        if others:
+            place_layers(model, target, share_out(model, devices))
+        else:
+            model.to(target)
     for marked in (model, model.config):
         _clear_gguf_marks(marked, location)
     for settings in (model.config, model.generation_config):
@@ -376,7 +373,7 @@ def load_model(
 def _matching_files(location: ModelLocation, config: PreTrainedConfig) -> dict[str, StoredTensor]:
     """What the files of a model hold, of a family that is known; refuses other weights before memory is taken for
     those that the config speaks of."""
-    if not _is_known(config, location):
+    if not is_streamable(location, config):
         return {}
     with _reported_as_unloadable(location):
         stored, model = stored_tensors(location.path, config), empty_model(config)
@@ -393,16 +390,22 @@ def _are_stored_apart(config: PreTrainedConfig) -> bool:
 
 
 def is_streamable(location: ModelLocation, config: PreTrainedConfig) -> bool:
-    """Whether the layers of a model can be read one by one."""
-    return location.gguf_file is None and not _are_stored_apart(config)
+    """Whether the layers of a model can be read one by one: its weights are in safetensors files, as they are, and
+    under names that are known."""
+    is_quantized = getattr(config, "quantization_config", None) is not None
+    if location.gguf_file or is_quantized or family_named(config.model_type) is None:
+        return False
+    return not _are_stored_apart(config)
 
 
 def check_streamable(location: ModelLocation, config: PreTrainedConfig) -> None:
     """Refuses what has to be read as a whole.
 
     Raises:
-        AdaPrunerError: the model is a GGUF file, or has experts that lie in the files one by one.
+        AdaPrunerError: the model is a GGUF file, of a family that is not known, or has experts that lie in the files
+            one by one.
     """
+    architecture_of(config)
     if not is_streamable(location, config):
         why = (
             "a .gguf file is read as a whole"

@@ -123,7 +123,7 @@ def _model_to_evaluate(job: Job, role: Role, inputs: tuple[Any, ...]) -> PreTrai
         # As that metric is used elsewhere: without compensation, though its trial was compensated as all are.
         found, structure = candidate_at_ratio(job, inputs[0], inputs[1].best_fixed), prepared.structure
         return prune_model(prepared.dense, structure, plan_candidate(structure, inputs[0], found))
-    return load_model(find_model(str(inputs[0])), "auto", job.config.device, prepared.layer_wise)
+    return load_model(find_model(str(inputs[0])), "auto", prepared.placement.device, prepared.layer_wise)
 
 
 perplexity: dict[Role, Artifact[dict[str, Perplexity]]] = {

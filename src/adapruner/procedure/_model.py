@@ -153,7 +153,7 @@ def recovered(job: Job, work: Path, plan: PruningPlan, model: Path, written: Win
     """The saved model, fine-tuned on the text or on what the dense model predicts, by all processes together."""
     config, prepared = job.config, job.prepared
     examples = prepared.examples or window_examples((written or {})["recovery"], SELF_GENERATED, config.recovery)
-    pruned = load_model(find_model(str(model)), "auto", config.device)
+    pruned = load_model(find_model(str(model)), "auto", str(prepared.device))
     # Of text that the model wrote itself there is nothing to learn but its predictions.
     learns_labels = config.recovery.learns_labels(examples.instructions, config.recover == SELF_GENERATED)
     try:

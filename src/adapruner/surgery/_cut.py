@@ -15,8 +15,10 @@ from adapruner.models import (
     Architecture,
     architecture_of,
     is_streamed,
+    layer_devices,
     loaded_layer,
     move_resident,
+    place_layers,
     stream_from_memory,
     stream_layers,
 )
@@ -53,7 +55,8 @@ def prune_model(
         stream_from_memory(pruned, model.device)
     else:
         # Buffers that are not saved (rotary frequencies) were made on the CPU.
-        pruned.to(model.device)
+        devices = layer_devices(model)
+        place_layers(pruned, model.device, [devices[layer] for layer in kept])
     finished: PreTrainedModel = pruned.train(model.training)
     return finished
 

@@ -163,11 +163,16 @@ class _Seen:
 
 @dataclass(frozen=True)
 class _Layer:
-    """A decoder layer, and for each batch what its model calls it with and the hidden state in front of it."""
+    """A decoder layer, and for each batch what its model calls it with and the hidden state in front of it, which is
+    moved to where the layer is."""
 
     module: nn.Module
     calls: list[LayerCall]
     states: list[Tensor]
+
+    def __post_init__(self) -> None:
+        device = next(self.module.parameters()).device
+        self.states[:] = [state.to(device) for state in self.states]
 
     def advance(self) -> None:
         """Replaces the hidden states by those behind the layer."""

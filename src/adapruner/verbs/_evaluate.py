@@ -24,7 +24,17 @@ from adapruner.evaluation import (
     measure_tasks,
 )
 from adapruner.given import ModelGiven
-from adapruner.models import ModelLocation, check_length, check_tokens, resolve_device
+from adapruner.memory import Placement, place_weights
+from adapruner.models import (
+    ModelLocation,
+    check_length,
+    check_streamable,
+    check_tokens,
+    empty_model,
+    is_streamable,
+    resolve_devices,
+    usable_devices,
+)
 from adapruner.progress import Reporter
 from adapruner.texts import overlaps
 from adapruner.verbs._source import ModelSource
@@ -60,6 +70,7 @@ def evaluate(
     dtype: Dtype = "auto",
     device: str = "auto",
     tokenizer: Tokenizer | None = None,
+    layer_wise: bool | None = None,
 ) -> Evaluation:
     """Perplexity on texts and scores in tasks of any model, each with its protocol.
 
@@ -74,6 +85,9 @@ def evaluate(
         tasks: one or several of lm-eval; `commonsense` is the seven of the paper, `generative` is GSM8K and IFEval.
         limit: take only so many windows of each dataset and items of each task, evenly spaced.
         tokenizer: of a model in memory.
+        device: `auto` takes as many GPUs as the weights need.
+        layer_wise: keep one decoder layer in memory at a time; by default where the weights do not fit. Perplexity then
+            needs few readings of the weights, tasks one for every batch.
 
     Raises:
         AdaPrunerError: an option, the model, a text or a task will not do; before the weights are loaded.
@@ -86,8 +100,9 @@ def evaluate(
         protocol = "llm-pruner"
     named = [_Dataset(parse_source(name, "report"), seq_len, stride, bos) for name in names]
     datasets = [*_datasets_of_protocol(protocol), *named]
-    resolve_device(device)
+    usable_devices(device)
     source = ModelSource.of(model, dtype, device)
+    placement = _placement(source, dtype, device, layer_wise)
     config, tokenizer = source.config, source.tokenizer(tokenizer)
     texts = [
         (str(one.source), evaluation_text(one.source, tokenizer, one.seq_len, limit, one.stride, one.bos))
@@ -107,12 +122,32 @@ def evaluate(
     scores = []
     with contextlib.ExitStack() as using:
         with reporter.stage("loading"):
-            loaded = using.enter_context(source.loaded(dtype, device))
+            loaded = using.enter_context(source.loaded(dtype, placement.device, placement.layer_wise))
         perplexities = _measure_texts(loaded, texts, reporter) if texts else []
         if to_run:
             with reporter.stage("running tasks", len(to_run)) as advance:
                 scores = measure_tasks(loaded, tokenizer, to_run, advance)
     return Evaluation(perplexities, scores, known_uses)
+
+
+def _placement(source: ModelSource, dtype: Dtype, device: str, layer_wise: bool | None) -> Placement:
+    """Where the layers are.
+
+    Raises:
+        AdaPrunerError: `layer_wise` is wanted, and impossible.
+    """
+    named = resolve_devices(device)
+    if source.location is None:
+        if layer_wise is not None:
+            raise AdaPrunerError("a model in memory is used as it is: leave `layer_wise` out")
+        return Placement(named, False)
+    if layer_wise:
+        check_streamable(source.location, source.config)
+        return Placement(named[:1], True)
+    if not is_streamable(source.location, source.config):
+        return Placement(named, False)
+    least = 1 if device == "auto" else len(named)
+    return place_weights(empty_model(source.config), dtype, usable_devices(device), least, layer_wise is None)
 
 
 @dataclass(frozen=True)

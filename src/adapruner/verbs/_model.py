@@ -21,7 +21,7 @@ from adapruner.evaluation import Speed, measure_speed
 from adapruner.files import write_atomically
 from adapruner.given import ModelGiven
 from adapruner.job import Preparation, register_extensions
-from adapruner.memory import Memory, estimate_memory
+from adapruner.memory import Memory, Placement, estimate_memory
 from adapruner.models import (
     check_length,
     empty_model,
@@ -43,7 +43,7 @@ def load(model: str | Path, dtype: Dtype = "auto", device: str = "auto") -> PreT
     Args:
         model: hub id, model folder (as in `RUN/model`), `.gguf` file, or `smollm2`.
         dtype: `auto` keeps that of the checkpoint.
-        device: `auto` takes the first GPU where there is one, else the CPU.
+        device: `auto` takes the first GPU where there is one, else the CPU; over `cuda:0,cuda:1` the layers are spread.
 
     Raises:
         AdaPrunerError: there is no such model, or it cannot be read.
@@ -65,10 +65,9 @@ def load_tokenizer(model: str | Path) -> Tokenizer:
 
 @dataclass(frozen=True)
 class Estimate:
-    """The memory of every stage of a run, on a device, with or without `layer_wise`."""
+    """The memory of every stage of a run, and where the layers of its model are."""
 
-    device: torch.device
-    layer_wise: bool
+    placement: Placement
     stages: dict[str, Memory]
 
 
@@ -91,16 +90,18 @@ def estimate(model: str | Path, **options: Unpack[PruneArguments]) -> Estimate:
             raise AdaPrunerError("`target_speed` is measured, and this machine has no `device` cuda: give a `ratio`")
         prepared.device = torch.device("cuda")
     prepared.meet_target()
-    budget, layer_wise = prepared.budget(max(prepared.config.ratio)), bool(config.layer_wise)
+    budget = prepared.budget(max(prepared.config.ratio))
+    placement = Placement((prepared.device,), bool(config.layer_wise))
     if is_here:
         try:
-            layer_wise = prepared.layer_wise
+            placement = prepared.placement
         except AdaPrunerError as error:
             prepared.reporter.note(str(error))
             if config.layer_wise is None:
-                layer_wise = is_streamable(prepared.location, prepared.empty.config)
+                streamable = is_streamable(prepared.location, prepared.empty.config)
+                placement = Placement((prepared.device,), streamable)
     about = prepared.config, prepared.empty, prepared.structure, budget, prepared.device
-    return Estimate(prepared.device, layer_wise, estimate_memory(*about, layer_wise))
+    return Estimate(placement, estimate_memory(*about, placement.layer_wise, len(placement.devices)))
 
 
 def benchmark(

@@ -62,10 +62,12 @@ class ModelSource:
         return load_tokenizer(self.location)
 
     @contextlib.contextmanager
-    def loaded(self, dtype: Dtype = "auto", device: str = "auto") -> Iterator[PreTrainedModel]:
+    def loaded(
+        self, dtype: Dtype = "auto", device: str = "auto", layer_wise: bool = False
+    ) -> Iterator[PreTrainedModel]:
         """The model in evaluation mode; one in memory is then in the mode in which it was."""
         if self.location:
-            yield load_model(self.location, dtype, device)
+            yield load_model(self.location, dtype, device, layer_wise)
             return
         assert self.model is not None
         training = [module for module in self.model.modules() if module.training]
