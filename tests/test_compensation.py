@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -9,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from adapruner.measurement import InputMoments, measure_moments
 from adapruner.planning import Budget, PruningPlan, kept_counts, make_plan
 from adapruner.structure import Structure, build_structure
 from adapruner.surgery import Compensation, compensate, compensate_sequentially, prune_model
+from tiny_families import tiny_config
 
 KEPT = torch.tensor([0, 2, 3, 6])
 
@@ -142,14 +144,19 @@ def test_nothing_removed_nothing_changed(form: str, model: PreTrainedModel, wind
         assert torch.equal(pruned(windows).logits, model(windows).logits)
 
 
-@pytest.mark.parametrize("head_share", [0, 1])
-@pytest.mark.parametrize("family", ["qwen3", "gpt2", "gpt_neox", "opt", "phi3", "bloom", "gemma"])
+@pytest.mark.parametrize(
+    ("family", "head_share"),
+    [
+        *itertools.product(["qwen3", "gpt2", "gpt_neox", "opt", "phi3", "bloom", "gemma"], [0, 1]),
+        ("bitnet", 0),  # where a norm is over the channels
+    ],
+)
 def test_sequential_is_the_least_squares_of_what_layers_really_get(
     family: str, head_share: float, make_model: Callable[..., PreTrainedModel], windows: Tensor
 ) -> None:
     """Of every cut projection: its input in the finished model, and its target, by hooks in whole forward passes."""
     share, damping = 0.5, 1e-3
-    model = make_model(family)
+    model = make_model(family) if family != "bitnet" else AutoModelForCausalLM.from_config(tiny_config(family)).eval()
     structure, plan = cut(model, 0.05 if head_share == 0 else 0.15, head_share)
     start = prune_model(model, structure, plan)
     pruned = prune_model(model, structure, plan)
