@@ -117,7 +117,7 @@ def works(config: PruneConfig, model: torch.nn.Module, structure: Structure, by_
             config.trials * 4 * squares,
             config.trials,
         ),
-        "compensating": Work(3 * tokens * of_token, 2 * tokens * squares + solved, 2 * streamed),
+        "compensating": Work(2 * tokens * of_token, tokens * squares + solved, 2 * streamed),
     }
 
 

@@ -36,11 +36,16 @@ from adapruner.evaluation import (
     repetition,
     window_losses,
 )
+from adapruner.memory import Placement
 from adapruner.models import find_model, is_streamed, load_model
 from adapruner.planning import make_plan
 from adapruner.structure import build_structure
 from adapruner.surgery import prune_model
 from adapruner.texts import assign_texts
+from adapruner.verbs import _evaluate
+from adapruner.verbs._source import ModelSource
+
+TWO_DEVICES = (torch.device("cuda:0"), torch.device("cuda:1"))
 
 
 def test_equals_the_loss_of_transformers(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -359,3 +364,36 @@ def test_what_a_checkpoint_was_calibrated_on_is_said(
     assert verbs.evaluate(folder, [str(text_file)], seq_len=16, limit=2).overlaps == []
     # One name needs no list.
     assert verbs.evaluate(folder, str(text_file), seq_len=16, limit=2).perplexity[0].windows == 2
+
+
+@pytest.mark.parametrize(
+    ("is_known", "streamable", "free", "expected"),
+    [
+        (True, True, 0.8, Placement(TWO_DEVICES, False)),
+        (True, False, 0.8, Placement(TWO_DEVICES, False)),
+        (True, True, 0.4, Placement(TWO_DEVICES[:1], True)),
+        (True, False, 0.4, Placement(TWO_DEVICES, False)),
+        (False, False, 0.8, Placement(TWO_DEVICES[:1], False)),
+    ],
+)
+def test_where_a_model_is_evaluated(
+    is_known: bool,
+    streamable: bool,
+    free: float,
+    expected: Placement,
+    model_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On devices that each have memory for a part of the weights."""
+    weights = sum(file.stat().st_size for file in model_folder.glob("*.safetensors"))
+    monkeypatch.setattr(_evaluate, "resolve_devices", lambda device: TWO_DEVICES[: device.count(",") + 1])
+    monkeypatch.setattr(_evaluate, "usable_devices", lambda device: TWO_DEVICES)
+    monkeypatch.setattr(_evaluate, "is_streamable", lambda *_: streamable)
+    monkeypatch.setattr(memory, "_total_and_free", lambda device: (round(free * weights), 0))
+    if not is_known:
+        monkeypatch.setattr(_evaluate, "family_named", lambda name: None)
+    source = ModelSource.of(model_folder)
+    assert _evaluate._placement(source, "auto", "auto", None) == expected
+    if not is_known:
+        with pytest.raises(AdaPrunerError, match="cannot be spread over several devices"):
+            _evaluate._placement(source, "auto", "cuda:0,cuda:1", None)

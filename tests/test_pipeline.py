@@ -648,6 +648,8 @@ def test_layer_by_layer_leads_to_the_same_model(model_folder: Path, text_file: P
     assert PruneConfig.load(run / "config.yaml").layer_wise
     assert result.plan.hash == resident.plan.hash
     assert result.result.search.best_loss == pytest.approx(resident.result.search.best_loss, rel=1e-3)
+    with pytest.raises(AdaPrunerError, match=r"with all layers in memory, and .* did not have them"):
+        adapruner.plan_again(run, tmp_path / "faster", target_speed=1.2)
 
 
 def test_vector_wise_terms_alone(model_folder: Path, text_file: Path, tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ class RecoveryArguments(TypedDict, total=False):
 
 
 class TargetArguments(TypedDict, total=False):
-    """The fields of `PruneOptions` that say what takes the place of a ratio."""
+    """The fields of `PruneOptions` that replace a ratio."""
 
     target_size: str | None
     target_memory: str | None

@@ -444,7 +444,7 @@ class RecoverConfig(RecoveryOptions):
 class PruneConfig(PruneOptions):
     """Everything that a run depends on: the model and the options.
 
-    Where a target takes the place of the ratio, the ratio is the one that the search starts with to meet it.
+    Where a target replaces the ratio, the ratio is the one that the search starts with to meet it.
 
     Attributes:
         search_ratio: the ratio that the search was done at, where it is another than that of the plan.

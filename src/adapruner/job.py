@@ -215,7 +215,7 @@ class Preparation:
 
     @cached_property
     def target(self) -> Target | None:
-        """What takes the place of the ratio."""
+        """What replaces the ratio."""
         return target_of(self.config, self.empty, self.structure, self.dtype, self.tokenizer, lambda: self.latencies)
 
     def ratio_of_target(self, target: Target) -> float:
@@ -287,8 +287,11 @@ class Preparation:
         streamable = is_streamable(self.location, self.empty.config)
         devices = usable_devices(self.config.device)
         placement = choose_placement(self.config, self.empty, self.structure, budget, devices, streamable)
-        if self.config.target_speed and len(placement.devices) > 1:
-            raise AdaPrunerError("`target_speed` is measured on one device, and the layers are on several")
+        if self.config.target_speed and (placement.layer_wise or len(placement.devices) > 1):
+            where = "in memory one at a time" if placement.layer_wise else "on several devices"
+            raise AdaPrunerError(
+                f"`target_speed` is measured with all layers on one device, and here they are {where}: give a `ratio`"
+            )
         return placement
 
     @property

@@ -167,7 +167,7 @@ def _stages(
             **(both | solving),
             "compensation_windows": text * (2 * hidden + max(widths)),
             "pruned weights": pruned * with_copy,
-            # Of a batch: what the layer computes, and what three runs of it have left.
+            # Of a batch: what the layer computes, and what up to three runs of it have left.
             "seq_len": _FITTED_AT_ONCE * config.seq_len * 6 * (hidden + max(widths)) * trial.itemsize,
         }
     return stages

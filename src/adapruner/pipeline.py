@@ -169,7 +169,7 @@ def plan_again(
         source: the folder of the earlier run.
         output: the folder of the new run.
         ratio: the new ratio.
-        target: what takes its place, as for `prune`.
+        target: what replaces it, as for `prune`.
 
     Raises:
         AdaPrunerError: the earlier run has no finished search or was made from other files, or the ratio, the target or
@@ -186,17 +186,27 @@ def plan_again(
     unset = {name: PruneOptions.model_fields[name].default for name in TARGET_OPTIONS}
     options = config.model_dump() | unset | target
     if ratio is None:
+        if target.get("target_speed") and _is_layer_wise(earlier.at_ratio(config.ratio[0], config)):
+            raise AdaPrunerError(
+                f"`target_speed` is measured with all layers in memory, and {source} did not have them: give a `ratio`"
+            )
         aim = Preparation(PruneConfig.from_options(**options), run, None, Process(), Reporter(), (earlier,))
         aim.meet_target()
         (ratio,) = aim.config.ratio
     nearest = min(config.ratio, key=lambda searched: abs(searched - ratio))
     options |= {"ratio": ratio, "search_ratio": config.search_ratio or nearest}
     # Whether the model fits depends on the ratio, and what was searched on how it computes.
-    if record := earlier.at_ratio(nearest, config).record(procedure.search.name):
-        options["layer_wise"] = record.leaves["precision"]["layer_wise"]
+    layer_wise = _is_layer_wise(earlier.at_ratio(nearest, config))
+    options["layer_wise"] = config.layer_wise if layer_wise is None else layer_wise
     again = PruneConfig.from_options(**options)
     (result,) = _run(again, run, overwrite, None, (earlier, earlier.at_ratio(nearest, config)))
     return result
+
+
+def _is_layer_wise(run: RunFolder) -> bool | None:
+    """Whether the search of a run went layer by layer; None where there is none."""
+    record = run.record(procedure.search.name)
+    return bool(record.leaves["precision"]["layer_wise"]) if record else None
 
 
 def join(output: str | Path, storage: str | None = None, device: str = "auto") -> None:

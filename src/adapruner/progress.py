@@ -158,13 +158,18 @@ def _accelerator() -> Any:
 
 def _reset_accelerator_peak() -> None:
     if module := _accelerator():
-        module.reset_peak_memory_stats()
+        for index in range(module.device_count()):
+            module.reset_peak_memory_stats(index)
 
 
 def _accelerator_peak() -> int:
-    """Bytes; of the current device."""
+    """Bytes; of several devices, on the one that held most."""
     module = _accelerator()
-    return int(module.max_memory_allocated()) if module else 0
+    return (
+        max((int(module.max_memory_allocated(index)) for index in range(module.device_count())), default=0)
+        if module
+        else 0
+    )
 
 
 def held_memory() -> int:

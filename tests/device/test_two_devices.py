@@ -137,7 +137,12 @@ def test_evaluating_uses_as_many_gpus_as_the_weights_need(
 
 
 @pytest.mark.parametrize(
-    ("place", "said"), [("cuda:0,cuda:0", "name different devices"), ("cuda:0,cpu", "of one type")]
+    ("place", "said"),
+    [
+        ("cuda:0,cuda:0", "name different devices"),
+        ("cuda:0,cpu", "of one type"),
+        ("cuda,cuda:1", "each with its number"),
+    ],
 )
 def test_devices_that_cannot_share_a_model_are_refused(
     place: str, said: str, two_devices: Device, family: Callable[..., Path], text_file: Path

@@ -50,7 +50,7 @@ def target_of(
     tokenizer: Tokenizer,
     latencies: Callable[[], Latencies],
 ) -> Target | None:
-    """What takes the place of the ratio; None where nothing does.
+    """What replaces the ratio; None where nothing does.
 
     Args:
         model: the dense model; on the meta device is enough.

@@ -55,8 +55,10 @@ def resolve_devices(device: str) -> tuple[torch.device, ...]:
     """
     names = [name.strip() for name in device.split(",")]
     found = [resolve_device(name) for name in reversed(names)][::-1]
-    if len(found) > 1 and (len(set(found)) < len(found) or len({one.type for one in found}) > 1):
-        raise AdaPrunerError(f"`device` {device}: name different devices of one type")
+    # A name without a number is that of the device that is current, which naming others changes.
+    are_numbered = all(":" in name for name in names)
+    if len(found) > 1 and (not are_numbered or len(set(found)) < len(found) or len({one.type for one in found}) > 1):
+        raise AdaPrunerError(f"`device` {device}: name different devices of one type, each with its number")
     if len(found) > 1 and this_process().count > 1:
         raise AdaPrunerError(f"`device` {device}: each of several processes has a GPU of its own; leave `device` out")
     return tuple(found)

@@ -321,7 +321,7 @@ def load_model(
 
     Args:
         dtype: `auto` keeps the dtype of the checkpoint (float32 for GGUF files), else the name of a torch dtype.
-        device: `auto` takes the first GPU where there is one, else the CPU; of several devices, with commas between
+        device: `auto` uses the first GPU if there is one, else the CPU; of several devices, with commas between
             them, each holds some of the decoder layers.
         layer_wise: leave the decoder layers in their files; each is in memory while it is in use (see
             `loaded_layer`), and the model can be run but not trained.

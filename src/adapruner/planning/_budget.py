@@ -54,8 +54,8 @@ class Budget:
             a share in proportion to exp(tilt · z - bend · z²); `global` divides scores by that.
         ratio_of: `groups` makes the ratio a share of the channels (and, times `head_share`, of the heads) of every
             unprotected layer, as LLM-Pruner's protocol has it, rounded in each; ranking and profile are of no account.
-        shares: for every layer, how large a share of its channels it gives up, relative to the others; takes the place
-            of protection, ranking and profile for channels alone. Empty: as those say.
+        shares: for every layer, how large a share of its channels it gives up, relative to the others; replaces
+            protection, ranking and profile for channels alone. Empty: as those say.
         without_attention, without_feed_forward: layers whose attention, and layers whose feed-forward, are removed
             whole, protected or not. A layer in both is removed.
     """

@@ -99,7 +99,7 @@ def target(job: Job, work: Path, latencies: Latencies | None, plan: PruningPlan,
 
 
 def _measured_cost(job: Job, aim: Target, model: Path) -> float:
-    """Seconds of the saved model, for as many as were predicted for the dense one: both are measured in turn."""
+    """Seconds of the saved model, for as many as were predicted for the dense one: both are measured alternately."""
     config, prepared = job.config, job.prepared
     models = {"dense": prepared.dense, "pruned": load_model(find_model(str(model)), "auto", config.device)}
     with prepared.reporter.stage("timing"):

@@ -30,7 +30,7 @@ def command(config: PruneConfig, output: Path) -> str:
         amount = _options(target) if config.target else [("--ratio", str(ratio))]
         again = shlex.join(("adapruner", "plan", _SEARCHED, *chain.from_iterable(amount), "-o", str(output)))
         return f"{command(searched, Path(_SEARCHED))}\n{again}"
-    # A target takes the place of the ratio, which follows from it.
+    # A target replaces the ratio, which follows from it.
     derived = {"model", "search_ratio", *(["ratio"] if config.target else [])}
     options = _options(PruneOptions(**config.model_dump(exclude=derived)))
     return " \\\n    ".join(map(shlex.join, [("adapruner", "prune", config.model, "-o", str(output)), *options]))

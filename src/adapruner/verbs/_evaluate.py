@@ -31,6 +31,7 @@ from adapruner.models import (
     check_streamable,
     check_tokens,
     empty_model,
+    family_named,
     is_streamable,
     resolve_devices,
     usable_devices,
@@ -85,7 +86,7 @@ def evaluate(
         tasks: one or several of lm-eval; `commonsense` is the seven of the paper, `generative` is GSM8K and IFEval.
         limit: take only so many windows of each dataset and items of each task, evenly spaced.
         tokenizer: of a model in memory.
-        device: `auto` takes as many GPUs as the weights need.
+        device: `auto` uses as many GPUs as the weights need.
         layer_wise: keep one decoder layer in memory at a time; by default where the weights do not fit. Perplexity then
             needs few readings of the weights, tasks one for every batch.
 
@@ -134,7 +135,7 @@ def _placement(source: ModelSource, dtype: Dtype, device: str, layer_wise: bool 
     """Where the layers are.
 
     Raises:
-        AdaPrunerError: `layer_wise` is wanted, and impossible.
+        AdaPrunerError: `layer_wise` or several devices are wanted, and impossible.
     """
     named = resolve_devices(device)
     if source.location is None:
@@ -144,10 +145,17 @@ def _placement(source: ModelSource, dtype: Dtype, device: str, layer_wise: bool 
     if layer_wise:
         check_streamable(source.location, source.config)
         return Placement(named[:1], True)
-    if not is_streamable(source.location, source.config):
+    config = source.config
+    # Of a quantized model, the shapes do not tell the size.
+    if family_named(config.model_type) is None or getattr(config, "quantization_config", None) is not None:
+        if len(named) > 1:
+            raise AdaPrunerError(
+                f"`device` {device}: this {config.model_type} cannot be spread over several devices: name one"
+            )
         return Placement(named, False)
     least = 1 if device == "auto" else len(named)
-    return place_weights(empty_model(source.config), dtype, usable_devices(device), least, layer_wise is None)
+    may_stream = layer_wise is None and is_streamable(source.location, config)
+    return place_weights(empty_model(config), dtype, usable_devices(device), least, may_stream)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,6 @@ from adapruner.models import (
     check_length,
     empty_model,
     find_model,
-    is_streamable,
     load_model,
     resolve_device,
 )
@@ -43,7 +42,7 @@ def load(model: str | Path, dtype: Dtype = "auto", device: str = "auto") -> PreT
     Args:
         model: hub id, model folder (as in `RUN/model`), `.gguf` file, or `smollm2`.
         dtype: `auto` keeps that of the checkpoint.
-        device: `auto` takes the first GPU where there is one, else the CPU; over `cuda:0,cuda:1` the layers are spread.
+        device: `auto` uses the first GPU if there is one, else the CPU; over `cuda:0,cuda:1` the layers are spread.
 
     Raises:
         AdaPrunerError: there is no such model, or it cannot be read.
@@ -96,10 +95,10 @@ def estimate(model: str | Path, **options: Unpack[PruneArguments]) -> Estimate:
         try:
             placement = prepared.placement
         except AdaPrunerError as error:
+            # Refused for another reason than memory, it is refused again.
+            prepared.config = prepared.config.model_copy(update={"ignore_memory": True})
+            placement = prepared.placement
             prepared.reporter.note(str(error))
-            if config.layer_wise is None:
-                streamable = is_streamable(prepared.location, prepared.empty.config)
-                placement = Placement((prepared.device,), streamable)
     about = prepared.config, prepared.empty, prepared.structure, budget, prepared.device
     return Estimate(placement, estimate_memory(*about, placement.layer_wise, len(placement.devices)))
 
@@ -115,7 +114,7 @@ def benchmark(
     device: str = "auto",
     output: str | Path | None = None,
 ) -> dict[str, Speed]:
-    """Size and speed of a model, and of another one beside it, measured in turn in this process.
+    """Size and speed of a model, and of another one beside it, measured alternately in this process.
 
     Args:
         model: as for `load`; or a model in memory, which is measured where it is.
