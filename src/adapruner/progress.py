@@ -165,11 +165,8 @@ def _reset_accelerator_peak() -> None:
 def _accelerator_peak() -> int:
     """Bytes; of several devices, on the one that held most."""
     module = _accelerator()
-    return (
-        max((int(module.max_memory_allocated(index)) for index in range(module.device_count())), default=0)
-        if module
-        else 0
-    )
+    devices = range(module.device_count()) if module else ()
+    return max((int(module.max_memory_allocated(index)) for index in devices), default=0)
 
 
 def held_memory() -> int:

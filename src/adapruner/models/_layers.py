@@ -231,7 +231,7 @@ def stream_layers(model: PreTrainedModel, readers: Sequence[ReadLayer]) -> None:
     for layer, read in zip(decoder_layers(model), readers, strict=True):
         stream = _Stream(layer, read)
         layer.requires_grad_(False)
-        layer.forward, layer.stream = stream.forward, stream  # type: ignore[assignment]
+        layer.forward, layer.stream = stream.forward, stream  # type: ignore[assignment]  # of this layer alone
 
 
 def stream_from_memory(model: PreTrainedModel, device: torch.device) -> None:

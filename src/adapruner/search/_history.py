@@ -150,7 +150,7 @@ def _position(value: Parameter, kind: BaseDistribution) -> float:
 
 def _ends(kind: BaseDistribution) -> tuple[Parameter, ...]:
     if isinstance(kind, CategoricalDistribution):
-        return tuple(kind.choices)  # type: ignore[arg-type]
+        return tuple(kind.choices)  # type: ignore[arg-type]  # ours are of these types
     assert isinstance(kind, FloatDistribution | IntDistribution)
     return kind.low, kind.high
 

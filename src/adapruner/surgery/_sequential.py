@@ -129,7 +129,7 @@ def _cut_blocks(structure: Structure, plan: PruningPlan) -> list[int]:
 
 def _kept_inputs(structure: Structure, plan: PruningPlan, number: int) -> Tensor | None:
     """[kept], int64: which inputs of the dense down projection the pruned one reads, if the rest of the layer is as in
-    the dense model: running the dense layer then shows what the pruned one does. None if something else is removed."""
+    the dense model: running the dense layer then shows what the pruned one does. None if it is not."""
     block = structure.blocks[number]
     others = [
         kept

@@ -101,7 +101,6 @@ def evaluate(
         protocol = "llm-pruner"
     named = [_Dataset(parse_source(name, "report"), seq_len, stride, bos) for name in names]
     datasets = [*_datasets_of_protocol(protocol), *named]
-    usable_devices(device)
     source = ModelSource.of(model, dtype, device)
     placement = _placement(source, dtype, device, layer_wise)
     config, tokenizer = source.config, source.tokenizer(tokenizer)
