@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, processors
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers.pytorch_utils import Conv1D
 
 import adapruner
 from adapruner import AdaPrunerError, RecoveryOptions, verbs
@@ -151,7 +152,31 @@ def test_lora_lowers_the_loss_and_leaves_an_ordinary_model(
         assert math.isclose(float(model(rows, labels=rows).loss), recovered.loss_after, rel_tol=0.02)
 
 
-@pytest.mark.parametrize("trained", ["lora", "full"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_ia3_scales_the_inputs_of_every_linear_layer(
+    make_model: Callable[..., PreTrainedModel], examples: Examples, tmp_path: Path, family: str
+) -> None:
+    """GPT-2 stores its projections transposed."""
+    model = make_model(family)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    options = RecoveryOptions(**SHORT | {"learning_rate": 0.03}, train="ia3")
+    recovered = train(model, examples, options, tmp_path / "work")
+    assert recovered.loss_after < recovered.loss_before
+    transposed = family == "gpt2"
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)} - {"lm_head"}
+    for name, weight in model.named_parameters():
+        assert weight.equal(before[name]) != (name.removesuffix(".weight") in linear)
+    for name in linear:
+        ratios = (model.get_submodule(name).weight / before[f"{name}.weight"]).detach()
+        per_input = ratios if transposed else ratios.T
+        torch.testing.assert_close(per_input, per_input[:, :1].expand_as(per_input))
+        assert len(per_input[:, 0].unique()) > 1
+    rows = torch.tensor([example["input_ids"] for example in examples.validation])
+    with torch.no_grad():
+        assert math.isclose(float(model(rows, labels=rows).loss), recovered.loss_after, rel_tol=0.02)
+
+
+@pytest.mark.parametrize("trained", ["lora", "ia3", "full"])
 def test_computing_activations_twice_changes_no_weight(
     trained: str, model: PreTrainedModel, examples: Examples, tmp_path: Path
 ) -> None:
@@ -209,7 +234,7 @@ def test_training_goes_to_the_first_gpu_alone(monkeypatch: pytest.MonkeyPatch) -
     check_device(torch.device("cuda:1"))
 
 
-@pytest.mark.parametrize("train_what", ["lora", "full"])
+@pytest.mark.parametrize("train_what", ["lora", "ia3", "full"])
 def test_distillation_brings_a_model_nearer_to_its_teacher(
     make_model: Callable[..., PreTrainedModel], examples: Examples, tmp_path: Path, train_what: str
 ) -> None:

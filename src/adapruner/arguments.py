@@ -113,6 +113,7 @@ class PruneArguments(TargetArguments, total=False):
     compensation_windows: int
     self_windows: int | None
     sequential: bool | None
+    tune_scales: bool | None
     recover: TextData | None
     recovery: RecoveryOptions | RecoveryArguments
     tasks: str | Sequence[str]

@@ -284,7 +284,7 @@ def _removed(plan: PruningPlan) -> str:
 
 def trained_sentence(record: RecoveryRecord) -> str:
     """What was done after the pruning."""
-    how = "LoRA, merged" if record.config["train"] == "lora" else "all weights"
+    how = {"lora": "LoRA, merged", "ia3": "IA3, merged", "full": "all weights"}[record.config["train"]]
     learnt = "the predictions of the dense model" if record.method == "distillation" else "the text itself"
     return (
         f"It was fine-tuned on `{_escaped(_public(record.config['data']))}`: {record.steps:,} steps,"
@@ -324,12 +324,13 @@ def _made(plan: PruningPlan, result: RunResult) -> str:
     config, search, versions = result.config, result.search, result.versions
     terms = Counter(search.best.point.weights).most_common(3)
     mix = ", ".join(f"{name} {weight:.2f}" for name, weight in terms if weight)
+    is_tuned = any(model.role == "compensated" for model in result.models)
     return "\n".join(
         [
             f"- calibration text: {_escaped(_public(config.calibration))}; objective:"
             f" {_escaped(config.objective_function or f'{_public(config.objective_dataset)}, other documents')}",
             f"- search: {search.trials} trials, seed {config.seed}; importance {mix}{_levelled(result)}",
-            f"- compensation: {config.compensation}; layout: {config.layout}",
+            f"- compensation: {config.compensation}{', scales tuned' * is_tuned}; layout: {config.layout}",
             f"- plan: `{plan.hash[:12]}`",
             f"- adapruner {versions['adapruner']}, transformers {versions['transformers']}, torch {versions['torch']}",
         ]

@@ -59,7 +59,7 @@ TargetFormat = Literal[
 TargetName = Literal["target_size", "target_memory", "target_speed"]
 Terms = Literal["all", "vector-wise"]
 Tracker = Literal["mlflow", "tensorboard", "trackio", "wandb"]
-TrainedWeights = Literal["lora", "full"]
+TrainedWeights = Literal["lora", "ia3", "full"]
 
 
 def _check_fraction(value: float) -> float:
@@ -165,7 +165,11 @@ class RecoveryOptions(_Options):
         description="Train on the labels, or distil the predictions of the dense model; auto distils if a teacher is"
         " given for plain text or the model generated the text.",
     )
-    train: TrainedWeights = Field(default="lora", description="Train LoRA adapters, merged at the end, or all weights.")
+    train: TrainedWeights = Field(
+        default="lora",
+        description="Train adapters, merged at the end: those of LoRA, or with ia3 a scale for each input of a linear"
+        " layer; or all weights.",
+    )
     steps: int | None = Field(default=None, ge=1, description="Optimizer steps; replaces the epochs.")
     epochs: Count = Field(default=2, description="Passes over the dataset.")
     records: int | None = Field(default=None, ge=2, description="Maximum number of records, or windows of plain text.")
@@ -343,6 +347,12 @@ class PruneOptions(_Options):
         description="Fit the final model again, layer by layer, on the outputs of the pruned layers before; by default"
         " if no bias is added.",
     )
+    tune_scales: bool | None = Field(
+        default=None,
+        description="Learn a scale for each input of every linear layer of the pruned model from what the dense model"
+        " predicts on the text of the compensation, and merge them; by default after least squares, where all layers"
+        " are on one device.",
+    )
     recover: str | None = Field(
         default=None,
         description="Dataset to fine-tune the pruned model on: instructions with answers, or any text.",
@@ -402,6 +412,13 @@ class PruneOptions(_Options):
             return self.compensation == "least-squares"
         return self.sequential
 
+    @property
+    def tunes_scales(self) -> bool:
+        """Whether the scales of the final model are tuned, where that is possible."""
+        if self.tune_scales is None:
+            return self.compensation == "least-squares" and not self.layer_wise
+        return self.tune_scales
+
 
 # How the command line and the documentation group the fields of `PruneOptions`; the first group is what most runs set.
 OPTION_GROUPS: dict[str, tuple[str, ...]] = {
@@ -414,7 +431,7 @@ OPTION_GROUPS: dict[str, tuple[str, ...]] = {
     "Datasets": ("objective", "pool", "samples", "objective_windows", "final_windows", "seq_len", "sources"),
     "Search": ("trials", "level_rounds", "selection", "search", "space", "sampler", "seed"),
     "Importance": ("terms", "alignment", "reduction"),
-    "Compensation": ("compensation", "compensation_windows", "self_windows", "sequential"),
+    "Compensation": ("compensation", "compensation_windows", "self_windows", "sequential", "tune_scales"),
     "Fine-tuning": ("recovery",),
     "Evaluation": ("evaluate_windows", "evaluate_bos", "tasks", "task_limit"),
     "Model and memory": ("dtype", "layer_wise", "ignore_memory", "architectures", "plugins"),
@@ -525,6 +542,14 @@ class PruneConfig(PruneOptions):
         (
             lambda sequential, compensation: sequential and compensation != "least-squares",
             "`sequential` needs `compensation` least-squares, not {compensation}",
+        ),
+        (
+            lambda tune_scales, compensation: tune_scales and compensation == "none",
+            "`tune_scales` learns on the text of the compensation: set `compensation` to another form than none",
+        ),
+        (
+            lambda tune_scales, layer_wise: tune_scales and layer_wise,
+            "`tune_scales` needs all layers in memory: remove `layer_wise`",
         ),
         (
             lambda vocabulary, vocabulary_size: vocabulary_size is not None and not vocabulary,

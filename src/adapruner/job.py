@@ -72,7 +72,7 @@ from adapruner.planning import Budget, Target, kept_counts, make_plan, reference
 from adapruner.plugins import load_plugins
 from adapruner.processes import Process
 from adapruner.progress import Reporter
-from adapruner.recovery import Examples, check_device, read_examples
+from adapruner.recovery import Examples, check_adapters, check_device, read_examples, scale_options
 from adapruner.run import RunFolder
 from adapruner.search import ItemLosses, StudyPlace, sqlite_url
 from adapruner.structure import Structure, build_structure
@@ -344,6 +344,23 @@ class Preparation:
                 " blocks: leave it out, compensation is one-shot then"
             )
         return self.config.fits_sequentially and possible
+
+    @cached_property
+    def tunes_scales(self) -> bool:
+        """Whether scales of the pruned model are tuned; where that is not possible, only if the options ask for it."""
+        if not self.config.tunes_scales:
+            return False
+        try:
+            if self.layer_wise or len(self.placement.devices) > 1:
+                raise AdaPrunerError("`tune_scales` needs all layers on one device: leave it out")
+            check_device(self.device)
+            check_adapters(empty_model(self.empty.config), scale_options(self.config.seed))
+        except AdaPrunerError as error:
+            if self.config.tune_scales:
+                raise
+            self.reporter.note(f"The scales of the pruned model will not be tuned: {error}")
+            return False
+        return True
 
     @cached_property
     def texts(self) -> Texts:

@@ -18,6 +18,7 @@ from adapruner.measurement import saved_activations
 from adapruner.models import architecture_of, decoder_layers, is_pruned, trial_dtype
 from adapruner.planning import Budget, kept_counts
 from adapruner.processes import this_process
+from adapruner.recovery import scale_options
 from adapruner.search import JUDGED_TOGETHER, MOST_PROTECTED_FIRST
 from adapruner.structure import Structure
 
@@ -169,6 +170,17 @@ def _stages(
             "pruned weights": pruned * with_copy,
             # Of a batch: what the layer computes, and what up to three runs of it have left.
             "seq_len": _FITTED_AT_ONCE * config.seq_len * 6 * (hidden + max(widths)) * trial.itemsize,
+        }
+    if config.tunes_scales and not by_layer and devices == 1:
+        removed = sum((block.groups - n) * block.parameters_per_group for block, n in blocks)
+        tokens = scale_options(config.seed).micro_batch_size * config.seq_len
+        # Scales are multiplied in float32. On a GPU only what goes into each layer is kept, see `scale_options`.
+        of_layer = saved_activations(model.config, torch.float32)
+        recomputed = of_layer + (structure.layers + 1) * hidden * trial.itemsize
+        stages["tuning scales"] = both | {
+            "pruned weights": (held - removed) * with_copy,
+            "seq_len": int(tokens * (structure.layers * of_layer if device.type == "cpu" else recomputed)),
+            "logits": 3 * tokens * vocabulary * trial.itemsize + 2 * losses,
         }
     return stages
 

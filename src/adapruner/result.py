@@ -37,10 +37,11 @@ _MUCH_REPETITION, _MANY_MORE_PROBE_BITS = 0.25, 1.5
 # Of all parameters, in rows of tokens that text of one language does not need.
 _MUCH_FOREIGN = 0.05
 
-Role = Literal["dense", "best_fixed", "searched", "recovered"]
+Role = Literal["dense", "best_fixed", "compensated", "searched", "recovered"]
 TITLES: dict[Role, str] = {
     "dense": "dense",
     "best_fixed": "best fixed metric",
+    "compensated": "pruned, scales not tuned",
     "searched": "pruned",
     "recovered": "recovered",
 }
@@ -54,12 +55,13 @@ class ModelNumbers(_Content):
     """What was measured of one model of a run.
 
     Attributes:
-        role: `dense`; `best_fixed`, the best of LLM-Pruner's metrics, cut and not compensated; `searched`, the pruned
-            model; `recovered`, the same after fine-tuning.
+        role: `dense`; `best_fixed`, the best of LLM-Pruner's metrics, cut and not compensated;
+            `compensated`, the pruned model before its scales are tuned; `searched`, the pruned model; `recovered`, the
+            same after fine-tuning.
         parameters: tied ones counted once.
         perplexity: by text.
         tasks: scores, by task.
-        breakage: signs that it is broken; None for `best_fixed`.
+        breakage: signs that it is broken; None for `best_fixed` and `compensated`.
         verdict: what they say; None for the dense model and where there are none.
     """
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from adapruner.artifacts import Artifact
 from adapruner.procedure._evaluation import breakage, continuations, perplexity, scores
-from adapruner.procedure._model import latencies, model, recovered, target, training_windows
+from adapruner.procedure._model import compensated, latencies, model, recovered, target, training_windows
 from adapruner.procedure._result import report, result
 from adapruner.procedure._search import candidate_at_ratio, levelled, plan, search, whole
 from adapruner.procedure._statistics import moments, statistics
@@ -38,7 +38,7 @@ __all__ = [
 # Every artifact stands behind its inputs.
 ARTIFACTS: tuple[Artifact[Any], ...] = (
     *(vocabulary, windows, report_texts, report_texts_dense),
-    *(self_written, moments, statistics, whole, search, levelled, plan, model),
+    *(self_written, moments, statistics, whole, search, levelled, plan, compensated, model),
     *(latencies, target, training_windows, recovered),
     *perplexity.values(),
     *scores.values(),

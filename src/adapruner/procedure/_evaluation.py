@@ -24,7 +24,7 @@ from adapruner.evaluation import (
 from adapruner.job import Job
 from adapruner.models import find_model, in_fastest_dtype, load_model
 from adapruner.procedure._forms import TENSORS, Windows, json_form
-from adapruner.procedure._model import model, recovered
+from adapruner.procedure._model import compensated, model, recovered
 from adapruner.procedure._search import BUDGET, candidate_at_ratio, search
 from adapruner.procedure._statistics import statistics
 from adapruner.procedure._windows import report_texts, report_texts_dense, vocabulary
@@ -39,14 +39,18 @@ _PROBED_TOKENS = 128
 _EVALUATED: dict[Role, tuple[Artifact[Any], ...]] = {
     "dense": (),
     "best_fixed": (statistics, search),
+    "compensated": (compensated,),
     "searched": (model,),
     "recovered": (recovered,),
 }
+# Those of which nothing but the perplexity is measured: steps on the way.
+_STEPS: tuple[Role, ...] = ("best_fixed", "compensated")
 
 
 def is_evaluated(role: Role, config: PruneConfig) -> bool:
     """Whether a run with this config has a model in this role."""
-    return role != "recovered" or config.recover is not None
+    wanted: dict[Role, bool] = {"compensated": config.tunes_scales, "recovered": config.recover is not None}
+    return wanted.get(role, True)
 
 
 def _has_tasks(role: Role, config: PruneConfig) -> bool:
@@ -56,7 +60,9 @@ def _has_tasks(role: Role, config: PruneConfig) -> bool:
 def _measure_perplexity(
     role: Role, job: Job, work: Path, texts: dict[str, EvaluationText], *inputs: Any
 ) -> dict[str, Perplexity]:
-    """The perplexity of a model on every text of the report, by name."""
+    """The perplexity of a model on every text of the report, by name; none of a model that was not made."""
+    if role == "compensated" and inputs[0] is None:
+        return {}
     evaluated = _model_to_evaluate(job, role, inputs)
     if role == "dense" and inputs[0] is not None:
         texts = inputs[0]
@@ -150,7 +156,7 @@ scores: dict[Role, Artifact[dict[str, TaskScore]]] = {
         is_result=False,
     )(partial(_measure_tasks, role))
     for role in _EVALUATED
-    if role != "best_fixed"
+    if role not in _STEPS
 }
 
 breakage: dict[Role, Artifact[Breakage]] = {
@@ -165,5 +171,5 @@ breakage: dict[Role, Artifact[Breakage]] = {
         version=2,
     )(partial(_measure_breakage, role))
     for role in _EVALUATED
-    if role != "best_fixed"
+    if role not in _STEPS
 }

@@ -7,6 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+from transformers import PreTrainedModel
+
 from adapruner.artifacts import Form, artifact
 from adapruner.calibration import SELF_GENERATED, generate_windows
 from adapruner.callbacks import tell
@@ -20,26 +23,77 @@ from adapruner.procedure._forms import TENSORS, Windows, json_form
 from adapruner.procedure._search import BUDGET, compensation_of, plan
 from adapruner.procedure._statistics import Moments, moments, text_to_fit
 from adapruner.procedure._windows import self_written, vocabulary, windows
-from adapruner.recovery import DEFAULT_GENERATED_RECORDS, recover_into, total_steps, window_examples
+from adapruner.recovery import (
+    DEFAULT_GENERATED_RECORDS,
+    recover_into,
+    scale_options,
+    total_steps,
+    train,
+    window_examples,
+)
 from adapruner.result import shown_name
 from adapruner.surgery import prune_model, refit_sequentially
 from adapruner.tokens import Vocabulary
 
 # What made it has written the folder already.
 FOLDER: Form[Path] = Form(shutil.move, Path)
+# In place of a folder that was not made there is an empty file.
+FOLDER_OR_NONE: Form[Path | None] = Form(
+    lambda made, path: shutil.move(made, path) if made else path.touch(),
+    lambda path: path if path.is_dir() else None,
+)
+
+
+@artifact(
+    "compensated",
+    FOLDER_OR_NONE,
+    inputs=(windows, self_written, moments, plan),
+    options="compensation sequential",
+    leaves="model family precision left_out",
+    check=lambda job: job.prepared.fits_sequentially,
+    is_wanted=lambda config: config.tunes_scales,
+    is_result=False,
+)
+def compensated(
+    job: Job, work: Path, windows: Windows, written: Windows | None, moments: Moments, plan: PruningPlan
+) -> Path | None:
+    """The pruned model before its scales are tuned, so that a kill does not cost the fit; None where they cannot be."""
+    if not job.prepared.tunes_scales:
+        return None
+    return _save(job, work / "model", _compensated(job, windows, written, moments, plan), plan)
 
 
 @artifact(
     "model",
     FOLDER,
-    inputs=(windows, self_written, moments, plan),
-    options="compensation sequential",
+    inputs=(windows, self_written, moments, plan, compensated),
+    options="compensation sequential tune_scales",
     leaves="model family precision left_out",
-    check=lambda job: job.prepared.fits_sequentially,
-    version=2,
+    check=lambda job: (job.prepared.fits_sequentially, job.prepared.tunes_scales),
+    is_shared=True,
+    version=3,
 )
-def model(job: Job, work: Path, windows: Windows, written: Windows | None, moments: Moments, plan: PruningPlan) -> Path:
-    """The dense model, cut by the plan, compensated, and saved."""
+def model(
+    job: Job,
+    work: Path,
+    windows: Windows,
+    written: Windows | None,
+    moments: Moments,
+    plan: PruningPlan,
+    compensated: Path | None,
+) -> Path:
+    """The dense model, cut by the plan, compensated, its scales tuned by all processes together, and saved."""
+    if compensated:
+        pruned = _tuned(job, work / "tuning", compensated, text_to_fit(job, windows, written))
+    elif job.prepared.process.leads:
+        pruned = _compensated(job, windows, written, moments, plan)
+    return _save(job, work / "model", pruned, plan) if job.prepared.process.leads else work / "model"
+
+
+def _compensated(
+    job: Job, windows: Windows, written: Windows | None, moments: Moments, plan: PruningPlan
+) -> PreTrainedModel:
+    """The dense model, cut by the plan and compensated."""
     prepared, compensation = job.prepared, compensation_of(job.config, moments)
     with prepared.reporter.stage("cutting"):
         pruned = prune_model(prepared.dense, prepared.structure, plan, compensation)
@@ -47,12 +101,40 @@ def model(job: Job, work: Path, windows: Windows, written: Windows | None, momen
         with prepared.reporter.stage("compensating", prepared.structure.layers) as advance:
             text = text_to_fit(job, windows, written)
             refit_sequentially(prepared.dense, pruned, prepared.structure, plan, compensation, text, advance)
-    with prepared.reporter.stage("saving"):
+    return pruned
+
+
+def _tuned(job: Job, work: Path, compensated: Path, text: Tensor) -> PreTrainedModel:
+    """A saved model with its scales tuned, if that brings it nearer to the dense model on windows that are held out.
+
+    Args:
+        text: [windows, tokens], int64.
+    """
+    prepared, given = job.prepared, partial(load_model, find_model(str(compensated)), "auto", str(job.prepared.device))
+    settings = scale_options(job.config.seed, prepared.process.count, recompute=prepared.device.type != "cpu")
+    examples, pruned = window_examples(text, "the text of the compensation", settings), given()
+    with prepared.reporter.stage("tuning scales", total_steps(examples, settings)) as advance:
+        try:
+            record = train(pruned, examples, settings, work, prepared.dense, advance)
+        except AdaPrunerError as error:  # the loss is not finite any more
+            prepared.reporter.note(f"The scales are left as they were: {error}")
+            return given()
+    if record.loss_after < record.loss_before:
+        return pruned
+    prepared.reporter.note(
+        f"The scales are left as they were: tuning them brought the divergence from the dense model from"
+        f" {record.loss_before:.4f} to {record.loss_after:.4f} nats per token"
+    )
+    return given()
+
+
+def _save(job: Job, folder: Path, pruned: PreTrainedModel, plan: PruningPlan) -> Path:
+    with job.prepared.reporter.stage("saving"):
         origin = _origin(job, plan)
         # Another model is fine-tuned, or none yet.
         origin["texts"] = [text for text in origin["texts"] if text["use"] != "recovery"]
-        save_checkpoint(pruned, prepared.tokenizer, work / "model", record=origin)
-    return work / "model"
+        save_checkpoint(pruned, job.prepared.tokenizer, folder, record=origin)
+    return folder
 
 
 def _origin(job: Job, plan: PruningPlan) -> dict[str, Any]:

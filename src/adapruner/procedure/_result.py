@@ -82,7 +82,7 @@ def result(
             verdict=verdict_of(role, broken),
         )
         for role in TITLES
-        if is_evaluated(role, job.config)
+        if is_evaluated(role, job.config) and (role != "compensated" or perplexities[role])
     ]
     for each in numbers:
         perplexities_of = {f"perplexity {each.role}/{text}": one.perplexity for text, one in each.perplexity.items()}

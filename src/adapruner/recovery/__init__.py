@@ -8,12 +8,21 @@ from adapruner.recovery._examples import (
     window_examples,
 )
 from adapruner.recovery._folder import check_folder, read_record, recover_into, training_alone, working_folder
-from adapruner.recovery._training import RecoveryRecord, check_device, distillation_loss, total_steps, train
+from adapruner.recovery._scales import scale_options
+from adapruner.recovery._training import (
+    RecoveryRecord,
+    check_adapters,
+    check_device,
+    distillation_loss,
+    total_steps,
+    train,
+)
 
 __all__ = [
     "DEFAULT_GENERATED_RECORDS",
     "Examples",
     "RecoveryRecord",
+    "check_adapters",
     "check_device",
     "check_folder",
     "distillation_loss",
@@ -21,6 +30,7 @@ __all__ = [
     "read_examples",
     "read_record",
     "recover_into",
+    "scale_options",
     "total_steps",
     "train",
     "training_alone",

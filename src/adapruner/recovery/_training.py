@@ -1,4 +1,5 @@
-"""Training through the Trainer of transformers: LoRA (arXiv 2106.09685) or all weights, on labels or on a teacher."""
+"""Training through the Trainer of transformers: LoRA (arXiv 2106.09685), IA3 (arXiv 2205.05638) or all weights, on
+labels or on a teacher."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as functional
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PeftConfig, get_peft_model
+from peft.tuners.ia3 import IA3Layer
 from peft.tuners.lora import LoraLayer
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
@@ -94,9 +96,9 @@ def train(
     """Trains a model in place; a call that was killed resumes from its last saved step. Processes that were started
     together share every batch. The random state of the program is left as it was.
 
-    The frozen weights of LoRA are held in bfloat16 where the hardware computes that natively, and the adapters are
-    merged into the weights as they were, in their own dtype. All weights are trained in float32, with bfloat16
-    products where those are native. float16 is never trained in.
+    The frozen weights below adapters, of LoRA or IA3, are held in bfloat16 where the hardware computes that natively,
+    and the adapters are merged into the weights as they were, in their own dtype. All weights are trained in float32,
+    with bfloat16 products where those are native. float16 is never trained in.
 
     Args:
         folder: for the Trainer's checkpoints.
@@ -114,7 +116,7 @@ def train(
         # PEFT, the Trainer and PyTorch warn about what is meant here, and about each other.
         warnings.simplefilter("ignore")
         set_seed(options.seed)
-        trained: Any = _with_adapters(_frozen(model), options) if options.train == "lora" else model
+        trained: Any = model if options.train == "full" else _with_adapters(_frozen(model), options)
         create = partial(_DistillationTrainer, in_fastest_dtype(teacher), options) if teacher else Trainer
         last = _last_whole_checkpoint(folder)
         trainer = create(
@@ -134,7 +136,7 @@ def train(
         if trainer.is_fsdp_enabled:
             _gather(trainer)
     if this_process().leads or not trainer.is_fsdp_enabled:
-        if options.train == "lora":
+        if options.train != "full":
             _merge(trained, model)
         model.tie_weights()
         weights.to(dtype).eval()
@@ -173,6 +175,20 @@ def check_device(device: torch.device) -> None:
             f"training runs on the first accelerator and not on {device}: set"
             f" {_VISIBLE.get(device.type, 'its variable for visible devices')}={device.index} and leave `device` out"
         )
+
+
+def check_adapters(empty: PreTrainedModel, options: RecoveryOptions) -> None:
+    """Refuses a family that adapters cannot be put on.
+
+    Args:
+        empty: a model without weights, which is of no use afterwards.
+
+    Raises:
+        AdaPrunerError: with the way there.
+    """
+    with random_state_kept(), quiet_transformers(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _with_adapters(empty, options)
 
 
 def total_steps(examples: Examples, options: RecoveryOptions) -> int:
@@ -327,21 +343,26 @@ def _frozen(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _with_adapters(model: PreTrainedModel, options: RecoveryOptions) -> Any:
-    """Adapters on every linear layer of the decoder layers, in float32."""
+    """Adapters on every linear layer of the decoder layers, in float32: of LoRA, or with IA3 a scale for each input."""
     layers = architecture_of(model.config).layers
     linear = {
         name: module
         for name, module in model.named_modules()
         if name.startswith(f"{layers}.") and isinstance(module, nn.Linear | Conv1D)
     }
-    config = LoraConfig(
-        r=options.lora_rank,
-        lora_alpha=options.lora_alpha,
-        lora_dropout=options.lora_dropout,
-        target_modules=list(linear),
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in linear.values()),
-        task_type="CAUSAL_LM",
-    )
+    of_all: Any = {
+        "target_modules": list(linear),
+        "fan_in_fan_out": any(isinstance(module, Conv1D) for module in linear.values()),
+        "task_type": "CAUSAL_LM",
+    }
+    config: PeftConfig
+    if options.train == "ia3":
+        # What PEFT calls feed-forward modules are those whose inputs are scaled, and not their outputs.
+        config = IA3Config(feedforward_modules=list(linear), **of_all)
+    else:
+        config = LoraConfig(
+            r=options.lora_rank, lora_alpha=options.lora_alpha, lora_dropout=options.lora_dropout, **of_all
+        )
     try:
         adapted: Any = get_peft_model(model, config)
     except ValueError as error:
@@ -404,19 +425,24 @@ def _gather(trainer: Trainer) -> None:
 
 
 def _merge(adapted: Any, model: PreTrainedModel) -> None:
-    """Adds what the adapters learnt to the weights of a model, of which `adapted` may hold a copy in another dtype. One
-    at a time: the changes of all weights together are twice as large as a model in bfloat16."""
+    """Puts what the adapters learnt into the weights of a model, of which `adapted` may hold a copy in another dtype.
+    One at a time: the changes of all weights together are twice as large as a model in bfloat16."""
     adapters = {
         name.removeprefix("base_model.model."): cast(Any, module)
         for name, module in adapted.named_modules()
-        if isinstance(module, LoraLayer)
+        if isinstance(module, LoraLayer | IA3Layer)
     }
     adapted.unload()
     with torch.no_grad():
         for name, adapter in adapters.items():
-            weight: Any = model.get_submodule(name).weight
-            merged = adapter.get_delta_weight("default").to(weight.device).float()
-            weight.copy_(merged.add_(weight))
+            layer: Any = model.get_submodule(name)
+            weight = layer.weight
+            if isinstance(adapter, IA3Layer):
+                scales = adapter.ia3_l["default"].to(weight.device)  # [1, inputs]
+                weight.copy_(weight.float() * (scales.T if isinstance(layer, Conv1D) else scales))
+            else:
+                merged = adapter.get_delta_weight("default").to(weight.device).float()
+                weight.copy_(merged.add_(weight))
 
 
 class _Watcher(TrainerCallback):

@@ -62,8 +62,11 @@ def _rungs(contents: Contents) -> Iterator[Rung]:
     for number, one in enumerate(contents.levelled.rounds if contents.levelled else (), start=1):
         taken = "" if one.accepted else ", not taken"
         yield Rung(f"widths levelled, round {number}{taken}", gain=one.gain, standard_error=one.gain_standard_error)
-    saved = "final compensation, saved" if is_compensated else "saved"
-    yield Rung(saved, measured=measured.get("searched"))
+    if "compensated" in measured:
+        yield Rung("final compensation", measured=measured["compensated"])
+        yield Rung("scales tuned, saved", measured=measured.get("searched"))
+    else:
+        yield Rung("final compensation, saved" if is_compensated else "saved", measured=measured.get("searched"))
     if contents.config.recover:
         yield Rung("recovered", measured=measured.get("recovered"))
     yield Rung("dense, to compare with", measured=measured.get("dense"))

@@ -1,0 +1,31 @@
+"""How the scales of a pruned model are tuned."""
+
+from __future__ import annotations
+
+from adapruner.config import RecoveryOptions
+
+_BATCH = 16
+
+
+def scale_options(seed: int, processes: int = 1, recompute: bool = False) -> RecoveryOptions:
+    """The options of the last step of pruning: with frozen weights, every input of every linear layer gets a scale
+    (IA3, arXiv 2205.05638), learnt in one pass over the text of the compensation from the predictions of the dense
+    model alone. GRASPrune (arXiv 2604.19398) tunes scales of the groups that stay; what the other inputs add, and why
+    so many steps at such a rate, is in docs/benchmarks.md.
+
+    Args:
+        processes: how many train together, and share every batch.
+        recompute: compute activations again in the backward pass, for less memory.
+    """
+    return RecoveryOptions(
+        method="distillation",
+        train="ia3",
+        epochs=1,
+        batch_size=max(1, _BATCH // processes) * processes,
+        gradient_checkpointing=recompute,
+        learning_rate=5e-3,
+        warmup_steps=5,
+        label_weight=0.0,
+        validation=16,
+        seed=seed,
+    )

@@ -1,0 +1,136 @@
+"""The last step of pruning: a scale for each input of every linear layer."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+import adapruner
+from adapruner import AdaPrunerError
+from adapruner.procedure import _model
+from adapruner.recovery import scale_options
+from run_helpers import RUN_OPTIONS, assert_same_artifacts, run_killed
+
+OPTIONS: dict[str, Any] = RUN_OPTIONS | {"tune_scales": True, "level_rounds": 0, "trials": 5}
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, text_file: Path) -> adapruner.PruneResult:
+    output = tmp_path_factory.mktemp("tuned") / "run"
+    return adapruner.prune(str(model_folder), output=output, calibration=str(text_file), **OPTIONS)
+
+
+def divergence(model: PreTrainedModel, dense: PreTrainedModel, rows: torch.Tensor) -> float:
+    with torch.no_grad():
+        predicted, wanted = (one(rows).logits[:, :-1].log_softmax(-1) for one in (model, dense))
+        return float((wanted.exp() * (wanted - predicted)).sum(-1).mean())
+
+
+def test_every_input_of_a_linear_layer_is_scaled(tuned: adapruner.PruneResult, model_folder: Path) -> None:
+    before, after = (adapruner.load(tuned.output / name) for name in ("compensated", "model"))
+    linear = {name for name, module in before.named_modules() if isinstance(module, nn.Linear)} - {"lm_head"}
+    for name, weight in after.named_parameters():
+        was = before.get_parameter(name)
+        assert weight.equal(was) != (name.removesuffix(".weight") in linear), name
+        if not weight.equal(was):
+            ratios = (weight / was).detach()
+            torch.testing.assert_close(ratios, ratios[:1].expand_as(ratios), rtol=1e-4, atol=1e-4)
+    dense, rows = adapruner.load(model_folder), torch.randint(4, 60, (32, 16))
+    assert divergence(after, dense, rows) < divergence(before, dense, rows)
+
+
+def test_the_steps_are_told_apart(tuned: adapruner.PruneResult) -> None:
+    roles = [model.role for model in tuned.result.models]
+    assert roles == ["dense", "best_fixed", "compensated", "searched"]
+    assert {"tuning scales", "compensating"} <= set(tuned.result.stages)
+    perplexities = [one.perplexity for role in roles[2:] for one in tuned.result.model(role).perplexity.values()]
+    assert len(set(perplexities)) == 2
+    page = (tuned.output / "report.html").read_text()
+    assert page.index("final compensation") < page.index("scales tuned, saved")
+
+
+def test_a_killed_tuning_goes_on_and_fits_nothing_twice(
+    tuned: adapruner.PruneResult, model_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """A run of its own: what another run has made would be taken over."""
+    flags = {name: value for name, value in OPTIONS.items() if name != "tune_scales"}
+    options = [part for name, value in flags.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    arguments = ["prune", str(model_folder), "-o", str(tmp_path), "--calibration", str(text_file), *options]
+    arguments.append("--tune-scales")
+    run_killed("transformers.Trainer", "training_step", 10, arguments, os.environ)
+    compensated = (tmp_path / "compensated" / "model.safetensors").stat()
+    assert list((tmp_path / "unfinished").rglob("checkpoint-*/trainer_state.json"))
+    adapruner.prune(str(model_folder), output=tmp_path, calibration=str(text_file), **OPTIONS)
+
+    assert (tmp_path / "compensated" / "model.safetensors").stat().st_mtime_ns == compensated.st_mtime_ns
+    assert_same_artifacts(tmp_path, tuned.output)
+
+
+@pytest.mark.parametrize("outcome", ["worse", "not finite"])
+def test_scales_that_do_not_help_stay_as_they_were(
+    outcome: str,
+    tuned: adapruner.PruneResult,
+    model_folder: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rate = {"worse": 0.5, "not finite": 1e38}[outcome]
+    monkeypatch.setattr(
+        _model, "scale_options", lambda *a, **b: scale_options(*a, **b).model_copy(update={"learning_rate": rate})
+    )
+    output = tmp_path / "run"
+    result = adapruner.prune(str(model_folder), output=output, calibration=str(text_file), **OPTIONS)
+    before, after = (adapruner.load(output / name).state_dict() for name in ("compensated", "model"))
+    assert all(after[name].equal(weight) for name, weight in before.items())
+    assert "scales are left as they were" in capsys.readouterr().err
+    assert result.plan == tuned.plan
+
+
+def test_where_adapters_are_impossible_it_is_said_or_refused(
+    model_folder: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def refuse(*_: object) -> None:
+        raise AdaPrunerError("PEFT cannot")
+
+    monkeypatch.setattr("adapruner.job.check_adapters", refuse)
+    with pytest.raises(AdaPrunerError, match="PEFT cannot"):
+        adapruner.prune(str(model_folder), output=tmp_path, calibration=str(text_file), **OPTIONS)
+    assert not (tmp_path / "windows.safetensors").exists()
+    options = OPTIONS | {"tune_scales": None}
+    result = adapruner.prune(str(model_folder), output=tmp_path, calibration=str(text_file), **options)
+    assert "will not be tuned: PEFT cannot" in capsys.readouterr().err
+    assert [model.role for model in result.result.models] == ["dense", "best_fixed", "searched"]
+    assert "tuning scales" not in result.result.stages
+    again = adapruner.prune(str(model_folder), output=tmp_path, calibration=str(text_file), **options)
+    assert again.result == result.result
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"compensation": "none"}, "`tune_scales` learns on the text of the compensation"),
+        ({"layer_wise": True}, "`tune_scales` needs all layers in memory"),
+    ],
+)
+def test_what_cannot_be_tuned_is_refused(options: dict[str, Any], message: str, model_folder: Path) -> None:
+    with pytest.raises(AdaPrunerError, match=message):
+        adapruner.prune(str(model_folder), output="unused", calibration="unused", **OPTIONS | options)
+
+
+def test_every_process_has_its_share_of_a_batch() -> None:
+    for processes in (1, 2, 3, 5, 16, 40):
+        options = scale_options(0, processes)
+        assert options.batch_size % processes == 0
+        assert 16 - processes < options.batch_size <= max(16, processes)
