@@ -9,6 +9,7 @@ Exit codes: 0 success; 2 invalid input or insufficient resources (disk, memory, 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import re
@@ -146,19 +147,24 @@ def _is_closed_for_output() -> bool:
 
 def with_options(message: str) -> str:
     """Replaces every field in backticks, as the library names it, by its option; other text in backticks is kept."""
-    known = {
+
+    def option(match: re.Match[str]) -> str:
+        name = f"--{match[1].replace('_', '-')}"
+        return name if name in _known_options() else match[0]
+
+    return re.sub("`([a-z][a-z0-9_.]*)`", option, message)
+
+
+@functools.cache
+def _known_options() -> frozenset[str]:
+    """The options of all verbs; cyclopts needs a tenth of a second to list them."""
+    return frozenset(
         name
         for command in app
         if not command.startswith("-")
         for argument in app[command].assemble_argument_collection()
         for name in argument.names
-    }
-
-    def option(match: re.Match[str]) -> str:
-        name = f"--{match[1].replace('_', '-')}"
-        return name if name in known else match[0]
-
-    return re.sub("`([a-z][a-z0-9_.]*)`", option, message)
+    )
 
 
 def _say(message: str) -> None:
