@@ -10,6 +10,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from adapruner.models import (
     Architecture,
@@ -46,7 +47,7 @@ def prune_model(
     plan.check_fits(structure)
     kept = kept_layers(structure, plan)
     state = _pruned_state(model, structure, plan, kept, compensation)
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), no_init_weights():
         pruned: Any = _empty_pruned(model, structure, plan, kept, state, bool(compensation and compensation.adds_bias))
     pruned.load_state_dict(state, assign=True)
     pruned.tie_weights()
@@ -75,7 +76,7 @@ def prune_on_reading(
     """
     plan.check_fits(structure)
     kept, prefix = kept_layers(structure, plan), f"{architecture_of(model.config).layers}."
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), no_init_weights():
         pruned: Any = _empty_pruned(model, structure, plan, kept, None, bool(compensation and compensation.adds_bias))
     resident = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(prefix)}
     pruned.load_state_dict(resident, strict=False, assign=True)
