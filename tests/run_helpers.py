@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from collections.abc import Mapping
+import os
+import pkgutil
+import signal
+from collections.abc import Callable, Mapping
+from multiprocessing import current_process, get_context
+from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from adapruner.artifacts import Record, are_as_written
+from adapruner.cli import main
 
 # Files that say how long something took, or show it.
 WITH_TIMES = ("result.json", "report.html", "recovery.json")
@@ -26,34 +33,94 @@ RUN_OPTIONS: dict[str, Any] = {
     "round_to": 1,
 }
 
-_KILLED = """
-import os, pkgutil, signal
-from adapruner.cli import main
-
-target, name, left = pkgutil.resolve_name("{target}"), "{name}", {calls}
-original = getattr(target, name)
-
-def counted(*arguments, **named):
-    global left
-    left -= 1
-    if left < 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(*arguments, **named)
-
-setattr(target, name, counted)
-main()
-"""
+# Imported once, by the server that starts the processes of tests; what is not installed is left out.
+_PRELOADED = [
+    "adapruner.pipeline",
+    "adapruner.verbs",
+    "lm_eval.evaluator",
+    "lm_eval.models.huggingface",
+    "lm_eval.tasks",
+    "optuna",
+    "peft",
+    "pytest",
+    "transformers.models.llama.modeling_llama",
+    "transformers.trainer",
+]
 
 
-def run_killed(target: str, name: str, calls: int, arguments: list[str], environment: Mapping[str, str]) -> None:
+def fast_starts() -> BaseContext:
+    """A way to start real processes in milliseconds: they are forked from one that has imported everything.
+
+    They do not see what this process has changed in modules since its first start, such as monkeypatches.
+    """
+    context = get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    return context
+
+
+def start_main(
+    before: Callable[..., None], settings: tuple[Any, ...], arguments: list[str], folder: Path, **environment: str
+) -> BaseProcess:
+    """Starts the command line in a process of `fast_starts`.
+
+    Args:
+        before: a function of a module, called with `settings` in the process before the command is run.
+        folder: for what the process prints, see `said_by`.
+        environment: variables that it has beside those of this process.
+    """
+    # Sums depend on the number of threads in their last digits.
+    others = (arguments, folder, os.environ | environment, torch.get_num_threads())
+    process = fast_starts().Process(target=_run_main, args=(before, settings, *others))
+    process.start()
+    return process
+
+
+def said_by(process: BaseProcess, folder: Path) -> str:
+    return (folder / f"{process.name}.txt").read_text()
+
+
+def _run_main(
+    before: Callable[..., None],
+    settings: tuple[Any, ...],
+    arguments: list[str],
+    folder: Path,
+    environment: Mapping[str, str],
+    threads: int,
+) -> None:
+    file = os.open(folder / f"{current_process().name}.txt", os.O_WRONLY | os.O_CREAT)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    os.environ.update(environment)
+    torch.set_num_threads(threads)
+    before(*settings)
+    main(arguments)
+
+
+def _kill_when_called(target: str, name: str, calls: int) -> None:
+    holder = pkgutil.resolve_name(target)
+    original, left = getattr(holder, name), calls
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments, **named)
+
+    setattr(holder, name, counted)
+
+
+def run_killed(target: str, name: str, calls: int, arguments: list[str], folder: Path, **environment: str) -> None:
     """Runs the command line in a process that is killed when it calls a function again, after so many calls.
 
     Args:
         target: the module or class that the function is in.
+        folder: for what it prints.
+        environment: variables that it has beside those of this process.
     """
-    program = [sys.executable, "-c", _KILLED.format(target=target, name=name, calls=calls), *arguments]
-    killed = subprocess.run(program, env=environment, capture_output=True, check=False)
-    assert killed.returncode == -9, killed.stderr.decode()
+    process = start_main(_kill_when_called, (target, name, calls), arguments, folder, **environment)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, said_by(process, folder)
 
 
 def assert_same_artifacts(run: Path, undisturbed: Path) -> None:

@@ -26,7 +26,7 @@ from adapruner.procedure import _statistics
 from adapruner.run import RunFolder
 from adapruner.search import Candidate, Objective, Search, StudyPlace, sqlite_url
 from run_helpers import RUN_OPTIONS as OPTIONS
-from run_helpers import assert_same_artifacts
+from run_helpers import assert_same_artifacts, said_by, start_main
 
 
 def command(model: Path, output: Path, text: Path) -> list[str]:
@@ -384,34 +384,29 @@ def test_a_full_disk_is_one_line_and_the_run_resumes(
     assert_same_artifacts(run, finished.output)
 
 
-OUT_OF_MEMORY = """
-import resource
-from pathlib import Path
-from adapruner.procedure import _statistics
-from adapruner.cli import main
+def take_memory_when_measured() -> None:
+    import resource
 
-write = _statistics.write_atomically
+    write = _statistics.write_atomically
 
-def then_without_memory(path, save):
-    write(path, save)
-    if "statistics" not in path.parent.name:
-        return
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (8 << 20), -1))
+    def then_without_memory(path: Path, save: Callable[[Path], Any]) -> None:
+        write(path, save)
+        if "statistics" not in path.parent.name:
+            return
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (8 << 20), -1))
 
-_statistics.write_atomically = then_without_memory
-main()
-"""
+    _statistics.write_atomically = then_without_memory
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_no_memory_is_one_line_and_the_run_resumes(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
     arguments = command(model_folder, tmp_path / "run", text_file)
-    process = subprocess.run(
-        [sys.executable, "-c", OUT_OF_MEMORY, *arguments], capture_output=True, check=False, text=True
-    )
-    assert process.returncode == 2, process.stderr
-    assert "out of memory: --layer-wise needs less memory" in process.stderr.splitlines()[-1]
+    process = start_main(take_memory_when_measured, (), arguments, tmp_path)
+    process.join()
+    said = said_by(process, tmp_path)
+    assert process.exitcode == 2, said
+    assert "out of memory: --layer-wise needs less memory" in said.splitlines()[-1]
     assert exit_code(arguments) == 0
 
 

@@ -155,7 +155,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_an_undisturbed_one(
         ("adapruner.search.Objective", "__call__", 6, "study.db"),
         ("adapruner.checkpoint._folder", "_add_older_keys", 0, "unfinished/model-*/**/model.safetensors"),
     ):
-        run_killed(target, name, calls, arguments, environment)
+        run_killed(target, name, calls, arguments, tmp_path)
         assert list(run.glob(left)), name
         assert not (run / "result.json").exists()
     capsys.readouterr()

@@ -409,8 +409,7 @@ def test_the_same_command_goes_on_after_a_kill(model_folder: Path, text_file: Pa
     killed = tmp_path / "killed"
     # Two calls of the training step are a step of the optimizer; every second step is saved.
     for calls, saved in [(15, 6), (9, 10)]:
-        environment = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HOME": str(tmp_path), "PATH": ""}
-        run_killed("transformers.Trainer", "training_step", calls, command(killed), environment)
+        run_killed("transformers.Trainer", "training_step", calls, command(killed), tmp_path)
         assert not killed.exists()
         assert (working_folder(killed) / f"checkpoint-{saved}").is_dir()
     # What a kill in the middle of saving leaves.

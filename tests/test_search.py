@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from multiprocessing import get_context
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Barrier
@@ -51,6 +50,7 @@ from adapruner.search import (
 )
 from adapruner.search._history import LOSSES, STOPPED, importance_of
 from adapruner.structure import build_structure
+from run_helpers import fast_starts
 
 
 def place_in(folder: Path) -> StudyPlace:
@@ -547,7 +547,7 @@ def work(
 
 
 def test_a_search_killed_in_a_trial_ends_as_an_undisturbed_one(subsets: SubsetFamily, tmp_path: Path) -> None:
-    space, context = SearchSpace(subsets, 4, 0, Budget(0.2), "extended"), get_context("spawn")
+    space, context = SearchSpace(subsets, 4, 0, Budget(0.2), "extended"), fast_starts()
     place = place_in(tmp_path / "killed")
     for killed_in in (4, 9):
         process = start(context, space, place, 18, killed_in)
@@ -568,7 +568,7 @@ def test_a_search_killed_in_a_trial_ends_as_an_undisturbed_one(subsets: SubsetFa
 def test_a_killed_helper_costs_its_trial_alone(subsets: SubsetFamily, tmp_path: Path) -> None:
     space, context, place = (
         SearchSpace(subsets, 4, 0, Budget(0.2), "extended"),
-        get_context("spawn"),
+        fast_starts(),
         place_in(tmp_path),
     )
     together = context.Barrier(3)
@@ -593,10 +593,9 @@ def test_a_killed_helper_costs_its_trial_alone(subsets: SubsetFamily, tmp_path: 
 
 
 def test_sixteen_processes_lose_and_double_nothing_though_two_are_killed(subsets: SubsetFamily, tmp_path: Path) -> None:
-    """On one SQLite file. Packages are imported once for all."""
+    """On one SQLite file."""
     space, place = SearchSpace(subsets, 4, 0, Budget(0.2), "extended"), place_in(tmp_path)
-    context, wanted = get_context("forkserver"), 80
-    context.set_forkserver_preload([__name__])
+    context, wanted = fast_starts(), 80
     together = context.Barrier(16)
     roles = [(None, False), (1, True), (1, True), *[(None, True)] * 13]
     processes = [start(context, space, place, wanted, killed_in, helps, together) for killed_in, helps in roles]

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from huggingface_hub import ModelCard
 
 import adapruner
@@ -156,19 +155,11 @@ def test_a_killed_run_resumes(
         "boolq",
         *flags,
     ]
-    environment = {
-        "HF_HUB_OFFLINE": "1",
-        # Sums depend on it in their last digits.
-        "OMP_NUM_THREADS": str(torch.get_num_threads()),
-        "HOME": str(tmp_path),
-        "PATH": "",
-        "ADAPRUNER_DATA": str(data),
-    }
     for module, name, calls, left in [
         ("adapruner.recovery._training", "distillation_loss", 27, "unfinished/recovered-*/training/checkpoint-3"),
         ("adapruner.procedure._evaluation", "measure_tasks", 1, "evaluation/tasks-dense.json"),
     ]:
-        run_killed(module, name, calls, arguments, environment)
+        run_killed(module, name, calls, arguments, tmp_path, ADAPRUNER_DATA=str(data))
         assert list(run.glob(left))
         assert not (run / "result.json").exists()
     monkeypatch.setenv("ADAPRUNER_DATA", str(data))

@@ -6,11 +6,11 @@ import contextlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -19,51 +19,15 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import IntegrityError
 
 import adapruner
+import noting_program
 import postgresql_server
 from adapruner import AdaPrunerError
 from adapruner.run import RunFolder
 from adapruner.search import StudyPlace, _place, sqlite_url
 from adapruner.search._space import START
+from run_helpers import said_by, start_main
 
 OPTIONS = {"ratio": 0.1, "pool": 24, "samples": 4, "objective_windows": 8, "seq_len": 16, "round_to": 1}
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-
-# The command line, noting who does what. Trials begin together: those of the tiny model would be over before another
-# process has started.
-PROGRAM = """
-import os, pathlib, time
-from adapruner.cli import main
-from adapruner.procedure import _model, _statistics
-from adapruner.search import Search
-
-judge, measure, recover = Search._run_together, _statistics.measure_in_parts, _model.recover_into
-
-NOTES = pathlib.Path(os.environ["NOTES"])
-
-def note(what):
-    (NOTES / f"{what}-{os.getpid()}").touch()
-
-def judge_slowly(self, study, trials, *others):
-    trials[0].set_user_attr("worker", os.getpid())
-    note("judged")
-    while len(list(NOTES.glob("judged-*"))) < int(os.environ["PROCESSES"]):
-        time.sleep(0.1)
-    time.sleep(0.2)
-    return judge(self, study, trials, *others)
-
-def measure_noting(*arguments, **options):
-    for part in measure(*arguments, **options):
-        note("measured")
-        yield part
-
-def recover_noting(*arguments, **options):
-    note("trained")
-    return recover(*arguments, **options)
-
-Search._run_together = judge_slowly
-_statistics.measure_in_parts, _model.recover_into = measure_noting, recover_noting
-main()
-"""
 
 
 @pytest.fixture(scope="module", params=os.environ.get("ADAPRUNER_TEST_STORAGES", "sqlite").split(","))
@@ -78,30 +42,19 @@ def storage(request: pytest.FixtureRequest) -> Iterator[str | None]:
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+def start(tmp_path: Path) -> Iterator[Callable[..., BaseProcess]]:
     """Starts the command line in another process; `together`: how many begin their trials together."""
-    program = tmp_path / "program.py"
-    program.write_text(PROGRAM)
     with contextlib.ExitStack() as started:
 
-        def start_one(*arguments: object, together: int = 1, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-            process = subprocess.Popen(
-                [sys.executable, *launcher, str(program), *map(str, arguments)],
-                env=ENVIRONMENT | {"NOTES": str(tmp_path), "PROCESSES": str(together)},
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            started.callback(process.communicate)
+        def start_one(*arguments: object, together: int = 1) -> BaseProcess:
+            command = [str(part) for part in arguments]
+            environment = {"NOTES": str(tmp_path), "PROCESSES": str(together)}
+            process = start_main(noting_program.note_who_works, (), command, tmp_path, **environment)
+            started.callback(process.join)
             started.callback(process.kill)
             return process
 
         yield start_one
-
-
-def ended(process: subprocess.Popen[str]) -> str:
-    """What a process said, when it has ended."""
-    return process.communicate(timeout=300)[1]
 
 
 def prune_command(model: Path, output: Path, text: Path, trials: int, *others: object) -> list[object]:
@@ -140,10 +93,12 @@ def test_workers_join_and_a_killed_one_costs_its_trial_alone(
     wait_until(lambda: (output / "windows.safetensors").is_file())
     helpers = [start("join", output, *options, together=3) for _ in range(2)]
     wait_until(lambda: trials_by(helpers[0], TrialState.COMPLETE) and trials_by(helpers[0], TrialState.RUNNING))
-    helpers[0].send_signal(signal.SIGKILL)
-    assert "searching: done in" in ended(leader)
-    assert "running trials: done in" in ended(helpers[1])
-    assert (leader.returncode, helpers[1].returncode) == (0, 0)
+    helpers[0].kill()
+    for process, stage in ((leader, "searching"), (helpers[1], "running trials")):
+        process.join(timeout=300)
+        said = said_by(process, tmp_path)
+        assert process.exitcode == 0, said
+        assert f"{stage}: done in" in said
     trials = trials_of(output, storage)
     finished = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     assert len(finished) >= 40
@@ -157,16 +112,18 @@ def test_workers_join_and_a_killed_one_costs_its_trial_alone(
 
 
 def test_processes_started_together_measure_search_and_train(
-    start: Callable[..., Any], model_folder: Path, text_file: Path, tmp_path: Path
+    model_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "run"
     recovery = {"steps": 2, "batch-size": 4, "micro-batch-size": 1, "seq-len": 16}
     flags = [part for name, value in recovery.items() for part in (f"--recovery.{name}", value)]
     command = prune_command(model_folder, output, text_file, 12, "--recover", text_file, *flags)
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    launched = start(*command, together=2, launcher=launcher)
-    said = ended(launched)
-    assert launched.returncode == 0, said
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "NOTES": str(tmp_path), "PROCESSES": "2"}
+    launched = subprocess.run(
+        [*launcher, noting_program.__file__, *map(str, command)], env=environment, capture_output=True, text=True
+    )
+    assert launched.returncode == 0, launched.stderr
     result = json.loads((output / "result.json").read_text())
     assert result["recovery"]["steps"] == 2
     processes = {trial.user_attrs["worker"] for trial in trials_of(output, None)}
@@ -184,7 +141,7 @@ def test_a_second_command_in_a_running_folder_is_refused(
     wait_until(RunFolder(output).is_running)
     with pytest.raises(AdaPrunerError, match="another command is running in"):
         adapruner.prune(str(model_folder), output=output, calibration=str(text_file), trials=500, **OPTIONS)
-    assert leader.poll() is None
+    assert leader.is_alive()
 
 
 @pytest.fixture(scope="module")
