@@ -40,12 +40,6 @@ def text(text_file: Path, tmp_path: Path) -> Path:
     return tmp_path / "text.txt"
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, text_file: Path) -> adapruner.PruneResult:
-    output = tmp_path_factory.mktemp("runs") / "a"
-    return adapruner.prune(str(model_folder), output=output, calibration=str(text_file), **OPTIONS)
-
-
 @pytest.fixture
 def run(finished: adapruner.PruneResult, tmp_path: Path) -> Path:
     """A copy of the finished run."""
