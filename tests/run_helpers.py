@@ -31,6 +31,8 @@ RUN_OPTIONS: dict[str, Any] = {
     "protect_first": 1,
     "protect_last": 1,
     "round_to": 1,
+    # Training is tested for itself.
+    "tune_scales": False,
 }
 
 # Imported once, by the server that starts the processes of tests; what is not installed is left out.
@@ -46,6 +48,15 @@ _PRELOADED = [
     "transformers.models.llama.modeling_llama",
     "transformers.trainer",
 ]
+
+
+def flags(options: Mapping[str, object], prefix: str = "") -> list[str]:
+    """The options as arguments of the command line."""
+    arguments: list[str] = []
+    for name, value in options.items():
+        option = f"{prefix}{name.replace('_', '-')}"
+        arguments += [f"--no-{option}"] if value is False else [f"--{option}", *([] if value is True else [str(value)])]
+    return arguments
 
 
 def fast_starts() -> BaseContext:

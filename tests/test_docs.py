@@ -30,6 +30,7 @@ from adapruner.cli import app, main
 from adapruner.importance import TERMS
 from adapruner.models import Architecture, ModelLocation, known_architectures
 from adapruner.testing import SMALL as SMALL_RUN
+from run_helpers import flags
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -172,9 +173,8 @@ def run_command(arguments: list[str]) -> None:
     if "--recipe" in arguments:
         options |= {"tasks": "piqa"}  # in place of seven
     for name, value in options.items():
-        option = f"--{name.replace('_', '-')}"
-        if option not in arguments:
-            arguments = [*arguments, option, *([] if value is True else [str(value)])]
+        if f"--{name.replace('_', '-')}" not in arguments:
+            arguments = [*arguments, *flags({name: value})]
     code: object = 0
     try:
         main(arguments)

@@ -26,12 +26,11 @@ from adapruner.procedure import _statistics
 from adapruner.run import RunFolder
 from adapruner.search import Candidate, Objective, Search, StudyPlace, sqlite_url
 from run_helpers import RUN_OPTIONS as OPTIONS
-from run_helpers import assert_same_artifacts, said_by, start_main
+from run_helpers import assert_same_artifacts, flags, said_by, start_main
 
 
 def command(model: Path, output: Path, text: Path) -> list[str]:
-    flags = [part for name, value in OPTIONS.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-    return ["prune", str(model), "-o", str(output), "--calibration", str(text), *flags]
+    return ["prune", str(model), "-o", str(output), "--calibration", str(text), *flags(OPTIONS)]
 
 
 def exit_code(arguments: list[str]) -> object:

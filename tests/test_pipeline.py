@@ -36,17 +36,11 @@ from adapruner.search import Search
 from adapruner.structure import build_structure
 from adapruner.surgery import prune_model
 from run_helpers import RUN_OPTIONS as OPTIONS
-from run_helpers import WITH_TIMES, assert_same_artifacts, run_killed
+from run_helpers import WITH_TIMES, assert_same_artifacts, flags, run_killed
 
 
 def command(model: Path, output: Path, text: Path, **changes: object) -> list[str]:
-    options = OPTIONS | {"calibration": str(text)} | changes
-    flags = [
-        part
-        for name, value in options.items()
-        for part in (f"--{name.replace('_', '-')}", *([] if value is True else [str(value)]))
-    ]
-    return ["prune", str(model), "-o", str(output), *flags]
+    return ["prune", str(model), "-o", str(output), *flags(OPTIONS | {"calibration": str(text)} | changes)]
 
 
 def run_cli(arguments: list[str]) -> int:

@@ -155,7 +155,8 @@ def page_of(run: RunFolder) -> Page:
 def test_models_are_those_of_the_result(finished: adapruner.PruneResult, page: Page) -> None:
     result = json.loads((finished.output / "result.json").read_text())
     rows = page.rows("model-table")
-    assert [name.split(" (")[0] for name in rows] == ["dense", "best fixed metric", "pruned"]
+    names = ["dense", "best fixed metric", "pruned, scales not tuned", "pruned"]
+    assert [name.split(" (")[0] for name in rows] == names
     for model, cells in zip(result["models"], rows.values(), strict=True):
         expected = [f"{model['parameters']:,}"]
         for measured in model["perplexity"].values():
@@ -188,7 +189,7 @@ def test_signs_of_breakage_are_those_of_the_result(finished: adapruner.PruneResu
 
 
 def test_the_first_screen_is_of_the_result(finished: adapruner.PruneResult, page: Page) -> None:
-    dense, _, pruned = json.loads((finished.output / "result.json").read_text())["models"]
+    dense, _, _, pruned = json.loads((finished.output / "result.json").read_text())["models"]
     losses = page.tables["loss-table"][1:]
     assert [row[0].split()[0] for row in losses] == ["bits", "perplexity"] * 2 + ["repetition"]
     for (text, before), bits, perplexity in zip(dense["perplexity"].items(), losses[::2], losses[1::2], strict=False):
@@ -230,9 +231,10 @@ def test_the_speed_is_shown_once_it_was_measured(run: RunFolder, finished: adapr
 def test_a_change_of_a_few_items_is_no_gain(run: RunFolder, change: float, is_noise: bool) -> None:
     """An accuracy of 0.5 with a standard error of 0.04 beside one with 0.03: their difference has 0.05."""
     result = json.loads((run.path / "result.json").read_text())
-    for model, accuracy, error in zip(result["models"], (0.5, None, 0.5 + change), (0.03, None, 0.04), strict=True):
-        if accuracy is not None:
-            model["tasks"] = {"piqa": task_score(accuracy, error)}
+    for model in result["models"]:
+        if model["role"] in ("dense", "searched"):
+            of_dense = model["role"] == "dense"
+            model["tasks"] = {"piqa": task_score(0.5 if of_dense else 0.5 + change, 0.03 if of_dense else 0.04)}
     (run.path / "result.json").write_text(json.dumps(result))
     html, shown = run.report.read_text() if write_reports(run) else "", page_of(run)
     assert shown.rows("task-table")["piqa"][3] == f"{change:+.4f} ± 0.0500"
@@ -291,17 +293,18 @@ def test_the_ladder_tells_the_search_from_the_compensation(finished: adapruner.P
     steps = len(search["steps"])
     assert names[0] == f"best fixed metric ({search['best_fixed_name']}), not compensated"
     assert names[1] == "same metric, compensated"
-    assert names[-2:] == ["final compensation, saved", "dense, to compare with"]
-    assert len(rows) == 1 + steps + len(rounds) + 2
+    assert names[-3:] == ["final compensation", "scales tuned, saved", "dense, to compare with"]
+    assert len(rows) == 1 + steps + len(rounds) + 3
     assert [row[2] for row in rows[1 : 1 + steps]] == [f"{step['loss']:.4f}" for step in search["steps"]]
     gains = [(step["gain"], step["standard_error"]) for step in search["steps"][1:]]
     gains += [(one["gain"], one["gain_standard_error"]) for one in rounds]
-    assert [row[3].split() for row in rows[2:-2]] == [[f"{gain:.4f}", "±", f"{error:.4f}"] for gain, error in gains]
-    assert ["not taken" in name for name in names[1 + steps : -2]] == [not one["accepted"] for one in rounds]
-    for row, role in ((rows[0], "best_fixed"), (rows[-2], "searched"), (rows[-1], "dense")):
+    assert [row[3].split() for row in rows[2:-3]] == [[f"{gain:.4f}", "±", f"{error:.4f}"] for gain, error in gains]
+    assert ["not taken" in name for name in names[1 + steps : -3]] == [not one["accepted"] for one in rounds]
+    measured = {0: "best_fixed", -3: "compensated", -2: "searched", -1: "dense"}
+    for row, role in ((rows[number], role) for number, role in measured.items()):
         first = next(iter(models[role]["perplexity"].values()))
         assert row[5].split()[0] == f"{first['bits_per_byte']:.4f}"
-    assert all(not row[5].strip() for row in rows[1:-2])
+    assert all(not row[5].strip() for row in rows[1:-3])
 
 
 def test_the_search_is_that_of_its_files(finished: adapruner.PruneResult, page: Page) -> None:

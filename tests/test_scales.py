@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import adapruner
 from adapruner import AdaPrunerError
 from adapruner.procedure import _model
 from adapruner.recovery import scale_options
-from run_helpers import RUN_OPTIONS, assert_same_artifacts, run_killed
+from run_helpers import RUN_OPTIONS, assert_same_artifacts, flags, run_killed
 
 OPTIONS: dict[str, Any] = RUN_OPTIONS | {"tune_scales": True, "level_rounds": 0, "trials": 5}
 
@@ -59,17 +58,15 @@ def test_a_killed_tuning_goes_on_and_fits_nothing_twice(
     tuned: adapruner.PruneResult, model_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
     """A run of its own: what another run has made would be taken over."""
-    flags = {name: value for name, value in OPTIONS.items() if name != "tune_scales"}
-    options = [part for name, value in flags.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-    arguments = ["prune", str(model_folder), "-o", str(tmp_path), "--calibration", str(text_file), *options]
-    arguments.append("--tune-scales")
-    run_killed("transformers.Trainer", "training_step", 10, arguments, os.environ)
-    compensated = (tmp_path / "compensated" / "model.safetensors").stat()
-    assert list((tmp_path / "unfinished").rglob("checkpoint-*/trainer_state.json"))
-    adapruner.prune(str(model_folder), output=tmp_path, calibration=str(text_file), **OPTIONS)
+    run = tmp_path / "run"
+    arguments = ["prune", str(model_folder), "-o", str(run), "--calibration", str(text_file), *flags(OPTIONS)]
+    run_killed("transformers.Trainer", "training_step", 10, arguments, tmp_path)
+    compensated = (run / "compensated" / "model.safetensors").stat()
+    assert list((run / "unfinished").rglob("checkpoint-*/trainer_state.json"))
+    adapruner.prune(str(model_folder), output=run, calibration=str(text_file), **OPTIONS)
 
-    assert (tmp_path / "compensated" / "model.safetensors").stat().st_mtime_ns == compensated.st_mtime_ns
-    assert_same_artifacts(tmp_path, tuned.output)
+    assert (run / "compensated" / "model.safetensors").stat().st_mtime_ns == compensated.st_mtime_ns
+    assert_same_artifacts(run, tuned.output)
 
 
 @pytest.mark.parametrize("outcome", ["worse", "not finite"])

@@ -25,6 +25,7 @@ OPTIONS = {
     "round_to": 1,
     "protect_first": 1,
     "protect_last": 0,
+    "tune_scales": False,
     "recovery": {"steps": 4, "batch_size": 4, "seq_len": 16, "validation": 4},
 }
 

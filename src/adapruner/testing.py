@@ -43,6 +43,7 @@ SMALL: PruneArguments = {
     "trials": 5,
     "level_rounds": 0,
     "round_to": 1,
+    "tune_scales": False,
 }
 
 

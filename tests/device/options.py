@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from run_helpers import RUN_OPTIONS
 
 SMALL_RUN = RUN_OPTIONS | {
@@ -19,12 +17,3 @@ del SMALL_RUN["tune_scales"]
 # Layer by layer nothing is written by the model, and no widths are levelled.
 LAYER_WISE = {"layer_wise": True, "self_windows": 0, "level_rounds": 0}
 SMALL_RECOVERY = {"steps": 3, "batch_size": 4, "micro_batch_size": 2, "seq_len": 16, "warmup_steps": 0, "records": 40}
-
-
-def flags(options: Mapping[str, object], prefix: str = "") -> list[str]:
-    """The options as arguments of the command line."""
-    arguments = []
-    for name, value in options.items():
-        option = f"--{prefix}{name.replace('_', '-')}"
-        arguments += [option] if value is True else [option, str(value)]
-    return arguments

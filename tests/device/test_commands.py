@@ -12,9 +12,10 @@ import torch
 import adapruner
 from adapruner.planning import PruningPlan
 from device.client import Device
-from device.options import LAYER_WISE, SMALL_RECOVERY, SMALL_RUN, flags
+from device.options import LAYER_WISE, SMALL_RECOVERY, SMALL_RUN
 from device.results import only_json
 from device.whole_run import compare
+from run_helpers import flags
 
 
 @dataclass(frozen=True)

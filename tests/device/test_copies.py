@@ -9,8 +9,9 @@ from typing import NamedTuple
 import pytest
 
 from device.client import Device
-from device.options import LAYER_WISE, SMALL_RECOVERY, SMALL_RUN, flags
+from device.options import LAYER_WISE, SMALL_RECOVERY, SMALL_RUN
 from device.results import only_json
+from run_helpers import flags
 
 
 class Most(NamedTuple):

@@ -11,8 +11,9 @@ import pytest
 from adapruner.planning import PruningPlan
 from adapruner.run import RunFolder
 from device.client import Device, Outcome
-from device.options import LAYER_WISE, SMALL_RECOVERY, SMALL_RUN, flags
+from device.options import LAYER_WISE, SMALL_RECOVERY, SMALL_RUN
 from device.results import only_json, only_line
+from run_helpers import flags
 
 pytestmark = pytest.mark.device_matrix
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from device.client import Device
-from device.options import SMALL_RUN, flags
+from device.options import SMALL_RUN
+from run_helpers import flags
 
 # Calls of `to` out of one file of the package do not move; the conversion of dtypes is left as it is.
 PROGRAM = """

@@ -11,8 +11,9 @@ import pytest
 
 import adapruner
 from device.client import Device
-from device.options import SMALL_RECOVERY, SMALL_RUN, flags
+from device.options import SMALL_RECOVERY, SMALL_RUN
 from device.results import only_json, only_line
+from run_helpers import flags
 
 KILLED = 9
 

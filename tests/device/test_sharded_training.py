@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import adapruner
 from device.client import Device, Outcome
-from device.options import SMALL_RECOVERY, SMALL_RUN, flags
+from device.options import SMALL_RECOVERY, SMALL_RUN
 from device.results import only_json, only_line
+from run_helpers import flags
 
 pytestmark = pytest.mark.device_matrix
 

@@ -11,9 +11,10 @@ import pytest
 import adapruner
 from adapruner.run import RunFolder
 from device.client import Device, Outcome
-from device.options import LAYER_WISE, SMALL_RECOVERY, SMALL_RUN, flags
+from device.options import LAYER_WISE, SMALL_RECOVERY, SMALL_RUN
 from device.results import only_json, only_line
 from device.test_commands import CASES, STEPS
+from run_helpers import flags
 
 pytestmark = pytest.mark.device_matrix
 

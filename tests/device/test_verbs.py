@@ -16,8 +16,9 @@ import adapruner
 from adapruner.run import RunFolder
 from adapruner.search import StudyPlace, sqlite_url
 from device.client import Device
-from device.options import SMALL_RECOVERY, SMALL_RUN, flags
+from device.options import SMALL_RECOVERY, SMALL_RUN
 from device.results import only_json
+from run_helpers import flags
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import adapruner
 from adapruner import AdaPrunerError
 from adapruner.cli import main
 from adapruner.models import find_model, load_model
-from run_helpers import assert_same_artifacts, run_killed
+from run_helpers import assert_same_artifacts, flags, run_killed
 
 OPTIONS = {
     "ratio": 0.1,
@@ -24,6 +24,7 @@ OPTIONS = {
     "protect_first": 1,
     "protect_last": 1,
     "round_to": 1,
+    "tune_scales": False,
     "recovery": {
         "method": "distillation",
         "seq_len": 16,
@@ -130,17 +131,7 @@ def test_a_killed_run_resumes(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    flags = [
-        part
-        for name, value in OPTIONS.items()
-        if name not in ("recovery", "tasks")
-        for part in (f"--{name.replace('_', '-')}", str(value))
-    ]
-    flags += [
-        part
-        for name, value in OPTIONS["recovery"].items()
-        for part in (f"--recovery.{name.replace('_', '-')}", str(value))
-    ]
+    of_run = {name: value for name, value in OPTIONS.items() if name not in ("recovery", "tasks")}
     run = tmp_path / "run"
     arguments = [
         "prune",
@@ -153,7 +144,8 @@ def test_a_killed_run_resumes(
         str(text_file),
         "--tasks",
         "boolq",
-        *flags,
+        *flags(of_run),
+        *flags(OPTIONS["recovery"], "recovery."),
     ]
     for module, name, calls, left in [
         ("adapruner.recovery._training", "distillation_loss", 27, "unfinished/recovered-*/training/checkpoint-3"),

@@ -59,7 +59,9 @@ def test_pruned_for_real(dense: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         objective_windows=2,
         final_windows=0,
         compensation_windows=4,
+        self_windows=0,
         trials=5,
+        tune_scales=False,
         # What the extended space measures takes a minute here; small models are pruned with all of it.
         space="paper",
         compensation="least-squares",
