@@ -91,6 +91,8 @@ def main(
         show("chosen", cut(result.search.best))
     if result.levelled and any(each.accepted for each in result.levelled.rounds):
         show("levelled", cut(result.levelled.candidate))
+    if (folder.path / "compensated").is_dir():
+        show("fitted", in_fastest_dtype(load_model(find_model(str(folder.path / "compensated")))))
     show("saved", in_fastest_dtype(load_model(find_model(str(folder.model)))))
     if result.recovery:
         show("recovered", in_fastest_dtype(load_model(find_model(str(folder.recovered)))))

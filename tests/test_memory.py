@@ -226,6 +226,7 @@ def test_inspect_prints_memory(model_folder: Path, capsys: pytest.CaptureFixture
         "searching",
         "levelling widths",
         "compensating",
+        "tuning scales",
     ]
     assert all(stage.keys() == {"stage", "device_bytes", "host_bytes", "largest"} for stage in stages)
     assert all(stage["device_bytes"] > 0 for stage in stages)
