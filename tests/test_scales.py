@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,22 @@ def test_the_steps_are_told_apart(tuned: adapruner.PruneResult) -> None:
     assert len(set(perplexities)) == 2
     page = (tuned.output / "report.html").read_text()
     assert page.index("final compensation") < page.index("scales tuned, saved")
+
+
+def test_a_run_without_it_forgets_the_step(
+    tuned: adapruner.PruneResult, model_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(tuned.output, tmp_path / "run")
+    options = OPTIONS | {"tune_scales": False, "overwrite": True}
+    result = adapruner.prune(str(model_folder), output=run, calibration=str(text_file), **options)
+    assert [model.role for model in result.result.models] == ["dense", "best_fixed", "searched"]
+    page = (run / "report.html").read_text()
+    assert "final compensation, saved" in page
+    assert "scales tuned" not in page
+    assert "scales tuned" in (tuned.model_folder / "README.md").read_text()
+    assert "scales tuned" not in (result.model_folder / "README.md").read_text()
+    before, after = (adapruner.load(folder).state_dict() for folder in (tuned.output / "compensated", run / "model"))
+    assert all(after[name].equal(weight) for name, weight in before.items())
 
 
 def test_a_killed_tuning_goes_on_and_fits_nothing_twice(

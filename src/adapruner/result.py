@@ -264,6 +264,12 @@ def _breakage(result: RunResult) -> Iterator[str]:
             yield f"bits per byte of {text} rose from {before:.2f} to {after:.2f}"
 
 
+def roles_of(config: PruneConfig) -> list[Role]:
+    """The models that a run with this config may have."""
+    left_out = {"compensated": not config.tunes_scales, "recovered": config.recover is None}
+    return [role for role in TITLES if not left_out.get(role)]
+
+
 def titles(config: PruneConfig, best_fixed_name: str | None) -> dict[Role, str]:
     """What the models of a run are called.
 

@@ -28,7 +28,7 @@ from adapruner.procedure._model import compensated, model, recovered
 from adapruner.procedure._search import BUDGET, candidate_at_ratio, search
 from adapruner.procedure._statistics import statistics
 from adapruner.procedure._windows import report_texts, report_texts_dense, vocabulary
-from adapruner.result import Role
+from adapruner.result import Role, roles_of
 from adapruner.search import plan_candidate
 from adapruner.surgery import prune_model
 from adapruner.tokens import Vocabulary
@@ -47,14 +47,12 @@ _EVALUATED: dict[Role, tuple[Artifact[Any], ...]] = {
 _STEPS: tuple[Role, ...] = ("best_fixed", "compensated")
 
 
-def is_evaluated(role: Role, config: PruneConfig) -> bool:
-    """Whether a run with this config has a model in this role."""
-    wanted: dict[Role, bool] = {"compensated": config.tunes_scales, "recovered": config.recover is not None}
-    return wanted.get(role, True)
+def _is_evaluated(role: Role, config: PruneConfig) -> bool:
+    return role in roles_of(config)
 
 
 def _has_tasks(role: Role, config: PruneConfig) -> bool:
-    return bool(config.tasks) and is_evaluated(role, config)
+    return bool(config.tasks) and _is_evaluated(role, config)
 
 
 def _measure_perplexity(
@@ -139,7 +137,7 @@ perplexity: dict[Role, Artifact[dict[str, Perplexity]]] = {
         inputs=(report_texts, *([report_texts_dense] if role == "dense" else inputs)),
         options=BUDGET if role == "best_fixed" else "",
         leaves="model precision",
-        is_wanted=partial(is_evaluated, role),
+        is_wanted=partial(_is_evaluated, role),
         is_result=False,
     )(partial(_measure_perplexity, role))
     for role, inputs in _EVALUATED.items()
@@ -166,7 +164,7 @@ breakage: dict[Role, Artifact[Breakage]] = {
         inputs=(continuations, *_EVALUATED[role]),
         options="seq_len",
         leaves="model precision",
-        is_wanted=partial(is_evaluated, role),
+        is_wanted=partial(_is_evaluated, role),
         is_result=False,
         version=2,
     )(partial(_measure_breakage, role))

@@ -15,14 +15,14 @@ from adapruner.costs import TargetOutcome
 from adapruner.job import Job
 from adapruner.models import describe_device, empty_model, find_model, load_config
 from adapruner.planning import PruningPlan
-from adapruner.procedure._evaluation import breakage, is_evaluated, perplexity, scores
+from adapruner.procedure._evaluation import breakage, perplexity, scores
 from adapruner.procedure._forms import Windows, json_form
-from adapruner.procedure._model import model, recovered, target
+from adapruner.procedure._model import compensated, model, recovered, target
 from adapruner.procedure._search import levelled, plan, search
 from adapruner.procedure._windows import self_written, usable, windows
 from adapruner.recovery import read_record
 from adapruner.report import render_report
-from adapruner.result import TITLES, ForeignVocabulary, ModelNumbers, Role, RunResult, verdict_of
+from adapruner.result import ForeignVocabulary, ModelNumbers, Role, RunResult, roles_of, verdict_of
 from adapruner.search import Levelled, SearchResult
 from adapruner.structure import build_structure
 from adapruner.tokens import foreign_tokens
@@ -41,6 +41,7 @@ PAGE: Form[str] = Form(
         search,
         levelled,
         plan,
+        compensated,
         model,
         target,
         recovered,
@@ -58,6 +59,7 @@ def result(
     search: SearchResult,
     levelled: Levelled | None,
     plan: PruningPlan,
+    compensated: Path | None,
     model: Path,
     target: TargetOutcome | None,
     recovered: Path | None,
@@ -81,8 +83,8 @@ def result(
             breakage=broken.get(role),
             verdict=verdict_of(role, broken),
         )
-        for role in TITLES
-        if is_evaluated(role, job.config) and (role != "compensated" or perplexities[role])
+        for role in roles_of(job.config)
+        if role != "compensated" or compensated
     ]
     for each in numbers:
         perplexities_of = {f"perplexity {each.role}/{text}": one.perplexity for text, one in each.perplexity.items()}

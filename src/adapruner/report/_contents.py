@@ -18,7 +18,7 @@ from adapruner.evaluation import Breakage, Perplexity, Speed, TaskScore
 from adapruner.models import find_model, load_tokenizer
 from adapruner.planning import PruningPlan
 from adapruner.progress import Reporter, StageCost
-from adapruner.result import TITLES, ModelNumbers, Role, RunResult, verdict_of
+from adapruner.result import ModelNumbers, Role, RunResult, roles_of, verdict_of
 from adapruner.run import RunFolder
 from adapruner.search import History, Levelled, SearchResult, StudyPlace, read_history, sqlite_url
 from adapruner.tokens import Vocabulary
@@ -133,7 +133,7 @@ def _models(run: RunFolder, folder: RunFolder, config: PruneConfig, plan: Prunin
     models = []
     broken: dict[Role, Breakage | None] = {}
     made = {"searched": folder.model.is_dir(), "recovered": folder.recovered.is_dir()}
-    for role in TITLES if config.recover else list(TITLES)[:-1]:
+    for role in roles_of(config):
         evaluation = (run if role == "dense" else folder).path / "evaluation"
         perplexity = _content(evaluation / f"perplexity-{role}.json", dict[str, Perplexity])
         tasks = _content(evaluation / f"tasks-{role}.json", dict[str, TaskScore])
