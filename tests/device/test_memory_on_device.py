@@ -20,7 +20,8 @@ pytestmark = pytest.mark.device_matrix
 # All stages of a run that hold tensors on the device.
 STAGES = (
     *("loading", "writing text", "reading activations", "measuring", "comparing removals", "removing parts whole"),
-    *("searching", "levelling widths", "cutting", "compensating", "recovering", "evaluating", "looking for breakage"),
+    *("searching", "levelling widths", "cutting", "compensating", "tuning scales", "recovering", "evaluating"),
+    "looking for breakage",
 )
 
 
