@@ -35,13 +35,14 @@ IN_MEMORY = {
     "levelling widths": Most(52, 3, 8),
     "cutting": Most(18, 1, 3),
     "compensating": Most(2, 1, 2),
+    "tuning scales": Most(63, 170, 93),
     "recovering": Most(78, 350, 11),
     "evaluating": Most(1, 1, 1),
     "looking for breakage": Most(1, 1, 3),
 }
 # A layer is copied to the device whenever it is used.
 LAYER_BY_LAYER = {
-    name: most for name, most in IN_MEMORY.items() if name not in ("writing text", "levelling widths")
+    name: most for name, most in IN_MEMORY.items() if name not in ("writing text", "levelling widths", "tuning scales")
 } | {
     "reading activations": Most(20, 6, 30),
     "measuring": Most(183, 39, 3),
