@@ -160,7 +160,7 @@ class _Seen:
 
     def narrowed(self, projection: nn.Module, kept: Tensor) -> _Seen:
         """What a pruned layer does of which only this projection is narrower."""
-        inputs = self.inputs.index_select(-1, kept.to(self.inputs.device))
+        inputs = self.inputs.index_select(-1, kept)
         return _Seen(inputs, projection(inputs), self.beside)
 
 
@@ -212,6 +212,7 @@ def _refit(
     """
     projection = pruned.projection(block)
     weight: Tensor = block.row_wise.as_projection(projection.weight)
+    kept = None if kept is None else kept.to(weight.device)
     second = torch.zeros(weight.shape[1], weight.shape[1], device=weight.device)
     residual = torch.zeros(weight.shape, device=weight.device)
     uncut = replace(dense, states=pruned.states)
