@@ -350,11 +350,12 @@ class Preparation:
         """Whether scales of the pruned model are tuned; where that is not possible, only if the options ask for it."""
         if not self.config.tunes_scales:
             return False
+        placement = self.placement  # too little memory is refused, whether or not scales are tuned
         try:
-            if self.layer_wise or len(self.placement.devices) > 1:
+            if placement.layer_wise or len(placement.devices) > 1:
                 raise AdaPrunerError("`tune_scales` needs all layers on one device: leave it out")
             check_device(self.device)
-            check_adapters(empty_model(self.empty.config), scale_options(self.config.seed))
+            check_adapters(empty_model(self.empty.config), scale_options(self.config.seed, self.device))
         except AdaPrunerError as error:
             if self.config.tune_scales:
                 raise

@@ -173,13 +173,15 @@ def _stages(
         }
     if config.tunes_scales and not by_layer and devices == 1:
         removed = sum((block.groups - n) * block.parameters_per_group for block, n in blocks)
-        tokens = scale_options(config.seed).micro_batch_size * config.seq_len
-        # Scales are multiplied in float32. On a GPU only what goes into each layer is kept, see `scale_options`.
+        options = scale_options(config.seed, device)
+        tokens = options.micro_batch_size * config.seq_len
+        # Scales are multiplied in float32.
         of_layer = saved_activations(model.config, torch.float32)
-        recomputed = of_layer + (structure.layers + 1) * hidden * trial.itemsize
+        checkpointed = of_layer + (structure.layers + 1) * hidden * trial.itemsize
+        activations = checkpointed if options.gradient_checkpointing else structure.layers * of_layer
         stages["tuning scales"] = both | {
             "pruned weights": (held - removed) * with_copy,
-            "seq_len": int(tokens * (structure.layers * of_layer if device.type == "cpu" else recomputed)),
+            "seq_len": int(tokens * activations),
             "logits": 3 * tokens * vocabulary * trial.itemsize + 2 * losses,
         }
     return stages

@@ -111,7 +111,7 @@ def _tuned(job: Job, work: Path, compensated: Path, text: Tensor) -> PreTrainedM
         text: [windows, tokens], int64.
     """
     prepared, given = job.prepared, partial(load_model, find_model(str(compensated)), "auto", str(job.prepared.device))
-    settings = scale_options(job.config.seed, prepared.process.count, recompute=prepared.device.type != "cpu")
+    settings = scale_options(job.config.seed, prepared.device, prepared.process.count)
     examples, pruned = window_examples(text, "the text of the compensation", settings), given()
     with prepared.reporter.stage("tuning scales", total_steps(examples, settings)) as advance:
         try:
