@@ -289,7 +289,9 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_what_was_saved(
         return original(*arguments, **named) * (math.nan if calls > 7 else 1)
 
     monkeypatch.setattr(Trainer, "training_step", breaks)
-    with pytest.raises(AdaPrunerError, match=r"the loss is nan at step 4; what was saved last, .*checkpoint-3, stays"):
+    with pytest.raises(
+        AdaPrunerError, match=r"the loss is nan at step 4; the last checkpoint, .*checkpoint-3, is kept"
+    ):
         train(model, examples, RecoveryOptions(**SHORT), tmp_path / "work")
     assert (tmp_path / "work" / "checkpoint-3" / "adapter_model.safetensors").is_file()
     assert not (tmp_path / "work" / "checkpoint-4").exists()

@@ -346,7 +346,7 @@ def _loading(config: PreTrainedConfig) -> str:
     written = f"Written by transformers {version('transformers')}"
     if is_pruned(config):
         remote = ", trust_remote_code=True"
-        why = f"Layers differ, so the folder brings a modelling file. {written}; versions before 5.14 cannot read it."
+        why = f"Layers differ, so the folder contains a modelling file. {written}; versions before 5.14 cannot read it."
         others = (
             "vLLM: `--trust-remote-code`, if every layer has an attention; other loaders:"
             " `adapruner export FOLDER --to stock -o PADDED`"

@@ -79,7 +79,7 @@ def _in_files(given: Mapping[str, Any], tokenizer: Tokenizer | None, run: RunFol
         check_prunable(model)
         tokenizer = check_tokenizer(tokenizer)
     elif tokenizer is not None:
-        raise AdaPrunerError("`tokenizer` goes with a model in memory: leave it out, or load the model")
+        raise AdaPrunerError("`tokenizer` is for a model in memory: leave it out, or load the model")
     texts = {name: options[name] for name in ("calibration", "objective", "recover") if is_in_memory(options.get(name))}
     if texts or loaded:
         run.check_usable()

@@ -436,7 +436,7 @@ def test_a_gguf_file_that_is_a_folder(commands: Commands, refused: Refused, tmp_
     ("name", "message"),
     [
         ("", "holds no model"),
-        ("nobody/nothing", "the hub is not asked in offline mode (HF_HUB_OFFLINE is set)"),
+        ("nobody/nothing", "the Hub is not contacted in offline mode (HF_HUB_OFFLINE is set)"),
         ("no spaces in/ids", "cannot load 'no spaces in/ids'"),
         ("a//b", "no model at"),
         ("../../nothing", "no model at"),
@@ -498,11 +498,11 @@ def test_missing_folders_are_no_hub_ids(
     shutil.copy(copy / "config.json", copy.parent / "modal.gguf")
     for name in (f"{copy.parent.name}/modell", str(copy.parent / "modell"), f"./{copy.parent.name}/modell"):
         message = refused(commands(name)["evaluate"], "no model at", "did you mean", "model?")
-        assert "hub is not asked" not in message
+        assert "Hub is not contacted" not in message
     refused(commands(f"{copy.parent.name}/mode.gguf")["evaluate"], "no GGUF file", "modal.gguf?")
     assert "did you mean" not in refused(commands(f"{copy.parent.name}/quite-another")["evaluate"], "no model at")
     monkeypatch.chdir(copy.parent)
-    refused(commands("modell")["evaluate"], "cannot load 'modell'", "did you mean model", "the hub is not asked")
+    refused(commands("modell")["evaluate"], "cannot load 'modell'", "did you mean model", "the Hub is not contacted")
 
 
 def test_a_place_is_the_same_from_everywhere(

@@ -82,7 +82,7 @@ NO_SUCH_TEXT = {
     "hf": "hf:owner/name",
     "hf:": "hf:owner/name",
     "hf::::": "hf:owner/name",
-    "hf:a:b:c:d:e:f": "'hf:a:b:c:d:e:f' names no data set",
+    "hf:a:b:c:d:e:f": "'hf:a:b:c:d:e:f' names no dataset",
     "hf:no spaces in/ids": "hf:owner/name",
     "hf:a/b/c/d": "hf:owner/name",
     "hf:nobody/nothing": "cannot read 'hf:nobody/nothing'",

@@ -309,7 +309,9 @@ def generate_windows(
     """
     start = start_token(model)
     if start is None:
-        raise AdaPrunerError("the model names neither a start nor an end token: it cannot generate text by itself")
+        raise AdaPrunerError(
+            "the model names neither a start nor an end token: it cannot generate text without a prompt"
+        )
     generate: Any = model.generate
     windows = []
     generator = torch.default_generator

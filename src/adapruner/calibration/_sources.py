@@ -272,4 +272,4 @@ def _check_name(text: str) -> None:
         if not _is_folder(path):
             validate_repo_id(path)
     except HFValidationError as error:
-        raise AdaPrunerError(f"{text!r} names no data set, expected {_FORMS}: {reason(error)}") from None
+        raise AdaPrunerError(f"{text!r} names no dataset, expected {_FORMS}: {reason(error)}") from None

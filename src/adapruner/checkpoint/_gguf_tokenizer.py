@@ -70,7 +70,7 @@ def _not_writable(reason: str) -> AdaPrunerError:
     return AdaPrunerError(
         f"llama.cpp cannot read this tokenizer: {reason}; byte-level BPE of the kinds "
         f"{', '.join(_PRE_TOKENIZER_NAMES.values())} and BPE converted from SentencePiece can be exported,"
-        " other models stay folders that transformers loads"
+        " other models can only be saved as folders for transformers"
     )
 
 

@@ -37,11 +37,11 @@ def compare(
             and needs pip install 'adapruner[gguf]'.
         evaluate: Dataset for bits per byte.
         seq_len: Tokens per window of this dataset.
-        limit: Take only so many windows, and items of each task, evenly spaced.
+        limit: Maximum number of windows, and of items of each task, evenly spaced.
         tasks: Tasks of lm-eval, separated by commas or repeated; run by transformers.
         prompt: Tokens that are read at once to measure speed.
         new_tokens: Tokens that are then generated.
-        repetitions: Of which the median is taken.
+        repetitions: Number of timed runs; the median is reported.
         output: HTML page to write.
         overwrite: Replace an existing page.
     """

@@ -93,7 +93,7 @@ def evaluate(
         bos: Begin each of these windows with the token for the beginning of a text, if the tokenizer has one.
         tasks: Tasks of lm-eval, separated by commas or repeated; commonsense is the seven of the paper,
             generative is GSM8K and IFEval.
-        limit: Take only so many windows of each dataset and items of each task, evenly spaced.
+        limit: Maximum number of windows of each dataset and of items of each task, evenly spaced.
         layer_wise: Keep one decoder layer in memory at a time; by default if the model does not fit.
     """
     with starting():
@@ -131,7 +131,7 @@ def benchmark(
         batch_size: Sequences at once; may be repeated.
         prompt: Tokens that are read at once.
         new_tokens: Tokens that are then generated.
-        repetitions: Of which the median is taken; models take turns.
+        repetitions: Number of timed runs; models alternate, and the median is reported.
         output: Write the result here as JSON; as speed.json in a run folder, the report of the run shows it.
     """
     with starting():

@@ -60,7 +60,7 @@ def prune(
         overwrite: Rebuild what was made with other options, from another model or other text.
         storage: URL of an SQL database for the trials, postgresql://…, to search on many machines; by default a SQLite
             file in the run folder.
-        track: Experiment tracker that gets trials, training curves, stage times and perplexities while they come;
+        track: Experiment tracker that gets trials, training curves, stage times and perplexities during the run;
             tensorboard writes into the run folder. By default nothing is sent.
     """
     given = options.model_dump(exclude_unset=True) if options else {}

@@ -36,7 +36,7 @@ _GENERATIVE_TASKS = ("gsm8k", "ifeval")
 _SPLITS = ("training_split", "validation_split", "test_split")
 # Attributes of tasks that cannot be run.
 _IMPOSSIBLE = {
-    "MULTIMODAL": "asks about pictures or sound, of which a language model knows nothing",
+    "MULTIMODAL": "asks about images or audio, which a language model does not read",
     "UNSAFE_CODE": "runs code that the model writes, which is not done here: run lm-eval directly",
 }
 # Sequences at a time where memory does not say how many go; on a GPU lm-eval finds it out.

@@ -469,7 +469,7 @@ def _clear_gguf_marks(target: PreTrainedConfig | PreTrainedModel, location: Mode
 def _reported_as_unloadable(location: ModelLocation, part: str = "") -> Iterator[None]:
     hint = "" if location.is_local else _similar(Path(location.path))
     if not location.is_local and is_offline_mode():
-        hint += "; the hub is not asked in offline mode (HF_HUB_OFFLINE is set)"
+        hint += "; the Hub is not contacted in offline mode (HF_HUB_OFFLINE is set)"
     with _reported(f"cannot load {part}{str(location)!r}", hint), quiet_transformers():
         yield
 

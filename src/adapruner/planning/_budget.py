@@ -326,7 +326,7 @@ def _refuse_missed_ratio(
         more = f", {largest(1):.3f} with equal shares (`head_share` 1)" if budget.head_share < 1 else ""
         raise UnreachableRatioError(
             f"a ratio of {budget.ratio:g} cannot be reached: {protected}at most {largest(budget.head_share):.3f}"
-            f" of the {total:,} parameters can go{more}"
+            f" of the {total:,} parameters can be removed{more}"
         )
     of_experts = [block for block in heads.values() if block.kind == "experts"]
     if of_experts:

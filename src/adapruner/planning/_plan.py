@@ -63,7 +63,7 @@ class PruningPlan(BaseModel):
     @model_validator(mode="after")
     def _something_stays(self) -> Self:
         if self.removed_parameters >= self.total_parameters:
-            raise ValueError(f"{self.removed_parameters:,} of {self.total_parameters:,} parameters cannot go")
+            raise ValueError(f"{self.removed_parameters:,} of {self.total_parameters:,} parameters cannot be removed")
         return self
 
     @property

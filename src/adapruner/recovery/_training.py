@@ -476,7 +476,7 @@ class _Watcher(TrainerCallback):
             value = (logs or {}).get(name, 0.0)
             if not math.isfinite(value):
                 saved = _last_whole_checkpoint(self._folder)
-                kept = f"what was saved last, {saved}, stays" if saved else "nothing was saved yet"
+                kept = f"the last checkpoint, {saved}, is kept" if saved else "nothing was saved yet"
                 raise AdaPrunerError(
                     f"{what} is {value} at step {state.global_step}; {kept}. Lower `learning_rate`"
                     f" ({args.learning_rate:g}) or raise `warmup_steps`, and look for broken records in the data"

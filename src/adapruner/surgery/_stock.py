@@ -158,7 +158,7 @@ def _empty_padded(model: PreTrainedModel) -> PreTrainedModel:
                         missing, architecture, structure, wide
                     ):
                         return padded
-    raise AdaPrunerError(f"no stock {model.config.model_type} takes the layers of this model")
+    raise AdaPrunerError(f"no stock {model.config.model_type} supports the layers of this model")
 
 
 def _empty_with_more_heads(model: PreTrainedModel) -> PreTrainedModel | None:

@@ -209,7 +209,7 @@ def _sorted(content: Any) -> str:
 def _not_rewritable(reason: str) -> AdaPrunerError:
     return AdaPrunerError(
         f"this tokenizer cannot be rewritten exactly with fewer tokens: {reason}; BPE over bytes, BPE that falls back"
-        " to bytes and Unigram can be, other vocabularies stay as they are: leave `vocabulary` out"
+        " to bytes and Unigram can be: leave `vocabulary` out"
     )
 
 

@@ -101,7 +101,7 @@ def compare(
         tasks: of lm-eval, run by transformers.
         prompt: tokens that are read at once to measure speed.
         new_tokens: tokens that are then generated one by one.
-        repetitions: of which the median is taken, after one that does not count.
+        repetitions: number of timed runs, after one to warm up; the median is reported.
         overwrite: replace the page.
 
     Raises:

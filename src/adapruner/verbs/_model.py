@@ -122,7 +122,7 @@ def benchmark(
         batch_sizes: sequences at once.
         prompt: tokens that are read at once.
         new_tokens: tokens that are then generated one by one.
-        repetitions: of which the median is taken, after one that does not count.
+        repetitions: number of timed runs, after one to warm up; the median is reported.
         output: a file for the result as JSON; `speed.json` in a run folder is shown by the report of the run.
 
     Returns:

@@ -58,7 +58,7 @@ class ModelSource:
         if self.location is None:
             return check_tokenizer(given)
         if given is not None:
-            raise AdaPrunerError("`tokenizer` goes with a model in memory: leave it out, or load the model")
+            raise AdaPrunerError("`tokenizer` is for a model in memory: leave it out, or load the model")
         return load_tokenizer(self.location)
 
     @contextlib.contextmanager
