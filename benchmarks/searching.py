@@ -34,7 +34,7 @@ from adapruner.search import (
     SearchSpace,
     StudyPlace,
     build_subset_family,
-    is_feasible,
+    meet_budget,
     plan_candidate,
     sqlite_url,
 )
@@ -58,8 +58,8 @@ def main(
     objective, final = text[:windows], text[config.objective_windows :]
     budget = reference_budget(config, structure, config.ratio[0])
     family = build_subset_family(measured, structure, kept_counts(structure, budget))
-    feasible = partial(is_feasible, structure, measured)
-    space = SearchSpace(family, config.samples, 0, budget, "extended", is_feasible=feasible)
+    meet = partial(meet_budget, structure, measured, None)
+    space = SearchSpace(family, config.samples, 0, budget, "extended", meet=meet)
     compensation = Compensation("least-squares", found.moments)
     prefix = compute_prefix(dense, objective, MOST_PROTECTED_FIRST)
     judge = Objective(dense, structure, measured, objective, compensation, prefix)

@@ -31,7 +31,7 @@ from adapruner.search import (
     SearchSpace,
     StudyPlace,
     build_subset_family,
-    is_feasible,
+    meet_budget,
     sqlite_url,
 )
 from adapruner.structure import build_structure
@@ -90,8 +90,8 @@ def make_search(measured: Path, model: str, windows: int, trials: int, place: St
     text = found.windows["objective"][:windows]
     budget = reference_budget(config, structure, config.ratio[0])
     family = build_subset_family(statistics, structure, kept_counts(structure, budget))
-    feasible = partial(is_feasible, structure, statistics)
-    space = SearchSpace(family, config.samples, 0, budget, "extended", is_feasible=feasible)
+    meet = partial(meet_budget, structure, statistics, None)
+    space = SearchSpace(family, config.samples, 0, budget, "extended", meet=meet)
     compensation, prefix = (
         Compensation("least-squares", found.moments),
         compute_prefix(dense, text, MOST_PROTECTED_FIRST),

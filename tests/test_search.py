@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 import os
 import random
 import signal
@@ -16,6 +17,7 @@ from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
+from statistics import fmean
 
 import optuna
 import pytest
@@ -33,7 +35,7 @@ from adapruner.errors import AdaPrunerError
 from adapruner.importance import TERMS, needed_statistics, register_term, score_groups
 from adapruner.measurement import Statistics, measure, measure_moments, removal_errors
 from adapruner.models import empty_model
-from adapruner.planning import Budget, BudgetError
+from adapruner.planning import Budget, BudgetError, Target, kept_counts
 from adapruner.search import (
     Candidate,
     History,
@@ -43,13 +45,13 @@ from adapruner.search import (
     StudyPlace,
     SubsetFamily,
     build_subset_family,
-    is_feasible,
+    meet_budget,
     plan_candidate,
     read_history,
     sqlite_url,
 )
 from adapruner.search._history import LOSSES, STOPPED, importance_of
-from adapruner.structure import build_structure
+from adapruner.structure import Structure, build_structure
 from run_helpers import fast_starts
 
 
@@ -325,10 +327,8 @@ def test_a_space_that_holds_hardly_anything_feasible_comes_to_an_end(subsets: Su
     assert 4 <= len(result.points) < 12
 
 
-@pytest.mark.parametrize("ratio", [0.5, 0.2])
-def test_proposals_are_repaired_where_their_budget_cannot_be_met(ratio: float, subsets: SubsetFamily) -> None:
-    """SmolLM2-135M in shapes only: at 50 % almost half of the random proposals could not be met."""
-    structure = build_structure(
+def smollm2_in_shapes() -> Structure:
+    return build_structure(
         empty_model(
             LlamaConfig(
                 vocab_size=49152,
@@ -342,12 +342,18 @@ def test_proposals_are_repaired_where_their_budget_cannot_be_met(ratio: float, s
         )
     )
 
+
+@pytest.mark.parametrize("ratio", [0.5, 0.2])
+def test_proposals_are_repaired_where_their_budget_cannot_be_met(ratio: float, subsets: SubsetFamily) -> None:
+    """At 50 %, almost half of the random proposals could not be met."""
+    structure = smollm2_in_shapes()
+
     def can_meet(candidate: Candidate) -> bool:
         budget = replace(candidate.budget, ranking="local")
-        return is_feasible(structure, None, candidate.model_copy(update={"budget": budget}))
+        return meet_budget(structure, None, None, candidate.model_copy(update={"budget": budget})) is not None
 
     plain = SearchSpace(subsets, 4, 0, Budget(ratio, 0, 0, 1.0, 32), "extended")
-    repairing = replace(plain, is_feasible=can_meet)
+    repairing = replace(plain, meet=lambda candidate: candidate if can_meet(candidate) else None)
     pairs = []
     for seed in range(60):
         study = create_study(sampler=RandomSampler(seed))
@@ -367,6 +373,32 @@ def test_proposals_are_repaired_where_their_budget_cannot_be_met(ratio: float, s
     )
     trial = create_study(sampler=RandomSampler(0)).ask()
     assert (held.suggest(trial).budget.protect_first, held.suggest(trial).budget.head_share) == (5, 0.0)
+
+
+def test_proposals_meet_a_target_in_place_of_a_ratio(subsets: SubsetFamily) -> None:
+    """A KV group has the parameters of 171 channels and costs as much as 600: without attentions, less is removed."""
+    structure = smollm2_in_shapes()
+    prices = [600.0 if block.kind == "heads" else 1.0 for block in structure.blocks]
+
+    def costs(counts: Sequence[int]) -> float:
+        return sum(map(operator.mul, counts, prices))
+
+    dense = costs([block.groups for block in structure.blocks])
+    target = Target("target_speed", "1.2", costs, dense / 1.2, dense)
+
+    def meet(candidate: Candidate) -> Candidate | None:
+        local = candidate.model_copy(update={"budget": replace(candidate.budget, ranking="local")})
+        return meet_budget(structure, None, target, local)
+
+    space = SearchSpace(
+        subsets, 4, 0, Budget(0.2, 0, 0, round_to=32), "extended", meet=meet, whole={"attention": tuple(range(5, 13))}
+    )
+    budgets = [space.suggest(create_study(sampler=RandomSampler(seed)).ask()).budget for seed in range(40)]
+    reached = [dense / costs(kept_counts(structure, budget)) for budget in budgets]
+    assert all(1.2 <= speed <= 1.2 / 0.99 for speed in reached)
+    many = [budget.ratio for budget in budgets if len(budget.without_attention) > 4]
+    few = [budget.ratio for budget in budgets if len(budget.without_attention) <= 4]
+    assert fmean(many) < fmean(few)
 
 
 @pytest.mark.parametrize("layout", ["per-layer", "uniform"])
@@ -751,7 +783,7 @@ def test_a_registered_term_is_searched(
     statistics = replace(measure(model, structure, windows), removal_error=alone, elimination_error=eliminated)
     family = build_subset_family(statistics, structure, [block.groups - 1 for block in structure.blocks])
     space = SearchSpace(
-        family, 3, 0, Budget(0.05, 0, 0), "extended", is_feasible=partial(is_feasible, structure, statistics)
+        family, 3, 0, Budget(0.05, 0, 0), "extended", meet=partial(meet_budget, structure, statistics, None)
     )
     before = space.starting_points()
     assert needed_statistics("extended", "all") == {"taylor", "elements", "inputs", "moments", "eliminations"}

@@ -202,6 +202,9 @@ def test_a_run_meets_a_size(
     assert 0.99 * asked <= (tmp_path / "smaller/model/model.safetensors").stat().st_size <= asked
     found = RunFolder(tmp_path / "smaller").read_config()
     assert found.search_ratio == result.result.config.ratio[0] < found.ratio[0]
+    line = command(found, tmp_path / "smaller")
+    assert f"--target-size {int(0.87 * dense)}" in line
+    assert f"--target-size {asked}" in line.splitlines()[-1]
 
 
 @pytest.mark.parametrize("amount", [{}, {"ratio": 0.2, "target_size": "1MB"}])

@@ -465,10 +465,12 @@ class PruneConfig(PruneOptions):
 
     Attributes:
         search_ratio: the ratio that the search was done at, where it is another than that of the plan.
+        search_target: the target that its trials met in place of that ratio, by option.
     """
 
     model: str = Field(description="Hub id, model folder, .gguf file, or smollm2.")
     search_ratio: Fraction | None = None
+    search_target: dict[str, Any] | None = None
 
     _conflicts = (
         (
@@ -569,6 +571,13 @@ class PruneConfig(PruneOptions):
     def searched_ratio(self) -> float:
         """The ratio that the search is done at."""
         return self.search_ratio or self.ratio[0]
+
+    @property
+    def searched_target(self) -> dict[str, Any] | None:
+        """The target that trials meet in place of that ratio, by option; None where they have the ratio."""
+        if self.search_ratio is not None:
+            return self.search_target
+        return {name: getattr(self, name) for name in TARGET_OPTIONS} if self.target else None
 
     def save(self, path: Path) -> None:
         """Writes the resolved options as YAML."""

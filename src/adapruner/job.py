@@ -193,9 +193,13 @@ class Preparation:
 
     @cached_property
     def latencies(self) -> Latencies:
-        """What layers take on this machine: as the run has measured it, or else as this user has, or measured now."""
+        """What layers take on this machine."""
+        return self._latencies_of(self.config)
+
+    def _latencies_of(self, config: PruneConfig) -> Latencies:
+        """As the run has measured them, or else as this user has, or measured now."""
         check_latencies(self.structure)
-        config, model = self.config, self.empty.config
+        model = self.empty.config
         phase, batch, context = config.target_phase, config.target_batch, config.tokens_of_target
         about = describe_measuring(model, self.dtype, self.device, phase, batch, context)
         for folder in (self.folder, *self.others):
@@ -216,7 +220,20 @@ class Preparation:
     @cached_property
     def target(self) -> Target | None:
         """What replaces the ratio."""
-        return target_of(self.config, self.empty, self.structure, self.dtype, self.tokenizer, lambda: self.latencies)
+        return self._target_of(self.config)
+
+    @cached_property
+    def searched_target(self) -> Target | None:
+        """What trials meet in place of the ratio of the search."""
+        options = self.config.searched_target
+        if options is None:
+            return None
+        searched = self.config.model_copy(update=options)
+        return self.target if searched == self.config else self._target_of(searched)
+
+    def _target_of(self, config: PruneConfig) -> Target | None:
+        measure = partial(self._latencies_of, config)
+        return target_of(config, self.empty, self.structure, self.dtype, self.tokenizer, measure)
 
     def ratio_of_target(self, target: Target) -> float:
         """The ratio that the search starts with to meet a target, from where the options say.

@@ -194,7 +194,7 @@ def plan_again(
         aim.meet_target()
         (ratio,) = aim.config.ratio
     nearest = min(config.ratio, key=lambda searched: abs(searched - ratio))
-    options |= {"ratio": ratio, "search_ratio": config.search_ratio or nearest}
+    options |= {"ratio": ratio, "search_ratio": config.search_ratio or nearest, "search_target": config.searched_target}
     # Whether the model fits depends on the ratio, and what was searched on how it computes.
     layer_wise = _is_layer_wise(earlier.at_ratio(nearest, config))
     options["layer_wise"] = config.layer_wise if layer_wise is None else layer_wise

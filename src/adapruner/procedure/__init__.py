@@ -35,11 +35,12 @@ __all__ = [
     "windows",
 ]
 
-# Every artifact stands behind its inputs.
+# Every artifact stands behind its inputs. Latencies come first: whoever runs trials reads them in the run folder.
 ARTIFACTS: tuple[Artifact[Any], ...] = (
+    latencies,
     *(vocabulary, windows, report_texts, report_texts_dense),
     *(self_written, moments, statistics, whole, search, levelled, plan, compensated, model),
-    *(latencies, target, training_windows, recovered),
+    *(target, training_windows, recovered),
     *perplexity.values(),
     *scores.values(),
     continuations,

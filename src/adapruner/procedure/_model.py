@@ -148,7 +148,6 @@ def _origin(job: Job, plan: PruningPlan) -> dict[str, Any]:
     options="target_phase target_batch target_context head_granularity",
     leaves="model precision",
     is_wanted=lambda config: config.target_speed is not None,
-    is_result=False,
 )
 def latencies(job: Job, work: Path) -> Latencies:
     """What layers take on this machine, by which the target was resolved."""

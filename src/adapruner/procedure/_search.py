@@ -37,11 +37,10 @@ from adapruner.search import (
     SearchSpace,
     TriedPoint,
     build_subset_family,
-    is_feasible,
     level,
+    meet_budget,
     plan_candidate,
     removal_orders,
-    scores_of,
 )
 from adapruner.structure import Structure
 from adapruner.surgery import Compensation
@@ -98,9 +97,9 @@ def whole(job: Job, work: Path, windows: Windows) -> RemovalOrders:
     "search.json",
     json_form(SearchResult),
     inputs=(windows, moments, statistics, whole),
-    options="searched_ratio ratio_of samples objective_windows objective_function selection trials sampler search"
-    " alignment terms reduction space layout whole protect_first protect_last head_granularity expert_granularity"
-    " head_share round_to compensation seed",
+    options="searched_ratio searched_target ratio_of samples objective_windows objective_function selection trials"
+    " sampler search alignment terms reduction space layout whole protect_first protect_last head_granularity"
+    " expert_granularity head_share round_to compensation seed",
     leaves="model family precision left_out terms",
     check=lambda job: (
         job.prepared.check_storage(),
@@ -151,7 +150,7 @@ def _search(job: Job, statistics: Statistics, orders: RemovalOrders | None, judg
         reduction=config.reduction,
         terms=config.terms,
         searched=config.search,
-        is_feasible=partial(is_feasible, structure, statistics),
+        meet=partial(meet_budget, structure, statistics, job.prepared.searched_target),
         experts=_what_ranks_experts(structure, statistics),
         whole=orders.shortened(structure, budget.ratio) if orders else {},
     )
@@ -253,14 +252,13 @@ def candidate_at_ratio(job: Job, statistics: Statistics, found: Candidate) -> Ca
     """A candidate at the ratio of the job, or at the one with which it meets the target; where its allocation cannot do
     so, or only by taking a layer apart, with the allocation that the job starts from."""
     structure, ratio = job.prepared.structure, job.prepared.ratio_of_blocks(job.config.ratio[0])
+    at_ratio = found.model_copy(update={"budget": replace(found.budget, ratio=ratio)})
     with contextlib.suppress(AdaPrunerError):
-        if target := job.prepared.target:
-            scores = scores_of(structure, statistics, found)
-            ratio = target.ratio(lambda ratio: kept_counts(structure, replace(found.budget, ratio=ratio), scores))
-        if found.budget.ratio == ratio:
+        met = meet_budget(structure, statistics, job.prepared.target, at_ratio)
+        if met == found:
             return found
-        at_ratio = found.model_copy(update={"budget": replace(found.budget, ratio=ratio)})
-        plan = plan_candidate(structure, statistics, at_ratio)
-        if largest_channel_share(structure, [len(block.kept) for block in plan.blocks]) <= MOST_CHANNELS:
-            return at_ratio
+        if met is not None:
+            plan = plan_candidate(structure, statistics, met)
+            if largest_channel_share(structure, [len(block.kept) for block in plan.blocks]) <= MOST_CHANNELS:
+                return met
     return found.model_copy(update={"budget": job.budget(job.config.ratio[0])})

@@ -2,7 +2,7 @@
 
 from adapruner.search._history import History, TriedPoint, read_history
 from adapruner.search._levelling import Levelled, LevellingRound, level
-from adapruner.search._objective import ItemLosses, Objective, is_feasible, plan_candidate, scores_of
+from adapruner.search._objective import ItemLosses, Objective, meet_budget, plan_candidate
 from adapruner.search._place import StudyPlace, sqlite_url
 from adapruner.search._space import MOST_PROTECTED_FIRST, Candidate, SearchSpace
 from adapruner.search._study import JUDGED_TOGETHER, Search, SearchResult
@@ -27,11 +27,10 @@ __all__ = [
     "SubsetFamily",
     "TriedPoint",
     "build_subset_family",
-    "is_feasible",
     "level",
+    "meet_budget",
     "plan_candidate",
     "read_history",
     "removal_orders",
-    "scores_of",
     "sqlite_url",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import torch
@@ -17,7 +17,7 @@ from adapruner.evaluation import Prefix, losses_by_batch, losses_in_step
 from adapruner.importance import score_groups
 from adapruner.measurement import Statistics
 from adapruner.models import is_streamed
-from adapruner.planning import BudgetError, PruningPlan, kept_counts, make_plan
+from adapruner.planning import BudgetError, PruningPlan, Target, kept_counts, make_plan
 from adapruner.search._space import Candidate
 from adapruner.structure import Structure
 from adapruner.surgery import Compensation, kept_layers, prune_model, prune_on_reading
@@ -39,14 +39,23 @@ def plan_candidate(structure: Structure, statistics: Statistics, candidate: Cand
     return make_plan(structure, scores, kept_counts(structure, candidate.budget, scores))
 
 
-def is_feasible(structure: Structure, statistics: Statistics, candidate: Candidate) -> bool:
-    """Whether the budget of a candidate can be met; see `plan_candidate`."""
-    scores = scores_of(structure, statistics, candidate) if candidate.budget.ranking == "global" else None
+def meet_budget(
+    structure: Structure, statistics: Statistics, target: Target | None, candidate: Candidate
+) -> Candidate | None:
+    """The candidate where its budget can be met, with a target at the ratio that meets that; else None."""
+    budget = candidate.budget
+    scores = scores_of(structure, statistics, candidate) if budget.ranking == "global" else None
+
+    def counts_at(ratio: float) -> list[int]:
+        return kept_counts(structure, replace(budget, ratio=ratio), scores)
+
     try:
-        kept_counts(structure, candidate.budget, scores)
+        if target is None:
+            counts_at(budget.ratio)
+            return candidate
+        return candidate.model_copy(update={"budget": replace(budget, ratio=target.ratio(counts_at))})
     except BudgetError:
-        return False
-    return True
+        return None
 
 
 def scores_of(structure: Structure, statistics: Statistics, candidate: Candidate) -> Tensor:

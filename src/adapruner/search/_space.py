@@ -70,8 +70,9 @@ class SearchSpace:
         experts: whether there are experts, and what they can be ranked by: also by what was measured of their routing,
             or, where that is not known, by the Taylor terms alone.
         searched: `joint`; or only samples or metric, with the first random draw or `param_first` for the other.
-        is_feasible: whether the budget of a candidate can be met. One that cannot is replaced by the nearest that can:
-            without whole parts removed, with fewer protected layers, then with more heads. None leaves all as they are.
+        meet: gives the candidate that meets the budget with the allocation of another, None where that cannot. Such a
+            one is replaced by the nearest that can: without whole parts removed, with fewer protected layers, then with
+            more heads. None leaves all as they are.
         whole: for each part of a layer that may be removed whole, the layers in the order of removal. How many are
             removed is searched.
     """
@@ -86,7 +87,7 @@ class SearchSpace:
     reduction: Reduction = "sum"
     terms: Terms = "all"
     searched: Searched = "joint"
-    is_feasible: Callable[[Candidate], bool] | None = None
+    meet: Callable[[Candidate], Candidate | None] | None = None
     experts: Literal["none", "routing", "taylor"] = "none"
     whole: Mapping[Whole, tuple[int, ...]] = field(default_factory=dict)
 
@@ -239,11 +240,10 @@ class SearchSpace:
 
     def _nearest_feasible(self, candidate: Candidate) -> Candidate:
         """The candidate itself where no budget near it can be met either."""
-        for budget in self._relaxed(candidate.budget):
-            nearest = candidate.model_copy(update={"budget": budget})
-            if self.is_feasible is None or self.is_feasible(nearest):
-                return nearest
-        return candidate
+        if self.meet is None:
+            return candidate
+        nearest = (candidate.model_copy(update={"budget": budget}) for budget in self._relaxed(candidate.budget))
+        return next(filter(None, map(self.meet, nearest)), candidate)
 
     def _relaxed(self, budget: Budget) -> Iterator[Budget]:
         """The budget, then without whole parts removed, then ever more to take it from: a layer less protected, at the
