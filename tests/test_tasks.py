@@ -7,7 +7,6 @@ import logging
 import math
 import random
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +79,13 @@ def local_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@cache
 def of_lm_eval() -> Any:
-    """lm-eval's own tasks, as it finds them; that takes seconds."""
-    return TaskManager()
+    """lm-eval's own tasks, as it finds them. That takes seconds: it is the register that the package makes of them for
+    others than those it has local data for."""
+    register = _tasks._task_manager()
+    assert type(register) is TaskManager
+    assert register.include_path is None
+    return register
 
 
 def requests(task: Any) -> list[tuple[Any, ...]]:
