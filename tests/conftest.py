@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 import adapruner
 from adapruner.models import known_architectures
-from run_helpers import RUN_OPTIONS
+from run_helpers import CONTINUED, RUN_OPTIONS
 
 VOCABULARY = 96
 
@@ -118,6 +118,14 @@ def _nothing_waits_for_the_disk() -> Iterator[None]:
         patch.setattr("adapruner.files._flush", lambda _: None)
         yield
     event.remove(Engine, "connect", do_not_wait)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _continuations_are_short() -> Iterator[None]:
+    """A token takes as long to generate as a batch of windows to judge, and every run generates them twice."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(*CONTINUED)
+        yield
 
 
 @pytest.fixture(autouse=True)

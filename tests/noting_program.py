@@ -1,4 +1,4 @@
-"""The command line, noting who does what, for tests in which several processes work on one run."""
+"""Notes who does what, for tests in which several processes work on one run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from adapruner.cli import main
 from adapruner.procedure import _model, _statistics
 from adapruner.search import Search
 
@@ -43,8 +42,3 @@ def note_who_works() -> None:
 
     Search._run_together = judge_slowly
     _statistics.measure_in_parts, _model.recover_into = measure_noting, recover_noting
-
-
-if __name__ == "__main__":
-    note_who_works()
-    main()

@@ -17,6 +17,7 @@ import torch
 
 from adapruner.artifacts import Record, are_as_written
 from adapruner.cli import main
+from adapruner.evaluation import _breakage
 
 # Files that say how long something took, or show it.
 WITH_TIMES = ("result.json", "report.html", "recovery.json")
@@ -35,16 +36,33 @@ RUN_OPTIONS: dict[str, Any] = {
     "tune_scales": False,
 }
 
+# Less of everything that no test of a whole run is about.
+QUICK: dict[str, Any] = RUN_OPTIONS | {
+    "trials": 5,
+    "level_rounds": 0,
+    "self_windows": 0,
+    "compensation_windows": 32,
+    "final_windows": 0,
+}
+
+# How far runs of tests continue the openings that breakage is looked for in: target, name and tokens in place of 64.
+CONTINUED = (_breakage, "_CONTINUED", 8)
+
 # Imported once, by the server that starts the processes of tests; what is not installed is left out.
 _PRELOADED = [
+    "adapruner.cli.models",
+    "adapruner.cli.runs",
     "adapruner.pipeline",
     "adapruner.verbs",
+    "alembic.command",
     "lm_eval.evaluator",
     "lm_eval.models.huggingface",
     "lm_eval.tasks",
-    "optuna",
+    "optuna.storages._rdb.models",
+    "optuna.samplers._tpe.sampler",
     "peft",
     "pytest",
+    "sqlalchemy.dialects.sqlite",
     "transformers.models.llama.modeling_llama",
     "transformers.trainer",
 ]
@@ -103,6 +121,7 @@ def _run_main(
         os.dup2(file, stream)
     os.environ.update(environment)
     torch.set_num_threads(threads)
+    setattr(*CONTINUED)
     before(*settings)
     main(arguments)
 

@@ -25,6 +25,7 @@ from adapruner.procedure import ARTIFACTS
 from adapruner.processes import Process, this_process
 from adapruner.progress import Reporter
 from adapruner.run import RunFolder
+from run_helpers import QUICK
 from run_helpers import RUN_OPTIONS as OPTIONS
 
 
@@ -105,7 +106,7 @@ def test_an_option_that_decides_nothing_may_change(run: Path, model_folder: Path
 
 
 def test_replaced_weights_are_noticed(model: Path, text_file: Path, tmp_path: Path) -> None:
-    options = OPTIONS | {"calibration": str(text_file)}
+    options = QUICK | {"calibration": str(text_file)}
     interrupt_behind("statistics.safetensors", model, tmp_path / "run", **options)
     tensors = load_file(model / "model.safetensors")
     tensors["model.layers.2.mlp.down_proj.weight"][3] += 1
@@ -166,7 +167,7 @@ def test_a_folder_is_checked_again_once_it_is_locked(
     model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two different commands start in one new folder: the slower one is refused."""
-    options = OPTIONS | {"calibration": str(text_file)}
+    options = QUICK | {"calibration": str(text_file)}
     locked = RunFolder.locked
 
     @contextlib.contextmanager
@@ -221,7 +222,7 @@ def test_ratios_and_plans_agree_on_the_windows_that_are_left_out(
     tensors = load_file(model / "model.safetensors")
     tensors["model.embed_tokens.weight"][40] = torch.nan
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
-    options = OPTIONS | {"calibration": str(text_file), "pool": 40, "objective_windows": 24, "ratio": (0.05, 0.1)}
+    options = QUICK | {"calibration": str(text_file), "pool": 40, "objective_windows": 24, "ratio": (0.05, 0.1)}
     first = prune_ratios(str(model), output=tmp_path / "run", **options)
     before = written(tmp_path / "run")
     assert RunFolder(tmp_path / "run").left_out.is_file()
@@ -263,7 +264,7 @@ def test_relative_paths_mean_the_same_from_another_folder(
     model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    first = adapruner.prune("model", output="run", calibration="text.txt", **OPTIONS)
+    first = adapruner.prune("model", output="run", calibration="text.txt", **QUICK)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     # Another model of the same name.

@@ -26,6 +26,7 @@ from adapruner.config import PruneConfig
 from adapruner.evaluation import (
     Breakage,
     Perplexity,
+    _breakage,
     _losses,
     agreement,
     continue_greedily,
@@ -61,6 +62,13 @@ def test_equals_the_loss_of_transformers(model: PreTrainedModel, monkeypatch: py
     assert steps == [3, 3, 1]
 
 
+@pytest.fixture
+def _continuations_are_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of users."""
+    monkeypatch.setattr(_breakage, "_CONTINUED", 64)
+
+
+@pytest.mark.usefixtures("_continuations_are_long")
 def test_repetition_is_that_of_greedy_continuations(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
     openings = ["w7 w8 w9", "w11 w12 w13 w14", "w20 w3 w4"]
     shares, continued = [], []
@@ -79,6 +87,7 @@ def test_repetition_is_that_of_greedy_continuations(model: PreTrainedModel, toke
     assert repetition(torch.tensor(continued)) == pytest.approx(statistics.fmean(shares))
 
 
+@pytest.mark.usefixtures("_continuations_are_long")
 def test_agreement_is_the_fraction_of_equal_next_tokens(
     make_model: Callable[..., PreTrainedModel], model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
 ) -> None:

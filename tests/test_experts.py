@@ -20,7 +20,7 @@ from adapruner.models import infer_architecture, known_architectures, random_mod
 from adapruner.planning import Budget, kept_counts, make_plan
 from adapruner.structure import Structure, build_structure
 from adapruner.surgery import Compensation, pad_to_stock, prune_model
-from run_helpers import RUN_OPTIONS
+from run_helpers import QUICK
 from tiny_families import tiny_config
 
 FAMILIES = ("mixtral", "gpt_oss", "deepseek_v3")
@@ -189,7 +189,7 @@ def test_channels_inside_of_experts_are_pruned_from_end_to_end(
     per_channel = sum(4 * block.parameters_per_group for block in structure.blocks if block.experts)
     own = {"ratio": 16 * per_channel / structure.total_parameters, "trials": 6, "expert_granularity": "channel"}
     uniform = {"layout": "uniform", "head_share": 0.0, "protect_first": None, "protect_last": None}
-    options = RUN_OPTIONS | own | uniform
+    options = QUICK | own | uniform
     result = adapruner.prune(str(tmp_path / "dense"), output=tmp_path / "run", calibration=str(text_file), **options)
     for block in result.plan.blocks:
         if block.kind == "channels":
@@ -264,7 +264,7 @@ def test_a_mixture_is_pruned_from_end_to_end(
     mixtral: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, text_file: Path, tmp_path: Path
 ) -> None:
     save_checkpoint(mixtral, tokenizer, tmp_path / "dense")
-    options = RUN_OPTIONS | {"ratio": 0.195, "trials": 11}
+    options = QUICK | {"ratio": 0.195, "trials": 11}
     result = adapruner.prune(str(tmp_path / "dense"), output=tmp_path / "run", calibration=str(text_file), **options)
     assert {len(block.kept) for block in result.plan.blocks if block.kind == "experts"} == {3}
     assert any(point.parameters.get("routing") for point in result.result.search.points)

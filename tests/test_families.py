@@ -30,7 +30,7 @@ from adapruner.models import (
     using_architecture,
 )
 from adapruner.structure import Structure, build_structure
-from run_helpers import RUN_OPTIONS
+from run_helpers import QUICK
 from tiny_families import tiny_config
 
 
@@ -175,7 +175,7 @@ def test_what_was_inferred_can_be_a_file(smollm3: Path, tmp_path: Path, capsys: 
 
 
 def test_a_family_without_a_file_is_pruned_from_end_to_end(smollm3: Path, text_file: Path, tmp_path: Path) -> None:
-    result = adapruner.prune(str(smollm3), output=tmp_path / "run", calibration=str(text_file), **RUN_OPTIONS)
+    result = adapruner.prune(str(smollm3), output=tmp_path / "run", calibration=str(text_file), **QUICK)
     assert 0.095 <= result.result.removed_share <= 0.105
     tokens = torch.arange(3, 40).view(1, -1)
     with torch.no_grad():
@@ -194,7 +194,7 @@ def test_a_layout_that_a_family_cannot_have_is_refused(
     uniform = infer_architecture(tiny_config("smollm3")).changed(layouts=("uniform",))
     monkeypatch.setattr(families, "describe", lambda _: uniform)
     with pytest.raises(AdaPrunerError, match="cannot be cut differently: set `layout` to uniform"):
-        adapruner.prune(str(smollm3), output=tmp_path / "run", calibration=str(text_file), **RUN_OPTIONS)
+        adapruner.prune(str(smollm3), output=tmp_path / "run", calibration=str(text_file), **QUICK)
     assert not (tmp_path / "run").exists()
 
 

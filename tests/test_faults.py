@@ -25,12 +25,12 @@ from adapruner.cli import main
 from adapruner.procedure import _statistics
 from adapruner.run import RunFolder
 from adapruner.search import Candidate, Objective, Search, StudyPlace, sqlite_url
+from run_helpers import QUICK, assert_same_artifacts, flags, said_by, start_main
 from run_helpers import RUN_OPTIONS as OPTIONS
-from run_helpers import assert_same_artifacts, flags, said_by, start_main
 
 
-def command(model: Path, output: Path, text: Path) -> list[str]:
-    return ["prune", str(model), "-o", str(output), "--calibration", str(text), *flags(OPTIONS)]
+def command(model: Path, output: Path, text: Path, options: dict[str, Any] = OPTIONS) -> list[str]:
+    return ["prune", str(model), "-o", str(output), "--calibration", str(text), *flags(options)]
 
 
 def exit_code(arguments: list[str]) -> object:
@@ -400,7 +400,7 @@ def take_memory_when_measured() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_no_memory_is_one_line_and_the_run_resumes(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
-    arguments = command(model_folder, tmp_path / "run", text_file)
+    arguments = command(model_folder, tmp_path / "run", text_file, QUICK)
     process = start_main(take_memory_when_measured, (), arguments, tmp_path)
     process.join()
     said = said_by(process, tmp_path)
@@ -427,7 +427,7 @@ def test_samples_that_break_the_model_are_left_out_and_named(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder = with_broken_embedding(tmp_path / "model", model, tokenizer, slice(40, 41))
-    options = OPTIONS | {"pool": 40, "objective_windows": 24}
+    options = QUICK | {"pool": 40, "objective_windows": 24, "final_windows": 8}
     result = adapruner.prune(str(folder), output=tmp_path / "run", calibration=str(text_file), **options)
     said = capsys.readouterr().err
     assert "not finite: windows [" in said

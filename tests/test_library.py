@@ -24,10 +24,9 @@ from adapruner.arguments import PruneArguments, RecoveryArguments, RunArguments
 from adapruner.given import name_of_code
 from adapruner.importance import TERMS
 from adapruner.measurement import Statistics
-from run_helpers import RUN_OPTIONS
+from run_helpers import QUICK, RUN_OPTIONS
 
 EXAMPLES = sorted(path for path in (Path(__file__).parents[1] / "examples").glob("*.py") if path.name != "inputs.py")
-QUICK = RUN_OPTIONS | {"trials": 5, "level_rounds": 0, "self_windows": 0}
 
 
 @pytest.fixture

@@ -35,8 +35,8 @@ from adapruner.run import RunFolder
 from adapruner.search import Search
 from adapruner.structure import build_structure
 from adapruner.surgery import prune_model
+from run_helpers import QUICK, WITH_TIMES, assert_same_artifacts, flags, run_killed
 from run_helpers import RUN_OPTIONS as OPTIONS
-from run_helpers import WITH_TIMES, assert_same_artifacts, flags, run_killed
 
 
 def command(model: Path, output: Path, text: Path, **changes: object) -> list[str]:
@@ -170,11 +170,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_an_undisturbed_one(
 
 
 def test_what_a_kill_at_the_edge_of_any_artifact_leaves_is_resumed_from(
-    finished: adapruner.PruneResult,
-    model_folder: Path,
-    text_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is on the disk there is what a kill leaves: before an artifact, when it is saved beside its place, and when
     it is in its place and not yet known as whole. The artifact is then made from it as in the undisturbed run."""
@@ -194,13 +190,12 @@ def test_what_a_kill_at_the_edge_of_any_artifact_leaves_is_resumed_from(
         names.append(name)
         finish(self, name, record, *beside)
 
-    options = OPTIONS | {"calibration": str(text_file)}
+    options = QUICK | {"calibration": str(text_file), "level_rounds": 1, "self_windows": 4}
     with monkeypatch.context() as patch:
         patch.setattr(RunFolder, "begin", leaving_before(RunFolder.begin))
         patch.setattr(RunFolder, "finish", leaving_before(noting))
         patch.setattr("adapruner.driver.replace", leaving_before(replace))
         adapruner.prune(str(model_folder), output=run, **options)
-    assert_same_artifacts(run, finished.output)
     assert len(left) == 3 * len(names) == 54
 
     def stopping(self: RunFolder, name: str, record: Record, *beside: Any) -> None:
@@ -213,7 +208,7 @@ def test_what_a_kill_at_the_edge_of_any_artifact_leaves_is_resumed_from(
         assert list(folder.glob(f".{name}.partial" if number % 3 == 1 and "/" not in name else "config.yaml"))
         with pytest.raises(KeyboardInterrupt):
             adapruner.prune(str(model_folder), output=folder, **options)
-        resumed, undisturbed = (RunFolder(one).record(name) for one in (folder, finished.output))
+        resumed, undisturbed = (RunFolder(one).record(name) for one in (folder, run))
         assert resumed is not None
         assert undisturbed is not None
         assert (resumed.key, bool(resumed.files)) == (undisturbed.key, True), (name, number)
@@ -247,7 +242,7 @@ def test_plan_gives_another_ratio_without_measuring_or_searching(
 
 def test_the_model_can_write_its_own_calibration_text(model_folder: Path, tmp_path: Path) -> None:
     """That it writes the same each time is tested with every kill, and layer by layer."""
-    options = OPTIONS | {"calibration": "self", "trials": 5}
+    options = QUICK | {"calibration": "self"}
     result = adapruner.prune(str(model_folder), output=tmp_path / "run", **options)
     # There is no text to report on.
     assert not result.result.final.perplexity
@@ -281,7 +276,7 @@ def test_parts_of_the_space_can_be_searched_alone(
 )
 def test_other_ways(changes: dict[str, object], model_folder: Path, text_file: Path, tmp_path: Path) -> None:
     """Every mode ends in a model that loads, meets the ratio, and has been found by a search of that mode."""
-    options = OPTIONS | {"trials": 12, "ratio": 0.12} | changes
+    options = QUICK | {"trials": 12, "ratio": 0.12} | changes
     result = adapruner.prune(str(model_folder), output=tmp_path / "run", calibration=str(text_file), **options)
     assert abs(result.plan.ratio - 0.12) <= 0.005
     assert (tmp_path / "run" / "moments").is_dir() == (options.get("compensation") != "none")
@@ -315,7 +310,7 @@ def test_the_final_fit_brings_the_model_nearer_to_the_dense_one(
 
 
 def test_query_heads_end_to_end(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
-    options = OPTIONS | {"head_granularity": "query-head", "head_share": 1.0}
+    options = QUICK | {"head_granularity": "query-head", "head_share": 1.0}
     result = adapruner.prune(str(model_folder), output=tmp_path / "run", calibration=str(text_file), **options)
     assert any(len(block.kept) < block.groups for block in result.plan.blocks if block.kind == "heads")
     assert adapruner.evaluate(result.model_folder, [str(text_file)], seq_len=16, limit=3).perplexity[0].windows == 3
@@ -635,7 +630,7 @@ def test_layer_by_layer_leads_to_the_same_model(model_folder: Path, text_file: P
     """With everything in one dtype, and by a text that the model writes itself. It is what a run is told to do where
     memory gives out, and decides last digits: it is not mixed with what was made otherwise."""
     run, texts = tmp_path / "run", {"calibration": "self", "objective": str(text_file)}
-    options = OPTIONS | texts | {"dtype": "bfloat16", "level_rounds": 0}
+    options = QUICK | texts | {"dtype": "bfloat16", "self_windows": None}
     resident = adapruner.prune(str(model_folder), output=run, layer_wise=False, **options)
     with pytest.raises(
         AdaPrunerError, match=r"layer_wise\): windows.safetensors, self.safetensors, .* would be rebuilt"
@@ -652,16 +647,14 @@ def test_layer_by_layer_leads_to_the_same_model(model_folder: Path, text_file: P
 def test_vector_wise_terms_alone(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
     """The best fixed metric is then the one that needs no gradient of a weight."""
     result = adapruner.prune(
-        str(model_folder), output=tmp_path, calibration=str(text_file), terms="vector-wise", **OPTIONS | {"trials": 6}
+        str(model_folder), output=tmp_path, calibration=str(text_file), terms="vector-wise", **QUICK | {"trials": 6}
     )
     assert result.result.search.best_fixed_name == "vectorize"
     assert "element_absolute" not in load_file(tmp_path / "statistics.safetensors")
 
 
 def test_a_pruned_model_is_pruned_again(finished: adapruner.PruneResult, text_file: Path, tmp_path: Path) -> None:
-    again = adapruner.prune(
-        str(finished.model_folder), output=tmp_path, calibration=str(text_file), **OPTIONS | {"trials": 5}
-    )
+    again = adapruner.prune(str(finished.model_folder), output=tmp_path, calibration=str(text_file), **QUICK)
     assert again.result.model("dense").parameters == finished.result.final.parameters
     assert 0.095 <= again.result.removed_share <= 0.105
     with pytest.raises(AdaPrunerError, match="whose layers differ already cannot be estimated"):
@@ -669,9 +662,14 @@ def test_a_pruned_model_is_pruned_again(finished: adapruner.PruneResult, text_fi
 
 
 def test_quiet_leaves_results_and_advice(
-    finished: adapruner.PruneResult, model_folder: Path, text_file: Path, tmp_path: Path
+    finished: adapruner.PruneResult, run: Path, model_folder: Path, text_file: Path
 ) -> None:
-    arguments = [*command(model_folder, tmp_path / "run", text_file), "--quiet", "--json"]
+    """Of a process of its own, which completes a run from the search on."""
+    for path in (run / "search.json", run / "study.db", run / "plan.json"):
+        path.unlink()
+    for path in (run / "model", run / "evaluation"):
+        shutil.rmtree(path)
+    arguments = [*command(model_folder, run, text_file), "--quiet", "--json"]
     environment = os.environ | {"FORCE_COLOR": "1", "NO_COLOR": "1"}
     process = subprocess.run([sys.executable, "-m", "adapruner", *arguments], capture_output=True, env=environment)
     assert json.loads(process.stdout)["plan_hash"] == finished.plan.hash

@@ -61,11 +61,12 @@ import sys
 sys.modules["adapruner"] = None  # as if it were not installed
 import torch
 from transformers import AutoModelForCausalLM
-folder, again, logits = sys.argv[1:]
-for place in (folder, again):
-    model = AutoModelForCausalLM.from_pretrained(place, trust_remote_code=True)
-    torch.testing.assert_close(model(torch.arange(3, 40).view(1, -1)).logits, torch.load(logits), rtol=0, atol=0)
-    model.save_pretrained(again)
+for folder in sys.argv[1:]:
+    for place in (folder + "/pruned", folder + "/again"):
+        model = AutoModelForCausalLM.from_pretrained(place, trust_remote_code=True)
+        expected = torch.load(folder + "/logits.pt")
+        torch.testing.assert_close(model(torch.arange(3, 40).view(1, -1)).logits, expected, rtol=0, atol=0)
+        model.save_pretrained(folder + "/again")
 """
 
 
@@ -79,11 +80,30 @@ def tiny(model_type: str) -> PreTrainedModel:
     return model
 
 
-@pytest.mark.parametrize(("model_type", "text"), [("olmo", OLMO), ("phi", PHI)])
-def test_a_family_is_pruned_saved_and_loaded(
-    model_type: str, text: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
-    (tmp_path / "families").mkdir()
+def test_families_are_pruned_saved_and_loaded(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    folders = [tmp_path / "olmo", tmp_path / "phi"]
+    for folder, text in zip(folders, (OLMO, PHI), strict=True):
+        prune_save_and_load(folder, text, tokenizer)
+    finished = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE, *map(str, folders)],
+        capture_output=True,
+        text=True,
+        env={"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1", "PATH": ""},
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    for folder in folders:
+        assert (folder / "again" / "modeling_pruned.py").read_text().count("\nregister_family(") == 1
+        # Where the file is not at hand, the same is inferred.
+        known_architectures().pop(folder.name)
+        loaded = load_model(find_model(str((folder / "pruned").rename(folder / "moved"))))
+        assert torch.equal(loaded(torch.arange(3, 40).view(1, -1)).logits, torch.load(folder / "logits.pt"))
+
+
+def prune_save_and_load(tmp_path: Path, text: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    """A model of the family that the folder is named after, with a file for the family."""
+    model_type = tmp_path.name
+    (tmp_path / "families").mkdir(parents=True)
     (tmp_path / "families" / "own.yaml").write_text(text)
     model = tiny(model_type)
     inferred = build_structure(model)
@@ -103,19 +123,6 @@ def test_a_family_is_pruned_saved_and_loaded(
             assert torch.equal(loaded(tokens).logits, logits)
     torch.save(logits, tmp_path / "logits.pt")
     load_model(find_model(str(folder))).save_pretrained(tmp_path / "again")
-    finished = subprocess.run(
-        [sys.executable, "-c", ELSEWHERE, str(folder), str(tmp_path / "again"), str(tmp_path / "logits.pt")],
-        capture_output=True,
-        text=True,
-        env={"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1", "PATH": ""},
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr
-    assert (tmp_path / "again" / "modeling_pruned.py").read_text().count("\nregister_family(") == 1
-    # Where the file is not at hand, the same is inferred.
-    known_architectures().pop(model_type)
-    loaded = load_model(find_model(str(folder.rename(tmp_path / "moved"))))
-    assert torch.equal(loaded(tokens).logits, logits)
 
 
 @pytest.mark.parametrize(

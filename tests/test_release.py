@@ -75,10 +75,8 @@ def test_the_installed_wheel_runs(wheel: Path, tmp_path: Path) -> None:
 
     assert output(str(program), "--version") == f"{adapruner.__version__}\n"
     assert "llama-7b-20" in output(str(program), "recipes")
-    where = "import adapruner, adapruner.models; print(adapruner.__file__, *adapruner.models.known_architectures())"
-    file, *families = output(sys.executable, "-c", where).split()
-    assert Path(file).is_relative_to(target)
-    assert "llama" in families
+    where = output(sys.executable, "-c", "import adapruner; print(adapruner.__file__)")
+    assert Path(where).is_relative_to(target)
 
 
 def test_the_citation_is_of_this_version() -> None:

@@ -496,6 +496,7 @@ def test_the_verb(run: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 def test_every_ratio_has_a_page(run: RunFolder) -> None:
     given = run.read_config().model_dump(exclude={"model", "search_ratio", "ratio"})
+    given |= {"trials": 6, "level_rounds": 0, "tune_scales": False, "overwrite": True}
     results = prune_ratios(run.read_config().model, output=run.path, ratio=(0.06, 0.12), **given)
     for result in results:
         result.report.unlink()
@@ -524,7 +525,7 @@ def test_a_folder_that_holds_no_run(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_a_report_that_fails_does_not_lose_the_run(
     model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = OPTIONS | {"calibration": str(text_file), "trials": 1}
+    options = OPTIONS | {"calibration": str(text_file), "trials": 1, "level_rounds": 0, "tune_scales": False}
     with monkeypatch.context() as patch:
         patch.setattr("adapruner.procedure._result.render_report", lambda *_: pytest.fail("it cannot be drawn"))
         with pytest.raises(pytest.fail.Exception):

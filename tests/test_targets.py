@@ -23,9 +23,9 @@ from adapruner.report._command import command
 from adapruner.run import RunFolder
 from adapruner.structure import Structure, build_structure
 from adapruner.verbs import estimate
-from run_helpers import RUN_OPTIONS
+from run_helpers import QUICK
 
-OPTIONS = {name: value for name, value in RUN_OPTIONS.items() if name != "ratio"}
+OPTIONS = {name: value for name, value in QUICK.items() if name != "ratio"}
 
 
 @pytest.fixture

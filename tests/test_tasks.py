@@ -7,7 +7,6 @@ import logging
 import math
 import random
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from adapruner import AdaPrunerError, verbs
-from adapruner.evaluation import check_tasks, load_tasks, mean_accuracies, measure_tasks
+from adapruner.evaluation import _tasks, check_tasks, load_tasks, mean_accuracies, measure_tasks
 
-pytest.importorskip("lm_eval")
+TaskManager = pytest.importorskip("lm_eval.tasks").TaskManager
 
 QUESTION = {"id": "1", "question": "w1 w2?", "choices": {"text": ["w3", "w4 w5", "w6"], "label": ["A", "B", "C"]}}
 # By the name of the task: what the hub has, and the same as it lies in the local copies.
@@ -80,12 +79,13 @@ def local_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@cache
 def of_lm_eval() -> Any:
-    """lm-eval's own tasks, as it finds them; that takes seconds."""
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager()
+    """lm-eval's own tasks, as it finds them. That takes seconds: it is the register that the package makes of them for
+    others than those it has local data for."""
+    register = _tasks._task_manager()
+    assert type(register) is TaskManager
+    assert register.include_path is None
+    return register
 
 
 def requests(task: Any) -> list[tuple[Any, ...]]:
@@ -237,11 +237,7 @@ def test_layer_by_layer_the_scores_are_the_same(model_folder: Path, local_data: 
 def test_groups_in_groups_are_one_number_where_lm_eval_makes_one(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, local_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lm_eval.tasks import TaskManager
-
-    from adapruner.evaluation import _tasks
-
-    easy = {"include": str(_tasks._task_manager().task_index["arc_easy"].yaml_path), "dataset_path": "json"}
+    easy = {"include": str(of_lm_eval().task_index["arc_easy"].yaml_path), "dataset_path": "json"}
     easy |= {"training_split": None, "validation_split": None}
     easy |= {"dataset_kwargs": {"data_files": {"test": str(local_data / FILES["arc_easy"])}}, "dataset_name": None}
     for name in ("one", "two"):
@@ -251,7 +247,7 @@ def test_groups_in_groups_are_one_number_where_lm_eval_makes_one(
     (local_data / "inner.yaml").write_text(json.dumps(inner))
     (local_data / "outer.yaml").write_text(json.dumps({"group": "outer", "task": ["inner", "two"]}))
     (local_data / "whole.yaml").write_text(json.dumps(inner | {"group": "whole", "task": ["inner", "two"]}))
-    manager = TaskManager(include_path=str(local_data))
+    manager = TaskManager(include_path=str(local_data), include_defaults=False)
     monkeypatch.setattr(_tasks, "_task_manager", lambda: manager)
     names = {
         name: [score.task for score in measure_tasks(model, tokenizer, load_tasks([name]))]

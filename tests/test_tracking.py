@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,21 +13,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 import adapruner
 from adapruner import AdaPrunerError
 from adapruner.tracking import Tracking
-
-OPTIONS = {
-    "ratio": 0.12,
-    "pool": 12,
-    "samples": 4,
-    "objective_windows": 6,
-    "final_windows": 0,
-    "seq_len": 16,
-    "trials": 9,
-    "round_to": 1,
-    "protect_first": 1,
-    "protect_last": 0,
-    "tune_scales": False,
-    "recovery": {"steps": 4, "batch_size": 4, "seq_len": 16, "validation": 4},
-}
+from run_helpers import QUICK, RUN_OPTIONS, fast_starts
 
 
 class Noting(GeneralTracker):
@@ -63,7 +49,8 @@ def test_a_run_tells_trials_training_stages_and_perplexities(
     wandb: type[Noting], model_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
     text = str(text_file)
-    options = OPTIONS | {"calibration": text, "evaluate": [text], "recover": text}
+    recovery = {"steps": 4, "batch_size": 4, "seq_len": 16, "validation": 4}
+    options = QUICK | {"calibration": text, "evaluate": [text], "recover": text, "recovery": recovery}
     result = adapruner.prune(str(model_folder), output=tmp_path / "run", track="wandb", **options).result
     assert wandb.runs == [("adapruner", "run")]
     *told, last = wandb.told
@@ -87,14 +74,30 @@ def test_a_run_tells_trials_training_stages_and_perplexities(
     ]
 
 
-def test_nothing_is_told_and_nothing_imported_unasked(
-    wandb: type[Noting], model_folder: Path, text_file: Path, tmp_path: Path
+def test_nothing_is_told_unasked(
+    wandb: type[Noting], finished: adapruner.PruneResult, model_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    adapruner.prune(str(model_folder), str(text_file), output=tmp_path / "run", **OPTIONS | {"recovery": {}})
+    """Neither of trials, nor of stages and perplexities: some of each come when the run is completed."""
+    run = Path(shutil.copytree(finished.output, tmp_path / "run"))
+    for name in ("search.json", "evaluation/perplexity-dense.json"):
+        (run / name).unlink()
+    again = adapruner.prune(str(model_folder), str(text_file), output=run, **RUN_OPTIONS)
+    assert again.result.models == finished.result.models
     assert (wandb.runs, wandb.told) == ([], [])
-    code = "import sys, adapruner.cli, adapruner.pipeline, adapruner.verbs; print(*sys.modules)"
-    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert not {"wandb", "mlflow", "trackio", "tensorboard"} & set(modules)
+
+
+def note_modules(file: Path) -> None:
+    file.write_text("\n".join(sys.modules))
+
+
+def test_nothing_is_imported_unasked(tmp_path: Path) -> None:
+    """In a process that has imported all that runs need, and nothing for other tests."""
+    process = fast_starts().Process(target=note_modules, args=(tmp_path / "modules",))
+    process.start()
+    process.join()
+    modules = set((tmp_path / "modules").read_text().split())
+    assert {"adapruner.tracking", "adapruner.recovery._training", "accelerate", "transformers.trainer"} <= modules
+    assert not {"wandb", "mlflow", "trackio", "tensorboard"} & modules
 
 
 def test_a_missing_package_is_refused_before_any_work(model_folder: Path, text_file: Path, tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ from adapruner.tokens import (
 )
 from adapruner.verbs import estimate
 from conftest import FAMILY_FIELDS, tiny_model
-from run_helpers import RUN_OPTIONS
+from run_helpers import QUICK
 
 # A folder or .gguf file of Gemma 3; its licence keeps it out of the repository.
 GEMMA = os.environ.get("ADAPRUNER_TEST_GEMMA", "")
@@ -558,7 +558,7 @@ def test_text_with_all_tokens_is_refused(folders: tuple[Path, Path, Path], tmp_p
 
 def test_a_run_counts_the_vocabulary_in_its_ratio(folders: tuple[Path, Path, Path], tmp_path: Path) -> None:
     folder, text, other = folders
-    options: dict[str, Any] = {**RUN_OPTIONS, "vocabulary": (str(other),), "evaluate": (f"{text}@report",)}
+    options: dict[str, Any] = {**QUICK, "vocabulary": (str(other),), "evaluate": (f"{text}@report",)}
     alone = adapruner.vocabulary(folder, str(other), tmp_path / "alone").vocabulary
     share = alone.removed_parameters / alone.parameters_before
     with pytest.raises(
@@ -601,7 +601,7 @@ def test_a_run_on_one_language_of_many_offers_to_prune_the_vocabulary(
     folders: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:
     folder, text, _ = folders
-    result = adapruner.prune(str(folder), output=tmp_path, calibration=str(text), **RUN_OPTIONS)
+    result = adapruner.prune(str(folder), output=tmp_path, calibration=str(text), **QUICK)
     foreign = result.result.foreign
     assert foreign is not None
     assert "CYRILLIC" in foreign.scripts

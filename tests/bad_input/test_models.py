@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import shutil
 import struct
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 from gguf import GGUFWriter
+from huggingface_hub import constants
+from huggingface_hub.utils import logging
 from safetensors.torch import load_file, save_file
 
 from adapruner.errors import AdaPrunerError
@@ -517,22 +516,21 @@ def test_a_place_is_the_same_from_everywhere(
     assert str(find_model("owner/name")) == "owner/name"
 
 
-def test_a_hub_that_does_not_answer_is_said_in_one_line() -> None:
+def test_a_hub_that_does_not_answer_is_said_in_one_line(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the log of every retry, and with the verbosity of others as it was."""
-    code = (
-        "import sys, time; time.sleep = lambda _: None\n"
-        "from huggingface_hub.utils import logging\n"
-        "from adapruner.models import find_model, load_config\n"
-        "logging.set_verbosity_info()\n"
-        "try:\n    load_config(find_model('owner/name'))\n"
-        "except Exception as error:\n    sys.stderr.write(f'{type(error).__name__}: {error}')\n"
-        "assert logging.get_verbosity() == logging.logging.INFO\n"
-    )
-    environment = os.environ | {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
-    finished = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stderr
-    assert finished.stderr.startswith("AdaPrunerError: cannot load 'owner/name'")
-    assert len(finished.stderr.splitlines()) == 1
+    endpoint = "http://127.0.0.1:9"
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{endpoint}/{{repo_id}}/resolve/main/{{filename}}")
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    before = logging.get_verbosity()
+    logging.set_verbosity_info()
+    try:
+        message = refused(["inspect", "owner/name"], "cannot load 'owner/name'")
+        assert logging.get_verbosity() == logging.INFO
+    finally:
+        logging.set_verbosity(before)
+    assert "the hub is not asked" not in message
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,18 @@ from pathlib import Path
 
 import datasets
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 import adapruner
+from adapruner.checkpoint import save_checkpoint
+from adapruner.models import find_model, load_tokenizer
+from adapruner.planning import make_plan
 from adapruner.run import RunFolder
 from adapruner.search import StudyPlace, sqlite_url
+from adapruner.structure import build_structure
+from adapruner.surgery import prune_model
 from device.client import Device
 from device.options import SMALL_RECOVERY, SMALL_RUN
 from device.results import only_json
@@ -98,8 +104,14 @@ def test_a_worker_on_another_kind_of_device_is_refused(device: Device, run: Path
     assert "would compute other numbers than the run" in outcome.stderr
 
 
-def test_evaluate(device: Device, run: Path, text_file: Path) -> None:
-    command = ("evaluate", model_of(run), "--evaluate", text_file, "--seq-len", 16, "--limit", 8, "--json")
+def test_evaluate(device: Device, family: Callable[..., Path], text_file: Path, tmp_path: Path) -> None:
+    """A model whose layers differ."""
+    dense = adapruner.load(family("llama"))
+    structure = build_structure(dense)
+    counts = [max(1, block.groups - block.layer) for block in structure.blocks]
+    plan = make_plan(structure, torch.arange(structure.group_offsets[-1]).float(), counts)
+    save_checkpoint(prune_model(dense, structure, plan), load_tokenizer(find_model(str(family("llama")))), tmp_path)
+    command = ("evaluate", tmp_path, "--evaluate", text_file, "--seq-len", 16, "--limit", 8, "--json")
     values = []
     for place in ("cuda", "cpu"):
         outcome = device.run(*command, "--device", place)

