@@ -530,7 +530,7 @@ def test_a_hub_that_does_not_answer_is_said_in_one_line(refused: Refused, monkey
         assert logging.get_verbosity() == logging.INFO
     finally:
         logging.set_verbosity(before)
-    assert "the hub is not asked" not in message
+    assert "Hub is not contacted" not in message
 
 
 @pytest.mark.parametrize(
