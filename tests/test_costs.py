@@ -13,6 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.optimize import isotonic_regression
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 
 from adapruner.checkpoint import gguf_bytes, save_checkpoint
@@ -28,6 +31,7 @@ from adapruner.costs import (
     shapes_after,
     stored_shapes,
 )
+from adapruner.costs._latency import _rising
 from adapruner.errors import AdaPrunerError
 from adapruner.models import empty_model
 from adapruner.planning import make_plan
@@ -185,3 +189,10 @@ def test_a_gguf_file_of_a_family_that_cannot_be_written_is_refused(
 ) -> None:
     with pytest.raises(AdaPrunerError, match="GGUF export knows"):
         gguf_bytes(empty_model(make_model("gpt2").config), tokenizer, "q8_0")
+
+
+@given(st.lists(st.floats(-1, 1), min_size=1, max_size=12))
+def test_times_rise_with_the_width(values: list[float]) -> None:
+    found = _rising(dict(enumerate(values)))
+    expected = isotonic_regression(values).x
+    assert list(found.values()) == pytest.approx(expected - expected[-1], abs=1e-12)
