@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -220,7 +221,7 @@ class Preparation:
     @cached_property
     def target(self) -> Target | None:
         """What replaces the ratio."""
-        return self._target_of(self.config)
+        return self._target_of(self.config, lambda: self.latencies)
 
     @cached_property
     def searched_target(self) -> Target | None:
@@ -229,11 +230,12 @@ class Preparation:
         if options is None:
             return None
         searched = self.config.model_copy(update=options)
-        return self.target if searched == self.config else self._target_of(searched)
+        if searched == self.config:
+            return self.target
+        return self._target_of(searched, partial(self._latencies_of, searched))
 
-    def _target_of(self, config: PruneConfig) -> Target | None:
-        measure = partial(self._latencies_of, config)
-        return target_of(config, self.empty, self.structure, self.dtype, self.tokenizer, measure)
+    def _target_of(self, config: PruneConfig, latencies: Callable[[], Latencies]) -> Target | None:
+        return target_of(config, self.empty, self.structure, self.dtype, self.tokenizer, latencies)
 
     def ratio_of_target(self, target: Target) -> float:
         """The ratio that the search starts with to meet a target, from where the options say.
