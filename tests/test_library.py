@@ -87,7 +87,7 @@ def test_a_temporary_run_lasts_as_long_as_its_result(
 
 def test_windows_are_used_as_they_are_and_each_for_one_thing(model_folder: Path, tmp_path: Path) -> None:
     windows = torch.randint(3, 96, (60, 12), generator=torch.Generator().manual_seed(0))
-    options = QUICK | {"pool": 6, "objective_windows": 3}
+    options = QUICK | {"pool": 6, "objective_windows": 3, "compensation_windows": 60, "final_windows": 60}
     options.pop("seq_len")
     result = adapruner.prune(str(model_folder), windows, output=tmp_path / "run", **options)
     used = load_file(tmp_path / "run" / "windows.safetensors")

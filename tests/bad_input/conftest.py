@@ -89,7 +89,7 @@ def commands(tmp_path: Path, text_file: Path) -> Callable[[str | Path], dict[str
                 *("prune", name, "-o", output, "--calibration", text, "--pool", "4", "--samples", "2", "--trials", "2"),
                 *("--objective-windows", "4", "--seq-len", "16", "--ratio", "0.1", "--round-to", "1"),
                 *("--protect-first", "1", "--protect-last", "1", "--compensation-windows", "8", "--self-windows", "4"),
-                *("--level-rounds", "1", "--final-windows", "4"),
+                *("--level-rounds", "0", "--final-windows", "4"),
             ],
             "recover": ["recover", name, "--data", text, "-o", output, "--seq-len", "16", "--steps", "1"],
             "evaluate": ["evaluate", name, "--evaluate", text, "--seq-len", "16", "--limit", "2"],
