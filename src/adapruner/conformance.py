@@ -145,7 +145,7 @@ def why_not_whole(model: PreTrainedModel, architecture: Architecture, *parts: Wh
 
 def _counts_without(structure: Structure, parts: Sequence[Whole]) -> list[int]:
     """The groups that each block keeps when one layer loses each part: the first that can, as caches are asked there.
-    With several parts, each goes from a layer of its own where there are enough."""
+    With several parts, each is removed from another layer where there are enough."""
     kinds: dict[Whole, tuple[Kind, ...]] = {"attention": ("heads",), "feed-forward": ("channels",)}
     gone: dict[int, tuple[Kind, ...]] = {}
     for whole in parts:

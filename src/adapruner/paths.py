@@ -12,8 +12,8 @@ def given_path(name: str | Path) -> Path:
     """The path that is meant, with the home folder for `~`; it need not exist.
 
     Raises:
-        AdaPrunerError: nothing could be there: the name is too long, goes in circles or through a folder that cannot be
-            read, or the home folder is nobody's.
+        AdaPrunerError: nothing could be there: the name is too long, leads in circles or through an unreadable folder,
+            or the home folder is nobody's.
     """
     try:
         path = Path(name).expanduser()

@@ -204,7 +204,7 @@ def plan_again(
 
 
 def _is_layer_wise(run: RunFolder) -> bool | None:
-    """Whether the search of a run went layer by layer; None where there is none."""
+    """Whether the search of a run was done layer by layer; None where there is none."""
     record = run.record(procedure.search.name)
     return bool(record.leaves["precision"]["layer_wise"]) if record else None
 
@@ -225,7 +225,7 @@ def join(output: str | Path, storage: str | None = None, device: str = "auto") -
         raise AdaPrunerError(f"no run is in progress in {output}: start it with adapruner prune")
     config = run.read_config()
     register_extensions(config)
-    # Numbers depend on whether the run goes layer by layer, which its record says.
+    # Numbers depend on whether the run is done layer by layer, which its record says.
     preparation: Preparation | None = None
     while run.is_running():
         for ratio in config.ratio:

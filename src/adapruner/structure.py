@@ -1,10 +1,10 @@
 """What can be removed from a model: blocks of groups, and the tensor slices that belong to each group.
 
-A *group* is the smallest thing that can go: a KV group (a key/value head with its query heads), a query head, a
+A *group* is the smallest thing that can be removed: a KV group (a key/value head with its query heads), a query head, a
 feed-forward channel, or an expert. A *block* is all groups of one kind in one layer. A *vector* is one row or column of
-a weight matrix that goes with a group, or one expert in a stack of matrices. An *input* is one input of a row-wise
-projection (attention output, feed-forward down): one number per token that goes with a group. Groups, vectors and
-inputs are numbered through over the whole model in the order of `Structure.blocks`, so that statistics and scores are
+a weight matrix that is removed with a group, or one expert in a stack of matrices. An *input* is one input of a
+row-wise projection (attention output, feed-forward down): one number per token that is removed with a group. Groups,
+vectors and inputs are numbered through over the whole model in the order of `Structure.blocks`, so that statistics and scores are
 flat tensors.
 """
 
@@ -90,7 +90,7 @@ class Block:
     Attributes:
         strata: the groups fall into this many consecutive parts of equal size, each of which loses the same number
             (query heads of one KV head, channels of one expert); 1 where any group may go.
-        config_counts: how much each config field counts per group that stays; where each expert has channels of its
+        config_counts: how much each config field counts per kept group; where each expert has channels of its
             own, per group of one expert.
         least: how many groups must be kept, unless none is.
         rest: parameters that go with the last group: what is left of the attention or feed-forward.
@@ -201,7 +201,7 @@ class Structure:
 
     @property
     def removable_layers(self) -> list[int]:
-        """The layers that can go with all that is in them: those with an attention and a feed-forward, or experts, that
+        """The layers that can be removed whole: those with an attention and a feed-forward, or experts, that
         can be cut."""
         kinds: dict[int, set[Kind]] = {}
         for block in self.blocks:
@@ -239,7 +239,7 @@ class Structure:
         return self.removed_parameters(least)
 
     def removed_layers(self, counts: Sequence[int]) -> list[int]:
-        """The layers of which nothing stays.
+        """The layers of which nothing is kept.
 
         Args:
             counts: how many groups each block keeps.

@@ -125,7 +125,7 @@ class Place:
 
 
 def parse_source(text: str, purpose: Purpose = "train", missing_ok: bool = False) -> Source:
-    """Reads `SRC` or `SRC@PART`. Where a known source has a split for each purpose, the name gets that split.
+    """Reads `DATASET` or `DATASET@PART`. Where a known source has a split for each purpose, the name gets that split.
 
     Args:
         purpose: `train` to calibrate or train on, `report` to report perplexity on.

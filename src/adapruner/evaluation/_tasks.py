@@ -311,7 +311,7 @@ def _load(name: str) -> Any:
 
 
 def _data_set(task: Any) -> str:
-    """The name of a data set of the hub, or the path of a local copy without the folder that it is in."""
+    """The name of a dataset on the Hub, or the path of a local copy without the folder that it is in."""
     files = (task.config.dataset_kwargs or {}).get("data_files")
     if isinstance(files, dict) and task.config.task in _local_tasks():
         file = str(next(iter(files.values())))

@@ -1,4 +1,4 @@
-"""Second moments of what goes into the row-wise projections: what compensation and the reconstruction terms need."""
+"""Second moments of the inputs of the row-wise projections: what compensation and the reconstruction terms need."""
 
 from __future__ import annotations
 
@@ -276,7 +276,7 @@ def symmetric(upper: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _summing(model: PreTrainedModel, blocks: Sequence[Block]) -> Iterator[list[_Sums]]:
-    """While it lasts, what goes into the row-wise projections of some blocks is summed up."""
+    """While it lasts, the inputs of the row-wise projections of some blocks are summed up."""
     sums = [_Sums(block, model.get_parameter(block.row_wise.parameter).device) for block in blocks]
     with contextlib.ExitStack() as hooks:
         for of_block in sums:
@@ -334,7 +334,7 @@ def removal_errors(
 
     Returns:
         [groups], float32, twice, in units of the squared output per token; zeros for blocks without moments. First the
-        error if the group goes alone: tr(W_g ([H⁻¹]_gg)⁻¹ W_gᵀ), for a channel ‖W_c‖² / [H⁻¹]_cc (optimal brain
+        error if the group is removed alone: tr(W_g ([H⁻¹]_gg)⁻¹ W_gᵀ), for a channel ‖W_c‖² / [H⁻¹]_cc (optimal brain
         surgeon, Hassibi and Stork 1992; blocks as in arXiv 2203.07259). Then the error that it adds when the groups go
         one after the other, the cheapest first, with the rest compensated each time (ZipLM, arXiv 2302.04089), made
         ascending in the order of elimination.

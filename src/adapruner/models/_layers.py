@@ -48,7 +48,7 @@ def decoder_layers(model: PreTrainedModel) -> Sequence[nn.Module]:
 
 
 def enter_layers(model: PreTrainedModel, batches: Iterable[Tensor]) -> list[tuple[Tensor, list[LayerCall]]]:
-    """For every batch, the hidden state that goes into the first layer, and what each layer is called with; computes
+    """For every batch, the hidden state that the first layer reads, and what each layer is called with; computes
     one layer for each shape of batch.
 
     Args:
@@ -217,7 +217,7 @@ class _Stream:
                 self._put(self._placeholders)
 
     def _put(self, weights: dict[str, Tensor]) -> None:
-        # Assigned and not copied into place: a backward pass goes on with the tensors of its forward pass.
+        # Assigned and not copied into place: a backward pass uses the tensors of its forward pass.
         with torch.inference_mode(False):
             self._layer.load_state_dict(weights, assign=True)
 
@@ -236,7 +236,7 @@ def stream_layers(model: PreTrainedModel, readers: Sequence[ReadLayer]) -> None:
 
 def stream_from_memory(model: PreTrainedModel, device: torch.device) -> None:
     """Leaves the layers of a model in the memory of the CPU; each is on a device while it is in use, where everything
-    else goes for good."""
+    else is kept."""
     layers = decoder_layers(model)
     weights = [{name: tensor.detach() for name, tensor in layer.state_dict().items()} for layer in layers]
     for layer in layers:

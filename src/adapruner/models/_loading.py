@@ -459,7 +459,7 @@ def _refuse_other_weights(location: ModelLocation, config: PreTrainedConfig, rep
 
 
 def _clear_gguf_marks(target: PreTrainedConfig | PreTrainedModel, location: ModelLocation) -> None:
-    """Weights read from a GGUF file are plain tensors, but transformers goes on calling the model quantized."""
+    """Weights read from a GGUF file are plain tensors, but transformers still calls the model quantized."""
     if location.gguf_file:
         for mark in ("quantization_config", "hf_quantizer", "is_quantized", "quantization_method"):
             target.__dict__.pop(mark, None)

@@ -1,4 +1,4 @@
-"""How many groups each block keeps, so that a ratio of all parameters goes."""
+"""How many groups each block keeps, so that a ratio of all parameters is removed."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class Budget:
 
     Attributes:
         ratio: share of all parameters to remove, embeddings counted, tied ones once; see `ratio_of`.
-        protect_first: layers at the input that stay whole.
-        protect_last: layers at the output that stay whole.
+        protect_first: layers at the input that are kept whole.
+        protect_last: layers at the output that are kept whole.
         head_share: share of heads removed, relative to the share of channels removed; 0 leaves attention whole, 1 is
             the equal shares of LLM-Pruner (arXiv 2305.11627) and the paper.
         round_to: kept feed-forward widths are multiples of this.
@@ -82,8 +82,8 @@ class Budget:
 def kept_counts(structure: Structure, budget: Budget, scores: Tensor | None = None) -> list[int]:
     """How many groups each block keeps, in the order of `structure.blocks`.
 
-    What one layer cannot give up exactly, because only whole steps can go, is made up by the following ones, and what
-    heads cannot give up exactly, by channels.
+    What one layer cannot give up exactly, because only whole steps can be removed, is made up by the following ones,
+    and what heads cannot give up exactly, by channels.
 
     Args:
         scores: [groups], for the ranking `global`.
@@ -236,7 +236,7 @@ def _wanted(
 def _by_global_ranking(
     weights: dict[int, float], blocks: _Blocks, target: float, scores: Sequence[Tensor]
 ) -> dict[int, float]:
-    """Removes the groups of least score / weight until the target is met; the best of each block stays."""
+    """Removes the groups of least score / weight until the target is met; the best of each block is kept."""
     willing = {index: block for index, block in blocks.items() if weights[index] > 0}
     keys = torch.cat(
         [

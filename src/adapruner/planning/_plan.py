@@ -1,4 +1,4 @@
-"""The pruning plan: which groups stay. The only thing that passes from choosing to cutting."""
+"""The pruning plan: which groups are kept. The only thing that passes from choosing to cutting."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from adapruner.errors import AdaPrunerError, reason
 from adapruner.structure import Block, Kind, Structure, layers_without_heads, note_on_mixers
 
 _KINDS: tuple[Kind, ...] = ("heads", "experts", "channels")
-# More than any model has: what is shown goes through all layers.
+# More than any model has: what is shown covers all layers.
 _MOST_LAYERS = 1 << 16
 # Numbers in JSON are numbers, not words that look like them.
 _STRICT = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -38,7 +38,7 @@ class BlockPlan(BaseModel):
 
     @property
     def kept_of_all(self) -> str:
-        """How many groups stay, as it is shown."""
+        """How many groups are kept, as it is shown."""
         return f"{len(self.kept):,} of {self.groups:,}" if self.kept else "none"
 
     @model_validator(mode="after")
@@ -50,7 +50,7 @@ class BlockPlan(BaseModel):
 
 
 class PruningPlan(BaseModel):
-    """Which groups of which model stay; JSON, explainable, with a hash that is the same for the same cut."""
+    """Which groups of which model are kept; JSON, explainable, with a hash that is the same for the same cut."""
 
     model_config = _STRICT
 
@@ -68,7 +68,7 @@ class PruningPlan(BaseModel):
 
     @property
     def ratio(self) -> float:
-        """The share of all parameters that goes."""
+        """The share of all parameters that is removed."""
         return self.removed_parameters / self.total_parameters
 
     @property

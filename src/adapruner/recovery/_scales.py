@@ -12,7 +12,7 @@ _BATCH = 16
 def scale_options(seed: int, device: torch.device, processes: int = 1) -> RecoveryOptions:
     """The options of the last step of pruning: with frozen weights, every input of every linear layer gets a scale
     (IA3, arXiv 2205.05638), learnt in one pass over the text of the compensation from the predictions of the dense
-    model alone. GRASPrune (arXiv 2604.19398) tunes scales of the groups that stay;
+    model alone. GRASPrune (arXiv 2604.19398) tunes scales of the kept groups;
     docs/benchmarks.md compares several choices of scales.
 
     Args:

@@ -47,8 +47,8 @@ from adapruner.processes import this_process
 from adapruner.random_state import random_state_kept
 from adapruner.recovery._examples import IGNORED, Example, Examples
 
-# The validation loss is measured, and everything saved to go on from, so often while training; or more often, every 200
-# steps as LLM-Pruner does.
+# The validation loss is measured, and everything saved to resume from, so often while training; or more often, every
+# 200 steps as LLM-Pruner does.
 _VALIDATIONS, _MOST_STEPS_BETWEEN = 10, 200
 # The variables that say which accelerators a program sees.
 _VISIBLE = {"cuda": "CUDA_VISIBLE_DEVICES", "xpu": "ZE_AFFINITY_MASK"}
@@ -107,7 +107,7 @@ def train(
         track: called with what the Trainer logs, the losses and the learning rate of every step.
 
     Raises:
-        AdaPrunerError: the loss is not finite any more; what was saved before stays.
+        AdaPrunerError: the loss is not finite any more; what was saved before is kept.
     """
     dtype, weights = model.dtype, cast(nn.Module, model)
     if options.train == "full":
@@ -279,7 +279,7 @@ def _arguments(
     if options.batch_size % processes:
         raise AdaPrunerError(f"`batch_size` {options.batch_size} cannot be divided among {processes} processes")
     of_process = options.batch_size // processes
-    # The largest that goes into a batch without a rest.
+    # The largest that divides a batch.
     micro_batch = next(n for n in range(options.micro_batch_size, 0, -1) if of_process % n == 0)
     every = max(1, min(_MOST_STEPS_BETWEEN, steps // _VALIDATIONS))
     arguments = TrainingArguments(
@@ -316,7 +316,7 @@ def _arguments(
         seed=options.seed,
     )
     if arguments.n_gpu > 1:
-        # One process trains on one GPU; by itself the Trainer would give each of them a batch of that size.
+        # One process trains on one GPU; otherwise the Trainer would give each of them a batch of that size.
         arguments._n_gpu = 1
     return arguments
 

@@ -73,9 +73,9 @@ def level(
 ) -> Levelled:
     """Moves channels between layers until none costs more than another, as far as can be told.
 
-    At the best allocation, the channels that would go next cost the same per parameter in every layer. In each round
-    that cost is measured at the present widths, layer by layer: the pruned and compensated model, with the layer yet
-    narrower, against the dense one. All layers are then changed at once, by a part of what the costs say, which
+    At the best allocation, the channels that would be removed next cost the same per parameter in every layer. In each
+    round, that cost is measured at the present widths, layer by layer: the pruned and compensated model, with the layer
+    yet narrower, against the dense one. All layers are then changed at once, by a part of what the costs say, which
     averages out the noise that accepting the best single moves picks up. The windows that costs are measured on are
     not those that decide whether a round is accepted.
 

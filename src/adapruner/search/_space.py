@@ -1,4 +1,4 @@
-"""The solution space: which calibration samples, which mix of importance terms, and where the budget goes."""
+"""The solution space: which calibration samples, which mix of importance terms, and where the budget is spent."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _BUDGET = TypeAdapter(Budget)
 
 class Candidate(BaseModel):
     """A point of the solution space: a metric, the numbers of the pool samples that it is computed on, and where the
-    budget goes."""
+    budget is spent."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

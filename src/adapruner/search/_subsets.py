@@ -60,7 +60,7 @@ def build_subset_family(statistics: Statistics, structure: Structure, counts: Se
     it was measured.
 
     Args:
-        counts: how many groups each block keeps; blocks that stay whole do not count.
+        counts: how many groups each block keeps; blocks that are kept whole do not count.
     """
     pruned = torch.tensor(
         [count < block.groups for block, count in zip(structure.blocks, counts, strict=True)], dtype=torch.bool

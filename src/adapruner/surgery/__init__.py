@@ -1,4 +1,4 @@
-"""Cutting a model by a plan, and compensation for what went."""
+"""Cutting a model by a plan, and compensation for what was removed."""
 
 from adapruner.surgery._compensation import Compensation, CompensationForm, compensate
 from adapruner.surgery._cut import kept_layers, prune_model, prune_on_reading

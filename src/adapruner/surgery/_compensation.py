@@ -1,4 +1,4 @@
-"""Compensation: the weights that stay of a row-wise projection take over from those that go, in closed form."""
+"""Compensation: the kept weights of a row-wise projection take over from the removed ones, in closed form."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from adapruner.measurement import InputMoments, solve_damped
 from adapruner.structure import Block
 
-# How what stays makes up for what went: by a bias alone (FLAP, arXiv 2312.11983), by least squares, or by both.
+# How kept weights make up for removed ones: by a bias alone (FLAP, arXiv 2312.11983), by least squares, or by both.
 CompensationForm = Literal["bias", "least-squares", "least-squares-bias"]
 
 

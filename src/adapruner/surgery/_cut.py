@@ -35,11 +35,11 @@ def prune_model(
     """A new model without the groups that the plan removes.
 
     It is of a stock class where all layers are alike and one takes them, else of the class whose config says what each
-    layer has less of. Tensors from which nothing goes are shared with the given model, which stays as it is. Of a model
-    whose layers are streamed, it is in the memory of the CPU, and its layers are streamed from there.
+    layer has less of. Tensors from which nothing is removed are shared with the given model, which is not changed. Of a
+    model whose layers are streamed, it is in the memory of the CPU, and its layers are streamed from there.
 
     Args:
-        compensation: how what stays of the row-wise projections takes over; None leaves it as it was.
+        compensation: how the kept part of the row-wise projections is corrected; None leaves it as it was.
 
     Raises:
         AdaPrunerError: the plan was made for another model.
@@ -154,7 +154,7 @@ def _pruned_state(
     kept: Sequence[int],
     compensation: Compensation | None,
 ) -> dict[str, Tensor]:
-    """Every tensor with the indices of the kept groups only, compensated; layers that stay are numbered anew."""
+    """Every tensor with the indices of the kept groups only, compensated; kept layers are numbered anew."""
     prefix = f"{architecture_of(model.config).layers}."
     state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(prefix)}
     for new, layer in enumerate(kept):

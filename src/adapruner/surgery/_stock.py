@@ -52,7 +52,7 @@ def fields_of_layers(config: PreTrainedConfig, fields: Mapping[str, Any], kept: 
     Args:
         config: of the model with all layers.
         fields: what is to be said of it.
-        kept: the numbers of the layers that stay.
+        kept: the numbers of the kept layers.
     """
     layers = config.num_hidden_layers
     if len(kept) == layers:
