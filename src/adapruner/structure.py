@@ -4,8 +4,8 @@ A *group* is the smallest thing that can be removed: a KV group (a key/value hea
 feed-forward channel, or an expert. A *block* is all groups of one kind in one layer. A *vector* is one row or column of
 a weight matrix that is removed with a group, or one expert in a stack of matrices. An *input* is one input of a
 row-wise projection (attention output, feed-forward down): one number per token that is removed with a group. Groups,
-vectors and inputs are numbered through over the whole model in the order of `Structure.blocks`, so that statistics and scores are
-flat tensors.
+vectors and inputs are numbered through over the whole model in the order of `Structure.blocks`, so that statistics and
+scores are flat tensors.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class Block:
         config_counts: how much each config field counts per kept group; where each expert has channels of its
             own, per group of one expert.
         least: how many groups must be kept, unless none is.
-        rest: parameters that go with the last group: what is left of the attention or feed-forward.
+        rest: parameters that are removed with the last group: what is left of the attention or feed-forward.
     """
 
     layer: int
@@ -209,8 +209,8 @@ class Structure:
         return [layer for layer, own in kinds.items() if "layer" in self.whole and "heads" in own and len(own) > 1]
 
     def whole_parameters(self, whole: Whole) -> dict[int, int]:
-        """By layer, the parameters that go with its attention, its feed-forward, or all of it, where it has one that
-        can be cut."""
+        """By layer, the parameters that are removed with its attention, its feed-forward, or all of it, where it has
+        one that can be cut."""
         if whole == "layer":
             return {layer: self.layer_parameters[layer] for layer in self.removable_layers}
         kind = "heads" if whole == "attention" else "channels"
@@ -248,7 +248,7 @@ class Structure:
         return [layer for layer in self.removable_layers if layer not in left]
 
     def removed_parameters(self, counts: Sequence[int]) -> int:
-        """Parameters that go when every block keeps the given number of groups."""
+        """Parameters that are removed when every block keeps the given number of groups."""
         gone = set(self.removed_layers(counts))
         of_blocks = sum(
             (block.groups - count) * block.parameters_per_group + (0 if count else block.rest)
@@ -335,7 +335,7 @@ def build_structure(
 
     Raises:
         AdaPrunerError: the family is not known, the model does not look as its architecture says, query heads are
-            asked for where each KV head has only one, or channels of experts where none can be cut.
+            requested where each KV head has only one, or channels of experts where none can be cut.
     """
     architecture = architecture_of(model.config)
     layers: Any = model.get_submodule(architecture.layers)

@@ -21,7 +21,7 @@ class StoredTypes:
 
     Attributes:
         tensor_bytes: of all tensors of a type, by its name in llama.cpp.
-        fallbacks: matrices in another type than was asked for, since their rows are no multiple of `block` long, by the
+        fallbacks: matrices in another type than requested, since their rows are no multiple of `block` long, by the
             name of that type.
         matrices: how many there are.
         block: weights that the type stores together.
