@@ -533,14 +533,14 @@ def test_a_search_killed_between_any_two_statements_ends_as_an_undisturbed_one(
 
     event.listen(Engine, "before_cursor_execute", count)
     try:
-        undisturbed = search(space, a_smooth_objective, 8, 0, tmp_path / "undisturbed")
+        undisturbed = search(space, a_smooth_objective, 10, 0, tmp_path / "undisturbed")
         moments = random.Random(0).sample(range(100, executed), 4)
         for kill_at in moments:
             executed = 0
             # Optuna meets some with a bug of its own.
             with pytest.raises((KilledError, UnboundLocalError)):
-                search(space, a_smooth_objective, 8, 0, tmp_path / str(kill_at))
-            assert search(space, a_smooth_objective, 8, 0, tmp_path / str(kill_at)) == undisturbed
+                search(space, a_smooth_objective, 10, 0, tmp_path / str(kill_at))
+            assert search(space, a_smooth_objective, 10, 0, tmp_path / str(kill_at)) == undisturbed
     finally:
         event.remove(Engine, "before_cursor_execute", count)
 

@@ -117,8 +117,11 @@ def work_beside_others(notes: Path, arguments: list[str]) -> None:
     os.environ.update(NOTES=str(notes), PROCESSES="2")
     torch.set_num_threads(1)
     noting_program.note_who_works()
-    with contextlib.suppress(SystemExit):
+    try:
         main(arguments)
+    except SystemExit as ended:
+        if ended.code:
+            raise RuntimeError(f"exit code {ended.code}") from ended
 
 
 def test_processes_started_together_measure_search_and_train(

@@ -189,8 +189,9 @@ def measure_latencies(
 
 
 def _rising(seconds: Mapping[int, float]) -> dict[int, float]:
-    """The nearest times, in squares, of which no wider layer takes less than a narrower one, less those of the widest:
-    isotonic regression by pooling neighbours (Ayer et al. 1955). What it changes is noise of the measurement."""
+    """Seconds by width, changed so that they do not fall with the width, and relative to the full width: isotonic
+    regression by pooling neighbours (Ayer et al. 1955), with the least sum of squared changes. Neighbours are measured
+    one after the other, and a wider layer that seems faster is noise."""
     pools: list[list[float]] = []
     for kept in sorted(seconds):
         pools.append([seconds[kept]])

@@ -249,8 +249,8 @@ def plan(job: Job, work: Path, statistics: Statistics, search: SearchResult, lev
 
 
 def candidate_at_ratio(job: Job, statistics: Statistics, found: Candidate) -> Candidate:
-    """A candidate at the ratio of the job, or at the one with which it meets the target; where its allocation cannot do
-    so, or only by taking a layer apart, with the allocation that the job starts from."""
+    """A candidate at the ratio of the job, or at the one with which it meets the target. If its allocation cannot, or
+    only by removing more than `MOST_CHANNELS` of a layer: with the allocation that the job starts from."""
     structure, ratio = job.prepared.structure, job.prepared.ratio_of_blocks(job.config.ratio[0])
     at_ratio = found.model_copy(update={"budget": replace(found.budget, ratio=ratio)})
     with contextlib.suppress(AdaPrunerError):

@@ -42,7 +42,11 @@ def plan_candidate(structure: Structure, statistics: Statistics, candidate: Cand
 def meet_budget(
     structure: Structure, statistics: Statistics, target: Target | None, candidate: Candidate
 ) -> Candidate | None:
-    """The candidate where its budget can be met, with a target at the ratio that meets that; else None."""
+    """The candidate itself, or with a target the candidate at the ratio that meets it; None if its allocation cannot.
+
+    Args:
+        statistics: of the whole pool.
+    """
     budget = candidate.budget
     scores = scores_of(structure, statistics, candidate) if budget.ranking == "global" else None
 

@@ -70,9 +70,9 @@ class SearchSpace:
         experts: whether there are experts, and what they can be ranked by: also by what was measured of their routing,
             or, where that is not known, by the Taylor terms alone.
         searched: `joint`; or only samples or metric, with the first random draw or `param_first` for the other.
-        meet: gives the candidate that meets the budget with the allocation of another, None where that cannot. Such a
-            one is replaced by the nearest that can: without whole parts removed, with fewer protected layers, then with
-            more heads. None leaves all as they are.
+        meet: gives a candidate the ratio that meets the budget or a target; None if its allocation cannot. Then the
+            nearest allocation that can is taken: without whole parts removed, with fewer protected layers, then with
+            more heads. Without this function, candidates are left as they are.
         whole: for each part of a layer that may be removed whole, the layers in the order of removal. How many are
             removed is searched.
     """
