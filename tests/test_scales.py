@@ -104,13 +104,18 @@ def test_scales_that_do_not_help_stay_as_they_were(
     monkeypatch.setattr(
         _model, "scale_options", lambda *a, **b: scale_options(*a, **b).model_copy(update={"learning_rate": rate})
     )
-    # All but the last step is taken from the run in which they help.
+    # All but the last step, and what was measured of it, is taken from the run in which they help.
     output = Path(shutil.copytree(tuned.output, tmp_path / "run"))
     shutil.rmtree(output / "model")
-    adapruner.prune(str(model_folder), output=output, calibration=str(text_file), **OPTIONS)
+    shutil.rmtree(output / "evaluation")
+    (output / "report.html").unlink()
+    result = adapruner.prune(str(model_folder), output=output, calibration=str(text_file), **OPTIONS)
     before, after = (adapruner.load(output / name).state_dict() for name in ("compensated", "model"))
     assert all(after[name].equal(weight) for name, weight in before.items())
     assert f"scales are left as they were: {why}" in " ".join(capsys.readouterr().err.split())
+    # No page or card says that they were tuned.
+    assert "compensated" not in [model.role for model in result.result.models]
+    assert "scales tuned" not in (output / "report.html").read_text() + (output / "model" / "README.md").read_text()
 
 
 def test_where_adapters_are_impossible_it_is_said_or_refused(

@@ -24,7 +24,7 @@ from adapruner.evaluation import (
 from adapruner.job import Job
 from adapruner.models import find_model, in_fastest_dtype, load_model
 from adapruner.procedure._forms import TENSORS, Windows, json_form
-from adapruner.procedure._model import compensated, model, recovered
+from adapruner.procedure._model import compensated, model, recovered, scales_were_tuned
 from adapruner.procedure._search import BUDGET, candidate_at_ratio, search
 from adapruner.procedure._statistics import statistics
 from adapruner.procedure._windows import report_texts, report_texts_dense, vocabulary
@@ -39,7 +39,7 @@ _PROBED_TOKENS = 128
 _EVALUATED: dict[Role, tuple[Artifact[Any], ...]] = {
     "dense": (),
     "best_fixed": (statistics, search),
-    "compensated": (compensated,),
+    "compensated": (compensated, model),
     "searched": (model,),
     "recovered": (recovered,),
 }
@@ -58,8 +58,8 @@ def _has_tasks(role: Role, config: PruneConfig) -> bool:
 def _measure_perplexity(
     role: Role, job: Job, work: Path, texts: dict[str, EvaluationText], *inputs: Any
 ) -> dict[str, Perplexity]:
-    """The perplexity of a model on every text of the report, by name; none of a model that was not made."""
-    if role == "compensated" and inputs[0] is None:
+    """The perplexity of a model on every text of the report, by name; none of a step that changed nothing."""
+    if role == "compensated" and not scales_were_tuned(*inputs):
         return {}
     evaluated = _model_to_evaluate(job, role, inputs)
     if role == "dense" and inputs[0] is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import shutil
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from adapruner.calibration import SELF_GENERATED, generate_windows
 from adapruner.callbacks import tell
 from adapruner.checkpoint import save_checkpoint
 from adapruner.costs import Latencies, TargetOutcome, bytes_of_model, cache_bytes, dtype_in, is_gguf, timer
-from adapruner.errors import AdaPrunerError
+from adapruner.errors import AdaPrunerError, NonFiniteError
 from adapruner.job import LATENCIES, Job
 from adapruner.models import empty_model, find_model, load_config, load_model
 from adapruner.planning import PruningPlan, Target
@@ -116,7 +117,7 @@ def _tuned(job: Job, work: Path, compensated: Path, text: Tensor) -> PreTrainedM
     with prepared.reporter.stage("tuning scales", total_steps(examples, settings)) as advance:
         try:
             record = train(pruned, examples, settings, work, prepared.dense, advance)
-        except AdaPrunerError as error:  # the loss is not finite any more
+        except NonFiniteError as error:
             prepared.reporter.note(f"The scales are left as they were: {error}")
             return given()
     if record.loss_after < record.loss_before:
@@ -126,6 +127,13 @@ def _tuned(job: Job, work: Path, compensated: Path, text: Tensor) -> PreTrainedM
         f" {record.loss_before:.4f} to {record.loss_after:.4f} nats per token"
     )
     return given()
+
+
+def scales_were_tuned(compensated: Path | None, model: Path) -> bool:
+    """Whether the scales of a saved model are others than before they were tuned: all other weights are the same."""
+    return compensated is not None and not all(
+        filecmp.cmp(file, model / file.name, shallow=False) for file in compensated.glob("*.safetensors")
+    )
 
 
 def _save(job: Job, folder: Path, pruned: PreTrainedModel, plan: PruningPlan) -> Path:

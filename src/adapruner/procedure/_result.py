@@ -17,7 +17,7 @@ from adapruner.models import describe_device, empty_model, find_model, load_conf
 from adapruner.planning import PruningPlan
 from adapruner.procedure._evaluation import breakage, perplexity, scores
 from adapruner.procedure._forms import Windows, json_form
-from adapruner.procedure._model import compensated, model, recovered, target
+from adapruner.procedure._model import compensated, model, recovered, scales_were_tuned, target
 from adapruner.procedure._search import levelled, plan, search
 from adapruner.procedure._windows import self_written, usable, windows
 from adapruner.recovery import read_record
@@ -84,7 +84,7 @@ def result(
             verdict=verdict_of(role, broken),
         )
         for role in roles_of(job.config)
-        if role != "compensated" or compensated
+        if role != "compensated" or scales_were_tuned(compensated, model)
     ]
     for each in numbers:
         perplexities_of = {f"perplexity {each.role}/{text}": one.perplexity for text, one in each.perplexity.items()}

@@ -34,7 +34,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.trainer import FSDP_MODEL_NAME
 
 from adapruner.config import RecoveryOptions
-from adapruner.errors import AdaPrunerError, reason
+from adapruner.errors import AdaPrunerError, NonFiniteError, reason
 from adapruner.models import (
     architecture_of,
     computes_bfloat16_natively,
@@ -107,7 +107,7 @@ def train(
         track: called with what the Trainer logs, the losses and the learning rate of every step.
 
     Raises:
-        AdaPrunerError: the loss is not finite any more; what was saved before is kept.
+        NonFiniteError: the loss is not finite any more; what was saved before is kept.
     """
     dtype, weights = model.dtype, cast(nn.Module, model)
     if options.train == "full":
@@ -477,7 +477,7 @@ class _Watcher(TrainerCallback):
             if not math.isfinite(value):
                 saved = _last_whole_checkpoint(self._folder)
                 kept = f"the last checkpoint, {saved}, is kept" if saved else "nothing was saved yet"
-                raise AdaPrunerError(
+                raise NonFiniteError(
                     f"{what} is {value} at step {state.global_step}; {kept}. Lower `learning_rate`"
                     f" ({args.learning_rate:g}) or raise `warmup_steps`, and look for broken records in the data"
                 )
