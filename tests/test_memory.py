@@ -72,7 +72,7 @@ def test_a_7b_model_needs_what_its_shapes_say() -> None:
     llama = LlamaConfig(dtype="bfloat16")
     whole, by_layer = memory_of(llama, False), memory_of(llama, True)
     assert whole["loading"] == Memory(2 * 6_738_415_616, 0, "weights")
-    assert by_layer["loading"].device == 2 * (6_738_415_616 - 31 * 202_383_360)
+    assert by_layer["loading"].device == 2 * (6_738_415_616 - 32 * 202_383_360)
     deeper = LlamaConfig(dtype="bfloat16", num_hidden_layers=64)
     measuring = [memory_of(config, True)["measuring"].device for config in (llama, deeper)]
     # Of more layers only the sums: of 16 samples three for each vector (four attention and three feed-forward matrices)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,6 +105,9 @@ def _stages(
         held = max(held // devices, held - sum(of_layers)) + max(of_layers)
         pruned = pruned // devices + max(of_layers)
     widths = [block.inputs for block, _ in blocks]
+    moments_of = Counter[int]()
+    for block, _ in blocks:
+        moments_of[block.layer] += block.inputs * block.inputs_of_one * _FLOAT32
     moments = max(block.inputs * block.inputs_of_one for block, _ in blocks) * _FLOAT32
     projected = [block for block, _ in blocks if block.is_projected]
     matrix = max((block.row_wise.elements * block.inputs for block in projected), default=0) * _FLOAT32
@@ -120,12 +124,21 @@ def _stages(
     if config.self_windows is None and not by_layer:
         written = config.compensation_windows // 2
     text = (config.compensation_windows + written) * config.seq_len * trial.itemsize
-    weights, both = {"weights": held * dtype.itemsize}, {"weights": held * with_copy}
+    # Layer by layer, the layer in memory is in one dtype, and what is in no layer in both.
+    of_layer = max(of_layers) if by_layer else 0
+    weights, both = (
+        {"weights": held * dtype.itemsize},
+        {"weights": (held - of_layer) * with_copy + of_layer * trial.itemsize},
+    )
     pool = {"pool": config.pool * (vectors * (3 if config.terms == "all" else 1) + 2 * sum(widths)) * _FLOAT32}
     solving = {"second moments": 4 * moments + 3 * matrix}
-    stages = {"loading": weights}
+    stages = {"loading": {"weights": (held - of_layer) * dtype.itemsize}}
     if config.compensation != "none" or config.space == "extended":
-        stages["reading activations"] = both | {"compensation_windows": text * hidden, "second moments": 9 * moments}
+        stages["reading activations"] = both | {
+            "compensation_windows": text * hidden,
+            # Two sums for every block of a layer; of one block, both means, and two of what they are merged into.
+            "second moments": 2 * max(moments_of.values()) + 4 * moments,
+        }
     # Layer by layer, the states before and behind a layer and the gradient are held beside what it keeps.
     going_back = 3 * (max(widths) + by_layer * hidden) * dtype.itemsize
     stages["measuring"] = weights | {
@@ -164,8 +177,11 @@ def _stages(
             "dense predictions": 2 * tokens * vocabulary,
         }
     if config.fits_sequentially and architecture_of(model.config).has_plain_residual(model.config):
+        # Only what loses something is fitted, in the inputs that it keeps.
+        kept_share = max((n / block.groups for block, n in blocks if n < block.groups), default=0.0)
         stages["compensating"] = {
-            **(both | solving),
+            **both,
+            "second moments": int(4 * moments * kept_share**2 + 3 * matrix * kept_share),
             "compensation_windows": text * (2 * hidden + max(widths)),
             "pruned weights": pruned * with_copy,
             # Of a batch: what the layer computes, and what up to three runs of it have left.
@@ -176,9 +192,9 @@ def _stages(
         options = scale_options(config.seed, device)
         tokens = options.micro_batch_size * config.seq_len
         # Scales are multiplied in float32.
-        of_layer = saved_activations(model.config, torch.float32)
-        checkpointed = of_layer + (structure.layers + 1) * hidden * trial.itemsize
-        activations = checkpointed if options.gradient_checkpointing else structure.layers * of_layer
+        saved = saved_activations(model.config, torch.float32)
+        checkpointed = saved + (structure.layers + 1) * hidden * trial.itemsize
+        activations = checkpointed if options.gradient_checkpointing else structure.layers * saved
         stages["tuning scales"] = both | {
             "pruned weights": (held - removed) * with_copy,
             "seq_len": int(tokens * activations),

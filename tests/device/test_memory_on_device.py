@@ -139,28 +139,55 @@ def test_other_commands_that_run_out_of_memory_say_so(
     assert "out of memory" in message
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+# Stages that hold what their shapes say. In the others, systems are estimated as for models in which nothing is narrow,
+# and inverses as in float64, which some blocks need.
+FROM_SHAPES = {"loading", "reading activations", "measuring", "removing parts whole", "compensating", "tuning scales"}
+
+
+@pytest.fixture(scope="module")
+def long_text_file(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of longer paragraphs."""
+    path = tmp_path_factory.mktemp("texts") / "long.txt"
+    paragraphs = text_file.read_text().split("\n\n")
+    rotated = (paragraphs[start:] + paragraphs[:start] for start in range(len(paragraphs)))
+    path.write_text("\n\n".join(" ".join(each[:8]) for each in rotated))
+    return path
+
+
 @pytest.mark.parametrize("layer_wise", [False, True])
-def test_the_estimate_is_not_far_below_what_is_needed(
-    dtype: str, layer_wise: bool, device: Device, family: Callable[..., Path], text_file: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("hidden", "channels", "dtype"), [(256, 768, "float32"), (320, 960, "bfloat16"), (384, 1152, "float32")]
+)
+def test_estimates_are_what_is_needed(
+    hidden: int,
+    channels: int,
+    dtype: str,
+    layer_wise: bool,
+    device: Device,
+    family: Callable[..., Path],
+    long_text_file: Path,
+    tmp_path: Path,
 ) -> None:
-    options = SMALL_RUN | (LAYER_WISE if layer_wise else {})
-    model = family("llama", dtype, hidden_size=256, intermediate_size=768, head_dim=64)
+    """Within a tenth, but for what is large beside a tiny model alone, such as attention scores; where that is not
+    possible, above it."""
+    sizes = {"hidden_size": hidden, "intermediate_size": channels, "head_dim": 64, "num_hidden_layers": 6}
+    model = family("llama", dtype, vocab_size=2048, **sizes)
+    tokens = {"seq_len": 64, "pool": 16, "objective_windows": 16, "compensation_windows": 24}
+    options = SMALL_RUN | {"layer_wise": False} | (LAYER_WISE if layer_wise else {}) | tokens
     cost = only_json(device.run("inspect", model, "--cost", "--json", *flags(options)))
     estimates = {stage["stage"]: stage["device_bytes"] for stage in cost["stages"]}
-    outcome = device.run("prune", model, "-o", tmp_path / "a", "--calibration", text_file, *flags(options), "--json")
+    # Trials hold second moments where there is room, which is not estimated: there is little.
+    command = ["prune", model, "-o", tmp_path / "a", "--calibration", long_text_file, *flags(options), "--json"]
+    outcome = device.run(*command, memory=6 * max(estimates.values()) // 5)
     only_json(outcome)
-    measured = {stage.name: stage.peak for stage in outcome.stages if stage.name in estimates}
-    assert measured.keys() == estimates.keys()
-    # Estimates leave out the second moments that trials hold where there is room, of four layers here. What else no
-    # estimate counts, such as attention scores, is large beside a tiny model.
-    room = dict.fromkeys(("searching", "levelling widths"), 4 * 4 * (256**2 + 768**2))
-    below = {
+    peaks = {name: max(one.peak for one in outcome.stages if one.name == name) for name in estimates}
+    assert peaks.keys() > FROM_SHAPES - {"tuning scales"}
+    wrong = {
         name: (peak, estimates[name])
-        for name, peak in measured.items()
-        if peak - room.get(name, 0) > 1.1 * estimates[name] + 2**20
+        for name, peak in peaks.items()
+        if peak > 1.1 * estimates[name] + 2**21 or (name in FROM_SHAPES and estimates[name] > 1.1 * peak + 2**21)
     }
-    assert below == {}
+    assert wrong == {}
 
 
 def test_adapters_cost_what_their_shapes_say(

@@ -271,7 +271,7 @@ def add_products(second: Tensor, x: Tensor) -> None:
 
 def symmetric(upper: Tensor) -> Tensor:
     """[…, inputs, inputs]: with the upper triangle in place of the lower, too."""
-    return upper.triu() + upper.triu(1).mT
+    return upper.triu().add_(upper.triu(1).mT)
 
 
 @contextlib.contextmanager
@@ -287,10 +287,9 @@ def _summing(model: PreTrainedModel, blocks: Sequence[Block]) -> Iterator[list[_
 def _choose_damping(weights: Tensor, fitted: _Sums, held_out: _Sums, block: Block) -> InputMoments:
     """The damping with which least squares, fitted on most of the tokens, errs least on the others when the half of the
     inputs that matter least is removed; one for all experts."""
-    second, second_held_out = fitted.symmetric() / fitted.tokens, held_out.symmetric() / held_out.tokens
-    total = fitted.tokens + held_out.tokens
-    merged = (second * fitted.tokens + second_held_out * held_out.tokens) / total
-    if not merged.isfinite().all():
+    second = fitted.symmetric().div_(fitted.tokens)
+    second_held_out = held_out.symmetric().div_(held_out.tokens)
+    if not (second.isfinite().all() and second_held_out.isfinite().all()):
         raise NonFiniteError(
             f"the inputs of {block.row_wise.parameter} are not finite on the calibration text; the model has broken"
             " weights or its dtype is too narrow: try `dtype` float32"
@@ -301,6 +300,8 @@ def _choose_damping(weights: Tensor, fitted: _Sums, held_out: _Sums, block: Bloc
     dampings = [relative * scale for relative in _DAMPINGS]
     of_experts = zip(weights, second, second_held_out, strict=True)
     errors = torch.stack([_held_out_errors(*of_expert, dampings) for of_expert in of_experts]).sum(0)
+    total = fitted.tokens + held_out.tokens
+    merged = (second * fitted.tokens).add_(second_held_out * held_out.tokens).div_(total)
     mean = ((fitted.first + held_out.first) / total).flatten()
     return InputMoments(mean.cpu(), (merged if block.experts else merged[0]).cpu(), dampings[int(errors.argmin())])
 
