@@ -2,7 +2,7 @@
 
     python benchmarks/elimination.py --measured runs/measured
 
-For every block of a measured run: the rank correlation of the errors of removal, the kept groups that are the same, the
+For some blocks of a measured run: the rank correlation of the errors of removal, the kept groups that are the same, the
 time here, and the work on a modelled card that is 64 times as slow in float64. The work is counted in operations:
 products by their shapes, factorizations by n³/3, and what remains by the numbers that it writes.
 """
@@ -32,7 +32,7 @@ from measured import Measured
 
 SLOWER_IN_FLOAT64 = 64
 SHARES_KEPT = (0.2, 0.5, 0.8)
-# How many times n³ / 3 operations of a factorization and of what follows from one.
+# Operations, in units of n³ / 3.
 FACTORIZATIONS = {"linalg_cholesky_ex": 1, "cholesky_inverse": 2}
 
 Prepare = Callable[[Tensor, InputMoments], tuple[Tensor, Tensor]]

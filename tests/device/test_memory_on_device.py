@@ -146,7 +146,7 @@ FROM_SHAPES = {"loading", "reading activations", "measuring", "removing parts wh
 
 @pytest.fixture(scope="module")
 def long_text_file(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of longer paragraphs."""
+    """200 different paragraphs of 160 words."""
     path = tmp_path_factory.mktemp("texts") / "long.txt"
     paragraphs = text_file.read_text().split("\n\n")
     rotated = (paragraphs[start:] + paragraphs[:start] for start in range(len(paragraphs)))
