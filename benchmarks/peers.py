@@ -20,7 +20,7 @@ import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import chain, product
 from pathlib import Path
@@ -426,6 +426,8 @@ def main(
     calibration = spaced("boolq-passages@calibration", calibration_windows)
     reports, judging = {text: spaced(text, windows) for text in TEXTS}, evenly_spaced(calibration, greedy_windows)
     structure = build_structure(dense)
+    # No peer weights tokens by what a norm makes of them.
+    structure = replace(structure, blocks=tuple(replace(block, is_normalized=False) for block in structure.blocks))
     setting = Setting(output, dense, structure, calibration, reports, judging, gate_steps)
     setting.report(0.0, "dense", lambda: dense)
     for peer, ratio in product(peers, ratios):

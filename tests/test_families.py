@@ -51,8 +51,8 @@ def run(arguments: list[str], code: int = 0) -> None:
 
 def contents(structure: Structure) -> list[tuple[object, ...]]:
     return [
-        (block.layer, block.kind, block.groups, block.strata, block.config_counts, set(block.slices))
-        for block in structure.blocks
+        (each.layer, each.kind, each.groups, each.strata, each.config_counts, each.is_normalized, set(each.slices))
+        for each in structure.blocks
     ]
 
 
@@ -100,6 +100,18 @@ def test_a_family_without_a_file_is_inferred_and_proven(
         structure = build_structure(empty_model(config))
     assert {block.kind for block in structure.blocks} == kinds
     assert structure.whole_mixers == whole_mixers
+
+
+# A norm behind each block, behind the attention alone; multipliers and a post-norm of the sum are none of that.
+@pytest.mark.parametrize(
+    ("model_type", "attention", "feed_forward"),
+    [("glm4", True, True), ("olmo_hybrid", True, False), ("granite", False, False), ("smollm3", False, False)],
+)
+def test_norms_behind_blocks_are_seen(model_type: str, attention: bool, feed_forward: bool) -> None:
+    inferred = infer_architecture(tiny_config(model_type))
+    assert inferred.attention is not None
+    assert inferred.feed_forward is not None
+    assert (inferred.attention.normalized, inferred.feed_forward.normalized) == (attention, feed_forward)
 
 
 WRONG_ROWS = ProjectionNames(inputs={"mlp.gate_proj": ("channels",)}, output="mlp.down_proj")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from adapruner.measurement import (
 from adapruner.measurement._moments import _eliminate, _with_inverse
 from adapruner.models import find_model, in_fastest_dtype, load_model
 from adapruner.structure import Structure, build_structure
+from adapruner.surgery import compensate
 
 
 def activations(model: PreTrainedModel, structure: Structure, windows: Tensor) -> list[Tensor]:
@@ -54,6 +56,27 @@ def test_moments_are_means_over_all_tokens(batch_size: int, model: PreTrainedMod
             torch.testing.assert_close(moments[index].second.double(), x.T @ x / len(x), rtol=1e-4, atol=1e-6)
             assert moments[index].damping > 0
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("model_type", ["gemma3_text", "olmo2"])
+def test_tokens_are_weighted_where_a_norm_follows(model_type: str, make_model: Callable[..., PreTrainedModel]) -> None:
+    """Against a solver of what the norm leaves of the errors: those of each token divided by the size of its output."""
+    model = make_model(model_type)
+    structure = build_structure(model)
+    windows = torch.randint(3, 96, (24, 12), generator=torch.Generator().manual_seed(5))
+    moments = dict(measure_moments(model, structure, windows))
+    inputs = activations(model, structure, windows)
+    for index, block in enumerate(structure.blocks):
+        weight, x = model.get_parameter(block.row_wise.parameter).detach().double(), inputs[index]
+        sizes = (x @ weight.T).square().mean(1, keepdim=True).sqrt()
+        assert sizes.max() > 1.2 * sizes.min()
+        own, shares = moments[index], sizes**-2 / (sizes**-2).sum()
+        torch.testing.assert_close(own.mean.double(), (shares * x).sum(0), rtol=1e-3, atol=1e-5)
+        kept = torch.arange(x.shape[1])[x.shape[1] // 4 :]
+        rows = torch.cat([x * shares.sqrt(), torch.eye(x.shape[1]).double() * own.damping**0.5])
+        wanted = torch.linalg.lstsq(rows[:, kept], rows @ weight.T).solution.T
+        fitted, _ = compensate(weight.float(), own, kept, "least-squares")
+        torch.testing.assert_close(fitted.double(), wanted, rtol=1e-3, atol=1e-3 * float(weight.abs().max()))
 
 
 def test_more_text_needs_less_damping(model: PreTrainedModel) -> None:

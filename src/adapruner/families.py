@@ -18,7 +18,7 @@ from adapruner.models import Architecture, infer_architecture, quiet_transformer
 from adapruner.progress import Reporter
 
 # Changes when families are inferred or proven in another way.
-_FORMAT = 2
+_FORMAT = 3
 # What configs say of the files that they come with.
 _OF_FILES = ("_name_or_path", "architectures", "dtype", "transformers_version")
 

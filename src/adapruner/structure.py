@@ -94,6 +94,7 @@ class Block:
             own, per group of one expert.
         least: how many groups must be kept, unless none is.
         rest: parameters that are removed with the last group: what is left of the attention or feed-forward.
+        is_normalized: whether a norm follows before what reads the groups is added to the hidden state.
     """
 
     layer: int
@@ -104,6 +105,7 @@ class Block:
     strata: int = 1
     least: int = 1
     rest: int = 0
+    is_normalized: bool = False
 
     @property
     def matrices(self) -> tuple[TensorSlice, ...]:
@@ -409,6 +411,7 @@ def _head_blocks(
             ),
             config_counts=counts,
             strata=key_value_heads if by_query_head else 1,
+            is_normalized=names.normalized,
         ).with_rest(model, f"{layer_path}.{names.module}")
     ]
 
@@ -425,6 +428,7 @@ def _channel_blocks(model: PreTrainedModel, architecture: Architecture, layer: i
             groups=channels,
             slices=_slices(model, layer_path, names, {"channels": channels}, channels),
             config_counts={architecture.config_fields.channels: 1},
+            is_normalized=names.normalized,
         ).with_rest(model, f"{layer_path}.{names.module}" if names.module else None)
     ]
 

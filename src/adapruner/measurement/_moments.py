@@ -26,6 +26,8 @@ _ELIMINATION_STEPS = 64
 _LEAST_PIVOT = 1e-3
 _STRIPS = 8
 _OUTPUTS_TO_DAMP_BY = 1024
+# What most norms add to the mean square.
+_NORM_EPSILON = 1e-6
 # Tried as multiples of the mean of the diagonal.
 _DAMPINGS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
@@ -34,6 +36,9 @@ _DAMPINGS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 class InputMoments:
     """Moments of the inputs x of one row-wise projection over the tokens of a text; or of the projections of all
     experts, where x is zero for the tokens that are not sent to an expert, and else includes the weight of the router.
+
+    Where a norm follows the projection (Gemma 2 and 3, OLMo 2), the expectations weight each token by the inverse mean
+    square of what the projection puts out: the norm divides all that goes wrong there by its root.
 
     Attributes:
         mean: [inputs], float32, E[x].
@@ -222,10 +227,11 @@ def projected_blocks(structure: Structure) -> list[int]:
 
 class _Sums:
     """Of the inputs of the projections of a block, [experts, inputs] and [experts, inputs, inputs], one expert where
-    there are none; and the number of tokens."""
+    there are none; and the number of tokens, or the sum of their weights (see `InputMoments`)."""
 
     def __init__(self, block: Block, device: torch.device) -> None:
-        self.tokens, self._block = 0, block
+        self.tokens: int | Tensor = 0
+        self._block = block
         experts, width = block.experts or 1, block.inputs_of_one
         self.first = torch.zeros(experts, width, device=device)
         self.second = torch.zeros(experts, width, width, device=device)
@@ -234,12 +240,18 @@ class _Sums:
         """A handle of the hook that adds what the projections read."""
         if self._block.experts:
             return model.get_submodule(self._block.row_wise.module).register_forward_hook(self._add_of_experts)
-        return projection(model, self._block.row_wise).register_forward_pre_hook(self._add_input)
+        return projection(model, self._block.row_wise).register_forward_hook(self._add_input)
 
-    def _add_input(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def _add_input(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         x = inputs[0].flatten(0, -2).float()
-        self.tokens += len(x)
-        self._add(0, x)
+        if not self._block.is_normalized:
+            self.tokens += len(x)
+            self._add(0, x)
+            return
+        weights = (output.flatten(0, -2).float().square().mean(1) + _NORM_EPSILON).reciprocal()
+        self.tokens += weights.sum()
+        self.first[0] += weights @ x
+        add_products(self.second[0], x * weights.sqrt()[:, None])
 
     def _add_of_experts(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         self.tokens += len(output)

@@ -41,11 +41,13 @@ class ProjectionNames(_Data):
             their order.
         returned: how many things the module around all of them returns, of which the first is its output; 0 where that
             is all it returns.
+        normalized: whether a norm follows before the output is added to the hidden state.
     """
 
     inputs: dict[str, tuple[RowKind, ...]]
     output: str
     returned: int = 0
+    normalized: bool = False
 
     @property
     def module(self) -> str:

@@ -237,7 +237,7 @@ def _largest(by_output: Mapping[str, list[_Found]]) -> _Found | None:
     inputs: dict[str, tuple[RowKind, ...]] = {}
     for found in several:
         inputs |= found.names.inputs
-    names = ProjectionNames(inputs=inputs, output=several[0].names.output, returned=several[0].names.returned)
+    names = several[0].names.model_copy(update={"inputs": inputs})
     return _Found(names, several[-1].fields, 0, all(found.plain for found in several))
 
 
@@ -297,8 +297,8 @@ def _names(layer: Layer, inputs: Mapping[str, tuple[RowKind, ...]], writer: Writ
     own = {
         name: kinds for name, kinds in by_module.items() if name.removesuffix(".bias") not in by_module.keys() - {name}
     }
-    names = ProjectionNames(inputs=own, output=writer.path)
-    return ProjectionNames(inputs=own, output=writer.path, returned=layer.returned(names.module))
+    names = ProjectionNames(inputs=own, output=writer.path, normalized=writer.normalized)
+    return names.model_copy(update={"returned": layer.returned(names.module)})
 
 
 def _experts(counting: _Counting, layers: Sequence[Layer]) -> ExpertNames | None:

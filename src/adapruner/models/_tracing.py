@@ -96,11 +96,13 @@ class Writer:
     Attributes:
         inputs: how many numbers it reads per token.
         plain: whether its output is added as it is.
+        normalized: whether a norm follows before it is added, so that its size does not matter.
     """
 
     path: str
     inputs: int
     plain: bool
+    normalized: bool
 
 
 @dataclass(frozen=True)
@@ -236,36 +238,45 @@ class Layer:
 
     def _find_writers(self) -> Iterator[Writer]:
         """With all other candidates silent, the output of the layer is what a writer puts out, and what came in."""
-        for name, module in self._projections.items():
+        for name in self._projections:
             read = self._read.get(name)
             if read is None or not read.requires_grad or read.shape[-1] > _MOST_INPUTS:
                 continue
-            noted: dict[str, Tensor] = {}
-            # Experts are parameters of three axes, not projections.
-            experts = [
-                each
-                for each in self._layer.modules()
-                if any(parameter.dim() == 3 for parameter in each.parameters(recurse=False))
-            ]
-            others = [other for each, other in self._projections.items() if each != name]
-            silent = [other.register_forward_hook(lambda *about: _silenced(about[2])) for other in (*others, *experts)]
-            hooks = [
-                *silent,
-                module.register_forward_hook(lambda *about, noted=noted: noted.update(written=about[2])),
-                self._layer.register_forward_pre_hook(
-                    lambda _, args, given, noted=noted: noted.update(before=(args or list(given.values()))[0]),
-                    with_kwargs=True,
-                ),
-                self._layer.register_forward_hook(lambda *about, noted=noted: noted.update(after=_first(about[2]))),
-            ]
-            self._run(hooks)
-            written, after = noted["written"], noted["after"].flatten(0, -2)
+            before, written, after = self._alone(name)
             if not written.requires_grad or not after.requires_grad:
                 continue
             (gradient,) = torch.autograd.grad(after[:, 5].sum(), written, allow_unused=True)
             if gradient is not None and (gradient.flatten(0, -2) != 0).any(0).nonzero().flatten().tolist() == [5]:
-                plain = torch.allclose(after, (noted["before"] + written.view_as(noted["before"])).flatten(0, -2))
-                yield Writer(name, self._read[name].shape[-1], plain)
+                plain = torch.allclose(after, before + written.view_as(before))
+                change = self._alone(name, times=2)[2] - after
+                yield Writer(name, read.shape[-1], plain, bool(change.norm() < 0.01 * (after - before).norm()))
+
+    def _alone(self, name: str, times: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+        """[tokens, hidden]: what comes into the layer, what a candidate puts out, and what comes out of the layer where
+        all other candidates are silent and this one is so many times as loud."""
+        noted: dict[str, Tensor] = {}
+        # Experts are parameters of three axes, not projections.
+        experts = [
+            each
+            for each in self._layer.modules()
+            if any(parameter.dim() == 3 for parameter in each.parameters(recurse=False))
+        ]
+        others = [other for each, other in self._projections.items() if each != name]
+
+        def note_written(*about: Any) -> Tensor:
+            noted["written"] = about[2] * times
+            return noted["written"]
+
+        hooks = [
+            *(other.register_forward_hook(lambda *about: _silenced(about[2])) for other in (*others, *experts)),
+            self._projections[name].register_forward_hook(note_written),
+            self._layer.register_forward_pre_hook(
+                lambda _, args, given: noted.update(before=(args or list(given.values()))[0]), with_kwargs=True
+            ),
+            self._layer.register_forward_hook(lambda *about: noted.update(after=_first(about[2]))),
+        ]
+        self._run(hooks)
+        return noted["before"].flatten(0, -2), noted["written"], noted["after"].flatten(0, -2)
 
     def _run(self, hooks: Iterable[Any]) -> None:
         generator = torch.Generator().manual_seed(1)
