@@ -94,7 +94,7 @@ class Setting:
     def eliminated(self) -> Tensor:
         """[groups]: what each group adds to the error when all are eliminated, the cheapest first, with the weights
         updated in between (optimal brain surgeon); ascending in the order of elimination."""
-        return removal_errors(self.dense, self.structure, self.moments)[1]
+        return removal_errors(self.dense, self.structure, self.moments)["elimination_error"]
 
     @cached_property
     def activity(self) -> tuple[Tensor, Tensor]:

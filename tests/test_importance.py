@@ -20,9 +20,9 @@ from adapruner.structure import Structure, build_structure
 @pytest.fixture
 def measured(model: PreTrainedModel, windows: Tensor) -> tuple[Structure, Statistics]:
     structure = build_structure(model)
-    alone, eliminated = removal_errors(model, structure, dict(measure_moments(model, structure, windows)))
+    errors = removal_errors(model, structure, dict(measure_moments(model, structure, windows)))
     measured = measure(model, structure, windows)
-    return structure, replace(measured, removal_error=alone, elimination_error=eliminated)
+    return structure, replace(measured, **errors)
 
 
 def channel_score(model: PreTrainedModel, windows: Tensor, layer: int, channel: int, metric: str) -> float:
@@ -78,6 +78,9 @@ def test_chosen_samples_are_all_that_counts(measured: tuple[Structure, Statistic
 
 # Those that are measured of experts are in tests/test_experts.py.
 OF_ALL_MODELS = [name for name, term in TERMS.items() if "routing" not in term.needs]
+# Damping is added to what weights are multiplied by, also where that is nothing.
+BY_INPUTS = [name for name in OF_ALL_MODELS if TERMS[name].family != "reconstruction"]
+BY_OUTPUTS = [name for name in OF_ALL_MODELS if name != "conditional_variance"]
 
 
 @pytest.mark.parametrize("term", OF_ALL_MODELS)
@@ -99,15 +102,27 @@ def test_every_term_is_not_negative_and_ignores_the_order_of_samples(
     torch.testing.assert_close(values, compute(statistics.select([3, 1, 0, 2, 5, 4])))
 
 
-@pytest.mark.parametrize("term", OF_ALL_MODELS)
-def test_what_takes_part_in_nothing_is_not_important(term: str, model: PreTrainedModel, windows: Tensor) -> None:
-    """A channel and a KV group whose output weights are zero score least of their block, by every term."""
+@pytest.mark.parametrize(
+    ("term", "silent"), [(term, "inputs") for term in BY_INPUTS] + [(term, "outputs") for term in BY_OUTPUTS]
+)
+def test_what_takes_part_in_nothing_is_not_important(
+    term: str, silent: str, model: PreTrainedModel, windows: Tensor
+) -> None:
+    """A channel and a KV group score least of their block where they are always zero, and where their output weights
+    are."""
+    layer = model.model.layers[1]
     with torch.no_grad():
-        model.model.layers[1].mlp.down_proj.weight[:, 7] = 0
-        model.model.layers[1].self_attn.o_proj.weight[:, 16:32] = 0
+        if silent == "outputs":
+            layer.mlp.down_proj.weight[:, 7] = 0
+            layer.self_attn.o_proj.weight[:, 16:32] = 0
+        else:
+            for tensor in layer.mlp.up_proj.parameters():
+                tensor[7] = 0
+            for tensor in layer.self_attn.v_proj.parameters():
+                tensor[8:16] = 0
     structure = build_structure(model)
-    alone, eliminated = removal_errors(model, structure, dict(measure_moments(model, structure, windows)))
-    statistics = replace(measure(model, structure, windows), removal_error=alone, elimination_error=eliminated)
+    errors = removal_errors(model, structure, dict(measure_moments(model, structure, windows)))
+    statistics = replace(measure(model, structure, windows), **errors)
     scores = score_groups(statistics, structure, MetricPoint(weights={term: 1}))
     heads, channels = (scores[structure.block_of_group == block] for block in (2, 3))
     assert int(heads.argmin()) == 1

@@ -104,7 +104,7 @@ def test_removal_alone_costs_what_a_refit_leaves(granularity: str, model: PreTra
     structure = build_structure(model, granularity)
     measured = dict(measure_moments(model, structure, windows))
     moments = {index: InputMoments(m.mean, m.second, 1e-3) for index, m in measured.items()}
-    alone, _ = removal_errors(model, structure, moments)
+    alone = removal_errors(model, structure, moments)["removal_error"]
     inputs = activations(model, structure, windows)
     for index, block in enumerate(structure.blocks[:4]):
         weight = model.get_parameter(block.row_wise.parameter).detach().double()
@@ -123,7 +123,7 @@ def test_elimination_adds_up_to_the_error_of_a_refit(model: PreTrainedModel, win
     structure = build_structure(model)
     measured = dict(measure_moments(model, structure, windows))
     moments = {index: InputMoments(m.mean, m.second, 1e-2) for index, m in measured.items()}
-    _, eliminated = removal_errors(model, structure, moments)
+    eliminated = removal_errors(model, structure, moments)["elimination_error"]
     for index in (1, 5):
         block, offset = structure.blocks[index], structure.group_offsets[index]
         weight = model.get_parameter(block.row_wise.parameter).detach().double()
@@ -140,9 +140,33 @@ def test_elimination_adds_up_to_the_error_of_a_refit(model: PreTrainedModel, win
             torch.testing.assert_close(costs[order[:gone]].sum(), left, rtol=0.05, atol=1e-6)
 
 
+def test_conditional_variances_multiply_to_the_determinant(model: PreTrainedModel, windows: Tensor) -> None:
+    """By the chain rule, in whatever order the channels go; and the first head to go is the best explained, by a
+    solver on the activations."""
+    structure = build_structure(model)
+    measured = dict(measure_moments(model, structure, windows))
+    moments = {index: InputMoments(m.mean, m.second, 1e-2) for index, m in measured.items()}
+    variances = removal_errors(model, structure, moments)["conditional_variance"].double()
+    inputs = activations(model, structure, windows)
+    for index, block in enumerate(structure.blocks):
+        own = variances[structure.group_offsets[index] :][: block.groups]
+        damped = torch.cat([inputs[index] / len(inputs[index]) ** 0.5, 0.1 * torch.eye(block.inputs).double()])
+        if block.kind == "channels":
+            torch.testing.assert_close(own.log().sum(), torch.logdet(damped.T @ damped), rtol=1e-3, atol=1e-3)
+            continue
+        unexplained = []
+        for group in range(block.groups):
+            gone = torch.arange(block.inputs) // block.row_wise.width == group
+            solution = torch.linalg.lstsq(damped[:, ~gone], damped[:, gone]).solution
+            unexplained.append((damped[:, gone] - damped[:, ~gone] @ solution).square().sum())
+        first = torch.stack(unexplained).min()
+        torch.testing.assert_close(own.min(), first, rtol=1e-3, atol=1e-6)
+        assert own.argmin() == torch.stack(unexplained).argmin()
+
+
 def test_blocks_without_moments_cost_nothing(model: PreTrainedModel, windows: Tensor) -> None:
     structure = build_structure(model)
-    for errors in removal_errors(model, structure, dict(measure_moments(model, structure, windows, [1]))):
+    for errors in removal_errors(model, structure, dict(measure_moments(model, structure, windows, [1]))).values():
         assert errors[structure.block_of_group == 1].all()
         assert not errors[structure.block_of_group != 1].any()
 

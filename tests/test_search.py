@@ -777,8 +777,8 @@ def test_a_registered_term_is_searched(
 ) -> None:
     """One joins a family, one begins a family; what was there before is proposed as before."""
     structure = build_structure(model)
-    alone, eliminated = removal_errors(model, structure, dict(measure_moments(model, structure, windows)))
-    statistics = replace(measure(model, structure, windows), removal_error=alone, elimination_error=eliminated)
+    errors = removal_errors(model, structure, dict(measure_moments(model, structure, windows)))
+    statistics = replace(measure(model, structure, windows), **errors)
     family = build_subset_family(statistics, structure, [block.groups - 1 for block in structure.blocks])
     space = SearchSpace(
         family, 3, 0, Budget(0.05, 0, 0), "extended", meet=partial(meet_budget, structure, statistics, None)

@@ -108,8 +108,8 @@ def check_term(name: str, family: str = "llama") -> None:
 def _all_statistics(model: PreTrainedModel, structure: Structure) -> Statistics:
     windows = torch.randint(3, model.config.vocab_size, (16, 16), generator=torch.Generator().manual_seed(0))
     statistics = measure(model, structure, windows[:4])
-    alone, eliminated = removal_errors(model, structure, dict(measure_moments(model, structure, windows)))
-    return replace(statistics, removal_error=alone, elimination_error=eliminated)
+    errors = removal_errors(model, structure, dict(measure_moments(model, structure, windows)))
+    return replace(statistics, **errors)
 
 
 def check_family(config: PreTrainedConfig | str, architecture: Architecture | None = None) -> None:

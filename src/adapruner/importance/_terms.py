@@ -134,6 +134,14 @@ def elimination(statistics: Statistics) -> Tensor:
     return _measured(statistics.elimination_error, "from second moments")
 
 
+@register_term(unit="groups", family="conditional_variance", needs=["moments", "eliminations"])
+def conditional_variance(statistics: Statistics) -> Tensor:
+    """[groups]: tr(([H⁻¹]_gg)⁻¹), for a channel 1 / [H⁻¹]_cc: what the other inputs do not say of those of the group,
+    when the groups are removed one after the other, the least first. It ranks as `elimination` does where all outputs
+    matter alike, and first of all like the ridge leverage of MoDeGPT (arXiv 2408.09632)."""
+    return _measured(statistics.conditional_variance, "from second moments")
+
+
 @register_term(unit="groups", family="routing", needs=["routing"])
 def expert_output(statistics: Statistics) -> Tensor:
     """[groups]: the mean of router weight · ‖output‖ over the tokens that are sent to an expert (REAP, arXiv

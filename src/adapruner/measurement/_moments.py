@@ -339,18 +339,23 @@ def removal_errors(
     structure: Structure,
     moments: Mapping[int, InputMoments],
     progress: Callable[[int], None] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """What the removal of each group costs the output of its block after least-squares compensation.
+) -> dict[str, Tensor]:
+    """What the removal of each group costs its block after least-squares compensation.
 
     Args:
         progress: called with 1 after every block.
 
     Returns:
-        [groups], float32, twice, in units of the squared output per token; zeros for blocks without moments. First the
-        error if the group is removed alone: tr(W_g ([H⁻¹]_gg)⁻¹ W_gᵀ), for a channel ‖W_c‖² / [H⁻¹]_cc (optimal brain
-        surgeon, Hassibi and Stork 1992; blocks as in arXiv 2203.07259). Then the error that it adds when the groups go
-        one after the other, the cheapest first, with the rest compensated each time (ZipLM, arXiv 2302.04089), made
-        ascending in the order of elimination.
+        By the name in `Statistics`, [groups], float32; zeros for blocks without moments.
+
+        - `removal_error`: of the output of the block, squared, per token, if the group is removed alone:
+          tr(W_g ([H⁻¹]_gg)⁻¹ W_gᵀ), for a channel ‖W_c‖² / [H⁻¹]_cc (optimal brain surgeon, Hassibi and Stork 1992;
+          blocks as in arXiv 2203.07259).
+        - `elimination_error`: what the group adds to that when the groups go one after the other, the cheapest first,
+          with the rest compensated each time (ZipLM, arXiv 2302.04089); made ascending in the order of elimination.
+        - `conditional_variance`: tr(([H⁻¹]_gg)⁻¹), for a channel 1 / [H⁻¹]_cc, what the others do not say of the inputs
+          of a group, squared, per token; one group after the other, as before. Alone, without W, it ranks like the
+          ridge leverage of MoDeGPT (arXiv 2408.09632).
 
     Raises:
         AdaPrunerError: an error is not finite.
@@ -364,19 +369,30 @@ def removal_errors(
                 errors.append(_removal_errors_of(model, block, of_block))
                 if progress and of_block:
                     progress(1)
-    alone, eliminated = torch.cat(errors, dim=1)
-    if not (alone.isfinite().all() and eliminated.isfinite().all()):
+    found = torch.cat(errors, dim=1)
+    if not found.isfinite().all():
         raise AdaPrunerError("errors of removal are not finite: try `dtype` float32, or more `compensation_windows`")
-    return alone, eliminated
+    return dict(zip(("removal_error", "elimination_error", "conditional_variance"), found, strict=True))
 
 
 def _removal_errors_of(model: PreTrainedModel, block: Block, moments: InputMoments | None) -> Tensor:
-    """[2, groups of the block], float32, on the CPU: see `removal_errors`."""
+    """[3, groups of the block], float32, on the CPU: see `removal_errors`."""
     if moments is None:
-        return torch.zeros(2, block.groups)
+        return torch.zeros(3, block.groups)
     of_experts = zip(row_wise_weights(model, block).float(), moments.of_experts(), strict=True)
-    errors = [_eliminate(*_with_inverse(*of_expert), block.row_wise.width) for of_expert in of_experts]
-    return torch.cat([torch.stack(each).float() for each in errors], dim=1).cpu()
+    errors = [_removal_errors_of_expert(*of_expert, block.row_wise.width) for of_expert in of_experts]
+    return torch.cat(errors, dim=1).cpu()
+
+
+def _removal_errors_of_expert(weight: Tensor, moments: InputMoments, width: int) -> Tensor:
+    """[3, groups], float32."""
+    # For each group, as if the projection gave out its inputs as they are.
+    same = torch.eye(width, device=weight.device).repeat(1, weight.shape[1] // width)
+    both, inverse = _with_inverse(torch.cat([weight, same]), moments)
+    weight, same = both.split([len(weight), width])
+    alone, eliminated = _eliminate(weight, inverse, width)
+    _, unexplained = _eliminate(same, inverse, width, takes_over=False)
+    return torch.stack([alone, eliminated, unexplained]).float()
 
 
 def _with_inverse(weight: Tensor, moments: InputMoments) -> tuple[Tensor, Tensor]:
@@ -402,9 +418,13 @@ def _errors(weight: Tensor, inverse: Tensor, width: int) -> Tensor:
     return errors
 
 
-def _eliminate(weight: Tensor, inverse: Tensor, width: int) -> tuple[Tensor, Tensor]:
+def _eliminate(weight: Tensor, inverse: Tensor, width: int, takes_over: bool = True) -> tuple[Tensor, Tensor]:
     """[groups], twice: the error of each group alone, and what it adds in the order of elimination. Several channels go
-    at a time, so that the matrix products are worth it."""
+    at a time, so that the matrix products are worth it.
+
+    Args:
+        takes_over: whether kept weights take over from those that are gone.
+    """
     groups = len(inverse) // width
     scores = weight.new_empty(groups)
     at_a_time = max(1, groups // _ELIMINATION_STEPS)
@@ -425,7 +445,8 @@ def _eliminate(weight: Tensor, inverse: Tensor, width: int) -> tuple[Tensor, Ten
         across = of_gone.index_select(1, stay)
         # A GPU would have to wait for the check of `solve`; a positive definite matrix has a solution.
         factor = torch.linalg.solve_ex(of_gone.index_select(1, gone), across).result
-        weight = weight.index_select(1, stay).addmm_(weight.index_select(1, gone), factor, alpha=-1)
+        left_over = weight.index_select(1, stay)
+        weight = left_over.addmm_(weight.index_select(1, gone), factor, alpha=-1) if takes_over else left_over
         inverse = inverse.index_select(0, stay).index_select(1, stay).addmm_(across.T, factor, alpha=-1)
         left = left[ranked[at_a_time:].sort().values]
         errors = _errors(weight, inverse, width)

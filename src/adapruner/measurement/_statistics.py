@@ -30,8 +30,8 @@ class Statistics:
         routed_output: [samples, groups], for an expert the mean over all tokens of router weight · ‖output‖, 0 for
             tokens that are sent elsewhere; zeros for other groups; None where there are no experts.
         routed_share: [samples, groups], the share of tokens that are sent to an expert; likewise.
-        removal_error, elimination_error: [groups], from second moments (`removal_errors`), which may be of other and
-            more text than the samples; None where they were not measured.
+        removal_error, elimination_error, conditional_variance: [groups], from second moments (`removal_errors`), which
+            may be of other and more text than the samples; None where they were not measured.
     """
 
     taylor: Tensor
@@ -46,6 +46,7 @@ class Statistics:
     routed_share: Tensor | None = None
     removal_error: Tensor | None = None
     elimination_error: Tensor | None = None
+    conditional_variance: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.loss)

@@ -95,6 +95,6 @@ def statistics(job: Job, work: Path, windows: Windows, moments: Moments) -> Stat
     statistics = Statistics.concatenate([Statistics.load(path) for path in parts.values()])
     if moments is not None and "moments" in needed_statistics(job.config.space, job.config.terms):
         with prepared.reporter.stage("comparing removals", len(moments)) as advance:
-            alone, eliminated = removal_errors(prepared.dense, prepared.structure, moments, advance)
-        statistics = replace(statistics, removal_error=alone, elimination_error=eliminated)
+            errors = removal_errors(prepared.dense, prepared.structure, moments, advance)
+        statistics = replace(statistics, **errors)
     return statistics

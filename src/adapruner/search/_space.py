@@ -130,11 +130,11 @@ class SearchSpace:
                 _mix(reconstruction=1.0, **experts) | reference,
                 _mix(reconstruction=1.0, **experts) | reference | {"bend": 0.8},
                 _mix(reconstruction=1.0, taylor=0.5, **routing) | reference | {"bend": 0.8},
+                _mix(conditional_variance=1.0, **experts) | reference,
+                _mix(reconstruction=0.5, conditional_variance=0.5, **experts) | reference | {"bend": 0.8},
                 _mix(reconstruction=1.0, **experts) | reference | {"bend": 0.4, "heads": "some", "head_share": 0.25},
                 _mix(reconstruction=1.0, **experts) | reference | {"bend": 0.8, **self._removed(attention=3)},
                 _mix(reconstruction=1.0, **experts) | reference | {"bend": 0.8, **self._removed(layer=1)},
-                _mix(reconstruction=1.0, **experts) | reference | {"ranking": "global"},
-                _mix(taylor=1.0) | reference,
             ]
         parameters = [untilted | self._searched_only(point) for point in points]
         distinct = [point for number, point in enumerate(parameters) if point not in parameters[:number]]
