@@ -107,7 +107,7 @@ def whole(job: Job, work: Path, windows: Windows) -> RemovalOrders:
         job.budget(job.config.searched_ratio),
     ),
     is_shared=True,
-    version=5,
+    version=6,
 )
 def search(
     job: Job, work: Path, windows: Windows, moments: Moments, statistics: Statistics, orders: RemovalOrders | None

@@ -67,6 +67,7 @@ def text_to_fit(job: Job, windows: Windows, written: Windows | None) -> Tensor:
     leaves="model family precision left_out",
     is_result=False,
     is_shared=True,
+    version=2,
 )
 def statistics(job: Job, work: Path, windows: Windows, moments: Moments) -> Statistics | None:
     """Statistics of the pool, measured part by part; of several processes, each measures its share."""
