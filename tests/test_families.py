@@ -102,7 +102,7 @@ def test_a_family_without_a_file_is_inferred_and_proven(
     assert structure.whole_mixers == whole_mixers
 
 
-# A norm behind each block, behind the attention alone; multipliers and a post-norm of the sum are none of that.
+# A norm behind each block; behind the attention alone; a multiplier; nothing.
 @pytest.mark.parametrize(
     ("model_type", "attention", "feed_forward"),
     [("glm4", True, True), ("olmo_hybrid", True, False), ("granite", False, False), ("smollm3", False, False)],

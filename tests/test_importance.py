@@ -78,7 +78,7 @@ def test_chosen_samples_are_all_that_counts(measured: tuple[Structure, Statistic
 
 # Those that are measured of experts are in tests/test_experts.py.
 OF_ALL_MODELS = [name for name, term in TERMS.items() if "routing" not in term.needs]
-# Damping is added to what weights are multiplied by, also where that is nothing.
+# The errors of removal of a channel that is always zero are not: its moment is the damping, times its weights.
 BY_INPUTS = [name for name in OF_ALL_MODELS if TERMS[name].family != "reconstruction"]
 BY_OUTPUTS = [name for name in OF_ALL_MODELS if name != "conditional_variance"]
 

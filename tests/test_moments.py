@@ -55,7 +55,7 @@ def test_moments_are_means_over_all_tokens(batch_size: int, model: PreTrainedMod
             torch.testing.assert_close(moments[index].mean.double(), x.mean(0), rtol=1e-4, atol=1e-6)
             torch.testing.assert_close(moments[index].second.double(), x.T @ x / len(x), rtol=1e-4, atol=1e-6)
             assert moments[index].damping > 0
-    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 @pytest.mark.parametrize("model_type", ["gemma3_text", "olmo2"])

@@ -137,8 +137,8 @@ def elimination(statistics: Statistics) -> Tensor:
 @register_term(unit="groups", family="conditional_variance", needs=["moments", "eliminations"])
 def conditional_variance(statistics: Statistics) -> Tensor:
     """[groups]: tr(([H⁻¹]_gg)⁻¹), for a channel 1 / [H⁻¹]_cc: what the other inputs do not say of those of the group,
-    when the groups are removed one after the other, the least first. It ranks as `elimination` does where all outputs
-    matter alike, and first of all like the ridge leverage of MoDeGPT (arXiv 2408.09632)."""
+    when the groups are removed one after the other, the least first. Like `elimination`, but without the output
+    weights; the first to go is the one of least ridge leverage (MoDeGPT, arXiv 2408.09632)."""
     return _measured(statistics.conditional_variance, "from second moments")
 
 

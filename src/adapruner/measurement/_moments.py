@@ -38,7 +38,7 @@ class InputMoments:
     experts, where x is zero for the tokens that are not sent to an expert, and else includes the weight of the router.
 
     Where a norm follows the projection (Gemma 2 and 3, OLMo 2), the expectations weight each token by the inverse mean
-    square of what the projection puts out: the norm divides all that goes wrong there by its root.
+    square of what the projection puts out: the norm divides all that goes wrong there by its root. Not so for experts.
 
     Attributes:
         mean: [inputs], float32, E[x].
@@ -354,8 +354,8 @@ def removal_errors(
         - `elimination_error`: what the group adds to that when the groups go one after the other, the cheapest first,
           with the rest compensated each time (ZipLM, arXiv 2302.04089); made ascending in the order of elimination.
         - `conditional_variance`: tr(([H⁻¹]_gg)⁻¹), for a channel 1 / [H⁻¹]_cc, what the others do not say of the inputs
-          of a group, squared, per token; one group after the other, as before. Alone, without W, it ranks like the
-          ridge leverage of MoDeGPT (arXiv 2408.09632).
+          of a group, squared, per token; one group after the other, the least first. The first to go is the one of
+          least ridge leverage (MoDeGPT, arXiv 2408.09632).
 
     Raises:
         AdaPrunerError: an error is not finite.

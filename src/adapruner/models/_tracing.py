@@ -248,8 +248,12 @@ class Layer:
             (gradient,) = torch.autograd.grad(after[:, 5].sum(), written, allow_unused=True)
             if gradient is not None and (gradient.flatten(0, -2) != 0).any(0).nonzero().flatten().tolist() == [5]:
                 plain = torch.allclose(after, before + written.view_as(before))
-                change = self._alone(name, times=2)[2] - after
-                yield Writer(name, read.shape[-1], plain, bool(change.norm() < 0.01 * (after - before).norm()))
+                yield Writer(name, read.shape[-1], plain, not plain and self._is_normalized(name, before, after))
+
+    def _is_normalized(self, name: str, before: Tensor, after: Tensor) -> bool:
+        """Whether nothing changes where a writer is twice as loud."""
+        change = self._alone(name, times=2)[2] - after
+        return bool(change.norm() < 0.01 * (after - before).norm())
 
     def _alone(self, name: str, times: int = 1) -> tuple[Tensor, Tensor, Tensor]:
         """[tokens, hidden]: what comes into the layer, what a candidate puts out, and what comes out of the layer where
