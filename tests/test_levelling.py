@@ -117,6 +117,42 @@ def test_what_does_not_lower_the_loss_is_not_taken(
     assert only.gain < 0
 
 
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_an_attention_is_kept_where_it_is_surely_worth_the_widths(
+    objective: Objective, candidate: Candidate, text: Tensor, monkeypatch: pytest.MonkeyPatch, is_kept: bool
+) -> None:
+    if not is_kept:
+        monkeypatch.setattr(levelling, "_CERTAIN", 1e6)
+    without = candidate.model_copy(update={"budget": replace(candidate.budget, without_attention=(1,))})
+
+    def losses(candidate: Candidate) -> Tensor:
+        plan = plan_candidate(objective.structure, objective.statistics, candidate)
+        assert abs(plan.removed_parameters / objective.structure.total_parameters - 0.15) <= 0.005
+        return window_losses(prune_model(objective.model, objective.structure, plan), objective.windows)
+
+    levelled = level(objective, text[400:], without, 0)
+    assert levelled.candidate == (candidate if is_kept else without)
+    (only,) = levelled.kept
+    assert (only.layer, only.part, only.accepted) == (1, "attention", is_kept)
+    gains = losses(without) - losses(candidate)
+    assert only.gain == pytest.approx(float(gains.mean()), abs=1e-4)
+    assert only.gain_standard_error == pytest.approx(float(gains.std() / 20), rel=1e-2)
+
+
+def test_what_the_budget_cannot_do_without_stays_removed(
+    objective: Objective, candidate: Candidate, text: Tensor
+) -> None:
+    without = candidate.model_copy(update={"budget": replace(candidate.budget, ratio=0.6, without_attention=(1, 2, 3))})
+    levelled = level(objective, text[400:404], without, 0)
+    assert (levelled.candidate, levelled.kept) == (without, ())
+
+
+def test_a_layer_is_kept_as_a_whole() -> None:
+    budget = Budget(0.2, without_attention=(1, 4), without_feed_forward=(4, 6))
+    assert levelling._removed_whole(budget) == [(1, "attention"), (4, "layer"), (6, "feed-forward")]
+    assert levelling._keeping(budget, 4) == Budget(0.2, without_attention=(1,), without_feed_forward=(6,))
+
+
 def test_costs_that_noise_explains_move_nothing() -> None:
     assert levelling._factors({layer: (1.0 + 0.1 * (layer % 2), 0.2) for layer in range(6)}) == {}
     assert levelling._factors({0: (1.0, 0.1)}) == {}

@@ -214,12 +214,13 @@ def _check_levelling(job: Job) -> None:
     is_wanted=lambda config: config.levels_widths,
     check=_check_levelling,
     is_result=False,
+    version=2,
 )
 def levelled(
     job: Job, work: Path, windows: Windows, moments: Moments, statistics: Statistics, search: SearchResult
 ) -> Levelled:
-    """The chosen candidate at the ratio, with its widths levelled: costs are measured on the pool, and the windows of
-    the objective decide what is accepted."""
+    """The chosen candidate at the ratio, with whole parts kept that are worth it and its widths levelled: costs are
+    measured on the pool, and the windows of the objective decide what is accepted."""
     prepared, config, text = job.prepared, job.config, usable(job, windows)
     pool, rounds = text["pool"][: windows_of(TOKENS_FOR_COSTS, config)], prepared.level_rounds
     fast, candidate = in_fastest_dtype(prepared.dense), candidate_at_ratio(job, statistics, search.best)

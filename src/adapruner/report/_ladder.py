@@ -8,11 +8,17 @@ from dataclasses import dataclass
 from adapruner.evaluation import Perplexity
 from adapruner.report._contents import Contents
 from adapruner.result import Role, is_noise
+from adapruner.search import KeptPart, Levelled, LevellingRound
 
 _STEPS = {
     "fixed metric": "same metric, compensated",
     "starting point": "best starting point",
     "searched": "best point of the search",
+}
+_KEPT = {
+    "attention": "attention of layer {} kept",
+    "feed-forward": "feed-forward of layer {} kept",
+    "layer": "layer {} kept",
 }
 
 
@@ -59,9 +65,8 @@ def _rungs(contents: Contents) -> Iterator[Rung]:
         name = f"best fixed metric ({search.best_fixed_name})" if is_as_measured else _STEPS[step.name]
         text = measured.get("best_fixed") if is_as_measured else None
         yield Rung(name, step.trial, step.loss, step.gain, step.standard_error, text)
-    for number, one in enumerate(contents.levelled.rounds if contents.levelled else (), start=1):
-        taken = "" if one.accepted else ", not taken"
-        yield Rung(f"widths levelled, round {number}{taken}", gain=one.gain, standard_error=one.gain_standard_error)
+    if contents.levelled:
+        yield from _levelling_rungs(contents.levelled)
     if "compensated" in measured:
         yield Rung("final compensation", measured=measured["compensated"])
         yield Rung("scales tuned, saved", measured=measured.get("searched"))
@@ -70,6 +75,16 @@ def _rungs(contents: Contents) -> Iterator[Rung]:
     if contents.config.recover:
         yield Rung("recovered", measured=measured.get("recovered"))
     yield Rung("dense, to compare with", measured=measured.get("dense"))
+
+
+def _levelling_rungs(levelled: Levelled) -> Iterator[Rung]:
+    named: list[tuple[str, KeptPart | LevellingRound]] = [
+        *((_KEPT[one.part].format(one.layer), one) for one in levelled.kept),
+        *((f"widths levelled, round {number}", one) for number, one in enumerate(levelled.rounds, start=1)),
+    ]
+    for name, one in named:
+        taken = "" if one.accepted else ", not taken"
+        yield Rung(f"{name}{taken}", gain=one.gain, standard_error=one.gain_standard_error)
 
 
 def _measured(contents: Contents) -> dict[Role, Perplexity]:

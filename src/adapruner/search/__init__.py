@@ -1,7 +1,7 @@
 """The joint search over calibration samples, importance metrics and allocation."""
 
 from adapruner.search._history import History, TriedPoint, read_history
-from adapruner.search._levelling import Levelled, LevellingRound, level
+from adapruner.search._levelling import KeptPart, Levelled, LevellingRound, level
 from adapruner.search._objective import ItemLosses, Objective, meet_budget, plan_candidate
 from adapruner.search._place import StudyPlace, sqlite_url
 from adapruner.search._space import MOST_PROTECTED_FIRST, Candidate, SearchSpace
@@ -16,6 +16,7 @@ __all__ = [
     "Candidate",
     "History",
     "ItemLosses",
+    "KeptPart",
     "Levelled",
     "LevellingRound",
     "Objective",

@@ -1,11 +1,12 @@
-"""Levelling: widths move from layers whose channels cost little to layers whose channels cost much."""
+"""Levelling: parts that were removed whole are tried again, and widths move from layers whose channels cost little to
+layers whose channels cost much."""
 
 from __future__ import annotations
 
 import contextlib
 import math
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from adapruner.evaluation import compute_prefix, log_probabilities, losses_by_batch
-from adapruner.planning import BudgetError, kept_counts, make_plan
+from adapruner.models import Whole
+from adapruner.planning import Budget, BudgetError, kept_counts, make_plan
 from adapruner.search._objective import Objective, scores_of
 from adapruner.search._space import Candidate
 from adapruner.structure import Block
@@ -27,6 +29,26 @@ _PROBED_SHARE = 0.15
 _EXPONENT, _MOST_PER_ROUND = 0.4, 1.3
 # Channels that cost nothing, or less: measured costs are noisy.
 _LEAST_COST = 0.05
+# A part is kept for a gain of so many standard errors: of several that are tried, one gains by chance.
+_CERTAIN = 2.0
+
+
+class KeptPart(BaseModel):
+    """What it gains to keep a part that the search removed whole, at the same budget.
+
+    Attributes:
+        gain: by how much the loss on the windows of the objective fell, in nats per predicted token.
+        gain_standard_error: from the differences window by window; None where there is but one.
+        accepted: whether the gain is more than twice that, and the part was kept.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    layer: int
+    part: Whole
+    gain: float
+    gain_standard_error: float | None
+    accepted: bool
 
 
 class LevellingRound(BaseModel):
@@ -54,14 +76,16 @@ class Levelled(BaseModel):
     """A candidate with its widths levelled.
 
     Attributes:
-        candidate: the one of the search where no round was accepted.
+        candidate: the one of the search where nothing was accepted.
         rounds: those that were made; the last may not have been accepted.
+        kept: what was tried before them.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     candidate: Candidate
     rounds: tuple[LevellingRound, ...]
+    kept: tuple[KeptPart, ...] = ()
 
 
 def level(
@@ -71,7 +95,11 @@ def level(
     rounds: int,
     progress: Callable[[int], None] | None = None,
 ) -> Levelled:
-    """Moves channels between layers until none costs more than another, as far as can be told.
+    """Keeps parts that the search had better not removed whole, and moves channels between layers until none costs more
+    than another, as far as can be told.
+
+    A search of few trials tries few numbers of whole parts. So each part that is gone is tried again, one after the
+    other, with narrower layers to make up for it.
 
     At the best allocation, the channels that would be removed next cost the same per parameter in every layer. In each
     round, that cost is measured at the present widths, layer by layer: the pruned and compensated model, with the layer
@@ -87,32 +115,65 @@ def level(
     """
     references = log_probabilities(objective.model, windows)
     best = _losses(objective, candidate)
+    kept: list[KeptPart] = []
+    for layer, part in _removed_whole(candidate.budget):
+        changed = candidate.model_copy(update={"budget": _keeping(candidate.budget, layer)})
+        with contextlib.suppress(BudgetError):
+            losses = _losses(objective, changed)
+            gain, error = _gain(best, losses)
+            accepted = gain > _CERTAIN * (error or 0.0)
+            kept.append(KeptPart(layer=layer, part=part, gain=gain, gain_standard_error=error, accepted=accepted))
+            if accepted:
+                candidate, best = changed, losses
     made: list[LevellingRound] = []
     for _ in range(rounds):
         measured = dict(_costs(objective, windows, references, candidate, progress))
-        changed = _moved(objective, candidate, measured)
-        losses = _losses(objective, changed) if changed else []
-        if changed is None or not all(map(math.isfinite, losses)):
+        moved = _moved(objective, candidate, measured)
+        losses = _losses(objective, moved) if moved else []
+        if moved is None or not all(map(math.isfinite, losses)):
             break
-        gains = [before - after for before, after in zip(best, losses, strict=True)]
-        error = statistics.stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else None
+        gain, error = _gain(best, losses)
         made.append(
             LevellingRound(
                 costs={layer: cost for layer, (cost, _) in measured.items()},
                 standard_errors={layer: deviation for layer, (_, deviation) in measured.items()},
-                gain=statistics.fmean(gains),
+                gain=gain,
                 gain_standard_error=error,
-                accepted=statistics.fmean(gains) > (error or 0.0),
+                accepted=gain > (error or 0.0),
             )
         )
         if not made[-1].accepted:
             break
-        candidate, best = changed, losses
-    return Levelled(candidate=candidate, rounds=tuple(made))
+        candidate, best = moved, losses
+    return Levelled(candidate=candidate, rounds=tuple(made), kept=tuple(kept))
 
 
 def _losses(objective: Objective, candidate: Candidate) -> list[float]:
     return [loss for batch in objective(candidate) for loss in batch.tolist()]
+
+
+def _gain(before: Sequence[float], after: Sequence[float]) -> tuple[float, float | None]:
+    """By how much the loss fell, with the standard error of the differences window by window."""
+    gains = [one - other for one, other in zip(before, after, strict=True)]
+    return statistics.fmean(gains), statistics.stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else None
+
+
+def _removed_whole(budget: Budget) -> list[tuple[int, Whole]]:
+    """Layer by layer, what is removed whole of it."""
+    attentions, feed_forwards = set(budget.without_attention), set(budget.without_feed_forward)
+    parts: dict[int, Whole] = dict.fromkeys(attentions, "attention")
+    parts.update(dict.fromkeys(feed_forwards, "feed-forward"))
+    parts.update(dict.fromkeys(attentions & feed_forwards, "layer"))
+    return sorted(parts.items())
+
+
+def _keeping(budget: Budget, layer: int) -> Budget:
+    """The budget without whole parts removed from a layer."""
+    return replace(
+        budget,
+        without_attention=tuple(one for one in budget.without_attention if one != layer),
+        without_feed_forward=tuple(one for one in budget.without_feed_forward if one != layer),
+    )
 
 
 def _levelled_blocks(objective: Objective) -> dict[int, Block]:
