@@ -345,7 +345,7 @@ class PruneOptions(_Options):
     sequential: bool | None = Field(
         default=None,
         description="Fit the final model again, layer by layer, on the outputs of the pruned layers before; by default"
-        " if no bias is added.",
+        " if no bias is added and the family allows it.",
     )
     tune_scales: bool | None = Field(
         default=None,

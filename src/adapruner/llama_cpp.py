@@ -21,7 +21,7 @@ from adapruner.errors import AdaPrunerError
 def check_installed() -> None:
     """Raises AdaPrunerError if there is no llama.cpp here."""
     if find_spec("cyllama") is None:
-        raise AdaPrunerError("this needs llama.cpp: pip install 'adapruner[gguf]', which is the package cyllama")
+        raise AdaPrunerError("this needs llama.cpp: pip install '.[gguf]' in a checkout, which is the package cyllama")
 
 
 def quantize(exact: Path, output: Path, gguf_type: GgufType) -> None:

@@ -21,8 +21,10 @@ from adapruner.surgery import pad_to_stock, prune_model
 DOCUMENT = Path(__file__).parents[2] / "docs" / "checkpoints.md"
 # By benchmarks/vllm_folders.py, whose results are in the document; vLLM is not run here.
 RUN_IN_VLLM = ("llama", "qwen3")
-# llama.cpp is not asked for sliding windows.
-FULL_ATTENTION: dict[str, dict[str, object]] = {
+# As the released models are, which llama.cpp knows: without sliding windows, and Gemma 3 with a full attention in every
+# sixth layer.
+AS_RELEASED: dict[str, dict[str, object]] = {
+    "gemma3_text": {"layer_types": ["sliding_attention"] * 4, "query_pre_attn_scalar": 8},
     "mistral": {"sliding_window": None},
     "qwen2": {"use_sliding_window": False, "sliding_window": None, "layer_types": None},
 }
@@ -53,7 +55,7 @@ def test_the_table_says_what_works(
 ) -> None:
     lines = []
     for number, (layout, lost) in enumerate(LAYOUTS.items()):
-        dense = make_model(family, vocab_size=300, **FULL_ATTENTION.get(family, {}))
+        dense = make_model(family, vocab_size=300, **AS_RELEASED.get(family, {}))
         structure = build_structure(dense)
         counts = [block.groups - lost(block.kind, block.layer) for block in structure.blocks]
         scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(9))

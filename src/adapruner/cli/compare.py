@@ -34,7 +34,7 @@ def compare(
     Args:
         types: Types of GGUF file that llama.cpp runs, comma-separated or repeated. A given .gguf file runs as it is.
         engine: What runs the models; may be repeated. transformers runs them in their dtype. llama.cpp runs GGUF files
-            and needs pip install 'adapruner[gguf]'.
+            and needs pip install '.[gguf]' in a checkout.
         evaluate: Dataset for bits per byte.
         seq_len: Tokens per window of this dataset.
         limit: Maximum number of windows, and of items of each task, evenly spaced.

@@ -164,7 +164,7 @@ def export(
         to: gguf: one file for llama.cpp. stock: a folder for any loader of the family, padded with zeros: heads to
             their number in the dense model, channels to the widest layer.
         output: The file or folder to write.
-        gguf_type: How a GGUF file stores matrices. Quantizations other than q8_0 need pip install 'adapruner[gguf]'.
+        gguf_type: How a GGUF file stores matrices. Quantizations other than q8_0 need pip install '.[gguf]'.
         overwrite: Replace an existing GGUF file, or a folder that adapruner wrote.
     """
     with starting():
@@ -196,7 +196,7 @@ def vocabulary(
     upload: Annotated[Upload | None, Parameter(name="*")] = None,
     json: Json = False,
 ) -> None:
-    """Remove the tokens that text does not have from a model, and nothing else.
+    """Remove from a model the tokens that do not occur in the given datasets, and nothing else.
 
     Args:
         vocabulary: Datasets whose tokens are kept, comma-separated or repeated.

@@ -126,7 +126,7 @@ def check_tasks(names: Sequence[str]) -> list[str]:
         AdaPrunerError: lm-eval is not installed, or a task is not known.
     """
     if find_spec("lm_eval") is None:
-        raise AdaPrunerError("`tasks` needs lm-eval: pip install 'adapruner[tasks]'")
+        raise AdaPrunerError("`tasks` needs lm-eval: pip install '.[tasks]' in a checkout")
     single = [name.strip() for part in names for name in part.split(",") if name.strip()]
     if not single:
         raise AdaPrunerError("`tasks` names no task: give names of lm-eval, commonsense or generative")

@@ -136,7 +136,11 @@ class StudyPlace:
                     raise
                 time.sleep(0.2)
             except (ValueError, TypeError, RuntimeError, SAWarning, ImportError) as error:
-                hint = ". For PostgreSQL: pip install 'adapruner[postgresql]'" if isinstance(error, ImportError) else ""
+                hint = (
+                    ". For PostgreSQL: pip install '.[postgresql]' in a checkout"
+                    if isinstance(error, ImportError)
+                    else ""
+                )
                 said = self._without_secrets(reason(error))
                 raise AdaPrunerError(f"`storage` cannot be opened: {said}{hint}") from None
         if self.file is not None:
