@@ -94,6 +94,8 @@ def test_agreement_is_the_fraction_of_equal_next_tokens(
     """Along the text of the one, whatever the other would have written before."""
     continued = continue_greedily(model, tokenizer, ["w7 w8 w9", "w20 w3 w4"])
     assert agreement(model, continued) == 1
+    model.generation_config.eos_token_id = [2, 50256]
+    assert agreement(model, continued) == 1
     other = make_model("qwen2")
     equal = []
     for tokens in continued.tolist():

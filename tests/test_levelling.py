@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from adapruner.evaluation import window_losses
 from adapruner.importance import LLM_PRUNER_METRICS
 from adapruner.measurement import measure
 from adapruner.planning import Budget, kept_counts, make_plan
-from adapruner.search import Candidate, Objective, level, plan_candidate
+from adapruner.search import Candidate, Levelled, Objective, level, meet_budget, plan_candidate
 from adapruner.search import _levelling as levelling
 from adapruner.search._objective import scores_of
 from adapruner.structure import build_structure
@@ -50,6 +52,17 @@ def objective(loud_model: PreTrainedModel, text: Tensor) -> Objective:
 def candidate() -> Candidate:
     budget = Budget(0.15, protect_first=0, protect_last=0)
     return Candidate(point=LLM_PRUNER_METRICS["param_first"], samples=(0, 1, 2), budget=budget)
+
+
+def levelled_to_ratio(
+    objective: Objective,
+    windows: Tensor,
+    candidate: Candidate,
+    rounds: int,
+    progress: Callable[[int], None] | None = None,
+) -> Levelled:
+    meet = partial(meet_budget, objective.structure, objective.statistics, None)
+    return level(objective, windows, candidate, rounds, meet, progress)
 
 
 def widths(objective: Objective, candidate: Candidate) -> list[int]:
@@ -90,7 +103,7 @@ def test_channels_move_to_the_layer_where_they_cost_most(
     objective: Objective, candidate: Candidate, text: Tensor
 ) -> None:
     seen: list[int] = []
-    levelled = level(objective, text[400:], candidate, 3, seen.append)
+    levelled = levelled_to_ratio(objective, text[400:], candidate, 3, seen.append)
     assert levelled.rounds
     assert sum(seen) in (4 * len(levelled.rounds), 4 * len(levelled.rounds) + 4)
     assert levelled.rounds[0].accepted
@@ -110,7 +123,7 @@ def test_what_does_not_lower_the_loss_is_not_taken(
     objective: Objective, candidate: Candidate, text: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(levelling, "_EXPONENT", -0.4)
-    levelled = level(objective, text[400:], candidate, 3)
+    levelled = levelled_to_ratio(objective, text[400:], candidate, 3)
     assert levelled.candidate == candidate
     (only,) = levelled.rounds
     assert not only.accepted
@@ -130,7 +143,7 @@ def test_an_attention_is_kept_where_it_is_surely_worth_the_widths(
         assert abs(plan.removed_parameters / objective.structure.total_parameters - 0.15) <= 0.005
         return window_losses(prune_model(objective.model, objective.structure, plan), objective.windows)
 
-    levelled = level(objective, text[400:], without, 0)
+    levelled = levelled_to_ratio(objective, text[400:], without, 0)
     assert levelled.candidate == (candidate if is_kept else without)
     (only,) = levelled.kept
     assert (only.layer, only.part, only.accepted) == (1, "attention", is_kept)
@@ -143,8 +156,46 @@ def test_what_the_budget_cannot_do_without_stays_removed(
     objective: Objective, candidate: Candidate, text: Tensor
 ) -> None:
     without = candidate.model_copy(update={"budget": replace(candidate.budget, ratio=0.6, without_attention=(1, 2, 3))})
-    levelled = level(objective, text[400:404], without, 0)
+    levelled = levelled_to_ratio(objective, text[400:404], without, 0)
     assert (levelled.candidate, levelled.kept) == (without, ())
+
+
+def test_what_is_tried_meets_the_target(objective: Objective, candidate: Candidate, text: Tensor) -> None:
+    """Here, an attention counts twice: a candidate that keeps it must lose more."""
+    without = candidate.model_copy(update={"budget": replace(candidate.budget, without_attention=(1,))})
+
+    def meet(candidate: Candidate) -> Candidate:
+        ratio = 0.15 if candidate.budget.without_attention else 0.2
+        return candidate.model_copy(update={"budget": replace(candidate.budget, ratio=ratio)})
+
+    losses = [
+        window_losses(
+            prune_model(
+                objective.model,
+                objective.structure,
+                plan_candidate(objective.structure, objective.statistics, each),
+            ),
+            objective.windows,
+        ).mean()
+        for each in (without, meet(candidate))
+    ]
+    levelled = level(objective, text[400:], without, 0, meet)
+    assert levelled.kept[0].gain == pytest.approx(float(losses[0] - losses[1]), abs=1e-4)
+    assert levelled.candidate.budget.ratio == 0.2
+    refused = level(objective, text[400:404], without, 1, lambda candidate: None)
+    assert refused == Levelled(candidate=without, rounds=())
+
+
+def test_losses_that_are_not_finite_change_nothing(objective: Objective, candidate: Candidate, text: Tensor) -> None:
+    without = candidate.model_copy(update={"budget": replace(candidate.budget, without_attention=(1,))})
+    for broken in (0, 1):
+        calls = iter(range(9))
+
+        def losses(model: PreTrainedModel, calls: Iterator[int] = calls, broken: int = broken) -> list[float]:
+            return [1.0, math.inf if next(calls) == broken else 1.0]
+
+        judged = replace(objective, item_losses=losses)
+        assert levelled_to_ratio(judged, text[400:404], without, 0) == Levelled(candidate=without, rounds=())
 
 
 def test_a_layer_is_kept_as_a_whole() -> None:

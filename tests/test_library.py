@@ -160,16 +160,21 @@ def test_a_function_judges_the_trials_and_callbacks_are_told(
         given.append([size, size + 1])
         return given[-1]
 
-    told, options = Told(), QUICK | {"trials": 8, "protect_last": 0, "whole": "none", "output": tmp_path / "run"}
+    told, options = (
+        Told(),
+        QUICK | {"trials": 8, "protect_last": 0, "whole": "none", "level_rounds": 1, "output": tmp_path / "run"},
+    )
     text = str(text_file)
     result = adapruner.prune(str(model_folder), text, objective=size_of_last, callbacks=[told], **options)
-    assert [trial.loss for trial in told.trials] == [sum(losses) / 2 for losses in given]
+    losses = [sum(losses) / 2 for losses in given[: len(told.trials)]]
+    assert [trial.loss for trial in told.trials] == losses
     assert tuple(told.trials) == result.result.search.points
-    assert result.result.search.best_loss == min(sum(losses) / 2 for losses in given)
+    assert result.result.search.best_loss == min(losses)
     assert told.begun == told.ended
     assert {"measuring", "searching", "saving"} <= set(told.ended)
 
-    # Another version is another search; a dataset too. Another ratio needs no search, and so not the function.
+    # Another version is another search; a dataset too. Another ratio needs no search, and is not
+    # levelled: the function is not needed.
     with pytest.raises(AdaPrunerError, match=r"objective_function python:.*size_of_last@"):
         adapruner.prune(str(model_folder), text, objective=size_of_last, objective_version="2", **options)
     with pytest.raises(AdaPrunerError, match="objective_function python:size_of_last@"):
@@ -177,6 +182,15 @@ def test_a_function_judges_the_trials_and_callbacks_are_told(
     calls = len(given)
     assert adapruner.plan_again(tmp_path / "run", tmp_path / "other", 0.05).plan.removed_parameters
     assert len(given) == calls
+
+
+def test_a_run_finds_its_gradients_whatever_the_caller_does(
+    finished: adapruner.PruneResult, model_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    for number, mode in enumerate((torch.no_grad, torch.inference_mode)):
+        with mode():
+            options = QUICK | {"trials": 4, "output": tmp_path / f"{number}"}
+            assert adapruner.prune(str(model_folder), str(text_file), **options).plan.removed_parameters
 
 
 def test_a_function_gives_a_loss_for_each_of_the_same_items(

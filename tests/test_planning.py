@@ -203,6 +203,14 @@ def test_global_ranking_removes_the_least_of_all_layers(model: PreTrainedModel, 
         kept_counts(structure, budget)
 
 
+def test_global_ranking_of_nothing_is_refused(model: PreTrainedModel) -> None:
+    structure = build_structure(model)
+    gone = tuple(range(structure.layers))
+    budget = Budget(0.9, 0, 0, ranking="global", without_feed_forward=gone)
+    with pytest.raises(AdaPrunerError, match=r"a ratio of 0\.9 cannot be reached"):
+        kept_counts(structure, budget, torch.rand(structure.group_offsets[-1]))
+
+
 @pytest.mark.parametrize("head_share", [0.0, 0.5, 1.0])
 def test_a_uniform_layout_is_the_same_in_every_layer(llama_7b: Structure, head_share: float) -> None:
     counts = kept_counts(llama_7b, Budget(0.3, 0, 0, head_share, 32, "uniform"))

@@ -65,7 +65,8 @@ def prove(config: PreTrainedConfig, architecture: Architecture) -> Architecture:
     experts = proven.experts
     if experts and experts.channels and failed_checks(model, proven, "channel").keys() & set(proven.layouts):
         proven = proven.changed(experts=experts.model_copy(update={"channels": None}))
-    if why_not_whole(model, proven, *proven.whole):
+    # The first layer alone as well: a layer that computes by its number then differs in all that are left.
+    if why_not_whole(model, proven, *proven.whole) or why_not_whole(model, proven, "layer"):
         alone = [whole for whole in proven.whole if not why_not_whole(model, proven, whole)]
         proven = proven.changed(whole=() if why_not_whole(model, proven, *alone) else tuple(alone))
     return proven

@@ -7,6 +7,7 @@ import json
 from contextlib import suppress
 from pathlib import Path
 
+import torch
 import transformers
 from huggingface_hub import constants
 from transformers import PreTrainedConfig
@@ -18,7 +19,7 @@ from adapruner.models import Architecture, infer_architecture, quiet_transformer
 from adapruner.progress import Reporter
 
 # Changes when families are inferred or proven in another way.
-_FORMAT = 3
+_FORMAT = 4
 # What configs say of the files that they come with.
 _OF_FILES = ("_name_or_path", "architectures", "dtype", "transformers_version")
 
@@ -26,6 +27,7 @@ _OF_FILES = ("_name_or_path", "architectures", "dtype", "transformers_version")
 _refused: dict[Path, str] = {}
 
 
+@torch.inference_mode(False)  # inference runs a model backwards, whatever the caller does
 def describe(config: PreTrainedConfig) -> Architecture:
     """The architecture of the stock model of a config, inferred and proven; taken from the cache of this user where it
     was before, with the same version of transformers.

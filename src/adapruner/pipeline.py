@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from typing_extensions import Unpack
 
@@ -163,7 +164,8 @@ def plan_again(
     overwrite: bool = False,
     **target: Unpack[TargetArguments],
 ) -> PruneResult:
-    """Another ratio with the statistics and the best point of a finished search: no measuring, no search.
+    """Another ratio with the statistics and the best point of a finished search: no measuring, no search. Nothing is
+    levelled where a Python function judged the trials, as there is none here.
 
     Args:
         source: the folder of the earlier run.
@@ -198,6 +200,8 @@ def plan_again(
     # Whether the model fits depends on the ratio, and what was searched on how it computes.
     layer_wise = _is_layer_wise(earlier.at_ratio(nearest, config))
     options["layer_wise"] = config.layer_wise if layer_wise is None else layer_wise
+    if config.objective_function:
+        options["level_rounds"] = 0
     again = PruneConfig.from_options(**options)
     (result,) = _run(again, run, overwrite, None, (earlier, earlier.at_ratio(nearest, config)))
     return result
@@ -253,6 +257,7 @@ def join(output: str | Path, storage: str | None = None, device: str = "auto") -
     Reporter().note(f"nothing to run: the run in {output} has ended, or keeps its trials in another `storage`")
 
 
+@torch.inference_mode(False)  # measuring and training need gradients, whatever the caller does
 def _run(
     config: PruneConfig,
     run: RunFolder,

@@ -355,7 +355,7 @@ def build_structure(
         embedding_parameters=_embedding_parameters(model),
         blocks=tuple(blocks),
         layer_parameters=tuple(count_parameters(layer) for layer in layers),
-        whole=frozenset(architecture.whole),
+        whole=architecture.removable_whole(model.config),
     )
 
 

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 
 from adapruner.checkpoint import save_checkpoint
 from adapruner.conformance import masked, why_not_whole
 from adapruner.evaluation import window_losses
 from adapruner.measurement import measure_moments
-from adapruner.models import Whole, known_architectures
+from adapruner.models import Whole, find_architecture, known_architectures, random_model, tiny_config
 from adapruner.planning import Budget, BudgetError, PruningPlan, kept_counts, make_plan
-from adapruner.search import removal_orders
+from adapruner.search import RemovalOrders, removal_orders
 from adapruner.structure import Structure, build_structure, count_parameters
 from adapruner.surgery import Compensation, compensate_sequentially, pad_to_stock, prune_model
 
@@ -82,6 +83,44 @@ def test_a_uniform_model_with_fewer_layers_is_a_stock_model(
     stock, tokens = AutoModelForCausalLM.from_pretrained(tmp_path / "model"), torch.arange(5, 25)[None]
     with torch.no_grad(), masked(dense, structure, plan) as same:
         torch.testing.assert_close(stock(tokens).logits, same(tokens).logits, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("layer", [0, 3])
+@pytest.mark.parametrize(
+    ("model_type", "fields"),
+    [("glm4_moe", {"first_k_dense_replace": 1}), ("qwen2_moe", {"mlp_only_layers": [0, 2], "decoder_sparse_step": 1})],
+)
+def test_layers_are_named_by_their_new_numbers(model_type: str, fields: dict[str, object], layer: int) -> None:
+    """The first layers of these mixtures have no experts."""
+    config = tiny_config(AutoConfig.for_model(model_type, **fields))
+    find_architecture(config)
+    dense, tokens = random_model(config), torch.arange(5, 25)[None]
+    structure = build_structure(dense)
+    assert structure.removable_layers == [0, 1, 2, 3]
+    counts = [0 if block.layer == layer else block.groups for block in structure.blocks]
+    plan = make_plan(structure, torch.zeros(structure.group_offsets[-1]), counts)
+    pruned = prune_model(dense, structure, plan)
+    with torch.no_grad(), masked(dense, structure, plan) as same:
+        torch.testing.assert_close(pruned(tokens).logits, same(tokens).logits, rtol=1e-3, atol=1e-4)
+
+
+def test_layers_that_compute_by_their_numbers_stay(make_model: Callable[..., PreTrainedModel]) -> None:
+    assert build_structure(make_model("gpt2")).whole == set(WHOLE)
+    scaled = build_structure(make_model("gpt2", scale_attn_by_inverse_layer_idx=True))
+    assert scaled.whole == {"attention", "feed-forward"}
+    assert scaled.removable_layers == []
+
+
+def test_an_order_ends_where_no_loss_is_finite(
+    make_model: Callable[..., PreTrainedModel], windows: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = make_model("llama")
+    losses = iter([math.nan, 2.0, 3.0, 4.0, math.inf, math.nan])
+    batch = (torch.full((1,), each) for each in losses)
+    monkeypatch.setattr("adapruner.search._whole.losses_by_batch", lambda *_, **__: [next(batch)])
+    orders = removal_orders(dense, build_structure(dense), windows, {"attention": range(3)})
+    assert orders.layers["attention"] == (1, 2)
+    assert RemovalOrders.model_validate_json(orders.model_dump_json()) == orders
 
 
 def test_what_cannot_go_whole_is_refused(make_model: Callable[..., PreTrainedModel]) -> None:

@@ -92,9 +92,10 @@ def agreement(model: PreTrainedModel, continued: Tensor) -> float:
     """
     logits = model(input_ids=continued.to(model.device), use_cache=False).logits[:, -_CONTINUED - 1 : -1]
     # No text was allowed to end.
-    ends = getattr(model.generation_config, "eos_token_id", None)
-    if ends is not None:
-        logits[..., ends] = -torch.inf
+    named: Any = getattr(model.generation_config, "eos_token_id", None)
+    ends = named if isinstance(named, list) else [named]
+    # Configs of small models may name a token that their vocabulary does not have.
+    logits[..., [end for end in ends if end is not None and 0 <= end < logits.shape[-1]]] = -torch.inf
     chosen: Tensor = logits.argmax(-1).cpu()
     return float((chosen == continued[:, -_CONTINUED:]).double().mean())
 

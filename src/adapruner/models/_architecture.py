@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache, cached_property
 from importlib import import_module, resources
 from itertools import takewhile
@@ -140,6 +140,8 @@ class Architecture(_Data):
         layouts: which layouts pruned models can have.
         whole: what of a layer can be removed whole: its attention, its feed-forward, or the layer with all that is in
             it.
+        numbers_layers_if: config fields and the value with which a layer computes by its number, so that the layers
+            behind it cannot do without it.
     """
 
     model_type: str
@@ -158,6 +160,7 @@ class Architecture(_Data):
     fixed_channels: bool = False
     layouts: tuple[Literal["per-layer", "uniform"], ...] = ("per-layer", "uniform")
     whole: tuple[Whole, ...] = ("attention", "feed-forward", "layer")
+    numbers_layers_if: dict[str, bool] = {}
 
     def changed(self, **fields: Any) -> Architecture:
         """Another architecture, with other fields; unlike `model_copy`, without the classes made for this one."""
@@ -199,13 +202,21 @@ class Architecture(_Data):
 
     def has_plain_residual(self, config: PreTrainedConfig) -> bool:
         """Whether what a block puts out is added to the hidden state as it is, and nothing else becomes of either."""
-        otherwise = (getattr(config, field, None) == value for field, value in self.plain_residual_unless.items())
-        return self.plain_residual and not any(otherwise)
+        return self.plain_residual and not _holds_any(config, self.plain_residual_unless)
+
+    def removable_whole(self, config: PreTrainedConfig) -> frozenset[Whole]:
+        """What of a layer of such a model can be removed whole."""
+        whole = frozenset(self.whole)
+        return whole - {"layer"} if _holds_any(config, self.numbers_layers_if) else whole
 
     def channels(self, config: PreTrainedConfig) -> int:
         """Feed-forward width of a layer."""
         explicit = getattr(config, self.config_fields.channels, None)
         return int((self.default_channels or 0) * config.hidden_size if explicit is None else explicit)
+
+
+def _holds_any(config: PreTrainedConfig, fields: Mapping[str, bool]) -> bool:
+    return any(getattr(config, field, None) == value for field, value in fields.items())
 
 
 @cache

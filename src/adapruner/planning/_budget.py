@@ -238,6 +238,8 @@ def _by_global_ranking(
 ) -> dict[int, float]:
     """Removes the groups of least score / weight until the target is met; the best of each block is kept."""
     willing = {index: block for index, block in blocks.items() if weights[index] > 0}
+    if not willing:
+        return {index: float(block.groups) for index, block in blocks.items()}
     keys = torch.cat(
         [
             torch.where(scores[index] == scores[index].max(), torch.inf, scores[index].double() / weights[index])

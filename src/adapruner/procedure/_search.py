@@ -231,8 +231,9 @@ def levelled(
     channels = sum(block.kind == "channels" and not block.experts for block in prepared.structure.blocks)
     if not rounds:
         return Levelled(candidate=candidate, rounds=())
+    meet = partial(meet_budget, prepared.structure, statistics, prepared.target)
     with prepared.reporter.stage("levelling widths", channels * rounds) as advance:
-        return level(objective, pool, candidate, rounds, advance)
+        return level(objective, pool, candidate, rounds, meet, advance)
 
 
 @artifact(

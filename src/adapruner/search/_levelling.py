@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from adapruner.evaluation import compute_prefix, log_probabilities, losses_by_batch
 from adapruner.models import Whole
-from adapruner.planning import Budget, BudgetError, kept_counts, make_plan
+from adapruner.planning import Budget, kept_counts, make_plan
 from adapruner.search._objective import Objective, scores_of
 from adapruner.search._space import Candidate
 from adapruner.structure import Block
@@ -93,6 +93,7 @@ def level(
     windows: Tensor,
     candidate: Candidate,
     rounds: int,
+    meet: Callable[[Candidate], Candidate | None],
     progress: Callable[[int], None] | None = None,
 ) -> Levelled:
     """Keeps parts that the search had better not removed whole, and moves channels between layers until none costs more
@@ -111,26 +112,29 @@ def level(
         objective: what decides; its windows are judged by the loss.
         windows: [windows, tokens], int64, to measure costs on.
         rounds: at most so many; the first that gains nothing is the last.
+        meet: gives a candidate the ratio that meets the budget or a target; None if its allocation cannot.
         progress: called with 1 after every measured layer.
     """
-    references = log_probabilities(objective.model, windows)
     best = _losses(objective, candidate)
+    if best is None:
+        return Levelled(candidate=candidate, rounds=())
     kept: list[KeptPart] = []
     for layer, part in _removed_whole(candidate.budget):
-        changed = candidate.model_copy(update={"budget": _keeping(candidate.budget, layer)})
-        with contextlib.suppress(BudgetError):
-            losses = _losses(objective, changed)
+        changed = meet(candidate.model_copy(update={"budget": _keeping(candidate.budget, layer)}))
+        losses = _losses(objective, changed) if changed else None
+        if changed and losses:
             gain, error = _gain(best, losses)
             accepted = gain > _CERTAIN * (error or 0.0)
             kept.append(KeptPart(layer=layer, part=part, gain=gain, gain_standard_error=error, accepted=accepted))
             if accepted:
                 candidate, best = changed, losses
+    references = log_probabilities(objective.model, windows)
     made: list[LevellingRound] = []
     for _ in range(rounds):
         measured = dict(_costs(objective, windows, references, candidate, progress))
-        moved = _moved(objective, candidate, measured)
-        losses = _losses(objective, moved) if moved else []
-        if moved is None or not all(map(math.isfinite, losses)):
+        moved = _moved(objective, candidate, measured, meet)
+        losses = _losses(objective, moved) if moved else None
+        if not moved or not losses:
             break
         gain, error = _gain(best, losses)
         made.append(
@@ -148,8 +152,10 @@ def level(
     return Levelled(candidate=candidate, rounds=tuple(made), kept=tuple(kept))
 
 
-def _losses(objective: Objective, candidate: Candidate) -> list[float]:
-    return [loss for batch in objective(candidate) for loss in batch.tolist()]
+def _losses(objective: Objective, candidate: Candidate) -> list[float] | None:
+    """None where one of them is not finite."""
+    losses = [loss for batch in objective(candidate) for loss in batch.tolist()]
+    return losses if all(map(math.isfinite, losses)) else None
 
 
 def _gain(before: Sequence[float], after: Sequence[float]) -> tuple[float, float | None]:
@@ -239,7 +245,12 @@ def _in_place(model: PreTrainedModel, other: PreTrainedModel, block: Block, laye
             model.set_submodule(own[path], before[path])
 
 
-def _moved(objective: Objective, candidate: Candidate, measured: dict[int, tuple[float, float]]) -> Candidate | None:
+def _moved(
+    objective: Objective,
+    candidate: Candidate,
+    measured: dict[int, tuple[float, float]],
+    meet: Callable[[Candidate], Candidate | None],
+) -> Candidate | None:
     """The candidate with every layer changed by a part of what the costs say; None where they cannot be told apart, the
     budget cannot be met so, or heads and channels are ranked together."""
     structure = objective.structure
@@ -253,12 +264,8 @@ def _moved(objective: Objective, candidate: Candidate, measured: dict[int, tuple
     ranks_heads = candidate.budget.ranking == "global" and candidate.budget.head_share > 0
     if not factors or not any(shares) or ranks_heads:
         return None
-    changed = candidate.model_copy(update={"budget": replace(candidate.budget, shares=tuple(shares))})
-    try:
-        kept = kept_counts(structure, changed.budget)
-    except BudgetError:
-        return None
-    return changed if kept != counts else None
+    changed = meet(candidate.model_copy(update={"budget": replace(candidate.budget, shares=tuple(shares))}))
+    return changed if changed and kept_counts(structure, changed.budget) != counts else None
 
 
 def _factors(measured: dict[int, tuple[float, float]]) -> dict[int, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 
@@ -85,6 +86,8 @@ def _greedily(
         for layer in promising:
             last_known[layer] = _loss_without(model, windows, whole, [*gone, layer], prefix)
         best = min(promising, key=last_known.__getitem__)
+        if not math.isfinite(last_known[best]):
+            break
         gone.append(best)
         losses.append(last_known.pop(best))
         if progress:
@@ -96,4 +99,5 @@ def _loss_without(model: PreTrainedModel, windows: Tensor, whole: Whole, gone: l
     """Nats per token, without the parts of some layers, the last of which was not yet gone in the prefix."""
     with without_parts(model, whole, gone, prefix.calls[0]):
         batches = list(losses_by_batch(model, windows, prefix=prefix, prefix_layers=gone[-1]))
-    return float(torch.cat(batches).mean())
+    loss = float(torch.cat(batches).mean())
+    return math.inf if math.isnan(loss) else loss

@@ -72,26 +72,31 @@ def compensate_sequentially(
     with torch.inference_mode():
         dense_states, all_calls = map(list, zip(*enter_layers(dense, windows.split(batch_size)), strict=True))
         pruned_states = list(dense_states)
+
+        def fit(index: int) -> None:
+            calls = [of_batch[index] for of_batch in all_calls]
+            blocks = {number: block for number, block in cut.items() if block.layer == index}
+            with contextlib.ExitStack() as loaded:
+                before = _Layer(loaded.enter_context(loaded_layer(dense, index)), calls, dense_states)
+                if index not in new_number:
+                    before.advance()
+                    return
+                of_pruned = loaded.enter_context(loaded_layer(pruned, new_number[index]))
+                after = _Layer(of_pruned, calls, pruned_states)
+                for number, block in blocks.items():
+                    kept = _kept_inputs(structure, plan, number)
+                    weight = _refit(before, after, block, dampings[number], carried_share, kept)
+                    if on_refit:
+                        own = block.row_wise.parameter
+                        on_refit(own.replace(f".{index}.", f".{new_number[index]}.", 1), weight)
+                if not any(block.kind == "channels" for block in blocks.values()):
+                    before.advance()
+                    after.advance()
+
+        last = max((block.layer for block in cut.values()), default=-1)
         for index in range(structure.layers):
-            if index <= max((block.layer for block in cut.values()), default=-1):
-                calls = [of_batch[index] for of_batch in all_calls]
-                blocks = {number: block for number, block in cut.items() if block.layer == index}
-                with contextlib.ExitStack() as loaded:
-                    before = _Layer(loaded.enter_context(loaded_layer(dense, index)), calls, dense_states)
-                    if index not in new_number:
-                        before.advance()
-                        continue
-                    of_pruned = loaded.enter_context(loaded_layer(pruned, new_number[index]))
-                    after = _Layer(of_pruned, calls, pruned_states)
-                    for number, block in blocks.items():
-                        kept = _kept_inputs(structure, plan, number)
-                        weight = _refit(before, after, block, dampings[number], carried_share, kept)
-                        if on_refit:
-                            own = block.row_wise.parameter
-                            on_refit(own.replace(f".{index}.", f".{new_number[index]}.", 1), weight)
-                    if not any(block.kind == "channels" for block in blocks.values()):
-                        before.advance()
-                        after.advance()
+            if index <= last:
+                fit(index)
             if progress:
                 progress(1)
 

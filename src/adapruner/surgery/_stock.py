@@ -17,6 +17,10 @@ from adapruner.errors import AdaPrunerError
 from adapruner.models import Architecture, architecture_of, is_pruned
 from adapruner.structure import Block, Kind, Structure, TensorSlice, build_structure
 
+# Config fields that list layers by number, and fields that say how many of the first layers are of another kind.
+_LAYER_NUMBERS = ("full_attn_idxs", "hybrid_layer_ids", "mlp_only_layers", "moe_layers")
+_FIRST_LAYERS = ("first_k_dense_replace", "num_dense_layers")
+
 
 def stock_models(architecture: Architecture, fields: Mapping[str, Any]) -> Iterator[PreTrainedModel]:
     """Models of a config that stock classes accept: of the family itself, then of one that computes the same under a
@@ -47,7 +51,8 @@ def fields_of_all(model: PreTrainedModel, architecture: Architecture) -> dict[st
 
 
 def fields_of_layers(config: PreTrainedConfig, fields: Mapping[str, Any], kept: Sequence[int]) -> dict[str, Any]:
-    """A config for some of the layers: what it lists of each layer is shortened to those.
+    """A config for some of the layers: what it lists of each layer is shortened to those, and layers that it names have
+    their new numbers.
 
     Args:
         config: of the model with all layers.
@@ -57,15 +62,19 @@ def fields_of_layers(config: PreTrainedConfig, fields: Mapping[str, Any], kept: 
     layers = config.num_hidden_layers
     if len(kept) == layers:
         return dict(fields)
-    shortened = {
-        name: [value[layer] for layer in kept]
-        if isinstance(value, list | tuple) and len(value) == layers and "token" not in name
-        else {new: of_layer(value, old) for new, old in enumerate(kept)}
-        if name == "per_layer_config" and value
-        else value
-        for name, value in fields.items()
-    }
-    return shortened | {config.attribute_map.get("num_hidden_layers", "num_hidden_layers"): len(kept)}
+
+    def shortened(name: str, value: Any) -> Any:
+        if name in _LAYER_NUMBERS and value:
+            return [new for new, old in enumerate(kept) if old in value]
+        if name in _FIRST_LAYERS and value:
+            return sum(old < value for old in kept)
+        if name == "per_layer_config" and value:
+            return {new: of_layer(value, old) for new, old in enumerate(kept)}
+        is_of_layers = isinstance(value, list | tuple) and len(value) == layers and "token" not in name
+        return [value[layer] for layer in kept] if is_of_layers else value
+
+    own = {name: shortened(name, value) for name, value in fields.items()}
+    return own | {config.attribute_map.get("num_hidden_layers", "num_hidden_layers"): len(kept)}
 
 
 def of_layer(per_layer: Mapping[Any, dict[str, Any]], index: int) -> dict[str, Any]:
