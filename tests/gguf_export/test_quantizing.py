@@ -100,7 +100,7 @@ def test_without_the_quantizer(
 ) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr("adapruner.llama_cpp.find_spec", lambda name: None if name == "cyllama" else found(name))
-    with pytest.raises(AdaPrunerError, match=r"pip install 'adapruner\[gguf\]'"):
+    with pytest.raises(AdaPrunerError, match=r"pip install '\.\[gguf\]'"):
         write_gguf(tiny("llama"), bytes_tokenizer, tmp_path / "model.gguf", "q4_k_m")
     write_gguf(tiny("llama"), bytes_tokenizer, tmp_path / "model.gguf", "q8_0")
     assert [file.name for file in tmp_path.iterdir()] == ["model.gguf"]
