@@ -308,6 +308,18 @@ def test_the_ladder_tells_the_search_from_the_compensation(finished: adapruner.P
     assert all(not row[5].strip() for row in rows[1:-3])
 
 
+def test_the_ladder_shows_parts_that_were_tried_again(run: RunFolder) -> None:
+    result, tried = json.loads((run.path / "result.json").read_text()), {"gain": 0.02, "gain_standard_error": 0.005}
+    result["levelled"]["kept"] = [
+        {"layer": 3, "part": "attention", "accepted": True, **tried},
+        {"layer": 1, "part": "layer", "accepted": False, **tried},
+    ]
+    (run.path / "result.json").write_text(json.dumps(result))
+    names = [row[0] for row in page_of(run).tables["ladder-table"]]
+    assert "attention of layer 3 kept" in names
+    assert names.index("layer 1 kept, not taken") == names.index("attention of layer 3 kept") + 1
+
+
 def test_the_search_is_that_of_its_files(finished: adapruner.PruneResult, page: Page) -> None:
     search = json.loads((finished.output / "search.json").read_text())
     weights = search["best"]["point"]["weights"]

@@ -15,7 +15,7 @@ from adapruner.checkpoint import save_checkpoint
 from adapruner.conformance import masked, why_not_whole
 from adapruner.evaluation import window_losses
 from adapruner.measurement import measure_moments
-from adapruner.models import Whole, find_architecture, known_architectures, random_model, tiny_config
+from adapruner.models import Whole, architecture_of, find_architecture, known_architectures, random_model, tiny_config
 from adapruner.planning import Budget, BudgetError, PruningPlan, kept_counts, make_plan
 from adapruner.search import RemovalOrders, removal_orders
 from adapruner.structure import Structure, build_structure, count_parameters
@@ -109,6 +109,13 @@ def test_layers_that_compute_by_their_numbers_stay(make_model: Callable[..., Pre
     scaled = build_structure(make_model("gpt2", scale_attn_by_inverse_layer_idx=True))
     assert scaled.whole == {"attention", "feed-forward"}
     assert scaled.removable_layers == []
+
+
+def test_layers_are_proven_from_the_first_on() -> None:
+    """Jamba's config gives the periods of its kinds of layers, which another number of layers does not keep."""
+    config = tiny_config(AutoConfig.for_model("jamba"))
+    find_architecture(config)
+    assert architecture_of(config).whole == ("attention", "feed-forward")
 
 
 def test_an_order_ends_where_no_loss_is_finite(

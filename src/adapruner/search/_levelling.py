@@ -118,16 +118,7 @@ def level(
     best = _losses(objective, candidate)
     if best is None:
         return Levelled(candidate=candidate, rounds=())
-    kept: list[KeptPart] = []
-    for layer, part in _removed_whole(candidate.budget):
-        changed = meet(candidate.model_copy(update={"budget": _keeping(candidate.budget, layer)}))
-        losses = _losses(objective, changed) if changed else None
-        if changed and losses:
-            gain, error = _gain(best, losses)
-            accepted = gain > _CERTAIN * (error or 0.0)
-            kept.append(KeptPart(layer=layer, part=part, gain=gain, gain_standard_error=error, accepted=accepted))
-            if accepted:
-                candidate, best = changed, losses
+    candidate, best, kept = _keep_parts(objective, candidate, best, meet)
     references = log_probabilities(objective.model, windows)
     made: list[LevellingRound] = []
     for _ in range(rounds):
@@ -150,6 +141,29 @@ def level(
             break
         candidate, best = moved, losses
     return Levelled(candidate=candidate, rounds=tuple(made), kept=tuple(kept))
+
+
+def _keep_parts(
+    objective: Objective, candidate: Candidate, best: list[float], meet: Callable[[Candidate], Candidate | None]
+) -> tuple[Candidate, list[float], list[KeptPart]]:
+    """The candidate without removing what is worth more than the widths that pay for it, its losses on the windows of
+    the objective, and what was tried.
+
+    Args:
+        best: the losses of the candidate as it is.
+    """
+    kept: list[KeptPart] = []
+    for layer, part in _removed_whole(candidate.budget):
+        changed = meet(candidate.model_copy(update={"budget": _keeping(candidate.budget, layer)}))
+        losses = _losses(objective, changed) if changed else None
+        if not changed or not losses:
+            continue
+        gain, error = _gain(best, losses)
+        accepted = gain > _CERTAIN * (error or 0.0)
+        kept.append(KeptPart(layer=layer, part=part, gain=gain, gain_standard_error=error, accepted=accepted))
+        if accepted:
+            candidate, best = changed, losses
+    return candidate, best, kept
 
 
 def _losses(objective: Objective, candidate: Candidate) -> list[float] | None:
