@@ -20,7 +20,7 @@ from adapruner.models import architecture_of, decoder_layers, is_pruned, trial_d
 from adapruner.planning import Budget, kept_counts
 from adapruner.processes import this_process
 from adapruner.recovery import scale_options
-from adapruner.search import JUDGED_TOGETHER, MOST_PROTECTED_FIRST
+from adapruner.search import JUDGED_TOGETHER, LEARNT_AT_ONCE, MOST_PROTECTED_FIRST
 from adapruner.structure import Structure
 
 GIB = 2**30
@@ -175,6 +175,19 @@ def _stages(
             "logits": min(at_once, tokens) * widest + losses,
             "level_rounds": tokens * of_token,
             "dense predictions": 2 * tokens * vocabulary,
+        }
+    if config.exchanges_channels and not by_layer:
+        tokens = LEARNT_AT_ONCE * config.seq_len
+        narrower = [
+            block for block, n in blocks if 0 < n < block.groups and block.kind == "channels" and not block.experts
+        ]
+        down = sum(block.row_wise.elements * block.inputs for block in narrower)
+        stages["exchanging channels"] = {
+            **(both | pool | solving),
+            # In place of the dense ones, with gradients on a batch and their sum.
+            "pruned weights": max(down * (2 * trial.itemsize + _FLOAT32), pruned * trial.itemsize),
+            "seq_len": int(tokens * structure.layers * saved_activations(model.config, trial)),
+            "logits": 4 * tokens * vocabulary * _FLOAT32,
         }
     if config.fits_sequentially and architecture_of(model.config).has_plain_residual(model.config):
         # Only what loses something is fitted, in the inputs that it keeps.
