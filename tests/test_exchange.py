@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from torch.func import functional_call
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from adapruner.calibration import generate_windows
 from adapruner.evaluation import log_probabilities, losses_by_batch, window_losses
@@ -18,6 +19,7 @@ from adapruner.search import Exchanged, Objective, batches_of_round, exchange
 from adapruner.search import _exchange as module
 from adapruner.structure import Block, Structure, TensorSlice, build_structure
 from adapruner.surgery import Compensation, compensate, prune_model
+from tiny_families import tiny_config
 
 MakeModel = Callable[..., PreTrainedModel]
 
@@ -76,6 +78,14 @@ def test_exchanges_pay_where_the_loss_is_that_of_least_squares() -> None:
     assert predicted == pytest.approx(loss(kept) - loss([0, 1, 2, 5]), rel=0.1)
 
 
+def test_of_channels_that_say_the_same_one_alone_is_exchanged() -> None:
+    coupled, worth = torch.eye(6), torch.tensor([3.0, 6.0, 5.0, 4.0, 2.0, 1.0])
+    coupled[1, 2] = coupled[2, 1] = 0.9
+    coupled[3, 0] = coupled[0, 3] = 0.1
+    assert module._apart(worth, 7 * coupled, 3).tolist() == [1, 3, 0]
+    assert module._apart(worth, coupled, 9).tolist() == [1, 3, 0, 4, 5]
+
+
 def test_noise_is_no_signal() -> None:
     torch.manual_seed(2)
     signal, sizes = torch.randn(4000), torch.rand(4000) + 0.1
@@ -119,7 +129,7 @@ def test_rounds_find_better_channels_at_the_same_widths(model: PreTrainedModel, 
     plan = badly_chosen(objective.structure)
     found = exchange(objective, plan, text, 3, seen.append)
     assert found.rounds[0].accepted
-    assert sum(seen) == len(found.rounds) * batches_of_round(len(text)) == len(found.rounds) * 48
+    assert sum(seen) == len(found.rounds) * batches_of_round(len(text)) == len(found.rounds) * 64
     assert [len(block.kept) for block in found.plan.blocks] == [len(block.kept) for block in plan.blocks]
     losses = [
         window_losses(prune_model(model, objective.structure, one, objective.compensation), text)
@@ -167,9 +177,12 @@ def test_gradients_are_those_of_the_model_that_the_plan_cuts(family: str, make_m
     whole = [range(own.groups) if number in channels else own.kept for number, own in enumerate(plan.blocks)]
     wide = prune_model(model, structure, PruningPlan.of(structure, whole), objective.compensation)
     weights = {own.name: own.compensated() for own in channels.values()}
+    pruned = prune_model(model, structure, plan, objective.compensation)
+    with torch.no_grad():
+        logits = functional_call(wide, weights, (text,), {"use_cache": False}).logits
+        assert torch.allclose(logits, pruned(text).logits, atol=1e-4)
     gradients = module._gradients(model, wide.requires_grad_(False), weights, text, None)
     references = log_probabilities(model, text)
-    pruned = prune_model(model, structure, plan, objective.compensation)
     for number, own in channels.items():
         kept = torch.tensor(plan.blocks[number].kept)
         part = structure.blocks[number].row_wise
@@ -182,6 +195,24 @@ def test_gradients_are_those_of_the_model_that_the_plan_cuts(family: str, make_m
             weight -= sign * step
         slope = float(divergences[0] - divergences[1]) / 2e-2
         assert slope == pytest.approx(float(gradient.norm()), rel=0.05)
+
+
+def test_a_channel_that_is_always_zero_is_no_obstacle(model: PreTrainedModel, text: Tensor) -> None:
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for projection in (layer.mlp.gate_proj, layer.mlp.up_proj):
+                projection.weight[5] = 0.0
+            layer.mlp.down_proj.weight[:, 5] = 0.0
+    objective = objective_of(model, text)
+    plan = badly_chosen(objective.structure)
+    (found,) = exchange(objective, plan, text, 1).rounds
+    assert found.exchanged == 4
+
+
+def test_nothing_is_exchanged_in_front_of_a_norm_over_the_channels() -> None:
+    model = AutoModelForCausalLM.from_config(tiny_config("bitnet")).eval()
+    objective = objective_of(model, torch.arange(80).view(8, 10) + 4)
+    assert not module._channels(objective, badly_chosen(objective.structure))
 
 
 def test_where_nothing_can_be_exchanged_the_plan_stays(model: PreTrainedModel, text: Tensor) -> None:

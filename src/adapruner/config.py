@@ -124,7 +124,7 @@ def _searches_widths(ratio_of: RatioOf, search: Searched, space: Space, layout: 
 
 def _can_exchange_channels(search: Searched, space: Space, compensation: str) -> bool:
     """Whether the weights are compensated by least squares, and nothing is fixed for comparison."""
-    return (search, space) == ("joint", "extended") and compensation in ("least-squares", "least-squares-bias")
+    return (search, space) == ("joint", "extended") and compensation == "least-squares"
 
 
 class _Options(BaseModel):
@@ -294,7 +294,7 @@ class PruneOptions(_Options):
         default=None,
         ge=0,
         description="Maximum number of rounds after the search that exchange channels within layers, at the same"
-        " widths; by default 3, none with layer_wise.",
+        " widths; by default 1, none with layer_wise, without least squares or the whole search.",
     )
     sampler: Sampler = Field(default="tpe", description="Sampler of the search; random is for comparison.")
     search: Searched = Field(

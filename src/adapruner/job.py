@@ -94,7 +94,7 @@ VOCABULARY = "vocabulary.json"
 # The artifact with what layers take on this machine.
 LATENCIES = "latencies.json"
 
-_LEVEL_ROUNDS, _EXCHANGE_ROUNDS = 2, 3
+_LEVEL_ROUNDS, _EXCHANGE_ROUNDS = 2, 1
 
 
 @dataclass
@@ -318,14 +318,14 @@ class Preparation:
         """Whether one decoder layer at a time is in memory."""
         return self.placement.layer_wise
 
-    def room_for_moments(self) -> dict[torch.device, int]:
-        """Bytes that second moments may take while trials use them, by device; nothing where that cannot be told."""
+    def room_for_moments(self, stage: str) -> dict[torch.device, int]:
+        """Bytes that second moments may take while a stage uses them, by device; nothing where that cannot be told."""
         if is_pruned(self.empty.config):
             return {}
         budget = self.budget(max(self.config.ratio))
         about = self.config, self.empty, self.structure, budget, self.device, self.layer_wise
         stages = estimate_memory(*about, len(self.placement.devices))
-        return room_for_moments(self.device, stages["searching"])
+        return room_for_moments(self.device, stages[stage])
 
     @cached_property
     def dtype(self) -> torch.dtype:

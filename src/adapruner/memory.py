@@ -182,10 +182,11 @@ def _stages(
             block for block, n in blocks if 0 < n < block.groups and block.kind == "channels" and not block.experts
         ]
         down = sum(block.row_wise.elements * block.inputs for block in narrower)
+        others = max(0, pruned - sum(n * block.parameters_per_group for block, n in blocks if block in narrower))
         stages["exchanging channels"] = {
             **(both | pool | solving),
-            # In place of the dense ones, with gradients on a batch and their sum.
-            "pruned weights": max(down * (2 * trial.itemsize + _FLOAT32), pruned * trial.itemsize),
+            # With gradients to those in place of the dense ones, or when the plan is judged.
+            "pruned weights": max(2 * down + others, pruned) * trial.itemsize,
             "seq_len": int(tokens * structure.layers * saved_activations(model.config, trial)),
             "logits": 4 * tokens * vocabulary * _FLOAT32,
         }

@@ -120,7 +120,7 @@ def search(
     fast, text = in_fastest_dtype(prepared.dense), usable(job, windows)["objective"]
     if not all(losses.isfinite().all() for losses in losses_by_batch(fast, text)):
         raise NonFiniteError("the loss of the model is not finite on the text of the objective")
-    judge = partial(_judge, job, fast, _held(job, moments), statistics)
+    judge = partial(_judge, job, fast, _held(job, moments, "searching"), statistics)
     search = _search(job, statistics, orders, judge(text[: config.objective_windows]))
     if not prepared.process.leads:
         with prepared.reporter.stage("running trials"):
@@ -171,9 +171,9 @@ def _what_ranks_experts(structure: Structure, statistics: Statistics) -> Literal
     return "routing" if is_known else "taylor"
 
 
-def _held(job: Job, moments: Moments) -> HeldMoments | None:
-    """The moments for stages that use them many times."""
-    return None if moments is None else HeldMoments(moments, job.prepared.room_for_moments())
+def _held(job: Job, moments: Moments, stage: str) -> HeldMoments | None:
+    """The moments for a stage that uses them many times."""
+    return None if moments is None else HeldMoments(moments, job.prepared.room_for_moments(stage))
 
 
 def _judge(
@@ -227,7 +227,7 @@ def levelled(
     prepared, config, text = job.prepared, job.config, usable(job, windows)
     pool, rounds = text["pool"][: windows_of(TOKENS_FOR_COSTS, config)], prepared.level_rounds
     fast, candidate = in_fastest_dtype(prepared.dense), candidate_at_ratio(job, statistics, search.best)
-    compensation = compensation_of(config, _held(job, moments))
+    compensation = compensation_of(config, _held(job, moments, "levelling widths"))
     objective = Objective(
         fast, prepared.structure, statistics, text["objective"], compensation, item_losses=prepared.item_losses
     )
@@ -280,7 +280,7 @@ def exchanged(
         prepared.structure,
         statistics,
         usable(job, windows)["objective"],
-        compensation_of(job.config, _held(job, moments)),
+        compensation_of(job.config, _held(job, moments, "exchanging channels")),
         item_losses=prepared.item_losses,
     )
     text = text_to_fit(job, windows, written)
@@ -294,6 +294,7 @@ def exchanged(
     inputs=(statistics, search, levelled, exchanged),
     options=f"{BUDGET} level_rounds exchange_rounds",
     check=lambda job: job.budget(job.config.ratio[0]),
+    version=2,
 )
 def plan(
     job: Job,

@@ -3,7 +3,7 @@
 from adapruner.search._exchange import LEARNT_AT_ONCE, Exchanged, ExchangeRound, batches_of_round, exchange
 from adapruner.search._history import History, TriedPoint, read_history
 from adapruner.search._levelling import KeptPart, Levelled, LevellingRound, level
-from adapruner.search._objective import ItemLosses, Objective, meet_budget, plan_candidate, scores_of
+from adapruner.search._objective import ItemLosses, Objective, meet_budget, plan_candidate
 from adapruner.search._place import StudyPlace, sqlite_url
 from adapruner.search._space import MOST_PROTECTED_FIRST, Candidate, SearchSpace
 from adapruner.search._study import JUDGED_TOGETHER, Search, SearchResult
@@ -39,6 +39,5 @@ __all__ = [
     "plan_candidate",
     "read_history",
     "removal_orders",
-    "scores_of",
     "sqlite_url",
 ]

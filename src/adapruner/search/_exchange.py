@@ -22,11 +22,12 @@ from adapruner.surgery import kept_layers, prune_model
 
 # Whose activations are in memory at once.
 LEARNT_AT_ONCE = 4
-_WINDOWS_PER_ROUND = 192
-# What is measured on each of so many parts of these tells signal from noise.
-_PARTS = 8
-# At most so many of the channels of a layer are exchanged in a round: what is measured holds for a small change.
+# What is measured on each of so many parts of the text tells signal from noise.
+_PARTS = 16
+# Of the channels of a layer, so many are exchanged in a round, or one: what is measured holds for a small change.
 _SHARE = 0.01
+# Of channels that say so much of each other, the square of their correlation, one alone is exchanged.
+_MOST_SHARED = 0.25
 
 
 class ExchangeRound(BaseModel):
@@ -84,7 +85,7 @@ def exchange(
 
     Args:
         objective: its compensation is by least squares, and its windows decide whether a round is accepted.
-        windows: [windows, tokens], int64, to measure on; the rounds take one part of them after the other.
+        windows: [windows, tokens], int64, to measure on.
         rounds: at most so many; the first that gains nothing is the last.
         progress: called with 1 after every measured batch.
     """
@@ -92,8 +93,7 @@ def exchange(
     best = finite_losses(objective.of_plan(plan))
     # On less, nothing tells signal from noise.
     while best and len(made) < rounds and len(windows) > 1:
-        part = windows.roll(-_WINDOWS_PER_ROUND * len(made), 0)[:_WINDOWS_PER_ROUND]
-        changed, predicted = _exchanged(objective, plan, part, progress)
+        changed, predicted = _exchanged(objective, plan, windows, progress)
         exchanged = sum(len({*new.kept} - {*old.kept}) for new, old in zip(changed.blocks, plan.blocks, strict=True))
         losses = finite_losses(objective.of_plan(changed)) if exchanged else None
         if not losses:
@@ -116,7 +116,7 @@ def exchange(
 
 def batches_of_round(windows: int) -> int:
     """How often `exchange` calls its progress in a round."""
-    return sum(math.ceil(len(part) / LEARNT_AT_ONCE) for part in _parts(torch.empty(min(windows, _WINDOWS_PER_ROUND))))
+    return sum(math.ceil(len(part) / LEARNT_AT_ONCE) for part in _parts(torch.empty(windows)))
 
 
 def _parts(windows: Tensor) -> Sequence[Tensor]:
@@ -160,7 +160,12 @@ def _channels(objective: Objective, plan: PruningPlan) -> dict[int, _Channels]:
             layers,
         )
         for number, (block, own) in enumerate(zip(objective.structure.blocks, plan.blocks, strict=True))
-        if compensation and block.kind == "channels" and not block.experts and 0 < len(own.kept) < block.groups
+        if compensation
+        and block.kind == "channels"
+        and 0 < len(own.kept) < block.groups
+        # Channels of experts are read by other projections, and behind a norm those that are kept are not as before.
+        and not block.experts
+        and not block.has_norm
     }
 
 
@@ -213,12 +218,14 @@ class _Channels:
         of_removed, of_kept, sizes_of_removed, sizes_of_kept = (
             part[..., channels] for part in (slopes, fit.sizes) for channels in (fit.removed, fit.kept)
         )
-        curvature = max(0.0, -float(of_removed.mean(0).sum() / sizes_of_removed.sum()))
+        size = sizes_of_removed.sum().clamp_min(torch.finfo(torch.float32).tiny)
+        curvature = max(0.0, -float(of_removed.mean(0).sum() / size))
         # The curvature says what the slopes are where the layer is as its least squares see it.
         gains = curvature * sizes_of_removed / 2 - _signal(of_removed + curvature * sizes_of_removed, sizes_of_removed)
         costs = curvature * sizes_of_kept / 2 - _signal(of_kept, sizes_of_kept)
         most = min(math.ceil(_SHARE * self._groups), len(gains), len(costs))
-        enter, leave = gains.argsort(descending=True, stable=True)[:most], costs.argsort(stable=True)[:most]
+        enter, leave = _apart(gains, fit.unsaid, most), _apart(-costs, fit.inverse, most)
+        enter, leave = enter[: len(leave)], leave[: len(enter)]
         advantages = gains[enter] - costs[leave]
         pays = advantages > 0
         return fit.kept[leave[pays]].tolist(), fit.removed[enter[pays]].tolist(), float(advantages[pays].sum())
@@ -230,6 +237,23 @@ class _Channels:
         return _Fit(weight, second, moments.damping, self._kept, is_removed.nonzero().flatten())
 
 
+def _apart(worth: Tensor, coupled: Tensor, most: int) -> Tensor:
+    """[at most so many], int64: the channels of the largest worth, without those that share much with a better one:
+    what each is worth was measured alone.
+
+    Args:
+        worth: [channels].
+        coupled: [channels, channels], second moments, or an inverse of them, of what all the others do not say.
+    """
+    chosen: list[int] = []
+    diagonal = coupled.diagonal()
+    for channel in worth.argsort(descending=True, stable=True)[: 4 * most].tolist():
+        shared = coupled[channel, chosen].square() / (diagonal[channel] * diagonal[chosen])
+        if len(chosen) < most and not (shared > _MOST_SHARED).any():
+            chosen.append(channel)
+    return torch.tensor(chosen, dtype=torch.int64, device=worth.device)
+
+
 def _signal(slopes: Tensor, sizes: Tensor) -> Tensor:
     """[channels]: what slopes say that were measured on several parts of the text, drawn to zero by the share of their
     variance that is noise. Signal and noise both grow with the root of the size of a channel.
@@ -237,7 +261,8 @@ def _signal(slopes: Tensor, sizes: Tensor) -> Tensor:
     Args:
         slopes: [parts of the text, channels].
     """
-    scaled = slopes / sizes.sqrt()
+    # A channel that is always zero has no size.
+    scaled = slopes / sizes.sqrt().clamp_min(torch.finfo(torch.float32).tiny)
     noise = scaled.var(0) / len(scaled)
     variance = (scaled.mean(0).square().mean() - noise.mean()).clamp_min(torch.finfo(torch.float32).tiny)
     return slopes.mean(0) * variance / (variance + noise)
@@ -325,7 +350,6 @@ def _gradients(
     """Of the divergence from the dense model, in nats per predicted token, of another one in which some weights are
     replaced: the gradients to these weights, float32."""
     leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
-    sums = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
     for batch in windows.to(model.device).split(LEARNT_AT_ONCE):
         with torch.no_grad():
             expected = model(batch, use_cache=False).logits[:, :-1].float().log_softmax(-1)
@@ -334,10 +358,8 @@ def _gradients(
             predicted = logits.float().log_softmax(-1)
             # A sum, because gradients of a mean would underflow in float16.
             divergence = functional.kl_div(predicted, expected, reduction="sum", log_target=True)
-            of_batch = torch.autograd.grad(divergence, list(leaves.values()))
-        for own, gradient in zip(sums.values(), of_batch, strict=True):
-            own += gradient
+            divergence.backward()
         if progress:
             progress(1)
     tokens = len(windows) * (windows.shape[1] - 1)
-    return {name: own.div_(tokens) for name, own in sums.items()}
+    return {name: weight.grad.float() / tokens for name, weight in leaves.items() if weight.grad is not None}
