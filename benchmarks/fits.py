@@ -4,7 +4,7 @@
 
 Memory is what `adapruner inspect --cost` prints. Minutes are arithmetic and no measurement. They count multiplications
 of the model and of second moments, and what is read from the disk or moved to the card, one after the other: no text
-that is written, no levelling of widths, no exchange of channels, no evaluation, no program.
+that is written, no levelling of widths, no evaluation, no program.
 """
 
 from __future__ import annotations

@@ -23,7 +23,6 @@ from adapruner.calibration import evenly_spaced, parse_source, text_windows
 from adapruner.evaluation import window_losses
 from adapruner.measurement import Statistics, StoredMoments
 from adapruner.models import find_model, in_fastest_dtype, load_model, load_tokenizer
-from adapruner.planning import PruningPlan
 from adapruner.result import RunResult
 from adapruner.run import RunFolder
 from adapruner.search import Candidate, plan_candidate
@@ -92,9 +91,6 @@ def main(
         show("chosen", cut(result.search.best))
     if result.levelled and any(each.accepted for each in result.levelled.rounds):
         show("levelled", cut(result.levelled.candidate))
-    if any(each.accepted for each in result.exchanges):
-        plan = PruningPlan.load(folder.path / "plan.json")
-        show("exchanged", prune_model(dense, structure, plan, compensation))
     if (folder.path / "compensated").is_dir():
         show("fitted", in_fastest_dtype(load_model(find_model(str(folder.path / "compensated")))))
     show("saved", in_fastest_dtype(load_model(find_model(str(folder.model)))))

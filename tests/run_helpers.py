@@ -40,7 +40,6 @@ RUN_OPTIONS: dict[str, Any] = {
 QUICK: dict[str, Any] = RUN_OPTIONS | {
     "trials": 5,
     "level_rounds": 0,
-    "exchange_rounds": 0,
     "self_windows": 0,
     "compensation_windows": 32,
     "final_windows": 0,

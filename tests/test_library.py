@@ -162,15 +162,7 @@ def test_a_function_judges_the_trials_and_callbacks_are_told(
 
     told, options = (
         Told(),
-        QUICK
-        | {
-            "trials": 8,
-            "protect_last": 0,
-            "whole": "none",
-            "level_rounds": 1,
-            "exchange_rounds": 1,
-            "output": tmp_path / "run",
-        },
+        QUICK | {"trials": 8, "protect_last": 0, "whole": "none", "level_rounds": 1, "output": tmp_path / "run"},
     )
     text = str(text_file)
     result = adapruner.prune(str(model_folder), text, objective=size_of_last, callbacks=[told], **options)

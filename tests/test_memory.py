@@ -225,7 +225,6 @@ def test_inspect_prints_memory(model_folder: Path, capsys: pytest.CaptureFixture
         "removing parts whole",
         "searching",
         "levelling widths",
-        "exchanging channels",
         "compensating",
         "tuning scales",
     ]

@@ -78,7 +78,6 @@ def test_the_result_is_a_smaller_model_with_its_numbers(
         "measuring",
         "comparing removals",
         "levelling widths",
-        "exchanging channels",
         "writing text",
         "looking for breakage",
         "removing parts whole",
@@ -102,7 +101,6 @@ def test_the_run_folder_holds_what_the_design_says(finished: adapruner.PruneResu
         "study.db",
         "search.json",
         "levelled.json",
-        "exchanged.json",
         "plan.json",
         "model",
         "evaluation",
@@ -192,13 +190,13 @@ def test_what_a_kill_at_the_edge_of_any_artifact_leaves_is_resumed_from(
         names.append(name)
         finish(self, name, record, *beside)
 
-    options = QUICK | {"calibration": str(text_file), "level_rounds": 1, "exchange_rounds": 1, "self_windows": 4}
+    options = QUICK | {"calibration": str(text_file), "level_rounds": 1, "self_windows": 4}
     with monkeypatch.context() as patch:
         patch.setattr(RunFolder, "begin", leaving_before(RunFolder.begin))
         patch.setattr(RunFolder, "finish", leaving_before(noting))
         patch.setattr("adapruner.driver.replace", leaving_before(replace))
         adapruner.prune(str(model_folder), output=run, **options)
-    assert len(left) == 3 * len(names) == 57
+    assert len(left) == 3 * len(names) == 54
 
     def stopping(self: RunFolder, name: str, record: Record, *beside: Any) -> None:
         finish(self, name, record, *beside)

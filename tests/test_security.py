@@ -256,13 +256,7 @@ def pruned(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, text_fi
     shutil.copy(text_file, text)
     options = {"pool": 4, "samples": 2, "objective_windows": 4, "seq_len": 16, "trials": 4, "round_to": 1}
     options |= {"recover": str(text), "recovery": {"seq_len": 16, "steps": 1}, "protect_first": 1, "protect_last": 1}
-    options |= {
-        "compensation_windows": 8,
-        "self_windows": 0,
-        "level_rounds": 0,
-        "exchange_rounds": 0,
-        "tune_scales": False,
-    }
+    options |= {"compensation_windows": 8, "self_windows": 0, "level_rounds": 0, "tune_scales": False}
     return adapruner.prune(
         str(model),
         output=place / "run",

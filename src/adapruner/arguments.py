@@ -95,7 +95,6 @@ class PruneArguments(TargetArguments, total=False):
     seq_len: int
     trials: int
     level_rounds: int | None
-    exchange_rounds: int | None
     sampler: Sampler
     search: Searched
     alignment: Alignment

@@ -329,7 +329,7 @@ def _made(plan: PruningPlan, result: RunResult) -> str:
         [
             f"- calibration text: {_escaped(_public(config.calibration))}; objective:"
             f" {_escaped(config.objective_function or f'{_public(config.objective_dataset)}, other documents')}",
-            f"- search: {search.trials} trials, seed {config.seed}; importance {mix}{_refined(result)}",
+            f"- search: {search.trials} trials, seed {config.seed}; importance {mix}{_levelled(result)}",
             f"- compensation: {config.compensation}{', scales tuned' * is_tuned}; layout: {config.layout}",
             f"- plan: `{plan.hash[:12]}`",
             f"- adapruner {versions['adapruner']}, transformers {versions['transformers']}, torch {versions['torch']}",
@@ -337,11 +337,9 @@ def _made(plan: PruningPlan, result: RunResult) -> str:
     )
 
 
-def _refined(result: RunResult) -> str:
+def _levelled(result: RunResult) -> str:
     rounds = sum(each.accepted for each in result.levelled.rounds) if result.levelled else 0
-    levelled = f"; widths levelled in {rounds} round{'s'[: rounds != 1]}" if rounds else ""
-    exchanged = sum(each.exchanged for each in result.exchanges if each.accepted)
-    return levelled + (f"; {exchanged:,} channels exchanged" if exchanged else "")
+    return f"; widths levelled in {rounds} round{'s'[: rounds != 1]}" if rounds else ""
 
 
 def _loading(config: PreTrainedConfig) -> str:

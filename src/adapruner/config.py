@@ -122,11 +122,6 @@ def _searches_widths(ratio_of: RatioOf, search: Searched, space: Space, layout: 
     return (ratio_of, search, space, layout) == ("parameters", "joint", "extended", "per-layer")
 
 
-def _can_exchange_channels(search: Searched, space: Space, compensation: str) -> bool:
-    """Whether the weights are compensated by least squares, and nothing is fixed for comparison."""
-    return (search, space) == ("joint", "extended") and compensation == "least-squares"
-
-
 class _Options(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
 
@@ -290,12 +285,6 @@ class PruneOptions(_Options):
         description="Maximum number of rounds after the search that move channels to layers where they are worth more;"
         " by default 2, none with layer_wise or where the allocation is not searched.",
     )
-    exchange_rounds: int | None = Field(
-        default=None,
-        ge=0,
-        description="Maximum number of rounds after the search that exchange channels within layers, at the same"
-        " widths; by default 1, none with layer_wise, without least squares or the whole search.",
-    )
     sampler: Sampler = Field(default="tpe", description="Sampler of the search; random is for comparison.")
     search: Searched = Field(
         default="joint", description="Search everything, only the samples, or only the metric; for comparison."
@@ -417,11 +406,6 @@ class PruneOptions(_Options):
         return self.level_rounds != 0 and _searches_widths(self.ratio_of, self.search, self.space, self.layout)
 
     @property
-    def exchanges_channels(self) -> bool:
-        """Whether channels are exchanged after the search, if all layers are in memory."""
-        return self.exchange_rounds != 0 and _can_exchange_channels(self.search, self.space, self.compensation)
-
-    @property
     def fits_sequentially(self) -> bool:
         """Whether the final model is fitted again, layer by layer, if the family allows it."""
         if self.sequential is None:
@@ -445,7 +429,7 @@ OPTION_GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "A target in place of the ratio": TARGET_OPTIONS,
     "Datasets": ("objective", "pool", "samples", "objective_windows", "final_windows", "seq_len", "sources"),
-    "Search": ("trials", "level_rounds", "exchange_rounds", "selection", "search", "space", "sampler", "seed"),
+    "Search": ("trials", "level_rounds", "selection", "search", "space", "sampler", "seed"),
     "Importance": ("terms", "alignment", "reduction"),
     "Compensation": ("compensation", "compensation_windows", "self_windows", "sequential", "tune_scales"),
     "Fine-tuning": ("recovery",),
@@ -495,13 +479,6 @@ class PruneConfig(PruneOptions):
             ),
             "`level_rounds` moves widths that the search chose: remove it, or set `space` extended, `search` joint,"
             " `layout` per-layer and `ratio_of` parameters",
-        ),
-        (
-            lambda search, space, compensation, exchange_rounds: (
-                exchange_rounds and not _can_exchange_channels(search, space, compensation)
-            ),
-            "`exchange_rounds` needs least squares and the whole search: remove it, or set `space` extended, `search`"
-            " joint and `compensation` least-squares",
         ),
         (
             lambda calibration, self_windows: calibration == "self" and self_windows,

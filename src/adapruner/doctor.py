@@ -54,7 +54,6 @@ _SMALL: dict[str, Any] = {
     "compensation_windows": 64,
     "self_windows": 0,
     "level_rounds": 1,
-    "exchange_rounds": 1,
     "trials": 13,
     "evaluate_windows": 16,
     "seq_len": 128,

@@ -94,7 +94,7 @@ VOCABULARY = "vocabulary.json"
 # The artifact with what layers take on this machine.
 LATENCIES = "latencies.json"
 
-_LEVEL_ROUNDS, _EXCHANGE_ROUNDS = 2, 1
+_LEVEL_ROUNDS = 2
 
 
 @dataclass
@@ -403,12 +403,6 @@ class Preparation:
         """How many rounds of levelling there are at most. Layer by layer every layer would be read again and again."""
         default = 0 if self.layer_wise else _LEVEL_ROUNDS
         return default if self.config.level_rounds is None else self.config.level_rounds
-
-    @property
-    def exchange_rounds(self) -> int:
-        """How many rounds of exchange there are at most. Layer by layer there are no gradients of all layers."""
-        default = 0 if self.layer_wise else _EXCHANGE_ROUNDS
-        return default if self.config.exchange_rounds is None else self.config.exchange_rounds
 
     @cached_property
     def drawn(self) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from adapruner.models import architecture_of, decoder_layers, is_pruned, trial_d
 from adapruner.planning import Budget, kept_counts
 from adapruner.processes import this_process
 from adapruner.recovery import scale_options
-from adapruner.search import JUDGED_TOGETHER, LEARNT_AT_ONCE, MOST_PROTECTED_FIRST
+from adapruner.search import JUDGED_TOGETHER, MOST_PROTECTED_FIRST
 from adapruner.structure import Structure
 
 GIB = 2**30
@@ -175,20 +175,6 @@ def _stages(
             "logits": min(at_once, tokens) * widest + losses,
             "level_rounds": tokens * of_token,
             "dense predictions": 2 * tokens * vocabulary,
-        }
-    if config.exchanges_channels and not by_layer:
-        tokens = LEARNT_AT_ONCE * config.seq_len
-        narrower = [
-            block for block, n in blocks if 0 < n < block.groups and block.kind == "channels" and not block.experts
-        ]
-        down = sum(block.row_wise.elements * block.inputs for block in narrower)
-        others = max(0, pruned - sum(n * block.parameters_per_group for block, n in blocks if block in narrower))
-        stages["exchanging channels"] = {
-            **(both | pool | solving),
-            # With gradients to those in place of the dense ones, or when the plan is judged.
-            "pruned weights": max(2 * down + others, pruned) * trial.itemsize,
-            "seq_len": int(tokens * structure.layers * saved_activations(model.config, trial)),
-            "logits": 4 * tokens * vocabulary * _FLOAT32,
         }
     if config.fits_sequentially and architecture_of(model.config).has_plain_residual(model.config):
         # Only what loses something is fitted, in the inputs that it keeps.

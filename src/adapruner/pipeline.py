@@ -165,7 +165,7 @@ def plan_again(
     **target: Unpack[TargetArguments],
 ) -> PruneResult:
     """Another ratio with the statistics and the best point of a finished search: no measuring, no search. Nothing is
-    levelled or exchanged where a Python function judged the trials, as there is none here.
+    levelled where a Python function judged the trials, as there is none here.
 
     Args:
         source: the folder of the earlier run.
@@ -201,7 +201,7 @@ def plan_again(
     layer_wise = _is_layer_wise(earlier.at_ratio(nearest, config))
     options["layer_wise"] = config.layer_wise if layer_wise is None else layer_wise
     if config.objective_function:
-        options |= {"level_rounds": 0, "exchange_rounds": 0}
+        options["level_rounds"] = 0
     again = PruneConfig.from_options(**options)
     (result,) = _run(again, run, overwrite, None, (earlier, earlier.at_ratio(nearest, config)))
     return result

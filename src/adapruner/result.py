@@ -24,7 +24,7 @@ from adapruner.planning import PruningPlan
 from adapruner.progress import StageCost
 from adapruner.recovery import RecoveryRecord
 from adapruner.run import RunFolder
-from adapruner.search import ExchangeRound, Levelled, SearchResult
+from adapruner.search import Levelled, SearchResult
 from adapruner.tokens import VocabularySummary
 
 # From when on people are told about it: a perplexity that has grown so many times, so little text, widths so odd.
@@ -103,8 +103,7 @@ class RunResult(_Content):
         config: the options, with one ratio.
         plan_hash: of the plan that was cut.
         search: the chosen candidate and all trials.
-        levelled: the same with its widths levelled; None if they were not.
-        exchanges: the rounds in which its channels were exchanged then.
+        levelled: the same with its widths levelled, which was cut; None if they were not.
         recovery: the record of the fine-tuning, if there was any.
         models: the models, in the order in which they were made.
         windows: how many there were, by use; `self`: those that the model wrote for compensation.
@@ -121,7 +120,6 @@ class RunResult(_Content):
     plan_hash: str
     search: SearchResult
     levelled: Levelled | None = None
-    exchanges: tuple[ExchangeRound, ...] = ()
     recovery: RecoveryRecord | None
     models: tuple[ModelNumbers, ...]
     windows: dict[str, int]

@@ -147,12 +147,6 @@ class Block:
         return self.row_wise.module.split(f".{self.layer}.", 1)[1]
 
     @property
-    def has_norm(self) -> bool:
-        """Whether a norm over the groups is inside of the block: it gives those that are kept another scale."""
-        projections = {part.module for part in self.matrices}
-        return any(part.module not in projections for part in self.slices)
-
-    @property
     def slices_by_parameter(self) -> dict[str, list[TensorSlice]]:
         """The slices of each parameter; several where it is a fused projection."""
         by_parameter: dict[str, list[TensorSlice]] = {}

@@ -42,7 +42,6 @@ SMALL: PruneArguments = {
     "seq_len": 16,
     "trials": 5,
     "level_rounds": 0,
-    "exchange_rounds": 0,
     "round_to": 1,
     "tune_scales": False,
 }

@@ -158,18 +158,6 @@ def solve_damped(second: Tensor, damping: float, right: Tensor) -> Tensor:
     return torch.cholesky_solve((right * scale[:, None]).float(), factor) * scale[:, None]
 
 
-def inverse_damped(second: Tensor, damping: float) -> Tensor:
-    """[inputs, inputs], float32: the inverse of H + damping · I, as exact as `solve_damped`.
-
-    Raises:
-        AdaPrunerError: H is not finite.
-    """
-    factor, scale = _scaled_factor(second, damping)
-    if factor is None:
-        return torch.cholesky_inverse(factorize(second, damping)).float()
-    return torch.cholesky_inverse(factor).mul_(scale).mul_(scale[:, None])
-
-
 def _scaled_factor(second: Tensor, damping: float) -> tuple[Tensor | None, Tensor]:
     """The Cholesky factor of H + damping · I, float32, after every input was divided by the root of its moment, and
     that divisor's inverse, [inputs]. No factor where rounding leaves that not positive definite."""

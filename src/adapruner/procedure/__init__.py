@@ -12,7 +12,7 @@ from adapruner.artifacts import Artifact
 from adapruner.procedure._evaluation import breakage, continuations, perplexity, scores
 from adapruner.procedure._model import compensated, latencies, model, recovered, target, training_windows
 from adapruner.procedure._result import report, result
-from adapruner.procedure._search import candidate_at_ratio, exchanged, levelled, plan, search, whole
+from adapruner.procedure._search import candidate_at_ratio, levelled, plan, search, whole
 from adapruner.procedure._statistics import moments, statistics
 from adapruner.procedure._windows import (
     leave_out_broken_windows,
@@ -39,7 +39,7 @@ __all__ = [
 ARTIFACTS: tuple[Artifact[Any], ...] = (
     latencies,
     *(vocabulary, windows, report_texts, report_texts_dense),
-    *(self_written, moments, statistics, whole, search, levelled, exchanged, plan, compensated, model),
+    *(self_written, moments, statistics, whole, search, levelled, plan, compensated, model),
     *(target, training_windows, recovered),
     *perplexity.values(),
     *scores.values(),

@@ -18,12 +18,12 @@ from adapruner.planning import PruningPlan
 from adapruner.procedure._evaluation import breakage, perplexity, scores
 from adapruner.procedure._forms import Windows, json_form
 from adapruner.procedure._model import compensated, model, recovered, scales_were_tuned, target
-from adapruner.procedure._search import exchanged, levelled, plan, search
+from adapruner.procedure._search import levelled, plan, search
 from adapruner.procedure._windows import self_written, usable, windows
 from adapruner.recovery import read_record
 from adapruner.report import render_report
 from adapruner.result import ForeignVocabulary, ModelNumbers, Role, RunResult, roles_of, verdict_of
-from adapruner.search import Exchanged, Levelled, SearchResult
+from adapruner.search import Levelled, SearchResult
 from adapruner.structure import build_structure
 from adapruner.tokens import foreign_tokens
 
@@ -40,7 +40,6 @@ PAGE: Form[str] = Form(
         self_written,
         search,
         levelled,
-        exchanged,
         plan,
         compensated,
         model,
@@ -59,7 +58,6 @@ def result(
     written: Windows | None,
     search: SearchResult,
     levelled: Levelled | None,
-    exchanged: Exchanged | None,
     plan: PruningPlan,
     compensated: Path | None,
     model: Path,
@@ -96,7 +94,6 @@ def result(
         plan_hash=plan.hash,
         search=search,
         levelled=levelled,
-        exchanges=exchanged.rounds if exchanged else (),
         recovery=read_record(recovered) if recovered else None,
         models=tuple(numbers),
         windows={use: len(each) for use, each in usable(job, windows).items()} | written_windows,

@@ -22,14 +22,13 @@ from adapruner.memory import TOKENS_FOR_COSTS, TOKENS_FOR_WHOLE, windows_of
 from adapruner.models import Whole, in_fastest_dtype
 from adapruner.planning import MOST_CHANNELS, PruningPlan, kept_counts, largest_channel_share
 from adapruner.procedure._forms import Windows, json_form
-from adapruner.procedure._statistics import Moments, moments, statistics, text_to_fit
-from adapruner.procedure._windows import self_written, usable, windows
+from adapruner.procedure._statistics import Moments, moments, statistics
+from adapruner.procedure._windows import usable, windows
 from adapruner.progress import Advance
 from adapruner.search import (
     MOST_PROTECTED_FIRST,
     MOST_WHOLE,
     Candidate,
-    Exchanged,
     Levelled,
     Objective,
     RemovalOrders,
@@ -37,9 +36,7 @@ from adapruner.search import (
     SearchResult,
     SearchSpace,
     TriedPoint,
-    batches_of_round,
     build_subset_family,
-    exchange,
     level,
     meet_budget,
     plan_candidate,
@@ -225,94 +222,32 @@ def levelled(
     """The chosen candidate at the ratio, with whole parts kept that are worth it and its widths levelled: costs are
     measured on the pool, and the windows of the objective decide what is accepted."""
     prepared, config, text = job.prepared, job.config, usable(job, windows)
-    pool, rounds = text["pool"][: windows_of(TOKENS_FOR_COSTS, config)], prepared.level_rounds
-    fast, candidate = in_fastest_dtype(prepared.dense), candidate_at_ratio(job, statistics, search.best)
+    candidate, rounds = candidate_at_ratio(job, statistics, search.best), prepared.level_rounds
+    if not rounds:
+        return Levelled(candidate=candidate, rounds=())
+    fast, pool = in_fastest_dtype(prepared.dense), text["pool"][: windows_of(TOKENS_FOR_COSTS, config)]
     compensation = compensation_of(config, _held(job, moments, "levelling widths"))
     objective = Objective(
         fast, prepared.structure, statistics, text["objective"], compensation, item_losses=prepared.item_losses
     )
     channels = sum(block.kind == "channels" and not block.experts for block in prepared.structure.blocks)
-    if not rounds:
-        return Levelled(candidate=candidate, rounds=())
     meet = partial(meet_budget, prepared.structure, statistics, prepared.target)
     with prepared.reporter.stage("levelling widths", channels * rounds) as advance:
         return level(objective, pool, candidate, rounds, meet, advance)
 
 
-def _check_exchange(job: Job) -> None:
-    if job.prepared.exchange_rounds:
-        job.prepared.check_objective()
-    if job.prepared.layer_wise and job.prepared.exchange_rounds:
-        raise AdaPrunerError(
-            "exchanging channels needs all layers in memory: set `exchange_rounds` 0 with `layer_wise`"
-        )
-
-
-@artifact(
-    "exchanged.json",
-    json_form(Exchanged),
-    inputs=(windows, self_written, moments, statistics, search, levelled),
-    options=f"{BUDGET} level_rounds exchange_rounds seed",
-    leaves="model family precision left_out",
-    is_wanted=lambda config: config.exchanges_channels,
-    check=_check_exchange,
-    is_result=False,
-)
-def exchanged(
-    job: Job,
-    work: Path,
-    windows: Windows,
-    written: Windows | None,
-    moments: Moments,
-    statistics: Statistics,
-    search: SearchResult,
-    levelled: Levelled | None,
-) -> Exchanged:
-    """The plan of the chosen candidate with channels exchanged: what they are worth is measured on the text of the
-    compensation, and the windows of the objective decide what is accepted."""
-    prepared, rounds = job.prepared, job.prepared.exchange_rounds
-    candidate = _candidate_to_cut(job, statistics, search, levelled)
-    plan = plan_candidate(prepared.structure, statistics, candidate)
-    if not rounds:
-        return Exchanged(plan=plan)
-    objective = Objective(
-        in_fastest_dtype(prepared.dense),
-        prepared.structure,
-        statistics,
-        usable(job, windows)["objective"],
-        compensation_of(job.config, _held(job, moments, "exchanging channels")),
-        item_losses=prepared.item_losses,
-    )
-    text = text_to_fit(job, windows, written)
-    with prepared.reporter.stage("exchanging channels", rounds * batches_of_round(len(text))) as advance:
-        return exchange(objective, plan, text, rounds, advance)
-
-
 @artifact(
     "plan.json",
     PLAN,
-    inputs=(statistics, search, levelled, exchanged),
-    options=f"{BUDGET} level_rounds exchange_rounds",
+    inputs=(statistics, search, levelled),
+    options=f"{BUDGET} level_rounds",
     check=lambda job: job.budget(job.config.ratio[0]),
-    version=2,
 )
-def plan(
-    job: Job,
-    work: Path,
-    statistics: Statistics,
-    search: SearchResult,
-    levelled: Levelled | None,
-    exchanged: Exchanged | None,
-) -> PruningPlan:
+def plan(job: Job, work: Path, statistics: Statistics, search: SearchResult, levelled: Levelled | None) -> PruningPlan:
     """The plan of the chosen candidate."""
-    if exchanged:
-        return exchanged.plan
-    return plan_candidate(job.prepared.structure, statistics, _candidate_to_cut(job, statistics, search, levelled))
-
-
-def _candidate_to_cut(job: Job, statistics: Statistics, search: SearchResult, levelled: Levelled | None) -> Candidate:
     # Widths that were moved may cost something else.
-    return candidate_at_ratio(job, statistics, levelled.candidate if levelled else search.best)
+    candidate = candidate_at_ratio(job, statistics, levelled.candidate if levelled else search.best)
+    return plan_candidate(job.prepared.structure, statistics, candidate)
 
 
 def candidate_at_ratio(job: Job, statistics: Statistics, found: Candidate) -> Candidate:

@@ -20,16 +20,7 @@ from adapruner.planning import PruningPlan
 from adapruner.progress import Reporter, StageCost
 from adapruner.result import ModelNumbers, Role, RunResult, roles_of, verdict_of
 from adapruner.run import RunFolder
-from adapruner.search import (
-    Exchanged,
-    ExchangeRound,
-    History,
-    Levelled,
-    SearchResult,
-    StudyPlace,
-    read_history,
-    sqlite_url,
-)
+from adapruner.search import History, Levelled, SearchResult, StudyPlace, read_history, sqlite_url
 from adapruner.tokens import Vocabulary
 
 T = TypeVar("T")
@@ -45,7 +36,6 @@ class Contents:
         stage: the current stage of a running command.
         config: the options, with this ratio alone.
         plan: which groups are kept; None before the search has ended, as are `search` and `levelled`.
-        exchanges: rounds in which channels were exchanged.
         result: once it is finished.
         models: what was measured of each model so far.
         samples: the texts of the chosen calibration samples, once there is a tokenizer to read them with, by their
@@ -63,7 +53,6 @@ class Contents:
     plan: PruningPlan | None
     search: SearchResult | None
     levelled: Levelled | None
-    exchanges: tuple[ExchangeRound, ...]
     result: RunResult | None
     models: tuple[ModelNumbers, ...]
     samples: dict[int, str | None]
@@ -107,7 +96,6 @@ def _read(run: RunFolder, folder: RunFolder, config: PruneConfig) -> Contents:
     search = _content(folder.path / "search.json", SearchResult)
     result = _content(folder.path / "result.json", RunResult) if _is_current("result.json", run, folder) else None
     levelled = _content(folder.path / "levelled.json", Levelled) if config.levels_widths else None
-    exchanged = _content(folder.path / "exchanged.json", Exchanged) if config.exchanges_channels else None
     is_running = result is None and run.is_running()
     saved = folder.recovered if config.recover and folder.recovered.is_dir() else folder.model
     models = result.models if result else tuple(_models(run, folder, config, plan))
@@ -120,7 +108,6 @@ def _read(run: RunFolder, folder: RunFolder, config: PruneConfig) -> Contents:
         plan=plan,
         search=search,
         levelled=result.levelled if result else levelled,
-        exchanges=result.exchanges if result else exchanged.rounds if exchanged else (),
         result=result,
         models=models,
         samples=_samples(run, folder, search.best.samples) if search else {},

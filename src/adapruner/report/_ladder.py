@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from adapruner.evaluation import Perplexity
 from adapruner.report._contents import Contents
 from adapruner.result import Role, is_noise
-from adapruner.search import ExchangeRound, KeptPart, Levelled, LevellingRound
+from adapruner.search import KeptPart, Levelled, LevellingRound
 
 _STEPS = {
     "fixed metric": "same metric, compensated",
@@ -67,8 +67,6 @@ def _rungs(contents: Contents) -> Iterator[Rung]:
         yield Rung(name, step.trial, step.loss, step.gain, step.standard_error, text)
     if contents.levelled:
         yield from _levelling_rungs(contents.levelled)
-    for number, one in enumerate(contents.exchanges, start=1):
-        yield _rung(f"{one.exchanged:,} channels exchanged, round {number}", one)
     if "compensated" in measured:
         yield Rung("final compensation", measured=measured["compensated"])
         yield Rung("scales tuned, saved", measured=measured.get("searched"))
@@ -85,12 +83,8 @@ def _levelling_rungs(levelled: Levelled) -> Iterator[Rung]:
         *((f"widths levelled, round {number}", one) for number, one in enumerate(levelled.rounds, start=1)),
     ]
     for name, one in named:
-        yield _rung(name, one)
-
-
-def _rung(name: str, one: KeptPart | LevellingRound | ExchangeRound) -> Rung:
-    taken = "" if one.accepted else ", not taken"
-    return Rung(f"{name}{taken}", gain=one.gain, standard_error=one.gain_standard_error)
+        taken = "" if one.accepted else ", not taken"
+        yield Rung(f"{name}{taken}", gain=one.gain, standard_error=one.gain_standard_error)
 
 
 def _measured(contents: Contents) -> dict[Role, Perplexity]:

@@ -1,6 +1,5 @@
 """The joint search over calibration samples, importance metrics and allocation."""
 
-from adapruner.search._exchange import LEARNT_AT_ONCE, Exchanged, ExchangeRound, batches_of_round, exchange
 from adapruner.search._history import History, TriedPoint, read_history
 from adapruner.search._levelling import KeptPart, Levelled, LevellingRound, level
 from adapruner.search._objective import ItemLosses, Objective, meet_budget, plan_candidate
@@ -12,12 +11,9 @@ from adapruner.search._whole import MOST_WHOLE, RemovalOrders, removal_orders
 
 __all__ = [
     "JUDGED_TOGETHER",
-    "LEARNT_AT_ONCE",
     "MOST_PROTECTED_FIRST",
     "MOST_WHOLE",
     "Candidate",
-    "ExchangeRound",
-    "Exchanged",
     "History",
     "ItemLosses",
     "KeptPart",
@@ -31,9 +27,7 @@ __all__ = [
     "StudyPlace",
     "SubsetFamily",
     "TriedPoint",
-    "batches_of_round",
     "build_subset_family",
-    "exchange",
     "level",
     "meet_budget",
     "plan_candidate",

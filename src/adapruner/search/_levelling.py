@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import math
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from adapruner.evaluation import compute_prefix, log_probabilities, losses_by_batch
 from adapruner.models import Whole
 from adapruner.planning import Budget, kept_counts, make_plan
-from adapruner.search._objective import Objective, finite_losses, paired_gain, scores_of
+from adapruner.search._objective import Objective, scores_of
 from adapruner.search._space import Candidate
 from adapruner.structure import Block
 from adapruner.surgery import kept_layers, prune_model
@@ -115,7 +115,7 @@ def level(
         meet: gives a candidate the ratio that meets the budget or a target; None if its allocation cannot.
         progress: called with 1 after every measured layer.
     """
-    best = finite_losses(objective(candidate))
+    best = _losses(objective, candidate)
     if best is None:
         return Levelled(candidate=candidate, rounds=())
     candidate, best, kept = _keep_parts(objective, candidate, best, meet)
@@ -124,10 +124,10 @@ def level(
     for _ in range(rounds):
         measured = dict(_costs(objective, windows, references, candidate, progress))
         moved = _moved(objective, candidate, measured, meet)
-        losses = finite_losses(objective(moved)) if moved else None
+        losses = _losses(objective, moved) if moved else None
         if not moved or not losses:
             break
-        gain, error = paired_gain(best, losses)
+        gain, error = _gain(best, losses)
         made.append(
             LevellingRound(
                 costs={layer: cost for layer, (cost, _) in measured.items()},
@@ -155,15 +155,27 @@ def _keep_parts(
     kept: list[KeptPart] = []
     for layer, part in _removed_whole(candidate.budget):
         changed = meet(candidate.model_copy(update={"budget": _keeping(candidate.budget, layer)}))
-        losses = finite_losses(objective(changed)) if changed else None
+        losses = _losses(objective, changed) if changed else None
         if not changed or not losses:
             continue
-        gain, error = paired_gain(best, losses)
+        gain, error = _gain(best, losses)
         accepted = gain > _CERTAIN * (error or 0.0)
         kept.append(KeptPart(layer=layer, part=part, gain=gain, gain_standard_error=error, accepted=accepted))
         if accepted:
             candidate, best = changed, losses
     return candidate, best, kept
+
+
+def _losses(objective: Objective, candidate: Candidate) -> list[float] | None:
+    """None where one of them is not finite."""
+    losses = [loss for batch in objective(candidate) for loss in batch.tolist()]
+    return losses if all(map(math.isfinite, losses)) else None
+
+
+def _gain(before: Sequence[float], after: Sequence[float]) -> tuple[float, float | None]:
+    """By how much the loss fell, with the standard error of the differences window by window."""
+    gains = [one - other for one, other in zip(before, after, strict=True)]
+    return statistics.fmean(gains), statistics.stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else None
 
 
 def _removed_whole(budget: Budget) -> list[tuple[int, Whole]]:

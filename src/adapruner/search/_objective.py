@@ -3,8 +3,6 @@ function of the user gives."""
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -95,10 +93,7 @@ class Objective:
     def __call__(self, candidate: Candidate) -> Iterator[Tensor]:
         """[windows of one batch], float64, batch after batch: the loss of the cut model, or its divergence from the
         dense one, in nats per predicted token; of a function of the user, [items] at once."""
-        return self.of_plan(plan_candidate(self.structure, self.statistics, candidate))
-
-    def of_plan(self, plan: PruningPlan) -> Iterator[Tensor]:
-        """The same of a plan."""
+        plan = plan_candidate(self.structure, self.statistics, candidate)
         if self.item_losses:
             pruned = prune_model(self.model, self.structure, plan, self.compensation)
             yield self._losses_of_items(pruned, self.item_losses)
@@ -143,18 +138,6 @@ class Objective:
                 " items for every model"
             )
         return losses
-
-
-def finite_losses(batches: Iterable[Tensor]) -> list[float] | None:
-    """What an objective gives, in one list; None where one of them is not finite."""
-    losses = [loss for batch in batches for loss in batch.tolist()]
-    return losses if all(map(math.isfinite, losses)) else None
-
-
-def paired_gain(before: Sequence[float], after: Sequence[float]) -> tuple[float, float | None]:
-    """By how much the loss fell, with the standard error of the differences window by window."""
-    gains = [one - other for one, other in zip(before, after, strict=True)]
-    return statistics.fmean(gains), statistics.stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else None
 
 
 def _first_cut(plans: Sequence[PruningPlan]) -> int:

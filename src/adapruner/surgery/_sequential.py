@@ -142,7 +142,9 @@ def _kept_inputs(structure: Structure, plan: PruningPlan, number: int) -> Tensor
         if other.layer == block.layer and index != number
     ]
     # A norm over the channels gives those that are kept another scale.
-    if block.kind != "channels" or block.has_norm or any(len(kept.kept) < kept.groups for kept in others):
+    projections = {part.module for part in block.matrices}
+    has_norm = any(part.module not in projections for parts in block.slices_by_parameter.values() for part in parts)
+    if block.kind != "channels" or has_norm or any(len(kept.kept) < kept.groups for kept in others):
         return None
     return kept_indices(plan.blocks[number], [block.row_wise], block.inputs_of_one)[0]
 
