@@ -319,7 +319,11 @@ class Preparation:
         return self.placement.layer_wise
 
     def room_for_moments(self, stage: str) -> dict[torch.device, int]:
-        """Bytes that second moments may take while a stage uses them, by device; nothing where that cannot be told."""
+        """Bytes that second moments may take while a stage uses them, by device; nothing where that cannot be told.
+
+        Args:
+            stage: one of those of `estimate_memory`.
+        """
         if is_pruned(self.empty.config):
             return {}
         budget = self.budget(max(self.config.ratio))

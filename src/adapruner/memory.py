@@ -292,7 +292,7 @@ def place_weights(model: Any, dtype: Dtype, devices: Sequence[torch.device], lea
 
 
 def room_for_moments(device: torch.device, needed: Memory) -> dict[torch.device, int]:
-    """Bytes that second moments may take while trials use them, on the device of the model and then in main memory:
+    """Bytes that second moments may take while a stage uses them, on the device of the model and then in main memory:
     half of what is free beyond what a stage needs in all. The estimates leave them out, because a run works without.
 
     Args:
