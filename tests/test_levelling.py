@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -63,6 +64,28 @@ def levelled_to_ratio(
 ) -> Levelled:
     meet = partial(meet_budget, objective.structure, objective.statistics, None)
     return level(objective, windows, candidate, rounds, meet, progress)
+
+
+def test_candidates_of_one_plan_are_judged_once(
+    objective: Objective, candidate: Candidate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut: list[str] = []
+
+    def counted(*arguments: Any) -> PreTrainedModel:
+        cut.append(arguments[2].hash)
+        return prune_model(*arguments)
+
+    monkeypatch.setattr("adapruner.search._objective.prune_model", counted)
+    assert len(next(iter(objective(candidate)))) < 400  # stopped early, so its other losses are not known
+    losses = torch.cat(list(objective(candidate)))
+    doubled = {name: 2 * weight for name, weight in candidate.point.weights.items()}
+    twin = candidate.model_copy(update={"point": candidate.point.model_copy(update={"weights": doubled})})
+    assert torch.equal(torch.cat(list(objective(twin))), losses)
+    assert len(losses) == 400
+    assert len(cut) == 2
+    other = candidate.model_copy(update={"budget": replace(candidate.budget, tilt=0.5)})
+    assert not torch.equal(torch.cat(list(objective(other))), losses)
+    assert len(cut) == 3
 
 
 def widths(objective: Objective, candidate: Candidate) -> list[int]:

@@ -309,6 +309,23 @@ def test_the_final_fit_brings_the_model_nearer_to_the_dense_one(
     assert errors[0] > errors[1] > errors[2]
 
 
+@pytest.mark.parametrize(("final_windows", "kept_for_the_best"), [(30, 30), (500, "the rest")])
+def test_the_windows_of_a_trial_are_as_many_as_the_text_has(
+    final_windows: int, kept_for_the_best: int | str, model_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    options = QUICK | {"objective_windows": None, "final_windows": final_windows, "seq_len": 5, "compensation": "none"}
+    result = adapruner.prune(str(model_folder), output=tmp_path / "run", calibration=str(text_file), **options).result
+    there = len(load_file(tmp_path / "run" / "windows.safetensors")["objective"])
+    assert 94 < there < 190  # fewer than both would take, more than are needed
+    scored = there - kept_for_the_best if isinstance(kept_for_the_best, int) else 64
+    assert max(point.windows for point in result.search.points) == scored
+    assert result.search.steps[0].windows == there - scored
+    with pytest.raises(AdaPrunerError, match="windows, 64 are needed"):
+        adapruner.prune(
+            str(model_folder), output=tmp_path / "other", calibration=str(text_file), **options | {"seq_len": 16}
+        )
+
+
 def test_query_heads_end_to_end(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
     options = QUICK | {"head_granularity": "query-head", "head_share": 1.0}
     result = adapruner.prune(str(model_folder), output=tmp_path / "run", calibration=str(text_file), **options)

@@ -87,7 +87,7 @@ class PruneArguments(TargetArguments, total=False):
     evaluate: str | Sequence[str]
     pool: int
     samples: int
-    objective_windows: int
+    objective_windows: int | None
     final_windows: int
     selection: Selection
     evaluate_windows: int | None
@@ -95,7 +95,7 @@ class PruneArguments(TargetArguments, total=False):
     seq_len: int
     trials: int
     level_rounds: int | None
-    sampler: Sampler
+    sampler: Sampler | None
     search: Searched
     alignment: Alignment
     terms: Terms

@@ -40,7 +40,7 @@ Phase = Literal["prefill", "decode"]
 RatioOf = Literal["parameters", "groups"]
 RecoveryMethod = Literal["auto", "labels", "distillation"]
 Reduction = Literal["sum", "mean", "max", "prod"]
-Sampler = Literal["tpe", "random"]
+Sampler = Literal["mixed", "tpe", "random"]
 WholePart = Literal["attention", "feed-forward", "layer", "none"]
 Searched = Literal["joint", "calibration", "metric"]
 Selection = Literal["loss", "kl"]
@@ -112,6 +112,9 @@ TARGET_OPTIONS = (*TARGETS, "target_format", "target_phase", "target_batch", "ta
 
 # Tokens of a sequence where `target_context` does not say: in the cache, and of a prompt that is timed.
 _CACHED_TOKENS, _TIMED_TOKENS = 2048, 128
+
+# The fewest and the most windows that score a trial: what is found on few does not carry over (docs/benchmarks.md).
+_SCORING_WINDOWS = (64, 160)
 
 # The largest seed of NumPy; nobody has so many tokens, windows or steps either.
 _LARGEST_NUMBER = 2**32 - 1
@@ -262,7 +265,12 @@ class PruneOptions(_Options):
     )
     pool: Count = Field(default=64, description="Calibration samples to measure.")
     samples: Count = Field(default=10, description="Calibration samples that a trial selects from the pool.")
-    objective_windows: Count = Field(default=64, description="Held-out windows that score every trial.")
+    objective_windows: int | None = Field(
+        default=None,
+        ge=1,
+        description="Held-out windows that score every trial; by default 160, or down to 64 if the text has no more"
+        " beside final_windows.",
+    )
     final_windows: int = Field(
         default=64, ge=0, description="Further held-out windows, if available, that score the best trials again."
     )
@@ -278,14 +286,18 @@ class PruneOptions(_Options):
         " LLM-Pruner and the paper do not.",
     )
     seq_len: int = Field(default=128, ge=2, description="Tokens per window.")
-    trials: Count = Field(default=48, description="Trials of the search.")
+    trials: Count = Field(default=96, description="Trials of the search.")
     level_rounds: int | None = Field(
         default=None,
         ge=0,
         description="Maximum number of rounds after the search that move channels to layers where they are worth more;"
         " by default 2, none with layer_wise or where the allocation is not searched.",
     )
-    sampler: Sampler = Field(default="tpe", description="Sampler of the search; random is for comparison.")
+    sampler: Sampler | None = Field(
+        default=None,
+        description="Sampler of the search: mixed takes TPE and mutations of the best trials in turn; random is for"
+        " comparison. By default mixed, with `space` paper tpe.",
+    )
     search: Searched = Field(
         default="joint", description="Search everything, only the samples, or only the metric; for comparison."
     )
@@ -389,6 +401,16 @@ class PruneOptions(_Options):
     def objective_dataset(self) -> str:
         """The dataset whose windows are those of the objective."""
         return self.calibration if self.objective is None or self.objective_function else self.objective
+
+    @property
+    def proposes_by(self) -> Sampler:
+        """The sampler; the paper has TPE alone."""
+        return self.sampler or ("tpe" if self.space == "paper" else "mixed")
+
+    @property
+    def scoring_windows(self) -> tuple[int, int]:
+        """The fewest and the most windows that score every trial."""
+        return _SCORING_WINDOWS if self.objective_windows is None else (self.objective_windows, self.objective_windows)
 
     @property
     def target(self) -> TargetName | None:

@@ -413,7 +413,7 @@ class Preparation:
         """The windows of text by use, [windows, tokens] each, int64; without those that the model writes itself."""
         sources = {"pool": self.texts.pool, "objective": self.texts.objective}
         counts, config = window_counts(self.config), self.config
-        at_least = {"pool": config.pool, "objective": config.objective_windows}
+        at_least = {"pool": config.pool, "objective": config.scoring_windows[0]}
         windows = {
             use: draw_windows(source, self.tokenizer, counts[use], config.seq_len, config.seed, at_least[use])
             for use, source in sources.items()
@@ -585,7 +585,7 @@ def needs_moments(config: PruneConfig) -> bool:
 
 def window_counts(config: PruneConfig) -> dict[str, int]:
     """How many windows there are for each use; for the objective, with those for the final choice."""
-    counts = {"pool": config.pool, "objective": config.objective_windows + config.final_windows}
+    counts = {"pool": config.pool, "objective": config.scoring_windows[1] + config.final_windows}
     if needs_moments(config):
         counts["compensation"] = config.compensation_windows
     return counts

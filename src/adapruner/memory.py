@@ -118,7 +118,7 @@ def _stages(
     measured = min(MEASURED_AT_ONCE[by_layer], config.pool) * config.seq_len
     kept = saved_activations(model.config, dtype) * (1 if by_layer else structure.layers) + vocabulary * dtype.itemsize
     losses = 2 * config.seq_len * vocabulary * _FLOAT32
-    objective = (config.objective_windows + config.final_windows) * config.seq_len
+    objective = (config.scoring_windows[1] + config.final_windows) * config.seq_len
     known = max(MOST_PROTECTED_FIRST, config.protect_first or 0) + 1 if config.layout == "per-layer" else 0
     written = config.self_windows or 0
     if config.self_windows is None and not by_layer:

@@ -89,6 +89,8 @@ class Objective:
     references: list[Tensor] | None = None
     item_losses: ItemLosses | None = None
     _counts: set[int] = field(default_factory=set)
+    # By the hash of a plan: candidates may differ in what changes nothing, as the samples of terms without weight.
+    _judged: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def __call__(self, candidate: Candidate) -> Iterator[Tensor]:
         """[windows of one batch], float64, batch after batch: the loss of the cut model, or its divergence from the
@@ -101,10 +103,17 @@ class Objective:
         if is_streamed(self.model):
             yield from self._in_step([plan])[0]
             return
+        if plan.hash in self._judged:
+            yield from self._judged[plan.hash]
+            return
         pruned = prune_model(self.model, self.structure, plan, self.compensation)
-        yield from losses_by_batch(
+        judged = []
+        for losses in losses_by_batch(
             pruned, self.windows, self.references, prefix=self.prefix, prefix_layers=_first_cut([plan])
-        )
+        ):
+            judged.append(losses)
+            yield losses
+        self._judged[plan.hash] = judged
 
     def together(self, candidates: Sequence[Candidate]) -> list[Iterable[Tensor]]:
         """The same of several candidates, for which every layer of a model whose layers are streamed is read once."""
