@@ -101,7 +101,7 @@ def works(config: PruneConfig, model: torch.nn.Module, structure: Structure, by_
     kept = [(n * block.inputs / block.groups, block.row_wise.elements) for block, n in blocks if n < block.groups]
     solved = sum(n**3 / 3 + 2 * n**2 * outputs for n, outputs in kept)
     of_token = 2.0 * layers
-    judged = config.objective_windows * config.seq_len
+    judged = config.scoring_windows[1] * config.seq_len
     return {
         "reading activations": Work(tokens * of_token, tokens * squares, streamed),
         # Three forward passes; layer by layer, each layer runs forward once more.

@@ -55,7 +55,7 @@ def main(
     dense = in_fastest_dtype(load_model(find_model(model)))
     structure = build_structure(dense, config.head_granularity)
     text = found.windows["objective"]
-    objective, final = text[:windows], text[config.objective_windows :]
+    objective, final = text[:windows], text[config.scoring_count(len(text)) :]
     budget = reference_budget(config, structure, config.ratio[0])
     family = build_subset_family(measured, structure, kept_counts(structure, budget))
     meet = partial(meet_budget, structure, measured, None)

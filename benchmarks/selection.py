@@ -57,7 +57,8 @@ def main(
         points = [space.suggest(trial) for trial in study.get_trials(states=(TrialState.COMPLETE,))]
     points = list({point.model_dump_json(): point for point in points}.values())[:candidates]
 
-    objective = found.windows["objective"][: config.objective_windows]
+    text = found.windows["objective"]
+    objective = text[: config.scoring_count(len(text))]
     compensation = Compensation("least-squares", found.moments)
     references = log_probabilities(model, objective)
     reports = {

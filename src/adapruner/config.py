@@ -412,6 +412,11 @@ class PruneOptions(_Options):
         """The fewest and the most windows that score every trial."""
         return _SCORING_WINDOWS if self.objective_windows is None else (self.objective_windows, self.objective_windows)
 
+    def scoring_count(self, windows: int) -> int:
+        """How many of so many windows of the objective score every trial. The others score the best ones again."""
+        fewest, most = self.scoring_windows
+        return min(most, max(fewest, windows - self.final_windows))
+
     @property
     def target(self) -> TargetName | None:
         """What is given in place of a ratio."""

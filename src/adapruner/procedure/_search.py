@@ -118,24 +118,17 @@ def search(
     if not all(losses.isfinite().all() for losses in losses_by_batch(fast, text)):
         raise NonFiniteError("the loss of the model is not finite on the text of the objective")
     judge = partial(_judge, job, fast, _held(job, moments, "searching"), statistics)
-    scoring, further = _by_use(config, text)
-    search = _search(job, statistics, orders, judge(scoring))
+    scoring = config.scoring_count(len(text))
+    search = _search(job, statistics, orders, judge(text[:scoring]))
     if not prepared.process.leads:
         with prepared.reporter.stage("running trials"):
             search.help()
         return None
     with prepared.reporter.stage("searching", config.trials) as advance:
         search.run(partial(_report_trial, job, advance))
+        further = text[scoring:]
         judges_further = len(further) and not prepared.item_losses
         return search.result(judge(further) if judges_further else None)
-
-
-def _by_use(config: PruneConfig, windows: Tensor) -> tuple[Tensor, Tensor]:
-    """The windows of the objective, [windows, tokens] each: those that score every trial, and those that score the best
-    ones again."""
-    fewest, most = config.scoring_windows
-    scoring = min(most, max(fewest, len(windows) - config.final_windows))
-    return windows[:scoring], windows[scoring:]
 
 
 def _report_trial(job: Job, advance: Advance, trial: TriedPoint, best: float) -> None:
