@@ -81,7 +81,7 @@ def test_completion_knows_all_options(shell: str, tmp_path: Path) -> None:
     [
         ("adapruner pru", {"prune"}),
         ("adapruner prune MODEL --rat", {"--ratio", "--ratio-of"}),
-        ("adapruner prune MODEL --sampler ", {"mixed", "random", "tpe"}),
+        ("adapruner prune MODEL --sampler ", {"random", "tpe"}),
         ("adapruner recipes co", {"copy"}),
     ],
 )

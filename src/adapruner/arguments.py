@@ -95,7 +95,7 @@ class PruneArguments(TargetArguments, total=False):
     seq_len: int
     trials: int
     level_rounds: int | None
-    sampler: Sampler | None
+    sampler: Sampler
     search: Searched
     alignment: Alignment
     terms: Terms

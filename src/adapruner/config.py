@@ -40,7 +40,7 @@ Phase = Literal["prefill", "decode"]
 RatioOf = Literal["parameters", "groups"]
 RecoveryMethod = Literal["auto", "labels", "distillation"]
 Reduction = Literal["sum", "mean", "max", "prod"]
-Sampler = Literal["mixed", "tpe", "random"]
+Sampler = Literal["tpe", "random"]
 WholePart = Literal["attention", "feed-forward", "layer", "none"]
 Searched = Literal["joint", "calibration", "metric"]
 Selection = Literal["loss", "kl"]
@@ -293,11 +293,7 @@ class PruneOptions(_Options):
         description="Maximum number of rounds after the search that move channels to layers where they are worth more;"
         " by default 2, none with layer_wise or where the allocation is not searched.",
     )
-    sampler: Sampler | None = Field(
-        default=None,
-        description="Sampler of the search: mixed takes TPE and mutations of the best trials in turn; random is for"
-        " comparison. By default mixed, with `space` paper tpe.",
-    )
+    sampler: Sampler = Field(default="tpe", description="Sampler of the search; random is for comparison.")
     search: Searched = Field(
         default="joint", description="Search everything, only the samples, or only the metric; for comparison."
     )
@@ -401,11 +397,6 @@ class PruneOptions(_Options):
     def objective_dataset(self) -> str:
         """The dataset whose windows are those of the objective."""
         return self.calibration if self.objective is None or self.objective_function else self.objective
-
-    @property
-    def proposes_by(self) -> Sampler:
-        """The sampler; the paper has TPE alone."""
-        return self.sampler or ("tpe" if self.space == "paper" else "mixed")
 
     @property
     def scoring_windows(self) -> tuple[int, int]:

@@ -159,7 +159,7 @@ def _search(job: Job, statistics: Statistics, orders: RemovalOrders | None, judg
     together = judge.together if job.prepared.layer_wise and not judge.item_losses else None
     # A function of the user gives the losses of all items at once.
     stops = not judge.item_losses
-    return Search(space, judge, config.trials, config.seed, place, config.proposes_by, stops, together)
+    return Search(space, judge, config.trials, config.seed, place, config.sampler, stops, together)
 
 
 def _what_ranks_experts(structure: Structure, statistics: Statistics) -> Literal["none", "routing", "taylor"]:

@@ -22,7 +22,6 @@ from adapruner.errors import AdaPrunerError, NonFiniteError
 from adapruner.interrupts import deferring_interrupts
 from adapruner.planning import BudgetError
 from adapruner.search._history import LOSSES, STOPPED, History, Step, StepName, TriedPoint, point_of
-from adapruner.search._mutations import MutationSampler
 from adapruner.search._place import StudyPlace
 from adapruner.search._space import FIXED_METRIC, START, Candidate, SearchSpace
 
@@ -339,13 +338,10 @@ def _sampler(kind: Sampler, seed: int, beside_others: bool) -> optuna.samplers.B
     """A sampler for one trial.
 
     Args:
-        seed: also decides which of the `mixed` samplers it is.
         beside_others: whether other processes run trials that count as bad until they are finished.
     """
     if kind == "random":
         return optuna.samplers.RandomSampler(seed=seed)
-    if kind == "mixed" and seed % 2:
-        return MutationSampler(seed)
     with warnings.catch_warnings():
         # Optuna calls these options experimental; without `group`, trials that are given a part would switch
         # `multivariate` off.
