@@ -131,7 +131,8 @@ def compare_trial(judge: Objective, space: SearchSpace, objective: Tensor) -> No
                 pruned(batch, use_cache=False)
 
     forward()
-    pairs = [(seconds(lambda: list(judge(candidate))), seconds(forward)) for _ in range(5)]
+    # Each with a judge of its own: one does not judge a plan twice.
+    pairs = [(seconds(lambda: list(replace(judge)(candidate))), seconds(forward)) for _ in range(5)]
     ratios = [trial / own for trial, own in pairs]
     alone = seconds(lambda: list(losses_by_batch(pruned, objective)))
     print(

@@ -86,6 +86,8 @@ def test_candidates_of_one_plan_are_judged_once(
     other = candidate.model_copy(update={"budget": replace(candidate.budget, tilt=0.5)})
     assert not torch.equal(torch.cat(list(objective(other))), losses)
     assert len(cut) == 3
+    fewer = replace(objective, windows=objective.windows[:8])
+    assert torch.equal(torch.cat(list(fewer(candidate))), losses[:8])
 
 
 def widths(objective: Objective, candidate: Candidate) -> list[int]:

@@ -145,6 +145,14 @@ def test_what_does_not_fit_is_refused(choose: Callable[..., bool]) -> None:
         choose(1000, 700, streamable=False)
 
 
+def test_an_option_without_a_value_is_named_all_the_same(
+    choose: Callable[..., bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "estimate_memory", lambda *_: {"searching": Memory(500, 0, "objective_windows")})
+    with pytest.raises(AdaPrunerError, match=r"largest term is `objective_windows`; lower it, or try `dtype`"):
+        choose(1000, 400, layer_wise=True)
+
+
 def test_layers_are_on_as_few_devices_as_hold_them(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that needs 800 bytes, 100 of them on every device, or 150 layer by layer, on four devices."""
     monkeypatch.setattr(

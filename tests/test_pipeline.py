@@ -320,6 +320,7 @@ def test_the_windows_of_a_trial_are_as_many_as_the_text_has(
     scored = there - kept_for_the_best if isinstance(kept_for_the_best, int) else 64
     assert max(point.windows for point in result.search.points) == scored
     assert result.search.steps[0].windows == there - scored
+    assert f"Judged on {scored} windows of 5 tokens" in (tmp_path / "run" / "report.html").read_text("utf-8")
     with pytest.raises(AdaPrunerError, match="windows, 64 are needed"):
         adapruner.prune(
             str(model_folder), output=tmp_path / "other", calibration=str(text_file), **options | {"seq_len": 16}

@@ -286,7 +286,7 @@ class PruneOptions(_Options):
         " LLM-Pruner and the paper do not.",
     )
     seq_len: int = Field(default=128, ge=2, description="Tokens per window.")
-    trials: Count = Field(default=96, description="Trials of the search.")
+    trials: Count = Field(default=48, description="Trials of the search.")
     level_rounds: int | None = Field(
         default=None,
         ge=0,

@@ -265,8 +265,9 @@ def choose_placement(
     for stage, each in estimate_memory(config, model, structure, budget, used[0], by_layer, len(used)).items():
         for needed, left, place in ((each.device, free, ", ".join(map(str, used))), (each.host, host_free, _CPU)):
             if needed > left and not config.ignore_memory:
-                option = getattr(config, each.largest, None)
-                term = f"the {each.largest}:" if option is None else f"`{each.largest}` {option}; lower it, or"
+                value = getattr(config, each.largest, None)
+                option = f"`{each.largest}`" if value is None else f"`{each.largest}` {value}"
+                term = f"{option}; lower it, or" if hasattr(config, each.largest) else f"the {each.largest}:"
                 ways = ["`layer_wise`"] * (streamable and not by_layer) + ["`dtype` bfloat16"] * (dtype.itemsize > 2)
                 raise AdaPrunerError(
                     f"Not enough memory: {stage} needs about {needed / GIB:.3g} GiB, {left / GIB:.3g} GiB are free on"

@@ -88,9 +88,9 @@ class Objective:
     prefix: Prefix | None = None
     references: list[Tensor] | None = None
     item_losses: ItemLosses | None = None
-    _counts: set[int] = field(default_factory=set)
+    _counts: set[int] = field(default_factory=set, init=False)
     # By the hash of a plan: candidates may differ in what changes nothing, as the samples of terms without weight.
-    _judged: dict[str, list[Tensor]] = field(default_factory=dict)
+    _judged: dict[str, list[Tensor]] = field(default_factory=dict, init=False)
 
     def __call__(self, candidate: Candidate) -> Iterator[Tensor]:
         """[windows of one batch], float64, batch after batch: the loss of the cut model, or its divergence from the
