@@ -643,8 +643,11 @@ def test_sixteen_processes_lose_and_double_nothing_though_two_are_killed(subsets
     # Others may have begun one more while the last was being finished. Lost are those of the killed alone.
     assert wanted <= len(finished) < wanted + 14
     assert len(trials) - len(finished) <= 2
-    starts = sorted(trial.user_attrs["start"] for trial in finished if "start" in trial.user_attrs)
-    assert starts == list(range(len(space.starting_points())))
+    starts = [trial.user_attrs["start"] for trial in finished if "start" in trial.user_attrs]
+    assert len(set(starts)) == len(starts)
+    # Of what the killed were trying, nobody waits for more than the fixed metrics until they count as dead.
+    lost = {trial.user_attrs.get("start") for trial in trials if trial.state != TrialState.COMPLETE}
+    assert set(range(len(space.starting_points()))) - set(starts) <= lost - set(range(4))
     searched = [tuple(trial.params.items()) for trial in finished if "start" not in trial.user_attrs]
     assert len(set(searched)) == len(searched)
     assert all(len(trial.user_attrs[LOSSES]) in (8, 16) or STOPPED in trial.user_attrs for trial in finished)
