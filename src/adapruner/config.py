@@ -268,8 +268,8 @@ class PruneOptions(_Options):
     objective_windows: int | None = Field(
         default=None,
         ge=1,
-        description="Held-out windows that score every trial; by default 160, or down to 64 if the text has no more"
-        " beside final_windows.",
+        description=f"Held-out windows that score every trial; by default {_SCORING_WINDOWS[1]}, or down to"
+        f" {_SCORING_WINDOWS[0]} if the text has no more beside final_windows.",
     )
     final_windows: int = Field(
         default=64, ge=0, description="Further held-out windows, if available, that score the best trials again."
