@@ -22,7 +22,7 @@ from optipfair import prune_model as optipfair_prune
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from adapruner import PruningPlan, pipeline
+from adapruner import PruneResult, PruningPlan, pipeline
 from adapruner.calibration import evenly_spaced, parse_source, text_windows
 from adapruner.evaluation import measure_perplexity
 from adapruner.importance import ACTIVATION_METRICS, LLM_PRUNER_METRICS, MetricPoint, score_groups
@@ -88,7 +88,7 @@ class Comparison:
             file.write(json.dumps(entry) + "\n")
         print(seed, ratio, method, round(removed, 4), {t: round(p, 2) for t, p in perplexity.items()}, flush=True)
 
-    def search(self, seed: int, name: str, **options: Any) -> pipeline.PruneResult:
+    def search(self, seed: int, name: str, **options: Any) -> PruneResult:
         """A run; one that measures the same as the first run of the seed has its measurements."""
         if name == "uniform":
             share(self.folder(seed, name), self.folder(seed, "extended"))
@@ -232,10 +232,9 @@ def optipfair(dense: PreTrainedModel, pool: Tensor, ratio: float) -> PreTrainedM
     """optipfair's MAW with data from its own package: feed-forward channels of layers 4 to 26, of all at 50 %."""
     layers = list(range(4, 27)) if ratio < EXTREME_RATIO else list(range(30))
     prunable = len(layers) * 3 * dense.config.hidden_size * dense.config.intermediate_size
-    model: Any = copy.deepcopy(dense)
     batches = [{"input_ids": batch, "attention_mask": torch.ones_like(batch)} for batch in pool.split(4)]
-    return optipfair_prune(
-        model,
+    pruned: PreTrainedModel = optipfair_prune(
+        copy.deepcopy(dense),
         pruning_type="MLP_GLU",
         neuron_selection_method="MAW",
         pruning_percentage=100 * ratio * count_parameters(dense) / prunable,
@@ -243,6 +242,7 @@ def optipfair(dense: PreTrainedModel, pool: Tensor, ratio: float) -> PreTrainedM
         layer_indices=layers,
         show_progress=False,
     )
+    return pruned
 
 
 def print_table(results: Path) -> None:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from cyclopts import run
@@ -21,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from machine import MIB, describe
 from seven_billion import write_tokenizer
 
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "135M": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9},
     "360M": {"hidden_size": 960, "intermediate_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 15},
     "0.5B": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 28, "num_attention_heads": 16},
@@ -53,14 +54,15 @@ def main(*, calibration: str, sizes: tuple[str, ...] = tuple(SIZES), dtype: str 
             print(f"{size}, {stage['stage']}: {expected:.0f} MiB estimated, {held:.0f} held ({difference})", flush=True)
 
 
-def adapruner(*arguments: str) -> dict:
+def adapruner(*arguments: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "adapruner", *arguments, "--json"]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    printed: dict[str, Any] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    return printed
 
 
 def program_mib(log: Path) -> int:
     """What the process held when the first stage began."""
-    return next(json.loads(line)["memory_mib"] for line in log.read_text().splitlines() if '"started"' in line)
+    return next(int(json.loads(line)["memory_mib"]) for line in log.read_text().splitlines() if '"started"' in line)
 
 
 if __name__ == "__main__":

@@ -42,11 +42,12 @@ class Work(TorchDispatchMode):
     """Counts operations by dtype, while it lasts."""
 
     def __init__(self) -> None:
-        super().__init__()
+        # By name: mypy allows untyped calls into torch, but does not see that one through super() is.
+        TorchDispatchMode.__init__(self)
         self.by_dtype = Counter[torch.dtype]()
 
     @property
-    def of_card(self) -> float:
+    def of_card(self) -> int:
         """In operations in float32."""
         return sum(
             count * (SLOWER_IN_FLOAT64 if dtype == torch.float64 else 1) for dtype, count in self.by_dtype.items()
@@ -89,12 +90,12 @@ def main(*, measured: Path, blocks: int = 20) -> None:
     """
     print(describe())
     found = Measured.read(measured)
-    assert found.moments is not None
     model = load_model(find_model(found.config.model))
     structure = build_structure(model)
     numbers = list(found.moments)
+    assert numbers, f"{measured} has no second moments"
     ways: dict[str, Prepare] = {"float64": in_float64, "float32": _with_inverse}
-    correlations, same, times, work = [], [], Counter[str](), Counter[str]()
+    correlations, same, times, work = [], [], dict.fromkeys(ways, 0.0), dict.fromkeys(ways, 0)
     for number in numbers[:: max(1, len(numbers) // blocks)]:
         block, moments = structure.blocks[number], found.moments[number]
         (weight,) = row_wise_weights(model, block).float()

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from cyclopts import run as run_benchmark
 from torch import Tensor
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 from adapruner.importance import MetricPoint, score_groups
 from adapruner.measurement import Statistics, measure, measure_moments
@@ -108,11 +108,12 @@ def trained(windows: Tensor, steps: int, seed: int) -> MixtralForCausalLM:
         optimizer.step()
         schedule.step()
     model.config.output_router_logits = False
-    return model.eval()
+    model.eval()
+    return model
 
 
 @torch.no_grad()
-def loss(model: MixtralForCausalLM, windows: Tensor) -> float:
+def loss(model: PreTrainedModel, windows: Tensor) -> float:
     return statistics.fmean(float(model(batch, labels=batch).loss) for batch in windows.split(32))
 
 
@@ -121,7 +122,9 @@ def counts(structure: Structure, kept: int) -> list[int]:
 
 
 def cut(model: MixtralForCausalLM, structure: Structure, scores: Tensor, kept: int) -> MixtralForCausalLM:
-    return copy.deepcopy(prune_model(model, structure, make_plan(structure, scores, counts(structure, kept))))
+    pruned = copy.deepcopy(prune_model(model, structure, make_plan(structure, scores, counts(structure, kept))))
+    assert isinstance(pruned, MixtralForCausalLM)
+    return pruned
 
 
 def channels_cut(model: MixtralForCausalLM, measured: Tensor, held_out: Tensor, share: float) -> dict[str, float]:
@@ -158,7 +161,7 @@ def merged(
 ) -> MixtralForCausalLM:
     """With every removed expert added to the one of the most similar row of the router."""
     plan = make_plan(structure, scores, counts(structure, kept))
-    pruned = copy.deepcopy(prune_model(model, structure, plan))
+    pruned = cut(model, structure, scores, kept)
     assert seen.routed_share is not None
     share = seen.routed_share.mean(0)
     for index, (block, own) in enumerate(zip(structure.blocks, plan.blocks, strict=True)):

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from transformers import LlamaConfig, PreTrainedConfig, Qwen3Config
+from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen3Config
 
 from adapruner.config import PruneConfig
 from adapruner.memory import GIB, USABLE, Memory, estimate_memory
@@ -24,19 +25,12 @@ from adapruner.models import decoder_layers, empty_model
 from adapruner.planning import kept_counts, reference_budget
 from adapruner.structure import Structure, build_structure
 
-_LLAMA = {"num_key_value_heads": 8, "vocab_size": 128_256, "dtype": "bfloat16", "max_position_embeddings": 8192}
+_llama = partial(LlamaConfig, num_key_value_heads=8, vocab_size=128_256, dtype="bfloat16", max_position_embeddings=8192)
 MODELS: dict[str, PreTrainedConfig] = {
-    "Llama-3.2-1B": LlamaConfig(
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        tie_word_embeddings=True,
-        **_LLAMA,
+    "Llama-3.2-1B": _llama(
+        hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, tie_word_embeddings=True
     ),
-    "Llama-3-8B": LlamaConfig(
-        hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32, num_attention_heads=32, **_LLAMA
-    ),
+    "Llama-3-8B": _llama(hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32, num_attention_heads=32),
     "Qwen3-32B": Qwen3Config(
         hidden_size=5120,
         intermediate_size=25_600,
@@ -47,9 +41,7 @@ MODELS: dict[str, PreTrainedConfig] = {
         vocab_size=151_936,
         dtype="bfloat16",
     ),
-    "Llama-3-70B": LlamaConfig(
-        hidden_size=8192, intermediate_size=28_672, num_hidden_layers=80, num_attention_heads=64, **_LLAMA
-    ),
+    "Llama-3-70B": _llama(hidden_size=8192, intermediate_size=28_672, num_hidden_layers=80, num_attention_heads=64),
 }
 
 
@@ -88,10 +80,11 @@ class Work:
     split: int = 1
 
 
-def works(config: PruneConfig, model: torch.nn.Module, structure: Structure, by_layer: bool) -> dict[str, Work]:
+def works(config: PruneConfig, model: PreTrainedModel, structure: Structure, by_layer: bool) -> dict[str, Work]:
     """What every stage computes and moves."""
     counts = kept_counts(structure, reference_budget(config, structure, max(config.ratio)))
     layers = sum(weight.numel() for layer in decoder_layers(model) for weight in layer.parameters())
+    embedding = sum(weight.numel() for weight in model.get_input_embeddings().parameters())
     size = sum(weight.numel() for weight in model.parameters()) * 2.0
     streamed = size if by_layer else 0.0
     tokens = config.seq_len * (config.compensation_windows * (1.0 if by_layer else 1.5))
@@ -111,7 +104,7 @@ def works(config: PruneConfig, model: torch.nn.Module, structure: Structure, by_
         # A Cholesky factor, the inverse, and an elimination: 1/3, 2/3 and 2/3 of a cube, each product two operations.
         "comparing removals": Work(0.0, 10 / 3 * cubes, streamed, 4 * squares),
         "searching": Work(
-            config.trials * judged * 2.0 * (layers + model.get_input_embeddings().weight.numel()),
+            config.trials * judged * 2.0 * (layers + embedding),
             config.trials * solved,
             config.trials * streamed,
             config.trials * 4 * squares,

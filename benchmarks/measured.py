@@ -19,23 +19,22 @@ class Measured:
 
     Attributes:
         windows: by use, [windows, tokens] each, int64.
-        moments: None if the run has none.
+        moments: empty if the run has none.
     """
 
     config: PruneConfig
     windows: dict[str, Tensor]
     statistics: Statistics
-    moments: StoredMoments | None
+    moments: StoredMoments
 
     @classmethod
     def read(cls, run: Path) -> Measured:
         """Of a run for one ratio."""
-        moments = run / "moments"
         return cls(
             RunFolder(run).read_config(),
             load_file(run / "windows.safetensors"),
             Statistics.load(run / "statistics.safetensors"),
-            StoredMoments(moments) if moments.is_dir() else None,
+            StoredMoments(run / "moments"),
         )
 
 

@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -66,11 +67,11 @@ def main(
 
     print(describe())
     forward()
-    ratios: dict[str, list[float]] = {}
+    ratios: dict[Way, list[float]] = {way: [] for way in ways if way != "activations"}
     for _ in range(repetitions):
         own = seconds(forward)
-        for way in ("all terms", "vector-wise", "layer by layer", "plain"):
-            ratios.setdefault(way, []).append(seconds(lambda way=way: ways[way](tokens)) / own)
+        for way, times in ratios.items():
+            times.append(seconds(partial(ways[way], tokens)) / own)
     print(f"{windows} windows of {length} tokens of {model}; forward {own:.1f} s")
     weights = sum(parameter.numel() * parameter.element_size() for parameter in loaded.parameters())
     peak = {}
@@ -102,6 +103,7 @@ def keep_all_gradients(model: PreTrainedModel, structure: Structure, tokens: Ten
         model.zero_grad()
         model(window[None], labels=window[None], use_cache=False).loss.backward()
         for name, parameter in model.named_parameters():
+            assert parameter.grad is not None
             squares[name].addcmul_(parameter.grad, parameter.grad, value=1 / len(tokens))
     model.zero_grad()
     for batch in tokens.split(batch_size):
@@ -109,6 +111,7 @@ def keep_all_gradients(model: PreTrainedModel, structure: Structure, tokens: Ten
     terms = []
     for part in (part for block in structure.blocks for part in block.matrices):
         weight, axis = model.get_parameter(part.parameter), 1 - part.stored_axis
+        assert weight.grad is not None
         first = weight.grad * weight.detach()
         second = squares[part.parameter] * weight.detach().square()
         terms.append(torch.stack([first.sum(axis).abs(), first.abs().sum(axis), second.sum(axis)]))

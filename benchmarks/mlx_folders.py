@@ -19,7 +19,7 @@ import torch
 import transformers
 from mlx_lm.generate import generate_step
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from adapruner.checkpoint import save_checkpoint
 from adapruner.families import describe
@@ -33,7 +33,7 @@ FAMILIES = (
     *("smollm3", "starcoder2", "cohere", "stablelm", "gpt_neox", "gpt2", "opt"),
     *("qwen2_moe", "qwen3_moe", "mixtral", "olmoe", "gpt_oss"),
 )
-SIZES: dict[str, int] = {
+SIZES: dict[str, Any] = {
     **{"vocab_size": 256, "hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 6, "head_dim": 64},
     **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "num_experts_per_tok": 2},
     **{"num_experts": 8, "num_local_experts": 8, "moe_intermediate_size": 128},
@@ -84,9 +84,7 @@ def compare(path: Path) -> str:
     """What mlx-lm makes of a folder, against transformers."""
     has_code = any(path.glob("*.py"))
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            path, trust_remote_code=has_code, dtype=torch.float32
-        ).eval()
+        model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=has_code, dtype=torch.float32).eval()
         with torch.no_grad():
             expected = model(torch.tensor([PROMPT])).logits[0]
         options = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "eos_token_id": -1}

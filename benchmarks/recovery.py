@@ -77,12 +77,12 @@ def main(
                 {name: getattr(record, name) for name in ("steps", "tokens", "loss_before", "loss_after", "seconds")},
             )
             evaluated[f"{method}, {rate:g}"] = folder
-    for name, folder in evaluated.items():
+    for name, model in evaluated.items():
         done = [json.loads(line)["model"] for line in results.read_text().splitlines()] if results.exists() else []
         if name not in done:
             with results.open("a") as file:
                 file.write(
-                    json.dumps({"model": name, **_evaluated(folder, perplexity, tasks, limit, windows, dtype)}) + "\n"
+                    json.dumps({"model": name, **_evaluated(model, perplexity, tasks, limit, windows, dtype)}) + "\n"
                 )
     _print_table(results)
 

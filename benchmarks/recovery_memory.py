@@ -77,7 +77,8 @@ def peak(layers: int, options: RecoveryOptions) -> int:
 def seven_billion_wide(layers: int) -> PreTrainedModel:
     """On the device, in bfloat16."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(LlamaConfig(num_hidden_layers=layers), dtype=torch.bfloat16)
+        config = LlamaConfig(num_hidden_layers=layers)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.to_empty(device="cuda")
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):

@@ -14,6 +14,7 @@ import math
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -51,7 +52,7 @@ def main(*, point: str | None = None) -> None:
     print(f"largest relative difference of the statistics: {difference():.1e}")
 
 
-def in_a_process(point: dict[str, object]) -> dict[str, float]:
+def in_a_process(point: Mapping[str, object]) -> dict[str, float]:
     command = [sys.executable, __file__, "--point", json.dumps(point)]
     measured: dict[str, float] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return measured

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from adapruner import RunResult
 from adapruner.evaluation import compute_prefix, losses_by_batch
+from adapruner.importance import MetricPoint
 from adapruner.models import find_model, in_fastest_dtype, load_model
 from adapruner.planning import kept_counts, reference_budget
 from adapruner.search import (
@@ -116,8 +117,8 @@ def compare_whole_run(run: Path, found: Measured, dense: PreTrainedModel, text: 
 def compare_trial(judge: Objective, space: SearchSpace, objective: Tensor) -> None:
     """A trial against the forward pass of its model, taking turns."""
     candidate = Candidate(
-        point={"weights": {"fine_first": 0.3, "reconstruction": 0.3, "elimination": 0.4}},
-        samples=space.first_draw,
+        point=MetricPoint(weights={"fine_first": 0.3, "reconstruction": 0.3, "elimination": 0.4}),
+        samples=tuple(space.first_draw),
         budget=space.budget,
     )
     plan = plan_candidate(judge.structure, judge.statistics, candidate)

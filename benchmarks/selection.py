@@ -53,7 +53,9 @@ def main(
     subsets = build_subset_family(statistics, structure, kept_counts(structure, budget))
     space = SearchSpace(subsets, config.samples, config.seed, budget, config.space)
     folder = RunFolder(run)
-    with StudyPlace(sqlite_url(folder.study), folder.record("search.json").key).opened() as study:
+    record = folder.record("search.json")
+    assert record is not None, f"{run} was not searched"
+    with StudyPlace(sqlite_url(folder.study), record.key).opened() as study:
         points = [space.suggest(trial) for trial in study.get_trials(states=(TrialState.COMPLETE,))]
     points = list({point.model_dump_json(): point for point in points}.values())[:candidates]
 

@@ -158,8 +158,16 @@ def difference(run: Path, undisturbed: Path) -> str | None:
 
 def write_model(folder: Path) -> None:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 48, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 6}
-    config = LlamaConfig(vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=2, pad_token_id=0, **sizes)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=48,
+        intermediate_size=24,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
     words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{number}" for number in range(VOCABULARY - 4))]
     backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))

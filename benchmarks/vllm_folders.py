@@ -25,7 +25,7 @@ import torch
 import transformers
 
 FAMILIES = ("llama", "qwen3", "smollm3", "olmo3", "qwen3_moe", "mixtral", "olmoe", "gpt_oss")
-SIZES: dict[str, int] = {
+SIZES: dict[str, Any] = {
     **{"vocab_size": 256, "hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 4, "head_dim": 64},
     **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "num_experts_per_tok": 2},
     **{"num_experts": 8, "num_local_experts": 8, "moe_intermediate_size": 128},

@@ -107,6 +107,8 @@ def rate(place: StudyPlace, processes: int) -> float:
     by_worker: dict[bool, list[float]] = {}
     for trial in finished:
         begun, ended = trial.datetime_start, trial.datetime_complete
+        assert begun is not None
+        assert ended is not None
         by_worker.setdefault("helper" in trial.user_attrs, []).extend((begun.timestamp(), ended.timestamp()))
     assert len(by_worker) == processes
     # Each by its own trials between the first moment and the last at which all were at it.
