@@ -89,7 +89,7 @@ def main(
         show(step.name, cut(step.candidate))
     if result.search.best not in [step.candidate for step in result.search.steps]:
         show("chosen", cut(result.search.best))
-    if result.levelled and any(each.accepted for each in result.levelled.rounds):
+    if result.levelled and any(each.accepted for each in result.levelled.moves):
         show("levelled", cut(result.levelled.candidate))
     if (folder.path / "compensated").is_dir():
         show("fitted", in_fastest_dtype(load_model(find_model(str(folder.path / "compensated")))))

@@ -326,4 +326,4 @@ def test_a_result_of_another_version_is_rebuilt(run: Path, model_folder: Path, t
     content = json.loads((run / "result.json").read_text())
     (run / "result.json").write_text(json.dumps(content | {"schema_version": 2}))
     result = adapruner.prune(str(model_folder), output=run, calibration=str(text_file), **OPTIONS)
-    assert result.result.schema_version == 3
+    assert result.result.schema_version == 4

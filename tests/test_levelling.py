@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -14,11 +14,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from adapruner.calibration import generate_windows
-from adapruner.evaluation import window_losses
+from adapruner.evaluation import log_probabilities, losses_by_batch, window_losses
 from adapruner.importance import LLM_PRUNER_METRICS
 from adapruner.measurement import measure
 from adapruner.planning import Budget, kept_counts, make_plan
-from adapruner.search import Candidate, Levelled, Objective, level, meet_budget, plan_candidate
+from adapruner.search import Candidate, Levelled, MovedHeads, Objective, level, meet_budget, plan_candidate
 from adapruner.search import _levelling as levelling
 from adapruner.search._objective import scores_of
 from adapruner.structure import build_structure
@@ -61,9 +61,10 @@ def levelled_to_ratio(
     candidate: Candidate,
     rounds: int,
     progress: Callable[[int], None] | None = None,
+    moves_heads: bool = False,
 ) -> Levelled:
     meet = partial(meet_budget, objective.structure, objective.statistics, None)
-    return level(objective, windows, candidate, rounds, meet, progress)
+    return level(objective, windows, candidate, rounds, meet, None, moves_heads, progress)
 
 
 def test_candidates_of_one_plan_are_judged_once(
@@ -111,7 +112,8 @@ def test_costs_are_those_of_narrower_models_that_are_run_whole(
 
     with torch.no_grad():
         references = [model(text).logits[:, :-1].log_softmax(-1)]
-    measured = dict(levelling._costs(objective, text, references, candidate, None))
+    probe = levelling._Probe(objective, text, references, candidate)
+    measured = dict(levelling._channel_costs(probe, range(4), None))
     assert list(measured) == [0, 1, 2, 3]
     before = divergence(counts)
     for number, block in enumerate(structure.blocks):
@@ -122,6 +124,55 @@ def test_costs_are_those_of_narrower_models_that_are_run_whole(
             cost, error = measured[block.layer]
             assert cost == pytest.approx(float(expected.mean()), rel=1e-3, abs=1e-3)
             assert error == pytest.approx(float(expected.std() / 12**0.5), rel=1e-3)
+        elif counts[number]:
+            fewer = [*counts[:number], counts[number] - 1, *counts[number + 1 :]]
+            expected = divergence(fewer) - before
+            added = probe.added(number, counts[number] - 1)
+            assert added == pytest.approx((float(expected.mean()), float(expected.std() / 12**0.5)), rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("family", "granularity"),
+    [("gpt2", "kv-group"), ("opt", "kv-group"), ("bloom", "kv-group"), ("phi3", "kv-group"), ("mistral", "query-head")],
+)
+def test_heads_are_probed_whatever_the_attention_knows_of_them(
+    make_model: Callable[..., PreTrainedModel],
+    windows: Tensor,
+    family: str,
+    granularity: Literal["kv-group", "query-head"],
+    candidate: Candidate,
+) -> None:
+    """Some count their heads, or have a part for each."""
+    model = make_model(family)
+    structure = build_structure(model, granularity)
+    whole = Objective(model, structure, measure(model, structure, windows), windows)
+    scores = scores_of(structure, whole.statistics, candidate)
+    number, block = next(one for one in enumerate(structure.blocks) if one[1].kind == "heads" and one[1].layer == 1)
+
+    def divergence(counts: list[int]) -> Tensor:
+        pruned = prune_model(model, structure, make_plan(structure, scores, counts))
+        return torch.cat(list(losses_by_batch(pruned, windows, log_probabilities(model, windows))))
+
+    probe = levelling._Probe(whole, windows, log_probabilities(model, windows), candidate)
+    fewer = probe.counts[number] - block.strata
+    added = divergence([*probe.counts[:number], fewer, *probe.counts[number + 1 :]]) - divergence(probe.counts)
+    expected = (float(added.mean()), float(added.std() / len(windows) ** 0.5))
+    assert probe.added(number, fewer) == pytest.approx(expected, rel=1e-4, abs=1e-7)
+
+
+def test_protected_layers_stay_as_they_are(objective: Objective, candidate: Candidate, text: Tensor) -> None:
+    candidate = candidate.model_copy(update={"budget": replace(candidate.budget, protect_first=1)})
+    meet = partial(meet_budget, objective.structure, objective.statistics, None)
+    costs = {layer: (float(layer), 0.01) for layer in (1, 2, 3)}
+    changed = levelling._changed(objective, candidate, costs, range(1, 4), meet)
+    assert changed
+    before, after = widths(objective, candidate), widths(objective, changed)
+    assert before[0] == after[0] == 24
+    assert after[1] < before[1]
+    assert after[3] > before[3]
+    probe = levelling._Probe(objective, text[400:], log_probabilities(objective.model, text[400:]), candidate)
+    # At such a price of channels, heads go wherever they may.
+    assert sorted(levelling._paying_changes(probe, range(1, 4), 1e9, None)) == [(1, -1), (2, -1), (3, -1)]
 
 
 def test_channels_move_to_the_layer_where_they_cost_most(
@@ -129,9 +180,9 @@ def test_channels_move_to_the_layer_where_they_cost_most(
 ) -> None:
     seen: list[int] = []
     levelled = levelled_to_ratio(objective, text[400:], candidate, 3, seen.append)
-    assert levelled.rounds
-    assert sum(seen) in (4 * len(levelled.rounds), 4 * len(levelled.rounds) + 4)
-    assert levelled.rounds[0].accepted
+    assert levelled.moves
+    assert sum(seen) in (4 * len(levelled.moves), 4 * len(levelled.moves) + 4)
+    assert levelled.moves[0].accepted
     before, after = widths(objective, candidate), widths(objective, levelled.candidate)
     assert after[LOUD] > before[LOUD]
     structure = objective.structure
@@ -140,7 +191,7 @@ def test_channels_move_to_the_layer_where_they_cost_most(
     plans = [plan_candidate(structure, objective.statistics, one) for one in (candidate, levelled.candidate)]
     losses = [window_losses(prune_model(objective.model, structure, plan), objective.windows) for plan in plans]
     assert float((losses[0] - losses[1]).mean()) == pytest.approx(
-        sum(each.gain for each in levelled.rounds if each.accepted), abs=1e-4
+        sum(each.gain for each in levelled.moves if each.accepted), abs=1e-4
     )
 
 
@@ -150,9 +201,65 @@ def test_what_does_not_lower_the_loss_is_not_taken(
     monkeypatch.setattr(levelling, "_EXPONENT", -0.4)
     levelled = levelled_to_ratio(objective, text[400:], candidate, 3)
     assert levelled.candidate == candidate
-    (only,) = levelled.rounds
+    (only,) = levelled.moves
     assert not only.accepted
     assert only.gain < 0
+
+
+@pytest.fixture
+def deaf(loud_model: PreTrainedModel) -> PreTrainedModel:
+    """The attentions of two layers hardly matter, all channels do."""
+    with torch.no_grad():
+        for number, layer in enumerate(loud_model.model.layers):
+            layer.self_attn.o_proj.weight *= 0.01 if number in (0, 3) else 3.0
+            layer.mlp.down_proj.weight *= 1.0 if number == LOUD else 20.0
+    return loud_model
+
+
+def test_heads_move_to_the_layers_where_they_cost_most(
+    deaf: PreTrainedModel, objective: Objective, candidate: Candidate, text: Tensor
+) -> None:
+    # One head each goes from the layers where they matter.
+    budget = replace(candidate.budget, heads=(3, 2, 2, 3))
+    structure, candidate = objective.structure, candidate.model_copy(update={"budget": budget})
+    seen: list[int] = []
+    levelled = levelled_to_ratio(objective, text[400:], candidate, 1, seen.append, moves_heads=True)
+    assert sum(seen) == 8
+    moved = levelled.moves[0]
+    assert isinstance(moved, MovedHeads)
+    assert moved.accepted
+    assert moved.changes == {0: -1, 1: 1, 2: 1, 3: -1}
+    assert levelled.candidate.budget.heads == (2, 3, 3, 2)
+    plans = [plan_candidate(structure, objective.statistics, one) for one in (candidate, levelled.candidate)]
+    assert abs(plans[1].removed_parameters / structure.total_parameters - 0.15) <= 0.005
+    losses = [window_losses(prune_model(deaf, structure, plan), objective.windows) for plan in plans]
+    gained = sum(each.gain for each in levelled.moves if each.accepted)
+    assert float((losses[0] - losses[1]).mean()) == pytest.approx(gained, abs=1e-4)
+    assert levelled_to_ratio(objective, text[400:], candidate, 1).candidate.budget.heads == budget.heads
+
+
+@pytest.mark.parametrize("parts", [(1,), (1, 2, 4)])
+def test_of_the_changes_that_pay_the_best_part_is_taken(
+    deaf: PreTrainedModel,
+    objective: Objective,
+    candidate: Candidate,
+    monkeypatch: pytest.MonkeyPatch,
+    parts: tuple[int, ...],
+) -> None:
+    """All four together lose, because two of them are wrong."""
+    monkeypatch.setattr(levelling, "_TRIED_HEADS", parts)
+    candidate = candidate.model_copy(update={"budget": replace(candidate.budget, ratio=0.2)})
+    meet = partial(meet_budget, objective.structure, objective.statistics, None)
+    best = torch.cat(list(objective(candidate))).tolist()
+    changes = [(0, -1), (3, -1), (1, -1), (2, -1)]
+    changed, _, (moved,) = levelling._move_heads(objective, candidate, best, changes, meet)
+    if len(parts) == 1:
+        assert (changed, moved.accepted, moved.changes) == (candidate, False, dict(changes))
+    else:
+        assert moved.accepted
+        assert moved.changes in (dict(changes[:2]), dict(changes[:1]))
+        assert changed.budget.heads[1:3] == (3, 3)
+    assert levelling._move_heads(objective, candidate, best, [], meet) == (candidate, best, [])
 
 
 @pytest.mark.parametrize("is_kept", [True, False])
@@ -208,7 +315,7 @@ def test_what_is_tried_meets_the_target(objective: Objective, candidate: Candida
     assert levelled.kept[0].gain == pytest.approx(float(losses[0] - losses[1]), abs=1e-4)
     assert levelled.candidate.budget.ratio == 0.2
     refused = level(objective, text[400:404], without, 1, lambda candidate: None)
-    assert refused == Levelled(candidate=without, rounds=())
+    assert refused == Levelled(candidate=without, moves=())
 
 
 def test_losses_that_are_not_finite_change_nothing(objective: Objective, candidate: Candidate, text: Tensor) -> None:
@@ -220,7 +327,7 @@ def test_losses_that_are_not_finite_change_nothing(objective: Objective, candida
             return [1.0, math.inf if next(calls) == broken else 1.0]
 
         judged = replace(objective, item_losses=losses)
-        assert levelled_to_ratio(judged, text[400:404], without, 0) == Levelled(candidate=without, rounds=())
+        assert levelled_to_ratio(judged, text[400:404], without, 0) == Levelled(candidate=without, moves=())
 
 
 def test_a_layer_is_kept_as_a_whole() -> None:

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, PreTrainedModel
 
 from adapruner.errors import AdaPrunerError
 from adapruner.models import empty_model
-from adapruner.planning import Budget, PruningPlan, kept_counts, make_plan
+from adapruner.planning import Budget, BudgetError, PruningPlan, kept_counts, make_plan
 from adapruner.structure import Structure, build_structure
 from adapruner.surgery import prune_model
 
@@ -245,6 +245,19 @@ def test_layers_that_differ_cannot_be_cut_alike(model: PreTrainedModel) -> None:
     )
     with pytest.raises(AdaPrunerError, match="differ already"):
         kept_counts(build_structure(prune_model(model, structure, plan)), Budget(0.05, layout="uniform"))
+
+
+def test_heads_that_are_given_stay_and_channels_make_up_for_them(llama_7b: Structure) -> None:
+    heads = tuple(32 if layer < 30 else 8 for layer in range(32))
+    counts = kept_counts(llama_7b, Budget(0.2, 4, 3, heads=heads, without_attention=(5,)))
+    of_heads = [count for count, block in zip(counts, llama_7b.blocks, strict=True) if block.kind == "heads"]
+    assert of_heads == [0 if layer == 5 else kept for layer, kept in enumerate(heads)]
+    assert llama_7b.removed_parameters(counts) == pytest.approx(0.2 * llama_7b.total_parameters, rel=1e-3)
+    of_channels = [count for count, block in zip(counts, llama_7b.blocks, strict=True) if block.kind == "channels"]
+    assert {*of_channels[:4], *of_channels[-3:]} == {11_008}
+    assert max(of_channels[4:-3]) < 11_008
+    with pytest.raises(BudgetError, match=r"a ratio of 0.01 is not met: .* come to 0\.02"):
+        kept_counts(llama_7b, Budget(0.01, heads=heads, without_attention=(5,)))
 
 
 def test_shares_take_the_place_of_the_profile(llama_7b: Structure) -> None:

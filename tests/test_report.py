@@ -287,7 +287,7 @@ def test_what_is_removed_whole_stands_out(run: RunFolder, whole: set[str]) -> No
 def test_the_ladder_tells_the_search_from_the_compensation(finished: adapruner.PruneResult, page: Page) -> None:
     search = json.loads((finished.output / "search.json").read_text())
     levelled = json.loads((finished.output / "levelled.json").read_text())
-    rounds = levelled["kept"] + levelled["rounds"]
+    rounds = levelled["kept"] + levelled["moves"]
     models = {one["role"]: one for one in json.loads((finished.output / "result.json").read_text())["models"]}
     rows = page.tables["ladder-table"][1:]
     names = [row[0] for row in rows]

@@ -25,7 +25,7 @@ import torch
 from optuna import create_study
 from optuna.distributions import FloatDistribution
 from optuna.samplers import RandomSampler
-from optuna.trial import Trial, TrialState, create_trial
+from optuna.trial import FixedTrial, Trial, TrialState, create_trial
 from sqlalchemy import event, text
 from sqlalchemy.engine import Engine
 from torch import Tensor
@@ -455,6 +455,19 @@ def test_no_starting_point_is_tried_twice(searched: str, layout: str, subsets: S
     space = SearchSpace(subsets, 4, 0, Budget(0.2, layout=layout), "extended", searched=searched)
     points = [point for point in space.starting_points() if "fixed_metric" not in point.attributes]
     assert len({point.model_dump_json() for point in points}) == len(points) >= 1
+
+
+def test_a_point_for_high_ratios_is_tried_only_where_heads_go(subsets: SubsetFamily) -> None:
+    without, with_heads = (
+        SearchSpace(subsets, 4, 0, Budget(0.5, 1, 1, heads), "extended", whole={"attention": (2, 1)})
+        for heads in (0.0, 0.5)
+    )
+    assert len(with_heads.starting_points()) == len(without.starting_points()) + 1
+    point = with_heads.starting_points()[-1]
+    candidate = with_heads.suggest(FixedTrial(point.parameters | {"coarse_second_order": 0.0}))
+    weights = {name: weight for name, weight in candidate.point.weights.items() if weight}
+    assert weights == pytest.approx({"elimination": 0.8, "conditional_variance": 0.2})
+    assert candidate.budget == Budget(0.5, 2, 0, 0.6, without_attention=(2,))
 
 
 def test_the_one_fixed_metric_is_finished_though_a_helper_is_at_it(subsets: SubsetFamily, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from adapruner.plain_yaml import PlainLoader
 from adapruner.planning import PruningPlan
 from adapruner.recovery import RecoveryRecord
 from adapruner.result import ModelNumbers, Role, RunResult, shown_name
+from adapruner.search import MovedChannels
 from adapruner.tokens import VocabularySummary
 
 # The rest of a longer card is not read, nor a longer licence shown.
@@ -338,8 +339,10 @@ def _made(plan: PruningPlan, result: RunResult) -> str:
 
 
 def _levelled(result: RunResult) -> str:
-    rounds = sum(each.accepted for each in result.levelled.rounds) if result.levelled else 0
-    return f"; widths levelled in {rounds} round{'s'[: rounds != 1]}" if rounds else ""
+    moves = [one for one in result.levelled.moves if one.accepted] if result.levelled else []
+    rounds = sum(isinstance(one, MovedChannels) for one in moves)
+    widths = f"; widths levelled in {rounds} round{'s'[: rounds != 1]}" if rounds else ""
+    return f"{widths}; numbers of heads levelled" if len(moves) > rounds else widths
 
 
 def _loading(config: PreTrainedConfig) -> str:

@@ -290,8 +290,8 @@ class PruneOptions(_Options):
     level_rounds: int | None = Field(
         default=None,
         ge=0,
-        description="Maximum number of rounds after the search that move channels to layers where they are worth more;"
-        " by default 2, none with layer_wise or where the allocation is not searched.",
+        description="Maximum number of rounds after the search that move heads and channels to layers where they are"
+        " worth more; by default 2, none with layer_wise or where the allocation is not searched.",
     )
     sampler: Sampler = Field(default="tpe", description="Sampler of the search; random is for comparison.")
     search: Searched = Field(

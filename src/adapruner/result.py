@@ -115,7 +115,7 @@ class RunResult(_Content):
         target: what took the place of the ratio, and how well it was met.
     """
 
-    schema_version: Literal[3] = 3
+    schema_version: Literal[4] = 4
     config: PruneConfig
     plan_hash: str
     search: SearchResult

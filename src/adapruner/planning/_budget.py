@@ -56,6 +56,8 @@ class Budget:
             unprotected layer, as LLM-Pruner's protocol has it, rounded in each; ranking and profile are of no account.
         shares: for every layer, how large a share of its channels it gives up, relative to the others; replaces
             protection, ranking and profile for channels alone. Empty: as those say.
+        heads: for every layer, how many groups of heads it keeps; replaces `head_share`, protection, ranking and
+            profile for heads, and channels make up for it. Empty: as those say.
         without_attention, without_feed_forward: layers whose attention, and layers whose feed-forward, are removed
             whole, protected or not. A layer in both is removed.
     """
@@ -71,6 +73,7 @@ class Budget:
     bend: float = 0.0
     ratio_of: RatioOf = "parameters"
     shares: tuple[float, ...] = ()
+    heads: tuple[int, ...] = ()
     without_attention: tuple[int, ...] = ()
     without_feed_forward: tuple[int, ...] = ()
 
@@ -98,7 +101,11 @@ def kept_counts(structure: Structure, budget: Budget, scores: Tensor | None = No
     everywhere = {index: block for index, block in enumerate(structure.blocks) if not budget.removes_whole(block)}
     # Experts are the same in number in all layers, as stock models have them.
     experts = {index: block for index, block in everywhere.items() if block.kind == "experts"}
-    heads = {index: block for index, block in everywhere.items() if block.kind == "heads" and block.layer in layers}
+    heads = {
+        index: block
+        for index, block in everywhere.items()
+        if block.kind == "heads" and (budget.heads or block.layer in layers)
+    }
     channels = {
         index: block
         for index, block in everywhere.items()
@@ -118,7 +125,10 @@ def kept_counts(structure: Structure, budget: Budget, scores: Tensor | None = No
         together = dict(sorted({**blocks, **others}.items()))
         return _in_steps(budget, blocks, _wanted(budget, layers, together, rest, by_block), step)
 
-    kept |= counts_of(heads, {**experts, **channels})
+    if budget.heads:
+        kept |= {index: budget.heads[block.layer] for index, block in heads.items()}
+    else:
+        kept |= counts_of(heads, {**experts, **channels})
     beside_experts = counts_of(channels, experts, budget.round_to) if experts else {}
     kept |= counts_of(experts, channels)
     kept |= counts_of(channels, {}, budget.round_to)
@@ -313,7 +323,7 @@ def _refuse_missed_ratio(
         head_counts = {
             index: (1 - head_share) * block.groups if block.kind == "heads" else 0.0 for index, block in heads.items()
         }
-        kept = _in_steps(budget, heads, head_counts, 1)
+        kept = {} if budget.heads else _in_steps(budget, heads, head_counts, 1)
         kept |= _in_steps(budget, channels, dict.fromkeys(channels, 0.0), budget.round_to)
         most = [kept.get(index, count) for index, count in enumerate(counts)]
         return math.floor(1000 * structure.removed_parameters(most) / total) / 1000
@@ -325,7 +335,8 @@ def _refuse_missed_ratio(
             if budget.layout == "per-layer"
             else ""
         )
-        more = f", {largest(1):.3f} with equal shares (`head_share` 1)" if budget.head_share < 1 else ""
+        hints = not budget.heads and budget.head_share < 1
+        more = f", {largest(1):.3f} with equal shares (`head_share` 1)" if hints else ""
         raise UnreachableRatioError(
             f"a ratio of {budget.ratio:g} cannot be reached: {protected}at most {largest(budget.head_share):.3f}"
             f" of the {total:,} parameters can be removed{more}"

@@ -71,6 +71,12 @@ def _whole_parts(job: Job) -> list[Whole]:
     return [part for part in get_args(Whole) if part in structure.whole and part in (config.whole or by_default)]
 
 
+def _prunable(job: Job) -> range:
+    """The layers that the options do not protect."""
+    config = job.config
+    return range(config.protect_first or 0, job.prepared.structure.layers - (config.protect_last or 0))
+
+
 @artifact(
     "whole.json",
     json_form(RemovalOrders),
@@ -86,8 +92,7 @@ def whole(job: Job, work: Path, windows: Windows) -> RemovalOrders:
     """In which order attentions, feed-forwards and layers are removed whole."""
     prepared, config = job.prepared, job.config
     structure, parts = prepared.structure, _whole_parts(job)
-    unprotected = range(config.protect_first or 0, structure.layers - (config.protect_last or 0))
-    candidates = {part: sorted(structure.whole_parameters(part).keys() & set(unprotected)) for part in parts}
+    candidates = {part: sorted(structure.whole_parameters(part).keys() & set(_prunable(job))) for part in parts}
     text = usable(job, windows)["pool"][: windows_of(TOKENS_FOR_WHOLE, config)]
     with prepared.reporter.stage("removing parts whole", MOST_WHOLE * len(parts)) as advance:
         return removal_orders(in_fastest_dtype(prepared.dense), structure, text, candidates, advance)
@@ -215,26 +220,32 @@ def _check_levelling(job: Job) -> None:
     is_wanted=lambda config: config.levels_widths,
     check=_check_levelling,
     is_result=False,
-    version=2,
+    version=3,
 )
 def levelled(
     job: Job, work: Path, windows: Windows, moments: Moments, statistics: Statistics, search: SearchResult
 ) -> Levelled:
     """The chosen candidate at the ratio, with whole parts kept that are worth it and its widths levelled: costs are
-    measured on the pool, and the windows of the objective decide what is accepted."""
+    measured on the pool, and the windows of the objective decide what is accepted. A given share of heads stays, and
+    layers that the options protect do."""
     prepared, config, text = job.prepared, job.config, usable(job, windows)
     candidate, rounds = candidate_at_ratio(job, statistics, search.best), prepared.level_rounds
     if not rounds:
-        return Levelled(candidate=candidate, rounds=())
+        return Levelled(candidate=candidate, moves=())
     fast, pool = in_fastest_dtype(prepared.dense), text["pool"][: windows_of(TOKENS_FOR_COSTS, config)]
     compensation = compensation_of(config, _held(job, moments, "levelling widths"))
     objective = Objective(
         fast, prepared.structure, statistics, text["objective"], compensation, item_losses=prepared.item_losses
     )
-    channels = sum(block.kind == "channels" and not block.experts for block in prepared.structure.blocks)
+    layers, moves_heads = _prunable(job), config.head_share is None
+    measured = sum(
+        block.layer in layers
+        and (moves_heads if block.kind == "heads" else block.kind == "channels" and not block.experts)
+        for block in prepared.structure.blocks
+    )
     meet = partial(meet_budget, prepared.structure, statistics, prepared.target)
-    with prepared.reporter.stage("levelling widths", channels * rounds) as advance:
-        return level(objective, pool, candidate, rounds, meet, advance)
+    with prepared.reporter.stage("levelling widths", measured * rounds) as advance:
+        return level(objective, pool, candidate, rounds, meet, layers, moves_heads, advance)
 
 
 @artifact(

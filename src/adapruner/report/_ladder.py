@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from adapruner.evaluation import Perplexity
 from adapruner.report._contents import Contents
 from adapruner.result import Role, is_noise
-from adapruner.search import KeptPart, Levelled, LevellingRound
+from adapruner.search import KeptPart, Levelled, MovedChannels
 
 _STEPS = {
     "fixed metric": "same metric, compensated",
@@ -78,11 +79,14 @@ def _rungs(contents: Contents) -> Iterator[Rung]:
 
 
 def _levelling_rungs(levelled: Levelled) -> Iterator[Rung]:
-    named: list[tuple[str, KeptPart | LevellingRound]] = [
-        *((_KEPT[one.part].format(one.layer), one) for one in levelled.kept),
-        *((f"widths levelled, round {number}", one) for number, one in enumerate(levelled.rounds, start=1)),
-    ]
-    for name, one in named:
+    numbers = Counter[str]()
+    for one in (*levelled.kept, *levelled.moves):
+        if isinstance(one, KeptPart):
+            name = _KEPT[one.part].format(one.layer)
+        else:
+            kind = "widths levelled" if isinstance(one, MovedChannels) else "heads moved"
+            numbers[kind] += 1
+            name = f"{kind}, round {numbers[kind]}"
         taken = "" if one.accepted else ", not taken"
         yield Rung(f"{name}{taken}", gain=one.gain, standard_error=one.gain_standard_error)
 

@@ -1,7 +1,7 @@
 """The joint search over calibration samples, importance metrics and allocation."""
 
 from adapruner.search._history import History, TriedPoint, read_history
-from adapruner.search._levelling import KeptPart, Levelled, LevellingRound, level
+from adapruner.search._levelling import KeptPart, Levelled, MovedChannels, MovedHeads, level
 from adapruner.search._objective import ItemLosses, Objective, meet_budget, plan_candidate
 from adapruner.search._place import StudyPlace, sqlite_url
 from adapruner.search._space import MOST_PROTECTED_FIRST, Candidate, SearchSpace
@@ -18,7 +18,8 @@ __all__ = [
     "ItemLosses",
     "KeptPart",
     "Levelled",
-    "LevellingRound",
+    "MovedChannels",
+    "MovedHeads",
     "Objective",
     "RemovalOrders",
     "Search",

@@ -136,6 +136,14 @@ class SearchSpace:
                 _mix(reconstruction=1.0, **experts) | reference | {"bend": 0.8, **self._removed(attention=3)},
                 _mix(reconstruction=1.0, **experts) | reference | {"bend": 0.8, **self._removed(layer=1)},
             ]
+            if self.budget.head_share and "head_share" not in self.fixed_allocation:
+                # Where channels alone would not do, this is far better on SmolLM2 (docs/benchmarks.md).
+                points.append(
+                    _mix(reconstruction=0.8, conditional_variance=0.2, **experts)
+                    | reference
+                    | {"heads": "some", "head_share": 0.6, "protect_first": 2, "protect_last": 0}
+                    | self._removed(attention=1)
+                )
         parameters = [untilted | self._searched_only(point) for point in points]
         distinct = [point for number, point in enumerate(parameters) if point not in parameters[:number]]
         return baselines + [StartingPoint(parameters=point) for point in distinct]
