@@ -152,7 +152,7 @@ def level(
         return Levelled(candidate=candidate, moves=())
     candidate, best, kept = _keep_parts(objective, candidate, best, meet)
     references = log_probabilities(objective.model, windows)
-    layers = layers or range(objective.structure.layers)
+    layers = range(objective.structure.layers) if layers is None else layers
     moves: list[MovedHeads | MovedChannels] = []
     for _ in range(rounds):
         costs, paying = _measured(objective, windows, references, candidate, layers, moves_heads, progress)
@@ -310,18 +310,19 @@ def _paying_changes(
     for number, block in enumerate(probe.objective.structure.blocks):
         if block.kind != "heads" or block.layer not in layers:
             continue
-        own: dict[tuple[int, int], float] = {}
         for change in (-block.strata, block.strata):
             count = probe.counts[number] + change
             if not probe.counts[number] or not max(1, block.least) <= count <= block.groups:
                 continue
             if added := probe.added(number, count):
                 gain = -added[0] - price * change * block.parameters_per_group / 1e6
-                own |= {(block.layer, change): gain} if gain > added[1] else {}
-        gains |= dict(sorted(own.items(), key=lambda one: one[1])[-1:])
+                gains |= {(block.layer, change): gain} if gain > added[1] else {}
         if progress:
             progress(1)
-    return sorted(gains, key=gains.__getitem__, reverse=True)
+    changes: dict[int, int] = {}
+    for layer, change in sorted(gains, key=gains.__getitem__, reverse=True):
+        changes.setdefault(layer, change)
+    return list(changes.items())
 
 
 def _move_heads(
