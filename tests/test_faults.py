@@ -24,7 +24,7 @@ from adapruner import AdaPrunerError
 from adapruner.cli import main
 from adapruner.procedure import _statistics
 from adapruner.run import RunFolder
-from adapruner.search import Candidate, Objective, Search, StudyPlace, sqlite_url
+from adapruner.search import Candidate, Objective, Search, StudyPlace, _objective, sqlite_url
 from run_helpers import QUICK, assert_same_artifacts, flags, said_by, start_main
 from run_helpers import RUN_OPTIONS as OPTIONS
 
@@ -383,25 +383,23 @@ def test_a_full_disk_is_one_line_and_the_run_resumes(
     assert_same_artifacts(run, finished.output)
 
 
-def take_memory_when_measured() -> None:
+def let_a_trial_run_out_of_memory() -> None:
+    """The limit leaves room for the database and for what is said, and none for what the trial asks for."""
     import resource
 
-    write = _statistics.write_atomically
-
-    def then_without_memory(path: Path, save: Callable[[Path], Any]) -> None:
-        write(path, save)
-        if "statistics" not in path.parent.name:
-            return
+    def without_memory(*_: Any) -> PreTrainedModel:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
-        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (8 << 20), -1))
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (256 << 20), -1))
+        torch.empty(4 << 30, dtype=torch.uint8)
+        raise AssertionError
 
-    _statistics.write_atomically = then_without_memory
+    _objective.prune_model = without_memory
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_no_memory_is_one_line_and_the_run_resumes(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
     arguments = command(model_folder, tmp_path / "run", text_file, QUICK)
-    process = start_main(take_memory_when_measured, (), arguments, tmp_path)
+    process = start_main(let_a_trial_run_out_of_memory, (), arguments, tmp_path)
     process.join()
     said = said_by(process, tmp_path)
     assert process.exitcode == 2, said
