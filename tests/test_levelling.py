@@ -171,8 +171,11 @@ def test_protected_layers_stay_as_they_are(objective: Objective, candidate: Cand
     assert after[1] < before[1]
     assert after[3] > before[3]
     probe = levelling._Probe(objective, text[400:], log_probabilities(objective.model, text[400:]), candidate)
-    # At such a price of channels, heads go wherever they may.
-    assert sorted(levelling._paying_changes(probe, range(1, 4), 1e9, None)) == [(1, -1), (2, -1), (3, -1)]
+    # At such a price of channels, heads would go wherever they may; but none goes for nothing.
+    assert levelling._paying_changes(probe, range(1, 4), 1e9, None) == []
+    fewer = candidate.model_copy(update={"budget": replace(candidate.budget, heads=(2, 3, 3, 2))})
+    probe = levelling._Probe(objective, text[400:], log_probabilities(objective.model, text[400:]), fewer)
+    assert levelling._paying_changes(probe, range(1, 4), -1e9, None) == [(3, 1)]
 
 
 def test_channels_move_to_the_layer_where_they_cost_most(

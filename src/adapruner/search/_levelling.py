@@ -133,10 +133,13 @@ def level(
     narrower, against the dense one.
 
     Which layers lose how many heads is chance until then: layers have few of them, and what the profile says is
-    rounded. A layer loses another one where that costs less than channels with as many parameters do in the mean, and
-    has one back where that gains more. The widths of all layers are then changed at once, by a part of what the costs
-    say (with the heads before they were moved), which averages out the noise that accepting the best single moves picks
-    up. The windows that costs are measured on are not those that decide what is accepted.
+    rounded. A layer has one back where that gains more than channels with as many parameters cost in the mean, and
+    loses another one where that costs less, as long as other layers have as many back: other kinds of text need heads
+    more than that of the objective does (docs/benchmarks.md).
+
+    The widths of all layers are then changed at once, by a part of what the costs say (with the heads before they were
+    moved), which averages out the noise that accepting the best single moves picks up. The windows that costs are
+    measured on are not those that decide what is accepted.
 
     Args:
         objective: what decides; its windows are judged by the loss.
@@ -300,29 +303,41 @@ def _channel_costs(
 def _paying_changes(
     probe: _Probe, layers: range, price: float, progress: Callable[[int], None] | None
 ) -> list[tuple[int, int]]:
-    """Layers and how many heads more or fewer they had better keep, those that gain most first; each gains more than
-    its standard error.
+    """Layers and how many heads more or fewer they had better keep, each for a gain of more than its standard error,
+    those that gain most first, and more and fewer in turn: no head goes but for another one.
 
     Args:
         price: of channels, in nats per predicted token and million parameters.
     """
-    gains: dict[tuple[int, int], float] = {}
-    for number, block in enumerate(probe.objective.structure.blocks):
-        if block.kind != "heads" or block.layer not in layers:
-            continue
-        for change in (-block.strata, block.strata):
+    blocks = {
+        number: block
+        for number, block in enumerate(probe.objective.structure.blocks)
+        if block.kind == "heads" and block.layer in layers and probe.counts[number]
+    }
+
+    def gains(sign: int) -> Iterator[tuple[tuple[int, int], float]]:
+        for number, block in blocks.items():
+            change = sign * block.strata
             count = probe.counts[number] + change
-            if not probe.counts[number] or not max(1, block.least) <= count <= block.groups:
-                continue
-            if added := probe.added(number, count):
+            if max(1, block.least) <= count <= block.groups and (added := probe.added(number, count)):
                 gain = -added[0] - price * change * block.parameters_per_group / 1e6
-                gains |= {(block.layer, change): gain} if gain > added[1] else {}
-        if progress:
-            progress(1)
+                if gain > added[1]:
+                    yield (block.layer, change), gain
+            if progress and sign > 0:
+                progress(1)
+
+    paying = dict(gains(1))
+    # Nothing is to be had in exchange.
+    if not paying:
+        return []
+    paying |= gains(-1)
     changes: dict[int, int] = {}
-    for layer, change in sorted(gains, key=gains.__getitem__, reverse=True):
+    for layer, change in sorted(paying, key=paying.__getitem__, reverse=True):
         changes.setdefault(layer, change)
-    return list(changes.items())
+    more = [(layer, change) for layer, change in changes.items() if change > 0]
+    fewer = [(layer, change) for layer, change in changes.items() if change < 0]
+    exchanged = [one for pair in zip(more, fewer, strict=False) for one in pair]
+    return exchanged + more[len(fewer) :]
 
 
 def _move_heads(
