@@ -304,7 +304,7 @@ def _paying_changes(
     probe: _Probe, layers: range, price: float, progress: Callable[[int], None] | None
 ) -> list[tuple[int, int]]:
     """Layers and how many heads more or fewer they had better keep, each for a gain of more than its standard error,
-    those that gain most first, and more and fewer in turn: no head goes but for another one.
+    those that gain most first, more and fewer in turn: a head is removed only in exchange for another one.
 
     Args:
         price: of channels, in nats per predicted token and million parameters.
@@ -327,7 +327,7 @@ def _paying_changes(
                 progress(1)
 
     paying = dict(gains(1))
-    # Nothing is to be had in exchange.
+    # No layer gets heads back, so none may lose any.
     if not paying:
         return []
     paying |= gains(-1)
