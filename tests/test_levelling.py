@@ -19,8 +19,10 @@ from adapruner.importance import LLM_PRUNER_METRICS
 from adapruner.measurement import measure
 from adapruner.planning import Budget, kept_counts, make_plan
 from adapruner.search import Candidate, Levelled, MovedHeads, Objective, level, meet_budget, plan_candidate
-from adapruner.search import _levelling as levelling
 from adapruner.search._objective import scores_of
+from adapruner.search.levelling import _channels, _heads, _level, _parts
+from adapruner.search.levelling._judging import judge
+from adapruner.search.levelling._probe import Probe
 from adapruner.structure import build_structure
 from adapruner.surgery import prune_model
 
@@ -112,8 +114,8 @@ def test_costs_are_those_of_narrower_models_that_are_run_whole(
 
     with torch.no_grad():
         references = [model(text).logits[:, :-1].log_softmax(-1)]
-    probe = levelling._Probe(objective, text, references, candidate)
-    measured = dict(levelling._channel_costs(probe, range(4), None))
+    probe = Probe(objective, text, references, candidate)
+    measured = dict(_channels.channel_costs(probe, range(4), None))
     assert list(measured) == [0, 1, 2, 3]
     before = divergence(counts)
     for number, block in enumerate(structure.blocks):
@@ -153,7 +155,7 @@ def test_heads_are_probed_whatever_the_attention_knows_of_them(
         pruned = prune_model(model, structure, make_plan(structure, scores, counts))
         return torch.cat(list(losses_by_batch(pruned, windows, log_probabilities(model, windows))))
 
-    probe = levelling._Probe(whole, windows, log_probabilities(model, windows), candidate)
+    probe = Probe(whole, windows, log_probabilities(model, windows), candidate)
     fewer = probe.counts[number] - block.strata
     added = divergence([*probe.counts[:number], fewer, *probe.counts[number + 1 :]]) - divergence(probe.counts)
     expected = (float(added.mean()), float(added.std() / len(windows) ** 0.5))
@@ -164,18 +166,18 @@ def test_protected_layers_stay_as_they_are(objective: Objective, candidate: Cand
     candidate = candidate.model_copy(update={"budget": replace(candidate.budget, protect_first=1)})
     meet = partial(meet_budget, objective.structure, objective.statistics, None)
     costs = {layer: (float(layer), 0.01) for layer in (1, 2, 3)}
-    changed = levelling._changed(objective, candidate, costs, range(1, 4), meet)
+    changed = _channels.changed(objective, candidate, costs, range(1, 4), meet)
     assert changed
     before, after = widths(objective, candidate), widths(objective, changed)
     assert before[0] == after[0] == 24
     assert after[1] < before[1]
     assert after[3] > before[3]
-    probe = levelling._Probe(objective, text[400:], log_probabilities(objective.model, text[400:]), candidate)
+    probe = Probe(objective, text[400:], log_probabilities(objective.model, text[400:]), candidate)
     # At such a price of channels, heads would go wherever they may; but none goes for nothing.
-    assert levelling._paying_changes(probe, range(1, 4), 1e9, None) == []
+    assert _heads.paying_changes(probe, range(1, 4), 1e9, None) == []
     fewer = candidate.model_copy(update={"budget": replace(candidate.budget, heads=(2, 3, 3, 2))})
-    probe = levelling._Probe(objective, text[400:], log_probabilities(objective.model, text[400:]), fewer)
-    assert levelling._paying_changes(probe, range(1, 4), -1e9, None) == [(3, 1)]
+    probe = Probe(objective, text[400:], log_probabilities(objective.model, text[400:]), fewer)
+    assert _heads.paying_changes(probe, range(1, 4), -1e9, None) == [(3, 1)]
 
 
 def test_channels_move_to_the_layer_where_they_cost_most(
@@ -201,7 +203,7 @@ def test_channels_move_to_the_layer_where_they_cost_most(
 def test_what_does_not_lower_the_loss_is_not_taken(
     objective: Objective, candidate: Candidate, text: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(levelling, "_EXPONENT", -0.4)
+    monkeypatch.setattr(_channels, "_EXPONENT", -0.4)
     levelled = levelled_to_ratio(objective, text[400:], candidate, 3)
     assert levelled.candidate == candidate
     (only,) = levelled.moves
@@ -241,6 +243,16 @@ def test_heads_move_to_the_layers_where_they_cost_most(
     assert levelled_to_ratio(objective, text[400:], candidate, 1).candidate.budget.heads == budget.heads
 
 
+def test_of_all_first_changes_none_takes_more_heads_than_it_gives_back(
+    deaf: PreTrainedModel, objective: Objective, candidate: Candidate, text: Tensor
+) -> None:
+    candidate = candidate.model_copy(update={"budget": replace(candidate.budget, heads=(3, 2, 2, 3))})
+    probe = Probe(objective, text[400:], log_probabilities(deaf, text[400:]), candidate)
+    _, changes = _level._measured(probe, range(4), moves_heads=True, progress=None)
+    assert {change for _, change in changes} == {-1, 1}
+    assert all(sum(change for _, change in changes[:first]) >= 0 for first in range(len(changes)))
+
+
 @pytest.mark.parametrize("parts", [(1,), (1, 2, 4)])
 def test_of_the_changes_that_pay_the_best_part_is_taken(
     deaf: PreTrainedModel,
@@ -250,19 +262,20 @@ def test_of_the_changes_that_pay_the_best_part_is_taken(
     parts: tuple[int, ...],
 ) -> None:
     """All four together lose, because two of them are wrong."""
-    monkeypatch.setattr(levelling, "_TRIED_HEADS", parts)
+    monkeypatch.setattr(_heads, "_TRIED_SHARES", parts)
     candidate = candidate.model_copy(update={"budget": replace(candidate.budget, ratio=0.2)})
     meet = partial(meet_budget, objective.structure, objective.statistics, None)
-    best = torch.cat(list(objective(candidate))).tolist()
+    best = judge(objective, candidate)
+    assert best
     changes = [(0, -1), (3, -1), (1, -1), (2, -1)]
-    changed, _, (moved,) = levelling._move_heads(objective, candidate, best, changes, meet)
+    judged, (moved,) = _heads.move_heads(objective, best, changes, meet)
     if len(parts) == 1:
-        assert (changed, moved.accepted, moved.changes) == (candidate, False, dict(changes))
+        assert (judged, moved.accepted, moved.changes) == (best, False, dict(changes))
     else:
         assert moved.accepted
         assert moved.changes in (dict(changes[:2]), dict(changes[:1]))
-        assert changed.budget.heads[1:3] == (3, 3)
-    assert levelling._move_heads(objective, candidate, best, [], meet) == (candidate, best, [])
+        assert judged.candidate.budget.heads[1:3] == (3, 3)
+    assert _heads.move_heads(objective, best, [], meet) == (best, [])
 
 
 @pytest.mark.parametrize("is_kept", [True, False])
@@ -270,7 +283,7 @@ def test_an_attention_is_kept_where_it_is_surely_worth_the_widths(
     objective: Objective, candidate: Candidate, text: Tensor, monkeypatch: pytest.MonkeyPatch, is_kept: bool
 ) -> None:
     if not is_kept:
-        monkeypatch.setattr(levelling, "_CERTAIN", 1e6)
+        monkeypatch.setattr(_parts, "CERTAIN", 1e6)
     without = candidate.model_copy(update={"budget": replace(candidate.budget, without_attention=(1,))})
 
     def losses(candidate: Candidate) -> Tensor:
@@ -335,17 +348,17 @@ def test_losses_that_are_not_finite_change_nothing(objective: Objective, candida
 
 def test_a_layer_is_kept_as_a_whole() -> None:
     budget = Budget(0.2, without_attention=(1, 4), without_feed_forward=(4, 6))
-    assert levelling._removed_whole(budget) == [(1, "attention"), (4, "layer"), (6, "feed-forward")]
-    assert levelling._keeping(budget, 4) == Budget(0.2, without_attention=(1,), without_feed_forward=(6,))
+    assert _parts.removed_whole(budget) == [(1, "attention"), (4, "layer"), (6, "feed-forward")]
+    assert _parts.keeping(budget, 4) == Budget(0.2, without_attention=(1,), without_feed_forward=(6,))
 
 
 def test_costs_that_noise_explains_move_nothing() -> None:
-    assert levelling._factors({layer: (1.0 + 0.1 * (layer % 2), 0.2) for layer in range(6)}) == {}
-    assert levelling._factors({0: (1.0, 0.1)}) == {}
-    factors = levelling._factors({0: (1.0, 1e-9), 1: (1.0, 1e-9), 2: (4.0, 1e-9), 3: (-1.0, 1e-9)})
+    assert _channels.factors({layer: (1.0 + 0.1 * (layer % 2), 0.2) for layer in range(6)}) == {}
+    assert _channels.factors({0: (1.0, 0.1)}) == {}
+    factors = _channels.factors({0: (1.0, 1e-9), 1: (1.0, 1e-9), 2: (4.0, 1e-9), 3: (-1.0, 1e-9)})
     assert factors[2] == pytest.approx(1.3)
     assert factors[3] == pytest.approx(1 / 1.3)
     assert factors[0] == factors[1] == pytest.approx((1 / 1.25) ** 0.4)
-    noisy = levelling._factors({0: (1.0, 0.5), 1: (1.0, 0.5), 2: (2.0, 0.5), 3: (0.0, 0.5)})
+    noisy = _channels.factors({0: (1.0, 0.5), 1: (1.0, 0.5), 2: (2.0, 0.5), 3: (0.0, 0.5)})
     # The variance is 0.5 and the noise 0.25: half of the distance from the mean remains.
     assert noisy[2] == pytest.approx(1.5**0.4)
