@@ -113,7 +113,7 @@ TARGET_OPTIONS = (*TARGETS, "target_format", "target_phase", "target_batch", "ta
 # Tokens of a sequence where `target_context` does not say: in the cache, and of a prompt that is timed.
 _CACHED_TOKENS, _TIMED_TOKENS = 2048, 128
 
-# The fewest and the most windows that score a trial: what is found on few does not carry over (docs/benchmarks.md).
+# The fewest and the most windows that score a trial: what is found on few does not carry over (docs/experiments.md).
 _SCORING_WINDOWS = (64, 160)
 
 # The largest seed of NumPy; nobody has so many tokens, windows or steps either.

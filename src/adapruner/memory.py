@@ -27,7 +27,7 @@ GIB = 2**30
 # Samples measured at once. Layer-wise, the activations of one layer are kept, so more samples fit.
 MEASURED_AT_ONCE = {False: 4, True: 16}
 # Of the calibration pool, on which parts are removed whole, and on which the costs of widths are measured: hidden
-# states of all layers are kept for them. On fewer, attentions are removed that other text needs (docs/benchmarks.md).
+# states of all layers are kept for them. On fewer, attentions are removed that other text needs (docs/experiments.md).
 TOKENS_FOR_WHOLE, TOKENS_FOR_COSTS, _FEWEST_WINDOWS = 4096, 8192, 8
 # Windows whose layer is fitted at once.
 _FITTED_AT_ONCE = 8

@@ -16,7 +16,7 @@ from adapruner.models import Whole
 from adapruner.structure import Block, Structure
 
 RATIO_TOLERANCE = 0.005
-# Taking more of the channels of a layer hurts more than taking heads or fewer layers whole (see docs/benchmarks.md).
+# Taking more of the channels of a layer hurts more than taking heads or fewer layers whole (see docs/experiments.md).
 MOST_CHANNELS = 0.8
 # Protected layers at both ends and share of heads, from what hurts least to what reaches furthest.
 _DEFAULT_ALLOCATIONS = ((4, 3, 0.0), (2, 2, 0.0), (1, 1, 0.0), (1, 1, 0.5), (2, 1, 1.0), (0, 0, 1.0))

@@ -13,7 +13,7 @@ def scale_options(seed: int, device: torch.device, processes: int = 1) -> Recove
     """The options of the last step of pruning: with frozen weights, every input of every linear layer gets a scale
     (IA3, arXiv 2205.05638), learnt in one pass over the text of the compensation from the predictions of the dense
     model alone. GRASPrune (arXiv 2604.19398) tunes scales of the kept groups;
-    docs/benchmarks.md compares several choices of scales.
+    docs/experiments.md compares several choices of scales.
 
     Args:
         device: of the model. On an accelerator, memory is short and gradient checkpointing is on.

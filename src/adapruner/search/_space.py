@@ -123,7 +123,7 @@ class SearchSpace:
             points: list[dict[str, Any]] = [{"fine": 1.0, order: share} for share in (0.0, 0.5, 1.0)]
         else:
             reference = self._reference_allocation()
-            # Router weight and output norm alone rank experts worse than how often they are used (docs/benchmarks.md).
+            # Router weight and output norm alone rank experts worse than how often they are used (docs/experiments.md).
             experts = {} if self.experts == "none" else {"taylor": 1.0}
             routing = {"routing": 0.5} if self.experts == "routing" else {}
             points = [
@@ -137,7 +137,7 @@ class SearchSpace:
                 _mix(reconstruction=1.0, **experts) | reference | {"bend": 0.8, **self._removed(layer=1)},
             ]
             if self.budget.head_share and "head_share" not in self.fixed_allocation:
-                # Where channels alone would not do, this is far better on SmolLM2 (docs/benchmarks.md).
+                # Where channels alone would not do, this is far better on SmolLM2 (docs/experiments.md).
                 points.append(
                     _mix(reconstruction=0.8, conditional_variance=0.2, **experts)
                     | reference

@@ -57,7 +57,7 @@ def level(
     Which layers lose how many heads is chance until then: layers have few of them, and what the profile says is
     rounded. A layer has one back where that gains more than channels with as many parameters cost in the mean, and
     loses another one where that costs less, as long as other layers have as many back: other kinds of text need heads
-    more than that of the objective does (docs/benchmarks.md).
+    more than that of the objective does (docs/experiments.md).
 
     The widths of all layers are then changed at once, by a part of what the costs say (with the heads before they were
     moved), which averages out the noise that accepting the best single moves picks up. The windows that costs are
