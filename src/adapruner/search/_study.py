@@ -30,7 +30,7 @@ JudgeTogether = Callable[[Sequence[Candidate]], Sequence[Iterable[Tensor]]]
 _Trials = dict[TrialState, list[FrozenTrial]]
 
 # A trial is stopped once it has been worse than the best one on so many windows, by so many standard errors of the mean
-# difference (see docs/experiments.md). It may be as good, but there will be others, and it counts with what it is likely
+# difference (docs/experiments.md). It may be as good, but there will be others, and it counts with what it is likely
 # to be. It is decided after every fourth window, however many a batch has: on a GPU as on a CPU.
 _FEWEST_WINDOWS, _DECIDED_EVERY, _STANDARD_ERRORS = 8, 4, 0.5
 # Trials that are judged together. Each is proposed without knowing what the others will come to.

@@ -26,7 +26,7 @@ from adapruner.structure import Block, Structure
 from adapruner.surgery._compensation import Compensation
 from adapruner.surgery._cut import kept_indices, kept_layers
 
-# Share of the error of earlier layers that a layer makes up for (see docs/experiments.md). With all of it, a layer bends
+# Share of the error of earlier layers that a layer makes up for (docs/experiments.md). With all of it, a layer bends
 # to repair what it cannot and does worse on other text; with none, errors add up.
 CARRIED_SHARE = 0.5
 
