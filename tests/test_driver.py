@@ -284,7 +284,7 @@ def test_free_memory_decides_no_number(
     config = adapruner.PruneConfig.from_options(model=str(model_folder), calibration=str(text_file), **OPTIONS)
 
     def precision(free: int) -> Any:
-        monkeypatch.setattr("adapruner.memory._total_and_free", lambda *_: (1 << 36, free))
+        monkeypatch.setattr("adapruner.memory._placement._total_and_free", lambda *_: (1 << 36, free))
         prepared = Preparation(config, RunFolder(tmp_path), None, Process(), Reporter())
         return prepared.leaves["precision"]
 

@@ -17,10 +17,10 @@ from torch import Tensor
 from transformers import LlamaConfig, PreTrainedModel
 
 import adapruner
-from adapruner import AdaPrunerError, PruneConfig, memory, verbs
+from adapruner import AdaPrunerError, PruneConfig, verbs
 from adapruner.cli import main
 from adapruner.measurement import HeldMoments, saved_activations
-from adapruner.memory import GIB, Memory, choose_placement, estimate_memory
+from adapruner.memory import GIB, Memory, _placement, choose_placement, estimate_memory
 from adapruner.models import empty_model, find_model, in_fastest_dtype, known_architectures, load_model, trial_dtype
 from adapruner.planning import reference_budget
 from adapruner.procedure import _model
@@ -110,12 +110,12 @@ def test_only_what_the_family_allows_is_counted(make_model: Callable[..., PreTra
 def choose(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., bool]:
     """Chooses for a model that needs 800 bytes as a whole and 500 layer by layer."""
     needed = {False: Memory(800, 0, "weights"), True: Memory(500, 0, "seq_len")}
-    monkeypatch.setattr(memory, "estimate_memory", lambda *given: {"searching": needed[given[5]]})
+    monkeypatch.setattr(_placement, "estimate_memory", lambda *given: {"searching": needed[given[5]]})
     model = empty_model(load_model(find_model(str(model_folder))).config)
 
     def choose(total: int, free: int, streamable: bool = True, **options: object) -> bool:
         monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=total, available=free))
-        monkeypatch.setattr(memory, "_CONTROL_GROUP", Path("nowhere"))
+        monkeypatch.setattr(_placement, "_CONTROL_GROUP", Path("nowhere"))
         config = PruneConfig(model="x", **options)
         structure = build_structure(model)
         budget = reference_budget(PruneConfig(model="x", **TINY), structure, 0.2)
@@ -148,7 +148,7 @@ def test_what_does_not_fit_is_refused(choose: Callable[..., bool]) -> None:
 def test_an_option_without_a_value_is_named_all_the_same(
     choose: Callable[..., bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "estimate_memory", lambda *_: {"searching": Memory(500, 0, "objective_windows")})
+    monkeypatch.setattr(_placement, "estimate_memory", lambda *_: {"searching": Memory(500, 0, "objective_windows")})
     with pytest.raises(AdaPrunerError, match=r"largest term is `objective_windows`; lower it, or try `dtype`"):
         choose(1000, 400, layer_wise=True)
 
@@ -156,7 +156,7 @@ def test_an_option_without_a_value_is_named_all_the_same(
 def test_layers_are_on_as_few_devices_as_hold_them(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that needs 800 bytes, 100 of them on every device, or 150 layer by layer, on four devices."""
     monkeypatch.setattr(
-        memory,
+        _placement,
         "estimate_memory",
         lambda *given: {"searching": Memory(150 if given[5] else 100 + 700 // given[6], 0, "weights")},
     )
@@ -168,7 +168,7 @@ def test_layers_are_on_as_few_devices_as_hold_them(model_folder: Path, monkeypat
     budget = reference_budget(PruneConfig(model="x", **TINY), structure, 0.2)
 
     def choose(total: int, streamable: bool = True, **options: object) -> tuple[int, bool]:
-        monkeypatch.setattr(memory, "_total_and_free", lambda _: (total, total))
+        monkeypatch.setattr(_placement, "_total_and_free", lambda _: (total, total))
         config = PruneConfig(model="x", **options)
         placement = choose_placement(config, model, structure, budget, devices, streamable)
         assert placement.devices == tuple(devices[: len(placement.devices)])
@@ -210,14 +210,14 @@ def test_processes_on_one_machine_share_its_memory(
 def test_a_container_bounds_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Numbers as cgroup v2 gives them; cached files are free."""
     cpu = torch.device("cpu")
-    monkeypatch.setattr(memory, "_CONTROL_GROUP", tmp_path)
-    total, _ = memory._total_and_free(cpu)
+    monkeypatch.setattr(_placement, "_CONTROL_GROUP", tmp_path)
+    total, _ = _placement._total_and_free(cpu)
     (tmp_path / "memory.current").write_text("900\n")
     (tmp_path / "memory.stat").write_text("anon 300\nfile 600\ninactive_file 400\nactive_file 150\n")
     (tmp_path / "memory.max").write_text("1000\n")
-    assert memory._total_and_free(cpu) == (1000, 650)
+    assert _placement._total_and_free(cpu) == (1000, 650)
     (tmp_path / "memory.max").write_text("max\n")
-    assert memory._total_and_free(cpu)[0] == total
+    assert _placement._total_and_free(cpu)[0] == total
 
 
 def test_inspect_prints_memory(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from adapruner import memory, progress
+from adapruner import progress
+from adapruner.memory import _placement
 from adapruner.run import _link_or_copy
 
 
@@ -40,9 +41,9 @@ def test_peak_memory_without_proc(reported: dict[str, int], peak: int, monkeypat
 
 
 def test_all_memory_is_usable_without_control_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_CONTROL_GROUP", tmp_path / "none")
+    monkeypatch.setattr(_placement, "_CONTROL_GROUP", tmp_path / "none")
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=10, available=7))
-    assert memory._total_and_free(memory._CPU) == (10, 7)
+    assert _placement._total_and_free(_placement._CPU) == (10, 7)
 
 
 def test_files_are_copied_where_they_cannot_be_linked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
