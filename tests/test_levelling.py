@@ -262,7 +262,7 @@ def test_of_the_changes_that_pay_the_best_part_is_taken(
     parts: tuple[int, ...],
 ) -> None:
     """All four together lose, because two of them are wrong."""
-    monkeypatch.setattr(_heads, "_TRIED_SHARES", parts)
+    monkeypatch.setattr(_heads, "_DIVISORS", parts)
     candidate = candidate.model_copy(update={"budget": replace(candidate.budget, ratio=0.2)})
     meet = partial(meet_budget, objective.structure, objective.statistics, None)
     best = judge(objective, candidate)

@@ -1,4 +1,4 @@
-"""Where the layers of a model are, by the memory that is there."""
+"""Where the layers of a model are, by the available memory."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ import torch
 
 from adapruner.config import Dtype, PruneConfig
 from adapruner.errors import AdaPrunerError
-from adapruner.memory._stages import GIB, USABLE, Memory, dtype_of_weights, estimate_memory
+from adapruner.memory._stages import Memory, dtype_of_weights, estimate_memory
 from adapruner.models import is_pruned
 from adapruner.planning import Budget
 from adapruner.processes import this_process
 from adapruner.structure import Structure
 
+GIB = 2**30
+# All layers are held in memory where that leaves a quarter of the machine's memory to everything else.
+USABLE = 0.75
 _CONTROL_GROUP = Path("/sys/fs/cgroup")
 _CPU = torch.device("cpu")
 

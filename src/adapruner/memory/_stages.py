@@ -19,7 +19,6 @@ from adapruner.recovery import scale_options
 from adapruner.search import JUDGED_TOGETHER, MOST_PROTECTED_FIRST
 from adapruner.structure import Block, Structure
 
-GIB = 2**30
 # Samples measured at once. Layer-wise, the activations of one layer are kept, so more samples fit.
 MEASURED_AT_ONCE = {False: 4, True: 16}
 # Of the calibration pool, on which parts are removed whole, and on which the costs of widths are measured: hidden
@@ -27,8 +26,6 @@ MEASURED_AT_ONCE = {False: 4, True: 16}
 TOKENS_FOR_WHOLE, TOKENS_FOR_COSTS, _FEWEST_WINDOWS = 4096, 8192, 8
 # Windows whose layer is fitted at once.
 _FITTED_AT_ONCE = 8
-# All layers are held in memory where that leaves a quarter of the machine's memory to everything else.
-USABLE = 0.75
 _FLOAT32 = 4
 
 # Bytes by what they are for, named after the option that lowers them, where there is one.
@@ -86,7 +83,7 @@ def windows_of(tokens: int, config: PruneConfig) -> int:
 
 @dataclass(frozen=True)
 class _Stages:
-    """What every stage of a run holds. The method of a stage returns nothing where the run does without it.
+    """What every stage of a run holds. The method of a stage returns an empty dict if the run skips it.
 
     Attributes:
         counts: how many groups each block keeps, in the order of `structure.blocks`.
@@ -117,7 +114,7 @@ class _Stages:
         return {stage: terms for stage, terms in stages.items() if terms}
 
     def _loading(self) -> Terms:
-        return {"weights": (self._held - self._of_layer) * self._dtype.itemsize}
+        return {"weights": (self._held_weights - self._layer_weights) * self._dtype.itemsize}
 
     def _reading_activations(self) -> Terms:
         if self.config.compensation == "none" and self.config.space != "extended":
@@ -126,9 +123,9 @@ class _Stages:
         for block in self.structure.blocks:
             of_layers[block.layer] += block.inputs * block.inputs_of_one * _FLOAT32
         return self._both_weights | {
-            "compensation_windows": self._text * self._hidden,
+            "compensation_windows": self._text_bytes * self._hidden,
             # Two sums for every block of a layer; of one block, both means, and two of what they are merged into.
-            "second moments": 2 * max(of_layers.values()) + 4 * self._moments,
+            "second moments": 2 * max(of_layers.values()) + 4 * self._moments_bytes,
         }
 
     def _measuring(self) -> Terms:
@@ -138,39 +135,37 @@ class _Stages:
         kept += self._vocabulary * self._dtype.itemsize
         # Layer by layer, the states before and behind a layer and the gradient are held beside what it keeps.
         going_back = 3 * (self._widest + self.by_layer * self._hidden) * self._dtype.itemsize
-        largest = max(self._elements(block) for block in structure.blocks) * _FLOAT32
-        return {
-            "weights": self._held * self._dtype.itemsize,
-            "seq_len": int(at_once * config.seq_len * (kept + going_back)) + self._losses,
-            "gradients": 3 * (largest if structure.cuts_experts else self._matrix),
-            "sums": at_once * (3 * self._vectors + 2 * self._inputs) * _FLOAT32,
+        return self._weights | {
+            "seq_len": int(at_once * config.seq_len * (kept + going_back)) + self._losses_bytes,
+            "gradients": 3 * (self._largest_bytes if structure.cuts_experts else self._projection_bytes),
+            "sums": at_once * (3 * self._vectors_measured + 2 * self._inputs_measured) * _FLOAT32,
         }
 
     def _comparing_removals(self) -> Terms:
         if self.config.space != "extended":
             return {}
-        # Twice as much as float32 takes: some blocks need float64.
-        moments = {"second moments": 8 * self._moments + 4 * self._matrix}
-        return {"weights": self._held * self._dtype.itemsize} | self._pool | moments
+        # Twice as much as float32 needs: some blocks need float64.
+        moments = {"second moments": 8 * self._moments_bytes + 4 * self._projection_bytes}
+        return self._weights | self._pool | moments
 
     def _removing_whole(self) -> Terms:
         config = self.config
         if config.space != "extended" or config.search != "joint" or config.whole == ("none",):
             return {}
         tokens = windows_of(TOKENS_FOR_WHOLE, config) * config.seq_len
-        return self._both_weights | {"seq_len": tokens * self._states_of_token, "logits": self._logits(tokens)}
+        return self._both_weights | {"seq_len": tokens * self._states_bytes, "logits": self._logits_bytes(tokens)}
 
     def _searching(self) -> Terms:
         config = self.config
         objective = (config.scoring_windows[1] + config.final_windows) * config.seq_len
         known = max(MOST_PROTECTED_FIRST, config.protect_first or 0) + 1 if config.layout == "per-layer" else 0
         # Layer by layer, trials have one layer in memory, and the hidden states of all windows.
-        states = (known + self.by_layer * 2 * JUDGED_TOGETHER) * objective * self._hidden * self._trial.itemsize
+        states = (known + self.by_layer * 2 * JUDGED_TOGETHER) * objective * self._hidden * self._trial_dtype.itemsize
         pruned = "a pruned layer" if self.by_layer else "pruned weights"
         return {
             **(self._both_weights | self._pool | self._solving),
-            pruned: (self._of_layer if self.by_layer else self._pruned) * self._trial.itemsize,
-            "logits": self._logits(objective),
+            pruned: (self._layer_weights if self.by_layer else self._pruned_weights) * self._trial_dtype.itemsize,
+            "logits": self._logits_bytes(objective),
             "objective_windows": states,
             "dense predictions": 2 * objective * self._vocabulary * (config.selection == "kl"),
         }
@@ -179,29 +174,30 @@ class _Stages:
         if not self.config.levels_widths or self.by_layer:
             return {}
         tokens = windows_of(TOKENS_FOR_COSTS, self.config) * self.config.seq_len
-        largest = max(self._elements(block) for block in self.structure.blocks) * _FLOAT32
         return {
             **(self._both_weights | self._pool | self._solving),
-            "pruned weights": self._pruned * self._trial.itemsize + largest,
-            "logits": self._logits(tokens),
-            "level_rounds": tokens * self._states_of_token,
+            "pruned weights": self._pruned_weights * self._trial_dtype.itemsize + self._largest_bytes,
+            "logits": self._logits_bytes(tokens),
+            "level_rounds": tokens * self._states_bytes,
             "dense predictions": 2 * tokens * self._vocabulary,
         }
 
     def _compensating(self) -> Terms:
-        config = self.model.config
-        if not self.config.fits_sequentially or not architecture_of(config).has_plain_residual(config):
+        model_config = self.model.config
+        if not self.config.fits_sequentially or not architecture_of(model_config).has_plain_residual(model_config):
             return {}
         # Only what loses something is fitted, in the inputs that it keeps.
         kept = (n / block.groups for block, n in self._blocks if n < block.groups)
         share = max(kept, default=0.0)
         # Of a batch: what the layer computes, and what up to three runs of it have left.
-        of_batch = _FITTED_AT_ONCE * self.config.seq_len * 6 * (self._hidden + self._widest) * self._trial.itemsize
+        of_batch = (
+            _FITTED_AT_ONCE * self.config.seq_len * 6 * (self._hidden + self._widest) * self._trial_dtype.itemsize
+        )
         return {
             **self._both_weights,
-            "second moments": int(4 * self._moments * share**2 + 3 * self._matrix * share),
-            "compensation_windows": self._text * (2 * self._hidden + self._widest),
-            "pruned weights": self._pruned * self._itemsize_of_both,
+            "second moments": int(4 * self._moments_bytes * share**2 + 3 * self._projection_bytes * share),
+            "compensation_windows": self._text_bytes * (2 * self._hidden + self._widest),
+            "pruned weights": self._pruned_weights * self._itemsize_of_both,
             "seq_len": of_batch,
         }
 
@@ -214,11 +210,11 @@ class _Stages:
         # Scales are multiplied in float32.
         saved = saved_activations(self.model.config, torch.float32)
         layers = self.structure.layers
-        activations = saved + self._states_of_token if options.gradient_checkpointing else layers * saved
+        activations = saved + self._states_bytes if options.gradient_checkpointing else layers * saved
         return self._both_weights | {
-            "pruned weights": (self._held - removed) * self._itemsize_of_both,
+            "pruned weights": (self._held_weights - removed) * self._itemsize_of_both,
             "seq_len": int(tokens * activations),
-            "logits": 3 * tokens * self._vocabulary * self._trial.itemsize + 2 * self._losses,
+            "logits": 3 * tokens * self._vocabulary * self._trial_dtype.itemsize + 2 * self._losses_bytes,
         }
 
     @cached_property
@@ -226,13 +222,13 @@ class _Stages:
         return dtype_of_weights(self.model, self.config.dtype)
 
     @cached_property
-    def _trial(self) -> torch.dtype:
+    def _trial_dtype(self) -> torch.dtype:
         return trial_dtype(self._dtype, self.device)
 
     @property
     def _itemsize_of_both(self) -> int:
         """Bytes of a weight, with its copy for trials where these have another dtype."""
-        return self._dtype.itemsize + (self._trial.itemsize if self._trial != self._dtype else 0)
+        return self._dtype.itemsize + (self._trial_dtype.itemsize if self._trial_dtype != self._dtype else 0)
 
     @cached_property
     def _vocabulary(self) -> int:
@@ -248,13 +244,13 @@ class _Stages:
         return [sum(weight.numel() for weight in layer.parameters()) for layer in decoder_layers(self.model)]
 
     @property
-    def _of_layer(self) -> int:
+    def _layer_weights(self) -> int:
         """Weights of the largest layer, where one layer at a time is in memory: it is there in one dtype, and what is
         in no layer in both."""
         return max(self._layers) if self.by_layer else 0
 
     @cached_property
-    def _held(self) -> int:
+    def _held_weights(self) -> int:
         """Weights of the dense model that a device holds."""
         weights: int = sum(weight.numel() for weight in self.model.parameters())
         largest = max(self._layers)
@@ -270,16 +266,22 @@ class _Stages:
         return list(zip(self.structure.blocks, self.counts, strict=True))
 
     @cached_property
-    def _pruned(self) -> int:
+    def _pruned_weights(self) -> int:
         """Weights of the pruned model that a device holds beside the dense one. Layer by layer, nothing is shared with
         that."""
         weights = sum(n * block.parameters_per_group for block, n in self._blocks if self.by_layer or n < block.groups)
         return weights // self.devices + max(self._layers) if self.devices > 1 else weights
 
     @property
+    def _weights(self) -> Terms:
+        """Of the dense model."""
+        return {"weights": self._held_weights * self._dtype.itemsize}
+
+    @property
     def _both_weights(self) -> Terms:
-        held, of_layer = self._held, self._of_layer
-        return {"weights": (held - of_layer) * self._itemsize_of_both + of_layer * self._trial.itemsize}
+        """Of the dense model and its copy for trials."""
+        held, of_layer = self._held_weights, self._layer_weights
+        return {"weights": (held - of_layer) * self._itemsize_of_both + of_layer * self._trial_dtype.itemsize}
 
     @cached_property
     def _widest(self) -> int:
@@ -287,57 +289,68 @@ class _Stages:
         return max(block.inputs for block in self.structure.blocks)
 
     @cached_property
-    def _inputs(self) -> int:
+    def _inputs_measured(self) -> int:
+        """Inputs of all blocks, of each of which two sums are kept."""
         return sum(block.inputs for block in self.structure.blocks)
 
     @cached_property
-    def _moments(self) -> int:
+    def _moments_bytes(self) -> int:
         """Bytes of the largest second moments."""
         return max(block.inputs * block.inputs_of_one for block in self.structure.blocks) * _FLOAT32
 
     @cached_property
-    def _matrix(self) -> int:
+    def _projection_bytes(self) -> int:
         """Bytes of the largest projection that is compensated."""
         projected = (block for block in self.structure.blocks if block.is_projected)
         return max((block.row_wise.elements * block.inputs for block in projected), default=0) * _FLOAT32
 
     @property
     def _solving(self) -> Terms:
-        return {"second moments": 4 * self._moments + 3 * self._matrix}
-
-    @staticmethod
-    def _elements(block: Block) -> int:
-        """Of the largest matrix of a block."""
-        return max(part.elements * block.groups * part.width for part in block.matrices)
+        """To correct one block."""
+        return {"second moments": 4 * self._moments_bytes + 3 * self._projection_bytes}
 
     @cached_property
-    def _vectors(self) -> int:
+    def _largest_bytes(self) -> int:
+        """Bytes of the largest matrix of any block, in float32."""
+        sizes = (
+            part.elements * block.groups * part.width for block in self.structure.blocks for part in block.matrices
+        )
+        return max(sizes) * _FLOAT32
+
+    @cached_property
+    def _vectors_measured(self) -> int:
         """Rows and columns that sums are kept for."""
         return sum(part.width * block.groups for block in self.structure.blocks for part in block.matrices)
 
     @property
     def _pool(self) -> Terms:
-        of_sample = self._vectors * (3 if self.config.terms == "all" else 1) + 2 * self._inputs
+        """The statistics of all samples."""
+        of_sample = self._vectors_measured * (3 if self.config.terms == "all" else 1) + 2 * self._inputs_measured
         return {"pool": self.config.pool * of_sample * _FLOAT32}
 
     @cached_property
-    def _text(self) -> int:
+    def _text_bytes(self) -> int:
         """Bytes of one number for every token that second moments are from."""
         written = self.config.self_windows or 0
         if self.config.self_windows is None and not self.by_layer:
             written = self.config.compensation_windows // 2
-        return (self.config.compensation_windows + written) * self.config.seq_len * self._trial.itemsize
+        return (self.config.compensation_windows + written) * self.config.seq_len * self._trial_dtype.itemsize
 
     @property
-    def _losses(self) -> int:
+    def _losses_bytes(self) -> int:
+        """Bytes of the logits of a window and of their log-softmax, in float32."""
         return 2 * self.config.seq_len * self._vocabulary * _FLOAT32
 
-    def _logits(self, tokens: int) -> int:
-        """Of a batch, what a layer computes, and after the last one the logits."""
-        of_token = max(self._vocabulary, 3 * self._widest + 4 * self._hidden) * self._trial.itemsize
-        return min(tokens_per_batch(self.device), tokens) * of_token + self._losses
+    def _logits_bytes(self, tokens: int) -> int:
+        """Bytes of what a layer computes of a batch, or of the logits after the last one, and of the losses.
+
+        Args:
+            tokens: of all batches.
+        """
+        of_token = max(self._vocabulary, 3 * self._widest + 4 * self._hidden) * self._trial_dtype.itemsize
+        return min(tokens_per_batch(self.device), tokens) * of_token + self._losses_bytes
 
     @property
-    def _states_of_token(self) -> int:
+    def _states_bytes(self) -> int:
         """Bytes of the hidden states of a token before, between and behind all layers."""
-        return (self.structure.layers + 1) * self._hidden * self._trial.itemsize
+        return (self.structure.layers + 1) * self._hidden * self._trial_dtype.itemsize

@@ -9,7 +9,7 @@ from dataclasses import replace
 from adapruner.planning import kept_counts
 from adapruner.search._objective import Objective, scores_of
 from adapruner.search._space import Candidate
-from adapruner.search.levelling._judging import Judged, Meet, Tried, gain_of, judge
+from adapruner.search.levelling._judging import Judged, Meet, Tried, judge
 from adapruner.search.levelling._probe import Measured, Probe
 from adapruner.structure import Block
 
@@ -20,16 +20,16 @@ _PROBED_SHARE = 0.15
 _EXPONENT, _MOST_PER_ROUND = 0.4, 1.3
 # Channels that cost nothing, or less: measured costs are noisy.
 _LEAST_COST = 0.05
-# All widths move at once, so that chance chooses less than among single changes: this gain is enough.
-_STANDARD_ERRORS = 1.0
+# Standard errors that are needed: all widths move at once, so that chance chooses less than among single changes.
+_CERTAIN = 1.0
 
 
 class MovedChannels(Tried):
-    """What channels cost, and what it gains to move them.
+    """What channels cost, and what it gains to move them. One standard error is needed.
 
     Attributes:
-        costs: by layer, what its next channels to go would cost: nats of divergence from the dense model per predicted
-            token and million parameters.
+        costs: by layer, of the channels that would be removed next: nats of divergence from the dense model per
+            predicted token and million parameters.
         standard_errors: of these, over the windows.
     """
 
@@ -59,10 +59,12 @@ def move_channels(
     judged = judge(objective, changed(objective, best.candidate, costs, layers, meet))
     if not judged:
         return best, []
-    moved = MovedChannels(
+    moved = MovedChannels.compared(
+        best,
+        judged,
+        _CERTAIN,
         costs={layer: cost for layer, (cost, _) in costs.items()},
         standard_errors={layer: error for layer, (_, error) in costs.items()},
-        **dict(gain_of(best, judged, _STANDARD_ERRORS)),
     )
     return judged if moved.accepted else best, [moved]
 

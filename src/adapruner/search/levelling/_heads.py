@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import TypeAlias
 
 from adapruner.planning import kept_counts
 from adapruner.search._objective import Objective, scores_of
-from adapruner.search.levelling._judging import CERTAIN, Judged, Meet, Tried, gain_of, judge
+from adapruner.search.levelling._judging import CERTAIN, Judged, Meet, Tried, judge
 from adapruner.search.levelling._probe import Probe
 
 # All changes of heads that pay are tried at once, the best half of them, and the best quarter: each was measured alone.
-_TRIED_SHARES = (1, 2, 4)
+_DIVISORS = (1, 2, 4)
 
 # A layer, and how many heads more or fewer it keeps.
-Change = tuple[int, int]
+Change: TypeAlias = tuple[int, int]
 
 
 class MovedHeads(Tried):
-    """Layers that keep other numbers of heads than before, with narrower or wider layers to make up for it.
+    """Layers that keep other numbers of heads than before, with narrower or wider layers to make up for it. Two
+    standard errors are needed.
 
     Attributes:
         changes: by layer, how many heads it keeps more or, negative, fewer: KV groups, or query heads where these are
@@ -75,12 +77,12 @@ def move_heads(
     counts = kept_counts(structure, candidate.budget, scores_of(structure, objective.statistics, candidate))
     kept = {block.layer: count for block, count in zip(structure.blocks, counts, strict=True) if block.kind == "heads"}
     tried: list[tuple[Judged, MovedHeads]] = []
-    for most in sorted({-(-len(paying) // share) for share in _TRIED_SHARES} - {0}, reverse=True):
+    for most in sorted({-(-len(paying) // divisor) for divisor in _DIVISORS} - {0}, reverse=True):
         changes = dict(paying[:most])
         heads = tuple(kept.get(layer, 0) + changes.get(layer, 0) for layer in range(structure.layers))
         budget = replace(candidate.budget, heads=heads)
         if judged := judge(objective, meet(candidate.model_copy(update={"budget": budget}))):
-            tried.append((judged, MovedHeads(changes=changes, **dict(gain_of(best, judged, CERTAIN)))))
+            tried.append((judged, MovedHeads.compared(best, judged, CERTAIN, changes=changes)))
     if not tried:
         return best, []
     judged, moved = max(tried, key=lambda one: (one[1].accepted, one[1].gain))

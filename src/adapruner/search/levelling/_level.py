@@ -47,7 +47,7 @@ def level(
     """Keeps parts that the search had better not removed whole, and moves heads and channels between layers until none
     costs more than another, as far as can be told.
 
-    A search of few trials tries few numbers of whole parts. So each part that is gone is tried again, one after the
+    A search of few trials tries few numbers of whole parts. So each removed part is tried again, one after the
     other, with narrower layers to make up for it.
 
     At the best allocation, what would be removed next costs the same per parameter in every layer. In each round, that

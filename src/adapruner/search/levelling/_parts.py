@@ -7,11 +7,11 @@ from dataclasses import replace
 from adapruner.models import Whole
 from adapruner.planning import Budget
 from adapruner.search._objective import Objective
-from adapruner.search.levelling._judging import CERTAIN, Judged, Meet, Tried, gain_of, judge
+from adapruner.search.levelling._judging import CERTAIN, Judged, Meet, Tried, judge
 
 
 class KeptPart(Tried):
-    """What it gains to keep a part that the search removed whole, at the same budget."""
+    """The gain of keeping a part that the search removed whole, at the same budget; two standard errors are needed."""
 
     layer: int
     part: Whole
@@ -25,7 +25,7 @@ def keep_parts(objective: Objective, best: Judged, meet: Meet) -> tuple[Judged, 
         judged = judge(objective, meet(best.candidate.model_copy(update={"budget": budget})))
         if not judged:
             continue
-        kept.append(KeptPart(layer=layer, part=part, **dict(gain_of(best, judged, CERTAIN))))
+        kept.append(KeptPart.compared(best, judged, CERTAIN, layer=layer, part=part))
         if kept[-1].accepted:
             best = judged
     return best, kept

@@ -27,11 +27,14 @@ class Probe:
     """A pruned model, of which single blocks are given other numbers of groups.
 
     Attributes:
+        objective: with the dense model, its structure and statistics.
+        budget: of the pruned model.
         counts: how many groups each block keeps.
     """
 
     def __init__(self, objective: Objective, windows: Tensor, references: list[Tensor], candidate: Candidate) -> None:
-        self.objective, self.windows, self.references, self.budget = objective, windows, references, candidate.budget
+        self.objective, self.budget = objective, candidate.budget
+        self._windows, self._references = windows, references
         structure = objective.structure
         self._scores = scores_of(structure, objective.statistics, candidate)
         self.counts = kept_counts(structure, candidate.budget, self._scores)
@@ -43,7 +46,7 @@ class Probe:
 
     def _divergences(self, same: int) -> Tensor:
         """[windows], float64: from the dense model, where so many of the first layers are as they were."""
-        batches = losses_by_batch(self._model, self.windows, self.references, prefix=self._prefix, prefix_layers=same)
+        batches = losses_by_batch(self._model, self._windows, self._references, prefix=self._prefix, prefix_layers=same)
         return torch.cat(list(batches))
 
     def added(self, number: int, count: int) -> Measured | None:
@@ -76,12 +79,12 @@ def _in_place(model: PreTrainedModel, other: PreTrainedModel, block: Block, laye
         paths = {f"{names.layers}.{block.layer}.{names.module_of('heads')}"}
     else:
         paths = {name.rpartition(".")[0] for name in block.slices_by_parameter}
-    own = {path: path.replace(f".{block.layer}.", f".{layer}.", 1) for path in paths}
-    before = {path: model.get_submodule(own[path]) for path in paths}
+    replaced = {path: path.replace(f".{block.layer}.", f".{layer}.", 1) for path in paths}
+    before = {path: model.get_submodule(replaced[path]) for path in paths}
     try:
         for path in paths:
-            model.set_submodule(own[path], other.get_submodule(path))
+            model.set_submodule(replaced[path], other.get_submodule(path))
         yield
     finally:
         for path in paths:
-            model.set_submodule(own[path], before[path])
+            model.set_submodule(replaced[path], before[path])
