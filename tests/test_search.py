@@ -10,6 +10,7 @@ import random
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -44,6 +45,7 @@ from adapruner.search import (
     SearchSpace,
     StudyPlace,
     SubsetFamily,
+    _study,
     build_subset_family,
     meet_budget,
     plan_candidate,
@@ -536,8 +538,9 @@ class KilledError(BaseException):
 
 
 def test_a_search_killed_between_any_two_statements_ends_as_an_undisturbed_one(
-    subsets: SubsetFamily, tmp_path: Path
+    subsets: SubsetFamily, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(_study, "_SECONDS_TO_MARK", 0.0)
     space = SearchSpace(subsets, 4, 0, Budget(0.2))
     executed, kill_at = 0, 0
 
@@ -560,6 +563,25 @@ def test_a_search_killed_between_any_two_statements_ends_as_an_undisturbed_one(
             assert search(space, a_smooth_objective, 10, 0, tmp_path / str(kill_at)) == undisturbed
     finally:
         event.remove(Engine, "before_cursor_execute", count)
+
+
+@pytest.mark.parametrize("is_helper", [True, False])
+def test_a_running_trial_is_kept_if_a_helper_marks_it_late(
+    is_helper: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = itertools.count(1)
+    with place_in(tmp_path).opened() as study, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Heartbeat of storage")
+        trial = study.ask()
+
+        def mark_in_the_end(seconds: float) -> None:
+            if next(looks) == 20:
+                trial.set_user_attr("helper", is_helper)
+
+        monkeypatch.setattr(time, "sleep", mark_in_the_end)
+        _study._discard_trials_of_a_killed_leader(study)
+        assert next(looks) > 20
+        assert study.trials[0].state == (TrialState.RUNNING if is_helper else TrialState.FAIL)
 
 
 def start(context: BaseContext, *arguments: object) -> BaseProcess:
@@ -633,7 +655,7 @@ def test_a_killed_helper_costs_its_trial_alone(subsets: SubsetFamily, tmp_path: 
     assert 40 <= states.count(TrialState.COMPLETE) <= 42
     assert states.count(TrialState.FAIL) + states.count(TrialState.RUNNING) <= 1
     finished = [trial for trial in trials if trial.state == TrialState.COMPLETE]
-    assert 1 < sum("helper" in trial.user_attrs for trial in finished) < 40
+    assert 1 < sum(trial.user_attrs["helper"] for trial in finished) < 40
     starts = sorted(trial.user_attrs["start"] for trial in finished if "start" in trial.user_attrs)
     assert set(starts) >= set(range(4))
     assert len(starts) >= 9

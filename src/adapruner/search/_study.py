@@ -35,10 +35,10 @@ _Trials = dict[TrialState, list[FrozenTrial]]
 _FEWEST_WINDOWS, _DECIDED_EVERY, _STANDARD_ERRORS = 8, 4, 0.5
 # Trials that are judged together. Each is proposed without knowing what the others will come to.
 JUDGED_TOGETHER = 4
-# A user attribute of trials that a process runs beside the one that leads.
+# A user attribute: whether a trial is run beside the process that leads, or by that process.
 _HELPER = "helper"
-# A helper marks its trial after it has created it.
-_SECONDS_TO_MARK = 1.0
+# A process marks its trial after it has created it, which takes long where many write to one file.
+_SECONDS_TO_MARK, _SECONDS_TO_LOOK = 10.0, 0.2
 
 
 class SearchResult(History):
@@ -241,7 +241,7 @@ class Search:
         counts = [len(finished), *filter(None, [len(refused)])]
         own = random.Random("/".join(map(str, [self.seed, *counts])))
         seed = (random.SystemRandom() if helps else own).getrandbits(32)
-        beside_others = helps or any(_HELPER in trial.user_attrs for trial in trials[TrialState.RUNNING])
+        beside_others = helps or any(trial.user_attrs.get(_HELPER) for trial in trials[TrialState.RUNNING])
         study.sampler = _sampler(self.sampler, seed, beside_others)
         best = min((trial for trial in finished if math.isfinite(_loss(trial))), key=_loss, default=None)
         left = self.trials - len(finished) - len(trials[TrialState.RUNNING])
@@ -276,9 +276,8 @@ class Search:
         Raises:
             TrialPruned: the budget of the first one cannot be met.
         """
-        if helps:
-            for trial in trials:
-                trial.set_user_attr(_HELPER, True)
+        for trial in trials:
+            trial.set_user_attr(_HELPER, helps)
         candidates = [self.space.suggest(trial) for trial in trials]
         if self.judge_together is None:
             # The judge may refuse a candidate when it is called, or later.
@@ -350,14 +349,19 @@ def _sampler(kind: Sampler, seed: int, beside_others: bool) -> optuna.samplers.B
 
 
 def _discard_trials_of_a_killed_leader(study: optuna.Study) -> None:
-    def unmarked() -> set[int]:
-        running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        return {trial.number for trial in running if _HELPER not in trial.user_attrs}
+    """Nobody will finish them. Trials that stay unmarked are taken for such."""
 
-    if left := unmarked():
-        time.sleep(_SECONDS_TO_MARK)
-        for number in left & unmarked():
-            study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
+    def running() -> dict[int, bool | None]:
+        trials = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        return {trial.number: trial.user_attrs.get(_HELPER) for trial in trials}
+
+    left, until = running(), time.monotonic() + _SECONDS_TO_MARK
+    while None in left.values() and time.monotonic() < until:
+        time.sleep(_SECONDS_TO_LOOK)
+        now = running()
+        left = {number: now[number] for number in left.keys() & now.keys()}
+    for number in (number for number, is_helper in left.items() if not is_helper):
+        study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
 
 
 def _by_state(study: optuna.Study) -> _Trials:
