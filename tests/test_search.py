@@ -71,12 +71,12 @@ def search(
     folder: Path,
     sampler: str = "tpe",
     judge_further: object = None,
-    finalists: int = 3,
+    judge_changed: object = None,
 ) -> SearchResult:
     """The whole search by one process."""
     whole = Search(space, judge, trials, seed, place_in(folder), sampler)
     whole.run()
-    return whole.result(judge_further, finalists)
+    return whole.result(judge_further, judge_changed)
 
 
 @pytest.fixture
@@ -292,13 +292,40 @@ def test_the_best_few_are_judged_on_further_windows(subsets: SubsetFamily, tmp_p
         for batch in windowed(candidate, range(16, 64)):
             yield batch + (1.0 if candidate == plain.best else 0.0)
 
-    result = search(space, lambda c: windowed(c, range(16)), 20, 0, tmp_path / "b", judge_further=further, finalists=3)
-    assert len(judged) == 4
+    result = search(space, lambda c: windowed(c, range(16)), 20, 0, tmp_path / "b", judge_further=further)
+    assert 3 <= len(judged) <= 5
     assert judged[0] == plain.best_fixed
     assert plain.best in judged
     assert result.best != plain.best
     expected = torch.cat(list(windowed(result.best, range(64)))).mean()
     assert abs(result.best_loss - float(expected)) < 1e-9
+
+
+@pytest.mark.parametrize(("rise", "is_refused"), [(1.0, True), (0.001, False), (-1.0, False), (math.inf, True)])
+def test_a_finalist_that_loses_in_changed_text_is_refused(
+    rise: float, is_refused: bool, subsets: SubsetFamily, tmp_path: Path
+) -> None:
+    """The next best one is chosen, in the end the best starting point, to which all are compared."""
+    space = SearchSpace(subsets, 4, 0, Budget(0.2))
+    plain = search(space, lambda candidate: windowed(candidate, range(16)), 20, 0, tmp_path)
+    assert not plain.points[plain.best_trial].starting_point
+    assert plain.refused == ()
+    judged: list[Candidate] = []
+
+    def changed(candidate: Candidate) -> list[Tensor]:
+        judged.append(candidate)
+        noise = torch.randn(64, generator=torch.Generator().manual_seed(len(judged)), dtype=torch.float64)
+        return [0.1 * noise + (rise if candidate == plain.best else 0.0)]
+
+    def same(candidate: Candidate) -> Iterator[Tensor]:
+        return windowed(candidate, range(16))
+
+    result = search(space, same, 20, 0, tmp_path, judge_further=same, judge_changed=changed)
+    assert result.refused == ((plain.best_trial,) if is_refused else ())
+    assert (result.best != plain.best) == is_refused
+    assert result.best_loss >= plain.best_loss
+    # The best starting point and those that are better, three at most, each once.
+    assert len(judged) == len({candidate.model_dump_json() for candidate in judged}) <= 4
 
 
 def test_budgets_that_cannot_be_met_are_proposed_again_and_do_not_count(subsets: SubsetFamily, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from adapruner.calibration._pool import (
     save_texts,
     start_token,
     text_windows,
+    upper_case_windows,
     windows_of_documents,
 )
 from adapruner.calibration._probes import OPENINGS, probe_texts
@@ -62,5 +63,6 @@ __all__ = [
     "stream_documents",
     "text_rows",
     "text_windows",
+    "upper_case_windows",
     "windows_of_documents",
 ]

@@ -108,6 +108,22 @@ def text_windows(source: Source, tokenizer: Tokenizer, seq_len: int) -> Tensor:
     return _behind(start, windows)
 
 
+def upper_case_windows(windows: Tensor, tokenizer: Tokenizer) -> Tensor:
+    """The text of windows in upper case, which takes more tokens: windows of the same length from all of it, at most as
+    many. Scripts without case stay as they are.
+
+    Args:
+        windows: [windows, tokens], int64.
+    """
+    count, seq_len = windows.shape
+    start = _start_of_text(tokenizer, seq_len)
+    texts = [tokenizer.decode(window, skip_special_tokens=True).upper() for window in windows]
+    tokens = [token for ids in tokenizer(texts, verbose=False, add_special_tokens=False).input_ids for token in ids]
+    size = seq_len - len(start)
+    cut = torch.tensor(tokens[: len(tokens) // size * size], dtype=torch.int64).reshape(-1, size)
+    return _behind(start, evenly_spaced(cut, count))
+
+
 def _given_windows(source: Source, seq_len: int, at_least: int) -> Tensor:
     """The windows of a source that holds windows, with the special tokens that they have."""
     windows = read_windows(source)

@@ -157,7 +157,8 @@ class _Stages:
 
     def _searching(self) -> Terms:
         config = self.config
-        objective = (config.scoring_windows[1] + config.final_windows) * config.seq_len
+        # The windows for the finalists are there as they are, and changed.
+        objective = (config.scoring_windows[1] + 2 * config.final_windows) * config.seq_len
         known = max(MOST_PROTECTED_FIRST, config.protect_first or 0) + 1 if config.layout == "per-layer" else 0
         # Layer by layer, trials have one layer in memory, and the hidden states of all windows.
         states = (known + self.by_layer * 2 * JUDGED_TOGETHER) * objective * self._hidden * self._trial_dtype.itemsize

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from adapruner.artifacts import Form, artifact
+from adapruner.calibration import upper_case_windows
 from adapruner.config import TARGET_OPTIONS, PruneConfig, WholePart
 from adapruner.errors import AdaPrunerError, NonFiniteError
 from adapruner.evaluation import compute_prefix, log_probabilities, losses_by_batch
@@ -112,7 +113,7 @@ def whole(job: Job, work: Path, windows: Windows) -> RemovalOrders:
         job.budget(job.config.searched_ratio),
     ),
     is_shared=True,
-    version=6,
+    version=7,
 )
 def search(
     job: Job, work: Path, windows: Windows, moments: Moments, statistics: Statistics, orders: RemovalOrders | None
@@ -132,8 +133,10 @@ def search(
     with prepared.reporter.stage("searching", config.trials) as advance:
         search.run(partial(_report_trial, job, advance))
         further = text[scoring:]
-        judges_further = len(further) and not prepared.item_losses
-        return search.result(judge(further) if judges_further else None)
+        if not len(further) or prepared.item_losses:
+            return search.result()
+        changed = upper_case_windows(further, prepared.tokenizer)
+        return search.result(judge(further), judge(changed) if len(changed) else None)
 
 
 def _report_trial(job: Job, advance: Advance, trial: TriedPoint, best: float) -> None:

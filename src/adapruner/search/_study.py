@@ -10,7 +10,8 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from functools import cache
+from itertools import chain, islice
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
@@ -33,6 +34,8 @@ _Trials = dict[TrialState, list[FrozenTrial]]
 # difference (docs/experiments.md). It may be as good, but there will be others, and it counts with what it is likely
 # to be. It is decided after every fourth window, however many a batch has: on a GPU as on a CPU.
 _FEWEST_WINDOWS, _DECIDED_EVERY, _STANDARD_ERRORS = 8, 4, 0.5
+# A finalist is refused if it is worse in changed text than the best starting point by so many standard errors.
+_STANDARD_ERRORS_TO_REFUSE = 2.0
 # Trials that are judged together. Each is proposed without knowing what the others will come to.
 JUDGED_TOGETHER = 4
 # A user attribute: whether a trial is run beside the process that leads, or by that process.
@@ -47,13 +50,16 @@ class SearchResult(History):
     Attributes:
         ratio: of all parameters, to be removed; where trials meet a target, that of the starting allocation.
         trials: how many were to be finished.
-        best: the best of the candidates that were not stopped; where finalists were judged further, the best of those.
+        best: the best of the candidates that were not stopped; where finalists were judged further, the best of those
+            that were not refused.
         best_loss: on the windows on which it was last judged; so is `best_fixed_loss`.
         best_trial: its number among `points`.
         best_fixed: the best of LLM-Pruner's metrics on the first random draw of samples.
         best_fixed_name: of that metric.
         stopped_early: how many trials were stopped early.
         starting_points: how many points the space tries before it searches.
+        refused: trials that are better than the best starting point and lose too much in changed text; their numbers
+            among `points`.
         steps: the best trial of each kind, picked on the windows of the search, and what it gains over the kind before.
             Kinds whose trials were all stopped are missing. `best` may be another trial.
     """
@@ -68,6 +74,7 @@ class SearchResult(History):
     best_fixed_name: str
     stopped_early: int
     starting_points: int
+    refused: tuple[int, ...] = ()
     steps: tuple[Step, ...] = ()
 
     @property
@@ -142,64 +149,83 @@ class Search:
                     return
                 self._run_trial(study, trials, helps=True)
 
-    def result(self, judge_further: Judge | None = None, finalists: int = 3) -> SearchResult:
+    def result(
+        self, judge_further: Judge | None = None, judge_changed: Judge | None = None, finalists: int = 3
+    ) -> SearchResult:
         """The best of the finished trials, judged on further windows.
 
         Args:
             judge_further: the same as `judge`, on further windows. The best of many trials owes part of its loss to the
                 windows it was chosen on; None takes it as it is.
-            finalists: how many are judged further.
+            judge_changed: the same on text that is written as that of `judge` never is. A finalist that is clearly
+                worse there than the best starting point is refused: what it gains holds for text of one kind.
+            finalists: how many are judged further, beside the best fixed metric and the best starting point.
 
         Raises:
             AdaPrunerError: no trial ended with a finite loss.
         """
         with self.place.opened() as study:
             finished = _by_state(study)[TrialState.COMPLETE]
-        fixed = sorted(filter(_is_fixed, finished), key=_loss)
         whole = sorted((trial for trial in finished if STOPPED not in trial.user_attrs), key=_loss)
+        fixed, starts = list(filter(_is_fixed, whole)), list(filter(_is_start, whole))
         if not fixed or not math.isfinite(_loss(whole[0])):
             raise AdaPrunerError(
                 f"none of the {len(finished)} trials has a finite loss: lower `ratio`, or try `dtype` float32"
             )
-        judged: dict[int, list[float]] = {}
 
-        def further(trial: FrozenTrial) -> list[float]:
-            if trial.number not in judged:
-                batches = judge_further(self.space.suggest(trial)) if judge_further else []
-                judged[trial.number] = [loss for batch in batches for loss in batch.tolist()]
-            return judged[trial.number]
+        def losses_by(judge: Judge | None) -> Callable[[int], list[float]]:
+            @cache
+            def losses_of(number: int) -> list[float]:
+                (trial,) = (trial for trial in whole if trial.number == number)
+                batches = judge(self.space.suggest(trial)) if judge and math.isfinite(_loss(trial)) else []
+                return [loss for batch in batches for loss in batch.tolist()]
+
+            return losses_of
+
+        further, changed = losses_by(judge_further), losses_by(judge_changed)
 
         def final_loss(trial: FrozenTrial) -> float:
-            is_finite = math.isfinite(_loss(trial))
-            return statistics.fmean([*trial.user_attrs[LOSSES], *further(trial)]) if is_finite else _loss(trial)
+            return statistics.fmean([*trial.user_attrs[LOSSES], *further(trial.number)] or [math.inf])
 
-        # The best fixed metric is always judged again, to compare with.
-        candidates = self._distinct_candidates([fixed[0], *whole], finalists + 1 if judge_further else 2)
-        losses = {trial.number: final_loss(trial) for trial, _ in candidates}
-        best, best_candidate = min(candidates, key=lambda one: losses[one[0].number])
+        def is_refused(trial: FrozenTrial) -> bool:
+            is_ahead = final_loss(trial) < final_loss(start)
+            return is_ahead and _is_clearly_worse(changed(trial.number), changed(start.number))
+
+        start, count = starts[0], finalists if judge_further else 1
+        # The best fixed metric is judged further to compare with, and so is the best starting point.
+        candidates = list(
+            self._distinct_candidates(
+                [fixed[0], start, *(trial for trial, _ in islice(self._distinct_candidates(whole), count))]
+            )
+        )
+        refused = [trial for trial, _ in candidates if is_refused(trial)]
+        best, best_candidate = min(
+            (one for one in candidates if one[0] not in refused), key=lambda one: final_loss(one[0])
+        )
         return SearchResult.of(
             finished,
             ratio=self.space.budget.ratio,
             trials=self.trials,
             best=best_candidate,
-            best_loss=losses[best.number],
+            best_loss=final_loss(best),
             best_trial=finished.index(best),
             best_fixed=candidates[0][1],
-            best_fixed_loss=losses[fixed[0].number],
+            best_fixed_loss=final_loss(fixed[0]),
             best_fixed_name=fixed[0].user_attrs[FIXED_METRIC],
             stopped_early=len(finished) - len(whole),
             starting_points=len(self.space.starting_points()),
+            refused=tuple(sorted(map(finished.index, refused))),
             steps=_steps(finished, fixed, whole, further, self.space.suggest),
         )
 
-    def _distinct_candidates(self, trials: Sequence[FrozenTrial], most: int) -> list[tuple[FrozenTrial, Candidate]]:
-        """The first trials whose candidates differ."""
-        distinct: dict[str, tuple[FrozenTrial, Candidate]] = {}
+    def _distinct_candidates(self, trials: Iterable[FrozenTrial]) -> Iterator[tuple[FrozenTrial, Candidate]]:
+        """The trials whose candidates differ from those before."""
+        seen: set[str] = set()
         for trial in trials:
-            if len(distinct) < most:
-                candidate = self.space.suggest(trial)
-                distinct.setdefault(candidate.model_dump_json(), (trial, candidate))
-        return list(distinct.values())
+            candidate = self.space.suggest(trial)
+            if (name := candidate.model_dump_json()) not in seen:
+                seen.add(name)
+                yield trial, candidate
 
     @contextlib.contextmanager
     def _working(self) -> Iterator[tuple[optuna.Study, Callable[[], None]]]:
@@ -374,7 +400,7 @@ def _steps(
     finished: list[FrozenTrial],
     fixed: list[FrozenTrial],
     whole: list[FrozenTrial],
-    further: Callable[[FrozenTrial], list[float]],
+    further: Callable[[int], list[float]],
     candidate_of: Callable[[FrozenTrial], Candidate],
 ) -> tuple[Step, ...]:
     """What each part of a search is worth.
@@ -383,18 +409,19 @@ def _steps(
         finished: all trials.
         fixed: LLM-Pruner's metrics, the best first.
         whole: the trials that were not stopped, the best first.
-        further: gives the losses of a trial on further windows; none if there are no such windows.
+        further: gives the losses of a trial, by its number, on further windows; none if there are no such windows, or
+            its loss is not finite.
         candidate_of: gives the candidate of a trial.
     """
     kinds: dict[StepName, list[FrozenTrial]] = {
         "fixed metric": fixed,
-        "starting point": [trial for trial in whole if START in trial.user_attrs and not _is_fixed(trial)],
-        "searched": [trial for trial in whole if START not in trial.user_attrs],
+        "starting point": [trial for trial in whole if _is_start(trial) and not _is_fixed(trial)],
+        "searched": [trial for trial in whole if not _is_start(trial)],
     }
     steps: list[Step] = []
     before: list[float] = []
     for name, trials in kinds.items():
-        held_out = further(trials[0]) if trials and math.isfinite(_loss(trials[0])) else []
+        held_out = further(trials[0].number) if trials else []
         losses = held_out or (trials[0].user_attrs[LOSSES] if trials else [])
         if not losses or not all(map(math.isfinite, losses)):
             continue
@@ -413,6 +440,20 @@ def _steps(
         )
         before = losses
     return tuple(steps)
+
+
+def _is_clearly_worse(losses: Sequence[float], others: Sequence[float]) -> bool:
+    """Whether losses on the same windows are higher than others; not, where there are too few to tell."""
+    excess = [own - other for own, other in zip(losses, others, strict=False)]
+    if len(excess) < 2 or not all(map(math.isfinite, others)):
+        return False
+    if not all(map(math.isfinite, losses)):
+        return True
+    return statistics.fmean(excess) > _STANDARD_ERRORS_TO_REFUSE * statistics.stdev(excess) / math.sqrt(len(excess))
+
+
+def _is_start(trial: FrozenTrial) -> bool:
+    return START in trial.user_attrs
 
 
 def _is_fixed(trial: FrozenTrial) -> bool:
