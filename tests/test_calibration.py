@@ -18,7 +18,6 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
-from tokenizers import AddedToken
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -169,7 +168,6 @@ def test_every_window_begins_as_a_text_does(tmp_path: Path, starting: PreTrained
 
 def test_text_in_upper_case_fills_windows_that_begin_as_a_text_does(starting: PreTrainedTokenizerFast) -> None:
     """A special token between is left out, so there is text for one window less."""
-    starting.add_special_tokens({"bos_token": AddedToken("w0", special=True)})
     starting.add_tokens([f"W{number}" for number in range(1, 8)])
     windows = torch.stack([torch.tensor(starting(text).input_ids) for text in ("w1 w2 w3", "w4 </s> w5", "w6 7 w7")])
     upper = upper_case_windows(windows, starting)
@@ -177,6 +175,12 @@ def test_text_in_upper_case_fills_windows_that_begin_as_a_text_does(starting: Pr
     assert upper.tolist() == [[start, *ids[:3]], [start, *ids[3:6]]]
     assert upper.dtype == torch.int64
     assert upper_case_windows(windows[1:2], starting).shape == (0, 4)
+
+
+def test_where_upper_case_changes_nothing_there_are_no_windows(starting: PreTrainedTokenizerFast) -> None:
+    starting.add_tokens(["W1", "W2", "字"])
+    windows = torch.tensor([starting("W1 字 W2").input_ids] * 3)
+    assert upper_case_windows(windows, starting).shape == (0, 4)
 
 
 def test_special_tokens_in_front_of_windows_have_no_bytes(tmp_path: Path, starting: PreTrainedTokenizerFast) -> None:

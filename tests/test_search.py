@@ -8,10 +8,11 @@ import operator
 import os
 import random
 import signal
+import sqlite3
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from multiprocessing.context import BaseContext
@@ -45,6 +46,7 @@ from adapruner.search import (
     SearchSpace,
     StudyPlace,
     SubsetFamily,
+    _place,
     _study,
     build_subset_family,
     meet_budget,
@@ -301,31 +303,81 @@ def test_the_best_few_are_judged_on_further_windows(subsets: SubsetFamily, tmp_p
     assert abs(result.best_loss - float(expected)) < 1e-9
 
 
-@pytest.mark.parametrize(("rise", "is_refused"), [(1.0, True), (0.001, False), (-1.0, False), (math.inf, True)])
-def test_a_finalist_that_loses_in_changed_text_is_refused(
-    rise: float, is_refused: bool, subsets: SubsetFamily, tmp_path: Path
-) -> None:
-    """The next best one is chosen, in the end the best starting point, to which all are compared."""
+def searched_with_changed_text(
+    subsets: SubsetFamily, folder: Path, losses: Callable[[Candidate, SearchResult], Tensor]
+) -> tuple[SearchResult, SearchResult, list[Candidate]]:
+    """The result without changed text, with it, and the candidates that were judged on it."""
     space = SearchSpace(subsets, 4, 0, Budget(0.2))
-    plain = search(space, lambda candidate: windowed(candidate, range(16)), 20, 0, tmp_path)
-    assert not plain.points[plain.best_trial].starting_point
-    assert plain.refused == ()
     judged: list[Candidate] = []
-
-    def changed(candidate: Candidate) -> list[Tensor]:
-        judged.append(candidate)
-        noise = torch.randn(64, generator=torch.Generator().manual_seed(len(judged)), dtype=torch.float64)
-        return [0.1 * noise + (rise if candidate == plain.best else 0.0)]
 
     def same(candidate: Candidate) -> Iterator[Tensor]:
         return windowed(candidate, range(16))
 
-    result = search(space, same, 20, 0, tmp_path, judge_further=same, judge_changed=changed)
+    def changed(candidate: Candidate) -> list[Tensor]:
+        judged.append(candidate)
+        noise = torch.randn(64, generator=torch.Generator().manual_seed(len(judged)), dtype=torch.float64)
+        return [0.1 * noise[: len(losses(candidate, plain))] + losses(candidate, plain)]
+
+    plain = search(space, same, 20, 0, folder, judge_further=same)
+    assert not plain.points[plain.best_trial].starting_point
+    assert plain.refused == ()
+    return plain, search(space, same, 20, 0, folder, judge_further=same, judge_changed=changed), judged
+
+
+@pytest.mark.parametrize(
+    ("rise", "windows", "is_refused"),
+    [(1.0, 64, True), (1.0, 4, False), (0.001, 64, False), (-1.0, 64, False), (math.inf, 64, True)],
+)
+def test_a_finalist_that_loses_in_changed_text_is_refused(
+    rise: float, windows: int, is_refused: bool, subsets: SubsetFamily, tmp_path: Path
+) -> None:
+    def losses(candidate: Candidate, plain: SearchResult) -> Tensor:
+        return torch.full((windows,), rise if candidate == plain.best else 0.0, dtype=torch.float64)
+
+    plain, result, judged = searched_with_changed_text(subsets, tmp_path, losses)
     assert result.refused == ((plain.best_trial,) if is_refused else ())
     assert (result.best != plain.best) == is_refused
     assert result.best_loss >= plain.best_loss
-    # The best starting point and those that are better, three at most, each once.
+    # The best starting point and those that are ahead of it, each once.
     assert len(judged) == len({candidate.model_dump_json() for candidate in judged}) <= 4
+
+
+def test_if_all_finalists_are_refused_the_best_starting_point_is_chosen(subsets: SubsetFamily, tmp_path: Path) -> None:
+    of_starts: set[str] = set()
+
+    def losses(candidate: Candidate, plain: SearchResult) -> Tensor:
+        of_starts.update(step.candidate.model_dump_json() for step in plain.steps if step.name != "searched")
+        return torch.full((64,), float(candidate.model_dump_json() not in of_starts), dtype=torch.float64)
+
+    _, result, judged = searched_with_changed_text(subsets, tmp_path, losses)
+    assert len(result.refused) == len(judged) - 1 > 0
+    assert not any(result.points[number].starting_point for number in result.refused)
+    assert result.points[result.best_trial].starting_point
+
+
+def test_a_starting_point_that_is_broken_in_changed_text_refuses_nothing(subsets: SubsetFamily, tmp_path: Path) -> None:
+    plain, result, _ = searched_with_changed_text(
+        subsets, tmp_path, lambda candidate, plain: torch.full((64,), math.inf, dtype=torch.float64)
+    )
+    assert (result.best, result.refused) == (plain.best, ())
+
+
+def test_a_database_that_others_read_opens_at_once(tmp_path: Path) -> None:
+    """In the mode that it has: only who is alone with it can change that."""
+    path = tmp_path / "study.db"
+    reader, other = sqlite3.connect(path, isolation_level=None), sqlite3.connect(path)
+    for statement in ("CREATE TABLE trials (number)", "BEGIN", "SELECT * FROM trials"):
+        reader.execute(statement)
+    begun = time.monotonic()
+    for mode in ("delete", "wal"):
+        _place._write_ahead(other, None)
+        assert other.execute("PRAGMA journal_mode").fetchone() == (mode,)
+        if reader.in_transaction:
+            reader.execute("END")
+    # Who waited would wait for a minute.
+    assert time.monotonic() - begun < 30
+    reader.close()
+    other.close()
 
 
 def test_budgets_that_cannot_be_met_are_proposed_again_and_do_not_count(subsets: SubsetFamily, tmp_path: Path) -> None:
@@ -606,6 +658,7 @@ def test_a_running_trial_is_kept_if_a_helper_marks_it_late(
                 trial.set_user_attr("helper", is_helper)
 
         monkeypatch.setattr(time, "sleep", mark_in_the_end)
+        monkeypatch.setattr(_study, "_SECONDS_TO_MARK", math.inf)
         _study._discard_trials_of_a_killed_leader(study)
         assert next(looks) > 20
         assert study.trials[0].state == (TrialState.RUNNING if is_helper else TrialState.FAIL)

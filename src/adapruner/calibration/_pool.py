@@ -110,15 +110,19 @@ def text_windows(source: Source, tokenizer: Tokenizer, seq_len: int) -> Tensor:
 
 def upper_case_windows(windows: Tensor, tokenizer: Tokenizer) -> Tensor:
     """The text of windows in upper case, which takes more tokens: windows of the same length from all of it, at most as
-    many. Scripts without case stay as they are.
+    many, and none where upper case changes nothing.
 
     Args:
         windows: [windows, tokens], int64.
     """
     count, seq_len = windows.shape
     start = _start_of_text(tokenizer, seq_len)
-    texts = [tokenizer.decode(window, skip_special_tokens=True).upper() for window in windows]
-    tokens = [token for ids in tokenizer(texts, verbose=False, add_special_tokens=False).input_ids for token in ids]
+    rests = [window[len(start) :] if window[: len(start)].tolist() == start else window for window in windows]
+    texts = [str(tokenizer.decode(rest, skip_special_tokens=True)) for rest in rests]
+    changed = [text.upper() for text in texts]
+    if changed == texts:
+        return windows[:0]
+    tokens = [token for ids in tokenizer(changed, verbose=False, add_special_tokens=False).input_ids for token in ids]
     size = seq_len - len(start)
     cut = torch.tensor(tokens[: len(tokens) // size * size], dtype=torch.int64).reshape(-1, size)
     return _behind(start, evenly_spaced(cut, count))

@@ -157,7 +157,7 @@ class _Stages:
 
     def _searching(self) -> Terms:
         config = self.config
-        # The windows for the finalists are there as they are, and changed.
+        # Finalists are judged on the further windows, and on their text in upper case.
         objective = (config.scoring_windows[1] + 2 * config.final_windows) * config.seq_len
         known = max(MOST_PROTECTED_FIRST, config.protect_first or 0) + 1 if config.layout == "per-layer" else 0
         # Layer by layer, trials have one layer in memory, and the hidden states of all windows.

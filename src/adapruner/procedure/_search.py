@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -136,7 +136,13 @@ def search(
         if not len(further) or prepared.item_losses:
             return search.result()
         changed = upper_case_windows(further, prepared.tokenizer)
-        return search.result(judge(further), judge(changed) if len(changed) else None)
+        # Without tokens that the model has no embedding for, where a tokenizer has such.
+        changed = changed[changed.amax(1) < prepared.empty.config.vocab_size]
+        if not len(changed):
+            return search.result(judge(further))
+        # Only if a finalist is ahead of the best starting point.
+        objective = cache(partial(judge, changed))
+        return search.result(judge(further), lambda candidate: objective()(candidate))
 
 
 def _report_trial(job: Job, advance: Advance, trial: TriedPoint, best: float) -> None:

@@ -23,8 +23,8 @@ from sqlalchemy.exc import SAWarning, SQLAlchemyError
 from adapruner.errors import AdaPrunerError, reason
 
 # Seconds between two signs of life of a running trial, without one until it counts as lost, and of waiting for a
-# database file that others write to: SQLite has no queue, and one of many processes may wait long.
-_HEARTBEAT, _GRACE, _LOCK_TIMEOUT = 10, 60, 300
+# database file that another process writes to.
+_HEARTBEAT, _GRACE, _LOCK_TIMEOUT = 10, 60, 60
 # Processes that start together create the tables together, which all but one are refused.
 _ATTEMPTS = 5
 _CREATED_BY_ANOTHER = ("already exists", "unique constraint")
@@ -177,11 +177,16 @@ def _of_database(error: BaseException | None) -> BaseException | None:
 
 def _write_ahead(connection: Any, _: object) -> None:
     """Spares most of the waiting for the disk: a trial is some thirty transactions. What a power failure takes is the
-    last of them; a kill takes nothing. Nobody may use the file while it is changed to that; if somebody does, the next
-    one to open it changes it."""
+    last of them; a kill takes nothing. SQLite changes the mode only while nobody else uses the file. Otherwise the
+    next connection tries again."""
+    connection.execute("PRAGMA busy_timeout=0")
     with contextlib.suppress(OperationalError):
         connection.execute("PRAGMA journal_mode=WAL")
-    connection.execute("PRAGMA synchronous=NORMAL")
+    connection.execute(f"PRAGMA busy_timeout={1000 * _LOCK_TIMEOUT}")
+    ((mode,),) = connection.execute("PRAGMA journal_mode").fetchall()
+    if mode == "wal":
+        # In another mode, a power failure could then break the file.
+        connection.execute("PRAGMA synchronous=NORMAL")
 
 
 class _Storage(RDBStorage):

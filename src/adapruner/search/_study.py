@@ -58,8 +58,8 @@ class SearchResult(History):
         best_fixed_name: of that metric.
         stopped_early: how many trials were stopped early.
         starting_points: how many points the space tries before it searches.
-        refused: trials that are better than the best starting point and lose too much in changed text; their numbers
-            among `points`.
+        refused: trials that are ahead of the best starting point over all windows, but clearly behind it in changed
+            text; their numbers among `points`.
         steps: the best trial of each kind, picked on the windows of the search, and what it gains over the kind before.
             Kinds whose trials were all stopped are missing. `best` may be another trial.
     """
@@ -157,9 +157,10 @@ class Search:
         Args:
             judge_further: the same as `judge`, on further windows. The best of many trials owes part of its loss to the
                 windows it was chosen on; None takes it as it is.
-            judge_changed: the same on text that is written as that of `judge` never is. A finalist that is clearly
-                worse there than the best starting point is refused: what it gains holds for text of one kind.
-            finalists: how many are judged further, beside the best fixed metric and the best starting point.
+            judge_changed: the same on text in another form. A finalist that is ahead of the best starting point, and
+                clearly worse here, is refused: what it gains holds for text of one kind.
+            finalists: how many are judged further, beside the best fixed metric and the best starting point. If all
+                that are ahead are refused, the best starting point is chosen.
 
         Raises:
             AdaPrunerError: no trial ended with a finite loss.
@@ -187,17 +188,15 @@ class Search:
         def final_loss(trial: FrozenTrial) -> float:
             return statistics.fmean([*trial.user_attrs[LOSSES], *further(trial.number)] or [math.inf])
 
+        # The best fixed metric is judged further to compare with, and so is the best starting point.
+        first = islice(self._distinct_candidates(whole), finalists if judge_further else 1)
+        candidates = list(self._distinct_candidates([fixed[0], starts[0], *(trial for trial, _ in first)]))
+        start = min((trial for trial, _ in candidates if _is_start(trial)), key=final_loss)
+
         def is_refused(trial: FrozenTrial) -> bool:
             is_ahead = final_loss(trial) < final_loss(start)
             return is_ahead and _is_clearly_worse(changed(trial.number), changed(start.number))
 
-        start, count = starts[0], finalists if judge_further else 1
-        # The best fixed metric is judged further to compare with, and so is the best starting point.
-        candidates = list(
-            self._distinct_candidates(
-                [fixed[0], start, *(trial for trial, _ in islice(self._distinct_candidates(whole), count))]
-            )
-        )
         refused = [trial for trial, _ in candidates if is_refused(trial)]
         best, best_candidate = min(
             (one for one in candidates if one[0] not in refused), key=lambda one: final_loss(one[0])
@@ -274,8 +273,9 @@ class Search:
         beside = min(JUDGED_TOGETHER, left) - 1 if self.judge_together else 0
 
         def run(trial: optuna.Trial) -> float:
-            others = [self._ask(study, seed + number) for number in range(1, beside + 1)]
-            return self._run_together(study, [trial, *others], best, helps)
+            trial.set_user_attr(_HELPER, helps)
+            others = [self._ask(study, seed + number, helps) for number in range(1, beside + 1)]
+            return self._run_together(study, [trial, *others], best)
 
         try:
             study.optimize(run, n_trials=1)
@@ -285,25 +285,23 @@ class Search:
             if isinstance(error, ValueError) and "Cannot tell a" not in str(error):
                 raise
 
-    def _ask(self, study: optuna.Study, seed: int) -> optuna.Trial:
+    def _ask(self, study: optuna.Study, seed: int, helps: bool) -> optuna.Trial:
         """A further trial, proposed beside those that are running."""
         study.sampler = _sampler(self.sampler, seed, beside_others=True)
         with warnings.catch_warnings():
             # Of trials that are asked for, Optuna sends no heartbeat: that of the trial they are judged with stands for
             # them.
             warnings.filterwarnings("ignore", message="Heartbeat of storage")
-            return study.ask()
+            trial = study.ask()
+        trial.set_user_attr(_HELPER, helps)
+        return trial
 
-    def _run_together(
-        self, study: optuna.Study, trials: Sequence[optuna.Trial], best: FrozenTrial | None, helps: bool
-    ) -> float:
+    def _run_together(self, study: optuna.Study, trials: Sequence[optuna.Trial], best: FrozenTrial | None) -> float:
         """Judges trials and records all but the first one, whose value is returned for Optuna to record.
 
         Raises:
             TrialPruned: the budget of the first one cannot be met.
         """
-        for trial in trials:
-            trial.set_user_attr(_HELPER, helps)
         candidates = [self.space.suggest(trial) for trial in trials]
         if self.judge_together is None:
             # The judge may refuse a candidate when it is called, or later.
@@ -375,7 +373,7 @@ def _sampler(kind: Sampler, seed: int, beside_others: bool) -> optuna.samplers.B
 
 
 def _discard_trials_of_a_killed_leader(study: optuna.Study) -> None:
-    """Nobody will finish them. Trials that stay unmarked are taken for such."""
+    """Fails the running trials of a leader that was killed. Those that stay unmarked count as its own."""
 
     def running() -> dict[int, bool | None]:
         trials = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
@@ -444,11 +442,11 @@ def _steps(
 
 def _is_clearly_worse(losses: Sequence[float], others: Sequence[float]) -> bool:
     """Whether losses on the same windows are higher than others; not, where there are too few to tell."""
-    excess = [own - other for own, other in zip(losses, others, strict=False)]
-    if len(excess) < 2 or not all(map(math.isfinite, others)):
+    if len(others) < _FEWEST_WINDOWS or not all(map(math.isfinite, others)):
         return False
     if not all(map(math.isfinite, losses)):
         return True
+    excess = [own - other for own, other in zip(losses, others, strict=True)]
     return statistics.fmean(excess) > _STANDARD_ERRORS_TO_REFUSE * statistics.stdev(excess) / math.sqrt(len(excess))
 
 
