@@ -272,7 +272,10 @@ class PruneOptions(_Options):
         f" {_SCORING_WINDOWS[0]} if the text has no more beside final_windows.",
     )
     final_windows: int = Field(
-        default=64, ge=0, description="Further held-out windows, if available, that score the best trials again."
+        default=64,
+        ge=0,
+        description="Further held-out windows, if available, that score the best trials again, as they are and in upper"
+        " case.",
     )
     selection: Selection = Field(
         default="loss", description="Score trials by the loss, or by the KL divergence from the dense model."
