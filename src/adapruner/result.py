@@ -32,7 +32,7 @@ _MUCH_WORSE, _FEW_WINDOWS, _FRIENDLY_MULTIPLE = 2.0, 256, 8
 # The same for bits per byte, which are compared where tokens are others.
 _MANY_MORE_BITS = 1.2
 # The rise of the repeated fraction of greedy text, and of bits per byte of arithmetic and code. SmolLM2-135M without a
-# fifth of its parameters: 0.16 to 0.51, and 1.3 times (docs/benchmarks.md).
+# fifth of its parameters: 0.16 to 0.38, and 1.2 to 1.4 times (docs/benchmarks.md).
 _MUCH_REPETITION, _MANY_MORE_PROBE_BITS = 0.25, 1.5
 # Of all parameters, in rows of tokens that text of one language does not need.
 _MUCH_FOREIGN = 0.05
