@@ -571,6 +571,30 @@ def test_the_one_fixed_metric_is_finished_though_a_helper_is_at_it(subsets: Subs
     assert [point.fixed_metric for point in result.points].count("param_first") == 2
 
 
+def test_a_lost_fixed_metric_is_tried_again_though_a_helper_finishes_the_last_trial(
+    subsets: SubsetFamily, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The helper does so just after the leader has looked for what is missing."""
+    space, place = SearchSpace(subsets, 4, 0, Budget(0.2), searched="calibration"), place_in(tmp_path)
+    leader = Search(space, a_smooth_objective, 6, 0, place)
+    queue = Search._queue_starting_points
+
+    def queue_before_others_finish(self: Search, study: optuna.Study) -> bool:
+        is_over = queue(self, study)
+        if len(study.get_trials(states=(TrialState.COMPLETE,))) == 5:
+            study.add_trial(create_trial(value=9.0, user_attrs={LOSSES: [9.0], "helper": True}))
+        return is_over
+
+    with place.opened() as study:
+        attributes = space.starting_points()[0].attributes | {"start": 0, "helper": True}
+        study.add_trial(create_trial(state=TrialState.RUNNING, user_attrs=attributes))
+    monkeypatch.setattr(Search, "_queue_starting_points", queue_before_others_finish)
+    leader.run()
+    with place.opened() as study:
+        finished = study.get_trials(states=(TrialState.COMPLETE,))
+    assert [trial.user_attrs.get("fixed_metric") for trial in finished].count("param_first") == 1
+
+
 def test_whose_trial_was_given_to_another_goes_on(subsets: SubsetFamily, tmp_path: Path) -> None:
     """A machine that slept looks dead to the others."""
     space, place = SearchSpace(subsets, 4, 0, Budget(0.2)), place_in(tmp_path)

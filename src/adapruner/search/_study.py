@@ -128,16 +128,18 @@ class Search:
             _discard_trials_of_a_killed_leader(study)
             while True:
                 raise_if_interrupted()
-                self._queue_starting_points(study)
+                is_over = self._queue_starting_points(study)
                 trials = _by_state(study)
                 finished = trials[TrialState.COMPLETE]
                 for count in range(reported + 1, min(len(finished), self.trials) + 1):
                     reported = count
                     if progress:
                         progress(point_of(count - 1, finished[count - 1]), min(map(_loss, finished[:count])))
-                if self._is_enough(trials) and not any(map(_is_fixed, trials[TrialState.WAITING])):
+                if is_over and not any(map(_is_fixed, trials[TrialState.WAITING])):
                     return
-                self._run_trial(study, trials, helps=False)
+                # If others have finished the last one since, the lost fixed metrics are queued first.
+                if is_over or not self._is_enough(trials):
+                    self._run_trial(study, trials, helps=False)
 
     def help(self) -> None:
         """Runs trials beside the process that leads, as long as more are wanted than are finished or running."""
@@ -239,26 +241,32 @@ class Search:
         begun = len(trials[TrialState.COMPLETE]) + with_running * len(trials[TrialState.RUNNING])
         return max(begun, len(trials[TrialState.PRUNED])) >= self.trials
 
-    def _queue_starting_points(self, study: optuna.Study) -> None:
+    def _queue_starting_points(self, study: optuna.Study) -> bool:
         """Queues the starting points that nobody has tried, is trying or will try; in their order, because each is
         compared with the best before it. At the end, the fixed metrics alone, also those that others are trying: the
-        result is compared with them, and nobody is waited for."""
+        result is compared with them, and nobody is waited for.
+
+        Returns:
+            Whether it is the end: enough trials are finished.
+        """
         trials = _by_state(study)
+        is_over = self._is_enough(trials)
         starts = dict(enumerate(self.space.starting_points()[: self.trials]))
         states = [TrialState.COMPLETE, TrialState.PRUNED]
-        if self._is_enough(trials):
+        if is_over:
             starts = {number: start for number, start in starts.items() if FIXED_METRIC in start.attributes}
         else:
             states.append(TrialState.RUNNING)
         queued = trials[TrialState.WAITING]
         missing = starts.keys() - {trial.user_attrs.get(START) for state in states for trial in trials[state]}
         if missing <= {trial.user_attrs.get(START) for trial in queued}:
-            return
+            return is_over
         if queued:  # those before them have been lost; a trial without a number fails
             study.sampler = optuna.samplers.RandomSampler()
             study.optimize(lambda _: math.nan, n_trials=len(queued))
         for number in sorted(missing):
             study.enqueue_trial(starts[number].parameters, user_attrs=starts[number].attributes | {START: number})
+        return is_over
 
     def _run_trial(self, study: optuna.Study, trials: _Trials, helps: bool) -> None:
         finished, refused = trials[TrialState.COMPLETE], trials[TrialState.PRUNED]
