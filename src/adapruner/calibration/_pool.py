@@ -109,11 +109,13 @@ def text_windows(source: Source, tokenizer: Tokenizer, seq_len: int) -> Tensor:
 
 
 def upper_case_windows(windows: Tensor, tokenizer: Tokenizer) -> Tensor:
-    """The text of windows in upper case, which takes more tokens: windows of the same length from all of it, at most as
-    many, and none where upper case changes nothing.
+    """The text of windows in upper case. It takes more tokens, so that windows are evenly spaced in it.
 
     Args:
         windows: [windows, tokens], int64.
+
+    Returns:
+        [at most as many windows, tokens], int64; no windows where upper case changes nothing.
     """
     count, seq_len = windows.shape
     start = _start_of_text(tokenizer, seq_len)
