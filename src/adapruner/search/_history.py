@@ -130,7 +130,7 @@ def point_of(number: int, trial: FrozenTrial) -> TriedPoint:
     """
     return TriedPoint(
         number=number,
-        loss=trial.values[0] if math.isfinite(trial.values[0]) else None,
+        loss=loss_of(trial) if math.isfinite(loss_of(trial)) else None,
         stopped=STOPPED in trial.user_attrs,
         windows=len(trial.user_attrs[LOSSES]),
         starting_point=START in trial.user_attrs,
@@ -138,6 +138,11 @@ def point_of(number: int, trial: FrozenTrial) -> TriedPoint:
         parameters=dict(sorted(trial.params.items())),
         positions={name: _position(trial.params[name], kind) for name, kind in sorted(trial.distributions.items())},
     )
+
+
+def loss_of(trial: FrozenTrial) -> float:
+    """The loss of a finished trial, which may be infinite."""
+    return float(trial.values[0])
 
 
 def _position(value: Parameter, kind: BaseDistribution) -> float:
@@ -157,7 +162,7 @@ def _ends(kind: BaseDistribution) -> tuple[Parameter, ...]:
 
 def importance_of(finished: Sequence[FrozenTrial]) -> dict[str, float]:
     """Of the searched points alone: a fixed metric has no parameters, and a trial without a loss teaches nothing."""
-    searched = [trial for trial in finished if trial.params and math.isfinite(trial.values[0])]
+    searched = [trial for trial in finished if trial.params and math.isfinite(loss_of(trial))]
     if len(searched) < _FEWEST_POINTS:
         return {}
     with quiet_optuna(), warnings.catch_warnings():

@@ -10,8 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
-from itertools import chain, islice
+from itertools import chain
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
@@ -19,14 +18,14 @@ from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
 
 from adapruner.config import Sampler
-from adapruner.errors import AdaPrunerError, NonFiniteError
+from adapruner.errors import NonFiniteError
 from adapruner.interrupts import deferring_interrupts
 from adapruner.planning import BudgetError
-from adapruner.search._history import LOSSES, STOPPED, History, Step, StepName, TriedPoint, point_of
+from adapruner.search._history import LOSSES, STOPPED, TriedPoint, loss_of, point_of
 from adapruner.search._place import StudyPlace
+from adapruner.search._result import Judge, SearchResult, choose
 from adapruner.search._space import FIXED_METRIC, START, Candidate, SearchSpace
 
-Judge = Callable[[Candidate], Iterable[Tensor]]
 JudgeTogether = Callable[[Sequence[Candidate]], Sequence[Iterable[Tensor]]]
 _Trials = dict[TrialState, list[FrozenTrial]]
 
@@ -34,58 +33,12 @@ _Trials = dict[TrialState, list[FrozenTrial]]
 # difference (docs/experiments.md). It may be as good, but there will be others, and it counts with what it is likely
 # to be. It is decided after every fourth window, however many a batch has: on a GPU as on a CPU.
 _FEWEST_WINDOWS, _DECIDED_EVERY, _STANDARD_ERRORS = 8, 4, 0.5
-# A finalist is refused if it is worse in changed text than the best starting point by so many standard errors.
-_STANDARD_ERRORS_TO_REFUSE = 2.0
 # Trials that are judged together. Each is proposed without knowing what the others will come to.
 JUDGED_TOGETHER = 4
 # A user attribute: whether a trial is run beside the process that leads, or by that process.
 _HELPER = "helper"
 # A process marks its trial after it has created it, which takes long where many write to one file.
 _SECONDS_TO_MARK, _SECONDS_TO_LOOK = 10.0, 0.2
-
-
-class SearchResult(History):
-    """The outcome of a search, with all finished trials.
-
-    Attributes:
-        ratio: of all parameters, to be removed; where trials meet a target, that of the starting allocation.
-        trials: how many were to be finished.
-        best: the best of the candidates that were not stopped; where finalists were judged further, the best of those
-            that were not refused.
-        best_loss: on the windows on which it was last judged; so is `best_fixed_loss`.
-        best_trial: its number among `points`.
-        best_fixed: the best of LLM-Pruner's metrics on the first random draw of samples.
-        best_fixed_name: of that metric.
-        stopped_early: how many trials were stopped early.
-        starting_points: how many points the space tries before it searches.
-        refused: trials that are ahead of the best starting point over all windows, but clearly behind it in changed
-            text; their numbers among `points`.
-        steps: the best trial of each kind, picked on the windows of the search, and what it gains over the kind before.
-            Kinds whose trials were all stopped are missing. `best` may be another trial.
-    """
-
-    ratio: float
-    trials: int
-    best: Candidate
-    best_loss: float
-    best_trial: int
-    best_fixed: Candidate
-    best_fixed_loss: float
-    best_fixed_name: str
-    stopped_early: int
-    starting_points: int
-    refused: tuple[int, ...] = ()
-    steps: tuple[Step, ...] = ()
-
-    @property
-    def advice(self) -> str | None:
-        """What to change if nothing was searched."""
-        if self.searched:
-            return None
-        return (
-            f"nothing was searched: all {len(self.points)} trials are starting points; raise `trials` above"
-            f" {self.starting_points}"
-        )
 
 
 @dataclass(frozen=True)
@@ -134,8 +87,8 @@ class Search:
                 for count in range(reported + 1, min(len(finished), self.trials) + 1):
                     reported = count
                     if progress:
-                        progress(point_of(count - 1, finished[count - 1]), min(map(_loss, finished[:count])))
-                if is_over and not any(map(_is_fixed, trials[TrialState.WAITING])):
+                        progress(point_of(count - 1, finished[count - 1]), min(map(loss_of, finished[:count])))
+                if is_over and not any(FIXED_METRIC in trial.user_attrs for trial in trials[TrialState.WAITING]):
                     return
                 # If others have finished the last one since, the lost fixed metrics are queued first.
                 if is_over or not self._is_enough(trials):
@@ -151,82 +104,15 @@ class Search:
                     return
                 self._run_trial(study, trials, helps=True)
 
-    def result(
-        self, judge_further: Judge | None = None, judge_changed: Judge | None = None, finalists: int = 3
-    ) -> SearchResult:
-        """The best of the finished trials, judged on further windows.
-
-        Args:
-            judge_further: the same as `judge`, on further windows. The best of many trials owes part of its loss to the
-                windows it was chosen on; None takes it as it is.
-            judge_changed: the same on text in another form. A finalist that is ahead of the best starting point, and
-                clearly worse here, is refused: what it gains holds for text of one kind.
-            finalists: how many are judged further, beside the best fixed metric and the best starting point. If all
-                that are ahead are refused, the best starting point is chosen.
+    def result(self, judge_further: Judge | None = None, judge_changed: Judge | None = None) -> SearchResult:
+        """The best of the finished trials; see `choose` for the judges.
 
         Raises:
             AdaPrunerError: no trial ended with a finite loss.
         """
         with self.place.opened() as study:
             finished = _by_state(study)[TrialState.COMPLETE]
-        whole = sorted((trial for trial in finished if STOPPED not in trial.user_attrs), key=_loss)
-        fixed, starts = list(filter(_is_fixed, whole)), list(filter(_is_start, whole))
-        if not fixed or not math.isfinite(_loss(whole[0])):
-            raise AdaPrunerError(
-                f"none of the {len(finished)} trials has a finite loss: lower `ratio`, or try `dtype` float32"
-            )
-
-        def losses_by(judge: Judge | None) -> Callable[[int], list[float]]:
-            @cache
-            def losses_of(number: int) -> list[float]:
-                (trial,) = (trial for trial in whole if trial.number == number)
-                batches = judge(self.space.suggest(trial)) if judge and math.isfinite(_loss(trial)) else []
-                return [loss for batch in batches for loss in batch.tolist()]
-
-            return losses_of
-
-        further, changed = losses_by(judge_further), losses_by(judge_changed)
-
-        def final_loss(trial: FrozenTrial) -> float:
-            return statistics.fmean([*trial.user_attrs[LOSSES], *further(trial.number)] or [math.inf])
-
-        # The best fixed metric is judged further to compare with, and so is the best starting point.
-        first = islice(self._distinct_candidates(whole), finalists if judge_further else 1)
-        candidates = list(self._distinct_candidates([fixed[0], starts[0], *(trial for trial, _ in first)]))
-        start = min((trial for trial, _ in candidates if _is_start(trial)), key=final_loss)
-
-        def is_refused(trial: FrozenTrial) -> bool:
-            is_ahead = final_loss(trial) < final_loss(start)
-            return is_ahead and _is_clearly_worse(changed(trial.number), changed(start.number))
-
-        refused = [trial for trial, _ in candidates if is_refused(trial)]
-        best, best_candidate = min(
-            (one for one in candidates if one[0] not in refused), key=lambda one: final_loss(one[0])
-        )
-        return SearchResult.of(
-            finished,
-            ratio=self.space.budget.ratio,
-            trials=self.trials,
-            best=best_candidate,
-            best_loss=final_loss(best),
-            best_trial=finished.index(best),
-            best_fixed=candidates[0][1],
-            best_fixed_loss=final_loss(fixed[0]),
-            best_fixed_name=fixed[0].user_attrs[FIXED_METRIC],
-            stopped_early=len(finished) - len(whole),
-            starting_points=len(self.space.starting_points()),
-            refused=tuple(sorted(map(finished.index, refused))),
-            steps=_steps(finished, fixed, whole, further, self.space.suggest),
-        )
-
-    def _distinct_candidates(self, trials: Iterable[FrozenTrial]) -> Iterator[tuple[FrozenTrial, Candidate]]:
-        """The trials whose candidates differ from those before."""
-        seen: set[str] = set()
-        for trial in trials:
-            candidate = self.space.suggest(trial)
-            if (name := candidate.model_dump_json()) not in seen:
-                seen.add(name)
-                yield trial, candidate
+        return choose(finished, self.space, self.trials, judge_further, judge_changed)
 
     @contextlib.contextmanager
     def _working(self) -> Iterator[tuple[optuna.Study, Callable[[], None]]]:
@@ -276,7 +162,7 @@ class Search:
         seed = (random.SystemRandom() if helps else own).getrandbits(32)
         beside_others = helps or any(trial.user_attrs.get(_HELPER) for trial in trials[TrialState.RUNNING])
         study.sampler = _sampler(self.sampler, seed, beside_others)
-        best = min((trial for trial in finished if math.isfinite(_loss(trial))), key=_loss, default=None)
+        best = min((trial for trial in finished if math.isfinite(loss_of(trial))), key=loss_of, default=None)
         left = self.trials - len(finished) - len(trials[TrialState.RUNNING])
         beside = min(JUDGED_TOGETHER, left) - 1 if self.judge_together else 0
 
@@ -346,7 +232,7 @@ class Search:
                 if best and (excess := _excess(losses, best.user_attrs[LOSSES])):
                     trial.set_user_attr(STOPPED, True)
                     trial.set_user_attr(LOSSES, losses)
-                    return _loss(best) + excess
+                    return loss_of(best) + excess
         except BudgetError as error:
             raise optuna.TrialPruned from error
         except NonFiniteError:
@@ -400,71 +286,3 @@ def _by_state(study: optuna.Study) -> _Trials:
     """In the order in which they were begun."""
     trials = study.get_trials(deepcopy=False)
     return {state: [trial for trial in trials if trial.state == state] for state in TrialState}
-
-
-def _steps(
-    finished: list[FrozenTrial],
-    fixed: list[FrozenTrial],
-    whole: list[FrozenTrial],
-    further: Callable[[int], list[float]],
-    candidate_of: Callable[[FrozenTrial], Candidate],
-) -> tuple[Step, ...]:
-    """What each part of a search is worth.
-
-    Args:
-        finished: all trials.
-        fixed: LLM-Pruner's metrics, the best first.
-        whole: the trials that were not stopped, the best first.
-        further: gives the losses of a trial, by its number, on further windows; none if there are no such windows, or
-            its loss is not finite.
-        candidate_of: gives the candidate of a trial.
-    """
-    kinds: dict[StepName, list[FrozenTrial]] = {
-        "fixed metric": fixed,
-        "starting point": [trial for trial in whole if _is_start(trial) and not _is_fixed(trial)],
-        "searched": [trial for trial in whole if not _is_start(trial)],
-    }
-    steps: list[Step] = []
-    before: list[float] = []
-    for name, trials in kinds.items():
-        held_out = further(trials[0].number) if trials else []
-        losses = held_out or (trials[0].user_attrs[LOSSES] if trials else [])
-        if not losses or not all(map(math.isfinite, losses)):
-            continue
-        gains = [earlier - later for earlier, later in zip(before, losses, strict=bool(before))]
-        steps.append(
-            Step(
-                name=name,
-                trial=finished.index(trials[0]),
-                candidate=candidate_of(trials[0]),
-                loss=statistics.fmean(losses),
-                windows=len(losses),
-                is_held_out=bool(held_out),
-                gain=statistics.fmean(gains) if gains else None,
-                standard_error=statistics.stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else None,
-            )
-        )
-        before = losses
-    return tuple(steps)
-
-
-def _is_clearly_worse(losses: Sequence[float], others: Sequence[float]) -> bool:
-    """Whether losses on the same windows are higher than others; not, where there are too few to tell."""
-    if len(others) < _FEWEST_WINDOWS or not all(map(math.isfinite, others)):
-        return False
-    if not all(map(math.isfinite, losses)):
-        return True
-    excess = [own - other for own, other in zip(losses, others, strict=True)]
-    return statistics.fmean(excess) > _STANDARD_ERRORS_TO_REFUSE * statistics.stdev(excess) / math.sqrt(len(excess))
-
-
-def _is_start(trial: FrozenTrial) -> bool:
-    return START in trial.user_attrs
-
-
-def _is_fixed(trial: FrozenTrial) -> bool:
-    return FIXED_METRIC in trial.user_attrs
-
-
-def _loss(trial: FrozenTrial) -> float:
-    return float(trial.values[0])

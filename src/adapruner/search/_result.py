@@ -1,0 +1,228 @@
+"""What a search comes to: its best trials, judged further, and the one of them that is chosen."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+
+from optuna.trial import FrozenTrial
+from torch import Tensor
+
+from adapruner.errors import AdaPrunerError
+from adapruner.search._history import LOSSES, STOPPED, History, Step, StepName, loss_of
+from adapruner.search._space import FIXED_METRIC, START, Candidate, SearchSpace
+
+Judge = Callable[[Candidate], Iterable[Tensor]]
+
+# How many of the best trials are judged further, beside the best fixed metric and the best starting point.
+_FINALISTS = 3
+# A finalist is refused if it is worse in changed text than the best starting point by so many standard errors, on so
+# many windows or more.
+_STANDARD_ERRORS_TO_REFUSE, _FEWEST_WINDOWS_TO_REFUSE = 2.0, 8
+
+
+class SearchResult(History):
+    """The outcome of a search, with all finished trials.
+
+    Attributes:
+        ratio: of all parameters, to be removed; where trials meet a target, that of the starting allocation.
+        trials: how many were to be finished.
+        best: the best of the candidates that were not stopped; where finalists were judged further, the best of those
+            that were not refused.
+        best_loss: on the windows on which it was last judged; so is `best_fixed_loss`.
+        best_trial: its number among `points`.
+        best_fixed: the best of LLM-Pruner's metrics on the first random draw of samples.
+        best_fixed_name: of that metric.
+        stopped_early: how many trials were stopped early.
+        starting_points: how many points the space tries before it searches.
+        refused: trials that are ahead of the best starting point over all windows, but clearly behind it in changed
+            text; their numbers among `points`.
+        steps: the best trial of each kind, picked on the windows of the search, and what it gains over the kind before.
+            Kinds whose trials were all stopped are missing. `best` may be another trial.
+    """
+
+    ratio: float
+    trials: int
+    best: Candidate
+    best_loss: float
+    best_trial: int
+    best_fixed: Candidate
+    best_fixed_loss: float
+    best_fixed_name: str
+    stopped_early: int
+    starting_points: int
+    refused: tuple[int, ...] = ()
+    steps: tuple[Step, ...] = ()
+
+    @property
+    def advice(self) -> str | None:
+        """What to change if nothing was searched."""
+        if self.searched:
+            return None
+        return (
+            f"nothing was searched: all {len(self.points)} trials are starting points; raise `trials` above"
+            f" {self.starting_points}"
+        )
+
+
+@dataclass(frozen=True)
+class _Contender:
+    """A trial that was not stopped. Its candidate is judged on other text the first time that is asked for.
+
+    Attributes:
+        number: its place among the finished trials.
+    """
+
+    trial: FrozenTrial
+    number: int
+    space: SearchSpace
+    judge_further: Judge | None
+    judge_changed: Judge | None
+
+    @property
+    def loss(self) -> float:
+        """On the windows of the search."""
+        return loss_of(self.trial)
+
+    @property
+    def losses(self) -> list[float]:
+        """Of each window of the search; none if the loss is not finite."""
+        return list(self.trial.user_attrs[LOSSES])
+
+    @property
+    def is_start(self) -> bool:
+        return START in self.trial.user_attrs
+
+    @property
+    def fixed_metric(self) -> str | None:
+        return self.trial.user_attrs.get(FIXED_METRIC)
+
+    @cached_property
+    def candidate(self) -> Candidate:
+        return self.space.suggest(self.trial)
+
+    @cached_property
+    def further(self) -> list[float]:
+        """Of each further window."""
+        return self._losses_by(self.judge_further)
+
+    @cached_property
+    def changed(self) -> list[float]:
+        """Of each window of changed text."""
+        return self._losses_by(self.judge_changed)
+
+    @property
+    def final_loss(self) -> float:
+        """On the windows of the search and the further ones together."""
+        return statistics.fmean([*self.losses, *self.further] or [math.inf])
+
+    def _losses_by(self, judge: Judge | None) -> list[float]:
+        batches = judge(self.candidate) if judge and math.isfinite(self.loss) else []
+        return [loss for batch in batches for loss in batch.tolist()]
+
+
+def choose(
+    finished: Sequence[FrozenTrial],
+    space: SearchSpace,
+    trials: int,
+    judge_further: Judge | None = None,
+    judge_changed: Judge | None = None,
+) -> SearchResult:
+    """The best of the finished trials, judged on further windows.
+
+    If all finalists that are ahead of the best starting point are refused, the best starting point is chosen.
+
+    Args:
+        finished: in the order in which they were begun.
+        trials: how many were to be finished.
+        judge_further: gives the losses of a candidate, batch by batch, as the judge of the search does, but on further
+            windows. The best of many trials owes part of its loss to the windows it was chosen on; None takes it as it
+            is.
+        judge_changed: the same on text in another form. A finalist that is ahead of the best starting point, and
+            clearly worse here, is refused: what it gains holds for text of one kind.
+
+    Raises:
+        AdaPrunerError: no trial ended with a finite loss.
+    """
+    whole = [
+        _Contender(trial, number, space, judge_further, judge_changed)
+        for number, trial in enumerate(finished)
+        if STOPPED not in trial.user_attrs
+    ]
+    whole.sort(key=lambda one: one.loss)
+    fixed, starts = [one for one in whole if one.fixed_metric], [one for one in whole if one.is_start]
+    if not fixed or not math.isfinite(whole[0].loss):
+        raise AdaPrunerError(
+            f"none of the {len(finished)} trials has a finite loss: lower `ratio`, or try `dtype` float32"
+        )
+    first = islice(_distinct(whole), _FINALISTS if judge_further else 1)
+    # The best fixed metric is judged further to compare with, and so is the best starting point.
+    finalists = list(_distinct([fixed[0], starts[0], *first]))
+    start = min((one for one in finalists if one.is_start), key=lambda one: one.final_loss)
+    ahead = [one for one in finalists if one.final_loss < start.final_loss]
+    refused = [one.number for one in ahead if _is_clearly_worse(one.changed, start.changed)]
+    best = min((one for one in finalists if one.number not in refused), key=lambda one: one.final_loss)
+    return SearchResult.of(
+        finished,
+        ratio=space.budget.ratio,
+        trials=trials,
+        best=best.candidate,
+        best_loss=best.final_loss,
+        best_trial=best.number,
+        best_fixed=fixed[0].candidate,
+        best_fixed_loss=fixed[0].final_loss,
+        best_fixed_name=fixed[0].fixed_metric,
+        stopped_early=len(finished) - len(whole),
+        starting_points=len(space.starting_points()),
+        refused=tuple(sorted(refused)),
+        steps=tuple(_steps(whole)),
+    )
+
+
+def _distinct(contenders: Iterable[_Contender]) -> Iterator[_Contender]:
+    """Those whose candidates differ from those before."""
+    seen: set[str] = set()
+    for one in contenders:
+        if (name := one.candidate.model_dump_json()) not in seen:
+            seen.add(name)
+            yield one
+
+
+def _steps(whole: Sequence[_Contender]) -> Iterator[Step]:
+    """What each part of a search is worth: the best of each kind, of contenders of which the best is first."""
+    kinds: dict[StepName, list[_Contender]] = {
+        "fixed metric": [one for one in whole if one.fixed_metric],
+        "starting point": [one for one in whole if one.is_start and not one.fixed_metric],
+        "searched": [one for one in whole if not one.is_start],
+    }
+    before: list[float] = []
+    for name, (best, *_) in ((name, ones) for name, ones in kinds.items() if ones):
+        losses = best.further or best.losses
+        if not losses or not all(map(math.isfinite, losses)):
+            continue
+        gains = [earlier - later for earlier, later in zip(before, losses, strict=bool(before))]
+        yield Step(
+            name=name,
+            trial=best.number,
+            candidate=best.candidate,
+            loss=statistics.fmean(losses),
+            windows=len(losses),
+            is_held_out=bool(best.further),
+            gain=statistics.fmean(gains) if gains else None,
+            standard_error=statistics.stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else None,
+        )
+        before = losses
+
+
+def _is_clearly_worse(losses: Sequence[float], others: Sequence[float]) -> bool:
+    """Whether losses on the same windows are higher than others; not, where there are too few to tell."""
+    if len(others) < _FEWEST_WINDOWS_TO_REFUSE or not all(map(math.isfinite, others)):
+        return False
+    if not all(map(math.isfinite, losses)):
+        return True
+    excess = [own - other for own, other in zip(losses, others, strict=True)]
+    return statistics.fmean(excess) > _STANDARD_ERRORS_TO_REFUSE * statistics.stdev(excess) / math.sqrt(len(excess))
