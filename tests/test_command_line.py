@@ -136,6 +136,7 @@ def test_a_dry_run_says_what_the_run_then_makes(
         (None, "llama-7b-50", {}, "runs/llama-7b-0.6"),
         (None, "mine.yaml", {}, "runs/of-mine-0.4"),
         ("other", "mine.yaml", {"ratio": (0.5,)}, "runs/other-0.5"),
+        (None, "mine.yaml", {"target_size": "400MB"}, "runs/of-mine-400MB"),
     ],
 )
 def test_the_default_run_folder(
@@ -167,11 +168,11 @@ def test_a_recipe_is_copied_and_read_again(tmp_path: Path, capsys: pytest.Captur
     run("recipes", "--json")
     assert json.loads(capsys.readouterr().out).keys() == recipes().keys()
     for name in recipes():
-        run("recipes", "copy", name, str(tmp_path / f"{name}.yaml"))
-        options = read_recipe(tmp_path / f"{name}.yaml")
+        run("recipes", "copy", name, str(tmp_path / "new" / f"{name}.yaml"))
+        options = read_recipe(tmp_path / "new" / f"{name}.yaml")
         assert PruneConfig.from_options(**options) == PruneConfig.from_options(**read_recipe(name))
         with pytest.raises(SystemExit, match="2"):
-            main(["recipes", "copy", name, str(tmp_path / f"{name}.yaml")])
+            main(["recipes", "copy", name, str(tmp_path / "new" / f"{name}.yaml")])
     assert "replace it with --overwrite" in capsys.readouterr().err
 
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 import adapruner
 from adapruner import AdaPrunerError
 from adapruner.artifacts import Record, are_as_written, stamps
+from adapruner.files import replace
 from adapruner.job import Preparation
 from adapruner.models import known_architectures
 from adapruner.pipeline import prune_ratios
@@ -250,6 +251,51 @@ def test_what_is_taken_over_replaces_the_whole_folder(tmp_path: Path) -> None:
     target.take_over("model", source)
     assert {path.name: path.read_text() for path in target.model.iterdir()} == {"a": "source a", "b": "source b"}
     assert target.is_made("model", record.key)
+
+
+def test_a_folder_takes_the_place_of_a_file(tmp_path: Path) -> None:
+    """Where scales could not be tuned, an empty file stands for the model before that."""
+    source, target = RunFolder(tmp_path / "source"), RunFolder(tmp_path / "target")
+    for run in (source, target):
+        run.path.mkdir()
+        (run.path / "compensated").touch()
+    for _ in range(2):
+        partial = tmp_path / "partial"
+        partial.mkdir()
+        (partial / "config.json").write_text("{}")
+        replace(partial, source.path / "compensated")
+    record = Record(name="compensated", version=1, options={}, leaves={}, inputs={})
+    source.finish("compensated", record)
+    target.take_over("compensated", source)
+    assert (target.path / "compensated" / "config.json").read_text() == "{}"
+
+
+def test_stages_of_what_was_overwritten_do_not_count(run: Path, model_folder: Path, text_file: Path) -> None:
+    options = OPTIONS | {"calibration": str(text_file), "trials": 11, "overwrite": True}
+    result = adapruner.prune(str(model_folder), output=run, **options)
+    entries = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    times = {
+        name: [one["seconds"] for one in entries if one.get("stage") == name and "seconds" in one]
+        for name in ("searching", "measuring")
+    }
+    assert [len(seconds) for seconds in times.values()] == [2, 1]
+    assert result.result.stages["searching"].seconds == times["searching"][-1]
+    assert result.result.stages["measuring"].seconds == times["measuring"][0]
+
+
+def test_a_report_is_not_damage(
+    run: Path, model_folder: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (run / "report.html").open("a") as page:
+        page.write("<!-- written by adapruner report -->")
+    adapruner.prune(str(model_folder), output=run, calibration=str(text_file), **OPTIONS)
+    assert "damaged" not in capsys.readouterr().err
+
+
+def test_near_ratios_have_folders_of_their_own(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    assert run.of_ratio(0.2).path.name == "ratio-0.2"
+    assert run.of_ratio(0.2).path != run.of_ratio(0.2000001).path
 
 
 def test_text_that_the_model_writes_depends_on_how_it_computes(model_folder: Path, tmp_path: Path) -> None:

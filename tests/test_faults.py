@@ -117,7 +117,8 @@ def test_what_was_damaged_is_rebuilt(
         damage(run.path / file)
     assert exit_code(command(model_folder, run.path, text_file)) == 0
     said = capsys.readouterr().err
-    for artifact in set(FILES.values()):
+    # The page is written by `adapruner report` too.
+    for artifact in set(FILES.values()) - {"report.html"}:
         assert said.count(f"{run.path / artifact} was changed or damaged since it was written: rebuilding it") == 1
     assert_same_artifacts(run.path, finished.output)
 

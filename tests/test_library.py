@@ -239,6 +239,9 @@ def test_a_model_in_memory_is_evaluated_measured_and_exported_as_its_files_are(
     [of_list] = adapruner.evaluate(loaded, {"own": documents}, seq_len=16, tokenizer=tokenizer).perplexity
     assert in_memory.perplexity == of_list.perplexity == by_path.perplexity
     assert of_list.text == "own"
+    joined = "\n\n".join(documents)
+    [of_one] = adapruner.evaluate(loaded, {"own": joined}, seq_len=16, tokenizer=tokenizer).perplexity
+    assert of_one == of_list
     assert [module.training for module in (loaded.model.layers[0], loaded.lm_head)] == [True, False]
 
     pruned, numbers = finished.model, {"prompt": 4, "new_tokens": 2, "repetitions": 1, "batch_sizes": [1]}

@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -18,14 +19,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import adapruner
-from adapruner import AdaPrunerError, PruneConfig, verbs
+from adapruner import PruneConfig, verbs
 from adapruner.cli import app, main
 from adapruner.comparison import Comparison, Point
 from adapruner.evaluation import Perplexity, Rate, Verdict
 from adapruner.pipeline import prune_ratios
 from adapruner.report import render_comparison, write_reports
 from adapruner.report._charts import Axis
-from adapruner.report._command import command
+from adapruner.report._command import command, next_commands
+from adapruner.report._contents import read_contents
 from adapruner.run import RunFolder
 
 EVIL = "</script><script>alert(1)</script>"
@@ -418,6 +420,26 @@ def test_the_next_commands_can_be_typed(page: Page, finished: adapruner.PruneRes
     assert verbs_named == ["recover", "evaluate", "benchmark", "export"]
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"vocabulary": ("words.txt",)}, "--data text.txt -o"),
+        ({"calibration": "windows.safetensors"}, None),
+        ({"sources": "mine.yaml"}, None),
+        ({}, "--data text.txt --teacher"),
+    ],
+)
+def test_no_command_is_suggested_that_would_be_refused(
+    options: dict[str, Any], said: str | None, run: RunFolder
+) -> None:
+    contents = read_contents(run, run.read_config())
+    config = PruneConfig.from_options(**{"model": "m", "calibration": "text.txt"} | options)
+    commands = next_commands(replace(contents, config=config))
+    recover = [line for line in commands.values() if " recover " in line]
+    assert bool(recover) == bool(said)
+    assert all(str(said) in line for line in recover)
+
+
 def test_the_command_makes_the_same_run(finished: adapruner.PruneResult, page: Page) -> None:
     assert parsed(page.texts["command"]) == PruneConfig.load(finished.output / "config.yaml")
 
@@ -490,6 +512,30 @@ def test_a_run_that_is_not_finished(run: RunFolder) -> None:
         assert has_not not in shown.text
 
 
+def test_what_was_made_with_other_options_is_not_shown(run: RunFolder) -> None:
+    """As an interrupted run with `overwrite` leaves it."""
+    config = run.read_config()
+    run.save_config(config.model_copy(update={"evaluate": config.evaluate[:1]}))
+    shown = page_of(run)
+    assert "incomplete" in shown.text
+    assert "What was removed" in shown.text
+    assert config.evaluate[1] not in shown.text
+    run.save_config(config.model_copy(update={"ratio": (0.3,)}))
+    shown = page_of(run)
+    assert "No trial has finished yet" in shown.text
+    assert "What was removed" not in shown.text
+    assert "Chosen calibration samples" not in shown.text
+    run.save_config(config)
+    assert "incomplete" not in page_of(run).text
+
+
+def test_windows_that_another_run_left_out_are_in_their_place(run: RunFolder) -> None:
+    samples = read_contents(run, run.read_config()).samples
+    run.left_out.write_text(json.dumps({"of": ["of another run", {}], "windows": {"pool": list(range(6))}}))
+    assert None not in samples.values()
+    assert read_contents(run, run.read_config()).samples == samples
+
+
 def test_a_run_is_watched_until_it_ends(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     (run.path / "result.json").unlink()
     naps: list[float] = []
@@ -541,10 +587,6 @@ def test_a_folder_that_holds_no_run(tmp_path: Path, capsys: pytest.CaptureFixtur
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "holds no run" in error
-    (tmp_path / "config.yaml").write_text("model: smollm2\n")
-    (tmp_path / "search.json").write_text("{}")
-    with pytest.raises(AdaPrunerError, match="cannot read the run in"):
-        write_reports(RunFolder(tmp_path))
 
 
 def test_a_report_that_fails_does_not_lose_the_run(

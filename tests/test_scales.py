@@ -139,6 +139,12 @@ def test_where_adapters_are_impossible_it_is_said_or_refused(
     assert "tuning scales" not in result.result.stages
     again = adapruner.prune(str(model_folder), output=tmp_path, calibration=str(text_file), **options)
     assert again.result == result.result
+    # Where they can be, the same run has other results.
+    monkeypatch.undo()
+    with pytest.raises(AdaPrunerError, match=r"another tuning of scales\): compensated, model"):
+        adapruner.prune(str(model_folder), output=tmp_path, calibration=str(text_file), **options)
+    tuned = adapruner.prune(str(model_folder), output=tmp_path, calibration=str(text_file), overwrite=True, **options)
+    assert [model.role for model in tuned.result.models] == ["dense", "best_fixed", "compensated", "searched"]
 
 
 @pytest.mark.parametrize(

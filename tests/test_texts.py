@@ -84,6 +84,13 @@ def test_what_would_be_used_twice_is_refused(options: dict[str, object], message
         assigned(**options)
 
 
+def test_a_document_without_text_is_in_no_item(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in ["", " ", "w1", "w2", "w3"]))
+    used = assigned(calibration=f"{tmp_path}/a.jsonl@calibration", objective="self").used_documents()
+    assert used
+    assert all(document.strip() for document in used)
+
+
 def test_two_columns_of_a_file_are_one_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The parts by one column are not those by another: 4 of 10 documents of a report would have been calibrated on."""
     monkeypatch.chdir(tmp_path)

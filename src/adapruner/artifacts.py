@@ -99,6 +99,11 @@ class Record(BaseModel):
     inputs: dict[str, str]
     files: dict[str, str] | None = None
 
+    def has_options_of(self, config: PruneConfig) -> bool:
+        """Whether it was made with the options of a config."""
+        # One of another version may have had others.
+        return all(hasattr(config, name) for name in self.options) and self.options == options_of(config, self.options)
+
     @property
     def key(self) -> str:
         """SHA-256 over all that the artifact depends on."""
@@ -116,6 +121,12 @@ class Record(BaseModel):
             if name != "left_out":
                 changed += _changes_of_leaf(name.replace("_", " "), self.leaves.get(name), leaf)
         return changed or ([f"format {self.version} → {now.version}"] if self.version != now.version else [])
+
+
+def options_of(config: PruneConfig, names: Iterable[str]) -> dict[str, Any]:
+    """Options by name, as JSON."""
+    values = config.model_dump(mode="json")
+    return {name: values.get(name, getattr(config, name)) for name in names}
 
 
 def _changes_of_leaf(name: str, then: Any, now: Any) -> list[str]:

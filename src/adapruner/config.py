@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
@@ -622,6 +622,13 @@ def recipes() -> dict[str, str]:
     folder = resources.files("adapruner") / "recipes"
     files = sorted(folder.iterdir(), key=lambda file: file.name)
     return {file.name.removesuffix(".yaml"): file.read_text(encoding="utf-8") for file in files}
+
+
+def override(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Options over others. What says how much is removed replaces whatever said so."""
+    if any(own.get(name) is not None for name in BUDGETS):
+        base = {name: value for name, value in base.items() if name not in BUDGETS}
+    return {**base, **own}
 
 
 def read_recipe(name: str | Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from adapruner.artifacts import Artifact, Record, at_hand
+from adapruner.artifacts import Artifact, Record, at_hand, options_of
 from adapruner.errors import AdaPrunerError, NonFiniteError
 from adapruner.files import replace, saying_what_cannot_be_written
 from adapruner.job import Job
@@ -37,8 +37,7 @@ class Driver:
 
     def refresh(self) -> None:
         """Reads the leaves, and derives what every wanted artifact depends on."""
-        prepared, config = self.job.prepared, self.job.config
-        values = config.model_dump(mode="json")
+        prepared = self.job.prepared
         for artifact in self.wanted:
             leaves = prepared.leaves | {"left_out": prepared.left_out(self.job.keys)}
             inputs = {one.name: self.job.keys[one.name] for one in artifact.inputs if one.name in self.job.keys}
@@ -46,7 +45,7 @@ class Driver:
             record = Record(
                 name=artifact.name,
                 version=artifact.version,
-                options={name: values.get(name, getattr(config, name)) for name in artifact.options},
+                options=options_of(self.job.config, artifact.options),
                 leaves={name: at_hand(leaves[name], then and then.leaves.get(name)) for name in artifact.leaves},
                 inputs=inputs,
             )
@@ -129,7 +128,10 @@ class Driver:
         if artifact.is_shared:
             process.wait()
         try:
-            return artifact.make(self.job, folder.work(artifact.name, record.key), *map(self.value, artifact.inputs))
+            with self.job.prepared.reporter.making(record.key):
+                return artifact.make(
+                    self.job, folder.work(artifact.name, record.key), *map(self.value, artifact.inputs)
+                )
         except NonFiniteError as error:
             drawn = self.value(windows)
             if drawn is not None and process.count == 1:

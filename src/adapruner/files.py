@@ -58,6 +58,8 @@ def replace(partial: Path, path: Path) -> None:
         _flush(part)
     if path.is_dir():
         shutil.rmtree(path)
+    elif partial.is_dir():
+        path.unlink(missing_ok=True)
     os.replace(partial, path)
     _flush(path.parent)
 

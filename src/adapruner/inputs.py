@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.calibration import absolute_source, source_names
-from adapruner.config import BUDGETS, FUNCTION, PruneConfig, PruneOptions, RecoveryOptions, read_recipe
+from adapruner.config import BUDGETS, FUNCTION, PruneConfig, PruneOptions, RecoveryOptions, override, read_recipe
 from adapruner.errors import AdaPrunerError
 from adapruner.given import check_prunable, check_tokenizer, is_in_memory, write_model, write_text
 from adapruner.job import register_extensions
@@ -49,15 +49,17 @@ def _given_options(
     Raises:
         AdaPrunerError: an option is invalid.
     """
-    base = (read_recipe(recipe) if recipe else {}) | (config.model_dump(exclude_unset=True) if config else {})
+    base = read_recipe(recipe) if recipe else {}
+    if config:
+        # The ratio of a run with a target follows from it.
+        derived = {"ratio"} if isinstance(config, PruneConfig) and config.target else set()
+        base |= config.model_dump(exclude_unset=True, exclude=derived)
     own = {name: value for name, value in options.items() if value is not None or name not in ("model", "calibration")}
     if isinstance(own.get("recovery"), RecoveryOptions):
         own["recovery"] = own["recovery"].model_dump(exclude_unset=True)
     if isinstance(base.get("recovery"), dict) and isinstance(own.get("recovery"), dict):
         own["recovery"] = base["recovery"] | own["recovery"]
-    if any(own.get(name) is not None for name in BUDGETS):
-        base = {name: value for name, value in base.items() if name not in BUDGETS}
-    given = base | own
+    given = override(base, own)
     if len(budgets := [name for name in BUDGETS if given.get(name) is not None]) > 1 and "ratio" in budgets:
         raise AdaPrunerError(f"`ratio` and `{budgets[1]}` both say how much is removed: give one")
     if "model" not in given:

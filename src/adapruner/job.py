@@ -368,11 +368,24 @@ class Preparation:
             )
         return self.config.fits_sequentially and possible
 
-    @cached_property
+    @property
     def tunes_scales(self) -> bool:
-        """Whether scales of the pruned model are tuned; where that is not possible, only if the options ask for it."""
-        if not self.config.tunes_scales:
-            return False
+        """Whether scales of the pruned model are tuned: where that is possible, unless the options forbid it."""
+        return self.config.tunes_scales and self._hinders_tuning is None
+
+    def check_tuning(self) -> None:
+        """Says so if the scales of the pruned model will not be tuned.
+
+        Raises:
+            AdaPrunerError: they cannot be, and the options ask for it.
+        """
+        if self.config.tunes_scales and (hindrance := self._hinders_tuning):
+            if self.config.tune_scales:
+                raise hindrance
+            self.reporter.note(f"The scales of the pruned model will not be tuned: {hindrance}")
+
+    @cached_property
+    def _hinders_tuning(self) -> AdaPrunerError | None:
         placement = self.placement  # too little memory is refused, whether or not scales are tuned
         try:
             if placement.layer_wise or len(placement.devices) > 1:
@@ -380,11 +393,8 @@ class Preparation:
             check_device(self.device)
             check_adapters(empty_model(self.empty.config), scale_options(self.config.seed, self.device))
         except AdaPrunerError as error:
-            if self.config.tune_scales:
-                raise
-            self.reporter.note(f"The scales of the pruned model will not be tuned: {error}")
-            return False
-        return True
+            return error
+        return None
 
     @cached_property
     def texts(self) -> Texts:
@@ -525,6 +535,8 @@ class Preparation:
             "objective_text": _leaf_of_text(self.texts.objective) or precision,
             "report_texts": {name: _leaf_of_text(source) for name, source in self.texts.report.items()},
             "precision": precision,
+            # How many devices there are, and which, decides whether they can be.
+            "tuning_of_scales": self.tunes_scales,
             "terms": {name: _leaf_of_term(term) for name, term in TERMS.items()},
             "recovery_text": _leaf_of_text(self.texts.recovery),
             "vocabulary_texts": self._vocabulary_leaf,

@@ -340,7 +340,8 @@ def _make_missing(driver: Driver) -> None:
         driver.take_over()
         if left_out := driver.job.prepared.left_out(driver.job.keys):
             driver.job.prepared.leave_out(driver.job.keys, left_out)
-        for artifact in filter(driver.is_damaged, driver.wanted):
+        # The page is written by `write_reports` too.
+        for artifact in (one for one in driver.wanted if one is not procedure.report and driver.is_damaged(one)):
             place = driver.folder(artifact).path / artifact.name
             reporter.note(f"{place} was changed or damaged since it was written: rebuilding it")
     while names := process.from_first([artifact.name for artifact in driver.missing()]):

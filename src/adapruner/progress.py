@@ -9,7 +9,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -57,6 +57,7 @@ class Reporter:
 
     Attributes:
         current: the stage that is running, or that an error ended.
+        key: of the artifact that is being made, if one is.
     """
 
     def __init__(self, log: Path | None = None, quiet: bool = False, watchers: Sequence[StageWatcher] = ()) -> None:
@@ -65,7 +66,20 @@ class Reporter:
         self.console = Console(file=sys.stderr, markup=False, emoji=False, highlight=False, quiet=quiet)
         self.shows_bars = self.console.is_terminal or (self.console.is_jupyter and find_spec("ipywidgets") is not None)
         self.log, self.watchers = log, tuple(watchers)
-        self.current = "preparing"
+        self.current, self.key = "preparing", ""
+
+    @contextlib.contextmanager
+    def making(self, key: str) -> Iterator[None]:
+        """Notes in the log what the stages meanwhile are for.
+
+        Args:
+            key: of the artifact.
+        """
+        outer, self.key = self.key, key
+        try:
+            yield
+        finally:
+            self.key = outer
 
     @contextlib.contextmanager
     def stage(self, name: str, total: int = 1) -> Iterator[Advance]:
@@ -94,15 +108,19 @@ class Reporter:
         if lines:
             self.console.print(lines, soft_wrap=True)
 
-    def finished_stages(self) -> dict[str, StageCost]:
+    def finished_stages(self, keys: Collection[str]) -> dict[str, StageCost]:
         """The cost of every finished stage, from the log: of stages before an interruption too, and of all parts of a
-        stage that was done in parts."""
+        stage that was done in parts.
+
+        Args:
+            keys: of the artifacts that count; what was done for others is left out.
+        """
         stages: dict[str, StageCost] = {}
         if self.log and self.log.is_file():
             for line in self.log.read_text(encoding="utf-8").splitlines():
                 with contextlib.suppress(ValueError, KeyError, TypeError):  # the line that a kill cut off
                     entry = json.loads(line)
-                    if entry["event"] == "finished":
+                    if entry["event"] == "finished" and entry.get("key", "") in ("", *keys):
                         before = stages.get(entry["stage"], StageCost(seconds=0, peak_memory_mib=0))
                         stages[entry["stage"]] = StageCost(
                             seconds=round(before.seconds + entry["seconds"], 2),
@@ -131,7 +149,7 @@ class Reporter:
         _logger.debug("%s", json.dumps(entry))
         if self.log:
             with self.log.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"time": time.time(), **entry}) + "\n")
+                file.write(json.dumps({"time": time.time(), "key": self.key, **entry}) + "\n")
 
 
 def reset_peak_memory() -> bool:

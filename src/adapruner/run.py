@@ -47,13 +47,18 @@ class RunFolder:
         weakref.finalize(run, shutil.rmtree, run.path, ignore_errors=True)
         return run
 
+    @property
+    def parent(self) -> RunFolder:
+        """The run of which this is one of several ratios."""
+        return RunFolder(self.path.parent)
+
     def at_ratio(self, ratio: float, config: PruneConfig) -> RunFolder:
         """Where the artifacts of one ratio are."""
         return self if len(config.ratio) == 1 else self.of_ratio(ratio)
 
     def of_ratio(self, ratio: float) -> RunFolder:
         """Where the artifacts of one of several ratios are."""
-        return RunFolder(self.path / f"ratio-{ratio:g}")
+        return RunFolder(self.path / f"ratio-{ratio!r}")
 
     def read_config(self) -> PruneConfig:
         """The options of the run.
@@ -117,10 +122,13 @@ class RunFolder:
 
     def record(self, name: str) -> Record | None:
         """What the artifact here was made from, or is being made from; None where no record can be read."""
-        try:
-            return Record.model_validate_json(self._record(name).read_bytes())
-        except (OSError, ValidationError):
-            return None
+        return _read_record(self._record(name))
+
+    @property
+    def recorded(self) -> list[str]:
+        """The names of the artifacts that have a record."""
+        records = map(_read_record, (self.path / "keys").glob("*.json"))
+        return [record.name for record in records if record]
 
     def is_made(self, name: str, key: str) -> bool:
         """Whether the artifact is here, made from what the key stands for, and as it was written."""
@@ -180,6 +188,8 @@ class RunFolder:
         assert record.files is not None
         if (self.path / name).is_dir():
             shutil.rmtree(self.path / name)
+        else:
+            (self.path / name).unlink(missing_ok=True)
         for file in record.files:
             target = self.path / file
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -199,6 +209,13 @@ class RunFolder:
         config."""
         left = (self._lock.name, self.given.name, f"{self.config.name}.partial")
         return all(path.name in left for path in self.path.iterdir())
+
+
+def _read_record(path: Path) -> Record | None:
+    try:
+        return Record.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        return None
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

@@ -48,14 +48,14 @@ class Texts:
         return {use: source for use, source in uses.items() if source is not None}
 
     def used_documents(self) -> list[str]:
-        """All documents of these sources: tasks leave out items that hold one of them. Windows of tokens
-        have none.
+        """All documents of these sources that are not empty: tasks leave out items that hold one of them. Windows of
+        tokens have none.
 
         Raises:
             AdaPrunerError: one of the sources cannot be read.
         """
         sources = [source for source in self.used.values() if not source.holds_windows]
-        return [document for source in sources for document in read_documents(source)]
+        return [document for source in sources for document in read_documents(source) if document.strip()]
 
     def as_records(self) -> list[dict[str, str]]:
         """What a checkpoint records of the sources in `used` and `vocabulary`: `use`, `text`, `identity`, `part` and

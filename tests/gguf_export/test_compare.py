@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import adapruner
+from adapruner import PruneConfig
 from adapruner.checkpoint import save_checkpoint, write_gguf
 from adapruner.comparison import AXES, Comparison, Point
 from adapruner.errors import AdaPrunerError
@@ -20,6 +22,7 @@ from adapruner.planning import make_plan
 from adapruner.report import render_comparison
 from adapruner.structure import build_structure
 from adapruner.surgery import prune_model
+from adapruner.verbs._compare import _last_model
 
 
 def a_point(model: str, perplexity: float = 8.0, size: int = 1, speed: float = 1.0) -> Point:
@@ -120,6 +123,21 @@ def test_two_models_and_a_file(models: tuple[Path, ...], texts: list[str], tmp_p
     assert all(point.decode.least <= point.decode.median <= point.decode.greatest for point in comparison.points)
     assert f"{comparison.points[0].bits_per_byte:.4f}" in page.read_text()
     assert not list(tmp_path.glob(".adapruner-*"))
+
+
+def test_the_last_model_of_a_run(models: tuple[Path, ...]) -> None:
+    run = models[1]
+    shutil.copytree(run / "model", run / "recovered")
+    assert _last_model(str(run)) == str(run / "recovered")
+    config = PruneConfig.from_options(model=str(models[0]), ratio=0.2, recover="self")
+    config.save(run / "config.yaml")
+    assert _last_model(str(run)) == str(run / "recovered")
+    # A run without recovery has replaced it.
+    config.model_copy(update={"recover": None}).save(run / "config.yaml")
+    assert _last_model(str(run)) == str(run / "model")
+    config.model_copy(update={"ratio": (0.2, 0.3)}).save(run / "config.yaml")
+    with pytest.raises(AdaPrunerError, match=r"ratio-0.2, .*ratio-0.3"):
+        _last_model(str(run))
 
 
 ENGINES = (("transformers", "float32"), ("llama.cpp", "f32"), ("llama.cpp", "q8_0"))

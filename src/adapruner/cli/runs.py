@@ -94,7 +94,7 @@ def prune(
 
 def _default_output(model: str | None, recipe: str | None, options: dict[str, Any]) -> Path:
     """`runs/MODEL-RATIO`, with the last part of the name of the model and all ratios."""
-    given = (config.read_recipe(recipe) if recipe else {}) | options
+    given = config.override(config.read_recipe(recipe) if recipe else {}, options)
     if not (model := model or given.get("model")):
         raise AdaPrunerError("name a model: Hub id, model folder, .gguf file, or smollm2")
     name = Path(str(model)).resolve().name.removesuffix(".gguf")

@@ -30,6 +30,7 @@ __all__ = [
     "model",
     "moments",
     "plan",
+    "report",
     "result",
     "search",
     "windows",

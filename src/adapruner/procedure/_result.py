@@ -97,7 +97,7 @@ def result(
         recovery=read_record(recovered) if recovered else None,
         models=tuple(numbers),
         windows={use: len(each) for use, each in usable(job, windows).items()} | written_windows,
-        stages=job.prepared.reporter.finished_stages(),
+        stages=job.prepared.reporter.finished_stages(job.keys.values()),
         device=describe_device(job.prepared.device),
         vocabulary=chosen,
         foreign=None if chosen else _foreign_vocabulary(job, windows),

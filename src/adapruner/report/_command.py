@@ -41,10 +41,12 @@ def next_commands(contents: Contents) -> dict[str, str]:
     """What is left to do with a finished run: command lines, by what they are for."""
     config, folder, model = contents.config, contents.path, contents.final_folder
     commands: dict[str, tuple[str, ...]] = {}
-    if not config.recover:
+    # Fine-tuning reads text, under a name that needs no file of sources.
+    if not config.recover and not config.sources and not config.calibration.endswith(".safetensors"):
+        # The dense model has other tokens where the vocabulary was pruned.
+        teacher = () if config.vocabulary else ("--teacher", config.model)
         commands["Recover part of the loss by fine-tuning"] = (
-            *("recover", str(model), "--data", config.calibration, "--teacher", config.model),
-            *("-o", str(folder / "better")),
+            *("recover", str(model), "--data", config.calibration, *teacher, "-o", str(folder / "better")),
         )
     if not config.tasks:
         commands["Measure tasks"] = ("evaluate", str(model), "--tasks", "commonsense")

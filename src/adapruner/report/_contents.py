@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -12,6 +12,7 @@ from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from adapruner.artifacts import Record
 from adapruner.config import PruneConfig
 from adapruner.errors import AdaPrunerError, reason
 from adapruner.evaluation import Breakage, Perplexity, Speed, TaskScore
@@ -84,62 +85,102 @@ def read_contents(run: RunFolder, config: PruneConfig) -> Contents:
     Raises:
         AdaPrunerError: something in the folder cannot be read.
     """
-    folder = run.at_ratio(config.ratio[0], run.read_config())
+    made = _Artifacts(run, run.at_ratio(config.ratio[0], run.read_config()), config)
     try:
-        return _read(run, folder, config)
+        return _read(made)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
-        raise AdaPrunerError(f"cannot read the run in {folder.path}: {reason(error)}") from error
+        raise AdaPrunerError(f"cannot read the run in {made.folder.path}: {reason(error)}") from error
 
 
-def _read(run: RunFolder, folder: RunFolder, config: PruneConfig) -> Contents:
-    plan = PruningPlan.load(folder.path / "plan.json") if (folder.path / "plan.json").is_file() else None
-    search = _content(folder.path / "search.json", SearchResult)
-    result = _content(folder.path / "result.json", RunResult) if _is_current("result.json", run, folder) else None
-    levelled = _content(folder.path / "levelled.json", Levelled) if config.levels_widths else None
+@dataclass(frozen=True)
+class _Artifacts:
+    """The artifacts of one ratio of a run that are of its config: others are left from an earlier one.
+
+    Attributes:
+        folder: where those are that depend on the ratio; `run` holds the others.
+    """
+
+    run: RunFolder
+    folder: RunFolder
+    config: PruneConfig
+    _records: dict[str, Record | None] = field(default_factory=dict)
+
+    def record(self, name: str) -> Record | None:
+        """Of an artifact that was made, or is being made, with the options of the config from what is here now."""
+        if name not in self._records:
+            found = self.folder.record(name) or self.run.record(name)
+            self._records[name] = found if found and self._is_current(found) else None
+        return self._records[name]
+
+    @property
+    def keys(self) -> set[str]:
+        """Of all that are made or being made."""
+        names = {*self.run.recorded, *self.folder.recorded}
+        return {record.key for record in map(self.record, names) if record}
+
+    def path(self, name: str) -> Path | None:
+        """Where an artifact is that is finished, and was not removed."""
+        record = self.record(name)
+        if record is None or record.files is None:
+            return None
+        folder = self.folder if self.folder.record(name) else self.run
+        return folder.path / name if (folder.path / name).exists() else None
+
+    def read(self, name: str, of: type[T]) -> T | None:
+        """What a JSON file holds."""
+        path = self.path(name)
+        return TypeAdapter(of).validate_json(path.read_bytes()) if path else None
+
+    def _is_current(self, record: Record) -> bool:
+        inputs = {name: self.record(name) for name in record.inputs}
+        has_inputs = all(one and one.key == record.inputs[name] for name, one in inputs.items())
+        return has_inputs and record.has_options_of(self.config)
+
+
+def _read(made: _Artifacts) -> Contents:
+    run, folder, config = made.run, made.folder, made.config
+    plan_path, model_path = made.path("plan.json"), made.path("recovered") or made.path("model")
+    plan = PruningPlan.load(plan_path) if plan_path else None
+    search, result = made.read("search.json", SearchResult), made.read("result.json", RunResult)
+    levelled = made.read("levelled.json", Levelled) if config.levels_widths else None
     is_running = result is None and run.is_running()
-    saved = folder.recovered if config.recover and folder.recovered.is_dir() else folder.model
-    models = result.models if result else tuple(_models(run, folder, config, plan))
+    models = result.models if result else tuple(_models(made, plan))
     return Contents(
         path=folder.path,
         state="finished" if result else "running" if is_running else "stopped",
         stage=_current_stage(run.log) if is_running else None,
         config=config,
-        history=search or _running_history(run, folder),
+        history=search or _running_history(made),
         plan=plan,
         search=search,
         levelled=result.levelled if result else levelled,
         result=result,
         models=models,
-        samples=_samples(run, folder, search.best.samples) if search else {},
-        stages=result.stages if result else Reporter(run.log).finished_stages(),
-        weight_bytes=sum(file.stat().st_size for file in saved.glob("*.safetensors")),
+        samples=_samples(made, search.best.samples) if search else {},
+        stages=result.stages if result else Reporter(run.log).finished_stages(made.keys),
+        weight_bytes=sum(file.stat().st_size for file in model_path.glob("*.safetensors")) if model_path else 0,
         speed=_speed(folder, models),
     )
 
 
-def _content(path: Path, of: type[T]) -> T | None:
-    return TypeAdapter(of).validate_json(path.read_bytes()) if path.is_file() else None
-
-
-def _running_history(run: RunFolder, folder: RunFolder) -> History:
-    record = folder.record("search.json")
-    if record is None or not run.study.is_file():
+def _running_history(made: _Artifacts) -> History:
+    record = made.record("search.json")
+    if record is None or not made.run.study.is_file():
         return History()
-    return read_history(StudyPlace(sqlite_url(run.study), record.key))
+    return read_history(StudyPlace(sqlite_url(made.run.study), record.key))
 
 
-def _models(run: RunFolder, folder: RunFolder, config: PruneConfig, plan: PruningPlan | None) -> list[ModelNumbers]:
+def _models(made: _Artifacts, plan: PruningPlan | None) -> list[ModelNumbers]:
     """The models that have been made, or measured."""
     models = []
     broken: dict[Role, Breakage | None] = {}
-    made = {"searched": folder.model.is_dir(), "recovered": folder.recovered.is_dir()}
-    for role in roles_of(config):
-        evaluation = (run if role == "dense" else folder).path / "evaluation"
-        perplexity = _content(evaluation / f"perplexity-{role}.json", dict[str, Perplexity])
-        tasks = _content(evaluation / f"tasks-{role}.json", dict[str, TaskScore])
-        broken[role] = _content(evaluation / f"breakage-{role}.json", Breakage)
-        if plan and (role == "dense" or perplexity or tasks or made.get(role)):
-            chosen = _content(run.path / "vocabulary.json", Vocabulary) if config.vocabulary else None
+    saved = {"searched": made.path("model"), "recovered": made.path("recovered")}
+    for role in roles_of(made.config):
+        perplexity = made.read(f"evaluation/perplexity-{role}.json", dict[str, Perplexity])
+        tasks = made.read(f"evaluation/tasks-{role}.json", dict[str, TaskScore])
+        broken[role] = made.read(f"evaluation/breakage-{role}.json", Breakage)
+        if plan and (role == "dense" or perplexity or tasks or saved.get(role)):
+            chosen = made.read("vocabulary.json", Vocabulary)
             of_vocabulary = chosen.summary.removed_parameters if chosen else 0
             parameters = plan.total_parameters + (of_vocabulary if role == "dense" else -plan.removed_parameters)
             models.append(
@@ -157,33 +198,23 @@ def _models(run: RunFolder, folder: RunFolder, config: PruneConfig, plan: Prunin
 
 def _speed(folder: RunFolder, models: tuple[ModelNumbers, ...]) -> tuple[Speed, Speed] | None:
     """Told apart by their parameters: what was measured of another cut is not shown."""
-    measured = _content(folder.speed, dict[str, Speed]) or {}
+    content = TypeAdapter(dict[str, Speed])
+    measured = content.validate_json(folder.speed.read_bytes()) if folder.speed.is_file() else {}
     by_size = {speed.parameters: speed for speed in measured.values()}
     pair = [by_size.get(model.parameters) for model in (models[0], models[-1])] if len(models) > 1 else []
     dense, final = pair or (None, None)
     return (dense, final) if dense and final else None
 
 
-def _samples(run: RunFolder, folder: RunFolder, numbers: tuple[int, ...]) -> dict[int, str | None]:
+def _samples(made: _Artifacts, numbers: tuple[int, ...]) -> dict[int, str | None]:
     """The saved model brings the tokenizer."""
-    windows = run.path / "windows.safetensors"
-    if not windows.is_file() or not folder.model.is_dir():
+    windows, model, record = made.path("windows.safetensors"), made.path("model"), made.record("search.json")
+    if not windows or not model or not record:
         return dict.fromkeys(numbers)
-    pool = load_file(windows)["pool"]
-    if run.left_out.is_file():
-        left_out = json.loads(run.left_out.read_text(encoding="utf-8"))["windows"].get("pool", [])
-        pool = pool[[number for number in range(len(pool)) if number not in left_out]]
-    tokenizer = load_tokenizer(find_model(str(folder.model)))
+    pool, left_out = load_file(windows)["pool"], record.leaves["left_out"].get("pool", [])
+    pool = pool[[number for number in range(len(pool)) if number not in left_out]]
+    tokenizer = load_tokenizer(find_model(str(model)))
     return {number: str(tokenizer.decode(pool[number].tolist())) for number in numbers}
-
-
-def _is_current(name: str, run: RunFolder, folder: RunFolder) -> bool:
-    """Whether an artifact was made from what is in the run now."""
-    record = folder.record(name) or run.record(name)
-    if record is None:
-        return False
-    inputs = {one: folder.record(one) or run.record(one) for one in record.inputs}
-    return all(one and one.key == record.inputs[name] for name, one in inputs.items())
 
 
 def _current_stage(log: Path) -> str | None:

@@ -183,9 +183,19 @@ def _candidate(name: str, measurement: _Measurement, gguf_types: Sequence[GgufTy
 
 
 def _last_model(name: str) -> str:
-    """The model of a run folder: the recovered one, if there is one."""
+    """The last model of a run folder: the recovered one, if the run has one.
+
+    Raises:
+        AdaPrunerError: the run has several ratios, each with a model of its own.
+    """
     run = RunFolder(given_path(name))
-    found = [model for model in (run.recovered, run.model) if (model / "config.json").is_file()]
+    config = next((one.read_config() for one in (run, run.parent) if one.config.is_file()), None)
+    if config and run.config.is_file() and len(config.ratio) > 1:
+        folders = ", ".join(str(run.of_ratio(ratio).path) for ratio in config.ratio)
+        raise AdaPrunerError(f"{name} holds a model for each of its ratios: name {folders}")
+    # A run without recovery may have replaced one that had it.
+    last = [run.model] if config and not config.recover else [run.recovered, run.model]
+    found = [model for model in last if (model / "config.json").is_file()]
     return str(found[0]) if found else name
 
 

@@ -77,7 +77,7 @@ def evaluate(
 
     Args:
         model: as for `load`; or a model in memory, which is evaluated where it is and not changed.
-        perplexity: a dataset, or several; or documents in memory, by the name that is shown.
+        perplexity: a dataset, or several; or documents in memory, one or several, by the name that is shown.
         protocol: as others report, see `PROTOCOLS`; `llm-pruner` if no dataset and no task is named.
         seq_len: tokens per window of the texts in `perplexity`.
         stride: tokens between the beginnings of these windows; by default they do not overlap.
@@ -109,7 +109,7 @@ def evaluate(
         for one in datasets
     ]
     for name, documents in in_memory.items():
-        joined = "\n\n".join(documents)
+        joined = documents if isinstance(documents, str) else "\n\n".join(documents)
         texts.append((name, evaluation_text_of(joined, name, tokenizer, seq_len, limit, stride, bos)))
     for _, text in texts:
         check_tokens(config, int(text.windows.max()))

@@ -23,7 +23,7 @@ from adapruner.surgery import Compensation, CompensationForm, prune_model, refit
 def make_windows(
     documents: Iterable[str], tokenizer: Tokenizer, count: int = 64, seq_len: int = 128, seed: int = 0
 ) -> Tensor:
-    """Windows of tokens from documents: the beginnings, in random order, then the rest of long ones.
+    """Windows of tokens from documents, or from one: the beginnings, in random order, then the rest of long ones.
 
     Args:
         count: of windows.
@@ -35,7 +35,8 @@ def make_windows(
     Raises:
         AdaPrunerError: there is too little text.
     """
-    return windows_of_documents(list(documents), "`documents`", tokenizer, count, seq_len, seed)
+    documents = [documents] if isinstance(documents, str) else list(documents)
+    return windows_of_documents(documents, "`documents`", tokenizer, count, seq_len, seed)
 
 
 def measure(
