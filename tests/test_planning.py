@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from transformers import LlamaConfig, PreTrainedModel
+from transformers import LlamaConfig, PreTrainedModel, Qwen3MoeConfig
 
 from adapruner.errors import AdaPrunerError
-from adapruner.models import empty_model
+from adapruner.models import empty_model, infer_architecture, known_architectures
 from adapruner.planning import Budget, BudgetError, PruningPlan, kept_counts, make_plan
 from adapruner.structure import Structure, build_structure
 from adapruner.surgery import prune_model
@@ -277,3 +277,38 @@ def test_shares_take_the_place_of_the_profile(llama_7b: Structure) -> None:
     assert gone[0] == pytest.approx(2 * gone[1], abs=2)
     assert gone[-1] == 0
     assert abs(llama_7b.removed_parameters(twice) / llama_7b.total_parameters - 0.1) <= 0.005
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.3])
+@pytest.mark.parametrize("head_share", [0.0, 1.0])
+def test_layers_without_a_share_stay_whole(ratio: float, head_share: float) -> None:
+    """Also where their width is no multiple of what widths are rounded to."""
+    sizes = {"vocab_size": 96, "hidden_size": 48, "num_attention_heads": 6, "intermediate_size": 1100}
+    structure = build_structure(empty_model(LlamaConfig(num_hidden_layers=8, **sizes)))
+    shares = (0.0, 0.0, 0.5, 0.5, 0.5, 0.5, 0.5, 0.0)
+    counts = kept_counts(structure, Budget(ratio, 2, 1, head_share, round_to=64, shares=shares))
+    widths = [count for block, count in zip(structure.blocks, counts, strict=True) if block.kind == "channels"]
+    assert {*widths[:2], widths[7]} == {1100}
+    assert max(widths[2:7]) < 1100
+    assert {width % 64 for width in widths[2:7]} == {0}
+    assert abs(structure.removed_parameters(counts) / structure.total_parameters - ratio) <= 0.005
+
+
+@pytest.mark.parametrize("ratio", [0.04, 0.14, 0.23])
+def test_more_can_be_reached_than_a_ratio_between_whole_experts(ratio: float) -> None:
+    """As well where it is given how many heads stay."""
+    sizes = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 48}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    config = Qwen3MoeConfig(
+        num_hidden_layers=6, mlp_only_layers=[0], num_experts=8, num_experts_per_tok=2, **sizes, **heads
+    )
+    known_architectures()["qwen3_moe"] = infer_architecture(config)
+    structure = build_structure(empty_model(config))
+    with pytest.raises(BudgetError, match="whole experts, as many in every layer") as refusal:
+        kept_counts(structure, Budget(ratio, 0, 0, heads=(2,) * 6))
+    assert refusal.type is BudgetError
+    # An expert has three matrices and a row of the router, in five layers.
+    three = 3 * 5 * (3 * 48 * 64 + 64) / structure.total_parameters
+    assert three > ratio
+    counts = kept_counts(structure, Budget(three, 0, 0, heads=(2,) * 6))
+    assert {count for block, count in zip(structure.blocks, counts, strict=True) if block.kind == "experts"} == {5}

@@ -310,6 +310,21 @@ def test_a_batch_is_made_of_whole_micro_batches(model: PreTrainedModel, examples
     assert (state["train_batch_size"], state["epoch"]) == (3, 1.0)
 
 
+@pytest.mark.parametrize(("steps", "seen"), [(None, 2 * 36), (7, 36 + 2 * 8)])
+def test_the_last_batch_of_an_epoch_is_what_is_left(
+    model: PreTrainedModel, examples: Examples, tmp_path: Path, steps: int | None, seen: int
+) -> None:
+    """36 windows are four batches of 8 and half of one."""
+    tokens: list[int] = []
+    model.get_input_embeddings().register_forward_pre_hook(
+        lambda module, inputs: tokens.append(inputs[0].numel() if module.training else 0)
+    )
+    options = RecoveryOptions(**SHORT | {"batch_size": 8, "steps": steps, "epochs": 2})
+    recovered = train(model, examples, options, tmp_path / "work")
+    assert recovered.steps == (steps or 10)
+    assert recovered.tokens == sum(tokens) == seen * 16
+
+
 def test_a_call_that_was_killed_after_the_last_step(
     make_model: Callable[..., PreTrainedModel], examples: Examples, tmp_path: Path
 ) -> None:

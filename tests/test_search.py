@@ -55,7 +55,7 @@ from adapruner.search import (
     sqlite_url,
 )
 from adapruner.search._history import LOSSES, STOPPED, importance_of
-from adapruner.search._space import FIXED_METRIC
+from adapruner.search._space import FIXED_METRIC, START
 from adapruner.structure import Structure, build_structure
 from run_helpers import fast_starts
 
@@ -527,6 +527,21 @@ def test_a_parameter_that_one_trial_has_is_no_reason_to_warn() -> None:
     assert importance_of(trials)["tilt"] > 0
     # The best tenth of fewer trials is a handful, which says nothing.
     assert importance_of(trials[:99]) == {}
+
+
+def test_starting_points_have_no_part_in_the_importance() -> None:
+    """They are the best for what they have in common, and the losses of the others rise with the tilt."""
+    kinds = dict.fromkeys(("tilt", "bend"), FloatDistribution(0, 1))
+    values = [{"tilt": number / 120, "bend": number * 7 % 120 / 120} for number in range(120)]
+    searched = [create_trial(params=each, distributions=kinds, value=each["tilt"]) for each in values]
+    starts = [
+        create_trial(params={"tilt": n / 40, "bend": 0.5}, distributions=kinds, value=-1.0, user_attrs={START: n})
+        for n in range(40)
+    ]
+    importance = importance_of(searched)
+    assert importance["tilt"] > 0.9
+    assert importance_of([*starts, *searched]) == importance
+    assert importance_of([*starts, *searched[:99]]) == {}
 
 
 @pytest.mark.parametrize("searched", ["joint", "calibration", "metric"])

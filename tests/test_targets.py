@@ -104,6 +104,33 @@ def test_what_cannot_be_met_is_refused_with_the_numbers(structure: Structure) ->
             target(megabytes, most, structure).ratio(counts_at)
 
 
+@pytest.mark.parametrize(("most", "met"), [(72, 0.22), (65, None)])
+def test_steps_that_halving_misses_are_found(structure: Structure, most: float, met: float | None) -> None:
+    """11% of the parameters go at a time, and with each percent 1.3% of the cost."""
+    between = []
+
+    def counts_at(ratio: float) -> list[int]:
+        steps = round(ratio / 0.11)
+        between.append(steps == 0 or abs(ratio - 0.11 * steps) > 0.005)
+        if between[-1]:
+            raise BudgetError("between steps")
+        return [steps]
+
+    def costs(counts: Sequence[int]) -> float:
+        return 1e6 * (100 - 1.3 * 11 * counts[0])
+
+    aim = Target("target_size", f"{most}MB", costs, 1e6 * most, 100e6)
+    if met:
+        assert aim.ratio(counts_at) == pytest.approx(met, abs=0.005)
+    else:
+        # At the third step.
+        with pytest.raises(BudgetError, match=r"not met within 1%: .* come to 57\.10 MB") as refusal:
+            aim.ratio(counts_at)
+        assert refusal.type is BudgetError
+    assert all(between[:15])
+    assert not all(between)
+
+
 def test_a_speed_is_shown_as_a_speed(structure: Structure) -> None:
     with pytest.raises(AdaPrunerError, match=r"`target_speed` .* 1\.\d\d times as fast at best"):
         target(lambda counts: 1000.0 + sum(counts), 1.0, structure, "target_speed").ratio(
@@ -189,6 +216,9 @@ def test_a_run_meets_a_size(
     # The same command has nothing to do; a ratio takes the place of the target.
     again = adapruner.prune(str(model_folder), output=tmp_path / "run", **options)
     assert again.plan.hash == result.plan.hash
+    # Nor has its config: the ratio in it follows from the target.
+    found = RunFolder(tmp_path / "run").read_config()
+    assert adapruner.prune(output=tmp_path / "run", config=found).plan.hash == result.plan.hash
     other = adapruner.plan_again(tmp_path / "run", tmp_path / "other", ratio=0.2)
     assert other.result.target is None
     assert other.plan.ratio == pytest.approx(0.2, abs=0.005)

@@ -14,10 +14,11 @@ from transformers import AutoModelForCausalLM, MistralForCausalLM, PreTrainedMod
 import adapruner
 from adapruner.checkpoint import save_checkpoint
 from adapruner.measurement import measure_moments
-from adapruner.models import known_architectures
+from adapruner.models import infer_architecture, known_architectures, random_model
 from adapruner.planning import Budget, kept_counts, make_plan
 from adapruner.structure import build_structure
 from adapruner.surgery import Compensation, prune_model
+from tiny_families import tiny_config
 
 
 @pytest.fixture(params=known_architectures())
@@ -88,6 +89,31 @@ def test_added_biases_are_saved_and_loaded(
     biases = [pruned.get_submodule(block.row_wise.module).bias for block in build_structure(pruned).blocks]
     assert len(biases) == 8
     assert any(bias.any() for bias in biases)
+    save_checkpoint(pruned, tokenizer, tmp_path / "model")
+    with torch.no_grad():
+        assert torch.equal(adapruner.load(tmp_path / "model")(windows).logits, pruned(windows).logits)
+
+
+@pytest.mark.parametrize("form", ["bias", "least-squares-bias"])
+@pytest.mark.parametrize("family", ["jamba", "lfm2_moe", "qwen3_moe"])
+def test_layers_of_other_kinds_have_no_place_for_added_biases(
+    family: str, form: str, windows: torch.Tensor, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    config = tiny_config(family)
+    if family == "qwen3_moe":
+        config.mlp_only_layers = [0]
+    known_architectures()[family] = infer_architecture(config)
+    dense = random_model(config)
+    structure = build_structure(dense)
+    counts = [block.groups - {"heads": 1, "channels": 20, "experts": 0}[block.kind] for block in structure.blocks]
+    scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(0))
+    moments = dict(measure_moments(dense, structure, windows))
+    pruned = prune_model(dense, structure, make_plan(structure, scores, counts), Compensation(form, moments))
+    projections = {block.row_wise.module for block in structure.blocks if block.is_projected}
+    assert {name.split(".")[2] for name in projections} == set("0123" if family != "lfm2_moe" else "013")
+    kept = dict(dense.named_parameters())
+    added = {name for name, bias in pruned.named_parameters() if name not in kept and bias.any()}
+    assert added == {f"{name}.bias" for name in projections}
     save_checkpoint(pruned, tokenizer, tmp_path / "model")
     with torch.no_grad():
         assert torch.equal(adapruner.load(tmp_path / "model")(windows).logits, pruned(windows).logits)

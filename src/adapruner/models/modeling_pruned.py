@@ -171,8 +171,11 @@ def _build_layer(layer_class: type[nn.Module], family: Family, config: PreTraine
     for path in family.feed_forward:
         reads_channels = path == family.feed_forward[-1]
         _resize(layer, path, **{"inputs" if reads_channels else "outputs": getattr(own, family.channels)})
+    modules = dict(layer.named_modules())
     for path in getattr(config, "added_biases", ()):
-        _resize(layer, path, bias=True)
+        # Not all layers of a family need be alike.
+        if path in modules:
+            _resize(layer, path, bias=True)
     for part in gone:
         layer.set_submodule(part.module, Nothing(part.returned))
     return layer

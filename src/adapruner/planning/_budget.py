@@ -109,7 +109,8 @@ def kept_counts(structure: Structure, budget: Budget, scores: Tensor | None = No
     channels = {
         index: block
         for index, block in everywhere.items()
-        if block.kind == "channels" and ((budget.shares and not block.experts) or block.layer in layers)
+        if block.kind == "channels"
+        and (budget.shares[block.layer] > 0 if budget.shares and not block.experts else block.layer in layers)
     }
     target = budget.ratio * structure.total_parameters
     by_block = _scores_to_rank(structure, budget, scores)
@@ -138,7 +139,7 @@ def kept_counts(structure: Structure, budget: Budget, scores: Tensor | None = No
 
     _refuse_nothing_removed(structure, budget, counts())
     if budget.ratio_of == "parameters":
-        _refuse_missed_ratio(structure, budget, {**heads, **experts}, channels, counts())
+        _refuse_missed_ratio(structure, budget, {**({} if budget.heads else heads), **experts}, channels, counts())
     return counts()
 
 
@@ -323,7 +324,7 @@ def _refuse_missed_ratio(
         head_counts = {
             index: (1 - head_share) * block.groups if block.kind == "heads" else 0.0 for index, block in heads.items()
         }
-        kept = {} if budget.heads else _in_steps(budget, heads, head_counts, 1)
+        kept = _in_steps(budget, heads, head_counts, 1)
         kept |= _in_steps(budget, channels, dict.fromkeys(channels, 0.0), budget.round_to)
         most = [kept.get(index, count) for index, count in enumerate(counts)]
         return math.floor(1000 * structure.removed_parameters(most) / total) / 1000

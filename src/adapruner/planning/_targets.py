@@ -66,7 +66,7 @@ class Target:
             middle = (low + high) // 2
             cost = self._try(counts_at, middle / _STEPS, tried)
             low, high = (middle, high) if cost > self.most else (low, middle)
-        if not self._meeting(tried) and any(cost <= self.most for cost in tried.values()):
+        if not self._meeting(tried):
             for step in range(int(least * _COARSE_STEPS) + 1, _COARSE_STEPS):
                 self._try(counts_at, step / _COARSE_STEPS, tried)
         if meeting := self._meeting(tried):

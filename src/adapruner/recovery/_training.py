@@ -149,6 +149,9 @@ def _record(
     count, steps = len(examples.training), total_steps(examples, options)
     # A call that was killed after the last step makes one more, at a learning rate of zero.
     done = min(state.global_step, steps)
+    # The last batch of an epoch has what is left.
+    epochs, further = divmod(done, math.ceil(count / options.batch_size))
+    seen = epochs * count + further * options.batch_size
     return RecoveryRecord(
         config=options.model_dump(mode="json"),
         method=method,
@@ -156,7 +159,7 @@ def _record(
         validation_examples=len(examples.validation),
         skipped_records=examples.skipped,
         steps=done,
-        tokens=round(examples.tokens / count * min(options.batch_size, count) * done),
+        tokens=round(examples.tokens / count * seen),
         loss_before=next(entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry),
         loss_after=float(state.best_metric if state.best_metric is not None else math.nan),
         best_step=min(int(state.best_global_step or done), steps),

@@ -161,8 +161,8 @@ def _ends(kind: BaseDistribution) -> tuple[Parameter, ...]:
 
 
 def importance_of(finished: Sequence[FrozenTrial]) -> dict[str, float]:
-    """Of the searched points alone: a fixed metric has no parameters, and a trial without a loss teaches nothing."""
-    searched = [trial for trial in finished if trial.params and math.isfinite(loss_of(trial))]
+    """Of the searched points alone: starting points are given, and a trial without a loss teaches nothing."""
+    searched = [trial for trial in finished if START not in trial.user_attrs and math.isfinite(loss_of(trial))]
     if len(searched) < _FEWEST_POINTS:
         return {}
     with quiet_optuna(), warnings.catch_warnings():

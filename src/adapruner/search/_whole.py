@@ -34,7 +34,7 @@ class RemovalOrders(BaseModel):
     losses: dict[Whole, tuple[float, ...]]
 
     def shortened(self, structure: Structure, ratio: float) -> dict[Whole, tuple[int, ...]]:
-        """The orders, cut off where a part would be more than half of the parameters to remove."""
+        """The orders, each cut off where its part would be more than half of the parameters to remove."""
         most, shortened = _LARGEST_PART * ratio * structure.total_parameters, dict[Whole, tuple[int, ...]]()
         for whole, layers in self.layers.items():
             sizes = structure.whole_parameters(whole)
