@@ -424,7 +424,9 @@ def test_the_next_commands_can_be_typed(page: Page, finished: adapruner.PruneRes
     ("options", "said"),
     [
         ({"vocabulary": ("words.txt",)}, "--data text.txt -o"),
-        ({"calibration": "windows.safetensors"}, None),
+        ({"calibration": "self"}, "--data self --teacher"),
+        ({"calibration": "self", "vocabulary": ("words.txt",)}, None),
+        ({"calibration": "windows.safetensors@calibration"}, None),
         ({"sources": "mine.yaml"}, None),
         ({}, "--data text.txt --teacher"),
     ],
@@ -526,6 +528,11 @@ def test_what_was_made_with_other_options_is_not_shown(run: RunFolder) -> None:
     assert "What was removed" not in shown.text
     assert "Chosen calibration samples" not in shown.text
     run.save_config(config)
+    assert "incomplete" not in page_of(run).text
+
+
+def test_what_was_needed_on_the_way_may_be_removed(run: RunFolder) -> None:
+    (run.path / "keys" / "whole.json.json").unlink()
     assert "incomplete" not in page_of(run).text
 
 

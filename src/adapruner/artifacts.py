@@ -118,8 +118,8 @@ class Record(BaseModel):
             if self.options.get(name) != now.options[name]
         ]
         for name, leaf in now.leaves.items():
-            if name != "left_out":
-                changed += _changes_of_leaf(name.replace("_", " "), self.leaves.get(name), leaf)
+            if name != "left_out" and name in self.leaves:
+                changed += _changes_of_leaf(name.replace("_", " "), self.leaves[name], leaf)
         return changed or ([f"format {self.version} → {now.version}"] if self.version != now.version else [])
 
 

@@ -53,7 +53,7 @@ def _given_options(
     if config:
         # The ratio of a run with a target follows from it.
         derived = {"ratio"} if isinstance(config, PruneConfig) and config.target else set()
-        base |= config.model_dump(exclude_unset=True, exclude=derived)
+        base = override(base, config.model_dump(exclude_unset=True, exclude=derived))
     own = {name: value for name, value in options.items() if value is not None or name not in ("model", "calibration")}
     if isinstance(own.get("recovery"), RecoveryOptions):
         own["recovery"] = own["recovery"].model_dump(exclude_unset=True)

@@ -38,6 +38,7 @@ class RunFolder:
         self.speed = path / "speed.json"
         # A model and text that were in memory.
         self.given = path / "given"
+        self._keys = path / "keys"
         self._lock = path / ".lock"
 
     @classmethod
@@ -51,6 +52,11 @@ class RunFolder:
     def parent(self) -> RunFolder:
         """The run of which this is one of several ratios."""
         return RunFolder(self.path.parent)
+
+    @property
+    def holds_artifacts(self) -> bool:
+        """Whether something was made here."""
+        return self._keys.is_dir()
 
     def at_ratio(self, ratio: float, config: PruneConfig) -> RunFolder:
         """Where the artifacts of one ratio are."""
@@ -127,7 +133,7 @@ class RunFolder:
     @property
     def recorded(self) -> list[str]:
         """The names of the artifacts that have a record."""
-        records = map(_read_record, (self.path / "keys").glob("*.json"))
+        records = map(_read_record, self._keys.glob("*.json"))
         return [record.name for record in records if record]
 
     def is_made(self, name: str, key: str) -> bool:
@@ -198,7 +204,7 @@ class RunFolder:
         self._save(name, record)
 
     def _record(self, name: str) -> Path:
-        return self.path / "keys" / f"{_flat(name)}.json"
+        return self._keys / f"{_flat(name)}.json"
 
     def _save(self, name: str, record: Record) -> None:
         content = record.model_dump_json(indent=2) + "\n"

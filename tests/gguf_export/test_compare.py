@@ -130,6 +130,10 @@ def test_the_last_model_of_a_run(models: tuple[Path, ...]) -> None:
     shutil.copytree(run / "model", run / "recovered")
     assert _last_model(str(run)) == str(run / "recovered")
     config = PruneConfig.from_options(model=str(models[0]), ratio=0.2, recover="self")
+    # A file of that name beside a model says nothing.
+    (run.parent / "config.yaml").write_text("training: {lr: 1}")
+    assert _last_model(str(run)) == str(run / "recovered")
+    (run / "keys").mkdir()
     config.save(run / "config.yaml")
     assert _last_model(str(run)) == str(run / "recovered")
     # A run without recovery has replaced it.

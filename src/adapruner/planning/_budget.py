@@ -109,8 +109,7 @@ def kept_counts(structure: Structure, budget: Budget, scores: Tensor | None = No
     channels = {
         index: block
         for index, block in everywhere.items()
-        if block.kind == "channels"
-        and (budget.shares[block.layer] > 0 if budget.shares and not block.experts else block.layer in layers)
+        if block.kind == "channels" and ((budget.shares and not block.experts) or block.layer in layers)
     }
     target = budget.ratio * structure.total_parameters
     by_block = _scores_to_rank(structure, budget, scores)
@@ -276,6 +275,10 @@ def _in_steps(budget: Budget, blocks: _Blocks, wanted: dict[int, float], step: i
     carried, carries = 0.0, budget.layout == "per-layer" and budget.ratio_of == "parameters"
     of_experts = [wanted[index] for index, block in blocks.items() if block.kind == "experts"]
     for index, block in blocks.items():
+        if block.kind != "experts" and wanted[index] >= block.groups:
+            # What gives up nothing does not make up for the rounding of others either.
+            counts[index] = block.groups
+            continue
         unit = step * block.strata
         if block.kind == "experts":
             carried = math.fsum(of_experts) / len(of_experts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -66,7 +67,8 @@ class Target:
             middle = (low + high) // 2
             cost = self._try(counts_at, middle / _STEPS, tried)
             low, high = (middle, high) if cost > self.most else (low, middle)
-        if not self._meeting(tried):
+        # Not if the cost was too high at every ratio; it is not known between steps.
+        if not self._meeting(tried) and not all(cost > self.most for cost in tried.values()):
             for step in range(int(least * _COARSE_STEPS) + 1, _COARSE_STEPS):
                 self._try(counts_at, step / _COARSE_STEPS, tried)
         if meeting := self._meeting(tried):
@@ -80,6 +82,7 @@ class Target:
         except UnreachableRatioError:
             return 0.0
         except BudgetError:  # whole experts come in large steps: about what it would be between them
+            tried[ratio] = math.nan
             return self.dense * (1 - ratio)
         return tried[ratio]
 
@@ -87,6 +90,7 @@ class Target:
         return [ratio for ratio, cost in tried.items() if (1 - TARGET_TOLERANCE) * self.most <= cost <= self.most]
 
     def _refusal(self, tried: dict[float, float]) -> BudgetError:
+        tried = {ratio: cost for ratio, cost in tried.items() if not math.isnan(cost)}
         if not tried:
             return UnreachableRatioError(f"{self._asked} cannot be reached: nothing can be removed from this model")
         ratio = min(tried, key=tried.__getitem__)

@@ -54,6 +54,7 @@ FOLDER_OR_NONE: Form[Path | None] = Form(
     check=lambda job: job.prepared.fits_sequentially,
     is_wanted=lambda config: config.tunes_scales,
     is_result=False,
+    version=2,
 )
 def compensated(
     job: Job, work: Path, windows: Windows, written: Windows | None, moments: Moments, plan: PruningPlan
@@ -72,7 +73,7 @@ def compensated(
     leaves="model family precision tuning_of_scales left_out",
     check=lambda job: (job.prepared.fits_sequentially, job.prepared.check_tuning()),
     is_shared=True,
-    version=3,
+    version=4,
 )
 def model(
     job: Job,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from adapruner.calibration import SELF_GENERATED, parse_source
 from adapruner.config import TARGET_OPTIONS, PruneConfig, PruneOptions
 from adapruner.report._contents import Contents
 
@@ -41,8 +42,7 @@ def next_commands(contents: Contents) -> dict[str, str]:
     """What is left to do with a finished run: command lines, by what they are for."""
     config, folder, model = contents.config, contents.path, contents.final_folder
     commands: dict[str, tuple[str, ...]] = {}
-    # Fine-tuning reads text, under a name that needs no file of sources.
-    if not config.recover and not config.sources and not config.calibration.endswith(".safetensors"):
+    if not config.recover and _can_be_learnt(config):
         # The dense model has other tokens where the vocabulary was pruned.
         teacher = () if config.vocabulary else ("--teacher", config.model)
         commands["Recover part of the loss by fine-tuning"] = (
@@ -56,6 +56,14 @@ def next_commands(contents: Contents) -> dict[str, str]:
         )
     commands["Export for llama.cpp"] = ("export", str(model), "--to", "gguf", "-o", str(folder / "model.gguf"))
     return {purpose: shlex.join(("adapruner", *words)) for purpose, words in commands.items()}
+
+
+def _can_be_learnt(config: PruneConfig) -> bool:
+    """Whether fine-tuning can read what the run was calibrated on: text, under a name that needs no file of sources; or
+    what the dense model writes, with its own tokens."""
+    if config.calibration == SELF_GENERATED:
+        return not config.vocabulary
+    return not config.sources and not parse_source(config.calibration, missing_ok=True).holds_windows
 
 
 def _options(values: BaseModel, prefix: str = "--") -> list[tuple[str, ...]]:

@@ -94,7 +94,8 @@ def read_contents(run: RunFolder, config: PruneConfig) -> Contents:
 
 @dataclass(frozen=True)
 class _Artifacts:
-    """The artifacts of one ratio of a run that are of its config: others are left from an earlier one.
+    """The artifacts of one ratio of a run that agree with its options and with each other: others are left from an
+    earlier one. Which model and text they were made from is not asked.
 
     Attributes:
         folder: where those are that depend on the ratio; `run` holds the others.
@@ -106,7 +107,7 @@ class _Artifacts:
     _records: dict[str, Record | None] = field(default_factory=dict)
 
     def record(self, name: str) -> Record | None:
-        """Of an artifact that was made, or is being made, with the options of the config from what is here now."""
+        """Of an artifact that was made, or is being made, with the options of the config and from inputs that were."""
         if name not in self._records:
             found = self.folder.record(name) or self.run.record(name)
             self._records[name] = found if found and self._is_current(found) else None
@@ -132,9 +133,10 @@ class _Artifacts:
         return TypeAdapter(of).validate_json(path.read_bytes()) if path else None
 
     def _is_current(self, record: Record) -> bool:
-        inputs = {name: self.record(name) for name in record.inputs}
-        has_inputs = all(one and one.key == record.inputs[name] for name, one in inputs.items())
-        return has_inputs and record.has_options_of(self.config)
+        # What only a step on the way needs is not taken over from another run.
+        inputs = [name for name in record.inputs if self.folder.record(name) or self.run.record(name)]
+        keys = {name: one.key if (one := self.record(name)) else None for name in inputs}
+        return record.has_options_of(self.config) and all(record.inputs[name] == key for name, key in keys.items())
 
 
 def _read(made: _Artifacts) -> Contents:
@@ -180,7 +182,7 @@ def _models(made: _Artifacts, plan: PruningPlan | None) -> list[ModelNumbers]:
         tasks = made.read(f"evaluation/tasks-{role}.json", dict[str, TaskScore])
         broken[role] = made.read(f"evaluation/breakage-{role}.json", Breakage)
         if plan and (role == "dense" or perplexity or tasks or saved.get(role)):
-            chosen = made.read("vocabulary.json", Vocabulary)
+            chosen = made.read("vocabulary.json", Vocabulary) if made.config.vocabulary else None
             of_vocabulary = chosen.summary.removed_parameters if chosen else 0
             parameters = plan.total_parameters + (of_vocabulary if role == "dense" else -plan.removed_parameters)
             models.append(

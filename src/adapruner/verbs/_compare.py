@@ -189,8 +189,9 @@ def _last_model(name: str) -> str:
         AdaPrunerError: the run has several ratios, each with a model of its own.
     """
     run = RunFolder(given_path(name))
-    config = next((one.read_config() for one in (run, run.parent) if one.config.is_file()), None)
-    if config and run.config.is_file() and len(config.ratio) > 1:
+    holders = [one for one in (run, run.parent) if one.config.is_file()] if run.holds_artifacts else []
+    config = holders[0].read_config() if holders else None
+    if config and holders[0] is run and len(config.ratio) > 1:
         folders = ", ".join(str(run.of_ratio(ratio).path) for ratio in config.ratio)
         raise AdaPrunerError(f"{name} holds a model for each of its ratios: name {folders}")
     # A run without recovery may have replaced one that had it.
