@@ -294,6 +294,18 @@ def test_layers_without_a_share_stay_whole(ratio: float, head_share: float) -> N
     assert abs(structure.removed_parameters(counts) / structure.total_parameters - ratio) <= 0.005
 
 
+def test_heads_give_up_as_many_whichever_layers_share_the_channels() -> None:
+    sizes = {"vocab_size": 96, "hidden_size": 512, "num_attention_heads": 16, "intermediate_size": 1536}
+    structure = build_structure(empty_model(LlamaConfig(num_hidden_layers=12, **sizes)))
+    left = []
+    for last in (6, 9, 10):
+        shares = tuple(0.3 if 2 <= layer < last else 0.0 for layer in range(12))
+        counts = kept_counts(structure, Budget(0.15, 2, 2, 0.5, shares=shares))
+        left.append([count for block, count in zip(structure.blocks, counts, strict=True) if block.kind == "heads"])
+    assert sum(left[0]) < 12 * 16
+    assert left[0] == left[1] == left[2]
+
+
 @pytest.mark.parametrize("ratio", [0.04, 0.14, 0.23])
 def test_more_can_be_reached_than_a_ratio_between_whole_experts(ratio: float) -> None:
     """As well where it is given how many heads stay."""
