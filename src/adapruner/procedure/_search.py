@@ -229,7 +229,7 @@ def _check_levelling(job: Job) -> None:
     is_wanted=lambda config: config.levels_widths,
     check=_check_levelling,
     is_result=False,
-    version=3,
+    version=4,
 )
 def levelled(
     job: Job, work: Path, windows: Windows, moments: Moments, statistics: Statistics, search: SearchResult

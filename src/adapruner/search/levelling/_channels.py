@@ -16,7 +16,8 @@ from adapruner.structure import Block
 # What a layer gives up more to see what its channels are worth, as a share of those it keeps: less drowns in noise.
 _PROBED_SHARE = 0.15
 # A layer whose channels cost twice the mean gets 2 ** 0.4 times as many, and none more than 1.3 times or less than
-# 1 / 1.3 times in a round.
+# 1 / 1.3 times in a round. What is removed is scaled to the ratio then, which changes narrow layers by more: a number
+# of widths that meets the ratio and keeps to the limit is worth the same (docs/experiments.md).
 _EXPONENT, _MOST_PER_ROUND = 0.4, 1.3
 # Channels that cost nothing, or less: measured costs are noisy.
 _LEAST_COST = 0.05
