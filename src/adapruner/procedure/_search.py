@@ -214,9 +214,10 @@ def compensation_of(config: PruneConfig, moments: Mapping[int, InputMoments] | N
 
 
 def _check_levelling(job: Job) -> None:
-    if job.prepared.level_rounds:
-        job.prepared.check_objective()
-    if job.prepared.layer_wise and job.prepared.level_rounds:
+    if not job.prepared.level_rounds:
+        return
+    job.prepared.check_objective()
+    if job.prepared.layer_wise:
         raise AdaPrunerError("levelling needs all layers in memory: set `level_rounds` 0 with `layer_wise`")
 
 

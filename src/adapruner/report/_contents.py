@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -88,6 +88,11 @@ def read_contents(run: RunFolder, config: PruneConfig) -> Contents:
     made = _Artifacts(run, run.at_ratio(config.ratio[0], run.read_config()), config)
     try:
         return _read(made)
+    except ValidationError as error:
+        raise AdaPrunerError(
+            f"cannot read the run in {made.folder.path}: files are of another version of this package, or were changed;"
+            " rerun the command of the run"
+        ) from error
     except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
         raise AdaPrunerError(f"cannot read the run in {made.folder.path}: {reason(error)}") from error
 
