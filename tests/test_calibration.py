@@ -223,6 +223,10 @@ def test_the_model_writes_its_own_text(model: PreTrainedModel) -> None:
     assert torch.equal(windows[:, 0], torch.ones(5, dtype=torch.long))
     assert torch.equal(windows, generate_windows(model, 5, 12, seed=0, batch_size=3))
     assert not torch.equal(windows, generate_windows(model, 5, 12, seed=1, batch_size=3))
+    # Whatever the model's own settings are.
+    own = copy.deepcopy(model)
+    own.generation_config.update(min_p=0.9, no_repeat_ngram_size=1, num_beams=2, typical_p=0.1)
+    assert torch.equal(windows, generate_windows(own, 5, 12, seed=0, batch_size=3))
     assert torch.equal(state, torch.random.get_rng_state())
 
 

@@ -497,9 +497,59 @@ def test_overwriting_starts_again(model_folder: Path, text_file: Path, tmp_path:
         model_folder, str(text_file), folder, overwrite=True, dtype="bfloat16", **SHORT | {"steps": 3}
     )
     assert adapruner.load(folder).dtype == torch.bfloat16
-    with pytest.raises(AdaPrunerError, match="is a model that this reads from"):
+    with pytest.raises(AdaPrunerError, match="is or holds what this reads from"):
         verbs.recover(folder, str(text_file), folder, overwrite=True, **SHORT)
     assert adapruner.load(folder).dtype == torch.bfloat16
+
+
+def test_what_is_finished_stays_until_something_takes_its_place(
+    model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, options = tmp_path / "a", SHORT | {"steps": 2}
+    verbs.recover(model_folder, str(text_file), folder, **options)
+    before = (folder / "model.safetensors").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr("adapruner.verbs._recover.load_model", lambda *_: pytest.fail("no memory"))
+        with pytest.raises(pytest.fail.Exception):
+            verbs.recover(model_folder, str(text_file), folder, overwrite=True, **options | {"steps": 3})
+    assert (folder / "model.safetensors").read_bytes() == before
+    # Both go on: the finished one is as it was, and the one that has begun takes its place.
+    assert verbs.recover(model_folder, str(text_file), folder, **options).steps == 2
+    assert verbs.recover(model_folder, str(text_file), folder, **options | {"steps": 3}).steps == 3
+    (folder / "model.safetensors").unlink()
+    assert verbs.recover(model_folder, str(text_file), folder, **options | {"steps": 3}).steps == 3
+    assert (folder / "model.safetensors").is_file()
+
+
+def test_a_folder_around_what_is_read_is_refused(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    for reads in ({"model": model_folder, "data": str(text_file)}, {"model": "smollm2", "data": str(text_file)}):
+        around = Path(reads["data"]).parent if reads["model"] == "smollm2" else model_folder.parent
+        with pytest.raises(AdaPrunerError, match="is or holds what this reads from"):
+            verbs.recover(**reads, output=around, overwrite=True, **SHORT)
+
+
+@pytest.mark.parametrize("distils", [False, True])
+def test_the_validation_loss_is_the_mean_over_tokens(distils: bool, model: PreTrainedModel, tmp_path: Path) -> None:
+    """Of answers of different lengths, however many are in a batch."""
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for number in range(12):
+        tokens = torch.randint(4, 60, (6 + number,), generator=generator).tolist()
+        made.append({"input_ids": tokens, "labels": [-100] * 3 + tokens[3:]})
+    examples = Examples(made[:6], made[6:], True, 0)
+    losses = []
+    for row in examples.validation:
+        with torch.no_grad():
+            logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1]
+        wanted = torch.tensor(row["labels"][1:])
+        losses.append(nn.functional.cross_entropy(logits[wanted != -100], wanted[wanted != -100], reduction="none"))
+    for micro in (1, 4):
+        options = RecoveryOptions(**SHORT | {"steps": 1, "micro_batch_size": micro})
+        # The divergence from itself is 0.
+        expected = float(torch.cat(losses).mean()) * (options.label_weight if distils else 1.0)
+        student, teacher = copy.deepcopy(model), model if distils else None
+        record = train(student, examples, options, tmp_path / str(micro), teacher)
+        assert record.loss_before == pytest.approx(expected, rel=2e-3)
 
 
 def test_the_teacher_writes_the_text_itself(model_folder: Path, tmp_path: Path) -> None:

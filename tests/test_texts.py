@@ -91,6 +91,19 @@ def test_a_document_without_text_is_in_no_item(tmp_path: Path) -> None:
     assert all(document.strip() for document in used)
 
 
+def test_a_path_may_have_the_sign_of_a_part(tmp_path: Path) -> None:
+    folder = tmp_path / "x@y"
+    folder.mkdir()
+    (folder / "d.jsonl").write_text('{"text": "w1"}')
+    for text, part in (("d.jsonl", "all"), ("d.jsonl:text", "all"), ("d.jsonl:text@report", "report")):
+        source = parse_source(f"{folder}/{text}")
+        assert (source.name, source.part) == (f"{folder}/{text.removesuffix('@report')}", part)
+    (folder / "d.jsonl").unlink()
+    assert parse_source(f"{folder}/d.jsonl", missing_ok=True).part == "all"
+    assert parse_source(f"hf:{folder}").name == f"hf:{folder}"
+    assert parse_source(f"hf:{folder}@report").part == "report"
+
+
 def test_two_columns_of_a_file_are_one_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The parts by one column are not those by another: 4 of 10 documents of a report would have been calibrated on."""
     monkeypatch.chdir(tmp_path)

@@ -473,7 +473,7 @@ class RecoverConfig(RecoveryOptions):
             "`method` distillation needs the dense model: add `teacher`",
         ),
         (
-            lambda method, teacher: method == "labels" and teacher is not None,
+            lambda method, teacher, data: method == "labels" and teacher is not None and data != "self",
             "`method` labels needs no teacher: remove `teacher`",
         ),
     )

@@ -82,6 +82,8 @@ def read_windows(source: Source) -> Tensor:
             raise ValueError(str(error)) from None
         if windows is None or windows.dtype != torch.int64 or windows.dim() != 2:
             raise ValueError(f"it holds no tensor {WINDOWS!r} of tokens, int64, of shape [windows, tokens]")
+        if windows.numel() and windows.min() < 0:
+            raise ValueError(f"it holds {int(windows.min())} in place of a token")
     return windows[torch.tensor([is_of_part(str(one), source.part) for one in windows.tolist()], dtype=torch.bool)]
 
 

@@ -135,7 +135,9 @@ def parse_source(text: str, purpose: Purpose = "train", missing_ok: bool = False
         AdaPrunerError: no such name, file or part. Nothing is downloaded to find out.
     """
     name, at, part = text.rpartition("@")
-    if not at or given_path(text).is_file():
+    # A path may have this sign too.
+    is_path = given_path(text).is_file() or (text.startswith("hf:") and _is_folder(text[3:].partition(":")[0]))
+    if not at or is_path or set(part) & set("/:"):
         name, part = text, "all"
     if part not in get_args(Part):
         raise AdaPrunerError(f"unknown part {part!r} of {name!r}; the parts are {', '.join(get_args(Part)[1:])}")
@@ -159,7 +161,7 @@ def absolute_source(text: str) -> str:
         return text
     if name == "hf":
         path = option.partition(":")[0]
-        return text.replace(path, str(given_path(path).absolute()), 1) if _is_folder(path) else text
+        return f"hf:{given_path(path).absolute()}{text[3 + len(path) :]}" if _is_folder(path) else text
     absolute = f"{given_path(name).absolute()}{f':{option}' if option else ''}"
     return str(replace(source, name=absolute))
 
@@ -179,6 +181,7 @@ def place_of(source: Source) -> Place:
     name, option = split_name(source.name)
     if name == "hf":
         path, config, split, column = (*option.split(":"), "", "", "")[:4]
+        path = str(given_path(path)) if _is_folder(path) else path
         return Place(path, None, HubData(path=path, name=config or None), split or "train", (column,) if column else ())
     known = known_sources().get(name)
     if known is None:

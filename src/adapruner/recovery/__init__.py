@@ -12,6 +12,7 @@ from adapruner.recovery._scales import scale_options
 from adapruner.recovery._training import (
     RecoveryRecord,
     check_adapters,
+    check_batch_size,
     check_device,
     distillation_loss,
     total_steps,
@@ -23,6 +24,7 @@ __all__ = [
     "Examples",
     "RecoveryRecord",
     "check_adapters",
+    "check_batch_size",
     "check_device",
     "check_folder",
     "distillation_loss",

@@ -83,7 +83,7 @@ def check_folder(folder: Path, config: dict[str, Any], overwrite: bool) -> Recov
 
     Args:
         config: all that the result depends on, as JSON.
-        overwrite: an earlier recovery may be removed.
+        overwrite: an earlier recovery may be replaced; it stays until the new one is finished.
 
     Returns:
         The record, if it is finished already.
@@ -94,13 +94,18 @@ def check_folder(folder: Path, config: dict[str, Any], overwrite: bool) -> Recov
     if overwrite and (folder / RECORD).is_file():
         return None
     record, started = read_record(folder), working_folder(folder) / _CONFIG
-    earlier = record.config if record else _read_config(started) if started.is_file() else None
+    begun = _read_config(started) if started.is_file() else None
     # Without a record it may still be ours: a kill may have come between the model and its record.
-    ours = record is not None or (earlier is not None and (folder / "config.json").is_file())
+    ours = record is not None or (begun is not None and (folder / "config.json").is_file())
     if not ours and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise AdaPrunerError(f"{folder} exists and holds no recovery: choose another output")
-    if overwrite or earlier is None:
+    if overwrite:
         return None
+    if record and record.config == config:
+        # Without its weights it is made again.
+        return record if any(folder.glob("*.safetensors")) else None
+    # What has begun replaces what is finished.
+    earlier = begun or (record.config if record else config)
     if earlier != config:
         names = [name for name in dict.fromkeys([*earlier, *config]) if earlier.get(name) != config.get(name)]
         changed = ", ".join(f"{name} {earlier.get(name)!r} → {config.get(name)!r}" for name in names)
@@ -108,7 +113,7 @@ def check_folder(folder: Path, config: dict[str, Any], overwrite: bool) -> Recov
             f"{folder} holds a recovery of another config ({changed}): choose another output, or `overwrite` to start"
             " it again"
         )
-    return record
+    return None
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -146,8 +151,8 @@ def training_alone(folder: Path, config: dict[str, Any], overwrite: bool) -> Ite
         with saying_what_cannot_be_written(work):
             record = check_folder(folder, config, overwrite)
             if record is None:
-                for old in (folder, work) if overwrite else ():
-                    shutil.rmtree(old, ignore_errors=True)
+                if overwrite:
+                    shutil.rmtree(work, ignore_errors=True)
                 text = json.dumps(config)
                 write_atomically(work / _CONFIG, lambda partial: partial.write_text(text, encoding="utf-8"))
         yield record

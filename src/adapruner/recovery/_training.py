@@ -8,7 +8,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -117,7 +117,7 @@ def train(
         warnings.simplefilter("ignore")
         set_seed(options.seed)
         trained: Any = model if options.train == "full" else _with_adapters(_frozen(model), options)
-        create = partial(_DistillationTrainer, in_fastest_dtype(teacher), options) if teacher else Trainer
+        create = partial(_DistillationTrainer, in_fastest_dtype(teacher), options) if teacher else _TokenTrainer
         last = _last_whole_checkpoint(folder)
         trainer = create(
             model=trained,
@@ -178,6 +178,16 @@ def check_device(device: torch.device) -> None:
             f"training runs on the first accelerator and not on {device}: set"
             f" {_VISIBLE.get(device.type, 'its variable for visible devices')}={device.index} and leave `device` out"
         )
+
+
+def check_batch_size(size: int) -> None:
+    """Refuses a batch that has no equal part for each process.
+
+    Raises:
+        AdaPrunerError: with the numbers.
+    """
+    if size % (processes := this_process().count):
+        raise AdaPrunerError(f"`batch_size` {size} cannot be divided among {processes} processes")
 
 
 def check_adapters(empty: PreTrainedModel, options: RecoveryOptions) -> None:
@@ -252,7 +262,23 @@ def _distillation_sum(
     return total
 
 
-class _DistillationTrainer(Trainer):
+class _TokenTrainer(Trainer):
+    """The validation loss is the mean over tokens; the Trainer's is over examples, each with the mean of its batch."""
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *arguments: Any, **named: Any) -> Any:
+        loss, *others = super().prediction_step(model, inputs, *arguments, **named)
+        assert loss is not None
+        tokens = int((inputs["labels"][:, 1:] != IGNORED).sum())
+        return (loss * (tokens / len(inputs["labels"]) / self._tokens_of_example), *others)
+
+    @cached_property
+    def _tokens_of_example(self) -> float:
+        """In the mean over the validation examples."""
+        rows = cast(list[Example], self.eval_dataset)
+        return sum(label != IGNORED for row in rows for label in row["labels"][1:]) / len(rows)
+
+
+class _DistillationTrainer(_TokenTrainer):
     """Runs the teacher on every batch; its predictions are used at once and not kept."""
 
     def __init__(self, teacher: PreTrainedModel, options: RecoveryOptions, **parts: Any) -> None:
@@ -279,8 +305,7 @@ def _arguments(
 ) -> TrainingArguments:
     device = model.device
     processes = this_process().count
-    if options.batch_size % processes:
-        raise AdaPrunerError(f"`batch_size` {options.batch_size} cannot be divided among {processes} processes")
+    check_batch_size(options.batch_size)
     of_process = options.batch_size // processes
     # The largest that divides a batch.
     micro_batch = next(n for n in range(options.micro_batch_size, 0, -1) if of_process % n == 0)

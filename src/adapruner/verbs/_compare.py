@@ -173,6 +173,8 @@ def _candidate(name: str, measurement: _Measurement, gguf_types: Sequence[GgufTy
         check_gguf(empty, gguf_type)
     check_length(empty.config, measurement.length)
     source = parse_source(measurement.source, "report")
+    if source.holds_windows:
+        raise AdaPrunerError(f"{source} holds windows of tokens, which other models may not have: name a text")
     text = evaluation_text(source, tokenizer, measurement.seq_len, measurement.limit)
     check_tokens(config, int(text.windows.max()))
     if text.predicted_bytes is None:

@@ -19,6 +19,7 @@ from adapruner.models import (
     ModelLocation,
     check_length,
     check_tokens,
+    empty_model,
     find_model,
     fingerprint,
     load_config,
@@ -33,6 +34,8 @@ from adapruner.recovery import (
     DEFAULT_GENERATED_RECORDS,
     Examples,
     RecoveryRecord,
+    check_adapters,
+    check_batch_size,
     check_device,
     check_folder,
     read_examples,
@@ -96,12 +99,14 @@ def _recover_into(
 ) -> RecoveryRecord:
     """Trains the model that the config names, unless the folder holds the result."""
     data, teacher = config.data, config.teacher
-    if folder.resolve() in [given_path(name).resolve() for name in (config.model, teacher) if name]:
-        raise AdaPrunerError(f"{folder} is a model that this reads from: choose another output")
+    for read in (given_path(name).resolve() for name in (config.model, teacher, data) if name):
+        if folder.resolve() in (read, *read.parents):
+            raise AdaPrunerError(f"{folder} is or holds what this reads from, {read}: choose another output")
     source = None if data == SELF_GENERATED else parse_source(data)
     if source is None and teacher is None:
         raise AdaPrunerError("`data` self is text that the dense model writes: name it with `teacher`")
     check_device(resolve_device(device))
+    check_batch_size(config.batch_size)
     check_tracker(track)
     location, of_teacher = find_model(config.model), find_model(teacher) if teacher else None
     of_model = load_config(location)
@@ -110,15 +115,19 @@ def _recover_into(
     resolved = config.model_dump(mode="json") | {"content": content}
     if record := check_folder(folder, resolved, overwrite):
         return record
-    warning = check_length(of_model, config.seq_len)
+    if config.train != "full":
+        check_adapters(empty_model(of_model), config)
+    warnings = [check_length(of_model, config.seq_len)]
     if of_teacher:
-        _refuse_other_vocabulary(load_config(of_teacher).vocab_size, of_model.vocab_size)
+        dense = load_config(of_teacher)
+        _refuse_other_vocabulary(dense.vocab_size, of_model.vocab_size)
+        warnings.append(check_length(dense, config.seq_len))
     tokenizer = load_tokenizer(location)
     examples = read_examples(source, tokenizer, config) if source else None
     if examples:
         check_tokens(of_model, examples.largest_token)
     with training_alone(folder, resolved, overwrite) as finished:
-        Reporter().note(warning or "")
+        Reporter().note("\n".join(filter(None, dict.fromkeys(warnings))))
         if finished:
             return finished
         own = track if this_process().leads else None
