@@ -17,6 +17,7 @@ from huggingface_hub import HfApi
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    GenerationConfig,
     MambaConfig,
     MambaForCausalLM,
     PreTrainedModel,
@@ -153,6 +154,19 @@ def test_settings_of_sampling_without_sampling(
     settings = adapruner.load(tmp_path / "model").generation_config
     assert settings.do_sample
     assert settings.temperature == 0.6
+
+
+@pytest.mark.parametrize("fields", [{"early_stopping": True}, {"length_penalty": 0.5}, {"output_scores": True}])
+def test_settings_that_do_not_go_together_are_left_out(
+    fields: dict[str, Any], pruned: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    pruned.generation_config = GenerationConfig(eos_token_id=2, max_length=17, **fields)
+    with pytest.raises(ValueError, match=next(iter(fields))):
+        pruned.save_pretrained(tmp_path / "plain")
+    save_checkpoint(pruned, tokenizer, tmp_path / "model")
+    settings = adapruner.load(tmp_path / "model").generation_config
+    assert (settings.eos_token_id, settings.max_length) == (2, 17)
+    assert all(getattr(settings, name) != value for name, value in fields.items())
 
 
 def test_no_code_of_others_is_named(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
@@ -389,6 +403,14 @@ def test_only_what_was_written_here_is_replaced(to: str, ours: Path, model_folde
             verbs.export(ours, to, output, overwrite=True)
     assert names_below(tmp_path) == before
     assert (tmp_path / "file.gguf").read_text() == "a thesis"
+
+
+def test_what_a_link_leads_to_is_replaced(ours: Path, tmp_path: Path) -> None:
+    (tmp_path / "place").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "place")
+    verbs.export(ours, "stock", tmp_path / "link", overwrite=True)
+    assert (tmp_path / "link").is_symlink()
+    assert adapruner.load(tmp_path / "place").num_parameters() > 0
 
 
 def test_overwriting_replaces_and_leaves_what_is_beside(ours: Path, model_folder: Path, tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -33,6 +35,23 @@ def file(make_model: object, tmp_path: Path) -> Path:
     model: PreTrainedModel = make_model("llama", vocab_size=len(vocabulary), attention_bias=False, mlp_bias=False)
     write_gguf(model, tokenizer, tmp_path / "model.gguf", "f32")
     return tmp_path / "model.gguf"
+
+
+@pytest.mark.parametrize(
+    ("fields", "lost"),
+    [
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}, "the scaling of its rotary"),
+        ({"attention_bias": True}, "the biases"),
+    ],
+)
+def test_what_would_be_lost_is_refused(
+    fields: dict[str, Any], lost: str, file: Path, make_model: Callable[..., PreTrainedModel], tmp_path: Path
+) -> None:
+    tokenizer = load_tokenizer(find_model(str(file)))
+    sizes = {"vocab_size": len(tokenizer), "attention_bias": False, "mlp_bias": False}
+    write_gguf(make_model("llama", **sizes | fields), tokenizer, tmp_path / "other.gguf", "f32")
+    with pytest.raises(AdaPrunerError, match=f"does not read {lost}"):
+        load_config(find_model(str(tmp_path / "other.gguf")))
 
 
 def test_a_run_reads_a_file_once_for_its_config_and_once_for_its_weights(

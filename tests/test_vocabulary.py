@@ -279,6 +279,7 @@ def test_everything_else_of_a_tokenizer_is_as_before(kind: str) -> None:
     before, after, vocabulary = tokenizer_and_cut(kind)
     assert after.special_tokens_map == before.special_tokens_map
     assert after.chat_template == before.chat_template
+    assert after.padding_side == before.padding_side
     messages = [{"role": "user", "content": ENGLISH[0]}]
     if before.chat_template:
         rendered = [
@@ -348,6 +349,15 @@ def test_the_number_of_tokens_is_rounded_up_with_tokens_that_exist(multiple: int
     rounded, vocabulary = cut(tokenizer, ENGLISH, multiple=multiple)
     assert len(rounded) == len(vocabulary.kept) == -(-len(alone) // multiple) * multiple
     assert set(alone.get_vocab()) <= set(rounded.get_vocab())
+
+
+def test_the_padding_side_of_a_class_is_kept() -> None:
+    class PaddedLeft(PreTrainedTokenizerFast):  # type: ignore[misc]
+        padding_side = "left"
+
+    tokenizer = PaddedLeft(tokenizer_object=byte_level().backend_tokenizer, eos_token="</s>")
+    after, _ = cut(tokenizer, TEXTS)
+    assert after.padding_side == tokenizer.padding_side == "left"
 
 
 def test_rows_behind_all_tokens_fill_up_what_is_missing() -> None:

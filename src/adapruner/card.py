@@ -301,11 +301,9 @@ def card_of_recovered(card: str, record: RecoveryRecord) -> str | None:
     card = card.replace(_NOT_TRAINED, trained_sentence(record))
     before, heading, rest = card.partition("## What it cost\n\n")
     after = rest.partition("\n## ")[2]
-    return re.sub(
-        r"(?m)^model-index:\n(?:(?!---)[ -].*\n)+",
-        "",
-        f"{before}{heading}Not measured after fine-tuning.\n\n## {after}",
-    )
+    # That of a model of which tokens alone were removed says nothing of costs.
+    card = f"{before}{heading}Not measured after fine-tuning.\n\n## {after}" if heading else card
+    return re.sub(r"(?m)^model-index:\n(?:(?!---)[ -].*\n)+", "", card)
 
 
 def _verdict(model: ModelNumbers) -> str:

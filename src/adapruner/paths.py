@@ -37,7 +37,8 @@ def output_path(name: str | Path) -> Path:
     existing = next(folder for folder in path.absolute().parents if folder.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise AdaPrunerError(f"cannot write to {path}: {existing} is not a writable directory")
-    return path
+    # What a link leads to is replaced, and not the link.
+    return path.resolve() if path.is_symlink() else path
 
 
 def data_folders() -> list[Path]:

@@ -214,6 +214,26 @@ def test_a_pruned_model_can_be_pruned_again(
         model = pruned
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "phi3", "qwen3"])
+def test_what_was_removed_whole_stays_removed(
+    family: str, make_model: Callable[..., PreTrainedModel], windows: torch.Tensor
+) -> None:
+    model = make_model(family)
+    gone = {("heads", 0), ("channels", 1)}
+    for fewer in (0, 1):
+        structure = build_structure(model)
+        scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(5))
+        counts = [0 if (block.kind, block.layer) in gone else block.groups - fewer for block in structure.blocks]
+        counts = [max(count, min(1, counts[number])) for number, count in enumerate(counts)]
+        plan = make_plan(structure, scores, counts)
+        pruned = prune_model(model, structure, plan)
+        if fewer:
+            expected = masked(model, structure, plan)(windows).logits
+            torch.testing.assert_close(pruned(windows).logits, expected, rtol=1e-4, atol=1e-4)
+        model, gone = pruned, set()
+    assert model.num_parameters() < make_model(family).num_parameters()
+
+
 LONGROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.1], "long_factor": [2.0, 3.0], "factor": 4.0}
 
 

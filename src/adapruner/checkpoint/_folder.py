@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from transformers import CONFIG_MAPPING, PreTrainedModel
+from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils.hub import cached_file
 
@@ -99,17 +99,30 @@ def read_origin(location: ModelLocation) -> dict[str, Any] | None:
 @contextlib.contextmanager
 def _valid_generation_config(model: PreTrainedModel) -> Iterator[None]:
     """Some models come with settings of sampling but without sampling, which transformers reads and does not write:
-    while this lasts, they sample."""
+    while this lasts, they sample. Of other settings that do not go together, the last ones are left out."""
     settings: Any = model.generation_config
-    try:
-        settings.validate(strict=True)
-    except ValueError:
+    if not _is_valid(settings):
         model.generation_config = copy.deepcopy(settings)
         model.generation_config.do_sample = True
+    if not _is_valid(model.generation_config):
+        kept: dict[str, Any] = {}
+        for name, value in model.generation_config.to_diff_dict().items():
+            if _is_valid(GenerationConfig(**kept, **{name: value})):
+                kept[name] = value
+        model.generation_config = GenerationConfig(**kept)
     try:
         yield
     finally:
         model.generation_config = settings
+
+
+def _is_valid(settings: GenerationConfig) -> bool:
+    """Whether transformers would write it."""
+    try:
+        settings.validate(strict=True)
+    except ValueError:
+        return False
+    return True
 
 
 def write_card(folder: Path, card: str) -> None:

@@ -58,7 +58,7 @@ def write_gguf(model: PreTrainedModel, tokenizer: Tokenizer, path: Path, gguf_ty
         with being_written(made) as partial:
             if gguf_type in QUANTIZED_BY_LLAMA_CPP:
                 exact = made.with_name(f"{made.name}.exact")
-                _write(model, tokenizer, exact, path.stem, _EXACT_TYPES[model.dtype])
+                _write(model, tokenizer, exact, path.stem, _EXACT_TYPES.get(model.dtype, "f32"))
                 llama_cpp.quantize(exact, partial, gguf_type)
             else:
                 _write(model, tokenizer, partial, path.stem, gguf_type)

@@ -9,6 +9,9 @@ from typing import Any, cast
 
 import gguf
 import numpy as np
+from transformers import PreTrainedConfig
+
+from adapruner.errors import AdaPrunerError
 
 # Longer than any list with an entry for each layer.
 _LONGEST_LIST = 2**12
@@ -45,11 +48,55 @@ class _WithoutTokens(gguf.GGUFReader):
 
 
 @contextlib.contextmanager
-def without_tokens() -> Iterator[None]:
-    """transformers, which imports the reader when it reads, steps over the tokens of GGUF files."""
+def without_tokens() -> Iterator[list[gguf.GGUFReader]]:
+    """transformers, which imports the reader when it reads, steps over the tokens of GGUF files.
+
+    Yields:
+        The readers that it has made.
+    """
     module: Any = gguf
-    reader, module.GGUFReader = module.GGUFReader, _WithoutTokens
+    made: list[gguf.GGUFReader] = []
+
+    def read(*arguments: Any, **options: Any) -> gguf.GGUFReader:
+        made.append(_WithoutTokens(*arguments, **options))
+        return made[-1]
+
+    reader, module.GGUFReader = module.GGUFReader, read
     try:
-        yield
+        yield made
     finally:
         module.GGUFReader = reader
+
+
+def refuse_what_is_not_read(reader: gguf.GGUFReader, name: str, config: PreTrainedConfig, has_biases: bool) -> None:
+    """Refuses a file of which transformers would leave something out without a word: scaled rotary embeddings, and
+    biases that it has no place for.
+
+    Args:
+        reader: of the file.
+        name: of the model, for the message.
+        config: as transformers reads it from the file.
+        has_biases: whether its layers have any.
+
+    Raises:
+        AdaPrunerError: with the way there.
+    """
+    names = [tensor.name for tensor in reader.tensors]
+    kinds = [field.contents() for name, field in reader.fields.items() if name.endswith(".rope.scaling.type")]
+    is_scaled = "rope_freqs.weight" in names or set(kinds) - {"none"}
+    known = getattr(config, "rope_parameters", None) or {}
+    if is_scaled and all(one.get("rope_type", "default") == "default" for one in (known, *_by_layer_type(known))):
+        lost = "the scaling of its rotary embeddings"
+    elif not has_biases and any(name.startswith("blk.") and name.endswith(".bias") for name in names):
+        lost = "the biases"
+    else:
+        return
+    raise AdaPrunerError(
+        f"transformers does not read {lost} from the GGUF file {name}: the model would compute something else; give the"
+        " safetensors folder that the file was made from"
+    )
+
+
+def _by_layer_type(parameters: dict[str, Any]) -> list[dict[str, Any]]:
+    """Where layers of different types have their own parameters."""
+    return [value for value in parameters.values() if isinstance(value, dict)]

@@ -34,7 +34,7 @@ from transformers.utils import logging as transformers_logging
 from adapruner.errors import AdaPrunerError, reason
 from adapruner.models._architecture import architecture_of, family_named, find_architecture, is_pruned, new_model
 from adapruner.models._device import resolve_devices
-from adapruner.models._gguf import without_tokens
+from adapruner.models._gguf import refuse_what_is_not_read, without_tokens
 from adapruner.models._layers import place_layers, share_out
 from adapruner.models._stored import (
     StoredTensor,
@@ -155,7 +155,7 @@ def _read_config_once(location: ModelLocation, state: frozenset[tuple[str, int, 
 
 def _read_config(location: ModelLocation) -> PreTrainedConfig:
     with _reported_as_unloadable(location):
-        with without_tokens():
+        with without_tokens() as readers:
             fields, _ = PreTrainedConfig.get_config_dict(location.path, **location.arguments)
         # transformers counts `deci`, which has layers of different widths, as supported and has no class for it.
         if location.gguf_file and fields["model_type"] not in CONFIG_MAPPING:
@@ -187,6 +187,11 @@ def _read_config(location: ModelLocation) -> PreTrainedConfig:
     if not is_pruned(config):
         find_architecture(config)
     _refuse_impossible_counts(config, location)
+    if location.gguf_file:
+        layers = architecture_of(config).layers
+        names = [name for name, _ in empty_model(config).named_parameters()]
+        has_biases = any(name.startswith(f"{layers}.") and name.endswith("bias") for name in names)
+        refuse_what_is_not_read(readers[-1], str(location), config, has_biases)
     if is_streamable(location, config) and config.tie_word_embeddings:
         # What is broken in the files is said when they are loaded.
         with contextlib.suppress(Exception), quiet_transformers():

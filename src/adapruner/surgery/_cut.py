@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from transformers.initialization import no_init_weights
 from adapruner.models import (
     Architecture,
     architecture_of,
+    is_pruned,
     is_streamed,
     layer_devices,
     loaded_layer,
@@ -144,6 +146,11 @@ def _layer_fields(
             before = getattr(model.config.per_layer_config[block.layer], numbered, None)
             if before or len(block_plan.kept) < block.groups:
                 own[numbered] = [(before or range(block.groups))[group] for group in block_plan.kept]
+    # What was removed whole before has no block.
+    removable = architecture.pruned_class.family.removable if is_pruned(model.config) else ()
+    for layer, part in product(range(structure.layers), removable):
+        if getattr(model.config.per_layer_config[layer], part.fields[0], None) == 0:
+            layers.setdefault(layer, {}).update(dict.fromkeys(part.fields, 0))
     return layers
 
 

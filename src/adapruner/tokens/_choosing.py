@@ -101,9 +101,8 @@ def choose_tokens(
     by_frequency = occurring[counts[occurring].argsort(descending=True, stable=True)].tolist()
     _take(chosen, by_frequency, parts, most)
     _take(chosen, sorted(index for index in parts.texts if index < rows), parts, _rounded_up(len(chosen), multiple))
-    return tuple(
-        sorted(chosen | _unused_rows(parts, rows, min(_rounded_up(len(chosen), multiple), rows) - len(chosen)))
-    )
+    unused = [row for row in range(max(parts.texts) + 1, rows) if row not in chosen]
+    return tuple(sorted(chosen.union(unused[: min(_rounded_up(len(chosen), multiple), rows) - len(chosen)])))
 
 
 def _take(chosen: set[int], tokens: Iterable[int], parts: TokenizerParts, most: int) -> None:
@@ -114,12 +113,6 @@ def _take(chosen: set[int], tokens: Iterable[int], parts: TokenizerParts, most: 
         added = parts.with_ancestors(token) - chosen
         if len(chosen) + len(added) <= most:
             chosen |= added
-
-
-def _unused_rows(parts: TokenizerParts, rows: int, count: int) -> set[int]:
-    """The first rows of the embedding behind all tokens."""
-    first = max(parts.texts) + 1
-    return set(range(first, min(first + count, rows)))
 
 
 def _rounded_up(count: int, multiple: int) -> int:

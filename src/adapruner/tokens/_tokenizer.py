@@ -24,6 +24,8 @@ from transformers import PreTrainedTokenizerFast
 from adapruner.errors import AdaPrunerError
 from adapruner.models import quiet_transformers
 
+# What classes of a family set, where the file does not.
+_SETTINGS_OF_CLASS = ("padding_side", "truncation_side", "model_input_names")
 _BYTE_TOKENS = tuple(f"<0x{byte:02X}>" for byte in range(256))
 
 
@@ -178,6 +180,7 @@ def cut_tokenizer(tokenizer: Tokenizer, parts: TokenizerParts, new_ids: Mapping[
         settings = Path(folder) / "tokenizer_config.json"
         # Classes of a family build their tokenizer anew; this one takes the file as it is.
         fields = json.loads(settings.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+        fields |= {name: getattr(tokenizer, name) for name in _SETTINGS_OF_CLASS}
         _write_json(settings, {name: value for name, value in fields.items() if name != "added_tokens_decoder"})
         cut: Tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     cut.name_or_path = tokenizer.name_or_path
@@ -197,6 +200,9 @@ def _check_cut(
     texts = cut.backend_tokenizer.get_vocab(with_added_tokens=True)
     if changed or texts != {parts.texts[old]: new for old, new in new_ids.items() if old in parts.texts}:
         raise _not_rewritable(f"read again, it differs in {', '.join(changed) or 'its tokens'}")
+    for name in _SETTINGS_OF_CLASS:
+        if getattr(cut, name) != getattr(before, name):
+            raise _not_rewritable(f"read again, its {name} is another")
     for name, token in before.special_tokens_map.items():
         if cut.special_tokens_map.get(name) != token:
             raise _not_rewritable(f"read again, its {name} is another")

@@ -105,7 +105,8 @@ def export(
 def _write_stock(loaded: PreTrainedModel, tokenizer: Tokenizer, path: Path, location: ModelLocation | None) -> str:
     """Returns what padding costs; see `_what_padding_costs`."""
     origin = read_origin(location) if location else None
-    padded = pad_to_stock(loaded, fills_heads=origin is not None)
+    # Heads are missing where there was a plan, and not where tokens alone were removed.
+    padded = pad_to_stock(loaded, fills_heads=origin is not None and "plan" in origin)
     card = card_of_export(read_card(location), padded.config) if location else None
     save_checkpoint(padded, tokenizer, path, card, record=origin)
     return _what_padding_costs(loaded, padded)
