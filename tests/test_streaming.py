@@ -279,6 +279,18 @@ def test_an_output_matrix_beside_a_config_that_ties_is_kept(
         assert counted(tmp_path / f"{number}") == plan.total_parameters - plan.removed_parameters
 
 
+def test_a_mixture_keeps_it_too(tiny: Callable[..., PreTrainedModel], windows: Tensor, tmp_path: Path) -> None:
+    """Its experts lie in the files one by one, so that its layers are not streamed."""
+    tiny("qwen3_moe", tie_word_embeddings=False).save_pretrained(tmp_path)
+    rewrite(tmp_path, tie_word_embeddings=True)
+    dense = load_model(find_model(str(tmp_path)))
+    structure = build_structure(dense)
+    counts = [block.groups for block in structure.blocks]
+    plan = make_plan(structure, torch.rand(structure.group_offsets[-1]), counts)
+    with torch.no_grad():
+        torch.testing.assert_close(prune_model(dense, structure, plan)(windows).logits, dense(windows).logits)
+
+
 def test_an_output_matrix_that_is_the_embedding_is_tied(
     model: PreTrainedModel, windows: Tensor, tmp_path: Path
 ) -> None:

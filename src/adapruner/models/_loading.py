@@ -192,7 +192,7 @@ def _read_config(location: ModelLocation) -> PreTrainedConfig:
         names = [name for name, _ in empty_model(config).named_parameters()]
         has_biases = any(name.startswith(f"{layers}.") and name.endswith("bias") for name in names)
         refuse_what_is_not_read(readers[-1], str(location), config, has_biases)
-    if is_streamable(location, config) and config.tie_word_embeddings:
+    if location.gguf_file is None and config.tie_word_embeddings:
         # What is broken in the files is said when they are loaded.
         with contextlib.suppress(Exception), quiet_transformers():
             stored = stored_tensors(location.path, config, local_files_only=True)
