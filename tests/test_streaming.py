@@ -29,11 +29,13 @@ from adapruner.models import (
     load_config,
     load_model,
     loaded_layer,
+    random_model,
     skipping_layers,
 )
 from adapruner.planning import Budget, kept_counts, make_plan
 from adapruner.structure import build_structure
 from adapruner.surgery import Compensation, kept_layers, prune_model, prune_on_reading, refit_sequentially
+from tiny_families import tiny_config
 
 MAPPINGS = Path("/proc/self/maps")
 
@@ -279,9 +281,11 @@ def test_an_output_matrix_beside_a_config_that_ties_is_kept(
         assert counted(tmp_path / f"{number}") == plan.total_parameters - plan.removed_parameters
 
 
-def test_a_mixture_keeps_it_too(tiny: Callable[..., PreTrainedModel], windows: Tensor, tmp_path: Path) -> None:
+def test_a_mixture_keeps_it_too(windows: Tensor, tmp_path: Path) -> None:
     """Its experts lie in the files one by one, so that its layers are not streamed."""
-    tiny("qwen3_moe", tie_word_embeddings=False).save_pretrained(tmp_path)
+    config = tiny_config("qwen3_moe")
+    config.tie_word_embeddings = False
+    random_model(config).save_pretrained(tmp_path)
     rewrite(tmp_path, tie_word_embeddings=True)
     dense = load_model(find_model(str(tmp_path)))
     structure = build_structure(dense)
