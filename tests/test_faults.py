@@ -227,22 +227,23 @@ def test_a_kill_while_a_damaged_model_is_replaced(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     edit(run.model / "config.json")
-    remove = shutil.rmtree
+    rename = os.replace
 
-    def remove_a_part(folder: Path, **options: bool) -> None:
-        if Path(folder) != run.model:
-            return remove(folder, **options)
-        (folder / "model.safetensors").unlink()
-        raise KeyboardInterrupt
+    def stop_before_the_last(source: Path, target: Path) -> None:
+        if Path(target) == run.model:
+            raise KeyboardInterrupt
+        rename(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr("adapruner.files.shutil.rmtree", remove_a_part)
+        patch.setattr("adapruner.files.os.replace", stop_before_the_last)
         with pytest.raises(KeyboardInterrupt):
             adapruner.prune(str(model_folder), output=run.path, calibration=str(text_file), **OPTIONS)
-    assert run.model.is_dir()
-    assert made(run) == set(FILES.values()) - {"model"}
+    assert not run.model.exists()
+    # With the folder went the card that the result writes in it.
+    assert made(run) == set(FILES.values()) - {"model", "result.json"}
     adapruner.prune(str(model_folder), output=run.path, calibration=str(text_file), **OPTIONS)
     assert_same_artifacts(run.path, finished.output)
+    assert not list(run.path.glob(".*.old"))
 
 
 def test_another_ratio_is_mended_by_its_own_command(

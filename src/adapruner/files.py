@@ -56,11 +56,15 @@ def replace(partial: Path, path: Path) -> None:
         if part.is_file():
             _open_to_readers(part)
         _flush(part)
+    # A folder is never half removed, whenever this is killed.
+    old = path.with_name(f".{path.name}.old")
     if path.is_dir():
-        shutil.rmtree(path)
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(path, old)
     elif partial.is_dir():
         path.unlink(missing_ok=True)
     os.replace(partial, path)
+    shutil.rmtree(old, ignore_errors=True)
     _flush(path.parent)
 
 

@@ -106,7 +106,7 @@ def _valid_generation_config(model: PreTrainedModel) -> Iterator[None]:
         model.generation_config.do_sample = True
     if not _is_valid(model.generation_config):
         kept: dict[str, Any] = {}
-        for name, value in model.generation_config.to_diff_dict().items():
+        for name, value in settings.to_diff_dict().items():
             if _is_valid(GenerationConfig(**kept, **{name: value})):
                 kept[name] = value
         model.generation_config = GenerationConfig(**kept)

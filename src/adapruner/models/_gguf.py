@@ -68,6 +68,10 @@ def without_tokens() -> Iterator[list[gguf.GGUFReader]]:
         module.GGUFReader = reader
 
 
+# Of Llama 3, and of longrope.
+_SCALED = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
+
+
 def refuse_what_is_not_read(reader: gguf.GGUFReader, name: str, config: PreTrainedConfig, has_biases: bool) -> None:
     """Refuses a file of which transformers would leave something out without a word: scaled rotary embeddings, and
     biases that it has no place for.
@@ -81,9 +85,13 @@ def refuse_what_is_not_read(reader: gguf.GGUFReader, name: str, config: PreTrain
     Raises:
         AdaPrunerError: with the way there.
     """
-    names = [tensor.name for tensor in reader.tensors]
-    kinds = [field.contents() for name, field in reader.fields.items() if name.endswith(".rope.scaling.type")]
-    is_scaled = "rope_freqs.weight" in names or set(kinds) - {"none"}
+    names = {tensor.name for tensor in reader.tensors}
+    said = {name.partition(".")[2]: field for name, field in reader.fields.items() if ".rope.scal" in name}
+    kind, *factors = (
+        said[name].contents() if name in said else default
+        for name, default in (("rope.scaling.type", "none"), ("rope.scaling.factor", 1.0), ("rope.scale_linear", 1.0))
+    )
+    is_scaled = bool(names & _SCALED) or kind not in ("none", "linear") or set(factors) != {1.0}
     known = getattr(config, "rope_parameters", None) or {}
     if is_scaled and all(one.get("rope_type", "default") == "default" for one in (known, *_by_layer_type(known))):
         lost = "the scaling of its rotary embeddings"

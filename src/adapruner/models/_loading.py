@@ -189,7 +189,7 @@ def _read_config(location: ModelLocation) -> PreTrainedConfig:
     _refuse_impossible_counts(config, location)
     if location.gguf_file:
         layers = architecture_of(config).layers
-        names = [name for name, _ in empty_model(config).named_parameters()]
+        names = empty_model(config).state_dict()
         has_biases = any(name.startswith(f"{layers}.") and name.endswith("bias") for name in names)
         refuse_what_is_not_read(readers[-1], str(location), config, has_biases)
     if location.gguf_file is None and config.tie_word_embeddings:

@@ -101,9 +101,9 @@ def check_folder(folder: Path, config: dict[str, Any], overwrite: bool) -> Recov
         raise AdaPrunerError(f"{folder} exists and holds no recovery: choose another output")
     if overwrite:
         return None
-    if record and record.config == config:
-        # Without its weights it is made again.
-        return record if any(folder.glob("*.safetensors")) else None
+    # Without its weights it is made again.
+    if record and record.config == config and any(folder.glob("*.safetensors")):
+        return record
     # What has begun replaces what is finished.
     earlier = begun or (record.config if record else config)
     if earlier != config:

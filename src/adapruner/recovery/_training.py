@@ -268,8 +268,11 @@ class _TokenTrainer(Trainer):
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *arguments: Any, **named: Any) -> Any:
         loss, *others = super().prediction_step(model, inputs, *arguments, **named)
         assert loss is not None
-        tokens = int((inputs["labels"][:, 1:] != IGNORED).sum())
-        return (loss * (tokens / len(inputs["labels"]) / self._tokens_of_example), *others)
+        tokens = (inputs["labels"][:, 1:] != IGNORED).sum().to(self.args.device)
+        if self.model_accepts_loss_kwargs or self.compute_loss_func:
+            # It is the sum, divided by the mean number of tokens of a process.
+            tokens = self.accelerator.gather(tokens).float().mean()
+        return (loss * (float(tokens) / len(inputs["labels"]) / self._tokens_of_example), *others)
 
     @cached_property
     def _tokens_of_example(self) -> float:

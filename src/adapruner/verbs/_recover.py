@@ -100,7 +100,7 @@ def _recover_into(
     """Trains the model that the config names, unless the folder holds the result."""
     data, teacher = config.data, config.teacher
     for read in (given_path(name).resolve() for name in (config.model, teacher, data) if name):
-        if folder.resolve() in (read, *read.parents):
+        if read.exists() and folder.resolve() in (read, *read.parents):
             raise AdaPrunerError(f"{folder} is or holds what this reads from, {read}: choose another output")
     source = None if data == SELF_GENERATED else parse_source(data)
     if source is None and teacher is None:
