@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -15,13 +17,13 @@ import transformers
 from gguf import GGUFWriter
 from packaging.version import Version
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from adapruner.card import base_licence
 from adapruner.checkpoint import write_gguf
 from adapruner.errors import AdaPrunerError
 from adapruner.models import find_model, load_config, load_model, load_tokenizer
-from adapruner.models._gguf import without_tokens
+from adapruner.models._gguf import refuse_what_is_not_read, without_tokens
 
 
 @pytest.fixture
@@ -52,6 +54,32 @@ def test_what_would_be_lost_is_refused(
     write_gguf(make_model("llama", **sizes | fields), tokenizer, tmp_path / "other.gguf", "f32")
     with pytest.raises(AdaPrunerError, match=f"does not read {lost}"):
         load_config(find_model(str(tmp_path / "other.gguf")))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "said", "is_refused"),
+    [
+        ([], {}, False),
+        ([], {"type": "linear", "factor": 1.0}, False),
+        ([], {"type": "none"}, False),
+        ([], {"type": "yarn", "factor": 1.0}, True),
+        (["rope_freqs.weight"], {}, True),
+        (["rope_factors_long.weight"], {}, True),
+    ],
+)
+def test_scaled_rotary_embeddings_are_recognised(tensors: list[str], said: dict[str, object], is_refused: bool) -> None:
+    fields = {
+        f"phi3.rope.scaling.{name}": SimpleNamespace(contents=lambda value=value: value) for name, value in said.items()
+    }
+    reader: Any = SimpleNamespace(tensors=[SimpleNamespace(name=name) for name in tensors], fields=fields)
+    plain, scaled = (
+        LlamaConfig(),
+        LlamaConfig(rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}),
+    )
+    with pytest.raises(AdaPrunerError, match="scaling") if is_refused else contextlib.nullcontext():
+        refuse_what_is_not_read(reader, "file", plain, True)
+    # Where transformers has read it, nothing is lost.
+    refuse_what_is_not_read(reader, "file", scaled, True)
 
 
 def test_a_run_reads_a_file_once_for_its_config_and_once_for_its_weights(

@@ -522,10 +522,11 @@ def test_what_is_finished_stays_until_something_takes_its_place(
 
 
 def test_a_folder_around_what_is_read_is_refused(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
-    for reads in ({"model": model_folder, "data": str(text_file)}, {"model": "smollm2", "data": str(text_file)}):
-        around = Path(reads["data"]).parent if reads["model"] == "smollm2" else model_folder.parent
+    (tmp_path / "texts").mkdir()
+    text = shutil.copy(text_file, tmp_path / "texts" / "text.txt")
+    for around in (model_folder.parent, tmp_path / "texts"):
         with pytest.raises(AdaPrunerError, match="is or holds what this reads from"):
-            verbs.recover(**reads, output=around, overwrite=True, **SHORT)
+            verbs.recover(model_folder, str(text), around, overwrite=True, **SHORT)
 
 
 @pytest.mark.parametrize("distils", [False, True])

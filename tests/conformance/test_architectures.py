@@ -224,7 +224,6 @@ def test_what_was_removed_whole_stays_removed(
         structure = build_structure(model)
         scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(5))
         counts = [0 if (block.kind, block.layer) in gone else block.groups - fewer for block in structure.blocks]
-        counts = [max(count, min(1, counts[number])) for number, count in enumerate(counts)]
         plan = make_plan(structure, scores, counts)
         pruned = prune_model(model, structure, plan)
         if fewer:

@@ -68,7 +68,7 @@ def without_tokens() -> Iterator[list[gguf.GGUFReader]]:
         module.GGUFReader = reader
 
 
-# Of Llama 3, and of longrope.
+# Tensors that scale rotary embeddings, of Llama 3 and of longrope.
 _SCALED = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
 
 

@@ -101,7 +101,7 @@ def check_folder(folder: Path, config: dict[str, Any], overwrite: bool) -> Recov
         raise AdaPrunerError(f"{folder} exists and holds no recovery: choose another output")
     if overwrite:
         return None
-    # Without its weights it is made again.
+    # A finished recovery whose weights were removed is trained again.
     if record and record.config == config and any(folder.glob("*.safetensors")):
         return record
     # What has begun replaces what is finished.

@@ -270,13 +270,13 @@ class _TokenTrainer(Trainer):
         assert loss is not None
         tokens = (inputs["labels"][:, 1:] != IGNORED).sum().to(self.args.device)
         if self.model_accepts_loss_kwargs or self.compute_loss_func:
-            # It is the sum, divided by the mean number of tokens of a process.
+            # The Trainer has divided the sum over tokens by the mean number of tokens per process.
             tokens = self.accelerator.gather(tokens).float().mean()
         return (loss * (float(tokens) / len(inputs["labels"]) / self._tokens_of_example), *others)
 
     @cached_property
     def _tokens_of_example(self) -> float:
-        """In the mean over the validation examples."""
+        """The mean number of learnt tokens per validation example."""
         rows = cast(list[Example], self.eval_dataset)
         return sum(label != IGNORED for row in rows for label in row["labels"][1:]) / len(rows)
 

@@ -138,7 +138,7 @@ class _Artifacts:
         return TypeAdapter(of).validate_json(path.read_bytes()) if path else None
 
     def _is_current(self, record: Record) -> bool:
-        # What only a step on the way needs is not taken over from another run.
+        # `adapruner plan` copies no input that only the search needs: an input without a record decides nothing.
         inputs = [name for name in record.inputs if self.folder.record(name) or self.run.record(name)]
         keys = {name: one.key if (one := self.record(name)) else None for name in inputs}
         return record.has_options_of(self.config) and all(record.inputs[name] == key for name, key in keys.items())
