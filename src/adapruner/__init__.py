@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from adapruner.config import PruneConfig, PruneOptions, RecoveryOptions
     from adapruner.errors import AdaPrunerError
     from adapruner.evaluation import Perplexity, Speed, TaskScore
-    from adapruner.pipeline import join, plan_again, prune, prune_ratios
+    from adapruner.run.again import plan_again
+    from adapruner.run.api import prune, prune_ratios
     from adapruner.planning import PruningPlan
     from adapruner.progress import StageCost
     from adapruner.result import PruneResult, RunResult
@@ -69,7 +70,6 @@ __all__ = [
     "evaluate",
     "export",
     "inspect",
-    "join",
     "load",
     "load_tokenizer",
     "make_windows",
@@ -88,7 +88,8 @@ _MODULES = {
     **dict.fromkeys(("PruneConfig", "PruneOptions", "RecoveryOptions"), "config"),
     "Comparison": "comparison",
     **dict.fromkeys(("Perplexity", "Speed", "TaskScore"), "evaluation"),
-    **dict.fromkeys(("join", "plan_again", "prune", "prune_ratios"), "pipeline"),
+    "plan_again": "run.again",
+    **dict.fromkeys(("prune", "prune_ratios"), "run.api"),
     "AdaPrunerError": "errors",
     "Callback": "callbacks",
     "StageCost": "progress",

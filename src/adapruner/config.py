@@ -111,7 +111,7 @@ BUDGETS = ("ratio", *TARGETS)
 TARGET_OPTIONS = (*TARGETS, "target_format", "target_phase", "target_batch", "target_context")
 
 # Tokens of a sequence where `target_context` does not say: in the cache, and of a prompt that is timed.
-_CACHED_TOKENS, _TIMED_TOKENS = 2048, 128
+CACHED_TOKENS, TIMED_TOKENS = 2048, 128
 
 # The fewest and the most windows that score a trial: what is found on few does not carry over (docs/experiments.md).
 _SCORING_WINDOWS = (64, 160)
@@ -120,9 +120,29 @@ _SCORING_WINDOWS = (64, 160)
 _LARGEST_NUMBER = 2**32 - 1
 
 
-def _searches_widths(ratio_of: RatioOf, search: Searched, space: Space, layout: Layout) -> bool:
+def scoring_bounds(objective_windows: int | None) -> tuple[int, int]:
+    """The fewest and the most windows that score every trial."""
+    return _SCORING_WINDOWS if objective_windows is None else (objective_windows, objective_windows)
+
+
+def scoring_count(objective_windows: int | None, final_windows: int, windows: int) -> int:
+    """The number of windows of the objective that score every trial; the others score the best ones again.
+
+    Args:
+        windows: how many there are.
+    """
+    fewest, most = scoring_bounds(objective_windows)
+    return min(most, max(fewest, windows - final_windows))
+
+
+def searches_widths(ratio_of: RatioOf, search: Searched, space: Space, layout: Layout) -> bool:
     """Whether the search decides how many channels each layer keeps."""
     return (ratio_of, search, space, layout) == ("parameters", "joint", "extended", "per-layer")
+
+
+def tunes_scales_by_default(tune_scales: bool | None, compensation: str, layer_wise: bool | None) -> bool:
+    """Whether the scales of the final model are tuned, where that is possible."""
+    return (compensation == "least-squares" and not layer_wise) if tune_scales is None else tune_scales
 
 
 class _Options(BaseModel):
@@ -404,12 +424,7 @@ class PruneOptions(_Options):
     @property
     def scoring_windows(self) -> tuple[int, int]:
         """The fewest and the most windows that score every trial."""
-        return _SCORING_WINDOWS if self.objective_windows is None else (self.objective_windows, self.objective_windows)
-
-    def scoring_count(self, windows: int) -> int:
-        """How many of so many windows of the objective score every trial. The others score the best ones again."""
-        fewest, most = self.scoring_windows
-        return min(most, max(fewest, windows - self.final_windows))
+        return scoring_bounds(self.objective_windows)
 
     @property
     def target(self) -> TargetName | None:
@@ -419,12 +434,12 @@ class PruneOptions(_Options):
     @property
     def tokens_of_target(self) -> int:
         """Tokens of each sequence that memory or speed is about."""
-        return self.target_context or (_TIMED_TOKENS if self.target == "target_speed" else _CACHED_TOKENS)
+        return self.target_context or (TIMED_TOKENS if self.target == "target_speed" else CACHED_TOKENS)
 
     @property
     def levels_widths(self) -> bool:
         """Whether the widths are levelled after the search, if all layers are in memory."""
-        return self.level_rounds != 0 and _searches_widths(self.ratio_of, self.search, self.space, self.layout)
+        return self.level_rounds != 0 and searches_widths(self.ratio_of, self.search, self.space, self.layout)
 
     @property
     def fits_sequentially(self) -> bool:
@@ -436,9 +451,7 @@ class PruneOptions(_Options):
     @property
     def tunes_scales(self) -> bool:
         """Whether the scales of the final model are tuned, where that is possible."""
-        if self.tune_scales is None:
-            return self.compensation == "least-squares" and not self.layer_wise
-        return self.tune_scales
+        return tunes_scales_by_default(self.tune_scales, self.compensation, self.layer_wise)
 
 
 # How the command line and the documentation group the fields of `PruneOptions`; the first group is what most runs set.
@@ -482,21 +495,17 @@ class RecoverConfig(RecoveryOptions):
 class PruneConfig(PruneOptions):
     """Everything that a run depends on: the model and the options.
 
-    Where a target replaces the ratio, the ratio is the one that the search starts with to meet it.
-
     Attributes:
-        search_ratio: the ratio that the search was done at, where it is another than that of the plan.
-        search_target: the target that its trials met in place of that ratio, by option.
+        searched: where the search was taken from an earlier run, the options that said how much that removed.
     """
 
     model: str = Field(description="Hub id, model folder, .gguf file, or smollm2.")
-    search_ratio: Fraction | None = None
-    search_target: dict[str, Any] | None = None
+    searched: dict[str, Any] | None = None
 
     _conflicts = (
         (
             lambda ratio_of, search, space, layout, level_rounds: (
-                level_rounds and not _searches_widths(ratio_of, search, space, layout)
+                level_rounds and not searches_widths(ratio_of, search, space, layout)
             ),
             "`level_rounds` moves widths that the search chose: remove it, or set `space` extended, `search` joint,"
             " `layout` per-layer and `ratio_of` parameters",
@@ -587,18 +596,6 @@ class PruneConfig(PruneOptions):
             "`samples` {samples} is more than the {pool} of `pool`: lower one or raise the other",
         ),
     )
-
-    @property
-    def searched_ratio(self) -> float:
-        """The ratio that the search is done at."""
-        return self.search_ratio or self.ratio[0]
-
-    @property
-    def searched_target(self) -> dict[str, Any] | None:
-        """The target that trials meet in place of that ratio, by option; None where they have the ratio."""
-        if self.search_ratio is not None:
-            return self.search_target
-        return {name: getattr(self, name) for name in TARGET_OPTIONS} if self.target else None
 
     def save(self, path: Path) -> None:
         """Writes the resolved options as YAML."""

@@ -23,7 +23,7 @@ from adapruner.models import find_model, load_model, load_tokenizer
 from adapruner.planning import PruningPlan
 from adapruner.progress import StageCost
 from adapruner.recovery import RecoveryRecord
-from adapruner.run import RunFolder
+from adapruner.graph import RunFolder
 from adapruner.search import Levelled, SearchResult
 from adapruner.tokens import VocabularySummary
 

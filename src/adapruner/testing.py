@@ -14,7 +14,6 @@ from tokenizers import models, pre_tokenizers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from adapruner.arguments import PruneArguments
 from adapruner.calibration import fingerprint, parse_source, read_documents
 from adapruner.conformance import failed_checks
 from adapruner.importance import TERMS, MetricPoint, score_groups
@@ -32,7 +31,7 @@ _WORDS = (
 )
 
 # Options of a run that takes seconds.
-SMALL: PruneArguments = {
+SMALL: dict[str, Any] = {
     "pool": 8,
     "samples": 4,
     "objective_windows": 4,

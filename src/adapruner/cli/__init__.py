@@ -29,7 +29,7 @@ from adapruner.cli._output import CLOSED_OUTPUT, plain_console
 from adapruner.cli.compare import compare
 from adapruner.cli.installation import doctor, recipes
 from adapruner.cli.models import benchmark, evaluate, export, recover, vocabulary
-from adapruner.cli.runs import join, plan, prune, report
+from adapruner.cli.runs import plan, prune, report
 from adapruner.cli.structure import inspect
 from adapruner.errors import AdaPrunerError, describe_failure, describe_invalid, reason
 from adapruner.interrupts import end_by_interrupt, handling_interrupts
@@ -50,7 +50,6 @@ app = App(
 
 for verb in (
     prune,
-    join,
     report,
     plan,
     recover,

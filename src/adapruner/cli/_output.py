@@ -16,7 +16,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from adapruner.memory import Memory
-    from adapruner.preview import Preview
+    from adapruner.run.preview import Preview
     from adapruner.result import PruneResult
 
 GIB = 2**30

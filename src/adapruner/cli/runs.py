@@ -1,4 +1,4 @@
-"""The verbs of a run: prune, join, plan, report."""
+"""The verbs of a run: prune, plan, report."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from adapruner import config
 from adapruner.cli._options import (
     MOST_USED,
     RUN_FOLDER,
-    Device,
     Flag,
     Json,
     Model,
@@ -42,7 +41,6 @@ def prune(
     dry_run: Annotated[Flag, Parameter(group=MOST_USED)] = False,
     options: Annotated[PruneOptions | None, Parameter(name="*")] = None,
     overwrite: Annotated[Flag, Parameter(group=RUN_FOLDER)] = False,
-    storage: Annotated[str | None, Parameter(group=RUN_FOLDER)] = None,
     upload: Annotated[Upload | None, Parameter(name="*")] = None,
     track: Annotated[Tracker | None, Parameter(group=RUN_FOLDER)] = None,
     json: Annotated[Json, Parameter(group=RUN_FOLDER)] = False,
@@ -58,8 +56,6 @@ def prune(
             line override them; the model may be that of the recipe.
         dry_run: Check the options and print what would be made, with sizes and memory; write nothing.
         overwrite: Rebuild what was made with other options, from another model or other text.
-        storage: URL of an SQL database for the trials, postgresql://…, to search on many machines; by default a SQLite
-            file in the run folder.
         track: Experiment tracker that gets trials, training curves, stage times and perplexities during the run;
             tensorboard writes into the run folder. By default nothing is sent.
     """
@@ -68,20 +64,20 @@ def prune(
         output = _default_output(model, recipe, given)
         print_note(f"run folder: {output}")
     with starting():
-        from adapruner import pipeline
         from adapruner.processes import this_process
+        from adapruner.run import api, preview
     if dry_run:
-        previews = pipeline.preview_ratios(
-            model, output=output, overwrite=overwrite, recipe=recipe, storage=storage, **given
+        previews = preview.preview_ratios(
+            model, output=output, overwrite=overwrite, recipe=recipe, **given
         )
         if json:
-            _print_all([preview.model_dump(mode="json") for preview in previews])
+            _print_all([each.model_dump(mode="json") for each in previews])
         else:
             print_previews(previews)
         return
     how = vars(upload) if upload else {}
-    results = pipeline.prune_ratios(
-        model, output=output, overwrite=overwrite, recipe=recipe, storage=storage, track=track, **how, **given
+    results = api.prune_ratios(
+        model, output=output, overwrite=overwrite, recipe=recipe, track=track, **how, **given
     )
     if not this_process().leads:
         return
@@ -110,19 +106,6 @@ def _print_all(contents: list[Any]) -> None:
     print_json(contents if len(contents) > 1 else contents[0])
 
 
-def join(run: Path, /, *, storage: str | None = None, device: Device = "auto") -> None:
-    """Join a run in progress as an additional worker.
-
-    Args:
-        run: Folder of the run, as seen by this machine.
-        storage: Storage of the run, if it was started with one.
-    """
-    with starting():
-        from adapruner import pipeline
-
-    pipeline.join(run, storage, device)
-
-
 def plan(
     run: Path,
     /,
@@ -142,10 +125,10 @@ def plan(
         overwrite: Rebuild what was made with other options, from another model or other text.
     """
     with starting():
-        from adapruner import pipeline
+        from adapruner.run.again import plan_again
 
     given = target.model_dump(exclude_unset=True) if target else {}
-    result = pipeline.plan_again(run, output, ratio, overwrite, **given)
+    result = plan_again(run, output, ratio, overwrite, **given)
     print_advice(result.advice())
     if json:
         print_json(result.result.model_dump(mode="json"))

@@ -15,7 +15,7 @@ from adapruner.errors import AdaPrunerError
 if TYPE_CHECKING:
     from adapruner.models import Architecture
     from adapruner.structure import Structure
-    from adapruner.verbs import Estimate
+    from adapruner.run.preview import Estimate
 
 
 def inspect(
@@ -40,7 +40,7 @@ def inspect(
 
     if cost:
         with starting():
-            estimate = verbs.estimate
+            from adapruner.run.preview import estimate
         _print_cost(estimate(model, **given), model, json)
     elif architecture:
         with starting():

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from adapruner.config import PruneConfig, TargetName, size_in_bytes
+from adapruner.config import TargetName, size_in_bytes
 from adapruner.costs._bytes import bytes_in, cache_bytes, dtype_in, memory_costs, size_costs
 from adapruner.costs._latency import Latencies
 from adapruner.planning import Target
@@ -43,19 +42,19 @@ class TargetOutcome(BaseModel):
 
 
 def target_of(
-    config: PruneConfig,
+    config: Any,
     model: PreTrainedModel,
     structure: Structure,
     dtype: torch.dtype,
     tokenizer: Tokenizer,
-    latencies: Callable[[], Latencies],
+    latencies: Latencies | None,
 ) -> Target | None:
     """What replaces the ratio; None where nothing does.
 
     Args:
         model: the dense model; on the meta device is enough.
         dtype: of its weights.
-        latencies: measures them, for a speed.
+        latencies: for a speed.
 
     Raises:
         AdaPrunerError: the model cannot be written in the format.
@@ -65,7 +64,8 @@ def target_of(
         return None
     value = str(getattr(config, option))
     if option == "target_speed":
-        costs = latencies().costs(structure)
+        assert latencies is not None
+        costs = latencies.costs(structure)
     else:
         costs = size_costs(model, structure, bytes_in(config.target_format, dtype, model, tokenizer))
     if option == "target_memory":

@@ -76,9 +76,9 @@ def dtype_of_weights(model: Any, dtype: Dtype) -> torch.dtype:
     return found
 
 
-def windows_of(tokens: int, config: PruneConfig) -> int:
+def windows_of(tokens: int, pool: int, seq_len: int) -> int:
     """How many windows of the pool have about so many tokens."""
-    return min(config.pool, max(_FEWEST_WINDOWS, tokens // config.seq_len))
+    return min(pool, max(_FEWEST_WINDOWS, tokens // seq_len))
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class _Stages:
         config = self.config
         if config.space != "extended" or config.search != "joint" or config.whole == ("none",):
             return {}
-        tokens = windows_of(TOKENS_FOR_WHOLE, config) * config.seq_len
+        tokens = windows_of(TOKENS_FOR_WHOLE, config.pool, config.seq_len) * config.seq_len
         return self._both_weights | {"seq_len": tokens * self._states_bytes, "logits": self._logits_bytes(tokens)}
 
     def _searching(self) -> Terms:
@@ -174,7 +174,7 @@ class _Stages:
     def _levelling(self) -> Terms:
         if not self.config.levels_widths or self.by_layer:
             return {}
-        tokens = windows_of(TOKENS_FOR_COSTS, self.config) * self.config.seq_len
+        tokens = windows_of(TOKENS_FOR_COSTS, self.config.pool, self.config.seq_len) * self.config.seq_len
         return {
             **(self._both_weights | self._pool | self._solving),
             "pruned weights": self._pruned_weights * self._trial_dtype.itemsize + self._largest_bytes,

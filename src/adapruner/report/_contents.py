@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from adapruner.artifacts import Record
+from adapruner.graph import Record
 from adapruner.config import PruneConfig
 from adapruner.errors import AdaPrunerError, reason
 from adapruner.evaluation import Breakage, Perplexity, Speed, TaskScore
@@ -20,7 +20,7 @@ from adapruner.models import find_model, load_tokenizer
 from adapruner.planning import PruningPlan
 from adapruner.progress import Reporter, StageCost
 from adapruner.result import ModelNumbers, Role, RunResult, roles_of, verdict_of
-from adapruner.run import RunFolder
+from adapruner.graph import RunFolder
 from adapruner.search import History, Levelled, SearchResult, StudyPlace, read_history, sqlite_url
 from adapruner.tokens import Vocabulary
 

@@ -18,7 +18,7 @@ from adapruner.report._contents import Contents, read_contents
 from adapruner.report._ladder import ladder
 from adapruner.report._layers import layer_rows, whole_layers
 from adapruner.result import PruneResult, bits, fraction, is_noise, shown_name, titles
-from adapruner.run import RunFolder
+from adapruner.graph import RunFolder
 
 # Whatever a text may smuggle in: nothing is run and nothing is fetched.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"

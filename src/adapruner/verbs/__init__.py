@@ -10,14 +10,13 @@ if TYPE_CHECKING:
     from adapruner.verbs._evaluate import Evaluation, evaluate
     from adapruner.verbs._export import export
     from adapruner.verbs._inspect import describe, inspect
-    from adapruner.verbs._model import Estimate, benchmark, estimate, load, load_tokenizer
+    from adapruner.verbs._model import benchmark, load, load_tokenizer
     from adapruner.verbs._recover import recover
     from adapruner.verbs._report import write_reports
     from adapruner.verbs._steps import compensate, cut, make_windows, measure, plan, score
     from adapruner.verbs._vocabulary import PrunedVocabulary, vocabulary
 
 __all__ = [
-    "Estimate",
     "Evaluation",
     "PrunedVocabulary",
     "benchmark",
@@ -25,7 +24,6 @@ __all__ = [
     "compensate",
     "cut",
     "describe",
-    "estimate",
     "evaluate",
     "export",
     "inspect",
@@ -46,7 +44,7 @@ _MODULES = {
     **dict.fromkeys(("Evaluation", "evaluate"), "_evaluate"),
     "export": "_export",
     **dict.fromkeys(("describe", "inspect"), "_inspect"),
-    **dict.fromkeys(("Estimate", "benchmark", "estimate", "load", "load_tokenizer"), "_model"),
+    **dict.fromkeys(("benchmark", "load", "load_tokenizer"), "_model"),
     "recover": "_recover",
     "write_reports": "_report",
     **dict.fromkeys(("compensate", "cut", "make_windows", "measure", "plan", "score"), "_steps"),

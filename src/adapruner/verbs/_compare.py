@@ -40,7 +40,7 @@ from adapruner.models import (
 )
 from adapruner.paths import given_path, output_path
 from adapruner.progress import Reporter
-from adapruner.run import RunFolder
+from adapruner.graph import RunFolder
 
 
 @dataclass(frozen=True)

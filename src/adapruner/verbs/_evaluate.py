@@ -23,7 +23,7 @@ from adapruner.evaluation import (
     measure_perplexity,
     measure_tasks,
 )
-from adapruner.given import ModelGiven
+from adapruner.run.given import ModelGiven
 from adapruner.memory import Placement, place_weights
 from adapruner.models import (
     ModelLocation,

@@ -23,7 +23,7 @@ from adapruner.checkpoint import (
 )
 from adapruner.config import ExportFormat, GgufType
 from adapruner.errors import AdaPrunerError
-from adapruner.given import ModelGiven
+from adapruner.run.given import ModelGiven
 from adapruner.models import ModelLocation, empty_model
 from adapruner.paths import output_path
 from adapruner.progress import Reporter

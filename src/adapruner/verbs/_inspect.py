@@ -10,7 +10,7 @@ from adapruner.models import Architecture, architecture_of, empty_model, find_mo
 from adapruner.structure import Structure, build_structure
 
 if TYPE_CHECKING:
-    from adapruner.given import ModelGiven
+    from adapruner.run.given import ModelGiven
 
 
 def inspect(
@@ -30,7 +30,7 @@ def inspect(
         config = load_config(find_model(str(model)))
     else:
         # Not imported for a model by name: it brings the readers of text.
-        from adapruner.given import check_model
+        from adapruner.run.given import check_model
 
         check_model(model)
         config = model.config

@@ -11,16 +11,13 @@ import torch
 from pydantic import TypeAdapter
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
-from typing_extensions import Unpack
 
 from adapruner import models
-from adapruner.arguments import PruneArguments
 from adapruner.config import Dtype, PruneConfig
 from adapruner.errors import AdaPrunerError
 from adapruner.evaluation import Speed, measure_speed
 from adapruner.files import write_atomically
-from adapruner.given import ModelGiven
-from adapruner.job import Preparation, register_extensions
+from adapruner.run.given import ModelGiven
 from adapruner.memory import Memory, Placement, estimate_memory
 from adapruner.models import (
     check_length,
@@ -32,7 +29,7 @@ from adapruner.models import (
 from adapruner.paths import output_path
 from adapruner.processes import Process
 from adapruner.progress import Reporter
-from adapruner.run import RunFolder
+from adapruner.graph import RunFolder
 from adapruner.verbs._source import ModelSource
 
 
@@ -60,47 +57,6 @@ def load_tokenizer(model: str | Path) -> Tokenizer:
         AdaPrunerError: there is no such model, or its tokenizer cannot be read.
     """
     return models.load_tokenizer(find_model(str(model)))
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """The memory of every stage of a run, and where the layers of its model are."""
-
-    placement: Placement
-    stages: dict[str, Memory]
-
-
-def estimate(model: str | Path, **options: Unpack[PruneArguments]) -> Estimate:
-    """The memory that `prune` would need with these options, from shapes: no weights are read, and of text only that of
-    `vocabulary`.
-
-    Args:
-        options: the fields of `PruneOptions`; `device` may be `cuda` where there is none.
-
-    Raises:
-        AdaPrunerError: there is no such model, or an option will not do.
-    """
-    config = PruneConfig.from_options(model=str(model), **options)
-    register_extensions(config)
-    prepared = Preparation(config, RunFolder.temporary(), None, Process(), Reporter())
-    is_here = config.device != "cuda" or torch.cuda.is_available()
-    if not is_here:
-        if config.target_speed:
-            raise AdaPrunerError("`target_speed` is measured, and this machine has no `device` cuda: give a `ratio`")
-        prepared.device = torch.device("cuda")
-    prepared.meet_target()
-    budget = prepared.budget(max(prepared.config.ratio))
-    placement = Placement((prepared.device,), bool(config.layer_wise))
-    if is_here:
-        try:
-            placement = prepared.placement
-        except AdaPrunerError as error:
-            # Refused for another reason than memory, it is refused again.
-            prepared.config = prepared.config.model_copy(update={"ignore_memory": True})
-            placement = prepared.placement
-            prepared.reporter.note(str(error))
-    about = prepared.config, prepared.empty, prepared.structure, budget, prepared.device
-    return Estimate(placement, estimate_memory(*about, placement.layer_wise, len(placement.devices)))
 
 
 def benchmark(

@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
-from typing_extensions import Unpack
 
-from adapruner.arguments import RecoveryArguments
 from adapruner.calibration import SELF_GENERATED, Source, content_hash, generate_windows, parse_source
 from adapruner.card import card_of_recovered, read_card
 from adapruner.checkpoint import check_push, push, read_origin
@@ -62,7 +60,7 @@ def recover(
     hub_private: bool = True,
     hub_revision: str | None = None,
     hub_token: str | None = None,
-    **options: Unpack[RecoveryArguments],
+    **options: Any,
 ) -> RecoveryRecord:
     """Fine-tunes a pruned model and writes it as a normal checkpoint with the record that is returned. A killed call
     resumes from its last saved step.

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.config import Dtype
 from adapruner.errors import AdaPrunerError
-from adapruner.given import ModelGiven, check_model, check_tokenizer
+from adapruner.run.given import ModelGiven, check_model, check_tokenizer
 from adapruner.models import ModelLocation, find_model, load_config, load_model, load_tokenizer
 
 

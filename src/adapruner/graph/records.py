@@ -1,4 +1,4 @@
-"""What a run makes, declared: what each artifact depends on, how it is made, saved and loaded."""
+"""What something in a run folder was made from, and the files that it consists of."""
 
 from __future__ import annotations
 
@@ -30,62 +30,15 @@ class Form(Generic[T]):
     load: Callable[[Path], T]
 
 
-@dataclass(frozen=True, eq=False)
-class Artifact(Generic[T]):
-    """Something that a run makes and keeps in its folder.
-
-    Attributes:
-        name: its path in the run folder.
-        make: called with the job, a folder of its own, and the values of the inputs. The folder keeps what a killed
-            process leaves to resume from; it is removed once the artifact is made.
-        form: how it is saved and loaded.
-        inputs: the artifacts that it is made from.
-        options: the fields of the config that its content depends on.
-        leaves: the inputs that no artifact gives, such as the fingerprint of the model; see `Preparation.leaves`.
-        check: given the job, prepares and validates what `make` uses beside its inputs, before anything is made.
-        is_wanted: whether a run with this config makes it; a value that is not made is None.
-        is_result: rebuilt when its files were removed; others are rebuilt when something needs them.
-        is_shared: made by all processes of a distributed run together, saved by the first.
-        beside: further files that it writes, for people to edit: it is rebuilt when one was removed.
-        version: of the format; an artifact of another version is rebuilt.
-    """
-
-    name: str
-    make: Callable[..., T | None]
-    form: Form[T]
-    inputs: tuple[Artifact[Any], ...] = ()
-    options: tuple[str, ...] = ()
-    leaves: tuple[str, ...] = ()
-    check: Callable[[Any], Any] = lambda job: None
-    is_wanted: Callable[[PruneConfig], bool] = lambda config: True
-    is_result: bool = True
-    is_shared: bool = False
-    beside: tuple[str, ...] = ()
-    version: int = 1
-
-    def depends_on(self, option: str) -> bool:
-        """Whether its content depends on an option, directly or through its inputs."""
-        return option in self.options or any(artifact.depends_on(option) for artifact in self.inputs)
-
-
-def artifact(
-    name: str, form: Form[T], options: str = "", leaves: str = "", **fields: Any
-) -> Callable[..., Artifact[T]]:
-    """Declares the artifact that a function makes; see `Artifact`.
-
-    Args:
-        options, leaves: with spaces between them.
-        fields: the other attributes of the artifact.
-    """
-    return lambda make: Artifact(
-        name, make, form, options=tuple(options.split()), leaves=tuple(leaves.split()), **fields
-    )
-
-
 class Record(BaseModel):
     """What an artifact was made from. It is written last: what has a record with files is whole.
 
     Attributes:
+        name: its path in the run folder.
+        version: of its form.
+        options: by name, as JSON.
+        leaves: the content of what is from outside, by name.
+        inputs: the keys of the artifacts that it was made from, by path.
         files: what tells that each file is still as it was written, by its path in the run folder; None while the
             artifact is being made.
     """
@@ -111,14 +64,13 @@ class Record(BaseModel):
 
     def changes(self, now: Record) -> list[str]:
         """What is another now: options and leaves, with both values where these say something."""
-        # The ratio of the search is that of the run, unless `plan` took it from another run.
         changed = [
-            f"{name.removeprefix('searched_')} {_short(self.options.get(name))} → {_short(now.options.get(name))}"
+            f"{name} {_short(self.options.get(name))} → {_short(now.options.get(name))}"
             for name in now.options
             if self.options.get(name) != now.options[name]
         ]
         for name, leaf in now.leaves.items():
-            if name != "left_out" and name in self.leaves:
+            if name in self.leaves:
                 changed += _changes_of_leaf(name.replace("_", " "), self.leaves[name], leaf)
         return changed or ([f"format {self.version} → {now.version}"] if self.version != now.version else [])
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
-from adapruner.artifacts import CARD, Record, are_as_written, stamps
+from adapruner.graph.records import CARD, Record, are_as_written, stamps
 from adapruner.config import PruneConfig
 from adapruner.errors import AdaPrunerError, reason
 from adapruner.files import write_atomically
@@ -31,7 +31,6 @@ class RunFolder:
         self.config = path / "config.yaml"
         self.log = path / "log.jsonl"
         self.study = path / "study.db"
-        self.left_out = path / "left_out.json"
         self.model = path / "model"
         self.recovered = path / "recovered"
         self.report = path / "report.html"
@@ -108,8 +107,7 @@ class RunFolder:
             lock = FileLock(self._lock).acquire(timeout=_SECONDS_TO_WAIT_FOR_PROBES)
         except Timeout:
             raise AdaPrunerError(
-                f"another command is running in {self.path}: wait for it, or add a worker with adapruner join"
-                f" {self.path}"
+                f"another command is running in {self.path}: wait for it, or choose another `output`"
             ) from None
         except OSError as error:
             raise AdaPrunerError(f"cannot write to {self.path}: {reason(error)}") from None
@@ -187,8 +185,12 @@ class RunFolder:
         """The folder of an unfinished artifact; another key has another folder."""
         return self.path / "unfinished" / f"{_flat(name)}-{key[:16]}"
 
-    def take_over(self, name: str, source: RunFolder) -> None:
-        """Copies an artifact of another run; large files are linked where the file system can."""
+    def take_over(self, name: str, source: RunFolder, made_from: Record | None = None) -> None:
+        """Copies an artifact of another run; large files are linked where the file system can.
+
+        Args:
+            made_from: what the record says here, where that is something else.
+        """
         record = source.record(name)
         assert record is not None
         assert record.files is not None
@@ -201,7 +203,7 @@ class RunFolder:
             target.parent.mkdir(parents=True, exist_ok=True)
             target.unlink(missing_ok=True)
             _link_or_copy(source.path / file, target)
-        self._save(name, record)
+        self._save(name, (made_from or record).model_copy(update={"files": record.files}))
 
     def _record(self, name: str) -> Path:
         return self._keys / f"{_flat(name)}.json"

@@ -9,13 +9,14 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from adapruner.calibration import absolute_source, source_names
+from adapruner.calibration import absolute_source, register_sources, source_names
 from adapruner.config import BUDGETS, FUNCTION, PruneConfig, PruneOptions, RecoveryOptions, override, read_recipe
 from adapruner.errors import AdaPrunerError
-from adapruner.given import check_prunable, check_tokenizer, is_in_memory, write_model, write_text
-from adapruner.job import register_extensions
+from adapruner.run.given import check_prunable, check_tokenizer, is_in_memory, write_model, write_text
+from adapruner.models import register_architectures
 from adapruner.paths import given_path
-from adapruner.run import RunFolder
+from adapruner.plugins import load_plugins
+from adapruner.graph import RunFolder
 
 # The options whose values may be in memory.
 _IN_FILES = ("model", "calibration", "objective", "recover")
@@ -40,6 +41,16 @@ def resolve(
     return _with_absolute_paths(_in_files(_given_options(recipe, config, options), tokenizer, run))
 
 
+def register_extensions(config: PruneConfig) -> None:
+    """Adds the datasets and families of the user's files, and what the user's plugins register, to the shipped ones,
+    for this process."""
+    load_plugins(config.plugins)
+    if config.sources:
+        register_sources(Path(config.sources))
+    if config.architectures:
+        register_architectures(Path(config.architectures))
+
+
 def _given_options(
     recipe: str | Path | None, config: PruneOptions | None, options: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -51,9 +62,7 @@ def _given_options(
     """
     base = read_recipe(recipe) if recipe else {}
     if config:
-        # The ratio of a run with a target follows from it.
-        derived = {"ratio"} if isinstance(config, PruneConfig) and config.target else set()
-        base = override(base, config.model_dump(exclude_unset=True, exclude=derived))
+        base = override(base, config.model_dump(exclude_unset=True))
     own = {name: value for name, value in options.items() if value is not None or name not in ("model", "calibration")}
     if isinstance(own.get("recovery"), RecoveryOptions):
         own["recovery"] = own["recovery"].model_dump(exclude_unset=True)

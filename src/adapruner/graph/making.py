@@ -1,0 +1,285 @@
+"""Makes what is missing of a run: values of nodes, their keys, and what of them is in the folder."""
+
+from __future__ import annotations
+
+import inspect
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from adapruner.errors import AdaPrunerError
+from adapruner.files import replace, saying_what_cannot_be_written
+from adapruner.graph.declaring import OF_KEPT, Graph, InMemory, Kept, Leaf, Node
+from adapruner.graph.folder import RunFolder
+from adapruner.graph.records import Record, at_hand
+from adapruner.processes import Process
+from adapruner.progress import Reporter
+
+T = TypeVar("T")
+
+
+@dataclass
+class Making:
+    """A run of a graph with one config.
+
+    Attributes:
+        graph: the nodes.
+        options: the values of the options by name.
+        as_json: the same as records hold them.
+        given: what nodes may name beside the options; see `Graph`.
+        root: the run folder, which holds what does not depend on the options that vary.
+        folder: of this run; another one than `root` where several runs share that.
+        process: of those that make it together.
+        reporter: shows stages and notes.
+        others: run folders to take artifacts with the same key from.
+        taken: by path, an artifact that is not made here but taken from another run, whatever it was made from.
+        shared: the values that runs with the same `root` have in common.
+        varying: the options in which these runs differ.
+    """
+
+    graph: Graph
+    options: Mapping[str, Any]
+    as_json: Mapping[str, Any]
+    given: Mapping[str, Any]
+    root: RunFolder
+    folder: RunFolder
+    process: Process
+    reporter: Reporter
+    others: Sequence[RunFolder] = ()
+    taken: Mapping[str, RunFolder] = field(default_factory=dict)
+    shared: dict[str, Any] = field(default_factory=dict)
+    varying: tuple[str, ...] = ("ratio",)
+    _values: dict[str, Any] = field(default_factory=dict, init=False)
+    _records: dict[str, Record] = field(default_factory=dict, init=False)
+
+    @property
+    def wanted(self) -> list[Kept[Any]]:
+        """What a run with these options keeps, each after its inputs."""
+        return [node for node in self.graph.kept_nodes if self.is_wanted(node)]
+
+    def is_wanted(self, node: Kept[Any]) -> bool:
+        """Whether a run with these options has it."""
+        names = inspect.signature(node.is_wanted).parameters
+        return bool(node.is_wanted(**{name: self.options[name] for name in names}))
+
+    def value(self, node: Node[T] | str) -> Any:
+        """The value of an option, of something given, or of a node: loaded, remembered, or made now.
+
+        Raises:
+            LookupError: it is kept, and not made yet.
+        """
+        name = node if isinstance(node, str) else node.name
+        if name in self.given:
+            return self.given[name]
+        if name in self.options:
+            return self.options[name]
+        found = self.graph.nodes[name]
+        if isinstance(found, Kept) and not self.is_wanted(found):
+            return None
+        values = self._values if self.graph.depends_on(name, self.varying) else self.shared
+        if name in values:
+            return values[name]
+        if not isinstance(found, Kept):
+            values[name] = self._called(found)
+        elif place := self._place_of(found):
+            values[name] = found.form.load(place / found.path)
+        elif found.is_early:
+            values[name] = self.process.from_first(self._called(found) if self.process.leads else None)
+        else:
+            raise LookupError(f"{found.path} is not made yet")
+        return values[name]
+
+    def record(self, node: Kept[Any]) -> Record:
+        """What a kept node is made from with these options; its key is the key of the node."""
+        if node.name not in self._records:
+            reach, then = self.graph.reach(node.name), self.folder_of(node).record(node.path)
+            inputs = [self.graph.nodes[name] for name in sorted(reach.kept)]
+            record = Record(
+                name=node.path,
+                version=node.version,
+                options={name: self.as_json[name] for name in sorted(reach.options)},
+                leaves={
+                    name: at_hand(self._content(name), then and then.leaves.get(name)) for name in sorted(reach.leaves)
+                },
+                inputs={
+                    other.path: self.record(other).key
+                    for other in inputs
+                    if isinstance(other, Kept) and self.is_wanted(other)
+                },
+            )
+            if node.path in self.taken:
+                source = self.taken[node.path].record(node.path)
+                leaves = source.leaves | {"taken": source.key} if source else {}
+                record = Record(name=node.path, version=node.version, options={}, leaves=leaves, inputs={})
+            self._records[node.name] = record
+        return self._records[node.name]
+
+    def _content(self, leaf: str) -> Any:
+        node = self.graph.nodes[leaf]
+        assert isinstance(node, Leaf)
+        return node.content(self.value(leaf))
+
+    def folder_of(self, node: Kept[Any]) -> RunFolder:
+        """Where a kept node is."""
+        return self.folder if self.graph.depends_on(node.name, self.varying) else self.root
+
+    def is_made(self, node: Kept[Any]) -> bool:
+        """Whether it is in its folder, or can be taken over from another one."""
+        return self._place_of(node) is not None
+
+    def _place_of(self, node: Kept[Any]) -> Path | None:
+        key = self.record(node).key
+        for folder in (self.folder_of(node), *self.others):
+            if folder.is_made(node.path, key):
+                return folder.path
+        source = self.taken.get(node.path)
+        return source.path if source else None
+
+    def missing(self) -> list[Kept[Any]]:
+        """What is to be made: missing results, damaged artifacts, and what these are made from."""
+        needed: set[str] = set()
+        missing = []
+        for node in reversed(self.wanted):
+            if (node.is_result or node.name in needed or self.is_damaged(node)) and not self.is_made(node):
+                missing.append(node)
+                needed |= self.graph.reach(node.name).kept
+        return missing[::-1]
+
+    def is_damaged(self, node: Kept[Any]) -> bool:
+        """Whether some files of a finished artifact are not as they were written; removed ones do not count."""
+        folder, key = self.folder_of(node), self.record(node).key
+        then = folder.record(node.path)
+        was_made = then is not None and then.key == key and then.files is not None
+        return was_made and not folder.is_removed(node.path) and not folder.is_made(node.path, key)
+
+    def outdated(self) -> dict[str, list[str]]:
+        """The existing artifacts, finished or begun, that were made from other inputs; by path, with what changed."""
+        outdated = {}
+        for node in self.wanted:
+            then, now = self.folder_of(node).record(node.path), self.record(node)
+            if then is not None and then.key != now.key:
+                outdated[node.path] = then.changes(now)
+        return outdated
+
+    def prepare(self, nodes: Iterable[Kept[Any]]) -> None:
+        """Makes what these are made from, as far as it costs little and needs nothing that is not made yet.
+
+        Raises:
+            AdaPrunerError: some of it is impossible.
+        """
+        is_at_hand: dict[str, bool] = {}
+
+        def prepared(name: str) -> bool:
+            node = self.graph.nodes.get(name)
+            if name in is_at_hand or node is None:
+                return is_at_hand.get(name, name not in OF_KEPT)
+            if isinstance(node, Kept):
+                is_at_hand[name] = node.is_early or not self.is_wanted(node)
+            else:
+                needed = [prepared(each) for each in node.needs.values()]
+                is_at_hand[name] = all(needed) and not (isinstance(node, InMemory) and node.is_costly)
+            if is_at_hand[name]:
+                self.value(name)
+            return is_at_hand[name]
+
+        for node in nodes:
+            for name in node.needs.values():
+                prepared(name)
+
+    def take_over(self) -> None:
+        """Copies what other run folders hold of this run."""
+        for node in self.wanted:
+            folder, record = self.folder_of(node), self.record(node)
+            if folder.is_made(node.path, record.key):
+                continue
+            if source := self.taken.get(node.path):
+                folder.take_over(node.path, source, record)
+            elif source := next((other for other in self.others if other.is_made(node.path, record.key)), None):
+                folder.take_over(node.path, source)
+
+    def make(self, node: Kept[Any]) -> None:
+        """Makes and saves what a node stands for; of several processes, the first saves it."""
+        folder, record = self.folder_of(node), self.record(node)
+        if self.process.leads:
+            folder.begin(node.path, record)
+        self.process.wait()
+        value: Any = self.value(node) if node.is_early else None
+        if not node.is_early and (self.process.leads or node.is_shared):
+            with self.reporter.making(record.key):
+                value = self._called(node, work=folder.work(node.path, record.key), key=record.key)
+        if self.process.leads:
+            self._save(node, value)
+        self.process.wait()
+
+    def _called(self, node: Node[T], **of_kept: Any) -> T:
+        values = {
+            parameter: of_kept[name] if name in of_kept else self.value(name) for parameter, name in node.needs.items()
+        }
+        return node.make(**values)
+
+    def _save(self, node: Kept[Any], value: Any) -> None:
+        folder = self.folder_of(node)
+        path = folder.path / node.path
+        partial_path = path.with_name(f".{path.name}.partial")
+        with saying_what_cannot_be_written(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(partial_path, ignore_errors=True)
+            node.form.save(value, partial_path)
+            replace(partial_path, path)
+        folder.finish(node.path, self.record(node), node.beside)
+
+    def forget(self, still_needed: frozenset[str]) -> None:
+        """Drops values that were loaded or are costly, if nothing needs them any more."""
+        for values in (self._values, self.shared):
+            for name in values.keys() - still_needed:
+                node = self.graph.nodes[name]
+                if isinstance(node, Kept) or (isinstance(node, InMemory) and node.is_costly):
+                    del values[name]
+
+    def keys(self) -> list[str]:
+        """The keys of all that the run keeps."""
+        return [self.record(node).key for node in self.wanted]
+
+
+def make_all(makings: Sequence[Making]) -> None:
+    """Makes what is missing of runs that share a folder, one run after the other.
+
+    The processes of a run call it together.
+    """
+    process = makings[0].process
+    later = [process.from_first([node.name for node in making.missing()]) for making in makings]
+    for number, making in enumerate(makings):
+        if process.leads:
+            making.take_over()
+            for node in making.wanted:
+                if not node.is_page and making.is_damaged(node):
+                    place = making.folder_of(node).path / node.path
+                    making.reporter.note(f"{place} was changed or damaged since it was written: rebuilding it")
+        while names := process.from_first([node.name for node in making.missing()]):
+            graph = making.graph
+            making.make(next(node for node in graph.kept_nodes if node.name == names[0]))
+            remaining = [*names[1:], *(name for names in later[number + 1 :] for name in names)]
+            making.forget(frozenset().union(*map(graph.held_for, remaining)))
+        if process.leads:
+            for folder in (making.root, making.folder):
+                folder.remove_unfinished()
+
+
+def refuse_outdated(makings: Iterable[Making], path: Path) -> None:
+    """Refuses to replace what was made with other options, from another model or other text.
+
+    Raises:
+        AdaPrunerError: with what changed and what would be rebuilt.
+    """
+    outdated: dict[str, list[str]] = {}
+    for making in makings:
+        for name, changes in making.outdated().items():
+            outdated.setdefault(name, []).extend(changes)
+    # What was made from something else alone has no change of its own.
+    if changes := list(dict.fromkeys(change for all_changes in outdated.values() for change in all_changes)):
+        raise AdaPrunerError(
+            f"{path} holds a run of another configuration ({', '.join(changes)}): {', '.join(outdated)} would be"
+            " rebuilt. Choose another `output`, or allow it with `overwrite`"
+        )

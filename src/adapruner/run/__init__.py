@@ -1,0 +1,1 @@
+"""A run: from a model and options to a pruned checkpoint, its numbers and its report."""

@@ -1,0 +1,164 @@
+"""Pruning a model, from top to bottom."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from adapruner.callbacks import Callback
+from adapruner.checkpoint import check_push, push
+from adapruner.config import FUNCTION, PruneConfig, PruneOptions, Tracker
+from adapruner.errors import AdaPrunerError
+from adapruner.graph import RunFolder, make_all, refuse_outdated
+from adapruner.models import computing_repeatably, resolve_devices
+from adapruner.paths import given_path
+from adapruner.processes import this_process
+from adapruner.progress import Reporter
+from adapruner.result import PruneResult
+from adapruner.run.given import ModelGiven, TextData, name_of_code
+from adapruner.run.makings import check, makings_of, saying_what_is_kept
+from adapruner.run.nodes import chosen
+from adapruner.run.nodes import result as numbers
+from adapruner.run.options import resolve
+from adapruner.search import ItemLosses
+from adapruner.tracking import Tracking, check_tracker
+
+
+def prune(model: ModelGiven | None = None, calibration: TextData | None = None, **options: Any) -> PruneResult:
+    """Prunes a causal language model: measures, searches, cuts, saves, optionally fine-tunes, and evaluates.
+
+    Called again with the same output, it loads what an earlier call made from the same model, text and options, and
+    makes the rest. Started by `torchrun` or `accelerate launch`, all processes measure, search and train together.
+
+    Args:
+        model: Hub id, model folder, `.gguf` file, `smollm2`, or a model in memory with its `tokenizer`; None takes the
+            model of the recipe or the config. A model in memory is written to the run folder first, and read from there
+            as any other: it is not changed, and the run needs the memory of a second one.
+        calibration: the calibration dataset: a name; documents: a list or other iterable of strings, or the rows of a
+            `datasets.Dataset` with a column of text; or windows of tokens, [windows, tokens], int64. What is in memory
+            is written to the run folder too.
+        options: the arguments of `prune_ratios`, and the fields of `PruneOptions`.
+
+    Raises:
+        AdaPrunerError: an option, the model, the text or the folder is invalid; before any long work.
+    """
+    if isinstance(ratio := options.get("ratio"), list | tuple) and len(ratio) > 1:
+        raise AdaPrunerError(f"`ratio` names {len(ratio)} ratios: prune_ratios gives a result for each")
+    (result,) = prune_ratios(model, calibration, **options)
+    return result
+
+
+def prune_ratios(
+    model: ModelGiven | None = None,
+    calibration: TextData | None = None,
+    *,
+    output: str | Path | None = None,
+    tokenizer: Tokenizer | None = None,
+    config: PruneOptions | None = None,
+    recipe: str | Path | None = None,
+    overwrite: bool = False,
+    objective_version: str | None = None,
+    callbacks: Sequence[Callback] = (),
+    push_to_hub: str | None = None,
+    hub_private: bool = True,
+    hub_revision: str | None = None,
+    hub_token: str | None = None,
+    track: Tracker | None = None,
+    **options: Any,
+) -> list[PruneResult]:
+    """`prune` for several values of `ratio`: measures once, and searches for each.
+
+    Args:
+        model, calibration: as for `prune`.
+        output: the run folder; the pruned model is in its `model/`, the fine-tuned one in `recovered/`. By default a
+            temporary one that is removed with the result: save the model elsewhere if you want to keep it.
+        tokenizer: of a model in memory.
+        config: options to start from: a `PruneConfig` or `PruneOptions`; keyword arguments override them.
+        recipe: the same, by the name of a shipped recipe or a YAML file.
+        overwrite: rebuild what was made with other options, from another model or other text.
+        objective_version: of the function that `objective` is, if it is one: results of another version are not used.
+            By default a hash of the file that the function is in.
+        callbacks: told of stages and trials.
+        push_to_hub: upload the model, the recovered one if there is one, to this repository, `owner/name`.
+        hub_private: whether a new repository is private.
+        hub_revision: branch.
+        hub_token: by default that of the login.
+        track: experiment tracker that gets trials, training curves, stage times and perplexities; None sends nothing.
+        options: the fields of `PruneOptions`. `objective` may be a function that is given a pruned model, in evaluation
+            mode and on the device of the run, and returns its loss on each of some items, [items]. The items are the
+            same for every model, because candidates are compared item by item; lower is better. Call again with the
+            same function to resume.
+
+    Returns:
+        The results, one for each ratio in ascending order.
+
+    Raises:
+        AdaPrunerError: an option, the model, the text or the folder is invalid; before any long work.
+    """
+    check_tracker(track)
+    run = _run_folder(output)
+    objective = options.get("objective")
+    judge: ItemLosses | None = objective if callable(objective) else None
+    given: dict[str, Any] = {"model": model, "calibration": calibration, **options}
+    if judge:
+        given["objective"] = FUNCTION + name_of_code(judge, objective_version)
+    resolved = resolve(given, tokenizer, run, recipe, config)
+    if push_to_hub:
+        if len(resolved.ratio) > 1:
+            raise AdaPrunerError("`push_to_hub` uploads one model: give one `ratio`")
+        check_push(push_to_hub, hub_token)
+    results = make_run(resolved, run, overwrite, judge=judge, callbacks=callbacks, track=track)
+    if push_to_hub and this_process().leads:
+        push(results[0].model_folder, push_to_hub, hub_private, hub_revision, hub_token)
+    return results
+
+
+def _run_folder(output: str | Path | None) -> RunFolder:
+    if output is not None:
+        return RunFolder(given_path(output))
+    if this_process().count > 1:
+        raise AdaPrunerError("several processes share a run folder: name it with `output`")
+    return RunFolder.temporary()
+
+
+@torch.inference_mode(False)  # measuring and training need gradients, whatever the caller does
+def make_run(
+    config: PruneConfig,
+    run: RunFolder,
+    overwrite: bool,
+    others: Sequence[RunFolder] = (),
+    taken: Mapping[str, RunFolder] | None = None,
+    judge: ItemLosses | None = None,
+    callbacks: Sequence[Callback] = (),
+    track: Tracker | None = None,
+) -> list[PruneResult]:
+    """Makes what is missing of a run in its folder: all that can be refused is, before the folder is locked and the
+    work begins.
+
+    Args:
+        others, taken: see `Making`.
+    """
+    process, device = this_process(), resolve_devices(config.device)[0]
+    run.check_usable()
+    tracking = Tracking(track if process.leads else None, run.path, Reporter(quiet=not process.leads).note)
+    told = (*callbacks, tracking) if process.leads else ()
+    reporter = Reporter(quiet=not process.leads, watchers=told)
+    with process.connected(device), computing_repeatably(device):
+        makings = makings_of(config, run, process, reporter, others, taken or {}, judge, told)
+        check(makings, overwrite)
+        with run.locked() if process.leads else contextlib.nullcontext():
+            if process.leads:
+                run.check_usable()
+                if not overwrite:
+                    refuse_outdated(makings, run.path)
+                reporter.log = run.log
+                run.save_config(config)
+                run.remove_given_but(config)
+            with tracking, saying_what_is_kept(makings[0]):
+                make_all(makings)
+            return [PruneResult(it.folder.path, it.value(chosen.plan), it.value(numbers.result), run) for it in makings]

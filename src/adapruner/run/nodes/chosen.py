@@ -1,0 +1,404 @@
+"""What is removed: the search, and the plan of the candidate that it chooses."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from adapruner.calibration import upper_case_windows
+from adapruner.callbacks import Callback
+from adapruner.config import FUNCTION, Layout, WholePart, scoring_count, searches_widths
+from adapruner.errors import AdaPrunerError
+from adapruner.evaluation import compute_prefix, log_probabilities
+from adapruner.graph import Form, RunFolder
+from adapruner.importance import TERMS, Term
+from adapruner.measurement import HeldMoments, InputMoments, Statistics, StoredMoments
+from adapruner.memory import TOKENS_FOR_COSTS, TOKENS_FOR_WHOLE, Placement, windows_of
+from adapruner.models import Whole
+from adapruner.planning import MOST_CHANNELS, Budget, PruningPlan, Target, kept_counts, largest_channel_share
+from adapruner.processes import Process
+from adapruner.progress import Reporter
+from adapruner.run.given import name_of_code
+from adapruner.run.nodes.declared import GRAPH
+from adapruner.run.nodes.forms import Windows, json_form
+from adapruner.run.nodes.inputs import BudgetAt, RatioOfBlocks, RoomFor
+from adapruner.search import (
+    MOST_PROTECTED_FIRST,
+    MOST_WHOLE,
+    Candidate,
+    ItemLosses,
+    Levelled,
+    Objective,
+    RemovalOrders,
+    Search,
+    SearchResult,
+    SearchSpace,
+    StudyPlace,
+    TriedPoint,
+    build_subset_family,
+    level,
+    meet_budget,
+    plan_candidate,
+    removal_orders,
+    sqlite_url,
+)
+from adapruner.structure import Structure
+from adapruner.surgery import Compensation
+
+_LEVEL_ROUNDS = 2
+PLAN: Form[PruningPlan] = Form(PruningPlan.save, PruningPlan.load)
+
+
+def may_remove_whole(space: str, search: str, whole: tuple[str, ...] | None) -> bool:
+    """Whether the search may remove parts of layers whole."""
+    return space == "extended" and search == "joint" and whole != ("none",)
+
+
+@GRAPH.in_memory
+def whole_parts(structure: Structure, whole: tuple[WholePart, ...] | None, layout: Layout) -> list[Whole]:
+    """The parts of a layer that the search may remove whole.
+
+    Raises:
+        AdaPrunerError: the options name a part that no layer of this model can lose.
+    """
+    by_default: tuple[WholePart, ...] = ("layer",) if layout == "uniform" else ("attention",)
+    for part in whole or ():
+        if part not in structure.whole:
+            possible = ", ".join(sorted(structure.whole)) or "none"
+            raise AdaPrunerError(
+                f"`whole` {part}: models of the family {structure.model_type} cannot lose it; possible: {possible}"
+            )
+    return [part for part in get_args(Whole) if part in structure.whole and part in (whole or by_default)]
+
+
+@GRAPH.in_memory
+def prunable_layers(structure: Structure, protect_first: int | None, protect_last: int | None) -> range:
+    """The layers that the options do not protect."""
+    return range(protect_first or 0, structure.layers - (protect_last or 0))
+
+
+@GRAPH.kept(
+    "whole.json",
+    json_form(RemovalOrders),
+    version=3,
+    is_wanted=lambda space, search, whole: may_remove_whole(space, search, whole),
+)
+def removal_order(
+    dense_fast: PreTrainedModel,
+    structure: Structure,
+    windows: Windows,
+    whole_parts: list[Whole],
+    prunable_layers: range,
+    pool: int,
+    seq_len: int,
+    reporter: Reporter,
+) -> RemovalOrders:
+    """The order in which attention layers, feed-forwards and layers are removed whole."""
+    candidates = {
+        part: sorted(structure.whole_parameters(part).keys() & set(prunable_layers)) for part in whole_parts
+    }
+    text = windows["pool"][: windows_of(TOKENS_FOR_WHOLE, pool, seq_len)]
+    with reporter.stage("removing parts whole", MOST_WHOLE * len(whole_parts)) as advance:
+        return removal_orders(dense_fast, structure, text, candidates, advance)
+
+
+# How a candidate is judged
+
+
+@GRAPH.leaf(lambda function: function)
+def objective_function(objective: str | None) -> str | None:
+    """The name and version of the Python function that judges the trials; None for the loss on a dataset."""
+    return objective if objective is not None and objective.startswith(FUNCTION) else None
+
+
+@GRAPH.in_memory
+def item_losses(objective_function: str | None, judging_function: ItemLosses | None) -> ItemLosses | None:
+    """The function that judges the trials, where one does."""
+    if objective_function and judging_function is None:
+        raise AdaPrunerError(
+            f"the trials of this run are judged by a Python function ({objective_function}): call adapruner.prune with"
+            " the same function as `objective`"
+        )
+    return judging_function if objective_function else None
+
+
+@GRAPH.in_memory
+def compensation_of(compensation: Any) -> Callable[[Mapping[int, InputMoments] | None], Compensation | None]:
+    """For second moments, how the remaining weights are corrected; None if they are not."""
+    return lambda moments: None if compensation == "none" or moments is None else Compensation(compensation, moments)
+
+
+Meet = Callable[[Candidate], "Candidate | None"]
+
+
+@GRAPH.costly
+def meet(structure: Structure, statistics: Statistics, target: Target | None) -> Meet:
+    """Gives a candidate the ratio that meets the target, if there is one; None if its allocation cannot."""
+    return partial(meet_budget, structure, statistics, target)
+
+
+# The search
+
+
+def _content_of_term(term: Term) -> list[Any]:
+    """The declaration of a term; of one from outside this package, with what tells its code from another."""
+    code = list[str]()
+    if not term.function.__module__.startswith("adapruner."):
+        with contextlib.suppress(AdaPrunerError):  # defined on a prompt, which no later run is from
+            code = [name_of_code(term.function)]
+    return [term.family, term.share, sorted(term.needs), *code]
+
+
+@GRAPH.leaf(lambda terms: {name: _content_of_term(term) for name, term in terms.items()})
+def importance_terms() -> dict[str, Term]:
+    """The registered terms."""
+    return dict(TERMS)
+
+
+@GRAPH.costly
+def space_of_search(
+    structure: Structure,
+    statistics: Statistics,
+    starting_budget: Budget,
+    removal_order: RemovalOrders | None,
+    meet: Meet,
+    importance_terms: dict[str, Term],
+    samples: int,
+    seed: int,
+    space: Any,
+    protect_first: int | None,
+    protect_last: int | None,
+    head_share: float | None,
+    alignment: Any,
+    reduction: Any,
+    terms: Any,
+    search: Any,
+) -> SearchSpace:
+    """The candidates among which is searched."""
+    allocation = {"protect_first": protect_first, "protect_last": protect_last, "head_share": head_share}
+    return SearchSpace(
+        subsets=build_subset_family(statistics, structure, kept_counts(structure, starting_budget)),
+        samples=samples,
+        seed=seed,
+        budget=starting_budget,
+        name=space,
+        fixed_allocation=frozenset(name for name, value in allocation.items() if value is not None),
+        alignment=alignment,
+        reduction=reduction,
+        terms=terms,
+        searched=search,
+        meet=meet,
+        experts=_what_ranks_experts(structure, statistics),
+        whole=removal_order.shortened(structure, starting_budget.ratio) if removal_order else {},
+    )
+
+
+def _what_ranks_experts(structure: Structure, statistics: Statistics) -> Literal["none", "routing", "taylor"]:
+    if not structure.has_experts:
+        return "none"
+    is_known = statistics.routed_share is not None and bool(statistics.routed_share.any())
+    return "routing" if is_known else "taylor"
+
+
+Judging = Callable[[Tensor], Objective]
+
+
+@GRAPH.costly
+def judging(
+    dense_fast: PreTrainedModel,
+    structure: Structure,
+    statistics: Statistics,
+    moments: StoredMoments | None,
+    compensation_of: Any,
+    item_losses: ItemLosses | None,
+    selection: Any,
+    layout: Layout,
+    protect_first: int | None,
+    room_for: RoomFor,
+) -> Judging:
+    """For windows, [windows, tokens], what judges candidates on them during the search."""
+    held = None if moments is None else HeldMoments(moments, room_for("searching"))
+
+    def judge(windows: Tensor) -> Objective:
+        compensation, reused = compensation_of(held), 0
+        if item_losses:
+            return Objective(dense_fast, structure, statistics, windows, compensation, item_losses=item_losses)
+        if layout == "per-layer":
+            reused = min(structure.layers, max(MOST_PROTECTED_FIRST, protect_first or 0))
+        return Objective(
+            dense_fast,
+            structure,
+            statistics,
+            windows,
+            compensation,
+            compute_prefix(dense_fast, windows, reused) if reused else None,
+            log_probabilities(dense_fast, windows) if selection == "kl" else None,
+        )
+
+    return judge
+
+
+@GRAPH.kept("search.json", json_form(SearchResult), version=8, is_result=True, is_shared=True)
+def found(
+    judging: Judging,
+    space_of_search: SearchSpace,
+    windows: Windows,
+    tokenizer: Tokenizer,
+    empty: PreTrainedModel,
+    item_losses: ItemLosses | None,
+    placement: Placement,
+    trials: int,
+    sampler: Any,
+    seed: int,
+    selection: str,
+    objective_windows: int | None,
+    final_windows: int,
+    process: Process,
+    reporter: Reporter,
+    callbacks: Sequence[Callback],
+    run_folder: RunFolder,
+    key: str,
+) -> SearchResult | None:
+    """The outcome of the search; all processes judge candidates."""
+    text = windows["objective"]
+    scoring = scoring_count(objective_windows, final_windows, len(text))
+    judge = judging(text[:scoring])
+    judge_together = judge.together if placement.layer_wise and not item_losses else None
+    # A function of the user gives the losses of all items at once.
+    place = StudyPlace(sqlite_url(run_folder.study), key)
+    search = Search(space_of_search, judge, trials, seed, place, sampler, not item_losses, judge_together)
+
+    def report(trial: TriedPoint, best: float) -> None:
+        advance(1, text=f"best {'objective' if item_losses else selection} {best:.4f}")
+        for callback in callbacks:
+            callback.on_trial(trial)
+
+    with reporter.stage("searching", trials) as advance:
+        search.run(report)
+        further = text[scoring:]
+        if not process.leads:
+            return None
+        if not len(further) or item_losses:
+            return search.result()
+        changed = upper_case_windows(further, tokenizer)
+        # Without tokens that the model has no embedding for, where a tokenizer has such.
+        changed = changed[changed.amax(1) < empty.config.vocab_size]
+        if not len(changed):
+            return search.result(judging(further))
+        # Only if a finalist is ahead of the best starting point.
+        objective = cache(partial(judging, changed))
+        return search.result(judging(further), lambda candidate: objective()(candidate))
+
+
+# The candidate at the ratio of the run
+
+
+AtRatio = Callable[[Candidate], Candidate]
+
+
+@GRAPH.costly
+def at_ratio(
+    structure: Structure,
+    statistics: Statistics,
+    meet: Meet,
+    starting_budget: Budget,
+    ratio_of_blocks: RatioOfBlocks,
+    ratio_of_target: float | None,
+    ratio: float,
+) -> AtRatio:
+    """A candidate at the ratio of the run, or at the one with which it meets the target. If its allocation cannot, or
+    only by removing more than `MOST_CHANNELS` of a layer: with the allocation that the search starts from."""
+
+    def moved(candidate: Candidate) -> Candidate:
+        wanted = ratio_of_blocks(ratio if ratio_of_target is None else ratio_of_target)
+        there = candidate.model_copy(update={"budget": replace(candidate.budget, ratio=wanted)})
+        with contextlib.suppress(AdaPrunerError):
+            met = meet(there)
+            if met == candidate:
+                return candidate
+            if met is not None:
+                plan = plan_candidate(structure, statistics, met)
+                if largest_channel_share(structure, [len(block.kept) for block in plan.blocks]) <= MOST_CHANNELS:
+                    return met
+        return candidate.model_copy(update={"budget": starting_budget})
+
+    return moved
+
+
+@GRAPH.in_memory
+def rounds(level_rounds: int | None, placement: Placement, objective_function: str | None) -> int:
+    """The most rounds of levelling. Layer by layer every layer would be read again and again."""
+    if not placement.layer_wise:
+        return _LEVEL_ROUNDS if level_rounds is None else level_rounds
+    if level_rounds:
+        raise AdaPrunerError("levelling needs all layers in memory: set `level_rounds` 0 with `layer_wise`")
+    return 0
+
+
+@GRAPH.kept(
+    "levelled.json",
+    json_form(Levelled),
+    version=5,
+    is_wanted=lambda level_rounds, ratio_of, search, space, layout: (
+        level_rounds != 0 and searches_widths(ratio_of, search, space, layout)
+    ),
+)
+def levelled(
+    dense_fast: PreTrainedModel,
+    structure: Structure,
+    statistics: Statistics,
+    moments: StoredMoments | None,
+    windows: Windows,
+    found: SearchResult,
+    at_ratio: AtRatio,
+    meet: Meet,
+    compensation_of: Any,
+    item_losses: ItemLosses | None,
+    rounds: int,
+    prunable_layers: range,
+    head_share: float | None,
+    pool: int,
+    seq_len: int,
+    room_for: RoomFor,
+    reporter: Reporter,
+) -> Levelled:
+    """The chosen candidate at the ratio, with whole parts kept that are worth it and its widths levelled: costs are
+    measured on the pool, and the windows of the objective decide what is accepted. A given share of heads is kept, and
+    layers that the options protect are."""
+    candidate = at_ratio(found.best)
+    if not rounds:
+        return Levelled(candidate=candidate, moves=())
+    text = windows["pool"][: windows_of(TOKENS_FOR_COSTS, pool, seq_len)]
+    compensation = compensation_of(moments and HeldMoments(moments, room_for("levelling widths")))
+    objective = Objective(
+        dense_fast, structure, statistics, windows["objective"], compensation, item_losses=item_losses
+    )
+    moves_heads = head_share is None
+    measured = sum(
+        block.layer in prunable_layers
+        and (moves_heads if block.kind == "heads" else block.kind == "channels" and not block.experts)
+        for block in structure.blocks
+    )
+    with reporter.stage("levelling widths", measured * rounds) as advance:
+        return level(objective, text, candidate, rounds, meet, prunable_layers, moves_heads, advance)
+
+
+@GRAPH.kept("plan.json", PLAN, version=2, is_result=True)
+def plan(
+    structure: Structure,
+    statistics: Statistics,
+    found: SearchResult,
+    levelled: Levelled | None,
+    at_ratio: AtRatio,
+) -> PruningPlan:
+    """The plan of the chosen candidate. Widths that were moved may cost something else."""
+    candidate = at_ratio(levelled.candidate if levelled else found.best)
+    return plan_candidate(structure, statistics, candidate)

@@ -1,0 +1,12 @@
+"""The graph of a run; the other modules declare its nodes."""
+
+from __future__ import annotations
+
+from adapruner.config import PruneConfig
+from adapruner.graph import Graph
+
+GRAPH = Graph(
+    PruneConfig,
+    given=("callbacks", "judging_function", "process", "reporter", "run_folder", "largest_ratio_asked", "stage_costs"),
+    unkeyed=("config",),
+)

@@ -1,0 +1,218 @@
+"""What is measured of each model: perplexity, signs of breakage, scores in tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from adapruner.calibration import OPENINGS, EvaluationText, probe_texts
+from adapruner.config import tunes_scales_by_default
+from adapruner.evaluation import (
+    Breakage,
+    Perplexity,
+    Tasks,
+    TaskScore,
+    agreement,
+    continue_greedily,
+    load_tasks,
+    measure_perplexity,
+    measure_tasks,
+    repetition,
+)
+from adapruner.graph import Kept
+from adapruner.measurement import Statistics
+from adapruner.memory import Placement
+from adapruner.models import ModelLocation, find_model, in_fastest_dtype, load_model
+from adapruner.progress import Reporter
+from adapruner.result import Role
+from adapruner.run.nodes.chosen import AtRatio
+from adapruner.run.nodes.declared import GRAPH
+from adapruner.run.nodes.forms import TENSORS, Windows, json_form
+from adapruner.run.nodes.inputs import Precision
+from adapruner.run.nodes.models import scales_were_tuned
+from adapruner.search import SearchResult, plan_candidate
+from adapruner.structure import Structure
+from adapruner.surgery import prune_model
+from adapruner.texts import Texts
+from adapruner.tokens import Vocabulary
+
+# Tokens per window of the built-in texts, of which there is little.
+_PROBED_TOKENS = 128
+
+# The models that are evaluated: by role, the node of the model; the dense one has all tokens.
+_MODELS: dict[Role, str] = {
+    "dense": "dense_given",
+    "best_fixed": "best_fixed_model",
+    "compensated": "compensated_model",
+    "searched": "pruned_model",
+    "recovered": "recovered_model",
+}
+# Of the steps on the way nothing but the perplexity is measured.
+_STEPS: tuple[Role, ...] = ("best_fixed", "compensated")
+
+
+@GRAPH.costly
+def dense_given(
+    dense: PreTrainedModel,
+    location: ModelLocation,
+    precision: Precision,
+    placement: Placement,
+    kept_tokens: Vocabulary | None,
+    reporter: Reporter,
+) -> PreTrainedModel:
+    """The given model with all of its tokens: loaded anew where `dense` has fewer."""
+    if kept_tokens is None:
+        return dense
+    with reporter.stage("loading"):
+        return load_model(location, precision.asked, placement.device, placement.layer_wise)
+
+
+@GRAPH.costly
+def best_fixed_model(
+    dense: PreTrainedModel, structure: Structure, statistics: Statistics, found: SearchResult, at_ratio: AtRatio
+) -> PreTrainedModel:
+    """The dense model cut by the best of LLM-Pruner's metrics as that is used elsewhere: without compensation, though
+    its trial was compensated as all are."""
+    return prune_model(dense, structure, plan_candidate(structure, statistics, at_ratio(found.best_fixed)))
+
+
+@GRAPH.costly
+def compensated_model(compensated: Path | None, pruned: Path, placement: Placement) -> PreTrainedModel | None:
+    """The pruned model before its scales are tuned; None if that changed nothing."""
+    if compensated is None or not scales_were_tuned(compensated, pruned):
+        return None
+    return load_model(find_model(str(compensated)), "auto", placement.device, placement.layer_wise)
+
+
+def measured_perplexity(
+    model: PreTrainedModel | None, texts: dict[str, EvaluationText], reporter: Reporter
+) -> dict[str, Perplexity]:
+    """The perplexity of a model on every text of the report, by name; none of a step that changed nothing."""
+    if model is None:
+        return {}
+    with reporter.stage("evaluating", sum(len(text.windows) for text in texts.values())) as advance:
+        return {
+            name: measure_perplexity(model, text.windows, name, advance, **text.about) for name, text in texts.items()
+        }
+
+
+@GRAPH.in_memory
+def texts_of_dense(
+    report_texts: dict[str, EvaluationText], report_texts_dense: dict[str, EvaluationText] | None
+) -> dict[str, EvaluationText]:
+    """The windows that are reported on in the tokens of the given model."""
+    return report_texts if report_texts_dense is None else report_texts_dense
+
+
+# What the dense model would write
+
+
+@GRAPH.kept("evaluation/continuations.safetensors", TENSORS, version=2)
+def continuations(dense_fast: PreTrainedModel, tokenizer: Tokenizer, placement: Placement, reporter: Reporter) -> Windows:
+    """How the dense model continues the built-in openings, [openings, tokens], int64, in the tokens that are kept; none
+    layer by layer, where every generated token would read all weights."""
+    if placement.layer_wise:
+        return {}
+    with reporter.stage("looking for breakage"):
+        return {"dense": continue_greedily(dense_fast, tokenizer, OPENINGS)}
+
+
+def measured_breakage(
+    role: Role, model: PreTrainedModel, tokenizer: Tokenizer, continuations: Windows, seq_len: int, reporter: Reporter
+) -> Breakage:
+    """Signs that a model is broken, where the dense model's continuations were made with those of its own."""
+    written, agreed = continuations.get("dense"), None if not continuations else 1.0
+    fast = in_fastest_dtype(model)
+    texts = probe_texts(tokenizer, min(seq_len, _PROBED_TOKENS))
+    with reporter.stage("looking for breakage", sum(len(text.windows) for text in texts.values())) as advance:
+        if written is not None and role != "dense":
+            agreed = agreement(fast, written)
+            written = continue_greedily(fast, tokenizer, OPENINGS)
+        return Breakage(
+            repetition=None if written is None else repetition(written),
+            agreement=agreed,
+            texts={
+                name: measure_perplexity(fast, text.windows, name, advance, **text.about)
+                for name, text in texts.items()
+            },
+        )
+
+
+# Tasks
+
+
+@GRAPH.leaf()
+def used_documents(texts: Texts) -> Callable[[], list[str]]:
+    return texts.used_documents
+
+
+@GRAPH.in_memory
+def loaded_tasks(
+    tasks: tuple[str, ...],
+    task_limit: int | None,
+    used_documents: Callable[[], list[str]],
+    pool_text: Any,
+    objective_text: Any,
+    recovery_text: Any,
+) -> Tasks:
+    """Tasks of lm-eval, without the items whose text the model is calibrated or trained on."""
+    return load_tasks(tasks, task_limit, used_documents())
+
+
+def measured_tasks(
+    model: PreTrainedModel, tokenizer: Tokenizer, loaded_tasks: Tasks, reporter: Reporter
+) -> dict[str, TaskScore]:
+    """The scores of a model in every task, by name."""
+    with reporter.stage("running tasks", len(loaded_tasks)) as advance:
+        scores = measure_tasks(in_fastest_dtype(model), tokenizer, loaded_tasks, advance)
+        return {score.task: score for score in scores}
+
+
+def _kept_for(role: Role, what: str, content: Any, make: Callable[..., Any], **options: Any) -> Kept[Any]:
+    """Declares what is measured of the model of a role."""
+    tokenizer = "given_tokenizer" if role == "dense" else "tokenizer"
+    texts = "texts_of_dense" if role == "dense" else "report_texts"
+    needs = {"model": _MODELS[role], "tokenizer": tokenizer, "texts": texts}
+    path = f"evaluation/{what}-{role}.json"
+    return GRAPH.kept(path, json_form(content), name=f"{what}_{role}", needs=needs, **options)(make)
+
+
+def _is_wanted(role: Role) -> Callable[..., bool]:
+    """Whether a run has the model of a role, given its options."""
+    if role == "compensated":
+        return lambda tune_scales, compensation, layer_wise: tunes_scales_by_default(
+            tune_scales, compensation, layer_wise
+        )
+    return (lambda recover: recover is not None) if role == "recovered" else lambda: True
+
+
+def _is_wanted_with_tasks(role: Role) -> Callable[..., bool]:
+    if role == "recovered":
+        return lambda tasks, recover: bool(tasks) and recover is not None
+    return lambda tasks: bool(tasks)
+
+
+perplexity = {
+    role: _kept_for(
+        role, "perplexity", dict[str, Perplexity], measured_perplexity, version=2, is_wanted=_is_wanted(role)
+    )
+    for role in _MODELS
+}
+_WHOLE = [role for role in _MODELS if role not in _STEPS]
+scores = {
+    role: _kept_for(
+        role, "tasks", dict[str, TaskScore], measured_tasks, version=2, is_wanted=_is_wanted_with_tasks(role)
+    )
+    for role in _WHOLE
+}
+breakage = {
+    role: _kept_for(
+        role, "breakage", Breakage, partial(measured_breakage, role), version=4, is_wanted=_is_wanted(role)
+    )
+    for role in _WHOLE
+}

@@ -1,0 +1,94 @@
+"""What is measured of the dense model: second moments, and the statistics of every group."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from adapruner.config import Space, Terms
+from adapruner.files import write_atomically
+from adapruner.graph import Form
+from adapruner.importance import needed_statistics
+from adapruner.measurement import (
+    Statistics,
+    StoredMoments,
+    measure_in_parts,
+    measure_moments,
+    projected_blocks,
+    removal_errors,
+)
+from adapruner.memory import MEASURED_AT_ONCE, Placement
+from adapruner.processes import Process
+from adapruner.progress import Reporter
+from adapruner.run.nodes.declared import GRAPH
+from adapruner.run.nodes.forms import Windows
+from adapruner.run.nodes.text import needs_moments
+from adapruner.structure import Structure
+
+MOMENTS: Form[StoredMoments] = Form(lambda moments, path: shutil.move(moments.folder, path), StoredMoments)
+STATISTICS: Form[Statistics] = Form(Statistics.save, Statistics.load)
+
+
+@GRAPH.kept(
+    "moments",
+    MOMENTS,
+    is_wanted=lambda compensation, space, terms: needs_moments(compensation, space, terms),
+)
+def moments(
+    dense_fast: PreTrainedModel, structure: Structure, text_to_fit: Tensor | None, reporter: Reporter, work: Path
+) -> StoredMoments:
+    """Second moments of all blocks; those of finished blocks are kept."""
+    moments = StoredMoments(work)
+    missing = [index for index in projected_blocks(structure) if not moments.path(index).is_file()]
+    if missing:
+        assert text_to_fit is not None
+        with reporter.stage("reading activations", structure.layers) as advance:
+            for index, of_block in measure_moments(dense_fast, structure, text_to_fit, missing, progress=advance):
+                write_atomically(moments.path(index), of_block.save)
+    return moments
+
+
+@GRAPH.leaf(lambda compares: compares)
+def compares_removals(space: Space, terms: Terms) -> bool:
+    """Whether terms need the errors that removing groups makes."""
+    return "moments" in needed_statistics(space, terms)
+
+
+@GRAPH.kept("statistics.safetensors", STATISTICS, is_shared=True, version=3)
+def statistics(
+    dense: PreTrainedModel,
+    structure: Structure,
+    placement: Placement,
+    windows: Windows,
+    moments: StoredMoments | None,
+    compares_removals: bool,
+    terms: Terms,
+    process: Process,
+    reporter: Reporter,
+    work: Path,
+) -> Statistics | None:
+    """Statistics of the pool, measured part by part; of several processes, each measures its share."""
+    pool, size = windows["pool"], MEASURED_AT_ONCE[placement.layer_wise]
+    parts = {start: work / f"{start:06}.safetensors" for start in range(0, len(pool), size)}
+    share = list(parts)[process.rank :: process.count]
+    missing = [start for start in share if not parts[start].is_file()]
+    with reporter.stage("measuring", len(share)) as advance:
+        advance(len(share) - len(missing))
+        layer_wise = placement.layer_wise
+        for start, part in measure_in_parts(
+            dense, structure, pool, size, terms=terms, layer_wise=layer_wise, folder=work, starts=missing
+        ):
+            write_atomically(parts[start], part.save)
+            advance()
+    process.wait()
+    if not process.leads:
+        return None
+    statistics = Statistics.concatenate([Statistics.load(path) for path in parts.values()])
+    if moments is not None and compares_removals:
+        with reporter.stage("comparing removals", len(moments)) as advance:
+            statistics = replace(statistics, **removal_errors(dense, structure, moments, advance))
+    return statistics

@@ -1,0 +1,410 @@
+"""The pruned model, how well it meets a target, and its recovery."""
+
+from __future__ import annotations
+
+import filecmp
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from adapruner.calibration import SELF_GENERATED, Source, generate_windows
+from adapruner.callbacks import Callback, tell
+from adapruner.checkpoint import save_checkpoint
+from adapruner.config import RecoveryOptions, tunes_scales_by_default
+from adapruner.costs import TargetOutcome, bytes_of_model, cache_bytes, dtype_in, is_gguf, timer
+from adapruner.errors import AdaPrunerError, NonFiniteError
+from adapruner.graph import Form
+from adapruner.measurement import StoredMoments
+from adapruner.memory import Placement
+from adapruner.models import Architecture, check_length, check_tokens, empty_model, find_model, load_config, load_model
+from adapruner.planning import PruningPlan, Target
+from adapruner.processes import Process
+from adapruner.progress import Reporter
+from adapruner.recovery import (
+    DEFAULT_GENERATED_RECORDS,
+    Examples,
+    check_adapters,
+    check_device,
+    read_examples,
+    recover_into,
+    scale_options,
+    total_steps,
+    train,
+    window_examples,
+)
+from adapruner.result import shown_name
+from adapruner.run.nodes.declared import GRAPH
+from adapruner.run.nodes.forms import TENSORS, Windows, json_form
+from adapruner.run.nodes.inputs import Precision
+from adapruner.structure import Structure
+from adapruner.surgery import prune_model, refit_sequentially
+from adapruner.texts import Texts
+
+# What made it has written the folder already.
+FOLDER: Form[Path] = Form(shutil.move, Path)
+# In place of a folder that was not made there is an empty file.
+FOLDER_OR_NONE: Form[Path | None] = Form(
+    lambda made, path: shutil.move(made, path) if made else path.touch(),
+    lambda path: path if path.is_dir() else None,
+)
+
+# Cutting and compensating
+
+
+@GRAPH.in_memory
+def fits_sequentially(
+    sequential: bool | None, compensation: str, family: Architecture, empty: PreTrainedModel
+) -> bool:
+    """Whether the pruned model is fitted once more, layer by layer."""
+    possible = family.has_plain_residual(empty.config)
+    if sequential and not possible:
+        raise AdaPrunerError(
+            f"`sequential` is not possible for {family.model_type}, which scales or normalises the outputs of its"
+            " blocks: leave it out, compensation is one-shot then"
+        )
+    asked = compensation == "least-squares" if sequential is None else sequential
+    return asked and possible
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Whether the scales of the pruned model are tuned.
+
+    Attributes:
+        is_asked: by the options or their defaults.
+        hindrance: why it is not possible, if it is asked for and is not.
+    """
+
+    is_asked: bool
+    hindrance: AdaPrunerError | None
+
+    @property
+    def is_done(self) -> bool:
+        return self.is_asked and self.hindrance is None
+
+
+@GRAPH.leaf(lambda tuning: tuning.is_done)
+def possible_tuning(
+    tune_scales: bool | None,
+    compensation: str,
+    layer_wise: bool | None,
+    placement: Placement,
+    main_device: torch.device,
+    empty: PreTrainedModel,
+    seed: int,
+) -> Tuning:
+    """How many devices there are, and which, decides whether scales can be tuned."""
+    if not tunes_scales_by_default(tune_scales, compensation, layer_wise):
+        return Tuning(False, None)
+    try:
+        if placement.layer_wise or len(placement.devices) > 1:
+            raise AdaPrunerError("`tune_scales` needs all layers on one device: leave it out")
+        check_device(main_device)
+        check_adapters(empty_model(empty.config), scale_options(seed, main_device))
+    except AdaPrunerError as error:
+        return Tuning(True, error)
+    return Tuning(True, None)
+
+
+@GRAPH.in_memory
+def tuning(possible_tuning: Tuning, tune_scales: bool | None, reporter: Reporter) -> bool:
+    """Whether scales are tuned.
+
+    Raises:
+        AdaPrunerError: they cannot be, and the options ask for it.
+    """
+    if hindrance := possible_tuning.hindrance:
+        if tune_scales:
+            raise hindrance
+        reporter.note(f"The scales of the pruned model will not be tuned: {hindrance}")
+    return possible_tuning.is_done
+
+
+Cut = Callable[[], PreTrainedModel]
+
+
+@GRAPH.costly
+def cut(
+    dense: PreTrainedModel,
+    dense_fast: PreTrainedModel,
+    structure: Structure,
+    plan: PruningPlan,
+    moments: StoredMoments | None,
+    text_to_fit: Tensor | None,
+    compensation_of: Any,
+    fits_sequentially: bool,
+    reporter: Reporter,
+) -> Cut:
+    """Cuts the dense model by the plan, and compensates it."""
+
+    def cut_model() -> PreTrainedModel:
+        compensation = compensation_of(moments)
+        with reporter.stage("cutting"):
+            pruned = prune_model(dense, structure, plan, compensation)
+        if compensation and fits_sequentially:
+            assert text_to_fit is not None
+            with reporter.stage("compensating", structure.layers) as advance:
+                refit_sequentially(dense, pruned, structure, plan, compensation, text_to_fit, advance)
+        return pruned
+
+    return cut_model
+
+
+Save = Callable[[PreTrainedModel, Path], Path]
+
+
+@GRAPH.leaf()
+def origin(model: str, texts: Texts) -> dict[str, Any]:
+    """What a checkpoint says of its making: the base model, and the texts that it was made with."""
+    return {"base_model": shown_name(model), "texts": texts.as_records()}
+
+
+@GRAPH.in_memory
+def save(tokenizer: Tokenizer, plan: PruningPlan, origin: dict[str, Any], reporter: Reporter) -> Save:
+    """Writes the pruned model to a folder."""
+
+    def save_model(pruned: PreTrainedModel, folder: Path) -> Path:
+        with reporter.stage("saving"):
+            # Another model is fine-tuned, or none yet.
+            texts = [text for text in origin["texts"] if text["use"] != "recovery"]
+            save_checkpoint(pruned, tokenizer, folder, record=origin | {"texts": texts, "plan": plan.hash})
+        return folder
+
+    return save_model
+
+
+@GRAPH.kept(
+    "compensated",
+    FOLDER_OR_NONE,
+    version=3,
+    is_wanted=lambda tune_scales, compensation, layer_wise: tunes_scales_by_default(
+        tune_scales, compensation, layer_wise
+    ),
+)
+def compensated(cut: Cut, save: Save, tuning: bool, work: Path) -> Path | None:
+    """The pruned model before its scales are tuned, so that a kill does not cost the fit; None where they cannot be."""
+    return save(cut(), work / "model") if tuning else None
+
+
+@GRAPH.kept("model", FOLDER, version=5, is_result=True, is_shared=True)
+def pruned(
+    compensated: Path | None,
+    cut: Cut,
+    save: Save,
+    text_to_fit: Tensor | None,
+    dense: PreTrainedModel,
+    main_device: torch.device,
+    seed: int,
+    process: Process,
+    reporter: Reporter,
+    work: Path,
+) -> Path:
+    """The dense model, cut by the plan, compensated, its scales tuned by all processes together, and saved."""
+    if compensated:
+        assert text_to_fit is not None
+        model = _tuned(compensated, text_to_fit, dense, main_device, seed, process, reporter, work / "tuning")
+    elif process.leads:
+        model = cut()
+    return save(model, work / "model") if process.leads else work / "model"
+
+
+def _tuned(
+    compensated: Path,
+    text: Tensor,
+    dense: PreTrainedModel,
+    device: torch.device,
+    seed: int,
+    process: Process,
+    reporter: Reporter,
+    work: Path,
+) -> PreTrainedModel:
+    """A saved model with its scales tuned, if that brings it nearer to the dense model on windows that are held out."""
+    load = partial(load_model, find_model(str(compensated)), "auto", str(device))
+    settings = scale_options(seed, device, process.count)
+    examples, pruned = window_examples(text, "the text of the compensation", settings), load()
+    with reporter.stage("tuning scales", total_steps(examples, settings)) as advance:
+        try:
+            record = train(pruned, examples, settings, work, dense, advance)
+        except NonFiniteError as error:
+            reporter.note(f"The scales are left as they were: {error}")
+            return load()
+    if record.loss_after < record.loss_before:
+        return pruned
+    reporter.note(
+        f"The scales are left as they were: tuning them brought the divergence from the dense model from"
+        f" {record.loss_before:.4f} to {record.loss_after:.4f} nats per token"
+    )
+    return load()
+
+
+def scales_were_tuned(compensated: Path | None, model: Path) -> bool:
+    """Whether the scales of a saved model are others than before they were tuned: all other weights are the same."""
+    return compensated is not None and not all(
+        filecmp.cmp(file, model / file.name, shallow=False) for file in compensated.glob("*.safetensors")
+    )
+
+
+# The saved model, loaded
+
+
+@GRAPH.costly
+def pruned_model(pruned: Path, placement: Placement) -> PreTrainedModel:
+    return load_model(find_model(str(pruned)), "auto", placement.device, placement.layer_wise)
+
+
+# How well it meets a target
+
+
+@GRAPH.kept(
+    "target.json",
+    json_form(TargetOutcome),
+    version=2,
+    is_wanted=lambda target_size, target_memory, target_speed: any((target_size, target_memory, target_speed)),
+)
+def outcome_of_target(
+    aim: Any,
+    target: Target | None,
+    plan: PruningPlan,
+    pruned: Path,
+    dense: PreTrainedModel,
+    precision: Precision,
+    tokenizer: Tokenizer,
+    placement: Placement,
+    reporter: Reporter,
+) -> TargetOutcome | None:
+    """How well the saved model meets the target."""
+    if target is None:
+        return None
+    if target.option == "target_speed":
+        models = {"dense": dense, "pruned": load_model(find_model(str(pruned)), "auto", placement.device)}
+        with reporter.stage("timing"):
+            # Both are measured alternately.
+            time = timer(aim.target_phase, aim.target_batch, aim.tokens_of_target, is_reported=True)
+            seconds = time(models)
+        reached = target.dense * seconds["pruned"] / seconds["dense"]
+    else:
+        reached = float(_bytes_of_saved(aim, pruned, tokenizer, precision.weights))
+    return TargetOutcome(
+        option=target.option,
+        unit=target.unit,
+        dense=target.shown(target.dense),
+        asked=target.shown(target.most),
+        predicted=target.shown(target.costs([len(block.kept) for block in plan.blocks])),
+        reached=target.shown(reached),
+    )
+
+
+def _bytes_of_saved(aim: Any, model: Path, tokenizer: Tokenizer, weights: torch.dtype) -> int:
+    """Of the file that was written, or that an export would write, and of the cache where the target is memory."""
+    dtype = dtype_in(aim.target_format, weights)
+    empty = empty_model(load_config(find_model(str(model))))
+    size = bytes_of_model(empty, tokenizer, aim.target_format, weights)
+    if not is_gguf(aim.target_format) and dtype == weights:
+        size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    if aim.target_memory:
+        size += sum(cache_bytes(empty, aim.target_batch, aim.tokens_of_target, dtype))
+    return size
+
+
+# Recovery
+
+
+@GRAPH.in_memory
+def examples(
+    recovery_text: Source | None,
+    recovery: RecoveryOptions,
+    tokenizer: Tokenizer,
+    empty: PreTrainedModel,
+    main_device: torch.device,
+    process: Process,
+    reporter: Reporter,
+) -> Examples | None:
+    """What the pruned model is trained on; None where the dense model writes it."""
+    check_device(main_device)
+    if recovery.batch_size % process.count:
+        raise AdaPrunerError(
+            f"`recovery.batch_size` {recovery.batch_size} cannot be divided among {process.count} processes"
+        )
+    reporter.note(check_length(empty.config, recovery.seq_len) or "")
+    if recovery_text is None:
+        return None
+    examples = read_examples(recovery_text, tokenizer, recovery)
+    check_tokens(empty.config, examples.largest_token)
+    return examples
+
+
+@GRAPH.leaf(lambda is_written: is_written)
+def trains_on_written_text(recover: str | None) -> bool:
+    return recover == SELF_GENERATED
+
+
+@GRAPH.kept("recovery.safetensors", TENSORS, version=2, is_wanted=lambda recover: recover == SELF_GENERATED)
+def training_windows(dense: PreTrainedModel, recovery: RecoveryOptions, seed: int, reporter: Reporter) -> Windows:
+    """Text that the dense model writes for the pruned model to be fine-tuned on."""
+    with reporter.stage("writing recovery"):
+        count = recovery.records or DEFAULT_GENERATED_RECORDS
+        return {"recovery": generate_windows(dense, count, recovery.seq_len, 4 * seed + 3)}
+
+
+@GRAPH.leaf()
+def training_record(model: str, recover: str | None, recovery: RecoveryOptions) -> dict[str, Any]:
+    """What a fine-tuned checkpoint says of its training."""
+    return {"model": model, "data": recover, **recovery.model_dump(mode="json")}
+
+
+@GRAPH.kept("recovered", FOLDER, version=3, is_result=True, is_shared=True, is_wanted=lambda recover: recover is not None)
+def recovered(
+    pruned: Path,
+    plan: PruningPlan,
+    dense: PreTrainedModel,
+    tokenizer: Tokenizer,
+    examples: Examples | None,
+    training_windows: Windows | None,
+    trains_on_written_text: bool,
+    recovery: RecoveryOptions,
+    training_record: dict[str, Any],
+    origin: dict[str, Any],
+    main_device: torch.device,
+    callbacks: Sequence[Callback],
+    reporter: Reporter,
+    work: Path,
+) -> Path:
+    """The saved model, fine-tuned on the text or on what the dense model predicts, by all processes together."""
+    if examples is None:
+        examples = window_examples((training_windows or {})["recovery"], SELF_GENERATED, recovery)
+    model = load_model(find_model(str(pruned)), "auto", str(main_device))
+    # Of text that the model wrote itself there is nothing to learn but its predictions.
+    learns_labels = recovery.learns_labels(examples.instructions, trains_on_written_text)
+    try:
+        with reporter.stage("recovering", total_steps(examples, recovery)) as advance:
+            recover_into(
+                work / "model",
+                model,
+                tokenizer,
+                examples,
+                recovery,
+                None if learns_labels else dense,
+                training_record,
+                work=work / "training",
+                origin=origin | {"plan": plan.hash},
+                progress=advance,
+                track=partial(tell, callbacks),
+            )
+    except AdaPrunerError as error:
+        raise AdaPrunerError(
+            f"{error}. The pruned model is complete: adapruner recover {pruned} trains it with other options"
+        ) from None
+    return work / "model"
+
+
+@GRAPH.costly
+def recovered_model(recovered: Path | None, placement: Placement) -> PreTrainedModel:
+    return load_model(find_model(str(recovered)), "auto", placement.device, placement.layer_wise)

@@ -1,0 +1,159 @@
+"""The numbers of a run, and the page that shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from adapruner.callbacks import Callback, tell
+from adapruner.card import model_card
+from adapruner.checkpoint import write_card
+from adapruner.config import PruneConfig
+from adapruner.costs import TargetOutcome
+from adapruner.evaluation import Breakage, Perplexity, TaskScore
+from adapruner.graph import Form, RunFolder
+from adapruner.models import ModelLocation, describe_device, empty_model, find_model, load_config
+from adapruner.planning import PruningPlan
+from adapruner.progress import StageCost
+from adapruner.recovery import read_record
+from adapruner.report import render_report
+from adapruner.result import ForeignVocabulary, ModelNumbers, Role, RunResult, roles_of, verdict_of
+from adapruner.run.nodes.declared import GRAPH
+from adapruner.run.nodes.forms import Windows, json_form
+from adapruner.run.nodes.models import scales_were_tuned
+from adapruner.search import Levelled, SearchResult
+from adapruner.structure import Structure, build_structure
+from adapruner.tokens import Vocabulary, foreign_tokens
+
+PAGE: Form[str] = Form(
+    lambda page, path: path.write_text(page, encoding="utf-8"), lambda path: path.read_text(encoding="utf-8")
+)
+
+
+@GRAPH.in_memory
+def perplexities(
+    perplexity_dense: dict[str, Perplexity],
+    perplexity_best_fixed: dict[str, Perplexity],
+    perplexity_compensated: dict[str, Perplexity] | None,
+    perplexity_searched: dict[str, Perplexity],
+    perplexity_recovered: dict[str, Perplexity] | None,
+) -> dict[Role, dict[str, Perplexity] | None]:
+    return {
+        "dense": perplexity_dense,
+        "best_fixed": perplexity_best_fixed,
+        "compensated": perplexity_compensated,
+        "searched": perplexity_searched,
+        "recovered": perplexity_recovered,
+    }
+
+
+@GRAPH.in_memory
+def task_scores(
+    tasks_dense: dict[str, TaskScore] | None,
+    tasks_searched: dict[str, TaskScore] | None,
+    tasks_recovered: dict[str, TaskScore] | None,
+) -> dict[Role, dict[str, TaskScore] | None]:
+    return {"dense": tasks_dense, "searched": tasks_searched, "recovered": tasks_recovered}
+
+
+@GRAPH.in_memory
+def breakages(
+    breakage_dense: Breakage, breakage_searched: Breakage, breakage_recovered: Breakage | None
+) -> dict[Role, Breakage | None]:
+    return {"dense": breakage_dense, "searched": breakage_searched, "recovered": breakage_recovered}
+
+
+@GRAPH.costly
+def foreign_vocabulary(
+    windows: Windows, tokenizer: Tokenizer, empty: PreTrainedModel, structure: Structure, kept_tokens: Vocabulary | None
+) -> ForeignVocabulary | None:
+    """What of the vocabulary is written in scripts that the text has no letter of, if all tokens are kept."""
+    if kept_tokens is not None:
+        return None
+    used = torch.cat([tokens.flatten() for tokens in windows.values()]).unique().tolist()
+    size = empty.config.vocab_size
+    scripts = foreign_tokens(tokenizer, size, used)
+    embeddings = sum(tensor.numel() for tensor in empty.parameters() if size in tensor.shape[:1])
+    share = embeddings / size * sum(scripts.values()) / structure.total_parameters
+    return ForeignVocabulary(tokens=sum(scripts.values()), scripts=list(scripts)[:3], share=share)
+
+
+@GRAPH.kept(
+    "result.json",
+    json_form(RunResult),
+    version=2,
+    is_result=True,
+    is_record=True,
+    beside=("model/README.md", "recovered/README.md"),
+)
+def result(
+    config: PruneConfig,
+    location: ModelLocation,
+    windows: Windows,
+    self_written: Windows | None,
+    found: SearchResult,
+    levelled: Levelled | None,
+    plan: PruningPlan,
+    compensated: Path | None,
+    pruned: Path,
+    recovered: Path | None,
+    outcome_of_target: TargetOutcome | None,
+    perplexities: dict[Role, dict[str, Perplexity] | None],
+    task_scores: dict[Role, dict[str, TaskScore] | None],
+    breakages: dict[Role, Breakage | None],
+    kept_tokens: Vocabulary | None,
+    foreign_vocabulary: ForeignVocabulary | None,
+    main_device: torch.device,
+    stage_costs: Callable[[], dict[str, StageCost]],
+    callbacks: Sequence[Callback],
+) -> RunResult:
+    """All numbers of a run; the model cards are written too, which show them."""
+    config_after = load_config(find_model(str(pruned)))
+    after = build_structure(empty_model(config_after)).total_parameters
+    chosen = kept_tokens.summary if kept_tokens else None
+    before = chosen.parameters_before if chosen else plan.total_parameters
+    numbers = [
+        ModelNumbers(
+            role=role,
+            parameters=before if role == "dense" else after,
+            perplexity=perplexities[role] or {},
+            tasks=task_scores.get(role) or {},
+            breakage=breakages.get(role),
+            verdict=verdict_of(role, breakages),
+        )
+        for role in roles_of(config)
+        if role != "compensated" or scales_were_tuned(compensated, pruned)
+    ]
+    for model in numbers:
+        by_text = {f"perplexity {model.role}/{text}": it.perplexity for text, it in model.perplexity.items()}
+        tell(callbacks, by_text)
+    written = {"self": len(self_written["compensation"])} if self_written else {}
+    result = RunResult(
+        config=config,
+        plan_hash=plan.hash,
+        search=found,
+        levelled=levelled,
+        recovery=read_record(recovered) if recovered else None,
+        models=tuple(numbers),
+        windows={use: len(tokens) for use, tokens in windows.items()} | written,
+        stages=stage_costs(),
+        device=describe_device(main_device),
+        vocabulary=chosen,
+        foreign=foreign_vocabulary,
+        target=outcome_of_target,
+    )
+    folders: dict[Role, Path | None] = {"searched": pruned, "recovered": recovered}
+    for role, folder in folders.items():
+        if folder:
+            write_card(folder, model_card(location, config_after, plan, result, role))
+    return result
+
+
+@GRAPH.kept("report.html", PAGE, is_result=True, is_page=True)
+def report(result: RunResult, run_folder: RunFolder) -> str:
+    """The page that shows the run."""
+    return render_report(run_folder, result.config)

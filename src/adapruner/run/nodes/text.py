@@ -1,0 +1,200 @@
+"""The text of a run: windows of tokens for every use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from adapruner.calibration import (
+    EvaluationText,
+    Source,
+    draw_windows,
+    evaluation_text,
+    evenly_spaced,
+    generate_windows,
+    load_texts,
+    save_texts,
+    start_token,
+    text_windows,
+)
+from adapruner.config import Space, Terms, scoring_bounds
+from adapruner.errors import AdaPrunerError
+from adapruner.evaluation import finite_windows, losses_by_batch
+from adapruner.graph import Form
+from adapruner.importance import needed_statistics
+from adapruner.memory import Placement
+from adapruner.models import check_length, check_tokens
+from adapruner.progress import Reporter
+from adapruner.run.nodes.declared import GRAPH
+from adapruner.run.nodes.forms import TENSORS, Windows
+from adapruner.texts import DEFAULT_REPORT_WINDOWS
+
+_WRITTEN_AT_ONCE = 64
+REPORT_TEXTS: Form[dict[str, EvaluationText]] = Form(save_texts, load_texts)
+
+
+def needs_moments(compensation: str, space: Space, terms: Terms) -> bool:
+    """Whether second moments are measured."""
+    return compensation != "none" or "moments" in needed_statistics(space, terms)
+
+
+def writes_text(compensation: str, space: Space, terms: Terms, self_windows: int | None) -> bool:
+    """Whether the dense model writes text for the compensation, where it can."""
+    return needs_moments(compensation, space, terms) and self_windows != 0
+
+
+@GRAPH.in_memory
+def window_counts(
+    pool: int,
+    objective_windows: int | None,
+    final_windows: int,
+    compensation_windows: int,
+    compensation: str,
+    space: Space,
+    terms: Terms,
+) -> dict[str, int]:
+    """The number of windows for each use; for the objective, with those for the final choice."""
+    counts = {"pool": pool, "objective": scoring_bounds(objective_windows)[1] + final_windows}
+    if needs_moments(compensation, space, terms):
+        counts["compensation"] = compensation_windows
+    return counts
+
+
+@GRAPH.in_memory
+def drawn(
+    pool_text: Source | None,
+    objective_text: Source | None,
+    tokenizer: Tokenizer,
+    empty: PreTrainedModel,
+    window_counts: dict[str, int],
+    objective_windows: int | None,
+    seq_len: int,
+    seed: int,
+    reporter: Reporter,
+) -> Windows:
+    """The windows out of datasets by use, [windows, tokens] each, int64; without those that the model writes."""
+    reporter.note(check_length(empty.config, seq_len) or "")
+    fewest = {"pool": window_counts["pool"], "objective": scoring_bounds(objective_windows)[0]}
+    windows = {
+        use: draw_windows(source, tokenizer, window_counts[use], seq_len, seed, fewest[use])
+        for use, source in (("pool", pool_text), ("objective", objective_text))
+        if source is not None
+    }
+    if pool_text is not None and "compensation" in window_counts:
+        text = text_windows(pool_text, tokenizer, seq_len)
+        windows["compensation"] = evenly_spaced(text, window_counts["compensation"])
+        if len(text) < 2:
+            raise AdaPrunerError(f"{pool_text} gives one window of {seq_len} tokens, compensation needs 2")
+    for tokens in windows.values():
+        check_tokens(empty.config, int(tokens.max()))
+    return windows
+
+
+@GRAPH.kept("windows.safetensors", TENSORS, version=3)
+def windows(
+    dense: PreTrainedModel,
+    dense_fast: PreTrainedModel,
+    drawn: Windows,
+    window_counts: dict[str, int],
+    samples: int,
+    seq_len: int,
+    seed: int,
+    reporter: Reporter,
+) -> Windows:
+    """The windows of every use, [windows, tokens] each, int64, on which the loss of the dense model is finite."""
+    windows = dict(drawn)
+    for number, (use, count) in enumerate(window_counts.items()):
+        if use not in windows:
+            with reporter.stage(f"writing {use}"):
+                windows[use] = generate_windows(dense, count, seq_len, 4 * seed + number)
+    with reporter.stage("checking text"):
+        finite, note = finite_windows(dense_fast, windows, {"pool": samples, "objective": 1, "compensation": 2})
+    reporter.note(note)
+    return finite
+
+
+@GRAPH.kept(
+    "self.safetensors",
+    TENSORS,
+    is_wanted=lambda compensation, space, terms, self_windows: writes_text(compensation, space, terms, self_windows),
+)
+def self_written(
+    dense_fast: PreTrainedModel,
+    placement: Placement,
+    windows: Windows,
+    window_counts: dict[str, int],
+    pool_text: Source | None,
+    self_windows: int | None,
+    seq_len: int,
+    seed: int,
+    reporter: Reporter,
+) -> Windows:
+    """Windows that the dense model writes for compensation, which is fitted on them as well: text of other kinds than
+    that of the calibration dataset. Those on which its loss is not finite are dropped. None layer by layer, where every
+    token would read all weights, unless the options ask for them."""
+    count = self_windows
+    if count is None:
+        can_write = pool_text is not None and not placement.layer_wise and start_token(dense_fast) is not None
+        count = len(windows["compensation"]) // 2 if can_write else 0
+    if not count:
+        return {"compensation": torch.empty(0, seq_len, dtype=torch.int64)}
+    with reporter.stage("writing text", count) as advance:
+        number = list(window_counts).index("compensation")
+        written = generate_windows(dense_fast, count, seq_len, 4 * seed + number, _WRITTEN_AT_ONCE, advance)
+        finite = torch.cat(list(losses_by_batch(dense_fast, written))).isfinite()
+    return {"compensation": written[finite]}
+
+
+@GRAPH.in_memory
+def text_to_fit(windows: Windows, self_written: Windows | None, seed: int) -> Tensor | None:
+    """[windows, tokens], int64: the text that compensation is fitted on, mixed, because some of it is held out; None
+    where nothing is fitted."""
+    if "compensation" not in windows:
+        return None
+    text = windows["compensation"]
+    both = torch.cat([text, self_written["compensation"]]) if self_written else text
+    return both[torch.randperm(len(both), generator=torch.Generator().manual_seed(seed))]
+
+
+ToReport = Callable[[dict[str, Source], Tokenizer], dict[str, EvaluationText]]
+
+
+@GRAPH.in_memory
+def to_report(
+    seq_len: int, evaluate: tuple[str, ...], evaluate_windows: int | None, evaluate_bos: bool
+) -> ToReport:
+    """Cuts the windows that are reported on out of texts, by name."""
+    count = evaluate_windows or (None if evaluate else DEFAULT_REPORT_WINDOWS)
+    return lambda sources, tokenizer: {
+        name: evaluation_text(source, tokenizer, seq_len, count, bos=evaluate_bos) for name, source in sources.items()
+    }
+
+
+@GRAPH.in_memory
+def drawn_to_report(
+    evaluated_texts: dict[str, Source], tokenizer: Tokenizer, empty: PreTrainedModel, to_report: ToReport
+) -> dict[str, EvaluationText]:
+    texts = to_report(evaluated_texts, tokenizer)
+    for text in texts.values():
+        check_tokens(empty.config, int(text.windows.max()))
+    return texts
+
+
+@GRAPH.kept("evaluation/texts.safetensors", REPORT_TEXTS)
+def report_texts(drawn_to_report: dict[str, EvaluationText]) -> dict[str, EvaluationText]:
+    """The windows that perplexity is reported on, by the name of their text; kept, so that no text is needed later."""
+    return drawn_to_report
+
+
+@GRAPH.kept(
+    "evaluation/texts-dense.safetensors", REPORT_TEXTS, is_wanted=lambda vocabulary: bool(vocabulary)
+)
+def report_texts_dense(
+    evaluated_texts: dict[str, Source], given_tokenizer: Tokenizer, to_report: ToReport
+) -> dict[str, EvaluationText]:
+    """The same text in the tokens of the given model, where the pruned one has fewer."""
+    return to_report(evaluated_texts, given_tokenizer)

@@ -1,0 +1,142 @@
+"""What a run would make and the memory that it would need, before it is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from adapruner.config import PruneConfig
+from adapruner.errors import AdaPrunerError
+from adapruner.graph import Making, RunFolder
+from adapruner.memory import Memory, Placement, estimate_memory
+from adapruner.models import empty_model, is_pruned
+from adapruner.paths import given_path
+from adapruner.planning import Budget, kept_counts
+from adapruner.processes import Process
+from adapruner.progress import Reporter
+from adapruner.run.makings import check, makings_of
+from adapruner.run.nodes import inputs, measured, models
+from adapruner.run.options import register_extensions, resolve
+from adapruner.structure import count_parameters
+
+_FLOAT32 = 4
+
+
+class Preview(BaseModel):
+    """What a run for one ratio would make.
+
+    Attributes:
+        folder: of the ratio.
+        missing: the artifacts that would be made, in this order.
+        parameters_before, parameters_after: of the given and of the pruned model; what the search chooses comes within
+            0.5 percentage points of the latter.
+        model_bytes: of the weights of the pruned model.
+        moments_bytes: of the second moments, which the run folder keeps; 0 if they are not to be made.
+        layer_wise: whether one decoder layer at a time would be in memory.
+        stages: the memory of every stage, in bytes; empty if nothing is missing, or it cannot be estimated.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    ratio: float
+    folder: str
+    missing: list[str]
+    parameters_before: int
+    parameters_after: int
+    model_bytes: int
+    moments_bytes: int
+    device: str
+    layer_wise: bool
+    stages: dict[str, Memory]
+
+
+def preview_ratios(
+    model: str | None, *, output: str | Path, recipe: str | Path | None = None, overwrite: bool = False, **options: Any
+) -> list[Preview]:
+    """What `prune_ratios` would make with the same arguments, all of them names, after the same checks; writes nothing.
+
+    Raises:
+        AdaPrunerError: what the run would be refused for.
+    """
+    run = RunFolder(given_path(output))
+    run.check_usable()
+    config = resolve({"model": model, **options}, None, run, recipe, None)
+    makings = makings_of(config, run, Process(), Reporter())
+    check(makings, overwrite)
+    return [_preview(making) for making in makings]
+
+
+def _preview(making: Making) -> Preview:
+    """What is missing of one ratio of a run, from shapes and text: no weights are read."""
+    missing, placement, structure = making.missing(), making.value(inputs.placement), making.value(inputs.structure)
+    budget, empty = making.value(inputs.starting_budget), making.value(inputs.empty)
+    after = structure.total_parameters - structure.removed_parameters(kept_counts(structure, budget))
+    will_measure = measured.moments in missing
+    return Preview(
+        ratio=ratio_shown(making),
+        folder=str(making.folder.path),
+        missing=[node.path for node in missing],
+        parameters_before=count_parameters(empty_model(making.value(inputs.given_config))),
+        parameters_after=after,
+        model_bytes=after * making.value(inputs.precision).weights.itemsize,
+        moments_bytes=sum(block.inputs * block.inputs_of_one for block in structure.blocks) * _FLOAT32 * will_measure,
+        device=placement.device,
+        layer_wise=placement.layer_wise,
+        stages=_memory(making, budget, placement) if models.pruned in missing and not is_pruned(empty.config) else {},
+    )
+
+
+def ratio_shown(making: Making) -> float:
+    """The ratio that is asked for, or that the search starts with to meet a target."""
+    met: float | None = making.value(inputs.ratio_of_target)
+    return float(making.options["ratio"]) if met is None else met
+
+
+def _memory(making: Making, budget: Budget, placement: Placement) -> dict[str, Memory]:
+    values = (making.value(node) for node in (inputs.empty, inputs.structure))
+    devices = making.value(inputs.main_device), placement.layer_wise, len(placement.devices)
+    return estimate_memory(making.given["config"], *values, budget, *devices)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The memory of every stage of a run, and where the layers of its model are."""
+
+    placement: Placement
+    stages: dict[str, Memory]
+
+
+def estimate(model: str | Path, **options: Any) -> Estimate:
+    """The memory that `prune` would need with these options, from shapes: no weights are read, and of text only that of
+    `vocabulary`.
+
+    Args:
+        options: the fields of `PruneOptions`; `device` may be `cuda` where there is none.
+
+    Raises:
+        AdaPrunerError: there is no such model, or an option will not do.
+    """
+    config = PruneConfig.from_options(model=str(model), **options)
+    register_extensions(config)
+    known: dict[str, Any] = {}
+    if config.device == "cuda" and not torch.cuda.is_available():
+        if config.target_speed:
+            raise AdaPrunerError("`target_speed` is measured, and this machine has no `device` cuda: give a `ratio`")
+        device = torch.device("cuda")
+        known = {"main_device": device, "placement": Placement((device,), bool(config.layer_wise))}
+    run, reporter = RunFolder.temporary(), Reporter()
+    making = makings_of(config, run, Process(), reporter, known=known)[0]
+    budget = making.value(inputs.largest_budget)
+    try:
+        placement = making.value(inputs.placement)
+    except AdaPrunerError as error:
+        # Refused for another reason than memory, it is refused again.
+        config = config.model_copy(update={"ignore_memory": True})
+        making = makings_of(config, run, Process(), reporter, known=known)[0]
+        placement = making.value(inputs.placement)
+        reporter.note(str(error))
+    return Estimate(placement, _memory(making, budget, placement))
