@@ -166,7 +166,7 @@ breakage: dict[Role, Artifact[Breakage]] = {
         leaves="model precision",
         is_wanted=partial(_is_evaluated, role),
         is_result=False,
-        version=2,
+        version=3,
     )(partial(_measure_breakage, role))
     for role in _EVALUATED
     if role not in _STEPS
