@@ -8,7 +8,7 @@ trained on the same documents.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
@@ -130,7 +130,7 @@ def _default_reports(texts: Texts) -> list[Source]:
     """The report part of the calibration dataset, or else of the objective's, unless another use takes it."""
     taken = {(source.identity, source.part) for source in texts.used.values()}
     source = texts.pool or texts.objective
-    return [Source(source.name, "report")] if source and (source.identity, "report") not in taken else []
+    return [replace(source, part="report")] if source and (source.identity, "report") not in taken else []
 
 
 def _refuse_reported_vocabulary(counted: Sequence[Source], reports: Sequence[Source]) -> None:

@@ -4,7 +4,6 @@ from adapruner.calibration._pool import (
     EvaluationText,
     draw_windows,
     evaluation_text,
-    evaluation_text_of,
     evenly_spaced,
     generate_windows,
     load_texts,
@@ -12,7 +11,6 @@ from adapruner.calibration._pool import (
     start_token,
     text_windows,
     upper_case_windows,
-    windows_of_documents,
 )
 from adapruner.calibration._probes import OPENINGS, probe_texts
 from adapruner.calibration._reading import (
@@ -23,6 +21,7 @@ from adapruner.calibration._reading import (
     read_documents,
     read_records,
     read_windows,
+    stream_documents,
     text_rows,
 )
 from adapruner.calibration._sources import (
@@ -33,7 +32,6 @@ from adapruner.calibration._sources import (
     register_sources,
     source_names,
 )
-from adapruner.calibration._streaming import stream_documents
 
 __all__ = [
     "OPENINGS",
@@ -45,7 +43,6 @@ __all__ = [
     "content_hash",
     "draw_windows",
     "evaluation_text",
-    "evaluation_text_of",
     "evenly_spaced",
     "fingerprint",
     "generate_windows",
@@ -64,5 +61,4 @@ __all__ = [
     "text_rows",
     "text_windows",
     "upper_case_windows",
-    "windows_of_documents",
 ]

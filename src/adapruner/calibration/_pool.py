@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,12 @@ from adapruner.random_state import random_state_kept
 
 
 def draw_windows(
-    source: Source, tokenizer: Tokenizer, count: int, seq_len: int, seed: int, at_least: int | None = None
+    text: Source | Iterable[str],
+    tokenizer: Tokenizer,
+    count: int,
+    seq_len: int,
+    seed: int,
+    at_least: int | None = None,
 ) -> Tensor:
     """Draws windows from the beginnings of documents in random order; documents shorter than a window are dropped.
 
@@ -31,35 +36,20 @@ def draw_windows(
     begins with the special tokens that the tokenizer puts in front of a text, if there are any.
 
     Args:
+        text: a dataset, or documents.
         at_least: fewer windows than `count` will do, but not fewer than this; by default `count`.
 
     Returns:
         [count, seq_len], int64; the same for the same seed.
 
     Raises:
-        AdaPrunerError: the source is too short, with the numbers.
+        AdaPrunerError: the text is too short, with the numbers.
     """
-    if source.holds_windows:
-        given = _given_windows(source, seq_len, count if at_least is None else at_least)
+    needed = count if at_least is None else at_least
+    if isinstance(text, Source) and text.holds_windows:
+        given = _given_windows(text, seq_len, needed)
         return given[torch.randperm(len(given), generator=torch.Generator().manual_seed(seed))[:count]]
-    return windows_of_documents(read_documents(source), source, tokenizer, count, seq_len, seed, at_least)
-
-
-def windows_of_documents(
-    documents: Sequence[str],
-    name: Source | str,
-    tokenizer: Tokenizer,
-    count: int,
-    seq_len: int,
-    seed: int,
-    at_least: int | None = None,
-) -> Tensor:
-    """`draw_windows` for documents in memory.
-
-    Args:
-        name: what they are, for messages.
-    """
-    documents = list(dict.fromkeys(documents))
+    documents = list(dict.fromkeys(read_documents(text) if isinstance(text, Source) else text))
     random.Random(seed).shuffle(documents)
     start = _start_of_text(tokenizer, seq_len)
     step = seq_len - len(start)
@@ -77,8 +67,8 @@ def windows_of_documents(
         rests = [rest for rest in rests if len(rest) >= step]
         windows += [start + rest[:step] for rest in rests]
         rests = [rest[step:] for rest in rests]
-    needed = count if at_least is None else at_least
     if len(windows) < needed:
+        name = text if isinstance(text, Source) else "`documents`"
         raise AdaPrunerError(
             f"the text is too short: {long_documents} of {len(documents)} documents in {name} have at least {seq_len}"
             f" tokens and give {len(windows)} windows, {needed} are needed; give more text, or lower `seq_len` or the"
@@ -104,7 +94,7 @@ def text_windows(source: Source, tokenizer: Tokenizer, seq_len: int) -> Tensor:
         return _given_windows(source, seq_len, 1)
     start = _start_of_text(tokenizer, seq_len)
     tokens = tokenizer(_running_text(source), verbose=False, add_special_tokens=False).input_ids
-    windows = _cut_into_windows(torch.tensor(tokens), source, seq_len - len(start))
+    windows = _cut_into_windows(torch.tensor(tokens), str(source), seq_len - len(start))
     return _behind(start, windows)
 
 
@@ -147,10 +137,10 @@ def _running_text(source: Source) -> str:
     return "\n\n".join(read_documents(source))
 
 
-def _cut_into_windows(tokens: Tensor, source: Source | str, size: int, stride: int | None = None) -> Tensor:
+def _cut_into_windows(tokens: Tensor, name: str, size: int, stride: int | None = None) -> Tensor:
     """[windows, size], int64: running tokens, window by window; by default windows do not overlap."""
     if len(tokens) < size:
-        raise AdaPrunerError(f"{source} has {len(tokens)} tokens, less than one window of {size}")
+        raise AdaPrunerError(f"{name} has {len(tokens)} tokens, less than one window of {size}")
     return tokens.unfold(0, size, stride or size).clone()
 
 
@@ -209,59 +199,52 @@ class EvaluationText:
 
 
 def evaluation_text(
-    source: Source,
+    text: Source | str,
     tokenizer: Tokenizer,
     seq_len: int,
     limit: int | None,
     stride: int | None = None,
     bos: bool = True,
+    name: str | None = None,
 ) -> EvaluationText:
-    """Cuts a dataset into windows to measure perplexity on; see `evaluation_text_of`."""
-    if source.holds_windows:
-        if stride is not None:
-            raise AdaPrunerError(f"{source} holds windows as they are: leave `stride` out")
-        windows = evenly_spaced(_given_windows(source, seq_len, 1), limit)
-        return EvaluationText(windows, seq_len, provenance(source))
-    text = _running_text(source)
-    return evaluation_text_of(text, source, tokenizer, seq_len, limit, stride, bos, provenance(source))
-
-
-def evaluation_text_of(
-    text: str,
-    name: Source | str,
-    tokenizer: Tokenizer,
-    seq_len: int,
-    limit: int | None,
-    stride: int | None = None,
-    bos: bool = True,
-    about: dict[str, str] | None = None,
-) -> EvaluationText:
-    """Cuts a running text into windows to measure perplexity on.
+    """Cuts running text into windows to measure perplexity on.
 
     Args:
-        name: what the text is of, for messages.
+        text: a dataset, whose documents are joined by empty lines, or the text itself.
         limit: at most so many windows, evenly spaced.
         stride: tokens of the text between the beginnings of windows; by default they do not overlap.
         bos: whether every window begins with the special tokens that the tokenizer puts in front of a text.
             LLM-Pruner (arXiv 2305.11627), SparseGPT and others have them at the beginning of the whole text alone.
-        about: the provenance of the text.
+        name: of a text that is no dataset, for messages.
+
+    Raises:
+        AdaPrunerError: the dataset cannot be read, or the text is shorter than one window.
     """
+    about = {}
+    if isinstance(text, Source):
+        about, name = provenance(text), str(text)
+        if text.holds_windows:
+            if stride is not None:
+                raise AdaPrunerError(f"{text} holds windows as they are: leave `stride` out")
+            return EvaluationText(evenly_spaced(_given_windows(text, seq_len, 1), limit), seq_len, about)
+        text = _running_text(text)
     encoded = tokenizer(text, verbose=False, add_special_tokens=not bos, return_offsets_mapping=tokenizer.is_fast)
     start = _start_of_text(tokenizer, seq_len) if bos else []
     size = seq_len - len(start)
     stride = min(stride or size, size)
-    windows = evenly_spaced(_cut_into_windows(torch.tensor(encoded.input_ids), name, size, stride), limit)
-    read = None
+    cut = _cut_into_windows(torch.tensor(encoded.input_ids), name or "the text", size, stride)
+    predicted_bytes = None
     if tokenizer.is_fast:
         until = _bytes_until(text, torch.tensor(encoded.offset_mapping)[:, 1])
         # One more to the left: what is read before the first token of a window.
         edges = evenly_spaced(torch.cat([torch.zeros(1, dtype=torch.int64), until]).unfold(0, size + 1, stride), limit)
-        read = _bytes_predicted(edges if start else edges[:, 1:], stride)
-    of_tokenizer = Path(tokenizer.name_or_path).name or type(tokenizer).__name__
-    about = (about or {}) | {"tokenizer": f"{of_tokenizer}, {len(tokenizer):,} tokens"}
+        predicted_bytes = _bytes_predicted(edges if start else edges[:, 1:], stride)
+    tokenizer_name = Path(tokenizer.name_or_path).name or type(tokenizer).__name__
+    about["tokenizer"] = f"{tokenizer_name}, {len(tokenizer):,} tokens"
     if start:
         about["every_window_after"] = "".join(tokenizer.convert_ids_to_tokens(start))
-    return EvaluationText(_behind(start, windows), stride, about, read, len(start))
+    windows = _behind(start, evenly_spaced(cut, limit))
+    return EvaluationText(windows, stride, about, predicted_bytes, len(start))
 
 
 def _bytes_until(text: str, ends: Tensor) -> Tensor:
@@ -299,7 +282,7 @@ def load_texts(path: Path) -> dict[str, EvaluationText]:
     """Reads what `save_texts` wrote."""
     with safe_open(path, "pt") as file:
         about = json.loads(file.metadata()["texts"])
-        return {name: EvaluationText(file.get_tensor(name), **own) for name, own in about.items()}
+        return {name: EvaluationText(file.get_tensor(name), **described) for name, described in about.items()}
 
 
 def start_token(model: PreTrainedModel) -> int | None:

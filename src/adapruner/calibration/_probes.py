@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import bisect
-import heapq
-import inspect
-import platform
-import textwrap
+from importlib import resources
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from adapruner.calibration._pool import EvaluationText, evaluation_text_of
+from adapruner.calibration._pool import EvaluationText, evaluation_text
 
 # Beginnings of texts of different kinds.
 OPENINGS = (
@@ -35,21 +31,17 @@ _WINDOWS = 24
 
 
 def probe_texts(tokenizer: Tokenizer, seq_len: int) -> dict[str, EvaluationText]:
-    """Text of which every model has seen much, and which breaks before prose does: sums and products, and code of
-    Python's standard library.
+    """Text of which every model has seen much, and which breaks before prose does: sums and products (`arithmetic`),
+    and common algorithms in Python (`code`).
 
     Args:
         seq_len: tokens per window.
     """
-    code = "\n".join(map(inspect.getsource, (bisect, heapq, textwrap)))
     texts = {
-        "arithmetic": (_tables(), {}),
-        "code": (code, {"modules": f"bisect, heapq and textwrap of Python {platform.python_version()}"}),
+        "arithmetic": _tables(),
+        "code": (resources.files("adapruner.calibration") / "probe_code.txt").read_text(encoding="utf-8"),
     }
-    return {
-        name: evaluation_text_of(text, name, tokenizer, seq_len, _WINDOWS, about=about)
-        for name, (text, about) in texts.items()
-    }
+    return {name: evaluation_text(text, tokenizer, seq_len, _WINDOWS, name=name) for name, text in texts.items()}
 
 
 def _tables() -> str:

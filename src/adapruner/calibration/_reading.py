@@ -1,4 +1,4 @@
-"""Reading datasets: rows of text from files, saved folders and the Hub; what does not change is read once."""
+"""Reading datasets: rows of text from files, saved folders and the Hub, held and kept, or one after the other."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import datasets
 import pyarrow.parquet
@@ -20,16 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from adapruner.calibration._sources import (
-    HubData,
-    Part,
-    Place,
-    Source,
-    known_sources,
-    place_of,
-    refuse_missing,
-    split_name,
-)
+from adapruner.calibration._sources import Lines, Part, Source, known_sources, split_name
 from adapruner.errors import AdaPrunerError, reason
 
 # Tenths of the documents, by hash, that belong to each part.
@@ -50,10 +42,30 @@ def read_documents(source: Source) -> list[str]:
     Raises:
         AdaPrunerError: it cannot be read, or has no text.
     """
-    documents = [joined(row) for row in read_records(source)]
-    if not any(document.strip() for document in documents):
-        raise AdaPrunerError(f"there is no text in {source}")
+    documents = [_joined(row) for row in read_records(source)]
+    _refuse_no_text(source, any(document.strip() for document in documents))
     return documents
+
+
+def stream_documents(source: Source) -> Iterator[str]:
+    """The documents that `read_documents` gives, in their order, none of which is held in memory.
+
+    Raises:
+        AdaPrunerError: it cannot be read, or has no text.
+    """
+    has_text = False
+    with _reading(source):
+        for row in _open(source, streamed=True)[0]:
+            document = _joined(row)
+            if _is_of_part(document, source.part):
+                has_text = has_text or bool(document.strip())
+                yield document
+    _refuse_no_text(source, has_text)
+
+
+def _refuse_no_text(source: Source, has_text: bool) -> None:
+    if not has_text:
+        raise AdaPrunerError(f"there is no text in {source}")
 
 
 def read_records(source: Source) -> list[Row]:
@@ -62,7 +74,7 @@ def read_records(source: Source) -> list[Row]:
     Raises:
         AdaPrunerError: it cannot be read.
     """
-    return [row for row in _rows_of(source)[0] if is_of_part(joined(row), source.part)]
+    return [row for row in _held(source)[0] if _is_of_part(_joined(row), source.part)]
 
 
 def read_windows(source: Source) -> Tensor:
@@ -73,18 +85,18 @@ def read_windows(source: Source) -> Tensor:
     Raises:
         AdaPrunerError: it cannot be read, or holds something else.
     """
-    path = place_of(source).path
-    assert path is not None
-    with reading(source):
+    assert source.path is not None
+    with _reading(source):
         try:
-            windows = load_file(path).get(WINDOWS)
+            windows = load_file(source.path).get(WINDOWS)
         except SafetensorError as error:
             raise ValueError(str(error)) from None
         if windows is None or windows.dtype != torch.int64 or windows.dim() != 2:
             raise ValueError(f"it holds no tensor {WINDOWS!r} of tokens, int64, of shape [windows, tokens]")
         if windows.numel() and windows.min() < 0:
             raise ValueError(f"it holds {int(windows.min())} in place of a token")
-    return windows[torch.tensor([is_of_part(str(one), source.part) for one in windows.tolist()], dtype=torch.bool)]
+    is_of_part = [_is_of_part(str(window), source.part) for window in windows.tolist()]
+    return windows[torch.tensor(is_of_part, dtype=torch.bool)]
 
 
 def provenance(source: Source) -> dict[str, str]:
@@ -93,11 +105,13 @@ def provenance(source: Source) -> dict[str, str]:
     Raises:
         AdaPrunerError: it cannot be read.
     """
-    place = place_of(source)
-    if source.holds_windows and place.path is not None:
-        return {"data_set": place.name, "revision": f"sha256 {_hash_of_file(place.path)[:12]}"}
-    _, about = _rows_of(source)
-    return {name: value for name, value in about.items() if value}
+    if source.holds_windows and source.path is not None:
+        return {"data_set": source.dataset, "revision": _revision_of_file(source.path)}
+    name = source.dataset
+    if source.path is None and source.hub is not None:
+        name = " ".join(filter(None, (source.hub.path, source.hub.name)))
+    about = {"data_set": name, "split": source.split, "revision": _held(source)[1]}
+    return {key: value for key, value in about.items() if value}
 
 
 def fingerprint(source: Source) -> str | None:
@@ -117,15 +131,15 @@ def fingerprint(source: Source) -> str | None:
 def content_hash(source: Source) -> str | None:
     """The SHA-256 of a local file. Of a saved folder, a hash of the state that `datasets` saved and the sizes of its
     files; for a Hub dataset, a hash of the arguments it is loaded with. None if a local file is missing."""
-    place = place_of(source)
-    if place.path is None:
-        assert place.hub is not None
-        return _hash(place.hub.model_dump_json(), place.split, *_sizes(Path(place.hub.path)))
-    if place.path.is_file():
-        return _hash_of_file(place.path)
-    if place.path.is_dir():
-        state = place.path / "state.json"
-        return _hash(state.read_text(encoding="utf-8") if state.is_file() else "", *_sizes(place.path))
+    path = source.path
+    if path is None:
+        assert source.hub is not None
+        return _hash(source.hub.model_dump_json(), source.split, *_sizes(Path(source.hub.path)))
+    if path.is_file():
+        return _hash_of_file(path)
+    if path.is_dir():
+        state = path / "state.json"
+        return _hash(state.read_text(encoding="utf-8") if state.is_file() else "", *_sizes(path))
     return None
 
 
@@ -135,6 +149,10 @@ def _hash_of_file(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _revision_of_file(path: Path) -> str:
+    return f"sha256 {_hash_of_file(path)[:12]}"
 
 
 def _hash(*parts: str) -> str:
@@ -149,70 +167,40 @@ def _files_in(path: Path) -> list[Path]:
     return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
 
 
-def _rows_of(source: Source) -> tuple[list[Row], dict[str, str]]:
-    """All rows, and which dataset, split and revision they are of."""
-    place = place_of(source)
-    with reading(source):
-        local = place.path if place.hub is None or place.path is not None else Path(place.hub.path)
-        assert local is not None
+def _held(source: Source) -> tuple[list[Row], str]:
+    """All rows of all parts, and the revision that they are of; read again only where the local files changed."""
+    with _reading(source):
+        local = source.path or Path(source.hub.path if source.hub else "")
         stamps = [(str(file.absolute()), file.stat()) for file in _files_in(local)]
-        return _read(place, tuple((name, each.st_ino, each.st_size, each.st_mtime_ns) for name, each in stamps))
+        stamp = tuple((name, state.st_ino, state.st_size, state.st_mtime_ns) for name, state in stamps)
+        return _read(replace(source, part="all"), stamp)
+
+
+@lru_cache(maxsize=4)
+def _read(source: Source, stamp: tuple[object, ...]) -> tuple[list[Row], str]:
+    rows, revision = _open(source)
+    return list(rows), _revision_of_file(source.path) if source.path and source.path.is_file() else revision
 
 
 @contextlib.contextmanager
-def reading(source: Source) -> Iterator[None]:
-    """Turns what libraries raise over a dataset into one line.
+def _reading(source: Source) -> Iterator[None]:
+    """Turns what libraries raise over a dataset into one line, and silences them: what they log, they raise too.
 
     Raises:
         AdaPrunerError: in their place, or because a local file is missing.
     """
-    refuse_missing(place_of(source))
+    source.refuse_missing()
     try:
-        yield
+        with _quiet_datasets():
+            yield
     except StopIteration:  # what datasets makes of an empty file
         raise AdaPrunerError(f"cannot read {source.name!r}: there is nothing in it") from None
     except (OSError, ValueError, LookupError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise AdaPrunerError(f"cannot read {source.name!r}: {reason(error.__cause__ or error)}") from error
 
 
-@lru_cache(maxsize=4)
-def _read(place: Place, stamp: tuple[object, ...]) -> tuple[list[Row], dict[str, str]]:
-    """Reads what lies at a place.
-
-    Args:
-        stamp: of the local files, so that changed ones are read again.
-    """
-    if place.path is None:
-        assert place.hub is not None
-        name = " ".join(filter(None, (place.hub.path, place.hub.name)))
-        rows, revision = _read_hub(place, place.hub)
-    elif place.path.is_dir():
-        dataset = datasets.load_from_disk(str(place.path))
-        name, revision = place.name, f"local copy {dataset._fingerprint}"
-        rows = list(columns_of(dataset, place.columns, place.limit))
-    else:
-        name, revision = place.name, f"sha256 {_hash_of_file(place.path)[:12]}"
-        rows = _read_file(place, place.path)
-    return rows, {"data_set": name, "split": place.split, "revision": revision}
-
-
-def _read_hub(place: Place, hub: HubData) -> tuple[list[Row], str]:
-    """The rows of a Hub dataset, and its revision."""
-    arguments = hub.model_dump(exclude_none=True)
-    with quiet_datasets():
-        dataset = datasets.load_dataset(**arguments, split=place.split, streaming=place.limit is not None)
-        columns = place.columns
-        if place.limit is None:  # a streamed dataset may not know its columns
-            columns = text_columns(dataset.column_names, hub.path, columns)
-        rows = list(columns_of(dataset, columns, place.limit))
-    # The commit that was read is part of the addresses of the files, where they were downloaded.
-    commit = re.search(r"@([0-9a-f]{40})/", " ".join(dataset.info.download_checksums or {}))
-    return rows, commit[1][:12] if commit else hub.revision or "main"
-
-
 @contextlib.contextmanager
-def quiet_datasets() -> Iterator[None]:
-    """Silences datasets and the Hub for a while: what they log about a broken file or no network, they raise too."""
+def _quiet_datasets() -> Iterator[None]:
     verbosity, bars = datasets.logging.get_verbosity(), datasets.is_progress_bar_enabled()
     of_hub = hub_logging.get_verbosity()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
@@ -227,72 +215,125 @@ def quiet_datasets() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _read_file(place: Place, path: Path) -> list[Row]:
+def _open(source: Source, streamed: bool = False) -> tuple[Iterator[Row], str]:
+    """The rows of a source, each read when it is asked for, and their revision; empty for a file.
+
+    Args:
+        streamed: download no more of a Hub dataset than is asked for, and keep nothing of it.
+    """
+    path = source.path
+    if path is not None and path.is_file():
+        return _rows_of_file(source, path), ""
+    if path is not None:
+        dataset = datasets.load_from_disk(str(path))
+        rows = _rows_of_records(dataset, str(path), source.named_columns, source.limit)
+        return rows, f"local copy {dataset._fingerprint}"
+    hub = source.hub
+    assert hub is not None
+    streamed = streamed or source.limit is not None
+    dataset = datasets.load_dataset(**hub.model_dump(exclude_none=True), split=source.split, streaming=streamed)
+    # The commit that was read is part of the addresses of the files, where they were downloaded.
+    commit = re.search(r"@([0-9a-f]{40})/", " ".join(dataset.info.download_checksums or {}))
+    rows = _rows_of_records(dataset, hub.path, source.named_columns, source.limit)
+    return rows, commit[1][:12] if commit else hub.revision or "main"
+
+
+def _rows_of_file(source: Source, path: Path) -> Iterator[Row]:
     if path.suffix == ".parquet":
-        names = pyarrow.parquet.read_schema(path).names
-        columns = text_columns(names, str(path), place.columns)
-        rows = pyarrow.parquet.read_table(path, columns=list(columns)).to_pylist()
-        return list(columns_of(rows, columns, place.limit))
-    if path.suffix in (".jsonl", ".json"):
-        rows = _read_json(path)
-        columns = text_columns(list(dict.fromkeys(name for row in rows for name in row)), str(path), place.columns)
-        return list(columns_of(rows, columns, place.limit))
-    if path.suffix == ".safetensors":
+        with pyarrow.parquet.ParquetFile(path) as file:
+            columns = _text_columns(file.schema_arrow.names, str(path), source.named_columns)
+            batches = file.iter_batches(columns=list(columns))
+            yield from _texts((record for batch in batches for record in batch.to_pylist()), columns, source.limit)
+    elif path.suffix in (".jsonl", ".json"):
+        # Read twice, because any record may have columns that those before it do not have.
+        names = dict.fromkeys(name for record in _json_records(path) for name in record)
+        if not names:
+            raise ValueError("there is nothing in it")
+        columns = _text_columns(list(names), str(path), source.named_columns)
+        yield from _texts(_json_records(path), columns, source.limit)
+    elif source.holds_windows:
         raise ValueError("it holds windows of tokens, where text is needed")
-    # Some editors begin a file with a mark that is no part of the text.
-    text = path.read_text(encoding="utf-8-sig")
-    if place.lines == "paragraphs":
-        paragraphs = [paragraph for paragraph in text.split("\n\n") if paragraph.strip()]
-        texts = paragraphs if len(paragraphs) > 1 else text.splitlines()
     else:
-        lines = text.splitlines(keepends=True)
-        texts = [(line if line.strip() else "") if place.lines == "keep" else line.strip() for line in lines]
-    return [{"text": each} for each in texts[: place.limit]]
+        for document in itertools.islice(_plain_documents(path, source.lines), source.limit):
+            yield {"text": document}
 
 
-def _read_json(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file with one on each line, or of one with a list of them.
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[TextIO]:
+    """A text file, without the mark with which some editors begin it.
+
+    Raises:
+        ValueError: in place of the error of the decoder, which knows the place in its buffer alone.
+    """
+    with path.open(encoding="utf-8-sig") as file:
+        try:
+            yield file
+        except UnicodeDecodeError as error:
+            place = file.buffer.tell() - len(error.object) + error.start
+            raise ValueError(f"it is not UTF-8 text: byte {place} is invalid") from None
+
+
+def _json_records(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a file with one on each line, or of a .json file with a list of them.
 
     Raises:
         ValueError: it holds something else; with the place.
     """
-    text = path.read_text(encoding="utf-8-sig")
-    if path.suffix == ".json" and text.lstrip().startswith("["):
-        records = {f"entry {number}": record for number, record in enumerate(_parsed(text, "it"), 1)}
-    else:
-        lines = {f"line {number}": line for number, line in enumerate(text.split("\n"), 1) if line.strip()}
-        records = {place: _parsed(line, place) for place, line in lines.items()}
-    if not records:
-        raise ValueError("there is nothing in it")
-    return [_checked(record, place) for place, record in records.items()]
+    with _opened(path) as file:
+        lines = ((f"line {number}", line) for number, line in enumerate(file, 1) if line.strip())
+        first = next(lines, None)
+        if first is None:
+            return
+        if path.suffix == ".json" and first[1].lstrip().startswith("["):
+            entries = enumerate(_parsed("it", first[1] + file.read()), 1)
+            values = ((f"entry {number}", entry) for number, entry in entries)
+        else:
+            values = ((place, _parsed(place, line)) for place, line in itertools.chain([first], lines))
+        for place, value in values:
+            if not isinstance(value, dict):
+                raise ValueError(f'{place} is no JSON object with fields, as {{"text": …}}')
+            yield value
 
 
-def parsed_line(line: str, place: str) -> dict[str, Any]:
-    """The object on a line of a file.
-
-    Args:
-        place: which line, for messages.
-
-    Raises:
-        ValueError: it is something else; with the place.
-    """
-    return _checked(_parsed(line, place), place)
-
-
-def _checked(record: Any, place: str) -> dict[str, Any]:
-    if not isinstance(record, dict):
-        raise ValueError(f'{place} is no JSON object with fields, as {{"text": …}}')
-    return record
-
-
-def _parsed(text: str, place: str) -> Any:
+def _parsed(place: str, text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{place} is no JSON: {getattr(error, 'msg', reason(error))}") from None
 
 
-def text_columns(columns: list[str], name: str, wanted: tuple[str, ...]) -> tuple[str, ...]:
+def _plain_documents(path: Path, lines: Lines) -> Iterator[str]:
+    """The documents of a plain text file: its paragraphs, if there are several and `lines` asks for them; its lines."""
+    with _opened(path) as file:
+        if lines == "paragraphs":
+            before = itertools.dropwhile(lambda line: not line.strip(), file)
+            after = itertools.dropwhile(lambda line: line != "\n", before)
+            has_several = any(line.strip() for line in after)
+            file.seek(0)
+            if has_several:
+                yield from filter(str.strip, _paragraphs(file))
+                return
+        # A line of the file may hold what `splitlines` takes for several, such as form feeds.
+        for line in (line for several in file for line in several.splitlines(keepends=True)):
+            if lines == "keep":
+                yield line if line.strip() else ""
+            else:
+                yield line.strip() if lines == "strip" else line.splitlines()[0]
+
+
+def _paragraphs(file: Iterable[str]) -> Iterator[str]:
+    """The parts that `split("\\n\\n")` makes of a text, given line by line."""
+    lines: list[str] = []
+    for line in file:
+        if line == "\n" and lines:
+            yield "".join(lines)[:-1]
+            lines = []
+        else:
+            lines.append(line)
+    yield "".join(lines)
+
+
+def _text_columns(columns: list[str], name: str, wanted: tuple[str, ...]) -> tuple[str, ...]:
     """The columns that hold the text.
 
     Args:
@@ -316,14 +357,24 @@ def text_columns(columns: list[str], name: str, wanted: tuple[str, ...]) -> tupl
     )
 
 
-def columns_of(rows: Iterable[dict[str, Any]], columns: tuple[str, ...], limit: int | None) -> Iterator[Row]:
-    """The texts of rows, at most `limit` of them, as they are read."""
-    for number, row in enumerate(itertools.islice(rows, limit), 1):
-        yield {column: _text_of(row, column, number) for column in columns}
+def _rows_of_records(
+    records: Iterable[dict[str, Any]], name: str, wanted: tuple[str, ...] = (), limit: int | None = None
+) -> Iterator[Row]:
+    """The texts of records, in the columns that the first record has; see `_text_columns`."""
+    records = iter(records)
+    for first in itertools.islice(records, 1):
+        columns = _text_columns(list(first), name, wanted)
+        yield from _texts(itertools.chain([first], records), columns, limit)
 
 
-def _text_of(row: dict[str, Any], column: str, number: int) -> str | None:
-    value = row.get(column)
+def _texts(records: Iterable[dict[str, Any]], columns: tuple[str, ...], limit: int | None) -> Iterator[Row]:
+    """The texts of records in some columns, at most `limit` of them, as they are read."""
+    for number, record in enumerate(itertools.islice(records, limit), 1):
+        yield {column: _text_of(record, column, number) for column in columns}
+
+
+def _text_of(record: dict[str, Any], column: str, number: int) -> str | None:
+    value = record.get(column)
     if value is None:
         return None
     if isinstance(value, dict | list):
@@ -336,30 +387,27 @@ def _text_of(row: dict[str, Any], column: str, number: int) -> str | None:
     return text
 
 
-def text_rows(rows: Iterable[dict[str, Any]], name: str) -> Iterator[Row]:
-    """The columns with the text, of rows whose first one says which these are.
+def text_rows(records: Iterable[dict[str, Any]], name: str) -> Iterator[Row]:
+    """The columns with the text, of records in memory whose first one says which these are.
 
     Args:
-        name: what the rows are, for messages.
+        name: what the records are, for messages.
 
     Raises:
         AdaPrunerError: there is no such column, or it holds something else than text.
     """
-    rows = iter(rows)
-    for first in rows:
-        columns = text_columns(list(first), f"`{name}`", ())
-        try:
-            yield from columns_of(itertools.chain([first], rows), columns, None)
-        except ValueError as error:
-            raise AdaPrunerError(f"`{name}`: {error}") from None
+    try:
+        yield from _rows_of_records(records, f"`{name}`")
+    except ValueError as error:
+        raise AdaPrunerError(f"`{name}`: {error}") from None
 
 
-def joined(row: Row) -> str:
+def _joined(row: Row) -> str:
     """The document that a row is."""
     return "\n".join(value for value in row.values() if value)
 
 
-def is_of_part(document: str, part: Part) -> bool:
+def _is_of_part(document: str, part: Part) -> bool:
     """Whether a document belongs to a part, by the hash of its text."""
     tenths = _TENTHS.get(part)
     return tenths is None or int.from_bytes(hashlib.sha256(document.encode()).digest()[:8], "big") % 10 in tenths

@@ -31,46 +31,6 @@ _FILES = (".txt", ".jsonl", ".json", ".parquet", _OF_WINDOWS)
 _FORMS = "a .txt, .jsonl, .parquet or .safetensors file, or hf:owner/name[:config][:split][:column]"
 
 
-@dataclass(frozen=True)
-class Source:
-    """A dataset as the user wrote it, and which part of its documents is meant.
-
-    Attributes:
-        name: without the part, for example `wikitext2:train`, `notes.txt` or `hf:owner/name::train:text`.
-        part: `all`, or one of three disjoint parts, into which documents are put by the hash of their text.
-    """
-
-    name: str
-    part: Part = "all"
-
-    @property
-    def identity(self) -> str:
-        """The same for all names of one dataset, whatever the column: dataset and split, or the absolute path."""
-        place = place_of(self)
-        if place.hub is not None:
-            path = given_path(place.hub.path).resolve() if _is_folder(place.hub.path) else place.hub.path
-            return f"hf:{path}:{place.hub.name or ''}:{place.split}"
-        return str(place.path and place.path.resolve())
-
-    @property
-    def columns(self) -> str:
-        """The columns by whose text records are put into parts; empty where none is named and the usual ones count."""
-        return ",".join(place_of(self).columns)
-
-    @property
-    def holds_windows(self) -> bool:
-        """Whether it is a file of windows of tokens, in place of text."""
-        path = place_of(self).path
-        return path is not None and path.suffix == _OF_WINDOWS
-
-    def __str__(self) -> str:
-        return self.name if self.part == "all" else f"{self.name}@{self.part}"
-
-    def restrict(self, part: Part) -> Source:
-        """The same source, restricted to a part unless the user already chose one."""
-        return self if self.part != "all" else replace(self, part=part)
-
-
 class HubData(BaseModel):
     """Arguments of `datasets.load_dataset`."""
 
@@ -79,6 +39,62 @@ class HubData(BaseModel):
     path: str
     name: str | None = None
     revision: str | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """A dataset as the user named it, where and how it is read, and which part of its documents is meant.
+
+    Attributes:
+        name: without the part, for example `wikitext2:train`, `notes.txt` or `hf:owner/name::train:text`.
+        dataset: the known name, the name of the file, or that on the Hub.
+        path: the local file or folder; None where the dataset is read from the Hub.
+        hub: None for a dataset that is only local.
+        named_columns: the columns with the text; empty where the usual ones are taken.
+        lines: the documents of a plain text file: lines with or without their ends, or paragraphs between empty lines.
+        limit: read at most so many rows.
+        part: `all`, or one of three disjoint parts, into which documents are put by the hash of their text.
+    """
+
+    name: str
+    dataset: str
+    path: Path | None
+    hub: HubData | None = None
+    split: str = ""
+    named_columns: tuple[str, ...] = ()
+    lines: Lines = "paragraphs"
+    limit: int | None = None
+    part: Part = "all"
+
+    @property
+    def identity(self) -> str:
+        """The same for all names of one dataset, whatever the column: dataset and split, or the absolute path."""
+        if self.hub is not None:
+            path = given_path(self.hub.path).resolve() if _is_folder(self.hub.path) else self.hub.path
+            return f"hf:{path}:{self.hub.name or ''}:{self.split}"
+        return str(self.path and self.path.resolve())
+
+    @property
+    def columns(self) -> str:
+        """The columns by whose text records are put into parts; empty where none is named and the usual ones count."""
+        return ",".join(self.named_columns)
+
+    @property
+    def holds_windows(self) -> bool:
+        """Whether it is a file of windows of tokens, in place of text."""
+        return self.path is not None and self.path.suffix == _OF_WINDOWS
+
+    def __str__(self) -> str:
+        return self.name if self.part == "all" else f"{self.name}@{self.part}"
+
+    def restrict(self, part: Part) -> Source:
+        """The same source, restricted to a part unless the user already chose one."""
+        return self if self.part != "all" else replace(self, part=part)
+
+    def refuse_missing(self) -> None:
+        """Raises AdaPrunerError if a local file is missing."""
+        if self.path is not None and not (self.path.is_file() or (self.split and self.path.is_dir())):
+            raise AdaPrunerError(f"there is no file {self.path}")
 
 
 class _Splits(TypedDict):
@@ -98,34 +114,10 @@ class KnownSource(BaseModel):
     lines: Lines = "strip"
     limit: int | None = None
 
-    def default_split(self, purpose: Purpose) -> str:
-        return self.split if isinstance(self.split, str) else self.split[purpose]
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where and how a source is read.
-
-    Attributes:
-        path: the local file or folder; None where it is read from the Hub.
-        hub: None for a dataset that is only local.
-        columns: empty where the usual ones are taken.
-        lines: what the documents of a plain text file are: lines with or without their ends, or paragraphs between
-            empty lines.
-        limit: at most so many rows.
-    """
-
-    name: str
-    path: Path | None
-    hub: HubData | None
-    split: str = ""
-    columns: tuple[str, ...] = ()
-    lines: Lines = "paragraphs"
-    limit: int | None = None
-
 
 def parse_source(text: str, purpose: Purpose = "train", missing_ok: bool = False) -> Source:
-    """Reads `DATASET` or `DATASET@PART`. Where a known source has a split for each purpose, the name gets that split.
+    """Reads `DATASET` or `DATASET@PART`. A known source is read from its local copy if there is one; where it has a
+    split for each purpose, the name gets that split.
 
     Args:
         purpose: `train` to calibrate or train on, `report` to report perplexity on.
@@ -141,29 +133,67 @@ def parse_source(text: str, purpose: Purpose = "train", missing_ok: bool = False
         name, part = text, "all"
     if part not in get_args(Part):
         raise AdaPrunerError(f"unknown part {part!r} of {name!r}; the parts are {', '.join(get_args(Part)[1:])}")
-    known = known_sources().get(name)
-    if known is not None and not isinstance(known.split, str):
-        name = f"{name}:{known.default_split(purpose)}"
-    _check_name(name)
-    source = Source(name, cast(Part, part))
+    source = replace(_named(name, purpose), part=cast(Part, part))
     if not missing_ok:
-        refuse_missing(place_of(source))
+        source.refuse_missing()
     return source
+
+
+def _named(name: str, purpose: Purpose) -> Source:
+    """The whole dataset of a name.
+
+    Raises:
+        AdaPrunerError: it can name none.
+    """
+    dataset, option = split_name(name)
+    if dataset == "hf":
+        return _on_hub(name, option)
+    if known := known_sources().get(dataset):
+        split = option or (known.split if isinstance(known.split, str) else known.split[purpose])
+        path = find_local_data(known.local[split]) if split in known.local else None
+        if path is None and known.hub is None:
+            path = Path(known.local.get(split, f"{dataset}:{split}"))
+        name = name if isinstance(known.split, str) else f"{dataset}:{split}"
+        return Source(name, dataset, path, known.hub, split, known.columns, known.lines, known.limit)
+    path = given_path(dataset)
+    if path.suffix in _FILES:
+        return Source(name, path.name, path, named_columns=(option,) if option else ())
+    if name == SELF_GENERATED:
+        raise AdaPrunerError(f"{name!r} is text that the model generates; it can only be used to calibrate")
+    close = difflib.get_close_matches(dataset, known_sources(), n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    raise AdaPrunerError(
+        f"unknown text source {name!r}: expected {', '.join(known_sources())}, {SELF_GENERATED}, {_FORMS}.{hint}"
+    )
+
+
+def _on_hub(name: str, option: str) -> Source:
+    """The dataset of a name `hf:OPTION`; a local folder with the layout of a Hub dataset is read in the same way."""
+    path, config, split, column, *_ = (*option.split(":"), "", "", "")
+    is_folder = _is_folder(path)
+    try:
+        if option.count(":") > 3:
+            raise HFValidationError("it has more than four parts")
+        if not is_folder:
+            validate_repo_id(path)
+    except HFValidationError as error:
+        raise AdaPrunerError(f"{name!r} names no dataset, expected {_FORMS}: {reason(error)}") from None
+    hub = HubData(path=str(given_path(path)) if is_folder else path, name=config or None)
+    return Source(name, hub.path, None, hub, split or "train", (column,) if column else ())
 
 
 def absolute_source(text: str) -> str:
     """A source with the path in it absolute, so that it means the same from any folder."""
     if text == SELF_GENERATED:
         return text
-    source = parse_source(text, missing_ok=True)
-    name, option = split_name(source.name)
-    if name in known_sources():
+    path, option = split_name(parse_source(text, missing_ok=True).name)
+    if path in known_sources():
         return text
-    if name == "hf":
-        path = option.partition(":")[0]
-        return f"hf:{given_path(path).absolute()}{text[3 + len(path) :]}" if _is_folder(path) else text
-    absolute = f"{given_path(name).absolute()}{f':{option}' if option else ''}"
-    return str(replace(source, name=absolute))
+    prefix = "hf:" if path == "hf" else ""
+    path = option.partition(":")[0] if prefix else path
+    if prefix and not _is_folder(path):
+        return text
+    return f"{prefix}{given_path(path).absolute()}{text[len(prefix + path) :]}"
 
 
 def source_names(texts: Sequence[str]) -> list[str]:
@@ -176,31 +206,8 @@ def source_names(texts: Sequence[str]) -> list[str]:
     return [name for name in names if name]
 
 
-def place_of(source: Source) -> Place:
-    """Where a source is read from; nothing is read. A known source is read from its local copy if there is one."""
-    name, option = split_name(source.name)
-    if name == "hf":
-        path, config, split, column = (*option.split(":"), "", "", "")[:4]
-        path = str(given_path(path)) if _is_folder(path) else path
-        return Place(path, None, HubData(path=path, name=config or None), split or "train", (column,) if column else ())
-    known = known_sources().get(name)
-    if known is None:
-        return Place(given_path(name).name, given_path(name), None, columns=(option,) if option else ())
-    split = option or known.default_split("train")
-    local = find_local_data(known.local[split]) if split in known.local else None
-    if local is None and known.hub is None:
-        local = Path(known.local.get(split, f"{name}:{split}"))
-    return Place(name, local, known.hub, split, known.columns, known.lines, known.limit)
-
-
-def refuse_missing(place: Place) -> None:
-    """Raises AdaPrunerError if a local file is missing."""
-    if place.path is not None and not (place.path.is_file() or (place.split and place.path.is_dir())):
-        raise AdaPrunerError(f"there is no file {place.path}")
-
-
 def split_name(text: str) -> tuple[str, str]:
-    """What stands before a colon and what behind it; the path of a file may have colons itself."""
+    """The text before a colon and the text after it; the path of a file may have colons itself."""
     for name, _, option in ((text, "", ""), text.rpartition(":")):
         if name and given_path(name).is_file():
             return name, option
@@ -227,18 +234,16 @@ def register_sources(path: Path) -> None:
     except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
         raise AdaPrunerError(f"cannot read the sources in {path}: {reason(error)}") from None
     folder = path.absolute().parent
-    sources = {
-        name: entry.model_copy(update={"local": {split: str(folder / file) for split, file in entry.local.items()}})
-        for name, entry in entries.items()
-    }
-    for name, source in sources.items():
+    for name, entry in entries.items():
+        local = {split: str(folder / file) for split, file in entry.local.items()}
+        source = entries[name] = entry.model_copy(update={"local": local})
         if name in ("", "hf", SELF_GENERATED) or set(name) & set(":@/") or name.endswith(_FILES):
             raise AdaPrunerError(f"{path}: {name!r} cannot name a source: choose letters and digits")
         if source.hub is None and not source.local:
             raise AdaPrunerError(f"{path}: {name} says neither in `hub` nor in `local` where its data is")
         if known_sources().get(name, source) != source:
             raise AdaPrunerError(f"{path}: there is another source named {name}: choose another name")
-    _registered.update(sources)
+    _registered.update(entries)
 
 
 _ENTRIES = TypeAdapter(dict[str, KnownSource])
@@ -253,26 +258,3 @@ def _shipped() -> dict[str, KnownSource]:
 
 def _is_folder(path: str) -> bool:
     return bool(path) and given_path(path).is_dir()
-
-
-def _check_name(text: str) -> None:
-    """Refuses what can name no dataset."""
-    name, option = split_name(text)
-    if name in known_sources() or (name != "hf" and given_path(name).suffix in _FILES):
-        return
-    if name != "hf":
-        if text == SELF_GENERATED:
-            raise AdaPrunerError(f"{text!r} is text that the model generates; it can only be used to calibrate")
-        close = difflib.get_close_matches(name, known_sources(), n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise AdaPrunerError(
-            f"unknown text source {text!r}: expected {', '.join(known_sources())}, {SELF_GENERATED}, {_FORMS}.{hint}"
-        )
-    path = option.partition(":")[0]
-    try:
-        if option.count(":") > 3:
-            raise HFValidationError("it has more than four parts")
-        if not _is_folder(path):
-            validate_repo_id(path)
-    except HFValidationError as error:
-        raise AdaPrunerError(f"{text!r} names no dataset, expected {_FORMS}: {reason(error)}") from None

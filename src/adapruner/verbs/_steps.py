@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from adapruner import measurement
-from adapruner.calibration import windows_of_documents
+from adapruner.calibration import draw_windows
 from adapruner.config import Layout, PruneConfig, RatioOf, Terms
 from adapruner.errors import AdaPrunerError
 from adapruner.importance import LLM_PRUNER_METRICS, MetricPoint, score_groups
@@ -36,7 +36,7 @@ def make_windows(
         AdaPrunerError: there is too little text.
     """
     documents = [documents] if isinstance(documents, str) else list(documents)
-    return windows_of_documents(documents, "`documents`", tokenizer, count, seq_len, seed)
+    return draw_windows(documents, tokenizer, count, seq_len, seed)
 
 
 def measure(
