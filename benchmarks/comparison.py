@@ -17,6 +17,8 @@ from statistics import fmean
 from typing import Annotated, Any
 
 import torch
+from adapruner.job import Job, Preparation
+from adapruner.procedure import candidate_at_ratio
 from cyclopts import Parameter, run
 from optipfair import prune_model as optipfair_prune
 from torch import Tensor
@@ -25,15 +27,13 @@ from transformers import PreTrainedModel
 from adapruner import PruneResult, PruningPlan, pipeline
 from adapruner.calibration import evenly_spaced, parse_source, text_windows
 from adapruner.evaluation import measure_perplexity
+from adapruner.graph import RunFolder
 from adapruner.importance import ACTIVATION_METRICS, LLM_PRUNER_METRICS, MetricPoint, score_groups
-from adapruner.job import Job, Preparation
 from adapruner.measurement import Statistics, measure
 from adapruner.models import find_model, in_fastest_dtype, load_model, load_tokenizer
 from adapruner.planning import Budget, kept_counts, make_plan
-from adapruner.procedure import candidate_at_ratio
 from adapruner.processes import Process
 from adapruner.progress import Reporter
-from adapruner.run import RunFolder
 from adapruner.search import SearchSpace, build_subset_family, plan_candidate
 from adapruner.structure import Structure, build_structure, count_parameters
 from adapruner.surgery import Compensation, prune_model, refit_sequentially

@@ -21,10 +21,10 @@ from transformers import PreTrainedModel
 
 from adapruner.calibration import evenly_spaced, parse_source, text_windows
 from adapruner.evaluation import window_losses
+from adapruner.graph import RunFolder
 from adapruner.measurement import Statistics, StoredMoments
 from adapruner.models import find_model, in_fastest_dtype, load_model, load_tokenizer
 from adapruner.result import RunResult
-from adapruner.run import RunFolder
 from adapruner.search import Candidate, plan_candidate
 from adapruner.structure import build_structure
 from adapruner.surgery import Compensation, prune_model

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from adapruner import PruneConfig
+from adapruner.graph import RunFolder
 from adapruner.measurement import Statistics, StoredMoments
-from adapruner.run import RunFolder
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from adapruner.calibration import evenly_spaced, parse_source, text_windows
 from adapruner.evaluation import log_probabilities, window_losses
+from adapruner.graph import RunFolder
 from adapruner.models import find_model, in_fastest_dtype, load_model, load_tokenizer
 from adapruner.planning import kept_counts, reference_budget
-from adapruner.run import RunFolder
 from adapruner.search import Objective, SearchSpace, StudyPlace, build_subset_family, sqlite_url
 from adapruner.structure import build_structure
 from adapruner.surgery import Compensation

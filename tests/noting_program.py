@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from adapruner.procedure import _model, _statistics
+from adapruner.run.nodes import measured as _statistics
+from adapruner.run.nodes import models as _model
 from adapruner.search import Search
 
 

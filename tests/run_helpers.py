@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from adapruner.artifacts import Record, are_as_written
 from adapruner.cli import main
 from adapruner.evaluation import _breakage
+from adapruner.graph.records import Record, are_as_written
 
 # Files that say how long something took, or show it.
 WITH_TIMES = ("result.json", "report.html", "recovery.json")
@@ -52,7 +52,7 @@ CONTINUED = (_breakage, "_CONTINUED", 8)
 _PRELOADED = [
     "adapruner.cli.models",
     "adapruner.cli.runs",
-    "adapruner.pipeline",
+    "adapruner.run.api",
     "adapruner.verbs",
     "alembic.command",
     "lm_eval.evaluator",

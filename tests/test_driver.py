@@ -13,19 +13,19 @@ from typing import Any
 
 import pytest
 import torch
+from adapruner.job import Preparation
+from adapruner.procedure import ARTIFACTS
 from safetensors.torch import load_file, save_file
 
 import adapruner
 from adapruner import AdaPrunerError
-from adapruner.artifacts import Record, are_as_written, stamps
 from adapruner.files import replace
-from adapruner.job import Preparation
+from adapruner.graph import RunFolder
+from adapruner.graph.records import Record, are_as_written, stamps
 from adapruner.models import known_architectures
-from adapruner.pipeline import prune_ratios
-from adapruner.procedure import ARTIFACTS
 from adapruner.processes import Process, this_process
 from adapruner.progress import Reporter
-from adapruner.run import RunFolder
+from adapruner.run.api import prune_ratios
 from run_helpers import QUICK
 from run_helpers import RUN_OPTIONS as OPTIONS
 
@@ -201,8 +201,8 @@ def test_several_ratios_share_what_was_measured(
     text_file: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.delattr("adapruner.procedure._statistics.measure_in_parts")
-    monkeypatch.delattr("adapruner.procedure._statistics.measure_moments")
+    monkeypatch.delattr("adapruner.run.nodes.measured.measure_in_parts")
+    monkeypatch.delattr("adapruner.run.nodes.measured.measure_moments")
     options = OPTIONS | {"calibration": str(text_file), "ratio": (0.05, 0.1)}
     results = prune_ratios(str(model_folder), output=run, **options)
     assert [result.result.config.ratio for result in results] == [(0.05,), (0.1,)]
@@ -229,8 +229,8 @@ def test_ratios_and_plans_agree_on_the_windows_that_are_left_out(
     assert RunFolder(tmp_path / "run").left_out.is_file()
     # Everything has the key that the second call looks for, and what was measured is enough for another ratio.
     with monkeypatch.context() as patch:
-        patch.delattr("adapruner.procedure._statistics.measure_in_parts")
-        patch.delattr("adapruner.procedure._search.Search")
+        patch.delattr("adapruner.run.nodes.measured.measure_in_parts")
+        patch.delattr("adapruner.run.nodes.chosen.Search")
         again = prune_ratios(str(model), output=tmp_path / "run", **options)
         planned = adapruner.plan_again(tmp_path / "run", tmp_path / "plan", 0.08)
     assert [one.plan for one in again] == [one.plan for one in first]

@@ -22,8 +22,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 import adapruner
 from adapruner import AdaPrunerError
 from adapruner.cli import main
-from adapruner.procedure import _statistics
-from adapruner.run import RunFolder
+from adapruner.graph import RunFolder
+from adapruner.run.nodes import measured as _statistics
 from adapruner.search import Candidate, Objective, Search, StudyPlace, _objective, sqlite_url
 from run_helpers import QUICK, assert_same_artifacts, flags, said_by, start_main
 from run_helpers import RUN_OPTIONS as OPTIONS
@@ -214,7 +214,7 @@ def test_what_was_only_measured_on_the_way_may_be_removed(
         (run.path / artifact).unlink()
     for folder in ("moments", "evaluation"):
         shutil.rmtree(run.path / folder)
-    monkeypatch.delattr("adapruner.job.load_model")
+    monkeypatch.delattr("adapruner.run.nodes.inputs.load_model")
     again = adapruner.prune(str(model_folder), output=run.path, calibration=str(text_file), **OPTIONS)
     assert again.result == finished.result
 
@@ -442,7 +442,7 @@ def test_samples_that_break_the_model_are_left_out_and_named(
     assert result.result.search.best_loss < 100
     # They are known when the run is resumed.
     with monkeypatch.context() as patch:
-        patch.delattr("adapruner.job.load_model")
+        patch.delattr("adapruner.run.nodes.inputs.load_model")
         again = adapruner.prune(str(folder), output=tmp_path / "run", calibration=str(text_file), **options)
     assert again.result.model_dump_json() == result.result.model_dump_json()
     # Of other windows, others are left out.

@@ -15,15 +15,15 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import datasets
 import pytest
 import torch
+from adapruner.arguments import PruneArguments, RecoveryArguments, RunArguments
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 import adapruner
 from adapruner import AdaPrunerError, PruneConfig, PruneOptions, RecoveryOptions
-from adapruner.arguments import PruneArguments, RecoveryArguments, RunArguments
-from adapruner.given import name_of_code
 from adapruner.importance import TERMS
 from adapruner.measurement import Statistics
+from adapruner.run.given import name_of_code
 from run_helpers import QUICK, RUN_OPTIONS
 
 EXAMPLES = sorted(path for path in (Path(__file__).parents[1] / "examples").glob("*.py") if path.name != "inputs.py")

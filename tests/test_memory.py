@@ -23,7 +23,7 @@ from adapruner.measurement import HeldMoments, saved_activations
 from adapruner.memory import GIB, Memory, _placement, choose_placement, estimate_memory
 from adapruner.models import empty_model, find_model, in_fastest_dtype, known_architectures, load_model, trial_dtype
 from adapruner.planning import reference_budget
-from adapruner.procedure import _model
+from adapruner.run.nodes import models as _model
 from adapruner.structure import build_structure
 from run_helpers import RUN_OPTIONS
 

@@ -21,17 +21,17 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import adapruner
 from adapruner import AdaPrunerError, PruneConfig, verbs
-from adapruner.artifacts import Record
 from adapruner.card import _what_was_removed, model_card
 from adapruner.checkpoint import save_checkpoint
 from adapruner.cli import main, with_options
 from adapruner.evaluation import Breakage
 from adapruner.files import replace
+from adapruner.graph import RunFolder
+from adapruner.graph.records import Record
 from adapruner.models import find_model, load_model
 from adapruner.planning import PruningPlan
 from adapruner.recovery import RecoveryRecord
 from adapruner.result import ModelNumbers, RunResult
-from adapruner.run import RunFolder
 from adapruner.search import Search
 from adapruner.structure import build_structure
 from adapruner.surgery import prune_model
@@ -118,8 +118,8 @@ def test_the_run_folder_holds_what_the_design_says(finished: adapruner.PruneResu
 def test_the_same_call_again_does_nothing_twice(
     finished: adapruner.PruneResult, model_folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr("adapruner.job.load_model")
-    monkeypatch.delattr("adapruner.driver.replace")
+    monkeypatch.delattr("adapruner.run.nodes.inputs.load_model")
+    monkeypatch.delattr("adapruner.graph.making.replace")
     again = adapruner.prune(str(model_folder), output=finished.output, calibration=str(text_file), **OPTIONS)
     assert (again.plan, again.result) == (finished.plan, finished.result)
 
@@ -143,9 +143,9 @@ def test_a_run_that_is_killed_again_and_again_ends_as_an_undisturbed_one(
     arguments = command(model_folder, run, text_file)
     for target, name, calls, left in (
         # Three of eight blocks; then the other five, and two of three parts of the pool.
-        ("adapruner.procedure._statistics", "write_atomically", 3, "unfinished/moments-*/0002.safetensors"),
+        ("adapruner.run.nodes.measured", "write_atomically", 3, "unfinished/moments-*/0002.safetensors"),
         (
-            "adapruner.procedure._statistics",
+            "adapruner.run.nodes.measured",
             "write_atomically",
             7,
             "unfinished/statistics.safetensors-*/000004.safetensors",
@@ -194,7 +194,7 @@ def test_what_a_kill_at_the_edge_of_any_artifact_leaves_is_resumed_from(
     with monkeypatch.context() as patch:
         patch.setattr(RunFolder, "begin", leaving_before(RunFolder.begin))
         patch.setattr(RunFolder, "finish", leaving_before(noting))
-        patch.setattr("adapruner.driver.replace", leaving_before(replace))
+        patch.setattr("adapruner.graph.making.replace", leaving_before(replace))
         adapruner.prune(str(model_folder), output=run, **options)
     assert len(left) == 3 * len(names) == 54
 
@@ -411,7 +411,7 @@ def refuse(
 ) -> None:
     """The command ends with code 2 and one line, and loads no weights."""
     with monkeypatch.context() as patch:
-        patch.setattr("adapruner.job.load_model", lambda *_: pytest.fail("weights were loaded"))
+        patch.setattr("adapruner.run.nodes.inputs.load_model", lambda *_: pytest.fail("weights were loaded"))
         assert run_cli(arguments) == 2
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1, captured.err

@@ -12,8 +12,8 @@ import psutil
 import pytest
 
 from adapruner import progress
+from adapruner.graph.folder import _link_or_copy
 from adapruner.memory import _placement
-from adapruner.run import _link_or_copy
 
 
 @pytest.fixture

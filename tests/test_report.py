@@ -23,12 +23,12 @@ from adapruner import PruneConfig, verbs
 from adapruner.cli import app, main
 from adapruner.comparison import Comparison, Point
 from adapruner.evaluation import Perplexity, Rate, Verdict
-from adapruner.pipeline import prune_ratios
+from adapruner.graph import RunFolder
 from adapruner.report import render_comparison, write_reports
 from adapruner.report._charts import Axis
 from adapruner.report._command import command, next_commands
 from adapruner.report._contents import read_contents
-from adapruner.run import RunFolder
+from adapruner.run.api import prune_ratios
 
 EVIL = "</script><script>alert(1)</script>"
 OPTIONS = {
@@ -601,7 +601,7 @@ def test_a_report_that_fails_does_not_lose_the_run(
 ) -> None:
     options = OPTIONS | {"calibration": str(text_file), "trials": 1, "level_rounds": 0, "tune_scales": False}
     with monkeypatch.context() as patch:
-        patch.setattr("adapruner.procedure._result.render_report", lambda *_: pytest.fail("it cannot be drawn"))
+        patch.setattr("adapruner.run.nodes.result.render_report", lambda *_: pytest.fail("it cannot be drawn"))
         with pytest.raises(pytest.fail.Exception):
             adapruner.prune(str(model_folder), output=tmp_path / "run", **options)
     written = (tmp_path / "run" / "result.json").stat().st_mtime_ns

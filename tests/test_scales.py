@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 import adapruner
 from adapruner import AdaPrunerError
-from adapruner.procedure import _model
 from adapruner.recovery import scale_options
+from adapruner.run.nodes import models as _model
 from run_helpers import QUICK, assert_same_artifacts, flags, run_killed
 
 OPTIONS: dict[str, Any] = QUICK | {"tune_scales": True, "self_windows": 16}
@@ -128,7 +128,7 @@ def test_where_adapters_are_impossible_it_is_said_or_refused(
     def refuse(*_: object) -> None:
         raise AdaPrunerError("PEFT cannot")
 
-    monkeypatch.setattr("adapruner.job.check_adapters", refuse)
+    monkeypatch.setattr("adapruner.run.nodes.models.check_adapters", refuse)
     with pytest.raises(AdaPrunerError, match="PEFT cannot"):
         adapruner.prune(str(model_folder), output=tmp_path, calibration=str(text_file), **OPTIONS)
     assert not (tmp_path / "windows.safetensors").exists()

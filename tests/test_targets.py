@@ -15,12 +15,12 @@ from adapruner import PruneConfig
 from adapruner.cli import main
 from adapruner.costs import Latencies
 from adapruner.errors import AdaPrunerError
+from adapruner.graph import RunFolder
 from adapruner.models import empty_model
-from adapruner.pipeline import preview_ratios
 from adapruner.planning import Budget, BudgetError, Costs, Target, kept_counts
 from adapruner.report import render_report
 from adapruner.report._command import command
-from adapruner.run import RunFolder
+from adapruner.run.api import preview_ratios
 from adapruner.structure import Structure, build_structure
 from adapruner.verbs import estimate
 from run_helpers import QUICK
@@ -224,8 +224,8 @@ def test_a_run_meets_a_size(
     assert other.plan.ratio == pytest.approx(0.2, abs=0.005)
     # And another target that of the target: without measuring, and with the point that was found.
     asked = int(0.8 * dense)
-    monkeypatch.delattr("adapruner.procedure._statistics.measure_in_parts")
-    monkeypatch.delattr("adapruner.procedure._search.Search")
+    monkeypatch.delattr("adapruner.run.nodes.measured.measure_in_parts")
+    monkeypatch.delattr("adapruner.run.nodes.chosen.Search")
     arguments = ["plan", str(tmp_path / "run"), "-o", str(tmp_path / "smaller"), "--target-size", str(asked)]
     with contextlib.suppress(SystemExit):
         main(arguments)
@@ -253,7 +253,7 @@ def test_a_run_meets_a_speed_that_was_measured_before(
         channels = {0: -24.0, 24: 0.0}
         return Latencies(about=about, seconds=200.0, of_layer=30.0, added={"channels": channels, "heads": {3: 0.0}})
 
-    monkeypatch.setattr("adapruner.job.measure_latencies", measure)
+    monkeypatch.setattr("adapruner.run.nodes.inputs.measure_latencies", measure)
     options = OPTIONS | {"calibration": str(text_file), "target_speed": 1.2, "target_context": 8, "whole": ("none",)}
     result = adapruner.prune(str(model_folder), output=tmp_path / "run", head_share=0.0, **options)
     removed = sum(block.groups - len(block.kept) for block in result.plan.blocks if block.kind == "channels")
@@ -262,7 +262,7 @@ def test_a_run_meets_a_speed_that_was_measured_before(
     assert outcome is not None
     assert outcome.predicted == pytest.approx(200 / (200 - removed))
     assert outcome.reached > 0
-    monkeypatch.delattr("adapruner.job.measure_latencies")
+    monkeypatch.delattr("adapruner.run.nodes.inputs.measure_latencies")
     (tmp_path / "run" / "target.json").unlink()
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "empty"))
     assert adapruner.prune(str(model_folder), output=tmp_path / "run", head_share=0.0, **options).plan == result.plan

@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 
 from adapruner import AdaPrunerError, PruneConfig, testing
 from adapruner.importance import TERMS, register_term
-from adapruner.job import register_extensions
 from adapruner.measurement import Statistics
 from adapruner.models import architecture_of
+from adapruner.run.options import register_extensions
 
 
 @pytest.fixture(autouse=True)

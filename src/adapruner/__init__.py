@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from adapruner.config import PruneConfig, PruneOptions, RecoveryOptions
     from adapruner.errors import AdaPrunerError
     from adapruner.evaluation import Perplexity, Speed, TaskScore
-    from adapruner.run.again import plan_again
-    from adapruner.run.api import prune, prune_ratios
     from adapruner.planning import PruningPlan
     from adapruner.progress import StageCost
     from adapruner.result import PruneResult, RunResult
+    from adapruner.run.again import plan_again
+    from adapruner.run.api import prune, prune_ratios
     from adapruner.search import TriedPoint
     from adapruner.verbs import (
         Evaluation,

@@ -32,9 +32,9 @@ from pydantic import BaseModel, ConfigDict
 from adapruner.config import Dtype
 from adapruner.models import computes_bfloat16_natively, describe_device, resolve_device
 from adapruner.paths import data_folders
-from adapruner.run.api import prune
 from adapruner.progress import StageCost
 from adapruner.result import PruneResult
+from adapruner.run.api import prune
 from adapruner.verbs import estimate
 
 _PACKAGES = (

@@ -19,11 +19,11 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from adapruner.config import PruneConfig
 from adapruner.costs import TargetOutcome
 from adapruner.evaluation import Breakage, Perplexity, TaskScore, Verdict, judge, mean_accuracies
+from adapruner.graph import RunFolder
 from adapruner.models import find_model, load_model, load_tokenizer
 from adapruner.planning import PruningPlan
 from adapruner.progress import StageCost
 from adapruner.recovery import RecoveryRecord
-from adapruner.graph import RunFolder
 from adapruner.search import Levelled, SearchResult
 from adapruner.tokens import VocabularySummary
 

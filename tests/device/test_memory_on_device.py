@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from adapruner.graph import RunFolder
 from adapruner.planning import PruningPlan
-from adapruner.run import RunFolder
 from device.client import Device, Outcome
 from device.options import LAYER_WISE, SMALL_RECOVERY, SMALL_RUN
 from device.results import only_json, only_line

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import adapruner
-from adapruner.run import RunFolder
+from adapruner.graph import RunFolder
 from device.client import Device, Outcome
 from device.options import LAYER_WISE, SMALL_RECOVERY, SMALL_RUN
 from device.results import only_json, only_line

@@ -15,9 +15,9 @@ from transformers import PreTrainedTokenizerFast
 
 import adapruner
 from adapruner.checkpoint import save_checkpoint
+from adapruner.graph import RunFolder
 from adapruner.models import find_model, load_tokenizer
 from adapruner.planning import make_plan
-from adapruner.run import RunFolder
 from adapruner.search import StudyPlace, sqlite_url
 from adapruner.structure import build_structure
 from adapruner.surgery import prune_model

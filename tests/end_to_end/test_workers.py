@@ -23,7 +23,7 @@ import noting_program
 import postgresql_server
 from adapruner import AdaPrunerError
 from adapruner.cli import main
-from adapruner.run import RunFolder
+from adapruner.graph import RunFolder
 from adapruner.search import StudyPlace, _place, sqlite_url
 from adapruner.search._space import START
 from run_helpers import QUICK, fast_starts, flags, said_by, start_main

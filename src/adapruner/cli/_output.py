@@ -16,8 +16,8 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from adapruner.memory import Memory
-    from adapruner.run.preview import Preview
     from adapruner.result import PruneResult
+    from adapruner.run.preview import Preview
 
 GIB = 2**30
 

@@ -67,18 +67,14 @@ def prune(
         from adapruner.processes import this_process
         from adapruner.run import api, preview
     if dry_run:
-        previews = preview.preview_ratios(
-            model, output=output, overwrite=overwrite, recipe=recipe, **given
-        )
+        previews = preview.preview_ratios(model, output=output, overwrite=overwrite, recipe=recipe, **given)
         if json:
             _print_all([each.model_dump(mode="json") for each in previews])
         else:
             print_previews(previews)
         return
     how = vars(upload) if upload else {}
-    results = api.prune_ratios(
-        model, output=output, overwrite=overwrite, recipe=recipe, track=track, **how, **given
-    )
+    results = api.prune_ratios(model, output=output, overwrite=overwrite, recipe=recipe, track=track, **how, **given)
     if not this_process().leads:
         return
     print_advice([line for result in results for line in result.advice()])

@@ -14,8 +14,8 @@ from adapruner.errors import AdaPrunerError
 
 if TYPE_CHECKING:
     from adapruner.models import Architecture
-    from adapruner.structure import Structure
     from adapruner.run.preview import Estimate
+    from adapruner.structure import Structure
 
 
 def inspect(

@@ -75,8 +75,8 @@ class Kept(Node[T]):
         beside: further files that it writes, for people to edit: it is rebuilt when one was removed.
     """
 
-    path: str = ""
-    form: Form[T] = field(default_factory=lambda: Form(lambda value, path: None, lambda path: None))
+    path: str = field(kw_only=True)
+    form: Form[T] = field(kw_only=True)
     version: int = 1
     is_wanted: Callable[..., Any] = lambda: True
     is_result: bool = False

@@ -13,10 +13,10 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
-from adapruner.graph.records import CARD, Record, are_as_written, stamps
 from adapruner.config import PruneConfig
 from adapruner.errors import AdaPrunerError, reason
 from adapruner.files import write_atomically
+from adapruner.graph.records import CARD, Record, are_as_written, stamps
 
 # Whoever asks whether a process is running here holds the lock for a moment.
 _SECONDS_TO_WAIT_FOR_PROBES = 2

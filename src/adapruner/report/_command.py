@@ -24,17 +24,14 @@ def command(config: PruneConfig, output: Path) -> str:
         config: the options, with one ratio.
     """
     (ratio,) = config.ratio
-    if config.search_ratio not in (None, ratio):
-        no_target = PruneOptions().model_dump(include=set(TARGET_OPTIONS))
-        amounts = {"ratio": (config.search_ratio,), "search_ratio": None, "search_target": None}
-        searched = config.model_copy(update=amounts | no_target | (config.search_target or {}))
+    if config.searched is not None:
+        amounts = PruneOptions().model_dump(include={"ratio", *TARGET_OPTIONS}) | config.searched
+        searched = config.model_copy(update={**amounts, "searched": None})
         target = PruneOptions(**{name: getattr(config, name) for name in TARGET_OPTIONS})
         amount = _options(target) if config.target else [("--ratio", str(ratio))]
         again = shlex.join(("adapruner", "plan", _SEARCHED, *chain.from_iterable(amount), "-o", str(output)))
         return f"{command(searched, Path(_SEARCHED))}\n{again}"
-    # A target replaces the ratio, which follows from it.
-    derived = {"model", "search_ratio", "search_target", *(["ratio"] if config.target else [])}
-    options = _options(PruneOptions(**config.model_dump(exclude=derived)))
+    options = _options(PruneOptions(**config.model_dump(exclude={"model", "searched"})))
     return " \\\n    ".join(map(shlex.join, [("adapruner", "prune", config.model, "-o", str(output)), *options]))
 
 

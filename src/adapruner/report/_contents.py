@@ -12,15 +12,14 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from adapruner.graph import Record
 from adapruner.config import PruneConfig
 from adapruner.errors import AdaPrunerError, reason
 from adapruner.evaluation import Breakage, Perplexity, Speed, TaskScore
+from adapruner.graph import Record, RunFolder
 from adapruner.models import find_model, load_tokenizer
 from adapruner.planning import PruningPlan
 from adapruner.progress import Reporter, StageCost
 from adapruner.result import ModelNumbers, Role, RunResult, roles_of, verdict_of
-from adapruner.graph import RunFolder
 from adapruner.search import History, Levelled, SearchResult, StudyPlace, read_history, sqlite_url
 from adapruner.tokens import Vocabulary
 
@@ -215,11 +214,10 @@ def _speed(folder: RunFolder, models: tuple[ModelNumbers, ...]) -> tuple[Speed, 
 
 def _samples(made: _Artifacts, numbers: tuple[int, ...]) -> dict[int, str | None]:
     """The saved model brings the tokenizer."""
-    windows, model, record = made.path("windows.safetensors"), made.path("model"), made.record("search.json")
-    if not windows or not model or not record:
+    windows, model = made.path("windows.safetensors"), made.path("model")
+    if not windows or not model:
         return dict.fromkeys(numbers)
-    pool, left_out = load_file(windows)["pool"], record.leaves["left_out"].get("pool", [])
-    pool = pool[[number for number in range(len(pool)) if number not in left_out]]
+    pool = load_file(windows)["pool"]
     tokenizer = load_tokenizer(find_model(str(model)))
     return {number: str(tokenizer.decode(pool[number].tolist())) for number in numbers}
 

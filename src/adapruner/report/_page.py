@@ -12,13 +12,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from adapruner.config import PruneConfig
 from adapruner.evaluation import AGREEMENT_PROTOCOL, REPETITION_PROTOCOL
 from adapruner.files import being_written
+from adapruner.graph import RunFolder
 from adapruner.report import _charts, _summary
 from adapruner.report._command import command, next_commands
 from adapruner.report._contents import Contents, read_contents
 from adapruner.report._ladder import ladder
 from adapruner.report._layers import layer_rows, whole_layers
 from adapruner.result import PruneResult, bits, fraction, is_noise, shown_name, titles
-from adapruner.graph import RunFolder
 
 # Whatever a text may smuggle in: nothing is run and nothing is fetched.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"

@@ -57,7 +57,7 @@ def plan_again(
         raise AdaPrunerError(
             f"`target_speed` is measured with all layers in memory, and {source} did not have them: give a `ratio`"
         )
-    amount = {name: getattr(config, name) for name in TARGET_OPTIONS} if config.target else {"ratio": nearest}
+    amount = {name: getattr(config, name) for name in TARGET_OPTIONS} if config.target else {"ratio": (nearest,)}
     again = again.model_copy(update={"layer_wise": layer_wise, "searched": config.searched or amount})
     taken = {chosen.found.path: folder}
     (result,) = make_run(again, run, overwrite, (earlier, folder), taken)

@@ -97,9 +97,9 @@ def ratio_shown(making: Making) -> float:
 
 
 def _memory(making: Making, budget: Budget, placement: Placement) -> dict[str, Memory]:
-    values = (making.value(node) for node in (inputs.empty, inputs.structure))
-    devices = making.value(inputs.main_device), placement.layer_wise, len(placement.devices)
-    return estimate_memory(making.given["config"], *values, budget, *devices)
+    empty, structure, device = map(making.value, ("empty", "structure", "main_device"))
+    config, devices = making.given["config"], len(placement.devices)
+    return estimate_memory(config, empty, structure, budget, device, placement.layer_wise, devices)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from adapruner.evaluation import (
     measure_tasks,
     rate,
 )
+from adapruner.graph import RunFolder
 from adapruner.models import (
     ModelLocation,
     check_length,
@@ -40,7 +41,6 @@ from adapruner.models import (
 )
 from adapruner.paths import given_path, output_path
 from adapruner.progress import Reporter
-from adapruner.graph import RunFolder
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,6 @@ from adapruner.evaluation import (
     measure_perplexity,
     measure_tasks,
 )
-from adapruner.run.given import ModelGiven
 from adapruner.memory import Placement, place_weights
 from adapruner.models import (
     ModelLocation,
@@ -37,6 +36,7 @@ from adapruner.models import (
     usable_devices,
 )
 from adapruner.progress import Reporter
+from adapruner.run.given import ModelGiven
 from adapruner.texts import overlaps
 from adapruner.verbs._source import ModelSource
 

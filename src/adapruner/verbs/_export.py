@@ -23,10 +23,10 @@ from adapruner.checkpoint import (
 )
 from adapruner.config import ExportFormat, GgufType
 from adapruner.errors import AdaPrunerError
-from adapruner.run.given import ModelGiven
 from adapruner.models import ModelLocation, empty_model
 from adapruner.paths import output_path
 from adapruner.progress import Reporter
+from adapruner.run.given import ModelGiven
 from adapruner.surgery import check_paddable, is_as_large_as_dense, pad_to_stock
 from adapruner.verbs._source import ModelSource
 

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from pydantic import TypeAdapter
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from adapruner import models
-from adapruner.config import Dtype, PruneConfig
+from adapruner.config import Dtype
 from adapruner.errors import AdaPrunerError
 from adapruner.evaluation import Speed, measure_speed
 from adapruner.files import write_atomically
-from adapruner.run.given import ModelGiven
-from adapruner.memory import Memory, Placement, estimate_memory
 from adapruner.models import (
     check_length,
     empty_model,
@@ -27,9 +23,8 @@ from adapruner.models import (
     resolve_device,
 )
 from adapruner.paths import output_path
-from adapruner.processes import Process
 from adapruner.progress import Reporter
-from adapruner.graph import RunFolder
+from adapruner.run.given import ModelGiven
 from adapruner.verbs._source import ModelSource
 
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from adapruner import report
-from adapruner.run.options import register_extensions
-from adapruner.paths import given_path
 from adapruner.graph import RunFolder
+from adapruner.paths import given_path
+from adapruner.run.options import register_extensions
 
 _SECONDS_BETWEEN_REPORTS = 5
 

@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.config import Dtype
 from adapruner.errors import AdaPrunerError
-from adapruner.run.given import ModelGiven, check_model, check_tokenizer
 from adapruner.models import ModelLocation, find_model, load_config, load_model, load_tokenizer
+from adapruner.run.given import ModelGiven, check_model, check_tokenizer
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 from torch import Tensor
@@ -29,7 +28,7 @@ from adapruner.progress import Reporter
 from adapruner.run.given import name_of_code
 from adapruner.run.nodes.declared import GRAPH
 from adapruner.run.nodes.forms import Windows, json_form
-from adapruner.run.nodes.inputs import BudgetAt, RatioOfBlocks, RoomFor
+from adapruner.run.nodes.inputs import RatioOfBlocks, RoomFor
 from adapruner.search import (
     MOST_PROTECTED_FIRST,
     MOST_WHOLE,
@@ -102,9 +101,7 @@ def removal_order(
     reporter: Reporter,
 ) -> RemovalOrders:
     """The order in which attention layers, feed-forwards and layers are removed whole."""
-    candidates = {
-        part: sorted(structure.whole_parameters(part).keys() & set(prunable_layers)) for part in whole_parts
-    }
+    candidates = {part: sorted(structure.whole_parameters(part).keys() & set(prunable_layers)) for part in whole_parts}
     text = windows["pool"][: windows_of(TOKENS_FOR_WHOLE, pool, seq_len)]
     with reporter.stage("removing parts whole", MOST_WHOLE * len(whole_parts)) as advance:
         return removal_orders(dense_fast, structure, text, candidates, advance)

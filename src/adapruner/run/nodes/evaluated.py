@@ -113,7 +113,9 @@ def texts_of_dense(
 
 
 @GRAPH.kept("evaluation/continuations.safetensors", TENSORS, version=2)
-def continuations(dense_fast: PreTrainedModel, tokenizer: Tokenizer, placement: Placement, reporter: Reporter) -> Windows:
+def continuations(
+    dense_fast: PreTrainedModel, tokenizer: Tokenizer, placement: Placement, reporter: Reporter
+) -> Windows:
     """How the dense model continues the built-in openings, [openings, tokens], int64, in the tokens that are kept; none
     layer by layer, where every generated token would read all weights."""
     if placement.layer_wise:
@@ -211,8 +213,6 @@ scores = {
     for role in _WHOLE
 }
 breakage = {
-    role: _kept_for(
-        role, "breakage", Breakage, partial(measured_breakage, role), version=4, is_wanted=_is_wanted(role)
-    )
+    role: _kept_for(role, "breakage", Breakage, partial(measured_breakage, role), version=4, is_wanted=_is_wanted(role))
     for role in _WHOLE
 }

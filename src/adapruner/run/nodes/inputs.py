@@ -150,9 +150,7 @@ def counted_texts(texts: Texts) -> tuple[Source, ...]:
 # The tokens that are kept, and the model with these alone
 
 
-@GRAPH.kept(
-    "vocabulary.json", json_form(Vocabulary), is_wanted=lambda vocabulary: bool(vocabulary), is_early=True
-)
+@GRAPH.kept("vocabulary.json", json_form(Vocabulary), is_wanted=lambda vocabulary: bool(vocabulary), is_early=True)
 def kept_tokens(
     location: ModelLocation,
     given_config: PreTrainedConfig,
@@ -184,7 +182,9 @@ def empty(given_config: PreTrainedConfig, kept_tokens: Vocabulary | None) -> Pre
 
 
 @GRAPH.in_memory
-def structure(empty: PreTrainedModel, family: Architecture, head_granularity: Any, expert_granularity: Any) -> Structure:
+def structure(
+    empty: PreTrainedModel, family: Architecture, head_granularity: Any, expert_granularity: Any
+) -> Structure:
     return build_structure(empty, head_granularity, expert_granularity)
 
 

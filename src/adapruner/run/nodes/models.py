@@ -60,9 +60,7 @@ FOLDER_OR_NONE: Form[Path | None] = Form(
 
 
 @GRAPH.in_memory
-def fits_sequentially(
-    sequential: bool | None, compensation: str, family: Architecture, empty: PreTrainedModel
-) -> bool:
+def fits_sequentially(sequential: bool | None, compensation: str, family: Architecture, empty: PreTrainedModel) -> bool:
     """Whether the pruned model is fitted once more, layer by layer."""
     possible = family.has_plain_residual(empty.config)
     if sequential and not possible:
@@ -360,7 +358,9 @@ def training_record(model: str, recover: str | None, recovery: RecoveryOptions) 
     return {"model": model, "data": recover, **recovery.model_dump(mode="json")}
 
 
-@GRAPH.kept("recovered", FOLDER, version=3, is_result=True, is_shared=True, is_wanted=lambda recover: recover is not None)
+@GRAPH.kept(
+    "recovered", FOLDER, version=3, is_result=True, is_shared=True, is_wanted=lambda recover: recover is not None
+)
 def recovered(
     pruned: Path,
     plan: PruningPlan,

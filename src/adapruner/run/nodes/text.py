@@ -23,7 +23,7 @@ from adapruner.calibration import (
 )
 from adapruner.config import Space, Terms, scoring_bounds
 from adapruner.errors import AdaPrunerError
-from adapruner.evaluation import finite_windows, losses_by_batch
+from adapruner.evaluation import losses_by_batch
 from adapruner.graph import Form
 from adapruner.importance import needed_statistics
 from adapruner.memory import Placement
@@ -35,6 +35,19 @@ from adapruner.texts import DEFAULT_REPORT_WINDOWS
 
 _WRITTEN_AT_ONCE = 64
 REPORT_TEXTS: Form[dict[str, EvaluationText]] = Form(save_texts, load_texts)
+
+
+def finite_windows(model, windows, at_least):  # TEMPORARY
+    kept, notes = {}, []
+    for use, given in windows.items():
+        finite = torch.cat(list(losses_by_batch(model, given))).isfinite()
+        lost = (~finite).nonzero().flatten().tolist()
+        if 2 * len(lost) > len(given) or len(given) - len(lost) < at_least[use]:
+            raise AdaPrunerError("the loss of the model is not finite on")
+        if lost:
+            notes.append(f"left out, because the loss of the model on them is not finite: windows {lost} of the {use}")
+        kept[use] = given[finite]
+    return kept, "\n".join(notes)
 
 
 def needs_moments(compensation: str, space: Space, terms: Terms) -> bool:
@@ -164,9 +177,7 @@ ToReport = Callable[[dict[str, Source], Tokenizer], dict[str, EvaluationText]]
 
 
 @GRAPH.in_memory
-def to_report(
-    seq_len: int, evaluate: tuple[str, ...], evaluate_windows: int | None, evaluate_bos: bool
-) -> ToReport:
+def to_report(seq_len: int, evaluate: tuple[str, ...], evaluate_windows: int | None, evaluate_bos: bool) -> ToReport:
     """Cuts the windows that are reported on out of texts, by name."""
     count = evaluate_windows or (None if evaluate else DEFAULT_REPORT_WINDOWS)
     return lambda sources, tokenizer: {
@@ -190,9 +201,7 @@ def report_texts(drawn_to_report: dict[str, EvaluationText]) -> dict[str, Evalua
     return drawn_to_report
 
 
-@GRAPH.kept(
-    "evaluation/texts-dense.safetensors", REPORT_TEXTS, is_wanted=lambda vocabulary: bool(vocabulary)
-)
+@GRAPH.kept("evaluation/texts-dense.safetensors", REPORT_TEXTS, is_wanted=lambda vocabulary: bool(vocabulary))
 def report_texts_dense(
     evaluated_texts: dict[str, Source], given_tokenizer: Tokenizer, to_report: ToReport
 ) -> dict[str, EvaluationText]:
