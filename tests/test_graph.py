@@ -1,0 +1,326 @@
+"""The engine of a run, with toy nodes: keys, what is missing, what has changed, damage, kills, several commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from adapruner import AdaPrunerError
+from adapruner.config import PruneConfig
+from adapruner.graph import Form, Graph, GraphError, Making, RunFolder, make_all, refuse_outdated
+from adapruner.processes import Process
+from adapruner.progress import Reporter
+from run_helpers import fast_starts
+
+JSON: Form[Any] = Form(lambda value, path: path.write_text(json.dumps(value)), lambda path: json.loads(path.read_text()))
+
+
+class Options(BaseModel):
+    size: int = 3
+    factor: int = 2
+    ratio: int = 1
+    text: str = "text.txt"
+    device: str = "cpu"
+    wants_extra: bool = False
+
+
+def toy_graph() -> Graph:
+    """numbers → doubled → total, with a text from outside, and something that only some runs want."""
+    graph = Graph(Options, given=("calls",), unkeyed=("config",))
+
+    @graph.leaf(lambda path: {"text": path.name, "content": path.read_text() if path.exists() else None})
+    def source(text: str) -> Path:
+        return Path(text)
+
+    @graph.leaf()
+    def place(device: str) -> str:
+        return device
+
+    @graph.in_memory
+    def scale(factor: int) -> int:
+        return factor
+
+    @graph.costly
+    def letters(source: Path, place: str, calls: list[str]) -> str:
+        calls.append("letters")
+        return source.read_text()
+
+    @graph.kept("numbers.json", JSON)
+    def numbers(size: int, letters: str, calls: list[str], work: Path) -> list[int]:
+        calls.append("numbers")
+        parts = []
+        for number in range(size):
+            part = work / f"{number}.json"
+            if not part.is_file():
+                part.write_text(str(number * len(letters)))
+            parts.append(json.loads(part.read_text()))
+        return parts
+
+    @graph.kept("extra.json", JSON, is_wanted=lambda wants_extra: wants_extra)
+    def extra(numbers: list[int], calls: list[str]) -> int:
+        calls.append("extra")
+        return 100
+
+    @graph.kept("doubled.json", JSON)
+    def doubled(numbers: list[int], scale: int, calls: list[str]) -> list[int]:
+        calls.append("doubled")
+        return [scale * number for number in numbers]
+
+    @graph.kept("total.json", JSON, is_result=True)
+    def total(doubled: list[int], extra: int | None, ratio: int, calls: list[str], key: str) -> int:
+        calls.append("total")
+        return ratio * sum(doubled) + (extra or 0)
+
+    graph.check()
+    return graph
+
+
+GRAPH = toy_graph()
+
+
+def making(folder: Path, others: tuple[RunFolder, ...] = (), graph: Graph = GRAPH, **options: Any) -> Making:
+    values = Options(text=str(folder.parent / "text.txt"), **options)
+    run = RunFolder(folder)
+    return Making(
+        graph,
+        dict(values),
+        values.model_dump(mode="json"),
+        {"calls": [], "config": values},
+        root=run,
+        folder=run,
+        process=Process(),
+        reporter=Reporter(quiet=True),
+        others=others,
+    )
+
+
+def made(folder: Path, **options: Any) -> list[str]:
+    """Makes what is missing; returns the functions that were called."""
+    run = making(folder, **options)
+    make_all([run])
+    calls: list[str] = run.given["calls"]
+    return calls
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "text.txt").write_text("abc")
+    return tmp_path / "run"
+
+
+def value(folder: Path, name: str = "total") -> Any:
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+# Declarations
+
+
+@pytest.mark.parametrize(
+    ("declare", "message"),
+    [
+        (lambda graph: graph.in_memory(lambda sizes: 0), "names sizes, which is no option"),
+        (lambda graph: graph.in_memory(lambda work: 0), "names work, which is no option"),
+        (lambda graph: graph.kept("a", JSON, name="a")(lambda later: 0), "names later, which is no option"),
+        (lambda graph: graph.in_memory(lambda config: 0), "of which its key would not depend"),
+        (lambda graph: graph.kept("a", JSON, name="size")(lambda: 0), "size stands for something else"),
+        (lambda graph: graph.in_memory(lambda: Options().size), "reads Options"),
+        (lambda graph: graph.kept("a", JSON, is_wanted=lambda letters: 1, name="a")(lambda: 0), "letters, which is no"),
+        (lambda graph: (graph.in_memory(lambda size: 0), graph.check()), "nothing needs <lambda>"),
+    ],
+)
+def test_a_declaration_that_forgets_something_is_an_error(declare: Callable[[Graph], Any], message: str) -> None:
+    graph = Graph(Options, unkeyed=("config",))
+    with pytest.raises(GraphError, match=message):
+        declare(graph)
+
+
+def test_a_node_of_a_run_that_reads_the_config_another_way_is_an_error() -> None:
+    graph = Graph(PruneConfig, unkeyed=("config",))
+
+    def node() -> int:
+        return PruneConfig(model="m").trials
+
+    def other(config: PruneConfig) -> int:
+        return config.trials
+
+    for function in (node, other):
+        with pytest.raises(GraphError):
+            graph.in_memory(function)
+
+
+# Keys
+
+
+def test_keys_are_of_what_is_reached_and_of_nothing_else(folder: Path) -> None:
+    def keys(**options: Any) -> dict[str, str]:
+        run = making(folder, **options)
+        return {node.path: run.record(node).key for node in run.wanted}
+
+    def changed(**options: Any) -> set[str]:
+        now, then = keys(**options), keys()
+        return {path for path in now.keys() | then.keys() if now.get(path) != then.get(path)}
+
+    assert changed() == changed(device="gpu") == set()
+    assert changed(size=4) == {"numbers.json", "doubled.json", "total.json"}
+    assert changed(factor=5) == {"doubled.json", "total.json"}  # through a node in memory
+    assert changed(ratio=2) == {"total.json"}
+    assert changed(wants_extra=True) == {"extra.json", "total.json"}
+    before = keys()
+    (folder.parent / "text.txt").write_text("abcd")
+    assert keys().keys() == before.keys() and not set(keys().values()) & set(before.values())
+
+
+def test_what_is_made_is_not_made_again_and_what_is_costly_not_held(folder: Path) -> None:
+    run = making(folder)
+    make_all([run])
+    assert run.given["calls"] == ["letters", "numbers", "doubled", "total"]
+    assert "letters" not in run.shared
+    assert value(folder) == 2 * (0 + 3 + 6)
+    assert made(folder) == []
+    assert not (folder / "unfinished").exists()
+
+
+def test_a_result_is_remade_when_removed_and_others_when_needed(folder: Path) -> None:
+    made(folder)
+    (folder / "numbers.json").unlink()
+    assert made(folder) == []
+    (folder / "total.json").unlink()
+    assert made(folder) == ["total"]
+    (folder / "doubled.json").unlink()
+    (folder / "total.json").unlink()
+    assert made(folder) == ["letters", "numbers", "doubled", "total"]
+
+
+def test_damage_is_recognised_and_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made(folder)
+    (folder / "doubled.json").write_text("[1]")
+    run = making(folder)
+    run.reporter = Reporter()
+    make_all([run])
+    assert run.given["calls"] == ["doubled"]
+    assert "doubled.json was changed or damaged" in capsys.readouterr().err
+    assert value(folder, "doubled") == [0, 6, 12]
+
+
+def test_what_was_made_otherwise_is_refused_with_what_changed(folder: Path) -> None:
+    made(folder)
+    with pytest.raises(AdaPrunerError, match=r"\(factor 2 → 5\): doubled.json, total.json would be rebuilt"):
+        refuse_outdated([making(folder, factor=5)], folder)
+    (folder.parent / "text.txt").write_text("abcd")
+    with pytest.raises(AdaPrunerError, match="another content of text.txt"):
+        refuse_outdated([making(folder)], folder)
+    (folder.parent / "text.txt").unlink()
+    refuse_outdated([making(folder)], folder)
+    assert made(folder) == []
+    (folder.parent / "text.txt").write_text("abc")
+    assert made(folder, factor=5) == ["doubled", "total"]
+
+
+def test_runs_that_differ_in_one_option_share_the_rest(folder: Path) -> None:
+    runs = []
+    for ratio in (1, 2):
+        run = making(folder, ratio=ratio)
+        run.folder, run.shared = RunFolder(folder / f"ratio-{ratio}"), runs[0].shared if runs else {}
+        run.given = runs[0].given if runs else run.given
+        runs.append(run)
+    make_all(runs)
+    assert runs[0].given["calls"] == ["letters", "numbers", "doubled", "total", "total"]
+    assert [json.loads((folder / f"ratio-{ratio}/total.json").read_text()) for ratio in (1, 2)] == [18, 36]
+    assert (folder / "numbers.json").is_file()
+
+
+def test_what_another_run_holds_is_taken_over(folder: Path) -> None:
+    made(folder)
+    other = folder.with_name("other")
+    run = making(other, others=(RunFolder(folder),), ratio=3)
+    make_all([run])
+    assert run.given["calls"] == ["total"]
+    assert value(other, "doubled") == [0, 6, 12]
+
+
+def test_what_is_taken_counts_whatever_it_was_made_from(folder: Path) -> None:
+    made(folder, factor=7)
+    other = folder.with_name("other")
+    run = making(other)
+    run.taken = {"doubled.json": RunFolder(folder)}
+    make_all([run])
+    assert run.given["calls"] == ["total"]
+    assert value(other) == 7 * 9
+    assert run.record(GRAPH.nodes["total"]).key != making(other).record(GRAPH.nodes["total"]).key  # type: ignore[arg-type]
+
+
+def test_mistakes_are_found_before_the_work(folder: Path) -> None:
+    graph = Graph(Options, given=("calls",), unkeyed=("config",))
+
+    @graph.costly
+    def heavy(calls: list[str]) -> int:
+        calls.append("heavy")
+        return 1
+
+    @graph.in_memory
+    def checked(size: int) -> int:
+        if size > 9:
+            raise AdaPrunerError("`size` is too large")
+        return size
+
+    @graph.kept("a.json", JSON)
+    def first(heavy: int) -> int:
+        return heavy
+
+    @graph.kept("b.json", JSON, is_result=True)
+    def last(first: int, checked: int) -> int:
+        return first + checked
+
+    run = making(folder, graph=graph, size=10)
+    with pytest.raises(AdaPrunerError, match="too large"):
+        run.prepare(run.missing())
+    assert run.given["calls"] == []
+
+
+def _killed_at(folder: Path, statement: int) -> None:
+    """Runs in a process that is killed before a line of the engine or of the nodes is executed."""
+    left = statement
+    files = {"making.py", "folder.py", "files.py", "test_graph.py"}
+
+    def trace(frame: Any, event: str, argument: Any) -> Any:
+        nonlocal left
+        if Path(frame.f_code.co_filename).name not in files:
+            return None
+        if event == "line":
+            left -= 1
+            if left < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return trace
+
+    import sys
+
+    sys.settrace(trace)
+    made(folder, wants_extra=True)
+    sys.settrace(None)
+    (folder / "ended").touch()
+
+
+def test_a_kill_between_any_two_statements_loses_nothing_and_leaves_nothing(folder: Path) -> None:
+    context = fast_starts()
+    undisturbed = folder.with_name("undisturbed")
+    made(undisturbed, wants_extra=True)
+    expected = {path.name: path.read_bytes() for path in undisturbed.iterdir() if path.is_file()}
+    statement, kills = 3, 0
+    while not (folder / "ended").exists():
+        process = context.Process(target=_killed_at, args=(folder, statement))
+        process.start()
+        process.join()
+        kills += process.exitcode == -signal.SIGKILL
+        statement += 7 + statement // 6
+    assert kills > 12
+    made(folder, wants_extra=True)
+    (folder / "ended").unlink()
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == expected
+    assert not (folder / "unfinished").exists()
