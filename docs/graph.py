@@ -1,0 +1,60 @@
+"""Draws the graph of a run as the code declares it: `python docs/graph.py` writes docs/images/graph.svg.
+
+What a run keeps stands from left to right, with arrows from what it is made of; results have another colour.
+"""
+
+from __future__ import annotations
+
+from html import escape
+from pathlib import Path
+
+from adapruner.graph import Graph, Kept
+from adapruner.run.nodes import GRAPH
+
+_WIDTH, _HEIGHT, _BESIDE, _BELOW, _MARGIN = 142, 26, 44, 20, 16
+_STYLE = (
+    "rect{fill:#fff;stroke:#5b6b7b;rx:5}.result{fill:#e8f1fb;stroke:#2a6fb0}"
+    "text{font:12px sans-serif;fill:#1c2833;text-anchor:middle}path{fill:none;stroke:#8a99a8;stroke-width:1}"
+    "@media(prefers-color-scheme:dark){rect{fill:#22303c}.result{fill:#17375a}text{fill:#e6edf3}}"
+)
+
+
+def columns(graph: Graph) -> list[list[Kept[object]]]:
+    """What a run keeps by the longest way from something that needs nothing else that is kept."""
+    depth: dict[str, int] = {}
+    for node in graph.kept_nodes:
+        depth[node.name] = max((depth[name] + 1 for name in graph.reach(node.name).kept), default=0)
+    return [[node for node in graph.kept_nodes if depth[node.name] == column] for column in range(max(depth.values()) + 1)]
+
+
+def draw(graph: Graph) -> str:
+    """The picture as SVG."""
+    placed = columns(graph)
+    place = {
+        node.name: (_MARGIN + column * (_WIDTH + _BESIDE), _MARGIN + row * (_HEIGHT + _BELOW))
+        for column, nodes in enumerate(placed)
+        for row, node in enumerate(nodes)
+    }
+    width = max(x for x, _ in place.values()) + _WIDTH + _MARGIN
+    height = max(y for _, y in place.values()) + _HEIGHT + _MARGIN
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img">',
+        f"<title>What a run keeps, and what each is made from</title><style>{_STYLE}</style>",
+    ]
+    for node in graph.kept_nodes:
+        x, y = place[node.name]
+        for name in sorted(graph.reach(node.name).kept):
+            start, level = place[name][0] + _WIDTH, place[name][1] + _HEIGHT // 2
+            end, middle = y + _HEIGHT // 2, (start + x) // 2
+            lines.append(f'<path d="M{start} {level}C{middle} {level} {middle} {end} {x} {end}"/>')
+    for node in graph.kept_nodes:
+        x, y = place[node.name]
+        kind = ' class="result"' if node.is_result else ""
+        label = escape(node.path.removeprefix("evaluation/").rsplit(".", 1)[0])
+        lines.append(f'<rect x="{x}" y="{y}" width="{_WIDTH}" height="{_HEIGHT}"{kind}/>')
+        lines.append(f'<text x="{x + _WIDTH // 2}" y="{y + 17}">{label}</text>')
+    return "\n".join([*lines, "</svg>", ""])
+
+
+if __name__ == "__main__":
+    Path(__file__).with_name("images").joinpath("graph.svg").write_text(draw(GRAPH), encoding="utf-8")
