@@ -301,7 +301,7 @@ def test_near_ratios_have_folders_of_their_own(tmp_path: Path) -> None:
 def test_text_that_the_model_writes_depends_on_how_it_computes(model_folder: Path, tmp_path: Path) -> None:
     def leaf(dtype: str) -> Any:
         config = adapruner.PruneConfig.from_options(model=str(model_folder), calibration="self", dtype=dtype, **OPTIONS)
-        return Preparation(config, RunFolder(tmp_path), None, Process(), Reporter()).leaves["pool_text"]
+        return Preparation(config, RunFolder(tmp_path), Process(), Reporter()).leaves["pool_text"]
 
     assert leaf("float32") != leaf("bfloat16")
 
@@ -331,7 +331,7 @@ def test_free_memory_decides_no_number(
 
     def precision(free: int) -> Any:
         monkeypatch.setattr("adapruner.memory._placement._total_and_free", lambda *_: (1 << 36, free))
-        prepared = Preparation(config, RunFolder(tmp_path), None, Process(), Reporter())
+        prepared = Preparation(config, RunFolder(tmp_path), Process(), Reporter())
         return prepared.leaves["precision"]
 
     assert precision(1 << 40) == precision(1 << 30)

@@ -98,7 +98,7 @@ def test_the_run_folder_holds_what_the_design_says(finished: adapruner.PruneResu
         "statistics.safetensors",
         "moments",
         "whole.json",
-        "study.db",
+        "study.jsonl",
         "search.json",
         "levelled.json",
         "plan.json",
@@ -150,7 +150,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_an_undisturbed_one(
             7,
             "unfinished/statistics.safetensors-*/000004.safetensors",
         ),
-        ("adapruner.search.Objective", "__call__", 6, "study.db"),
+        ("adapruner.search.Objective", "__call__", 6, "study.jsonl"),
         ("adapruner.checkpoint._folder", "_add_older_keys", 0, "unfinished/model-*/**/model.safetensors"),
     ):
         run_killed(target, name, calls, arguments, tmp_path)
@@ -683,7 +683,7 @@ def test_quiet_leaves_results_and_advice(
     finished: adapruner.PruneResult, run: Path, model_folder: Path, text_file: Path
 ) -> None:
     """Of a process of its own, which completes a run from the search on."""
-    for path in (run / "search.json", run / "study.db", run / "plan.json"):
+    for path in (run / "search.json", run / "study.jsonl", run / "plan.json"):
         path.unlink()
     for path in (run / "model", run / "evaluation"):
         shutil.rmtree(path)

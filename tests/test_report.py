@@ -502,7 +502,7 @@ def test_a_run_that_is_not_finished(run: RunFolder) -> None:
         (("model",), "What was removed", EVIL),
         (("plan.json",), "Chosen calibration samples", "What was removed"),
         (("search.json",), "26 of 26 trials", "Chosen calibration samples"),
-        (("study.db",), "No trial has finished yet", "26 trials"),
+        (("study.jsonl",), "No trial has finished yet", "26 trials"),
         (("windows.safetensors", "statistics.safetensors", "log.jsonl"), "No trial has finished yet", "peak memory"),
         (("keys",), "No trial has finished yet", "peak memory"),
     ):

@@ -20,7 +20,7 @@ from adapruner.models import find_model, load_tokenizer
 from adapruner.planning import PruningPlan
 from adapruner.progress import Reporter, StageCost
 from adapruner.result import ModelNumbers, Role, RunResult, roles_of, verdict_of
-from adapruner.search import History, Levelled, SearchResult, StudyPlace, read_history, sqlite_url
+from adapruner.search import History, Levelled, SearchResult, StudyFile, read_history
 from adapruner.tokens import Vocabulary
 
 T = TypeVar("T")
@@ -171,9 +171,9 @@ def _read(made: _Artifacts) -> Contents:
 
 def _running_history(made: _Artifacts) -> History:
     record = made.record("search.json")
-    if record is None or not made.run.study.is_file():
+    if record is None:
         return History()
-    return read_history(StudyPlace(sqlite_url(made.run.study), record.key))
+    return read_history(StudyFile(made.run.study, record.key))
 
 
 def _models(made: _Artifacts, plan: PruningPlan | None) -> list[ModelNumbers]:
