@@ -301,13 +301,13 @@ def test_half_a_character_is_refused(tmp_path: Path) -> None:
 
 def test_a_text_is_read_once_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     readings = []
-    read_file = _reading._read_file
+    open_source = _reading._open
 
     def count(*arguments: Any) -> Any:
         readings.append(arguments)
-        return read_file(*arguments)
+        return open_source(*arguments)
 
-    monkeypatch.setattr(_reading, "_read_file", count)
+    monkeypatch.setattr(_reading, "_open", count)
     path = tmp_path / "a.txt"
     path.write_text("w1\n\nw2")
     for _ in range(3):

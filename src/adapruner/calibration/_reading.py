@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import itertools
 import json
 import re
@@ -265,11 +266,11 @@ def _opened(path: Path) -> Iterator[TextIO]:
     Raises:
         ValueError: in place of the error of the decoder, which knows the place in its buffer alone.
     """
-    with path.open(encoding="utf-8-sig") as file:
+    with path.open("rb") as content, io.TextIOWrapper(content, encoding="utf-8-sig") as file:
         try:
             yield file
         except UnicodeDecodeError as error:
-            place = file.buffer.tell() - len(error.object) + error.start
+            place = content.tell() - len(error.object) + error.start
             raise ValueError(f"it is not UTF-8 text: byte {place} is invalid") from None
 
 
