@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import re
@@ -31,6 +32,7 @@ from adapruner.evaluation import (
     agreement,
     continue_greedily,
     count_macs,
+    finite_windows,
     judge,
     measure_perplexity,
     measure_speed,
@@ -146,22 +148,48 @@ def test_verdict_at_its_limits(
     assert judge(dense, dense) == "usable"
 
 
-def test_built_in_texts_need_no_dataset(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_built_in_texts_are_the_same_everywhere(tokenizer: PreTrainedTokenizerFast) -> None:
+    """They need no dataset, and nothing of the Python that runs."""
     texts = probe_texts(tokenizer, 32)
-    assert {name: tuple(text.windows.shape) for name, text in texts.items()} == {
-        "arithmetic": (24, 32),
-        "code": (24, 32),
+    assert {name: (*text.windows.shape,) for name, text in texts.items()} == {"arithmetic": (24, 32), "code": (24, 32)}
+    assert all(text.predicted_bytes for text in texts.values())
+    assert {
+        name: hashlib.sha256(text.encode()).hexdigest()[:12] for name, text in _probes.built_in_texts().items()
+    } == {
+        "arithmetic": "f6965518880b",
+        "code": "ec06d6871df4",
     }
-    lines = re.findall(r"(\d+) ([+x]) (\d+) = (\d+)", _probes._tables())
+    lines = re.findall(r"(\d+) ([+x]) (\d+) = (\d+)", _probes.built_in_texts()["arithmetic"])
     assert len(lines) > 400
     assert all(int(c) == (int(a) + int(b) if sign == "+" else int(a) * int(b)) for a, sign, b, c in lines)
-    assert texts["code"].predicted_bytes
 
 
-def test_the_protocol_is_said(model: PreTrainedModel) -> None:
-    result = measure_perplexity(model, torch.full((3, 10), 5), "wikitext2")
-    assert result.protocol == ("wikitext2: 3 windows of 10 tokens without overlap, mean over 27 predicted tokens")
-    assert result.model_dump(mode="json")["predicted_tokens"] == 27
+def test_windows_without_a_finite_loss_are_left_out(model: PreTrainedModel) -> None:
+    with torch.no_grad():
+        model.get_input_embeddings().weight[7] = math.inf
+    windows = torch.randint(8, 96, (6, 12), generator=torch.Generator().manual_seed(0))
+    broken = windows.clone()
+    broken[[1, 4], 3] = 7
+    kept, note = finite_windows(model, {"pool": broken, "objective": windows}, {"pool": 4, "objective": 1})
+    assert torch.equal(kept["pool"], broken[[0, 2, 3, 5]])
+    assert torch.equal(kept["objective"], windows)
+    assert note == "left out, because the loss of the model on them is not finite: windows [1, 4] of the pool"
+    assert finite_windows(model, {"pool": windows}, {"pool": 6})[1] == ""
+    with pytest.raises(AdaPrunerError, match="not finite on 2 of the 6 windows of the pool.*`dtype` float32"):
+        finite_windows(model, {"pool": broken}, {"pool": 5})
+    broken[[0, 2], 3] = 7
+    with pytest.raises(AdaPrunerError, match="not finite on 4 of the 6 windows of the compensation"):
+        finite_windows(model, {"compensation": broken}, {"compensation": 2})
+
+
+def test_the_protocol_is_said_with_the_provenance(model: PreTrainedModel) -> None:
+    windows, provenance = torch.full((3, 10), 5), {"data_set": "b", "revision": "c"}
+    line = "wikitext2: 3 windows of 10 tokens without overlap, mean over 27 predicted tokens"
+    assert measure_perplexity(model, windows, "wikitext2").protocol == line
+    result = measure_perplexity(model, windows, "wikitext2", provenance=provenance)
+    assert result.protocol == f"{line} (data set b, revision c)"
+    content = result.model_dump(mode="json")
+    assert (content["predicted_tokens"], content["provenance"]) == (27, provenance)
 
 
 def test_special_tokens_in_front_are_not_predicted(model: PreTrainedModel) -> None:
@@ -200,12 +228,6 @@ def test_a_loss_too_large_for_a_perplexity_is_infinite(model: PreTrainedModel) -
     windows = torch.randint(3, 96, (3, 12), generator=torch.Generator().manual_seed(0))
     assert window_losses(model, windows).mean() > 709.8
     assert measure_perplexity(model, windows, "a").perplexity == math.inf
-
-
-def test_provenance_is_part_of_the_protocol(model: PreTrainedModel) -> None:
-    result = measure_perplexity(model, torch.full((3, 10), 5), "a", provenance={"data_set": "b", "revision": "c"})
-    assert result.protocol.endswith("predicted tokens (data set b, revision c)")
-    assert result.model_dump(mode="json")["provenance"] == {"data_set": "b", "revision": "c"}
 
 
 def cut_some_channels(model: PreTrainedModel) -> PreTrainedModel:
@@ -270,19 +292,8 @@ def test_the_command_warns_of_unfriendly_widths(
     model: PreTrainedModel, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cut_some_channels(model).save_pretrained(tmp_path / "cut")
-    options = [
-        "--against",
-        str(model_folder),
-        "--batch-size",
-        "1",
-        "--prompt",
-        "8",
-        "--new-tokens",
-        "2",
-        "--repetitions",
-        "1",
-    ]
-    app(["benchmark", str(tmp_path / "cut"), *options, "--json"], exit_on_error=False, result_action="return_value")
+    options = f"--against {model_folder} --batch-size 1 --prompt 8 --new-tokens 2 --repetitions 1 --json".split()
+    app(["benchmark", str(tmp_path / "cut"), *options], exit_on_error=False, result_action="return_value")
     captured = capsys.readouterr()
     assert list(json.loads(captured.out)) == [str(model_folder), str(tmp_path / "cut")]
     assert "widths of layers 1 are no multiples of 8" in captured.err

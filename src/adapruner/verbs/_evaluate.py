@@ -6,7 +6,6 @@ import contextlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -96,19 +95,22 @@ def evaluate(
     """
     perplexity = [perplexity] if isinstance(perplexity, str) else perplexity
     tasks = [tasks] if isinstance(tasks, str) else list(tasks)
-    _refuse_bad_windows(seq_len, stride, limit)
     if protocol is None and not perplexity and not tasks:
         protocol = "llm-pruner"
-    given = _named_texts(perplexity)
-    requests = [*_requests_of_protocol(protocol), *(_Request(*text, seq_len, stride, bos) for text in given)]
+    _refuse_bad_windows(seq_len, stride, limit)
+    if protocol is not None and protocol not in PROTOCOLS:
+        raise AdaPrunerError(f"unknown protocol {protocol!r}; the protocols are {', '.join(PROTOCOLS)}")
+    names, protocol_seq_len = PROTOCOLS[protocol] if protocol else ((), seq_len)
+    published, given = _named_texts(names), _named_texts(perplexity)
     source = ModelSource.of(model, dtype, device)
     placement = _placement(source, dtype, device, layer_wise)
     config, tokenizer = source.config, source.tokenizer(tokenizer)
-    texts = [(request.name, request.windows(tokenizer, limit)) for request in requests]
+    texts = [(name, evaluation_text(text, tokenizer, protocol_seq_len, limit, bos=False)) for name, text in published]
+    texts += [(name, evaluation_text(text, tokenizer, seq_len, limit, stride, bos, name)) for name, text in given]
     for _, text in texts:
         check_tokens(config, int(text.windows.max()))
     to_run = load_tasks(tasks, limit) if tasks else None
-    sources = dict.fromkeys(request.text for request in requests if isinstance(request.text, Source))
+    sources = dict.fromkeys(text for _, text in (*published, *given) if isinstance(text, Source))
     known_uses = _describe_overlaps(source.location, sources) if source.location else []
     reporter = Reporter()
     warnings = [check_length(config, text.windows.shape[1]) for _, text in texts]
@@ -151,19 +153,6 @@ def _placement(source: ModelSource, dtype: Dtype, device: str, layer_wise: bool 
     return place_weights(empty_model(config), dtype, usable_devices(device), least, may_stream)
 
 
-class _Request(NamedTuple):
-    """A text to report perplexity on, and how it is cut into windows; see `evaluate`."""
-
-    name: str
-    text: Source | str
-    seq_len: int
-    stride: int | None = None
-    bos: bool = False
-
-    def windows(self, tokenizer: Tokenizer, limit: int | None) -> EvaluationText:
-        return evaluation_text(self.text, tokenizer, self.seq_len, limit, self.stride, self.bos, self.name)
-
-
 def _named_texts(perplexity: Sequence[str] | Mapping[str, Iterable[str]]) -> list[tuple[str, Source | str]]:
     """The texts that a user named or gave, by the name that is shown."""
     if isinstance(perplexity, Mapping):
@@ -171,15 +160,6 @@ def _named_texts(perplexity: Sequence[str] | Mapping[str, Iterable[str]]) -> lis
         return list(texts.items())
     sources = [parse_source(name, "report") for name in perplexity]
     return [(str(source), source) for source in sources]
-
-
-def _requests_of_protocol(protocol: str | None) -> list[_Request]:
-    if protocol is None:
-        return []
-    if protocol not in PROTOCOLS:
-        raise AdaPrunerError(f"unknown protocol {protocol!r}; the protocols are {', '.join(PROTOCOLS)}")
-    names, seq_len = PROTOCOLS[protocol]
-    return [_Request(*text, seq_len) for text in _named_texts(names)]
 
 
 def _refuse_bad_windows(seq_len: int, stride: int | None, limit: int | None) -> None:
