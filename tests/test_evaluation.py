@@ -175,7 +175,7 @@ def test_windows_without_a_finite_loss_are_left_out(model: PreTrainedModel) -> N
     assert torch.equal(kept["objective"], windows)
     assert note == "left out, because the loss of the model on them is not finite: windows [1, 4] of the pool"
     assert finite_windows(model, {"pool": windows}, {"pool": 6})[1] == ""
-    with pytest.raises(AdaPrunerError, match="not finite on 2 of the 6 windows of the pool.*`dtype` float32"):
+    with pytest.raises(AdaPrunerError, match=r"not finite on 2 of the 6 windows of the pool.*`dtype` float32"):
         finite_windows(model, {"pool": broken}, {"pool": 5})
     broken[[0, 2], 3] = 7
     with pytest.raises(AdaPrunerError, match="not finite on 4 of the 6 windows of the compensation"):
