@@ -130,17 +130,12 @@ def test_verdict_at_its_limits(
 ) -> None:
     number = measure_perplexity(model, torch.randint(3, 96, (2, 12)), "text")
 
+    def text(bits: float | None) -> Perplexity:
+        counted = None if bits is None else number.predicted_tokens
+        return number.model_copy(update={"perplexity": 2.0 ** (bits or 1.0), "predicted_bytes": counted})
+
     def signs(repeated: float | None, agrees: float | None, *bits: float | None) -> Breakage:
-        texts = {
-            str(index): number.model_copy(
-                update={
-                    "perplexity": 2.0 ** (each or 1.0),
-                    "predicted_bytes": None if each is None else number.predicted_tokens,
-                }
-            )
-            for index, each in enumerate(bits)
-        }
-        return Breakage(repetition=repeated, agreement=agrees, texts=texts)
+        return Breakage(repetition=repeated, agreement=agrees, texts=dict(zip("ab", map(text, bits), strict=True)))
 
     # The mean of both kinds counts: twice the bits of the dense model for one, half of them for the other.
     dense = signs(0.2, 1.0, 1.0, 8.0)
@@ -222,12 +217,17 @@ def test_overlapping_windows_predict_every_token_once(model: PreTrainedModel, st
     assert f"windows of 12 tokens every {stride} tokens" in result.protocol
 
 
-def test_a_loss_too_large_for_a_perplexity_is_infinite(model: PreTrainedModel) -> None:
+def test_a_loss_too_large_for_a_perplexity_is_infinite_in_json_too(model: PreTrainedModel) -> None:
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(1e5)
     windows = torch.randint(3, 96, (3, 12), generator=torch.Generator().manual_seed(0))
     assert window_losses(model, windows).mean() > 709.8
-    assert measure_perplexity(model, windows, "a").perplexity == math.inf
+    result = measure_perplexity(model, windows, "a")
+    assert json.loads(json.dumps(result.model_dump(mode="json")))["perplexity"] == math.inf
+    content = json.loads(result.model_dump_json())
+    assert (content["perplexity"], content["predicted_tokens"]) == (math.inf, 33)
+    assert content["protocol"] == result.protocol
+    assert Perplexity.model_validate_json(result.model_dump_json()) == result
 
 
 def cut_some_channels(model: PreTrainedModel) -> PreTrainedModel:
@@ -279,15 +279,6 @@ def test_mapped_weights_count_once_at_one_batch_size(
         assert speed.peak_memory_bytes < 1.5 * speed.weight_bytes
 
 
-def test_an_infinite_perplexity_survives_json() -> None:
-    one = Perplexity(perplexity=math.inf, text="a", seq_len=8, windows=2, stride=8)
-    assert json.loads(json.dumps(one.model_dump(mode="json")))["perplexity"] == math.inf
-    content = json.loads(one.model_dump_json())
-    assert (content["perplexity"], content["predicted_tokens"]) == (math.inf, 14)
-    assert content["protocol"] == one.protocol
-    assert Perplexity.model_validate_json(one.model_dump_json()) == one
-
-
 def test_the_command_warns_of_unfriendly_widths(
     model: PreTrainedModel, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -303,10 +294,7 @@ def test_the_command_warns_of_unfriendly_widths(
 
 def test_a_protocol_says_texts_and_windows(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = " ".join(f"w{number % 90}" for number in range(300))
-    for name, text in {
-        "wikitext2/wiki.test.raw": f" {words} \n",
-        "ptb/ptb.valid.txt": f" {words} \n {words} \n",
-    }.items():
+    for name, text in {"wikitext2/wiki.test.raw": f" {words} \n", "ptb/ptb.valid.txt": f" {words} \n" * 2}.items():
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_text(text)
     monkeypatch.setenv("ADAPRUNER_DATA", str(tmp_path))
@@ -353,12 +341,9 @@ def test_a_model_that_does_not_fit_is_evaluated_layer_by_layer(
     assert scores[0] == scores[1] == scores[2]
 
 
-def test_a_model_in_memory_is_evaluated_as_it_is(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, text_file: Path
-) -> None:
-    texts = {"own": [text_file.read_text()]}
+def test_a_model_in_memory_is_used_as_it_is(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(AdaPrunerError, match="used as it is: leave `layer_wise` out"):
-        verbs.evaluate(model, texts, seq_len=16, tokenizer=tokenizer, layer_wise=True)
+        verbs.evaluate(model, {"own": ["w1 w2"]}, seq_len=16, tokenizer=tokenizer, layer_wise=True)
 
 
 def test_what_a_checkpoint_was_calibrated_on_is_said(
