@@ -101,14 +101,12 @@ class Tasks:
     """Tasks that are ready to run, with their data.
 
     Attributes:
-        by_name: what lm-eval built for each name: a task, a group, or several of them for a tag.
+        by_name: the task or group that lm-eval built for each name, or several of them for a tag.
         items: the numbers of the items to take, by task.
-        data_sets: where the items of each task are from.
     """
 
     by_name: dict[str, list[Any]]
     items: dict[str, list[int]]
-    data_sets: dict[str, str]
 
     def __len__(self) -> int:
         return len(self.by_name)
@@ -156,7 +154,7 @@ def load_tasks(names: Sequence[str], limit: int | None = None, used_text: Iterab
         AdaPrunerError: a task is not known, or its data cannot be read.
     """
     used = frozenset(used_text)
-    built, items, data_sets = {}, {}, {}
+    built, items = {}, {}
     for name in check_tasks(names):
         try:
             with _contained():
@@ -169,10 +167,9 @@ def load_tasks(names: Sequence[str], limit: int | None = None, used_text: Iterab
                 if getattr(task, sign, False):
                     raise AdaPrunerError(f"task {task_name!r} {why}")
             items[task_name] = _chosen(task.eval_docs, limit, used)
-            data_sets[task_name] = _data_set(task)
             if not items[task_name]:
                 raise AdaPrunerError(f"every item of task {task_name!r} holds text that the model is calibrated on")
-    return Tasks(built, items, data_sets)
+    return Tasks(built, items)
 
 
 def measure_tasks(
@@ -234,15 +231,15 @@ def _score(name: str, outcome: Any, tasks: Tasks, model: PreTrainedModel) -> Tas
             into = standard_errors if metric.endswith("_stderr") else metrics
             into[metric.removesuffix("_stderr") + (f" ({kind})" if kind != "none" else "")] = float(value)
     members = _members(name, outcome)
-    first = outcome["configs"][members[0]]
+    configs = [outcome["configs"][member] for member in members]
     return TaskScore(
         task=name,
         metrics=metrics,
         standard_errors=standard_errors,
         items=sum(len(tasks.items[task]) for task in members),
         items_in_all=sum(outcome["n-samples"][task]["original"] for task in members),
-        data_set=", ".join(dict.fromkeys(tasks.data_sets[task] for task in members)),
-        split=str(first.get("test_split") or first.get("validation_split")),
+        data_set=", ".join(dict.fromkeys(map(_data_set, configs))),
+        split=str(configs[0].get("test_split") or configs[0].get("validation_split")),
         version=str(outcome["versions"].get(name)),
         shots=int(outcome["n-shot"][members[0]]),
         dtype=str(model.dtype).removeprefix("torch."),
@@ -306,13 +303,13 @@ def _load(name: str) -> Any:
         return manager.load(str(file))
 
 
-def _data_set(task: Any) -> str:
-    """The name of a dataset on the Hub, or the path of a local copy without the folder that it is in."""
-    files = (task.config.dataset_kwargs or {}).get("data_files")
-    if isinstance(files, dict) and task.config.task in _local_tasks():
+def _data_set(config: dict[str, Any]) -> str:
+    """The name of the dataset of a task on the Hub, or the path of a local copy without the folder that it is in."""
+    files = (config.get("dataset_kwargs") or {}).get("data_files")
+    if isinstance(files, dict) and config["task"] in _local_tasks():
         file = str(next(iter(files.values())))
-        return next((data for data in _local_tasks()[task.config.task]["local"] if data in file), file)
-    return " ".join(str(name) for name in (task.config.dataset_path, task.config.dataset_name) if name)
+        return next((data for data in _local_tasks()[config["task"]]["local"] if data in file), file)
+    return " ".join(str(config[name]) for name in ("dataset_path", "dataset_name") if config.get(name))
 
 
 def _chosen(items: Any, limit: int | None, used: frozenset[str]) -> list[int]:
