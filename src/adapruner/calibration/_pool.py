@@ -151,14 +151,14 @@ def _start_of_text(tokenizer: Tokenizer, seq_len: int) -> list[int]:
         AdaPrunerError: windows of `seq_len` tokens have no room for others.
     """
     text = "a"
-    whole = tokenizer(text).input_ids
+    tokens = tokenizer(text).input_ids
     bare = tokenizer(text, add_special_tokens=False).input_ids
-    length = next((first for first in range(len(whole)) if whole[first : first + len(bare)] == bare), 0)
+    length = next((first for first in range(len(tokens)) if tokens[first : first + len(bare)] == bare), 0)
     if seq_len <= length:
         raise AdaPrunerError(
             f"`seq_len` {seq_len} leaves no room for text: every window begins with {length} special tokens"
         )
-    return list(whole[:length])
+    return list(tokens[:length])
 
 
 def _behind(start: list[int], windows: Tensor) -> Tensor:

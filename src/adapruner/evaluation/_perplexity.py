@@ -60,7 +60,7 @@ class Perplexity(BaseModel):
     @computed_field
     @property
     def predicted_tokens(self) -> int:
-        """How many tokens the mean is over."""
+        """The number of tokens that the mean is over."""
         most = self.seq_len - max(1, self.special_tokens)
         return most + (self.windows - 1) * min(self.stride, most)
 

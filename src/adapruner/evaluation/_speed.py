@@ -119,11 +119,11 @@ def count_macs(model: PreTrainedModel, prompt: int) -> tuple[int, int]:
     tokens = torch.zeros(1, prompt, dtype=torch.long, device="meta")
     cache = new_cache(empty)
     with torch.no_grad():
-        with FlopCounterMode(display=False) as of_prompt:
+        with FlopCounterMode(display=False) as prompt_counter:
             empty(tokens, use_cache=True, logits_to_keep=1, **cache)
-        with FlopCounterMode(display=False) as of_next:
+        with FlopCounterMode(display=False) as next_counter:
             empty(tokens[:, :1], use_cache=True, **cache)
-    return of_prompt.get_total_flops() // 2 // prompt, of_next.get_total_flops() // 2
+    return prompt_counter.get_total_flops() // 2 // prompt, next_counter.get_total_flops() // 2
 
 
 def _speed(

@@ -320,7 +320,7 @@ def _chosen(items: Any, limit: int | None, used: frozenset[str]) -> list[int]:
 
 
 def _holds(item: dict[str, Any], used: frozenset[str]) -> bool:
-    """Whether a field is one of the texts, as it is or after a title."""
+    """True if a field is one of the texts, as it is or after a title."""
     texts = [value for value in item.values() if isinstance(value, str)]
     return any(text in used or text.partition(" -- ")[2] in used for text in texts)
 
