@@ -69,16 +69,17 @@ def test_files_of_every_kind_give_the_same_documents(tmp_path: Path) -> None:
 
 
 @given(text=st.text(st.sampled_from("\n\n\n\n a\x0c\u2028")), lines=st.sampled_from(["keep", "strip", "paragraphs"]))
-def test_plain_text_gives_the_documents_that_its_lines_say(tmp_path: Path, text: str, lines: Any) -> None:
+def test_plain_text_gives_the_documents_that_its_lines_say(
+    tmp_path_factory: pytest.TempPathFactory, text: str, lines: Any
+) -> None:
     paragraphs = [paragraph for paragraph in text.split("\n\n") if paragraph.strip()]
     expected = {
         "keep": [line if line.strip() else "" for line in text.splitlines(keepends=True)],
         "strip": [line.strip() for line in text.splitlines()],
         "paragraphs": paragraphs if len(paragraphs) > 1 else text.splitlines(),
     }[lines]
-    # In files of different names, whose changes need not be seen.
-    source = dataclasses.replace(source_of(tmp_path, f"\ufeff{text}", f"{hash(text)}.txt"), lines=lines)
-    assert [row["text"] for row in read_records(source)] == expected
+    source = source_of(tmp_path_factory.mktemp("text"), f"\ufeff{text}")
+    assert [row["text"] for row in read_records(dataclasses.replace(source, lines=lines))] == expected
 
 
 def test_columns_are_named_usual_or_the_only_one(tmp_path: Path) -> None:
