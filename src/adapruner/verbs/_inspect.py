@@ -1,4 +1,4 @@
-"""What of a model can be pruned, from its config alone."""
+"""The prunable parts and the family of a model, from its config alone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def inspect(
     model: ModelGiven, head_granularity: HeadGranularity = "kv-group", expert_granularity: ExpertGranularity = "expert"
 ) -> Structure:
-    """What of a model can be pruned, from its config alone.
+    """The prunable parts of a model, from its config alone.
 
     Args:
         model: as for `load`, or a model in memory.
@@ -38,7 +38,7 @@ def inspect(
 
 
 def describe(model: str | Path) -> Architecture:
-    """How the family of a model is built, from its config alone: as a file says, or as it was inferred and proven.
+    """The family of a model, from its config alone: as a file describes it, or as it was inferred and proven.
 
     Raises:
         AdaPrunerError: there is no such model, or its family cannot be pruned.

@@ -15,13 +15,7 @@ from adapruner.config import Dtype
 from adapruner.errors import AdaPrunerError
 from adapruner.evaluation import Speed, measure_speed
 from adapruner.files import write_atomically
-from adapruner.models import (
-    check_length,
-    empty_model,
-    find_model,
-    load_model,
-    resolve_device,
-)
+from adapruner.models import check_length, empty_model, find_model, load_model, resolve_device
 from adapruner.paths import output_path
 from adapruner.progress import Reporter
 from adapruner.run.given import ModelGiven
@@ -88,9 +82,9 @@ def benchmark(
     resolve_device(device)
     given = {"against": against, "model": model}
     sources = {
-        str(one) if isinstance(one, str | Path) else role: ModelSource.of(one, dtype, device)
-        for role, one in given.items()
-        if one is not None
+        str(candidate) if isinstance(candidate, str | Path) else role: ModelSource.of(candidate, dtype, device)
+        for role, candidate in given.items()
+        if candidate is not None
     }
     for source in sources.values():
         check_length(empty_model(source.config).config, prompt + new_tokens)
