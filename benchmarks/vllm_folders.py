@@ -38,8 +38,8 @@ RESULT = "result: "
 def write(folder: Path) -> None:
     from transformers import CONFIG_MAPPING
 
-    from adapruner.conformance import prove
-    from adapruner.models import infer_architecture, random_model, using_architecture
+    from adapruner.families import infer_architecture, prove, random_model
+    from adapruner.models import using_architecture
     from adapruner.planning import make_plan
     from adapruner.structure import build_structure
     from adapruner.surgery import prune_model

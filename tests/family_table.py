@@ -22,7 +22,8 @@ import torch
 import transformers
 
 from adapruner.cli import main as adapruner
-from adapruner.models import known_architectures, random_model
+from adapruner.families import random_model
+from adapruner.models import known_architectures
 from tiny_families import OTHERS, decoder_families, tiny_config
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "families.md"

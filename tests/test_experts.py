@@ -12,11 +12,11 @@ from transformers import AutoModel, AutoModelForCausalLM, MixtralForCausalLM, Pr
 import adapruner
 from adapruner.checkpoint import save_checkpoint
 from adapruner.config import ExpertGranularity
-from adapruner.conformance import failed_checks
 from adapruner.errors import AdaPrunerError
+from adapruner.families import failed_checks, infer_architecture, random_model
 from adapruner.importance import TERMS, MetricPoint, score_groups
 from adapruner.measurement import InputMoments, Statistics, measure, measure_moments
-from adapruner.models import infer_architecture, known_architectures, random_model, using_architecture
+from adapruner.models import remember_family, using_architecture
 from adapruner.planning import Budget, kept_counts, make_plan
 from adapruner.structure import Structure, build_structure
 from adapruner.surgery import Compensation, pad_to_stock, prune_model
@@ -29,14 +29,14 @@ FAMILIES = ("mixtral", "gpt_oss", "deepseek_v3")
 @pytest.fixture(params=FAMILIES)
 def mixture(request: pytest.FixtureRequest) -> PreTrainedModel:
     config = tiny_config(request.param)
-    known_architectures()[request.param] = infer_architecture(config)
+    remember_family(request.param, infer_architecture(config))
     return random_model(config)
 
 
 @pytest.fixture
 def mixtral() -> PreTrainedModel:
     config = tiny_config("mixtral")
-    known_architectures()["mixtral"] = infer_architecture(config)
+    remember_family("mixtral", infer_architecture(config))
     return random_model(config)
 
 

@@ -12,20 +12,17 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 import adapruner
 from adapruner import families, verbs
 from adapruner.cli import main
-from adapruner.conformance import ConformanceError, failed_checks, prove
 from adapruner.errors import AdaPrunerError
+from adapruner.families import ConformanceError, failed_checks, infer_architecture, prove, random_model
 from adapruner.models import (
     Architecture,
     ProjectionNames,
     _architecture,
-    _loading,
     architecture_of,
     empty_model,
     find_model,
-    infer_architecture,
     known_architectures,
     load_config,
-    random_model,
     register_architectures,
     using_architecture,
 )
@@ -38,8 +35,6 @@ from tiny_families import tiny_config
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache, and a process that has seen no family."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(_architecture, "_described", {})
-    _loading._read_config_once.cache_clear()
     return tmp_path / "cache" / "adapruner" / "families"
 
 
@@ -196,8 +191,7 @@ def test_a_family_without_a_file_is_pruned_from_end_to_end(smollm3: Path, text_f
         elsewhere = AutoModelForCausalLM.from_pretrained(result.model_folder, trust_remote_code=True)
         assert torch.equal(elsewhere(tokens).logits, logits)
     # A process that has not seen the family loads it too.
-    _architecture._described.clear()
-    _loading._read_config_once.cache_clear()
+    _architecture._inferred.clear()
     assert torch.equal(adapruner.load(result.model_folder)(tokens).logits, logits)
 
 

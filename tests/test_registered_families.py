@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from adapruner.checkpoint import save_checkpoint
 from adapruner.errors import AdaPrunerError
-from adapruner.models import find_model, known_architectures, load_model, register_architectures
+from adapruner.families import learn, open_model
+from adapruner.models import _architecture, find_model, known_architectures, load_model, register_architectures
 from adapruner.planning import make_plan
 from adapruner.structure import build_structure
 from adapruner.surgery import prune_model
@@ -95,8 +96,8 @@ def test_families_are_pruned_saved_and_loaded(tokenizer: PreTrainedTokenizerFast
     for folder in folders:
         assert (folder / "again" / "modeling_pruned.py").read_text().count("\nregister_family(") == 1
         # Where the file is not at hand, the same is inferred.
-        known_architectures().pop(folder.name)
-        loaded = load_model(find_model(str((folder / "pruned").rename(folder / "moved"))))
+        _architecture._registered.pop(folder.name)
+        loaded = open_model(find_model(str((folder / "pruned").rename(folder / "moved"))))
         assert torch.equal(loaded(torch.arange(3, 40).view(1, -1)).logits, torch.load(folder / "logits.pt"))
 
 
@@ -106,6 +107,7 @@ def prune_save_and_load(tmp_path: Path, text: str, tokenizer: PreTrainedTokenize
     (tmp_path / "families").mkdir(parents=True)
     (tmp_path / "families" / "own.yaml").write_text(text)
     model = tiny(model_type)
+    learn(model.config)
     inferred = build_structure(model)
     for _ in range(2):
         assert register_architectures(tmp_path / "families") == [model_type]

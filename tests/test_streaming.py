@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from adapruner.checkpoint import save_checkpoint
 from adapruner.errors import AdaPrunerError
 from adapruner.evaluation import _losses, compute_prefix, log_probabilities, losses_by_batch, losses_in_step
+from adapruner.families import random_model
 from adapruner.measurement import measure, measure_moments
 from adapruner.models import (
     check_streamable,
@@ -29,7 +30,6 @@ from adapruner.models import (
     load_config,
     load_model,
     loaded_layer,
-    random_model,
     skipping_layers,
 )
 from adapruner.planning import Budget, kept_counts, make_plan

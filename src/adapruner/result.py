@@ -20,7 +20,8 @@ from adapruner.config import PruneConfig
 from adapruner.costs import TargetOutcome
 from adapruner.evaluation import Breakage, Perplexity, TaskScore, Verdict, judge, mean_accuracies
 from adapruner.graph import RunFolder
-from adapruner.models import find_model, load_model, load_tokenizer
+from adapruner.families import open_model
+from adapruner.models import find_model, load_tokenizer
 from adapruner.planning import PruningPlan
 from adapruner.progress import StageCost
 from adapruner.recovery import RecoveryRecord
@@ -164,7 +165,7 @@ class PruneResult:
     @cached_property
     def model(self) -> PreTrainedModel:
         """The pruned model, the recovered one if it was fine-tuned; loaded when it is first used, and kept."""
-        return load_model(find_model(str(self.model_folder)))
+        return open_model(find_model(str(self.model_folder)))
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

@@ -16,10 +16,10 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrain
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.calibration import fingerprint, parse_source, read_documents
-from adapruner.conformance import failed_checks
+from adapruner.families import failed_checks, random_model, resolve, tiny_config
 from adapruner.importance import TERMS, MetricPoint, score_groups
 from adapruner.measurement import Statistics, measure, measure_moments, removal_errors
-from adapruner.models import Architecture, architecture_of, find_architecture, random_model, tiny_config
+from adapruner.models import Architecture
 from adapruner.planning import make_plan
 from adapruner.search import ItemLosses
 from adapruner.structure import Structure, build_structure
@@ -121,9 +121,7 @@ def check_family(config: PreTrainedConfig | str, architecture: Architecture | No
         architecture: the description; by default the registered or inferred one.
     """
     tiny = tiny_config(AutoConfig.for_model(config) if isinstance(config, str) else config)
-    if architecture is None:
-        find_architecture(tiny)
-        architecture = architecture_of(tiny)
+    architecture = architecture or resolve(tiny)
     failures = failed_checks(random_model(tiny), architecture)
     wrong = {layout: failures[layout] for layout in architecture.layouts if layout in failures}
     assert not wrong, f"{architecture.model_type}: {wrong}"

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, MistralForCausalLM, PreTrainedMod
 
 import adapruner
 from adapruner.checkpoint import save_checkpoint
+from adapruner.families import infer_architecture, random_model
 from adapruner.measurement import measure_moments
-from adapruner.models import infer_architecture, known_architectures, random_model
+from adapruner.models import known_architectures, remember_family
 from adapruner.planning import Budget, kept_counts, make_plan
 from adapruner.structure import build_structure
 from adapruner.surgery import Compensation, prune_model
@@ -102,7 +103,7 @@ def test_layers_of_other_kinds_have_no_place_for_added_biases(
     config = tiny_config(family)
     if family == "qwen3_moe":
         config.mlp_only_layers = [0]
-    known_architectures()[family] = infer_architecture(config)
+    remember_family(family, infer_architecture(config))
     dense = random_model(config)
     structure = build_structure(dense)
     counts = [block.groups - {"heads": 1, "channels": 20, "experts": 0}[block.kind] for block in structure.blocks]

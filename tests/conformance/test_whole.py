@@ -12,10 +12,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 
 from adapruner.checkpoint import save_checkpoint
-from adapruner.conformance import masked, why_not_whole
 from adapruner.evaluation import window_losses
+from adapruner.families import learn, masked, random_model, resolve, tiny_config, why_not_whole
 from adapruner.measurement import measure_moments
-from adapruner.models import Whole, architecture_of, find_architecture, known_architectures, random_model, tiny_config
+from adapruner.models import Whole, known_architectures
 from adapruner.planning import Budget, BudgetError, PruningPlan, kept_counts, make_plan
 from adapruner.search import RemovalOrders, removal_orders
 from adapruner.structure import Structure, build_structure, count_parameters
@@ -93,7 +93,7 @@ def test_a_uniform_model_with_fewer_layers_is_a_stock_model(
 def test_layers_are_named_by_their_new_numbers(model_type: str, fields: dict[str, object], layer: int) -> None:
     """The first layers of these mixtures have no experts."""
     config = tiny_config(AutoConfig.for_model(model_type, **fields))
-    find_architecture(config)
+    learn(config)
     dense, tokens = random_model(config), torch.arange(5, 25)[None]
     structure = build_structure(dense)
     assert structure.removable_layers == [0, 1, 2, 3]
@@ -114,8 +114,7 @@ def test_layers_that_compute_by_their_numbers_stay(make_model: Callable[..., Pre
 def test_layers_are_proven_from_the_first_on() -> None:
     """Jamba's config gives the periods of its kinds of layers, which another number of layers does not keep."""
     config = tiny_config(AutoConfig.for_model("jamba"))
-    find_architecture(config)
-    assert architecture_of(config).whole == ("attention", "feed-forward")
+    assert resolve(config).whole == ("attention", "feed-forward")
 
 
 def test_an_order_ends_where_no_loss_is_finite(

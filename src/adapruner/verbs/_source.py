@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.config import Dtype
 from adapruner.errors import AdaPrunerError
-from adapruner.models import ModelLocation, find_model, load_config, load_model, load_tokenizer
+from adapruner.families import open_config, open_model
+from adapruner.models import ModelLocation, find_model, load_tokenizer
 from adapruner.run.given import ModelGiven, check_model, check_tokenizer
 
 
@@ -45,7 +46,7 @@ class ModelSource:
     @property
     def config(self) -> PreTrainedConfig:
         if self.location:
-            return load_config(self.location)
+            return open_config(self.location)
         assert self.model is not None
         return self.model.config
 
@@ -67,7 +68,7 @@ class ModelSource:
     ) -> Iterator[PreTrainedModel]:
         """The model in evaluation mode; one in memory is then in the mode in which it was."""
         if self.location:
-            yield load_model(self.location, dtype, device, layer_wise)
+            yield open_model(self.location, dtype, device, layer_wise)
             return
         assert self.model is not None
         training = [module for module in self.model.modules() if module.training]

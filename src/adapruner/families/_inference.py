@@ -17,6 +17,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from adapruner.errors import AdaPrunerError, reason
+from adapruner.families._tiny import CHOSEN_GROUPS, EXPERT_GROUPS, TOP_K, parameters_of, tiny_config
+from adapruner.families._tracing import Layer, Writer
 from adapruner.models._architecture import (
     Architecture,
     ConfigFields,
@@ -25,8 +27,6 @@ from adapruner.models._architecture import (
     ProjectionNames,
     RowKind,
 )
-from adapruner.models._tiny import CHOSEN_GROUPS, EXPERT_GROUPS, TOP_K, parameters_of, tiny_config
-from adapruner.models._tracing import Layer, Writer
 
 _HEADS, _KEY_VALUE_HEADS = "num_attention_heads", "num_key_value_heads"
 _MOST_PARAMETERS = 50_000_000

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from adapruner.models._architecture import RowKind
+from adapruner.models import RowKind
 
 _TOKENS = 48
 # Of a row-wise projection with more inputs than this, no groups are looked for: it belongs to no tiny model.

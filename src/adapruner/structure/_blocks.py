@@ -1,17 +1,9 @@
-"""What can be removed from a model: blocks of groups, and the tensor slices that belong to each group.
-
-A *group* is the smallest thing that can be removed: a KV group (a key/value head with its query heads), a query head, a
-feed-forward channel, or an expert. A *block* is all groups of one kind in one layer. A *vector* is one row or column of
-a weight matrix that is removed with a group, or one expert in a stack of matrices. An *input* is one input of a
-row-wise projection (attention output, feed-forward down): one number per token that is removed with a group. Groups,
-vectors and inputs are numbered through over the whole model in the order of `Structure.blocks`, so that statistics and
-scores are flat tensors.
-"""
+"""Tensor slices, blocks of groups, and the structure of a model."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
@@ -20,11 +12,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from adapruner.config import ExpertGranularity, HeadGranularity
-from adapruner.errors import AdaPrunerError
-from adapruner.models import Architecture, ProjectionNames, RowKind, Whole, architecture_of
+from adapruner.config import HeadGranularity
+from adapruner.models import Architecture, Whole
 
 Kind = Literal["heads", "channels", "experts"]
 
@@ -176,13 +166,14 @@ class Structure:
     """All prunable blocks of a model, layer by layer, and its size.
 
     Attributes:
+        architecture: that of the family of the model.
         total_parameters: all parameters of the model, tied ones counted once.
         embedding_parameters: of these, those of the embedding and the output layer.
         layer_parameters: of these, those of each layer.
         whole: what of a layer can be removed whole.
     """
 
-    model_type: str
+    architecture: Architecture
     layers: int
     head_granularity: HeadGranularity
     total_parameters: int
@@ -190,6 +181,10 @@ class Structure:
     blocks: tuple[Block, ...]
     layer_parameters: tuple[int, ...]
     whole: frozenset[Whole]
+
+    @property
+    def model_type(self) -> str:
+        return self.architecture.model_type
 
     @property
     def whole_mixers(self) -> list[int]:
@@ -325,253 +320,6 @@ def show_layers(layers: Iterable[int]) -> str:
     return ", ".join("–".join(map(str, sorted({stretch[0], stretch[-1]}))) for stretch in stretches)
 
 
-def build_structure(
-    model: PreTrainedModel, head_granularity: HeadGranularity = "kv-group", experts: ExpertGranularity = "expert"
-) -> Structure:
-    """Reads the blocks of a model off its config and shapes; a model on the meta device is enough.
-
-    Args:
-        head_granularity: under grouped-query attention, whether whole KV groups go or the same number of query heads
-            of every KV group. With one query head per KV head there is nothing finer than `kv-group`.
-        experts: whether experts go as a whole, or the same number of channels of each.
-
-    Raises:
-        AdaPrunerError: the family is not known, the model does not look as its architecture says, query heads are
-            requested where each KV head has only one, or channels of experts where none can be cut.
-    """
-    architecture = architecture_of(model.config)
-    layers: Any = model.get_submodule(architecture.layers)
-    blocks: list[Block] = []
-    for layer in range(model.config.num_hidden_layers):
-        blocks += _head_blocks(model, architecture, layer, head_granularity)
-        blocks += _channel_blocks(model, architecture, layer)
-        make = _expert_blocks if experts == "expert" else _expert_channel_blocks
-        blocks += make(model, architecture, layer)
-    return Structure(
-        model_type=model.config.model_type,
-        layers=model.config.num_hidden_layers,
-        head_granularity=head_granularity,
-        total_parameters=count_parameters(model),
-        embedding_parameters=_embedding_parameters(model),
-        blocks=tuple(blocks),
-        layer_parameters=tuple(count_parameters(layer) for layer in layers),
-        whole=architecture.removable_whole(model.config),
-    )
-
-
 def count_parameters(model: nn.Module) -> int:
     """All parameters of a model, tied ones counted once."""
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _embedding_parameters(model: PreTrainedModel) -> int:
-    """Those of the embedding and the output layer, tied ones counted once."""
-    both = [model.get_input_embeddings(), model.get_output_embeddings()]
-    return count_parameters(nn.ModuleList(module for module in both if module is not None))
-
-
-def _head_blocks(
-    model: PreTrainedModel, architecture: Architecture, layer: int, granularity: HeadGranularity
-) -> list[Block]:
-    names, fields = architecture.attention, architecture.config_fields
-    layer_path = f"{architecture.layers}.{layer}"
-    if names is None or not _has(model, f"{layer_path}.{names.output}"):
-        return []
-    config = model.config.per_layer_config[layer]
-    heads = getattr(config, fields.heads)
-    key_value_heads = getattr(config, fields.key_value_heads or fields.heads)
-    by_query_head = granularity == "query-head"
-    if by_query_head and (
-        heads == key_value_heads or any("query-key-value" in kinds for kinds in names.inputs.values())
-    ):
-        raise AdaPrunerError(
-            f"layer {layer} has {heads} query heads for {key_value_heads} key/value heads"
-            f"{', in one matrix' if heads > key_value_heads else ''}: there are no single query heads to remove, use"
-            " `head_granularity` kv-group"
-        )
-    counts = {fields.heads: 1 if by_query_head else heads // key_value_heads}
-    if fields.key_value_heads and not by_query_head:
-        counts[fields.key_value_heads] = 1
-    groups = heads if by_query_head else key_value_heads
-    rows: dict[RowKind, int] = {"query": heads, "key": key_value_heads, "value": key_value_heads}
-    rows["query-key-value"] = key_value_heads
-    return [
-        Block(
-            layer=layer,
-            kind="heads",
-            groups=groups,
-            slices=_slices(
-                model,
-                layer_path,
-                names,
-                rows,
-                groups,
-                {"key", "value"} if by_query_head else set(),
-                architecture.head_dim(config),
-            ),
-            config_counts=counts,
-            strata=key_value_heads if by_query_head else 1,
-            is_normalized=names.normalized,
-        ).with_rest(model, f"{layer_path}.{names.module}")
-    ]
-
-
-def _channel_blocks(model: PreTrainedModel, architecture: Architecture, layer: int) -> list[Block]:
-    names, layer_path = architecture.feed_forward, f"{architecture.layers}.{layer}"
-    if names is None or not _has(model, f"{layer_path}.{names.output}"):
-        return []
-    channels = _shape(model.get_submodule(f"{layer_path}.{names.output}"))[1]
-    return [
-        Block(
-            layer=layer,
-            kind="channels",
-            groups=channels,
-            slices=_slices(model, layer_path, names, {"channels": channels}, channels),
-            config_counts={architecture.config_fields.channels: 1},
-            is_normalized=names.normalized,
-        ).with_rest(model, f"{layer_path}.{names.module}" if names.module else None)
-    ]
-
-
-def _expert_blocks(model: PreTrainedModel, architecture: Architecture, layer: int) -> list[Block]:
-    names, layer_path = architecture.experts, f"{architecture.layers}.{layer}"
-    if names is None:
-        return []
-    slices = []
-    for path, axis in names.tensors.items():
-        tensor = _tensor(model, f"{layer_path}.{path}")
-        if tensor is not None:
-            # Buffers are cut with the parameters, and are none.
-            elements = tensor.numel() // tensor.shape[axis] if isinstance(tensor, nn.Parameter) else 0
-            slices.append(TensorSlice(f"{layer_path}.{path}", axis, 1, elements, is_matrix=tensor.dim() == 3))
-    if not any(part.is_matrix for part in slices):
-        return []
-    config = model.config.per_layer_config[layer]
-    experts, top_k = getattr(config, names.count), getattr(config, names.top_k or "", None) or 0
-    groups = getattr(config, names.groups or "", None) or 1
-    # A router that chooses all experts chooses nothing, and groups are compared by their best two.
-    of_group = max(2, math.ceil((top_k + 1) / (getattr(config, names.chosen_groups or "", None) or 1)))
-    return [
-        Block(
-            layer=layer,
-            kind="experts",
-            groups=experts,
-            slices=tuple(slices),
-            config_counts={names.count: 1},
-            strata=groups,
-            least=min(groups * of_group if groups > 1 else top_k + 1, experts),
-        )
-    ]
-
-
-def _expert_channel_blocks(model: PreTrainedModel, architecture: Architecture, layer: int) -> list[Block]:
-    names, layer_path = architecture.experts, f"{architecture.layers}.{layer}"
-    if names is None:
-        return []
-    own = names.channels
-    if own is None:
-        raise AdaPrunerError(
-            f"the channels inside the experts of a {architecture.model_type} cannot be cut: use `expert_granularity`"
-            " expert"
-        )
-    down = _tensor(model, f"{layer_path}.{own.output}")
-    if down is None:
-        return []
-    experts, channels = down.shape[0], down.shape[own.axes[own.output]]
-    slices: list[TensorSlice] = []
-    for path, widths in {**own.inputs, own.output: (1,)}.items():
-        tensor, axis, offset = _tensor(model, f"{layer_path}.{path}"), int(path == own.output), 0
-        if tensor is None:
-            continue
-        elements, is_matrix = tensor[0].numel() // tensor.shape[own.axes[path]], tensor.dim() == 3
-        is_transposed = is_matrix and own.axes[path] - 1 != axis
-        for width in widths:
-            name = f"{layer_path}.{path}"
-            slices.append(TensorSlice(name, axis, width, elements, offset, is_matrix, is_transposed, experts))
-            offset += width * channels
-    return [
-        Block(
-            layer=layer,
-            kind="channels",
-            groups=experts * channels,
-            slices=tuple(slices),
-            config_counts={own.count: 1},
-            strata=experts,
-            least=experts,
-        )
-    ]
-
-
-def _slices(
-    model: PreTrainedModel,
-    layer_path: str,
-    names: ProjectionNames,
-    counts: Mapping[RowKind, int],
-    groups: int,
-    kept: Collection[RowKind] = (),
-    width: int = 1,
-) -> tuple[TensorSlice, ...]:
-    """Slices of what computes a block (rows of matrices, biases and norms), and of the columns of what reads it.
-
-    Args:
-        counts: how many there are of each thing that rows of a projection compute, all of it in one parameter.
-        kept: what is not removed with a group.
-        width: rows of each thing where one projection computes several.
-    """
-    slices: list[TensorSlice] = []
-    for path, kinds in names.inputs.items():
-        name = f"{layer_path}.{path}"
-        module = model.get_submodule(name) if _has(model, name) else _tensor(model, name)
-        if module is None:
-            continue
-        outputs, offset = _shape(module)[0], 0
-        sizes = [counts[kind] * width for kind in kinds] if len(kinds) > 1 else [outputs]
-        if sum(sizes) != outputs or any(size % counts[kind] for size, kind in zip(sizes, kinds, strict=True)):
-            raise AdaPrunerError(
-                f"{name} has {outputs} outputs where the config says {' + '.join(map(str, sizes))}, for"
-                f" {', '.join(f'{counts[kind]} {kind}' for kind in kinds)}: the model is not built as its model_type"
-                " says"
-            )
-        for kind, size in zip(kinds, sizes, strict=True):
-            if kind not in kept:
-                slices += _slices_of(name, module, 0, size // groups, offset)
-            offset += size
-    reader = f"{layer_path}.{names.output}"
-    module = model.get_submodule(reader)
-    return *slices, *_slices_of(reader, module, 1, _shape(module)[1] // groups, 0)
-
-
-def _slices_of(path: str, module: Any, axis: int, width: int, offset: int) -> list[TensorSlice]:
-    """Of the weight of a projection, or of a norm over all its outputs; with the rows, of the bias, where there is
-    one. Of a parameter, itself."""
-    shape = _shape(module)
-    elements, is_matrix = math.prod(shape) // shape[axis], len(shape) > 1
-    if isinstance(module, Tensor):
-        return [TensorSlice(path, axis, width, elements, offset, is_matrix=False)]
-    is_transposed = isinstance(module, Conv1D)
-    slices = [TensorSlice(f"{path}.weight", axis, width, elements, offset, is_matrix, is_transposed)]
-    if axis == 0 and getattr(module, "bias", None) is not None:
-        slices.append(TensorSlice(f"{path}.bias", 0, width, 1, offset, is_matrix=False))
-    return slices
-
-
-def _shape(module: Any) -> tuple[int, ...]:
-    """Of its weight: outputs and inputs of a projection, all that a norm scales."""
-    shape = tuple(module.shape if isinstance(module, Tensor) else module.weight.shape)
-    return shape[::-1] if isinstance(module, Conv1D) else shape
-
-
-def _has(model: PreTrainedModel, path: str) -> bool:
-    """Whether a model has such a module."""
-    try:
-        model.get_submodule(path)
-    except AttributeError:
-        return False
-    return True
-
-
-def _tensor(model: PreTrainedModel, name: str) -> Tensor | None:
-    """A parameter or buffer of a model."""
-    path, _, own = name.rpartition(".")
-    tensor = getattr(model.get_submodule(path), own, None) if _has(model, path) else None
-    return tensor if isinstance(tensor, Tensor) else None

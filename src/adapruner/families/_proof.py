@@ -17,6 +17,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from adapruner.config import ExpertGranularity, Layout
 from adapruner.errors import AdaPrunerError, reason
+from adapruner.families._inference import random_model
+from adapruner.families._tiny import tiny_config
 from adapruner.models import (
     Architecture,
     ModelLocation,
@@ -25,9 +27,7 @@ from adapruner.models import (
     enter_layers,
     load_model,
     quiet_transformers,
-    random_model,
     skipping_layers,
-    tiny_config,
     using_architecture,
 )
 from adapruner.planning import PruningPlan, make_plan
