@@ -20,7 +20,7 @@ from cyclopts import run as run_benchmark
 from torch import Tensor
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
-from adapruner.families import infer_architecture
+from adapruner.families.inference import infer_architecture
 from adapruner.importance import MetricPoint, score_groups
 from adapruner.measurement import Statistics, measure, measure_moments
 from adapruner.models import using_architecture

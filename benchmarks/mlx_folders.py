@@ -22,7 +22,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from adapruner.checkpoint import save_checkpoint
-from adapruner.families import describe, random_model
+from adapruner.families import describe
+from adapruner.families.tiny import random_model
 from adapruner.models import known_architectures, using_architecture
 from adapruner.planning import make_plan
 from adapruner.structure import build_structure

@@ -38,7 +38,9 @@ RESULT = "result: "
 def write(folder: Path) -> None:
     from transformers import CONFIG_MAPPING
 
-    from adapruner.families import infer_architecture, prove, random_model
+    from adapruner.families.inference import infer_architecture
+    from adapruner.families.proof import prove
+    from adapruner.families.tiny import random_model
     from adapruner.models import using_architecture
     from adapruner.planning import make_plan
     from adapruner.structure import build_structure

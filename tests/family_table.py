@@ -22,7 +22,7 @@ import torch
 import transformers
 
 from adapruner.cli import main as adapruner
-from adapruner.families import random_model
+from adapruner.families.tiny import random_model
 from adapruner.models import known_architectures
 from tiny_families import OTHERS, decoder_families, tiny_config
 

@@ -28,7 +28,7 @@ import adapruner
 from adapruner import verbs
 from adapruner.checkpoint import read_origin, save_checkpoint
 from adapruner.errors import AdaPrunerError
-from adapruner.families import random_model
+from adapruner.families.tiny import random_model
 from adapruner.models import find_model, in_fastest_dtype, modeling_pruned
 from adapruner.planning import make_plan
 from adapruner.structure import build_structure

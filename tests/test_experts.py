@@ -13,7 +13,9 @@ import adapruner
 from adapruner.checkpoint import save_checkpoint
 from adapruner.config import ExpertGranularity
 from adapruner.errors import AdaPrunerError
-from adapruner.families import failed_checks, infer_architecture, random_model
+from adapruner.families.inference import infer_architecture
+from adapruner.families.proof import failed_checks
+from adapruner.families.tiny import random_model
 from adapruner.importance import TERMS, MetricPoint, score_groups
 from adapruner.measurement import InputMoments, Statistics, measure, measure_moments
 from adapruner.models import remember_family, using_architecture

@@ -13,7 +13,9 @@ import adapruner
 from adapruner import families, verbs
 from adapruner.cli import main
 from adapruner.errors import AdaPrunerError
-from adapruner.families import ConformanceError, failed_checks, infer_architecture, prove, random_model
+from adapruner.families.inference import infer_architecture
+from adapruner.families.proof import ConformanceError, failed_checks, prove
+from adapruner.families.tiny import random_model
 from adapruner.models import (
     Architecture,
     ProjectionNames,

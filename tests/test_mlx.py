@@ -13,7 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from adapruner.checkpoint import save_checkpoint
-from adapruner.families import learn, random_model
+from adapruner.families import learn
+from adapruner.families.tiny import random_model
 from adapruner.measurement import measure_moments
 from adapruner.planning import make_plan
 from adapruner.structure import build_structure

@@ -13,7 +13,7 @@ from rich.console import Console
 from transformers import LlamaConfig, PreTrainedModel, Qwen3MoeConfig
 
 from adapruner.errors import AdaPrunerError
-from adapruner.families import infer_architecture
+from adapruner.families.inference import infer_architecture
 from adapruner.models import empty_model, remember_family
 from adapruner.planning import Budget, BudgetError, PruningPlan, kept_counts, make_plan
 from adapruner.structure import Structure, build_structure

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from adapruner.checkpoint import save_checkpoint
 from adapruner.errors import AdaPrunerError
 from adapruner.evaluation import _losses, compute_prefix, log_probabilities, losses_by_batch, losses_in_step
-from adapruner.families import random_model
+from adapruner.families.tiny import random_model
 from adapruner.measurement import measure, measure_moments
 from adapruner.models import (
     check_streamable,

@@ -16,7 +16,9 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrain
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.calibration import fingerprint, parse_source, read_documents
-from adapruner.families import failed_checks, random_model, resolve, tiny_config
+from adapruner.families import resolve
+from adapruner.families.proof import failed_checks
+from adapruner.families.tiny import random_model, tiny_config
 from adapruner.importance import TERMS, MetricPoint, score_groups
 from adapruner.measurement import Statistics, measure, measure_moments, removal_errors
 from adapruner.models import Architecture

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, MistralForCausalLM, PreTrainedMod
 
 import adapruner
 from adapruner.checkpoint import save_checkpoint
-from adapruner.families import infer_architecture, random_model
+from adapruner.families.inference import infer_architecture
+from adapruner.families.tiny import random_model
 from adapruner.measurement import measure_moments
 from adapruner.models import known_architectures, remember_family
 from adapruner.planning import Budget, kept_counts, make_plan

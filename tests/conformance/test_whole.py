@@ -13,7 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 
 from adapruner.checkpoint import save_checkpoint
 from adapruner.evaluation import window_losses
-from adapruner.families import learn, masked, random_model, resolve, tiny_config, why_not_whole
+from adapruner.families import learn, resolve
+from adapruner.families.proof import masked, why_not_whole
+from adapruner.families.tiny import random_model, tiny_config
 from adapruner.measurement import measure_moments
 from adapruner.models import Whole, known_architectures
 from adapruner.planning import Budget, BudgetError, PruningPlan, kept_counts, make_plan

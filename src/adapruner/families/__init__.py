@@ -17,9 +17,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from adapruner.errors import AdaPrunerError, reason
-from adapruner.families._inference import InferenceError, infer_architecture, random_model
-from adapruner.families._proof import ConformanceError, failed_checks, masked, prove, why_not_whole
-from adapruner.families._tiny import tiny_config
+from adapruner.families.inference import infer_architecture
+from adapruner.families.proof import prove
+from adapruner.families.tiny import tiny_config
 from adapruner.files import write_atomically
 from adapruner.models import (
     Architecture,
@@ -34,23 +34,6 @@ from adapruner.models import (
     stock_config,
 )
 from adapruner.progress import Reporter
-
-__all__ = [
-    "ConformanceError",
-    "InferenceError",
-    "describe",
-    "failed_checks",
-    "infer_architecture",
-    "learn",
-    "masked",
-    "open_config",
-    "open_model",
-    "prove",
-    "random_model",
-    "resolve",
-    "tiny_config",
-    "why_not_whole",
-]
 
 # Changes when families are inferred or proven in another way.
 _FORMAT = 4

@@ -17,8 +17,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from adapruner.config import ExpertGranularity, Layout
 from adapruner.errors import AdaPrunerError, reason
-from adapruner.families._inference import random_model
-from adapruner.families._tiny import tiny_config
+from adapruner.families.inference import random_model
+from adapruner.families.tiny import tiny_config
 from adapruner.models import (
     Architecture,
     ModelLocation,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 # What is small enough to be taken as it is.
 _MOST_PARAMETERS, _MOST_LAYERS = 10_000_000, 8
@@ -100,6 +101,20 @@ def tiny_config(config: PreTrainedConfig) -> PreTrainedConfig:
     if heads == key_value_heads and "num_key_value_heads" in fields:
         fields["num_key_value_heads"] = _HEADS
     return type(config)(**fields)
+
+
+def random_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """A model of a config in which every weight matters; float32, always the same."""
+    config = copy.deepcopy(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        for parameter in model.parameters():
+            parameter.data = torch.randn_like(parameter) * 0.1 + (parameter.dim() == 1)
+            parameter.requires_grad_()
+        # So large that the epsilon of norms is nothing beside it.
+        cast(nn.Embedding, model.get_input_embeddings()).weight.data *= 10
+    return model
 
 
 def parameters_of(config: PreTrainedConfig) -> int:

@@ -10,15 +10,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from adapruner.errors import AdaPrunerError, reason
-from adapruner.families._tiny import CHOSEN_GROUPS, EXPERT_GROUPS, TOP_K, parameters_of, tiny_config
-from adapruner.families._tracing import Layer, Writer
+from adapruner.families.tiny import CHOSEN_GROUPS, EXPERT_GROUPS, TOP_K, parameters_of, random_model, tiny_config
+from adapruner.families.tracing import Layer, Writer
 from adapruner.models._architecture import (
     Architecture,
     ConfigFields,
@@ -68,20 +68,6 @@ def infer_architecture(config: PreTrainedConfig) -> Architecture:
             f"a small {config.model_type} cannot be run to find out how it is built: {reason(error)}"
         ) from error
     return _described(model, _Counting(tiny, path), path, seen)
-
-
-def random_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """A model of a config in which every weight matters; float32, always the same."""
-    config = copy.deepcopy(config)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-        for parameter in model.parameters():
-            parameter.data = torch.randn_like(parameter) * 0.1 + (parameter.dim() == 1)
-            parameter.requires_grad_()
-        # So large that the epsilon of norms is nothing beside it.
-        cast(nn.Embedding, model.get_input_embeddings()).weight.data *= 10
-    return model
 
 
 def _layer_list(model: PreTrainedModel) -> tuple[str, list[nn.Module]]:
