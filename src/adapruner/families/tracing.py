@@ -218,18 +218,9 @@ class Layer:
         """For each parameter of which no input of a writer depends on every row, [inputs, rows] bool: on which ones."""
         read = self._read[writer.path]
         mix = torch.randn(read.shape[:-1], generator=torch.Generator().manual_seed(2))
-        rows: dict[str, list[Tensor]] = {}
-        for one in range(writer.inputs):
-            gradients = torch.autograd.grad(
-                (read[..., one] * mix).sum(), list(self.parameters.values()), retain_graph=True, allow_unused=True
-            )
-            for (name, parameter), gradient in zip(self.parameters.items(), gradients, strict=True):
-                axis = self._axis(name)
-                other = [each for each in range(parameter.dim()) if each != axis]
-                is_touched = torch.zeros_like(parameter, dtype=torch.bool) if gradient is None else gradient != 0
-                rows.setdefault(name, []).append(is_touched.amax(other) if other else is_touched)
-        touched = {name: torch.stack(each) for name, each in rows.items()}
-        return {name: each for name, each in touched.items() if each.any(1).all() and not each.all(1).any()}
+        inputs = ((read[..., number] * mix).sum() for number in range(writer.inputs))
+        touched = _touched(inputs, self.parameters, lambda name, entries: _any_beside(entries, self._axis(name)))
+        return {name: rows for name, rows in touched.items() if rows.any(1).all() and not rows.all(1).any()}
 
     def _axis(self, name: str) -> int:
         """The axis of a parameter along which its outputs lie."""
@@ -306,31 +297,44 @@ def _other_axis(writes: Tensor) -> int | None:
 
 
 def _touched_by_channels(
-    put_out: Callable[[Mapping[str, Tensor]], Tensor], own: Mapping[str, Tensor], name: str, axis: int, expert: int
+    put_out: Callable[[Mapping[str, Tensor]], Tensor], stacks: Mapping[str, Tensor], name: str, axis: int, expert: int
 ) -> dict[str, tuple[int, Tensor]]:
     """For each other stack, the axis along which channels lie, and [channels, rows] bool: on which rows of one expert
     each channel depends. Its output is what remains when the inputs of all other channels are silenced."""
-    others = [other for other in own if other != name]
-    if not others:
-        return {}
-    touched: dict[str, list[Tensor]] = {other: [] for other in others}
-    for channel in range(own[name].shape[axis]):
-        alone = torch.zeros_like(own[name])
-        alone.select(axis, channel).copy_(own[name].detach().select(axis, channel))
-        gradients = torch.autograd.grad(
-            put_out({**own, name: alone}).square().sum(), [own[other] for other in others], allow_unused=True
-        )
-        for other, gradient in zip(others, gradients, strict=True):
-            touched[other].append(torch.zeros_like(own[other][0]) if gradient is None else gradient[expert])
+    others = {other: stack for other, stack in stacks.items() if other != name}
+
+    def alone(channel: int) -> Tensor:
+        silenced = torch.zeros_like(stacks[name])
+        silenced.select(axis, channel).copy_(stacks[name].detach().select(axis, channel))
+        return put_out({**stacks, name: silenced}).square().sum()
+
+    outputs = map(alone, range(stacks[name].shape[axis]) if others else ())
     found = {}
-    for other, each in touched.items():
-        is_touched = torch.stack(each) != 0
-        for stored in range(1, is_touched.dim()):
-            summed = [one for one in range(1, is_touched.dim()) if one != stored]
-            rows = is_touched.amax(summed) if summed else is_touched
+    for other, touched in _touched(outputs, others, lambda _, entries: entries[expert]).items():
+        for stored in range(1, touched.dim()):
+            rows = _any_beside(touched, 0, stored)
             if rows.any(1).all() and (rows.sum(0) == 1).all():
                 found[other] = (stored, rows)
     return found
+
+
+def _touched(
+    outputs: Iterable[Tensor], parameters: Mapping[str, Tensor], reduce: Callable[[str, Tensor], Tensor]
+) -> dict[str, Tensor]:
+    """For each parameter, [outputs, …] bool: which of its entries, reduced, each output depends on."""
+    touched: dict[str, list[Tensor]] = {}
+    for output in outputs:
+        gradients = torch.autograd.grad(output, list(parameters.values()), retain_graph=True, allow_unused=True)
+        for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True):
+            entries = torch.zeros_like(parameter, dtype=torch.bool) if gradient is None else gradient != 0
+            touched.setdefault(name, []).append(reduce(name, entries))
+    return {name: torch.stack(entries) for name, entries in touched.items()}
+
+
+def _any_beside(entries: Tensor, *axes: int) -> Tensor:
+    """Whether any entry is true, along all axes but some."""
+    others = [axis for axis in range(entries.dim()) if axis not in axes]
+    return entries.amax(others) if others else entries
 
 
 def _silenced(output: Any) -> Any:

@@ -11,6 +11,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -150,38 +151,31 @@ def share_out(model: PreTrainedModel, devices: Sequence[torch.device]) -> list[t
 
 def place_layers(model: PreTrainedModel, device: torch.device, of_layers: Sequence[torch.device]) -> None:
     """Moves every decoder layer to a device, and everything else to one. Where they differ, layers and the modules
-    outside of them from then on move what they are called with to where they are."""
+    outside of them from then on move what they are called with to where they are.
+
+    The hooks of `accelerate.dispatch_model` would do the same, but refer to their modules: the weights would stay in
+    memory until cycles are collected, and `to` of a copy would move the model that was copied.
+    """
     layers = decoder_layers(model)
     inside = {module for layer in layers for module in layer.modules()}
     outside = [module for module in model.modules() if module not in inside]
-    for layer, own in zip(layers, of_layers, strict=True):
-        layer.to(own)
+    for layer, place in zip(layers, of_layers, strict=True):
+        layer.to(place)
     for module in outside:
         module._apply(lambda tensor: tensor.to(device), recurse=False)
     if {*of_layers} != {device}:
         holding = (module for module in outside if [*module.parameters(False), *module.buffers(False)])
         for module in (*layers, *holding):
-            module.register_forward_pre_hook(_move_arguments, with_kwargs=True)
+            module.register_forward_pre_hook(_bring_arguments, with_kwargs=True)
+
+
+def _bring_arguments(module: nn.Module, *called: Any) -> Any:
+    """Caches are left alone: what they hold of a layer is where the layer is."""
+    return send_to_device(called, _device_of(module))
 
 
 def _device_of(module: nn.Module) -> torch.device:
     return next(chain(module.parameters(), module.buffers())).device
-
-
-def _move_arguments(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
-    device = _device_of(module)
-    return _moved(arguments, device), _moved(named, device)
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    """With all tensors on a device; caches are left alone, what they hold of a layer is where the layer is."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if type(value) in (tuple, list):
-        return type(value)(_moved(one, device) for one in value)
-    if type(value) is dict:
-        return {name: _moved(one, device) for name, one in value.items()}
-    return value
 
 
 class _Stream:

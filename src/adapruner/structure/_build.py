@@ -22,47 +22,40 @@ def build_structure(
     """Reads the blocks of a model off its config and shapes; a model on the meta device is enough.
 
     Args:
-        head_granularity: under grouped-query attention, whether whole KV groups go or the same number of query heads
-            of every KV group. With one query head per KV head there is nothing finer than `kv-group`.
-        experts: whether experts go as a whole, or the same number of channels of each.
+        head_granularity: under grouped-query attention, whether whole KV groups are removed or the same number of query
+            heads of every KV group. With one query head per KV head there is nothing finer than `kv-group`.
+        experts: whether experts are removed as a whole, or the same number of channels of each.
 
     Raises:
-        AdaPrunerError: the family is not known, the model does not look as its architecture says, query heads are
+        AdaPrunerError: the family is not known, the model is not built as its architecture says, query heads are
             requested where each KV head has only one, or channels of experts where none can be cut.
     """
     architecture = architecture_of(model.config)
-    layers: Any = model.get_submodule(architecture.layers)
-    blocks: list[Block] = []
+    embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
+    blocks: list[Block | None] = []
     for layer in range(model.config.num_hidden_layers):
-        blocks += _head_blocks(model, architecture, layer, head_granularity)
-        blocks += _channel_blocks(model, architecture, layer)
-        make = _expert_blocks if experts == "expert" else _expert_channel_blocks
-        blocks += make(model, architecture, layer)
+        about = model, architecture, layer
+        of_experts = _expert_block(*about) if experts == "expert" else _expert_channel_block(*about)
+        blocks += [_head_block(*about, head_granularity), _channel_block(*about), of_experts]
     return Structure(
         architecture=architecture,
         layers=model.config.num_hidden_layers,
         head_granularity=head_granularity,
         total_parameters=count_parameters(model),
-        embedding_parameters=_embedding_parameters(model),
-        blocks=tuple(blocks),
-        layer_parameters=tuple(count_parameters(layer) for layer in layers),
+        embedding_parameters=count_parameters(nn.ModuleList(module for module in embeddings if module is not None)),
+        blocks=tuple(block for block in blocks if block),
+        layer_parameters=tuple(count_parameters(layer) for layer in _at(model, architecture.layers)),
         whole=architecture.removable_whole(model.config),
     )
 
 
-def _embedding_parameters(model: PreTrainedModel) -> int:
-    """Those of the embedding and the output layer, tied ones counted once."""
-    both = [model.get_input_embeddings(), model.get_output_embeddings()]
-    return count_parameters(nn.ModuleList(module for module in both if module is not None))
-
-
-def _head_blocks(
+def _head_block(
     model: PreTrainedModel, architecture: Architecture, layer: int, granularity: HeadGranularity
-) -> list[Block]:
+) -> Block | None:
     names, fields = architecture.attention, architecture.config_fields
-    layer_path = f"{architecture.layers}.{layer}"
-    if names is None or not _has(model, f"{layer_path}.{names.output}"):
-        return []
+    path = f"{architecture.layers}.{layer}"
+    if names is None or _at(model, f"{path}.{names.output}") is None:
+        return None
     config = model.config.per_layer_config[layer]
     heads = getattr(config, fields.heads)
     key_value_heads = getattr(config, fields.key_value_heads or fields.heads)
@@ -81,111 +74,98 @@ def _head_blocks(
     groups = heads if by_query_head else key_value_heads
     rows: dict[RowKind, int] = {"query": heads, "key": key_value_heads, "value": key_value_heads}
     rows["query-key-value"] = key_value_heads
-    return [
-        Block(
-            layer=layer,
-            kind="heads",
-            groups=groups,
-            slices=_slices(
-                model,
-                layer_path,
-                names,
-                rows,
-                groups,
-                {"key", "value"} if by_query_head else set(),
-                architecture.head_dim(config),
-            ),
-            config_counts=counts,
-            strata=key_value_heads if by_query_head else 1,
-            is_normalized=names.normalized,
-        ).with_rest(model, f"{layer_path}.{names.module}")
-    ]
+    kept: set[RowKind] = {"key", "value"} if by_query_head else set()
+    block = Block(
+        layer=layer,
+        kind="heads",
+        groups=groups,
+        slices=_slices(model, path, names, rows, groups, kept, architecture.head_dim(config)),
+        config_counts=counts,
+        strata=key_value_heads if by_query_head else 1,
+        is_normalized=names.normalized,
+    )
+    return block.with_rest(model, f"{path}.{names.module}")
 
 
-def _channel_blocks(model: PreTrainedModel, architecture: Architecture, layer: int) -> list[Block]:
-    names, layer_path = architecture.feed_forward, f"{architecture.layers}.{layer}"
-    if names is None or not _has(model, f"{layer_path}.{names.output}"):
-        return []
-    channels = _shape(model.get_submodule(f"{layer_path}.{names.output}"))[1]
-    return [
-        Block(
-            layer=layer,
-            kind="channels",
-            groups=channels,
-            slices=_slices(model, layer_path, names, {"channels": channels}, channels),
-            config_counts={architecture.config_fields.channels: 1},
-            is_normalized=names.normalized,
-        ).with_rest(model, f"{layer_path}.{names.module}" if names.module else None)
-    ]
+def _channel_block(model: PreTrainedModel, architecture: Architecture, layer: int) -> Block | None:
+    names, path = architecture.feed_forward, f"{architecture.layers}.{layer}"
+    reader = _at(model, f"{path}.{names.output}") if names else None
+    if names is None or reader is None:
+        return None
+    channels = _shape(reader)[1]
+    block = Block(
+        layer=layer,
+        kind="channels",
+        groups=channels,
+        slices=_slices(model, path, names, {"channels": channels}, channels),
+        config_counts={architecture.config_fields.channels: 1},
+        is_normalized=names.normalized,
+    )
+    return block.with_rest(model, f"{path}.{names.module}" if names.module else None)
 
 
-def _expert_blocks(model: PreTrainedModel, architecture: Architecture, layer: int) -> list[Block]:
+def _expert_block(model: PreTrainedModel, architecture: Architecture, layer: int) -> Block | None:
     names, layer_path = architecture.experts, f"{architecture.layers}.{layer}"
     if names is None:
-        return []
+        return None
     slices = []
     for path, axis in names.tensors.items():
-        tensor = _tensor(model, f"{layer_path}.{path}")
+        tensor = _at(model, f"{layer_path}.{path}")
         if tensor is not None:
             # Buffers are cut with the parameters, and are none.
             elements = tensor.numel() // tensor.shape[axis] if isinstance(tensor, nn.Parameter) else 0
             slices.append(TensorSlice(f"{layer_path}.{path}", axis, 1, elements, is_matrix=tensor.dim() == 3))
     if not any(part.is_matrix for part in slices):
-        return []
+        return None
     config = model.config.per_layer_config[layer]
     experts, top_k = getattr(config, names.count), getattr(config, names.top_k or "", None) or 0
     groups = getattr(config, names.groups or "", None) or 1
     # A router that chooses all experts chooses nothing, and groups are compared by their best two.
     of_group = max(2, math.ceil((top_k + 1) / (getattr(config, names.chosen_groups or "", None) or 1)))
-    return [
-        Block(
-            layer=layer,
-            kind="experts",
-            groups=experts,
-            slices=tuple(slices),
-            config_counts={names.count: 1},
-            strata=groups,
-            least=min(groups * of_group if groups > 1 else top_k + 1, experts),
-        )
-    ]
+    return Block(
+        layer=layer,
+        kind="experts",
+        groups=experts,
+        slices=tuple(slices),
+        config_counts={names.count: 1},
+        strata=groups,
+        least=min(groups * of_group if groups > 1 else top_k + 1, experts),
+    )
 
 
-def _expert_channel_blocks(model: PreTrainedModel, architecture: Architecture, layer: int) -> list[Block]:
-    names, layer_path = architecture.experts, f"{architecture.layers}.{layer}"
+def _expert_channel_block(model: PreTrainedModel, architecture: Architecture, layer: int) -> Block | None:
+    layer_path, names = f"{architecture.layers}.{layer}", architecture.experts and architecture.experts.channels
+    if architecture.experts is None:
+        return None
     if names is None:
-        return []
-    own = names.channels
-    if own is None:
         raise AdaPrunerError(
             f"the channels inside the experts of a {architecture.model_type} cannot be cut: use `expert_granularity`"
             " expert"
         )
-    down = _tensor(model, f"{layer_path}.{own.output}")
+    down = _at(model, f"{layer_path}.{names.output}")
     if down is None:
-        return []
-    experts, channels = down.shape[0], down.shape[own.axes[own.output]]
+        return None
+    experts, channels = down.shape[0], down.shape[names.axes[names.output]]
     slices: list[TensorSlice] = []
-    for path, widths in {**own.inputs, own.output: (1,)}.items():
-        tensor, axis, offset = _tensor(model, f"{layer_path}.{path}"), int(path == own.output), 0
+    for path, widths in {**names.inputs, names.output: (1,)}.items():
+        name, axis, offset = f"{layer_path}.{path}", int(path == names.output), 0
+        tensor = _at(model, name)
         if tensor is None:
             continue
-        elements, is_matrix = tensor[0].numel() // tensor.shape[own.axes[path]], tensor.dim() == 3
-        is_transposed = is_matrix and own.axes[path] - 1 != axis
+        elements, is_matrix = tensor[0].numel() // tensor.shape[names.axes[path]], tensor.dim() == 3
+        is_transposed = is_matrix and names.axes[path] - 1 != axis
         for width in widths:
-            name = f"{layer_path}.{path}"
             slices.append(TensorSlice(name, axis, width, elements, offset, is_matrix, is_transposed, experts))
             offset += width * channels
-    return [
-        Block(
-            layer=layer,
-            kind="channels",
-            groups=experts * channels,
-            slices=tuple(slices),
-            config_counts={own.count: 1},
-            strata=experts,
-            least=experts,
-        )
-    ]
+    return Block(
+        layer=layer,
+        kind="channels",
+        groups=experts * channels,
+        slices=tuple(slices),
+        config_counts={names.count: 1},
+        strata=experts,
+        least=experts,
+    )
 
 
 def _slices(
@@ -207,10 +187,10 @@ def _slices(
     slices: list[TensorSlice] = []
     for path, kinds in names.inputs.items():
         name = f"{layer_path}.{path}"
-        module = model.get_submodule(name) if _has(model, name) else _tensor(model, name)
-        if module is None:
+        computed_by = _at(model, name)
+        if computed_by is None:
             continue
-        outputs, offset = _shape(module)[0], 0
+        outputs, offset = _shape(computed_by)[0], 0
         sizes = [counts[kind] * width for kind in kinds] if len(kinds) > 1 else [outputs]
         if sum(sizes) != outputs or any(size % counts[kind] for size, kind in zip(sizes, kinds, strict=True)):
             raise AdaPrunerError(
@@ -220,11 +200,11 @@ def _slices(
             )
         for kind, size in zip(kinds, sizes, strict=True):
             if kind not in kept:
-                slices += _slices_of(name, module, 0, size // groups, offset)
+                slices += _slices_of(name, computed_by, 0, size // groups, offset)
             offset += size
     reader = f"{layer_path}.{names.output}"
-    module = model.get_submodule(reader)
-    return *slices, *_slices_of(reader, module, 1, _shape(module)[1] // groups, 0)
+    read_by = _at(model, reader)
+    return *slices, *_slices_of(reader, read_by, 1, _shape(read_by)[1] // groups, 0)
 
 
 def _slices_of(path: str, module: Any, axis: int, width: int, offset: int) -> list[TensorSlice]:
@@ -247,17 +227,9 @@ def _shape(module: Any) -> tuple[int, ...]:
     return shape[::-1] if isinstance(module, Conv1D) else shape
 
 
-def _has(model: PreTrainedModel, path: str) -> bool:
-    """Whether a model has such a module."""
-    try:
-        model.get_submodule(path)
-    except AttributeError:
-        return False
-    return True
-
-
-def _tensor(model: PreTrainedModel, name: str) -> Tensor | None:
-    """A parameter or buffer of a model."""
-    path, _, own = name.rpartition(".")
-    tensor = getattr(model.get_submodule(path), own, None) if _has(model, path) else None
-    return tensor if isinstance(tensor, Tensor) else None
+def _at(model: PreTrainedModel, path: str) -> Any:
+    """The module, parameter or buffer at a path; None where a model has none."""
+    found: Any = model
+    for name in path.split("."):
+        found = getattr(found, name, None)
+    return found
