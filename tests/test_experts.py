@@ -23,7 +23,7 @@ from adapruner.planning import Budget, kept_counts, make_plan
 from adapruner.structure import Structure, build_structure
 from adapruner.surgery import Compensation, pad_to_stock, prune_model
 from run_helpers import QUICK
-from tiny_families import tiny_config
+from tiny_families import random_plan, tiny_config
 
 FAMILIES = ("mixtral", "gpt_oss", "deepseek_v3")
 
@@ -159,7 +159,7 @@ def test_channels_of_experts_are_compensated_by_least_squares(mixtral: PreTraine
     measured = dict(measure_moments(mixtral, structure, windows, [number]))[number]
     moments = {number: InputMoments(measured.mean, measured.second, 1e-9)}
     counts = [block.groups - 4 * 30 * (each == number) for each, block in enumerate(structure.blocks)]
-    plan = make_plan(structure, torch.rand(structure.group_offsets[-1]), counts)
+    plan = random_plan(structure, counts)
     pruned = prune_model(mixtral, structure, plan, Compensation("least-squares", moments))
     before, after = (model.model.layers[0].mlp.experts.down_proj.detach().double() for model in (mixtral, pruned))
     channels = before.shape[2]
@@ -175,7 +175,7 @@ def test_channels_of_experts_are_compensated_by_least_squares(mixtral: PreTraine
 def test_experts_with_fewer_channels_in_some_layers_are_padded(mixture: PreTrainedModel, windows: Tensor) -> None:
     structure = build_structure(mixture, experts="channel")
     counts = [block.groups - 4 * 5 * block.layer * bool(block.experts) for block in structure.blocks]
-    plan = make_plan(structure, torch.rand(structure.group_offsets[-1]), counts)
+    plan = random_plan(structure, counts)
     pruned = prune_model(mixture, structure, plan)
     padded = pad_to_stock(pruned)
     assert type(padded) is type(mixture)
@@ -254,7 +254,7 @@ def test_the_decoder_alone_is_loaded_with_its_experts(
     """vLLM loads the class of the decoder, which has to rename the experts of the file as the stock class does."""
     structure = build_structure(mixtral)
     counts = [block.groups - (block.kind == "heads" and block.layer == 0) for block in structure.blocks]
-    pruned = prune_model(mixtral, structure, make_plan(structure, torch.rand(structure.group_offsets[-1]), counts))
+    pruned = prune_model(mixtral, structure, random_plan(structure, counts))
     save_checkpoint(pruned, tokenizer, tmp_path / "model")
     decoder = AutoModel.from_pretrained(tmp_path / "model", trust_remote_code=True)
     with torch.no_grad():

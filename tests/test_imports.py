@@ -1,4 +1,5 @@
-"""No circle of imports and none against the floors of pyproject.toml, imports in functions and by name included."""
+"""No circle of imports and none against the floors of pyproject.toml, imports in functions and by name included; and
+nothing unpickles."""
 
 from __future__ import annotations
 
@@ -116,3 +117,17 @@ def test_a_computed_name_is_refused(tmp_path: Path) -> None:
     (tmp_path / "house.py").write_text("import importlib\nimportlib.import_module(f'{__name__}.roof')")
     with pytest.raises(AssertionError, match="house imports by a name that is computed"):
         imports_of(tmp_path)
+
+
+def test_data_flows_one_way() -> None:
+    """In a process of its own: import-linter sets up the logging of the one it is in."""
+    lint = [sys.executable, "-c", "from importlinter.cli import lint_imports_command; lint_imports_command()"]
+    linted = subprocess.run([*lint, "--no-cache"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert linted.returncode == 0, linted.stdout
+
+
+def test_no_pickle_and_no_remote_code() -> None:
+    forbidden = re.compile(r"import pickle|torch\.load\(|trust_remote_code\s*=\s*True\s*[,)](?!`)")
+    for path in (ROOT / "src").rglob("*.py"):
+        code = re.sub(r'""".*?"""', "", path.read_text(), flags=re.DOTALL)
+        assert not forbidden.search(code), path

@@ -14,9 +14,9 @@ from adapruner.checkpoint import save_checkpoint
 from adapruner.errors import AdaPrunerError
 from adapruner.families import learn, open_model
 from adapruner.models import _architecture, find_model, known_architectures, load_model, register_architectures
-from adapruner.planning import make_plan
 from adapruner.structure import build_structure
 from adapruner.surgery import prune_model
+from tiny_families import random_plan
 
 OLMO = """
 model_type: olmo
@@ -113,8 +113,7 @@ def prune_save_and_load(tmp_path: Path, text: str, tokenizer: PreTrainedTokenize
         assert register_architectures(tmp_path / "families") == [model_type]
     structure = build_structure(model)
     assert [block.groups for block in structure.blocks] == [block.groups for block in inferred.blocks]
-    scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(0))
-    plan = make_plan(structure, scores, [max(1, block.groups - block.layer) for block in structure.blocks])
+    plan = random_plan(structure, [max(1, block.groups - block.layer) for block in structure.blocks])
     pruned = prune_model(model, structure, plan)
     folder, tokens = tmp_path / "pruned", torch.arange(3, 40).view(1, -1)
     save_checkpoint(pruned, tokenizer, folder)
