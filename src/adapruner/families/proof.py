@@ -52,8 +52,7 @@ class ConformanceError(AdaPrunerError):
 
 
 def prove(config: PreTrainedConfig, architecture: Architecture) -> Architecture:
-    """What of an architecture holds on a tiny model of a config: without the kinds of groups, and without the layouts,
-    for which a check fails.
+    """The architecture without the kinds of groups and the layouts for which a check on a tiny model of a config fails.
 
     Args:
         config: of a stock model.
@@ -74,14 +73,14 @@ def prove(config: PreTrainedConfig, architecture: Architecture) -> Architecture:
 
 
 def _proven_parts(model: PreTrainedModel, architecture: Architecture) -> Architecture:
-    """What `prove` gives, with experts as a whole."""
+    """The result of `prove`, with experts as a whole."""
     refusals = dict[str, str]()
     if not failed_checks(model, architecture):
         return architecture
     for kind, part in _PARTS.items():
         if getattr(architecture, part) is None:
             continue
-        others = {each: None for each in _PARTS.values() if each != part}
+        others = {name: None for name in _PARTS.values() if name != part}
         failures = failed_checks(model, architecture.changed(**others))
         if failures and kind == "channels" and not architecture.fixed_channels:
             # Where a class rounds the width that its config says, projections are made as wide as they are.
@@ -220,8 +219,8 @@ def masked(model: PreTrainedModel, structure: Structure, plan: PruningPlan) -> I
         removed[list(kept.kept)] = False
         if block.is_projected:
             weights = block.row_wise.as_projections(model.get_parameter(block.row_wise.parameter).data)
-            for weight, own in zip(weights, removed.view(len(weights), -1), strict=True):
-                weight.unflatten(1, (len(own), -1))[:, own] = 0
+            for weight, groups in zip(weights, removed.view(len(weights), -1), strict=True):
+                weight.unflatten(1, (len(groups), -1))[:, groups] = 0
             _mask_norms(model, block, removed)
             bias = getattr(model.get_submodule(block.row_wise.module), "bias", None)
             if not kept.kept and isinstance(bias, Tensor):
@@ -233,7 +232,7 @@ def masked(model: PreTrainedModel, structure: Structure, plan: PruningPlan) -> I
 
 
 def _put_through(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    """What came into a layer, in place of what it puts out."""
+    """The input of a layer instead of its output."""
     state = args[0] if args else kwargs["hidden_states"]
     return (state, *output[1:]) if isinstance(output, tuple) else state
 

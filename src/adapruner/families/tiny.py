@@ -118,13 +118,13 @@ def random_model(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def parameters_of(config: PreTrainedConfig) -> int:
-    """How many parameters the stock model of a config has."""
+    """Number of parameters of the stock model of a config."""
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
 
 
 def _shrunk_layers(per_layer: Mapping[Any, Mapping[str, Any]], config: PreTrainedConfig) -> dict[int, dict[str, Any]]:
-    """What the layers differ in, of those whose types are sampled."""
+    """The fields in which the sampled layers differ."""
     types: list[Any] = list(getattr(config, "layer_types", None) or [None] * config.num_hidden_layers)
     sampled = [types.index(each) for each in _sampled(types)]
     own = {new: per_layer.get(old) or per_layer.get(str(old)) or {} for new, old in enumerate(sampled)}
@@ -137,7 +137,7 @@ def _shrunk(name: str, value: Any, layers: int) -> Any:
     if name == "attn_layer_indices" and value:
         return [1, 3]
     if isinstance(value, list | tuple) and len(value) == layers:
-        return [_shrunk(name, each, 0) for each in _sampled(list(value))]
+        return [_shrunk(name, entry, 0) for entry in _sampled(list(value))]
     if isinstance(value, Mapping) and name == "rope_parameters":
         if any(isinstance(part, Mapping) for part in value.values()):
             return {key: _shrunk(name, part, layers) for key, part in value.items()}

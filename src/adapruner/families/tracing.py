@@ -1,4 +1,4 @@
-"""What the projections of a decoder layer read, and from which rows of which parameters that is computed.
+"""The inputs of the projections of a decoder layer, and the rows of the parameters from which they are computed.
 
 Found by differentiation on a tiny random model. No names of parameters are looked for.
 """
@@ -66,26 +66,27 @@ class Part:
     query_heads: list[int | None]
 
     def passes(self, count: int) -> list[slice] | None:
-        """Where all groups come by in order, each as wide as the others; None where they come by otherwise."""
+        """The stretches of rows in which all groups follow each other in order, each as wide as the others; None where
+        they are arranged otherwise."""
         runs = [(group, len(list(rows))) for group, rows in groupby(self.groups)]
         if [group for group, _ in runs] != list(range(count)) * (len(runs) // count):
             return None
-        found, start = [], 0
-        for width, own in groupby(runs, key=lambda run: run[1]):
-            for _ in range(len(list(own)) // count):
-                found.append(slice(start, start + width * count))
+        passes, start = [], 0
+        for width, alike in groupby(runs, key=lambda run: run[1]):
+            for _ in range(len(list(alike)) // count):
+                passes.append(slice(start, start + width * count))
                 start += width * count
-        return found if start == len(self.groups) else None
+        return passes if start == len(self.groups) else None
 
-    def kind_of_heads(self, one: slice, count: int) -> RowKind:
-        """What the rows of one pass compute: queries belong to one query head, and each input has its own value."""
-        alone = {head is not None for head in self.query_heads[one]}
+    def kind_of_heads(self, stretch: slice, count: int) -> RowKind:
+        """The kind of the rows of a pass: queries belong to one query head, and each input has its own value."""
+        alone = {head is not None for head in self.query_heads[stretch]}
         if len(alone) > 1:
             return "query-key-value"
         is_query = alone.pop()
-        if is_query and self.query_heads[one] != self.groups[one]:
+        if is_query and self.query_heads[stretch] != self.groups[stretch]:
             return "query"
-        has_own_row = one.stop - one.start > count and int(self.rows[:, one].sum(1).max()) == 1
+        has_own_row = stretch.stop - stretch.start > count and int(self.rows[:, stretch].sum(1).max()) == 1
         return "value" if has_own_row else "query" if is_query else "key"
 
 
@@ -139,10 +140,10 @@ class Layer:
             for name, module in self._projections.items()
         ]
         self._run(hooks)
-        self.writers = {writer.path: writer for writer in self._find_writers()}
+        self.writers = list(self._find_writers())
 
     def returned(self, path: str) -> int:
-        """How many things a module returns; 0 for a single tensor."""
+        """Number of values that a module returns; 0 for a single tensor."""
         seen: list[Any] = []
         self._run([self._layer.get_submodule(path).register_forward_hook(lambda *about: seen.append(about[2]))])
         return len(seen[0]) if seen and isinstance(seen[0], tuple | list) else 0
@@ -160,11 +161,11 @@ class Layer:
         return 0 if isinstance(self._projections[writer.path], Conv1D) else 1
 
     def size(self, inputs: Iterable[str], writer: Writer) -> int:
-        """How many numbers the parameters hold, with those of a writer."""
+        """Numbers in the parameters, with those of a writer."""
         return sum(self.parameters[name].numel() for name in (*inputs, f"{writer.path}.weight"))
 
     def groups(self, writer: Writer, heads: int) -> tuple[int, list[Part]]:
-        """How many groups the inputs of a writer fall into, and what else belongs to them.
+        """Number of groups that the inputs of a writer fall into, and the rows of parameters that belong to them.
 
         Args:
             heads: query heads, whose inputs lie one behind the other; 0 where there are none.
@@ -194,18 +195,18 @@ class Layer:
             return None
         module, given = self._layer.get_submodule(path), list[Any]()
         self._run([module.register_forward_pre_hook(lambda *about: given.extend(about[1:]), with_kwargs=True)])
-        own = {name.rpartition(".")[2]: self.parameters[name] for name in stacks if name.rpartition(".")[0] == path}
-        arguments, named = tree_map(lambda each: each.detach() if isinstance(each, Tensor) else each, given[:2])
+        stored = {name.rpartition(".")[2]: self.parameters[name] for name in stacks if name.rpartition(".")[0] == path}
+        arguments, named = tree_map(lambda value: value.detach() if isinstance(value, Tensor) else value, given[:2])
 
         def put_out(values: Mapping[str, Tensor]) -> Tensor:
             with _Transparent(), torch.enable_grad():
                 return _first(torch.func.functional_call(module, dict(values), arguments, named)).flatten(0, -2)
 
-        for name in own:
-            writes = torch.autograd.grad(put_out(own)[:, 5].sum(), own[name])[0] != 0
+        for name in stored:
+            writes = torch.autograd.grad(put_out(stored)[:, 5].sum(), stored[name])[0] != 0
             expert = int(writes.flatten(1).any(1).nonzero()[0]) if writes.any() else 0
             if writes.dim() == 3 and (axis := _other_axis(writes[expert])) is not None:
-                touched = _touched_by_channels(put_out, own, name, axis, expert)
+                touched = _touched_by_channels(put_out, stored, name, axis, expert)
                 parts = [
                     Part(f"{path}.{other}", rows, [_only(column.nonzero()) for column in rows.T], [])
                     for other, (_, rows) in touched.items()
@@ -242,7 +243,7 @@ class Layer:
                 yield Writer(name, read.shape[-1], plain, not plain and self._is_normalized(name, before, after))
 
     def _is_normalized(self, name: str, before: Tensor, after: Tensor) -> bool:
-        """Whether nothing changes where a writer is twice as loud."""
+        """True if nothing changes where a writer is twice as loud."""
         change = self._alone(name, times=2)[2] - after
         return bool(change.norm() < 0.01 * (after - before).norm())
 
@@ -252,18 +253,18 @@ class Layer:
         noted: dict[str, Tensor] = {}
         # Experts are parameters of three axes, not projections.
         experts = [
-            each
-            for each in self._layer.modules()
-            if any(parameter.dim() == 3 for parameter in each.parameters(recurse=False))
+            module
+            for module in self._layer.modules()
+            if any(parameter.dim() == 3 for parameter in module.parameters(recurse=False))
         ]
-        others = [other for each, other in self._projections.items() if each != name]
+        others = [module for other, module in self._projections.items() if other != name]
 
         def note_written(*about: Any) -> Tensor:
             noted["written"] = about[2] * times
             return noted["written"]
 
         hooks = [
-            *(other.register_forward_hook(lambda *about: _silenced(about[2])) for other in (*others, *experts)),
+            *(module.register_forward_hook(lambda *about: _silenced(about[2])) for module in (*others, *experts)),
             self._projections[name].register_forward_hook(note_written),
             self._layer.register_forward_pre_hook(
                 lambda _, args, given: noted.update(before=(args or list(given.values()))[0]), with_kwargs=True
@@ -332,7 +333,7 @@ def _touched(
 
 
 def _any_beside(entries: Tensor, *axes: int) -> Tensor:
-    """Whether any entry is true, along all axes but some."""
+    """True where any entry is, along all axes but some."""
     others = [axis for axis in range(entries.dim()) if axis not in axes]
     return entries.amax(others) if others else entries
 
@@ -351,23 +352,23 @@ def _outputs(module: Any) -> int:
 
 
 def _components(inputs: int, touched: Iterable[Tensor]) -> tuple[int, Tensor]:
-    """How many groups there are, and the group of each input: inputs that touch a row together are of one group."""
+    """Number of groups, and the group of each input: inputs that touch a row together are of one group."""
     parent = list(range(inputs))
 
-    def root(one: int) -> int:
-        while parent[one] != one:
-            parent[one] = parent[parent[one]]
-            one = parent[one]
-        return one
+    def root(number: int) -> int:
+        while parent[number] != number:
+            parent[number] = parent[parent[number]]
+            number = parent[number]
+        return number
 
     for rows in touched:
         for column in rows.T:
             together = column.nonzero().flatten().tolist()
-            for one in together[1:]:
-                parent[root(one)] = root(together[0])
-    roots = [root(one) for one in range(inputs)]
-    numbers = {one: number for number, one in enumerate(dict.fromkeys(roots))}
-    return len(numbers), torch.tensor([numbers[one] for one in roots])
+            for number in together[1:]:
+                parent[root(number)] = root(together[0])
+    roots = [root(number) for number in range(inputs)]
+    groups = {number: group for group, number in enumerate(dict.fromkeys(roots))}
+    return len(groups), torch.tensor([groups[number] for number in roots])
 
 
 def _only(values: Tensor) -> int | None:

@@ -1,4 +1,4 @@
-"""What must be known of a model family to prune it, read from `architectures/*.yaml`."""
+"""A family of models as data, read from `architectures/*.yaml` or a user's files, and the families known so far."""
 
 from __future__ import annotations
 
@@ -206,13 +206,12 @@ class Architecture(_Data):
         return int(explicit or config.hidden_size // getattr(config, self.config_fields.heads))
 
     def has_plain_residual(self, config: PreTrainedConfig) -> bool:
-        """Whether what a block puts out is added to the hidden state as it is, and nothing else becomes of either."""
+        """True if the output of a block is added to the hidden state as it is, and neither is changed otherwise."""
         return self.plain_residual and not _holds_any(config, self.plain_residual_unless)
 
     def removable_whole(self, config: PreTrainedConfig) -> frozenset[Whole]:
-        """What of a layer of such a model can be removed whole."""
-        whole = frozenset(self.whole)
-        return whole - {"layer"} if _holds_any(config, self.numbers_layers_if) else whole
+        """The parts of a layer of such a model that can be removed whole."""
+        return frozenset(self.whole) - ({"layer"} if _holds_any(config, self.numbers_layers_if) else set())
 
     def channels(self, config: PreTrainedConfig) -> int:
         """Feed-forward width of a layer."""
@@ -344,7 +343,7 @@ def _why_unknown(config: PreTrainedConfig) -> str:
 
 
 def is_pruned(config: PreTrainedConfig) -> bool:
-    """Whether a config says what each layer has less of, in a class that this package made."""
+    """True for the config of a model whose layers differ, of a class that this package made."""
     return hasattr(config, "stock_class")
 
 

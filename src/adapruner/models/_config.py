@@ -98,7 +98,7 @@ def _stock_model(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def _is_of_pruned(fields: dict[str, Any]) -> bool:
-    """Whether a config says what each layer has less of, where a stock config of the family says nothing."""
+    """True if layers differ in a config, of a family whose stock config has no such field."""
     if fields.get("per_layer_config") is None or "auto_map" in fields:
         return fields.get("per_layer_config") is not None
     model_type = fields.get("model_type")

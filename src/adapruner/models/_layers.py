@@ -1,5 +1,5 @@
-"""The decoder layers of a model one at a time: run by themselves, skipped, on several devices, or in memory only while
-they are in use."""
+"""The decoder layers of a model one at a time: run alone, skipped, on several devices, or in memory only while they are
+in use."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ ReadLayer = Callable[[], dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class LayerCall:
-    """What a model calls a layer with beside the hidden state (masks, positions), and what the layer returns beside it,
-    None where that is no tuple; the same for all batches of one shape."""
+    """The arguments of a layer besides the hidden state (masks, positions), and the values that it returns besides it,
+    None where it returns no tuple; the same for all batches of one shape."""
 
     arguments: tuple[Any, ...]
     named: dict[str, Any]
     others: tuple[Any, ...] | None
 
     def output(self, state: Tensor) -> Any:
-        """What the layer returns with another hidden state."""
+        """The return value of the layer with another hidden state."""
         return state if self.others is None else (state, *self.others)
 
     def run(self, layer: nn.Module, state: Tensor) -> Tensor:
-        """[batch, tokens, hidden]: the hidden state behind a layer."""
+        """[batch, tokens, hidden]: the hidden state after a layer."""
         output = layer(state, *self.arguments, **self.named)
         hidden: Tensor = output[0] if isinstance(output, tuple) else output
         return hidden
@@ -58,14 +58,14 @@ def enter_layers(model: PreTrainedModel, batches: Iterable[Tensor]) -> list[tupl
     calls: dict[torch.Size, list[LayerCall]] = {}
     entered = []
     for batch in batches:
-        state, own = _enter(model, batch, calls.get(batch.shape))
-        entered.append((state, calls.setdefault(batch.shape, own)))
+        state, noted = _enter(model, batch, calls.get(batch.shape))
+        entered.append((state, calls.setdefault(batch.shape, noted)))
     return entered
 
 
 def _enter(model: PreTrainedModel, batch: Tensor, known: list[LayerCall] | None) -> tuple[Tensor, list[LayerCall]]:
     layers = decoder_layers(model)
-    own_forward = layers[0].forward
+    first_forward = layers[0].forward
     states: list[Tensor] = []
     calls: list[LayerCall] = []
 
@@ -74,7 +74,7 @@ def _enter(model: PreTrainedModel, batch: Tensor, known: list[LayerCall] | None)
         if known or calls:
             others = (known or calls)[0].others
         else:
-            output = own_forward(state, *arguments, **named)
+            output = first_forward(state, *arguments, **named)
             others = output[1:] if isinstance(output, tuple) else None
         calls.append(LayerCall(arguments, named, others))
         return calls[-1].output(state)
@@ -126,15 +126,15 @@ def _other_forwards(forwards: dict[nn.Module, Callable[..., Any]]) -> Iterator[N
     try:
         yield
     finally:
-        for layer, own in before.items():
-            if own is None:
+        for layer, forward in before.items():
+            if forward is None:
                 del layer.forward
             else:
-                layer.forward = own
+                layer.forward = forward
 
 
 def layer_devices(model: PreTrainedModel) -> list[torch.device]:
-    """Where the decoder layers are."""
+    """The device of every decoder layer."""
     return [_device_of(layer) for layer in decoder_layers(model)]
 
 
@@ -236,7 +236,7 @@ def stream_from_memory(model: PreTrainedModel, device: torch.device) -> None:
     for layer in layers:
         layer.load_state_dict({name: tensor.to("meta") for name, tensor in layer.state_dict().items()}, assign=True)
     move_resident(model, device)
-    stream_layers(model, [_FromMemory(own, device) for own in weights])
+    stream_layers(model, [_FromMemory(of_layer, device) for of_layer in weights])
 
 
 def move_resident(model: PreTrainedModel, device: torch.device) -> None:
@@ -257,9 +257,9 @@ def overwrite_weight(model: PreTrainedModel, name: str, value: Tensor) -> None:
     """Sets a parameter in place, also one of a layer that is streamed from memory."""
     prefix = f"{architecture_of(model.config).layers}."
     if is_streamed(model) and name.startswith(prefix):
-        index, _, own = name.removeprefix(prefix).partition(".")
+        index, _, name_in_layer = name.removeprefix(prefix).partition(".")
         stream: Any = decoder_layers(model)[int(index)].stream
-        stream.read.weights[own].copy_(value)
+        stream.read.weights[name_in_layer].copy_(value)
     else:
         model.get_parameter(name).data.copy_(value)
 
@@ -276,7 +276,7 @@ def whole_state(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def is_streamed(model: PreTrainedModel) -> bool:
-    """Whether layers are in memory only while they are in use."""
+    """True if layers are in memory only while they are in use."""
     # Asked of families too that cannot be pruned.
     return any("stream" in vars(module) for module in model.modules())
 

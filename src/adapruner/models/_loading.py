@@ -125,19 +125,19 @@ def load_model(
 
 
 def _matching_files(location: ModelLocation, config: PreTrainedConfig) -> dict[str, StoredTensor]:
-    """What the files of a model hold, of a family that is known; refuses other weights before memory is taken for
-    those that the config speaks of."""
+    """The tensors in the files of a model of a family that is known; refuses other weights than those of the config
+    before memory is allocated."""
     if not is_streamable(location, config):
         return {}
     with reported_as_unloadable(location):
         stored, model = stored_tensors(location.path, config), empty_model(config)
-        found = differences(model, names_in_files(model, stored), stored)
-    _refuse_other_weights(location, config, found)
+        report = differences(model, names_in_files(model, stored), stored)
+    _refuse_other_weights(location, config, report)
     return stored
 
 
 def is_streamable(location: ModelLocation, config: PreTrainedConfig) -> bool:
-    """Whether the layers of a model can be read one by one: its weights are in safetensors files, as they are, and
+    """True if the layers of a model can be read one by one: its weights are in safetensors files, as they are, and
     under names that are known."""
     is_quantized = getattr(config, "quantization_config", None) is not None
     if location.gguf_file or is_quantized or family_named(config.model_type) is None:

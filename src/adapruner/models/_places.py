@@ -1,5 +1,5 @@
-"""Where a causal language model is (Hub id, local folder, `.gguf` file or the alias `smollm2`), and errors of other
-libraries about it in one line."""
+"""The location of a causal language model (Hub id, local folder, `.gguf` file or the alias `smollm2`), and errors of
+other libraries about it in one line."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from adapruner.paths import given_path
 
 @dataclass(frozen=True)
 class ModelLocation:
-    """Where a model is.
+    """The location of a model.
 
     Attributes:
         path: a hub id, or the absolute path of a folder.
@@ -76,12 +76,11 @@ def find_model(name: str) -> ModelLocation:
 def _similar(path: Path) -> str:
     """The models beside a path with names like it, as a question."""
     try:
-        models = [
-            each.name for each in path.parent.iterdir() if (each / "config.json").is_file() or each.suffix == ".gguf"
-        ]
+        beside = path.parent.iterdir()
+        models = [model.name for model in beside if (model / "config.json").is_file() or model.suffix == ".gguf"]
     except OSError:
         return ""
-    close = [str(path.with_name(each)) for each in difflib.get_close_matches(path.name, models)]
+    close = [str(path.with_name(name)) for name in difflib.get_close_matches(path.name, models)]
     return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
@@ -108,7 +107,7 @@ def reported_as_unloadable(location: ModelLocation, part: str = "") -> Iterator[
 
 @contextlib.contextmanager
 def reported(what: str, hint: str = "") -> Iterator[None]:
-    """What other libraries say of a model that is broken is said in one line."""
+    """Errors of other libraries over a broken model become one line."""
     try:
         yield
     except (AdaPrunerError, MemoryError):
@@ -128,7 +127,7 @@ def quiet_transformers() -> Iterator[None]:
         yield
         return
     enabled, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
-    of_hub = hub_logging.get_verbosity()
+    hub_verbosity = hub_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     hub_logging.set_verbosity(logging.ERROR)
@@ -139,6 +138,6 @@ def quiet_transformers() -> Iterator[None]:
     finally:
         gguf.tqdm = gguf_bar
         transformers_logging.set_verbosity(verbosity)
-        hub_logging.set_verbosity(of_hub)
+        hub_logging.set_verbosity(hub_verbosity)
         if enabled:
             transformers_logging.enable_progress_bar()

@@ -1,4 +1,4 @@
-"""What can be removed from a model: blocks of groups, and the tensor slices that belong to each group.
+"""The removable parts of a model: blocks of groups, and the tensor slices that belong to each group.
 
 A *group* is the smallest thing that can be removed: a KV group (a key/value head with its query heads), a query head, a
 feed-forward channel, or an expert. A *block* is all groups of one kind in one layer. A *vector* is one row or column of

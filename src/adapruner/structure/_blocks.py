@@ -103,16 +103,16 @@ class Block:
 
     @property
     def is_projected(self) -> bool:
-        """Whether projections read the groups; experts as a whole have none."""
+        """True if projections read the groups; experts as a whole have none."""
         return self.kind != "experts"
 
     @property
     def experts(self) -> int:
-        """How many experts have groups of this block, each its own; 0 where the groups are of no expert, or experts."""
+        """Number of experts that each have groups of this block; 0 where groups are of no expert, or are experts."""
         return self.row_wise.experts if self.is_projected else 0
 
     def config_fields(self, kept: int) -> dict[str, int]:
-        """What the config says of the block when so many groups are kept."""
+        """The config fields of the block when so many groups are kept."""
         return {field: amount * kept // (self.experts or 1) for field, amount in self.config_counts.items()}
 
     @property
@@ -123,17 +123,17 @@ class Block:
 
     @property
     def inputs(self) -> int:
-        """How many numbers that projection reads per token; 0 where there is none."""
+        """Numbers that the projection reads per token; 0 where there is none."""
         return self.groups * self.row_wise.width if self.is_projected else 0
 
     @property
     def inputs_of_one(self) -> int:
-        """How many numbers one of the projections reads: all inputs, or those of one expert."""
+        """Numbers that one of the projections reads: all inputs, or those of one expert."""
         return self.inputs // (self.experts or 1)
 
     @property
     def row_wise_path(self) -> str:
-        """Where that projection is in its layer."""
+        """Path of the projection in its layer."""
         return self.row_wise.module.split(f".{self.layer}.", 1)[1]
 
     @property
@@ -193,7 +193,7 @@ class Structure:
 
     @property
     def note(self) -> str:
-        """What a table of the blocks does not show."""
+        """The layers that a table of the blocks does not show; empty where there are none."""
         return note_on_mixers(self.whole_mixers)
 
     @property
@@ -203,7 +203,8 @@ class Structure:
         kinds: dict[int, set[Kind]] = {}
         for block in self.blocks:
             kinds.setdefault(block.layer, set()).add(block.kind)
-        return [layer for layer, own in kinds.items() if "layer" in self.whole and "heads" in own and len(own) > 1]
+        cut_whole = [layer for layer, of_layer in kinds.items() if "heads" in of_layer and len(of_layer) > 1]
+        return cut_whole if "layer" in self.whole else []
 
     def whole_parameters(self, whole: Whole) -> dict[int, int]:
         """By layer, the parameters that are removed with its attention, its feed-forward, or all of it, where it has
@@ -219,8 +220,8 @@ class Structure:
 
     @property
     def parts(self) -> dict[str, int]:
-        """How the parameters are divided among the embedding with the output layer, attention, feed-forward, experts,
-        and others (norms, routers, mixers that cannot be cut); the sum is `total_parameters`."""
+        """The parameters of the embedding with the output layer, attention, feed-forward, experts, and others (norms,
+        routers, mixers that cannot be cut); the sum is `total_parameters`."""
         parts = {"embedding": self.embedding_parameters, "attention": 0, "feed-forward": 0, "experts": 0}
         for block in self.blocks:
             of_experts = block.kind == "experts" or block.experts
@@ -256,17 +257,17 @@ class Structure:
 
     @property
     def has_experts(self) -> bool:
-        """Whether experts are among the groups."""
+        """True if experts are among the groups."""
         return any(not block.is_projected for block in self.blocks)
 
     @property
     def cuts_experts(self) -> bool:
-        """Whether experts, or channels inside of them, are among the groups."""
+        """True if experts, or channels inside of them, are among the groups."""
         return self.has_experts or any(block.experts for block in self.blocks)
 
     @cached_property
     def group_offsets(self) -> list[int]:
-        """Where the groups of each block begin in flat score tensors; one more entry for the end."""
+        """Index of the first group of each block in flat score tensors; one more entry for the end."""
         return list(accumulate((block.groups for block in self.blocks), initial=0))
 
     @cached_property
