@@ -228,7 +228,7 @@ def _heads(layer: Layer, writer: Writer, counting: _Counting) -> _Kind | None:
     if key_value_heads:
         fewer[_KEY_VALUE_HEADS] = max(1, key_value_heads // 2)
     shapes = counting.shapes(fewer)
-    is_narrower = shapes is not None and 2 * shapes[layer.weight(writer)][layer.input_axis(writer)] == writer.inputs
+    is_narrower = shapes is not None and 2 * shapes[writer.weight][writer.axis] == writer.inputs
     if not is_narrower and writer.inputs != config.hidden_size:
         return None
     count, parts = layer.groups(writer, heads)
@@ -249,7 +249,7 @@ def _heads(layer: Layer, writer: Writer, counting: _Counting) -> _Kind | None:
 def _channels(layer: Layer, writer: Writer, counting: _Counting) -> _Kind | None:
     """The feed-forward channels that a writer reads."""
     config = counting.config
-    field = counting.width_field(layer.weight(writer), layer.input_axis(writer))
+    field = counting.width_field(writer.weight, writer.axis)
     if field is None and writer.inputs <= config.hidden_size:
         return None
     count, parts = layer.groups(writer, 0)

@@ -95,12 +95,16 @@ class Writer:
     """A projection whose output is added to the hidden state.
 
     Attributes:
+        weight: name of its weight in the model.
+        axis: of its weight, as it is stored, along which its inputs lie.
         inputs: how many numbers it reads per token.
         plain: whether its output is added as it is.
         normalized: whether a norm follows before it is added, so that its size does not matter.
     """
 
     path: str
+    weight: str
+    axis: int
     inputs: int
     plain: bool
     normalized: bool
@@ -151,14 +155,6 @@ class Layer:
     def linears(self) -> set[str]:
         """Paths of the plain projections."""
         return {name for name, module in self._layer.named_modules() if isinstance(module, nn.Linear | Conv1D)}
-
-    def weight(self, writer: Writer) -> str:
-        """The name of the weight of a writer in the model."""
-        return f"{self.path}.{writer.path}.weight"
-
-    def input_axis(self, writer: Writer) -> int:
-        """The axis of its weight, as it is stored, along which its inputs lie."""
-        return 0 if isinstance(self._projections[writer.path], Conv1D) else 1
 
     def size(self, inputs: Iterable[str], writer: Writer) -> int:
         """Numbers in the parameters, with those of a writer."""
@@ -240,7 +236,9 @@ class Layer:
             (gradient,) = torch.autograd.grad(after[:, 5].sum(), written, allow_unused=True)
             if gradient is not None and (gradient.flatten(0, -2) != 0).any(0).nonzero().flatten().tolist() == [5]:
                 plain = torch.allclose(after, before + written.view_as(before))
-                yield Writer(name, read.shape[-1], plain, not plain and self._is_normalized(name, before, after))
+                axis = 0 if isinstance(self._projections[name], Conv1D) else 1
+                normalized = not plain and self._is_normalized(name, before, after)
+                yield Writer(name, f"{self.path}.{name}.weight", axis, read.shape[-1], plain, normalized)
 
     def _is_normalized(self, name: str, before: Tensor, after: Tensor) -> bool:
         """True if nothing changes where a writer is twice as loud."""

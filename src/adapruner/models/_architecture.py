@@ -299,14 +299,13 @@ def _answer(model_type: str) -> Architecture | str | None:
 @contextlib.contextmanager
 def using_architecture(architecture: Architecture) -> Iterator[None]:
     """While it lasts, a family is what `architecture` says."""
-    before = _registered.get(architecture.model_type)
+    before = dict(_registered)
     _registered[architecture.model_type] = architecture
     try:
         yield
     finally:
-        del _registered[architecture.model_type]
-        if before is not None:
-            _registered[architecture.model_type] = before
+        _registered.clear()
+        _registered.update(before)
 
 
 def architecture_of(config: PreTrainedConfig) -> Architecture:

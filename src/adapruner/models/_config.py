@@ -158,31 +158,26 @@ def check_config(config: PreTrainedConfig, location: ModelLocation) -> None:
     fields = architecture.config_fields
     # A layer of a pruned model may have no attention or no feed-forward.
     may_be_none = {fields.heads, fields.key_value_heads, fields.channels} if config.is_heterogeneous else set()
-    for name, count in _counts(config, architecture, location).items():
+    for name, count in _counts(config, architecture).items():
         largest = _LARGEST_VOCABULARY if name == "vocab_size" else _LARGEST_WIDTH
         least = int(name.partition(" ")[0] not in may_be_none)
         if not isinstance(count, int) or not least <= count <= largest:
             refuse(f"says {name}: {count!r}, which no model has")
 
 
-def _counts(config: PreTrainedConfig, architecture: Architecture, location: ModelLocation) -> dict[str, Any]:
-    """The counts of a config by their names, with the layer where layers differ."""
-    fields = architecture.config_fields
-    of_heads = [name for name in (fields.heads, fields.key_value_heads) if name]
-    with reported_as_unloadable(location):
-        counts = {name: getattr(config, name) for name in ("num_hidden_layers", "hidden_size", "vocab_size")}
-        layers: list[Any] = list(config.per_layer_config) if config.is_heterogeneous else [config]
-        for index, layer in enumerate(layers):
-            of_layer: dict[str, Any] = {}
-            if architecture.attention:
-                of_layer |= {name: getattr(layer, name) for name in of_heads}
-                of_layer["head_dim"] = architecture.head_dim(layer)
-            if architecture.feed_forward:
-                of_layer[fields.channels] = architecture.channels(layer)
-            if architecture.experts:
-                of_layer[architecture.experts.count] = getattr(layer, architecture.experts.count)
-            place = f" of layer {index}" if config.is_heterogeneous else ""
-            counts |= {f"{name}{place}": count for name, count in of_layer.items()}
+def _counts(config: PreTrainedConfig, architecture: Architecture) -> dict[str, Any]:
+    """The counts that a config states, by their names, with the layer where layers differ."""
+    fields, experts = architecture.config_fields, architecture.experts
+    names = [fields.heads, fields.key_value_heads, fields.head_dim] if architecture.attention else []
+    names += [fields.channels] if architecture.feed_forward else []
+    names += [experts.count] if experts else []
+    counts = {name: getattr(config, name, None) for name in ("num_hidden_layers", "hidden_size", "vocab_size")}
+    for index in range(config.num_hidden_layers if config.is_heterogeneous else 1):
+        place, layer = (
+            (f" of layer {index}", config.per_layer_config[index]) if config.is_heterogeneous else ("", config)
+        )
+        stated = {name: getattr(layer, name, None) for name in names if name}
+        counts |= {f"{name}{place}": count for name, count in stated.items() if count is not None}
     return counts
 
 
