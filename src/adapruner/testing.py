@@ -16,7 +16,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrain
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.calibration import fingerprint, parse_source, read_documents
-from adapruner.families import resolve
+from adapruner.families import learn, resolve
 from adapruner.families.proof import failed_checks
 from adapruner.families.tiny import random_model, tiny_config
 from adapruner.importance import TERMS, MetricPoint, score_groups
@@ -62,6 +62,7 @@ def tiny_model(family: str = "llama") -> PreTrainedModel:
     """A random model of a family of transformers, by `model_type`, with a vocabulary for `tiny_tokenizer`."""
     config = tiny_config(AutoConfig.for_model(family))
     config.pad_token_id, config.bos_token_id, config.eos_token_id = 0, 1, 2
+    learn(config)
     return random_model(config)
 
 
@@ -153,6 +154,7 @@ def check_objective(item_losses: ItemLosses, model: PreTrainedModel | None = Non
         model: by default a tiny one, with the vocabulary of `tiny_tokenizer`.
     """
     model = (model or tiny_model()).eval()
+    learn(model.config)
     structure = build_structure(model)
     fewer = [block.groups // 2 if block.kind == "channels" else block.groups for block in structure.blocks]
     scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(0))
