@@ -164,13 +164,13 @@ def test_a_family_is_checked_once(
     assert Architecture.model_validate_json(file.read_bytes()) == first
     config = tiny_config("smollm3")
     with torch.no_grad():
-        assert families.describe(config) == first
+        assert families.resolve(config) == first
     assert capsys.readouterr().err == ""
     file.write_text("{")
-    assert families.describe(config) == first
+    assert families.resolve(config) == first
     assert "checking how smollm3 is built" in capsys.readouterr().err
     monkeypatch.setattr(families.transformers, "__version__", "6.0.0")
-    families.describe(config)
+    families.resolve(config)
     assert len(list(cache.iterdir())) == 2
 
 
@@ -201,7 +201,7 @@ def test_a_layout_that_a_family_cannot_have_is_refused(
     smollm3: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     uniform = infer_architecture(tiny_config("smollm3")).changed(layouts=("uniform",))
-    monkeypatch.setattr(families, "describe", lambda _: uniform)
+    monkeypatch.setattr(families, "_describe", lambda _: uniform)
     with pytest.raises(AdaPrunerError, match="cannot be cut differently: set `layout` to uniform"):
         adapruner.prune(str(smollm3), output=tmp_path / "run", calibration=str(text_file), **QUICK)
     assert not (tmp_path / "run").exists()

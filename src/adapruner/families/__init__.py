@@ -85,34 +85,25 @@ def learn(config: PreTrainedConfig) -> None:
         return
     if config.is_encoder_decoder or not isinstance(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type), str):
         return
-    try:
-        answer: Architecture | str = describe(stock_config(config))
-    except AdaPrunerError as refusal:
-        answer = str(refusal)
-    except Exception as error:  # whatever a model class raises that is built as no other
-        answer = f"how a {model_type} is built was not found out: {reason(error)}"
-    remember_family(model_type, answer)
+    remember_family(model_type, _describe(stock_config(config)))
 
 
 @torch.inference_mode(False)  # inference runs a model backwards, whatever the caller does
-def describe(config: PreTrainedConfig) -> Architecture:
-    """The architecture of the stock model of a config, inferred and proven; taken from the cache of this user where it
-    was before, with the same version of transformers.
-
-    Raises:
-        AdaPrunerError: it cannot be pruned; with the reason.
-    """
+def _describe(config: PreTrainedConfig) -> Architecture | str:
+    """The architecture of the stock model of a config, inferred and proven, or the reason why it cannot be pruned; read
+    from the cache of this user if it was inferred before, with the same version of transformers."""
     file = _file(config)
     if refusal := _refused.get(file):
-        raise AdaPrunerError(refusal)
+        return refusal
     with suppress(OSError, ValueError):
         return Architecture.model_validate_json(file.read_bytes())
     try:
         with Reporter().stage(f"checking how {config.model_type} is built"), quiet_transformers():
             architecture = prove(config, infer_architecture(config))
     except AdaPrunerError as error:
-        _refused[file] = str(error)
-        raise
+        return _refused.setdefault(file, str(error))
+    except Exception as error:  # whatever a model class raises that is built as no other
+        return _refused.setdefault(file, f"how a {config.model_type} is built was not found out: {reason(error)}")
     # A cache that cannot be written is no cache.
     with suppress(OSError, AdaPrunerError):
         file.parent.mkdir(parents=True, exist_ok=True)
