@@ -256,11 +256,12 @@ def _channels(layer: Layer, writer: Writer, counting: _Counting) -> _Kind | None
     if count != writer.inputs:
         return None
     inputs: dict[str, tuple[RowKind, ...]] = {}
+    channel: tuple[RowKind, ...] = ("channels",)
     for part in parts:
         passes = part.passes(count)
         if passes is None or (field is None and part.parameter.rpartition(".")[0] not in layer.linears()):
             return None
-        inputs[part.parameter] = ("channels",) * len(passes)
+        inputs[part.parameter] = channel * len(passes)
     fields: dict[str, Any] = {"channels": field or "intermediate_size", "fixed_channels": field is None}
     if field is None or getattr(config, field) is None:
         fields["default_channels"] = writer.inputs // config.hidden_size

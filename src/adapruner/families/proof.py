@@ -18,8 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from adapruner.config import ExpertGranularity, Layout
 from adapruner.errors import AdaPrunerError, reason
-from adapruner.families.inference import random_model
-from adapruner.families.tiny import tiny_config
+from adapruner.families.tiny import random_model, tiny_config
 from adapruner.models import (
     Architecture,
     ModelLocation,

@@ -126,11 +126,11 @@ def _other_forwards(forwards: dict[nn.Module, Callable[..., Any]]) -> Iterator[N
     try:
         yield
     finally:
-        for layer, forward in before.items():
-            if forward is None:
+        for layer, forward_before in before.items():
+            if forward_before is None:
                 del layer.forward
             else:
-                layer.forward = forward
+                layer.forward = forward_before
 
 
 def layer_devices(model: PreTrainedModel) -> list[torch.device]:

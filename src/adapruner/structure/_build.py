@@ -134,9 +134,9 @@ def _expert_block(model: PreTrainedModel, architecture: Architecture, layer: int
 
 
 def _expert_channel_block(model: PreTrainedModel, architecture: Architecture, layer: int) -> Block | None:
-    layer_path, names = f"{architecture.layers}.{layer}", architecture.experts and architecture.experts.channels
     if architecture.experts is None:
         return None
+    layer_path, names = f"{architecture.layers}.{layer}", architecture.experts.channels
     if names is None:
         raise AdaPrunerError(
             f"the channels inside the experts of a {architecture.model_type} cannot be cut: use `expert_granularity`"
