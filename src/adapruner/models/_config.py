@@ -147,14 +147,14 @@ def check_config(config: PreTrainedConfig, location: ModelLocation) -> None:
     def refuse(problem: str) -> None:
         raise AdaPrunerError(f"the config of {str(location)!r} {problem}")
 
-    if is_pruned(config):
-        if odd := set(config.per_layer_attributes or ()) - architecture.layer_fields:
-            refuse(f"says {str(min(odd))[:50]} in per_layer_config, in which layers cannot differ")
-        biases, projections = getattr(config, "added_biases", None), architecture.projections
-        if biases is not None and not (
-            isinstance(biases, list) and len(biases) <= len(projections) and projections.issuperset(map(str, biases))
-        ):
-            refuse(f"says added_biases that are none of {', '.join(sorted(projections))}")
+    differing = set(config.per_layer_attributes or ()) if is_pruned(config) else set()
+    if odd := differing - architecture.layer_fields:
+        refuse(f"says {str(min(odd))[:50]} in per_layer_config, in which layers cannot differ")
+    biases, projections = getattr(config, "added_biases", None), architecture.projections
+    if biases is not None and not (
+        isinstance(biases, list) and len(biases) <= len(projections) and projections.issuperset(map(str, biases))
+    ):
+        refuse(f"says added_biases that are none of {', '.join(sorted(projections))}")
     fields = architecture.config_fields
     # A layer of a pruned model may have no attention or no feed-forward.
     may_be_none = {fields.heads, fields.key_value_heads, fields.channels} if config.is_heterogeneous else set()
