@@ -28,18 +28,20 @@ from tiny_families import random_plan, tiny_config
 FAMILIES = ("mixtral", "gpt_oss", "deepseek_v3")
 
 
+def make_mixture(family: str) -> PreTrainedModel:
+    config = tiny_config(family)
+    remember_family(family, infer_architecture(config))
+    return random_model(config)
+
+
 @pytest.fixture(params=FAMILIES)
 def mixture(request: pytest.FixtureRequest) -> PreTrainedModel:
-    config = tiny_config(request.param)
-    remember_family(request.param, infer_architecture(config))
-    return random_model(config)
+    return make_mixture(request.param)
 
 
 @pytest.fixture
 def mixtral() -> PreTrainedModel:
-    config = tiny_config("mixtral")
-    remember_family("mixtral", infer_architecture(config))
-    return random_model(config)
+    return make_mixture("mixtral")
 
 
 def taylor_by_hand(model: PreTrainedModel, structure: Structure, windows: Tensor) -> Tensor:

@@ -37,25 +37,13 @@ config_fields:
   key_value_heads: num_key_value_heads
   channels: intermediate_size
 """
-PHI = """
-model_type: phi
-layers: model.layers
-attention:
-  inputs:
-    self_attn.q_proj: [query]
-    self_attn.k_proj: [key]
-    self_attn.v_proj: [value]
-  output: self_attn.dense
-feed_forward:
-  inputs:
-    mlp.fc1: [channels]
-  output: mlp.fc2
-config_fields:
-  heads: num_attention_heads
-  key_value_heads: num_key_value_heads
-  channels: intermediate_size
-fixed_attention_width: true
-"""
+PHI = (
+    OLMO.replace("olmo", "phi")
+    .replace("o_proj", "dense")
+    .replace("    mlp.gate_proj: [channels]\n    mlp.up_proj:", "    mlp.fc1:")
+    .replace("down_proj", "fc2")
+    + "fixed_attention_width: true\n"
+)
 
 ELSEWHERE = """
 import sys
