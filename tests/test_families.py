@@ -197,6 +197,14 @@ def test_a_family_without_a_file_is_pruned_from_end_to_end(smollm3: Path, text_f
     assert torch.equal(adapruner.load(result.model_folder)(tokens).logits, logits)
 
 
+@pytest.mark.parametrize("field", ["hidden_size", "vocab_size", "model_type", "eos_token_id"])
+def test_layers_of_an_inferred_family_differ_in_nothing_else(smollm3: Path, field: str) -> None:
+    config = json.loads((smollm3 / "config.json").read_text())
+    (smollm3 / "config.json").write_text(json.dumps(config | {"per_layer_config": {"1": {field: 5}}}))
+    with pytest.raises(AdaPrunerError, match=f"{field}.* per_layer_config|per_layer_config.*{field}"):
+        verbs.inspect(smollm3)
+
+
 def test_a_layout_that_a_family_cannot_have_is_refused(
     smollm3: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,6 +31,7 @@ from adapruner.models import (
     load_model,
     quiet_transformers,
     remember_family,
+    reported_as_unloadable,
     stock_config,
 )
 from adapruner.progress import Reporter
@@ -51,8 +52,9 @@ def open_config(location: ModelLocation) -> PreTrainedConfig:
         AdaPrunerError: the config cannot be found or read, or no model can be built from it.
     """
     config = load_config(location)
-    learn(config)
-    check_config(config, location)
+    with reported_as_unloadable(location):  # fields in which layers differ cannot be read of the whole model
+        learn(config)
+        check_config(config, location)
     return config
 
 

@@ -47,7 +47,7 @@ from adapruner.models._layers import (
     without_parts,
 )
 from adapruner.models._loading import check_streamable, empty_model, is_streamable, load_model, load_tokenizer
-from adapruner.models._places import ModelLocation, find_model, quiet_transformers
+from adapruner.models._places import ModelLocation, find_model, quiet_transformers, reported_as_unloadable
 
 __all__ = [
     "Architecture",
@@ -88,6 +88,7 @@ __all__ = [
     "quiet_transformers",
     "register_architectures",
     "remember_family",
+    "reported_as_unloadable",
     "resolve_device",
     "resolve_devices",
     "skipping_layers",

@@ -36,13 +36,13 @@ def load_config(location: ModelLocation) -> PreTrainedConfig:
     Raises:
         AdaPrunerError: it cannot be found or read; the message carries the reason of transformers.
     """
-    if not location.is_local:
-        return _read_config(location)
     with reported_as_unloadable(location):
+        if not location.is_local:
+            return _read_config(location)
         files = [Path(location.path, location.gguf_file)] if location.gguf_file else Path(location.path).iterdir()
         stats = [(file.name, file.stat()) for file in files if file.is_file()]
         state = frozenset((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
-    return copy.deepcopy(_read_config_once(location, state))
+        return copy.deepcopy(_read_config_once(location, state))
 
 
 @lru_cache(maxsize=8)
@@ -53,34 +53,32 @@ def _read_config_once(location: ModelLocation, state: frozenset[tuple[str, int, 
 
 def _read_config(location: ModelLocation) -> PreTrainedConfig:
     config: PreTrainedConfig
-    with reported_as_unloadable(location):
-        with without_tokens() as readers:
-            fields, _ = PreTrainedConfig.get_config_dict(location.path, **location.arguments)
-        model_type = fields.get("model_type")
-        # transformers counts `deci`, which has layers of different widths, as supported and has no class for it.
-        if location.gguf_file and model_type not in CONFIG_MAPPING:
+    with without_tokens() as readers:
+        fields, _ = PreTrainedConfig.get_config_dict(location.path, **location.arguments)
+    model_type = fields.get("model_type")
+    # transformers counts `deci`, which has layers of different widths, as supported and has no class for it.
+    if location.gguf_file and model_type not in CONFIG_MAPPING:
+        raise AdaPrunerError(
+            f"transformers cannot read the GGUF architecture {model_type!r} of {str(location)!r}: give the"
+            " safetensors folder that the file was made from"
+        )
+    _refuse_too_many_layers(fields, location)
+    if location.gguf_file:
+        config = CONFIG_MAPPING[str(model_type)].from_dict(fields)
+    elif _is_of_pruned(fields):
+        _refuse_odd_layers(fields["per_layer_config"], location)
+        if model_type not in CONFIG_MAPPING:
             raise AdaPrunerError(
-                f"transformers cannot read the GGUF architecture {model_type!r} of {str(location)!r}: give the"
-                " safetensors folder that the file was made from"
+                f"layers of {str(location)!r} differ, in a family that transformers does not have, {model_type!r}"
             )
-        _refuse_too_many_layers(fields, location)
-        if location.gguf_file:
-            config = CONFIG_MAPPING[str(model_type)].from_dict(fields)
-        elif _is_of_pruned(fields):
-            _refuse_odd_layers(fields["per_layer_config"], location)
-            if model_type not in CONFIG_MAPPING:
-                raise AdaPrunerError(
-                    f"layers of {str(location)!r} differ, in a family that transformers does not have, {model_type!r}"
-                )
-            # A stock config class refuses head counts that differ between layers.
-            config = pruned_config_class(str(model_type)).from_pretrained(location.path)
-        else:
-            config = AutoConfig.from_pretrained(location.path, **NO_REMOTE_CODE)
+        # A stock config class refuses head counts that differ between layers.
+        config = pruned_config_class(str(model_type)).from_pretrained(location.path)
+    else:
+        config = AutoConfig.from_pretrained(location.path, **NO_REMOTE_CODE)
     clear_gguf_marks(config, location)
     drop_negative_tokens(config)
     if location.gguf_file:
-        with reported_as_unloadable(location):
-            has_biases = any(_BIAS_OF_LAYER.search(name) for name in _stock_model(config).state_dict())
+        has_biases = any(_BIAS_OF_LAYER.search(name) for name in _stock_model(config).state_dict())
         refuse_what_is_not_read(readers[-1], str(location), config, has_biases)
     elif config.tie_word_embeddings:
         # What is broken in the files is said when they are loaded.

@@ -49,16 +49,17 @@ def load_tokenizer(location: ModelLocation) -> Tokenizer:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(location.path, **location.arguments)
         else:
             tokenizer = AutoTokenizer.from_pretrained(location.path, config=config, **NO_REMOTE_CODE)
+        embedded = config.vocab_size
     if isinstance(tokenizer.chat_template, dict):
         # Each is saved as a file of that name.
         for name in tokenizer.chat_template:
             if not re.fullmatch(r"\w[\w.-]{0,99}", str(name)):
                 raise AdaPrunerError(f"the tokenizer in {str(location)!r} names a chat template {str(name)[:100]!r}")
     # Tokens that were added may lie beyond the embedding, as long as no text has them.
-    if tokenizer.vocab_size > config.vocab_size:
+    if tokenizer.vocab_size > embedded:
         raise AdaPrunerError(
             f"the tokenizer in {str(location)!r} has {tokenizer.vocab_size:,} tokens, the embedding of the model only"
-            f" {config.vocab_size:,}: it is that of another model"
+            f" {embedded:,}: it is that of another model"
         )
     if not isinstance(tokenizer.model_max_length, int | float):
         raise AdaPrunerError(
@@ -86,7 +87,8 @@ def load_model(
     """
     target, *others = devices = resolve_devices(device)
     config = load_config(location)
-    check_config(config, location)
+    with reported_as_unloadable(location):
+        check_config(config, location)
     if layer_wise:
         check_streamable(location, config)
     files = _matching_files(location, config)
