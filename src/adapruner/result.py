@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from adapruner.config import PruneConfig
 from adapruner.costs import TargetOutcome
 from adapruner.evaluation import Breakage, Perplexity, TaskScore, Verdict, judge, mean_accuracies
-from adapruner.graph import RunFolder
 from adapruner.families import open_model
+from adapruner.graph import RunFolder
 from adapruner.models import find_model, load_tokenizer
 from adapruner.planning import PruningPlan
 from adapruner.progress import StageCost
