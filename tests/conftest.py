@@ -121,10 +121,10 @@ def _continuations_are_short() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _families_of_the_package() -> Iterator[None]:
     """Families that a test registers are for the process, and gone after the test."""
-    before = dict(known_architectures())
-    yield
-    known_architectures().clear()
-    known_architectures().update(before)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("adapruner.models._architecture._registered", {})
+        patch.setattr("adapruner.models._architecture._inferred", {})
+        yield
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from adapruner import AdaPrunerError
 from adapruner.files import replace
 from adapruner.graph import RunFolder
 from adapruner.graph.records import Record, are_as_written, stamps
-from adapruner.models import known_architectures
+from adapruner.models import known_architectures, using_architecture
 from adapruner.processes import Process, this_process
 from adapruner.progress import Reporter
 from adapruner.run.api import prune_ratios
@@ -137,14 +137,11 @@ def test_another_column_of_a_text_is_another_text(model_folder: Path, text_file:
 
 
 def test_another_description_of_the_family_rebuilds_what_was_measured(
-    run: Path, model_folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+    run: Path, model_folder: Path, text_file: Path
 ) -> None:
-    known = known_architectures()
-    other = known["llama"].model_copy(update={"plain_residual": False})
-    monkeypatch.setitem(known, "llama", other)
-    with pytest.raises(
-        AdaPrunerError, match=r"another family\): moments, statistics.safetensors, whole.json, search.json"
-    ):
+    other = known_architectures()["llama"].changed(plain_residual=False)
+    refusal = r"another family\): moments, statistics.safetensors, whole.json, search.json"
+    with using_architecture(other), pytest.raises(AdaPrunerError, match=refusal):
         adapruner.prune(str(model_folder), output=run, calibration=str(text_file), **OPTIONS)
 
 

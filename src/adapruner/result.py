@@ -18,8 +18,9 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from adapruner.config import PruneConfig
 from adapruner.costs import TargetOutcome
 from adapruner.evaluation import Breakage, Perplexity, TaskScore, Verdict, judge, mean_accuracies
+from adapruner.families import open_model
 from adapruner.graph import RunFolder
-from adapruner.models import find_model, load_model, load_tokenizer
+from adapruner.models import find_model, load_tokenizer
 from adapruner.numbers import Number, Numbers, breakage_table, model_table, numbers_of, task_table
 from adapruner.planning import PruningPlan
 from adapruner.progress import StageCost
@@ -171,7 +172,7 @@ class PruneResult:
     @cached_property
     def model(self) -> PreTrainedModel:
         """The pruned model, the recovered one if it was fine-tuned; loaded when it is first used, and kept."""
-        return load_model(find_model(str(self.model_folder)))
+        return open_model(find_model(str(self.model_folder)))
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapruner.config import ExpertGranularity, HeadGranularity
-from adapruner.models import Architecture, architecture_of, empty_model, find_model, load_config
+from adapruner.families import open_config, resolve
+from adapruner.models import Architecture, empty_model, find_model, load_config
 from adapruner.structure import Structure, build_structure
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def inspect(
         AdaPrunerError: there is no such model, or its family is not known.
     """
     if isinstance(model, str | Path):
-        config = load_config(find_model(str(model)))
+        config = open_config(find_model(str(model)))
     else:
         # Not imported for a model by name: it brings the readers of text.
         from adapruner.run.given import check_model
@@ -43,4 +44,4 @@ def describe(model: str | Path) -> Architecture:
     Raises:
         AdaPrunerError: there is no such model, or its family cannot be pruned.
     """
-    return architecture_of(load_config(find_model(str(model))))
+    return resolve(load_config(find_model(str(model))))

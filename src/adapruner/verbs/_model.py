@@ -14,8 +14,14 @@ from adapruner import models
 from adapruner.config import Dtype
 from adapruner.errors import AdaPrunerError
 from adapruner.evaluation import Speed, measure_speed
+from adapruner.families import open_model
 from adapruner.files import write_atomically
-from adapruner.models import check_length, empty_model, find_model, load_model, resolve_device
+from adapruner.models import (
+    check_length,
+    empty_model,
+    find_model,
+    resolve_device,
+)
 from adapruner.paths import output_path
 from adapruner.progress import Reporter
 from adapruner.run.given import ModelGiven
@@ -33,7 +39,7 @@ def load(model: str | Path, dtype: Dtype = "auto", device: str = "auto") -> PreT
     Raises:
         AdaPrunerError: there is no such model, or it cannot be read.
     """
-    return load_model(find_model(str(model)), dtype, device)
+    return open_model(find_model(str(model)), dtype, device)
 
 
 def load_tokenizer(model: str | Path) -> Tokenizer:

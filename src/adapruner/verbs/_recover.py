@@ -13,6 +13,7 @@ from adapruner.card import card_of_recovered, read_card
 from adapruner.checkpoint import check_push, push, read_origin
 from adapruner.config import Dtype, RecoverConfig, Tracker
 from adapruner.errors import AdaPrunerError
+from adapruner.families import open_config, open_model
 from adapruner.models import (
     ModelLocation,
     check_length,
@@ -20,8 +21,6 @@ from adapruner.models import (
     empty_model,
     find_model,
     fingerprint,
-    load_config,
-    load_model,
     load_tokenizer,
     resolve_device,
 )
@@ -107,7 +106,7 @@ def _recover_into(
     check_batch_size(config.batch_size)
     check_tracker(track)
     location, of_teacher = find_model(config.model), find_model(teacher) if teacher else None
-    of_model = load_config(location)
+    of_model = open_config(location)
     # Names alone would take another model of the same name, or another text, for those of an earlier call.
     content = [fingerprint(one) for one in (location, of_teacher) if one] + [source and content_hash(source)]
     resolved = config.model_dump(mode="json") | {"content": content}
@@ -117,7 +116,7 @@ def _recover_into(
         check_adapters(empty_model(of_model), config)
     warnings = [check_length(of_model, config.seq_len)]
     if of_teacher:
-        dense = load_config(of_teacher)
+        dense = open_config(of_teacher)
         _refuse_other_vocabulary(dense.vocab_size, of_model.vocab_size)
         warnings.append(check_length(dense, config.seq_len))
     tokenizer = load_tokenizer(location)
@@ -153,8 +152,8 @@ def _train(
     """Loads the models and trains; without examples, on what the teacher writes."""
     reporter = Reporter(quiet=not this_process().leads, watchers=(tracking,))
     with reporter.stage("loading"):
-        loaded = load_model(location, config.dtype, device)
-        dense = load_model(of_teacher, config.dtype, device) if of_teacher else None
+        loaded = open_model(location, config.dtype, device)
+        dense = open_model(of_teacher, config.dtype, device) if of_teacher else None
     if examples is None:
         assert dense is not None
         with reporter.stage("writing text"):

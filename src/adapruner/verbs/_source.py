@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.config import Dtype
 from adapruner.errors import AdaPrunerError
-from adapruner.models import ModelLocation, find_model, load_config, load_model, load_tokenizer
+from adapruner.families import open_config, open_model
+from adapruner.models import ModelLocation, find_model, load_tokenizer
 from adapruner.run.given import ModelGiven, check_model, check_tokenizer
 
 
@@ -47,7 +48,7 @@ class ModelSource:
 
     @property
     def config(self) -> PreTrainedConfig:
-        return self.given.config if isinstance(self.given, PreTrainedModel) else load_config(self.given)
+        return self.given.config if isinstance(self.given, PreTrainedModel) else open_config(self.given)
 
     def tokenizer(self, given: Tokenizer | None) -> Tokenizer:
         """The tokenizer: that beside the files, or the given one of a model in memory.
@@ -67,7 +68,7 @@ class ModelSource:
     ) -> Iterator[PreTrainedModel]:
         """The model in evaluation mode; one in memory is then in the mode in which it was."""
         if not isinstance(self.given, PreTrainedModel):
-            yield load_model(self.given, dtype, device, layer_wise)
+            yield open_model(self.given, dtype, device, layer_wise)
             return
         training = [module for module in self.given.modules() if module.training]
         self.given.eval()
