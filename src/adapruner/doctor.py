@@ -167,7 +167,7 @@ def _version(package: str) -> str | None:
 def _devices() -> list[Device]:
     """The CPU, and the accelerators that PyTorch finds."""
     cores = f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    found = [(torch.device("cpu"), cores, psutil.virtual_memory().total)]
+    found: list[tuple[torch.device, str, int | None]] = [(torch.device("cpu"), cores, psutil.virtual_memory().total)]
     for number in range(torch.accelerator.device_count()):
         device = torch.device(str(torch.accelerator.current_accelerator()), number)
         module: Any = torch.get_device_module(device)

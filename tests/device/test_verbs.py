@@ -15,7 +15,6 @@ from transformers import PreTrainedTokenizerFast
 
 import adapruner
 from adapruner.checkpoint import save_checkpoint
-from adapruner.graph import RunFolder
 from adapruner.models import find_model, load_tokenizer
 from adapruner.planning import make_plan
 from adapruner.structure import build_structure
