@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any
@@ -31,10 +31,10 @@ from adapruner.graph import RunFolder
 from adapruner.importance import ACTIVATION_METRICS, LLM_PRUNER_METRICS, MetricPoint, score_groups
 from adapruner.measurement import Statistics, measure
 from adapruner.models import find_model, in_fastest_dtype, load_model, load_tokenizer
-from adapruner.planning import Budget, kept_counts, make_plan
+from adapruner.planning import Budget, Profile, kept_counts, make_plan
 from adapruner.processes import Process
 from adapruner.progress import Reporter
-from adapruner.search import SearchSpace, build_subset_family, plan_candidate
+from adapruner.search import PaperSpace, build_subset_family, plan_candidate
 from adapruner.structure import Structure, build_structure, count_parameters
 from adapruner.surgery import Compensation, prune_model, refit_sequentially
 from measured import Measured, share
@@ -45,7 +45,7 @@ EXTREME_RATIO = 0.5
 CALIBRATION = "boolq-passages"
 
 
-def peer_budget(ratio: float) -> dict[str, Any]:
+def peer_options(ratio: float) -> dict[str, Any]:
     """Feed-forward channels of layers 4 to 26, which is best for every peer; heads and more layers where these are not
     enough."""
     if ratio < EXTREME_RATIO:
@@ -53,9 +53,15 @@ def peer_budget(ratio: float) -> dict[str, Any]:
     return {"protect_first": 2, "protect_last": 1, "head_share": 1.0}
 
 
+def peer_budget(ratio: float) -> Budget:
+    """The options as a budget."""
+    options = peer_options(ratio)
+    return Budget(ratio, Profile(options["protect_first"], options["protect_last"]), heads=options["head_share"])
+
+
 def allocation(name: str, ratio: float) -> dict[str, Any]:
     """What is not searched of a method: the paper's space takes from where the peers take."""
-    return peer_budget(ratio) if name == "paper" else {}
+    return peer_options(ratio) if name == "paper" else {}
 
 
 @dataclass
@@ -199,13 +205,13 @@ def peers(comparison: Comparison, seed: int, ratio: float) -> None:
     structure = comparison.structure
     found = Measured.read(comparison.folder(seed, "extended"))
     statistics, pool = found.statistics, found.windows["pool"]
-    budget = Budget(ratio, round_to=1, **peer_budget(ratio))
+    budget = peer_budget(ratio)
 
     def plan(measured: Statistics, point: MetricPoint, budget: Budget) -> PruningPlan:
         scores = score_groups(measured, structure, point)
         return make_plan(structure, scores, kept_counts(structure, budget, scores))
 
-    draw = SearchSpace(
+    draw = PaperSpace(
         build_subset_family(statistics, structure, kept_counts(structure, budget)), 10, seed, budget
     ).first_draw
     # First order from the mean gradient, as LLM-Pruner takes it; the Fisher information from every sample's own.
@@ -221,7 +227,7 @@ def peers(comparison: Comparison, seed: int, ratio: float) -> None:
         comparison.report(seed, ratio, f"LLM-Pruner {name}", cut(comparison, of_metric))
     wanda = plan(statistics, ACTIVATION_METRICS["wanda_sp"], budget)
     comparison.report(seed, ratio, "Wanda-sp", cut(comparison, wanda))
-    everywhere = Budget(ratio, **peer_budget(ratio) | {"head_share": 1.0}, ranking="global")
+    everywhere = replace(budget, heads=1.0, allocation=replace(budget.allocation, ranking="global"))
     flap = plan(statistics, ACTIVATION_METRICS["flap"], everywhere)
     bias = Compensation("bias", found.moments)
     comparison.report(seed, ratio, "FLAP", cut(comparison, flap, bias))

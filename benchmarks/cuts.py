@@ -21,7 +21,7 @@ from cyclopts import run as run_benchmark
 from adapruner.checkpoint import save_checkpoint
 from adapruner.evaluation import measure_speed
 from adapruner.models import find_model, load_model, load_tokenizer
-from adapruner.planning import Budget, kept_counts, make_plan
+from adapruner.planning import Budget, Profile, kept_counts, make_plan
 from adapruner.structure import build_structure
 from adapruner.surgery import prune_model
 from adapruner.verbs import export
@@ -34,11 +34,11 @@ LAYERS = tuple(range(9, 21, 2))
 def budgets(ratio: float) -> dict[str, Budget | None]:
     return {
         "dense": None,
-        "fewer channels per layer": Budget(ratio, round_to=32, bend=0.8),
-        "fewer channels, all layers alike": Budget(ratio, 0, 0, round_to=32, layout="uniform"),
+        "fewer channels per layer": Budget(ratio, Profile(bend=0.8), round_to=32),
+        "fewer channels, all layers alike": Budget(ratio, "uniform", round_to=32),
         f"{len(ATTENTIONS)} attentions, the rest channels": Budget(ratio, round_to=32, without_attention=ATTENTIONS),
         f"{len(LAYERS)} layers, the rest channels": Budget(
-            ratio, 0, 0, round_to=32, layout="uniform", without_attention=LAYERS, without_feed_forward=LAYERS
+            ratio, "uniform", round_to=32, without_attention=LAYERS, without_feed_forward=LAYERS
         ),
     }
 

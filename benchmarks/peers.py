@@ -37,7 +37,7 @@ from adapruner.calibration import evenly_spaced, parse_source, text_windows
 from adapruner.evaluation import compute_prefix, losses_by_batch, measure_perplexity
 from adapruner.measurement import StoredMoments, factorize, measure_moments, projected_blocks, removal_errors
 from adapruner.models import Whole, find_model, in_fastest_dtype, load_model, load_tokenizer, without_parts
-from adapruner.planning import Budget, kept_counts, make_plan
+from adapruner.planning import kept_counts, make_plan, weigh_channels
 from adapruner.structure import Block, Structure, build_structure, count_parameters
 from adapruner.surgery import Compensation, prune_model
 from comparison import peer_budget
@@ -171,7 +171,7 @@ def slimgpt(setting: Setting, ratio: float) -> PreTrainedModel:
     """
     layers = setting.structure.layers
     shares = tuple(math.log(layer + 1) / math.log(layers) for layer in range(layers))
-    counts = kept_counts(setting.structure, Budget(ratio, shares=shares, **peer_budget(ratio)))
+    counts = kept_counts(setting.structure, weigh_channels(setting.structure, peer_budget(ratio), shares))
     return setting.refitted(setting.eliminated, counts)
 
 
@@ -179,7 +179,7 @@ def osscar(setting: Setting, ratio: float) -> PreTrainedModel:
     """OSSCAR (arXiv 2403.12983): the elimination of SlimGPT, then swaps between kept and removed channels as long as
     they lower the error of the layer. Every layer loses the same share. Of the few KV groups in a layer none is
     swapped."""
-    counts = kept_counts(setting.structure, Budget(ratio, **peer_budget(ratio)))
+    counts = kept_counts(setting.structure, peer_budget(ratio))
     scores = setting.eliminated.clone()
     for index, (block, own) in enumerate(by_block(setting.structure, scores)):
         if block.kind == "channels" and counts[index] < block.groups:
@@ -240,7 +240,7 @@ def modegpt(setting: Setting, ratio: float) -> PreTrainedModel:
     """
     influence = setting.activity[1]
     shares = tuple((-influence.double() / SMOOTHNESS).softmax(0).tolist())
-    counts = kept_counts(setting.structure, Budget(ratio, shares=shares, **peer_budget(ratio)))
+    counts = kept_counts(setting.structure, weigh_channels(setting.structure, peer_budget(ratio), shares))
     scores = setting.eliminated.double()
     for index, (block, own) in enumerate(by_block(setting.structure, scores)):
         if block.kind == "channels":

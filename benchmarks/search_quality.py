@@ -26,7 +26,7 @@ from adapruner.importance import LLM_PRUNER_METRICS, score_groups
 from adapruner.measurement import measure
 from adapruner.models import find_model, in_fastest_dtype, load_model, load_tokenizer
 from adapruner.planning import Budget, PruningPlan, kept_counts, make_plan
-from adapruner.search import SearchSpace, build_subset_family
+from adapruner.search import PaperSpace, build_subset_family
 from adapruner.structure import build_structure
 from adapruner.surgery import prune_model
 from measured import Measured, share
@@ -85,7 +85,7 @@ def main(
         found = Measured.read(folder)
         statistics = found.statistics
         subsets = build_subset_family(statistics, structure, counts)
-        draw = SearchSpace(subsets, config.samples, config.seed, budget).first_draw
+        draw = PaperSpace(subsets, config.samples, config.seed, budget).first_draw
         jointly = measure(dense, structure, found.windows["pool"][draw], batch_size=len(draw), jointly=True)
         for name, point in LLM_PRUNER_METRICS.items():
             # First order from the mean gradient; the Fisher information of param_second from every sample's own.

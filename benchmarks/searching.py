@@ -28,8 +28,8 @@ from adapruner.importance import MetricPoint
 from adapruner.models import find_model, in_fastest_dtype, load_model
 from adapruner.planning import kept_counts, reference_budget
 from adapruner.search import (
-    MOST_PROTECTED_FIRST,
     Candidate,
+    ExtendedSpace,
     Objective,
     Search,
     SearchSpace,
@@ -38,6 +38,7 @@ from adapruner.search import (
     meet_budget,
     plan_candidate,
 )
+from adapruner.search._space import MOST_PROTECTED_FIRST
 from adapruner.structure import build_structure
 from adapruner.surgery import Compensation, prune_model
 from machine import describe, seconds
@@ -59,7 +60,7 @@ def main(
     budget = reference_budget(config, structure, config.ratio[0])
     family = build_subset_family(measured, structure, kept_counts(structure, budget))
     meet = partial(meet_budget, structure, measured, None)
-    space = SearchSpace(family, config.samples, 0, budget, "extended", meet=meet)
+    space = ExtendedSpace(family, config.samples, 0, budget, meet=meet)
     compensation = Compensation("least-squares", found.moments)
     prefix = compute_prefix(dense, objective, MOST_PROTECTED_FIRST)
     judge = Objective(dense, structure, measured, objective, compensation, prefix)

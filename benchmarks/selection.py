@@ -23,7 +23,7 @@ from adapruner.evaluation import log_probabilities, window_losses
 from adapruner.graph import RunFolder
 from adapruner.models import find_model, in_fastest_dtype, load_model, load_tokenizer
 from adapruner.planning import kept_counts, reference_budget
-from adapruner.search import Objective, SearchSpace, StudyFile, build_subset_family
+from adapruner.search import ExtendedSpace, Objective, StudyFile, build_subset_family
 from adapruner.structure import build_structure
 from adapruner.surgery import Compensation
 from measured import Measured
@@ -50,7 +50,7 @@ def main(
     tokenizer = load_tokenizer(location)
     budget = reference_budget(config, structure, config.ratio[0])
     subsets = build_subset_family(statistics, structure, kept_counts(structure, budget))
-    space = SearchSpace(subsets, config.samples, config.seed, budget, config.space)
+    space = ExtendedSpace(subsets, config.samples, config.seed, budget)
     folder = RunFolder(run)
     record = folder.record("search.json")
     assert record is not None, f"{run} was not searched"

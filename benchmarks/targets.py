@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from adapruner.config import Dtype, Phase, PruneConfig
 from adapruner.costs import layers_to_measure, measure_latencies, measured_model, timer
 from adapruner.models import find_model, load_model
-from adapruner.planning import Budget, Target, kept_counts, make_plan, reference_budget
+from adapruner.planning import Budget, Profile, Speed, Target, kept_counts, make_plan, reference_budget
 from adapruner.structure import Structure, build_structure
 from adapruner.surgery import prune_model
 from machine import describe
@@ -58,7 +58,7 @@ def compare(
     took = time.perf_counter() - started
     print(f"{phase}, batch {batch}: table in {took:.0f} s, dense {1000 * costs(full):.1f} ms", flush=True)
     for number, speed in enumerate(targets):
-        aim = Target("target_speed", str(speed), costs, costs(full) / speed, costs(full))
+        aim = Target(Speed(speed, phase, batch, tokens), costs, costs(full))
         counts_at = partial(counts_of, structure, ATTENTIONS if number % 2 else ())
         counts = counts_at(aim.ratio(counts_at))
         scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(0))
@@ -73,7 +73,7 @@ def compare(
 
 
 def counts_of(structure: Structure, without_attention: tuple[int, ...], ratio: float) -> list[int]:
-    budget = Budget(ratio, 1, 1, round_to=32, without_attention=without_attention)
+    budget = Budget(ratio, Profile(1, 1), round_to=32, without_attention=without_attention)
     return kept_counts(
         structure, budget if without_attention else reference_budget(PruneConfig(model=""), structure, ratio)
     )

@@ -21,7 +21,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from adapruner.planning import Budget
 from adapruner.processes import this_process
-from adapruner.search import Candidate, Search, SearchSpace, StudyFile, SubsetFamily
+from adapruner.search import Candidate, ExtendedSpace, Search, StudyFile, SubsetFamily
 from machine import describe
 
 WINDOWS, BATCH = 64, 4
@@ -59,13 +59,13 @@ def _search(file: Path, trials: int, seconds: float, stops_early: bool) -> float
     generator = torch.Generator().manual_seed(0)
     importance = torch.rand(12, 30, generator=generator).double()
     subsets = SubsetFamily(importance @ importance.T, torch.randn(12, 4, generator=generator).double())
-    space = SearchSpace(subsets, 4, 0, Budget(0.2), "extended")
+    space = ExtendedSpace(subsets, 4, 0, Budget(0.2))
     own_texts = torch.sin(torch.arange(WINDOWS).double()) * 3
 
     def judge(candidate: Candidate) -> Iterator[Tensor]:
         drawn = hashlib.sha256(candidate.model_dump_json().encode()).digest()
         noise = torch.randn(WINDOWS, generator=torch.Generator().manual_seed(drawn[0])).double()
-        loss = (candidate.budget.tilt - 0.2) ** 2 + candidate.point.weights.get("fine_first", 0.0)
+        loss = (candidate.budget.allocation.tilt - 0.2) ** 2 + candidate.point.weights.get("fine_first", 0.0)
         for losses in (own_texts + 0.1 * noise + loss).split(BATCH):
             time.sleep(seconds * (0.5 + drawn[1] / 255) * BATCH / WINDOWS)
             yield losses

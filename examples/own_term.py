@@ -7,7 +7,7 @@ from adapruner import testing
 from adapruner.importance import register_term
 
 
-@register_term(unit="inputs", family="energy", needs=["inputs"], share=0.5)
+@register_term(unit="inputs", family="energy", share=0.5)
 def input_energy(statistics):
     """[inputs]: E[x²] · ‖W_c‖², what an input adds to the output of its block, on average and squared."""
     return statistics.input_squared.mean(0) * statistics.column_squared

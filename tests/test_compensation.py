@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from adapruner.families import learn
 from adapruner.measurement import InputMoments, measure_moments
-from adapruner.planning import Budget, PruningPlan, kept_counts, make_plan
+from adapruner.planning import Budget, Profile, PruningPlan, kept_counts, make_plan
 from adapruner.structure import Structure, build_structure
 from adapruner.surgery import Compensation, compensate, compensate_sequentially, prune_model
 from tiny_families import tiny_config
@@ -107,7 +107,9 @@ def cut(model: PreTrainedModel, ratio: float = 0.15, head_share: float = 1) -> t
     """A plan that removes heads and channels from the two middle layers."""
     structure = build_structure(model)
     scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(0))
-    return structure, make_plan(structure, scores, kept_counts(structure, Budget(ratio, 1, 1, head_share=head_share)))
+    return structure, make_plan(
+        structure, scores, kept_counts(structure, Budget(ratio, Profile(1, 1), heads=head_share))
+    )
 
 
 def compensation(model: PreTrainedModel, structure: Structure, windows: Tensor, form: str) -> Compensation:

@@ -19,18 +19,8 @@ from scipy.optimize import isotonic_regression
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 
 from adapruner.checkpoint import gguf_bytes, save_checkpoint
-from adapruner.costs import (
-    Latencies,
-    cache_bytes,
-    check_latencies,
-    measure_latencies,
-    measured_model,
-    memory_costs,
-    read_latencies,
-    safetensors_bytes,
-    shapes_after,
-    stored_shapes,
-)
+from adapruner.costs import Latencies, cache_bytes, check_latencies, measure_latencies, measured_model, read_latencies
+from adapruner.costs._bytes import memory_costs, safetensors_bytes, shapes_after, stored_shapes
 from adapruner.costs._latency import _rising
 from adapruner.errors import AdaPrunerError
 from adapruner.families import learn

@@ -19,7 +19,7 @@ from adapruner.families.tiny import random_model
 from adapruner.importance import TERMS, MetricPoint, score_groups
 from adapruner.measurement import InputMoments, Statistics, measure, measure_moments
 from adapruner.models import remember_family, using_architecture
-from adapruner.planning import Budget, kept_counts, make_plan
+from adapruner.planning import Budget, Profile, kept_counts, make_plan
 from adapruner.structure import Structure, build_structure
 from adapruner.surgery import Compensation, pad_to_stock, prune_model
 from run_helpers import QUICK
@@ -223,12 +223,12 @@ def test_an_expert_that_does_nothing_is_the_least_important(mixtral: PreTrainedM
 def test_all_layers_keep_the_same_number(mixtral: PreTrainedModel, windows: Tensor) -> None:
     structure = build_structure(mixtral)
     for layout in ("per-layer", "uniform"):
-        counts = kept_counts(structure, Budget(0.195, 1, 1, layout=layout))  # type: ignore[arg-type]
+        counts = kept_counts(structure, Budget(0.195, Profile(1, 1) if layout == "per-layer" else "uniform"))  # type: ignore[arg-type]
         kept = {count for block, count in zip(structure.blocks, counts, strict=True) if block.kind == "experts"}
         assert kept == {3}
     # Two experts see every token: of two, there would be no choice.
     with pytest.raises(AdaPrunerError, match="cannot be reached"):
-        kept_counts(structure, Budget(0.5, 0, 0))
+        kept_counts(structure, Budget(0.5, Profile(0, 0)))
 
 
 def test_a_mixture_is_pruned_to_a_stock_one(
@@ -238,7 +238,7 @@ def test_a_mixture_is_pruned_to_a_stock_one(
     structure = build_structure(mixtral)
     statistics = measure(mixtral, structure, windows)
     scores = score_groups(statistics, structure, MetricPoint(weights={"expert_output": 1}))
-    plan = make_plan(structure, scores, kept_counts(structure, Budget(0.195, 0, 0)))
+    plan = make_plan(structure, scores, kept_counts(structure, Budget(0.195, Profile(0, 0))))
     moments = dict(measure_moments(mixtral, structure, windows))
     assert all(structure.blocks[number].is_projected for number in moments)
     pruned = prune_model(mixtral, structure, plan, Compensation("least-squares", moments))

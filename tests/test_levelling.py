@@ -17,12 +17,10 @@ from adapruner.calibration import generate_windows
 from adapruner.evaluation import log_probabilities, losses_by_batch, window_losses
 from adapruner.importance import LLM_PRUNER_METRICS
 from adapruner.measurement import measure
-from adapruner.planning import Budget, kept_counts, make_plan
-from adapruner.search import Candidate, Levelled, MovedHeads, Objective, level, meet_budget, plan_candidate
+from adapruner.planning import Budget, Profile, kept_counts, make_plan
+from adapruner.search import Candidate, Levelled, MovedHeads, Objective, _levelling, level, meet_budget, plan_candidate
 from adapruner.search._objective import scores_of
-from adapruner.search.levelling import _channels, _heads, _level, _parts
-from adapruner.search.levelling._judging import judge
-from adapruner.search.levelling._probe import Probe
+from adapruner.search._probe import Probe
 from adapruner.structure import build_structure
 from adapruner.surgery import prune_model
 
@@ -53,7 +51,7 @@ def objective(loud_model: PreTrainedModel, text: Tensor) -> Objective:
 
 @pytest.fixture
 def candidate() -> Candidate:
-    budget = Budget(0.15, protect_first=0, protect_last=0)
+    budget = Budget(0.15, Profile(0, 0))
     return Candidate(point=LLM_PRUNER_METRICS["param_first"], samples=(0, 1, 2), budget=budget)
 
 
@@ -86,11 +84,23 @@ def test_candidates_of_one_plan_are_judged_once(
     assert torch.equal(torch.cat(list(objective(twin))), losses)
     assert len(losses) == 400
     assert len(cut) == 2
-    other = candidate.model_copy(update={"budget": replace(candidate.budget, tilt=0.5)})
+    other = with_budget(candidate, allocation=Profile(0, 0, tilt=0.5))
     assert not torch.equal(torch.cat(list(objective(other))), losses)
     assert len(cut) == 3
     fewer = replace(objective, windows=objective.windows[:8])
     assert torch.equal(torch.cat(list(fewer(candidate))), losses[:8])
+
+
+def with_budget(candidate: Candidate, **fields: Any) -> Candidate:
+    """A candidate whose budget differs in some fields."""
+    return candidate.model_copy(update={"budget": replace(candidate.budget, **fields)})
+
+
+def losses_of(objective: Objective, candidate: Candidate) -> Tensor:
+    """[windows]: of the model that is cut for it, which removes what it is to remove."""
+    plan = plan_candidate(objective.structure, objective.statistics, candidate)
+    assert abs(plan.ratio - candidate.budget.ratio) <= 0.005
+    return window_losses(prune_model(objective.model, objective.structure, plan), objective.windows)
 
 
 def widths(objective: Objective, candidate: Candidate) -> list[int]:
@@ -101,7 +111,7 @@ def widths(objective: Objective, candidate: Candidate) -> list[int]:
 def test_costs_are_those_of_narrower_models_that_are_run_whole(
     objective: Objective, candidate: Candidate, text: Tensor
 ) -> None:
-    candidate = candidate.model_copy(update={"budget": replace(candidate.budget, without_attention=(1,))})
+    candidate = with_budget(candidate, without_attention=(1,))
     structure, model, text = objective.structure, objective.model, text[:12]
     scores = scores_of(structure, objective.statistics, candidate)
     counts = kept_counts(structure, candidate.budget)
@@ -115,7 +125,7 @@ def test_costs_are_those_of_narrower_models_that_are_run_whole(
     with torch.no_grad():
         references = [model(text).logits[:, :-1].log_softmax(-1)]
     probe = Probe(objective, text, references, candidate)
-    measured = dict(_channels.channel_costs(probe, range(4), None))
+    measured = dict(_levelling.channel_costs(probe, range(4), None))
     assert list(measured) == [0, 1, 2, 3]
     before = divergence(counts)
     for number, block in enumerate(structure.blocks):
@@ -163,10 +173,10 @@ def test_heads_are_probed_whatever_the_attention_knows_of_them(
 
 
 def test_protected_layers_stay_as_they_are(objective: Objective, candidate: Candidate, text: Tensor) -> None:
-    candidate = candidate.model_copy(update={"budget": replace(candidate.budget, protect_first=1)})
+    candidate = with_budget(candidate, allocation=Profile(1, 0))
     meet = partial(meet_budget, objective.structure, objective.statistics, None)
     costs = {layer: (float(layer), 0.01) for layer in (1, 2, 3)}
-    changed = _channels.changed(objective, candidate, costs, range(1, 4), meet)
+    changed = _levelling.with_moved_channels(objective, candidate, costs, range(1, 4), meet)
     assert changed
     before, after = widths(objective, candidate), widths(objective, changed)
     assert before[0] == after[0] == 24
@@ -174,10 +184,10 @@ def test_protected_layers_stay_as_they_are(objective: Objective, candidate: Cand
     assert after[3] > before[3]
     probe = Probe(objective, text[400:], log_probabilities(objective.model, text[400:]), candidate)
     # At such a price of channels, heads would go wherever they may; but none goes for nothing.
-    assert _heads.paying_changes(probe, range(1, 4), 1e9, None) == []
-    fewer = candidate.model_copy(update={"budget": replace(candidate.budget, heads=(2, 3, 3, 2))})
+    assert _levelling.paying_changes(probe, range(1, 4), 1e9, None) == []
+    fewer = with_budget(candidate, heads=(2, 3, 3, 2))
     probe = Probe(objective, text[400:], log_probabilities(objective.model, text[400:]), fewer)
-    assert _heads.paying_changes(probe, range(1, 4), -1e9, None) == [(3, 1)]
+    assert _levelling.paying_changes(probe, range(1, 4), -1e9, None) == [(3, 1)]
 
 
 def test_channels_move_to_the_layer_where_they_cost_most(
@@ -190,20 +200,14 @@ def test_channels_move_to_the_layer_where_they_cost_most(
     assert levelled.moves[0].accepted
     before, after = widths(objective, candidate), widths(objective, levelled.candidate)
     assert after[LOUD] > before[LOUD]
-    structure = objective.structure
-    plan = plan_candidate(structure, objective.statistics, levelled.candidate)
-    assert abs(plan.removed_parameters / structure.total_parameters - 0.15) <= 0.005
-    plans = [plan_candidate(structure, objective.statistics, one) for one in (candidate, levelled.candidate)]
-    losses = [window_losses(prune_model(objective.model, structure, plan), objective.windows) for plan in plans]
-    assert float((losses[0] - losses[1]).mean()) == pytest.approx(
-        sum(each.gain for each in levelled.moves if each.accepted), abs=1e-4
-    )
+    gained = (losses_of(objective, candidate) - losses_of(objective, levelled.candidate)).mean()
+    assert float(gained) == pytest.approx(sum(move.gain for move in levelled.moves if move.accepted), abs=1e-4)
 
 
 def test_what_does_not_lower_the_loss_is_not_taken(
     objective: Objective, candidate: Candidate, text: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_channels, "_EXPONENT", -0.4)
+    monkeypatch.setattr(_levelling, "_EXPONENT", -0.4)
     levelled = levelled_to_ratio(objective, text[400:], candidate, 3)
     assert levelled.candidate == candidate
     (only,) = levelled.moves
@@ -225,8 +229,7 @@ def test_heads_move_to_the_layers_where_they_cost_most(
     deaf: PreTrainedModel, objective: Objective, candidate: Candidate, text: Tensor
 ) -> None:
     # One head each goes from the layers where they matter.
-    budget = replace(candidate.budget, heads=(3, 2, 2, 3))
-    structure, candidate = objective.structure, candidate.model_copy(update={"budget": budget})
+    candidate = with_budget(candidate, heads=(3, 2, 2, 3))
     seen: list[int] = []
     levelled = levelled_to_ratio(objective, text[400:], candidate, 1, seen.append, moves_heads=True)
     assert sum(seen) == 8
@@ -235,20 +238,17 @@ def test_heads_move_to_the_layers_where_they_cost_most(
     assert moved.accepted
     assert moved.changes == {0: -1, 1: 1, 2: 1, 3: -1}
     assert levelled.candidate.budget.heads == (2, 3, 3, 2)
-    plans = [plan_candidate(structure, objective.statistics, one) for one in (candidate, levelled.candidate)]
-    assert abs(plans[1].removed_parameters / structure.total_parameters - 0.15) <= 0.005
-    losses = [window_losses(prune_model(deaf, structure, plan), objective.windows) for plan in plans]
-    gained = sum(each.gain for each in levelled.moves if each.accepted)
-    assert float((losses[0] - losses[1]).mean()) == pytest.approx(gained, abs=1e-4)
-    assert levelled_to_ratio(objective, text[400:], candidate, 1).candidate.budget.heads == budget.heads
+    gained = (losses_of(objective, candidate) - losses_of(objective, levelled.candidate)).mean()
+    assert float(gained) == pytest.approx(sum(move.gain for move in levelled.moves if move.accepted), abs=1e-4)
+    assert levelled_to_ratio(objective, text[400:], candidate, 1).candidate.budget.heads == (3, 2, 2, 3)
 
 
 def test_of_all_first_changes_none_takes_more_heads_than_it_gives_back(
     deaf: PreTrainedModel, objective: Objective, candidate: Candidate, text: Tensor
 ) -> None:
-    candidate = candidate.model_copy(update={"budget": replace(candidate.budget, heads=(3, 2, 2, 3))})
+    candidate = with_budget(candidate, heads=(3, 2, 2, 3))
     probe = Probe(objective, text[400:], log_probabilities(deaf, text[400:]), candidate)
-    _, changes = _level._measured(probe, range(4), moves_heads=True, progress=None)
+    _, changes = _levelling._measured(probe, range(4), moves_heads=True, progress=None)
     assert {change for _, change in changes} == {-1, 1}
     assert all(sum(change for _, change in changes[:first]) >= 0 for first in range(len(changes)))
 
@@ -262,20 +262,20 @@ def test_of_the_changes_that_pay_the_best_part_is_taken(
     parts: tuple[int, ...],
 ) -> None:
     """All four together lose, because two of them are wrong."""
-    monkeypatch.setattr(_heads, "_DIVISORS", parts)
-    candidate = candidate.model_copy(update={"budget": replace(candidate.budget, ratio=0.2)})
+    monkeypatch.setattr(_levelling, "_DIVISORS", parts)
+    candidate = with_budget(candidate, ratio=0.2)
     meet = partial(meet_budget, objective.structure, objective.statistics, None)
-    best = judge(objective, candidate)
+    best = _levelling.judge(objective, candidate)
     assert best
     changes = [(0, -1), (3, -1), (1, -1), (2, -1)]
-    judged, (moved,) = _heads.move_heads(objective, best, changes, meet)
+    judged, (moved,) = _levelling.move_heads(objective, best, changes, meet)
     if len(parts) == 1:
         assert (judged, moved.accepted, moved.changes) == (best, False, dict(changes))
     else:
         assert moved.accepted
         assert moved.changes in (dict(changes[:2]), dict(changes[:1]))
         assert judged.candidate.budget.heads[1:3] == (3, 3)
-    assert _heads.move_heads(objective, best, [], meet) == (best, [])
+    assert _levelling.move_heads(objective, best, [], meet) == (best, [])
 
 
 @pytest.mark.parametrize("is_kept", [True, False])
@@ -283,19 +283,14 @@ def test_an_attention_is_kept_where_it_is_surely_worth_the_widths(
     objective: Objective, candidate: Candidate, text: Tensor, monkeypatch: pytest.MonkeyPatch, is_kept: bool
 ) -> None:
     if not is_kept:
-        monkeypatch.setattr(_parts, "CERTAIN", 1e6)
-    without = candidate.model_copy(update={"budget": replace(candidate.budget, without_attention=(1,))})
-
-    def losses(candidate: Candidate) -> Tensor:
-        plan = plan_candidate(objective.structure, objective.statistics, candidate)
-        assert abs(plan.removed_parameters / objective.structure.total_parameters - 0.15) <= 0.005
-        return window_losses(prune_model(objective.model, objective.structure, plan), objective.windows)
+        monkeypatch.setattr(_levelling, "_CERTAIN", 1e6)
+    without = with_budget(candidate, without_attention=(1,))
 
     levelled = levelled_to_ratio(objective, text[400:], without, 0)
     assert levelled.candidate == (candidate if is_kept else without)
     (only,) = levelled.kept
     assert (only.layer, only.part, only.accepted) == (1, "attention", is_kept)
-    gains = losses(without) - losses(candidate)
+    gains = losses_of(objective, without) - losses_of(objective, candidate)
     assert only.gain == pytest.approx(float(gains.mean()), abs=1e-4)
     assert only.gain_standard_error == pytest.approx(float(gains.std() / 20), rel=1e-2)
 
@@ -303,39 +298,29 @@ def test_an_attention_is_kept_where_it_is_surely_worth_the_widths(
 def test_what_the_budget_cannot_do_without_stays_removed(
     objective: Objective, candidate: Candidate, text: Tensor
 ) -> None:
-    without = candidate.model_copy(update={"budget": replace(candidate.budget, ratio=0.6, without_attention=(1, 2, 3))})
+    without = with_budget(candidate, ratio=0.6, without_attention=(1, 2, 3))
     levelled = levelled_to_ratio(objective, text[400:404], without, 0)
     assert (levelled.candidate, levelled.kept) == (without, ())
 
 
 def test_what_is_tried_meets_the_target(objective: Objective, candidate: Candidate, text: Tensor) -> None:
     """Here, an attention counts twice: a candidate that keeps it must lose more."""
-    without = candidate.model_copy(update={"budget": replace(candidate.budget, without_attention=(1,))})
+    without = with_budget(candidate, without_attention=(1,))
 
     def meet(candidate: Candidate) -> Candidate:
         ratio = 0.15 if candidate.budget.without_attention else 0.2
-        return candidate.model_copy(update={"budget": replace(candidate.budget, ratio=ratio)})
+        return with_budget(candidate, ratio=ratio)
 
-    losses = [
-        window_losses(
-            prune_model(
-                objective.model,
-                objective.structure,
-                plan_candidate(objective.structure, objective.statistics, each),
-            ),
-            objective.windows,
-        ).mean()
-        for each in (without, meet(candidate))
-    ]
+    gained = (losses_of(objective, without) - losses_of(objective, meet(candidate))).mean()
     levelled = level(objective, text[400:], without, 0, meet)
-    assert levelled.kept[0].gain == pytest.approx(float(losses[0] - losses[1]), abs=1e-4)
+    assert levelled.kept[0].gain == pytest.approx(float(gained), abs=1e-4)
     assert levelled.candidate.budget.ratio == 0.2
     refused = level(objective, text[400:404], without, 1, lambda candidate: None)
     assert refused == Levelled(candidate=without, moves=())
 
 
 def test_losses_that_are_not_finite_change_nothing(objective: Objective, candidate: Candidate, text: Tensor) -> None:
-    without = candidate.model_copy(update={"budget": replace(candidate.budget, without_attention=(1,))})
+    without = with_budget(candidate, without_attention=(1,))
     for broken in (0, 1):
         calls = iter(range(9))
 
@@ -348,17 +333,17 @@ def test_losses_that_are_not_finite_change_nothing(objective: Objective, candida
 
 def test_a_layer_is_kept_as_a_whole() -> None:
     budget = Budget(0.2, without_attention=(1, 4), without_feed_forward=(4, 6))
-    assert _parts.removed_whole(budget) == [(1, "attention"), (4, "layer"), (6, "feed-forward")]
-    assert _parts.keeping(budget, 4) == Budget(0.2, without_attention=(1,), without_feed_forward=(6,))
+    assert _levelling.removed_whole(budget) == [(1, "attention"), (4, "layer"), (6, "feed-forward")]
+    assert _levelling.keeping(budget, 4) == Budget(0.2, without_attention=(1,), without_feed_forward=(6,))
 
 
 def test_costs_that_noise_explains_move_nothing() -> None:
-    assert _channels.factors({layer: (1.0 + 0.1 * (layer % 2), 0.2) for layer in range(6)}) == {}
-    assert _channels.factors({0: (1.0, 0.1)}) == {}
-    factors = _channels.factors({0: (1.0, 1e-9), 1: (1.0, 1e-9), 2: (4.0, 1e-9), 3: (-1.0, 1e-9)})
+    assert _levelling.factors({layer: (1.0 + 0.1 * (layer % 2), 0.2) for layer in range(6)}) == {}
+    assert _levelling.factors({0: (1.0, 0.1)}) == {}
+    factors = _levelling.factors({0: (1.0, 1e-9), 1: (1.0, 1e-9), 2: (4.0, 1e-9), 3: (-1.0, 1e-9)})
     assert factors[2] == pytest.approx(1.3)
     assert factors[3] == pytest.approx(1 / 1.3)
     assert factors[0] == factors[1] == pytest.approx((1 / 1.25) ** 0.4)
-    noisy = _channels.factors({0: (1.0, 0.5), 1: (1.0, 0.5), 2: (2.0, 0.5), 3: (0.0, 0.5)})
+    noisy = _levelling.factors({0: (1.0, 0.5), 1: (1.0, 0.5), 2: (2.0, 0.5), 3: (0.0, 0.5)})
     # The variance is 0.5 and the noise 0.25: half of the distance from the mean remains.
     assert noisy[2] == pytest.approx(1.5**0.4)

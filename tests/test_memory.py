@@ -17,13 +17,14 @@ from torch import Tensor
 from transformers import LlamaConfig, PreTrainedModel
 
 import adapruner
-from adapruner import AdaPrunerError, PruneConfig, verbs
+from adapruner import AdaPrunerError, PruneConfig
 from adapruner.cli import main
 from adapruner.measurement import HeldMoments, saved_activations
 from adapruner.memory import GIB, Memory, _placement, choose_placement, estimate_memory
 from adapruner.models import empty_model, find_model, in_fastest_dtype, known_architectures, load_model, trial_dtype
 from adapruner.planning import reference_budget
-from adapruner.run.nodes import models as _model
+from adapruner.run.nodes import models
+from adapruner.run.preview import estimate
 from adapruner.structure import build_structure
 from run_helpers import RUN_OPTIONS
 
@@ -99,11 +100,11 @@ def test_only_what_the_family_allows_is_counted(make_model: Callable[..., PreTra
     stages = {}
     for family in known_architectures():
         make_model(family).save_pretrained(tmp_path / family)
-        stages[family] = verbs.estimate(tmp_path / family, **TINY).stages
+        stages[family] = estimate(tmp_path / family, **TINY).stages
     assert "compensating" in stages["llama"]
     assert "compensating" not in stages["gemma2"]
     with pytest.raises(AdaPrunerError, match="64"):
-        verbs.estimate(tmp_path / "gpt2", **TINY | {"seq_len": 65})
+        estimate(tmp_path / "gpt2", **TINY | {"seq_len": 65})
 
 
 @pytest.fixture
@@ -263,13 +264,13 @@ def test_no_moments_are_held_when_the_model_is_cut(
     model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alive = []
-    cut = _model.prune_model
+    cut = models.prune_model
 
     def counting(*arguments: Any) -> Any:
         alive.append(sum(type(one) is HeldMoments for one in gc.get_objects()))
         return cut(*arguments)
 
-    monkeypatch.setattr(_model, "prune_model", counting)
+    monkeypatch.setattr(models, "prune_model", counting)
     gc.disable()
     try:
         adapruner.prune(str(model_folder), output=tmp_path / "a", calibration=str(text_file), **RUN_OPTIONS)

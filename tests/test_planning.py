@@ -5,17 +5,19 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from pydantic import TypeAdapter
 from rich.console import Console
 from transformers import LlamaConfig, PreTrainedModel, Qwen3MoeConfig
 
 from adapruner.errors import AdaPrunerError
 from adapruner.families.inference import infer_architecture
 from adapruner.models import empty_model, remember_family
-from adapruner.planning import Budget, BudgetError, PruningPlan, kept_counts, make_plan
+from adapruner.planning import Budget, BudgetError, Profile, PruningPlan, kept_counts, make_plan, weigh_channels
 from adapruner.structure import Structure, build_structure
 from adapruner.surgery import prune_model
 
@@ -54,7 +56,7 @@ def test_the_parts_and_what_can_be_removed_at_most(tied: bool) -> None:
 def test_equal_shares_are_those_of_llm_pruner(llama_7b: Structure) -> None:
     """25 % of heads and channels in layers 4 to 29 leave 5,422,977,024 parameters (arXiv 2305.11627)."""
     ratio = 1 - 5_422_977_024 / llama_7b.total_parameters
-    counts = kept_counts(llama_7b, Budget(ratio, protect_first=4, protect_last=2, head_share=1))
+    counts = kept_counts(llama_7b, Budget(ratio, Profile(4, 2), heads=1))
     for block, count in zip(llama_7b.blocks, counts, strict=True):
         pruned = 4 <= block.layer < 30
         assert count == {"heads": 24 if pruned else 32, "channels": 8256 if pruned else 11008}[block.kind]
@@ -67,7 +69,7 @@ def test_equal_shares_are_those_of_llm_pruner(llama_7b: Structure) -> None:
 def test_the_ratio_is_met_and_widths_are_rounded(
     llama_7b: Structure, ratio: float, head_share: float, round_to: int
 ) -> None:
-    counts = kept_counts(llama_7b, Budget(ratio, 4, 3, head_share, round_to))
+    counts = kept_counts(llama_7b, Budget(ratio, Profile(4, 3), heads=head_share, round_to=round_to))
     assert abs(llama_7b.removed_parameters(counts) / llama_7b.total_parameters - ratio) <= 0.005
     for block, count in zip(llama_7b.blocks, counts, strict=True):
         if not 4 <= block.layer < 29:
@@ -82,7 +84,7 @@ def test_the_ratio_is_met_and_widths_are_rounded(
 
 def test_query_heads_go_in_equal_numbers_from_every_kv_group(make_model: Callable[..., PreTrainedModel]) -> None:
     structure = build_structure(make_model("llama"), "query-head")
-    counts = kept_counts(structure, Budget(0.2, 0, 0, head_share=1))
+    counts = kept_counts(structure, Budget(0.2, Profile(0, 0), heads=1))
     scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(0))
     plan = make_plan(structure, scores, counts)
     heads = [block for block in plan.blocks if block.kind == "heads"]
@@ -121,7 +123,7 @@ def test_same_input_same_hash_and_json_round_trip(model: PreTrainedModel, tmp_pa
 def test_explain_names_every_layer(model: PreTrainedModel) -> None:
     structure = build_structure(model)
     scores = torch.ones(structure.group_offsets[-1])
-    plan = make_plan(structure, scores, kept_counts(structure, Budget(0.1, 1, 1)))
+    plan = make_plan(structure, scores, kept_counts(structure, Budget(0.1, Profile(1, 1))))
     console = Console(width=120)
     with console.capture() as captured:
         console.print(plan.explain())
@@ -139,21 +141,37 @@ def test_an_impossible_ratio_names_the_largest(llama_7b: Structure) -> None:
     without_heads = float(str(error.value).split("at most ")[1].split()[0])
     with_heads = float(str(error.value).split("parameters can be removed, ")[1].split()[0])
     with pytest.raises(AdaPrunerError, match=r"at most 0\.5\d+ of .*, 0\.\d+ with equal shares"):
-        kept_counts(llama_7b, Budget(0.7, head_share=0.3))
+        kept_counts(llama_7b, Budget(0.7, heads=0.3))
     for largest, head_share in ((without_heads, 0.0), (with_heads, 1.0)):
-        kept_counts(llama_7b, Budget(largest, head_share=head_share))
+        kept_counts(llama_7b, Budget(largest, heads=head_share))
         with pytest.raises(AdaPrunerError, match="cannot be reached"):
-            kept_counts(llama_7b, Budget(largest + 0.01, head_share=head_share))
+            kept_counts(llama_7b, Budget(largest + 0.01, heads=head_share))
 
 
-def test_steps_that_are_too_coarse_are_refused(model: PreTrainedModel) -> None:
-    with pytest.raises(AdaPrunerError, match="lower `round_to`"):
-        kept_counts(build_structure(model), Budget(0.012, 0, 3, round_to=8))
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        (Budget(0.012, Profile(0, 3), round_to=8), "lower `round_to`"),
+        (Budget(0.0001), "all 4 layers are protected"),
+        (Budget(0.0001, Profile(0, 0)), "removes nothing: .* lower `round_to` or raise `ratio`"),
+        (
+            Budget(0.9, Profile(0, 0, ranking="global"), without_feed_forward=(0, 1, 2, 3)),
+            r"a ratio of 0\.9 cannot be reached",
+        ),
+    ],
+)
+def test_what_cannot_be_met_is_refused(budget: Budget, message: str, model: PreTrainedModel) -> None:
+    structure = build_structure(model)
+    with pytest.raises(AdaPrunerError, match=message):
+        kept_counts(structure, budget, torch.rand(structure.group_offsets[-1]))
 
 
-def test_protecting_everything_is_refused(model: PreTrainedModel) -> None:
-    with pytest.raises(AdaPrunerError, match="all 4 layers are protected"):
-        kept_counts(build_structure(model), Budget(0.2))
+def test_a_budget_survives_json(llama_7b: Structure) -> None:
+    """As part of the candidates in the files of a run."""
+    adapter, profile = TypeAdapter(Budget), Budget(0.2, Profile(2, 1, 0.5, ranking="global"), heads=0.5)
+    weighed = weigh_channels(llama_7b, replace(profile, heads=(3,) * 32, without_attention=(1,)), (1.0,) * 32)
+    for budget in (profile, weighed, Budget(0.2, "uniform", round_to=32)):
+        assert adapter.validate_json(adapter.dump_json(budget)) == budget
 
 
 def test_a_plan_fits_only_its_model(model: PreTrainedModel, llama_7b: Structure) -> None:
@@ -166,7 +184,7 @@ def test_a_plan_fits_only_its_model(model: PreTrainedModel, llama_7b: Structure)
 @pytest.mark.parametrize("ratio", [0.1, 0.2, 0.4])
 @pytest.mark.parametrize(("tilt", "bend"), [(0.5, 0.0), (-0.5, 0.0), (0.0, 1.0), (0.3, -0.5)])
 def test_a_depth_profile_says_how_shares_compare(llama_7b: Structure, ratio: float, tilt: float, bend: float) -> None:
-    counts = kept_counts(llama_7b, Budget(ratio, 4, 3, 0.5, tilt=tilt, bend=bend))
+    counts = kept_counts(llama_7b, Budget(ratio, Profile(4, 3, tilt=tilt, bend=bend), heads=0.5))
     assert abs(llama_7b.removed_parameters(counts) / llama_7b.total_parameters - ratio) <= 0.001
     shares = [1 - count / 11008 for b, count in zip(llama_7b.blocks, counts, strict=True) if b.kind == "channels"]
     assert not any(shares[:4] + shares[29:])
@@ -183,7 +201,7 @@ def test_global_ranking_removes_the_least_of_all_layers(model: PreTrainedModel, 
     which make up what whole heads leave of the budget; but the best of each block always stays."""
     structure = build_structure(model)
     scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(0)) + 0.1
-    budget = Budget(0.1, 1, 0, head_share, ranking="global")
+    budget = Budget(0.1, Profile(1, 0, ranking="global"), heads=head_share)
     plan = make_plan(structure, scores, kept_counts(structure, budget, scores))
     assert abs(plan.ratio - 0.1) <= 0.005
     gone: dict[str, list[float]] = {"heads": [], "channels": []}
@@ -204,17 +222,9 @@ def test_global_ranking_removes_the_least_of_all_layers(model: PreTrainedModel, 
         kept_counts(structure, budget)
 
 
-def test_global_ranking_of_nothing_is_refused(model: PreTrainedModel) -> None:
-    structure = build_structure(model)
-    gone = tuple(range(structure.layers))
-    budget = Budget(0.9, 0, 0, ranking="global", without_feed_forward=gone)
-    with pytest.raises(AdaPrunerError, match=r"a ratio of 0\.9 cannot be reached"):
-        kept_counts(structure, budget, torch.rand(structure.group_offsets[-1]))
-
-
 @pytest.mark.parametrize("head_share", [0.0, 0.5, 1.0])
 def test_a_uniform_layout_is_the_same_in_every_layer(llama_7b: Structure, head_share: float) -> None:
-    counts = kept_counts(llama_7b, Budget(0.3, 0, 0, head_share, 32, "uniform"))
+    counts = kept_counts(llama_7b, Budget(0.3, "uniform", heads=head_share, round_to=32))
     assert abs(llama_7b.removed_parameters(counts) / llama_7b.total_parameters - 0.3) <= 0.005
     for kind in ("heads", "channels"):
         kept = {count for block, count in zip(llama_7b.blocks, counts, strict=True) if block.kind == kind}
@@ -224,7 +234,7 @@ def test_a_uniform_layout_is_the_same_in_every_layer(llama_7b: Structure, head_s
 
 def test_a_uniform_layout_that_steps_over_the_ratio_is_refused(llama_7b: Structure) -> None:
     with pytest.raises(AdaPrunerError, match="lower `round_to`"):
-        kept_counts(llama_7b, Budget(0.3, 0, 0, 0.0, 1024, "uniform"))
+        kept_counts(llama_7b, Budget(0.3, "uniform", round_to=1024))
 
 
 def test_global_ranking_of_scores_below_zero(model: PreTrainedModel) -> None:
@@ -233,7 +243,7 @@ def test_global_ranking_of_scores_below_zero(model: PreTrainedModel) -> None:
     scores = torch.randn(structure.group_offsets[-1], generator=torch.Generator().manual_seed(0))
     removed = []
     for head_share in (1.0, 0.5, 0.1):
-        counts = kept_counts(structure, Budget(0.12, 0, 0, head_share, ranking="global"), scores)
+        counts = kept_counts(structure, Budget(0.12, Profile(0, 0, ranking="global"), heads=head_share), scores)
         removed.append(sum(b.groups - c for b, c in zip(structure.blocks, counts, strict=True) if b.kind == "heads"))
     assert removed == sorted(removed, reverse=True)
     assert removed[0] > removed[-1]
@@ -242,15 +252,15 @@ def test_global_ranking_of_scores_below_zero(model: PreTrainedModel) -> None:
 def test_layers_that_differ_cannot_be_cut_alike(model: PreTrainedModel) -> None:
     structure = build_structure(model)
     plan = make_plan(
-        structure, torch.ones(structure.group_offsets[-1]), kept_counts(structure, Budget(0.1, 1, 1, 0.0, 1))
+        structure, torch.ones(structure.group_offsets[-1]), kept_counts(structure, Budget(0.1, Profile(1, 1)))
     )
     with pytest.raises(AdaPrunerError, match="differ already"):
-        kept_counts(build_structure(prune_model(model, structure, plan)), Budget(0.05, layout="uniform"))
+        kept_counts(build_structure(prune_model(model, structure, plan)), Budget(0.05, "uniform"))
 
 
 def test_heads_that_are_given_stay_and_channels_make_up_for_them(llama_7b: Structure) -> None:
     heads = tuple(32 if layer < 30 else 8 for layer in range(32))
-    counts = kept_counts(llama_7b, Budget(0.2, 4, 3, heads=heads, without_attention=(5,)))
+    counts = kept_counts(llama_7b, Budget(0.2, Profile(4, 3), heads=heads, without_attention=(5,)))
     of_heads = [count for count, block in zip(counts, llama_7b.blocks, strict=True) if block.kind == "heads"]
     assert of_heads == [0 if layer == 5 else kept for layer, kept in enumerate(heads)]
     assert llama_7b.removed_parameters(counts) == pytest.approx(0.2 * llama_7b.total_parameters, rel=1e-3)
@@ -262,18 +272,16 @@ def test_heads_that_are_given_stay_and_channels_make_up_for_them(llama_7b: Struc
 
 
 def test_shares_take_the_place_of_the_profile(llama_7b: Structure) -> None:
-    budget = Budget(0.2, protect_first=4, protect_last=3, head_share=0.5, bend=0.8)
+    budget = Budget(0.2, Profile(4, 3, bend=0.8), heads=0.5)
     counts = kept_counts(llama_7b, budget)
     channels = {number: block for number, block in enumerate(llama_7b.blocks) if block.kind == "channels"}
     same = tuple(1 - counts[number] / block.groups for number, block in channels.items())
-    by_shares = kept_counts(
-        llama_7b, Budget(0.2, protect_first=4, protect_last=3, head_share=0.5, bend=0.8, shares=same)
-    )
+    by_shares = kept_counts(llama_7b, weigh_channels(llama_7b, budget, same))
     for number, (before, after) in enumerate(zip(counts, by_shares, strict=True)):
         # As whole channels are what was rounded to shares.
         assert abs(before - after) <= (2 if number in channels else 0)
     # Twice the share of a layer takes twice as many of its channels as of the others, protected or not.
-    twice = kept_counts(llama_7b, Budget(0.1, shares=(2.0, *[1.0] * 30, 0.0)))
+    twice = kept_counts(llama_7b, weigh_channels(llama_7b, Budget(0.1), (2.0, *[1.0] * 30, 0.0)))
     gone = [block.groups - twice[number] for number, block in channels.items()]
     assert gone[0] == pytest.approx(2 * gone[1], abs=2)
     assert gone[-1] == 0
@@ -287,7 +295,8 @@ def test_layers_without_a_share_stay_whole(ratio: float, head_share: float) -> N
     sizes = {"vocab_size": 96, "hidden_size": 48, "num_attention_heads": 6, "intermediate_size": 1100}
     structure = build_structure(empty_model(LlamaConfig(num_hidden_layers=8, **sizes)))
     shares = (0.0, 0.0, 0.5, 0.5, 0.5, 0.5, 0.5, 0.0)
-    counts = kept_counts(structure, Budget(ratio, 2, 1, head_share, round_to=64, shares=shares))
+    budget = Budget(ratio, Profile(2, 1), heads=head_share, round_to=64)
+    counts = kept_counts(structure, weigh_channels(structure, budget, shares))
     widths = [count for block, count in zip(structure.blocks, counts, strict=True) if block.kind == "channels"]
     assert {*widths[:2], widths[7]} == {1100}
     assert max(widths[2:7]) < 1100
@@ -301,7 +310,7 @@ def test_heads_give_up_as_many_whichever_layers_share_the_channels() -> None:
     left = []
     for last in (6, 9, 10):
         shares = tuple(0.3 if 2 <= layer < last else 0.0 for layer in range(12))
-        counts = kept_counts(structure, Budget(0.15, 2, 2, 0.5, shares=shares))
+        counts = kept_counts(structure, weigh_channels(structure, Budget(0.15, Profile(2, 2), heads=0.5), shares))
         left.append([count for block, count in zip(structure.blocks, counts, strict=True) if block.kind == "heads"])
     assert sum(left[0]) < 12 * 16
     assert left[0] == left[1] == left[2]
@@ -318,10 +327,10 @@ def test_more_can_be_reached_than_a_ratio_between_whole_experts(ratio: float) ->
     remember_family("qwen3_moe", infer_architecture(config))
     structure = build_structure(empty_model(config))
     with pytest.raises(BudgetError, match="whole experts, as many in every layer") as refusal:
-        kept_counts(structure, Budget(ratio, 0, 0, heads=(2,) * 6))
+        kept_counts(structure, Budget(ratio, Profile(0, 0), heads=(2,) * 6))
     assert refusal.type is BudgetError
     # An expert has three matrices and a row of the router, in five layers.
     three = 3 * 5 * (3 * 48 * 64 + 64) / structure.total_parameters
     assert three > ratio
-    counts = kept_counts(structure, Budget(three, 0, 0, heads=(2,) * 6))
+    counts = kept_counts(structure, Budget(three, Profile(0, 0), heads=(2,) * 6))
     assert {count for block, count in zip(structure.blocks, counts, strict=True) if block.kind == "experts"} == {5}

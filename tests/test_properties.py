@@ -24,7 +24,7 @@ from adapruner.calibration import parse_source
 from adapruner.config import PruneConfig, RecoverConfig, RecoveryOptions, read_recipe
 from adapruner.errors import AdaPrunerError
 from adapruner.models import empty_model
-from adapruner.planning import RATIO_TOLERANCE, BlockPlan, Budget, PruningPlan, kept_counts
+from adapruner.planning import RATIO_TOLERANCE, BlockPlan, Budget, Profile, PruningPlan, kept_counts
 from adapruner.structure import build_structure
 
 # Files are written again and again into the same folder, which is meant.
@@ -101,7 +101,7 @@ def values_in_range(field: FieldInfo) -> st.SearchStrategy[Any]:
 
 
 # Their values are not told by their annotation.
-_OTHERS = ("ratio", "search_ratio", "recovery")
+_OTHERS = ("ratio", "searched", "recovery")
 FRACTION = st.floats(0, 1, exclude_min=True, exclude_max=True)
 
 
@@ -113,15 +113,15 @@ def valid_options(options: Any) -> st.SearchStrategy[dict[str, Any]]:
 @given(
     valid_options(PruneConfig),
     valid_options(RecoveryOptions),
-    st.fixed_dictionaries({"ratio": FRACTION | st.lists(FRACTION, min_size=1, unique=True), "search_ratio": FRACTION}),
+    FRACTION | st.lists(FRACTION, min_size=1, unique=True),
 )
 def test_a_config_survives_its_file(
-    tmp_path: Path, options: dict[str, Any], recovery: dict[str, Any], fractions: dict[str, Any]
+    tmp_path: Path, options: dict[str, Any], recovery: dict[str, Any], ratio: float | list[float]
 ) -> None:
     """Whatever is valid comes back from config.yaml as it was, also words that look like numbers."""
     try:
         config = PruneConfig.from_options(
-            **{"model": "m"} | options | fractions | {"recover": "1.5", "recovery": recovery}
+            **{"model": "m", "ratio": ratio} | options | {"recover": "1.5", "recovery": recovery}
         )
     except AdaPrunerError:
         return
@@ -279,13 +279,9 @@ STRUCTURE = build_structure(
     st.builds(
         Budget,
         ratio=st.floats(0.001, 0.999),
-        protect_first=st.integers(0, 9),
-        protect_last=st.integers(0, 9),
-        head_share=st.floats(0, 1),
+        allocation=st.just("uniform") | st.builds(Profile, *[st.integers(0, 9)] * 2, *[st.floats(-3, 3)] * 2),
+        heads=st.floats(0, 1),
         round_to=st.integers(1, 200),
-        layout=st.sampled_from(["per-layer", "uniform"]),
-        tilt=st.floats(-3, 3),
-        bend=st.floats(-3, 3),
     )
 )
 def test_a_budget_is_met_or_refused(budget: Budget) -> None:
@@ -297,5 +293,6 @@ def test_a_budget_is_met_or_refused(budget: Budget) -> None:
     assert abs(removed / STRUCTURE.total_parameters - budget.ratio) <= RATIO_TOLERANCE
     for block, count in zip(STRUCTURE.blocks, counts, strict=True):
         assert 1 <= count <= block.groups
-        is_protected = not budget.protect_first <= block.layer < STRUCTURE.layers - budget.protect_last
-        assert not (budget.layout == "per-layer" and is_protected) or count == block.groups
+        if isinstance(profile := budget.allocation, Profile):
+            is_protected = not profile.protect_first <= block.layer < STRUCTURE.layers - profile.protect_last
+            assert not is_protected or count == block.groups

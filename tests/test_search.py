@@ -6,7 +6,7 @@ import itertools
 import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -22,13 +22,15 @@ from torch import Tensor
 from transformers import LlamaConfig, PreTrainedModel
 
 from adapruner.errors import AdaPrunerError
-from adapruner.importance import TERMS, needed_statistics, register_term, score_groups
+from adapruner.importance import TERMS, needs_moments, needs_removal_errors, register_term, score_groups
 from adapruner.measurement import Statistics, measure, measure_moments, removal_errors
 from adapruner.models import empty_model
-from adapruner.planning import Budget, BudgetError, Target, kept_counts
+from adapruner.planning import Budget, BudgetError, Profile, Speed, Target, kept_counts
 from adapruner.search import (
     Candidate,
+    ExtendedSpace,
     History,
+    PaperSpace,
     Search,
     SearchResult,
     SearchSpace,
@@ -86,7 +88,7 @@ def a_smooth_objective(candidate: Candidate) -> list[Tensor]:
 
 
 def test_never_worse_than_the_fixed_metrics_and_better_with_trials(subsets: SubsetFamily, tmp_path: Path) -> None:
-    space = SearchSpace(subsets, 4, 0, Budget(0.2))
+    space = PaperSpace(subsets, 4, 0, Budget(0.2))
     result = search(space, a_smooth_objective, 24, 0, tmp_path / "run")
     assert result.best_loss < result.best_fixed_loss
     assert result.best_loss == a_smooth_loss(result.best)
@@ -102,11 +104,11 @@ def test_a_search_killed_at_any_moment_proposes_what_an_undisturbed_one_does(
     sampler: str, together: bool, subsets: SubsetFamily, tmp_path: Path
 ) -> None:
     """By one process, one trial at a time or four; a kill leaves a part of the file."""
-    space, study = SearchSpace(subsets, 4, 3, Budget(0.2), "extended"), study_in(tmp_path)
+    space, study = ExtendedSpace(subsets, 4, 3, Budget(0.2)), study_in(tmp_path)
     groups: list[list[Candidate]] = []
 
     def judge(candidate: Candidate) -> Iterator[Tensor]:
-        if candidate.budget.protect_first > 2 and candidate.budget.tilt != 0:
+        if candidate.budget.allocation.protect_first > 2 and candidate.budget.allocation.tilt != 0:
             raise BudgetError("cannot be reached")
         yield from windowed(candidate, range(16))
 
@@ -135,7 +137,7 @@ def test_a_search_killed_at_any_moment_proposes_what_an_undisturbed_one_does(
 def test_a_trial_that_is_not_finite_is_not_the_best(subsets: SubsetFamily, tmp_path: Path) -> None:
     losses = itertools.chain([float("inf"), 3.0, float("inf"), 2.5], itertools.repeat(float("inf")))
     result = search(
-        SearchSpace(subsets, 4, 0, Budget(0.2)), lambda _: [torch.tensor([next(losses)])], 12, 0, tmp_path / "run"
+        PaperSpace(subsets, 4, 0, Budget(0.2)), lambda _: [torch.tensor([next(losses)])], 12, 0, tmp_path / "run"
     )
     assert result.best_loss == 2.5
 
@@ -145,7 +147,7 @@ def test_a_trial_that_is_not_finite_is_not_the_best(subsets: SubsetFamily, tmp_p
 def test_only_what_is_searched_changes(alignment: str, sampler: str, subsets: SubsetFamily, tmp_path: Path) -> None:
     for searched in ("joint", "calibration", "metric"):
         seen: list[Candidate] = []
-        space = SearchSpace(subsets, 4, 0, Budget(0.2), alignment=alignment, searched=searched)
+        space = PaperSpace(subsets, 4, 0, Budget(0.2), alignment=alignment, searched=searched)
 
         def objective(candidate: Candidate, seen: list[Candidate] = seen) -> list[Tensor]:
             seen.append(candidate)
@@ -218,7 +220,7 @@ def windowed(candidate: Candidate, windows: range, asked: list[int] | None = Non
 
 
 def test_bad_trials_are_stopped_and_the_best_is_found_all_the_same(subsets: SubsetFamily, tmp_path: Path) -> None:
-    space = SearchSpace(subsets, 4, 0, Budget(0.2))
+    space = PaperSpace(subsets, 4, 0, Budget(0.2))
     asked: list[int] = []
     result = search(space, lambda candidate: windowed(candidate, range(64), asked), 30, 0, tmp_path / "run")
     assert result.stopped_early > 10
@@ -236,7 +238,7 @@ def test_bad_trials_are_stopped_and_the_best_is_found_all_the_same(subsets: Subs
 
 def test_batches_of_another_size_stop_the_same_trials(subsets: SubsetFamily, tmp_path: Path) -> None:
     """As on a GPU, which computes more windows at once than a CPU."""
-    space, results = SearchSpace(subsets, 4, 0, Budget(0.2)), []
+    space, results = PaperSpace(subsets, 4, 0, Budget(0.2)), []
 
     def judge(candidate: Candidate, size: int) -> Iterator[Tensor]:
         yield from torch.cat(list(windowed(candidate, range(64)))).split(size)
@@ -249,7 +251,7 @@ def test_batches_of_another_size_stop_the_same_trials(subsets: SubsetFamily, tmp
 
 def test_the_best_few_are_judged_on_further_windows(subsets: SubsetFamily, tmp_path: Path) -> None:
     """The loss of each is then the mean over all windows; a candidate that does badly on the further ones loses."""
-    space = SearchSpace(subsets, 4, 0, Budget(0.2))
+    space = PaperSpace(subsets, 4, 0, Budget(0.2))
     plain = search(space, lambda candidate: windowed(candidate, range(16)), 20, 0, tmp_path / "a")
     judged: list[Candidate] = []
 
@@ -271,7 +273,7 @@ def searched_with_changed_text(
     subsets: SubsetFamily, folder: Path, losses: Callable[[Candidate, SearchResult], Tensor]
 ) -> tuple[SearchResult, SearchResult, list[Candidate]]:
     """The result without changed text, with it, and the candidates that were judged on it."""
-    space = SearchSpace(subsets, 4, 0, Budget(0.2))
+    space = PaperSpace(subsets, 4, 0, Budget(0.2))
     judged: list[Candidate] = []
 
     def same(candidate: Candidate) -> Iterator[Tensor]:
@@ -330,12 +332,12 @@ def test_budgets_that_cannot_be_met_are_proposed_again_and_do_not_count(subsets:
     seen: list[Candidate] = []
 
     def refuse_most(candidate: Candidate) -> list[Tensor]:
-        if candidate.budget.protect_first > 2 and candidate.budget.tilt != 0:
+        if candidate.budget.allocation.protect_first > 2 and candidate.budget.allocation.tilt != 0:
             raise BudgetError("cannot be reached")
         seen.append(candidate)
         return a_smooth_objective(candidate)
 
-    space = SearchSpace(subsets, 4, 0, Budget(0.2), "extended")
+    space = ExtendedSpace(subsets, 4, 0, Budget(0.2))
     result = search(space, refuse_most, 24, 0, tmp_path / "run")
     assert len(result.points) == len(seen) == 24
     assert len({candidate.model_dump_json() for candidate in seen[10:]}) == 14
@@ -351,8 +353,12 @@ def test_a_space_that_holds_hardly_anything_feasible_comes_to_an_end(subsets: Su
             raise BudgetError("cannot be reached")
         return a_smooth_objective(candidate)
 
-    result = search(SearchSpace(subsets, 4, 0, Budget(0.2), "extended"), refuse_proposals, 12, 0, tmp_path / "run")
+    result = search(ExtendedSpace(subsets, 4, 0, Budget(0.2)), refuse_proposals, 12, 0, tmp_path / "run")
     assert 4 <= len(result.points) < 12
+
+
+def locally_ranked(budget: Budget) -> Budget:
+    return replace(budget, allocation=replace(budget.allocation, ranking="local"))
 
 
 def smollm2_in_shapes() -> Structure:
@@ -377,10 +383,10 @@ def test_proposals_are_repaired_where_their_budget_cannot_be_met(ratio: float, s
     structure = smollm2_in_shapes()
 
     def can_meet(candidate: Candidate) -> bool:
-        budget = replace(candidate.budget, ranking="local")
+        budget = locally_ranked(candidate.budget)
         return meet_budget(structure, None, None, candidate.model_copy(update={"budget": budget})) is not None
 
-    plain = SearchSpace(subsets, 4, 0, Budget(ratio, 0, 0, 1.0, 32), "extended")
+    plain = ExtendedSpace(subsets, 4, 0, Budget(ratio, Profile(0, 0), heads=1.0, round_to=32))
     repairing = replace(plain, meet=lambda candidate: candidate if can_meet(candidate) else None)
     pairs = []
     for seed in range(60):
@@ -393,14 +399,12 @@ def test_proposals_are_repaired_where_their_budget_cannot_be_met(ratio: float, s
         if can_meet(before):
             assert after == before
         else:
-            assert after.budget.protect_first <= before.budget.protect_first
-            assert after.budget.protect_last <= before.budget.protect_last
+            assert after.budget.allocation.protect_first <= before.budget.allocation.protect_first
+            assert after.budget.allocation.protect_last <= before.budget.allocation.protect_last
             assert after.budget.head_share >= before.budget.head_share
-    held = replace(
-        repairing, fixed_allocation=frozenset({"protect_first", "head_share"}), budget=Budget(0.5, 5, 3, 0.0)
-    )
+    held = replace(repairing, fixed=frozenset({"protect_first", "head_share"}), budget=Budget(0.5, Profile(5, 3)))
     trial = create_study(sampler=RandomSampler(0)).ask()
-    assert (held.suggest(trial).budget.protect_first, held.suggest(trial).budget.head_share) == (5, 0.0)
+    assert (held.suggest(trial).budget.allocation.protect_first, held.suggest(trial).budget.heads) == (5, 0.0)
 
 
 def test_proposals_meet_a_target_in_place_of_a_ratio(subsets: SubsetFamily) -> None:
@@ -412,14 +416,14 @@ def test_proposals_meet_a_target_in_place_of_a_ratio(subsets: SubsetFamily) -> N
         return sum(map(operator.mul, counts, prices))
 
     dense = costs([block.groups for block in structure.blocks])
-    target = Target("target_speed", "1.2", costs, dense / 1.2, dense)
+    target = Target(Speed(1.2), costs, dense)
 
     def meet(candidate: Candidate) -> Candidate | None:
-        local = candidate.model_copy(update={"budget": replace(candidate.budget, ranking="local")})
+        local = candidate.model_copy(update={"budget": locally_ranked(candidate.budget)})
         return meet_budget(structure, None, target, local)
 
-    space = SearchSpace(
-        subsets, 4, 0, Budget(0.2, 0, 0, round_to=32), "extended", meet=meet, whole={"attention": tuple(range(5, 13))}
+    space = ExtendedSpace(
+        subsets, 4, 0, Budget(0.2, Profile(0, 0), round_to=32), meet=meet, whole={"attention": tuple(range(5, 13))}
     )
     budgets = [space.suggest(create_study(sampler=RandomSampler(seed)).ask()).budget for seed in range(40)]
     reached = [dense / costs(kept_counts(structure, budget)) for budget in budgets]
@@ -434,8 +438,8 @@ def test_proposals_meet_a_target_in_place_of_a_ratio(subsets: SubsetFamily) -> N
 def test_the_extended_space_searches_all_terms_and_the_allocation(
     layout: str, fixed: frozenset[str], subsets: SubsetFamily, tmp_path: Path
 ) -> None:
-    reference = Budget(0.2, 3, 2, 0.5, layout=layout)
-    space = SearchSpace(subsets, 4, 0, reference, "extended", fixed)
+    reference = Budget(0.2, Profile(3, 2) if layout == "per-layer" else "uniform", heads=0.5)
+    space = ExtendedSpace(subsets, 4, 0, reference, fixed=fixed)
     seen: list[Candidate] = []
 
     def objective(candidate: Candidate) -> list[Tensor]:
@@ -453,14 +457,15 @@ def test_the_extended_space_searches_all_terms_and_the_allocation(
     budgets = [candidate.budget for candidate in proposed]
     assert {budget.ratio for budget in budgets} == {0.2}
     if fixed:
-        assert {(budget.head_share, budget.protect_first) for budget in budgets} == {(0.5, 3)}
+        assert {budget.heads for budget in budgets} == {0.5}
     else:
         assert any(budget.head_share == 0 for budget in budgets)
         assert any(budget.head_share > 0 for budget in budgets)
-    searched = {
-        name: len({getattr(b, name) for b in budgets}) > 1 for name in ("tilt", "bend", "ranking", "protect_last")
-    }
-    assert set(searched.values()) == {layout == "per-layer"}
+    if layout == "uniform":
+        assert {budget.allocation for budget in budgets} == {"uniform"}
+        return
+    searched = {name: len({getattr(budget.allocation, name) for budget in budgets}) > 1 for name in asdict(Profile())}
+    assert searched == {name: not (fixed and name == "protect_first") for name in searched}
 
 
 def test_a_parameter_that_one_trial_has_is_no_reason_to_warn() -> None:
@@ -493,14 +498,16 @@ def test_starting_points_have_no_part_in_the_importance() -> None:
 @pytest.mark.parametrize("layout", ["per-layer", "uniform"])
 def test_no_starting_point_is_tried_twice(searched: str, layout: str, subsets: SubsetFamily) -> None:
     """But for LLM-Pruner's metrics, which are tried whether or not two of them agree."""
-    space = SearchSpace(subsets, 4, 0, Budget(0.2, layout=layout), "extended", searched=searched)
+    space = ExtendedSpace(
+        subsets, 4, 0, Budget(0.2, Profile() if layout == "per-layer" else "uniform"), searched=searched
+    )
     points = [point for point in space.starting_points() if "fixed_metric" not in point.attributes]
     assert len({point.model_dump_json() for point in points}) == len(points) >= 1
 
 
 def test_a_point_for_high_ratios_is_tried_only_where_heads_go(subsets: SubsetFamily) -> None:
     without, with_heads = (
-        SearchSpace(subsets, 4, 0, Budget(0.5, 1, 1, heads), "extended", whole={"attention": (2, 1)})
+        ExtendedSpace(subsets, 4, 0, Budget(0.5, Profile(1, 1), heads=heads), whole={"attention": (2, 1)})
         for heads in (0.0, 0.5)
     )
     assert len(with_heads.starting_points()) == len(without.starting_points()) + 1
@@ -508,12 +515,12 @@ def test_a_point_for_high_ratios_is_tried_only_where_heads_go(subsets: SubsetFam
     candidate = with_heads.suggest(FixedTrial(point.parameters | {"coarse_second_order": 0.0}))
     weights = {name: weight for name, weight in candidate.point.weights.items() if weight}
     assert weights == pytest.approx({"elimination": 0.8, "conditional_variance": 0.2})
-    assert candidate.budget == Budget(0.5, 2, 0, 0.6, without_attention=(2,))
+    assert candidate.budget == Budget(0.5, Profile(2, 0), heads=0.6, without_attention=(2,))
 
 
 def test_a_result_is_the_same_when_read_again(subsets: SubsetFamily, tmp_path: Path) -> None:
     losses = itertools.chain([float("inf")] * 4, itertools.count(3.0))
-    space = SearchSpace(subsets, 4, 0, Budget(0.2), "extended")
+    space = ExtendedSpace(subsets, 4, 0, Budget(0.2))
     result = search(space, lambda _: [torch.tensor([next(losses)])], 24, 0, tmp_path)
     assert SearchResult.model_validate_json(result.model_dump_json()) == result
     assert (result.ratio, result.trials, result.best_loss, result.best_fixed_loss) == (0.2, 24, 3.0, float("inf"))
@@ -528,7 +535,7 @@ def test_a_result_is_the_same_when_read_again(subsets: SubsetFamily, tmp_path: P
 
 
 def test_steps_are_compared_on_further_windows(subsets: SubsetFamily, tmp_path: Path) -> None:
-    space = SearchSpace(subsets, 4, 0, Budget(0.2), "extended")
+    space = ExtendedSpace(subsets, 4, 0, Budget(0.2))
 
     def further(candidate: Candidate) -> list[Tensor]:
         return [torch.tensor([2.0, 4.0]) * a_smooth_loss(candidate), torch.tensor([3.0]) * a_smooth_loss(candidate)]
@@ -552,7 +559,7 @@ def test_steps_are_compared_on_further_windows(subsets: SubsetFamily, tmp_path: 
 
 
 def test_what_breaks_on_further_windows_is_no_step(subsets: SubsetFamily, tmp_path: Path) -> None:
-    space = SearchSpace(subsets, 4, 0, Budget(0.2), "extended")
+    space = ExtendedSpace(subsets, 4, 0, Budget(0.2))
 
     def further(candidate: Candidate) -> list[Tensor]:
         broken = list(candidate.samples) == space.first_draw
@@ -564,13 +571,13 @@ def test_what_breaks_on_further_windows_is_no_step(subsets: SubsetFamily, tmp_pa
 
 
 def test_a_search_of_starting_points_alone_says_so(subsets: SubsetFamily, tmp_path: Path) -> None:
-    result = search(SearchSpace(subsets, 4, 0, Budget(0.2), "extended"), a_smooth_objective, 9, 0, tmp_path)
+    result = search(ExtendedSpace(subsets, 4, 0, Budget(0.2)), a_smooth_objective, 9, 0, tmp_path)
     assert result.advice == "nothing was searched: all 9 trials are starting points; raise `trials` above 10"
 
 
 def test_nothing_finite_is_no_result(subsets: SubsetFamily, tmp_path: Path) -> None:
     with pytest.raises(AdaPrunerError, match="none of the 6 trials has a finite loss: lower `ratio`"):
-        search(SearchSpace(subsets, 4, 0, Budget(0.2)), lambda _: [torch.tensor([torch.nan])], 6, 0, tmp_path)
+        search(PaperSpace(subsets, 4, 0, Budget(0.2)), lambda _: [torch.tensor([torch.nan])], 6, 0, tmp_path)
 
 
 @pytest.mark.parametrize("content", ["no JSON\n\n", "{}\n", '{"op_code": 4}\n', "[1]\n"])
@@ -585,7 +592,7 @@ def test_a_damaged_file_is_refused(content: str, tmp_path: Path) -> None:
 def test_optuna_speaks_as_before(subsets: SubsetFamily, tmp_path: Path) -> None:
     optuna.logging.set_verbosity(optuna.logging.DEBUG)
     try:
-        search(SearchSpace(subsets, 4, 0, Budget(0.2)), a_smooth_objective, 5, 0, tmp_path)
+        search(PaperSpace(subsets, 4, 0, Budget(0.2)), a_smooth_objective, 5, 0, tmp_path)
         assert optuna.logging.get_verbosity() == optuna.logging.DEBUG
     finally:
         optuna.logging.set_verbosity(optuna.logging.INFO)
@@ -599,25 +606,25 @@ def test_a_registered_term_is_searched(
     errors = removal_errors(model, structure, dict(measure_moments(model, structure, windows)))
     statistics = replace(measure(model, structure, windows), **errors)
     family = build_subset_family(statistics, structure, [block.groups - 1 for block in structure.blocks])
-    space = SearchSpace(
-        family, 3, 0, Budget(0.05, 0, 0), "extended", meet=partial(meet_budget, structure, statistics, None)
+    space = ExtendedSpace(
+        family, 3, 0, Budget(0.05, Profile(0, 0)), meet=partial(meet_budget, structure, statistics, None)
     )
     before = space.starting_points()
-    assert needed_statistics("extended", "all") == {"taylor", "elements", "inputs", "moments", "eliminations"}
     monkeypatch.setitem(TERMS, "energy", None)
     monkeypatch.setitem(TERMS, "size", None)
     del TERMS["energy"], TERMS["size"]
 
-    @register_term(unit="inputs", family="activation", needs=["inputs"], share=0.5)
+    @register_term(unit="inputs", family="activation", share=0.5)
     def energy(statistics: Statistics) -> Tensor:
         return statistics.input_squared.mean(0) * statistics.column_squared
 
-    @register_term(unit="inputs", family="magnitude", needs=["weights"])
+    @register_term(unit="inputs", family="magnitude")
     def size(statistics: Statistics) -> Tensor:
         return statistics.column_absolute
 
-    assert needed_statistics("extended", "vector-wise") == {"taylor", "inputs", "moments", "eliminations", "weights"}
-    assert needed_statistics("paper", "vector-wise") == {"taylor"}
+    assert needs_removal_errors("extended", "vector-wise")
+    assert not needs_removal_errors("paper", "all")
+    assert [needs_moments(form, "paper", "all") for form in ("none", "bias")] == [False, True]
     after = space.starting_points()
     assert all(new.parameters.items() >= old.parameters.items() for old, new in zip(before, after, strict=True))
     assert {(point.parameters["energy"], point.parameters["magnitude"]) for point in after[4:]} == {(0.5, 0.0)}

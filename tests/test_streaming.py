@@ -33,7 +33,7 @@ from adapruner.models import (
     loaded_layer,
     skipping_layers,
 )
-from adapruner.planning import Budget, kept_counts, make_plan
+from adapruner.planning import Budget, Profile, kept_counts, make_plan
 from adapruner.structure import build_structure
 from adapruner.surgery import Compensation, kept_layers, prune_model, prune_on_reading, refit_sequentially
 from tiny_families import tiny_config
@@ -105,7 +105,7 @@ def test_a_streamed_model_is_cut_compensated_and_saved(
     structure = build_structure(model)
     streamed = load_model(find_model(on_disk(model, tmp_path / "dense")), layer_wise=True)
     scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(0))
-    budget = Budget(0.1, protect_first=1, protect_last=0, head_share=head_share, round_to=1)
+    budget = Budget(0.1, Profile(1, 0), heads=head_share)
     plan = make_plan(structure, scores, kept_counts(structure, budget))
     saved = []
     for dense in (model, streamed):
@@ -131,7 +131,7 @@ def test_several_pruned_models_are_run_with_one_reading(
     structure = build_structure(model)
     compensation = Compensation("least-squares", dict(measure_moments(model, structure, windows)))
     plans = []
-    for seed, budget in enumerate((Budget(0.1, 1, 0, 0.5, 1), Budget(0.08, 0, 1, 0.0, 1))):
+    for seed, budget in enumerate((Budget(0.1, Profile(1, 0), heads=0.5), Budget(0.08, Profile(0, 1)))):
         scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(seed))
         plans.append(make_plan(structure, scores, kept_counts(structure, budget)))
     if "layer" in structure.whole:
@@ -179,7 +179,7 @@ def test_a_cut_model_is_gone_with_its_last_reference(model: PreTrainedModel, win
     """Without the collector of cycles, which may come many trials later."""
     structure = build_structure(model)
     scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(0))
-    plan = make_plan(structure, scores, kept_counts(structure, Budget(0.1, 1, 1)))
+    plan = make_plan(structure, scores, kept_counts(structure, Budget(0.1, Profile(1, 1))))
     for dense in (model, load_model(find_model(on_disk(model, tmp_path)), layer_wise=True)):
         gc.disable()
         try:

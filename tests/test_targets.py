@@ -17,12 +17,11 @@ from adapruner.costs import Latencies
 from adapruner.errors import AdaPrunerError
 from adapruner.graph import RunFolder
 from adapruner.models import empty_model
-from adapruner.planning import Budget, BudgetError, Costs, Target, kept_counts
+from adapruner.planning import Budget, BudgetError, Costs, Profile, Size, Speed, Target, kept_counts
 from adapruner.report import render_report
 from adapruner.report._command import command
-from adapruner.run.api import preview_ratios
+from adapruner.run.preview import estimate, preview_ratios
 from adapruner.structure import Structure, build_structure
-from adapruner.verbs import estimate
 from run_helpers import QUICK
 
 OPTIONS = {name: value for name, value in QUICK.items() if name != "ratio"}
@@ -36,8 +35,8 @@ def structure(make_model: Callable[..., PreTrainedModel]) -> Structure:
     return build_structure(empty_model(config))
 
 
-def target(costs: Costs, most: float, structure: Structure, option: Any = "target_size") -> Target:
-    return Target(option, f"{most:g}", costs, most, costs([block.groups for block in structure.blocks]))
+def target(costs: Costs, most: float, structure: Structure) -> Target:
+    return Target(Size(f"{most:.0f}"), costs, costs([block.groups for block in structure.blocks]))
 
 
 def steps_of(structure: Structure) -> Costs:
@@ -55,10 +54,9 @@ def steps_of(structure: Structure) -> Costs:
 @pytest.mark.parametrize("share", [0.95, 0.8, 0.65])
 @pytest.mark.parametrize("head_share", [0.0, 0.7])
 def test_the_ratio_is_the_one_that_trying_all_finds(structure: Structure, share: float, head_share: float) -> None:
-    budget = {"protect_first": 0, "protect_last": 1, "head_share": head_share}
 
     def counts_at(ratio: float) -> list[int]:
-        return kept_counts(structure, Budget(ratio, **budget))  # type: ignore[arg-type]
+        return kept_counts(structure, Budget(ratio, Profile(0, 1), heads=head_share))
 
     def linear(counts: Sequence[int]) -> float:
         return 1000.0 + sum(3 * count for count in counts)
@@ -80,7 +78,7 @@ def test_costs_that_rise_in_places_are_met_too(structure: Structure) -> None:
     aim = target(costs, 0.8 * costs([block.groups for block in structure.blocks]), structure)
 
     def counts_at(ratio: float) -> list[int]:
-        return kept_counts(structure, Budget(ratio, 0, 0))
+        return kept_counts(structure, Budget(ratio, Profile(0, 0)))
 
     assert 0.99 * aim.most <= costs(counts_at(aim.ratio(counts_at))) <= aim.most
 
@@ -90,7 +88,7 @@ def test_what_cannot_be_met_is_refused_with_the_numbers(structure: Structure) ->
         return 1e6 * (100 + sum(counts))
 
     def counts_at(ratio: float) -> list[int]:
-        return kept_counts(structure, Budget(ratio, 1, 1, round_to=64))
+        return kept_counts(structure, Budget(ratio, Profile(1, 1), round_to=64))
 
     dense = 1e-6 * megabytes([block.groups for block in structure.blocks])
     smallest = dense - 2 * (256 - 64)
@@ -119,7 +117,7 @@ def test_steps_that_halving_misses_are_found(structure: Structure, most: float, 
     def costs(counts: Sequence[int]) -> float:
         return 1e6 * (100 - 1.3 * 11 * counts[0])
 
-    aim = Target("target_size", f"{most}MB", costs, 1e6 * most, 100e6)
+    aim = Target(Size(f"{most}MB"), costs, 100e6)
     if met:
         assert aim.ratio(counts_at) == pytest.approx(met, abs=0.005)
     else:
@@ -132,10 +130,12 @@ def test_steps_that_halving_misses_are_found(structure: Structure, most: float, 
 
 
 def test_a_speed_is_shown_as_a_speed(structure: Structure) -> None:
+    def seconds(counts: Sequence[int]) -> float:
+        return 1000.0 + sum(counts)
+
+    aim = Target(Speed(100.0), seconds, seconds([block.groups for block in structure.blocks]))
     with pytest.raises(AdaPrunerError, match=r"`target_speed` .* 1\.\d\d times as fast at best"):
-        target(lambda counts: 1000.0 + sum(counts), 1.0, structure, "target_speed").ratio(
-            lambda ratio: kept_counts(structure, Budget(ratio, 1, 1))
-        )
+        aim.ratio(lambda ratio: kept_counts(structure, Budget(ratio, Profile(1, 1))))
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,8 @@ def test_a_run_meets_a_size(
         main(arguments)
     assert 0.99 * asked <= (tmp_path / "smaller/model/model.safetensors").stat().st_size <= asked
     found = RunFolder(tmp_path / "smaller").read_config()
-    assert found.search_ratio == result.result.config.ratio[0] < found.ratio[0]
+    assert found.searched is not None
+    assert found.searched["target_size"] == str(int(0.87 * dense))
     line = command(found, tmp_path / "smaller")
     assert f"--target-size {int(0.87 * dense)}" in line
     assert f"--target-size {asked}" in line.splitlines()[-1]

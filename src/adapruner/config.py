@@ -110,9 +110,6 @@ TARGETS: tuple[TargetName, ...] = get_args(TargetName)
 BUDGETS = ("ratio", *TARGETS)
 TARGET_OPTIONS = (*TARGETS, "target_format", "target_phase", "target_batch", "target_context")
 
-# Tokens of a sequence where `target_context` does not say: in the cache, and of a prompt that is timed.
-CACHED_TOKENS, TIMED_TOKENS = 2048, 128
-
 # The fewest and the most windows that score a trial: what is found on few does not carry over (docs/experiments.md).
 _SCORING_WINDOWS = (64, 160)
 
@@ -138,6 +135,23 @@ def scoring_count(objective_windows: int | None, final_windows: int, windows: in
 def searches_widths(ratio_of: RatioOf, search: Searched, space: Space, layout: Layout) -> bool:
     """Whether the search decides how many channels each layer keeps."""
     return (ratio_of, search, space, layout) == ("parameters", "joint", "extended", "per-layer")
+
+
+def may_remove_whole(space: str, search: str, whole: tuple[str, ...] | None) -> bool:
+    """Whether the search may remove parts of layers whole."""
+    return space == "extended" and search == "joint" and whole != ("none",)
+
+
+def written_count(self_windows: int | None, others: int, can_write: bool) -> int:
+    """How many windows the model writes for compensation, beside so many others."""
+    if self_windows is None:
+        return others // 2 if can_write else 0
+    return self_windows
+
+
+def fits_sequentially_by_default(sequential: bool | None, compensation: str) -> bool:
+    """Whether the final model is fitted again, layer by layer, if the family allows it."""
+    return compensation == "least-squares" if sequential is None else sequential
 
 
 def tunes_scales_by_default(tune_scales: bool | None, compensation: str, layer_wise: bool | None) -> bool:
@@ -432,11 +446,6 @@ class PruneOptions(_Options):
         return next((name for name in TARGETS if getattr(self, name) is not None), None)
 
     @property
-    def tokens_of_target(self) -> int:
-        """Tokens of each sequence that memory or speed is about."""
-        return self.target_context or (TIMED_TOKENS if self.target == "target_speed" else CACHED_TOKENS)
-
-    @property
     def levels_widths(self) -> bool:
         """Whether the widths are levelled after the search, if all layers are in memory."""
         return self.level_rounds != 0 and searches_widths(self.ratio_of, self.search, self.space, self.layout)
@@ -444,9 +453,7 @@ class PruneOptions(_Options):
     @property
     def fits_sequentially(self) -> bool:
         """Whether the final model is fitted again, layer by layer, if the family allows it."""
-        if self.sequential is None:
-            return self.compensation == "least-squares"
-        return self.sequential
+        return fits_sequentially_by_default(self.sequential, self.compensation)
 
     @property
     def tunes_scales(self) -> bool:

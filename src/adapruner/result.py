@@ -16,13 +16,12 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.config import PruneConfig
-from adapruner.costs import TargetOutcome
 from adapruner.evaluation import Breakage, Perplexity, TaskScore, Verdict, judge, mean_accuracies
 from adapruner.families import open_model
 from adapruner.graph import RunFolder
 from adapruner.models import find_model, load_tokenizer
 from adapruner.numbers import Number, Numbers, breakage_table, model_table, numbers_of, task_table
-from adapruner.planning import PruningPlan
+from adapruner.planning import PruningPlan, TargetOutcome
 from adapruner.progress import StageCost
 from adapruner.recovery import RecoveryRecord
 from adapruner.search import Levelled, SearchResult

@@ -17,7 +17,7 @@ from adapruner.families.inference import infer_architecture
 from adapruner.families.tiny import random_model
 from adapruner.measurement import measure_moments
 from adapruner.models import known_architectures, remember_family
-from adapruner.planning import Budget, kept_counts, make_plan
+from adapruner.planning import Budget, Profile, kept_counts, make_plan
 from adapruner.structure import build_structure
 from adapruner.surgery import Compensation, prune_model
 from tiny_families import random_plan, tiny_config
@@ -48,7 +48,9 @@ def cut(
     dense: PreTrainedModel, windows: torch.Tensor, head_share: float, form: str | None, layout: str = "uniform"
 ) -> PreTrainedModel:
     structure = build_structure(dense)
-    budget = Budget(0.25 if head_share else 0.12, 0, 0, head_share, layout=layout)
+    budget = Budget(
+        0.25 if head_share else 0.12, Profile(0, 0) if layout == "per-layer" else "uniform", heads=head_share
+    )
     plan = random_plan(structure, kept_counts(structure, budget))
     moments = dict(measure_moments(dense, structure, windows))
     return prune_model(dense, structure, plan, Compensation(form, moments) if form else None)

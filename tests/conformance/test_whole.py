@@ -18,7 +18,7 @@ from adapruner.families.proof import masked, why_not_whole
 from adapruner.families.tiny import random_model, tiny_config
 from adapruner.measurement import measure_moments
 from adapruner.models import Whole, known_architectures
-from adapruner.planning import Budget, BudgetError, PruningPlan, kept_counts
+from adapruner.planning import Budget, BudgetError, Profile, PruningPlan, kept_counts
 from adapruner.search import RemovalOrders, removal_orders
 from adapruner.structure import Structure, build_structure, count_parameters
 from adapruner.surgery import Compensation, compensate_sequentially, pad_to_stock, prune_model
@@ -28,7 +28,7 @@ WHOLE: tuple[Whole, ...] = ("attention", "feed-forward", "layer")
 
 
 def planned(structure: Structure, **budget: object) -> PruningPlan:
-    return random_plan(structure, kept_counts(structure, Budget(0.4, 0, 0, **budget)))  # type: ignore[arg-type]  # any field
+    return random_plan(structure, kept_counts(structure, Budget(0.4, Profile(0, 0), **budget)))  # type: ignore[arg-type]  # any field
 
 
 @pytest.mark.parametrize("whole", WHOLE)
@@ -49,7 +49,7 @@ def test_a_layer_without_attention_has_no_cache(
 ) -> None:
     dense = make_model("llama")
     structure = build_structure(dense)
-    plan = planned(structure, without_attention=(0, 2), without_feed_forward=(1,), head_share=0.5)
+    plan = planned(structure, without_attention=(0, 2), without_feed_forward=(1,), heads=0.5)
     pruned = prune_model(dense, structure, plan)
     assert count_parameters(pruned) == plan.total_parameters - plan.removed_parameters
     save_checkpoint(pruned, tokenizer, tmp_path / "model")
@@ -134,8 +134,8 @@ def test_an_order_ends_where_no_loss_is_finite(
 def test_what_cannot_go_whole_is_refused(make_model: Callable[..., PreTrainedModel]) -> None:
     llama, bloom = build_structure(make_model("llama")), build_structure(make_model("bloom"))
     for structure, budget in (
-        (bloom, Budget(0.2, 0, 0, without_attention=(1,))),
-        (llama, Budget(0.2, 0, 0, layout="uniform", without_feed_forward=(2,))),
+        (bloom, Budget(0.2, Profile(0, 0), without_attention=(1,))),
+        (llama, Budget(0.2, "uniform", without_feed_forward=(2,))),
     ):
         with pytest.raises(BudgetError, match=r"of layer \d of this \w+ cannot be removed whole"):
             kept_counts(structure, budget)
@@ -144,7 +144,7 @@ def test_what_cannot_go_whole_is_refused(make_model: Callable[..., PreTrainedMod
 def test_the_rest_of_the_ratio_comes_from_what_stays(make_model: Callable[..., PreTrainedModel]) -> None:
     structure = build_structure(make_model("llama"))
     for attention, feed_forward in ((2,), ()), ((), (1,)), ((1, 2), (2,)):
-        budget = Budget(0.4, 0, 0, 0.5, without_attention=attention, without_feed_forward=feed_forward)
+        budget = Budget(0.4, Profile(0, 0), heads=0.5, without_attention=attention, without_feed_forward=feed_forward)
         counts = kept_counts(structure, budget)
         assert abs(structure.removed_parameters(counts) / structure.total_parameters - 0.4) <= 0.005
         for block, count in zip(structure.blocks, counts, strict=True):
@@ -179,7 +179,7 @@ def test_the_fit_layer_by_layer_makes_up_for_what_is_gone(
 ) -> None:
     dense = make_model("llama")
     structure = build_structure(dense)
-    budget = Budget(0.45, 0, 0, 0.5, without_attention=(0, 1), without_feed_forward=(1,))
+    budget = Budget(0.45, Profile(0, 0), heads=0.5, without_attention=(0, 1), without_feed_forward=(1,))
     plan = random_plan(structure, kept_counts(structure, budget))
     moments = dict(measure_moments(dense, structure, windows))
     pruned = prune_model(dense, structure, plan, Compensation("least-squares", moments))

@@ -20,7 +20,7 @@ import adapruner
 from adapruner.cli import main
 from adapruner.planning import Budget, BudgetError
 from adapruner.processes import Process, this_process
-from adapruner.search import Candidate, Search, SearchResult, SearchSpace, StudyFile, SubsetFamily
+from adapruner.search import Candidate, ExtendedSpace, Search, SearchResult, StudyFile, SubsetFamily
 from noting_program import note_who_works
 from run_helpers import QUICK, fast_starts, flags
 
@@ -44,12 +44,14 @@ def a_search(folder: Path, process: Process, judged: Callable[[], None] = lambda
 
     def judge(candidate: Candidate) -> Iterator[Tensor]:
         judged()
-        if candidate.budget.protect_first > 2 and candidate.budget.tilt != 0:
+        if candidate.budget.allocation.protect_first > 2 and candidate.budget.allocation.tilt != 0:
             raise BudgetError("cannot be reached")
         noise = torch.rand(24, generator=torch.Generator().manual_seed(sum(candidate.samples))).double() / 100
-        yield from (noise + candidate.budget.tilt**2 + candidate.point.weights.get("fine_first", 0.0)).split(8)
+        yield from (noise + candidate.budget.allocation.tilt**2 + candidate.point.weights.get("fine_first", 0.0)).split(
+            8
+        )
 
-    space = SearchSpace(subsets, 4, 0, Budget(0.2), "extended")
+    space = ExtendedSpace(subsets, 4, 0, Budget(0.2))
     return Search(space, judge, 22, 0, StudyFile(folder / "study.jsonl", "a"), process=process)
 
 

@@ -12,7 +12,7 @@ from gguf import GGUFReader, LlamaFileType
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from adapruner.checkpoint import gguf_bytes, write_gguf
-from adapruner.costs import bytes_in, size_costs
+from adapruner.costs._bytes import size_costs
 from adapruner.models import empty_model
 from adapruner.planning import make_plan
 from adapruner.structure import build_structure
@@ -43,11 +43,8 @@ def test_sizes_are_those_of_files_that_are_written(
     written = (tmp_path / "model.gguf").stat().st_size
     assert gguf_bytes(empty_model(smaller.config), bytes_tokenizer, gguf_type) == written
     empty = empty_model(model.config)
-    costs = size_costs(
-        empty,
-        build_structure(empty),
-        bytes_in(f"gguf:{gguf_type}", torch.float32, empty, bytes_tokenizer),  # type: ignore[arg-type]
-    )
+    gguf: Any = f"gguf:{gguf_type}"
+    costs = size_costs(empty, build_structure(empty), gguf, torch.float32, bytes_tokenizer)
     # What the file says of layers that differ is a little more.
     assert 0 <= written - costs(counts) < 200
 

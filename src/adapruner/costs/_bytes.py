@@ -1,10 +1,11 @@
-"""Bytes of a pruned model: of its file in a format, and in memory together with its KV cache."""
+"""Bytes of a pruned model: of its file in a format, and in memory together with its KV cache. They are computed from
+the shapes of all tensors; no model is built."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -13,13 +14,49 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.checkpoint import gguf_bytes, gguf_header_bytes, gguf_names, gguf_tensor_bytes
 from adapruner.config import GgufType, TargetFormat
-from adapruner.costs._shapes import Shape, shapes_after, stored_shapes
 from adapruner.evaluation import new_cache
+from adapruner.models import architecture_of
 from adapruner.planning import Costs
 from adapruner.structure import Structure
 
+Shape = tuple[int, ...]
 # As safetensors writes their names.
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+def stored_shapes(model: PreTrainedModel) -> dict[str, Shape]:
+    """The shapes of the tensors that a checkpoint of a model holds, by name, tied ones once."""
+    buffers = dict(model.named_buffers())
+    stored = dict(model.named_parameters()) | {
+        name: tensor for name, tensor in model.state_dict().items() if name in buffers
+    }
+    return {name: tuple(tensor.shape) for name, tensor in stored.items()}
+
+
+def shapes_after(model: PreTrainedModel, structure: Structure, counts: Sequence[int]) -> dict[str, Shape]:
+    """The shapes of a pruned model by name, its layers numbered anew.
+
+    Args:
+        model: the dense model; on the meta device is enough.
+        counts: how many groups each block keeps, in the order of `structure.blocks`.
+    """
+    architecture, shapes = architecture_of(model.config), stored_shapes(model)
+    gone = [f"{architecture.layers}.{layer}." for layer in structure.removed_layers(counts)]
+    for block, count in zip(structure.blocks, counts, strict=True):
+        if not count and (module := architecture.module_of(block.kind)):
+            gone.append(f"{architecture.layers}.{block.layer}.{module}.")
+        for part in block.slices:
+            shape, axis = list(shapes[part.parameter]), part.stored_axis + bool(part.experts)
+            shape[axis] -= (block.groups - count) // (part.experts or 1) * part.width
+            shapes[part.parameter] = tuple(shape)
+    kept = [layer for layer in range(structure.layers) if layer not in structure.removed_layers(counts)]
+    numbers = {f"{architecture.layers}.{old}.": f"{architecture.layers}.{new}." for new, old in enumerate(kept)}
+    return {_renamed(name, numbers): shape for name, shape in shapes.items() if not name.startswith(tuple(gone))}
+
+
+def _renamed(name: str, prefixes: dict[str, str]) -> str:
+    prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
+    return prefixes.get(prefix, "") + name.removeprefix(prefix)
 
 
 def dtype_in(target_format: TargetFormat, dtype: torch.dtype) -> torch.dtype:
@@ -44,10 +81,10 @@ def _gguf_type(target_format: TargetFormat) -> GgufType | None:
     return cast(GgufType, gguf_type) if kind == "gguf" else None
 
 
-def bytes_in(
-    target_format: TargetFormat, dtype: torch.dtype, model: PreTrainedModel, tokenizer: Tokenizer
-) -> Callable[[Mapping[str, Shape]], int]:
-    """What gives the bytes of a file from the shapes of all tensors.
+def size_costs(
+    model: PreTrainedModel, structure: Structure, target_format: TargetFormat, dtype: torch.dtype, tokenizer: Tokenizer
+) -> Costs:
+    """Bytes of the file of a pruned model.
 
     Of safetensors, that is the file of the weights: config and tokenizer are files of their own. A GGUF file is all
     there is.
@@ -60,9 +97,14 @@ def bytes_in(
     """
     gguf_type = _gguf_type(target_format)
     if gguf_type is None:
-        return lambda shapes: safetensors_bytes(shapes, dtype_in(target_format, dtype))
+        return lambda counts: safetensors_bytes(shapes_after(model, structure, counts), dtype_in(target_format, dtype))
     names, header = gguf_names(model), gguf_header_bytes(model, tokenizer)
-    return lambda shapes: header + gguf_tensor_bytes({names[own]: shape for own, shape in shapes.items()}, gguf_type)
+
+    def gguf_costs(counts: Sequence[int]) -> float:
+        shapes = shapes_after(model, structure, counts)
+        return header + gguf_tensor_bytes({names[name]: shape for name, shape in shapes.items()}, gguf_type)
+
+    return gguf_costs
 
 
 def bytes_of_model(
@@ -84,11 +126,6 @@ def safetensors_bytes(shapes: Mapping[str, Shape], dtype: torch.dtype) -> int:
         header[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [start, end]}
     length = len(json.dumps(header, separators=(",", ":")))
     return 8 + 8 * math.ceil(length / 8) + end
-
-
-def size_costs(model: PreTrainedModel, structure: Structure, bytes_of: Callable[[Mapping[str, Shape]], int]) -> Costs:
-    """Bytes of the file of a pruned model."""
-    return lambda counts: bytes_of(shapes_after(model, structure, counts))
 
 
 def cache_bytes(model: PreTrainedModel, batch: int, context: int, dtype: torch.dtype) -> list[int]:

@@ -56,11 +56,6 @@ class Latencies(BaseModel):
     of_layer: float
     added: dict[Kind, dict[int, float]]
 
-    def are_of(self, about: dict[str, Any]) -> bool:
-        """Whether they are of this model and phase, on whatever device they were measured."""
-        names = about.keys() - {"device", "threads", "torch"}
-        return all(self.about.get(name) == about[name] for name in names)
-
     def costs(self, structure: Structure) -> Costs:
         """Seconds of a pruned model: linear between the measured widths, a sum over blocks."""
         grids = {kind: (sorted(own), [own[kept] for kept in sorted(own)]) for kind, own in self.added.items()}

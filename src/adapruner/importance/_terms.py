@@ -29,8 +29,8 @@ class Term:
             name, which then is a family of its own.
         share: in the points that are tried first, the part of its family that the term takes from those registered
             before it, 0 to 1; of the first term of a family, the weight of the family.
-        needs: which statistics have to be measured for it: `taylor`, `elements`, `inputs`, `moments`, `eliminations`,
-            `routing` (of models with experts alone).
+        needs: the statistics that it needs and that are not always measured: `elements`, `moments`, `routing` (of
+            models with experts alone).
     """
 
     name: str
@@ -65,19 +65,24 @@ def usable_terms(space: Space, terms: Terms, with_routing: bool = False) -> list
     return [TERMS[name] for name in mixed if not TERMS[name].needs & unusable]
 
 
-def needed_statistics(space: Space, terms: Terms) -> frozenset[str]:
-    """Which statistics the terms of a search are computed from (`Term.needs`)."""
-    return frozenset().union(*(term.needs for term in usable_terms(space, terms)))
+def needs_removal_errors(space: Space, terms: Terms) -> bool:
+    """Whether terms of the search need the errors that removing groups makes."""
+    return any("moments" in term.needs for term in usable_terms(space, terms))
 
 
-@register_term(unit="vectors", family="taylor", needs=["taylor"])
+def needs_moments(compensation: str, space: Space, terms: Terms) -> bool:
+    """Whether second moments are measured: for compensation, or for terms of the search."""
+    return compensation != "none" or needs_removal_errors(space, terms)
+
+
+@register_term(unit="vectors", family="taylor")
 def coarse_first(statistics: Statistics) -> Tensor:
     """[vectors]: |Σ_k g_k w_k| with the gradient of the mean loss, the first-order change of the loss when the vector
     is removed (LLM-Pruner's vector-wise importance, arXiv 2305.11627, eq. 3)."""
     return statistics.taylor.mean(0).abs()
 
 
-@register_term(unit="vectors", family="taylor", needs=["taylor"])
+@register_term(unit="vectors", family="taylor")
 def coarse_second(statistics: Statistics) -> Tensor:
     """[vectors]: ½ mean_j (Σ_k g_jk w_k)², the second-order change with the Fisher information as Hessian, taken of
     the vector as a whole (arXiv 2305.11627, eq. 4, summed before squaring)."""
@@ -103,14 +108,14 @@ def fine_second(statistics: Statistics) -> Tensor:
 PAPER_TERMS = tuple(TERMS)
 
 
-@register_term(unit="inputs", family="activation", needs=["inputs"])
+@register_term(unit="inputs", family="activation")
 def activation_norm(statistics: Statistics) -> Tensor:
     """[inputs]: ‖x_c‖₂ · Σ|W_c|, the norm as root mean square over all tokens (Wanda-sp: the score of Wanda, arXiv
     2306.11695, summed over the column; as in the repository of FLAP)."""
     return statistics.input_squared.mean(0).sqrt() * statistics.column_absolute
 
 
-@register_term(unit="inputs", family="activation", needs=["inputs"], share=1.0)
+@register_term(unit="inputs", family="activation", share=1.0)
 def fluctuation(statistics: Statistics) -> Tensor:
     """[inputs]: var(x_c) · ‖W_c‖² over all tokens, what remains of an input when its mean is kept as a bias (FLAP's
     WIFV, arXiv 2312.11983, eq. 5)."""
@@ -126,7 +131,7 @@ def reconstruction(statistics: Statistics) -> Tensor:
     return _measured(statistics.removal_error, "from second moments")
 
 
-@register_term(unit="groups", family="reconstruction", needs=["moments", "eliminations"], share=1.0)
+@register_term(unit="groups", family="reconstruction", needs=["moments"], share=1.0)
 def elimination(statistics: Statistics) -> Tensor:
     """[groups]: what the output of the block loses by each group when the groups are removed one after the other, the
     cheapest first, and the rest is compensated each time (greedy form of `reconstruction`, ZipLM, arXiv 2302.04089). Of
@@ -134,7 +139,7 @@ def elimination(statistics: Statistics) -> Tensor:
     return _measured(statistics.elimination_error, "from second moments")
 
 
-@register_term(unit="groups", family="conditional_variance", needs=["moments", "eliminations"])
+@register_term(unit="groups", family="conditional_variance", needs=["moments"])
 def conditional_variance(statistics: Statistics) -> Tensor:
     """[groups]: tr(([H⁻¹]_gg)⁻¹), for a channel 1 / [H⁻¹]_cc: what the other inputs do not say of those of the group,
     when the groups are removed one after the other, the least first. Like `elimination`, but without the output

@@ -35,6 +35,11 @@ class Placement:
     layer_wise: bool
 
     @property
+    def on_one_device(self) -> bool:
+        """Whether one device holds all layers."""
+        return len(self.devices) == 1 and not self.layer_wise
+
+    @property
     def device(self) -> str:
         """As `device` of the options names them."""
         return ",".join(map(str, self.devices))

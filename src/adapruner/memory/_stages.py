@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
 
-from adapruner.config import Dtype, PruneConfig
+from adapruner.config import Dtype, PruneConfig, may_remove_whole, written_count
 from adapruner.errors import AdaPrunerError
 from adapruner.evaluation import tokens_per_batch
+from adapruner.importance import needs_moments, needs_removal_errors
 from adapruner.measurement import saved_activations
 from adapruner.models import architecture_of, decoder_layers, is_pruned, trial_dtype
 from adapruner.planning import Budget, kept_counts
 from adapruner.recovery import scale_options
-from adapruner.search import JUDGED_TOGETHER, MOST_PROTECTED_FIRST
-from adapruner.structure import Block, Structure
+from adapruner.search import JUDGED_TOGETHER, reused_layers
+from adapruner.structure import Structure
 
 # Samples measured at once. Layer-wise, the activations of one layer are kept, so more samples fit.
 MEASURED_AT_ONCE = {False: 4, True: 16}
@@ -81,22 +81,61 @@ def windows_of(tokens: int, pool: int, seq_len: int) -> int:
     return min(pool, max(_FEWEST_WINDOWS, tokens // seq_len))
 
 
-@dataclass(frozen=True)
 class _Stages:
     """What every stage of a run holds. The method of a stage returns an empty dict if the run skips it.
 
+    Sizes are in bytes; weights are counted, because they are held in one dtype or in two.
+
     Attributes:
-        counts: how many groups each block keeps, in the order of `structure.blocks`.
-        devices: over how many the weights are spread; everything else is counted on each of them.
+        trial: bytes of a number in a trial.
+        both: bytes of a weight, with its copy for trials where these have another dtype.
+        layer: weights of the largest layer, where one layer at a time is in memory: it is there in one dtype, and what
+            is in no layer in both.
+        held: weights of the dense model on a device.
+        widest: inputs of the block that has most.
+        moments: the largest second moments.
+        projection: the largest projection that is compensated.
+        matrix: the largest matrix of any block, in float32.
+        vectors, inputs: rows and columns, and inputs, that sums are kept for.
+        text: one number for every token that second moments are from.
+        losses: the logits of a window and their log-softmax, in float32.
+        states: the hidden states of a token before, between and after all layers.
     """
 
-    config: PruneConfig
-    model: Any
-    structure: Structure
-    counts: list[int]
-    device: torch.device
-    by_layer: bool
-    devices: int
+    def __init__(
+        self,
+        config: PruneConfig,
+        model: Any,
+        structure: Structure,
+        counts: list[int],
+        device: torch.device,
+        by_layer: bool,
+        devices: int,
+    ) -> None:
+        self.config, self.model, self.structure = config, model, structure
+        self.device, self.by_layer, self.devices = device, by_layer, devices
+        self.dtype = dtype_of_weights(model, config.dtype)
+        trials = trial_dtype(self.dtype, device)
+        self.trial = trials.itemsize
+        self.both = self.dtype.itemsize + (self.trial if trials != self.dtype else 0)
+        self.vocabulary, self.hidden = map(int, model.get_input_embeddings().weight.shape)
+        self.layer_weights = [sum(weight.numel() for weight in layer.parameters()) for layer in decoder_layers(model)]
+        self.layer = max(self.layer_weights) if by_layer else 0
+        self.held = self._weights_on_a_device()
+        self.blocks = list(zip(structure.blocks, counts, strict=True))
+        blocks = structure.blocks
+        matrices = [(part, block) for block in blocks for part in block.matrices]
+        self.widest = max(block.inputs for block in blocks)
+        self.inputs = sum(block.inputs for block in blocks)
+        self.moments = max(block.inputs * block.inputs_of_one for block in blocks) * _FLOAT32
+        projected = [block.row_wise.elements * block.inputs for block in blocks if block.is_projected]
+        self.projection = max(projected, default=0) * _FLOAT32
+        self.matrix = max(part.elements * block.groups * part.width for part, block in matrices) * _FLOAT32
+        self.vectors = sum(part.width * block.groups for part, block in matrices)
+        written = written_count(config.self_windows, config.compensation_windows, not by_layer)
+        self.text = (config.compensation_windows + written) * config.seq_len * self.trial
+        self.losses = 2 * config.seq_len * self.vocabulary * _FLOAT32
+        self.states = (structure.layers + 1) * self.hidden * self.trial
 
     def terms(self) -> dict[str, Terms]:
         """By stage, in the order in which they run."""
@@ -114,61 +153,62 @@ class _Stages:
         return {stage: terms for stage, terms in stages.items() if terms}
 
     def _loading(self) -> Terms:
-        return {"weights": (self._held_weights - self._layer_weights) * self._dtype.itemsize}
+        return {"weights": (self.held - self.layer) * self.dtype.itemsize}
 
     def _reading_activations(self) -> Terms:
-        if self.config.compensation == "none" and self.config.space != "extended":
+        if not needs_moments(self.config.compensation, self.config.space, self.config.terms):
             return {}
         of_layers = Counter[int]()
         for block in self.structure.blocks:
             of_layers[block.layer] += block.inputs * block.inputs_of_one * _FLOAT32
         return self._both_weights | {
-            "compensation_windows": self._text_bytes * self._hidden,
+            "compensation_windows": self.text * self.hidden,
             # Two sums for every block of a layer; of one block, both means, and two of what they are merged into.
-            "second moments": 2 * max(of_layers.values()) + 4 * self._moments_bytes,
+            "second moments": 2 * max(of_layers.values()) + 4 * self.moments,
         }
 
     def _measuring(self) -> Terms:
         config, structure = self.config, self.structure
         at_once = min(MEASURED_AT_ONCE[self.by_layer], config.pool)
-        kept = saved_activations(self.model.config, self._dtype) * (1 if self.by_layer else structure.layers)
-        kept += self._vocabulary * self._dtype.itemsize
+        kept = saved_activations(self.model.config, self.dtype) * (1 if self.by_layer else structure.layers)
+        kept += self.vocabulary * self.dtype.itemsize
         # Layer by layer, the states before and behind a layer and the gradient are held beside what it keeps.
-        going_back = 3 * (self._widest + self.by_layer * self._hidden) * self._dtype.itemsize
+        going_back = 3 * (self.widest + self.by_layer * self.hidden) * self.dtype.itemsize
         return self._weights | {
-            "seq_len": int(at_once * config.seq_len * (kept + going_back)) + self._losses_bytes,
-            "gradients": 3 * (self._largest_bytes if structure.cuts_experts else self._projection_bytes),
-            "sums": at_once * (3 * self._vectors_measured + 2 * self._inputs_measured) * _FLOAT32,
+            "seq_len": int(at_once * config.seq_len * (kept + going_back)) + self.losses,
+            "gradients": 3 * (self.matrix if structure.cuts_experts else self.projection),
+            "sums": at_once * (3 * self.vectors + 2 * self.inputs) * _FLOAT32,
         }
 
     def _comparing_removals(self) -> Terms:
-        if self.config.space != "extended":
+        if not needs_removal_errors(self.config.space, self.config.terms):
             return {}
         # Twice as much as float32 needs: some blocks need float64.
-        moments = {"second moments": 8 * self._moments_bytes + 4 * self._projection_bytes}
+        moments = {"second moments": 8 * self.moments + 4 * self.projection}
         return self._weights | self._pool | moments
 
     def _removing_whole(self) -> Terms:
         config = self.config
-        if config.space != "extended" or config.search != "joint" or config.whole == ("none",):
+        if not may_remove_whole(config.space, config.search, config.whole):
             return {}
         tokens = windows_of(TOKENS_FOR_WHOLE, config.pool, config.seq_len) * config.seq_len
-        return self._both_weights | {"seq_len": tokens * self._states_bytes, "logits": self._logits_bytes(tokens)}
+        return self._both_weights | {"seq_len": tokens * self.states, "logits": self._logits_bytes(tokens)}
 
     def _searching(self) -> Terms:
         config = self.config
         # Finalists are judged on the further windows, and on their text in upper case.
         objective = (config.scoring_windows[1] + 2 * config.final_windows) * config.seq_len
-        known = max(MOST_PROTECTED_FIRST, config.protect_first or 0) + 1 if config.layout == "per-layer" else 0
+        reused = reused_layers(config.layout, config.protect_first, self.structure.layers)
+        known = reused + 1 if reused else 0
         # Layer by layer, trials have one layer in memory, and the hidden states of all windows.
-        states = (known + self.by_layer * 2 * JUDGED_TOGETHER) * objective * self._hidden * self._trial_dtype.itemsize
+        states = (known + self.by_layer * 2 * JUDGED_TOGETHER) * objective * self.hidden * self.trial
         pruned = "a pruned layer" if self.by_layer else "pruned weights"
         return {
-            **(self._both_weights | self._pool | self._solving),
-            pruned: (self._layer_weights if self.by_layer else self._pruned_weights) * self._trial_dtype.itemsize,
+            **self._judging,
+            pruned: (self.layer if self.by_layer else self._pruned_weights) * self.trial,
             "logits": self._logits_bytes(objective),
             "objective_windows": states,
-            "dense predictions": 2 * objective * self._vocabulary * (config.selection == "kl"),
+            "dense predictions": 2 * objective * self.vocabulary * (config.selection == "kl"),
         }
 
     def _levelling(self) -> Terms:
@@ -176,11 +216,11 @@ class _Stages:
             return {}
         tokens = windows_of(TOKENS_FOR_COSTS, self.config.pool, self.config.seq_len) * self.config.seq_len
         return {
-            **(self._both_weights | self._pool | self._solving),
-            "pruned weights": self._pruned_weights * self._trial_dtype.itemsize + self._largest_bytes,
+            **self._judging,
+            "pruned weights": self._pruned_weights * self.trial + self.matrix,
             "logits": self._logits_bytes(tokens),
-            "level_rounds": tokens * self._states_bytes,
-            "dense predictions": 2 * tokens * self._vocabulary,
+            "level_rounds": tokens * self.states,
+            "dense predictions": 2 * tokens * self.vocabulary,
         }
 
     def _compensating(self) -> Terms:
@@ -188,159 +228,71 @@ class _Stages:
         if not self.config.fits_sequentially or not architecture_of(model_config).has_plain_residual(model_config):
             return {}
         # Only what loses something is fitted, in the inputs that it keeps.
-        kept = (n / block.groups for block, n in self._blocks if n < block.groups)
+        kept = (n / block.groups for block, n in self.blocks if n < block.groups)
         share = max(kept, default=0.0)
         # Of a batch: what the layer computes, and what up to three runs of it have left.
-        of_batch = (
-            _FITTED_AT_ONCE * self.config.seq_len * 6 * (self._hidden + self._widest) * self._trial_dtype.itemsize
-        )
+        of_batch = _FITTED_AT_ONCE * self.config.seq_len * 6 * (self.hidden + self.widest) * self.trial
         return {
             **self._both_weights,
-            "second moments": int(4 * self._moments_bytes * share**2 + 3 * self._projection_bytes * share),
-            "compensation_windows": self._text_bytes * (2 * self._hidden + self._widest),
-            "pruned weights": self._pruned_weights * self._itemsize_of_both,
+            "second moments": int(4 * self.moments * share**2 + 3 * self.projection * share),
+            "compensation_windows": self.text * (2 * self.hidden + self.widest),
+            "pruned weights": self._pruned_weights * self.both,
             "seq_len": of_batch,
         }
 
     def _tuning_scales(self) -> Terms:
         if not self.config.tunes_scales or self.by_layer or self.devices > 1:
             return {}
-        removed = sum((block.groups - n) * block.parameters_per_group for block, n in self._blocks)
+        removed = sum((block.groups - n) * block.parameters_per_group for block, n in self.blocks)
         options = scale_options(self.config.seed, self.device)
         tokens = options.micro_batch_size * self.config.seq_len
         # Scales are multiplied in float32.
         saved = saved_activations(self.model.config, torch.float32)
         layers = self.structure.layers
-        activations = saved + self._states_bytes if options.gradient_checkpointing else layers * saved
+        activations = saved + self.states if options.gradient_checkpointing else layers * saved
         return self._both_weights | {
-            "pruned weights": (self._held_weights - removed) * self._itemsize_of_both,
+            "pruned weights": (self.held - removed) * self.both,
             "seq_len": int(tokens * activations),
-            "logits": 3 * tokens * self._vocabulary * self._trial_dtype.itemsize + 2 * self._losses_bytes,
+            "logits": 3 * tokens * self.vocabulary * self.trial + 2 * self.losses,
         }
 
-    @cached_property
-    def _dtype(self) -> torch.dtype:
-        return dtype_of_weights(self.model, self.config.dtype)
-
-    @cached_property
-    def _trial_dtype(self) -> torch.dtype:
-        return trial_dtype(self._dtype, self.device)
-
-    @property
-    def _itemsize_of_both(self) -> int:
-        """Bytes of a weight, with its copy for trials where these have another dtype."""
-        return self._dtype.itemsize + (self._trial_dtype.itemsize if self._trial_dtype != self._dtype else 0)
-
-    @cached_property
-    def _vocabulary(self) -> int:
-        return int(self.model.get_input_embeddings().weight.shape[0])
-
-    @cached_property
-    def _hidden(self) -> int:
-        return int(self.model.get_input_embeddings().weight.shape[1])
-
-    @cached_property
-    def _layers(self) -> list[int]:
-        """Weights of each layer."""
-        return [sum(weight.numel() for weight in layer.parameters()) for layer in decoder_layers(self.model)]
-
-    @property
-    def _layer_weights(self) -> int:
-        """Weights of the largest layer, where one layer at a time is in memory: it is there in one dtype, and what is
-        in no layer in both."""
-        return max(self._layers) if self.by_layer else 0
-
-    @cached_property
-    def _held_weights(self) -> int:
-        """Weights of the dense model that a device holds."""
+    def _weights_on_a_device(self) -> int:
         weights: int = sum(weight.numel() for weight in self.model.parameters())
-        largest = max(self._layers)
+        all_layers, largest = sum(self.layer_weights), max(self.layer_weights)
         if self.by_layer:
-            weights -= sum(self._layers) - largest
+            weights -= all_layers - largest
         if self.devices > 1:
             # The first holds what is in no layer, and none holds more than a layer beyond its share.
-            return max(weights // self.devices, weights - sum(self._layers)) + largest
+            return max(weights // self.devices, weights - all_layers) + largest
         return weights
 
-    @cached_property
-    def _blocks(self) -> list[tuple[Block, int]]:
-        return list(zip(self.structure.blocks, self.counts, strict=True))
-
-    @cached_property
+    @property
     def _pruned_weights(self) -> int:
         """Weights of the pruned model that a device holds beside the dense one. Layer by layer, nothing is shared with
         that."""
-        weights = sum(n * block.parameters_per_group for block, n in self._blocks if self.by_layer or n < block.groups)
-        return weights // self.devices + max(self._layers) if self.devices > 1 else weights
+        weights = sum(n * block.parameters_per_group for block, n in self.blocks if self.by_layer or n < block.groups)
+        return weights // self.devices + max(self.layer_weights) if self.devices > 1 else weights
 
     @property
     def _weights(self) -> Terms:
         """Of the dense model."""
-        return {"weights": self._held_weights * self._dtype.itemsize}
+        return {"weights": self.held * self.dtype.itemsize}
 
     @property
     def _both_weights(self) -> Terms:
         """Of the dense model and its copy for trials."""
-        held, of_layer = self._held_weights, self._layer_weights
-        return {"weights": (held - of_layer) * self._itemsize_of_both + of_layer * self._trial_dtype.itemsize}
-
-    @cached_property
-    def _widest(self) -> int:
-        """Inputs of the block that has most."""
-        return max(block.inputs for block in self.structure.blocks)
-
-    @cached_property
-    def _inputs_measured(self) -> int:
-        """Inputs of all blocks, of each of which two sums are kept."""
-        return sum(block.inputs for block in self.structure.blocks)
-
-    @cached_property
-    def _moments_bytes(self) -> int:
-        """Bytes of the largest second moments."""
-        return max(block.inputs * block.inputs_of_one for block in self.structure.blocks) * _FLOAT32
-
-    @cached_property
-    def _projection_bytes(self) -> int:
-        """Bytes of the largest projection that is compensated."""
-        projected = (block for block in self.structure.blocks if block.is_projected)
-        return max((block.row_wise.elements * block.inputs for block in projected), default=0) * _FLOAT32
+        return {"weights": (self.held - self.layer) * self.both + self.layer * self.trial}
 
     @property
-    def _solving(self) -> Terms:
-        """To correct one block."""
-        return {"second moments": 4 * self._moments_bytes + 3 * self._projection_bytes}
-
-    @cached_property
-    def _largest_bytes(self) -> int:
-        """Bytes of the largest matrix of any block, in float32."""
-        sizes = (
-            part.elements * block.groups * part.width for block in self.structure.blocks for part in block.matrices
-        )
-        return max(sizes) * _FLOAT32
-
-    @cached_property
-    def _vectors_measured(self) -> int:
-        """Rows and columns that sums are kept for."""
-        return sum(part.width * block.groups for block in self.structure.blocks for part in block.matrices)
+    def _judging(self) -> Terms:
+        """To compensate a candidate: both models, the statistics of all samples, and what corrects one block."""
+        return self._both_weights | self._pool | {"second moments": 4 * self.moments + 3 * self.projection}
 
     @property
     def _pool(self) -> Terms:
         """The statistics of all samples."""
-        of_sample = self._vectors_measured * (3 if self.config.terms == "all" else 1) + 2 * self._inputs_measured
+        of_sample = self.vectors * (3 if self.config.terms == "all" else 1) + 2 * self.inputs
         return {"pool": self.config.pool * of_sample * _FLOAT32}
-
-    @cached_property
-    def _text_bytes(self) -> int:
-        """Bytes of one number for every token that second moments are from."""
-        written = self.config.self_windows or 0
-        if self.config.self_windows is None and not self.by_layer:
-            written = self.config.compensation_windows // 2
-        return (self.config.compensation_windows + written) * self.config.seq_len * self._trial_dtype.itemsize
-
-    @property
-    def _losses_bytes(self) -> int:
-        """Bytes of the logits of a window and of their log-softmax, in float32."""
-        return 2 * self.config.seq_len * self._vocabulary * _FLOAT32
 
     def _logits_bytes(self, tokens: int) -> int:
         """Bytes of what a layer computes of a batch, or of the logits after the last one, and of the losses.
@@ -348,10 +300,5 @@ class _Stages:
         Args:
             tokens: of all batches.
         """
-        of_token = max(self._vocabulary, 3 * self._widest + 4 * self._hidden) * self._trial_dtype.itemsize
-        return min(tokens_per_batch(self.device), tokens) * of_token + self._losses_bytes
-
-    @property
-    def _states_bytes(self) -> int:
-        """Bytes of the hidden states of a token before, between and behind all layers."""
-        return (self.structure.layers + 1) * self._hidden * self._trial_dtype.itemsize
+        of_token = max(self.vocabulary, 3 * self.widest + 4 * self.hidden) * self.trial
+        return min(tokens_per_batch(self.device), tokens) * of_token + self.losses

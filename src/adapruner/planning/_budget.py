@@ -1,19 +1,19 @@
-"""How many groups each block keeps, so that a ratio of all parameters is removed."""
+"""From an allocation to weights of blocks, and from weights and a ratio to how many groups each block keeps."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
-from adapruner.config import Layout, PruneConfig, RatioOf
+from adapruner.config import PruneConfig, RatioOf
 from adapruner.errors import AdaPrunerError
 from adapruner.models import Whole
-from adapruner.structure import Block, Structure
+from adapruner.structure import Block, Kind, Structure
 
 RATIO_TOLERANCE = 0.005
 # Taking more of the channels of a layer hurts more than taking heads or fewer layers whole (see docs/experiments.md).
@@ -32,54 +32,117 @@ class UnreachableRatioError(BudgetError):
 
 Ranking = Literal["local", "global"]
 
-_Blocks = Mapping[int, Block]
+
+@dataclass(frozen=True)
+class Profile:
+    """Weights by depth: with z from -1 at the first unprotected layer to 1 at the last, exp(tilt · z - bend · z²).
+
+    Attributes:
+        protect_first: layers at the input that are kept whole.
+        protect_last: layers at the output that are kept whole.
+        ranking: `local` removes in proportion to the weights; `global` removes the groups with the smallest score per
+            weight in all layers, heads and channels alike (as FLAP does, arXiv 2312.11983), whose scores must then
+            compare between blocks.
+    """
+
+    protect_first: int = 4
+    protect_last: int = 3
+    tilt: float = 0.0
+    bend: float = 0.0
+    ranking: Ranking = "local"
+
+    def weights(self, layers: int) -> tuple[float, ...]:
+        """Of every layer; 0 for the protected ones.
+
+        Raises:
+            UnreachableRatioError: all layers are protected.
+        """
+        first, count = self.protect_first, layers - self.protect_first - self.protect_last
+        if count <= 0:
+            raise UnreachableRatioError(
+                f"all {layers} layers are protected ({self.protect_first} first, {self.protect_last} last); lower"
+                " `protect_first` or `protect_last`"
+            )
+        depths = [2 * layer / max(1, count - 1) - 1 for layer in range(count)]
+        unprotected = (math.exp(self.tilt * z - self.bend * z * z) for z in depths)
+        return (0.0,) * first + tuple(unprotected) + (0.0,) * self.protect_last
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """Weights given layer by layer; see `weigh_channels`.
+
+    Attributes:
+        channels: of the feed-forward channels.
+        others: of the heads, and of the channels inside experts.
+    """
+
+    channels: tuple[float, ...]
+    others: tuple[float, ...]
+
+
+# `uniform`: all layers keep the same number of heads and of channels, which any loader of the family supports.
+Allocation: TypeAlias = Literal["uniform"] | LayerWeights | Profile
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What is to be removed and where.
+    """How much is removed, and how it is divided among the blocks.
+
+    The allocation gives every block a weight: its groups are removed in proportion to it, and none where it is 0.
+    Whole experts are removed in the same number from all layers.
 
     Attributes:
         ratio: share of all parameters to remove, embeddings counted, tied ones once; see `ratio_of`.
-        protect_first: layers at the input that are kept whole.
-        protect_last: layers at the output that are kept whole.
-        head_share: share of heads removed, relative to the share of channels removed; 0 leaves attention whole, 1 is
-            the equal shares of LLM-Pruner (arXiv 2305.11627) and the paper.
+        heads: share of heads removed, relative to the share of channels removed (0 leaves attention whole, 1 is the
+            equal shares of LLM-Pruner, arXiv 2305.11627, and the paper); or for every layer how many groups of heads it
+            keeps, for which channels make up.
         round_to: kept feed-forward widths are multiples of this.
-        layout: whether layers may differ, or all keep the same number of heads and of channels, which any reader of
-            the model family can load. A uniform layout protects no layer and has no ranking and no depth profile.
-        ranking: `local` removes by the depth profile alone; `global` removes the groups that score least anywhere,
-            heads and channels alike (as FLAP does, arXiv 2312.11983), whose scores must then compare between blocks.
-        tilt, bend: the depth profile. With z from -1 at the first unprotected layer to 1 at the last, a layer gives up
-            a share in proportion to exp(tilt · z - bend · z²); `global` divides scores by that.
-        ratio_of: `groups` makes the ratio a share of the channels (and, times `head_share`, of the heads) of every
-            unprotected layer, as LLM-Pruner's protocol has it, rounded in each; ranking and profile are of no account.
-        shares: for every layer, how large a share of its channels it gives up, relative to the others; replaces
-            protection, ranking and profile for channels alone. Empty: as those say.
-        heads: for every layer, how many groups of heads it keeps; replaces `head_share`, protection, ranking and
-            profile for heads, and channels make up for it. Empty: as those say.
-        without_attention, without_feed_forward: layers whose attention, and layers whose feed-forward, are removed
-            whole, protected or not. A layer in both is removed.
+        ratio_of: `groups` makes the ratio a share of the channels (and, times `heads`, of the heads) of a layer of
+            weight 1, as LLM-Pruner's protocol has it, rounded in each.
+        without_attention: layers whose attention is removed whole, protected or not.
+        without_feed_forward: layers whose feed-forward is removed whole. A layer in both is removed.
     """
 
     ratio: float
-    protect_first: int = 4
-    protect_last: int = 3
-    head_share: float = 0.0
+    allocation: Allocation = Profile()
+    heads: float | tuple[int, ...] = 0.0
     round_to: int = 1
-    layout: Layout = "per-layer"
-    ranking: Ranking = "local"
-    tilt: float = 0.0
-    bend: float = 0.0
     ratio_of: RatioOf = "parameters"
-    shares: tuple[float, ...] = ()
-    heads: tuple[int, ...] = ()
     without_attention: tuple[int, ...] = ()
     without_feed_forward: tuple[int, ...] = ()
+
+    @property
+    def head_share(self) -> float:
+        """Share of heads removed, relative to channels; 0 where it is given how many are kept."""
+        return 0.0 if isinstance(self.heads, tuple) else self.heads
+
+    @property
+    def ranks_globally(self) -> bool:
+        """Whether groups are ranked over all layers, which needs scores."""
+        ranking = self.allocation.ranking if isinstance(self.allocation, Profile) else "local"
+        return ranking == "global" and self.ratio_of == "parameters"
 
     def removes_whole(self, block: Block) -> bool:
         """Whether no group of a block is kept."""
         return block.layer in (self.without_attention if block.kind == "heads" else self.without_feed_forward)
+
+    def given_count(self, block: Block) -> int | None:
+        """How many groups of a block are kept, where the budget says so without a weight."""
+        if self.removes_whole(block):
+            return 0
+        return self.heads[block.layer] if block.kind == "heads" and isinstance(self.heads, tuple) else None
+
+
+def weigh_channels(structure: Structure, budget: Budget, shares: Sequence[float]) -> Budget:
+    """The budget with channels removed in proportion to a share of each layer, protected or not.
+
+    The weights of channels are as large together as before, so that heads keep their part.
+    """
+    others = _layer_weights(structure, budget.allocation).others
+    layers = [block.layer for block in structure.blocks if _is_plain(block) and not budget.removes_whole(block)]
+    factor = math.fsum(others[layer] for layer in layers) / (math.fsum(shares[layer] for layer in layers) or 1.0)
+    return replace(budget, allocation=LayerWeights(tuple(factor * share for share in shares), others))
 
 
 def kept_counts(structure: Structure, budget: Budget, scores: Tensor | None = None) -> list[int]:
@@ -96,50 +159,35 @@ def kept_counts(structure: Structure, budget: Budget, scores: Tensor | None = No
         BudgetError: it cannot be met within 0.5 percentage points, or nothing would be removed.
         AdaPrunerError: layers of different sizes shall become alike.
     """
-    layers = _unprotected(structure, budget)
+    weights, ranked = _block_weights(structure, budget), _scores_to_rank(structure, budget, scores)
     _refuse_impossible_whole(structure, budget)
-    everywhere = {index: block for index, block in enumerate(structure.blocks) if not budget.removes_whole(block)}
-    # Experts are the same in number in all layers, as stock models have them.
-    experts = {index: block for index, block in everywhere.items() if block.kind == "experts"}
-    heads = {
-        index: block
-        for index, block in everywhere.items()
-        if block.kind == "heads" and (budget.heads or block.layer in layers)
-    }
-    channels = {
-        index: block
-        for index, block in everywhere.items()
-        if block.kind == "channels" and ((budget.shares and not block.experts) or block.layer in layers)
-    }
-    target = budget.ratio * structure.total_parameters
-    by_block = _scores_to_rank(structure, budget, scores)
+    given = {index: budget.given_count(block) for index, block in enumerate(structure.blocks)}
+    kept = {index: structure.blocks[index].groups if count is None else count for index, count in given.items()}
 
-    kept = dict.fromkeys(range(len(structure.blocks)), 0) | {index: each.groups for index, each in everywhere.items()}
+    def removing(*kinds: Kind) -> dict[int, int]:
+        """The counts of the blocks of the first kind, which share with the others what is still to be removed."""
+        rest = budget.ratio * structure.total_parameters - structure.removed_parameters(list(kept.values()))
+        sharing = {index: weight for index, weight in weights.items() if structure.blocks[index].kind in kinds}
+        wanted = _wanted(structure, budget, sharing, rest, ranked)
+        return _in_steps(structure, budget, kinds[0], wanted)
 
-    def counts() -> list[int]:
-        return list(kept.values())
-
-    def counts_of(blocks: _Blocks, others: _Blocks, step: int = 1) -> dict[int, int]:
-        """How many groups some blocks keep, when they share the rest of the target with others."""
-        rest = target - structure.removed_parameters(counts())
-        together = dict(sorted({**blocks, **others}.items()))
-        return _in_steps(budget, blocks, _wanted(budget, layers, together, rest, by_block), step)
-
-    if budget.heads:
-        kept |= {index: budget.heads[block.layer] for index, block in heads.items()}
-    else:
-        kept |= counts_of(heads, {**experts, **channels})
-    beside_experts = counts_of(channels, experts, budget.round_to) if experts else {}
-    kept |= counts_of(experts, channels)
-    kept |= counts_of(channels, {}, budget.round_to)
-    if experts and largest_channel_share(structure, counts()) > MOST_CHANNELS:
+    kept |= removing("heads", "experts", "channels") if budget.head_share else {}
+    beside_experts = removing("channels", "experts") if structure.has_experts else {}
+    kept |= removing("experts", "channels") if structure.has_experts else {}
+    kept |= removing("channels")
+    counts = list(kept.values())
+    if beside_experts and largest_channel_share(structure, counts) > MOST_CHANNELS:
         # The few layers without experts cannot make up for what whole experts miss.
-        kept |= beside_experts
+        counts = list((kept | beside_experts).values())
 
-    _refuse_nothing_removed(structure, budget, counts())
+    if not structure.removed_parameters(counts):
+        raise BudgetError(
+            f"a ratio of {budget.ratio:g} removes nothing: whole heads, experts and steps of {budget.round_to} channels"
+            " are more than that; lower `round_to` or raise `ratio`"
+        )
     if budget.ratio_of == "parameters":
-        _refuse_missed_ratio(structure, budget, {**({} if budget.heads else heads), **experts}, channels, counts())
-    return counts()
+        _refuse_missed_ratio(structure, budget, weights, counts)
+    return counts
 
 
 def reference_budget(config: PruneConfig, structure: Structure, ratio: float) -> Budget:
@@ -149,15 +197,13 @@ def reference_budget(config: PruneConfig, structure: Structure, ratio: float) ->
     Raises:
         AdaPrunerError: the ratio cannot be met; with the arithmetic.
     """
-    given = {
-        name: value
-        for name in ("protect_first", "protect_last", "head_share")
-        if (value := getattr(config, name)) is not None
-    }
+    names = ("protect_first", "protect_last", "head_share")
+    given = {name: value for name in names if (value := getattr(config, name)) is not None}
     reachable: dict[Budget, float] = {}
-    for first, last, head_share in _DEFAULT_ALLOCATIONS:
-        fields = {"protect_first": first, "protect_last": last, "head_share": head_share} | given
-        budget = Budget(ratio, round_to=config.round_to, layout=config.layout, ratio_of=config.ratio_of, **fields)
+    for default in _DEFAULT_ALLOCATIONS:
+        first, last, heads = (dict(zip(names, default, strict=True)) | given).values()
+        allocation: Allocation = "uniform" if config.layout == "uniform" else Profile(int(first), int(last))
+        budget = Budget(ratio, allocation, heads, config.round_to, config.ratio_of)
         try:
             taken = largest_channel_share(structure, kept_counts(structure, budget))
         except BudgetError as error:
@@ -181,24 +227,25 @@ def largest_channel_share(structure: Structure, counts: Sequence[int]) -> float:
     return max(channels, default=0.0)
 
 
-def _unprotected(structure: Structure, budget: Budget) -> range:
-    if budget.layout == "uniform":
-        sizes = {(block.kind, bool(block.experts), block.groups) for block in structure.blocks}
-        if len(sizes) > len({each[:2] for each in sizes}):
-            raise AdaPrunerError("the layers of this model differ already: a uniform layout cannot be cut out of it")
-        return range(structure.layers)
-    layers = range(budget.protect_first, structure.layers - budget.protect_last)
-    if not layers:
-        raise UnreachableRatioError(
-            f"all {structure.layers} layers are protected ({budget.protect_first} first, {budget.protect_last} last);"
-            " lower `protect_first` or `protect_last`"
-        )
-    return layers
+def _block_weights(structure: Structure, budget: Budget) -> dict[int, float]:
+    """Of the blocks that give up groups in proportion to it, by their numbers; experts of all layers alike."""
+    layers, weights = _layer_weights(structure, budget.allocation), dict[int, float]()
+    for index, block in enumerate(structure.blocks):
+        of_layer = layers.channels if _is_plain(block) else layers.others
+        weight = 1.0 if block.kind == "experts" else of_layer[block.layer]
+        if weight and budget.given_count(block) is None:
+            weights[index] = weight
+    return weights
+
+
+def _is_plain(block: Block) -> bool:
+    """Whether it has the channels of a feed-forward without experts."""
+    return block.kind == "channels" and not block.experts
 
 
 def _scores_to_rank(structure: Structure, budget: Budget, scores: Tensor | None) -> Sequence[Tensor] | None:
     """The scores of each block where groups are ranked over all layers."""
-    if budget.ranking == "local" or budget.shares or budget.layout == "uniform" or budget.ratio_of == "groups":
+    if not budget.ranks_globally:
         return None
     if scores is None:
         raise AdaPrunerError("a global ranking needs scores")
@@ -208,33 +255,33 @@ def _scores_to_rank(structure: Structure, budget: Budget, scores: Tensor | None)
     return by_block
 
 
+def _layer_weights(structure: Structure, allocation: Allocation) -> LayerWeights:
+    if isinstance(allocation, LayerWeights):
+        return allocation
+    if isinstance(allocation, Profile):
+        weights = allocation.weights(structure.layers)
+        return LayerWeights(weights, weights)
+    sizes = {(block.kind, bool(block.experts), block.groups) for block in structure.blocks}
+    if len(sizes) > len({size[:2] for size in sizes}):
+        raise AdaPrunerError("the layers of this model differ already: a uniform layout cannot be cut out of it")
+    return LayerWeights((1.0,) * structure.layers, (1.0,) * structure.layers)
+
+
 def _wanted(
-    budget: Budget, layers: range, blocks: _Blocks, target: float, scores: Sequence[Tensor] | None
+    structure: Structure, budget: Budget, weights: dict[int, float], target: float, ranked: Sequence[Tensor] | None
 ) -> dict[int, float]:
-    """How many groups each block would keep if fractions could go."""
-    if not blocks:
-        return {}
-    profile = {
-        index: 1.0 if budget.layout == "uniform" or block.kind == "experts" else _profile(budget, layers, block.layer)
-        for index, block in blocks.items()
-    }
-    if budget.shares:
-        # As much as the profile would take together, so that heads keep their part.
-        shared = {i: block.layer for i, block in blocks.items() if block.kind == "channels" and not block.experts}
-        by_profile = math.fsum(profile[index] for index, layer in shared.items() if layer in layers)
-        factor = by_profile / (math.fsum(budget.shares[layer] for layer in shared.values()) or 1.0)
-        profile |= {index: factor * budget.shares[layer] for index, layer in shared.items()}
+    """How many groups each block would keep if fractions could be removed, so many parameters in all."""
+    blocks = {index: structure.blocks[index] for index in weights}
     relative = {index: budget.head_share if block.kind == "heads" else 1.0 for index, block in blocks.items()}
-    if budget.ratio_of == "groups":
-        return {index: (1 - relative[index] * budget.ratio) * block.groups for index, block in blocks.items()}
-    if scores is not None:
-        return _by_global_ranking({index: profile[index] * relative[index] for index in blocks}, blocks, target, scores)
+    if ranked is not None:
+        keys = {index: weight * relative[index] for index, weight in weights.items()}
+        return _by_global_ranking(structure, keys, target, ranked)
 
     def shares(scale: float) -> dict[int, float]:
-        return {index: relative[index] * min(1.0, scale * profile[index]) for index in blocks}
+        return {index: relative[index] * min(1.0, scale * weight) for index, weight in weights.items()}
 
-    low, high = 0.0, 1.0 / min(filter(None, profile.values()), default=1.0)
-    for _ in range(60):
+    low, high = 0.0, budget.ratio if budget.ratio_of == "groups" else 1.0 / min(weights.values(), default=1.0)
+    for _ in range(60 if budget.ratio_of == "parameters" else 0):
         middle = (low + high) / 2
         removed = sum(
             share * blocks[index].groups * blocks[index].parameters_per_group for index, share in shares(middle).items()
@@ -244,110 +291,92 @@ def _wanted(
 
 
 def _by_global_ranking(
-    weights: dict[int, float], blocks: _Blocks, target: float, scores: Sequence[Tensor]
+    structure: Structure, weights: dict[int, float], target: float, scores: Sequence[Tensor]
 ) -> dict[int, float]:
     """Removes the groups of least score / weight until the target is met; the best of each block is kept."""
-    willing = {index: block for index, block in blocks.items() if weights[index] > 0}
-    if not willing:
-        return {index: float(block.groups) for index, block in blocks.items()}
-    keys = torch.cat(
-        [
-            torch.where(scores[index] == scores[index].max(), torch.inf, scores[index].double() / weights[index])
-            for index in willing
-        ]
-    )
-    owners = torch.cat([torch.full((block.groups,), index) for index, block in willing.items()])
-    sizes = torch.cat([torch.full((block.groups,), block.parameters_per_group) for block in willing.values()])
-    ascending = keys.argsort(stable=True)
-    gone = ascending[: int((sizes[ascending].cumsum(0) <= target).sum())]
-    removed = torch.bincount(owners[gone], minlength=max(blocks) + 1)
-    return {index: float(block.groups - removed[index]) for index, block in blocks.items()}
+    blocks = [structure.blocks[index] for index in weights]
+    keys = [torch.empty(0, dtype=torch.float64)] + [
+        torch.where(scores[index] == scores[index].max(), torch.inf, scores[index].double() / weight)
+        for index, weight in weights.items()
+    ]
+    owners = torch.tensor([index for index, block in zip(weights, blocks, strict=True) for _ in range(block.groups)])
+    sizes = torch.tensor([block.parameters_per_group for block in blocks for _ in range(block.groups)])
+    ascending = torch.cat(keys).argsort(stable=True)
+    removed = owners[ascending[: int((sizes[ascending].cumsum(0) <= target).sum())]]
+    return {index: float(structure.blocks[index].groups - (removed == index).sum()) for index in weights}
 
 
-def _profile(budget: Budget, layers: range, layer: int) -> float:
-    z = 2 * (layer - layers.start) / max(1, len(layers) - 1) - 1
-    return math.exp(budget.tilt * z - budget.bend * z * z)
-
-
-def _in_steps(budget: Budget, blocks: _Blocks, wanted: dict[int, float], step: int) -> dict[int, int]:
-    """Counts near the wanted ones in whole steps, with the rounding carried over where layers may differ by that."""
+def _in_steps(structure: Structure, budget: Budget, kind: Kind, wanted: dict[int, float]) -> dict[int, int]:
+    """Counts of the blocks of a kind near the wanted ones in whole steps, with the rounding carried over where layers
+    may differ by that."""
+    blocks = {index: structure.blocks[index] for index in wanted if structure.blocks[index].kind == kind}
     counts: dict[int, int] = {}
-    carried, carries = 0.0, budget.layout == "per-layer" and budget.ratio_of == "parameters"
-    of_experts = [wanted[index] for index, block in blocks.items() if block.kind == "experts"]
+    carried, carries = 0.0, budget.allocation != "uniform" and budget.ratio_of == "parameters"
     for index, block in blocks.items():
-        if block.kind != "experts" and wanted[index] >= block.groups:
+        count = wanted[index]
+        if kind == "experts":
+            # As many in all layers, as stock models have them.
+            count = math.fsum(wanted[other] for other in blocks) / len(blocks)
+        elif count >= block.groups:
             # What gives up nothing does not make up for the rounding of others either.
             counts[index] = block.groups
             continue
-        unit = step * block.strata
-        if block.kind == "experts":
-            carried = math.fsum(of_experts) / len(of_experts)
-        else:
-            carried = wanted[index] + (carried if carries else 0.0)
+        elif carries:
+            count += carried
+        unit = (budget.round_to if kind == "channels" else 1) * block.strata
         least = unit * math.ceil(block.least / unit)
-        counts[index] = min(max(unit * round(carried / unit), least), block.groups)
-        carried -= counts[index]
+        counts[index] = min(max(unit * round(count / unit), least), block.groups)
+        carried = count - counts[index]
     return counts
 
 
 def _refuse_impossible_whole(structure: Structure, budget: Budget) -> None:
     attention, feed_forward = set(budget.without_attention), set(budget.without_feed_forward)
     layers = attention & feed_forward
-    wanted: dict[Whole, set[int]] = {
+    removed: dict[Whole, set[int]] = {
         "attention": attention - layers,
         "feed-forward": feed_forward - layers,
         "layer": layers,
     }
-    for whole, removed in wanted.items():
-        is_allowed = whole in structure.whole and (whole == "layer" or budget.layout == "per-layer")
-        if impossible := removed - (structure.whole_parameters(whole).keys() if is_allowed else set()):
+    for whole, of_layers in removed.items():
+        is_allowed = whole in structure.whole and (whole == "layer" or budget.allocation != "uniform")
+        if impossible := of_layers - (structure.whole_parameters(whole).keys() if is_allowed else set()):
             raise BudgetError(
                 f"the {whole} of layer {min(impossible)} of this {structure.model_type} cannot be removed whole"
             )
 
 
-def _refuse_nothing_removed(structure: Structure, budget: Budget, counts: Sequence[int]) -> None:
-    if not structure.removed_parameters(counts):
-        raise BudgetError(
-            f"a ratio of {budget.ratio:g} removes nothing: whole heads, experts and steps of {budget.round_to} channels"
-            " are more than that; lower `round_to` or raise `ratio`"
-        )
-
-
 def _refuse_missed_ratio(
-    structure: Structure, budget: Budget, heads: _Blocks, channels: _Blocks, counts: Sequence[int]
+    structure: Structure, budget: Budget, weights: dict[int, float], counts: Sequence[int]
 ) -> None:
     total = structure.total_parameters
     reached = structure.removed_parameters(counts) / total
     if abs(reached - budget.ratio) <= RATIO_TOLERANCE:
         return
+    blocks = {index: structure.blocks[index] for index in weights}
 
     def largest(head_share: float) -> float:
         """The share of all parameters that is removed when every channel and expert is that may be, rounded down."""
-        head_counts = {
-            index: (1 - head_share) * block.groups if block.kind == "heads" else 0.0 for index, block in heads.items()
-        }
-        kept = _in_steps(budget, heads, head_counts, 1)
-        kept |= _in_steps(budget, channels, dict.fromkeys(channels, 0.0), budget.round_to)
-        most = [kept.get(index, count) for index, count in enumerate(counts)]
-        return math.floor(1000 * structure.removed_parameters(most) / total) / 1000
+        most = dict(enumerate(counts))
+        wanted = {i: (1 - head_share) * block.groups if block.kind == "heads" else 0.0 for i, block in blocks.items()}
+        for kind in get_args(Kind):
+            most |= _in_steps(structure, budget, kind, wanted)
+        return math.floor(1000 * structure.removed_parameters(list(most.values())) / total) / 1000
 
-    if largest(budget.head_share) < budget.ratio:
-        protected = (
-            f"with the first {budget.protect_first} and the last {budget.protect_last} of {structure.layers} layers"
-            " protected, "
-            if budget.layout == "per-layer"
-            else ""
-        )
-        hints = not budget.heads and budget.head_share < 1
+    if (possible := largest(budget.head_share)) < budget.ratio:
+        protected = ""
+        if budget.allocation != "uniform":
+            whole = _layer_weights(structure, budget.allocation).others
+            first, last = (next((i for i, weight in enumerate(side) if weight), 0) for side in (whole, whole[::-1]))
+            protected = f"with the first {first} and the last {last} of {structure.layers} layers protected, "
+        hints = not isinstance(budget.heads, tuple) and budget.heads < 1
         more = f", {largest(1):.3f} with equal shares (`head_share` 1)" if hints else ""
         raise UnreachableRatioError(
-            f"a ratio of {budget.ratio:g} cannot be reached: {protected}at most {largest(budget.head_share):.3f}"
+            f"a ratio of {budget.ratio:g} cannot be reached: {protected}at most {possible:.3f}"
             f" of the {total:,} parameters can be removed{more}"
         )
-    of_experts = [block for block in heads.values() if block.kind == "experts"]
-    if of_experts:
-        step = sum(block.strata * block.parameters_per_group for block in of_experts) / total
+    if experts := [block for block in blocks.values() if block.kind == "experts"]:
+        step = sum(block.strata * block.parameters_per_group for block in experts) / total
         raise BudgetError(
             f"a ratio of {budget.ratio:g} is not met: whole experts, as many in every layer, come in steps of"
             f" {step:.4f}, and here to {reached:.4f}; choose a `ratio` near a multiple of that"

@@ -13,7 +13,7 @@ from adapruner.config import PruneConfig
 from adapruner.files import being_written
 from adapruner.graph import RunFolder
 from adapruner.numbers import shortened
-from adapruner.planning import PruningPlan
+from adapruner.planning import Budget, PruningPlan
 from adapruner.report import _charts, _tables
 from adapruner.report._command import command, next_commands
 from adapruner.report._contents import Contents, read_contents
@@ -89,10 +89,17 @@ def render_report(run: RunFolder, config: PruneConfig, refresh: int | None = Non
         strips=_charts.strips(contents.history, best_trial),
         chosen=next((point for point in contents.history.points if point.number == best_trial), None),
         ladder=_tables.ladder(contents, search, loss_name.partition(",")[0]) if search else None,
-        allocation=asdict(candidate.budget) if candidate else {},
+        allocation=_allocation(candidate.budget) if candidate else {},
         command=command(config, contents.path),
         options=yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False),
     )
+
+
+def _allocation(budget: Budget) -> dict[str, Any]:
+    """What a budget is made of, and the allocation in it."""
+    fields = asdict(budget)
+    allocation = fields.pop("allocation")
+    return fields | (allocation if isinstance(allocation, dict) else {"layers": allocation})
 
 
 def render(template: str, **content: Any) -> str:

@@ -48,7 +48,7 @@ def meet_budget(
         statistics: of the whole pool.
     """
     budget = candidate.budget
-    scores = scores_of(structure, statistics, candidate) if budget.ranking == "global" else None
+    scores = scores_of(structure, statistics, candidate) if budget.ranks_globally else None
 
     def counts_at(ratio: float) -> list[int]:
         return kept_counts(structure, replace(budget, ratio=ratio), scores)

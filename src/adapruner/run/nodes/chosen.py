@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.calibration import upper_case_windows
 from adapruner.callbacks import Callback
-from adapruner.config import FUNCTION, Layout, WholePart, scoring_count, searches_widths
+from adapruner.config import FUNCTION, Layout, WholePart, may_remove_whole, scoring_count, searches_widths
 from adapruner.errors import AdaPrunerError
 from adapruner.evaluation import compute_prefix, log_probabilities
 from adapruner.graph import Form, RunFolder
@@ -30,12 +30,13 @@ from adapruner.run.nodes.declared import GRAPH
 from adapruner.run.nodes.forms import Windows, json_form
 from adapruner.run.nodes.inputs import RatioOfBlocks, RoomFor
 from adapruner.search import (
-    MOST_PROTECTED_FIRST,
     MOST_WHOLE,
     Candidate,
+    ExtendedSpace,
     ItemLosses,
     Levelled,
     Objective,
+    PaperSpace,
     RemovalOrders,
     Search,
     SearchResult,
@@ -47,17 +48,13 @@ from adapruner.search import (
     meet_budget,
     plan_candidate,
     removal_orders,
+    reused_layers,
 )
 from adapruner.structure import Structure
 from adapruner.surgery import Compensation
 
 _LEVEL_ROUNDS = 2
 PLAN: Form[PruningPlan] = Form(PruningPlan.save, PruningPlan.load)
-
-
-def may_remove_whole(space: str, search: str, whole: tuple[str, ...] | None) -> bool:
-    """Whether the search may remove parts of layers whole."""
-    return space == "extended" and search == "joint" and whole != ("none",)
 
 
 @GRAPH.in_memory
@@ -179,18 +176,14 @@ def space_of_search(
     search: Any,
 ) -> SearchSpace:
     """The candidates among which is searched."""
+    subsets = build_subset_family(statistics, structure, kept_counts(structure, starting_budget))
+    common = subsets, samples, seed, starting_budget, reduction, terms, search
+    if space == "paper":
+        return PaperSpace(*common, alignment)
     allocation = {"protect_first": protect_first, "protect_last": protect_last, "head_share": head_share}
-    return SearchSpace(
-        subsets=build_subset_family(statistics, structure, kept_counts(structure, starting_budget)),
-        samples=samples,
-        seed=seed,
-        budget=starting_budget,
-        name=space,
-        fixed_allocation=frozenset(name for name, value in allocation.items() if value is not None),
-        alignment=alignment,
-        reduction=reduction,
-        terms=terms,
-        searched=search,
+    return ExtendedSpace(
+        *common,
+        fixed=frozenset(name for name, value in allocation.items() if value is not None),
         meet=meet,
         experts=_what_ranks_experts(structure, statistics),
         whole=removal_order.shortened(structure, starting_budget.ratio) if removal_order else {},
@@ -224,11 +217,9 @@ def judging(
     held = None if moments is None else HeldMoments(moments, room_for("searching"))
 
     def judge(windows: Tensor) -> Objective:
-        compensation, reused = compensation_of(held), 0
+        compensation, reused = compensation_of(held), reused_layers(layout, protect_first, structure.layers)
         if item_losses:
             return Objective(dense_fast, structure, statistics, windows, compensation, item_losses=item_losses)
-        if layout == "per-layer":
-            reused = min(structure.layers, max(MOST_PROTECTED_FIRST, protect_first or 0))
         return Objective(
             dense_fast,
             structure,

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.calibration import Source, fingerprint
 from adapruner.checkpoint import check_gguf
-from adapruner.config import CACHED_TOKENS, TARGETS, TIMED_TOKENS, Layout, PruneConfig, RatioOf
+from adapruner.config import Layout, PruneConfig, RatioOf
 from adapruner.costs import (
     Latencies,
     check_latencies,
@@ -46,7 +46,8 @@ from adapruner.models import (
     usable_devices,
 )
 from adapruner.models import fingerprint as fingerprint_of_model
-from adapruner.planning import Budget, Target, kept_counts, make_plan, reference_budget
+from adapruner.planning import Amount, Budget, Speed, Target, amount_of, kept_counts, make_plan, reference_budget
+from adapruner.planning._amount import TIMED_TOKENS
 from adapruner.progress import Reporter
 from adapruner.run.nodes.declared import GRAPH
 from adapruner.run.nodes.forms import json_form
@@ -298,12 +299,10 @@ def aim(
     target_phase: Any,
     target_batch: int,
     target_context: int | None,
-) -> Any:
+) -> Amount | None:
     """The size, memory or speed that replaces the ratio, as the options say."""
-    locals_of = dict(locals())
-    option = next((name for name in TARGETS if locals_of[name] is not None), None)
-    context = target_context or (TIMED_TOKENS if option == "target_speed" else CACHED_TOKENS)
-    return SimpleNamespace(**locals_of, target=option, tokens_of_target=context)
+    target = target_size, target_memory, target_speed
+    return amount_of(*target, target_format, target_phase, target_batch, target_context)
 
 
 @GRAPH.in_memory
@@ -313,16 +312,17 @@ def target(
     precision: Precision,
     tokenizer: Tokenizer,
     latencies: Latencies | None,
-    aim: Any,
+    aim: Amount | None,
 ) -> Target | None:
     """The cost that replaces the ratio, with what computes it."""
+    if aim is None:
+        return None
     return target_of(aim, empty, structure, precision.weights, tokenizer, latencies)
 
 
 @GRAPH.in_memory
 def ratio_of_target(
     target: Target | None,
-    target_format: Any,
     empty: PreTrainedModel,
     structure: Structure,
     budget_at: BudgetAt,
@@ -341,7 +341,7 @@ def ratio_of_target(
 
     summary = kept_tokens.summary if kept_tokens else None
     ratio = target.ratio(counts_at, summary.removed_parameters / summary.parameters_before if summary else 0.0)
-    if is_gguf(target_format):
+    if not isinstance(target.amount, Speed) and is_gguf(target.amount.format):
         scores = torch.zeros(structure.group_offsets[-1])
         check_gguf(prune_model(empty, structure, make_plan(structure, scores, counts_at(ratio))))
     return ratio
@@ -378,7 +378,7 @@ def placement(
         check_streamable(location, empty.config)
     streamable = is_streamable(location, empty.config)
     chosen = choose_placement(config, empty, structure, largest_budget, usable_devices(device), streamable)
-    if target_speed and (chosen.layer_wise or len(chosen.devices) > 1):
+    if target_speed and not chosen.on_one_device:
         where = "in memory one at a time" if chosen.layer_wise else "on several devices"
         raise AdaPrunerError(
             f"`target_speed` is measured with all layers on one device, and here they are {where}: give a `ratio`"

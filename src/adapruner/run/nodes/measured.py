@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from adapruner.config import Space, Terms
 from adapruner.files import write_atomically
 from adapruner.graph import Form
-from adapruner.importance import needed_statistics
+from adapruner.importance import needs_moments, needs_removal_errors
 from adapruner.measurement import (
     Statistics,
     StoredMoments,
@@ -26,7 +26,6 @@ from adapruner.processes import Process
 from adapruner.progress import Reporter
 from adapruner.run.nodes.declared import GRAPH
 from adapruner.run.nodes.forms import Windows
-from adapruner.run.nodes.text import needs_moments
 from adapruner.structure import Structure
 
 MOMENTS: Form[StoredMoments] = Form(lambda moments, path: shutil.move(moments.folder, path), StoredMoments)
@@ -55,7 +54,7 @@ def moments(
 @GRAPH.leaf(lambda compares: compares)
 def compares_removals(space: Space, terms: Terms) -> bool:
     """Whether terms need the errors that removing groups makes."""
-    return "moments" in needed_statistics(space, terms)
+    return needs_removal_errors(space, terms)
 
 
 @GRAPH.kept("statistics.safetensors", STATISTICS, is_shared=True, version=3)

@@ -18,14 +18,14 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from adapruner.calibration import SELF_GENERATED, Source, generate_windows
 from adapruner.callbacks import Callback, tell
 from adapruner.checkpoint import save_checkpoint
-from adapruner.config import RecoveryOptions, tunes_scales_by_default
-from adapruner.costs import TargetOutcome, bytes_of_model, cache_bytes, dtype_in, is_gguf, timer
+from adapruner.config import RecoveryOptions, fits_sequentially_by_default, tunes_scales_by_default
+from adapruner.costs import bytes_of_model, cache_bytes, dtype_in, is_gguf, timer
 from adapruner.errors import AdaPrunerError, NonFiniteError
 from adapruner.graph import Form
 from adapruner.measurement import StoredMoments
 from adapruner.memory import Placement
 from adapruner.models import Architecture, check_length, check_tokens, empty_model, find_model, load_config, load_model
-from adapruner.planning import PruningPlan, Target
+from adapruner.planning import Memory, PruningPlan, Size, Speed, Target, TargetOutcome
 from adapruner.processes import Process
 from adapruner.progress import Reporter
 from adapruner.recovery import (
@@ -68,8 +68,7 @@ def fits_sequentially(sequential: bool | None, compensation: str, family: Archit
             f"`sequential` is not possible for {family.model_type}, which scales or normalises the outputs of its"
             " blocks: leave it out, compensation is one-shot then"
         )
-    asked = compensation == "least-squares" if sequential is None else sequential
-    return asked and possible
+    return possible and fits_sequentially_by_default(sequential, compensation)
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ def possible_tuning(
     if not tunes_scales_by_default(tune_scales, compensation, layer_wise):
         return Tuning(False, None)
     try:
-        if placement.layer_wise or len(placement.devices) > 1:
+        if not placement.on_one_device:
             raise AdaPrunerError("`tune_scales` needs all layers on one device: leave it out")
         check_device(main_device)
         check_adapters(empty_model(empty.config), scale_options(seed, main_device))
@@ -268,7 +267,6 @@ def pruned_model(pruned: Path, placement: Placement) -> PreTrainedModel:
     is_wanted=lambda target_size, target_memory, target_speed: any((target_size, target_memory, target_speed)),
 )
 def outcome_of_target(
-    aim: Any,
     target: Target | None,
     plan: PruningPlan,
     pruned: Path,
@@ -281,34 +279,28 @@ def outcome_of_target(
     """How well the saved model meets the target."""
     if target is None:
         return None
-    if target.option == "target_speed":
+    amount = target.amount
+    if isinstance(amount, Speed):
         models = {"dense": dense, "pruned": load_model(find_model(str(pruned)), "auto", placement.device)}
         with reporter.stage("timing"):
             # Both are measured alternately.
-            time = timer(aim.target_phase, aim.target_batch, aim.tokens_of_target, is_reported=True)
+            time = timer(amount.phase, amount.batch, amount.context, is_reported=True)
             seconds = time(models)
         reached = target.dense * seconds["pruned"] / seconds["dense"]
     else:
-        reached = float(_bytes_of_saved(aim, pruned, tokenizer, precision.weights))
-    return TargetOutcome(
-        option=target.option,
-        unit=target.unit,
-        dense=target.shown(target.dense),
-        asked=target.shown(target.most),
-        predicted=target.shown(target.costs([len(block.kept) for block in plan.blocks])),
-        reached=target.shown(reached),
-    )
+        reached = float(_bytes_of_saved(amount, pruned, tokenizer, precision.weights))
+    return target.outcome([len(block.kept) for block in plan.blocks], reached)
 
 
-def _bytes_of_saved(aim: Any, model: Path, tokenizer: Tokenizer, weights: torch.dtype) -> int:
+def _bytes_of_saved(amount: Size | Memory, model: Path, tokenizer: Tokenizer, weights: torch.dtype) -> int:
     """Of the file that was written, or that an export would write, and of the cache where the target is memory."""
-    dtype = dtype_in(aim.target_format, weights)
+    dtype = dtype_in(amount.format, weights)
     empty = empty_model(load_config(find_model(str(model))))
-    size = bytes_of_model(empty, tokenizer, aim.target_format, weights)
-    if not is_gguf(aim.target_format) and dtype == weights:
+    size = bytes_of_model(empty, tokenizer, amount.format, weights)
+    if not is_gguf(amount.format) and dtype == weights:
         size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
-    if aim.target_memory:
-        size += sum(cache_bytes(empty, aim.target_batch, aim.tokens_of_target, dtype))
+    if isinstance(amount, Memory):
+        size += sum(cache_bytes(empty, amount.batch, amount.context, dtype))
     return size
 
 

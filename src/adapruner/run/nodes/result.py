@@ -13,11 +13,10 @@ from adapruner.callbacks import Callback, tell
 from adapruner.card import model_card
 from adapruner.checkpoint import write_card
 from adapruner.config import PruneConfig
-from adapruner.costs import TargetOutcome
 from adapruner.evaluation import Breakage, Perplexity, TaskScore
 from adapruner.graph import Form, RunFolder
 from adapruner.models import ModelLocation, describe_device, empty_model, find_model, load_config
-from adapruner.planning import PruningPlan
+from adapruner.planning import PruningPlan, TargetOutcome
 from adapruner.progress import StageCost
 from adapruner.recovery import read_record
 from adapruner.report import render_report

@@ -21,11 +21,11 @@ from adapruner.calibration import (
     start_token,
     text_windows,
 )
-from adapruner.config import Space, Terms, scoring_bounds
+from adapruner.config import Space, Terms, scoring_bounds, written_count
 from adapruner.errors import AdaPrunerError
 from adapruner.evaluation import finite_windows, window_losses
 from adapruner.graph import Form
-from adapruner.importance import needed_statistics
+from adapruner.importance import needs_moments
 from adapruner.memory import Placement
 from adapruner.models import check_length, check_tokens
 from adapruner.progress import Reporter
@@ -35,11 +35,6 @@ from adapruner.texts import DEFAULT_REPORT_WINDOWS
 
 _WRITTEN_AT_ONCE = 64
 REPORT_TEXTS: Form[dict[str, EvaluationText]] = Form(save_texts, load_texts)
-
-
-def needs_moments(compensation: str, space: Space, terms: Terms) -> bool:
-    """Whether second moments are measured."""
-    return compensation != "none" or "moments" in needed_statistics(space, terms)
 
 
 def writes_text(compensation: str, space: Space, terms: Terms, self_windows: int | None) -> bool:
@@ -136,10 +131,8 @@ def self_written(
     """Windows that the dense model writes for compensation, which is fitted on them as well: text of other kinds than
     that of the calibration dataset. Those on which its loss is not finite are dropped. None layer by layer, where every
     token would read all weights, unless the options ask for them."""
-    count = self_windows
-    if count is None:
-        can_write = pool_text is not None and not placement.layer_wise and start_token(dense_fast) is not None
-        count = len(windows["compensation"]) // 2 if can_write else 0
+    can_write = pool_text is not None and not placement.layer_wise and start_token(dense_fast) is not None
+    count = written_count(self_windows, len(windows["compensation"]), can_write)
     if not count:
         return {"compensation": torch.empty(0, seq_len, dtype=torch.int64)}
     with reporter.stage("writing text", count) as advance:
