@@ -271,7 +271,7 @@ def test_a_mixture_is_pruned_from_end_to_end(
     options = QUICK | {"ratio": 0.195, "trials": 11}
     result = adapruner.prune(str(tmp_path / "dense"), output=tmp_path / "run", calibration=str(text_file), **options)
     assert {len(block.kept) for block in result.plan.blocks if block.kind == "experts"} == {3}
-    assert any(point.parameters.get("routing") for point in result.result.search.points)
+    assert any(point.parameters.get("family.routing") for point in result.result.search.points)
     assert "experts kept" in (result.model_folder / "README.md").read_text()
     statistics = Statistics.load(tmp_path / "run" / "statistics.safetensors")
     assert statistics.routed_output is not None

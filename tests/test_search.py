@@ -512,7 +512,7 @@ def test_a_point_for_high_ratios_is_tried_only_where_heads_go(subsets: SubsetFam
     )
     assert len(with_heads.starting_points()) == len(without.starting_points()) + 1
     point = with_heads.starting_points()[-1]
-    candidate = with_heads.suggest(FixedTrial(point.parameters | {"coarse_second_order": 0.0}))
+    candidate = with_heads.suggest(FixedTrial(point.parameters | {"metric.coarse_second_order": 0.0}))
     weights = {name: weight for name, weight in candidate.point.weights.items() if weight}
     assert weights == pytest.approx({"elimination": 0.8, "conditional_variance": 0.2})
     assert candidate.budget == Budget(0.5, Profile(2, 0), heads=0.6, without_attention=(2,))
@@ -601,7 +601,8 @@ def test_optuna_speaks_as_before(subsets: SubsetFamily, tmp_path: Path) -> None:
 def test_a_registered_term_is_searched(
     model: PreTrainedModel, windows: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One joins a family, one begins a family; what was there before is proposed as before."""
+    """One joins a family and has the name of a parameter of the allocation, one begins a family; what was there before
+    is proposed as before."""
     structure = build_structure(model)
     errors = removal_errors(model, structure, dict(measure_moments(model, structure, windows)))
     statistics = replace(measure(model, structure, windows), **errors)
@@ -610,12 +611,12 @@ def test_a_registered_term_is_searched(
         family, 3, 0, Budget(0.05, Profile(0, 0)), meet=partial(meet_budget, structure, statistics, None)
     )
     before = space.starting_points()
-    monkeypatch.setitem(TERMS, "energy", None)
+    monkeypatch.setitem(TERMS, "tilt", None)
     monkeypatch.setitem(TERMS, "size", None)
-    del TERMS["energy"], TERMS["size"]
+    del TERMS["tilt"], TERMS["size"]
 
     @register_term(unit="inputs", family="activation", share=0.5)
-    def energy(statistics: Statistics) -> Tensor:
+    def tilt(statistics: Statistics) -> Tensor:
         return statistics.input_squared.mean(0) * statistics.column_squared
 
     @register_term(unit="inputs", family="magnitude")
@@ -627,24 +628,26 @@ def test_a_registered_term_is_searched(
     assert [needs_moments(form, "paper", "all") for form in ("none", "bias")] == [False, True]
     after = space.starting_points()
     assert all(new.parameters.items() >= old.parameters.items() for old, new in zip(before, after, strict=True))
-    assert {(point.parameters["energy"], point.parameters["magnitude"]) for point in after[4:]} == {(0.5, 0.0)}
+    assert {(point.parameters["term.tilt"], point.parameters["family.magnitude"]) for point in after[4:]} == {
+        (0.5, 0.0)
+    }
     seen: list[Candidate] = []
 
     def objective(candidate: Candidate) -> list[Tensor]:
         seen.append(candidate)
         scores = score_groups(statistics.select(candidate.samples), structure, candidate.point)
         weights = candidate.point.weights
-        others = {name: weight for name, weight in weights.items() if name not in ("energy", "size")}
+        others = {name: weight for name, weight in weights.items() if name not in ("tilt", "size")}
         if any(others.values()) and "size" in weights:
             without = score_groups(
                 statistics.select(candidate.samples), structure, candidate.point.model_copy(update={"weights": others})
             )
-            assert torch.equal(scores, without) == (weights["energy"] == weights["size"] == 0)
+            assert torch.equal(scores, without) == (weights["tilt"] == weights["size"] == 0)
         plan_candidate(structure, statistics, candidate)
         return a_smooth_objective(candidate)
 
     result = search(space, objective, 24, 0, tmp_path)
     proposed = [candidate.point.weights for candidate in seen[10:]]
-    assert {"energy", "magnitude"} <= result.ranges.keys()
-    for name in ("energy", "size"):
+    assert {"term.tilt", "family.magnitude", "allocation.tilt"} <= result.ranges.keys()
+    for name in ("tilt", "size"):
         assert len({weights[name] for weights in proposed}) > 10

@@ -31,9 +31,9 @@ _HEAD_SHARES = (0.25, 0.5, 0.75, 1.0)
 
 # The parameters that count the parts that are removed whole.
 _WHOLE_COUNTS: dict[Whole, str] = {
-    "attention": "attentions_removed",
-    "feed-forward": "feed_forwards_removed",
-    "layer": "layers_removed",
+    "attention": "allocation.attentions_removed",
+    "feed-forward": "allocation.feed_forwards_removed",
+    "layer": "allocation.layers_removed",
 }
 
 
@@ -87,7 +87,8 @@ Parameters: TypeAlias = BaseTrial | _Asked
 
 @dataclass(frozen=True)
 class SearchSpace(ABC):
-    """Turns Optuna parameters into candidates.
+    """Turns Optuna parameters into candidates. Their names begin with what they belong to, as `metric.fine` does, so
+    that terms and families of any name collide with nothing.
 
     Attributes:
         subsets: the family of calibration subsets.
@@ -118,7 +119,7 @@ class SearchSpace(ABC):
         metrics = [name for name in LLM_PRUNER_METRICS if self.terms == "all" or name == "vectorize"]
         if self.searched == "calibration":
             metrics = [self._held_metric]
-        untilted = {f"tilt_{feature}": 0.0 for feature in FEATURES}
+        untilted = {f"samples.tilt_{feature}": 0.0 for feature in FEATURES}
         parameters = [self._only_searched(untilted | point) for point in self._good_points()]
         distinct = [point for number, point in enumerate(parameters) if point not in parameters[:number]]
         return [
@@ -138,7 +139,7 @@ class SearchSpace(ABC):
         point = LLM_PRUNER_METRICS[self._held_metric] if holds_metric else self._ask_for_metric(trial)
         samples = tuple(self.first_draw)
         if self.searched != "metric":
-            tilt = {feature: trial.suggest_float(f"tilt_{feature}", -1, 1) for feature in FEATURES}
+            tilt = {feature: trial.suggest_float(f"samples.tilt_{feature}", -1, 1) for feature in FEATURES}
             samples = self.subsets.choose(self.samples, tilt)
         return Candidate(point=point, samples=samples, budget=self.budget)
 
@@ -170,11 +171,11 @@ class SearchSpace(ABC):
             second_orders, fines: values of λ and of κ to choose from; 1 if there are none.
         """
         has_fine = self.terms == "all"
-        fine = trial.suggest_float("fine", 0, 1) if has_fine else 0.0
-        coarse_second = trial.suggest_float("coarse_second_order", 0, 1)
-        fine_second = trial.suggest_float("fine_second_order", 0, 1) if has_fine else 0.0
-        second_factor = trial.suggest_categorical("second_order_factor", second_orders) if second_orders else 1.0
-        fine_factor = trial.suggest_categorical("fine_factor", fines) if fines and has_fine else 1.0
+        fine = trial.suggest_float("metric.fine", 0, 1) if has_fine else 0.0
+        coarse_second = trial.suggest_float("metric.coarse_second_order", 0, 1)
+        fine_second = trial.suggest_float("metric.fine_second_order", 0, 1) if has_fine else 0.0
+        second_factor = trial.suggest_categorical("metric.second_order_factor", second_orders) if second_orders else 1.0
+        fine_factor = trial.suggest_categorical("metric.fine_factor", fines) if fines and has_fine else 1.0
         return {
             "coarse_first": (1 - fine) * (1 - coarse_second),
             "coarse_second": (1 - fine) * coarse_second * second_factor,
@@ -194,8 +195,8 @@ class PaperSpace(SearchSpace):
     alignment: Alignment = "data"
 
     def _good_points(self) -> list[dict[str, Any]]:
-        order = "fine_second_order" if self.terms == "all" else "coarse_second_order"
-        return [{"fine": 1.0, order: share} for share in (0.0, 0.5, 1.0)]
+        order = "metric.fine_second_order" if self.terms == "all" else "metric.coarse_second_order"
+        return [{"metric.fine": 1.0, order: share} for share in (0.0, 0.5, 1.0)]
 
     def _ask_for_metric(self, trial: Parameters) -> MetricPoint:
         if self.alignment == "data":
@@ -242,20 +243,20 @@ class ExtendedSpace(SearchSpace):
         reconstruction = _mix(reconstruction=1.0, **experts) | reference
         points = [
             reconstruction,
-            reconstruction | {"bend": 0.8},
-            _mix(reconstruction=1.0, taylor=0.5, **routing) | reference | {"bend": 0.8},
+            reconstruction | {"allocation.bend": 0.8},
+            _mix(reconstruction=1.0, taylor=0.5, **routing) | reference | {"allocation.bend": 0.8},
             _mix(conditional_variance=1.0, **experts) | reference,
-            _mix(reconstruction=0.5, conditional_variance=0.5, **experts) | reference | {"bend": 0.8},
-            reconstruction | {"bend": 0.4, "heads": "some", "head_share": 0.25},
-            reconstruction | {"bend": 0.8} | self._removed(attention=3),
-            reconstruction | {"bend": 0.8} | self._removed(layer=1),
+            _mix(reconstruction=0.5, conditional_variance=0.5, **experts) | reference | {"allocation.bend": 0.8},
+            reconstruction | _allocation(bend=0.4, heads="some", head_share=0.25),
+            reconstruction | {"allocation.bend": 0.8} | self._removed(attention=3),
+            reconstruction | {"allocation.bend": 0.8} | self._removed(layer=1),
         ]
         if self.budget.heads and "head_share" not in self.fixed:
             # Where channels alone would not do, this is far better on SmolLM2 (docs/experiments.md).
             points.append(
                 _mix(reconstruction=0.8, conditional_variance=0.2, **experts)
                 | reference
-                | {"heads": "some", "head_share": 0.6, "protect_first": 2, "protect_last": 0}
+                | _allocation(heads="some", head_share=0.6, protect_first=2, protect_last=0)
                 | self._removed(attention=1)
             )
         return points
@@ -270,10 +271,10 @@ class ExtendedSpace(SearchSpace):
         paper = self._taylor_weights(trial)
         families = _families(usable_terms("extended", self.terms, self.experts == "routing"))
         mixes = {family: paper if family == "taylor" else {terms[0].name: 1.0} for family, terms in families.items()}
-        shares = {family: trial.suggest_float(family, 0, 1) for family in families}
+        shares = {family: trial.suggest_float(f"family.{family}", 0, 1) for family in families}
         for family, terms in families.items():
             for term in _joining(terms):
-                part = trial.suggest_float(term.name, 0, 1)
+                part = trial.suggest_float(f"term.{term.name}", 0, 1)
                 mixes[family] = {name: weight * (1 - part) for name, weight in mixes[family].items()} | {
                     term.name: part
                 }
@@ -288,17 +289,17 @@ class ExtendedSpace(SearchSpace):
     def _ask_for_budget(self, trial: Parameters) -> Budget:
         heads, allocation = self.budget.heads, self.budget.allocation
         if "head_share" not in self.fixed:
-            some = trial.suggest_categorical("heads", ("none", "some")) == "some"
-            heads = trial.suggest_float("head_share", 0.05, 1.0) if some else 0.0
+            some = trial.suggest_categorical("allocation.heads", ("none", "some")) == "some"
+            heads = trial.suggest_float("allocation.head_share", 0.05, 1.0) if some else 0.0
         if isinstance(allocation, Profile):
             changes: dict[str, Any] = {
-                "tilt": trial.suggest_float("tilt", -0.8, 0.8),
-                "bend": trial.suggest_float("bend", -0.5, 1.5),
-                "ranking": trial.suggest_categorical("ranking", ("local", "global")),
+                "tilt": trial.suggest_float("allocation.tilt", -0.8, 0.8),
+                "bend": trial.suggest_float("allocation.bend", -0.5, 1.5),
+                "ranking": trial.suggest_categorical("allocation.ranking", ("local", "global")),
             }
             for name, most in (("protect_first", MOST_PROTECTED_FIRST), ("protect_last", MOST_PROTECTED_LAST)):
                 if name not in self.fixed:
-                    changes[name] = trial.suggest_int(name, 0, most)
+                    changes[name] = trial.suggest_int(f"allocation.{name}", 0, most)
             allocation = replace(allocation, **changes)
         removed = {
             part: layers[: trial.suggest_int(_WHOLE_COUNTS[part], 0, len(layers))]
@@ -342,16 +343,16 @@ class ExtendedSpace(SearchSpace):
     def _reference_allocation(self) -> dict[str, Any]:
         """The parameters that give the budget of this space as it is."""
         profile = self.budget.allocation if isinstance(self.budget.allocation, Profile) else Profile()
-        return {
-            "heads": "some" if self.budget.heads else "none",
-            "head_share": self.budget.heads,
-            "tilt": profile.tilt,
-            "bend": profile.bend,
-            "ranking": profile.ranking,
-            "protect_first": min(profile.protect_first, MOST_PROTECTED_FIRST),
-            "protect_last": min(profile.protect_last, MOST_PROTECTED_LAST),
-            **self._removed(),
-        }
+        allocation = _allocation(
+            heads="some" if self.budget.heads else "none",
+            head_share=self.budget.head_share,
+            tilt=profile.tilt,
+            bend=profile.bend,
+            ranking=profile.ranking,
+            protect_first=min(profile.protect_first, MOST_PROTECTED_FIRST),
+            protect_last=min(profile.protect_last, MOST_PROTECTED_LAST),
+        )
+        return allocation | self._removed()
 
 
 def _families(terms: list[Term]) -> dict[str, list[Term]]:
@@ -370,6 +371,11 @@ def _joining(terms: list[Term]) -> list[Term]:
 def _mix(**shares: float) -> dict[str, float]:
     """Parameters of a mix of families, in each of which the terms take the part that they are registered with."""
     families = _families(list(TERMS.values()))
-    mix = {family: shares.get(family, terms[0].share) for family, terms in families.items()}
-    parts = {term.name: term.share for terms in families.values() for term in _joining(terms)}
-    return mix | {"fine": 1.0, "fine_second_order": 0.5} | parts
+    mix = {f"family.{family}": shares.get(family, terms[0].share) for family, terms in families.items()}
+    parts = {f"term.{term.name}": term.share for terms in families.values() for term in _joining(terms)}
+    return mix | {"metric.fine": 1.0, "metric.fine_second_order": 0.5} | parts
+
+
+def _allocation(**values: float | str) -> dict[str, Any]:
+    """Parameters of the allocation."""
+    return {f"allocation.{name}": value for name, value in values.items()}
