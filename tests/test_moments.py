@@ -15,7 +15,6 @@ import adapruner
 from adapruner.calibration import generate_windows
 from adapruner.errors import AdaPrunerError
 from adapruner.measurement import (
-    HeldMoments,
     InputMoments,
     StoredMoments,
     factorize,
@@ -23,7 +22,7 @@ from adapruner.measurement import (
     removal_errors,
     solve_damped,
 )
-from adapruner.measurement._moments import _eliminate, _with_inverse
+from adapruner.measurement._removal import _eliminate, _with_inverse
 from adapruner.models import find_model, in_fastest_dtype, load_model
 from adapruner.structure import Structure, build_structure
 from adapruner.surgery import compensate
@@ -248,14 +247,14 @@ def test_held_moments_are_read_once_where_there_is_room(tmp_path: Path) -> None:
     for block in range(3):
         InputMoments(torch.full((4,), float(block)), torch.eye(4), 0.5).save(stored.path(block))
     room = 2 * (16 + 64)
-    held = HeldMoments(stored, {torch.device("meta"): 0, torch.device("cpu"): room})
+    held = StoredMoments(tmp_path, {torch.device("meta"): 0, torch.device("cpu"): room})
     assert list(held) == [0, 1, 2]
     assert len(held) == 3
     for block in range(3):
         assert held[block].mean.equal(stored[block].mean)
         assert held[block].damping == 0.5
     assert [held[block] is held[block] for block in range(3)] == [True, True, False]
-    assert HeldMoments(stored, {torch.device("meta"): room})[1].second.device.type == "meta"
+    assert StoredMoments(tmp_path, {torch.device("meta"): room})[1].second.device.type == "meta"
 
 
 def test_inputs_that_repeat_each_other_are_ranked_in_float64() -> None:

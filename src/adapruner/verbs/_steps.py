@@ -154,9 +154,10 @@ def compensate(
         AdaPrunerError: the plan is for another model, or there are less than two windows.
         NonFiniteError: activations are not finite.
     """
-    compensation = Compensation(form, dict(measure_moments(in_fastest_dtype(model), structure, windows)))
+    fast = in_fastest_dtype(model)
+    compensation = Compensation(form, dict(measure_moments(fast, structure, windows)))
     pruned = prune_model(model, structure, plan, compensation)
     possible = form == "least-squares" and architecture_of(model.config).has_plain_residual(model.config)
     if sequential and possible:
-        refit_sequentially(model, pruned, structure, plan, compensation, windows)
+        refit_sequentially(fast, pruned, structure, plan, compensation, windows)
     return pruned
