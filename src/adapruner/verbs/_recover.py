@@ -20,6 +20,7 @@ from adapruner.models import (
     empty_model,
     find_model,
     fingerprint,
+    in_fastest_dtype,
     load_config,
     load_model,
     load_tokenizer,
@@ -161,7 +162,9 @@ def _train(
             count = config.records or DEFAULT_GENERATED_RECORDS
             windows = generate_windows(dense, count, config.seq_len, config.seed)
         examples = window_examples(windows, SELF_GENERATED, config)
-    teacher = None if config.learns_labels(examples.instructions, dense is not None) else dense
+    is_taught = dense is not None and not config.learns_labels(examples.instructions, has_teacher=True)
+    teacher = in_fastest_dtype(dense) if is_taught else None
+    del dense  # its weights are not needed beside a copy
     with reporter.stage("recovering", total_steps(examples, config)) as advance:
         return recover_into(
             folder,
