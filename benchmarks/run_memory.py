@@ -33,7 +33,7 @@ from machine import MIB, describe
 
 VOCABULARY = 96
 # 487 million parameters, all but 0.1 million of them in decoder layers.
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "hidden_size": 1280,
     "intermediate_size": 3456,
     "num_hidden_layers": 28,

@@ -28,6 +28,7 @@ from adapruner import AdaPrunerError, RecoveryOptions, verbs
 from adapruner.calibration import parse_source
 from adapruner.card import card_of_recovered
 from adapruner.cli import main
+from adapruner.models import in_fastest_dtype
 from adapruner.recovery import (
     Examples,
     RecoveryRecord,
@@ -51,6 +52,13 @@ def examples() -> Examples:
     """Windows that count upwards, which is easy to learn."""
     starts = torch.randint(4, 60, (40, 1), generator=torch.Generator().manual_seed(3))
     return window_examples(starts + torch.arange(16), "text", RecoveryOptions(**SHORT))
+
+
+def held_out_loss(model: PreTrainedModel, examples: Examples) -> float:
+    """By the loss of transformers."""
+    rows = torch.tensor([example["input_ids"] for example in examples.validation])
+    with torch.no_grad():
+        return float(model(rows, labels=rows).loss)
 
 
 def test_distillation_loss_is_the_divergence_that_torch_computes() -> None:
@@ -147,9 +155,7 @@ def test_lora_lowers_the_loss_and_leaves_an_ordinary_model(
     changes = {name: after[name].detach() - before[name] for name in before}
     assert {name for name, change in changes.items() if change.any()} == linear
     assert max(int(torch.linalg.matrix_rank(changes[name], rtol=1e-3)) for name in linear) == 2
-    rows = torch.tensor([example["input_ids"] for example in examples.validation])
-    with torch.no_grad():
-        assert math.isclose(float(model(rows, labels=rows).loss), recovered.loss_after, rel_tol=0.02)
+    assert math.isclose(held_out_loss(model, examples), recovered.loss_after, rel_tol=0.02)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -171,9 +177,7 @@ def test_ia3_scales_the_inputs_of_every_linear_layer(
         per_input = ratios if transposed else ratios.T
         torch.testing.assert_close(per_input, per_input[:, :1].expand_as(per_input))
         assert len(per_input[:, 0].unique()) > 1
-    rows = torch.tensor([example["input_ids"] for example in examples.validation])
-    with torch.no_grad():
-        assert math.isclose(float(model(rows, labels=rows).loss), recovered.loss_after, rel_tol=0.02)
+    assert math.isclose(held_out_loss(model, examples), recovered.loss_after, rel_tol=0.02)
 
 
 @pytest.mark.parametrize("trained", ["lora", "ia3", "full"])
@@ -250,31 +254,25 @@ def test_distillation_brings_a_model_nearer_to_its_teacher(
 
     before = divergence()
     options = RecoveryOptions(**SHORT | {"steps": 30}, train=train_what, lora_dropout=0.0, label_weight=0.0)
-    recovered = train(student, examples, options, tmp_path / "work", teacher)
+    recovered = train(student, examples, options, tmp_path / "work", in_fastest_dtype(teacher))
     assert math.isclose(recovered.loss_before, before, rel_tol=0.02)
     assert math.isclose(recovered.loss_after, divergence(), rel_tol=0.02)
     assert divergence() < 0.8 * before
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "phi3"])
-def test_families_with_other_projections(
-    make_model: Callable[..., PreTrainedModel], examples: Examples, tmp_path: Path, family: str
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [("gpt2", torch.float32), ("gpt_neox", torch.float32), ("phi3", torch.float32), ("llama", torch.float16)],
+)
+def test_families_with_other_projections_and_half_precision(
+    make_model: Callable[..., PreTrainedModel], examples: Examples, tmp_path: Path, family: str, dtype: torch.dtype
 ) -> None:
-    model = make_model(family)
+    """Which is never trained in."""
+    model = make_model(family).to(dtype)
     recovered = train(model, examples, RecoveryOptions(**SHORT), tmp_path / "work")
     assert recovered.loss_after < recovered.loss_before
-    rows = torch.tensor([example["input_ids"] for example in examples.validation])
-    with torch.no_grad():
-        assert math.isclose(float(model(rows, labels=rows).loss), recovered.loss_after, rel_tol=0.02)
-
-
-def test_half_precision_is_never_trained_in(model: PreTrainedModel, examples: Examples, tmp_path: Path) -> None:
-    recovered = train(model.half(), examples, RecoveryOptions(**SHORT), tmp_path / "work")
-    assert recovered.loss_after < recovered.loss_before
-    assert model.dtype == torch.float16
-    rows = torch.tensor([example["input_ids"] for example in examples.validation])
-    with torch.no_grad():
-        assert math.isclose(float(model.float()(rows, labels=rows).loss), recovered.loss_after, rel_tol=0.02)
+    assert model.dtype == dtype
+    assert math.isclose(held_out_loss(model.float(), examples), recovered.loss_after, rel_tol=0.02)
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_what_was_saved(
@@ -548,7 +546,7 @@ def test_the_validation_loss_is_the_mean_over_tokens(distils: bool, model: PreTr
         options = RecoveryOptions(**SHORT | {"steps": 1, "micro_batch_size": micro})
         # The divergence from itself is 0.
         expected = float(torch.cat(losses).mean()) * (options.label_weight if distils else 1.0)
-        student, teacher = copy.deepcopy(model), model if distils else None
+        student, teacher = copy.deepcopy(model), in_fastest_dtype(model) if distils else None
         record = train(student, examples, options, tmp_path / str(micro), teacher)
         assert record.loss_before == pytest.approx(expected, rel=2e-3)
 
@@ -688,13 +686,14 @@ def test_the_card_of_a_pruned_model_says_that_it_was_trained() -> None:
     assert card_of_recovered("# another card", RECORD) is None
 
 
-def test_text_and_instructions_are_told_apart(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+@pytest.mark.parametrize(
+    ("fields", "are_instructions"), [(("instruction", "output"), True), (("text",), False), (("output",), False)]
+)
+def test_text_and_instructions_are_told_apart(
+    fields: tuple[str, ...], are_instructions: bool, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
     path = tmp_path / "a.jsonl"
-    path.write_text("".join(json.dumps({"instruction": f"w{i}", "output": "w2"}) + "\n" for i in range(9)))
-    assert read_examples(parse_source(str(path)), tokenizer, RecoveryOptions()).instructions
-    path = tmp_path / "b.jsonl"
-    path.write_text("".join(json.dumps({"text": f"w{i} w3"}) + "\n" for i in range(90)))
-    assert not read_examples(parse_source(str(path)), tokenizer, RecoveryOptions(seq_len=16)).instructions
-    path = tmp_path / "c.jsonl"
-    path.write_text("".join(json.dumps({"output": f"w{i} w3"}) + "\n" for i in range(90)))
-    assert not read_examples(parse_source(str(path)), tokenizer, RecoveryOptions(seq_len=16)).instructions
+    path.write_text("".join(json.dumps(dict.fromkeys(fields, f"w{i} w3")) + "\n" for i in range(90)))
+    assert (
+        read_examples(parse_source(str(path)), tokenizer, RecoveryOptions(seq_len=128)).instructions == are_instructions
+    )

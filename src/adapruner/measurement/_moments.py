@@ -138,10 +138,10 @@ def measure_moments(
         numbers = [number for number in sorted(wanted) if structure.blocks[number].layer == index]
         if any(structure.blocks[number].layer >= index for number in wanted):
             with torch.inference_mode(), loaded_layer(model, index) as layer:
-                blocks = [structure.blocks[number] for number in numbers]
+                of_layer = [structure.blocks[number] for number in numbers]
                 sums = []
                 for part in (fitted, held_out):
-                    sums.append([_Sums(model, block) for block in blocks])
+                    sums.append([_Sums(model, block) for block in of_layer])
                     with contextlib.ExitStack() as hooks:
                         for of_block in sums[-1]:
                             hooks.enter_context(of_block.watch(model))
@@ -149,7 +149,7 @@ def measure_moments(
                             states[number] = calls[number][index].run(layer, states[number])
                 moments = [
                     _choose_damping(row_wise_weights(model, block), of_fitted, of_held_out, block)
-                    for block, of_fitted, of_held_out in zip(blocks, *sums, strict=True)
+                    for block, of_fitted, of_held_out in zip(of_layer, *sums, strict=True)
                 ]
             yield from zip(numbers, moments, strict=True)
         if progress:

@@ -1,6 +1,6 @@
 """Recovery of a pruned model: fine-tuning or distillation, with LoRA or of all weights."""
 
-from adapruner.recovery._adapters import check_adapters
+from adapruner.recovery._adapters import check_adapters, scale_options
 from adapruner.recovery._examples import (
     DEFAULT_GENERATED_RECORDS,
     Examples,
@@ -9,7 +9,6 @@ from adapruner.recovery._examples import (
     window_examples,
 )
 from adapruner.recovery._folder import check_folder, read_record, recover_into, training_alone, working_folder
-from adapruner.recovery._scales import scale_options
 from adapruner.recovery._trainers import distillation_loss
 from adapruner.recovery._training import (
     RecoveryRecord,

@@ -1,4 +1,4 @@
-"""Adapters of PEFT, LoRA (arXiv 2106.09685) and IA3 (arXiv 2205.05638): put on a model, and merged into its weights."""
+"""Adapters of PEFT: LoRA (arXiv 2106.09685) and the scales of IA3 (arXiv 2205.05638)."""
 
 from __future__ import annotations
 
@@ -24,6 +24,33 @@ from adapruner.models import (
     quiet_transformers,
 )
 from adapruner.random_state import random_state_kept
+
+# Of scales, shared out among processes.
+_SCALES_BATCH = 16
+
+
+def scale_options(seed: int, device: torch.device, processes: int = 1) -> RecoveryOptions:
+    """The options of the last step of pruning: with frozen weights, every input of every linear layer gets a scale
+    (IA3, arXiv 2205.05638), learnt in one pass over the text of the compensation from the predictions of the dense
+    model alone. GRASPrune (arXiv 2604.19398) tunes scales of the kept groups;
+    docs/experiments.md compares several choices of scales.
+
+    Args:
+        device: of the model. On an accelerator, memory is short and gradient checkpointing is on.
+        processes: how many train together, and share every batch.
+    """
+    return RecoveryOptions(
+        method="distillation",
+        train="ia3",
+        epochs=1,
+        batch_size=max(1, _SCALES_BATCH // processes) * processes,
+        gradient_checkpointing=device.type != "cpu",
+        learning_rate=5e-3,
+        warmup_steps=5,
+        label_weight=0.0,
+        validation=16,
+        seed=seed,
+    )
 
 
 def check_adapters(empty: PreTrainedModel, options: RecoveryOptions) -> None:

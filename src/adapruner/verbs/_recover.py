@@ -162,8 +162,9 @@ def _train(
             count = config.records or DEFAULT_GENERATED_RECORDS
             windows = generate_windows(dense, count, config.seq_len, config.seed)
         examples = window_examples(windows, SELF_GENERATED, config)
-    is_taught = dense is not None and not config.learns_labels(examples.instructions, has_teacher=True)
-    teacher = in_fastest_dtype(dense) if is_taught else None
+    teacher = None
+    if dense is not None and not config.learns_labels(examples.instructions, has_teacher=True):
+        teacher = in_fastest_dtype(dense)
     del dense  # its weights are not needed beside a copy
     with reporter.stage("recovering", total_steps(examples, config)) as advance:
         return recover_into(
