@@ -693,7 +693,7 @@ def test_text_and_instructions_are_told_apart(
     fields: tuple[str, ...], are_instructions: bool, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     path = tmp_path / "a.jsonl"
-    path.write_text("".join(json.dumps(dict.fromkeys(fields, f"w{i} w3")) + "\n" for i in range(90)))
+    path.write_text("".join(json.dumps(dict.fromkeys(fields, f"w{i} w3")) + "\n" for i in range(200)))
     assert (
         read_examples(parse_source(str(path)), tokenizer, RecoveryOptions(seq_len=128)).instructions == are_instructions
     )
