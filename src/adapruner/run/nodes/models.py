@@ -150,7 +150,7 @@ def cut(
         if compensation and fits_sequentially:
             assert text_to_fit is not None
             with reporter.stage("compensating", structure.layers) as advance:
-                refit_sequentially(dense, pruned, structure, plan, compensation, text_to_fit, advance)
+                refit_sequentially(dense_fast, pruned, structure, plan, compensation, text_to_fit, advance)
         return pruned
 
     return cut_model
@@ -198,7 +198,7 @@ def pruned(
     cut: Cut,
     save: Save,
     text_to_fit: Tensor | None,
-    dense: PreTrainedModel,
+    dense_fast: PreTrainedModel,
     main_device: torch.device,
     seed: int,
     process: Process,
@@ -208,7 +208,7 @@ def pruned(
     """The dense model, cut by the plan, compensated, its scales tuned by all processes together, and saved."""
     if compensated:
         assert text_to_fit is not None
-        model = _tuned(compensated, text_to_fit, dense, main_device, seed, process, reporter, work / "tuning")
+        model = _tuned(compensated, text_to_fit, dense_fast, main_device, seed, process, reporter, work / "tuning")
     elif process.leads:
         model = cut()
     return save(model, work / "model") if process.leads else work / "model"
@@ -217,7 +217,7 @@ def pruned(
 def _tuned(
     compensated: Path,
     text: Tensor,
-    dense: PreTrainedModel,
+    teacher: PreTrainedModel,
     device: torch.device,
     seed: int,
     process: Process,
@@ -230,7 +230,7 @@ def _tuned(
     examples, pruned = window_examples(text, "the text of the compensation", settings), load()
     with reporter.stage("tuning scales", total_steps(examples, settings)) as advance:
         try:
-            record = train(pruned, examples, settings, work, dense, advance)
+            record = train(pruned, examples, settings, work, teacher, advance)
         except NonFiniteError as error:
             reporter.note(f"The scales are left as they were: {error}")
             return load()
@@ -364,7 +364,7 @@ def training_record(model: str, recover: str | None, recovery: RecoveryOptions) 
 def recovered(
     pruned: Path,
     plan: PruningPlan,
-    dense: PreTrainedModel,
+    dense_fast: PreTrainedModel,
     tokenizer: Tokenizer,
     examples: Examples | None,
     training_windows: Windows | None,
@@ -391,7 +391,7 @@ def recovered(
                 tokenizer,
                 examples,
                 recovery,
-                None if learns_labels else dense,
+                None if learns_labels else dense_fast,
                 training_record,
                 work=work / "training",
                 origin=origin | {"plan": plan.hash},
