@@ -17,10 +17,8 @@ import re
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +61,7 @@ OPTIONS = {
 
 
 def main(*, layers: int = 28) -> None:
-    """Prints the peak of every stage in the order of their first start, and the largest of all.
+    """Prints the peak of every stage, and the largest of all.
 
     Args:
         layers: fewer make a quick check of this script.
@@ -78,22 +76,20 @@ def main(*, layers: int = 28) -> None:
         command += ["--calibration", str(folder / "calibration.txt"), "--evaluate", str(folder / "report.txt")]
         for option, value in OPTIONS.items():
             command += [f"--{option.replace('_', '-')}", str(value)]
-        started = time.monotonic()
         with (folder / "output.txt").open("w") as output:
             process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-            with watching(process.pid) as most:
-                code = process.wait()
-        if code:
+            samples = watch(process)
+        if process.returncode:
             sys.exit((folder / "output.txt").read_text())
-        seconds = time.monotonic() - started
-        peaks = peaks_of_stages(folder / "run" / "log.jsonl")
-    print(f"weights in float32: {weights / MIB:,.0f} MiB; the run took {seconds:.0f} s")
-    print(f"{'stage':<22}{'held before':>12}{'peak':>9}  MiB")
-    for stage, (held, peak) in peaks.items():
-        print(f"{stage:<22}{held:>12,}{peak:>9,}")
-    whole = max(most["VmRSS"] // MIB, *(peak for _, peak in peaks.values()))
-    print(f"{'in all':<22}{'':>12}{whole:>9,}  ({whole * MIB / weights:.2f} times the weights)")
-    print(f"of which, at most, not pages of files: {most['RssAnon'] // MIB:,}")
+        stages = read_stages(folder / "run" / "log.jsonl")
+    print(f"weights in float32: {weights / MIB:,.0f} MiB; the run took {samples[-1].time - samples[0].time:.0f} s")
+    print(f"{'stage':<24}{'held before':>12}{'peak':>9}{'without files':>15}  MiB")
+    for stage in stages:
+        without_files = max((each.anonymous for each in samples if stage.began <= each.time <= stage.ended), default=0)
+        print(f"{stage.name:<24}{stage.held:>12,}{stage.peak:>9,}{without_files // MIB:>15,}")
+    peak = max(max(each.resident for each in samples) // MIB, *(stage.peak for stage in stages))
+    print(f"{'in all':<24}{'':>12}{peak:>9,}{max(each.anonymous for each in samples) // MIB:>15,}")
+    print(f"{peak * MIB / weights:.2f} times the weights")
 
 
 def make_model(folder: Path, layers: int) -> int:
@@ -116,38 +112,50 @@ def write_text(path: Path, seed: int) -> None:
     path.write_text("\n\n".join(" ".join(f"w{number}" for number in row) for row in rows), encoding="utf-8")
 
 
-@contextmanager
-def watching(process: int) -> Iterator[dict[str, int]]:
-    """While it lasts, the most bytes that a process holds are noted: of all memory, and of that without files."""
-    most, ended = {"VmRSS": 0, "RssAnon": 0}, threading.Event()
+@dataclass(frozen=True)
+class Sample:
+    """Bytes that a process holds at a time: of all memory, and of that without pages of files."""
 
-    def watch() -> None:
-        while not ended.wait(0.02):
-            try:
-                status = Path(f"/proc/{process}/status").read_text()
-            except OSError:
-                return
-            for field in most:
-                if found := re.search(rf"{field}:\s+(\d+)", status):
-                    most[field] = max(most[field], 1024 * int(found[1]))
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        yield most
-    finally:
-        ended.set()
-        watcher.join()
+    time: float
+    resident: int
+    anonymous: int
 
 
-def peaks_of_stages(log: Path) -> dict[str, tuple[int, int]]:
-    """By stage, MiB held when it began and the peak; of a stage with several parts the largest of each."""
-    peaks: dict[str, tuple[int, int]] = {}
+def watch(process: subprocess.Popen[bytes]) -> list[Sample]:
+    """What a process holds until it ends, fifty times a second."""
+    samples = []
+    while process.poll() is None:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        held = [re.search(rf"{field}:\s+(\d+)", status) for field in ("VmRSS", "RssAnon")]
+        samples.append(Sample(time.time(), *(1024 * int(found[1]) if found else 0 for found in held)))
+        time.sleep(0.02)
+    return samples
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage that has ended, with MiB held when it began, and its peak as the run has noted it."""
+
+    name: str
+    began: float
+    ended: float
+    held: int
+    peak: int
+
+
+def read_stages(log: Path) -> list[Stage]:
+    """The stages of a run in the order of their ends; none is inside another one of its name."""
+    begun: dict[str, dict[str, Any]] = {}
+    stages = []
     for line in log.read_text(encoding="utf-8").splitlines():
         entry: dict[str, Any] = json.loads(line)
-        held, peak = peaks.get(entry["stage"], (0, 0))
-        peaks[entry["stage"]] = max(held, entry.get("memory_mib", 0)), max(peak, entry.get("peak_memory_mib", 0))
-    return peaks
+        if entry["event"] == "started":
+            begun[entry["stage"]] = entry
+        else:
+            began = begun[entry["stage"]]
+            times = began["time"], entry["time"]
+            stages.append(Stage(entry["stage"], *times, began["memory_mib"], entry["peak_memory_mib"]))
+    return stages
 
 
 if __name__ == "__main__":

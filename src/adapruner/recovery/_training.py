@@ -3,6 +3,7 @@ labels or on a teacher."""
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import warnings
@@ -15,7 +16,14 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 
 from adapruner.config import RecoveryOptions
 from adapruner.errors import AdaPrunerError, NonFiniteError
@@ -90,6 +98,21 @@ def train(
     Raises:
         NonFiniteError: the loss is not finite any more; what was saved before is kept.
     """
+    state = _trained(model, examples, options, folder, teacher, _Watcher(progress, folder, track))
+    # The Trainer is part of cycles that hold the teacher and the copy that was trained.
+    gc.collect()
+    return _record(state, examples, options, "distillation" if teacher else "labels")
+
+
+def _trained(
+    model: PreTrainedModel,
+    examples: Examples,
+    options: RecoveryOptions,
+    folder: Path,
+    teacher: PreTrainedModel | None,
+    watcher: TrainerCallback,
+) -> TrainerState:
+    """Trains all weights of a model, or adapters that are merged into them; returns the notes of the Trainer."""
     dtype, weights = model.dtype, cast(nn.Module, model)
     if options.train == "full":
         weights.float()
@@ -106,7 +129,7 @@ def train(
             train_dataset=examples.training,
             eval_dataset=examples.validation,
             data_collator=_batch,
-            callbacks=[_Watcher(progress, folder, track)],
+            callbacks=[watcher],
         )
         trainer.remove_callback(PrinterCallback)
         if last:
@@ -121,11 +144,11 @@ def train(
             merge(trained, model)
         model.tie_weights()
         weights.to(dtype).eval()
-    return _record(trainer.state, examples, options, "distillation" if teacher else "labels")
+    return trainer.state
 
 
 def _record(
-    state: Any, examples: Examples, options: RecoveryOptions, method: Literal["labels", "distillation"]
+    state: TrainerState, examples: Examples, options: RecoveryOptions, method: Literal["labels", "distillation"]
 ) -> RecoveryRecord:
     count, steps = len(examples.training), total_steps(examples, options)
     # A call that was killed after the last step makes one more, at a learning rate of zero.

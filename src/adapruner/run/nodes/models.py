@@ -232,14 +232,16 @@ def _tuned(
         try:
             record = train(pruned, examples, settings, work, teacher, advance)
         except NonFiniteError as error:
-            reporter.note(f"The scales are left as they were: {error}")
-            return load()
-    if record.loss_after < record.loss_before:
-        return pruned
-    reporter.note(
-        f"The scales are left as they were: tuning them brought the divergence from the dense model from"
-        f" {record.loss_before:.4f} to {record.loss_after:.4f} nats per token"
-    )
+            why = str(error)
+        else:
+            if record.loss_after < record.loss_before:
+                return pruned
+            why = (
+                f"tuning them brought the divergence from the dense model from {record.loss_before:.4f} to"
+                f" {record.loss_after:.4f} nats per token"
+            )
+    reporter.note(f"The scales are left as they were: {why}")
+    del pruned  # two of them would be the largest thing in memory
     return load()
 
 
