@@ -373,19 +373,11 @@ def test_a_lock_is_given_back_even_where_its_file_stays(tmp_path: Path, monkeypa
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "unlink", refuse)
-        with pytest.raises(RuntimeError, match="training failed"), training_alone(tmp_path / "a", {}, False):
+        with pytest.raises(RuntimeError, match="training failed"), training_alone(tmp_path / "a"):
             raise RuntimeError("training failed")
-    with training_alone(tmp_path / "a", {}, False) as record:
-        assert record is None
-    assert [path.name for path in tmp_path.iterdir()] == ["a.training"]
-
-
-def test_what_another_command_has_finished_meanwhile_is_not_done_again(
-    recovered: Path, model_folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("adapruner.verbs._recover.check_folder", lambda *_: None)
-    monkeypatch.setattr("adapruner.verbs._recover.load_model", lambda *_: pytest.fail("loaded"))
-    assert verbs.recover(model_folder, str(text_file), recovered, **SHORT).steps == SHORT["steps"]
+    with training_alone(tmp_path / "a"):
+        pass
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_first_process_alone_prints(

@@ -8,7 +8,14 @@ from adapruner.recovery._examples import (
     read_examples,
     window_examples,
 )
-from adapruner.recovery._folder import check_folder, read_record, recover_into, training_alone, working_folder
+from adapruner.recovery._folder import (
+    begin_training,
+    check_folder,
+    read_record,
+    recover_into,
+    training_alone,
+    working_folder,
+)
 from adapruner.recovery._trainers import distillation_loss
 from adapruner.recovery._training import (
     RecoveryRecord,
@@ -22,6 +29,7 @@ __all__ = [
     "DEFAULT_GENERATED_RECORDS",
     "Examples",
     "RecoveryRecord",
+    "begin_training",
     "check_adapters",
     "check_batch_size",
     "check_device",

@@ -125,22 +125,19 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def training_alone(folder: Path, config: dict[str, Any], overwrite: bool) -> Iterator[RecoveryRecord | None]:
-    """Keeps other commands from training into the same folder meanwhile, and makes the folder to work in.
-    Processes that were started together count as one.
-
-    Yields:
-        The record, where another command has finished the same recovery since it was checked.
+def training_alone(folder: Path) -> Iterator[None]:
+    """Keeps other commands from training into the same folder meanwhile. Processes that were started together count as
+    one.
 
     Raises:
-        AdaPrunerError: another command trains into it, or the place cannot be written; see `check_folder` too.
+        AdaPrunerError: another command trains into it, or nothing can be written beside it.
     """
     if not this_process().leads:
-        yield None
+        yield
         return
-    work, lock = working_folder(folder), FileLock(folder.with_name(f"{folder.name}.training.lock"), timeout=0)
-    with saying_what_cannot_be_written(work):
-        work.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.with_name(f"{folder.name}.training.lock"), timeout=0)
+    with saying_what_cannot_be_written(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire()
         except Timeout:
@@ -148,18 +145,20 @@ def training_alone(folder: Path, config: dict[str, Any], overwrite: bool) -> Ite
                 f"another command is training into {folder}: wait for it, or choose another output"
             ) from None
     try:
-        with saying_what_cannot_be_written(work):
-            record = check_folder(folder, config, overwrite)
-            if record is None:
-                if overwrite:
-                    shutil.rmtree(work, ignore_errors=True)
-                text = json.dumps(config)
-                write_atomically(work / _CONFIG, lambda partial: partial.write_text(text, encoding="utf-8"))
-        yield record
+        yield
     finally:
         with contextlib.suppress(OSError):  # Windows removes no file that is open; filelock does it there
             Path(lock.lock_file).unlink()
         lock.release()
+
+
+def begin_training(folder: Path, config: dict[str, Any], overwrite: bool) -> None:
+    """Makes the folder to work in, which says what is trained; with `overwrite`, nothing of an earlier one is left."""
+    if this_process().leads:
+        work, text = working_folder(folder), json.dumps(config)
+        if overwrite:
+            shutil.rmtree(work, ignore_errors=True)
+        write_atomically(work / _CONFIG, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def working_folder(folder: Path) -> Path:
