@@ -9,7 +9,7 @@ import random
 import re
 import shutil
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,12 @@ def examples() -> Examples:
     """Windows that count upwards, which is easy to learn."""
     starts = torch.randint(4, 60, (40, 1), generator=torch.Generator().manual_seed(3))
     return window_examples(starts + torch.arange(16), "text", RecoveryOptions(**SHORT))
+
+
+@pytest.fixture
+def recover(model_folder: Path, text_file: Path) -> Callable[..., RecoveryRecord]:
+    """A model is fine-tuned on a text, into the given folder."""
+    return partial(verbs.recover, model_folder, str(text_file))
 
 
 def held_out_loss(model: PreTrainedModel, examples: Examples) -> float:
@@ -349,19 +355,19 @@ def test_the_best_weights_are_found_where_the_folder_was_moved(
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
-def test_one_command_at_a_time_trains_into_a_folder(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+def test_one_command_at_a_time_trains_into_a_folder(recover: Callable[..., RecoveryRecord], tmp_path: Path) -> None:
     begun: list[str] = []
 
     def second(*given: object) -> None:
         with pytest.raises(AdaPrunerError, match="another command is training") as refusal:
-            verbs.recover(model_folder, str(text_file), tmp_path / "out", **SHORT)
+            recover(tmp_path / "out", **SHORT)
         begun.append(str(refusal.value))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("adapruner.verbs._recover.recover_into", second)
-        verbs.recover(model_folder, str(text_file), tmp_path / "out", **SHORT)
+        recover(tmp_path / "out", **SHORT)
     assert len(begun) == 1
-    assert verbs.recover(model_folder, str(text_file), tmp_path / "out", **SHORT).steps == SHORT["steps"]
+    assert recover(tmp_path / "out", **SHORT).steps == SHORT["steps"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -449,14 +455,14 @@ def recovered(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, text
 
 
 def test_a_finished_recovery_is_not_done_again(
-    recovered: Path, model_folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+    recover: Callable[..., RecoveryRecord], recovered: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("adapruner.verbs._recover.load_model", lambda *_: pytest.fail("loaded"))
-    record = verbs.recover(model_folder, str(text_file), recovered, **SHORT)
+    record = recover(recovered, **SHORT)
     assert record.model_dump(mode="json") == json.loads((recovered / "recovery.json").read_text())
     assert record.method == "labels"
     with pytest.raises(AdaPrunerError, match="another config \\(steps 10 → 11\\)"):
-        verbs.recover(model_folder, str(text_file), recovered, **SHORT | {"steps": 11})
+        recover(recovered, **SHORT | {"steps": 11})
 
 
 def test_another_model_of_the_same_name_is_not_taken_for_the_first(
@@ -493,21 +499,21 @@ def test_overwriting_starts_again(model_folder: Path, text_file: Path, tmp_path:
 
 
 def test_what_is_finished_stays_until_something_takes_its_place(
-    model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recover: Callable[..., RecoveryRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, options = tmp_path / "a", SHORT | {"steps": 2}
-    verbs.recover(model_folder, str(text_file), folder, **options)
+    recover(folder, **options)
     before = (folder / "model.safetensors").read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr("adapruner.verbs._recover.load_model", lambda *_: pytest.fail("no memory"))
         with pytest.raises(pytest.fail.Exception):
-            verbs.recover(model_folder, str(text_file), folder, overwrite=True, **options | {"steps": 3})
+            recover(folder, overwrite=True, **options | {"steps": 3})
     assert (folder / "model.safetensors").read_bytes() == before
     # Both go on: the finished one is as it was, and the one that has begun takes its place.
-    assert verbs.recover(model_folder, str(text_file), folder, **options).steps == 2
-    assert verbs.recover(model_folder, str(text_file), folder, **options | {"steps": 3}).steps == 3
+    assert recover(folder, **options).steps == 2
+    assert recover(folder, **options | {"steps": 3}).steps == 3
     (folder / "model.safetensors").unlink()
-    assert verbs.recover(model_folder, str(text_file), folder, **options | {"steps": 3}).steps == 3
+    assert recover(folder, **options | {"steps": 3}).steps == 3
     assert (folder / "model.safetensors").is_file()
 
 
@@ -619,15 +625,15 @@ def test_options_that_will_not_do(
     assert message in capsys.readouterr().err
 
 
-def test_a_folder_of_something_else_is_left_alone(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+def test_a_folder_of_something_else_is_left_alone(recover: Callable[..., RecoveryRecord], tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(AdaPrunerError, match="holds no recovery"):
-        verbs.recover(model_folder, str(text_file), tmp_path, overwrite=True, **SHORT)
+        recover(tmp_path, overwrite=True, **SHORT)
     # Not even where a recovery into it was begun before.
     working_folder(tmp_path).mkdir()
     (working_folder(tmp_path) / "config.json").write_text("{}")
     with pytest.raises(AdaPrunerError, match="holds no recovery"):
-        verbs.recover(model_folder, str(text_file), tmp_path, overwrite=True, **SHORT)
+        recover(tmp_path, overwrite=True, **SHORT)
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
