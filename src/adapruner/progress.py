@@ -1,5 +1,4 @@
-"""What the user sees while it runs: bars on a terminal and in a notebook, one line per stage in a log; and the log file
-of the run."""
+"""Progress: bars on a terminal and in a notebook, one line per stage elsewhere; and the log file of a run."""
 
 from __future__ import annotations
 

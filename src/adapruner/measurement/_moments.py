@@ -39,7 +39,7 @@ class InputMoments:
     Attributes:
         mean: [inputs], float32, E[x].
         second: [inputs, inputs], float32, H = E[x xᵀ]; of experts, [experts, inputs of one, inputs of one].
-        damping: what is added to the diagonal of H before it is inverted, chosen on tokens that were held out.
+        damping: added to the diagonal of H before it is inverted, chosen on held-out tokens.
     """
 
     mean: Tensor
@@ -47,7 +47,7 @@ class InputMoments:
     damping: float
 
     def of_experts(self) -> list[InputMoments]:
-        """Those of each expert; one where there are no experts."""
+        """The moments of each expert; a single entry where there are no experts."""
         if self.second.dim() == 2:
             return [self]
         means = self.mean.view(len(self.second), -1)

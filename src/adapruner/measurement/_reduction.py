@@ -168,13 +168,13 @@ def _choices(inputs: tuple[Any, ...]) -> Iterator[tuple[Tensor, Tensor, Tensor]]
 
 
 def expert_inputs(block: Block, module: nn.Module, inputs: tuple[Any, ...]) -> Iterator[tuple[Tensor, Tensor]]:
-    """What the down projections of experts read, with the weight that the router gives it: what they put out is linear
-    in that. Each token's experts are run once more, one after the other, with down projections that change nothing.
+    """The inputs of the down projections of experts, times the weight of the router: their outputs are linear in
+    them. Each token's experts are run once more, one after the other, with down projections that change nothing.
 
     Args:
         block: of channels inside experts.
         module: the experts.
-        inputs: what they were called with.
+        inputs: the arguments of their call.
 
     Yields:
         [tokens], int64, an expert of each token, and [tokens, channels], float32.

@@ -27,7 +27,7 @@ def removal_errors(
     moments: Mapping[int, InputMoments],
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Tensor]:
-    """What the removal of each group costs its block after least-squares compensation.
+    """The error of a block after the removal of each of its groups and least-squares compensation.
 
     Args:
         progress: called with 1 after every block.
@@ -105,7 +105,7 @@ def _eliminate(weight: Tensor, inverse: Tensor, width: int, takes_over: bool = T
     at a time, so that the matrix products are worth it.
 
     Args:
-        takes_over: whether kept weights take over from those that are gone.
+        takes_over: kept weights compensate for the removed ones.
     """
     groups = len(inverse) // width
     scores = weight.new_empty(groups)

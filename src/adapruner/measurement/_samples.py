@@ -1,4 +1,4 @@
-"""One pass over the calibration pool: what every sample says about every removable vector.
+"""One pass over the calibration pool: statistics of every removable vector for every sample.
 
 The loss of each sample is differentiated on its own. The gradient of a weight matrix exists only for the moment in
 which it is reduced to one number per row or column, so the pass needs the memory of a training step without its
@@ -67,7 +67,7 @@ def measure_in_parts(
         layer_wise: keep the activations of one layer only, and run every layer forward once more when its gradient
             arrives: a third more work. The same statistics. With streamed layers, only the sums grow with the number
             of layers.
-        folder: where the hidden states between layers lie meanwhile; by default that for temporary files.
+        folder: for the hidden states between layers meanwhile; by default the folder for temporary files.
         starts: numbers of the windows with which batches begin, asked for one at a time; by default all.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What is measured of the samples of a pool, and kept."""
+"""Statistics of the samples of a pool."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _OF_ALL_SAMPLES = ("column_absolute", "column_squared", "removal_error", "elimin
 
 @dataclass(frozen=True)
 class Statistics:
-    """What the importance terms are computed from, in float32; vectors, inputs and groups as in `Structure`.
+    """The data of importance terms, in float32; vectors, inputs and groups as in `Structure`.
 
     With g the gradient of the mean loss of one sample, w the weights of one vector, x an input of a row-wise projection
     at the tokens of one sample, and W_c the column of the projection that takes it:
@@ -55,7 +55,7 @@ class Statistics:
 
     @property
     def per_sample(self) -> dict[str, Tensor]:
-        """What there is of every sample, [samples, ·]."""
+        """The measured values that differ from sample to sample, [samples, ·]."""
         return {name: value for name, value in self._present.items() if name not in _OF_ALL_SAMPLES}
 
     @property

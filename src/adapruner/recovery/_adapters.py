@@ -37,7 +37,7 @@ def scale_options(seed: int, device: torch.device, processes: int = 1) -> Recove
 
     Args:
         device: of the model. On an accelerator, memory is short and gradient checkpointing is on.
-        processes: how many train together, and share every batch.
+        processes: the number of processes that train together and share every batch.
     """
     return RecoveryOptions(
         method="distillation",

@@ -44,9 +44,9 @@ def recover_into(
 
     Args:
         teacher: for distillation; None learns the labels.
-        config: which model on which data, and all options; for the record.
+        config: the model, the data and all options; for the record.
         work: folder for what the same call resumes from; removed at the end.
-        origin: what the checkpoint says of its making; see `checkpoint.save_checkpoint`.
+        origin: the record of the checkpoint; see `checkpoint.save_checkpoint`.
         card: makes the model card out of the record.
         track: called with the losses and the learning rate of every step.
 
@@ -162,5 +162,5 @@ def begin_training(folder: Path, config: dict[str, Any], overwrite: bool) -> Non
 
 
 def working_folder(folder: Path) -> Path:
-    """Where a recovery into a folder by `adapruner recover` leaves what it resumes from."""
+    """The folder beside it in which `adapruner recover` keeps its state to resume from."""
     return folder.with_name(f"{folder.name}.training")

@@ -31,7 +31,7 @@ def distillation_loss(
         labels: [sequences, tokens], int64; -100 where nothing is learnt.
         temperature: both distributions are softened by.
         label_weight: share of the labels' loss, from 0 to 1.
-        count: how many predicted tokens the sum is divided by; by default those that are here.
+        count: the number of predicted tokens by which the sum is divided; by default that of these labels.
 
     Returns:
         A scalar, nats per predicted token.

@@ -44,10 +44,10 @@ _VISIBLE = {"cuda": "CUDA_VISIBLE_DEVICES", "xpu": "ZE_AFFINITY_MASK"}
 
 
 class RecoveryRecord(BaseModel):
-    """What a recovery did: the content of `recovery.json`.
+    """The outcome of a recovery: the content of `recovery.json`.
 
     Attributes:
-        config: all options, and in `recovery.json` which model on which data.
+        config: all options, and in `recovery.json` the model and the data.
         skipped_records: records that were left out because their answer is empty or beyond the cut-off.
         steps: steps of the optimizer.
         tokens: tokens that were learnt from, prompts included.

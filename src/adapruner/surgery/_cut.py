@@ -66,8 +66,8 @@ def prune_model(
 def prune_on_reading(
     model: PreTrainedModel, structure: Structure, plan: PruningPlan, compensation: Compensation | None = None
 ) -> PreTrainedModel:
-    """The same of a model whose layers are streamed, for a single run over it: nothing of a layer is in memory, it is
-    cut whenever it is read.
+    """A pruned copy of a model whose layers are streamed, for a single run over it: no layer is in memory, each is cut
+    whenever it is read.
 
     Args:
         compensation: see `prune_model`.
@@ -136,7 +136,7 @@ def _empty_pruned(
 def _layer_fields(
     model: PreTrainedModel, architecture: Architecture, structure: Structure, plan: PruningPlan
 ) -> dict[int, dict[str, Any]]:
-    """What the config says of each layer."""
+    """The config fields of each layer."""
     layers: dict[int, dict[str, Any]] = {}
     for block, block_plan in zip(structure.blocks, plan.blocks, strict=True):
         own = layers.setdefault(block.layer, {})

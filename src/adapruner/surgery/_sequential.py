@@ -131,8 +131,8 @@ def _kept_inputs(structure: Structure, plan: PruningPlan, number: int) -> Tensor
 
 @dataclass(frozen=True)
 class _Seen:
-    """What a layer did to a batch: the inputs and output of the watched projection and the hidden state that the output
-    is added to, [tokens, ·]."""
+    """The run of a layer on a batch: inputs and output of the watched projection, and the hidden state that the output is
+    added to, [tokens, ·]."""
 
     inputs: Tensor
     output: Tensor
@@ -144,7 +144,7 @@ class _Seen:
         return self.beside.float() + self.output.float()
 
     def narrowed(self, projection: nn.Module, kept: Tensor) -> _Seen:
-        """What a pruned layer does of which only this projection is narrower."""
+        """The run of a pruned layer that differs only in this narrower projection."""
         inputs = self.inputs.index_select(-1, kept)
         return _Seen(inputs, projection(inputs), self.beside)
 

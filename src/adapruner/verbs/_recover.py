@@ -178,6 +178,6 @@ def _train(
 
 
 def _origin(location: ModelLocation, source: Source | None) -> dict[str, Any]:
-    """What the checkpoint says of its making: that of the model, and the text that it was trained on."""
+    """The origin of the checkpoint: that of the model, and the text that it was trained on."""
     origin: dict[str, Any] = read_origin(location) or {"texts": []}
     return origin | {"texts": origin["texts"] + ([{"use": "recovery"} | record_of(source)] if source else [])}
