@@ -131,8 +131,8 @@ def _kept_inputs(structure: Structure, plan: PruningPlan, number: int) -> Tensor
 
 @dataclass(frozen=True)
 class _Seen:
-    """The run of a layer on a batch: inputs and output of the watched projection, and the hidden state that the output is
-    added to, [tokens, ·]."""
+    """The run of a layer on a batch: inputs and output of the watched projection, and the hidden state that the output
+    is added to, [tokens, ·]."""
 
     inputs: Tensor
     output: Tensor
