@@ -190,6 +190,8 @@ class _Stages:
         # Only what loses something is fitted, in the inputs that it keeps.
         kept = (n / block.groups for block, n in self._blocks if n < block.groups)
         share = max(kept, default=0.0)
+        # One pruned layer at a time is run in the dtype of trials.
+        copied = max(self._layers) * (self._itemsize_of_both - self._dtype.itemsize)
         # Of a batch: what the layer computes, and what up to three runs of it have left.
         of_batch = (
             _FITTED_AT_ONCE * self.config.seq_len * 6 * (self._hidden + self._widest) * self._trial_dtype.itemsize
@@ -198,7 +200,7 @@ class _Stages:
             **self._both_weights,
             "second moments": int(4 * self._moments_bytes * share**2 + 3 * self._projection_bytes * share),
             "compensation_windows": self._text_bytes * (2 * self._hidden + self._widest),
-            "pruned weights": self._pruned_weights * self._itemsize_of_both,
+            "pruned weights": self._pruned_weights * self._dtype.itemsize + copied,
             "seq_len": of_batch,
         }
 
