@@ -60,6 +60,10 @@ def recover(model_folder: Path, text_file: Path) -> Callable[..., RecoveryRecord
     return partial(verbs.recover, model_folder, str(text_file))
 
 
+def train_in_place(model: PreTrainedModel, *arguments: Any, **named: Any) -> RecoveryRecord:
+    return train(lambda: model, *arguments, **named)[1]
+
+
 def held_out_loss(model: PreTrainedModel, examples: Examples) -> float:
     """By the loss of transformers."""
     rows = torch.tensor([example["input_ids"] for example in examples.validation])
@@ -151,7 +155,7 @@ def test_lora_lowers_the_loss_and_leaves_an_ordinary_model(
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     options = RecoveryOptions(**SHORT, lora_rank=2)
     steps: list[int] = []
-    recovered = train(model, examples, options, tmp_path / "work", progress=steps.append)
+    recovered = train_in_place(model, examples, options, tmp_path / "work", progress=steps.append)
     assert recovered.loss_after < recovered.loss_before
     assert (sum(steps), recovered.steps, recovered.tokens) == (10, 10, 10 * 4 * 16)
     after = dict(model.named_parameters())
@@ -172,7 +176,7 @@ def test_ia3_scales_the_inputs_of_every_linear_layer(
     model = make_model(family)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     options = RecoveryOptions(**SHORT | {"learning_rate": 0.03}, train="ia3")
-    recovered = train(model, examples, options, tmp_path / "work")
+    recovered = train_in_place(model, examples, options, tmp_path / "work")
     assert recovered.loss_after < recovered.loss_before
     transposed = family == "gpt2"
     linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)} - {"lm_head"}
@@ -198,7 +202,7 @@ def test_computing_activations_twice_changes_no_weight(
             lambda module, _, seen=seen: seen.append(module)
         )
         options = RecoveryOptions(**SHORT | {"gradient_checkpointing": twice, "train": trained, "lora_dropout": 0.0})
-        train(copied, examples, options, tmp_path / str(twice))
+        train_in_place(copied, examples, options, tmp_path / str(twice))
         weights.append(copied.state_dict())
         calls.append(len(seen))
     assert calls[1] > 1.3 * calls[0]
@@ -220,7 +224,7 @@ def test_several_gpus_are_left_alone_by_one_process(
     trained = []
     for place in ("one", "two"):
         trained.append(make_model("llama"))
-        train(trained[-1], examples, RecoveryOptions(**SHORT), tmp_path / place)
+        train_in_place(trained[-1], examples, RecoveryOptions(**SHORT), tmp_path / place)
         found = cached_property(of_a_machine_with_two)
         found.__set_name__(TrainingArguments, "_setup_devices")
         monkeypatch.setattr(TrainingArguments, "_setup_devices", found)
@@ -260,7 +264,7 @@ def test_distillation_brings_a_model_nearer_to_its_teacher(
 
     before = divergence()
     options = RecoveryOptions(**SHORT | {"steps": 30}, train=train_what, lora_dropout=0.0, label_weight=0.0)
-    recovered = train(student, examples, options, tmp_path / "work", in_fastest_dtype(teacher))
+    recovered = train_in_place(student, examples, options, tmp_path / "work", in_fastest_dtype(teacher))
     assert math.isclose(recovered.loss_before, before, rel_tol=0.02)
     assert math.isclose(recovered.loss_after, divergence(), rel_tol=0.02)
     assert divergence() < 0.8 * before
@@ -275,7 +279,7 @@ def test_families_with_other_projections_and_half_precision(
 ) -> None:
     """Which is never trained in."""
     model = make_model(family).to(dtype)
-    recovered = train(model, examples, RecoveryOptions(**SHORT), tmp_path / "work")
+    recovered = train_in_place(model, examples, RecoveryOptions(**SHORT), tmp_path / "work")
     assert recovered.loss_after < recovered.loss_before
     assert model.dtype == dtype
     assert math.isclose(held_out_loss(model.float(), examples), recovered.loss_after, rel_tol=0.02)
@@ -296,19 +300,21 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_what_was_saved(
     with pytest.raises(
         AdaPrunerError, match=r"the loss is nan at step 4; the last checkpoint, .*checkpoint-3, is kept"
     ):
-        train(model, examples, RecoveryOptions(**SHORT), tmp_path / "work")
+        train_in_place(model, examples, RecoveryOptions(**SHORT), tmp_path / "work")
     assert (tmp_path / "work" / "checkpoint-3" / "adapter_model.safetensors").is_file()
     assert not (tmp_path / "work" / "checkpoint-4").exists()
 
 
 def test_weights_that_explode_stop_the_training(model: PreTrainedModel, examples: Examples, tmp_path: Path) -> None:
     with pytest.raises(AdaPrunerError, match=r"is (nan|inf) at step \d+; .*Lower `learning_rate` \(1e\+30\)"):
-        train(model, examples, RecoveryOptions(**SHORT | {"learning_rate": 1e30, "steps": 20}), tmp_path / "work")
+        train_in_place(
+            model, examples, RecoveryOptions(**SHORT | {"learning_rate": 1e30, "steps": 20}), tmp_path / "work"
+        )
 
 
 def test_a_batch_is_made_of_whole_micro_batches(model: PreTrainedModel, examples: Examples, tmp_path: Path) -> None:
     options = RecoveryOptions(**SHORT | {"batch_size": 6, "micro_batch_size": 4, "steps": None, "epochs": 1})
-    recovered = train(model, examples, options, tmp_path / "work")
+    recovered = train_in_place(model, examples, options, tmp_path / "work")
     assert (recovered.steps, recovered.tokens) == (6, 36 * 16)
     state = json.loads((tmp_path / "work" / "checkpoint-6" / "trainer_state.json").read_text())
     assert (state["train_batch_size"], state["epoch"]) == (3, 1.0)
@@ -324,7 +330,7 @@ def test_the_last_batch_of_an_epoch_is_what_is_left(
         lambda module, inputs: tokens.append(inputs[0].numel() if module.training else 0)
     )
     options = RecoveryOptions(**SHORT | {"batch_size": 8, "steps": steps, "epochs": 2})
-    recovered = train(model, examples, options, tmp_path / "work")
+    recovered = train_in_place(model, examples, options, tmp_path / "work")
     assert recovered.steps == (steps or 10)
     assert recovered.tokens == sum(tokens) == seen * 16
 
@@ -335,9 +341,9 @@ def test_a_call_that_was_killed_after_the_last_step(
     """As while it saves: there is nothing left to learn, and the outcome is the same."""
     work, options = tmp_path / "work", RecoveryOptions(**SHORT)
     first, second = make_model(), make_model()
-    one = train(first, examples, options, work)
+    one = train_in_place(first, examples, options, work)
     steps: list[int] = []
-    other = train(second, examples, options, work, progress=steps.append)
+    other = train_in_place(second, examples, options, work, progress=steps.append)
     assert (other.steps, other.tokens, other.best_step) == (one.steps, one.tokens, one.best_step)
     assert sum(steps) == 10
     for mine, theirs in zip(first.parameters(), second.parameters(), strict=True):
@@ -349,8 +355,8 @@ def test_the_best_weights_are_found_where_the_folder_was_moved(
 ) -> None:
     work, options = tmp_path / "work", RecoveryOptions(**SHORT | {"learning_rate": 0.5})
     first, second = make_model(), make_model()
-    assert train(first, examples, options, work).best_step < 10
-    train(second, examples, options, work.rename(tmp_path / "moved"))
+    assert train_in_place(first, examples, options, work).best_step < 10
+    train_in_place(second, examples, options, work.rename(tmp_path / "moved"))
     for mine, theirs in zip(first.parameters(), second.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
@@ -409,7 +415,7 @@ def test_training_leaves_the_random_state_of_the_host(
         return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
 
     before = state()
-    train(model, examples, RecoveryOptions(**SHORT), tmp_path / "work")
+    train_in_place(model, examples, RecoveryOptions(**SHORT), tmp_path / "work")
     assert state() == before
 
 
@@ -545,7 +551,7 @@ def test_the_validation_loss_is_the_mean_over_tokens(distils: bool, model: PreTr
         # The divergence from itself is 0.
         expected = float(torch.cat(losses).mean()) * (options.label_weight if distils else 1.0)
         student, teacher = copy.deepcopy(model), in_fastest_dtype(model) if distils else None
-        record = train(student, examples, options, tmp_path / str(micro), teacher)
+        record = train_in_place(student, examples, options, tmp_path / str(micro), teacher)
         assert record.loss_before == pytest.approx(expected, rel=2e-3)
 
 

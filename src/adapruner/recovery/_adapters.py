@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, cast
 
@@ -107,15 +108,20 @@ def with_adapters(model: PreTrainedModel, options: RecoveryOptions) -> Any:
     return adapted
 
 
-def merge(adapted: Any, model: PreTrainedModel) -> None:
-    """Puts what the adapters learnt into the weights of a model, of which `adapted` may hold a copy in another dtype.
-    One at a time: the changes of all weights together are twice as large as a model in bfloat16."""
+def take_off(adapted: Any) -> dict[str, Any]:
+    """The adapters by the path of their layer; the model below is left without them."""
     adapters = {
-        name.removeprefix("base_model.model."): cast(Any, module)
+        name.removeprefix("base_model.model."): module
         for name, module in adapted.named_modules()
         if isinstance(module, LoraLayer | IA3Layer)
     }
     adapted.unload()
+    return adapters
+
+
+def merge(adapters: Mapping[str, Any], model: PreTrainedModel) -> None:
+    """Puts what adapters learnt into the weights of a model, one at a time: the changes of all weights together are
+    twice as large as a model in bfloat16."""
     with torch.no_grad():
         for name, adapter in adapters.items():
             layer: Any = model.get_submodule(name)

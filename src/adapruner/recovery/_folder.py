@@ -28,7 +28,7 @@ _CONFIG = "config.json"
 
 def recover_into(
     folder: Path,
-    model: PreTrainedModel,
+    load: Callable[[], PreTrainedModel],
     tokenizer: Tokenizer,
     examples: Examples,
     options: RecoveryOptions,
@@ -43,6 +43,7 @@ def recover_into(
     """Trains a model and writes it, a normal checkpoint again, with the record of the training beside it.
 
     Args:
+        load: gives the model; see `train`.
         teacher: for distillation; None learns the labels.
         config: the model, the data and all options; for the record.
         work: folder for what the same call resumes from; removed at the end.
@@ -53,7 +54,8 @@ def recover_into(
     Raises:
         AdaPrunerError: see `train`; or the folder cannot be written.
     """
-    record = train(model, examples, options, work, teacher, progress, track).model_copy(update={"config": config})
+    model, record = train(load, examples, options, work, teacher, progress, track)
+    record = record.model_copy(update={"config": config})
     if this_process().leads:
         save_checkpoint(model, tokenizer, folder, card(record), record=origin)
         text = record.model_dump_json(indent=2) + "\n"

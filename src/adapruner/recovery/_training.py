@@ -31,7 +31,7 @@ from adapruner.models import computes_bfloat16_natively, quiet_transformers
 from adapruner.models.modeling_pruned import Nothing
 from adapruner.processes import this_process
 from adapruner.random_state import random_state_kept
-from adapruner.recovery._adapters import frozen, merge, with_adapters
+from adapruner.recovery._adapters import frozen, merge, take_off, with_adapters
 from adapruner.recovery._examples import IGNORED, Example, Examples
 from adapruner.recovery._sharding import gather, refuse_other_sharding, set_up_fsdp
 from adapruner.recovery._trainers import DistillationTrainer, TokenTrainer
@@ -74,53 +74,56 @@ class RecoveryRecord(BaseModel):
 
 
 def train(
-    model: PreTrainedModel,
+    load: Callable[[], PreTrainedModel],
     examples: Examples,
     options: RecoveryOptions,
     folder: Path,
     teacher: PreTrainedModel | None = None,
     progress: Callable[[int], None] | None = None,
     track: Callable[[Mapping[str, float]], None] = lambda values: None,
-) -> RecoveryRecord:
-    """Trains a model in place; a call that was killed resumes from its last saved step. Processes that were started
-    together share every batch. The random state of the program is left as it was.
+) -> tuple[PreTrainedModel, RecoveryRecord]:
+    """Trains a model; a call that was killed resumes from its last saved step. Processes that were started together
+    share every batch. The random state of the program is left as it was.
 
     The frozen weights below adapters, of LoRA or IA3, are held in bfloat16 where the hardware computes that natively,
     and the adapters are merged into the weights as they were, in their own dtype. All weights are trained in float32,
     with bfloat16 products where those are native. float16 is never trained in.
 
     Args:
+        load: gives the model, whose weights change. Called a second time, to merge adapters, where they are trained on
+            a copy: the two are never in memory together, unless they are held elsewhere.
         folder: for the Trainer's checkpoints.
         teacher: learn its predictions (see `distillation_loss`) and not the labels alone; it is run in its own dtype.
         progress: called with the number of steps done.
         track: called with what the Trainer logs, the losses and the learning rate of every step.
 
+    Returns:
+        The model in evaluation mode, and the record. With FSDP, the first process alone has all weights.
+
     Raises:
         NonFiniteError: the loss is not finite any more; what was saved before is kept.
     """
-    state = _trained(model, examples, options, folder, teacher, _Watcher(progress, folder, track))
+    model, state = _trained(load, examples, options, folder, teacher, _Watcher(progress, folder, track))
     # The Trainer is part of cycles that hold the teacher and the copy that was trained.
     gc.collect()
-    return _record(state, examples, options, "distillation" if teacher else "labels")
+    return model, _record(state, examples, options, "distillation" if teacher else "labels")
 
 
 def _trained(
-    model: PreTrainedModel,
+    load: Callable[[], PreTrainedModel],
     examples: Examples,
     options: RecoveryOptions,
     folder: Path,
     teacher: PreTrainedModel | None,
     watcher: TrainerCallback,
-) -> TrainerState:
-    """Trains all weights of a model, or adapters that are merged into them; returns the notes of the Trainer."""
-    dtype, weights = model.dtype, cast(nn.Module, model)
-    if options.train == "full":
-        weights.float()
+) -> tuple[PreTrainedModel, TrainerState]:
+    """The model after training all of its weights, or adapters that are merged into them; and the Trainer's notes."""
+    model, dtype = _in_dtype_of_training(load(), options)
     with random_state_kept(), quiet_transformers(), warnings.catch_warnings():
         # PEFT, the Trainer and PyTorch warn about what is meant here, and about each other.
         warnings.simplefilter("ignore")
         set_seed(options.seed)
-        trained: Any = model if options.train == "full" else with_adapters(frozen(model), options)
+        trained: Any = model if options.train == "full" else with_adapters(model, options)
         create = partial(DistillationTrainer, teacher, options) if teacher else TokenTrainer
         last = _last_whole_checkpoint(folder)
         trainer = create(
@@ -141,10 +144,23 @@ def _trained(
             gather(trainer)
     if this_process().leads or not trainer.is_fsdp_enabled:
         if options.train != "full":
-            merge(trained, model)
+            adapters = take_off(trained)
+            if model.dtype != dtype:
+                cast(nn.Module, model).to("meta")  # nothing of the copy is needed any more
+                model = load()
+            merge(adapters, model)
         model.tie_weights()
-        weights.to(dtype).eval()
-    return trainer.state
+        cast(nn.Module, model).to(dtype).eval()
+    return model, trainer.state
+
+
+def _in_dtype_of_training(model: PreTrainedModel, options: RecoveryOptions) -> tuple[PreTrainedModel, torch.dtype]:
+    """The model itself, all of whose weights are trained, or what adapters are trained on; and the dtype it was in."""
+    dtype = model.dtype
+    if options.train == "full":
+        cast(nn.Module, model).float()
+        return model, dtype
+    return frozen(model), dtype
 
 
 def _record(

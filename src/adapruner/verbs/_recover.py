@@ -147,9 +147,10 @@ def _train(
     Reporter().note("\n".join(filter(None, dict.fromkeys(warnings))))
     with Tracking(track if leads else None, folder.with_name(f"{folder.name}.tracking"), Reporter().note) as tracking:
         reporter = Reporter(quiet=not leads, watchers=(tracking,))
-        with reporter.stage("loading"):
-            loaded = load_model(location, config.dtype, device)
-            dense = load_model(of_teacher, config.dtype, device) if of_teacher else None
+        dense = None
+        if of_teacher:
+            with reporter.stage("loading"):
+                dense = load_model(of_teacher, config.dtype, device)
         if examples is None:
             assert dense is not None
             with reporter.stage("writing text"):
@@ -163,7 +164,7 @@ def _train(
         with reporter.stage("recovering", total_steps(examples, config)) as advance:
             return recover_into(
                 folder,
-                loaded,
+                partial(load_model, location, config.dtype, device),
                 tokenizer,
                 examples,
                 config,

@@ -227,21 +227,21 @@ def _tuned(
     """A saved model with its scales tuned, if that brings it nearer to the dense model on windows that are held out."""
     load = partial(load_model, find_model(str(compensated)), "auto", str(device))
     settings = scale_options(seed, device, process.count)
-    examples, pruned = window_examples(text, "the text of the compensation", settings), load()
+    examples = window_examples(text, "the text of the compensation", settings)
     with reporter.stage("tuning scales", total_steps(examples, settings)) as advance:
         try:
-            record = train(pruned, examples, settings, work, teacher, advance)
+            tuned, record = train(load, examples, settings, work, teacher, advance)
         except NonFiniteError as error:
             why = str(error)
         else:
             if record.loss_after < record.loss_before:
-                return pruned
+                return tuned
+            del tuned  # two models would be the largest thing in memory
             why = (
                 f"tuning them brought the divergence from the dense model from {record.loss_before:.4f} to"
                 f" {record.loss_after:.4f} nats per token"
             )
     reporter.note(f"The scales are left as they were: {why}")
-    del pruned  # two of them would be the largest thing in memory
     return load()
 
 
@@ -382,14 +382,13 @@ def recovered(
     """The saved model, fine-tuned on the text or on what the dense model predicts, by all processes together."""
     if examples is None:
         examples = window_examples((training_windows or {})["recovery"], SELF_GENERATED, recovery)
-    model = load_model(find_model(str(pruned)), "auto", str(main_device))
     # Of text that the model wrote itself there is nothing to learn but its predictions.
     learns_labels = recovery.learns_labels(examples.instructions, trains_on_written_text)
     try:
         with reporter.stage("recovering", total_steps(examples, recovery)) as advance:
             recover_into(
                 work / "model",
-                model,
+                partial(load_model, find_model(str(pruned)), "auto", str(main_device)),
                 tokenizer,
                 examples,
                 recovery,
