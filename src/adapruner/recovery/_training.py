@@ -118,7 +118,12 @@ def _trained(
     watcher: TrainerCallback,
 ) -> tuple[PreTrainedModel, TrainerState]:
     """The model after training all of its weights, or adapters that are merged into them; and the Trainer's notes."""
-    model, dtype = _in_dtype_of_training(load(), options)
+    model = load()
+    dtype = model.dtype
+    if options.train == "full":
+        cast(nn.Module, model).float()
+    else:
+        model = frozen(model)
     with random_state_kept(), quiet_transformers(), warnings.catch_warnings():
         # PEFT, the Trainer and PyTorch warn about what is meant here, and about each other.
         warnings.simplefilter("ignore")
@@ -152,15 +157,6 @@ def _trained(
         model.tie_weights()
         cast(nn.Module, model).to(dtype).eval()
     return model, trainer.state
-
-
-def _in_dtype_of_training(model: PreTrainedModel, options: RecoveryOptions) -> tuple[PreTrainedModel, torch.dtype]:
-    """The model itself, all of whose weights are trained, or what adapters are trained on; and the dtype it was in."""
-    dtype = model.dtype
-    if options.train == "full":
-        cast(nn.Module, model).float()
-        return model, dtype
-    return frozen(model), dtype
 
 
 def _record(
