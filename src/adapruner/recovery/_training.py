@@ -30,6 +30,7 @@ from adapruner.errors import AdaPrunerError, NonFiniteError
 from adapruner.models import computes_bfloat16_natively, quiet_transformers
 from adapruner.models.modeling_pruned import Nothing
 from adapruner.processes import this_process
+from adapruner.progress import give_back_memory
 from adapruner.random_state import random_state_kept
 from adapruner.recovery._adapters import frozen, merge, take_off, with_adapters
 from adapruner.recovery._examples import IGNORED, Example, Examples
@@ -152,6 +153,7 @@ def _trained(
             adapters = take_off(trained)
             if model.dtype != dtype:
                 cast(nn.Module, model).to("meta")  # nothing of the copy is needed any more
+                give_back_memory()
                 model = load()
             merge(adapters, model)
         model.tie_weights()
