@@ -7,7 +7,7 @@ FROM python:${PYTHON}-slim
 
 # The index of PyTorch for the CPU; the package index itself has the builds for CUDA, with its libraries.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-# Further extras: tasks, postgresql.
+# Further extras: gguf.
 ARG EXTRAS=tasks
 
 RUN pip install --no-cache-dir --index-url ${TORCH_INDEX} "torch>=2.6"

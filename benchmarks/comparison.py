@@ -115,7 +115,7 @@ class Comparison:
             return searched.plan
         config = searched.result.config.model_copy(update=allocation(name, ratio) | {"ratio": (ratio,)})
         folder = RunFolder(searched.output)
-        job = Job(config, folder, Preparation(config, folder, None, Process(), Reporter(quiet=True)), {})
+        job = Job(config, folder, Preparation(config, folder, Process(), Reporter(quiet=True)), {})
         statistics = Measured.read(folder.path).statistics
         return plan_candidate(
             self.structure, statistics, candidate_at_ratio(job, statistics, searched.result.search.best)

@@ -20,9 +20,10 @@ from cyclopts import run as run_benchmark
 from torch import Tensor
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
+from adapruner.families.inference import infer_architecture
 from adapruner.importance import MetricPoint, score_groups
 from adapruner.measurement import Statistics, measure, measure_moments
-from adapruner.models import infer_architecture, using_architecture
+from adapruner.models import using_architecture
 from adapruner.planning import make_plan
 from adapruner.structure import Structure, build_structure
 from adapruner.surgery import Compensation, prune_model

@@ -22,8 +22,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from adapruner.checkpoint import save_checkpoint
-from adapruner.families import describe
-from adapruner.models import known_architectures, random_model, using_architecture
+from adapruner.families import resolve
+from adapruner.families.tiny import random_model
+from adapruner.models import using_architecture
 from adapruner.planning import make_plan
 from adapruner.structure import build_structure
 from adapruner.surgery import prune_model
@@ -65,7 +66,7 @@ def write(folder: Path, family: str) -> dict[str, Path]:
     known = set(config_class().to_dict())
     config = config_class(**{name: size for name, size in SIZES.items() if name in known})
     written: dict[str, Path] = {}
-    with using_architecture(known_architectures().get(family) or describe(config)):
+    with using_architecture(resolve(config)):
         model = random_model(config)
         structure = build_structure(model)
         scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(0))

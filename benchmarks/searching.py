@@ -33,11 +33,10 @@ from adapruner.search import (
     Objective,
     Search,
     SearchSpace,
-    StudyPlace,
+    StudyFile,
     build_subset_family,
     meet_budget,
     plan_candidate,
-    sqlite_url,
 )
 from adapruner.structure import build_structure
 from adapruner.surgery import Compensation, prune_model
@@ -84,8 +83,8 @@ def main(
         for stops_early in (False, True):
             looked_at = 0
             with tempfile.TemporaryDirectory() as files:
-                place = StudyPlace(sqlite_url(Path(files) / "study.db"), "benchmark")
-                search = Search(replace(space, seed=seed), counted, trials, seed, place, stops_early=stops_early)
+                study = StudyFile(Path(files) / "study.jsonl", "benchmark")
+                search = Search(replace(space, seed=seed), counted, trials, seed, study, stops_early=stops_early)
                 search.run()
                 result = search.result()
             chosen = torch.cat(list(replace(judge, windows=final, prefix=None)(result.best))).mean()

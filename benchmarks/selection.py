@@ -14,7 +14,6 @@ from typing import Annotated
 import torch
 from cyclopts import Parameter
 from cyclopts import run as run_benchmark
-from optuna.trial import TrialState
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -24,7 +23,7 @@ from adapruner.evaluation import log_probabilities, window_losses
 from adapruner.graph import RunFolder
 from adapruner.models import find_model, in_fastest_dtype, load_model, load_tokenizer
 from adapruner.planning import kept_counts, reference_budget
-from adapruner.search import Objective, SearchSpace, StudyPlace, build_subset_family, sqlite_url
+from adapruner.search import Objective, SearchSpace, StudyFile, build_subset_family
 from adapruner.structure import build_structure
 from adapruner.surgery import Compensation
 from measured import Measured
@@ -55,8 +54,7 @@ def main(
     folder = RunFolder(run)
     record = folder.record("search.json")
     assert record is not None, f"{run} was not searched"
-    with StudyPlace(sqlite_url(folder.study), record.key).opened() as study:
-        points = [space.suggest(trial) for trial in study.get_trials(states=(TrialState.COMPLETE,))]
+    points = [space.suggest(trial) for trial in StudyFile(folder.study, record.key).finished()]
     points = list({point.model_dump_json(): point for point in points}.values())[:candidates]
 
     text = found.windows["objective"]

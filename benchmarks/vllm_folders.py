@@ -38,8 +38,10 @@ RESULT = "result: "
 def write(folder: Path) -> None:
     from transformers import CONFIG_MAPPING
 
-    from adapruner.conformance import prove
-    from adapruner.models import infer_architecture, random_model, using_architecture
+    from adapruner.families.inference import infer_architecture
+    from adapruner.families.proof import prove
+    from adapruner.families.tiny import random_model
+    from adapruner.models import using_architecture
     from adapruner.planning import make_plan
     from adapruner.structure import build_structure
     from adapruner.surgery import prune_model

@@ -1,125 +1,82 @@
-"""Trials per second of one process and of two, each on a core of its own, with SQLite and with PostgreSQL.
+"""How much faster several processes search than one, on simulated work.
 
-    python benchmarks/workers.py --measured runs/measured
+    python benchmarks/workers.py
 
-`--measured` is a run folder that was measured before. Every trial looks at the same windows, none is stopped early. Of
-two processes, the time during which both were at it counts.
+A trial sleeps for every window, so that two cores are enough for three processes; the slowest candidates take three
+times as long as the fastest. For each number of processes, one search stops bad trials and one does not.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
-import subprocess
-import sys
+import hashlib
 import tempfile
-from functools import partial
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
 
+import torch
 from cyclopts import run
-from optuna.trial import TrialState
+from torch import Tensor
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-import postgresql_server
-from adapruner.evaluation import compute_prefix
-from adapruner.models import find_model, in_fastest_dtype, load_model
-from adapruner.planning import kept_counts, reference_budget
-from adapruner.search import (
-    MOST_PROTECTED_FIRST,
-    Objective,
-    Search,
-    SearchSpace,
-    StudyPlace,
-    build_subset_family,
-    meet_budget,
-    sqlite_url,
-)
-from adapruner.structure import build_structure
-from adapruner.surgery import Compensation
+from adapruner.planning import Budget
+from adapruner.processes import this_process
+from adapruner.search import Candidate, Search, SearchSpace, StudyFile, SubsetFamily
 from machine import describe
-from measured import Measured
+
+WINDOWS, BATCH = 64, 4
 
 
-def main(
-    *,
-    measured: Path,
-    model: str = "smollm2",
-    windows: int = 16,
-    trials: int = 24,
-    storage: str | None = None,
-    study: str | None = None,
-    role: Literal["leads", "helps"] = "leads",
-) -> None:
-    """Prints trials per second and their ratio; `storage`, `study` and `role` are for the processes that it starts."""
-    if storage and study:
-        search = make_search(measured, model, windows, trials, StudyPlace(storage, study))
-        search.run() if role == "leads" else search.help()
-        return
+def main(*, counts: Sequence[int] = (1, 2, 3), trials: int = 48, seconds: float = 0.8) -> None:
+    """Prints the time of every search, and its speed-up over one process as a share of the ideal one.
+
+    Args:
+        counts: of processes.
+        seconds: that an average trial sleeps if it sees all windows.
+    """
     print(describe())
-    with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        storages = {"SQLite": sqlite_url(folder / "study.db")}
-        if postgresql_server.find_programs():
-            storages["PostgreSQL"] = stack.enter_context(postgresql_server.server())
-        for name, url in storages.items():
-            rates = []
-            for processes in (1, 2):
-                place = StudyPlace(url, f"processes-{processes}")
-                options = ["--measured", str(measured), "--model", model, "--windows", str(windows)]
-                options += ["--trials", str(trials), "--storage", place.url, "--study", place.name]
-                started = [
-                    subprocess.Popen(
-                        ["taskset", "--cpu-list", str(core), sys.executable, __file__, *options, "--role", role],
-                        env=os.environ | {"OMP_NUM_THREADS": "1"},
-                    )
-                    for core, role in zip(range(processes), ("leads", "helps"), strict=False)
-                ]
-                codes = [process.wait() for process in started]
-                assert not any(codes), codes
-                rates.append(rate(place, processes))
-                print(f"{name}, {processes} process(es): {rates[-1]:.3f} trials per second", flush=True)
-            print(f"{name}: {rates[1] / rates[0]:.2f} times as many")
+    for stops_early in (False, True):
+        print("bad trials stopped" if stops_early else "no trial stopped")
+        times = {count: _time(count, trials, seconds, stops_early) for count in counts}
+        for count, took in times.items():
+            speed_up = times[counts[0]] / took
+            print(
+                f"  {count} processes: {took:.1f} s, {speed_up:.2f} times as fast, {speed_up / count:.2f} of the ideal"
+            )
 
 
-def make_search(measured: Path, model: str, windows: int, trials: int, place: StudyPlace) -> Search:
-    """The search of a measured run, over some windows."""
-    found = Measured.read(measured)
-    config, statistics = found.config, found.statistics
-    dense = in_fastest_dtype(load_model(find_model(model)))
-    structure = build_structure(dense, config.head_granularity)
-    text = found.windows["objective"][:windows]
-    budget = reference_budget(config, structure, config.ratio[0])
-    family = build_subset_family(statistics, structure, kept_counts(structure, budget))
-    meet = partial(meet_budget, structure, statistics, None)
-    space = SearchSpace(family, config.samples, 0, budget, "extended", meet=meet)
-    compensation, prefix = (
-        Compensation("least-squares", found.moments),
-        compute_prefix(dense, text, MOST_PROTECTED_FIRST),
-    )
-    judge = Objective(dense, structure, statistics, text, compensation, prefix)
-    return Search(space, judge, trials, 0, place, stops_early=False)
+def _time(count: int, trials: int, seconds: float, stops_early: bool) -> float:
+    """Seconds that a search by so many processes takes once they have started."""
+    config = LaunchConfig(1, 1, count, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0)
+    with tempfile.TemporaryDirectory() as folder:
+        launched = elastic_launch(config, _search)(Path(folder, "study.jsonl"), trials, seconds, stops_early)
+    return float(launched[0])
 
 
-def rate(place: StudyPlace, processes: int) -> float:
-    """Finished trials per second, from when every process has begun its first."""
-    with place.opened() as study:
-        finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    by_worker: dict[bool, list[float]] = {}
-    for trial in finished:
-        begun, ended = trial.datetime_start, trial.datetime_complete
-        assert begun is not None
-        assert ended is not None
-        by_worker.setdefault("helper" in trial.user_attrs, []).extend((begun.timestamp(), ended.timestamp()))
-    assert len(by_worker) == processes
-    # Each by its own trials between the first moment and the last at which all were at it.
-    first = max(min(times) for times in by_worker.values())
-    last = min(max(times) for times in by_worker.values())
-    total = 0.0
-    for times in by_worker.values():
-        own = sorted(times)
-        spans = [(a, b) for a, b in zip(own[::2], own[1::2], strict=True) if a >= first - 1e-3 and b <= last + 1e-3]
-        total += len(spans) / (spans[-1][1] - spans[0][0])
-    return total
+def _search(file: Path, trials: int, seconds: float, stops_early: bool) -> float:
+    """What each process does."""
+    torch.set_num_threads(1)
+    generator = torch.Generator().manual_seed(0)
+    importance = torch.rand(12, 30, generator=generator).double()
+    subsets = SubsetFamily(importance @ importance.T, torch.randn(12, 4, generator=generator).double())
+    space = SearchSpace(subsets, 4, 0, Budget(0.2), "extended")
+    own_texts = torch.sin(torch.arange(WINDOWS).double()) * 3
+
+    def judge(candidate: Candidate) -> Iterator[Tensor]:
+        drawn = hashlib.sha256(candidate.model_dump_json().encode()).digest()
+        noise = torch.randn(WINDOWS, generator=torch.Generator().manual_seed(drawn[0])).double()
+        loss = (candidate.budget.tilt - 0.2) ** 2 + candidate.point.weights.get("fine_first", 0.0)
+        for losses in (own_texts + 0.1 * noise + loss).split(BATCH):
+            time.sleep(seconds * (0.5 + drawn[1] / 255) * BATCH / WINDOWS)
+            yield losses
+
+    process = this_process()
+    with process.connected(torch.device("cpu")):
+        search = Search(space, judge, trials, 0, StudyFile(file, "a"), stops_early=stops_early, process=process)
+        process.wait()
+        begun = time.perf_counter()
+        search.run()
+        return time.perf_counter() - begun
 
 
 if __name__ == "__main__":

@@ -24,7 +24,9 @@ def columns(graph: Graph) -> list[list[Kept[object]]]:
     depth: dict[str, int] = {}
     for node in graph.kept_nodes:
         depth[node.name] = max((depth[name] + 1 for name in graph.reach(node.name).kept), default=0)
-    return [[node for node in graph.kept_nodes if depth[node.name] == column] for column in range(max(depth.values()) + 1)]
+    return [
+        [node for node in graph.kept_nodes if depth[node.name] == column] for column in range(max(depth.values()) + 1)
+    ]
 
 
 def draw(graph: Graph) -> str:

@@ -1,21 +1,16 @@
 #!/bin/bash
-# ADAPRUNER_STORAGE=postgresql://user:password@host/name sbatch examples/slurm.sh MODEL runs/big
+# sbatch examples/slurm.sh MODEL runs/big
 #
-# A run and three workers that share its search, each on a GPU of its own. Not tried on a cluster yet.
+# One process for each GPU of two nodes, which share the file system. Not tried on a cluster yet.
 #SBATCH --job-name=adapruner
-#SBATCH --array=0-3
-#SBATCH --gpus=1
-#SBATCH --cpus-per-task=8
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=4
+#SBATCH --cpus-per-task=32
 #SBATCH --time=04:00:00
 set -euo pipefail
 
-if [ "$SLURM_ARRAY_TASK_ID" = 0 ]; then
-    adapruner prune "$1" -o "$2" --ratio 0.2 --calibration c4 --storage "$ADAPRUNER_STORAGE"
-else
-    # Until the run has begun, there is nothing to join.
-    for _ in $(seq 20); do
-        adapruner join "$2" --storage "$ADAPRUNER_STORAGE" && exit 0
-        sleep 30
-    done
-    exit 1
-fi
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+srun torchrun --nnodes "$SLURM_NNODES" --nproc-per-node gpu \
+    --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d --rdzv-endpoint "$first:29500" \
+    -m adapruner prune "$1" -o "$2" --ratio 0.2 --calibration c4

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sqlite3
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -12,8 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from sqlalchemy import event
-from sqlalchemy.engine import Engine
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -108,16 +105,9 @@ def _cache_of_families(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
 @pytest.fixture(autouse=True, scope="session")
 def _nothing_waits_for_the_disk() -> Iterator[None]:
     """A power failure alone takes what was written and is not on the disk yet; a kill does not."""
-
-    def do_not_wait(connection: object, _: object) -> None:
-        if isinstance(connection, sqlite3.Connection):
-            connection.execute("PRAGMA synchronous=OFF")
-
-    event.listen(Engine, "connect", do_not_wait)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("adapruner.files._flush", lambda _: None)
         yield
-    event.remove(Engine, "connect", do_not_wait)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -131,10 +121,10 @@ def _continuations_are_short() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _families_of_the_package() -> Iterator[None]:
     """Families that a test registers are for the process, and gone after the test."""
-    before = dict(known_architectures())
-    yield
-    known_architectures().clear()
-    known_architectures().update(before)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("adapruner.models._architecture._registered", {})
+        patch.setattr("adapruner.models._architecture._inferred", {})
+        yield
 
 
 @pytest.fixture

@@ -1,14 +1,12 @@
 """Which families can be pruned, and how: of every decoder of the installed transformers that builds tiny, a model is
-saved, and `adapruner inspect` asked about the folder. Writes the table in docs/families.md.
+saved, and inspected as `adapruner inspect` does. Writes the table in docs/families.md.
 
     python tests/family_table.py
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
-import json
+import logging
 import multiprocessing
 import sys
 import tempfile
@@ -16,30 +14,18 @@ import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
 
-from adapruner.cli import main as adapruner
-from adapruner.models import known_architectures, random_model
+from adapruner import AdaPrunerError, verbs
+from adapruner.families.tiny import random_model
+from adapruner.models import known_architectures
 from tiny_families import OTHERS, decoder_families, tiny_config
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "families.md"
 START, END = "<!-- table -->\n", "<!-- end -->\n"
 COLUMNS = ("family", "from", "heads", "channels", "experts", "channels in experts", "whole", "layouts")
-
-
-def inspect(folder: str, *options: str) -> tuple[int, str]:
-    """The exit code of `adapruner inspect FOLDER --json`, and what it prints: JSON, or with code 2 the refusal."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            adapruner(["inspect", folder, *options, "--json"])
-        except SystemExit as ended:
-            code = int(ended.code or 0)
-            return code, err.getvalue() if code else out.getvalue()
-    raise AssertionError("the command did not exit")
 
 
 def row(model_type: str) -> tuple[str, bool]:
@@ -50,29 +36,27 @@ def row(model_type: str) -> tuple[str, bool]:
             random_model(config).save_pretrained(folder)
         except RuntimeError:  # builds on the meta device alone; `inspect` reads the config and says why
             config.save_pretrained(folder)
-        code, answer = inspect(folder)
-        if code:
-            assert code == 2, answer
-            reason = " ".join(answer.removeprefix("adapruner: ").replace(folder, "").split()).replace("|", "/")
+        try:
+            structure, architecture = verbs.inspect(folder), verbs.describe(folder)
+        except AdaPrunerError as refusal:
+            reason = " ".join(str(refusal).replace(folder, "").split()).replace("|", "/")
             short = f"{reason[:200]}…" if len(reason) > 200 else reason
             return f"| `{model_type}` | refused: {short}{' |' * (len(COLUMNS) - 1)}", False
-        blocks = json.loads(answer)["blocks"]
-        architecture: dict[str, Any] = json.loads(inspect(folder, "--architecture")[1])
     cells = [f"`{model_type}`", "file" if model_type in known_architectures() else "inferred"]
     for kind in ("heads", "channels", "experts"):
-        layers = len({block["layer"] for block in blocks if block["kind"] == kind})
+        layers = len({block.layer for block in structure.blocks if block.kind == kind})
         cells.append("" if not layers else "yes" if layers == config.num_hidden_layers else "some layers")
-    cells.append("yes" if "channels" in architecture.get("experts", {}) else "")
-    cells.append(", ".join(architecture.get("whole", ("attention", "feed-forward", "layer"))))
-    cells.append(", ".join(architecture.get("layouts", ("per-layer", "uniform"))))
+    cells.append("yes" if architecture.experts and architecture.experts.channels else "")
+    cells += [", ".join(architecture.whole), ", ".join(architecture.layouts)]
     return f"| {' | '.join(cells)} |", True
 
 
 def quiet() -> None:
-    """One thread for each process, and no warnings of what is tried."""
+    """One thread for each process, and neither warnings nor progress."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
+    logging.getLogger("adapruner").setLevel(logging.WARNING)
 
 
 def main() -> None:

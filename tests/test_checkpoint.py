@@ -28,7 +28,9 @@ import adapruner
 from adapruner import verbs
 from adapruner.checkpoint import read_origin, save_checkpoint
 from adapruner.errors import AdaPrunerError
-from adapruner.models import find_model, in_fastest_dtype, modeling_pruned, random_model
+from adapruner.families import learn
+from adapruner.families.tiny import random_model
+from adapruner.models import find_model, in_fastest_dtype, modeling_pruned
 from adapruner.planning import make_plan
 from adapruner.structure import build_structure
 from adapruner.surgery import pad_to_stock, prune_model
@@ -234,7 +236,9 @@ def test_the_tokenizer_needs_no_torch(folder: Path, tmp_path: Path) -> None:
 def test_a_mixture_has_the_older_name_of_the_number_of_experts(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    model = random_model(tiny_config("qwen3_moe"))
+    config = tiny_config("qwen3_moe")
+    learn(config)
+    model = random_model(config)
     save_checkpoint(model, tokenizer, tmp_path / "model")
     assert json.loads((tmp_path / "model" / "config.json").read_text())["num_experts"] == 4
     assert AutoConfig.from_pretrained(tmp_path / "model").num_experts == 4

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from adapruner.families import learn
 from adapruner.measurement import InputMoments, measure_moments
 from adapruner.models import copy_in_dtype
 from adapruner.planning import Budget, PruningPlan, kept_counts, make_plan
@@ -161,6 +162,7 @@ def test_sequential_is_the_least_squares_of_what_layers_really_get(
     """Of every cut projection: its input in the finished model, and its target, by hooks in whole forward passes."""
     share, damping = 0.5, 1e-3
     model = make_model(family) if family != "bitnet" else AutoModelForCausalLM.from_config(tiny_config(family)).eval()
+    learn(model.config)
     structure, plan = cut(model, 0.05 if head_share == 0 else 0.15, head_share)
     start = prune_model(model, structure, plan)
     pruned = prune_model(model, structure, plan)

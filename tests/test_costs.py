@@ -33,6 +33,7 @@ from adapruner.costs import (
 )
 from adapruner.costs._latency import _rising
 from adapruner.errors import AdaPrunerError
+from adapruner.families import learn
 from adapruner.models import empty_model
 from adapruner.planning import make_plan
 from adapruner.structure import Structure, build_structure
@@ -77,7 +78,9 @@ def test_shapes_without_a_layer_and_with_query_heads(make_model: MakeModel) -> N
 
 @pytest.mark.parametrize("granularity", ["expert", "channel"])
 def test_shapes_of_a_mixture(granularity: Any) -> None:
-    model = empty_model(tiny_config("qwen3_moe"))
+    config = tiny_config("qwen3_moe")
+    learn(config)
+    model = empty_model(config)
     structure = build_structure(model, experts=granularity)
     fewer = {"experts": 3, "channels": 4 * 24}
     counts = [fewer.get(block.kind, block.groups) for block in structure.blocks]
@@ -180,8 +183,9 @@ def test_layers_that_differ_have_no_latencies(make_model: MakeModel) -> None:
     check_latencies(structure)
     with pytest.raises(AdaPrunerError, match="layers of this model differ"):
         check_latencies(build_structure(pruned(model, structure, some_counts(structure, 0))))
+    learn(config := tiny_config("qwen3_moe"))
     with pytest.raises(AdaPrunerError, match="experts"):
-        check_latencies(build_structure(empty_model(tiny_config("qwen3_moe"))))
+        check_latencies(build_structure(empty_model(config)))
 
 
 def test_a_gguf_file_of_a_family_that_cannot_be_written_is_refused(

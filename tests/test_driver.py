@@ -22,7 +22,7 @@ from adapruner import AdaPrunerError
 from adapruner.files import replace
 from adapruner.graph import RunFolder
 from adapruner.graph.records import Record, are_as_written, stamps
-from adapruner.models import known_architectures
+from adapruner.models import known_architectures, using_architecture
 from adapruner.processes import Process, this_process
 from adapruner.progress import Reporter
 from adapruner.run.api import prune_ratios
@@ -137,14 +137,11 @@ def test_another_column_of_a_text_is_another_text(model_folder: Path, text_file:
 
 
 def test_another_description_of_the_family_rebuilds_what_was_measured(
-    run: Path, model_folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+    run: Path, model_folder: Path, text_file: Path
 ) -> None:
-    known = known_architectures()
-    other = known["llama"].model_copy(update={"plain_residual": False})
-    monkeypatch.setitem(known, "llama", other)
-    with pytest.raises(
-        AdaPrunerError, match=r"another family\): moments, statistics.safetensors, whole.json, search.json"
-    ):
+    other = known_architectures()["llama"].changed(plain_residual=False)
+    refusal = r"another family\): moments, statistics.safetensors, whole.json, search.json"
+    with using_architecture(other), pytest.raises(AdaPrunerError, match=refusal):
         adapruner.prune(str(model_folder), output=run, calibration=str(text_file), **OPTIONS)
 
 
@@ -301,7 +298,7 @@ def test_near_ratios_have_folders_of_their_own(tmp_path: Path) -> None:
 def test_text_that_the_model_writes_depends_on_how_it_computes(model_folder: Path, tmp_path: Path) -> None:
     def leaf(dtype: str) -> Any:
         config = adapruner.PruneConfig.from_options(model=str(model_folder), calibration="self", dtype=dtype, **OPTIONS)
-        return Preparation(config, RunFolder(tmp_path), None, Process(), Reporter()).leaves["pool_text"]
+        return Preparation(config, RunFolder(tmp_path), Process(), Reporter()).leaves["pool_text"]
 
     assert leaf("float32") != leaf("bfloat16")
 
@@ -331,7 +328,7 @@ def test_free_memory_decides_no_number(
 
     def precision(free: int) -> Any:
         monkeypatch.setattr("adapruner.memory._placement._total_and_free", lambda *_: (1 << 36, free))
-        prepared = Preparation(config, RunFolder(tmp_path), None, Process(), Reporter())
+        prepared = Preparation(config, RunFolder(tmp_path), Process(), Reporter())
         return prepared.leaves["precision"]
 
     assert precision(1 << 40) == precision(1 << 30)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import re
@@ -31,6 +32,7 @@ from adapruner.evaluation import (
     agreement,
     continue_greedily,
     count_macs,
+    finite_windows,
     judge,
     measure_perplexity,
     measure_speed,
@@ -128,17 +130,12 @@ def test_verdict_at_its_limits(
 ) -> None:
     number = measure_perplexity(model, torch.randint(3, 96, (2, 12)), "text")
 
+    def text(bits: float | None) -> Perplexity:
+        counted = None if bits is None else number.predicted_tokens
+        return number.model_copy(update={"perplexity": 2.0 ** (bits or 1.0), "predicted_bytes": counted})
+
     def signs(repeated: float | None, agrees: float | None, *bits: float | None) -> Breakage:
-        texts = {
-            str(index): number.model_copy(
-                update={
-                    "perplexity": 2.0 ** (each or 1.0),
-                    "predicted_bytes": None if each is None else number.predicted_tokens,
-                }
-            )
-            for index, each in enumerate(bits)
-        }
-        return Breakage(repetition=repeated, agreement=agrees, texts=texts)
+        return Breakage(repetition=repeated, agreement=agrees, texts=dict(zip("ab", map(text, bits), strict=True)))
 
     # The mean of both kinds counts: twice the bits of the dense model for one, half of them for the other.
     dense = signs(0.2, 1.0, 1.0, 8.0)
@@ -146,23 +143,48 @@ def test_verdict_at_its_limits(
     assert judge(dense, dense) == "usable"
 
 
-def test_built_in_texts_need_no_dataset(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_built_in_texts_are_the_same_everywhere(tokenizer: PreTrainedTokenizerFast) -> None:
+    """They need no dataset, and nothing of the Python that runs."""
     texts = probe_texts(tokenizer, 32)
-    assert {name: tuple(text.windows.shape) for name, text in texts.items()} == {
-        "arithmetic": (24, 32),
-        "code": (24, 32),
+    assert {name: (*text.windows.shape,) for name, text in texts.items()} == {"arithmetic": (24, 32), "code": (24, 32)}
+    assert all(text.predicted_bytes for text in texts.values())
+    assert {
+        name: hashlib.sha256(text.encode()).hexdigest()[:12] for name, text in _probes.built_in_texts().items()
+    } == {
+        "arithmetic": "f6965518880b",
+        "code": "ec06d6871df4",
     }
-    lines = re.findall(r"(\d+) ([+x]) (\d+) = (\d+)", _probes._tables())
+    lines = re.findall(r"(\d+) ([+x]) (\d+) = (\d+)", _probes.built_in_texts()["arithmetic"])
     assert len(lines) > 400
     assert all(int(c) == (int(a) + int(b) if sign == "+" else int(a) * int(b)) for a, sign, b, c in lines)
-    assert "Python 3." in texts["code"].provenance["modules"]
-    assert texts["code"].predicted_bytes
 
 
-def test_the_protocol_is_said(model: PreTrainedModel) -> None:
-    result = measure_perplexity(model, torch.full((3, 10), 5), "wikitext2")
-    assert result.protocol == ("wikitext2: 3 windows of 10 tokens without overlap, mean over 27 predicted tokens")
-    assert result.model_dump(mode="json")["predicted_tokens"] == 27
+def test_windows_without_a_finite_loss_are_left_out(model: PreTrainedModel) -> None:
+    with torch.no_grad():
+        model.get_input_embeddings().weight[7] = math.inf
+    windows = torch.randint(8, 96, (6, 12), generator=torch.Generator().manual_seed(0))
+    broken = windows.clone()
+    broken[[1, 4], 3] = 7
+    kept, note = finite_windows(model, {"pool": broken, "objective": windows}, {"pool": 4, "objective": 1})
+    assert torch.equal(kept["pool"], broken[[0, 2, 3, 5]])
+    assert torch.equal(kept["objective"], windows)
+    assert note == "left out, because the loss of the model on them is not finite: windows [1, 4] of the pool"
+    assert finite_windows(model, {"pool": windows}, {"pool": 6})[1] == ""
+    with pytest.raises(AdaPrunerError, match=r"not finite on 2 of the 6 windows of the pool.*`dtype` float32"):
+        finite_windows(model, {"pool": broken}, {"pool": 5})
+    broken[[0, 2], 3] = 7
+    with pytest.raises(AdaPrunerError, match="not finite on 4 of the 6 windows of the compensation"):
+        finite_windows(model, {"compensation": broken}, {"compensation": 2})
+
+
+def test_the_protocol_is_said_with_the_provenance(model: PreTrainedModel) -> None:
+    windows, provenance = torch.full((3, 10), 5), {"data_set": "b", "revision": "c"}
+    line = "wikitext2: 3 windows of 10 tokens without overlap, mean over 27 predicted tokens"
+    assert measure_perplexity(model, windows, "wikitext2").protocol == line
+    result = measure_perplexity(model, windows, "wikitext2", provenance=provenance)
+    assert result.protocol == f"{line} (data set b, revision c)"
+    content = result.model_dump(mode="json")
+    assert (content["predicted_tokens"], content["provenance"]) == (27, provenance)
 
 
 def test_special_tokens_in_front_are_not_predicted(model: PreTrainedModel) -> None:
@@ -195,18 +217,17 @@ def test_overlapping_windows_predict_every_token_once(model: PreTrainedModel, st
     assert f"windows of 12 tokens every {stride} tokens" in result.protocol
 
 
-def test_a_loss_too_large_for_a_perplexity_is_infinite(model: PreTrainedModel) -> None:
+def test_a_loss_too_large_for_a_perplexity_is_infinite_in_json_too(model: PreTrainedModel) -> None:
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(1e5)
     windows = torch.randint(3, 96, (3, 12), generator=torch.Generator().manual_seed(0))
     assert window_losses(model, windows).mean() > 709.8
-    assert measure_perplexity(model, windows, "a").perplexity == math.inf
-
-
-def test_provenance_is_part_of_the_protocol(model: PreTrainedModel) -> None:
-    result = measure_perplexity(model, torch.full((3, 10), 5), "a", provenance={"data_set": "b", "revision": "c"})
-    assert result.protocol.endswith("predicted tokens (data set b, revision c)")
-    assert result.model_dump(mode="json")["provenance"] == {"data_set": "b", "revision": "c"}
+    result = measure_perplexity(model, windows, "a")
+    assert json.loads(json.dumps(result.model_dump(mode="json")))["perplexity"] == math.inf
+    content = json.loads(result.model_dump_json())
+    assert (content["perplexity"], content["predicted_tokens"]) == (math.inf, 33)
+    assert content["protocol"] == result.protocol
+    assert Perplexity.model_validate_json(result.model_dump_json()) == result
 
 
 def cut_some_channels(model: PreTrainedModel) -> PreTrainedModel:
@@ -258,32 +279,12 @@ def test_mapped_weights_count_once_at_one_batch_size(
         assert speed.peak_memory_bytes < 1.5 * speed.weight_bytes
 
 
-def test_an_infinite_perplexity_survives_json() -> None:
-    one = Perplexity(perplexity=math.inf, text="a", seq_len=8, windows=2, stride=8)
-    assert json.loads(json.dumps(one.model_dump(mode="json")))["perplexity"] == math.inf
-    content = json.loads(one.model_dump_json())
-    assert (content["perplexity"], content["predicted_tokens"]) == (math.inf, 14)
-    assert content["protocol"] == one.protocol
-    assert Perplexity.model_validate_json(one.model_dump_json()) == one
-
-
 def test_the_command_warns_of_unfriendly_widths(
     model: PreTrainedModel, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cut_some_channels(model).save_pretrained(tmp_path / "cut")
-    options = [
-        "--against",
-        str(model_folder),
-        "--batch-size",
-        "1",
-        "--prompt",
-        "8",
-        "--new-tokens",
-        "2",
-        "--repetitions",
-        "1",
-    ]
-    app(["benchmark", str(tmp_path / "cut"), *options, "--json"], exit_on_error=False, result_action="return_value")
+    options = f"--against {model_folder} --batch-size 1 --prompt 8 --new-tokens 2 --repetitions 1 --json".split()
+    app(["benchmark", str(tmp_path / "cut"), *options], exit_on_error=False, result_action="return_value")
     captured = capsys.readouterr()
     assert list(json.loads(captured.out)) == [str(model_folder), str(tmp_path / "cut")]
     assert "widths of layers 1 are no multiples of 8" in captured.err
@@ -293,10 +294,7 @@ def test_the_command_warns_of_unfriendly_widths(
 
 def test_a_protocol_says_texts_and_windows(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = " ".join(f"w{number % 90}" for number in range(300))
-    for name, text in {
-        "wikitext2/wiki.test.raw": f" {words} \n",
-        "ptb/ptb.valid.txt": f" {words} \n {words} \n",
-    }.items():
+    for name, text in {"wikitext2/wiki.test.raw": f" {words} \n", "ptb/ptb.valid.txt": f" {words} \n" * 2}.items():
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_text(text)
     monkeypatch.setenv("ADAPRUNER_DATA", str(tmp_path))
@@ -343,12 +341,9 @@ def test_a_model_that_does_not_fit_is_evaluated_layer_by_layer(
     assert scores[0] == scores[1] == scores[2]
 
 
-def test_a_model_in_memory_is_evaluated_as_it_is(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, text_file: Path
-) -> None:
-    texts = {"own": [text_file.read_text()]}
+def test_a_model_in_memory_is_used_as_it_is(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(AdaPrunerError, match="used as it is: leave `layer_wise` out"):
-        verbs.evaluate(model, texts, seq_len=16, tokenizer=tokenizer, layer_wise=True)
+        verbs.evaluate(model, {"own": ["w1 w2"]}, seq_len=16, tokenizer=tokenizer, layer_wise=True)
 
 
 def test_what_a_checkpoint_was_calibrated_on_is_said(

@@ -12,32 +12,36 @@ from transformers import AutoModel, AutoModelForCausalLM, MixtralForCausalLM, Pr
 import adapruner
 from adapruner.checkpoint import save_checkpoint
 from adapruner.config import ExpertGranularity
-from adapruner.conformance import failed_checks
 from adapruner.errors import AdaPrunerError
+from adapruner.families.inference import infer_architecture
+from adapruner.families.proof import failed_checks
+from adapruner.families.tiny import random_model
 from adapruner.importance import TERMS, MetricPoint, score_groups
 from adapruner.measurement import InputMoments, Statistics, measure, measure_moments
-from adapruner.models import infer_architecture, known_architectures, random_model, using_architecture
+from adapruner.models import remember_family, using_architecture
 from adapruner.planning import Budget, kept_counts, make_plan
 from adapruner.structure import Structure, build_structure
 from adapruner.surgery import Compensation, pad_to_stock, prune_model
 from run_helpers import QUICK
-from tiny_families import tiny_config
+from tiny_families import random_plan, tiny_config
 
 FAMILIES = ("mixtral", "gpt_oss", "deepseek_v3")
 
 
+def make_mixture(family: str) -> PreTrainedModel:
+    config = tiny_config(family)
+    remember_family(family, infer_architecture(config))
+    return random_model(config)
+
+
 @pytest.fixture(params=FAMILIES)
 def mixture(request: pytest.FixtureRequest) -> PreTrainedModel:
-    config = tiny_config(request.param)
-    known_architectures()[request.param] = infer_architecture(config)
-    return random_model(config)
+    return make_mixture(request.param)
 
 
 @pytest.fixture
 def mixtral() -> PreTrainedModel:
-    config = tiny_config("mixtral")
-    known_architectures()["mixtral"] = infer_architecture(config)
-    return random_model(config)
+    return make_mixture("mixtral")
 
 
 def taylor_by_hand(model: PreTrainedModel, structure: Structure, windows: Tensor) -> Tensor:
@@ -157,7 +161,7 @@ def test_channels_of_experts_are_compensated_by_least_squares(mixtral: PreTraine
     measured = dict(measure_moments(mixtral, structure, windows, [number]))[number]
     moments = {number: InputMoments(measured.mean, measured.second, 1e-9)}
     counts = [block.groups - 4 * 30 * (each == number) for each, block in enumerate(structure.blocks)]
-    plan = make_plan(structure, torch.rand(structure.group_offsets[-1]), counts)
+    plan = random_plan(structure, counts)
     pruned = prune_model(mixtral, structure, plan, Compensation("least-squares", moments))
     before, after = (model.model.layers[0].mlp.experts.down_proj.detach().double() for model in (mixtral, pruned))
     channels = before.shape[2]
@@ -173,7 +177,7 @@ def test_channels_of_experts_are_compensated_by_least_squares(mixtral: PreTraine
 def test_experts_with_fewer_channels_in_some_layers_are_padded(mixture: PreTrainedModel, windows: Tensor) -> None:
     structure = build_structure(mixture, experts="channel")
     counts = [block.groups - 4 * 5 * block.layer * bool(block.experts) for block in structure.blocks]
-    plan = make_plan(structure, torch.rand(structure.group_offsets[-1]), counts)
+    plan = random_plan(structure, counts)
     pruned = prune_model(mixture, structure, plan)
     padded = pad_to_stock(pruned)
     assert type(padded) is type(mixture)
@@ -252,7 +256,7 @@ def test_the_decoder_alone_is_loaded_with_its_experts(
     """vLLM loads the class of the decoder, which has to rename the experts of the file as the stock class does."""
     structure = build_structure(mixtral)
     counts = [block.groups - (block.kind == "heads" and block.layer == 0) for block in structure.blocks]
-    pruned = prune_model(mixtral, structure, make_plan(structure, torch.rand(structure.group_offsets[-1]), counts))
+    pruned = prune_model(mixtral, structure, random_plan(structure, counts))
     save_checkpoint(pruned, tokenizer, tmp_path / "model")
     decoder = AutoModel.from_pretrained(tmp_path / "model", trust_remote_code=True)
     with torch.no_grad():

@@ -12,20 +12,19 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 import adapruner
 from adapruner import families, verbs
 from adapruner.cli import main
-from adapruner.conformance import ConformanceError, failed_checks, prove
 from adapruner.errors import AdaPrunerError
+from adapruner.families.inference import infer_architecture
+from adapruner.families.proof import ConformanceError, failed_checks, prove
+from adapruner.families.tiny import random_model
 from adapruner.models import (
     Architecture,
     ProjectionNames,
     _architecture,
-    _loading,
     architecture_of,
     empty_model,
     find_model,
-    infer_architecture,
     known_architectures,
     load_config,
-    random_model,
     register_architectures,
     using_architecture,
 )
@@ -38,8 +37,6 @@ from tiny_families import tiny_config
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache, and a process that has seen no family."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(_architecture, "_described", {})
-    _loading._read_config_once.cache_clear()
     return tmp_path / "cache" / "adapruner" / "families"
 
 
@@ -167,13 +164,13 @@ def test_a_family_is_checked_once(
     assert Architecture.model_validate_json(file.read_bytes()) == first
     config = tiny_config("smollm3")
     with torch.no_grad():
-        assert families.describe(config) == first
+        assert families.resolve(config) == first
     assert capsys.readouterr().err == ""
     file.write_text("{")
-    assert families.describe(config) == first
+    assert families.resolve(config) == first
     assert "checking how smollm3 is built" in capsys.readouterr().err
     monkeypatch.setattr(families.transformers, "__version__", "6.0.0")
-    families.describe(config)
+    families.resolve(config)
     assert len(list(cache.iterdir())) == 2
 
 
@@ -196,16 +193,23 @@ def test_a_family_without_a_file_is_pruned_from_end_to_end(smollm3: Path, text_f
         elsewhere = AutoModelForCausalLM.from_pretrained(result.model_folder, trust_remote_code=True)
         assert torch.equal(elsewhere(tokens).logits, logits)
     # A process that has not seen the family loads it too.
-    _architecture._described.clear()
-    _loading._read_config_once.cache_clear()
+    _architecture._inferred.clear()
     assert torch.equal(adapruner.load(result.model_folder)(tokens).logits, logits)
+
+
+@pytest.mark.parametrize("field", ["hidden_size", "vocab_size", "model_type", "eos_token_id"])
+def test_layers_of_an_inferred_family_differ_in_nothing_else(smollm3: Path, field: str) -> None:
+    config = json.loads((smollm3 / "config.json").read_text())
+    (smollm3 / "config.json").write_text(json.dumps(config | {"per_layer_config": {"1": {field: 5}}}))
+    with pytest.raises(AdaPrunerError, match=f"{field}.* per_layer_config|per_layer_config.*{field}"):
+        verbs.inspect(smollm3)
 
 
 def test_a_layout_that_a_family_cannot_have_is_refused(
     smollm3: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     uniform = infer_architecture(tiny_config("smollm3")).changed(layouts=("uniform",))
-    monkeypatch.setattr(families, "describe", lambda _: uniform)
+    monkeypatch.setattr(families, "_describe", lambda _: uniform)
     with pytest.raises(AdaPrunerError, match="cannot be cut differently: set `layout` to uniform"):
         adapruner.prune(str(smollm3), output=tmp_path / "run", calibration=str(text_file), **QUICK)
     assert not (tmp_path / "run").exists()

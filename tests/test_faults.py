@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from optuna.trial import TrialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -24,7 +23,7 @@ from adapruner import AdaPrunerError
 from adapruner.cli import main
 from adapruner.graph import RunFolder
 from adapruner.run.nodes import measured as _statistics
-from adapruner.search import Candidate, Objective, Search, StudyPlace, _objective, sqlite_url
+from adapruner.search import Candidate, Objective, Search, StudyFile, _objective
 from run_helpers import QUICK, assert_same_artifacts, flags, said_by, start_main
 from run_helpers import RUN_OPTIONS as OPTIONS
 
@@ -151,7 +150,7 @@ def test_damaged_records_are_not_relied_on(
     assert_same_artifacts(run.path, finished.output)
 
 
-def test_a_damaged_database_of_trials_is_one_line(
+def test_a_damaged_file_of_trials_is_one_line(
     finished: adapruner.PruneResult,
     run: RunFolder,
     model_folder: Path,
@@ -159,9 +158,9 @@ def test_a_damaged_database_of_trials_is_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     (run.path / "search.json").unlink()
-    run.study.write_bytes(b"damaged" * 1000)
+    run.study.write_bytes(b"damaged\n" * 1000)
     assert exit_code(command(model_folder, run.path, text_file)) == 2
-    assert f"{run.study} failed: " in capsys.readouterr().err.splitlines()[-1]
+    assert f"{run.study} is damaged" in capsys.readouterr().err.splitlines()[-1]
     run.study.unlink()
     assert exit_code(command(model_folder, run.path, text_file)) == 0
     assert_same_artifacts(run.path, finished.output)
@@ -320,8 +319,7 @@ def test_a_signal_lets_the_trial_end_and_the_run_resumes(
     assert judged == 4
     record = RunFolder(run).record("search.json")
     assert record is not None
-    with StudyPlace(sqlite_url(RunFolder(run).study), record.key).opened() as study:
-        assert [trial.state for trial in study.get_trials()[:5]] == [TrialState.COMPLETE] * 4 + [TrialState.WAITING]
+    assert len(StudyFile(RunFolder(run).study, record.key).finished()) == 4
     assert not RunFolder(run).is_running()
     assert exit_code(command(model_folder, run, text_file)) == 0
     assert_same_artifacts(run, finished.output)

@@ -13,9 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from adapruner.checkpoint import save_checkpoint
-from adapruner.families import describe
+from adapruner.families import learn
+from adapruner.families.tiny import random_model
 from adapruner.measurement import measure_moments
-from adapruner.models import known_architectures, random_model
 from adapruner.planning import make_plan
 from adapruner.structure import build_structure
 from adapruner.surgery import Compensation, prune_model
@@ -32,8 +32,7 @@ def pruned(model_type: str, compensates: bool = False, **fields: object) -> PreT
     config = tiny_config(model_type)
     for name, value in fields.items():
         setattr(config, name, value)
-    if model_type not in known_architectures():
-        known_architectures()[model_type] = describe(config)
+    learn(config)
     model = random_model(config)
     structure = build_structure(model)
     scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(0))

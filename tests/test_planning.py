@@ -13,7 +13,8 @@ from rich.console import Console
 from transformers import LlamaConfig, PreTrainedModel, Qwen3MoeConfig
 
 from adapruner.errors import AdaPrunerError
-from adapruner.models import empty_model, infer_architecture, known_architectures
+from adapruner.families.inference import infer_architecture
+from adapruner.models import empty_model, remember_family
 from adapruner.planning import Budget, BudgetError, PruningPlan, kept_counts, make_plan
 from adapruner.structure import Structure, build_structure
 from adapruner.surgery import prune_model
@@ -314,7 +315,7 @@ def test_more_can_be_reached_than_a_ratio_between_whole_experts(ratio: float) ->
     config = Qwen3MoeConfig(
         num_hidden_layers=6, mlp_only_layers=[0], num_experts=8, num_experts_per_tok=2, **sizes, **heads
     )
-    known_architectures()["qwen3_moe"] = infer_architecture(config)
+    remember_family("qwen3_moe", infer_architecture(config))
     structure = build_structure(empty_model(config))
     with pytest.raises(BudgetError, match="whole experts, as many in every layer") as refusal:
         kept_counts(structure, Budget(ratio, 0, 0, heads=(2,) * 6))

@@ -463,7 +463,7 @@ def recovered(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, text
 def test_a_finished_recovery_is_not_done_again(
     recover: Callable[..., RecoveryRecord], recovered: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("adapruner.verbs._recover.load_model", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("adapruner.verbs._recover.open_model", lambda *_: pytest.fail("loaded"))
     record = recover(recovered, **SHORT)
     assert record.model_dump(mode="json") == json.loads((recovered / "recovery.json").read_text())
     assert record.method == "labels"
@@ -511,7 +511,7 @@ def test_what_is_finished_stays_until_something_takes_its_place(
     recover(folder, **options)
     before = (folder / "model.safetensors").read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr("adapruner.verbs._recover.load_model", lambda *_: pytest.fail("no memory"))
+        patch.setattr("adapruner.verbs._recover.open_model", lambda *_: pytest.fail("no memory"))
         with pytest.raises(pytest.fail.Exception):
             recover(folder, overwrite=True, **options | {"steps": 3})
     assert (folder / "model.safetensors").read_bytes() == before
@@ -596,7 +596,7 @@ def test_malformed_data_are_refused_before_the_model_is_loaded(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("adapruner.verbs._recover.load_model", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("adapruner.verbs._recover.open_model", lambda *_: pytest.fail("loaded"))
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     output = tmp_path / "out"

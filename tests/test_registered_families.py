@@ -12,10 +12,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from adapruner.checkpoint import save_checkpoint
 from adapruner.errors import AdaPrunerError
-from adapruner.models import find_model, known_architectures, load_model, register_architectures
-from adapruner.planning import make_plan
+from adapruner.families import learn, open_model
+from adapruner.models import _architecture, find_model, known_architectures, load_model, register_architectures
 from adapruner.structure import build_structure
 from adapruner.surgery import prune_model
+from tiny_families import random_plan
 
 OLMO = """
 model_type: olmo
@@ -36,25 +37,13 @@ config_fields:
   key_value_heads: num_key_value_heads
   channels: intermediate_size
 """
-PHI = """
-model_type: phi
-layers: model.layers
-attention:
-  inputs:
-    self_attn.q_proj: [query]
-    self_attn.k_proj: [key]
-    self_attn.v_proj: [value]
-  output: self_attn.dense
-feed_forward:
-  inputs:
-    mlp.fc1: [channels]
-  output: mlp.fc2
-config_fields:
-  heads: num_attention_heads
-  key_value_heads: num_key_value_heads
-  channels: intermediate_size
-fixed_attention_width: true
-"""
+PHI = (
+    OLMO.replace("olmo", "phi")
+    .replace("o_proj", "dense")
+    .replace("    mlp.gate_proj: [channels]\n    mlp.up_proj:", "    mlp.fc1:")
+    .replace("down_proj", "fc2")
+    + "fixed_attention_width: true\n"
+)
 
 ELSEWHERE = """
 import sys
@@ -95,8 +84,8 @@ def test_families_are_pruned_saved_and_loaded(tokenizer: PreTrainedTokenizerFast
     for folder in folders:
         assert (folder / "again" / "modeling_pruned.py").read_text().count("\nregister_family(") == 1
         # Where the file is not at hand, the same is inferred.
-        known_architectures().pop(folder.name)
-        loaded = load_model(find_model(str((folder / "pruned").rename(folder / "moved"))))
+        _architecture._registered.pop(folder.name)
+        loaded = open_model(find_model(str((folder / "pruned").rename(folder / "moved"))))
         assert torch.equal(loaded(torch.arange(3, 40).view(1, -1)).logits, torch.load(folder / "logits.pt"))
 
 
@@ -106,13 +95,13 @@ def prune_save_and_load(tmp_path: Path, text: str, tokenizer: PreTrainedTokenize
     (tmp_path / "families").mkdir(parents=True)
     (tmp_path / "families" / "own.yaml").write_text(text)
     model = tiny(model_type)
+    learn(model.config)
     inferred = build_structure(model)
     for _ in range(2):
         assert register_architectures(tmp_path / "families") == [model_type]
     structure = build_structure(model)
     assert [block.groups for block in structure.blocks] == [block.groups for block in inferred.blocks]
-    scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(0))
-    plan = make_plan(structure, scores, [max(1, block.groups - block.layer) for block in structure.blocks])
+    plan = random_plan(structure, [max(1, block.groups - block.layer) for block in structure.blocks])
     pruned = prune_model(model, structure, plan)
     folder, tokens = tmp_path / "pruned", torch.arange(3, 40).view(1, -1)
     save_checkpoint(pruned, tokenizer, folder)

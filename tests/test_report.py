@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
 import re
@@ -13,8 +15,10 @@ from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
+from xml.etree.ElementTree import TreeBuilder
 
 import pytest
+from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -28,7 +32,7 @@ from adapruner.report import render_comparison, write_reports
 from adapruner.report._charts import Axis
 from adapruner.report._command import command, next_commands
 from adapruner.report._contents import read_contents
-from adapruner.run.api import prune_ratios
+from adapruner.tables import BARS, Column, Table
 
 EVIL = "</script><script>alert(1)</script>"
 OPTIONS = {
@@ -47,64 +51,52 @@ OPTIONS = {
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
-class Page(HTMLParser):
-    """What a page holds, read without anything of the package.
+class _Reader(HTMLParser):
+    """Builds a tree of elements; every one must be closed in its turn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tree = TreeBuilder()
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tree.start(tag, {name: value or "" for name, value in attributes})
+        if tag in ("meta", "link", "br", "img", "wbr"):
+            self.tree.end(tag)
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tree.start(tag, {name: value or "" for name, value in attributes})
+        self.tree.end(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.tree.end(tag).tag == tag
+
+    def handle_data(self, data: str) -> None:
+        self.tree.data(data)
+
+
+class Page:
+    """The content of a page, read without anything of the package.
 
     Attributes:
         tables: the texts of the cells of every row, by the id of the table.
         texts: the text of every element with an id.
-        marks: class and percentages of every shape of a drawing, by the id of the element that it is in.
-        tags: how often every tag is opened.
     """
 
     def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.tables: dict[str, list[list[str]]] = {}
-        self.texts: dict[str, str] = {}
-        self.marks: dict[str, list[tuple[str | None, dict[str, float]]]] = {}
-        self.metas: list[dict[str, str | None]] = []
-        self.tags: dict[str, int] = {}
-        self.text = ""
-        self._open: list[tuple[str, str | None]] = []
-        self._table: list[list[str]] | None = None
-        self.feed(path.read_text("utf-8"))
-        self.close()
+        reader = _Reader()
+        reader.feed(path.read_text("utf-8"))
+        reader.close()
+        self.root = reader.tree.close()
+        self.text = "".join(self.root.itertext())
+        self.texts = {element.get("id"): "".join(element.itertext()) for element in self.root.iter()}
+        self.tables = {
+            table.get("id"): [["".join(cell.itertext()) for cell in row] for row in table.iter("tr")]
+            for table in self.root.iter("table")
+        }
 
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        own = dict(attributes)
-        self.tags[tag] = self.tags.get(tag, 0) + 1
-        if tag in ("meta", "link", "br", "img", "wbr"):
-            self.metas.append(own)
-            return
-        if tag in ("circle", "rect", "line"):
-            places = {name: float(value[:-1]) for name, value in attributes if value and value.endswith("%")}
-            for inside in filter(None, (identifier for _, identifier in self._open)):
-                self.marks.setdefault(inside, []).append((own.get("class"), places))
-        self._open.append((tag, own.get("id")))
-        if tag == "table":
-            self._table = self.tables.setdefault(str(own["id"]), [])
-        elif tag == "tr" and self._table is not None:
-            self._table.append([])
-        elif tag in ("td", "th") and self._table is not None:
-            self._table[-1].append("")
-
-    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attributes)
-        if self._open and self._open[-1][0] == tag:
-            self.handle_endtag(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop()[0] == tag
-        if tag == "table":
-            self._table = None
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-        for _, identifier in self._open:
-            if identifier:
-                self.texts[identifier] = self.texts.get(identifier, "") + data
-        if self._table and any(tag in ("td", "th") for tag, _ in self._open):
-            self._table[-1][-1] += data
+    def meta(self, name: str) -> list[str | None]:
+        """The contents of the meta elements for a header."""
+        return [meta.get("content") for meta in self.root.iter("meta") if meta.get("http-equiv") == name]
 
     def rows(self, table: str) -> dict[str, list[str]]:
         """The rows below the head, by their first cell."""
@@ -112,7 +104,12 @@ class Page(HTMLParser):
 
     def drawn(self, identifier: str, kind: str) -> list[dict[str, float]]:
         """The percentages of every shape of a class in an element."""
-        return [places for name, places in self.marks.get(identifier, []) if name == kind]
+        shapes = self.root.iterfind(f".//*[@id='{identifier}']//*[@class='{kind}']")
+        return [
+            {name: float(value[:-1]) for name, value in shape.items() if value.endswith("%")}
+            for shape in shapes
+            if shape.tag in ("circle", "rect", "line")
+        ]
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +133,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, text_
     )
 
 
+def content_of(finished: adapruner.PruneResult, name: str) -> Any:
+    """A JSON file of the run."""
+    return json.loads((finished.output / name).read_text())
+
+
 @pytest.fixture(scope="module")
 def page(finished: adapruner.PruneResult) -> Page:
     return Page(finished.report)
@@ -148,6 +150,22 @@ def run(finished: adapruner.PruneResult, tmp_path: Path) -> RunFolder:
     return RunFolder(tmp_path / "run")
 
 
+@contextlib.contextmanager
+def edited(run: RunFolder, name: str) -> Iterator[Any]:
+    """The content of a JSON file of a run, written back after changes."""
+    content = json.loads((run.path / name).read_text())
+    yield content
+    (run.path / name).write_text(json.dumps(content))
+
+
+@contextlib.contextmanager
+def edited_search(run: RunFolder) -> Iterator[Any]:
+    """The search, in both files that hold it."""
+    with edited(run, "search.json") as search, edited(run, "result.json") as result:
+        yield search
+        result["search"] = search
+
+
 def page_of(run: RunFolder) -> Page:
     """The page of a run for one ratio, written now."""
     [path] = write_reports(run)
@@ -155,7 +173,7 @@ def page_of(run: RunFolder) -> Page:
 
 
 def test_models_are_those_of_the_result(finished: adapruner.PruneResult, page: Page) -> None:
-    result = json.loads((finished.output / "result.json").read_text())
+    result = content_of(finished, "result.json")
     rows = page.rows("model-table")
     names = ["dense", "best fixed metric", "pruned, scales not tuned", "pruned"]
     assert [name.split(" (")[0] for name in rows] == names
@@ -167,13 +185,31 @@ def test_models_are_those_of_the_result(finished: adapruner.PruneResult, page: P
             assert measured["protocol"] in page.text
             tokens_per_byte = measured["predicted_tokens"] / measured["predicted_bytes"]
             bits, bits_error = (one * tokens_per_byte / math.log(2) for one in (math.log(value), error))
-            expected += [f"{bits:.4f} ± {bits_error:.4f}", f"{value:.2f} ± {value * error:.2f}"]
+            expected += [f"{value:.2f} ± {value * error:.2f}", f"{bits:.4f} ± {bits_error:.4f}"]
         assert cells == expected
     assert all(f"{name} {version}" in page.text for name, version in result["versions"].items())
 
 
+def test_terminal_page_and_card_show_the_same_cells(finished: adapruner.PruneResult, page: Page) -> None:
+    console = Console(width=400, file=io.StringIO(), record=True)
+    console.print(*finished.tables(), sep="\n")
+    printed, card = console.export_text(), (finished.model_folder / "README.md").read_text()
+    lines = [[cell.strip() for cell in line.strip("│").split("│")] for line in printed.splitlines() if "│" in line]
+    on_page = {name: page.rows(name) for name in ("model-table", "breakage-table")}
+    assert lines == [[name, *cells] for rows in on_page.values() for name, cells in rows.items()]
+    for before, after in zip(*(list(on_page["model-table"].values())[place][1:] for place in (0, -1)), strict=True):
+        assert f"| {before} | {after} |" in card
+
+
+def test_rows_that_differ_in_their_names_alone_are_merged() -> None:
+    rows = [["0", "2 of 4", ""], ["1", "none", ""], ["2", "none", ""], ["3", "none", ""], ["4", "2 of 4", ""]]
+    table = Table("t", "T", [Column("layer"), Column("kept|by\nlayer"), BARS], rows)
+    expected = "| layer | kept/by, layer |\n|---|---|\n| 0 | 2 of 4 |\n| 1–3 | none |\n| 4 | 2 of 4 |"
+    assert table.merged().markdown(lambda text: text.replace("|", "/")) == expected
+
+
 def test_signs_of_breakage_are_those_of_the_result(finished: adapruner.PruneResult, page: Page) -> None:
-    models = json.loads((finished.output / "result.json").read_text())["models"]
+    models = content_of(finished, "result.json")["models"]
     shown = {"dense": "dense", "searched": "pruned"}
     expected = {
         shown[model["role"]]: [
@@ -191,10 +227,10 @@ def test_signs_of_breakage_are_those_of_the_result(finished: adapruner.PruneResu
 
 
 def test_the_first_screen_is_of_the_result(finished: adapruner.PruneResult, page: Page) -> None:
-    dense, _, _, pruned = json.loads((finished.output / "result.json").read_text())["models"]
+    dense, _, _, pruned = content_of(finished, "result.json")["models"]
     losses = page.tables["loss-table"][1:]
-    assert [row[0].split()[0] for row in losses] == ["bits", "perplexity"] * 2 + ["repetition"]
-    for (text, before), bits, perplexity in zip(dense["perplexity"].items(), losses[::2], losses[1::2], strict=False):
+    assert [row[0].split()[0] for row in losses] == ["perplexity", "bits"] * 2 + ["repetition"]
+    for (text, before), perplexity, bits in zip(dense["perplexity"].items(), losses[::2], losses[1::2], strict=False):
         after = pruned["perplexity"][text]
         assert bits[3].split()[0].replace("−", "-") == f"{after['bits_per_byte'] - before['bits_per_byte']:+.4f}"
         assert perplexity[3].split()[:2] == ["×", f"{after['perplexity'] / before['perplexity']:.2f}"]
@@ -232,19 +268,16 @@ def test_the_speed_is_shown_once_it_was_measured(run: RunFolder, finished: adapr
 @pytest.mark.parametrize(("change", "is_noise"), [(0.09, True), (-0.09, True), (0.11, False), (-0.11, False)])
 def test_a_change_of_a_few_items_is_no_gain(run: RunFolder, change: float, is_noise: bool) -> None:
     """An accuracy of 0.5 with a standard error of 0.04 beside one with 0.03: their difference has 0.05."""
-    result = json.loads((run.path / "result.json").read_text())
-    for model in result["models"]:
-        if model["role"] in ("dense", "searched"):
-            of_dense = model["role"] == "dense"
-            model["tasks"] = {"piqa": task_score(0.5 if of_dense else 0.5 + change, 0.03 if of_dense else 0.04)}
-    (run.path / "result.json").write_text(json.dumps(result))
+    with edited(run, "result.json") as result:
+        dense, _, _, searched = result["models"]
+        dense["tasks"], searched["tasks"] = {"piqa": task_score(0.5, 0.03)}, {"piqa": task_score(0.5 + change, 0.04)}
     html, shown = run.report.read_text() if write_reports(run) else "", page_of(run)
-    assert shown.rows("task-table")["piqa"][3] == f"{change:+.4f} ± 0.0500"
+    assert shown.rows("task-table")["piqa"][3] == f"{change:+.4f} ± 0.0500".replace("-", "−")
     assert ("within noise" in shown.rows("loss-table")["acc piqa"][2]) == is_noise
     row = html.partition('id="task-table"')[2].partition("<tbody>")[2].partition("</tr>")[0]
     assert ('<tr class="noise">' in row) == is_noise
     # What is drawn reaches two errors to both sides of the change, in the scale of the whole column.
-    [line], [scale] = shown.drawn("task-table", "range"), [48 / (abs(change) + 0.1)]
+    line, scale = shown.drawn("task-table", "range")[0], 48 / (abs(change) + 0.1)
     assert [line["x1"], line["x2"]] == pytest.approx([50 + scale * (change + side) for side in (-0.1, 0.1)], abs=0.01)
 
 
@@ -256,7 +289,7 @@ def task_score(accuracy: float, error: float) -> dict[str, Any]:
 
 def test_the_cut_is_that_of_the_plan(finished: adapruner.PruneResult, page: Page) -> None:
     """Every block of every layer is a bar as high as what is kept."""
-    plan = json.loads((finished.output / "plan.json").read_text())
+    plan = content_of(finished, "plan.json")
     rows = page.rows("layer-table")
     for block in plan["blocks"]:
         cell = rows[str(block["layer"])][0 if block["kind"] == "heads" else 1]
@@ -275,11 +308,10 @@ def test_the_cut_is_that_of_the_plan(finished: adapruner.PruneResult, page: Page
 
 @pytest.mark.parametrize("whole", [{"heads"}, {"heads", "channels"}])
 def test_what_is_removed_whole_stands_out(run: RunFolder, whole: set[str]) -> None:
-    plan = json.loads((run.path / "plan.json").read_text())
-    for block in plan["blocks"]:
-        if block["layer"] == 1 and block["kind"] in whole:
-            block["kept"] = []
-    (run.path / "plan.json").write_text(json.dumps(plan))
+    with edited(run, "plan.json") as plan:
+        for block in plan["blocks"]:
+            if block["layer"] == 1 and block["kind"] in whole:
+                block["kept"] = []
     shown = page_of(run)
     assert len(shown.drawn("layers", "whole")) == len(whole)
     assert shown.text.count("none left in layer 1") >= len(whole)
@@ -287,10 +319,10 @@ def test_what_is_removed_whole_stands_out(run: RunFolder, whole: set[str]) -> No
 
 
 def test_the_ladder_tells_the_search_from_the_compensation(finished: adapruner.PruneResult, page: Page) -> None:
-    search = json.loads((finished.output / "search.json").read_text())
-    levelled = json.loads((finished.output / "levelled.json").read_text())
+    search = content_of(finished, "search.json")
+    levelled = content_of(finished, "levelled.json")
     rounds = levelled["kept"] + levelled["moves"]
-    models = {one["role"]: one for one in json.loads((finished.output / "result.json").read_text())["models"]}
+    models = {one["role"]: one for one in content_of(finished, "result.json")["models"]}
     rows = page.tables["ladder-table"][1:]
     names = [row[0] for row in rows]
     steps = len(search["steps"])
@@ -311,19 +343,19 @@ def test_the_ladder_tells_the_search_from_the_compensation(finished: adapruner.P
 
 
 def test_the_ladder_shows_parts_that_were_tried_again(run: RunFolder) -> None:
-    result, tried = json.loads((run.path / "result.json").read_text()), {"gain": 0.02, "gain_standard_error": 0.005}
-    result["levelled"]["kept"] = [
-        {"layer": 3, "part": "attention", "accepted": True, **tried},
-        {"layer": 1, "part": "layer", "accepted": False, **tried},
-    ]
-    (run.path / "result.json").write_text(json.dumps(result))
+    tried = {"gain": 0.02, "gain_standard_error": 0.005}
+    with edited(run, "result.json") as result:
+        result["levelled"]["kept"] = [
+            {"layer": 3, "part": "attention", "accepted": True, **tried},
+            {"layer": 1, "part": "layer", "accepted": False, **tried},
+        ]
     names = [row[0] for row in page_of(run).tables["ladder-table"]]
     assert "attention of layer 3 kept" in names
     assert names.index("layer 1 kept, not taken") == names.index("attention of layer 3 kept") + 1
 
 
 def test_the_search_is_that_of_its_files(finished: adapruner.PruneResult, page: Page) -> None:
-    search = json.loads((finished.output / "search.json").read_text())
+    search = content_of(finished, "search.json")
     weights = search["best"]["point"]["weights"]
     shares = {name.replace(" ", "_"): cells[0] for name, cells in page.rows("mix-table").items()}
     assert shares == {
@@ -351,11 +383,8 @@ def test_the_search_is_that_of_its_files(finished: adapruner.PruneResult, page: 
 
 
 def test_importance_is_shown_once_it_is_known(run: RunFolder) -> None:
-    for name in ("search.json", "result.json"):
-        content = json.loads((run.path / name).read_text())
-        search = content if name == "search.json" else content["search"]
-        search["importance"] = {one: 0.5 if one == "tilt" else 0.0 for one in sorted(search["ranges"])}
-        (run.path / name).write_text(json.dumps(content))
+    with edited_search(run) as search:
+        search["importance"] = {name: 0.5 if name == "tilt" else 0.0 for name in sorted(search["ranges"])}
     shown = page_of(run)
     assert shown.tables["parameter-table"][0][-1] == "importance"
     [tilt] = [cells for name, cells in shown.rows("parameter-table").items() if name.startswith("tilt −0.8")]
@@ -363,11 +392,8 @@ def test_importance_is_shown_once_it_is_known(run: RunFolder) -> None:
 
 
 def test_a_refused_trial_is_marked_wherever_it_is_shown(run: RunFolder) -> None:
-    for name in ("search.json", "result.json"):
-        content = json.loads((run.path / name).read_text())
-        search = content if name == "search.json" else content["search"]
+    with edited_search(run) as search:
         search["refused"] = [refused := search["steps"][-1]["trial"]]
-        (run.path / name).write_text(json.dumps(content))
     shown = page_of(run)
     assert f"Refused, because they lose in upper case: {refused}." in shown.text
     assert [name for name in shown.rows("ladder-table") if name.endswith(", refused")]
@@ -396,13 +422,12 @@ def test_stages_are_those_of_the_result(finished: adapruner.PruneResult, page: P
 def test_text_stays_text(page: Page, finished: adapruner.PruneResult) -> None:
     raw = finished.report.read_text("utf-8")
     assert EVIL not in raw
-    assert not {"script", "img", "iframe", "object", "form"} & page.tags.keys()
+    assert not {"script", "img", "iframe", "object", "form"} & {element.tag for element in page.root.iter()}
     assert not re.search(r"<[^>]*\s(on\w+|src|srcset)=", raw)
     assert page.text.count(EVIL) >= OPTIONS["samples"]
     assert page.texts["command"].count("<img src=x onerror=alert(2)>") == 1
     assert "<a href=x>%{y}.txt@report" in page.text
-    [policy] = [own["content"] for own in page.metas if own.get("http-equiv") == "Content-Security-Policy"]
-    assert policy == "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    assert page.meta("Content-Security-Policy") == ["default-src 'none'; style-src 'unsafe-inline'; img-src data:"]
 
 
 def test_the_page_is_small(finished: adapruner.PruneResult) -> None:
@@ -464,10 +489,11 @@ def test_commands_name_what_differs_from_the_defaults(options: dict[str, Any]) -
 
 
 def test_a_point_of_another_ratio_takes_two_commands() -> None:
-    config = PruneConfig.from_options(model="owner/name", ratio=0.3, search_ratio=0.2)
+    alone = PruneConfig.from_options(model="owner/name", ratio=0.3)
+    config = alone.model_copy(update={"searched": {"ratio": (0.2,)}})
     both = command(config, Path("b"))
     searched, _, planned = both.rpartition("\n")
-    assert parsed(searched) == config.model_copy(update={"ratio": (0.2,), "search_ratio": None})
+    assert parsed(searched) == alone.model_copy(update={"ratio": (0.2,)})
     _, bound, _ = app.parse_args(shlex.split(planned)[1:], exit_on_error=False, print_error=False)
     assert bound.arguments["ratio"] == 0.3
     assert bound.arguments["output"] == Path("b")
@@ -502,7 +528,7 @@ def test_a_run_that_is_not_finished(run: RunFolder) -> None:
         (("model",), "What was removed", EVIL),
         (("plan.json",), "Chosen calibration samples", "What was removed"),
         (("search.json",), "26 of 26 trials", "Chosen calibration samples"),
-        (("study.db",), "No trial has finished yet", "26 trials"),
+        (("study.jsonl",), "No trial has finished yet", "26 trials"),
         (("windows.safetensors", "statistics.safetensors", "log.jsonl"), "No trial has finished yet", "peak memory"),
         (("keys",), "No trial has finished yet", "peak memory"),
     ):
@@ -536,13 +562,6 @@ def test_what_was_needed_on_the_way_may_be_removed(run: RunFolder) -> None:
     assert "incomplete" not in page_of(run).text
 
 
-def test_windows_that_another_run_left_out_are_in_their_place(run: RunFolder) -> None:
-    samples = read_contents(run, run.read_config()).samples
-    run.left_out.write_text(json.dumps({"of": ["of another run", {}], "windows": {"pool": list(range(6))}}))
-    assert None not in samples.values()
-    assert read_contents(run, run.read_config()).samples == samples
-
-
 def test_a_run_is_watched_until_it_ends(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     (run.path / "result.json").unlink()
     naps: list[float] = []
@@ -553,11 +572,11 @@ def test_a_run_is_watched_until_it_ends(run: RunFolder, monkeypatch: pytest.Monk
             [path] = next(pages)
             shown = Page(path)
             assert "running" in shown.text
-            assert [own["content"] for own in shown.metas if own.get("http-equiv") == "refresh"] == ["5"]
+            assert shown.meta("refresh") == ["5"]
     [[path]] = pages
     last = Page(path)
     assert "incomplete" in last.text
-    assert not [own for own in last.metas if own.get("http-equiv") == "refresh"]
+    assert not last.meta("refresh")
     assert naps.count(5) == 2
 
 
@@ -573,9 +592,9 @@ def test_the_verb(run: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 
 def test_every_ratio_has_a_page(run: RunFolder) -> None:
-    given = run.read_config().model_dump(exclude={"model", "search_ratio", "ratio"})
+    given = run.read_config().model_dump(exclude={"model", "searched", "ratio"})
     given |= {"trials": 6, "level_rounds": 0, "tune_scales": False, "overwrite": True}
-    results = prune_ratios(run.read_config().model, output=run.path, ratio=(0.06, 0.12), **given)
+    results = adapruner.prune_ratios(run.read_config().model, output=run.path, ratio=(0.06, 0.12), **given)
     for result in results:
         result.report.unlink()
     assert write_reports(run) == [result.report for result in results]
@@ -675,7 +694,7 @@ def test_in_a_browser(visit: Any, finished: adapruner.PruneResult) -> None:
         "[...document.querySelectorAll('#layers .kept')].map(bar => bar.getBoundingClientRect().height"
         " / bar.closest('svg').getBoundingClientRect().height)"
     )
-    plan = json.loads((finished.output / "plan.json").read_text())
+    plan = content_of(finished, "plan.json")
     kept = {kind: [one for one in plan["blocks"] if one["kind"] == kind] for kind in ("heads", "channels")}
     shares = [len(one["kept"]) / one["groups"] for blocks in kept.values() for one in blocks]
     assert heights == pytest.approx(shares, abs=0.01)

@@ -5,19 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-import os
-import random
-import signal
-import sqlite3
-import threading
-import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from multiprocessing.context import BaseContext
-from multiprocessing.process import BaseProcess
-from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from statistics import fmean
 
@@ -27,9 +17,7 @@ import torch
 from optuna import create_study
 from optuna.distributions import FloatDistribution
 from optuna.samplers import RandomSampler
-from optuna.trial import FixedTrial, Trial, TrialState, create_trial
-from sqlalchemy import event, text
-from sqlalchemy.engine import Engine
+from optuna.trial import FixedTrial, TrialState, create_trial
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedModel
 
@@ -44,25 +32,21 @@ from adapruner.search import (
     Search,
     SearchResult,
     SearchSpace,
-    StudyPlace,
+    StudyFile,
     SubsetFamily,
-    _place,
-    _study,
     build_subset_family,
     meet_budget,
     plan_candidate,
     read_history,
-    sqlite_url,
 )
-from adapruner.search._history import LOSSES, STOPPED, importance_of
-from adapruner.search._space import FIXED_METRIC, START
+from adapruner.search._history import importance_of
+from adapruner.search._space import START
 from adapruner.structure import Structure, build_structure
-from run_helpers import fast_starts
 
 
-def place_in(folder: Path) -> StudyPlace:
+def study_in(folder: Path) -> StudyFile:
     folder.mkdir(exist_ok=True)
-    return StudyPlace(sqlite_url(folder / "study.db"), "study")
+    return StudyFile(folder / "study.jsonl", "study")
 
 
 def search(
@@ -76,9 +60,9 @@ def search(
     judge_changed: object = None,
 ) -> SearchResult:
     """The whole search by one process."""
-    whole = Search(space, judge, trials, seed, place_in(folder), sampler)
-    whole.run()
-    return whole.result(judge_further, judge_changed)
+    asked = Search(space, judge, trials, seed, study_in(folder), sampler)
+    asked.run()
+    return asked.result(judge_further, judge_changed)
 
 
 @pytest.fixture
@@ -113,59 +97,39 @@ def test_never_worse_than_the_fixed_metrics_and_better_with_trials(subsets: Subs
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "random"])
-def test_a_killed_search_proposes_what_an_undisturbed_one_does(
-    sampler: str, subsets: SubsetFamily, tmp_path: Path
+@pytest.mark.parametrize("together", [False, True])
+def test_a_search_killed_at_any_moment_proposes_what_an_undisturbed_one_does(
+    sampler: str, together: bool, subsets: SubsetFamily, tmp_path: Path
 ) -> None:
-    space = SearchSpace(subsets, 4, 3, Budget(0.2))
-    undisturbed: list[Candidate] = []
+    """By one process, one trial at a time or four; a kill leaves a part of the file."""
+    space, study = SearchSpace(subsets, 4, 3, Budget(0.2), "extended"), study_in(tmp_path)
+    groups: list[list[Candidate]] = []
 
-    def record(into: list[Candidate], stop_at: int | None = None) -> object:
-        def objective(candidate: Candidate) -> list[Tensor]:
-            if len(into) == stop_at:
-                raise KeyboardInterrupt
-            into.append(candidate)
-            return a_smooth_objective(candidate)
+    def judge(candidate: Candidate) -> Iterator[Tensor]:
+        if candidate.budget.protect_first > 2 and candidate.budget.tilt != 0:
+            raise BudgetError("cannot be reached")
+        yield from windowed(candidate, range(16))
 
-        return objective
+    def judge_together(candidates: Sequence[Candidate]) -> list[Iterable[Tensor]]:
+        groups.append(list(candidates))
+        return list(map(judge, candidates))
 
-    search(space, record(undisturbed), 16, 3, tmp_path / "undisturbed", sampler)
-    for interrupted_at in (0, 2, 9, 14):
-        continued: list[Candidate] = []
-        with pytest.raises(KeyboardInterrupt):
-            search(space, record(continued, interrupted_at), 16, 3, tmp_path / str(interrupted_at), sampler)
-        search(space, record(continued), 16, 3, tmp_path / str(interrupted_at), sampler)
-        assert continued == undisturbed
-
-
-def test_trials_are_judged_four_at_a_time(subsets: SubsetFamily, tmp_path: Path) -> None:
-    """Every one is recorded with its own losses, one that cannot be met is replaced, and a killed search resumes."""
-    space, groups = SearchSpace(subsets, 4, 3, Budget(0.2)), []
-
-    def refuse() -> Iterator[Tensor]:
-        raise BudgetError("too much")
-        yield
-
-    def together(candidates: Sequence[Candidate]) -> list[Iterable[Tensor]]:
-        if len(groups) == 3 and not (tmp_path / "killed").exists():
-            (tmp_path / "killed").touch()
-            raise KeyboardInterrupt
-        groups.append([each.model_dump_json() for each in candidates])
-        judged: list[Iterable[Tensor]] = [a_smooth_objective(each) for each in candidates]
-        return [judged[0], refuse(), *judged[2:]] if len(groups) == 6 else judged
-
-    whole = Search(space, a_smooth_objective, 30, 3, place_in(tmp_path / "run"), judge_together=together)
-    with pytest.raises(KeyboardInterrupt):
-        whole.run()
-    whole.run()
-    points = whole.result().points
-    assert [len(group) for group in groups] == [4, 4, 4, 4, 4, 4, 4, 3]
-    assert len(set(groups[5])) == 4
-    assert len(points) == 30
-    assert sorted(point.loss for point in points) == sorted(
-        a_smooth_loss(Candidate.model_validate_json(each))
-        for number, group in enumerate(groups)
-        for each in (group if number != 5 else [group[0], *group[2:]])
-    )
+    asked = Search(space, judge, 26, 3, study, sampler, judge_together=judge_together if together else None)
+    asked.run()
+    undisturbed, written = asked.result(), study.path.read_bytes()
+    states, attributes = zip(*((trial.state, trial.user_attrs) for trial in study.opened().trials), strict=True)
+    assert states.count(TrialState.COMPLETE) == 26
+    assert TrialState.PRUNED in states
+    if together:
+        assert [len(group) for group in groups[:6]] == [4] * 6
+        assert sum(map(len, groups)) == len(states)
+        assert not undisturbed.stopped_early
+    for share in (0.0, 0.02, 0.3, 0.5, 0.71, 0.9, 0.999):
+        study.path.write_bytes(written[: round(share * len(written))])
+        Path(f"{study.path}.lock").touch()
+        asked.run()
+        assert asked.result() == undisturbed
+        assert [trial.user_attrs for trial in study.opened().trials] == list(attributes)
 
 
 def test_a_trial_that_is_not_finite_is_not_the_best(subsets: SubsetFamily, tmp_path: Path) -> None:
@@ -362,24 +326,6 @@ def test_a_starting_point_that_is_broken_in_changed_text_refuses_nothing(subsets
     assert (result.best, result.refused) == (plain.best, ())
 
 
-def test_a_database_that_others_read_opens_at_once(tmp_path: Path) -> None:
-    """In the mode that it has: only who is alone with it can change that."""
-    path = tmp_path / "study.db"
-    reader, other = sqlite3.connect(path, isolation_level=None), sqlite3.connect(path)
-    for statement in ("CREATE TABLE trials (number)", "BEGIN", "SELECT * FROM trials"):
-        reader.execute(statement)
-    begun = time.monotonic()
-    for mode in ("delete", "wal"):
-        _place._write_ahead(other, None)
-        assert other.execute("PRAGMA journal_mode").fetchone() == (mode,)
-        if reader.in_transaction:
-            reader.execute("END")
-    # Who waited would wait for a minute.
-    assert time.monotonic() - begun < 30
-    reader.close()
-    other.close()
-
-
 def test_budgets_that_cannot_be_met_are_proposed_again_and_do_not_count(subsets: SubsetFamily, tmp_path: Path) -> None:
     seen: list[Candidate] = []
 
@@ -394,8 +340,7 @@ def test_budgets_that_cannot_be_met_are_proposed_again_and_do_not_count(subsets:
     assert len(result.points) == len(seen) == 24
     assert len({candidate.model_dump_json() for candidate in seen[10:]}) == 14
     assert result.best_loss == a_smooth_loss(result.best)
-    with place_in(tmp_path / "run").opened() as study:
-        assert len(study.get_trials(states=(TrialState.PRUNED,))) > 3
+    assert [trial.state for trial in study_in(tmp_path / "run").opened().trials].count(TrialState.PRUNED) > 3
     again = search(space, refuse_most, 24, 0, tmp_path / "run")
     assert again == result
 
@@ -566,271 +511,6 @@ def test_a_point_for_high_ratios_is_tried_only_where_heads_go(subsets: SubsetFam
     assert candidate.budget == Budget(0.5, 2, 0, 0.6, without_attention=(2,))
 
 
-def test_the_one_fixed_metric_is_finished_though_a_helper_is_at_it(subsets: SubsetFamily, tmp_path: Path) -> None:
-    """The helper takes it first and does not come to an end; the search does."""
-    space, place = SearchSpace(subsets, 4, 0, Budget(0.2), searched="calibration"), place_in(tmp_path)
-    leader = Search(space, a_smooth_objective, 6, 0, place)
-
-    def help_without_end(trial: Trial) -> float:
-        trial.set_user_attr("helper", True)
-        leader.run()
-        trial.set_user_attr("losses", [0.0])
-        return 0.0
-
-    with place.opened() as study:
-        study.enqueue_trial({}, user_attrs=space.starting_points()[0].attributes | {"start": 0})
-        study.optimize(help_without_end, n_trials=1)
-    result = leader.result()
-    assert result.best_fixed_name == "param_first"
-    assert result.best_loss <= result.best_fixed_loss
-    assert [point.fixed_metric for point in result.points].count("param_first") == 2
-
-
-def test_a_lost_fixed_metric_is_tried_again_though_a_helper_finishes_the_last_trial(
-    subsets: SubsetFamily, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The helper does so just after the leader has looked for what is missing."""
-    space, place = SearchSpace(subsets, 4, 0, Budget(0.2), searched="calibration"), place_in(tmp_path)
-    leader = Search(space, a_smooth_objective, 6, 0, place)
-    queue = Search._queue_starting_points
-
-    def queue_before_others_finish(self: Search, study: optuna.Study) -> bool:
-        is_over = queue(self, study)
-        if len(study.get_trials(states=(TrialState.COMPLETE,))) == 5:
-            study.add_trial(create_trial(value=9.0, user_attrs={LOSSES: [9.0], "helper": True}))
-        return is_over
-
-    with place.opened() as study:
-        attributes = space.starting_points()[0].attributes | {"start": 0, "helper": True}
-        study.add_trial(create_trial(state=TrialState.RUNNING, user_attrs=attributes))
-    monkeypatch.setattr(Search, "_queue_starting_points", queue_before_others_finish)
-    leader.run()
-    with place.opened() as study:
-        finished = study.get_trials(states=(TrialState.COMPLETE,))
-    assert [trial.user_attrs.get("fixed_metric") for trial in finished].count("param_first") == 1
-
-
-def test_whose_trial_was_given_to_another_goes_on(subsets: SubsetFamily, tmp_path: Path) -> None:
-    """A machine that slept looks dead to the others."""
-    space, place = SearchSpace(subsets, 4, 0, Budget(0.2)), place_in(tmp_path)
-    robbed: list[int] = []
-
-    def rob(candidate: Candidate) -> list[Tensor]:
-        with place.opened() as study:
-            (running,) = study.get_trials(states=(TrialState.RUNNING,))
-            if len(robbed) < 2:
-                robbed.append(running.number)
-                study.tell(running.number, state=TrialState.FAIL)
-        return a_smooth_objective(candidate)
-
-    robbed_search = Search(space, rob, 8, 0, place)
-    robbed_search.run()
-    assert robbed_search.result() == search(space, a_smooth_objective, 8, 0, tmp_path / "undisturbed")
-    assert len(robbed) == 2
-
-
-def test_a_trial_that_two_processes_took_is_finished_once(subsets: SubsetFamily, tmp_path: Path) -> None:
-    """SQLite lets two processes take the same queued trial; the slower one finds it finished."""
-    space, place = SearchSpace(subsets, 4, 0, Budget(0.2)), place_in(tmp_path)
-    taken: list[int] = []
-
-    def finish_elsewhere(candidate: Candidate) -> list[Tensor]:
-        losses = a_smooth_objective(candidate)
-        if not taken:
-            with place.opened() as study:
-                (running,) = study.get_trials(states=(TrialState.RUNNING,))
-                taken.append(running.number)
-                study._storage.set_trial_user_attr(running._trial_id, LOSSES, torch.cat(losses).tolist())
-                study.tell(running.number, float(torch.cat(losses).mean()))
-        return losses
-
-    own = Search(space, finish_elsewhere, 6, 0, place)
-    own.run()
-    assert taken == [0]
-    with place.opened() as study:
-        assert [trial.state for trial in study.get_trials()] == [TrialState.COMPLETE] * 6
-
-
-class KilledError(BaseException):
-    """Leaves everything as a kill does: Optuna does not catch it."""
-
-
-def test_a_search_killed_between_any_two_statements_ends_as_an_undisturbed_one(
-    subsets: SubsetFamily, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(_study, "_SECONDS_TO_MARK", 0.0)
-    space = SearchSpace(subsets, 4, 0, Budget(0.2))
-    executed, kill_at = 0, 0
-
-    def count(*_: object) -> None:
-        nonlocal executed
-        if threading.current_thread() is threading.main_thread():
-            executed += 1
-            if executed == kill_at:
-                raise KilledError
-
-    event.listen(Engine, "before_cursor_execute", count)
-    try:
-        undisturbed = search(space, a_smooth_objective, 10, 0, tmp_path / "undisturbed")
-        moments = random.Random(0).sample(range(100, executed), 4)
-        for kill_at in moments:
-            executed = 0
-            # Optuna meets some with a bug of its own.
-            with pytest.raises((KilledError, UnboundLocalError)):
-                search(space, a_smooth_objective, 10, 0, tmp_path / str(kill_at))
-            assert search(space, a_smooth_objective, 10, 0, tmp_path / str(kill_at)) == undisturbed
-    finally:
-        event.remove(Engine, "before_cursor_execute", count)
-
-
-@pytest.mark.parametrize("is_helper", [True, False])
-def test_a_running_trial_is_kept_if_a_helper_marks_it_late(
-    is_helper: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    looks = itertools.count(1)
-    with place_in(tmp_path).opened() as study, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Heartbeat of storage")
-        trial = study.ask()
-
-        def mark_in_the_end(seconds: float) -> None:
-            if next(looks) == 20:
-                trial.set_user_attr("helper", is_helper)
-
-        monkeypatch.setattr(time, "sleep", mark_in_the_end)
-        monkeypatch.setattr(_study, "_SECONDS_TO_MARK", math.inf)
-        _study._discard_trials_of_a_killed_leader(study)
-        assert next(looks) > 20
-        assert study.trials[0].state == (TrialState.RUNNING if is_helper else TrialState.FAIL)
-
-
-def start(context: BaseContext, *arguments: object) -> BaseProcess:
-    process = context.Process(target=work, args=arguments)
-    process.start()
-    return process
-
-
-def work(
-    space: SearchSpace,
-    place: StudyPlace,
-    trials: int,
-    killed_in: int | None,
-    helps: bool = False,
-    together: Barrier | None = None,
-) -> None:
-    """In a process of its own."""
-    begun = 0
-
-    def judge(candidate: Candidate) -> Iterator[Tensor]:
-        nonlocal begun
-        begun += 1
-        if begun == killed_in:
-            os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(0.1)
-        yield from windowed(candidate, range(16))
-
-    own = Search(space, judge, trials, 0, place)
-    if together:
-        together.wait()
-    own.help() if helps else own.run()
-
-
-def test_a_search_killed_in_a_trial_ends_as_an_undisturbed_one(subsets: SubsetFamily, tmp_path: Path) -> None:
-    space, context = SearchSpace(subsets, 4, 0, Budget(0.2), "extended"), fast_starts()
-    place = place_in(tmp_path / "killed")
-    for killed_in in (4, 9):
-        process = start(context, space, place, 14, killed_in)
-        process.join()
-        assert process.exitcode == -signal.SIGKILL
-    with place.opened() as study:
-        assert [trial.state for trial in study.get_trials()].count(TrialState.RUNNING) == 1
-
-    def judge(candidate: Candidate) -> Iterator[Tensor]:
-        return windowed(candidate, range(16))
-
-    result = search(space, judge, 14, 0, tmp_path / "killed")
-    assert result == search(space, judge, 14, 0, tmp_path / "undisturbed")
-    with place.opened() as study:
-        assert not study.get_trials(states=(TrialState.RUNNING, TrialState.WAITING))
-
-
-def test_a_killed_helper_costs_its_trial_alone(subsets: SubsetFamily, tmp_path: Path) -> None:
-    space, context, place = (
-        SearchSpace(subsets, 4, 0, Budget(0.2), "extended"),
-        fast_starts(),
-        place_in(tmp_path),
-    )
-    together = context.Barrier(3)
-    processes = [
-        start(context, space, place, 40, killed_in, helps, together)
-        for killed_in, helps in ((None, False), (2, True), (None, True))
-    ]
-    for process in processes:
-        process.join()
-    leader, killed, helper = processes
-    assert (leader.exitcode, killed.exitcode, helper.exitcode) == (0, -signal.SIGKILL, 0)
-    with place.opened() as study:
-        trials = study.get_trials()
-    states = [trial.state for trial in trials]
-    assert 40 <= states.count(TrialState.COMPLETE) <= 42
-    assert states.count(TrialState.FAIL) + states.count(TrialState.RUNNING) <= 1
-    finished = [trial for trial in trials if trial.state == TrialState.COMPLETE]
-    assert 1 < sum(trial.user_attrs["helper"] for trial in finished) < 40
-    starts = sorted(trial.user_attrs["start"] for trial in finished if "start" in trial.user_attrs)
-    assert set(starts) >= set(range(4))
-    assert len(starts) >= 9
-
-
-def test_sixteen_processes_lose_and_double_nothing_though_two_are_killed(subsets: SubsetFamily, tmp_path: Path) -> None:
-    """On one SQLite file."""
-    space, place = SearchSpace(subsets, 4, 0, Budget(0.2), "extended"), place_in(tmp_path)
-    context, wanted = fast_starts(), 48
-    together = context.Barrier(16)
-    roles = [(None, False), (1, True), (1, True), *[(None, True)] * 13]
-    processes = [start(context, space, place, wanted, killed_in, helps, together) for killed_in, helps in roles]
-    for process in processes:
-        process.join()
-    killed = [index for index, process in enumerate(processes) if process.exitcode == -signal.SIGKILL]
-    assert killed == [1, 2]
-    assert not any(process.exitcode for index, process in enumerate(processes) if index not in killed)
-    with place.opened() as study:
-        trials = study.get_trials()
-    finished = [trial for trial in trials if trial.state == TrialState.COMPLETE]
-    # Others may have begun one more while the last was being finished. Lost are those of the killed alone.
-    assert wanted <= len(finished) < wanted + 14
-    assert len(trials) - len(finished) <= 2
-    starts = [trial.user_attrs["start"] for trial in finished if "start" in trial.user_attrs]
-    assert len(set(starts)) == len(starts)
-    # Nobody waits until the killed count as dead. Only the fixed metrics that they were trying are tried again.
-    lost = {trial.user_attrs.get("start") for trial in trials if trial.state != TrialState.COMPLETE}
-    fixed = {number for number, start in enumerate(space.starting_points()) if FIXED_METRIC in start.attributes}
-    assert set(range(len(space.starting_points()))) - set(starts) <= lost - fixed
-    searched = [tuple(trial.params.items()) for trial in finished if "start" not in trial.user_attrs]
-    assert len(set(searched)) == len(searched)
-    assert all(len(trial.user_attrs[LOSSES]) in (8, 16) or STOPPED in trial.user_attrs for trial in finished)
-
-
-def test_a_lost_starting_point_comes_before_those_after_it(subsets: SubsetFamily, tmp_path: Path) -> None:
-    """Its helper is dead for longer than it may be silent."""
-    space, place = SearchSpace(subsets, 4, 0, Budget(0.2), "extended"), place_in(tmp_path)
-    own = Search(space, a_smooth_objective, 12, 0, place)
-    with place.opened() as study:
-        own._queue_starting_points(study)
-
-        def die(trial: Trial) -> float:
-            trial.set_user_attr("helper", True)
-            raise KilledError
-
-        with pytest.raises(KilledError):
-            study.optimize(die, n_trials=1)
-        with study._storage._backend.engine.begin() as connection:
-            connection.execute(text("UPDATE trial_heartbeats SET heartbeat = '2020-01-01 00:00:00'"))
-    own.run()
-    with place.opened() as study:
-        finished = study.get_trials(states=(TrialState.COMPLETE,))
-    # The first is found to be lost when the second is begun.
-    assert [trial.user_attrs.get("start") for trial in finished[:4]] == [1, 0, 2, 3]
-
-
 def test_a_result_is_the_same_when_read_again(subsets: SubsetFamily, tmp_path: Path) -> None:
     losses = itertools.chain([float("inf")] * 4, itertools.count(3.0))
     space = SearchSpace(subsets, 4, 0, Budget(0.2), "extended")
@@ -838,12 +518,13 @@ def test_a_result_is_the_same_when_read_again(subsets: SubsetFamily, tmp_path: P
     assert SearchResult.model_validate_json(result.model_dump_json()) == result
     assert (result.ratio, result.trials, result.best_loss, result.best_fixed_loss) == (0.2, 24, 3.0, float("inf"))
     assert [point.loss for point in result.points[:5]] == [None] * 4 + [3.0]
-    history = read_history(place_in(tmp_path))
+    history = read_history(study_in(tmp_path))
     assert (history.points, history.ranges, history.importance) == (result.points, result.ranges, result.importance)
     assert history.searched == 24 - result.starting_points == 14
     assert result.advice is None
-    assert read_history(StudyPlace(sqlite_url(tmp_path / "none.db"), "study")) == History()
-    assert not (tmp_path / "none.db").exists()
+    for study in (StudyFile(tmp_path / "none.jsonl", "study"), StudyFile(tmp_path / "study.jsonl", "another")):
+        assert read_history(study) == History()
+    assert not (tmp_path / "none.jsonl").exists()
 
 
 def test_steps_are_compared_on_further_windows(subsets: SubsetFamily, tmp_path: Path) -> None:
@@ -892,37 +573,13 @@ def test_nothing_finite_is_no_result(subsets: SubsetFamily, tmp_path: Path) -> N
         search(SearchSpace(subsets, 4, 0, Budget(0.2)), lambda _: [torch.tensor([torch.nan])], 6, 0, tmp_path)
 
 
-SECRET = "hush%2Fhush"
-
-
-@pytest.mark.parametrize(
-    "url",
-    [
-        f"postgresql://nobody:{SECRET}@127.0.0.1:1/none",
-        f"postgresql://nobody@127.0.0.1:1/none?password={SECRET}",
-        f"postgresql://nobody@127.0.0.1:1/none?sslmode={SECRET}",
-        f"postgresql://nobody:1/{SECRET}@127.0.0.1/none",
-        f"sqlite:///missing/trials.db?token={SECRET}",
-        f"nosuch://nobody:{SECRET}@here",
-        f"{SECRET}",
-    ],
-)
-def test_a_database_that_cannot_be_opened_is_refused_without_its_secrets(url: str) -> None:
-    place = StudyPlace(url, "study")
-    with pytest.raises(AdaPrunerError) as error:
-        place.check()
-    said = str(error.value)
-    assert "hush" not in said
-    assert "storage" in said or "database" in said
-
-
-@pytest.mark.parametrize("name", ["plain", "with {braces} and % and #"])
-def test_a_folder_of_any_name_holds_a_database(name: str, tmp_path: Path) -> None:
-    place = place_in(tmp_path / name)
-    with place.opened():
-        assert (tmp_path / name / "study.db").is_file()
-    with pytest.raises(AdaPrunerError, match="question mark"):
-        sqlite_url(tmp_path / "what?" / "study.db")
+@pytest.mark.parametrize("content", ["no JSON\n\n", "{}\n", '{"op_code": 4}\n', "[1]\n"])
+def test_a_damaged_file_is_refused(content: str, tmp_path: Path) -> None:
+    study = study_in(tmp_path)
+    study.path.write_text(content)
+    for read in (study.opened, study.finished):
+        with pytest.raises(AdaPrunerError, match=r"study.jsonl is damaged \(.*\): remove it"):
+            read()
 
 
 def test_optuna_speaks_as_before(subsets: SubsetFamily, tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from adapruner.checkpoint import save_checkpoint
 from adapruner.errors import AdaPrunerError
 from adapruner.evaluation import _losses, compute_prefix, log_probabilities, losses_by_batch, losses_in_step
+from adapruner.families import open_model
+from adapruner.families.tiny import random_model
 from adapruner.measurement import measure, measure_moments
 from adapruner.models import (
     check_streamable,
@@ -29,7 +31,6 @@ from adapruner.models import (
     load_config,
     load_model,
     loaded_layer,
-    random_model,
     skipping_layers,
 )
 from adapruner.planning import Budget, kept_counts, make_plan
@@ -287,7 +288,7 @@ def test_a_mixture_keeps_it_too(windows: Tensor, tmp_path: Path) -> None:
     config.tie_word_embeddings = False
     random_model(config).save_pretrained(tmp_path)
     rewrite(tmp_path, tie_word_embeddings=True)
-    dense = load_model(find_model(str(tmp_path)))
+    dense = open_model(find_model(str(tmp_path)))
     structure = build_structure(dense)
     counts = [block.groups for block in structure.blocks]
     plan = make_plan(structure, torch.rand(structure.group_offsets[-1]), counts)

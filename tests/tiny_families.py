@@ -1,12 +1,17 @@
-"""Tiny configs of any family of transformers, from one table of sizes under whatever names a family has for them."""
+"""Tiny configs of any family of transformers, from one table of sizes under whatever names a family has for them; and
+plans that remove groups at random."""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from adapruner.planning import PruningPlan, make_plan
+from adapruner.structure import Structure
 
 SIZES: dict[str, int] = {
     "vocab_size": 256,
@@ -63,6 +68,12 @@ def tiny_config(model_type: str) -> PreTrainedConfig:
         if name in fields:
             fields.pop(alias, None)
     return config_class(**fields | {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0} | OWN.get(model_type, {}))
+
+
+def random_plan(structure: Structure, counts: Sequence[int]) -> PruningPlan:
+    """Each block keeps so many groups, whichever."""
+    scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(0))
+    return make_plan(structure, scores, counts)
 
 
 def decoder_families() -> list[str]:

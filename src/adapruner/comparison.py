@@ -1,4 +1,4 @@
-"""Models side by side: what was measured of each, and which of them there is no reason to choose."""
+"""Models side by side: their numbers, and which of them there is no reason to choose."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, computed_field
 
 from adapruner.config import Engine
 from adapruner.evaluation import Perplexity, Rate, TaskScore, mean_accuracies
+from adapruner.tables import Column, Table
 
 Axis = Literal["size", "prefill", "decode"]
 AXES: dict[Axis, str] = {"size": "size", "prefill": "prompt tokens/s", "decode": "generated tokens/s"}
@@ -21,7 +22,7 @@ class _Content(BaseModel):
 
 
 class Point(_Content):
-    """What was measured of one model, in one quantization and engine.
+    """The numbers of one model, in one quantization and engine.
 
     Attributes:
         model: as the user wrote it.
@@ -76,11 +77,12 @@ class Comparison(_Content):
     def dominated(self) -> dict[str, dict[Axis, str]]:
         """By the name of each dominated point, and by what it costs: the name of the point that dominates it, see
         `dominating`."""
-        found = {
-            point.name: {axis: better.name for axis in AXES if (better := dominating(point, self.points, axis))}
-            for point in self.points
-        }
-        return {name: by_axis for name, by_axis in found.items() if by_axis}
+        dominated: dict[str, dict[Axis, str]] = {}
+        for point in self.points:
+            for axis in AXES:
+                if better := dominating(point, self.points, axis):
+                    dominated.setdefault(point.name, {})[axis] = better.name
+        return dominated
 
 
 def dominating(point: Point, points: Sequence[Point], axis: Axis) -> Point | None:
@@ -92,14 +94,40 @@ def dominating(point: Point, points: Sequence[Point], axis: Axis) -> Point | Non
 
 def _dominates(one: Point, other: Point, axis: Axis) -> bool:
     margin = 1.0 if axis == "size" else 1 + _SPEED_TOLERANCE
-    costs_no_more = one.cost(axis) <= other.cost(axis) * margin
-    costs_less = one.cost(axis) * margin < other.cost(axis)
-    return (one.bits_per_byte < other.bits_per_byte and costs_no_more) or (
-        one.bits_per_byte == other.bits_per_byte and costs_less
-    )
+    costs = one.cost(axis), other.cost(axis)
+    if one.bits_per_byte == other.bits_per_byte:
+        return costs[0] * margin < costs[1]
+    return one.bits_per_byte < other.bits_per_byte and costs[0] <= costs[1] * margin
 
 
-def protocols(comparison: Comparison) -> list[str]:
+def table(comparison: Comparison) -> Table:
+    """A row for every point."""
+    points, dominated = comparison.points, comparison.dominated
+    means = [mean_accuracies(score.metrics for score in point.tasks) for point in points]
+    metrics = list(dict.fromkeys(metric for by_metric in means for metric in by_metric))
+    columns = [
+        Column("model", is_number=False),
+        *map(Column, ("MB", "bits per byte", "perplexity", AXES["prefill"], AXES["decode"])),
+        *(Column(f"mean {metric}") for metric in metrics),
+        Column("dominated in, by", is_number=False),
+    ]
+    rows = [
+        [
+            point.name,
+            f"{point.size / 1e6:,.1f}",
+            f"{point.bits_per_byte:.4f}",
+            f"{point.perplexity.perplexity:.2f}",
+            shown_rate(point.prefill),
+            shown_rate(point.decode),
+            *(f"{mean[metric]:.4f}" if metric in mean else "" for metric in metrics),
+            "; ".join(f"{AXES[axis]}: {better}" for axis, better in dominated.get(point.name, {}).items()),
+        ]
+        for point, mean in zip(points, means, strict=True)
+    ]
+    return Table("points", "Numbers of every point", columns, rows, _protocols(comparison))
+
+
+def _protocols(comparison: Comparison) -> list[str]:
     """How the numbers came about, one line each."""
     points = comparison.points
     engines = {"llama.cpp": "llama.cpp on the CPU", "transformers": f"transformers on {comparison.device}"}
@@ -113,28 +141,6 @@ def protocols(comparison: Comparison) -> list[str]:
     ]
 
 
-def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    """The names of the columns, and a row of text for every point."""
-    dominated = comparison.dominated
-    means = {point.name: mean_accuracies(score.metrics for score in point.tasks) for point in comparison.points}
-    metrics = list(dict.fromkeys(metric for own in means.values() for metric in own))
-    rows = [
-        [
-            point.name,
-            f"{point.size / 1e6:,.1f}",
-            f"{point.bits_per_byte:.4f}",
-            f"{point.perplexity.perplexity:.2f}",
-            _shown_rate(point.prefill),
-            _shown_rate(point.decode),
-            *(f"{means[point.name][metric]:.4f}" if metric in means[point.name] else "" for metric in metrics),
-            "; ".join(f"{AXES[axis]}: {better}" for axis, better in dominated.get(point.name, {}).items()),
-        ]
-        for point in comparison.points
-    ]
-    means_named = (f"mean {metric}" for metric in metrics)
-    speeds = (AXES["prefill"], AXES["decode"])
-    return ["model", "MB", "bits per byte", "perplexity", *speeds, *means_named, "dominated in, by"], rows
-
-
-def _shown_rate(rate: Rate) -> str:
+def shown_rate(rate: Rate) -> str:
+    """Tokens per second as they are shown."""
     return f"{rate.median:,.1f} ({rate.least:,.1f}–{rate.greatest:,.1f})"

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
-import ast
-import dataclasses
-import difflib
 import inspect
-import json
 import os
 import platform
-import random
 import shutil
-import statistics
 import sys
-import tarfile
 import tempfile
-import textwrap
-import typing
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -58,7 +49,8 @@ _SMALL: dict[str, Any] = {
     "evaluate_windows": 16,
     "seq_len": 128,
 }
-_SOURCES = (argparse, ast, dataclasses, difflib, inspect, random, statistics, tarfile, textwrap, typing)
+# Modules of Python whose source is the text.
+_SOURCES = ("argparse", "ast", "dataclasses", "difflib", "inspect", "random", "statistics", "tarfile")
 
 
 class _Facts(BaseModel):
@@ -66,7 +58,12 @@ class _Facts(BaseModel):
 
 
 class Device(_Facts):
-    """A device: memory in bytes, and whether it multiplies bfloat16 natively."""
+    """The CPU or an accelerator.
+
+    Attributes:
+        memory: in bytes; None where PyTorch cannot tell.
+        native_bfloat16: whether it multiplies bfloat16 faster than float32.
+    """
 
     name: str
     memory: int | None
@@ -150,7 +147,7 @@ def diagnose(
         python=sys.version.split()[0],
         platform=platform.platform(),
         packages={name: _version(name) for name in _PACKAGES},
-        devices=[_cpu(), *_accelerators()],
+        devices=_devices(),
         hub_cache=HF_HUB_CACHE,
         offline=is_offline_mode(),
         data={str(folder): folder.is_dir() for folder in data_folders()},
@@ -167,47 +164,38 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _cpu() -> Device:
+def _devices() -> list[Device]:
+    """The CPU, and the accelerators that PyTorch finds."""
     cores = f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    memory = psutil.virtual_memory().total
-    return Device(name=cores, memory=memory, native_bfloat16=computes_bfloat16_natively(torch.device("cpu")))
-
-
-def _accelerators() -> list[Device]:
-    if not torch.accelerator.is_available():
-        return []
-    devices = []
+    found: list[tuple[torch.device, str, int | None]] = [(torch.device("cpu"), cores, psutil.virtual_memory().total)]
     for number in range(torch.accelerator.device_count()):
-        one = torch.device(str(torch.accelerator.current_accelerator()), number)
-        module: Any = torch.get_device_module(one)
-        memory = module.mem_get_info(one)[1] if hasattr(module, "mem_get_info") else None
-        devices.append(
-            Device(name=describe_device(one), memory=memory, native_bfloat16=computes_bfloat16_natively(one))
-        )
-    return devices
+        device = torch.device(str(torch.accelerator.current_accelerator()), number)
+        module: Any = torch.get_device_module(device)
+        memory = module.mem_get_info(device)[1] if hasattr(module, "mem_get_info") else None
+        found.append((device, describe_device(device), memory))
+    return [
+        Device(name=name, memory=memory, native_bfloat16=computes_bfloat16_natively(device))
+        for device, name, memory in found
+    ]
 
 
 def _compare(model: str, dtype: Dtype, accelerator: torch.device) -> Comparison:
+    results, runs = list[PruneResult](), list[SmallRun]()
     with tempfile.TemporaryDirectory(prefix="adapruner-") as folder:
-        text = Path(folder, "text.jsonl")
-        text.write_text("".join(json.dumps({"text": one}) + "\n" for one in _documents()), encoding="utf-8")
-        results, runs = list[PruneResult](), list[SmallRun]()
         for place in ("cpu", str(accelerator)):
-            options = _SMALL | {"calibration": str(text), "dtype": dtype, "device": place}
-            results.append(prune(model, output=Path(folder, place.replace(":", "-")), **options))
+            options = _SMALL | {"dtype": dtype, "device": place}
+            results.append(prune(model, _documents(), output=Path(folder, place.replace(":", "-")), **options))
             expected = estimate(model, **options).stages
-            runs.append(_small_run(results[-1], {name: each.device for name, each in expected.items()}))
-        kept = [_kept_groups(result) for result in results]
-    same = len(kept[0] & kept[1]) / len(kept[0])
+            runs.append(_small_run(results[-1], {name: memory.device for name, memory in expected.items()}))
+    on_cpu, on_accelerator = map(_kept_groups, results)
+    same = len(on_cpu & on_accelerator) / len(on_cpu)
     return Comparison(model=model, cpu=runs[0], accelerator=runs[1], same_groups=same)
 
 
 def _documents() -> list[str]:
     """Paragraphs of code, in an order that has nothing to do with the file they are from."""
-    sources = [inspect.getsource(module).split("\n\n\n") for module in _SOURCES]
-    return sorted(
-        (part.strip() for source in sources for part in source if len(part) > 200), key=lambda part: part[::-1]
-    )
+    code = "\n\n\n".join(inspect.getsource(import_module(name)) for name in _SOURCES)
+    return sorted((text.strip() for text in code.split("\n\n\n") if len(text) > 200), key=lambda text: text[::-1])
 
 
 def _small_run(result: PruneResult, estimated: dict[str, int]) -> SmallRun:

@@ -66,6 +66,14 @@ class Process:
         distributed.broadcast_object_list(values, src=0, device=torch.device("cpu"))
         return values[0]
 
+    def gathered(self, value: T) -> list[T]:
+        """The values of all processes, in their order; in every process."""
+        if self.count == 1:
+            return [value]
+        values = [value] * self.count
+        distributed.all_gather_object(values, value)
+        return values
+
 
 def this_process() -> Process:
     """Read from the variables of a launcher, if one started this process: variables that are left in a shell are not

@@ -1,40 +1,42 @@
-"""What a run has to say: `result.json`, its tables, and advice."""
+"""The outcome of a run: `result.json`, the numbers of its models, and advice."""
 
 from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
-from rich.table import Table
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.config import PruneConfig
 from adapruner.costs import TargetOutcome
 from adapruner.evaluation import Breakage, Perplexity, TaskScore, Verdict, judge, mean_accuracies
+from adapruner.families import open_model
 from adapruner.graph import RunFolder
-from adapruner.models import find_model, load_model, load_tokenizer
+from adapruner.models import find_model, load_tokenizer
+from adapruner.numbers import Number, Numbers, breakage_table, model_table, numbers_of, task_table
 from adapruner.planning import PruningPlan
 from adapruner.progress import StageCost
 from adapruner.recovery import RecoveryRecord
 from adapruner.search import Levelled, SearchResult
+from adapruner.tables import Table
 from adapruner.tokens import VocabularySummary
 
-# From when on people are told about it: a perplexity that has grown so many times, so little text, widths so odd.
+# Limits of advice: the growth of a perplexity, the number of windows, the multiple that widths should have.
 _MUCH_WORSE, _FEW_WINDOWS, _FRIENDLY_MULTIPLE = 2.0, 256, 8
-# The same for bits per byte, which are compared where tokens are others.
+# The growth of bits per byte, which are compared where the tokens of the two models differ.
 _MANY_MORE_BITS = 1.2
 # The rise of the repeated fraction of greedy text, and of bits per byte of arithmetic and code. SmolLM2-135M without a
 # fifth of its parameters: 0.16 to 0.38, and 1.2 to 1.4 times (docs/benchmarks.md).
 _MUCH_REPETITION, _MANY_MORE_PROBE_BITS = 0.25, 1.5
-# Of all parameters, in rows of tokens that text of one language does not need.
+# The fraction of all parameters that rows of tokens in other scripts make.
 _MUCH_FOREIGN = 0.05
 
 Role = Literal["dense", "best_fixed", "compensated", "searched", "recovered"]
@@ -52,7 +54,7 @@ class _Content(BaseModel):
 
 
 class ModelNumbers(_Content):
-    """What was measured of one model of a run.
+    """The numbers of one model of a run.
 
     Attributes:
         role: `dense`; `best_fixed`, the best of LLM-Pruner's metrics, cut and not compensated;
@@ -62,7 +64,7 @@ class ModelNumbers(_Content):
         perplexity: by text.
         tasks: scores, by task.
         breakage: signs that it is broken; None for `best_fixed` and `compensated`.
-        verdict: what they say; None for the dense model and where there are none.
+        verdict: on these signs; None for the dense model and where there are none.
     """
 
     role: Role
@@ -76,6 +78,12 @@ class ModelNumbers(_Content):
     def mean_accuracies(self) -> dict[str, float]:
         """The means over all tasks, by metric."""
         return mean_accuracies(score.metrics for score in self.tasks.values())
+
+    @property
+    def numbers(self) -> Numbers:
+        """All numbers, and the means over tasks."""
+        size = Number("size", "parameters", "", self.parameters, 0)
+        return {("size", "parameters", ""): size, **numbers_of(self.perplexity, self.breakage, self.tasks)}
 
 
 class ForeignVocabulary(_Content):
@@ -164,7 +172,7 @@ class PruneResult:
     @cached_property
     def model(self) -> PreTrainedModel:
         """The pruned model, the recovered one if it was fine-tuned; loaded when it is first used, and kept."""
-        return load_model(find_model(str(self.model_folder)))
+        return open_model(find_model(str(self.model_folder)))
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -211,14 +219,26 @@ class PruneResult:
         return lines
 
     def tables(self) -> list[Table]:
-        """Parameters and perplexities of all models, signs of breakage, and their scores in tasks, if any were run."""
+        """Parameters and perplexities of all models, signs of breakage, and scores in tasks, if they were measured;
+        rich prints them."""
         result = self.result
-        return [
-            _table(result),
-            *([_target_table(result.target)] if result.target else []),
-            *([_breakage_table(result)] if result.final.breakage else []),
-            *([_task_table(result)] if result.final.tasks else []),
-        ]
+        title = f"{shown_name(result.config.model)}: {result.removed_share:.1%} of all parameters removed"
+        first, *others = tables_of(title, result.models, titles(result.config, result.search.best_fixed_name))
+        target = [target_sentence(result.target)] if result.target else []
+        return [replace(first, caption=[*first.caption, *target]), *others]
+
+
+def tables_of(title: str, models: Sequence[ModelNumbers], names: Mapping[Role, str]) -> list[Table]:
+    """The tables of models as far as they were measured.
+
+    Args:
+        title: of the first table.
+        names: of the models.
+    """
+    numbers = {names[model.role]: model.numbers for model in models}
+    verdicts = {names[model.role]: model.verdict for model in models if model.verdict}
+    tables = (model_table(title, numbers), breakage_table(numbers, verdicts), task_table(numbers))
+    return [table for table in tables if table.rows]
 
 
 def verdict_of(role: Role, breakage: Mapping[Role, Breakage | None]) -> Verdict | None:
@@ -282,91 +302,15 @@ def titles(config: PruneConfig, best_fixed_name: str | None) -> dict[Role, str]:
     return TITLES | {"best_fixed": f"{TITLES['best_fixed']} ({best_fixed_name}){how}"}
 
 
-def is_noise(difference: float, *errors: float | None) -> bool:
-    """Whether a difference is within two standard errors of none.
-
-    Args:
-        errors: of what it is the difference of, taken for independent; where one is not known, nothing is noise.
-    """
-    known = [error for error in errors if error is not None]
-    return len(known) == len(errors) and abs(difference) < 2 * math.hypot(*known)
-
-
-def plus_minus(error: float | None, digits: int) -> str:
-    """What a standard error adds behind a number; nothing where there is none."""
-    return "" if error is None else f" ± {error:.{digits}f}"
-
-
 def shown_name(model: str) -> str:
     """The name of a model; of a local one, without the folders above it."""
     return Path(model).name if Path(model).is_absolute() else model
 
 
-def _table(result: RunResult) -> Table:
-    texts = result.final.perplexity
-    table = Table(caption="\n".join(one.protocol for one in texts.values()), caption_justify="left")
-    table.title = f"{shown_name(result.config.model)}: {result.removed_share:.1%} of all parameters removed"
-    table.add_column("model")
-    table.add_column("parameters", justify="right")
-    for text in texts:
-        table.add_column(f"perplexity\n{text}", justify="right")
-        table.add_column("bits per byte", justify="right")
-    names = titles(result.config, result.search.best_fixed_name)
-    for model in result.models:
-        cells = [cell for text in texts for cell in _both(model.perplexity[text])]
-        table.add_row(names[model.role], f"{model.parameters:,}", *cells)
-    return table
-
-
-def _both(number: Perplexity) -> tuple[str, str]:
-    return f"{number.perplexity:.2f}", bits(number)
-
-
-def bits(number: Perplexity) -> str:
-    """Bits per byte as they are shown; nothing where bytes were not counted."""
-    return "" if number.bits_per_byte is None else f"{number.bits_per_byte:.4f}"
-
-
-def fraction(value: float | None) -> str:
-    """A fraction as it is shown; nothing where it was not measured."""
-    return "" if value is None else f"{value:.2f}"
-
-
-def _target_table(target: TargetOutcome) -> Table:
-    numbers = {"dense": target.dense, "target": target.asked, "predicted": target.predicted, "reached": target.reached}
-    if target.option == "target_speed":
-        del numbers["dense"]
-    table = Table(target.option.replace("_", " "), *numbers)
-    table.add_row(target.unit, *(f"{number:,.2f}" for number in numbers.values()))
-    return table
-
-
-def _breakage_table(result: RunResult) -> Table:
-    table = Table("model", title="signs of breakage")
-    texts = result.final.breakage.texts if result.final.breakage else {}
-    for heading in ("agreement\nwith dense", "repetition", *(f"{text}\nbits per byte" for text in texts)):
-        table.add_column(heading, justify="right")
-    table.add_column("verdict", no_wrap=True)
-    for model in result.models:
-        if model.breakage:
-            shares = (model.breakage.agreement, model.breakage.repetition)
-            numbers = [bits(number) for number in model.breakage.texts.values()]
-            table.add_row(TITLES[model.role], *map(fraction, shares), *numbers, model.verdict)
-    return table
-
-
-def _task_table(result: RunResult) -> Table:
-    models = [model for model in result.models if model.tasks]
-    table = Table("task", "metric", *(TITLES[model.role] for model in models), caption_justify="left")
-    for task, score in result.final.tasks.items():
-        for metric in score.metrics:
-            table.add_row(task, metric, *(_with_error(model.tasks[task], metric) for model in models))
-    means = [model.mean_accuracies for model in models]
-    for metric in means[0]:
-        table.add_row("mean", metric, *(f"{own[metric]:.4f}" for own in means))
-    table.caption = "\n".join(score.protocol for score in result.final.tasks.values())
-    return table
-
-
-def _with_error(score: TaskScore, metric: str) -> str:
-    return f"{score.metrics[metric]:.4f}{plus_minus(score.standard_errors.get(metric), 4)}"
+def target_sentence(target: TargetOutcome) -> str:
+    """A target and how well it was met."""
+    dense = "" if target.option == "target_speed" else f", dense {target.dense:,.2f}"
+    return (
+        f"{target.option.removeprefix('target_')}: asked {target.asked:,.2f} {target.unit}, predicted"
+        f" {target.predicted:,.2f}, reached {target.reached:,.2f}{dense}"
+    )

@@ -16,10 +16,12 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrain
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.calibration import fingerprint, parse_source, read_documents
-from adapruner.conformance import failed_checks
+from adapruner.families import learn, resolve
+from adapruner.families.proof import failed_checks
+from adapruner.families.tiny import random_model, tiny_config
 from adapruner.importance import TERMS, MetricPoint, score_groups
 from adapruner.measurement import Statistics, measure, measure_moments, removal_errors
-from adapruner.models import Architecture, architecture_of, find_architecture, random_model, tiny_config
+from adapruner.models import Architecture
 from adapruner.planning import make_plan
 from adapruner.search import ItemLosses
 from adapruner.structure import Structure, build_structure
@@ -60,6 +62,7 @@ def tiny_model(family: str = "llama") -> PreTrainedModel:
     """A random model of a family of transformers, by `model_type`, with a vocabulary for `tiny_tokenizer`."""
     config = tiny_config(AutoConfig.for_model(family))
     config.pad_token_id, config.bos_token_id, config.eos_token_id = 0, 1, 2
+    learn(config)
     return random_model(config)
 
 
@@ -121,9 +124,7 @@ def check_family(config: PreTrainedConfig | str, architecture: Architecture | No
         architecture: the description; by default the registered or inferred one.
     """
     tiny = tiny_config(AutoConfig.for_model(config) if isinstance(config, str) else config)
-    if architecture is None:
-        find_architecture(tiny)
-        architecture = architecture_of(tiny)
+    architecture = architecture or resolve(tiny)
     failures = failed_checks(random_model(tiny), architecture)
     wrong = {layout: failures[layout] for layout in architecture.layouts if layout in failures}
     assert not wrong, f"{architecture.model_type}: {wrong}"
@@ -153,6 +154,7 @@ def check_objective(item_losses: ItemLosses, model: PreTrainedModel | None = Non
         model: by default a tiny one, with the vocabulary of `tiny_tokenizer`.
     """
     model = (model or tiny_model()).eval()
+    learn(model.config)
     structure = build_structure(model)
     fewer = [block.groups // 2 if block.kind == "channels" else block.groups for block in structure.blocks]
     scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(0))

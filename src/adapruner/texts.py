@@ -58,7 +58,7 @@ class Texts:
         return [document for source in sources for document in read_documents(source) if document.strip()]
 
     def as_records(self) -> list[dict[str, str]]:
-        """What a checkpoint records of the sources in `used` and `vocabulary`: `use`, `text`, `identity`, `part` and
+        """The records of the sources in `used` and `vocabulary` in a checkpoint: `use`, `text`, `identity`, `part` and
         `columns`.
 
         A local file is recorded by its name and the hash of its content, without its folder.
@@ -83,27 +83,33 @@ def assign_texts(config: PruneConfig, missing_ok: bool = False) -> Texts:
     pool, objective, recovery = map(parse, (config.calibration, config.objective_dataset, config.recover))
     pool, objective = pool and pool.restrict("calibration"), objective and objective.restrict("objective")
     reports = [parse_source(text, "report", missing_ok) for text in config.evaluate]
-    if recovery is not None and recovery.identity in {each.identity for each in (pool, objective, *reports) if each}:
+    if recovery is not None and recovery.identity in _identities(pool, objective, *reports):
         recovery = recovery.restrict("calibration")
-    counted = tuple(parse_source(text, missing_ok=missing_ok) for text in source_names(config.vocabulary))
-    others = {each.identity for each in (pool, objective, recovery, *reports) if each}
-    counted = tuple(source.restrict("calibration") if source.identity in others else source for source in counted)
-    texts = Texts(pool, objective, recovery, {})
-    identities = {source.identity for source in texts.used.values()}
+    identities = _identities(pool, objective, recovery, *reports)
+    counted = (parse_source(text, missing_ok=missing_ok) for text in source_names(config.vocabulary))
+    vocabulary = tuple(
+        source.restrict("calibration") if source.identity in identities else source for source in counted
+    )
+    texts = Texts(pool, objective, recovery, {}, vocabulary)
+    identities = _identities(*texts.used.values())
     reports = [source.restrict("report") if source.identity in identities else source for source in reports]
     _refuse_overlaps(texts, reports)
     reports = reports or _default_reports(texts)
-    _refuse_reported_vocabulary(counted, reports)
-    return Texts(pool, objective, recovery, {str(source): source for source in reports}, counted)
+    _refuse_reported_vocabulary(vocabulary, reports)
+    return replace(texts, report={str(source): source for source in reports})
+
+
+def _identities(*sources: Source | None) -> set[str]:
+    return {source.identity for source in sources if source is not None}
 
 
 def report_windows(config: PruneConfig) -> int | None:
-    """How many windows of each dataset are reported on at most; None for all. A dataset of the default may be large."""
+    """The most windows of each dataset that are reported on; None for all. A dataset of the default may be large."""
     return config.evaluate_windows or (None if config.evaluate else DEFAULT_REPORT_WINDOWS)
 
 
 def overlaps(records: list[dict[str, Any]], source: Source) -> list[str]:
-    """How a checkpoint used documents of a source, for example `calibrated on boolq-passages@calibration`.
+    """The uses that a checkpoint made of documents of a source, as `calibrated on boolq-passages@calibration`.
 
     Args:
         records: as `Texts.as_records` gives them; what is in other records is left out.
@@ -119,7 +125,7 @@ def overlaps(records: list[dict[str, Any]], source: Source) -> list[str]:
 
 
 def record_of(source: Source) -> dict[str, str]:
-    """What a checkpoint records of a source, but for its use; see `Texts.as_records`."""
+    """The record of a source in a checkpoint, but for its use; see `Texts.as_records`."""
     name, identity = str(source), source.identity
     if not identity.startswith("hf:") or identity.startswith("hf:/"):
         name, identity = name.rpartition("/")[2], content_hash(source) or identity.rpartition("/")[2]

@@ -82,11 +82,10 @@ def test_an_output_that_is_the_model(
     assert sorted(os.listdir(model_folder)) == before
 
 
-def test_nothing_to_join_or_to_plan_from(refused: Refused, tmp_path: Path) -> None:
+def test_nothing_to_plan_from(refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     (tmp_path / "file").write_text("mine")
     for run in ("nowhere", "loop", "file", "file/below", "x" * 5000):
-        refused(["join", str(tmp_path / run)])
         refused(["plan", str(tmp_path / run), "--ratio", "0.1", "-o", str(tmp_path / "b")])
 
 

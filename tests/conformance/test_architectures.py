@@ -16,9 +16,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 import adapruner
 from adapruner.checkpoint import save_checkpoint
 from adapruner.models import known_architectures
-from adapruner.planning import PruningPlan, make_plan
+from adapruner.planning import PruningPlan
 from adapruner.structure import Structure, build_structure, count_parameters
 from adapruner.surgery import prune_model
+from tiny_families import random_plan
 
 CASES = [
     (family, key_value_heads, granularity, layout, tied)
@@ -40,7 +41,6 @@ def dense_and_plan(
     family, key_value_heads, granularity, layout, tied = request.param
     model = make_model(family, key_value_heads, tie_word_embeddings=tied)
     structure = build_structure(model, granularity)
-    scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(3))
     # A different cut in every layer: the first stays whole, the last keeps one group (per stratum) of each kind. Or
     # the same everywhere: a third goes (of two query heads of a KV head, one).
     counts = []
@@ -48,7 +48,7 @@ def dense_and_plan(
         per_stratum = block.groups // block.strata
         thirds = block.layer if layout == "per-layer" else 1
         counts.append(block.strata * max(1, per_stratum - math.ceil(thirds * per_stratum / 3)))
-    return model, structure, make_plan(structure, scores, counts)
+    return model, structure, random_plan(structure, counts)
 
 
 # The projections that read the heads and the channels of a layer, by path of the layer list.
@@ -172,9 +172,8 @@ def test_every_family_loads_without_the_package(
     for family in known_architectures():
         model = make_model(family)
         structure = build_structure(model)
-        scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(4))
         counts = [max(1, block.groups - block.layer) for block in structure.blocks]
-        pruned = prune_model(model, structure, make_plan(structure, scores, counts))
+        pruned = prune_model(model, structure, random_plan(structure, counts))
         save_checkpoint(pruned, tokenizer, tmp_path / family / "model")
         with torch.no_grad():
             expected = {
@@ -202,12 +201,11 @@ def test_a_pruned_model_can_be_pruned_again(
     model = make_model(family)
     for heads, channels in ((1, 0), (1, 3), (0, 3)):
         structure = build_structure(model)
-        scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(5))
         counts = [
             max(1, block.groups - (block.layer > 1) * {"heads": heads, "channels": channels}[block.kind])
             for block in structure.blocks
         ]
-        plan = make_plan(structure, scores, counts)
+        plan = random_plan(structure, counts)
         pruned = prune_model(model, structure, plan)
         expected = masked(model, structure, plan)(windows).logits
         torch.testing.assert_close(pruned(windows).logits, expected, rtol=1e-4, atol=1e-4)
@@ -222,9 +220,8 @@ def test_what_was_removed_whole_stays_removed(
     gone = {("heads", 0), ("channels", 1)}
     for fewer in (0, 1):
         structure = build_structure(model)
-        scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(5))
         counts = [0 if (block.kind, block.layer) in gone else block.groups - fewer for block in structure.blocks]
-        plan = make_plan(structure, scores, counts)
+        plan = random_plan(structure, counts)
         pruned = prune_model(model, structure, plan)
         if fewer:
             expected = masked(model, structure, plan)(windows).logits
@@ -259,8 +256,7 @@ def test_positions_of_long_texts(
     older = {key: value for key, value in rope.items() if key == "partial_rotary_factor"}
     model = make_model(family, rope_parameters={"rope_theta": 1e4} | rope, max_position_embeddings=8, **older)
     structure = build_structure(model)
-    scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(6))
-    plan = make_plan(structure, scores, [max(1, block.groups - block.layer) for block in structure.blocks])
+    plan = random_plan(structure, [max(1, block.groups - block.layer) for block in structure.blocks])
     save_checkpoint(prune_model(model, structure, plan), tokenizer, tmp_path / "model")
     expected = masked(model, structure, plan)(windows).logits
     torch.testing.assert_close(adapruner.load(tmp_path / "model")(windows).logits, expected, rtol=1e-4, atol=1e-4)

@@ -13,12 +13,14 @@ from transformers import AutoModelForCausalLM, MistralForCausalLM, PreTrainedMod
 
 import adapruner
 from adapruner.checkpoint import save_checkpoint
+from adapruner.families.inference import infer_architecture
+from adapruner.families.tiny import random_model
 from adapruner.measurement import measure_moments
-from adapruner.models import infer_architecture, known_architectures, random_model
+from adapruner.models import known_architectures, remember_family
 from adapruner.planning import Budget, kept_counts, make_plan
 from adapruner.structure import build_structure
 from adapruner.surgery import Compensation, prune_model
-from tiny_families import tiny_config
+from tiny_families import random_plan, tiny_config
 
 
 @pytest.fixture(params=known_architectures())
@@ -46,9 +48,8 @@ def cut(
     dense: PreTrainedModel, windows: torch.Tensor, head_share: float, form: str | None, layout: str = "uniform"
 ) -> PreTrainedModel:
     structure = build_structure(dense)
-    scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(0))
     budget = Budget(0.25 if head_share else 0.12, 0, 0, head_share, layout=layout)
-    plan = make_plan(structure, scores, kept_counts(structure, budget))
+    plan = random_plan(structure, kept_counts(structure, budget))
     moments = dict(measure_moments(dense, structure, windows))
     return prune_model(dense, structure, plan, Compensation(form, moments) if form else None)
 
@@ -102,13 +103,12 @@ def test_layers_of_other_kinds_have_no_place_for_added_biases(
     config = tiny_config(family)
     if family == "qwen3_moe":
         config.mlp_only_layers = [0]
-    known_architectures()[family] = infer_architecture(config)
+    remember_family(family, infer_architecture(config))
     dense = random_model(config)
     structure = build_structure(dense)
     counts = [block.groups - {"heads": 1, "channels": 20, "experts": 0}[block.kind] for block in structure.blocks]
-    scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(0))
     moments = dict(measure_moments(dense, structure, windows))
-    pruned = prune_model(dense, structure, make_plan(structure, scores, counts), Compensation(form, moments))
+    pruned = prune_model(dense, structure, random_plan(structure, counts), Compensation(form, moments))
     projections = {block.row_wise.module for block in structure.blocks if block.is_projected}
     assert {name.split(".")[2] for name in projections} == set("0123" if family != "lfm2_moe" else "013")
     kept = dict(dense.named_parameters())

@@ -16,6 +16,7 @@ from adapruner.models import known_architectures
 from adapruner.planning import make_plan
 from adapruner.structure import build_structure, count_parameters
 from adapruner.surgery import Compensation, is_as_large_as_dense, pad_to_stock, prune_model
+from tiny_families import random_plan
 
 CASES = [
     (family, key_value_heads, granularity)
@@ -44,11 +45,10 @@ def test_padded_equals_pruned(
     """Also where no layer stays whole, so that the padded model is smaller than the dense one."""
     dense = make_model(family, key_value_heads, **FIELDS.get(family, {}))
     structure = build_structure(dense, granularity)
-    scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(6))
     counts = [
         block.strata * max(1, block.groups // block.strata - least_lost - block.layer) for block in structure.blocks
     ]
-    pruned = prune_model(dense, structure, make_plan(structure, scores, counts))
+    pruned = prune_model(dense, structure, random_plan(structure, counts))
     padded = pad_to_stock(pruned)
     assert count_parameters(pruned) < count_parameters(padded) <= count_parameters(dense)
     assert is_as_large_as_dense(padded, pruned) == (count_parameters(padded) == count_parameters(dense))
@@ -70,9 +70,8 @@ def test_fewer_heads_in_all_layers_are_filled_up_to_the_hidden_size(
     """For loaders that take the hidden size, divided by the heads, for the width of a head."""
     dense = make_model(family, key_value_heads, **FIELDS.get(family, {}))
     structure = build_structure(dense, granularity)
-    scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(6))
     counts = [block.groups - block.strata if block.kind == "heads" else block.groups // 2 for block in structure.blocks]
-    pruned = prune_model(dense, structure, make_plan(structure, scores, counts))
+    pruned = prune_model(dense, structure, random_plan(structure, counts))
     padded = pad_to_stock(pruned, fills_heads=True)
     names, structure = known_architectures()[family].config_fields, build_structure(padded)
     heads, groups = (getattr(padded.config, name or names.heads) for name in (names.heads, names.key_value_heads))

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from adapruner.checkpoint import check_gguf, save_checkpoint, write_gguf
 from adapruner.errors import AdaPrunerError
 from adapruner.models import known_architectures
-from adapruner.planning import make_plan
 from adapruner.structure import build_structure
 from adapruner.surgery import pad_to_stock, prune_model
+from tiny_families import random_plan
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "checkpoints.md"
 # By benchmarks/vllm_folders.py, whose results are in the document; vLLM is not run here.
@@ -58,8 +58,7 @@ def test_the_table_says_what_works(
         dense = make_model(family, vocab_size=300, **AS_RELEASED.get(family, {}))
         structure = build_structure(dense)
         counts = [block.groups - lost(block.kind, block.layer) for block in structure.blocks]
-        scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(9))
-        pruned = prune_model(dense, structure, make_plan(structure, scores, counts))
+        pruned = prune_model(dense, structure, random_plan(structure, counts))
         folder = tmp_path / f"{number}"
         save_checkpoint(pruned, byte_tokenizer, folder)
         cells = [

@@ -12,21 +12,23 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 
 from adapruner.checkpoint import save_checkpoint
-from adapruner.conformance import masked, why_not_whole
 from adapruner.evaluation import window_losses
+from adapruner.families import learn, resolve
+from adapruner.families.proof import masked, why_not_whole
+from adapruner.families.tiny import random_model, tiny_config
 from adapruner.measurement import measure_moments
-from adapruner.models import Whole, architecture_of, find_architecture, known_architectures, random_model, tiny_config
-from adapruner.planning import Budget, BudgetError, PruningPlan, kept_counts, make_plan
+from adapruner.models import Whole, known_architectures
+from adapruner.planning import Budget, BudgetError, PruningPlan, kept_counts
 from adapruner.search import RemovalOrders, removal_orders
 from adapruner.structure import Structure, build_structure, count_parameters
 from adapruner.surgery import Compensation, pad_to_stock, prune_model, refit_sequentially
+from tiny_families import random_plan
 
 WHOLE: tuple[Whole, ...] = ("attention", "feed-forward", "layer")
 
 
 def planned(structure: Structure, **budget: object) -> PruningPlan:
-    scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(0))
-    return make_plan(structure, scores, kept_counts(structure, Budget(0.4, 0, 0, **budget)))  # type: ignore[arg-type]  # any field
+    return random_plan(structure, kept_counts(structure, Budget(0.4, 0, 0, **budget)))  # type: ignore[arg-type]  # any field
 
 
 @pytest.mark.parametrize("whole", WHOLE)
@@ -74,7 +76,7 @@ def test_a_uniform_model_with_fewer_layers_is_a_stock_model(
     dense = make_model(model_type)
     structure = build_structure(dense)
     counts = [0 if block.layer == 1 else block.groups - 2 * (block.kind == "channels") for block in structure.blocks]
-    plan = make_plan(structure, torch.rand(structure.group_offsets[-1]), counts)
+    plan = random_plan(structure, counts)
     pruned = prune_model(dense, structure, plan)
     assert type(pruned) is type(dense)
     assert pruned.config.num_hidden_layers == 3
@@ -93,12 +95,12 @@ def test_a_uniform_model_with_fewer_layers_is_a_stock_model(
 def test_layers_are_named_by_their_new_numbers(model_type: str, fields: dict[str, object], layer: int) -> None:
     """The first layers of these mixtures have no experts."""
     config = tiny_config(AutoConfig.for_model(model_type, **fields))
-    find_architecture(config)
+    learn(config)
     dense, tokens = random_model(config), torch.arange(5, 25)[None]
     structure = build_structure(dense)
     assert structure.removable_layers == [0, 1, 2, 3]
     counts = [0 if block.layer == layer else block.groups for block in structure.blocks]
-    plan = make_plan(structure, torch.zeros(structure.group_offsets[-1]), counts)
+    plan = random_plan(structure, counts)
     pruned = prune_model(dense, structure, plan)
     with torch.no_grad(), masked(dense, structure, plan) as same:
         torch.testing.assert_close(pruned(tokens).logits, same(tokens).logits, rtol=1e-3, atol=1e-4)
@@ -114,8 +116,7 @@ def test_layers_that_compute_by_their_numbers_stay(make_model: Callable[..., Pre
 def test_layers_are_proven_from_the_first_on() -> None:
     """Jamba's config gives the periods of its kinds of layers, which another number of layers does not keep."""
     config = tiny_config(AutoConfig.for_model("jamba"))
-    find_architecture(config)
-    assert architecture_of(config).whole == ("attention", "feed-forward")
+    assert resolve(config).whole == ("attention", "feed-forward")
 
 
 def test_an_order_ends_where_no_loss_is_finite(
@@ -166,7 +167,7 @@ def test_the_order_is_the_greedy_one(
             parts = (*gone, candidate)
             kinds = {"attention": ("heads",), "feed-forward": ("channels",)}.get(whole, ("heads", "channels"))
             counts = [0 if block.layer in parts and block.kind in kinds else block.groups for block in structure.blocks]
-            plan = make_plan(structure, torch.zeros(structure.group_offsets[-1]), counts)
+            plan = random_plan(structure, counts)
             losses[candidate] = float(window_losses(prune_model(dense, structure, plan), windows).mean())
         assert layer == min(losses, key=losses.__getitem__)
         assert loss == pytest.approx(losses[layer], rel=1e-5)
@@ -179,8 +180,7 @@ def test_the_fit_layer_by_layer_makes_up_for_what_is_gone(
     dense = make_model("llama")
     structure = build_structure(dense)
     budget = Budget(0.45, 0, 0, 0.5, without_attention=(0, 1), without_feed_forward=(1,))
-    scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(0))
-    plan = make_plan(structure, scores, kept_counts(structure, budget))
+    plan = random_plan(structure, kept_counts(structure, budget))
     compensation = Compensation("least-squares", dict(measure_moments(dense, structure, windows)))
     pruned = prune_model(dense, structure, plan, compensation)
 

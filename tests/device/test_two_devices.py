@@ -67,10 +67,11 @@ def test_layers_on_two_gpus_give_the_plan_of_the_cpu(
 
 PROGRAM = """
 import json, sys, torch
-from adapruner.models import find_model, layer_devices, load_model
+from adapruner.families import open_model
+from adapruner.models import find_model, layer_devices
 
 def outputs(folder, device):
-    model = load_model(find_model(folder), device=device)
+    model = open_model(find_model(folder), device=device)
     tokens = torch.arange(3, 27).view(2, 12).to(model.device)
     with torch.no_grad():
         logits = model(tokens, use_cache=False).logits.cpu()

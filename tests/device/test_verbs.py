@@ -15,10 +15,8 @@ from transformers import PreTrainedTokenizerFast
 
 import adapruner
 from adapruner.checkpoint import save_checkpoint
-from adapruner.graph import RunFolder
 from adapruner.models import find_model, load_tokenizer
 from adapruner.planning import make_plan
-from adapruner.search import StudyPlace, sqlite_url
 from adapruner.structure import build_structure
 from adapruner.surgery import prune_model
 from device.client import Device
@@ -68,40 +66,6 @@ def test_plan(device: Device, run: Path, tmp_path: Path) -> None:
     assert only_json(outcome)
     assert not {"measuring", "searching"} & {stage.name for stage in outcome.stages}
     assert adapruner.load(tmp_path / "b/model").num_parameters() > 0
-
-
-@pytest.mark.device_matrix
-def test_join(device: Device, run: Path, tmp_path: Path) -> None:
-    shutil.copytree(run, tmp_path / "run")
-    running = RunFolder(tmp_path / "run")
-    searched = running.at_ratio(0.1, running.read_config())
-    record = searched.record("search.json")
-    assert record is not None
-    running.study.unlink()
-    with running.locked():
-        searched.begin("search.json", record.model_copy(update={"files": None}))
-        with StudyPlace(sqlite_url(running.study), record.key).opened():
-            pass
-        outcome = device.run("join", running.path)
-        with StudyPlace(sqlite_url(running.study), record.key).opened() as study:
-            trials = study.get_trials()
-    assert outcome.code == 0, outcome.stderr
-    assert len(trials) == SMALL_RUN["trials"]
-    assert any(stage.peak for stage in outcome.stages)
-
-
-@pytest.mark.device_matrix
-def test_a_worker_on_another_kind_of_device_is_refused(device: Device, run: Path, tmp_path: Path) -> None:
-    shutil.copytree(run, tmp_path / "run")
-    running = RunFolder(tmp_path / "run")
-    searched = running.at_ratio(0.1, running.read_config())
-    record = searched.record("search.json")
-    assert record is not None
-    with running.locked():
-        searched.begin("search.json", record.model_copy(update={"files": None}))
-        outcome = device.run("join", running.path, "--device", "cpu")
-    assert outcome.code == 2
-    assert "would compute other numbers than the run" in outcome.stderr
 
 
 def test_evaluate(device: Device, family: Callable[..., Path], text_file: Path, tmp_path: Path) -> None:

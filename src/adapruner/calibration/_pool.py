@@ -151,14 +151,14 @@ def _start_of_text(tokenizer: Tokenizer, seq_len: int) -> list[int]:
         AdaPrunerError: windows of `seq_len` tokens have no room for others.
     """
     text = "a"
-    whole = tokenizer(text).input_ids
+    tokens = tokenizer(text).input_ids
     bare = tokenizer(text, add_special_tokens=False).input_ids
-    length = next((first for first in range(len(whole)) if whole[first : first + len(bare)] == bare), 0)
+    length = next((first for first in range(len(tokens)) if tokens[first : first + len(bare)] == bare), 0)
     if seq_len <= length:
         raise AdaPrunerError(
             f"`seq_len` {seq_len} leaves no room for text: every window begins with {length} special tokens"
         )
-    return list(whole[:length])
+    return list(tokens[:length])
 
 
 def _behind(start: list[int], windows: Tensor) -> Tensor:
@@ -235,10 +235,9 @@ def evaluation_text(
     cut = _cut_into_windows(torch.tensor(encoded.input_ids), name or "the text", size, stride)
     predicted_bytes = None
     if tokenizer.is_fast:
-        until = _bytes_until(text, torch.tensor(encoded.offset_mapping)[:, 1])
-        # One more to the left: what is read before the first token of a window.
-        edges = evenly_spaced(torch.cat([torch.zeros(1, dtype=torch.int64), until]).unfold(0, size + 1, stride), limit)
-        predicted_bytes = _bytes_predicted(edges if start else edges[:, 1:], stride)
+        counted = _bytes_of_tokens(text, torch.tensor(encoded.offset_mapping)[:, 1]).unfold(0, size, stride)
+        counted, context = evenly_spaced(counted, limit), 0 if start else 1
+        predicted_bytes = int(counted[0, context:].sum() + counted[1:, max(size - stride, context) :].sum())
     tokenizer_name = Path(tokenizer.name_or_path).name or type(tokenizer).__name__
     about["tokenizer"] = f"{tokenizer_name}, {len(tokenizer):,} tokens"
     if start:
@@ -247,29 +246,17 @@ def evaluation_text(
     return EvaluationText(windows, stride, about, predicted_bytes, len(start))
 
 
-def _bytes_until(text: str, ends: Tensor) -> Tensor:
-    """[tokens], int64: UTF-8 bytes of the text up to the end of each token. Special tokens, which have no text, end
-    where the token before them does.
+def _bytes_of_tokens(text: str, ends: Tensor) -> Tensor:
+    """[tokens], int64: UTF-8 bytes of the text of each token; special tokens have none.
 
     Args:
-        ends: [tokens], int64: how many characters the text has up to there; 0 for special tokens.
+        ends: [tokens], int64: how many characters the text has up to the end of each token; 0 for special tokens.
     """
     points = torch.frombuffer(bytearray(text.encode("utf-32-le")), dtype=torch.int32)
     widths = 1 + (points >= 0x80).long() + (points >= 0x800).long() + (points >= 0x10000).long()
-    until = torch.cat([torch.zeros(1, dtype=torch.int64), widths.cumsum(0)])
-    return until[ends.cummax(0).values]
-
-
-def _bytes_predicted(until: Tensor, stride: int) -> int:
-    """The bytes of all predicted tokens: of all but the first of a window, and where windows overlap, of the last
-    `stride` of each window behind the first.
-
-    Args:
-        until: [windows, tokens], int64, see `_bytes_until`.
-    """
-    context = torch.full((len(until), 1), max(until.shape[1] - stride, 1))
-    context[0] = 1
-    return int((until[:, -1:] - until.gather(1, context - 1)).sum())
+    nothing = torch.zeros(1, dtype=torch.int64)
+    bytes_until = torch.cat([nothing, widths.cumsum(0)])
+    return bytes_until[ends.cummax(0).values].diff(prepend=nothing)
 
 
 def save_texts(texts: dict[str, EvaluationText], path: Path) -> None:

@@ -37,18 +37,16 @@ def probe_texts(tokenizer: Tokenizer, seq_len: int) -> dict[str, EvaluationText]
     Args:
         seq_len: tokens per window.
     """
-    texts = {
-        "arithmetic": _tables(),
-        "code": (resources.files("adapruner.calibration") / "probe_code.txt").read_text(encoding="utf-8"),
-    }
-    return {name: evaluation_text(text, tokenizer, seq_len, _WINDOWS, name=name) for name, text in texts.items()}
+    texts = built_in_texts().items()
+    return {name: evaluation_text(text, tokenizer, seq_len, _WINDOWS, name=name) for name, text in texts}
 
 
-def _tables() -> str:
-    """Tables of addition and multiplication: after the first lines, everything follows."""
+def built_in_texts() -> dict[str, str]:
+    """The texts of `probe_texts`; after the first lines of the tables, everything follows."""
     lines = []
     for first in range(2, 20):
         lines += [f"{first} + {second} = {first + second}" for second in range(1, 13)]
         lines += [f"{first} x {second} = {first * second}" for second in range(1, 13)]
         lines.append("")
-    return "\n".join(lines)
+    code = (resources.files("adapruner.calibration") / "probe_code.txt").read_text(encoding="utf-8")
+    return {"arithmetic": "\n".join(lines), "code": code}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import itertools
 import json
 import re
@@ -202,7 +203,7 @@ def _reading(source: Source) -> Iterator[None]:
 @contextlib.contextmanager
 def _quiet_datasets() -> Iterator[None]:
     verbosity, bars = datasets.logging.get_verbosity(), datasets.is_progress_bar_enabled()
-    of_hub = hub_logging.get_verbosity()
+    hub_verbosity = hub_logging.get_verbosity()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     hub_logging.set_verbosity(datasets.logging.CRITICAL)
     datasets.disable_progress_bars()
@@ -210,7 +211,7 @@ def _quiet_datasets() -> Iterator[None]:
         yield
     finally:
         datasets.logging.set_verbosity(verbosity)
-        hub_logging.set_verbosity(of_hub)
+        hub_logging.set_verbosity(hub_verbosity)
         if bars:
             datasets.enable_progress_bars()
 
@@ -265,11 +266,11 @@ def _opened(path: Path) -> Iterator[TextIO]:
     Raises:
         ValueError: in place of the error of the decoder, which knows the place in its buffer alone.
     """
-    with path.open(encoding="utf-8-sig") as file:
+    with path.open("rb") as content, io.TextIOWrapper(content, encoding="utf-8-sig") as file:
         try:
             yield file
         except UnicodeDecodeError as error:
-            place = file.buffer.tell() - len(error.object) + error.start
+            place = content.tell() - len(error.object) + error.start
             raise ValueError(f"it is not UTF-8 text: byte {place} is invalid") from None
 
 
@@ -408,6 +409,6 @@ def _joined(row: Row) -> str:
 
 
 def _is_of_part(document: str, part: Part) -> bool:
-    """Whether a document belongs to a part, by the hash of its text."""
+    """True for a document of a part, by the hash of its text."""
     tenths = _TENTHS.get(part)
     return tenths is None or int.from_bytes(hashlib.sha256(document.encode()).digest()[:8], "big") % 10 in tenths

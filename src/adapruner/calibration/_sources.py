@@ -25,7 +25,7 @@ Lines = Literal["keep", "strip", "paragraphs"]
 
 SELF_GENERATED = "self"
 
-# Windows of tokens, in place of text.
+# Windows of tokens instead of text.
 _OF_WINDOWS = ".safetensors"
 _FILES = (".txt", ".jsonl", ".json", ".parquet", _OF_WINDOWS)
 _FORMS = "a .txt, .jsonl, .parquet or .safetensors file, or hf:owner/name[:config][:split][:column]"
@@ -81,7 +81,7 @@ class Source:
 
     @property
     def holds_windows(self) -> bool:
-        """Whether it is a file of windows of tokens, in place of text."""
+        """True for a file of windows of tokens instead of text."""
         return self.path is not None and self.path.suffix == _OF_WINDOWS
 
     def __str__(self) -> str:

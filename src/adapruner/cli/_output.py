@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.table import Table
+
+from adapruner.tables import Column, Table
 
 if TYPE_CHECKING:
     from adapruner.memory import Memory
@@ -55,30 +56,32 @@ def print_result(results: list[PruneResult]) -> None:
 def print_previews(previews: list[Preview]) -> None:
     """Prints what a run would make, for every ratio."""
     console = plain_console()
-    for one in previews:
-        removed = 1 - one.parameters_after / one.parameters_before
-        about = f"about {one.parameters_after:,} of {one.parameters_before:,} parameters kept ({removed:.1%} removed)"
-        console.print(f"{one.folder}: {about}", soft_wrap=True)
-        console.print(f"to make: {', '.join(one.missing) or 'nothing'}")
-        console.print(f"on disk: model {one.model_bytes / 1e6:,.1f} MB, moments {one.moments_bytes / 1e6:,.1f} MB")
-        if one.stages:
-            console.print(table_of_memory(one.stages, one.device, one.layer_wise))
+    for preview in previews:
+        before, after = preview.parameters_before, preview.parameters_after
+        kept = f"about {after:,} of {before:,} parameters kept ({1 - after / before:.1%} removed)"
+        console.print(f"{preview.folder}: {kept}", soft_wrap=True)
+        console.print(f"to make: {', '.join(preview.missing) or 'nothing'}")
+        console.print(
+            f"on disk: model {preview.model_bytes / 1e6:,.1f} MB, moments {preview.moments_bytes / 1e6:,.1f} MB"
+        )
+        if preview.stages:
+            console.print(table_of_memory(preview.stages, preview.device, preview.layer_wise))
 
 
 def table_of_memory(stages: Mapping[str, Memory], device: str, layer_wise: bool) -> Table:
     """The memory of every stage, on the device of the model, or each of several, and in main memory beside it."""
-    table = Table(
-        "stage",
-        f"GiB on {'each of ' if ',' in device else ''}{device}",
-        "GiB in main memory",
-        "largest term",
-        caption_justify="left",
-    )
-    for stage, memory in stages.items():
-        host = f"{memory.host / GIB:.2f}" if memory.host else ""
-        table.add_row(stage, f"{memory.device / GIB:.2f}", host, memory.largest)
-    table.caption = f"with {'one layer at a time' if layer_wise else 'all layers'} in memory"
-    return table
+    columns = [
+        Column("stage", is_number=False),
+        Column(f"GiB on {'each of ' if ',' in device else ''}{device}"),
+        Column("GiB in main memory"),
+        Column("largest term", is_number=False),
+    ]
+    rows = [
+        [stage, f"{memory.device / GIB:.2f}", f"{memory.host / GIB:.2f}" if memory.host else "", memory.largest]
+        for stage, memory in stages.items()
+    ]
+    caption = f"with {'one layer at a time' if layer_wise else 'all layers'} in memory"
+    return Table("memory", "", columns, rows, [caption])
 
 
 def print_json(content: Any) -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
-from rich.table import Table
 
 from adapruner.cli._options import Device, Flag, Json, WholeNumber
 from adapruner.cli._output import plain_console, print_json, starting
@@ -47,7 +46,7 @@ def compare(
     """
     with starting():
         from adapruner import verbs
-        from adapruner.comparison import protocols, table
+        from adapruner.comparison import table
 
         run = verbs.compare
 
@@ -69,8 +68,4 @@ def compare(
     if json:
         print_json(comparison.model_dump(mode="json"))
         return
-    header, rows = table(comparison)
-    shown = Table(*header, caption="\n".join(protocols(comparison)), caption_justify="left")
-    for row in rows:
-        shown.add_row(*row)
-    plain_console().print(shown)
+    plain_console().print(table(comparison))

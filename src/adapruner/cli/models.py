@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 from pydantic import TypeAdapter
-from rich.table import Table
 
 from adapruner.cli._options import Device, Dtype, Flag, Json, Model, Output, Upload, WholeNumber
 from adapruner.cli._output import plain_console, print_advice, print_json, starting
 from adapruner.config import ExportFormat, GgufType, RecoveryOptions, Tracker
+from adapruner.tables import Column, Table
 
 if TYPE_CHECKING:
     from adapruner.evaluation import Speed
@@ -225,51 +225,42 @@ def vocabulary(
 
 
 def _tables_of_evaluation(result: Evaluation, model: str) -> Iterator[Table]:
-    from adapruner.result import bits
+    from adapruner.numbers import measured_table, numbers_of, task_table
 
-    if result.perplexity:
-        table = Table("perplexity", "bits per byte", "protocol", title=model)
-        for one in result.perplexity:
-            table.add_row(f"{one.perplexity:.2f}", bits(one), one.protocol)
-        yield table
+    for perplexity in result.perplexity:
+        yield measured_table({model: numbers_of({perplexity.text: perplexity})}, "text")
     if result.tasks:
-        table = Table("task", "metric", "score", "± standard error", title=model, caption_justify="left")
-        for score in result.tasks:
-            for metric, value in score.metrics.items():
-                error = score.standard_errors.get(metric)
-                table.add_row(score.task, metric, f"{value:.4f}", "" if error is None else f"{error:.4f}")
-        for metric, value in result.mean_accuracies.items():
-            table.add_row("mean", metric, f"{value:.4f}", "")
-        table.caption = "\n".join(score.protocol for score in result.tasks)
-        yield table
+        yield task_table({model: numbers_of({}, tasks={score.task: score for score in result.tasks})})
 
 
 def _table_of_speeds(speeds: dict[str, Speed], prompt: int, new_tokens: int) -> Table:
     """A row for each quantity; of two models, a last column says by how much the second one is smaller or faster."""
-    own = list(speeds.values())
-    table = Table("", *speeds, *(["gain"] if len(own) == 2 else []), caption_justify="left")
+    from adapruner.comparison import shown_rate
+
+    measured, is_pair = list(speeds.values()), len(speeds) == 2
     sizes: dict[str, list[int | None]] = {
-        "parameters": [speed.parameters for speed in own],
-        "bytes of weights": [speed.weight_bytes for speed in own],
-        "peak bytes of memory": [speed.peak_memory_bytes for speed in own],
-        "MACs per token of the prompt": [speed.prompt_macs for speed in own],
-        "MACs per generated token": [speed.new_token_macs for speed in own],
+        "parameters": [speed.parameters for speed in measured],
+        "bytes of weights": [speed.weight_bytes for speed in measured],
+        "peak bytes of memory": [speed.peak_memory_bytes for speed in measured],
+        "MACs per token of the prompt": [speed.prompt_macs for speed in measured],
+        "MACs per generated token": [speed.new_token_macs for speed in measured],
     }
+    rows = []
     for name, values in sizes.items():
         known = [value for value in values if value is not None]
-        gain = [f"{known[0] / known[1]:.2f} ×"] if len(known) == 2 else []
-        table.add_row(name, *("unknown" if value is None else f"{value:,}" for value in values), *gain)
+        gain = f"{known[0] / known[1]:.2f} ×" if len(known) == 2 else ""
+        rows.append([name, *("unknown" if value is None else f"{value:,}" for value in values), *[gain] * is_pair])
     for name, kind in (("prompt tokens/s", "prefill"), ("generated tokens/s", "decode")):
-        for batch in own[0].prefill:
-            rates = [getattr(speed, kind)[batch] for speed in own]
-            cells = [f"{rate.median:,.1f} ({rate.least:,.1f}–{rate.greatest:,.1f})" for rate in rates]
-            gain = [f"{rates[1].median / rates[0].median:.2f} ×"] if len(rates) == 2 else []
-            table.add_row(f"{name}, batch {batch}", *cells, *gain)
-    table.caption = (
+        for batch in measured[0].prefill:
+            rates = [getattr(speed, kind)[batch] for speed in measured]
+            gain = f"{rates[-1].median / rates[0].median:.2f} ×"
+            rows.append([f"{name}, batch {batch}", *map(shown_rate, rates), *[gain] * is_pair])
+    columns = [Column("", is_number=False), *map(Column, speeds), *[Column("gain")] * is_pair]
+    caption = (
         f"prompts of {prompt} tokens, then {new_tokens} generated with a cache; medians (least–greatest) of repetitions"
         " in turn"
     )
-    return table
+    return Table("speeds", "", columns, rows, [caption])
 
 
 def _advice_on_speed(speed: Speed, dense: Speed | None) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""What a model can do and how fast: perplexity, tasks of lm-eval, tokens per second, each with its protocol."""
+"""Quality and speed of a model: perplexity, tasks of lm-eval, tokens per second, each with its protocol."""
 
 from adapruner.evaluation._breakage import (
     AGREEMENT_PROTOCOL,
@@ -11,12 +11,14 @@ from adapruner.evaluation._breakage import (
 from adapruner.evaluation._losses import (
     Prefix,
     compute_prefix,
+    finite_windows,
     log_probabilities,
     losses_by_batch,
     losses_in_step,
     tokens_per_batch,
+    window_losses,
 )
-from adapruner.evaluation._perplexity import PROTOCOLS, Perplexity, measure_perplexity, window_losses
+from adapruner.evaluation._perplexity import PROTOCOLS, Perplexity, measure_perplexity
 from adapruner.evaluation._speed import Rate, Speed, count_macs, measure_speed, new_cache, rate, seconds_in_turn
 from adapruner.evaluation._tasks import Tasks, TaskScore, check_tasks, load_tasks, mean_accuracies, measure_tasks
 from adapruner.evaluation._verdict import Verdict, judge
@@ -38,6 +40,7 @@ __all__ = [
     "compute_prefix",
     "continue_greedily",
     "count_macs",
+    "finite_windows",
     "judge",
     "load_tasks",
     "log_probabilities",

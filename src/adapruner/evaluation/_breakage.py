@@ -1,4 +1,4 @@
-"""Whether a model still works: what perplexity on prose does not show."""
+"""Signs that a model is broken, which perplexity on prose does not show."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def continue_greedily(model: PreTrainedModel, tokenizer: Tokenizer, openings: Se
     """
     tokens = tokenizer(list(openings)).input_ids
     shortest = min(map(len, tokens))
-    prompts = torch.tensor([own[:shortest] for own in tokens], device=model.device)
+    prompts = torch.tensor([opening[:shortest] for opening in tokens], device=model.device)
     generate: Any = model.generate
     continued: Tensor = generate(
         prompts,
@@ -74,13 +74,16 @@ def continue_greedily(model: PreTrainedModel, tokenizer: Tokenizer, openings: Se
 
 
 def repetition(continued: Tensor) -> float:
-    """How much continuations repeat themselves; see `Breakage`.
+    """The fraction of repeated pieces in continuations; see `Breakage`.
 
     Args:
         continued: [openings, tokens], int64, see `continue_greedily`.
     """
-    repeated = [_repeated(tokens) for tokens in continued[:, -_CONTINUED:].tolist()]
-    return sum(repeated) / len(repeated)
+    fractions = []
+    for tokens in continued[:, -_CONTINUED:].tolist():
+        pieces = [tuple(tokens[first : first + _PIECE]) for first in range(len(tokens) - _PIECE + 1)]
+        fractions.append(1 - len(set(pieces)) / len(pieces))
+    return sum(fractions) / len(fractions)
 
 
 @torch.no_grad()
@@ -98,9 +101,3 @@ def agreement(model: PreTrainedModel, continued: Tensor) -> float:
     logits[..., [end for end in ends if end is not None and 0 <= end < logits.shape[-1]]] = -torch.inf
     chosen: Tensor = logits.argmax(-1).cpu()
     return float((chosen == continued[:, -_CONTINUED:]).double().mean())
-
-
-def _repeated(tokens: Sequence[int]) -> float:
-    """The fraction of pieces that were there before."""
-    pieces = [tuple(tokens[first : first + _PIECE]) for first in range(len(tokens) - _PIECE + 1)]
-    return 1 - len(set(pieces)) / len(pieces)

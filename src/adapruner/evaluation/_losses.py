@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from adapruner.errors import AdaPrunerError
 from adapruner.models import LayerCall, decoder_layers, enter_layers, is_streamed, loaded_layer, skipping_layers
 
 # What the caches of a processor hold, and what keeps a GPU busy.
@@ -21,7 +22,7 @@ _TOKENS_PER_READING = 32768
 
 @dataclass(frozen=True)
 class Prefix:
-    """What comes out of the first layers of a model for every batch of some windows.
+    """The hidden states of the first layers of a model for every batch of some windows.
 
     Attributes:
         states: for each batch, the hidden state [windows, tokens, hidden] in front of the first layer, behind it,
@@ -47,8 +48,8 @@ def compute_prefix(model: PreTrainedModel, windows: Tensor, layers: int) -> Pref
         states = [[state] for state, _ in entered]
         for index in range(layers):
             with loaded_layer(model, index) as layer:
-                for of_batch, (_, calls) in zip(states, entered, strict=True):
-                    of_batch.append(calls[index].run(layer, of_batch[-1]))
+                for batch_states, (_, calls) in zip(states, entered, strict=True):
+                    batch_states.append(calls[index].run(layer, batch_states[-1]))
     return Prefix(states, [calls[0] for _, calls in entered])
 
 
@@ -75,16 +76,62 @@ def losses_by_batch(
         itself = [(model, range(len(decoder_layers(model))))]
         at_once = max(1, _TOKENS_PER_READING // batches[0].numel())
         for first in range(0, len(batches), at_once):
-            part = slice(first, first + at_once)
-            of_part = None if references is None else references[part]
-            yield from losses_in_step(model, itself, torch.cat(list(batches[part])), of_part, context=context)[0]
+            read = slice(first, first + at_once)
+            targets = None if references is None else references[read]
+            yield from losses_in_step(model, itself, torch.cat(list(batches[read])), targets, context=context)[0]
         return
     for number, batch in enumerate(batches):
         known = prefix.in_place(model, number, prefix_layers) if prefix else contextlib.nullcontext()
         with torch.inference_mode(), known:
-            reference = references[number] if references is not None else None
-            of_batch = _losses_of_batch(model, batch, reference, context)
-        yield of_batch
+            losses = _losses_of_batch(model, batch, None if references is None else references[number], context)
+        yield losses
+
+
+def window_losses(
+    model: PreTrainedModel, windows: Tensor, progress: Callable[[int], None] | None = None, context: int = 1
+) -> Tensor:
+    """[windows], float64: the mean negative log-likelihood in nats of the predicted tokens of each window.
+
+    Args:
+        context: tokens at the beginning of a window that are not predicted, at least 1.
+    """
+    losses = []
+    for batch in losses_by_batch(model, windows, context=context):
+        losses.append(batch)
+        if progress:
+            progress(len(batch))
+    return torch.cat(losses)
+
+
+def finite_windows(
+    model: PreTrainedModel, windows: Mapping[str, Tensor], at_least: Mapping[str, int]
+) -> tuple[dict[str, Tensor], str]:
+    """Windows without those on which the loss of a model is not finite, and a note to the user on those.
+
+    Args:
+        model: the dense model, in the dtype in which it is measured.
+        windows: [windows, tokens], int64, by use.
+        at_least: the least number of windows of each use that must be left.
+
+    Returns:
+        The windows that are left, by use, and a line for each use that lost some; empty if none did.
+
+    Raises:
+        AdaPrunerError: more than half of the windows of a use are lost, or too few are left.
+    """
+    kept, notes = {}, []
+    for use, given in windows.items():
+        finite = window_losses(model, given).isfinite()
+        lost = (~finite).nonzero().flatten().tolist()
+        if 2 * len(lost) > len(given) or len(given) - len(lost) < at_least[use]:
+            raise AdaPrunerError(
+                f"the loss of the model is not finite on {len(lost)} of the {len(given)} windows of the {use}: its"
+                " weights are broken or its dtype is too narrow: try `dtype` float32"
+            )
+        if lost:
+            notes.append(f"left out, because the loss of the model on them is not finite: windows {lost} of the {use}")
+        kept[use] = given[finite]
+    return kept, "\n".join(notes)
 
 
 def losses_in_step(
@@ -96,8 +143,8 @@ def losses_in_step(
     prefix_layers: int = 0,
     context: int = 1,
 ) -> list[list[Tensor]]:
-    """What `losses_by_batch` gives for each of several models whose layers are cut out of streamed ones when they are
-    read: all of them go through the layers together, so that every layer of the dense model is read once.
+    """The losses of `losses_by_batch` for each of several models whose layers are cut out of streamed ones when they
+    are read: all of them go through the layers together, so that every layer of the dense model is read once.
 
     Args:
         models: each with the numbers of the dense layers that its layers are cut out of.
@@ -109,37 +156,27 @@ def losses_in_step(
     with torch.inference_mode():
         with loaded_layer(dense, 0):
             entered = [enter_layers(model, batches) for model, _ in models]
-        calls = [[own for _, own in of_model] for of_model in entered]
         states = [
-            [prefix.states[number][known] if prefix else state for number, (state, _) in enumerate(of_model)]
-            for of_model in entered
+            [prefix.states[number][known] if prefix else state for number, (state, _) in enumerate(model_batches)]
+            for model_batches in entered
         ]
         for layer in range(known, len(decoder_layers(dense))):
             with loaded_layer(dense, layer):
-                for (model, kept), of_model, own in zip(models, states, calls, strict=True):
+                for (model, kept), model_states, model_batches in zip(models, states, entered, strict=True):
                     if layer in kept:
                         index = kept.index(layer)
                         with loaded_layer(model, index) as module:
-                            of_model[:] = [
-                                call[index].run(module, state) for state, call in zip(of_model, own, strict=True)
-                            ]
-        return [
-            [
-                _losses_of_states(
-                    model, batch, state, call[0], None if references is None else references[number], context
-                )
-                for number, (batch, state, call) in enumerate(zip(batches, of_model, own, strict=True))
-            ]
-            for (model, _), of_model, own in zip(models, states, calls, strict=True)
-        ]
-
-
-def _losses_of_states(
-    model: PreTrainedModel, batch: Tensor, state: Tensor, call: LayerCall, reference: Tensor | None, context: int
-) -> Tensor:
-    """[windows], float64: of what comes out of the last layer of a model for a batch."""
-    with skipping_layers(model, len(decoder_layers(model)), state, call):
-        return _losses_of_batch(model, batch, reference, context)
+                            for number, (_, calls) in enumerate(model_batches):
+                                model_states[number] = calls[index].run(module, model_states[number])
+        losses = []
+        for (model, _), model_states, model_batches in zip(models, states, entered, strict=True):
+            losses.append(list[Tensor]())
+            for number, (batch, state, (_, calls)) in enumerate(zip(batches, model_states, model_batches, strict=True)):
+                with skipping_layers(model, len(decoder_layers(model)), state, calls[0]):
+                    losses[-1].append(
+                        _losses_of_batch(model, batch, None if references is None else references[number], context)
+                    )
+    return losses
 
 
 def _losses_of_batch(model: PreTrainedModel, batch: Tensor, reference: Tensor | None, context: int) -> Tensor:
@@ -147,25 +184,25 @@ def _losses_of_batch(model: PreTrainedModel, batch: Tensor, reference: Tensor | 
     batch = batch.to(model.device)
     losses = []
     # Window by window: float32 logits of a batch are the largest thing in memory.
-    for window, own in enumerate(_predictions(model, batch)):
+    for window, logits in enumerate(_predictions(model, batch)):
         if reference is None:
-            loss = functional.cross_entropy(own.float(), batch[window, 1:], reduction="none")
+            loss = functional.cross_entropy(logits.float(), batch[window, 1:], reduction="none")
         else:
-            expected = reference[window].to(own.device).float()
-            divergence = functional.kl_div(own.float().log_softmax(-1), expected, reduction="none", log_target=True)
+            expected = reference[window].to(logits.device).float()
+            divergence = functional.kl_div(logits.float().log_softmax(-1), expected, reduction="none", log_target=True)
             loss = divergence.sum(-1)
         losses.append(loss[context - 1 :].double().mean())
     return torch.stack(losses).cpu()
 
 
 def log_probabilities(model: PreTrainedModel, windows: Tensor) -> list[Tensor]:
-    """[windows of one batch, tokens - 1, vocabulary], float16, for every batch: what the model predicts."""
+    """[windows of one batch, tokens - 1, vocabulary], float16, for every batch: the predictions of the model."""
     with torch.inference_mode():
         return [_predictions(model, batch).float().log_softmax(-1).half().cpu() for batch in _batches(windows, model)]
 
 
 def tokens_per_batch(device: torch.device) -> int:
-    """How many tokens are evaluated at once."""
+    """The number of tokens that are evaluated at once."""
     return _TOKENS_PER_BATCH_ON_CPU if device.type == "cpu" else _TOKENS_PER_BATCH
 
 

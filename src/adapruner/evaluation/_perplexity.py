@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import torch
 from pydantic import BaseModel, ConfigDict, computed_field
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from adapruner.evaluation._losses import losses_by_batch
+from adapruner.evaluation._losses import window_losses
 
 # Datasets and tokens per window that others report with: LLM-Pruner (arXiv 2305.11627) and the paper; SparseGPT, Wanda,
 # FLAP, SliceGPT.
@@ -61,7 +60,7 @@ class Perplexity(BaseModel):
     @computed_field
     @property
     def predicted_tokens(self) -> int:
-        """How many tokens the mean is over."""
+        """The number of tokens that the mean is over."""
         most = self.seq_len - max(1, self.special_tokens)
         return most + (self.windows - 1) * min(self.stride, most)
 
@@ -136,19 +135,3 @@ def measure_perplexity(
         special_tokens=special_tokens,
         loss_standard_error=standard_error,
     )
-
-
-def window_losses(
-    model: PreTrainedModel, windows: Tensor, progress: Callable[[int], None] | None = None, context: int = 1
-) -> Tensor:
-    """[windows], float64: the mean negative log-likelihood in nats of the predicted tokens of each window.
-
-    Args:
-        context: tokens at the beginning of a window that are not predicted, at least 1.
-    """
-    losses = []
-    for batch in losses_by_batch(model, windows, context=context):
-        losses.append(batch)
-        if progress:
-            progress(len(batch))
-    return torch.cat(losses)

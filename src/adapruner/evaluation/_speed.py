@@ -1,4 +1,4 @@
-"""How large, how fast: parameters, multiplications, memory, tokens per second; models side by side in one process."""
+"""Size and speed: parameters, multiplications, memory, tokens per second; models side by side in one process."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Rate(BaseModel):
 
 
 class Speed(BaseModel):
-    """What a model costs to run.
+    """The cost of running a model.
 
     Attributes:
         parameters: tied ones counted once.
@@ -83,15 +83,16 @@ def measure_speed(
             progress(1)
         return times
 
-    runs = [(name, batch_size) for batch_size in batch_sizes for name in models]
-    for each in runs:  # to warm up: what is mapped from files comes into memory
-        run(*each)
+    cases = [(name, batch_size) for batch_size in batch_sizes for name in models]
+    for case in cases:  # to warm up: what is mapped from files comes into memory
+        run(*case)
     peaks = {name: _peak_beyond_weights(model, partial(run, name, max(batch_sizes))) for name, model in models.items()}
-    rounds = [{each: run(*each) for each in runs} for _ in range(repetitions)]
-    return {
-        name: _speed(model, {b: [one[name, b] for one in rounds] for b in batch_sizes}, peaks[name], prompt, new_tokens)
-        for name, model in models.items()
-    }
+    rounds = [{case: run(*case) for case in cases} for _ in range(repetitions)]
+    speeds = {}
+    for name, model in models.items():
+        seconds = {size: [times[name, size] for times in rounds] for size in batch_sizes}
+        speeds[name] = _speed(model, seconds, peaks[name], prompt, new_tokens)
+    return speeds
 
 
 def seconds_in_turn(
@@ -107,7 +108,8 @@ def seconds_in_turn(
         {name: _run(model, batch_size, prompt, new_tokens) for name, model in models.items()}
         for _ in range(repetitions + 1)
     ]
-    return {name: min(one[name][1] / new_tokens if new_tokens else one[name][0] for one in rounds) for name in models}
+    phase, tokens = (1, new_tokens) if new_tokens else (0, 1)
+    return {name: min(times[name][phase] for times in rounds) / tokens for name in models}
 
 
 def count_macs(model: PreTrainedModel, prompt: int) -> tuple[int, int]:
@@ -117,11 +119,11 @@ def count_macs(model: PreTrainedModel, prompt: int) -> tuple[int, int]:
     tokens = torch.zeros(1, prompt, dtype=torch.long, device="meta")
     cache = new_cache(empty)
     with torch.no_grad():
-        with FlopCounterMode(display=False) as of_prompt:
+        with FlopCounterMode(display=False) as prompt_counter:
             empty(tokens, use_cache=True, logits_to_keep=1, **cache)
-        with FlopCounterMode(display=False) as of_next:
+        with FlopCounterMode(display=False) as next_counter:
             empty(tokens[:, :1], use_cache=True, **cache)
-    return of_prompt.get_total_flops() // 2 // prompt, of_next.get_total_flops() // 2
+    return prompt_counter.get_total_flops() // 2 // prompt, next_counter.get_total_flops() // 2
 
 
 def _speed(
@@ -142,8 +144,10 @@ def _speed(
         prompt_macs=prompt_macs,
         new_token_macs=new_token_macs,
         peak_memory_bytes=None if peak is None else weight_bytes + peak,
-        prefill={batch: rate(batch * prompt, [own[0] for own in times]) for batch, times in seconds.items()},
-        decode={batch: rate(batch * new_tokens, [own[1] for own in times]) for batch, times in seconds.items()},
+        prefill={batch: rate(batch * prompt, [read for read, _ in times]) for batch, times in seconds.items()},
+        decode={
+            batch: rate(batch * new_tokens, [generated for _, generated in times]) for batch, times in seconds.items()
+        },
         unfriendly_widths={
             block.layer: block.groups for block in blocks if block.kind == "channels" and block.groups % multiple
         },
@@ -152,7 +156,7 @@ def _speed(
 
 
 def rate(tokens: int, seconds: Sequence[float]) -> Rate:
-    """Of so many tokens in each of some repetitions."""
+    """The rate of so many tokens in each of some repetitions, given their seconds."""
     return Rate(median=tokens / statistics.median(seconds), least=tokens / max(seconds), greatest=tokens / min(seconds))
 
 

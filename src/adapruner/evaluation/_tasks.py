@@ -44,7 +44,7 @@ _BATCH_ON_CPU = 8
 
 
 class TaskScore(BaseModel):
-    """What a model scores in a task of lm-eval, and how that was measured.
+    """The score of a model in a task of lm-eval, and how it was measured.
 
     Attributes:
         task: the name in lm-eval.
@@ -90,10 +90,10 @@ def mean_accuracies(metrics: Iterable[dict[str, float]]) -> dict[str, float]:
     Args:
         metrics: of each task, see `TaskScore`.
     """
-    of_tasks = list(metrics)
-    if not of_tasks or not all("acc" in own for own in of_tasks):
+    scores = list(metrics)
+    if not scores or not all("acc" in score for score in scores):
         return {}
-    return {name: fmean(own.get(name, own["acc"]) for own in of_tasks) for name in ("acc", "acc_norm")}
+    return {name: fmean(score.get(name, score["acc"]) for score in scores) for name in ("acc", "acc_norm")}
 
 
 @dataclass(frozen=True)
@@ -101,14 +101,12 @@ class Tasks:
     """Tasks that are ready to run, with their data.
 
     Attributes:
-        by_name: what lm-eval built for each name: a task, a group, or several of them for a tag.
+        by_name: the task or group that lm-eval built for each name, or several of them for a tag.
         items: the numbers of the items to take, by task.
-        data_sets: where the items of each task are from.
     """
 
     by_name: dict[str, list[Any]]
     items: dict[str, list[int]]
-    data_sets: dict[str, str]
 
     def __len__(self) -> int:
         return len(self.by_name)
@@ -156,7 +154,7 @@ def load_tasks(names: Sequence[str], limit: int | None = None, used_text: Iterab
         AdaPrunerError: a task is not known, or its data cannot be read.
     """
     used = frozenset(used_text)
-    built, items, data_sets = {}, {}, {}
+    built, items = {}, {}
     for name in check_tasks(names):
         try:
             with _contained():
@@ -169,10 +167,9 @@ def load_tasks(names: Sequence[str], limit: int | None = None, used_text: Iterab
                 if getattr(task, sign, False):
                     raise AdaPrunerError(f"task {task_name!r} {why}")
             items[task_name] = _chosen(task.eval_docs, limit, used)
-            data_sets[task_name] = _data_set(task)
             if not items[task_name]:
                 raise AdaPrunerError(f"every item of task {task_name!r} holds text that the model is calibrated on")
-    return Tasks(built, items, data_sets)
+    return Tasks(built, items)
 
 
 def measure_tasks(
@@ -189,23 +186,23 @@ def measure_tasks(
 
         batch_size = _BATCH_ON_CPU if model.device.type == "cpu" else "auto"
         runner = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-        for own in tasks.by_name.values():
-            outcome = _evaluate(runner, own, tasks.items, progress)
-            for name in [one.name if hasattr(one, "child_names") else one.task_name for one in own]:
+        for built in tasks.by_name.values():
+            outcome = _evaluate(runner, built, tasks.items, progress)
+            for name in [part.name if hasattr(part, "child_names") else part.task_name for part in built]:
                 score = _score(name, outcome, tasks, model)
                 members = [] if score.metrics else _members(name, outcome)
                 scores += [_score(member, outcome, tasks, model) for member in members] or [score]
     return scores
 
 
-def _evaluate(runner: Any, own: list[Any], items: dict[str, list[int]], progress: Callable[..., None] | None) -> Any:
-    """What `simple_evaluate` of lm-eval does, without its report on the environment, which asks pip and git."""
+def _evaluate(runner: Any, built: list[Any], items: dict[str, list[int]], progress: Callable[..., None] | None) -> Any:
+    """Does the same as `simple_evaluate` of lm-eval, without its report on the environment, which asks pip and git."""
     from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
     from lm_eval.evaluator import evaluate
     from lm_eval.tasks import TaskManager
 
     # They are built, so that none is looked up.
-    loaded = TaskManager(include_defaults=False).load(own)
+    loaded = TaskManager(include_defaults=False).load(built)
     for task in loaded["tasks"].values():
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
@@ -234,15 +231,15 @@ def _score(name: str, outcome: Any, tasks: Tasks, model: PreTrainedModel) -> Tas
             into = standard_errors if metric.endswith("_stderr") else metrics
             into[metric.removesuffix("_stderr") + (f" ({kind})" if kind != "none" else "")] = float(value)
     members = _members(name, outcome)
-    first = outcome["configs"][members[0]]
+    configs = [outcome["configs"][member] for member in members]
     return TaskScore(
         task=name,
         metrics=metrics,
         standard_errors=standard_errors,
         items=sum(len(tasks.items[task]) for task in members),
         items_in_all=sum(outcome["n-samples"][task]["original"] for task in members),
-        data_set=", ".join(dict.fromkeys(tasks.data_sets[task] for task in members)),
-        split=str(first.get("test_split") or first.get("validation_split")),
+        data_set=", ".join(dict.fromkeys(map(_data_set, configs))),
+        split=str(configs[0].get("test_split") or configs[0].get("validation_split")),
         version=str(outcome["versions"].get(name)),
         shots=int(outcome["n-shot"][members[0]]),
         dtype=str(model.dtype).removeprefix("torch."),
@@ -252,14 +249,14 @@ def _score(name: str, outcome: Any, tasks: Tasks, model: PreTrainedModel) -> Tas
 def _members(name: str, outcome: Any) -> list[str]:
     """The tasks of a group, and of the groups in it; of a task, itself."""
     inside = outcome["group_subtasks"].get(name)
-    return [task for one in inside for task in _members(one, outcome)] if inside else [name]
+    return [task for member in inside for task in _members(member, outcome)] if inside else [name]
 
 
 def _outermost(loaded: Any) -> list[Any]:
     """The groups and tasks that are in no group."""
     everything = {**loaded.get("groups", {}), **loaded["tasks"]}
     inside = {name for names in loaded.get("group_map", {}).values() for name in names}
-    return [one for name, one in everything.items() if name not in inside]
+    return [built for name, built in everything.items() if name not in inside]
 
 
 @cache
@@ -279,44 +276,40 @@ def _task_manager() -> Any:
         return TaskManager()
 
 
-def _task_manager_of(definition: str) -> Any:
-    """The register of the tasks in one folder of lm-eval's definitions."""
-    from lm_eval import tasks
-
-    return tasks.TaskManager(include_path=Path(tasks.__file__).parent / definition, include_defaults=False)
-
-
 def _load(name: str) -> Any:
     """Builds a task, with the data under `$ADAPRUNER_DATA` where they lie there."""
+    from lm_eval import tasks
+
     known = _local_tasks().get(name)
     if known is None:
         return _task_manager().load(name)
-    manager = _task_manager_of(known["definition"])
-    found = [(path, split) for data, split in known["local"].items() if (path := find_local_data(data))]
-    if not found:
+    folder = Path(tasks.__file__).parent / known["definition"]
+    manager = tasks.TaskManager(include_path=folder, include_defaults=False)
+    local = ((path, split) for data, split in known["local"].items() if (path := find_local_data(data)))
+    path, local_split = next(local, (None, None))
+    if path is None:
         return manager.load(name)
-    path, of_path = found[0]
     definition = {
         "include": str(manager.task_index[name].yaml_path),
         "dataset_path": "arrow" if path.is_dir() else "json",
         "dataset_name": None,
-        "dataset_kwargs": {"data_files": {of_path: str(path / "data-*.arrow" if path.is_dir() else path)}},
-        **{split: of_path if split == f"{of_path}_split" else None for split in _SPLITS},
+        "dataset_kwargs": {"data_files": {local_split: str(path / "data-*.arrow" if path.is_dir() else path)}},
+        **{split: local_split if split == f"{local_split}_split" else None for split in _SPLITS},
         **known.get("fields", {}),
     }
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / f"{name}.yaml"
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / f"{name}.yaml"
         file.write_text(yaml.safe_dump(definition), encoding="utf-8")
         return manager.load(str(file))
 
 
-def _data_set(task: Any) -> str:
-    """The name of a dataset on the Hub, or the path of a local copy without the folder that it is in."""
-    files = (task.config.dataset_kwargs or {}).get("data_files")
-    if isinstance(files, dict) and task.config.task in _local_tasks():
+def _data_set(config: dict[str, Any]) -> str:
+    """The name of the dataset of a task on the Hub, or the path of a local copy without the folder that it is in."""
+    files = (config.get("dataset_kwargs") or {}).get("data_files")
+    if isinstance(files, dict) and config["task"] in _local_tasks():
         file = str(next(iter(files.values())))
-        return next((data for data in _local_tasks()[task.config.task]["local"] if data in file), file)
-    return " ".join(str(name) for name in (task.config.dataset_path, task.config.dataset_name) if name)
+        return next((data for data in _local_tasks()[config["task"]]["local"] if data in file), file)
+    return " ".join(str(config[name]) for name in ("dataset_path", "dataset_name") if config.get(name))
 
 
 def _chosen(items: Any, limit: int | None, used: frozenset[str]) -> list[int]:
@@ -327,7 +320,7 @@ def _chosen(items: Any, limit: int | None, used: frozenset[str]) -> list[int]:
 
 
 def _holds(item: dict[str, Any], used: frozenset[str]) -> bool:
-    """Whether a field is one of the texts, as it is or after a title."""
+    """True if a field is one of the texts, as it is or after a title."""
     texts = [value for value in item.values() if isinstance(value, str)]
     return any(text in used or text.partition(" -- ")[2] in used for text in texts)
 

@@ -1,4 +1,4 @@
-"""A plain word on whether a pruned model still works, from how far it is from its dense model."""
+"""The verdict on a pruned model, from its distance to the dense model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Verdict = Literal["usable", "recover first", "broken"]
 
 
 class _Limits(NamedTuple):
-    """What a model has to keep to.
+    """The limits that a model must keep to.
 
     Attributes:
         agreement: the least.
@@ -44,7 +44,7 @@ _NOT_BROKEN = _Limits(agreement=0.49, bits=1.8, repetition=1.0)
 
 
 def judge(dense: Breakage, pruned: Breakage) -> Verdict:
-    """Whether a pruned model can be used as it is, needs fine-tuning, or has lost the language.
+    """Judges whether a pruned model can be used as it is, needs fine-tuning, or has lost the language.
 
     All is measured against the dense model, so that a pruned model is not called broken for what its dense model cannot
     do either. What was not measured is not judged.

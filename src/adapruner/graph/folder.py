@@ -30,7 +30,7 @@ class RunFolder:
         self.path = path
         self.config = path / "config.yaml"
         self.log = path / "log.jsonl"
-        self.study = path / "study.db"
+        self.study = path / "study.jsonl"
         self.model = path / "model"
         self.recovered = path / "recovered"
         self.report = path / "report.html"

@@ -1,4 +1,4 @@
-"""Loading models, and what must be known of a family of models to prune it."""
+"""Models: where they are, how their family is built, loading them, and their layers one at a time."""
 
 from adapruner.models._architecture import (
     Architecture,
@@ -9,13 +9,15 @@ from adapruner.models._architecture import (
     check_length,
     check_tokens,
     family_named,
-    find_architecture,
     is_pruned,
     known_architectures,
     new_model,
     register_architectures,
+    remember_family,
+    stock_config,
     using_architecture,
 )
+from adapruner.models._config import check_config, load_config
 from adapruner.models._device import (
     computes_bfloat16_natively,
     computing_repeatably,
@@ -28,7 +30,6 @@ from adapruner.models._device import (
     usable_devices,
 )
 from adapruner.models._fingerprint import fingerprint
-from adapruner.models._inference import InferenceError, infer_architecture, random_model
 from adapruner.models._layers import (
     LayerCall,
     decoder_layers,
@@ -45,28 +46,18 @@ from adapruner.models._layers import (
     whole_state,
     without_parts,
 )
-from adapruner.models._loading import (
-    ModelLocation,
-    check_streamable,
-    empty_model,
-    find_model,
-    is_streamable,
-    load_config,
-    load_model,
-    load_tokenizer,
-    quiet_transformers,
-)
-from adapruner.models._tiny import tiny_config
+from adapruner.models._loading import check_streamable, empty_model, is_streamable, load_model, load_tokenizer
+from adapruner.models._places import ModelLocation, find_model, quiet_transformers, reported_as_unloadable
 
 __all__ = [
     "Architecture",
-    "InferenceError",
     "LayerCall",
     "ModelLocation",
     "ProjectionNames",
     "RowKind",
     "Whole",
     "architecture_of",
+    "check_config",
     "check_length",
     "check_streamable",
     "check_tokens",
@@ -78,11 +69,9 @@ __all__ = [
     "empty_model",
     "enter_layers",
     "family_named",
-    "find_architecture",
     "find_model",
     "fingerprint",
     "in_fastest_dtype",
-    "infer_architecture",
     "is_pruned",
     "is_streamable",
     "is_streamed",
@@ -97,14 +86,15 @@ __all__ = [
     "overwrite_weight",
     "place_layers",
     "quiet_transformers",
-    "random_model",
     "register_architectures",
+    "remember_family",
+    "reported_as_unloadable",
     "resolve_device",
     "resolve_devices",
     "skipping_layers",
+    "stock_config",
     "stream_from_memory",
     "stream_layers",
-    "tiny_config",
     "trial_dtype",
     "usable_devices",
     "using_architecture",

@@ -1,19 +1,19 @@
-"""What must be known of a model family to prune it, read from `architectures/*.yaml`."""
+"""A family of models as data, read from `architectures/*.yaml` or a user's files, and the families known so far."""
 
 from __future__ import annotations
 
 import contextlib
 import difflib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache, cached_property
-from importlib import import_module, resources
+from importlib import resources
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from adapruner.errors import AdaPrunerError, reason
@@ -188,6 +188,11 @@ class Architecture(_Data):
         return names.module if names else ""
 
     @property
+    def projections(self) -> set[str]:
+        """Paths, in a layer, of the projections that read heads or channels."""
+        return {names.output for names in (self.attention, self.feed_forward) if names}
+
+    @property
     def layer_fields(self) -> set[str | None]:
         """The config fields in which layers may differ."""
         names, experts = self.config_fields, self.experts
@@ -201,13 +206,12 @@ class Architecture(_Data):
         return int(explicit or config.hidden_size // getattr(config, self.config_fields.heads))
 
     def has_plain_residual(self, config: PreTrainedConfig) -> bool:
-        """Whether what a block puts out is added to the hidden state as it is, and nothing else becomes of either."""
+        """True if the output of a block is added to the hidden state as it is, and neither is changed otherwise."""
         return self.plain_residual and not _holds_any(config, self.plain_residual_unless)
 
     def removable_whole(self, config: PreTrainedConfig) -> frozenset[Whole]:
-        """What of a layer of such a model can be removed whole."""
-        whole = frozenset(self.whole)
-        return whole - {"layer"} if _holds_any(config, self.numbers_layers_if) else whole
+        """The parts of a layer of such a model that can be removed whole."""
+        return frozenset(self.whole) - ({"layer"} if _holds_any(config, self.numbers_layers_if) else set())
 
     def channels(self, config: PreTrainedConfig) -> int:
         """Feed-forward width of a layer."""
@@ -219,13 +223,23 @@ def _holds_any(config: PreTrainedConfig, fields: Mapping[str, bool]) -> bool:
     return any(getattr(config, field, None) == value for field, value in fields.items())
 
 
+# Of this process, by `model_type`: the families of the user's files; and those that no file describes, with the reason
+# where one cannot be pruned.
+_registered: dict[str, Architecture] = {}
+_inferred: dict[str, Architecture | str] = {}
+
+
 @cache
-def known_architectures() -> dict[str, Architecture]:
-    """All families, by `model_type`: those shipped with the package, and those that were registered."""
+def _shipped() -> dict[str, Architecture]:
     folder = resources.files("adapruner.models") / "architectures"
     files = sorted((file for file in folder.iterdir() if file.name.endswith(".yaml")), key=lambda file: file.name)
     families = [Architecture.model_validate(yaml.safe_load(file.read_text(encoding="utf-8"))) for file in files]
     return {family.model_type: family for family in families}
+
+
+def known_architectures() -> dict[str, Architecture]:
+    """The families that a file describes, by `model_type`: the shipped ones and those that were registered."""
+    return _shipped() | _registered
 
 
 def register_architectures(path: Path) -> list[str]:
@@ -238,7 +252,7 @@ def register_architectures(path: Path) -> list[str]:
         The `model_type` of every family in them.
 
     Raises:
-        AdaPrunerError: a file is none, or describes a family that is shipped or that transformers does not have.
+        AdaPrunerError: a file is invalid, or describes a family that is shipped or that transformers does not have.
     """
     files = sorted(path.glob("*.yaml")) if path.is_dir() else [path]
     if not files:
@@ -255,74 +269,57 @@ def _register(file: Path) -> str:
         raise AdaPrunerError(f"{file} describes no family: {f'`{field}`: ' if field else ''}{first['msg']}") from None
     except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
         raise AdaPrunerError(f"{file} cannot be read: {reason(error)}") from None
-    known = known_architectures()
-    if known.get(family.model_type, family) != family:
+    if known_architectures().get(family.model_type, family) != family:
         raise AdaPrunerError(f"{file}: there is another description of {family.model_type!r} already")
     if not isinstance(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(family.model_type), str):
         raise AdaPrunerError(f"{file}: transformers has no causal language model {family.model_type!r}")
-    known[family.model_type] = family
+    _registered[family.model_type] = family
     return family.model_type
 
 
-# Of families that no file describes, by `model_type`: the architecture, or why there is none.
-_described: dict[str, Architecture | str] = {}
+def remember_family(model_type: str, answer: Architecture | str) -> None:
+    """Makes a family that no file describes known to this process (see `families.learn`).
+
+    Args:
+        answer: its architecture, or the reason why it cannot be pruned.
+    """
+    _inferred[model_type] = answer
 
 
 def family_named(model_type: Any) -> Architecture | None:
     """The architecture of a family that is known so far."""
-    described = _described.get(model_type) if isinstance(model_type, str) else None
-    return known_architectures().get(model_type) or (described if isinstance(described, Architecture) else None)
+    answer = _answer(model_type) if isinstance(model_type, str) else None
+    return answer if isinstance(answer, Architecture) else None
 
 
-def find_architecture(config: PreTrainedConfig) -> None:
-    """Has the family of a config inferred and proven if no file describes it: `architecture_of` then knows it, or says
-    why it cannot be pruned.
-
-    Args:
-        config: as it was read, of a stock model.
-    """
-    if config.model_type in known_architectures() or getattr(config, "quantization_config", None):
-        return
-    if config.is_encoder_decoder or not isinstance(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type), str):
-        return
-    # Everything else is above the models: a family is proven by pruning one of it.
-    families: Any = import_module("adapruner.families")
-    try:
-        _described[config.model_type] = families.describe(config)
-    except AdaPrunerError as refusal:
-        _described[config.model_type] = str(refusal)
-    except Exception as error:  # whatever a model class raises that is built as no other
-        _described[config.model_type] = f"how a {config.model_type} is built was not found out: {reason(error)}"
+def _answer(model_type: str) -> Architecture | str | None:
+    return _registered.get(model_type) or _shipped().get(model_type) or _inferred.get(model_type)
 
 
 @contextlib.contextmanager
 def using_architecture(architecture: Architecture) -> Iterator[None]:
     """While it lasts, a family is what `architecture` says."""
-    known, before = known_architectures(), known_architectures().get(architecture.model_type)
-    known[architecture.model_type] = architecture
+    before = dict(_registered)
+    _registered[architecture.model_type] = architecture
     try:
         yield
     finally:
-        del known[architecture.model_type]
-        if before is not None:
-            known[architecture.model_type] = before
+        _registered.clear()
+        _registered.update(before)
 
 
 def architecture_of(config: PreTrainedConfig) -> Architecture:
-    """The architecture of a model from its config.
+    """The architecture of a model from its config, of a family that is known so far; nothing is inferred.
 
     Raises:
         AdaPrunerError: the family is not known or cannot be pruned, or the model is quantized.
     """
-    known = known_architectures()
     quantization: Any = getattr(config, "quantization_config", None)
     if quantization is not None:
         raise AdaPrunerError(
             f"this model is quantized ({quantization}); prune the unquantized checkpoint and quantize the result"
         )
-    if config.model_type not in _described and not is_pruned(config):
-        find_architecture(config)
-    architecture = known.get(config.model_type) or _described.get(config.model_type) or _why_unknown(config, known)
+    architecture = _answer(config.model_type) or _why_unknown(config)
     if isinstance(architecture, str):
         raise AdaPrunerError(architecture)
     for field, value in architecture.unsupported.items():
@@ -331,9 +328,34 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
     return architecture
 
 
+def _why_unknown(config: PreTrainedConfig) -> str:
+    if config.is_encoder_decoder:
+        return f"{config.model_type!r} is an encoder-decoder, only causal language models can be pruned"
+    if isinstance(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type), str):
+        return (
+            f"no file describes the family {config.model_type!r}, and it was not inferred: call"
+            " adapruner.families.resolve with the config of the model first"
+        )
+    close = difflib.get_close_matches(config.model_type, known_architectures(), n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return f"transformers has no causal language model {config.model_type!r}{hint}"
+
+
 def is_pruned(config: PreTrainedConfig) -> bool:
-    """Whether a config says what each layer has less of, in a class that this package made."""
+    """True for the config of a model whose layers differ, of a class that this package made."""
     return hasattr(config, "stock_class")
+
+
+def stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config itself; of a pruned model, that of the dense model that it was made from."""
+    if not is_pruned(config):
+        return config
+    of_pruned = ("per_layer_config", "stock_per_layer_config", "auto_map", "added_biases", "model_type")
+    fields = {name: value for name, value in config.to_dict().items() if name not in of_pruned}
+    if stock_layers := getattr(config, "stock_per_layer_config", None):
+        fields["per_layer_config"] = stock_layers
+    stock: PreTrainedConfig = CONFIG_MAPPING[config.model_type].from_dict(fields)
+    return stock
 
 
 def new_model(config: PreTrainedConfig) -> PreTrainedModel:
@@ -371,11 +393,3 @@ def check_tokens(config: PreTrainedConfig, largest: int) -> None:
             f"the text has token {largest}, the embedding of the model ends at {config.vocab_size - 1}: its tokenizer"
             " has tokens that it was not trained with, take them out of the text or out of the tokenizer"
         )
-
-
-def _why_unknown(config: PreTrainedConfig, known: Iterable[str]) -> str:
-    if config.is_encoder_decoder:
-        return f"{config.model_type!r} is an encoder-decoder, only causal language models can be pruned"
-    close = difflib.get_close_matches(config.model_type, known, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    return f"transformers has no causal language model {config.model_type!r}{hint}"

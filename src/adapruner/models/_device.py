@@ -1,4 +1,4 @@
-"""Where a model runs, and in which dtype it runs fastest there."""
+"""The device of a model, and the dtype in which it runs fastest there."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def resolve_device(device: str) -> torch.device:
     if accelerator and (device == "auto" or (device == accelerator and process.count_here > 1)):
         device = f"{accelerator}:{process.rank_here}"
     try:
-        found = torch.empty(0, device=device).device
+        resolved = torch.empty(0, device=device).device
     except (RuntimeError, ImportError) as error:
         raise AdaPrunerError(f"`device` {device}: {reason(error)}") from None
-    if found.type == "meta":
+    if resolved.type == "meta":
         raise AdaPrunerError("`device` meta computes nothing")
-    if found.type == accelerator:
-        torch.get_device_module(found).set_device(found)
-    return found
+    if resolved.type == accelerator:
+        torch.get_device_module(resolved).set_device(resolved)
+    return resolved
 
 
 def resolve_devices(device: str) -> tuple[torch.device, ...]:
@@ -54,14 +54,15 @@ def resolve_devices(device: str) -> tuple[torch.device, ...]:
             several processes.
     """
     names = [name.strip() for name in device.split(",")]
-    found = [resolve_device(name) for name in reversed(names)][::-1]
+    devices = [resolve_device(name) for name in reversed(names)][::-1]
     # A name without a number is that of the device that is current, which naming others changes.
     are_numbered = all(":" in name for name in names)
-    if len(found) > 1 and (not are_numbered or len(set(found)) < len(found) or len({one.type for one in found}) > 1):
+    types = {resolved.type for resolved in devices}
+    if len(devices) > 1 and (not are_numbered or len(set(devices)) < len(devices) or len(types) > 1):
         raise AdaPrunerError(f"`device` {device}: name different devices of one type, each with its number")
-    if len(found) > 1 and this_process().count > 1:
+    if len(devices) > 1 and this_process().count > 1:
         raise AdaPrunerError(f"`device` {device}: each of several processes has a GPU of its own; leave `device` out")
-    return tuple(found)
+    return tuple(devices)
 
 
 def usable_devices(device: str) -> tuple[torch.device, ...]:
@@ -78,8 +79,8 @@ def usable_devices(device: str) -> tuple[torch.device, ...]:
 
 def _accelerator() -> str | None:
     """The type of the accelerator that is here and computes in float64."""
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return None if found is None or found.type == "mps" else found.type
+    current = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return None if current is None or current.type == "mps" else current.type
 
 
 @contextlib.contextmanager
@@ -118,7 +119,7 @@ def describe_device(device: torch.device) -> str:
 
 
 def computes_bfloat16_natively(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 faster than float32; a GPU that is not here is taken for one that does."""
+    """True if the device multiplies bfloat16 faster than float32; a GPU that is not here is assumed to."""
     if device.type == "cpu":
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     if device.type == "cuda" and not torch.cuda.is_available():

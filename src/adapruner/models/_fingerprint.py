@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from adapruner.errors import AdaPrunerError
-from adapruner.models._loading import ModelLocation
+from adapruner.models._places import ModelLocation
 
 _READ = {".safetensors", ".json", ".jinja", ".model", ".txt", ".tiktoken"}
 # Written beside a model, and about it: nothing is computed from these.

@@ -1,5 +1,5 @@
-"""The decoder layers of a model one at a time: run by themselves, skipped, on several devices, or in memory only while
-they are in use."""
+"""The decoder layers of a model one at a time: run alone, skipped, on several devices, or in memory only while they are
+in use."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -23,19 +24,19 @@ ReadLayer = Callable[[], dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class LayerCall:
-    """What a model calls a layer with beside the hidden state (masks, positions), and what the layer returns beside it,
-    None where that is no tuple; the same for all batches of one shape."""
+    """The arguments of a layer besides the hidden state (masks, positions), and the values that it returns besides it,
+    None where it returns no tuple; the same for all batches of one shape."""
 
     arguments: tuple[Any, ...]
     named: dict[str, Any]
     others: tuple[Any, ...] | None
 
     def output(self, state: Tensor) -> Any:
-        """What the layer returns with another hidden state."""
+        """The return value of the layer with another hidden state."""
         return state if self.others is None else (state, *self.others)
 
     def run(self, layer: nn.Module, state: Tensor) -> Tensor:
-        """[batch, tokens, hidden]: the hidden state behind a layer."""
+        """[batch, tokens, hidden]: the hidden state after a layer."""
         output = layer(state, *self.arguments, **self.named)
         hidden: Tensor = output[0] if isinstance(output, tuple) else output
         return hidden
@@ -57,14 +58,14 @@ def enter_layers(model: PreTrainedModel, batches: Iterable[Tensor]) -> list[tupl
     calls: dict[torch.Size, list[LayerCall]] = {}
     entered = []
     for batch in batches:
-        state, own = _enter(model, batch, calls.get(batch.shape))
-        entered.append((state, calls.setdefault(batch.shape, own)))
+        state, noted = _enter(model, batch, calls.get(batch.shape))
+        entered.append((state, calls.setdefault(batch.shape, noted)))
     return entered
 
 
 def _enter(model: PreTrainedModel, batch: Tensor, known: list[LayerCall] | None) -> tuple[Tensor, list[LayerCall]]:
     layers = decoder_layers(model)
-    own_forward = layers[0].forward
+    first_forward = layers[0].forward
     states: list[Tensor] = []
     calls: list[LayerCall] = []
 
@@ -73,7 +74,7 @@ def _enter(model: PreTrainedModel, batch: Tensor, known: list[LayerCall] | None)
         if known or calls:
             others = (known or calls)[0].others
         else:
-            output = own_forward(state, *arguments, **named)
+            output = first_forward(state, *arguments, **named)
             others = output[1:] if isinstance(output, tuple) else None
         calls.append(LayerCall(arguments, named, others))
         return calls[-1].output(state)
@@ -125,15 +126,15 @@ def _other_forwards(forwards: dict[nn.Module, Callable[..., Any]]) -> Iterator[N
     try:
         yield
     finally:
-        for layer, own in before.items():
-            if own is None:
+        for layer, forward_before in before.items():
+            if forward_before is None:
                 del layer.forward
             else:
-                layer.forward = own
+                layer.forward = forward_before
 
 
 def layer_devices(model: PreTrainedModel) -> list[torch.device]:
-    """Where the decoder layers are."""
+    """The device of every decoder layer."""
     return [_device_of(layer) for layer in decoder_layers(model)]
 
 
@@ -150,38 +151,31 @@ def share_out(model: PreTrainedModel, devices: Sequence[torch.device]) -> list[t
 
 def place_layers(model: PreTrainedModel, device: torch.device, of_layers: Sequence[torch.device]) -> None:
     """Moves every decoder layer to a device, and everything else to one. Where they differ, layers and the modules
-    outside of them from then on move what they are called with to where they are."""
+    outside of them from then on move what they are called with to where they are.
+
+    The hooks of `accelerate.dispatch_model` would do the same, but refer to their modules: the weights would stay in
+    memory until cycles are collected, and `to` of a copy would move the model that was copied.
+    """
     layers = decoder_layers(model)
     inside = {module for layer in layers for module in layer.modules()}
     outside = [module for module in model.modules() if module not in inside]
-    for layer, own in zip(layers, of_layers, strict=True):
-        layer.to(own)
+    for layer, place in zip(layers, of_layers, strict=True):
+        layer.to(place)
     for module in outside:
         module._apply(lambda tensor: tensor.to(device), recurse=False)
     if {*of_layers} != {device}:
         holding = (module for module in outside if [*module.parameters(False), *module.buffers(False)])
         for module in (*layers, *holding):
-            module.register_forward_pre_hook(_move_arguments, with_kwargs=True)
+            module.register_forward_pre_hook(_bring_arguments, with_kwargs=True)
+
+
+def _bring_arguments(module: nn.Module, *called: Any) -> Any:
+    """Caches are left alone: what they hold of a layer is where the layer is."""
+    return send_to_device(called, _device_of(module))
 
 
 def _device_of(module: nn.Module) -> torch.device:
     return next(chain(module.parameters(), module.buffers())).device
-
-
-def _move_arguments(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
-    device = _device_of(module)
-    return _moved(arguments, device), _moved(named, device)
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    """With all tensors on a device; caches are left alone, what they hold of a layer is where the layer is."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if type(value) in (tuple, list):
-        return type(value)(_moved(one, device) for one in value)
-    if type(value) is dict:
-        return {name: _moved(one, device) for name, one in value.items()}
-    return value
 
 
 class _Stream:
@@ -242,7 +236,7 @@ def stream_from_memory(model: PreTrainedModel, device: torch.device) -> None:
     for layer in layers:
         layer.load_state_dict({name: tensor.to("meta") for name, tensor in layer.state_dict().items()}, assign=True)
     move_resident(model, device)
-    stream_layers(model, [_FromMemory(own, device) for own in weights])
+    stream_layers(model, [_FromMemory(of_layer, device) for of_layer in weights])
 
 
 def move_resident(model: PreTrainedModel, device: torch.device) -> None:
@@ -263,9 +257,9 @@ def overwrite_weight(model: PreTrainedModel, name: str, value: Tensor) -> None:
     """Sets a parameter in place, also one of a layer that is streamed from memory."""
     prefix = f"{architecture_of(model.config).layers}."
     if is_streamed(model) and name.startswith(prefix):
-        index, _, own = name.removeprefix(prefix).partition(".")
+        index, _, name_in_layer = name.removeprefix(prefix).partition(".")
         stream: Any = decoder_layers(model)[int(index)].stream
-        stream.read.weights[own].copy_(value)
+        stream.read.weights[name_in_layer].copy_(value)
     else:
         model.get_parameter(name).data.copy_(value)
 
@@ -282,7 +276,7 @@ def whole_state(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def is_streamed(model: PreTrainedModel) -> bool:
-    """Whether layers are in memory only while they are in use."""
+    """True if layers are in memory only while they are in use."""
     # Asked of families too that cannot be pruned.
     return any("stream" in vars(module) for module in model.modules())
 

@@ -1,4 +1,4 @@
-"""What the safetensors files of a model hold, and a model whose layers stay in them."""
+"""The tensors in the safetensors files of a model, and a model whose layers are read from them while in use."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _FLOATING_POINT = {"F64": torch.float64, "F32": torch.float32, "F16": torch.floa
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor is, and what it is, in the words of safetensors."""
+    """The file, shape and dtype of a tensor; the dtype by its name in safetensors."""
 
     file: str
     shape: tuple[int, ...]
@@ -47,17 +47,17 @@ def stored_tensors(path: str, config: PreTrainedConfig, local_files_only: bool =
     if named is not None:
         refuse_files_elsewhere("config.json", [named])
     for name in [_WEIGHTS, _INDEX] if named is None else [named]:
-        found = cached_file(path, name, local_files_only=local_files_only, _raise_exceptions_for_missing_entries=False)
-        if found:
+        file = cached_file(path, name, local_files_only=local_files_only, _raise_exceptions_for_missing_entries=False)
+        if file:
             break
     else:
         raise AdaPrunerError(f"weights are read from safetensors files, and {path!r} has none: save it as such first")
     stored: dict[str, StoredTensor] = {}
-    for file in _shards(path, found, local_files_only) if found.endswith(".json") else [found]:
-        with safe_open(file, "pt") as opened:
+    for shard in _shards(path, file, local_files_only) if file.endswith(".json") else [file]:
+        with safe_open(shard, "pt") as opened:
             for name in opened.keys():  # noqa: SIM118 - it is no mapping
-                part = opened.get_slice(name)
-                stored[name] = StoredTensor(file, tuple(part.get_shape()), part.get_dtype())
+                tensor = opened.get_slice(name)
+                stored[name] = StoredTensor(shard, tuple(tensor.get_shape()), tensor.get_dtype())
     return stored
 
 
@@ -68,8 +68,9 @@ def _shards(path: str, index: str, local_files_only: bool) -> list[str]:
 
 
 def dtype_in_files(stored: Mapping[str, StoredTensor]) -> torch.dtype:
-    """What `dtype="auto"` of transformers is where the config says none: the dtype of the first floating tensor."""
-    return next((_FLOATING_POINT[one.dtype] for one in stored.values() if one.dtype in _FLOATING_POINT), torch.float32)
+    """The dtype of the first floating tensor: `dtype="auto"` of transformers where the config has none."""
+    dtypes = (_FLOATING_POINT.get(tensor.dtype) for tensor in stored.values())
+    return next(filter(None, dtypes), torch.float32)
 
 
 def read_tensors(names: Mapping[str, str], stored: Mapping[str, StoredTensor]) -> dict[str, torch.Tensor]:
@@ -79,9 +80,9 @@ def read_tensors(names: Mapping[str, str], stored: Mapping[str, StoredTensor]) -
         names: see `names_in_files`.
     """
     tensors: dict[str, torch.Tensor] = {}
-    for file in {stored[own].file for own in names.values()}:
+    for file in {stored[key].file for key in names.values()}:
         with safe_open(file, "pt") as opened:
-            tensors |= {name: opened.get_tensor(own) for name, own in names.items() if stored[own].file == file}
+            tensors |= {name: opened.get_tensor(key) for name, key in names.items() if stored[key].file == file}
     return tensors
 
 
@@ -105,13 +106,13 @@ def names_in_files(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -
 
 
 def are_stored_apart(model: PreTrainedModel) -> bool:
-    """Whether transformers puts tensors of the model together from several in the files, as it does with experts."""
+    """True if transformers puts tensors of the model together from several in the files, as it does with experts."""
     return any(isinstance(entry, WeightConverter) for entry in get_model_conversion_mapping(model))
 
 
 def has_own_output(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> bool:
-    """Whether files hold an output matrix beside another embedding, which transformers then does not tie, whatever the
-    config says."""
+    """True if files hold an output matrix that is not the embedding; transformers then does not tie the two, whatever
+    the config says."""
     names = names_in_files(model, stored)
     for pair in model.all_tied_weights_keys.items():
         if names.keys() >= set(pair):
@@ -124,7 +125,7 @@ def has_own_output(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -
 def differences(
     model: PreTrainedModel, names: Mapping[str, str], stored: Mapping[str, StoredTensor]
 ) -> dict[str, list[Any]]:
-    """What does not fit, in the form in which `from_pretrained` reports it.
+    """The tensors that do not fit the model, in the form in which `from_pretrained` reports them.
 
     Args:
         model: may be on the meta device.
@@ -133,8 +134,8 @@ def differences(
     Raises:
         AdaPrunerError: weights are stored as something else than floating point numbers.
     """
-    own = dict(model.named_parameters(remove_duplicate=False))
-    for name in sorted(own.keys() & names.keys()):
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name in sorted(parameters.keys() & names.keys()):
         tensor = stored[names[name]]
         if tensor.dtype not in _FLOATING_POINT:
             raise AdaPrunerError(
@@ -150,7 +151,7 @@ def differences(
     elsewhere = {name for pair in tied.items() if names.keys() & pair for name in pair}
     return {
         "mismatched_keys": mismatched,
-        "missing_keys": sorted(own.keys() - names.keys() - elsewhere),
+        "missing_keys": sorted(parameters.keys() - names.keys() - elsewhere),
         "unexpected_keys": sorted(stored.keys() - set(names.values())),
     }
 
@@ -171,8 +172,8 @@ def load_streamed(
     names = names_in_files(model, files)
     layers_prefix = f"{architecture_of(config).layers}."
 
-    def reader(own: Mapping[str, str]) -> ReadLayer:
-        return lambda: plain_weights(read_tensors(own, files), device, dtype)
+    def reader(keys: Mapping[str, str]) -> ReadLayer:
+        return lambda: plain_weights(read_tensors(keys, files), device, dtype)
 
     def below(prefix: str) -> dict[str, str]:
         return {name.removeprefix(prefix): key for name, key in names.items() if name.startswith(prefix)}

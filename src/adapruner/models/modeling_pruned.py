@@ -256,20 +256,26 @@ def _validate_stock_rope(self: PreTrainedConfig) -> None:
     self.stock_class.validate_rope(_stock_config(self))
 
 
-def register_family(family: Family) -> type[PreTrainedModel]:
-    """Makes the classes of a family whose layers differ (config, decoder and causal language model) and adds them to
-    this module; returns the last. Without PyTorch, the config alone, which is what loading a tokenizer needs."""
-    stock_config = CONFIG_MAPPING[family.model_type]
+def pruned_config_class(model_type: str) -> type[PreTrainedConfig]:
+    """The config of the models of a family whose layers differ, which a stock config class refuses."""
+    stock_config = CONFIG_MAPPING[model_type]
     of_config = {
         "__module__": __name__,
         "stock_class": stock_config,
         "validate_architecture": _accept_any_heads,
         "validate_rope": _validate_stock_rope,
     }
-    config = strict(type(f"Pruned{stock_config.__name__}", (stock_config,), of_config))
+    return strict(type(f"Pruned{stock_config.__name__}", (stock_config,), of_config))
+
+
+def register_family(family: Family) -> type[PreTrainedModel]:
+    """Makes the classes of a family whose layers differ (config, decoder and causal language model) and adds them to
+    this module; returns the last. Without PyTorch, the config alone, which is what loading a tokenizer needs."""
+    config = pruned_config_class(family.model_type)
     globals()[config.__name__] = config
     if not is_torch_available():
         return PreTrainedModel
+    stock_config = config.stock_class
     stock_class = MODEL_FOR_CAUSAL_LM_MAPPING[stock_config]
     name = f"Pruned{stock_class.__name__.removesuffix('ForCausalLM').removesuffix('LMHeadModel')}"
     names = {"AutoConfig": config.__name__, "AutoModel": f"{name}Model", "AutoModelForCausalLM": f"{name}ForCausalLM"}

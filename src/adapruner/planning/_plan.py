@@ -10,13 +10,13 @@ from typing import Annotated
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from rich.table import Table
 from torch import Tensor
 from typing_extensions import Self
 
 from adapruner.config import HeadGranularity
 from adapruner.errors import AdaPrunerError, reason
 from adapruner.structure import Block, Kind, Structure, layers_without_heads, note_on_mixers
+from adapruner.tables import Column, Table
 
 _KINDS: tuple[Kind, ...] = ("heads", "experts", "channels")
 # More than any model has: what is shown covers all layers.
@@ -164,15 +164,13 @@ class PruningPlan(BaseModel):
 
     def explain(self) -> Table:
         """A table with one row per layer: how many of its heads, experts and channels are kept."""
-        table = Table(
-            title=f"{self.removed_parameters:,} of {self.total_parameters:,} parameters are removed ({self.ratio:.1%})"
-        )
-        for title in ("layer", *(f"{self.name_of(kind)} kept" for kind in self.kinds)):
-            table.add_column(title, justify="right")
-        for layer, blocks in self.by_layer.items():
-            table.add_row(str(layer), *(blocks[kind].kept_of_all if kind in blocks else "" for kind in self.kinds))
-        table.caption = self.note or None
-        return table
+        title = f"{self.removed_parameters:,} of {self.total_parameters:,} parameters are removed ({self.ratio:.1%})"
+        columns = [Column("layer"), *(Column(f"{self.name_of(kind)} kept") for kind in self.kinds)]
+        rows = [
+            [str(layer), *(blocks[kind].kept_of_all if kind in blocks else "–" for kind in self.kinds)]
+            for layer, blocks in self.by_layer.items()
+        ]
+        return Table("layer-table", title, columns, rows, [self.note] if self.note else [])
 
     def check_fits(self, structure: Structure) -> None:
         """Raises AdaPrunerError if the plan was made for another model."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate
 
 from adapruner.search import History, TriedPoint
@@ -117,54 +117,22 @@ def _kind(point: TriedPoint) -> str:
     return "starting point" if point.starting_point else "proposed by the sampler"
 
 
-@dataclass(frozen=True)
-class Strip:
-    """One searched parameter.
-
-    Attributes:
-        ends: of its range, or its choices.
-        marks: the trials on it, by kind: `other`, `best quarter`, `chosen`.
-        importance: its share in what sets the best trials apart; None where there are too few to tell.
-        value: of the chosen trial; None where that has no such parameter.
-    """
-
-    name: str
-    ends: tuple[float | int | str, ...]
-    value: float | int | str | None
-    importance: float | None
-    marks: dict[str, list[Mark]] = field(default_factory=dict)
-
-
-def strips(history: History, chosen: int | None) -> list[Strip]:
-    """The range of every searched parameter with the trials on it, the most important parameter first."""
+def strips(history: History, chosen: int | None) -> dict[str, dict[str, list[Mark]]]:
+    """The trials on the range of every searched parameter, the most important parameter first: by their kind, `other`,
+    `best quarter` or `chosen`. Empty before the first trial."""
     tried = sorted(
         ((point.loss, point) for point in history.points if point.positions and point.loss is not None),
-        key=lambda one: one[0],
+        key=lambda entry: entry[0],
     )
     quarter = math.ceil(len(tried) / 4)
-    names = list(history.importance) or list(history.ranges)
-    found = {
-        name: Strip(
-            name.replace("_", " "),
-            history.ranges[name],
-            next((point.parameters.get(name) for _, point in tried if point.number == chosen), None),
-            history.importance.get(name),
-        )
-        for name in names
-        if name in history.ranges
-    }
+    names = [name for name in history.importance or history.ranges if name in history.ranges]
+    marks: dict[str, dict[str, list[Mark]]] = {name: {} for name in names}
     for rank, (loss, point) in reversed(list(enumerate(tried))):  # the best on top
         kind = "chosen" if point.number == chosen else "best quarter" if rank < quarter else "other"
-        for name, position in point.positions.items():
-            if name in found:
-                label = f"trial {point.number}, loss {loss:.4f}: {described(point.parameters[name])}"
-                found[name].marks.setdefault(kind, []).append(Mark(100 * position, 50, label))
-    return list(found.values()) if tried else []
-
-
-def shortened(text: str, longest: int = 26) -> str:
-    """The end of a text source whose name is too long for a table."""
-    return text if len(text) <= longest else f"…{text[1 - longest :]}"
+        for name in marks.keys() & point.positions.keys():
+            label = f"trial {point.number}, loss {loss:.4f}: {described(point.parameters[name])}"
+            marks[name].setdefault(kind, []).append(Mark(100 * point.positions[name], 50, label))
+    return marks if tried else {}
 
 
 def described(value: float | int | str | tuple[float | int, ...]) -> str:
@@ -174,6 +142,14 @@ def described(value: float | int | str | tuple[float | int, ...]) -> str:
     if isinstance(value, tuple):
         return ", ".join(map(described, value))
     return f"{value:.3g}".replace("-", "−") if isinstance(value, float) else str(value).replace("-", "−")
+
+
+def duration(seconds: float) -> str:
+    """Seconds as they are shown."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
 
 
 def _percent(value: float, least: float, most: float) -> float:

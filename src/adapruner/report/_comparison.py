@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
-from adapruner.comparison import AXES, Axis, Comparison, Point, protocols, table
+from adapruner.comparison import AXES, Axis, Comparison, table
 from adapruner.files import being_written
-from adapruner.report._charts import Scatter, scatter, shortened
+from adapruner.numbers import shortened
+from adapruner.report._charts import Scatter, scatter
 from adapruner.report._page import render
 
 
@@ -23,21 +23,14 @@ def write_comparison(comparison: Comparison, path: Path) -> None:
 
 def render_comparison(comparison: Comparison) -> str:
     """The page, as text."""
-    header, rows = table(comparison)
     return render(
         "comparison.html.jinja",
         plots={axis: _quality_against(comparison, axis) for axis in AXES},
         points={point.name: point for point in comparison.points},
         comparison=comparison,
-        models=_models(comparison.points),
-        header=header,
-        rows=rows,
-        protocols=protocols(comparison),
+        models=dict.fromkeys(point.model for point in comparison.points),
+        numbers=table(comparison),
     )
-
-
-def _models(points: Sequence[Point]) -> list[str]:
-    return list(dict.fromkeys(point.model for point in points))
 
 
 def _quality_against(comparison: Comparison, axis: Axis) -> Scatter:
@@ -46,9 +39,7 @@ def _quality_against(comparison: Comparison, axis: Axis) -> Scatter:
     points: dict[str, list[tuple[float, float, str]]] = {}
     for point in comparison.points:
         cost = point.size / 1e6 if axis == "size" else getattr(point, axis).median
-        points.setdefault(_series(point), []).append((cost, point.bits_per_byte, point.name))
+        points.setdefault(f"{shortened(point.model)}, {point.engine}", []).append(
+            (cost, point.bits_per_byte, point.name)
+        )
     return scatter(title, "bits per byte", points)
-
-
-def _series(point: Point) -> str:
-    return f"{shortened(point.model)}, {point.engine}"

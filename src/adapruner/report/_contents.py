@@ -1,4 +1,4 @@
-"""What a run folder holds that the report shows, as far as the run has got."""
+"""The content of a run folder that the report shows, as far as the run has got."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from adapruner.models import find_model, load_tokenizer
 from adapruner.planning import PruningPlan
 from adapruner.progress import Reporter, StageCost
 from adapruner.result import ModelNumbers, Role, RunResult, roles_of, verdict_of
-from adapruner.search import History, Levelled, SearchResult, StudyPlace, read_history, sqlite_url
+from adapruner.search import History, Levelled, SearchResult, StudyFile, read_history
 from adapruner.tokens import Vocabulary
 
 T = TypeVar("T")
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Contents:
-    """What there is of one ratio of a run.
+    """The content of a run folder for one ratio, as far as the run has got.
 
     Attributes:
         path: the folder with its artifacts.
@@ -37,7 +37,7 @@ class Contents:
         config: the options, with this ratio alone.
         plan: which groups are kept; None before the search has ended, as are `search` and `levelled`.
         result: once it is finished.
-        models: what was measured of each model so far.
+        models: with the numbers that were measured so far.
         samples: the texts of the chosen calibration samples, once there is a tokenizer to read them with, by their
             numbers in the pool.
         stages: seconds and peak memory of every finished stage.
@@ -76,7 +76,7 @@ class Contents:
 
 
 def read_contents(run: RunFolder, config: PruneConfig) -> Contents:
-    """Reads what there is of one ratio.
+    """Reads the content of a run folder for one ratio.
 
     Args:
         config: the options of the run, with this ratio alone.
@@ -171,32 +171,34 @@ def _read(made: _Artifacts) -> Contents:
 
 def _running_history(made: _Artifacts) -> History:
     record = made.record("search.json")
-    if record is None or not made.run.study.is_file():
+    if record is None:
         return History()
-    return read_history(StudyPlace(sqlite_url(made.run.study), record.key))
+    return read_history(StudyFile(made.run.study, record.key))
 
 
 def _models(made: _Artifacts, plan: PruningPlan | None) -> list[ModelNumbers]:
     """The models that have been made, or measured."""
+    if plan is None:
+        return []
     models = []
-    broken: dict[Role, Breakage | None] = {}
-    saved = {"searched": made.path("model"), "recovered": made.path("recovered")}
+    breakage: dict[Role, Breakage | None] = {}
+    saved = {"dense": True, "searched": made.path("model"), "recovered": made.path("recovered")}
+    vocabulary = made.read("vocabulary.json", Vocabulary) if made.config.vocabulary else None
+    removed_tokens = vocabulary.summary.removed_parameters if vocabulary else 0
     for role in roles_of(made.config):
-        perplexity = made.read(f"evaluation/perplexity-{role}.json", dict[str, Perplexity])
-        tasks = made.read(f"evaluation/tasks-{role}.json", dict[str, TaskScore])
-        broken[role] = made.read(f"evaluation/breakage-{role}.json", Breakage)
-        if plan and (role == "dense" or perplexity or tasks or saved.get(role)):
-            chosen = made.read("vocabulary.json", Vocabulary) if made.config.vocabulary else None
-            of_vocabulary = chosen.summary.removed_parameters if chosen else 0
-            parameters = plan.total_parameters + (of_vocabulary if role == "dense" else -plan.removed_parameters)
+        perplexity = made.read(f"evaluation/perplexity-{role}.json", dict[str, Perplexity]) or {}
+        tasks = made.read(f"evaluation/tasks-{role}.json", dict[str, TaskScore]) or {}
+        breakage[role] = made.read(f"evaluation/breakage-{role}.json", Breakage)
+        if perplexity or tasks or saved.get(role):
+            removed = -removed_tokens if role == "dense" else plan.removed_parameters
             models.append(
                 ModelNumbers(
                     role=role,
-                    parameters=parameters,
-                    perplexity=perplexity or {},
-                    tasks=tasks or {},
-                    breakage=broken[role],
-                    verdict=verdict_of(role, broken),
+                    parameters=plan.total_parameters - removed,
+                    perplexity=perplexity,
+                    tasks=tasks,
+                    breakage=breakage[role],
+                    verdict=verdict_of(role, breakage),
                 )
             )
     return models
@@ -217,8 +219,7 @@ def _samples(made: _Artifacts, numbers: tuple[int, ...]) -> dict[int, str | None
     windows, model = made.path("windows.safetensors"), made.path("model")
     if not windows or not model:
         return dict.fromkeys(numbers)
-    pool = load_file(windows)["pool"]
-    tokenizer = load_tokenizer(find_model(str(model)))
+    pool, tokenizer = load_file(windows)["pool"], load_tokenizer(find_model(str(model)))
     return {number: str(tokenizer.decode(pool[number].tolist())) for number in numbers}
 
 

@@ -10,15 +10,16 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from adapruner.config import PruneConfig
-from adapruner.evaluation import AGREEMENT_PROTOCOL, REPETITION_PROTOCOL
 from adapruner.files import being_written
 from adapruner.graph import RunFolder
-from adapruner.report import _charts, _summary
+from adapruner.numbers import shortened
+from adapruner.planning import PruningPlan
+from adapruner.report import _charts, _tables
 from adapruner.report._command import command, next_commands
 from adapruner.report._contents import Contents, read_contents
-from adapruner.report._ladder import ladder
-from adapruner.report._layers import layer_rows, whole_layers
-from adapruner.result import PruneResult, bits, fraction, is_noise, shown_name, titles
+from adapruner.result import PruneResult, shown_name, tables_of, target_sentence, titles
+from adapruner.structure import show_layers
+from adapruner.texts import assign_texts
 
 # Whatever a text may smuggle in: nothing is run and nothing is fetched.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -31,12 +32,11 @@ _TEMPLATES = Environment(
 )
 _TEMPLATES.filters |= {
     "described": _charts.described,
-    "shortened": _charts.shortened,
-    "bits": bits,
-    "fraction": fraction,
+    "duration": _charts.duration,
+    "shortened": shortened,
+    "show_layers": show_layers,
+    "target_sentence": target_sentence,
 }
-_TEMPLATES.filters["duration"] = _summary.duration
-_TEMPLATES.tests["noise"] = is_noise
 
 
 def write_reports(run: RunFolder, refresh: int | None = None) -> list[Path]:
@@ -66,32 +66,30 @@ def render_report(run: RunFolder, config: PruneConfig, refresh: int | None = Non
         config: the options of the run, with this ratio alone.
     """
     contents = read_contents(run, config)
-    search, plan = contents.search, contents.plan
-    chosen = contents.levelled.candidate if contents.levelled else search and search.best
+    search, dense, final = contents.search, contents.dense, contents.final
+    names = titles(config, search.best_fixed_name if search else None)
     best_trial = search.best_trial if search else None
+    candidate = contents.levelled.candidate if contents.levelled else search and search.best
     loss_name = "objective" if config.objective_function else _charts.LOSS_NAMES[config.selection]
     return render(
         "report.html.jinja",
         contents=contents,
         refresh=refresh if contents.state == "running" else None,
-        titles=titles(config, search.best_fixed_name if search else None),
         name=shown_name(config.model),
-        losses=_summary.losses(contents),
-        gains=_summary.gains(contents),
-        facts=_summary.facts(contents),
+        losses=_tables.losses(contents, dense, final, names[final.role]) if dense and final else None,
+        gains=_tables.gains(contents, dense, final, names[final.role]) if dense and final else None,
+        mean=next((number for number in final.numbers.values() if number.kind == "mean"), None) if final else None,
+        used=_used_texts(config) if final and final.perplexity else {},
         advice=_advice(contents),
         next_commands=next_commands(contents) if contents.result else {},
-        means={model.role: _summary.mean_accuracies(model) for model in contents.models},
-        task_differences=_summary.task_differences(contents),
-        agreement_protocol=AGREEMENT_PROTOCOL,
-        repetition_protocol=REPETITION_PROTOCOL,
-        layer_rows=layer_rows(plan, contents.result.vocabulary if contents.result else None) if plan else [],
-        whole_layers=whole_layers(plan) if plan else "",
-        ladder=ladder(contents),
+        model_tables=tables_of("Numbers of every model", contents.models, names),
+        whole_layers=_whole_layers(contents.plan) if contents.plan else "",
         loss_name=loss_name,
         trials=_charts.trials(contents.history, best_trial, loss_name),
         strips=_charts.strips(contents.history, best_trial),
-        allocation=asdict(chosen.budget) if chosen else {},
+        chosen=next((point for point in contents.history.points if point.number == best_trial), None),
+        ladder=_tables.ladder(contents, search, loss_name.partition(",")[0]) if search else None,
+        allocation=asdict(candidate.budget) if candidate else {},
         command=command(config, contents.path),
         options=yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False),
     )
@@ -106,3 +104,15 @@ def _advice(contents: Contents) -> list[str]:
     if not contents.result or not contents.plan:
         return []
     return PruneResult(contents.path, contents.plan, contents.result).advice()
+
+
+def _used_texts(config: PruneConfig) -> dict[str, str]:
+    """The texts that chose something of the model, by use."""
+    used = assign_texts(config, missing_ok=True).used
+    return {use: str(text) for use, text in used.items() if use != "objective" or not config.objective_function}
+
+
+def _whole_layers(plan: PruningPlan) -> str:
+    """The layers of which every block was removed."""
+    layers = plan.by_layer.items()
+    return show_layers(layer for layer, blocks in layers if not any(block.kept for block in blocks.values()))

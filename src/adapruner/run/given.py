@@ -23,8 +23,9 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from adapruner.calibration import WINDOWS, text_rows
 from adapruner.checkpoint import save_checkpoint
 from adapruner.errors import AdaPrunerError
+from adapruner.families import learn
 from adapruner.files import being_written
-from adapruner.models import architecture_of, find_architecture, is_pruned, whole_state
+from adapruner.models import architecture_of, whole_state
 from adapruner.processes import this_process
 
 _SECONDS_BETWEEN_LOOKS = 0.2
@@ -38,7 +39,7 @@ TextData: TypeAlias = str | Path | Tensor | Iterable[str] | Iterable[Mapping[str
 
 
 def check_model(model: PreTrainedModel) -> None:
-    """Refuses what is no model in memory.
+    """Refuses what is no model in memory; its family is known from then on.
 
     Raises:
         AdaPrunerError: with what it is.
@@ -50,8 +51,7 @@ def check_model(model: PreTrainedModel) -> None:
         )
     if any(parameter.is_meta for parameter in model.parameters()):
         raise AdaPrunerError("the weights of the model are not in memory (device meta): load it without offloading")
-    if not is_pruned(model.config):
-        find_architecture(model.config)
+    learn(model.config)
 
 
 def check_tokenizer(tokenizer: Tokenizer | None) -> Tokenizer:

@@ -2,10 +2,10 @@
 
 from adapruner.search._history import History, TriedPoint, read_history
 from adapruner.search._objective import ItemLosses, Objective, meet_budget, plan_candidate
-from adapruner.search._place import StudyPlace, sqlite_url
 from adapruner.search._result import SearchResult
 from adapruner.search._space import MOST_PROTECTED_FIRST, Candidate, SearchSpace
 from adapruner.search._study import JUDGED_TOGETHER, Search
+from adapruner.search._study_file import StudyFile
 from adapruner.search._subsets import SubsetFamily, build_subset_family
 from adapruner.search._whole import MOST_WHOLE, RemovalOrders, removal_orders
 from adapruner.search.levelling import KeptPart, Levelled, MovedChannels, MovedHeads, level
@@ -26,7 +26,7 @@ __all__ = [
     "Search",
     "SearchResult",
     "SearchSpace",
-    "StudyPlace",
+    "StudyFile",
     "SubsetFamily",
     "TriedPoint",
     "build_subset_family",
@@ -35,5 +35,4 @@ __all__ = [
     "plan_candidate",
     "read_history",
     "removal_orders",
-    "sqlite_url",
 ]

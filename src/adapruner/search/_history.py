@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
+import statistics
 import warnings
 from collections.abc import Sequence
 from typing import Literal
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 from pydantic import BaseModel, ConfigDict
 from typing_extensions import Self
 
-from adapruner.search._place import StudyPlace, quiet_optuna
 from adapruner.search._space import FIXED_METRIC, START, Candidate
+from adapruner.search._study_file import StudyFile, quiet_optuna
 
 # User attributes of a trial: that it was stopped early, and the losses of the windows that it was judged on.
 STOPPED, LOSSES = "stopped", "losses"
@@ -100,7 +101,6 @@ class History(_Record):
     @classmethod
     def of(cls, finished: Sequence[FrozenTrial], **others: object) -> Self:
         """Of finished trials, in the order in which they were begun; with the other fields of a subclass."""
-        # A database returns the parameters of a trial in any order.
         kinds = sorted({name: kind for trial in finished for name, kind in trial.distributions.items()}.items())
         fields = {
             "points": tuple(point_of(number, trial) for number, trial in enumerate(finished)),
@@ -110,16 +110,13 @@ class History(_Record):
         return cls.model_validate(fields | others)
 
 
-def read_history(place: StudyPlace) -> History:
+def read_history(study: StudyFile) -> History:
     """Reads the trials of a search that may be running; empty if there are none yet.
 
     Raises:
-        AdaPrunerError: the database cannot be opened.
+        AdaPrunerError: the file is damaged.
     """
-    if place.file is not None and not place.file.is_file():
-        return History()
-    with place.opened() as study:
-        return History.of(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
+    return History.of(study.finished())
 
 
 def point_of(number: int, trial: FrozenTrial) -> TriedPoint:
@@ -143,6 +140,13 @@ def point_of(number: int, trial: FrozenTrial) -> TriedPoint:
 def loss_of(trial: FrozenTrial) -> float:
     """The loss of a finished trial, which may be infinite."""
     return float(trial.values[0])
+
+
+def compare(losses: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
+    """By how much finite losses are above others on the same windows, on average, and the standard error of that, which
+    is not finite for one window."""
+    excess = [loss - other for loss, other in zip(losses, others, strict=True)]
+    return statistics.fmean(excess), statistics.stdev(excess) / math.sqrt(len(excess)) if len(excess) > 1 else math.inf
 
 
 def _position(value: Parameter, kind: BaseDistribution) -> float:

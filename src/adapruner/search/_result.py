@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial
 from torch import Tensor
 
 from adapruner.errors import AdaPrunerError
-from adapruner.search._history import LOSSES, STOPPED, History, Step, StepName, loss_of
+from adapruner.search._history import LOSSES, STOPPED, History, Step, StepName, compare, loss_of
 from adapruner.search._space import FIXED_METRIC, START, Candidate, SearchSpace
 
 Judge = Callable[[Candidate], Iterable[Tensor]]
@@ -204,7 +204,7 @@ def _steps(whole: Sequence[_Contender]) -> Iterator[Step]:
         losses = best.further or best.losses
         if not losses or not all(map(math.isfinite, losses)):
             continue
-        gains = [earlier - later for earlier, later in zip(before, losses, strict=bool(before))]
+        gain, standard_error = compare(before, losses) if before else (None, math.inf)
         yield Step(
             name=name,
             trial=best.number,
@@ -212,8 +212,8 @@ def _steps(whole: Sequence[_Contender]) -> Iterator[Step]:
             loss=statistics.fmean(losses),
             windows=len(losses),
             is_held_out=bool(best.further),
-            gain=statistics.fmean(gains) if gains else None,
-            standard_error=statistics.stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else None,
+            gain=gain,
+            standard_error=standard_error if math.isfinite(standard_error) else None,
         )
         before = losses
 
@@ -224,5 +224,5 @@ def _is_clearly_worse(losses: Sequence[float], others: Sequence[float]) -> bool:
         return False
     if not all(map(math.isfinite, losses)):
         return True
-    excess = [own - other for own, other in zip(losses, others, strict=True)]
-    return statistics.fmean(excess) > _STANDARD_ERRORS_TO_REFUSE * statistics.stdev(excess) / math.sqrt(len(excess))
+    excess, standard_error = compare(losses, others)
+    return excess > _STANDARD_ERRORS_TO_REFUSE * standard_error

@@ -1,19 +1,17 @@
-"""The search itself: an Optuna study that resumes after a kill, and that several processes can work on."""
+"""The search itself: one loop of trials, proposed by Optuna, that resumes after a kill."""
 
 from __future__ import annotations
 
-import contextlib
 import math
 import random
 import statistics
-import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import chain
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from typing import Any, NamedTuple
 
 import optuna
-from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
 
@@ -21,88 +19,83 @@ from adapruner.config import Sampler
 from adapruner.errors import NonFiniteError
 from adapruner.interrupts import deferring_interrupts
 from adapruner.planning import BudgetError
-from adapruner.search._history import LOSSES, STOPPED, TriedPoint, loss_of, point_of
-from adapruner.search._place import StudyPlace
+from adapruner.processes import Process
+from adapruner.search._history import LOSSES, STOPPED, TriedPoint, compare, loss_of, point_of
 from adapruner.search._result import Judge, SearchResult, choose
 from adapruner.search._space import FIXED_METRIC, START, Candidate, SearchSpace
+from adapruner.search._study_file import StudyFile, quiet_optuna
 
 JudgeTogether = Callable[[Sequence[Candidate]], Sequence[Iterable[Tensor]]]
-_Trials = dict[TrialState, list[FrozenTrial]]
+Progress = Callable[[TriedPoint, float], None]
 
 # A trial is stopped once it has been worse than the best one on so many windows, by so many standard errors of the mean
 # difference (docs/experiments.md). It may be as good, but there will be others, and it counts with what it is likely
 # to be. It is decided after every fourth window, however many a batch has: on a GPU as on a CPU.
 _FEWEST_WINDOWS, _DECIDED_EVERY, _STANDARD_ERRORS = 8, 4, 0.5
-# Trials that are judged together. Each is proposed without knowing what the others will come to.
+# Trials that a process judges together, where that is cheaper.
 JUDGED_TOGETHER = 4
-# A user attribute: whether a trial is run beside the process that leads, or by that process.
-_HELPER = "helper"
-# A process marks its trial after it has created it, which takes long where many write to one file.
-_SECONDS_TO_MARK, _SECONDS_TO_LOOK = 10.0, 0.2
+# A user attribute: how many trials were finished when the batch of a trial was proposed, and how many are in it.
+_BATCH = "batch"
+
+
+class _Task(NamedTuple):
+    """A candidate to be judged, and the trial that it is stopped by if it is clearly worse; None to stop it by none."""
+
+    candidate: Candidate
+    best: FrozenTrial | None
+
+
+class _Outcome(NamedTuple):
+    """How a trial ended; without a loss, its budget cannot be met."""
+
+    loss: float | None
+    attributes: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Search:
     """A search and what it is made of.
 
-    What is proposed depends on the seed and on the finished trials alone, so that a search by one process that was
-    killed and resumed proposes what an undisturbed one would have (unless it was killed while it recorded trials that
-    were judged together). Of several processes, each takes account of what the others are running (constant liar,
-    Ginsbourger et al. 2010).
+    Trials are proposed in batches, one for each process that judges them. All of a batch are proposed before any of
+    them is judged, each with those before it counted as bad (constant liar, Ginsbourger et al. 2010). What is proposed
+    depends on the seed, on the number of processes, and on the trials of finished batches: a search that was killed and
+    resumed proposes what an undisturbed one would have.
 
     Attributes:
         judge: gives the losses of a candidate on held-out windows, batch by batch, the same windows for each. It is not
             asked for more once the candidate is clearly worse than the best one so far, window by window.
         trials: how many are to be finished.
-        place: where every trial is recorded.
+        study: where finished trials are kept.
         stops_early: whether bad trials are stopped before they have seen all windows.
         judge_together: gives the losses of several candidates on the same windows, where that is cheaper than one by
-            one; four trials are judged at a time then, and none is stopped.
+            one; each process judges four candidates at a time then, and none is stopped.
+        process: this one, of those that search together. The first proposes trials and keeps them.
     """
 
     space: SearchSpace
     judge: Judge
     trials: int
     seed: int
-    place: StudyPlace
+    study: StudyFile
     sampler: Sampler = "tpe"
     stops_early: bool = True
     judge_together: JudgeTogether | None = None
+    process: Process = field(default_factory=Process)
 
-    def run(self, progress: Callable[[TriedPoint, float], None] | None = None) -> None:
-        """Runs trials until enough are finished, by this process or by others. Ctrl-C stops it after a trial. One
-        process at a time may do so; any number may `help`.
+    def run(self, progress: Progress | None = None) -> None:
+        """Runs trials until enough are finished; called by all processes. Ctrl-C stops it after a batch of trials.
 
         Args:
-            progress: called after every finished trial, also for those of before, with it and the best loss so far.
+            progress: called in the first process after every finished trial, also for those of before, with it and the
+                best loss so far.
         """
-        reported = 0
-        with self._working() as (study, raise_if_interrupted):
-            _discard_trials_of_a_killed_leader(study)
-            while True:
+        with deferring_interrupts("stopping after this trial; once more to stop at once") as raise_if_interrupted:
+            trials = _Trials(self, progress) if self.process.leads else None
+            while tasks := self.process.from_first(trials.propose() if trials else []):
+                outcomes = self.process.gathered(self._judge(tasks[self.process.rank :: self.process.count]))
+                if trials:
+                    trials.finish([outcome for row in zip_longest(*outcomes) for outcome in row if outcome])
                 raise_if_interrupted()
-                is_over = self._queue_starting_points(study)
-                trials = _by_state(study)
-                finished = trials[TrialState.COMPLETE]
-                for count in range(reported + 1, min(len(finished), self.trials) + 1):
-                    reported = count
-                    if progress:
-                        progress(point_of(count - 1, finished[count - 1]), min(map(loss_of, finished[:count])))
-                if is_over and not any(FIXED_METRIC in trial.user_attrs for trial in trials[TrialState.WAITING]):
-                    return
-                # If others have finished the last one since, the lost fixed metrics are queued first.
-                if is_over or not self._is_enough(trials):
-                    self._run_trial(study, trials, helps=False)
-
-    def help(self) -> None:
-        """Runs trials beside the process that leads, as long as more are wanted than are finished or running."""
-        with self._working() as (study, raise_if_interrupted):
-            while True:
-                raise_if_interrupted()
-                trials = _by_state(study)
-                if self._is_enough(trials, with_running=True):
-                    return
-                self._run_trial(study, trials, helps=True)
 
     def result(self, judge_further: Judge | None = None, judge_changed: Judge | None = None) -> SearchResult:
         """The best of the finished trials; see `choose` for the judges.
@@ -110,135 +103,119 @@ class Search:
         Raises:
             AdaPrunerError: no trial ended with a finite loss.
         """
-        with self.place.opened() as study:
-            finished = _by_state(study)[TrialState.COMPLETE]
-        return choose(finished, self.space, self.trials, judge_further, judge_changed)
+        return choose(self.study.finished(), self.space, self.trials, judge_further, judge_changed)
 
-    @contextlib.contextmanager
-    def _working(self) -> Iterator[tuple[optuna.Study, Callable[[], None]]]:
-        with (
-            self.place.opened() as study,
-            deferring_interrupts("stopping after this trial; once more to stop at once") as raise_if_interrupted,
-        ):
-            yield study, raise_if_interrupted
-
-    def _is_enough(self, trials: _Trials, with_running: bool = False) -> bool:
-        """Whether so many trials are enough, or as many proposals could not be met."""
-        begun = len(trials[TrialState.COMPLETE]) + with_running * len(trials[TrialState.RUNNING])
-        return max(begun, len(trials[TrialState.PRUNED])) >= self.trials
-
-    def _queue_starting_points(self, study: optuna.Study) -> bool:
-        """Queues the starting points that nobody has tried, is trying or will try; in their order, because each is
-        compared with the best before it. At the end, the fixed metrics alone, also those that others are trying: the
-        result is compared with them, and nobody is waited for.
-
-        Returns:
-            Whether it is the end: enough trials are finished.
-        """
-        trials = _by_state(study)
-        is_over = self._is_enough(trials)
-        starts = dict(enumerate(self.space.starting_points()[: self.trials]))
-        states = [TrialState.COMPLETE, TrialState.PRUNED]
-        if is_over:
-            starts = {number: start for number, start in starts.items() if FIXED_METRIC in start.attributes}
+    def _judge(self, tasks: Sequence[_Task]) -> list[_Outcome]:
+        candidates = [task.candidate for task in tasks]
+        if self.judge_together and candidates:
+            losses = self.judge_together(candidates)
         else:
-            states.append(TrialState.RUNNING)
-        queued = trials[TrialState.WAITING]
-        missing = starts.keys() - {trial.user_attrs.get(START) for state in states for trial in trials[state]}
-        if missing <= {trial.user_attrs.get(START) for trial in queued}:
-            return is_over
-        if queued:  # those before them have been lost; a trial without a number fails
-            study.sampler = optuna.samplers.RandomSampler()
-            study.optimize(lambda _: math.nan, n_trials=len(queued))
-        for number in sorted(missing):
-            study.enqueue_trial(starts[number].parameters, user_attrs=starts[number].attributes | {START: number})
-        return is_over
+            losses = [self._judge_when_asked(candidate) for candidate in candidates]
+        return [_outcome(batches, task.best) for task, batches in zip(tasks, losses, strict=True)]
 
-    def _run_trial(self, study: optuna.Study, trials: _Trials, helps: bool) -> None:
-        finished, refused = trials[TrialState.COMPLETE], trials[TrialState.PRUNED]
+    def _judge_when_asked(self, candidate: Candidate) -> Iterator[Tensor]:
+        """The judge may refuse a candidate when it is called, or later."""
+        yield from self.judge(candidate)
+
+
+@dataclass
+class _Trials:
+    """The trials of a search in its first process: they are proposed in memory, and kept when they are finished.
+
+    Attributes:
+        kept: the study in the file. If the search was killed while a batch was being kept, it ends with a part of one.
+        study: the study in memory, of whole batches.
+    """
+
+    search: Search
+    progress: Progress | None
+    kept: optuna.Study = field(init=False)
+    study: optuna.Study = field(init=False)
+    _running: list[optuna.Trial] = field(default_factory=list, init=False)
+
+    def __post_init__(self) -> None:
+        self.kept = self.search.study.opened()
+        with quiet_optuna():
+            self.study = optuna.create_study()
+        kept = self.kept.get_trials(deepcopy=False)
+        before, size = kept[-1].user_attrs[_BATCH] if kept else (0, 0)
+        self.study.add_trials(kept[:before] if len(kept) < before + size else kept)
+        for number in range(len(self._finished)):
+            self._report(number)
+
+    @property
+    def _finished(self) -> list[FrozenTrial]:
+        return self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+
+    def propose(self) -> list[_Task]:
+        """The next batch; empty where enough trials are finished, or as many proposals could not be met."""
+        search, finished = self.search, self._finished
+        before = len(self.study.get_trials(deepcopy=False))
+        refused = before - len(finished)
+        if max(len(finished), refused) >= search.trials:
+            return []
         # Proposals that could not be met count, or the same would be proposed again.
-        counts = [len(finished), *filter(None, [len(refused)])]
-        own = random.Random("/".join(map(str, [self.seed, *counts])))
-        seed = (random.SystemRandom() if helps else own).getrandbits(32)
-        beside_others = helps or any(trial.user_attrs.get(_HELPER) for trial in trials[TrialState.RUNNING])
-        study.sampler = _sampler(self.sampler, seed, beside_others)
+        counts = [len(finished), *filter(None, [refused])]
+        seed = random.Random("/".join(map(str, [search.seed, *counts]))).getrandbits(32)
+        most = search.process.count * (JUDGED_TOGETHER if search.judge_together else 1)
+        size = min(most, search.trials - len(finished))
+        for number, start in list(enumerate(search.space.starting_points()[: search.trials]))[before : before + size]:
+            self.study.enqueue_trial(start.parameters, user_attrs=start.attributes | {START: number})
+        self._running = [self._ask(seed + number, beside_others=number > 0) for number in range(size)]
+        for trial in self._running:
+            trial.set_user_attr(_BATCH, [before, size])
         best = min((trial for trial in finished if math.isfinite(loss_of(trial))), key=loss_of, default=None)
-        left = self.trials - len(finished) - len(trials[TrialState.RUNNING])
-        beside = min(JUDGED_TOGETHER, left) - 1 if self.judge_together else 0
+        return [self._task(trial, best) for trial in self._running]
 
-        def run(trial: optuna.Trial) -> float:
-            trial.set_user_attr(_HELPER, helps)
-            others = [self._ask(study, seed + number, helps) for number in range(1, beside + 1)]
-            return self._run_together(study, [trial, *others], best)
+    def _ask(self, seed: int, beside_others: bool) -> optuna.Trial:
+        self.study.sampler = _sampler(self.search.sampler, seed % 2**32, beside_others)
+        return self.study.ask()
 
-        try:
-            study.optimize(run, n_trials=1)
-        except (UpdateFinishedTrialError, ValueError) as error:
-            # Another process took this one for dead and has failed its trial, or has finished it: SQLite does not keep
-            # two processes from taking one queued trial.
-            if isinstance(error, ValueError) and "Cannot tell a" not in str(error):
-                raise
+    def _task(self, trial: optuna.Trial, best: FrozenTrial | None) -> _Task:
+        stops = self.search.stops_early and not self.search.judge_together and FIXED_METRIC not in trial.user_attrs
+        return _Task(self.search.space.suggest(trial), best if stops else None)
 
-    def _ask(self, study: optuna.Study, seed: int, helps: bool) -> optuna.Trial:
-        """A further trial, proposed beside those that are running."""
-        study.sampler = _sampler(self.sampler, seed, beside_others=True)
-        with warnings.catch_warnings():
-            # Of trials that are asked for, Optuna sends no heartbeat: that of the trial they are judged with stands for
-            # them.
-            warnings.filterwarnings("ignore", message="Heartbeat of storage")
-            trial = study.ask()
-        trial.set_user_attr(_HELPER, helps)
-        return trial
+    def finish(self, outcomes: Sequence[_Outcome]) -> None:
+        """Keeps the trials of the batch that was proposed last, in its order."""
+        for trial, outcome in zip(self._running, outcomes, strict=True):
+            for name, value in outcome.attributes.items():
+                trial.set_user_attr(name, value)
+            state = TrialState.PRUNED if outcome.loss is None else TrialState.COMPLETE
+            finished = self.study.tell(trial, outcome.loss, state)
+            if finished.number == len(self.kept.get_trials(deepcopy=False)):
+                self.kept.add_trial(finished)
+            if state == TrialState.COMPLETE:
+                self._report(len(self._finished) - 1)
 
-    def _run_together(self, study: optuna.Study, trials: Sequence[optuna.Trial], best: FrozenTrial | None) -> float:
-        """Judges trials and records all but the first one, whose value is returned for Optuna to record.
+    def _report(self, number: int) -> None:
+        if self.progress:
+            finished = self._finished[: number + 1]
+            self.progress(point_of(number, finished[number]), min(map(loss_of, finished)))
 
-        Raises:
-            TrialPruned: the budget of the first one cannot be met.
-        """
-        candidates = [self.space.suggest(trial) for trial in trials]
-        if self.judge_together is None:
-            # The judge may refuse a candidate when it is called, or later.
-            return self._value(trials[0], chain.from_iterable(map(self.judge, candidates)), best)
-        first, *others = self.judge_together(candidates)
-        for trial, losses in zip(trials[1:], others, strict=True):
-            try:
-                study.tell(trial, self._value(trial, losses, None))
-            except optuna.TrialPruned:
-                study.tell(trial, state=TrialState.PRUNED)
-        return self._value(trials[0], first, None)
 
-    def _value(self, trial: optuna.Trial, batches: Iterable[Tensor], best: FrozenTrial | None) -> float:
-        """The mean loss of a candidate over all windows, or what it is likely to be where it was stopped; infinite
-        where the model is broken.
+def _outcome(batches: Iterable[Tensor], best: FrozenTrial | None) -> _Outcome:
+    """The mean loss of a candidate over all windows, or what it is likely to be where it was stopped; infinite where
+    the model is broken.
 
-        Windows differ far more than candidates do, which is why candidates are compared window by window.
+    Windows differ far more than candidates do, which is why candidates are compared window by window.
 
-        Args:
-            batches: its losses.
-            best: the trial to stop it by; None stops nothing.
-
-        Raises:
-            TrialPruned: the budget cannot be met.
-        """
-        if not self.stops_early or FIXED_METRIC in trial.user_attrs:
-            best = None
-        losses: list[float] = []
-        try:
-            for loss in (loss for batch in batches for loss in batch.tolist()):
-                losses.append(loss)
-                if not math.isfinite(loss):
-                    raise NonFiniteError
-                if best and (excess := _excess(losses, best.user_attrs[LOSSES])):
-                    trial.set_user_attr(STOPPED, True)
-                    trial.set_user_attr(LOSSES, losses)
-                    return loss_of(best) + excess
-        except BudgetError as error:
-            raise optuna.TrialPruned from error
-        except NonFiniteError:
-            losses = []
-        trial.set_user_attr(LOSSES, losses)
-        return statistics.fmean(losses) if losses else math.inf
+    Args:
+        batches: its losses.
+        best: the trial to stop it by; None stops nothing.
+    """
+    losses: list[float] = []
+    try:
+        for loss in (loss for batch in batches for loss in batch.tolist()):
+            losses.append(loss)
+            if not math.isfinite(loss):
+                raise NonFiniteError
+            if best and (excess := _excess(losses, best.user_attrs[LOSSES])):
+                return _Outcome(loss_of(best) + excess, {STOPPED: True, LOSSES: losses})
+    except BudgetError:
+        return _Outcome(None, {})
+    except NonFiniteError:
+        losses = []
+    return _Outcome(statistics.fmean(losses) if losses else math.inf, {LOSSES: losses})
 
 
 def _excess(losses: Sequence[float], best: Sequence[float]) -> float:
@@ -246,16 +223,15 @@ def _excess(losses: Sequence[float], best: Sequence[float]) -> float:
     between the windows after which it is decided."""
     if len(losses) < _FEWEST_WINDOWS or len(losses) % _DECIDED_EVERY:
         return 0.0
-    differences = [own - others for own, others in zip(losses, best, strict=False)]
-    mean = statistics.fmean(differences)
-    return mean if mean > _STANDARD_ERRORS * statistics.stdev(differences) / math.sqrt(len(losses)) else 0.0
+    excess, standard_error = compare(losses, best[: len(losses)])
+    return excess if excess > _STANDARD_ERRORS * standard_error else 0.0
 
 
 def _sampler(kind: Sampler, seed: int, beside_others: bool) -> optuna.samplers.BaseSampler:
     """A sampler for one trial.
 
     Args:
-        beside_others: whether other processes run trials that count as bad until they are finished.
+        beside_others: whether there are running trials, which count as bad until they are finished.
     """
     if kind == "random":
         return optuna.samplers.RandomSampler(seed=seed)
@@ -264,25 +240,3 @@ def _sampler(kind: Sampler, seed: int, beside_others: bool) -> optuna.samplers.B
         # `multivariate` off.
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         return optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True, constant_liar=beside_others)
-
-
-def _discard_trials_of_a_killed_leader(study: optuna.Study) -> None:
-    """Fails the running trials of a leader that was killed. Those that stay unmarked count as its own."""
-
-    def running() -> dict[int, bool | None]:
-        trials = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        return {trial.number: trial.user_attrs.get(_HELPER) for trial in trials}
-
-    left, until = running(), time.monotonic() + _SECONDS_TO_MARK
-    while None in left.values() and time.monotonic() < until:
-        time.sleep(_SECONDS_TO_LOOK)
-        now = running()
-        left = {number: now[number] for number in left.keys() & now.keys()}
-    for number in (number for number, is_helper in left.items() if not is_helper):
-        study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
-
-
-def _by_state(study: optuna.Study) -> _Trials:
-    """In the order in which they were begun."""
-    trials = study.get_trials(deepcopy=False)
-    return {state: [trial for trial in trials if trial.state == state] for state in TrialState}

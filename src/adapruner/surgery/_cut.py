@@ -15,7 +15,6 @@ from transformers.initialization import no_init_weights
 
 from adapruner.models import (
     Architecture,
-    architecture_of,
     is_pruned,
     is_streamed,
     layer_devices,
@@ -76,7 +75,7 @@ def prune_on_reading(
         AdaPrunerError: the plan was made for another model.
     """
     plan.check_fits(structure)
-    kept, prefix = kept_layers(structure, plan), f"{architecture_of(model.config).layers}."
+    kept, prefix = kept_layers(structure, plan), f"{structure.architecture.layers}."
     pruned: Any = _empty_pruned(model, structure, plan, kept, None, compensation)
     resident = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(prefix)}
     pruned.load_state_dict(resident, strict=False, assign=True)
@@ -104,7 +103,7 @@ def _empty_pruned(
     compensation: Compensation | None,
 ) -> PreTrainedModel:
     """The pruned model before its weights are set; without a state that tells their shapes, of no stock class."""
-    architecture = architecture_of(model.config)
+    architecture = structure.architecture
     fields = fields_of_layers(model.config, fields_of_all(model, architecture), kept)
     if architecture.attention:
         fields["head_dim"] = architecture.head_dim(model.config.per_layer_config[0])
@@ -162,7 +161,7 @@ def _pruned_state(
     compensation: Compensation | None,
 ) -> dict[str, Tensor]:
     """Every tensor with the indices of the kept groups only, compensated; kept layers are numbered anew."""
-    prefix = f"{architecture_of(model.config).layers}."
+    prefix = f"{structure.architecture.layers}."
     state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(prefix)}
     for new, layer in enumerate(kept):
         with loaded_layer(model, layer) as module:
@@ -177,7 +176,7 @@ def _pruned_layer(
     model: PreTrainedModel, layer: int, structure: Structure, plan: PruningPlan, compensation: Compensation | None
 ) -> dict[str, Tensor]:
     """The tensors of a layer, by their names within it, with the indices of the kept groups only, compensated."""
-    architecture = architecture_of(model.config)
+    architecture = structure.architecture
     prefix = f"{architecture.layers}.{layer}."
     with loaded_layer(model, layer) as module:
         own = {f"{prefix}{name}": tensor for name, tensor in module.state_dict().items()}

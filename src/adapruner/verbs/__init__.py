@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from adapruner.run.preview import Estimate, estimate
     from adapruner.verbs._compare import compare
     from adapruner.verbs._evaluate import Evaluation, evaluate
     from adapruner.verbs._export import export
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from adapruner.verbs._vocabulary import PrunedVocabulary, vocabulary
 
 __all__ = [
+    "Estimate",
     "Evaluation",
     "PrunedVocabulary",
     "benchmark",
@@ -24,6 +26,7 @@ __all__ = [
     "compensate",
     "cut",
     "describe",
+    "estimate",
     "evaluate",
     "export",
     "inspect",
@@ -40,22 +43,23 @@ __all__ = [
 
 # Imported when first used: inspecting a model needs none of the libraries for searching, training and tasks.
 _MODULES = {
-    "compare": "_compare",
-    **dict.fromkeys(("Evaluation", "evaluate"), "_evaluate"),
-    "export": "_export",
-    **dict.fromkeys(("describe", "inspect"), "_inspect"),
-    **dict.fromkeys(("benchmark", "load", "load_tokenizer"), "_model"),
-    "recover": "_recover",
-    "write_reports": "_report",
-    **dict.fromkeys(("compensate", "cut", "make_windows", "measure", "plan", "score"), "_steps"),
-    **dict.fromkeys(("PrunedVocabulary", "vocabulary"), "_vocabulary"),
+    "compare": "._compare",
+    **dict.fromkeys(("Evaluation", "evaluate"), "._evaluate"),
+    **dict.fromkeys(("Estimate", "estimate"), "adapruner.run.preview"),
+    "export": "._export",
+    **dict.fromkeys(("describe", "inspect"), "._inspect"),
+    **dict.fromkeys(("benchmark", "load", "load_tokenizer"), "._model"),
+    "recover": "._recover",
+    "write_reports": "._report",
+    **dict.fromkeys(("compensate", "cut", "make_windows", "measure", "plan", "score"), "._steps"),
+    **dict.fromkeys(("PrunedVocabulary", "vocabulary"), "._vocabulary"),
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    return getattr(importlib.import_module(_MODULES[name], __name__), name)
 
 
 def __dir__() -> list[str]:

@@ -27,6 +27,7 @@ from adapruner.evaluation import (
     measure_tasks,
     rate,
 )
+from adapruner.families import open_config, open_model
 from adapruner.graph import RunFolder
 from adapruner.models import (
     ModelLocation,
@@ -34,8 +35,6 @@ from adapruner.models import (
     check_tokens,
     empty_model,
     find_model,
-    load_config,
-    load_model,
     load_tokenizer,
     resolve_device,
 )
@@ -167,7 +166,7 @@ def _check_options(
 def _candidate(name: str, measurement: _Measurement, gguf_types: Sequence[GgufType]) -> _Candidate:
     """Everything of a model that is known without its weights."""
     location = find_model(_last_model(name))
-    config, tokenizer = load_config(location), load_tokenizer(location)
+    config, tokenizer = open_config(location), load_tokenizer(location)
     empty = empty_model(config)
     for gguf_type in () if name.endswith(".gguf") else gguf_types:
         check_gguf(empty, gguf_type)
@@ -203,7 +202,7 @@ def _last_model(name: str) -> str:
 
 
 def _in_transformers(candidate: _Candidate, measurement: _Measurement, tasks: Tasks | None, device: str) -> Point:
-    model, text, how = load_model(candidate.location, "auto", device), candidate.text, measurement
+    model, text, how = open_model(candidate.location, "auto", device), candidate.text, measurement
     speed = measure_speed({"": model}, (1,), how.prompt, how.new_tokens, how.repetitions)[""]
     return Point(
         model=candidate.name,
@@ -224,7 +223,7 @@ def _in_every_type(
     if candidate.file:
         yield _in_llama_cpp(candidate.file, "gguf", candidate, measurement)
         return
-    model = load_model(candidate.location, "auto", "cpu")
+    model = open_model(candidate.location, "auto", "cpu")
     with tempfile.TemporaryDirectory(prefix=".adapruner-", dir=folder) as scratch:
         for gguf_type in gguf_types:
             file = Path(scratch) / "model.gguf"

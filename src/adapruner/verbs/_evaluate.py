@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from adapruner.calibration import EvaluationText, Source, evaluation_text, evaluation_text_of, parse_source
+from adapruner.calibration import EvaluationText, Source, evaluation_text, parse_source
 from adapruner.checkpoint import read_origin
 from adapruner.config import Dtype
 from adapruner.errors import AdaPrunerError
@@ -43,7 +43,7 @@ from adapruner.verbs._source import ModelSource
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model scores, each number with its protocol.
+    """The scores of a model, each number with its protocol.
 
     Attributes:
         overlaps: a sentence for each evaluated dataset that the model was also pruned or trained on.
@@ -93,28 +93,24 @@ def evaluate(
     Raises:
         AdaPrunerError: an option, the model, a text or a task will not do; before the weights are loaded.
     """
-    in_memory = perplexity if isinstance(perplexity, Mapping) else {}
-    names = [] if in_memory else [perplexity] if isinstance(perplexity, str) else list(perplexity)
+    perplexity = [perplexity] if isinstance(perplexity, str) else perplexity
     tasks = [tasks] if isinstance(tasks, str) else list(tasks)
-    _refuse_bad_windows(seq_len, stride, limit)
     if protocol is None and not perplexity and not tasks:
         protocol = "llm-pruner"
-    named = [_Dataset(parse_source(name, "report"), seq_len, stride, bos) for name in names]
-    datasets = [*_datasets_of_protocol(protocol), *named]
+    _refuse_bad_windows(seq_len, stride, limit)
+    if protocol is not None and protocol not in PROTOCOLS:
+        raise AdaPrunerError(f"unknown protocol {protocol!r}; the protocols are {', '.join(PROTOCOLS)}")
+    names, protocol_seq_len = PROTOCOLS[protocol] if protocol else ((), seq_len)
+    published, given = _named_texts(names), _named_texts(perplexity)
     source = ModelSource.of(model, dtype, device)
     placement = _placement(source, dtype, device, layer_wise)
     config, tokenizer = source.config, source.tokenizer(tokenizer)
-    texts = [
-        (str(one.source), evaluation_text(one.source, tokenizer, one.seq_len, limit, one.stride, one.bos))
-        for one in datasets
-    ]
-    for name, documents in in_memory.items():
-        joined = documents if isinstance(documents, str) else "\n\n".join(documents)
-        texts.append((name, evaluation_text_of(joined, name, tokenizer, seq_len, limit, stride, bos)))
+    texts = [(name, evaluation_text(text, tokenizer, protocol_seq_len, limit, bos=False)) for name, text in published]
+    texts += [(name, evaluation_text(text, tokenizer, seq_len, limit, stride, bos, name)) for name, text in given]
     for _, text in texts:
         check_tokens(config, int(text.windows.max()))
     to_run = load_tasks(tasks, limit) if tasks else None
-    sources = dict.fromkeys(one.source for one in datasets)
+    sources = dict.fromkeys(text for _, text in (*published, *given) if isinstance(text, Source))
     known_uses = _describe_overlaps(source.location, sources) if source.location else []
     reporter = Reporter()
     warnings = [check_length(config, text.windows.shape[1]) for _, text in texts]
@@ -131,7 +127,7 @@ def evaluate(
 
 
 def _placement(source: ModelSource, dtype: Dtype, device: str, layer_wise: bool | None) -> Placement:
-    """Where the layers are.
+    """The devices on which the layers are.
 
     Raises:
         AdaPrunerError: `layer_wise` or several devices are wanted, and impossible.
@@ -145,7 +141,7 @@ def _placement(source: ModelSource, dtype: Dtype, device: str, layer_wise: bool 
         check_streamable(source.location, source.config)
         return Placement(named[:1], True)
     config = source.config
-    # Of a quantized model, the shapes do not tell the size.
+    # The shapes of a quantized model do not tell its size.
     if family_named(config.model_type) is None or getattr(config, "quantization_config", None) is not None:
         if len(named) > 1:
             raise AdaPrunerError(
@@ -157,23 +153,13 @@ def _placement(source: ModelSource, dtype: Dtype, device: str, layer_wise: bool 
     return place_weights(empty_model(config), dtype, usable_devices(device), least, may_stream)
 
 
-@dataclass(frozen=True)
-class _Dataset:
-    """A dataset to report perplexity on, and how it is cut into windows; see `evaluate`."""
-
-    source: Source
-    seq_len: int
-    stride: int | None = None
-    bos: bool = False
-
-
-def _datasets_of_protocol(protocol: str | None) -> list[_Dataset]:
-    if protocol is None:
-        return []
-    if protocol not in PROTOCOLS:
-        raise AdaPrunerError(f"unknown protocol {protocol!r}; the protocols are {', '.join(PROTOCOLS)}")
-    names, seq_len = PROTOCOLS[protocol]
-    return [_Dataset(parse_source(name, "report"), seq_len) for name in names]
+def _named_texts(perplexity: Sequence[str] | Mapping[str, Iterable[str]]) -> list[tuple[str, Source | str]]:
+    """The texts that a user named or gave, by the name that is shown."""
+    if isinstance(perplexity, Mapping):
+        texts = {name: text if isinstance(text, str) else "\n\n".join(text) for name, text in perplexity.items()}
+        return list(texts.items())
+    sources = [parse_source(name, "report") for name in perplexity]
+    return [(str(source), source) for source in sources]
 
 
 def _refuse_bad_windows(seq_len: int, stride: int | None, limit: int | None) -> None:
@@ -190,7 +176,7 @@ def _measure_texts(
 ) -> list[Perplexity]:
     with reporter.stage("evaluating", sum(len(text.windows) for _, text in texts)) as advance:
         perplexities = [measure_perplexity(model, text.windows, name, advance, **text.about) for name, text in texts]
-    if any(math.isnan(one.perplexity) for one in perplexities):
+    if any(math.isnan(measured.perplexity) for measured in perplexities):
         raise AdaPrunerError(
             f"the model predicts numbers that are NaN: its weights are broken, or {model.dtype} is too narrow"
         )

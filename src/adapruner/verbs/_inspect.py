@@ -1,4 +1,4 @@
-"""What of a model can be pruned, from its config alone."""
+"""The prunable parts and the family of a model, from its config alone."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapruner.config import ExpertGranularity, HeadGranularity
-from adapruner.models import Architecture, architecture_of, empty_model, find_model, load_config
+from adapruner.families import open_config, resolve
+from adapruner.models import Architecture, empty_model, find_model, load_config
 from adapruner.structure import Structure, build_structure
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 def inspect(
     model: ModelGiven, head_granularity: HeadGranularity = "kv-group", expert_granularity: ExpertGranularity = "expert"
 ) -> Structure:
-    """What of a model can be pruned, from its config alone.
+    """The prunable parts of a model, from its config alone.
 
     Args:
         model: as for `load`, or a model in memory.
@@ -27,7 +28,7 @@ def inspect(
         AdaPrunerError: there is no such model, or its family is not known.
     """
     if isinstance(model, str | Path):
-        config = load_config(find_model(str(model)))
+        config = open_config(find_model(str(model)))
     else:
         # Not imported for a model by name: it brings the readers of text.
         from adapruner.run.given import check_model
@@ -38,9 +39,9 @@ def inspect(
 
 
 def describe(model: str | Path) -> Architecture:
-    """How the family of a model is built, from its config alone: as a file says, or as it was inferred and proven.
+    """The family of a model, from its config alone: as a file describes it, or as it was inferred and proven.
 
     Raises:
         AdaPrunerError: there is no such model, or its family cannot be pruned.
     """
-    return architecture_of(load_config(find_model(str(model))))
+    return resolve(load_config(find_model(str(model))))

@@ -14,12 +14,12 @@ from adapruner import models
 from adapruner.config import Dtype
 from adapruner.errors import AdaPrunerError
 from adapruner.evaluation import Speed, measure_speed
+from adapruner.families import open_model
 from adapruner.files import write_atomically
 from adapruner.models import (
     check_length,
     empty_model,
     find_model,
-    load_model,
     resolve_device,
 )
 from adapruner.paths import output_path
@@ -39,7 +39,7 @@ def load(model: str | Path, dtype: Dtype = "auto", device: str = "auto") -> PreT
     Raises:
         AdaPrunerError: there is no such model, or it cannot be read.
     """
-    return load_model(find_model(str(model)), dtype, device)
+    return open_model(find_model(str(model)), dtype, device)
 
 
 def load_tokenizer(model: str | Path) -> Tokenizer:
@@ -88,9 +88,9 @@ def benchmark(
     resolve_device(device)
     given = {"against": against, "model": model}
     sources = {
-        str(one) if isinstance(one, str | Path) else role: ModelSource.of(one, dtype, device)
-        for role, one in given.items()
-        if one is not None
+        str(candidate) if isinstance(candidate, str | Path) else role: ModelSource.of(candidate, dtype, device)
+        for role, candidate in given.items()
+        if candidate is not None
     }
     for source in sources.values():
         check_length(empty_model(source.config).config, prompt + new_tokens)

@@ -11,6 +11,7 @@ from adapruner.card import card_of_recovered, read_card
 from adapruner.checkpoint import check_push, push, read_origin
 from adapruner.config import Dtype, RecoverConfig, Tracker
 from adapruner.errors import AdaPrunerError
+from adapruner.families import open_config, open_model
 from adapruner.models import (
     ModelLocation,
     check_length,
@@ -19,8 +20,6 @@ from adapruner.models import (
     find_model,
     fingerprint,
     in_fastest_dtype,
-    load_config,
-    load_model,
     load_tokenizer,
     resolve_device,
 )
@@ -106,7 +105,7 @@ def _recover_into(
     check_batch_size(config.batch_size)
     check_tracker(track)
     location, of_teacher = find_model(config.model), find_model(teacher) if teacher else None
-    load_config(location)  # the commit of a Hub model is known then
+    open_config(location)  # the commit of a Hub model is known then
     # Names alone would take another model of the same name, or another text, for those of an earlier call.
     content = [fingerprint(one) for one in (location, of_teacher) if one] + [source and content_hash(source)]
     resolved = config.model_dump(mode="json") | {"content": content}
@@ -127,12 +126,12 @@ def _train(
     track: Tracker | None,
 ) -> RecoveryRecord:
     """Reads the data, loads the models and trains; without a source, on text that the teacher writes."""
-    of_model, leads = load_config(location), this_process().leads
+    of_model, leads = open_config(location), this_process().leads
     if config.train != "full":
         check_adapters(empty_model(of_model), config)
     warnings = [check_length(of_model, config.seq_len)]
     if of_teacher:
-        dense_config = load_config(of_teacher)
+        dense_config = open_config(of_teacher)
         if dense_config.vocab_size != of_model.vocab_size:
             raise AdaPrunerError(
                 f"the teacher has a vocabulary of {dense_config.vocab_size:,} tokens, the model one of"
@@ -150,7 +149,7 @@ def _train(
         dense = None
         if of_teacher:
             with reporter.stage("loading"):
-                dense = load_model(of_teacher, config.dtype, device)
+                dense = open_model(of_teacher, config.dtype, device)
         if examples is None:
             assert dense is not None
             with reporter.stage("writing text"):
@@ -164,7 +163,7 @@ def _train(
         with reporter.stage("recovering", total_steps(examples, config)) as advance:
             return recover_into(
                 folder,
-                partial(load_model, location, config.dtype, device),
+                partial(open_model, location, config.dtype, device),
                 tokenizer,
                 examples,
                 config,

@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.config import Dtype
 from adapruner.errors import AdaPrunerError
-from adapruner.models import ModelLocation, find_model, load_config, load_model, load_tokenizer
+from adapruner.families import open_config, open_model
+from adapruner.models import ModelLocation, find_model, load_tokenizer
 from adapruner.run.given import ModelGiven, check_model, check_tokenizer
 
 
@@ -21,33 +22,33 @@ class ModelSource:
     """A model that is used where it is, or loaded.
 
     Attributes:
-        location: None for a model in memory.
-        model: None for one that is to be loaded.
+        given: the place of the model that is to be loaded, or a model in memory.
     """
 
-    location: ModelLocation | None = None
-    model: PreTrainedModel | None = None
+    given: ModelLocation | PreTrainedModel
 
     @classmethod
     def of(cls, model: ModelGiven, dtype: Dtype = "auto", device: str = "auto") -> ModelSource:
-        """What a user gave.
+        """The model that a user named or gave.
 
         Raises:
             AdaPrunerError: there is no such model, or it cannot be used as it is.
         """
         if isinstance(model, str | Path):
-            return cls(location=find_model(str(model)))
+            return cls(find_model(str(model)))
         check_model(model)
         if (dtype, device) != ("auto", "auto"):
             raise AdaPrunerError("a model in memory is used as it is: leave `dtype` and `device` out, or use to()")
-        return cls(model=model)
+        return cls(model)
+
+    @property
+    def location(self) -> ModelLocation | None:
+        """None for a model in memory."""
+        return None if isinstance(self.given, PreTrainedModel) else self.given
 
     @property
     def config(self) -> PreTrainedConfig:
-        if self.location:
-            return load_config(self.location)
-        assert self.model is not None
-        return self.model.config
+        return self.given.config if isinstance(self.given, PreTrainedModel) else open_config(self.given)
 
     def tokenizer(self, given: Tokenizer | None) -> Tokenizer:
         """The tokenizer: that beside the files, or the given one of a model in memory.
@@ -66,14 +67,13 @@ class ModelSource:
         self, dtype: Dtype = "auto", device: str = "auto", layer_wise: bool = False
     ) -> Iterator[PreTrainedModel]:
         """The model in evaluation mode; one in memory is then in the mode in which it was."""
-        if self.location:
-            yield load_model(self.location, dtype, device, layer_wise)
+        if not isinstance(self.given, PreTrainedModel):
+            yield open_model(self.given, dtype, device, layer_wise)
             return
-        assert self.model is not None
-        training = [module for module in self.model.modules() if module.training]
-        self.model.eval()
+        training = [module for module in self.given.modules() if module.training]
+        self.given.eval()
         try:
-            yield self.model
+            yield self.given
         finally:
             for module in training:
                 module.training = True

@@ -13,7 +13,8 @@ from adapruner.card import vocabulary_card
 from adapruner.checkpoint import check_push, push, read_origin, save_checkpoint
 from adapruner.config import Dtype
 from adapruner.errors import AdaPrunerError
-from adapruner.models import find_model, load_config, load_model, load_tokenizer
+from adapruner.families import open_config, open_model
+from adapruner.models import find_model, load_tokenizer
 from adapruner.paths import output_path
 from adapruner.progress import Reporter
 from adapruner.result import shown_name
@@ -86,13 +87,13 @@ def vocabulary(
     check_output(path, location, "stock", overwrite)
     if push_to_hub:
         check_push(push_to_hub, hub_token)
-    config, tokenizer, reporter = load_config(location), load_tokenizer(location), Reporter()
+    config, tokenizer, reporter = open_config(location), load_tokenizer(location), Reporter()
     with reporter.stage("counting tokens") as advance:
         settings = read_generation_config(location, config)
         chosen = select_vocabulary(tokenizer, config, settings, sources, vocabulary_size, vocabulary_multiple, advance)
     cut = cut_tokenizer(tokenizer, TokenizerParts.of(tokenizer), chosen.new_ids)
     with reporter.stage("loading"):
-        loaded = load_model(location, dtype, "cpu")
+        loaded = open_model(location, dtype, "cpu")
     cut_vocabulary(loaded, chosen)
     with reporter.stage("saving"):
         origin: dict[str, Any] = read_origin(location) or {"base_model": shown_name(str(model)), "texts": []}

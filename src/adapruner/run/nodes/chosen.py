@@ -40,14 +40,13 @@ from adapruner.search import (
     Search,
     SearchResult,
     SearchSpace,
-    StudyPlace,
+    StudyFile,
     TriedPoint,
     build_subset_family,
     level,
     meet_budget,
     plan_candidate,
     removal_orders,
-    sqlite_url,
 )
 from adapruner.structure import Structure
 from adapruner.surgery import Compensation
@@ -270,8 +269,8 @@ def found(
     judge = judging(text[:scoring])
     judge_together = judge.together if placement.layer_wise and not item_losses else None
     # A function of the user gives the losses of all items at once.
-    place = StudyPlace(sqlite_url(run_folder.study), key)
-    search = Search(space_of_search, judge, trials, seed, place, sampler, not item_losses, judge_together)
+    study = StudyFile(run_folder.study, key)
+    search = Search(space_of_search, judge, trials, seed, study, sampler, not item_losses, judge_together, process)
 
     def report(trial: TriedPoint, best: float) -> None:
         advance(1, text=f"best {'objective' if item_losses else selection} {best:.4f}")

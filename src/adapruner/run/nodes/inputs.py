@@ -28,18 +28,17 @@ from adapruner.costs import (
     timings,
 )
 from adapruner.errors import AdaPrunerError
+from adapruner.families import open_config, resolve
 from adapruner.memory import Placement, choose_placement, dtype_of_weights, estimate_memory, room_for_moments
 from adapruner.models import (
     Architecture,
     ModelLocation,
-    architecture_of,
     check_streamable,
     copy_in_dtype,
     empty_model,
     find_model,
     is_pruned,
     is_streamable,
-    load_config,
     load_model,
     load_tokenizer,
     resolve_devices,
@@ -100,12 +99,12 @@ def location(model: str) -> ModelLocation:
 @GRAPH.in_memory
 def given_config(location: ModelLocation) -> PreTrainedConfig:
     """The config of the given model, with all of its tokens."""
-    return load_config(location)
+    return open_config(location)
 
 
 @GRAPH.leaf(lambda family: family.model_dump_json())
 def family(given_config: PreTrainedConfig) -> Architecture:
-    return architecture_of(given_config)
+    return resolve(given_config)
 
 
 @GRAPH.in_memory

@@ -23,7 +23,7 @@ from adapruner.calibration import (
 )
 from adapruner.config import Space, Terms, scoring_bounds
 from adapruner.errors import AdaPrunerError
-from adapruner.evaluation import losses_by_batch
+from adapruner.evaluation import finite_windows, window_losses
 from adapruner.graph import Form
 from adapruner.importance import needed_statistics
 from adapruner.memory import Placement
@@ -35,19 +35,6 @@ from adapruner.texts import DEFAULT_REPORT_WINDOWS
 
 _WRITTEN_AT_ONCE = 64
 REPORT_TEXTS: Form[dict[str, EvaluationText]] = Form(save_texts, load_texts)
-
-
-def finite_windows(model, windows, at_least):  # TEMPORARY
-    kept, notes = {}, []
-    for use, given in windows.items():
-        finite = torch.cat(list(losses_by_batch(model, given))).isfinite()
-        lost = (~finite).nonzero().flatten().tolist()
-        if 2 * len(lost) > len(given) or len(given) - len(lost) < at_least[use]:
-            raise AdaPrunerError("the loss of the model is not finite on")
-        if lost:
-            notes.append(f"left out, because the loss of the model on them is not finite: windows {lost} of the {use}")
-        kept[use] = given[finite]
-    return kept, "\n".join(notes)
 
 
 def needs_moments(compensation: str, space: Space, terms: Terms) -> bool:
@@ -158,8 +145,7 @@ def self_written(
     with reporter.stage("writing text", count) as advance:
         number = list(window_counts).index("compensation")
         written = generate_windows(dense_fast, count, seq_len, 4 * seed + number, _WRITTEN_AT_ONCE, advance)
-        finite = torch.cat(list(losses_by_batch(dense_fast, written))).isfinite()
-    return {"compensation": written[finite]}
+    return {"compensation": written[window_losses(dense_fast, written).isfinite()]}
 
 
 @GRAPH.in_memory

@@ -1,4 +1,4 @@
-"""The architecture of a family that nobody has described, read off a tiny random model of its own class.
+"""The architecture of a family that no file describes, read off a tiny random model of its own class.
 
 What a row-wise projection reads is computed by those rows of other parameters to which its inputs have a gradient.
 Inputs that share such rows belong to one group: a channel, or a key/value head with its query heads. Which config
@@ -8,15 +8,17 @@ fields count them is found by changing the fields and comparing shapes. No names
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from adapruner.errors import AdaPrunerError, reason
+from adapruner.families.tiny import CHOSEN_GROUPS, EXPERT_GROUPS, TOP_K, parameters_of, random_model, tiny_config
+from adapruner.families.tracing import Layer, Writer
 from adapruner.models._architecture import (
     Architecture,
     ConfigFields,
@@ -25,8 +27,6 @@ from adapruner.models._architecture import (
     ProjectionNames,
     RowKind,
 )
-from adapruner.models._tiny import CHOSEN_GROUPS, EXPERT_GROUPS, TOP_K, parameters_of, tiny_config
-from adapruner.models._tracing import Layer, Writer
 
 _HEADS, _KEY_VALUE_HEADS = "num_attention_heads", "num_key_value_heads"
 _MOST_PARAMETERS = 50_000_000
@@ -40,7 +40,7 @@ class InferenceError(AdaPrunerError):
 
 
 def infer_architecture(config: PreTrainedConfig) -> Architecture:
-    """What can be removed from the models of a family, from one config of it.
+    """The parts that can be removed from the models of a family, read off a tiny model of one config.
 
     Args:
         config: of a stock model.
@@ -60,42 +60,28 @@ def infer_architecture(config: PreTrainedConfig) -> Architecture:
         tiny.allow_global_per_layer_attribute_access = True
         model = random_model(tiny)
         path, layers = _layer_list(model)
-        seen = [Layer(model, path, layers, index) for index in _distinct(layers)]
+        distinct = [Layer(model, path, layers, index) for index in _distinct(layers)]
     except InferenceError:
         raise
     except Exception as error:  # whatever a model class raises over sizes that it was not made for
         raise InferenceError(
             f"a small {config.model_type} cannot be run to find out how it is built: {reason(error)}"
         ) from error
-    return _described(model, _Counting(tiny, path), path, seen)
-
-
-def random_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """A model of a config in which every weight matters; float32, always the same."""
-    config = copy.deepcopy(config)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-        for parameter in model.parameters():
-            parameter.data = torch.randn_like(parameter) * 0.1 + (parameter.dim() == 1)
-            parameter.requires_grad_()
-        # So large that the epsilon of norms is nothing beside it.
-        cast(nn.Embedding, model.get_input_embeddings()).weight.data *= 10
-    return model
+    return _architecture(model, _Counting(tiny, path), path, distinct)
 
 
 def _layer_list(model: PreTrainedModel) -> tuple[str, list[nn.Module]]:
     """The list of decoder layers, by its path: that of as many modules as there are layers which holds the most."""
     count = model.config.num_hidden_layers
     lists = {
-        path: list(module)
+        path: module
         for path, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == count
     }
     if not lists:
         raise InferenceError(f"a {model.config.model_type} has no list of {count} decoder layers")
-    path = max(lists, key=lambda each: sum(part.numel() for layer in lists[each] for part in layer.parameters()))
-    return path, lists[path]
+    path = max(lists, key=lambda path: sum(parameter.numel() for parameter in lists[path].parameters()))
+    return path, list(lists[path])
 
 
 def _distinct(layers: Sequence[nn.Module]) -> list[int]:
@@ -108,11 +94,11 @@ def _distinct(layers: Sequence[nn.Module]) -> list[int]:
 
 
 class _Counting:
-    """Which config fields count what: they are changed, one at a time, and the shapes compared."""
+    """The config fields that count groups, found by changing one at a time and comparing the shapes in the layers."""
 
     def __init__(self, config: PreTrainedConfig, layers: str) -> None:
         self.config, self._layers = config, layers
-        self._now, embedding = self._built({}) or ({}, None)
+        self.now, embedding = self._built({}) or ({}, None)
         self._wider: dict[str, _Shapes] = {}
         self._doubled: dict[str, _Shapes] = {}
         for name, value in config.to_dict().items():
@@ -121,11 +107,11 @@ class _Counting:
             for shapes, changed in ((self._wider, (value or 0) + _STEP), (self._doubled, 2 * (value or 0))):
                 built = self._built({name: changed}) if changed else None
                 # What changes the embedding is the hidden size or the vocabulary.
-                if built and built[0] != self._now and built[1] == embedding:
+                if built and built[0] != self.now and built[1] == embedding:
                     shapes[name] = built[0]
 
     def shapes(self, changes: Mapping[str, Any]) -> _Shapes | None:
-        """Of all tensors in the layers, with other fields; None where such a model cannot be built."""
+        """Shapes of all tensors in the layers, with other fields; None where such a model cannot be built."""
         built = self._built(changes)
         return built and built[0]
 
@@ -140,13 +126,12 @@ class _Counting:
             embedding = tuple(model.get_input_embeddings().weight.shape)
         except Exception:  # whatever a config or model class raises over a field that it was not made for
             return None
-        state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        prefix = f"{self._layers}."
-        return {name: tuple(tensor.shape) for name, tensor in state.items() if name.startswith(prefix)}, embedding
+        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        return {name: tuple(tensors[name].shape) for name in tensors if name.startswith(f"{self._layers}.")}, embedding
 
     def width_field(self, parameter: str, axis: int) -> str | None:
         """The field that an axis of a parameter is as wide as."""
-        size = self._now[parameter][axis]
+        size = self.now[parameter][axis]
         for name, shapes in self._wider.items():
             value = getattr(self.config, name)
             # As wide as it says, and not as wide as its class makes of that.
@@ -154,30 +139,27 @@ class _Counting:
                 return name
         return None
 
-    def size(self, parameter: str, axis: int) -> int:
-        """How long an axis of a parameter is."""
-        return self._now[parameter][axis]
-
-    def moved(self, layer: str, field: str) -> set[str]:
+    def widened(self, layer: str, field: str) -> set[str]:
         """The tensors of a layer that become wider with a field."""
         shapes = self._wider[field]
-        return {name for name, before in self._now.items() if name.startswith(f"{layer}.") and shapes[name] != before}
+        return {name for name, before in self.now.items() if name.startswith(f"{layer}.") and shapes[name] != before}
 
     def expert_field(self, layer: str) -> tuple[str, dict[str, int]] | None:
         """The field that counts experts, and the axis of every tensor of a layer along which they lie."""
-        for name, shapes in self._doubled.items():
-            count, axes = getattr(self.config, name), dict[str, int]()
-            for tensor, before in self._now.items():
-                after = shapes.get(tensor)
-                if not tensor.startswith(f"{layer}.") or after == before:
+        before = {name: shape for name, shape in self.now.items() if name.startswith(f"{layer}.")}
+        for field, shapes in self._doubled.items():
+            count, axes = getattr(self.config, field), dict[str, int]()
+            for name, shape in before.items():
+                after = shapes.get(name)
+                if after == shape:
                     continue
-                moved = [axis for axis, size in enumerate(before) if after is None or after[axis] != size]
-                if after is None or len(moved) != 1 or (before[moved[0]], after[moved[0]]) != (count, 2 * count):
+                moved = [axis for axis, size in enumerate(shape) if after is None or after[axis] != size]
+                if after is None or len(moved) != 1 or (shape[moved[0]], after[moved[0]]) != (count, 2 * count):
                     break
-                axes[tensor.removeprefix(f"{layer}.")] = moved[0]
+                axes[name.removeprefix(f"{layer}.")] = moved[0]
             else:
-                if any(len(self._now[f"{layer}.{tensor}"]) == 3 and axis == 0 for tensor, axis in axes.items()):
-                    return name, axes
+                if any(len(before[f"{layer}.{name}"]) == 3 and axis == 0 for name, axis in axes.items()):
+                    return field, axes
         return None
 
 
@@ -186,8 +168,9 @@ def _is_count(value: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class _Found:
-    """A kind of groups: the projections, the config fields by their names in `Architecture`, and how much they hold."""
+class _Kind:
+    """A kind of groups in one layer: the projections, the config fields by their names in `Architecture`, how many
+    numbers the projections hold, and whether their output is added as it is."""
 
     names: ProjectionNames
     fields: dict[str, Any]
@@ -195,53 +178,47 @@ class _Found:
     plain: bool
 
 
-def _described(model: PreTrainedModel, counting: _Counting, path: str, layers: Sequence[Layer]) -> Architecture:
-    attention: dict[str, list[_Found]] = {}
-    feed_forward: dict[str, list[_Found]] = {}
+def _architecture(model: PreTrainedModel, counting: _Counting, path: str, layers: Sequence[Layer]) -> Architecture:
+    attention: dict[str, list[_Kind]] = {}
+    feed_forward: dict[str, list[_Kind]] = {}
     with_experts = [layer for layer in layers if counting.expert_field(layer.path)]
     for layer in layers:
-        for writer in layer.writers.values():
+        for writer in layer.writers:
             if heads := _heads(layer, writer, counting):
                 attention.setdefault(writer.path, []).append(heads)
             # Shared experts are kept whole: every token needs them.
             elif layer not in with_experts and (channels := _channels(layer, writer, counting)):
                 feed_forward.setdefault(writer.path, []).append(channels)
-    kinds = {"attention": _largest(attention), "feed_forward": _largest(feed_forward)}
-    found: dict[str, _Found] = {kind: each for kind, each in kinds.items() if each is not None}
+    by_output = {"attention": attention, "feed_forward": feed_forward}
+    kinds = {name: _largest(writers.values()) for name, writers in by_output.items() if writers}
     experts = _experts(counting, with_experts)
-    if not found and experts is None:
+    if not kinds and experts is None:
         raise InferenceError(
             f"in a {model.config.model_type}, no heads, channels or experts were found that can be removed"
         )
-    fields: dict[str, Any] = {}
-    for each in found.values():
-        fields |= each.fields
+    fields = {name: value for kind in kinds.values() for name, value in kind.fields.items()}
     counts = {name: fields.pop(name) for name in list(fields) if name in ConfigFields.model_fields}
     return Architecture(
         model_type=model.config.model_type,
         layers=path,
         config_fields=ConfigFields(**counts),
-        plain_residual=all(each.plain for each in found.values()),
+        plain_residual=all(kind.plain for kind in kinds.values()),
         learned_positions=_has_learned_positions(model),
         experts=experts,
-        **(fields | {kind: each.names for kind, each in found.items()}),
+        **(fields | {name: kind.names for name, kind in kinds.items()}),
     )
 
 
-def _largest(by_output: Mapping[str, list[_Found]]) -> _Found | None:
+def _largest(writers: Iterable[list[_Kind]]) -> _Kind:
     """Of several writers of one kind, the one that holds most in all layers; where layers differ in what computes its
     inputs, all of that."""
-    if not by_output:
-        return None
-    several = max(by_output.values(), key=lambda each: sum(found.parameters for found in each))
-    inputs: dict[str, tuple[RowKind, ...]] = {}
-    for found in several:
-        inputs |= found.names.inputs
-    names = several[0].names.model_copy(update={"inputs": inputs})
-    return _Found(names, several[-1].fields, 0, all(found.plain for found in several))
+    layers = max(writers, key=lambda layers: sum(layer.parameters for layer in layers))
+    inputs = {path: rows for layer in layers for path, rows in layer.names.inputs.items()}
+    names = layers[0].names.model_copy(update={"inputs": inputs})
+    return replace(layers[-1], names=names, plain=all(layer.plain for layer in layers))
 
 
-def _heads(layer: Layer, writer: Writer, counting: _Counting) -> _Found | None:
+def _heads(layer: Layer, writer: Writer, counting: _Counting) -> _Kind | None:
     """The heads whose outputs a writer reads."""
     config = counting.config
     heads, key_value_heads = getattr(config, _HEADS, None), getattr(config, _KEY_VALUE_HEADS, None)
@@ -250,8 +227,8 @@ def _heads(layer: Layer, writer: Writer, counting: _Counting) -> _Found | None:
     fewer = {_HEADS: heads // 2, "head_dim": getattr(config, "head_dim", None) or writer.inputs // heads}
     if key_value_heads:
         fewer[_KEY_VALUE_HEADS] = max(1, key_value_heads // 2)
-    shapes, weight = counting.shapes(fewer), layer.weight(writer)
-    is_narrower = shapes is not None and 2 * shapes[weight][layer.input_axis(writer)] == writer.inputs
+    shapes = counting.shapes(fewer)
+    is_narrower = shapes is not None and 2 * shapes[writer.weight][writer.axis] == writer.inputs
     if not is_narrower and writer.inputs != config.hidden_size:
         return None
     count, parts = layer.groups(writer, heads)
@@ -262,42 +239,41 @@ def _heads(layer: Layer, writer: Writer, counting: _Counting) -> _Found | None:
         passes = part.passes(count)
         if passes is None:
             return None
-        inputs[part.parameter] = tuple(part.kind_of_heads(one, count) for one in passes)
+        inputs[part.parameter] = tuple(part.kind_of_heads(rows, count) for rows in passes)
     fields = {"heads": _HEADS, "fixed_attention_width": not is_narrower}
     if count == key_value_heads:
         fields["key_value_heads"] = _KEY_VALUE_HEADS
-    return _Found(_names(layer, inputs, writer), fields, layer.size(inputs, writer), writer.plain)
+    return _Kind(_names(layer, inputs, writer), fields, layer.size(inputs, writer), writer.plain)
 
 
-def _channels(layer: Layer, writer: Writer, counting: _Counting) -> _Found | None:
+def _channels(layer: Layer, writer: Writer, counting: _Counting) -> _Kind | None:
     """The feed-forward channels that a writer reads."""
     config = counting.config
-    field = counting.width_field(layer.weight(writer), layer.input_axis(writer))
+    field = counting.width_field(writer.weight, writer.axis)
     if field is None and writer.inputs <= config.hidden_size:
         return None
     count, parts = layer.groups(writer, 0)
     if count != writer.inputs:
         return None
     inputs: dict[str, tuple[RowKind, ...]] = {}
+    channel: tuple[RowKind, ...] = ("channels",)
     for part in parts:
         passes = part.passes(count)
         if passes is None or (field is None and part.parameter.rpartition(".")[0] not in layer.linears()):
             return None
-        channels: list[RowKind] = ["channels"]
-        inputs[part.parameter] = tuple(channels * len(passes))
+        inputs[part.parameter] = channel * len(passes)
     fields: dict[str, Any] = {"channels": field or "intermediate_size", "fixed_channels": field is None}
     if field is None or getattr(config, field) is None:
         fields["default_channels"] = writer.inputs // config.hidden_size
-    return _Found(_names(layer, inputs, writer), fields, layer.size(inputs, writer), writer.plain)
+    return _Kind(_names(layer, inputs, writer), fields, layer.size(inputs, writer), writer.plain)
 
 
 def _names(layer: Layer, inputs: Mapping[str, tuple[RowKind, ...]], writer: Writer) -> ProjectionNames:
     """Weights and biases by their module, other parameters by their own name."""
     by_module = {name.removesuffix(".weight"): kinds for name, kinds in inputs.items()}
-    own = {
-        name: kinds for name, kinds in by_module.items() if name.removesuffix(".bias") not in by_module.keys() - {name}
-    }
-    names = ProjectionNames(inputs=own, output=writer.path, normalized=writer.normalized)
+    biases = {name for name in by_module if name.removesuffix(".bias") in by_module.keys() - {name}}
+    without = {name: kinds for name, kinds in by_module.items() if name not in biases}
+    names = ProjectionNames(inputs=without, output=writer.path, normalized=writer.normalized)
     return names.model_copy(update={"returned": layer.returned(names.module)})
 
 
@@ -305,8 +281,8 @@ def _experts(counting: _Counting, layers: Sequence[Layer]) -> ExpertNames | None
     tensors: dict[str, int] = {}
     field, channels = None, None
     for layer in layers:
-        if found := counting.expert_field(layer.path):
-            field, axes = found
+        if counted := counting.expert_field(layer.path):
+            field, axes = counted
             tensors |= axes
             channels = _expert_channels(counting, layer, [path for path, axis in axes.items() if axis == 0])
     if field is None:
@@ -315,28 +291,24 @@ def _experts(counting: _Counting, layers: Sequence[Layer]) -> ExpertNames | None
     def named(names: Sequence[str]) -> str | None:
         return next((name for name in names if getattr(counting.config, name, None)), None)
 
+    top_k, groups, chosen = map(named, (TOP_K, EXPERT_GROUPS, CHOSEN_GROUPS))
     return ExpertNames(
-        tensors=tensors,
-        count=field,
-        top_k=named(TOP_K),
-        groups=named(EXPERT_GROUPS),
-        chosen_groups=named(CHOSEN_GROUPS),
-        channels=channels,
+        tensors=tensors, count=field, top_k=top_k, groups=groups, chosen_groups=chosen, channels=channels
     )
 
 
 def _expert_channels(counting: _Counting, layer: Layer, stacks: Sequence[str]) -> ExpertChannels | None:
-    """What is inside of the experts of a layer, where a config field counts that and nothing else."""
+    """The channels inside the experts of a layer, where a config field counts them and nothing else."""
     writer = layer.expert_writer([path for path in stacks if path in layer.parameters])
     if writer is None:
         return None
-    count = counting.size(f"{layer.path}.{writer.parameter}", writer.axis)
-    field = counting.width_field(f"{layer.path}.{writer.parameter}", writer.axis)
+    down = f"{layer.path}.{writer.parameter}"
+    count, field = counting.now[down][writer.axis], counting.width_field(down, writer.axis)
     passes = {part.parameter: part.passes(count) for part in writer.parts}
-    own = {f"{layer.path}.{path}" for path in (writer.parameter, *passes)}
-    if field is None or None in passes.values() or not passes or counting.moved(layer.path, field) != own:
+    parameters = {f"{layer.path}.{path}" for path in (writer.parameter, *passes)}
+    if field is None or None in passes.values() or not passes or counting.widened(layer.path, field) != parameters:
         return None
-    inputs = {path: tuple((one.stop - one.start) // count for one in each or ()) for path, each in passes.items()}
+    inputs = {path: tuple((rows.stop - rows.start) // count for rows in runs or ()) for path, runs in passes.items()}
     axes = {**writer.axes, writer.parameter: writer.axis}
     return ExpertChannels(inputs=inputs, output=writer.parameter, axes=axes, count=field)
 

@@ -1,4 +1,4 @@
-"""What the projections of a decoder layer read, and from which rows of which parameters that is computed.
+"""The inputs of the projections of a decoder layer, and the rows of the parameters from which they are computed.
 
 Found by differentiation on a tiny random model. No names of parameters are looked for.
 """
@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from adapruner.models._architecture import RowKind
+from adapruner.models import RowKind
 
 _TOKENS = 48
 # Of a row-wise projection with more inputs than this, no groups are looked for: it belongs to no tiny model.
@@ -66,26 +66,27 @@ class Part:
     query_heads: list[int | None]
 
     def passes(self, count: int) -> list[slice] | None:
-        """Where all groups come by in order, each as wide as the others; None where they come by otherwise."""
+        """The stretches of rows in which all groups follow each other in order, each as wide as the others; None where
+        they are arranged otherwise."""
         runs = [(group, len(list(rows))) for group, rows in groupby(self.groups)]
         if [group for group, _ in runs] != list(range(count)) * (len(runs) // count):
             return None
-        found, start = [], 0
-        for width, own in groupby(runs, key=lambda run: run[1]):
-            for _ in range(len(list(own)) // count):
-                found.append(slice(start, start + width * count))
+        passes, start = [], 0
+        for width, alike in groupby(runs, key=lambda run: run[1]):
+            for _ in range(len(list(alike)) // count):
+                passes.append(slice(start, start + width * count))
                 start += width * count
-        return found if start == len(self.groups) else None
+        return passes if start == len(self.groups) else None
 
-    def kind_of_heads(self, one: slice, count: int) -> RowKind:
-        """What the rows of one pass compute: queries belong to one query head, and each input has its own value."""
-        alone = {head is not None for head in self.query_heads[one]}
+    def kind_of_heads(self, stretch: slice, count: int) -> RowKind:
+        """The kind of the rows of a pass: queries belong to one query head, and each input has its own value."""
+        alone = {head is not None for head in self.query_heads[stretch]}
         if len(alone) > 1:
             return "query-key-value"
         is_query = alone.pop()
-        if is_query and self.query_heads[one] != self.groups[one]:
+        if is_query and self.query_heads[stretch] != self.groups[stretch]:
             return "query"
-        has_own_row = one.stop - one.start > count and int(self.rows[:, one].sum(1).max()) == 1
+        has_own_row = stretch.stop - stretch.start > count and int(self.rows[:, stretch].sum(1).max()) == 1
         return "value" if has_own_row else "query" if is_query else "key"
 
 
@@ -94,12 +95,16 @@ class Writer:
     """A projection whose output is added to the hidden state.
 
     Attributes:
+        weight: name of its weight in the model.
+        axis: of its weight, as it is stored, along which its inputs lie.
         inputs: how many numbers it reads per token.
         plain: whether its output is added as it is.
         normalized: whether a norm follows before it is added, so that its size does not matter.
     """
 
     path: str
+    weight: str
+    axis: int
     inputs: int
     plain: bool
     normalized: bool
@@ -139,10 +144,10 @@ class Layer:
             for name, module in self._projections.items()
         ]
         self._run(hooks)
-        self.writers = {writer.path: writer for writer in self._find_writers()}
+        self.writers = list(self._find_writers())
 
     def returned(self, path: str) -> int:
-        """How many things a module returns; 0 for a single tensor."""
+        """Number of values that a module returns; 0 for a single tensor."""
         seen: list[Any] = []
         self._run([self._layer.get_submodule(path).register_forward_hook(lambda *about: seen.append(about[2]))])
         return len(seen[0]) if seen and isinstance(seen[0], tuple | list) else 0
@@ -151,20 +156,12 @@ class Layer:
         """Paths of the plain projections."""
         return {name for name, module in self._layer.named_modules() if isinstance(module, nn.Linear | Conv1D)}
 
-    def weight(self, writer: Writer) -> str:
-        """The name of the weight of a writer in the model."""
-        return f"{self.path}.{writer.path}.weight"
-
-    def input_axis(self, writer: Writer) -> int:
-        """The axis of its weight, as it is stored, along which its inputs lie."""
-        return 0 if isinstance(self._projections[writer.path], Conv1D) else 1
-
     def size(self, inputs: Iterable[str], writer: Writer) -> int:
-        """How many numbers the parameters hold, with those of a writer."""
+        """Numbers in the parameters, with those of a writer."""
         return sum(self.parameters[name].numel() for name in (*inputs, f"{writer.path}.weight"))
 
     def groups(self, writer: Writer, heads: int) -> tuple[int, list[Part]]:
-        """How many groups the inputs of a writer fall into, and what else belongs to them.
+        """Number of groups that the inputs of a writer fall into, and the rows of parameters that belong to them.
 
         Args:
             heads: query heads, whose inputs lie one behind the other; 0 where there are none.
@@ -194,18 +191,18 @@ class Layer:
             return None
         module, given = self._layer.get_submodule(path), list[Any]()
         self._run([module.register_forward_pre_hook(lambda *about: given.extend(about[1:]), with_kwargs=True)])
-        own = {name.rpartition(".")[2]: self.parameters[name] for name in stacks if name.rpartition(".")[0] == path}
-        arguments, named = tree_map(lambda each: each.detach() if isinstance(each, Tensor) else each, given[:2])
+        stored = {name.rpartition(".")[2]: self.parameters[name] for name in stacks if name.rpartition(".")[0] == path}
+        arguments, named = tree_map(lambda value: value.detach() if isinstance(value, Tensor) else value, given[:2])
 
         def put_out(values: Mapping[str, Tensor]) -> Tensor:
             with _Transparent(), torch.enable_grad():
                 return _first(torch.func.functional_call(module, dict(values), arguments, named)).flatten(0, -2)
 
-        for name in own:
-            writes = torch.autograd.grad(put_out(own)[:, 5].sum(), own[name])[0] != 0
+        for name in stored:
+            writes = torch.autograd.grad(put_out(stored)[:, 5].sum(), stored[name])[0] != 0
             expert = int(writes.flatten(1).any(1).nonzero()[0]) if writes.any() else 0
             if writes.dim() == 3 and (axis := _other_axis(writes[expert])) is not None:
-                touched = _touched_by_channels(put_out, own, name, axis, expert)
+                touched = _touched_by_channels(put_out, stored, name, axis, expert)
                 parts = [
                     Part(f"{path}.{other}", rows, [_only(column.nonzero()) for column in rows.T], [])
                     for other, (_, rows) in touched.items()
@@ -218,18 +215,9 @@ class Layer:
         """For each parameter of which no input of a writer depends on every row, [inputs, rows] bool: on which ones."""
         read = self._read[writer.path]
         mix = torch.randn(read.shape[:-1], generator=torch.Generator().manual_seed(2))
-        rows: dict[str, list[Tensor]] = {}
-        for one in range(writer.inputs):
-            gradients = torch.autograd.grad(
-                (read[..., one] * mix).sum(), list(self.parameters.values()), retain_graph=True, allow_unused=True
-            )
-            for (name, parameter), gradient in zip(self.parameters.items(), gradients, strict=True):
-                axis = self._axis(name)
-                other = [each for each in range(parameter.dim()) if each != axis]
-                is_touched = torch.zeros_like(parameter, dtype=torch.bool) if gradient is None else gradient != 0
-                rows.setdefault(name, []).append(is_touched.amax(other) if other else is_touched)
-        touched = {name: torch.stack(each) for name, each in rows.items()}
-        return {name: each for name, each in touched.items() if each.any(1).all() and not each.all(1).any()}
+        inputs = ((read[..., number] * mix).sum() for number in range(writer.inputs))
+        touched = _touched(inputs, self.parameters, lambda name, entries: _any_beside(entries, self._axis(name)))
+        return {name: rows for name, rows in touched.items() if rows.any(1).all() and not rows.all(1).any()}
 
     def _axis(self, name: str) -> int:
         """The axis of a parameter along which its outputs lie."""
@@ -248,10 +236,12 @@ class Layer:
             (gradient,) = torch.autograd.grad(after[:, 5].sum(), written, allow_unused=True)
             if gradient is not None and (gradient.flatten(0, -2) != 0).any(0).nonzero().flatten().tolist() == [5]:
                 plain = torch.allclose(after, before + written.view_as(before))
-                yield Writer(name, read.shape[-1], plain, not plain and self._is_normalized(name, before, after))
+                axis = 0 if isinstance(self._projections[name], Conv1D) else 1
+                normalized = not plain and self._is_normalized(name, before, after)
+                yield Writer(name, f"{self.path}.{name}.weight", axis, read.shape[-1], plain, normalized)
 
     def _is_normalized(self, name: str, before: Tensor, after: Tensor) -> bool:
-        """Whether nothing changes where a writer is twice as loud."""
+        """True if nothing changes where a writer is twice as loud."""
         change = self._alone(name, times=2)[2] - after
         return bool(change.norm() < 0.01 * (after - before).norm())
 
@@ -261,18 +251,18 @@ class Layer:
         noted: dict[str, Tensor] = {}
         # Experts are parameters of three axes, not projections.
         experts = [
-            each
-            for each in self._layer.modules()
-            if any(parameter.dim() == 3 for parameter in each.parameters(recurse=False))
+            module
+            for module in self._layer.modules()
+            if any(parameter.dim() == 3 for parameter in module.parameters(recurse=False))
         ]
-        others = [other for each, other in self._projections.items() if each != name]
+        others = [module for other, module in self._projections.items() if other != name]
 
         def note_written(*about: Any) -> Tensor:
             noted["written"] = about[2] * times
             return noted["written"]
 
         hooks = [
-            *(other.register_forward_hook(lambda *about: _silenced(about[2])) for other in (*others, *experts)),
+            *(module.register_forward_hook(lambda *about: _silenced(about[2])) for module in (*others, *experts)),
             self._projections[name].register_forward_hook(note_written),
             self._layer.register_forward_pre_hook(
                 lambda _, args, given: noted.update(before=(args or list(given.values()))[0]), with_kwargs=True
@@ -306,31 +296,44 @@ def _other_axis(writes: Tensor) -> int | None:
 
 
 def _touched_by_channels(
-    put_out: Callable[[Mapping[str, Tensor]], Tensor], own: Mapping[str, Tensor], name: str, axis: int, expert: int
+    put_out: Callable[[Mapping[str, Tensor]], Tensor], stacks: Mapping[str, Tensor], name: str, axis: int, expert: int
 ) -> dict[str, tuple[int, Tensor]]:
     """For each other stack, the axis along which channels lie, and [channels, rows] bool: on which rows of one expert
     each channel depends. Its output is what remains when the inputs of all other channels are silenced."""
-    others = [other for other in own if other != name]
-    if not others:
-        return {}
-    touched: dict[str, list[Tensor]] = {other: [] for other in others}
-    for channel in range(own[name].shape[axis]):
-        alone = torch.zeros_like(own[name])
-        alone.select(axis, channel).copy_(own[name].detach().select(axis, channel))
-        gradients = torch.autograd.grad(
-            put_out({**own, name: alone}).square().sum(), [own[other] for other in others], allow_unused=True
-        )
-        for other, gradient in zip(others, gradients, strict=True):
-            touched[other].append(torch.zeros_like(own[other][0]) if gradient is None else gradient[expert])
+    others = {other: stack for other, stack in stacks.items() if other != name}
+
+    def alone(channel: int) -> Tensor:
+        silenced = torch.zeros_like(stacks[name])
+        silenced.select(axis, channel).copy_(stacks[name].detach().select(axis, channel))
+        return put_out({**stacks, name: silenced}).square().sum()
+
+    outputs = map(alone, range(stacks[name].shape[axis]) if others else ())
     found = {}
-    for other, each in touched.items():
-        is_touched = torch.stack(each) != 0
-        for stored in range(1, is_touched.dim()):
-            summed = [one for one in range(1, is_touched.dim()) if one != stored]
-            rows = is_touched.amax(summed) if summed else is_touched
+    for other, touched in _touched(outputs, others, lambda _, entries: entries[expert]).items():
+        for stored in range(1, touched.dim()):
+            rows = _any_beside(touched, 0, stored)
             if rows.any(1).all() and (rows.sum(0) == 1).all():
                 found[other] = (stored, rows)
     return found
+
+
+def _touched(
+    outputs: Iterable[Tensor], parameters: Mapping[str, Tensor], reduce: Callable[[str, Tensor], Tensor]
+) -> dict[str, Tensor]:
+    """For each parameter, [outputs, …] bool: which of its entries, reduced, each output depends on."""
+    touched: dict[str, list[Tensor]] = {}
+    for output in outputs:
+        gradients = torch.autograd.grad(output, list(parameters.values()), retain_graph=True, allow_unused=True)
+        for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True):
+            entries = torch.zeros_like(parameter, dtype=torch.bool) if gradient is None else gradient != 0
+            touched.setdefault(name, []).append(reduce(name, entries))
+    return {name: torch.stack(entries) for name, entries in touched.items()}
+
+
+def _any_beside(entries: Tensor, *axes: int) -> Tensor:
+    """True where any entry is, along all axes but some."""
+    others = [axis for axis in range(entries.dim()) if axis not in axes]
+    return entries.amax(others) if others else entries
 
 
 def _silenced(output: Any) -> Any:
@@ -347,23 +350,23 @@ def _outputs(module: Any) -> int:
 
 
 def _components(inputs: int, touched: Iterable[Tensor]) -> tuple[int, Tensor]:
-    """How many groups there are, and the group of each input: inputs that touch a row together are of one group."""
+    """Number of groups, and the group of each input: inputs that touch a row together are of one group."""
     parent = list(range(inputs))
 
-    def root(one: int) -> int:
-        while parent[one] != one:
-            parent[one] = parent[parent[one]]
-            one = parent[one]
-        return one
+    def root(number: int) -> int:
+        while parent[number] != number:
+            parent[number] = parent[parent[number]]
+            number = parent[number]
+        return number
 
     for rows in touched:
         for column in rows.T:
             together = column.nonzero().flatten().tolist()
-            for one in together[1:]:
-                parent[root(one)] = root(together[0])
-    roots = [root(one) for one in range(inputs)]
-    numbers = {one: number for number, one in enumerate(dict.fromkeys(roots))}
-    return len(numbers), torch.tensor([numbers[one] for one in roots])
+            for number in together[1:]:
+                parent[root(number)] = root(together[0])
+    roots = [root(number) for number in range(inputs)]
+    groups = {number: group for group, number in enumerate(dict.fromkeys(roots))}
+    return len(groups), torch.tensor([groups[number] for number in roots])
 
 
 def _only(values: Tensor) -> int | None:

@@ -8,6 +8,7 @@ import copy
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, cast, get_args
 
 import torch
@@ -17,6 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from adapruner.config import ExpertGranularity, Layout
 from adapruner.errors import AdaPrunerError, reason
+from adapruner.families.tiny import random_model, tiny_config
 from adapruner.models import (
     Architecture,
     ModelLocation,
@@ -25,9 +27,7 @@ from adapruner.models import (
     enter_layers,
     load_model,
     quiet_transformers,
-    random_model,
     skipping_layers,
-    tiny_config,
     using_architecture,
 )
 from adapruner.planning import PruningPlan, make_plan
@@ -51,8 +51,7 @@ class ConformanceError(AdaPrunerError):
 
 
 def prove(config: PreTrainedConfig, architecture: Architecture) -> Architecture:
-    """What of an architecture holds on a tiny model of a config: without the kinds of groups, and without the layouts,
-    for which a check fails.
+    """The architecture without the kinds of groups and the layouts for which a check on a tiny model of a config fails.
 
     Args:
         config: of a stock model.
@@ -73,14 +72,14 @@ def prove(config: PreTrainedConfig, architecture: Architecture) -> Architecture:
 
 
 def _proven_parts(model: PreTrainedModel, architecture: Architecture) -> Architecture:
-    """What `prove` gives, with experts as a whole."""
+    """The result of `prove`, with experts as a whole."""
     refusals = dict[str, str]()
     if not failed_checks(model, architecture):
         return architecture
     for kind, part in _PARTS.items():
         if getattr(architecture, part) is None:
             continue
-        others = {each: None for each in _PARTS.values() if each != part}
+        others = {name: None for name in _PARTS.values() if name != part}
         failures = failed_checks(model, architecture.changed(**others))
         if failures and kind == "channels" and not architecture.fixed_channels:
             # Where a class rounds the width that its config says, projections are made as wide as they are.
@@ -113,34 +112,32 @@ def failed_checks(
         model: a random one, of a stock class.
         experts: as in `build_structure`.
     """
-    failures: dict[Layout, str] = {}
     with using_architecture(architecture):
-        for layout in _LAYOUTS:
-            made = ["the structure is that of the model"]
-            try:
-                structure = build_structure(model, experts=experts)
-                _check(model, structure, _some_plan(structure, layout), made.append)
-            except Exception as error:  # whatever a model class raises that is built in another way
-                failures[layout] = f"{made[-1]} fails: {reason(error)}"
-    return failures
+        failures = {layout: _failure(model, partial(_counts_of, layout=layout), experts) for layout in _LAYOUTS}
+    return {layout: failure for layout, failure in failures.items() if failure}
 
 
 def why_not_whole(model: PreTrainedModel, architecture: Architecture, *parts: Whole) -> str | None:
-    """The check that fails, and why, where a layer has no attention, another no feed-forward, or one is gone; None
+    """The check that fails, and why, where a layer has no attention, another no feed-forward, or one is removed; None
     where all hold.
 
     Args:
         model: a random one, of a stock class.
     """
-    made = ["the structure is that of the model"]
     with using_architecture(architecture):
-        try:
-            structure = build_structure(model)
-            counts = _counts_without(structure, parts)
-            plan = make_plan(structure, torch.zeros(structure.group_offsets[-1]), counts)
-            _check(model, structure, plan, made.append)
-        except Exception as error:  # whatever a model class raises that is built in another way
-            return f"{made[-1]} fails: {reason(error)}"
+        return _failure(model, partial(_counts_without, parts=parts))
+
+
+def _failure(
+    model: PreTrainedModel, counts: Callable[[Structure], list[int]], experts: ExpertGranularity = "expert"
+) -> str | None:
+    checks = ["the structure is that of the model"]
+    try:
+        structure = build_structure(model, experts=experts)
+        scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(3))
+        _check(model, structure, make_plan(structure, scores, counts(structure)), checks.append)
+    except Exception as error:  # whatever a model class raises that is built in another way
+        return f"{checks[-1]} fails: {reason(error)}"
     return None
 
 
@@ -148,27 +145,25 @@ def _counts_without(structure: Structure, parts: Sequence[Whole]) -> list[int]:
     """The groups that each block keeps when one layer loses each part: the first that can, as caches are asked there.
     With several parts, each is removed from another layer where there are enough."""
     kinds: dict[Whole, tuple[Kind, ...]] = {"attention": ("heads",), "feed-forward": ("channels",)}
-    gone: dict[int, tuple[Kind, ...]] = {}
+    removed: dict[int, tuple[Kind, ...]] = {}
     for whole in parts:
         layers = sorted(structure.whole_parameters(whole))
         if not layers:
             raise ConformanceError("there is none")
-        gone[next((layer for layer in layers if layer not in gone), layers[-1])] = kinds.get(whole, _KINDS)
-    return [0 if block.kind in gone.get(block.layer, ()) else block.groups for block in structure.blocks]
+        removed[next((layer for layer in layers if layer not in removed), layers[-1])] = kinds.get(whole, _KINDS)
+    return [0 if block.kind in removed.get(block.layer, ()) else block.groups for block in structure.blocks]
 
 
-def _some_plan(structure: Structure, layout: Layout) -> PruningPlan:
-    """Removes something else in every layer, or the same in all: a third."""
+def _counts_of(structure: Structure, layout: Layout) -> list[int]:
+    """The groups that each block keeps: another number in every layer, or two thirds in all."""
     counts = []
     for block in structure.blocks:
         of_stratum, least = block.groups // block.strata, math.ceil(block.least / block.strata)
         lost = math.ceil(of_stratum / 3) if layout == "uniform" else block.layer * of_stratum // structure.layers + 1
         counts.append(block.strata * max(least, of_stratum - lost))
-    scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(3))
-    plan = make_plan(structure, scores, counts)
-    if not plan.removed_parameters:
+    if not structure.removed_parameters(counts):
         raise ConformanceError("nothing of it can be removed")
-    return plan
+    return counts
 
 
 def _check(model: PreTrainedModel, structure: Structure, plan: PruningPlan, checking: Callable[[str], object]) -> None:
@@ -223,8 +218,8 @@ def masked(model: PreTrainedModel, structure: Structure, plan: PruningPlan) -> I
         removed[list(kept.kept)] = False
         if block.is_projected:
             weights = block.row_wise.as_projections(model.get_parameter(block.row_wise.parameter).data)
-            for weight, own in zip(weights, removed.view(len(weights), -1), strict=True):
-                weight.unflatten(1, (len(own), -1))[:, own] = 0
+            for weight, groups in zip(weights, removed.view(len(weights), -1), strict=True):
+                weight.unflatten(1, (len(groups), -1))[:, groups] = 0
             _mask_norms(model, block, removed)
             bias = getattr(model.get_submodule(block.row_wise.module), "bias", None)
             if not kept.kept and isinstance(bias, Tensor):
@@ -236,7 +231,7 @@ def masked(model: PreTrainedModel, structure: Structure, plan: PruningPlan) -> I
 
 
 def _put_through(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    """What came into a layer, in place of what it puts out."""
+    """The input of a layer instead of its output."""
     state = args[0] if args else kwargs["hidden_states"]
     return (state, *output[1:]) if isinstance(output, tuple) else state
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 # What is small enough to be taken as it is.
 _MOST_PARAMETERS, _MOST_LAYERS = 10_000_000, 8
@@ -102,14 +103,28 @@ def tiny_config(config: PreTrainedConfig) -> PreTrainedConfig:
     return type(config)(**fields)
 
 
+def random_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """A model of a config in which every weight matters; float32, always the same."""
+    config = copy.deepcopy(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        for parameter in model.parameters():
+            parameter.data = torch.randn_like(parameter) * 0.1 + (parameter.dim() == 1)
+            parameter.requires_grad_()
+        # So large that the epsilon of norms is nothing beside it.
+        cast(nn.Embedding, model.get_input_embeddings()).weight.data *= 10
+    return model
+
+
 def parameters_of(config: PreTrainedConfig) -> int:
-    """How many parameters the stock model of a config has."""
+    """Number of parameters of the stock model of a config."""
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
 
 
 def _shrunk_layers(per_layer: Mapping[Any, Mapping[str, Any]], config: PreTrainedConfig) -> dict[int, dict[str, Any]]:
-    """What the layers differ in, of those whose types are sampled."""
+    """The fields in which the sampled layers differ."""
     types: list[Any] = list(getattr(config, "layer_types", None) or [None] * config.num_hidden_layers)
     sampled = [types.index(each) for each in _sampled(types)]
     own = {new: per_layer.get(old) or per_layer.get(str(old)) or {} for new, old in enumerate(sampled)}
@@ -122,7 +137,7 @@ def _shrunk(name: str, value: Any, layers: int) -> Any:
     if name == "attn_layer_indices" and value:
         return [1, 3]
     if isinstance(value, list | tuple) and len(value) == layers:
-        return [_shrunk(name, each, 0) for each in _sampled(list(value))]
+        return [_shrunk(name, entry, 0) for entry in _sampled(list(value))]
     if isinstance(value, Mapping) and name == "rope_parameters":
         if any(isinstance(part, Mapping) for part in value.values()):
             return {key: _shrunk(name, part, layers) for key, part in value.items()}

@@ -1,0 +1,125 @@
+"""Families that no file describes: inferred from a tiny model, proven on it, and remembered.
+
+Asked once, where a model is opened (by the commands and by a run); everything below gets the answer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+import transformers
+from huggingface_hub import constants
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from adapruner.errors import AdaPrunerError, reason
+from adapruner.families.inference import infer_architecture
+from adapruner.families.proof import prove
+from adapruner.families.tiny import tiny_config
+from adapruner.files import write_atomically
+from adapruner.models import (
+    Architecture,
+    ModelLocation,
+    architecture_of,
+    check_config,
+    known_architectures,
+    load_config,
+    load_model,
+    quiet_transformers,
+    remember_family,
+    reported_as_unloadable,
+    stock_config,
+)
+from adapruner.progress import Reporter
+
+# Changes when families are inferred or proven in another way.
+_FORMAT = 4
+# What configs say of the files that they come with.
+_OF_FILES = ("_name_or_path", "architectures", "dtype", "transformers_version")
+
+# For this process: another version of this package may be able to prune it.
+_refused: dict[Path, str] = {}
+
+
+def open_config(location: ModelLocation) -> PreTrainedConfig:
+    """The config of a model whose family this process knows from then on, if it can be pruned.
+
+    Raises:
+        AdaPrunerError: the config cannot be found or read, or no model can be built from it.
+    """
+    config = load_config(location)
+    with reported_as_unloadable(location):  # fields in which layers differ cannot be read of the whole model
+        learn(config)
+        check_config(config, location)
+    return config
+
+
+def open_model(
+    location: ModelLocation, dtype: str = "auto", device: str = "auto", layer_wise: bool = False
+) -> PreTrainedModel:
+    """Loads a model as `models.load_model` does, after `open_config`."""
+    open_config(location)
+    return load_model(location, dtype, device, layer_wise)
+
+
+def resolve(config: PreTrainedConfig) -> Architecture:
+    """The architecture of the family of a config: as a file describes it, or inferred and proven.
+
+    Args:
+        config: of a stock model or of one whose layers differ.
+
+    Raises:
+        AdaPrunerError: the family cannot be pruned, or the model is quantized; with the reason.
+    """
+    learn(config)
+    return architecture_of(config)
+
+
+def learn(config: PreTrainedConfig) -> None:
+    """Infers and proves the family of a config if no file describes it; `models.architecture_of` knows it from then on,
+    or says why it cannot be pruned."""
+    model_type = config.model_type
+    if model_type in known_architectures() or getattr(config, "quantization_config", None):
+        return
+    if config.is_encoder_decoder or not isinstance(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type), str):
+        return
+    remember_family(model_type, _describe(stock_config(config)))
+
+
+@torch.inference_mode(False)  # inference runs a model backwards, whatever the caller does
+def _describe(config: PreTrainedConfig) -> Architecture | str:
+    """The architecture of the stock model of a config, inferred and proven, or the reason why it cannot be pruned; read
+    from the cache of this user if it was inferred before, with the same version of transformers."""
+    file = _file(config)
+    if refusal := _refused.get(file):
+        return refusal
+    with suppress(OSError, ValueError):
+        return Architecture.model_validate_json(file.read_bytes())
+    try:
+        with Reporter().stage(f"checking how {config.model_type} is built"), quiet_transformers():
+            architecture = prove(config, infer_architecture(config))
+    except AdaPrunerError as error:
+        return _refused.setdefault(file, str(error))
+    except Exception as error:  # whatever a model class raises that is built as no other
+        return _refused.setdefault(file, f"how a {config.model_type} is built was not found out: {reason(error)}")
+    # A cache that cannot be written is no cache.
+    with suppress(OSError, AdaPrunerError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        content = architecture.model_dump_json(indent=2)
+        write_atomically(file, lambda partial: partial.write_text(content, encoding="utf-8"))
+    return architecture
+
+
+def _file(config: PreTrainedConfig) -> Path:
+    try:
+        tiny = tiny_config(config).to_dict()
+    except Exception:  # whatever a config class raises over sizes; inference says it
+        tiny = config.to_dict()
+    built = {name: value for name, value in tiny.items() if name not in _OF_FILES}
+    about = [_FORMAT, transformers.__version__, type(config).__name__, built]
+    key = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
+    return Path(constants.HF_HOME) / "adapruner" / "families" / f"{config.model_type}-{key[:16]}.json"

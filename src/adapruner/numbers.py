@@ -1,0 +1,219 @@
+"""Numbers that were measured of models, and the tables that a terminal, a page and a model card share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from adapruner.evaluation import (
+    AGREEMENT_PROTOCOL,
+    REPETITION_PROTOCOL,
+    Breakage,
+    Perplexity,
+    TaskScore,
+    mean_accuracies,
+)
+from adapruner.tables import BARS, Cell, Cells, Column, Table, whiskers
+
+Kind = Literal["size", "text", "sign", "task", "mean"]
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number that was measured of a model.
+
+    Attributes:
+        kind: the parameters of the model; on text; a sign of breakage; in a task; the mean over all tasks.
+        metric: its name, `perplexity` or `acc`.
+        dataset: the text or the task.
+        digits: after the point, where it is shown.
+        error: standard error, if it is known.
+        protocol: one line on how it was measured.
+        items: of the task.
+    """
+
+    kind: Kind
+    metric: str
+    dataset: str
+    value: float
+    digits: int
+    error: float | None = None
+    protocol: str = ""
+    items: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The metric and the dataset."""
+        return f"{self.metric} on {self.dataset}" if self.kind in ("text", "sign") else f"{self.dataset}, {self.metric}"
+
+    @property
+    def cell(self) -> Cell:
+        return with_error(self.value, self.error, self.digits)
+
+
+# Kind, metric and dataset.
+Key = tuple[Kind, str, str]
+Numbers = Mapping[Key, Number]
+
+
+def numbers_of(
+    perplexity: Mapping[str, Perplexity], breakage: Breakage | None = None, tasks: Mapping[str, TaskScore] | None = None
+) -> dict[Key, Number]:
+    """The numbers of a model, and the means over its tasks.
+
+    Args:
+        perplexity: by text.
+        tasks: by task.
+    """
+    numbers = [
+        *(number for text, measured in perplexity.items() for number in _on_text(text, measured)),
+        *(_signs(breakage) if breakage else ()),
+        *(_scores(tasks) if tasks else ()),
+    ]
+    return {(number.kind, number.metric, number.dataset): number for number in numbers}
+
+
+def _on_text(text: str, measured: Perplexity) -> Iterator[Number]:
+    protocol, bits = measured.protocol, measured.bits_per_byte
+    yield Number("text", "perplexity", text, measured.perplexity, 2, measured.standard_error, protocol)
+    if bits is not None:
+        yield Number("text", "bits per byte", text, bits, 4, measured.bits_standard_error, protocol)
+
+
+def _signs(breakage: Breakage) -> Iterator[Number]:
+    if breakage.agreement is not None:
+        yield Number("sign", "agreement", "openings", breakage.agreement, 2, None, AGREEMENT_PROTOCOL)
+    if breakage.repetition is not None:
+        yield Number("sign", "repetition", "openings", breakage.repetition, 2, None, REPETITION_PROTOCOL)
+    for text, measured in breakage.texts.items():
+        if measured.bits_per_byte is not None:
+            yield Number("sign", "bits per byte", text, measured.bits_per_byte, 4, None, measured.protocol)
+
+
+def _scores(tasks: Mapping[str, TaskScore]) -> Iterator[Number]:
+    for task, score in tasks.items():
+        for metric, value in score.metrics.items():
+            yield Number("task", metric, task, value, 4, score.standard_errors.get(metric), score.protocol, score.items)
+    # Tasks are independent of each other.
+    for metric, value in mean_accuracies(score.metrics for score in tasks.values()).items():
+        errors = [score.standard_errors.get(metric if metric in score.metrics else "acc") for score in tasks.values()]
+        error = combined(*errors)
+        yield Number("mean", metric, "mean", value, 4, None if error is None else error / len(errors))
+
+
+def combined(*errors: float | None) -> float | None:
+    """The standard error of a sum or a difference of independent numbers; None where one of theirs is not known."""
+    known = [error for error in errors if error is not None]
+    return math.hypot(*known) if len(known) == len(errors) else None
+
+
+def is_noise(difference: float, *errors: float | None) -> bool:
+    """Says whether a difference is within two standard errors of none.
+
+    Args:
+        errors: of the numbers that it is the difference of, which are independent; where one is not known, nothing is
+            noise.
+    """
+    error = combined(*errors)
+    return error is not None and abs(difference) < 2 * error
+
+
+def shortened(text: str, longest: int = 26) -> str:
+    """The end of a text source whose name is too long for a table."""
+    return text if len(text) <= longest else f"…{text[1 - longest :]}"
+
+
+def model_table(title: str, models: Mapping[str, Numbers]) -> Table:
+    """Size, perplexity and bits per byte of every model; the last one is the result."""
+    shown = _of_kind(models, "size", "text")
+    columns = [
+        Column(f"{number.metric}\n{shortened(number.dataset)}" if number.dataset else number.metric)
+        for number in shown.values()
+    ]
+    rows: list[Cells] = [[name, *(_cell(numbers, key) for key in shown)] for name, numbers in models.items()]
+    return Table("model-table", title, [Column("model", is_number=False), *columns], rows, _protocols(shown))
+
+
+def breakage_table(models: Mapping[str, Numbers], verdicts: Mapping[str, str]) -> Table:
+    """Signs of breakage of the models of which they are known, with the verdicts."""
+    shown = _of_kind(models, "sign")
+    titles = {"agreement": "agreement\nwith dense", "repetition": "repetition"}
+    columns = [
+        Column("model", is_number=False),
+        *(Column(titles.get(number.metric, f"{number.metric}\n{number.dataset}")) for number in shown.values()),
+        Column("verdict", is_number=False, no_wrap=True),
+    ]
+    rows: list[Cells] = [
+        [name, *(_cell(numbers, key) for key in shown), verdicts.get(name, "")]
+        for name, numbers in models.items()
+        if shown.keys() & numbers.keys()
+    ]
+    caption = (
+        f"Agreement: {AGREEMENT_PROTOCOL}. Repetition: {REPETITION_PROTOCOL}, mean over built-in openings. Arithmetic:"
+        " tables of sums and products. Code: common algorithms in Python."
+    )
+    return Table("breakage-table", "Signs of breakage", columns, rows, [caption])
+
+
+def task_table(models: Mapping[str, Numbers]) -> Table:
+    """Scores of the models that ran tasks, with the means over all tasks, and the change from the first model to the
+    last."""
+    shown = _of_kind(models, "task", "mean")
+    scores = {name: numbers for name, numbers in models.items() if shown.keys() & numbers.keys()}
+    columns = [Column("task", is_number=False), Column("metric", is_number=False), *map(Column, scores)]
+    rows: list[Cells] = [
+        [number.dataset, number.metric, *(_cell(numbers, key) for numbers in scores.values())]
+        for key, number in shown.items()
+    ]
+    if len(scores) > 1:
+        columns += [Column("change", style="change", needs_width=True), BARS]
+        first, *_, last = scores.values()
+        changes = [difference(first[key], last[key]) for key in shown]
+        rows = [
+            [*cells, signed(*change), whisker]
+            for cells, change, whisker in zip(rows, changes, whiskers(changes), strict=True)
+        ]
+    return Table("task-table", "Scores in tasks", columns, rows, _protocols(shown))
+
+
+def measured_table(models: Mapping[str, Numbers], *kinds: Kind) -> Table:
+    """A row for every number, with its protocol; a column for every model."""
+    shown = _of_kind(models, *kinds)
+    columns = [Column("measured", is_number=False), *map(Column, models), Column("protocol", is_number=False)]
+    rows: list[Cells] = [
+        [number.name, *(_cell(numbers, key) for numbers in models.values()), number.protocol]
+        for key, number in shown.items()
+    ]
+    return Table("measured", "", columns, rows)
+
+
+def with_error(value: float, error: float | None, digits: int = 4) -> Cell:
+    """A number and its standard error as they are shown."""
+    return Cell(f"{value:,.{digits}f}", "" if error is None else f"± {error:,.{digits}f}")
+
+
+def signed(value: float, error: float | None, digits: int = 4) -> Cell:
+    """A change and its standard error as they are shown."""
+    shown = "" if error is None else f"± {error:.{digits}f}"
+    return Cell(f"{value:+.{digits}f}".replace("-", "−"), shown, is_noise=is_noise(value, error))
+
+
+def difference(before: Number, after: Number) -> tuple[float, float | None]:
+    """By how much a number grew, and the standard error of that."""
+    return after.value - before.value, combined(before.error, after.error)
+
+
+def _cell(numbers: Numbers, key: Key) -> Cell:
+    return numbers[key].cell if key in numbers else Cell()
+
+
+def _of_kind(models: Mapping[str, Numbers], *kinds: Kind) -> dict[Key, Number]:
+    """A number of each metric and dataset that some model was measured by."""
+    every = (entry for numbers in models.values() for entry in numbers.items())
+    return {key: number for key, number in every if number.kind in kinds}
+
+
+def _protocols(shown: Numbers) -> list[str]:
+    return list(dict.fromkeys(number.protocol for number in shown.values() if number.protocol))

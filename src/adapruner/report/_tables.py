@@ -1,0 +1,199 @@
+"""Tables that compare the final model of a run with the dense one, and the steps between the two."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from adapruner.evaluation import Rate, Speed
+from adapruner.numbers import Numbers, difference, is_noise, shortened, signed, with_error
+from adapruner.report._contents import Contents
+from adapruner.result import ModelNumbers, Role
+from adapruner.search import KeptPart, Levelled, MovedChannels, SearchResult
+from adapruner.tables import BARS, Cell, Cells, Column, Table, whiskers
+
+_STEPS = {
+    "fixed metric": "same metric, compensated",
+    "starting point": "best starting point",
+    "searched": "best point of the search",
+}
+_KEPT = {
+    "attention": "attention of layer {} kept",
+    "feed-forward": "feed-forward of layer {} kept",
+    "layer": "layer {} kept",
+}
+
+
+def losses(contents: Contents, dense: ModelNumbers, final: ModelNumbers, final_name: str) -> Table:
+    """What the dense model does better, as far as it was measured. Perplexities per token are left out where the
+    vocabulary was pruned: they are of other tokens."""
+    rows = _losses(dense.numbers, final.numbers, list(final.tasks), not contents.config.vocabulary)
+    return _changes("loss-table", "Losses", final_name, rows)
+
+
+def _losses(dense: Numbers, final: Numbers, tasks: Sequence[str], have_same_tokens: bool) -> Iterator[Cells]:
+    for before, after in ((dense[key], after) for key, after in final.items() if key in dense):
+        label, about, (rise, error) = after.metric, after.dataset, difference(before, after)
+        change, noise = signed(rise, None, after.digits).text, is_noise(rise, error)
+        if after.kind == "text" and after.metric == "perplexity":
+            if not have_same_tokens:
+                continue
+            # The loss is its logarithm; errors of the loss are symmetric.
+            errors = (number.error and number.error / number.value for number in (before, after))
+            change, noise = _times(before.value, after.value), is_noise(math.log(after.value / before.value), *errors)
+        elif after.kind == "mean":
+            about = f"{len(tasks)} tasks" if len(tasks) > 1 else tasks[0]
+            label = f"mean {label}" if len(tasks) > 1 else label
+        elif after.kind == "sign" and after.metric == "repetition":
+            about = "of greedy text"
+        elif after.kind != "text":
+            continue
+        yield _change(label, about, before.cell, after.cell, change, noise)
+
+
+def gains(contents: Contents, dense: ModelNumbers, final: ModelNumbers, final_name: str) -> Table:
+    """What the final model needs less of."""
+    return _changes("gain-table", "Gains", final_name, _gains(contents, dense.parameters, final.parameters))
+
+
+def _gains(contents: Contents, before: int, after: int) -> Iterator[Cells]:
+    yield _smaller("parameters", "", _millions, before, after)
+    if size := contents.weight_bytes:
+        yield _smaller("weights on disk", "in the same dtype", _megabytes, round(size * before / after), size)
+    if contents.speed:
+        yield from _speeds(*contents.speed)
+
+
+def _speeds(dense: Speed, final: Speed) -> Iterator[Cells]:
+    for label, before, after in (
+        ("prompt, tokens per second", dense.prefill, final.prefill),
+        ("generation, tokens per second", dense.decode, final.decode),
+    ):
+        for batch in sorted(before.keys() & after.keys()):
+            slow, fast = before[batch], after[batch]
+            overlap = slow.least <= fast.greatest and fast.least <= slow.greatest
+            factor = _times(slow.median, fast.median)
+            yield _change(label, f"batch {batch}", _rate(slow), _rate(fast), factor, overlap)
+    if dense.peak_memory_bytes and final.peak_memory_bytes:
+        about = f"batch {max(dense.prefill)}"
+        yield _smaller("peak memory", about, _megabytes, dense.peak_memory_bytes, final.peak_memory_bytes)
+
+
+def _changes(name: str, title: str, final_name: str, rows: Iterable[Cells]) -> Table:
+    columns = [
+        Column("measured", is_number=False),
+        *map(Column, ("dense", final_name)),
+        Column("change", style="change"),
+    ]
+    return Table(name, title, columns, list(rows))
+
+
+def _change(label: str, about: str, before: Cell, after: Cell, change: str, noise: bool = False) -> Cells:
+    remark = "within noise" if noise else ""
+    return [Cell(label, detail=shortened(about)), before, after, Cell(change, remark, is_noise=noise)]
+
+
+def _smaller(label: str, about: str, show: Callable[[int], str], before: int, after: int) -> Cells:
+    change = f"{100 * after / before - 100:+.1f} %".replace("-", "−")
+    return _change(label, about, Cell(show(before)), Cell(show(after)), change)
+
+
+def ladder(contents: Contents, search: SearchResult, loss_name: str) -> Table:
+    """From a fixed metric to the saved model, one change at a time: the loss on held-out windows, its gain over the row
+    above on the same windows, and bits per byte of the first text that is reported on."""
+    rungs = list(_rungs(contents, search))
+    text = next(iter(contents.final.perplexity), "") if contents.final else ""
+    bits = {model.role: model.numbers.get(("text", "bits per byte", text)) for model in contents.models}
+    columns = [
+        Column("step", is_number=False),
+        *map(Column, ("trial", loss_name)),
+        Column("gain over the row above", style="change"),
+        BARS,
+        Column(f"bits per byte\n{shortened(text)}" if text else "bits per byte"),
+    ]
+    rows = []
+    for rung, whisker in zip(rungs, whiskers(rung.gain for rung in rungs), strict=True):
+        measured = bits.get(rung.role) if rung.role else None
+        rows.append(
+            [
+                f"{rung.name}, refused" if rung.trial in search.refused else rung.name,
+                "" if rung.trial is None else str(rung.trial),
+                "" if rung.loss is None else f"{rung.loss:.4f}",
+                replace(with_error(*rung.gain), is_noise=is_noise(*rung.gain)) if rung.gain else "",
+                whisker,
+                measured.cell if measured else "",
+            ]
+        )
+    return Table("ladder-table", "What each step is worth", columns, rows)
+
+
+class _Rung(NamedTuple):
+    """One step up.
+
+    Attributes:
+        loss: on held-out windows, in nats per token.
+        gain: by how much that is below the loss of the rung before, on the same windows, with the standard error; None
+            where the two were not measured on the same windows.
+        role: the model that it leads to, if that was measured.
+    """
+
+    name: str
+    trial: int | None = None
+    loss: float | None = None
+    gain: tuple[float, float | None] | None = None
+    role: Role | None = None
+
+
+def _rungs(contents: Contents, search: SearchResult) -> Iterator[_Rung]:
+    is_compensated = contents.config.compensation != "none"
+    fixed = f"best fixed metric ({search.best_fixed_name})"
+    if is_compensated:
+        yield _Rung(f"{fixed}, not compensated", role="best_fixed")
+    for step in search.steps:
+        gain = None if step.gain is None else (step.gain, step.standard_error)
+        if step.name == "fixed metric" and not is_compensated:
+            yield _Rung(fixed, step.trial, step.loss, gain, "best_fixed")
+        else:
+            yield _Rung(_STEPS[step.name], step.trial, step.loss, gain)
+    if contents.levelled:
+        yield from _levelling(contents.levelled)
+    if any(model.role == "compensated" and model.perplexity for model in contents.models):
+        yield _Rung("final compensation", role="compensated")
+        yield _Rung("scales tuned, saved", role="searched")
+    else:
+        yield _Rung("final compensation, saved" if is_compensated else "saved", role="searched")
+    if contents.config.recover:
+        yield _Rung("recovered", role="recovered")
+    yield _Rung("dense, to compare with", role="dense")
+
+
+def _levelling(levelled: Levelled) -> Iterator[_Rung]:
+    rounds = Counter[str]()
+    for tried in (*levelled.kept, *levelled.moves):
+        if isinstance(tried, KeptPart):
+            name = _KEPT[tried.part].format(tried.layer)
+        else:
+            kind = "widths levelled" if isinstance(tried, MovedChannels) else "heads moved"
+            rounds[kind] += 1
+            name = f"{kind}, round {rounds[kind]}"
+        taken = "" if tried.accepted else ", not taken"
+        yield _Rung(f"{name}{taken}", gain=(tried.gain, tried.gain_standard_error))
+
+
+def _rate(rate: Rate) -> Cell:
+    return Cell(f"{rate.median:,.0f}", f"{rate.least:,.0f}–{rate.greatest:,.0f}")
+
+
+def _times(before: float, after: float) -> str:
+    return f"× {after / before:.2f}"
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"
+
+
+def _millions(number: int) -> str:
+    return f"{number / 1e6:,.1f} M" if number >= 1e5 else f"{number:,}"

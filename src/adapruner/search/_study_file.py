@@ -1,0 +1,79 @@
+"""The file in which the finished trials of a search are kept."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import optuna
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.trial import FrozenTrial, TrialState
+
+from adapruner.errors import AdaPrunerError, reason
+
+
+@contextlib.contextmanager
+def quiet_optuna() -> Iterator[None]:
+    """Keeps Optuna from logging what it creates."""
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(verbosity)
+
+
+@dataclass(frozen=True)
+class StudyFile:
+    """Finished trials in a file of the run folder, one JSON line for each, as Optuna's journal storage writes them.
+
+    Attributes:
+        path: of the file, which holds the trials of several searches.
+        name: of the study in it; a search that depends on anything else needs another name.
+    """
+
+    path: Path
+    name: str
+
+    def opened(self) -> optuna.Study:
+        """The study, to add trials to; created if it is not there. One process at a time may add trials.
+
+        Raises:
+            AdaPrunerError: the file is damaged.
+        """
+        # A kill leaves Optuna's lock, which it would wait for, and a kill or a full disk a line without an end.
+        Path(f"{self.path}.lock").unlink(missing_ok=True)
+        if self.path.is_file() and (content := self.path.read_bytes()) and not content.endswith(b"\n"):
+            os.truncate(self.path, content.rfind(b"\n") + 1)
+        storage = self._read()
+        with quiet_optuna():
+            return optuna.create_study(storage=storage, study_name=self.name, load_if_exists=True)
+
+    def finished(self) -> list[FrozenTrial]:
+        """The trials whose budget could be met, in the order in which they were proposed; none if the search has not
+        begun. A process may be adding others.
+
+        Raises:
+            AdaPrunerError: the file is damaged.
+        """
+        if not self.path.is_file():
+            return []
+        storage = self._read()
+        try:
+            study = storage.get_study_id_from_name(self.name)
+        except KeyError:
+            return []
+        return storage.get_all_trials(study, deepcopy=False, states=(TrialState.COMPLETE,))
+
+    def _read(self) -> JournalStorage:
+        try:
+            # Optuna's default lock is a link, which users of Windows may not create.
+            return JournalStorage(JournalFileBackend(str(self.path), JournalFileOpenLock(str(self.path))))
+        except OSError:
+            raise
+        except Exception as error:  # lines that are no JSON, or JSON of something else
+            raise AdaPrunerError(f"{self.path} is damaged ({reason(error)}): remove it to repeat the search") from None

@@ -1,0 +1,326 @@
+"""Tensor slices, blocks of groups, and the structure of a model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from adapruner.config import HeadGranularity
+from adapruner.models import Architecture, Whole
+
+Kind = Literal["heads", "channels", "experts"]
+
+
+@dataclass(frozen=True)
+class TensorSlice:
+    """The part of one parameter that belongs to the groups of a block.
+
+    Group g owns the indices [offset + g * width, offset + (g + 1) * width) of `axis`; every index stands for `elements`
+    numbers. A fused projection has several slices, one behind the other.
+
+    Attributes:
+        axis: of the parameter seen as a projection, [outputs, inputs]; of the experts, as it is stored.
+        is_matrix: importance is read from matrices; biases and norms only go along.
+        is_transposed: stored as [inputs, outputs] (`Conv1D` of transformers).
+        experts: how many such parts are stacked along the first axis of the parameter, one for each expert, all of them
+            as described; 0 where there is only the one. The groups of one expert come after those of another.
+    """
+
+    parameter: str
+    axis: int
+    width: int
+    elements: int
+    offset: int = 0
+    is_matrix: bool = True
+    is_transposed: bool = False
+    experts: int = 0
+
+    @property
+    def stored_axis(self) -> int:
+        """The axis of the parameter, or of the part of one expert, as it is stored."""
+        return 1 - self.axis if self.is_transposed else self.axis
+
+    def of_experts(self, parameter: Tensor) -> Tensor:
+        """[experts, …]: a view of the parameter with one part for each expert, as they are stored; one part where there
+        are no experts."""
+        return parameter if self.experts else parameter[None]
+
+    def as_projections(self, parameter: Tensor) -> Tensor:
+        """[experts, outputs, inputs]: a view of the stored matrices; one where there are no experts."""
+        matrices = self.of_experts(parameter)
+        return matrices.mT if self.is_transposed else matrices
+
+    @property
+    def module(self) -> str:
+        """Path of the module that the parameter belongs to."""
+        return self.parameter.rpartition(".")[0]
+
+    def as_stored(self, matrices: Tensor) -> Tensor:
+        """The inverse of `as_projections`."""
+        stored = (matrices.mT if self.is_transposed else matrices).contiguous()
+        return stored if self.experts else stored[0]
+
+    def as_projection(self, parameter: Tensor) -> Tensor:
+        """[outputs, inputs]: a view of the stored matrix, where there are no experts."""
+        return parameter.T if self.is_transposed else parameter
+
+
+@dataclass(frozen=True)
+class Block:
+    """All groups of one kind in one layer.
+
+    Attributes:
+        strata: the groups fall into this many consecutive parts of equal size, each of which loses the same number
+            (query heads of one KV head, channels of one expert); 1 where any group may go.
+        config_counts: how much each config field counts per kept group; where each expert has channels of its
+            own, per group of one expert.
+        least: how many groups must be kept, unless none is.
+        rest: parameters that are removed with the last group: what is left of the attention or feed-forward.
+        is_normalized: whether a norm follows before what reads the groups is added to the hidden state.
+    """
+
+    layer: int
+    kind: Kind
+    groups: int
+    slices: tuple[TensorSlice, ...]
+    config_counts: dict[str, int]
+    strata: int = 1
+    least: int = 1
+    rest: int = 0
+    is_normalized: bool = False
+
+    @property
+    def matrices(self) -> tuple[TensorSlice, ...]:
+        return tuple(part for part in self.slices if part.is_matrix)
+
+    @property
+    def is_projected(self) -> bool:
+        """True if projections read the groups; experts as a whole have none."""
+        return self.kind != "experts"
+
+    @property
+    def experts(self) -> int:
+        """Number of experts that each have groups of this block; 0 where groups are of no expert, or are experts."""
+        return self.row_wise.experts if self.is_projected else 0
+
+    def config_fields(self, kept: int) -> dict[str, int]:
+        """The config fields of the block when so many groups are kept."""
+        return {field: amount * kept // (self.experts or 1) for field, amount in self.config_counts.items()}
+
+    @property
+    def row_wise(self) -> TensorSlice:
+        """The projection out of the block, whose input columns go: attention output, feed-forward down; of experts, the
+        down projections of all."""
+        return next(part for part in self.matrices if part.axis == 1)
+
+    @property
+    def inputs(self) -> int:
+        """Numbers that the projection reads per token; 0 where there is none."""
+        return self.groups * self.row_wise.width if self.is_projected else 0
+
+    @property
+    def inputs_of_one(self) -> int:
+        """Numbers that one of the projections reads: all inputs, or those of one expert."""
+        return self.inputs // (self.experts or 1)
+
+    @property
+    def row_wise_path(self) -> str:
+        """Path of the projection in its layer."""
+        return self.row_wise.module.split(f".{self.layer}.", 1)[1]
+
+    @property
+    def slices_by_parameter(self) -> dict[str, list[TensorSlice]]:
+        """The slices of each parameter; several where it is a fused projection."""
+        by_parameter: dict[str, list[TensorSlice]] = {}
+        for part in self.slices:
+            by_parameter.setdefault(part.parameter, []).append(part)
+        return by_parameter
+
+    @property
+    def parameters_per_group(self) -> int:
+        return sum(part.width * part.elements for part in self.slices)
+
+    def with_rest(self, model: PreTrainedModel, module: str | None) -> Block:
+        """The block with `rest`.
+
+        Args:
+            module: path of the attention or feed-forward; None where that is the layer.
+        """
+        if module is None:
+            return self
+        return replace(
+            self, rest=count_parameters(model.get_submodule(module)) - self.groups * self.parameters_per_group
+        )
+
+
+@dataclass(frozen=True)
+class Structure:
+    """All prunable blocks of a model, layer by layer, and its size.
+
+    Attributes:
+        architecture: that of the family of the model.
+        total_parameters: all parameters of the model, tied ones counted once.
+        embedding_parameters: of these, those of the embedding and the output layer.
+        layer_parameters: of these, those of each layer.
+        whole: what of a layer can be removed whole.
+    """
+
+    architecture: Architecture
+    layers: int
+    head_granularity: HeadGranularity
+    total_parameters: int
+    embedding_parameters: int
+    blocks: tuple[Block, ...]
+    layer_parameters: tuple[int, ...]
+    whole: frozenset[Whole]
+
+    @property
+    def model_type(self) -> str:
+        return self.architecture.model_type
+
+    @property
+    def whole_mixers(self) -> list[int]:
+        """The layers without an attention that can be cut."""
+        return layers_without_heads(self.layers, self.blocks)
+
+    @property
+    def note(self) -> str:
+        """The layers that a table of the blocks does not show; empty where there are none."""
+        return note_on_mixers(self.whole_mixers)
+
+    @property
+    def removable_layers(self) -> list[int]:
+        """The layers that can be removed whole: those with an attention and a feed-forward, or experts, that
+        can be cut."""
+        kinds: dict[int, set[Kind]] = {}
+        for block in self.blocks:
+            kinds.setdefault(block.layer, set()).add(block.kind)
+        cut_whole = [layer for layer, of_layer in kinds.items() if "heads" in of_layer and len(of_layer) > 1]
+        return cut_whole if "layer" in self.whole else []
+
+    def whole_parameters(self, whole: Whole) -> dict[int, int]:
+        """By layer, the parameters that are removed with its attention, its feed-forward, or all of it, where it has
+        one that can be cut."""
+        if whole == "layer":
+            return {layer: self.layer_parameters[layer] for layer in self.removable_layers}
+        kind = "heads" if whole == "attention" else "channels"
+        return {
+            block.layer: block.groups * block.parameters_per_group + block.rest
+            for block in self.blocks
+            if block.kind == kind and not block.experts
+        }
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """The parameters of the embedding with the output layer, attention, feed-forward, experts, and others (norms,
+        routers, mixers that cannot be cut); the sum is `total_parameters`."""
+        parts = {"embedding": self.embedding_parameters, "attention": 0, "feed-forward": 0, "experts": 0}
+        for block in self.blocks:
+            of_experts = block.kind == "experts" or block.experts
+            part = "experts" if of_experts else "attention" if block.kind == "heads" else "feed-forward"
+            parts[part] += block.groups * block.parameters_per_group + block.rest
+        return parts | {"other": self.total_parameters - sum(parts.values())}
+
+    @property
+    def removable_parameters(self) -> int:
+        """Parameters that can be removed at most while every block keeps some groups, all tokens are kept, and widths
+        are not rounded."""
+        least = [block.strata * math.ceil(block.least / block.strata) for block in self.blocks]
+        return self.removed_parameters(least)
+
+    def removed_layers(self, counts: Sequence[int]) -> list[int]:
+        """The layers of which nothing is kept.
+
+        Args:
+            counts: how many groups each block keeps.
+        """
+        left = {block.layer for block, count in zip(self.blocks, counts, strict=True) if count}
+        return [layer for layer in self.removable_layers if layer not in left]
+
+    def removed_parameters(self, counts: Sequence[int]) -> int:
+        """Parameters that are removed when every block keeps the given number of groups."""
+        gone = set(self.removed_layers(counts))
+        of_blocks = sum(
+            (block.groups - count) * block.parameters_per_group + (0 if count else block.rest)
+            for block, count in zip(self.blocks, counts, strict=True)
+            if block.layer not in gone
+        )
+        return of_blocks + sum(self.layer_parameters[layer] for layer in gone)
+
+    @property
+    def has_experts(self) -> bool:
+        """True if experts are among the groups."""
+        return any(not block.is_projected for block in self.blocks)
+
+    @property
+    def cuts_experts(self) -> bool:
+        """True if experts, or channels inside of them, are among the groups."""
+        return self.has_experts or any(block.experts for block in self.blocks)
+
+    @cached_property
+    def group_offsets(self) -> list[int]:
+        """Index of the first group of each block in flat score tensors; one more entry for the end."""
+        return list(accumulate((block.groups for block in self.blocks), initial=0))
+
+    @cached_property
+    def group_of_vector(self) -> Tensor:
+        """[vectors], int64: the number of the group to which each vector belongs."""
+        return torch.cat(
+            [
+                torch.arange(offset, offset + block.groups).repeat_interleave(part.width)
+                for offset, block in zip(self.group_offsets, self.blocks, strict=False)
+                for part in block.matrices
+            ]
+        )
+
+    @cached_property
+    def block_of_vector(self) -> Tensor:
+        """[vectors], int64: the number of the block to which each vector belongs."""
+        return self.block_of_group[self.group_of_vector]
+
+    @cached_property
+    def group_of_input(self) -> Tensor:
+        """[inputs], int64: the number of the group to which each input of a row-wise projection belongs."""
+        widths = [block.inputs // block.groups for block in self.blocks for _ in range(block.groups)]
+        return torch.arange(len(widths)).repeat_interleave(torch.tensor(widths))
+
+    @cached_property
+    def block_of_group(self) -> Tensor:
+        """[groups], int64: the number of the block to which each group belongs."""
+        return torch.arange(len(self.blocks)).repeat_interleave(torch.tensor([block.groups for block in self.blocks]))
+
+
+def layers_without_heads(layers: int, blocks: Iterable[Any]) -> list[int]:
+    """The layers of which no block of heads is among some blocks, of a structure or a plan."""
+    with_heads = {block.layer for block in blocks if block.kind == "heads"}
+    return [layer for layer in range(layers) if layer not in with_heads]
+
+
+def note_on_mixers(layers: Iterable[int]) -> str:
+    """Says which layers have no attention, or another mixer in its place; empty where there are none."""
+    shown = show_layers(layers)
+    return f"layers {shown} have no attention that can be cut" if shown else ""
+
+
+def show_layers(layers: Iterable[int]) -> str:
+    """Ascending numbers of layers as ranges: `0–3, 5`."""
+    stretches: list[list[int]] = []
+    for layer in layers:
+        if stretches and stretches[-1][-1] == layer - 1:
+            stretches[-1].append(layer)
+        else:
+            stretches.append([layer])
+    return ", ".join("–".join(map(str, sorted({stretch[0], stretch[-1]}))) for stretch in stretches)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """All parameters of a model, tied ones counted once."""
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,235 @@
+"""The structure of a model, read off its config and shapes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from adapruner.config import ExpertGranularity, HeadGranularity
+from adapruner.errors import AdaPrunerError
+from adapruner.models import Architecture, ProjectionNames, RowKind, architecture_of
+from adapruner.structure._blocks import Block, Structure, TensorSlice, count_parameters
+
+
+def build_structure(
+    model: PreTrainedModel, head_granularity: HeadGranularity = "kv-group", experts: ExpertGranularity = "expert"
+) -> Structure:
+    """Reads the blocks of a model off its config and shapes; a model on the meta device is enough.
+
+    Args:
+        head_granularity: under grouped-query attention, whether whole KV groups are removed or the same number of query
+            heads of every KV group. With one query head per KV head there is nothing finer than `kv-group`.
+        experts: whether experts are removed as a whole, or the same number of channels of each.
+
+    Raises:
+        AdaPrunerError: the family is not known, the model is not built as its architecture says, query heads are
+            requested where each KV head has only one, or channels of experts where none can be cut.
+    """
+    architecture = architecture_of(model.config)
+    embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
+    blocks: list[Block | None] = []
+    for layer in range(model.config.num_hidden_layers):
+        about = model, architecture, layer
+        of_experts = _expert_block(*about) if experts == "expert" else _expert_channel_block(*about)
+        blocks += [_head_block(*about, head_granularity), _channel_block(*about), of_experts]
+    return Structure(
+        architecture=architecture,
+        layers=model.config.num_hidden_layers,
+        head_granularity=head_granularity,
+        total_parameters=count_parameters(model),
+        embedding_parameters=count_parameters(nn.ModuleList(module for module in embeddings if module is not None)),
+        blocks=tuple(block for block in blocks if block),
+        layer_parameters=tuple(count_parameters(layer) for layer in _at(model, architecture.layers)),
+        whole=architecture.removable_whole(model.config),
+    )
+
+
+def _head_block(
+    model: PreTrainedModel, architecture: Architecture, layer: int, granularity: HeadGranularity
+) -> Block | None:
+    names, fields = architecture.attention, architecture.config_fields
+    path = f"{architecture.layers}.{layer}"
+    if names is None or _at(model, f"{path}.{names.output}") is None:
+        return None
+    config = model.config.per_layer_config[layer]
+    heads = getattr(config, fields.heads)
+    key_value_heads = getattr(config, fields.key_value_heads or fields.heads)
+    by_query_head = granularity == "query-head"
+    if by_query_head and (
+        heads == key_value_heads or any("query-key-value" in kinds for kinds in names.inputs.values())
+    ):
+        raise AdaPrunerError(
+            f"layer {layer} has {heads} query heads for {key_value_heads} key/value heads"
+            f"{', in one matrix' if heads > key_value_heads else ''}: there are no single query heads to remove, use"
+            " `head_granularity` kv-group"
+        )
+    counts = {fields.heads: 1 if by_query_head else heads // key_value_heads}
+    if fields.key_value_heads and not by_query_head:
+        counts[fields.key_value_heads] = 1
+    groups = heads if by_query_head else key_value_heads
+    rows: dict[RowKind, int] = {"query": heads, "key": key_value_heads, "value": key_value_heads}
+    rows["query-key-value"] = key_value_heads
+    kept: set[RowKind] = {"key", "value"} if by_query_head else set()
+    block = Block(
+        layer=layer,
+        kind="heads",
+        groups=groups,
+        slices=_slices(model, path, names, rows, groups, kept, architecture.head_dim(config)),
+        config_counts=counts,
+        strata=key_value_heads if by_query_head else 1,
+        is_normalized=names.normalized,
+    )
+    return block.with_rest(model, f"{path}.{names.module}")
+
+
+def _channel_block(model: PreTrainedModel, architecture: Architecture, layer: int) -> Block | None:
+    names, path = architecture.feed_forward, f"{architecture.layers}.{layer}"
+    reader = _at(model, f"{path}.{names.output}") if names else None
+    if names is None or reader is None:
+        return None
+    channels = _shape(reader)[1]
+    block = Block(
+        layer=layer,
+        kind="channels",
+        groups=channels,
+        slices=_slices(model, path, names, {"channels": channels}, channels),
+        config_counts={architecture.config_fields.channels: 1},
+        is_normalized=names.normalized,
+    )
+    return block.with_rest(model, f"{path}.{names.module}" if names.module else None)
+
+
+def _expert_block(model: PreTrainedModel, architecture: Architecture, layer: int) -> Block | None:
+    names, layer_path = architecture.experts, f"{architecture.layers}.{layer}"
+    if names is None:
+        return None
+    slices = []
+    for path, axis in names.tensors.items():
+        tensor = _at(model, f"{layer_path}.{path}")
+        if tensor is not None:
+            # Buffers are cut with the parameters, and are none.
+            elements = tensor.numel() // tensor.shape[axis] if isinstance(tensor, nn.Parameter) else 0
+            slices.append(TensorSlice(f"{layer_path}.{path}", axis, 1, elements, is_matrix=tensor.dim() == 3))
+    if not any(part.is_matrix for part in slices):
+        return None
+    config = model.config.per_layer_config[layer]
+    experts, top_k = getattr(config, names.count), getattr(config, names.top_k or "", None) or 0
+    groups = getattr(config, names.groups or "", None) or 1
+    # A router that chooses all experts chooses nothing, and groups are compared by their best two.
+    of_group = max(2, math.ceil((top_k + 1) / (getattr(config, names.chosen_groups or "", None) or 1)))
+    return Block(
+        layer=layer,
+        kind="experts",
+        groups=experts,
+        slices=tuple(slices),
+        config_counts={names.count: 1},
+        strata=groups,
+        least=min(groups * of_group if groups > 1 else top_k + 1, experts),
+    )
+
+
+def _expert_channel_block(model: PreTrainedModel, architecture: Architecture, layer: int) -> Block | None:
+    if architecture.experts is None:
+        return None
+    layer_path, names = f"{architecture.layers}.{layer}", architecture.experts.channels
+    if names is None:
+        raise AdaPrunerError(
+            f"the channels inside the experts of a {architecture.model_type} cannot be cut: use `expert_granularity`"
+            " expert"
+        )
+    down = _at(model, f"{layer_path}.{names.output}")
+    if down is None:
+        return None
+    experts, channels = down.shape[0], down.shape[names.axes[names.output]]
+    slices: list[TensorSlice] = []
+    for path, widths in {**names.inputs, names.output: (1,)}.items():
+        name, axis, offset = f"{layer_path}.{path}", int(path == names.output), 0
+        tensor = _at(model, name)
+        if tensor is None:
+            continue
+        elements, is_matrix = tensor[0].numel() // tensor.shape[names.axes[path]], tensor.dim() == 3
+        is_transposed = is_matrix and names.axes[path] - 1 != axis
+        for width in widths:
+            slices.append(TensorSlice(name, axis, width, elements, offset, is_matrix, is_transposed, experts))
+            offset += width * channels
+    return Block(
+        layer=layer,
+        kind="channels",
+        groups=experts * channels,
+        slices=tuple(slices),
+        config_counts={names.count: 1},
+        strata=experts,
+        least=experts,
+    )
+
+
+def _slices(
+    model: PreTrainedModel,
+    layer_path: str,
+    names: ProjectionNames,
+    counts: Mapping[RowKind, int],
+    groups: int,
+    kept: Collection[RowKind] = (),
+    width: int = 1,
+) -> tuple[TensorSlice, ...]:
+    """Slices of what computes a block (rows of matrices, biases and norms), and of the columns of what reads it.
+
+    Args:
+        counts: how many there are of each thing that rows of a projection compute, all of it in one parameter.
+        kept: what is not removed with a group.
+        width: rows of each thing where one projection computes several.
+    """
+    slices: list[TensorSlice] = []
+    for path, kinds in names.inputs.items():
+        name = f"{layer_path}.{path}"
+        computed_by = _at(model, name)
+        if computed_by is None:
+            continue
+        outputs, offset = _shape(computed_by)[0], 0
+        sizes = [counts[kind] * width for kind in kinds] if len(kinds) > 1 else [outputs]
+        if sum(sizes) != outputs or any(size % counts[kind] for size, kind in zip(sizes, kinds, strict=True)):
+            raise AdaPrunerError(
+                f"{name} has {outputs} outputs where the config says {' + '.join(map(str, sizes))}, for"
+                f" {', '.join(f'{counts[kind]} {kind}' for kind in kinds)}: the model is not built as its model_type"
+                " says"
+            )
+        for kind, size in zip(kinds, sizes, strict=True):
+            if kind not in kept:
+                slices += _slices_of(name, computed_by, 0, size // groups, offset)
+            offset += size
+    reader = f"{layer_path}.{names.output}"
+    read_by = _at(model, reader)
+    return *slices, *_slices_of(reader, read_by, 1, _shape(read_by)[1] // groups, 0)
+
+
+def _slices_of(path: str, module: Any, axis: int, width: int, offset: int) -> list[TensorSlice]:
+    """Of the weight of a projection, or of a norm over all its outputs; with the rows, of the bias, where there is
+    one. Of a parameter, itself."""
+    shape = _shape(module)
+    elements, is_matrix = math.prod(shape) // shape[axis], len(shape) > 1
+    if isinstance(module, Tensor):
+        return [TensorSlice(path, axis, width, elements, offset, is_matrix=False)]
+    is_transposed = isinstance(module, Conv1D)
+    slices = [TensorSlice(f"{path}.weight", axis, width, elements, offset, is_matrix, is_transposed)]
+    if axis == 0 and getattr(module, "bias", None) is not None:
+        slices.append(TensorSlice(f"{path}.bias", 0, width, 1, offset, is_matrix=False))
+    return slices
+
+
+def _shape(module: Any) -> tuple[int, ...]:
+    """Of its weight: outputs and inputs of a projection, all that a norm scales."""
+    shape = tuple(module.shape if isinstance(module, Tensor) else module.weight.shape)
+    return shape[::-1] if isinstance(module, Conv1D) else shape
+
+
+def _at(model: PreTrainedModel, path: str) -> Any:
+    """The module, parameter or buffer at a path; None where a model has none."""
+    found: Any = model
+    for name in path.split("."):
+        found = getattr(found, name, None)
+    return found
