@@ -26,6 +26,7 @@ bench: .venv/dev .data/ready
 	$(BIN)/python benchmarks/searching.py --run runs/measured
 	$(BIN)/python benchmarks/workers.py --measured runs/measured
 	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/run_memory.py
 	ADAPRUNER_DATA=$(DATA) $(BIN)/python benchmarks/cost.py --calibration boolq-passages
 	ADAPRUNER_DATA=$(DATA) $(BIN)/python benchmarks/seven_billion.py --folder runs/7b --calibration boolq-passages
 

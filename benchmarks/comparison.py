@@ -187,7 +187,8 @@ def ours(comparison: Comparison, seed: int, ratio: float) -> None:
         def refitted() -> PreTrainedModel:
             dense, structure, plan = comparison.dense, comparison.structure, plans["extended"]
             pruned = prune_model(dense, structure, plan, compensation)
-            refit_sequentially(dense, pruned, structure, plan, compensation, found.windows["compensation"])
+            text = found.windows["compensation"]
+            refit_sequentially(in_fastest_dtype(dense), pruned, structure, plan, compensation, text)
             return pruned
 
         comparison.report(seed, ratio, "extended, sequential", refitted)

@@ -23,8 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from adapruner.measurement import InputMoments, factorize
-from adapruner.measurement._moments import _eliminate, _with_inverse
 from adapruner.measurement._reduction import row_wise_weights
+from adapruner.measurement._removal import _eliminate, _with_inverse
 from adapruner.models import find_model, load_model
 from adapruner.structure import build_structure
 from machine import describe, seconds

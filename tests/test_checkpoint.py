@@ -379,58 +379,52 @@ def test_tokens_of_minus_one_are_none(
     assert torch.equal(exported(windows).logits, model(windows).logits)
 
 
-@pytest.fixture
-def ours(pruned: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Path:
-    save_checkpoint(pruned, tokenizer, tmp_path / "ours")
-    return tmp_path / "ours"
-
-
 def names_below(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
 
 
 @pytest.mark.parametrize("to", ["stock", "gguf"])
-def test_only_what_was_written_here_is_replaced(to: str, ours: Path, model_folder: Path, tmp_path: Path) -> None:
+def test_only_what_was_written_here_is_replaced(to: str, folder: Path, model_folder: Path, tmp_path: Path) -> None:
     other = Path(shutil.copytree(model_folder, tmp_path / "other"))
     (tmp_path / "file.gguf").write_text("a thesis")
     before = names_below(tmp_path)
     for output in (
         other,
         tmp_path / "file.gguf",
-        ours,
-        ours / "below",
+        folder,
+        folder / "below",
         tmp_path,
-        other / ".." / "ours",
+        other / ".." / "model",
         tmp_path / ".",
     ):
         with pytest.raises(AdaPrunerError, match=r"something else|is no f|overlaps the model"):
-            verbs.export(ours, to, output, overwrite=True)
+            verbs.export(folder, to, output, overwrite=True)
     assert names_below(tmp_path) == before
     assert (tmp_path / "file.gguf").read_text() == "a thesis"
 
 
-def test_what_a_link_leads_to_is_replaced(ours: Path, tmp_path: Path) -> None:
+def test_what_a_link_leads_to_is_replaced(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "place").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "place")
-    verbs.export(ours, "stock", tmp_path / "link", overwrite=True)
+    verbs.export(folder, "stock", tmp_path / "link", overwrite=True)
     assert (tmp_path / "link").is_symlink()
     assert adapruner.load(tmp_path / "place").num_parameters() > 0
 
 
-def test_overwriting_replaces_and_leaves_what_is_beside(ours: Path, model_folder: Path, tmp_path: Path) -> None:
+def test_overwriting_replaces_and_leaves_what_is_beside(folder: Path, model_folder: Path, tmp_path: Path) -> None:
     for name in ("stock.partial", "empty"):
         (tmp_path / name).mkdir()
     (tmp_path / "stock.partial" / "mine").touch()
     before = names_below(tmp_path)
-    verbs.export(ours, "stock", tmp_path / "stock")
+    verbs.export(folder, "stock", tmp_path / "stock")
     verbs.export(model_folder, "stock", tmp_path / "stock", overwrite=True)
     assert json.loads((tmp_path / "stock" / "config.json").read_text())["intermediate_size"] == 24
-    verbs.export(ours, "stock", tmp_path / "empty", overwrite=True)
+    verbs.export(folder, "stock", tmp_path / "empty", overwrite=True)
     left = {name for name in names_below(tmp_path) if not name.startswith(("stock/", "empty/"))}
     assert left == {*before, "stock"}
 
 
-def test_a_failed_checkpoint_leaves_nothing(pruned: PreTrainedModel, ours: Path, tmp_path: Path) -> None:
+def test_a_failed_checkpoint_leaves_nothing(pruned: PreTrainedModel, folder: Path, tmp_path: Path) -> None:
     before = names_below(tmp_path)
 
     class Tokenizer:
@@ -438,7 +432,7 @@ def test_a_failed_checkpoint_leaves_nothing(pruned: PreTrainedModel, ours: Path,
             raise OSError(28, "No space left on device")
 
     with pytest.raises(AdaPrunerError, match="No space left"):
-        save_checkpoint(pruned, Tokenizer(), ours)
+        save_checkpoint(pruned, Tokenizer(), folder)
     assert names_below(tmp_path) == before
 
 
@@ -450,7 +444,7 @@ def test_uploads_are_private_until_told_otherwise(
     options: dict[str, Any],
     private: bool,
     revision: str | None,
-    ours: Path,
+    folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -463,7 +457,7 @@ def test_uploads_are_private_until_told_otherwise(
 
     for name in ("whoami", "create_repo", "create_branch", "upload_folder"):
         monkeypatch.setattr(HfApi, name, lambda api, *given, _name=name, **own: note(_name, api, *given, **own))
-    verbs.export(ours, "stock", tmp_path / "stock", push_to_hub="me/small", **options)
+    verbs.export(folder, "stock", tmp_path / "stock", push_to_hub="me/small", **options)
     made = dict(calls)
     assert made["create_repo"] == {"private": private, "exist_ok": True}
     assert made["upload_folder"] == {"repo_id": "me/small", "folder_path": tmp_path / "stock", "revision": revision}

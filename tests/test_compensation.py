@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from adapruner.families import learn
 from adapruner.measurement import InputMoments, measure_moments
+from adapruner.models import copy_in_dtype
 from adapruner.planning import Budget, Profile, PruningPlan, kept_counts, make_plan
 from adapruner.structure import Structure, build_structure
-from adapruner.surgery import Compensation, compensate, compensate_sequentially, prune_model
+from adapruner.surgery import Compensation, compensate, prune_model, refit_sequentially
 from tiny_families import tiny_config
 
 KEPT = torch.tensor([0, 2, 3, 6])
@@ -116,6 +117,12 @@ def compensation(model: PreTrainedModel, structure: Structure, windows: Tensor, 
     return Compensation(form, dict(measure_moments(model, structure, windows)))
 
 
+def damped(structure: Structure, damping: float) -> Compensation:
+    """With nothing but the damping of every block."""
+    nothing = InputMoments(torch.empty(0), torch.empty(0), damping)
+    return Compensation("least-squares", dict.fromkeys(range(len(structure.blocks)), nothing))
+
+
 @pytest.mark.parametrize("form", ["bias", "least-squares", "least-squares-bias"])
 def test_a_compensated_model_is_nearer_to_the_dense_one(
     form: str, make_model: Callable[..., PreTrainedModel], windows: Tensor
@@ -139,10 +146,7 @@ def test_nothing_removed_nothing_changed(form: str, model: PreTrainedModel, wind
     structure = build_structure(model)
     plan = make_plan(structure, torch.ones(structure.group_offsets[-1]), [b.groups for b in structure.blocks])
     pruned = prune_model(model, structure, plan, compensation(model, structure, windows, form))
-    dampings = dict.fromkeys(range(len(structure.blocks)), 0.1)
-    refitted: dict[str, Tensor] = {}
-    compensate_sequentially(model, pruned, structure, plan, windows, dampings, on_refit=refitted.__setitem__)
-    assert refitted == {}
+    refit_sequentially(model, pruned, structure, plan, damped(structure, 0.1), windows)
     with torch.no_grad():
         assert torch.equal(pruned(windows).logits, model(windows).logits)
 
@@ -164,14 +168,13 @@ def test_sequential_is_the_least_squares_of_what_layers_really_get(
     structure, plan = cut(model, 0.05 if head_share == 0 else 0.15, head_share)
     start = prune_model(model, structure, plan)
     pruned = prune_model(model, structure, plan)
-    dampings = dict.fromkeys(range(len(structure.blocks)), damping)
-    refitted: dict[str, Tensor] = {}
-    compensate_sequentially(
-        model, pruned, structure, plan, windows, dampings, share, batch_size=3, on_refit=refitted.__setitem__
+    refit_sequentially(
+        model, pruned, structure, plan, damped(structure, damping), windows, carried_share=share, batch_size=3
     )
+    before = dict(start.named_parameters())
+    refitted = {name: weight for name, weight in pruned.named_parameters() if not weight.equal(before[name])}
     assert len(refitted) == (4 if head_share else 2)
     for name, weight in refitted.items():
-        assert torch.equal(pruned.get_parameter(name), weight)
         projection = name.removesuffix(".weight")
         layer = re.match(r".*?\.\d+", name)[0]
         is_attention = "attn" in name or "attention" in name
@@ -215,13 +218,30 @@ def test_sequential_is_the_least_squares_of_what_layers_really_get(
         bias = getattr(model.get_submodule(projection), "bias", None)
         target = (1 - share) * seen["uncut"]["behind"] + share * seen["dense"]["behind"] - seen["pruned"]["beside"]
         target -= 0.0 if bias is None else bias.detach()
-        original = start.get_parameter(name).detach().double()
+        original, weight = before[name].detach().double(), weight.detach()
         if family == "gpt2":
             original, weight = original.T, weight.T
         design = torch.cat([x / len(x) ** 0.5, damping**0.5 * torch.eye(x.shape[1]).double()])
         targets = torch.cat([target / len(x) ** 0.5, damping**0.5 * original.T])
         expected = torch.linalg.lstsq(design, targets).solution.T
         torch.testing.assert_close(weight.double(), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("head_share", [0, 1])
+def test_sequential_in_another_dtype_is_that_of_a_copy(
+    head_share: float, model: PreTrainedModel, windows: Tensor
+) -> None:
+    """As where trials run in bfloat16: the weights are those of a pruned model in that dtype throughout, before they
+    are rounded to it."""
+    structure, plan = cut(model, 0.05 if head_share == 0 else 0.15, head_share)
+    fast = copy_in_dtype(model, torch.bfloat16)
+    pruned = prune_model(model, structure, plan)
+    copied = copy_in_dtype(pruned, torch.bfloat16)
+    for each in (pruned, copied):
+        refit_sequentially(fast, each, structure, plan, damped(structure, 1e-3), windows)
+    assert {weight.dtype for weight in pruned.parameters()} == {torch.float32}
+    for name, weight in copied.named_parameters():
+        assert pruned.get_parameter(name).bfloat16().equal(weight), name
 
 
 def test_sequential_brings_the_model_nearer_to_the_dense_one(
@@ -231,7 +251,7 @@ def test_sequential_brings_the_model_nearer_to_the_dense_one(
     structure, plan = cut(model)
     one_shot = prune_model(model, structure, plan, compensation(model, structure, windows, "least-squares"))
     refitted = prune_model(model, structure, plan, compensation(model, structure, windows, "least-squares"))
-    compensate_sequentially(model, refitted, structure, plan, windows, dict.fromkeys(range(8), 1e-3))
+    refit_sequentially(model, refitted, structure, plan, damped(structure, 1e-3), windows)
     with torch.no_grad():
         dense, before, after = (each.model(windows).last_hidden_state for each in (model, one_shot, refitted))
     assert (after - dense).norm() < (before - dense).norm()

@@ -15,7 +15,6 @@ import adapruner
 from adapruner.calibration import generate_windows
 from adapruner.errors import AdaPrunerError
 from adapruner.measurement import (
-    HeldMoments,
     InputMoments,
     StoredMoments,
     factorize,
@@ -23,7 +22,7 @@ from adapruner.measurement import (
     removal_errors,
     solve_damped,
 )
-from adapruner.measurement._moments import _eliminate, _with_inverse
+from adapruner.measurement._removal import _eliminate, _with_inverse
 from adapruner.models import find_model, in_fastest_dtype, load_model
 from adapruner.structure import Structure, build_structure
 from adapruner.surgery import compensate
@@ -43,6 +42,17 @@ def activations(model: PreTrainedModel, structure: Structure, windows: Tensor) -
     for hook in hooks:
         hook.remove()
     return [kept[index] for index in range(len(structure.blocks))]
+
+
+def measured(model: PreTrainedModel, structure: Structure, windows: Tensor, damping: float) -> dict[int, InputMoments]:
+    """With another damping."""
+    moments = dict(measure_moments(model, structure, windows))
+    return {index: InputMoments(own.mean, own.second, damping) for index, own in moments.items()}
+
+
+def with_rows_of_damping(x: Tensor, damping: float) -> Tensor:
+    """[tokens + inputs, inputs]: a matrix whose products are the damped second moments."""
+    return torch.cat([x / len(x) ** 0.5, damping**0.5 * torch.eye(x.shape[1]).double()])
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 6])
@@ -102,14 +112,12 @@ def test_what_cannot_be_measured_is_refused(model: PreTrainedModel, windows: Ten
 def test_removal_alone_costs_what_a_refit_leaves(granularity: str, model: PreTrainedModel, windows: Tensor) -> None:
     """For every group: least squares without it, by a solver on the activations themselves."""
     structure = build_structure(model, granularity)
-    measured = dict(measure_moments(model, structure, windows))
-    moments = {index: InputMoments(m.mean, m.second, 1e-3) for index, m in measured.items()}
-    alone = removal_errors(model, structure, moments)["removal_error"]
+    alone = removal_errors(model, structure, measured(model, structure, windows, 1e-3))["removal_error"]
     inputs = activations(model, structure, windows)
     for index, block in enumerate(structure.blocks[:4]):
         weight = model.get_parameter(block.row_wise.parameter).detach().double()
         x, width = inputs[index], block.row_wise.width
-        damped = torch.cat([x / len(x) ** 0.5, 1e-3**0.5 * torch.eye(x.shape[1]).double()])
+        damped = with_rows_of_damping(x, 1e-3)
         for group in range(block.groups):
             kept = [c for c in range(x.shape[1]) if not group * width <= c < (group + 1) * width]
             solution = torch.linalg.lstsq(damped[:, kept], damped @ weight.T).solution
@@ -121,14 +129,11 @@ def test_removal_alone_costs_what_a_refit_leaves(granularity: str, model: PreTra
 def test_elimination_adds_up_to_the_error_of_a_refit(model: PreTrainedModel, windows: Tensor) -> None:
     """One channel after the other: the errors up to any of them are what least squares without all of them leaves."""
     structure = build_structure(model)
-    measured = dict(measure_moments(model, structure, windows))
-    moments = {index: InputMoments(m.mean, m.second, 1e-2) for index, m in measured.items()}
-    eliminated = removal_errors(model, structure, moments)["elimination_error"]
+    eliminated = removal_errors(model, structure, measured(model, structure, windows, 1e-2))["elimination_error"]
     for index in (1, 5):
         block, offset = structure.blocks[index], structure.group_offsets[index]
         weight = model.get_parameter(block.row_wise.parameter).detach().double()
-        x = activations(model, structure, windows)[index]
-        damped = torch.cat([x / len(x) ** 0.5, 1e-2**0.5 * torch.eye(x.shape[1]).double()])
+        damped = with_rows_of_damping(activations(model, structure, windows)[index], 1e-2)
         costs = eliminated[offset : offset + block.groups].double()
         order = costs.argsort()
         for gone in (1, 5, 12):
@@ -144,13 +149,12 @@ def test_conditional_variances_multiply_to_the_determinant(model: PreTrainedMode
     """By the chain rule, in whatever order the channels go; and the first head to go is the best explained, by a
     solver on the activations."""
     structure = build_structure(model)
-    measured = dict(measure_moments(model, structure, windows))
-    moments = {index: InputMoments(m.mean, m.second, 1e-2) for index, m in measured.items()}
+    moments = measured(model, structure, windows, 1e-2)
     variances = removal_errors(model, structure, moments)["conditional_variance"].double()
     inputs = activations(model, structure, windows)
     for index, block in enumerate(structure.blocks):
         own = variances[structure.group_offsets[index] :][: block.groups]
-        damped = torch.cat([inputs[index] / len(inputs[index]) ** 0.5, 0.1 * torch.eye(block.inputs).double()])
+        damped = with_rows_of_damping(inputs[index], 1e-2)
         if block.kind == "channels":
             torch.testing.assert_close(own.log().sum(), torch.logdet(damped.T @ damped), rtol=1e-3, atol=1e-3)
             continue
@@ -169,14 +173,6 @@ def test_blocks_without_moments_cost_nothing(model: PreTrainedModel, windows: Te
     for errors in removal_errors(model, structure, dict(measure_moments(model, structure, windows, [1]))).values():
         assert errors[structure.block_of_group == 1].all()
         assert not errors[structure.block_of_group != 1].any()
-
-
-def test_a_factor_is_found_where_rounding_leaves_none() -> None:
-    x = torch.randn(3, 10, generator=torch.Generator().manual_seed(0)) * torch.logspace(-1, 1, 10)
-    second = (x.T @ x).half().float()
-    factor = factorize(second, 1e-9)
-    assert factor.isfinite().all()
-    assert (factor @ factor.T - second.double()).abs().max() < second.abs().max() * 1e-2
 
 
 @pytest.mark.parametrize("damping", [1e-5, 1.0])
@@ -206,6 +202,8 @@ def test_damped_systems_are_solved_as_well_as_in_float64(damping: float) -> None
 def test_a_system_that_rounding_leaves_indefinite_is_solved_all_the_same() -> None:
     x = torch.randn(3, 10, generator=torch.Generator().manual_seed(0)) * torch.logspace(-1, 1, 10)
     second = (x.T @ x).half().float()
+    factor = factorize(second, 1e-9)
+    assert (factor @ factor.T - second.double()).abs().max() < second.abs().max() * 1e-2
     solved = solve_damped(second, 1e-9, torch.ones(10, 1))
     assert solved.dtype == torch.float32
     assert solved.isfinite().all()
@@ -213,17 +211,23 @@ def test_a_system_that_rounding_leaves_indefinite_is_solved_all_the_same() -> No
         solve_damped(second.fill_diagonal_(float("nan")), 1e-9, torch.ones(10, 1))
 
 
-def test_stored_moments(tmp_path: Path, model: PreTrainedModel, windows: Tensor) -> None:
-    moments = dict(measure_moments(model, build_structure(model), windows, [2, 3]))
+def test_stored_moments_are_read_once_where_there_is_room(tmp_path: Path) -> None:
     stored = StoredMoments(tmp_path)
-    for index, each in moments.items():
-        each.save(stored.path(index))
-    assert list(stored) == [2, 3]
-    assert len(stored) == 2
-    assert torch.equal(stored[3].second, moments[3].second)
-    assert stored[3].damping == pytest.approx(moments[3].damping)
-    with pytest.raises(KeyError):
-        stored[0]
+    for block in range(1, 4):
+        InputMoments(torch.full((4,), float(block)), block * torch.eye(4), 0.5).save(stored.path(block))
+    room = 2 * (16 + 64)
+    held = StoredMoments(tmp_path, {torch.device("meta"): 0, torch.device("cpu"): room})
+    for moments in (stored, held):
+        assert list(moments) == [1, 2, 3]
+        assert len(moments) == 3
+        with pytest.raises(KeyError):
+            moments[0]
+        for block in moments:
+            assert moments[block].mean.equal(torch.full((4,), float(block)))
+            assert moments[block].second.equal(block * torch.eye(4))
+            assert moments[block].damping == 0.5
+    assert [held[block] is held[block] for block in held] == [True, True, False]
+    assert StoredMoments(tmp_path, {torch.device("meta"): room})[1].second.device.type == "meta"
 
 
 def test_a_run_sums_them_over_its_text_and_over_what_the_model_writes(
@@ -241,21 +245,6 @@ def test_a_run_sums_them_over_its_text_and_over_what_the_model_writes(
         torch.testing.assert_close(
             moments.second.double(), expected, rtol=0.02, atol=0.02 * float(expected.abs().max())
         )
-
-
-def test_held_moments_are_read_once_where_there_is_room(tmp_path: Path) -> None:
-    stored = StoredMoments(tmp_path)
-    for block in range(3):
-        InputMoments(torch.full((4,), float(block)), torch.eye(4), 0.5).save(stored.path(block))
-    room = 2 * (16 + 64)
-    held = HeldMoments(stored, {torch.device("meta"): 0, torch.device("cpu"): room})
-    assert list(held) == [0, 1, 2]
-    assert len(held) == 3
-    for block in range(3):
-        assert held[block].mean.equal(stored[block].mean)
-        assert held[block].damping == 0.5
-    assert [held[block] is held[block] for block in range(3)] == [True, True, False]
-    assert HeldMoments(stored, {torch.device("meta"): room})[1].second.device.type == "meta"
 
 
 def test_inputs_that_repeat_each_other_are_ranked_in_float64() -> None:

@@ -9,7 +9,7 @@ import random
 import re
 import shutil
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from adapruner import AdaPrunerError, RecoveryOptions, verbs
 from adapruner.calibration import parse_source
 from adapruner.card import card_of_recovered
 from adapruner.cli import main
+from adapruner.models import in_fastest_dtype
 from adapruner.recovery import (
     Examples,
     RecoveryRecord,
@@ -51,6 +52,23 @@ def examples() -> Examples:
     """Windows that count upwards, which is easy to learn."""
     starts = torch.randint(4, 60, (40, 1), generator=torch.Generator().manual_seed(3))
     return window_examples(starts + torch.arange(16), "text", RecoveryOptions(**SHORT))
+
+
+@pytest.fixture
+def recover(model_folder: Path, text_file: Path) -> Callable[..., RecoveryRecord]:
+    """A model is fine-tuned on a text, into the given folder."""
+    return partial(verbs.recover, model_folder, str(text_file))
+
+
+def train_in_place(model: PreTrainedModel, *arguments: Any, **named: Any) -> RecoveryRecord:
+    return train(lambda: model, *arguments, **named)[1]
+
+
+def held_out_loss(model: PreTrainedModel, examples: Examples) -> float:
+    """By the loss of transformers."""
+    rows = torch.tensor([example["input_ids"] for example in examples.validation])
+    with torch.no_grad():
+        return float(model(rows, labels=rows).loss)
 
 
 def test_distillation_loss_is_the_divergence_that_torch_computes() -> None:
@@ -137,7 +155,7 @@ def test_lora_lowers_the_loss_and_leaves_an_ordinary_model(
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     options = RecoveryOptions(**SHORT, lora_rank=2)
     steps: list[int] = []
-    recovered = train(model, examples, options, tmp_path / "work", progress=steps.append)
+    recovered = train_in_place(model, examples, options, tmp_path / "work", progress=steps.append)
     assert recovered.loss_after < recovered.loss_before
     assert (sum(steps), recovered.steps, recovered.tokens) == (10, 10, 10 * 4 * 16)
     after = dict(model.named_parameters())
@@ -147,9 +165,7 @@ def test_lora_lowers_the_loss_and_leaves_an_ordinary_model(
     changes = {name: after[name].detach() - before[name] for name in before}
     assert {name for name, change in changes.items() if change.any()} == linear
     assert max(int(torch.linalg.matrix_rank(changes[name], rtol=1e-3)) for name in linear) == 2
-    rows = torch.tensor([example["input_ids"] for example in examples.validation])
-    with torch.no_grad():
-        assert math.isclose(float(model(rows, labels=rows).loss), recovered.loss_after, rel_tol=0.02)
+    assert math.isclose(held_out_loss(model, examples), recovered.loss_after, rel_tol=0.02)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -160,7 +176,7 @@ def test_ia3_scales_the_inputs_of_every_linear_layer(
     model = make_model(family)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     options = RecoveryOptions(**SHORT | {"learning_rate": 0.03}, train="ia3")
-    recovered = train(model, examples, options, tmp_path / "work")
+    recovered = train_in_place(model, examples, options, tmp_path / "work")
     assert recovered.loss_after < recovered.loss_before
     transposed = family == "gpt2"
     linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)} - {"lm_head"}
@@ -171,9 +187,7 @@ def test_ia3_scales_the_inputs_of_every_linear_layer(
         per_input = ratios if transposed else ratios.T
         torch.testing.assert_close(per_input, per_input[:, :1].expand_as(per_input))
         assert len(per_input[:, 0].unique()) > 1
-    rows = torch.tensor([example["input_ids"] for example in examples.validation])
-    with torch.no_grad():
-        assert math.isclose(float(model(rows, labels=rows).loss), recovered.loss_after, rel_tol=0.02)
+    assert math.isclose(held_out_loss(model, examples), recovered.loss_after, rel_tol=0.02)
 
 
 @pytest.mark.parametrize("trained", ["lora", "ia3", "full"])
@@ -188,7 +202,7 @@ def test_computing_activations_twice_changes_no_weight(
             lambda module, _, seen=seen: seen.append(module)
         )
         options = RecoveryOptions(**SHORT | {"gradient_checkpointing": twice, "train": trained, "lora_dropout": 0.0})
-        train(copied, examples, options, tmp_path / str(twice))
+        train_in_place(copied, examples, options, tmp_path / str(twice))
         weights.append(copied.state_dict())
         calls.append(len(seen))
     assert calls[1] > 1.3 * calls[0]
@@ -210,7 +224,7 @@ def test_several_gpus_are_left_alone_by_one_process(
     trained = []
     for place in ("one", "two"):
         trained.append(make_model("llama"))
-        train(trained[-1], examples, RecoveryOptions(**SHORT), tmp_path / place)
+        train_in_place(trained[-1], examples, RecoveryOptions(**SHORT), tmp_path / place)
         found = cached_property(of_a_machine_with_two)
         found.__set_name__(TrainingArguments, "_setup_devices")
         monkeypatch.setattr(TrainingArguments, "_setup_devices", found)
@@ -250,31 +264,25 @@ def test_distillation_brings_a_model_nearer_to_its_teacher(
 
     before = divergence()
     options = RecoveryOptions(**SHORT | {"steps": 30}, train=train_what, lora_dropout=0.0, label_weight=0.0)
-    recovered = train(student, examples, options, tmp_path / "work", teacher)
+    recovered = train_in_place(student, examples, options, tmp_path / "work", in_fastest_dtype(teacher))
     assert math.isclose(recovered.loss_before, before, rel_tol=0.02)
     assert math.isclose(recovered.loss_after, divergence(), rel_tol=0.02)
     assert divergence() < 0.8 * before
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "phi3"])
-def test_families_with_other_projections(
-    make_model: Callable[..., PreTrainedModel], examples: Examples, tmp_path: Path, family: str
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [("gpt2", torch.float32), ("gpt_neox", torch.float32), ("phi3", torch.float32), ("llama", torch.float16)],
+)
+def test_families_with_other_projections_and_half_precision(
+    make_model: Callable[..., PreTrainedModel], examples: Examples, tmp_path: Path, family: str, dtype: torch.dtype
 ) -> None:
-    model = make_model(family)
-    recovered = train(model, examples, RecoveryOptions(**SHORT), tmp_path / "work")
+    """Which is never trained in."""
+    model = make_model(family).to(dtype)
+    recovered = train_in_place(model, examples, RecoveryOptions(**SHORT), tmp_path / "work")
     assert recovered.loss_after < recovered.loss_before
-    rows = torch.tensor([example["input_ids"] for example in examples.validation])
-    with torch.no_grad():
-        assert math.isclose(float(model(rows, labels=rows).loss), recovered.loss_after, rel_tol=0.02)
-
-
-def test_half_precision_is_never_trained_in(model: PreTrainedModel, examples: Examples, tmp_path: Path) -> None:
-    recovered = train(model.half(), examples, RecoveryOptions(**SHORT), tmp_path / "work")
-    assert recovered.loss_after < recovered.loss_before
-    assert model.dtype == torch.float16
-    rows = torch.tensor([example["input_ids"] for example in examples.validation])
-    with torch.no_grad():
-        assert math.isclose(float(model.float()(rows, labels=rows).loss), recovered.loss_after, rel_tol=0.02)
+    assert model.dtype == dtype
+    assert math.isclose(held_out_loss(model.float(), examples), recovered.loss_after, rel_tol=0.02)
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_what_was_saved(
@@ -292,19 +300,21 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_what_was_saved(
     with pytest.raises(
         AdaPrunerError, match=r"the loss is nan at step 4; the last checkpoint, .*checkpoint-3, is kept"
     ):
-        train(model, examples, RecoveryOptions(**SHORT), tmp_path / "work")
+        train_in_place(model, examples, RecoveryOptions(**SHORT), tmp_path / "work")
     assert (tmp_path / "work" / "checkpoint-3" / "adapter_model.safetensors").is_file()
     assert not (tmp_path / "work" / "checkpoint-4").exists()
 
 
 def test_weights_that_explode_stop_the_training(model: PreTrainedModel, examples: Examples, tmp_path: Path) -> None:
     with pytest.raises(AdaPrunerError, match=r"is (nan|inf) at step \d+; .*Lower `learning_rate` \(1e\+30\)"):
-        train(model, examples, RecoveryOptions(**SHORT | {"learning_rate": 1e30, "steps": 20}), tmp_path / "work")
+        train_in_place(
+            model, examples, RecoveryOptions(**SHORT | {"learning_rate": 1e30, "steps": 20}), tmp_path / "work"
+        )
 
 
 def test_a_batch_is_made_of_whole_micro_batches(model: PreTrainedModel, examples: Examples, tmp_path: Path) -> None:
     options = RecoveryOptions(**SHORT | {"batch_size": 6, "micro_batch_size": 4, "steps": None, "epochs": 1})
-    recovered = train(model, examples, options, tmp_path / "work")
+    recovered = train_in_place(model, examples, options, tmp_path / "work")
     assert (recovered.steps, recovered.tokens) == (6, 36 * 16)
     state = json.loads((tmp_path / "work" / "checkpoint-6" / "trainer_state.json").read_text())
     assert (state["train_batch_size"], state["epoch"]) == (3, 1.0)
@@ -320,7 +330,7 @@ def test_the_last_batch_of_an_epoch_is_what_is_left(
         lambda module, inputs: tokens.append(inputs[0].numel() if module.training else 0)
     )
     options = RecoveryOptions(**SHORT | {"batch_size": 8, "steps": steps, "epochs": 2})
-    recovered = train(model, examples, options, tmp_path / "work")
+    recovered = train_in_place(model, examples, options, tmp_path / "work")
     assert recovered.steps == (steps or 10)
     assert recovered.tokens == sum(tokens) == seen * 16
 
@@ -331,9 +341,9 @@ def test_a_call_that_was_killed_after_the_last_step(
     """As while it saves: there is nothing left to learn, and the outcome is the same."""
     work, options = tmp_path / "work", RecoveryOptions(**SHORT)
     first, second = make_model(), make_model()
-    one = train(first, examples, options, work)
+    one = train_in_place(first, examples, options, work)
     steps: list[int] = []
-    other = train(second, examples, options, work, progress=steps.append)
+    other = train_in_place(second, examples, options, work, progress=steps.append)
     assert (other.steps, other.tokens, other.best_step) == (one.steps, one.tokens, one.best_step)
     assert sum(steps) == 10
     for mine, theirs in zip(first.parameters(), second.parameters(), strict=True):
@@ -345,25 +355,25 @@ def test_the_best_weights_are_found_where_the_folder_was_moved(
 ) -> None:
     work, options = tmp_path / "work", RecoveryOptions(**SHORT | {"learning_rate": 0.5})
     first, second = make_model(), make_model()
-    assert train(first, examples, options, work).best_step < 10
-    train(second, examples, options, work.rename(tmp_path / "moved"))
+    assert train_in_place(first, examples, options, work).best_step < 10
+    train_in_place(second, examples, options, work.rename(tmp_path / "moved"))
     for mine, theirs in zip(first.parameters(), second.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
-def test_one_command_at_a_time_trains_into_a_folder(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+def test_one_command_at_a_time_trains_into_a_folder(recover: Callable[..., RecoveryRecord], tmp_path: Path) -> None:
     begun: list[str] = []
 
     def second(*given: object) -> None:
         with pytest.raises(AdaPrunerError, match="another command is training") as refusal:
-            verbs.recover(model_folder, str(text_file), tmp_path / "out", **SHORT)
+            recover(tmp_path / "out", **SHORT)
         begun.append(str(refusal.value))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("adapruner.verbs._recover.recover_into", second)
-        verbs.recover(model_folder, str(text_file), tmp_path / "out", **SHORT)
+        recover(tmp_path / "out", **SHORT)
     assert len(begun) == 1
-    assert verbs.recover(model_folder, str(text_file), tmp_path / "out", **SHORT).steps == SHORT["steps"]
+    assert recover(tmp_path / "out", **SHORT).steps == SHORT["steps"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -375,19 +385,11 @@ def test_a_lock_is_given_back_even_where_its_file_stays(tmp_path: Path, monkeypa
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "unlink", refuse)
-        with pytest.raises(RuntimeError, match="training failed"), training_alone(tmp_path / "a", {}, False):
+        with pytest.raises(RuntimeError, match="training failed"), training_alone(tmp_path / "a"):
             raise RuntimeError("training failed")
-    with training_alone(tmp_path / "a", {}, False) as record:
-        assert record is None
-    assert [path.name for path in tmp_path.iterdir()] == ["a.training"]
-
-
-def test_what_another_command_has_finished_meanwhile_is_not_done_again(
-    recovered: Path, model_folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("adapruner.verbs._recover.check_folder", lambda *_: None)
-    monkeypatch.setattr("adapruner.verbs._recover.load_model", lambda *_: pytest.fail("loaded"))
-    assert verbs.recover(model_folder, str(text_file), recovered, **SHORT).steps == SHORT["steps"]
+    with training_alone(tmp_path / "a"):
+        pass
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_first_process_alone_prints(
@@ -413,7 +415,7 @@ def test_training_leaves_the_random_state_of_the_host(
         return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
 
     before = state()
-    train(model, examples, RecoveryOptions(**SHORT), tmp_path / "work")
+    train_in_place(model, examples, RecoveryOptions(**SHORT), tmp_path / "work")
     assert state() == before
 
 
@@ -459,14 +461,14 @@ def recovered(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, text
 
 
 def test_a_finished_recovery_is_not_done_again(
-    recovered: Path, model_folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+    recover: Callable[..., RecoveryRecord], recovered: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("adapruner.verbs._recover.load_model", lambda *_: pytest.fail("loaded"))
-    record = verbs.recover(model_folder, str(text_file), recovered, **SHORT)
+    monkeypatch.setattr("adapruner.verbs._recover.open_model", lambda *_: pytest.fail("loaded"))
+    record = recover(recovered, **SHORT)
     assert record.model_dump(mode="json") == json.loads((recovered / "recovery.json").read_text())
     assert record.method == "labels"
     with pytest.raises(AdaPrunerError, match="another config \\(steps 10 → 11\\)"):
-        verbs.recover(model_folder, str(text_file), recovered, **SHORT | {"steps": 11})
+        recover(recovered, **SHORT | {"steps": 11})
 
 
 def test_another_model_of_the_same_name_is_not_taken_for_the_first(
@@ -503,21 +505,21 @@ def test_overwriting_starts_again(model_folder: Path, text_file: Path, tmp_path:
 
 
 def test_what_is_finished_stays_until_something_takes_its_place(
-    model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recover: Callable[..., RecoveryRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, options = tmp_path / "a", SHORT | {"steps": 2}
-    verbs.recover(model_folder, str(text_file), folder, **options)
+    recover(folder, **options)
     before = (folder / "model.safetensors").read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr("adapruner.verbs._recover.load_model", lambda *_: pytest.fail("no memory"))
+        patch.setattr("adapruner.verbs._recover.open_model", lambda *_: pytest.fail("no memory"))
         with pytest.raises(pytest.fail.Exception):
-            verbs.recover(model_folder, str(text_file), folder, overwrite=True, **options | {"steps": 3})
+            recover(folder, overwrite=True, **options | {"steps": 3})
     assert (folder / "model.safetensors").read_bytes() == before
     # Both go on: the finished one is as it was, and the one that has begun takes its place.
-    assert verbs.recover(model_folder, str(text_file), folder, **options).steps == 2
-    assert verbs.recover(model_folder, str(text_file), folder, **options | {"steps": 3}).steps == 3
+    assert recover(folder, **options).steps == 2
+    assert recover(folder, **options | {"steps": 3}).steps == 3
     (folder / "model.safetensors").unlink()
-    assert verbs.recover(model_folder, str(text_file), folder, **options | {"steps": 3}).steps == 3
+    assert recover(folder, **options | {"steps": 3}).steps == 3
     assert (folder / "model.safetensors").is_file()
 
 
@@ -548,8 +550,8 @@ def test_the_validation_loss_is_the_mean_over_tokens(distils: bool, model: PreTr
         options = RecoveryOptions(**SHORT | {"steps": 1, "micro_batch_size": micro})
         # The divergence from itself is 0.
         expected = float(torch.cat(losses).mean()) * (options.label_weight if distils else 1.0)
-        student, teacher = copy.deepcopy(model), model if distils else None
-        record = train(student, examples, options, tmp_path / str(micro), teacher)
+        student, teacher = copy.deepcopy(model), in_fastest_dtype(model) if distils else None
+        record = train_in_place(student, examples, options, tmp_path / str(micro), teacher)
         assert record.loss_before == pytest.approx(expected, rel=2e-3)
 
 
@@ -594,7 +596,7 @@ def test_malformed_data_are_refused_before_the_model_is_loaded(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("adapruner.verbs._recover.load_model", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("adapruner.verbs._recover.open_model", lambda *_: pytest.fail("loaded"))
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     output = tmp_path / "out"
@@ -629,15 +631,15 @@ def test_options_that_will_not_do(
     assert message in capsys.readouterr().err
 
 
-def test_a_folder_of_something_else_is_left_alone(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+def test_a_folder_of_something_else_is_left_alone(recover: Callable[..., RecoveryRecord], tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(AdaPrunerError, match="holds no recovery"):
-        verbs.recover(model_folder, str(text_file), tmp_path, overwrite=True, **SHORT)
+        recover(tmp_path, overwrite=True, **SHORT)
     # Not even where a recovery into it was begun before.
     working_folder(tmp_path).mkdir()
     (working_folder(tmp_path) / "config.json").write_text("{}")
     with pytest.raises(AdaPrunerError, match="holds no recovery"):
-        verbs.recover(model_folder, str(text_file), tmp_path, overwrite=True, **SHORT)
+        recover(tmp_path, overwrite=True, **SHORT)
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
@@ -688,13 +690,14 @@ def test_the_card_of_a_pruned_model_says_that_it_was_trained() -> None:
     assert card_of_recovered("# another card", RECORD) is None
 
 
-def test_text_and_instructions_are_told_apart(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+@pytest.mark.parametrize(
+    ("fields", "are_instructions"), [(("instruction", "output"), True), (("text",), False), (("output",), False)]
+)
+def test_text_and_instructions_are_told_apart(
+    fields: tuple[str, ...], are_instructions: bool, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
     path = tmp_path / "a.jsonl"
-    path.write_text("".join(json.dumps({"instruction": f"w{i}", "output": "w2"}) + "\n" for i in range(9)))
-    assert read_examples(parse_source(str(path)), tokenizer, RecoveryOptions()).instructions
-    path = tmp_path / "b.jsonl"
-    path.write_text("".join(json.dumps({"text": f"w{i} w3"}) + "\n" for i in range(90)))
-    assert not read_examples(parse_source(str(path)), tokenizer, RecoveryOptions(seq_len=16)).instructions
-    path = tmp_path / "c.jsonl"
-    path.write_text("".join(json.dumps({"output": f"w{i} w3"}) + "\n" for i in range(90)))
-    assert not read_examples(parse_source(str(path)), tokenizer, RecoveryOptions(seq_len=16)).instructions
+    path.write_text("".join(json.dumps(dict.fromkeys(fields, f"w{i} w3")) + "\n" for i in range(200)))
+    assert (
+        read_examples(parse_source(str(path)), tokenizer, RecoveryOptions(seq_len=128)).instructions == are_instructions
+    )

@@ -51,10 +51,10 @@ class NonFiniteError(AdaPrunerError):
 
 
 def describe_failure(error: BaseException, takes_less: str) -> str | None:
-    """What is missing and what helps, if the machine lacks memory, disk space or a permission; None for other errors.
+    """The missing resource and a remedy, if the machine lacks memory, disk space or a permission; else None.
 
     Args:
-        takes_less: what needs less memory.
+        takes_less: a way to need less memory.
     """
     number, path = (error.errno, error.filename) if isinstance(error, OSError) else (None, None)
     said = str(error).lower() if isinstance(error, RuntimeError) else ""

@@ -30,7 +30,7 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
 
 @contextlib.contextmanager
 def being_written(path: Path, writer: str = "") -> Iterator[Path]:
-    """Where to write a file that comes to its place, on the disk, once the block has ended well.
+    """A path to write a file to, which is moved to its place, on the disk, if the block ends without an error.
 
     Args:
         writer: part of the name beside, where several processes may write the same.

@@ -26,7 +26,7 @@ def given_path(name: str | Path) -> Path:
 
 
 def output_path(name: str | Path) -> Path:
-    """The same for what is to be written, with what is beside it while it is not whole; its folder need not exist.
+    """The path of a new file or folder, which is written beside it first; its parent need not exist.
 
     Raises:
         AdaPrunerError: nothing can be written there.

@@ -1,5 +1,4 @@
-"""What the user sees while it runs: bars on a terminal and in a notebook, one line per stage in a log; and the log file
-of the run."""
+"""Progress: bars on a terminal and in a notebook, one line per stage elsewhere; and the log file of a run."""
 
 from __future__ import annotations
 
@@ -152,11 +151,16 @@ class Reporter:
                 file.write(json.dumps({"time": time.time(), "key": self.key, **entry}) + "\n")
 
 
-def reset_peak_memory() -> bool:
-    """Gives freed memory back to the system, and lets the peak of this process start at what it holds now; False where
-    the system cannot (all but Linux)."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library than glibc
+def give_back_memory() -> None:
+    """Gives freed memory back to the system, where the C library keeps it (glibc)."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def reset_peak_memory() -> bool:
+    """Gives freed memory back, and lets the peak of this process start at the memory that it holds now; False where the
+    system cannot (all but Linux)."""
+    give_back_memory()
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError:

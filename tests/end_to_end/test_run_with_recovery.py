@@ -139,7 +139,7 @@ def test_a_killed_run_resumes(
         *flags(OPTIONS["recovery"], "recovery."),
     ]
     for module, name, calls, left in [
-        ("adapruner.recovery._training", "distillation_loss", 27, "unfinished/recovered-*/training/checkpoint-3"),
+        ("adapruner.recovery._trainers", "distillation_loss", 27, "unfinished/recovered-*/training/checkpoint-3"),
         ("adapruner.run.nodes.evaluated", "measure_tasks", 1, "evaluation/tasks-dense.json"),
     ]:
         run_killed(module, name, calls, arguments, tmp_path, ADAPRUNER_DATA=str(data))

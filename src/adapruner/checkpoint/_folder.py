@@ -41,7 +41,7 @@ def save_checkpoint(
         model: as returned by `surgery.prune_model`; its dtype is kept.
         card: the content of README.md.
         shard_size: larger models are split into files of at most this size, which is also what writing takes of memory.
-        record: what the model was made from, for `read_origin`: JSON values under `base_model`, `texts`, `plan`.
+        record: the origin of the model, for `read_origin`: JSON values under `base_model`, `texts`, `plan`.
 
     Raises:
         AdaPrunerError: it cannot be written.
@@ -60,7 +60,7 @@ def save_checkpoint(
 
 @contextlib.contextmanager
 def made_beside(path: Path) -> Iterator[Path]:
-    """Where to write what is moved to `path` once it is whole, in a new folder on the same disk.
+    """A path in a new folder on the same disk, whose content can be moved to `path` once it is complete.
 
     Raises:
         AdaPrunerError: in place of an error of the system.
@@ -72,13 +72,13 @@ def made_beside(path: Path) -> Iterator[Path]:
 
 
 def is_replaceable(folder: Path) -> bool:
-    """Whether a folder is empty or was written by this package."""
+    """True if a folder is empty or was written by this package."""
     return any((folder / name).is_file() for name in (_ORIGIN, "recovery.json")) or not any(folder.iterdir())
 
 
 def read_origin(location: ModelLocation) -> dict[str, Any] | None:
-    """What a checkpoint was made from: the `record` of `save_checkpoint` with its `format`; None where it does not say,
-    or not in a form that is known. `texts` is a list of dictionaries, whatever is in the file.
+    """The origin of a checkpoint: the `record` of `save_checkpoint` with its `format`; None if it has none, or one of
+    unknown format. `texts` is a list of dictionaries, whatever is in the file.
     """
     try:
         with quiet_transformers():
@@ -117,7 +117,7 @@ def _valid_generation_config(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _is_valid(settings: GenerationConfig) -> bool:
-    """Whether transformers would write it."""
+    """True if transformers would write them."""
     try:
         settings.validate(strict=True)
     except ValueError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, cast
 
 import torch
@@ -17,33 +17,32 @@ from adapruner.structure import Block, Structure, TensorSlice
 
 
 class Reduction:
-    """The sums of one batch over the tokens of each sample; float32, on the first device of the model, because copying
-    each of them to the CPU would stall it.
+    """The sums of one batch over the tokens of each sample, by the name that they have in `Statistics`; float32, on the
+    first device of the model, because copying each of them to the CPU would stall it.
 
     Attributes:
-        taylor, element_absolute, element_squared: [samples, vectors]; the latter two, which need the gradient of every
-            weight, None for vector-wise terms.
-        input_mean, input_squared: [samples, inputs].
+        sums: [samples, vectors], [samples, inputs] or [samples, groups]; without `element_absolute` and
+            `element_squared`, which need the gradient of every weight, for vector-wise terms; with `routed_output` and
+            `routed_share` where there are experts.
     """
 
     def __init__(self, structure: Structure, samples: int, terms: Terms, device: torch.device) -> None:
         self._structure = structure
-        zeros = partial(torch.zeros, device=device)
         vectors, inputs = len(structure.group_of_vector), len(structure.group_of_input)
-        self.taylor = zeros(samples, vectors)
-        self.element_absolute = zeros(samples, vectors) if terms == "all" else None
-        self.element_squared = zeros(samples, vectors) if terms == "all" else None
-        self.input_mean, self.input_squared = zeros(samples, inputs), zeros(samples, inputs)
-        groups = structure.group_offsets[-1]
-        self.routed_output = zeros(samples, groups) if structure.has_experts else None
-        self.routed_share = zeros(samples, groups) if structure.has_experts else None
+        sizes = {"taylor": vectors, "input_mean": inputs, "input_squared": inputs}
+        if terms == "all":
+            sizes |= {"element_absolute": vectors, "element_squared": vectors}
+        if structure.has_experts:
+            sizes |= dict.fromkeys(("routed_output", "routed_share"), structure.group_offsets[-1])
+        self.sums = {name: torch.zeros(samples, size, device=device) for name, size in sizes.items()}
+        self._is_element_wise = terms == "all"
         projected = [block for block in structure.blocks if block.is_projected and not block.experts]
         self._largest = max(
             (part.elements * part.width * block.groups for block in projected for part in block.matrices), default=0
         )
         self._working: dict[torch.device, Tensor] = {}
-        sizes = [sum(block.groups * part.width for part in block.matrices) for block in structure.blocks]
-        self._first_vectors = list(accumulate(sizes, initial=0))
+        vectors_of_blocks = (sum(block.groups * part.width for part in block.matrices) for block in structure.blocks)
+        self._first_vectors = list(accumulate(vectors_of_blocks, initial=0))
         self._first_inputs = list(accumulate((block.inputs for block in structure.blocks), initial=0))
 
     @contextlib.contextmanager
@@ -61,66 +60,54 @@ class Reduction:
                     hooks.enter_context(hook)
             yield
 
-    def _hooks(self, model: PreTrainedModel, block: Block, index: int) -> Iterator[Any]:
-        vector = self._first_vectors[index]
-        for part in block.matrices:
-            columns = slice(vector, vector + block.groups * part.width)
-            vector = columns.stop
-            rows = slice(part.offset, part.offset + block.groups * part.width) if part.axis == 0 else slice(None)
-            taylor = self.taylor[:, columns]
-            module = projection(model, part)
-            if self.element_absolute is None or self.element_squared is None:
-                yield module.register_forward_hook(_vector_wise(part, rows, taylor))
-            else:
-                absolute, squared = self.element_absolute[:, columns], self.element_squared[:, columns]
-                yield module.register_forward_hook(
-                    _element_wise(part, rows, taylor, absolute, squared, self._two_stacks)
-                )
-        yield projection(model, block.row_wise).register_forward_pre_hook(
-            _input_moments(self.input_mean[:, self._inputs(index)], self.input_squared[:, self._inputs(index)])
-        )
+    def _vectors(self, block: Block, index: int) -> list[tuple[TensorSlice, slice]]:
+        """The matrices of a block, each with the numbers of its vectors."""
+        counts = (block.groups * part.width for part in block.matrices)
+        bounds = pairwise(accumulate(counts, initial=self._first_vectors[index]))
+        return [(part, slice(*of_part)) for part, of_part in zip(block.matrices, bounds, strict=True)]
 
-    def _inputs(self, index: int) -> slice:
-        return slice(*self._first_inputs[index : index + 2])
+    def _of_inputs(self, index: int) -> tuple[Tensor, Tensor]:
+        """[samples, inputs of a block], twice: the sums of its inputs and of their squares."""
+        inputs = slice(*self._first_inputs[index : index + 2])
+        return self.sums["input_mean"][:, inputs], self.sums["input_squared"][:, inputs]
+
+    def _hooks(self, model: PreTrainedModel, block: Block, index: int) -> Iterator[Any]:
+        for part, vectors in self._vectors(block, index):
+            rows = slice(part.offset, part.offset + block.groups * part.width) if part.axis == 0 else slice(None)
+            taylor, module = self.sums["taylor"][:, vectors], projection(model, part)
+            if self._is_element_wise:
+                absolute, squared = (self.sums[name][:, vectors] for name in ("element_absolute", "element_squared"))
+                hook = _element_wise(part, rows, taylor, absolute, squared, self._two_stacks)
+            else:
+                hook = _vector_wise(part, rows, taylor)
+            yield module.register_forward_hook(hook)
+        reduce_inputs = partial(_reduce_inputs, *self._of_inputs(index))
+        yield projection(model, block.row_wise).register_forward_pre_hook(reduce_inputs)
 
     def _expert_hooks(self, model: PreTrainedModel, block: Block, index: int) -> Iterator[Any]:
         """For experts, whose weights are multiplied out of the sight of hooks: gradients of whole parameters, each
         dropped as soon as it was reduced. Only where there is one sample at a time."""
-        vector, by_parameter = self._first_vectors[index], dict[str, list[tuple[TensorSlice, slice]]]()
-        for part in block.matrices:
-            columns = slice(vector, vector + block.groups * part.width)
-            vector = columns.stop
-            by_parameter.setdefault(part.parameter, []).append((part, columns))
+        by_parameter = dict[str, list[tuple[TensorSlice, slice]]]()
+        for part, vectors in self._vectors(block, index):
+            by_parameter.setdefault(part.parameter, []).append((part, vectors))
         for name, parts in by_parameter.items():
             yield model.get_parameter(name).register_post_accumulate_grad_hook(partial(self._reduce_gradient, parts))
         experts = model.get_submodule(block.matrices[0].module)
         if block.experts:
-            mean, squared = self.input_mean[0, self._inputs(index)], self.input_squared[0, self._inputs(index)]
-            yield experts.register_forward_hook(partial(_reduce_expert_inputs, block, mean, squared))
-        elif self.routed_output is not None and self.routed_share is not None:
-            first = self._structure.group_offsets[index]
-            own = slice(first, first + block.groups)
-            yield experts.register_forward_hook(
-                partial(_reduce_routing, self.routed_output[0, own], self.routed_share[0, own])
-            )
+            mean, squared = self._of_inputs(index)
+            yield experts.register_forward_hook(partial(_reduce_expert_inputs, block, mean[0], squared[0]))
+        else:
+            groups = slice(*self._structure.group_offsets[index : index + 2])
+            output, share = self.sums["routed_output"][0, groups], self.sums["routed_share"][0, groups]
+            yield experts.register_forward_hook(partial(_reduce_routing, output, share))
 
     def _reduce_gradient(self, parts: list[tuple[TensorSlice, slice]], parameter: Tensor) -> None:
         products = cast(Tensor, parameter.grad).float() * parameter.detach()
         parameter.grad = None
-        self._reduce_products(self.taylor, parts, products)
-        if self.element_absolute is not None and self.element_squared is not None:
-            self._reduce_products(self.element_absolute, parts, products.abs())
-            self._reduce_products(self.element_squared, parts, products.square_())
-
-    @staticmethod
-    def _reduce_products(sums: Tensor, parts: list[tuple[TensorSlice, slice]], products: Tensor) -> None:
-        for part, columns in parts:
-            if part.experts:
-                of_rows = part.as_projections(products).sum(2 - part.axis)
-                width = (columns.stop - columns.start) // part.experts
-                sums[0, columns] = of_rows[:, part.offset : part.offset + width].flatten()
-            else:
-                sums[0, columns] = products.movedim(part.axis, 0).flatten(1).sum(1)
+        _reduce_products(self.sums["taylor"], parts, products)
+        if self._is_element_wise:
+            _reduce_products(self.sums["element_absolute"], parts, products.abs())
+            _reduce_products(self.sums["element_squared"], parts, products.square_())
 
     def _two_stacks(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Two times as many matrices of a shape, [matrices, ·, ·], float32, as fit into the memory of the largest, to
@@ -142,13 +129,20 @@ def row_wise_weights(model: PreTrainedModel, block: Block) -> Tensor:
     return block.row_wise.as_projections(model.get_parameter(block.row_wise.parameter).detach())
 
 
-def _input_moments(mean: Tensor, squared: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    def reduce(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        x = inputs[0].detach().float().reshape(len(mean), -1, mean.shape[1])
-        mean.copy_(x.mean(1))
-        squared.copy_(x.square().mean(1))
+def _reduce_products(sums: Tensor, parts: list[tuple[TensorSlice, slice]], products: Tensor) -> None:
+    for part, vectors in parts:
+        if part.experts:
+            of_rows = part.as_projections(products).sum(2 - part.axis)
+            width = (vectors.stop - vectors.start) // part.experts
+            sums[0, vectors] = of_rows[:, part.offset : part.offset + width].flatten()
+        else:
+            sums[0, vectors] = products.movedim(part.axis, 0).flatten(1).sum(1)
 
-    return reduce
+
+def _reduce_inputs(mean: Tensor, squared: Tensor, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    x = inputs[0].detach().float().reshape(len(mean), -1, mean.shape[1])
+    mean.copy_(x.mean(1))
+    squared.copy_(x.square().mean(1))
 
 
 def _reduce_routing(output: Tensor, share: Tensor, module: nn.Module, inputs: tuple[Any, ...], _: Any) -> None:
@@ -174,13 +168,13 @@ def _choices(inputs: tuple[Any, ...]) -> Iterator[tuple[Tensor, Tensor, Tensor]]
 
 
 def expert_inputs(block: Block, module: nn.Module, inputs: tuple[Any, ...]) -> Iterator[tuple[Tensor, Tensor]]:
-    """What the down projections of experts read, with the weight that the router gives it: what they put out is linear
-    in that. Each token's experts are run once more, one after the other, with down projections that change nothing.
+    """The inputs of the down projections of experts, times the weight of the router: their outputs are linear in
+    them. Each token's experts are run once more, one after the other, with down projections that change nothing.
 
     Args:
         block: of channels inside experts.
         module: the experts.
-        inputs: what they were called with.
+        inputs: the arguments of their call.
 
     Yields:
         [tokens], int64, an expert of each token, and [tokens, channels], float32.

@@ -1,4 +1,4 @@
-"""One pass over the calibration pool: what every sample says about every removable vector.
+"""One pass over the calibration pool: statistics of every removable vector for every sample.
 
 The loss of each sample is differentiated on its own. The gradient of a weight matrix exists only for the moment in
 which it is reduced to one number per row or column, so the pass needs the memory of a training step without its
@@ -67,7 +67,7 @@ def measure_in_parts(
         layer_wise: keep the activations of one layer only, and run every layer forward once more when its gradient
             arrives: a third more work. The same statistics. With streamed layers, only the sums grow with the number
             of layers.
-        folder: where the hidden states between layers lie meanwhile; by default that for temporary files.
+        folder: for the hidden states between layers meanwhile; by default the folder for temporary files.
         starts: numbers of the windows with which batches begin, asked for one at a time; by default all.
 
     Raises:
@@ -77,40 +77,26 @@ def measure_in_parts(
     required = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     for start in range(0, len(windows), batch_size) if starts is None else starts:
         batch = windows[start : start + batch_size].to(model.device)
+        # The gradients of experts are whole, and of one sample.
+        passes = batch.split(1) if structure.cuts_experts and not jointly else [batch]
+        measured = []
         try:
             # No weight needs a gradient of its own: the hooks form each one from activations, reduce and drop it.
-            # Only the gradients of experts are whole, and of one sample.
             model.requires_grad_(False)
-            parts = batch.split(1) if structure.cuts_experts and not jointly else [batch]
-            each = [
-                _measure_batch(model, structure, part, jointly, terms, layer_wise, folder, columns) for part in parts
-            ]
+            for rows in passes:
+                samples = 1 if jointly else len(rows)
+                reduction = Reduction(structure, samples, terms, batch.device)
+                if layer_wise:
+                    losses = _pass_layer_by_layer(model, structure, rows, reduction, folder)
+                else:
+                    losses = _pass_at_once(model, structure, rows, reduction)
+                measured.append(_statistics(reduction, losses.view(samples, -1), columns))
         finally:
             for name in required:
                 model.get_parameter(name).requires_grad_(True)
-        statistics = Statistics.concatenate(each)
+        statistics = Statistics.concatenate(measured)
         _refuse_non_finite(statistics, start)
         yield start, statistics
-
-
-def _measure_batch(
-    model: PreTrainedModel,
-    structure: Structure,
-    batch: Tensor,
-    jointly: bool,
-    terms: Terms,
-    layer_wise: bool,
-    folder: Path | None,
-    columns: tuple[Tensor, Tensor],
-) -> Statistics:
-    samples = 1 if jointly else len(batch)
-    predicted_tokens = batch.numel() // samples - (len(batch) if jointly else 1)
-    reduction = Reduction(structure, samples, terms, batch.device)
-    if layer_wise:
-        losses = _pass_layer_by_layer(model, structure, batch, reduction, folder)
-    else:
-        losses = _pass_at_once(model, structure, batch, reduction)
-    return _statistics(reduction, losses.view(samples, -1), predicted_tokens, columns)
 
 
 def saved_activations(config: PreTrainedConfig, dtype: torch.dtype) -> float:
@@ -204,28 +190,21 @@ def _pass_layer_by_layer(
     return losses
 
 
-def _statistics(
-    reduction: Reduction, losses: Tensor, predicted_tokens: int, columns: tuple[Tensor, Tensor]
-) -> Statistics:
-    def on_cpu(sums: Tensor | None, divisor: int = 1) -> Tensor | None:
-        return None if sums is None else sums.div_(divisor).cpu()
+def _statistics(reduction: Reduction, losses: Tensor, columns: dict[str, Tensor]) -> Statistics:
+    """Statistics of the mean loss, out of sums over the gradient of the summed loss.
 
-    return Statistics(
-        taylor=reduction.taylor.div_(predicted_tokens).cpu(),
-        loss=losses.mean(1).cpu(),
-        input_mean=reduction.input_mean.cpu(),
-        input_squared=reduction.input_squared.cpu(),
-        routed_output=on_cpu(reduction.routed_output),
-        routed_share=on_cpu(reduction.routed_share),
-        column_absolute=columns[0],
-        column_squared=columns[1],
-        element_absolute=on_cpu(reduction.element_absolute, predicted_tokens),
-        element_squared=on_cpu(reduction.element_squared, predicted_tokens**2),
-    )
+    Args:
+        losses: [samples, predicted tokens].
+        columns: see `_column_sums`.
+    """
+    tokens = losses.shape[1]
+    divisors = {"taylor": tokens, "element_absolute": tokens, "element_squared": tokens**2}
+    sums = {name: value.div_(divisors.get(name, 1)).cpu() for name, value in reduction.sums.items()}
+    return Statistics(loss=losses.mean(1).cpu(), **sums, **columns)
 
 
-def _column_sums(model: PreTrainedModel, structure: Structure) -> tuple[Tensor, Tensor]:
-    """[inputs] each: Σ|W_c| and ‖W_c‖² of the columns of all row-wise projections."""
+def _column_sums(model: PreTrainedModel, structure: Structure) -> dict[str, Tensor]:
+    """By the name in `Statistics`, [inputs] each: Σ|W_c| and ‖W_c‖² of the columns of all row-wise projections."""
     absolute, squared = [torch.zeros(0)], [torch.zeros(0)]
     for layer, of_layer in groupby(structure.blocks, key=lambda block: block.layer):
         with loaded_layer(model, layer):
@@ -233,7 +212,7 @@ def _column_sums(model: PreTrainedModel, structure: Structure) -> tuple[Tensor, 
                 weights = row_wise_weights(model, block).float()
                 absolute.append(weights.abs().sum(1).flatten().cpu())
                 squared.append(weights.square().sum(1).flatten().cpu())
-    return torch.cat(absolute), torch.cat(squared)
+    return {"column_absolute": torch.cat(absolute), "column_squared": torch.cat(squared)}
 
 
 def _replace_by_loss_gradient(logits: Tensor, tokens: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What is measured of the samples of a pool, and kept."""
+"""Statistics of the samples of a pool."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+_OF_ALL_SAMPLES = ("column_absolute", "column_squared", "removal_error", "elimination_error", "conditional_variance")
+
 
 @dataclass(frozen=True)
 class Statistics:
-    """What the importance terms are computed from, in float32; vectors, inputs and groups as in `Structure`.
+    """The data of importance terms, in float32; vectors, inputs and groups as in `Structure`.
 
     With g the gradient of the mean loss of one sample, w the weights of one vector, x an input of a row-wise projection
     at the tokens of one sample, and W_c the column of the projection that takes it:
@@ -53,8 +55,12 @@ class Statistics:
 
     @property
     def per_sample(self) -> dict[str, Tensor]:
-        """What there is of every sample, [samples, ·]."""
-        values = {name: getattr(self, name) for name in _PER_SAMPLE}
+        """The measured values that differ from sample to sample, [samples, ·]."""
+        return {name: value for name, value in self._present.items() if name not in _OF_ALL_SAMPLES}
+
+    @property
+    def _present(self) -> dict[str, Tensor]:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if value is not None}
 
     def select(self, samples: Sequence[int]) -> Statistics:
@@ -72,22 +78,9 @@ class Statistics:
 
     def save(self, path: Path) -> None:
         """Writes a safetensors file."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        save_file({name: value for name, value in values.items() if value is not None}, path)
+        save_file(self._present, path)
 
     @staticmethod
     def load(path: Path) -> Statistics:
         """Reads a file written by `save`."""
         return Statistics(**load_file(path))
-
-
-_PER_SAMPLE = (
-    "taylor",
-    "element_absolute",
-    "element_squared",
-    "loss",
-    "input_mean",
-    "input_squared",
-    "routed_output",
-    "routed_share",
-)

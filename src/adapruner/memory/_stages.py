@@ -230,13 +230,15 @@ class _Stages:
         # Only what loses something is fitted, in the inputs that it keeps.
         kept = (n / block.groups for block, n in self.blocks if n < block.groups)
         share = max(kept, default=0.0)
+        # One pruned layer at a time is run in the dtype of trials.
+        copied = max(self._layers) * (self.both - self.dtype.itemsize)
         # Of a batch: what the layer computes, and what up to three runs of it have left.
         of_batch = _FITTED_AT_ONCE * self.config.seq_len * 6 * (self.hidden + self.widest) * self.trial
         return {
             **self._both_weights,
             "second moments": int(4 * self.moments * share**2 + 3 * self.projection * share),
             "compensation_windows": self.text * (2 * self.hidden + self.widest),
-            "pruned weights": self._pruned_weights * self.both,
+            "pruned weights": self._pruned_weights * self.dtype.itemsize + copied,
             "seq_len": of_batch,
         }
 

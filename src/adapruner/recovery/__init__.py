@@ -1,5 +1,6 @@
 """Recovery of a pruned model: fine-tuning or distillation, with LoRA or of all weights."""
 
+from adapruner.recovery._adapters import check_adapters, scale_options
 from adapruner.recovery._examples import (
     DEFAULT_GENERATED_RECORDS,
     Examples,
@@ -7,14 +8,19 @@ from adapruner.recovery._examples import (
     read_examples,
     window_examples,
 )
-from adapruner.recovery._folder import check_folder, read_record, recover_into, training_alone, working_folder
-from adapruner.recovery._scales import scale_options
+from adapruner.recovery._folder import (
+    begin_training,
+    check_folder,
+    read_record,
+    recover_into,
+    training_alone,
+    working_folder,
+)
+from adapruner.recovery._trainers import distillation_loss
 from adapruner.recovery._training import (
     RecoveryRecord,
-    check_adapters,
     check_batch_size,
     check_device,
-    distillation_loss,
     total_steps,
     train,
 )
@@ -23,6 +29,7 @@ __all__ = [
     "DEFAULT_GENERATED_RECORDS",
     "Examples",
     "RecoveryRecord",
+    "begin_training",
     "check_adapters",
     "check_batch_size",
     "check_device",

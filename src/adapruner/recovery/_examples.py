@@ -1,4 +1,4 @@
-"""What a model is trained on: instructions with their answers, or windows of running text."""
+"""Training examples: instructions with their answers, or windows of running text."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Examples:
     """Training and validation examples: `input_ids` and `labels` (-100 where nothing is learnt) of equal length.
 
     Attributes:
-        instructions: whether these are instructions with answers, and not running text.
+        instructions: True for instructions with answers, False for running text.
         skipped: records left out because their answer is empty or beyond the cut-off.
     """
 
@@ -44,7 +44,7 @@ class Examples:
 
     @property
     def tokens(self) -> int:
-        """How many tokens one pass over the training examples has, those of prompts included."""
+        """The number of tokens in the training examples, prompts included."""
         return sum(len(example["input_ids"]) for example in self.training)
 
     @property

@@ -28,7 +28,7 @@ _CONFIG = "config.json"
 
 def recover_into(
     folder: Path,
-    model: PreTrainedModel,
+    load: Callable[[], PreTrainedModel],
     tokenizer: Tokenizer,
     examples: Examples,
     options: RecoveryOptions,
@@ -43,17 +43,19 @@ def recover_into(
     """Trains a model and writes it, a normal checkpoint again, with the record of the training beside it.
 
     Args:
+        load: gives the model; see `train`.
         teacher: for distillation; None learns the labels.
-        config: which model on which data, and all options; for the record.
+        config: the model, the data and all options; for the record.
         work: folder for what the same call resumes from; removed at the end.
-        origin: what the checkpoint says of its making; see `checkpoint.save_checkpoint`.
+        origin: the record of the checkpoint; see `checkpoint.save_checkpoint`.
         card: makes the model card out of the record.
         track: called with the losses and the learning rate of every step.
 
     Raises:
         AdaPrunerError: see `train`; or the folder cannot be written.
     """
-    record = train(model, examples, options, work, teacher, progress, track).model_copy(update={"config": config})
+    model, record = train(load, examples, options, work, teacher, progress, track)
+    record = record.model_copy(update={"config": config})
     if this_process().leads:
         save_checkpoint(model, tokenizer, folder, card(record), record=origin)
         text = record.model_dump_json(indent=2) + "\n"
@@ -125,22 +127,19 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def training_alone(folder: Path, config: dict[str, Any], overwrite: bool) -> Iterator[RecoveryRecord | None]:
-    """Keeps other commands from training into the same folder meanwhile, and makes the folder to work in.
-    Processes that were started together count as one.
-
-    Yields:
-        The record, where another command has finished the same recovery since it was checked.
+def training_alone(folder: Path) -> Iterator[None]:
+    """Keeps other commands from training into the same folder meanwhile. Processes that were started together count as
+    one.
 
     Raises:
-        AdaPrunerError: another command trains into it, or the place cannot be written; see `check_folder` too.
+        AdaPrunerError: another command trains into it, or nothing can be written beside it.
     """
     if not this_process().leads:
-        yield None
+        yield
         return
-    work, lock = working_folder(folder), FileLock(folder.with_name(f"{folder.name}.training.lock"), timeout=0)
-    with saying_what_cannot_be_written(work):
-        work.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.with_name(f"{folder.name}.training.lock"), timeout=0)
+    with saying_what_cannot_be_written(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire()
         except Timeout:
@@ -148,20 +147,22 @@ def training_alone(folder: Path, config: dict[str, Any], overwrite: bool) -> Ite
                 f"another command is training into {folder}: wait for it, or choose another output"
             ) from None
     try:
-        with saying_what_cannot_be_written(work):
-            record = check_folder(folder, config, overwrite)
-            if record is None:
-                if overwrite:
-                    shutil.rmtree(work, ignore_errors=True)
-                text = json.dumps(config)
-                write_atomically(work / _CONFIG, lambda partial: partial.write_text(text, encoding="utf-8"))
-        yield record
+        yield
     finally:
         with contextlib.suppress(OSError):  # Windows removes no file that is open; filelock does it there
             Path(lock.lock_file).unlink()
         lock.release()
 
 
+def begin_training(folder: Path, config: dict[str, Any], overwrite: bool) -> None:
+    """Makes the folder to work in, which says what is trained; with `overwrite`, nothing of an earlier one is left."""
+    if this_process().leads:
+        work, text = working_folder(folder), json.dumps(config)
+        if overwrite:
+            shutil.rmtree(work, ignore_errors=True)
+        write_atomically(work / _CONFIG, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
 def working_folder(folder: Path) -> Path:
-    """Where a recovery into a folder by `adapruner recover` leaves what it resumes from."""
+    """The folder beside it in which `adapruner recover` keeps its state to resume from."""
     return folder.with_name(f"{folder.name}.training")

@@ -2,7 +2,7 @@
 
 from adapruner.surgery._compensation import Compensation, CompensationForm, compensate
 from adapruner.surgery._cut import kept_layers, prune_model, prune_on_reading
-from adapruner.surgery._sequential import compensate_sequentially, refit_sequentially
+from adapruner.surgery._sequential import refit_sequentially
 from adapruner.surgery._stock import check_paddable, fields_of_layers, is_as_large_as_dense, pad_to_stock
 
 __all__ = [
@@ -10,7 +10,6 @@ __all__ = [
     "CompensationForm",
     "check_paddable",
     "compensate",
-    "compensate_sequentially",
     "fields_of_layers",
     "is_as_large_as_dense",
     "kept_layers",

@@ -18,18 +18,18 @@ CompensationForm = Literal["bias", "least-squares", "least-squares-bias"]
 
 @dataclass(frozen=True)
 class Compensation:
-    """How to compensate, and the second moments that it takes, by number of the block."""
+    """A form of compensation, and the second moments that it needs, by number of the block."""
 
     form: CompensationForm
     moments: Mapping[int, InputMoments]
 
     @property
     def adds_bias(self) -> bool:
-        """Whether the row-wise projections get a bias, which is new parameters."""
+        """True if the row-wise projections get a bias, which adds parameters."""
         return self.form != "least-squares"
 
     def form_for(self, block: Block) -> CompensationForm | None:
-        """How a block is compensated: experts as a whole are not, and channels inside of them get no bias."""
+        """The form for a block: None for whole experts, no bias for channels inside of experts."""
         if not block.is_projected or (block.experts and self.form == "bias"):
             return None
         return "least-squares" if block.experts else self.form

@@ -48,8 +48,7 @@ def prune_model(
     plan.check_fits(structure)
     kept = kept_layers(structure, plan)
     state = _pruned_state(model, structure, plan, kept, compensation)
-    with init_empty_weights(include_buffers=False), no_init_weights():
-        pruned: Any = _empty_pruned(model, structure, plan, kept, state, bool(compensation and compensation.adds_bias))
+    pruned: Any = _empty_pruned(model, structure, plan, kept, state, compensation)
     pruned.load_state_dict(state, assign=True)
     pruned.tie_weights()
     pruned.generation_config = model.generation_config
@@ -66,8 +65,8 @@ def prune_model(
 def prune_on_reading(
     model: PreTrainedModel, structure: Structure, plan: PruningPlan, compensation: Compensation | None = None
 ) -> PreTrainedModel:
-    """The same of a model whose layers are streamed, for a single run over it: nothing of a layer is in memory, it is
-    cut whenever it is read.
+    """A pruned copy of a model whose layers are streamed, for a single run over it: no layer is in memory, each is cut
+    whenever it is read.
 
     Args:
         compensation: see `prune_model`.
@@ -77,8 +76,7 @@ def prune_on_reading(
     """
     plan.check_fits(structure)
     kept, prefix = kept_layers(structure, plan), f"{structure.architecture.layers}."
-    with init_empty_weights(include_buffers=False), no_init_weights():
-        pruned: Any = _empty_pruned(model, structure, plan, kept, None, bool(compensation and compensation.adds_bias))
+    pruned: Any = _empty_pruned(model, structure, plan, kept, None, compensation)
     resident = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(prefix)}
     pruned.load_state_dict(resident, strict=False, assign=True)
     pruned.tie_weights()
@@ -94,13 +92,15 @@ def kept_layers(structure: Structure, plan: PruningPlan) -> list[int]:
     return [layer for layer in range(structure.layers) if layer not in gone]
 
 
+@init_empty_weights(include_buffers=False)  # type: ignore[untyped-decorator]
+@no_init_weights()
 def _empty_pruned(
     model: PreTrainedModel,
     structure: Structure,
     plan: PruningPlan,
     kept: Sequence[int],
     state: Mapping[str, Tensor] | None,
-    adds_bias: bool,
+    compensation: Compensation | None,
 ) -> PreTrainedModel:
     """The pruned model before its weights are set; without a state that tells their shapes, of no stock class."""
     architecture = structure.architecture
@@ -124,7 +124,7 @@ def _empty_pruned(
     fields |= {"per_layer_config": layers}
     if architecture.config_fields.head_numbers:
         fields |= {architecture.config_fields.head_numbers: None}
-    if adds_bias:
+    if compensation and compensation.adds_bias:
         projected = {block.row_wise_path for block in structure.blocks if block.is_projected and not block.experts}
         fields |= {"added_biases": sorted(projected)}
     config = architecture.pruned_class.config_class.from_dict(fields)
@@ -135,7 +135,7 @@ def _empty_pruned(
 def _layer_fields(
     model: PreTrainedModel, architecture: Architecture, structure: Structure, plan: PruningPlan
 ) -> dict[int, dict[str, Any]]:
-    """What the config says of each layer."""
+    """The config fields of each layer."""
     layers: dict[int, dict[str, Any]] = {}
     for block, block_plan in zip(structure.blocks, plan.blocks, strict=True):
         own = layers.setdefault(block.layer, {})

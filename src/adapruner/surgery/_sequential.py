@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,14 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from adapruner.measurement import add_products, solve_damped, symmetric
-from adapruner.models import (
-    LayerCall,
-    enter_layers,
-    in_fastest_dtype,
-    is_streamed,
-    loaded_layer,
-    overwrite_weight,
-)
+from adapruner.models import LayerCall, enter_layers, loaded_layer, overwrite_weight
 from adapruner.planning import PruningPlan
 from adapruner.structure import Block, Structure
 from adapruner.surgery._compensation import Compensation
@@ -31,43 +24,46 @@ from adapruner.surgery._cut import kept_indices, kept_layers
 CARRIED_SHARE = 0.5
 
 
-def compensate_sequentially(
+def refit_sequentially(
     dense: PreTrainedModel,
     pruned: PreTrainedModel,
     structure: Structure,
     plan: PruningPlan,
+    compensation: Compensation,
     windows: Tensor,
-    dampings: dict[int, float],
+    progress: Callable[[int], None] | None = None,
     carried_share: float = CARRIED_SHARE,
     batch_size: int = 8,
-    progress: Callable[[int], None] | None = None,
-    on_refit: Callable[[str, Tensor], None] | None = None,
 ) -> None:
     """Refits the row-wise projections of a pruned model in place, layer after layer.
 
-    With d the hidden state behind a block in the dense model, u what the dense layer makes of the state that the pruned
-    layers before leave it, x' the input of the pruned projection W' and r' the hidden state that its output is added
-    to, W' minimises, around what it was, W₀,
+    With d the hidden state after a block in the dense model, u the output of the dense layer for the state that the
+    pruned layers before produce, x' the input of the pruned projection W' and r' the hidden state that its output is
+    added to, W' minimises, around its value W₀ before,
     E‖(1 - s) u + s d - r' - W' x'‖² + damping · ‖W' - W₀‖².
 
-    Fitting x' to d alone would shrink the weights, because what the pruned layers before get wrong is noise in x'; u
-    has the same noise. What a cut attention gets wrong is made up for by the feed-forward of its layer in full, because
+    Fitting x' to d alone would shrink the weights, because the errors of the pruned layers before are noise in x'; u
+    has the same noise. The error of a cut attention is corrected by the feed-forward of its layer in full, because
     u is of the whole dense layer. (GPTQ, arXiv 2210.17323, fits to u.)
 
-    Only cut projections are refitted; nothing is run behind the last. The cost is at most two forward passes over the
-    text, six through layers that lost heads and three through those without attention; the memory two hidden states and
-    the inputs of one projection per token.
+    Only cut projections are refitted; nothing is run after the last. The cost is at most two forward passes over the
+    text, six through layers that lost heads and three through those without attention; the memory two hidden states,
+    the inputs of one projection per token, and a copy of one pruned layer where its dtype is not that of `dense`.
 
     Args:
-        dense: of a family with a plain residual (`Architecture.has_plain_residual`).
-        pruned: what `prune_model` made of `dense` by `plan`, in any dtype; its weights change.
+        dense: of a family with a plain residual (`Architecture.has_plain_residual`), in the dtype in which the layers
+            of both models are run.
+        pruned: the result of `prune_model` for `plan`, in any dtype; its weights change.
+        compensation: its moments have the damping of each block that was cut.
         windows: [windows, tokens], int64.
-        dampings: of each block that was cut, by number (`InputMoments.damping`).
         progress: called with 1 after every layer.
-        on_refit: called with the name and the float32 value, as stored, of every refitted parameter; for where the
-            model that is run is a copy of the one that is kept.
+        carried_share: s.
     """
-    cut = {number: structure.blocks[number] for number in _cut_blocks(structure, plan)}
+    cut = {
+        number: block
+        for number, (block, kept) in enumerate(zip(structure.blocks, plan.blocks, strict=True))
+        if 0 < len(kept.kept) < kept.groups and block.is_projected and not block.experts
+    }
     new_number = {layer: new for new, layer in enumerate(kept_layers(structure, plan))}
     with torch.inference_mode():
         dense_states, all_calls = map(list, zip(*enter_layers(dense, windows.split(batch_size)), strict=True))
@@ -75,20 +71,22 @@ def compensate_sequentially(
 
         def fit(index: int) -> None:
             calls = [of_batch[index] for of_batch in all_calls]
-            blocks = {number: block for number, block in cut.items() if block.layer == index}
             with contextlib.ExitStack() as loaded:
                 before = _Layer(loaded.enter_context(loaded_layer(dense, index)), calls, dense_states)
                 if index not in new_number:
                     before.advance()
                     return
-                of_pruned = loaded.enter_context(loaded_layer(pruned, new_number[index]))
-                after = _Layer(of_pruned, calls, pruned_states)
+                layer = loaded.enter_context(loaded_layer(pruned, new_number[index]))
+                if pruned.dtype != dense.dtype:
+                    layer = _copy_in_dtype(layer, dense.dtype)
+                after = _Layer(layer, calls, pruned_states)
+                blocks = {number: block for number, block in cut.items() if block.layer == index}
                 for number, block in blocks.items():
-                    kept = _kept_inputs(structure, plan, number)
-                    weight = _refit(before, after, block, dampings[number], carried_share, kept)
-                    if on_refit:
-                        own = block.row_wise.parameter
-                        on_refit(own.replace(f".{index}.", f".{new_number[index]}.", 1), weight)
+                    damping = compensation.moments[number].damping
+                    weight = _refit(before, after, block, damping, carried_share, _kept_inputs(structure, plan, number))
+                    # The layer may be a copy, or a streamed one on another device.
+                    name = block.row_wise.parameter.replace(f".{index}.", f".{new_number[index]}.", 1)
+                    overwrite_weight(pruned, name, weight)
                 if not any(block.kind == "channels" for block in blocks.values()):
                     before.advance()
                     after.advance()
@@ -101,35 +99,17 @@ def compensate_sequentially(
                 progress(1)
 
 
-def refit_sequentially(
-    model: PreTrainedModel,
-    pruned: PreTrainedModel,
-    structure: Structure,
-    plan: PruningPlan,
-    compensation: Compensation,
-    windows: Tensor,
-    progress: Callable[[int], None] | None = None,
-) -> None:
-    """Compensates a pruned model sequentially, in place (see `compensate_sequentially`), with the layers running in the
-    dtype in which they are fastest."""
-    fast = in_fastest_dtype(model)
-    fast_pruned = pruned if fast is model else in_fastest_dtype(pruned)
-    dampings = {number: compensation.moments[number].damping for number in _cut_blocks(structure, plan)}
-    # What is in place while a streamed layer is in use may be a copy on another device.
-    elsewhere = fast_pruned is not pruned or is_streamed(pruned)
-    overwrite = partial(overwrite_weight, pruned) if elsewhere else None
-    compensate_sequentially(
-        fast, fast_pruned, structure, plan, windows, dampings, progress=progress, on_refit=overwrite
-    )
-
-
-def _cut_blocks(structure: Structure, plan: PruningPlan) -> list[int]:
-    """The numbers of the blocks of which some groups are removed and that one projection reads."""
-    return [
-        number
-        for number, (block, kept) in enumerate(zip(structure.blocks, plan.blocks, strict=True))
-        if 0 < len(kept.kept) < kept.groups and block.is_projected and not block.experts
-    ]
+def _copy_in_dtype(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy of a loaded layer with parameters of another dtype, never streamed."""
+    parameters: dict[int, Any] = {
+        id(parameter): nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
+        for parameter in layer.parameters()
+    }
+    stream = vars(layer).get("stream")
+    copied = copy.deepcopy(layer, parameters | {id(stream): stream})
+    if stream:
+        del copied.forward, copied.stream
+    return copied
 
 
 def _kept_inputs(structure: Structure, plan: PruningPlan, number: int) -> Tensor | None:
@@ -151,7 +131,7 @@ def _kept_inputs(structure: Structure, plan: PruningPlan, number: int) -> Tensor
 
 @dataclass(frozen=True)
 class _Seen:
-    """What a layer did to a batch: the inputs and output of the watched projection and the hidden state that the output
+    """The run of a layer on a batch: inputs and output of the watched projection, and the hidden state that the output
     is added to, [tokens, ·]."""
 
     inputs: Tensor
@@ -164,7 +144,7 @@ class _Seen:
         return self.beside.float() + self.output.float()
 
     def narrowed(self, projection: nn.Module, kept: Tensor) -> _Seen:
-        """What a pruned layer does of which only this projection is narrower."""
+        """The run of a pruned layer that differs only in this narrower projection."""
         inputs = self.inputs.index_select(-1, kept)
         return _Seen(inputs, projection(inputs), self.beside)
 

@@ -6,8 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase as Tokenizer
-
 from adapruner.calibration import SELF_GENERATED, Source, content_hash, generate_windows, parse_source
 from adapruner.card import card_of_recovered, read_card
 from adapruner.checkpoint import check_push, push, read_origin
@@ -21,6 +19,7 @@ from adapruner.models import (
     empty_model,
     find_model,
     fingerprint,
+    in_fastest_dtype,
     load_tokenizer,
     resolve_device,
 )
@@ -29,8 +28,8 @@ from adapruner.processes import this_process
 from adapruner.progress import Reporter
 from adapruner.recovery import (
     DEFAULT_GENERATED_RECORDS,
-    Examples,
     RecoveryRecord,
+    begin_training,
     check_adapters,
     check_batch_size,
     check_device,
@@ -106,79 +105,79 @@ def _recover_into(
     check_batch_size(config.batch_size)
     check_tracker(track)
     location, of_teacher = find_model(config.model), find_model(teacher) if teacher else None
-    of_model = open_config(location)
+    open_config(location)  # the commit of a Hub model is known then
     # Names alone would take another model of the same name, or another text, for those of an earlier call.
     content = [fingerprint(one) for one in (location, of_teacher) if one] + [source and content_hash(source)]
     resolved = config.model_dump(mode="json") | {"content": content}
-    if record := check_folder(folder, resolved, overwrite):
-        return record
+    with training_alone(folder):
+        finished = check_folder(folder, resolved, overwrite)
+        return finished or _train(folder, config, resolved, overwrite, location, of_teacher, source, device, track)
+
+
+def _train(
+    folder: Path,
+    config: RecoverConfig,
+    resolved: dict[str, Any],
+    overwrite: bool,
+    location: ModelLocation,
+    of_teacher: ModelLocation | None,
+    source: Source | None,
+    device: str,
+    track: Tracker | None,
+) -> RecoveryRecord:
+    """Reads the data, loads the models and trains; without a source, on text that the teacher writes."""
+    of_model, leads = open_config(location), this_process().leads
     if config.train != "full":
         check_adapters(empty_model(of_model), config)
     warnings = [check_length(of_model, config.seq_len)]
     if of_teacher:
-        dense = open_config(of_teacher)
-        _refuse_other_vocabulary(dense.vocab_size, of_model.vocab_size)
-        warnings.append(check_length(dense, config.seq_len))
+        dense_config = open_config(of_teacher)
+        if dense_config.vocab_size != of_model.vocab_size:
+            raise AdaPrunerError(
+                f"the teacher has a vocabulary of {dense_config.vocab_size:,} tokens, the model one of"
+                f" {of_model.vocab_size:,}"
+            )
+        warnings.append(check_length(dense_config, config.seq_len))
     tokenizer = load_tokenizer(location)
     examples = read_examples(source, tokenizer, config) if source else None
     if examples:
         check_tokens(of_model, examples.largest_token)
-    with training_alone(folder, resolved, overwrite) as finished:
-        Reporter().note("\n".join(filter(None, dict.fromkeys(warnings))))
-        if finished:
-            return finished
-        own = track if this_process().leads else None
-        with Tracking(own, folder.with_name(f"{folder.name}.tracking"), Reporter().note) as tracking:
-            return _train(config, resolved, folder, location, of_teacher, tokenizer, source, examples, device, tracking)
-
-
-def _refuse_other_vocabulary(of_teacher: int, of_model: int) -> None:
-    if of_teacher != of_model:
-        raise AdaPrunerError(f"the teacher has a vocabulary of {of_teacher:,} tokens, the model one of {of_model:,}")
-
-
-def _train(
-    config: RecoverConfig,
-    resolved: dict[str, Any],
-    folder: Path,
-    location: ModelLocation,
-    of_teacher: ModelLocation | None,
-    tokenizer: Tokenizer,
-    source: Source | None,
-    examples: Examples | None,
-    device: str,
-    tracking: Tracking,
-) -> RecoveryRecord:
-    """Loads the models and trains; without examples, on what the teacher writes."""
-    reporter = Reporter(quiet=not this_process().leads, watchers=(tracking,))
-    with reporter.stage("loading"):
-        loaded = open_model(location, config.dtype, device)
-        dense = open_model(of_teacher, config.dtype, device) if of_teacher else None
-    if examples is None:
-        assert dense is not None
-        with reporter.stage("writing text"):
-            count = config.records or DEFAULT_GENERATED_RECORDS
-            windows = generate_windows(dense, count, config.seq_len, config.seed)
-        examples = window_examples(windows, SELF_GENERATED, config)
-    teacher = None if config.learns_labels(examples.instructions, dense is not None) else dense
-    with reporter.stage("recovering", total_steps(examples, config)) as advance:
-        return recover_into(
-            folder,
-            loaded,
-            tokenizer,
-            examples,
-            config,
-            teacher,
-            resolved,
-            working_folder(folder),
-            _origin(location, source),
-            partial(card_of_recovered, read_card(location)),
-            advance,
-            tracking.on_numbers,
-        )
+    begin_training(folder, resolved, overwrite)
+    Reporter().note("\n".join(filter(None, dict.fromkeys(warnings))))
+    with Tracking(track if leads else None, folder.with_name(f"{folder.name}.tracking"), Reporter().note) as tracking:
+        reporter = Reporter(quiet=not leads, watchers=(tracking,))
+        dense = None
+        if of_teacher:
+            with reporter.stage("loading"):
+                dense = open_model(of_teacher, config.dtype, device)
+        if examples is None:
+            assert dense is not None
+            with reporter.stage("writing text"):
+                count = config.records or DEFAULT_GENERATED_RECORDS
+                windows = generate_windows(dense, count, config.seq_len, config.seed)
+            examples = window_examples(windows, SELF_GENERATED, config)
+        teacher = None
+        if dense is not None and not config.learns_labels(examples.instructions, has_teacher=True):
+            teacher = in_fastest_dtype(dense)
+        del dense  # its weights are not needed beside a copy
+        with reporter.stage("recovering", total_steps(examples, config)) as advance:
+            return recover_into(
+                folder,
+                partial(open_model, location, config.dtype, device),
+                tokenizer,
+                examples,
+                config,
+                teacher,
+                resolved,
+                working_folder(folder),
+                _origin(location, source),
+                partial(card_of_recovered, read_card(location)),
+                advance,
+                tracking.on_numbers,
+            )
 
 
 def _origin(location: ModelLocation, source: Source | None) -> dict[str, Any]:
-    """What the checkpoint says of its making: that of the model, and the text that it was trained on."""
+    """The origin of the checkpoint: that of the model, and the text that it was trained on."""
     origin: dict[str, Any] = read_origin(location) or {"texts": []}
     return origin | {"texts": origin["texts"] + ([{"use": "recovery"} | record_of(source)] if source else [])}

@@ -46,7 +46,7 @@ def measure(
 
     Args:
         model: in evaluation mode, on its device, in any dtype.
-        structure: what of the model can be pruned, from `inspect`.
+        structure: the prunable parts of the model, from `inspect`.
         windows: [samples, tokens], int64.
         batch_size: samples per pass; bounds the memory.
         terms: `vector-wise` leaves out what needs the gradients of single weights: a third of the work less.
@@ -96,7 +96,7 @@ def plan(
     layout: Layout = "per-layer",
     ratio_of: RatioOf = "parameters",
 ) -> PruningPlan:
-    """Which groups are kept at a ratio: in every block those with the highest scores.
+    """The groups to keep at a ratio: in every block those with the highest scores.
 
     For an allocation that `Budget` describes in more detail, call `planning.kept_counts` and `planning.make_plan`.
 
@@ -154,9 +154,10 @@ def compensate(
         AdaPrunerError: the plan is for another model, or there are less than two windows.
         NonFiniteError: activations are not finite.
     """
-    compensation = Compensation(form, dict(measure_moments(in_fastest_dtype(model), structure, windows)))
+    fast = in_fastest_dtype(model)
+    compensation = Compensation(form, dict(measure_moments(fast, structure, windows)))
     pruned = prune_model(model, structure, plan, compensation)
     possible = form == "least-squares" and architecture_of(model.config).has_plain_residual(model.config)
     if sequential and possible:
-        refit_sequentially(model, pruned, structure, plan, compensation, windows)
+        refit_sequentially(fast, pruned, structure, plan, compensation, windows)
     return pruned

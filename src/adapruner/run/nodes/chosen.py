@@ -19,7 +19,7 @@ from adapruner.errors import AdaPrunerError
 from adapruner.evaluation import compute_prefix, log_probabilities
 from adapruner.graph import Form, RunFolder
 from adapruner.importance import TERMS, Term
-from adapruner.measurement import HeldMoments, InputMoments, Statistics, StoredMoments
+from adapruner.measurement import InputMoments, Statistics, StoredMoments
 from adapruner.memory import TOKENS_FOR_COSTS, TOKENS_FOR_WHOLE, Placement, windows_of
 from adapruner.models import Whole
 from adapruner.planning import MOST_CHANNELS, Budget, PruningPlan, Target, kept_counts, largest_channel_share
@@ -214,7 +214,7 @@ def judging(
     room_for: RoomFor,
 ) -> Judging:
     """For windows, [windows, tokens], what judges candidates on them during the search."""
-    held = None if moments is None else HeldMoments(moments, room_for("searching"))
+    held = None if moments is None else StoredMoments(moments.folder, room_for("searching"))
 
     def judge(windows: Tensor) -> Objective:
         compensation, reused = compensation_of(held), reused_layers(layout, protect_first, structure.layers)
@@ -364,7 +364,7 @@ def levelled(
     if not rounds:
         return Levelled(candidate=candidate, moves=())
     text = windows["pool"][: windows_of(TOKENS_FOR_COSTS, pool, seq_len)]
-    compensation = compensation_of(moments and HeldMoments(moments, room_for("levelling widths")))
+    compensation = compensation_of(moments and StoredMoments(moments.folder, room_for("levelling widths")))
     objective = Objective(
         dense_fast, structure, statistics, windows["objective"], compensation, item_losses=item_losses
     )

@@ -149,7 +149,7 @@ def cut(
         if compensation and fits_sequentially:
             assert text_to_fit is not None
             with reporter.stage("compensating", structure.layers) as advance:
-                refit_sequentially(dense, pruned, structure, plan, compensation, text_to_fit, advance)
+                refit_sequentially(dense_fast, pruned, structure, plan, compensation, text_to_fit, advance)
         return pruned
 
     return cut_model
@@ -197,7 +197,7 @@ def pruned(
     cut: Cut,
     save: Save,
     text_to_fit: Tensor | None,
-    dense: PreTrainedModel,
+    dense_fast: PreTrainedModel,
     main_device: torch.device,
     seed: int,
     process: Process,
@@ -207,7 +207,7 @@ def pruned(
     """The dense model, cut by the plan, compensated, its scales tuned by all processes together, and saved."""
     if compensated:
         assert text_to_fit is not None
-        model = _tuned(compensated, text_to_fit, dense, main_device, seed, process, reporter, work / "tuning")
+        model = _tuned(compensated, text_to_fit, dense_fast, main_device, seed, process, reporter, work / "tuning")
     elif process.leads:
         model = cut()
     return save(model, work / "model") if process.leads else work / "model"
@@ -216,7 +216,7 @@ def pruned(
 def _tuned(
     compensated: Path,
     text: Tensor,
-    dense: PreTrainedModel,
+    teacher: PreTrainedModel,
     device: torch.device,
     seed: int,
     process: Process,
@@ -226,19 +226,21 @@ def _tuned(
     """A saved model with its scales tuned, if that brings it nearer to the dense model on windows that are held out."""
     load = partial(load_model, find_model(str(compensated)), "auto", str(device))
     settings = scale_options(seed, device, process.count)
-    examples, pruned = window_examples(text, "the text of the compensation", settings), load()
+    examples = window_examples(text, "the text of the compensation", settings)
     with reporter.stage("tuning scales", total_steps(examples, settings)) as advance:
         try:
-            record = train(pruned, examples, settings, work, dense, advance)
+            tuned, record = train(load, examples, settings, work, teacher, advance)
         except NonFiniteError as error:
-            reporter.note(f"The scales are left as they were: {error}")
-            return load()
-    if record.loss_after < record.loss_before:
-        return pruned
-    reporter.note(
-        f"The scales are left as they were: tuning them brought the divergence from the dense model from"
-        f" {record.loss_before:.4f} to {record.loss_after:.4f} nats per token"
-    )
+            why = str(error)
+        else:
+            if record.loss_after < record.loss_before:
+                return tuned
+            del tuned  # two models would be the largest thing in memory
+            why = (
+                f"tuning them brought the divergence from the dense model from {record.loss_before:.4f} to"
+                f" {record.loss_after:.4f} nats per token"
+            )
+    reporter.note(f"The scales are left as they were: {why}")
     return load()
 
 
@@ -356,7 +358,7 @@ def training_record(model: str, recover: str | None, recovery: RecoveryOptions) 
 def recovered(
     pruned: Path,
     plan: PruningPlan,
-    dense: PreTrainedModel,
+    dense_fast: PreTrainedModel,
     tokenizer: Tokenizer,
     examples: Examples | None,
     training_windows: Windows | None,
@@ -372,18 +374,17 @@ def recovered(
     """The saved model, fine-tuned on the text or on what the dense model predicts, by all processes together."""
     if examples is None:
         examples = window_examples((training_windows or {})["recovery"], SELF_GENERATED, recovery)
-    model = load_model(find_model(str(pruned)), "auto", str(main_device))
     # Of text that the model wrote itself there is nothing to learn but its predictions.
     learns_labels = recovery.learns_labels(examples.instructions, trains_on_written_text)
     try:
         with reporter.stage("recovering", total_steps(examples, recovery)) as advance:
             recover_into(
                 work / "model",
-                model,
+                partial(load_model, find_model(str(pruned)), "auto", str(main_device)),
                 tokenizer,
                 examples,
                 recovery,
-                None if learns_labels else dense,
+                None if learns_labels else dense_fast,
                 training_record,
                 work=work / "training",
                 origin=origin | {"plan": plan.hash},

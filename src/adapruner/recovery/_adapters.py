@@ -1,0 +1,134 @@
+"""Adapters of PEFT: LoRA (arXiv 2106.09685) and the scales of IA3 (arXiv 2205.05638)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from peft import IA3Config, LoraConfig, PeftConfig, get_peft_model
+from peft.tuners.ia3 import IA3Layer
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from adapruner.config import RecoveryOptions
+from adapruner.errors import AdaPrunerError, reason
+from adapruner.models import (
+    architecture_of,
+    computes_bfloat16_natively,
+    copy_in_dtype,
+    in_fastest_dtype,
+    quiet_transformers,
+)
+from adapruner.random_state import random_state_kept
+
+# Of scales, shared out among processes.
+_SCALES_BATCH = 16
+
+
+def scale_options(seed: int, device: torch.device, processes: int = 1) -> RecoveryOptions:
+    """The options of the last step of pruning: with frozen weights, every input of every linear layer gets a scale
+    (IA3, arXiv 2205.05638), learnt in one pass over the text of the compensation from the predictions of the dense
+    model alone. GRASPrune (arXiv 2604.19398) tunes scales of the kept groups;
+    docs/experiments.md compares several choices of scales.
+
+    Args:
+        device: of the model. On an accelerator, memory is short and gradient checkpointing is on.
+        processes: the number of processes that train together and share every batch.
+    """
+    return RecoveryOptions(
+        method="distillation",
+        train="ia3",
+        epochs=1,
+        batch_size=max(1, _SCALES_BATCH // processes) * processes,
+        gradient_checkpointing=device.type != "cpu",
+        learning_rate=5e-3,
+        warmup_steps=5,
+        label_weight=0.0,
+        validation=16,
+        seed=seed,
+    )
+
+
+def check_adapters(empty: PreTrainedModel, options: RecoveryOptions) -> None:
+    """Refuses a family that adapters cannot be put on.
+
+    Args:
+        empty: a model without weights, which is of no use afterwards.
+
+    Raises:
+        AdaPrunerError: with the way there.
+    """
+    with random_state_kept(), quiet_transformers(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with_adapters(empty, options)
+
+
+def frozen(model: PreTrainedModel) -> PreTrainedModel:
+    """The model, or a copy of it in a dtype to train adapters in: not float16, and bfloat16 where that is fast."""
+    if model.dtype == torch.float16:
+        native = computes_bfloat16_natively(model.device)
+        return copy_in_dtype(model, torch.bfloat16 if native else torch.float32)
+    return in_fastest_dtype(model)
+
+
+def with_adapters(model: PreTrainedModel, options: RecoveryOptions) -> Any:
+    """Adapters on every linear layer of the decoder layers, in float32: of LoRA, or with IA3 a scale for each input."""
+    layers = architecture_of(model.config).layers
+    linear = {
+        name: module
+        for name, module in model.named_modules()
+        if name.startswith(f"{layers}.") and isinstance(module, nn.Linear | Conv1D)
+    }
+    of_all: Any = {
+        "target_modules": list(linear),
+        "fan_in_fan_out": any(isinstance(module, Conv1D) for module in linear.values()),
+        "task_type": "CAUSAL_LM",
+    }
+    config: PeftConfig
+    if options.train == "ia3":
+        # What PEFT calls feed-forward modules are those whose inputs are scaled, and not their outputs.
+        config = IA3Config(feedforward_modules=list(linear), **of_all)
+    else:
+        config = LoraConfig(
+            r=options.lora_rank, lora_alpha=options.lora_alpha, lora_dropout=options.lora_dropout, **of_all
+        )
+    try:
+        adapted: Any = get_peft_model(model, config)
+    except ValueError as error:
+        raise AdaPrunerError(
+            f"PEFT cannot put adapters on a {model.config.model_type} ({reason(error)}): set `train` to full"
+        ) from error
+    # PEFT would load saved adapters onto the first GPU, wherever the model is.
+    adapted.load_adapter = partial(adapted.load_adapter, torch_device=str(model.device))
+    return adapted
+
+
+def take_off(adapted: Any) -> dict[str, Any]:
+    """The adapters by the path of their layer; the model below is left without them."""
+    adapters = {
+        name.removeprefix("base_model.model."): module
+        for name, module in adapted.named_modules()
+        if isinstance(module, LoraLayer | IA3Layer)
+    }
+    adapted.unload()
+    return adapters
+
+
+def merge(adapters: Mapping[str, Any], model: PreTrainedModel) -> None:
+    """Puts what adapters learnt into the weights of a model, one at a time: the changes of all weights together are
+    twice as large as a model in bfloat16."""
+    with torch.no_grad():
+        for name, adapter in adapters.items():
+            layer: Any = model.get_submodule(name)
+            weight = layer.weight
+            if isinstance(adapter, IA3Layer):
+                scales = adapter.ia3_l["default"].to(weight.device)  # [1, inputs]
+                weight.copy_(weight.float() * (scales.T if isinstance(layer, Conv1D) else scales))
+            else:
+                merged = adapter.get_delta_weight("default").to(weight.device).float()
+                weight.copy_(merged.add_(weight))
