@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,9 @@ BROKEN: dict[str, bytes] = {
     "a list as recovery": b"model: smollm2\nrecover: c4\nrecovery: [1]\n",
     "an unknown name in recovery": b"model: smollm2\nrecover: c4\nrecovery: {stesp: 1}\n",
     "no finite learning rate": b"model: smollm2\nrecover: c4\nrecovery: {learning_rate: .inf}\n",
+    "no step of recovery": b"model: smollm2\nrecover: c4\nrecovery: {steps: 0}\n",
+    "options of a recovery alone": b"model: smollm2\nrecovery: {steps: 5}\n",
+    "options that need another": b"model: smollm2\nratio_of: groups\n",
     "options that do not go together": b"model: smollm2\nlayout: uniform\nprotect_first: 2\n",
     "control characters": b'model: smollm2\n"\\e[2J\\n\\n": 1\n',
     "a long name": b"model: smollm2\n" + b"x" * 100_000 + b": 1\n",
@@ -92,28 +96,41 @@ BROKEN: dict[str, bytes] = {
 }
 
 
-@pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN.keys())
-def test_recipes(content: bytes, refused: Refused, tmp_path: Path) -> None:
+# What is said of some of them.
+SAID = {
+    "a list": "is not a mapping of options",
+    "cut off": "cannot read the recipe",
+    "an unknown name": "`ratoi` is not an option: did you mean",
+    "no step of recovery": "--recovery.steps 0 must be at least 1",
+    "no model": "name a model",
+    "options of a recovery alone": "add --recover",
+    "options that need another": "set --space paper",
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_recipes(name: str, refused: Refused, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_bytes(content)
-    message = refused(["prune", "--recipe", str(recipe), "-o", str(tmp_path / "run")])
+    recipe.write_bytes(BROKEN[name])
+    message = refused(["prune", "--recipe", str(recipe), "-o", str(tmp_path / "run")], SAID.get(name, ""))
     assert len(message) < 1100
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN.keys())
+# Both read a config by the same way: the cases take turns.
+@pytest.mark.parametrize(
+    ("content", "verb"), list(zip(BROKEN.values(), itertools.cycle(("prune", "plan")), strict=False)), ids=BROKEN.keys()
+)
 def test_configs_of_runs(
-    content: bytes, refused: Refused, tmp_path: Path, model_folder: Path, commands: Commands
+    content: bytes, verb: str, refused: Refused, tmp_path: Path, model_folder: Path, commands: Commands
 ) -> None:
     run = tmp_path / "output"
     run.mkdir()
     (run / "config.yaml").write_bytes(content)
-    refused(commands(model_folder)["prune"], f"{run}/config.yaml is not the config of a run")
     (run / "search.json").write_text("{}")
-    refused(
-        ["plan", str(run), "--ratio", "0.1", "-o", str(tmp_path / "b")],
-        f"{run}/config.yaml is not the config of a run",
-    )
+    plan = ["plan", str(run), "--ratio", "0.1", "-o", str(tmp_path / "b")]
+    command = plan if verb == "plan" else commands(model_folder)["prune"]
+    refused(command, f"{run}/config.yaml is not the config of a run")
     assert (run / "config.yaml").read_bytes() == content
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import adapruner
+
 Commands = Callable[[str | Path], dict[str, list[str]]]
 Refused = Callable[..., str]
 RunCli = Callable[[list[str]], tuple[int, str, str]]
@@ -56,8 +58,10 @@ def test_outputs_that_cannot_be(
     (tmp_path / "full" / "thesis.tex").write_text("mine")
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
+    said = {"file": "exists and holds no run", "file/below": "cannot write to", "full": "exists and holds no run"}
     for output in ("file", "file/below", "file/below/that", "loop", "loop/below", "full", "x" * 300, "x" * 5000):
-        refused(to_output(verb, tmp_path / output))
+        refused(to_output(verb, tmp_path / output), said.get(output, "") if verb == "prune" else "")
+    refused([*to_output(verb, tmp_path / "full"), "--overwrite"], "holds ")
     for output in ("", ".", "..", "/", "/proc/nothing", "/dev/null", "/dev/null/below", "~nobody-of-this-name/x"):
         if not (output in ("", ".") and verb == "prune"):
             refused(to_output(verb, output))
@@ -68,9 +72,11 @@ def test_outputs_that_cannot_be(
 
 def test_an_exported_file_that_cannot_be(to_output: Callable[..., list[str]], refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    for output in ("file/model.gguf", "file", "x" * 300 + ".gguf"):
+    (tmp_path / "full" / "below").mkdir(parents=True)
+    for output in ("file/model.gguf", "file", "full", "x" * 300 + ".gguf"):
         command = ["gguf" if part == "stock" else part for part in to_output("export", tmp_path / output)]
         refused(command)
+        refused([*command, "--overwrite"], "no file" if output == "full" else "")
 
 
 @pytest.mark.parametrize("verb", WRITING)
@@ -82,11 +88,21 @@ def test_an_output_that_is_the_model(
     assert sorted(os.listdir(model_folder)) == before
 
 
-def test_nothing_to_plan_from(refused: Refused, tmp_path: Path) -> None:
+def test_nothing_to_join_or_to_plan_from(finished: adapruner.PruneResult, refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     (tmp_path / "file").write_text("mine")
+    shutil.copytree(finished.output, tmp_path / "unsearched")
+    (tmp_path / "unsearched" / "search.json").unlink()
+    plan = ["--ratio", "0.05", "-o"]
     for run in ("nowhere", "loop", "file", "file/below", "x" * 5000):
-        refused(["plan", str(tmp_path / run), "--ratio", "0.1", "-o", str(tmp_path / "b")])
+        refused(["join", str(tmp_path / run)])
+        refused(["plan", str(tmp_path / run), *plan, str(tmp_path / "b")])
+    refused(["plan", str(tmp_path), *plan, str(tmp_path / "b")], "holds no run")
+    refused(["plan", str(tmp_path / "unsearched"), *plan, str(tmp_path / "b")], "has no finished search")
+    assert not (tmp_path / "b").exists()
+    itself = str(finished.output)
+    refused(["plan", itself, *plan, itself, "--overwrite"], "is the earlier run itself")
+    assert finished.model_folder.is_dir()
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b'{"config": 1}', bytes(range(256))])

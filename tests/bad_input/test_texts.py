@@ -94,8 +94,11 @@ NO_SUCH_TEXT = {
 }
 
 
-@pytest.mark.parametrize("verb", VERBS)
-@pytest.mark.parametrize(("text", "message"), NO_SUCH_TEXT.items(), ids=lambda text: ascii(text)[:30])
+@pytest.mark.parametrize(
+    ("text", "message", "verb"),
+    [(*case, verb) for case, verb in zip(NO_SUCH_TEXT.items(), itertools.cycle(VERBS), strict=False)],
+    ids=lambda text: ascii(text)[:30],
+)
 def test_names_of_no_text(
     text: str,
     message: str,
