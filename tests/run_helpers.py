@@ -23,7 +23,7 @@ from adapruner.cli import main
 from adapruner.evaluation import _breakage
 
 # Files that say how long something took, or show it.
-WITH_TIMES = ("result.json", "report.html", "recovery.json", "study.db", "config.yaml")
+WITH_TIMES = ("result.json", "report.html", "recovery.json", "study.jsonl", "config.yaml")
 # Of a run that takes little time.
 RUN_OPTIONS: dict[str, Any] = {
     "ratio": 0.1,

@@ -120,14 +120,14 @@ def test_damage_takes_nothing_else_along(finished: adapruner.PruneResult, run: P
     assert_same_cards(run, finished.output)
 
 
-def test_a_damaged_database_of_trials_is_one_line(
+def test_a_damaged_file_of_trials_is_one_line(
     finished: adapruner.PruneResult, run: Path, rerun: Rerun, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (run / "search.json").unlink()
-    trials = run / "study.db"
-    trials.write_bytes(b"damaged" * 1000)
+    trials = run / "study.jsonl"
+    trials.write_bytes(b"damaged\n" * 1000)
     assert rerun() == 2
-    assert f"{trials} failed: " in capsys.readouterr().err.splitlines()[-1]
+    assert f"{trials} is damaged" in capsys.readouterr().err.splitlines()[-1]
     trials.unlink()
     assert rerun() == 0
     assert_same_artifacts(run, finished.output)
@@ -197,7 +197,7 @@ def measured(run: Path) -> Path:
     """A copy of the finished run in which nothing after the measuring was made."""
     for name in ("evaluation", "model"):
         shutil.rmtree(run / name)
-    for name in ("study.db", "search.json", "levelled.json", "plan.json", "result.json", "report.html"):
+    for name in ("study.jsonl", "search.json", "levelled.json", "plan.json", "result.json", "report.html"):
         (run / name).unlink()
     return run
 
@@ -359,7 +359,7 @@ def test_samples_that_break_the_model_are_left_out_and_named(
     # They are known when the run is resumed, and what was measured is enough for another ratio.
     before, stages = written(run), stages_done(run)
     again = adapruner.prune_ratios(str(folder), output=run, **options | {"ratio": (0.05, 0.1)})
-    assert [result.result for result in again] == [result.result for result in first]
+    assert [result.plan for result in again] == [result.plan for result in first]
     assert stages_done(run) == stages
     assert {name for name, moment in written(run).items() if moment != before[name]} <= {"config.yaml"} | {
         name for name in before if name.endswith("left_out.json")

@@ -79,7 +79,7 @@ def test_the_run_folder_holds_what_the_design_says(finished: adapruner.PruneResu
         "statistics.safetensors",
         "moments",
         "whole.json",
-        "study.db",
+        "study.jsonl",
         "search.json",
         "levelled.json",
         "plan.json",
@@ -324,7 +324,7 @@ def test_quiet_leaves_results_and_advice(
     finished: adapruner.PruneResult, run: Path, model_folder: Path, text_file: Path
 ) -> None:
     """Of a process of its own, which completes a run from the search on."""
-    for path in (run / "search.json", run / "study.db", run / "plan.json"):
+    for path in (run / "search.json", run / "study.jsonl", run / "plan.json"):
         path.unlink()
     for path in (run / "model", run / "evaluation"):
         shutil.rmtree(path)

@@ -16,7 +16,7 @@ import torch
 from gguf import GGUFWriter
 from huggingface_hub import constants
 from huggingface_hub.utils import logging
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 
 from adapruner.errors import AdaPrunerError
 from adapruner.models import check_length, find_model, load_model
@@ -151,28 +151,26 @@ CHAT_TEMPLATES = {ascii(name[:9]): name for name in ("../../evil", "/evil", "a/b
 Break = Callable[[Path], Any]
 
 
+def rewritten(name: str, change: Callable[[bytes], bytes]) -> Break:
+    """Changes the content of a file."""
+    return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes()))
+
+
 def replaced(name: str, content: bytes) -> Break:
     return lambda folder: (folder / name).write_bytes(content)
 
 
-def of_type(name: str, value: Any) -> Break:
-    return lambda folder: (folder / "config.json").write_text(json.dumps({"model_type": "llama", name: value}))
-
-
-def with_bytes(change: Callable[[bytes], bytes]) -> Break:
-    def write(folder: Path) -> None:
-        path = folder / "model.safetensors"
-        path.write_bytes(change(path.read_bytes()))
-
-    return write
-
-
 def with_tensors(change: Callable[[Tensors], Tensors]) -> Break:
-    def write(folder: Path) -> None:
-        path = folder / "model.safetensors"
-        save_file(change(load_file(path)), path, {"format": "pt"})
+    return rewritten("model.safetensors", lambda content: save(change(load(content)), {"format": "pt"}))
 
-    return write
+
+def with_fields(name: str, **fields: Any) -> Break:
+    return lambda folder: change_json(folder / name, **fields)
+
+
+def with_template(name: str) -> Break:
+    templates = [{"name": "default", "template": "x"}, {"name": name, "template": "x"}]
+    return with_fields("tokenizer_config.json", chat_template=templates)
 
 
 def with_index(content: Any) -> Break:
@@ -184,31 +182,22 @@ def with_index(content: Any) -> Break:
     return write
 
 
-def with_template(name: str) -> Break:
-    templates = [{"name": "default", "template": "x"}, {"name": name, "template": "x"}]
-    return lambda folder: change_json(folder / "tokenizer_config.json", chat_template=templates)
-
-
-def without_tokenizer(folder: Path) -> None:
-    (folder / "tokenizer.json").unlink()
-    (folder / "tokenizer_config.json").unlink()
+def removed(*names: str) -> Break:
+    return lambda folder: [(folder / name).unlink() for name in names]
 
 
 def with_tokens(folder: Path) -> None:
-    path = folder / "tokenizer.json"
-    model = json.loads(path.read_text())["model"]
-    change_json(path, model=model | {"vocab": model["vocab"] | {f"x{n}": 96 + n for n in range(10)}})
-
-
-def with_adapter(folder: Path) -> None:
-    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "../elsewhere"}')
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    model["vocab"].update({f"x{n}": 96 + n for n in range(10)})
+    change_json(folder / "tokenizer.json", model=model)
 
 
 def adapter_alone(folder: Path) -> None:
-    with_adapter(folder)
+    ADAPTER(folder)
     (folder / "config.json").unlink()
 
 
+ADAPTER = replaced("adapter_config.json", b'{"base_model_name_or_path": "../elsewhere"}')
 LAYER_WISE = "prune --layer-wise"
 WRITING = ("prune", "recover", "export")
 TOKENIZED = (*WRITING, "evaluate")
@@ -219,19 +208,19 @@ NO_NUMBERS = with_tensors(each(lambda tensor: torch.full_like(tensor, torch.nan)
 # What is broken, the verbs that meet it, and what all of them say; FOLDER stands for the model.
 BROKEN: list[tuple[str, Break, tuple[str, ...], str]] = [
     *((f"config: {name}", replaced("config.json", v), (next(IN_TURN),), "") for name, v in CONFIGS.items()),
-    *((f"config: {v}", of_type(name, v), ("prune",), message) for name, v, message in OF_OTHERS),
-    *((f"weights: {name}", with_bytes(v), next(READ), "FOLDER") for name, v in WEIGHTS.items()),
+    *((f"config: {v}", with_fields("config.json", **{name: v}), ("prune",), message) for name, v, message in OF_OTHERS),
+    *((f"weights: {name}", rewritten("model.safetensors", v), next(READ), "FOLDER") for name, v in WEIGHTS.items()),
     *((f"tensors: {name}", with_tensors(v), next(READ), "FOLDER") for name, v in TENSORS.items()),
     *((f"index: {name}", with_index(v), next(READ), "FOLDER") for name, v in INDEXES.items()),
-    ("weights: data cut off", with_bytes(WEIGHTS["data cut off"]), READING, "FOLDER"),
-    ("no weights", lambda folder: (folder / "model.safetensors").unlink(), READING, "FOLDER"),
+    ("weights: data cut off", rewritten("model.safetensors", WEIGHTS["data cut off"]), READING, "FOLDER"),
+    ("no weights", removed("model.safetensors"), READING, "FOLDER"),
     ("no numbers", NO_NUMBERS, ("prune",), "dtype"),
     ("no numbers", NO_NUMBERS, ("recover", "evaluate"), ""),
     *((f"tokenizer: {name}", replaced("tokenizer.json", v), TOKENIZED, "FOLDER") for name, v in TOKENIZERS.items()),
-    ("no tokenizer", without_tokenizer, TOKENIZED, "FOLDER"),
+    ("no tokenizer", removed("tokenizer.json", "tokenizer_config.json"), TOKENIZED, "FOLDER"),
     ("tokens", with_tokens, TOKENIZED, "has 106 tokens, the embedding of the model only 96"),
     *((f"template: {name}", with_template(v), WRITING, "chat template") for name, v in CHAT_TEMPLATES.items()),
-    ("an adapter beside", with_adapter, VERBS, "merge it into its model first"),
+    ("an adapter beside", ADAPTER, VERBS, "merge it into its model first"),
     ("an adapter alone", adapter_alone, VERBS, "merge it into its model first"),
 ]
 

@@ -88,14 +88,13 @@ def test_an_output_that_is_the_model(
     assert sorted(os.listdir(model_folder)) == before
 
 
-def test_nothing_to_join_or_to_plan_from(finished: adapruner.PruneResult, refused: Refused, tmp_path: Path) -> None:
+def test_nothing_to_plan_from(finished: adapruner.PruneResult, refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     (tmp_path / "file").write_text("mine")
     shutil.copytree(finished.output, tmp_path / "unsearched")
     (tmp_path / "unsearched" / "search.json").unlink()
     plan = ["--ratio", "0.05", "-o"]
     for run in ("nowhere", "loop", "file", "file/below", "x" * 5000):
-        refused(["join", str(tmp_path / run)])
         refused(["plan", str(tmp_path / run), *plan, str(tmp_path / "b")])
     refused(["plan", str(tmp_path), *plan, str(tmp_path / "b")], "holds no run")
     refused(["plan", str(tmp_path / "unsearched"), *plan, str(tmp_path / "b")], "has no finished search")
