@@ -11,9 +11,8 @@ from huggingface_hub import ModelCard
 
 import adapruner
 from adapruner import AdaPrunerError
-from adapruner.cli import main
 from adapruner.models import find_model, load_model
-from run_helpers import QUICK, assert_same_artifacts, flags, run_killed
+from run_helpers import QUICK, assert_same_artifacts, exit_code, flags, prune_command, run_killed
 
 OPTIONS = QUICK | {
     "recovery": {
@@ -122,22 +121,9 @@ def test_a_killed_run_resumes(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    of_run = {name: value for name, value in OPTIONS.items() if name not in ("recovery", "tasks")}
     run = tmp_path / "run"
-    arguments = [
-        "prune",
-        str(model_folder),
-        "-o",
-        str(run),
-        "--calibration",
-        str(text_file),
-        "--recover",
-        str(text_file),
-        "--tasks",
-        "boolq",
-        *flags(of_run),
-        *flags(OPTIONS["recovery"], "recovery."),
-    ]
+    arguments = prune_command(model_folder, run, text_file, QUICK, recover=text_file, tasks="boolq")
+    arguments += flags(OPTIONS["recovery"], "recovery.")
     for module, name, calls, left in [
         ("adapruner.recovery._training", "distillation_loss", 27, "unfinished/recovered-*/training/checkpoint-3"),
         ("adapruner.run.nodes.evaluated", "measure_tasks", 1, "evaluation/tasks-dense.json"),
@@ -147,9 +133,7 @@ def test_a_killed_run_resumes(
         assert not (run / "result.json").exists()
     monkeypatch.setenv("ADAPRUNER_DATA", str(data))
     capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        main([*arguments, "--json"])
-    assert not ended.value.code
+    assert exit_code([*arguments, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["models"] == finished.result.model_dump(mode="json")["models"]
     assert_same_artifacts(run, finished.output)
