@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,7 @@ import yaml
 
 from adapruner.config import PruneConfig, RecoverConfig
 from adapruner.errors import AdaPrunerError
-
-Commands = Callable[[str | Path], dict[str, list[str]]]
-Refused = Callable[..., str]
+from bad_input.conftest import Command, Refused
 
 
 def bomb(levels: int) -> str:
@@ -121,16 +118,13 @@ def test_recipes(name: str, refused: Refused, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "verb"), list(zip(BROKEN.values(), itertools.cycle(("prune", "plan")), strict=False)), ids=BROKEN.keys()
 )
-def test_configs_of_runs(
-    content: bytes, verb: str, refused: Refused, tmp_path: Path, model_folder: Path, commands: Commands
-) -> None:
+def test_configs_of_runs(content: bytes, verb: str, refused: Refused, tmp_path: Path, command: Command) -> None:
     run = tmp_path / "output"
     run.mkdir()
     (run / "config.yaml").write_bytes(content)
     (run / "search.json").write_text("{}")
-    plan = ["plan", str(run), "--ratio", "0.1", "-o", str(tmp_path / "b")]
-    command = plan if verb == "plan" else commands(model_folder)["prune"]
-    refused(command, f"{run}/config.yaml is not the config of a run")
+    arguments = command("plan", model=run, output=tmp_path / "b") if verb == "plan" else command("prune")
+    refused(arguments, f"{run}/config.yaml is not the config of a run")
     assert (run / "config.yaml").read_bytes() == content
 
 
@@ -177,9 +171,9 @@ def test_the_alias_bombs_are_bombs() -> None:
     assert yaml.safe_load(merging_bomb(3))["ratio"] == 0.2
 
 
-def test_files_that_cannot_be_read(refused: Refused, tmp_path: Path, model_folder: Path, commands: Commands) -> None:
+def test_files_that_cannot_be_read(refused: Refused, tmp_path: Path, command: Command) -> None:
     for name in ("nowhere.yaml", str(tmp_path), "/dev/null", "a" * 5000, "\x1b[2J"):
         refused(["prune", "--recipe", name, "-o", str(tmp_path / "run")], *(["no recipe"] if len(name) < 5000 else []))
     run = tmp_path / "output"
     (run / "config.yaml").mkdir(parents=True)
-    refused(commands(model_folder)["prune"], "holds no run")
+    refused(command("prune"), "holds no run")

@@ -12,7 +12,6 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,8 +19,7 @@ import pytest
 import adapruner
 from adapruner.errors import AdaPrunerError
 from adapruner.progress import Reporter
-
-RunCli = Callable[[list[str]], tuple[int, str, str]]
+from bad_input.conftest import RunCli
 
 
 def fail_with(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:

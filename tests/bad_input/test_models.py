@@ -20,13 +20,11 @@ from safetensors.torch import load, save
 
 from adapruner.errors import AdaPrunerError
 from adapruner.models import check_length, find_model, load_model
+from bad_input.conftest import Command, Refused, RunCli
 
 VERBS = ("prune", "recover", "evaluate", "benchmark", "export", "inspect")
 # These read weights.
 READING = ("prune", "recover", "evaluate", "benchmark", "export")
-
-Commands = Callable[[str | Path], dict[str, list[str]]]
-Refused = Callable[..., str]
 
 
 @pytest.fixture
@@ -234,11 +232,11 @@ BROKEN: list[tuple[str, Break, tuple[str, ...], str]] = [
     ],
 )
 def test_models_that_are_broken(
-    broken: Break, verb: str, message: str, copy: Path, commands: Commands, refused: Refused
+    broken: Break, verb: str, message: str, copy: Path, command: Command, refused: Refused
 ) -> None:
     broken(copy)
     verb, *more = verb.split()
-    refused([*commands(copy)[verb], *more], message.replace("FOLDER", str(copy)))
+    refused(command(verb, *more, model=copy), message.replace("FOLDER", str(copy)))
 
 
 # Values of a field of the config, one at a time.
@@ -274,36 +272,34 @@ IMPOSSIBLE.append({"model_type": "mixtral", "num_local_experts": 8})
     ids=lambda part: json.dumps(part)[:60],
 )
 def test_configs_that_make_no_model(
-    fields: dict[str, Any], verb: str, copy: Path, commands: Commands, refused: Refused
+    fields: dict[str, Any], verb: str, copy: Path, command: Command, refused: Refused
 ) -> None:
     change_json(copy / "config.json", **fields)
-    refused(commands(copy)[verb])
+    refused(command(verb, model=copy))
 
 
-def test_a_config_that_asks_for_more_than_memory_holds(copy: Path, commands: Commands, refused: Refused) -> None:
+def test_a_config_that_asks_for_more_than_memory_holds(copy: Path, command: Command, refused: Refused) -> None:
     """Nothing is allocated for weights that are not in the files."""
     change_json(copy / "config.json", vocab_size=2**30)
     for verb in READING:
-        refused(commands(copy)[verb])
+        refused(command(verb, model=copy))
     change_json(copy / "config.json", vocab_size=96, num_hidden_layers=300)
-    refused(commands(copy)["evaluate"], "is missing")
+    refused(command("evaluate", model=copy), "is missing")
 
 
 @pytest.mark.parametrize(
     "content", ["", "[]", "{", '{"tokenizer_class": 7}', '{"tokenizer_class": "NoSuch", "model_max_length": "long"}']
 )
-def test_settings_of_a_tokenizer_that_are_broken(
-    content: str, copy: Path, commands: Commands, run_cli: Callable[[list[str]], tuple[int, str, str]]
-) -> None:
+def test_settings_of_a_tokenizer_that_are_broken(content: str, copy: Path, command: Command, run_cli: RunCli) -> None:
     """Some of it transformers does without."""
     (copy / "tokenizer_config.json").write_text(content)
-    code, _, errors = run_cli(commands(copy)["evaluate"])
+    code, _, errors = run_cli(command("evaluate", model=copy))
     assert code in (0, 2), errors
 
 
 @pytest.mark.parametrize("verb", ["prune", "recover", "evaluate"])
 def test_an_added_token_beyond_the_embedding_in_a_text(
-    verb: str, copy: Path, commands: Commands, refused: Refused, text_file: Path, tmp_path: Path
+    verb: str, copy: Path, command: Command, refused: Refused, text_file: Path, tmp_path: Path
 ) -> None:
     """Such a token does no harm until a text has it."""
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
@@ -312,17 +308,14 @@ def test_an_added_token_beyond_the_embedding_in_a_text(
     change_json(copy / "tokenizer.json", added_tokens=added)
     text = tmp_path / "extra.txt"
     text.write_text(text_file.read_text().replace(" ", " EXTRA "))
-    command = [part if part != str(text_file) else str(text) for part in commands(copy)[verb]]
-    refused(command, "token 96", "embedding")
+    refused(command(verb, model=copy, text=text), "token 96", "embedding")
 
 
-def test_a_tokenizer_without_special_tokens_will_do(
-    copy: Path, commands: Commands, run_cli: Callable[[list[str]], tuple[int, str, str]]
-) -> None:
+def test_a_tokenizer_without_special_tokens_will_do(copy: Path, command: Command, run_cli: RunCli) -> None:
     (copy / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     for verb in ("prune", "recover", "evaluate"):
         shutil.rmtree(copy.parent / "output", ignore_errors=True)
-        code, _, errors = run_cli(commands(copy)[verb])
+        code, _, errors = run_cli(command(verb, model=copy))
         assert code == 0, errors
 
 
@@ -364,21 +357,20 @@ BROKEN_GGUF: dict[str, Callable[[bytes], bytes]] = {
     ("change", "verb"), list(zip(BROKEN_GGUF.values(), IN_TURN, strict=False)), ids=BROKEN_GGUF.keys()
 )
 def test_gguf_files_that_are_none(
-    change: Callable[[bytes], bytes], verb: str, gguf_file: Path, commands: Commands, refused: Refused
+    change: Callable[[bytes], bytes], verb: str, gguf_file: Path, command: Command, refused: Refused
 ) -> None:
     gguf_file.write_bytes(change(gguf_file.read_bytes()))
-    refused(commands(gguf_file)[verb])
+    refused(command(verb, model=gguf_file))
 
 
-def test_a_gguf_file_of_layers_that_differ(commands: Commands, refused: Refused, tmp_path: Path) -> None:
-    for command in commands(write_gguf_file(tmp_path / "model.gguf", "deci")).values():
-        refused(command, "transformers cannot read the GGUF architecture 'deci'", "give the safetensors folder")
-
-
-def test_a_gguf_file_that_is_a_folder(commands: Commands, refused: Refused, tmp_path: Path) -> None:
+@pytest.mark.parametrize("verb", VERBS)
+def test_gguf_files_that_are_another(verb: str, command: Command, refused: Refused, tmp_path: Path) -> None:
+    """One of layers that differ, and one that is a folder."""
+    model = write_gguf_file(tmp_path / "model.gguf", "deci")
+    said = ("transformers cannot read the GGUF architecture 'deci'", "give the safetensors folder")
+    refused(command(verb, model=model), *said)
     (tmp_path / "a.gguf").mkdir()
-    for command in commands(tmp_path / "a.gguf").values():
-        refused(command, "there is no GGUF file at")
+    refused(command(verb, model=tmp_path / "a.gguf"), "there is no GGUF file at")
 
 
 @pytest.mark.parametrize(
@@ -396,11 +388,11 @@ def test_a_gguf_file_that_is_a_folder(commands: Commands, refused: Refused, tmp_
     ],
 )
 def test_names_that_are_none(
-    name: str, message: str, commands: Commands, refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, message: str, command: Command, refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for command in commands(name).values():
-        refused(command, message)
+    for verb in VERBS:
+        refused(command(verb, model=name), message)
 
 
 ABSURD: list[tuple[dict[str, Any], str]] = [
@@ -419,28 +411,30 @@ ABSURD: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("fields", "named"), ABSURD, ids=[json.dumps(fields)[:50] for fields, _ in ABSURD])
 def test_configs_that_would_build_for_ever(
-    fields: dict[str, Any], named: str, copy: Path, commands: Commands, refused: Refused
+    fields: dict[str, Any], named: str, copy: Path, command: Command, refused: Refused
 ) -> None:
     change_json(copy / "config.json", **fields)
     started = time.process_time()
-    refused(commands(copy)["evaluate"], named)
-    refused(commands(copy)["inspect"], named)
+    refused(command("evaluate", model=copy), named)
+    refused(command("inspect", model=copy), named)
     assert time.process_time() - started < 5
 
 
 def test_missing_folders_are_no_hub_ids(
-    copy: Path, commands: Commands, refused: Refused, monkeypatch: pytest.MonkeyPatch
+    copy: Path, command: Command, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(copy.parent.parent)
     (copy.parent / "empty").mkdir()
     shutil.copy(copy / "config.json", copy.parent / "modal.gguf")
     for name in (f"{copy.parent.name}/modell", str(copy.parent / "modell"), f"./{copy.parent.name}/modell"):
-        message = refused(commands(name)["evaluate"], "no model at", "did you mean", "model?")
+        message = refused(command("evaluate", model=name), "no model at", "did you mean", "model?")
         assert "Hub is not contacted" not in message
-    refused(commands(f"{copy.parent.name}/mode.gguf")["evaluate"], "no GGUF file", "modal.gguf?")
-    assert "did you mean" not in refused(commands(f"{copy.parent.name}/quite-another")["evaluate"], "no model at")
+    refused(command("evaluate", model=f"{copy.parent.name}/mode.gguf"), "no GGUF file", "modal.gguf?")
+    another = command("evaluate", model=f"{copy.parent.name}/quite-another")
+    assert "did you mean" not in refused(another, "no model at")
     monkeypatch.chdir(copy.parent)
-    refused(commands("modell")["evaluate"], "cannot load 'modell'", "did you mean model", "the Hub is not contacted")
+    said = ("cannot load 'modell'", "did you mean model", "the Hub is not contacted")
+    refused(command("evaluate", model="modell"), *said)
 
 
 def test_a_place_is_the_same_from_everywhere(

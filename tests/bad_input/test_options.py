@@ -13,10 +13,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from transformers import PreTrainedTokenizerFast
 
 from adapruner.config import PruneOptions, RecoveryOptions
-
-Commands = Callable[[str | Path], dict[str, list[str]]]
-Refused = Callable[..., str]
-
+from bad_input.conftest import Command, Refused
 
 # Errors that one message names.
 NAMED = 8
@@ -55,14 +52,6 @@ def out_of_range(options: Any, prefix: str = "") -> list[list[str]]:
     return commands
 
 
-def without(option: str, command: list[str]) -> list[str]:
-    """A command without an option, if it has it, and the value behind it."""
-    if option not in command:
-        return command
-    place = command.index(option)
-    return command[:place] + command[place + 2 :]
-
-
 RATIOS = [["--ratio", value] for value in ("0", "1", "-1", "20", "much", "nan", "inf", "9" * 5000, "")]
 NUMBERS = ("0", "-1", "2.5", "nan", "much", "9" * 30, "9" * 5000, "")
 COUNTS = {
@@ -81,13 +70,10 @@ COUNTS = {
     ids=lambda part: part if isinstance(part, str) else " ".join(part)[:40],
 )
 def test_numbers_of_options(
-    verb: str, arguments: list[str], refused: Refused, commands: Commands, model_folder: Path, tmp_path: Path
+    verb: str, arguments: list[str], refused: Refused, command: Command, tmp_path: Path
 ) -> None:
     wrong = [part for part in arguments if part.startswith("--") and part != "--recover"]
-    command = commands(model_folder)[verb]
-    for option in wrong:
-        command = without(option, command)
-    refused([*command, *arguments], *(f"{option} " for option in wrong))
+    refused(command(verb, *arguments), *(f"{option} " for option in wrong))
     assert not (tmp_path / "output").exists()
 
 
@@ -96,11 +82,8 @@ def test_numbers_of_options(
     ("verb", "option"),
     [(verb, f"--{name}") for verb, names in COUNTS.items() for name in names] + [("plan", "--ratio")],
 )
-def test_numbers_of_other_verbs(
-    verb: str, option: str, value: str, refused: Refused, commands: Commands, model_folder: Path, tmp_path: Path
-) -> None:
-    known = commands(model_folder) | {"plan": ["plan", str(tmp_path), "-o", str(tmp_path / "b")]}
-    refused([*without(option, known[verb]), option, value])
+def test_numbers_of_other_verbs(verb: str, option: str, value: str, refused: Refused, command: Command) -> None:
+    refused(command(verb, option, value))
 
 
 def test_all_errors_at_once(refused: Refused, model_folder: Path, tmp_path: Path) -> None:
@@ -216,7 +199,7 @@ def test_options_that_are_refused(
     extra: str,
     message: str,
     refused: Refused,
-    commands: Commands,
+    command: Command,
     model_folder: Path,
     text_file: Path,
     tmp_path: Path,
@@ -225,10 +208,7 @@ def test_options_that_are_refused(
     """Before any weights are loaded by a run."""
     monkeypatch.setattr("adapruner.job.load_model", lambda *_: pytest.fail("weights were loaded"))
     arguments = shlex.split(extra.replace("MODEL", str(model_folder)).replace("TEXT", str(text_file)))
-    command = commands(model_folder)[verb]
-    for option in arguments:
-        command = without(option, command) if option.startswith("--") else command
-    refused([*command, *arguments], message)
+    refused(command(verb, *arguments), message)
     assert not (tmp_path / "output" / "config.yaml").exists()
 
 
@@ -260,17 +240,14 @@ def test_texts_longer_than_learned_positions(
     model_type: str,
     make_model: Callable[..., Any],
     tokenizer: PreTrainedTokenizerFast,
-    commands: Commands,
+    command: Command,
     refused: Refused,
     tmp_path: Path,
 ) -> None:
     make_model(model_type).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    made = commands(tmp_path / "model")
     for verb in ("prune", "recover", "evaluate"):
-        command = made[verb]
-        command[command.index("--seq-len") + 1] = "65"
-        refused(command, f"this {model_type} has 64 positions and no more; texts of 65 tokens are too long")
-    refused(
-        [*made["benchmark"][:2], "--prompt", "60", "--new-tokens", "5"], "64 positions and no more; texts of 65 tokens"
-    )
+        arguments = command(verb, "--seq-len", "65", model=tmp_path / "model")
+        refused(arguments, f"this {model_type} has 64 positions and no more; texts of 65 tokens are too long")
+    arguments = command("benchmark", "--prompt", "60", "--new-tokens", "5", model=tmp_path / "model")
+    refused(arguments, "64 positions and no more; texts of 65 tokens")
