@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,7 +29,7 @@ from adapruner.result import ModelNumbers, RunResult
 from adapruner.search import SearchResult
 from adapruner.structure import build_structure
 from adapruner.surgery import prune_model
-from run_helpers import QUICK, exit_code, interrupt_before, prune_command, stages_done
+from run_helpers import QUICK, exit_code, interrupt_before, prune_command, said_by, stages_done, start_main
 from run_helpers import RUN_OPTIONS as OPTIONS
 
 Prune = Callable[..., adapruner.PruneResult]
@@ -307,7 +304,7 @@ def test_a_pruned_model_is_pruned_again(finished: adapruner.PruneResult, prune: 
 
 
 def test_quiet_leaves_results_and_advice(
-    finished: adapruner.PruneResult, run: Path, model_folder: Path, text_file: Path
+    finished: adapruner.PruneResult, run: Path, model_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
     """Of a process of its own, which completes a run from the search on."""
     for path in (run / "search.json", run / "study.jsonl", run / "plan.json"):
@@ -315,11 +312,13 @@ def test_quiet_leaves_results_and_advice(
     for path in (run / "model", run / "evaluation"):
         shutil.rmtree(path)
     arguments = [*prune_command(model_folder, run, text_file), "--quiet", "--json"]
-    environment = os.environ | {"FORCE_COLOR": "1", "NO_COLOR": "1"}
-    process = subprocess.run([sys.executable, "-m", "adapruner", *arguments], capture_output=True, env=environment)
-    assert json.loads(process.stdout)["plan_hash"] == finished.plan.hash
+    process = start_main(dict, (), arguments, tmp_path, FORCE_COLOR="1", NO_COLOR="1")
+    process.join()
+    lines = said_by(process, tmp_path).splitlines()
+    advice = [line for line in lines if line.startswith("advice: ")]
     assert finished.advice()
-    assert process.stderr.decode().splitlines() == [f"advice: {with_options(line)}" for line in finished.advice()]
+    assert advice == [f"advice: {with_options(line)}" for line in finished.advice()]
+    assert json.loads("\n".join(line for line in lines if line not in advice))["plan_hash"] == finished.plan.hash
 
 
 def test_advice_names_what_should_not_go_unseen(
