@@ -194,14 +194,15 @@ def _kill_before_writing(pattern: str) -> None:
     os.replace = stop_before
 
 
-def run_killed_before_writing(pattern: str, arguments: list[str], folder: Path) -> None:
+def run_killed_before_writing(pattern: str, arguments: list[str], folder: Path, **environment: str) -> None:
     """Runs the command line in a process that is killed when it puts something finished in a place.
 
     Args:
         pattern: of the path.
         folder: for what it prints.
+        environment: variables that it has beside those of this process.
     """
-    process = start_main(_kill_before_writing, (pattern,), arguments, folder)
+    process = start_main(_kill_before_writing, (pattern,), arguments, folder, **environment)
     process.join()
     assert process.exitcode == -signal.SIGKILL, said_by(process, folder)
 

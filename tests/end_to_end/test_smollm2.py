@@ -68,7 +68,7 @@ def test_pruned_for_real(dense: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         final_windows=0,
         compensation_windows=2,
         self_windows=0,
-        trials=5,
+        trials=4,
         tune_scales=False,
         # What the extended space measures takes a minute here; small models are pruned with all of it.
         space="paper",
