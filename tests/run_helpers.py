@@ -55,7 +55,7 @@ CONTINUED = (_breakage, "_CONTINUED", 8)
 _PRELOADED = [
     "adapruner.cli.models",
     "adapruner.cli.runs",
-    "adapruner.pipeline",
+    "adapruner.run.api",
     "adapruner.verbs",
     "lm_eval.evaluator",
     "lm_eval.models.huggingface",

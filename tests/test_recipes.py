@@ -11,7 +11,7 @@ import pytest
 import yaml
 from transformers import LlamaConfig
 
-from adapruner import AdaPrunerError, PruneConfig, pipeline
+from adapruner import AdaPrunerError, PruneConfig
 from adapruner.cli import app
 from adapruner.config import read_recipe
 from adapruner.models import empty_model
@@ -36,7 +36,7 @@ def resolved(monkeypatch: pytest.MonkeyPatch) -> Resolved:
             made.append(config)
             raise AdaPrunerError("far enough")
 
-        monkeypatch.setattr(pipeline, "_run", stop)
+        monkeypatch.setattr("adapruner.run.api.make_run", stop)
         with pytest.raises(AdaPrunerError, match="far enough"):
             app(command, exit_on_error=False)
         return made[0]

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from adapruner.graph import RunFolder
 from adapruner.planning import PruningPlan
 from device.client import Device, Outcome
 from device.options import LAYER_WISE, SMALL_RUN, pruning, recovering
