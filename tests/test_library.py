@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import gc
-import inspect
 import runpy
-import subprocess
 import sys
-import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 import datasets
 import pytest
 import torch
-from adapruner.arguments import PruneArguments, RecoveryArguments, RunArguments
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 import adapruner
-from adapruner import AdaPrunerError, PruneConfig, PruneOptions, RecoveryOptions
+from adapruner import AdaPrunerError, PruneOptions
 from adapruner.importance import TERMS
 from adapruner.measurement import Statistics
 from adapruner.run.given import name_of_code
@@ -280,80 +276,6 @@ def test_the_steps_one_by_one_make_the_model_of_a_run(finished: adapruner.PruneR
         torch.testing.assert_close(compensated[name], tensor, rtol=1e-3, atol=1e-5)
     plain = adapruner.cut(loaded, structure, finished.plan).state_dict()
     assert any(not torch.equal(plain[name], tensor) for name, tensor in compensated.items())
-
-
-def widened(hint: Any) -> Any:
-    """What a keyword argument takes for an option: one value where the option is a tuple."""
-    if get_origin(hint) is tuple:
-        item = get_args(hint)[0]
-        return item | Sequence[item]
-    if get_origin(hint) in (Union, types.UnionType):
-        first, *others = map(widened, get_args(hint))
-        for other in others:
-            first = first | other
-        return first
-    return hint
-
-
-@pytest.mark.parametrize(
-    ("arguments", "options", "others"),
-    [(PruneArguments, PruneOptions, {"objective", "recover", "recovery"}), (RecoveryArguments, RecoveryOptions, set())],
-)
-def test_the_arguments_are_the_options(arguments: type, options: type[Any], others: set[str]) -> None:
-    hints = get_type_hints(arguments)
-    assert {*hints, "calibration"} == {*options.model_fields, "calibration"}
-    assert hints == {
-        name: hints[name] if name in others else widened(hint)
-        for name, hint in get_type_hints(options).items()
-        if name in hints
-    }
-
-
-def test_the_arguments_of_a_run_are_those_of_the_function() -> None:
-    named = inspect.signature(adapruner.prune_ratios).parameters.keys() - {"model", "calibration", "options"}
-    assert named == RunArguments.__annotations__.keys() - PruneArguments.__annotations__.keys()
-
-
-def test_a_type_checker_knows_every_option(tmp_path: Path) -> None:
-    """mypy on calls that are right and on calls with one mistake each."""
-    right = [
-        f"adapruner.prune('m', 'c4', {name}={PruneConfig.from_options(model='m').model_dump()[name]!r})"
-        for name in PruneOptions.model_fields
-        if name not in ("calibration", "recovery", "whole")
-    ]
-    right += [
-        "adapruner.prune(model, ['a', 'b'], tokenizer=tokenizer, ratio=0.2, whole='none', recovery={'steps': 3})",
-        "adapruner.prune('m', torch.zeros(2, 3), objective=lambda model: [float(model.training)])",
-        "adapruner.prune('m', [{'text': 'a'}], config=adapruner.PruneOptions(), evaluate='wikitext2').model.eval()",
-        "adapruner.prune_ratios('m', ratio=(0.1, 0.2))[0].plan.hash",
-        "adapruner.recover('m', 'c4', 'out', steps=3)",
-    ]
-    wrong = [
-        "adapruner.prune('m', 'c4', trails=3)",
-        "adapruner.prune('m', 'c4', ratio='a')",
-        "adapruner.prune('m', 'c4', layout='unifrom')",
-        "adapruner.prune('m', 'c4', recovery={'stesp': 3})",
-        "adapruner.prune('m', 'c4', callbacks=[print])",
-        "adapruner.recover('m', 'c4', 'out', stesp=3)",
-    ]
-    head = [
-        "import adapruner, torch",
-        "from transformers import PreTrainedModel, PreTrainedTokenizerBase",
-        "model: PreTrainedModel",
-        "tokenizer: PreTrainedTokenizerBase",
-    ]
-    script = tmp_path / "calls.py"
-    script.write_text("\n".join([*head, *right, *wrong]) + "\n")
-    settings = tmp_path / "mypy.ini"
-    others = ("transformers", "torch", "datasets", "optuna", "accelerate", "peft", "plotly", "rich")
-    skipped = "".join(f"[mypy-{name}.*]\nfollow_imports = skip\nignore_missing_imports = True\n" for name in others)
-    settings.write_text(f"[mypy]\ncache_dir = {tmp_path / 'cache'}\n{skipped}")
-    # In a process of its own, because mypy raises the recursion limit of the one it is in.
-    checker = [sys.executable, "-m", "mypy", str(script), "--config-file", str(settings), "--follow-imports", "silent"]
-    said = subprocess.run(checker, capture_output=True, text=True, check=False).stdout
-    lines = {int(line.split(":")[1]) for line in said.splitlines() if line.startswith(str(script)) and "error" in line}
-    first_wrong = len(head) + len(right) + 1
-    assert lines == set(range(first_wrong, first_wrong + len(wrong))), said
 
 
 @pytest.mark.parametrize("script", EXAMPLES, ids=lambda script: script.stem)

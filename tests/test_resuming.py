@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import adapruner
 from adapruner import AdaPrunerError
-from adapruner.models import known_architectures
+from adapruner.models import known_architectures, using_architecture
 from adapruner.planning import PruningPlan
 from run_helpers import (
     RUN_OPTIONS,
@@ -77,15 +77,13 @@ def test_a_change_is_refused_with_what_it_would_rebuild(
     assert written(run) == before
 
 
-def test_another_model_text_or_family_is_refused(
-    again: Prune, model: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_model_text_or_family_is_refused(again: Prune, model: Path, text_file: Path, tmp_path: Path) -> None:
     change_weights(model)
     with pytest.raises(AdaPrunerError, match=r"another model\): windows.safetensors, .*statistics.safetensors, "):
         again(model=str(model))
-    family = known_architectures()["llama"].model_copy(update={"plain_residual": False})
-    monkeypatch.setitem(known_architectures(), "llama", family)
-    with pytest.raises(AdaPrunerError, match=r"another family\): moments, statistics.safetensors, .*search.json"):
+    family = known_architectures()["llama"].changed(plain_residual=False)
+    message = r"another family\): moments, statistics.safetensors, .*search.json"
+    with using_architecture(family), pytest.raises(AdaPrunerError, match=message):
         again()
     rows = [{"a": first, "b": second} for first, second in itertools.pairwise(text_file.read_text().split("\n\n"))]
     path, output = tmp_path / "rows.jsonl", tmp_path / "by-column"
