@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -176,3 +177,16 @@ def finished(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, text_
     """An undisturbed run with `RUN_OPTIONS`; tests that change it take a copy."""
     output = tmp_path_factory.mktemp("runs") / "undisturbed"
     return adapruner.prune(str(model_folder), output=output, calibration=str(text_file), **RUN_OPTIONS)
+
+
+@pytest.fixture
+def run(finished: adapruner.PruneResult, tmp_path: Path) -> Path:
+    """A copy of the finished run."""
+    return Path(shutil.copytree(finished.output, tmp_path / "run"))
+
+
+@pytest.fixture
+def prune(model_folder: Path, text_file: Path, tmp_path: Path) -> Callable[..., adapruner.PruneResult]:
+    """Prunes the tiny model with the text; into the folder of `run`, if nothing else is said."""
+    defaults = {"model": str(model_folder), "calibration": str(text_file), "output": tmp_path / "run"}
+    return lambda **options: adapruner.prune(**defaults | options)

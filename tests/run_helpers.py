@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pkgutil
 import signal
 from collections.abc import Callable, Mapping
+from fnmatch import fnmatch
 from multiprocessing import current_process, get_context
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
+import adapruner
 from adapruner.cli import main
 from adapruner.evaluation import _breakage
-from adapruner.graph.records import Record, are_as_written
 
 # Files that say how long something took, or show it.
-WITH_TIMES = ("result.json", "report.html", "recovery.json")
+WITH_TIMES = ("result.json", "report.html", "recovery.json", "study.jsonl", "config.yaml")
 # Of a run that takes little time.
 RUN_OPTIONS: dict[str, Any] = {
     "ratio": 0.1,
@@ -72,6 +75,49 @@ def flags(options: Mapping[str, object], prefix: str = "") -> list[str]:
         option = f"{prefix}{name.replace('_', '-')}"
         arguments += [f"--no-{option}"] if value is False else [f"--{option}", *([] if value is True else [str(value)])]
     return arguments
+
+
+def prune_command(
+    model: Path, output: Path, text: Path, options: Mapping[str, object] = RUN_OPTIONS, **changes: object
+) -> list[str]:
+    """The arguments of `adapruner prune` with the options of a run, and changes to them."""
+    return ["prune", str(model), "-o", str(output), *flags({**options, "calibration": str(text), **changes})]
+
+
+def exit_code(arguments: list[str]) -> int:
+    """Runs the command line in this process."""
+    try:
+        main(arguments)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def written(run: Path) -> dict[str, int]:
+    """When each file of a run folder was written, by its path in it."""
+    paths = (path for path in run.rglob("*") if path.is_file() and path.name not in ("log.jsonl", ".lock"))
+    return {path.relative_to(run).as_posix(): path.stat().st_mtime_ns for path in paths}
+
+
+def stages_done(run: Path) -> list[str]:
+    """The stages that were finished in a run folder, in the order in which they were."""
+    entries = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+    return [entry["stage"] for entry in entries if entry["event"] == "finished"]
+
+
+class _Interrupting(adapruner.Callback):
+    def __init__(self, stage: str) -> None:
+        self.stage = stage
+
+    def on_stage_begin(self, stage: str) -> None:
+        if stage == self.stage:
+            raise KeyboardInterrupt
+
+
+def interrupt_before(stage: str, model: Path, output: Path, **options: Any) -> None:
+    """Prunes until a stage begins."""
+    with pytest.raises(KeyboardInterrupt):
+        adapruner.prune(str(model), output=output, callbacks=[_Interrupting(stage)], **options)
 
 
 def fast_starts() -> BaseContext:
@@ -137,6 +183,30 @@ def _kill_when_called(target: str, name: str, calls: int) -> None:
     setattr(holder, name, counted)
 
 
+def _kill_before_writing(pattern: str) -> None:
+    replace = os.replace
+
+    def stop_before(source: Path, target: Path) -> None:
+        if fnmatch(str(target), pattern):
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+
+    os.replace = stop_before
+
+
+def run_killed_before_writing(pattern: str, arguments: list[str], folder: Path, **environment: str) -> None:
+    """Runs the command line in a process that is killed when it puts something finished in a place.
+
+    Args:
+        pattern: of the path.
+        folder: for what it prints.
+        environment: variables that it has beside those of this process.
+    """
+    process = start_main(_kill_before_writing, (pattern,), arguments, folder, **environment)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, said_by(process, folder)
+
+
 def run_killed(target: str, name: str, calls: int, arguments: list[str], folder: Path, **environment: str) -> None:
     """Runs the command line in a process that is killed when it calls a function again, after so many calls.
 
@@ -152,24 +222,26 @@ def run_killed(target: str, name: str, calls: int, arguments: list[str], folder:
 
 def assert_same_artifacts(run: Path, undisturbed: Path) -> None:
     """Two finished runs made the same artifacts from the same inputs, byte by byte but for the times in them."""
-    made = [
-        {path.name: Record.model_validate_json(path.read_bytes()) for path in (folder / "keys").iterdir()}
-        for folder in (run, undisturbed)
-    ]
-    assert made[0].keys() == made[1].keys()
-    for name, record in made[0].items():
-        assert record.key == made[1][name].key, name
-        contents = [
-            {file: stamp for file, stamp in (one.files or {}).items() if Path(file).name not in WITH_TIMES}
-            for one in (record, made[1][name])
-        ]
-        assert record.files, name
-        assert contents[0] == contents[1], name
-        assert are_as_written(record.files, run), name
+    contents = [_contents(folder) for folder in (run, undisturbed)]
+    assert contents[0].keys() == contents[1].keys()
+    assert [path for path, content in contents[0].items() if content != contents[1][path]] == []
     results = [
         json.loads((folder / "result.json").read_text()) | {"stages": None, "recovery": None}
         for folder in (run, undisturbed)
     ]
     assert results[0] == results[1]
-    assert not (run / "unfinished").exists()
-    assert not [path for path in run.rglob("*") if "partial" in path.name]
+
+
+def _contents(run: Path) -> dict[str, object]:
+    """What tells the files of a finished run apart, records included."""
+    contents: dict[str, object] = {}
+    for name in written(run):
+        path = run / name
+        if path.parent.name == "keys":
+            record = json.loads(path.read_bytes())
+            assert record["files"], name
+            record["files"] = {file: stamp for file, stamp in record["files"].items() if not file.endswith(WITH_TIMES)}
+            contents[name] = record
+        elif not name.endswith(WITH_TIMES):
+            contents[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return contents

@@ -12,39 +12,39 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import adapruner
 from adapruner import AdaPrunerError
-from adapruner.cli import main
-from adapruner.graph import RunFolder
-from adapruner.run.nodes import measured as _statistics
-from adapruner.search import Candidate, Objective, Search, StudyFile, _objective
-from run_helpers import QUICK, assert_same_artifacts, flags, said_by, start_main
-from run_helpers import RUN_OPTIONS as OPTIONS
+from adapruner.search import _objective
+from run_helpers import (
+    QUICK,
+    RUN_OPTIONS,
+    assert_same_artifacts,
+    exit_code,
+    prune_command,
+    said_by,
+    stages_done,
+    start_main,
+    written,
+)
 
-
-def command(model: Path, output: Path, text: Path, options: dict[str, Any] = OPTIONS) -> list[str]:
-    return ["prune", str(model), "-o", str(output), "--calibration", str(text), *flags(options)]
-
-
-def exit_code(arguments: list[str]) -> object:
-    try:
-        main(arguments)
-    except SystemExit as stop:
-        return stop.code
-    return 0
+Rerun = Callable[[], int]
 
 
 @pytest.fixture
-def run(finished: adapruner.PruneResult, tmp_path: Path) -> RunFolder:
-    """A copy of the finished run."""
-    shutil.copytree(finished.output, tmp_path / "run")
-    return RunFolder(tmp_path / "run")
+def rerun(run: Path, model_folder: Path, text_file: Path) -> Rerun:
+    """Runs the command of the finished run again, in its copy."""
+    return lambda: exit_code(prune_command(model_folder, run, text_file))
+
+
+def assert_same_cards(run: Path, undisturbed: Path) -> None:
+    cards = [(folder / "model/README.md").read_text() for folder in (run, undisturbed)]
+    assert cards[0] == cards[1]
 
 
 def truncate(path: Path) -> None:
@@ -85,164 +85,74 @@ FILES = {
 }
 
 
-def made(run: RunFolder) -> set[str]:
-    """The artifacts that are as they were written."""
-    records = {name: run.record(name) for name in FILES.values()}
-    return {name for name, record in records.items() if record and run.is_made(name, record.key)}
-
-
-@pytest.mark.parametrize("damage", [truncate, edit])
-def test_damage_is_recognised_in_every_file(damage: Callable[[Path], None], run: RunFolder) -> None:
-    assert made(run) == set(FILES.values())
-    for file, artifact in FILES.items():
-        content = (run.path / file).read_bytes()
-        damage(run.path / file)
-        assert made(run) == set(FILES.values()) - {artifact}, file
-        assert not run.is_removed(artifact)
-        (run.path / file).write_bytes(content)
-    assert made(run) == set(FILES.values())
-
-
 @pytest.mark.parametrize("damage", [truncate, edit])
 def test_what_was_damaged_is_rebuilt(
     damage: Callable[[Path], None],
     finished: adapruner.PruneResult,
-    run: RunFolder,
-    model_folder: Path,
-    text_file: Path,
+    run: Path,
+    rerun: Rerun,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     for file in FILES:
-        damage(run.path / file)
-    assert exit_code(command(model_folder, run.path, text_file)) == 0
+        damage(run / file)
+    assert rerun() == 0
     said = capsys.readouterr().err
     # The page is written by `adapruner report` too.
     for artifact in set(FILES.values()) - {"report.html"}:
-        assert said.count(f"{run.path / artifact} was changed or damaged since it was written: rebuilding it") == 1
-    assert_same_artifacts(run.path, finished.output)
+        assert said.count(f"{run / artifact} was changed or damaged since it was written: rebuilding it") == 1
+    assert_same_artifacts(run, finished.output)
 
 
-def test_damage_takes_nothing_else_along(
-    finished: adapruner.PruneResult, run: RunFolder, model_folder: Path, text_file: Path
-) -> None:
+def test_damage_takes_nothing_else_along(finished: adapruner.PruneResult, run: Path, rerun: Rerun) -> None:
     for artifact in ("statistics.safetensors", "plan.json", "model", "evaluation/perplexity-dense.json"):
-        before = {path: path.stat().st_mtime_ns for path in run.path.rglob("*") if path.is_file()}
-        place = run.path / artifact
+        before = written(run)
+        place = run / artifact
         edit(place / "config.json" if place.is_dir() else place)
-        assert exit_code(command(model_folder, run.path, text_file)) == 0
-        written = {path for path, moment in before.items() if path.stat().st_mtime_ns != moment}
-        own = {path for path in before if path == place or place in path.parents}
-        record = run.path / "keys" / f"{artifact.replace('/', '-')}.json"
+        edited = written(run)
+        assert rerun() == 0
+        replaced = {name for name, moment in written(run).items() if moment != edited[name]}
+        files = {name for name in before if name == artifact or name.startswith(f"{artifact}/")}
         # The model card follows from the result.
-        beside = {run.path / "keys/result.json.json", run.path / "result.json"} if artifact == "model" else set()
-        assert written - {run.config, run.log, run.path / ".lock"} == own | {record} | beside, artifact
-    assert_same_artifacts(run.path, finished.output)
-    cards = [(folder / "model/README.md").read_text() for folder in (run.path, finished.output)]
-    assert cards[0] == cards[1]
-
-
-def test_damaged_records_are_not_relied_on(
-    finished: adapruner.PruneResult, run: RunFolder, model_folder: Path, text_file: Path
-) -> None:
-    for record in (run.path / "keys").iterdir():
-        truncate(record)
-    assert exit_code(command(model_folder, run.path, text_file)) == 0
-    assert_same_artifacts(run.path, finished.output)
+        beside = {"keys/result.json.json", "result.json"} if artifact == "model" else set()
+        assert replaced - {"config.yaml"} == files | {f"keys/{artifact.replace('/', '-')}.json"} | beside
+    assert_same_artifacts(run, finished.output)
+    assert_same_cards(run, finished.output)
 
 
 def test_a_damaged_file_of_trials_is_one_line(
-    finished: adapruner.PruneResult,
-    run: RunFolder,
-    model_folder: Path,
-    text_file: Path,
-    capsys: pytest.CaptureFixture[str],
+    finished: adapruner.PruneResult, run: Path, rerun: Rerun, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (run.path / "search.json").unlink()
-    run.study.write_bytes(b"damaged\n" * 1000)
-    assert exit_code(command(model_folder, run.path, text_file)) == 2
-    assert f"{run.study} is damaged" in capsys.readouterr().err.splitlines()[-1]
-    run.study.unlink()
-    assert exit_code(command(model_folder, run.path, text_file)) == 0
-    assert_same_artifacts(run.path, finished.output)
+    (run / "search.json").unlink()
+    trials = run / "study.jsonl"
+    trials.write_bytes(b"damaged\n" * 1000)
+    assert rerun() == 2
+    assert f"{trials} is damaged" in capsys.readouterr().err.splitlines()[-1]
+    trials.unlink()
+    assert rerun() == 0
+    assert_same_artifacts(run, finished.output)
 
 
 @pytest.mark.parametrize("name", ["search.json", "plan.json", "model", "model/config.json", "report.html"])
 def test_results_that_were_removed_are_rebuilt(
     name: str,
     finished: adapruner.PruneResult,
-    run: RunFolder,
-    model_folder: Path,
-    text_file: Path,
+    run: Path,
+    rerun: Rerun,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """From what is there: nothing is measured, tried or evaluated again; and it is no damage."""
-    for forbidden in ("_statistics.measure_in_parts", "_statistics.measure_moments", "_evaluation.measure_perplexity"):
-        monkeypatch.delattr(f"adapruner.procedure.{forbidden}")
-    monkeypatch.delattr(Search, "_run_trial")
-    shutil.rmtree(run.path / name) if name == "model" else (run.path / name).unlink()
-    assert exit_code(command(model_folder, run.path, text_file)) == 0
+    monkeypatch.delattr(optuna.Study, "tell")
+    stages = stages_done(run)
+    shutil.rmtree(run / name) if name == "model" else (run / name).unlink()
+    assert rerun() == 0
+    assert not {"reading activations", "measuring", "evaluating"} & {*stages_done(run)[len(stages) :]}
     assert "damaged" not in capsys.readouterr().err
-    assert_same_artifacts(run.path, finished.output)
-    cards = [(folder / "model/README.md").read_text() for folder in (run.path, finished.output)]
-    assert cards[0] == cards[1]
+    assert_same_artifacts(run, finished.output)
+    assert_same_cards(run, finished.output)
     # What stages took stays known.
-    stages = [json.loads((each / "result.json").read_text())["stages"] for each in (run.path, finished.output)]
-    assert stages[0]["evaluating"] == stages[1]["evaluating"]
-
-
-def test_a_card_is_for_people_to_edit(
-    run: RunFolder, model_folder: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    card = run.model / "README.md"
-    own = card.read_text() + "It writes well.\n"
-    card.write_text(own)
-    assert exit_code(command(model_folder, run.path, text_file)) == 0
-    assert card.read_text() == own
-    assert "damaged" not in capsys.readouterr().err
-
-
-def test_what_was_only_measured_on_the_way_may_be_removed(
-    finished: adapruner.PruneResult,
-    run: RunFolder,
-    model_folder: Path,
-    text_file: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    for artifact in ("windows.safetensors", "statistics.safetensors"):
-        (run.path / artifact).unlink()
-    for folder in ("moments", "evaluation"):
-        shutil.rmtree(run.path / folder)
-    monkeypatch.delattr("adapruner.run.nodes.inputs.load_model")
-    again = adapruner.prune(str(model_folder), output=run.path, calibration=str(text_file), **OPTIONS)
-    assert again.result == finished.result
-
-
-def test_a_kill_while_a_damaged_model_is_replaced(
-    finished: adapruner.PruneResult,
-    run: RunFolder,
-    model_folder: Path,
-    text_file: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    edit(run.model / "config.json")
-    rename = os.replace
-
-    def stop_before_the_last(source: Path, target: Path) -> None:
-        if Path(target) == run.model:
-            raise KeyboardInterrupt
-        rename(source, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr("adapruner.files.os.replace", stop_before_the_last)
-        with pytest.raises(KeyboardInterrupt):
-            adapruner.prune(str(model_folder), output=run.path, calibration=str(text_file), **OPTIONS)
-    assert not run.model.exists()
-    # With the folder went the card that the result writes in it.
-    assert made(run) == set(FILES.values()) - {"model", "result.json"}
-    adapruner.prune(str(model_folder), output=run.path, calibration=str(text_file), **OPTIONS)
-    assert_same_artifacts(run.path, finished.output)
-    assert not list(run.path.glob(".*.old"))
+    taken = [json.loads((folder / "result.json").read_text())["stages"] for folder in (run, finished.output)]
+    assert taken[0]["evaluating"] == taken[1]["evaluating"]
 
 
 def test_another_ratio_is_mended_by_its_own_command(
@@ -263,23 +173,32 @@ def test_another_ratio_is_mended_by_its_own_command(
     assert f"report: {other / 'report.html'}\n" in capsys.readouterr().out
 
 
-def test_a_report_of_what_cannot_be_read_is_refused(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
-    truncate(run.path / "windows.safetensors")
-    assert exit_code(["report", str(run.path)]) == 2
+def test_a_report_of_what_cannot_be_read_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    truncate(run / "windows.safetensors")
+    assert exit_code(["report", str(run)]) == 2
     assert "cannot read the run in" in capsys.readouterr().err
 
 
 def test_another_ratio_is_not_made_from_damaged_measurements(
-    finished: adapruner.PruneResult, run: RunFolder, tmp_path: Path
+    finished: adapruner.PruneResult, run: Path, tmp_path: Path
 ) -> None:
     """They are rebuilt where something needs them; the earlier run is not touched."""
-    edit(run.path / "statistics.safetensors")
-    damaged = (run.path / "statistics.safetensors").read_bytes()
-    assert exit_code(["plan", str(run.path), "--ratio", "0.05", "-o", str(tmp_path / "other")]) == 0
-    other = RunFolder(tmp_path / "other")
-    assert other.record("statistics.safetensors") == RunFolder(finished.output).record("statistics.safetensors")
-    assert other.record("search.json") == run.record("search.json")
-    assert (run.path / "statistics.safetensors").read_bytes() == damaged
+    edit(run / "statistics.safetensors")
+    damaged = (run / "statistics.safetensors").read_bytes()
+    assert exit_code(["plan", str(run), "--ratio", "0.05", "-o", str(tmp_path / "other")]) == 0
+    for name, source in (("statistics.safetensors", finished.output), ("search.json", run)):
+        assert (tmp_path / "other" / name).read_bytes() == (source / name).read_bytes()
+    assert (run / "statistics.safetensors").read_bytes() == damaged
+
+
+@pytest.fixture
+def measured(run: Path) -> Path:
+    """A copy of the finished run in which nothing after the measuring was made."""
+    for name in ("evaluation", "model"):
+        shutil.rmtree(run / name)
+    for name in ("study.jsonl", "search.json", "levelled.json", "plan.json", "result.json", "report.html"):
+        (run / name).unlink()
+    return run
 
 
 @pytest.fixture
@@ -295,60 +214,58 @@ def _signals_as_before() -> Iterator[None]:
 def test_a_signal_lets_the_trial_end_and_the_run_resumes(
     number: signal.Signals,
     finished: adapruner.PruneResult,
-    model_folder: Path,
-    text_file: Path,
-    tmp_path: Path,
+    measured: Path,
+    rerun: Rerun,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    judged = 0
-    judge = Objective.__call__
+    told = 0
+    ask, tell = optuna.Study.ask, optuna.Study.tell
 
-    def interrupted(self: Objective, candidate: Candidate) -> Iterator[Tensor]:
-        nonlocal judged
-        judged += 1
-        if judged == 4:
+    def interrupted(self: optuna.Study, *arguments: Any, **named: Any) -> optuna.Trial:
+        if told == 3:
             os.kill(os.getpid(), number)
-        return judge(self, candidate)
+        return ask(self, *arguments, **named)
 
-    run = tmp_path / "run"
+    def counted(self: optuna.Study, *arguments: Any, **named: Any) -> Any:
+        nonlocal told
+        told += 1
+        return tell(self, *arguments, **named)
+
+    monkeypatch.setattr(optuna.Study, "tell", counted)
     with monkeypatch.context() as patch:
-        patch.setattr(Objective, "__call__", interrupted)
-        assert exit_code(command(model_folder, run, text_file)) == 128 + number
+        patch.setattr(optuna.Study, "ask", interrupted)
+        assert rerun() == 128 + number
     assert "stopping after this trial" in capsys.readouterr().err
-    assert judged == 4
-    record = RunFolder(run).record("search.json")
-    assert record is not None
-    assert len(StudyFile(RunFolder(run).study, record.key).finished()) == 4
-    assert not RunFolder(run).is_running()
-    assert exit_code(command(model_folder, run, text_file)) == 0
-    assert_same_artifacts(run, finished.output)
+    assert told == 4
+    assert rerun() == 0
+    assert told == RUN_OPTIONS["trials"]
+    assert_same_artifacts(measured, finished.output)
 
 
 @pytest.mark.usefixtures("_signals_as_before")
 def test_a_signal_while_measuring_keeps_what_was_measured(
     finished: adapruner.PruneResult,
-    model_folder: Path,
-    text_file: Path,
-    tmp_path: Path,
+    measured: Path,
+    rerun: Rerun,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    write = _statistics.write_atomically
+    replace = os.replace
 
-    def interrupted(path: Path, save: Callable[[Path], Any]) -> None:
-        write(path, save)
-        if "statistics" in path.parent.name:
+    def interrupted(source: Path, target: Path) -> None:
+        replace(source, target)
+        if Path(target).name == "000000.safetensors":
             os.kill(os.getpid(), signal.SIGINT)
 
-    run = tmp_path / "run"
+    (measured / "statistics.safetensors").unlink()
     with monkeypatch.context() as patch:
-        patch.setattr(_statistics, "write_atomically", interrupted)
-        assert exit_code(command(model_folder, run, text_file)) == 130
-    [unfinished] = (run / "unfinished").iterdir()
+        patch.setattr(os, "replace", interrupted)
+        assert rerun() == 130
+    [unfinished] = (measured / "unfinished").iterdir()
     assert [path.name for path in unfinished.iterdir()] == ["000000.safetensors"]
     assert unfinished.name.startswith("statistics.safetensors-")
-    assert exit_code(command(model_folder, run, text_file)) == 0
-    assert_same_artifacts(run, finished.output)
+    assert rerun() == 0
+    assert_same_artifacts(measured, finished.output)
 
 
 @pytest.fixture
@@ -374,12 +291,12 @@ def test_a_full_disk_is_one_line_and_the_run_resumes(
     capsys.readouterr()
     for size in (96, 192, 384):
         subprocess.run(["mount", "-o", f"remount,size={size}k", small_disk], check=True)
-        assert exit_code(command(model_folder, run, text_file)) == 2
+        assert exit_code(prune_command(model_folder, run, text_file)) == 2
         last = capsys.readouterr().err.splitlines()[-1].lower()
         assert "no space left" in last or "disk is full" in last
         assert "adapruner:" in last
     subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
-    assert exit_code(command(model_folder, run, text_file)) == 0
+    assert exit_code(prune_command(model_folder, run, text_file)) == 0
     assert_same_artifacts(run, finished.output)
 
 
@@ -398,7 +315,7 @@ def let_a_trial_run_out_of_memory() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_no_memory_is_one_line_and_the_run_resumes(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
-    arguments = command(model_folder, tmp_path / "run", text_file, QUICK)
+    arguments = prune_command(model_folder, tmp_path / "run", text_file, QUICK)
     process = start_main(let_a_trial_run_out_of_memory, (), arguments, tmp_path)
     process.join()
     said = said_by(process, tmp_path)
@@ -421,33 +338,30 @@ def test_samples_that_break_the_model_are_left_out_and_named(
     tokenizer: PreTrainedTokenizerFast,
     text_file: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder = with_broken_embedding(tmp_path / "model", model, tokenizer, slice(40, 41))
-    options = QUICK | {"pool": 40, "objective_windows": 24, "final_windows": 8}
-    result = adapruner.prune(str(folder), output=tmp_path / "run", calibration=str(text_file), **options)
+    options = QUICK | {"pool": 40, "objective_windows": 24, "final_windows": 8, "calibration": str(text_file)}
+    run = tmp_path / "run"
+    first = adapruner.prune_ratios(str(folder), output=run, **options | {"ratio": (0.05, 0.1)})
     said = capsys.readouterr().err
     assert "not finite: windows [" in said
     assert said.count("left out") == 3
-    drawn = load_file(tmp_path / "run" / "windows.safetensors")
-    left_out = json.loads((tmp_path / "run" / "left_out.json").read_text())["windows"]
-    assert left_out.keys() == drawn.keys()
-    for use, windows in drawn.items():
-        assert left_out[use] == torch.nonzero((windows == 40).any(1)).flatten().tolist(), use
-        assert result.result.windows[use] == len(windows) - len(left_out[use])
-    assert result.result.windows["pool"] >= 4
-    assert result.result.search.best_loss < 100
-    # They are known when the run is resumed.
-    with monkeypatch.context() as patch:
-        patch.delattr("adapruner.run.nodes.inputs.load_model")
-        again = adapruner.prune(str(folder), output=tmp_path / "run", calibration=str(text_file), **options)
-    assert again.result.model_dump_json() == result.result.model_dump_json()
-    # Of other windows, others are left out.
-    options |= {"seed": 1, "overwrite": True}
-    other = adapruner.prune(str(folder), output=tmp_path / "run", calibration=str(text_file), **options)
-    assert json.loads((tmp_path / "run" / "left_out.json").read_text())["windows"] != left_out
-    assert other.plan.hash != result.plan.hash
+    windows = load_file(run / "windows.safetensors")
+    for use, kept in windows.items():
+        assert not (kept == 40).any(), use
+        assert first[0].result.windows[use] == len(kept)
+    assert len(windows["pool"]) >= 4
+    assert first[0].result.search.best_loss < 100
+    # They are known when the run is resumed, and what was measured is enough for another ratio.
+    before, stages = written(run), stages_done(run)
+    again = adapruner.prune_ratios(str(folder), output=run, **options | {"ratio": (0.05, 0.1)})
+    assert [result.plan for result in again] == [result.plan for result in first]
+    assert stages_done(run) == stages
+    assert {name for name, moment in written(run).items() if moment != before[name]} <= {"config.yaml"}
+    planned = adapruner.plan_again(run, tmp_path / "plan", 0.08)
+    assert round(planned.plan.ratio, 2) == 0.08
+    assert not {"reading activations", "measuring", "searching"} & {*stages_done(tmp_path / "plan")}
 
 
 def test_a_broken_model_is_refused(
@@ -457,4 +371,4 @@ def test_a_broken_model_is_refused(
     with pytest.raises(
         AdaPrunerError, match=r"not finite on (\d+) of the \1 windows of the \w+: its weights are broken"
     ):
-        adapruner.prune(str(folder), output=tmp_path / "run", calibration=str(text_file), **OPTIONS)
+        adapruner.prune(str(folder), output=tmp_path / "run", calibration=str(text_file), **RUN_OPTIONS)

@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import gc
-import inspect
 import runpy
-import subprocess
 import sys
-import types
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 import datasets
 import pytest
 import torch
-from adapruner.arguments import PruneArguments, RecoveryArguments, RunArguments
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 import adapruner
-from adapruner import AdaPrunerError, PruneConfig, PruneOptions, RecoveryOptions
+from adapruner import AdaPrunerError, PruneOptions
 from adapruner.importance import TERMS
 from adapruner.measurement import Statistics
 from adapruner.run.given import name_of_code
 from run_helpers import QUICK, RUN_OPTIONS
 
+Prune = Callable[..., adapruner.PruneResult]
 EXAMPLES = sorted(path for path in (Path(__file__).parents[1] / "examples").glob("*.py") if path.name != "inputs.py")
 
 
@@ -54,18 +51,19 @@ def test_a_model_and_texts_in_memory_give_the_plan_of_files(
     tmp_path: Path,
 ) -> None:
     before = state_of(loaded)
-    result = adapruner.prune(loaded, documents, tokenizer=tokenizer, output=tmp_path / "run", **RUN_OPTIONS)
+    options = {"tokenizer": tokenizer, "output": tmp_path / "run", **RUN_OPTIONS}
+    result = adapruner.prune(loaded, documents, **options)
     assert result.plan == finished.plan
     after = state_of(loaded)
     assert all(torch.equal(before.pop(name), after.pop(name)) for name in loaded.state_dict())
     assert before == after
     # The same objects again resume the run, from what is in its folder; other ones are told.
-    again = adapruner.prune(loaded, iter(documents), tokenizer=tokenizer, output=tmp_path / "run", **RUN_OPTIONS)
+    again = adapruner.prune(loaded, iter(documents), **options)
     assert again.result == result.result
     with torch.no_grad():
         loaded.lm_head.weight[0] += 1
     with pytest.raises(AdaPrunerError, match=r"holds a run of another configuration.*another model"):
-        adapruner.prune(loaded, documents, tokenizer=tokenizer, output=tmp_path / "run", **RUN_OPTIONS)
+        adapruner.prune(loaded, documents, **options)
 
 
 def test_a_temporary_run_lasts_as_long_as_its_result(
@@ -85,13 +83,13 @@ def test_a_temporary_run_lasts_as_long_as_its_result(
     assert pruned(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
 
 
-def test_windows_are_used_as_they_are_and_each_for_one_thing(model_folder: Path, tmp_path: Path) -> None:
+def test_windows_are_used_as_they_are_and_each_for_one_thing(prune: Prune, tmp_path: Path) -> None:
     windows = torch.randint(3, 96, (60, 12), generator=torch.Generator().manual_seed(0))
     options = QUICK | {"pool": 6, "objective_windows": 3, "compensation_windows": 60, "final_windows": 60}
     options.pop("seq_len")
-    result = adapruner.prune(str(model_folder), windows, output=tmp_path / "run", **options)
-    used = load_file(tmp_path / "run" / "windows.safetensors")
-    used["report"] = load_file(tmp_path / "run" / "evaluation" / "texts.safetensors").popitem()[1]
+    result = prune(calibration=windows, **options)
+    used = load_file(result.output / "windows.safetensors")
+    used["report"] = load_file(result.output / "evaluation" / "texts.safetensors").popitem()[1]
     given = {str(window) for window in windows.tolist()}
     by_use = {use: {str(window) for window in own.tolist()} for use, own in used.items()}
     assert all(own <= given for own in by_use.values())
@@ -102,9 +100,9 @@ def test_windows_are_used_as_they_are_and_each_for_one_thing(model_folder: Path,
     assert by_use["compensation"] | by_use["objective"] | by_use["report"] == given
     assert result.result.config.seq_len == 12
     with pytest.raises(AdaPrunerError, match="int64, of shape"):
-        adapruner.prune(str(model_folder), windows.float(), output=tmp_path / "other", **options)
+        prune(calibration=windows.float(), output=tmp_path / "other", **options)
     with pytest.raises(AdaPrunerError, match="set `seq_len` to that"):
-        adapruner.prune(str(model_folder), windows, output=tmp_path / "other", seq_len=16, **options)
+        prune(calibration=windows, output=tmp_path / "other", seq_len=16, **options)
 
 
 @pytest.mark.parametrize(
@@ -148,9 +146,7 @@ class Told(adapruner.Callback):
         self.trials.append(trial)
 
 
-def test_a_function_judges_the_trials_and_callbacks_are_told(
-    model_folder: Path, text_file: Path, tmp_path: Path
-) -> None:
+def test_a_function_judges_the_trials_and_callbacks_are_told(prune: Prune, tmp_path: Path) -> None:
     """The function prefers candidates that keep the weights of the last layer; its numbers are those of the trials."""
     given: list[list[float]] = []
 
@@ -160,12 +156,9 @@ def test_a_function_judges_the_trials_and_callbacks_are_told(
         given.append([size, size + 1])
         return given[-1]
 
-    told, options = (
-        Told(),
-        QUICK | {"trials": 8, "protect_last": 0, "whole": "none", "level_rounds": 1, "output": tmp_path / "run"},
-    )
-    text = str(text_file)
-    result = adapruner.prune(str(model_folder), text, objective=size_of_last, callbacks=[told], **options)
+    told = Told()
+    options = QUICK | {"trials": 8, "protect_last": 0, "whole": "none", "level_rounds": 1}
+    result = prune(objective=size_of_last, callbacks=[told], **options)
     losses = [sum(losses) / 2 for losses in given[: len(told.trials)]]
     assert [trial.loss for trial in told.trials] == losses
     assert tuple(told.trials) == result.result.search.points
@@ -176,37 +169,26 @@ def test_a_function_judges_the_trials_and_callbacks_are_told(
     # Another version is another search; a dataset too. Another ratio needs no search, and is not
     # levelled: the function is not needed.
     with pytest.raises(AdaPrunerError, match=r"objective_function python:.*size_of_last@"):
-        adapruner.prune(str(model_folder), text, objective=size_of_last, objective_version="2", **options)
+        prune(objective=size_of_last, objective_version="2", **options)
     with pytest.raises(AdaPrunerError, match="objective_function python:size_of_last@"):
-        adapruner.prune(str(model_folder), text, **options)
+        prune(**options)
     calls = len(given)
     assert adapruner.plan_again(tmp_path / "run", tmp_path / "other", 0.05).plan.removed_parameters
     assert len(given) == calls
 
 
 def test_a_run_finds_its_gradients_whatever_the_caller_does(
-    model_folder: Path, text_file: Path, tmp_path: Path
+    finished: adapruner.PruneResult, prune: Prune, tmp_path: Path
 ) -> None:
-    plans = []
-    for number, mode in enumerate((torch.enable_grad, torch.no_grad, torch.inference_mode)):
+    for mode in (torch.no_grad, torch.inference_mode):
         with mode():
-            options = QUICK | {"trials": 4, "output": tmp_path / f"{number}"}
-            plans.append(adapruner.prune(str(model_folder), str(text_file), **options).plan)
-    assert plans[1:] == plans[:1] * 2
+            assert prune(**RUN_OPTIONS, output=tmp_path / mode.__name__).plan == finished.plan
 
 
-def test_a_function_gives_a_loss_for_each_of_the_same_items(
-    model_folder: Path, text_file: Path, tmp_path: Path
-) -> None:
+def test_a_function_gives_a_loss_for_each_of_the_same_items(prune: Prune, run: Path) -> None:
     counts = iter(range(2, 20))
     with pytest.raises(AdaPrunerError, match=r"`objective` gave shape \[3\] and 2 or 3 losses"):
-        adapruner.prune(
-            str(model_folder),
-            str(text_file),
-            output=tmp_path / "run",
-            objective=lambda model: [0.0] * next(counts),
-            **QUICK,
-        )
+        prune(**RUN_OPTIONS, objective=lambda model: [0.0] * next(counts), overwrite=True)
 
 
 def test_a_function_is_known_by_its_file_or_its_version(tmp_path: Path) -> None:
@@ -294,80 +276,6 @@ def test_the_steps_one_by_one_make_the_model_of_a_run(finished: adapruner.PruneR
         torch.testing.assert_close(compensated[name], tensor, rtol=1e-3, atol=1e-5)
     plain = adapruner.cut(loaded, structure, finished.plan).state_dict()
     assert any(not torch.equal(plain[name], tensor) for name, tensor in compensated.items())
-
-
-def widened(hint: Any) -> Any:
-    """What a keyword argument takes for an option: one value where the option is a tuple."""
-    if get_origin(hint) is tuple:
-        item = get_args(hint)[0]
-        return item | Sequence[item]
-    if get_origin(hint) in (Union, types.UnionType):
-        first, *others = map(widened, get_args(hint))
-        for other in others:
-            first = first | other
-        return first
-    return hint
-
-
-@pytest.mark.parametrize(
-    ("arguments", "options", "others"),
-    [(PruneArguments, PruneOptions, {"objective", "recover", "recovery"}), (RecoveryArguments, RecoveryOptions, set())],
-)
-def test_the_arguments_are_the_options(arguments: type, options: type[Any], others: set[str]) -> None:
-    hints = get_type_hints(arguments)
-    assert {*hints, "calibration"} == {*options.model_fields, "calibration"}
-    assert hints == {
-        name: hints[name] if name in others else widened(hint)
-        for name, hint in get_type_hints(options).items()
-        if name in hints
-    }
-
-
-def test_the_arguments_of_a_run_are_those_of_the_function() -> None:
-    named = inspect.signature(adapruner.prune_ratios).parameters.keys() - {"model", "calibration", "options"}
-    assert named == RunArguments.__annotations__.keys() - PruneArguments.__annotations__.keys()
-
-
-def test_a_type_checker_knows_every_option(tmp_path: Path) -> None:
-    """mypy on calls that are right and on calls with one mistake each."""
-    right = [
-        f"adapruner.prune('m', 'c4', {name}={PruneConfig.from_options(model='m').model_dump()[name]!r})"
-        for name in PruneOptions.model_fields
-        if name not in ("calibration", "recovery", "whole")
-    ]
-    right += [
-        "adapruner.prune(model, ['a', 'b'], tokenizer=tokenizer, ratio=0.2, whole='none', recovery={'steps': 3})",
-        "adapruner.prune('m', torch.zeros(2, 3), objective=lambda model: [float(model.training)])",
-        "adapruner.prune('m', [{'text': 'a'}], config=adapruner.PruneOptions(), evaluate='wikitext2').model.eval()",
-        "adapruner.prune_ratios('m', ratio=(0.1, 0.2))[0].plan.hash",
-        "adapruner.recover('m', 'c4', 'out', steps=3)",
-    ]
-    wrong = [
-        "adapruner.prune('m', 'c4', trails=3)",
-        "adapruner.prune('m', 'c4', ratio='a')",
-        "adapruner.prune('m', 'c4', layout='unifrom')",
-        "adapruner.prune('m', 'c4', recovery={'stesp': 3})",
-        "adapruner.prune('m', 'c4', callbacks=[print])",
-        "adapruner.recover('m', 'c4', 'out', stesp=3)",
-    ]
-    head = [
-        "import adapruner, torch",
-        "from transformers import PreTrainedModel, PreTrainedTokenizerBase",
-        "model: PreTrainedModel",
-        "tokenizer: PreTrainedTokenizerBase",
-    ]
-    script = tmp_path / "calls.py"
-    script.write_text("\n".join([*head, *right, *wrong]) + "\n")
-    settings = tmp_path / "mypy.ini"
-    others = ("transformers", "torch", "datasets", "optuna", "accelerate", "peft", "plotly", "rich")
-    skipped = "".join(f"[mypy-{name}.*]\nfollow_imports = skip\nignore_missing_imports = True\n" for name in others)
-    settings.write_text(f"[mypy]\ncache_dir = {tmp_path / 'cache'}\n{skipped}")
-    # In a process of its own, because mypy raises the recursion limit of the one it is in.
-    checker = [sys.executable, "-m", "mypy", str(script), "--config-file", str(settings), "--follow-imports", "silent"]
-    said = subprocess.run(checker, capture_output=True, text=True, check=False).stdout
-    lines = {int(line.split(":")[1]) for line in said.splitlines() if line.startswith(str(script)) and "error" in line}
-    first_wrong = len(head) + len(right) + 1
-    assert lines == set(range(first_wrong, first_wrong + len(wrong))), said
 
 
 @pytest.mark.parametrize("script", EXAMPLES, ids=lambda script: script.stem)

@@ -18,6 +18,11 @@ def test_a_standalone_process_leads(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
     assert this_process() == Process(0, 1, 0, 1)
     assert this_process().leads
+    # Variables that were left in a shell do not count.
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    for name, value in VARIABLES.items():
+        monkeypatch.setenv(name, value)
+    assert this_process() == Process()
 
 
 def test_every_process_on_a_machine_uses_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,7 @@ import pytest
 import yaml
 from transformers import LlamaConfig
 
-import adapruner
-from adapruner import AdaPrunerError, PruneConfig, pipeline
+from adapruner import AdaPrunerError, PruneConfig
 from adapruner.cli import app
 from adapruner.config import read_recipe
 from adapruner.models import empty_model
@@ -37,7 +36,7 @@ def resolved(monkeypatch: pytest.MonkeyPatch) -> Resolved:
             made.append(config)
             raise AdaPrunerError("far enough")
 
-        monkeypatch.setattr(pipeline, "_run", stop)
+        monkeypatch.setattr("adapruner.run.api.make_run", stop)
         with pytest.raises(AdaPrunerError, match="far enough"):
             app(command, exit_on_error=False)
         return made[0]
@@ -82,27 +81,3 @@ def test_options_go_before_those_of_the_recipe(tmp_path: Path, resolved: Resolve
     config = resolved(["prune", "c/d", "--recipe", str(recipe), "-o", "x", "--trials", "9", "--recovery.steps", "7"])
     assert (config.model, config.ratio, config.trials) == ("c/d", (0.3,), 9)
     assert (config.recovery.steps, config.recovery.seq_len) == (7, 64)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("no-such", None, "no recipe 'no-such': expected llama-7b-20"),
-        ("a.yaml", "- 1", "is not a mapping of options"),
-        ("a.yaml", "ratio: [", "cannot read the recipe"),
-        ("a.yaml", "model: a/b\nratoi: 0.2", "`ratoi` is not an option: did you mean `ratio`"),
-        ("a.yaml", "model: a/b\nrecover: x\nrecovery: {steps: 0}", "`recovery.steps` 0 must be at least 1"),
-        ("a.yaml", "ratio: 0.2", "name a model"),
-        ("a.yaml", "model: a/b\nratio_of: groups", "set `space` paper"),
-        ("a.yaml", "model: a/b\nrecovery: {steps: 5}", "add `recover`"),
-    ],
-)
-def test_bad_recipes_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: str | None, message: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    if content is not None:
-        Path(name).write_text(content)
-    with pytest.raises(AdaPrunerError, match=message):
-        adapruner.prune(None, output=tmp_path / "run", recipe=name)
-    assert not (tmp_path / "run").exists()

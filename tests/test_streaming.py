@@ -33,12 +33,26 @@ from adapruner.models import (
     loaded_layer,
     skipping_layers,
 )
-from adapruner.planning import Budget, Profile, kept_counts, make_plan
-from adapruner.structure import build_structure
+from adapruner.planning import Budget, Profile, PruningPlan, kept_counts, make_plan
+from adapruner.structure import Structure, build_structure
 from adapruner.surgery import Compensation, kept_layers, prune_model, prune_on_reading, refit_sequentially
 from tiny_families import tiny_config
 
 MAPPINGS = Path("/proc/self/maps")
+
+
+def random_plan(structure: Structure, budget: Budget, seed: int = 0) -> PruningPlan:
+    scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(seed))
+    return make_plan(structure, scores, kept_counts(structure, budget))
+
+
+def noting_reads(streamed: PreTrainedModel) -> list[int]:
+    """The numbers of the layers that are read from now on."""
+    read: list[int] = []
+    for number, layer in enumerate(decoder_layers(streamed)):
+        stream, inner = layer.stream, layer.stream.read
+        stream.read = lambda number=number, inner=inner: (read.append(number), inner())[1]
+    return read
 
 
 def on_disk(model: PreTrainedModel, folder: Path) -> str:
@@ -104,9 +118,7 @@ def test_a_streamed_model_is_cut_compensated_and_saved(
         )
     structure = build_structure(model)
     streamed = load_model(find_model(on_disk(model, tmp_path / "dense")), layer_wise=True)
-    scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(0))
-    budget = Budget(0.1, Profile(1, 0), heads=head_share)
-    plan = make_plan(structure, scores, kept_counts(structure, budget))
+    plan = random_plan(structure, Budget(0.1, Profile(1, 0), heads=head_share))
     saved = []
     for dense in (model, streamed):
         compensation = Compensation("least-squares", dict(measure_moments(dense, structure, windows)))
@@ -130,17 +142,13 @@ def test_several_pruned_models_are_run_with_one_reading(
     model = make_model(family)
     structure = build_structure(model)
     compensation = Compensation("least-squares", dict(measure_moments(model, structure, windows)))
-    plans = []
-    for seed, budget in enumerate((Budget(0.1, Profile(1, 0), heads=0.5), Budget(0.08, Profile(0, 1)))):
-        scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(seed))
-        plans.append(make_plan(structure, scores, kept_counts(structure, budget)))
+    budgets = Budget(0.1, Profile(1, 0), heads=0.5), Budget(0.08, Profile(0, 1))
+    plans = [random_plan(structure, budget, seed) for seed, budget in enumerate(budgets)]
     if "layer" in structure.whole:
-        plans.append(make_plan(structure, scores, [block.groups * (block.layer != 1) for block in structure.blocks]))
+        counts = [block.groups * (block.layer != 1) for block in structure.blocks]
+        plans.append(make_plan(structure, torch.zeros(structure.group_offsets[-1]), counts))
     streamed = load_model(find_model(on_disk(model, tmp_path)), layer_wise=True)
-    read: list[int] = []
-    for number, layer in enumerate(decoder_layers(streamed)):
-        stream, inner = layer.stream, layer.stream.read
-        stream.read = lambda number=number, inner=inner: (read.append(number), inner())[1]
+    read = noting_reads(streamed)
     references = log_probabilities(model, windows)
     for of_dense in (None, references):
         read.clear()
@@ -159,10 +167,7 @@ def test_many_batches_are_evaluated_with_one_reading(
     """Batches of two windows: all three with one reading, then two with one and one with another."""
     streamed = load_model(find_model(on_disk(model, tmp_path)), layer_wise=True)
     monkeypatch.setattr(_losses, "_TOKENS_PER_BATCH_ON_CPU", 2 * windows.shape[1])
-    read: list[int] = []
-    for number, layer in enumerate(decoder_layers(streamed)):
-        stream, inner = layer.stream, layer.stream.read
-        stream.read = lambda number=number, inner=inner: (read.append(number), inner())[1]
+    read = noting_reads(streamed)
     references = [of_batch.roll(1, -1) for of_batch in log_probabilities(model, windows)]
     with_one_reading = [0, *range(len(decoder_layers(model)))]
     for tokens, readings in ((6 * windows.shape[1], 1), (4 * windows.shape[1], 2)):
@@ -178,8 +183,7 @@ def test_many_batches_are_evaluated_with_one_reading(
 def test_a_cut_model_is_gone_with_its_last_reference(model: PreTrainedModel, windows: Tensor, tmp_path: Path) -> None:
     """Without the collector of cycles, which may come many trials later."""
     structure = build_structure(model)
-    scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(0))
-    plan = make_plan(structure, scores, kept_counts(structure, Budget(0.1, Profile(1, 1))))
+    plan = random_plan(structure, Budget(0.1, Profile(1, 1)))
     for dense in (model, load_model(find_model(on_disk(model, tmp_path)), layer_wise=True)):
         gc.disable()
         try:

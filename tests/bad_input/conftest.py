@@ -15,7 +15,9 @@ from adapruner.cli import main
 
 SECONDS = 20
 
+Command = Callable[..., list[str]]
 Refused = Callable[..., str]
+RunCli = Callable[[list[str]], tuple[int, str, str]]
 
 
 @contextmanager
@@ -35,9 +37,7 @@ def time_limit(seconds: int) -> Iterator[None]:
 
 
 @pytest.fixture
-def run_cli(
-    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Callable[[list[str]], tuple[int, str, str]]:
+def run_cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> RunCli:
     """Runs a command in this process: its exit code, and what it prints on stdout and stderr."""
 
     def run(arguments: list[str]) -> tuple[int, str, str]:
@@ -59,7 +59,7 @@ def run_cli(
 
 
 @pytest.fixture
-def refused(run_cli: Callable[[list[str]], tuple[int, str, str]]) -> Refused:
+def refused(run_cli: RunCli) -> Refused:
     """Asserts that a command ends as a mistake of the user's, in one line that says all that it should; returns it."""
 
     def refuse(arguments: list[str], *expected: str) -> str:
@@ -77,27 +77,38 @@ def refused(run_cli: Callable[[list[str]], tuple[int, str, str]]) -> Refused:
     return refuse
 
 
-@pytest.fixture
-def commands(tmp_path: Path, text_file: Path) -> Callable[[str | Path], dict[str, list[str]]]:
-    """A command of every verb that takes a model."""
+# Options of commands that work, of every verb that reads a model or a run.
+OPTIONS: dict[str, str] = {
+    "prune": "--pool 4 --samples 2 --trials 2 --objective-windows 4 --seq-len 16 --ratio 0.1 --round-to 1"
+    " --protect-first 1 --protect-last 1 --compensation-windows 8 --self-windows 4 --level-rounds 0 --final-windows 4",
+    "plan": "--ratio 0.1",
+    "recover": "--seq-len 16 --steps 1",
+    "evaluate": "--seq-len 16 --limit 2",
+    "benchmark": "--prompt 4 --new-tokens 2 --repetitions 1 --batch-size 1",
+    "export": "--to stock",
+    "inspect": "",
+}
+READS = {"prune": "--calibration", "recover": "--data", "evaluate": "--evaluate"}
 
-    def of(model: str | Path) -> dict[str, list[str]]:
-        name, text = str(model), str(text_file)
-        output = str(tmp_path / "output")
-        return {
-            "prune": [
-                *("prune", name, "-o", output, "--calibration", text, "--pool", "4", "--samples", "2", "--trials", "2"),
-                *("--objective-windows", "4", "--seq-len", "16", "--ratio", "0.1", "--round-to", "1"),
-                *("--protect-first", "1", "--protect-last", "1", "--compensation-windows", "8", "--self-windows", "4"),
-                *("--level-rounds", "0", "--final-windows", "4"),
-            ],
-            "recover": ["recover", name, "--data", text, "-o", output, "--seq-len", "16", "--steps", "1"],
-            "evaluate": ["evaluate", name, "--evaluate", text, "--seq-len", "16", "--limit", "2"],
-            "benchmark": [
-                *("benchmark", name, "--prompt", "4", "--new-tokens", "2", "--repetitions", "1", "--batch-size", "1"),
-            ],
-            "export": ["export", name, "--to", "stock", "-o", output],
-            "inspect": ["inspect", name],
-        }
+
+@pytest.fixture
+def command(tmp_path: Path, model_folder: Path, text_file: Path) -> Command:
+    """A command of a verb that works, with further options, also in place of its own."""
+
+    def of(
+        verb: str,
+        *options: str,
+        model: str | Path = model_folder,
+        text: str | Path = text_file,
+        output: str | Path = tmp_path / "output",
+    ) -> list[str]:
+        words = OPTIONS[verb].split()
+        own = dict(zip(words[::2], words[1::2], strict=True))
+        if verb in READS:
+            own[READS[verb]] = str(text)
+        if verb in ("prune", "plan", "recover", "export"):
+            own["-o"] = str(output)
+        kept = [part for name, value in own.items() if name not in options for part in (name, value)]
+        return [verb, str(model), *kept, *options]
 
     return of

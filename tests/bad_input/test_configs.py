@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,7 @@ import yaml
 
 from adapruner.config import PruneConfig, RecoverConfig
 from adapruner.errors import AdaPrunerError
-
-Commands = Callable[[str | Path], dict[str, list[str]]]
-Refused = Callable[..., str]
+from bad_input.conftest import Command, Refused
 
 
 def bomb(levels: int) -> str:
@@ -84,6 +82,9 @@ BROKEN: dict[str, bytes] = {
     "a list as recovery": b"model: smollm2\nrecover: c4\nrecovery: [1]\n",
     "an unknown name in recovery": b"model: smollm2\nrecover: c4\nrecovery: {stesp: 1}\n",
     "no finite learning rate": b"model: smollm2\nrecover: c4\nrecovery: {learning_rate: .inf}\n",
+    "no step of recovery": b"model: smollm2\nrecover: c4\nrecovery: {steps: 0}\n",
+    "options of a recovery alone": b"model: smollm2\nrecovery: {steps: 5}\n",
+    "options that need another": b"model: smollm2\nratio_of: groups\n",
     "options that do not go together": b"model: smollm2\nlayout: uniform\nprotect_first: 2\n",
     "control characters": b'model: smollm2\n"\\e[2J\\n\\n": 1\n',
     "a long name": b"model: smollm2\n" + b"x" * 100_000 + b": 1\n",
@@ -92,28 +93,38 @@ BROKEN: dict[str, bytes] = {
 }
 
 
-@pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN.keys())
-def test_recipes(content: bytes, refused: Refused, tmp_path: Path) -> None:
+# What is said of some of them.
+SAID = {
+    "a list": "is not a mapping of options",
+    "cut off": "cannot read the recipe",
+    "an unknown name": "`ratoi` is not an option: did you mean",
+    "no step of recovery": "--recovery.steps 0 must be at least 1",
+    "no model": "name a model",
+    "options of a recovery alone": "add --recover",
+    "options that need another": "set --space paper",
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_recipes(name: str, refused: Refused, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_bytes(content)
-    message = refused(["prune", "--recipe", str(recipe), "-o", str(tmp_path / "run")])
+    recipe.write_bytes(BROKEN[name])
+    message = refused(["prune", "--recipe", str(recipe), "-o", str(tmp_path / "run")], SAID.get(name, ""))
     assert len(message) < 1100
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN.keys())
-def test_configs_of_runs(
-    content: bytes, refused: Refused, tmp_path: Path, model_folder: Path, commands: Commands
-) -> None:
+# Both read a config by the same way: the cases take turns.
+@pytest.mark.parametrize(
+    ("content", "verb"), list(zip(BROKEN.values(), itertools.cycle(("prune", "plan")), strict=False)), ids=BROKEN.keys()
+)
+def test_configs_of_runs(content: bytes, verb: str, refused: Refused, tmp_path: Path, command: Command) -> None:
     run = tmp_path / "output"
     run.mkdir()
     (run / "config.yaml").write_bytes(content)
-    refused(commands(model_folder)["prune"], f"{run}/config.yaml is not the config of a run")
     (run / "search.json").write_text("{}")
-    refused(
-        ["plan", str(run), "--ratio", "0.1", "-o", str(tmp_path / "b")],
-        f"{run}/config.yaml is not the config of a run",
-    )
+    arguments = command("plan", model=run, output=tmp_path / "b") if verb == "plan" else command("prune")
+    refused(arguments, f"{run}/config.yaml is not the config of a run")
     assert (run / "config.yaml").read_bytes() == content
 
 
@@ -160,9 +171,9 @@ def test_the_alias_bombs_are_bombs() -> None:
     assert yaml.safe_load(merging_bomb(3))["ratio"] == 0.2
 
 
-def test_files_that_cannot_be_read(refused: Refused, tmp_path: Path, model_folder: Path, commands: Commands) -> None:
+def test_files_that_cannot_be_read(refused: Refused, tmp_path: Path, command: Command) -> None:
     for name in ("nowhere.yaml", str(tmp_path), "/dev/null", "a" * 5000, "\x1b[2J"):
         refused(["prune", "--recipe", name, "-o", str(tmp_path / "run")], *(["no recipe"] if len(name) < 5000 else []))
     run = tmp_path / "output"
     (run / "config.yaml").mkdir(parents=True)
-    refused(commands(model_folder)["prune"], "holds no run")
+    refused(command("prune"), "holds no run")

@@ -12,7 +12,6 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,8 +19,7 @@ import pytest
 import adapruner
 from adapruner.errors import AdaPrunerError
 from adapruner.progress import Reporter
-
-RunCli = Callable[[list[str]], tuple[int, str, str]]
+from bad_input.conftest import RunCli
 
 
 def fail_with(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,15 +27,6 @@ def fail_with(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
         raise error
 
     monkeypatch.setattr("adapruner.verbs.inspect", fail)
-
-
-def test_an_interruption(run_cli: RunCli, monkeypatch: pytest.MonkeyPatch) -> None:
-    fail_with(KeyboardInterrupt(), monkeypatch)
-    assert run_cli(["inspect", "x"]) == (
-        130,
-        "",
-        "adapruner: interrupted; rerun the same command, without --overwrite, to resume\n",
-    )
 
 
 @pytest.mark.parametrize(
@@ -65,23 +54,29 @@ def test_an_unexpected_failure(
     assert "Traceback" in Path(path[1]).read_text()
 
 
+FIELDS = "`round_to`, `recovery.batch_size`, `gguf_type` and `push_to_hub`, not `config.json`, `model` or `a b`"
+OPTIONS = "--round-to, --recovery.batch-size, --gguf-type and --push-to-hub, not `config.json`, `model` or `a b`"
+
+
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "code", "said"),
     [
-        (MemoryError(), "out of memory"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), "out of memory"),
-        (OSError(errno.ENOSPC, "No space left on device", "a/b"), "no space left on the disk (a/b): free some"),
-        (OSError(errno.ENOMEM, "Cannot allocate memory"), "out of memory"),
-        (PermissionError(errno.EACCES, "Permission denied", "a/b"), "permission denied (a/b)"),
-        (OSError(errno.EROFS, "Read-only file system", "a/b"), "read-only file system (a/b)"),
+        (KeyboardInterrupt(), 130, "interrupted; rerun the same command, without --overwrite, to resume\n"),
+        (AdaPrunerError(FIELDS), 2, f"{OPTIONS}\n"),
+        (MemoryError(), 2, "out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), 2, "out of memory"),
+        (OSError(errno.ENOSPC, "No space left on device", "a/b"), 2, "no space left on the disk (a/b): free some"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), 2, "out of memory"),
+        (PermissionError(errno.EACCES, "Permission denied", "a/b"), 2, "permission denied (a/b)"),
+        (OSError(errno.EROFS, "Read-only file system", "a/b"), 2, "read-only file system (a/b)"),
     ],
 )
-def test_a_machine_that_gives_out(
-    error: Exception, said: str, run_cli: RunCli, monkeypatch: pytest.MonkeyPatch
+def test_what_is_said_in_one_line(
+    error: BaseException, code: int, said: str, run_cli: RunCli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fail_with(error, monkeypatch)
-    code, output, errors = run_cli(["inspect", "x"])
-    assert (code, output, errors.count("\n")) == (2, "", 1)
+    ended, output, errors = run_cli(["inspect", "x"])
+    assert (ended, output, errors.count("\n")) == (code, "", 1)
     assert errors.startswith(f"adapruner: {said}")
 
 
@@ -128,15 +123,6 @@ def test_an_output_that_is_full() -> None:
         command = [sys.executable, "-m", "adapruner", "--help"]
         ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert (ended.returncode, ended.stderr) == (2, "adapruner: no space left on the disk: free some\n")
-
-
-def test_fields_become_options(run_cli: RunCli, monkeypatch: pytest.MonkeyPatch) -> None:
-    message = "`round_to`, `recovery.batch_size`, `gguf_type` and `push_to_hub`, not `config.json`, `model` or `a b`"
-    fail_with(AdaPrunerError(message), monkeypatch)
-    assert run_cli(["inspect", "x"])[2] == (
-        "adapruner: --round-to, --recovery.batch-size, --gguf-type and --push-to-hub, not `config.json`, `model` or"
-        " `a b`\n"
-    )
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["prune", "--help"], ["prune", "--trails", "3"]])

@@ -16,17 +16,15 @@ import torch
 from gguf import GGUFWriter
 from huggingface_hub import constants
 from huggingface_hub.utils import logging
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 
 from adapruner.errors import AdaPrunerError
 from adapruner.models import check_length, find_model, load_model
+from bad_input.conftest import Command, Refused, RunCli
 
 VERBS = ("prune", "recover", "evaluate", "benchmark", "export", "inspect")
 # These read weights.
 READING = ("prune", "recover", "evaluate", "benchmark", "export")
-
-Commands = Callable[[str | Path], dict[str, list[str]]]
-Refused = Callable[..., str]
 
 
 @pytest.fixture
@@ -35,12 +33,12 @@ def copy(model_folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(model_folder, tmp_path / "model"))
 
 
-def change_config(folder: Path, **fields: Any) -> None:
-    path = folder / "config.json"
+def change_json(path: Path, **fields: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
-BROKEN_CONFIGS = {
+# What a file is replaced by.
+CONFIGS: dict[str, bytes] = {
     "empty": b"",
     "cut off": b'{"model_type": "llama", "hidden_si',
     "no object": b"[1, 2]",
@@ -56,91 +54,21 @@ BROKEN_CONFIGS = {
     "endless nesting": b'{"a":' * 100_000,
     "a long number": b'{"model_type": "llama", "hidden_size": ' + b"9" * 10_000 + b"}",
 }
-
-
-# All verbs read a model by the same way: the cases take turns.
-@pytest.mark.parametrize(
-    ("content", "verb"),
-    list(zip(BROKEN_CONFIGS.values(), itertools.cycle(VERBS), strict=False)),
-    ids=BROKEN_CONFIGS.keys(),
-)
-def test_configs_that_are_none(content: bytes, verb: str, copy: Path, commands: Commands, refused: Refused) -> None:
-    (copy / "config.json").write_bytes(content)
-    refused(commands(copy)[verb])
-
-
-IMPOSSIBLE: list[dict[str, Any]] = [
-    {"num_hidden_layers": 0},
-    {"num_hidden_layers": -1},
-    {"num_hidden_layers": 10**9},
-    {"num_hidden_layers": 4.5},
-    {"num_hidden_layers": "four"},
-    {"num_hidden_layers": None},
-    {"num_hidden_layers": True},
-    {"hidden_size": 0},
-    {"hidden_size": -48},
-    {"hidden_size": 10**30},
-    {"hidden_size": float("nan")},
-    {"hidden_size": [48]},
-    {"hidden_size": 64},
-    {"vocab_size": 0},
-    {"vocab_size": -1},
-    {"vocab_size": 10**12},
-    {"vocab_size": "many"},
-    {"vocab_size": 95},
-    {"num_attention_heads": 0},
-    {"num_attention_heads": -6},
-    {"num_attention_heads": 7},
-    {"num_attention_heads": "6"},
-    {"num_attention_heads": 10**9},
-    {"num_key_value_heads": 0},
-    {"num_key_value_heads": 4},
-    {"num_key_value_heads": -3},
-    {"head_dim": 0},
-    {"head_dim": -8},
-    {"head_dim": "wide"},
-    {"head_dim": 7},
-    {"intermediate_size": 0},
-    {"intermediate_size": -24},
-    {"intermediate_size": 10**18},
-    {"intermediate_size": None},
-    {"hidden_act": "magic"},
-    {"rms_norm_eps": "small"},
-    {"dtype": "float99"},
-    {"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}},
-    {"rope_parameters": "none"},
-    {"layer_types": ["full_attention"]},
-    {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
-    {"quantization_config": "yes"},
-    {"model_type": "gpt2"},
-    {"model_type": "mixtral", "num_local_experts": 8},
-    {"model_type": "t5"},
-    {"model_type": "mamba"},
-    {"model_type": "clip"},
-    {"per_layer_config": {"1": {"intermediate_size": 0}}},
-    {"per_layer_config": {"1": {"intermediate_size": -5}}},
-    {"per_layer_config": {"1": {"num_attention_heads": "two"}}},
-    {"per_layer_config": {"99": {"intermediate_size": 5}}},
-    {"per_layer_config": {"one": {"intermediate_size": 5}}},
-    {"per_layer_config": [1, 2]},
-    {"per_layer_config": "all"},
-    {"per_layer_config": {"1": {"intermediate_size": 23}}},
-    {"per_layer_config": {"1": {"no_such_field": 23}}},
+# A field of a config of a Llama that makes it another, and what is said of that.
+OF_OTHERS: list[tuple[str, Any, str]] = [
+    ("model_type", "mistral3", "no causal language model 'mistral3'; did you mean 'mistral'?"),
+    ("model_type", "t5", "'t5' is an encoder-decoder"),
+    ("hidden_size", "wide", "cannot load"),
+    ("quantization_config", {"quant_method": "gptq", "bits": 4}, "this model is quantized"),
 ]
-
-
-@pytest.mark.parametrize("fields", IMPOSSIBLE, ids=lambda fields: json.dumps(fields)[:60])
-def test_configs_that_make_no_model(fields: dict[str, Any], copy: Path, commands: Commands, refused: Refused) -> None:
-    change_config(copy, **fields)
-    refused(commands(copy)["evaluate"])
-    refused(commands(copy)["export"])
-
-
-def header_of(path: Path) -> tuple[dict[str, Any], bytes]:
-    """The header of a safetensors file, and the bytes behind it."""
-    content = path.read_bytes()
-    (length,) = struct.unpack("<Q", content[:8])
-    return json.loads(content[8 : 8 + length]), content[8 + length :]
+TOKENIZERS: dict[str, bytes] = {
+    "empty": b"",
+    "cut off": b'{"version": "1.0", "model"',
+    "no object": b"[]",
+    "another object": b'{"version": "1.0"}',
+    "an unknown model": b'{"version": "1.0", "model": {"type": "Magic"}}',
+    "binary": bytes(range(256)),
+}
 
 
 def with_header(header: Any, rest: bytes, length: int | None = None) -> bytes:
@@ -148,123 +76,63 @@ def with_header(header: Any, rest: bytes, length: int | None = None) -> bytes:
     return struct.pack("<Q", len(text) if length is None else length) + text + rest
 
 
-def break_header(path: Path, change: Callable[[dict[str, Any], str], None]) -> bytes:
-    header, rest = header_of(path)
-    change(header, next(name for name in header if name.endswith("q_proj.weight")))
-    return with_header(header, rest)
+def of_a_query(**fields: Any) -> Callable[[bytes], bytes]:
+    """What the header of a safetensors file says of one tensor, changed."""
+
+    def change(content: bytes) -> bytes:
+        (length,) = struct.unpack("<Q", content[:8])
+        header = json.loads(content[8 : 8 + length])
+        name = next(name for name in header if name.endswith("q_proj.weight"))
+        return with_header(header | {name: header[name] | fields}, content[8 + length :])
+
+    return change
 
 
-def shift(header: dict[str, Any], name: str) -> None:
-    header[name]["data_offsets"] = [offset + 4 for offset in header[name]["data_offsets"]]
-
-
-def beyond(header: dict[str, Any], name: str) -> None:
-    header[name]["data_offsets"] = [2**62, 2**63]
-
-
-def negative(header: dict[str, Any], name: str) -> None:
-    header[name]["data_offsets"] = [-8, 0]
-
-
-def larger(header: dict[str, Any], name: str) -> None:
-    header[name]["shape"] = [2**40, 2**40]
-
-
-def other_dtype(header: dict[str, Any], name: str) -> None:
-    header[name]["dtype"] = "F77"
-
-
-def turned(header: dict[str, Any], name: str) -> None:
-    header[name]["shape"] = [24, 96]
-
-
-BROKEN_WEIGHTS: dict[str, Callable[[Path], bytes]] = {
-    "nothing": lambda path: b"",
-    "a header cut off": lambda path: path.read_bytes()[:100],
-    "data cut off": lambda path: path.read_bytes()[:-100],
-    "more behind the data": lambda path: path.read_bytes() + b"more",
-    "text": lambda path: b"these are no weights",
-    "a pickle": lambda path: b"\x80\x04\x95\x00\x00\x00\x00\x00\x00\x00\x00}\x94.",
-    "an endless header": lambda path: with_header({}, b"", 2**63),
-    "a long header": lambda path: with_header({}, b"", 10**8),
-    "no JSON": lambda path: struct.pack("<Q", 5) + b"{{{{{",
-    "shifted": lambda path: break_header(path, shift),
-    "beyond the end": lambda path: break_header(path, beyond),
-    "before the beginning": lambda path: break_header(path, negative),
-    "too large": lambda path: break_header(path, larger),
-    "an unknown dtype": lambda path: break_header(path, other_dtype),
-    "another shape": lambda path: break_header(path, turned),
-    "a list": lambda path: with_header([1], b""),
+# What the bytes of the weights become.
+WEIGHTS: dict[str, Callable[[bytes], bytes]] = {
+    "nothing": lambda content: b"",
+    "a header cut off": lambda content: content[:100],
+    "data cut off": lambda content: content[:-100],
+    "more after the data": lambda content: content + b"more",
+    "text": lambda content: b"these are no weights",
+    "a pickle": lambda content: b"\x80\x04\x95\x00\x00\x00\x00\x00\x00\x00\x00}\x94.",
+    "an endless header": lambda content: with_header({}, b"", 2**63),
+    "a long header": lambda content: with_header({}, b"", 10**8),
+    "no JSON": lambda content: struct.pack("<Q", 5) + b"{{{{{",
+    "shifted": of_a_query(data_offsets=[4, 4 + 48 * 48 * 4]),
+    "beyond the end": of_a_query(data_offsets=[2**62, 2**63]),
+    "before the beginning": of_a_query(data_offsets=[-8, 0]),
+    "too large": of_a_query(shape=[2**40, 2**40]),
+    "an unknown dtype": of_a_query(dtype="F77"),
+    "another shape": of_a_query(shape=[24, 96]),
+    "a list": lambda content: with_header([1], b""),
 }
+Tensors = dict[str, torch.Tensor]
 
 
-@pytest.mark.parametrize("verb", READING)
-@pytest.mark.parametrize("broken", BROKEN_WEIGHTS.values(), ids=BROKEN_WEIGHTS.keys())
-def test_weights_that_are_none(
-    broken: Callable[[Path], bytes], verb: str, copy: Path, commands: Commands, refused: Refused
-) -> None:
-    path = copy / "model.safetensors"
-    path.write_bytes(broken(path))
-    refused(commands(copy)[verb], str(copy))
-    if verb == "prune":
-        shutil.rmtree(copy.parent / "output")
-        refused([*commands(copy)[verb], "--layer-wise"], str(copy))
+def without(part: str) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: {name: tensor for name, tensor in tensors.items() if part not in name}
 
 
-def without(name: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    return lambda tensors: {own: tensors[own] for own in tensors if name not in own}
+def each(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: {name: change(tensor) for name, tensor in tensors.items()}
 
 
-OTHER_TENSORS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+# What the tensors become.
+TENSORS: dict[str, Callable[[Tensors], Tensors]] = {
     "none at all": lambda tensors: {},
     "no embedding": without("embed_tokens"),
     "a layer too few": without("layers.3."),
     "no query": without("layers.1.self_attn.q_proj.weight"),
     "a layer too many": lambda tensors: tensors | {"model.layers.4.mlp.up_proj.weight": torch.zeros(24, 48)},
-    "narrower": lambda tensors: {name: tensor[:-1] for name, tensor in tensors.items()},
-    "numbers in place of matrices": lambda tensors: {name: torch.tensor(1.0) for name in tensors},
-    "whole numbers": lambda tensors: {name: tensor.to(torch.int32) for name, tensor in tensors.items()},
-    "whole numbers of a byte": lambda tensors: {name: tensor.to(torch.uint8) for name, tensor in tensors.items()},
-    "complex numbers": lambda tensors: {name: tensor.to(torch.complex64) for name, tensor in tensors.items()},
+    "narrower": each(lambda tensor: tensor[:-1]),
+    "numbers instead of matrices": each(lambda tensor: torch.tensor(1.0)),
+    "whole numbers": each(lambda tensor: tensor.to(torch.int32)),
+    "whole numbers of a byte": each(lambda tensor: tensor.to(torch.uint8)),
+    "complex numbers": each(lambda tensor: tensor.to(torch.complex64)),
 }
-
-
-@pytest.mark.parametrize("verb", READING)
-@pytest.mark.parametrize("change", OTHER_TENSORS.values(), ids=OTHER_TENSORS.keys())
-def test_weights_of_another_model(
-    change: Callable[[dict[str, Any]], dict[str, Any]], verb: str, copy: Path, commands: Commands, refused: Refused
-) -> None:
-    path = copy / "model.safetensors"
-    save_file(change(load_file(path)), path, {"format": "pt"})
-    refused(commands(copy)[verb], str(copy))
-    if verb == "prune":
-        shutil.rmtree(copy.parent / "output")
-        refused([*commands(copy)[verb], "--layer-wise"], str(copy))
-
-
-@pytest.mark.parametrize("verb", ["prune", "recover", "evaluate"])
-def test_weights_that_are_no_numbers(verb: str, copy: Path, commands: Commands, refused: Refused) -> None:
-    path = copy / "model.safetensors"
-    save_file({name: tensor.fill_(torch.nan) for name, tensor in load_file(path).items()}, path, {"format": "pt"})
-    refused(commands(copy)[verb], "dtype" if verb == "prune" else "n")
-
-
-def test_a_config_that_asks_for_more_than_memory_holds(copy: Path, commands: Commands, refused: Refused) -> None:
-    """Nothing is allocated for weights that are not in the files."""
-    change_config(copy, vocab_size=2**30)
-    for verb in READING:
-        refused(commands(copy)[verb])
-    change_config(copy, vocab_size=96, num_hidden_layers=300)
-    refused(commands(copy)["evaluate"], "is missing")
-
-
-@pytest.mark.parametrize("verb", READING)
-def test_no_weights(verb: str, copy: Path, commands: Commands, refused: Refused) -> None:
-    (copy / "model.safetensors").unlink()
-    refused(commands(copy)[verb], str(copy))
-
-
-BROKEN_INDEXES: dict[str, Any] = {
+# The index of weights in several files.
+INDEXES: dict[str, Any] = {
     "a list": [],
     "no map": {"metadata": {}},
     "no metadata": {"weight_map": {"a": "model-1.safetensors"}},
@@ -275,104 +143,179 @@ BROKEN_INDEXES: dict[str, Any] = {
     "a folder above": {"metadata": {}, "weight_map": {"a": "../outside.safetensors"}},
     "a pickle": {"metadata": {}, "weight_map": {"a": "model.bin"}},
 }
+# Names of a chat template, which become names of files.
+CHAT_TEMPLATES = {ascii(name[:9]): name for name in ("../../evil", "/evil", "a/b", "", "..", "x" * 300, "\n")}
+
+Break = Callable[[Path], Any]
 
 
-@pytest.mark.parametrize("verb", READING)
-@pytest.mark.parametrize("content", BROKEN_INDEXES.values(), ids=BROKEN_INDEXES.keys())
-def test_indexes_that_are_broken(content: Any, verb: str, copy: Path, commands: Commands, refused: Refused) -> None:
-    shutil.copy(copy / "model.safetensors", copy.parent / "outside.safetensors")
-    (copy / "model.safetensors").rename(copy / "model-1.safetensors")
-    (copy / "model.safetensors.index.json").write_text(json.dumps(content))
-    refused(commands(copy)[verb], str(copy))
-    if verb == "prune":
-        shutil.rmtree(copy.parent / "output", ignore_errors=True)
-        refused([*commands(copy)[verb], "--layer-wise"], str(copy))
+def rewritten(name: str, change: Callable[[bytes], bytes]) -> Break:
+    """Changes the content of a file."""
+    return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes()))
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_an_adapter_is_no_model(verb: str, copy: Path, commands: Commands, refused: Refused) -> None:
-    (copy / "adapter_config.json").write_text('{"base_model_name_or_path": "../elsewhere"}')
-    refused(commands(copy)[verb], "merge it into its model first")
-    (copy / "config.json").unlink()
-    refused(commands(copy)[verb], "merge it into its model first")
+def replaced(name: str, content: bytes) -> Break:
+    return lambda folder: (folder / name).write_bytes(content)
 
 
-BROKEN_TOKENIZERS: dict[str, bytes | None] = {
-    "missing": None,
-    "empty": b"",
-    "cut off": b'{"version": "1.0", "model"',
-    "no object": b"[]",
-    "another object": b'{"version": "1.0"}',
-    "an unknown model": b'{"version": "1.0", "model": {"type": "Magic"}}',
-    "binary": bytes(range(256)),
-}
+def with_tensors(change: Callable[[Tensors], Tensors]) -> Break:
+    return rewritten("model.safetensors", lambda content: save(change(load(content)), {"format": "pt"}))
 
 
-@pytest.mark.parametrize("verb", ["prune", "recover", "evaluate", "export"])
-@pytest.mark.parametrize("content", BROKEN_TOKENIZERS.values(), ids=BROKEN_TOKENIZERS.keys())
-def test_tokenizers_that_are_none(
-    content: bytes | None, verb: str, copy: Path, commands: Commands, refused: Refused
+def with_fields(name: str, **fields: Any) -> Break:
+    return lambda folder: change_json(folder / name, **fields)
+
+
+def with_template(name: str) -> Break:
+    templates = [{"name": "default", "template": "x"}, {"name": name, "template": "x"}]
+    return with_fields("tokenizer_config.json", chat_template=templates)
+
+
+def with_index(content: Any) -> Break:
+    def write(folder: Path) -> None:
+        shutil.copy(folder / "model.safetensors", folder.parent / "outside.safetensors")
+        (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+        (folder / "model.safetensors.index.json").write_text(json.dumps(content))
+
+    return write
+
+
+def removed(*names: str) -> Break:
+    return lambda folder: [(folder / name).unlink() for name in names]
+
+
+def with_tokens(folder: Path) -> None:
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    model["vocab"].update({f"x{n}": 96 + n for n in range(10)})
+    change_json(folder / "tokenizer.json", model=model)
+
+
+def adapter_alone(folder: Path) -> None:
+    ADAPTER(folder)
+    (folder / "config.json").unlink()
+
+
+ADAPTER = replaced("adapter_config.json", b'{"base_model_name_or_path": "../elsewhere"}')
+LAYER_WISE = "prune --layer-wise"
+WRITING = ("prune", "recover", "export")
+TOKENIZED = (*WRITING, "evaluate")
+# All verbs read a config, weights and a GGUF file by the same way, or layer by layer: the cases take turns.
+IN_TURN = itertools.cycle(VERBS)
+READ = itertools.cycle((verb, LAYER_WISE) for verb in READING)
+NO_NUMBERS = with_tensors(each(lambda tensor: torch.full_like(tensor, torch.nan)))
+# What is broken, the verbs that meet it, and what all of them say; FOLDER stands for the model.
+BROKEN: list[tuple[str, Break, tuple[str, ...], str]] = [
+    *((f"config: {name}", replaced("config.json", v), (next(IN_TURN),), "") for name, v in CONFIGS.items()),
+    *((f"config: {v}", with_fields("config.json", **{name: v}), ("prune",), message) for name, v, message in OF_OTHERS),
+    *((f"weights: {name}", rewritten("model.safetensors", v), next(READ), "FOLDER") for name, v in WEIGHTS.items()),
+    *((f"tensors: {name}", with_tensors(v), next(READ), "FOLDER") for name, v in TENSORS.items()),
+    *((f"index: {name}", with_index(v), next(READ), "FOLDER") for name, v in INDEXES.items()),
+    ("weights: data cut off", rewritten("model.safetensors", WEIGHTS["data cut off"]), READING, "FOLDER"),
+    ("no weights", removed("model.safetensors"), READING, "FOLDER"),
+    ("no numbers", NO_NUMBERS, ("prune",), "dtype"),
+    ("no numbers", NO_NUMBERS, ("recover", "evaluate"), ""),
+    *((f"tokenizer: {name}", replaced("tokenizer.json", v), TOKENIZED, "FOLDER") for name, v in TOKENIZERS.items()),
+    ("no tokenizer", removed("tokenizer.json", "tokenizer_config.json"), TOKENIZED, "FOLDER"),
+    ("tokens", with_tokens, TOKENIZED, "has 106 tokens, the embedding of the model only 96"),
+    *((f"template: {name}", with_template(v), WRITING, "chat template") for name, v in CHAT_TEMPLATES.items()),
+    ("an adapter beside", ADAPTER, VERBS, "merge it into its model first"),
+    ("an adapter alone", adapter_alone, VERBS, "merge it into its model first"),
+]
+
+
+@pytest.mark.parametrize(
+    ("broken", "verb", "message"),
+    [
+        pytest.param(broken, verb, message, id=f"{name} {verb}")
+        for name, broken, verbs, message in BROKEN
+        for verb in verbs
+    ],
+)
+def test_models_that_are_broken(
+    broken: Break, verb: str, message: str, copy: Path, command: Command, refused: Refused
 ) -> None:
-    if content is None:
-        (copy / "tokenizer.json").unlink()
-        (copy / "tokenizer_config.json").unlink()
-    else:
-        (copy / "tokenizer.json").write_bytes(content)
-    refused(commands(copy)[verb], str(copy))
+    broken(copy)
+    verb, *more = verb.split()
+    refused(command(verb, *more, model=copy), message.replace("FOLDER", str(copy)))
+
+
+# Values of a field of the config, one at a time.
+FIELDS: dict[str, list[Any]] = {
+    "num_hidden_layers": [0, -1, 10**9, 4.5, "four", None, True],
+    "hidden_size": [0, -48, 10**30, float("nan"), [48], 64],
+    "vocab_size": [0, -1, 10**12, "many", 95],
+    "num_attention_heads": [0, -6, 7, "6", 10**9],
+    "num_key_value_heads": [0, 4, -3],
+    "head_dim": [0, -8, "wide", 7],
+    "intermediate_size": [0, -24, 10**18, None],
+    "hidden_act": ["magic"],
+    "rms_norm_eps": ["small"],
+    "dtype": ["float99"],
+    "rope_parameters": [{"rope_type": "spiral", "rope_theta": 1e4}, "none"],
+    "layer_types": [["full_attention"]],
+    "quantization_config": [{"quant_method": "bitsandbytes", "load_in_4bit": True}, "yes"],
+    "model_type": ["gpt2", "t5", "mamba", "clip"],
+    "per_layer_config": [
+        *({"1": {"intermediate_size": width}} for width in (0, -5, 23)),
+        *({"1": field} for field in ({"num_attention_heads": "two"}, {"no_such_field": 23})),
+        *({layer: {"intermediate_size": 5}} for layer in ("99", "one")),
+        *([1, 2], "all"),
+    ],
+}
+IMPOSSIBLE = [{name: value} for name, values in FIELDS.items() for value in values]
+IMPOSSIBLE.append({"model_type": "mixtral", "num_local_experts": 8})
+
+
+@pytest.mark.parametrize(
+    ("fields", "verb"),
+    list(zip(IMPOSSIBLE, itertools.cycle(("evaluate", "export")), strict=False)),
+    ids=lambda part: json.dumps(part)[:60],
+)
+def test_configs_that_make_no_model(
+    fields: dict[str, Any], verb: str, copy: Path, command: Command, refused: Refused
+) -> None:
+    change_json(copy / "config.json", **fields)
+    refused(command(verb, model=copy))
+
+
+def test_a_config_that_asks_for_more_than_memory_holds(copy: Path, command: Command, refused: Refused) -> None:
+    """Nothing is allocated for weights that are not in the files."""
+    change_json(copy / "config.json", vocab_size=2**30)
+    for verb in READING:
+        refused(command(verb, model=copy))
+    change_json(copy / "config.json", vocab_size=96, num_hidden_layers=300)
+    refused(command("evaluate", model=copy), "is missing")
 
 
 @pytest.mark.parametrize(
     "content", ["", "[]", "{", '{"tokenizer_class": 7}', '{"tokenizer_class": "NoSuch", "model_max_length": "long"}']
 )
-def test_settings_of_a_tokenizer_that_are_broken(
-    content: str, copy: Path, commands: Commands, run_cli: Callable[[list[str]], tuple[int, str, str]]
-) -> None:
+def test_settings_of_a_tokenizer_that_are_broken(content: str, copy: Path, command: Command, run_cli: RunCli) -> None:
     """Some of it transformers does without."""
     (copy / "tokenizer_config.json").write_text(content)
-    code, _, errors = run_cli(commands(copy)["evaluate"])
+    code, _, errors = run_cli(command("evaluate", model=copy))
     assert code in (0, 2), errors
-
-
-def change_tokenizer(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    path = folder / "tokenizer.json"
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
-
-
-@pytest.mark.parametrize("verb", ["prune", "recover", "evaluate", "export"])
-def test_a_tokenizer_with_more_tokens_than_the_embedding(
-    verb: str, copy: Path, commands: Commands, refused: Refused
-) -> None:
-    change_tokenizer(copy, lambda content: content["model"]["vocab"].update({f"x{n}": 96 + n for n in range(10)}))
-    refused(commands(copy)[verb], "has 106 tokens, the embedding of the model only 96")
 
 
 @pytest.mark.parametrize("verb", ["prune", "recover", "evaluate"])
 def test_an_added_token_beyond_the_embedding_in_a_text(
-    verb: str, copy: Path, commands: Commands, refused: Refused, text_file: Path, tmp_path: Path
+    verb: str, copy: Path, command: Command, refused: Refused, text_file: Path, tmp_path: Path
 ) -> None:
     """Such a token does no harm until a text has it."""
-    added = {"id": 96, "content": "w5", "single_word": False, "lstrip": False, "rstrip": False}
-    added |= {"normalized": False, "special": True}
-
-    def change(content: dict[str, Any]) -> None:
-        content["added_tokens"].append(added | {"content": "EXTRA"})
-
-    change_tokenizer(copy, change)
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added = json.loads((copy / "tokenizer.json").read_text())["added_tokens"]
+    added.append({"id": 96, "content": "EXTRA", "special": True, **flags})
+    change_json(copy / "tokenizer.json", added_tokens=added)
     text = tmp_path / "extra.txt"
     text.write_text(text_file.read_text().replace(" ", " EXTRA "))
-    command = [part if part != str(text_file) else str(text) for part in commands(copy)[verb]]
-    refused(command, "token 96", "embedding")
+    refused(command(verb, model=copy, text=text), "token 96", "embedding")
 
 
-def test_a_tokenizer_without_special_tokens_will_do(
-    copy: Path, commands: Commands, run_cli: Callable[[list[str]], tuple[int, str, str]]
-) -> None:
+def test_a_tokenizer_without_special_tokens_will_do(copy: Path, command: Command, run_cli: RunCli) -> None:
     (copy / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     for verb in ("prune", "recover", "evaluate"):
         shutil.rmtree(copy.parent / "output", ignore_errors=True)
-        code, _, errors = run_cli(commands(copy)[verb])
+        code, _, errors = run_cli(command(verb, model=copy))
         assert code == 0, errors
 
 
@@ -411,30 +354,29 @@ BROKEN_GGUF: dict[str, Callable[[bytes], bytes]] = {
 
 
 @pytest.mark.parametrize(
-    ("change", "verb"), list(zip(BROKEN_GGUF.values(), itertools.cycle(VERBS), strict=False)), ids=BROKEN_GGUF.keys()
+    ("change", "verb"), list(zip(BROKEN_GGUF.values(), IN_TURN, strict=False)), ids=BROKEN_GGUF.keys()
 )
 def test_gguf_files_that_are_none(
-    change: Callable[[bytes], bytes], verb: str, gguf_file: Path, commands: Commands, refused: Refused
+    change: Callable[[bytes], bytes], verb: str, gguf_file: Path, command: Command, refused: Refused
 ) -> None:
     gguf_file.write_bytes(change(gguf_file.read_bytes()))
-    refused(commands(gguf_file)[verb])
+    refused(command(verb, model=gguf_file))
 
 
-def test_a_gguf_file_of_layers_that_differ(commands: Commands, refused: Refused, tmp_path: Path) -> None:
-    for command in commands(write_gguf_file(tmp_path / "model.gguf", "deci")).values():
-        refused(command, "transformers cannot read the GGUF architecture 'deci'", "give the safetensors folder")
-
-
-def test_a_gguf_file_that_is_a_folder(commands: Commands, refused: Refused, tmp_path: Path) -> None:
+@pytest.mark.parametrize("verb", VERBS)
+def test_gguf_files_that_are_another(verb: str, command: Command, refused: Refused, tmp_path: Path) -> None:
+    """One of layers that differ, and one that is a folder."""
+    model = write_gguf_file(tmp_path / "model.gguf", "deci")
+    said = ("transformers cannot read the GGUF architecture 'deci'", "give the safetensors folder")
+    refused(command(verb, model=model), *said)
     (tmp_path / "a.gguf").mkdir()
-    for command in commands(tmp_path / "a.gguf").values():
-        refused(command, "there is no GGUF file at")
+    refused(command(verb, model=tmp_path / "a.gguf"), "there is no GGUF file at")
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("", "holds no model"),
+        ("", "holds no model: it has no config.json"),
         ("nobody/nothing", "the Hub is not contacted in offline mode (HF_HUB_OFFLINE is set)"),
         ("no spaces in/ids", "cannot load 'no spaces in/ids'"),
         ("a//b", "no model at"),
@@ -446,11 +388,11 @@ def test_a_gguf_file_that_is_a_folder(commands: Commands, refused: Refused, tmp_
     ],
 )
 def test_names_that_are_none(
-    name: str, message: str, commands: Commands, refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, message: str, command: Command, refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for command in commands(name).values():
-        refused(command, message)
+    for verb in VERBS:
+        refused(command(verb, model=name), message)
 
 
 ABSURD: list[tuple[dict[str, Any], str]] = [
@@ -469,39 +411,30 @@ ABSURD: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("fields", "named"), ABSURD, ids=[json.dumps(fields)[:50] for fields, _ in ABSURD])
 def test_configs_that_would_build_for_ever(
-    fields: dict[str, Any], named: str, copy: Path, commands: Commands, refused: Refused
+    fields: dict[str, Any], named: str, copy: Path, command: Command, refused: Refused
 ) -> None:
-    change_config(copy, **fields)
+    change_json(copy / "config.json", **fields)
     started = time.process_time()
-    refused(commands(copy)["evaluate"], named)
-    refused(commands(copy)["inspect"], named)
+    refused(command("evaluate", model=copy), named)
+    refused(command("inspect", model=copy), named)
     assert time.process_time() - started < 5
 
 
-@pytest.mark.parametrize("verb", ["prune", "export", "recover"])
-@pytest.mark.parametrize("name", ["../../evil", "/evil", "a/b", "", "..", "x" * 300, "\n"])
-def test_chat_templates_that_would_be_written_elsewhere(
-    name: str, verb: str, copy: Path, commands: Commands, refused: Refused
-) -> None:
-    path = copy / "tokenizer_config.json"
-    templates = [{"name": "default", "template": "x"}, {"name": name, "template": "x"}]
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": templates}))
-    refused(commands(copy)[verb], "chat template")
-
-
 def test_missing_folders_are_no_hub_ids(
-    copy: Path, commands: Commands, refused: Refused, monkeypatch: pytest.MonkeyPatch
+    copy: Path, command: Command, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(copy.parent.parent)
     (copy.parent / "empty").mkdir()
     shutil.copy(copy / "config.json", copy.parent / "modal.gguf")
     for name in (f"{copy.parent.name}/modell", str(copy.parent / "modell"), f"./{copy.parent.name}/modell"):
-        message = refused(commands(name)["evaluate"], "no model at", "did you mean", "model?")
+        message = refused(command("evaluate", model=name), "no model at", "did you mean", "model?")
         assert "Hub is not contacted" not in message
-    refused(commands(f"{copy.parent.name}/mode.gguf")["evaluate"], "no GGUF file", "modal.gguf?")
-    assert "did you mean" not in refused(commands(f"{copy.parent.name}/quite-another")["evaluate"], "no model at")
+    refused(command("evaluate", model=f"{copy.parent.name}/mode.gguf"), "no GGUF file", "modal.gguf?")
+    another = command("evaluate", model=f"{copy.parent.name}/quite-another")
+    assert "did you mean" not in refused(another, "no model at")
     monkeypatch.chdir(copy.parent)
-    refused(commands("modell")["evaluate"], "cannot load 'modell'", "did you mean model", "the Hub is not contacted")
+    said = ("cannot load 'modell'", "did you mean model", "the Hub is not contacted")
+    refused(command("evaluate", model="modell"), *said)
 
 
 def test_a_place_is_the_same_from_everywhere(

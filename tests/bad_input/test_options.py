@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
+import itertools
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 from annotated_types import Ge, Gt, Le, Lt
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from adapruner.config import PruneOptions, RecoveryOptions
+from bad_input.conftest import Command, Refused
 
-Commands = Callable[[str | Path], dict[str, list[str]]]
-Refused = Callable[..., str]
+# Errors that one message names.
+NAMED = 8
 
 
 def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def out_of_range(options: Any, prefix: str = "") -> list[tuple[str, str]]:
-    """For every number, what lies just beyond its bounds, far beyond them, and what is no number."""
-    cases = []
+def out_of_range(options: Any, prefix: str = "") -> list[list[str]]:
+    """For every number, what lies just beyond its bounds, far beyond them, and what is no number: as options of one
+    command after the other, each with a value for as many as a message names."""
+    values_of: dict[str, list[str]] = {}
     for name, field in options.model_fields.items():
         kinds = set(get_args(field.annotation)) | {field.annotation}
         if not kinds & {int, float}:
             continue
-        values = ["much", "nan", "inf", "9" * 5000, "", *(["2.5"] if int in kinds else [])]
+        values = ["much", "nan", "inf", "", *(["2.5"] if int in kinds else [])]
         for bound in field.metadata:
             match bound:
                 case Ge():
@@ -38,44 +42,48 @@ def out_of_range(options: Any, prefix: str = "") -> list[tuple[str, str]]:
                     values += [str(bound.le + 1)]
                 case Lt():
                     values += [str(bound.lt)]
-        if float in kinds and not any(isinstance(bound, Le | Lt) for bound in field.metadata):
-            values = [value for value in values if not value.startswith("9")]
-        cases += [(f"{flag(prefix + name)}", value) for value in values]
-    return cases
+        if int in kinds or any(isinstance(bound, Le | Lt) for bound in field.metadata):
+            values += ["9" * 5000]
+        values_of[flag(prefix + name)] = values
+    commands = []
+    for values in itertools.zip_longest(*values_of.values()):
+        given = [[option, value] for option, value in zip(values_of, values, strict=True) if value is not None]
+        commands += [[*itertools.chain(*given[i : i + NAMED])] for i in range(0, len(given), NAMED)]
+    return commands
 
 
-def without(option: str, command: list[str]) -> list[str]:
-    """A command without an option, if it has it, and the value behind it."""
-    if option not in command:
-        return command
-    place = command.index(option)
-    return command[:place] + command[place + 2 :]
-
-
-RATIOS = [("--ratio", value) for value in ("0", "1", "-1", "20", "much", "nan", "inf", "9" * 5000, "")]
+RATIOS = [["--ratio", value] for value in ("0", "1", "-1", "20", "much", "nan", "inf", "9" * 5000, "")]
+NUMBERS = ("0", "-1", "2.5", "nan", "much", "9" * 30, "9" * 5000, "")
+COUNTS = {
+    "evaluate": ("seq-len", "stride", "limit"),
+    "benchmark": ("batch-size", "prompt", "new-tokens", "repetitions"),
+}
 
 
 @pytest.mark.parametrize(
-    ("option", "value"),
-    [*RATIOS, *out_of_range(PruneOptions), *out_of_range(RecoveryOptions, "recovery.")],
-    ids=lambda text: text[:20],
+    ("verb", "arguments"),
+    [
+        *(("prune", arguments) for arguments in (*RATIOS, *out_of_range(PruneOptions))),
+        *(("prune", ["--recover", "c4", *arguments]) for arguments in out_of_range(RecoveryOptions, "recovery.")),
+        *(("recover", arguments) for arguments in out_of_range(RecoveryOptions)),
+    ],
+    ids=lambda part: part if isinstance(part, str) else " ".join(part)[:40],
 )
-def test_numbers_of_prune(
-    option: str, value: str, refused: Refused, commands: Commands, model_folder: Path, tmp_path: Path
+def test_numbers_of_options(
+    verb: str, arguments: list[str], refused: Refused, command: Command, tmp_path: Path
 ) -> None:
-    command = without(option, commands(model_folder)["prune"])
-    extra = ["--recover", "c4"] if option.startswith("--recovery.") else []
-    refused([*command, *extra, option, value], option)
+    wrong = [part for part in arguments if part.startswith("--") and part != "--recover"]
+    refused(command(verb, *arguments), *(f"{option} " for option in wrong))
     assert not (tmp_path / "output").exists()
 
 
-@pytest.mark.parametrize(("option", "value"), out_of_range(RecoveryOptions), ids=lambda text: text[:20])
-def test_numbers_of_recover(
-    option: str, value: str, refused: Refused, commands: Commands, model_folder: Path, tmp_path: Path
-) -> None:
-    command = without(option, commands(model_folder)["recover"])
-    refused([*command, option, value], option)
-    assert not (tmp_path / "output").exists()
+@pytest.mark.parametrize("value", NUMBERS, ids=lambda text: text[:20])
+@pytest.mark.parametrize(
+    ("verb", "option"),
+    [(verb, f"--{name}") for verb, names in COUNTS.items() for name in names] + [("plan", "--ratio")],
+)
+def test_numbers_of_other_verbs(verb: str, option: str, value: str, refused: Refused, command: Command) -> None:
+    refused(command(verb, option, value))
 
 
 def test_all_errors_at_once(refused: Refused, model_folder: Path, tmp_path: Path) -> None:
@@ -96,109 +104,113 @@ def test_all_errors_at_once(refused: Refused, model_folder: Path, tmp_path: Path
     )
 
 
-NUMBERS = ("0", "-1", "2.5", "nan", "much", "9" * 30, "9" * 5000, "")
-
-
-@pytest.mark.parametrize("value", NUMBERS, ids=lambda text: text[:20])
-@pytest.mark.parametrize(
-    ("verb", "option"),
-    [
-        *(("evaluate", f"--{name}") for name in ("seq-len", "stride", "limit")),
-        *(("benchmark", f"--{name}") for name in ("batch-size", "prompt", "new-tokens", "repetitions")),
-        ("plan", "--ratio"),
+# Options of a verb that are refused, with what is said of some; MODEL and TEXT stand for those of the command.
+REFUSED: dict[str, list[tuple[str, str]]] = {
+    "prune": [
+        ("--ratio 0", "--ratio 0 is not a fraction between 0 and 1"),
+        ("--ratio much", "--ratio much is not a number"),
+        ("--ratio 0.95", "0.95 cannot be reached: with the first 1 and the last 1 of 4 layers protected, at most 0."),
+        ("--ratio 0.99", ""),
+        ("--ratio 0.0001", ""),
+        ("--ratio 0.1 --ratio 0.1", ""),
+        ("--ratio-of groups", ""),
+        ("--samples 9 --pool 8", "--samples 9 is more than the 8 of --pool"),
+        ("--pool 5000", "the text is too short: "),
+        ("--pool 4000000000", ""),
+        ("--objective-windows 5000", "the text is too short: "),
+        ("--seq-len 21", "0 of "),
+        ("--seq-len 100000", ""),
+        ("--layout uniform", "--layout uniform prunes all layers alike: remove --protect-first"),
+        ("--layout uniform --ratio 0.004 --round-to 32", ""),
+        ("--round-to 4000000000", ""),
+        ("--protect-first 4", "all 4 layers are protected"),
+        ("--protect-first 9", ""),
+        ("--alignment paper", "--alignment paper only knows the Taylor terms: set --space paper"),
+        ("--space paper --level-rounds 1", ""),
+        ("--compensation bias --sequential", "--sequential needs --compensation least-squares, not bias"),
+        ("--calibration self --self-windows 4", ""),
+        ("--calibration wikitex2", "Did you mean 'wikitext2'"),
+        ("--calibration TEXT@calibration --evaluate TEXT", "--objective would read"),
+        ("--evaluate TEXT@objective", "--evaluate would read"),
+        ("--evaluate TEXT@calibration", "--evaluate would read"),
+        ("--evaluate nowhere.txt", "there is no file "),
+        ("--evaluate self", ""),
+        ("--tasks ,", ""),
+        ("--tasks ''", ""),
+        ("--recovery.steps 5", ""),
+        ("--recover self --recovery.method magic", ""),
+        ("--head-granularity query-heads", ""),
+        ("--layer-wise --no-layer-wise", ""),
+        ("--dtype int8", "--dtype"),
+        ("--device meta", ""),
+        ("--device gpu", "--device gpu: "),
+        ("--device ''", ""),
+        ("--device cuda:99", ""),
+        ("--device cpu:x", ""),
+        ("--push-to-hub a/b/c", ""),
+        ("--no-such-option", ""),
+        ("--no-such-option 3", ""),
+        ("--trails 3", "Unknown option: --trails"),
+        ("--json=maybe", ""),
+        ("another-model", ""),
+        ("--recipe no-such-recipe", ""),
     ],
+    "recover": [
+        ("--method distillation", ""),
+        ("--method labels --teacher MODEL", ""),
+        ("--teacher nowhere/at/all", ""),
+        ("--device meta", ""),
+    ],
+    "evaluate": [
+        ("--protocol magic", ""),
+        ("--seq-len 1", "1"),
+        ("--limit 0", "0"),
+        ("--stride 17", ""),
+        ("--tasks ,", ""),
+        ("--dtype int8", "int8"),
+        ("--device gpu", "gpu"),
+        ("--device meta", ""),
+    ],
+    "benchmark": [("--against nowhere/at/all", ""), ("--device meta", "")],
+    "export": [
+        ("--to onnx", "onnx"),
+        ("--to gguf", "llama"),  # biases, and a vocabulary of words
+        ("--gguf-type q2", ""),
+        ("--push-to-hub a/b/c", ""),
+        ("--push-to-hub no//name", "--push-to-hub"),
+    ],
+    "inspect": [
+        ("--ratio 0.2", ""),
+        ("--cost --ratio 2", ""),
+        ("--cost --device gpu", ""),
+        ("--cost --device meta", ""),
+        ("--no-such-option", ""),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("verb", "extra", "message"),
+    [(verb, *case) for verb, cases in REFUSED.items() for case in cases],
+    ids=lambda text: text if " " in text or "--" in text else "",
 )
-def test_numbers_of_other_verbs(
-    verb: str, option: str, value: str, refused: Refused, commands: Commands, model_folder: Path, tmp_path: Path
+def test_options_that_are_refused(
+    verb: str,
+    extra: str,
+    message: str,
+    refused: Refused,
+    command: Command,
+    model_folder: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    known = commands(model_folder) | {"plan": ["plan", str(tmp_path), "-o", str(tmp_path / "b")]}
-    command = without(option, known[verb])
-    refused([*command, option, value])
-
-
-TOGETHER = [
-    ["--samples", "9", "--pool", "8"],
-    ["--layout", "uniform"],
-    ["--ratio", "0.0001"],
-    ["--layout", "uniform", "--ratio", "0.004", "--round-to", "32"],
-    ["--alignment", "paper"],
-    ["--calibration", "self", "--self-windows", "4"],
-    ["--space", "paper", "--level-rounds", "1"],
-    ["--ratio-of", "groups"],
-    ["--compensation", "bias", "--sequential"],
-    ["--recovery.steps", "5"],
-    ["--recover", "self", "--recovery.method", "magic"],
-    ["--layer-wise", "--no-layer-wise"],
-    ["--ratio", "0.1", "--ratio", "0.1"],
-    ["--evaluate", "self"],
-    ["--tasks", ","],
-    ["--tasks", ""],
-    ["--head-granularity", "query-heads"],
-    ["--device", "meta"],
-    ["--device", "gpu"],
-    ["--device", ""],
-    ["--device", "cuda:99"],
-    ["--device", "cpu:x"],
-    ["--dtype", "int8"],
-    ["--push-to-hub", "a/b/c"],
-    ["--no-such-option"],
-    ["--no-such-option", "3"],
-    ["--json=maybe"],
-    ["another-model"],
-    ["--recipe", "no-such-recipe"],
-    ["--protect-first", "9"],
-    ["--seq-len", "100000"],
-    ["--pool", "4000000000"],
-    ["--round-to", "4000000000"],
-    ["--ratio", "0.99"],
-]
-
-
-@pytest.mark.parametrize("extra", TOGETHER, ids=lambda extra: " ".join(extra))
-def test_what_does_not_go_together(
-    extra: list[str], refused: Refused, commands: Commands, model_folder: Path, tmp_path: Path
-) -> None:
-    command = commands(model_folder)["prune"]
-    for option in {part for part in extra if part.startswith("--") and part in command}:
-        place = command.index(option)
-        del command[place : place + 2]
-    refused([*command, *extra])
+    """Before a run loads any weights."""
+    if verb == "prune":
+        monkeypatch.setattr(PreTrainedModel, "from_pretrained", lambda *_, **__: pytest.fail("weights were loaded"))
+    arguments = shlex.split(extra.replace("MODEL", str(model_folder)).replace("TEXT", str(text_file)))
+    refused(command(verb, *arguments), message)
     assert not (tmp_path / "output" / "config.yaml").exists()
-
-
-@pytest.mark.parametrize(
-    ("verb", "extra"),
-    [
-        ("recover", ["--method", "distillation"]),
-        ("recover", ["--method", "labels", "--teacher", "MODEL"]),
-        ("recover", ["--teacher", "nowhere/at/all"]),
-        ("recover", ["--device", "meta"]),
-        ("evaluate", ["--protocol", "magic"]),
-        ("evaluate", ["--stride", "17"]),
-        ("evaluate", ["--tasks", ","]),
-        ("evaluate", ["--device", "meta"]),
-        ("benchmark", ["--against", "nowhere/at/all"]),
-        ("benchmark", ["--device", "meta"]),
-        ("export", ["--to", "onnx"]),
-        ("export", ["--gguf-type", "q2"]),
-        ("export", ["--push-to-hub", "a/b/c"]),
-        ("inspect", ["--ratio", "0.2"]),
-        ("inspect", ["--cost", "--ratio", "2"]),
-        ("inspect", ["--cost", "--device", "gpu"]),
-        ("inspect", ["--cost", "--device", "meta"]),
-        ("inspect", ["--no-such-option"]),
-    ],
-    ids=lambda part: " ".join(part) if isinstance(part, list) else part,
-)
-def test_what_other_verbs_do_not_take(
-    verb: str, extra: list[str], refused: Refused, commands: Commands, model_folder: Path
-) -> None:
-    extra = [str(model_folder) if part == "MODEL" else part for part in extra]
-    command = commands(model_folder)[verb]
-    if extra[0] in command:
-        place = command.index(extra[0])
-        del command[place : place + 2]
-    refused([*command, *extra])
 
 
 @pytest.mark.parametrize(
@@ -229,17 +241,14 @@ def test_texts_longer_than_learned_positions(
     model_type: str,
     make_model: Callable[..., Any],
     tokenizer: PreTrainedTokenizerFast,
-    commands: Commands,
+    command: Command,
     refused: Refused,
     tmp_path: Path,
 ) -> None:
     make_model(model_type).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    made = commands(tmp_path / "model")
     for verb in ("prune", "recover", "evaluate"):
-        command = made[verb]
-        command[command.index("--seq-len") + 1] = "65"
-        refused(command, f"this {model_type} has 64 positions and no more; texts of 65 tokens are too long")
-    refused(
-        [*made["benchmark"][:2], "--prompt", "60", "--new-tokens", "5"], "64 positions and no more; texts of 65 tokens"
-    )
+        arguments = command(verb, "--seq-len", "65", model=tmp_path / "model")
+        refused(arguments, f"this {model_type} has 64 positions and no more; texts of 65 tokens are too long")
+    arguments = command("benchmark", "--prompt", "60", "--new-tokens", "5", model=tmp_path / "model")
+    refused(arguments, "64 positions and no more; texts of 65 tokens")

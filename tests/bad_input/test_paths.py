@@ -5,20 +5,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-Commands = Callable[[str | Path], dict[str, list[str]]]
-Refused = Callable[..., str]
-RunCli = Callable[[list[str]], tuple[int, str, str]]
+import adapruner
+from bad_input.conftest import Command, Refused, RunCli
 
 WRITING = ("prune", "recover", "export")
 
 
 def test_spaces_and_letters_of_every_alphabet_will_do(
-    model_folder: Path, text_file: Path, tmp_path: Path, commands: Commands, run_cli: RunCli
+    model_folder: Path, text_file: Path, tmp_path: Path, command: Command, run_cli: RunCli
 ) -> None:
     """From a model to everything that is made of it, below folders that are not there yet."""
     home = tmp_path / "Füße und 模型 [bold] 'q' \"q\" $x;#&"
@@ -26,9 +24,9 @@ def test_spaces_and_letters_of_every_alphabet_will_do(
     shutil.copytree(model_folder, model)
     shutil.copy(text_file, text)
     outputs = {verb: home / "новый" / f"{verb} 📦" for verb in WRITING}
-    for verb, command in commands(model).items():
-        replaced = {str(text_file): str(text), str(tmp_path / "output"): str(outputs.get(verb))}
-        code, output, errors = run_cli([replaced.get(part, part) for part in command] + ["--json"])
+    for verb in (*WRITING, "evaluate", "benchmark", "inspect"):
+        arguments = command(verb, "--json", model=model, text=text, output=outputs.get(verb, ""))
+        code, output, errors = run_cli(arguments)
         assert code == 0, errors
         assert json.loads(output)
     plan = ["plan", str(outputs["prune"]), "--ratio", "0.05", "-o", str(home / "ein anderes")]
@@ -36,19 +34,9 @@ def test_spaces_and_letters_of_every_alphabet_will_do(
     assert (outputs["prune"] / "model" / "config.json").is_file()
 
 
-@pytest.fixture
-def to_output(model_folder: Path, tmp_path: Path, commands: Commands) -> Callable[[str, str | Path], list[str]]:
-    """The command of a verb with another output."""
-
-    def of(verb: str, output: str | Path) -> list[str]:
-        return [str(output) if part == str(tmp_path / "output") else part for part in commands(model_folder)[verb]]
-
-    return of
-
-
 @pytest.mark.parametrize("verb", WRITING)
 def test_outputs_that_cannot_be(
-    verb: str, to_output: Callable[..., list[str]], refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    verb: str, command: Command, refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("mine")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
@@ -56,52 +44,61 @@ def test_outputs_that_cannot_be(
     (tmp_path / "full" / "thesis.tex").write_text("mine")
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
+    said = {"file": "exists and holds no run", "file/below": "cannot write to", "full": "exists and holds no run"}
     for output in ("file", "file/below", "file/below/that", "loop", "loop/below", "full", "x" * 300, "x" * 5000):
-        refused(to_output(verb, tmp_path / output))
+        refused(command(verb, output=tmp_path / output), said.get(output, "") if verb == "prune" else "")
+    refused(command(verb, "--overwrite", output=tmp_path / "full"), "holds ")
     for output in ("", ".", "..", "/", "/proc/nothing", "/dev/null", "/dev/null/below", "~nobody-of-this-name/x"):
         if not (output in ("", ".") and verb == "prune"):
-            refused(to_output(verb, output))
+            refused(command(verb, output=output))
     assert (tmp_path / "file").read_text() == "mine"
     assert os.listdir(tmp_path / "full") == ["thesis.tex"]
     assert os.listdir(tmp_path / "empty") == []
 
 
-def test_an_exported_file_that_cannot_be(to_output: Callable[..., list[str]], refused: Refused, tmp_path: Path) -> None:
+def test_an_exported_file_that_cannot_be(command: Command, refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    for output in ("file/model.gguf", "file", "x" * 300 + ".gguf"):
-        command = ["gguf" if part == "stock" else part for part in to_output("export", tmp_path / output)]
-        refused(command)
+    (tmp_path / "full" / "below").mkdir(parents=True)
+    for output in ("file/model.gguf", "file", "full", "x" * 300 + ".gguf"):
+        arguments = command("export", "--to", "gguf", output=tmp_path / output)
+        refused(arguments)
+        refused([*arguments, "--overwrite"], "no file" if output == "full" else "")
 
 
 @pytest.mark.parametrize("verb", WRITING)
-def test_an_output_that_is_the_model(
-    verb: str, refused: Refused, to_output: Callable[..., list[str]], model_folder: Path
-) -> None:
+def test_an_output_that_is_the_model(verb: str, refused: Refused, command: Command, model_folder: Path) -> None:
     before = sorted(os.listdir(model_folder))
-    refused(to_output(verb, model_folder))
+    refused(command(verb, output=model_folder))
     assert sorted(os.listdir(model_folder)) == before
 
 
-def test_nothing_to_plan_from(refused: Refused, tmp_path: Path) -> None:
+def test_nothing_to_plan_from(finished: adapruner.PruneResult, refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     (tmp_path / "file").write_text("mine")
+    shutil.copytree(finished.output, tmp_path / "unsearched")
+    (tmp_path / "unsearched" / "search.json").unlink()
+    plan = ["--ratio", "0.05", "-o"]
     for run in ("nowhere", "loop", "file", "file/below", "x" * 5000):
-        refused(["plan", str(tmp_path / run), "--ratio", "0.1", "-o", str(tmp_path / "b")])
+        refused(["plan", str(tmp_path / run), *plan, str(tmp_path / "b")])
+    refused(["plan", str(tmp_path), *plan, str(tmp_path / "b")], "holds no run")
+    refused(["plan", str(tmp_path / "unsearched"), *plan, str(tmp_path / "b")], "has no finished search")
+    assert not (tmp_path / "b").exists()
+    itself = str(finished.output)
+    refused(["plan", itself, *plan, itself, "--overwrite"], "is the earlier run itself")
+    assert finished.model_folder.is_dir()
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b'{"config": 1}', bytes(range(256))])
 def test_a_record_of_a_recovery_that_is_broken(
-    content: bytes, to_output: Callable[..., list[str]], refused: Refused, tmp_path: Path
+    content: bytes, command: Command, refused: Refused, tmp_path: Path
 ) -> None:
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "recovery.json").write_bytes(content)
-    refused(to_output("recover", tmp_path / "there"), "recovery.json")
+    refused(command("recover", output=tmp_path / "there"), "recovery.json")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is closed to this user")
 @pytest.mark.parametrize("verb", WRITING)
-def test_a_folder_that_is_closed(
-    verb: str, to_output: Callable[..., list[str]], refused: Refused, tmp_path: Path
-) -> None:
+def test_a_folder_that_is_closed(verb: str, command: Command, refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "closed").mkdir(mode=0o500)
-    refused(to_output(verb, tmp_path / "closed" / "below"), "closed")
+    refused(command(verb, output=tmp_path / "closed" / "below"), "closed")

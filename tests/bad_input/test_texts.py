@@ -4,26 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-Commands = Callable[[str | Path], dict[str, list[str]]]
-Refused = Callable[..., str]
-RunCli = Callable[[list[str]], tuple[int, str, str]]
+from bad_input.conftest import Command, Refused, RunCli
 
 VERBS = ("prune", "recover", "evaluate")
-
-
-@pytest.fixture
-def with_text(model_folder: Path, text_file: Path, commands: Commands) -> Callable[[str, str | Path], list[str]]:
-    """The command of a verb with another text."""
-
-    def of(verb: str, text: str | Path) -> list[str]:
-        return [str(text) if part == str(text_file) else part for part in commands(model_folder)[verb]]
-
-    return of
 
 
 BROKEN: dict[str, tuple[str, bytes]] = {
@@ -61,12 +48,12 @@ BROKEN: dict[str, tuple[str, bytes]] = {
     ("case", "verb"), list(zip(BROKEN.values(), itertools.cycle(VERBS), strict=False)), ids=BROKEN.keys()
 )
 def test_texts_that_are_none(
-    case: tuple[str, bytes], verb: str, with_text: Callable[..., list[str]], refused: Refused, tmp_path: Path
+    case: tuple[str, bytes], verb: str, command: Command, refused: Refused, tmp_path: Path
 ) -> None:
     name, content = case
     path = tmp_path / name
     path.write_bytes(content)
-    refused(with_text(verb, path), name)
+    refused(command(verb, text=path), name)
 
 
 NO_SUCH_TEXT = {
@@ -94,54 +81,57 @@ NO_SUCH_TEXT = {
 }
 
 
-@pytest.mark.parametrize("verb", VERBS)
-@pytest.mark.parametrize(("text", "message"), NO_SUCH_TEXT.items(), ids=lambda text: ascii(text)[:30])
+@pytest.mark.parametrize(
+    ("text", "message", "verb"),
+    [(*case, verb) for case, verb in zip(NO_SUCH_TEXT.items(), itertools.cycle(VERBS), strict=False)],
+    ids=lambda text: ascii(text)[:30],
+)
 def test_names_of_no_text(
     text: str,
     message: str,
     verb: str,
-    with_text: Callable[..., list[str]],
+    command: Command,
     refused: Refused,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("ADAPRUNER_DATA", raising=False)
-    refused(with_text(verb, text), *message.split(" … "))
+    refused(command(verb, text=text), *message.split(" … "))
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_a_folder_is_no_text(verb: str, with_text: Callable[..., list[str]], refused: Refused, tmp_path: Path) -> None:
+def test_a_folder_is_no_text(verb: str, command: Command, refused: Refused, tmp_path: Path) -> None:
     for name in ("folder", "folder.txt", "folder.jsonl"):
         (tmp_path / name).mkdir()
-        refused(with_text(verb, tmp_path / name), name)
+        refused(command(verb, text=tmp_path / name), name)
 
 
-def test_a_column_that_is_not_there(with_text: Callable[..., list[str]], refused: Refused, tmp_path: Path) -> None:
+def test_a_column_that_is_not_there(command: Command, refused: Refused, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"passage": "w1 w2", "title": "w3"}))
     for verb in VERBS:
-        refused(with_text(verb, f"{path}:text"), "passage, title")
+        refused(command(verb, text=f"{path}:text"), "passage, title")
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
 def test_a_byte_order_mark_and_line_ends_of_others_are_no_mistake(
-    name: str, with_text: Callable[..., list[str]], run_cli: RunCli, text_file: Path, tmp_path: Path
+    name: str, command: Command, run_cli: RunCli, text_file: Path, tmp_path: Path
 ) -> None:
     paragraphs = text_file.read_text().split("\n\n")
     lines = [json.dumps({"text": one}) for one in paragraphs] if name == "a.jsonl" else paragraphs
     (tmp_path / name).write_bytes("\r\n".join(lines).encode("utf-8-sig"))
-    code, output, errors = run_cli([*with_text("evaluate", tmp_path / name), "--json"])
+    code, output, errors = run_cli(command("evaluate", "--json", text=tmp_path / name))
     assert code == 0, errors
-    expected = run_cli([*with_text("evaluate", text_file), "--json"])[1]
+    expected = run_cli(command("evaluate", "--json"))[1]
     assert [json.loads(one)["perplexity"][0]["perplexity"] for one in (output, expected)] == [
         pytest.approx(json.loads(expected)["perplexity"][0]["perplexity"])
     ] * 2
 
 
-def test_one_giant_line_is_a_text(with_text: Callable[..., list[str]], run_cli: RunCli, tmp_path: Path) -> None:
+def test_one_giant_line_is_a_text(command: Command, run_cli: RunCli, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("w1 w2 w3 w4 " * 50_000)
-    code, _, errors = run_cli(with_text("evaluate", tmp_path / "a.txt"))
+    code, _, errors = run_cli(command("evaluate", text=tmp_path / "a.txt"))
     assert code == 0, errors
 
 
@@ -157,8 +147,8 @@ def test_one_giant_line_is_a_text(with_text: Callable[..., list[str]], run_cli: 
     ],
 )
 def test_instructions_without_an_answer(
-    record: dict[str, object], with_text: Callable[..., list[str]], refused: Refused, tmp_path: Path
+    record: dict[str, object], command: Command, refused: Refused, tmp_path: Path
 ) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join([json.dumps(record)] * 3))
-    refused(with_text("recover", path), str(path))
+    refused(command("recover", text=path), str(path))

@@ -12,10 +12,9 @@ import torch
 import adapruner
 from adapruner.planning import PruningPlan
 from device.client import Device
-from device.options import LAYER_WISE, SMALL_RECOVERY, SMALL_RUN
+from device.options import LAYER_WISE, SMALL_RUN, pruning
 from device.results import only_json
 from device.whole_run import compare
-from run_helpers import flags
 
 
 @dataclass(frozen=True)
@@ -78,13 +77,7 @@ def command(case: Case, model: Path, text: Path, output: Path, place: str) -> li
         options = {name: value for name, value in options.items() if name not in ("protect_first", "protect_last")}
     if options.get("space") == "paper" or options.get("layout") == "uniform":
         options.pop("level_rounds")
-    recovery = [] if case.recovery is None else ["--recover", text, *flags(SMALL_RECOVERY | case.recovery, "recovery.")]
-    return [
-        *("prune", model, "-o", output, "--calibration", text, "--evaluate", text, "--device", place),
-        *flags(options),
-        *recovery,
-        "--json",
-    ]
+    return [*pruning(model, text, output, options, case.recovery), "--evaluate", text, "--device", place]
 
 
 @pytest.mark.parametrize(

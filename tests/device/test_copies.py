@@ -9,9 +9,8 @@ from typing import NamedTuple
 import pytest
 
 from device.client import Device
-from device.options import LAYER_WISE, SMALL_RECOVERY, SMALL_RUN
+from device.options import LAYER_WISE, SMALL_RUN, pruning
 from device.results import only_json
-from run_helpers import flags
 
 
 class Most(NamedTuple):
@@ -68,20 +67,8 @@ def test_a_run_waits_no_more_often_than_is_written_here(
     text_file: Path,
     tmp_path: Path,
 ) -> None:
-    outcome = device.run(
-        *(
-            "prune",
-            family("llama"),
-            "-o",
-            tmp_path / "a",
-            "--calibration",
-            text_file,
-            "--evaluate",
-            text_file,
-            "--json",
-        ),
-        *("--recover", text_file, *flags(SMALL_RECOVERY, "recovery."), *flags(SMALL_RUN | options)),
-    )
+    command = pruning(family("llama"), text_file, tmp_path / "a", SMALL_RUN | options, recovery={})
+    outcome = device.run(*command, "--evaluate", text_file)
     only_json(outcome)
     measured = {}
     for name in {stage.name for stage in outcome.stages} - {"loading", "saving"}:

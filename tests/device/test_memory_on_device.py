@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from adapruner.graph import RunFolder
 from adapruner.planning import PruningPlan
 from device.client import Device, Outcome
-from device.options import LAYER_WISE, SMALL_RECOVERY, SMALL_RUN
+from device.options import LAYER_WISE, SMALL_RUN, pruning, recovering
 from device.results import only_json, only_line
 from run_helpers import flags
 
@@ -25,12 +24,8 @@ STAGES = (
 )
 
 
-def command(model: Path, text: Path, output: Path, **options: object) -> list[object]:
-    return [
-        *("prune", model, "-o", output, "--calibration", text, "--evaluate", text, "--recover", text, "--json"),
-        *flags(SMALL_RUN | options),
-        *flags(SMALL_RECOVERY, "recovery."),
-    ]
+def command(model: Path, text: Path, output: Path) -> list[object]:
+    return [*pruning(model, text, output, recovery={}), "--evaluate", text]
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +79,7 @@ def test_a_model_that_does_not_fit_is_pruned_layer_by_layer(
     options = {name: value for name, value in (SMALL_RUN | LAYER_WISE).items() if name != "layer_wise"}
     # Of many layers: layer by layer, more samples and trials are in memory at once.
     model = family("llama", num_hidden_layers=24)
-    arguments = ["prune", model, "-o", tmp_path / "a", "--calibration", text_file, *flags(options), "--json"]
+    arguments = pruning(model, text_file, tmp_path / "a", options)
     estimates = {}
     for layer_wise in ("--layer-wise", "--no-layer-wise"):
         cost = only_json(device.run("inspect", model, "--cost", "--json", *flags(options), layer_wise))
@@ -92,9 +87,7 @@ def test_a_model_that_does_not_fit_is_pruned_layer_by_layer(
     assert estimates["--layer-wise"] < estimates["--no-layer-wise"]
     memory = (estimates["--layer-wise"] + estimates["--no-layer-wise"]) // 2
     only_json(device.run(*arguments, memory=memory))
-    record = RunFolder(tmp_path / "a").record("search.json")
-    assert record is not None
-    assert record.leaves["precision"]["layer_wise"] is True
+    assert json.loads((tmp_path / "a/keys/search.json.json").read_text())["leaves"]["precision"]["layer_wise"] is True
 
 
 def test_a_model_that_does_not_fit_is_evaluated_layer_by_layer(
@@ -127,7 +120,7 @@ def test_other_commands_that_run_out_of_memory_say_so(
 ) -> None:
     model = undisturbed[0] / "model"
     arguments: dict[str, list[object]] = {
-        "recover": ["--data", text_file, "-o", tmp_path / "a", *flags(SMALL_RECOVERY)],
+        "recover": recovering(model, text_file, tmp_path / "a")[2:-1],
         "evaluate": ["--evaluate", text_file, "--seq-len", 16],
         "benchmark": ["--against", family("llama"), "--prompt", 8, "--new-tokens", 2, "--repetitions", 1],
     }
@@ -177,7 +170,7 @@ def test_estimates_are_what_is_needed(
     cost = only_json(device.run("inspect", model, "--cost", "--json", *flags(options)))
     estimates = {stage["stage"]: stage["device_bytes"] for stage in cost["stages"]}
     # Trials hold second moments where there is room, which is not estimated: there is little.
-    command = ["prune", model, "-o", tmp_path / "a", "--calibration", long_text_file, *flags(options), "--json"]
+    command = pruning(model, long_text_file, tmp_path / "a", options)
     outcome = device.run(*command, memory=6 * max(estimates.values()) // 5)
     only_json(outcome)
     peaks = {name: max(one.peak for one in outcome.stages if one.name == name) for name in estimates}
@@ -196,13 +189,13 @@ def test_adapters_cost_what_their_shapes_say(
     """With gradient checkpointing, a layer more is its weights, its adapters with their gradients and two moments, and
     the hidden state in front of it; from three models one of any depth follows (docs/benchmarks.md)."""
     hidden, channels, heads, tokens = 128, 384, 64, 4 * 16  # two KV heads of 32 beside four query heads
-    options = SMALL_RECOVERY | {"micro_batch_size": 4, "batch_size": 8, "gradient_checkpointing": True}
+    options = {"micro_batch_size": 4, "batch_size": 8, "gradient_checkpointing": True}
     # A vocabulary in whose logits the peak is, as in models for use.
     sizes = {"hidden_size": hidden, "intermediate_size": channels, "head_dim": 32, "vocab_size": 4096}
     peaks = []
     for layers in (2, 4, 6):
         model, output = family("llama", "bfloat16", num_hidden_layers=layers, **sizes), tmp_path / str(layers)
-        outcome = device.run("recover", model, "--data", text_file, "-o", output, "--json", *flags(options))
+        outcome = device.run(*recovering(model, text_file, output, **options))
         only_json(outcome)
         peaks.append(max(stage.peak for stage in outcome.stages))
     weights = 2 * hidden * (hidden + heads) + 3 * hidden * channels + 2 * hidden

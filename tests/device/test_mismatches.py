@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from device.client import Device
-from device.options import SMALL_RUN
-from run_helpers import flags
+from device.options import pruning
 
 # Calls of `to` out of one file of the package do not move; the conversion of dtypes is left as it is.
 PROGRAM = """
@@ -38,7 +37,7 @@ finally:
 def test_a_tensor_left_on_the_cpu_is_found(
     file: str, device: Device, family: Callable[..., Path], text_file: Path, tmp_path: Path
 ) -> None:
-    arguments = ["prune", family("llama"), "-o", tmp_path / "a", "--calibration", text_file, *flags(SMALL_RUN)]
+    arguments = pruning(family("llama"), text_file, tmp_path / "a")
     program = tmp_path / "program.py"
     program.write_text(PROGRAM.format(file=file, arguments=[str(argument) for argument in arguments]))
     outcome = device.run(file=program)

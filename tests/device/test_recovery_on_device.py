@@ -11,9 +11,8 @@ import pytest
 
 import adapruner
 from device.client import Device
-from device.options import SMALL_RECOVERY, SMALL_RUN
+from device.options import pruning, recovering
 from device.results import only_json, only_line
-from run_helpers import flags
 
 KILLED = 9
 
@@ -27,10 +26,7 @@ def instructions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(model: Path, data: object, output: Path, place: str, **options: object) -> list[object]:
-    return [
-        *("recover", model, "--data", data, "-o", output, "--device", place, "--json"),
-        *flags(SMALL_RECOVERY | {"learning_rate": 3e-3} | options),
-    ]
+    return [*recovering(model, data, output, **{"learning_rate": 3e-3} | options), "--device", place]
 
 
 @pytest.mark.device_matrix
@@ -128,11 +124,7 @@ def test_a_run_continues_on_its_own_kind_of_device_only(
 ) -> None:
     """Numbers depend on the kind of device: it is named, and `--overwrite` rebuilds."""
     output = tmp_path / "a"
-    arguments = [
-        *("prune", family("llama"), "-o", output, "--calibration", text_file, "--recover", text_file, "--json"),
-        *flags(SMALL_RUN),
-        *flags(SMALL_RECOVERY | {"steps": 6}, "recovery."),
-    ]
+    arguments = pruning(family("llama"), text_file, output, recovery={"steps": 6})
     killed = device.run(*arguments, "--device", first, killed_in=(stage, 2), native_bfloat16=False)
     assert killed.code == KILLED
     shutil.copytree(output, tmp_path / "copy")

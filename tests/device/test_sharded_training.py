@@ -13,9 +13,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import adapruner
 from device.client import Device, Outcome
-from device.options import SMALL_RECOVERY, SMALL_RUN
+from device.options import pruning, recovering
 from device.results import only_json, only_line
-from run_helpers import flags
 
 pytestmark = pytest.mark.device_matrix
 
@@ -34,7 +33,7 @@ KILLED = 9
 def recovery(model: Path, text: Path, output: Path, **options: object) -> list[object]:
     # The processes draw dropout each for itself.
     exact = {"learning_rate": 3e-3, "lora_dropout": 0}
-    return ["recover", model, "--data", text, "-o", output, "--json", *flags(SMALL_RECOVERY | exact | options)]
+    return recovering(model, text, output, **exact | options)
 
 
 @dataclass(frozen=True)
@@ -72,8 +71,7 @@ def pruned(
 ) -> Path:
     """A model whose layers differ."""
     folder = tmp_path_factory.mktemp("pruned")
-    arguments = ("prune", family("llama"), "-o", folder, "--calibration", text_file, "--json")
-    only_json(two_devices.run(*arguments, *flags(SMALL_RUN)))
+    only_json(two_devices.run(*pruning(family("llama"), text_file, folder)))
     return folder / "model"
 
 

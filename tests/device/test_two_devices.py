@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 
 import adapruner
-from adapruner.graph import RunFolder
 from device.client import Device, Outcome
-from device.options import LAYER_WISE, SMALL_RECOVERY, SMALL_RUN
+from device.options import LAYER_WISE, SMALL_RUN, pruning, recovering
 from device.results import only_json, only_line
 from device.test_commands import CASES, STEPS
 from run_helpers import flags
@@ -30,10 +29,7 @@ def test_the_second_gpu_alone_is_used(
     layer_wise: bool, two_devices: Device, family: Callable[..., Path], text_file: Path, tmp_path: Path
 ) -> None:
     options = SMALL_RUN | (LAYER_WISE if layer_wise else {})
-    outcome = two_devices.run(
-        *("prune", family("llama"), "-o", tmp_path / "a", "--calibration", text_file, "--device", "cuda:1", "--json"),
-        *flags(options),
-    )
+    outcome = two_devices.run(*pruning(family("llama"), text_file, tmp_path / "a", options), "--device", "cuda:1")
     only_json(outcome)
     # Of the first device.
     assert {stage.name: stage.peak for stage in outcome.stages if stage.peak} == {}
@@ -48,11 +44,8 @@ def test_layers_on_two_gpus_give_the_plan_of_the_cpu(
     plans, results = [], []
     for place in ("cuda:0,cuda:1", "cpu"):
         output = tmp_path / place[:3]
-        outcome = two_devices.run(
-            *("prune", family(model_type), "-o", output, "--calibration", text_file, "--evaluate", text_file),
-            *("--device", place, "--json", *flags(options)),
-            native_bfloat16=False,
-        )
+        command = pruning(family(model_type), text_file, output, options)
+        outcome = two_devices.run(*command, "--evaluate", text_file, "--device", place, native_bfloat16=False)
         results.append(only_json(outcome))
         plans.append(adapruner.PruningPlan.load(output / "plan.json").hash)
         moved = {stage for stage, kind, *_ in outcome.events if kind == "p2p"}
@@ -113,17 +106,10 @@ def test_a_model_that_is_too_large_for_one_gpu_is_spread_over_two(
         costs[place] = max(stage["device_bytes"] for stage in cost["stages"])
     memory = (costs["cuda:0"] + costs["cuda:0,cuda:1"]) * 2 // 3
     assert costs["cuda:0,cuda:1"] < 0.75 * memory < costs["cuda:0"]
-    outcome = two_devices.run(
-        *("prune", model, "-o", tmp_path / "a", "--calibration", text_file, "--recover", text_file, "--json"),
-        *flags(options),
-        *flags(SMALL_RECOVERY, "recovery."),
-        memory=memory,
-    )
+    outcome = two_devices.run(*pruning(model, text_file, tmp_path / "a", options, recovery={}), memory=memory)
     assert only_json(outcome)["recovery"]["steps"] == 3
     assert "p2p" in {kind for stage, kind, *_ in outcome.events if stage == "searching"}
-    record = RunFolder(tmp_path / "a").record("search.json")
-    assert record is not None
-    assert record.leaves["precision"]["layer_wise"] is False
+    assert json.loads((tmp_path / "a/keys/search.json.json").read_text())["leaves"]["precision"]["layer_wise"] is False
 
 
 def test_evaluating_uses_as_many_gpus_as_the_weights_need(
@@ -157,10 +143,7 @@ def test_devices_that_cannot_share_a_model_are_refused(
 def test_training_on_the_second_gpu_alone_says_how(
     two_devices: Device, family: Callable[..., Path], text_file: Path, tmp_path: Path
 ) -> None:
-    outcome = two_devices.run(
-        *("recover", family("llama"), "--data", text_file, "-o", tmp_path / "a", "--device", "cuda:1"),
-        *flags(SMALL_RECOVERY),
-    )
+    outcome = two_devices.run(*recovering(family("llama"), text_file, tmp_path / "a"), "--device", "cuda:1")
     assert "CUDA_VISIBLE_DEVICES=1" in only_line(outcome)
 
 
@@ -172,19 +155,14 @@ def test_there_is_no_third_gpu(two_devices: Device, family: Callable[..., Path],
 def test_one_process_of_two_gpus_uses_the_first(
     two_devices: Device, family: Callable[..., Path], text_file: Path, tmp_path: Path
 ) -> None:
-    arguments = ("recover", family("llama"), "--data", text_file, "-o", tmp_path / "a", *flags(SMALL_RECOVERY))
-    assert only_json(two_devices.run(*arguments, "--json"))["steps"] == 3
+    assert only_json(two_devices.run(*recovering(family("llama"), text_file, tmp_path / "a")))["steps"] == 3
 
 
 @pytest.mark.parametrize("train", ["lora", "full"])
 def test_two_processes_prune_and_train_together(
     train: str, launch: Callable[..., Outcome], family: Callable[..., Path], text_file: Path, tmp_path: Path
 ) -> None:
-    outcome = launch(
-        *("prune", family("llama"), "-o", tmp_path / "a", "--calibration", text_file, "--recover", text_file, "--json"),
-        *flags(SMALL_RUN),
-        *flags(SMALL_RECOVERY | {"train": train}, "recovery."),
-    )
+    outcome = launch(*pruning(family("llama"), text_file, tmp_path / "a", recovery={"train": train}))
     result = only_json(outcome)
     assert result["recovery"]["steps"] == 3
     assert all(peaks(outcome))
@@ -206,10 +184,9 @@ def test_two_processes_recover(
     text_file: Path,
     tmp_path: Path,
 ) -> None:
-    options = SMALL_RECOVERY | {"train": train, "method": method}
     teacher = ["--teacher", family("llama")] if method == "distillation" else []
-    arguments = ["--data", text_file, *flags(options), *teacher, "--json"]
-    outcome = launch("recover", family("llama"), "-o", tmp_path / "a", *arguments)
+    command = recovering(family("llama"), text_file, tmp_path / "a", train=train, method=method)
+    outcome = launch(*command, *teacher)
     assert only_json(outcome)["steps"] == 3
     assert all(peaks(outcome))
     assert sum(": done in" in line for line in outcome.stderr.splitlines()) == 2
@@ -219,10 +196,8 @@ def test_two_processes_recover(
 def test_a_process_that_runs_out_of_memory_ends_all(
     launch: Callable[..., Outcome], family: Callable[..., Path], text_file: Path, tmp_path: Path
 ) -> None:
-    outcome = launch(
-        *("recover", family("llama"), "--data", text_file, "-o", tmp_path / "a", *flags(SMALL_RECOVERY)),
-        environment={"SIMULATED_CUDA_GIB": "0.0004"},
-    )
+    command = recovering(family("llama"), text_file, tmp_path / "a")
+    outcome = launch(*command, environment={"SIMULATED_CUDA_GIB": "0.0004"})
     assert outcome.code != 0
     assert "adapruner: out of memory" in outcome.stderr
 
@@ -232,9 +207,7 @@ def test_all_weights_are_trained_though_an_attention_is_gone(
 ) -> None:
     """The norm in front of it gets no gradient."""
     options = SMALL_RUN | {"whole": "attention", "ratio": 0.3, "trials": 13}
-    arguments = ("prune", family("llama"), "-o", tmp_path / "run", "--calibration", text_file, "--json")
-    only_json(two_devices.run(*arguments, *flags(options)))
+    only_json(two_devices.run(*pruning(family("llama"), text_file, tmp_path / "run", options)))
     plan = adapruner.PruningPlan.load(tmp_path / "run" / "plan.json")
     assert any(not block.kept for block in plan.blocks)
-    recovery = flags(SMALL_RECOVERY | {"train": "full"})
-    only_json(launch("recover", tmp_path / "run/model", "--data", text_file, *recovery, "--json", "-o", tmp_path / "a"))
+    only_json(launch(*recovering(tmp_path / "run/model", text_file, tmp_path / "a", train="full")))

@@ -20,7 +20,7 @@ from adapruner.planning import make_plan
 from adapruner.structure import build_structure
 from adapruner.surgery import prune_model
 from device.client import Device
-from device.options import SMALL_RECOVERY, SMALL_RUN
+from device.options import SMALL_RUN, pruning
 from device.results import only_json
 from run_helpers import flags
 
@@ -30,8 +30,8 @@ def run(device: Device, family: Callable[..., Path], text_file: Path, tmp_path_f
     """A finished run of two ratios on the GPU."""
     output = tmp_path_factory.mktemp("runs") / "a"
     ratios = ["--ratio", 0.1, "--ratio", 0.2]
-    others = flags({name: value for name, value in SMALL_RUN.items() if name != "ratio"})
-    outcome = device.run("prune", family("llama"), "-o", output, "--calibration", text_file, *ratios, *others, "--json")
+    others = {name: value for name, value in SMALL_RUN.items() if name != "ratio"}
+    outcome = device.run(*pruning(family("llama"), text_file, output, others), *ratios)
     assert len(only_json(outcome)) == 2
     return output
 
@@ -158,13 +158,7 @@ def test_fewer_tokens(
     model = with_bytes(dtype)
     fewer = ["--vocabulary", text_file, "--vocabulary-size", 300, "--vocabulary-multiple", 4]
     only_json(device.run("vocabulary", model, *fewer, "-o", tmp_path / "a", "--json"))
-    outcome = device.run(
-        *("prune", model, "-o", tmp_path / "b", "--calibration", text_file, "--recover", text_file, "--json"),
-        *fewer,
-        *flags(SMALL_RUN | {"ratio": 0.2}),
-        *flags(SMALL_RECOVERY, "recovery."),
-    )
-    only_json(outcome)
+    only_json(device.run(*pruning(model, text_file, tmp_path / "b", SMALL_RUN | {"ratio": 0.2}, recovery={}), *fewer))
     for name in ("a", "b/recovered"):
         assert adapruner.load(tmp_path / name).config.vocab_size == 300
 

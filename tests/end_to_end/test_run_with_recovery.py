@@ -8,12 +8,20 @@ from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import ModelCard
+from transformers import PreTrainedModel
 
 import adapruner
 from adapruner import AdaPrunerError
-from adapruner.cli import main
 from adapruner.models import find_model, load_model
-from run_helpers import QUICK, assert_same_artifacts, flags, run_killed
+from run_helpers import (
+    QUICK,
+    assert_same_artifacts,
+    exit_code,
+    flags,
+    prune_command,
+    run_killed,
+    run_killed_before_writing,
+)
 
 OPTIONS = QUICK | {
     "recovery": {
@@ -122,34 +130,18 @@ def test_a_killed_run_resumes(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    of_run = {name: value for name, value in OPTIONS.items() if name not in ("recovery", "tasks")}
     run = tmp_path / "run"
-    arguments = [
-        "prune",
-        str(model_folder),
-        "-o",
-        str(run),
-        "--calibration",
-        str(text_file),
-        "--recover",
-        str(text_file),
-        "--tasks",
-        "boolq",
-        *flags(of_run),
-        *flags(OPTIONS["recovery"], "recovery."),
-    ]
-    for module, name, calls, left in [
-        ("adapruner.recovery._trainers", "distillation_loss", 27, "unfinished/recovered-*/training/checkpoint-3"),
-        ("adapruner.run.nodes.evaluated", "measure_tasks", 1, "evaluation/tasks-dense.json"),
-    ]:
-        run_killed(module, name, calls, arguments, tmp_path, ADAPRUNER_DATA=str(data))
-        assert list(run.glob(left))
-        assert not (run / "result.json").exists()
+    arguments = prune_command(model_folder, run, text_file, QUICK, recover=text_file, tasks="boolq")
+    arguments += flags(OPTIONS["recovery"], "recovery.")
+    environment = {"ADAPRUNER_DATA": str(data)}
+    run_killed("adapruner.recovery._trainers", "distillation_loss", 27, arguments, tmp_path, **environment)
+    assert list(run.glob("unfinished/recovered-*/training/checkpoint-3"))
+    run_killed_before_writing(f"{run}/evaluation/tasks-searched.json", arguments, tmp_path, **environment)
+    assert (run / "evaluation/tasks-dense.json").is_file()
+    assert not (run / "result.json").exists()
     monkeypatch.setenv("ADAPRUNER_DATA", str(data))
     capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        main([*arguments, "--json"])
-    assert not ended.value.code
+    assert exit_code([*arguments, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["models"] == finished.result.model_dump(mode="json")["models"]
     assert_same_artifacts(run, finished.output)
@@ -158,7 +150,7 @@ def test_a_killed_run_resumes(
 def test_a_task_that_does_not_exist_is_refused_before_any_work(
     model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("adapruner.run.nodes.inputs.load_model", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     # That of lm-eval takes seconds to make.
     register = SimpleNamespace(all_tasks=["boolq", "piqa"])
     monkeypatch.setattr("adapruner.evaluation._tasks._task_manager", lambda: register)

@@ -231,7 +231,7 @@ class _Stages:
         kept = (n / block.groups for block, n in self.blocks if n < block.groups)
         share = max(kept, default=0.0)
         # One pruned layer at a time is run in the dtype of trials.
-        copied = max(self._layers) * (self.both - self.dtype.itemsize)
+        copied = max(self.layer_weights) * (self.both - self.dtype.itemsize)
         # Of a batch: what the layer computes, and what up to three runs of it have left.
         of_batch = _FITTED_AT_ONCE * self.config.seq_len * 6 * (self.hidden + self.widest) * self.trial
         return {

@@ -1,0 +1,304 @@
+"""The same command again, or another, in the folder of a run: what is kept, what is rebuilt, and what is refused."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import torch
+from filelock import FileLock
+from safetensors.torch import load_file, save_file
+
+import adapruner
+from adapruner import AdaPrunerError
+from adapruner.models import known_architectures, using_architecture
+from adapruner.planning import PruningPlan
+from run_helpers import (
+    RUN_OPTIONS,
+    assert_same_artifacts,
+    exit_code,
+    interrupt_before,
+    prune_command,
+    run_killed,
+    run_killed_before_writing,
+    stages_done,
+    written,
+)
+
+Prune = Callable[..., adapruner.PruneResult]
+# What another ratio of a finished run does not do again.
+MEASURING = {"writing text", "reading activations", "measuring", "comparing removals", "removing parts whole"}
+
+
+@pytest.fixture
+def model(model_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(model_folder, tmp_path / "model"))
+
+
+@pytest.fixture
+def text(text_file: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copy(text_file, tmp_path / "text.txt"))
+
+
+@pytest.fixture
+def again(run: Path, prune: Prune) -> Prune:
+    """Prunes in the copy of the finished run, with changes to its options."""
+    return lambda **changes: prune(**RUN_OPTIONS | changes)
+
+
+def change_weights(model: Path) -> None:
+    tensors = {name: tensor + 0.1 for name, tensor in load_file(model / "model.safetensors").items()}
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"trials": 11}, r"\(trials 9 → 11\): search.json, levelled.json, plan.json, .*report.html would be rebuilt"),
+        ({"ratio": 0.05}, r"\(ratio 0.1 → 0.05\)"),
+        # What is no longer made is a change too.
+        ({"level_rounds": 0}, r"\(level_rounds null → 0.*\): plan.json, "),
+        ({"self_windows": 0}, r"\(self_windows null → 0.*\): moments, "),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_change_is_refused_with_what_it_would_rebuild(
+    changes: dict[str, object], message: str, again: Prune, run: Path
+) -> None:
+    before = written(run)
+    with pytest.raises(AdaPrunerError, match=message):
+        again(**changes)
+    assert written(run) == before
+
+
+def test_another_model_text_or_family_is_refused(again: Prune, model: Path, text_file: Path, tmp_path: Path) -> None:
+    change_weights(model)
+    with pytest.raises(AdaPrunerError, match=r"another model\): windows.safetensors, .*statistics.safetensors, "):
+        again(model=str(model))
+    family = known_architectures()["llama"].changed(plain_residual=False)
+    message = r"another family\): moments, statistics.safetensors, .*search.json"
+    with using_architecture(family), pytest.raises(AdaPrunerError, match=message):
+        again()
+    rows = [{"a": first, "b": second} for first, second in itertools.pairwise(text_file.read_text().split("\n\n"))]
+    path, output = tmp_path / "rows.jsonl", tmp_path / "by-column"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    interrupt_before("writing text", model, output, calibration=f"{path}:a", **RUN_OPTIONS)
+    with pytest.raises(AdaPrunerError, match=r"rows.jsonl:a@calibration → .*rows.jsonl:b@calibration"):
+        again(model=str(model), output=output, calibration=f"{path}:b")
+
+
+def test_another_seed_draws_other_windows(run: Path, model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    """That the same seed gives the same plan is tested with every kill."""
+    options = RUN_OPTIONS | {"calibration": str(text_file), "seed": 1}
+    interrupt_before("writing text", model_folder, tmp_path / "other", **options)
+    drawn = [load_file(folder / "windows.safetensors") for folder in (run, tmp_path / "other")]
+    assert not torch.equal(drawn[0]["pool"], drawn[1]["pool"])
+
+
+def test_a_change_rebuilds_what_depends_on_it_and_nothing_else(
+    finished: adapruner.PruneResult, again: Prune, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, stages = written(run), stages_done(run)
+    other = again(ratio=0.05, overwrite=True)
+    assert other.plan.ratio < 0.06
+    assert other.result.search.ratio == 0.05
+    after, new = written(run), stages_done(run)[len(stages) :]
+    dense = ("evaluation/perplexity-d", "evaluation/breakage-d")
+    kept = {name for name in before if name.startswith(("windows", "self", "moments", "statistics", "whole", *dense))}
+    assert len(kept) > 10
+    assert all(after[name] == before[name] for name in kept)
+    assert after["search.json"] != before["search.json"]
+    assert not MEASURING & {*new}
+    # Stages of what was replaced do not count.
+    entries = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    searching = [entry["seconds"] for entry in entries if entry["stage"] == "searching" and "seconds" in entry]
+    assert len(searching) == 2
+    assert other.result.stages["searching"].seconds == searching[1]
+    assert other.result.stages["measuring"] == finished.result.stages["measuring"]
+    # And back: the trials of before are known.
+    monkeypatch.delattr(optuna.Study, "tell")
+    again(overwrite=True)
+    assert_same_artifacts(run, finished.output)
+
+
+def remove_steps_on_the_way(run: Path) -> None:
+    for name in ("windows.safetensors", "statistics.safetensors"):
+        (run / name).unlink()
+    for name in ("moments", "evaluation"):
+        shutil.rmtree(run / name)
+
+
+def edit_card(run: Path) -> None:
+    with (run / "model/README.md").open("a") as card:
+        card.write("It writes well.\n")
+
+
+@pytest.mark.parametrize(
+    ("changes", "before"),
+    [
+        ({}, lambda run: None),
+        ({"device": "cpu"}, lambda run: None),
+        ({}, remove_steps_on_the_way),
+        ({}, edit_card),
+    ],
+    ids=["the same command", "an option that decides nothing", "steps that were removed", "a card that was edited"],
+)
+def test_nothing_is_done_twice(
+    changes: dict[str, object],
+    before: Callable[[Path], None],
+    finished: adapruner.PruneResult,
+    again: Prune,
+    run: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before(run)
+    there, stages = written(run), stages_done(run)
+    result = again(**changes)
+    assert (result.plan, result.result) == (finished.plan, finished.result)
+    assert {name for name, moment in written(run).items() if moment != there.get(name)} <= {"config.yaml"}
+    assert stages_done(run) == stages
+    assert "damaged" not in capsys.readouterr().err
+
+
+def test_a_page_is_written_by_others_too(again: Prune, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with (run / "report.html").open("a") as page:
+        page.write("<!-- by adapruner report -->")
+    again()
+    assert "damaged" not in capsys.readouterr().err
+
+
+def test_free_memory_decides_no_number(again: Prune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for free in (1 << 40, 1 << 30):
+        monkeypatch.setattr("adapruner.memory._placement._total_and_free", lambda *_, free=free: (1 << 36, free))
+        again()
+    monkeypatch.setattr("adapruner.memory._placement._total_and_free", lambda *_: (1 << 36, 1000))
+    with pytest.raises(AdaPrunerError, match="Not enough memory"):
+        again(output=tmp_path / "other")
+
+
+def test_a_run_resumes_without_its_text_and_notices_another(
+    finished: adapruner.PruneResult, model_folder: Path, text: Path, tmp_path: Path
+) -> None:
+    """Once its windows are drawn."""
+    options = RUN_OPTIONS | {"calibration": str(text)}
+    interrupt_before("writing text", model_folder, tmp_path / "run", **options)
+    content = text.read_text()
+    text.unlink()
+    resumed = adapruner.prune(str(model_folder), output=tmp_path / "run", **options)
+    assert resumed.plan == finished.plan
+    assert [model.parameters for model in resumed.result.models] == [
+        model.parameters for model in finished.result.models
+    ]
+    text.write_text("\n\n".join(content.split("\n\n")[20:]))
+    with pytest.raises(AdaPrunerError, match=r"another content of .*text.txt@calibration"):
+        adapruner.prune(str(model_folder), output=tmp_path / "run", **options)
+
+
+def test_relative_paths_mean_the_same_from_another_folder(
+    finished: adapruner.PruneResult,
+    again: Prune,
+    run: Path,
+    model: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    again(model="model", output="run")
+    elsewhere = tmp_path / "elsewhere"
+    # Another model of the same name.
+    shutil.copytree(model, elsewhere / "model")
+    change_weights(elsewhere / "model")
+    monkeypatch.chdir(elsewhere)
+    planned = adapruner.plan_again("../run", "again", 0.1)
+    assert planned.plan == finished.plan
+    weights = [load_file(folder / "model/model.safetensors") for folder in (run, elsewhere / "again")]
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+
+
+def test_several_ratios_share_what_was_measured(finished: adapruner.PruneResult, run: Path, model_folder: Path) -> None:
+    stages = stages_done(run)
+    options = finished.result.config.model_dump(include=set(RUN_OPTIONS) | {"calibration"}) | {"ratio": (0.05, 0.1)}
+    results = adapruner.prune_ratios(str(model_folder), output=run, **options)
+    assert not MEASURING & {*stages_done(run)[len(stages) :]}
+    assert [result.result.config.ratio for result in results] == [(0.05,), (0.1,)]
+    assert [round(result.plan.ratio, 2) for result in results] == [0.05, 0.1]
+    assert all(result.result.search.ratio == result.result.config.ratio[0] for result in results)
+    # The ratio of the earlier run was not searched again.
+    assert results[1].result.search == finished.result.search
+    for result in results:
+        assert result.report.is_file()
+        assert adapruner.load(result.model_folder).num_parameters() > 0
+    with pytest.raises(AdaPrunerError, match="names 2 ratios"):
+        adapruner.prune(str(model_folder), output=run, **options)
+
+
+def test_plan_gives_another_ratio_without_measuring_or_searching(again: Prune, run: Path, tmp_path: Path) -> None:
+    # Widths are levelled at each ratio: without that, more is removed of the same.
+    earlier = again(level_rounds=0, overwrite=True)
+    assert exit_code(["plan", str(run), "--ratio", "0.05", "-o", str(tmp_path / "b")]) == 0
+    assert not (MEASURING | {"searching"}) & {*stages_done(tmp_path / "b")}
+    plan = PruningPlan.load(tmp_path / "b/plan.json")
+    assert abs(plan.ratio - 0.05) <= 0.005
+    for smaller, larger in zip(earlier.plan.blocks, plan.blocks, strict=True):
+        assert set(smaller.kept) <= set(larger.kept)
+    dense = [(folder / "evaluation/perplexity-dense.json").read_bytes() for folder in (run, tmp_path / "b")]
+    assert dense[0] == dense[1]
+
+
+def test_a_folder_in_which_a_command_is_running_is_refused(again: Prune, run: Path) -> None:
+    with FileLock(run / ".lock"), pytest.raises(AdaPrunerError, match="another command is running in"):
+        again()
+    again()
+
+
+def test_a_result_of_another_version_is_rebuilt(again: Prune, run: Path) -> None:
+    content = json.loads((run / "result.json").read_text())
+    (run / "result.json").write_text(json.dumps(content | {"schema_version": 2}))
+    assert again().result.schema_version == content["schema_version"]
+
+
+def test_a_run_that_is_killed_again_and_again_ends_as_an_undisturbed_one(
+    finished: adapruner.PruneResult,
+    model_folder: Path,
+    text_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = tmp_path / "run"
+    arguments = prune_command(model_folder, run, text_file)
+
+    def kill_before_writing(pattern: str) -> None:
+        run_killed_before_writing(f"{run}/{pattern}", arguments, tmp_path)
+
+    def kill_after_trials(trials: int) -> None:
+        run_killed("optuna.Study", "tell", trials, arguments, tmp_path)
+
+    kills: list[tuple[Callable[[Any], None], Any, str]] = [
+        # Three of eight blocks; then the other five, and two of three parts of the pool.
+        (kill_before_writing, "unfinished/moments-*/0003.safetensors", "unfinished/moments-*/0002.safetensors"),
+        (kill_before_writing, "unfinished/statistics*/000008.safetensors", "unfinished/statistics*/000004.safetensors"),
+        (kill_after_trials, 6, "study.jsonl"),
+        (kill_before_writing, "model", ".model.partial/model.safetensors"),
+    ]
+    for kill, moment, left in kills:
+        kill(moment)
+        assert list(run.glob(left)), moment
+        assert not (run / "result.json").exists()
+    capsys.readouterr()
+    assert exit_code([*arguments, "--json"]) == 0
+    completed = capsys.readouterr()
+    assert json.loads(completed.out)["plan_hash"] == finished.plan.hash
+    assert_same_artifacts(run, finished.output)
+    # In a log: one line per stage, no bars; and advice. Nothing that was finished is done twice.
+    assert "\r" not in completed.err
+    stages = [line for line in completed.err.splitlines() if not line.startswith("advice: ")]
+    assert all("done in" in line for line in stages)
+    named = dict.fromkeys(line.partition(":")[0] for line in stages)
+    assert list(named) == ["loading", "cutting", "compensating", "saving", "evaluating", "looking for breakage"]
