@@ -44,7 +44,7 @@ def a_search(folder: Path, process: Process, judged: Callable[[], None] = lambda
 
     def judge(candidate: Candidate) -> Iterator[Tensor]:
         judged()
-        if candidate.budget.protect_first > 2 and candidate.budget.tilt != 0:
+        if candidate.budget.protect_first > 4 and candidate.budget.tilt != 0:
             raise BudgetError("cannot be reached")
         noise = torch.rand(24, generator=torch.Generator().manual_seed(sum(candidate.samples))).double() / 100
         yield from (noise + candidate.budget.tilt**2 + candidate.point.weights.get("fine_first", 0.0)).split(8)
