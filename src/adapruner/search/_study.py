@@ -125,7 +125,7 @@ class _Trials:
     Attributes:
         kept: the study in the file. If the search was killed while a batch was being kept, it ends with a part of one.
         study: the study in memory, of whole batches.
-        _interrupted: the size of the batch of which a part was kept, which is proposed again, by any number of processes.
+        _interrupted: the size of a batch that was kept in part; it is proposed again, whatever processes there are.
     """
 
     search: Search
