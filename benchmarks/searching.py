@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from adapruner import RunResult
+from adapruner.config import scoring_count
 from adapruner.evaluation import compute_prefix, losses_by_batch
 from adapruner.importance import MetricPoint
 from adapruner.models import find_model, in_fastest_dtype, load_model
@@ -56,7 +57,7 @@ def main(
     dense = in_fastest_dtype(load_model(find_model(model)))
     structure = build_structure(dense, config.head_granularity)
     text = found.windows["objective"]
-    objective, final = text[:windows], text[config.scoring_count(len(text)) :]
+    objective, final = text[:windows], text[scoring_count(config.objective_windows, config.final_windows, len(text)) :]
     budget = reference_budget(config, structure, config.ratio[0])
     family = build_subset_family(measured, structure, kept_counts(structure, budget))
     meet = partial(meet_budget, structure, measured, None)

@@ -19,6 +19,7 @@ from rich.table import Table
 from torch import Tensor
 
 from adapruner.calibration import evenly_spaced, parse_source, text_windows
+from adapruner.config import scoring_count
 from adapruner.evaluation import log_probabilities, window_losses
 from adapruner.graph import RunFolder
 from adapruner.models import find_model, in_fastest_dtype, load_model, load_tokenizer
@@ -58,7 +59,7 @@ def main(
     points = list({point.model_dump_json(): point for point in points}.values())[:candidates]
 
     text = found.windows["objective"]
-    objective = text[: config.scoring_count(len(text))]
+    objective = text[: scoring_count(config.objective_windows, config.final_windows, len(text))]
     compensation = Compensation("least-squares", found.moments)
     references = log_probabilities(model, objective)
     reports = {

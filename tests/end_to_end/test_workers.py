@@ -44,12 +44,11 @@ def a_search(folder: Path, process: Process, judged: Callable[[], None] = lambda
 
     def judge(candidate: Candidate) -> Iterator[Tensor]:
         judged()
-        if candidate.budget.allocation.protect_first > 2 and candidate.budget.allocation.tilt != 0:
+        allocation = candidate.budget.allocation
+        if allocation.protect_first > 4 and allocation.tilt != 0:
             raise BudgetError("cannot be reached")
         noise = torch.rand(24, generator=torch.Generator().manual_seed(sum(candidate.samples))).double() / 100
-        yield from (noise + candidate.budget.allocation.tilt**2 + candidate.point.weights.get("fine_first", 0.0)).split(
-            8
-        )
+        yield from (noise + allocation.tilt**2 + candidate.point.weights.get("fine_first", 0.0)).split(8)
 
     space = ExtendedSpace(subsets, 4, 0, Budget(0.2))
     return Search(space, judge, 22, 0, StudyFile(folder / "study.jsonl", "a"), process=process)

@@ -125,6 +125,7 @@ class _Trials:
     Attributes:
         kept: the study in the file. If the search was killed while a batch was being kept, it ends with a part of one.
         study: the study in memory, of whole batches.
+        _interrupted: the size of a batch that was kept in part; it is proposed again, whatever processes there are.
     """
 
     search: Search
@@ -132,6 +133,7 @@ class _Trials:
     kept: optuna.Study = field(init=False)
     study: optuna.Study = field(init=False)
     _running: list[optuna.Trial] = field(default_factory=list, init=False)
+    _interrupted: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         self.kept = self.search.study.opened()
@@ -139,7 +141,9 @@ class _Trials:
             self.study = optuna.create_study()
         kept = self.kept.get_trials(deepcopy=False)
         before, size = kept[-1].user_attrs[_BATCH] if kept else (0, 0)
-        self.study.add_trials(kept[:before] if len(kept) < before + size else kept)
+        if len(kept) < before + size:
+            self._interrupted, kept = size, kept[:before]
+        self.study.add_trials(kept)
         for number in range(len(self._finished)):
             self._report(number)
 
@@ -158,7 +162,8 @@ class _Trials:
         counts = [len(finished), *filter(None, [refused])]
         seed = random.Random("/".join(map(str, [search.seed, *counts]))).getrandbits(32)
         most = search.process.count * (JUDGED_TOGETHER if search.judge_together else 1)
-        size = min(most, search.trials - len(finished))
+        size = self._interrupted or min(most, search.trials - len(finished))
+        self._interrupted = 0
         for number, start in list(enumerate(search.space.starting_points()[: search.trials]))[before : before + size]:
             self.study.enqueue_trial(start.parameters, user_attrs=start.attributes | {START: number})
         self._running = [self._ask(seed + number, beside_others=number > 0) for number in range(size)]
