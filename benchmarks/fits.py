@@ -22,6 +22,7 @@ from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen3Co
 from adapruner.config import PruneConfig
 from adapruner.memory import GIB, USABLE, Memory, estimate_memory
 from adapruner.models import decoder_layers, empty_model
+from adapruner.option_rules import scoring_bounds
 from adapruner.planning import kept_counts, reference_budget
 from adapruner.structure import Structure, build_structure
 
@@ -94,7 +95,7 @@ def works(config: PruneConfig, model: PreTrainedModel, structure: Structure, by_
     kept = [(n * block.inputs / block.groups, block.row_wise.elements) for block, n in blocks if n < block.groups]
     solved = sum(n**3 / 3 + 2 * n**2 * outputs for n, outputs in kept)
     of_token = 2.0 * layers
-    judged = config.scoring_windows[1] * config.seq_len
+    judged = scoring_bounds(config.objective_windows)[1] * config.seq_len
     return {
         "reading activations": Work(tokens * of_token, tokens * squares, streamed),
         # Three forward passes; layer by layer, each layer runs forward once more.

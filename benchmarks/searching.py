@@ -23,10 +23,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from adapruner import RunResult
-from adapruner.config import scoring_count
 from adapruner.evaluation import compute_prefix, losses_by_batch
 from adapruner.importance import MetricPoint
 from adapruner.models import find_model, in_fastest_dtype, load_model
+from adapruner.option_rules import scoring_count
 from adapruner.planning import kept_counts, reference_budget
 from adapruner.search import (
     Candidate,

@@ -19,10 +19,10 @@ from rich.table import Table
 from torch import Tensor
 
 from adapruner.calibration import evenly_spaced, parse_source, text_windows
-from adapruner.config import scoring_count
 from adapruner.evaluation import log_probabilities, window_losses
 from adapruner.graph import RunFolder
 from adapruner.models import find_model, in_fastest_dtype, load_model, load_tokenizer
+from adapruner.option_rules import scoring_count
 from adapruner.planning import kept_counts, reference_budget
 from adapruner.search import ExtendedSpace, Objective, StudyFile, build_subset_family
 from adapruner.structure import build_structure

@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from adapruner import config
+from adapruner.cli._options import OPTION_GROUPS
 
 _DIRECTIVE = re.compile(r"^::: options (\w+)(?: prefix=(\S+))?$", re.MULTILINE)
 
@@ -30,7 +31,7 @@ def options_tables(options: type[BaseModel], prefix: str = "") -> str:
     fields = options.model_fields
     if options is not config.PruneOptions:
         return _table(fields, prefix)
-    groups = {name: {field: fields[field] for field in names} for name, names in config.OPTION_GROUPS.items()}
+    groups = {name: {field: fields[field] for field in names} for name, names in OPTION_GROUPS.items()}
     return "\n\n".join(f"### {name}\n\n{_table(own, prefix)}" for name, own in groups.items() if "recovery" not in own)
 
 

@@ -18,9 +18,11 @@ from rich.console import Console
 
 import adapruner
 from adapruner.cli import app, main
+from adapruner.cli._options import OPTION_GROUPS
 from adapruner.cli.runs import _default_output
-from adapruner.config import OPTION_GROUPS, PruneConfig, PruneOptions, read_recipe, recipes
+from adapruner.config import PruneConfig, PruneOptions
 from adapruner.progress import Reporter
+from adapruner.recipe import read_recipe, recipes
 
 RUN = ["--ratio", "0.2", "--pool", "4", "--samples", "2", "--objective-windows", "4", "--final-windows", "0"]
 RUN += ["--compensation-windows", "8", "--seq-len", "16", "--trials", "3", "--round-to", "1", "--whole", "none"]

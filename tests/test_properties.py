@@ -21,10 +21,11 @@ from pydantic.fields import FieldInfo
 from transformers import LlamaConfig
 
 from adapruner.calibration import parse_source
-from adapruner.config import PruneConfig, RecoverConfig, RecoveryOptions, read_recipe
+from adapruner.config import PruneConfig, RecoverConfig, RecoveryOptions
 from adapruner.errors import AdaPrunerError
 from adapruner.models import empty_model
 from adapruner.planning import RATIO_TOLERANCE, BlockPlan, Budget, Profile, PruningPlan, kept_counts
+from adapruner.recipe import read_recipe
 from adapruner.structure import build_structure
 
 # Files are written again and again into the same folder, which is meant.

@@ -13,9 +13,9 @@ from transformers import LlamaConfig
 
 from adapruner import AdaPrunerError, PruneConfig
 from adapruner.cli import app
-from adapruner.config import read_recipe
 from adapruner.models import empty_model
 from adapruner.planning import kept_counts, reference_budget
+from adapruner.recipe import read_recipe
 from adapruner.structure import build_structure
 
 Resolved = Callable[[list[str]], PruneConfig]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
@@ -25,7 +23,14 @@ from pydantic_core import PydanticCustomError
 from typing_extensions import Self
 
 from adapruner.errors import AdaPrunerError, describe_invalid, reason
-from adapruner.plain_yaml import PlainLoader
+from adapruner.option_rules import (
+    CONFLICTS_OF_PRUNING,
+    CONFLICTS_OF_RECOVERY,
+    Conflict,
+    searches_widths,
+    tunes_scales_by_default,
+)
+from adapruner.plain_yaml import UNREADABLE, parse_options
 
 Alignment = Literal["data", "paper"]
 CompensationForm = Literal["none", "bias", "least-squares", "least-squares-bias"]
@@ -110,60 +115,14 @@ TARGETS: tuple[TargetName, ...] = get_args(TargetName)
 BUDGETS = ("ratio", *TARGETS)
 TARGET_OPTIONS = (*TARGETS, "target_format", "target_phase", "target_batch", "target_context")
 
-# The fewest and the most windows that score a trial: what is found on few does not carry over (docs/experiments.md).
-_SCORING_WINDOWS = (64, 160)
-
 # The largest seed of NumPy; nobody has so many tokens, windows or steps either.
 _LARGEST_NUMBER = 2**32 - 1
-
-
-def scoring_bounds(objective_windows: int | None) -> tuple[int, int]:
-    """The fewest and the most windows that score every trial."""
-    return _SCORING_WINDOWS if objective_windows is None else (objective_windows, objective_windows)
-
-
-def scoring_count(objective_windows: int | None, final_windows: int, windows: int) -> int:
-    """The number of windows of the objective that score every trial; the others score the best ones again.
-
-    Args:
-        windows: how many there are.
-    """
-    fewest, most = scoring_bounds(objective_windows)
-    return min(most, max(fewest, windows - final_windows))
-
-
-def searches_widths(ratio_of: RatioOf, search: Searched, space: Space, layout: Layout) -> bool:
-    """Whether the search decides how many channels each layer keeps."""
-    return (ratio_of, search, space, layout) == ("parameters", "joint", "extended", "per-layer")
-
-
-def may_remove_whole(space: str, search: str, whole: tuple[str, ...] | None) -> bool:
-    """Whether the search may remove parts of layers whole."""
-    return space == "extended" and search == "joint" and whole != ("none",)
-
-
-def written_count(self_windows: int | None, others: int, can_write: bool) -> int:
-    """How many windows the model writes for compensation, beside so many others."""
-    if self_windows is None:
-        return others // 2 if can_write else 0
-    return self_windows
-
-
-def fits_sequentially_by_default(sequential: bool | None, compensation: str) -> bool:
-    """Whether the final model is fitted again, layer by layer, if the family allows it."""
-    return compensation == "least-squares" if sequential is None else sequential
-
-
-def tunes_scales_by_default(tune_scales: bool | None, compensation: str, layer_wise: bool | None) -> bool:
-    """Whether the scales of the final model are tuned, where that is possible."""
-    return (compensation == "least-squares" and not layer_wise) if tune_scales is None else tune_scales
 
 
 class _Options(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
 
-    # Combinations of fields that are refused: a test of the fields that it has as parameters, and a message.
-    _conflicts: ClassVar[tuple[tuple[Callable[..., Any], str], ...]] = ()
+    _conflicts: ClassVar[tuple[Conflict, ...]] = ()
 
     @field_validator("*")
     @classmethod
@@ -302,8 +261,8 @@ class PruneOptions(_Options):
     objective_windows: int | None = Field(
         default=None,
         ge=1,
-        description=f"Held-out windows that score every trial; by default {_SCORING_WINDOWS[1]}, or down to"
-        f" {_SCORING_WINDOWS[0]} if the text has no more beside final_windows.",
+        description=f"Held-out windows that score every trial; by default {SCORING_WINDOWS[1]}, or down to"
+        f" {SCORING_WINDOWS[0]} if the text has no more beside final_windows.",
     )
     final_windows: int = Field(
         default=64,
@@ -436,11 +395,6 @@ class PruneOptions(_Options):
         return self.calibration if self.objective is None or self.objective_function else self.objective
 
     @property
-    def scoring_windows(self) -> tuple[int, int]:
-        """The fewest and the most windows that score every trial."""
-        return scoring_bounds(self.objective_windows)
-
-    @property
     def target(self) -> TargetName | None:
         """What is given in place of a ratio."""
         return next((name for name in TARGETS if getattr(self, name) is not None), None)
@@ -451,32 +405,9 @@ class PruneOptions(_Options):
         return self.level_rounds != 0 and searches_widths(self.ratio_of, self.search, self.space, self.layout)
 
     @property
-    def fits_sequentially(self) -> bool:
-        """Whether the final model is fitted again, layer by layer, if the family allows it."""
-        return fits_sequentially_by_default(self.sequential, self.compensation)
-
-    @property
     def tunes_scales(self) -> bool:
         """Whether the scales of the final model are tuned, where that is possible."""
         return tunes_scales_by_default(self.tune_scales, self.compensation, self.layer_wise)
-
-
-# How the command line and the documentation group the fields of `PruneOptions`; the first group is what most runs set.
-OPTION_GROUPS: dict[str, tuple[str, ...]] = {
-    "Most used": ("ratio", "calibration", "evaluate", "recover", "device"),
-    "What is removed": (
-        *("ratio_of", "layout", "protect_first", "protect_last", "head_share", "head_granularity"),
-        *("expert_granularity", "whole", "round_to", "vocabulary", "vocabulary_size", "vocabulary_multiple"),
-    ),
-    "A target in place of the ratio": TARGET_OPTIONS,
-    "Datasets": ("objective", "pool", "samples", "objective_windows", "final_windows", "seq_len", "sources"),
-    "Search": ("trials", "level_rounds", "selection", "search", "space", "sampler", "seed"),
-    "Importance": ("terms", "alignment", "reduction"),
-    "Compensation": ("compensation", "compensation_windows", "self_windows", "sequential", "tune_scales"),
-    "Fine-tuning": ("recovery",),
-    "Evaluation": ("evaluate_windows", "evaluate_bos", "tasks", "task_limit"),
-    "Model and memory": ("dtype", "layer_wise", "ignore_memory", "architectures", "plugins"),
-}
 
 
 class RecoverConfig(RecoveryOptions):
@@ -487,16 +418,7 @@ class RecoverConfig(RecoveryOptions):
     teacher: str | None = None
     dtype: Dtype = "auto"
 
-    _conflicts = (
-        (
-            lambda method, teacher: method == "distillation" and teacher is None,
-            "`method` distillation needs the dense model: add `teacher`",
-        ),
-        (
-            lambda method, teacher, data: method == "labels" and teacher is not None and data != "self",
-            "`method` labels needs no teacher: remove `teacher`",
-        ),
-    )
+    _conflicts = CONFLICTS_OF_RECOVERY
 
 
 class PruneConfig(PruneOptions):
@@ -509,100 +431,7 @@ class PruneConfig(PruneOptions):
     model: str = Field(description="Hub id, model folder, .gguf file, or smollm2.")
     searched: dict[str, Any] | None = None
 
-    _conflicts = (
-        (
-            lambda ratio_of, search, space, layout, level_rounds: (
-                level_rounds and not searches_widths(ratio_of, search, space, layout)
-            ),
-            "`level_rounds` moves widths that the search chose: remove it, or set `space` extended, `search` joint,"
-            " `layout` per-layer and `ratio_of` parameters",
-        ),
-        (
-            lambda calibration, self_windows: calibration == "self" and self_windows,
-            "with `calibration` self the model generates all windows: remove `self_windows`",
-        ),
-        (
-            lambda layout, protect_first, protect_last: layout == "uniform" and (protect_first or protect_last),
-            "`layout` uniform prunes all layers alike: remove `protect_first` and `protect_last`",
-        ),
-        (
-            lambda layout, whole: layout == "uniform" and set(whole or ()) & {"attention", "feed-forward"},
-            "`layout` uniform prunes all layers alike: `whole` can only be layer or none",
-        ),
-        (
-            lambda space, whole: space == "paper" and set(whole or ()) - {"none"},
-            "`space` paper removes nothing whole: remove `whole`, or set `space` extended",
-        ),
-        (
-            lambda whole: "none" in (whole or ()) and len(whole) > 1,
-            "`whole` is either none or parts of a layer: remove one or the other",
-        ),
-        (
-            lambda alignment, space: alignment == "paper" and space == "extended",
-            "`alignment` paper only knows the Taylor terms: set `space` paper",
-        ),
-        (
-            lambda ratio_of, space: ratio_of == "groups" and space == "extended",
-            "`ratio_of` groups leaves no allocation to search: set `space` paper",
-        ),
-        (
-            lambda target_size, target_memory, target_speed: (
-                sum(target is not None for target in (target_size, target_memory, target_speed)) > 1
-            ),
-            "`target_size`, `target_memory` and `target_speed` each say how much is removed: give one",
-        ),
-        (
-            lambda target_size, target_memory, target_format: (
-                target_format != "auto" and target_size is None and target_memory is None
-            ),
-            "`target_format` is that of a size: add `target_size` or `target_memory`",
-        ),
-        (
-            lambda target_speed, target_phase: target_phase != "prefill" and target_speed is None,
-            "`target_phase` is that of a speed: add `target_speed`",
-        ),
-        (
-            lambda target_memory, target_speed, target_batch, target_context: (
-                (target_batch, target_context) != (1, None) and target_memory is None and target_speed is None
-            ),
-            "`target_batch` and `target_context` change neither a size nor a ratio: add `target_memory` or"
-            " `target_speed`",
-        ),
-        (
-            lambda target_size, target_memory, target_speed, ratio_of: (
-                ratio_of == "groups" and (target_size or target_memory or target_speed)
-            ),
-            "`ratio_of` groups is about a ratio: remove the target or `ratio_of`",
-        ),
-        (
-            lambda target_speed, layer_wise: target_speed is not None and layer_wise,
-            "`target_speed` is measured with all layers in memory: remove `layer_wise`",
-        ),
-        (
-            lambda sequential, compensation: sequential and compensation != "least-squares",
-            "`sequential` needs `compensation` least-squares, not {compensation}",
-        ),
-        (
-            lambda tune_scales, compensation: tune_scales and compensation == "none",
-            "`tune_scales` learns on the text of the compensation: set `compensation` to another form than none",
-        ),
-        (
-            lambda tune_scales, layer_wise: tune_scales and layer_wise,
-            "`tune_scales` needs all layers in memory: remove `layer_wise`",
-        ),
-        (
-            lambda vocabulary, vocabulary_size: vocabulary_size is not None and not vocabulary,
-            "`vocabulary_size` needs text to count tokens in: add `vocabulary`",
-        ),
-        (
-            lambda recover, recovery: recover is None and recovery != RecoveryOptions(),
-            "options of the recovery need a dataset to fine-tune on: add `recover`",
-        ),
-        (
-            lambda samples, pool: samples > pool,
-            "`samples` {samples} is more than the {pool} of `pool`: lower one or raise the other",
-        ),
-    )
+    _conflicts = CONFLICTS_OF_PRUNING
 
     def save(self, path: Path) -> None:
         """Writes the resolved options as YAML."""
@@ -616,53 +445,6 @@ class PruneConfig(PruneOptions):
             AdaPrunerError: the file is not a config of this version.
         """
         try:
-            return cls.from_options(**_parse_options(path.read_text(encoding="utf-8")))
-        except (*_UNREADABLE, AdaPrunerError) as error:
+            return cls.from_options(**parse_options(path.read_text(encoding="utf-8")))
+        except (*UNREADABLE, AdaPrunerError) as error:
             raise AdaPrunerError(f"{path} is not the config of a run: {reason(error)}") from error
-
-
-def recipes() -> dict[str, str]:
-    """The text of every recipe of this package, by name: YAML, with what it is for in the comment at its beginning."""
-    folder = resources.files("adapruner") / "recipes"
-    files = sorted(folder.iterdir(), key=lambda file: file.name)
-    return {file.name.removesuffix(".yaml"): file.read_text(encoding="utf-8") for file in files}
-
-
-def override(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """Options over others. What says how much is removed replaces whatever said so."""
-    if any(own.get(name) is not None for name in BUDGETS):
-        base = {name: value for name, value in base.items() if name not in BUDGETS}
-    return {**base, **own}
-
-
-def read_recipe(name: str | Path) -> dict[str, Any]:
-    """The options in a recipe: one of this package, by name, or a YAML file.
-
-    Raises:
-        AdaPrunerError: there is no such recipe, or it is not a mapping of options.
-    """
-    known = recipes()
-    try:
-        if text := known.get(str(name)):
-            return _parse_options(text)
-        if not Path(name).is_file():
-            raise AdaPrunerError(f"no recipe {str(name)!r}: expected {', '.join(known)}, or a YAML file")
-        return _parse_options(Path(name).read_text(encoding="utf-8"))
-    except _UNREADABLE as error:
-        raise AdaPrunerError(f"cannot read the recipe {name}: {reason(error)}") from None
-
-
-# What reading and parsing a file raise, also for invalid numbers and dates and endless nesting.
-_UNREADABLE = (OSError, yaml.YAMLError, ValueError, RecursionError)
-
-
-def _parse_options(text: str) -> dict[str, Any]:
-    """Options and their values out of YAML.
-
-    Raises:
-        YAMLError, ValueError, RecursionError: it is something else.
-    """
-    options = yaml.load(text, PlainLoader)
-    if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
-        raise ValueError("it is not a mapping of options to values")
-    return options

@@ -20,8 +20,24 @@ Device = Annotated[str, Parameter(help="auto, cpu, cuda, cuda:1, …")]
 Dtype = Annotated[config.Dtype, Parameter(help="Dtype of the weights; auto keeps the dtype of the checkpoint.")]
 Json = Annotated[bool, Parameter(negative="", help="Print JSON on stdout instead of tables.")]
 
+# How the command line and the documentation group the fields of `PruneOptions`; the first group is what most runs set.
+OPTION_GROUPS: dict[str, tuple[str, ...]] = {
+    "Most used": ("ratio", "calibration", "evaluate", "recover", "device"),
+    "What is removed": (
+        *("ratio_of", "layout", "protect_first", "protect_last", "head_share", "head_granularity"),
+        *("expert_granularity", "whole", "round_to", "vocabulary", "vocabulary_size", "vocabulary_multiple"),
+    ),
+    "A target in place of the ratio": config.TARGET_OPTIONS,
+    "Datasets": ("objective", "pool", "samples", "objective_windows", "final_windows", "seq_len", "sources"),
+    "Search": ("trials", "level_rounds", "selection", "search", "space", "sampler", "seed"),
+    "Importance": ("terms", "alignment", "reduction"),
+    "Compensation": ("compensation", "compensation_windows", "self_windows", "sequential", "tune_scales"),
+    "Fine-tuning": ("recovery",),
+    "Evaluation": ("evaluate_windows", "evaluate_bos", "tasks", "task_limit"),
+    "Model and memory": ("dtype", "layer_wise", "ignore_memory", "architectures", "plugins"),
+}
 # The panels of the help of `prune`, in this order.
-_GROUPS = {name: Group(name, sort_key=number) for number, name in enumerate(config.OPTION_GROUPS)}
+_GROUPS = {name: Group(name, sort_key=number) for number, name in enumerate(OPTION_GROUPS)}
 MOST_USED = next(iter(_GROUPS.values()))
 RUN_FOLDER = Group("Run folder", sort_key=len(_GROUPS))
 HUB = Group("Hub", sort_key=len(_GROUPS) + 1)
@@ -30,7 +46,7 @@ if TYPE_CHECKING:
     PruneOptions = config.PruneOptions
     TargetOptions = config.PruneOptions
 else:
-    _group_of = {field: _GROUPS[name] for name, fields in config.OPTION_GROUPS.items() for field in fields}
+    _group_of = {field: _GROUPS[name] for name, fields in OPTION_GROUPS.items() for field in fields}
     _fields = {
         name: (Annotated[field.annotation, Parameter(group=_group_of[name])], field)
         for name, field in config.PruneOptions.model_fields.items()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from cyclopts import App
 from rich.table import Table
 
-from adapruner import config
+from adapruner import recipe
 from adapruner.cli._options import Device, Dtype, Flag, Json, Model
 from adapruner.cli._output import plain_console, print_advice, print_json, starting
 from adapruner.errors import AdaPrunerError
@@ -94,7 +94,7 @@ recipes = App(name="recipes", help="List the recipes of the package, or copy one
 @recipes.default
 def list_recipes(*, json: Json = False) -> None:
     """List the recipes of the package: options for adapruner prune --recipe NAME."""
-    purposes = {name: _purpose(text) for name, text in config.recipes().items()}
+    purposes = {name: _purpose(text) for name, text in recipe.recipes().items()}
     if json:
         print_json(purposes)
         return
@@ -113,7 +113,7 @@ def copy_recipe(name: str, file: Path | None = None, /, *, overwrite: Flag = Fal
         file: The file to write, by default NAME.yaml in the current folder.
         overwrite: Replace an existing file.
     """
-    known = config.recipes()
+    known = recipe.recipes()
     if name not in known:
         raise AdaPrunerError(f"no recipe {name!r}: the package has {', '.join(known)}")
     target = output_path(file or f"{name}.yaml")

@@ -30,6 +30,7 @@ from adapruner.cli._output import (
 )
 from adapruner.config import Tracker
 from adapruner.errors import AdaPrunerError
+from adapruner.recipe import override, read_recipe
 
 
 def prune(
@@ -86,7 +87,7 @@ def prune(
 
 def _default_output(model: str | None, recipe: str | None, options: dict[str, Any]) -> Path:
     """`runs/MODEL-RATIO`, with the last part of the name of the model and all ratios."""
-    given = config.override(config.read_recipe(recipe) if recipe else {}, options)
+    given = override(read_recipe(recipe) if recipe else {}, options)
     if not (model := model or given.get("model")):
         raise AdaPrunerError("name a model: Hub id, model folder, .gguf file, or smollm2")
     name = Path(str(model)).resolve().name.removesuffix(".gguf")

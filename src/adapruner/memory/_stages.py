@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
-from adapruner.config import Dtype, PruneConfig, may_remove_whole, written_count
+from adapruner.config import Dtype, PruneConfig
 from adapruner.errors import AdaPrunerError
 from adapruner.evaluation import tokens_per_batch
 from adapruner.importance import needs_moments, needs_removal_errors
 from adapruner.measurement import saved_activations
 from adapruner.models import architecture_of, decoder_layers, is_pruned, trial_dtype
+from adapruner.option_rules import fits_sequentially_by_default, may_remove_whole, scoring_bounds, written_count
 from adapruner.planning import Budget, kept_counts
 from adapruner.recovery import scale_options
 from adapruner.search import JUDGED_TOGETHER, reused_layers
@@ -197,7 +198,7 @@ class _Stages:
     def _searching(self) -> Terms:
         config = self.config
         # Finalists are judged on the further windows, and on their text in upper case.
-        objective = (config.scoring_windows[1] + 2 * config.final_windows) * config.seq_len
+        objective = (scoring_bounds(config.objective_windows)[1] + 2 * config.final_windows) * config.seq_len
         reused = reused_layers(config.layout, config.protect_first, self.structure.layers)
         known = reused + 1 if reused else 0
         # Layer by layer, trials have one layer in memory, and the hidden states of all windows.
@@ -225,7 +226,9 @@ class _Stages:
 
     def _compensating(self) -> Terms:
         model_config = self.model.config
-        if not self.config.fits_sequentially or not architecture_of(model_config).has_plain_residual(model_config):
+        if not fits_sequentially_by_default(self.config.sequential, self.config.compensation) or not architecture_of(
+            model_config
+        ).has_plain_residual(model_config):
             return {}
         # Only what loses something is fitted, in the inputs that it keeps.
         kept = (n / block.groups for block, n in self.blocks if n < block.groups)

@@ -10,12 +10,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.calibration import absolute_source, register_sources, source_names
-from adapruner.config import BUDGETS, FUNCTION, PruneConfig, PruneOptions, RecoveryOptions, override, read_recipe
+from adapruner.config import BUDGETS, FUNCTION, PruneConfig, PruneOptions, RecoveryOptions
 from adapruner.errors import AdaPrunerError
 from adapruner.graph import RunFolder
 from adapruner.models import register_architectures
 from adapruner.paths import given_path
 from adapruner.plugins import load_plugins
+from adapruner.recipe import override, read_recipe
 from adapruner.run.given import check_prunable, check_tokenizer, is_in_memory, write_model, write_text
 
 # The options whose values may be in memory.

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.calibration import upper_case_windows
 from adapruner.callbacks import Callback
-from adapruner.config import FUNCTION, Layout, WholePart, may_remove_whole, scoring_count, searches_widths
+from adapruner.config import FUNCTION, Layout, WholePart
 from adapruner.errors import AdaPrunerError
 from adapruner.evaluation import compute_prefix, log_probabilities
 from adapruner.graph import Form, RunFolder
@@ -22,6 +22,7 @@ from adapruner.importance import TERMS, Term
 from adapruner.measurement import InputMoments, Statistics, StoredMoments
 from adapruner.memory import TOKENS_FOR_COSTS, TOKENS_FOR_WHOLE, Placement, windows_of
 from adapruner.models import Whole
+from adapruner.option_rules import may_remove_whole, scoring_count, searches_widths
 from adapruner.planning import MOST_CHANNELS, Budget, PruningPlan, Target, kept_counts, largest_channel_share
 from adapruner.processes import Process
 from adapruner.progress import Reporter

@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.calibration import OPENINGS, EvaluationText, probe_texts
-from adapruner.config import tunes_scales_by_default
 from adapruner.evaluation import (
     Breakage,
     Perplexity,
@@ -28,6 +27,7 @@ from adapruner.graph import Kept
 from adapruner.measurement import Statistics
 from adapruner.memory import Placement
 from adapruner.models import ModelLocation, find_model, in_fastest_dtype, load_model
+from adapruner.option_rules import tunes_scales_by_default
 from adapruner.progress import Reporter
 from adapruner.result import Role
 from adapruner.run.nodes.chosen import AtRatio

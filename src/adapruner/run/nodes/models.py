@@ -18,13 +18,14 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from adapruner.calibration import SELF_GENERATED, Source, generate_windows
 from adapruner.callbacks import Callback, tell
 from adapruner.checkpoint import save_checkpoint
-from adapruner.config import RecoveryOptions, fits_sequentially_by_default, tunes_scales_by_default
+from adapruner.config import RecoveryOptions
 from adapruner.costs import bytes_of_model, cache_bytes, dtype_in, is_gguf, timer
 from adapruner.errors import AdaPrunerError, NonFiniteError
 from adapruner.graph import Form
 from adapruner.measurement import StoredMoments
 from adapruner.memory import Placement
 from adapruner.models import Architecture, check_length, check_tokens, empty_model, find_model, load_config, load_model
+from adapruner.option_rules import fits_sequentially_by_default, tunes_scales_by_default
 from adapruner.planning import Memory, PruningPlan, Size, Speed, Target, TargetOutcome
 from adapruner.processes import Process
 from adapruner.progress import Reporter

@@ -21,13 +21,14 @@ from adapruner.calibration import (
     start_token,
     text_windows,
 )
-from adapruner.config import Space, Terms, scoring_bounds, written_count
+from adapruner.config import Space, Terms
 from adapruner.errors import AdaPrunerError
 from adapruner.evaluation import finite_windows, window_losses
 from adapruner.graph import Form
 from adapruner.importance import needs_moments
 from adapruner.memory import Placement
 from adapruner.models import check_length, check_tokens
+from adapruner.option_rules import scoring_bounds, written_count
 from adapruner.progress import Reporter
 from adapruner.run.nodes.declared import GRAPH
 from adapruner.run.nodes.forms import TENSORS, Windows

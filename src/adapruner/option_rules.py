@@ -1,0 +1,160 @@
+"""Rules between options: which go together, and what one means where another is left out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+# A combination of fields that is refused: a test of the fields that it has as parameters, and a message.
+Conflict = tuple[Callable[..., Any], str]
+
+# The fewest and the most windows that score a trial: what is found on few does not carry over (docs/experiments.md).
+SCORING_WINDOWS = (64, 160)
+
+
+def scoring_bounds(objective_windows: int | None) -> tuple[int, int]:
+    """The fewest and the most windows that score every trial."""
+    return SCORING_WINDOWS if objective_windows is None else (objective_windows, objective_windows)
+
+
+def scoring_count(objective_windows: int | None, final_windows: int, windows: int) -> int:
+    """The number of windows of the objective that score every trial; the others score the best ones again.
+
+    Args:
+        windows: how many there are.
+    """
+    fewest, most = scoring_bounds(objective_windows)
+    return min(most, max(fewest, windows - final_windows))
+
+
+def searches_widths(ratio_of: str, search: str, space: str, layout: str) -> bool:
+    """Whether the search decides how many channels each layer keeps."""
+    return (ratio_of, search, space, layout) == ("parameters", "joint", "extended", "per-layer")
+
+
+def may_remove_whole(space: str, search: str, whole: tuple[str, ...] | None) -> bool:
+    """Whether the search may remove parts of layers whole."""
+    return space == "extended" and search == "joint" and whole != ("none",)
+
+
+def written_count(self_windows: int | None, others: int, can_write: bool) -> int:
+    """How many windows the model writes for compensation, beside so many others."""
+    if self_windows is None:
+        return others // 2 if can_write else 0
+    return self_windows
+
+
+def fits_sequentially_by_default(sequential: bool | None, compensation: str) -> bool:
+    """Whether the final model is fitted again, layer by layer, if the family allows it."""
+    return compensation == "least-squares" if sequential is None else sequential
+
+
+def tunes_scales_by_default(tune_scales: bool | None, compensation: str, layer_wise: bool | None) -> bool:
+    """Whether the scales of the final model are tuned, where that is possible."""
+    return (compensation == "least-squares" and not layer_wise) if tune_scales is None else tune_scales
+
+
+CONFLICTS_OF_PRUNING: tuple[Conflict, ...] = (
+    (
+        lambda ratio_of, search, space, layout, level_rounds: (
+            level_rounds and not searches_widths(ratio_of, search, space, layout)
+        ),
+        "`level_rounds` moves widths that the search chose: remove it, or set `space` extended, `search` joint,"
+        " `layout` per-layer and `ratio_of` parameters",
+    ),
+    (
+        lambda calibration, self_windows: calibration == "self" and self_windows,
+        "with `calibration` self the model generates all windows: remove `self_windows`",
+    ),
+    (
+        lambda layout, protect_first, protect_last: layout == "uniform" and (protect_first or protect_last),
+        "`layout` uniform prunes all layers alike: remove `protect_first` and `protect_last`",
+    ),
+    (
+        lambda layout, whole: layout == "uniform" and set(whole or ()) & {"attention", "feed-forward"},
+        "`layout` uniform prunes all layers alike: `whole` can only be layer or none",
+    ),
+    (
+        lambda space, whole: space == "paper" and set(whole or ()) - {"none"},
+        "`space` paper removes nothing whole: remove `whole`, or set `space` extended",
+    ),
+    (
+        lambda whole: "none" in (whole or ()) and len(whole) > 1,
+        "`whole` is either none or parts of a layer: remove one or the other",
+    ),
+    (
+        lambda alignment, space: alignment == "paper" and space == "extended",
+        "`alignment` paper only knows the Taylor terms: set `space` paper",
+    ),
+    (
+        lambda ratio_of, space: ratio_of == "groups" and space == "extended",
+        "`ratio_of` groups leaves no allocation to search: set `space` paper",
+    ),
+    (
+        lambda target_size, target_memory, target_speed: (
+            sum(target is not None for target in (target_size, target_memory, target_speed)) > 1
+        ),
+        "`target_size`, `target_memory` and `target_speed` each say how much is removed: give one",
+    ),
+    (
+        lambda target_size, target_memory, target_format: (
+            target_format != "auto" and target_size is None and target_memory is None
+        ),
+        "`target_format` is that of a size: add `target_size` or `target_memory`",
+    ),
+    (
+        lambda target_speed, target_phase: target_phase != "prefill" and target_speed is None,
+        "`target_phase` is that of a speed: add `target_speed`",
+    ),
+    (
+        lambda target_memory, target_speed, target_batch, target_context: (
+            (target_batch, target_context) != (1, None) and target_memory is None and target_speed is None
+        ),
+        "`target_batch` and `target_context` change neither a size nor a ratio: add `target_memory` or `target_speed`",
+    ),
+    (
+        lambda target_size, target_memory, target_speed, ratio_of: (
+            ratio_of == "groups" and (target_size or target_memory or target_speed)
+        ),
+        "`ratio_of` groups is about a ratio: remove the target or `ratio_of`",
+    ),
+    (
+        lambda target_speed, layer_wise: target_speed is not None and layer_wise,
+        "`target_speed` is measured with all layers in memory: remove `layer_wise`",
+    ),
+    (
+        lambda sequential, compensation: sequential and compensation != "least-squares",
+        "`sequential` needs `compensation` least-squares, not {compensation}",
+    ),
+    (
+        lambda tune_scales, compensation: tune_scales and compensation == "none",
+        "`tune_scales` learns on the text of the compensation: set `compensation` to another form than none",
+    ),
+    (
+        lambda tune_scales, layer_wise: tune_scales and layer_wise,
+        "`tune_scales` needs all layers in memory: remove `layer_wise`",
+    ),
+    (
+        lambda vocabulary, vocabulary_size: vocabulary_size is not None and not vocabulary,
+        "`vocabulary_size` needs text to count tokens in: add `vocabulary`",
+    ),
+    (
+        lambda recover, recovery: recover is None and recovery != type(recovery)(),
+        "options of the recovery need a dataset to fine-tune on: add `recover`",
+    ),
+    (
+        lambda samples, pool: samples > pool,
+        "`samples` {samples} is more than the {pool} of `pool`: lower one or raise the other",
+    ),
+)
+
+CONFLICTS_OF_RECOVERY: tuple[Conflict, ...] = (
+    (
+        lambda method, teacher: method == "distillation" and teacher is None,
+        "`method` distillation needs the dense model: add `teacher`",
+    ),
+    (
+        lambda method, teacher, data: method == "labels" and teacher is not None and data != "self",
+        "`method` labels needs no teacher: remove `teacher`",
+    ),
+)

@@ -1,0 +1,43 @@
+"""Options in files: the recipes of this package, and YAML files of the user."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from adapruner.config import BUDGETS
+from adapruner.errors import AdaPrunerError, reason
+from adapruner.plain_yaml import UNREADABLE, parse_options
+
+
+def recipes() -> dict[str, str]:
+    """The text of every recipe of this package, by name: YAML, with what it is for in the comment at its beginning."""
+    folder = resources.files("adapruner") / "recipes"
+    files = sorted(folder.iterdir(), key=lambda file: file.name)
+    return {file.name.removesuffix(".yaml"): file.read_text(encoding="utf-8") for file in files}
+
+
+def override(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Options over others. What says how much is removed replaces whatever said so."""
+    if any(own.get(name) is not None for name in BUDGETS):
+        base = {name: value for name, value in base.items() if name not in BUDGETS}
+    return {**base, **own}
+
+
+def read_recipe(name: str | Path) -> dict[str, Any]:
+    """The options in a recipe: one of this package, by name, or a YAML file.
+
+    Raises:
+        AdaPrunerError: there is no such recipe, or it is not a mapping of options.
+    """
+    known = recipes()
+    try:
+        if text := known.get(str(name)):
+            return parse_options(text)
+        if not Path(name).is_file():
+            raise AdaPrunerError(f"no recipe {str(name)!r}: expected {', '.join(known)}, or a YAML file")
+        return parse_options(Path(name).read_text(encoding="utf-8"))
+    except UNREADABLE as error:
+        raise AdaPrunerError(f"cannot read the recipe {name}: {reason(error)}") from None
