@@ -26,6 +26,7 @@ from adapruner.errors import AdaPrunerError, describe_invalid, reason
 from adapruner.option_rules import (
     CONFLICTS_OF_PRUNING,
     CONFLICTS_OF_RECOVERY,
+    SCORING_WINDOWS,
     Conflict,
     searches_widths,
     tunes_scales_by_default,
