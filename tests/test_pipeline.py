@@ -52,6 +52,7 @@ def test_the_result_is_a_smaller_model_with_its_numbers(
         assert evaluated.perplexity == result.model(role).perplexity[text].perplexity
     assert set(result.stages) == {
         "loading",
+        "checking text",
         "reading activations",
         "measuring",
         "comparing removals",
@@ -284,7 +285,7 @@ def test_layer_by_layer_leads_to_the_same_model(prune: Prune, text_file: Path, t
     assert PruneConfig.load(result.output / "config.yaml").layer_wise
     assert result.plan.hash == resident.plan.hash
     assert result.result.search.best_loss == pytest.approx(resident.result.search.best_loss, rel=1e-3)
-    with pytest.raises(AdaPrunerError, match=r"with all layers in memory, and .* did not have them"):
+    with pytest.raises(AdaPrunerError, match="with all layers in memory"):
         adapruner.plan_again(result.output, tmp_path / "faster", target_speed=1.2)
 
 
