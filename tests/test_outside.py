@@ -31,9 +31,11 @@ import adapruner
 from adapruner.checkpoint import save_checkpoint
 from adapruner.cli import app, main
 from adapruner.config import GgufType, read_recipe, recipes
+from adapruner.families import learn
+from adapruner.families.tiny import random_model
 from adapruner.importance import TERMS
 from adapruner.measurement import measure_moments
-from adapruner.models import find_architecture, known_architectures, random_model
+from adapruner.models import known_architectures
 from adapruner.planning import make_plan
 from adapruner.structure import Block, build_structure
 from adapruner.surgery import Compensation, prune_model
@@ -204,7 +206,7 @@ def in_bfloat16(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def of_family(model_type: str, **fields: object) -> PreTrainedModel:
-    find_architecture(config := tiny_config(model_type, **fields))
+    learn(config := tiny_config(model_type, **fields))
     return random_model(config)
 
 
