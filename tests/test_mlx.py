@@ -97,6 +97,13 @@ def test_layers_of_two_kinds(tokenizer: PreTrainedTokenizerFast, tmp_path: Path)
     check_equal(tmp_path / "model")
 
 
+def test_twelve_layers(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """From ten layers on, transformers pads their numbers with zeros."""
+    save_checkpoint(pruned("llama", num_hidden_layers=12), tokenizer, tmp_path / "model")
+    assert "04" in json.loads((tmp_path / "model" / "config.json").read_text())["per_layer_config"]
+    check_equal(tmp_path / "model")
+
+
 def test_biases_that_the_family_does_not_know(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     model = pruned("qwen2", compensates=True)
     assert float(model.get_parameter("model.layers.2.mlp.down_proj.bias").detach().abs().max()) > 0.0

@@ -60,14 +60,15 @@ OWN: dict[str, dict[str, object]] = {
 }
 
 
-def tiny_config(model_type: str) -> PreTrainedConfig:
+def tiny_config(model_type: str, **changes: object) -> PreTrainedConfig:
     config_class = CONFIG_MAPPING[model_type]
     names = set(config_class().to_dict()) | set(getattr(config_class, "attribute_map", {}))
     fields = {name: size for name, size in SIZES.items() if name in names}
     for alias, name in getattr(config_class, "attribute_map", {}).items():
         if name in fields:
             fields.pop(alias, None)
-    return config_class(**fields | {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0} | OWN.get(model_type, {}))
+    fields |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    return config_class(**fields | OWN.get(model_type, {}) | changes)
 
 
 def random_plan(structure: Structure, counts: Sequence[int]) -> PruningPlan:

@@ -11,12 +11,16 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from adapruner.checkpoint import save_checkpoint
 from adapruner.errors import AdaPrunerError
+from adapruner.families import learn
+from adapruner.families.proof import masked
+from adapruner.families.tiny import random_model
+from adapruner.families.tiny import tiny_config as shrunk_config
 from adapruner.measurement import measure_moments
-from adapruner.models import known_architectures
+from adapruner.models import find_model, known_architectures, load_model
 from adapruner.planning import make_plan
 from adapruner.structure import build_structure, count_parameters
 from adapruner.surgery import Compensation, is_as_large_as_dense, pad_to_stock, prune_model
-from tiny_families import random_plan
+from tiny_families import random_plan, tiny_config
 
 CASES = [
     (family, key_value_heads, granularity)
@@ -80,6 +84,30 @@ def test_fewer_heads_in_all_layers_are_filled_up_to_the_hidden_size(
     assert heads % groups == 0
     with torch.no_grad():
         torch.testing.assert_close(padded(windows).logits, pruned(windows).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_twelve_layers_that_differ_in_the_dense_model(
+    windows: torch.Tensor, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Of this Gemma 4, every sixth layer has other heads; transformers writes its number as "05" and "11"."""
+    others = {layer: {"head_dim": 32, "num_key_value_heads": 1} for layer in (5, 11)}
+    kinds = ["full_attention" if layer in others else "sliding_attention" for layer in range(12)]
+    layers = {"num_hidden_layers": 12, "num_kv_shared_layers": 0, "layer_types": kinds, "per_layer_config": others}
+    config = tiny_config("gemma4_text", **layers)
+    shrunk = shrunk_config(config)
+    assert shrunk.layer_types == ["sliding_attention", "full_attention"] * 2
+    assert shrunk.to_dict()["per_layer_config"] == {layer: {"num_key_value_heads": 1} for layer in "13"}
+    learn(config)
+    dense = random_model(config)
+    structure = build_structure(dense)
+    counts = [block.groups - block.layer * (block.kind == "channels") for block in structure.blocks]
+    plan = make_plan(structure, torch.zeros(structure.group_offsets[-1]), counts)
+    save_checkpoint(prune_model(dense, structure, plan), tokenizer, tmp_path / "pruned")
+    loaded = load_model(find_model(str(tmp_path / "pruned")))
+    with torch.no_grad(), masked(dense, structure, plan) as same:
+        expected = same(windows).logits
+        for model in (loaded, pad_to_stock(loaded)):
+            torch.testing.assert_close(model(windows).logits, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_added_biases_have_no_place(model: PreTrainedModel, windows: torch.Tensor) -> None:

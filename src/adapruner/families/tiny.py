@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from adapruner.models import fields_by_layer
+
 # What is small enough to be taken as it is.
 _MOST_PARAMETERS, _MOST_LAYERS = 10_000_000, 8
 _LAYERS, _HEADS, _KEY_VALUE_HEADS, _WIDTH, _EXPERTS = 4, 4, 2, 16, 4
@@ -95,12 +97,18 @@ def tiny_config(config: PreTrainedConfig) -> PreTrainedConfig:
         for name, value in config.to_dict().items()
         if name not in _LEFT_OUT
     }
-    if per_layer := fields.get("per_layer_config"):
-        fields["per_layer_config"] = _shrunk_layers(per_layer, config)
+    types: list[Any] = list(getattr(config, "layer_types", None) or [None] * config.num_hidden_layers)
+    per_layer = fields.get("per_layer_config")
+    if per_layer:
+        fields["per_layer_config"] = _shrunk_layers(per_layer, types, _sampled(types))
     fields |= {name: number for number, name in enumerate(_TOKENS) if fields.get(name) is not None}
     if heads == key_value_heads and "num_key_value_heads" in fields:
         fields["num_key_value_heads"] = _HEADS
-    return type(config)(**fields)
+    tiny = type(config)(**fields)
+    if per_layer and getattr(tiny, "layer_types", None):
+        # Gemma 4 makes its last layer one of another type.
+        tiny.per_layer_config = _shrunk_layers(per_layer, types, tiny.layer_types)
+    return tiny
 
 
 def random_model(config: PreTrainedConfig) -> PreTrainedModel:
@@ -123,13 +131,21 @@ def parameters_of(config: PreTrainedConfig) -> int:
         return sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
 
 
-def _shrunk_layers(per_layer: Mapping[Any, Mapping[str, Any]], config: PreTrainedConfig) -> dict[int, dict[str, Any]]:
-    """The fields in which the sampled layers differ."""
-    types: list[Any] = list(getattr(config, "layer_types", None) or [None] * config.num_hidden_layers)
-    sampled = [types.index(each) for each in _sampled(types)]
-    own = {new: per_layer.get(old) or per_layer.get(str(old)) or {} for new, old in enumerate(sampled)}
+def _shrunk_layers(
+    per_layer: Mapping[Any, Mapping[str, Any]], types: list[Any], tiny_types: list[Any]
+) -> dict[int, dict[str, Any]]:
+    """The fields that a tiny config sets for single layers: those of the first layer of the same type.
+
+    Args:
+        types: of all layers of the given config.
+        tiny_types: of the layers of the tiny one.
+    """
+    by_layer = fields_by_layer(per_layer)
+    first = [by_layer.get(types.index(kind), {}) for kind in tiny_types]
     return {
-        new: {name: _shrunk(name, value, 0) for name, value in layer.items()} for new, layer in own.items() if layer
+        layer: {name: _shrunk(name, value, 0) for name, value in fields.items()}
+        for layer, fields in enumerate(first)
+        if fields
     }
 
 

@@ -358,6 +358,15 @@ def stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
     return stock
 
 
+def fields_by_layer(per_layer_config: Mapping[Any, Mapping[str, Any]]) -> dict[int, Mapping[str, Any]]:
+    """The fields that a config sets for single layers, by the number of the layer.
+
+    In JSON, and in what `to_dict` gives, the numbers are strings, which transformers pads with zeros: "04", where a
+    layer after the tenth differs.
+    """
+    return {int(layer): fields for layer, fields in per_layer_config.items()}
+
+
 def new_model(config: PreTrainedConfig) -> PreTrainedModel:
     """A model of a config, with weights as transformers draws them; use it where they cost nothing."""
     make: Any = architecture_of(config).pruned_class if is_pruned(config) else AutoModelForCausalLM.from_config

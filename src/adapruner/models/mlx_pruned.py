@@ -29,6 +29,8 @@ class ModelArgs:
 
     def __init__(self, config: dict[str, Any]) -> None:
         self.config = config
+        # transformers pads the numbers of layers with zeros: "04", where a layer after the tenth differs.
+        self.layers = {int(layer): fields for layer, fields in config["per_layer_config"].items()}
         self.stock_class, self.stock_args = _get_classes(config)
         self.model_with = functools.cache(self._model_with)
 
@@ -38,7 +40,7 @@ class ModelArgs:
 
     def of_layer(self, index: int) -> dict[str, Any]:
         """What the config says of one layer."""
-        return self.config["per_layer_config"].get(str(index), {})
+        return self.layers.get(index, {})
 
     def of_stock(self, **fields: Any) -> Any:
         """The arguments of the stock model with other fields."""

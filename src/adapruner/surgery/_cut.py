@@ -15,6 +15,7 @@ from transformers.initialization import no_init_weights
 
 from adapruner.models import (
     Architecture,
+    fields_by_layer,
     is_pruned,
     is_streamed,
     layer_devices,
@@ -27,7 +28,7 @@ from adapruner.models import (
 from adapruner.planning import BlockPlan, PruningPlan
 from adapruner.structure import Block, Structure, TensorSlice
 from adapruner.surgery._compensation import Compensation, compensate
-from adapruner.surgery._stock import fields_of_all, fields_of_layers, of_layer, stock_models
+from adapruner.surgery._stock import fields_of_all, fields_of_layers, stock_models
 
 
 def prune_model(
@@ -120,7 +121,8 @@ def _empty_pruned(
                 return stock
     if of_stock := fields.pop("per_layer_config", None):
         fields["stock_per_layer_config"] = of_stock
-        layers = {index: of_layer(of_stock, index) | layers.get(index, {}) for index in range(len(kept))}
+        stock_layers = fields_by_layer(of_stock)
+        layers = {index: {**stock_layers.get(index, {}), **layers.get(index, {})} for index in range(len(kept))}
     fields |= {"per_layer_config": layers}
     if architecture.config_fields.head_numbers:
         fields |= {architecture.config_fields.head_numbers: None}

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from adapruner.errors import AdaPrunerError
-from adapruner.models import Architecture, architecture_of, is_pruned
+from adapruner.models import Architecture, architecture_of, fields_by_layer, is_pruned
 from adapruner.structure import Block, Kind, Structure, TensorSlice, build_structure
 
 # Config fields that list layers by number, and fields that say how many of the first layers are of another kind.
@@ -69,17 +69,13 @@ def fields_of_layers(config: PreTrainedConfig, fields: Mapping[str, Any], kept: 
         if name in _FIRST_LAYERS and value:
             return sum(old < value for old in kept)
         if name == "per_layer_config" and value:
-            return {new: of_layer(value, old) for new, old in enumerate(kept)}
+            by_layer = fields_by_layer(value)
+            return {new: by_layer.get(old, {}) for new, old in enumerate(kept)}
         is_of_layers = isinstance(value, list | tuple) and len(value) == layers and "token" not in name
         return [value[layer] for layer in kept] if is_of_layers else value
 
     own = {name: shortened(name, value) for name, value in fields.items()}
     return own | {config.attribute_map.get("num_hidden_layers", "num_hidden_layers"): len(kept)}
-
-
-def of_layer(per_layer: Mapping[Any, dict[str, Any]], index: int) -> dict[str, Any]:
-    """What a config says of one layer; numbers of layers are words in JSON."""
-    return per_layer.get(index) or per_layer.get(str(index)) or {}
 
 
 def pad_to_stock(model: PreTrainedModel, fills_heads: bool = False) -> PreTrainedModel:
