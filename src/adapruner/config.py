@@ -100,7 +100,6 @@ def _check_size(value: Any) -> str:
 
 
 Count = Annotated[int, Field(ge=1)]
-# As it was given: a size in bytes says less to whoever reads it.
 Size = Annotated[str, BeforeValidator(_check_size)]
 Fraction = Annotated[float, AfterValidator(_check_fraction)]
 # One value stands for a tuple of one.
