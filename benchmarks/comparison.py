@@ -17,14 +17,13 @@ from statistics import fmean
 from typing import Annotated, Any
 
 import torch
-from adapruner.job import Job, Preparation
-from adapruner.procedure import candidate_at_ratio
 from cyclopts import Parameter, run
 from optipfair import prune_model as optipfair_prune
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from adapruner import PruneResult, PruningPlan, pipeline
+import adapruner
+from adapruner import PruneResult, PruningPlan
 from adapruner.calibration import evenly_spaced, parse_source, text_windows
 from adapruner.evaluation import measure_perplexity
 from adapruner.graph import RunFolder
@@ -34,6 +33,7 @@ from adapruner.models import find_model, in_fastest_dtype, load_model, load_toke
 from adapruner.planning import Budget, Profile, kept_counts, make_plan
 from adapruner.processes import Process
 from adapruner.progress import Reporter
+from adapruner.run.makings import makings_of
 from adapruner.search import PaperSpace, build_subset_family, plan_candidate
 from adapruner.structure import Structure, build_structure, count_parameters
 from adapruner.surgery import Compensation, prune_model, refit_sequentially
@@ -98,7 +98,7 @@ class Comparison:
         """A run; one that measures the same as the first run of the seed has its measurements."""
         if name == "uniform":
             share(self.folder(seed, name), self.folder(seed, "extended"))
-        return pipeline.prune(
+        return adapruner.prune(
             "smollm2",
             output=self.folder(seed, name),
             ratio=SEARCHED_RATIO,
@@ -121,11 +121,9 @@ class Comparison:
             return searched.plan
         config = searched.result.config.model_copy(update=allocation(name, ratio) | {"ratio": (ratio,)})
         folder = RunFolder(searched.output)
-        job = Job(config, folder, Preparation(config, folder, Process(), Reporter(quiet=True)), {})
-        statistics = Measured.read(folder.path).statistics
-        return plan_candidate(
-            self.structure, statistics, candidate_at_ratio(job, statistics, searched.result.search.best)
-        )
+        (making,) = makings_of(config, folder, Process(), Reporter(quiet=True))
+        candidate = making.value("at_ratio")(searched.result.search.best)
+        return plan_candidate(self.structure, making.value("statistics"), candidate)
 
     def folder(self, seed: int, name: str) -> Path:
         """Where the run of a method is."""
@@ -228,6 +226,7 @@ def peers(comparison: Comparison, seed: int, ratio: float) -> None:
         comparison.report(seed, ratio, f"LLM-Pruner {name}", cut(comparison, of_metric))
     wanda = plan(statistics, ACTIVATION_METRICS["wanda_sp"], budget)
     comparison.report(seed, ratio, "Wanda-sp", cut(comparison, wanda))
+    assert isinstance(budget.allocation, Profile)
     everywhere = replace(budget, heads=1.0, allocation=replace(budget.allocation, ranking="global"))
     flap = plan(statistics, ACTIVATION_METRICS["flap"], everywhere)
     bias = Compensation("bias", found.moments)

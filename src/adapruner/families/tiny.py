@@ -98,7 +98,7 @@ def tiny_config(config: PreTrainedConfig) -> PreTrainedConfig:
         if name not in _LEFT_OUT
     }
     types: list[Any] = list(getattr(config, "layer_types", None) or [None] * config.num_hidden_layers)
-    per_layer = fields.get("per_layer_config")
+    per_layer: Any = fields.get("per_layer_config")
     if per_layer:
         fields["per_layer_config"] = _shrunk_layers(per_layer, types, _sampled(types))
     fields |= {name: number for number, name in enumerate(_TOKENS) if fields.get(name) is not None}
@@ -107,7 +107,8 @@ def tiny_config(config: PreTrainedConfig) -> PreTrainedConfig:
     tiny = type(config)(**fields)
     if per_layer and getattr(tiny, "layer_types", None):
         # Gemma 4 makes its last layer one of another type.
-        tiny.per_layer_config = _shrunk_layers(per_layer, types, tiny.layer_types)
+        shrunk: Any = _shrunk_layers(per_layer, types, tiny.layer_types)
+        tiny.per_layer_config = shrunk
     return tiny
 
 
