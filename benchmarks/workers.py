@@ -47,7 +47,9 @@ def main(*, counts: Sequence[int] = (1, 2, 3), trials: int = 48, seconds: float 
 
 def _time(count: int, trials: int, seconds: float, stops_early: bool) -> float:
     """Seconds that a search by so many processes takes once they have started."""
-    config = LaunchConfig(1, 1, count, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0)
+    config = LaunchConfig(
+        1, 1, count, run_id="search", rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0
+    )
     with tempfile.TemporaryDirectory() as folder:
         launched = elastic_launch(config, _search)(Path(folder, "study.jsonl"), trials, seconds, stops_early)
     return float(launched[0])
