@@ -54,9 +54,11 @@ class Leaf(Node[T]):
 
     Attributes:
         content: the content of the value, as JSON; None decides no number.
+        title: what people call it.
     """
 
     content: Callable[[T], Any] = lambda value: None
+    title: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,9 +139,15 @@ class Graph:
         """Declares a node in memory that takes long or much memory, such as a loaded model."""
         return self._add(InMemory(*_named(make), is_costly=True))
 
-    def leaf(self, content: Callable[[Any], Any] = lambda value: None) -> Callable[[Callable[..., T]], Leaf[T]]:
-        """Declares a leaf; see `Leaf`."""
-        return lambda make: self._add(Leaf(*_named(make), content=content))
+    def leaf(
+        self, content: Callable[[Any], Any] = lambda value: None, title: str | None = None
+    ) -> Callable[[Callable[..., T]], Leaf[T]]:
+        """Declares a leaf; see `Leaf`.
+
+        Args:
+            title: by default the name of the function.
+        """
+        return lambda make: self._add(Leaf(*_named(make), content=content, title=title or make.__name__))
 
     def kept(
         self,

@@ -101,7 +101,9 @@ class Making:
                 version=node.version,
                 options={name: self.as_json[name] for name in sorted(reach.options)},
                 leaves={
-                    name: at_hand(self._content(name), then and then.leaves.get(name)) for name in sorted(reach.leaves)
+                    leaf.title: at_hand(leaf.content(self.value(leaf)), then and then.leaves.get(leaf.title))
+                    for leaf in map(self.graph.nodes.get, sorted(reach.leaves))
+                    if isinstance(leaf, Leaf)
                 },
                 inputs={
                     other.path: self.record(other).key
@@ -115,11 +117,6 @@ class Making:
                 record = Record(name=node.path, version=node.version, options={}, leaves=leaves, inputs={})
             self._records[node.name] = record
         return self._records[node.name]
-
-    def _content(self, leaf: str) -> Any:
-        node = self.graph.nodes[leaf]
-        assert isinstance(node, Leaf)
-        return node.content(self.value(leaf))
 
     def folder_of(self, node: Kept[Any]) -> RunFolder:
         """Where a kept node is."""

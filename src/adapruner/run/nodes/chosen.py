@@ -107,7 +107,7 @@ def removal_order(
 # How a candidate is judged
 
 
-@GRAPH.leaf(lambda function: function)
+@GRAPH.leaf(lambda function: function and {"text": function, "content": ""})
 def objective_function(objective: str | None) -> str | None:
     """The name and version of the Python function that judges the trials; None for the loss on a dataset."""
     return objective if objective is not None and objective.startswith(FUNCTION) else None

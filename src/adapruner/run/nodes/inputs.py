@@ -92,7 +92,7 @@ def content_of_text(source: Source | None) -> dict[str, str | None] | None:
 # The model as it was given
 
 
-@GRAPH.leaf(fingerprint_of_model)
+@GRAPH.leaf(fingerprint_of_model, "model")
 def location(model: str) -> ModelLocation:
     return find_model(model)
 

@@ -70,10 +70,9 @@ def drawn(
     objective_windows: int | None,
     seq_len: int,
     seed: int,
-    reporter: Reporter,
 ) -> Windows:
     """The windows out of datasets by use, [windows, tokens] each, int64; without those that the model writes."""
-    reporter.note(check_length(empty.config, seq_len) or "")
+    check_length(empty.config, seq_len)
     fewest = {"pool": window_counts["pool"], "objective": scoring_bounds(objective_windows)[0]}
     windows = {
         use: draw_windows(source, tokenizer, window_counts[use], seq_len, seed, fewest[use])
@@ -96,12 +95,14 @@ def windows(
     dense_fast: PreTrainedModel,
     drawn: Windows,
     window_counts: dict[str, int],
+    empty: PreTrainedModel,
     samples: int,
     seq_len: int,
     seed: int,
     reporter: Reporter,
 ) -> Windows:
     """The windows of every use, [windows, tokens] each, int64, on which the loss of the dense model is finite."""
+    reporter.note(check_length(empty.config, seq_len) or "")
     windows = dict(drawn)
     for number, (use, count) in enumerate(window_counts.items()):
         if use not in windows:
