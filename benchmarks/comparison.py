@@ -207,6 +207,8 @@ def peers(comparison: Comparison, seed: int, ratio: float) -> None:
     found = Measured.read(comparison.folder(seed, "extended"))
     statistics, pool = found.statistics, found.windows["pool"]
     budget = peer_budget(ratio)
+    profile = budget.allocation
+    assert isinstance(profile, Profile)
 
     def plan(measured: Statistics, point: MetricPoint, budget: Budget) -> PruningPlan:
         scores = score_groups(measured, structure, point)
@@ -228,7 +230,7 @@ def peers(comparison: Comparison, seed: int, ratio: float) -> None:
         comparison.report(seed, ratio, f"LLM-Pruner {name}", cut(comparison, of_metric))
     wanda = plan(statistics, ACTIVATION_METRICS["wanda_sp"], budget)
     comparison.report(seed, ratio, "Wanda-sp", cut(comparison, wanda))
-    everywhere = replace(budget, heads=1.0, allocation=replace(budget.allocation, ranking="global"))
+    everywhere = replace(budget, heads=1.0, allocation=replace(profile, ranking="global"))
     flap = plan(statistics, ACTIVATION_METRICS["flap"], everywhere)
     bias = Compensation("bias", found.moments)
     comparison.report(seed, ratio, "FLAP", cut(comparison, flap, bias))

@@ -19,7 +19,7 @@ from cyclopts import run
 from torch import Tensor
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from adapruner.planning import Budget
+from adapruner.planning import Budget, Profile
 from adapruner.processes import this_process
 from adapruner.search import Candidate, ExtendedSpace, Search, StudyFile, SubsetFamily
 from machine import describe
@@ -65,7 +65,9 @@ def _search(file: Path, trials: int, seconds: float, stops_early: bool) -> float
     def judge(candidate: Candidate) -> Iterator[Tensor]:
         drawn = hashlib.sha256(candidate.model_dump_json().encode()).digest()
         noise = torch.randn(WINDOWS, generator=torch.Generator().manual_seed(drawn[0])).double()
-        loss = (candidate.budget.allocation.tilt - 0.2) ** 2 + candidate.point.weights.get("fine_first", 0.0)
+        profile = candidate.budget.allocation
+        assert isinstance(profile, Profile)
+        loss = (profile.tilt - 0.2) ** 2 + candidate.point.weights.get("fine_first", 0.0)
         for losses in (own_texts + 0.1 * noise + loss).split(BATCH):
             time.sleep(seconds * (0.5 + drawn[1] / 255) * BATCH / WINDOWS)
             yield losses
