@@ -205,6 +205,8 @@ def peers(comparison: Comparison, seed: int, ratio: float) -> None:
     found = Measured.read(comparison.folder(seed, "extended"))
     statistics, pool = found.statistics, found.windows["pool"]
     budget = peer_budget(ratio)
+    profile = budget.allocation
+    assert isinstance(profile, Profile)
 
     def plan(measured: Statistics, point: MetricPoint, budget: Budget) -> PruningPlan:
         scores = score_groups(measured, structure, point)
