@@ -152,7 +152,7 @@ def test_built_in_texts_are_the_same_everywhere(tokenizer: PreTrainedTokenizerFa
         name: hashlib.sha256(text.encode()).hexdigest()[:12] for name, text in _probes.built_in_texts().items()
     } == {
         "arithmetic": "f6965518880b",
-        "code": "ec06d6871df4",
+        "code": "55cec43a2237",
     }
     lines = re.findall(r"(\d+) ([+x]) (\d+) = (\d+)", _probes.built_in_texts()["arithmetic"])
     assert len(lines) > 400

@@ -32,7 +32,7 @@ _WINDOWS = 24
 
 def probe_texts(tokenizer: Tokenizer, seq_len: int) -> dict[str, EvaluationText]:
     """Text of which every model has seen much, and which breaks before prose does: sums and products (`arithmetic`),
-    and common algorithms in Python (`code`).
+    and Python (`code`, parts of this package as they once were).
 
     Args:
         seq_len: tokens per window.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Container, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Generic, TypeVar
@@ -231,11 +231,15 @@ class Graph:
         """All that is kept, each after what it needs."""
         return tuple(node for node in self.nodes.values() if isinstance(node, Kept))
 
-    def held_for(self, name: str) -> frozenset[str]:
-        """What must be in memory to make a node: all that it needs, up to what is kept."""
+    def held_for(self, name: str, at_hand: Container[str] = ()) -> frozenset[str]:
+        """What must be in memory to make a node: all that it needs, up to what is kept or at hand."""
         node = self.nodes.get(name)
         needed = () if node is None else node.needs.values()
-        below = [self.held_for(each) for each in needed if not isinstance(self.nodes.get(each), Kept)]
+        below = [
+            self.held_for(each, at_hand)
+            for each in needed
+            if each not in at_hand and not isinstance(self.nodes.get(each), Kept)
+        ]
         return frozenset(needed).union(*below)
 
     def depends_on(self, name: str, others: Collection[str]) -> bool:

@@ -227,10 +227,13 @@ class Making:
             replace(partial_path, path)
         folder.finish(node.path, self.record(node), node.beside)
 
-    def forget(self, still_needed: frozenset[str]) -> None:
-        """Drops values that were loaded or are costly, if nothing needs them any more."""
+    def forget_but(self, remaining: Iterable[str]) -> None:
+        """Drops values that were loaded or are costly, and that the next of the remaining nodes does not need directly, or
+        no other one to make what is not at hand: what is loaded again costs less than memory held for later."""
+        at_hand = self._values.keys() | self.shared.keys()
+        needed = frozenset[str]().union(*(self.graph.held_for(name, at_hand) for name in remaining))
         for values in (self._values, self.shared):
-            for name in values.keys() - still_needed:
+            for name in values.keys() - needed:
                 node = self.graph.nodes[name]
                 if isinstance(node, Kept) or (isinstance(node, InMemory) and node.is_costly):
                     del values[name]
@@ -258,7 +261,7 @@ def make_all(makings: Sequence[Making]) -> None:
             graph = making.graph
             making.make(next(node for node in graph.kept_nodes if node.name == names[0]))
             remaining = [*names[1:], *(name for names in later[number + 1 :] for name in names)]
-            making.forget(frozenset().union(*map(graph.held_for, remaining)))
+            making.forget_but(remaining)
         if process.leads:
             for folder in (making.root, making.folder):
                 folder.remove_unfinished()

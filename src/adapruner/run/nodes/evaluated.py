@@ -52,6 +52,8 @@ _MODELS: dict[Role, str] = {
     "searched": "pruned_model",
     "recovered": "recovered_model",
 }
+# The same in the dtype of trials, in which text is written and tasks are run.
+_FAST_MODELS: dict[Role, str] = {"dense": "dense_given_fast", "searched": "pruned_fast", "recovered": "recovered_fast"}
 # Of the steps on the way nothing but the perplexity is measured.
 _STEPS: tuple[Role, ...] = ("best_fixed", "compensated")
 
@@ -70,6 +72,30 @@ def dense_given(
         return dense
     with reporter.stage("loading"):
         return load_model(location, precision.asked, placement.device, placement.layer_wise)
+
+
+@GRAPH.costly
+def dense_given_fast(
+    dense_fast: PreTrainedModel,
+    location: ModelLocation,
+    precision: Precision,
+    placement: Placement,
+    kept_tokens: Vocabulary | None,
+) -> PreTrainedModel:
+    """The same in the dtype of trials."""
+    if kept_tokens is None:
+        return dense_fast
+    return in_fastest_dtype(load_model(location, precision.asked, placement.device, placement.layer_wise))
+
+
+@GRAPH.costly
+def pruned_fast(pruned_model: PreTrainedModel) -> PreTrainedModel:
+    return in_fastest_dtype(pruned_model)
+
+
+@GRAPH.costly
+def recovered_fast(recovered_model: PreTrainedModel) -> PreTrainedModel:
+    return in_fastest_dtype(recovered_model)
 
 
 @GRAPH.costly
@@ -129,17 +155,16 @@ def measured_breakage(
 ) -> Breakage:
     """Signs that a model is broken, where the dense model's continuations were made with those of its own."""
     written, agreed = continuations.get("dense"), None if not continuations else 1.0
-    fast = in_fastest_dtype(model)
     texts = probe_texts(tokenizer, min(seq_len, _PROBED_TOKENS))
     with reporter.stage("looking for breakage", sum(len(text.windows) for text in texts.values())) as advance:
         if written is not None and role != "dense":
-            agreed = agreement(fast, written)
-            written = continue_greedily(fast, tokenizer, OPENINGS)
+            agreed = agreement(model, written)
+            written = continue_greedily(model, tokenizer, OPENINGS)
         return Breakage(
             repetition=None if written is None else repetition(written),
             agreement=agreed,
             texts={
-                name: measure_perplexity(fast, text.windows, name, advance, **text.about)
+                name: measure_perplexity(model, text.windows, name, advance, **text.about)
                 for name, text in texts.items()
             },
         )
@@ -171,7 +196,7 @@ def measured_tasks(
 ) -> dict[str, TaskScore]:
     """The scores of a model in every task, by name."""
     with reporter.stage("running tasks", len(loaded_tasks)) as advance:
-        scores = measure_tasks(in_fastest_dtype(model), tokenizer, loaded_tasks, advance)
+        scores = measure_tasks(model, tokenizer, loaded_tasks, advance)
         return {score.task: score for score in scores}
 
 
@@ -179,7 +204,7 @@ def _kept_for(role: Role, what: str, content: Any, make: Callable[..., Any], **o
     """Declares what is measured of the model of a role."""
     tokenizer = "given_tokenizer" if role == "dense" else "tokenizer"
     texts = "texts_of_dense" if role == "dense" else "report_texts"
-    needs = {"model": _MODELS[role], "tokenizer": tokenizer, "texts": texts}
+    needs = {"model": (_MODELS if what == "perplexity" else _FAST_MODELS)[role], "tokenizer": tokenizer, "texts": texts}
     path = f"evaluation/{what}-{role}.json"
     return GRAPH.kept(path, json_form(content), name=f"{what}_{role}", needs=needs, **options)(make)
 
@@ -213,6 +238,6 @@ scores = {
     for role in _WHOLE
 }
 breakage = {
-    role: _kept_for(role, "breakage", Breakage, partial(measured_breakage, role), version=4, is_wanted=_is_wanted(role))
+    role: _kept_for(role, "breakage", Breakage, partial(measured_breakage, role), version=5, is_wanted=_is_wanted(role))
     for role in _WHOLE
 }
