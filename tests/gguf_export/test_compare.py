@@ -14,10 +14,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import adapruner
 from adapruner import PruneConfig
-from adapruner.checkpoint import save_checkpoint, write_gguf
+from adapruner.checkpoint import save_checkpoint
 from adapruner.comparison import AXES, Comparison, Point
 from adapruner.errors import AdaPrunerError
 from adapruner.evaluation import Perplexity, Rate
+from adapruner.gguf import write_gguf
 from adapruner.planning import make_plan
 from adapruner.report import render_comparison
 from adapruner.structure import build_structure
