@@ -165,6 +165,6 @@ def test_bad_options(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("text.txt").write_text("text")
-    monkeypatch.setattr("adapruner.verbs._compare.load_model", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("adapruner.verbs._compare.open_model", lambda *_: pytest.fail("weights were loaded"))
     with pytest.raises(AdaPrunerError, match=re.escape(message)):
         adapruner.compare(**{"models": models, "perplexity": "text.txt", "types": ["f16"]} | options)
