@@ -18,12 +18,13 @@ from hypothesis import strategies as st
 from scipy.optimize import isotonic_regression
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 
-from adapruner.checkpoint import gguf_bytes, save_checkpoint
+from adapruner.checkpoint import save_checkpoint
 from adapruner.costs import Latencies, cache_bytes, check_latencies, measure_latencies, measured_model, read_latencies
 from adapruner.costs._bytes import memory_costs, safetensors_bytes, shapes_after, stored_shapes
 from adapruner.costs._latency import _rising
 from adapruner.errors import AdaPrunerError
 from adapruner.families import learn
+from adapruner.gguf import gguf_bytes
 from adapruner.models import empty_model
 from adapruner.planning import make_plan
 from adapruner.structure import Structure, build_structure

@@ -20,8 +20,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from adapruner.card import base_licence
-from adapruner.checkpoint import write_gguf
 from adapruner.errors import AdaPrunerError
+from adapruner.gguf import write_gguf
 from adapruner.models import find_model, load_config, load_model, load_tokenizer
 from adapruner.models._gguf import refuse_what_is_not_read, without_tokens
 

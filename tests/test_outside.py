@@ -52,7 +52,7 @@ FIELDS = ("model_type", "architectures", "auto_map", "model_file", "added_biases
 FIELDS += ("intermediate_size", "num_attention_heads", "num_key_value_heads", "num_experts", "moe_intermediate_size")
 FIELDS += ("vocab_size", "dtype", "per_layer_config", "stock_per_layer_config")
 # In a run folder: checkpoints, and files that support the run.
-NO_ARTIFACTS = ("given", "keys", "model", "compensated", "unfinished", "study.db", "log.jsonl", ".lock")
+NO_ARTIFACTS = ("given", "keys", "model", "compensated", "unfinished", "study.db", "study.jsonl", "log.jsonl", ".lock")
 
 
 def compare(section: str, present: dict[str, Any]) -> None:

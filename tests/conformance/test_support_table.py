@@ -11,8 +11,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from adapruner.checkpoint import check_gguf, save_checkpoint, write_gguf
+from adapruner.checkpoint import save_checkpoint
 from adapruner.errors import AdaPrunerError
+from adapruner.gguf import check_gguf, write_gguf
 from adapruner.models import known_architectures
 from adapruner.structure import build_structure
 from adapruner.surgery import pad_to_stock, prune_model

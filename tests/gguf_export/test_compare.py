@@ -14,10 +14,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import adapruner
 from adapruner import PruneConfig
-from adapruner.checkpoint import save_checkpoint, write_gguf
+from adapruner.checkpoint import save_checkpoint
 from adapruner.comparison import AXES, Comparison, Point
 from adapruner.errors import AdaPrunerError
 from adapruner.evaluation import Perplexity, Rate
+from adapruner.gguf import write_gguf
 from adapruner.planning import make_plan
 from adapruner.report import render_comparison
 from adapruner.structure import build_structure
@@ -164,6 +165,6 @@ def test_bad_options(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("text.txt").write_text("text")
-    monkeypatch.setattr("adapruner.verbs._compare.load_model", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("adapruner.verbs._compare.open_model", lambda *_: pytest.fail("weights were loaded"))
     with pytest.raises(AdaPrunerError, match=re.escape(message)):
         adapruner.compare(**{"models": models, "perplexity": "text.txt", "types": ["f16"]} | options)

@@ -13,8 +13,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from adapruner.checkpoint._gguf import write_gguf
 from adapruner.errors import AdaPrunerError
+from adapruner.gguf import write_gguf
 from adapruner.measurement import measure_moments
 from adapruner.models import find_model, load_model, load_tokenizer
 from adapruner.planning import make_plan

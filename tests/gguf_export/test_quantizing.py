@@ -12,11 +12,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from adapruner.checkpoint import read_stored_types, write_gguf
 from adapruner.config import GgufType
 from adapruner.errors import AdaPrunerError
 from adapruner.evaluation import window_losses
-from adapruner.llama_cpp import LlamaCpp
+from adapruner.gguf import read_stored_types, write_gguf
+from adapruner.gguf.llama_cpp import LlamaCpp
 from adapruner.planning import make_plan
 from adapruner.structure import build_structure
 from adapruner.surgery import prune_model
@@ -99,7 +99,7 @@ def test_without_the_quantizer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     found = importlib.util.find_spec
-    monkeypatch.setattr("adapruner.llama_cpp.find_spec", lambda name: None if name == "cyllama" else found(name))
+    monkeypatch.setattr("adapruner.gguf.llama_cpp.find_spec", lambda name: None if name == "cyllama" else found(name))
     with pytest.raises(AdaPrunerError, match=r"pip install '\.\[gguf\]'"):
         write_gguf(tiny("llama"), bytes_tokenizer, tmp_path / "model.gguf", "q4_k_m")
     write_gguf(tiny("llama"), bytes_tokenizer, tmp_path / "model.gguf", "q8_0")

@@ -11,8 +11,8 @@ import torch
 from gguf import GGUFReader, LlamaFileType
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from adapruner.checkpoint import gguf_bytes, write_gguf
 from adapruner.costs._bytes import size_costs
+from adapruner.gguf import gguf_bytes, write_gguf
 from adapruner.models import empty_model
 from adapruner.planning import make_plan
 from adapruner.structure import build_structure

@@ -14,8 +14,8 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX as QWEN_2
 from transformers.tokenization_utils_base import generate_merges
 
-from adapruner.checkpoint._gguf import write_gguf
 from adapruner.errors import AdaPrunerError
+from adapruner.gguf import write_gguf
 from adapruner.tokens import TokenizerParts, choose_tokens, count_tokens, cut_tokenizer
 
 LLAMA_3 = TikTokenConverter().pattern

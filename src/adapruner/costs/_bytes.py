@@ -12,9 +12,9 @@ import torch
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from adapruner.checkpoint import gguf_bytes, gguf_header_bytes, gguf_names, gguf_tensor_bytes
 from adapruner.config import GgufType, TargetFormat
 from adapruner.evaluation import new_cache
+from adapruner.gguf import gguf_bytes, gguf_header_bytes, gguf_names, gguf_tensor_bytes
 from adapruner.models import architecture_of
 from adapruner.planning import Costs
 from adapruner.structure import Structure

@@ -12,9 +12,8 @@ from typing import get_args
 import torch
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from adapruner import llama_cpp, report
+from adapruner import report
 from adapruner.calibration import EvaluationText, evaluation_text, parse_source
-from adapruner.checkpoint import check_gguf, write_gguf
 from adapruner.comparison import Comparison, Point
 from adapruner.config import Engine, GgufType
 from adapruner.errors import AdaPrunerError
@@ -28,6 +27,7 @@ from adapruner.evaluation import (
     rate,
 )
 from adapruner.families import open_config, open_model
+from adapruner.gguf import check_gguf, llama_cpp, write_gguf
 from adapruner.graph import RunFolder
 from adapruner.models import (
     ModelLocation,

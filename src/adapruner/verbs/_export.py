@@ -10,19 +10,10 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.card import card_of_export, read_card
-from adapruner.checkpoint import (
-    StoredTypes,
-    check_gguf,
-    check_push,
-    is_replaceable,
-    push,
-    read_origin,
-    read_stored_types,
-    save_checkpoint,
-    write_gguf,
-)
+from adapruner.checkpoint import check_push, is_replaceable, push, read_origin, save_checkpoint
 from adapruner.config import ExportFormat, GgufType
 from adapruner.errors import AdaPrunerError
+from adapruner.gguf import StoredTypes, check_gguf, read_stored_types, write_gguf
 from adapruner.models import ModelLocation, empty_model
 from adapruner.paths import output_path
 from adapruner.progress import Reporter
@@ -63,7 +54,7 @@ def export(
         model: as for `load`; or a model in memory, which is not changed.
         to: `gguf`: one file for llama.cpp; `stock`: a folder for any loader of the family (see `surgery.pad_to_stock`).
         output: the file or folder.
-        gguf_type: how a GGUF file stores matrices, see `checkpoint.write_gguf`.
+        gguf_type: how a GGUF file stores matrices, see `gguf.write_gguf`.
         overwrite: replace an existing GGUF file, or a folder that this package wrote.
         push_to_hub: upload the result to this repository.
         hub_private: whether a new repository is private.

@@ -12,7 +12,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.calibration import Source, fingerprint
-from adapruner.checkpoint import check_gguf
 from adapruner.config import Layout, PruneConfig, RatioOf
 from adapruner.costs import (
     Latencies,
@@ -29,6 +28,7 @@ from adapruner.costs import (
 )
 from adapruner.errors import AdaPrunerError
 from adapruner.families import open_config, resolve
+from adapruner.gguf import check_gguf
 from adapruner.memory import Placement, choose_placement, dtype_of_weights, estimate_memory, room_for_moments
 from adapruner.models import (
     Architecture,

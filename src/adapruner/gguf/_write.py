@@ -19,14 +19,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from adapruner import llama_cpp
-from adapruner.checkpoint._folder import made_beside
-from adapruner.checkpoint._gguf_checks import QUANTIZED_BY_LLAMA_CPP, check_gguf, head_dim, layer_counts
-from adapruner.checkpoint._gguf_sizes import aligned, gguf_tensor_bytes, stored_type, tensor_bytes
-from adapruner.checkpoint._gguf_tokenizer import add_tokenizer
+from adapruner.checkpoint import made_beside
 from adapruner.config import GgufType
 from adapruner.errors import AdaPrunerError
 from adapruner.files import being_written
+from adapruner.gguf import llama_cpp
+from adapruner.gguf._check import QUANTIZED_BY_LLAMA_CPP, check_gguf, head_dim, layer_counts
+from adapruner.gguf._size import aligned, gguf_tensor_bytes, stored_type, tensor_bytes
+from adapruner.gguf._tokenizer import add_tokenizer
 
 # Architectures of llama.cpp that rotate neighbouring rows.
 _ROTATE_NEIGHBOURS = ("llama", "deci")

@@ -6,9 +6,9 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from adapruner import llama_cpp
 from adapruner.config import GgufType
 from adapruner.errors import AdaPrunerError
+from adapruner.gguf import llama_cpp
 from adapruner.models import architecture_of
 
 # Families that llama.cpp's architectures `llama` and `deci` compute: Qwen 2 is Llama with biases on query, key, value.
