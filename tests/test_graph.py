@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -257,6 +258,47 @@ def test_what_is_taken_counts_whatever_it_was_made_from(folder: Path) -> None:
     assert run.given["calls"] == ["total"]
     assert value(other) == 7 * 9
     assert run.record(GRAPH.nodes["total"]).key != making(other).record(GRAPH.nodes["total"]).key  # type: ignore[arg-type]
+
+
+def test_what_is_read_again_in_no_time_is_only_held_for_the_next_node(folder: Path) -> None:
+    graph = Graph(Options, given=("calls", "run"))
+
+    @graph.leaf()
+    def is_mapped(device: str) -> bool:
+        return device == "cpu"
+
+    @partial(graph.costly, is_read_again_if="is_mapped")
+    def weights(calls: list[str]) -> list[int]:
+        calls.append("weights")
+        return [1, 2]
+
+    @graph.costly
+    def copied(weights: list[int], calls: list[str]) -> list[int]:
+        calls.append("copied")
+        return weights if len(calls) > 9 else [*weights]
+
+    @graph.kept("a.json", JSON)
+    def first(weights: list[int], copied: list[int]) -> int:
+        return 1
+
+    @graph.kept("b.json", JSON)
+    def second(first: int, copied: list[int], run: Making) -> list[str]:
+        return sorted(run.shared)
+
+    @graph.kept("c.json", JSON, is_result=True)
+    def third(second: list[str], weights_later: Callable[[], list[int]], copied: list[int]) -> int:
+        return sum(weights_later()) + sum(copied)
+
+    for device, held, calls in (
+        ("cpu", ["copied", "first", "is_mapped"], ["weights", "copied", "weights"]),
+        ("gpu", ["copied", "first", "is_mapped", "weights"], ["weights", "copied"]),
+    ):
+        run = making(folder / device, graph=graph, device=device)
+        run.given = {**run.given, "run": run}
+        make_all([run])
+        assert run.given["calls"] == calls
+        assert value(folder / device, "b") == held
+        assert value(folder / device, "c") == 6
 
 
 def test_mistakes_are_found_before_the_work(folder: Path) -> None:

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from adapruner import progress
-from adapruner.graph.folder import _link_or_copy
+from adapruner.files import link_or_copy
 from adapruner.memory import _placement
 
 
@@ -55,6 +55,6 @@ def test_files_are_copied_where_they_cannot_be_linked(tmp_path: Path, monkeypatc
     monkeypatch.setattr(os, "link", refuse)
     source, target = tmp_path / "a", tmp_path / "b"
     source.write_bytes(bytes(2**22 + 1))
-    _link_or_copy(source, target)
+    link_or_copy(source, target)
     assert target.read_bytes() == source.read_bytes()
     assert not target.samefile(source)

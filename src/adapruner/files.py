@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 
 from adapruner.errors import AdaPrunerError
 
+_LINKED = 1 << 22
 # Reading it means setting it.
 _UMASK = os.umask(0o077)
 os.umask(_UMASK)
@@ -80,6 +81,23 @@ def saying_what_cannot_be_written(path: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         cause = getattr(error, "strerror", None) or str(error)
         raise AdaPrunerError(f"cannot write {path}: {cause}. What was written before is kept") from None
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """Copies a folder; large files are linked where the file system can."""
+    for file in (file for file in source.rglob("*") if file.is_file()):
+        place = target / file.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        link_or_copy(file, place)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Small files are copied: people edit them in place."""
+    if source.stat().st_size > _LINKED:
+        with contextlib.suppress(OSError):
+            os.link(source, target)
+            return
+    shutil.copy(source, target)
 
 
 def _open_to_readers(path: Path) -> None:

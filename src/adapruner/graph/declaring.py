@@ -13,6 +13,8 @@ from adapruner.graph.records import Form
 T = TypeVar("T")
 N = TypeVar("N", bound="Node[Any]")
 
+# A parameter with this ending is a function that gives what the rest of its name stands for, when it is needed.
+LATER = "_later"
 # What every kept node may be handed beside its dependencies: a folder of its own, in which a killed process leaves
 # what it can be resumed from, and its key.
 OF_KEPT = ("work", "key")
@@ -42,10 +44,13 @@ class InMemory(Node[T]):
     """A value that is made when it is needed and never saved. Whoever names it depends on all that it depends on.
 
     Attributes:
-        is_costly: it is not made to find mistakes before the work begins.
+        is_costly: it is not made to find mistakes before the work begins, and is dropped once nothing needs it.
+        is_read_again_if: names something that says whether it is made again in no time, such as a model that is mapped
+            from files: then it is dropped as soon as the next node does not need it.
     """
 
     is_costly: bool = False
+    is_read_again_if: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,9 +140,9 @@ class Graph:
         """Declares a node in memory; see `InMemory`."""
         return self._add(InMemory(*_named(make)))
 
-    def costly(self, make: Callable[..., T]) -> InMemory[T]:
+    def costly(self, make: Callable[..., T], is_read_again_if: str | None = None) -> InMemory[T]:
         """Declares a node in memory that takes long or much memory, such as a loaded model."""
-        return self._add(InMemory(*_named(make), is_costly=True))
+        return self._add(InMemory(*_named(make), is_costly=True, is_read_again_if=is_read_again_if))
 
     def leaf(
         self, content: Callable[[Any], Any] = lambda value: None, title: str | None = None
@@ -218,6 +223,7 @@ class Graph:
             GraphError: with their names.
         """
         needed = {name for node in self.nodes.values() for name in node.needs.values()}
+        needed |= {node.is_read_again_if or "" for node in self.nodes.values() if isinstance(node, InMemory)}
         unused = [name for name, node in self.nodes.items() if name not in needed and not _is_an_end(node)]
         if unused:
             raise GraphError(f"nothing needs {', '.join(unused)}")
@@ -237,8 +243,8 @@ class Graph:
         needed = () if node is None else node.needs.values()
         below = [
             self.held_for(each, at_hand)
-            for each in needed
-            if each not in at_hand and not isinstance(self.nodes.get(each), Kept)
+            for parameter, each in (node.needs if node else {}).items()
+            if each not in at_hand and not parameter.endswith(LATER) and not isinstance(self.nodes.get(each), Kept)
         ]
         return frozenset(needed).union(*below)
 
@@ -259,7 +265,8 @@ def _named(
     make: Callable[..., T], name: str | None = None, needs: Mapping[str, str] | None = None
 ) -> tuple[str, Callable[..., T], dict[str, str]]:
     parameters = inspect.signature(make).parameters
-    return name or make.__name__, make, {each: (needs or {}).get(each, each) for each in parameters}
+    named = {parameter: (needs or {}).get(parameter, parameter) for parameter in parameters}
+    return name or make.__name__, make, {parameter: needed.removesuffix(LATER) for parameter, needed in named.items()}
 
 
 def _is_an_end(node: Node[Any]) -> bool:

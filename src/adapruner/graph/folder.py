@@ -15,12 +15,11 @@ from pydantic import ValidationError
 
 from adapruner.config import PruneConfig
 from adapruner.errors import AdaPrunerError, reason
-from adapruner.files import write_atomically
+from adapruner.files import link_or_copy, write_atomically
 from adapruner.graph.records import CARD, Record, are_as_written, stamps
 
 # Whoever asks whether a process is running here holds the lock for a moment.
 _SECONDS_TO_WAIT_FOR_PROBES = 2
-_LINKED = 1 << 22
 
 
 class RunFolder:
@@ -202,7 +201,7 @@ class RunFolder:
             target = self.path / file
             target.parent.mkdir(parents=True, exist_ok=True)
             target.unlink(missing_ok=True)
-            _link_or_copy(source.path / file, target)
+            link_or_copy(source.path / file, target)
         self._save(name, (made_from or record).model_copy(update={"files": record.files}))
 
     def _record(self, name: str) -> Path:
@@ -224,15 +223,6 @@ def _read_record(path: Path) -> Record | None:
         return Record.model_validate_json(path.read_bytes())
     except (OSError, ValidationError):
         return None
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    """Small files are copied: people edit them in place."""
-    if source.stat().st_size > _LINKED:
-        with contextlib.suppress(OSError):
-            os.link(source, target)
-            return
-    shutil.copy(source, target)
 
 
 def _flat(name: str) -> str:

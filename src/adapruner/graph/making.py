@@ -6,12 +6,13 @@ import inspect
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from adapruner.errors import AdaPrunerError
 from adapruner.files import replace, saying_what_cannot_be_written
-from adapruner.graph.declaring import OF_KEPT, Graph, InMemory, Kept, Leaf, Node
+from adapruner.graph.declaring import LATER, OF_KEPT, Graph, InMemory, Kept, Leaf, Node
 from adapruner.graph.folder import RunFolder
 from adapruner.graph.records import Record, at_hand
 from adapruner.processes import Process
@@ -175,15 +176,16 @@ class Making:
             if isinstance(node, Kept):
                 is_at_hand[name] = node.is_early or not self.is_wanted(node)
             else:
-                needed = [prepared(each) for each in node.needs.values()]
+                needed = [prepared(each) for parameter, each in node.needs.items() if not parameter.endswith(LATER)]
                 is_at_hand[name] = all(needed) and not (isinstance(node, InMemory) and node.is_costly)
             if is_at_hand[name]:
                 self.value(name)
             return is_at_hand[name]
 
         for node in nodes:
-            for name in node.needs.values():
-                prepared(name)
+            for parameter, name in node.needs.items():
+                if not parameter.endswith(LATER):
+                    prepared(name)
 
     def take_over(self) -> None:
         """Copies what other run folders hold of this run."""
@@ -211,9 +213,10 @@ class Making:
         self.process.wait()
 
     def _called(self, node: Node[T], **of_kept: Any) -> T:
-        values = {
-            parameter: of_kept[name] if name in of_kept else self.value(name) for parameter, name in node.needs.items()
-        }
+        values: dict[str, Any] = {}
+        for parameter, name in node.needs.items():
+            is_later = parameter.endswith(LATER)
+            values[parameter] = of_kept.get(name) or (partial(self.value, name) if is_later else self.value(name))
         return node.make(**values)
 
     def _save(self, node: Kept[Any], value: Any) -> None:
@@ -227,16 +230,29 @@ class Making:
             replace(partial_path, path)
         folder.finish(node.path, self.record(node), node.beside)
 
-    def forget_but(self, remaining: Iterable[str]) -> None:
-        """Drops values that were loaded or are costly, and that the next of the remaining nodes does not need directly, or
-        no other one to make what is not at hand: what is loaded again costs less than memory held for later."""
-        at_hand = self._values.keys() | self.shared.keys()
-        needed = frozenset[str]().union(*(self.graph.held_for(name, at_hand) for name in remaining))
-        for values in (self._values, self.shared):
-            for name in values.keys() - needed:
-                node = self.graph.nodes[name]
-                if isinstance(node, Kept) or (isinstance(node, InMemory) and node.is_costly):
-                    del values[name]
+    def forget_but(self, remaining: Sequence[str]) -> None:
+        """Drops values that were loaded or are costly if no remaining node needs them; what is read again in no time is
+        only kept for the next of them.
+
+        Args:
+            remaining: the names of the nodes that are to be made, in this order.
+        """
+        values = {**self._values, **self.shared}
+        needed = [self.graph.held_for(name, values) for name in remaining]
+        later, next_needs = frozenset[str]().union(*needed), needed[0] if needed else frozenset[str]()
+        held = {
+            id(values[name]) for name in later & values.keys() if name in next_needs or not self._is_read_again(name)
+        }
+        for name in values:
+            node = self.graph.nodes[name]
+            is_held = name in later and (name in next_needs or id(values[name]) in held)
+            if not is_held and (isinstance(node, Kept) or (isinstance(node, InMemory) and node.is_costly)):
+                self._values.pop(name, None)
+                self.shared.pop(name, None)
+
+    def _is_read_again(self, name: str) -> bool:
+        node = self.graph.nodes[name]
+        return isinstance(node, InMemory) and node.is_read_again_if is not None and self.value(node.is_read_again_if)
 
     def keys(self) -> list[str]:
         """The keys of all that the run keeps."""

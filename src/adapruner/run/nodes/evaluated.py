@@ -59,33 +59,30 @@ _STEPS: tuple[Role, ...] = ("best_fixed", "compensated")
 
 
 @GRAPH.costly
-def dense_given(
-    dense: PreTrainedModel,
-    location: ModelLocation,
-    precision: Precision,
-    placement: Placement,
-    kept_tokens: Vocabulary | None,
-    reporter: Reporter,
-) -> PreTrainedModel:
-    """The given model with all of its tokens: loaded anew where `dense` has fewer."""
-    if kept_tokens is None:
-        return dense
+def given(location: ModelLocation, precision: Precision, placement: Placement, reporter: Reporter) -> PreTrainedModel:
+    """The model as it was given, loaded."""
     with reporter.stage("loading"):
         return load_model(location, precision.asked, placement.device, placement.layer_wise)
 
 
 @GRAPH.costly
+def dense_given(
+    dense_later: Callable[[], PreTrainedModel],
+    given_later: Callable[[], PreTrainedModel],
+    kept_tokens: Vocabulary | None,
+) -> PreTrainedModel:
+    """The given model with all of its tokens."""
+    return given_later() if kept_tokens else dense_later()
+
+
+@GRAPH.costly
 def dense_given_fast(
-    dense_fast: PreTrainedModel,
-    location: ModelLocation,
-    precision: Precision,
-    placement: Placement,
+    dense_fast_later: Callable[[], PreTrainedModel],
+    given_later: Callable[[], PreTrainedModel],
     kept_tokens: Vocabulary | None,
 ) -> PreTrainedModel:
     """The same in the dtype of trials."""
-    if kept_tokens is None:
-        return dense_fast
-    return in_fastest_dtype(load_model(location, precision.asked, placement.device, placement.layer_wise))
+    return in_fastest_dtype(given_later()) if kept_tokens else dense_fast_later()
 
 
 @GRAPH.costly
@@ -108,9 +105,9 @@ def best_fixed_model(
 
 
 @GRAPH.costly
-def compensated_model(compensated: Path | None, pruned: Path, placement: Placement) -> PreTrainedModel | None:
+def compensated_model(compensated: Path, pruned: Path, placement: Placement) -> PreTrainedModel | None:
     """The pruned model before its scales are tuned; None if that changed nothing."""
-    if compensated is None or not scales_were_tuned(compensated, pruned):
+    if not scales_were_tuned(compensated, pruned):
         return None
     return load_model(find_model(str(compensated)), "auto", placement.device, placement.layer_wise)
 

@@ -310,14 +310,14 @@ def target(
     empty: PreTrainedModel,
     structure: Structure,
     precision: Precision,
-    tokenizer: Tokenizer,
+    tokenizer_later: Callable[[], Tokenizer],
     latencies: Latencies | None,
     aim: Amount | None,
 ) -> Target | None:
     """The cost that replaces the ratio, with what computes it."""
     if aim is None:
         return None
-    return target_of(aim, empty, structure, precision.weights, tokenizer, latencies)
+    return target_of(aim, empty, structure, precision.weights, tokenizer_later(), latencies)
 
 
 @GRAPH.in_memory
@@ -409,7 +409,13 @@ def room_for(
     return room
 
 
-@GRAPH.costly
+@GRAPH.leaf()
+def is_mapped(location: ModelLocation) -> bool:
+    """Whether weights are read where they are in files, which takes no time and no memory of its own."""
+    return location.gguf_file is None
+
+
+@partial(GRAPH.costly, is_read_again_if="is_mapped")
 def dense(
     location: ModelLocation,
     precision: Precision,

@@ -21,6 +21,7 @@ from adapruner.checkpoint import save_checkpoint
 from adapruner.config import RecoveryOptions
 from adapruner.costs import bytes_of_model, cache_bytes, dtype_in, is_gguf, timer
 from adapruner.errors import AdaPrunerError, NonFiniteError
+from adapruner.files import copy_folder
 from adapruner.graph import Form
 from adapruner.measurement import StoredMoments
 from adapruner.memory import Placement
@@ -51,11 +52,6 @@ from adapruner.texts import Texts
 
 # What made it has written the folder already.
 FOLDER: Form[Path] = Form(shutil.move, Path)
-# In place of a folder that was not made there is an empty file.
-FOLDER_OR_NONE: Form[Path | None] = Form(
-    lambda made, path: shutil.move(made, path) if made else path.touch(),
-    lambda path: path if path.is_dir() else None,
-)
 
 # Cutting and compensating
 
@@ -126,36 +122,6 @@ def tuning(possible_tuning: Tuning, tune_scales: bool | None, reporter: Reporter
     return possible_tuning.is_done
 
 
-Cut = Callable[[], PreTrainedModel]
-
-
-@GRAPH.costly
-def cut(
-    dense: PreTrainedModel,
-    dense_fast: PreTrainedModel,
-    structure: Structure,
-    plan: PruningPlan,
-    moments: StoredMoments | None,
-    text_to_fit: Tensor | None,
-    compensation_of: Any,
-    fits_sequentially: bool,
-    reporter: Reporter,
-) -> Cut:
-    """Cuts the dense model by the plan, and compensates it."""
-
-    def cut_model() -> PreTrainedModel:
-        compensation = compensation_of(moments)
-        with reporter.stage("cutting"):
-            pruned = prune_model(dense, structure, plan, compensation)
-        if compensation and fits_sequentially:
-            assert text_to_fit is not None
-            with reporter.stage("compensating", structure.layers) as advance:
-                refit_sequentially(dense_fast, pruned, structure, plan, compensation, text_to_fit, advance)
-        return pruned
-
-    return cut_model
-
-
 Save = Callable[[PreTrainedModel, Path], Path]
 
 
@@ -179,38 +145,51 @@ def save(tokenizer: Tokenizer, plan: PruningPlan, origin: dict[str, Any], report
     return save_model
 
 
-@GRAPH.kept(
-    "compensated",
-    FOLDER_OR_NONE,
-    version=3,
-    is_wanted=lambda tune_scales, compensation, layer_wise: tunes_scales_by_default(
-        tune_scales, compensation, layer_wise
-    ),
-)
-def compensated(cut: Cut, save: Save, tuning: bool, work: Path) -> Path | None:
-    """The pruned model before its scales are tuned, so that a kill does not cost the fit; None where they cannot be."""
-    return save(cut(), work / "model") if tuning else None
+@GRAPH.kept("compensated", FOLDER, version=4)
+def compensated(
+    dense: PreTrainedModel,
+    dense_fast: PreTrainedModel,
+    structure: Structure,
+    plan: PruningPlan,
+    moments: StoredMoments | None,
+    text_to_fit: Tensor | None,
+    compensation_of: Any,
+    fits_sequentially: bool,
+    save: Save,
+    reporter: Reporter,
+    work: Path,
+) -> Path:
+    """The dense model, cut by the plan and compensated, before its scales are tuned."""
+    correction = compensation_of(moments)
+    with reporter.stage("cutting"):
+        pruned = prune_model(dense, structure, plan, correction)
+    if correction and fits_sequentially:
+        assert text_to_fit is not None
+        with reporter.stage("compensating", structure.layers) as advance:
+            refit_sequentially(dense_fast, pruned, structure, plan, correction, text_to_fit, advance)
+    return save(pruned, work / "model")
 
 
-@GRAPH.kept("model", FOLDER, version=5, is_result=True, is_shared=True)
+@GRAPH.kept("model", FOLDER, version=6, is_result=True, is_shared=True)
 def pruned(
-    compensated: Path | None,
-    cut: Cut,
+    compensated: Path,
+    tuning: bool,
+    dense_fast_later: Callable[[], PreTrainedModel],
     save: Save,
     text_to_fit: Tensor | None,
-    dense_fast: PreTrainedModel,
     main_device: torch.device,
     seed: int,
     process: Process,
     reporter: Reporter,
     work: Path,
 ) -> Path:
-    """The dense model, cut by the plan, compensated, its scales tuned by all processes together, and saved."""
-    if compensated:
-        assert text_to_fit is not None
-        model = _tuned(compensated, text_to_fit, dense_fast, main_device, seed, process, reporter, work / "tuning")
-    elif process.leads:
-        model = cut()
+    """The compensated model, its scales tuned by all processes together."""
+    if not tuning:
+        if process.leads:
+            copy_folder(compensated, work / "model")
+        return work / "model"
+    assert text_to_fit is not None
+    model = _tuned(compensated, text_to_fit, dense_fast_later(), main_device, seed, process, reporter, work / "tuning")
     return save(model, work / "model") if process.leads else work / "model"
 
 
@@ -245,11 +224,9 @@ def _tuned(
     return load()
 
 
-def scales_were_tuned(compensated: Path | None, model: Path) -> bool:
+def scales_were_tuned(compensated: Path, model: Path) -> bool:
     """Whether the scales of a saved model are others than before they were tuned: all other weights are the same."""
-    return compensated is not None and not all(
-        filecmp.cmp(file, model / file.name, shallow=False) for file in compensated.glob("*.safetensors")
-    )
+    return not all(filecmp.cmp(file, model / file.name, shallow=False) for file in compensated.glob("*.safetensors"))
 
 
 # The saved model, loaded
@@ -273,7 +250,7 @@ def outcome_of_target(
     target: Target | None,
     plan: PruningPlan,
     pruned: Path,
-    dense: PreTrainedModel,
+    dense_later: Callable[[], PreTrainedModel],
     precision: Precision,
     tokenizer: Tokenizer,
     placement: Placement,
@@ -284,7 +261,7 @@ def outcome_of_target(
         return None
     amount = target.amount
     if isinstance(amount, Speed):
-        models = {"dense": dense, "pruned": load_model(find_model(str(pruned)), "auto", placement.device)}
+        models = {"dense": dense_later(), "pruned": load_model(find_model(str(pruned)), "auto", placement.device)}
         with reporter.stage("timing"):
             # Both are measured alternately.
             time = timer(amount.phase, amount.batch, amount.context, is_reported=True)

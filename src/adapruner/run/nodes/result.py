@@ -97,7 +97,7 @@ def result(
     found: SearchResult,
     levelled: Levelled | None,
     plan: PruningPlan,
-    compensated: Path | None,
+    compensated: Path,
     pruned: Path,
     recovered: Path | None,
     outcome_of_target: TargetOutcome | None,
