@@ -12,8 +12,7 @@ import math
 from pathlib import Path
 from typing import Annotated
 
-from cyclopts import Parameter
-from cyclopts import run as run_benchmark
+from cyclopts import Parameter, run as run_benchmark
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor

@@ -20,8 +20,7 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 

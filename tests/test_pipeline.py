@@ -29,8 +29,16 @@ from adapruner.result import ModelNumbers, RunResult
 from adapruner.search import SearchResult
 from adapruner.structure import build_structure
 from adapruner.surgery import prune_model
-from run_helpers import QUICK, exit_code, interrupt_before, prune_command, said_by, stages_done, start_main
-from run_helpers import RUN_OPTIONS as OPTIONS
+from run_helpers import (
+    QUICK,
+    RUN_OPTIONS as OPTIONS,
+    exit_code,
+    interrupt_before,
+    prune_command,
+    said_by,
+    stages_done,
+    start_main,
+)
 
 Prune = Callable[..., adapruner.PruneResult]
 

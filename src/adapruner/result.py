@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
-from transformers import PreTrainedModel
-from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.config import PruneConfig
 from adapruner.evaluation import Breakage, Perplexity, TaskScore, Verdict, judge, mean_accuracies

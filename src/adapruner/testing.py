@@ -10,10 +10,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer as Backend
-from tokenizers import models, pre_tokenizers
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
-from transformers import PreTrainedTokenizerBase as Tokenizer
+from tokenizers import Tokenizer as Backend, models, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase as Tokenizer,
+    PreTrainedTokenizerFast,
+)
 
 from adapruner.calibration import fingerprint, parse_source, read_documents
 from adapruner.families import learn, resolve

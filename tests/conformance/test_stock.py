@@ -13,8 +13,7 @@ from adapruner.checkpoint import save_checkpoint
 from adapruner.errors import AdaPrunerError
 from adapruner.families import learn
 from adapruner.families.proof import masked
-from adapruner.families.tiny import random_model
-from adapruner.families.tiny import tiny_config as shrunk_config
+from adapruner.families.tiny import random_model, tiny_config as shrunk_config
 from adapruner.measurement import measure_moments
 from adapruner.models import find_model, known_architectures, load_model
 from adapruner.planning import make_plan

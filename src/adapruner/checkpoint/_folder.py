@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedModel
-from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 from transformers.utils.hub import cached_file
 
 from adapruner.files import replace, saying_what_cannot_be_written, write_atomically

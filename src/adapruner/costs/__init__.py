@@ -1,37 +1,20 @@
 """What a pruned model costs beside parameters, before it exists: bytes in a file or in memory, and time."""
 
 from adapruner.costs._bytes import (
-    bytes_of_model,
-    cache_bytes,
-    dtype_in,
-    is_gguf,
+    bytes_of_model as bytes_of_model,
+    cache_bytes as cache_bytes,
+    dtype_in as dtype_in,
+    is_gguf as is_gguf,
 )
 from adapruner.costs._latency import (
-    Latencies,
-    check_latencies,
-    describe_measuring,
-    layers_to_measure,
-    measure_latencies,
-    measured_model,
-    read_latencies,
-    timer,
-    timings,
+    Latencies as Latencies,
+    check_latencies as check_latencies,
+    describe_measuring as describe_measuring,
+    layers_to_measure as layers_to_measure,
+    measure_latencies as measure_latencies,
+    measured_model as measured_model,
+    read_latencies as read_latencies,
+    timer as timer,
+    timings as timings,
 )
-from adapruner.costs._target import target_of
-
-__all__ = [
-    "Latencies",
-    "bytes_of_model",
-    "cache_bytes",
-    "check_latencies",
-    "describe_measuring",
-    "dtype_in",
-    "is_gguf",
-    "layers_to_measure",
-    "measure_latencies",
-    "measured_model",
-    "read_latencies",
-    "target_of",
-    "timer",
-    "timings",
-]
+from adapruner.costs._target import target_of as target_of

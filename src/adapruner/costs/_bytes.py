@@ -9,8 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from transformers import PreTrainedModel
-from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.config import GgufType, TargetFormat
 from adapruner.evaluation import new_cache

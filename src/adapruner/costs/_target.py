@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import torch
-from transformers import PreTrainedModel
-from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.costs._bytes import cache_bytes, dtype_in, memory_costs, size_costs
 from adapruner.costs._latency import Latencies

@@ -1,59 +1,43 @@
 """Quality and speed of a model: perplexity, tasks of lm-eval, tokens per second, each with its protocol."""
 
 from adapruner.evaluation._breakage import (
-    AGREEMENT_PROTOCOL,
-    REPETITION_PROTOCOL,
-    Breakage,
-    agreement,
-    continue_greedily,
-    repetition,
+    AGREEMENT_PROTOCOL as AGREEMENT_PROTOCOL,
+    REPETITION_PROTOCOL as REPETITION_PROTOCOL,
+    Breakage as Breakage,
+    agreement as agreement,
+    continue_greedily as continue_greedily,
+    repetition as repetition,
 )
 from adapruner.evaluation._losses import (
-    Prefix,
-    compute_prefix,
-    finite_windows,
-    log_probabilities,
-    losses_by_batch,
-    losses_in_step,
-    tokens_per_batch,
-    window_losses,
+    Prefix as Prefix,
+    compute_prefix as compute_prefix,
+    finite_windows as finite_windows,
+    log_probabilities as log_probabilities,
+    losses_by_batch as losses_by_batch,
+    losses_in_step as losses_in_step,
+    tokens_per_batch as tokens_per_batch,
+    window_losses as window_losses,
 )
-from adapruner.evaluation._perplexity import PROTOCOLS, Perplexity, measure_perplexity
-from adapruner.evaluation._speed import Rate, Speed, count_macs, measure_speed, new_cache, rate, seconds_in_turn
-from adapruner.evaluation._tasks import Tasks, TaskScore, check_tasks, load_tasks, mean_accuracies, measure_tasks
-from adapruner.evaluation._verdict import Verdict, judge
-
-__all__ = [
-    "AGREEMENT_PROTOCOL",
-    "PROTOCOLS",
-    "REPETITION_PROTOCOL",
-    "Breakage",
-    "Perplexity",
-    "Prefix",
-    "Rate",
-    "Speed",
-    "TaskScore",
-    "Tasks",
-    "Verdict",
-    "agreement",
-    "check_tasks",
-    "compute_prefix",
-    "continue_greedily",
-    "count_macs",
-    "finite_windows",
-    "judge",
-    "load_tasks",
-    "log_probabilities",
-    "losses_by_batch",
-    "losses_in_step",
-    "mean_accuracies",
-    "measure_perplexity",
-    "measure_speed",
-    "measure_tasks",
-    "new_cache",
-    "rate",
-    "repetition",
-    "seconds_in_turn",
-    "tokens_per_batch",
-    "window_losses",
-]
+from adapruner.evaluation._perplexity import (
+    PROTOCOLS as PROTOCOLS,
+    Perplexity as Perplexity,
+    measure_perplexity as measure_perplexity,
+)
+from adapruner.evaluation._speed import (
+    Rate as Rate,
+    Speed as Speed,
+    count_macs as count_macs,
+    measure_speed as measure_speed,
+    new_cache as new_cache,
+    rate as rate,
+    seconds_in_turn as seconds_in_turn,
+)
+from adapruner.evaluation._tasks import (
+    Tasks as Tasks,
+    TaskScore as TaskScore,
+    check_tasks as check_tasks,
+    load_tasks as load_tasks,
+    mean_accuracies as mean_accuracies,
+    measure_tasks as measure_tasks,
+)
+from adapruner.evaluation._verdict import Verdict as Verdict, judge as judge

@@ -23,8 +23,7 @@ import numpy as np
 import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, computed_field
-from transformers import PreTrainedModel
-from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.errors import AdaPrunerError, reason
 from adapruner.paths import find_local_data

@@ -15,8 +15,7 @@ import torch
 from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from adapruner.checkpoint import made_beside

@@ -8,8 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
-from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase as Tokenizer,
+    PreTrainedTokenizerFast,
+)
 
 from adapruner.errors import AdaPrunerError
 from adapruner.models._architecture import architecture_of, family_named, is_pruned, new_model

@@ -1,44 +1,27 @@
 """From scores and a ratio to a pruning plan."""
 
-from adapruner.planning._amount import Amount, Costs, Memory, Size, Speed, Target, TargetOutcome, amount_of
-from adapruner.planning._budget import (
-    MOST_CHANNELS,
-    RATIO_TOLERANCE,
-    Allocation,
-    Budget,
-    BudgetError,
-    LayerWeights,
-    Profile,
-    UnreachableRatioError,
-    kept_counts,
-    largest_channel_share,
-    reference_budget,
-    weigh_channels,
+from adapruner.planning._amount import (
+    Amount as Amount,
+    Costs as Costs,
+    Memory as Memory,
+    Size as Size,
+    Speed as Speed,
+    Target as Target,
+    TargetOutcome as TargetOutcome,
+    amount_of as amount_of,
 )
-from adapruner.planning._plan import BlockPlan, PruningPlan, make_plan
-
-__all__ = [
-    "MOST_CHANNELS",
-    "RATIO_TOLERANCE",
-    "Allocation",
-    "Amount",
-    "BlockPlan",
-    "Budget",
-    "BudgetError",
-    "Costs",
-    "LayerWeights",
-    "Memory",
-    "Profile",
-    "PruningPlan",
-    "Size",
-    "Speed",
-    "Target",
-    "TargetOutcome",
-    "UnreachableRatioError",
-    "amount_of",
-    "kept_counts",
-    "largest_channel_share",
-    "make_plan",
-    "reference_budget",
-    "weigh_channels",
-]
+from adapruner.planning._budget import (
+    MOST_CHANNELS as MOST_CHANNELS,
+    RATIO_TOLERANCE as RATIO_TOLERANCE,
+    Allocation as Allocation,
+    Budget as Budget,
+    BudgetError as BudgetError,
+    LayerWeights as LayerWeights,
+    Profile as Profile,
+    UnreachableRatioError as UnreachableRatioError,
+    kept_counts as kept_counts,
+    largest_channel_share as largest_channel_share,
+    reference_budget as reference_budget,
+    weigh_channels as weigh_channels,
+)
+from adapruner.planning._plan import BlockPlan as BlockPlan, PruningPlan as PruningPlan, make_plan as make_plan

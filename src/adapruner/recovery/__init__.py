@@ -1,48 +1,26 @@
 """Recovery of a pruned model: fine-tuning or distillation, with LoRA or of all weights."""
 
-from adapruner.recovery._adapters import check_adapters, scale_options
+from adapruner.recovery._adapters import check_adapters as check_adapters, scale_options as scale_options
 from adapruner.recovery._examples import (
-    DEFAULT_GENERATED_RECORDS,
-    Examples,
-    instruction_examples,
-    read_examples,
-    window_examples,
+    DEFAULT_GENERATED_RECORDS as DEFAULT_GENERATED_RECORDS,
+    Examples as Examples,
+    instruction_examples as instruction_examples,
+    read_examples as read_examples,
+    window_examples as window_examples,
 )
 from adapruner.recovery._folder import (
-    begin_training,
-    check_folder,
-    read_record,
-    recover_into,
-    training_alone,
-    working_folder,
+    begin_training as begin_training,
+    check_folder as check_folder,
+    read_record as read_record,
+    recover_into as recover_into,
+    training_alone as training_alone,
+    working_folder as working_folder,
 )
-from adapruner.recovery._trainers import distillation_loss
+from adapruner.recovery._trainers import distillation_loss as distillation_loss
 from adapruner.recovery._training import (
-    RecoveryRecord,
-    check_batch_size,
-    check_device,
-    total_steps,
-    train,
+    RecoveryRecord as RecoveryRecord,
+    check_batch_size as check_batch_size,
+    check_device as check_device,
+    total_steps as total_steps,
+    train as train,
 )
-
-__all__ = [
-    "DEFAULT_GENERATED_RECORDS",
-    "Examples",
-    "RecoveryRecord",
-    "begin_training",
-    "check_adapters",
-    "check_batch_size",
-    "check_device",
-    "check_folder",
-    "distillation_loss",
-    "instruction_examples",
-    "read_examples",
-    "read_record",
-    "recover_into",
-    "scale_options",
-    "total_steps",
-    "train",
-    "training_alone",
-    "window_examples",
-    "working_folder",
-]

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from transformers import BatchEncoding
-from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers import BatchEncoding, PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.calibration import Source, evenly_spaced, read_records, text_windows
 from adapruner.config import RecoveryOptions

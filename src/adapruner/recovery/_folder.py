@@ -11,8 +11,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
-from transformers import PreTrainedModel
-from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.checkpoint import save_checkpoint
 from adapruner.config import RecoveryOptions

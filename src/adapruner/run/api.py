@@ -22,8 +22,7 @@ from adapruner.progress import Reporter
 from adapruner.result import PruneResult
 from adapruner.run.given import ModelGiven, TextData, name_of_code
 from adapruner.run.makings import check, makings_of, saying_what_is_kept
-from adapruner.run.nodes import chosen
-from adapruner.run.nodes import result as numbers
+from adapruner.run.nodes import chosen, result as numbers
 from adapruner.run.options import resolve
 from adapruner.search import ItemLosses
 from adapruner.tracking import Tracking, check_tracker

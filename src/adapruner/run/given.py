@@ -17,8 +17,7 @@ from typing import Any, TypeAlias
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel
-from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.calibration import WINDOWS, text_rows
 from adapruner.checkpoint import save_checkpoint

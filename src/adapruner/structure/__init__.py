@@ -9,25 +9,13 @@ scores are flat tensors.
 """
 
 from adapruner.structure._blocks import (
-    Block,
-    Kind,
-    Structure,
-    TensorSlice,
-    count_parameters,
-    layers_without_heads,
-    note_on_mixers,
-    show_layers,
+    Block as Block,
+    Kind as Kind,
+    Structure as Structure,
+    TensorSlice as TensorSlice,
+    count_parameters as count_parameters,
+    layers_without_heads as layers_without_heads,
+    note_on_mixers as note_on_mixers,
+    show_layers as show_layers,
 )
-from adapruner.structure._build import build_structure
-
-__all__ = [
-    "Block",
-    "Kind",
-    "Structure",
-    "TensorSlice",
-    "build_structure",
-    "count_parameters",
-    "layers_without_heads",
-    "note_on_mixers",
-    "show_layers",
-]
+from adapruner.structure._build import build_structure as build_structure

@@ -1,20 +1,19 @@
 """Cutting a model by a plan, and compensation for what was removed."""
 
-from adapruner.surgery._compensation import Compensation, CompensationForm, compensate
-from adapruner.surgery._cut import kept_layers, prune_model, prune_on_reading
-from adapruner.surgery._sequential import refit_sequentially
-from adapruner.surgery._stock import check_paddable, fields_of_layers, is_as_large_as_dense, pad_to_stock
-
-__all__ = [
-    "Compensation",
-    "CompensationForm",
-    "check_paddable",
-    "compensate",
-    "fields_of_layers",
-    "is_as_large_as_dense",
-    "kept_layers",
-    "pad_to_stock",
-    "prune_model",
-    "prune_on_reading",
-    "refit_sequentially",
-]
+from adapruner.surgery._compensation import (
+    Compensation as Compensation,
+    CompensationForm as CompensationForm,
+    compensate as compensate,
+)
+from adapruner.surgery._cut import (
+    kept_layers as kept_layers,
+    prune_model as prune_model,
+    prune_on_reading as prune_on_reading,
+)
+from adapruner.surgery._sequential import refit_sequentially as refit_sequentially
+from adapruner.surgery._stock import (
+    check_paddable as check_paddable,
+    fields_of_layers as fields_of_layers,
+    is_as_large_as_dense as is_as_large_as_dense,
+    pad_to_stock as pad_to_stock,
+)

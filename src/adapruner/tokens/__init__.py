@@ -1,22 +1,16 @@
 """The vocabulary as something that is pruned: counting and choosing tokens, smaller tokenizer, smaller model."""
 
-from adapruner.tokens._choosing import Vocabulary, VocabularySummary, choose_tokens
-from adapruner.tokens._counting import count_tokens, foreign_tokens
-from adapruner.tokens._model import cut_config, cut_vocabulary, named_tokens, read_generation_config
-from adapruner.tokens._selecting import select_vocabulary
-from adapruner.tokens._tokenizer import TokenizerParts, cut_tokenizer
-
-__all__ = [
-    "TokenizerParts",
-    "Vocabulary",
-    "VocabularySummary",
-    "choose_tokens",
-    "count_tokens",
-    "cut_config",
-    "cut_tokenizer",
-    "cut_vocabulary",
-    "foreign_tokens",
-    "named_tokens",
-    "read_generation_config",
-    "select_vocabulary",
-]
+from adapruner.tokens._choosing import (
+    Vocabulary as Vocabulary,
+    VocabularySummary as VocabularySummary,
+    choose_tokens as choose_tokens,
+)
+from adapruner.tokens._counting import count_tokens as count_tokens, foreign_tokens as foreign_tokens
+from adapruner.tokens._model import (
+    cut_config as cut_config,
+    cut_vocabulary as cut_vocabulary,
+    named_tokens as named_tokens,
+    read_generation_config as read_generation_config,
+)
+from adapruner.tokens._selecting import select_vocabulary as select_vocabulary
+from adapruner.tokens._tokenizer import TokenizerParts as TokenizerParts, cut_tokenizer as cut_tokenizer

@@ -7,8 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
-from transformers import GenerationConfig, PreTrainedConfig
-from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.calibration import Source, stream_documents
 from adapruner.errors import AdaPrunerError

@@ -18,8 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase as Tokenizer
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase as Tokenizer, PreTrainedTokenizerFast
 
 from adapruner.errors import AdaPrunerError
 from adapruner.models import quiet_transformers

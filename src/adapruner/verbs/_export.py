@@ -6,8 +6,7 @@ import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import PreTrainedModel
-from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.card import card_of_export, read_card
 from adapruner.checkpoint import check_push, is_replaceable, push, read_origin, save_checkpoint

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import TypeAdapter
-from transformers import PreTrainedModel
-from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
 from adapruner import models
 from adapruner.config import Dtype

@@ -5,9 +5,15 @@ The modules in this order: `inputs`, `text`, `measured`, `chosen`, `models`, `ev
 
 from __future__ import annotations
 
-from adapruner.run.nodes import inputs, text, measured, chosen, models, evaluated, result  # isort: skip
-from adapruner.run.nodes.declared import GRAPH
-
-__all__ = ["GRAPH", "chosen", "evaluated", "inputs", "measured", "models", "result", "text"]
+from adapruner.run.nodes import (
+    chosen as chosen,
+    evaluated as evaluated,
+    inputs as inputs,
+    measured as measured,
+    models as models,
+    result as result,
+    text as text,
+)
+from adapruner.run.nodes.declared import GRAPH as GRAPH
 
 GRAPH.check()

@@ -9,8 +9,7 @@ from functools import cache, partial
 from typing import Any, Literal, get_args
 
 from torch import Tensor
-from transformers import PreTrainedModel
-from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.calibration import upper_case_windows
 from adapruner.callbacks import Callback

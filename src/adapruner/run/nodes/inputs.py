@@ -8,8 +8,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.calibration import Source, fingerprint
 from adapruner.config import Layout, PruneConfig, RatioOf
@@ -37,6 +36,7 @@ from adapruner.models import (
     copy_in_dtype,
     empty_model,
     find_model,
+    fingerprint as fingerprint_of_model,
     is_pruned,
     is_streamable,
     load_model,
@@ -45,7 +45,6 @@ from adapruner.models import (
     trial_dtype,
     usable_devices,
 )
-from adapruner.models import fingerprint as fingerprint_of_model
 from adapruner.planning import Amount, Budget, Speed, Target, amount_of, kept_counts, make_plan, reference_budget
 from adapruner.planning._amount import TIMED_TOKENS
 from adapruner.progress import Reporter
