@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -11,11 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pydantic import BaseModel
+from safetensors.torch import save_file
 
 from adapruner import AdaPrunerError
 from adapruner.config import PruneConfig
-from adapruner.graph import Form, Graph, GraphError, Making, RunFolder, make_all, refuse_outdated
+from adapruner.files import replace
+from adapruner.graph import Form, Graph, GraphError, Making, Record, RunFolder, make_all, refuse_outdated
+from adapruner.graph.records import are_as_written, stamps
 from adapruner.processes import Process
 from adapruner.progress import Reporter
 from run_helpers import fast_starts
@@ -369,3 +374,70 @@ def test_a_kill_between_any_two_statements_loses_nothing_and_leaves_nothing(fold
     (folder / "ended").unlink()
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == expected
     assert not (folder / "unfinished").exists()
+
+
+# The run folder
+
+
+def test_what_is_taken_over_replaces_the_whole_folder(tmp_path: Path) -> None:
+    source, target = RunFolder(tmp_path / "source"), RunFolder(tmp_path / "target")
+    for run, names in ((source, ("a", "b")), (target, ("a", "c"))):
+        run.model.mkdir(parents=True)
+        for name in names:
+            (run.model / name).write_text(f"{run.path.name} {name}")
+    record = Record(name="model", version=1, options={}, leaves={}, inputs={})
+    source.finish("model", record)
+    target.take_over("model", source)
+    assert {path.name: path.read_text() for path in target.model.iterdir()} == {"a": "source a", "b": "source b"}
+    assert target.is_made("model", record.key)
+
+
+def test_a_folder_takes_the_place_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "compensated").touch()
+    for content in ("{}", '{"a": 1}'):
+        partial_path = tmp_path / "partial"
+        partial_path.mkdir()
+        (partial_path / "config.json").write_text(content)
+        replace(partial_path, tmp_path / "compensated")
+        assert [path.name for path in tmp_path.iterdir()] == ["compensated"]
+        assert (tmp_path / "compensated" / "config.json").read_text() == content
+
+
+def test_near_ratios_have_folders_of_their_own(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    assert run.of_ratio(0.2).path.name == "ratio-0.2"
+    assert run.of_ratio(0.2).path != run.of_ratio(0.2000001).path
+
+
+def test_files_are_known_by_their_content(tmp_path: Path) -> None:
+    small, large = tmp_path / "small.json", tmp_path / "large.safetensors"
+    small.write_text('{"a": 1}')
+    save_file({"a": torch.zeros(2 << 20)}, large)
+    files = stamps([small, large], tmp_path)
+    assert are_as_written(files, tmp_path)
+    small.write_text('{"a": 2}')
+    assert not are_as_written(files, tmp_path)
+    small.write_text('{"a": 1}')
+    os.truncate(large, large.stat().st_size - 4)
+    assert not are_as_written(files, tmp_path)
+    large.unlink()
+    assert not are_as_written(files, tmp_path)
+
+
+def test_one_command_at_a_time_has_a_folder(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    assert not run.is_running()
+    with contextlib.suppress(KeyError), run.locked():
+        assert run.is_running()
+        with pytest.raises(AdaPrunerError, match="another command is running in"), run.locked():
+            pass
+        raise KeyError
+    assert not run.is_running()
+
+
+def test_records_that_a_kill_cut_off_are_of_nothing(folder: Path) -> None:
+    made(folder)
+    for record in (folder / "keys").iterdir():
+        record.write_bytes(record.read_bytes()[:-20])
+    assert made(folder) == ["letters", "numbers", "doubled", "total"]
+    assert made(folder) == []

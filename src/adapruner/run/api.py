@@ -35,12 +35,10 @@ def prune(model: ModelGiven | None = None, calibration: TextData | None = None, 
     makes the rest. Started by `torchrun` or `accelerate launch`, all processes measure, search and train together.
 
     Args:
-        model: Hub id, model folder, `.gguf` file, `smollm2`, or a model in memory with its `tokenizer`; None takes the
-            model of the recipe or the config. A model in memory is written to the run folder first, and read from there
-            as any other: it is not changed, and the run needs the memory of a second one.
-        calibration: the calibration dataset: a name; documents: a list or other iterable of strings, or the rows of a
-            `datasets.Dataset` with a column of text; or windows of tokens, [windows, tokens], int64. What is in memory
-            is written to the run folder too.
+        model: Hub id, model folder, `.gguf` file, `smollm2`, or a model in memory with its `tokenizer`, which is written
+            to the run folder first and not changed; None takes the model of the recipe or the config.
+        calibration: the calibration dataset: a name; documents, as an iterable of strings or the rows of a
+            `datasets.Dataset` with a column of text; or windows of tokens, [windows, tokens], int64.
         options: the arguments of `prune_ratios`, and the fields of `PruneOptions`.
 
     Raises:
@@ -73,25 +71,21 @@ def prune_ratios(
     """`prune` for several values of `ratio`: measures once, and searches for each.
 
     Args:
-        model, calibration: as for `prune`.
         output: the run folder; the pruned model is in its `model/`, the fine-tuned one in `recovered/`. By default a
             temporary one that is removed with the result: save the model elsewhere if you want to keep it.
         tokenizer: of a model in memory.
         config: options to start from: a `PruneConfig` or `PruneOptions`; keyword arguments override them.
         recipe: the same, by the name of a shipped recipe or a YAML file.
         overwrite: rebuild what was made with other options, from another model or other text.
-        objective_version: of the function that `objective` is, if it is one: results of another version are not used.
-            By default a hash of the file that the function is in.
+        objective_version: of a function as `objective`: results of another version are not used. By default a hash of the
+            file that the function is in.
         callbacks: told of stages and trials.
-        push_to_hub: upload the model, the recovered one if there is one, to this repository, `owner/name`.
-        hub_private: whether a new repository is private.
-        hub_revision: branch.
-        hub_token: by default that of the login.
+        push_to_hub: upload the resulting model to this repository, `owner/name`, to the branch `hub_revision`; a new one
+            is private unless `hub_private` is False. `hub_token` is by default that of the login.
         track: experiment tracker that gets trials, training curves, stage times and perplexities; None sends nothing.
         options: the fields of `PruneOptions`. `objective` may be a function that is given a pruned model, in evaluation
-            mode and on the device of the run, and returns its loss on each of some items, [items]. The items are the
-            same for every model, because candidates are compared item by item; lower is better. Call again with the
-            same function to resume.
+            mode and on the device of the run, and returns its loss on each of the same items, [items]; lower is better.
+            Call again with the same function to resume.
 
     Returns:
         The results, one for each ratio in ascending order.
@@ -103,10 +97,9 @@ def prune_ratios(
     run = _run_folder(output)
     objective = options.get("objective")
     judge: ItemLosses | None = objective if callable(objective) else None
-    given: dict[str, Any] = {"model": model, "calibration": calibration, **options}
     if judge:
-        given["objective"] = FUNCTION + name_of_code(judge, objective_version)
-    resolved = resolve(given, tokenizer, run, recipe, config)
+        options["objective"] = FUNCTION + name_of_code(judge, objective_version)
+    resolved = resolve({"model": model, "calibration": calibration, **options}, tokenizer, run, recipe, config)
     if push_to_hub:
         if len(resolved.ratio) > 1:
             raise AdaPrunerError("`push_to_hub` uploads one model: give one `ratio`")
@@ -136,22 +129,22 @@ def make_run(
     callbacks: Sequence[Callback] = (),
     track: Tracker | None = None,
 ) -> list[PruneResult]:
-    """Makes what is missing of a run in its folder: all that can be refused is, before the folder is locked and the
-    work begins.
+    """Makes what is missing of a run in its folder. What can be refused is refused before the work begins.
 
     Args:
         others, taken: see `Making`.
     """
     process, device = this_process(), resolve_devices(config.device)[0]
     run.check_usable()
-    tracking = Tracking(track if process.leads else None, run.path, Reporter(quiet=not process.leads).note)
-    told = (*callbacks, tracking) if process.leads else ()
-    reporter = Reporter(quiet=not process.leads, watchers=told)
+    leads = process.leads
+    tracking = Tracking(track if leads else None, run.path, Reporter(quiet=not leads).note)
+    told = (*callbacks, tracking) if leads else ()
+    reporter = Reporter(quiet=not leads, watchers=told)
     with process.connected(device), computing_repeatably(device):
         makings = makings_of(config, run, process, reporter, others, taken or {}, judge, told)
         check(makings, overwrite)
-        with run.locked() if process.leads else contextlib.nullcontext():
-            if process.leads:
+        with run.locked() if leads else contextlib.nullcontext():
+            if leads:
                 run.check_usable()
                 if not overwrite:
                     refuse_outdated(makings, run.path)

@@ -1,19 +1,17 @@
-"""The whole procedure: every node of a run, each after what it needs, from the model's files to the report.
-
-The modules in this order: `inputs`, `text`, `measured`, `chosen`, `models`, `evaluated`, `result`.
-"""
+"""The whole procedure: every node of a run, each after what it needs, from the model's files to the report."""
 
 from __future__ import annotations
 
-from adapruner.run.nodes import (
-    chosen as chosen,
-    evaluated as evaluated,
-    inputs as inputs,
-    measured as measured,
-    models as models,
-    result as result,
-    text as text,
-)
+# A node is declared after those that it names: the order of these lines is that of the procedure.
+# isort: off
 from adapruner.run.nodes.declared import GRAPH as GRAPH
+from adapruner.run.nodes import inputs as inputs
+from adapruner.run.nodes import text as text
+from adapruner.run.nodes import measured as measured
+from adapruner.run.nodes import chosen as chosen
+from adapruner.run.nodes import models as models
+from adapruner.run.nodes import evaluated as evaluated
+from adapruner.run.nodes import result as result
+# isort: on
 
 GRAPH.check()
