@@ -16,14 +16,13 @@ from adapruner.config import FUNCTION, PruneConfig, PruneOptions, Tracker
 from adapruner.errors import AdaPrunerError
 from adapruner.graph import RunFolder, make_all, refuse_outdated
 from adapruner.models import computing_repeatably, resolve_devices
-from adapruner.paths import given_path
 from adapruner.processes import this_process
 from adapruner.progress import Reporter
 from adapruner.result import PruneResult
 from adapruner.run.given import ModelGiven, TextData, name_of_code
 from adapruner.run.makings import check, makings_of, saying_what_is_kept
 from adapruner.run.nodes import chosen, result as numbers
-from adapruner.run.options import resolve
+from adapruner.run.options import resolve, run_folder
 from adapruner.search import ItemLosses
 from adapruner.tracking import Tracking, check_tracker
 
@@ -35,8 +34,8 @@ def prune(model: ModelGiven | None = None, calibration: TextData | None = None, 
     makes the rest. Started by `torchrun` or `accelerate launch`, all processes measure, search and train together.
 
     Args:
-        model: Hub id, model folder, `.gguf` file, `smollm2`, or a model in memory with its `tokenizer`, which is written
-            to the run folder first and not changed; None takes the model of the recipe or the config.
+        model: Hub id, model folder, `.gguf` file, `smollm2`, or a model in memory with its `tokenizer`, which is not
+            changed, and written to the run folder first; None takes the model of the recipe or the config.
         calibration: the calibration dataset: a name; documents, as an iterable of strings or the rows of a
             `datasets.Dataset` with a column of text; or windows of tokens, [windows, tokens], int64.
         options: the arguments of `prune_ratios`, and the fields of `PruneOptions`.
@@ -77,11 +76,11 @@ def prune_ratios(
         config: options to start from: a `PruneConfig` or `PruneOptions`; keyword arguments override them.
         recipe: the same, by the name of a shipped recipe or a YAML file.
         overwrite: rebuild what was made with other options, from another model or other text.
-        objective_version: of a function as `objective`: results of another version are not used. By default a hash of the
-            file that the function is in.
+        objective_version: of a function as `objective`: results of another version are not used. By default a hash of
+            the file that the function is in.
         callbacks: told of stages and trials.
-        push_to_hub: upload the resulting model to this repository, `owner/name`, to the branch `hub_revision`; a new one
-            is private unless `hub_private` is False. `hub_token` is by default that of the login.
+        push_to_hub: upload the resulting model to this repository, `owner/name`, to the branch `hub_revision`. A new
+            one is private unless `hub_private` is False. `hub_token` is by default that of the login.
         track: experiment tracker that gets trials, training curves, stage times and perplexities; None sends nothing.
         options: the fields of `PruneOptions`. `objective` may be a function that is given a pruned model, in evaluation
             mode and on the device of the run, and returns its loss on each of the same items, [items]; lower is better.
@@ -94,7 +93,7 @@ def prune_ratios(
         AdaPrunerError: an option, the model, the text or the folder is invalid; before any long work.
     """
     check_tracker(track)
-    run = _run_folder(output)
+    run = run_folder(output)
     objective = options.get("objective")
     judge: ItemLosses | None = objective if callable(objective) else None
     if judge:
@@ -108,14 +107,6 @@ def prune_ratios(
     if push_to_hub and this_process().leads:
         push(results[0].model_folder, push_to_hub, hub_private, hub_revision, hub_token)
     return results
-
-
-def _run_folder(output: str | Path | None) -> RunFolder:
-    if output is not None:
-        return RunFolder(given_path(output))
-    if this_process().count > 1:
-        raise AdaPrunerError("several processes share a run folder: name it with `output`")
-    return RunFolder.temporary()
 
 
 @torch.inference_mode(False)  # measuring and training need gradients, whatever the caller does

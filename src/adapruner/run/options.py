@@ -16,6 +16,7 @@ from adapruner.graph import RunFolder
 from adapruner.models import register_architectures
 from adapruner.paths import given_path
 from adapruner.plugins import load_plugins
+from adapruner.processes import this_process
 from adapruner.recipe import override, read_recipe
 from adapruner.run.given import check_prunable, check_tokenizer, is_in_memory, write_model, write_text
 
@@ -40,6 +41,15 @@ def resolve(
         AdaPrunerError: an option is invalid, or what is in memory cannot be pruned.
     """
     return _with_absolute_paths(_in_files(_given_options(recipe, config, options), tokenizer, run))
+
+
+def run_folder(output: str | Path | None) -> RunFolder:
+    """The folder that a user names, or a temporary one."""
+    if output is not None:
+        return RunFolder(given_path(output))
+    if this_process().count > 1:
+        raise AdaPrunerError("several processes share a run folder: name it with `output`")
+    return RunFolder.temporary()
 
 
 def register_extensions(config: PruneConfig) -> None:
