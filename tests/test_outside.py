@@ -30,13 +30,14 @@ from typing_extensions import is_typeddict
 import adapruner
 from adapruner.checkpoint import save_checkpoint
 from adapruner.cli import app, main
-from adapruner.config import GgufType, read_recipe, recipes
+from adapruner.config import GgufType
 from adapruner.families import learn
 from adapruner.families.tiny import random_model
 from adapruner.importance import TERMS
 from adapruner.measurement import measure_moments
 from adapruner.models import known_architectures
 from adapruner.planning import make_plan
+from adapruner.recipe import read_recipe, recipes
 from adapruner.structure import Block, build_structure
 from adapruner.surgery import Compensation, prune_model
 from adapruner.testing import tiny_texts, tiny_tokenizer

@@ -258,7 +258,7 @@ def test_means() -> None:
 def test_refused_before_the_model_is_loaded(
     model_folder: Path, name: str, limit: int | None, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("adapruner.verbs._source.load_model", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("adapruner.verbs._source.open_model", lambda *_: pytest.fail("loaded"))
     with pytest.raises(AdaPrunerError, match=message):
         verbs.evaluate(model_folder, tasks=[name], limit=limit)
 
