@@ -143,7 +143,7 @@ def _workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.chdir(folder)
         patch.setenv("ADAPRUNER_DATA", str(folder / "data"))
         alias = ModelLocation(str(folder / "smollm2"))
-        patch.setattr("adapruner.models._loading._find_smollm2", lambda: alias)
+        patch.setattr("adapruner.models._places._find_smollm2", lambda: alias)
         for verb in ("prune", "recover", "evaluate", "vocabulary"):
             patch.setattr(adapruner, verb, in_small(verb, getattr(adapruner, verb)))
         first = next(line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("adapruner pr"))

@@ -168,9 +168,9 @@ def test_a_function_judges_the_trials_and_callbacks_are_told(prune: Prune, tmp_p
 
     # Another version is another search; a dataset too. Another ratio needs no search, and is not
     # levelled: the function is not needed.
-    with pytest.raises(AdaPrunerError, match=r"objective_function python:.*size_of_last@"):
+    with pytest.raises(AdaPrunerError, match=r"objective function python:.*size_of_last@"):
         prune(objective=size_of_last, objective_version="2", **options)
-    with pytest.raises(AdaPrunerError, match="objective_function python:size_of_last@"):
+    with pytest.raises(AdaPrunerError, match="objective function python:size_of_last@"):
         prune(**options)
     calls = len(given)
     assert adapruner.plan_again(tmp_path / "run", tmp_path / "other", 0.05).plan.removed_parameters

@@ -267,7 +267,7 @@ def test_no_moments_are_held_when_the_model_is_cut(
     cut = models.prune_model
 
     def counting(*arguments: Any) -> Any:
-        alive.append(sum(isinstance(one, StoredMoments) and bool(one._held) for one in gc.get_objects()))
+        alive.append(sum(type(one) is StoredMoments and bool(one._held) for one in gc.get_objects()))
         return cut(*arguments)
 
     monkeypatch.setattr(models, "prune_model", counting)

@@ -79,7 +79,7 @@ def test_the_result_is_a_smaller_model_with_its_numbers(
 def test_the_run_folder_holds_what_the_design_says(finished: adapruner.PruneResult) -> None:
     files = "config.yaml windows.safetensors self.safetensors statistics.safetensors whole.json study.jsonl search.json"
     files += " levelled.json plan.json result.json report.html log.jsonl"
-    folders = {"keys", "moments", "model", "evaluation"}
+    folders = {"keys", "moments", "compensated", "model", "evaluation"}
     assert {path.name for path in finished.output.iterdir()} - {".lock"} == {*files.split()} | folders
     perplexities = {f"perplexity-{role}.json" for role in ("dense", "best_fixed", "searched")}
     breakage = {f"breakage-{role}.json" for role in ("dense", "searched")} | {"continuations.safetensors"}

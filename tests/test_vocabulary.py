@@ -33,7 +33,7 @@ from adapruner.calibration import parse_source, read_documents, source_names
 from adapruner.cli import main
 from adapruner.errors import AdaPrunerError
 from adapruner.models import find_model, load_tokenizer
-from adapruner.run.api import preview_ratios
+from adapruner.run.preview import preview_ratios
 from adapruner.tokens import (
     TokenizerParts,
     Vocabulary,

@@ -14,7 +14,7 @@ from adapruner.errors import AdaPrunerError
 from adapruner.files import replace, saying_what_cannot_be_written
 from adapruner.graph.declaring import LATER, OF_KEPT, Graph, InMemory, Kept, Leaf, Node
 from adapruner.graph.folder import RunFolder
-from adapruner.graph.records import Record, at_hand
+from adapruner.graph.records import Record, at_hand, changes_of_options
 from adapruner.processes import Process
 from adapruner.progress import Reporter
 
@@ -159,6 +159,12 @@ class Making:
             then, now = self.folder_of(node).record(node.path), self.record(node)
             if then is not None and then.key != now.key:
                 outdated[node.path] = then.changes(now)
+                for path in then.inputs.keys() - now.inputs.keys():
+                    dropped = self.folder.record(path) or self.root.record(path)
+                    options = dropped.options if dropped else {}
+                    now_dropped = {name: self.as_json[name] for name in options if name in self.as_json}
+                    outdated[node.path] += changes_of_options(options, now_dropped) or [f"no {path}"]
+                outdated[node.path] += [f"also {path}" for path in now.inputs.keys() - then.inputs.keys()]
         return outdated
 
     def prepare(self, nodes: Iterable[Kept[Any]]) -> None:
@@ -293,7 +299,7 @@ def refuse_outdated(makings: Iterable[Making], path: Path) -> None:
     for making in makings:
         for name, changes in making.outdated().items():
             outdated.setdefault(name, []).extend(changes)
-    # What was made from something else alone has no change of its own.
+    # What is made from outdated artifacts has no change of its own.
     if changes := list(dict.fromkeys(change for all_changes in outdated.values() for change in all_changes)):
         raise AdaPrunerError(
             f"{path} holds a run of another configuration ({', '.join(changes)}): {', '.join(outdated)} would be"

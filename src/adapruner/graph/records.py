@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -64,11 +64,7 @@ class Record(BaseModel):
 
     def changes(self, now: Record) -> list[str]:
         """What is another now: options and leaves, with both values where these say something."""
-        changed = [
-            f"{name} {_short(self.options.get(name))} → {_short(now.options.get(name))}"
-            for name in now.options
-            if self.options.get(name) != now.options[name]
-        ]
+        changed = changes_of_options(self.options, now.options)
         for name, leaf in now.leaves.items():
             if name in self.leaves:
                 changed += _changes_of_leaf(name.replace("_", " "), self.leaves[name], leaf)
@@ -79,6 +75,12 @@ def options_of(config: PruneConfig, names: Iterable[str]) -> dict[str, Any]:
     """Options by name, as JSON."""
     values = config.model_dump(mode="json")
     return {name: values.get(name, getattr(config, name)) for name in names}
+
+
+def changes_of_options(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The options that have another value now, with both."""
+    changed = {name: (then.get(name), value) for name, value in now.items() if then.get(name) != value}
+    return [f"{name} {_short(before)} → {_short(after)}" for name, (before, after) in changed.items()]
 
 
 def _changes_of_leaf(name: str, then: Any, now: Any) -> list[str]:

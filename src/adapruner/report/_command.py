@@ -26,7 +26,7 @@ def command(config: PruneConfig, output: Path) -> str:
     (ratio,) = config.ratio
     if config.searched is not None:
         amounts = PruneOptions().model_dump(include={"ratio", *TARGET_OPTIONS}) | config.searched
-        searched = config.model_copy(update={**amounts, "searched": None})
+        searched = PruneConfig(**config.model_dump() | amounts | {"searched": None})
         target = PruneOptions(**{name: getattr(config, name) for name in TARGET_OPTIONS})
         amount = _options(target) if config.target else [("--ratio", str(ratio))]
         again = shlex.join(("adapruner", "plan", _SEARCHED, *chain.from_iterable(amount), "-o", str(output)))

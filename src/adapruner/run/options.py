@@ -73,7 +73,8 @@ def _given_options(
     """
     base = read_recipe(recipe) if recipe else {}
     if config:
-        base = override(base, config.model_dump(exclude_unset=True))
+        # Where there is a target, the ratio beside it says nothing.
+        base = override(base, config.model_dump(exclude_unset=True, exclude={"ratio"} if config.target else set()))
     own = {name: value for name, value in options.items() if value is not None or name not in ("model", "calibration")}
     if isinstance(own.get("recovery"), RecoveryOptions):
         own["recovery"] = own["recovery"].model_dump(exclude_unset=True)

@@ -32,6 +32,7 @@ from adapruner.memory import Placement, choose_placement, dtype_of_weights, esti
 from adapruner.models import (
     Architecture,
     ModelLocation,
+    check_length,
     check_streamable,
     copy_in_dtype,
     empty_model,
@@ -39,6 +40,7 @@ from adapruner.models import (
     fingerprint as fingerprint_of_model,
     is_pruned,
     is_streamable,
+    load_config,
     load_model,
     load_tokenizer,
     resolve_devices,
@@ -91,7 +93,13 @@ def content_of_text(source: Source | None) -> dict[str, str | None] | None:
 # The model as it was given
 
 
-@GRAPH.leaf(fingerprint_of_model, "model")
+def content_of_model(location: ModelLocation) -> Any:
+    """The content of a leaf for a model; the commit of one on the Hub is known once its config is read."""
+    load_config(location)
+    return fingerprint_of_model(location)
+
+
+@GRAPH.leaf(content_of_model, "model")
 def location(model: str) -> ModelLocation:
     return find_model(model)
 
@@ -373,6 +381,7 @@ def placement(
     target_speed: float | None,
 ) -> Placement:
     """The devices of the layers. How much memory is free decides only whether the run is refused."""
+    check_length(empty.config, max(config.seq_len, config.recovery.seq_len if config.recover else 0))
     if layer_wise:
         check_streamable(location, empty.config)
     streamable = is_streamable(location, empty.config)

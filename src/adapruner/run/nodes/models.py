@@ -24,7 +24,7 @@ from adapruner.files import copy_folder
 from adapruner.graph import Form
 from adapruner.measurement import StoredMoments
 from adapruner.memory import Placement
-from adapruner.models import Architecture, check_length, check_tokens, empty_model, find_model, load_config, load_model
+from adapruner.models import Architecture, check_tokens, empty_model, find_model, load_config, load_model
 from adapruner.option_rules import fits_sequentially_by_default, tunes_scales_by_default
 from adapruner.planning import Memory, PruningPlan, Size, Speed, Target, TargetOutcome
 from adapruner.processes import Process
@@ -294,7 +294,6 @@ def examples(
     empty: PreTrainedModel,
     main_device: torch.device,
     process: Process,
-    reporter: Reporter,
 ) -> Examples | None:
     """What the pruned model is trained on; None where the dense model writes it."""
     check_device(main_device)
@@ -302,7 +301,6 @@ def examples(
         raise AdaPrunerError(
             f"`recovery.batch_size` {recovery.batch_size} cannot be divided among {process.count} processes"
         )
-    reporter.note(check_length(empty.config, recovery.seq_len) or "")
     if recovery_text is None:
         return None
     examples = read_examples(recovery_text, tokenizer, recovery)

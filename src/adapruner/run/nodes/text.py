@@ -71,7 +71,6 @@ def drawn(
     seed: int,
 ) -> Windows:
     """The windows out of datasets by use, [windows, tokens] each, int64; without those that the model writes."""
-    check_length(empty.config, seq_len)
     fewest = {"pool": window_counts["pool"], "objective": scoring_bounds(objective_windows)[0]}
     windows = {
         use: draw_windows(source, tokenizer, window_counts[use], seq_len, seed, fewest[use])
@@ -113,6 +112,42 @@ def windows(
     return finite
 
 
+ToReport = Callable[[dict[str, Source], Tokenizer], dict[str, EvaluationText]]
+
+
+@GRAPH.in_memory
+def to_report(seq_len: int, evaluate: tuple[str, ...], evaluate_windows: int | None, evaluate_bos: bool) -> ToReport:
+    """Cuts the windows that are reported on out of texts, by name."""
+    count = evaluate_windows or (None if evaluate else DEFAULT_REPORT_WINDOWS)
+    return lambda sources, tokenizer: {
+        name: evaluation_text(source, tokenizer, seq_len, count, bos=evaluate_bos) for name, source in sources.items()
+    }
+
+
+@GRAPH.in_memory
+def drawn_to_report(
+    evaluated_texts: dict[str, Source], tokenizer: Tokenizer, empty: PreTrainedModel, to_report: ToReport
+) -> dict[str, EvaluationText]:
+    texts = to_report(evaluated_texts, tokenizer)
+    for text in texts.values():
+        check_tokens(empty.config, int(text.windows.max()))
+    return texts
+
+
+@GRAPH.kept("evaluation/texts.safetensors", REPORT_TEXTS)
+def report_texts(drawn_to_report: dict[str, EvaluationText]) -> dict[str, EvaluationText]:
+    """The windows that perplexity is reported on, by the name of their text; kept, so that no text is needed later."""
+    return drawn_to_report
+
+
+@GRAPH.kept("evaluation/texts-dense.safetensors", REPORT_TEXTS, is_wanted=lambda vocabulary: bool(vocabulary))
+def report_texts_dense(
+    evaluated_texts: dict[str, Source], given_tokenizer: Tokenizer, to_report: ToReport
+) -> dict[str, EvaluationText]:
+    """The same text in the tokens of the given model, where the pruned one has fewer."""
+    return to_report(evaluated_texts, given_tokenizer)
+
+
 @GRAPH.kept(
     "self.safetensors",
     TENSORS,
@@ -151,39 +186,3 @@ def text_to_fit(windows: Windows, self_written: Windows | None, seed: int) -> Te
     text = windows["compensation"]
     both = torch.cat([text, self_written["compensation"]]) if self_written else text
     return both[torch.randperm(len(both), generator=torch.Generator().manual_seed(seed))]
-
-
-ToReport = Callable[[dict[str, Source], Tokenizer], dict[str, EvaluationText]]
-
-
-@GRAPH.in_memory
-def to_report(seq_len: int, evaluate: tuple[str, ...], evaluate_windows: int | None, evaluate_bos: bool) -> ToReport:
-    """Cuts the windows that are reported on out of texts, by name."""
-    count = evaluate_windows or (None if evaluate else DEFAULT_REPORT_WINDOWS)
-    return lambda sources, tokenizer: {
-        name: evaluation_text(source, tokenizer, seq_len, count, bos=evaluate_bos) for name, source in sources.items()
-    }
-
-
-@GRAPH.in_memory
-def drawn_to_report(
-    evaluated_texts: dict[str, Source], tokenizer: Tokenizer, empty: PreTrainedModel, to_report: ToReport
-) -> dict[str, EvaluationText]:
-    texts = to_report(evaluated_texts, tokenizer)
-    for text in texts.values():
-        check_tokens(empty.config, int(text.windows.max()))
-    return texts
-
-
-@GRAPH.kept("evaluation/texts.safetensors", REPORT_TEXTS)
-def report_texts(drawn_to_report: dict[str, EvaluationText]) -> dict[str, EvaluationText]:
-    """The windows that perplexity is reported on, by the name of their text; kept, so that no text is needed later."""
-    return drawn_to_report
-
-
-@GRAPH.kept("evaluation/texts-dense.safetensors", REPORT_TEXTS, is_wanted=lambda vocabulary: bool(vocabulary))
-def report_texts_dense(
-    evaluated_texts: dict[str, Source], given_tokenizer: Tokenizer, to_report: ToReport
-) -> dict[str, EvaluationText]:
-    """The same text in the tokens of the given model, where the pruned one has fewer."""
-    return to_report(evaluated_texts, given_tokenizer)
