@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
 import math
@@ -34,6 +35,7 @@ from adapruner.evaluation import (
     count_macs,
     finite_windows,
     judge,
+    may_overflow,
     measure_perplexity,
     measure_speed,
     repetition,
@@ -175,6 +177,16 @@ def test_windows_without_a_finite_loss_are_left_out(model: PreTrainedModel) -> N
     broken[[0, 2], 3] = 7
     with pytest.raises(AdaPrunerError, match="not finite on 4 of the 6 windows of the compensation"):
         finite_windows(model, {"compensation": broken}, {"compensation": 2})
+
+
+def test_text_is_tried_where_numbers_may_overflow(model: PreTrainedModel) -> None:
+    assert not may_overflow(model)
+    assert may_overflow(copy.deepcopy(model).half())
+    for value in (math.nan, -math.inf, 1e20):
+        other = copy.deepcopy(model)
+        with torch.no_grad():
+            other.model.layers[1].mlp.up_proj.weight[2, 3] = value
+        assert may_overflow(other)
 
 
 def test_the_protocol_is_said_with_the_provenance(model: PreTrainedModel) -> None:

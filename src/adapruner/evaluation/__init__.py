@@ -15,6 +15,7 @@ from adapruner.evaluation._losses import (
     log_probabilities as log_probabilities,
     losses_by_batch as losses_by_batch,
     losses_in_step as losses_in_step,
+    may_overflow as may_overflow,
     tokens_per_batch as tokens_per_batch,
     window_losses as window_losses,
 )

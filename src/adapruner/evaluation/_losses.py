@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 from adapruner.errors import AdaPrunerError
 from adapruner.models import LayerCall, decoder_layers, enter_layers, is_streamed, loaded_layer, skipping_layers
 
+# The largest absolute value of a weight with which no sum of a trained model overflows in float32 or bfloat16.
+_LARGEST_WEIGHT = 1e6
 # What the caches of a processor hold, and what keeps a GPU busy.
 _TOKENS_PER_BATCH_ON_CPU, _TOKENS_PER_BATCH = 512, 4096
 # Whose hidden states are held while all layers of a streamed model are read once: 256 MiB for LLaMA-7B in bfloat16.
@@ -108,6 +110,8 @@ def finite_windows(
 ) -> tuple[dict[str, Tensor], str]:
     """Windows without those on which the loss of a model is not finite, and a note to the user on those.
 
+    Text is only tried where numbers may overflow (see `may_overflow`): that costs a forward pass over all of it.
+
     Args:
         model: the dense model, in the dtype in which it is measured.
         windows: [windows, tokens], int64, by use.
@@ -119,6 +123,8 @@ def finite_windows(
     Raises:
         AdaPrunerError: more than half of the windows of a use are lost, or too few are left.
     """
+    if not may_overflow(model):
+        return dict(windows), ""
     kept, notes = {}, []
     for use, given in windows.items():
         finite = window_losses(model, given).isfinite()
@@ -132,6 +138,24 @@ def finite_windows(
             notes.append(f"left out, because the loss of the model on them is not finite: windows {lost} of the {use}")
         kept[use] = given[finite]
     return kept, "\n".join(notes)
+
+
+def may_overflow(model: PreTrainedModel) -> bool:
+    """True if the loss of a model may be infinite on some text: it computes in float16, or a weight is not finite or
+    far larger than those of trained models, whose sums stay far within the range of float32 and bfloat16."""
+
+    def has_ordinary_weights(module: torch.nn.Module) -> bool:
+        weights = [weight for weight in module.parameters() if not weight.is_meta and weight.numel()]
+        # A weight that is no number is not below the limit.
+        return all(bool(weight.abs().max() < _LARGEST_WEIGHT) for weight in weights)
+
+    if model.dtype == torch.float16 or not has_ordinary_weights(model):
+        return True
+    for layer in range(len(decoder_layers(model))) if is_streamed(model) else ():
+        with loaded_layer(model, layer) as module:
+            if not has_ordinary_weights(module):
+                return True
+    return False
 
 
 def losses_in_step(

@@ -86,13 +86,12 @@ def changes_of_options(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[
 def _changes_of_leaf(name: str, then: Any, now: Any) -> list[str]:
     if then == now:
         return []
-    if not isinstance(then, dict) or not isinstance(now, dict):
-        return [f"another {name}"]
-    if "content" not in now:
-        return [change for one in now for change in _changes_of_leaf(one, then.get(one), now[one])]
-    if then.get("text") == now["text"]:
-        return [f"another content of {now['text']}"]
-    return [f"{name} {then.get('text')} → {now['text']}"]
+    before, after = (leaf.get("text") if isinstance(leaf, dict) and "content" in leaf else None for leaf in (then, now))
+    if before or after:
+        return [f"another content of {after}" if before == after else f"{name} {before or 'none'} → {after or 'none'}"]
+    if isinstance(then, dict) and isinstance(now, dict):
+        return [change for part in now for change in _changes_of_leaf(part, then.get(part), now[part])]
+    return [f"another {name}"]
 
 
 def at_hand(now: Any, then: Any) -> Any:
