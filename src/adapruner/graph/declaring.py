@@ -95,7 +95,7 @@ class Kept(Node[T]):
 
 @dataclass(frozen=True)
 class Reach:
-    """What the key of a node is made of: the names of options, leaves and kept nodes."""
+    """The names of the options, leaves and kept nodes of which the key of a node is made."""
 
     options: frozenset[str] = frozenset()
     leaves: frozenset[str] = frozenset()
@@ -229,7 +229,7 @@ class Graph:
             raise GraphError(f"nothing needs {', '.join(unused)}")
 
     def reach(self, name: str) -> Reach:
-        """What the key of a node is made of."""
+        """The names of all that the key of a node is made of."""
         return self._reaches[name]
 
     @cached_property
@@ -238,7 +238,7 @@ class Graph:
         return tuple(node for node in self.nodes.values() if isinstance(node, Kept))
 
     def held_for(self, name: str, at_hand: Container[str] = ()) -> frozenset[str]:
-        """What must be in memory to make a node: all that it needs, up to what is kept or at hand."""
+        """The names of all that a node needs in memory, up to what is kept or at hand."""
         node = self.nodes.get(name)
         needed = () if node is None else node.needs.values()
         below = [
@@ -249,7 +249,7 @@ class Graph:
         return frozenset(needed).union(*below)
 
     def depends_on(self, name: str, others: Collection[str]) -> bool:
-        """Whether a node needs one of some options or nodes, directly or not."""
+        """True if a node needs one of some options or nodes, directly or not."""
         return not self._all_needed(name).isdisjoint(others)
 
     def _all_needed(self, name: str) -> frozenset[str]:

@@ -53,15 +53,15 @@ class RunFolder:
 
     @property
     def holds_artifacts(self) -> bool:
-        """Whether something was made here."""
+        """True if the folder holds artifacts."""
         return self._keys.is_dir()
 
     def at_ratio(self, ratio: float, config: PruneConfig) -> RunFolder:
-        """Where the artifacts of one ratio are."""
+        """The folder with the artifacts of one ratio."""
         return self if len(config.ratio) == 1 else self.of_ratio(ratio)
 
     def of_ratio(self, ratio: float) -> RunFolder:
-        """Where the artifacts of one of several ratios are."""
+        """The folder with the artifacts of one of several ratios."""
         return RunFolder(self.path / f"ratio-{ratio!r}")
 
     def read_config(self) -> PruneConfig:
@@ -114,7 +114,7 @@ class RunFolder:
             yield
 
     def is_running(self) -> bool:
-        """Whether a command is running in it."""
+        """True if a command is running in it."""
         if not self._lock.is_file():
             return False
         try:
@@ -124,7 +124,7 @@ class RunFolder:
             return True
 
     def record(self, name: str) -> Record | None:
-        """What the artifact here was made from, or is being made from; None where no record can be read."""
+        """The record of a finished or unfinished artifact; None where none can be read."""
         return _read_record(self._record(name))
 
     @property
@@ -134,12 +134,12 @@ class RunFolder:
         return [record.name for record in records if record]
 
     def is_made(self, name: str, key: str) -> bool:
-        """Whether the artifact is here, made from what the key stands for, and as it was written."""
+        """True if the artifact is complete, has this key, and is as it was written."""
         record = self.record(name)
         return bool(record and record.key == key and record.files and are_as_written(record.files, self.path))
 
     def is_removed(self, name: str) -> bool:
-        """Whether files of a finished artifact are gone, and what is left is as it was written."""
+        """True if files of a finished artifact were removed, and the others are as they were written."""
         record = self.record(name)
         files = record.files if record and record.files else {}
         left = {file: stamp for file, stamp in files.items() if (self.path / file).exists()}

@@ -57,11 +57,11 @@ class Making:
 
     @property
     def wanted(self) -> list[Kept[Any]]:
-        """What a run with these options keeps, each after its inputs."""
+        """The nodes that a run with these options keeps, each after its inputs."""
         return [node for node in self.graph.kept_nodes if self.is_wanted(node)]
 
     def is_wanted(self, node: Kept[Any]) -> bool:
-        """Whether a run with these options has it."""
+        """True if a run with these options keeps the node."""
         names = inspect.signature(node.is_wanted).parameters
         return bool(node.is_wanted(**{name: self.options[name] for name in names}))
 
@@ -93,7 +93,7 @@ class Making:
         return values[name]
 
     def record(self, node: Kept[Any]) -> Record:
-        """What a kept node is made from with these options; its key is the key of the node."""
+        """The inputs of a kept node with these options; their key is the key of the node."""
         if node.name not in self._records:
             reach, then = self.graph.reach(node.name), self.folder_of(node).record(node.path)
             inputs = [self.graph.nodes[name] for name in sorted(reach.kept)]
@@ -120,11 +120,11 @@ class Making:
         return self._records[node.name]
 
     def folder_of(self, node: Kept[Any]) -> RunFolder:
-        """Where a kept node is."""
+        """The folder in which a kept node is."""
         return self.folder if self.graph.depends_on(node.name, self.varying) else self.root
 
     def is_made(self, node: Kept[Any]) -> bool:
-        """Whether it is in its folder, or can be taken over from another one."""
+        """True if it is in its folder, or can be taken over from another one."""
         return self._place_of(node) is not None
 
     def _place_of(self, node: Kept[Any]) -> Path | None:
@@ -136,7 +136,7 @@ class Making:
         return source.path if source else None
 
     def missing(self) -> list[Kept[Any]]:
-        """What is to be made: missing results, damaged artifacts, and what these are made from."""
+        """The nodes that are to be made: missing results, damaged artifacts, and their inputs."""
         needed: set[str] = set()
         missing = []
         for node in reversed(self.wanted):
@@ -146,7 +146,7 @@ class Making:
         return missing[::-1]
 
     def is_damaged(self, node: Kept[Any]) -> bool:
-        """Whether some files of a finished artifact are not as they were written; removed ones do not count."""
+        """True if some files of a finished artifact are not as they were written; removed ones do not count."""
         folder, key = self.folder_of(node), self.record(node).key
         then = folder.record(node.path)
         was_made = then is not None and then.key == key and then.files is not None

@@ -1,4 +1,4 @@
-"""What something in a run folder was made from, and the files that it consists of."""
+"""Records of artifacts: the inputs that each was made from, and its files."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _HASHED_WHOLE = 1 << 22
 
 @dataclass(frozen=True)
 class Form(Generic[T]):
-    """How a value is kept: `save` writes it to a path that does not exist, `load` reads what `save` wrote."""
+    """The form of a kept value: `save` writes it to a path that does not exist, `load` reads what `save` wrote."""
 
     save: Callable[[T, Path], Any]
     load: Callable[[Path], T]
 
 
 class Record(BaseModel):
-    """What an artifact was made from. It is written last: what has a record with files is whole.
+    """The inputs of an artifact. It is written last: an artifact that has a record with files is complete.
 
     Attributes:
         name: its path in the run folder.
@@ -53,7 +53,7 @@ class Record(BaseModel):
     files: dict[str, str] | None = None
 
     def has_options_of(self, config: PruneConfig) -> bool:
-        """Whether it was made with the options of a config."""
+        """True if it was made with the options of a config."""
         # One of another version may have had others.
         return all(hasattr(config, name) for name in self.options) and self.options == options_of(config, self.options)
 
@@ -63,7 +63,7 @@ class Record(BaseModel):
         return hashlib.sha256(json.dumps(self.model_dump(exclude={"files"}), sort_keys=True).encode()).hexdigest()
 
     def changes(self, now: Record) -> list[str]:
-        """What is another now: options and leaves, with both values where these say something."""
+        """The options and leaves that have changed, with both values where these say something."""
         changed = changes_of_options(self.options, now.options)
         for name, leaf in now.leaves.items():
             if name in self.leaves:
@@ -104,12 +104,12 @@ def at_hand(now: Any, then: Any) -> Any:
 
 
 def stamps(paths: Iterable[Path], folder: Path) -> dict[str, str]:
-    """What tells files apart from others, by their paths in a folder."""
+    """A stamp of the content of each file, by its path in a folder."""
     return {path.relative_to(folder).as_posix(): _stamp(path) for path in sorted(paths)}
 
 
 def are_as_written(files: dict[str, str], folder: Path) -> bool:
-    """Whether all files exist and are as they were written."""
+    """True if all files exist and are as they were written."""
     try:
         return all(_stamp(folder / name) == stamp for name, stamp in files.items())
     except (OSError, SafetensorError):

@@ -71,7 +71,7 @@ def _ratio_of(config: PruneConfig, run: RunFolder, earlier: RunFolder) -> float:
 
 
 def _record_of_search(folder: RunFolder, config: PruneConfig, earlier: RunFolder) -> Record:
-    """What the search of an earlier run was made from.
+    """The record of the search of an earlier run.
 
     Raises:
         AdaPrunerError: it is not finished, or would be another now.

@@ -114,7 +114,7 @@ def _hash_of_model(model: PreTrainedModel, tokenizer: Tokenizer) -> str:
 
 
 def is_in_memory(data: TextData | None) -> bool:
-    """Whether it is text or windows, and not the name of a dataset."""
+    """True if it is text or windows, and not the name of a dataset."""
     return data is not None and not isinstance(data, str | Path)
 
 

@@ -102,7 +102,7 @@ def saying_what_is_kept(making: Making) -> Iterator[None]:
 
 
 def _what_needs_less(making: Making, stage: str) -> str:
-    """What the user can do where a stage has run out of memory."""
+    """Advice to the user where a stage has run out of memory."""
     if stage == "recovering":
         return f"adapruner recover {making.root.model} with a smaller `micro_batch_size` needs less memory"
     if not making.value(inputs.placement).layer_wise and making.value(inputs.location).gguf_file is None:

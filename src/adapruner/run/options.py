@@ -1,4 +1,4 @@
-"""What a caller of `adapruner.prune` gives, made into a config: by name, in memory, in a recipe or a config."""
+"""The config of a run, from what a caller gives: by name, in memory, in a recipe or a config."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run would make and the memory that it would need, before it is made."""
+"""A preview of a run: the artifacts that it would make and the memory that it would need."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _FLOAT32 = 4
 
 
 class Preview(BaseModel):
-    """What a run for one ratio would make.
+    """A preview of a run for one ratio.
 
     Attributes:
         folder: of the ratio.
@@ -57,7 +57,7 @@ class Preview(BaseModel):
 def preview_ratios(
     model: str | None, *, output: str | Path, recipe: str | Path | None = None, overwrite: bool = False, **options: Any
 ) -> list[Preview]:
-    """What `prune_ratios` would make with the same arguments, all of them names, after the same checks; writes nothing.
+    """A preview of `prune_ratios` with the same arguments, all of them names, after the same checks; writes nothing.
 
     Raises:
         AdaPrunerError: what the run would be refused for.
@@ -71,7 +71,7 @@ def preview_ratios(
 
 
 def _preview(making: Making) -> Preview:
-    """What is missing of one ratio of a run, from shapes and text: no weights are read."""
+    """The missing artifacts of one ratio of a run, from shapes and text: no weights are read."""
     missing, placement, structure = making.missing(), making.value(inputs.placement), making.value(inputs.structure)
     budget, empty = making.value(inputs.starting_budget), making.value(inputs.empty)
     after = structure.total_parameters - structure.removed_parameters(kept_counts(structure, budget))

@@ -1,4 +1,4 @@
-"""What is removed: the search, and the plan of the candidate that it chooses."""
+"""The choice of what is removed: the search, and the plan of the candidate that it finds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is measured of each model: perplexity, signs of breakage, scores in tasks."""
+"""Measurements of each model: perplexity, signs of breakage, scores in tasks."""
 
 from __future__ import annotations
 
@@ -138,8 +138,8 @@ def texts_of_dense(
 def continuations(
     dense_fast: PreTrainedModel, tokenizer: Tokenizer, placement: Placement, reporter: Reporter
 ) -> Windows:
-    """How the dense model continues the built-in openings, [openings, tokens], int64, in the tokens that are kept; none
-    layer by layer, where every generated token would read all weights."""
+    """The dense model's continuations of the built-in openings, [openings, tokens], int64, in the tokens that are kept;
+    none layer by layer, where every generated token would read all weights."""
     if placement.layer_wise:
         return {}
     with reporter.stage("looking for breakage"):
@@ -206,7 +206,7 @@ def _kept_for(role: Role, what: str, content: Any, make: Callable[..., Any], **o
 
 
 def _is_wanted(role: Role) -> Callable[..., bool]:
-    """Whether a run has the model of a role, given its options."""
+    """For the options of a run, true if it has the model of a role."""
     if role == "compensated":
         return lambda tune_scales, compensation, layer_wise: tunes_scales_by_default(
             tune_scales, compensation, layer_wise

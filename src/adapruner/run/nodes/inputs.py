@@ -365,7 +365,7 @@ def starting_budget(budget_at: BudgetAt, ratio_of_target: float | None, ratio: f
 
 @GRAPH.leaf()
 def largest_budget(budget_at: BudgetAt, ratio_of_target: float | None, largest_ratio_asked: float) -> Budget:
-    """Of several ratios, the budget of the largest: where the model is does not depend on which of them is next."""
+    """The budget of the largest of several ratios: the placement of the model is the same for all."""
     return budget_at(largest_ratio_asked if ratio_of_target is None else ratio_of_target)
 
 
@@ -419,7 +419,7 @@ def room_for(
 
 @GRAPH.leaf()
 def is_mapped(location: ModelLocation) -> bool:
-    """Whether weights are read where they are in files, which takes no time and no memory of its own."""
+    """True if weights are mapped from files, which takes no time and no memory of their own."""
     return location.gguf_file is None
 
 

@@ -1,4 +1,4 @@
-"""What is measured of the dense model: second moments, and the statistics of every group."""
+"""Measurements of the dense model: second moments, and the statistics of every group."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def moments(
 
 @GRAPH.leaf(lambda compares: compares)
 def compares_removals(space: Space, terms: Terms) -> bool:
-    """Whether terms need the errors that removing groups makes."""
+    """True if terms need the errors that removing groups makes."""
     return needs_removal_errors(space, terms)
 
 

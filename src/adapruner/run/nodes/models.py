@@ -57,7 +57,7 @@ FOLDER: Form[Path] = Form(shutil.move, Path)
 
 @GRAPH.in_memory
 def fits_sequentially(sequential: bool | None, compensation: str, family: Architecture, empty: PreTrainedModel) -> bool:
-    """Whether the pruned model is fitted once more, layer by layer."""
+    """True if the pruned model is fitted once more, layer by layer."""
     possible = family.has_plain_residual(empty.config)
     if sequential and not possible:
         raise AdaPrunerError(
@@ -69,7 +69,7 @@ def fits_sequentially(sequential: bool | None, compensation: str, family: Archit
 
 @dataclass(frozen=True)
 class Tuning:
-    """Whether the scales of the pruned model are tuned.
+    """The wish to tune the scales of the pruned model, and what hinders it.
 
     Attributes:
         is_asked: by the options or their defaults.
@@ -94,7 +94,7 @@ def possible_tuning(
     empty: PreTrainedModel,
     seed: int,
 ) -> Tuning:
-    """How many devices there are, and which, decides whether scales can be tuned."""
+    """Scales can be tuned where all layers are on one device that can train."""
     if not tunes_scales_by_default(tune_scales, compensation, layer_wise):
         return Tuning(False, None)
     try:
@@ -109,7 +109,7 @@ def possible_tuning(
 
 @GRAPH.in_memory
 def tuning(possible_tuning: Tuning, tune_scales: bool | None, reporter: Reporter) -> bool:
-    """Whether scales are tuned.
+    """True if scales are tuned.
 
     Raises:
         AdaPrunerError: they cannot be, and the options ask for it.
@@ -126,7 +126,7 @@ Save = Callable[[PreTrainedModel, Path], Path]
 
 @GRAPH.leaf()
 def origin(model: str, texts: Texts) -> dict[str, Any]:
-    """What a checkpoint says of its making: the base model, and the texts that it was made with."""
+    """The record in a checkpoint of its base model and the texts that it was made with."""
     return {"base_model": shown_name(model), "texts": texts.as_records()}
 
 
@@ -224,7 +224,7 @@ def _tuned(
 
 
 def scales_were_tuned(compensated: Path, model: Path) -> bool:
-    """Whether the scales of a saved model are others than before they were tuned: all other weights are the same."""
+    """True if the scales of a saved model differ from those before they were tuned; all other weights are the same."""
     return not all(filecmp.cmp(file, model / file.name, shallow=False) for file in compensated.glob("*.safetensors"))
 
 
@@ -255,7 +255,7 @@ def outcome_of_target(
     placement: Placement,
     reporter: Reporter,
 ) -> TargetOutcome | None:
-    """How well the saved model meets the target."""
+    """The target, and the size, memory or speed that the saved model reached."""
     if target is None:
         return None
     amount = target.amount
@@ -272,7 +272,7 @@ def outcome_of_target(
 
 
 def _bytes_of_saved(amount: Size | Memory, model: Path, tokenizer: Tokenizer, weights: torch.dtype) -> int:
-    """Of the file that was written, or that an export would write, and of the cache where the target is memory."""
+    """Bytes of the file that was written, or that an export would write, and of the cache where the target is memory."""
     dtype = dtype_in(amount.format, weights)
     empty = empty_model(load_config(find_model(str(model))))
     size = bytes_of_model(empty, tokenizer, amount.format, weights)
@@ -295,7 +295,7 @@ def examples(
     main_device: torch.device,
     process: Process,
 ) -> Examples | None:
-    """What the pruned model is trained on; None where the dense model writes it."""
+    """The training examples of the pruned model; None where the dense model writes them."""
     check_device(main_device)
     if recovery.batch_size % process.count:
         raise AdaPrunerError(
@@ -323,7 +323,7 @@ def training_windows(dense: PreTrainedModel, recovery: RecoveryOptions, seed: in
 
 @GRAPH.leaf()
 def training_record(model: str, recover: str | None, recovery: RecoveryOptions) -> dict[str, Any]:
-    """What a fine-tuned checkpoint says of its training."""
+    """The record in a fine-tuned checkpoint of its training."""
     return {"model": model, "data": recover, **recovery.model_dump(mode="json")}
 
 

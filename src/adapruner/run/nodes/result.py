@@ -69,7 +69,7 @@ def breakages(
 def foreign_vocabulary(
     windows: Windows, tokenizer: Tokenizer, empty: PreTrainedModel, structure: Structure, kept_tokens: Vocabulary | None
 ) -> ForeignVocabulary | None:
-    """What of the vocabulary is written in scripts that the text has no letter of, if all tokens are kept."""
+    """The tokens in scripts that the text has no letter of; None if tokens were removed."""
     if kept_tokens is not None:
         return None
     used = torch.cat([tokens.flatten() for tokens in windows.values()]).unique().tolist()

@@ -38,7 +38,7 @@ REPORT_TEXTS: Form[dict[str, EvaluationText]] = Form(save_texts, load_texts)
 
 
 def writes_text(compensation: str, space: Space, terms: Terms, self_windows: int | None) -> bool:
-    """Whether the dense model writes text for the compensation, where it can."""
+    """True if the dense model writes text for the compensation, where it can."""
     return needs_moments(compensation, space, terms) and self_windows != 0
 
 
