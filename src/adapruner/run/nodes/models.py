@@ -272,7 +272,7 @@ def outcome_of_target(
 
 
 def _bytes_of_saved(amount: Size | Memory, model: Path, tokenizer: Tokenizer, weights: torch.dtype) -> int:
-    """Bytes of the file that was written, or that an export would write, and of the cache where the target is memory."""
+    """Bytes of the file that was written or would be exported, and of the cache where the target is memory."""
     dtype = dtype_in(amount.format, weights)
     empty = empty_model(load_config(find_model(str(model))))
     size = bytes_of_model(empty, tokenizer, amount.format, weights)
