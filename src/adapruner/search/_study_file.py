@@ -40,12 +40,12 @@ class StudyFile:
     name: str
 
     def opened(self) -> optuna.Study:
-        """The study, to add trials to; created if it is not there. One process at a time may add trials.
+        """The study, to add trials to; created if it does not exist. One process at a time may add trials.
 
         Raises:
             AdaPrunerError: the file is damaged.
         """
-        # A kill leaves Optuna's lock, which it would wait for, and a kill or a full disk a line without an end.
+        # A kill leaves Optuna's lock, which it would wait for; a kill or a full disk leaves an incomplete line.
         Path(f"{self.path}.lock").unlink(missing_ok=True)
         if self.path.is_file() and (content := self.path.read_bytes()) and not content.endswith(b"\n"):
             os.truncate(self.path, content.rfind(b"\n") + 1)

@@ -1,4 +1,4 @@
-"""The order in which whole attentions, feed-forwards and layers are removed: greedy, by the loss."""
+"""The order in which attention and feed-forward modules and layers are removed whole: greedy, by the loss."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class RemovalOrders(BaseModel):
     """For each part of a layer, the layers in the order of removal, and the loss after each removal.
 
     Attributes:
-        losses: nats per token, nothing else removed or compensated.
+        losses: nats per token, with nothing else removed or compensated.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -49,18 +49,18 @@ def removal_orders(
     candidates: Mapping[Whole, Sequence[int]],
     progress: Callable[[int], None] | None = None,
 ) -> RemovalOrders:
-    """Removes one attention after another, each time the one whose removal gives the lowest loss, and likewise
+    """Removes one attention module after another, each time the one whose removal gives the lowest loss, and likewise
     feed-forwards and layers (BlockPruner, arXiv 2406.10594; second stage of 2SSP, arXiv 2501.17771). The layers before
     a candidate are not computed again; after the first round only the most promising candidates are measured.
 
     Args:
         windows: [windows, tokens], int64.
-        candidates: the layers that can lose it, for each part.
+        candidates: for each part, the layers that can lose it.
         progress: called with 1 after every removal.
     """
     layers, losses = dict[Whole, tuple[int, ...]](), dict[Whole, tuple[float, ...]]()
-    for whole, own in candidates.items():
-        layers[whole], losses[whole] = _greedily(model, structure, windows, whole, own, progress)
+    for part, removable in candidates.items():
+        layers[part], losses[part] = _greedily(model, structure, windows, part, removable, progress)
     return RemovalOrders(layers=layers, losses=losses)
 
 
@@ -96,7 +96,7 @@ def _greedily(
 
 
 def _loss_without(model: PreTrainedModel, windows: Tensor, whole: Whole, gone: list[int], prefix: Prefix) -> float:
-    """Nats per token, without the parts of some layers, the last of which was not yet gone in the prefix."""
+    """Nats per token without the parts of some layers; the last of these was not yet removed in the prefix."""
     with without_parts(model, whole, gone, prefix.calls[0]):
         batches = list(losses_by_batch(model, windows, prefix=prefix, prefix_layers=gone[-1]))
     loss = float(torch.cat(batches).mean())
