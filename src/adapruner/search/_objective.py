@@ -89,7 +89,7 @@ class Objective:
     references: list[Tensor] | None = None
     item_losses: ItemLosses | None = None
     _counts: set[int] = field(default_factory=set, init=False)
-    # By the hash of a plan: candidates that differ only in ineffective values, as samples of unweighted terms, share it.
+    # By the hash of a plan: candidates may differ in values without effect, as the samples of unweighted terms.
     _judged: dict[str, list[Tensor]] = field(default_factory=dict, init=False)
 
     def __call__(self, candidate: Candidate) -> Iterator[Tensor]:
