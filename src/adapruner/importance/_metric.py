@@ -25,7 +25,7 @@ class MetricPoint(BaseModel):
             compare; `standard` subtracts the mean over the block and divides by the standard deviation, before the
             reduction (FLAP, arXiv 2312.11983, which so compares heads and channels of all layers); `none` mixes the
             terms as they are.
-        reduction: how the vectors of a group become one number.
+        reduction: reduces the vectors of a group to one number.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -46,14 +46,13 @@ class MetricPoint(BaseModel):
 
 
 # The metrics of LLM-Pruner (arXiv 2305.11627) as points of this space, under the names of its options. `param_mix`
-# adds the second-order term as it comes out, which is so small that the ranking is that of `param_first`.
+# adds the unscaled second-order term, which is so small that the ranking is that of `param_first`.
 LLM_PRUNER_METRICS = {
     "vectorize": MetricPoint(weights={"coarse_first": 1}, alignment="none"),
     "param_first": MetricPoint(weights={"fine_first": 1}, alignment="none"),
     "param_second": MetricPoint(weights={"fine_second": 1}, alignment="none"),
     "param_mix": MetricPoint(weights={"fine_first": 1, "fine_second": 1}, alignment="none"),
 }
-
 
 # Peers that rank by activations, as points of this space (see the terms for their sources).
 ACTIVATION_METRICS = {
@@ -93,17 +92,17 @@ def score_groups(statistics: Statistics, structure: Structure, point: MetricPoin
 
 
 def _block_means(values: Tensor, blocks: Tensor) -> Tensor:
-    """The mean of its block for every value."""
+    """For every value, the mean of its block."""
     return _reduce(values, blocks, "mean", int(blocks.max()) + 1)[blocks]
 
 
 def _divide_by_mean(values: Tensor, blocks: Tensor) -> Tensor:
-    """Relative to the mean of their block, so that blocks and terms compare."""
+    """Values divided by the mean of their block, so that blocks and terms compare."""
     return values / _block_means(values, blocks).clamp_min(torch.finfo(values.dtype).tiny)
 
 
 def _standardise(values: Tensor, blocks: Tensor) -> Tensor:
-    """Without the mean of their block, in units of its standard deviation."""
+    """Values minus the mean of their block, divided by its standard deviation."""
     centred = values - _block_means(values, blocks)
     return centred / _block_means(centred.square(), blocks).sqrt().clamp_min(torch.finfo(values.dtype).tiny)
 
@@ -114,7 +113,7 @@ def _reduce(values: Tensor, groups: Tensor, reduction: Reduction, count: int) ->
     scores = torch.zeros(count, dtype=values.dtype)
     scores.scatter_reduce_(0, groups, values, operation, include_self=False)
     if reduction == "prod":
-        # Of a group without values, nothing is known.
+        # A group without values scores 0.
         is_covered = torch.zeros(count, dtype=torch.bool).index_fill_(0, groups, True)
         scores = torch.where(is_covered, scores.exp(), 0)
     return scores

@@ -13,7 +13,7 @@ from adapruner.config import Space, Terms
 from adapruner.errors import AdaPrunerError
 from adapruner.measurement import Statistics
 
-# What a term gives one number for; see `Structure`.
+# A term gives one number for each of these; see `Structure`.
 Unit = Literal["vectors", "inputs", "groups"]
 TermFunction = Callable[[Statistics], Tensor]
 
@@ -24,13 +24,13 @@ class Term:
 
     Attributes:
         function: [units], not negative, from statistics.
-        unit: what there is one number for.
+        unit: the function gives one number for each.
         family: terms of one family share a weight in the search: `taylor`, `activation`, `reconstruction`, or any other
-            name, which then is a family of its own.
-        share: in the points that are tried first, the part of its family that the term takes from those registered
-            before it, 0 to 1; of the first term of a family, the weight of the family.
-        needs: the statistics that it needs and that are not always measured: `elements`, `moments`, `routing` (of
-            models with experts alone).
+            name, which makes a new family.
+        share: in the points that are tried first, the share of the term in its family, 0 to 1, taken from the terms
+            registered before it; for the first term of a family, the weight of the family.
+        needs: required statistics that are not always measured: `elements`, `moments`, `routing` (only for models with
+            experts).
     """
 
     name: str
@@ -66,12 +66,12 @@ def usable_terms(space: Space, terms: Terms, with_routing: bool = False) -> list
 
 
 def needs_removal_errors(space: Space, terms: Terms) -> bool:
-    """Whether terms of the search need the errors that removing groups makes."""
+    """True if terms of the search need the errors of removing groups."""
     return any("moments" in term.needs for term in usable_terms(space, terms))
 
 
 def needs_moments(compensation: str, space: Space, terms: Terms) -> bool:
-    """Whether second moments are measured: for compensation, or for terms of the search."""
+    """True if second moments are measured: for compensation, or for terms of the search."""
     return compensation != "none" or needs_removal_errors(space, terms)
 
 

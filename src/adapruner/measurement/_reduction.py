@@ -1,4 +1,4 @@
-"""Hooks that reduce activations and gradients to numbers per vector and per input the moment they exist."""
+"""Hooks that reduce activations and gradients to numbers per vector and per input as soon as they exist."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from adapruner.structure import Block, Structure, TensorSlice
 
 
 class Reduction:
-    """The sums of one batch over the tokens of each sample, by the name that they have in `Statistics`; float32, on the
-    first device of the model, because copying each of them to the CPU would stall it.
+    """The sums of one batch over the tokens of each sample, by their name in `Statistics`; float32, on the first device
+    of the model, because copying each of them to the CPU would stall it.
 
     Attributes:
-        sums: [samples, vectors], [samples, inputs] or [samples, groups]; without `element_absolute` and
-            `element_squared`, which need the gradient of every weight, for vector-wise terms; with `routed_output` and
-            `routed_share` where there are experts.
+        sums: [samples, vectors], [samples, inputs] or [samples, groups]; for vector-wise terms without
+            `element_absolute` and `element_squared`, which need the gradient of every weight; for models with experts
+            with `routed_output` and `routed_share`.
     """
 
     def __init__(self, structure: Structure, samples: int, terms: Terms, device: torch.device) -> None:
@@ -64,9 +64,9 @@ class Reduction:
         """The matrices of a block, each with the numbers of its vectors."""
         counts = (block.groups * part.width for part in block.matrices)
         bounds = pairwise(accumulate(counts, initial=self._first_vectors[index]))
-        return [(part, slice(*of_part)) for part, of_part in zip(block.matrices, bounds, strict=True)]
+        return [(part, slice(*ends)) for part, ends in zip(block.matrices, bounds, strict=True)]
 
-    def _of_inputs(self, index: int) -> tuple[Tensor, Tensor]:
+    def _input_sums(self, index: int) -> tuple[Tensor, Tensor]:
         """[samples, inputs of a block], twice: the sums of its inputs and of their squares."""
         inputs = slice(*self._first_inputs[index : index + 2])
         return self.sums["input_mean"][:, inputs], self.sums["input_squared"][:, inputs]
@@ -74,19 +74,19 @@ class Reduction:
     def _hooks(self, model: PreTrainedModel, block: Block, index: int) -> Iterator[Any]:
         for part, vectors in self._vectors(block, index):
             rows = slice(part.offset, part.offset + block.groups * part.width) if part.axis == 0 else slice(None)
-            taylor, module = self.sums["taylor"][:, vectors], projection(model, part)
+            taylor = self.sums["taylor"][:, vectors]
             if self._is_element_wise:
                 absolute, squared = (self.sums[name][:, vectors] for name in ("element_absolute", "element_squared"))
                 hook = _element_wise(part, rows, taylor, absolute, squared, self._two_stacks)
             else:
                 hook = _vector_wise(part, rows, taylor)
-            yield module.register_forward_hook(hook)
-        reduce_inputs = partial(_reduce_inputs, *self._of_inputs(index))
-        yield projection(model, block.row_wise).register_forward_pre_hook(reduce_inputs)
+            yield model.get_submodule(part.module).register_forward_hook(hook)
+        reduce_inputs = partial(_reduce_inputs, *self._input_sums(index))
+        yield model.get_submodule(block.row_wise.module).register_forward_pre_hook(reduce_inputs)
 
     def _expert_hooks(self, model: PreTrainedModel, block: Block, index: int) -> Iterator[Any]:
-        """For experts, whose weights are multiplied out of the sight of hooks: gradients of whole parameters, each
-        dropped as soon as it was reduced. Only where there is one sample at a time."""
+        """For experts, whose products hooks cannot see: gradients of whole parameters, each dropped as soon as it was
+        reduced. Only for one sample at a time."""
         by_parameter = dict[str, list[tuple[TensorSlice, slice]]]()
         for part, vectors in self._vectors(block, index):
             by_parameter.setdefault(part.parameter, []).append((part, vectors))
@@ -94,7 +94,7 @@ class Reduction:
             yield model.get_parameter(name).register_post_accumulate_grad_hook(partial(self._reduce_gradient, parts))
         experts = model.get_submodule(block.matrices[0].module)
         if block.experts:
-            mean, squared = self._of_inputs(index)
+            mean, squared = self._input_sums(index)
             yield experts.register_forward_hook(partial(_reduce_expert_inputs, block, mean[0], squared[0]))
         else:
             groups = slice(*self._structure.group_offsets[index : index + 2])
@@ -110,8 +110,8 @@ class Reduction:
             _reduce_products(self.sums["element_squared"], parts, products.square_())
 
     def _two_stacks(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Two times as many matrices of a shape, [matrices, ·, ·], float32, as fit into the memory of the largest, to
-        compute in. Memory that is new every time would cost more than what is done in it."""
+        """Two buffers, [matrices, ·, ·], float32, each with as many matrices of a shape as fit into the memory of the
+        largest. Allocating them every time would cost more than the computation in them."""
         if like.device not in self._working:
             self._working[like.device] = torch.empty(2, self._largest, device=like.device)
         count = self._largest // like.numel()
@@ -119,22 +119,17 @@ class Reduction:
         return first.view(count, *like.shape), second.view(count, *like.shape)
 
 
-def projection(model: PreTrainedModel, part: TensorSlice) -> nn.Module:
-    """The module that a matrix belongs to."""
-    return model.get_submodule(part.module)
-
-
 def row_wise_weights(model: PreTrainedModel, block: Block) -> Tensor:
-    """[experts, outputs, inputs]: the weights of the projections that read a block; one where there are no experts."""
+    """[experts, outputs, inputs]: the weights of the projections that read a block; a single entry without experts."""
     return block.row_wise.as_projections(model.get_parameter(block.row_wise.parameter).detach())
 
 
 def _reduce_products(sums: Tensor, parts: list[tuple[TensorSlice, slice]], products: Tensor) -> None:
     for part, vectors in parts:
         if part.experts:
-            of_rows = part.as_projections(products).sum(2 - part.axis)
+            by_expert = part.as_projections(products).sum(2 - part.axis)
             width = (vectors.stop - vectors.start) // part.experts
-            sums[0, vectors] = of_rows[:, part.offset : part.offset + width].flatten()
+            sums[0, vectors] = by_expert[:, part.offset : part.offset + width].flatten()
         else:
             sums[0, vectors] = products.movedim(part.axis, 0).flatten(1).sum(1)
 
@@ -146,8 +141,8 @@ def _reduce_inputs(mean: Tensor, squared: Tensor, module: nn.Module, inputs: tup
 
 
 def _reduce_routing(output: Tensor, share: Tensor, module: nn.Module, inputs: tuple[Any, ...], _: Any) -> None:
-    """Sums up router weight · ‖output‖ of every expert. Each token's experts are run once more, one after the other,
-    because a module of experts gives only what they add up to."""
+    """Sums up router weight · ‖output‖ of every expert. The experts of each token are run again, one after the other,
+    because a module of experts returns only the sum of their outputs."""
     with torch.no_grad():
         for state, number, weight in _choices(inputs):
             alone = module.forward(state, number, torch.ones_like(weight)).norm(dim=-1)
@@ -158,8 +153,8 @@ def _reduce_routing(output: Tensor, share: Tensor, module: nn.Module, inputs: tu
 
 def _choices(inputs: tuple[Any, ...]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """[tokens, hidden], [tokens, 1] and [tokens, 1]: the hidden states that experts are called with, an expert of each
-    token and its weight; once for every expert of a token. Nothing where they are called with something else than
-    hidden states, numbers of experts and weights, [tokens, experts per token] each."""
+    token and its weight; once for every expert of a token. Nothing if the arguments are not hidden states, numbers of
+    experts and weights, the last two [tokens, experts per token]."""
     if len(inputs) != 3 or inputs[1].is_floating_point() or inputs[1].shape != inputs[2].shape:
         return
     state, chosen, weights = (tensor.detach() for tensor in inputs)
@@ -168,8 +163,8 @@ def _choices(inputs: tuple[Any, ...]) -> Iterator[tuple[Tensor, Tensor, Tensor]]
 
 
 def expert_inputs(block: Block, module: nn.Module, inputs: tuple[Any, ...]) -> Iterator[tuple[Tensor, Tensor]]:
-    """The inputs of the down projections of experts, times the weight of the router: their outputs are linear in
-    them. Each token's experts are run once more, one after the other, with down projections that change nothing.
+    """The inputs of the down projections of experts, times the weight of the router: the outputs are linear in them.
+    The experts of each token are run again, one after the other, with identities as down projections.
 
     Args:
         block: of channels inside experts.
@@ -191,9 +186,9 @@ def expert_inputs(block: Block, module: nn.Module, inputs: tuple[Any, ...]) -> I
         for state, number, weight in _choices(inputs):
             read = []
             for first in range(0, channels, outputs):
-                same = torch.eye(outputs, channels - first, dtype=down.dtype, device=down.device)
-                same = torch.nn.functional.pad(same, (first, 0)).expand(block.experts, outputs, channels)
-                with _values({down: block.row_wise.as_stored(same), **others}):
+                identity = torch.eye(outputs, channels - first, dtype=down.dtype, device=down.device)
+                identity = torch.nn.functional.pad(identity, (first, 0)).expand(block.experts, outputs, channels)
+                with _values({down: block.row_wise.as_stored(identity), **others}):
                     read.append(module.forward(state, number, weight)[:, : channels - first])
             yield number.flatten(), torch.cat(read, 1).float()
 
@@ -216,13 +211,12 @@ def _reduce_expert_inputs(
 ) -> None:
     for number, read in expert_inputs(block, module, inputs):
         for sums, values in ((mean, read), (squared, read.square())):
-            added = sums.to(read.device).view(block.experts, -1)  # the sums themselves, where they are there
+            added = sums.to(read.device).view(block.experts, -1)  # no copy on the same device
             sums.copy_(added.addmm_(_one_hot(number, block.experts).T / len(read), values).flatten())
 
 
 def _one_hot(number: Tensor, experts: int) -> Tensor:
-    """[tokens, experts], float32. Sums by product and not by `index_add_`, whose order differs from run to run on
-    GPUs."""
+    """[tokens, experts], float32, to sum by matrix products: `index_add_` is nondeterministic on GPUs."""
     return torch.nn.functional.one_hot(number, experts).float()
 
 
@@ -257,8 +251,8 @@ def _element_wise(
     squared: Tensor,
     two_stacks: Callable[[Tensor], tuple[Tensor, Tensor]],
 ) -> _ForwardHook:
-    """Keeps the input of the projection until the gradient of its output arrives; then forms the weight gradient of a
-    few samples at a time and reduces it to rows or columns."""
+    """Keeps the input of the projection until the gradient of its output arrives, then computes the weight gradient of
+    a few samples at a time and reduces it to rows or columns."""
 
     def after_forward(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         stored: Any = module.weight
@@ -270,12 +264,12 @@ def _element_wise(
         delta = output_gradient.reshape(samples, -1, output_gradient.shape[-1])[..., rows].float()
         stacks = two_stacks(weight)
         for start in range(0, samples, len(stacks[0])):
-            some = slice(start, min(start + len(stacks[0]), samples))
-            products, squares = (stack[: some.stop - start] for stack in stacks)
-            torch.bmm(delta[some].transpose(1, 2), x[some], out=products)
+            chunk = slice(start, min(start + len(stacks[0]), samples))
+            products, squares = (stack[: chunk.stop - start] for stack in stacks)
+            torch.bmm(delta[chunk].transpose(1, 2), x[chunk], out=products)
             products.mul_(weight)
-            taylor[some] = products.sum(summed_axis)
-            squared[some] = torch.mul(products, products, out=squares).sum(summed_axis)
-            absolute[some] = products.abs_().sum(summed_axis)
+            taylor[chunk] = products.sum(summed_axis)
+            squared[chunk] = torch.mul(products, products, out=squares).sum(summed_axis)
+            absolute[chunk] = products.abs_().sum(summed_axis)
 
     return after_forward

@@ -1,4 +1,4 @@
-"""Targets for the cost of the pruned model, given instead of a ratio of the parameters, and the ratio that meets one."""
+"""Targets for the cost of the pruned model, instead of a ratio of the parameters, and the ratio that meets it."""
 
 from __future__ import annotations
 

@@ -228,7 +228,7 @@ def largest_channel_share(structure: Structure, counts: Sequence[int]) -> float:
 
 
 def _block_weights(structure: Structure, budget: Budget) -> dict[int, float]:
-    """By block number, the weights of blocks that lose groups in proportion to them; equal for experts of all layers."""
+    """By block number, the weights of blocks that lose groups in proportion to them; 1 for experts of all layers."""
     by_layer, weights = _layer_weights(structure, budget.allocation), dict[int, float]()
     for index, block in enumerate(structure.blocks):
         layer_weights = by_layer.channels if _is_plain(block) else by_layer.others
