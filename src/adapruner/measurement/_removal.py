@@ -41,9 +41,9 @@ def removal_errors(
         - `elimination_error`: the addition of the group to that error when groups are removed one after the other, the
           cheapest first, with the rest compensated each time (ZipLM, arXiv 2302.04089); made ascending in the order of
           elimination.
-        - `conditional_variance`: tr(([H⁻¹]_gg)⁻¹), for a channel 1 / [H⁻¹]_cc: the squared part of the inputs of a group
-          that the others do not explain, per token; one group after the other, the smallest first. The first to be
-          removed has the least ridge leverage (MoDeGPT, arXiv 2408.09632).
+        - `conditional_variance`: tr(([H⁻¹]_gg)⁻¹), for a channel 1 / [H⁻¹]_cc: the squared part of the inputs of
+          a group that the others do not explain, per token; one group after the other, the smallest first. The first to
+          be removed has the least ridge leverage (MoDeGPT, arXiv 2408.09632).
 
     Raises:
         AdaPrunerError: an error is not finite.
