@@ -86,7 +86,7 @@ def score_groups(statistics: Statistics, structure: Structure, point: MetricPoin
                 values = _standardise(values, structure.block_of_group[groups])
             scores = _reduce(values, groups, point.reduction, structure.group_offsets[-1])
             if point.alignment == "data":
-                scores = _divide_by_mean(scores, structure.block_of_group)
+                scores /= _block_means(scores, structure.block_of_group).clamp_min(torch.finfo(scores.dtype).tiny)
             mixed += weight * scores
     return mixed
 
@@ -94,11 +94,6 @@ def score_groups(statistics: Statistics, structure: Structure, point: MetricPoin
 def _block_means(values: Tensor, blocks: Tensor) -> Tensor:
     """For every value, the mean of its block."""
     return _reduce(values, blocks, "mean", int(blocks.max()) + 1)[blocks]
-
-
-def _divide_by_mean(values: Tensor, blocks: Tensor) -> Tensor:
-    """Values divided by the mean of their block, so that blocks and terms compare."""
-    return values / _block_means(values, blocks).clamp_min(torch.finfo(values.dtype).tiny)
 
 
 def _standardise(values: Tensor, blocks: Tensor) -> Tensor:

@@ -123,6 +123,22 @@ class Budget:
         ranking = self.allocation.ranking if isinstance(self.allocation, Profile) else "local"
         return ranking == "global" and self.ratio_of == "parameters"
 
+    @property
+    def removed_whole(self) -> dict[int, Whole]:
+        """By layer, in ascending order, the part that is removed whole."""
+        parts: dict[int, Whole] = dict.fromkeys(self.without_attention, "attention")
+        for layer in self.without_feed_forward:
+            parts[layer] = "layer" if layer in self.without_attention else "feed-forward"
+        return dict(sorted(parts.items()))
+
+    def keeping(self, layer: int) -> Budget:
+        """The budget without whole parts removed from a layer."""
+        return replace(
+            self,
+            without_attention=tuple(number for number in self.without_attention if number != layer),
+            without_feed_forward=tuple(number for number in self.without_feed_forward if number != layer),
+        )
+
     def removes_whole(self, block: Block) -> bool:
         """True if no group of a block is kept."""
         return block.layer in (self.without_attention if block.kind == "heads" else self.without_feed_forward)
@@ -330,19 +346,10 @@ def _in_steps(structure: Structure, budget: Budget, kind: Kind, wanted: dict[int
 
 
 def _refuse_impossible_whole(structure: Structure, budget: Budget) -> None:
-    attention, feed_forward = set(budget.without_attention), set(budget.without_feed_forward)
-    layers = attention & feed_forward
-    removed: dict[Whole, set[int]] = {
-        "attention": attention - layers,
-        "feed-forward": feed_forward - layers,
-        "layer": layers,
-    }
-    for part, layers_without in removed.items():
+    for layer, part in budget.removed_whole.items():
         is_allowed = part in structure.whole and (part == "layer" or budget.allocation != "uniform")
-        if impossible := layers_without - (structure.whole_parameters(part).keys() if is_allowed else set()):
-            raise BudgetError(
-                f"the {part} of layer {min(impossible)} of this {structure.model_type} cannot be removed whole"
-            )
+        if not is_allowed or layer not in structure.whole_parameters(part):
+            raise BudgetError(f"the {part} of layer {layer} of this {structure.model_type} cannot be removed whole")
 
 
 def _refuse_missed_ratio(

@@ -15,7 +15,7 @@ from typing_extensions import Self
 
 from adapruner.evaluation import log_probabilities
 from adapruner.models import Whole
-from adapruner.planning import Budget, kept_counts, weigh_channels
+from adapruner.planning import kept_counts, weigh_channels
 from adapruner.search._history import compare
 from adapruner.search._objective import Objective, scores_of
 from adapruner.search._probe import Measured, Probe
@@ -193,29 +193,11 @@ def judge(objective: Objective, candidate: Candidate | None) -> Judged | None:
 def keep_parts(objective: Objective, best: Judged, meet: Meet) -> tuple[Judged, list[KeptPart]]:
     """The candidate with the parts that are worth more than the widths that pay for them, and all that was tried."""
     tried: list[KeptPart] = []
-    for layer, part in removed_whole(best.candidate.budget):
-        budget = keeping(best.candidate.budget, layer)
-        if judged := judge(objective, meet(best.candidate.with_budget(budget))):
+    for layer, part in best.candidate.budget.removed_whole.items():
+        if judged := judge(objective, meet(best.candidate.with_budget(best.candidate.budget.keeping(layer)))):
             tried.append(KeptPart.compared(best, judged, _CERTAIN, layer=layer, part=part))
             best = judged if tried[-1].accepted else best
     return best, tried
-
-
-def removed_whole(budget: Budget) -> list[tuple[int, Whole]]:
-    """The layers that lose a part whole, in ascending order, and that part."""
-    parts: dict[int, Whole] = dict.fromkeys(budget.without_attention, "attention")
-    for layer in budget.without_feed_forward:
-        parts[layer] = "layer" if layer in parts else "feed-forward"
-    return sorted(parts.items())
-
-
-def keeping(budget: Budget, layer: int) -> Budget:
-    """The budget without whole parts removed from a layer."""
-    return replace(
-        budget,
-        without_attention=tuple(number for number in budget.without_attention if number != layer),
-        without_feed_forward=tuple(number for number in budget.without_feed_forward if number != layer),
-    )
 
 
 def paying_changes(probe: Probe, layers: range, price: float, progress: Progress | None) -> list[Change]:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from adapruner.evaluation import Prefix, compute_prefix, losses_by_batch
+from adapruner.evaluation import compute_prefix, losses_by_batch
 from adapruner.models import Whole, without_parts
 from adapruner.structure import Structure
 
@@ -72,32 +72,26 @@ def _greedily(
     candidates: Sequence[int],
     progress: Callable[[int], None] | None,
 ) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    gone: list[int] = []
-    losses: list[float] = []
+    removed, losses = list[int](), list[float]()
     last_known = dict.fromkeys(candidates, 0.0)
     prefix = compute_prefix(model, windows, structure.layers)
     call = prefix.calls[0]
-    while last_known and len(gone) < MOST_WHOLE:
-        if gone:
+    while last_known and len(removed) < MOST_WHOLE:
+        if removed:
             del prefix  # two at once would be the largest thing in memory
-            with without_parts(model, whole, gone, call):
+            with without_parts(model, whole, removed, call):
                 prefix = compute_prefix(model, windows, structure.layers)
-        promising = sorted(last_known, key=last_known.__getitem__)[: _MEASURED_AGAIN if gone else None]
+        promising = sorted(last_known, key=last_known.__getitem__)[: _MEASURED_AGAIN if removed else None]
         for layer in promising:
-            last_known[layer] = _loss_without(model, windows, whole, [*gone, layer], prefix)
+            with without_parts(model, whole, [*removed, layer], prefix.calls[0]):
+                batches = list(losses_by_batch(model, windows, prefix=prefix, prefix_layers=layer))
+            loss = float(torch.cat(batches).mean())
+            last_known[layer] = math.inf if math.isnan(loss) else loss
         best = min(promising, key=last_known.__getitem__)
         if not math.isfinite(last_known[best]):
             break
-        gone.append(best)
+        removed.append(best)
         losses.append(last_known.pop(best))
         if progress:
             progress(1)
-    return tuple(gone), tuple(losses)
-
-
-def _loss_without(model: PreTrainedModel, windows: Tensor, whole: Whole, gone: list[int], prefix: Prefix) -> float:
-    """Nats per token without the parts of some layers; the last of these was not yet removed in the prefix."""
-    with without_parts(model, whole, gone, prefix.calls[0]):
-        batches = list(losses_by_batch(model, windows, prefix=prefix, prefix_layers=gone[-1]))
-    loss = float(torch.cat(batches).mean())
-    return math.inf if math.isnan(loss) else loss
+    return tuple(removed), tuple(losses)

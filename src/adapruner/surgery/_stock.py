@@ -148,7 +148,13 @@ def _empty_padded(model: PreTrainedModel) -> PreTrainedModel:
     dense_fields = fields_of_all(model, architecture)
     if architecture.experts:
         # Experts cannot be padded, so their number is never that of the dense model.
-        dense_fields |= _number_of_experts(model, architecture.experts.count)
+        counts = {block.groups for block in build_structure(model).blocks if block.kind == "experts"}
+        if len(counts) > 1:
+            raise AdaPrunerError(
+                "layers with different numbers of experts cannot be padded: a router would choose zeros"
+            )
+        if counts:
+            dense_fields[architecture.experts.count] = counts.pop()
     widest: dict[str, int] = {}
     for block in (block for block in structure.blocks if block.kind != "heads"):
         for field, count in block.config_fields(block.groups).items():
@@ -196,14 +202,6 @@ def _structure(model: PreTrainedModel) -> Structure:
     """The structure with channels inside experts if they can be cut, because whole experts cannot be padded."""
     experts = architecture_of(model.config).experts
     return build_structure(model, experts="channel" if experts and experts.channels else "expert")
-
-
-def _number_of_experts(model: PreTrainedModel, field: str) -> dict[str, int]:
-    """The config field, and the number of experts in all layers."""
-    blocks = [block for block in build_structure(model).blocks if block.kind == "experts"]
-    if len({block.groups for block in blocks}) > 1:
-        raise AdaPrunerError("layers with different numbers of experts cannot be padded: a router would choose zeros")
-    return {field: blocks[0].groups} if blocks else {}
 
 
 def _widths(structure: Structure) -> dict[tuple[int, Kind], int]:
