@@ -45,10 +45,10 @@ def shapes_after(model: PreTrainedModel, structure: Structure, counts: Sequence[
     for block, count in zip(structure.blocks, counts, strict=True):
         if not count and (module := architecture.module_of(block.kind)):
             removed.append(f"{architecture.layers}.{block.layer}.{module}.")
-        for part in block.slices:
-            shape, axis = list(shapes[part.parameter]), part.stored_axis + bool(part.experts)
-            shape[axis] -= (block.groups - count) // (part.experts or 1) * part.width
-            shapes[part.parameter] = tuple(shape)
+        for piece in block.slices:
+            shape, axis = list(shapes[piece.parameter]), piece.stored_axis + bool(piece.experts)
+            shape[axis] -= (block.groups - count) // (piece.experts or 1) * piece.width
+            shapes[piece.parameter] = tuple(shape)
     kept = [layer for layer in range(structure.layers) if layer not in removed_layers]
     numbers = {f"{architecture.layers}.{old}.": f"{architecture.layers}.{new}." for new, old in enumerate(kept)}
     return {_renamed(name, numbers): shape for name, shape in shapes.items() if not name.startswith(tuple(removed))}

@@ -163,13 +163,13 @@ def measure_latencies(
         return times["dense"], times["other"] / times["dense"]
 
     sample = build_structure(model, structure.head_granularity)
-    dense, of_shorter = compared(shorter)
+    dense, relative = compared(shorter)
     measured = {
         kind: {kept: compared(_narrowed(model, sample, kind, kept)) for kept in grid}
         for kind, grid in _grids(structure).items()
     }
     seconds = min([dense, *(dense_again for grid in measured.values() for dense_again, _ in grid.values())])
-    of_layer = seconds * (1 - of_shorter) / (layers - layers // 2)
+    of_layer = seconds * (1 - relative) / (layers - layers // 2)
     full = {block.kind: block.groups for block in structure.blocks}
     return Latencies(
         about=about,
@@ -208,8 +208,8 @@ def _grids(structure: Structure) -> dict[Kind, list[int]]:
     grids: dict[Kind, list[int]] = {}
     for kind, block in {block.kind: block for block in structure.blocks}.items():
         step = block.strata * math.ceil(block.groups / block.strata / _STEPS[kind])
-        can_go = ("attention" if kind == "heads" else "feed-forward") in structure.whole
-        grids[kind] = [*([0] if can_go else []), *range(block.groups - step, 0, -step)]
+        may_be_removed = ("attention" if kind == "heads" else "feed-forward") in structure.whole
+        grids[kind] = [*([0] if may_be_removed else []), *range(block.groups - step, 0, -step)]
     return grids
 
 

@@ -117,7 +117,7 @@ def activation_norm(statistics: Statistics) -> Tensor:
 
 @register_term(unit="inputs", family="activation", share=1.0)
 def fluctuation(statistics: Statistics) -> Tensor:
-    """[inputs]: var(x_c) · ‖W_c‖² over all tokens, what remains of an input when its mean is kept as a bias (FLAP's
+    """[inputs]: var(x_c) · ‖W_c‖² over all tokens, the rest of an input when its mean is kept as a bias (FLAP's
     WIFV, arXiv 2312.11983, eq. 5)."""
     variance = statistics.input_squared.mean(0) - statistics.input_mean.mean(0).square()
     return variance.clamp_min(0) * statistics.column_squared
@@ -125,25 +125,25 @@ def fluctuation(statistics: Statistics) -> Tensor:
 
 @register_term(unit="groups", family="reconstruction", needs=["moments"])
 def reconstruction(statistics: Statistics) -> Tensor:
-    """[groups]: tr(W_g ([H⁻¹]_gg)⁻¹ W_gᵀ), for a channel ‖W_c‖² / [H⁻¹]_cc: what the output of the block loses when the
-    group is removed and the rest is compensated by least squares (optimal brain surgeon, Hassibi and Stork 1992; blocks
-    as in arXiv 2203.07259)."""
+    """[groups]: tr(W_g ([H⁻¹]_gg)⁻¹ W_gᵀ), for a channel ‖W_c‖² / [H⁻¹]_cc: the error of the output of the block when
+    the group is removed and the rest is compensated by least squares (optimal brain surgeon, Hassibi and Stork 1992;
+    blocks as in arXiv 2203.07259)."""
     return _measured(statistics.removal_error, "from second moments")
 
 
 @register_term(unit="groups", family="reconstruction", needs=["moments"], share=1.0)
 def elimination(statistics: Statistics) -> Tensor:
-    """[groups]: what the output of the block loses by each group when the groups are removed one after the other, the
-    cheapest first, and the rest is compensated each time (greedy form of `reconstruction`, ZipLM, arXiv 2302.04089). Of
-    two groups that can stand for each other, one ranks high."""
+    """[groups]: the error that each group adds to the output of the block when the groups are removed one after the
+    other, the cheapest first, and the rest is compensated each time (greedy form of `reconstruction`, ZipLM, arXiv
+    2302.04089). Of two groups that can replace each other, one ranks high."""
     return _measured(statistics.elimination_error, "from second moments")
 
 
 @register_term(unit="groups", family="conditional_variance", needs=["moments"])
 def conditional_variance(statistics: Statistics) -> Tensor:
-    """[groups]: tr(([H⁻¹]_gg)⁻¹), for a channel 1 / [H⁻¹]_cc: what the other inputs do not say of those of the group,
-    when the groups are removed one after the other, the least first. Like `elimination`, but without the output
-    weights; the first to go is the one of least ridge leverage (MoDeGPT, arXiv 2408.09632)."""
+    """[groups]: tr(([H⁻¹]_gg)⁻¹), for a channel 1 / [H⁻¹]_cc: the part of the inputs of the group that the other inputs
+    do not explain, when the groups are removed one after the other, the smallest first. Like `elimination`, but without
+    the output weights; the first group to be removed has the least ridge leverage (MoDeGPT, arXiv 2408.09632)."""
     return _measured(statistics.conditional_variance, "from second moments")
 
 

@@ -37,12 +37,11 @@ class Reduction:
         self.sums = {name: torch.zeros(samples, size, device=device) for name, size in sizes.items()}
         self._is_element_wise = terms == "all"
         projected = [block for block in structure.blocks if block.is_projected and not block.experts]
-        self._largest = max(
-            (part.elements * part.width * block.groups for block in projected for part in block.matrices), default=0
-        )
+        elements = (matrix.elements * matrix.width * block.groups for block in projected for matrix in block.matrices)
+        self._largest = max(elements, default=0)
         self._working: dict[torch.device, Tensor] = {}
-        vectors_of_blocks = (sum(block.groups * part.width for part in block.matrices) for block in structure.blocks)
-        self._first_vectors = list(accumulate(vectors_of_blocks, initial=0))
+        counts = (block.groups * sum(matrix.width for matrix in block.matrices) for block in structure.blocks)
+        self._first_vectors = list(accumulate(counts, initial=0))
         self._first_inputs = list(accumulate((block.inputs for block in structure.blocks), initial=0))
 
     @contextlib.contextmanager
@@ -62,9 +61,9 @@ class Reduction:
 
     def _vectors(self, block: Block, index: int) -> list[tuple[TensorSlice, slice]]:
         """The matrices of a block, each with the numbers of its vectors."""
-        counts = (block.groups * part.width for part in block.matrices)
+        counts = (block.groups * matrix.width for matrix in block.matrices)
         bounds = pairwise(accumulate(counts, initial=self._first_vectors[index]))
-        return [(part, slice(*ends)) for part, ends in zip(block.matrices, bounds, strict=True)]
+        return [(matrix, slice(*ends)) for matrix, ends in zip(block.matrices, bounds, strict=True)]
 
     def _input_sums(self, index: int) -> tuple[Tensor, Tensor]:
         """[samples, inputs of a block], twice: the sums of its inputs and of their squares."""
@@ -72,15 +71,16 @@ class Reduction:
         return self.sums["input_mean"][:, inputs], self.sums["input_squared"][:, inputs]
 
     def _hooks(self, model: PreTrainedModel, block: Block, index: int) -> Iterator[Any]:
-        for part, vectors in self._vectors(block, index):
-            rows = slice(part.offset, part.offset + block.groups * part.width) if part.axis == 0 else slice(None)
+        for matrix, vectors in self._vectors(block, index):
+            end = matrix.offset + block.groups * matrix.width
+            rows = slice(matrix.offset, end) if matrix.axis == 0 else slice(None)
             taylor = self.sums["taylor"][:, vectors]
             if self._is_element_wise:
                 absolute, squared = (self.sums[name][:, vectors] for name in ("element_absolute", "element_squared"))
-                hook = _element_wise(part, rows, taylor, absolute, squared, self._two_stacks)
+                hook = _element_wise(matrix, rows, taylor, absolute, squared, self._two_stacks)
             else:
-                hook = _vector_wise(part, rows, taylor)
-            yield model.get_submodule(part.module).register_forward_hook(hook)
+                hook = _vector_wise(matrix, rows, taylor)
+            yield model.get_submodule(matrix.module).register_forward_hook(hook)
         reduce_inputs = partial(_reduce_inputs, *self._input_sums(index))
         yield model.get_submodule(block.row_wise.module).register_forward_pre_hook(reduce_inputs)
 
@@ -88,10 +88,10 @@ class Reduction:
         """For experts, whose products hooks cannot see: gradients of whole parameters, each dropped as soon as it was
         reduced. Only for one sample at a time."""
         by_parameter = dict[str, list[tuple[TensorSlice, slice]]]()
-        for part, vectors in self._vectors(block, index):
-            by_parameter.setdefault(part.parameter, []).append((part, vectors))
-        for name, parts in by_parameter.items():
-            yield model.get_parameter(name).register_post_accumulate_grad_hook(partial(self._reduce_gradient, parts))
+        for matrix, vectors in self._vectors(block, index):
+            by_parameter.setdefault(matrix.parameter, []).append((matrix, vectors))
+        for name, matrices in by_parameter.items():
+            yield model.get_parameter(name).register_post_accumulate_grad_hook(partial(self._reduce_gradient, matrices))
         experts = model.get_submodule(block.matrices[0].module)
         if block.experts:
             mean, squared = self._input_sums(index)
@@ -101,13 +101,13 @@ class Reduction:
             output, share = self.sums["routed_output"][0, groups], self.sums["routed_share"][0, groups]
             yield experts.register_forward_hook(partial(_reduce_routing, output, share))
 
-    def _reduce_gradient(self, parts: list[tuple[TensorSlice, slice]], parameter: Tensor) -> None:
+    def _reduce_gradient(self, matrices: list[tuple[TensorSlice, slice]], parameter: Tensor) -> None:
         products = cast(Tensor, parameter.grad).float() * parameter.detach()
         parameter.grad = None
-        _reduce_products(self.sums["taylor"], parts, products)
+        _reduce_products(self.sums["taylor"], matrices, products)
         if self._is_element_wise:
-            _reduce_products(self.sums["element_absolute"], parts, products.abs())
-            _reduce_products(self.sums["element_squared"], parts, products.square_())
+            _reduce_products(self.sums["element_absolute"], matrices, products.abs())
+            _reduce_products(self.sums["element_squared"], matrices, products.square_())
 
     def _two_stacks(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Two buffers, [matrices, ·, ·], float32, each with as many matrices of a shape as fit into the memory of the
@@ -124,14 +124,14 @@ def row_wise_weights(model: PreTrainedModel, block: Block) -> Tensor:
     return block.row_wise.as_projections(model.get_parameter(block.row_wise.parameter).detach())
 
 
-def _reduce_products(sums: Tensor, parts: list[tuple[TensorSlice, slice]], products: Tensor) -> None:
-    for part, vectors in parts:
-        if part.experts:
-            by_expert = part.as_projections(products).sum(2 - part.axis)
-            width = (vectors.stop - vectors.start) // part.experts
-            sums[0, vectors] = by_expert[:, part.offset : part.offset + width].flatten()
+def _reduce_products(sums: Tensor, matrices: list[tuple[TensorSlice, slice]], products: Tensor) -> None:
+    for matrix, vectors in matrices:
+        if matrix.experts:
+            by_expert = matrix.as_projections(products).sum(2 - matrix.axis)
+            width = (vectors.stop - vectors.start) // matrix.experts
+            sums[0, vectors] = by_expert[:, matrix.offset : matrix.offset + width].flatten()
         else:
-            sums[0, vectors] = products.movedim(part.axis, 0).flatten(1).sum(1)
+            sums[0, vectors] = products.movedim(matrix.axis, 0).flatten(1).sum(1)
 
 
 def _reduce_inputs(mean: Tensor, squared: Tensor, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -174,7 +174,7 @@ def expert_inputs(block: Block, module: nn.Module, inputs: tuple[Any, ...]) -> I
     Yields:
         [tokens], int64, an expert of each token, and [tokens, channels], float32.
     """
-    computing = {part.parameter.rpartition(".")[2] for part in block.slices}
+    computing = {matrix.parameter.rpartition(".")[2] for matrix in block.slices}
     down = module.get_parameter(block.row_wise.parameter.rpartition(".")[2])
     outputs, channels = block.row_wise.as_projections(down).shape[1:]
     others = {
@@ -223,12 +223,12 @@ def _one_hot(number: Tensor, experts: int) -> Tensor:
 _ForwardHook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]
 
 
-def _vector_wise(part: TensorSlice, rows: slice, taylor: Tensor) -> _ForwardHook:
+def _vector_wise(matrix: TensorSlice, rows: slice, taylor: Tensor) -> _ForwardHook:
     """For y = W x, row i of Σ_k g w is Σ_t δ_ti y_ti, column j is Σ_t x_tj (Wᵀδ)_tj: activations times their
     gradients."""
 
     def after_forward(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if part.axis == 1:
+        if matrix.axis == 1:
             inputs[0].register_hook(partial(reduce, inputs[0].detach()))
             return
         bias: Any = getattr(module, "bias", None)
@@ -236,7 +236,7 @@ def _vector_wise(part: TensorSlice, rows: slice, taylor: Tensor) -> _ForwardHook
         output.register_hook(partial(reduce, computed if bias is None else computed - bias.detach()[rows]))
 
     def reduce(activation: Tensor, gradient: Tensor) -> None:
-        used = gradient[..., rows] if part.axis == 0 else gradient
+        used = gradient[..., rows] if matrix.axis == 0 else gradient
         products = used.float() * activation
         taylor.copy_(products.reshape(len(taylor), -1, products.shape[-1]).sum(1))
 
@@ -244,7 +244,7 @@ def _vector_wise(part: TensorSlice, rows: slice, taylor: Tensor) -> _ForwardHook
 
 
 def _element_wise(
-    part: TensorSlice,
+    matrix: TensorSlice,
     rows: slice,
     taylor: Tensor,
     absolute: Tensor,
@@ -256,10 +256,10 @@ def _element_wise(
 
     def after_forward(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         stored: Any = module.weight
-        output.register_hook(partial(reduce, part.as_projection(stored)[rows], inputs[0].detach()))
+        output.register_hook(partial(reduce, matrix.as_projection(stored)[rows], inputs[0].detach()))
 
     def reduce(weight: Tensor, projection_input: Tensor, output_gradient: Tensor) -> None:
-        samples, summed_axis = len(taylor), 2 - part.axis
+        samples, summed_axis = len(taylor), 2 - matrix.axis
         x = projection_input.reshape(samples, -1, projection_input.shape[-1]).float()
         delta = output_gradient.reshape(samples, -1, output_gradient.shape[-1])[..., rows].float()
         stacks = two_stacks(weight)

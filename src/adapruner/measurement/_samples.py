@@ -146,7 +146,8 @@ def _expert_gradients(
 ) -> Iterator[list[torch.nn.Parameter]]:
     """The weights of the experts of some blocks, which need gradients while this lasts."""
     chosen = [structure.blocks[number] for number in blocks]
-    names = {part.parameter for block in chosen if block.experts or not block.is_projected for part in block.matrices}
+    expert_blocks = [block for block in chosen if block.experts or not block.is_projected]
+    names = {matrix.parameter for block in expert_blocks for matrix in block.matrices}
     wanted = [model.get_parameter(name) for name in sorted(names)]
     for parameter in wanted:
         parameter.requires_grad_(True)

@@ -14,7 +14,7 @@ def add_products(second: Tensor, x: Tensor) -> None:
     """Adds the sum of x xᵀ to the upper triangle, in place: nearly half the work of both triangles (see `symmetric`).
 
     Args:
-        second: [inputs, inputs], float32. A strip of the lower triangle beside the diagonal is written too.
+        second: [inputs, inputs], float32. A strip of the lower triangle next to the diagonal is written too.
         x: [tokens, inputs], float32.
     """
     for strip in torch.arange(x.shape[1]).tensor_split(_STRIPS):

@@ -18,7 +18,7 @@ class Statistics:
     """The data of importance terms, in float32; vectors, inputs and groups as in `Structure`.
 
     With g the gradient of the mean loss of one sample, w the weights of one vector, x an input of a row-wise projection
-    at the tokens of one sample, and W_c the column of the projection that takes it:
+    at the tokens of one sample, and W_c the column of the projection that multiplies it:
 
     Attributes:
         taylor: [samples, vectors], Σ_k g_k w_k, signed.

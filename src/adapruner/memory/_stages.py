@@ -127,14 +127,14 @@ class _Stages:
         self.held = self._weights_on_a_device()
         self.blocks = list(zip(structure.blocks, counts, strict=True))
         blocks = structure.blocks
-        matrices = [(part, block) for block in blocks for part in block.matrices]
+        matrices = [(matrix, block) for block in blocks for matrix in block.matrices]
         self.widest = max(block.inputs for block in blocks)
         self.inputs = sum(block.inputs for block in blocks)
         self.moments = max(block.inputs * block.inputs_of_one for block in blocks) * _FLOAT32
         projected = [block.row_wise.elements * block.inputs for block in blocks if block.is_projected]
         self.projection = max(projected, default=0) * _FLOAT32
-        self.matrix = max(part.elements * block.groups * part.width for part, block in matrices) * _FLOAT32
-        self.vectors = sum(part.width * block.groups for part, block in matrices)
+        self.matrix = max(matrix.elements * block.groups * matrix.width for matrix, block in matrices) * _FLOAT32
+        self.vectors = sum(matrix.width * block.groups for matrix, block in matrices)
         written = written_count(config.self_windows, config.compensation_windows, not by_layer)
         self.text = (config.compensation_windows + written) * config.seq_len * self.trial
         self.losses = 2 * config.seq_len * self.vocabulary * _FLOAT32

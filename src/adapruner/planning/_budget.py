@@ -41,8 +41,8 @@ class Profile:
         protect_first: layers at the input that are kept whole.
         protect_last: layers at the output that are kept whole.
         ranking: `local` removes in proportion to the weights; `global` removes the groups with the smallest score per
-            weight in all layers, heads and channels alike (as FLAP does, arXiv 2312.11983), whose scores must then
-            compare between blocks.
+            weight in all layers, of heads and channels together (as FLAP does, arXiv 2312.11983), whose scores must be
+            comparable between blocks.
     """
 
     protect_first: int = 4

@@ -85,8 +85,8 @@ class History(_Record):
     Attributes:
         points: in the order in which they were begun.
         ranges: both ends of the range of every parameter, or its choices.
-        importance: the share of each parameter in what distinguishes the best trials, largest first (PED-ANOVA,
-            Watanabe et al., arXiv 2304.10255); empty if there are too few trials.
+        importance: the share of each parameter in the difference between the best trials and the others (PED-ANOVA,
+            Watanabe et al., arXiv 2304.10255), largest first; empty if there are too few trials.
     """
 
     points: tuple[TriedPoint, ...] = ()

@@ -19,10 +19,10 @@ from adapruner.search._space import FIXED_METRIC, START, Candidate, SearchSpace
 
 Judge = Callable[[Candidate], Iterable[Tensor]]
 
-# How many of the best trials are judged further, beside the best fixed metric and the best starting point.
+# Number of best trials that are judged further, in addition to the best fixed metric and the best starting point.
 _FINALISTS = 3
-# A finalist is refused if it is worse in changed text than the best starting point by so many standard errors, on so
-# many windows or more.
+# A finalist is refused if it is worse than the best starting point in changed text by this many standard errors, on at
+# least this many windows.
 _STANDARD_ERRORS_TO_REFUSE, _FEWEST_WINDOWS_TO_REFUSE = 2.0, 8
 
 

@@ -148,7 +148,7 @@ class SearchSpace(ABC):
         return Candidate(point=point, samples=samples, budget=self.budget)
 
     def _only_searched(self, parameters: dict[str, Any]) -> dict[str, Any]:
-        """Without the parameters that this space does not ask for."""
+        """The parameters that this space searches."""
         trial = _KnownTrial(parameters)
         self._ask(trial)
         return {name: value for name, value in parameters.items() if name in trial.names}

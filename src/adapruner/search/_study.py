@@ -28,7 +28,7 @@ from adapruner.search._study_file import StudyFile, quiet_optuna
 JudgeTogether = Callable[[Sequence[Candidate]], Sequence[Iterable[Tensor]]]
 Progress = Callable[[TriedPoint, float], None]
 
-# A trial is stopped once it has been worse than the best one on so many windows, by so many standard errors of the mean
+# A trial is stopped once it is worse than the best one on at least 8 windows, by half a standard error of the mean
 # difference (docs/experiments.md). It may be as good, but others will follow, and its expected loss is recorded. The
 # decision falls after every fourth window, for any batch size: the same on a GPU as on a CPU.
 _FEWEST_WINDOWS, _DECIDED_EVERY, _STANDARD_ERRORS = 8, 4, 0.5
@@ -118,7 +118,6 @@ class Search:
         yield from self.judge(candidate)
 
 
-@dataclass
 class _Trials:
     """The trials of a search in its first process: they are proposed in memory, and kept when they are finished.
 
@@ -128,17 +127,12 @@ class _Trials:
         _interrupted: the size of a batch that was kept in part; it is proposed again, for any number of processes.
     """
 
-    search: Search
-    progress: Progress | None
-    kept: optuna.Study = field(init=False)
-    study: optuna.Study = field(init=False)
-    _running: list[optuna.Trial] = field(default_factory=list, init=False)
-    _interrupted: int = field(default=0, init=False)
-
-    def __post_init__(self) -> None:
-        self.kept = self.search.study.opened()
+    def __init__(self, search: Search, progress: Progress | None) -> None:
+        self.search, self.progress, self.kept = search, progress, search.study.opened()
         with quiet_optuna():
             self.study = optuna.create_study()
+        self._running: list[optuna.Trial] = []
+        self._interrupted = 0
         kept = self.kept.get_trials(deepcopy=False)
         before, size = kept[-1].user_attrs[_BATCH] if kept else (0, 0)
         if len(kept) < before + size:
@@ -152,7 +146,7 @@ class _Trials:
         return self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
 
     def propose(self) -> list[_Task]:
-        """The next batch; empty where enough trials are finished, or as many proposals could not be met."""
+        """The next batch; empty if enough trials are finished, or the budget of as many proposals could not be met."""
         search, finished = self.search, self._finished
         before = len(self.study.get_trials(deepcopy=False))
         refused = before - len(finished)
@@ -166,7 +160,10 @@ class _Trials:
         self._interrupted = 0
         for number, start in list(enumerate(search.space.starting_points()[: search.trials]))[before : before + size]:
             self.study.enqueue_trial(start.parameters, user_attrs=start.attributes | {START: number})
-        self._running = [self._ask(seed + number, beside_others=number > 0) for number in range(size)]
+        self._running = []
+        for number in range(size):
+            self.study.sampler = _sampler(search.sampler, (seed + number) % 2**32, beside_others=number > 0)
+            self._running.append(self.study.ask())
         for trial in self._running:
             trial.set_user_attr(_BATCH, [before, size])
         best = min((trial for trial in finished if math.isfinite(loss_of(trial))), key=loss_of, default=None)
@@ -175,10 +172,6 @@ class _Trials:
             _Task(search.space.suggest(trial), best if stops and FIXED_METRIC not in trial.user_attrs else None)
             for trial in self._running
         ]
-
-    def _ask(self, seed: int, beside_others: bool) -> optuna.Trial:
-        self.study.sampler = _sampler(self.search.sampler, seed % 2**32, beside_others)
-        return self.study.ask()
 
     def finish(self, outcomes: Sequence[_Outcome]) -> None:
         """Keeps the trials of the batch that was proposed last, in its order."""

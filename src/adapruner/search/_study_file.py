@@ -18,7 +18,7 @@ from adapruner.errors import AdaPrunerError, reason
 
 @contextlib.contextmanager
 def quiet_optuna() -> Iterator[None]:
-    """Keeps Optuna from logging what it creates."""
+    """While it lasts, Optuna does not log."""
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:

@@ -36,9 +36,9 @@ class RemovalOrders(BaseModel):
     def shortened(self, structure: Structure, ratio: float) -> dict[Whole, tuple[int, ...]]:
         """The orders, each cut off where its part would be more than half of the parameters to remove."""
         most, shortened = _LARGEST_PART * ratio * structure.total_parameters, dict[Whole, tuple[int, ...]]()
-        for whole, layers in self.layers.items():
-            sizes = structure.whole_parameters(whole)
-            shortened[whole] = layers[: sum(size <= most for size in accumulate(sizes[layer] for layer in layers))]
+        for part, layers in self.layers.items():
+            sizes = structure.whole_parameters(part)
+            shortened[part] = layers[: sum(size <= most for size in accumulate(sizes[layer] for layer in layers))]
         return shortened
 
 
@@ -68,7 +68,7 @@ def _greedily(
     model: PreTrainedModel,
     structure: Structure,
     windows: Tensor,
-    whole: Whole,
+    part: Whole,
     candidates: Sequence[int],
     progress: Callable[[int], None] | None,
 ) -> tuple[tuple[int, ...], tuple[float, ...]]:
@@ -79,11 +79,11 @@ def _greedily(
     while last_known and len(removed) < MOST_WHOLE:
         if removed:
             del prefix  # two at once would be the largest thing in memory
-            with without_parts(model, whole, removed, call):
+            with without_parts(model, part, removed, call):
                 prefix = compute_prefix(model, windows, structure.layers)
         promising = sorted(last_known, key=last_known.__getitem__)[: _MEASURED_AGAIN if removed else None]
         for layer in promising:
-            with without_parts(model, whole, [*removed, layer], prefix.calls[0]):
+            with without_parts(model, part, [*removed, layer], prefix.calls[0]):
                 batches = list(losses_by_batch(model, windows, prefix=prefix, prefix_layers=layer))
             loss = float(torch.cat(batches).mean())
             last_known[layer] = math.inf if math.isnan(loss) else loss

@@ -214,9 +214,9 @@ def _prune_block(
         state.setdefault(f"{row_wise.module}.bias", weight.new_zeros(len(weight)))
     if len(plan.kept) == block.groups:
         return
-    for parameter, parts in block.slices_by_parameter.items():
+    for parameter, slices in block.slices_by_parameter.items():
         if row_wise is None or parameter != row_wise.parameter:
-            state[parameter] = _kept_part(state[parameter], plan, parts)
+            state[parameter] = _kept_part(state[parameter], plan, slices)
     if row_wise and compensation and form:
         weights = row_wise.as_projections(state[row_wise.parameter])
         kept = kept_indices(plan, [row_wise], weights.shape[2])
@@ -227,26 +227,26 @@ def _prune_block(
             state[f"{row_wise.module}.bias"] = state[f"{row_wise.module}.bias"] + corrected[0][1]
 
 
-def _kept_part(tensor: Tensor, plan: BlockPlan, parts: Sequence[TensorSlice]) -> Tensor:
+def _kept_part(tensor: Tensor, plan: BlockPlan, slices: Sequence[TensorSlice]) -> Tensor:
     """The tensor with the indices of the kept groups only.
 
     Args:
-        parts: the slices of the groups in this tensor.
+        slices: the slices of the groups in this tensor.
     """
-    axis, by_expert = parts[0].stored_axis, parts[0].of_experts(tensor)
-    kept = kept_indices(plan, parts, by_expert.shape[1 + axis]).to(tensor.device)
+    axis, by_expert = slices[0].stored_axis, slices[0].of_experts(tensor)
+    kept = kept_indices(plan, slices, by_expert.shape[1 + axis]).to(tensor.device)
     narrowed = [expert.index_select(axis, indices) for expert, indices in zip(by_expert, kept, strict=True)]
-    return torch.stack(narrowed) if parts[0].experts else narrowed[0]
+    return torch.stack(narrowed) if slices[0].experts else narrowed[0]
 
 
-def kept_indices(plan: BlockPlan, parts: Sequence[TensorSlice], size: int) -> Tensor:
+def kept_indices(plan: BlockPlan, slices: Sequence[TensorSlice], size: int) -> Tensor:
     """[experts, kept], int64, ascending: the kept indices, out of `size`, of the pruned axis of a tensor; one row for
     tensors without experts."""
-    experts = parts[0].experts or 1
+    experts = slices[0].experts or 1
     is_kept = torch.zeros(plan.groups, dtype=torch.bool)
     is_kept[list(plan.kept)] = True
     mask, by_expert = torch.ones(experts, size, dtype=torch.bool), is_kept.view(experts, -1)
-    for part in parts:
+    for part in slices:
         columns = by_expert.repeat_interleave(part.width, 1)
         mask[:, part.offset : part.offset + columns.shape[1]] = columns
     return mask.nonzero()[:, 1].view(experts, -1)

@@ -237,9 +237,9 @@ def _spread(
         pairs: every slice of the tensor with the slice of the padded tensor that contains it.
     """
     axis = pairs[0][0].stored_axis + bool(pairs[0][0].experts)
-    new = torch.cat([_indices(wide.offset, wide.width, part.width, positions) for part, wide in pairs])
+    new = torch.cat([_indices(wide.offset, wide.width, narrow.width, positions) for narrow, wide in pairs])
     groups = torch.arange(len(positions))
-    old = torch.cat([_indices(part.offset, part.width, part.width, groups) for part, _ in pairs])
+    old = torch.cat([_indices(narrow.offset, narrow.width, narrow.width, groups) for narrow, _ in pairs])
     padded = tensor.new_zeros(shape)
     padded.index_copy_(axis, new.to(tensor.device), tensor.index_select(axis, old.to(tensor.device)))
     is_norm = tensor.dim() == 1 and pairs[0][0].parameter.endswith(".weight")
