@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from huggingface_hub import constants
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from adapruner.config import Phase
@@ -38,7 +38,7 @@ _FILE_FIELDS = ("_name_or_path", "architectures", "dtype", "transformers_version
 Timer = Callable[[Mapping[str, PreTrainedModel]], Mapping[str, float]]
 
 
-class Latencies(BaseModel):
+class Latencies(BaseModel, extra="forbid", frozen=True):
     """The latencies of layers on one device, in one phase, at one batch size.
 
     Attributes:
@@ -48,8 +48,6 @@ class Latencies(BaseModel):
         added: by kind and number of kept groups, the latency of a layer minus that of the dense layer, in seconds;
             negative if it is faster.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     about: dict[str, Any]
     seconds: float

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, field_validator
 from torch import Tensor
 
 from adapruner.config import Reduction
@@ -16,7 +16,7 @@ from adapruner.structure import Structure
 Scaling = Literal["data", "standard", "none"]
 
 
-class MetricPoint(BaseModel):
+class MetricPoint(BaseModel, extra="forbid", frozen=True):
     """A non-negative mix of importance terms.
 
     Attributes:
@@ -27,8 +27,6 @@ class MetricPoint(BaseModel):
             terms as they are.
         reduction: reduces the vectors of a group to one number.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     weights: dict[str, float]
     alignment: Scaling = "data"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from adapruner.config import Phase, TargetFormat, TargetName, size_in_bytes
 from adapruner.planning._budget import BudgetError, UnreachableRatioError
@@ -78,7 +78,7 @@ def amount_of(
     return None
 
 
-class TargetOutcome(BaseModel):
+class TargetOutcome(BaseModel, extra="forbid", frozen=True):
     """A target, and how well it was met.
 
     Attributes:
@@ -88,8 +88,6 @@ class TargetOutcome(BaseModel):
         predicted: computed for the plan.
         reached: by the saved model: its size, or its speed, measured in turn with the dense model.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     option: TargetName
     unit: Unit

@@ -107,7 +107,7 @@ class MovedChannels(Tried):
     standard_errors: dict[int, float]
 
 
-class Levelled(BaseModel):
+class Levelled(BaseModel, extra="forbid", frozen=True):
     """A candidate with its widths levelled.
 
     Attributes:
@@ -115,8 +115,6 @@ class Levelled(BaseModel):
         moves: the changes that were tried in all rounds, in this order.
         kept: the parts that were tried again before them.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     candidate: Candidate
     moves: tuple[MovedHeads | MovedChannels, ...]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
 from optuna.trial import BaseTrial
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from adapruner.config import Alignment, Layout, Reduction, Searched, Terms
 from adapruner.importance import LLM_PRUNER_METRICS, PAPER_TERMS, TERMS, MetricPoint, Term, usable_terms
@@ -42,11 +42,9 @@ def reused_layers(layout: Layout, protect_first: int | None, layers: int) -> int
     return min(layers, max(MOST_PROTECTED_FIRST, protect_first or 0)) if layout == "per-layer" else 0
 
 
-class Candidate(BaseModel):
+class Candidate(BaseModel, extra="forbid", frozen=True):
     """A point of the solution space: a metric, the numbers of the pool samples that it is computed on, and where the
     budget is spent."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     point: MetricPoint
     samples: tuple[int, ...]
@@ -57,10 +55,8 @@ class Candidate(BaseModel):
         return self.model_copy(update={"budget": budget})
 
 
-class StartingPoint(BaseModel):
+class StartingPoint(BaseModel, extra="forbid", frozen=True):
     """A point that is tried before the sampler proposes any: searched parameters, or the name of a fixed metric."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     parameters: dict[str, float | int | str] = {}
     attributes: dict[str, Any] = {}

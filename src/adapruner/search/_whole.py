@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -21,14 +21,12 @@ MOST_WHOLE, _LARGEST_PART = 6, 0.5
 _MEASURED_AGAIN = 4
 
 
-class RemovalOrders(BaseModel):
+class RemovalOrders(BaseModel, extra="forbid", frozen=True):
     """For each part of a layer, the layers in the order of removal, and the loss after each removal.
 
     Attributes:
         losses: nats per token, with nothing else removed or compensated.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     layers: dict[Whole, tuple[int, ...]]
     losses: dict[Whole, tuple[float, ...]]
