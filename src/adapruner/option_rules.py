@@ -68,11 +68,11 @@ CONFLICTS_OF_PRUNING: tuple[Conflict, ...] = (
     ),
     (
         lambda layout, protect_first, protect_last: layout == "uniform" and (protect_first or protect_last),
-        "`layout` uniform prunes all layers alike: remove `protect_first` and `protect_last`",
+        "`layout` uniform prunes all layers equally: remove `protect_first` and `protect_last`",
     ),
     (
         lambda layout, whole: layout == "uniform" and set(whole or ()) & {"attention", "feed-forward"},
-        "`layout` uniform prunes all layers alike: `whole` can only be layer or none",
+        "`layout` uniform prunes all layers equally: `whole` can only be layer or none",
     ),
     (
         lambda space, whole: space == "paper" and set(whole or ()) - {"none"},
@@ -84,7 +84,7 @@ CONFLICTS_OF_PRUNING: tuple[Conflict, ...] = (
     ),
     (
         lambda alignment, space: alignment == "paper" and space == "extended",
-        "`alignment` paper only knows the Taylor terms: set `space` paper",
+        "`alignment` paper only supports the Taylor terms: set `space` paper",
     ),
     (
         lambda ratio_of, space: ratio_of == "groups" and space == "extended",
@@ -100,11 +100,11 @@ CONFLICTS_OF_PRUNING: tuple[Conflict, ...] = (
         lambda target_size, target_memory, target_format: (
             target_format != "auto" and target_size is None and target_memory is None
         ),
-        "`target_format` is that of a size: add `target_size` or `target_memory`",
+        "`target_format` is the format of a size: add `target_size` or `target_memory`",
     ),
     (
         lambda target_speed, target_phase: target_phase != "prefill" and target_speed is None,
-        "`target_phase` is that of a speed: add `target_speed`",
+        "`target_phase` is the phase of a speed: add `target_speed`",
     ),
     (
         lambda target_memory, target_speed, target_batch, target_context: (
@@ -116,7 +116,7 @@ CONFLICTS_OF_PRUNING: tuple[Conflict, ...] = (
         lambda target_size, target_memory, target_speed, ratio_of: (
             ratio_of == "groups" and (target_size or target_memory or target_speed)
         ),
-        "`ratio_of` groups is about a ratio: remove the target or `ratio_of`",
+        "`ratio_of` groups needs a ratio: remove the target or `ratio_of`",
     ),
     (
         lambda target_speed, layer_wise: target_speed is not None and layer_wise,

@@ -120,9 +120,9 @@ def read_latencies(about: dict[str, Any], measure: Callable[[], Latencies]) -> L
 def check_latencies(structure: Structure) -> None:
     """Raises AdaPrunerError if one layer does not represent the others, or experts would have to be measured."""
     if structure.cuts_experts:
-        raise AdaPrunerError("`target_speed` does not know experts, of which a token uses as many as before")
+        raise AdaPrunerError("`target_speed` does not support experts: a token uses the same number as before")
     if structure.layers < 2:
-        raise AdaPrunerError("`target_speed` compares layers, of which this model has one")
+        raise AdaPrunerError("`target_speed` compares layers: this model has only one")
     if structure.whole_mixers or len({(block.kind, block.groups) for block in structure.blocks}) > 2:
         raise AdaPrunerError("`target_speed` measures one layer for all: the layers of this model differ")
 

@@ -163,5 +163,5 @@ def expert_frequency(statistics: Statistics) -> Tensor:
 
 def _measured(values: Tensor | None, how: str) -> Tensor:
     if values is None:
-        raise AdaPrunerError(f"this importance term needs what is measured {how}, which was left out")
+        raise AdaPrunerError(f"this importance term needs statistics measured {how}, which are missing")
     return values

@@ -385,7 +385,7 @@ def _refuse_missed_ratio(
     if experts := [block for block in blocks.values() if block.kind == "experts"]:
         step = sum(block.strata * block.parameters_per_group for block in experts) / total
         raise BudgetError(
-            f"a ratio of {budget.ratio:g} is not met: whole experts, as many in every layer, come in steps of"
+            f"a ratio of {budget.ratio:g} is not met: whole experts, the same number in every layer, come in steps of"
             f" {step:.4f}, and here to {reached:.4f}; choose a `ratio` near a multiple of that"
         )
     raise BudgetError(
