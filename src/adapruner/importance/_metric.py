@@ -61,7 +61,7 @@ ACTIVATION_METRICS = {
 
 def score_groups(statistics: Statistics, structure: Structure, point: MetricPoint) -> Tensor:
     """The importance of every group: S(G) = Σ_terms weight · reduction over the vectors of the term (Kong et al., arXiv
-    2503.06184, where the sum over the vectors stands outside).
+    2503.06184, whose sum over the vectors is the outer one).
 
     Args:
         statistics: of the chosen samples only (`Statistics.select`).

@@ -25,7 +25,7 @@ MEASURED_AT_ONCE = {False: 4, True: 16}
 # Tokens of the pool on which parts are removed whole, and on which the costs of widths are measured: the hidden states
 # of all layers are kept for them. On fewer, attention is removed that other text needs (docs/experiments.md).
 TOKENS_FOR_WHOLE, TOKENS_FOR_COSTS, _FEWEST_WINDOWS = 4096, 8192, 8
-# Windows whose layer is fitted at once.
+# Windows of a batch when a layer is fitted.
 _FITTED_AT_ONCE = 8
 _FLOAT32 = 4
 

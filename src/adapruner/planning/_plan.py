@@ -26,7 +26,7 @@ _STRICT = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class BlockPlan(BaseModel):
-    """The numbers of the kept groups of one block, in ascending order; empty where the attention or feed-forward is
+    """The numbers of the kept groups of one block, in ascending order; empty if the attention or feed-forward is
     removed whole."""
 
     model_config = _STRICT

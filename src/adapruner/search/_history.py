@@ -19,8 +19,8 @@ from adapruner.search._study_file import StudyFile, quiet_optuna
 
 # User attributes of a trial: that it was stopped early, and the losses of the windows that it was judged on.
 STOPPED, LOSSES = "stopped", "losses"
-# Searched points below which nothing is said of the importance of parameters: PED-ANOVA looks at the best tenth, and
-# from fewer than ten trials it reads chance.
+# Minimum number of searched points for the importance of parameters: PED-ANOVA compares the best tenth with all, and
+# fewer than ten trials are chance.
 _FEWEST_POINTS = 100
 
 Parameter = float | int | str
@@ -173,7 +173,7 @@ def importance_of(finished: Sequence[FrozenTrial]) -> dict[str, float]:
     with quiet_optuna(), warnings.catch_warnings():
         study = optuna.create_study()
         study.add_trials(searched)
-        # Called experimental in Optuna 4, whose default needs scikit-learn.
+        # Experimental in Optuna 4, whose default evaluator needs scikit-learn.
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         evaluator = optuna.importance.PedAnovaImportanceEvaluator()
         # A parameter that few trials have: the report says that it is a hint.

@@ -22,16 +22,16 @@ from adapruner.search._probe import Measured, Probe
 from adapruner.search._space import Candidate
 from adapruner.structure import Block
 
-# Standard errors that a change must gain. Of several that are tried one by one, one gains by chance; all widths move at
-# once, so that chance chooses less.
+# Standard errors that the gain of a change must exceed. Of several changes that are tried one by one, one may gain by
+# chance; all widths move at once, which leaves less to chance.
 _CERTAIN, _CERTAIN_OF_WIDTHS = 2.0, 1.0
 # All changes of heads that pay are tried at once, the best half of them, and the best quarter: each was measured alone.
 _DIVISORS = (1, 2, 4)
 # Share of its kept channels that a layer gives up as well to measure their cost: the cost of fewer is lost in noise.
 _PROBED_SHARE = 0.15
 # A layer whose channels cost twice the mean gets 2 ** 0.4 times as many, and none more than 1.3 times or less than
-# 1 / 1.3 times in a round. What is removed is scaled to the ratio then, which changes narrow layers by more: a number
-# of widths that meets the ratio and keeps to the limit is worth the same (docs/experiments.md).
+# 1 / 1.3 times in a round. The removal is then scaled to the ratio, which changes narrow layers by more: widths that
+# meet the ratio within the limit are worth the same (docs/experiments.md).
 _EXPONENT, _MOST_PER_ROUND = 0.4, 1.3
 # Channels that cost nothing, or less: measured costs are noisy.
 _LEAST_COST = 0.05

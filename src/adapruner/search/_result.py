@@ -61,7 +61,7 @@ class SearchResult(History):
 
     @property
     def advice(self) -> str | None:
-        """An advice if nothing was searched."""
+        """Advice if nothing was searched."""
         if self.searched:
             return None
         return (

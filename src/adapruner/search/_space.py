@@ -1,4 +1,4 @@
-"""The solution space: which calibration samples, which mix of importance terms, and where the budget is spent."""
+"""The solution space: calibration samples, a mix of importance terms, and the allocation of the budget."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def reused_layers(layout: Layout, protect_first: int | None, layers: int) -> int
 
 
 class Candidate(BaseModel, extra="forbid", frozen=True):
-    """A point of the solution space: a metric, the numbers of the pool samples that it is computed on, and where the
-    budget is spent."""
+    """A point of the solution space: a metric, the numbers of the pool samples that it is computed on, and a budget with
+    its allocation."""
 
     point: MetricPoint
     samples: tuple[int, ...]
@@ -251,7 +251,7 @@ class ExtendedSpace(SearchSpace):
             reconstruction | {"allocation.bend": 0.8} | self._removed(layer=1),
         ]
         if self.budget.heads and "head_share" not in self.fixed:
-            # Where channels alone would not do, this is far better on SmolLM2 (docs/experiments.md).
+            # If channels alone do not suffice, this is far better on SmolLM2 (docs/experiments.md).
             points.append(
                 _mix(reconstruction=0.8, conditional_variance=0.2, **experts)
                 | reference

@@ -28,11 +28,11 @@ from adapruner.search._study_file import StudyFile, quiet_optuna
 JudgeTogether = Callable[[Sequence[Candidate]], Sequence[Iterable[Tensor]]]
 Progress = Callable[[TriedPoint, float], None]
 
-# A trial is stopped once it is worse than the best one on at least 8 windows, by half a standard error of the mean
-# difference (docs/experiments.md). It may be as good, but others will follow, and its expected loss is recorded. The
-# decision falls after every fourth window, for any batch size: the same on a GPU as on a CPU.
+# A trial is stopped once it is worse than the best one by this many standard errors of the mean difference, on at least
+# this many windows (docs/experiments.md). It may be as good, but others will follow, and its expected loss is recorded.
+# It is decided after every fourth window, for any batch size: the same on a GPU as on a CPU.
 _FEWEST_WINDOWS, _DECIDED_EVERY, _STANDARD_ERRORS = 8, 4, 0.5
-# Trials that a process judges together, where that is cheaper.
+# Trials that a process judges together, if that is cheaper.
 JUDGED_TOGETHER = 4
 # A user attribute: the number of trials that were finished when the batch of a trial was proposed, and its size.
 _BATCH = "batch"
@@ -234,7 +234,7 @@ def _sampler(kind: Sampler, seed: int, beside_others: bool) -> optuna.samplers.B
     if kind == "random":
         return optuna.samplers.RandomSampler(seed=seed)
     with warnings.catch_warnings():
-        # Optuna calls these options experimental; without `group`, trials that are given a part would switch
+        # Optuna calls these options experimental; without `group`, trials with few given parameters would switch
         # `multivariate` off.
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         return optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True, constant_liar=beside_others)

@@ -75,5 +75,5 @@ class StudyFile:
             return JournalStorage(JournalFileBackend(str(self.path), JournalFileOpenLock(str(self.path))))
         except OSError:
             raise
-        except Exception as error:  # lines that are no JSON, or JSON of something else
+        except Exception as error:  # lines that are not JSON, or JSON of something else
             raise AdaPrunerError(f"{self.path} is damaged ({reason(error)}): remove it to repeat the search") from None

@@ -15,9 +15,9 @@ from adapruner.evaluation import compute_prefix, losses_by_batch
 from adapruner.models import Whole, without_parts
 from adapruner.structure import Structure
 
-# The maximum number of each that is removed, and their maximum share of the parameters to remove.
+# Maximum number of parts of a kind that are removed whole, and their maximum share of the parameters to remove.
 MOST_WHOLE, _LARGEST_PART = 6, 0.5
-# How many of the remaining layers, those with the lowest loss before, are measured again after every removal.
+# Number of remaining layers, those with the lowest loss before, that are measured again after every removal.
 _MEASURED_AGAIN = 4
 
 

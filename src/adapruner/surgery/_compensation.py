@@ -12,7 +12,7 @@ from torch import Tensor
 from adapruner.measurement import InputMoments, solve_damped
 from adapruner.structure import Block
 
-# How kept weights make up for removed ones: by a bias alone (FLAP, arXiv 2312.11983), by least squares, or by both.
+# Corrections of the kept weights: a bias alone (FLAP, arXiv 2312.11983), least squares, or both.
 CompensationForm = Literal["bias", "least-squares", "least-squares-bias"]
 
 
