@@ -43,8 +43,7 @@ def reused_layers(layout: Layout, protect_first: int | None, layers: int) -> int
 
 
 class Candidate(BaseModel, extra="forbid", frozen=True):
-    """A point of the solution space: a metric, the numbers of the pool samples that it is computed on, and a budget with
-    its allocation."""
+    """A point of the solution space: a metric, the numbers of the pool samples that it is computed on, and a budget."""
 
     point: MetricPoint
     samples: tuple[int, ...]
