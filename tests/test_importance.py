@@ -157,7 +157,7 @@ def test_peers_that_rank_by_activations(
 def test_terms_of_second_moments_say_when_these_are_missing(model: PreTrainedModel, windows: Tensor) -> None:
     structure = build_structure(model)
     for term in ("reconstruction", "elimination"):
-        with pytest.raises(AdaPrunerError, match="from second moments, which was left out"):
+        with pytest.raises(AdaPrunerError, match="from second moments, which are missing"):
             score_groups(measure(model, structure, windows), structure, MetricPoint(weights={term: 1}))
 
 

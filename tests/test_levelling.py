@@ -333,8 +333,8 @@ def test_losses_that_are_not_finite_change_nothing(objective: Objective, candida
 
 def test_a_layer_is_kept_as_a_whole() -> None:
     budget = Budget(0.2, without_attention=(1, 4), without_feed_forward=(4, 6))
-    assert _levelling.removed_whole(budget) == [(1, "attention"), (4, "layer"), (6, "feed-forward")]
-    assert _levelling.keeping(budget, 4) == Budget(0.2, without_attention=(1,), without_feed_forward=(6,))
+    assert list(budget.removed_whole.items()) == [(1, "attention"), (4, "layer"), (6, "feed-forward")]
+    assert budget.keeping(4) == Budget(0.2, without_attention=(1,), without_feed_forward=(6,))
 
 
 def test_costs_that_noise_explains_move_nothing() -> None:

@@ -326,7 +326,7 @@ def test_more_can_be_reached_than_a_ratio_between_whole_experts(ratio: float) ->
     )
     remember_family("qwen3_moe", infer_architecture(config))
     structure = build_structure(empty_model(config))
-    with pytest.raises(BudgetError, match="whole experts, as many in every layer") as refusal:
+    with pytest.raises(BudgetError, match="whole experts, the same number in every layer") as refusal:
         kept_counts(structure, Budget(ratio, Profile(0, 0), heads=(2,) * 6))
     assert refusal.type is BudgetError
     # An expert has three matrices and a row of the router, in five layers.

@@ -149,7 +149,7 @@ def test_a_speed_is_shown_as_a_speed(structure: Structure) -> None:
         ({"target_speed": 1.2, "target_format": "float16"}, "add `target_size` or `target_memory`"),
         ({"target_size": "1MB", "target_phase": "decode"}, "add `target_speed`"),
         ({"target_size": "1MB", "target_batch": 4}, "add `target_memory` or `target_speed`"),
-        ({"target_size": "1MB", "ratio_of": "groups", "space": "paper"}, "`ratio_of` groups is about a ratio"),
+        ({"target_size": "1MB", "ratio_of": "groups", "space": "paper"}, "`ratio_of` groups needs a ratio"),
         ({"target_speed": 1.2, "layer_wise": True}, "remove `layer_wise`"),
         ({"target_size": "1kB"}, r"`target_size` 1kB cannot be reached: 0\.15 MB at best"),
         ({"target_size": "1GB"}, "`target_size` 1GB: the model has"),

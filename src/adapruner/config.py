@@ -82,10 +82,10 @@ def _ascending(values: tuple[float, ...]) -> tuple[float, ...]:
 
 
 def size_in_bytes(value: Any) -> int:
-    """The bytes that are meant by a size such as 400MB or 1.5GiB.
+    """Bytes of a size such as 400MB or 1.5GiB.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not a size.
     """
     try:
         return int(TypeAdapter(ByteSize).validate_python(value))
@@ -107,15 +107,15 @@ _OneOrMore = BeforeValidator(lambda value: value if isinstance(value, list | tup
 Ratios = Annotated[tuple[Fraction, ...], _OneOrMore, AfterValidator(_ascending)]
 Names = Annotated[tuple[str, ...], _OneOrMore]
 
-# What the option `objective` begins with where it stands for a function of the user.
+# The option `objective` begins with this if it names a function of the user.
 FUNCTION = "python:"
 
-# What says how much is removed; a run has one of them.
+# The options for the amount to remove; a run has one of them.
 TARGETS: tuple[TargetName, ...] = get_args(TargetName)
 BUDGETS = ("ratio", *TARGETS)
 TARGET_OPTIONS = (*TARGETS, "target_format", "target_phase", "target_batch", "target_context")
 
-# The largest seed of NumPy; nobody has so many tokens, windows or steps either.
+# The largest seed of NumPy; numbers of tokens, windows and steps are smaller.
 _LARGEST_NUMBER = 2**32 - 1
 
 
@@ -127,16 +127,16 @@ class _Options(BaseModel):
     @field_validator("*")
     @classmethod
     def _is_possible(cls, value: Any, info: ValidationInfo) -> Any:
-        """Finds a conflict at the last of its fields, if the others are valid: all errors are told at once."""
+        """Finds a conflict at the last of its fields, if the others are valid: all errors are reported at once."""
         if isinstance(value, int) and value > _LARGEST_NUMBER:
             raise ValueError(f"must be at most {_LARGEST_NUMBER}")
-        known, found = {**info.data, str(info.field_name): value}, []
+        known, conflicts = {**info.data, str(info.field_name): value}, []
         for test, message in cls._conflicts:
             fields = inspect.signature(test).parameters.keys()
             if info.field_name in fields and fields <= known.keys() and test(*(known[name] for name in fields)):
-                found.append(message.format(**known))
-        if found:
-            raise PydanticCustomError("conflict", "{conflicts}", {"conflicts": "; ".join(found)})
+                conflicts.append(message.format(**known))
+        if conflicts:
+            raise PydanticCustomError("conflict", "{conflicts}", {"conflicts": "; ".join(conflicts)})
         return value
 
     @classmethod
@@ -154,7 +154,7 @@ class _Options(BaseModel):
 
 
 class RecoveryOptions(_Options):
-    """How a pruned model is fine-tuned; the defaults are those of LLM-Pruner and the paper."""
+    """Options of fine-tuning a pruned model; the defaults are those of LLM-Pruner and the paper."""
 
     method: RecoveryMethod = Field(
         default="auto",
@@ -190,14 +190,14 @@ class RecoveryOptions(_Options):
     seed: int = Field(default=0, ge=0, description="Seed of the adapters and of the order of the examples.")
 
     def learns_labels(self, instructions: bool, has_teacher: bool) -> bool:
-        """Whether the model is trained on the labels, and not on the predictions of a teacher."""
+        """True if the model is trained on the labels, False if on the predictions of a teacher."""
         if self.method == "auto":
             return instructions or not has_teacher
         return self.method == "labels"
 
 
 class PruneOptions(_Options):
-    """How much of a model is pruned, on which datasets, and how it is searched."""
+    """Options of pruning: the amount, the datasets and the search."""
 
     ratio: Ratios = Field(
         default=(0.2,),
@@ -391,22 +391,22 @@ class PruneOptions(_Options):
 
     @property
     def objective_dataset(self) -> str:
-        """The dataset whose windows are those of the objective."""
+        """The dataset of the windows of the objective."""
         return self.calibration if self.objective is None or self.objective_function else self.objective
 
     @property
     def target(self) -> TargetName | None:
-        """What is given in place of a ratio."""
+        """The option that is given instead of a ratio; None if none is."""
         return next((name for name in TARGETS if getattr(self, name) is not None), None)
 
     @property
     def levels_widths(self) -> bool:
-        """Whether the widths are levelled after the search, if all layers are in memory."""
+        """True if the widths are levelled after the search, if all layers are in memory."""
         return self.level_rounds != 0 and searches_widths(self.ratio_of, self.search, self.space, self.layout)
 
     @property
     def tunes_scales(self) -> bool:
-        """Whether the scales of the final model are tuned, where that is possible."""
+        """True if the scales of the final model are tuned, if that is possible."""
         return tunes_scales_by_default(self.tune_scales, self.compensation, self.layer_wise)
 
 
@@ -425,7 +425,7 @@ class PruneConfig(PruneOptions):
     """Everything that a run depends on: the model and the options.
 
     Attributes:
-        searched: where the search was taken from an earlier run, the options that said how much that removed.
+        searched: if the search was taken from an earlier run, the options for the amount that it removed.
     """
 
     model: str = Field(description="Hub id, model folder, .gguf file, or smollm2.")

@@ -1,56 +1,56 @@
-"""Rules between options: which go together, and what one means where another is left out."""
+"""Rules between options: conflicts, and defaults that depend on other options."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-# A combination of fields that is refused: a test of the fields that it has as parameters, and a message.
+# A combination of fields that is refused: a test whose parameters are named after the fields, and a message.
 Conflict = tuple[Callable[..., Any], str]
 
-# The fewest and the most windows that score a trial: what is found on few does not carry over (docs/experiments.md).
+# Minimum and maximum number of windows that score a trial: results on few do not carry over (docs/experiments.md).
 SCORING_WINDOWS = (64, 160)
 
 
 def scoring_bounds(objective_windows: int | None) -> tuple[int, int]:
-    """The fewest and the most windows that score every trial."""
+    """Minimum and maximum number of windows that score every trial."""
     return SCORING_WINDOWS if objective_windows is None else (objective_windows, objective_windows)
 
 
 def scoring_count(objective_windows: int | None, final_windows: int, windows: int) -> int:
-    """The number of windows of the objective that score every trial; the others score the best ones again.
+    """Number of windows of the objective that score every trial; the others score the best trials again.
 
     Args:
-        windows: how many there are.
+        windows: number of windows of the objective.
     """
     fewest, most = scoring_bounds(objective_windows)
     return min(most, max(fewest, windows - final_windows))
 
 
 def searches_widths(ratio_of: str, search: str, space: str, layout: str) -> bool:
-    """Whether the search decides how many channels each layer keeps."""
+    """True if the search decides how many channels each layer keeps."""
     return (ratio_of, search, space, layout) == ("parameters", "joint", "extended", "per-layer")
 
 
 def may_remove_whole(space: str, search: str, whole: tuple[str, ...] | None) -> bool:
-    """Whether the search may remove parts of layers whole."""
+    """True if the search may remove parts of layers whole."""
     return space == "extended" and search == "joint" and whole != ("none",)
 
 
 def written_count(self_windows: int | None, others: int, can_write: bool) -> int:
-    """How many windows the model writes for compensation, beside so many others."""
+    """Number of windows that the model generates for compensation, in addition to the `others`."""
     if self_windows is None:
         return others // 2 if can_write else 0
     return self_windows
 
 
 def fits_sequentially_by_default(sequential: bool | None, compensation: str) -> bool:
-    """Whether the final model is fitted again, layer by layer, if the family allows it."""
+    """True if the final model is fitted again, layer by layer, if the family allows it."""
     return compensation == "least-squares" if sequential is None else sequential
 
 
 def tunes_scales_by_default(tune_scales: bool | None, compensation: str, layer_wise: bool | None) -> bool:
-    """Whether the scales of the final model are tuned, where that is possible."""
+    """True if the scales of the final model are tuned, if that is possible."""
     return (compensation == "least-squares" and not layer_wise) if tune_scales is None else tune_scales
 
 
@@ -68,11 +68,11 @@ CONFLICTS_OF_PRUNING: tuple[Conflict, ...] = (
     ),
     (
         lambda layout, protect_first, protect_last: layout == "uniform" and (protect_first or protect_last),
-        "`layout` uniform prunes all layers alike: remove `protect_first` and `protect_last`",
+        "`layout` uniform prunes all layers equally: remove `protect_first` and `protect_last`",
     ),
     (
         lambda layout, whole: layout == "uniform" and set(whole or ()) & {"attention", "feed-forward"},
-        "`layout` uniform prunes all layers alike: `whole` can only be layer or none",
+        "`layout` uniform prunes all layers equally: `whole` can only be layer or none",
     ),
     (
         lambda space, whole: space == "paper" and set(whole or ()) - {"none"},
@@ -84,7 +84,7 @@ CONFLICTS_OF_PRUNING: tuple[Conflict, ...] = (
     ),
     (
         lambda alignment, space: alignment == "paper" and space == "extended",
-        "`alignment` paper only knows the Taylor terms: set `space` paper",
+        "`alignment` paper only supports the Taylor terms: set `space` paper",
     ),
     (
         lambda ratio_of, space: ratio_of == "groups" and space == "extended",
@@ -100,11 +100,11 @@ CONFLICTS_OF_PRUNING: tuple[Conflict, ...] = (
         lambda target_size, target_memory, target_format: (
             target_format != "auto" and target_size is None and target_memory is None
         ),
-        "`target_format` is that of a size: add `target_size` or `target_memory`",
+        "`target_format` is the format of a size: add `target_size` or `target_memory`",
     ),
     (
         lambda target_speed, target_phase: target_phase != "prefill" and target_speed is None,
-        "`target_phase` is that of a speed: add `target_speed`",
+        "`target_phase` is the phase of a speed: add `target_speed`",
     ),
     (
         lambda target_memory, target_speed, target_batch, target_context: (
@@ -116,7 +116,7 @@ CONFLICTS_OF_PRUNING: tuple[Conflict, ...] = (
         lambda target_size, target_memory, target_speed, ratio_of: (
             ratio_of == "groups" and (target_size or target_memory or target_speed)
         ),
-        "`ratio_of` groups is about a ratio: remove the target or `ratio_of`",
+        "`ratio_of` groups needs a ratio: remove the target or `ratio_of`",
     ),
     (
         lambda target_speed, layer_wise: target_speed is not None and layer_wise,

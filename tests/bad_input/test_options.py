@@ -98,7 +98,7 @@ def test_all_errors_at_once(refused: Refused, model_folder: Path, tmp_path: Path
     )
     refused(
         [*command, "--ratio", "0.1", "--alignment", "paper", "--ratio-of", "groups", "--recovery.epochs", "3"],
-        "--alignment paper only knows the Taylor terms: set --space paper; ",
+        "--alignment paper only supports the Taylor terms: set --space paper; ",
         "--ratio-of groups leaves no allocation to search: set --space paper; ",
         "options of the recovery need a dataset to fine-tune on: add --recover",
     )
@@ -120,12 +120,12 @@ REFUSED: dict[str, list[tuple[str, str]]] = {
         ("--objective-windows 5000", "the text is too short: "),
         ("--seq-len 21", "0 of "),
         ("--seq-len 100000", ""),
-        ("--layout uniform", "--layout uniform prunes all layers alike: remove --protect-first"),
+        ("--layout uniform", "--layout uniform prunes all layers equally: remove --protect-first"),
         ("--layout uniform --ratio 0.004 --round-to 32", ""),
         ("--round-to 4000000000", ""),
         ("--protect-first 4", "all 4 layers are protected"),
         ("--protect-first 9", ""),
-        ("--alignment paper", "--alignment paper only knows the Taylor terms: set --space paper"),
+        ("--alignment paper", "--alignment paper only supports the Taylor terms: set --space paper"),
         ("--space paper --level-rounds 1", ""),
         ("--compensation bias --sequential", "--sequential needs --compensation least-squares, not bias"),
         ("--calibration self --self-windows 4", ""),

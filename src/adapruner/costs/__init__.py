@@ -1,4 +1,4 @@
-"""What a pruned model costs beside parameters, before it exists: bytes in a file or in memory, and time."""
+"""The cost of a pruned model before it exists: bytes in a file or in memory, and time."""
 
 from adapruner.costs._bytes import (
     bytes_of_model as bytes_of_model,

@@ -24,7 +24,7 @@ _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 def stored_shapes(model: PreTrainedModel) -> dict[str, Shape]:
-    """The shapes of the tensors that a checkpoint of a model holds, by name, tied ones once."""
+    """The shapes of the tensors in a checkpoint of a model, by name, tied ones once."""
     buffers = dict(model.named_buffers())
     stored = dict(model.named_parameters()) | {
         name: tensor for name, tensor in model.state_dict().items() if name in buffers
@@ -33,24 +33,25 @@ def stored_shapes(model: PreTrainedModel) -> dict[str, Shape]:
 
 
 def shapes_after(model: PreTrainedModel, structure: Structure, counts: Sequence[int]) -> dict[str, Shape]:
-    """The shapes of a pruned model by name, its layers numbered anew.
+    """The shapes of a pruned model by name, with its layers renumbered.
 
     Args:
         model: the dense model; on the meta device is enough.
-        counts: how many groups each block keeps, in the order of `structure.blocks`.
+        counts: number of groups that each block keeps, in the order of `structure.blocks`.
     """
     architecture, shapes = architecture_of(model.config), stored_shapes(model)
-    gone = [f"{architecture.layers}.{layer}." for layer in structure.removed_layers(counts)]
+    removed_layers = structure.removed_layers(counts)
+    removed = [f"{architecture.layers}.{layer}." for layer in removed_layers]
     for block, count in zip(structure.blocks, counts, strict=True):
         if not count and (module := architecture.module_of(block.kind)):
-            gone.append(f"{architecture.layers}.{block.layer}.{module}.")
-        for part in block.slices:
-            shape, axis = list(shapes[part.parameter]), part.stored_axis + bool(part.experts)
-            shape[axis] -= (block.groups - count) // (part.experts or 1) * part.width
-            shapes[part.parameter] = tuple(shape)
-    kept = [layer for layer in range(structure.layers) if layer not in structure.removed_layers(counts)]
+            removed.append(f"{architecture.layers}.{block.layer}.{module}.")
+        for piece in block.slices:
+            shape, axis = list(shapes[piece.parameter]), piece.stored_axis + bool(piece.experts)
+            shape[axis] -= (block.groups - count) // (piece.experts or 1) * piece.width
+            shapes[piece.parameter] = tuple(shape)
+    kept = [layer for layer in range(structure.layers) if layer not in removed_layers]
     numbers = {f"{architecture.layers}.{old}.": f"{architecture.layers}.{new}." for new, old in enumerate(kept)}
-    return {_renamed(name, numbers): shape for name, shape in shapes.items() if not name.startswith(tuple(gone))}
+    return {_renamed(name, numbers): shape for name, shape in shapes.items() if not name.startswith(tuple(removed))}
 
 
 def _renamed(name: str, prefixes: dict[str, str]) -> str:
@@ -59,19 +60,19 @@ def _renamed(name: str, prefixes: dict[str, str]) -> str:
 
 
 def dtype_in(target_format: TargetFormat, dtype: torch.dtype) -> torch.dtype:
-    """What weights are stored in and computed with; GGUF is run with a cache in float16.
+    """The dtype of the stored weights and of the cache; float16 for GGUF, which runs with a cache in float16.
 
     Args:
-        dtype: of the weights, which `auto` stands for.
+        dtype: of the weights; returned for `auto`.
     """
     if target_format == "auto":
         return dtype
-    found: torch.dtype = torch.float16 if _gguf_type(target_format) else getattr(torch, target_format)
-    return found
+    stored: torch.dtype = torch.float16 if _gguf_type(target_format) else getattr(torch, target_format)
+    return stored
 
 
 def is_gguf(target_format: TargetFormat) -> bool:
-    """Whether a format is one of GGUF."""
+    """True for the formats of GGUF."""
     return _gguf_type(target_format) is not None
 
 
@@ -85,8 +86,8 @@ def size_costs(
 ) -> Costs:
     """Bytes of the file of a pruned model.
 
-    Of safetensors, that is the file of the weights: config and tokenizer are files of their own. A GGUF file is all
-    there is.
+    For safetensors, that is the file of the weights, without the files of config and tokenizer. A GGUF file holds
+    everything.
 
     Args:
         model: the dense model; on the meta device is enough.
@@ -109,14 +110,14 @@ def size_costs(
 def bytes_of_model(
     model: PreTrainedModel, tokenizer: Tokenizer, target_format: TargetFormat, dtype: torch.dtype
 ) -> int:
-    """Bytes of the file of a model that exists; on the meta device is enough."""
+    """Bytes of the file of a model, which may be on the meta device."""
     if gguf_type := _gguf_type(target_format):
         return gguf_bytes(model, tokenizer, gguf_type)
     return safetensors_bytes(stored_shapes(model), dtype_in(target_format, dtype))
 
 
 def safetensors_bytes(shapes: Mapping[str, Shape], dtype: torch.dtype) -> int:
-    """Bytes of one safetensors file as transformers writes it; of a model that is split into several, their headers
+    """Bytes of one safetensors file as transformers writes it. If a model is split into several files, their headers
     add some hundred bytes."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -128,31 +129,31 @@ def safetensors_bytes(shapes: Mapping[str, Shape], dtype: torch.dtype) -> int:
 
 
 def cache_bytes(model: PreTrainedModel, batch: int, context: int, dtype: torch.dtype) -> list[int]:
-    """Bytes that each entry of the cache of a model holds after `context` tokens of `batch` sequences: what is
-    computed on the meta device costs nothing, and every family says itself what it keeps."""
+    """Bytes that each entry of the cache of a model holds after `context` tokens of `batch` sequences. The model is run
+    on the meta device, which costs nothing and covers every kind of cache."""
     (cache,) = (named := new_cache(model, model.config)).values()
     with torch.no_grad():
         tokens = torch.zeros(batch, context, dtype=torch.long, device="meta")
         model(tokens, use_cache=True, logits_to_keep=1, **named)
-    held = [[part for part in vars(layer).values() if isinstance(part, torch.Tensor)] for layer in cache.layers]
-    # Beside keys, values and states, some note how many tokens they have seen.
-    return [sum(part.numel() * dtype.itemsize for part in own if part.is_floating_point()) for own in held]
+    held = [[value for value in vars(layer).values() if isinstance(value, torch.Tensor)] for layer in cache.layers]
+    # Integers are counts of tokens; keys, values and states are not.
+    return [sum(state.numel() * dtype.itemsize for state in states if state.is_floating_point()) for states in held]
 
 
 def memory_costs(structure: Structure, size: Costs, caches: list[int]) -> Costs:
-    """Bytes of the weights as they are in the file, and of the cache.
+    """Bytes of the weights, stored as in the file, and of the cache.
 
     Args:
-        size: of the file.
-        caches: bytes that each layer of the dense model keeps.
+        size: bytes of the file.
+        caches: bytes of the cache of each layer of the dense model.
     """
 
     def costs(counts: Any) -> float:
-        gone, cache = structure.removed_layers(counts), dict(enumerate(caches))
+        removed, cache = structure.removed_layers(counts), dict(enumerate(caches))
         for block, count in zip(structure.blocks, counts, strict=True):
             if block.kind == "heads":
                 # Where single query heads are removed, all keys and values are kept.
                 cache[block.layer] *= count / block.groups if block.strata == 1 else bool(count)
-        return size(counts) + sum(own for layer, own in cache.items() if layer not in gone)
+        return size(counts) + sum(layer_bytes for layer, layer_bytes in cache.items() if layer not in removed)
 
     return costs

@@ -1,4 +1,4 @@
-"""How long a pruned model takes, from what narrower layers were measured to take on this device."""
+"""The latency of a pruned model, from latencies of narrower layers measured on this device."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from huggingface_hub import constants
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from adapruner.config import Phase
@@ -26,30 +26,28 @@ from adapruner.planning import Costs, make_plan
 from adapruner.structure import Kind, Structure, build_structure
 from adapruner.surgery import fields_of_layers, prune_model
 
-# So many bytes of layers do not fit into the caches of a processor: each weight is read from memory, as in the model.
+# Layers of this many bytes exceed the caches of a processor: each weight is read from memory, as in the model.
 _BYTES_OF_LAYERS = 2**29
-# Where widths are measured: at so many equal steps from the full one down, and heads at so many.
+# Number of equal steps from the full width down at which channels and heads are measured.
 _STEPS: dict[Kind, int] = {"channels": 8, "heads": 4}
-# Tokens that are generated to measure one.
+# Tokens generated to measure the time of one.
 _NEW_TOKENS = 16
-# What configs say of the files that they come with.
-_OF_FILES = ("_name_or_path", "architectures", "dtype", "transformers_version")
+# Config fields about files, which do not change the latency.
+_FILE_FIELDS = ("_name_or_path", "architectures", "dtype", "transformers_version")
 
 Timer = Callable[[Mapping[str, PreTrainedModel]], Mapping[str, float]]
 
 
-class Latencies(BaseModel):
-    """What layers take on one device, in one phase, at one batch size.
+class Latencies(BaseModel, extra="forbid", frozen=True):
+    """The latencies of layers on one device, in one phase, at one batch size.
 
     Attributes:
         about: device, dtype, threads, model and phase.
-        seconds: of the dense model: of a prompt, or of one generated token.
-        of_layer: of that, one dense layer.
-        added: by kind and number of kept groups, the seconds that a layer takes beyond the dense one; negative where
-            it takes less.
+        seconds: of the dense model, for a prompt or for one generated token.
+        of_layer: seconds of one dense layer.
+        added: by kind and number of kept groups, the latency of a layer minus that of the dense layer, in seconds;
+            negative if it is faster.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     about: dict[str, Any]
     seconds: float
@@ -58,22 +56,22 @@ class Latencies(BaseModel):
 
     def costs(self, structure: Structure) -> Costs:
         """Seconds of a pruned model: linear between the measured widths, a sum over blocks."""
-        grids = {kind: (sorted(own), [own[kept] for kept in sorted(own)]) for kind, own in self.added.items()}
+        grids = {kind: (sorted(added), [added[kept] for kept in sorted(added)]) for kind, added in self.added.items()}
 
         def costs(counts: Any) -> float:
-            gone = structure.removed_layers(counts)
+            removed = structure.removed_layers(counts)
             blocks = [
                 float(np.interp(count, *grids[block.kind]))
                 for block, count in zip(structure.blocks, counts, strict=True)
-                if block.layer not in gone
+                if block.layer not in removed
             ]
-            return self.seconds - len(gone) * self.of_layer + math.fsum(blocks)
+            return self.seconds - len(removed) * self.of_layer + math.fsum(blocks)
 
         return costs
 
 
 def measured_model(config: PreTrainedConfig, layers: int, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """A random model like a given one with so many of its layers: time does not depend on the values of weights."""
+    """A random model of a config with its first layers: latency does not depend on the values of the weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         shorter = type(config).from_dict(fields_of_layers(config, config.to_dict(), range(layers)))
@@ -85,7 +83,7 @@ def measured_model(config: PreTrainedConfig, layers: int, dtype: torch.dtype, de
 def describe_measuring(
     config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, phase: Phase, batch: int, context: int
 ) -> dict[str, Any]:
-    """What latencies depend on, as JSON."""
+    """Everything that latencies depend on, as JSON."""
     about = {
         "device": describe_device(device),
         "threads": torch.get_num_threads(),
@@ -94,24 +92,24 @@ def describe_measuring(
         "phase": phase,
         "batch": batch,
         "context": context,
-        "model": {name: value for name, value in config.to_dict().items() if name not in _OF_FILES},
+        "model": {name: value for name, value in config.to_dict().items() if name not in _FILE_FIELDS},
     }
     as_json: dict[str, Any] = json.loads(json.dumps(about, default=str))
     return as_json
 
 
 def read_latencies(about: dict[str, Any], measure: Callable[[], Latencies]) -> Latencies:
-    """Latencies out of the cache of this user, measured where there are none yet.
+    """Latencies from the cache of this user, measured if they are not in it.
 
     Args:
-        about: what they depend on; see `describe_measuring`.
+        about: everything that they depend on; see `describe_measuring`.
     """
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
     file = Path(constants.HF_HOME) / "adapruner" / "latencies" / f"{about['model']['model_type']}-{key[:16]}.json"
     with contextlib.suppress(OSError, ValueError):
         return Latencies.model_validate_json(file.read_bytes())
     measured = measure()
-    # A cache that cannot be written is no cache.
+    # Without a writable cache, they are measured every time.
     with contextlib.suppress(OSError, AdaPrunerError):
         file.parent.mkdir(parents=True, exist_ok=True)
         content = measured.model_dump_json(indent=2)
@@ -120,17 +118,17 @@ def read_latencies(about: dict[str, Any], measure: Callable[[], Latencies]) -> L
 
 
 def check_latencies(structure: Structure) -> None:
-    """Raises AdaPrunerError where one layer does not stand for the others, or experts would have to be measured."""
+    """Raises AdaPrunerError if one layer does not represent the others, or experts would have to be measured."""
     if structure.cuts_experts:
-        raise AdaPrunerError("`target_speed` does not know experts, of which a token uses as many as before")
+        raise AdaPrunerError("`target_speed` does not support experts: a token uses the same number as before")
     if structure.layers < 2:
-        raise AdaPrunerError("`target_speed` compares layers, of which this model has one")
+        raise AdaPrunerError("`target_speed` compares layers: this model has only one")
     if structure.whole_mixers or len({(block.kind, block.groups) for block in structure.blocks}) > 2:
         raise AdaPrunerError("`target_speed` measures one layer for all: the layers of this model differ")
 
 
 def layers_to_measure(structure: Structure, dtype: torch.dtype) -> int:
-    """How many layers make a model that no processor holds in its caches; at least 2."""
+    """Number of layers of a model that exceeds the caches of any processor; at least 2."""
     size = max(structure.layer_parameters) * dtype.itemsize
     return min(structure.layers, max(2, math.ceil(_BYTES_OF_LAYERS / size)))
 
@@ -144,31 +142,32 @@ def measure_latencies(
     progress: Callable[[int], None] | None = None,
 ) -> Latencies:
     """Times models in which all layers but the first are narrower in one kind of block, each in turn with the dense
-    one, so that whatever else the machine does meets both.
+    model, so that other load on the machine affects both.
 
     Args:
-        structure: of the model that is to be pruned.
-        make: a model like it with so many layers; see `measured_model`.
-        layers: of the models that are timed, at least 2.
-        timer: the seconds of models that are timed in turn, by name.
+        structure: of the model to prune.
+        make: gives a similar model with a number of layers; see `measured_model`.
+        layers: number of layers of the timed models, at least 2.
+        timer: gives the seconds of models that are timed in turn, by name.
         progress: called with 1 after every timing, `timings` in all.
     """
     model, shorter = make(layers), make(layers // 2)
 
-    def compared(other: PreTrainedModel) -> tuple[float, float]:
-        times = timer({"dense": model, "other": other})
+    def compared(smaller: PreTrainedModel) -> tuple[float, float]:
+        """Seconds of the dense model, and those of a smaller one as a fraction of these."""
+        times = timer({"dense": model, "other": smaller})
         if progress:
             progress(1)
         return times["dense"], times["other"] / times["dense"]
 
     sample = build_structure(model, structure.head_granularity)
-    dense, of_shorter = compared(shorter)
+    dense, relative = compared(shorter)
     measured = {
         kind: {kept: compared(_narrowed(model, sample, kind, kept)) for kept in grid}
         for kind, grid in _grids(structure).items()
     }
-    seconds = min([dense, *(own for grid in measured.values() for own, _ in grid.values())])
-    of_layer = seconds * (1 - of_shorter) / (layers - layers // 2)
+    seconds = min([dense, *(dense_again for grid in measured.values() for dense_again, _ in grid.values())])
+    of_layer = seconds * (1 - relative) / (layers - layers // 2)
     full = {block.kind: block.groups for block in structure.blocks}
     return Latencies(
         about=about,
@@ -198,17 +197,17 @@ def _rising(seconds: Mapping[int, float]) -> dict[int, float]:
 
 
 def timings(structure: Structure) -> int:
-    """How many there are to measure."""
+    """Number of timings in `measure_latencies`."""
     return 1 + sum(map(len, _grids(structure).values()))
 
 
 def _grids(structure: Structure) -> dict[Kind, list[int]]:
-    """By kind of block, the numbers of kept groups to measure, fewer than there are."""
+    """By kind of block, the numbers of kept groups to measure, without the full one."""
     grids: dict[Kind, list[int]] = {}
     for kind, block in {block.kind: block for block in structure.blocks}.items():
         step = block.strata * math.ceil(block.groups / block.strata / _STEPS[kind])
-        can_go = ("attention" if kind == "heads" else "feed-forward") in structure.whole
-        grids[kind] = [*([0] if can_go else []), *range(block.groups - step, 0, -step)]
+        may_be_removed = ("attention" if kind == "heads" else "feed-forward") in structure.whole
+        grids[kind] = [*([0] if may_be_removed else []), *range(block.groups - step, 0, -step)]
     return grids
 
 
@@ -218,10 +217,10 @@ def _narrowed(model: PreTrainedModel, structure: Structure, kind: Kind, kept: in
 
 
 def timer(phase: Phase, batch: int, context: int, is_reported: bool = False) -> Timer:
-    """Times models on this machine; many sequences at once take long and vary less.
+    """Times models on this machine, with fewer repetitions for many sequences at once, which vary less.
 
     Args:
-        is_reported: takes three times as many repetitions, for a single number and not one of a table.
+        is_reported: True for three times as many repetitions, for a number that is reported.
     """
     new_tokens, repetitions = _NEW_TOKENS if phase == "decode" else 0, 8 if batch == 1 else 5
     repetitions *= 3 if is_reported else 1

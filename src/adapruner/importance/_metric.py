@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, field_validator
 from torch import Tensor
 
 from adapruner.config import Reduction
@@ -16,7 +16,7 @@ from adapruner.structure import Structure
 Scaling = Literal["data", "standard", "none"]
 
 
-class MetricPoint(BaseModel):
+class MetricPoint(BaseModel, extra="forbid", frozen=True):
     """A non-negative mix of importance terms.
 
     Attributes:
@@ -25,10 +25,8 @@ class MetricPoint(BaseModel):
             compare; `standard` subtracts the mean over the block and divides by the standard deviation, before the
             reduction (FLAP, arXiv 2312.11983, which so compares heads and channels of all layers); `none` mixes the
             terms as they are.
-        reduction: how the vectors of a group become one number.
+        reduction: reduces the vectors of a group to one number.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     weights: dict[str, float]
     alignment: Scaling = "data"
@@ -46,14 +44,13 @@ class MetricPoint(BaseModel):
 
 
 # The metrics of LLM-Pruner (arXiv 2305.11627) as points of this space, under the names of its options. `param_mix`
-# adds the second-order term as it comes out, which is so small that the ranking is that of `param_first`.
+# adds the unscaled second-order term, which is so small that the ranking is that of `param_first`.
 LLM_PRUNER_METRICS = {
     "vectorize": MetricPoint(weights={"coarse_first": 1}, alignment="none"),
     "param_first": MetricPoint(weights={"fine_first": 1}, alignment="none"),
     "param_second": MetricPoint(weights={"fine_second": 1}, alignment="none"),
     "param_mix": MetricPoint(weights={"fine_first": 1, "fine_second": 1}, alignment="none"),
 }
-
 
 # Peers that rank by activations, as points of this space (see the terms for their sources).
 ACTIVATION_METRICS = {
@@ -64,7 +61,7 @@ ACTIVATION_METRICS = {
 
 def score_groups(statistics: Statistics, structure: Structure, point: MetricPoint) -> Tensor:
     """The importance of every group: S(G) = Σ_terms weight · reduction over the vectors of the term (Kong et al., arXiv
-    2503.06184, where the sum over the vectors stands outside).
+    2503.06184, whose sum over the vectors is the outer one).
 
     Args:
         statistics: of the chosen samples only (`Statistics.select`).
@@ -87,23 +84,18 @@ def score_groups(statistics: Statistics, structure: Structure, point: MetricPoin
                 values = _standardise(values, structure.block_of_group[groups])
             scores = _reduce(values, groups, point.reduction, structure.group_offsets[-1])
             if point.alignment == "data":
-                scores = _divide_by_mean(scores, structure.block_of_group)
+                scores /= _block_means(scores, structure.block_of_group).clamp_min(torch.finfo(scores.dtype).tiny)
             mixed += weight * scores
     return mixed
 
 
 def _block_means(values: Tensor, blocks: Tensor) -> Tensor:
-    """The mean of its block for every value."""
+    """For every value, the mean of its block."""
     return _reduce(values, blocks, "mean", int(blocks.max()) + 1)[blocks]
 
 
-def _divide_by_mean(values: Tensor, blocks: Tensor) -> Tensor:
-    """Relative to the mean of their block, so that blocks and terms compare."""
-    return values / _block_means(values, blocks).clamp_min(torch.finfo(values.dtype).tiny)
-
-
 def _standardise(values: Tensor, blocks: Tensor) -> Tensor:
-    """Without the mean of their block, in units of its standard deviation."""
+    """Values minus the mean of their block, divided by its standard deviation."""
     centred = values - _block_means(values, blocks)
     return centred / _block_means(centred.square(), blocks).sqrt().clamp_min(torch.finfo(values.dtype).tiny)
 
@@ -114,7 +106,7 @@ def _reduce(values: Tensor, groups: Tensor, reduction: Reduction, count: int) ->
     scores = torch.zeros(count, dtype=values.dtype)
     scores.scatter_reduce_(0, groups, values, operation, include_self=False)
     if reduction == "prod":
-        # Of a group without values, nothing is known.
+        # A group without values scores 0.
         is_covered = torch.zeros(count, dtype=torch.bool).index_fill_(0, groups, True)
         scores = torch.where(is_covered, scores.exp(), 0)
     return scores

@@ -13,7 +13,7 @@ from adapruner.config import Space, Terms
 from adapruner.errors import AdaPrunerError
 from adapruner.measurement import Statistics
 
-# What a term gives one number for; see `Structure`.
+# A term gives one number for each of these; see `Structure`.
 Unit = Literal["vectors", "inputs", "groups"]
 TermFunction = Callable[[Statistics], Tensor]
 
@@ -24,13 +24,13 @@ class Term:
 
     Attributes:
         function: [units], not negative, from statistics.
-        unit: what there is one number for.
+        unit: the function gives one number for each.
         family: terms of one family share a weight in the search: `taylor`, `activation`, `reconstruction`, or any other
-            name, which then is a family of its own.
-        share: in the points that are tried first, the part of its family that the term takes from those registered
-            before it, 0 to 1; of the first term of a family, the weight of the family.
-        needs: the statistics that it needs and that are not always measured: `elements`, `moments`, `routing` (of
-            models with experts alone).
+            name, which makes a new family.
+        share: in the points that are tried first, the share of the term in its family, 0 to 1, taken from the terms
+            registered before it; for the first term of a family, the weight of the family.
+        needs: required statistics that are not always measured: `elements`, `moments`, `routing` (only for models with
+            experts).
     """
 
     name: str
@@ -66,12 +66,12 @@ def usable_terms(space: Space, terms: Terms, with_routing: bool = False) -> list
 
 
 def needs_removal_errors(space: Space, terms: Terms) -> bool:
-    """Whether terms of the search need the errors that removing groups makes."""
+    """True if terms of the search need the errors of removing groups."""
     return any("moments" in term.needs for term in usable_terms(space, terms))
 
 
 def needs_moments(compensation: str, space: Space, terms: Terms) -> bool:
-    """Whether second moments are measured: for compensation, or for terms of the search."""
+    """True if second moments are measured: for compensation, or for terms of the search."""
     return compensation != "none" or needs_removal_errors(space, terms)
 
 
@@ -117,7 +117,7 @@ def activation_norm(statistics: Statistics) -> Tensor:
 
 @register_term(unit="inputs", family="activation", share=1.0)
 def fluctuation(statistics: Statistics) -> Tensor:
-    """[inputs]: var(x_c) · ‖W_c‖² over all tokens, what remains of an input when its mean is kept as a bias (FLAP's
+    """[inputs]: var(x_c) · ‖W_c‖² over all tokens, the rest of an input when its mean is kept as a bias (FLAP's
     WIFV, arXiv 2312.11983, eq. 5)."""
     variance = statistics.input_squared.mean(0) - statistics.input_mean.mean(0).square()
     return variance.clamp_min(0) * statistics.column_squared
@@ -125,25 +125,25 @@ def fluctuation(statistics: Statistics) -> Tensor:
 
 @register_term(unit="groups", family="reconstruction", needs=["moments"])
 def reconstruction(statistics: Statistics) -> Tensor:
-    """[groups]: tr(W_g ([H⁻¹]_gg)⁻¹ W_gᵀ), for a channel ‖W_c‖² / [H⁻¹]_cc: what the output of the block loses when the
-    group is removed and the rest is compensated by least squares (optimal brain surgeon, Hassibi and Stork 1992; blocks
-    as in arXiv 2203.07259)."""
+    """[groups]: tr(W_g ([H⁻¹]_gg)⁻¹ W_gᵀ), for a channel ‖W_c‖² / [H⁻¹]_cc: the error of the output of the block when
+    the group is removed and the rest is compensated by least squares (optimal brain surgeon, Hassibi and Stork 1992;
+    blocks as in arXiv 2203.07259)."""
     return _measured(statistics.removal_error, "from second moments")
 
 
 @register_term(unit="groups", family="reconstruction", needs=["moments"], share=1.0)
 def elimination(statistics: Statistics) -> Tensor:
-    """[groups]: what the output of the block loses by each group when the groups are removed one after the other, the
-    cheapest first, and the rest is compensated each time (greedy form of `reconstruction`, ZipLM, arXiv 2302.04089). Of
-    two groups that can stand for each other, one ranks high."""
+    """[groups]: the error that each group adds to the output of the block when the groups are removed one after the
+    other, the cheapest first, and the rest is compensated each time (greedy form of `reconstruction`, ZipLM, arXiv
+    2302.04089). Of two groups that can replace each other, one ranks high."""
     return _measured(statistics.elimination_error, "from second moments")
 
 
 @register_term(unit="groups", family="conditional_variance", needs=["moments"])
 def conditional_variance(statistics: Statistics) -> Tensor:
-    """[groups]: tr(([H⁻¹]_gg)⁻¹), for a channel 1 / [H⁻¹]_cc: what the other inputs do not say of those of the group,
-    when the groups are removed one after the other, the least first. Like `elimination`, but without the output
-    weights; the first to go is the one of least ridge leverage (MoDeGPT, arXiv 2408.09632)."""
+    """[groups]: tr(([H⁻¹]_gg)⁻¹), for a channel 1 / [H⁻¹]_cc: the part of the inputs of the group that the other inputs
+    do not explain, when the groups are removed one after the other, the smallest first. Like `elimination`, but without
+    the output weights; the first group to be removed has the least ridge leverage (MoDeGPT, arXiv 2408.09632)."""
     return _measured(statistics.conditional_variance, "from second moments")
 
 
@@ -163,5 +163,5 @@ def expert_frequency(statistics: Statistics) -> Tensor:
 
 def _measured(values: Tensor | None, how: str) -> Tensor:
     if values is None:
-        raise AdaPrunerError(f"this importance term needs what is measured {how}, which was left out")
+        raise AdaPrunerError(f"this importance term needs statistics measured {how}, which are missing")
     return values

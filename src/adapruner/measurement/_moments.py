@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from adapruner.errors import AdaPrunerError, NonFiniteError
-from adapruner.measurement._reduction import expert_inputs, projection, row_wise_weights
+from adapruner.measurement._reduction import expert_inputs, row_wise_weights
 from adapruner.measurement._solving import add_products, solve_damped, symmetric
 from adapruner.models import enter_layers, loaded_layer
 from adapruner.structure import Block, Structure
 
-# Of so many batches, one is held out while the damping is chosen.
+# One batch of this many is held out to choose the damping.
 _BATCHES_PER_HELD_OUT = 8
 _OUTPUTS_TO_DAMP_BY = 1024
-# What most norms add to the mean square.
+# Most norms add this to the mean square.
 _NORM_EPSILON = 1e-6
 # Tried as multiples of the mean of the diagonal.
 _DAMPINGS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -31,14 +31,15 @@ _DAMPINGS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 @dataclass(frozen=True)
 class InputMoments:
     """Moments of the inputs x of one row-wise projection over the tokens of a text; or of the projections of all
-    experts, where x is zero for the tokens that are not sent to an expert, and else includes the weight of the router.
+    experts: there x includes the weight of the router, and is zero for tokens that are not sent to the expert.
 
-    Where a norm follows the projection (Gemma 2 and 3, OLMo 2), the expectations weight each token by the inverse mean
-    square of what the projection puts out: the norm divides all that goes wrong there by its root. Not so for experts.
+    If a norm follows the projection (Gemma 2 and 3, OLMo 2), the expectations weight each token by the inverse mean
+    square of the output of the projection, because the norm divides errors of the output by its root. Experts are
+    exempt.
 
     Attributes:
         mean: [inputs], float32, E[x].
-        second: [inputs, inputs], float32, H = E[x xᵀ]; of experts, [experts, inputs of one, inputs of one].
+        second: [inputs, inputs], float32, H = E[x xᵀ]; for experts, [experts, inputs of one, inputs of one].
         damping: added to the diagonal of H before it is inverted, chosen on held-out tokens.
     """
 
@@ -47,11 +48,11 @@ class InputMoments:
     damping: float
 
     def of_experts(self) -> list[InputMoments]:
-        """The moments of each expert; a single entry where there are no experts."""
+        """The moments of each expert; a single entry without experts."""
         if self.second.dim() == 2:
             return [self]
         means = self.mean.view(len(self.second), -1)
-        return [InputMoments(mean, own, self.damping) for mean, own in zip(means, self.second, strict=True)]
+        return [InputMoments(mean, second, self.damping) for mean, second in zip(means, self.second, strict=True)]
 
     def save(self, path: Path) -> None:
         """Writes a safetensors file."""
@@ -65,13 +66,13 @@ class InputMoments:
 
 
 class StoredMoments(Mapping[int, InputMoments]):
-    """Moments by number of the block, each in a file of its own, read when it is asked for: those of a 7B model are
-    18 GB, those of its largest block 0.5 GB.
+    """Moments by block number, one file for each block, read on access: all moments of a 7B model are 18 GB, those of
+    its largest block 0.5 GB.
 
     Args:
         folder: of the files.
-        room: bytes that moments may take on each device, to stay in memory once they were read; the first devices are
-            preferred. By default they are read every time.
+        room: bytes on each device for moments that are kept in memory once they were read; the first devices are
+            preferred. By default, moments are read every time.
     """
 
     def __init__(self, folder: Path, room: Mapping[torch.device, int] | None = None) -> None:
@@ -79,7 +80,7 @@ class StoredMoments(Mapping[int, InputMoments]):
         self._room, self._held = dict(room or {}), dict[int, InputMoments]()
 
     def path(self, block: int) -> Path:
-        """The file of a block, whether or not it exists."""
+        """The file of a block; it need not exist."""
         return self.folder / f"{block:04}.safetensors"
 
     def __getitem__(self, block: int) -> InputMoments:
@@ -118,11 +119,11 @@ def measure_moments(
 
     Args:
         windows: [windows, tokens], int64; at least two, one of which is held out to choose the damping.
-        blocks: numbers of the blocks in `structure.blocks`; by default all that a projection reads.
+        blocks: numbers of the blocks in `structure.blocks`; by default all blocks that are read by a projection.
         progress: called with 1 after every layer.
 
     Raises:
-        AdaPrunerError: there are less than two windows.
+        AdaPrunerError: there are fewer than two windows.
         NonFiniteError: activations are not finite.
     """
     if len(windows) < 2:
@@ -131,25 +132,25 @@ def measure_moments(
     wanted = set(projected_blocks(structure) if blocks is None else blocks)
     with torch.inference_mode():
         states, calls = map(list, zip(*enter_layers(model, batches), strict=True))
-    # One batch of eight; the last where there are less.
+    # One batch of eight; the last if there are fewer.
     held_out = range(_BATCHES_PER_HELD_OUT - 1, len(batches), _BATCHES_PER_HELD_OUT) or [len(batches) - 1]
     fitted = [number for number in range(len(batches)) if number not in held_out]
     for index in range(structure.layers):
         numbers = [number for number in sorted(wanted) if structure.blocks[number].layer == index]
         if any(structure.blocks[number].layer >= index for number in wanted):
             with torch.inference_mode(), loaded_layer(model, index) as layer:
-                of_layer = [structure.blocks[number] for number in numbers]
+                layer_blocks = [structure.blocks[number] for number in numbers]
                 sums = []
-                for part in (fitted, held_out):
-                    sums.append([_Sums(model, block) for block in of_layer])
+                for batch_numbers in (fitted, held_out):
+                    sums.append([_Sums(model, block) for block in layer_blocks])
                     with contextlib.ExitStack() as hooks:
-                        for of_block in sums[-1]:
-                            hooks.enter_context(of_block.watch(model))
-                        for number in part:
+                        for block_sums in sums[-1]:
+                            hooks.enter_context(block_sums.watch(model))
+                        for number in batch_numbers:
                             states[number] = calls[number][index].run(layer, states[number])
                 moments = [
-                    _choose_damping(row_wise_weights(model, block), of_fitted, of_held_out, block)
-                    for block, of_fitted, of_held_out in zip(of_layer, *sums, strict=True)
+                    _choose_damping(row_wise_weights(model, block), fitted_sums, held_out_sums, block)
+                    for block, fitted_sums, held_out_sums in zip(layer_blocks, *sums, strict=True)
                 ]
             yield from zip(numbers, moments, strict=True)
         if progress:
@@ -157,13 +158,14 @@ def measure_moments(
 
 
 def projected_blocks(structure: Structure) -> list[int]:
-    """The numbers of the blocks that have second moments: those that one projection reads."""
+    """The numbers of the blocks that have second moments: those that are read by one projection."""
     return [number for number, block in enumerate(structure.blocks) if block.is_projected]
 
 
 class _Sums:
-    """Of the inputs of the projections of a block, [experts, inputs] and [experts, inputs, inputs], one expert where
-    there are none; and the number of tokens, or the sum of their weights (see `InputMoments`)."""
+    """First and second moments, not yet divided, of the inputs of the projections of a block: [experts, inputs] and
+    [experts, inputs, inputs], with one expert for blocks without; and the number of tokens, or the sum of their weights
+    (see `InputMoments`)."""
 
     def __init__(self, model: PreTrainedModel, block: Block) -> None:
         self.tokens: int | Tensor = 0
@@ -174,10 +176,9 @@ class _Sums:
         self.second = torch.zeros(experts, width, width, device=device)
 
     def watch(self, model: PreTrainedModel) -> Any:
-        """A handle of the hook that adds what the projections read."""
-        if self._block.experts:
-            return model.get_submodule(self._block.row_wise.module).register_forward_hook(self._add_of_experts)
-        return projection(model, self._block.row_wise).register_forward_hook(self._add_input)
+        """A handle of the hook that adds the inputs of the projections."""
+        add = self._add_of_experts if self._block.experts else self._add_input
+        return model.get_submodule(self._block.row_wise.module).register_forward_hook(add)
 
     def _add_input(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         x = inputs[0].flatten(0, -2).float()
@@ -202,8 +203,8 @@ class _Sums:
 
 
 def _choose_damping(weights: Tensor, fitted: _Sums, held_out: _Sums, block: Block) -> InputMoments:
-    """The damping with which least squares, fitted on most of the tokens, errs least on the others when the half of the
-    inputs that matter least is removed; one for all experts."""
+    """The moments, with the damping of the smallest held-out error: least squares is fitted on most of the tokens after
+    the less important half of the inputs was removed, and evaluated on the others. One damping for all experts."""
     second = symmetric(fitted.second).div_(fitted.tokens)
     second_held_out = symmetric(held_out.second).div_(held_out.tokens)
     if not (second.isfinite().all() and second_held_out.isfinite().all()):
@@ -212,11 +213,11 @@ def _choose_damping(weights: Tensor, fitted: _Sums, held_out: _Sums, block: Bloc
             " weights or its dtype is too narrow: try `dtype` float32"
         )
     scale = float(second.diagonal(dim1=1, dim2=2).mean()) or 1.0
-    # Some of the outputs tell which damping is best as well as all of them.
+    # A sample of the outputs suffices to choose the damping.
     weights = weights[:, :: -(-weights.shape[1] // _OUTPUTS_TO_DAMP_BY)]
     dampings = [relative * scale for relative in _DAMPINGS]
-    of_experts = zip(weights, second, second_held_out, strict=True)
-    errors = torch.stack([_held_out_errors(*of_expert, dampings) for of_expert in of_experts]).sum(0)
+    by_expert = zip(weights, second, second_held_out, strict=True)
+    errors = torch.stack([_held_out_errors(*tensors, dampings) for tensors in by_expert]).sum(0)
     total = fitted.tokens + held_out.tokens
     merged = (second * fitted.tokens).add_(second_held_out * held_out.tokens).div_(total)
     mean = ((fitted.first + held_out.first) / total).flatten()
@@ -224,16 +225,16 @@ def _choose_damping(weights: Tensor, fitted: _Sums, held_out: _Sums, block: Bloc
 
 
 def _held_out_errors(weight: Tensor, second: Tensor, held_out: Tensor, dampings: Sequence[float]) -> Tensor:
-    """[dampings], float64: the error on the held-out tokens with each damping, but for a constant."""
+    """[dampings], float64: the error on the held-out tokens with each damping, up to a constant."""
     weight = weight.float()
     ranked = (weight.square().sum(0) * second.diagonal()).argsort(descending=True, stable=True)
     kept, removed = ranked.tensor_split([(len(ranked) + 1) // 2])
-    gone = weight[:, removed].T
-    within, across = second[kept][:, kept], second[kept][:, removed] @ gone
-    within_held_out, across_held_out = held_out[kept][:, kept], held_out[kept][:, removed] @ gone
+    removed_weight = weight[:, removed].T
+    within, across = second[kept][:, kept], second[kept][:, removed] @ removed_weight
+    within_held_out, across_held_out = held_out[kept][:, kept], held_out[kept][:, removed] @ removed_weight
     errors = []
     for damping in dampings:
         moved = solve_damped(within, damping, across)
-        # What the removed inputs leave by themselves is the same for all.
+        # The error of the removed inputs alone is the same for all dampings.
         errors.append((moved * (within_held_out @ moved - 2 * across_held_out)).sum(dtype=torch.float64))
     return torch.stack(errors)

@@ -1,8 +1,8 @@
 """One pass over the calibration pool: statistics of every removable vector for every sample.
 
-The loss of each sample is differentiated on its own. The gradient of a weight matrix exists only for the moment in
-which it is reduced to one number per row or column, so the pass needs the memory of a training step without its
-gradients, plus two matrices of the size of the largest one in float32. Layer by layer it needs that of one layer.
+The loss of each sample is differentiated separately. The gradient of a weight matrix exists only until it is reduced to
+one number per row or column, so the pass needs the memory of a training step without its gradients, plus two matrices
+of the size of the largest one in float32. Layer by layer, it needs this memory for one layer.
 """
 
 from __future__ import annotations
@@ -60,18 +60,18 @@ def measure_in_parts(
         model: any dtype; the statistics are accumulated in float32.
         windows: [samples, tokens], int64.
         batch_size: samples per pass; bounds the memory.
-        jointly: treat all windows of a batch as one sample, whose loss is the mean of theirs. Element-wise terms are
+        jointly: treat all windows of a batch as one sample, with the mean of their losses. Element-wise terms are
             then those of the mean gradient, Σ_k |Σ_j g_jk w_k|, which are not sums over samples (LLM-Pruner,
             arXiv 2305.11627).
-        terms: `vector-wise` leaves out what needs the gradients of weights: a third of the work less.
-        layer_wise: keep the activations of one layer only, and run every layer forward once more when its gradient
-            arrives: a third more work. The same statistics. With streamed layers, only the sums grow with the number
-            of layers.
-        folder: for the hidden states between layers meanwhile; by default the folder for temporary files.
-        starts: numbers of the windows with which batches begin, asked for one at a time; by default all.
+        terms: `vector-wise` omits statistics that need the gradients of weights, and a third of the work.
+        layer_wise: keep the activations of one layer only, and run every layer forward again when its gradient
+            arrives: a third more work for the same statistics. With streamed layers, only the sums grow with the
+            number of layers.
+        folder: for temporary files with the hidden states between layers; by default the folder of the system.
+        starts: first windows of the batches, read one at a time; by default all.
 
     Raises:
-        NonFiniteError: a sample gives numbers that are not finite; it is named.
+        NonFiniteError: the statistics of a sample are not finite; the message names it.
     """
     columns = _column_sums(model, structure)
     required = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -104,7 +104,7 @@ def saved_activations(config: PreTrainedConfig, dtype: torch.dtype) -> float:
     running one layer on a few tokens."""
     shortened = copy.deepcopy(config)
     shortened.num_hidden_layers = 1
-    # Or the tokens below might be padding, of which transformers warns.
+    # Otherwise the tokens below might be padding, of which transformers warns.
     shortened.pad_token_id = None
     if vars(shortened).get("layer_types"):  # in some families it is computed from other fields
         shortened.layer_types = shortened.layer_types[:1]
@@ -122,7 +122,7 @@ def saved_activations(config: PreTrainedConfig, dtype: torch.dtype) -> float:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         output = calls[0].run(layer, state.requires_grad_())
-    # Weights, masks and positions are there once, and not for every layer.
+    # Weights, masks and positions are held once, and not for every layer.
     given = tree_leaves((list(layer.parameters()), calls[0].arguments, calls[0].named))
     shared = {tensor.untyped_storage().data_ptr() for tensor in given if isinstance(tensor, Tensor)}
     del output
@@ -145,8 +145,9 @@ def _expert_gradients(
     model: PreTrainedModel, structure: Structure, blocks: Iterable[int]
 ) -> Iterator[list[torch.nn.Parameter]]:
     """The weights of the experts of some blocks, which need gradients while this lasts."""
-    some = [structure.blocks[number] for number in blocks]
-    names = {part.parameter for block in some if block.experts or not block.is_projected for part in block.matrices}
+    chosen = [structure.blocks[number] for number in blocks]
+    expert_blocks = [block for block in chosen if block.experts or not block.is_projected]
+    names = {matrix.parameter for block in expert_blocks for matrix in block.matrices}
     wanted = [model.get_parameter(name) for name in sorted(names)]
     for parameter in wanted:
         parameter.requires_grad_(True)
@@ -191,7 +192,7 @@ def _pass_layer_by_layer(
 
 
 def _statistics(reduction: Reduction, losses: Tensor, columns: dict[str, Tensor]) -> Statistics:
-    """Statistics of the mean loss, out of sums over the gradient of the summed loss.
+    """Statistics of the mean loss, from sums over the gradient of the summed loss.
 
     Args:
         losses: [samples, predicted tokens].
@@ -206,9 +207,9 @@ def _statistics(reduction: Reduction, losses: Tensor, columns: dict[str, Tensor]
 def _column_sums(model: PreTrainedModel, structure: Structure) -> dict[str, Tensor]:
     """By the name in `Statistics`, [inputs] each: Σ|W_c| and ‖W_c‖² of the columns of all row-wise projections."""
     absolute, squared = [torch.zeros(0)], [torch.zeros(0)]
-    for layer, of_layer in groupby(structure.blocks, key=lambda block: block.layer):
+    for layer, blocks in groupby(structure.blocks, key=lambda block: block.layer):
         with loaded_layer(model, layer):
-            for block in filter(lambda block: block.is_projected, of_layer):
+            for block in filter(lambda block: block.is_projected, blocks):
                 weights = row_wise_weights(model, block).float()
                 absolute.append(weights.abs().sum(1).flatten().cpu())
                 squared.append(weights.square().sum(1).flatten().cpu())
@@ -218,8 +219,8 @@ def _column_sums(model: PreTrainedModel, structure: Structure) -> dict[str, Tens
 def _replace_by_loss_gradient(logits: Tensor, tokens: Tensor) -> Tensor:
     """Overwrites logits by the gradient of the summed next-token losses, softmax minus one-hot, window by window.
 
-    In place, because logits are the largest activation and no layer needs them for its backward pass. The sum and not
-    the mean over tokens, because gradients that are larger by that factor do not underflow in float16.
+    In place, because logits are the largest activation and no layer needs them for its backward pass. The sum over
+    tokens, because the gradients of the mean would underflow in float16.
 
     Returns:
         [samples, tokens - 1], float32: the losses.

@@ -1,4 +1,4 @@
-"""Damped systems of equations with second moments, and the sums that these are made of."""
+"""Damped systems of equations with second moments, and the sums for these moments."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _STRIPS = 8
 
 
 def add_products(second: Tensor, x: Tensor) -> None:
-    """Adds the sum of x xᵀ to the upper triangle, in place: nearly half of the work of both (see `symmetric`).
+    """Adds the sum of x xᵀ to the upper triangle, in place: nearly half the work of both triangles (see `symmetric`).
 
     Args:
-        second: [inputs, inputs], float32. A strip of the lower triangle beside the diagonal is written too.
+        second: [inputs, inputs], float32. A strip of the lower triangle next to the diagonal is written too.
         x: [tokens, inputs], float32.
     """
     for strip in torch.arange(x.shape[1]).tensor_split(_STRIPS):
@@ -24,15 +24,15 @@ def add_products(second: Tensor, x: Tensor) -> None:
 
 
 def symmetric(upper: Tensor) -> Tensor:
-    """[…, inputs, inputs]: with the upper triangle in place of the lower, too."""
+    """[…, inputs, inputs]: the symmetric matrix with this upper triangle."""
     return upper.triu().add_(upper.triu(1).mT)
 
 
 def factorize(second: Tensor, damping: float) -> Tensor:
     """[inputs, inputs], float64: the Cholesky factor of H + damping · I.
 
-    Where rounding in H leaves that not positive definite, with ten times the damping, as often as it takes. In float64,
-    because the few inputs that are huge in most language models leave float32 no digits for the others.
+    If rounding in H makes that not positive definite, the damping is multiplied by ten until it is. In float64, because
+    most language models have a few huge inputs, which leave float32 no digits for the others.
 
     Raises:
         AdaPrunerError: H is not finite.
@@ -53,8 +53,8 @@ def factorize(second: Tensor, damping: float) -> Tensor:
 def solve_damped(second: Tensor, damping: float, right: Tensor) -> Tensor:
     """[inputs, columns], float32: the solution X of (H + damping · I) X = right.
 
-    In float32 after every input was scaled to a unit moment, which leaves the huge ones and the others alike their
-    digits; in float64 where rounding does not even then leave it positive definite.
+    In float32 after every input was scaled to a unit moment, which keeps the digits of huge and of other inputs; in
+    float64 if rounding makes even that not positive definite.
 
     Raises:
         AdaPrunerError: H is not finite.
@@ -67,7 +67,7 @@ def solve_damped(second: Tensor, damping: float, right: Tensor) -> Tensor:
 
 def scaled_factor(second: Tensor, damping: float) -> tuple[Tensor | None, Tensor]:
     """The Cholesky factor of H + damping · I, float32, after every input was divided by the root of its moment, and
-    that divisor's inverse, [inputs]. No factor where rounding leaves that not positive definite."""
+    the inverse of that divisor, [inputs]. The factor is None if rounding makes the matrix not positive definite."""
     damping = max(damping, torch.finfo(torch.float32).tiny)
     scale = (second.diagonal() + damping).rsqrt()
     scaled = (second * scale).mul_(scale[:, None]).float()

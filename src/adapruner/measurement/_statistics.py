@@ -18,7 +18,7 @@ class Statistics:
     """The data of importance terms, in float32; vectors, inputs and groups as in `Structure`.
 
     With g the gradient of the mean loss of one sample, w the weights of one vector, x an input of a row-wise projection
-    at the tokens of one sample, and W_c the column of the projection that takes it:
+    at the tokens of one sample, and W_c the column of the projection that multiplies it:
 
     Attributes:
         taylor: [samples, vectors], Σ_k g_k w_k, signed.
@@ -27,13 +27,13 @@ class Statistics:
         input_squared: [samples, inputs], mean of x².
         column_absolute: [inputs], Σ|W_c|.
         column_squared: [inputs], ‖W_c‖².
-        element_absolute: [samples, vectors], Σ_k |g_k w_k|; None where only vector-wise terms were measured.
+        element_absolute: [samples, vectors], Σ_k |g_k w_k|; None if only vector-wise terms were measured.
         element_squared: [samples, vectors], Σ_k (g_k w_k)²; None likewise.
         routed_output: [samples, groups], for an expert the mean over all tokens of router weight · ‖output‖, 0 for
-            tokens that are sent elsewhere; zeros for other groups; None where there are no experts.
+            tokens that are sent elsewhere; zeros for other groups; None without experts.
         routed_share: [samples, groups], the share of tokens that are sent to an expert; likewise.
         removal_error, elimination_error, conditional_variance: [groups], from second moments (`removal_errors`), which
-            may be of other and more text than the samples; None where they were not measured.
+            may be measured on other and more text than the samples; None if they were not measured.
     """
 
     taylor: Tensor

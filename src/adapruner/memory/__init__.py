@@ -1,4 +1,4 @@
-"""The memory that a pruning run needs, from shapes, and where a model is placed accordingly."""
+"""The memory that a pruning run needs, from shapes, and the placement of a model accordingly."""
 
 from adapruner.memory._placement import (
     GIB as GIB,

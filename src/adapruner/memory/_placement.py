@@ -1,4 +1,4 @@
-"""Where the layers of a model are, by the available memory."""
+"""The devices of the layers of a model, chosen by the available memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from adapruner.processes import this_process
 from adapruner.structure import Structure
 
 GIB = 2**30
-# All layers are held in memory where that leaves a quarter of the machine's memory to everything else.
+# All layers are held in memory if that leaves a quarter of the memory of the machine free.
 USABLE = 0.75
 _CONTROL_GROUP = Path("/sys/fs/cgroup")
 _CPU = torch.device("cpu")
@@ -28,20 +28,20 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Placement:
-    """The devices over which the layers of a model are spread; or with `layer_wise`, the one on which one layer at a
-    time is."""
+    """The devices over which the layers of a model are spread; with `layer_wise`, the device that holds one layer at a
+    time."""
 
     devices: tuple[torch.device, ...]
     layer_wise: bool
 
     @property
     def on_one_device(self) -> bool:
-        """Whether one device holds all layers."""
+        """True if one device holds all layers."""
         return len(self.devices) == 1 and not self.layer_wise
 
     @property
     def device(self) -> str:
-        """As `device` of the options names them."""
+        """The devices as the option `device` names them."""
         return ",".join(map(str, self.devices))
 
 
@@ -53,12 +53,12 @@ def choose_placement(
     devices: Sequence[torch.device],
     streamable: bool,
 ) -> Placement:
-    """Where the layers of a model are: as the options say, else on as few devices as hold all of them, and one at a
-    time where all devices are too small and the layers are `streamable`, so that they can be read one by one. How much
-    memory is free decides only whether the run is refused.
+    """The devices of the layers of a model. By default, these are as few devices as hold all layers; if all devices
+    together are too small and the layers are `streamable` (can be read one by one), one layer is held at a time. The
+    free memory decides only whether the run is refused.
 
     Args:
-        devices: those that may be used; all of them are, if the options name them.
+        devices: the devices that may be used; all of them are used if the options name them.
 
     Raises:
         AdaPrunerError: a stage needs more memory than is free, and `ignore_memory` is not set.
@@ -70,21 +70,21 @@ def choose_placement(
     (host_total, host_free), memories = _total_and_free(_CPU), [_total_and_free(device) for device in devices]
 
     def fits(count: int) -> bool:
-        whole = estimate_memory(config, model, structure, budget, devices[0], False, count).values()
+        stages = estimate_memory(config, model, structure, budget, devices[0], False, count).values()
         total = min(total for total, _ in memories[:count])
-        return all(each.device <= USABLE * total and each.host <= USABLE * host_total for each in whole)
+        return all(stage.device <= USABLE * total and stage.host <= USABLE * host_total for stage in stages)
 
     count = 1 if by_layer else next(filter(fits, range(least, len(devices) + 1)), None)
     if by_layer is None:
         by_layer = streamable and count is None
     used = tuple(devices[: count or (1 if by_layer else len(devices))])
     free = min(free for _, free in memories[: len(used)])
-    for stage, each in estimate_memory(config, model, structure, budget, used[0], by_layer, len(used)).items():
-        for needed, left, place in ((each.device, free, ", ".join(map(str, used))), (each.host, host_free, _CPU)):
+    for stage, memory in estimate_memory(config, model, structure, budget, used[0], by_layer, len(used)).items():
+        for needed, left, place in ((memory.device, free, ", ".join(map(str, used))), (memory.host, host_free, _CPU)):
             if needed > left and not config.ignore_memory:
-                value = getattr(config, each.largest, None)
-                option = f"`{each.largest}`" if value is None else f"`{each.largest}` {value}"
-                term = f"{option}; lower it, or" if hasattr(config, each.largest) else f"the {each.largest}:"
+                value = getattr(config, memory.largest, None)
+                option = f"`{memory.largest}`" if value is None else f"`{memory.largest}` {value}"
+                term = f"{option}; lower it, or" if hasattr(config, memory.largest) else f"the {memory.largest}:"
                 ways = ["`layer_wise`"] * (streamable and not by_layer) + ["`dtype` bfloat16"] * (dtype.itemsize > 2)
                 raise AdaPrunerError(
                     f"Not enough memory: {stage} needs about {needed / GIB:.3g} GiB, {left / GIB:.3g} GiB are free on"
@@ -95,12 +95,12 @@ def choose_placement(
 
 
 def place_weights(model: Any, dtype: Dtype, devices: Sequence[torch.device], least: int, may_stream: bool) -> Placement:
-    """Where the layers of a model are that is only run: on as few devices as leave a quarter of their memory free.
-    Where all devices are too small, one at a time if they `may_stream`, else on all devices.
+    """The devices of the layers of a model that is only run: as few as leave a quarter of their memory free. If all
+    devices together are too small, one layer is held at a time if layers `may_stream`, else all devices are used.
 
     Args:
         model: on the meta device.
-        least: how many devices are used at least.
+        least: minimum number of devices.
     """
     weights = sum(weight.numel() for weight in model.parameters()) * dtype_of_weights(model, dtype).itemsize
     for count in range(least, len(devices) + 1):
@@ -110,24 +110,24 @@ def place_weights(model: Any, dtype: Dtype, devices: Sequence[torch.device], lea
 
 
 def room_for_moments(device: torch.device, needed: Memory) -> dict[torch.device, int]:
-    """Bytes that second moments may take while a stage uses them, on the device of the model and then in main memory:
-    half of what is free beyond what a stage needs in all. The estimates leave them out, because a run works without.
+    """Bytes that second moments may occupy while a stage uses them, on the device of the model and then in main memory:
+    half of the free memory that the stage does not need. The estimates omit them, because a run works without.
 
     Args:
-        needed: by the stage, as estimated.
+        needed: estimated memory of the stage.
     """
     needs = {_CPU: needed.host} | {device: needed.device}
     return {place: max(0, _total_and_free(place)[1] - needs[place]) // 2 for place in dict.fromkeys((device, _CPU))}
 
 
 def _total_and_free(device: torch.device) -> tuple[int, int]:
-    """Bytes of memory that this process may use: in all, and at the moment. A container's limit counts."""
+    """Total and free bytes of memory that this process may use. The limit of a container counts."""
     if device.type != "cpu":
         free, total = torch.get_device_module(device).mem_get_info(device)
         return total, free
     memory = psutil.virtual_memory()
     total, free = memory.total, memory.available
-    with contextlib.suppress(OSError, ValueError):  # no container, or none with a limit
+    with contextlib.suppress(OSError, ValueError):  # no container, or no limit
         limit, used = (int((_CONTROL_GROUP / f"memory.{name}").read_text("utf-8")) for name in ("max", "current"))
         parts = dict(line.split() for line in (_CONTROL_GROUP / "memory.stat").read_text("utf-8").splitlines())
         # Cached pages of files count as used, and are dropped when memory is needed.

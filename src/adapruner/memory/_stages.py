@@ -1,4 +1,4 @@
-"""The memory that a pruning run needs, from shapes: the weights, and what every stage holds beside them."""
+"""The memory that a pruning run needs, computed from shapes: the weights, and the tensors of every stage."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from adapruner.structure import Structure
 
 # Samples measured at once. Layer-wise, the activations of one layer are kept, so more samples fit.
 MEASURED_AT_ONCE = {False: 4, True: 16}
-# Of the calibration pool, on which parts are removed whole, and on which the costs of widths are measured: hidden
-# states of all layers are kept for them. On fewer, attentions are removed that other text needs (docs/experiments.md).
+# Tokens of the pool on which parts are removed whole, and on which the costs of widths are measured: the hidden states
+# of all layers are kept for them. On fewer, attention is removed that other text needs (docs/experiments.md).
 TOKENS_FOR_WHOLE, TOKENS_FOR_COSTS, _FEWEST_WINDOWS = 4096, 8192, 8
-# Windows whose layer is fitted at once.
+# Windows of a batch when a layer is fitted.
 _FITTED_AT_ONCE = 8
 _FLOAT32 = 4
 
-# Bytes by what they are for, named after the option that lowers them, where there is one.
+# Bytes by purpose, named after the option that lowers them if there is one.
 Terms = dict[str, int]
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that a stage needs on the device of the model, of several on each, and, beside a GPU, in main memory; and
-    the largest term by the name of the option that lowers it, where one does."""
+    """Bytes that a stage needs on each device of the model and, if that is a GPU, in main memory; and the name of the
+    largest term, which is the option that lowers it if there is one."""
 
     device: int
     host: int
@@ -54,8 +54,10 @@ def estimate_memory(
 ) -> dict[str, Memory]:
     """The memory of every stage up to the saved model, without the program itself (half a GiB).
 
-    `model` is on the meta device; `budget` is what is removed, or what the search starts from; the layers are spread
-    over so many `devices`.
+    Args:
+        model: on the meta device.
+        budget: the final budget, or the one that the search starts from.
+        devices: number of devices that the layers are spread over.
 
     Raises:
         AdaPrunerError: the layers of the model already differ.
@@ -72,33 +74,33 @@ def estimate_memory(
 
 
 def dtype_of_weights(model: Any, dtype: Dtype) -> torch.dtype:
-    """What a model is loaded in: `auto` is the dtype of the checkpoint."""
-    found: torch.dtype = model.config.dtype or torch.float32 if dtype == "auto" else getattr(torch, dtype)
-    return found
+    """The dtype that a model is loaded in: `auto` is the dtype of the checkpoint."""
+    loaded: torch.dtype = model.config.dtype or torch.float32 if dtype == "auto" else getattr(torch, dtype)
+    return loaded
 
 
 def windows_of(tokens: int, pool: int, seq_len: int) -> int:
-    """How many windows of the pool have about so many tokens."""
+    """Number of windows of the pool that have about `tokens` tokens."""
     return min(pool, max(_FEWEST_WINDOWS, tokens // seq_len))
 
 
 class _Stages:
-    """What every stage of a run holds. The method of a stage returns an empty dict if the run skips it.
+    """The memory of every stage of a run. The method of a stage returns an empty dict if the run skips it.
 
-    Sizes are in bytes; weights are counted, because they are held in one dtype or in two.
+    Sizes are in bytes, but weights are numbers of weights, because they are held in one dtype or in two.
 
     Attributes:
         trial: bytes of a number in a trial.
         both: bytes of a weight, with its copy for trials where these have another dtype.
-        layer: weights of the largest layer, where one layer at a time is in memory: it is there in one dtype, and what
-            is in no layer in both.
+        layer: weights of the largest layer if one layer is held at a time, else 0: it is held in one dtype, and weights
+            outside of layers in both.
         held: weights of the dense model on a device.
-        widest: inputs of the block that has most.
+        widest: largest number of inputs of a block.
         moments: the largest second moments.
         projection: the largest projection that is compensated.
         matrix: the largest matrix of any block, in float32.
-        vectors, inputs: rows and columns, and inputs, that sums are kept for.
-        text: one number for every token that second moments are from.
+        vectors, inputs: numbers of rows and columns, and of inputs, that sums are kept for.
+        text: one number for every token that second moments are measured on.
         losses: the logits of a window and their log-softmax, in float32.
         states: the hidden states of a token before, between and after all layers.
     """
@@ -125,21 +127,21 @@ class _Stages:
         self.held = self._weights_on_a_device()
         self.blocks = list(zip(structure.blocks, counts, strict=True))
         blocks = structure.blocks
-        matrices = [(part, block) for block in blocks for part in block.matrices]
+        matrices = [(matrix, block) for block in blocks for matrix in block.matrices]
         self.widest = max(block.inputs for block in blocks)
         self.inputs = sum(block.inputs for block in blocks)
         self.moments = max(block.inputs * block.inputs_of_one for block in blocks) * _FLOAT32
         projected = [block.row_wise.elements * block.inputs for block in blocks if block.is_projected]
         self.projection = max(projected, default=0) * _FLOAT32
-        self.matrix = max(part.elements * block.groups * part.width for part, block in matrices) * _FLOAT32
-        self.vectors = sum(part.width * block.groups for part, block in matrices)
+        self.matrix = max(matrix.elements * block.groups * matrix.width for matrix, block in matrices) * _FLOAT32
+        self.vectors = sum(matrix.width * block.groups for matrix, block in matrices)
         written = written_count(config.self_windows, config.compensation_windows, not by_layer)
         self.text = (config.compensation_windows + written) * config.seq_len * self.trial
         self.losses = 2 * config.seq_len * self.vocabulary * _FLOAT32
         self.states = (structure.layers + 1) * self.hidden * self.trial
 
     def terms(self) -> dict[str, Terms]:
-        """By stage, in the order in which they run."""
+        """The terms of every stage that runs, in order."""
         stages = {
             "loading": self._loading(),
             "reading activations": self._reading_activations(),
@@ -159,13 +161,13 @@ class _Stages:
     def _reading_activations(self) -> Terms:
         if not needs_moments(self.config.compensation, self.config.space, self.config.terms):
             return {}
-        of_layers = Counter[int]()
+        sums_by_layer = Counter[int]()
         for block in self.structure.blocks:
-            of_layers[block.layer] += block.inputs * block.inputs_of_one * _FLOAT32
+            sums_by_layer[block.layer] += block.inputs * block.inputs_of_one * _FLOAT32
         return self._both_weights | {
             "compensation_windows": self.text * self.hidden,
-            # Two sums for every block of a layer; of one block, both means, and two of what they are merged into.
-            "second moments": 2 * max(of_layers.values()) + 4 * self.moments,
+            # Two sums for every block of a layer; for one block, both means, and two merged moments.
+            "second moments": 2 * max(sums_by_layer.values()) + 4 * self.moments,
         }
 
     def _measuring(self) -> Terms:
@@ -173,7 +175,7 @@ class _Stages:
         at_once = min(MEASURED_AT_ONCE[self.by_layer], config.pool)
         kept = saved_activations(self.model.config, self.dtype) * (1 if self.by_layer else structure.layers)
         kept += self.vocabulary * self.dtype.itemsize
-        # Layer by layer, the states before and behind a layer and the gradient are held beside what it keeps.
+        # Layer by layer, the states before and after a layer and the gradient are held as well.
         going_back = 3 * (self.widest + self.by_layer * self.hidden) * self.dtype.itemsize
         return self._weights | {
             "seq_len": int(at_once * config.seq_len * (kept + going_back)) + self.losses,
@@ -184,7 +186,7 @@ class _Stages:
     def _comparing_removals(self) -> Terms:
         if not needs_removal_errors(self.config.space, self.config.terms):
             return {}
-        # Twice as much as float32 needs: some blocks need float64.
+        # Twice the size in float32: some blocks need float64.
         moments = {"second moments": 8 * self.moments + 4 * self.projection}
         return self._weights | self._pool | moments
 
@@ -201,7 +203,7 @@ class _Stages:
         objective = (scoring_bounds(config.objective_windows)[1] + 2 * config.final_windows) * config.seq_len
         reused = reused_layers(config.layout, config.protect_first, self.structure.layers)
         known = reused + 1 if reused else 0
-        # Layer by layer, trials have one layer in memory, and the hidden states of all windows.
+        # Layer by layer, trials hold one layer, and the hidden states of all windows.
         states = (known + self.by_layer * 2 * JUDGED_TOGETHER) * objective * self.hidden * self.trial
         pruned = "a pruned layer" if self.by_layer else "pruned weights"
         return {
@@ -230,19 +232,19 @@ class _Stages:
             model_config
         ).has_plain_residual(model_config):
             return {}
-        # Only what loses something is fitted, in the inputs that it keeps.
+        # Only pruned blocks are fitted, in their kept inputs.
         kept = (n / block.groups for block, n in self.blocks if n < block.groups)
         share = max(kept, default=0.0)
-        # One pruned layer at a time is run in the dtype of trials.
+        # One pruned layer at a time is copied to the dtype of trials.
         copied = max(self.layer_weights) * (self.both - self.dtype.itemsize)
-        # Of a batch: what the layer computes, and what up to three runs of it have left.
-        of_batch = _FITTED_AT_ONCE * self.config.seq_len * 6 * (self.hidden + self.widest) * self.trial
+        # The activations of a batch in a layer, and the outputs of up to three runs of it.
+        batch = _FITTED_AT_ONCE * self.config.seq_len * 6 * (self.hidden + self.widest) * self.trial
         return {
             **self._both_weights,
             "second moments": int(4 * self.moments * share**2 + 3 * self.projection * share),
             "compensation_windows": self.text * (2 * self.hidden + self.widest),
             "pruned weights": self._pruned_weights * self.dtype.itemsize + copied,
-            "seq_len": of_batch,
+            "seq_len": batch,
         }
 
     def _tuning_scales(self) -> Terms:
@@ -267,43 +269,42 @@ class _Stages:
         if self.by_layer:
             weights -= all_layers - largest
         if self.devices > 1:
-            # The first holds what is in no layer, and none holds more than a layer beyond its share.
+            # The first holds the weights outside of layers, and none holds more than a layer beyond its share.
             return max(weights // self.devices, weights - all_layers) + largest
         return weights
 
     @property
     def _pruned_weights(self) -> int:
-        """Weights of the pruned model that a device holds beside the dense one. Layer by layer, nothing is shared with
-        that."""
+        """Weights of the pruned model on a device. Layer by layer, none are shared with the dense model."""
         weights = sum(n * block.parameters_per_group for block, n in self.blocks if self.by_layer or n < block.groups)
         return weights // self.devices + max(self.layer_weights) if self.devices > 1 else weights
 
     @property
     def _weights(self) -> Terms:
-        """Of the dense model."""
+        """The dense model."""
         return {"weights": self.held * self.dtype.itemsize}
 
     @property
     def _both_weights(self) -> Terms:
-        """Of the dense model and its copy for trials."""
+        """The dense model and its copy for trials."""
         return {"weights": (self.held - self.layer) * self.both + self.layer * self.trial}
 
     @property
     def _judging(self) -> Terms:
-        """To compensate a candidate: both models, the statistics of all samples, and what corrects one block."""
+        """Compensating a candidate: both models, the statistics of all samples, and the correction of one block."""
         return self._both_weights | self._pool | {"second moments": 4 * self.moments + 3 * self.projection}
 
     @property
     def _pool(self) -> Terms:
         """The statistics of all samples."""
-        of_sample = self.vectors * (3 if self.config.terms == "all" else 1) + 2 * self.inputs
-        return {"pool": self.config.pool * of_sample * _FLOAT32}
+        per_sample = self.vectors * (3 if self.config.terms == "all" else 1) + 2 * self.inputs
+        return {"pool": self.config.pool * per_sample * _FLOAT32}
 
     def _logits_bytes(self, tokens: int) -> int:
-        """Bytes of what a layer computes of a batch, or of the logits after the last one, and of the losses.
+        """Bytes of the activations of a batch in a layer, or of its logits if these are larger, and of the losses.
 
         Args:
             tokens: of all batches.
         """
-        of_token = max(self.vocabulary, 3 * self.widest + 4 * self.hidden) * self.trial
-        return min(tokens_per_batch(self.device), tokens) * of_token + self.losses
+        per_token = max(self.vocabulary, 3 * self.widest + 4 * self.hidden) * self.trial
+        return min(tokens_per_batch(self.device), tokens) * per_token + self.losses

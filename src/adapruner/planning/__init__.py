@@ -13,12 +13,9 @@ from adapruner.planning._amount import (
 from adapruner.planning._budget import (
     MOST_CHANNELS as MOST_CHANNELS,
     RATIO_TOLERANCE as RATIO_TOLERANCE,
-    Allocation as Allocation,
     Budget as Budget,
     BudgetError as BudgetError,
-    LayerWeights as LayerWeights,
     Profile as Profile,
-    UnreachableRatioError as UnreachableRatioError,
     kept_counts as kept_counts,
     largest_channel_share as largest_channel_share,
     reference_budget as reference_budget,

@@ -1,5 +1,4 @@
-"""How much is removed if not a ratio of the parameters: a target for the cost of the pruned model, and the ratio that
-meets it."""
+"""Targets for the cost of the pruned model, instead of a ratio of the parameters, and the ratio that meets it."""
 
 from __future__ import annotations
 
@@ -9,25 +8,26 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from adapruner.config import Phase, TargetFormat, TargetName, size_in_bytes
 from adapruner.planning._budget import BudgetError, UnreachableRatioError
 
 TARGET_TOLERANCE = 0.01
-# Ratios are tried in these steps, which of 7 billion parameters are fewer than a layer has in 32 channels.
+# Ratios are tried in steps of 1 / _STEPS: fewer parameters of a 7B model than a layer has in 32 channels.
 _STEPS, _COARSE_STEPS = 100_000, 1000
-# Tokens of a sequence where `target_context` does not say: in the cache, and of a prompt that is timed.
+# Tokens of a sequence unless `target_context` is given: in the cache, and of a prompt that is timed.
 _CACHED_TOKENS, TIMED_TOKENS = 2048, 128
 
-# Bytes or seconds of a model, given how many groups each block keeps, in the order of `structure.blocks`.
+# Cost of a model in bytes or seconds, given the number of groups that each block keeps, in the order of
+# `structure.blocks`.
 Costs: TypeAlias = Callable[[Sequence[int]], float]
 Unit: TypeAlias = Literal["MB", "times as fast"]
 
 
 @dataclass(frozen=True)
 class Size:
-    """A file of at most so many bytes, as 400MB or 1.5GiB."""
+    """A maximum size of the file, as 400MB or 1.5GiB."""
 
     option: ClassVar[TargetName] = "target_size"
     asked: str
@@ -36,7 +36,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Memory:
-    """At most so many bytes of weights, and of the cache after `context` tokens of `batch` sequences."""
+    """A maximum memory of the weights, and of the cache after `context` tokens of `batch` sequences."""
 
     option: ClassVar[TargetName] = "target_memory"
     asked: str
@@ -47,7 +47,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Speed:
-    """At least so many times as fast as the dense model, with `batch` sequences of `context` tokens."""
+    """A minimum speed-up over the dense model, with `batch` sequences of `context` tokens."""
 
     option: ClassVar[TargetName] = "target_speed"
     asked: float
@@ -68,7 +68,7 @@ def amount_of(
     target_batch: int,
     target_context: int | None,
 ) -> Amount | None:
-    """What the options of these names ask for in place of a ratio; None if nothing."""
+    """The amount that the options of these names ask for instead of a ratio; None if no target is given."""
     if target_size is not None:
         return Size(target_size, target_format)
     if target_memory is not None:
@@ -78,17 +78,16 @@ def amount_of(
     return None
 
 
-class TargetOutcome(BaseModel):
+class TargetOutcome(BaseModel, extra="forbid", frozen=True):
     """A target, and how well it was met.
 
     Attributes:
         unit: of all numbers.
-        dense: of the dense model, with the tokens that are kept.
-        asked, predicted, reached: what the option says; what was computed for the plan; what the saved model has: its
-            size, or the speed that was measured in turn with the dense model.
+        dense: the cost of the dense model, with the tokens that are kept.
+        asked: the value of the option.
+        predicted: computed for the plan.
+        reached: by the saved model: its size, or its speed, measured in turn with the dense model.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     option: TargetName
     unit: Unit
@@ -100,13 +99,13 @@ class TargetOutcome(BaseModel):
 
 @dataclass(frozen=True)
 class Target:
-    """The most that the pruned model may cost.
+    """The largest cost that the pruned model may have.
 
     Attributes:
-        amount: what was asked for.
-        costs: of a model, by the kept groups of its blocks. They need not be a sum over blocks: in a quantized file the
-            type of a matrix depends on its width.
-        dense: bytes or seconds of the model of which nothing is removed.
+        amount: the requested amount.
+        costs: the cost of a model, by the kept groups of its blocks. It need not be a sum over blocks: in a quantized
+            file, the type of a matrix depends on its width.
+        dense: bytes or seconds of the unpruned model.
     """
 
     amount: Amount
@@ -115,7 +114,7 @@ class Target:
 
     @cached_property
     def most(self) -> float:
-        """Bytes or seconds."""
+        """The largest cost that meets the target, in bytes or seconds."""
         if isinstance(self.amount, Speed):
             return self.dense / self.amount.asked
         return float(size_in_bytes(self.amount.asked))
@@ -126,29 +125,30 @@ class Target:
         return "times as fast" if isinstance(self.amount, Speed) else "MB"
 
     def shown(self, cost: float) -> float:
-        """A cost in the unit that people read: megabytes, or how many times as fast as the dense model."""
+        """A cost as it is shown: in megabytes, or as speed-up over the dense model."""
         return self.dense / cost if isinstance(self.amount, Speed) else cost / 1e6
 
     def outcome(self, counts: Sequence[int], reached: float) -> TargetOutcome:
-        """How well a saved model meets the target.
+        """The target compared with a saved model.
 
         Args:
-            counts: of its plan.
-            reached: its bytes or seconds.
+            counts: number of groups that each block keeps.
+            reached: bytes or seconds of the saved model.
         """
         costs = {"dense": self.dense, "asked": self.most, "predicted": self.costs(counts), "reached": reached}
         numbers = {name: self.shown(cost) for name, cost in costs.items()}
         return TargetOutcome(option=self.amount.option, unit=self.unit, **numbers)
 
     def ratio(self, counts_at: Callable[[float], Sequence[int]], least: float = 0.0) -> float:
-        """The lowest ratio that is found at which the cost is within 1 % of the target and not above it.
+        """The lowest ratio found at which the cost is within 1 % of the target and not above it.
 
-        Costs fall with the ratio but for steps, so that halving finds it. Where the steps are large, ratios are tried
-        one after the other.
+        Costs fall with the ratio except for steps, so bisection finds it. If the steps are large, ratios are tried one
+        after the other.
 
         Args:
-            counts_at: how many groups every block keeps at a ratio; raises BudgetError where it cannot be met.
-            least: what the ratio is more than.
+            counts_at: gives the number of groups that every block keeps at a ratio; raises BudgetError if the ratio
+                cannot be met.
+            least: the ratio is larger than this.
 
         Raises:
             UnreachableRatioError: the model would cost too much at every ratio.
@@ -159,12 +159,12 @@ class Target:
         tried: dict[float, float] = {}
 
         def cost_at(ratio: float) -> float:
-            """The cost, which is noted; where the ratio cannot be met, what tells in which direction to search."""
+            """The cost, which is noted; if the ratio cannot be met, a number that gives the direction of the search."""
             try:
                 tried[ratio] = self.costs(counts_at(ratio))
             except UnreachableRatioError:
                 return 0.0
-            except BudgetError:  # whole experts come in large steps: about what it would be between them
+            except BudgetError:  # whole experts come in large steps: interpolated
                 tried[ratio] = math.nan
                 return self.dense * (1 - ratio)
             return tried[ratio]
@@ -176,7 +176,7 @@ class Target:
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if cost_at(middle / _STEPS) > self.most else (low, middle)
-        # Not if the cost was too high at every ratio; it is not known between steps.
+        # Unless the cost was too high at every ratio: between the steps it is unknown.
         if not meeting() and not all(cost > self.most for cost in tried.values()):
             for step in range(int(least * _COARSE_STEPS) + 1, _COARSE_STEPS):
                 cost_at(step / _COARSE_STEPS)

@@ -1,4 +1,4 @@
-"""From an allocation to weights of blocks, and from weights and a ratio to how many groups each block keeps."""
+"""From an allocation to weights of blocks, and from weights and a ratio to the number of groups kept in each block."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from adapruner.models import Whole
 from adapruner.structure import Block, Kind, Structure
 
 RATIO_TOLERANCE = 0.005
-# Taking more of the channels of a layer hurts more than taking heads or fewer layers whole (see docs/experiments.md).
+# Removing more of the channels of a layer hurts more than removing heads or pruning more layers (docs/experiments.md).
 MOST_CHANNELS = 0.8
-# Protected layers at both ends and share of heads, from what hurts least to what reaches furthest.
+# Protected layers at both ends and share of heads, from the least harmful to the one that reaches the highest ratio.
 _DEFAULT_ALLOCATIONS = ((4, 3, 0.0), (2, 2, 0.0), (1, 1, 0.0), (1, 1, 0.5), (2, 1, 1.0), (0, 0, 1.0))
 
 
 class BudgetError(AdaPrunerError):
-    """A budget that this model cannot meet; another allocation may."""
+    """A budget that this model cannot meet with this allocation."""
 
 
 class UnreachableRatioError(BudgetError):
-    """More would have to be removed than the allocation allows."""
+    """The ratio is higher than the allocation allows."""
 
 
 Ranking = Literal["local", "global"]
@@ -41,8 +41,8 @@ class Profile:
         protect_first: layers at the input that are kept whole.
         protect_last: layers at the output that are kept whole.
         ranking: `local` removes in proportion to the weights; `global` removes the groups with the smallest score per
-            weight in all layers, heads and channels alike (as FLAP does, arXiv 2312.11983), whose scores must then
-            compare between blocks.
+            weight in all layers, of heads and channels together (as FLAP does, arXiv 2312.11983), whose scores must be
+            comparable between blocks.
     """
 
     protect_first: int = 4
@@ -52,7 +52,7 @@ class Profile:
     ranking: Ranking = "local"
 
     def weights(self, layers: int) -> tuple[float, ...]:
-        """Of every layer; 0 for the protected ones.
+        """The weight of every layer; 0 for protected layers.
 
         Raises:
             UnreachableRatioError: all layers are protected.
@@ -87,19 +87,19 @@ Allocation: TypeAlias = Literal["uniform"] | LayerWeights | Profile
 
 @dataclass(frozen=True)
 class Budget:
-    """How much is removed, and how it is divided among the blocks.
+    """The amount to remove, and its division among the blocks.
 
-    The allocation gives every block a weight: its groups are removed in proportion to it, and none where it is 0.
-    Whole experts are removed in the same number from all layers.
+    The allocation gives every block a weight: groups are removed in proportion to it, and none if it is 0. The same
+    number of whole experts is removed from all layers.
 
     Attributes:
         ratio: share of all parameters to remove, embeddings counted, tied ones once; see `ratio_of`.
-        heads: share of heads removed, relative to the share of channels removed (0 leaves attention whole, 1 is the
-            equal shares of LLM-Pruner, arXiv 2305.11627, and the paper); or for every layer how many groups of heads it
-            keeps, for which channels make up.
+        heads: share of heads removed, relative to the share of channels removed (0 leaves attention whole; 1 gives the
+            equal shares of LLM-Pruner, arXiv 2305.11627, and of the paper); or for every layer the number of head
+            groups that it keeps, for which channels make up.
         round_to: kept feed-forward widths are multiples of this.
         ratio_of: `groups` makes the ratio a share of the channels (and, times `heads`, of the heads) of a layer of
-            weight 1, as LLM-Pruner's protocol has it, rounded in each.
+            weight 1, rounded in each layer, as in the protocol of LLM-Pruner.
         without_attention: layers whose attention is removed whole, protected or not.
         without_feed_forward: layers whose feed-forward is removed whole. A layer in both is removed.
     """
@@ -114,21 +114,37 @@ class Budget:
 
     @property
     def head_share(self) -> float:
-        """Share of heads removed, relative to channels; 0 where it is given how many are kept."""
+        """Share of heads removed, relative to channels; 0 if their number is given."""
         return 0.0 if isinstance(self.heads, tuple) else self.heads
 
     @property
     def ranks_globally(self) -> bool:
-        """Whether groups are ranked over all layers, which needs scores."""
+        """True if groups are ranked over all layers, which needs scores."""
         ranking = self.allocation.ranking if isinstance(self.allocation, Profile) else "local"
         return ranking == "global" and self.ratio_of == "parameters"
 
+    @property
+    def removed_whole(self) -> dict[int, Whole]:
+        """By layer, in ascending order, the part that is removed whole."""
+        parts: dict[int, Whole] = dict.fromkeys(self.without_attention, "attention")
+        for layer in self.without_feed_forward:
+            parts[layer] = "layer" if layer in self.without_attention else "feed-forward"
+        return dict(sorted(parts.items()))
+
+    def keeping(self, layer: int) -> Budget:
+        """The budget without whole parts removed from a layer."""
+        return replace(
+            self,
+            without_attention=tuple(number for number in self.without_attention if number != layer),
+            without_feed_forward=tuple(number for number in self.without_feed_forward if number != layer),
+        )
+
     def removes_whole(self, block: Block) -> bool:
-        """Whether no group of a block is kept."""
+        """True if no group of a block is kept."""
         return block.layer in (self.without_attention if block.kind == "heads" else self.without_feed_forward)
 
     def given_count(self, block: Block) -> int | None:
-        """How many groups of a block are kept, where the budget says so without a weight."""
+        """Number of groups that a block keeps, if the budget fixes it; None if the weight of the block decides."""
         if self.removes_whole(block):
             return 0
         return self.heads[block.layer] if block.kind == "heads" and isinstance(self.heads, tuple) else None
@@ -146,10 +162,10 @@ def weigh_channels(structure: Structure, budget: Budget, shares: Sequence[float]
 
 
 def kept_counts(structure: Structure, budget: Budget, scores: Tensor | None = None) -> list[int]:
-    """How many groups each block keeps, in the order of `structure.blocks`.
+    """Number of groups that each block keeps, in the order of `structure.blocks`.
 
-    What one layer cannot give up exactly, because only whole steps can be removed, is made up by the following ones,
-    and what heads cannot give up exactly, by channels.
+    Only whole steps can be removed. The rounding error of a layer is passed on to the following layers, and that of
+    heads to the channels.
 
     Args:
         scores: [groups], for the ranking `global`.
@@ -157,7 +173,7 @@ def kept_counts(structure: Structure, budget: Budget, scores: Tensor | None = No
     Raises:
         UnreachableRatioError: the ratio cannot be reached; with the arithmetic.
         BudgetError: it cannot be met within 0.5 percentage points, or nothing would be removed.
-        AdaPrunerError: layers of different sizes shall become alike.
+        AdaPrunerError: the layout is uniform, but the layers differ in size.
     """
     weights, ranked = _block_weights(structure, budget), _scores_to_rank(structure, budget, scores)
     _refuse_impossible_whole(structure, budget)
@@ -165,7 +181,7 @@ def kept_counts(structure: Structure, budget: Budget, scores: Tensor | None = No
     kept = {index: structure.blocks[index].groups if count is None else count for index, count in given.items()}
 
     def removing(*kinds: Kind) -> dict[int, int]:
-        """The counts of the blocks of the first kind, which share with the others what is still to be removed."""
+        """The counts of the blocks of the first kind, which shares the remaining removal with the other kinds."""
         rest = budget.ratio * structure.total_parameters - structure.removed_parameters(list(kept.values()))
         sharing = {index: weight for index, weight in weights.items() if structure.blocks[index].kind in kinds}
         wanted = _wanted(structure, budget, sharing, rest, ranked)
@@ -177,7 +193,7 @@ def kept_counts(structure: Structure, budget: Budget, scores: Tensor | None = No
     kept |= removing("channels")
     counts = list(kept.values())
     if beside_experts and largest_channel_share(structure, counts) > MOST_CHANNELS:
-        # The few layers without experts cannot make up for what whole experts miss.
+        # The few layers without experts cannot compensate for the rounding of whole experts.
         counts = list((kept | beside_experts).values())
 
     if not structure.removed_parameters(counts):
@@ -191,8 +207,8 @@ def kept_counts(structure: Structure, budget: Budget, scores: Tensor | None = No
 
 
 def reference_budget(config: PruneConfig, structure: Structure, ratio: float) -> Budget:
-    """What is to be removed, from where the options say; else from the feed-forward channels of the middle layers, and
-    from more layers and heads only where that would take more than `MOST_CHANNELS` of the channels of a layer.
+    """The budget that the options describe. By default, feed-forward channels of the middle layers are removed; more
+    layers and heads only if that would remove more than `MOST_CHANNELS` of the channels of a layer.
 
     Raises:
         AdaPrunerError: the ratio cannot be met; with the arithmetic.
@@ -205,13 +221,13 @@ def reference_budget(config: PruneConfig, structure: Structure, ratio: float) ->
         allocation: Allocation = "uniform" if config.layout == "uniform" else Profile(int(first), int(last))
         budget = Budget(ratio, allocation, heads, config.round_to, config.ratio_of)
         try:
-            taken = largest_channel_share(structure, kept_counts(structure, budget))
+            largest = largest_channel_share(structure, kept_counts(structure, budget))
         except BudgetError as error:
             refusal = error
         else:
-            if taken <= MOST_CHANNELS:
+            if largest <= MOST_CHANNELS:
                 return budget
-            reachable[budget] = taken
+            reachable[budget] = largest
     if not reachable:
         raise refusal
     return min(reachable, key=reachable.__getitem__)
@@ -228,28 +244,28 @@ def largest_channel_share(structure: Structure, counts: Sequence[int]) -> float:
 
 
 def _block_weights(structure: Structure, budget: Budget) -> dict[int, float]:
-    """Of the blocks that give up groups in proportion to it, by their numbers; experts of all layers alike."""
-    layers, weights = _layer_weights(structure, budget.allocation), dict[int, float]()
+    """By block number, the weights of blocks that lose groups in proportion to them; 1 for experts of all layers."""
+    by_layer, weights = _layer_weights(structure, budget.allocation), dict[int, float]()
     for index, block in enumerate(structure.blocks):
-        of_layer = layers.channels if _is_plain(block) else layers.others
-        weight = 1.0 if block.kind == "experts" else of_layer[block.layer]
+        layer_weights = by_layer.channels if _is_plain(block) else by_layer.others
+        weight = 1.0 if block.kind == "experts" else layer_weights[block.layer]
         if weight and budget.given_count(block) is None:
             weights[index] = weight
     return weights
 
 
 def _is_plain(block: Block) -> bool:
-    """Whether it has the channels of a feed-forward without experts."""
+    """True for the channels of a feed-forward without experts."""
     return block.kind == "channels" and not block.experts
 
 
 def _scores_to_rank(structure: Structure, budget: Budget, scores: Tensor | None) -> Sequence[Tensor] | None:
-    """The scores of each block where groups are ranked over all layers."""
+    """The scores of each block if groups are ranked over all layers, else None."""
     if not budget.ranks_globally:
         return None
     if scores is None:
         raise AdaPrunerError("a global ranking needs scores")
-    # Standardised scores may be negative, and dividing those by a weight would turn their order round.
+    # Standardised scores may be negative: dividing those by a weight would reverse their order.
     scores = scores - scores.min().clamp_max(0)
     by_block: Sequence[Tensor] = scores.split([block.groups for block in structure.blocks])
     return by_block
@@ -270,7 +286,7 @@ def _layer_weights(structure: Structure, allocation: Allocation) -> LayerWeights
 def _wanted(
     structure: Structure, budget: Budget, weights: dict[int, float], target: float, ranked: Sequence[Tensor] | None
 ) -> dict[int, float]:
-    """How many groups each block would keep if fractions could be removed, so many parameters in all."""
+    """Groups that each block would keep if fractions of them could be removed, `target` parameters in all."""
     blocks = {index: structure.blocks[index] for index in weights}
     relative = {index: budget.head_share if block.kind == "heads" else 1.0 for index, block in blocks.items()}
     if ranked is not None:
@@ -293,7 +309,7 @@ def _wanted(
 def _by_global_ranking(
     structure: Structure, weights: dict[int, float], target: float, scores: Sequence[Tensor]
 ) -> dict[int, float]:
-    """Removes the groups of least score / weight until the target is met; the best of each block is kept."""
+    """Counts after removing the groups of lowest score / weight until the target is met; each block keeps its best."""
     blocks = [structure.blocks[index] for index in weights]
     keys = [torch.empty(0, dtype=torch.float64)] + [
         torch.where(scores[index] == scores[index].max(), torch.inf, scores[index].double() / weight)
@@ -307,18 +323,17 @@ def _by_global_ranking(
 
 
 def _in_steps(structure: Structure, budget: Budget, kind: Kind, wanted: dict[int, float]) -> dict[int, int]:
-    """Counts of the blocks of a kind near the wanted ones in whole steps, with the rounding carried over where layers
-    may differ by that."""
+    """Counts of the blocks of a kind, rounded to whole steps; rounding errors are carried over if layers may differ."""
     blocks = {index: structure.blocks[index] for index in wanted if structure.blocks[index].kind == kind}
     counts: dict[int, int] = {}
     carried, carries = 0.0, budget.allocation != "uniform" and budget.ratio_of == "parameters"
     for index, block in blocks.items():
         count = wanted[index]
         if kind == "experts":
-            # As many in all layers, as stock models have them.
-            count = math.fsum(wanted[other] for other in blocks) / len(blocks)
+            # The same number in all layers, as in stock models.
+            count = math.fsum(wanted[number] for number in blocks) / len(blocks)
         elif count >= block.groups:
-            # What gives up nothing does not make up for the rounding of others either.
+            # A block that loses nothing does not make up for the rounding of others either.
             counts[index] = block.groups
             continue
         elif carries:
@@ -331,19 +346,10 @@ def _in_steps(structure: Structure, budget: Budget, kind: Kind, wanted: dict[int
 
 
 def _refuse_impossible_whole(structure: Structure, budget: Budget) -> None:
-    attention, feed_forward = set(budget.without_attention), set(budget.without_feed_forward)
-    layers = attention & feed_forward
-    removed: dict[Whole, set[int]] = {
-        "attention": attention - layers,
-        "feed-forward": feed_forward - layers,
-        "layer": layers,
-    }
-    for whole, of_layers in removed.items():
-        is_allowed = whole in structure.whole and (whole == "layer" or budget.allocation != "uniform")
-        if impossible := of_layers - (structure.whole_parameters(whole).keys() if is_allowed else set()):
-            raise BudgetError(
-                f"the {whole} of layer {min(impossible)} of this {structure.model_type} cannot be removed whole"
-            )
+    for layer, part in budget.removed_whole.items():
+        is_allowed = part in structure.whole and (part == "layer" or budget.allocation != "uniform")
+        if not is_allowed or layer not in structure.whole_parameters(part):
+            raise BudgetError(f"the {part} of layer {layer} of this {structure.model_type} cannot be removed whole")
 
 
 def _refuse_missed_ratio(
@@ -356,7 +362,7 @@ def _refuse_missed_ratio(
     blocks = {index: structure.blocks[index] for index in weights}
 
     def largest(head_share: float) -> float:
-        """The share of all parameters that is removed when every channel and expert is that may be, rounded down."""
+        """Share of all parameters removed together with every removable channel and expert, rounded down."""
         most = dict(enumerate(counts))
         wanted = {i: (1 - head_share) * block.groups if block.kind == "heads" else 0.0 for i, block in blocks.items()}
         for kind in get_args(Kind):
@@ -366,8 +372,9 @@ def _refuse_missed_ratio(
     if (possible := largest(budget.head_share)) < budget.ratio:
         protected = ""
         if budget.allocation != "uniform":
-            whole = _layer_weights(structure, budget.allocation).others
-            first, last = (next((i for i, weight in enumerate(side) if weight), 0) for side in (whole, whole[::-1]))
+            by_layer = _layer_weights(structure, budget.allocation).others
+            ends = (by_layer, by_layer[::-1])
+            first, last = (next((i for i, weight in enumerate(end) if weight), 0) for end in ends)
             protected = f"with the first {first} and the last {last} of {structure.layers} layers protected, "
         hints = not isinstance(budget.heads, tuple) and budget.heads < 1
         more = f", {largest(1):.3f} with equal shares (`head_share` 1)" if hints else ""
@@ -378,7 +385,7 @@ def _refuse_missed_ratio(
     if experts := [block for block in blocks.values() if block.kind == "experts"]:
         step = sum(block.strata * block.parameters_per_group for block in experts) / total
         raise BudgetError(
-            f"a ratio of {budget.ratio:g} is not met: whole experts, as many in every layer, come in steps of"
+            f"a ratio of {budget.ratio:g} is not met: whole experts, the same number in every layer, come in steps of"
             f" {step:.4f}, and here to {reached:.4f}; choose a `ratio` near a multiple of that"
         )
     raise BudgetError(

@@ -1,4 +1,4 @@
-"""The pruning plan: which groups are kept. The only thing that passes from choosing to cutting."""
+"""The pruning plan: the kept groups of every block. Nothing else passes from choosing to cutting."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from adapruner.structure import Block, Kind, Structure, layers_without_heads, no
 from adapruner.tables import Column, Table
 
 _KINDS: tuple[Kind, ...] = ("heads", "experts", "channels")
-# More than any model has: what is shown covers all layers.
+# More than any model has; tables show a row for every layer.
 _MOST_LAYERS = 1 << 16
-# Numbers in JSON are numbers, not words that look like them.
+# Strings are no numbers, even if they look like them.
 _STRICT = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class BlockPlan(BaseModel):
-    """The numbers of the kept groups of one block, in ascending order; empty where the attention or feed-forward is
+    """The numbers of the kept groups of one block, in ascending order; empty if the attention or feed-forward is
     removed whole."""
 
     model_config = _STRICT
@@ -38,7 +38,7 @@ class BlockPlan(BaseModel):
 
     @property
     def kept_of_all(self) -> str:
-        """How many groups are kept, as it is shown."""
+        """The number of kept groups as it is shown."""
         return f"{len(self.kept):,} of {self.groups:,}" if self.kept else "none"
 
     @model_validator(mode="after")
@@ -50,7 +50,7 @@ class BlockPlan(BaseModel):
 
 
 class PruningPlan(BaseModel):
-    """Which groups of which model are kept; JSON, explainable, with a hash that is the same for the same cut."""
+    """The kept groups of a model; stored as JSON, explainable, with a hash that is equal for equal cuts."""
 
     model_config = _STRICT
 
@@ -73,26 +73,26 @@ class PruningPlan(BaseModel):
 
     @property
     def head_name(self) -> str:
-        """What the groups of its attention are called."""
+        """The name of the groups of attention heads."""
         return "KV groups" if self.head_granularity == "kv-group" else "query heads"
 
     @property
     def kinds(self) -> list[Kind]:
-        """Which kinds of groups there are, in the order in which they are shown."""
+        """The kinds of groups in this plan, in the order in which they are shown."""
         return [kind for kind in _KINDS if any(block.kind == kind for block in self.blocks)]
 
     def name_of(self, kind: Kind) -> str:
-        """What the groups of a kind are called."""
+        """The name of the groups of a kind."""
         return self.head_name if kind == "heads" else kind
 
     @property
     def whole_mixers(self) -> list[int]:
-        """The layers without an attention that can be cut."""
+        """The layers without prunable attention."""
         return layers_without_heads(max(block.layer for block in self.blocks) + 1, self.blocks)
 
     @property
     def note(self) -> str:
-        """What a table of the blocks does not show."""
+        """A note on the layers that a table of the blocks does not show."""
         return note_on_mixers(self.whole_mixers)
 
     @property
@@ -113,21 +113,21 @@ class PruningPlan(BaseModel):
         """The plan that keeps these groups.
 
         Args:
-            kept: for each of `structure.blocks`, the numbers of the kept groups in ascending order; as many of every
-                stratum of the block.
+            kept: for each of `structure.blocks`, the numbers of the kept groups in ascending order; the same number of
+                every stratum of the block.
 
         Raises:
             AdaPrunerError: these are not groups of the blocks.
         """
         try:
             blocks = tuple(
-                BlockPlan(layer=block.layer, kind=block.kind, groups=block.groups, kept=tuple(own))
-                for block, own in zip(structure.blocks, kept, strict=True)
+                BlockPlan(layer=block.layer, kind=block.kind, groups=block.groups, kept=tuple(groups))
+                for block, groups in zip(structure.blocks, kept, strict=True)
             )
         except ValueError as error:
             raise AdaPrunerError(f"these groups make no plan: {reason(error)}") from None
-        for block, own in zip(structure.blocks, blocks, strict=True):
-            strata = [group * block.strata // block.groups for group in own.kept]
+        for block, block_plan in zip(structure.blocks, blocks, strict=True):
+            strata = [group * block.strata // block.groups for group in block_plan.kept]
             if len({strata.count(stratum) for stratum in range(block.strata)}) > 1:
                 raise AdaPrunerError(
                     f"layer {block.layer} keeps other numbers of {block.kind} in some of its {block.strata} strata"
@@ -163,7 +163,7 @@ class PruningPlan(BaseModel):
             raise AdaPrunerError(f"cannot read {path}: {reason(error)}") from None
 
     def explain(self) -> Table:
-        """A table with one row per layer: how many of its heads, experts and channels are kept."""
+        """A table with one row per layer: the numbers of kept heads, experts and channels."""
         title = f"{self.removed_parameters:,} of {self.total_parameters:,} parameters are removed ({self.ratio:.1%})"
         columns = [Column("layer"), *(Column(f"{self.name_of(kind)} kept") for kind in self.kinds)]
         rows = [
@@ -188,17 +188,18 @@ def make_plan(structure: Structure, scores: Tensor, counts: Sequence[int]) -> Pr
 
     Args:
         scores: [groups], of all blocks in the order of `structure.blocks`.
-        counts: how many groups each block keeps, a multiple of its strata.
+        counts: number of groups that each block keeps, a multiple of its strata.
     """
     by_block = scores.split([block.groups for block in structure.blocks])
     kept = [
-        _most_important(block, own, count) for block, own, count in zip(structure.blocks, by_block, counts, strict=True)
+        _most_important(block, block_scores, count)
+        for block, block_scores, count in zip(structure.blocks, by_block, counts, strict=True)
     ]
     return PruningPlan.of(structure, kept)
 
 
 def _most_important(block: Block, scores: Tensor, count: int) -> tuple[int, ...]:
-    """The best `count` groups, the same number out of every stratum, in ascending order."""
+    """The best `count` groups, the same number of every stratum, in ascending order."""
     ranked = scores.view(block.strata, -1).argsort(dim=1, descending=True, stable=True)
     best = ranked[:, : count // block.strata]
     first_of_stratum = torch.arange(block.strata)[:, None] * (block.groups // block.strata)

@@ -1,4 +1,4 @@
-"""What a search has tried."""
+"""The finished trials of a search."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from adapruner.search._study_file import StudyFile, quiet_optuna
 
 # User attributes of a trial: that it was stopped early, and the losses of the windows that it was judged on.
 STOPPED, LOSSES = "stopped", "losses"
-# Searched points below which nothing is said of the importance of parameters: PED-ANOVA looks at the best tenth, and
-# from fewer than ten trials it reads chance.
+# Minimum number of searched points for the importance of parameters: PED-ANOVA compares the best tenth with all, and
+# fewer than ten trials are chance.
 _FEWEST_POINTS = 100
 
 Parameter = float | int | str
@@ -38,8 +38,8 @@ class TriedPoint(_Record):
         number: its place among the finished trials, in the order in which they were begun.
         loss: mean over the windows, or the expected mean if the trial was stopped early; None if it is not finite.
         windows: how many it was judged on; none if its loss is not finite.
-        starting_point: whether it was given, and not proposed by the sampler.
-        fixed_metric: the name of the LLM-Pruner metric that it is, if it is one.
+        starting_point: True if it was given, False if the sampler proposed it.
+        fixed_metric: the name of the LLM-Pruner metric that was tried instead of searched values, if it was one.
         parameters: the searched values, by name.
         positions: the same within their ranges, 0 to 1.
     """
@@ -55,18 +55,18 @@ class TriedPoint(_Record):
 
 
 class Step(_Record):
-    """A step from what one would take without a search to what it found; all are compensated alike.
+    """A step from a choice without a search to the outcome of the search; all are compensated in the same way.
 
     Attributes:
         name: the best of LLM-Pruner's metrics, the best starting point, the best point that the sampler proposed.
         trial: its number among `points`.
-        candidate: what it is of.
+        candidate: the candidate of that trial.
         loss: mean over `windows`.
-        windows: how many windows the steps are compared on.
-        is_held_out: whether these are further windows. If not, they are the windows of the search, on which the trials
+        windows: number of windows that the steps are compared on.
+        is_held_out: True if these are further windows; False if they are the windows of the search, on which the trials
             of the steps were picked: there the best of many looks better than it is.
-        gain: by how much the loss is below that of the step before, in nats per predicted token; None for the first.
-        standard_error: of the gain, from the differences window by window; None where there is but one.
+        gain: the loss of the step before minus this loss, in nats per predicted token; None for the first.
+        standard_error: of the gain, from the differences window by window; None if there is only one window.
     """
 
     name: StepName
@@ -84,9 +84,9 @@ class History(_Record):
 
     Attributes:
         points: in the order in which they were begun.
-        ranges: the ends of the range of every parameter, or its choices.
-        importance: the share of each parameter in what distinguishes the best trials, largest first (PED-ANOVA,
-            Watanabe et al., arXiv 2304.10255); empty if there are too few trials.
+        ranges: both ends of the range of every parameter, or its choices.
+        importance: the share of each parameter in the difference between the best trials and the others (PED-ANOVA,
+            Watanabe et al., arXiv 2304.10255), largest first; empty if there are too few trials.
     """
 
     points: tuple[TriedPoint, ...] = ()
@@ -99,15 +99,15 @@ class History(_Record):
         return sum(not point.starting_point for point in self.points)
 
     @classmethod
-    def of(cls, finished: Sequence[FrozenTrial], **others: object) -> Self:
-        """Of finished trials, in the order in which they were begun; with the other fields of a subclass."""
+    def of(cls, finished: Sequence[FrozenTrial], **further: object) -> Self:
+        """The history of finished trials in the order in which they were begun, with further fields of a subclass."""
         kinds = sorted({name: kind for trial in finished for name, kind in trial.distributions.items()}.items())
         fields = {
             "points": tuple(point_of(number, trial) for number, trial in enumerate(finished)),
             "ranges": {name: _ends(kind) for name, kind in kinds},
             "importance": importance_of(finished),
         }
-        return cls.model_validate(fields | others)
+        return cls.model_validate(fields | further)
 
 
 def read_history(study: StudyFile) -> History:
@@ -143,8 +143,8 @@ def loss_of(trial: FrozenTrial) -> float:
 
 
 def compare(losses: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
-    """By how much finite losses are above others on the same windows, on average, and the standard error of that, which
-    is not finite for one window."""
+    """Mean difference between finite losses and others on the same windows, and its standard error, which is infinite
+    for a single window."""
     excess = [loss - other for loss, other in zip(losses, others, strict=True)]
     return statistics.fmean(excess), statistics.stdev(excess) / math.sqrt(len(excess)) if len(excess) > 1 else math.inf
 
@@ -165,14 +165,15 @@ def _ends(kind: BaseDistribution) -> tuple[Parameter, ...]:
 
 
 def importance_of(finished: Sequence[FrozenTrial]) -> dict[str, float]:
-    """Of the searched points alone: starting points are given, and a trial without a loss teaches nothing."""
+    """Importance of each parameter, from the searched points alone: starting points are given, and a trial without a
+    finite loss teaches nothing."""
     searched = [trial for trial in finished if START not in trial.user_attrs and math.isfinite(loss_of(trial))]
     if len(searched) < _FEWEST_POINTS:
         return {}
     with quiet_optuna(), warnings.catch_warnings():
         study = optuna.create_study()
         study.add_trials(searched)
-        # Called experimental in Optuna 4, whose default needs scikit-learn.
+        # Experimental in Optuna 4, whose default evaluator needs scikit-learn.
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         evaluator = optuna.importance.PedAnovaImportanceEvaluator()
         # A parameter that few trials have: the report says that it is a hint.

@@ -1,5 +1,5 @@
-"""Levelling: parts that were removed whole are tried again, and heads and channels move from layers where they cost
-little to layers where they cost much."""
+"""Levelling: removed parts are tried again, and heads and channels move from layers where they cost little to layers
+where they cost much."""
 
 from __future__ import annotations
 
@@ -15,29 +15,30 @@ from typing_extensions import Self
 
 from adapruner.evaluation import log_probabilities
 from adapruner.models import Whole
-from adapruner.planning import Budget, kept_counts, weigh_channels
+from adapruner.planning import kept_counts, weigh_channels
+from adapruner.search._history import compare
 from adapruner.search._objective import Objective, scores_of
 from adapruner.search._probe import Measured, Probe
 from adapruner.search._space import Candidate
 from adapruner.structure import Block
 
-# Standard errors that a change must gain. Of several that are tried one by one, one gains by chance; all widths move at
-# once, so that chance chooses less.
+# Standard errors that the gain of a change must exceed. Of several changes that are tried one by one, one may gain by
+# chance; all widths move at once, which leaves less to chance.
 _CERTAIN, _CERTAIN_OF_WIDTHS = 2.0, 1.0
 # All changes of heads that pay are tried at once, the best half of them, and the best quarter: each was measured alone.
 _DIVISORS = (1, 2, 4)
-# What a layer gives up more to see what its channels are worth, as a share of those it keeps: less drowns in noise.
+# Share of its kept channels that a layer gives up as well to measure their cost: the cost of fewer is lost in noise.
 _PROBED_SHARE = 0.15
 # A layer whose channels cost twice the mean gets 2 ** 0.4 times as many, and none more than 1.3 times or less than
-# 1 / 1.3 times in a round. What is removed is scaled to the ratio then, which changes narrow layers by more: a number
-# of widths that meets the ratio and keeps to the limit is worth the same (docs/experiments.md).
+# 1 / 1.3 times in a round. The removal is then scaled to the ratio, which changes narrow layers by more: widths that
+# meet the ratio within the limit are worth the same (docs/experiments.md).
 _EXPONENT, _MOST_PER_ROUND = 0.4, 1.3
 # Channels that cost nothing, or less: measured costs are noisy.
 _LEAST_COST = 0.05
 
 # Gives a candidate the ratio that meets the budget or a target; None if its allocation cannot.
 Meet: TypeAlias = Callable[[Candidate], "Candidate | None"]
-# A layer, and how many heads more or fewer it keeps.
+# A layer, and the number of heads that it gains or, negative, loses.
 Change: TypeAlias = tuple[int, int]
 Progress: TypeAlias = Callable[[int], None]
 
@@ -51,13 +52,13 @@ class Judged:
 
 
 class Tried(BaseModel):
-    """What a change gains.
+    """The gain of a change.
 
     Attributes:
-        gain: by how much the loss on the windows of the objective fell, in nats per predicted token.
-        gain_standard_error: from the differences window by window; None where there is but one.
-        accepted: whether the gain is more than so many standard errors as this kind of change needs, and the change was
-            made.
+        gain: decrease of the loss on the windows of the objective, in nats per predicted token.
+        gain_standard_error: from the differences window by window; None if there is only one window.
+        accepted: True if the gain exceeds the number of standard errors that this kind of change needs; the change was
+            then made.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -68,12 +69,10 @@ class Tried(BaseModel):
 
     @classmethod
     def compared(cls, before: Judged, after: Judged, certain: float, /, **fields: Any) -> Self:
-        """Accepted for a gain of more than so many standard errors."""
-        gains = [loss - lower for loss, lower in zip(before.losses, after.losses, strict=True)]
-        gain = statistics.fmean(gains)
-        error = statistics.stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else None
-        accepted = gain > certain * (error or 0.0)
-        return cls(gain=gain, gain_standard_error=error, accepted=accepted, **fields)
+        """Accepted for a gain of more than `certain` standard errors."""
+        gain, error = compare(before.losses, after.losses)
+        known = error if math.isfinite(error) else None
+        return cls(gain=gain, gain_standard_error=known, accepted=gain > certain * (known or 0.0), **fields)
 
 
 class KeptPart(Tried):
@@ -88,36 +87,34 @@ class MovedHeads(Tried):
     standard errors are needed.
 
     Attributes:
-        changes: by layer, how many heads it keeps more or, negative, fewer: KV groups, or query heads where these are
-            removed.
+        changes: by layer, the number of heads that it gains or, negative, loses: KV groups, or query heads where these
+            are removed.
     """
 
     changes: dict[int, int]
 
 
 class MovedChannels(Tried):
-    """What channels cost, and what it gains to move them. One standard error is needed.
+    """The costs of channels, and the gain of moving channels between layers. One standard error is needed.
 
     Attributes:
-        costs: by layer, of the channels that would be removed next: nats of divergence from the dense model per
-            predicted token and million parameters.
-        standard_errors: of these, over the windows.
+        costs: by layer, the cost of the channels that would be removed next: nats of divergence from the dense model
+            per predicted token and million parameters.
+        standard_errors: by layer, the standard error of the cost, over the windows.
     """
 
     costs: dict[int, float]
     standard_errors: dict[int, float]
 
 
-class Levelled(BaseModel):
+class Levelled(BaseModel, extra="forbid", frozen=True):
     """A candidate with its widths levelled.
 
     Attributes:
-        candidate: the one of the search where nothing was accepted.
-        moves: what was tried in all rounds, in this order.
-        kept: what was tried before them.
+        candidate: that of the search if nothing was accepted.
+        moves: the changes that were tried in all rounds, in this order.
+        kept: the parts that were tried again before them.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     candidate: Candidate
     moves: tuple[MovedHeads | MovedChannels, ...]
@@ -134,32 +131,32 @@ def level(
     moves_heads: bool = True,
     progress: Progress | None = None,
 ) -> Levelled:
-    """Keeps parts that the search had better not removed whole, and moves heads and channels between layers until none
-    costs more than another, as far as can be told.
+    """Keeps parts that are worth more than the widths that pay for them, then moves heads and channels between layers
+    until no layer costs measurably more than another.
 
     A search of few trials tries few numbers of whole parts. So each removed part is tried again, one after the
     other, with narrower layers to make up for it.
 
-    At the best allocation, what would be removed next costs the same per parameter in every layer. In each round, that
-    cost is measured at the present widths, layer by layer: the pruned and compensated model, with the layer yet
-    narrower, against the dense one.
+    At the best allocation, the groups that would be removed next cost the same per parameter in every layer. In each
+    round, that cost is measured layer by layer at the present widths: the pruned and compensated model, with this layer
+    narrower still, is compared with the dense model.
 
-    Which layers lose how many heads is chance until then: layers have few of them, and what the profile says is
-    rounded. A layer has one back where that gains more than channels with as many parameters cost in the mean, and
-    loses another one where that costs less, as long as other layers have as many back: other kinds of text need heads
-    more than that of the objective does (docs/experiments.md).
+    Until then, rounding decides how many heads each layer loses, because a layer has few of them. A layer regains a
+    head if that gains more than channels with the same number of parameters cost on average. It loses another head if
+    that costs less, as long as other layers regain one for it: other kinds of text need heads more than the text of the
+    objective does (docs/experiments.md).
 
-    The widths of all layers are then changed at once, by a part of what the costs say (with the heads before they were
-    moved), which averages out the noise that accepting the best single moves picks up. The windows that costs are
-    measured on are not those that decide what is accepted.
+    The widths of all layers are then changed at once, by a part of what the costs suggest (with the heads before they
+    were moved). This averages out noise, which accepting the best single moves would pick up. Costs are measured on
+    other windows than those that decide what is accepted.
 
     Args:
-        objective: what decides; its windows are judged by the loss.
+        objective: decides what is accepted; its windows are judged by the loss.
         windows: [windows, tokens], int64, to measure costs on.
-        rounds: at most so many; the first that gains nothing is the last.
+        rounds: maximum number; the first round that gains nothing is the last.
         meet: gives a candidate the ratio that meets the budget or a target; None if its allocation cannot.
-        layers: that may be pruned; None for all.
-        moves_heads: whether heads are moved too.
+        layers: layers that may be pruned; None for all.
+        moves_heads: True to move heads too.
         progress: called with 1 after every measured block.
     """
     best = judge(objective, candidate)
@@ -171,9 +168,10 @@ def level(
     moves: list[MovedHeads | MovedChannels] = []
     for _ in range(rounds):
         probe = Probe(objective, windows, references, best.candidate)
-        costs, paying = _measured(probe, layers, moves_heads, progress)
-        # It holds a model.
-        del probe
+        costs = dict(channel_costs(probe, layers, progress))
+        price = statistics.fmean(cost for cost, _ in costs.values()) if costs else 0.0
+        paying = paying_changes(probe, layers, price, progress) if moves_heads and price > 0 else []
+        del probe  # it holds a model
         best, heads = move_heads(objective, best, paying, meet)
         best, channels = move_channels(objective, best, costs, layers, meet)
         moves += [*heads, *channels]
@@ -182,59 +180,26 @@ def level(
     return Levelled(candidate=best.candidate, moves=tuple(moves), kept=tuple(kept))
 
 
-def _measured(
-    probe: Probe, layers: range, moves_heads: bool, progress: Progress | None
-) -> tuple[dict[int, Measured], list[Change]]:
-    """By layer, the cost of its next channels (see `MovedChannels`), and the changes of heads that pay."""
-    costs = dict(channel_costs(probe, layers, progress))
-    price = statistics.fmean(cost for cost, _ in costs.values()) if costs else 0.0
-    return costs, paying_changes(probe, layers, price, progress) if moves_heads and price > 0 else []
-
-
 def judge(objective: Objective, candidate: Candidate | None) -> Judged | None:
-    """None for no candidate, and where a loss is not finite."""
+    """The candidate with its losses; None if there is no candidate or a loss is not finite."""
     if not candidate:
         return None
     losses = [loss for batch in objective(candidate) for loss in batch.tolist()]
     return Judged(candidate, losses) if all(map(math.isfinite, losses)) else None
 
 
-def with_budget(candidate: Candidate, budget: Budget) -> Candidate:
-    """The candidate with another budget."""
-    return candidate.model_copy(update={"budget": budget})
-
-
 def keep_parts(objective: Objective, best: Judged, meet: Meet) -> tuple[Judged, list[KeptPart]]:
-    """The candidate without removing what is worth more than the widths that pay for it, and what was tried."""
+    """The candidate with the parts that are worth more than the widths that pay for them, and all that was tried."""
     tried: list[KeptPart] = []
-    for layer, part in removed_whole(best.candidate.budget):
-        budget = keeping(best.candidate.budget, layer)
-        if judged := judge(objective, meet(with_budget(best.candidate, budget))):
+    for layer, part in best.candidate.budget.removed_whole.items():
+        if judged := judge(objective, meet(best.candidate.with_budget(best.candidate.budget.keeping(layer)))):
             tried.append(KeptPart.compared(best, judged, _CERTAIN, layer=layer, part=part))
             best = judged if tried[-1].accepted else best
     return best, tried
 
 
-def removed_whole(budget: Budget) -> list[tuple[int, Whole]]:
-    """Layer by layer, what is removed whole of it."""
-    attentions, feed_forwards = set(budget.without_attention), set(budget.without_feed_forward)
-    parts: dict[int, Whole] = dict.fromkeys(attentions, "attention")
-    parts |= dict.fromkeys(feed_forwards, "feed-forward")
-    parts |= dict.fromkeys(attentions & feed_forwards, "layer")
-    return sorted(parts.items())
-
-
-def keeping(budget: Budget, layer: int) -> Budget:
-    """The budget without whole parts removed from a layer."""
-    return replace(
-        budget,
-        without_attention=tuple(other for other in budget.without_attention if other != layer),
-        without_feed_forward=tuple(other for other in budget.without_feed_forward if other != layer),
-    )
-
-
 def paying_changes(probe: Probe, layers: range, price: float, progress: Progress | None) -> list[Change]:
-    """Changes of heads that each gain more than their standard error, those that gain most first, more and fewer in
+    """Changes of heads that each gain more than their standard error, largest gain first, additions and removals in
     turn: a head is removed only in exchange for another one.
 
     Args:
@@ -258,7 +223,7 @@ def paying_changes(probe: Probe, layers: range, price: float, progress: Progress
                 progress(1)
 
     paying = dict(gains(1))
-    # No layer gets heads back, so none may lose any.
+    # No layer regains heads, so none may lose any.
     if not paying:
         return []
     paying |= gains(-1)
@@ -274,8 +239,8 @@ def paying_changes(probe: Probe, layers: range, price: float, progress: Progress
 def move_heads(
     objective: Objective, best: Judged, paying: Sequence[Change], meet: Meet
 ) -> tuple[Judged, list[MovedHeads]]:
-    """The candidate with as many of the changes that pay as lower the loss on the windows of the objective most, and
-    what was tried."""
+    """The candidate with the number of paying changes that lowers the loss on the windows of the objective most, and
+    all that was tried."""
     structure, candidate = objective.structure, best.candidate
     counts = zip(structure.blocks, counts_of(objective, candidate), strict=True)
     kept = {block.layer: count for block, count in counts if block.kind == "heads"}
@@ -283,7 +248,7 @@ def move_heads(
     for most in sorted({-(-len(paying) // divisor) for divisor in _DIVISORS} - {0}, reverse=True):
         changes = dict(paying[:most])
         heads = tuple(kept.get(layer, 0) + changes.get(layer, 0) for layer in range(structure.layers))
-        if judged := judge(objective, meet(with_budget(candidate, replace(candidate.budget, heads=heads)))):
+        if judged := judge(objective, meet(candidate.with_budget(replace(candidate.budget, heads=heads)))):
             tried.append((judged, MovedHeads.compared(best, judged, _CERTAIN, changes=changes)))
     if not tried:
         return best, []
@@ -306,8 +271,8 @@ def channel_costs(probe: Probe, layers: range, progress: Progress | None) -> Ite
 def move_channels(
     objective: Objective, best: Judged, costs: dict[int, Measured], layers: range, meet: Meet
 ) -> tuple[Judged, list[MovedChannels]]:
-    """The candidate with its widths changed by what they cost, if that lowers the loss on the windows of the objective,
-    and what was tried."""
+    """The candidate with its widths changed according to their costs, if that lowers the loss on the windows of the
+    objective, and all that was tried."""
     judged = judge(objective, with_moved_channels(objective, best.candidate, costs, layers, meet))
     if not judged:
         return best, []
@@ -319,8 +284,8 @@ def move_channels(
 def with_moved_channels(
     objective: Objective, candidate: Candidate, costs: dict[int, Measured], layers: range, meet: Meet
 ) -> Candidate | None:
-    """The candidate with every layer changed by a part of what the costs say; None where they cannot be told apart, the
-    budget cannot be met so, or heads and channels are ranked together."""
+    """The candidate with the width of every layer changed according to its cost. None if the costs do not differ
+    measurably, the budget cannot be met with these widths, or heads and channels are ranked together."""
     structure, budget = objective.structure, candidate.budget
     counts, by_layer = counts_of(objective, candidate), factors(costs)
     shares = [0.0] * structure.layers
@@ -330,13 +295,13 @@ def with_moved_channels(
     # Heads that are ranked with the channels have no share of their own.
     if not by_layer or not any(shares) or (budget.ranks_globally and budget.head_share > 0):
         return None
-    met = meet(with_budget(candidate, weigh_channels(structure, budget, shares)))
+    met = meet(candidate.with_budget(weigh_channels(structure, budget, shares)))
     return met if met and kept_counts(structure, met.budget) != counts else None
 
 
 def factors(costs: dict[int, Measured]) -> dict[int, float]:
-    """By layer, how many times as many channels it gets. Costs are drawn towards their mean by what of their variance
-    is noise."""
+    """By layer, the factor by which its number of channels changes. Costs are shrunk towards their mean by the share of
+    their variance that is noise."""
     if len(costs) < 2:
         return {}
     means = [cost for cost, _ in costs.values()]
@@ -347,14 +312,14 @@ def factors(costs: dict[int, Measured]) -> dict[int, float]:
         return {}
 
     def factor(cost: float, error: float) -> float:
-        drawn = mean + (cost - mean) * signal / (signal + error**2)
-        return min(_MOST_PER_ROUND, max(1 / _MOST_PER_ROUND, math.pow(max(_LEAST_COST, drawn / mean), _EXPONENT)))
+        shrunk = mean + (cost - mean) * signal / (signal + error**2)
+        return min(_MOST_PER_ROUND, max(1 / _MOST_PER_ROUND, math.pow(max(_LEAST_COST, shrunk / mean), _EXPONENT)))
 
     return {layer: factor(cost, error) for layer, (cost, error) in costs.items()}
 
 
 def counts_of(objective: Objective, candidate: Candidate) -> list[int]:
-    """How many groups each block keeps."""
+    """Number of groups that each block keeps."""
     scores = scores_of(objective.structure, objective.statistics, candidate)
     return kept_counts(objective.structure, candidate.budget, scores)
 

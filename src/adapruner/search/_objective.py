@@ -1,5 +1,5 @@
-"""What a trial costs the model: from a candidate to a plan, a cut model, and its loss on held-out windows or what a
-function of the user gives."""
+"""The objective of the search: from a candidate to a plan, a cut model, and its loss on held-out windows or as judged
+by a function of the user."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def meet_budget(
         if target is None:
             counts_at(budget.ratio)
             return candidate
-        return candidate.model_copy(update={"budget": replace(budget, ratio=target.ratio(counts_at))})
+        return candidate.with_budget(replace(budget, ratio=target.ratio(counts_at)))
     except BudgetError:
         return None
 
@@ -69,15 +69,15 @@ def scores_of(structure: Structure, statistics: Statistics, candidate: Candidate
 
 @dataclass(frozen=True)
 class Objective:
-    """What a candidate leaves of the model, window by window; no trial does a backward pass.
+    """The loss of the model that a candidate leaves, window by window; no trial does a backward pass.
 
     Attributes:
         windows: [windows, tokens], int64, disjoint from the pool and from everything that is reported.
         compensation: how the cut model is compensated before it is judged.
-        prefix: what comes out of the first layers of the model, which a trial that does not cut them takes from here.
+        prefix: the outputs of the first layers of the model, which trials that do not cut these layers reuse.
         references: for the selection by divergence, the dense model's log-probabilities, batch by batch (see
             `evaluation.losses_by_batch`); None to select by the loss.
-        item_losses: what judges in place of the windows; None for the windows.
+        item_losses: the function that judges instead of the windows; None for the windows.
     """
 
     model: PreTrainedModel
@@ -89,7 +89,7 @@ class Objective:
     references: list[Tensor] | None = None
     item_losses: ItemLosses | None = None
     _counts: set[int] = field(default_factory=set, init=False)
-    # By the hash of a plan: candidates may differ in what changes nothing, as the samples of terms without weight.
+    # By the hash of a plan: candidates may differ in values without effect, as the samples of unweighted terms.
     _judged: dict[str, list[Tensor]] = field(default_factory=dict, init=False)
 
     def __call__(self, candidate: Candidate) -> Iterator[Tensor]:
@@ -116,13 +116,13 @@ class Objective:
         self._judged[plan.hash] = judged
 
     def together(self, candidates: Sequence[Candidate]) -> list[Iterable[Tensor]]:
-        """The same of several candidates, for which every layer of a model whose layers are streamed is read once."""
+        """The same for several candidates: of a model whose layers are streamed, every layer is read once for all."""
         plans = {}
         for number, candidate in enumerate(candidates):
             with suppress(BudgetError):
                 plans[number] = plan_candidate(self.structure, self.statistics, candidate)
         losses = dict(zip(plans, self._in_step(list(plans.values())), strict=True))
-        return [losses[number] if number in plans else self(each) for number, each in enumerate(candidates)]
+        return [losses[number] if number in plans else self(candidate) for number, candidate in enumerate(candidates)]
 
     def _in_step(self, plans: Sequence[PruningPlan]) -> list[list[Tensor]]:
         models = [
@@ -135,7 +135,7 @@ class Objective:
         """[items], float64.
 
         Raises:
-            AdaPrunerError: they are not a loss for each of the same items: candidates are compared item by item.
+            AdaPrunerError: it does not give one loss for each of the same items: candidates are compared item by item.
         """
         with torch.no_grad():
             losses = torch.as_tensor(item_losses(pruned), dtype=torch.float64, device="cpu")

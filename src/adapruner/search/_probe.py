@@ -1,4 +1,4 @@
-"""What it costs to give single blocks of a pruned model other numbers of groups."""
+"""The cost of giving single blocks of a pruned model other numbers of groups."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ Measured: TypeAlias = tuple[float, float]
 
 
 class Probe:
-    """A pruned model, of which single blocks are given other numbers of groups.
+    """A pruned model whose single blocks are given other numbers of groups.
 
     Attributes:
-        objective: with the dense model, its structure and statistics.
+        objective: holds the dense model, its structure and statistics.
         budget: of the pruned model.
-        counts: how many groups each block keeps.
+        counts: number of groups that each block keeps.
     """
 
     def __init__(self, objective: Objective, windows: Tensor, references: list[Tensor], candidate: Candidate) -> None:
@@ -45,21 +45,21 @@ class Probe:
         self._before = self._divergences(len(self._layers))
 
     def _divergences(self, same: int) -> Tensor:
-        """[windows], float64: from the dense model, where so many of the first layers are as they were."""
+        """[windows], float64: divergences from the dense model; the first `same` layers are unchanged."""
         batches = losses_by_batch(self._model, self._windows, self._references, prefix=self._prefix, prefix_layers=same)
         return torch.cat(list(batches))
 
     def added(self, number: int, count: int) -> Measured | None:
-        """By how much the divergence grows if a block keeps so many groups, in nats per predicted token; None where
-        that is not known."""
+        """Increase of the divergence if a block keeps `count` groups, in nats per predicted token; None if it is not
+        known."""
         structure, compensation = self.objective.structure, self.objective.compensation
-        block, whole = structure.blocks[number], [each.groups for each in structure.blocks]
+        block, counts = structure.blocks[number], [block.groups for block in structure.blocks]
         if block.layer not in self._layers:
             return None
-        alone = make_plan(structure, self._scores, [*whole[:number], count, *whole[number + 1 :]])
-        other = prune_model(self.objective.model, structure, alone, compensation)
+        counts[number] = count
+        alone = prune_model(self.objective.model, structure, make_plan(structure, self._scores, counts), compensation)
         same = self._layers.index(block.layer)
-        with _in_place(self._model, other, block, same):
+        with _in_place(self._model, alone, block, same):
             added = self._divergences(same) - self._before
         if len(added) < 2 or not added.isfinite().all():
             return None
@@ -68,11 +68,11 @@ class Probe:
 
 @contextlib.contextmanager
 def _in_place(model: PreTrainedModel, other: PreTrainedModel, block: Block, layer: int) -> Iterator[None]:
-    """While it lasts, the projections of a block are those of another model, which has all layers; of heads, the whole
-    attention, which may know how many it has.
+    """While it lasts, the projections of a block are those of another model, which has all layers. For heads, the whole
+    attention module is replaced, because it may store its number of heads.
 
     Args:
-        layer: which of the layers of the first model it is.
+        layer: the number of the layer of the block in the first model.
     """
     if block.kind == "heads":
         names = architecture_of(other.config)

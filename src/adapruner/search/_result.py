@@ -1,4 +1,4 @@
-"""What a search comes to: its best trials, judged further, and the one of them that is chosen."""
+"""The outcome of a search: its best trials are judged further, and one of them is chosen."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
+from operator import attrgetter
 
 from optuna.trial import FrozenTrial
 from torch import Tensor
@@ -18,10 +19,10 @@ from adapruner.search._space import FIXED_METRIC, START, Candidate, SearchSpace
 
 Judge = Callable[[Candidate], Iterable[Tensor]]
 
-# How many of the best trials are judged further, beside the best fixed metric and the best starting point.
+# Number of best trials that are judged further, in addition to the best fixed metric and the best starting point.
 _FINALISTS = 3
-# A finalist is refused if it is worse in changed text than the best starting point by so many standard errors, on so
-# many windows or more.
+# A finalist is refused if it is worse than the best starting point in changed text by this many standard errors, on at
+# least this many windows.
 _STANDARD_ERRORS_TO_REFUSE, _FEWEST_WINDOWS_TO_REFUSE = 2.0, 8
 
 
@@ -30,18 +31,18 @@ class SearchResult(History):
 
     Attributes:
         ratio: of all parameters, to be removed; where trials meet a target, that of the starting allocation.
-        trials: how many were to be finished.
+        trials: number of trials that were to be finished.
         best: the best of the candidates that were not stopped; where finalists were judged further, the best of those
             that were not refused.
         best_loss: on the windows on which it was last judged; so is `best_fixed_loss`.
         best_trial: its number among `points`.
         best_fixed: the best of LLM-Pruner's metrics on the first random draw of samples.
         best_fixed_name: of that metric.
-        stopped_early: how many trials were stopped early.
-        starting_points: how many points the space tries before it searches.
-        refused: trials that are ahead of the best starting point over all windows, but clearly behind it in changed
+        stopped_early: number of trials that were stopped early.
+        starting_points: number of points that the space tries before it searches.
+        refused: trials that are better than the best starting point over all windows, but clearly worse in changed
             text; their numbers among `points`.
-        steps: the best trial of each kind, picked on the windows of the search, and what it gains over the kind before.
+        steps: the best trial of each kind, picked on the windows of the search, and its gain over the kind before.
             Kinds whose trials were all stopped are missing. `best` may be another trial.
     """
 
@@ -60,7 +61,7 @@ class SearchResult(History):
 
     @property
     def advice(self) -> str | None:
-        """What to change if nothing was searched."""
+        """Advice if nothing was searched."""
         if self.searched:
             return None
         return (
@@ -71,7 +72,7 @@ class SearchResult(History):
 
 @dataclass(frozen=True)
 class _Contender:
-    """A trial that was not stopped. Its candidate is judged on other text the first time that is asked for.
+    """A trial that was not stopped. Its candidate is judged on other text when those losses are first read.
 
     Attributes:
         number: its place among the finished trials.
@@ -85,12 +86,12 @@ class _Contender:
 
     @property
     def loss(self) -> float:
-        """On the windows of the search."""
+        """The loss on the windows of the search."""
         return loss_of(self.trial)
 
     @property
     def losses(self) -> list[float]:
-        """Of each window of the search; none if the loss is not finite."""
+        """The loss on each window of the search; empty if the loss is not finite."""
         return list(self.trial.user_attrs[LOSSES])
 
     @property
@@ -107,17 +108,17 @@ class _Contender:
 
     @cached_property
     def further(self) -> list[float]:
-        """Of each further window."""
+        """The loss on each further window."""
         return self._losses_by(self.judge_further)
 
     @cached_property
     def changed(self) -> list[float]:
-        """Of each window of changed text."""
+        """The loss on each window of changed text."""
         return self._losses_by(self.judge_changed)
 
     @property
     def final_loss(self) -> float:
-        """On the windows of the search and the further ones together."""
+        """The mean loss over the windows of the search and the further ones together."""
         return statistics.fmean([*self.losses, *self.further] or [math.inf])
 
     def _losses_by(self, judge: Judge | None) -> list[float]:
@@ -138,34 +139,34 @@ def choose(
 
     Args:
         finished: in the order in which they were begun.
-        trials: how many were to be finished.
+        trials: number of trials that were to be finished.
         judge_further: gives the losses of a candidate, batch by batch, as the judge of the search does, but on further
-            windows. The best of many trials owes part of its loss to the windows it was chosen on; None takes it as it
-            is.
-        judge_changed: the same on text in another form. A finalist that is ahead of the best starting point, and
-            clearly worse here, is refused: what it gains holds for text of one kind.
+            windows. The best of many trials owes part of its loss to the windows it was chosen on; None accepts that.
+        judge_changed: the same on text in another form. A finalist that is better than the best starting point, but
+            clearly worse here, is refused: its gain holds for one kind of text only.
 
     Raises:
         AdaPrunerError: no trial ended with a finite loss.
     """
-    whole = [
+    contenders = [
         _Contender(trial, number, space, judge_further, judge_changed)
         for number, trial in enumerate(finished)
         if STOPPED not in trial.user_attrs
     ]
-    whole.sort(key=lambda one: one.loss)
-    fixed, starts = [one for one in whole if one.fixed_metric], [one for one in whole if one.is_start]
-    if not fixed or not math.isfinite(whole[0].loss):
+    contenders.sort(key=attrgetter("loss"))
+    fixed = [contender for contender in contenders if contender.fixed_metric]
+    starts = [contender for contender in contenders if contender.is_start]
+    if not fixed or not math.isfinite(contenders[0].loss):
         raise AdaPrunerError(
             f"none of the {len(finished)} trials has a finite loss: lower `ratio`, or try `dtype` float32"
         )
-    first = islice(_distinct(whole), _FINALISTS if judge_further else 1)
+    first = islice(_distinct(contenders), _FINALISTS if judge_further else 1)
     # The best fixed metric is judged further to compare with, and so is the best starting point.
     finalists = list(_distinct([fixed[0], starts[0], *first]))
-    start = min((one for one in finalists if one.is_start), key=lambda one: one.final_loss)
-    ahead = [one for one in finalists if one.final_loss < start.final_loss]
-    refused = [one.number for one in ahead if _is_clearly_worse(one.changed, start.changed)]
-    best = min((one for one in finalists if one.number not in refused), key=lambda one: one.final_loss)
+    start = min((finalist for finalist in finalists if finalist.is_start), key=attrgetter("final_loss"))
+    better = [finalist for finalist in finalists if finalist.final_loss < start.final_loss]
+    refused = [finalist.number for finalist in better if _is_clearly_worse(finalist.changed, start.changed)]
+    best = min((finalist for finalist in finalists if finalist.number not in refused), key=attrgetter("final_loss"))
     return SearchResult.of(
         finished,
         ratio=space.budget.ratio,
@@ -176,31 +177,35 @@ def choose(
         best_fixed=fixed[0].candidate,
         best_fixed_loss=fixed[0].final_loss,
         best_fixed_name=fixed[0].fixed_metric,
-        stopped_early=len(finished) - len(whole),
+        stopped_early=len(finished) - len(contenders),
         starting_points=len(space.starting_points()),
         refused=tuple(sorted(refused)),
-        steps=tuple(_steps(whole)),
+        steps=tuple(_steps(contenders)),
     )
 
 
 def _distinct(contenders: Iterable[_Contender]) -> Iterator[_Contender]:
-    """Those whose candidates differ from those before."""
+    """The contenders whose candidates differ from those before."""
     seen: set[str] = set()
-    for one in contenders:
-        if (name := one.candidate.model_dump_json()) not in seen:
+    for contender in contenders:
+        if (name := contender.candidate.model_dump_json()) not in seen:
             seen.add(name)
-            yield one
+            yield contender
 
 
-def _steps(whole: Sequence[_Contender]) -> Iterator[Step]:
-    """What each part of a search is worth: the best of each kind, of contenders of which the best is first."""
+def _steps(contenders: Sequence[_Contender]) -> Iterator[Step]:
+    """The worth of each part of a search: the best contender of each kind.
+
+    Args:
+        contenders: the best first.
+    """
     kinds: dict[StepName, list[_Contender]] = {
-        "fixed metric": [one for one in whole if one.fixed_metric],
-        "starting point": [one for one in whole if one.is_start and not one.fixed_metric],
-        "searched": [one for one in whole if not one.is_start],
+        "fixed metric": [contender for contender in contenders if contender.fixed_metric],
+        "starting point": [contender for contender in contenders if contender.is_start and not contender.fixed_metric],
+        "searched": [contender for contender in contenders if not contender.is_start],
     }
     before: list[float] = []
-    for name, (best, *_) in ((name, ones) for name, ones in kinds.items() if ones):
+    for name, (best, *_) in ((name, ranked) for name, ranked in kinds.items() if ranked):
         losses = best.further or best.losses
         if not losses or not all(map(math.isfinite, losses)):
             continue
@@ -219,7 +224,7 @@ def _steps(whole: Sequence[_Contender]) -> Iterator[Step]:
 
 
 def _is_clearly_worse(losses: Sequence[float], others: Sequence[float]) -> bool:
-    """Whether losses on the same windows are higher than others; not, where there are too few to tell."""
+    """True if losses are clearly higher than others on the same windows; False if there are too few to tell."""
     if len(others) < _FEWEST_WINDOWS_TO_REFUSE or not all(map(math.isfinite, others)):
         return False
     if not all(map(math.isfinite, losses)):

@@ -1,4 +1,4 @@
-"""The solution space: which calibration samples, which mix of importance terms, and where the budget is spent."""
+"""The solution space: calibration samples, a mix of importance terms, and the allocation of the budget."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
 from optuna.trial import BaseTrial
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from adapruner.config import Alignment, Layout, Reduction, Searched, Terms
 from adapruner.importance import LLM_PRUNER_METRICS, PAPER_TERMS, TERMS, MetricPoint, Term, usable_terms
@@ -21,12 +21,12 @@ from adapruner.search._subsets import FEATURES, SubsetFamily
 _PAPER_SECOND_ORDER_FACTORS = (1e5, 1e6, 1e7)
 _PAPER_FINE_FACTORS = (1e-2, 1e-3, 1e-4)
 
-# User attributes of a trial: which of LLM-Pruner's metrics it is instead of a searched point; and its number among the
-# starting points.
+# User attributes of a trial: the name of LLM-Pruner's metric that it tries instead of a searched point, and its number
+# among the starting points.
 FIXED_METRIC, START = "fixed_metric", "start"
 
 MOST_PROTECTED_FIRST, MOST_PROTECTED_LAST = 6, 4
-# What the share of heads is raised to where channels alone cannot meet the ratio.
+# The share of heads is raised to one of these if channels alone cannot meet the ratio.
 _HEAD_SHARES = (0.25, 0.5, 0.75, 1.0)
 
 # The parameters that count the parts that are removed whole.
@@ -38,32 +38,31 @@ _WHOLE_COUNTS: dict[Whole, str] = {
 
 
 def reused_layers(layout: Layout, protect_first: int | None, layers: int) -> int:
-    """The first layers whose outputs are kept for all trials: many of these cut nothing there."""
+    """Number of first layers whose outputs are kept for all trials: many trials cut nothing there."""
     return min(layers, max(MOST_PROTECTED_FIRST, protect_first or 0)) if layout == "per-layer" else 0
 
 
-class Candidate(BaseModel):
-    """A point of the solution space: a metric, the numbers of the pool samples that it is computed on, and where the
-    budget is spent."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class Candidate(BaseModel, extra="forbid", frozen=True):
+    """A point of the solution space: a metric, the numbers of the pool samples that it is computed on, and a budget."""
 
     point: MetricPoint
     samples: tuple[int, ...]
     budget: Budget
 
+    def with_budget(self, budget: Budget) -> Candidate:
+        """The candidate with another budget."""
+        return self.model_copy(update={"budget": budget})
 
-class StartingPoint(BaseModel):
-    """What is tried before the sampler proposes anything: searched parameters, or the name of a fixed metric."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class StartingPoint(BaseModel, extra="forbid", frozen=True):
+    """A point that is tried before the sampler proposes any: searched parameters, or the name of a fixed metric."""
 
     parameters: dict[str, float | int | str] = {}
     attributes: dict[str, Any] = {}
 
 
-class _Asked:
-    """Gives known values to what is asked for, and notes the names."""
+class _KnownTrial:
+    """A trial that suggests known values and notes the names of the parameters."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         self._values, self.names = values, set[str]()
@@ -82,20 +81,20 @@ class _Asked:
         return self._values.get(name, default)
 
 
-Parameters: TypeAlias = BaseTrial | _Asked
+Parameters: TypeAlias = BaseTrial | _KnownTrial
 
 
 @dataclass(frozen=True)
 class SearchSpace(ABC):
-    """Turns Optuna parameters into candidates. Their names begin with what they belong to, as `metric.fine` does, so
-    that terms and families of any name collide with nothing.
+    """Turns Optuna parameters into candidates. The name of a parameter begins with its group, as in `metric.fine`, so
+    that terms and families may have any name.
 
     Attributes:
         subsets: the family of calibration subsets.
-        samples: how many samples a subset has.
+        samples: number of samples in a subset.
         seed: of the random draw that LLM-Pruner's metrics are tried on.
-        budget: how much is removed; also where from, if that is not searched.
-        reduction: how the vectors of a group become one score.
+        budget: the amount to remove, and its allocation if that is not searched.
+        reduction: reduces the vectors of a group to one score.
         terms: `vector-wise` leaves out the terms that are fine.
         searched: `joint`; or only samples or metric, with the first random draw or `param_first` for the other.
     """
@@ -128,7 +127,7 @@ class SearchSpace(ABC):
         ]
 
     def suggest(self, trial: BaseTrial) -> Candidate:
-        """Asks the trial for all parameters, if it is no fixed metric."""
+        """The candidate of the parameters that the trial suggests, or of its fixed metric."""
         if metric := trial.user_attrs.get(FIXED_METRIC):
             point = LLM_PRUNER_METRICS[metric]
             return Candidate(point=point, samples=tuple(self.first_draw), budget=self.budget)
@@ -144,19 +143,19 @@ class SearchSpace(ABC):
         return Candidate(point=point, samples=samples, budget=self.budget)
 
     def _only_searched(self, parameters: dict[str, Any]) -> dict[str, Any]:
-        """Without the parameters that this space does not ask for."""
-        asked = _Asked(parameters)
-        self._ask(asked)
-        return {name: value for name, value in parameters.items() if name in asked.names}
+        """The parameters that this space searches."""
+        trial = _KnownTrial(parameters)
+        self._ask(trial)
+        return {name: value for name, value in parameters.items() if name in trial.names}
 
     @property
     def _held_metric(self) -> str:
-        """LLM-Pruner's metric that is kept where none is searched."""
+        """The name of LLM-Pruner's metric that is used if no metric is searched."""
         return "param_first" if self.terms == "all" else "vectorize"
 
     @abstractmethod
     def _good_points(self) -> list[dict[str, Any]]:
-        """Parameters of points that are good on most models, maybe more than are searched."""
+        """Parameters of points that are good on most models; may include parameters that are not searched."""
 
     @abstractmethod
     def _ask_for_metric(self, trial: Parameters) -> MetricPoint: ...
@@ -207,19 +206,18 @@ class PaperSpace(SearchSpace):
 
 @dataclass(frozen=True)
 class ExtendedSpace(SearchSpace):
-    """All registered terms, and the allocation: a weight for each family of terms, and for each but its first term, the
-    part of the family that it takes.
+    """All registered terms, and the allocation. Each family of terms has a weight. Each term of a family but the first
+    has a share of the family.
 
     Attributes:
-        fixed: options of the allocation that are left as the budget has them: `protect_first`, `protect_last` and
-            `head_share`.
-        meet: gives a candidate the ratio that meets the budget or a target; None if its allocation cannot. Then the
-            nearest allocation that can is taken: without whole parts removed, with fewer protected layers, then with
-            more heads. Without this function, candidates are left as they are.
-        experts: whether there are experts, and what they can be ranked by: also by what was measured of their routing,
-            or, where that is not known, by the Taylor terms alone.
-        whole: for each part of a layer that may be removed whole, the layers in the order of removal. How many are
-            removed is searched.
+        fixed: options of the allocation that are not searched: `protect_first`, `protect_last` and `head_share`.
+        meet: gives a candidate the ratio that meets the budget or a target; None if its allocation cannot. The search
+            then uses the nearest allocation that can: without whole parts removed, with fewer protected layers, then
+            with more heads removed. Without this function, candidates are used unchanged.
+        experts: `none` without experts; `routing` if routing was measured, by which experts can be ranked as well; or
+            `taylor` if they can be ranked by the Taylor terms alone.
+        whole: for each part of a layer that may be removed whole, the layers in the order of removal. The number of
+            removed parts is searched.
     """
 
     fixed: frozenset[str] = field(default_factory=frozenset)
@@ -232,7 +230,7 @@ class ExtendedSpace(SearchSpace):
         candidate = super().suggest(trial)
         if self.meet is None or self.searched != "joint" or FIXED_METRIC in trial.user_attrs:
             return candidate
-        nearest = (candidate.model_copy(update={"budget": budget}) for budget in self._relaxed(candidate.budget))
+        nearest = map(candidate.with_budget, self._relaxed(candidate.budget))
         return next(filter(None, map(self.meet, nearest)), candidate)
 
     def _good_points(self) -> list[dict[str, Any]]:
@@ -252,7 +250,7 @@ class ExtendedSpace(SearchSpace):
             reconstruction | {"allocation.bend": 0.8} | self._removed(layer=1),
         ]
         if self.budget.heads and "head_share" not in self.fixed:
-            # Where channels alone would not do, this is far better on SmolLM2 (docs/experiments.md).
+            # If channels alone do not suffice, this is far better on SmolLM2 (docs/experiments.md).
             points.append(
                 _mix(reconstruction=0.8, conditional_variance=0.2, **experts)
                 | reference
@@ -263,9 +261,7 @@ class ExtendedSpace(SearchSpace):
 
     def _ask(self, trial: Parameters) -> Candidate:
         candidate = super()._ask(trial)
-        if self.searched != "joint":
-            return candidate
-        return candidate.model_copy(update={"budget": self._ask_for_budget(trial)})
+        return candidate.with_budget(self._ask_for_budget(trial)) if self.searched == "joint" else candidate
 
     def _ask_for_metric(self, trial: Parameters) -> MetricPoint:
         paper = self._taylor_weights(trial)
@@ -274,10 +270,9 @@ class ExtendedSpace(SearchSpace):
         shares = {family: trial.suggest_float(f"family.{family}", 0, 1) for family in families}
         for family, terms in families.items():
             for term in _joining(terms):
-                part = trial.suggest_float(f"term.{term.name}", 0, 1)
-                mixes[family] = {name: weight * (1 - part) for name, weight in mixes[family].items()} | {
-                    term.name: part
-                }
+                share = trial.suggest_float(f"term.{term.name}", 0, 1)
+                others = {name: weight * (1 - share) for name, weight in mixes[family].items()}
+                mixes[family] = others | {term.name: share}
         total = sum(shares.values()) or 1.0
         weights = {
             name: weight * shares[family] / total for family, mix in mixes.items() for name, weight in mix.items()
@@ -315,13 +310,13 @@ class ExtendedSpace(SearchSpace):
         )
 
     def _removed(self, **counts: int) -> dict[str, int]:
-        """The parameters that remove so many attentions, feed-forwards or layers, or as many as possible."""
+        """Parameters that remove `counts` attention layers, feed-forwards or whole layers, or as many as possible."""
         possible = {part: len(layers) for part, layers in self.whole.items() if layers}
         return {_WHOLE_COUNTS[part]: min(counts.get(part, 0), most) for part, most in possible.items()}
 
     def _relaxed(self, budget: Budget) -> Iterator[Budget]:
-        """The budget, then without whole parts removed, then ever more to take it from: a layer less protected, at the
-        end that protects more, and when none is left, more heads."""
+        """The budget, then budgets that are ever easier to meet: without whole parts removed, with one protected layer
+        less at the end that protects more, and when no layer is protected, with more heads removed."""
         yield budget
         if budget.without_attention or budget.without_feed_forward:
             budget = replace(budget, without_attention=(), without_feed_forward=())
@@ -341,7 +336,7 @@ class ExtendedSpace(SearchSpace):
             yield from (replace(budget, heads=share) for share in _HEAD_SHARES if share > budget.head_share)
 
     def _reference_allocation(self) -> dict[str, Any]:
-        """The parameters that give the budget of this space as it is."""
+        """The parameters that give the budget of this space."""
         profile = self.budget.allocation if isinstance(self.budget.allocation, Profile) else Profile()
         allocation = _allocation(
             heads="some" if self.budget.heads else "none",
@@ -364,12 +359,12 @@ def _families(terms: list[Term]) -> dict[str, list[Term]]:
 
 
 def _joining(terms: list[Term]) -> list[Term]:
-    """The terms of a family that take a part of it: all but those that it begins with."""
+    """The terms that have a share of their family: all but its first terms."""
     return [term for term in terms[1:] if term.name not in PAPER_TERMS]
 
 
 def _mix(**shares: float) -> dict[str, float]:
-    """Parameters of a mix of families, in each of which the terms take the part that they are registered with."""
+    """Parameters of a mix of families; the terms of each have the share that they are registered with."""
     families = _families(list(TERMS.values()))
     mix = {f"family.{family}": shares.get(family, terms[0].share) for family, terms in families.items()}
     parts = {f"term.{term.name}": term.share for terms in families.values() for term in _joining(terms)}

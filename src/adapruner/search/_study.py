@@ -28,25 +28,25 @@ from adapruner.search._study_file import StudyFile, quiet_optuna
 JudgeTogether = Callable[[Sequence[Candidate]], Sequence[Iterable[Tensor]]]
 Progress = Callable[[TriedPoint, float], None]
 
-# A trial is stopped once it has been worse than the best one on so many windows, by so many standard errors of the mean
-# difference (docs/experiments.md). It may be as good, but there will be others, and it counts with what it is likely
-# to be. It is decided after every fourth window, however many a batch has: on a GPU as on a CPU.
+# A trial is stopped once it is worse than the best one by this many standard errors of the mean difference, on at least
+# this many windows (docs/experiments.md). It may be as good, but others will follow, and its expected loss is recorded.
+# It is decided after every fourth window, for any batch size: the same on a GPU as on a CPU.
 _FEWEST_WINDOWS, _DECIDED_EVERY, _STANDARD_ERRORS = 8, 4, 0.5
-# Trials that a process judges together, where that is cheaper.
+# Trials that a process judges together, if that is cheaper.
 JUDGED_TOGETHER = 4
-# A user attribute: how many trials were finished when the batch of a trial was proposed, and how many are in it.
+# A user attribute: the number of trials that were finished when the batch of a trial was proposed, and its size.
 _BATCH = "batch"
 
 
 class _Task(NamedTuple):
-    """A candidate to be judged, and the trial that it is stopped by if it is clearly worse; None to stop it by none."""
+    """A candidate to judge, and the best trial, which stops it if it is clearly worse; None stops nothing."""
 
     candidate: Candidate
     best: FrozenTrial | None
 
 
 class _Outcome(NamedTuple):
-    """How a trial ended; without a loss, its budget cannot be met."""
+    """The outcome of a trial; the loss is None if its budget cannot be met."""
 
     loss: float | None
     attributes: Mapping[str, Any]
@@ -54,7 +54,7 @@ class _Outcome(NamedTuple):
 
 @dataclass(frozen=True)
 class Search:
-    """A search and what it is made of.
+    """A search: its space, its judges and its trials.
 
     Trials are proposed in batches, one for each process that judges them. All of a batch are proposed before any of
     them is judged, each with those before it counted as bad (constant liar, Ginsbourger et al. 2010). What is proposed
@@ -64,12 +64,12 @@ class Search:
     Attributes:
         judge: gives the losses of a candidate on held-out windows, batch by batch, the same windows for each. It is not
             asked for more once the candidate is clearly worse than the best one so far, window by window.
-        trials: how many are to be finished.
-        study: where finished trials are kept.
-        stops_early: whether bad trials are stopped before they have seen all windows.
-        judge_together: gives the losses of several candidates on the same windows, where that is cheaper than one by
-            one; each process judges four candidates at a time then, and none is stopped.
-        process: this one, of those that search together. The first proposes trials and keeps them.
+        trials: number of trials to finish.
+        study: the file of finished trials.
+        stops_early: True to stop bad trials before they have seen all windows.
+        judge_together: gives the losses of several candidates on the same windows, if that is cheaper than one by one;
+            each process then judges four candidates at a time, and none is stopped.
+        process: this one of the processes that search together. The first proposes trials and keeps them.
     """
 
     space: SearchSpace
@@ -86,8 +86,8 @@ class Search:
         """Runs trials until enough are finished; called by all processes. Ctrl-C stops it after a batch of trials.
 
         Args:
-            progress: called in the first process after every finished trial, also for those of before, with it and the
-                best loss so far.
+            progress: called in the first process with every finished trial, earlier ones included, and the best loss so
+                far.
         """
         with deferring_interrupts("stopping after this trial; once more to stop at once") as raise_if_interrupted:
             trials = _Trials(self, progress) if self.process.leads else None
@@ -118,27 +118,21 @@ class Search:
         yield from self.judge(candidate)
 
 
-@dataclass
 class _Trials:
     """The trials of a search in its first process: they are proposed in memory, and kept when they are finished.
 
     Attributes:
-        kept: the study in the file. If the search was killed while a batch was being kept, it ends with a part of one.
+        kept: the study in the file. If the search was killed while a batch was being kept, it ends with a part of it.
         study: the study in memory, of whole batches.
-        _interrupted: the size of a batch that was kept in part; it is proposed again, whatever processes there are.
+        _interrupted: the size of a batch that was kept in part; it is proposed again, for any number of processes.
     """
 
-    search: Search
-    progress: Progress | None
-    kept: optuna.Study = field(init=False)
-    study: optuna.Study = field(init=False)
-    _running: list[optuna.Trial] = field(default_factory=list, init=False)
-    _interrupted: int = field(default=0, init=False)
-
-    def __post_init__(self) -> None:
-        self.kept = self.search.study.opened()
+    def __init__(self, search: Search, progress: Progress | None) -> None:
+        self.search, self.progress, self.kept = search, progress, search.study.opened()
         with quiet_optuna():
             self.study = optuna.create_study()
+        self._running: list[optuna.Trial] = []
+        self._interrupted = 0
         kept = self.kept.get_trials(deepcopy=False)
         before, size = kept[-1].user_attrs[_BATCH] if kept else (0, 0)
         if len(kept) < before + size:
@@ -152,7 +146,7 @@ class _Trials:
         return self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
 
     def propose(self) -> list[_Task]:
-        """The next batch; empty where enough trials are finished, or as many proposals could not be met."""
+        """The next batch; empty if enough trials are finished, or the budget of as many proposals could not be met."""
         search, finished = self.search, self._finished
         before = len(self.study.get_trials(deepcopy=False))
         refused = before - len(finished)
@@ -166,19 +160,18 @@ class _Trials:
         self._interrupted = 0
         for number, start in list(enumerate(search.space.starting_points()[: search.trials]))[before : before + size]:
             self.study.enqueue_trial(start.parameters, user_attrs=start.attributes | {START: number})
-        self._running = [self._ask(seed + number, beside_others=number > 0) for number in range(size)]
+        self._running = []
+        for number in range(size):
+            self.study.sampler = _sampler(search.sampler, (seed + number) % 2**32, beside_others=number > 0)
+            self._running.append(self.study.ask())
         for trial in self._running:
             trial.set_user_attr(_BATCH, [before, size])
         best = min((trial for trial in finished if math.isfinite(loss_of(trial))), key=loss_of, default=None)
-        return [self._task(trial, best) for trial in self._running]
-
-    def _ask(self, seed: int, beside_others: bool) -> optuna.Trial:
-        self.study.sampler = _sampler(self.search.sampler, seed % 2**32, beside_others)
-        return self.study.ask()
-
-    def _task(self, trial: optuna.Trial, best: FrozenTrial | None) -> _Task:
-        stops = self.search.stops_early and not self.search.judge_together and FIXED_METRIC not in trial.user_attrs
-        return _Task(self.search.space.suggest(trial), best if stops else None)
+        stops = search.stops_early and not search.judge_together
+        return [
+            _Task(search.space.suggest(trial), best if stops and FIXED_METRIC not in trial.user_attrs else None)
+            for trial in self._running
+        ]
 
     def finish(self, outcomes: Sequence[_Outcome]) -> None:
         """Keeps the trials of the batch that was proposed last, in its order."""
@@ -199,10 +192,10 @@ class _Trials:
 
 
 def _outcome(batches: Iterable[Tensor], best: FrozenTrial | None) -> _Outcome:
-    """The mean loss of a candidate over all windows, or what it is likely to be where it was stopped; infinite where
-    the model is broken.
+    """The mean loss of a candidate over all windows, or its expected loss if it was stopped; infinite if the model is
+    broken.
 
-    Windows differ far more than candidates do, which is why candidates are compared window by window.
+    Windows differ far more than candidates do, so candidates are compared window by window.
 
     Args:
         batches: its losses.
@@ -224,8 +217,8 @@ def _outcome(batches: Iterable[Tensor], best: FrozenTrial | None) -> _Outcome:
 
 
 def _excess(losses: Sequence[float], best: Sequence[float]) -> float:
-    """By how much a candidate is clearly worse than the best one on its windows so far; 0 where that is not clear, and
-    between the windows after which it is decided."""
+    """Mean excess of a candidate over the best one on its windows so far; 0 if it is not clear, and between the windows
+    after which it is decided."""
     if len(losses) < _FEWEST_WINDOWS or len(losses) % _DECIDED_EVERY:
         return 0.0
     excess, standard_error = compare(losses, best[: len(losses)])
@@ -236,12 +229,12 @@ def _sampler(kind: Sampler, seed: int, beside_others: bool) -> optuna.samplers.B
     """A sampler for one trial.
 
     Args:
-        beside_others: whether there are running trials, which count as bad until they are finished.
+        beside_others: True if other trials are running, which count as bad until they are finished.
     """
     if kind == "random":
         return optuna.samplers.RandomSampler(seed=seed)
     with warnings.catch_warnings():
-        # Optuna calls these options experimental; without `group`, trials that are given a part would switch
+        # Optuna calls these options experimental; without `group`, trials with few given parameters would switch
         # `multivariate` off.
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         return optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True, constant_liar=beside_others)

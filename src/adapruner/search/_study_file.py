@@ -18,7 +18,7 @@ from adapruner.errors import AdaPrunerError, reason
 
 @contextlib.contextmanager
 def quiet_optuna() -> Iterator[None]:
-    """Keeps Optuna from logging what it creates."""
+    """While it lasts, Optuna does not log."""
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
@@ -40,12 +40,12 @@ class StudyFile:
     name: str
 
     def opened(self) -> optuna.Study:
-        """The study, to add trials to; created if it is not there. One process at a time may add trials.
+        """The study, to add trials to; created if it does not exist. One process at a time may add trials.
 
         Raises:
             AdaPrunerError: the file is damaged.
         """
-        # A kill leaves Optuna's lock, which it would wait for, and a kill or a full disk a line without an end.
+        # A kill leaves Optuna's lock, which it would wait for; a kill or a full disk leaves an incomplete line.
         Path(f"{self.path}.lock").unlink(missing_ok=True)
         if self.path.is_file() and (content := self.path.read_bytes()) and not content.endswith(b"\n"):
             os.truncate(self.path, content.rfind(b"\n") + 1)
@@ -75,5 +75,5 @@ class StudyFile:
             return JournalStorage(JournalFileBackend(str(self.path), JournalFileOpenLock(str(self.path))))
         except OSError:
             raise
-        except Exception as error:  # lines that are no JSON, or JSON of something else
+        except Exception as error:  # lines that are not JSON, or JSON of something else
             raise AdaPrunerError(f"{self.path} is damaged ({reason(error)}): remove it to repeat the search") from None

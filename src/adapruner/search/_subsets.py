@@ -20,8 +20,8 @@ class SubsetFamily:
 
     Every sample weighs exp(Σ_f tilt_f feature_f). A subset is herded: the samples are taken one by one so that the mean
     importance over the subset comes as near as it can to the weighted mean over the pool (kernel herding, Chen, Welling
-    and Smola, arXiv 1203.3472). Without a tilt that is the subset which stands best for the whole pool, and a little
-    tilt changes it by few samples: what a search over single samples does not have, neighbours that are alike.
+    and Smola, arXiv 1203.3472). Without a tilt, this is the subset that represents the whole pool best. A small tilt
+    changes few samples, so that neighbouring points are similar, which they are not in a search over single samples.
 
     Attributes:
         gram: [samples, samples], float64, products between the importances that the samples give to all vectors.
@@ -36,19 +36,19 @@ class SubsetFamily:
         """The numbers of `count` samples, ascending.
 
         Args:
-            tilt: how much to lean towards each of `FEATURES`; 0 where a feature is not named.
+            tilt: weight of each of `FEATURES`; 0 for a feature that is not named.
         """
         tilts = torch.tensor([tilt.get(feature, 0.0) for feature in FEATURES], dtype=self.gram.dtype)
         to_target = self.gram @ torch.softmax(self.features @ tilts, 0)
-        own, to_chosen = self.gram.diagonal(), torch.zeros_like(to_target)
+        squares, to_chosen = self.gram.diagonal(), torch.zeros_like(to_target)
         chosen: list[int] = []
         squared_sum = target_sum = torch.zeros((), dtype=self.gram.dtype)
         for size in range(1, count + 1):
             # |mean over the subset - target|², up to a constant, if each sample were added next.
-            distance = (squared_sum + 2 * to_chosen + own) / size**2 - 2 * (target_sum + to_target) / size
+            distance = (squared_sum + 2 * to_chosen + squares) / size**2 - 2 * (target_sum + to_target) / size
             distance[chosen] = torch.inf
             best = int(distance.argmin())
-            squared_sum = squared_sum + 2 * to_chosen[best] + own[best]
+            squared_sum = squared_sum + 2 * to_chosen[best] + squares[best]
             target_sum = target_sum + to_target[best]
             to_chosen = to_chosen + self.gram[best]
             chosen.append(best)
@@ -56,11 +56,11 @@ class SubsetFamily:
 
 
 def build_subset_family(statistics: Statistics, structure: Structure, counts: Sequence[int]) -> SubsetFamily:
-    """Compares the samples of a pool by the first-order importance that they give to what can be removed, fine where
-    it was measured.
+    """Compares the samples of a pool by the first-order importance that they give to the removable groups, element by
+    element if that was measured.
 
     Args:
-        counts: how many groups each block keeps; blocks that are kept whole do not count.
+        counts: number of groups that each block keeps; blocks that are kept whole do not count.
     """
     pruned = torch.tensor(
         [count < block.groups for block, count in zip(structure.blocks, counts, strict=True)], dtype=torch.bool

@@ -1,4 +1,4 @@
-"""The order in which whole attentions, feed-forwards and layers are removed: greedy, by the loss."""
+"""The order in which attention and feed-forward modules and layers are removed whole: greedy, by the loss."""
 
 from __future__ import annotations
 
@@ -7,28 +7,26 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from adapruner.evaluation import Prefix, compute_prefix, losses_by_batch
+from adapruner.evaluation import compute_prefix, losses_by_batch
 from adapruner.models import Whole, without_parts
 from adapruner.structure import Structure
 
-# The maximum number of each that is removed, and their maximum share of the parameters to remove.
+# Maximum number of parts of a kind that are removed whole, and their maximum share of the parameters to remove.
 MOST_WHOLE, _LARGEST_PART = 6, 0.5
-# How many of the remaining layers, those with the lowest loss before, are measured again after every removal.
+# Number of remaining layers, those with the lowest loss before, that are measured again after every removal.
 _MEASURED_AGAIN = 4
 
 
-class RemovalOrders(BaseModel):
+class RemovalOrders(BaseModel, extra="forbid", frozen=True):
     """For each part of a layer, the layers in the order of removal, and the loss after each removal.
 
     Attributes:
-        losses: nats per token, nothing else removed or compensated.
+        losses: nats per token, with nothing else removed or compensated.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     layers: dict[Whole, tuple[int, ...]]
     losses: dict[Whole, tuple[float, ...]]
@@ -36,9 +34,9 @@ class RemovalOrders(BaseModel):
     def shortened(self, structure: Structure, ratio: float) -> dict[Whole, tuple[int, ...]]:
         """The orders, each cut off where its part would be more than half of the parameters to remove."""
         most, shortened = _LARGEST_PART * ratio * structure.total_parameters, dict[Whole, tuple[int, ...]]()
-        for whole, layers in self.layers.items():
-            sizes = structure.whole_parameters(whole)
-            shortened[whole] = layers[: sum(size <= most for size in accumulate(sizes[layer] for layer in layers))]
+        for part, layers in self.layers.items():
+            sizes = structure.whole_parameters(part)
+            shortened[part] = layers[: sum(size <= most for size in accumulate(sizes[layer] for layer in layers))]
         return shortened
 
 
@@ -49,18 +47,18 @@ def removal_orders(
     candidates: Mapping[Whole, Sequence[int]],
     progress: Callable[[int], None] | None = None,
 ) -> RemovalOrders:
-    """Removes one attention after another, each time the one whose removal gives the lowest loss, and likewise
+    """Removes one attention module after another, each time the one whose removal gives the lowest loss, and likewise
     feed-forwards and layers (BlockPruner, arXiv 2406.10594; second stage of 2SSP, arXiv 2501.17771). The layers before
     a candidate are not computed again; after the first round only the most promising candidates are measured.
 
     Args:
         windows: [windows, tokens], int64.
-        candidates: the layers that can lose it, for each part.
+        candidates: for each part, the layers that can lose it.
         progress: called with 1 after every removal.
     """
     layers, losses = dict[Whole, tuple[int, ...]](), dict[Whole, tuple[float, ...]]()
-    for whole, own in candidates.items():
-        layers[whole], losses[whole] = _greedily(model, structure, windows, whole, own, progress)
+    for part, removable in candidates.items():
+        layers[part], losses[part] = _greedily(model, structure, windows, part, removable, progress)
     return RemovalOrders(layers=layers, losses=losses)
 
 
@@ -68,36 +66,30 @@ def _greedily(
     model: PreTrainedModel,
     structure: Structure,
     windows: Tensor,
-    whole: Whole,
+    part: Whole,
     candidates: Sequence[int],
     progress: Callable[[int], None] | None,
 ) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    gone: list[int] = []
-    losses: list[float] = []
+    removed, losses = list[int](), list[float]()
     last_known = dict.fromkeys(candidates, 0.0)
     prefix = compute_prefix(model, windows, structure.layers)
     call = prefix.calls[0]
-    while last_known and len(gone) < MOST_WHOLE:
-        if gone:
+    while last_known and len(removed) < MOST_WHOLE:
+        if removed:
             del prefix  # two at once would be the largest thing in memory
-            with without_parts(model, whole, gone, call):
+            with without_parts(model, part, removed, call):
                 prefix = compute_prefix(model, windows, structure.layers)
-        promising = sorted(last_known, key=last_known.__getitem__)[: _MEASURED_AGAIN if gone else None]
+        promising = sorted(last_known, key=last_known.__getitem__)[: _MEASURED_AGAIN if removed else None]
         for layer in promising:
-            last_known[layer] = _loss_without(model, windows, whole, [*gone, layer], prefix)
+            with without_parts(model, part, [*removed, layer], prefix.calls[0]):
+                batches = list(losses_by_batch(model, windows, prefix=prefix, prefix_layers=layer))
+            loss = float(torch.cat(batches).mean())
+            last_known[layer] = math.inf if math.isnan(loss) else loss
         best = min(promising, key=last_known.__getitem__)
         if not math.isfinite(last_known[best]):
             break
-        gone.append(best)
+        removed.append(best)
         losses.append(last_known.pop(best))
         if progress:
             progress(1)
-    return tuple(gone), tuple(losses)
-
-
-def _loss_without(model: PreTrainedModel, windows: Tensor, whole: Whole, gone: list[int], prefix: Prefix) -> float:
-    """Nats per token, without the parts of some layers, the last of which was not yet gone in the prefix."""
-    with without_parts(model, whole, gone, prefix.calls[0]):
-        batches = list(losses_by_batch(model, windows, prefix=prefix, prefix_layers=gone[-1]))
-    loss = float(torch.cat(batches).mean())
-    return math.inf if math.isnan(loss) else loss
+    return tuple(removed), tuple(losses)

@@ -12,7 +12,7 @@ from torch import Tensor
 from adapruner.measurement import InputMoments, solve_damped
 from adapruner.structure import Block
 
-# How kept weights make up for removed ones: by a bias alone (FLAP, arXiv 2312.11983), by least squares, or by both.
+# Corrections of the kept weights: a bias alone (FLAP, arXiv 2312.11983), least squares, or both.
 CompensationForm = Literal["bias", "least-squares", "least-squares-bias"]
 
 
@@ -29,7 +29,7 @@ class Compensation:
         return self.form != "least-squares"
 
     def form_for(self, block: Block) -> CompensationForm | None:
-        """The form for a block: None for whole experts, no bias for channels inside of experts."""
+        """The form for a block: None for whole experts, and without bias for channels inside experts."""
         if not block.is_projected or (block.experts and self.form == "bias"):
             return None
         return "least-squares" if block.experts else self.form
@@ -39,13 +39,14 @@ def compensate(weight: Tensor, moments: InputMoments, kept: Tensor, form: Compen
     """The best columns to keep, and the bias to add, when some inputs of a projection are removed.
 
     Least squares minimises E‖W x − W' x_K − b‖² + damping · ‖W' − W_K‖² over W' (and b): W' = W_K + W_R S_RK (S_KK +
-    damping · I)⁻¹ with S = E[x xᵀ], or with the covariance where there is a bias. Damped towards the original columns
-    and not towards zero, it is never worse on its own text than leaving them as they are. The bias is b = W μ − W' μ_K.
+    damping · I)⁻¹ with S = E[x xᵀ], or with the covariance if there is a bias. Damping is towards the original
+    columns and not towards zero, so the result is never worse on its own text than leaving them unchanged. The bias is
+    b = W μ − W' μ_K.
 
     Args:
         weight: [outputs, inputs], any dtype.
         moments: of the inputs.
-        kept: [kept], int64, the numbers of the inputs that stay, ascending.
+        kept: [kept], int64, the numbers of the kept inputs, ascending.
 
     Returns:
         [outputs, kept] in the dtype of the weight, and [outputs], zeros for the form `least-squares`.
@@ -57,12 +58,12 @@ def compensate(weight: Tensor, moments: InputMoments, kept: Tensor, form: Compen
     kept_columns = weight[:, kept].float()
     if form != "bias":
         second = moments.second.to(weight.device)
-        of_kept, of_both = second[kept][:, kept], second[kept][:, removed]
+        within, across = second[kept][:, kept], second[kept][:, removed]
         if form == "least-squares-bias":
             mean = moments.mean.double().to(weight.device)
-            of_kept = of_kept.double() - torch.outer(mean[kept], mean[kept])
-            of_both = (of_both.double() - torch.outer(mean[kept], mean[removed])).float()
-        change = solve_damped(of_kept, moments.damping, of_both @ weight[:, removed].float().T)
+            within = within.double() - torch.outer(mean[kept], mean[kept])
+            across = (across.double() - torch.outer(mean[kept], mean[removed])).float()
+        change = solve_damped(within, moments.damping, across @ weight[:, removed].float().T)
         kept_columns = kept_columns + change.T
     bias = torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
     if form != "least-squares":

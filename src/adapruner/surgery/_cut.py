@@ -1,9 +1,10 @@
-"""Cutting: from a model and a plan to a model that is really smaller."""
+"""Cutting: from a model and a plan to a smaller model."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from itertools import product
 from typing import Any
 
@@ -14,7 +15,6 @@ from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from adapruner.models import (
-    Architecture,
     fields_by_layer,
     is_pruned,
     is_streamed,
@@ -36,20 +36,20 @@ def prune_model(
 ) -> PreTrainedModel:
     """A new model without the groups that the plan removes.
 
-    It is of a stock class where all layers are alike and one takes them, else of the class whose config says what each
-    layer has less of. Tensors from which nothing is removed are shared with the given model, which is not changed. Of a
-    model whose layers are streamed, it is in the memory of the CPU, and its layers are streamed from there.
+    It is of a stock class if all layers have the same shapes and a stock class supports them, else of the class whose
+    config lists what each layer has less of. Tensors from which nothing is removed are shared with the given model,
+    which is not changed. If the layers of the given model are streamed, the new model is in main memory, and its layers
+    are streamed from there.
 
     Args:
-        compensation: how the kept part of the row-wise projections is corrected; None leaves it as it was.
+        compensation: corrects the kept part of the row-wise projections; None leaves it unchanged.
 
     Raises:
         AdaPrunerError: the plan was made for another model.
     """
-    plan.check_fits(structure)
-    kept = kept_layers(structure, plan)
-    state = _pruned_state(model, structure, plan, kept, compensation)
-    pruned: Any = _empty_pruned(model, structure, plan, kept, state, compensation)
+    cut = _Cut(model, structure, plan, compensation)
+    state = cut.state()
+    pruned: Any = cut.empty_model(state)
     pruned.load_state_dict(state, assign=True)
     pruned.tie_weights()
     pruned.generation_config = model.generation_config
@@ -58,7 +58,7 @@ def prune_model(
     else:
         # Buffers that are not saved (rotary frequencies) were made on the CPU.
         devices = layer_devices(model)
-        place_layers(pruned, model.device, [devices[layer] for layer in kept])
+        place_layers(pruned, model.device, [devices[layer] for layer in cut.kept])
     finished: PreTrainedModel = pruned.train(model.training)
     return finished
 
@@ -66,8 +66,8 @@ def prune_model(
 def prune_on_reading(
     model: PreTrainedModel, structure: Structure, plan: PruningPlan, compensation: Compensation | None = None
 ) -> PreTrainedModel:
-    """A pruned copy of a model whose layers are streamed, for a single run over it: no layer is in memory, each is cut
-    whenever it is read.
+    """A pruned copy of a model whose layers are streamed, for a single run: no layer is in memory, each is cut whenever
+    it is read.
 
     Args:
         compensation: see `prune_model`.
@@ -75,129 +75,131 @@ def prune_on_reading(
     Raises:
         AdaPrunerError: the plan was made for another model.
     """
-    plan.check_fits(structure)
-    kept, prefix = kept_layers(structure, plan), f"{structure.architecture.layers}."
-    pruned: Any = _empty_pruned(model, structure, plan, kept, None, compensation)
-    resident = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(prefix)}
-    pruned.load_state_dict(resident, strict=False, assign=True)
+    cut = _Cut(model, structure, plan, compensation)
+    pruned: Any = cut.empty_model()
+    pruned.load_state_dict(cut.resident(), strict=False, assign=True)
     pruned.tie_weights()
     move_resident(pruned, model.device)
-    stream_layers(pruned, [partial(_pruned_layer, model, layer, structure, plan, compensation) for layer in kept])
+    stream_layers(pruned, [partial(cut.layer, layer) for layer in cut.kept])
     finished: PreTrainedModel = pruned.train(model.training)
     return finished
 
 
 def kept_layers(structure: Structure, plan: PruningPlan) -> list[int]:
     """The layers that are not removed, from the input to the output."""
-    gone = structure.removed_layers([len(block.kept) for block in plan.blocks])
-    return [layer for layer in range(structure.layers) if layer not in gone]
+    removed = structure.removed_layers([len(block.kept) for block in plan.blocks])
+    return [layer for layer in range(structure.layers) if layer not in removed]
 
 
-@init_empty_weights(include_buffers=False)  # type: ignore[untyped-decorator]
-@no_init_weights()
-def _empty_pruned(
-    model: PreTrainedModel,
-    structure: Structure,
-    plan: PruningPlan,
-    kept: Sequence[int],
-    state: Mapping[str, Tensor] | None,
-    compensation: Compensation | None,
-) -> PreTrainedModel:
-    """The pruned model before its weights are set; without a state that tells their shapes, of no stock class."""
-    architecture = structure.architecture
-    fields = fields_of_layers(model.config, fields_of_all(model, architecture), kept)
-    if architecture.attention:
-        fields["head_dim"] = architecture.head_dim(model.config.per_layer_config[0])
-    of_layers = _layer_fields(model, architecture, structure, plan)
-    layers = {new: of_layers[old] for new, old in enumerate(kept) if old in of_layers}
-    common: dict[str, Any] = {}
-    for own in layers.values():
-        common |= own
-    # A layer without heads says nothing of heads. No stock class takes a count of 0.
-    if state and all(common.values()) and all(own.items() <= common.items() for own in layers.values()):
-        shapes = {name: tensor.shape for name, tensor in state.items()}
-        for stock in stock_models(architecture, fields | common):
-            if {name: tensor.shape for name, tensor in stock.state_dict().items()} == shapes:
-                return stock
-    if of_stock := fields.pop("per_layer_config", None):
-        fields["stock_per_layer_config"] = of_stock
-        stock_layers = fields_by_layer(of_stock)
-        layers = {index: {**stock_layers.get(index, {}), **layers.get(index, {})} for index in range(len(kept))}
-    fields |= {"per_layer_config": layers}
-    if architecture.config_fields.head_numbers:
-        fields |= {architecture.config_fields.head_numbers: None}
-    if compensation and compensation.adds_bias:
-        projected = {block.row_wise_path for block in structure.blocks if block.is_projected and not block.experts}
-        fields |= {"added_biases": sorted(projected)}
-    config = architecture.pruned_class.config_class.from_dict(fields)
-    pruned: PreTrainedModel = architecture.pruned_class(config)
-    return pruned
+@dataclass(frozen=True)
+class _Cut:
+    """A model, the plan by which it is cut, and the compensation."""
+
+    model: PreTrainedModel
+    structure: Structure
+    plan: PruningPlan
+    compensation: Compensation | None
+
+    def __post_init__(self) -> None:
+        self.plan.check_fits(self.structure)
+
+    @cached_property
+    def kept(self) -> list[int]:
+        """The numbers of the kept layers."""
+        return kept_layers(self.structure, self.plan)
+
+    def resident(self) -> dict[str, Tensor]:
+        """The tensors outside of layers."""
+        prefix = f"{self.structure.architecture.layers}."
+        return {name: tensor for name, tensor in self.model.state_dict().items() if not name.startswith(prefix)}
+
+    def state(self) -> dict[str, Tensor]:
+        """Every tensor with the indices of the kept groups only, compensated; kept layers are renumbered."""
+        state = self.resident()
+        for new, number in enumerate(self.kept):
+            with loaded_layer(self.model, number) as module:
+                tensors = self.layer(number)
+                if is_streamed(self.model):
+                    tensors = _in_memory(tensors, module.state_dict())
+            prefix = f"{self.structure.architecture.layers}.{new}."
+            state |= {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
+        return state
+
+    def layer(self, number: int) -> dict[str, Tensor]:
+        """The tensors of a layer, by their names within it, with the indices of the kept groups only, compensated."""
+        architecture = self.structure.architecture
+        prefix = f"{architecture.layers}.{number}."
+        with loaded_layer(self.model, number) as module:
+            tensors = {f"{prefix}{name}": tensor for name, tensor in module.state_dict().items()}
+        for index, (block, block_plan) in enumerate(zip(self.structure.blocks, self.plan.blocks, strict=True)):
+            if block.layer == number and block_plan.kept:
+                _prune_block(tensors, index, block, block_plan, self.compensation)
+            elif block.layer == number:
+                path = f"{prefix}{architecture.module_of(block.kind)}."
+                tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(path)}
+        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+    @init_empty_weights(include_buffers=False)  # type: ignore[untyped-decorator]
+    @no_init_weights()
+    def empty_model(self, state: Mapping[str, Tensor] | None = None) -> PreTrainedModel:
+        """The pruned model before its weights are set; without a state, which gives their shapes, of no stock class."""
+        model, architecture = self.model, self.structure.architecture
+        fields = fields_of_layers(model.config, fields_of_all(model, architecture), self.kept)
+        if architecture.attention:
+            fields["head_dim"] = architecture.head_dim(model.config.per_layer_config[0])
+        by_layer = self.layer_fields()
+        layers = {new: by_layer[old] for new, old in enumerate(self.kept) if old in by_layer}
+        common: dict[str, Any] = {}
+        for layer_fields in layers.values():
+            common |= layer_fields
+        # A layer without heads has no fields for heads. No stock class supports a count of 0.
+        if state and all(common.values()) and all(given.items() <= common.items() for given in layers.values()):
+            shapes = {name: tensor.shape for name, tensor in state.items()}
+            for stock in stock_models(architecture, fields | common):
+                if {name: tensor.shape for name, tensor in stock.state_dict().items()} == shapes:
+                    return stock
+        if stock_config := fields.pop("per_layer_config", None):
+            fields["stock_per_layer_config"] = stock_config
+            stock_layers = fields_by_layer(stock_config)
+            layers = {
+                index: {**stock_layers.get(index, {}), **layers.get(index, {})} for index in range(len(self.kept))
+            }
+        fields |= {"per_layer_config": layers}
+        if architecture.config_fields.head_numbers:
+            fields |= {architecture.config_fields.head_numbers: None}
+        if self.compensation and self.compensation.adds_bias:
+            projected = [block for block in self.structure.blocks if block.is_projected and not block.experts]
+            fields |= {"added_biases": sorted({block.row_wise_path for block in projected})}
+        pruned: PreTrainedModel = architecture.pruned_class(architecture.pruned_class.config_class.from_dict(fields))
+        return pruned
+
+    def layer_fields(self) -> dict[int, dict[str, Any]]:
+        """The config fields of each layer."""
+        architecture, config = self.structure.architecture, self.model.config
+        layers: dict[int, dict[str, Any]] = {}
+        for block, block_plan in zip(self.structure.blocks, self.plan.blocks, strict=True):
+            fields = layers.setdefault(block.layer, {})
+            fields |= block.config_fields(len(block_plan.kept))
+            numbered = architecture.config_fields.head_numbers
+            if numbered and block.kind == "heads":
+                before = getattr(config.per_layer_config[block.layer], numbered, None)
+                if before or len(block_plan.kept) < block.groups:
+                    fields[numbered] = [(before or range(block.groups))[group] for group in block_plan.kept]
+        # Parts that were removed whole before have no block.
+        removable = architecture.pruned_class.family.removable if is_pruned(config) else ()
+        for layer, part in product(range(self.structure.layers), removable):
+            if getattr(config.per_layer_config[layer], part.fields[0], None) == 0:
+                layers.setdefault(layer, {}).update(dict.fromkeys(part.fields, 0))
+        return layers
 
 
-def _layer_fields(
-    model: PreTrainedModel, architecture: Architecture, structure: Structure, plan: PruningPlan
-) -> dict[int, dict[str, Any]]:
-    """The config fields of each layer."""
-    layers: dict[int, dict[str, Any]] = {}
-    for block, block_plan in zip(structure.blocks, plan.blocks, strict=True):
-        own = layers.setdefault(block.layer, {})
-        own |= block.config_fields(len(block_plan.kept))
-        numbered = architecture.config_fields.head_numbers
-        if numbered and block.kind == "heads":
-            before = getattr(model.config.per_layer_config[block.layer], numbered, None)
-            if before or len(block_plan.kept) < block.groups:
-                own[numbered] = [(before or range(block.groups))[group] for group in block_plan.kept]
-    # What was removed whole before has no block.
-    removable = architecture.pruned_class.family.removable if is_pruned(model.config) else ()
-    for layer, part in product(range(structure.layers), removable):
-        if getattr(model.config.per_layer_config[layer], part.fields[0], None) == 0:
-            layers.setdefault(layer, {}).update(dict.fromkeys(part.fields, 0))
-    return layers
-
-
-def _pruned_state(
-    model: PreTrainedModel,
-    structure: Structure,
-    plan: PruningPlan,
-    kept: Sequence[int],
-    compensation: Compensation | None,
-) -> dict[str, Tensor]:
-    """Every tensor with the indices of the kept groups only, compensated; kept layers are numbered anew."""
-    prefix = f"{structure.architecture.layers}."
-    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(prefix)}
-    for new, layer in enumerate(kept):
-        with loaded_layer(model, layer) as module:
-            own = _pruned_layer(model, layer, structure, plan, compensation)
-            if is_streamed(model):
-                own = _in_memory(own, module.state_dict())
-        state |= {f"{prefix}{new}.{name}": tensor for name, tensor in own.items()}
-    return state
-
-
-def _pruned_layer(
-    model: PreTrainedModel, layer: int, structure: Structure, plan: PruningPlan, compensation: Compensation | None
-) -> dict[str, Tensor]:
-    """The tensors of a layer, by their names within it, with the indices of the kept groups only, compensated."""
-    architecture = structure.architecture
-    prefix = f"{architecture.layers}.{layer}."
-    with loaded_layer(model, layer) as module:
-        own = {f"{prefix}{name}": tensor for name, tensor in module.state_dict().items()}
-    for index, (block, block_plan) in enumerate(zip(structure.blocks, plan.blocks, strict=True)):
-        if block.layer == layer and block_plan.kept:
-            _prune_block(own, index, block, block_plan, compensation)
-        elif block.layer == layer:
-            path = f"{prefix}{architecture.module_of(block.kind)}."
-            own = {name: tensor for name, tensor in own.items() if not name.startswith(path)}
-    return {name.removeprefix(prefix): tensor for name, tensor in own.items()}
-
-
-def _in_memory(own: dict[str, Tensor], whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a streamed layer on the CPU. Of a layer that is cut none may lie in the file any more: one norm
-    that does keeps all of the layer mapped, which counts as memory."""
-    shared = {name for name, tensor in own.items() if name in whole and tensor.data_ptr() == whole[name].data_ptr()}
+def _in_memory(cut: dict[str, Tensor], uncut: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a streamed layer on the CPU. No tensor of a layer that is cut may remain mapped from the file: a
+    single norm would keep the whole layer mapped, which counts as memory."""
+    shared = {name for name, tensor in cut.items() if name in uncut and tensor.data_ptr() == uncut[name].data_ptr()}
     return {
-        name: (tensor if name not in shared or shared == own.keys() else tensor.clone()).cpu()
-        for name, tensor in own.items()
+        name: (tensor if name not in shared or shared == cut.keys() else tensor.clone()).cpu()
+        for name, tensor in cut.items()
     }
 
 
@@ -212,40 +214,39 @@ def _prune_block(
         state.setdefault(f"{row_wise.module}.bias", weight.new_zeros(len(weight)))
     if len(plan.kept) == block.groups:
         return
-    for parameter, parts in block.slices_by_parameter.items():
+    for parameter, slices in block.slices_by_parameter.items():
         if row_wise is None or parameter != row_wise.parameter:
-            state[parameter] = _kept_part(state[parameter], plan, parts)
+            state[parameter] = _kept_part(state[parameter], plan, slices)
     if row_wise and compensation and form:
         weights = row_wise.as_projections(state[row_wise.parameter])
         kept = kept_indices(plan, [row_wise], weights.shape[2])
         moments = compensation.moments[index].of_experts()
-        each = [compensate(*of_expert, form) for of_expert in zip(weights, moments, kept, strict=True)]
-        state[row_wise.parameter] = row_wise.as_stored(torch.stack([weight for weight, _ in each]))
+        corrected = [compensate(*expert, form) for expert in zip(weights, moments, kept, strict=True)]
+        state[row_wise.parameter] = row_wise.as_stored(torch.stack([weight for weight, _ in corrected]))
         if not block.experts and compensation.adds_bias:
-            state[f"{row_wise.module}.bias"] = state[f"{row_wise.module}.bias"] + each[0][1]
+            state[f"{row_wise.module}.bias"] = state[f"{row_wise.module}.bias"] + corrected[0][1]
 
 
-def _kept_part(tensor: Tensor, plan: BlockPlan, parts: Sequence[TensorSlice]) -> Tensor:
+def _kept_part(tensor: Tensor, plan: BlockPlan, slices: Sequence[TensorSlice]) -> Tensor:
     """The tensor with the indices of the kept groups only.
 
     Args:
-        parts: the slices of the groups in this tensor.
+        slices: the slices of the groups in this tensor.
     """
-    axis, of_experts = parts[0].stored_axis, parts[0].of_experts(tensor)
-    kept = kept_indices(plan, parts, of_experts.shape[1 + axis]).to(tensor.device)
-    each = [own.index_select(axis, stays) for own, stays in zip(of_experts, kept, strict=True)]
-    return torch.stack(each) if parts[0].experts else each[0]
+    axis, by_expert = slices[0].stored_axis, slices[0].of_experts(tensor)
+    kept = kept_indices(plan, slices, by_expert.shape[1 + axis]).to(tensor.device)
+    narrowed = [expert.index_select(axis, indices) for expert, indices in zip(by_expert, kept, strict=True)]
+    return torch.stack(narrowed) if slices[0].experts else narrowed[0]
 
 
-def kept_indices(plan: BlockPlan, parts: Sequence[TensorSlice], size: int) -> Tensor:
-    """[experts, kept], int64, ascending: the indices of the pruned axis of one tensor that stay, out of `size`; one row
-    where there are no experts."""
-    experts = parts[0].experts or 1
+def kept_indices(plan: BlockPlan, slices: Sequence[TensorSlice], size: int) -> Tensor:
+    """[experts, kept], int64, ascending: the kept indices, out of `size`, of the pruned axis of a tensor; one row for
+    tensors without experts."""
+    experts = slices[0].experts or 1
     is_kept = torch.zeros(plan.groups, dtype=torch.bool)
     is_kept[list(plan.kept)] = True
-    stays, of_experts = torch.ones(experts, size, dtype=torch.bool), is_kept.view(experts, -1)
-    for part in parts:
-        stays[:, part.offset : part.offset + of_experts.shape[1] * part.width] = of_experts.repeat_interleave(
-            part.width, 1
-        )
-    return stays.nonzero()[:, 1].view(experts, -1)
+    mask, by_expert = torch.ones(experts, size, dtype=torch.bool), is_kept.view(experts, -1)
+    for part in slices:
+        columns = by_expert.repeat_interleave(part.width, 1)
+        mask[:, part.offset : part.offset + columns.shape[1]] = columns
+    return mask.nonzero()[:, 1].view(experts, -1)

@@ -1,4 +1,4 @@
-"""Sequential compensation: every layer is fitted on what the already pruned layers before it really produce."""
+"""Sequential compensation: every layer is fitted on the actual outputs of the pruned layers before it."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from adapruner.structure import Block, Structure
 from adapruner.surgery._compensation import Compensation
 from adapruner.surgery._cut import kept_indices, kept_layers
 
-# Share of the error of earlier layers that a layer makes up for (docs/experiments.md). With all of it, a layer bends
-# to repair what it cannot and does worse on other text; with none, errors add up.
+# Share of the error of earlier layers that a layer makes up for (docs/experiments.md). With 1, a layer overfits to
+# errors that it cannot correct and is worse on other text; with 0, errors add up.
 CARRIED_SHARE = 0.5
 
 
@@ -46,9 +46,10 @@ def refit_sequentially(
     has the same noise. The error of a cut attention is corrected by the feed-forward of its layer in full, because
     u is of the whole dense layer. (GPTQ, arXiv 2210.17323, fits to u.)
 
-    Only cut projections are refitted; nothing is run after the last. The cost is at most two forward passes over the
-    text, six through layers that lost heads and three through those without attention; the memory two hidden states,
-    the inputs of one projection per token, and a copy of one pruned layer where its dtype is not that of `dense`.
+    Only cut projections are refitted; no layer is run after the last of these. The cost is at most two forward passes
+    over the text, six through layers that lost heads and three through layers without attention. The memory is two
+    hidden states and the inputs of one projection per token, and a copy of one pruned layer if its dtype is not that of
+    `dense`.
 
     Args:
         dense: of a family with a plain residual (`Architecture.has_plain_residual`), in the dtype in which the layers
@@ -70,7 +71,7 @@ def refit_sequentially(
         pruned_states = list(dense_states)
 
         def fit(index: int) -> None:
-            calls = [of_batch[index] for of_batch in all_calls]
+            calls = [batch_calls[index] for batch_calls in all_calls]
             with contextlib.ExitStack() as loaded:
                 before = _Layer(loaded.enter_context(loaded_layer(dense, index)), calls, dense_states)
                 if index not in new_number:
@@ -113,15 +114,11 @@ def _copy_in_dtype(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def _kept_inputs(structure: Structure, plan: PruningPlan, number: int) -> Tensor | None:
-    """[kept], int64: which inputs of the dense down projection the pruned one reads, if the rest of the layer is as in
-    the dense model: running the dense layer then shows what the pruned one does. None if it is not."""
+    """[kept], int64: the inputs of the dense down projection that the pruned one reads, if the rest of the layer is
+    unchanged, so that a run of the dense layer also gives the run of the pruned one; else None."""
     block = structure.blocks[number]
-    others = [
-        kept
-        for index, (other, kept) in enumerate(zip(structure.blocks, plan.blocks, strict=True))
-        if other.layer == block.layer and index != number
-    ]
-    # A norm over the channels gives those that are kept another scale.
+    others = [kept for index, kept in enumerate(plan.blocks) if kept.layer == block.layer and index != number]
+    # A norm over the channels changes the scale of the kept ones.
     projections = {part.module for part in block.matrices}
     has_norm = any(part.module not in projections for parts in block.slices_by_parameter.values() for part in parts)
     if block.kind != "channels" or has_norm or any(len(kept.kept) < kept.groups for kept in others):
@@ -136,23 +133,23 @@ class _Seen:
 
     inputs: Tensor
     output: Tensor
-    beside: Tensor
+    residual: Tensor
 
     @property
-    def behind(self) -> Tensor:
-        """[tokens, hidden], float32: the hidden state behind the projection."""
-        return self.beside.float() + self.output.float()
+    def state_after(self) -> Tensor:
+        """[tokens, hidden], float32: the hidden state after the projection."""
+        return self.residual.float() + self.output.float()
 
     def narrowed(self, projection: nn.Module, kept: Tensor) -> _Seen:
         """The run of a pruned layer that differs only in this narrower projection."""
         inputs = self.inputs.index_select(-1, kept)
-        return _Seen(inputs, projection(inputs), self.beside)
+        return _Seen(inputs, projection(inputs), self.residual)
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """A decoder layer, and for each batch what its model calls it with and the hidden state in front of it, which is
-    moved to where the layer is."""
+    """A decoder layer, and for each batch the call of the layer and the hidden state before it, which is moved to the
+    device of the layer."""
 
     module: nn.Module
     calls: list[LayerCall]
@@ -163,7 +160,7 @@ class _Layer:
         self.states[:] = [state.to(device) for state in self.states]
 
     def advance(self) -> None:
-        """Replaces the hidden states by those behind the layer."""
+        """Replaces the hidden states by those after the layer."""
         for number, state in enumerate(self.states):
             self.states[number] = self.calls[number].run(self.module, state)
 
@@ -172,22 +169,22 @@ class _Layer:
         return self.module.get_submodule(block.row_wise_path)
 
     def watch(self, number: int, block: Block) -> _Seen:
-        """Runs the layer on a batch and sees what the row-wise projection of a block does."""
+        """Runs the layer on a batch and records the row-wise projection of a block."""
         state, seen = self.states[number], list[Tensor]()
         projection = self.projection(block)
         with projection.register_forward_hook(lambda _, inputs, output: seen.extend((inputs[0], output))):
             after = self.calls[number].run(self.module, state)
         inputs, output = (tensor.flatten(0, -2) for tensor in seen)
-        # The attention output is added to what comes into the layer, the feed-forward output makes what leaves it.
-        beside = state.flatten(0, -2) if block.kind == "heads" else after.flatten(0, -2) - output
-        return _Seen(inputs, output, beside)
+        # The attention output is added to the input of the layer, the feed-forward output gives its output.
+        residual = state.flatten(0, -2) if block.kind == "heads" else after.flatten(0, -2) - output
+        return _Seen(inputs, output, residual)
 
 
 def _refit(
     dense: _Layer, pruned: _Layer, block: Block, damping: float, carried_share: float, kept: Tensor | None
 ) -> Tensor:
     """Sets the weight of the pruned projection to the least-squares solution. The feed-forward comes last in a layer:
-    its output is all that changes then, so hidden states are replaced by those behind the layer on the way.
+    only its output then changes, so the hidden states are also replaced by those after the layer.
 
     Args:
         kept: see `_kept_inputs`.
@@ -199,25 +196,24 @@ def _refit(
     weight: Tensor = block.row_wise.as_projection(projection.weight)
     kept = None if kept is None else kept.to(weight.device)
     second = torch.zeros(weight.shape[1], weight.shape[1], device=weight.device)
-    residual = torch.zeros(weight.shape, device=weight.device)
+    products = torch.zeros(weight.shape, device=weight.device)
     uncut = replace(dense, states=pruned.states)
     inputs_of_pruned, tokens = [], 0
     for number, state in enumerate(dense.states):
         wanted, possible = dense.watch(number, block), uncut.watch(number, block)
         given = pruned.watch(number, block) if kept is None else possible.narrowed(projection, kept)
         inputs = given.inputs.float()
-        missing = torch.lerp(possible.behind, wanted.behind, carried_share) - given.behind
+        missing = torch.lerp(possible.state_after, wanted.state_after, carried_share) - given.state_after
         add_products(second, inputs)
-        residual.addmm_(missing.T, inputs)
+        products.addmm_(missing.T, inputs)
         tokens += len(inputs)
         if block.kind == "channels":
-            dense.states[number] = (wanted.beside + wanted.output).view_as(state)
-            pruned.states[number] = given.beside.view_as(state)
+            dense.states[number] = (wanted.residual + wanted.output).view_as(state)
+            pruned.states[number] = given.residual.view_as(state)
             inputs_of_pruned.append(given.inputs)
-    change = solve_damped(symmetric(second) / tokens, damping, (residual / tokens).T).T
+    change = solve_damped(symmetric(second) / tokens, damping, (products / tokens).T).T
     refitted = (weight + change).float()
     weight.copy_(refitted)
-    for number, own_inputs in enumerate(inputs_of_pruned):
-        beside = pruned.states[number]
-        pruned.states[number] = beside + projection(own_inputs).view_as(beside)
+    for number, inputs in enumerate(inputs_of_pruned):
+        pruned.states[number] = pruned.states[number] + projection(inputs).view_as(pruned.states[number])
     return block.row_wise.as_projection(refitted)
