@@ -35,13 +35,6 @@ class Prefix:
     states: list[list[Tensor]]
     calls: list[LayerCall]
 
-    def in_place(self, model: PreTrainedModel, batch: int, layers: int) -> contextlib.AbstractContextManager[None]:
-        """Skips the first layers of a model, which are those of the model of the prefix, while it lasts."""
-        known = min(layers, len(self.states[batch]) - 1)
-        if not known:
-            return contextlib.nullcontext()
-        return skipping_layers(model, known, self.states[batch][known], self.calls[batch])
-
 
 def compute_prefix(model: PreTrainedModel, windows: Tensor, layers: int) -> Prefix:
     """Runs the first layers of a model over windows, in the batches of `losses_by_batch`."""
@@ -74,19 +67,22 @@ def losses_by_batch(
         prefix_layers: the number of equal layers.
     """
     batches = _batches(windows, model)
+    targets: Sequence[Tensor | None] = references or [None] * len(batches)
     if is_streamed(model) and prefix is None:
         every_layer = range(len(decoder_layers(model)))
         at_once = max(1, _TOKENS_PER_READING // batches[0].numel())
         for first in range(0, len(batches), at_once):
             read = slice(first, first + at_once)
-            targets = None if references is None else references[read]
             together = torch.cat(list(batches[read]))
-            yield from losses_in_step(model, [(model, every_layer)], together, targets, context=context)[0]
+            yield from losses_in_step(model, [(model, every_layer)], together, targets[read], context=context)[0]
         return
+    known = min(prefix_layers, len(prefix.states[0]) - 1) if prefix else 0
     for number, batch in enumerate(batches):
-        skipping = prefix.in_place(model, number, prefix_layers) if prefix else contextlib.nullcontext()
-        with torch.inference_mode(), skipping:
-            losses = _losses_of_batch(model, batch, None if references is None else references[number], context)
+        with torch.inference_mode(), contextlib.ExitStack() as skipping:
+            if prefix and known:
+                state, call = prefix.states[number][known], prefix.calls[number]
+                skipping.enter_context(skipping_layers(model, known, state, call))
+            losses = _losses_of_batch(model, batch, targets[number], context)
         yield losses
 
 
@@ -163,7 +159,7 @@ def losses_in_step(
     dense: PreTrainedModel,
     models: Sequence[tuple[PreTrainedModel, Sequence[int]]],
     windows: Tensor,
-    references: Sequence[Tensor] | None = None,
+    references: Sequence[Tensor | None] | None = None,
     prefix: Prefix | None = None,
     prefix_layers: int = 0,
     context: int = 1,
@@ -177,6 +173,7 @@ def losses_in_step(
         prefix: of the dense model; its first `prefix_layers` layers are the same in all models.
     """
     batches = _batches(windows, dense)
+    targets = references or [None] * len(batches)
     known = min(prefix_layers, len(prefix.states[0]) - 1) if prefix else 0
     with torch.inference_mode():
         with loaded_layer(dense, 0):
@@ -197,9 +194,8 @@ def losses_in_step(
         for (model, _), model_states, model_batches in zip(models, states, entered, strict=True):
             losses.append(list[Tensor]())
             for number, (batch, state, (_, calls)) in enumerate(zip(batches, model_states, model_batches, strict=True)):
-                reference = None if references is None else references[number]
                 with skipping_layers(model, len(decoder_layers(model)), state, calls[0]):
-                    losses[-1].append(_losses_of_batch(model, batch, reference, context))
+                    losses[-1].append(_losses_of_batch(model, batch, targets[number], context))
     return losses
 
 

@@ -7,7 +7,6 @@ import os
 import re
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
@@ -161,15 +160,14 @@ def _is_plain_qwen2(config: PreTrainedConfig) -> bool:
 
 
 def _add_hyperparameters(writer: GGUFWriter, config: PreTrainedConfig) -> None:
-    heads, key_value_heads, channels = (list(counts) for counts in zip(*_written_counts(config), strict=True))
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_vocab_size(config.vocab_size)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_head_count(_one_if_alike(heads))
-    writer.add_head_count_kv(_one_if_alike(key_value_heads))
-    writer.add_feed_forward_length(_one_if_alike(channels))
+    adders = (writer.add_head_count, writer.add_head_count_kv, writer.add_feed_forward_length)
+    for add, counts in zip(adders, zip(*_written_counts(config), strict=True), strict=True):
+        add(counts[0] if len(set(counts)) == 1 else list(counts))
     # The default would be the hidden size divided by the heads.
     writer.add_key_length(head_dim(config))
     writer.add_value_length(head_dim(config))
@@ -177,22 +175,15 @@ def _add_hyperparameters(writer: GGUFWriter, config: PreTrainedConfig) -> None:
     if config.model_type == "gemma3_text":
         writer.add_sliding_window(config.sliding_window)
         writer.add_rope_freq_base(config.rope_parameters["full_attention"]["rope_theta"])
-    else:
-        _add_rope(writer, config.rope_parameters)
-
-
-def _add_rope(writer: GGUFWriter, parameters: dict[str, Any]) -> None:
-    """Base and scaling; Llama 3's scaling is a tensor instead."""
-    writer.add_rope_freq_base(parameters["rope_theta"])
-    if parameters["rope_type"] in ("linear", "yarn"):
-        writer.add_rope_scaling_type(gguf.RopeScalingType(parameters["rope_type"]))
-        writer.add_rope_scaling_factor(parameters["factor"])
-    if parameters["rope_type"] == "yarn":
-        writer.add_rope_scaling_orig_ctx_len(parameters["original_max_position_embeddings"])
-
-
-def _one_if_alike(counts: list[int]) -> int | list[int]:
-    return counts[0] if len(set(counts)) == 1 else counts
+        return
+    # Llama 3's scaling is a tensor.
+    rope = config.rope_parameters
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if rope["rope_type"] in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
+        writer.add_rope_scaling_factor(rope["factor"])
+    if rope["rope_type"] == "yarn":
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
 
 
 def _named_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
