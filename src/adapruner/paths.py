@@ -21,7 +21,7 @@ def given_path(name: str | Path) -> Path:
     except (FileNotFoundError, NotADirectoryError):
         pass
     except (OSError, RuntimeError, ValueError) as error:
-        raise AdaPrunerError(f"there can be nothing at {str(name)!r}: {reason(error)}") from None
+        raise AdaPrunerError(f"invalid path {str(name)!r}: {reason(error)}") from None
     return path
 
 
@@ -33,7 +33,7 @@ def output_path(name: str | Path) -> Path:
     """
     path = given_path(name)
     if path.name in ("", ".."):
-        raise AdaPrunerError(f"{str(name)!r} is no name for something new: choose another output")
+        raise AdaPrunerError(f"{str(name)!r} is not a name for a new file or folder: choose another output")
     existing = next(folder for folder in path.absolute().parents if folder.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise AdaPrunerError(f"cannot write to {path}: {existing} is not a writable directory")

@@ -292,7 +292,7 @@ def _json_records(path: Path) -> Iterator[dict[str, Any]]:
             values = ((place, _parsed(place, line)) for place, line in itertools.chain([first], lines))
         for place, value in values:
             if not isinstance(value, dict):
-                raise ValueError(f'{place} is no JSON object with fields, as {{"text": …}}')
+                raise ValueError(f'{place} is not a JSON object with fields, as {{"text": …}}')
             yield value
 
 
@@ -300,7 +300,7 @@ def _parsed(place: str, text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place} is no JSON: {getattr(error, 'msg', reason(error))}") from None
+        raise ValueError(f"{place} is not JSON: {getattr(error, 'msg', reason(error))}") from None
 
 
 def _plain_documents(path: Path, lines: Lines) -> Iterator[str]:
@@ -379,7 +379,7 @@ def _text_of(record: dict[str, Any], column: str, number: int) -> str | None:
     if value is None:
         return None
     if isinstance(value, dict | list):
-        raise ValueError(f"{column} of record {number} is no text but a {type(value).__name__}")
+        raise ValueError(f"{column} of record {number} is not text but a {type(value).__name__}")
     try:
         text = value.decode() if isinstance(value, bytes) else str(value)
         text.encode()  # refuses half of a surrogate pair, which JSON can hold

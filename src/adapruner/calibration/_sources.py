@@ -240,7 +240,7 @@ def register_sources(path: Path) -> None:
         if name in ("", "hf", SELF_GENERATED) or set(name) & set(":@/") or name.endswith(_FILES):
             raise AdaPrunerError(f"{path}: {name!r} cannot name a source: choose letters and digits")
         if source.hub is None and not source.local:
-            raise AdaPrunerError(f"{path}: {name} says neither in `hub` nor in `local` where its data is")
+            raise AdaPrunerError(f"{path}: {name} has neither `hub` nor `local`: say where its data is")
         if known_sources().get(name, source) != source:
             raise AdaPrunerError(f"{path}: there is another source named {name}: choose another name")
     _registered.update(entries)

@@ -67,8 +67,8 @@ def _check_attends_to_everything(config: PreTrainedConfig) -> None:
     layer_types = getattr(config, "layer_types", None) or ["sliding_attention"]
     if window and "sliding_attention" in layer_types and window < config.max_position_embeddings:
         raise AdaPrunerError(
-            f"llama.cpp has no sliding attention window in this family, this model one of {window} tokens; exact is an"
-            f" export of the model with max_position_embeddings={window} in its config.json (now"
+            f"llama.cpp has no sliding-window attention in this family, but this model has a window of {window} tokens:"
+            f" to export it exactly, set max_position_embeddings={window} in its config.json (now"
             f" {config.max_position_embeddings})"
         )
 

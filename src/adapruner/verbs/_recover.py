@@ -97,7 +97,7 @@ def _recover_into(
     data, teacher = config.data, config.teacher
     for path in (given_path(name).resolve() for name in (config.model, teacher, data) if name):
         if path.exists() and folder.resolve() in (path, *path.parents):
-            raise AdaPrunerError(f"{folder} is or holds what this reads from, {path}: choose another output")
+            raise AdaPrunerError(f"{folder} is or contains {path}, which is read: choose another output")
     source = None if data == SELF_GENERATED else parse_source(data)
     if source is None and teacher is None:
         raise AdaPrunerError("`data` self is text that the dense model writes: name it with `teacher`")
