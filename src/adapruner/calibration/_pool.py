@@ -120,11 +120,7 @@ def upper_case_windows(windows: Tensor, tokenizer: Tokenizer) -> Tensor:
 
 
 def _given_windows(source: Source, seq_len: int, at_least: int) -> Tensor:
-    """The windows of a source that holds windows, as they are.
-
-    Raises:
-        AdaPrunerError: there are too few, or they have another length.
-    """
+    """The windows of a source that holds windows, as they are; refuses too few, or windows of another length."""
     windows = read_windows(source)
     if len(windows) < at_least:
         raise AdaPrunerError(
@@ -144,11 +140,7 @@ def _cut_into_windows(tokens: Tensor, name: str, size: int, stride: int | None =
 
 
 def _start_of_text(tokenizer: Tokenizer, seq_len: int) -> list[int]:
-    """The special tokens that a tokenizer puts in front of a text.
-
-    Raises:
-        AdaPrunerError: windows of `seq_len` tokens have no room for others.
-    """
+    """The special tokens that a tokenizer puts in front of a text; refuses windows that have no room for others."""
     text = "a"
     tokens = tokenizer(text).input_ids
     bare = tokenizer(text, add_special_tokens=False).input_ids

@@ -140,11 +140,7 @@ def parse_source(text: str, purpose: Purpose = "train", missing_ok: bool = False
 
 
 def _named(name: str, purpose: Purpose) -> Source:
-    """The whole dataset of a name.
-
-    Raises:
-        AdaPrunerError: it names none.
-    """
+    """The dataset of a name, all parts of it; refuses unknown names."""
     dataset, option = split_name(name)
     if dataset == "hf":
         return _on_hub(name, option)

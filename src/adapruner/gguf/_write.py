@@ -64,11 +64,7 @@ def write_gguf(model: PreTrainedModel, tokenizer: Tokenizer, path: Path, gguf_ty
 
 
 def _write(model: PreTrainedModel, tokenizer: Tokenizer, path: Path, name: str, gguf_type: GgufType) -> None:
-    """Writes the file in a type that gguf-py can write.
-
-    Args:
-        name: of the model.
-    """
+    """Writes the file in a type that gguf-py can write."""
     matrix_type = GGMLQuantizationType[gguf_type.upper()]
     rotates_neighbours = _llama_cpp_architecture(model.config) in _ROTATE_NEIGHBOURS
     with contextlib.closing(_new_writer(model, tokenizer, name)) as writer:
@@ -133,8 +129,9 @@ def gguf_names(model: PreTrainedModel) -> dict[str, str]:
 
 
 def _written_counts(config: PreTrainedConfig) -> list[tuple[int, int, int]]:
-    """The counts of every layer in the file. llama.cpp reads the width of heads from the first layer, and skips the
-    attention of a layer without a feed-forward. Such layers get one head, or a few channels, of zeros."""
+    """The counts of every layer in the file. llama.cpp reads the width of heads from the first layer, which therefore
+    has at least one head; and it skips the attention of a layer without a feed-forward, which therefore has a few
+    channels. The weights of these are zeros."""
     return [
         (heads or int(index == 0), key_value_heads or int(index == 0), channels or (_FEW_CHANNELS if heads else 0))
         for index, (heads, key_value_heads, channels) in enumerate(layer_counts(config))
