@@ -100,15 +100,15 @@ def _describe(error: ErrorDetails, known: Collection[str]) -> str:
         return f"{field} is missing"
     if kind == "extra_forbidden":
         return f"{field} is not an option{_suggest(name, known, '`')}"
-    given, context = _brief(error["input"]), error.get("ctx", {})
+    value, context = _brief(error["input"]), error.get("ctx", {})
     choices = re.findall("'([^']*)'", context.get("expected", ""))
     context = context | {"expected": ", ".join(choices)}
     words = next((words.format(**context) for start, words in _WORDS.items() if kind.startswith(start)), message)
-    return f"{field} {given} {words}" + _suggest(given, choices, "'")
+    return f"{field} {value} {words}" + _suggest(value, choices, "'")
 
 
-def _suggest(given: str, known: Collection[str], mark: str) -> str:
-    close = difflib.get_close_matches(given, known, n=1)
+def _suggest(text: str, known: Collection[str], mark: str) -> str:
+    close = difflib.get_close_matches(text, known, n=1)
     return f": did you mean {mark}{close[0]}{mark}?" if close else ""
 
 

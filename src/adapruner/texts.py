@@ -107,13 +107,13 @@ def overlaps(records: list[dict[str, Any]], source: Source) -> list[str]:
     Args:
         records: see `Texts.as_records`; records of another form are left out.
     """
-    given = record_of(source)
+    read = record_of(source)
     return [
         f"{_DID[record['use']]} on {''.join(filter(str.isprintable, record['text']))}"
         for record in records
-        if record.keys() >= given.keys() and all(isinstance(value, str) for value in record.values())
-        if record.get("use") in _DID and record["identity"] == given["identity"]
-        if record["columns"] != given["columns"] or record["part"] in ("all", given["part"]) or source.part == "all"
+        if record.keys() >= read.keys() and all(isinstance(value, str) for value in record.values())
+        if record.get("use") in _DID and record["identity"] == read["identity"]
+        if record["columns"] != read["columns"] or record["part"] in ("all", read["part"]) or source.part == "all"
     ]
 
 

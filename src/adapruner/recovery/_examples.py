@@ -106,11 +106,11 @@ def instruction_examples(
 
 def _instruction_example(record: dict[str, Any], tokenizer: Tokenizer, seq_len: int) -> Example | None:
     """None if nothing of an answer is left to learn."""
-    given = (record.get("input") or "").strip()
+    context = (record.get("input") or "").strip()
     prompt = _PROMPT.format(
         instruction=record["instruction"].strip(),
-        and_input=", paired with an input that provides further context" if given else "",
-        input=f"### Input:\n{given}\n\n" if given else "",
+        and_input=", paired with an input that provides further context" if context else "",
+        input=f"### Input:\n{context}\n\n" if context else "",
     )
     answer = record["output"].strip()
     if not answer:

@@ -222,7 +222,7 @@ def _arguments(
     per_process = options.batch_size // this_process().count
     # The largest size that divides a batch.
     micro_batch = next(size for size in range(options.micro_batch_size, 0, -1) if per_process % size == 0)
-    every = max(1, min(_MOST_STEPS_BETWEEN, steps // _VALIDATIONS))
+    interval = max(1, min(_MOST_STEPS_BETWEEN, steps // _VALIDATIONS))
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
@@ -236,8 +236,8 @@ def _arguments(
         warmup_steps=min(options.warmup_steps, steps // 10),
         eval_on_start=evaluates_first,
         eval_strategy="steps",
-        eval_steps=every,
-        save_steps=every,
+        eval_steps=interval,
+        save_steps=interval,
         save_total_limit=2,
         load_best_model_at_end=True,
         metric_for_best_model="eval_loss",
