@@ -407,7 +407,7 @@ def test_a_source_from_outside_is_calibrated_on(
         ("c4: {split: a, columns: [b], local: {a: a.txt}}", "another source named c4"),
         ("self: {split: a, columns: [b], local: {a: a.txt}}", "'self' cannot name a source"),
         ("a.txt: {split: a, columns: [b], local: {a: a.txt}}", "cannot name a source"),
-        ("mine: {split: a, columns: [b]}", "mine says neither in `hub` nor in `local`"),
+        ("mine: {split: a, columns: [b]}", "mine has neither `hub` nor `local`"),
         ("mine: {split: a}", "cannot read the sources .*columns"),
         ("mine: [", "cannot read the sources"),
         ("- mine", "cannot read the sources"),

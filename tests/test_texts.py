@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, strategies as st
@@ -11,7 +12,8 @@ from hypothesis import given, strategies as st
 from adapruner.calibration import parse_source, read_documents
 from adapruner.config import PruneConfig
 from adapruner.errors import AdaPrunerError
-from adapruner.texts import DEFAULT_REPORT_WINDOWS, Texts, assign_texts, overlaps, report_windows
+from adapruner.run.nodes.text import to_report
+from adapruner.texts import DEFAULT_REPORT_WINDOWS, Texts, assign_texts, overlaps
 
 
 def assigned(**options: object) -> Texts:
@@ -192,8 +194,13 @@ def test_what_a_checkpoint_records(tmp_path: Path) -> None:
     assert overlaps(broken, parse_source("c4")) == ["trained on c4[2J"]
 
 
-def test_a_text_that_nobody_named_is_reported_on_in_part() -> None:
-    named = PruneConfig(model="m", evaluate=("ptb",))
-    assert report_windows(named) is None
-    assert report_windows(PruneConfig(model="m")) == DEFAULT_REPORT_WINDOWS
-    assert report_windows(PruneConfig(model="m", evaluate_windows=7)) == 7
+def test_a_text_that_nobody_named_is_reported_on_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adapruner.run.nodes.text.evaluation_text", lambda *arguments, bos: arguments[3])
+
+    def windows(evaluate: tuple[str, ...], evaluate_windows: int | None = None) -> object:
+        cut: Any = to_report.make(128, evaluate, evaluate_windows, True)
+        return cut({"ptb": parse_source("ptb")}, None)["ptb"]
+
+    assert windows(("ptb",)) is None
+    assert windows(()) == DEFAULT_REPORT_WINDOWS
+    assert windows((), 7) == 7

@@ -1,4 +1,4 @@
-"""What a caller is told of a run in progress."""
+"""Callbacks for a run in progress."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from adapruner.search import TriedPoint
 
 
 class Callback:
-    """Override what you want to be told of; of several processes, only the first one tells.
+    """Methods that are called during a run; override those that you need. Of several processes, only the first calls.
 
-    An exception that a method raises ends the run; call `adapruner.prune` again to resume it.
+    An exception in a method ends the run; call `adapruner.prune` again to resume it.
     """
 
     def on_stage_begin(self, stage: str) -> None:
@@ -21,11 +21,11 @@ class Callback:
         """A stage has ended, with its seconds and peak memory. Finished stages of a resumed run are not repeated."""
 
     def on_trial(self, trial: TriedPoint) -> None:
-        """A trial has finished; also called for those of an earlier call, in the order in which they were begun."""
+        """A trial has finished; also called for trials of an earlier call, in the order in which they were begun."""
 
     def on_numbers(self, numbers: Mapping[str, float]) -> None:
-        """Numbers by name: what the Trainer logs in every step of a fine-tuning, `recovery/loss`, …, and at the end
-        the perplexities of all models."""
+        """Numbers by name: those that the Trainer logs in every step of a fine-tuning, `recovery/loss`, …, and at the
+        end the perplexities of all models."""
 
 
 def tell(callbacks: Iterable[Callback], numbers: Mapping[str, float]) -> None:

@@ -1,4 +1,4 @@
-"""The model card: what was removed, what it cost, and how to load what is left."""
+"""The model card: what was removed, what that cost, and how to load the model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from adapruner.result import Role, RunResult, shown_name
 from adapruner.search import MovedChannels, MovedHeads
 from adapruner.tokens import VocabularySummary
 
-# The rest of a longer card is not read, nor a longer licence shown.
+# Longer cards, metadata and licences are cut off.
 _LONGEST_CARD = 2**20
 _LONGEST_METADATA = 2**16
 _LONGEST_LICENCE = 200
@@ -36,7 +36,7 @@ _LONGEST_GGUF_METADATA = 2**26
 _GGUF_LICENCE = re.compile(rb"\x0f\0\0\0\0\0\0\0general\.license\x08\0\0\0(.{8})(.{,200})", re.DOTALL)
 _LOADING = "## Loading\n\n"
 _NOT_TRAINED = "It was not fine-tuned."
-# On fewer items, accuracies differ by chance more than models do: they are in the table, and not in the metadata.
+# With fewer items, chance changes accuracies more than models do: they are in the table, but not in the metadata.
 _FEWEST_ITEMS = 100
 
 
@@ -47,13 +47,13 @@ def model_card(
     result: RunResult,
     of: Role = "searched",
 ) -> str:
-    """The README.md of a pruned checkpoint, with the metadata that the Hugging Face Hub reads. Folders of this machine
-    are named without their path.
+    """The README.md of a pruned checkpoint, with the metadata that the Hugging Face Hub reads. Local folders are named
+    without their path.
 
     Args:
         location: of the base model.
         config: of the pruned model.
-        of: which of the models of the run.
+        of: the role of the model in the run.
     """
     model, dense = result.model(of), result.model("dense")
     base = shown_name(result.config.model)
@@ -89,13 +89,13 @@ def model_card(
 def vocabulary_card(
     location: ModelLocation, config: PreTrainedConfig, base: str, summary: VocabularySummary, texts: Iterable[str]
 ) -> str:
-    """The README.md of a model of which tokens were removed and nothing else.
+    """The README.md of a model from which only tokens were removed.
 
     Args:
         location: of the base model.
         config: of the smaller model.
-        base: what the base model is called.
-        texts: whose tokens were kept.
+        base: the name of the base model.
+        texts: the datasets whose tokens were kept.
     """
     return _render(
         location,
@@ -139,21 +139,21 @@ def _render(
 
 
 def _loading(config: PreTrainedConfig) -> dict[str, Any]:
-    """What the section on loading depends on."""
+    """The values in the section on loading."""
     needs_code, transformers = is_pruned(config), version("transformers")
     return {"needs_code": needs_code, "model_type": config.model_type, "transformers": transformers}
 
 
 def _what_was_removed(plan: PruningPlan, result: RunResult) -> str:
-    """The kinds of what was removed, with commas between them."""
+    """The kinds of removed parts, separated by commas."""
     removed = ["tokens"] if result.vocabulary else []
-    for kind, groups, whole in (
-        ("heads", "attention heads", "whole attentions"),
+    for kind, groups, blocks in (
+        ("heads", "attention heads", "whole attention layers"),
         ("experts", "experts", "whole mixtures of experts"),
-        ("channels", "feed-forward channels", "whole feed-forwards"),
+        ("channels", "feed-forward channels", "whole feed-forward layers"),
     ):
         cut = [block for block in plan.blocks if block.kind == kind and len(block.kept) < block.groups]
-        removed += [groups] * any(block.kept for block in cut) + [whole] * any(not block.kept for block in cut)
+        removed += [groups] * any(block.kept for block in cut) + [blocks] * any(not block.kept for block in cut)
     return ", ".join(removed)
 
 
@@ -175,20 +175,20 @@ def _as_metadata(number: Number) -> EvalResult:
 
 
 def read_card(location: ModelLocation) -> str:
-    """The README.md of a model, up to its first MiB; empty where there is none, or it cannot be read."""
+    """The README.md of a model, up to its first MiB; empty if there is none, or it cannot be read."""
     try:
         with quiet_transformers():
-            found = None if location.gguf_file else cached_file(location.path, "README.md")
-        if found is None:
+            path = None if location.gguf_file else cached_file(location.path, "README.md")
+        if path is None:
             return ""
-        with open(found, encoding="utf-8", errors="replace") as file:
+        with open(path, encoding="utf-8", errors="replace") as file:
             return file.read(_LONGEST_CARD)
     except (OSError, ValueError):  # no such card, or no network
         return ""
 
 
 def card_of_export(card: str, config: PreTrainedConfig) -> str | None:
-    """The card of a pruned model for the same model in another form; None if the card is not one of ours.
+    """The card of a pruned model for the same model in another form; None if this package did not write the card.
 
     Args:
         config: of the exported model.
@@ -202,8 +202,8 @@ def card_of_export(card: str, config: PreTrainedConfig) -> str | None:
 
 
 def base_licence(location: ModelLocation) -> dict[str, str] | None:
-    """What the base model says of its licence, in the fields of a model card: from the metadata of a GGUF file or from
-    its card; None where it is silent or cannot be asked. Whatever is in the files, it is quick and raises nothing."""
+    """The licence of the base model, in the fields of a model card: from the metadata of a GGUF file or from its card;
+    None if it names none or cannot be read. Whatever the files contain, this is quick and raises nothing."""
     if location.gguf_file:
         fields: dict[Any, Any] = {"license": _gguf_licence(Path(location.path) / location.gguf_file)}
     else:
@@ -213,7 +213,7 @@ def base_licence(location: ModelLocation) -> dict[str, str] | None:
 
 
 def _metadata(card: str) -> dict[Any, Any]:
-    """The front matter of a card."""
+    """The metadata at the beginning of a card; empty if there are none, or they are invalid."""
     front = re.match(r"\s*---[ \t]*\n(.*?)^---", card[:_LONGEST_METADATA], re.DOTALL | re.MULTILINE)
     try:
         metadata = yaml.load(front[1], PlainLoader) if front else None
@@ -223,17 +223,17 @@ def _metadata(card: str) -> dict[Any, Any]:
 
 
 def _gguf_licence(path: Path) -> str | None:
-    """`general.license`, without a reader of whole files, which takes seconds for the tokens."""
+    """`general.license`. Readers of whole files take seconds for the tokens."""
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            found = _GGUF_LICENCE.search(content, 0, _LONGEST_GGUF_METADATA)
-            return found[2][: int.from_bytes(found[1], "little")].decode() if found else None
+            entry = _GGUF_LICENCE.search(content, 0, _LONGEST_GGUF_METADATA)
+            return entry[2][: int.from_bytes(entry[1], "little")].decode() if entry else None
     except (OSError, ValueError):
         return None
 
 
 def trained_sentence(record: RecoveryRecord) -> str:
-    """What was done after the pruning."""
+    """The fine-tuning in one sentence."""
     how = {"lora": "LoRA, merged", "ia3": "IA3, merged", "full": "all weights"}[record.config["train"]]
     learnt = "the predictions of the dense model" if record.method == "distillation" else "the text itself"
     return (
@@ -243,25 +243,25 @@ def trained_sentence(record: RecoveryRecord) -> str:
 
 
 def card_of_recovered(card: str, record: RecoveryRecord) -> str | None:
-    """The card of a pruned model for the same model after recovery; None if the card is not one of ours. Its numbers
-    are those from before and go."""
+    """The card of a pruned model for the same model after recovery; None if this package did not write the card. Its
+    numbers are removed: they were measured before."""
     if _NOT_TRAINED not in card:
         return None
     card = card.replace(_NOT_TRAINED, trained_sentence(record))
     before, heading, rest = card.partition("## What it cost\n\n")
     after = rest.partition("\n## ")[2]
-    # That of a model of which tokens alone were removed says nothing of costs.
+    # The card of a model from which only tokens were removed has no such section.
     card = f"{before}{heading}Not measured after fine-tuning.\n\n## {after}" if heading else card
     return re.sub(r"(?m)^model-index:\n(?:(?!---)[ -].*\n)+", "", card)
 
 
 def _public(text: str) -> str:
-    """Without the folders of paths, which are nobody's business."""
+    """A text without the folders of its paths, which are private."""
     return re.sub(r"(?<!\S)(?:\.{0,2}|~)/(?:[^\s/]+/)*", "", text)
 
 
 def _escaped(text: str) -> str:
-    """Text of the user's for Markdown that is shown as HTML: on one line, and without links, emphasis and tables."""
+    """A text of the user for Markdown that is shown as HTML: on one line, and without links, emphasis and tables."""
     return "".join(f"&#{ord(sign)};" if sign in "|`[]*\\" else sign for sign in html.escape(" ".join(text.split())))
 
 

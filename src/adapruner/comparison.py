@@ -1,4 +1,4 @@
-"""Models side by side: their numbers, and which of them there is no reason to choose."""
+"""Models side by side: their numbers, and the models that are dominated by others."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from adapruner.tables import Column, Table
 
 Axis = Literal["size", "prefill", "decode"]
 AXES: dict[Axis, str] = {"size": "size", "prefill": "prompt tokens/s", "decode": "generated tokens/s"}
-# Speeds this close count as equal: no measurement of a minute is better.
+# Speeds this close count as equal: short measurements are not more precise.
 _SPEED_TOLERANCE = 0.03
 
 
@@ -26,7 +26,7 @@ class Point(_Content):
 
     Attributes:
         model: as the user wrote it.
-        type: that of the GGUF file, `gguf` for a file that was given, or the dtype in transformers.
+        type: the type of the GGUF file, `gguf` for a given file, or the dtype in transformers.
         size: bytes of the GGUF file, or of the weights in transformers.
         perplexity: on the text of the comparison; `bits_per_byte` is known.
         prefill, decode: tokens per second of reading a prompt, and of generating after it, one sequence at a time.
@@ -62,8 +62,8 @@ class Comparison(_Content):
 
     Attributes:
         points: in the order of the given models, engines and types.
-        prompt, new_tokens, repetitions: how speed was measured.
-        device: that transformers ran on; llama.cpp runs on the CPU.
+        prompt, new_tokens, repetitions: of the measurement of speed.
+        device: of transformers; llama.cpp runs on the CPU.
     """
 
     points: list[Point]
@@ -75,8 +75,8 @@ class Comparison(_Content):
     @computed_field
     @property
     def dominated(self) -> dict[str, dict[Axis, str]]:
-        """By the name of each dominated point, and by what it costs: the name of the point that dominates it, see
-        `dominating`."""
+        """The name of the point that dominates, see `dominating`, by the name of the dominated point and by the kind of
+        cost."""
         dominated: dict[str, dict[Axis, str]] = {}
         for point in self.points:
             for axis in AXES:
@@ -86,18 +86,20 @@ class Comparison(_Content):
 
 
 def dominating(point: Point, points: Sequence[Point], axis: Axis) -> Point | None:
-    """Of the points that are at least as good as this one in bits per byte and cost no more, and are better in one of
-    both: the one with the fewest bits per byte. Speeds within 3 % count as equal. None if there is none."""
-    better = [other for other in points if _dominates(other, point, axis)]
-    return min(better, key=lambda other: (other.bits_per_byte, other.cost(axis)), default=None)
+    """The point with the fewest bits per byte among those that dominate a point; None if there is none.
+
+    A point dominates another if it has no more bits per byte and costs no more, and is better in one of both. Speeds
+    within 3 % count as equal.
+    """
+    better = [candidate for candidate in points if _dominates(candidate, point, axis)]
+    return min(better, key=lambda candidate: (candidate.bits_per_byte, candidate.cost(axis)), default=None)
 
 
-def _dominates(one: Point, other: Point, axis: Axis) -> bool:
+def _dominates(candidate: Point, point: Point, axis: Axis) -> bool:
     margin = 1.0 if axis == "size" else 1 + _SPEED_TOLERANCE
-    costs = one.cost(axis), other.cost(axis)
-    if one.bits_per_byte == other.bits_per_byte:
-        return costs[0] * margin < costs[1]
-    return one.bits_per_byte < other.bits_per_byte and costs[0] <= costs[1] * margin
+    if candidate.bits_per_byte == point.bits_per_byte:
+        return candidate.cost(axis) * margin < point.cost(axis)
+    return candidate.bits_per_byte < point.bits_per_byte and candidate.cost(axis) <= point.cost(axis) * margin
 
 
 def table(comparison: Comparison) -> Table:
@@ -128,7 +130,7 @@ def table(comparison: Comparison) -> Table:
 
 
 def _protocols(comparison: Comparison) -> list[str]:
-    """How the numbers came about, one line each."""
+    """How the numbers were measured, one line each."""
     points = comparison.points
     engines = {"llama.cpp": "llama.cpp on the CPU", "transformers": f"transformers on {comparison.device}"}
     used = " and ".join(name for engine, name in engines.items() if any(point.engine == engine for point in points))
@@ -142,5 +144,5 @@ def _protocols(comparison: Comparison) -> list[str]:
 
 
 def shown_rate(rate: Rate) -> str:
-    """Tokens per second as they are shown."""
+    """Tokens per second with their range, for a table."""
     return f"{rate.median:,.1f} ({rate.least:,.1f}–{rate.greatest:,.1f})"

@@ -1,4 +1,4 @@
-"""The one exception class whose message is written for the user, and how other errors are described."""
+"""The exception class whose message is written for the user, and descriptions of other errors."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from pydantic import ValidationError
     from pydantic_core import ErrorDetails
 
-# The messages of these are a name, or incomprehensible without the type.
+# Errors whose messages are a name, or incomprehensible without the type.
 _SAY_LITTLE = (LookupError, TypeError, AttributeError, ArithmeticError, AssertionError, RecursionError)
-# In the plain RuntimeError that PyTorch raises if the memory of the CPU is exhausted; the last is from oneDNN.
+# Signs in the plain RuntimeError that PyTorch raises if the memory of the CPU is exhausted; the last is from oneDNN.
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "bad_alloc", "could not create a primitive")
 _LONGEST_REASON = 300
 _LONGEST_VALUE = 60
 _MOST_ERRORS = 8
-# What pydantic finds, by the beginning of its type, in words that continue "`field` value".
+# Errors of pydantic, by the beginning of their type, in words that continue "`field` value".
 _WORDS = {
     "bool": "is neither true nor false",
     "finite_number": "is not a finite number",
@@ -39,8 +39,8 @@ _WORDS = {
 
 
 class AdaPrunerError(Exception):
-    """An error that the user can fix. Its message says what is wrong, the numbers, and what to do; options are named
-    as fields in backticks.
+    """An error that the user can fix. Its message names the problem, the numbers and a remedy; options are named as
+    fields in backticks.
 
     The command line prints the message on one line and exits with code 2, without a traceback.
     """
@@ -51,14 +51,14 @@ class NonFiniteError(AdaPrunerError):
 
 
 def describe_failure(error: BaseException, takes_less: str) -> str | None:
-    """The missing resource and a remedy, if the machine lacks memory, disk space or a permission; else None.
+    """The missing resource and a remedy, if memory, disk space or a permission is missing; else None.
 
     Args:
         takes_less: a way to need less memory.
     """
     number, path = (error.errno, error.filename) if isinstance(error, OSError) else (None, None)
-    said = str(error).lower() if isinstance(error, RuntimeError) else ""
-    if isinstance(error, MemoryError) or number == errno.ENOMEM or any(sign in said for sign in _OUT_OF_MEMORY):
+    text = str(error).lower() if isinstance(error, RuntimeError) else ""
+    if isinstance(error, MemoryError) or number == errno.ENOMEM or any(sign in text for sign in _OUT_OF_MEMORY):
         return f"out of memory: {takes_less}"
     if number in (errno.ENOSPC, errno.EDQUOT):
         return f"no space left on the disk{f' ({path})' if path else ''}: free some"
@@ -68,7 +68,7 @@ def describe_failure(error: BaseException, takes_less: str) -> str | None:
 
 
 def reason(error: BaseException) -> str:
-    """The message of an error of another library on one line of bounded length; with its type if it says little."""
+    """The message of another library's error on one line of bounded length; with its type if it says little."""
     if isinstance(error, UnicodeDecodeError):
         return f"it is not UTF-8 text: byte {error.start} is invalid"
     text = " ".join(str(error).split())
@@ -80,40 +80,40 @@ def reason(error: BaseException) -> str:
 
 
 def describe_invalid(error: ValidationError, known: Collection[str] = ()) -> str:
-    """All that is wrong with some options, in one line of bounded length; fields stand in backticks.
+    """All errors in some options, on one line of bounded length; fields are in backticks.
 
     Args:
-        known: names of fields, to suggest where one is unknown.
+        known: names of fields, to suggest one if a field is unknown.
     """
     errors = error.errors(include_url=False)
     more = [f"and {len(errors) - _MOST_ERRORS} more"] if len(errors) > _MOST_ERRORS else []
-    return "; ".join([*(_describe(one, known) for one in errors[:_MOST_ERRORS]), *more])
+    return "; ".join([*(_describe(details, known) for details in errors[:_MOST_ERRORS]), *more])
 
 
 def _describe(error: ErrorDetails, known: Collection[str]) -> str:
     kind, message = error["type"], error["msg"].removeprefix("Value error, ")
     if kind == "conflict":
         return message
-    name = ".".join(part for part in error["loc"] if isinstance(part, str))
+    name = ".".join(field for field in error["loc"] if isinstance(field, str))
     field = f"`{_brief(name)}`"
     if kind == "missing":
         return f"{field} is missing"
     if kind == "extra_forbidden":
         return f"{field} is not an option{_suggest(name, known, '`')}"
-    given, context = _brief(error["input"]), error.get("ctx", {})
+    value, context = _brief(error["input"]), error.get("ctx", {})
     choices = re.findall("'([^']*)'", context.get("expected", ""))
     context = context | {"expected": ", ".join(choices)}
     words = next((words.format(**context) for start, words in _WORDS.items() if kind.startswith(start)), message)
-    return f"{field} {given} {words}" + _suggest(given, choices, "'")
+    return f"{field} {value} {words}" + _suggest(value, choices, "'")
 
 
-def _suggest(given: str, known: Collection[str], mark: str) -> str:
-    close = difflib.get_close_matches(given, known, n=1)
+def _suggest(text: str, known: Collection[str], mark: str) -> str:
+    close = difflib.get_close_matches(text, known, n=1)
     return f": did you mean {mark}{close[0]}{mark}?" if close else ""
 
 
 class _Brief(reprlib.Repr):
-    """Shows the beginning of what is long or nested; Python refuses to print numbers of thousands of digits."""
+    """Shows the beginning of long or nested values; Python refuses to print numbers of thousands of digits."""
 
     def repr_int(self, x: int, level: int) -> str:
         return super().repr_int(x, level) if x.bit_length() <= 64 else f"{hex(x)[:20]}…"

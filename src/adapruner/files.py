@@ -1,4 +1,4 @@
-"""Writing files so that what exists is whole."""
+"""Writing files so that every file that exists is complete."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ os.umask(_UMASK)
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes a file beside its place and renames it (see `being_written`).
+    """Writes a file next to its place and renames it (see `being_written`).
 
     Args:
-        write: given where to write.
+        write: called with the path to write to.
     """
     with being_written(path) as partial:
         write(partial)
@@ -31,13 +31,13 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
 
 @contextlib.contextmanager
 def being_written(path: Path, writer: str = "") -> Iterator[Path]:
-    """A path to write a file to, which is moved to its place, on the disk, if the block ends without an error.
+    """A path to write a file to. It is flushed to the disk and moved to its place if the block ends without an error.
 
     Args:
-        writer: part of the name beside, where several processes may write the same.
+        writer: part of the temporary name, if several processes may write the same file.
 
     Raises:
-        AdaPrunerError: it cannot be written, which leaves what was there.
+        AdaPrunerError: it cannot be written; an existing file is kept.
     """
     partial = path.with_name(f"{path.name}{writer}.partial")
     with saying_what_cannot_be_written(path):
@@ -52,11 +52,12 @@ def being_written(path: Path, writer: str = "") -> Iterator[Path]:
 
 
 def replace(partial: Path, path: Path) -> None:
-    """Puts a finished file or folder in its place, once all of it is on the disk; what was there is removed."""
-    for part in (*partial.rglob("*"), partial):
-        if part.is_file():
-            _open_to_readers(part)
-        _flush(part)
+    """Moves a finished file or folder to its place, once all of it is on the disk; replaces an existing one."""
+    for file in (*partial.rglob("*"), partial):
+        if file.is_file():
+            # safetensors from 0.8 on writes files that only the owner can read (huggingface/safetensors issue 782).
+            file.chmod(0o666 & ~_UMASK)
+        _flush(file)
     # A folder is never half removed, whenever this is killed.
     old = path.with_name(f".{path.name}.old")
     if path.is_dir():
@@ -71,10 +72,10 @@ def replace(partial: Path, path: Path) -> None:
 
 @contextlib.contextmanager
 def saying_what_cannot_be_written(path: Path) -> Iterator[None]:
-    """Turns failures to write into one line.
+    """Turns errors of the system into one line.
 
     Raises:
-        AdaPrunerError: in place of an error of the system.
+        AdaPrunerError: something cannot be written.
     """
     try:
         yield
@@ -84,7 +85,7 @@ def saying_what_cannot_be_written(path: Path) -> Iterator[None]:
 
 
 def copy_folder(source: Path, target: Path) -> None:
-    """Copies a folder; large files are linked where the file system can."""
+    """Copies a folder; large files are linked if the file system can."""
     for file in (file for file in source.rglob("*") if file.is_file()):
         place = target / file.relative_to(source)
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -92,18 +93,12 @@ def copy_folder(source: Path, target: Path) -> None:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Small files are copied: people edit them in place."""
+    """Links a file, or copies it if it is small: users edit small files in place."""
     if source.stat().st_size > _LINKED:
         with contextlib.suppress(OSError):
             os.link(source, target)
             return
     shutil.copy(source, target)
-
-
-def _open_to_readers(path: Path) -> None:
-    """Gives a file the mode that new files get here: safetensors from 0.8 on writes what nobody but the owner can
-    read (huggingface/safetensors issue 782)."""
-    path.chmod(0o666 & ~_UMASK)
 
 
 def _flush(path: Path) -> None:

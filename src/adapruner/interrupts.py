@@ -1,4 +1,4 @@
-"""Ctrl-C (SIGINT), and requests of the system to end (SIGTERM)."""
+"""Handling of Ctrl-C (SIGINT) and of requests to terminate (SIGTERM)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 @contextlib.contextmanager
 def handling_interrupts(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """Installs a handler of SIGINT and SIGTERM, and puts the earlier ones back; only the main thread may and does."""
+    """Installs a handler of SIGINT and SIGTERM, and restores the earlier ones; does nothing outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -20,13 +20,13 @@ def handling_interrupts(handler: Callable[[int, Any], None]) -> Iterator[None]:
     try:
         yield
     finally:
-        for number, earlier in before.items():
-            signal.signal(number, earlier)
+        for number, earlier_handler in before.items():
+            signal.signal(number, earlier_handler)
 
 
 @contextlib.contextmanager
 def deferring_interrupts(notice: str) -> Iterator[Callable[[], None]]:
-    """Defers SIGINT and SIGTERM in the main thread until a good moment; a second one ends at once.
+    """Defers SIGINT and SIGTERM in the main thread until a good moment; a second signal ends the process at once.
 
     Args:
         notice: printed on stderr when a signal comes.

@@ -1,4 +1,4 @@
-"""Numbers that were measured of models, and the tables that a terminal, a page and a model card share."""
+"""Measured numbers of models, and the tables that a terminal, a page and a model card share."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ Kind = Literal["size", "text", "sign", "task", "mean"]
 
 @dataclass(frozen=True)
 class Number:
-    """A number that was measured of a model.
+    """A measured number of a model.
 
     Attributes:
         kind: the parameters of the model; on text; a sign of breakage; in a task; the mean over all tasks.
         metric: its name, `perplexity` or `acc`.
         dataset: the text or the task.
-        digits: after the point, where it is shown.
+        digits: shown after the decimal point.
         error: standard error, if it is known.
-        protocol: one line on how it was measured.
-        items: of the task.
+        protocol: how it was measured, on one line.
+        items: the number of items of the task.
     """
 
     kind: Kind
@@ -104,24 +104,23 @@ def _scores(tasks: Mapping[str, TaskScore]) -> Iterator[Number]:
 
 
 def combined(*errors: float | None) -> float | None:
-    """The standard error of a sum or a difference of independent numbers; None where one of theirs is not known."""
+    """The standard error of a sum or a difference of independent numbers; None if one of their errors is not known."""
     known = [error for error in errors if error is not None]
     return math.hypot(*known) if len(known) == len(errors) else None
 
 
 def is_noise(difference: float, *errors: float | None) -> bool:
-    """Says whether a difference is within two standard errors of none.
+    """True if a difference is within two standard errors of zero.
 
     Args:
-        errors: of the numbers that it is the difference of, which are independent; where one is not known, nothing is
-            noise.
+        errors: standard errors of the two numbers, which are independent; if one is not known, nothing is noise.
     """
     error = combined(*errors)
     return error is not None and abs(difference) < 2 * error
 
 
 def shortened(text: str, longest: int = 26) -> str:
-    """The end of a text source whose name is too long for a table."""
+    """The name of a text source, or its end if it is too long for a table."""
     return text if len(text) <= longest else f"…{text[1 - longest :]}"
 
 
@@ -137,7 +136,7 @@ def model_table(title: str, models: Mapping[str, Numbers]) -> Table:
 
 
 def breakage_table(models: Mapping[str, Numbers], verdicts: Mapping[str, str]) -> Table:
-    """Signs of breakage of the models of which they are known, with the verdicts."""
+    """Signs of breakage and verdicts of the models whose signs are known."""
     shown = _of_kind(models, "sign")
     titles = {"agreement": "agreement\nwith dense", "repetition": "repetition"}
     columns = [
@@ -190,18 +189,18 @@ def measured_table(models: Mapping[str, Numbers], *kinds: Kind) -> Table:
 
 
 def with_error(value: float, error: float | None, digits: int = 4) -> Cell:
-    """A number and its standard error as they are shown."""
+    """A cell with a number and its standard error."""
     return Cell(f"{value:,.{digits}f}", "" if error is None else f"± {error:,.{digits}f}")
 
 
 def signed(value: float, error: float | None, digits: int = 4) -> Cell:
-    """A change and its standard error as they are shown."""
+    """A cell with a change and its standard error."""
     shown = "" if error is None else f"± {error:.{digits}f}"
     return Cell(f"{value:+.{digits}f}".replace("-", "−"), shown, is_noise=is_noise(value, error))
 
 
 def difference(before: Number, after: Number) -> tuple[float, float | None]:
-    """By how much a number grew, and the standard error of that."""
+    """The growth of a number, and its standard error."""
     return after.value - before.value, combined(before.error, after.error)
 
 
@@ -210,9 +209,8 @@ def _cell(numbers: Numbers, key: Key) -> Cell:
 
 
 def _of_kind(models: Mapping[str, Numbers], *kinds: Kind) -> dict[Key, Number]:
-    """A number of each metric and dataset that some model was measured by."""
-    every = (entry for numbers in models.values() for entry in numbers.items())
-    return {key: number for key, number in every if number.kind in kinds}
+    """A number of each metric and dataset with which a model was measured."""
+    return {key: number for numbers in models.values() for key, number in numbers.items() if number.kind in kinds}
 
 
 def _protocols(shown: Numbers) -> list[str]:

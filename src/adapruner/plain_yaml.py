@@ -1,4 +1,4 @@
-"""YAML of others, which may be anything."""
+"""YAML from outside this package, which may contain anything."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import yaml
 
 
 class PlainLoader(yaml.SafeLoader):
-    """YAML without aliases, by which a few lines can stand for more than memory holds."""
+    """YAML without aliases, with which a few lines can expand to more than fits into memory."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -16,15 +16,15 @@ class PlainLoader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-# What reading and parsing a file raise, also for invalid numbers and dates and endless nesting.
+# Errors of reading and parsing a file, also for invalid numbers and dates and endless nesting.
 UNREADABLE = (OSError, yaml.YAMLError, ValueError, RecursionError)
 
 
 def parse_options(text: str) -> dict[str, Any]:
-    """Options and their values out of YAML.
+    """Options and their values in YAML.
 
     Raises:
-        YAMLError, ValueError, RecursionError: it is something else.
+        YAMLError, ValueError, RecursionError: it is not a mapping of options to values.
     """
     options = yaml.load(text, PlainLoader)
     if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):

@@ -14,7 +14,7 @@ import torch.distributed as distributed
 
 T = TypeVar("T")
 
-# Others wait as long as the first process measures, searches and saves.
+# The other processes wait while the first one measures, searches and saves.
 _LONGEST_WAIT = timedelta(days=30)
 
 
@@ -24,9 +24,9 @@ class Process:
 
     Attributes:
         rank: its number, from 0.
-        count: how many there are.
-        rank_here: its number among those on this machine, which is that of its GPU.
-        count_here: how many there are on this machine.
+        count: the number of processes.
+        rank_here: its number among those on this machine, which is the number of its GPU.
+        count_here: the number of processes on this machine.
     """
 
     rank: int = 0
@@ -36,12 +36,12 @@ class Process:
 
     @property
     def leads(self) -> bool:
-        """Whether it does what only one may do."""
+        """True for the process that does the work of only one process."""
         return self.rank == 0
 
     @contextlib.contextmanager
     def connected(self, device: torch.device) -> Iterator[None]:
-        """While it lasts, the processes can wait for each other, and train together on their devices."""
+        """Connects the processes while this lasts, so that they can wait for each other and train together."""
         if self.count == 1 or distributed.is_initialized():
             yield
             return
@@ -59,7 +59,7 @@ class Process:
         self.from_first(None)
 
     def from_first(self, value: T) -> T:
-        """The value that the first process has."""
+        """The value of the first process."""
         if self.count == 1:
             return value
         values = [value]
@@ -67,7 +67,7 @@ class Process:
         return values[0]
 
     def gathered(self, value: T) -> list[T]:
-        """The values of all processes, in their order; in every process."""
+        """The values of all processes, in the order of their ranks; in every process."""
         if self.count == 1:
             return [value]
         values = [value] * self.count
@@ -76,8 +76,8 @@ class Process:
 
 
 def this_process() -> Process:
-    """Read from the variables of a launcher, if one started this process: variables that are left in a shell are not
-    looked at."""
+    """This process, from the environment variables of the launcher that started it. Variables that are left in a shell
+    are ignored."""
     if not distributed.is_torchelastic_launched():
         return Process()
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")

@@ -22,14 +22,14 @@ from rich.table import Column
 # At INFO, which the package sets, stages are shown; at DEBUG, what is recorded of them is logged too.
 _logger = logging.getLogger("adapruner")
 MIB = 2**20
-# Of the longest name of a stage, so that bars stand below each other; and of numbers up to 9999.
+# Width of the longest name of a stage, so that bars are aligned; and of numbers up to 9999.
 _STAGE_WIDTH, _COUNT_WIDTH = 20, 9
-# Advances a stage by some steps; the text is shown beside the bar.
+# Advances a stage by some steps; the text is shown next to the bar.
 Advance = Callable[..., None]
 
 
 class StageCost(BaseModel):
-    """Seconds and peak memory of a stage: that of the process, and what PyTorch held on an accelerator."""
+    """Seconds of a stage, and its peak memory: that of the process, and that of PyTorch on an accelerator."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -39,7 +39,7 @@ class StageCost(BaseModel):
 
 
 class StageWatcher(Protocol):
-    """Told of the stages of a reporter."""
+    """Methods that a reporter calls for every stage."""
 
     def on_stage_begin(self, stage: str) -> None: ...
 
@@ -52,11 +52,11 @@ class Reporter:
     Args:
         log: the file.
         quiet: print nothing, as if the level of the logger `adapruner` were above INFO.
-        watchers: told of every stage.
+        watchers: called for every stage.
 
     Attributes:
         current: the stage that is running, or that an error ended.
-        key: of the artifact that is being made, if one is.
+        key: of the artifact that is being made, if any.
     """
 
     def __init__(self, log: Path | None = None, quiet: bool = False, watchers: Sequence[StageWatcher] = ()) -> None:
@@ -69,7 +69,7 @@ class Reporter:
 
     @contextlib.contextmanager
     def making(self, key: str) -> Iterator[None]:
-        """Notes in the log what the stages meanwhile are for.
+        """Records in the log that stages belong to an artifact, while this lasts.
 
         Args:
             key: of the artifact.
@@ -103,16 +103,16 @@ class Reporter:
             watcher.on_stage_end(name, cost)
 
     def note(self, lines: str) -> None:
-        """Prints something once, if there is something to print."""
+        """Prints lines, if there are any."""
         if lines:
             self.console.print(lines, soft_wrap=True)
 
     def finished_stages(self, keys: Collection[str]) -> dict[str, StageCost]:
-        """The cost of every finished stage, from the log: of stages before an interruption too, and of all parts of a
-        stage that was done in parts.
+        """The cost of every finished stage, from the log: also of stages before an interruption, and summed over the
+        parts of a stage.
 
         Args:
-            keys: of the artifacts that count; what was done for others is left out.
+            keys: of the artifacts that count; stages for other artifacts are left out.
         """
         stages: dict[str, StageCost] = {}
         if self.log and self.log.is_file():
@@ -152,14 +152,14 @@ class Reporter:
 
 
 def give_back_memory() -> None:
-    """Gives freed memory back to the system, where the C library keeps it (glibc)."""
+    """Returns freed memory to the system, if the C library keeps it (glibc)."""
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def reset_peak_memory() -> bool:
-    """Gives freed memory back, and lets the peak of this process start at the memory that it holds now; False where the
-    system cannot (all but Linux)."""
+    """Returns freed memory, and resets the peak of this process to the memory that it holds now; False if the system
+    cannot do that (all but Linux)."""
     give_back_memory()
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
@@ -169,13 +169,13 @@ def reset_peak_memory() -> bool:
 
 
 def _accelerator() -> Any:
-    """The module of PyTorch for the accelerator that is in use. PyTorch is not imported for it: help must not wait."""
+    """The module of PyTorch for the accelerator in use. PyTorch is not imported for it, so that `--help` is fast."""
     if "torch" not in sys.modules:
         return None
     from adapruner.accelerators import accelerator_in_use
 
-    found = accelerator_in_use()
-    return found and found[1]
+    in_use = accelerator_in_use()
+    return in_use and in_use[1]
 
 
 def _reset_accelerator_peak() -> None:
@@ -185,7 +185,7 @@ def _reset_accelerator_peak() -> None:
 
 
 def _accelerator_peak() -> int:
-    """Bytes; of several devices, on the one that held most."""
+    """The peak memory in bytes; of several devices, that of the one with the highest peak."""
     module = _accelerator()
     devices = range(module.device_count()) if module else ()
     return max((int(module.max_memory_allocated(index)) for index in devices), default=0)
@@ -197,8 +197,8 @@ def held_memory() -> int:
 
 
 def peak_memory() -> int:
-    """The most bytes that this process has held: on Linux since `reset_peak_memory`, on Windows since its start,
-    elsewhere what it holds now."""
+    """The peak memory of this process in bytes: on Linux since `reset_peak_memory`, on Windows since its start;
+    elsewhere the memory that it holds now."""
     status = Path("/proc/self/status")
     if status.is_file():
         lines = status.read_text(encoding="utf-8").splitlines()

@@ -13,17 +13,17 @@ from adapruner.plain_yaml import UNREADABLE, parse_options
 
 
 def recipes() -> dict[str, str]:
-    """The text of every recipe of this package, by name: YAML, with what it is for in the comment at its beginning."""
+    """The YAML text of every recipe of this package, by name; the comment at its beginning states its purpose."""
     folder = resources.files("adapruner") / "recipes"
     files = sorted(folder.iterdir(), key=lambda file: file.name)
     return {file.name.removesuffix(".yaml"): file.read_text(encoding="utf-8") for file in files}
 
 
-def override(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """Options over others. What says how much is removed replaces whatever said so."""
-    if any(own.get(name) is not None for name in BUDGETS):
+def override(base: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options that override others. A ratio or target replaces the ratio or target of the base."""
+    if any(options.get(name) is not None for name in BUDGETS):
         base = {name: value for name, value in base.items() if name not in BUDGETS}
-    return {**base, **own}
+    return {**base, **options}
 
 
 def read_recipe(name: str | Path) -> dict[str, Any]:

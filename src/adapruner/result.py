@@ -29,12 +29,12 @@ from adapruner.tokens import VocabularySummary
 
 # Limits of advice: the growth of a perplexity, the number of windows, the multiple that widths should have.
 _MUCH_WORSE, _FEW_WINDOWS, _FRIENDLY_MULTIPLE = 2.0, 256, 8
-# The growth of bits per byte, which are compared where the tokens of the two models differ.
+# The growth of bits per byte, which are compared if the tokens of the two models differ.
 _MANY_MORE_BITS = 1.2
-# The rise of the repeated fraction of greedy text, and of bits per byte of arithmetic and code. SmolLM2-135M without a
-# fifth of its parameters: 0.16 to 0.38, and 1.2 to 1.4 times (docs/benchmarks.md).
+# The rise of the repeated fraction of greedy text, and the growth of bits per byte of arithmetic and code. With a fifth
+# of SmolLM2-135M removed: 0.16 to 0.38, and 1.2 to 1.4 times (docs/benchmarks.md).
 _MUCH_REPETITION, _MANY_MORE_PROBE_BITS = 0.25, 1.5
-# The fraction of all parameters that rows of tokens in other scripts make.
+# The fraction of all parameters in rows of tokens of other scripts.
 _MUCH_FOREIGN = 0.05
 
 Role = Literal["dense", "best_fixed", "compensated", "searched", "recovered"]
@@ -55,14 +55,14 @@ class ModelNumbers(_Content):
     """The numbers of one model of a run.
 
     Attributes:
-        role: `dense`; `best_fixed`, the best of LLM-Pruner's metrics, cut and not compensated;
-            `compensated`, the pruned model before its scales are tuned; `searched`, the pruned model; `recovered`, the
-            same after fine-tuning.
+        role: `dense`; `best_fixed`, pruned by the best of LLM-Pruner's metrics and not compensated; `compensated`, the
+            pruned model before its scales are tuned; `searched`, the pruned model; `recovered`, the same after
+            fine-tuning.
         parameters: tied ones counted once.
         perplexity: by text.
         tasks: scores, by task.
         breakage: signs that it is broken; None for `best_fixed` and `compensated`.
-        verdict: on these signs; None for the dense model and where there are none.
+        verdict: on these signs; None for the dense model, and without signs.
     """
 
     role: Role
@@ -85,11 +85,12 @@ class ModelNumbers(_Content):
 
 
 class ForeignVocabulary(_Content):
-    """Tokens in scripts that the text of a run has no letter of.
+    """Tokens in scripts of which the text of a run has no letter.
 
     Attributes:
-        scripts: the most frequent ones.
-        share: of all parameters, that their rows make.
+        tokens: their number.
+        scripts: the most frequent scripts.
+        share: the fraction of all parameters in their rows.
     """
 
     tokens: int
@@ -103,22 +104,22 @@ def _versions() -> dict[str, str]:
 
 
 class RunResult(_Content):
-    """The content of `result.json`: every number with what it takes to reproduce it.
+    """The content of `result.json`: every number, with the options and versions to reproduce it.
 
     Attributes:
         config: the options, with one ratio.
-        plan_hash: of the plan that was cut.
+        plan_hash: of the final plan.
         search: the chosen candidate and all trials.
-        levelled: the same with its widths levelled, which was cut; None if they were not.
+        levelled: the candidate with its widths levelled, which was pruned; None if widths were not levelled.
         recovery: the record of the fine-tuning, if there was any.
         models: the models, in the order in which they were made.
-        windows: how many there were, by use; `self`: those that the model wrote for compensation.
+        windows: the number of windows, by use; `self`: windows that the model wrote for compensation.
         stages: seconds and peak memory of every stage.
         versions: of the packages that decide numbers.
         device: of the last call that added numbers.
-        vocabulary: what was done to the vocabulary; None if all tokens are kept.
-        foreign: what could be, if all are.
-        target: what took the place of the ratio, and how well it was met.
+        vocabulary: the outcome of pruning the vocabulary; None if all tokens are kept.
+        foreign: tokens that could be removed, if all are kept.
+        target: the target that replaced the ratio, and how well it was met.
     """
 
     schema_version: Literal[4] = 4
@@ -188,7 +189,7 @@ class PruneResult:
         return self.output / "report.html"
 
     def advice(self) -> list[str]:
-        """What about the outcome should not go unseen, and what helps; a line each."""
+        """Problems of the outcome and remedies, a line each."""
         result = self.result
         lines = [*_rises(result), *_verdict(result.final), *_breakage(result)]
         if lines:
@@ -221,17 +222,17 @@ class PruneResult:
         rich prints them."""
         result = self.result
         title = f"{shown_name(result.config.model)}: {result.removed_share:.1%} of all parameters removed"
-        first, *others = tables_of(title, result.models, titles(result.config, result.search.best_fixed_name))
+        numbers, *tables = tables_of(title, result.models, titles(result.config, result.search.best_fixed_name))
         target = [target_sentence(result.target)] if result.target else []
-        return [replace(first, caption=[*first.caption, *target]), *others]
+        return [replace(numbers, caption=[*numbers.caption, *target]), *tables]
 
 
 def tables_of(title: str, models: Sequence[ModelNumbers], names: Mapping[Role, str]) -> list[Table]:
-    """The tables of models as far as they were measured.
+    """The tables of models, as far as they were measured.
 
     Args:
         title: of the first table.
-        names: of the models.
+        names: of the models, by role.
     """
     numbers = {names[model.role]: model.numbers for model in models}
     verdicts = {names[model.role]: model.verdict for model in models if model.verdict}
@@ -240,34 +241,34 @@ def tables_of(title: str, models: Sequence[ModelNumbers], names: Mapping[Role, s
 
 
 def verdict_of(role: Role, breakage: Mapping[Role, Breakage | None]) -> Verdict | None:
-    """The verdict on a model, from the signs of all models; None of the dense model, and where signs are missing."""
-    dense, own = breakage.get("dense"), breakage.get(role)
-    return judge(dense, own) if dense and own and role != "dense" else None
+    """The verdict on a model, from the signs of all models; None for the dense model, and if signs are missing."""
+    dense, pruned = breakage.get("dense"), breakage.get(role)
+    return judge(dense, pruned) if dense and pruned and role != "dense" else None
 
 
 def _rises(result: RunResult) -> Iterator[str]:
-    """On which texts the final model is much worse than the dense one."""
+    """A line for every text on which the final model is much worse than the dense one."""
     for text, final in result.final.perplexity.items():
         dense = result.model("dense").perplexity[text]
-        what, most, digits, before, after = "perplexity", _MUCH_WORSE, 1, dense.perplexity, final.perplexity
+        metric, most, digits, before, after = "perplexity", _MUCH_WORSE, 1, dense.perplexity, final.perplexity
         if result.vocabulary:
-            what, most, digits = "bits per byte", _MANY_MORE_BITS, 3
+            metric, most, digits = "bits per byte", _MANY_MORE_BITS, 3
             before, after = dense.bits_per_byte or 0.0, final.bits_per_byte or 0.0
         if not after <= most * before:
-            yield f"{what} on {text} rose from {before:.{digits}f} to {after:.{digits}f}"
+            yield f"{metric} on {text} rose from {before:.{digits}f} to {after:.{digits}f}"
 
 
 def _verdict(final: ModelNumbers) -> Iterator[str]:
-    """What the verdict on a model that is not usable comes to."""
+    """A line on the verdict, if the model is not usable."""
     if final.breakage is None or final.verdict in (None, "usable"):
         return
     agreement = final.breakage.agreement
-    seen = "" if agreement is None else f": it predicts {agreement:.0%} of the tokens that the dense model would write"
-    yield ("the model is broken" if final.verdict == "broken" else "the model should be recovered before use") + seen
+    sign = "" if agreement is None else f": it predicts {agreement:.0%} of the tokens that the dense model would write"
+    yield ("the model is broken" if final.verdict == "broken" else "the model should be recovered before use") + sign
 
 
 def _breakage(result: RunResult) -> Iterator[str]:
-    """What says that the model is broken."""
+    """A line for every sign that the model is broken."""
     dense, final = result.model("dense").breakage, result.final.breakage
     if dense is None or final is None:
         return
@@ -289,7 +290,7 @@ def roles_of(config: PruneConfig) -> list[Role]:
 
 
 def titles(config: PruneConfig, best_fixed_name: str | None) -> dict[Role, str]:
-    """What the models of a run are called.
+    """The names of the models of a run, by role.
 
     Args:
         best_fixed_name: the name of the best of LLM-Pruner's metrics, once it is known.

@@ -1,4 +1,4 @@
-"""Tables as plain data: made once, shown on a terminal, in a model card and on a page."""
+"""Tables as plain data: built once, rendered on a terminal, in a model card and on a page."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ class Whisker:
 
     Attributes:
         place: percent from the left; zero is at 50.
-        ends: of the line, in the same percentages; None where the error is not known.
+        ends: of the line, in the same percentages; None if the error is not known.
+        is_noise: True if the difference is within two standard errors of zero.
     """
 
     place: float
@@ -30,9 +31,9 @@ class Cell:
 
     Attributes:
         error: the standard error or the range of the number, or another remark on it.
-        detail: what the text is about: a dataset, a range.
-        drawing: shown on a page alone.
-        is_noise: a change within two standard errors of none.
+        detail: the subject of the text: a dataset, a range.
+        drawing: shown only on a page.
+        is_noise: True for a change within two standard errors of zero.
     """
 
     text: str = ""
@@ -50,11 +51,11 @@ class Column:
     """A column.
 
     Attributes:
-        title: in lines.
-        is_number: aligned to the right.
+        title: its lines, separated by line breaks.
+        is_number: True to align to the right.
         style: on a page: `change` or `bar`.
-        needs_width: shown on a page alone.
-        no_wrap: kept on one line on a terminal.
+        needs_width: True to show the column only on a page.
+        no_wrap: True to keep cells on one line on a terminal.
     """
 
     title: str
@@ -65,18 +66,16 @@ class Column:
 
 
 BARS = Column("", is_number=False, style="bar", needs_width=True)
-
-
 Cells = Sequence[str | Cell]
 
 
 @dataclass(frozen=True)
 class Table:
-    """Columns of text, of which the first one names the rows.
+    """Columns of text; the first column names the rows.
 
     Attributes:
         name: identifies it on a page.
-        caption: how the numbers were measured, in lines.
+        caption: how the numbers were measured; one line each.
     """
 
     name: str
@@ -86,11 +85,11 @@ class Table:
     caption: Sequence[str] = ()
 
     def merged(self) -> Table:
-        """The same with one row for every stretch of rows that differ in their names alone: `3–7`."""
+        """The table with one row for every stretch of rows that differ only in their names: `3–7`."""
         rows = []
         for cells, stretch in groupby(self.rows, lambda row: row[1:]):
-            first, *others = (str(row[0]) for row in stretch)
-            rows.append(["–".join([first, *others[-1:]]), *cells])
+            first, *rest = (str(row[0]) for row in stretch)
+            rows.append(["–".join([first, *rest[-1:]]), *cells])
         return replace(self, rows=rows)
 
     def markdown(self, shown: Callable[[str], str] = str) -> str:
@@ -109,9 +108,10 @@ class Table:
         caption = "\n".join(self.caption) or None
         shown = rich_table.Table(title=self.title or None, caption=caption, caption_justify="left")
         columns = self._narrow()
-        for column in (self.columns[place] for place in columns):
+        for place in columns:
+            column = self.columns[place]
             justify: Literal["left", "right"] = "right" if column.is_number else "left"
-            # Names of datasets are long: their part has a line of its own.
+            # Names of datasets are long: their part is on a separate line.
             title = column.title.replace("@", "\n@")
             shown.add_column(title, justify=justify, no_wrap=column.no_wrap, overflow="fold")
         for row in self.rows:
@@ -119,16 +119,16 @@ class Table:
         return shown
 
     def _narrow(self) -> list[int]:
-        """The places of the columns that are shown beyond a page."""
-        return [number for number, column in enumerate(self.columns) if not column.needs_width]
+        """The places of the columns that are not only for a page."""
+        return [place for place, column in enumerate(self.columns) if not column.needs_width]
 
 
 def whiskers(differences: Iterable[tuple[float, float | None] | None]) -> list[Cell]:
     """The cells of a column that draws differences with their standard errors, all to one scale."""
-    values = list(differences)
-    reach = max((abs(value) + 2 * (error or 0.0) for value, error in filter(None, values)), default=0.0)
+    drawn = list(differences)
+    reach = max((abs(value) + 2 * (error or 0.0) for value, error in filter(None, drawn)), default=0.0)
     scale = 48 / reach if reach else 0.0
-    return [Cell(drawing=_whisker(*value, scale)) if value else Cell() for value in values]
+    return [Cell(drawing=_whisker(*difference, scale)) if difference else Cell() for difference in drawn]
 
 
 def _whisker(value: float, error: float | None, scale: float) -> Whisker:

@@ -1,4 +1,4 @@
-"""Which part of which dataset a run uses for what. No document that changes the model is reported on.
+"""The dataset and its part for every use in a run. No document that changes the model is reported on.
 
 Documents are put into three disjoint parts by the hash of their text. Calibration takes one part, the objective of the
 search another, and a report on a dataset that is also used otherwise takes the third. The model may be calibrated and
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import combinations, product
 from typing import Any
 
 from adapruner.calibration import SELF_GENERATED, Source, content_hash, parse_source, read_documents, source_names
@@ -19,7 +19,7 @@ from adapruner.errors import AdaPrunerError
 # By use: the field of the config, and what was done to the model.
 _FIELDS = {"pool": "calibration", "objective": "objective", "recovery": "recover", "report": "evaluate"}
 _DID = {"pool": "calibrated", "objective": "selected", "recovery": "trained", "vocabulary": "given its tokens"}
-# Windows of the dataset that is reported on if none is named.
+# Windows of the dataset that is reported on if none is named, which may be large.
 DEFAULT_REPORT_WINDOWS = 256
 
 
@@ -32,7 +32,7 @@ class Texts:
         objective: for judging trials; None if the model generates the text.
         recovery: for training the pruned model; None if it is not trained or a model generates the text.
         report: for the reported perplexity, by the name shown in results.
-        vocabulary: whose tokens are kept; empty if all are.
+        vocabulary: the sources whose tokens are kept; empty if all tokens are kept.
     """
 
     pool: Source | None
@@ -48,11 +48,11 @@ class Texts:
         return {use: source for use, source in uses.items() if source is not None}
 
     def used_documents(self) -> list[str]:
-        """All documents of these sources that are not empty: tasks leave out items that hold one of them. Windows of
-        tokens have none.
+        """All documents of the used sources that are not empty; tasks leave out items that contain one of them. Windows
+        of tokens have none.
 
         Raises:
-            AdaPrunerError: one of the sources cannot be read.
+            AdaPrunerError: a source cannot be read.
         """
         sources = [source for source in self.used.values() if not source.holds_windows]
         return [document for source in sources for document in read_documents(source) if document.strip()]
@@ -71,7 +71,7 @@ def assign_texts(config: PruneConfig, missing_ok: bool = False) -> Texts:
     """Gives every use its source and part. Reads no dataset.
 
     Args:
-        missing_ok: whether local files may be missing, for a run that resumes.
+        missing_ok: accept local files that are missing, for a run that resumes.
 
     Raises:
         AdaPrunerError: a source is not known, or two uses would read the same documents.
@@ -86,10 +86,8 @@ def assign_texts(config: PruneConfig, missing_ok: bool = False) -> Texts:
     if recovery is not None and recovery.identity in _identities(pool, objective, *reports):
         recovery = recovery.restrict("calibration")
     identities = _identities(pool, objective, recovery, *reports)
-    counted = (parse_source(text, missing_ok=missing_ok) for text in source_names(config.vocabulary))
-    vocabulary = tuple(
-        source.restrict("calibration") if source.identity in identities else source for source in counted
-    )
+    named = (parse_source(text, missing_ok=missing_ok) for text in source_names(config.vocabulary))
+    vocabulary = tuple(source.restrict("calibration") if source.identity in identities else source for source in named)
     texts = Texts(pool, objective, recovery, {}, vocabulary)
     identities = _identities(*texts.used.values())
     reports = [source.restrict("report") if source.identity in identities else source for source in reports]
@@ -103,29 +101,24 @@ def _identities(*sources: Source | None) -> set[str]:
     return {source.identity for source in sources if source is not None}
 
 
-def report_windows(config: PruneConfig) -> int | None:
-    """The most windows of each dataset that are reported on; None for all. A dataset of the default may be large."""
-    return config.evaluate_windows or (None if config.evaluate else DEFAULT_REPORT_WINDOWS)
-
-
 def overlaps(records: list[dict[str, Any]], source: Source) -> list[str]:
-    """The uses that a checkpoint made of documents of a source, as `calibrated on boolq-passages@calibration`.
+    """The uses of documents of a source in a checkpoint, as `calibrated on boolq-passages@calibration`.
 
     Args:
-        records: as `Texts.as_records` gives them; what is in other records is left out.
+        records: see `Texts.as_records`; records of another form are left out.
     """
-    given = record_of(source)
+    read = record_of(source)
     return [
         f"{_DID[record['use']]} on {''.join(filter(str.isprintable, record['text']))}"
         for record in records
-        if record.keys() >= given.keys() and all(isinstance(value, str) for value in record.values())
-        if record.get("use") in _DID and record["identity"] == given["identity"]
-        if record["columns"] != given["columns"] or record["part"] in ("all", given["part"]) or source.part == "all"
+        if record.keys() >= read.keys() and all(isinstance(value, str) for value in record.values())
+        if record.get("use") in _DID and record["identity"] == read["identity"]
+        if record["columns"] != read["columns"] or record["part"] in ("all", read["part"]) or source.part == "all"
     ]
 
 
 def record_of(source: Source) -> dict[str, str]:
-    """The record of a source in a checkpoint, but for its use; see `Texts.as_records`."""
+    """The record of a source in a checkpoint, without its use; see `Texts.as_records`."""
     name, identity = str(source), source.identity
     if not identity.startswith("hf:") or identity.startswith("hf:/"):
         name, identity = name.rpartition("/")[2], content_hash(source) or identity.rpartition("/")[2]
@@ -133,36 +126,33 @@ def record_of(source: Source) -> dict[str, str]:
 
 
 def _default_reports(texts: Texts) -> list[Source]:
-    """The report part of the calibration dataset, or else of the objective's, unless another use takes it."""
+    """The report part of the dataset for calibration, or else for the objective, unless another use takes it."""
     taken = {(source.identity, source.part) for source in texts.used.values()}
     source = texts.pool or texts.objective
     return [replace(source, part="report")] if source and (source.identity, "report") not in taken else []
 
 
-def _refuse_reported_vocabulary(counted: Sequence[Source], reports: Sequence[Source]) -> None:
-    for source in counted:
-        for report in reports:
-            if source.identity == report.identity and (
-                source.part == report.part or "all" in (source.part, report.part)
-            ):
-                raise AdaPrunerError(
-                    f"`evaluate` would report on {report}, whose tokens `vocabulary` keeps: name another part or text"
-                )
+def _refuse_reported_vocabulary(vocabulary: Sequence[Source], reports: Sequence[Source]) -> None:
+    for source, report in product(vocabulary, reports):
+        if source.identity == report.identity and (source.part == report.part or "all" in (source.part, report.part)):
+            raise AdaPrunerError(
+                f"`evaluate` would report on {report}, whose tokens `vocabulary` keeps: name another part or text"
+            )
 
 
 def _refuse_overlaps(texts: Texts, reports: list[Source]) -> None:
     """Compares every two uses. Recovery may take the part of calibration or of the objective."""
     uses = [*texts.used.items(), *(("report", source) for source in reports)]
-    for (earlier, other), (use, source) in combinations(uses, 2):
-        if source.identity != other.identity or use == earlier:
+    for (earlier_use, earlier), (use, source) in combinations(uses, 2):
+        if source.identity != earlier.identity or use == earlier_use:
             continue
-        if source.columns != other.columns:
+        if source.columns != earlier.columns:
             raise AdaPrunerError(
-                f"`{_FIELDS[use]}` and `{_FIELDS[earlier]}` read other columns of the same records, {source} and"
-                f" {other}: their parts may overlap, so name the same column in both"
+                f"`{_FIELDS[use]}` and `{_FIELDS[earlier_use]}` read other columns of the same records, {source} and"
+                f" {earlier}: their parts may overlap, so name the same column in both"
             )
-        if use != "recovery" and source.part == other.part:
+        if use != "recovery" and source.part == earlier.part:
             raise AdaPrunerError(
-                f"`{_FIELDS[use]}` would read {source}, which `{_FIELDS[earlier]}` reads already: name another part or"
-                " another text"
+                f"`{_FIELDS[use]}` would read {source}, which `{_FIELDS[earlier_use]}` reads already: name another part"
+                " or another text"
             )

@@ -1,4 +1,4 @@
-"""Numbers of a run in an experiment tracker, on request: through accelerate, to which all trackers are alike."""
+"""Numbers of a run in an experiment tracker, on request: through accelerate, which has one interface for all."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _RUN_NAME: dict[str, str] = {"wandb": "name", "trackio": "name", "mlflow": "run_
 
 
 def check_tracker(tracker: Tracker | None) -> None:
-    """Imports nothing of it.
+    """Refuses a tracker that is not installed; imports nothing of it.
 
     Raises:
         AdaPrunerError: its package is not installed.
@@ -35,10 +35,10 @@ def check_tracker(tracker: Tracker | None) -> None:
 
 
 class Tracking(Callback):
-    """Passes numbers on to a tracker while it is entered. What fails in between is noted once and harms nothing.
+    """Sends numbers to a tracker while it is entered. A failure of the tracker is noted once and does not end the run.
 
     Args:
-        tracker: None passes nothing on.
+        tracker: None sends nothing.
         folder: names the run; TensorBoard's files are in a folder `tensorboard` in it.
         note: called with a line for the user.
     """
@@ -57,7 +57,7 @@ class Tracking(Callback):
         if self._tracker:
             try:
                 self._started = _start(self._tracker, self._folder)
-            except Exception as error:  # whatever a tracker raises where it is not logged in or finds no server
+            except Exception as error:  # trackers raise anything if they are not logged in or find no server
                 raise AdaPrunerError(f"`track` {self._tracker} cannot begin a run: {reason(error)}") from error
         return self
 

@@ -75,8 +75,8 @@ NO_SUCH_TEXT = {
     "hf:nobody/nothing": "cannot read 'hf:nobody/nothing'",
     "hf:nobody/nothing:config:split:column": "cannot read",
     "http://example.org/text.txt": "unknown text source",
-    "~nobody-of-this-name/a.txt": "there can be nothing at",
-    "x" * 5000 + ".txt": "there can be nothing at",
+    "~nobody-of-this-name/a.txt": "invalid path",
+    "x" * 5000 + ".txt": "invalid path",
     "a\x1b[2J\n.txt": "there is no file",
 }
 

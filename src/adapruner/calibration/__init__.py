@@ -20,7 +20,6 @@ from adapruner.calibration._reading import (
     provenance as provenance,
     read_documents as read_documents,
     read_records as read_records,
-    read_windows as read_windows,
     stream_documents as stream_documents,
     text_rows as text_rows,
 )

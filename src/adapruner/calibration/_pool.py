@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,12 @@ def draw_windows(
 ) -> Tensor:
     """Draws windows from the beginnings of documents in random order; documents shorter than a window are dropped.
 
-    Only if there are too few documents, those that are longer give a second window, a third, and so on. Every window
-    begins with the special tokens that the tokenizer puts in front of a text, if there are any.
+    If there are too few documents, longer ones give a second window, a third, and so on. Every window begins with the
+    special tokens that the tokenizer puts in front of a text, if there are any.
 
     Args:
         text: a dataset, or documents.
-        at_least: fewer windows than `count` will do, but not fewer than this; by default `count`.
+        at_least: the least number of windows; by default `count`.
 
     Returns:
         [count, seq_len], int64; the same for the same seed.
@@ -46,8 +46,8 @@ def draw_windows(
     """
     needed = count if at_least is None else at_least
     if isinstance(text, Source) and text.holds_windows:
-        given = _given_windows(text, seq_len, needed)
-        return given[torch.randperm(len(given), generator=torch.Generator().manual_seed(seed))[:count]]
+        pool = _given_windows(text, seq_len, needed)
+        return pool[torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))[:count]]
     documents = list(dict.fromkeys(read_documents(text) if isinstance(text, Source) else text))
     random.Random(seed).shuffle(documents)
     start = _start_of_text(tokenizer, seq_len)
@@ -92,19 +92,19 @@ def text_windows(source: Source, tokenizer: Tokenizer, seq_len: int) -> Tensor:
     if source.holds_windows:
         return _given_windows(source, seq_len, 1)
     start = _start_of_text(tokenizer, seq_len)
-    tokens = tokenizer(_running_text(source), verbose=False, add_special_tokens=False).input_ids
-    windows = _cut_into_windows(torch.tensor(tokens), str(source), seq_len - len(start))
-    return _behind(start, windows)
+    text = "\n\n".join(read_documents(source))
+    tokens = tokenizer(text, verbose=False, add_special_tokens=False).input_ids
+    return _starting_with(start, _cut_into_windows(torch.tensor(tokens), str(source), seq_len - len(start)))
 
 
 def upper_case_windows(windows: Tensor, tokenizer: Tokenizer) -> Tensor:
-    """The text of windows in upper case. It takes more tokens, so that windows are evenly spaced in it.
+    """The text of windows in upper case, which has more tokens: the windows are evenly spaced in it.
 
     Args:
         windows: [windows, tokens], int64.
 
     Returns:
-        [at most as many windows, tokens], int64; no windows where upper case changes nothing.
+        [at most the number of given windows, tokens], int64; none if upper case changes nothing.
     """
     count, seq_len = windows.shape
     start = _start_of_text(tokenizer, seq_len)
@@ -116,11 +116,11 @@ def upper_case_windows(windows: Tensor, tokenizer: Tokenizer) -> Tensor:
     tokens = [token for ids in tokenizer(changed, verbose=False, add_special_tokens=False).input_ids for token in ids]
     size = seq_len - len(start)
     cut = torch.tensor(tokens[: len(tokens) // size * size], dtype=torch.int64).reshape(-1, size)
-    return _behind(start, evenly_spaced(cut, count))
+    return _starting_with(start, evenly_spaced(cut, count))
 
 
 def _given_windows(source: Source, seq_len: int, at_least: int) -> Tensor:
-    """The windows of a source that holds windows, with the special tokens that they have."""
+    """The windows of a source that holds windows, as they are; refuses too few, or windows of another length."""
     windows = read_windows(source)
     if len(windows) < at_least:
         raise AdaPrunerError(
@@ -132,23 +132,15 @@ def _given_windows(source: Source, seq_len: int, at_least: int) -> Tensor:
     return windows
 
 
-def _running_text(source: Source) -> str:
-    return "\n\n".join(read_documents(source))
-
-
 def _cut_into_windows(tokens: Tensor, name: str, size: int, stride: int | None = None) -> Tensor:
-    """[windows, size], int64: running tokens, window by window; by default windows do not overlap."""
+    """[windows, size], int64: windows of running tokens; by default they do not overlap."""
     if len(tokens) < size:
         raise AdaPrunerError(f"{name} has {len(tokens)} tokens, less than one window of {size}")
     return tokens.unfold(0, size, stride or size).clone()
 
 
 def _start_of_text(tokenizer: Tokenizer, seq_len: int) -> list[int]:
-    """The special tokens that a tokenizer puts in front of a text.
-
-    Raises:
-        AdaPrunerError: windows of `seq_len` tokens have no room for others.
-    """
+    """The special tokens that a tokenizer puts in front of a text; refuses windows that have no room for others."""
     text = "a"
     tokens = tokenizer(text).input_ids
     bare = tokenizer(text, add_special_tokens=False).input_ids
@@ -160,7 +152,7 @@ def _start_of_text(tokenizer: Tokenizer, seq_len: int) -> list[int]:
     return list(tokens[:length])
 
 
-def _behind(start: list[int], windows: Tensor) -> Tensor:
+def _starting_with(start: list[int], windows: Tensor) -> Tensor:
     """Windows with the same tokens in front of each."""
     return torch.cat([torch.tensor(start, dtype=torch.int64).expand(len(windows), -1), windows], 1)
 
@@ -180,9 +172,8 @@ class EvaluationText:
         windows: [windows, seq_len], int64.
         stride: tokens between the beginnings of windows.
         provenance: dataset, split, revision and tokenizer.
-        predicted_bytes: UTF-8 bytes of the predicted text; None where the tokenizer does not say which text a token is
-            of.
-        special_tokens: how many every window begins with.
+        predicted_bytes: UTF-8 bytes of the predicted text; None if the tokenizer does not know the text of a token.
+        special_tokens: the number of special tokens at the beginning of every window.
     """
 
     windows: Tensor
@@ -194,7 +185,7 @@ class EvaluationText:
     @property
     def about(self) -> dict[str, Any]:
         """Everything but the windows, by name."""
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "windows"}
+        return {name: value for name, value in vars(self).items() if name != "windows"}
 
 
 def evaluation_text(
@@ -210,11 +201,11 @@ def evaluation_text(
 
     Args:
         text: a dataset, whose documents are joined by empty lines, or the text itself.
-        limit: at most so many windows, evenly spaced.
+        limit: the largest number of windows, which are evenly spaced.
         stride: tokens of the text between the beginnings of windows; by default they do not overlap.
-        bos: whether every window begins with the special tokens that the tokenizer puts in front of a text.
-            LLM-Pruner (arXiv 2305.11627), SparseGPT and others have them at the beginning of the whole text alone.
-        name: of a text that is no dataset, for messages.
+        bos: True to begin every window with the special tokens that the tokenizer puts in front of a text.
+            LLM-Pruner (arXiv 2305.11627), SparseGPT and others have them only at the beginning of the whole text.
+        name: of a text that is not a dataset, for messages.
 
     Raises:
         AdaPrunerError: the dataset cannot be read, or the text is shorter than one window.
@@ -226,7 +217,7 @@ def evaluation_text(
             if stride is not None:
                 raise AdaPrunerError(f"{text} holds windows as they are: leave `stride` out")
             return EvaluationText(evenly_spaced(_given_windows(text, seq_len, 1), limit), seq_len, about)
-        text = _running_text(text)
+        text = "\n\n".join(read_documents(text))
     encoded = tokenizer(text, verbose=False, add_special_tokens=not bos, return_offsets_mapping=tokenizer.is_fast)
     start = _start_of_text(tokenizer, seq_len) if bos else []
     size = seq_len - len(start)
@@ -241,7 +232,7 @@ def evaluation_text(
     about["tokenizer"] = f"{tokenizer_name}, {len(tokenizer):,} tokens"
     if start:
         about["every_window_after"] = "".join(tokenizer.convert_ids_to_tokens(start))
-    windows = _behind(start, evenly_spaced(cut, limit))
+    windows = _starting_with(start, evenly_spaced(cut, limit))
     return EvaluationText(windows, stride, about, predicted_bytes, len(start))
 
 
@@ -249,7 +240,7 @@ def _bytes_of_tokens(text: str, ends: Tensor) -> Tensor:
     """[tokens], int64: UTF-8 bytes of the text of each token; special tokens have none.
 
     Args:
-        ends: [tokens], int64: how many characters the text has up to the end of each token; 0 for special tokens.
+        ends: [tokens], int64: the number of characters up to the end of each token; 0 for special tokens.
     """
     points = torch.frombuffer(bytearray(text.encode("utf-32-le")), dtype=torch.int32)
     widths = 1 + (points >= 0x80).long() + (points >= 0x800).long() + (points >= 0x10000).long()
@@ -272,8 +263,8 @@ def load_texts(path: Path) -> dict[str, EvaluationText]:
 
 
 def start_token(model: PreTrainedModel) -> int | None:
-    """The token that a model begins a text with: that for the beginning, or else the end; None if it has neither, or
-    its vocabulary does not."""
+    """The token with which a model begins a text: its token for the beginning, or else for the end; None if the model
+    names neither, or its vocabulary has no such token."""
     settings = model.generation_config
     ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
     start: int | None = settings.bos_token_id if settings.bos_token_id is not None else ends[0]
@@ -289,8 +280,7 @@ def generate_windows(
     batch_size: int = 16,
     progress: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Lets the model write the text itself, sampling at temperature 1 from its start token (as LLM-QAT does, arXiv
-    2305.17888).
+    """Text that the model writes, sampled at temperature 1 from its start token (as in LLM-QAT, arXiv 2305.17888).
 
     Args:
         progress: called with the number of windows after every batch.

@@ -1,4 +1,4 @@
-"""Built-in text that needs no dataset: what models continue, and what is not prose."""
+"""Built-in text that needs no dataset: openings for models to continue, and text that is not prose."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ _WINDOWS = 24
 
 
 def probe_texts(tokenizer: Tokenizer, seq_len: int) -> dict[str, EvaluationText]:
-    """Text of which every model has seen much, and which breaks before prose does: sums and products (`arithmetic`),
-    and Python (`code`, parts of this package as they once were).
+    """Text that every model has seen much of, and that breaks before prose does: sums and products (`arithmetic`), and
+    common algorithms in Python (`code`).
 
     Args:
         seq_len: tokens per window.

@@ -27,7 +27,7 @@ from adapruner.errors import AdaPrunerError, reason
 
 # Tenths of the documents, by hash, that belong to each part.
 _TENTHS: dict[str, range] = {"calibration": range(0, 4), "objective": range(4, 6), "report": range(6, 10)}
-# Columns that are taken where none is named; the second is the form of Stanford Alpaca.
+# Columns that are read if the user names none; the second entry is the form of Stanford Alpaca.
 _USUAL_COLUMNS = (("text",), ("instruction", "input", "output"), ("instruction", "output"))
 
 # The tensor in a file of windows.
@@ -49,7 +49,7 @@ def read_documents(source: Source) -> list[str]:
 
 
 def stream_documents(source: Source) -> Iterator[str]:
-    """The documents that `read_documents` gives, in their order, none of which is held in memory.
+    """The documents that `read_documents` gives, in their order, without holding them in memory.
 
     Raises:
         AdaPrunerError: it cannot be read, or has no text.
@@ -70,7 +70,7 @@ def _refuse_no_text(source: Source, has_text: bool) -> None:
 
 
 def read_records(source: Source) -> list[Row]:
-    """All rows of a source (or of its part) by column, in their order; of plain text, `text` alone.
+    """All rows of a source (or of its part) by column, in their order; plain text has the column `text`.
 
     Raises:
         AdaPrunerError: it cannot be read.
@@ -95,13 +95,13 @@ def read_windows(source: Source) -> Tensor:
         if windows is None or windows.dtype != torch.int64 or windows.dim() != 2:
             raise ValueError(f"it holds no tensor {WINDOWS!r} of tokens, int64, of shape [windows, tokens]")
         if windows.numel() and windows.min() < 0:
-            raise ValueError(f"it holds {int(windows.min())} in place of a token")
+            raise ValueError(f"it holds {int(windows.min())}, which is not a token")
     is_of_part = [_is_of_part(str(window), source.part) for window in windows.tolist()]
     return windows[torch.tensor(is_of_part, dtype=torch.bool)]
 
 
 def provenance(source: Source) -> dict[str, str]:
-    """Which dataset, split and revision a source is; a local file by the hash of its content.
+    """Dataset, split and revision of a source; the revision of a local file is the hash of its content.
 
     Raises:
         AdaPrunerError: it cannot be read.
@@ -116,7 +116,7 @@ def provenance(source: Source) -> dict[str, str]:
 
 
 def fingerprint(source: Source) -> str | None:
-    """Identifies what is read from a source; nothing is parsed, and the network is not used.
+    """A hash of the content of a source; nothing is parsed, and the network is not used.
 
     Returns:
         `content_hash`, and of a known source a hash of it and of the entry in sources.yaml. None if a local file is
@@ -169,7 +169,7 @@ def _files_in(path: Path) -> list[Path]:
 
 
 def _held(source: Source) -> tuple[list[Row], str]:
-    """All rows of all parts, and the revision that they are of; read again only where the local files changed."""
+    """All rows of all parts, and their revision; read again only if the local files changed."""
     with _reading(source):
         local = source.path or Path(source.hub.path if source.hub else "")
         stamps = [(str(file.absolute()), file.stat()) for file in _files_in(local)]
@@ -185,16 +185,16 @@ def _read(source: Source, stamp: tuple[object, ...]) -> tuple[list[Row], str]:
 
 @contextlib.contextmanager
 def _reading(source: Source) -> Iterator[None]:
-    """Turns what libraries raise over a dataset into one line, and silences them: what they log, they raise too.
+    """Turns errors of the libraries that read datasets into one line, and silences their logs, which say the same.
 
     Raises:
-        AdaPrunerError: in their place, or because a local file is missing.
+        AdaPrunerError: a library failed, or a local file is missing.
     """
     source.refuse_missing()
     try:
         with _quiet_datasets():
             yield
-    except StopIteration:  # what datasets makes of an empty file
+    except StopIteration:  # raised by datasets for an empty file
         raise AdaPrunerError(f"cannot read {source.name!r}: there is nothing in it") from None
     except (OSError, ValueError, LookupError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise AdaPrunerError(f"cannot read {source.name!r}: {reason(error.__cause__ or error)}") from error
@@ -217,10 +217,10 @@ def _quiet_datasets() -> Iterator[None]:
 
 
 def _open(source: Source, streamed: bool = False) -> tuple[Iterator[Row], str]:
-    """The rows of a source, each read when it is asked for, and their revision; empty for a file.
+    """The rows of a source, read one after the other, and their revision; the revision of a file is empty.
 
     Args:
-        streamed: download no more of a Hub dataset than is asked for, and keep nothing of it.
+        streamed: download no more of a Hub dataset than is read, and keep nothing of it.
     """
     path = source.path
     if path is not None and path.is_file():
@@ -246,7 +246,7 @@ def _rows_of_file(source: Source, path: Path) -> Iterator[Row]:
             batches = file.iter_batches(columns=list(columns))
             yield from _texts((record for batch in batches for record in batch.to_pylist()), columns, source.limit)
     elif path.suffix in (".jsonl", ".json"):
-        # Read twice, because any record may have columns that those before it do not have.
+        # Read twice, because a record may have columns that the earlier ones do not have.
         names = dict.fromkeys(name for record in _json_records(path) for name in record)
         if not names:
             raise ValueError("there is nothing in it")
@@ -261,10 +261,10 @@ def _rows_of_file(source: Source, path: Path) -> Iterator[Row]:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[TextIO]:
-    """A text file, without the mark with which some editors begin it.
+    """A text file, without the byte order mark of some editors.
 
     Raises:
-        ValueError: in place of the error of the decoder, which knows the place in its buffer alone.
+        ValueError: it is not UTF-8; with the place in the file, while the decoder knows only the place in its buffer.
     """
     with path.open("rb") as content, io.TextIOWrapper(content, encoding="utf-8-sig") as file:
         try:
@@ -292,7 +292,7 @@ def _json_records(path: Path) -> Iterator[dict[str, Any]]:
             values = ((place, _parsed(place, line)) for place, line in itertools.chain([first], lines))
         for place, value in values:
             if not isinstance(value, dict):
-                raise ValueError(f'{place} is no JSON object with fields, as {{"text": …}}')
+                raise ValueError(f'{place} is not a JSON object with fields, as {{"text": …}}')
             yield value
 
 
@@ -300,11 +300,11 @@ def _parsed(place: str, text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place} is no JSON: {getattr(error, 'msg', reason(error))}") from None
+        raise ValueError(f"{place} is not JSON: {getattr(error, 'msg', reason(error))}") from None
 
 
 def _plain_documents(path: Path, lines: Lines) -> Iterator[str]:
-    """The documents of a plain text file: its paragraphs, if there are several and `lines` asks for them; its lines."""
+    """The documents of a plain text file: its paragraphs, if `lines` says so and there are several, else its lines."""
     with _opened(path) as file:
         if lines == "paragraphs":
             before = itertools.dropwhile(lambda line: not line.strip(), file)
@@ -314,8 +314,8 @@ def _plain_documents(path: Path, lines: Lines) -> Iterator[str]:
             if has_several:
                 yield from filter(str.strip, _paragraphs(file))
                 return
-        # A line of the file may hold what `splitlines` takes for several, such as form feeds.
-        for line in (line for several in file for line in several.splitlines(keepends=True)):
+        # A line of the file may hold other line separators, such as form feeds.
+        for line in (line for lines_of_text in file for line in lines_of_text.splitlines(keepends=True)):
             if lines == "keep":
                 yield line if line.strip() else ""
             else:
@@ -323,7 +323,7 @@ def _plain_documents(path: Path, lines: Lines) -> Iterator[str]:
 
 
 def _paragraphs(file: Iterable[str]) -> Iterator[str]:
-    """The parts that `split("\\n\\n")` makes of a text, given line by line."""
+    """The result of `split("\\n\\n")` on a text that is given line by line."""
     lines: list[str] = []
     for line in file:
         if line == "\n" and lines:
@@ -338,9 +338,9 @@ def _text_columns(columns: list[str], name: str, wanted: tuple[str, ...]) -> tup
     """The columns that hold the text.
 
     Args:
-        columns: existing ones.
+        columns: the existing columns.
         name: of the dataset, for messages.
-        wanted: those that the user named.
+        wanted: the columns that the user named.
     """
     if wanted and set(wanted) <= set(columns):
         return wanted
@@ -379,7 +379,7 @@ def _text_of(record: dict[str, Any], column: str, number: int) -> str | None:
     if value is None:
         return None
     if isinstance(value, dict | list):
-        raise ValueError(f"{column} of record {number} is no text but a {type(value).__name__}")
+        raise ValueError(f"{column} of record {number} is not text but a {type(value).__name__}")
     try:
         text = value.decode() if isinstance(value, bytes) else str(value)
         text.encode()  # refuses half of a surrogate pair, which JSON can hold
@@ -389,13 +389,13 @@ def _text_of(record: dict[str, Any], column: str, number: int) -> str | None:
 
 
 def text_rows(records: Iterable[dict[str, Any]], name: str) -> Iterator[Row]:
-    """The columns with the text, of records in memory whose first one says which these are.
+    """The text of records in memory, by column; the first record decides which columns hold text.
 
     Args:
-        name: what the records are, for messages.
+        name: of the records, for messages.
 
     Raises:
-        AdaPrunerError: there is no such column, or it holds something else than text.
+        AdaPrunerError: no column holds text, or a value is not text.
     """
     try:
         yield from _rows_of_records(records, f"`{name}`")
@@ -404,7 +404,7 @@ def text_rows(records: Iterable[dict[str, Any]], name: str) -> Iterator[Row]:
 
 
 def _joined(row: Row) -> str:
-    """The document that a row is."""
+    """The document of a row."""
     return "\n".join(value for value in row.values() if value)
 
 

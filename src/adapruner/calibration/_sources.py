@@ -43,16 +43,16 @@ class HubData(BaseModel):
 
 @dataclass(frozen=True)
 class Source:
-    """A dataset as the user named it, where and how it is read, and which part of its documents is meant.
+    """A dataset as the user named it, its place and format, and the part of its documents that is used.
 
     Attributes:
         name: without the part, for example `wikitext2:train`, `notes.txt` or `hf:owner/name::train:text`.
-        dataset: the known name, the name of the file, or that on the Hub.
-        path: the local file or folder; None where the dataset is read from the Hub.
+        dataset: the known name, the name of the file, or the name on the Hub.
+        path: the local file or folder; None if the dataset is read from the Hub.
         hub: None for a dataset that is only local.
-        named_columns: the columns with the text; empty where the usual ones are taken.
+        named_columns: the columns with the text; empty for the usual columns.
         lines: the documents of a plain text file: lines with or without their ends, or paragraphs between empty lines.
-        limit: read at most so many rows.
+        limit: the largest number of rows that are read.
         part: `all`, or one of three disjoint parts, into which documents are put by the hash of their text.
     """
 
@@ -76,7 +76,7 @@ class Source:
 
     @property
     def columns(self) -> str:
-        """The columns by whose text records are put into parts; empty where none is named and the usual ones count."""
+        """The columns whose text decides the part of a record; empty for the usual columns."""
         return ",".join(self.named_columns)
 
     @property
@@ -116,18 +116,18 @@ class KnownSource(BaseModel):
 
 
 def parse_source(text: str, purpose: Purpose = "train", missing_ok: bool = False) -> Source:
-    """Reads `DATASET` or `DATASET@PART`. A known source is read from its local copy if there is one; where it has a
-    split for each purpose, the name gets that split.
+    """Reads `DATASET` or `DATASET@PART`. A known source is read from its local copy if there is one; if it has a split
+    for each purpose, the name gets that split.
 
     Args:
         purpose: `train` to calibrate or train on, `report` to report perplexity on.
-        missing_ok: whether a local file may be missing.
+        missing_ok: accept a local file that is missing.
 
     Raises:
         AdaPrunerError: no such name, file or part. Nothing is downloaded to find out.
     """
     name, at, part = text.rpartition("@")
-    # A path may have this sign too.
+    # A path may contain @ too.
     is_path = given_path(text).is_file() or (text.startswith("hf:") and _is_folder(text[3:].partition(":")[0]))
     if not at or is_path or set(part) & set("/:"):
         name, part = text, "all"
@@ -140,11 +140,7 @@ def parse_source(text: str, purpose: Purpose = "train", missing_ok: bool = False
 
 
 def _named(name: str, purpose: Purpose) -> Source:
-    """The whole dataset of a name.
-
-    Raises:
-        AdaPrunerError: it can name none.
-    """
+    """The dataset of a name, all parts of it; refuses unknown names."""
     dataset, option = split_name(name)
     if dataset == "hf":
         return _on_hub(name, option)
@@ -168,7 +164,7 @@ def _named(name: str, purpose: Purpose) -> Source:
 
 
 def _on_hub(name: str, option: str) -> Source:
-    """The dataset of a name `hf:OPTION`; a local folder with the layout of a Hub dataset is read in the same way."""
+    """The dataset named `hf:OPTION`; a local folder with the layout of a Hub dataset is read in the same way."""
     path, config, split, column, *_ = (*option.split(":"), "", "", "")
     is_folder = _is_folder(path)
     try:
@@ -183,7 +179,7 @@ def _on_hub(name: str, option: str) -> Source:
 
 
 def absolute_source(text: str) -> str:
-    """A source with the path in it absolute, so that it means the same from any folder."""
+    """The name of a source with an absolute path, which is valid in any working directory."""
     if text == SELF_GENERATED:
         return text
     path, option = split_name(parse_source(text, missing_ok=True).name)
@@ -197,12 +193,12 @@ def absolute_source(text: str) -> str:
 
 
 def source_names(texts: Sequence[str]) -> list[str]:
-    """The names of datasets, given one by one or several with commas; the path of a file may have commas itself."""
+    """The names of datasets, given one by one or separated by commas; the path of a file may have commas itself."""
     names = []
     for text in texts:
-        name, option = split_name(text)
-        is_one = given_path(name).is_file() and "," not in option
-        names += [text] if is_one else [part.strip() for part in text.split(",")]
+        path, option = split_name(text)
+        is_single = given_path(path).is_file() and "," not in option
+        names += [text] if is_single else [name.strip() for name in text.split(",")]
     return [name for name in names if name]
 
 
@@ -216,18 +212,18 @@ def split_name(text: str) -> tuple[str, str]:
 
 
 def known_sources() -> dict[str, KnownSource]:
-    """The sources known by name: those of the package and registered ones."""
+    """The sources of the package and the registered ones, by name."""
     return _shipped() | _registered
 
 
 def register_sources(path: Path) -> None:
-    """Adds the sources of a YAML file of the format of sources.yaml to the known ones, in this process.
+    """Adds the sources of a YAML file, in the format of sources.yaml, to the known ones in this process.
 
     Args:
         path: the file. Its `local` paths are absolute or relative to its folder, and may name .jsonl or .parquet files.
 
     Raises:
-        AdaPrunerError: the file cannot be read, or a name in it is known already or not a name.
+        AdaPrunerError: the file cannot be read, or a name in it is known already or invalid.
     """
     try:
         entries = _ENTRIES.validate_python(yaml.safe_load(path.read_text(encoding="utf-8")))
@@ -240,7 +236,7 @@ def register_sources(path: Path) -> None:
         if name in ("", "hf", SELF_GENERATED) or set(name) & set(":@/") or name.endswith(_FILES):
             raise AdaPrunerError(f"{path}: {name!r} cannot name a source: choose letters and digits")
         if source.hub is None and not source.local:
-            raise AdaPrunerError(f"{path}: {name} says neither in `hub` nor in `local` where its data is")
+            raise AdaPrunerError(f"{path}: {name} has neither `hub` nor `local`: say where its data is")
         if known_sources().get(name, source) != source:
             raise AdaPrunerError(f"{path}: there is another source named {name}: choose another name")
     _registered.update(entries)

@@ -16,7 +16,7 @@ from transformers.utils.hub import cached_file
 from adapruner.files import replace, saying_what_cannot_be_written, write_atomically
 from adapruner.models import ModelLocation, quiet_transformers, whole_state
 
-# What a checkpoint was made from; also how a folder shows that this package wrote it.
+# The origin of a checkpoint. The file also marks a folder as written by this package.
 _ORIGIN = "adapruner.json"
 _ORIGIN_FORMAT = 1
 _LONGEST_ORIGIN = 2**20
@@ -33,13 +33,13 @@ def save_checkpoint(
     """Writes weights (safetensors), config, generation config, tokenizer and model card; for a model whose layers
     differ, also the modelling code.
 
-    `adapruner.load(folder)` reads it, and so does `AutoModelForCausalLM.from_pretrained(folder)` where this package is
-    not installed, with `trust_remote_code=True` where layers differ. The folder appears whole or not at all.
+    `adapruner.load(folder)` reads it. So does `AutoModelForCausalLM.from_pretrained(folder)` without this package, with
+    `trust_remote_code=True` if layers differ. The folder appears whole or not at all.
 
     Args:
         model: as returned by `surgery.prune_model`; its dtype is kept.
         card: the content of README.md.
-        shard_size: larger models are split into files of at most this size, which is also what writing takes of memory.
+        shard_size: larger models are split into files of at most this size; writing needs this much memory.
         record: the origin of the model, for `read_origin`: JSON values under `base_model`, `texts`, `plan`.
 
     Raises:
@@ -62,7 +62,7 @@ def made_beside(path: Path) -> Iterator[Path]:
     """A path in a new folder on the same disk, whose content can be moved to `path` once it is complete.
 
     Raises:
-        AdaPrunerError: in place of an error of the system.
+        AdaPrunerError: it cannot be written.
     """
     with saying_what_cannot_be_written(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,7 +77,7 @@ def is_replaceable(folder: Path) -> bool:
 
 def read_origin(location: ModelLocation) -> dict[str, Any] | None:
     """The origin of a checkpoint: the `record` of `save_checkpoint` with its `format`; None if it has none, or one of
-    unknown format. `texts` is a list of dictionaries, whatever is in the file.
+    unknown format. `texts` is always a list of dictionaries, whatever the file says.
     """
     try:
         with quiet_transformers():
@@ -91,14 +91,16 @@ def read_origin(location: ModelLocation) -> dict[str, Any] | None:
     if not isinstance(origin, dict) or origin.get("format") != _ORIGIN_FORMAT:
         return None
     texts = origin.get("texts")
-    own = [text for text in texts if isinstance(text, dict)] if isinstance(texts, list) else []
-    return origin | {"texts": own}
+    return origin | {"texts": [text for text in texts if isinstance(text, dict)] if isinstance(texts, list) else []}
 
 
 @contextlib.contextmanager
 def _valid_generation_config(model: PreTrainedModel) -> Iterator[None]:
-    """Some models come with settings of sampling but without sampling, which transformers reads and does not write:
-    while this lasts, they sample. Of other settings that do not go together, the last ones are left out."""
+    """Makes the generation config of a model one that transformers writes, while this lasts.
+
+    Some models have settings for sampling but do not sample; transformers reads such a config and refuses to write it.
+    Here they sample. Of other settings that exclude each other, the last ones are left out.
+    """
     settings: Any = model.generation_config
     if not _is_valid(settings):
         model.generation_config = copy.deepcopy(settings)
@@ -116,7 +118,7 @@ def _valid_generation_config(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _is_valid(settings: GenerationConfig) -> bool:
-    """True if transformers would write them."""
+    """True if transformers would write these settings."""
     try:
         settings.validate(strict=True)
     except ValueError:
@@ -130,14 +132,14 @@ def write_card(folder: Path, card: str) -> None:
 
 
 def _add_older_keys(path: Path) -> None:
-    """transformers 4 and mlx-lm do not read `rope_parameters`, and would silently take a theta of 10,000; nor the new
-    name of the number of experts."""
+    """Adds the older names of config fields. transformers 4 and mlx-lm do not read `rope_parameters`, and would
+    silently use a theta of 10,000; nor do they read the new name of the number of experts."""
     fields = json.loads(path.read_text(encoding="utf-8"))
     renamed = CONFIG_MAPPING[fields["model_type"]].attribute_map.get("num_experts")
     if renamed in fields:
         fields["num_experts"] = fields[renamed]
     parameters = fields.get("rope_parameters")
-    # Where layers of different types have their own, older versions have other keys in every family.
+    # If types of layers have their own parameters, the older keys differ from family to family.
     if isinstance(parameters, dict) and "rope_theta" in parameters:
         names = {"rope_theta": "rope_theta", "partial_rotary_factor": "partial_rotary_factor"}
         if fields["model_type"] == "gpt_neox":

@@ -12,13 +12,13 @@ from adapruner.errors import AdaPrunerError, reason
 
 
 def check_push(repository: str, token: str | None = None) -> None:
-    """Refuses what would fail after long work.
+    """Refuses an upload that would fail, before long work.
 
     Args:
         token: Hub token; by default the one that `hf auth login` stored.
 
     Raises:
-        AdaPrunerError: the name is none, or nobody is logged in.
+        AdaPrunerError: the name is invalid, or nobody is logged in.
     """
     try:
         validate_repo_id(repository)
@@ -38,8 +38,8 @@ def push(
     """Uploads a folder or a file to a model repository; returns its address.
 
     Args:
-        private: whether the repository is private, where it does not exist yet.
-        revision: branch to upload to, created where it does not exist; by default the main branch.
+        private: make the repository private, if it does not exist yet.
+        revision: branch to upload to, created if it does not exist; by default the main branch.
         token: Hub token; by default the one that `hf auth login` stored.
 
     Raises:

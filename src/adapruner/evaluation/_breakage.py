@@ -27,11 +27,11 @@ class Breakage(BaseModel):
     """Signs of a broken model, to be compared with those of the dense model.
 
     Attributes:
-        repetition: of the greedy continuations of some openings, the fraction of pieces of 4 tokens that were there
-            before in the same continuation (seq-rep-4 of Welleck et al., arXiv 1908.04319), mean over the openings;
-            None where it was not measured.
-        agreement: the fraction of the tokens of the dense model's greedy continuations that this model predicts as
-            well, given the tokens before, so 1 for the dense model; None where it was not measured.
+        repetition: the fraction of pieces of 4 tokens in greedy continuations that occurred before in the same
+            continuation (seq-rep-4 of Welleck et al., arXiv 1908.04319), mean over some openings; None if it was not
+            measured.
+        agreement: the fraction of the tokens of the dense model's greedy continuations that this model predicts too,
+            given the tokens before; 1 for the dense model; None if it was not measured.
         texts: perplexity and bits per byte of text that is not prose, by name.
     """
 
@@ -43,10 +43,10 @@ class Breakage(BaseModel):
 
 
 def continue_greedily(model: PreTrainedModel, tokenizer: Tokenizer, openings: Sequence[str]) -> Tensor:
-    """Beginnings of texts, and the 64 tokens with which a model continues each; no text ends before.
+    """Beginnings of texts, each followed by the 64 tokens with which a model continues it; the end token is forbidden.
 
     Args:
-        openings: cut off where the shortest ends, so that none is padded.
+        openings: cut to the length of the shortest, so that none is padded.
 
     Returns:
         [openings, tokens], int64.
@@ -87,16 +87,15 @@ def repetition(continued: Tensor) -> float:
 
 @torch.no_grad()
 def agreement(model: PreTrainedModel, continued: Tensor) -> float:
-    """The fraction of tokens of another model's continuations that a model would choose too; see `Breakage`.
+    """The fraction of the tokens of another model's continuations that a model predicts; see `Breakage`.
 
     Args:
         continued: [openings, tokens], int64, see `continue_greedily`.
     """
     logits = model(input_ids=continued.to(model.device), use_cache=False).logits[:, -_CONTINUED - 1 : -1]
-    # No text was allowed to end.
+    # The end token was forbidden. Configs of small models may name one that their vocabulary does not have.
     named: Any = getattr(model.generation_config, "eos_token_id", None)
     ends = named if isinstance(named, list) else [named]
-    # Configs of small models may name a token that their vocabulary does not have.
     logits[..., [end for end in ends if end is not None and 0 <= end < logits.shape[-1]]] = -torch.inf
     chosen: Tensor = logits.argmax(-1).cpu()
     return float((chosen == continued[:, -_CONTINUED:]).double().mean())

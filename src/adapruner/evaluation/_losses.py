@@ -16,9 +16,9 @@ from adapruner.models import LayerCall, decoder_layers, enter_layers, is_streame
 
 # The largest absolute value of a weight with which no sum of a trained model overflows in float32 or bfloat16.
 _LARGEST_WEIGHT = 1e6
-# What the caches of a processor hold, and what keeps a GPU busy.
+# Enough for the caches of a processor, and enough to keep a GPU busy.
 _TOKENS_PER_BATCH_ON_CPU, _TOKENS_PER_BATCH = 512, 4096
-# Whose hidden states are held while all layers of a streamed model are read once: 256 MiB for LLaMA-7B in bfloat16.
+# Hidden states held while all layers of a streamed model are read once: 256 MiB for LLaMA-7B in bfloat16.
 _TOKENS_PER_READING = 32768
 
 
@@ -27,20 +27,13 @@ class Prefix:
     """The hidden states of the first layers of a model for every batch of some windows.
 
     Attributes:
-        states: for each batch, the hidden state [windows, tokens, hidden] in front of the first layer, behind it,
-            behind the second, and so on.
-        calls: for each batch, what a layer is called with.
+        states: for each batch, the hidden state [windows, tokens, hidden] before the first layer, after it, after the
+            second, and so on.
+        calls: for each batch, the arguments of a layer.
     """
 
     states: list[list[Tensor]]
     calls: list[LayerCall]
-
-    def in_place(self, model: PreTrainedModel, batch: int, layers: int) -> contextlib.AbstractContextManager[None]:
-        """While it lasts, the first layers of a model are not computed, which are those of the model of the prefix."""
-        known = min(layers, len(self.states[batch]) - 1)
-        if not known:
-            return contextlib.nullcontext()
-        return skipping_layers(model, known, self.states[batch][known], self.calls[batch])
 
 
 def compute_prefix(model: PreTrainedModel, windows: Tensor, layers: int) -> Prefix:
@@ -64,28 +57,32 @@ def losses_by_batch(
     prefix_layers: int = 0,
 ) -> Iterator[Tensor]:
     """[windows of one batch], float64, batch after batch: the mean over the predicted tokens of each window. Many
-    batches go through the layers of a streamed model together, so that a layer is read once for all of them.
+    batches pass through the layers of a streamed model together, so that a layer is read once for all of them.
 
     Args:
-        references: of another model, from `log_probabilities` of the same windows: gives the Kullback-Leibler
-            divergence from that model to this one in place of the negative log-likelihood of the text.
+        references: the predictions of another model for the same windows, see `log_probabilities`. The loss is then the
+            Kullback-Leibler divergence from that model to this one, instead of the negative log-likelihood of the text.
         context: tokens at the beginning of a window that are not predicted, at least 1.
-        prefix: of a model whose first layers are the same, and which need not be computed again.
-        prefix_layers: how many are the same.
+        prefix: of a model whose first layers are the same, and are not computed again.
+        prefix_layers: the number of equal layers.
     """
     batches = _batches(windows, model)
+    targets: Sequence[Tensor | None] = references or [None] * len(batches)
     if is_streamed(model) and prefix is None:
-        itself = [(model, range(len(decoder_layers(model))))]
+        every_layer = range(len(decoder_layers(model)))
         at_once = max(1, _TOKENS_PER_READING // batches[0].numel())
         for first in range(0, len(batches), at_once):
             read = slice(first, first + at_once)
-            targets = None if references is None else references[read]
-            yield from losses_in_step(model, itself, torch.cat(list(batches[read])), targets, context=context)[0]
+            together = torch.cat(list(batches[read]))
+            yield from losses_in_step(model, [(model, every_layer)], together, targets[read], context=context)[0]
         return
+    known = min(prefix_layers, len(prefix.states[0]) - 1) if prefix else 0
     for number, batch in enumerate(batches):
-        known = prefix.in_place(model, number, prefix_layers) if prefix else contextlib.nullcontext()
-        with torch.inference_mode(), known:
-            losses = _losses_of_batch(model, batch, None if references is None else references[number], context)
+        with torch.inference_mode(), contextlib.ExitStack() as skipping:
+            if prefix and known:
+                state, call = prefix.states[number][known], prefix.calls[number]
+                skipping.enter_context(skipping_layers(model, known, state, call))
+            losses = _losses_of_batch(model, batch, targets[number], context)
         yield losses
 
 
@@ -108,7 +105,7 @@ def window_losses(
 def finite_windows(
     model: PreTrainedModel, windows: Mapping[str, Tensor], at_least: Mapping[str, int]
 ) -> tuple[dict[str, Tensor], str]:
-    """Windows without those on which the loss of a model is not finite, and a note to the user on those.
+    """The windows on which the loss of a model is finite, and a note to the user on the others.
 
     Text is only tried where numbers may overflow (see `may_overflow`): that costs a forward pass over all of it.
 
@@ -118,7 +115,7 @@ def finite_windows(
         at_least: the least number of windows of each use that must be left.
 
     Returns:
-        The windows that are left, by use, and a line for each use that lost some; empty if none did.
+        The remaining windows, by use, and a line for each use that lost some; empty if none did.
 
     Raises:
         AdaPrunerError: more than half of the windows of a use are lost, or too few are left.
@@ -126,17 +123,17 @@ def finite_windows(
     if not may_overflow(model):
         return dict(windows), ""
     kept, notes = {}, []
-    for use, given in windows.items():
-        finite = window_losses(model, given).isfinite()
+    for use, drawn in windows.items():
+        finite = window_losses(model, drawn).isfinite()
         lost = (~finite).nonzero().flatten().tolist()
-        if 2 * len(lost) > len(given) or len(given) - len(lost) < at_least[use]:
+        if 2 * len(lost) > len(drawn) or len(drawn) - len(lost) < at_least[use]:
             raise AdaPrunerError(
-                f"the loss of the model is not finite on {len(lost)} of the {len(given)} windows of the {use}: its"
+                f"the loss of the model is not finite on {len(lost)} of the {len(drawn)} windows of the {use}: its"
                 " weights are broken or its dtype is too narrow: try `dtype` float32"
             )
         if lost:
             notes.append(f"left out, because the loss of the model on them is not finite: windows {lost} of the {use}")
-        kept[use] = given[finite]
+        kept[use] = drawn[finite]
     return kept, "\n".join(notes)
 
 
@@ -162,20 +159,21 @@ def losses_in_step(
     dense: PreTrainedModel,
     models: Sequence[tuple[PreTrainedModel, Sequence[int]]],
     windows: Tensor,
-    references: Sequence[Tensor] | None = None,
+    references: Sequence[Tensor | None] | None = None,
     prefix: Prefix | None = None,
     prefix_layers: int = 0,
     context: int = 1,
 ) -> list[list[Tensor]]:
-    """The losses of `losses_by_batch` for each of several models whose layers are cut out of streamed ones when they
-    are read: all of them go through the layers together, so that every layer of the dense model is read once.
+    """The losses of `losses_by_batch` for several models whose layers are cut from streamed layers as these are read.
+    All models pass through the layers together, so that every layer of the dense model is read once.
 
     Args:
-        models: each with the numbers of the dense layers that its layers are cut out of.
+        models: each with the numbers of the dense layers from which its layers are cut.
         references, context: see `losses_by_batch`.
-        prefix: of the dense model; `prefix_layers` of it are the same in all models.
+        prefix: of the dense model; its first `prefix_layers` layers are the same in all models.
     """
     batches = _batches(windows, dense)
+    targets = references or [None] * len(batches)
     known = min(prefix_layers, len(prefix.states[0]) - 1) if prefix else 0
     with torch.inference_mode():
         with loaded_layer(dense, 0):
@@ -197,14 +195,12 @@ def losses_in_step(
             losses.append(list[Tensor]())
             for number, (batch, state, (_, calls)) in enumerate(zip(batches, model_states, model_batches, strict=True)):
                 with skipping_layers(model, len(decoder_layers(model)), state, calls[0]):
-                    losses[-1].append(
-                        _losses_of_batch(model, batch, None if references is None else references[number], context)
-                    )
+                    losses[-1].append(_losses_of_batch(model, batch, targets[number], context))
     return losses
 
 
 def _losses_of_batch(model: PreTrainedModel, batch: Tensor, reference: Tensor | None, context: int) -> Tensor:
-    """[windows], float64, on the CPU: see `losses_by_batch`."""
+    """[windows], float64, on the CPU; see `losses_by_batch`."""
     batch = batch.to(model.device)
     losses = []
     # Window by window: float32 logits of a batch are the largest thing in memory.

@@ -1,4 +1,4 @@
-"""Perplexity, with the protocol beside every number."""
+"""Perplexity, with the protocol of every number."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ class Perplexity(BaseModel):
 
     Attributes:
         perplexity: exp of the mean negative log-likelihood over all predicted tokens.
-        text: the source and the part of it.
+        text: the source and its part.
         seq_len: tokens per window; the first token of a window is not predicted.
-        windows: how many windows.
-        stride: tokens of the text from the beginning of a window to that of the next. Where windows overlap, all but
-            the last `stride` tokens of a window are context only, except in the first window.
-        provenance: what the text is and how it was made into tokens (`calibration.provenance`): `data_set`, `split`,
-            `revision`, `tokenizer`, and `every_window_after` where windows begin with a special token.
-        predicted_bytes: UTF-8 bytes of the text of all predicted tokens; None where the tokenizer does not say which
-            text a token is of.
-        special_tokens: how many every window begins with; they are not predicted.
+        windows: the number of windows.
+        stride: tokens of the text from the beginning of a window to the beginning of the next. If windows overlap, all
+            but the last `stride` tokens of a window are context only, except in the first window.
+        provenance: the dataset and its tokenization (`calibration.provenance`): `data_set`, `split`, `revision`,
+            `tokenizer`, and `every_window_after` if windows begin with a special token.
+        predicted_bytes: UTF-8 bytes of the text of all predicted tokens; None if the tokenizer does not know the text
+            of a token.
+        special_tokens: the number of special tokens at the beginning of every window; they are not predicted.
         loss_standard_error: of the mean negative log-likelihood, in nats per token: the standard deviation over the
-            windows by the root of their number, which takes windows for independent; None where they overlap, or there
-            is but one.
+            windows divided by the root of their number, which assumes that windows are independent; None if they
+            overlap, or there is only one.
     """
 
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="constants")
@@ -51,8 +51,8 @@ class Perplexity(BaseModel):
     @computed_field
     @property
     def bits_per_byte(self) -> float | None:
-        """The negative log-likelihood of the predicted text in bits, by its bytes: unlike the perplexity, it compares
-        models with different tokenizers."""
+        """The negative log-likelihood of the predicted text in bits, divided by its bytes. Unlike the perplexity, it
+        compares models with different tokenizers."""
         if not self.predicted_bytes:
             return None
         return math.log2(self.perplexity) * self.predicted_tokens / self.predicted_bytes
@@ -60,18 +60,18 @@ class Perplexity(BaseModel):
     @computed_field
     @property
     def predicted_tokens(self) -> int:
-        """The number of tokens that the mean is over."""
-        most = self.seq_len - max(1, self.special_tokens)
-        return most + (self.windows - 1) * min(self.stride, most)
+        """The number of tokens in the mean."""
+        per_window = self.seq_len - max(1, self.special_tokens)
+        return per_window + (self.windows - 1) * min(self.stride, per_window)
 
     @property
     def standard_error(self) -> float | None:
-        """Of the perplexity, to first order; None where that of the mean loss is not known."""
+        """Standard error of the perplexity, to first order; None if the standard error of the loss is not known."""
         return None if self.loss_standard_error is None else self.perplexity * self.loss_standard_error
 
     @property
     def bits_standard_error(self) -> float | None:
-        """Of the bits per byte; None where either is not known."""
+        """Standard error of the bits per byte; None if it or the bits per byte are not known."""
         if self.loss_standard_error is None or not self.predicted_bytes:
             return None
         return self.loss_standard_error / math.log(2) * self.predicted_tokens / self.predicted_bytes
@@ -79,7 +79,7 @@ class Perplexity(BaseModel):
     @computed_field
     @property
     def protocol(self) -> str:
-        """One line that says how the number came about."""
+        """How the number was measured, on one line."""
         overlaps = self.stride < self.seq_len - self.special_tokens
         overlap = f"every {self.stride} tokens" if overlaps else "without overlap"
         counted = f" of {self.predicted_bytes:,} bytes" if self.predicted_bytes else ""
@@ -104,7 +104,7 @@ def measure_perplexity(
 
     Args:
         windows: [windows, tokens], int64 (see `calibration.evaluation_text`).
-        text: what the windows are of, for the protocol.
+        text: the name of their text, for the protocol.
         progress: called with the number of windows done after each batch.
         stride: tokens between the beginnings of windows; by default they do not overlap.
         provenance, predicted_bytes, special_tokens: see `Perplexity`.

@@ -19,7 +19,7 @@ from adapruner.models import empty_model
 from adapruner.progress import held_memory, peak_memory, reset_peak_memory
 from adapruner.structure import build_structure
 
-# Widths that matrix units take whole: vector registers of a processor, tiles of a GPU's tensor cores.
+# Multiples of widths that fill the matrix units: vector registers of a processor, tiles of a GPU's tensor cores.
 _FRIENDLY_ON_CPU, _FRIENDLY_MULTIPLE = 8, 64
 
 
@@ -38,12 +38,12 @@ class Speed(BaseModel):
 
     Attributes:
         parameters: tied ones counted once.
-        weight_bytes: of these.
+        weight_bytes: bytes of these parameters.
         prompt_macs, new_token_macs: multiply-accumulates per token of the prompt, and per generated token after it.
-        peak_memory_bytes: weights and the most that was held beyond them at the largest batch size; None where the
-            system cannot tell.
+        peak_memory_bytes: weights and the most memory held beyond them at the largest batch size; None if the system
+            does not report it.
         prefill, decode: rates of reading a prompt and of generating after it, by batch size.
-        unfriendly_widths: feed-forward widths that are no multiple of `friendly_multiple`, by layer.
+        unfriendly_widths: feed-forward widths that are not a multiple of `friendly_multiple`, by layer.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -67,12 +67,12 @@ def measure_speed(
     repetitions: int = 5,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Speed]:
-    """Measures models in turn, so that whatever else the machine does meets all of them: once to warm up, once for the
-    peak of the memory at the largest batch size, and then for time.
+    """Measures models in turn, so that other load on the machine affects all of them: once to warm up, once for peak
+    memory at the largest batch size, and then for time.
 
     Args:
         models: by name, all on the same device.
-        prompt: tokens that are read at once; as in `generate`, only the last one's prediction is computed.
+        prompt: tokens that are read at once; as in `generate`, only the prediction after the last one is computed.
         new_tokens: tokens that are then generated one by one with a cache.
         progress: called after every measurement, `len(models) · (len(batch_sizes) · (repetitions + 1) + 1)` times.
     """
@@ -84,7 +84,7 @@ def measure_speed(
         return times
 
     cases = [(name, batch_size) for batch_size in batch_sizes for name in models]
-    for case in cases:  # to warm up: what is mapped from files comes into memory
+    for case in cases:  # to warm up: weights that are mapped from files are read
         run(*case)
     peaks = {name: _peak_beyond_weights(model, partial(run, name, max(batch_sizes))) for name, model in models.items()}
     rounds = [{case: run(*case) for case in cases} for _ in range(repetitions)]
@@ -98,8 +98,8 @@ def measure_speed(
 def seconds_in_turn(
     models: Mapping[str, PreTrainedModel], batch_size: int, prompt: int, new_tokens: int, repetitions: int
 ) -> dict[str, float]:
-    """The least seconds of reading prompts or, where tokens are generated after them, of one new token of every
-    sequence; of models in turn, after a run that does not count. Whatever else the machine does only adds to them.
+    """The least seconds of each model for reading prompts or, if tokens are generated after them, for one new token of
+    every sequence. Models run in turn, after a run that does not count; other load on the machine only adds time.
 
     Args:
         new_tokens: 0 to measure the prompt.
@@ -113,8 +113,12 @@ def seconds_in_turn(
 
 
 def count_macs(model: PreTrainedModel, prompt: int) -> tuple[int, int]:
-    """Multiply-accumulates of all matrix products: per token of a prompt of that length, of which only the last
-    prediction is computed, and of the token generated after it."""
+    """Multiply-accumulates of all matrix products: per token of a prompt, whose last prediction alone is computed, and
+    for the token generated after it.
+
+    Args:
+        prompt: tokens.
+    """
     empty = empty_model(model.config).eval()
     tokens = torch.zeros(1, prompt, dtype=torch.long, device="meta")
     cache = new_cache(empty)
@@ -156,12 +160,12 @@ def _speed(
 
 
 def rate(tokens: int, seconds: Sequence[float]) -> Rate:
-    """The rate of so many tokens in each of some repetitions, given their seconds."""
+    """Tokens per second, given the seconds of each repetition."""
     return Rate(median=tokens / statistics.median(seconds), least=tokens / max(seconds), greatest=tokens / min(seconds))
 
 
 def _run(model: PreTrainedModel, batch_size: int, prompt: int, new_tokens: int) -> tuple[float, float]:
-    """Seconds of reading prompts and of generating after them."""
+    """Seconds for reading prompts, and for generating after them."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.config.vocab_size, (batch_size, prompt), generator=generator).to(model.device)
     cache = new_cache(model)
@@ -175,10 +179,10 @@ def _run(model: PreTrainedModel, batch_size: int, prompt: int, new_tokens: int) 
 
 
 def new_cache(model: PreTrainedModel, config: PreTrainedConfig | None = None) -> dict[str, DynamicCache]:
-    """An empty cache by the name that this version of transformers has for it.
+    """An empty cache, under the name of the argument in this version of transformers.
 
     Args:
-        config: of the model, for a cache that holds no more than its layers look back at, as `generate` has it.
+        config: of the model, for a cache that holds only the tokens that its layers attend to, as in `generate`.
     """
     name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     return {name: DynamicCache(config=config)}
@@ -191,7 +195,7 @@ def _now(device: torch.device) -> float:
 
 
 def _peak_beyond_weights(model: PreTrainedModel, run: Callable[[], Any]) -> int | None:
-    """The most memory that a run takes beyond what was held before; None where the system does not tell."""
+    """The most memory that a run needs beyond the memory held before; None if the system does not report it."""
     if model.device.type != "cpu":
         accelerator: Any = torch.get_device_module(model.device)
         accelerator.reset_peak_memory_stats(model.device)

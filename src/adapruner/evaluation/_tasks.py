@@ -1,4 +1,4 @@
-"""Zero-shot and other tasks of lm-eval, with the data on this machine where they lie here."""
+"""Zero-shot and other tasks of lm-eval, with local data if available."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from adapruner.paths import find_local_data
 from adapruner.random_state import random_state_kept
 
 COMMONSENSE, GENERATIVE = "commonsense", "generative"
-# Those in which the model writes text that is judged by its content. HumanEval and MBPP run what the model writes.
+# Tasks that judge the content of text that the model writes. HumanEval and MBPP run code that the model writes.
 _GENERATIVE_TASKS = ("gsm8k", "ifeval")
 _SPLITS = ("training_split", "validation_split", "test_split")
 # Attributes of tasks that cannot be run.
@@ -38,7 +38,7 @@ _IMPOSSIBLE = {
     "MULTIMODAL": "asks about images or audio, which a language model does not read",
     "UNSAFE_CODE": "runs code that the model writes, which is not done here: run lm-eval directly",
 }
-# Sequences at a time where memory does not say how many go; on a GPU lm-eval finds it out.
+# Sequences at a time on the CPU; on a GPU, lm-eval finds out what fits.
 _BATCH_ON_CPU = 8
 
 
@@ -47,15 +47,15 @@ class TaskScore(BaseModel):
 
     Attributes:
         task: the name in lm-eval.
-        metrics: by the name in lm-eval, with that of its filter in brackets if it has one: `acc` is the share of items
-            where the right answer is the most likely one, `acc_norm` the same with log-likelihoods divided by the
+        metrics: by the name in lm-eval, with the name of its filter in brackets if it has one: `acc` is the share of
+            items whose right answer is the most likely one, `acc_norm` the same with log-likelihoods divided by the
             length of the answer in bytes.
-        standard_errors: of the same metrics, where lm-eval gives one.
-        items: on how many items, out of `items_in_all`; fewer are evenly spaced ones.
-        data_set: where the items are from, and their split.
+        standard_errors: of the same metrics, if lm-eval gives one.
+        items: the number of items, out of `items_in_all`; if fewer, they are evenly spaced.
+        data_set, split: the dataset of the items and its split.
         version: of the task in lm-eval.
         shots: examples in the prompt.
-        dtype: that the model computed in.
+        dtype: the dtype of the model.
     """
 
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="constants")
@@ -74,7 +74,7 @@ class TaskScore(BaseModel):
     @computed_field
     @property
     def protocol(self) -> str:
-        """One line that says how the numbers came about."""
+        """How the numbers were measured, on one line."""
         which = "all" if self.items == self.items_in_all else f"{self.items:,} of"
         return (
             f"{self.task}: lm-eval task version {self.version}, {self.shots} shots, {which} {self.items_in_all:,} items"
@@ -83,8 +83,7 @@ class TaskScore(BaseModel):
 
 
 def mean_accuracies(metrics: Iterable[dict[str, float]]) -> dict[str, float]:
-    """The means over tasks of `acc`, and of `acc_norm` with `acc` where a task has no other; empty where a task has no
-    accuracy.
+    """The means over tasks of `acc`, and of `acc_norm` or else `acc`; empty if a task has no accuracy.
 
     Args:
         metrics: of each task, see `TaskScore`.
@@ -101,7 +100,7 @@ class Tasks:
 
     Attributes:
         by_name: the task or group that lm-eval built for each name, or several of them for a tag.
-        items: the numbers of the items to take, by task.
+        items: the numbers of the items to run, by task.
     """
 
     by_name: dict[str, list[Any]]
@@ -112,19 +111,19 @@ class Tasks:
 
 
 def check_tasks(names: Sequence[str]) -> list[str]:
-    """The tasks that names stand for; reads no data, and lm-eval's register of tasks, which takes seconds, only for
-    others than those of the two groups here.
+    """The tasks that names stand for. Reads no data, and reads lm-eval's register of tasks, which takes seconds, only
+    for tasks outside `commonsense` and `generative`.
 
     Args:
-        names: tasks, groups or tags of lm-eval, each alone or several with commas; `commonsense` is the seven of the
-            paper, `generative` is GSM8K and IFEval.
+        names: tasks, groups or tags of lm-eval, one by one or separated by commas; `commonsense` is the seven tasks of
+            the paper, `generative` is GSM8K and IFEval.
 
     Raises:
         AdaPrunerError: lm-eval is not installed, or a task is not known.
     """
     if find_spec("lm_eval") is None:
         raise AdaPrunerError("`tasks` needs lm-eval: pip install '.[tasks]' in a checkout")
-    single = [name.strip() for part in names for name in part.split(",") if name.strip()]
+    single = [name.strip() for listed in names for name in listed.split(",") if name.strip()]
     if not single:
         raise AdaPrunerError("`tasks` names no task: give names of lm-eval, commonsense or generative")
     groups = {COMMONSENSE: (*_local_tasks(),), GENERATIVE: _GENERATIVE_TASKS}
@@ -141,12 +140,12 @@ def check_tasks(names: Sequence[str]) -> list[str]:
 def load_tasks(names: Sequence[str], limit: int | None = None, used_text: Iterable[str] = ()) -> Tasks:
     """Finds tasks and reads their data.
 
-    Prompts and metrics are those of lm-eval. The data of the seven tasks of the paper are looked for under
-    `$ADAPRUNER_DATA` first (see `tasks.yaml`).
+    Prompts and metrics are those of lm-eval. The data of the seven tasks of the paper are read from `$ADAPRUNER_DATA`
+    if available (see `tasks.yaml`).
 
     Args:
         names: see `check_tasks`.
-        limit: so many evenly spaced items of each task.
+        limit: the number of evenly spaced items of each task; by default all.
         used_text: items with one of these texts in a field are left out: a model was calibrated on them.
 
     Raises:
@@ -177,7 +176,7 @@ def measure_tasks(
     """Runs tasks through lm-eval.
 
     Args:
-        progress: called with fractions of a task as they are done, one in all for each name.
+        progress: called with fractions of a task as they are done, which sum to one for each name.
     """
     scores = []
     with _contained():
@@ -187,7 +186,7 @@ def measure_tasks(
         runner = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         for built in tasks.by_name.values():
             outcome = _evaluate(runner, built, tasks.items, progress)
-            for name in [part.name if hasattr(part, "child_names") else part.task_name for part in built]:
+            for name in [task.name if hasattr(task, "child_names") else task.task_name for task in built]:
                 score = _score(name, outcome, tasks, model)
                 members = [] if score.metrics else _members(name, outcome)
                 scores += [_score(member, outcome, tasks, model) for member in members] or [score]
@@ -195,12 +194,12 @@ def measure_tasks(
 
 
 def _evaluate(runner: Any, built: list[Any], items: dict[str, list[int]], progress: Callable[..., None] | None) -> Any:
-    """Does the same as `simple_evaluate` of lm-eval, without its report on the environment, which asks pip and git."""
+    """The same as `simple_evaluate` of lm-eval, without its report on the environment, which asks pip and git."""
     from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
     from lm_eval.evaluator import evaluate
     from lm_eval.tasks import TaskManager
 
-    # They are built, so that none is looked up.
+    # The tasks are built already, so none is looked up.
     loaded = TaskManager(include_defaults=False).load(built)
     for task in loaded["tasks"].values():
         if task.get_config("num_fewshot") is None:
@@ -212,7 +211,7 @@ def _evaluate(runner: Any, built: list[Any], items: dict[str, list[int]], progre
 
     @cache
     def share_of_an_answer() -> float:
-        """Of all answers; known once lm-eval has built its requests."""
+        """The fraction of all answers; known once lm-eval has built its requests."""
         return 1 / sum(int(request.repeats) for task in loaded["tasks"].values() for request in task.instances)
 
     if progress:  # the cache of lm-eval is told of every answer
@@ -221,14 +220,14 @@ def _evaluate(runner: Any, built: list[Any], items: dict[str, list[int]], progre
 
 
 def _score(name: str, outcome: Any, tasks: Tasks, model: PreTrainedModel) -> TaskScore:
-    """The score of a task, or of a group where lm-eval makes one number of its tasks."""
+    """The score of a task, or of a group that lm-eval reduces to one number."""
     metrics: dict[str, float] = {}
     standard_errors: dict[str, float] = {}
     for key, value in outcome["results"][name].items():
         metric, _, kind = key.partition(",")
         if kind and isinstance(value, int | float):
-            into = standard_errors if metric.endswith("_stderr") else metrics
-            into[metric.removesuffix("_stderr") + (f" ({kind})" if kind != "none" else "")] = float(value)
+            values = standard_errors if metric.endswith("_stderr") else metrics
+            values[metric.removesuffix("_stderr") + (f" ({kind})" if kind != "none" else "")] = float(value)
     members = _members(name, outcome)
     configs = [outcome["configs"][member] for member in members]
     return TaskScore(
@@ -268,7 +267,7 @@ def _local_tasks() -> dict[str, dict[str, Any]]:
 
 @cache
 def _task_manager() -> Any:
-    """lm-eval's register of tasks; making it reads thousands of files."""
+    """lm-eval's register of tasks; building it reads thousands of files."""
     with _contained():
         from lm_eval.tasks import TaskManager
 
@@ -276,7 +275,7 @@ def _task_manager() -> Any:
 
 
 def _load(name: str) -> Any:
-    """Builds a task, with the data under `$ADAPRUNER_DATA` where they lie there."""
+    """Builds a task, with the data under `$ADAPRUNER_DATA` if available."""
     from lm_eval import tasks
 
     known = _local_tasks().get(name)
@@ -303,7 +302,7 @@ def _load(name: str) -> Any:
 
 
 def _data_set(config: dict[str, Any]) -> str:
-    """The name of the dataset of a task on the Hub, or the path of a local copy without the folder that it is in."""
+    """The name of the dataset of a task on the Hub, or the path of a local copy below `$ADAPRUNER_DATA`."""
     files = (config.get("dataset_kwargs") or {}).get("data_files")
     if isinstance(files, dict) and config["task"] in _local_tasks():
         file = str(next(iter(files.values())))
@@ -312,7 +311,7 @@ def _data_set(config: dict[str, Any]) -> str:
 
 
 def _chosen(items: Any, limit: int | None, used: frozenset[str]) -> list[int]:
-    """The numbers of the items to take: evenly spaced out of those that hold none of the used text."""
+    """The numbers of the items to run: evenly spaced among those that contain none of the used text."""
     numbers = [number for number in range(len(items)) if not used or not _holds(items[number], used)]
     count = min(limit or len(numbers), len(numbers))
     return [numbers[step * len(numbers) // count] for step in range(count)]
@@ -326,7 +325,7 @@ def _holds(item: dict[str, Any], used: frozenset[str]) -> bool:
 
 @contextlib.contextmanager
 def _contained() -> Iterator[None]:
-    """Without the bars and the chatter of lm-eval and of the libraries that it calls; it draws random numbers too."""
+    """Hides the bars and logs of lm-eval and of the libraries that it calls, and keeps the random state."""
     logger, bars = logging.getLogger("lm_eval"), datasets.are_progress_bars_disabled()
     level = logger.level
     logger.setLevel(logging.ERROR)

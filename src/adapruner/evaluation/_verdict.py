@@ -14,9 +14,9 @@ class _Limits(NamedTuple):
     """The limits that a model must keep to.
 
     Attributes:
-        agreement: the least.
-        bits: the most bits per byte, as a multiple of the dense model's, geometric mean over the built-in texts.
-        repetition: the most, above the dense model's.
+        agreement: the least agreement.
+        bits: the most bits per byte, as a multiple of the dense model's; geometric mean over the built-in texts.
+        repetition: the largest rise above the dense model's repetition.
     """
 
     agreement: float
@@ -29,7 +29,7 @@ class _Limits(NamedTuple):
             for text, number in pruned.texts.items()
             if number.bits_per_byte is not None and (before := dense.texts[text].bits_per_byte)
         ]
-        # A comparison with a number that is not one is false.
+        # A comparison with NaN is false.
         return (
             (pruned.agreement is None or pruned.agreement >= self.agreement)
             and (not rises or geometric_mean(rises) <= self.bits)
@@ -37,17 +37,17 @@ class _Limits(NamedTuple):
         )
 
 
-# Between models that are without doubt of one kind and of the next: docs/benchmarks.md, "The verdict". A broken model
-# may repeat itself or babble, so repetition says nothing about that.
+# Between models that clearly belong to one class and to the next: docs/benchmarks.md, "The verdict". A broken
+# model may repeat itself or babble, so repetition does not tell one.
 _USABLE = _Limits(agreement=0.67, bits=1.28, repetition=0.25)
 _NOT_BROKEN = _Limits(agreement=0.49, bits=1.8, repetition=1.0)
 
 
 def judge(dense: Breakage, pruned: Breakage) -> Verdict:
-    """Judges whether a pruned model can be used as it is, needs fine-tuning, or has lost the language.
+    """Judges a pruned model: it can be used as it is, needs fine-tuning, or has lost the language.
 
-    All is measured against the dense model, so that a pruned model is not called broken for what its dense model cannot
-    do either. What was not measured is not judged.
+    All signs are compared with those of the dense model, so that a pruned model is not called broken for a weakness of
+    its dense model. Signs that were not measured are not judged.
     """
     if _USABLE.hold(dense, pruned):
         return "usable"

@@ -1,4 +1,4 @@
-"""GGUF files, which llama.cpp runs: what can be written, writing it, its size, and llama.cpp itself."""
+"""GGUF files for llama.cpp: checking that a model can be exported, writing it, its size, and llama.cpp itself."""
 
 from adapruner.gguf._check import check_gguf as check_gguf
 from adapruner.gguf._size import gguf_tensor_bytes as gguf_tensor_bytes

@@ -1,4 +1,4 @@
-"""What llama.cpp computes as the model does, and what it does not."""
+"""Refusal of models that llama.cpp would not compute exactly."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LLAMA_LIKE = ("llama", "mistral", "qwen2")
 # Made by llama.cpp's own quantizer.
 QUANTIZED_BY_LLAMA_CPP = ("q6_k", "q5_k_m", "q4_k_m", "q4_k_s", "q3_k_m")
 
-# Types of rotary embeddings that can be written, and what may be set of them beside the base.
+# Types of rotary embeddings that can be written, and the settings that each may have in addition to the base.
 _ROPE_SETTINGS: dict[str, set[str]] = {
     "default": set(),
     "linear": {"factor"},
@@ -27,8 +27,11 @@ _ROPE_SETTINGS: dict[str, set[str]] = {
 
 
 def check_gguf(model: PreTrainedModel, gguf_type: GgufType = "f16") -> None:
-    """Raises AdaPrunerError if llama.cpp would not compute what the model computes, or is needed to write the file and
-    not installed; it needs no weights for that."""
+    """Refuses a model that llama.cpp would not compute exactly. Needs no weights.
+
+    Raises:
+        AdaPrunerError: the model cannot be exported, or writing it needs llama.cpp, which is not installed.
+    """
     if gguf_type in QUANTIZED_BY_LLAMA_CPP:
         llama_cpp.check_installed()
     config = model.config
@@ -64,8 +67,8 @@ def _check_attends_to_everything(config: PreTrainedConfig) -> None:
     layer_types = getattr(config, "layer_types", None) or ["sliding_attention"]
     if window and "sliding_attention" in layer_types and window < config.max_position_embeddings:
         raise AdaPrunerError(
-            f"llama.cpp has no sliding attention window in this family, this model one of {window} tokens; exact is an"
-            f" export of the model with max_position_embeddings={window} in its config.json (now"
+            f"llama.cpp has no sliding-window attention in this family, but this model has a window of {window} tokens:"
+            f" to export it exactly, set max_position_embeddings={window} in its config.json (now"
             f" {config.max_position_embeddings})"
         )
 
@@ -84,13 +87,15 @@ def _check_rope(config: PreTrainedConfig) -> None:
 
 
 def _check_gemma3(model: PreTrainedModel) -> None:
-    """llama.cpp's architecture `gemma3` takes one width for all layers, and much of what a config says as given."""
+    """llama.cpp's architecture `gemma3` has one width for all layers, and fixed values of many config fields."""
     _check_one_width(model)
     config, rope = model.config, model.config.rope_parameters
-    layers = config.num_hidden_layers
-    given = {
+    # Every sixth layer attends to everything.
+    layers = range(1, config.num_hidden_layers + 1)
+    expected_types = ["sliding_attention" if layer % 6 else "full_attention" for layer in layers]
+    fixed = {
         "hidden_activation": (config.hidden_activation, "gelu_pytorch_tanh"),
-        "layer_types": (config.layer_types, _gemma3_layer_types(layers)),
+        "layer_types": (config.layer_types, expected_types),
         "query_pre_attn_scalar": (config.query_pre_attn_scalar, head_dim(config)),
         "final_logit_softcapping": (config.final_logit_softcapping, None),
         "attn_logit_softcapping": (config.attn_logit_softcapping, None),
@@ -98,18 +103,13 @@ def _check_gemma3(model: PreTrainedModel) -> None:
         "rope_parameters": (rope["sliding_attention"], {"rope_type": "default", "rope_theta": 10_000.0}),
         "rope_type of full_attention": (rope["full_attention"]["rope_type"], "default"),
     }
-    for name, (value, expected) in given.items():
+    for name, (value, expected) in fixed.items():
         if value != expected:
             raise AdaPrunerError(f"llama.cpp computes gemma3 with {name} {expected} only, not {value}")
 
 
-def _gemma3_layer_types(layers: int) -> list[str]:
-    """Every sixth layer attends to everything."""
-    return ["sliding_attention" if (layer + 1) % 6 else "full_attention" for layer in range(layers)]
-
-
 def _check_one_width(model: PreTrainedModel) -> None:
-    """llama.cpp's architectures beside `llama` and `deci` take one width for all layers, and no biases."""
+    """llama.cpp's architectures other than `llama` and `deci` have one width for all layers, and no biases."""
     way_out = (
         "use `adapruner export --to stock`, which pads all layers to the widest, and llama.cpp's own converter on that,"
         " or prune with `layout` uniform"

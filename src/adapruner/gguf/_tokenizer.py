@@ -1,4 +1,4 @@
-"""The tokenizer of a GGUF file: what llama.cpp must know to cut text into the same tokens as the tokenizer at hand."""
+"""The tokenizer of a GGUF file: the metadata with which llama.cpp splits text into the same tokens."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ _TEKKEN = (
     rf"|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
 )
 
-# llama.cpp knows pre-tokenizers by name only. A name stands for the steps that split text into words and for whether a
-# word that is a token is taken whole, without merging.
+# llama.cpp knows pre-tokenizers only by name. A name stands for the steps that split text into words, and for a flag:
+# True if a word that is a token is taken without merging.
 _PRE_TOKENIZER_NAMES = {
     (("gpt-2 words", "bytes"), False): "gpt-2",
     (("digits", "gpt-2 words", "bytes"), False): "smollm",
@@ -42,15 +42,15 @@ _PRE_TOKENIZER_NAMES = {
 def add_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer, vocabulary: int) -> None:
     """Writes tokens, merges or scores, special tokens and chat template into the metadata of a file.
 
-    Two differences remain, which llama.cpp has no words for. It does not normalize text to NFC, as Qwen's tokenizer
-    does. And it writes the space that SentencePiece puts in front of text also where text begins with one already or
-    follows a special token, as SentencePiece and older versions of transformers do, but `Metaspace` does not.
+    Two differences remain, which llama.cpp cannot express. It does not normalize text to NFC, as Qwen's tokenizer does.
+    And it puts the space of SentencePiece in front of text even if the text begins with a space or follows a special
+    token, as SentencePiece and older versions of transformers do, but `Metaspace` does not.
 
     Args:
-        vocabulary: rows of the embedding; ids that the tokenizer does not use are filled up.
+        vocabulary: rows of the embedding; ids that the tokenizer does not use get a placeholder.
 
     Raises:
-        AdaPrunerError: llama.cpp would cut text into other tokens.
+        AdaPrunerError: llama.cpp would split text into other tokens.
     """
     if not tokenizer.is_fast:
         raise _not_writable("it is not a fast tokenizer (one with a tokenizer.json)")
@@ -92,11 +92,11 @@ def _add_byte_level(writer: GGUFWriter, definition: dict[str, Any], vocabulary: 
 
 
 def _word_splitting_steps(pre_tokenizer: dict[str, Any] | None) -> Iterator[str]:
-    """A pre-tokenizer as a flat list of what it does, with its regular expressions as they are."""
+    """The steps of a pre-tokenizer in order, with its regular expressions as they are."""
     match pre_tokenizer:
-        case {"type": "Sequence", "pretokenizers": parts}:
-            for part in parts:
-                yield from _word_splitting_steps(part)
+        case {"type": "Sequence", "pretokenizers": steps}:
+            for step in steps:
+                yield from _word_splitting_steps(step)
         case {"type": "Digits", "individual_digits": True}:
             yield "digits"
         case {"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated", "invert": False}:
@@ -112,8 +112,8 @@ def _word_splitting_steps(pre_tokenizer: dict[str, Any] | None) -> Iterator[str]
 def _add_sentencepiece_like(writer: GGUFWriter, definition: dict[str, Any], vocabulary: int) -> None:
     """BPE over characters with bytes for unknown ones, as in Llama 2 and Mistral, whose tokenizer was SentencePiece.
 
-    llama.cpp merges any two neighbours that form a token, the one with the highest score first. That equals merging by
-    rank where every way to split a token in two is a merge, as in all tokenizers converted from SentencePiece.
+    llama.cpp merges any two neighbours that form a token, the pair with the highest score first. That equals merging by
+    rank if every way to split a token in two is a merge, as in all tokenizers converted from SentencePiece.
     """
     tokens = _tokens(definition, vocabulary)
     if not _BYTE_TOKENS.issubset(definition["model"]["vocab"]):
@@ -144,10 +144,14 @@ def _splits_that_are_no_merges(tokens: list[_Token], merges: list[tuple[str, str
 
 
 def _prefixes_a_space(definition: dict[str, Any]) -> bool:
-    """Whether text gets a space in front; refuses everything that does more than write spaces as SentencePiece does."""
+    """True if text gets a space in front.
+
+    Raises:
+        AdaPrunerError: the tokenizer changes text in other ways than SentencePiece does.
+    """
     prepend = {"type": "Prepend", "prepend": _SPACE}
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
-    # Where all spaces are written otherwise, there is nothing left to split at.
+    # If all spaces are replaced, there is nothing left to split at.
     at_spaces = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
     match definition["normalizer"], definition["pre_tokenizer"]:
         case normalizer, pre_tokenizer if normalizer == replace and pre_tokenizer == at_spaces:
@@ -164,24 +168,24 @@ def _prefixes_a_space(definition: dict[str, Any]) -> bool:
 def _tokens(definition: dict[str, Any], vocabulary: int) -> list[_Token]:
     """Text and kind of every id below `vocabulary`."""
     falls_back = definition["model"]["byte_fallback"]
-    found = {}
+    tokens = {}
     for text, index in definition["model"]["vocab"].items():
-        found[index] = (text, TokenType.BYTE if falls_back and text in _BYTE_TOKENS else TokenType.NORMAL)
+        tokens[index] = (text, TokenType.BYTE if falls_back and text in _BYTE_TOKENS else TokenType.NORMAL)
     for added in definition["added_tokens"]:
         kind = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
         if falls_back and added["content"] == definition["model"]["unk_token"]:
             kind = TokenType.UNKNOWN
-        found[added["id"]] = (added["content"], kind)
-    if max(found) >= vocabulary:
-        raise _not_writable(f"it has {max(found) + 1} tokens, the embedding of the model only {vocabulary}")
-    return [found.get(index, (f"[PAD{index}]", TokenType.UNUSED)) for index in range(vocabulary)]
+        tokens[added["id"]] = (added["content"], kind)
+    if max(tokens) >= vocabulary:
+        raise _not_writable(f"it has {max(tokens) + 1} tokens, the embedding of the model only {vocabulary}")
+    return [tokens.get(index, (f"[PAD{index}]", TokenType.UNUSED)) for index in range(vocabulary)]
 
 
 def _add_special_tokens(writer: GGUFWriter, tokenizer: Tokenizer) -> None:
     end = tokenizer.eos_token_id
     if end is None:
         raise _not_writable("it has no end-of-text token (eos_token), without which generation never ends")
-    # Where there is no token for the beginning, llama.cpp would take whatever token has id 11.
+    # Without a token for the beginning, llama.cpp would use the token with id 11.
     begin = end if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     writer.add_bos_token_id(begin)
     writer.add_eos_token_id(end)

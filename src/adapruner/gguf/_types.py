@@ -1,4 +1,4 @@
-"""Which types llama.cpp's quantizer has chosen for the matrices of a file."""
+"""The types that llama.cpp's quantizer chose for the matrices of a file."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import gguf
 
 from adapruner.config import GgufType
 
-# Weights that K-quants, and the older types, store together.
+# Weights in a block of K-quants, and of the older types.
 _K_BLOCK, _BLOCK = 256, 32
 
 
 @dataclass(frozen=True)
 class StoredTypes:
-    """How the tensors of a GGUF file are stored.
+    """The types of the tensors in a GGUF file.
 
     Attributes:
-        tensor_bytes: of all tensors of a type, by its name in llama.cpp.
-        fallbacks: matrices in another type than requested, since their rows are no multiple of `block` long, by the
-            name of that type.
-        matrices: how many there are.
-        block: weights that the type stores together.
+        tensor_bytes: bytes of all tensors of a type, by its name in llama.cpp.
+        fallbacks: the number of matrices in another type than requested, because the length of their rows is not a
+            multiple of `block`; by the name of that type.
+        matrices: the number of matrices.
+        block: weights that the requested type stores together.
     """
 
     tensor_bytes: dict[str, int]
@@ -40,7 +40,7 @@ class StoredTypes:
 
     @property
     def sentence(self) -> str:
-        """One line for people."""
+        """The storage in one line, for the user."""
         share = f"{self.k_quant_share:.1%} of the bytes are in K-quants" if self.block == _K_BLOCK else ""
         fallen = sum(self.fallbacks.values())
         fallback = (
@@ -51,7 +51,7 @@ class StoredTypes:
 
 
 def read_stored_types(path: Path, gguf_type: GgufType) -> StoredTypes:
-    """Reads the types off a file that was written as `gguf_type`."""
+    """Reads the types of a file that was written as `gguf_type`."""
     block = _K_BLOCK if "_k" in gguf_type else _BLOCK
     tensors = gguf.GGUFReader(path).tensors
     tensor_bytes, fallbacks = Counter[str](), Counter[str]()

@@ -1,4 +1,4 @@
-"""Writing a model as one GGUF file, which llama.cpp, and what is built on it, runs."""
+"""Writing a model as one GGUF file, for llama.cpp and tools built on it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import re
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
@@ -30,27 +29,27 @@ from adapruner.gguf._tokenizer import add_tokenizer
 # Architectures of llama.cpp that rotate neighbouring rows.
 _ROTATE_NEIGHBOURS = ("llama", "deci")
 
-# What llama.cpp's quantizer reads: the weights as they are.
+# The types of the exact file that llama.cpp's quantizer reads.
 _EXACT_TYPES: dict[torch.dtype, GgufType] = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
-# As many as a block of any quantization without superblocks holds.
+# The weights in a block of any quantization without superblocks.
 _FEW_CHANNELS = 32
 
 
 def write_gguf(model: PreTrainedModel, tokenizer: Tokenizer, path: Path, gguf_type: GgufType = "f16") -> None:
     """Writes weights, hyperparameters and tokenizer into one file, which appears whole or not at all.
 
-    Layers may differ in heads and feed-forward channels where the family is Llama, Mistral or Qwen 2. Tensors are
-    converted one at a time: beside the model, only the largest of them is in memory.
+    Layers may differ in heads and feed-forward channels in Llama, Mistral and Qwen 2. Tensors are converted one at a
+    time: in addition to the model, only one tensor is in memory.
 
     Args:
-        gguf_type: how matrices are stored. Norms and biases are always float32; `q8_0` leaves matrices whose rows are
-            no multiple of 32 long in float16. Other quantizations are made by llama.cpp, out of a file in the dtype of
-            the model that is removed afterwards.
+        gguf_type: the type of matrices. Norms and biases are always float32; `q8_0` stores matrices as float16 if the
+            length of their rows is not a multiple of 32. Other quantizations are made by llama.cpp, from a temporary
+            file in the dtype of the model.
 
     Raises:
-        AdaPrunerError: llama.cpp would not compute what the model computes, or split text as the tokenizer does, or is
-            needed and not installed.
+        AdaPrunerError: llama.cpp would compute other numbers than the model, or split text in another way than the
+            tokenizer; or it is needed and not installed.
     """
     check_gguf(model, gguf_type)
     with made_beside(path) as made:
@@ -65,16 +64,22 @@ def write_gguf(model: PreTrainedModel, tokenizer: Tokenizer, path: Path, gguf_ty
 
 
 def _write(model: PreTrainedModel, tokenizer: Tokenizer, path: Path, name: str, gguf_type: GgufType) -> None:
-    """Writes the file in a type that gguf-py makes."""
-    architecture, matrix_type = _llama_cpp_architecture(model.config), GGMLQuantizationType[gguf_type.upper()]
-    interleaved_width = head_dim(model.config) if architecture in _ROTATE_NEIGHBOURS else None
+    """Writes the file in a type that gguf-py can write."""
+    matrix_type = GGMLQuantizationType[gguf_type.upper()]
+    rotates_neighbours = _llama_cpp_architecture(model.config) in _ROTATE_NEIGHBOURS
     with contextlib.closing(_new_writer(model, tokenizer, name)) as writer:
         writer.add_file_type(LlamaFileType["ALL_F32" if gguf_type == "f32" else f"MOSTLY_{matrix_type.name}"])
-        _write_file(writer, path, _named_tensors(model, architecture), matrix_type, interleaved_width)
+        tensors = _named_tensors(model)
+        _write_header(writer, path, tensors, matrix_type)
+        for tensor_name, tensor in tensors.items():
+            if rotates_neighbours and re.search(r"attn_[qk]\.", tensor_name):
+                tensor = _interleaved(tensor, head_dim(model.config))
+            values: NDArray[np.float32] = tensor.detach().to("cpu", torch.float32).numpy()
+            writer.write_tensor_data(gguf.quantize(values, stored_type(tensor.shape, matrix_type)))
 
 
 def _new_writer(model: PreTrainedModel, tokenizer: Tokenizer, name: str) -> GGUFWriter:
-    """With all but the tensors and their type."""
+    """A writer with all metadata except the type of the file."""
     writer = GGUFWriter(None, _llama_cpp_architecture(model.config))
     _add_hyperparameters(writer, model.config)
     add_tokenizer(writer, tokenizer, vocabulary=model.config.vocab_size)
@@ -85,20 +90,21 @@ def _new_writer(model: PreTrainedModel, tokenizer: Tokenizer, name: str) -> GGUF
 
 
 def gguf_bytes(model: PreTrainedModel, tokenizer: Tokenizer, gguf_type: GgufType) -> int:
-    """Bytes of the file that `write_gguf` writes, or that llama.cpp quantizes; the model needs no weights for that."""
+    """Bytes of the file that `write_gguf` writes or llama.cpp quantizes; the model needs no weights."""
     header = gguf_header_bytes(model, tokenizer)
-    tensors = _named_tensors(model, _llama_cpp_architecture(model.config))
-    return header + gguf_tensor_bytes({name: tensor.shape for name, tensor in tensors.items()}, gguf_type)
+    shapes = {name: tensor.shape for name, tensor in _named_tensors(model).items()}
+    return header + gguf_tensor_bytes(shapes, gguf_type)
 
 
 def gguf_header_bytes(model: PreTrainedModel, tokenizer: Tokenizer) -> int:
-    """Bytes in front of the tensors, of a file that is called model.gguf.
+    """Bytes before the tensors, in a file named model.gguf.
 
     Raises:
-        AdaPrunerError: llama.cpp would not compute what the model computes, or split text as the tokenizer does.
+        AdaPrunerError: llama.cpp would compute other numbers than the model, or split text in another way than the
+            tokenizer.
     """
     check_gguf(model)
-    tensors = _named_tensors(model, _llama_cpp_architecture(model.config))
+    tensors = _named_tensors(model)
     with tempfile.TemporaryDirectory() as folder, contextlib.closing(_new_writer(model, tokenizer, "model")) as writer:
         writer.add_file_type(LlamaFileType.ALL_F32)
         _write_header(writer, path := Path(folder) / "model.gguf", tensors, GGMLQuantizationType.F32)
@@ -106,15 +112,26 @@ def gguf_header_bytes(model: PreTrainedModel, tokenizer: Tokenizer) -> int:
 
 
 def gguf_names(model: PreTrainedModel) -> dict[str, str]:
-    """What llama.cpp calls every parameter of a model."""
+    """The name in llama.cpp of every parameter of a model, by its path.
+
+    Raises:
+        AdaPrunerError: llama.cpp has no such parameter.
+    """
     architecture = gguf.MODEL_ARCH[_llama_cpp_architecture(model.config).upper()]
-    names = gguf.get_tensor_name_map(architecture, model.config.num_hidden_layers)
-    return {own: _name(names, own) for own, _ in model.named_parameters()}
+    known = gguf.get_tensor_name_map(architecture, model.config.num_hidden_layers)
+    names = {}
+    for path, _ in model.named_parameters():
+        name = known.get_name(path, (".weight", ".bias"))
+        if name is None:
+            raise AdaPrunerError(f"GGUF export does not know the parameter {path}; merge adapters into the model first")
+        names[path] = name
+    return names
 
 
 def _written_counts(config: PreTrainedConfig) -> list[tuple[int, int, int]]:
-    """What the file says of every layer. llama.cpp reads the width of heads off the first layer, and leaves out the
-    attention too where there is no feed-forward: there it is told of one head, or a few channels, of zeros."""
+    """The counts of every layer in the file. llama.cpp reads the width of heads from the first layer, which therefore
+    has at least one head; and it skips the attention of a layer without a feed-forward, which therefore has a few
+    channels. The weights of these are zeros."""
     return [
         (heads or int(index == 0), key_value_heads or int(index == 0), channels or (_FEW_CHANNELS if heads else 0))
         for index, (heads, key_value_heads, channels) in enumerate(layer_counts(config))
@@ -133,114 +150,82 @@ def _llama_cpp_architecture(config: PreTrainedConfig) -> str:
 
 
 def _is_plain_qwen2(config: PreTrainedConfig) -> bool:
-    """Whether llama.cpp's own architecture for Qwen 2 takes it: heads as wide as the hidden size, no further biases."""
-    heads = config.per_layer_config[0].num_attention_heads
-    added_biases = getattr(config, "added_biases", ())
-    is_full_width = heads * head_dim(config) == config.hidden_size
-    return is_full_width and not added_biases and config.rope_parameters["rope_type"] != "llama3"
+    """True if llama.cpp's architecture for Qwen 2 fits: heads as wide as the hidden size, and no further biases."""
+    is_full_width = config.per_layer_config[0].num_attention_heads * head_dim(config) == config.hidden_size
+    has_added_biases = bool(getattr(config, "added_biases", ()))
+    return is_full_width and not has_added_biases and config.rope_parameters["rope_type"] != "llama3"
 
 
 def _add_hyperparameters(writer: GGUFWriter, config: PreTrainedConfig) -> None:
-    heads, key_value_heads, channels = (list(counts) for counts in zip(*_written_counts(config), strict=True))
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_vocab_size(config.vocab_size)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_head_count(_one_if_alike(heads))
-    writer.add_head_count_kv(_one_if_alike(key_value_heads))
-    writer.add_feed_forward_length(_one_if_alike(channels))
-    # Left out, these would be taken for the hidden size divided by the heads.
+    adders = (writer.add_head_count, writer.add_head_count_kv, writer.add_feed_forward_length)
+    for add, counts in zip(adders, zip(*_written_counts(config), strict=True), strict=True):
+        add(counts[0] if len(set(counts)) == 1 else list(counts))
+    # The default would be the hidden size divided by the heads.
     writer.add_key_length(head_dim(config))
     writer.add_value_length(head_dim(config))
     writer.add_rope_dimension_count(head_dim(config))
     if config.model_type == "gemma3_text":
         writer.add_sliding_window(config.sliding_window)
         writer.add_rope_freq_base(config.rope_parameters["full_attention"]["rope_theta"])
-    else:
-        _add_rope(writer, config.rope_parameters)
+        return
+    # Llama 3's scaling is a tensor.
+    rope = config.rope_parameters
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if rope["rope_type"] in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
+        writer.add_rope_scaling_factor(rope["factor"])
+    if rope["rope_type"] == "yarn":
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
 
 
-def _add_rope(writer: GGUFWriter, parameters: dict[str, Any]) -> None:
-    """Base and scaling, but for Llama 3's, which is a tensor."""
-    writer.add_rope_freq_base(parameters["rope_theta"])
-    if parameters["rope_type"] in ("linear", "yarn"):
-        writer.add_rope_scaling_type(gguf.RopeScalingType(parameters["rope_type"]))
-        writer.add_rope_scaling_factor(parameters["factor"])
-    if parameters["rope_type"] == "yarn":
-        writer.add_rope_scaling_orig_ctx_len(parameters["original_max_position_embeddings"])
-
-
-def _one_if_alike(counts: list[int]) -> int | list[int]:
-    return counts[0] if len(set(counts)) == 1 else counts
-
-
-def _named_tensors(model: PreTrainedModel, architecture: str) -> dict[str, Tensor]:
-    """Every tensor of the file under its name in llama.cpp, with the values that it computes with; an output layer that
-    shares the embedding has none."""
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], model.config.num_hidden_layers)
+def _named_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Every tensor of the file by its name in llama.cpp, with the values that llama.cpp computes with; an output layer
+    that shares the embedding has none."""
+    config, names = model.config, gguf_names(model)
+    # llama.cpp expects no norm in front of an attention that was removed.
+    without_attention = [index for index, (heads, _, _) in enumerate(_written_counts(config)) if not heads]
+    unread = tuple(f"model.layers.{index}.input_layernorm." for index in without_attention)
     tensors: dict[str, Tensor] = {}
-    unread = _unread_norms(model.config)
-    for own, parameter in model.named_parameters():
-        if own.startswith(unread):
+    for path, parameter in model.named_parameters():
+        if path.startswith(unread):
             continue
-        name = _name(names, own)
         # Weights of Gemma's norms are stored less one.
-        tensors[name] = parameter + 1 if architecture == "gemma3" and name.endswith("norm.weight") else parameter
-    tensors |= _zeros(model.config)
-    if model.config.rope_parameters.get("rope_type") == "llama3":
-        tensors["rope_freqs.weight"] = _frequency_divisors(model.config)
+        is_less_one = config.model_type == "gemma3_text" and names[path].endswith("norm.weight")
+        tensors[names[path]] = parameter + 1 if is_less_one else parameter
+    tensors |= _zeros(config)
+    if config.rope_parameters.get("rope_type") == "llama3":
+        tensors["rope_freqs.weight"] = _frequency_divisors(config)
     return tensors
 
 
-def _name(names: gguf.TensorNameMap, own: str) -> str:
-    name = names.get_name(own, (".weight", ".bias"))
-    if name is None:
-        raise AdaPrunerError(f"GGUF export does not know the parameter {own}; merge adapters into the model first")
-    return name
-
-
-def _unread_norms(config: PreTrainedConfig) -> tuple[str, ...]:
-    """The norms in front of attentions that layers have none of, which llama.cpp does not expect."""
-    heads = [of_layer[0] for of_layer in _written_counts(config)]
-    return tuple(f"model.layers.{index}.input_layernorm." for index, count in enumerate(heads) if not count)
-
-
 def _zeros(config: PreTrainedConfig) -> dict[str, Tensor]:
-    """What adds nothing, in place of what llama.cpp does not let a layer be without."""
+    """Tensors of zeros for removed parts that llama.cpp requires."""
     hidden, width, zeros = config.hidden_size, head_dim(config), dict[str, Tensor]()
-    for index, (own, written) in enumerate(zip(layer_counts(config), _written_counts(config), strict=True)):
-        if own[0] != written[0]:
+    counts = zip(layer_counts(config), _written_counts(config), strict=True)
+    for index, ((heads, _, channels), (written_heads, _, written_channels)) in enumerate(counts):
+        if heads != written_heads:
             zeros |= {f"blk.{index}.attn_{name}.weight": torch.zeros(width, hidden) for name in "qkv"}
             zeros[f"blk.{index}.attn_output.weight"] = torch.zeros(hidden, width)
-        if own[2] != written[2]:
-            zeros |= {f"blk.{index}.ffn_{name}.weight": torch.zeros(written[2], hidden) for name in ("gate", "up")}
-            zeros[f"blk.{index}.ffn_down.weight"] = torch.zeros(hidden, written[2])
+        if channels != written_channels:
+            zeros |= {
+                f"blk.{index}.ffn_{name}.weight": torch.zeros(written_channels, hidden) for name in ("gate", "up")
+            }
+            zeros[f"blk.{index}.ffn_down.weight"] = torch.zeros(hidden, written_channels)
     return zeros
 
 
 def _frequency_divisors(config: PreTrainedConfig) -> Tensor:
-    """[half the width of a head]: what Llama 3's scaling divides each rotary frequency by."""
+    """[half the width of a head]: the divisor of each rotary frequency in Llama 3's scaling."""
     width = head_dim(config)
     exponents = torch.arange(0, width, 2, dtype=torch.float32) / width
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config.per_layer_config[0], torch.device("cpu"))
     unscaled: Tensor = config.rope_parameters["rope_theta"] ** -exponents
     return unscaled / scaled
-
-
-def _write_file(
-    writer: GGUFWriter,
-    path: Path,
-    tensors: dict[str, Tensor],
-    matrix_type: GGMLQuantizationType,
-    interleaved_width: int | None,
-) -> None:
-    _write_header(writer, path, tensors, matrix_type)
-    for name, tensor in tensors.items():
-        if interleaved_width and re.search(r"attn_[qk]\.", name):
-            tensor = _interleaved(tensor, interleaved_width)
-        values: NDArray[np.float32] = tensor.detach().to("cpu", torch.float32).numpy()
-        writer.write_tensor_data(gguf.quantize(values, stored_type(tensor.shape, matrix_type)))
 
 
 def _write_header(
@@ -255,10 +240,10 @@ def _write_header(
 
 
 def _interleaved(projection: Tensor, head_dim: int) -> Tensor:
-    """[heads · head_dim, …], with the rows of each head in another order.
+    """[heads · head_dim, …], with the rows of each head reordered.
 
-    Rotary embeddings turn pairs of rows: transformers pairs row i with row i + head_dim / 2, llama.cpp in `llama` and
-    `deci` row 2i with row 2i + 1.
+    Rotary embeddings rotate pairs of rows: transformers pairs row i with row i + head_dim / 2; llama.cpp, in `llama`
+    and `deci`, pairs row 2i with row 2i + 1.
     """
     halves: Tensor = projection.unflatten(0, (-1, 2, head_dim // 2))
     return halves.transpose(1, 2).flatten(0, 2)

@@ -19,13 +19,13 @@ from adapruner.errors import AdaPrunerError
 
 
 def check_installed() -> None:
-    """Raises AdaPrunerError if there is no llama.cpp here."""
+    """Raises AdaPrunerError if llama.cpp is not installed."""
     if find_spec("cyllama") is None:
         raise AdaPrunerError("this needs llama.cpp: pip install '.[gguf]' in a checkout, which is the package cyllama")
 
 
 def quantize(exact: Path, output: Path, gguf_type: GgufType) -> None:
-    """Writes a GGUF file once more with quantized matrices. llama.cpp chooses the type of each.
+    """Quantizes the matrices of a GGUF file; llama.cpp chooses the type of each.
 
     Args:
         exact: the file of the model, not quantized.
@@ -44,10 +44,10 @@ def quantize(exact: Path, output: Path, gguf_type: GgufType) -> None:
 
 
 class LlamaCpp:
-    """A GGUF file as llama.cpp runs it: on the CPU, with as many threads as PyTorch has.
+    """A GGUF file run by llama.cpp on the CPU, with PyTorch's number of threads.
 
     Args:
-        length: the most tokens that are read and generated.
+        length: the largest number of tokens that are read and generated.
 
     Raises:
         AdaPrunerError: llama.cpp is not installed, or cannot load the file.
@@ -78,9 +78,9 @@ class LlamaCpp:
             )
 
     def seconds(self, prompt: int, new_tokens: int) -> tuple[float, float]:
-        """Seconds of reading a prompt and of generating after it, one token after the other.
+        """Seconds for reading a prompt, and for generating after it, one token after the other.
 
-        Which tokens are generated makes no difference to the time: choosing them is not part of it.
+        The generated tokens are arbitrary: they do not change the time, and choosing them is not part of it.
         """
         started = time.perf_counter()
         self._read([0] * prompt)
@@ -115,7 +115,7 @@ def _library() -> ModuleType:
 
 
 def _model_class(library: ModuleType) -> Any:
-    """The model with the number of tokens that cyllama 0.2 reads off it before it gives logits, and does not set."""
+    """The class of a model, with the number of tokens that cyllama 0.2 reads before it gives logits, but never sets."""
     if hasattr(library.LlamaModel, "n_vocab"):
         return library.LlamaModel
     return type("_Model", (library.LlamaModel,), {"n_vocab": property(lambda model: model.get_vocab().n_vocab)})

@@ -26,15 +26,15 @@ from adapruner.models import (
 )
 from adapruner.random_state import random_state_kept
 
-# Of scales, shared out among processes.
+# Examples in a batch for tuning scales, divided among processes.
 _SCALES_BATCH = 16
 
 
 def scale_options(seed: int, device: torch.device, processes: int = 1) -> RecoveryOptions:
-    """The options of the last step of pruning: with frozen weights, every input of every linear layer gets a scale
-    (IA3, arXiv 2205.05638), learnt in one pass over the text of the compensation from the predictions of the dense
-    model alone. GRASPrune (arXiv 2604.19398) tunes scales of the kept groups;
-    docs/experiments.md compares several choices of scales.
+    """The options of the last step of pruning. With frozen weights, every input of every linear layer gets a scale
+    (IA3, arXiv 2205.05638), which is learnt only from the predictions of the dense model, in one pass over the text of
+    the compensation. GRASPrune (arXiv 2604.19398) tunes scales of the kept groups; docs/experiments.md compares several
+    choices of scales.
 
     Args:
         device: of the model. On an accelerator, memory is short and gradient checkpointing is on.
@@ -58,10 +58,10 @@ def check_adapters(empty: PreTrainedModel, options: RecoveryOptions) -> None:
     """Refuses a family that adapters cannot be put on.
 
     Args:
-        empty: a model without weights, which is of no use afterwards.
+        empty: a model without weights; it cannot be used afterwards.
 
     Raises:
-        AdaPrunerError: with the way there.
+        AdaPrunerError: PEFT does not support the family.
     """
     with random_state_kept(), quiet_transformers(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -69,7 +69,7 @@ def check_adapters(empty: PreTrainedModel, options: RecoveryOptions) -> None:
 
 
 def frozen(model: PreTrainedModel) -> PreTrainedModel:
-    """The model, or a copy of it in a dtype to train adapters in: not float16, and bfloat16 where that is fast."""
+    """The model, or a copy of it in a dtype to train adapters in: not float16, and bfloat16 if that is fast."""
     if model.dtype == torch.float16:
         native = computes_bfloat16_natively(model.device)
         return copy_in_dtype(model, torch.bfloat16 if native else torch.float32)
@@ -84,18 +84,18 @@ def with_adapters(model: PreTrainedModel, options: RecoveryOptions) -> Any:
         for name, module in model.named_modules()
         if name.startswith(f"{layers}.") and isinstance(module, nn.Linear | Conv1D)
     }
-    of_all: Any = {
+    settings: Any = {
         "target_modules": list(linear),
         "fan_in_fan_out": any(isinstance(module, Conv1D) for module in linear.values()),
         "task_type": "CAUSAL_LM",
     }
     config: PeftConfig
     if options.train == "ia3":
-        # What PEFT calls feed-forward modules are those whose inputs are scaled, and not their outputs.
-        config = IA3Config(feedforward_modules=list(linear), **of_all)
+        # PEFT scales the inputs of the modules that it calls feed-forward, and the outputs of others.
+        config = IA3Config(feedforward_modules=list(linear), **settings)
     else:
         config = LoraConfig(
-            r=options.lora_rank, lora_alpha=options.lora_alpha, lora_dropout=options.lora_dropout, **of_all
+            r=options.lora_rank, lora_alpha=options.lora_alpha, lora_dropout=options.lora_dropout, **settings
         )
     try:
         adapted: Any = get_peft_model(model, config)
@@ -109,7 +109,7 @@ def with_adapters(model: PreTrainedModel, options: RecoveryOptions) -> Any:
 
 
 def take_off(adapted: Any) -> dict[str, Any]:
-    """The adapters by the path of their layer; the model below is left without them."""
+    """Removes adapters from the model below; returns them by the path of their layer."""
     adapters = {
         name.removeprefix("base_model.model."): module
         for name, module in adapted.named_modules()
@@ -120,8 +120,8 @@ def take_off(adapted: Any) -> dict[str, Any]:
 
 
 def merge(adapters: Mapping[str, Any], model: PreTrainedModel) -> None:
-    """Puts what adapters learnt into the weights of a model, one at a time: the changes of all weights together are
-    twice as large as a model in bfloat16."""
+    """Merges adapters into the weights of a model, one at a time: the changes of all weights together are twice as
+    large as a model in bfloat16."""
     with torch.no_grad():
         for name, adapter in adapters.items():
             layer: Any = model.get_submodule(name)

@@ -14,11 +14,10 @@ from adapruner.config import RecoveryOptions
 from adapruner.errors import AdaPrunerError
 
 IGNORED = -100
-# Windows that a model writes to be fine-tuned on, where their number is left open.
+# The default number of windows that a model writes for fine-tuning.
 DEFAULT_GENERATED_RECORDS = 1024
 
-# The prompt that Stanford Alpaca was trained with, and LLM-Pruner and the paper after it; what other tools of this
-# format expect.
+# The prompt of Stanford Alpaca, LLM-Pruner and the paper; other tools of this format expect it.
 _PROMPT = (
     "Below is an instruction that describes a task{and_input}. Write a response that appropriately completes the"
     " request.\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
@@ -29,7 +28,7 @@ Example = dict[str, list[int]]
 
 @dataclass(frozen=True)
 class Examples:
-    """Training and validation examples: `input_ids` and `labels` (-100 where nothing is learnt) of equal length.
+    """Training and validation examples: `input_ids` and `labels` of equal length (-100 for tokens that are not learnt).
 
     Attributes:
         instructions: True for instructions with answers, False for running text.
@@ -53,10 +52,10 @@ class Examples:
 
 
 def read_examples(source: Source, tokenizer: Tokenizer, options: RecoveryOptions) -> Examples:
-    """Instructions where the source has the columns `instruction` and `output`, else windows of its text.
+    """Instructions if the source has the columns `instruction` and `output`, else windows of its text.
 
     Raises:
-        AdaPrunerError: the source cannot be read, a field is missing, or too little is in it.
+        AdaPrunerError: the source cannot be read, a field is missing, or there are too few records.
     """
     records = read_records(source)
     if records and {"instruction", "output"} <= records[0].keys():
@@ -65,7 +64,7 @@ def read_examples(source: Source, tokenizer: Tokenizer, options: RecoveryOptions
 
 
 def window_examples(windows: Tensor, name: str, options: RecoveryOptions) -> Examples:
-    """Windows of running text, of which every token is learnt. Validation is on the last ones.
+    """Windows of running text, with every token learnt. The last windows are for validation.
 
     Args:
         windows: [windows, tokens], int64.
@@ -79,7 +78,7 @@ def window_examples(windows: Tensor, name: str, options: RecoveryOptions) -> Exa
 def instruction_examples(
     records: list[dict[str, str | None]], name: str, tokenizer: Tokenizer, options: RecoveryOptions
 ) -> Examples:
-    """Prompts in the form of Stanford Alpaca, of which the answer alone is learnt, ended by the end token.
+    """Prompts in the form of Stanford Alpaca. Only the answers are learnt, each followed by the end token.
 
     Args:
         records: with `instruction`, `output` and perhaps `input`.
@@ -106,27 +105,26 @@ def instruction_examples(
 
 
 def _instruction_example(record: dict[str, Any], tokenizer: Tokenizer, seq_len: int) -> Example | None:
-    """None where nothing of an answer is left to learn."""
-    given = (record.get("input") or "").strip()
+    """None if nothing of an answer is left to learn."""
+    context = (record.get("input") or "").strip()
     prompt = _PROMPT.format(
         instruction=record["instruction"].strip(),
-        and_input=", paired with an input that provides further context" if given else "",
-        input=f"### Input:\n{given}\n\n" if given else "",
+        and_input=", paired with an input that provides further context" if context else "",
+        input=f"### Input:\n{context}\n\n" if context else "",
     )
     answer = record["output"].strip()
     if not answer:
         return None
-    of_prompt = _without_end(tokenizer(prompt, return_special_tokens_mask=True, verbose=False))
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    tokens = [*of_prompt, *tokenizer(answer, add_special_tokens=False, verbose=False).input_ids, *end]
-    labels = [IGNORED] * len(of_prompt) + tokens[len(of_prompt) :]
-    if len(of_prompt) >= seq_len:
+    start = _without_end(tokenizer(prompt, return_special_tokens_mask=True, verbose=False))
+    if len(start) >= seq_len:
         return None
-    return {"input_ids": tokens[:seq_len], "labels": labels[:seq_len]}
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    learnt = [*tokenizer(answer, add_special_tokens=False, verbose=False).input_ids, *end]
+    return {"input_ids": [*start, *learnt][:seq_len], "labels": [*[IGNORED] * len(start), *learnt][:seq_len]}
 
 
 def _without_end(encoding: BatchEncoding) -> list[int]:
-    """The tokens of a prompt, without those that some tokenizers end every text with."""
+    """The tokens of a prompt, without the special tokens with which some tokenizers end every text."""
     tokens: list[int] = encoding.input_ids
     while tokens and encoding.special_tokens_mask[len(tokens) - 1]:
         tokens = tokens[:-1]

@@ -39,15 +39,15 @@ def recover_into(
     progress: Callable[[int], None] | None = None,
     track: Callable[[Mapping[str, float]], None] = lambda values: None,
 ) -> RecoveryRecord:
-    """Trains a model and writes it, a normal checkpoint again, with the record of the training beside it.
+    """Trains a model and writes it as a normal checkpoint, with the record of the training in the same folder.
 
     Args:
         load: gives the model; see `train`.
         teacher: for distillation; None learns the labels.
         config: the model, the data and all options; for the record.
-        work: folder for what the same call resumes from; removed at the end.
+        work: folder for the state from which the same call resumes; removed at the end.
         origin: the record of the checkpoint; see `checkpoint.save_checkpoint`.
-        card: makes the model card out of the record.
+        card: makes the model card from the record.
         track: called with the losses and the learning rate of every step.
 
     Raises:
@@ -64,7 +64,7 @@ def recover_into(
 
 
 def read_record(folder: Path) -> RecoveryRecord | None:
-    """The record of a finished recovery; None where there is none.
+    """The record of a finished recovery; None if there is none.
 
     Raises:
         AdaPrunerError: it is broken.
@@ -80,14 +80,14 @@ def read_record(folder: Path) -> RecoveryRecord | None:
 
 
 def check_folder(folder: Path, config: dict[str, Any], overwrite: bool) -> RecoveryRecord | None:
-    """Makes sure that a recovery may write to a folder, or resume from what lies beside it.
+    """Makes sure that a recovery may write to a folder, or resume from its working folder.
 
     Args:
-        config: all that the result depends on, as JSON.
-        overwrite: an earlier recovery may be replaced; it stays until the new one is finished.
+        config: everything that the result depends on, as JSON.
+        overwrite: an earlier recovery may be replaced; it is kept until the new one is finished.
 
     Returns:
-        The record, if it is finished already.
+        The record, if the recovery is finished already.
 
     Raises:
         AdaPrunerError: the folder holds another recovery, or something else.
@@ -96,16 +96,16 @@ def check_folder(folder: Path, config: dict[str, Any], overwrite: bool) -> Recov
         return None
     record, started = read_record(folder), working_folder(folder) / _CONFIG
     begun = _read_config(started) if started.is_file() else None
-    # Without a record it may still be ours: a kill may have come between the model and its record.
+    # A kill between the model and its record leaves a folder without a record.
     ours = record is not None or (begun is not None and (folder / "config.json").is_file())
     if not ours and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise AdaPrunerError(f"{folder} exists and holds no recovery: choose another output")
     if overwrite:
         return None
-    # A finished recovery whose weights were removed is trained again.
+    # A finished recovery whose weights were deleted is trained again.
     if record and record.config == config and any(folder.glob("*.safetensors")):
         return record
-    # What has begun replaces what is finished.
+    # A recovery that has begun replaces a finished one.
     earlier = begun or (record.config if record else config)
     if earlier != config:
         names = [name for name in dict.fromkeys([*earlier, *config]) if earlier.get(name) != config.get(name)]
@@ -127,11 +127,10 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def training_alone(folder: Path) -> Iterator[None]:
-    """Keeps other commands from training into the same folder meanwhile. Processes that were started together count as
-    one.
+    """Keeps other commands from training into the same folder. Processes that were started together count as one.
 
     Raises:
-        AdaPrunerError: another command trains into it, or nothing can be written beside it.
+        AdaPrunerError: another command trains into it, or its parent cannot be written.
     """
     if not this_process().leads:
         yield
@@ -154,7 +153,7 @@ def training_alone(folder: Path) -> Iterator[None]:
 
 
 def begin_training(folder: Path, config: dict[str, Any], overwrite: bool) -> None:
-    """Makes the folder to work in, which says what is trained; with `overwrite`, nothing of an earlier one is left."""
+    """Makes the working folder, which records what is trained. With `overwrite`, an earlier one is removed."""
     if this_process().leads:
         work, text = working_folder(folder), json.dumps(config)
         if overwrite:
@@ -163,5 +162,5 @@ def begin_training(folder: Path, config: dict[str, Any], overwrite: bool) -> Non
 
 
 def working_folder(folder: Path) -> Path:
-    """The folder beside it in which `adapruner recover` keeps its state to resume from."""
+    """The folder next to the output in which `adapruner recover` keeps its state to resume from."""
     return folder.with_name(f"{folder.name}.training")

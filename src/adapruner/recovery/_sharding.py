@@ -1,4 +1,4 @@
-"""Training with FSDP, which shares out the weights of a model among processes."""
+"""Training with FSDP, which shards the weights of a model over processes."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from adapruner.processes import this_process
 
 
 def refuse_other_sharding(checkpoint: Path, sharded: bool) -> None:
-    """The number of processes may change between calls, but not whether FSDP shares out the weights: the Trainer then
-    saves them otherwise.
+    """Refuses to resume training with FSDP that began without it, or the reverse: the Trainer saves weights in another
+    form. The number of processes may change.
 
     Raises:
-        AdaPrunerError: with the way there.
+        AdaPrunerError: the checkpoint was saved the other way.
     """
     if (checkpoint / f"{FSDP_MODEL_NAME}.bin").is_file() != sharded:
         way = "without FSDP" if sharded else "with FSDP: launch it as before, with any number of processes, also one"
@@ -31,12 +31,12 @@ def refuse_other_sharding(checkpoint: Path, sharded: bool) -> None:
 
 
 def set_up_fsdp(trainer: Trainer) -> None:
-    """By default FSDP gives the loss, and adds up gradients, in the dtype of the products; here both are float32. What
-    training resumes from is saved whole, whatever the launcher says: any number of processes reads that, without
+    """Sets FSDP to compute the loss and to add up gradients in float32; its default is the dtype of the products.
+    Checkpoints are saved unsharded, whatever the launcher says: any number of processes can read them, without
     unpickling.
 
     Raises:
-        AdaPrunerError: it is FSDP 1, whose weights `gather` cannot give back.
+        AdaPrunerError: it is FSDP 1, whose weights `gather` cannot restore.
     """
     plugin: Any = trainer.accelerator.state.fsdp_plugin
     if plugin.fsdp_version != 2:
@@ -50,17 +50,17 @@ def set_up_fsdp(trainer: Trainer) -> None:
 
 
 def gather(trainer: Trainer) -> None:
-    """Gives the first process the whole of every weight that FSDP has shared out, in main memory, and makes its modules
-    what they were before; the others keep their part. The model is there to be saved, not to be run."""
+    """Gives the first process all weights unsharded, in main memory, and restores the classes of its modules; the other
+    processes keep their shards. The model can be saved, not run."""
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if not this_process().leads:
         return
-    whole = cast(nn.Module, trainer.model)
-    for module in whole.modules():
-        if isinstance(module, FSDPModule):  # a class that was derived for the occasion from this and the real one
+    model = cast(nn.Module, trainer.model)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):  # FSDP derives a class from this one and the original
             cast(Any, module).__class__ = type(module).__mro__[2]
-    for name, weight in state.items():
-        path, _, own = name.rpartition(".")
-        module = whole.get_submodule(path)
-        if own in module._parameters:
-            module._parameters[own] = nn.Parameter(weight, requires_grad=False)
+    for path, weight in state.items():
+        module_path, _, name = path.rpartition(".")
+        module = model.get_submodule(module_path)
+        if name in module._parameters:
+            module._parameters[name] = nn.Parameter(weight, requires_grad=False)

@@ -28,21 +28,21 @@ def distillation_loss(
 
     Args:
         student, teacher: logits, [sequences, tokens, vocabulary].
-        labels: [sequences, tokens], int64; -100 where nothing is learnt.
-        temperature: both distributions are softened by.
-        label_weight: share of the labels' loss, from 0 to 1.
-        count: the number of predicted tokens by which the sum is divided; by default that of these labels.
+        labels: [sequences, tokens], int64; -100 for tokens that are not learnt.
+        temperature: divides the logits of both.
+        label_weight: weight of the labels' loss, from 0 to 1.
+        count: the number of predicted tokens by which the sum is divided; by default, the learnt tokens of the labels.
 
     Returns:
         A scalar, nats per predicted token.
     """
     wanted = labels[:, 1:].to(student.device)
-    parts = zip(student[:, :-1], teacher[:, :-1], wanted, strict=True)
-    # A sequence at a time, computed once more for the gradient: in float32, several tensors of the size of the
-    # vocabulary would outweigh the model.
+    sequences = zip(student[:, :-1], teacher[:, :-1], wanted, strict=True)
+    # One sequence at a time, recomputed for the gradient: in float32, several tensors of the size of the vocabulary
+    # would outweigh the model.
     losses = [
-        checkpoint(_distillation_sum, *part, temperature, label_weight, use_reentrant=False, preserve_rng_state=False)
-        for part in parts
+        checkpoint(_distillation_sum, *rows, temperature, label_weight, use_reentrant=False, preserve_rng_state=False)
+        for rows in sequences
     ]
     total: Tensor = torch.stack(losses).sum()
     return total / ((wanted != IGNORED).sum() if count is None else count)
@@ -69,26 +69,26 @@ def _distillation_sum(
 
 
 class TokenTrainer(Trainer):
-    """The validation loss is the mean over tokens; the Trainer's is over examples, each with the mean of its batch."""
+    """A Trainer whose validation loss is the mean over tokens, and not over examples with the mean of their batch."""
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *arguments: Any, **named: Any) -> Any:
-        loss, *others = super().prediction_step(model, inputs, *arguments, **named)
+        loss, *logits_and_labels = super().prediction_step(model, inputs, *arguments, **named)
         assert loss is not None
         tokens = (inputs["labels"][:, 1:] != IGNORED).sum().to(self.args.device)
         if self.model_accepts_loss_kwargs or self.compute_loss_func:
             # The Trainer has divided the sum over tokens by the mean number of tokens per process.
             tokens = self.accelerator.gather(tokens).float().mean()
-        return (loss * (float(tokens) / len(inputs["labels"]) / self._tokens_of_example), *others)
+        return (loss * (float(tokens) / len(inputs["labels"]) / self._tokens_per_example), *logits_and_labels)
 
     @cached_property
-    def _tokens_of_example(self) -> float:
+    def _tokens_per_example(self) -> float:
         """The mean number of learnt tokens per validation example."""
         rows = cast(list[Example], self.eval_dataset)
         return sum(label != IGNORED for row in rows for label in row["labels"][1:]) / len(rows)
 
 
 class DistillationTrainer(TokenTrainer):
-    """Runs the teacher on every batch; its predictions are used at once and not kept."""
+    """A Trainer that runs the teacher on every batch; its predictions are used at once and not kept."""
 
     def __init__(self, teacher: PreTrainedModel, options: RecoveryOptions, **parts: Any) -> None:
         super().__init__(**parts, compute_loss_func=self._loss)

@@ -3,6 +3,7 @@ labels or on a teacher."""
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import math
@@ -37,10 +38,10 @@ from adapruner.recovery._examples import IGNORED, Example, Examples
 from adapruner.recovery._sharding import gather, refuse_other_sharding, set_up_fsdp
 from adapruner.recovery._trainers import DistillationTrainer, TokenTrainer
 
-# The validation loss is measured, and everything saved to resume from, so often while training; or more often, every
-# 200 steps as LLM-Pruner does.
+# Times that the validation loss is measured and a checkpoint is saved; in long trainings every 200 steps, as in
+# LLM-Pruner.
 _VALIDATIONS, _MOST_STEPS_BETWEEN = 10, 200
-# The variables that say which accelerators a program sees.
+# The environment variables that select the visible accelerators.
 _VISIBLE = {"cuda": "CUDA_VISIBLE_DEVICES", "xpu": "ZE_AFFINITY_MASK"}
 
 
@@ -51,12 +52,12 @@ class RecoveryRecord(BaseModel):
         config: all options, and in `recovery.json` the model and the data.
         skipped_records: records that were left out because their answer is empty or beyond the cut-off.
         steps: steps of the optimizer.
-        tokens: tokens that were learnt from, prompts included.
-        loss_before: validation loss before the first step, in nats per token; of distillation, the weighted sum of this
-            and the divergence from the teacher.
-        loss_after: the least validation loss, that of the weights that were kept.
-        best_step: after how many steps that was.
-        seconds: of training, of the last call.
+        tokens: tokens of all examples that were read, prompts included.
+        loss_before: validation loss before the first step, in nats per token; for distillation, the weighted sum of
+            this and the divergence from the teacher.
+        loss_after: the least validation loss, which is that of the kept weights.
+        best_step: the step with that loss.
+        seconds: of training, in the last call.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
@@ -86,26 +87,26 @@ def train(
     """Trains a model; a call that was killed resumes from its last saved step. Processes that were started together
     share every batch. The random state of the program is left as it was.
 
-    The frozen weights below adapters, of LoRA or IA3, are held in bfloat16 where the hardware computes that natively,
-    and the adapters are merged into the weights as they were, in their own dtype. All weights are trained in float32,
-    with bfloat16 products where those are native. float16 is never trained in.
+    The frozen weights below adapters, of LoRA or IA3, are held in bfloat16 if the hardware computes that natively, and
+    the adapters are merged into the original weights, in their dtype. Without adapters, all weights are trained in
+    float32, with bfloat16 products if those are native. Nothing is trained in float16.
 
     Args:
-        load: gives the model, whose weights change. Called a second time, to merge adapters, where they are trained on
-            a copy: the two are never in memory together, unless they are held elsewhere.
+        load: gives the model, whose weights change. Called a second time, to merge adapters, if they are trained on a
+            copy: the two are never in memory together, unless they are held elsewhere.
         folder: for the Trainer's checkpoints.
         teacher: learn its predictions (see `distillation_loss`) and not the labels alone; it is run in its own dtype.
         progress: called with the number of steps done.
-        track: called with what the Trainer logs, the losses and the learning rate of every step.
+        track: called with the numbers that the Trainer logs: the losses and the learning rate of every step.
 
     Returns:
         The model in evaluation mode, and the record. With FSDP, the first process alone has all weights.
 
     Raises:
-        NonFiniteError: the loss is not finite any more; what was saved before is kept.
+        NonFiniteError: the loss is not finite any more; earlier checkpoints are kept.
     """
     model, state = _trained(load, examples, options, folder, teacher, _Watcher(progress, folder, track))
-    # The Trainer is part of cycles that hold the teacher and the copy that was trained.
+    # The Trainer is part of reference cycles that hold the teacher and the trained copy.
     gc.collect()
     return model, _record(state, examples, options, "distillation" if teacher else "labels")
 
@@ -118,7 +119,7 @@ def _trained(
     teacher: PreTrainedModel | None,
     watcher: TrainerCallback,
 ) -> tuple[PreTrainedModel, TrainerState]:
-    """The model after training all of its weights, or adapters that are merged into them; and the Trainer's notes."""
+    """The model after training all of its weights, or adapters that are merged into them; and the Trainer's state."""
     model = load()
     dtype = model.dtype
     if options.train == "full":
@@ -126,7 +127,7 @@ def _trained(
     else:
         model = frozen(model)
     with random_state_kept(), quiet_transformers(), warnings.catch_warnings():
-        # PEFT, the Trainer and PyTorch warn about what is meant here, and about each other.
+        # PEFT, the Trainer and PyTorch warn about intended settings, and about each other.
         warnings.simplefilter("ignore")
         set_seed(options.seed)
         trained: Any = model if options.train == "full" else with_adapters(model, options)
@@ -167,7 +168,7 @@ def _record(
     count, steps = len(examples.training), total_steps(examples, options)
     # A call that was killed after the last step makes one more, at a learning rate of zero.
     done = min(state.global_step, steps)
-    # The last batch of an epoch has what is left.
+    # The last batch of an epoch may be smaller.
     epochs, further = divmod(done, math.ceil(count / options.batch_size))
     seen = epochs * count + further * options.batch_size
     return RecoveryRecord(
@@ -186,10 +187,10 @@ def _record(
 
 
 def check_device(device: torch.device) -> None:
-    """Refuses a GPU that the Trainer does not train on: of a process alone, any but the first.
+    """Refuses a GPU that the Trainer does not train on: in a single process, any but the first.
 
     Raises:
-        AdaPrunerError: with the way there.
+        AdaPrunerError: with a way to use that GPU.
     """
     if device.type != "cpu" and device.index and this_process().count == 1:
         raise AdaPrunerError(
@@ -199,7 +200,7 @@ def check_device(device: torch.device) -> None:
 
 
 def check_batch_size(size: int) -> None:
-    """Refuses a batch that has no equal part for each process.
+    """Refuses a batch that cannot be divided among the processes.
 
     Raises:
         AdaPrunerError: with the numbers.
@@ -209,7 +210,7 @@ def check_batch_size(size: int) -> None:
 
 
 def total_steps(examples: Examples, options: RecoveryOptions) -> int:
-    """Steps of the optimizer."""
+    """The number of steps of the optimizer."""
     return options.steps or options.epochs * math.ceil(len(examples.training) / options.batch_size)
 
 
@@ -217,18 +218,17 @@ def _arguments(
     model: PreTrainedModel, options: RecoveryOptions, folder: Path, steps: int, evaluates_first: bool
 ) -> TrainingArguments:
     device = model.device
-    processes = this_process().count
     check_batch_size(options.batch_size)
-    of_process = options.batch_size // processes
-    # The largest that divides a batch.
-    micro_batch = next(n for n in range(options.micro_batch_size, 0, -1) if of_process % n == 0)
-    every = max(1, min(_MOST_STEPS_BETWEEN, steps // _VALIDATIONS))
+    per_process = options.batch_size // this_process().count
+    # The largest size that divides a batch.
+    micro_batch = next(size for size in range(options.micro_batch_size, 0, -1) if per_process % size == 0)
+    interval = max(1, min(_MOST_STEPS_BETWEEN, steps // _VALIDATIONS))
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
         per_device_train_batch_size=micro_batch,
         per_device_eval_batch_size=micro_batch,
-        gradient_accumulation_steps=of_process // micro_batch,
+        gradient_accumulation_steps=per_process // micro_batch,
         gradient_checkpointing=options.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
         learning_rate=options.learning_rate,
@@ -236,8 +236,8 @@ def _arguments(
         warmup_steps=min(options.warmup_steps, steps // 10),
         eval_on_start=evaluates_first,
         eval_strategy="steps",
-        eval_steps=every,
-        save_steps=every,
+        eval_steps=interval,
+        save_steps=interval,
         save_total_limit=2,
         load_best_model_at_end=True,
         metric_for_best_model="eval_loss",
@@ -250,20 +250,20 @@ def _arguments(
         dataloader_pin_memory=device.type != "cpu",
         remove_unused_columns=False,
         label_names=["labels"],
-        # The norms of parts that were removed whole. Looking for them takes a walk through the graph in every step.
+        # The norms of removed attention and feed-forward parts. Finding them means a walk over the graph in every step.
         ddp_find_unused_parameters=any(isinstance(module, Nothing) for module in cast(nn.Module, model).modules()),
         report_to="none",
         disable_tqdm=True,
         seed=options.seed,
     )
     if arguments.n_gpu > 1:
-        # One process trains on one GPU; otherwise the Trainer would give each of them a batch of that size.
+        # One process trains on one GPU; otherwise the Trainer would give every GPU a batch of that size.
         arguments._n_gpu = 1
     return arguments
 
 
 def _batch(examples: list[Example]) -> dict[str, Tensor]:
-    """[examples, tokens of the longest]: tokens, labels, and where there is something."""
+    """[examples, tokens of the longest]: padded tokens and labels, and the attention mask."""
     columns = {
         "input_ids": (0, [example["input_ids"] for example in examples]),
         "labels": (IGNORED, [example["labels"] for example in examples]),
@@ -276,7 +276,7 @@ def _batch(examples: list[Example]) -> dict[str, Tensor]:
 
 
 class _Watcher(TrainerCallback):
-    """Passes on progress, and stops where the loss is not finite before anything is saved."""
+    """Reports progress, and stops when the loss is not finite, before anything is saved."""
 
     def __init__(
         self,
@@ -288,7 +288,7 @@ class _Watcher(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         best = self._folder / f"checkpoint-{state.best_global_step}"
-        if best.is_dir():  # the state names the place where the folder was when it was saved
+        if best.is_dir():  # the state has the path of the folder at the time when it was saved
             state.best_model_checkpoint = str(best)
         if self._progress and state.global_step:
             self._progress(state.global_step)
@@ -296,29 +296,27 @@ class _Watcher(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self._progress and state.global_step <= state.max_steps:
             self._progress(1)
-        if state.global_step >= state.max_steps:  # whatever the interval, the last weights are candidates too
+        if state.global_step >= state.max_steps:  # the last weights are candidates too, whatever the interval
             control.should_evaluate = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         self._track({f"recovery/{name}": value for name, value in (logs or {}).items()})
         watched = {"loss": "the loss", "eval_loss": "the validation loss", "grad_norm": "the gradient"}
-        for name, what in watched.items():
+        for name, title in watched.items():
             value = (logs or {}).get(name, 0.0)
             if not math.isfinite(value):
                 saved = _last_whole_checkpoint(self._folder)
                 kept = f"the last checkpoint, {saved}, is kept" if saved else "nothing was saved yet"
                 raise NonFiniteError(
-                    f"{what} is {value} at step {state.global_step}; {kept}. Lower `learning_rate`"
+                    f"{title} is {value} at step {state.global_step}; {kept}. Lower `learning_rate`"
                     f" ({args.learning_rate:g}) or raise `warmup_steps`, and look for broken records in the data"
                 )
 
 
 def _last_whole_checkpoint(folder: Path) -> Path | None:
-    """The last checkpoint that was written to its end: its state is what the Trainer writes last."""
-    whole = []
+    """The last checkpoint that is complete: the Trainer writes its state last."""
+    complete = []
     for state in folder.glob("checkpoint-*/trainer_state.json"):
-        try:
-            whole.append((int(json.loads(state.read_text(encoding="utf-8"))["global_step"]), state.parent))
-        except ValueError:
-            continue
-    return max(whole)[1] if whole else None
+        with contextlib.suppress(ValueError):
+            complete.append((int(json.loads(state.read_text(encoding="utf-8"))["global_step"]), state.parent))
+    return max(complete)[1] if complete else None

@@ -1,10 +1,10 @@
-"""The charts as the templates draw them: marks at percentages of a plot's width and height, with no script."""
+"""The charts for the templates: marks at percentages of a plot's width and height, without scripts."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from adapruner.search import History, TriedPoint
@@ -14,7 +14,7 @@ LOSS_NAMES = {"loss": "loss, nats per token", "kl": "divergence from the dense m
 
 @dataclass(frozen=True)
 class Mark:
-    """A point of a plot: percentages from the left and from the top, and what is said of it."""
+    """A point of a plot: percentages from the left and from the top, and a label."""
 
     x: float
     y: float
@@ -26,7 +26,7 @@ class Axis:
     """One side of a plot.
 
     Attributes:
-        ticks: percentages from its least value, and what is written there.
+        ticks: percentages from its least value, and the numbers written there.
     """
 
     title: str
@@ -36,7 +36,7 @@ class Axis:
 
     @classmethod
     def over(cls, title: str, values: Sequence[float]) -> Axis:
-        """An axis with a little room around finite values, and ticks at round numbers."""
+        """An axis with some room around finite values, and ticks at round numbers."""
         span = max(values) - min(values) or abs(max(values)) or 1.0
         room = 0.04 * span if max(values) > min(values) else span / 2
         least, most = min(values) - room, max(values) + room
@@ -44,7 +44,8 @@ class Axis:
         step = next(factor * power for factor in (1, 2, 5, 10) if span / (factor * power) <= 5)
         digits = max(0, -math.floor(math.log10(step)))
         numbers = [number * step for number in range(math.ceil(least / step), math.floor(most / step) + 1)]
-        return cls(title, least, most, tuple((_percent(one, least, most), f"{one:,.{digits}f}") for one in numbers))
+        ticks = tuple((_percent(number, least, most), f"{number:,.{digits}f}") for number in numbers)
+        return cls(title, least, most, ticks)
 
     def place(self, value: float) -> float:
         return _percent(value, self.least, self.most)
@@ -56,7 +57,8 @@ class Scatter:
 
     Attributes:
         series: the marks of each kind, by its name in the legend.
-        line: a line through the plot, in the same percentages; what it is stands in `line_name`.
+        line: a line through the plot, in the same percentages.
+        line_name: its name in the legend.
     """
 
     x: Axis
@@ -70,13 +72,13 @@ def scatter(x: str, y: str, points: Mapping[str, Sequence[tuple[float, float, st
     """A plot of points.
 
     Args:
-        x, y: what the axes show.
+        x, y: the titles of the axes.
         points: x, y and a label, by the name of their kind; finite, at least one.
     """
-    every = [point for kind in points.values() for point in kind]
-    across, up = Axis.over(x, [point[0] for point in every]), Axis.over(y, [point[1] for point in every])
+    all_points = [point for kind in points.values() for point in kind]
+    across, up = Axis.over(x, [point[0] for point in all_points]), Axis.over(y, [point[1] for point in all_points])
     marks = {
-        name: tuple(Mark(across.place(one), 100 - up.place(other), label) for one, other, label in kind)
+        name: tuple(Mark(across.place(left), 100 - up.place(height), label) for left, height, label in kind)
         for name, kind in points.items()
         if kind
     }
@@ -84,7 +86,7 @@ def scatter(x: str, y: str, points: Mapping[str, Sequence[tuple[float, float, st
 
 
 def trials(history: History, chosen: int | None, loss_name: str) -> Scatter | None:
-    """The loss of every trial in the order of their beginning, and the best so far; None where none has a loss."""
+    """The loss of every trial in the order of their beginning, and the best so far; None if no trial has a loss."""
     known = [(point, point.loss) for point in history.points if point.loss is not None]
     if not known:
         return None
@@ -98,12 +100,12 @@ def trials(history: History, chosen: int | None, loss_name: str) -> Scatter | No
     plot = scatter("trial", loss_name, kinds)
     best = list(accumulate((math.inf if point.stopped else loss for point, loss in known), min))
     corners = [
-        (plot.x.place(point.number), 100 - plot.y.place(one))
+        (plot.x.place(point.number), 100 - plot.y.place(loss))
         for (point, _), before, now in zip(known, [math.inf, *best], best, strict=False)
-        for one in (before, now)
-        if math.isfinite(one)
+        for loss in (before, now)
+        if math.isfinite(loss)
     ]
-    return Scatter(plot.x, plot.y, plot.series, tuple(corners), "best so far")
+    return replace(plot, line=tuple(corners), line_name="best so far")
 
 
 _KINDS = ("stopped early", "proposed by the sampler", "starting point", "fixed metric")
@@ -118,8 +120,8 @@ def _kind(point: TriedPoint) -> str:
 
 
 def strips(history: History, chosen: int | None) -> dict[str, dict[str, list[Mark]]]:
-    """The trials on the range of every searched parameter, the most important parameter first: by their kind, `other`,
-    `best quarter` or `chosen`. Empty before the first trial."""
+    """The trials on the range of every searched parameter, by their kind: `other`, `best quarter` or `chosen`. The most
+    important parameter is first. Empty before the first trial."""
     tried = sorted(
         ((point.loss, point) for point in history.points if point.positions and point.loss is not None),
         key=lambda entry: entry[0],
@@ -136,7 +138,7 @@ def strips(history: History, chosen: int | None) -> dict[str, dict[str, list[Mar
 
 
 def described(value: float | int | str | tuple[float | int, ...]) -> str:
-    """A number or a name as it is shown, numbers to three digits."""
+    """A name, or a number with three digits, as text."""
     if isinstance(value, str):
         return value
     if isinstance(value, tuple):
@@ -145,7 +147,7 @@ def described(value: float | int | str | tuple[float | int, ...]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as they are shown."""
+    """Seconds as text, in seconds, minutes or hours."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     minutes = seconds / 60

@@ -1,4 +1,4 @@
-"""The command that makes a run, from its config, and those that follow it."""
+"""The command of a run, from its config, and commands that may follow it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from adapruner.calibration import SELF_GENERATED, parse_source
 from adapruner.config import TARGET_OPTIONS, PruneConfig, PruneOptions
 from adapruner.report._contents import Contents
 
-# The folder of the search, where a run took its point from another.
+# The folder of the search, if a run took its point from another run.
 _SEARCHED = "runs/searched"
 
 
 def command(config: PruneConfig, output: Path) -> str:
-    """The command line, one option a line, with those options alone that differ from their defaults; two commands
-    where the best point of a search at another ratio was taken over.
+    """The command line, one option a line, with the options that differ from their defaults; two commands if the run
+    took the best point of a search at another ratio.
 
     Args:
         config: the options, with one ratio.
@@ -36,11 +36,11 @@ def command(config: PruneConfig, output: Path) -> str:
 
 
 def next_commands(contents: Contents) -> dict[str, str]:
-    """What is left to do with a finished run: command lines, by what they are for."""
+    """Command lines to continue with a finished run, by their purpose."""
     config, folder, model = contents.config, contents.path, contents.final_folder
     commands: dict[str, tuple[str, ...]] = {}
     if not config.recover and _can_be_learnt(config):
-        # The dense model has other tokens where the vocabulary was pruned.
+        # If the vocabulary was pruned, the dense model has other tokens.
         teacher = () if config.vocabulary else ("--teacher", config.model)
         commands["Recover part of the loss by fine-tuning"] = (
             *("recover", str(model), "--data", config.calibration, *teacher, "-o", str(folder / "better")),
@@ -56,8 +56,8 @@ def next_commands(contents: Contents) -> dict[str, str]:
 
 
 def _can_be_learnt(config: PruneConfig) -> bool:
-    """Whether fine-tuning can read what the run was calibrated on: text, under a name that needs no file of sources; or
-    what the dense model writes, with its own tokens."""
+    """True if fine-tuning can read the dataset of the calibration: text, under a name that needs no file of sources; or
+    text that the dense model writes with the same tokens."""
     if config.calibration == SELF_GENERATED:
         return not config.vocabulary
     return not config.sources and not parse_source(config.calibration, missing_ok=True).holds_windows
@@ -75,5 +75,5 @@ def _options(values: BaseModel, prefix: str = "--") -> list[tuple[str, ...]]:
         elif isinstance(value, bool):
             options.append((name if value else f"{prefix}no-{field.replace('_', '-')}",))
         else:
-            options += [(name, str(one)) for one in (value if isinstance(value, tuple) else (value,))]
+            options += [(name, str(entry)) for entry in (value if isinstance(value, tuple) else (value,))]
     return options

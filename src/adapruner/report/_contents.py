@@ -1,4 +1,4 @@
-"""The content of a run folder that the report shows, as far as the run has got."""
+"""The content of a run folder for the report, finished or not."""
 
 from __future__ import annotations
 
@@ -28,21 +28,22 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Contents:
-    """The content of a run folder for one ratio, as far as the run has got.
+    """The content of a run folder for one ratio, finished or not.
 
     Attributes:
         path: the folder with its artifacts.
-        state: whether it is finished, a command is running, or it was stopped.
+        state: `running` while a command is running in it.
         stage: the current stage of a running command.
-        config: the options, with this ratio alone.
+        config: the options, with only this ratio.
+        history: the trials so far.
         plan: which groups are kept; None before the search has ended, as are `search` and `levelled`.
-        result: once it is finished.
+        result: None before the run is finished.
         models: with the numbers that were measured so far.
-        samples: the texts of the chosen calibration samples, once there is a tokenizer to read them with, by their
-            numbers in the pool.
+        samples: the texts of the chosen calibration samples, by their numbers in the pool; None before the model is
+            saved, which has the tokenizer.
         stages: seconds and peak memory of every finished stage.
-        weight_bytes: of the weights of the final model on disk.
-        speed: of the dense and the final model, where `adapruner benchmark --output` wrote it here.
+        weight_bytes: size of the weights of the final model on disk.
+        speed: of the dense and the final model, if `adapruner benchmark --output` wrote it here.
     """
 
     path: Path
@@ -66,12 +67,12 @@ class Contents:
 
     @property
     def final(self) -> ModelNumbers | None:
-        """The model that the run is about, as far as it has got; None before anything is pruned."""
+        """The last model so far; None before anything is pruned."""
         return self.models[-1] if len(self.models) > 1 else None
 
     @property
     def final_folder(self) -> Path:
-        """Where its checkpoint is."""
+        """The folder of its checkpoint."""
         return self.path / ("recovered" if self.final and self.final.role == "recovered" else "model")
 
 
@@ -79,7 +80,7 @@ def read_contents(run: RunFolder, config: PruneConfig) -> Contents:
     """Reads the content of a run folder for one ratio.
 
     Args:
-        config: the options of the run, with this ratio alone.
+        config: the options of the run, with only this ratio.
 
     Raises:
         AdaPrunerError: something in the folder cannot be read.
@@ -98,11 +99,12 @@ def read_contents(run: RunFolder, config: PruneConfig) -> Contents:
 
 @dataclass(frozen=True)
 class _Artifacts:
-    """The artifacts of one ratio of a run that agree with its options and with each other: others are left from an
-    earlier one. Which model and text they were made from is not asked.
+    """The artifacts of one ratio of a run that agree with its options and with each other; others are left from earlier
+    options. The model and the texts that they were made from are not checked.
 
     Attributes:
-        folder: where those are that depend on the ratio; `run` holds the others.
+        run: the folder of artifacts that do not depend on the ratio.
+        folder: the folder of artifacts that do.
     """
 
     run: RunFolder
@@ -111,20 +113,20 @@ class _Artifacts:
     _records: dict[str, Record | None] = field(default_factory=dict)
 
     def record(self, name: str) -> Record | None:
-        """Of an artifact that was made, or is being made, with the options of the config and from inputs that were."""
+        """The record of an artifact that was made, or is being made, with these options, as were its inputs."""
         if name not in self._records:
-            found = self.folder.record(name) or self.run.record(name)
-            self._records[name] = found if found and self._is_current(found) else None
+            record = self.folder.record(name) or self.run.record(name)
+            self._records[name] = record if record and self._is_current(record) else None
         return self._records[name]
 
     @property
     def keys(self) -> set[str]:
-        """Of all that are made or being made."""
+        """The keys of all artifacts that are made or being made."""
         names = {*self.run.recorded, *self.folder.recorded}
         return {record.key for record in map(self.record, names) if record}
 
     def path(self, name: str) -> Path | None:
-        """Where an artifact is that is finished, and was not removed."""
+        """The path of an artifact that is finished, and was not removed."""
         record = self.record(name)
         if record is None or record.files is None:
             return None
@@ -132,15 +134,17 @@ class _Artifacts:
         return folder.path / name if (folder.path / name).exists() else None
 
     def read(self, name: str, of: type[T]) -> T | None:
-        """What a JSON file holds."""
+        """The content of a JSON file; None if it is not finished."""
         path = self.path(name)
         return TypeAdapter(of).validate_json(path.read_bytes()) if path else None
 
     def _is_current(self, record: Record) -> bool:
         # `adapruner plan` copies no input that only the search needs: an input without a record decides nothing.
         inputs = [name for name in record.inputs if self.folder.record(name) or self.run.record(name)]
-        keys = {name: one.key if (one := self.record(name)) else None for name in inputs}
-        return record.has_options_of(self.config) and all(record.inputs[name] == key for name, key in keys.items())
+        records = {name: self.record(name) for name in inputs}
+        return record.has_options_of(self.config) and all(
+            record.inputs[name] == (made.key if made else None) for name, made in records.items()
+        )
 
 
 def _read(made: _Artifacts) -> Contents:
@@ -148,6 +152,8 @@ def _read(made: _Artifacts) -> Contents:
     plan_path, model_path = made.path("plan.json"), made.path("recovered") or made.path("model")
     plan = PruningPlan.load(plan_path) if plan_path else None
     search, result = made.read("search.json", SearchResult), made.read("result.json", RunResult)
+    search_record = made.record("search.json")
+    history = search or (read_history(StudyFile(run.study, search_record.key)) if search_record else History())
     levelled = made.read("levelled.json", Levelled) if config.levels_widths else None
     is_running = result is None and run.is_running()
     models = result.models if result else tuple(_models(made, plan))
@@ -156,7 +162,7 @@ def _read(made: _Artifacts) -> Contents:
         state="finished" if result else "running" if is_running else "stopped",
         stage=_current_stage(run.log) if is_running else None,
         config=config,
-        history=search or _running_history(made),
+        history=history,
         plan=plan,
         search=search,
         levelled=result.levelled if result else levelled,
@@ -169,15 +175,8 @@ def _read(made: _Artifacts) -> Contents:
     )
 
 
-def _running_history(made: _Artifacts) -> History:
-    record = made.record("search.json")
-    if record is None:
-        return History()
-    return read_history(StudyFile(made.run.study, record.key))
-
-
 def _models(made: _Artifacts, plan: PruningPlan | None) -> list[ModelNumbers]:
-    """The models that have been made, or measured."""
+    """The models that were saved or measured so far."""
     if plan is None:
         return []
     models = []
@@ -205,7 +204,8 @@ def _models(made: _Artifacts, plan: PruningPlan | None) -> list[ModelNumbers]:
 
 
 def _speed(folder: RunFolder, models: tuple[ModelNumbers, ...]) -> tuple[Speed, Speed] | None:
-    """Told apart by their parameters: what was measured of another cut is not shown."""
+    """The speed of the dense and the final model, which are identified by their numbers of parameters: the speed of an
+    earlier pruned model is not shown."""
     content = TypeAdapter(dict[str, Speed])
     measured = content.validate_json(folder.speed.read_bytes()) if folder.speed.is_file() else {}
     by_size = {speed.parameters: speed for speed in measured.values()}
@@ -215,7 +215,7 @@ def _speed(folder: RunFolder, models: tuple[ModelNumbers, ...]) -> tuple[Speed, 
 
 
 def _samples(made: _Artifacts, numbers: tuple[int, ...]) -> dict[int, str | None]:
-    """The saved model brings the tokenizer."""
+    """The texts of samples by their numbers, read with the tokenizer of the saved model."""
     windows, model = made.path("windows.safetensors"), made.path("model")
     if not windows or not model:
         return dict.fromkeys(numbers)
@@ -224,7 +224,7 @@ def _samples(made: _Artifacts, numbers: tuple[int, ...]) -> dict[int, str | None
 
 
 def _current_stage(log: Path) -> str | None:
-    """The stage that was begun and has not ended."""
+    """The stage that has begun and not ended."""
     stage = None
     for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else ():
         with contextlib.suppress(ValueError, LookupError, TypeError):  # the line that a kill cut off

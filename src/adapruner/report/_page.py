@@ -1,4 +1,4 @@
-"""The page: what there is of a run, as self-contained HTML."""
+"""The page of a run, finished or not, as self-contained HTML."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from adapruner.numbers import shortened
 from adapruner.planning import Budget, PruningPlan
 from adapruner.report import _charts, _tables
 from adapruner.report._command import command, next_commands
-from adapruner.report._contents import Contents, read_contents
+from adapruner.report._contents import read_contents
 from adapruner.result import PruneResult, shown_name, tables_of, target_sentence, titles
 from adapruner.structure import show_layers
 from adapruner.texts import assign_texts
 
-# Whatever a text may smuggle in: nothing is run and nothing is fetched.
+# Whatever a text contains: nothing is run and nothing is fetched.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 _TEMPLATES = Environment(
     loader=PackageLoader("adapruner.report"),
@@ -40,7 +40,7 @@ _TEMPLATES.filters |= {
 
 
 def write_reports(run: RunFolder, refresh: int | None = None) -> list[Path]:
-    """Writes `report.html` for every ratio: all that there is of a run, finished or not.
+    """Writes `report.html` of a run, finished or not, for every ratio.
 
     Args:
         refresh: seconds after which the page reloads, while the run is in progress.
@@ -52,7 +52,7 @@ def write_reports(run: RunFolder, refresh: int | None = None) -> list[Path]:
     for ratio in config.ratio:
         report = run.at_ratio(ratio, config).report
         page = render_report(run, config.model_copy(update={"ratio": (ratio,)}), refresh)
-        # The run itself may be writing it too.
+        # The run itself may be writing the page too.
         with being_written(report, ".other") as partial:
             partial.write_text(page, encoding="utf-8")
         written.append(report)
@@ -63,14 +63,15 @@ def render_report(run: RunFolder, config: PruneConfig, refresh: int | None = Non
     """The page of one ratio, as text.
 
     Args:
-        config: the options of the run, with this ratio alone.
+        config: the options of the run, with only this ratio.
     """
     contents = read_contents(run, config)
-    search, dense, final = contents.search, contents.dense, contents.final
+    search, dense, final, plan, result = contents.search, contents.dense, contents.final, contents.plan, contents.result
     names = titles(config, search.best_fixed_name if search else None)
     best_trial = search.best_trial if search else None
     candidate = contents.levelled.candidate if contents.levelled else search and search.best
     loss_name = "objective" if config.objective_function else _charts.LOSS_NAMES[config.selection]
+    advice = PruneResult(contents.path, plan, result).advice() if plan and result else []
     return render(
         "report.html.jinja",
         contents=contents,
@@ -80,10 +81,10 @@ def render_report(run: RunFolder, config: PruneConfig, refresh: int | None = Non
         gains=_tables.gains(contents, dense, final, names[final.role]) if dense and final else None,
         mean=next((number for number in final.numbers.values() if number.kind == "mean"), None) if final else None,
         used=_used_texts(config) if final and final.perplexity else {},
-        advice=_advice(contents),
-        next_commands=next_commands(contents) if contents.result else {},
+        advice=advice,
+        next_commands=next_commands(contents) if result else {},
         model_tables=tables_of("Numbers of every model", contents.models, names),
-        whole_layers=_whole_layers(contents.plan) if contents.plan else "",
+        whole_layers=_whole_layers(plan) if plan else "",
         loss_name=loss_name,
         trials=_charts.trials(contents.history, best_trial, loss_name),
         strips=_charts.strips(contents.history, best_trial),
@@ -96,7 +97,7 @@ def render_report(run: RunFolder, config: PruneConfig, refresh: int | None = Non
 
 
 def _allocation(budget: Budget) -> dict[str, Any]:
-    """What a budget is made of, and the allocation in it."""
+    """The fields of a budget and of its allocation."""
     fields = asdict(budget)
     allocation = fields.pop("allocation")
     return fields | (allocation if isinstance(allocation, dict) else {"layers": allocation})
@@ -107,19 +108,13 @@ def render(template: str, **content: Any) -> str:
     return _TEMPLATES.get_template(template).render(policy=_POLICY, **content)
 
 
-def _advice(contents: Contents) -> list[str]:
-    if not contents.result or not contents.plan:
-        return []
-    return PruneResult(contents.path, contents.plan, contents.result).advice()
-
-
 def _used_texts(config: PruneConfig) -> dict[str, str]:
-    """The texts that chose something of the model, by use."""
+    """The texts on which the model depends, by use."""
     used = assign_texts(config, missing_ok=True).used
     return {use: str(text) for use, text in used.items() if use != "objective" or not config.objective_function}
 
 
 def _whole_layers(plan: PruningPlan) -> str:
-    """The layers of which every block was removed."""
+    """The layers that were removed completely."""
     layers = plan.by_layer.items()
     return show_layers(layer for layer, blocks in layers if not any(block.kept for block in blocks.values()))

@@ -28,8 +28,8 @@ _KEPT = {
 
 
 def losses(contents: Contents, dense: ModelNumbers, final: ModelNumbers, final_name: str) -> Table:
-    """What the dense model does better, as far as it was measured. Perplexities per token are left out where the
-    vocabulary was pruned: they are of other tokens."""
+    """The losses of quality against the dense model, as far as they were measured. Perplexities per token are left out
+    if the vocabulary was pruned: they are of other tokens."""
     rows = _losses(dense.numbers, final.numbers, list(final.tasks), not contents.config.vocabulary)
     return _changes("loss-table", "Losses", final_name, rows)
 
@@ -41,7 +41,7 @@ def _losses(dense: Numbers, final: Numbers, tasks: Sequence[str], have_same_toke
         if after.kind == "text" and after.metric == "perplexity":
             if not have_same_tokens:
                 continue
-            # The loss is its logarithm; errors of the loss are symmetric.
+            # The loss is the logarithm of the perplexity; errors of the loss are symmetric.
             errors = (number.error and number.error / number.value for number in (before, after))
             change, noise = _times(before.value, after.value), is_noise(math.log(after.value / before.value), *errors)
         elif after.kind == "mean":
@@ -55,7 +55,7 @@ def _losses(dense: Numbers, final: Numbers, tasks: Sequence[str], have_same_toke
 
 
 def gains(contents: Contents, dense: ModelNumbers, final: ModelNumbers, final_name: str) -> Table:
-    """What the final model needs less of."""
+    """The savings of the final model."""
     return _changes("gain-table", "Gains", final_name, _gains(contents, dense.parameters, final.parameters))
 
 
@@ -102,8 +102,8 @@ def _smaller(label: str, about: str, show: Callable[[int], str], before: int, af
 
 
 def ladder(contents: Contents, search: SearchResult, loss_name: str) -> Table:
-    """From a fixed metric to the saved model, one change at a time: the loss on held-out windows, its gain over the row
-    above on the same windows, and bits per byte of the first text that is reported on."""
+    """Steps from a fixed metric to the saved model: the loss on held-out windows, its gain over the row above on the
+    same windows, and bits per byte of the first text that is reported on."""
     rungs = list(_rungs(contents, search))
     text = next(iter(contents.final.perplexity), "") if contents.final else ""
     bits = {model.role: model.numbers.get(("text", "bits per byte", text)) for model in contents.models}
@@ -131,13 +131,13 @@ def ladder(contents: Contents, search: SearchResult, loss_name: str) -> Table:
 
 
 class _Rung(NamedTuple):
-    """One step up.
+    """A step of the ladder.
 
     Attributes:
         loss: on held-out windows, in nats per token.
-        gain: by how much that is below the loss of the rung before, on the same windows, with the standard error; None
-            where the two were not measured on the same windows.
-        role: the model that it leads to, if that was measured.
+        gain: the difference to the loss of the step before, on the same windows, with its standard error; None if the
+            two were not measured on the same windows.
+        role: the resulting model, if it was measured.
     """
 
     name: str
@@ -172,15 +172,15 @@ def _rungs(contents: Contents, search: SearchResult) -> Iterator[_Rung]:
 
 def _levelling(levelled: Levelled) -> Iterator[_Rung]:
     rounds = Counter[str]()
-    for tried in (*levelled.kept, *levelled.moves):
-        if isinstance(tried, KeptPart):
-            name = _KEPT[tried.part].format(tried.layer)
+    for change in (*levelled.kept, *levelled.moves):
+        if isinstance(change, KeptPart):
+            name = _KEPT[change.part].format(change.layer)
         else:
-            kind = "widths levelled" if isinstance(tried, MovedChannels) else "heads moved"
+            kind = "widths levelled" if isinstance(change, MovedChannels) else "heads moved"
             rounds[kind] += 1
             name = f"{kind}, round {rounds[kind]}"
-        taken = "" if tried.accepted else ", not taken"
-        yield _Rung(f"{name}{taken}", gain=(tried.gain, tried.gain_standard_error))
+        suffix = "" if change.accepted else ", not taken"
+        yield _Rung(f"{name}{suffix}", gain=(change.gain, change.gain_standard_error))
 
 
 def _rate(rate: Rate) -> Cell:

@@ -1,4 +1,4 @@
-"""The vocabulary as something that is pruned: counting and choosing tokens, smaller tokenizer, smaller model."""
+"""Pruning of the vocabulary: counting and choosing tokens, smaller tokenizer, smaller model."""
 
 from adapruner.tokens._choosing import (
     Vocabulary as Vocabulary,

@@ -13,13 +13,13 @@ from adapruner.tokens._tokenizer import TokenizerParts
 
 
 class VocabularySummary(BaseModel):
-    """What was done to a vocabulary.
+    """The outcome of pruning a vocabulary.
 
     Attributes:
-        before, after: tokens: rows of the embedding.
-        occurring: different tokens of the text.
-        counted_bytes: of the text in UTF-8.
-        scripts: tokens before and after, by script.
+        before, after: the number of tokens, which is that of the rows of the embedding.
+        occurring: the number of different tokens in the text.
+        counted_bytes: the length of the text in UTF-8.
+        scripts: the number of tokens before and after, by script.
         parameters_before, parameters_after: of the model, tied ones counted once, before anything else is removed.
     """
 
@@ -39,7 +39,7 @@ class VocabularySummary(BaseModel):
 
     @property
     def sentence(self) -> str:
-        """What was done, in one sentence."""
+        """The outcome in one sentence."""
         return (
             f"{self.after:,} of {self.before:,} tokens were kept: the most frequent of the {self.occurring:,} in"
             f" {self.counted_bytes / 1e6:,.1f} MB of text, what they are merged from, bytes, and special tokens."
@@ -47,11 +47,12 @@ class VocabularySummary(BaseModel):
 
 
 class Vocabulary(BaseModel):
-    """Which tokens are kept.
+    """The kept tokens.
 
     Attributes:
-        kept: ids, ascending; the new id of each is its place.
-        beyond: ids of added tokens that have no row in the embedding, ascending; they come behind the kept ones.
+        kept: their ids, ascending; the new id of a token is its place in this list.
+        beyond: ids of added tokens that have no row in the embedding, ascending; their new ids follow those of the kept
+            tokens.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -62,7 +63,7 @@ class Vocabulary(BaseModel):
 
     @cached_property
     def new_ids(self) -> dict[int, int]:
-        """By old id."""
+        """The new ids, by old id."""
         return {old: new for new, old in enumerate((*self.kept, *self.beyond))}
 
 
@@ -73,16 +74,15 @@ def choose_tokens(
     size: int | None = None,
     multiple: int = 64,
 ) -> tuple[int, ...]:
-    """The tokens of a text, those that they are merged from, and those that no text can do without; ascending.
+    """The tokens of a text, the tokens that they are merged from, and the tokens that every text needs; ascending.
 
-    Rounding up adds tokens that the text does not have, those with the smallest ids first, which training the tokenizer
-    found first.
+    Rounding up adds tokens that the text does not have, smallest ids first: training the tokenizer found these first.
 
     Args:
         counts: [rows of the embedding], int64, see `count_tokens`.
         named: tokens that configs name.
-        size: at most so many are kept, rounded up; the most frequent ones.
-        multiple: of which the number of kept tokens is one, unless fewer are left out than that takes.
+        size: the largest number of kept tokens, rounded up; the most frequent ones are kept.
+        multiple: the number of kept tokens is rounded up to a multiple of this, if there are enough tokens.
 
     Raises:
         AdaPrunerError: `size` does not suffice for what must be kept.
@@ -90,7 +90,7 @@ def choose_tokens(
     rows = len(counts)
     chosen: set[int] = set()
     for token in parts.required | set(named):
-        chosen |= {one for one in parts.with_ancestors(token) if one < rows}
+        chosen |= {ancestor for ancestor in parts.with_ancestors(token) if ancestor < rows}
     if size is not None and size < len(chosen):
         raise AdaPrunerError(
             f"`vocabulary_size` {size:,} is less than the {len(chosen):,} tokens that must be kept (special and added"
@@ -106,7 +106,7 @@ def choose_tokens(
 
 
 def _take(chosen: set[int], tokens: Iterable[int], parts: TokenizerParts, most: int) -> None:
-    """Adds tokens with those that they are merged from, until there are so many; what is too much is passed over."""
+    """Adds tokens with those that they are merged from, up to a number; a token that does not fit is skipped."""
     for token in tokens:
         if len(chosen) >= most:
             return

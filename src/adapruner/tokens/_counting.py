@@ -1,8 +1,9 @@
-"""Which tokens text has, and in which scripts tokens are written."""
+"""The frequency of tokens in text, and the scripts of tokens."""
 
 from __future__ import annotations
 
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 
@@ -17,10 +18,10 @@ _CHARACTERS_AT_ONCE = 1 << 17
 def count_tokens(
     tokenizer: Tokenizer, documents: Iterable[str], size: int, progress: Callable[[int], None] | None = None
 ) -> tuple[Tensor, int]:
-    """How often text has each token. Documents are joined by an empty line, as where text is evaluated.
+    """The frequency of each token in text. Documents are joined by an empty line, as in evaluations.
 
     Args:
-        size: ids from here on are not counted.
+        size: only smaller ids are counted.
         progress: called with the number of documents read.
 
     Returns:
@@ -37,7 +38,7 @@ def count_tokens(
 
 
 def _chunks(documents: Iterable[str]) -> Iterator[tuple[str, int]]:
-    """Documents joined until they are long enough, with how many they are."""
+    """Documents joined until they are long enough, with their number."""
     joined: list[str] = []
     length = 0
     for document in documents:
@@ -50,32 +51,26 @@ def _chunks(documents: Iterable[str]) -> Iterator[tuple[str, int]]:
         yield "\n\n".join(joined), len(joined)
 
 
-def script_of(text: str) -> str:
-    """The script of the first letter of a text: the first word of its name in Unicode, as LATIN or CJK; OTHER without
-    letters."""
-    return next((script for sign in text if (script := _script(sign))), "OTHER")
-
-
 @lru_cache(maxsize=1 << 16)
 def _script(sign: str) -> str | None:
     return unicodedata.name(sign, "").partition(" ")[0] if sign.isalpha() else None
 
 
 def scripts_of(tokenizer: Tokenizer, tokens: Iterable[int]) -> list[str]:
-    """The script of every token; parts of characters have none and are OTHER."""
-    return [script_of(text) for text in tokenizer.batch_decode([[token] for token in tokens])]
+    """The script of every token: the first word of the Unicode name of its first letter, as LATIN or CJK; OTHER without
+    letters, as for parts of characters."""
+    texts = tokenizer.batch_decode([[token] for token in tokens])
+    return [next((script for sign in text if (script := _script(sign))), "OTHER") for text in texts]
 
 
 def foreign_tokens(tokenizer: Tokenizer, size: int, used: Iterable[int]) -> dict[str, int]:
-    """How many tokens are written in each script that a text has no letter of; the most frequent script first.
+    """The number of tokens in each script of which a text has no letter; the most frequent script first.
 
     Args:
-        size: of the vocabulary; ids from here on do not count.
+        size: of the vocabulary; only smaller ids are counted.
         used: the tokens of the text.
     """
-    found = set(scripts_of(tokenizer, set(used))) | {"OTHER"}
-    counts: dict[str, int] = {}
-    for script in scripts_of(tokenizer, range(min(size, len(tokenizer)))):
-        if script not in found:
-            counts[script] = counts.get(script, 0) + 1
+    familiar = set(scripts_of(tokenizer, set(used))) | {"OTHER"}
+    scripts = scripts_of(tokenizer, range(min(size, len(tokenizer))))
+    counts = Counter(script for script in scripts if script not in familiar)
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))

@@ -19,7 +19,7 @@ from adapruner.tokens._choosing import Vocabulary
 _TOKENS = re.compile(
     r".*_token_(id|ids|index)|(begin_)?suppress_tokens|bad_words_ids|force_words_ids|forced_(bos|eos)_token_id"
 )
-# Fields that hold tokens in other forms.
+# Fields that hold tokens in forms that are not renumbered.
 _NOT_REWRITABLE = ("sequence_bias", "forced_decoder_ids", "constraints")
 _SIZES = re.compile(r"(.*_)?vocab_size(_.*)?")
 
@@ -28,7 +28,7 @@ def named_tokens(settings: PreTrainedConfig | GenerationConfig) -> set[int]:
     """The tokens that a config names: for beginning, end and padding, suppressed ones, and so on.
 
     Raises:
-        AdaPrunerError: it names tokens in a field that is not known.
+        AdaPrunerError: a field names tokens in a form that cannot be renumbered.
     """
     for name in _NOT_REWRITABLE:
         if getattr(settings, name, None):
@@ -37,60 +37,63 @@ def named_tokens(settings: PreTrainedConfig | GenerationConfig) -> set[int]:
 
 
 def read_generation_config(location: ModelLocation, config: PreTrainedConfig) -> GenerationConfig:
-    """The generation config beside a model, or else that of its config; reads no weights."""
+    """The generation config of a model, from its own file or else from its config; reads no weights."""
     if location.gguf_file is None:
         try:
             with quiet_transformers():
                 return GenerationConfig.from_pretrained(location.path)
-        except OSError:  # there is none
+        except OSError:  # there is no such file
             pass
     return GenerationConfig.from_model_config(config)
 
 
 def cut_config(config: PreTrainedConfig, vocabulary: Vocabulary) -> PreTrainedConfig:
-    """A copy of a config for the smaller vocabulary: sizes, also of tables beside the embedding, and tokens."""
+    """A copy of a config for the smaller vocabulary, with the new tokens and sizes, also those of further tables."""
     cut = copy.deepcopy(config)
-    renumber(cut, vocabulary)
-    for own in _configs(cut):
-        for name, value in vars(own).items():
-            if _SIZES.fullmatch(name) and isinstance(value, int) and value > 0:
-                setattr(own, name, _rows_below(vocabulary, value))
+    _renumber(cut, vocabulary)
+    for settings in _configs(cut):
+        for name, rows in vars(settings).items():
+            if _SIZES.fullmatch(name) and isinstance(rows, int) and rows > 0:
+                setattr(settings, name, sum(token < rows for token in vocabulary.kept))
     return cut
 
 
-def renumber(settings: PreTrainedConfig | GenerationConfig, vocabulary: Vocabulary) -> None:
+def _renumber(settings: PreTrainedConfig | GenerationConfig, vocabulary: Vocabulary) -> None:
     """Gives the tokens that a config names their new numbers, in place."""
-    for own, name, value in list(_token_fields(settings)):
-        setattr(own, name, _renumbered(value, vocabulary))
+    for config, name, value in list(_token_fields(settings)):
+        setattr(config, name, _renumbered(value, vocabulary))
 
 
 def cut_vocabulary(model: PreTrainedModel, vocabulary: Vocabulary) -> None:
     """Removes the rows of all other tokens from a model, in place: of embeddings, output layer and bias, tied or not.
 
-    Which tensors have rows for tokens is what changes with the size of the vocabulary in the config.
+    The tensors with rows for tokens are those whose shape changes with the size of the vocabulary in the config.
 
     Raises:
-        AdaPrunerError: a tensor changes otherwise.
+        AdaPrunerError: the shape of a tensor changes in another way.
     """
     config = cut_config(model.config, vocabulary)
     with torch.device("meta"):
         smaller = new_model(config)
-    # A tied weight stands in several modules.
+    # Several modules share a tied weight.
     done: dict[int, nn.Parameter | Tensor] = {}
     kept = torch.tensor(vocabulary.kept)
-    for name, module in model.named_modules():
-        other = smaller.get_submodule(name)
-        for of_module, of_other in ((module._parameters, other._parameters), (module._buffers, other._buffers)):
-            for own, tensor in of_module.items():
-                wanted = of_other.get(own)
+    for path, module in model.named_modules():
+        cut = smaller.get_submodule(path)
+        for tensors, cut_tensors in ((module._parameters, cut._parameters), (module._buffers, cut._buffers)):
+            for name, tensor in tensors.items():
+                wanted = cut_tensors.get(name)
                 if tensor is None or wanted is None or tensor.shape == wanted.shape:
                     continue
                 if id(tensor) not in done:
-                    done[id(tensor)] = _cut_rows(f"{name}.{own}", tensor, wanted, kept)
-                of_module[own] = done[id(tensor)]
-        _take_over_numbers(module, other)
+                    done[id(tensor)] = _cut_rows(f"{path}.{name}", tensor, wanted, kept)
+                tensors[name] = done[id(tensor)]
+        # Counts that modules have in addition to the config, as `num_embeddings`.
+        for name, count in vars(cut).items():
+            if type(count) is int and vars(module).get(name) != count:
+                setattr(module, name, count)
     model.config.__dict__.update(config.__dict__)
-    renumber(model.generation_config, vocabulary)
+    _renumber(model.generation_config, vocabulary)
     model.tie_weights()
 
 
@@ -106,20 +109,8 @@ def _cut_rows(name: str, tensor: Tensor, wanted: Tensor, kept: Tensor) -> Tensor
     return nn.Parameter(cut, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else cut
 
 
-def _take_over_numbers(module: nn.Module, other: nn.Module) -> None:
-    """Counts that modules keep beside the config, as `num_embeddings`."""
-    for name, value in vars(other).items():
-        if type(value) is int and vars(module).get(name) != value:
-            setattr(module, name, value)
-
-
-def _rows_below(vocabulary: Vocabulary, rows: int) -> int:
-    """How many kept tokens a table of so many rows has."""
-    return sum(token < rows for token in vocabulary.kept)
-
-
 def _configs(settings: Any) -> Iterator[Any]:
-    """A config and those inside it."""
+    """A config and the configs inside it."""
     yield settings
     for value in vars(settings).values():
         if isinstance(value, PreTrainedConfig):
@@ -127,23 +118,23 @@ def _configs(settings: Any) -> Iterator[Any]:
 
 
 def _token_fields(settings: Any) -> Iterator[tuple[Any, str, Any]]:
-    """The object, name and value of every field that holds tokens."""
-    for own in _configs(settings):
-        for name, value in vars(own).items():
+    """The config, name and value of every field that holds tokens."""
+    for config in _configs(settings):
+        for name, value in vars(config).items():
             if _TOKENS.fullmatch(name) and value is not None:
-                yield own, name, value
+                yield config, name, value
 
 
 def _numbers(value: Any) -> Iterator[int]:
     if isinstance(value, list | tuple):
-        for one in value:
-            yield from _numbers(one)
+        for entry in value:
+            yield from _numbers(entry)
     elif isinstance(value, int):
         yield value
 
 
 def _renumbered(value: Any, vocabulary: Vocabulary) -> Any:
-    """Numbers that are no tokens, as -1, are left as they are."""
+    """Numbers that are not tokens, as -1, are left unchanged."""
     if isinstance(value, list | tuple):
-        return [_renumbered(one, vocabulary) for one in value]
+        return [_renumbered(entry, vocabulary) for entry in value]
     return vocabulary.new_ids.get(value, value)

@@ -1,4 +1,4 @@
-"""From the texts to the tokens that are kept of a model."""
+"""From texts to the tokens that a model keeps."""
 
 from __future__ import annotations
 
@@ -28,11 +28,10 @@ def select_vocabulary(
     multiple: int = 64,
     progress: Callable[[int], None] | None = None,
 ) -> Vocabulary:
-    """Counts the tokens of texts and chooses those that a model keeps; reads no weights.
+    """Counts the tokens of texts and chooses the tokens that a model keeps; reads no weights.
 
     Args:
-        size: at most so many are kept; see `choose_tokens`.
-        multiple: of which the number of kept tokens is one.
+        size, multiple: see `choose_tokens`.
         progress: called with the number of documents read.
 
     Raises:
@@ -68,6 +67,6 @@ def select_vocabulary(
 
 
 def _parameters(config: PreTrainedConfig) -> int:
-    """Of the model of a config, tied ones counted once; also of a family that cannot be pruned otherwise."""
+    """The number of parameters of a config's model, tied ones counted once; for any family."""
     with torch.device("meta"):
         return count_parameters(new_model(config))

@@ -1,10 +1,9 @@
-"""The definition of a fast tokenizer: which tokens need which others, and the same tokenizer with fewer tokens.
+"""The definition of a fast tokenizer: the tokens that a token depends on, and the same tokenizer with fewer tokens.
 
-The smaller tokenizer decodes what it encodes to the same text as before, because every token that is left out is
-spelled by others: by what it was merged from, down to characters or bytes, or by other pieces. Text whose tokens are
-all kept is encoded as before, because everything that was merged on the way to a kept token is still merged, in the
-same order (BPE), or because the best path through the pieces is still there and no new one is better (Unigram). What
-this cannot be said of is refused.
+The smaller tokenizer still decodes encoded text to the same text, because every removed token is spelled by others: by
+the tokens that it was merged from, down to characters or bytes, or by other pieces. Text whose tokens are all kept is
+encoded as before, because every merge on the way to a kept token is kept, in the same order (BPE), or because the best
+path through the pieces is kept and no new path is better (Unigram). Other tokenizers are refused.
 """
 
 from __future__ import annotations
@@ -23,14 +22,14 @@ from transformers import PreTrainedTokenizerBase as Tokenizer, PreTrainedTokeniz
 from adapruner.errors import AdaPrunerError
 from adapruner.models import quiet_transformers
 
-# What classes of a family set, where the file does not.
+# Settings that the class of a family has if the file has none.
 _SETTINGS_OF_CLASS = ("padding_side", "truncation_side", "model_input_names")
 _BYTE_TOKENS = tuple(f"<0x{byte:02X}>" for byte in range(256))
 
 
 @dataclass(frozen=True)
 class TokenizerParts:
-    """What `tokenizer.json` says.
+    """The content of `tokenizer.json`.
 
     Attributes:
         definition: the parsed content of the file.
@@ -64,50 +63,50 @@ class TokenizerParts:
 
     @cached_property
     def ids(self) -> dict[str, int]:
-        """The ids of the tokens of the model, by token; those that were added are apart."""
+        """The ids of the tokens of the model, by token; without added tokens."""
         if self.is_unigram:
             return {piece: index for index, (piece, _) in enumerate(self.model["vocab"])}
         return dict(self.model["vocab"])
 
     @cached_property
     def texts(self) -> dict[int, str]:
-        """All tokens by id, as they are written in the file; added ones too."""
+        """All tokens by id, as they are written in the file; with added tokens."""
         return {index: text for text, index in self.ids.items()} | {
             added["id"]: added["content"] for added in self.definition["added_tokens"]
         }
 
     @cached_property
     def falls_back(self) -> bool:
-        """Whether every character that is no token is encoded as bytes, and decoded again."""
+        """True if every character that is not a token is encoded as bytes, and decoded again."""
         decoders = {decoder["type"] for decoder in _flat(self.definition["decoder"], "decoders")}
         has_bytes = self.ids.keys() >= set(_BYTE_TOKENS)
         return bool(self.model.get("byte_fallback")) and has_bytes and "ByteFallback" in decoders
 
     @cached_property
     def required(self) -> frozenset[int]:
-        """Tokens that no text can do without: added ones, bytes that are fallen back to, all characters where there are
-        none or the model is Unigram, and what is used for unknown characters or named by the post-processor."""
+        """Tokens that every text needs: added tokens, bytes for unknown characters, all characters if there are no such
+        bytes or the model is Unigram, the unknown token, and tokens that the post-processor names."""
         needed = {added["id"] for added in self.definition["added_tokens"]}
         needed |= {index for _, index in _named_by_post_processor(self.definition["post_processor"])}
         if self.definition["padding"]:
             needed.add(self.definition["padding"]["pad_id"])
         needed |= {self.ids[token] for token in _BYTE_TOKENS if token in self.ids and self.model.get("byte_fallback")}
-        # What the decoder turns into something else is not the same when it is spelled by bytes. And Unigram takes
-        # "<0xE2>" in a text for the byte, which another character spelled by bytes beside it would complete.
+        # A character that the decoder replaces would not be replaced if it were spelled by bytes. And Unigram reads
+        # "<0xE2>" in a text as the byte, which a neighbouring character spelled by bytes would complete.
         touched, keeps_all = set(_signs_of_decoder(self.definition["decoder"])), self.is_unigram or not self.falls_back
         needed |= {index for text, index in self.ids.items() if len(text) == 1 and (text in touched or keeps_all)}
         if self.is_unigram:
             unknown = self.model["unk_id"]
             lowest = min(range(len(self.ids)), key=lambda index: self.model["vocab"][index][1])
-            # The score of an unknown character is that of the worst piece, less a constant.
+            # The score of an unknown character is the score of the worst piece, less a constant.
             needed |= {lowest} | ({unknown} if unknown is not None else set())
         elif self.model["unk_token"] is not None:
             needed |= {self.ids[token] for token in [self.model["unk_token"]] if token in self.ids}
         return frozenset(needed)
 
     def with_ancestors(self, token: int) -> set[int]:
-        """A token with those that it is merged from, in the order that BPE merges; of a token that merging does not
-        give, the token alone."""
+        """A token with the tokens that it is merged from, in the order of BPE; the token alone if merging does not give
+        it."""
         text = self.texts.get(token)
         if self.is_unigram or text is None or self.ids.get(text) != token:
             return {token}
@@ -121,7 +120,7 @@ class TokenizerParts:
             ]
             if not ranked:
                 return {token}
-            _, result, at = min(ranked, key=lambda found: (found[0], found[2]))
+            _, result, at = min(ranked, key=lambda merge: (merge[0], merge[2]))
             symbols[at : at + 2] = [result]
             merged.add(result)
         return merged if symbols == [token] else {token}
@@ -135,7 +134,7 @@ class TokenizerParts:
         }
 
     def rewritten(self, new_ids: Mapping[int, int]) -> dict[str, Any]:
-        """The definition with the tokens that have a new id alone.
+        """The definition with only the tokens that have a new id.
 
         Args:
             new_ids: by old id; ascending, without gaps.
@@ -162,7 +161,7 @@ class TokenizerParts:
 
 
 def cut_tokenizer(tokenizer: Tokenizer, parts: TokenizerParts, new_ids: Mapping[int, int]) -> Tokenizer:
-    """The tokenizer with the tokens that have a new id alone. Everything else is as before: normalization, splitting,
+    """The tokenizer with only the tokens that have a new id. Everything else is unchanged: normalization, splitting,
     special tokens, chat templates, settings.
 
     Args:
@@ -170,14 +169,14 @@ def cut_tokenizer(tokenizer: Tokenizer, parts: TokenizerParts, new_ids: Mapping[
         new_ids: by old id; ascending, without gaps.
 
     Raises:
-        AdaPrunerError: what transformers loads is not what was written.
+        AdaPrunerError: transformers loads another tokenizer than was written.
     """
     definition = parts.rewritten(new_ids)
     with tempfile.TemporaryDirectory() as folder, quiet_transformers():
         tokenizer.save_pretrained(folder)
         _write_json(Path(folder) / "tokenizer.json", definition)
         settings = Path(folder) / "tokenizer_config.json"
-        # Classes of a family build their tokenizer anew; this one takes the file as it is.
+        # Classes of a family rebuild their tokenizer; this one uses the file as it is.
         fields = json.loads(settings.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
         fields |= {name: getattr(tokenizer, name) for name in _SETTINGS_OF_CLASS}
         _write_json(settings, {name: value for name, value in fields.items() if name != "added_tokens_decoder"})
@@ -199,11 +198,10 @@ def _check_cut(
     texts = cut.backend_tokenizer.get_vocab(with_added_tokens=True)
     if changed or texts != {parts.texts[old]: new for old, new in new_ids.items() if old in parts.texts}:
         raise _not_rewritable(f"read again, it differs in {', '.join(changed) or 'its tokens'}")
-    for name in _SETTINGS_OF_CLASS:
-        if getattr(cut, name) != getattr(before, name):
-            raise _not_rewritable(f"read again, its {name} is another")
-    for name, token in before.special_tokens_map.items():
-        if cut.special_tokens_map.get(name) != token:
+    settings = {name: (getattr(before, name), getattr(cut, name)) for name in _SETTINGS_OF_CLASS}
+    settings |= {name: (token, cut.special_tokens_map.get(name)) for name, token in before.special_tokens_map.items()}
+    for name, (wanted, read) in settings.items():
+        if wanted != read:
             raise _not_rewritable(f"read again, its {name} is another")
 
 
@@ -228,7 +226,7 @@ def _check_model(parts: TokenizerParts) -> None:
         if model.get("dropout"):
             raise _not_rewritable(f"it encodes text at random (dropout {model['dropout']})")
         return
-    # Added tokens are found before pieces are, and bytes that are fallen back to are kept.
+    # Added tokens are found before pieces, and bytes for unknown characters are kept.
     pieces = parts.ids.keys() - {added["content"] for added in parts.definition["added_tokens"]}
     pieces -= set(_BYTE_TOKENS) if model.get("byte_fallback") else set()
     signs = {sign for piece in pieces for sign in piece} - parts.ids.keys()
@@ -237,7 +235,7 @@ def _check_model(parts: TokenizerParts) -> None:
 
 
 def _check_decoder(parts: TokenizerParts) -> None:
-    """Refuses decoders whose text depends on more than the tokens one behind the other."""
+    """Refuses decoders whose text is not that of the tokens in sequence."""
     decoders = list(_flat(parts.definition["decoder"], "decoders"))
     if not decoders:
         raise _not_rewritable("it has no decoder, and writes spaces between tokens")
@@ -260,42 +258,42 @@ def _check_decoder(parts: TokenizerParts) -> None:
 
 def _signs_of_decoder(decoder: Any) -> Iterator[str]:
     """The characters that a decoder replaces or strips."""
-    for part in _flat(decoder, "decoders"):
-        pattern = part.get("pattern") or {}
-        for text in (pattern.get("String"), part.get("content"), part.get("replacement")):
+    for step in _flat(decoder, "decoders"):
+        pattern = step.get("pattern") or {}
+        for text in (pattern.get("String"), step.get("content"), step.get("replacement")):
             yield from text or ""
 
 
 def _splits_at_spaces(parts: TokenizerParts) -> bool:
-    """Whether a space stands in no token but at its beginning: the decoder drops all those of the first token."""
+    """True if tokens have spaces only at their beginning: the decoder drops all spaces of the first token."""
     splitters = list(_flat(parts.definition["pre_tokenizer"], "pretokenizers"))
     return any(splitter["type"] == "Metaspace" and splitter["split"] for splitter in splitters)
 
 
 def _check_post_processor(post_processor: Any) -> None:
-    for part in _flat(post_processor, "processors"):
-        if part["type"] not in ("TemplateProcessing", "RobertaProcessing", "BertProcessing", "ByteLevel"):
-            raise _not_rewritable(f"its post-processor {part['type']} is not known")
+    for step in _flat(post_processor, "processors"):
+        if step["type"] not in ("TemplateProcessing", "RobertaProcessing", "BertProcessing", "ByteLevel"):
+            raise _not_rewritable(f"its post-processor {step['type']} is not known")
 
 
 def _named_by_post_processor(post_processor: Any) -> Iterator[tuple[str, int]]:
-    for part in _flat(post_processor, "processors"):
-        if part["type"] == "TemplateProcessing":
-            for special in part["special_tokens"].values():
+    for step in _flat(post_processor, "processors"):
+        if step["type"] == "TemplateProcessing":
+            for special in step["special_tokens"].values():
                 yield from zip(special["tokens"], special["ids"], strict=True)
-        elif part["type"] != "ByteLevel":
-            yield from (tuple(part[name]) for name in ("sep", "cls"))
+        elif step["type"] != "ByteLevel":
+            yield from (tuple(step[name]) for name in ("sep", "cls"))
 
 
 def _with_new_ids(post_processor: Any, new_ids: Mapping[int, int]) -> Any:
     if post_processor is None:
         return None
     if post_processor["type"] == "Sequence":
-        return post_processor | {"processors": [_with_new_ids(one, new_ids) for one in post_processor["processors"]]}
+        return post_processor | {"processors": [_with_new_ids(step, new_ids) for step in post_processor["processors"]]}
     if post_processor["type"] == "TemplateProcessing":
         special = {
-            name: one | {"ids": [new_ids[index] for index in one["ids"]]}
-            for name, one in post_processor["special_tokens"].items()
+            name: token | {"ids": [new_ids[index] for index in token["ids"]]}
+            for name, token in post_processor["special_tokens"].items()
         }
         return post_processor | {"special_tokens": special}
     named = {name: post_processor[name] for name in ("sep", "cls") if name in post_processor}
@@ -303,18 +301,18 @@ def _with_new_ids(post_processor: Any, new_ids: Mapping[int, int]) -> Any:
 
 
 def _flat(component: Any, parts: str) -> Iterator[dict[str, Any]]:
-    """A component of a definition, or those of a sequence of them."""
+    """A component of a definition, or the components of a sequence, in order."""
     if component is None:
         return
     if component["type"] != "Sequence":
         yield component
         return
-    for part in component[parts]:
-        yield from _flat(part, parts)
+    for step in component[parts]:
+        yield from _flat(step, parts)
 
 
 def _merge_pairs(merges: Iterable[Any]) -> Iterator[tuple[str, str]]:
-    """Older files write a merge as one string."""
+    """The merges as pairs; older files write a merge as one string."""
     for merge in merges:
         left, right = merge.split(" ") if isinstance(merge, str) else merge
         yield left, right

@@ -68,12 +68,12 @@ def recover(
         data: instructions with answers, any text, or `self`: text that the teacher writes.
         output: the folder of the recovered model.
         teacher: the dense model, for distillation.
-        overwrite: start again where the folder holds another recovery.
-        track: experiment tracker that gets the training curves; TensorBoard's files are in a folder beside the output.
+        overwrite: start again if the folder holds another recovery.
+        track: experiment tracker for the training curves; TensorBoard's files are in a folder next to the output.
         push_to_hub: upload the recovered model to this repository.
-        hub_private: whether a new repository is private.
+        hub_private: make a new repository private.
         hub_revision: branch.
-        hub_token: by default that of the login.
+        hub_token: by default the token of the login.
         options: the fields of `RecoveryOptions`.
 
     Raises:
@@ -95,23 +95,23 @@ def _recover_into(
 ) -> RecoveryRecord:
     """Trains the model that the config names, unless the folder holds the result."""
     data, teacher = config.data, config.teacher
-    for read in (given_path(name).resolve() for name in (config.model, teacher, data) if name):
-        if read.exists() and folder.resolve() in (read, *read.parents):
-            raise AdaPrunerError(f"{folder} is or holds what this reads from, {read}: choose another output")
+    for path in (given_path(name).resolve() for name in (config.model, teacher, data) if name):
+        if path.exists() and folder.resolve() in (path, *path.parents):
+            raise AdaPrunerError(f"{folder} is or contains {path}, which is read: choose another output")
     source = None if data == SELF_GENERATED else parse_source(data)
     if source is None and teacher is None:
         raise AdaPrunerError("`data` self is text that the dense model writes: name it with `teacher`")
     check_device(resolve_device(device))
     check_batch_size(config.batch_size)
     check_tracker(track)
-    location, of_teacher = find_model(config.model), find_model(teacher) if teacher else None
-    open_config(location)  # the commit of a Hub model is known then
-    # Names alone would take another model of the same name, or another text, for those of an earlier call.
-    content = [fingerprint(one) for one in (location, of_teacher) if one] + [source and content_hash(source)]
+    student, dense = find_model(config.model), find_model(teacher) if teacher else None
+    open_config(student)  # the commit of a Hub model is known then
+    # Another model or text may have the same name in a later call.
+    content = [fingerprint(location) for location in (student, dense) if location] + [source and content_hash(source)]
     resolved = config.model_dump(mode="json") | {"content": content}
     with training_alone(folder):
         finished = check_folder(folder, resolved, overwrite)
-        return finished or _train(folder, config, resolved, overwrite, location, of_teacher, source, device, track)
+        return finished or _train(folder, config, resolved, overwrite, student, dense, source, device, track)
 
 
 def _train(
@@ -120,36 +120,36 @@ def _train(
     resolved: dict[str, Any],
     overwrite: bool,
     location: ModelLocation,
-    of_teacher: ModelLocation | None,
+    dense_location: ModelLocation | None,
     source: Source | None,
     device: str,
     track: Tracker | None,
 ) -> RecoveryRecord:
     """Reads the data, loads the models and trains; without a source, on text that the teacher writes."""
-    of_model, leads = open_config(location), this_process().leads
+    model_config, leads = open_config(location), this_process().leads
     if config.train != "full":
-        check_adapters(empty_model(of_model), config)
-    warnings = [check_length(of_model, config.seq_len)]
-    if of_teacher:
-        dense_config = open_config(of_teacher)
-        if dense_config.vocab_size != of_model.vocab_size:
+        check_adapters(empty_model(model_config), config)
+    warnings = [check_length(model_config, config.seq_len)]
+    if dense_location:
+        dense_config = open_config(dense_location)
+        if dense_config.vocab_size != model_config.vocab_size:
             raise AdaPrunerError(
                 f"the teacher has a vocabulary of {dense_config.vocab_size:,} tokens, the model one of"
-                f" {of_model.vocab_size:,}"
+                f" {model_config.vocab_size:,}"
             )
         warnings.append(check_length(dense_config, config.seq_len))
     tokenizer = load_tokenizer(location)
     examples = read_examples(source, tokenizer, config) if source else None
     if examples:
-        check_tokens(of_model, examples.largest_token)
+        check_tokens(model_config, examples.largest_token)
     begin_training(folder, resolved, overwrite)
     Reporter().note("\n".join(filter(None, dict.fromkeys(warnings))))
     with Tracking(track if leads else None, folder.with_name(f"{folder.name}.tracking"), Reporter().note) as tracking:
         reporter = Reporter(quiet=not leads, watchers=(tracking,))
         dense = None
-        if of_teacher:
+        if dense_location:
             with reporter.stage("loading"):
-                dense = open_model(of_teacher, config.dtype, device)
+                dense = open_model(dense_location, config.dtype, device)
         if examples is None:
             assert dense is not None
             with reporter.stage("writing text"):
@@ -159,7 +159,7 @@ def _train(
         teacher = None
         if dense is not None and not config.learns_labels(examples.instructions, has_teacher=True):
             teacher = in_fastest_dtype(dense)
-        del dense  # its weights are not needed beside a copy
+        del dense  # if the teacher is a copy, the original weights are not needed
         with reporter.stage("recovering", total_steps(examples, config)) as advance:
             return recover_into(
                 folder,
@@ -178,6 +178,6 @@ def _train(
 
 
 def _origin(location: ModelLocation, source: Source | None) -> dict[str, Any]:
-    """The origin of the checkpoint: that of the model, and the text that it was trained on."""
+    """The origin of the checkpoint: that of the model, with the dataset of the training."""
     origin: dict[str, Any] = read_origin(location) or {"texts": []}
     return origin | {"texts": origin["texts"] + ([{"use": "recovery"} | record_of(source)] if source else [])}
