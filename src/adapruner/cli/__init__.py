@@ -48,20 +48,7 @@ app = App(
     suppress_keyboard_interrupt=False,
 )
 
-for verb in (
-    prune,
-    report,
-    plan,
-    recover,
-    vocabulary,
-    evaluate,
-    benchmark,
-    compare,
-    export,
-    inspect,
-    recipes,
-    doctor,
-):
+for verb in (prune, report, plan, recover, vocabulary, evaluate, benchmark, compare, export, inspect, recipes, doctor):
     app.command(verb)
 app.register_install_completion_command()
 app.meta.suppress_keyboard_interrupt = False
@@ -85,7 +72,7 @@ def launch(
 
 @contextlib.contextmanager
 def _shown_from(level: int) -> Iterator[None]:
-    """What of this package is shown on stderr while this lasts."""
+    """Shows messages of this package from a level on stderr while this lasts."""
     logger = logging.getLogger("adapruner")
     before = logger.level
     if level == logging.DEBUG:
@@ -135,7 +122,7 @@ def _fail(error: Exception) -> NoReturn:
 
 
 def _is_closed_for_output() -> bool:
-    """Whether nothing can be written to stdout; what is left for it is dropped, or Python would complain at its end."""
+    """True if nothing can be written to stdout; output that waits is dropped, or Python would complain at its end."""
     try:
         sys.stdout.flush()
     except OSError:
