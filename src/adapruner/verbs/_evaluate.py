@@ -45,7 +45,7 @@ class Evaluation:
     """The scores of a model, each number with its protocol.
 
     Attributes:
-        overlaps: a sentence for each evaluated dataset that the model was also pruned or trained on.
+        overlaps: a sentence for each evaluated dataset on which the model was also pruned or trained.
     """
 
     perplexity: list[Perplexity]
@@ -77,20 +77,20 @@ def evaluate(
     Args:
         model: as for `load`; or a model in memory, which is evaluated where it is and not changed.
         perplexity: a dataset, or several; or documents in memory, one or several, by the name that is shown.
-        protocol: as others report, see `PROTOCOLS`; `llm-pruner` if no dataset and no task is named.
+        protocol: a protocol of the literature, see `PROTOCOLS`; `llm-pruner` if no dataset and no task is named.
         seq_len: tokens per window of the texts in `perplexity`.
         stride: tokens between the beginnings of these windows; by default they do not overlap.
         bos: begin each of these windows with the token for the beginning of a text, if the tokenizer has one; protocols
             do not.
-        tasks: one or several of lm-eval; `commonsense` is the seven of the paper, `generative` is GSM8K and IFEval.
-        limit: take only so many windows of each dataset and items of each task, evenly spaced.
+        tasks: tasks of lm-eval; `commonsense` is the seven of the paper, `generative` is GSM8K and IFEval.
+        limit: maximum number of windows of each dataset and of items of each task, evenly spaced.
         tokenizer: of a model in memory.
         device: `auto` uses as many GPUs as the weights need.
-        layer_wise: keep one decoder layer in memory at a time; by default where the weights do not fit. Perplexity then
-            needs few readings of the weights, tasks one for every batch.
+        layer_wise: keep one decoder layer in memory at a time; by default if the weights do not fit. Perplexity then
+            reads the weights a few times, tasks once for every batch.
 
     Raises:
-        AdaPrunerError: an option, the model, a text or a task will not do; before the weights are loaded.
+        AdaPrunerError: an option, the model, a text or a task is invalid; before the weights are loaded.
     """
     perplexity = [perplexity] if isinstance(perplexity, str) else perplexity
     tasks = [tasks] if isinstance(tasks, str) else list(tasks)
@@ -126,7 +126,7 @@ def evaluate(
 
 
 def _placement(source: ModelSource, dtype: Dtype, device: str, layer_wise: bool | None) -> Placement:
-    """The devices on which the layers are.
+    """The devices of the layers.
 
     Raises:
         AdaPrunerError: `layer_wise` or several devices are wanted, and impossible.
@@ -155,10 +155,8 @@ def _placement(source: ModelSource, dtype: Dtype, device: str, layer_wise: bool 
 def _named_texts(perplexity: Sequence[str] | Mapping[str, Iterable[str]]) -> list[tuple[str, Source | str]]:
     """The texts that a user named or gave, by the name that is shown."""
     if isinstance(perplexity, Mapping):
-        texts = {name: text if isinstance(text, str) else "\n\n".join(text) for name, text in perplexity.items()}
-        return list(texts.items())
-    sources = [parse_source(name, "report") for name in perplexity]
-    return [(str(source), source) for source in sources]
+        return [(name, text if isinstance(text, str) else "\n\n".join(text)) for name, text in perplexity.items()]
+    return [(str(source), source) for source in (parse_source(name, "report") for name in perplexity)]
 
 
 def _refuse_bad_windows(seq_len: int, stride: int | None, limit: int | None) -> None:

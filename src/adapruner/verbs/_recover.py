@@ -60,7 +60,7 @@ def recover(
     hub_token: str | None = None,
     **options: Any,
 ) -> RecoveryRecord:
-    """Fine-tunes a pruned model and writes it as a normal checkpoint with the record that is returned. A killed call
+    """Fine-tunes a pruned model and writes it as a normal checkpoint with a record, which is returned. A killed call
     resumes from its last saved step.
 
     Args:
@@ -68,12 +68,12 @@ def recover(
         data: instructions with answers, any text, or `self`: text that the teacher writes.
         output: the folder of the recovered model.
         teacher: the dense model, for distillation.
-        overwrite: start again where the folder holds another recovery.
-        track: experiment tracker that gets the training curves; TensorBoard's files are in a folder beside the output.
+        overwrite: start again if the folder holds another recovery.
+        track: experiment tracker that gets the training curves; TensorBoard's files are in OUTPUT.tracking.
         push_to_hub: upload the recovered model to this repository.
-        hub_private: whether a new repository is private.
-        hub_revision: branch.
-        hub_token: by default that of the login.
+        hub_private: create a new repository as a private one.
+        hub_revision: branch to upload to, by default the main one.
+        hub_token: by default the token of `hf auth login`.
         options: the fields of `RecoveryOptions`.
 
     Raises:
@@ -84,17 +84,6 @@ def recover(
     if push_to_hub:
         check_push(push_to_hub, hub_token)
     folder = output_path(output)
-    record = _recover_into(folder, config, overwrite, device, track)
-    if push_to_hub and this_process().leads:
-        push(folder, push_to_hub, hub_private, hub_revision, hub_token)
-    return record
-
-
-def _recover_into(
-    folder: Path, config: RecoverConfig, overwrite: bool, device: str, track: Tracker | None
-) -> RecoveryRecord:
-    """Trains the model that the config names, unless the folder holds the result."""
-    data, teacher = config.data, config.teacher
     for read in (given_path(name).resolve() for name in (config.model, teacher, data) if name):
         if read.exists() and folder.resolve() in (read, *read.parents):
             raise AdaPrunerError(f"{folder} is or holds what this reads from, {read}: choose another output")
@@ -104,14 +93,19 @@ def _recover_into(
     check_device(resolve_device(device))
     check_batch_size(config.batch_size)
     check_tracker(track)
-    location, of_teacher = find_model(config.model), find_model(teacher) if teacher else None
+    location, teacher_location = find_model(config.model), find_model(teacher) if teacher else None
     open_config(location)  # the commit of a Hub model is known then
-    # Names alone would take another model of the same name, or another text, for those of an earlier call.
-    content = [fingerprint(one) for one in (location, of_teacher) if one] + [source and content_hash(source)]
+    # Another model of the same name, or another text, must not pass for those of an earlier call.
+    models = [location, teacher_location] if teacher_location else [location]
+    content = [fingerprint(model_read) for model_read in models] + [source and content_hash(source)]
     resolved = config.model_dump(mode="json") | {"content": content}
     with training_alone(folder):
-        finished = check_folder(folder, resolved, overwrite)
-        return finished or _train(folder, config, resolved, overwrite, location, of_teacher, source, device, track)
+        record = check_folder(folder, resolved, overwrite) or _train(
+            folder, config, resolved, overwrite, location, teacher_location, source, device, track
+        )
+    if push_to_hub and this_process().leads:
+        push(folder, push_to_hub, hub_private, hub_revision, hub_token)
+    return record
 
 
 def _train(
@@ -120,36 +114,36 @@ def _train(
     resolved: dict[str, Any],
     overwrite: bool,
     location: ModelLocation,
-    of_teacher: ModelLocation | None,
+    teacher_location: ModelLocation | None,
     source: Source | None,
     device: str,
     track: Tracker | None,
 ) -> RecoveryRecord:
     """Reads the data, loads the models and trains; without a source, on text that the teacher writes."""
-    of_model, leads = open_config(location), this_process().leads
+    model_config, leads = open_config(location), this_process().leads
     if config.train != "full":
-        check_adapters(empty_model(of_model), config)
-    warnings = [check_length(of_model, config.seq_len)]
-    if of_teacher:
-        dense_config = open_config(of_teacher)
-        if dense_config.vocab_size != of_model.vocab_size:
+        check_adapters(empty_model(model_config), config)
+    warnings = [check_length(model_config, config.seq_len)]
+    if teacher_location:
+        dense_config = open_config(teacher_location)
+        if dense_config.vocab_size != model_config.vocab_size:
             raise AdaPrunerError(
                 f"the teacher has a vocabulary of {dense_config.vocab_size:,} tokens, the model one of"
-                f" {of_model.vocab_size:,}"
+                f" {model_config.vocab_size:,}"
             )
         warnings.append(check_length(dense_config, config.seq_len))
     tokenizer = load_tokenizer(location)
     examples = read_examples(source, tokenizer, config) if source else None
     if examples:
-        check_tokens(of_model, examples.largest_token)
+        check_tokens(model_config, examples.largest_token)
     begin_training(folder, resolved, overwrite)
     Reporter().note("\n".join(filter(None, dict.fromkeys(warnings))))
     with Tracking(track if leads else None, folder.with_name(f"{folder.name}.tracking"), Reporter().note) as tracking:
         reporter = Reporter(quiet=not leads, watchers=(tracking,))
         dense = None
-        if of_teacher:
+        if teacher_location:
             with reporter.stage("loading"):
-                dense = open_model(of_teacher, config.dtype, device)
+                dense = open_model(teacher_location, config.dtype, device)
         if examples is None:
             assert dense is not None
             with reporter.stage("writing text"):
@@ -159,7 +153,7 @@ def _train(
         teacher = None
         if dense is not None and not config.learns_labels(examples.instructions, has_teacher=True):
             teacher = in_fastest_dtype(dense)
-        del dense  # its weights are not needed beside a copy
+        del dense  # its weights are not needed next to a copy
         with reporter.stage("recovering", total_steps(examples, config)) as advance:
             return recover_into(
                 folder,
@@ -178,6 +172,6 @@ def _train(
 
 
 def _origin(location: ModelLocation, source: Source | None) -> dict[str, Any]:
-    """The origin of the checkpoint: that of the model, and the text that it was trained on."""
+    """The record of origin of the model, with the text that it was trained on."""
     origin: dict[str, Any] = read_origin(location) or {"texts": []}
     return origin | {"texts": origin["texts"] + ([{"use": "recovery"} | record_of(source)] if source else [])}
