@@ -105,7 +105,9 @@ def _describe(config: PreTrainedConfig) -> Architecture | str:
     except AdaPrunerError as error:
         return _refused.setdefault(file, str(error))
     except Exception as error:  # anything that an unusual model class raises
-        return _refused.setdefault(file, f"how a {config.model_type} is built was not found out: {reason(error)}")
+        return _refused.setdefault(
+            file, f"the architecture of a {config.model_type} could not be inferred: {reason(error)}"
+        )
     # The cache is optional.
     with suppress(OSError, AdaPrunerError):
         file.parent.mkdir(parents=True, exist_ok=True)
