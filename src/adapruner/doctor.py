@@ -165,17 +165,18 @@ def _version(package: str) -> str | None:
 
 def _devices() -> list[Device]:
     """The CPU, and the accelerators that PyTorch finds."""
+
+    def described(device: torch.device, name: str, memory: int | None) -> Device:
+        return Device(name=name, memory=memory, native_bfloat16=computes_bfloat16_natively(device))
+
     cores = f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    devices: list[tuple[torch.device, str, int | None]] = [(torch.device("cpu"), cores, psutil.virtual_memory().total)]
+    devices = [described(torch.device("cpu"), cores, psutil.virtual_memory().total)]
     for number in range(torch.accelerator.device_count()):
         device = torch.device(str(torch.accelerator.current_accelerator()), number)
         module: Any = torch.get_device_module(device)
         memory = module.mem_get_info(device)[1] if hasattr(module, "mem_get_info") else None
-        devices.append((device, describe_device(device), memory))
-    return [
-        Device(name=name, memory=memory, native_bfloat16=computes_bfloat16_natively(device))
-        for device, name, memory in devices
-    ]
+        devices.append(described(device, describe_device(device), memory))
+    return devices
 
 
 def _compare(model: str, dtype: Dtype, accelerator: torch.device) -> Comparison:

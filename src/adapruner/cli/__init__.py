@@ -8,7 +8,6 @@ Exit codes: 0 success; 2 invalid input or insufficient resources (disk, memory, 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import os
@@ -17,7 +16,7 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Annotated, NoReturn
 
 from cyclopts import App, CycloptsError, Parameter
@@ -66,20 +65,13 @@ def launch(
         quiet: Print only results, errors and advice.
         verbose: Log the memory and time of every stage, and the warnings of transformers and the Hub.
     """
-    with _shown_from(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO):
-        app(arguments, exit_on_error=False, print_error=False)
-
-
-@contextlib.contextmanager
-def _shown_from(level: int) -> Iterator[None]:
-    """Shows messages of this package from a level on stderr while this lasts."""
     logger = logging.getLogger("adapruner")
     before = logger.level
-    if level == logging.DEBUG:
+    logger.setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
+    if logger.level == logging.DEBUG:
         logging.basicConfig(format="%(name)s: %(message)s")
-    logger.setLevel(level)
     try:
-        yield
+        app(arguments, exit_on_error=False, print_error=False)
     finally:
         logger.setLevel(before)
 

@@ -290,10 +290,8 @@ def _experts(counting: _Counting, layers: Sequence[Layer]) -> ExpertNames | None
     def named(names: Sequence[str]) -> str | None:
         return next((name for name in names if getattr(counting.config, name, None)), None)
 
-    top_k, groups, chosen = map(named, (TOP_K, EXPERT_GROUPS, CHOSEN_GROUPS))
-    return ExpertNames(
-        tensors=tensors, count=field, top_k=top_k, groups=groups, chosen_groups=chosen, channels=channels
-    )
+    fields = {"top_k": named(TOP_K), "groups": named(EXPERT_GROUPS), "chosen_groups": named(CHOSEN_GROUPS)}
+    return ExpertNames(tensors=tensors, count=field, channels=channels, **fields)
 
 
 def _expert_channels(counting: _Counting, layer: Layer, stacks: Sequence[str]) -> ExpertChannels | None:

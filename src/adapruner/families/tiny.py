@@ -20,47 +20,33 @@ TOP_K = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_t
 EXPERT_GROUPS, CHOSEN_GROUPS = ("n_group", "num_expert_group"), ("topk_group",)
 # By config fields. Heads fill the hidden size, as some families require.
 _SIZES: dict[str, int] = {
-    **dict.fromkeys(("hidden_size", "n_embd", "d_model"), _HEADS * _WIDTH),
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), _LAYERS),
-    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads"), _HEADS),
-    **dict.fromkeys(
-        ("num_key_value_heads", "num_global_key_value_heads", "swa_num_key_value_heads", "num_kv_heads"),
-        _KEY_VALUE_HEADS,
-    ),
-    **dict.fromkeys(("head_dim", "kv_channels", "v_head_dim", "swa_head_dim", "rotary_dim"), _WIDTH),
-    **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size"), 96),
-    **dict.fromkeys(("moe_intermediate_size", "expert_ffn_hidden_size"), 48),
-    **dict.fromkeys(
-        ("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size", "shared_intermediate_size"), 32
-    ),
-    **dict.fromkeys(
-        ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts"), _EXPERTS
-    ),
-    **dict.fromkeys(TOP_K, 2),
-    **dict.fromkeys((*EXPERT_GROUPS, *CHOSEN_GROUPS), 1),
-    **dict.fromkeys(("kv_lora_rank", "q_lora_rank"), 24),
-    **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim"), _WIDTH),
-    **dict.fromkeys(("mamba_n_heads", "mamba_num_heads", "linear_num_value_heads"), 8),
-    **dict.fromkeys(("mamba_d_head", "mamba_head_dim", "linear_value_head_dim", "linear_key_head_dim"), 16),
-    **dict.fromkeys(("mamba_d_state", "ssm_state_size", "mamba_dt_rank", "mamba_chunk_size", "chunk_size"), 16),
-    **dict.fromkeys(("linear_num_key_heads", "mamba_n_groups", "mamba_ngroups", "n_groups"), 4),
-    "global_head_dim": 2 * _WIDTH,
-    "num_kv_shared_layers": 2,
-    "attn_layer_period": 2,
-    "attn_layer_offset": 1,
-    "mamba_d_ssm": 128,
-    "mamba_expand": 2,
-    "expand": 2,
-    "vocab_size": 256,
-    "vocab_size_per_layer_input": 256,
-    "hidden_size_per_layer_input": 16,
-    "max_position_embeddings": 128,
-    "n_positions": 128,
-    "sliding_window": 8,
-    "first_k_dense_replace": 1,
-    "moe_layer_start_index": 1,
-    "lru_width": _HEADS * _WIDTH,
-    "word_embed_proj_dim": _HEADS * _WIDTH,
+    name: size
+    for names, size in {
+        "hidden_size n_embd d_model lru_width word_embed_proj_dim": _HEADS * _WIDTH,
+        "num_hidden_layers n_layer n_layers num_layers": _LAYERS,
+        "num_attention_heads n_head n_heads": _HEADS,
+        "num_key_value_heads num_global_key_value_heads swa_num_key_value_heads num_kv_heads": _KEY_VALUE_HEADS,
+        "head_dim kv_channels v_head_dim swa_head_dim rotary_dim qk_rope_head_dim qk_nope_head_dim": _WIDTH,
+        "global_head_dim": 2 * _WIDTH,
+        "intermediate_size ffn_dim n_inner ffn_hidden_size": 96,
+        "moe_intermediate_size expert_ffn_hidden_size": 48,
+        "shared_expert_intermediate_size moe_shared_expert_intermediate_size shared_intermediate_size": 32,
+        "num_experts num_local_experts n_routed_experts moe_num_experts num_routed_experts": _EXPERTS,
+        " ".join(TOP_K): 2,
+        " ".join((*EXPERT_GROUPS, *CHOSEN_GROUPS)): 1,
+        "kv_lora_rank q_lora_rank": 24,
+        "mamba_n_heads mamba_num_heads linear_num_value_heads": 8,
+        "mamba_d_head mamba_head_dim linear_value_head_dim linear_key_head_dim": 16,
+        "mamba_d_state ssm_state_size mamba_dt_rank mamba_chunk_size chunk_size": 16,
+        "linear_num_key_heads mamba_n_groups mamba_ngroups n_groups": 4,
+        "mamba_d_ssm max_position_embeddings n_positions": 128,
+        "attn_layer_period expand mamba_expand num_kv_shared_layers": 2,
+        "attn_layer_offset first_k_dense_replace moe_layer_start_index": 1,
+        "vocab_size vocab_size_per_layer_input": 256,
+        "hidden_size_per_layer_input": 16,
+        "sliding_window": 8,
+    }.items()
+    for name in names.split()
 }
 _LEFT_OUT = ("transformers_version", "model_type", "architectures", "dtype", "allow_global_per_layer_attribute_access")
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")

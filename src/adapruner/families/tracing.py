@@ -207,7 +207,7 @@ class Layer:
         return None
 
     def _touched(self, writer: Writer) -> dict[str, Tensor]:
-        """[inputs, rows] bool for each parameter of which no input depends on all rows: the rows on which it depends."""
+        """[inputs, rows] bool for each parameter of which no input depends on all rows: the rows that it depends on."""
         read = self._read[writer.path]
         mix = torch.randn(read.shape[:-1], generator=torch.Generator().manual_seed(2))
         inputs = ((read[..., number] * mix).sum() for number in range(writer.inputs))

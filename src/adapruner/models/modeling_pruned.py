@@ -159,16 +159,21 @@ def _stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def _build_layer(layer_class: type[nn.Module], family: Family, config: PreTrainedConfig, index: int) -> nn.Module:
-    layer_config, stock = config.per_layer_config[index], _stock_config(config).per_layer_config[index]
+    layer_config, stock = config.per_layer_config[index], _stock_config(config)
+    stock_layer = stock.per_layer_config[index]
     removed = [module for module in family.removable if getattr(layer_config, module.fields[0], None) == 0]
     for field in (field for module in removed for field in module.fields):
         # Stock classes cannot build an empty module: it is built as in the stock model, and replaced.
-        if hasattr(stock, field):
-            setattr(layer_config, field, getattr(stock, field))
+        if hasattr(stock_layer, field):
+            setattr(layer_config, field, getattr(stock_layer, field))
     if family.attention_output is None:
         layer = layer_class(layer_config, index)
     else:
-        layer = layer_class(_with_all_heads(layer_config, config), index)
+        complete = copy.copy(layer_config)
+        for field in ("num_attention_heads", "num_key_value_heads"):
+            if hasattr(stock, field):
+                setattr(complete, field, getattr(stock, field))
+        layer = layer_class(complete, index)
         _narrow_attention(layer, family.attention_output, layer_config, index)
     for path in family.feed_forward:
         reads_channels = path == family.feed_forward[-1]
@@ -202,14 +207,6 @@ def _renumber_caches(layers: nn.ModuleList, family: Family, config: PreTrainedCo
             for module in attention_module.modules():
                 if hasattr(module, "layer_idx"):
                     module.layer_idx = place
-
-
-def _with_all_heads(layer_config: PreTrainedConfig, config: PreTrainedConfig) -> PreTrainedConfig:
-    stock, complete = _stock_config(config), copy.copy(layer_config)
-    for field in ("num_attention_heads", "num_key_value_heads"):
-        if hasattr(stock, field):
-            setattr(complete, field, getattr(stock, field))
-    return complete
 
 
 def _narrow_attention(layer: nn.Module, output: str, layer_config: PreTrainedConfig, index: int) -> None:

@@ -96,7 +96,12 @@ def evaluate(
     tasks = [tasks] if isinstance(tasks, str) else list(tasks)
     if protocol is None and not perplexity and not tasks:
         protocol = "llm-pruner"
-    _refuse_bad_windows(seq_len, stride, limit)
+    if seq_len < 2:
+        raise AdaPrunerError(f"`seq_len` {seq_len} is too short: windows need at least 2 tokens")
+    if limit is not None and limit < 1:
+        raise AdaPrunerError(f"`limit` {limit} leaves nothing to evaluate: choose at least 1")
+    if stride is not None and not 1 <= stride <= seq_len:
+        raise AdaPrunerError(f"`stride` {stride} skips text or does not advance: choose 1 to {seq_len}")
     if protocol is not None and protocol not in PROTOCOLS:
         raise AdaPrunerError(f"unknown protocol {protocol!r}; the protocols are {', '.join(PROTOCOLS)}")
     names, protocol_seq_len = PROTOCOLS[protocol] if protocol else ((), seq_len)
@@ -157,15 +162,6 @@ def _named_texts(perplexity: Sequence[str] | Mapping[str, Iterable[str]]) -> lis
     if isinstance(perplexity, Mapping):
         return [(name, text if isinstance(text, str) else "\n\n".join(text)) for name, text in perplexity.items()]
     return [(str(source), source) for source in (parse_source(name, "report") for name in perplexity)]
-
-
-def _refuse_bad_windows(seq_len: int, stride: int | None, limit: int | None) -> None:
-    if seq_len < 2:
-        raise AdaPrunerError(f"`seq_len` {seq_len} is too short: windows need at least 2 tokens")
-    if limit is not None and limit < 1:
-        raise AdaPrunerError(f"`limit` {limit} leaves nothing to evaluate: choose at least 1")
-    if stride is not None and not 1 <= stride <= seq_len:
-        raise AdaPrunerError(f"`stride` {stride} skips text or does not advance: choose 1 to {seq_len}")
 
 
 def _measure_texts(
