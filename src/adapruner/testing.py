@@ -1,6 +1,6 @@
 """Checks for custom importance terms, families, datasets and objectives, and a tiny model to try them on.
 
-Each check raises `AssertionError` with what is wrong, so it can be called in a test.
+Each check raises `AssertionError` with the reason, so it can be called in a test.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from adapruner.families import learn, resolve
 from adapruner.families.proof import failed_checks
 from adapruner.families.tiny import random_model, tiny_config
 from adapruner.importance import TERMS, MetricPoint, score_groups
-from adapruner.measurement import Statistics, measure, measure_moments, removal_errors
+from adapruner.measurement import measure, measure_moments, removal_errors
 from adapruner.models import Architecture
 from adapruner.planning import make_plan
 from adapruner.search import ItemLosses
-from adapruner.structure import Structure, build_structure
+from adapruner.structure import build_structure
 from adapruner.surgery import prune_model
 
 _SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
@@ -87,7 +87,9 @@ def check_term(name: str, family: str = "llama") -> None:
     """
     term, model = TERMS[name], tiny_model(family)
     structure = build_structure(model)
-    statistics = _all_statistics(model, structure)
+    windows = torch.randint(3, model.config.vocab_size, (16, 16), generator=torch.Generator().manual_seed(0))
+    errors = removal_errors(model, structure, dict(measure_moments(model, structure, windows)))
+    statistics = replace(measure(model, structure, windows[:4]), **errors)
     units = {
         "vectors": len(structure.group_of_vector),
         "inputs": len(structure.group_of_input),
@@ -110,13 +112,6 @@ def check_term(name: str, family: str = "llama") -> None:
     )
     scores = score_groups(statistics, structure, MetricPoint(weights={name: 1.0}))
     assert scores.unique().numel() > 1, f"{name} gives all groups the same score"
-
-
-def _all_statistics(model: PreTrainedModel, structure: Structure) -> Statistics:
-    windows = torch.randint(3, model.config.vocab_size, (16, 16), generator=torch.Generator().manual_seed(0))
-    statistics = measure(model, structure, windows[:4])
-    errors = removal_errors(model, structure, dict(measure_moments(model, structure, windows)))
-    return replace(statistics, **errors)
 
 
 def check_family(config: PreTrainedConfig | str, architecture: Architecture | None = None) -> None:

@@ -1,6 +1,6 @@
 """The command line: each verb parses, calls and prints.
 
-A verb imports PyTorch and what needs it when it is run: help and errors of the parser are immediate.
+A verb imports PyTorch and modules that need it when it is run: help and errors of the parser are immediate.
 
 Exit codes: 0 success; 2 invalid input or insufficient resources (disk, memory, permissions); 130 interrupted by Ctrl-C,
 143 by SIGTERM; 141 stdout was closed (SIGPIPE); 1 unexpected failure.

@@ -21,7 +21,7 @@ Dtype = Annotated[config.Dtype, Parameter(help="Dtype of the weights; auto keeps
 Json = Annotated[bool, Parameter(negative="", help="Print JSON on stdout instead of tables.")]
 Names = Annotated[tuple[str, ...], Parameter(negative="")]
 
-# How the command line and the documentation group the fields of `PruneOptions`; the first group is what most runs set.
+# Groups of the fields of `PruneOptions` in the command line and the documentation; most runs set the first group only.
 OPTION_GROUPS: dict[str, tuple[str, ...]] = {
     "Most used": ("ratio", "calibration", "evaluate", "recover", "device"),
     "What is removed": (

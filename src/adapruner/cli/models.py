@@ -42,7 +42,7 @@ def recover(
         output: Folder of the recovered model.
         teacher: The dense model, for distillation.
         track: Experiment tracker that gets the training curves; tensorboard writes into OUTPUT.tracking.
-        overwrite: Start again, whatever recovery the folder holds.
+        overwrite: Start again if the folder holds another recovery.
     """
     with starting():
         from adapruner.processes import this_process
@@ -111,10 +111,10 @@ def benchmark(
     output: Output | None = None,
     json: Json = False,
 ) -> None:
-    """Measure size, memory and tokens per second of a model, beside another one.
+    """Measure size, memory and tokens per second of a model, and compare it with another one.
 
     Args:
-        against: The model to compare with: the dense one.
+        against: The model to compare with, usually the dense one.
         batch_size: Sequences at once; may be repeated.
         prompt: Tokens that are read at once.
         new_tokens: Tokens that are then generated.

@@ -48,8 +48,8 @@ def prune(
             runs/MODEL-RATIO.
         recipe: Options to start from: a recipe that adapruner recipes lists, or a YAML file. Options of the command
             line override them; the model may be that of the recipe.
-        dry_run: Check the options and print what would be made, with sizes and memory; write nothing.
-        overwrite: Rebuild what was made with other options, from another model or other text.
+        dry_run: Check the options and print the artifacts of the run, with sizes and memory; write nothing.
+        overwrite: Rebuild artifacts of other options, another model or other text.
         track: Experiment tracker that gets trials, training curves, stage times and perplexities during the run;
             tensorboard writes into the run folder. By default nothing is sent.
     """
@@ -105,7 +105,7 @@ def plan(
         run: Folder of the finished run.
         output: Folder of the new run.
         ratio: Fraction of all parameters to remove.
-        overwrite: Rebuild what was made with other options, from another model or other text.
+        overwrite: Rebuild artifacts of other options, another model or other text.
     """
     with starting():
         from adapruner.run.again import plan_again

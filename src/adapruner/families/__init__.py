@@ -90,7 +90,7 @@ def learn(config: PreTrainedConfig) -> None:
     remember_family(model_type, _describe(stock_config(config)))
 
 
-@torch.inference_mode(False)  # inference runs a model backwards, whatever the caller does
+@torch.inference_mode(False)  # inference needs backward passes, also inside inference_mode
 def _describe(config: PreTrainedConfig) -> Architecture | str:
     """The architecture of the stock model of a config, inferred and proven, or the reason why it cannot be pruned. Read
     from the cache of this user if it was inferred before with the same version of transformers."""

@@ -50,7 +50,7 @@ def infer_architecture(config: PreTrainedConfig) -> Architecture:
     """
     if not hasattr(config, "num_hidden_layers") or config.get_text_config() is not config:
         raise InferenceError(
-            f"a {config.model_type} has other models beside a text model: save its text model alone, and prune that"
+            f"a {config.model_type} has other models besides a text model: save its text model alone, and prune that"
         )
     try:
         tiny = tiny_config(config)
@@ -170,7 +170,7 @@ def _is_count(value: Any) -> bool:
 @dataclass(frozen=True)
 class _Kind:
     """A kind of groups in one layer: the projections, the config fields by their names in `Architecture`, the number
-    of parameters in the projections, and whether their output is added to the hidden state unchanged."""
+    of parameters in the projections, and True if their output is added to the hidden state unchanged."""
 
     names: ProjectionNames
     fields: dict[str, Any]

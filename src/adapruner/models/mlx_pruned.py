@@ -186,7 +186,7 @@ def _build(args: ModelArgs) -> nn.Module:
     """
     try:
         return type("Model", (_PerLayer, args.stock_class), {})(args)
-    except Exception as error:  # whatever its classes raise over sizes
+    except Exception as error:  # anything that its classes raise over sizes
         raise _cannot_build(args, error) from error
 
 

@@ -196,7 +196,7 @@ def _slices(
         sizes = [counts[kind] * width for kind in kinds] if len(kinds) > 1 else [outputs]
         if sum(sizes) != outputs or any(size % counts[kind] for size, kind in zip(sizes, kinds, strict=True)):
             raise AdaPrunerError(
-                f"{name} has {outputs} outputs where the config says {' + '.join(map(str, sizes))}, for"
+                f"{name} has {outputs} outputs, but the config says {' + '.join(map(str, sizes))}, for"
                 f" {', '.join(f'{counts[kind]} {kind}' for kind in kinds)}: the model is not built as its model_type"
                 " says"
             )

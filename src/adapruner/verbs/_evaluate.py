@@ -75,7 +75,7 @@ def evaluate(
     """Perplexity on texts and scores in tasks of any model, each with its protocol.
 
     Args:
-        model: as for `load`; or a model in memory, which is evaluated where it is and not changed.
+        model: as for `load`; or a model in memory, which is evaluated on its device and not changed.
         perplexity: a dataset, or several; or documents in memory, one or several, by the name that is shown.
         protocol: a protocol of the literature, see `PROTOCOLS`; `llm-pruner` if no dataset and no task is named.
         seq_len: tokens per window of the texts in `perplexity`.

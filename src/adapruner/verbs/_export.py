@@ -95,7 +95,7 @@ def export(
 def _write_stock(loaded: PreTrainedModel, tokenizer: Tokenizer, path: Path, location: ModelLocation | None) -> str:
     """Pads, saves, and returns a line on the cost of padding; empty if nothing was padded."""
     origin = read_origin(location) if location else None
-    # Heads are missing where there was a plan, and not where tokens alone were removed.
+    # Heads are missing after a plan, but not if only tokens were removed.
     padded = pad_to_stock(loaded, fills_heads=origin is not None and "plan" in origin)
     card = card_of_export(read_card(location), padded.config) if location else None
     save_checkpoint(padded, tokenizer, path, card, record=origin)
