@@ -256,7 +256,7 @@ def test_a_family_that_cannot_be_pruned_is_loaded_all_the_same(tmp_path: Path) -
     ("fields", "message"),
     [
         ({"model_type": "mamba"}, "no heads, channels or experts"),
-        ({"model_type": "gemma3"}, "other models beside a text model"),
+        ({"model_type": "gemma3"}, "other models besides a text model"),
         ({"model_type": "t5"}, "encoder-decoder"),
         ({"model_type": "stablelm", "qk_layernorm": True}, "qk_layernorm"),
         ({"model_type": "gpt2", "add_cross_attention": True}, "add_cross_attention"),
@@ -397,7 +397,7 @@ def test_only_what_was_written_here_is_replaced(to: str, folder: Path, model_fol
         other / ".." / "model",
         tmp_path / ".",
     ):
-        with pytest.raises(AdaPrunerError, match=r"something else|is no f|overlaps the model"):
+        with pytest.raises(AdaPrunerError, match=r"did not write|is not a|overlaps the model"):
             verbs.export(folder, to, output, overwrite=True)
     assert names_below(tmp_path) == before
     assert (tmp_path / "file.gguf").read_text() == "a thesis"

@@ -9,101 +9,77 @@ import importlib
 import logging
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from adapruner.callbacks import Callback
-    from adapruner.comparison import Comparison
-    from adapruner.config import PruneConfig, PruneOptions, RecoveryOptions
-    from adapruner.errors import AdaPrunerError
-    from adapruner.evaluation import Perplexity, Speed, TaskScore
-    from adapruner.planning import PruningPlan
-    from adapruner.progress import StageCost
-    from adapruner.result import PruneResult, RunResult
-    from adapruner.run.again import plan_again
-    from adapruner.run.api import prune, prune_ratios
-    from adapruner.search import TriedPoint
-    from adapruner.verbs import (
-        Evaluation,
-        PrunedVocabulary,
-        benchmark,
-        compare,
-        compensate,
-        cut,
-        evaluate,
-        export,
-        inspect,
-        load,
-        load_tokenizer,
-        make_windows,
-        measure,
-        plan,
-        recover,
-        score,
-        vocabulary,
-    )
-
-__version__ = "0.1.0"
-
 # Progress is shown on stderr, unless this level is raised.
 logging.getLogger(__name__).setLevel(logging.INFO)
 
-__all__ = [
-    "AdaPrunerError",
-    "Callback",
-    "Comparison",
-    "Evaluation",
-    "Perplexity",
-    "PruneConfig",
-    "PruneOptions",
-    "PruneResult",
-    "PrunedVocabulary",
-    "PruningPlan",
-    "RecoveryOptions",
-    "RunResult",
-    "Speed",
-    "StageCost",
-    "TaskScore",
-    "TriedPoint",
-    "benchmark",
-    "compare",
-    "compensate",
-    "cut",
-    "evaluate",
-    "export",
-    "inspect",
-    "load",
-    "load_tokenizer",
-    "make_windows",
-    "measure",
-    "plan",
-    "plan_again",
-    "prune",
-    "prune_ratios",
-    "recover",
-    "score",
-    "vocabulary",
-]
+__version__ = "0.1.0"
 
-# The modules of what is not in `verbs`; importing them, and PyTorch with them, waits until a name is used.
+# The module of every name; importing it, and PyTorch with it, waits until the name is used.
 _MODULES = {
-    **dict.fromkeys(("PruneConfig", "PruneOptions", "RecoveryOptions"), "config"),
-    "Comparison": "comparison",
-    **dict.fromkeys(("Perplexity", "Speed", "TaskScore"), "evaluation"),
-    "plan_again": "run.again",
-    **dict.fromkeys(("prune", "prune_ratios"), "run.api"),
-    "AdaPrunerError": "errors",
-    "Callback": "callbacks",
-    "StageCost": "progress",
-    "TriedPoint": "search",
-    **dict.fromkeys(("PruneResult", "RunResult"), "result"),
-    "PruningPlan": "planning",
+    name: module
+    for module, names in {
+        "callbacks": "Callback",
+        "comparison": "Comparison",
+        "config": "PruneConfig PruneOptions RecoveryOptions",
+        "errors": "AdaPrunerError",
+        "evaluation": "Perplexity Speed TaskScore",
+        "planning": "PruningPlan",
+        "progress": "StageCost",
+        "result": "PruneResult RunResult",
+        "run.again": "plan_again",
+        "run.api": "prune prune_ratios",
+        "search": "TriedPoint",
+        "verbs": "Evaluation PrunedVocabulary benchmark compare compensate cut evaluate export inspect load"
+        " load_tokenizer make_windows measure plan recover score vocabulary",
+    }.items()
+    for name in names.split()
 }
+
+# The same for type checkers and documentation.
+if TYPE_CHECKING:
+    from adapruner.callbacks import Callback as Callback
+    from adapruner.comparison import Comparison as Comparison
+    from adapruner.config import (
+        PruneConfig as PruneConfig,
+        PruneOptions as PruneOptions,
+        RecoveryOptions as RecoveryOptions,
+    )
+    from adapruner.errors import AdaPrunerError as AdaPrunerError
+    from adapruner.evaluation import Perplexity as Perplexity, Speed as Speed, TaskScore as TaskScore
+    from adapruner.planning import PruningPlan as PruningPlan
+    from adapruner.progress import StageCost as StageCost
+    from adapruner.result import PruneResult as PruneResult, RunResult as RunResult
+    from adapruner.run.again import plan_again as plan_again
+    from adapruner.run.api import prune as prune, prune_ratios as prune_ratios
+    from adapruner.search import TriedPoint as TriedPoint
+    from adapruner.verbs import (
+        Evaluation as Evaluation,
+        PrunedVocabulary as PrunedVocabulary,
+        benchmark as benchmark,
+        compare as compare,
+        compensate as compensate,
+        cut as cut,
+        evaluate as evaluate,
+        export as export,
+        inspect as inspect,
+        load as load,
+        load_tokenizer as load_tokenizer,
+        make_windows as make_windows,
+        measure as measure,
+        plan as plan,
+        recover as recover,
+        score as score,
+        vocabulary as vocabulary,
+    )
+else:
+    __all__ = [*_MODULES]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULES.get(name, 'verbs')}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+    return [*globals(), *_MODULES]

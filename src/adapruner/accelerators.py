@@ -1,4 +1,4 @@
-"""The accelerator that PyTorch uses, whoever made it."""
+"""The accelerator that PyTorch uses, of any vendor."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 
 
 def accelerator_in_use() -> tuple[str, Any] | None:
-    """Its device type and the module of PyTorch for it; None where there is none, or nothing has used it yet: it would
-    be set up by asking it anything."""
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    module: Any = torch.get_device_module(found) if found else None
-    if found is None or not getattr(module, "is_initialized", lambda: False)():
+    """Device type of the accelerator and the module of PyTorch for it; None if there is none, or if nothing has used it
+    yet, since any query would initialise it."""
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    module: Any = torch.get_device_module(device) if device else None
+    if device is None or not getattr(module, "is_initialized", lambda: False)():
         return None
-    return found.type, module
+    return device.type, module

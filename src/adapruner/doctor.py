@@ -1,4 +1,4 @@
-"""What is installed here, and whether an accelerator computes what the CPU does."""
+"""Versions, devices and engines of this installation, and a comparison of an accelerator with the CPU."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from adapruner.paths import data_folders
 from adapruner.progress import StageCost
 from adapruner.result import PruneResult
 from adapruner.run.api import prune
-from adapruner.verbs import estimate
+from adapruner.run.preview import estimate
 
 _PACKAGES = (
     *("adapruner", "torch", "transformers", "optuna", "peft", "accelerate", "safetensors", "datasets"),
     *("huggingface-hub", "gguf", "numpy", "lm-eval"),
 )
-# What loads a written model: modules, and programs on the path.
+# Engines that load a written model: modules, and programs on the path.
 _ENGINE_MODULES = ("llama_cpp", "xllamacpp", "mlx_lm", "vllm", "sglang")
 _ENGINE_PROGRAMS = ("llama-cli", "llama-server", "ollama")
 # Enough for every stage to run, in minutes on two cores of a CPU.
@@ -49,7 +49,7 @@ _SMALL: dict[str, Any] = {
     "evaluate_windows": 16,
     "seq_len": 128,
 }
-# Modules of Python whose source is the text.
+# Modules of Python whose source code is the text.
 _SOURCES = ("argparse", "ast", "dataclasses", "difflib", "inspect", "random", "statistics", "tarfile")
 
 
@@ -61,8 +61,8 @@ class Device(_Facts):
     """The CPU or an accelerator.
 
     Attributes:
-        memory: in bytes; None where PyTorch cannot tell.
-        native_bfloat16: whether it multiplies bfloat16 faster than float32.
+        memory: in bytes; None if PyTorch cannot tell.
+        native_bfloat16: it multiplies bfloat16 faster than float32.
     """
 
     name: str
@@ -74,11 +74,11 @@ class SmallRun(_Facts):
     """A small pruning run on one device.
 
     Attributes:
-        device: its type and name.
-        loss: of the chosen candidate, nats per token.
-        perplexity: of the dense and the pruned model on held-out text.
-        stages: seconds and peak memory.
-        estimated: bytes on the device that each stage was expected to need.
+        device: type and name.
+        loss: nats per token of the chosen candidate.
+        perplexity: perplexities of the dense and the pruned model on held-out text.
+        stages: seconds and peak memory of each stage.
+        estimated: estimate of the bytes that each stage needs on the device.
     """
 
     device: str
@@ -93,7 +93,7 @@ class Comparison(_Facts):
     """The same small run on the CPU and on the accelerator.
 
     Attributes:
-        same_groups: the share of the groups kept on the CPU that are kept on the accelerator too.
+        same_groups: fraction of the groups kept on the CPU that are kept on the accelerator too.
     """
 
     model: str
@@ -103,16 +103,16 @@ class Comparison(_Facts):
 
 
 class Diagnosis(_Facts):
-    """What `adapruner doctor` finds.
+    """The result of `adapruner doctor`.
 
     Attributes:
-        packages: versions; None where one is not installed.
+        packages: versions; None for packages that are not installed.
         devices: the CPU and the accelerators.
         hub_cache: folder with the models and datasets downloaded from the Hub.
-        offline: whether the Hub is not asked.
-        data: the folders of `$ADAPRUNER_DATA`, and whether they exist.
-        engines: which engines that load written models are installed here.
-        comparison: of a small run; None if not requested, or if there is no accelerator.
+        offline: the Hub is not contacted.
+        data: the folders of `$ADAPRUNER_DATA`; True for those that exist.
+        engines: the engines that load written models; True for those that are installed.
+        comparison: a small run on two devices; None if not requested, or if there is no accelerator.
     """
 
     python: str
@@ -129,20 +129,19 @@ class Diagnosis(_Facts):
 def diagnose(
     model: str = "smollm2", benchmark: bool = False, dtype: Dtype = "float32", device: str = "auto"
 ) -> Diagnosis:
-    """Says what is installed here; with `benchmark`, prunes a model twice with little text, on the CPU and on the
-    accelerator, and compares. The text is source code of Python's standard library, so that nothing is fetched.
+    """Lists what is installed; with `benchmark`, prunes a model twice with little text, on the CPU and on the
+    accelerator, and compares. The text is source code of Python's standard library, so that nothing is downloaded.
 
     Args:
         model: as for `prune`.
-        benchmark: take some minutes.
-        dtype: of the weights in both runs.
+        benchmark: compare the devices, which takes some minutes.
+        dtype: dtype of the weights in both runs.
         device: the accelerator.
 
     Raises:
         AdaPrunerError: there is no such model or device.
     """
     accelerator = resolve_device(device)
-    compares = benchmark and accelerator.type != "cpu"
     return Diagnosis(
         python=sys.version.split()[0],
         platform=platform.platform(),
@@ -153,7 +152,7 @@ def diagnose(
         data={str(folder): folder.is_dir() for folder in data_folders()},
         engines={name: find_spec(name) is not None for name in _ENGINE_MODULES}
         | {name: shutil.which(name) is not None for name in _ENGINE_PROGRAMS},
-        comparison=_compare(model, dtype, accelerator) if compares else None,
+        comparison=_compare(model, dtype, accelerator) if benchmark and accelerator.type != "cpu" else None,
     )
 
 
@@ -166,17 +165,18 @@ def _version(package: str) -> str | None:
 
 def _devices() -> list[Device]:
     """The CPU, and the accelerators that PyTorch finds."""
+
+    def described(device: torch.device, name: str, memory: int | None) -> Device:
+        return Device(name=name, memory=memory, native_bfloat16=computes_bfloat16_natively(device))
+
     cores = f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    found: list[tuple[torch.device, str, int | None]] = [(torch.device("cpu"), cores, psutil.virtual_memory().total)]
+    devices = [described(torch.device("cpu"), cores, psutil.virtual_memory().total)]
     for number in range(torch.accelerator.device_count()):
         device = torch.device(str(torch.accelerator.current_accelerator()), number)
         module: Any = torch.get_device_module(device)
         memory = module.mem_get_info(device)[1] if hasattr(module, "mem_get_info") else None
-        found.append((device, describe_device(device), memory))
-    return [
-        Device(name=name, memory=memory, native_bfloat16=computes_bfloat16_natively(device))
-        for device, name, memory in found
-    ]
+        devices.append(described(device, describe_device(device), memory))
+    return devices
 
 
 def _compare(model: str, dtype: Dtype, accelerator: torch.device) -> Comparison:
@@ -193,7 +193,7 @@ def _compare(model: str, dtype: Dtype, accelerator: torch.device) -> Comparison:
 
 
 def _documents() -> list[str]:
-    """Paragraphs of code, in an order that has nothing to do with the file they are from."""
+    """Paragraphs of code, in an order that does not depend on their files."""
     code = "\n\n\n".join(inspect.getsource(import_module(name)) for name in _SOURCES)
     return sorted((text.strip() for text in code.split("\n\n\n") if len(text) > 200), key=lambda text: text[::-1])
 

@@ -1,6 +1,6 @@
-"""Checks for importance terms, families, datasets and objectives of your own, and a tiny model to try them on.
+"""Checks for custom importance terms, families, datasets and objectives, and a tiny model to try them on.
 
-Each check raises `AssertionError` with what is wrong, so it can be called in a test.
+Each check raises `AssertionError` with the reason, so it can be called in a test.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from adapruner.families import learn, resolve
 from adapruner.families.proof import failed_checks
 from adapruner.families.tiny import random_model, tiny_config
 from adapruner.importance import TERMS, MetricPoint, score_groups
-from adapruner.measurement import Statistics, measure, measure_moments, removal_errors
+from adapruner.measurement import measure, measure_moments, removal_errors
 from adapruner.models import Architecture
 from adapruner.planning import make_plan
 from adapruner.search import ItemLosses
-from adapruner.structure import Structure, build_structure
+from adapruner.structure import build_structure
 from adapruner.surgery import prune_model
 
 _SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
@@ -79,26 +79,28 @@ def tiny_texts(count: int = 200, seed: int = 0) -> list[str]:
 def check_term(name: str, family: str = "llama") -> None:
     """Checks a registered importance term on a tiny model.
 
-    It gives one finite number, not negative, for each vector, input or group; whatever the order of the samples; for a
-    single sample too; and the scores of the groups follow from it.
+    It gives one finite, non-negative number for each vector, input or group, for any number and order of samples; and
+    the scores of the groups follow from it.
 
     Args:
-        family: of the model; `mixtral` for terms that need `routing`.
+        family: family of the model; `mixtral` for terms that need `routing`.
     """
     term, model = TERMS[name], tiny_model(family)
     structure = build_structure(model)
-    statistics = _all_statistics(model, structure)
+    windows = torch.randint(3, model.config.vocab_size, (16, 16), generator=torch.Generator().manual_seed(0))
+    errors = removal_errors(model, structure, dict(measure_moments(model, structure, windows)))
+    statistics = replace(measure(model, structure, windows[:4]), **errors)
     units = {
         "vectors": len(structure.group_of_vector),
         "inputs": len(structure.group_of_input),
         "groups": structure.group_offsets[-1],
     }[term.unit]
-    for kind, some in {
+    for kind, samples in {
         "all samples": statistics,
         "a single sample": statistics.select([0]),
         "other samples": statistics.select([2, 1]),
     }.items():
-        values = term.function(some)
+        values = term.function(samples)
         assert values.shape == (units,), (
             f"{name} of {kind}: shape {list(values.shape)}, expected [{units}], {term.unit}"
         )
@@ -112,19 +114,12 @@ def check_term(name: str, family: str = "llama") -> None:
     assert scores.unique().numel() > 1, f"{name} gives all groups the same score"
 
 
-def _all_statistics(model: PreTrainedModel, structure: Structure) -> Statistics:
-    windows = torch.randint(3, model.config.vocab_size, (16, 16), generator=torch.Generator().manual_seed(0))
-    statistics = measure(model, structure, windows[:4])
-    errors = removal_errors(model, structure, dict(measure_moments(model, structure, windows)))
-    return replace(statistics, **errors)
-
-
 def check_family(config: PreTrainedConfig | str, architecture: Architecture | None = None) -> None:
     """Checks the description of a family on a tiny random model: pruned equals dense with the removed groups masked,
     saved equals loaded, generation is the same with and without a cache, and layer by layer equals at once.
 
     Args:
-        config: of a stock model, or its `model_type`.
+        config: config of a stock model, or its `model_type`.
         architecture: the description; by default the registered or inferred one.
     """
     tiny = tiny_config(AutoConfig.for_model(config) if isinstance(config, str) else config)
@@ -135,24 +130,24 @@ def check_family(config: PreTrainedConfig | str, architecture: Architecture | No
 
 
 def check_source(name: str) -> None:
-    """Checks a dataset, by its name: it can be read, twice the same; its three parts are disjoint and make the whole;
-    its content can be told from another.
+    """Checks a dataset by its name: reading it twice gives the same documents; its three parts are disjoint and
+    complete; its content has a fingerprint.
 
     Args:
         name: known, registered or a file, without a part.
     """
     documents = read_documents(parse_source(name))
-    assert documents == read_documents(parse_source(name)), f"{name} is another one when it is read again"
+    assert documents == read_documents(parse_source(name)), f"{name} gives other documents when it is read again"
     parts = [read_documents(parse_source(f"{name}@{part}")) for part in ("calibration", "objective", "report")]
-    assert sum(map(len, parts)) == len(documents), f"the parts of {name} are not the whole"
+    assert sum(map(len, parts)) == len(documents), f"the parts of {name} are not complete"
     shared = set(parts[0]) & set(parts[1]) | set(parts[1]) & set(parts[2]) | set(parts[0]) & set(parts[2])
     assert not shared, f"the parts of {name} share {len(shared)} documents"
     assert fingerprint(parse_source(name)), f"the content of {name} has no fingerprint"
 
 
 def check_objective(item_losses: ItemLosses, model: PreTrainedModel | None = None) -> None:
-    """Checks a function that judges trials: it gives one finite loss for each of the same items, twice the same, also
-    for a pruned model, and does not change the model.
+    """Checks a function that judges trials: it gives one finite loss per item, reproducibly, for the same items of a
+    dense and a pruned model, and does not change the model.
 
     Args:
         model: by default a tiny one, with the vocabulary of `tiny_tokenizer`.
@@ -160,16 +155,16 @@ def check_objective(item_losses: ItemLosses, model: PreTrainedModel | None = Non
     model = (model or tiny_model()).eval()
     learn(model.config)
     structure = build_structure(model)
-    fewer = [block.groups // 2 if block.kind == "channels" else block.groups for block in structure.blocks]
+    counts = [block.groups // 2 if block.kind == "channels" else block.groups for block in structure.blocks]
     scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(0))
-    pruned = prune_model(model, structure, make_plan(structure, scores, fewer))
+    pruned = prune_model(model, structure, make_plan(structure, scores, counts))
     before = {name: tensor.clone() for name, tensor in pruned.state_dict().items()}
     with torch.no_grad():
-        of_dense, of_pruned, again = (torch.as_tensor(item_losses(one)) for one in (model, pruned, pruned))
-    assert of_pruned.dim() == 1, f"shape {list(of_pruned.shape)}, expected [items]"
-    assert len(of_dense) == len(of_pruned), f"{len(of_dense)} losses of one model, {len(of_pruned)} of another"
-    assert torch.cat([of_dense, of_pruned]).isfinite().all(), "losses are not finite"
-    assert torch.equal(of_pruned, again), "losses differ when they are computed again"
+        dense_losses, losses, again = (torch.as_tensor(item_losses(judged)) for judged in (model, pruned, pruned))
+    assert losses.dim() == 1, f"shape {list(losses.shape)}, expected [items]"
+    assert len(dense_losses) == len(losses), f"{len(dense_losses)} losses of one model, {len(losses)} of another"
+    assert torch.cat([dense_losses, losses]).isfinite().all(), "losses are not finite"
+    assert torch.equal(losses, again), "losses differ when they are computed again"
     after = pruned.state_dict()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items()), "the model was changed"
     assert not pruned.training, "the model was left in training mode"

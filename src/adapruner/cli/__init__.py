@@ -1,6 +1,6 @@
 """The command line: each verb parses, calls and prints.
 
-A verb imports PyTorch and what needs it when it is run: help and errors of the parser are immediate.
+A verb imports PyTorch and modules that need it when it is run: help and errors of the parser are immediate.
 
 Exit codes: 0 success; 2 invalid input or insufficient resources (disk, memory, permissions); 130 interrupted by Ctrl-C,
 143 by SIGTERM; 141 stdout was closed (SIGPIPE); 1 unexpected failure.
@@ -8,7 +8,6 @@ Exit codes: 0 success; 2 invalid input or insufficient resources (disk, memory, 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import os
@@ -17,7 +16,7 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Annotated, NoReturn
 
 from cyclopts import App, CycloptsError, Parameter
@@ -48,20 +47,7 @@ app = App(
     suppress_keyboard_interrupt=False,
 )
 
-for verb in (
-    prune,
-    report,
-    plan,
-    recover,
-    vocabulary,
-    evaluate,
-    benchmark,
-    compare,
-    export,
-    inspect,
-    recipes,
-    doctor,
-):
+for verb in (prune, report, plan, recover, vocabulary, evaluate, benchmark, compare, export, inspect, recipes, doctor):
     app.command(verb)
 app.register_install_completion_command()
 app.meta.suppress_keyboard_interrupt = False
@@ -79,20 +65,13 @@ def launch(
         quiet: Print only results, errors and advice.
         verbose: Log the memory and time of every stage, and the warnings of transformers and the Hub.
     """
-    with _shown_from(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO):
-        app(arguments, exit_on_error=False, print_error=False)
-
-
-@contextlib.contextmanager
-def _shown_from(level: int) -> Iterator[None]:
-    """What of this package is shown on stderr while this lasts."""
     logger = logging.getLogger("adapruner")
     before = logger.level
-    if level == logging.DEBUG:
+    logger.setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
+    if logger.level == logging.DEBUG:
         logging.basicConfig(format="%(name)s: %(message)s")
-    logger.setLevel(level)
     try:
-        yield
+        app(arguments, exit_on_error=False, print_error=False)
     finally:
         logger.setLevel(before)
 
@@ -135,7 +114,7 @@ def _fail(error: Exception) -> NoReturn:
 
 
 def _is_closed_for_output() -> bool:
-    """Whether nothing can be written to stdout; what is left for it is dropped, or Python would complain at its end."""
+    """True if nothing can be written to stdout; output that waits is dropped, or Python would complain at its end."""
     try:
         sys.stdout.flush()
     except OSError:

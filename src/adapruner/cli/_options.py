@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Group, Parameter, Token
-from pydantic import create_model
+from pydantic import BaseModel, create_model
 
 from adapruner import config
 
@@ -19,15 +19,16 @@ Model = Annotated[str, Parameter(help="Hub id, model folder, .gguf file, or smol
 Device = Annotated[str, Parameter(help="auto, cpu, cuda, cuda:1, …")]
 Dtype = Annotated[config.Dtype, Parameter(help="Dtype of the weights; auto keeps the dtype of the checkpoint.")]
 Json = Annotated[bool, Parameter(negative="", help="Print JSON on stdout instead of tables.")]
+Names = Annotated[tuple[str, ...], Parameter(negative="")]
 
-# How the command line and the documentation group the fields of `PruneOptions`; the first group is what most runs set.
+# Groups of the fields of `PruneOptions` in the command line and the documentation; most runs set the first group only.
 OPTION_GROUPS: dict[str, tuple[str, ...]] = {
     "Most used": ("ratio", "calibration", "evaluate", "recover", "device"),
     "What is removed": (
         *("ratio_of", "layout", "protect_first", "protect_last", "head_share", "head_granularity"),
         *("expert_granularity", "whole", "round_to", "vocabulary", "vocabulary_size", "vocabulary_multiple"),
     ),
-    "A target in place of the ratio": config.TARGET_OPTIONS,
+    "A target instead of a ratio": config.TARGET_OPTIONS,
     "Datasets": ("objective", "pool", "samples", "objective_windows", "final_windows", "seq_len", "sources"),
     "Search": ("trials", "level_rounds", "selection", "search", "space", "sampler", "seed"),
     "Importance": ("terms", "alignment", "reduction"),
@@ -59,7 +60,7 @@ else:
 @Parameter(group=HUB)
 @dataclass(frozen=True)
 class Upload:
-    """Whether and how the resulting model is uploaded.
+    """Upload of the resulting model.
 
     Attributes:
         push_to_hub: Upload the resulting model to this Hub repository, owner/name.
@@ -72,6 +73,19 @@ class Upload:
     hub_private: bool = True
     hub_revision: str | None = None
     hub_token: str | None = None
+
+
+UploadOptions = Annotated[Upload | None, Parameter(name="*")]
+
+
+def given(*groups: BaseModel | Upload | None) -> dict[str, Any]:
+    """The options that the command line sets, as keyword arguments."""
+    options: dict[str, Any] = {}
+    for group in groups:
+        options |= (
+            group.model_dump(exclude_unset=True) if isinstance(group, BaseModel) else vars(group) if group else {}
+        )
+    return options
 
 
 def _whole_number(_: Any, tokens: Sequence[Token]) -> int:

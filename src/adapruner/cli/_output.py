@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import json
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from json import dumps
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from pydantic_core import to_jsonable_python
+from rich.console import Console, RenderableType
 
 from adapruner.tables import Column, Table
 
@@ -28,8 +29,8 @@ CLOSED_OUTPUT = 141
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        """Ends as other tools do if the reader of stdout has ended; rich drops the output, but exits with code 1. What
-        nobody reads on stderr is dropped, and the command continues."""
+        """Ends as other tools do if the reader of stdout has ended; rich drops the output, but exits with code 1.
+        Output on stderr that nobody reads is dropped, and the command continues."""
         if self.stderr:
             return
         try:
@@ -43,33 +44,40 @@ def plain_console(stderr: bool = False) -> Console:
     return _Console(stderr=stderr, markup=False, emoji=False, highlight=False)
 
 
-def print_result(results: list[PruneResult]) -> None:
-    """Prints the tables of a run, and the path of its model, for every ratio."""
+def print_output(content: Any, json: bool, shown: Iterable[RenderableType]) -> None:
+    """Prints the result of a verb on stdout.
+
+    Args:
+        content: the result: models of pydantic, dataclasses, and lists and dicts of them.
+        json: print the content as indented JSON, and nothing else.
+        shown: printed otherwise: tables, and lines that are not wrapped.
+    """
     console = plain_console()
+    for line in [dumps(to_jsonable_python(content), indent=2)] if json else shown:
+        console.print(line, soft_wrap=isinstance(line, str))
+
+
+def result_lines(results: Iterable[PruneResult]) -> Iterator[RenderableType]:
+    """The tables of a run, and the path of its model, for every ratio."""
     for result in results:
-        console.print(*result.tables(), sep="\n")
-        console.print(
-            f"model: {result.model_folder}   plan {result.plan.hash[:12]}   report {result.report}", soft_wrap=True
-        )
+        yield from result.tables()
+        yield f"model: {result.model_folder}   plan {result.plan.hash[:12]}   report {result.report}"
 
 
-def print_previews(previews: list[Preview]) -> None:
-    """Prints what a run would make, for every ratio."""
-    console = plain_console()
+def preview_lines(previews: Iterable[Preview]) -> Iterator[RenderableType]:
+    """The artifacts that a run would make, with sizes and memory, for every ratio."""
     for preview in previews:
         before, after = preview.parameters_before, preview.parameters_after
         kept = f"about {after:,} of {before:,} parameters kept ({1 - after / before:.1%} removed)"
-        console.print(f"{preview.folder}: {kept}", soft_wrap=True)
-        console.print(f"to make: {', '.join(preview.missing) or 'nothing'}")
-        console.print(
-            f"on disk: model {preview.model_bytes / 1e6:,.1f} MB, moments {preview.moments_bytes / 1e6:,.1f} MB"
-        )
+        yield f"{preview.folder}: {kept}"
+        yield f"to make: {', '.join(preview.missing) or 'nothing'}"
+        yield f"on disk: model {preview.model_bytes / 1e6:,.1f} MB, moments {preview.moments_bytes / 1e6:,.1f} MB"
         if preview.stages:
-            console.print(table_of_memory(preview.stages, preview.device, preview.layer_wise))
+            yield memory_table(preview.stages, preview.device, preview.layer_wise)
 
 
-def table_of_memory(stages: Mapping[str, Memory], device: str, layer_wise: bool) -> Table:
-    """The memory of every stage, on the device of the model, or each of several, and in main memory beside it."""
+def memory_table(stages: Mapping[str, Memory], device: str, layer_wise: bool) -> Table:
+    """The memory of every stage, on the device of the model (on each, if there are several), and in main memory."""
     columns = [
         Column("stage", is_number=False),
         Column(f"GiB on {'each of ' if ',' in device else ''}{device}"),
@@ -82,11 +90,6 @@ def table_of_memory(stages: Mapping[str, Memory], device: str, layer_wise: bool)
     ]
     caption = f"with {'one layer at a time' if layer_wise else 'all layers'} in memory"
     return Table("memory", "", columns, rows, [caption])
-
-
-def print_json(content: Any) -> None:
-    """Prints indented JSON on stdout, where nothing else is printed."""
-    plain_console().print(json.dumps(content, indent=2), soft_wrap=True)
 
 
 def print_advice(lines: list[str]) -> None:
@@ -104,7 +107,7 @@ def print_note(line: str) -> None:
 
 
 def _shows_progress() -> bool:
-    """Unless --quiet is set; of processes that torchrun started together, the first."""
+    """True unless --quiet is set; of processes that torchrun started together, for the first alone."""
     return logging.getLogger("adapruner").isEnabledFor(logging.INFO) and os.environ.get("RANK", "0") == "0"
 
 

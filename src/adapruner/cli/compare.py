@@ -1,4 +1,4 @@
-"""The verb that sets models side by side."""
+"""The verb that compares models."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from adapruner.cli._options import Device, Flag, Json, WholeNumber
-from adapruner.cli._output import plain_console, print_json, starting
+from adapruner.cli._options import Device, Flag, Json, Names, WholeNumber
+from adapruner.cli._output import print_output, starting
 from adapruner.config import Engine
 
 
 def compare(
     *models: Annotated[str, Parameter(help="Hub id, model folder, run folder, .gguf file, or smollm2.")],
-    types: Annotated[tuple[str, ...], Parameter(negative="")] = ("f16", "q8_0", "q4_k_m"),
+    types: Names = ("f16", "q8_0", "q4_k_m"),
     engine: Annotated[tuple[Engine, ...], Parameter(negative="")] = ("llama.cpp",),
     evaluate: str = "wikitext2",
     seq_len: WholeNumber = 128,
     limit: WholeNumber | None = None,
-    tasks: Annotated[tuple[str, ...], Parameter(negative="")] = (),
+    tasks: Names = (),
     prompt: WholeNumber = 128,
     new_tokens: WholeNumber = 32,
     repetitions: WholeNumber = 5,
@@ -45,27 +45,9 @@ def compare(
         overwrite: Replace an existing page.
     """
     with starting():
-        from adapruner import verbs
         from adapruner.comparison import table
+        from adapruner.verbs import compare as run
 
-        run = verbs.compare
-
-    comparison = run(
-        models,
-        output,
-        evaluate,
-        seq_len,
-        limit,
-        types,
-        engine,
-        tasks,
-        prompt,
-        new_tokens,
-        repetitions,
-        overwrite,
-        device,
-    )
-    if json:
-        print_json(comparison.model_dump(mode="json"))
-        return
-    plain_console().print(table(comparison))
+    text, repeated = (evaluate, seq_len, limit), (prompt, new_tokens, repetitions)
+    comparison = run(models, output, *text, types, engine, tasks, *repeated, overwrite, device)
+    print_output(comparison, json, [table(comparison)])

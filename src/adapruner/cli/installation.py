@@ -1,8 +1,9 @@
-"""What is installed: doctor, and the recipes of the package."""
+"""The verbs on the installation: doctor, and the recipes of the package."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ from rich.table import Table
 
 from adapruner import recipe
 from adapruner.cli._options import Device, Dtype, Flag, Json, Model
-from adapruner.cli._output import plain_console, print_advice, print_json, starting
+from adapruner.cli._output import plain_console, print_advice, print_output, starting
 from adapruner.errors import AdaPrunerError
 from adapruner.files import write_atomically
 from adapruner.paths import output_path
@@ -40,50 +41,46 @@ def doctor(
         from adapruner.doctor import diagnose
 
     diagnosis = diagnose(model, benchmark, dtype, device)
-    if json:
-        print_json(diagnosis.model_dump(mode="json"))
-        return
-    console = plain_console()
-    console.print(_table_of_facts(diagnosis))
-    if diagnosis.comparison:
-        console.print(_table_of_comparison(diagnosis.comparison))
-    elif benchmark:
+    print_output(diagnosis, json, _tables(diagnosis))
+    if benchmark and not diagnosis.comparison and not json:
         print_advice(["PyTorch finds no accelerator here: there is nothing to compare with the CPU"])
 
 
-def _table_of_facts(diagnosis: Diagnosis) -> Table:
+def _tables(diagnosis: Diagnosis) -> Iterator[Table]:
     table = Table("", "", show_header=False)
     table.add_row("python", f"{diagnosis.python}, {diagnosis.platform}")
-    for name, found in diagnosis.packages.items():
-        table.add_row(name, found or "not installed")
+    for name, version in diagnosis.packages.items():
+        table.add_row(name, version or "not installed")
     for device in diagnosis.devices:
         memory = f", {device.memory / 2**30:.1f} GiB" if device.memory else ""
         bfloat16 = "native" if device.native_bfloat16 else "emulated"
         table.add_row("device", f"{device.name}{memory}, bfloat16 {bfloat16}")
     table.add_row("Hub", f"{diagnosis.hub_cache}{', offline' if diagnosis.offline else ''}")
-    for folder, is_there in diagnosis.data.items():
-        table.add_row("data", folder if is_there else f"{folder} does not exist")
-    table.add_row("engines", ", ".join(name for name, is_here in diagnosis.engines.items() if is_here) or "none")
-    return table
+    for folder, exists in diagnosis.data.items():
+        table.add_row("data", folder if exists else f"{folder} does not exist")
+    table.add_row("engines", ", ".join(name for name, installed in diagnosis.engines.items() if installed) or "none")
+    yield table
+    if diagnosis.comparison:
+        yield _table_of_comparison(diagnosis.comparison)
 
 
 def _table_of_comparison(comparison: Comparison) -> Table:
     """A small run on the CPU and on the accelerator, stage by stage."""
-    cpu, other = comparison.cpu, comparison.accelerator
+    cpu, accelerator = comparison.cpu, comparison.accelerator
     table = Table("", "CPU", "accelerator", "peak, MiB", "estimated, MiB", caption_justify="left")
     for name, cost in cpu.stages.items():
-        own, expected = other.stages.get(name), other.estimated.get(name)
+        measured, estimated = accelerator.stages.get(name), accelerator.estimated.get(name)
         table.add_row(
             f"{name}, s",
             f"{cost.seconds:.1f}",
-            f"{own.seconds:.1f}" if own else "",
-            f"{own.peak_on_accelerator_mib:,}" if own else "",
-            f"{expected / 2**20:,.0f}" if expected else "",
+            f"{measured.seconds:.1f}" if measured else "",
+            f"{measured.peak_on_accelerator_mib:,}" if measured else "",
+            f"{estimated / 2**20:,.0f}" if estimated else "",
         )
-    table.add_row("loss of the chosen trial", f"{cpu.loss:.4f}", f"{other.loss:.4f}")
+    table.add_row("loss of the chosen trial", f"{cpu.loss:.4f}", f"{accelerator.loss:.4f}")
     for role, value in cpu.perplexity.items():
-        table.add_row(f"perplexity, {role}", f"{value:.3f}", f"{other.perplexity[role]:.3f}")
-    table.add_row("plan", cpu.plan[:12], other.plan[:12])
+        table.add_row(f"perplexity, {role}", f"{value:.3f}", f"{accelerator.perplexity[role]:.3f}")
+    table.add_row("plan", cpu.plan[:12], accelerator.plan[:12])
     table.caption = f"{comparison.same_groups:.2%} of the groups kept on the CPU are kept on the accelerator too"
     return table
 
@@ -95,13 +92,10 @@ recipes = App(name="recipes", help="List the recipes of the package, or copy one
 def list_recipes(*, json: Json = False) -> None:
     """List the recipes of the package: options for adapruner prune --recipe NAME."""
     purposes = {name: _purpose(text) for name, text in recipe.recipes().items()}
-    if json:
-        print_json(purposes)
-        return
     table = Table("recipe", "", show_lines=True)
     for name, purpose in purposes.items():
         table.add_row(name, purpose)
-    plain_console().print(table)
+    print_output(purposes, json, [table])
 
 
 @recipes.command(name="copy")
@@ -124,6 +118,6 @@ def copy_recipe(name: str, file: Path | None = None, /, *, overwrite: Flag = Fal
 
 
 def _purpose(recipe: str) -> str:
-    """The first sentence of the comment that a recipe begins with, behind the command."""
+    """The first sentence of the comment that a recipe begins with, after the command."""
     lines = itertools.takewhile(lambda line: line.startswith("#"), recipe.splitlines()[1:])
     return " ".join(line.removeprefix("#").strip() for line in lines).strip().partition(": ")[0]

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
-from pydantic import TypeAdapter
+from pydantic_core import to_jsonable_python
 
-from adapruner.cli._options import Device, Dtype, Flag, Json, Model, Output, Upload, WholeNumber
-from adapruner.cli._output import plain_console, print_advice, print_json, starting
+from adapruner.cli._options import Device, Dtype, Flag, Json, Model, Names, Output, UploadOptions, WholeNumber, given
+from adapruner.cli._output import print_advice, print_output, starting
 from adapruner.config import ExportFormat, GgufType, RecoveryOptions, Tracker
 from adapruner.tables import Column, Table
 
@@ -30,7 +30,7 @@ def recover(
     device: Device = "auto",
     track: Tracker | None = None,
     overwrite: Flag = False,
-    upload: Annotated[Upload | None, Parameter(name="*")] = None,
+    upload: UploadOptions = None,
     json: Json = False,
 ) -> None:
     """Fine-tune a pruned model, or distil the dense model into it. Rerun the same command to resume.
@@ -42,27 +42,19 @@ def recover(
         output: Folder of the recovered model.
         teacher: The dense model, for distillation.
         track: Experiment tracker that gets the training curves; tensorboard writes into OUTPUT.tracking.
-        overwrite: Start again, whatever recovery the folder holds.
+        overwrite: Start again if the folder holds another recovery.
     """
     with starting():
-        from adapruner import verbs
         from adapruner.processes import this_process
+        from adapruner.verbs import recover as run
 
-        run = verbs.recover
-
-    given = (options.model_dump(exclude_unset=True) if options else {}) | (vars(upload) if upload else {})
-    record = run(model, data, output, teacher, overwrite, dtype, device, track, **given)
+    record = run(model, data, output, teacher, overwrite, dtype, device, track, **given(options, upload))
     if not this_process().leads:
         return
-    if json:
-        print_json(record.model_dump(mode="json"))
-        return
-    plain_console().print(
-        f"{output}: validation loss {record.loss_before:.4f} → {record.loss_after:.4f} nats per token, best after"
-        f" {record.best_step} of {record.steps} steps, {record.tokens:,} tokens",
-        soft_wrap=True,
-    )
-    if record.loss_after >= record.loss_before:
+    losses = f"validation loss {record.loss_before:.4f} → {record.loss_after:.4f} nats per token"
+    steps = f"best after {record.best_step} of {record.steps} steps, {record.tokens:,} tokens"
+    print_output(record, json, [f"{output}: {losses}, {steps}"])
+    if record.loss_after >= record.loss_before and not json:
         print_advice(["training has not lowered the validation loss: train longer, or lower `learning_rate`"])
 
 
@@ -70,19 +62,19 @@ def evaluate(
     model: Model,
     /,
     *,
-    evaluate: Annotated[tuple[str, ...], Parameter(negative="")] = (),
+    evaluate: Names = (),
     protocol: str | None = None,
     seq_len: WholeNumber = 128,
     stride: WholeNumber | None = None,
     bos: bool = True,
-    tasks: Annotated[tuple[str, ...], Parameter(negative="")] = (),
+    tasks: Names = (),
     limit: WholeNumber | None = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     layer_wise: bool | None = None,
     json: Json = False,
 ) -> None:
-    """Perplexity of a model, dense or pruned, and what it scores in tasks of lm-eval.
+    """Perplexity of a model, dense or pruned, and its scores in tasks of lm-eval.
 
     Args:
         evaluate: Dataset to report perplexity on; may be repeated.
@@ -97,17 +89,12 @@ def evaluate(
         layer_wise: Keep one decoder layer in memory at a time; by default if the model does not fit.
     """
     with starting():
-        from adapruner import verbs
-
-        run = verbs.evaluate
+        from adapruner.verbs import evaluate as run
 
     result = run(model, evaluate, protocol, seq_len, stride, bos, tasks, limit, dtype, device, layer_wise=layer_wise)
     print_advice(result.overlaps)
-    if json:
-        content = TypeAdapter(verbs.Evaluation).dump_python(result, mode="json")
-        print_json({"model": model, **content, "task_means": result.mean_accuracies})
-    else:
-        plain_console().print(*_tables_of_evaluation(result, model), sep="\n")
+    content = {"model": model, **to_jsonable_python(result), "task_means": result.mean_accuracies}
+    print_output(content, json, _tables_of_evaluation(result, model))
 
 
 def benchmark(
@@ -124,10 +111,10 @@ def benchmark(
     output: Output | None = None,
     json: Json = False,
 ) -> None:
-    """Measure size, memory and tokens per second of a model, beside another one.
+    """Measure size, memory and tokens per second of a model, and compare it with another one.
 
     Args:
-        against: The model to compare with: the dense one.
+        against: The model to compare with, usually the dense one.
         batch_size: Sequences at once; may be repeated.
         prompt: Tokens that are read at once.
         new_tokens: Tokens that are then generated.
@@ -135,15 +122,10 @@ def benchmark(
         output: Write the result here as JSON; as speed.json in a run folder, the report of the run shows it.
     """
     with starting():
-        from adapruner import verbs
-
-        run = verbs.benchmark
+        from adapruner.verbs import benchmark as run
 
     speeds = run(model, against, batch_size, prompt, new_tokens, repetitions, dtype, device, output)
-    if json:
-        print_json({name: speed.model_dump(mode="json") for name, speed in speeds.items()})
-    else:
-        plain_console().print(_table_of_speeds(speeds, prompt, new_tokens))
+    print_output(speeds, json, [_table_of_speeds(speeds, prompt, new_tokens)])
     print_advice([*_advice_on_speed(speeds[model], speeds[against] if against else None)])
 
 
@@ -155,7 +137,7 @@ def export(
     output: Output,
     gguf_type: GgufType = "f16",
     overwrite: Flag = False,
-    upload: Annotated[Upload | None, Parameter(name="*")] = None,
+    upload: UploadOptions = None,
     json: Json = False,
 ) -> None:
     """Write a model, pruned or dense, in a form that other loaders read.
@@ -168,32 +150,30 @@ def export(
         overwrite: Replace an existing GGUF file, or a folder that adapruner wrote.
     """
     with starting():
-        from adapruner import verbs
+        from adapruner.verbs import export as run
 
-        run = verbs.export
-
-    how = vars(upload) if upload else {}
-    exported = run(model, to, output, gguf_type, overwrite, **how)
+    exported = run(model, to, output, gguf_type, overwrite, **given(upload))
     stored = exported.stored_types
-    if json:
-        tensor_bytes = {"tensor_bytes": stored.tensor_bytes} if stored else {}
-        print_json({"model": model, "format": to, "path": str(exported.path), "bytes": exported.size, **tensor_bytes})
-    else:
-        types = f"; {stored.sentence}" if stored and stored.sentence else ""
-        plain_console().print(f"{exported.path}: {exported.size / 1e6:,.1f} MB{types}", soft_wrap=True)
+    content = {"model": model, "format": to, "path": exported.path, "bytes": exported.size}
+    types = f"; {stored.sentence}" if stored and stored.sentence else ""
+    print_output(
+        content | ({"tensor_bytes": stored.tensor_bytes} if stored else {}),
+        json,
+        [f"{exported.path}: {exported.size / 1e6:,.1f} MB{types}"],
+    )
 
 
 def vocabulary(
     model: Model,
     /,
     *,
-    vocabulary: Annotated[tuple[str, ...], Parameter(negative="")],
+    vocabulary: Names,
     output: Output,
     vocabulary_size: WholeNumber | None = None,
     vocabulary_multiple: WholeNumber = 64,
     overwrite: Flag = False,
     dtype: Dtype = "auto",
-    upload: Annotated[Upload | None, Parameter(name="*")] = None,
+    upload: UploadOptions = None,
     json: Json = False,
 ) -> None:
     """Remove from a model the tokens that do not occur in the given datasets, and nothing else.
@@ -206,21 +186,13 @@ def vocabulary(
         overwrite: Replace a folder that adapruner wrote.
     """
     with starting():
-        from adapruner import verbs
+        from adapruner.verbs import vocabulary as run
 
-        run = verbs.vocabulary
-
-    how = vars(upload) if upload else {}
-    pruned = run(model, vocabulary, output, vocabulary_size, vocabulary_multiple, overwrite, dtype, **how)
-    if json:
-        print_json({"model": model, **pruned.model_dump(mode="json")})
-        return
-    summary = pruned.vocabulary
-    share = summary.removed_parameters / summary.parameters_before
-    plain_console().print(
-        f"{pruned.path}: {summary.sentence} {summary.removed_parameters:,} of {summary.parameters_before:,} parameters"
-        f" were removed ({share:.1%})",
-        soft_wrap=True,
+    pruned = run(model, vocabulary, output, vocabulary_size, vocabulary_multiple, overwrite, dtype, **given(upload))
+    removed, before = pruned.vocabulary.removed_parameters, pruned.vocabulary.parameters_before
+    share = f"{removed:,} of {before:,} parameters were removed ({removed / before:.1%})"
+    print_output(
+        {"model": model, **pruned.model_dump()}, json, [f"{pruned.path}: {pruned.vocabulary.sentence} {share}"]
     )
 
 
@@ -264,7 +236,7 @@ def _table_of_speeds(speeds: dict[str, Speed], prompt: int, new_tokens: int) -> 
 
 
 def _advice_on_speed(speed: Speed, dense: Speed | None) -> Iterator[str]:
-    """What stands in the way of speed."""
+    """Reasons why the model is not faster."""
     if speed.unfriendly_widths:
         numbers = [str(layer) for layer in speed.unfriendly_widths]
         layers = ", ".join(numbers[:8]) + (" …" if len(numbers) > 8 else "")
@@ -272,7 +244,7 @@ def _advice_on_speed(speed: Speed, dense: Speed | None) -> Iterator[str]:
             f"the feed-forward widths of layers {layers} are no multiples of {speed.friendly_multiple}, with which this"
             f" device is faster: prune with `round_to` {speed.friendly_multiple}"
         )
-    for kind, what in (("prefill", "reads prompts"), ("decode", "generates")):
+    for kind, verb in (("prefill", "reads prompts"), ("decode", "generates")):
         for batch, rate in getattr(speed, kind).items():
             if dense and rate.median <= getattr(dense, kind)[batch].median:
-                yield f"the model {what} no faster than the one beside it at batch size {batch}"
+                yield f"the model {verb} no faster than the model it is compared with at batch size {batch}"

@@ -17,17 +17,10 @@ from adapruner.cli._options import (
     Output,
     PruneOptions,
     TargetOptions,
-    Upload,
+    UploadOptions,
+    given,
 )
-from adapruner.cli._output import (
-    plain_console,
-    print_advice,
-    print_json,
-    print_note,
-    print_previews,
-    print_result,
-    starting,
-)
+from adapruner.cli._output import preview_lines, print_advice, print_note, print_output, result_lines, starting
 from adapruner.config import Tracker
 from adapruner.errors import AdaPrunerError
 from adapruner.recipe import override, read_recipe
@@ -42,7 +35,7 @@ def prune(
     dry_run: Annotated[Flag, Parameter(group=MOST_USED)] = False,
     options: Annotated[PruneOptions | None, Parameter(name="*")] = None,
     overwrite: Annotated[Flag, Parameter(group=RUN_FOLDER)] = False,
-    upload: Annotated[Upload | None, Parameter(name="*")] = None,
+    upload: UploadOptions = None,
     track: Annotated[Tracker | None, Parameter(group=RUN_FOLDER)] = None,
     json: Annotated[Json, Parameter(group=RUN_FOLDER)] = False,
 ) -> None:
@@ -55,52 +48,45 @@ def prune(
             runs/MODEL-RATIO.
         recipe: Options to start from: a recipe that adapruner recipes lists, or a YAML file. Options of the command
             line override them; the model may be that of the recipe.
-        dry_run: Check the options and print what would be made, with sizes and memory; write nothing.
-        overwrite: Rebuild what was made with other options, from another model or other text.
+        dry_run: Check the options and print the artifacts of the run, with sizes and memory; write nothing.
+        overwrite: Rebuild artifacts of other options, another model or other text.
         track: Experiment tracker that gets trials, training curves, stage times and perplexities during the run;
             tensorboard writes into the run folder. By default nothing is sent.
     """
-    given = options.model_dump(exclude_unset=True) if options else {}
+    chosen = given(options)
     if output is None:
-        output = _default_output(model, recipe, given)
+        output = _default_output(model, recipe, chosen)
         print_note(f"run folder: {output}")
     with starting():
         from adapruner.processes import this_process
         from adapruner.run import api, preview
     if dry_run:
-        previews = preview.preview_ratios(model, output=output, overwrite=overwrite, recipe=recipe, **given)
-        if json:
-            _print_all([each.model_dump(mode="json") for each in previews])
-        else:
-            print_previews(previews)
+        previews = preview.preview_ratios(model, output=output, overwrite=overwrite, recipe=recipe, **chosen)
+        print_output(_unwrapped(previews), json, preview_lines(previews))
         return
-    how = vars(upload) if upload else {}
-    results = api.prune_ratios(model, output=output, overwrite=overwrite, recipe=recipe, track=track, **how, **given)
+    chosen = given(options, upload)
+    results = api.prune_ratios(model, output=output, overwrite=overwrite, recipe=recipe, track=track, **chosen)
     if not this_process().leads:
         return
     print_advice([line for result in results for line in result.advice()])
-    if json:
-        _print_all([result.result.model_dump(mode="json") for result in results])
-    else:
-        print_result(results)
+    print_output(_unwrapped([result.result for result in results]), json, result_lines(results))
 
 
 def _default_output(model: str | None, recipe: str | None, options: dict[str, Any]) -> Path:
     """`runs/MODEL-RATIO`, with the last part of the name of the model and all ratios."""
-    given = override(read_recipe(recipe) if recipe else {}, options)
-    if not (model := model or given.get("model")):
+    chosen = override(read_recipe(recipe) if recipe else {}, options)
+    if not (model := model or chosen.get("model")):
         raise AdaPrunerError("name a model: Hub id, model folder, .gguf file, or smollm2")
     name = Path(str(model)).resolve().name.removesuffix(".gguf")
-    chosen = config.PruneOptions.from_options(**{key: given[key] for key in given if key in config.BUDGETS})
-    amounts = (getattr(chosen, chosen.target),) if chosen.target else chosen.ratio
-    return Path(
-        "runs", "-".join([name, *(f"{amount:g}" if isinstance(amount, float) else amount for amount in amounts)])
-    )
+    budget = config.PruneOptions.from_options(**{key: chosen[key] for key in chosen if key in config.BUDGETS})
+    amounts = (getattr(budget, budget.target),) if budget.target else budget.ratio
+    shown = (f"{amount:g}" if isinstance(amount, float) else amount for amount in amounts)
+    return Path("runs", "-".join([name, *shown]))
 
 
-def _print_all(contents: list[Any]) -> None:
-    """Prints a list as JSON, or its one entry."""
-    print_json(contents if len(contents) > 1 else contents[0])
+def _unwrapped(contents: list[Any]) -> Any:
+    """The list, or its only entry."""
+    return contents if len(contents) > 1 else contents[0]
 
 
 def plan(
@@ -119,19 +105,14 @@ def plan(
         run: Folder of the finished run.
         output: Folder of the new run.
         ratio: Fraction of all parameters to remove.
-        overwrite: Rebuild what was made with other options, from another model or other text.
+        overwrite: Rebuild artifacts of other options, another model or other text.
     """
     with starting():
         from adapruner.run.again import plan_again
 
-    given = target.model_dump(exclude_unset=True) if target else {}
-    result = plan_again(run, output, ratio, overwrite, **given)
+    result = plan_again(run, output, ratio, overwrite, **given(target))
     print_advice(result.advice())
-    if json:
-        print_json(result.result.model_dump(mode="json"))
-    else:
-        plain_console().print(result.plan.explain())
-        print_result([result])
+    print_output(result.result, json, [result.plan.explain(), *result_lines([result])])
 
 
 def report(run: Path, /, *, open: Flag = False, watch: Flag = False, json: Json = False) -> None:
@@ -151,9 +132,6 @@ def report(run: Path, /, *, open: Flag = False, watch: Flag = False, json: Json 
     pages = next(written)
     if open:
         webbrowser.open(pages[-1].absolute().as_uri())
-    if json:
-        print_json({"run": str(run), "reports": [str(page) for page in pages]})
-    else:
-        plain_console().print(*(f"report: {page}" for page in pages), sep="\n", soft_wrap=True)
+    print_output({"run": run, "reports": pages}, json, [f"report: {page}" for page in pages])
     for _ in written:
         pass

@@ -1,19 +1,20 @@
-"""The verb that shows what of a model can be pruned."""
+"""The verb that lists the prunable parts of a model."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any
 
 import yaml
 from cyclopts import Parameter
+from rich.console import RenderableType
 from rich.table import Table
 
-from adapruner.cli._options import Flag, Json, Model, PruneOptions
-from adapruner.cli._output import plain_console, print_json, starting, table_of_memory
+from adapruner.cli._options import Flag, Json, Model, PruneOptions, given
+from adapruner.cli._output import memory_table, print_output, starting
 from adapruner.errors import AdaPrunerError
 
 if TYPE_CHECKING:
-    from adapruner.models import Architecture
     from adapruner.run.preview import Estimate
     from adapruner.structure import Structure
 
@@ -33,61 +34,54 @@ def inspect(
         architecture: Print how the family of the model is built, as YAML that --architectures reads.
         cost: Print the memory that adapruner prune needs with the options that follow, stage by stage.
     """
-    given = options.model_dump(exclude_unset=True) if options else {}
-    if given and not cost:
+    pruning = given(options)
+    if pruning and not cost:
         raise AdaPrunerError("pruning options are used with `cost` only")
     from adapruner import verbs
 
     if cost:
         with starting():
             from adapruner.run.preview import estimate
-        _print_cost(estimate(model, **given), model, json)
+        estimated = estimate(model, **pruning)
+        place = estimated.placement
+        table = memory_table(estimated.stages, place.device, place.layer_wise)
+        print_output(_cost(estimated, model), json, [model, table])
     elif architecture:
         with starting():
-            described = verbs.describe(model)
-        _print_architecture(described, json)
+            content = verbs.describe(model).model_dump(mode="json", exclude_defaults=True)
+        print_output(content, json, [yaml.safe_dump(content, sort_keys=False, default_flow_style=None).rstrip()])
     else:
         with starting():
             structure = verbs.inspect(model)
-        _print_structure(structure, model, json)
+        print_output(_content(structure, model), json, _lines(structure, model))
 
 
-def _print_architecture(architecture: Architecture, json: bool) -> None:
-    content = architecture.model_dump(mode="json", exclude_defaults=True)
-    if json:
-        print_json(content)
-    else:
-        plain_console().print(
-            yaml.safe_dump(content, sort_keys=False, default_flow_style=None).rstrip(), soft_wrap=True
-        )
+def _content(structure: Structure, model: str) -> dict[str, Any]:
+    names = ("layer", "kind", "groups", "parameters_per_group")
+    return {
+        "model": model,
+        "model_type": structure.model_type,
+        "parameters": structure.total_parameters,
+        "parts": structure.parts,
+        "removable_parameters": structure.removable_parameters,
+        "blocks": [{name: getattr(block, name) for name in names} for block in structure.blocks],
+        "whole_mixers": structure.whole_mixers,
+    }
 
 
-def _print_structure(structure: Structure, model: str, json: bool) -> None:
-    if json:
-        names = ("layer", "kind", "groups", "parameters_per_group")
-        print_json(
-            {
-                "model": model,
-                "model_type": structure.model_type,
-                "parameters": structure.total_parameters,
-                "parts": structure.parts,
-                "removable_parameters": structure.removable_parameters,
-                "blocks": [{name: getattr(block, name) for name in names} for block in structure.blocks],
-                "whole_mixers": structure.whole_mixers,
-            }
-        )
-        return
-    total, console = structure.total_parameters, plain_console()
-    console.print(f"{model}: {structure.model_type}, {total:,} parameters", soft_wrap=True)
-    console.print(_table_of_parts(structure), _table_of_layers(structure), sep="\n")
-    console.print(
+def _lines(structure: Structure, model: str) -> Iterator[RenderableType]:
+    total = structure.total_parameters
+    yield f"{model}: {structure.model_type}, {total:,} parameters"
+    yield _table_of_parts(structure)
+    yield _table_of_layers(structure)
+    yield (
         f"At most {structure.removable_parameters / total:.1%} of the parameters can be removed while every layer keeps"
         " some groups of each kind and all tokens are kept."
     )
 
 
 def _table_of_parts(structure: Structure) -> Table:
-    """How many parameters each part of a model has; without parts that it lacks."""
+    """Number of parameters of each part of a model; without parts that it lacks."""
     table = Table("part", "parameters", "share")
     for part, parameters in structure.parts.items():
         if parameters:
@@ -96,14 +90,14 @@ def _table_of_parts(structure: Structure) -> Table:
 
 
 def _table_of_layers(structure: Structure) -> Table:
-    """What can be removed of every layer; layers that are alike share a row."""
+    """The groups of every layer; equal layers share a row."""
     from adapruner.structure import show_layers
 
-    alike: dict[tuple[str, int, int], list[int]] = {}
+    layers_by_size: dict[tuple[str, int, int], list[int]] = {}
     for block in structure.blocks:
-        alike.setdefault((block.kind, block.groups, block.parameters_per_group), []).append(block.layer)
+        layers_by_size.setdefault((block.kind, block.groups, block.parameters_per_group), []).append(block.layer)
     table = Table("layers", "kind", "groups in each", "parameters per group", "share", caption_justify="left")
-    for (kind, groups, parameters), layers in alike.items():
+    for (kind, groups, parameters), layers in layers_by_size.items():
         share = len(layers) * groups * parameters / structure.total_parameters
         name = "KV groups" if kind == "heads" else kind
         table.add_row(show_layers(layers), name, f"{groups:,}", f"{parameters:,}", f"{share:.1%}")
@@ -111,16 +105,10 @@ def _table_of_layers(structure: Structure) -> Table:
     return table
 
 
-def _print_cost(estimate: Estimate, model: str, json: bool) -> None:
-    if json:
-        stages = [
-            {"stage": stage, "device_bytes": memory.device, "host_bytes": memory.host, "largest": memory.largest}
-            for stage, memory in estimate.stages.items()
-        ]
-        place = estimate.placement
-        about = {"model": model, "device": place.device, "layer_wise": place.layer_wise}
-        print_json({**about, "stages": stages})
-        return
-    console = plain_console()
-    console.print(model, soft_wrap=True)
-    console.print(table_of_memory(estimate.stages, estimate.placement.device, estimate.placement.layer_wise))
+def _cost(estimate: Estimate, model: str) -> dict[str, Any]:
+    stages = [
+        {"stage": stage, "device_bytes": memory.device, "host_bytes": memory.host, "largest": memory.largest}
+        for stage, memory in estimate.stages.items()
+    ]
+    place = estimate.placement
+    return {"model": model, "device": place.device, "layer_wise": place.layer_wise, "stages": stages}

@@ -1,6 +1,6 @@
 """Families that no file describes: inferred from a tiny model, proven on it, and remembered.
 
-Asked once, where a model is opened (by the commands and by a run); everything below gets the answer.
+This is done once, when a model is opened by a command or a run.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ from adapruner.progress import Reporter
 
 # Changes when families are inferred or proven in another way.
 _FORMAT = 4
-# What configs say of the files that they come with.
-_OF_FILES = ("_name_or_path", "architectures", "dtype", "transformers_version")
+# Fields of a config about its files.
+_FILE_FIELDS = ("_name_or_path", "architectures", "dtype", "transformers_version")
 
-# For this process: another version of this package may be able to prune it.
+# For this process only: another version of this package may be able to prune the family.
 _refused: dict[Path, str] = {}
 
 
 def open_config(location: ModelLocation) -> PreTrainedConfig:
-    """The config of a model whose family this process knows from then on, if it can be pruned.
+    """The config of a model; its family is known to this process from then on, if it can be pruned.
 
     Raises:
         AdaPrunerError: the config cannot be found or read, or no model can be built from it.
     """
     config = load_config(location)
-    with reported_as_unloadable(location):  # fields in which layers differ cannot be read of the whole model
+    with reported_as_unloadable(location):  # the config of the model refuses to give fields in which layers differ
         learn(config)
         check_config(config, location)
     return config
@@ -67,10 +67,10 @@ def open_model(
 
 
 def resolve(config: PreTrainedConfig) -> Architecture:
-    """The architecture of the family of a config: as a file describes it, or inferred and proven.
+    """The architecture of the family of a config: from a file, or inferred and proven.
 
     Args:
-        config: of a stock model or of one whose layers differ.
+        config: config of a stock model or of a model whose layers differ.
 
     Raises:
         AdaPrunerError: the family cannot be pruned, or the model is quantized; with the reason.
@@ -80,8 +80,8 @@ def resolve(config: PreTrainedConfig) -> Architecture:
 
 
 def learn(config: PreTrainedConfig) -> None:
-    """Infers and proves the family of a config if no file describes it; `models.architecture_of` knows it from then on,
-    or says why it cannot be pruned."""
+    """Infers and proves the family of a config if no file describes it. From then on, `models.architecture_of` returns
+    its architecture, or raises with the reason why it cannot be pruned."""
     model_type = config.model_type
     if model_type in known_architectures() or getattr(config, "quantization_config", None):
         return
@@ -90,10 +90,10 @@ def learn(config: PreTrainedConfig) -> None:
     remember_family(model_type, _describe(stock_config(config)))
 
 
-@torch.inference_mode(False)  # inference runs a model backwards, whatever the caller does
+@torch.inference_mode(False)  # inference needs backward passes, also inside inference_mode
 def _describe(config: PreTrainedConfig) -> Architecture | str:
-    """The architecture of the stock model of a config, inferred and proven, or the reason why it cannot be pruned; read
-    from the cache of this user if it was inferred before, with the same version of transformers."""
+    """The architecture of the stock model of a config, inferred and proven, or the reason why it cannot be pruned. Read
+    from the cache of this user if it was inferred before with the same version of transformers."""
     file = _file(config)
     if refusal := _refused.get(file):
         return refusal
@@ -104,9 +104,11 @@ def _describe(config: PreTrainedConfig) -> Architecture | str:
             architecture = prove(config, infer_architecture(config))
     except AdaPrunerError as error:
         return _refused.setdefault(file, str(error))
-    except Exception as error:  # whatever a model class raises that is built as no other
-        return _refused.setdefault(file, f"how a {config.model_type} is built was not found out: {reason(error)}")
-    # A cache that cannot be written is no cache.
+    except Exception as error:  # anything that an unusual model class raises
+        return _refused.setdefault(
+            file, f"the architecture of a {config.model_type} could not be inferred: {reason(error)}"
+        )
+    # The cache is optional.
     with suppress(OSError, AdaPrunerError):
         file.parent.mkdir(parents=True, exist_ok=True)
         content = architecture.model_dump_json(indent=2)
@@ -115,11 +117,12 @@ def _describe(config: PreTrainedConfig) -> Architecture | str:
 
 
 def _file(config: PreTrainedConfig) -> Path:
+    """The file in the cache for the family of a config."""
     try:
-        tiny = tiny_config(config).to_dict()
-    except Exception:  # whatever a config class raises over sizes; inference says it
-        tiny = config.to_dict()
-    built = {name: value for name, value in tiny.items() if name not in _OF_FILES}
-    about = [_FORMAT, transformers.__version__, type(config).__name__, built]
-    key = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
+        fields = tiny_config(config).to_dict()
+    except Exception:  # anything that a config class raises over sizes; inference reports it
+        fields = config.to_dict()
+    fields = {name: value for name, value in fields.items() if name not in _FILE_FIELDS}
+    content = [_FORMAT, transformers.__version__, type(config).__name__, fields]
+    key = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
     return Path(constants.HF_HOME) / "adapruner" / "families" / f"{config.model_type}-{key[:16]}.json"

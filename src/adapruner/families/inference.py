@@ -1,8 +1,8 @@
-"""The architecture of a family that no file describes, read off a tiny random model of its own class.
+"""The architecture of a family that no file describes, read off a tiny random model of its class.
 
-What a row-wise projection reads is computed by those rows of other parameters to which its inputs have a gradient.
-Inputs that share such rows belong to one group: a channel, or a key/value head with its query heads. Which config
-fields count them is found by changing the fields and comparing shapes. No names of parameters are looked for.
+The inputs of a row-wise projection have gradients to the rows of other parameters that compute them. Inputs that share
+such rows belong to one group: a channel, or a key/value head with its query heads. The config fields that count groups
+are found by changing fields and comparing shapes. Parameter names are not used.
 """
 
 from __future__ import annotations
@@ -30,40 +30,40 @@ from adapruner.models._architecture import (
 
 _HEADS, _KEY_VALUE_HEADS = "num_attention_heads", "num_key_value_heads"
 _MOST_PARAMETERS = 50_000_000
-# By how much a width is changed to see what moves.
+# The change of a width that shows which shapes depend on it.
 _STEP = 16
 _Shapes = dict[str, tuple[int, ...]]
 
 
 class InferenceError(AdaPrunerError):
-    """Nothing that could be removed was found in a model."""
+    """No removable parts were found in a model."""
 
 
 def infer_architecture(config: PreTrainedConfig) -> Architecture:
-    """The parts that can be removed from the models of a family, read off a tiny model of one config.
+    """The removable parts of the models of a family, read off a tiny model of one config.
 
     Args:
-        config: of a stock model.
+        config: config of a stock model.
 
     Raises:
-        InferenceError: transformers cannot build or run such a model in a small size, or nothing can be removed.
+        InferenceError: transformers cannot build or run such a model in a small size, or nothing is removable.
     """
     if not hasattr(config, "num_hidden_layers") or config.get_text_config() is not config:
         raise InferenceError(
-            f"a {config.model_type} has other models beside a text model: save its text model alone, and prune that"
+            f"a {config.model_type} has other models besides a text model: save its text model alone, and prune that"
         )
     try:
         tiny = tiny_config(config)
         if (size := parameters_of(tiny)) > _MOST_PARAMETERS:
             raise InferenceError(f"a {config.model_type} cannot be made small: {size:,} parameters are left")
-        # Of some families, layers differ already; what holds for most of them is read then.
+        # In some families, layers already differ; the values of most layers are read then.
         tiny.allow_global_per_layer_attribute_access = True
         model = random_model(tiny)
         path, layers = _layer_list(model)
         distinct = [Layer(model, path, layers, index) for index in _distinct(layers)]
     except InferenceError:
         raise
-    except Exception as error:  # whatever a model class raises over sizes that it was not made for
+    except Exception as error:  # anything that a model class raises over sizes for which it was not made
         raise InferenceError(
             f"a small {config.model_type} cannot be run to find out how it is built: {reason(error)}"
         ) from error
@@ -71,7 +71,7 @@ def infer_architecture(config: PreTrainedConfig) -> Architecture:
 
 
 def _layer_list(model: PreTrainedModel) -> tuple[str, list[nn.Module]]:
-    """The list of decoder layers, by its path: that of as many modules as there are layers which holds the most."""
+    """The path and the modules of the list of decoder layers: of the lists of this length, the largest."""
     count = model.config.num_hidden_layers
     lists = {
         path: module
@@ -85,12 +85,12 @@ def _layer_list(model: PreTrainedModel) -> tuple[str, list[nn.Module]]:
 
 
 def _distinct(layers: Sequence[nn.Module]) -> list[int]:
-    """One layer of every make; the last of each, because first layers may be special."""
-    makes = {
+    """The number of one layer for each set of shapes; the last of each, because first layers may be special."""
+    layers_by_shapes = {
         tuple((name, tuple(parameter.shape)) for name, parameter in layer.named_parameters()): index
         for index, layer in enumerate(layers)
     }
-    return sorted(makes.values())
+    return sorted(layers_by_shapes.values())
 
 
 class _Counting:
@@ -106,12 +106,12 @@ class _Counting:
                 continue
             for shapes, changed in ((self._wider, (value or 0) + _STEP), (self._doubled, 2 * (value or 0))):
                 built = self._built({name: changed}) if changed else None
-                # What changes the embedding is the hidden size or the vocabulary.
+                # Fields that change the embedding are the hidden size or the vocabulary.
                 if built and built[0] != self.now and built[1] == embedding:
                     shapes[name] = built[0]
 
     def shapes(self, changes: Mapping[str, Any]) -> _Shapes | None:
-        """Shapes of all tensors in the layers, with other fields; None where such a model cannot be built."""
+        """Shapes of all tensors in the layers, with other fields; None if such a model cannot be built."""
         built = self._built(changes)
         return built and built[0]
 
@@ -124,28 +124,28 @@ class _Counting:
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config)
             embedding = tuple(model.get_input_embeddings().weight.shape)
-        except Exception:  # whatever a config or model class raises over a field that it was not made for
+        except Exception:  # anything that a config or model class raises over an unexpected value
             return None
         tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         return {name: tuple(tensors[name].shape) for name in tensors if name.startswith(f"{self._layers}.")}, embedding
 
     def width_field(self, parameter: str, axis: int) -> str | None:
-        """The field that an axis of a parameter is as wide as."""
+        """The field that gives the width of an axis of a parameter."""
         size = self.now[parameter][axis]
         for name, shapes in self._wider.items():
             value = getattr(self.config, name)
-            # As wide as it says, and not as wide as its class makes of that.
+            # The width is the value itself, not derived from it.
             if value in (None, size) and parameter in shapes and shapes[parameter][axis] == (value or 0) + _STEP:
                 return name
         return None
 
     def widened(self, layer: str, field: str) -> set[str]:
-        """The tensors of a layer that become wider with a field."""
+        """The tensors of a layer whose shapes change with a field."""
         shapes = self._wider[field]
         return {name for name, before in self.now.items() if name.startswith(f"{layer}.") and shapes[name] != before}
 
     def expert_field(self, layer: str) -> tuple[str, dict[str, int]] | None:
-        """The field that counts experts, and the axis of every tensor of a layer along which they lie."""
+        """The field that counts experts, and the axis of the experts in every tensor of a layer."""
         before = {name: shape for name, shape in self.now.items() if name.startswith(f"{layer}.")}
         for field, shapes in self._doubled.items():
             count, axes = getattr(self.config, field), dict[str, int]()
@@ -153,10 +153,10 @@ class _Counting:
                 after = shapes.get(name)
                 if after == shape:
                     continue
-                moved = [axis for axis, size in enumerate(shape) if after is None or after[axis] != size]
-                if after is None or len(moved) != 1 or (shape[moved[0]], after[moved[0]]) != (count, 2 * count):
+                changed = [axis for axis, size in enumerate(shape) if after is None or after[axis] != size]
+                if after is None or len(changed) != 1 or (shape[changed[0]], after[changed[0]]) != (count, 2 * count):
                     break
-                axes[name.removeprefix(f"{layer}.")] = moved[0]
+                axes[name.removeprefix(f"{layer}.")] = changed[0]
             else:
                 if any(len(before[f"{layer}.{name}"]) == 3 and axis == 0 for name, axis in axes.items()):
                     return field, axes
@@ -169,8 +169,8 @@ def _is_count(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class _Kind:
-    """A kind of groups in one layer: the projections, the config fields by their names in `Architecture`, how many
-    numbers the projections hold, and whether their output is added as it is."""
+    """A kind of groups in one layer: the projections, the config fields by their names in `Architecture`, the number
+    of parameters in the projections, and True if their output is added to the hidden state unchanged."""
 
     names: ProjectionNames
     fields: dict[str, Any]
@@ -210,8 +210,7 @@ def _architecture(model: PreTrainedModel, counting: _Counting, path: str, layers
 
 
 def _largest(writers: Iterable[list[_Kind]]) -> _Kind:
-    """Of several writers of one kind, the one that holds most in all layers; where layers differ in what computes its
-    inputs, all of that."""
+    """The writer of a kind with the most parameters in all layers; its inputs are the union over the layers."""
     layers = max(writers, key=lambda layers: sum(layer.parameters for layer in layers))
     inputs = {path: rows for layer in layers for path, rows in layer.names.inputs.items()}
     names = layers[0].names.model_copy(update={"inputs": inputs})
@@ -235,11 +234,11 @@ def _heads(layer: Layer, writer: Writer, counting: _Counting) -> _Kind | None:
     if count < 2 or count not in (heads, key_value_heads):
         return None
     inputs: dict[str, tuple[RowKind, ...]] = {}
-    for part in parts:
-        passes = part.passes(count)
+    for rows in parts:
+        passes = rows.passes(count)
         if passes is None:
             return None
-        inputs[part.parameter] = tuple(part.kind_of_heads(rows, count) for rows in passes)
+        inputs[rows.parameter] = tuple(rows.kind_of_heads(stretch, count) for stretch in passes)
     fields = {"heads": _HEADS, "fixed_attention_width": not is_narrower}
     if count == key_value_heads:
         fields["key_value_heads"] = _KEY_VALUE_HEADS
@@ -257,11 +256,11 @@ def _channels(layer: Layer, writer: Writer, counting: _Counting) -> _Kind | None
         return None
     inputs: dict[str, tuple[RowKind, ...]] = {}
     channel: tuple[RowKind, ...] = ("channels",)
-    for part in parts:
-        passes = part.passes(count)
-        if passes is None or (field is None and part.parameter.rpartition(".")[0] not in layer.linears()):
+    for rows in parts:
+        passes = rows.passes(count)
+        if passes is None or (field is None and rows.parameter.rpartition(".")[0] not in layer.linears()):
             return None
-        inputs[part.parameter] = channel * len(passes)
+        inputs[rows.parameter] = channel * len(passes)
     fields: dict[str, Any] = {"channels": field or "intermediate_size", "fixed_channels": field is None}
     if field is None or getattr(config, field) is None:
         fields["default_channels"] = writer.inputs // config.hidden_size
@@ -269,11 +268,11 @@ def _channels(layer: Layer, writer: Writer, counting: _Counting) -> _Kind | None
 
 
 def _names(layer: Layer, inputs: Mapping[str, tuple[RowKind, ...]], writer: Writer) -> ProjectionNames:
-    """Weights and biases by their module, other parameters by their own name."""
+    """The names in a layer: weights and biases by their module, other parameters by their name."""
     by_module = {name.removesuffix(".weight"): kinds for name, kinds in inputs.items()}
     biases = {name for name in by_module if name.removesuffix(".bias") in by_module.keys() - {name}}
-    without = {name: kinds for name, kinds in by_module.items() if name not in biases}
-    names = ProjectionNames(inputs=without, output=writer.path, normalized=writer.normalized)
+    inputs = {name: kinds for name, kinds in by_module.items() if name not in biases}
+    names = ProjectionNames(inputs=inputs, output=writer.path, normalized=writer.normalized)
     return names.model_copy(update={"returned": layer.returned(names.module)})
 
 
@@ -291,24 +290,25 @@ def _experts(counting: _Counting, layers: Sequence[Layer]) -> ExpertNames | None
     def named(names: Sequence[str]) -> str | None:
         return next((name for name in names if getattr(counting.config, name, None)), None)
 
-    top_k, groups, chosen = map(named, (TOP_K, EXPERT_GROUPS, CHOSEN_GROUPS))
-    return ExpertNames(
-        tensors=tensors, count=field, top_k=top_k, groups=groups, chosen_groups=chosen, channels=channels
-    )
+    fields = {"top_k": named(TOP_K), "groups": named(EXPERT_GROUPS), "chosen_groups": named(CHOSEN_GROUPS)}
+    return ExpertNames(tensors=tensors, count=field, channels=channels, **fields)
 
 
 def _expert_channels(counting: _Counting, layer: Layer, stacks: Sequence[str]) -> ExpertChannels | None:
-    """The channels inside the experts of a layer, where a config field counts them and nothing else."""
+    """The channels inside the experts of a layer, if a config field counts them and nothing else."""
     writer = layer.expert_writer([path for path in stacks if path in layer.parameters])
     if writer is None:
         return None
     down = f"{layer.path}.{writer.parameter}"
     count, field = counting.now[down][writer.axis], counting.width_field(down, writer.axis)
-    passes = {part.parameter: part.passes(count) for part in writer.parts}
+    passes = {rows.parameter: rows.passes(count) for rows in writer.parts}
     parameters = {f"{layer.path}.{path}" for path in (writer.parameter, *passes)}
     if field is None or None in passes.values() or not passes or counting.widened(layer.path, field) != parameters:
         return None
-    inputs = {path: tuple((rows.stop - rows.start) // count for rows in runs or ()) for path, runs in passes.items()}
+    inputs = {
+        path: tuple((stretch.stop - stretch.start) // count for stretch in stretches or ())
+        for path, stretches in passes.items()
+    }
     axes = {**writer.axes, writer.parameter: writer.axis}
     return ExpertChannels(inputs=inputs, output=writer.parameter, axes=axes, count=field)
 

@@ -1,5 +1,5 @@
-"""Proof, on a tiny model, that what is known of a family is right: what is cut equals what is masked, what is saved
-equals what is loaded, and generation is the same with and without a cache."""
+"""Proof, on a tiny model, that the architecture of a family is right: pruned equals masked, saved equals loaded, and
+generation is the same with and without a cache."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ from adapruner.planning import PruningPlan, make_plan
 from adapruner.structure import Block, Kind, Structure, build_structure, count_parameters
 from adapruner.surgery import prune_model
 
-# How far the pruned logits may be from the masked ones, relative to the change by masking: sums have another order, and
-# the epsilon of a norm over fewer heads weighs otherwise.
+# Largest distance of the pruned from the masked logits, relative to the change by masking: sums have another order, and
+# the epsilon of a norm over fewer heads has another weight.
 _TOLERANCE = 2e-3
-# The least change by masking, relative to the logits: a smaller one proves nothing.
+# Smallest change by masking, relative to the logits, that proves something.
 _EFFECT = 1e-4
 _NEW_TOKENS = 8
 _NEVER_CHOSEN = -1e9
@@ -47,24 +47,24 @@ _LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 
 
 class ConformanceError(AdaPrunerError):
-    """A family is built in another way than was thought."""
+    """The architecture of a family is wrong."""
 
 
 def prove(config: PreTrainedConfig, architecture: Architecture) -> Architecture:
     """The architecture without the kinds of groups and the layouts for which a check on a tiny model of a config fails.
 
     Args:
-        config: of a stock model.
+        config: config of a stock model.
 
     Raises:
-        ConformanceError: nothing holds; with the check that failed for each kind.
+        ConformanceError: no kind passes; the message has the check that failed for each kind.
     """
     model = random_model(tiny_config(config))
     proven = _proven_parts(model, architecture)
     experts = proven.experts
     if experts and experts.channels and failed_checks(model, proven, "channel").keys() & set(proven.layouts):
         proven = proven.changed(experts=experts.model_copy(update={"channels": None}))
-    # The first layer alone as well: a layer that computes by its number then differs in all that are left.
+    # Also without the first layer alone: then all other layers have another number, on which they may depend.
     if why_not_whole(model, proven, *proven.whole) or why_not_whole(model, proven, "layer"):
         alone = [whole for whole in proven.whole if not why_not_whole(model, proven, whole)]
         proven = proven.changed(whole=() if why_not_whole(model, proven, *alone) else tuple(alone))
@@ -72,7 +72,7 @@ def prove(config: PreTrainedConfig, architecture: Architecture) -> Architecture:
 
 
 def _proven_parts(model: PreTrainedModel, architecture: Architecture) -> Architecture:
-    """The result of `prove`, with experts as a whole."""
+    """The result of `prove`, with whole experts."""
     refusals = dict[str, str]()
     if not failed_checks(model, architecture):
         return architecture
@@ -82,7 +82,7 @@ def _proven_parts(model: PreTrainedModel, architecture: Architecture) -> Archite
         others = {name: None for name in _PARTS.values() if name != part}
         failures = failed_checks(model, architecture.changed(**others))
         if failures and kind == "channels" and not architecture.fixed_channels:
-            # Where a class rounds the width that its config says, projections are made as wide as they are.
+            # If a class rounds the width in its config, projections are resized instead.
             resized = failed_checks(model, architecture.changed(**others, fixed_channels=True))
             if len(resized) < len(failures):
                 failures, architecture = resized, architecture.changed(fixed_channels=True)
@@ -90,14 +90,12 @@ def _proven_parts(model: PreTrainedModel, architecture: Architecture) -> Archite
             refusals[kind] = failures["per-layer"]
             architecture = architecture.changed(**{part: None})
         else:
-            architecture = architecture.changed(
-                layouts=tuple(layout for layout in architecture.layouts if layout not in failures)
-            )
+            layouts = tuple(layout for layout in architecture.layouts if layout not in failures)
+            architecture = architecture.changed(layouts=layouts)
     if any(getattr(architecture, part) for part in _PARTS.values()):
         together = failed_checks(model, architecture)
-        left = tuple(layout for layout in architecture.layouts if layout not in together)
-        if left:
-            return architecture.changed(layouts=left)
+        if layouts := tuple(layout for layout in architecture.layouts if layout not in together):
+            return architecture.changed(layouts=layouts)
         refusals |= {f"together, {layout}": refusal for layout, refusal in together.items()}
     why = "; ".join(f"{kind}: {refusal}" for kind, refusal in refusals.items())
     raise ConformanceError(f"models of the family {architecture.model_type} cannot be pruned ({why})")
@@ -106,10 +104,10 @@ def _proven_parts(model: PreTrainedModel, architecture: Architecture) -> Archite
 def failed_checks(
     model: PreTrainedModel, architecture: Architecture, experts: ExpertGranularity = "expert"
 ) -> dict[Layout, str]:
-    """The first check that fails for each layout, and why; empty where all hold.
+    """The first failing check for each layout, with the reason; empty if all pass.
 
     Args:
-        model: a random one, of a stock class.
+        model: a random model of a stock class.
         experts: as in `build_structure`.
     """
     with using_architecture(architecture):
@@ -118,11 +116,11 @@ def failed_checks(
 
 
 def why_not_whole(model: PreTrainedModel, architecture: Architecture, *parts: Whole) -> str | None:
-    """The check that fails, and why, where a layer has no attention, another no feed-forward, or one is removed; None
-    where all hold.
+    """The check that fails, with the reason, for a model without some parts: the attention of a layer, the feed-forward
+    of another, or a whole layer; None if all pass.
 
     Args:
-        model: a random one, of a stock class.
+        model: a random model of a stock class.
     """
     with using_architecture(architecture):
         return _failure(model, partial(_counts_without, parts=parts))
@@ -136,14 +134,14 @@ def _failure(
         structure = build_structure(model, experts=experts)
         scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(3))
         _check(model, structure, make_plan(structure, scores, counts(structure)), checks.append)
-    except Exception as error:  # whatever a model class raises that is built in another way
+    except Exception as error:  # anything that a model class with another architecture raises
         return f"{checks[-1]} fails: {reason(error)}"
     return None
 
 
 def _counts_without(structure: Structure, parts: Sequence[Whole]) -> list[int]:
-    """The groups that each block keeps when one layer loses each part: the first that can, as caches are asked there.
-    With several parts, each is removed from another layer where there are enough."""
+    """The groups that each block keeps when one layer loses each part: the first layer that can, as transformers reads
+    its cache. With several parts, each is removed from a different layer, if there are enough."""
     kinds: dict[Whole, tuple[Kind, ...]] = {"attention": ("heads",), "feed-forward": ("channels",)}
     removed: dict[int, tuple[Kind, ...]] = {}
     for whole in parts:
@@ -155,32 +153,32 @@ def _counts_without(structure: Structure, parts: Sequence[Whole]) -> list[int]:
 
 
 def _counts_of(structure: Structure, layout: Layout) -> list[int]:
-    """The groups that each block keeps: another number in every layer, or two thirds in all."""
+    """The groups that each block keeps: a different number in every layer, or two thirds in all."""
     counts = []
     for block in structure.blocks:
-        of_stratum, least = block.groups // block.strata, math.ceil(block.least / block.strata)
-        lost = math.ceil(of_stratum / 3) if layout == "uniform" else block.layer * of_stratum // structure.layers + 1
-        counts.append(block.strata * max(least, of_stratum - lost))
+        size, least = block.groups // block.strata, math.ceil(block.least / block.strata)
+        removed = math.ceil(size / 3) if layout == "uniform" else block.layer * size // structure.layers + 1
+        counts.append(block.strata * max(least, size - removed))
     if not structure.removed_parameters(counts):
         raise ConformanceError("nothing of it can be removed")
     return counts
 
 
 def _check(model: PreTrainedModel, structure: Structure, plan: PruningPlan, checking: Callable[[str], object]) -> None:
-    """Names each check before it makes it."""
+    """Runs the checks; calls `checking` with the name of each before it."""
     generator = torch.Generator().manual_seed(4)
     tokens = torch.randint(3, model.config.vocab_size, (2, 12), generator=generator)
     with torch.no_grad(), quiet_transformers():
         checking("pruned equals masked")
         pruned = prune_model(model, structure, plan)
         logits, dense = pruned(tokens).logits, model(tokens).logits
-        with masked(model, structure, plan) as same:
-            expected = same(tokens).logits
+        with masked(model, structure, plan) as masked_model:
+            expected = masked_model(tokens).logits
         effect, difference = (dense - expected).norm(), (logits - expected).norm()
         if not effect > _EFFECT * dense.norm():
-            raise ConformanceError("what was removed had no effect")
+            raise ConformanceError("the removed groups had no effect")
         if not difference <= _TOLERANCE * effect:
-            raise ConformanceError(f"they differ by {float(difference / effect):.2g} of what masking changes")
+            raise ConformanceError(f"they differ by {float(difference / effect):.2g} of the change by masking")
         if count_parameters(pruned) != plan.total_parameters - plan.removed_parameters:
             raise ConformanceError(f"{count_parameters(pruned):,} parameters are left, not what the plan says")
         checking("saved equals loaded")
@@ -202,30 +200,29 @@ def _check(model: PreTrainedModel, structure: Structure, plan: PruningPlan, chec
 def _generates_alike(model: PreTrainedModel, tokens: Tensor) -> bool:
     options = {"do_sample": False, "max_new_tokens": _NEW_TOKENS, "min_new_tokens": _NEW_TOKENS}
     prompt = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "pad_token_id": 0}
-    made = [cast(Any, model).generate(**prompt, **options, use_cache=use_cache) for use_cache in (True, False)]
-    return torch.equal(*made)
+    return torch.equal(*(cast(Any, model).generate(**prompt, **options, use_cache=cached) for cached in (True, False)))
 
 
 @contextlib.contextmanager
 def masked(model: PreTrainedModel, structure: Structure, plan: PruningPlan) -> Iterator[PreTrainedModel]:
-    """The model with all its parameters, in which nothing that the plan removes has an effect: no column reads it, no
-    router chooses it. An independent way to remove it, which needs no other sizes."""
+    """A copy of the model with the original sizes, in which the groups that the plan removes have no effect: no column
+    reads them, no router chooses them. This is independent of the code that cuts."""
     model, never = copy.deepcopy(model), _NeverChosen()
     for layer in structure.removed_layers([len(block.kept) for block in plan.blocks]):
         decoder_layers(model)[layer].register_forward_hook(_put_through, with_kwargs=True)
-    for block, kept in zip(structure.blocks, plan.blocks, strict=True):
+    for block, planned in zip(structure.blocks, plan.blocks, strict=True):
         removed = torch.ones(block.groups, dtype=torch.bool)
-        removed[list(kept.kept)] = False
+        removed[list(planned.kept)] = False
         if block.is_projected:
             weights = block.row_wise.as_projections(model.get_parameter(block.row_wise.parameter).data)
             for weight, groups in zip(weights, removed.view(len(weights), -1), strict=True):
                 weight.unflatten(1, (len(groups), -1))[:, groups] = 0
             _mask_norms(model, block, removed)
             bias = getattr(model.get_submodule(block.row_wise.module), "bias", None)
-            if not kept.kept and isinstance(bias, Tensor):
+            if not planned.kept and isinstance(bias, Tensor):
                 bias.data.zero_()
         else:
-            _mask_experts(model, block, removed & bool(kept.kept), never)
+            _mask_experts(model, block, removed & bool(planned.kept), never)
     with never:
         yield model
 
@@ -237,19 +234,19 @@ def _put_through(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outp
 
 
 def _mask_norms(model: PreTrainedModel, block: Block, removed: Tensor) -> None:
-    """Makes norms over all groups norms over the kept ones: zeros add nothing to a mean of squares, but count in it."""
-    norms = [part for part in block.slices if not part.is_matrix and part.parameter.endswith(".weight")]
-    for part in block.slices if norms else ():
-        if part.axis == 0 and part not in norms:
-            rows = part.as_projection(model.get_parameter(part.parameter).data)
-            rows[part.offset : part.offset + block.groups * part.width].unflatten(0, (block.groups, -1))[removed] = 0
-    for part in norms:
-        model.get_parameter(part.parameter).data *= (~removed).float().mean().sqrt()
+    """Turns norms over all groups into norms over the kept ones: a mean of squares counts the zeros."""
+    norms = [cut for cut in block.slices if not cut.is_matrix and cut.parameter.endswith(".weight")]
+    for cut in block.slices if norms else ():
+        if cut.axis == 0 and cut not in norms:
+            rows = cut.as_projection(model.get_parameter(cut.parameter).data)
+            rows[cut.offset : cut.offset + block.groups * cut.width].unflatten(0, (block.groups, -1))[removed] = 0
+    for norm in norms:
+        model.get_parameter(norm.parameter).data *= (~removed).float().mean().sqrt()
 
 
 def _mask_experts(model: PreTrainedModel, block: Block, removed: Tensor, never: _NeverChosen) -> None:
-    for part in block.slices:
-        path, _, name = part.parameter.rpartition(".")
+    for cut in block.slices:
+        path, _, name = cut.parameter.rpartition(".")
         tensor = getattr(model.get_submodule(path), name)
         if tensor.numel() == block.groups:
             tensor.data.view(-1)[removed] = _NEVER_CHOSEN
@@ -258,7 +255,7 @@ def _mask_experts(model: PreTrainedModel, block: Block, removed: Tensor, never: 
 
 
 class _NeverChosen(TorchFunctionMode):
-    """While it lasts, the removed experts have the lowest logit: of what is multiplied by the weight of a router."""
+    """While it lasts, the removed experts have the lowest logit in every product with the weight of a router."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -269,8 +266,8 @@ class _NeverChosen(TorchFunctionMode):
     ) -> Any:
         result = function(*args, **(kwargs or {}))
         if isinstance(result, Tensor) and getattr(function, "__name__", "") in ("linear", "matmul", "mm", "__matmul__"):
-            for given in (*args, *(kwargs or {}).values()):
-                removed = self.routers.get(given.untyped_storage().data_ptr()) if isinstance(given, Tensor) else None
+            for factor in (*args, *(kwargs or {}).values()):
+                removed = self.routers.get(factor.untyped_storage().data_ptr()) if isinstance(factor, Tensor) else None
                 if removed is not None and result.shape[-1] == len(removed):
                     result = result.masked_fill(removed, _NEVER_CHOSEN)
         return result

@@ -1,4 +1,4 @@
-"""A model of the same family as another one, so small that its structure can be read off in seconds."""
+"""Tiny models of a family, whose structure can be read off in seconds."""
 
 from __future__ import annotations
 
@@ -12,77 +12,52 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from adapruner.models import fields_by_layer
 
-# What is small enough to be taken as it is.
+# Configs below these sizes are used unchanged.
 _MOST_PARAMETERS, _MOST_LAYERS = 10_000_000, 8
 _LAYERS, _HEADS, _KEY_VALUE_HEADS, _WIDTH, _EXPERTS = 4, 4, 2, 16, 4
-# What configs call the experts that a token is sent to, the groups of experts, and how many groups are chosen first.
+# Config fields for the experts per token, the groups of experts, and the number of groups that are chosen first.
 TOP_K = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k")
 EXPERT_GROUPS, CHOSEN_GROUPS = ("n_group", "num_expert_group"), ("topk_group",)
-# By the names that configs have for them. Heads are as wide as the hidden size allows, for families in which they must.
+# By config fields. Heads fill the hidden size, as some families require.
 _SIZES: dict[str, int] = {
-    **dict.fromkeys(("hidden_size", "n_embd", "d_model"), _HEADS * _WIDTH),
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), _LAYERS),
-    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads"), _HEADS),
-    **dict.fromkeys(
-        ("num_key_value_heads", "num_global_key_value_heads", "swa_num_key_value_heads", "num_kv_heads"),
-        _KEY_VALUE_HEADS,
-    ),
-    **dict.fromkeys(("head_dim", "kv_channels", "v_head_dim", "swa_head_dim", "rotary_dim"), _WIDTH),
-    **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size"), 96),
-    **dict.fromkeys(("moe_intermediate_size", "expert_ffn_hidden_size"), 48),
-    **dict.fromkeys(
-        (
-            "shared_expert_intermediate_size",
-            "moe_shared_expert_intermediate_size",
-            "shared_intermediate_size",
-        ),
-        32,
-    ),
-    **dict.fromkeys(
-        ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts"), _EXPERTS
-    ),
-    **dict.fromkeys(TOP_K, 2),
-    **dict.fromkeys((*EXPERT_GROUPS, *CHOSEN_GROUPS), 1),
-    **dict.fromkeys(("kv_lora_rank", "q_lora_rank"), 24),
-    **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim"), _WIDTH),
-    **dict.fromkeys(("mamba_n_heads", "mamba_num_heads", "linear_num_value_heads"), 8),
-    **dict.fromkeys(("mamba_d_head", "mamba_head_dim", "linear_value_head_dim", "linear_key_head_dim"), 16),
-    **dict.fromkeys(("mamba_d_state", "ssm_state_size", "mamba_dt_rank", "mamba_chunk_size", "chunk_size"), 16),
-    **dict.fromkeys(("linear_num_key_heads", "mamba_n_groups", "mamba_ngroups", "n_groups"), 4),
-    "global_head_dim": 2 * _WIDTH,
-    "num_kv_shared_layers": 2,
-    "attn_layer_period": 2,
-    "attn_layer_offset": 1,
-    "mamba_d_ssm": 128,
-    "mamba_expand": 2,
-    "expand": 2,
-    "vocab_size": 256,
-    "vocab_size_per_layer_input": 256,
-    "hidden_size_per_layer_input": 16,
-    "max_position_embeddings": 128,
-    "n_positions": 128,
-    "sliding_window": 8,
-    "first_k_dense_replace": 1,
-    "moe_layer_start_index": 1,
-    "lru_width": _HEADS * _WIDTH,
-    "word_embed_proj_dim": _HEADS * _WIDTH,
+    name: size
+    for names, size in {
+        "hidden_size n_embd d_model lru_width word_embed_proj_dim": _HEADS * _WIDTH,
+        "num_hidden_layers n_layer n_layers num_layers": _LAYERS,
+        "num_attention_heads n_head n_heads": _HEADS,
+        "num_key_value_heads num_global_key_value_heads swa_num_key_value_heads num_kv_heads": _KEY_VALUE_HEADS,
+        "head_dim kv_channels v_head_dim swa_head_dim rotary_dim qk_rope_head_dim qk_nope_head_dim": _WIDTH,
+        "global_head_dim": 2 * _WIDTH,
+        "intermediate_size ffn_dim n_inner ffn_hidden_size": 96,
+        "moe_intermediate_size expert_ffn_hidden_size": 48,
+        "shared_expert_intermediate_size moe_shared_expert_intermediate_size shared_intermediate_size": 32,
+        "num_experts num_local_experts n_routed_experts moe_num_experts num_routed_experts": _EXPERTS,
+        " ".join(TOP_K): 2,
+        " ".join((*EXPERT_GROUPS, *CHOSEN_GROUPS)): 1,
+        "kv_lora_rank q_lora_rank": 24,
+        "mamba_n_heads mamba_num_heads linear_num_value_heads": 8,
+        "mamba_d_head mamba_head_dim linear_value_head_dim linear_key_head_dim": 16,
+        "mamba_d_state ssm_state_size mamba_dt_rank mamba_chunk_size chunk_size": 16,
+        "linear_num_key_heads mamba_n_groups mamba_ngroups n_groups": 4,
+        "mamba_d_ssm max_position_embeddings n_positions": 128,
+        "attn_layer_period expand mamba_expand num_kv_shared_layers": 2,
+        "attn_layer_offset first_k_dense_replace moe_layer_start_index": 1,
+        "vocab_size vocab_size_per_layer_input": 256,
+        "hidden_size_per_layer_input": 16,
+        "sliding_window": 8,
+    }.items()
+    for name in names.split()
 }
-_LEFT_OUT = (
-    "transformers_version",
-    "model_type",
-    "architectures",
-    "dtype",
-    "allow_global_per_layer_attribute_access",
-)
+_LEFT_OUT = ("transformers_version", "model_type", "architectures", "dtype", "allow_global_per_layer_attribute_access")
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def tiny_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """A config of the same class with the same options, for a model of a few hundred thousand parameters. One that is
-    as small already is copied.
+    """A config of the same class with the same options, for a model of a few hundred thousand parameters; the config of
+    a small model is copied.
 
     Args:
-        config: of a stock model.
+        config: config of a stock model.
 
     Raises:
         Exception: the config class refuses the sizes.
@@ -98,22 +73,21 @@ def tiny_config(config: PreTrainedConfig) -> PreTrainedConfig:
         if name not in _LEFT_OUT
     }
     types: list[Any] = list(getattr(config, "layer_types", None) or [None] * config.num_hidden_layers)
-    per_layer: Any = fields.get("per_layer_config")
-    if per_layer:
+    if per_layer := fields.get("per_layer_config"):
         fields["per_layer_config"] = _shrunk_layers(per_layer, types, _sampled(types))
     fields |= {name: number for number, name in enumerate(_TOKENS) if fields.get(name) is not None}
     if heads == key_value_heads and "num_key_value_heads" in fields:
         fields["num_key_value_heads"] = _HEADS
     tiny = type(config)(**fields)
     if per_layer and getattr(tiny, "layer_types", None):
-        # Gemma 4 makes its last layer one of another type.
+        # Gemma 4 changes the type of its last layer.
         shrunk: Any = _shrunk_layers(per_layer, types, tiny.layer_types)
         tiny.per_layer_config = shrunk
     return tiny
 
 
 def random_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """A model of a config in which every weight matters; float32, always the same."""
+    """A model of a config with random weights, all of which affect the output; float32, always the same."""
     config = copy.deepcopy(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -121,7 +95,7 @@ def random_model(config: PreTrainedConfig) -> PreTrainedModel:
         for parameter in model.parameters():
             parameter.data = torch.randn_like(parameter) * 0.1 + (parameter.dim() == 1)
             parameter.requires_grad_()
-        # So large that the epsilon of norms is nothing beside it.
+        # Large, so that the epsilon of norms is negligible.
         cast(nn.Embedding, model.get_input_embeddings()).weight.data *= 10
     return model
 
@@ -135,11 +109,11 @@ def parameters_of(config: PreTrainedConfig) -> int:
 def _shrunk_layers(
     per_layer: Mapping[Any, Mapping[str, Any]], types: list[Any], tiny_types: list[Any]
 ) -> dict[int, dict[str, Any]]:
-    """The fields that a tiny config sets for single layers: those of the first layer of the same type.
+    """The fields that a tiny config sets for single layers: the fields of the first layer of the same type.
 
     Args:
-        types: of all layers of the given config.
-        tiny_types: of the layers of the tiny one.
+        types: types of the layers of the given config.
+        tiny_types: types of the layers of the tiny config.
     """
     by_layer = fields_by_layer(per_layer)
     first = [by_layer.get(types.index(kind), {}) for kind in tiny_types]
@@ -151,23 +125,24 @@ def _shrunk_layers(
 
 
 def _shrunk(name: str, value: Any, layers: int) -> Any:
+    """The value of a config field in a tiny model; lists with an entry for each of so many layers are sampled."""
     if name == "attn_layer_indices" and value:
         return [1, 3]
     if isinstance(value, list | tuple) and len(value) == layers:
         return [_shrunk(name, entry, 0) for entry in _sampled(list(value))]
     if isinstance(value, Mapping) and name == "rope_parameters":
-        if any(isinstance(part, Mapping) for part in value.values()):
-            return {key: _shrunk(name, part, layers) for key, part in value.items()}
-        plain = {key: part for key, part in value.items() if key in ("rope_theta", "partial_rotary_factor")}
+        if any(isinstance(parameters, Mapping) for parameters in value.values()):
+            return {kind: _shrunk(name, parameters, layers) for kind, parameters in value.items()}
+        plain = {key: value[key] for key in value if key in ("rope_theta", "partial_rotary_factor")}
         return plain | {"rope_type": value["rope_type"] if value.get("rope_type") == "proportional" else "default"}
     is_size = isinstance(value, int) and not isinstance(value, bool)
     if not is_size or name not in _SIZES:
         return value
-    # Heads of a state-space mixer times their width have to be as wide as it is.
+    # The heads of a state-space mixer times their width must equal its width.
     return _SIZES[name] if name.startswith("mamba_") and value else min(value, _SIZES[name])
 
 
-def _sampled(of_layers: list[Any]) -> list[Any]:
-    """Every distinct entry, in order, and as many of the most frequent as there is room for."""
-    distinct = [entry for index, entry in enumerate(of_layers) if entry not in of_layers[:index]]
-    return (distinct + of_layers)[:_LAYERS]
+def _sampled(entries: list[Any]) -> list[Any]:
+    """The entries of a tiny model's layers: every distinct entry, in order, then the first ones again."""
+    distinct = [entry for index, entry in enumerate(entries) if entry not in entries[:index]]
+    return (distinct + entries)[:_LAYERS]

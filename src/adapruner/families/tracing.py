@@ -1,6 +1,6 @@
 """The inputs of the projections of a decoder layer, and the rows of the parameters from which they are computed.
 
-Found by differentiation on a tiny random model. No names of parameters are looked for.
+Found by differentiation on a tiny random model. Parameter names are not used.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from transformers.pytorch_utils import Conv1D
 from adapruner.models import RowKind
 
 _TOKENS = 48
-# Of a row-wise projection with more inputs than this, no groups are looked for: it belongs to no tiny model.
+# Row-wise projections with more inputs are skipped: no tiny model has them.
 _MOST_INPUTS = 1024
 
 
 class _Transparent(TorchFunctionMode):
-    """While it lasts, statistics of norms are constants and rectifiers are smooth, so that a number has a gradient to
-    exactly what it is computed from."""
+    """While it lasts, statistics of norms are constants and rectifiers are smooth, so that a number has gradients to
+    exactly the numbers that it is computed from."""
 
     def __torch_function__(
         self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -56,8 +56,8 @@ class Part:
     """The rows of one parameter, along its outputs, that inputs of a writer depend on.
 
     Attributes:
-        rows: [inputs, rows] bool: which input depends on which.
-        groups, query_heads: those of every row; None where there is not one.
+        rows: [inputs, rows] bool: True if the input depends on the row.
+        groups, query_heads: the group and the query head of every row; None if there is not exactly one.
     """
 
     parameter: str
@@ -66,28 +66,28 @@ class Part:
     query_heads: list[int | None]
 
     def passes(self, count: int) -> list[slice] | None:
-        """The stretches of rows in which all groups follow each other in order, each as wide as the others; None where
-        they are arranged otherwise."""
+        """The stretches of rows in which all groups follow each other in order, with equal widths; None for any other
+        arrangement."""
         runs = [(group, len(list(rows))) for group, rows in groupby(self.groups)]
         if [group for group, _ in runs] != list(range(count)) * (len(runs) // count):
             return None
         passes, start = [], 0
-        for width, alike in groupby(runs, key=lambda run: run[1]):
-            for _ in range(len(list(alike)) // count):
+        for width, equal in groupby(runs, key=lambda run: run[1]):
+            for _ in range(len(list(equal)) // count):
                 passes.append(slice(start, start + width * count))
                 start += width * count
         return passes if start == len(self.groups) else None
 
     def kind_of_heads(self, stretch: slice, count: int) -> RowKind:
-        """The kind of the rows of a pass: queries belong to one query head, and each input has its own value."""
-        alone = {head is not None for head in self.query_heads[stretch]}
-        if len(alone) > 1:
+        """The kind of the rows of a pass: a query belongs to one query head; each input has a value of its own."""
+        has_one_head = {head is not None for head in self.query_heads[stretch]}
+        if len(has_one_head) > 1:
             return "query-key-value"
-        is_query = alone.pop()
+        is_query = has_one_head.pop()
         if is_query and self.query_heads[stretch] != self.groups[stretch]:
             return "query"
-        has_own_row = stretch.stop - stretch.start > count and int(self.rows[:, stretch].sum(1).max()) == 1
-        return "value" if has_own_row else "query" if is_query else "key"
+        is_value = stretch.stop - stretch.start > count and int(self.rows[:, stretch].sum(1).max()) == 1
+        return "value" if is_value else "query" if is_query else "key"
 
 
 @dataclass(frozen=True)
@@ -96,10 +96,10 @@ class Writer:
 
     Attributes:
         weight: name of its weight in the model.
-        axis: of its weight, as it is stored, along which its inputs lie.
-        inputs: how many numbers it reads per token.
-        plain: whether its output is added as it is.
-        normalized: whether a norm follows before it is added, so that its size does not matter.
+        axis: axis of its inputs in the stored weight.
+        inputs: number of inputs per token.
+        plain: its output is added unchanged.
+        normalized: a norm follows before the output is added, so that its scale has no effect.
     """
 
     path: str
@@ -112,11 +112,11 @@ class Writer:
 
 @dataclass(frozen=True)
 class ExpertWriter:
-    """A stack of down projections, and the parts of other stacks that the channels of an expert depend on.
+    """A stack of down projections, and the parts of other stacks on which the channels of an expert depend.
 
     Attributes:
-        axis: of the stored parameter, along which channels lie.
-        axes: of the other parameters, along which the channels lie that `parts` are of.
+        axis: axis of the channels in the stored parameter.
+        axes: axis of the channels in each parameter of `parts`.
     """
 
     parameter: str
@@ -126,7 +126,7 @@ class ExpertWriter:
 
 
 class Layer:
-    """One decoder layer of the tiny model, and what its projections read."""
+    """One decoder layer of the tiny model, with the inputs of its projections."""
 
     def __init__(self, model: PreTrainedModel, path: str, layers: list[nn.Module], index: int) -> None:
         self.index, self.path = index, f"{path}.{index}"
@@ -149,7 +149,7 @@ class Layer:
     def returned(self, path: str) -> int:
         """Number of values that a module returns; 0 for a single tensor."""
         seen: list[Any] = []
-        self._run([self._layer.get_submodule(path).register_forward_hook(lambda *about: seen.append(about[2]))])
+        self._run([self._layer.get_submodule(path).register_forward_hook(lambda *call: seen.append(call[2]))])
         return len(seen[0]) if seen and isinstance(seen[0], tuple | list) else 0
 
     def linears(self) -> set[str]:
@@ -157,62 +157,57 @@ class Layer:
         return {name for name, module in self._layer.named_modules() if isinstance(module, nn.Linear | Conv1D)}
 
     def size(self, inputs: Iterable[str], writer: Writer) -> int:
-        """Numbers in the parameters, with those of a writer."""
+        """Number of elements of the parameters and of the weight of a writer."""
         return sum(self.parameters[name].numel() for name in (*inputs, f"{writer.path}.weight"))
 
     def groups(self, writer: Writer, heads: int) -> tuple[int, list[Part]]:
         """Number of groups that the inputs of a writer fall into, and the rows of parameters that belong to them.
 
         Args:
-            heads: query heads, whose inputs lie one behind the other; 0 where there are none.
+            heads: number of query heads, whose inputs follow each other; 0 if there are none.
         """
         touched = self._touched(writer)
         count, owner = _components(writer.inputs, touched.values())
         query_head = torch.arange(writer.inputs) * heads // writer.inputs if heads > 1 else owner
         return count, [
-            Part(
-                name,
-                rows,
-                [_only(owner[column]) for column in rows.T],
-                [_only(query_head[column]) for column in rows.T],
-            )
+            Part(name, rows, *([_only(numbers[column]) for column in rows.T] for numbers in (owner, query_head)))
             for name, rows in touched.items()
         ]
 
     def expert_writer(self, stacks: Iterable[str]) -> ExpertWriter | None:
-        """The down projections of the experts, and what computes the channels that they read; None where that is not
+        """The down projections of the experts, and the parameters that compute their channels; None if they are not
         found.
 
         Args:
-            stacks: paths of the parameters that have a part for every expert, along their first axis.
+            stacks: paths of the parameters with a part for every expert along their first axis.
         """
         path = next((name.rpartition(".")[0] for name in stacks if self.parameters[name].dim() == 3), None)
         if path is None:
             return None
-        module, given = self._layer.get_submodule(path), list[Any]()
-        self._run([module.register_forward_pre_hook(lambda *about: given.extend(about[1:]), with_kwargs=True)])
+        module, called = self._layer.get_submodule(path), list[Any]()
+        self._run([module.register_forward_pre_hook(lambda *call: called.extend(call[1:]), with_kwargs=True)])
         stored = {name.rpartition(".")[2]: self.parameters[name] for name in stacks if name.rpartition(".")[0] == path}
-        arguments, named = tree_map(lambda value: value.detach() if isinstance(value, Tensor) else value, given[:2])
+        arguments, named = tree_map(lambda value: value.detach() if isinstance(value, Tensor) else value, called[:2])
 
-        def put_out(values: Mapping[str, Tensor]) -> Tensor:
+        def output(values: Mapping[str, Tensor]) -> Tensor:
             with _Transparent(), torch.enable_grad():
                 return _first(torch.func.functional_call(module, dict(values), arguments, named)).flatten(0, -2)
 
         for name in stored:
-            writes = torch.autograd.grad(put_out(stored)[:, 5].sum(), stored[name])[0] != 0
+            writes = torch.autograd.grad(output(stored)[:, 5].sum(), stored[name])[0] != 0
             expert = int(writes.flatten(1).any(1).nonzero()[0]) if writes.any() else 0
             if writes.dim() == 3 and (axis := _other_axis(writes[expert])) is not None:
-                touched = _touched_by_channels(put_out, stored, name, axis, expert)
+                touched = _touched_by_channels(output, stored, name, axis, expert)
                 parts = [
                     Part(f"{path}.{other}", rows, [_only(column.nonzero()) for column in rows.T], [])
                     for other, (_, rows) in touched.items()
                 ]
-                axes = {f"{path}.{other}": of_other for other, (of_other, _) in touched.items()}
+                axes = {f"{path}.{other}": other_axis for other, (other_axis, _) in touched.items()}
                 return ExpertWriter(f"{path}.{name}", axis, parts, axes)
         return None
 
     def _touched(self, writer: Writer) -> dict[str, Tensor]:
-        """For each parameter of which no input of a writer depends on every row, [inputs, rows] bool: on which ones."""
+        """[inputs, rows] bool for each parameter of which no input depends on all rows: the rows that it depends on."""
         read = self._read[writer.path]
         mix = torch.randn(read.shape[:-1], generator=torch.Generator().manual_seed(2))
         inputs = ((read[..., number] * mix).sum() for number in range(writer.inputs))
@@ -225,7 +220,7 @@ class Layer:
         return int(isinstance(owner, Conv1D) and self.parameters[name].dim() > 1)
 
     def _find_writers(self) -> Iterator[Writer]:
-        """With all other candidates silent, the output of the layer is what a writer puts out, and what came in."""
+        """Projections whose output is added to the hidden state; with all others silent, nothing else is added."""
         for name in self._projections:
             read = self._read.get(name)
             if read is None or not read.requires_grad or read.shape[-1] > _MOST_INPUTS:
@@ -241,13 +236,13 @@ class Layer:
                 yield Writer(name, f"{self.path}.{name}.weight", axis, read.shape[-1], plain, normalized)
 
     def _is_normalized(self, name: str, before: Tensor, after: Tensor) -> bool:
-        """True if nothing changes where a writer is twice as loud."""
+        """True if doubling the output of a writer changes nothing."""
         change = self._alone(name, times=2)[2] - after
         return bool(change.norm() < 0.01 * (after - before).norm())
 
     def _alone(self, name: str, times: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-        """[tokens, hidden]: what comes into the layer, what a candidate puts out, and what comes out of the layer where
-        all other candidates are silent and this one is so many times as loud."""
+        """[tokens, hidden]: the input of the layer, the output of a candidate times a factor, and the output of the
+        layer with all other candidates silent."""
         noted: dict[str, Tensor] = {}
         # Experts are parameters of three axes, not projections.
         experts = [
@@ -255,19 +250,19 @@ class Layer:
             for module in self._layer.modules()
             if any(parameter.dim() == 3 for parameter in module.parameters(recurse=False))
         ]
-        others = [module for other, module in self._projections.items() if other != name]
+        silent = [module for projection, module in self._projections.items() if projection != name]
 
-        def note_written(*about: Any) -> Tensor:
-            noted["written"] = about[2] * times
+        def note_written(*call: Any) -> Tensor:
+            noted["written"] = call[2] * times
             return noted["written"]
 
         hooks = [
-            *(module.register_forward_hook(lambda *about: _silenced(about[2])) for module in (*others, *experts)),
+            *(module.register_forward_hook(lambda *call: _silenced(call[2])) for module in (*silent, *experts)),
             self._projections[name].register_forward_hook(note_written),
             self._layer.register_forward_pre_hook(
-                lambda _, args, given: noted.update(before=(args or list(given.values()))[0]), with_kwargs=True
+                lambda _, args, named: noted.update(before=(args or list(named.values()))[0]), with_kwargs=True
             ),
-            self._layer.register_forward_hook(lambda *about: noted.update(after=_first(about[2]))),
+            self._layer.register_forward_hook(lambda *call: noted.update(after=_first(call[2]))),
         ]
         self._run(hooks)
         return noted["before"].flatten(0, -2), noted["written"], noted["after"].flatten(0, -2)
@@ -284,10 +279,10 @@ class Layer:
 
 
 def _other_axis(writes: Tensor) -> int | None:
-    """Of a stack of matrices, the axis along which inputs lie, where output number 5 depends on row or column 5 alone.
+    """The axis of the inputs in a stack of matrices, if output 5 depends on row or column 5 alone.
 
     Args:
-        writes: [·, ·], bool: on what of one matrix it depends.
+        writes: [·, ·], bool: the elements of one matrix on which the output depends.
     """
     for axis in (0, 1):
         if writes.any(1 - axis).nonzero().flatten().tolist() == [5]:
@@ -296,31 +291,31 @@ def _other_axis(writes: Tensor) -> int | None:
 
 
 def _touched_by_channels(
-    put_out: Callable[[Mapping[str, Tensor]], Tensor], stacks: Mapping[str, Tensor], name: str, axis: int, expert: int
+    output: Callable[[Mapping[str, Tensor]], Tensor], stacks: Mapping[str, Tensor], name: str, axis: int, expert: int
 ) -> dict[str, tuple[int, Tensor]]:
-    """For each other stack, the axis along which channels lie, and [channels, rows] bool: on which rows of one expert
-    each channel depends. Its output is what remains when the inputs of all other channels are silenced."""
+    """The axis of the channels in each other stack, and [channels, rows] bool: True if a channel depends on the row of
+    one expert. The output of a channel is the output with all other channels silent."""
     others = {other: stack for other, stack in stacks.items() if other != name}
 
     def alone(channel: int) -> Tensor:
         silenced = torch.zeros_like(stacks[name])
         silenced.select(axis, channel).copy_(stacks[name].detach().select(axis, channel))
-        return put_out({**stacks, name: silenced}).square().sum()
+        return output({**stacks, name: silenced}).square().sum()
 
     outputs = map(alone, range(stacks[name].shape[axis]) if others else ())
-    found = {}
+    rows_by_stack = {}
     for other, touched in _touched(outputs, others, lambda _, entries: entries[expert]).items():
         for stored in range(1, touched.dim()):
             rows = _any_beside(touched, 0, stored)
             if rows.any(1).all() and (rows.sum(0) == 1).all():
-                found[other] = (stored, rows)
-    return found
+                rows_by_stack[other] = (stored, rows)
+    return rows_by_stack
 
 
 def _touched(
     outputs: Iterable[Tensor], parameters: Mapping[str, Tensor], reduce: Callable[[str, Tensor], Tensor]
 ) -> dict[str, Tensor]:
-    """For each parameter, [outputs, …] bool: which of its entries, reduced, each output depends on."""
+    """[outputs, …] bool for each parameter: True if the output depends on an entry, after reduction."""
     touched: dict[str, list[Tensor]] = {}
     for output in outputs:
         gradients = torch.autograd.grad(output, list(parameters.values()), retain_graph=True, allow_unused=True)
@@ -331,7 +326,7 @@ def _touched(
 
 
 def _any_beside(entries: Tensor, *axes: int) -> Tensor:
-    """True where any entry is, along all axes but some."""
+    """True if any entry is, over all axes except the given ones."""
     others = [axis for axis in range(entries.dim()) if axis not in axes]
     return entries.amax(others) if others else entries
 
@@ -350,7 +345,7 @@ def _outputs(module: Any) -> int:
 
 
 def _components(inputs: int, touched: Iterable[Tensor]) -> tuple[int, Tensor]:
-    """Number of groups, and the group of each input: inputs that touch a row together are of one group."""
+    """Number of groups, and the group of each input: inputs that share a row belong to one group."""
     parent = list(range(inputs))
 
     def root(number: int) -> int:
@@ -370,6 +365,6 @@ def _components(inputs: int, touched: Iterable[Tensor]) -> tuple[int, Tensor]:
 
 
 def _only(values: Tensor) -> int | None:
-    """The one value that all have; None where they have several, or there are none."""
+    """The only distinct value; None if there are several or none."""
     distinct = values.unique()
     return int(distinct) if len(distinct) == 1 else None

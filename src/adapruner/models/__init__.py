@@ -1,4 +1,4 @@
-"""Models: where they are, how their family is built, loading them, and their layers one at a time."""
+"""Models: their location, the architecture of their family, loading them, and their layers one at a time."""
 
 from adapruner.models._architecture import (
     Architecture as Architecture,

@@ -25,23 +25,23 @@ class _Data(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-# What rows of a projection compute: all query heads one behind the other, the key heads, the value heads; query, key
-# and value of one head after the other (only where every head has its own key and value); feed-forward channels.
+# The output of rows of a projection: all query heads, all key heads, all value heads; query, key and value of one head
+# after the other (only if every head has its own key and value); feed-forward channels.
 RowKind = Literal["query", "key", "value", "query-key-value", "channels"]
-
 
 Whole = Literal["attention", "feed-forward", "layer"]
 
 
 class ProjectionNames(_Data):
-    """Paths, relative to a layer, of what computes the groups of a block and of the projection that reads them.
+    """Paths, relative to a layer, of the projections that compute the groups of a block and the one that reads them.
 
     Attributes:
-        inputs: what the rows of each projection (or norm over all of its outputs, or single parameter) compute, in
-            their order.
-        returned: how many things the module around all of them returns, of which the first is its output; 0 where that
-            is all it returns.
-        normalized: whether a norm follows before the output is added to the hidden state.
+        inputs: for each projection (or norm over all of its outputs, or single parameter), the kinds of its rows, in
+            order.
+        output: the projection that reads the groups.
+        returned: number of values that the module around the projections returns, the first of which is its output; 0
+            if it returns a single tensor.
+        normalized: a norm follows before the output is added to the hidden state.
     """
 
     inputs: dict[str, tuple[RowKind, ...]]
@@ -51,21 +51,21 @@ class ProjectionNames(_Data):
 
     @property
     def module(self) -> str:
-        """Path of the module around all of them; empty where that is the layer."""
+        """Path of the module around all projections; empty if that is the layer."""
         paths = [path.split(".")[:-1] for path in (*self.inputs, self.output)]
         levels = takewhile(lambda names: len(set(names)) == 1, zip(*paths, strict=False))
         return ".".join(names[0] for names in levels)
 
 
 class ExpertChannels(_Data):
-    """The channels inside of each expert; paths are relative to a layer, of parameters with one part for every expert.
+    """The channels inside each expert; paths are relative to a layer, of parameters with one part for every expert.
 
     Attributes:
-        inputs: of the parameters that compute channels, how wide each channel is in one pass over all of them: `[1, 1]`
-            where gates come first and then ups, `[2]` where each gate is followed by its up.
-        output: the parameter that reads them.
-        axes: the axis of each of these along which channels lie.
-        count: config field for their number.
+        inputs: for each parameter that computes channels, the width of a channel in each pass over all channels:
+            `[1, 1]` for gates first and then ups, `[2]` if each gate is followed by its up.
+        output: the parameter that reads the channels.
+        axes: for each of these parameters, the axis of the channels.
+        count: config field for the number of channels.
     """
 
     inputs: dict[str, tuple[int, ...]]
@@ -79,12 +79,12 @@ class ExpertNames(_Data):
 
     Attributes:
         tensors: paths, relative to a layer, of the parameters and buffers that have a part for every expert (weights,
-            rows of the router, corrections), and the axis along which the experts lie.
-        count: config field for their number.
-        top_k: config field for the experts that a token is sent to.
-        groups: config field for the groups of experts of which the best are chosen first.
-        chosen_groups: config field for how many groups are chosen.
-        channels: what is inside of each; None where that cannot be cut.
+            rows of the router, corrections), with the axis of the experts.
+        count: config field for the number of experts.
+        top_k: config field for the number of experts per token.
+        groups: config field for the number of groups of experts, the best of which are chosen first.
+        chosen_groups: config field for the number of chosen groups.
+        channels: the channels inside each expert; None if they cannot be pruned.
     """
 
     tensors: dict[str, int]
@@ -96,11 +96,11 @@ class ExpertNames(_Data):
 
 
 class ConfigFields(_Data):
-    """Names of the `PreTrainedConfig` fields that count what is pruned.
+    """Names of the `PreTrainedConfig` fields that count heads and channels.
 
     Attributes:
-        key_value_heads: None where every query head has its own key and value.
-        head_numbers: field for the numbers of the heads that stay, where positions are told apart by head (alibi).
+        key_value_heads: None if every query head has its own key and value.
+        head_numbers: field for the numbers of the kept heads, if position biases differ by head (alibi).
     """
 
     heads: str = "num_attention_heads"
@@ -114,8 +114,8 @@ class Equivalent(_Data):
     """Another family that computes the same.
 
     Attributes:
-        fields: what its config says beside the fields that both have.
-        without: fields of the first family that must be off, as the other does not know them.
+        fields: values of its config fields that the first family lacks.
+        without: fields of the first family that must be off, as the other family lacks them.
     """
 
     model_type: str
@@ -124,24 +124,22 @@ class Equivalent(_Data):
 
 
 class Architecture(_Data):
-    """A model family as data: where its layers and projections are and which config fields count them.
+    """A model family as data: the paths of its layers and projections, and the config fields that count them.
 
     Attributes:
-        default_channels: channels as a multiple of the hidden size, where the config leaves their number open.
-        plain_residual: false where what a block puts out is scaled or normalised before it is added to the hidden
-            state.
-        plain_residual_unless: config fields and the value with which it is so.
-        learned_positions: whether each position has an embedding of its own, beyond the last of which nothing can be.
-        equivalent: family whose config takes numbers of heads that this one refuses.
-        unsupported: config fields and the value with which a model is built in another way than is described here.
-        fixed_attention_width: whether attention is always as wide as the hidden size, so that the config alone cannot
-            build one with fewer heads.
-        fixed_channels: whether the config has no field of its own for the channels.
-        layouts: which layouts pruned models can have.
-        whole: what of a layer can be removed whole: its attention, its feed-forward, or the layer with all that is in
-            it.
-        numbers_layers_if: config fields and the value with which a layer computes by its number, so that the layers
-            behind it cannot do without it.
+        default_channels: channels as a multiple of the hidden size, if the config leaves their number open.
+        plain_residual: the output of a block is added to the hidden state without being scaled or normalised.
+        plain_residual_unless: config fields, with the value for which `plain_residual` does not hold.
+        learned_positions: each position has a learned embedding, so that texts cannot be longer.
+        equivalent: family whose config accepts numbers of heads that this one refuses.
+        unsupported: config fields, with the value for which a model is built differently from this description.
+        fixed_attention_width: attention is always as wide as the hidden size, so that the config alone cannot build
+            one with fewer heads.
+        fixed_channels: the config has no field for the number of channels.
+        layouts: the layouts that pruned models can have.
+        whole: the parts of a layer that can be removed whole: its attention, its feed-forward, or the layer itself.
+        numbers_layers_if: config fields, with the value for which a layer depends on its number, so that no layer
+            before it can be removed.
     """
 
     model_type: str
@@ -163,7 +161,7 @@ class Architecture(_Data):
     numbers_layers_if: dict[str, bool] = {}
 
     def changed(self, **fields: Any) -> Architecture:
-        """Another architecture, with other fields; unlike `model_copy`, without the classes made for this one."""
+        """A copy with other fields; unlike `model_copy`, without the cached classes."""
         return Architecture(**{name: getattr(self, name) for name in Architecture.model_fields} | fields)
 
     @cached_property
@@ -174,8 +172,8 @@ class Architecture(_Data):
         feed_forward = (*channels.inputs, channels.output) if channels and self.fixed_channels else ()
         names, removable = self.config_fields, list[Removable]()
         if attention:
-            fields = (names.heads, *filter(None, [names.key_value_heads]))
-            removable.append(Removable(fields, attention.module, attention.returned))
+            counts = (names.heads, *filter(None, [names.key_value_heads]))
+            removable.append(Removable(counts, attention.module, attention.returned))
         if channels:
             removable.append(Removable((names.channels,), channels.module, channels.returned))
         return register_family(
@@ -201,12 +199,12 @@ class Architecture(_Data):
         return fields | ({experts.channels.count} if experts and experts.channels else set())
 
     def head_dim(self, config: PreTrainedConfig) -> int:
-        """Width of one attention head; families without the field divide the hidden size by the heads."""
+        """Width of one attention head; in families without the field, the hidden size divided by the heads."""
         explicit = getattr(config, self.config_fields.head_dim, None)
         return int(explicit or config.hidden_size // getattr(config, self.config_fields.heads))
 
     def has_plain_residual(self, config: PreTrainedConfig) -> bool:
-        """True if the output of a block is added to the hidden state as it is, and neither is changed otherwise."""
+        """True if the output of a block is added to the hidden state without being scaled or normalised."""
         return self.plain_residual and not _holds_any(config, self.plain_residual_unless)
 
     def removable_whole(self, config: PreTrainedConfig) -> frozenset[Whole]:
@@ -223,8 +221,8 @@ def _holds_any(config: PreTrainedConfig, fields: Mapping[str, bool]) -> bool:
     return any(getattr(config, field, None) == value for field, value in fields.items())
 
 
-# Of this process, by `model_type`: the families of the user's files; and those that no file describes, with the reason
-# where one cannot be pruned.
+# Of this process, by `model_type`: the families of the user's files; and inferred families, or the reason why one
+# cannot be pruned.
 _registered: dict[str, Architecture] = {}
 _inferred: dict[str, Architecture | str] = {}
 
@@ -238,7 +236,7 @@ def _shipped() -> dict[str, Architecture]:
 
 
 def known_architectures() -> dict[str, Architecture]:
-    """The families that a file describes, by `model_type`: the shipped ones and those that were registered."""
+    """The families that a file describes, by `model_type`: the shipped and the registered ones."""
     return _shipped() | _registered
 
 
@@ -278,7 +276,7 @@ def _register(file: Path) -> str:
 
 
 def remember_family(model_type: str, answer: Architecture | str) -> None:
-    """Makes a family that no file describes known to this process (see `families.learn`).
+    """Remembers a family without a file, for this process (see `families.learn`).
 
     Args:
         answer: its architecture, or the reason why it cannot be pruned.
@@ -287,7 +285,7 @@ def remember_family(model_type: str, answer: Architecture | str) -> None:
 
 
 def family_named(model_type: Any) -> Architecture | None:
-    """The architecture of a family that is known so far."""
+    """The architecture of a known family; None for others."""
     answer = _answer(model_type) if isinstance(model_type, str) else None
     return answer if isinstance(answer, Architecture) else None
 
@@ -298,7 +296,7 @@ def _answer(model_type: str) -> Architecture | str | None:
 
 @contextlib.contextmanager
 def using_architecture(architecture: Architecture) -> Iterator[None]:
-    """While it lasts, a family is what `architecture` says."""
+    """While it lasts, a family has this architecture."""
     before = dict(_registered)
     _registered[architecture.model_type] = architecture
     try:
@@ -309,7 +307,7 @@ def using_architecture(architecture: Architecture) -> Iterator[None]:
 
 
 def architecture_of(config: PreTrainedConfig) -> Architecture:
-    """The architecture of a model from its config, of a family that is known so far; nothing is inferred.
+    """The architecture of a model of a known family, from its config; nothing is inferred.
 
     Raises:
         AdaPrunerError: the family is not known or cannot be pruned, or the model is quantized.
@@ -347,11 +345,11 @@ def is_pruned(config: PreTrainedConfig) -> bool:
 
 
 def stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The config itself; of a pruned model, that of the dense model that it was made from."""
+    """The config itself; for a pruned model, the config of the dense model that it was made from."""
     if not is_pruned(config):
         return config
-    of_pruned = ("per_layer_config", "stock_per_layer_config", "auto_map", "added_biases", "model_type")
-    fields = {name: value for name, value in config.to_dict().items() if name not in of_pruned}
+    added = ("per_layer_config", "stock_per_layer_config", "auto_map", "added_biases", "model_type")
+    fields = {name: value for name, value in config.to_dict().items() if name not in added}
     if stock_layers := getattr(config, "stock_per_layer_config", None):
         fields["per_layer_config"] = stock_layers
     stock: PreTrainedConfig = CONFIG_MAPPING[config.model_type].from_dict(fields)
@@ -361,14 +359,14 @@ def stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
 def fields_by_layer(per_layer_config: Mapping[Any, Mapping[str, Any]]) -> dict[int, Mapping[str, Any]]:
     """The fields that a config sets for single layers, by the number of the layer.
 
-    In JSON, and in what `to_dict` gives, the numbers are strings, which transformers pads with zeros: "04", where a
-    layer after the tenth differs.
+    In JSON and after `to_dict`, the numbers are strings, which transformers pads with zeros: "04" if a layer after the
+    tenth differs.
     """
     return {int(layer): fields for layer, fields in per_layer_config.items()}
 
 
 def new_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """A model of a config, with weights as transformers draws them; use it where they cost nothing."""
+    """A model of a config, with random weights of transformers; meant for devices on which they cost nothing."""
     make: Any = architecture_of(config).pruned_class if is_pruned(config) else AutoModelForCausalLM.from_config
     model: PreTrainedModel = make(config)
     return model
@@ -379,7 +377,7 @@ def check_length(config: PreTrainedConfig, length: int) -> str | None:
 
     Raises:
         AdaPrunerError: the model has no positions for so many tokens, or it has dynamic rotary embeddings, which
-            remember the longest text: what is computed of a text would depend on those before.
+            remember the longest text: results would depend on the texts before.
     """
     longest = getattr(config, "max_position_embeddings", None)
     if not longest or length <= longest:

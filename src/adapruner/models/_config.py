@@ -1,4 +1,4 @@
-"""The config of a model: read from its files, and refused where no model can be built from it."""
+"""The config of a model: read from its files, and refused if no model can be built from it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from adapruner.models._places import ModelLocation, quiet_transformers, reported
 from adapruner.models._stored import has_own_output, stored_tensors
 from adapruner.models.modeling_pruned import pruned_config_class
 
-# Left open, transformers asks on the terminal whether to run what lies in the folder.
+# By default, transformers asks on the terminal whether to run code from the folder.
 NO_REMOTE_CODE = {"trust_remote_code": False}
 # Building a model takes time for every layer, and the deepest ones have a few hundred.
 _MOST_LAYERS = 2000
@@ -30,11 +30,11 @@ _BIAS_OF_LAYER = re.compile(r"\.\d+\..*bias$")
 
 
 def load_config(location: ModelLocation) -> PreTrainedConfig:
-    """Reads the config alone; where files at hand hold an output matrix beside another embedding, it says
+    """Reads the config alone. If local files hold an output matrix that differs from the embedding, it has
     `tie_word_embeddings=False`, as transformers then does not tie the two.
 
     Raises:
-        AdaPrunerError: it cannot be found or read; the message carries the reason of transformers.
+        AdaPrunerError: it cannot be found or read; the message has the reason given by transformers.
     """
     with reported_as_unloadable(location):
         if not location.is_local:
@@ -47,7 +47,7 @@ def load_config(location: ModelLocation) -> PreTrainedConfig:
 
 @lru_cache(maxsize=8)
 def _read_config_once(location: ModelLocation, state: frozenset[tuple[str, int, int]]) -> PreTrainedConfig:
-    """Output matrices have to be compared, and lists of tokens in a GGUF file stepped over."""
+    """Cached, because output matrices have to be compared, and lists of tokens in a GGUF file skipped."""
     return _read_config(location)
 
 
@@ -81,7 +81,7 @@ def _read_config(location: ModelLocation) -> PreTrainedConfig:
         has_biases = any(_BIAS_OF_LAYER.search(name) for name in _stock_model(config).state_dict())
         refuse_what_is_not_read(readers[-1], str(location), config, has_biases)
     elif config.tie_word_embeddings:
-        # What is broken in the files is said when they are loaded.
+        # Broken files are reported when they are loaded.
         with contextlib.suppress(Exception), quiet_transformers():
             stored = stored_tensors(location.path, config, local_files_only=True)
             config.tie_word_embeddings = not has_own_output(_stock_model(stock_config(config)), stored)
@@ -89,14 +89,14 @@ def _read_config(location: ModelLocation) -> PreTrainedConfig:
 
 
 def _stock_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """Without weights."""
+    """The stock model of a config, without weights."""
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     return model
 
 
 def _is_of_pruned(fields: dict[str, Any]) -> bool:
-    """True if layers differ in a config, of a family whose stock config has no such field."""
+    """True if layers differ in a config, and not only as in the dense models of the family."""
     if fields.get("per_layer_config") is None or "auto_map" in fields:
         return fields.get("per_layer_config") is not None
     model_type = fields.get("model_type")
@@ -104,7 +104,7 @@ def _is_of_pruned(fields: dict[str, Any]) -> bool:
 
 
 def drop_negative_tokens(settings: Any) -> None:
-    """Some models say -1 where they have no such token, which transformers reads and does not write."""
+    """Removes the -1 of models without such a token, which transformers reads and does not write."""
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         token = getattr(settings, name, None)
         if isinstance(token, int) and token < 0:
@@ -112,7 +112,7 @@ def drop_negative_tokens(settings: Any) -> None:
 
 
 def _refuse_too_many_layers(fields: dict[str, Any], location: ModelLocation) -> None:
-    """Refuses before a config class makes lists of what is in the file."""
+    """Refuses a config with too many layers before a config class makes lists of them."""
     for name in ("num_hidden_layers", "num_layers", "n_layers", "n_layer"):
         if isinstance(fields.get(name), int) and fields[name] > _MOST_LAYERS:
             raise AdaPrunerError(
@@ -121,7 +121,7 @@ def _refuse_too_many_layers(fields: dict[str, Any], location: ModelLocation) -> 
 
 
 def _refuse_odd_layers(layers: Any, location: ModelLocation) -> None:
-    """Refuses what is not a count, or a list of counts, of a layer."""
+    """Refuses values of `per_layer_config` that are neither counts nor lists of counts."""
     for layer, counts in layers.items() if isinstance(layers, dict) else ():
         for name, count in counts.items() if isinstance(counts, dict) else ():
             numbers = count if isinstance(count, list) else [count]
@@ -133,10 +133,10 @@ def _refuse_odd_layers(layers: Any, location: ModelLocation) -> None:
 
 
 def check_config(config: PreTrainedConfig, location: ModelLocation) -> None:
-    """Refuses a config from which no model can be built, of a family that is known so far.
+    """Refuses a config of a known family from which no model can be built.
 
     Raises:
-        AdaPrunerError: layers differ in other fields than those of their groups, or a count is impossible.
+        AdaPrunerError: layers differ in fields that do not count groups, or a count is impossible.
     """
     architecture = family_named(config.model_type)
     if architecture is None:
@@ -164,16 +164,15 @@ def check_config(config: PreTrainedConfig, location: ModelLocation) -> None:
 
 
 def _counts(config: PreTrainedConfig, architecture: Architecture) -> dict[str, Any]:
-    """The counts that a config states, by their names, with the layer where layers differ."""
+    """The counts in a config by their names, with the number of the layer if layers differ."""
     fields, experts = architecture.config_fields, architecture.experts
     names = [fields.heads, fields.key_value_heads, fields.head_dim] if architecture.attention else []
     names += [fields.channels] if architecture.feed_forward else []
     names += [experts.count] if experts else []
     counts = {name: getattr(config, name, None) for name in ("num_hidden_layers", "hidden_size", "vocab_size")}
     for index in range(config.num_hidden_layers if config.is_heterogeneous else 1):
-        place, layer = (
-            (f" of layer {index}", config.per_layer_config[index]) if config.is_heterogeneous else ("", config)
-        )
+        layer = config.per_layer_config[index] if config.is_heterogeneous else config
+        place = f" of layer {index}" if config.is_heterogeneous else ""
         stated = {name: getattr(layer, name, None) for name in names if name}
         counts |= {f"{name}{place}": count for name, count in stated.items() if count is not None}
     return counts

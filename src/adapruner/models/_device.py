@@ -19,11 +19,11 @@ from adapruner.processes import this_process
 
 
 def resolve_device(device: str) -> torch.device:
-    """`auto` becomes the accelerator that PyTorch finds, another one for each process that was started together; else
-    the CPU. An accelerator becomes the current one, on which libraries put what names no device.
+    """The device of this name. `auto` is the accelerator that PyTorch finds, a different one for each process of
+    torchrun, or else the CPU. An accelerator becomes the current device, which libraries use by default.
 
     Raises:
-        AdaPrunerError: there is no such device, or it cannot compute what is needed.
+        AdaPrunerError: there is no such device, or it lacks a needed operation.
     """
     if device.startswith("mps"):
         raise AdaPrunerError(f"`device` {device}: some sums are in float64, which MPS does not support; use cpu")
@@ -46,16 +46,16 @@ def resolve_device(device: str) -> torch.device:
 
 
 def resolve_devices(device: str) -> tuple[torch.device, ...]:
-    """The device of a model, or those over which its layers are spread, with commas between them: `cuda:0,cuda:1`. The
-    first becomes the current one.
+    """The device of a model, or the devices over which its layers are spread, separated by commas: `cuda:0,cuda:1`. The
+    first becomes the current device.
 
     Raises:
-        AdaPrunerError: there is no such device, or it cannot compute what is needed; or there are several for each of
-            several processes.
+        AdaPrunerError: there is no such device, or it lacks a needed operation; or several processes are given several
+            devices.
     """
     names = [name.strip() for name in device.split(",")]
     devices = [resolve_device(name) for name in reversed(names)][::-1]
-    # A name without a number is that of the device that is current, which naming others changes.
+    # A name without a number is the current device, which resolving other names changes.
     are_numbered = all(":" in name for name in names)
     types = {resolved.type for resolved in devices}
     if len(devices) > 1 and (not are_numbered or len(set(devices)) < len(devices) or len(types) > 1):
@@ -66,7 +66,7 @@ def resolve_devices(device: str) -> tuple[torch.device, ...]:
 
 
 def usable_devices(device: str) -> tuple[torch.device, ...]:
-    """The devices over which layers may be spread: those that are named; with `auto`, all of this process.
+    """The devices over which layers may be spread: the named ones; with `auto`, all devices of this process.
 
     Raises:
         AdaPrunerError: see `resolve_devices`.
@@ -78,15 +78,15 @@ def usable_devices(device: str) -> tuple[torch.device, ...]:
 
 
 def _accelerator() -> str | None:
-    """The type of the accelerator that is here and computes in float64."""
+    """The type of the available accelerator, if it supports float64."""
     current = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return None if current is None or current.type == "mps" else current.type
 
 
 @contextlib.contextmanager
 def computing_repeatably(device: torch.device) -> Iterator[None]:
-    """While it lasts, an accelerator multiplies float32 as float32 and not in fewer bits (TF32), and adds in an order
-    that does not change from run to run, wherever PyTorch has such a kernel. A CPU does so anyway."""
+    """While it lasts, an accelerator multiplies float32 in full precision, without TF32, and uses deterministic kernels
+    if PyTorch has them. A CPU does so anyway."""
     if device.type == "cpu":
         yield
         return
@@ -95,7 +95,7 @@ def computing_repeatably(device: torch.device) -> Iterator[None]:
     convolves_in_tf32 = torch.backends.cudnn.allow_tf32
     is_strict = torch.are_deterministic_algorithms_enabled()
     only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
-    # Read by cuBLAS when it is first used: without it, its sums may differ between streams.
+    # Read by cuBLAS on first use: without it, sums may differ between streams.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     try:
         torch.set_float32_matmul_precision("highest")
@@ -113,13 +113,13 @@ def computing_repeatably(device: torch.device) -> Iterator[None]:
 
 
 def describe_device(device: torch.device) -> str:
-    """Its type and, of an accelerator, what it is called."""
+    """Type of the device and, for an accelerator, its name."""
     name: Any = getattr(torch.get_device_module(device), "get_device_name", None)
     return f"{device.type} ({name(device)})" if name else device.type
 
 
 def computes_bfloat16_natively(device: torch.device) -> bool:
-    """True if the device multiplies bfloat16 faster than float32; a GPU that is not here is assumed to."""
+    """True if the device multiplies bfloat16 faster than float32; assumed for GPUs that are not installed."""
     if device.type == "cpu":
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -131,10 +131,10 @@ def computes_bfloat16_natively(device: torch.device) -> bool:
 
 
 def trial_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype that trials run in, for weights of this dtype: bfloat16 in place of float32 where the device
-    multiplies it natively (about three times as fast on a CPU with AVX-512 bfloat16).
+    """Dtype of trials for weights of a dtype: bfloat16 instead of float32 if the device multiplies it natively (about
+    three times as fast on a CPU with AVX-512 bfloat16).
 
-    Trials only have to be told apart; plans are cut out of the original weights.
+    Trials are only compared with each other; plans are applied to the original weights.
     """
     return torch.bfloat16 if dtype == torch.float32 and computes_bfloat16_natively(device) else dtype
 
@@ -146,9 +146,9 @@ def in_fastest_dtype(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def copy_in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """A copy with parameters of another dtype; the frequencies of rotary embeddings stay as exact as in the model.
-    Layers that are streamed are read from the same place and converted each time."""
-    # Named to deepcopy as copied already: there is never a second copy in the first dtype.
+    """A copy with parameters of another dtype; the frequencies of rotary embeddings keep their precision. Streamed
+    layers are read from the same files and converted each time."""
+    # For deepcopy these are copied already: there is never a second copy in the first dtype.
     known: dict[int, Any] = {
         id(parameter): nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad)
         for parameter in model.parameters()

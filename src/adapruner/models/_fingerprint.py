@@ -11,19 +11,19 @@ from adapruner.errors import AdaPrunerError
 from adapruner.models._places import ModelLocation
 
 _READ = {".safetensors", ".json", ".jinja", ".model", ".txt", ".tiktoken"}
-# Written beside a model, and about it: nothing is computed from these.
+# Records about a model: no result depends on them.
 _RECORDS = {"adapruner.json", "recovery.json"}
 _WHOLE_BYTES = 256 * 2**20
 _BLOCKS, _BLOCK_BYTES = 64, 2**16
 
 
 def fingerprint(location: ModelLocation) -> str:
-    """SHA-256 over a model, in hex; for a hub id, over the commit that is in the cache.
+    """SHA-256 over a model, in hex; for a hub id, over the commit in the cache.
 
     Files count by name and content, the smallest first, until 256 MiB are read. Larger weight files count by name,
-    size, modification time and 64 blocks of 64 KiB that are spread evenly, the header included: 14 GB take less than a
-    second. So a copy of a large model that has other modification times has another fingerprint; and what is not
-    noticed is a change in place, outside of these blocks, by something that sets the modification time back.
+    size, modification time and 64 evenly spread blocks of 64 KiB, the header included: 14 GB take less than a second.
+    So a copy of a large model with other modification times has another fingerprint. A change in place outside these
+    blocks is not noticed if the modification time is set back.
 
     Raises:
         AdaPrunerError: there is no such model, or it cannot be read.
@@ -45,12 +45,12 @@ def _add_files(location: ModelLocation, digest: hashlib._Hash) -> None:
     if location.gguf_file:
         files = [folder / location.gguf_file]
     else:
-        found = (*folder.iterdir(), *folder.glob("chat_templates/*.jinja"))
-        files = [file for file in found if file.suffix in _READ and file.name not in _RECORDS and file.is_file()]
+        candidates = (*folder.iterdir(), *folder.glob("chat_templates/*.jinja"))
+        files = [file for file in candidates if file.suffix in _READ and file.name not in _RECORDS and file.is_file()]
     left = _WHOLE_BYTES
     for file in sorted(files, key=lambda file: (file.stat().st_size, file)):
         stat = file.stat()
-        # The name of a GGUF file is how the user calls it.
+        # The name of a GGUF file is the choice of the user.
         name = "" if location.gguf_file else file.relative_to(folder).as_posix()
         digest.update(f"{name}\0{stat.st_size}\0".encode())
         left -= stat.st_size

@@ -1,4 +1,4 @@
-"""Reading what a GGUF file says of a model and its weights, without its tokens."""
+"""Reading the metadata of a GGUF file, without its tokens."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _NOTHING = np.zeros(1, dtype=np.uint8)
 
 
 class _WithoutTokens(gguf.GGUFReader):
-    """Steps over lists of tokens, their scores and merges. The base class makes NumPy arrays of every entry, which
-    takes seconds for a vocabulary; only the number of entries is kept, from which transformers counts the tokens."""
+    """Skips lists of tokens, their scores and merges. The base class makes a NumPy array of every entry, which takes
+    seconds for a vocabulary; only the number of entries is kept, from which transformers counts the tokens."""
 
     def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list[Any], list[int], list[Any]]:
         if raw_type == gguf.GGUFValueType.ARRAY and self.byte_order == "I":
@@ -49,23 +49,23 @@ class _WithoutTokens(gguf.GGUFReader):
 
 @contextlib.contextmanager
 def without_tokens() -> Iterator[list[gguf.GGUFReader]]:
-    """transformers, which imports the reader when it reads, steps over the tokens of GGUF files.
+    """While it lasts, transformers, which imports the reader when it reads, skips the tokens of GGUF files.
 
     Yields:
-        The readers that it has made.
+        The readers that transformers has made.
     """
     module: Any = gguf
-    made: list[gguf.GGUFReader] = []
+    readers: list[gguf.GGUFReader] = []
 
     def read(*arguments: Any, **options: Any) -> gguf.GGUFReader:
-        made.append(_WithoutTokens(*arguments, **options))
-        return made[-1]
+        readers.append(_WithoutTokens(*arguments, **options))
+        return readers[-1]
 
-    reader, module.GGUFReader = module.GGUFReader, read
+    reader_class, module.GGUFReader = module.GGUFReader, read
     try:
-        yield made
+        yield readers
     finally:
-        module.GGUFReader = reader
+        module.GGUFReader = reader_class
 
 
 # Tensors that scale rotary embeddings, of Llama 3 and of longrope.
@@ -73,27 +73,29 @@ _SCALED = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.
 
 
 def refuse_what_is_not_read(reader: gguf.GGUFReader, name: str, config: PreTrainedConfig, has_biases: bool) -> None:
-    """Refuses a file of which transformers would leave something out without a word: scaled rotary embeddings, and
-    biases that it has no place for.
+    """Refuses a file from which transformers would silently drop something: the scaling of rotary embeddings, or
+    biases that its model class lacks.
 
     Args:
-        reader: of the file.
-        name: of the model, for the message.
-        config: as transformers reads it from the file.
-        has_biases: whether its layers have any.
+        reader: reader of the file.
+        name: name of the model, for the message.
+        config: the config that transformers reads from the file.
+        has_biases: the layers of the model class have biases.
 
     Raises:
-        AdaPrunerError: with the way there.
+        AdaPrunerError: something would be dropped; the message has an alternative.
     """
     names = {tensor.name for tensor in reader.tensors}
-    said = {name.partition(".")[2]: field for name, field in reader.fields.items() if ".rope.scal" in name}
+    scaling = {name.partition(".")[2]: field for name, field in reader.fields.items() if ".rope.scal" in name}
     kind, *factors = (
-        said[name].contents() if name in said else default
+        scaling[name].contents() if name in scaling else default
         for name, default in (("rope.scaling.type", "none"), ("rope.scaling.factor", 1.0), ("rope.scale_linear", 1.0))
     )
     is_scaled = bool(names & _SCALED) or kind not in ("none", "linear") or set(factors) != {1.0}
     known = getattr(config, "rope_parameters", None) or {}
-    if is_scaled and all(one.get("rope_type", "default") == "default" for one in (known, *_by_layer_type(known))):
+    # Layers of different types may have their own parameters.
+    by_type = [parameters for parameters in known.values() if isinstance(parameters, dict)]
+    if is_scaled and all(parameters.get("rope_type", "default") == "default" for parameters in (known, *by_type)):
         lost = "the scaling of its rotary embeddings"
     elif not has_biases and any(name.startswith("blk.") and name.endswith(".bias") for name in names):
         lost = "the biases"
@@ -103,8 +105,3 @@ def refuse_what_is_not_read(reader: gguf.GGUFReader, name: str, config: PreTrain
         f"transformers does not read {lost} from the GGUF file {name}: the model would compute something else; give the"
         " safetensors folder that the file was made from"
     )
-
-
-def _by_layer_type(parameters: dict[str, Any]) -> list[dict[str, Any]]:
-    """Where layers of different types have their own parameters."""
-    return [value for value in parameters.values() if isinstance(value, dict)]

@@ -1,5 +1,4 @@
-"""The decoder layers of a model one at a time: run alone, skipped, on several devices, or in memory only while they are
-in use."""
+"""Decoder layers of a model one at a time: run alone, skipped, on several devices, or in memory only while in use."""
 
 from __future__ import annotations
 
@@ -24,8 +23,8 @@ ReadLayer = Callable[[], dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class LayerCall:
-    """The arguments of a layer besides the hidden state (masks, positions), and the values that it returns besides it,
-    None where it returns no tuple; the same for all batches of one shape."""
+    """The arguments of a layer besides the hidden state (masks, positions), and the values that it returns besides the
+    hidden state, None if it returns no tuple; the same for all batches of one shape."""
 
     arguments: tuple[Any, ...]
     named: dict[str, Any]
@@ -49,11 +48,11 @@ def decoder_layers(model: PreTrainedModel) -> Sequence[nn.Module]:
 
 
 def enter_layers(model: PreTrainedModel, batches: Iterable[Tensor]) -> list[tuple[Tensor, list[LayerCall]]]:
-    """For every batch, the hidden state that the first layer reads, and what each layer is called with; computes
-    one layer for each shape of batch.
+    """The hidden state that the first layer reads and the calls of all layers, for every batch; computes one layer for
+    each shape of batch.
 
     Args:
-        batches: [windows, tokens] each, int64.
+        batches: int64 tensors, [windows, tokens].
     """
     calls: dict[torch.Size, list[LayerCall]] = {}
     entered = []
@@ -86,11 +85,11 @@ def _enter(model: PreTrainedModel, batch: Tensor, known: list[LayerCall] | None)
 
 @contextlib.contextmanager
 def skipping_layers(model: PreTrainedModel, count: int, state: Tensor, call: LayerCall) -> Iterator[None]:
-    """While it lasts, the first `count` layers are not computed: `state` comes out of the last of them.
+    """While it lasts, the first `count` layers are not computed: the last of them returns `state`.
 
     Args:
-        state: [batch, tokens, hidden], of the batch that the model will be called with.
-        call: of any of the layers.
+        state: [batch, tokens, hidden], for the batch that the model will be called with.
+        call: the call of any of the layers.
     """
     output = call.output(state)
     with _other_forwards({layer: lambda *_, **__: output for layer in decoder_layers(model)[:count]}):
@@ -99,21 +98,20 @@ def skipping_layers(model: PreTrainedModel, count: int, state: Tensor, call: Lay
 
 @contextlib.contextmanager
 def without_parts(model: PreTrainedModel, whole: Whole, layers: Iterable[int], call: LayerCall) -> Iterator[None]:
-    """While it lasts, the attentions or feed-forwards of some layers add nothing to the hidden state, or the layers let
-    it through.
+    """While it lasts, the attention or the feed-forward of some layers adds nothing to the hidden state, or the layers
+    return it unchanged.
 
     Args:
-        call: of any of the layers.
+        call: the call of any of the layers.
     """
     architecture = architecture_of(model.config)
     names = {"attention": architecture.attention, "feed-forward": architecture.feed_forward}.get(whole)
-    chosen = [decoder_layers(model)[layer] for layer in layers]
-
+    modules = [decoder_layers(model)[layer] for layer in layers]
     if names is None:
-        forwards = dict.fromkeys(chosen, lambda state, *_, **__: call.output(state))
+        forwards = dict.fromkeys(modules, lambda state, *_, **__: call.output(state))
     else:
         nothing = Nothing(names.returned).forward
-        forwards = dict.fromkeys((layer.get_submodule(names.module) for layer in chosen), nothing)
+        forwards = dict.fromkeys((layer.get_submodule(names.module) for layer in modules), nothing)
     with _other_forwards(forwards):
         yield
 
@@ -139,7 +137,7 @@ def layer_devices(model: PreTrainedModel) -> list[torch.device]:
 
 
 def share_out(model: PreTrainedModel, devices: Sequence[torch.device]) -> list[torch.device]:
-    """A device for every decoder layer, so that all hold about as many bytes; the first also holds everything else."""
+    """A device for every decoder layer, so that all hold about equal bytes; the first also holds all other weights."""
     sizes = [sum(weight.nbytes for weight in layer.parameters()) for layer in decoder_layers(model)]
     total = sum(weight.nbytes for weight in model.parameters())
     held, shares = total - sum(sizes), list[torch.device]()
@@ -150,17 +148,17 @@ def share_out(model: PreTrainedModel, devices: Sequence[torch.device]) -> list[t
 
 
 def place_layers(model: PreTrainedModel, device: torch.device, of_layers: Sequence[torch.device]) -> None:
-    """Moves every decoder layer to a device, and everything else to one. Where they differ, layers and the modules
-    outside of them from then on move what they are called with to where they are.
+    """Moves every decoder layer to its device, and everything else to one device. If these differ, layers and the
+    modules outside them move their arguments to their device from then on.
 
     The hooks of `accelerate.dispatch_model` would do the same, but refer to their modules: the weights would stay in
-    memory until cycles are collected, and `to` of a copy would move the model that was copied.
+    memory until cycles are collected, and `to` of a copy would move the original model.
     """
     layers = decoder_layers(model)
     inside = {module for layer in layers for module in layer.modules()}
     outside = [module for module in model.modules() if module not in inside]
-    for layer, place in zip(layers, of_layers, strict=True):
-        layer.to(place)
+    for layer, layer_device in zip(layers, of_layers, strict=True):
+        layer.to(layer_device)
     for module in outside:
         module._apply(lambda tensor: tensor.to(device), recurse=False)
     if {*of_layers} != {device}:
@@ -170,7 +168,7 @@ def place_layers(model: PreTrainedModel, device: torch.device, of_layers: Sequen
 
 
 def _bring_arguments(module: nn.Module, *called: Any) -> Any:
-    """Caches are left alone: what they hold of a layer is where the layer is."""
+    """Moves arguments to the device of the module. Caches are left alone: their part of a layer is with the layer."""
     return send_to_device(called, _device_of(module))
 
 
@@ -179,10 +177,10 @@ def _device_of(module: nn.Module) -> torch.device:
 
 
 class _Stream:
-    """Puts the weights of a layer into place while somebody uses it.
+    """Loads the weights of a layer while it is in use.
 
-    The layer holds the stream and not the other way round, so that both are gone with the last reference to the model:
-    what waits for the collector of cycles is gigabytes here.
+    The layer refers to the stream, not the reverse, so that both are freed with the last reference to the model:
+    otherwise gigabytes would wait for the collector of cycles.
     """
 
     def __init__(self, layer: nn.Module, read: ReadLayer) -> None:
@@ -217,30 +215,30 @@ class _Stream:
 
 
 def stream_layers(model: PreTrainedModel, readers: Sequence[ReadLayer]) -> None:
-    """From now on, the weights of every layer are read when the layer is called, and dropped when it is done.
+    """Makes every layer read its weights when it is called, and drop them afterwards.
 
     Args:
-        readers: for each layer what reads its weights, onto the device where the rest of the model is.
+        readers: for each layer, the function that reads its weights onto the device of the rest of the model.
     """
     for layer, read in zip(decoder_layers(model), readers, strict=True):
         stream = _Stream(layer, read)
         layer.requires_grad_(False)
-        layer.forward, layer.stream = stream.forward, stream  # type: ignore[assignment]  # of this layer alone
+        layer.forward, layer.stream = stream.forward, stream  # type: ignore[assignment]  # for this layer alone
 
 
 def stream_from_memory(model: PreTrainedModel, device: torch.device) -> None:
-    """Leaves the layers of a model in the memory of the CPU; each is on a device while it is in use, where everything
-    else is kept."""
+    """Keeps the layers of a model in the memory of the CPU, and moves each to a device while it is in use; everything
+    else is kept on the device."""
     layers = decoder_layers(model)
     weights = [{name: tensor.detach() for name, tensor in layer.state_dict().items()} for layer in layers]
     for layer in layers:
         layer.load_state_dict({name: tensor.to("meta") for name, tensor in layer.state_dict().items()}, assign=True)
     move_resident(model, device)
-    stream_layers(model, [_FromMemory(of_layer, device) for of_layer in weights])
+    stream_layers(model, [_FromMemory(layer_weights, device) for layer_weights in weights])
 
 
 def move_resident(model: PreTrainedModel, device: torch.device) -> None:
-    """Moves what is in memory: everything but the weights of streamed layers."""
+    """Moves everything in memory: all but the weights of streamed layers."""
     model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
 
 
@@ -254,7 +252,7 @@ class _FromMemory:
 
 
 def overwrite_weight(model: PreTrainedModel, name: str, value: Tensor) -> None:
-    """Sets a parameter in place, also one of a layer that is streamed from memory."""
+    """Sets a parameter in place, even in a layer that is streamed from memory."""
     prefix = f"{architecture_of(model.config).layers}."
     if is_streamed(model) and name.startswith(prefix):
         index, _, name_in_layer = name.removeprefix(prefix).partition(".")
@@ -265,7 +263,7 @@ def overwrite_weight(model: PreTrainedModel, name: str, value: Tensor) -> None:
 
 
 def whole_state(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The state of a model with the weights of all layers, of streamed ones on the CPU."""
+    """The state of a model with the weights of all layers; weights of streamed layers are on the CPU."""
     state: dict[str, Tensor] = model.state_dict()
     if is_streamed(model):
         prefix = f"{architecture_of(model.config).layers}."
@@ -277,13 +275,13 @@ def whole_state(model: PreTrainedModel) -> dict[str, Tensor]:
 
 def is_streamed(model: PreTrainedModel) -> bool:
     """True if layers are in memory only while they are in use."""
-    # Asked of families too that cannot be pruned.
+    # Also called for families that cannot be pruned.
     return any("stream" in vars(module) for module in model.modules())
 
 
 @contextlib.contextmanager
 def loaded_layer(model: PreTrainedModel, layer: int) -> Iterator[nn.Module]:
-    """A decoder layer with its weights in memory while this lasts, whether or not layers are streamed."""
+    """A decoder layer with its weights in memory while this lasts, for streamed and other models."""
     module = decoder_layers(model)[layer]
     stream: Any = getattr(module, "stream", None)
     with stream.loaded() if stream else contextlib.nullcontext():
@@ -291,5 +289,5 @@ def loaded_layer(model: PreTrainedModel, layer: int) -> Iterator[nn.Module]:
 
 
 def plain_weights(tensors: dict[str, Tensor], device: torch.device, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """The tensors on a device, floating-point ones in a dtype; None keeps theirs."""
+    """The tensors on a device; floating-point tensors in a dtype, or with None in theirs."""
     return {name: tensor.to(device, dtype if tensor.is_floating_point() else None) for name, tensor in tensors.items()}

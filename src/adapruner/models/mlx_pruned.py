@@ -1,10 +1,10 @@
 """Causal language models whose layers differ in heads, feed-forward channels and experts, for mlx-lm.
 
-A pruned checkpoint carries a copy of this file, and its config names it as `model_file`, so that
-`mlx_lm.load(folder, trust_remote_code=True)` works where adapruner is not installed. Only MLX and mlx-lm are imported.
+A pruned checkpoint has a copy of this file, and its config names it as `model_file`, so that
+`mlx_lm.load(folder, trust_remote_code=True)` works without adapruner. Only MLX and mlx-lm are imported.
 
-The model is the one that mlx-lm has for the `model_type`. Each layer is taken from such a model built with the counts
-that `per_layer_config` gives the layer; MLX allocates nothing of the other layers.
+The model is the one that mlx-lm has for the `model_type`. Each layer comes from such a model, built with the counts of
+the layer in `per_layer_config`; MLX allocates no memory for the other layers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes
 
-# The names that output projections of attention have in mlx-lm.
+# The names of attention output projections in mlx-lm.
 _OUTPUTS = {"o_proj", "out_proj", "dense", "c_proj"}
 
 
@@ -29,7 +29,7 @@ class ModelArgs:
 
     def __init__(self, config: dict[str, Any]) -> None:
         self.config = config
-        # transformers pads the numbers of layers with zeros: "04", where a layer after the tenth differs.
+        # transformers pads the numbers of layers with zeros: "04" if a layer after the tenth differs.
         self.layers = {int(layer): fields for layer, fields in config["per_layer_config"].items()}
         self.stock_class, self.stock_args = _get_classes(config)
         self.model_with = functools.cache(self._model_with)
@@ -38,11 +38,11 @@ class ModelArgs:
     def from_dict(cls, config: dict[str, Any]) -> ModelArgs:
         return cls(config)
 
-    def of_layer(self, index: int) -> dict[str, Any]:
-        """What the config says of one layer."""
+    def layer_counts(self, index: int) -> dict[str, Any]:
+        """The counts in the config for one layer."""
         return self.layers.get(index, {})
 
-    def of_stock(self, **fields: Any) -> Any:
+    def stock_arguments(self, **fields: Any) -> Any:
         """The arguments of the stock model with other fields."""
         fields = self.config | fields
         if "num_local_experts" in fields:  # the name that transformers 5 gives it in all families
@@ -50,47 +50,47 @@ class ModelArgs:
         return self.stock_args.from_dict(fields)
 
     def layer(self, index: int) -> nn.Module:
-        """One layer in its own sizes, without weights."""
-        counts = self.of_layer(index)
-        own = {name: count for name, count in counts.items() if count}
-        layer = _layers(self.model_with(json.dumps(own)))[index]
-        fields = self.config | own
+        """A layer in its sizes, without weights."""
+        counts = self.layer_counts(index)
+        kept = {name: count for name, count in counts.items() if count}
+        layer = _layers(self.model_with(json.dumps(kept)))[index]
+        fields = self.config | kept
         width = fields.get("num_attention_heads", 0) * (fields.get("head_dim") or 0)
         known = {field.name for field in dataclasses.fields(self.stock_args)}
         if width and "head_dim" not in known and width != fields.get("hidden_size"):
-            narrow = _layers(self.model_with(json.dumps(own | {"hidden_size": width})))[index]
+            narrow = _layers(self.model_with(json.dumps(kept | {"hidden_size": width})))[index]
             _take_attention(layer, narrow, fields["hidden_size"])
         for path in self.config.get("added_biases") or ():
             projection = functools.reduce(lambda module, name: module[name], path.split("."), layer)
             if "bias" not in projection:
                 projection.bias = mx.zeros(projection.weight.shape[0])
-        # A layer has no attention or no feed-forward where its count is 0.
-        for name in [name for name, child in layer.children().items() if _is_gone(name, child, counts)]:
+        # A layer has no attention or no feed-forward if its count is 0.
+        for name in [name for name, child in layer.children().items() if _is_removed(name, child, counts)]:
             layer[name] = _Nothing()
         return layer
 
     def _model_with(self, fields: str) -> nn.Module:
-        return self.stock_class(self.of_stock(**json.loads(fields)))
+        return self.stock_class(self.stock_arguments(**json.loads(fields)))
 
 
 class _Nothing(nn.Module):
-    """In place of an attention or a feed-forward: adds nothing to the hidden state."""
+    """Replaces an attention or a feed-forward: adds nothing to the hidden state."""
 
     def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-        for given in (*args, *kwargs.values()):
-            if hasattr(given, "update_and_fetch"):
-                # mlx-lm asks the cache of the first layer how long the text is.
+        for argument in (*args, *kwargs.values()):
+            if hasattr(argument, "update_and_fetch"):
+                # mlx-lm reads the length of the text from the cache of the first layer.
                 length = mx.zeros((x.shape[0], 1, x.shape[1], 1), x.dtype)
-                given.update_and_fetch(length, length)
+                argument.update_and_fetch(length, length)
         return mx.zeros_like(x)
 
 
-def _is_gone(name: str, child: object, counts: dict[str, Any]) -> bool:
-    """Whether a module of a layer is an attention or feed-forward that the layer has none of."""
+def _is_removed(name: str, child: object, counts: dict[str, Any]) -> bool:
+    """True for an attention or feed-forward that the layer lacks."""
     has_projections = isinstance(child, nn.Module) and any(
-        isinstance(each, nn.Linear) for each in child.children().values()
+        isinstance(module, nn.Linear) for module in child.children().values()
     )
-    heads, channels = counts.get("num_attention_heads"), [counts[one] for one in counts if "head" not in one]
+    heads, channels = counts.get("num_attention_heads"), [counts[field] for field in counts if "head" not in field]
     return has_projections and (heads == 0 if re.search("att", name) else 0 in channels)
 
 
@@ -98,42 +98,44 @@ class _PerLayer:
     """Mixin over the stock model."""
 
     def __init__(self, args: ModelArgs) -> None:
-        super().__init__(args.of_stock(**{name: count for name, count in args.of_layer(0).items() if count}))
+        super().__init__(args.stock_arguments(**{name: count for name, count in args.layer_counts(0).items() if count}))
         self.pruned_args = args
         layers = _layers(self)
         layers[:] = [args.layer(index) for index in range(len(layers))]
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """As the stock model does it, but each layer with its own number of experts; then compares shapes.
+        """Converts weights as the stock model does, each layer with its number of experts; then compares shapes.
 
         Raises:
             ValueError: mlx-lm has no place for a tensor of this shape.
         """
         groups: dict[str, set[int]] = {}
         for index in range(len(_layers(self))):
-            experts = {name: count for name, count in self.pruned_args.of_layer(index).items() if "expert" in name}
+            experts = {name: count for name, count in self.pruned_args.layer_counts(index).items() if "expert" in name}
             groups.setdefault(json.dumps(experts, sort_keys=True), set()).add(index)
         sanitized = {}
         for members in groups.values():
             first = min(members)
-            stock = super() if first == 0 else self.pruned_args.model_with(json.dumps(self.pruned_args.of_layer(first)))
-            own = _with_copies(weights, members) if len(groups) > 1 else weights
-            own = stock.sanitize(own) if hasattr(stock, "sanitize") else own
-            sanitized |= {name: tensor for name, tensor in own.items() if _layer_number(name, 0) in members}
+            stock = (
+                super() if first == 0 else self.pruned_args.model_with(json.dumps(self.pruned_args.layer_counts(first)))
+            )
+            converted = _with_copies(weights, members) if len(groups) > 1 else weights
+            converted = stock.sanitize(converted) if hasattr(stock, "sanitize") else converted
+            sanitized |= {name: tensor for name, tensor in converted.items() if _layer_number(name, 0) in members}
         _check_shapes(self, sanitized)
         return sanitized
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:
-    """The list of the layers itself: some models give a copy of it as `layers`."""
+    """The list of the layers, not a copy: some models return a copy of it as `layers`."""
     first = model.layers[0]
     lists = (value for module in model.modules() for value in module.values() if isinstance(value, list))
     return next(layers for layers in lists if layers and layers[0] is first)
 
 
 def _take_attention(layer: nn.Module, narrow: nn.Module, hidden_size: int) -> None:
-    """mlx-lm divides the hidden size by the heads for the width of a head in some families: there, an attention with
-    fewer heads is that of a narrower model, with projections that reach to the hidden size."""
+    """Gives a layer the attention of a narrower model, with projections widened to the hidden size: in some families,
+    mlx-lm divides the hidden size by the heads for the width of a head."""
     for name, child in narrow.children().items():
         projections = child.children().items() if isinstance(child, nn.Module) and re.search("att", name) else ()
         linear = {path: projection for path, projection in projections if isinstance(projection, nn.Linear)}
@@ -147,18 +149,18 @@ def _take_attention(layer: nn.Module, narrow: nn.Module, hidden_size: int) -> No
 
 def _layer_number(name: str, otherwise: int) -> int:
     """The first number in the name of a tensor."""
-    found = re.search(r"(?<=\.)\d+(?=\.)", name)
-    return int(found[0]) if found else otherwise
+    match = re.search(r"(?<=\.)\d+(?=\.)", name)
+    return int(match[0]) if match else otherwise
 
 
 def _with_copies(weights: dict[str, mx.array], members: set[int]) -> dict[str, mx.array]:
-    """The weights with one of the members in place of every other layer."""
+    """The weights, with copies of the first member instead of every layer outside the group."""
     numbers = {_layer_number(name, -1) for name in weights}
-    kept = {name: tensor for name, tensor in weights.items() if _layer_number(name, -1) in members | {-1}}
-    of_first = {name: tensor for name, tensor in weights.items() if _layer_number(name, -1) == min(members)}
+    copied = {name: tensor for name, tensor in weights.items() if _layer_number(name, -1) in members | {-1}}
+    first = {name: tensor for name, tensor in weights.items() if _layer_number(name, -1) == min(members)}
     for number in numbers - members - {-1}:
-        kept |= {name.replace(f".{min(members)}.", f".{number}.", 1): tensor for name, tensor in of_first.items()}
-    return kept
+        copied |= {name.replace(f".{min(members)}.", f".{number}.", 1): tensor for name, tensor in first.items()}
+    return copied
 
 
 def _check_shapes(model: nn.Module, weights: dict[str, mx.array]) -> None:
@@ -177,14 +179,14 @@ def _cannot_build(args: ModelArgs, why: object) -> ValueError:
 
 
 def _build(args: ModelArgs) -> nn.Module:
-    """What mlx-lm calls as `Model`.
+    """Builds the model; mlx-lm calls it as `Model`.
 
     Raises:
         ValueError: mlx-lm cannot build a model with such layers.
     """
     try:
         return type("Model", (_PerLayer, args.stock_class), {})(args)
-    except Exception as error:  # whatever its classes raise over sizes
+    except Exception as error:  # anything that its classes raise over sizes
         raise _cannot_build(args, error) from error
 
 

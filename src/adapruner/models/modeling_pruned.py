@@ -1,12 +1,12 @@
 """Causal language models whose layers differ in heads and feed-forward channels, or have no attention or feed-forward.
 
-This file is complete in itself: a pruned checkpoint carries a copy of it, so that
-`AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` works where adapruner is not installed.
+This file is standalone: a pruned checkpoint has a copy of it, so that
+`AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` works without adapruner.
 
-A checkpoint keeps its `model_type` (`llama`, …) and lists in the config key `per_layer_config`, which transformers 5
-defines, what each layer has less of. Here the layers of the stock model are built again, each from its own
+A checkpoint keeps its `model_type` (`llama`, …) and lists the reduced sizes of each layer in the config key
+`per_layer_config`, which transformers 5 defines. Here the layers of the stock model are rebuilt, each from
 `config.per_layer_config[i]`. Projections named in `added_biases` (paths within a layer) have a bias that the family
-does not know.
+lacks.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from transformers import (
 )
 from transformers.utils import is_torch_available
 
-# Elsewhere (mlx-lm) a tokenizer is loaded with the config class alone.
+# Without PyTorch (mlx-lm), a tokenizer is loaded with the config class alone.
 if is_torch_available():
     import torch
     from torch import nn
@@ -47,30 +47,31 @@ if is_torch_available():
     from transformers.pytorch_utils import Conv1D
 
     class Nothing(nn.Module):
-        """In place of an attention or a feed-forward: adds nothing to the hidden state, and has no cache."""
+        """Replaces an attention or a feed-forward: adds nothing to the hidden state, and has no cache."""
 
         def __init__(self, returned: int) -> None:
             super().__init__()
             self.returned = returned
 
         def forward(self, *args: object, **kwargs: object) -> torch.Tensor | tuple:
-            state = next(given for given in (*args, *kwargs.values()) if isinstance(given, torch.Tensor))
+            state = next(argument for argument in (*args, *kwargs.values()) if isinstance(argument, torch.Tensor))
             nothing = torch.zeros_like(state)
             return (nothing, *[None] * (self.returned - 1)) if self.returned else nothing
 
 
 FILE_NAME = "modeling_pruned.py"
-# The same for mlx-lm, which the config names as `model_file`.
+# The counterpart for mlx-lm, which the config names as `model_file`.
 MLX_FILE_NAME = "mlx_pruned.py"
 
 
 class Removable(NamedTuple):
-    """What a layer may have none of.
+    """A module that a layer may lack.
 
     Attributes:
-        fields: config fields that count what is in it; the first is 0 where a layer has none.
-        module: its path in the layer.
-        returned: how many things it returns, of which the first is added to the hidden state; 0 where that is all.
+        fields: config fields that count its contents; the first is 0 in a layer without the module.
+        module: path in the layer.
+        returned: number of values that it returns, the first of which is added to the hidden state; 0 if it returns a
+            single tensor.
     """
 
     fields: tuple[str, ...]
@@ -79,15 +80,16 @@ class Removable(NamedTuple):
 
 
 class Family(NamedTuple):
-    """What must be known of a stock model to build its layers in other sizes; paths are relative to a layer.
+    """The data that is needed to build the layers of a stock model in other sizes; paths are relative to a layer.
 
     Attributes:
         layers: path of the list of layers in the causal language model.
-        attention_output: in families whose attention is always as wide as the hidden size, its output projection.
-        feed_forward: in families whose config has no field for their width, the feed-forward projections, the one that
-            reads the channels last.
+        attention_output: output projection of the attention, in families whose attention is always as wide as the
+            hidden size.
+        feed_forward: feed-forward projections, in families whose config has no field for their width; the last one
+            reads the channels.
         channels: config field for the width of the feed-forward projections.
-        removable: attention and feed-forward, where there is one.
+        removable: attention and feed-forward, if there are any.
     """
 
     model_type: str
@@ -99,7 +101,7 @@ class Family(NamedTuple):
 
 
 class _PerLayer:
-    """Mixin over a stock model, with or without language modelling head."""
+    """Mixin over a stock model, with or without a language modelling head."""
 
     family: Family
 
@@ -107,7 +109,7 @@ class _PerLayer:
         super().__init__(_stock_config(config))
         config._attn_implementation = self.config._attn_implementation
         layers = self.base_model.get_submodule(self.family.layers.removeprefix(f"{self.base_model_prefix}."))
-        # What computes positions keeps the config of the stock model: it asks for sizes that layers may differ in.
+        # Modules that compute positions keep the config of the stock model: they read sizes in which layers may differ.
         for module in self.modules():
             if isinstance(module, PreTrainedModel):
                 module.config = config
@@ -120,8 +122,8 @@ class _PerLayer:
         self.post_init()
 
     def save_pretrained(self, save_directory: str | Path, *arguments: object, **options: object) -> None:
-        """As in transformers; the folder gets this file too, with a line that makes these classes again, and the file
-        for mlx-lm where it lies beside this one."""
+        """Saves as in transformers; the folder also gets this file, with a line that registers these classes, and the
+        file for mlx-lm, if it is next to this one."""
         self.config.auto_map = dict(self.auto_map)
         for_mlx = Path(__file__).with_name(MLX_FILE_NAME)
         self.config.model_file = MLX_FILE_NAME if for_mlx.is_file() else None
@@ -134,100 +136,98 @@ class _PerLayer:
 
 
 class _LayerConfig:
-    """What a layer reads of its config while it runs: its own counts, and everything else from the config of the model,
+    """The config that a running layer reads: the counts of the layer, and everything else from the config of the model,
     which `set_attn_implementation` changes."""
 
     def __init__(self, config: PreTrainedConfig, index: int) -> None:
-        own = config.per_layer_config[index]
-        self._own = {name: getattr(own, name) for name in config.per_layer_attributes or ()}
-        self._of_model = config
+        layer_config = config.per_layer_config[index]
+        self._counts = {name: getattr(layer_config, name) for name in config.per_layer_attributes or ()}
+        self._config = config
 
     def __getattr__(self, name: str) -> object:
-        if name.startswith("__") or "_own" not in self.__dict__:
+        if name.startswith("__") or "_config" not in self.__dict__:
             raise AttributeError(name)
-        return self._own[name] if name in self._own else getattr(self._of_model, name)
+        return self._counts[name] if name in self._counts else getattr(self._config, name)
 
 
 def _stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """A copy that the stock class accepts, without overrides."""
     stock = copy.copy(config)
-    # Of some families, layers differ already in the dense model.
+    # In some families, layers already differ in the dense model.
     stock.per_layer_config = getattr(config, "stock_per_layer_config", None)
     return stock
 
 
 def _build_layer(layer_class: type[nn.Module], family: Family, config: PreTrainedConfig, index: int) -> nn.Module:
-    own, stock = config.per_layer_config[index], _stock_config(config).per_layer_config[index]
-    gone = [part for part in family.removable if getattr(own, part.fields[0], None) == 0]
-    for field in (field for part in gone for field in part.fields):
-        # Stock classes cannot build what there is none of: it is built as in the stock model, and replaced.
-        if hasattr(stock, field):
-            setattr(own, field, getattr(stock, field))
+    layer_config, stock = config.per_layer_config[index], _stock_config(config)
+    stock_layer = stock.per_layer_config[index]
+    removed = [module for module in family.removable if getattr(layer_config, module.fields[0], None) == 0]
+    for field in (field for module in removed for field in module.fields):
+        # Stock classes cannot build an empty module: it is built as in the stock model, and replaced.
+        if hasattr(stock_layer, field):
+            setattr(layer_config, field, getattr(stock_layer, field))
     if family.attention_output is None:
-        layer = layer_class(own, index)
+        layer = layer_class(layer_config, index)
     else:
-        layer = layer_class(_with_all_heads(own, config), index)
-        _narrow_attention(layer, family.attention_output, own, index)
+        complete = copy.copy(layer_config)
+        for field in ("num_attention_heads", "num_key_value_heads"):
+            if hasattr(stock, field):
+                setattr(complete, field, getattr(stock, field))
+        layer = layer_class(complete, index)
+        _narrow_attention(layer, family.attention_output, layer_config, index)
     for path in family.feed_forward:
         reads_channels = path == family.feed_forward[-1]
-        _resize(layer, path, **{"inputs" if reads_channels else "outputs": getattr(own, family.channels)})
+        _resize(layer, path, **{"inputs" if reads_channels else "outputs": getattr(layer_config, family.channels)})
     modules = dict(layer.named_modules())
     for path in getattr(config, "added_biases", ()):
-        # Not all layers of a family need be alike.
+        # Layers of a family may have different modules.
         if path in modules:
             _resize(layer, path, bias=True)
-    for part in gone:
-        layer.set_submodule(part.module, Nothing(part.returned))
+    for module in removed:
+        layer.set_submodule(module.module, Nothing(module.returned))
     return layer
 
 
 def _renumber_caches(layers: nn.ModuleList, family: Family, config: PreTrainedConfig) -> None:
-    """Layers without attention have no cache. The others take the first places among the layers of their type, since
-    transformers asks those how much is in the cache."""
-    attention = next((part for part in family.removable if part.fields[0] == "num_attention_heads"), None)
-    with_place: dict[str | None, list[int]] = {}
+    """Gives layers with attention the first places in the cache among the layers of their type, where transformers
+    reads the length of the cache. Layers without attention have no cache."""
+    attention = next((module for module in family.removable if module.fields[0] == "num_attention_heads"), None)
+    layers_by_type: dict[str | None, list[int]] = {}
     for index, layer in enumerate(layers):
         if attention and any(name == attention.module for name, _ in layer.named_modules()):
             types = getattr(config, "layer_types", None)
-            with_place.setdefault(types[index] if types else None, []).append(index)
-    for places in with_place.values():
+            layers_by_type.setdefault(types[index] if types else None, []).append(index)
+    for places in layers_by_type.values():
         modules = [layers[index].get_submodule(attention.module) for index in places]
         kept = [module for module in modules if not isinstance(module, Nothing)]
         if len(kept) == len(modules):
             continue
-        # More places than attentions: the last places stay empty.
-        for place, module in zip(places, kept, strict=False):
-            for part in module.modules():
-                if hasattr(part, "layer_idx"):
-                    part.layer_idx = place
+        # There are more places than attention layers: the last places are empty.
+        for place, attention_module in zip(places, kept, strict=False):
+            for module in attention_module.modules():
+                if hasattr(module, "layer_idx"):
+                    module.layer_idx = place
 
 
-def _with_all_heads(own: PreTrainedConfig, config: PreTrainedConfig) -> PreTrainedConfig:
-    stock, whole = _stock_config(config), copy.copy(own)
-    for field in ("num_attention_heads", "num_key_value_heads"):
-        if hasattr(stock, field):
-            setattr(whole, field, getattr(stock, field))
-    return whole
-
-
-def _narrow_attention(layer: nn.Module, output: str, own: PreTrainedConfig, index: int) -> None:
-    """An attention with less heads is that of a narrower model, with projections that reach to the hidden size."""
+def _narrow_attention(layer: nn.Module, output: str, layer_config: PreTrainedConfig, index: int) -> None:
+    """Gives a layer the attention of a narrower model, which has fewer heads, with projections widened to the hidden
+    size."""
     path, _, output_name = output.rpartition(".")
-    narrow = copy.copy(own)
-    narrow.hidden_size = own.num_attention_heads * own.head_dim
+    narrow = copy.copy(layer_config)
+    narrow.hidden_size = layer_config.num_attention_heads * layer_config.head_dim
     attention = type(layer.get_submodule(path))(narrow, layer_idx=index)
     for name, child in list(attention.named_children()):
         if isinstance(child, (nn.Linear, Conv1D)):
-            _resize(attention, name, **{"outputs" if name == output_name else "inputs": own.hidden_size})
-    if getattr(own, "alibi_heads", None) is not None:
-        attention.register_forward_pre_hook(_alibi_of(own.alibi_heads), with_kwargs=True)
+            _resize(attention, name, **{"outputs" if name == output_name else "inputs": layer_config.hidden_size})
+    if getattr(layer_config, "alibi_heads", None) is not None:
+        attention.register_forward_pre_hook(_alibi_of(layer_config.alibi_heads), with_kwargs=True)
     layer.set_submodule(path, attention)
 
 
 def _resize(
     parent: nn.Module, path: str, inputs: int | None = None, outputs: int | None = None, bias: bool = False
 ) -> None:
-    """Replaces a projection by one of another size, or with a bias."""
+    """Replaces a projection by one with another size, or with a bias."""
     old = parent.get_submodule(path)
     if isinstance(old, Conv1D):
         new = Conv1D(outputs or old.nf, inputs or old.nx)
@@ -237,40 +237,39 @@ def _resize(
 
 
 def _alibi_of(heads: list[int]):
-    """A hook that hands an attention the slopes of its own heads, out of those of all heads of the model."""
+    """A hook that selects the slopes of the heads of an attention from the slopes of all heads of the model."""
 
     def select(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         alibi = kwargs["alibi"]  # [batch * all heads, 1, keys]
-        own = alibi.unflatten(0, (len(args[0]), -1))[:, heads].flatten(0, 1)
-        return args, kwargs | {"alibi": own}
+        return args, kwargs | {"alibi": alibi.unflatten(0, (len(args[0]), -1))[:, heads].flatten(0, 1)}
 
     return select
 
 
 def _accept_any_heads(self: PreTrainedConfig) -> None:
-    """Whether the number of heads divides the hidden size means nothing once head_dim is given."""
+    """Accepts any number of heads: with head_dim, it need not divide the hidden size."""
 
 
 def _validate_stock_rope(self: PreTrainedConfig) -> None:
-    """Positions are those of the stock model, with all its heads."""
+    """Checks the positions of the stock model, with all its heads."""
     self.stock_class.validate_rope(_stock_config(self))
 
 
 def pruned_config_class(model_type: str) -> type[PreTrainedConfig]:
-    """The config of the models of a family whose layers differ, which a stock config class refuses."""
+    """The config class for models of a family whose layers differ, which the stock config class refuses."""
     stock_config = CONFIG_MAPPING[model_type]
-    of_config = {
+    members = {
         "__module__": __name__,
         "stock_class": stock_config,
         "validate_architecture": _accept_any_heads,
         "validate_rope": _validate_stock_rope,
     }
-    return strict(type(f"Pruned{stock_config.__name__}", (stock_config,), of_config))
+    return strict(type(f"Pruned{stock_config.__name__}", (stock_config,), members))
 
 
 def register_family(family: Family) -> type[PreTrainedModel]:
-    """Makes the classes of a family whose layers differ (config, decoder and causal language model) and adds them to
-    this module; returns the last. Without PyTorch, the config alone, which is what loading a tokenizer needs."""
+    """Makes the classes of a family whose layers differ (config, decoder and causal language model), adds them to this
+    module, and returns the last. Without PyTorch, makes the config alone, which suffices to load a tokenizer."""
     config = pruned_config_class(family.model_type)
     globals()[config.__name__] = config
     if not is_torch_available():
@@ -279,14 +278,14 @@ def register_family(family: Family) -> type[PreTrainedModel]:
     stock_class = MODEL_FOR_CAUSAL_LM_MAPPING[stock_config]
     name = f"Pruned{stock_class.__name__.removesuffix('ForCausalLM').removesuffix('LMHeadModel')}"
     names = {"AutoConfig": config.__name__, "AutoModel": f"{name}Model", "AutoModelForCausalLM": f"{name}ForCausalLM"}
-    auto_map = {of: f"{FILE_NAME.removesuffix('.py')}.{own}" for of, own in names.items()}
-    own = {"__module__": __name__, "family": family, "auto_map": auto_map, "config_class": config}
-    decoder = type(names["AutoModel"], (_PerLayer, MODEL_MAPPING[stock_config]), own)
-    causal = type(names["AutoModelForCausalLM"], (_PerLayer, stock_class), own)
+    auto_map = {auto_class: f"{FILE_NAME.removesuffix('.py')}.{name}" for auto_class, name in names.items()}
+    members = {"__module__": __name__, "family": family, "auto_map": auto_map, "config_class": config}
+    decoder = type(names["AutoModel"], (_PerLayer, MODEL_MAPPING[stock_config]), members)
+    causal = type(names["AutoModelForCausalLM"], (_PerLayer, stock_class), members)
     # A custom class does not get the conversions of its family by default. The causal model needs none: its decoder is
     # a stock one.
     stock_names = (MODEL_MAPPING[stock_config].__name__, family.model_type)
     if mapping := next(filter(None, map(get_checkpoint_conversion_mapping, stock_names)), None):
         register_checkpoint_conversion_mapping(decoder.__name__, mapping, overwrite=True)
-    globals().update({made.__name__: made for made in (decoder, causal)})
+    globals().update({model_class.__name__: model_class for model_class in (decoder, causal)})
     return causal

@@ -23,15 +23,15 @@ Kind = Literal["heads", "channels", "experts"]
 class TensorSlice:
     """The part of one parameter that belongs to the groups of a block.
 
-    Group g owns the indices [offset + g * width, offset + (g + 1) * width) of `axis`; every index stands for `elements`
-    numbers. A fused projection has several slices, one behind the other.
+    Group g owns the indices [offset + g * width, offset + (g + 1) * width) of `axis`; every index holds `elements`
+    numbers. A fused projection has several slices, one after the other.
 
     Attributes:
-        axis: of the parameter seen as a projection, [outputs, inputs]; of the experts, as it is stored.
-        is_matrix: importance is read from matrices; biases and norms only go along.
+        axis: axis of the parameter as a projection, [outputs, inputs]; for experts, as it is stored.
+        is_matrix: importance is read from matrices; biases and norms are removed with them.
         is_transposed: stored as [inputs, outputs] (`Conv1D` of transformers).
-        experts: how many such parts are stacked along the first axis of the parameter, one for each expert, all of them
-            as described; 0 where there is only the one. The groups of one expert come after those of another.
+        experts: number of such parts that are stacked along the first axis of the parameter, one for each expert; 0
+            for a parameter without experts. The groups of one expert come after those of another.
     """
 
     parameter: str
@@ -45,16 +45,15 @@ class TensorSlice:
 
     @property
     def stored_axis(self) -> int:
-        """The axis of the parameter, or of the part of one expert, as it is stored."""
+        """The axis of the stored parameter, or of the stored part of one expert."""
         return 1 - self.axis if self.is_transposed else self.axis
 
     def of_experts(self, parameter: Tensor) -> Tensor:
-        """[experts, …]: a view of the parameter with one part for each expert, as they are stored; one part where there
-        are no experts."""
+        """[experts, …]: a view of the parameter with the stored part of each expert; one part without experts."""
         return parameter if self.experts else parameter[None]
 
     def as_projections(self, parameter: Tensor) -> Tensor:
-        """[experts, outputs, inputs]: a view of the stored matrices; one where there are no experts."""
+        """[experts, outputs, inputs]: a view of the stored matrices; one matrix without experts."""
         matrices = self.of_experts(parameter)
         return matrices.mT if self.is_transposed else matrices
 
@@ -69,7 +68,7 @@ class TensorSlice:
         return stored if self.experts else stored[0]
 
     def as_projection(self, parameter: Tensor) -> Tensor:
-        """[outputs, inputs]: a view of the stored matrix, where there are no experts."""
+        """[outputs, inputs]: a view of the stored matrix of a parameter without experts."""
         return parameter.T if self.is_transposed else parameter
 
 
@@ -78,13 +77,13 @@ class Block:
     """All groups of one kind in one layer.
 
     Attributes:
-        strata: the groups fall into this many consecutive parts of equal size, each of which loses the same number
-            (query heads of one KV head, channels of one expert); 1 where any group may go.
-        config_counts: how much each config field counts per kept group; where each expert has channels of its
-            own, per group of one expert.
-        least: how many groups must be kept, unless none is.
-        rest: parameters that are removed with the last group: what is left of the attention or feed-forward.
-        is_normalized: whether a norm follows before what reads the groups is added to the hidden state.
+        strata: number of consecutive parts of equal size, each of which loses the same number of groups (query heads
+            of one KV head, channels of one expert); 1 if any group may be removed.
+        config_counts: increase of each config field per kept group; if each expert has its own channels, per group of
+            one expert.
+        least: minimum number of kept groups, unless none is kept.
+        rest: parameters that are removed with the last group: the remainder of the attention or feed-forward.
+        is_normalized: a norm follows before the output of the block is added to the hidden state.
     """
 
     layer: int
@@ -99,36 +98,36 @@ class Block:
 
     @property
     def matrices(self) -> tuple[TensorSlice, ...]:
-        return tuple(part for part in self.slices if part.is_matrix)
+        return tuple(tensor_slice for tensor_slice in self.slices if tensor_slice.is_matrix)
 
     @property
     def is_projected(self) -> bool:
-        """True if projections read the groups; experts as a whole have none."""
+        """True if projections read the groups; False for whole experts."""
         return self.kind != "experts"
 
     @property
     def experts(self) -> int:
-        """Number of experts that each have groups of this block; 0 where groups are of no expert, or are experts."""
+        """Number of experts that each have groups of this block; 0 without experts, and if the groups are experts."""
         return self.row_wise.experts if self.is_projected else 0
 
     def config_fields(self, kept: int) -> dict[str, int]:
-        """The config fields of the block when so many groups are kept."""
+        """The config fields of the block with `kept` groups."""
         return {field: amount * kept // (self.experts or 1) for field, amount in self.config_counts.items()}
 
     @property
     def row_wise(self) -> TensorSlice:
-        """The projection out of the block, whose input columns go: attention output, feed-forward down; of experts, the
-        down projections of all."""
-        return next(part for part in self.matrices if part.axis == 1)
+        """The projection out of the block, whose input columns are removed: attention output, feed-forward down; the
+        down projections of all experts."""
+        return next(matrix for matrix in self.matrices if matrix.axis == 1)
 
     @property
     def inputs(self) -> int:
-        """Numbers that the projection reads per token; 0 where there is none."""
+        """Numbers that the projection reads per token; 0 without a projection."""
         return self.groups * self.row_wise.width if self.is_projected else 0
 
     @property
     def inputs_of_one(self) -> int:
-        """Numbers that one of the projections reads: all inputs, or those of one expert."""
+        """Numbers that one projection reads: all inputs, or the inputs of one expert."""
         return self.inputs // (self.experts or 1)
 
     @property
@@ -138,27 +137,26 @@ class Block:
 
     @property
     def slices_by_parameter(self) -> dict[str, list[TensorSlice]]:
-        """The slices of each parameter; several where it is a fused projection."""
+        """The slices of each parameter; several for a fused projection."""
         by_parameter: dict[str, list[TensorSlice]] = {}
-        for part in self.slices:
-            by_parameter.setdefault(part.parameter, []).append(part)
+        for tensor_slice in self.slices:
+            by_parameter.setdefault(tensor_slice.parameter, []).append(tensor_slice)
         return by_parameter
 
     @property
     def parameters_per_group(self) -> int:
-        return sum(part.width * part.elements for part in self.slices)
+        return sum(tensor_slice.width * tensor_slice.elements for tensor_slice in self.slices)
 
     def with_rest(self, model: PreTrainedModel, module: str | None) -> Block:
         """The block with `rest`.
 
         Args:
-            module: path of the attention or feed-forward; None where that is the layer.
+            module: path of the attention or feed-forward; None if the layer itself is that module.
         """
         if module is None:
             return self
-        return replace(
-            self, rest=count_parameters(model.get_submodule(module)) - self.groups * self.parameters_per_group
-        )
+        in_groups = self.groups * self.parameters_per_group
+        return replace(self, rest=count_parameters(model.get_submodule(module)) - in_groups)
 
 
 @dataclass(frozen=True)
@@ -166,11 +164,11 @@ class Structure:
     """All prunable blocks of a model, layer by layer, and its size.
 
     Attributes:
-        architecture: that of the family of the model.
+        architecture: architecture of the family of the model.
         total_parameters: all parameters of the model, tied ones counted once.
-        embedding_parameters: of these, those of the embedding and the output layer.
-        layer_parameters: of these, those of each layer.
-        whole: what of a layer can be removed whole.
+        embedding_parameters: parameters of the embedding and the output layer.
+        layer_parameters: parameters of each layer.
+        whole: the parts of a layer that can be removed whole.
     """
 
     architecture: Architecture
@@ -188,27 +186,26 @@ class Structure:
 
     @property
     def whole_mixers(self) -> list[int]:
-        """The layers without an attention that can be cut."""
+        """The layers without prunable attention."""
         return layers_without_heads(self.layers, self.blocks)
 
     @property
     def note(self) -> str:
-        """The layers that a table of the blocks does not show; empty where there are none."""
+        """A sentence on the layers that a table of the blocks does not show; empty if there are none."""
         return note_on_mixers(self.whole_mixers)
 
     @property
     def removable_layers(self) -> list[int]:
-        """The layers that can be removed whole: those with an attention and a feed-forward, or experts, that
-        can be cut."""
+        """The layers that can be removed whole: those with prunable attention and feed-forward or experts."""
         kinds: dict[int, set[Kind]] = {}
         for block in self.blocks:
             kinds.setdefault(block.layer, set()).add(block.kind)
-        cut_whole = [layer for layer, of_layer in kinds.items() if "heads" in of_layer and len(of_layer) > 1]
-        return cut_whole if "layer" in self.whole else []
+        complete = [layer for layer, layer_kinds in kinds.items() if "heads" in layer_kinds and len(layer_kinds) > 1]
+        return complete if "layer" in self.whole else []
 
     def whole_parameters(self, whole: Whole) -> dict[int, int]:
-        """By layer, the parameters that are removed with its attention, its feed-forward, or all of it, where it has
-        one that can be cut."""
+        """By layer, the parameters that are removed with its attention, its feed-forward, or the layer itself; without
+        layers in which this part is not prunable."""
         if whole == "layer":
             return {layer: self.layer_parameters[layer] for layer in self.removable_layers}
         kind = "heads" if whole == "attention" else "channels"
@@ -221,39 +218,39 @@ class Structure:
     @property
     def parts(self) -> dict[str, int]:
         """The parameters of the embedding with the output layer, attention, feed-forward, experts, and others (norms,
-        routers, mixers that cannot be cut); the sum is `total_parameters`."""
+        routers, unprunable mixers); the sum is `total_parameters`."""
         parts = {"embedding": self.embedding_parameters, "attention": 0, "feed-forward": 0, "experts": 0}
         for block in self.blocks:
-            of_experts = block.kind == "experts" or block.experts
-            part = "experts" if of_experts else "attention" if block.kind == "heads" else "feed-forward"
+            in_experts = block.kind == "experts" or block.experts
+            part = "experts" if in_experts else "attention" if block.kind == "heads" else "feed-forward"
             parts[part] += block.groups * block.parameters_per_group + block.rest
         return parts | {"other": self.total_parameters - sum(parts.values())}
 
     @property
     def removable_parameters(self) -> int:
-        """Parameters that can be removed at most while every block keeps some groups, all tokens are kept, and widths
-        are not rounded."""
+        """Maximum number of parameters that can be removed while every block keeps some groups, all tokens are kept,
+        and widths are not rounded."""
         least = [block.strata * math.ceil(block.least / block.strata) for block in self.blocks]
         return self.removed_parameters(least)
 
     def removed_layers(self, counts: Sequence[int]) -> list[int]:
-        """The layers of which nothing is kept.
+        """The layers that are removed whole.
 
         Args:
-            counts: how many groups each block keeps.
+            counts: number of groups that each block keeps.
         """
-        left = {block.layer for block, count in zip(self.blocks, counts, strict=True) if count}
-        return [layer for layer in self.removable_layers if layer not in left]
+        kept = {block.layer for block, count in zip(self.blocks, counts, strict=True) if count}
+        return [layer for layer in self.removable_layers if layer not in kept]
 
     def removed_parameters(self, counts: Sequence[int]) -> int:
         """Parameters that are removed when every block keeps the given number of groups."""
-        gone = set(self.removed_layers(counts))
-        of_blocks = sum(
+        removed_layers = set(self.removed_layers(counts))
+        in_blocks = sum(
             (block.groups - count) * block.parameters_per_group + (0 if count else block.rest)
             for block, count in zip(self.blocks, counts, strict=True)
-            if block.layer not in gone
+            if block.layer not in removed_layers
         )
-        return of_blocks + sum(self.layer_parameters[layer] for layer in gone)
+        return in_blocks + sum(self.layer_parameters[layer] for layer in removed_layers)
 
     @property
     def has_experts(self) -> bool:
@@ -262,7 +259,7 @@ class Structure:
 
     @property
     def cuts_experts(self) -> bool:
-        """True if experts, or channels inside of them, are among the groups."""
+        """True if experts, or channels inside experts, are among the groups."""
         return self.has_experts or any(block.experts for block in self.blocks)
 
     @cached_property
@@ -275,9 +272,9 @@ class Structure:
         """[vectors], int64: the number of the group to which each vector belongs."""
         return torch.cat(
             [
-                torch.arange(offset, offset + block.groups).repeat_interleave(part.width)
+                torch.arange(offset, offset + block.groups).repeat_interleave(matrix.width)
                 for offset, block in zip(self.group_offsets, self.blocks, strict=False)
-                for part in block.matrices
+                for matrix in block.matrices
             ]
         )
 
@@ -299,13 +296,13 @@ class Structure:
 
 
 def layers_without_heads(layers: int, blocks: Iterable[Any]) -> list[int]:
-    """The layers of which no block of heads is among some blocks, of a structure or a plan."""
+    """The layers without a block of heads among the blocks of a structure or a plan."""
     with_heads = {block.layer for block in blocks if block.kind == "heads"}
     return [layer for layer in range(layers) if layer not in with_heads]
 
 
 def note_on_mixers(layers: Iterable[int]) -> str:
-    """Says which layers have no attention, or another mixer in its place; empty where there are none."""
+    """A sentence on layers without prunable attention; empty if there are none."""
     shown = show_layers(layers)
     return f"layers {shown} have no attention that can be cut" if shown else ""
 

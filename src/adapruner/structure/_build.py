@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from typing import Any
+from functools import reduce
+from typing import Any, cast
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -22,21 +23,21 @@ def build_structure(
     """Reads the blocks of a model off its config and shapes; a model on the meta device is enough.
 
     Args:
-        head_granularity: under grouped-query attention, whether whole KV groups are removed or the same number of query
-            heads of every KV group. With one query head per KV head there is nothing finer than `kv-group`.
-        experts: whether experts are removed as a whole, or the same number of channels of each.
+        head_granularity: under grouped-query attention, remove whole KV groups or the same number of query heads of
+            every KV group. With one query head per KV head, `kv-group` is the finest granularity.
+        experts: remove whole experts, or the same number of channels of each expert.
 
     Raises:
-        AdaPrunerError: the family is not known, the model is not built as its architecture says, query heads are
-            requested where each KV head has only one, or channels of experts where none can be cut.
+        AdaPrunerError: the family is not known; the model is not built as its architecture says; query heads are
+            requested, but each KV head has only one; or channels of experts are requested, but cannot be pruned.
     """
     architecture = architecture_of(model.config)
     embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
     blocks: list[Block | None] = []
     for layer in range(model.config.num_hidden_layers):
-        about = model, architecture, layer
-        of_experts = _expert_block(*about) if experts == "expert" else _expert_channel_block(*about)
-        blocks += [_head_block(*about, head_granularity), _channel_block(*about), of_experts]
+        place = model, architecture, layer
+        expert_block = _expert_block if experts == "expert" else _expert_channel_block
+        blocks += [_head_block(*place, head_granularity), _channel_block(*place), expert_block(*place)]
     return Structure(
         architecture=architecture,
         layers=model.config.num_hidden_layers,
@@ -112,16 +113,16 @@ def _expert_block(model: PreTrainedModel, architecture: Architecture, layer: int
     for path, axis in names.tensors.items():
         tensor = _at(model, f"{layer_path}.{path}")
         if tensor is not None:
-            # Buffers are cut with the parameters, and are none.
+            # Buffers are cut too, but do not count as parameters.
             elements = tensor.numel() // tensor.shape[axis] if isinstance(tensor, nn.Parameter) else 0
             slices.append(TensorSlice(f"{layer_path}.{path}", axis, 1, elements, is_matrix=tensor.dim() == 3))
-    if not any(part.is_matrix for part in slices):
+    if not any(tensor_slice.is_matrix for tensor_slice in slices):
         return None
     config = model.config.per_layer_config[layer]
     experts, top_k = getattr(config, names.count), getattr(config, names.top_k or "", None) or 0
     groups = getattr(config, names.groups or "", None) or 1
     # A router that chooses all experts chooses nothing, and groups are compared by their best two.
-    of_group = max(2, math.ceil((top_k + 1) / (getattr(config, names.chosen_groups or "", None) or 1)))
+    least_in_group = max(2, math.ceil((top_k + 1) / (getattr(config, names.chosen_groups or "", None) or 1)))
     return Block(
         layer=layer,
         kind="experts",
@@ -129,7 +130,7 @@ def _expert_block(model: PreTrainedModel, architecture: Architecture, layer: int
         slices=tuple(slices),
         config_counts={names.count: 1},
         strata=groups,
-        least=min(groups * of_group if groups > 1 else top_k + 1, experts),
+        least=min(groups * least_in_group if groups > 1 else top_k + 1, experts),
     )
 
 
@@ -177,39 +178,39 @@ def _slices(
     kept: Collection[RowKind] = (),
     width: int = 1,
 ) -> tuple[TensorSlice, ...]:
-    """Slices of what computes a block (rows of matrices, biases and norms), and of the columns of what reads it.
+    """Slices of the parameters that compute a block (rows of matrices, biases and norms), and of the columns of the
+    projection that reads it.
 
     Args:
-        counts: how many there are of each thing that rows of a projection compute, all of it in one parameter.
-        kept: what is not removed with a group.
-        width: rows of each thing where one projection computes several.
+        counts: number of heads or channels for each kind of row in a projection.
+        kept: kinds of rows that are not removed with a group.
+        width: rows per head or channel in projections with several kinds.
     """
     slices: list[TensorSlice] = []
     for path, kinds in names.inputs.items():
         name = f"{layer_path}.{path}"
-        computed_by = _at(model, name)
-        if computed_by is None:
+        projection = _at(model, name)
+        if projection is None:
             continue
-        outputs, offset = _shape(computed_by)[0], 0
+        outputs, offset = _shape(projection)[0], 0
         sizes = [counts[kind] * width for kind in kinds] if len(kinds) > 1 else [outputs]
         if sum(sizes) != outputs or any(size % counts[kind] for size, kind in zip(sizes, kinds, strict=True)):
             raise AdaPrunerError(
-                f"{name} has {outputs} outputs where the config says {' + '.join(map(str, sizes))}, for"
+                f"{name} has {outputs} outputs, but the config says {' + '.join(map(str, sizes))}, for"
                 f" {', '.join(f'{counts[kind]} {kind}' for kind in kinds)}: the model is not built as its model_type"
                 " says"
             )
         for kind, size in zip(kinds, sizes, strict=True):
             if kind not in kept:
-                slices += _slices_of(name, computed_by, 0, size // groups, offset)
+                slices += _slices_of(name, projection, 0, size // groups, offset)
             offset += size
-    reader = f"{layer_path}.{names.output}"
-    read_by = _at(model, reader)
-    return *slices, *_slices_of(reader, read_by, 1, _shape(read_by)[1] // groups, 0)
+    path = f"{layer_path}.{names.output}"
+    reader = _at(model, path)
+    return *slices, *_slices_of(path, reader, 1, _shape(reader)[1] // groups, 0)
 
 
 def _slices_of(path: str, module: Any, axis: int, width: int, offset: int) -> list[TensorSlice]:
-    """Of the weight of a projection, or of a norm over all its outputs; with the rows, of the bias, where there is
-    one. Of a parameter, itself."""
+    """Slices of the weight of a projection or norm, and, along the outputs, of its bias; or of a single parameter."""
     shape = _shape(module)
     elements, is_matrix = math.prod(shape) // shape[axis], len(shape) > 1
     if isinstance(module, Tensor):
@@ -222,14 +223,11 @@ def _slices_of(path: str, module: Any, axis: int, width: int, offset: int) -> li
 
 
 def _shape(module: Any) -> tuple[int, ...]:
-    """Of its weight: outputs and inputs of a projection, all that a norm scales."""
+    """Shape of the weight: [outputs, inputs] of a projection, [outputs] of a norm; or of a single parameter."""
     shape = tuple(module.shape if isinstance(module, Tensor) else module.weight.shape)
     return shape[::-1] if isinstance(module, Conv1D) else shape
 
 
 def _at(model: PreTrainedModel, path: str) -> Any:
-    """The module, parameter or buffer at a path; None where a model has none."""
-    found: Any = model
-    for name in path.split("."):
-        found = getattr(found, name, None)
-    return found
+    """The module, parameter or buffer at a path; None if the model has none."""
+    return reduce(lambda module, name: getattr(module, name, None), path.split("."), cast(Any, model))

@@ -1,4 +1,4 @@
-"""Models side by side, each in several quantizations: quality, size and speed."""
+"""Quality, size and speed of several models, each in several quantizations."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from adapruner.progress import Reporter
 
 @dataclass(frozen=True)
 class _Measurement:
-    """What is measured of every model. `source` is the name of the text."""
+    """The settings of the measurements, the same for every model. `source` is the name of the text."""
 
     source: str
     seq_len: int
@@ -68,7 +68,7 @@ class _Candidate:
 
     @property
     def file(self) -> Path | None:
-        """The GGUF file that the user named; the alias of a model is one too, but stands for the model."""
+        """The GGUF file that the user named; the alias of a model is one too, but means the model."""
         return given_path(self.name) if self.name.endswith(".gguf") else None
 
 
@@ -87,24 +87,25 @@ def compare(
     overwrite: bool = False,
     device: str = "auto",
 ) -> Comparison:
-    """Measures models, one after the other, and says which are dominated by others.
+    """Measures models, one after the other, and finds those that others dominate.
 
     Args:
         models: as for `load`, or run folders, which stand for their last model.
         output: an HTML page to write.
         perplexity: the dataset for bits per byte.
-        seq_len: tokens per window of it.
-        limit: take only so many windows, and items of each task, evenly spaced.
-        types: of GGUF files that llama.cpp runs, each alone or several with commas; a given `.gguf` file runs as it is.
-        engines: what runs the models; transformers does in their own dtype.
-        tasks: of lm-eval, run by transformers.
+        seq_len: tokens per window of this dataset.
+        limit: maximum number of windows, and of items of each task, evenly spaced.
+        types: types of the GGUF files that llama.cpp runs, as a list or separated by commas; a given `.gguf` file runs
+            as it is.
+        engines: the libraries that run the models; transformers runs them in their dtype.
+        tasks: tasks of lm-eval, run by transformers.
         prompt: tokens that are read at once to measure speed.
         new_tokens: tokens that are then generated one by one.
         repetitions: number of timed runs, after one to warm up; the median is reported.
         overwrite: replace the page.
 
     Raises:
-        AdaPrunerError: a model, the text, a type or an option will not do; before any weights are loaded.
+        AdaPrunerError: a model, the text, a type or an option is invalid; before any weights are loaded.
     """
     page = _checked_page(output, overwrite)
     measurement = _Measurement(perplexity, seq_len, limit, prompt, new_tokens, repetitions)
@@ -140,7 +141,7 @@ def _checked_page(output: str | Path | None, overwrite: bool) -> Path | None:
 
 def _parse_types(names: Sequence[str]) -> list[GgufType]:
     known: tuple[GgufType, ...] = get_args(GgufType)
-    wanted = dict.fromkeys(name.strip() for part in names for name in part.split(",") if name.strip())
+    wanted = dict.fromkeys(name.strip() for listed in names for name in listed.split(",") if name.strip())
     unknown = [name for name in wanted if name not in known]
     if unknown or not wanted:
         raise AdaPrunerError(f"`types` must be some of {', '.join(known)}{f', not {unknown[0]}' if unknown else ''}")
@@ -164,7 +165,7 @@ def _check_options(
 
 
 def _candidate(name: str, measurement: _Measurement, gguf_types: Sequence[GgufType]) -> _Candidate:
-    """Everything of a model that is known without its weights."""
+    """Checks a model, and tokenizes the text for it, without its weights."""
     location = find_model(_last_model(name))
     config, tokenizer = open_config(location), load_tokenizer(location)
     empty = empty_model(config)
@@ -177,9 +178,7 @@ def _candidate(name: str, measurement: _Measurement, gguf_types: Sequence[GgufTy
     text = evaluation_text(source, tokenizer, measurement.seq_len, measurement.limit)
     check_tokens(config, int(text.windows.max()))
     if text.predicted_bytes is None:
-        raise AdaPrunerError(
-            f"the tokenizer of {name} does not say which text a token is of: its bits per byte are not known"
-        )
+        raise AdaPrunerError(f"the tokenizer of {name} does not map tokens to text: its bits per byte are not known")
     return _Candidate(name, location, tokenizer, text)
 
 
@@ -190,20 +189,21 @@ def _last_model(name: str) -> str:
         AdaPrunerError: the run has several ratios, each with a model of its own.
     """
     run = RunFolder(given_path(name))
-    holders = [one for one in (run, run.parent) if one.config.is_file()] if run.holds_artifacts else []
+    # The config of a run with several ratios is in the folder around theirs.
+    holders = [folder for folder in (run, run.parent) if folder.config.is_file()] if run.holds_artifacts else []
     config = holders[0].read_config() if holders else None
     if config and holders[0] is run and len(config.ratio) > 1:
         folders = ", ".join(str(run.of_ratio(ratio).path) for ratio in config.ratio)
         raise AdaPrunerError(f"{name} holds a model for each of its ratios: name {folders}")
     # A run without recovery may have replaced one that had it.
     last = [run.model] if config and not config.recover else [run.recovered, run.model]
-    found = [model for model in last if (model / "config.json").is_file()]
-    return str(found[0]) if found else name
+    return next((str(model) for model in last if (model / "config.json").is_file()), name)
 
 
 def _in_transformers(candidate: _Candidate, measurement: _Measurement, tasks: Tasks | None, device: str) -> Point:
-    model, text, how = open_model(candidate.location, "auto", device), candidate.text, measurement
-    speed = measure_speed({"": model}, (1,), how.prompt, how.new_tokens, how.repetitions)[""]
+    model, text = open_model(candidate.location, "auto", device), candidate.text
+    counts = measurement.prompt, measurement.new_tokens, measurement.repetitions
+    speed = measure_speed({"": model}, (1,), *counts)[""]
     return Point(
         model=candidate.name,
         engine="transformers",
@@ -219,7 +219,7 @@ def _in_transformers(candidate: _Candidate, measurement: _Measurement, tasks: Ta
 def _in_every_type(
     candidate: _Candidate, measurement: _Measurement, gguf_types: Sequence[GgufType], folder: Path | None
 ) -> Iterator[Point]:
-    """The model in llama.cpp; files are made one at a time, in a temporary folder in this one."""
+    """The model in llama.cpp, in each type; files are written one at a time, to a temporary folder inside `folder`."""
     if candidate.file:
         yield _in_llama_cpp(candidate.file, "gguf", candidate, measurement)
         return

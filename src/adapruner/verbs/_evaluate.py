@@ -45,7 +45,7 @@ class Evaluation:
     """The scores of a model, each number with its protocol.
 
     Attributes:
-        overlaps: a sentence for each evaluated dataset that the model was also pruned or trained on.
+        overlaps: a sentence for each evaluated dataset on which the model was also pruned or trained.
     """
 
     perplexity: list[Perplexity]
@@ -75,28 +75,33 @@ def evaluate(
     """Perplexity on texts and scores in tasks of any model, each with its protocol.
 
     Args:
-        model: as for `load`; or a model in memory, which is evaluated where it is and not changed.
+        model: as for `load`; or a model in memory, which is evaluated on its device and not changed.
         perplexity: a dataset, or several; or documents in memory, one or several, by the name that is shown.
-        protocol: as others report, see `PROTOCOLS`; `llm-pruner` if no dataset and no task is named.
+        protocol: a protocol of the literature, see `PROTOCOLS`; `llm-pruner` if no dataset and no task is named.
         seq_len: tokens per window of the texts in `perplexity`.
         stride: tokens between the beginnings of these windows; by default they do not overlap.
         bos: begin each of these windows with the token for the beginning of a text, if the tokenizer has one; protocols
             do not.
-        tasks: one or several of lm-eval; `commonsense` is the seven of the paper, `generative` is GSM8K and IFEval.
-        limit: take only so many windows of each dataset and items of each task, evenly spaced.
+        tasks: tasks of lm-eval; `commonsense` is the seven of the paper, `generative` is GSM8K and IFEval.
+        limit: maximum number of windows of each dataset and of items of each task, evenly spaced.
         tokenizer: of a model in memory.
         device: `auto` uses as many GPUs as the weights need.
-        layer_wise: keep one decoder layer in memory at a time; by default where the weights do not fit. Perplexity then
-            needs few readings of the weights, tasks one for every batch.
+        layer_wise: keep one decoder layer in memory at a time; by default if the weights do not fit. Perplexity then
+            reads the weights a few times, tasks once for every batch.
 
     Raises:
-        AdaPrunerError: an option, the model, a text or a task will not do; before the weights are loaded.
+        AdaPrunerError: an option, the model, a text or a task is invalid; before the weights are loaded.
     """
     perplexity = [perplexity] if isinstance(perplexity, str) else perplexity
     tasks = [tasks] if isinstance(tasks, str) else list(tasks)
     if protocol is None and not perplexity and not tasks:
         protocol = "llm-pruner"
-    _refuse_bad_windows(seq_len, stride, limit)
+    if seq_len < 2:
+        raise AdaPrunerError(f"`seq_len` {seq_len} is too short: windows need at least 2 tokens")
+    if limit is not None and limit < 1:
+        raise AdaPrunerError(f"`limit` {limit} leaves nothing to evaluate: choose at least 1")
+    if stride is not None and not 1 <= stride <= seq_len:
+        raise AdaPrunerError(f"`stride` {stride} skips text or does not advance: choose 1 to {seq_len}")
     if protocol is not None and protocol not in PROTOCOLS:
         raise AdaPrunerError(f"unknown protocol {protocol!r}; the protocols are {', '.join(PROTOCOLS)}")
     names, protocol_seq_len = PROTOCOLS[protocol] if protocol else ((), seq_len)
@@ -126,7 +131,7 @@ def evaluate(
 
 
 def _placement(source: ModelSource, dtype: Dtype, device: str, layer_wise: bool | None) -> Placement:
-    """The devices on which the layers are.
+    """The devices of the layers.
 
     Raises:
         AdaPrunerError: `layer_wise` or several devices are wanted, and impossible.
@@ -155,19 +160,8 @@ def _placement(source: ModelSource, dtype: Dtype, device: str, layer_wise: bool 
 def _named_texts(perplexity: Sequence[str] | Mapping[str, Iterable[str]]) -> list[tuple[str, Source | str]]:
     """The texts that a user named or gave, by the name that is shown."""
     if isinstance(perplexity, Mapping):
-        texts = {name: text if isinstance(text, str) else "\n\n".join(text) for name, text in perplexity.items()}
-        return list(texts.items())
-    sources = [parse_source(name, "report") for name in perplexity]
-    return [(str(source), source) for source in sources]
-
-
-def _refuse_bad_windows(seq_len: int, stride: int | None, limit: int | None) -> None:
-    if seq_len < 2:
-        raise AdaPrunerError(f"`seq_len` {seq_len} is too short: windows need at least 2 tokens")
-    if limit is not None and limit < 1:
-        raise AdaPrunerError(f"`limit` {limit} leaves nothing to evaluate: choose at least 1")
-    if stride is not None and not 1 <= stride <= seq_len:
-        raise AdaPrunerError(f"`stride` {stride} skips text or does not advance: choose 1 to {seq_len}")
+        return [(name, text if isinstance(text, str) else "\n\n".join(text)) for name, text in perplexity.items()]
+    return [(str(source), source) for source in (parse_source(name, "report") for name in perplexity)]
 
 
 def _measure_texts(

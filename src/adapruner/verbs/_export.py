@@ -23,11 +23,11 @@ from adapruner.verbs._source import ModelSource
 
 @dataclass(frozen=True)
 class Exported:
-    """Where an export is.
+    """The files of an export.
 
     Attributes:
         size: bytes of all files.
-        stored_types: how the tensors of a quantized GGUF file are stored; None of anything else.
+        stored_types: types of the tensors in a quantized GGUF file; None for other outputs.
     """
 
     path: Path
@@ -53,13 +53,13 @@ def export(
         model: as for `load`; or a model in memory, which is not changed.
         to: `gguf`: one file for llama.cpp; `stock`: a folder for any loader of the family (see `surgery.pad_to_stock`).
         output: the file or folder.
-        gguf_type: how a GGUF file stores matrices, see `gguf.write_gguf`.
+        gguf_type: type of the matrices in a GGUF file, see `gguf.write_gguf`.
         overwrite: replace an existing GGUF file, or a folder that this package wrote.
         push_to_hub: upload the result to this repository.
-        hub_private: whether a new repository is private.
-        hub_revision: branch.
-        hub_token: by default that of the login.
-        tokenizer: of a model in memory.
+        hub_private: create a new repository as a private one.
+        hub_revision: branch to upload to, by default the main one.
+        hub_token: by default the token of `hf auth login`.
+        tokenizer: for a model in memory.
 
     Raises:
         AdaPrunerError: the model cannot be written in this form, or the output cannot be replaced.
@@ -93,17 +93,23 @@ def export(
 
 
 def _write_stock(loaded: PreTrainedModel, tokenizer: Tokenizer, path: Path, location: ModelLocation | None) -> str:
-    """Returns what padding costs; see `_what_padding_costs`."""
+    """Pads, saves, and returns a line on the cost of padding; empty if nothing was padded."""
     origin = read_origin(location) if location else None
-    # Heads are missing where there was a plan, and not where tokens alone were removed.
+    # Heads are missing after a plan, but not if only tokens were removed.
     padded = pad_to_stock(loaded, fills_heads=origin is not None and "plan" in origin)
     card = card_of_export(read_card(location), padded.config) if location else None
     save_checkpoint(padded, tokenizer, path, card, record=origin)
-    return _what_padding_costs(loaded, padded)
+    if padded is loaded:
+        return ""
+    before, after = (model.get_memory_footprint() / 1e6 for model in (loaded, padded))
+    line = f"padding with zeros: {before:,.1f} MB of weights became {after:,.1f} MB"
+    if not is_as_large_as_dense(padded, loaded):
+        return line
+    return f"{line}, no smaller than without pruning; `layout` uniform prunes to a stock model that needs no padding"
 
 
 def check_output(path: Path, location: ModelLocation | None, to: ExportFormat, overwrite: bool) -> None:
-    """Refuses to touch the model itself, and to replace what is not a result of this package."""
+    """Refuses an output that overlaps the model, or that would replace files that this package did not write."""
     if location and location.is_local:
         source, target = Path(location.path, location.gguf_file or "").resolve(), path.resolve()
         if source == target or source in target.parents or target in source.parents:
@@ -113,21 +119,10 @@ def check_output(path: Path, location: ModelLocation | None, to: ExportFormat, o
     if not overwrite:
         raise AdaPrunerError(f"{path} exists: choose another output, or `overwrite` to replace it")
     if path.is_dir() != (to == "stock"):
-        raise AdaPrunerError(f"{path} is no {'folder' if to == 'stock' else 'file'}: choose another output")
+        raise AdaPrunerError(f"{path} is not a {'folder' if to == 'stock' else 'file'}: choose another output")
     if path.is_dir() and not is_replaceable(path):
-        raise AdaPrunerError(f"{path} holds something else than what adapruner wrote: choose another output")
+        raise AdaPrunerError(f"{path} holds files that adapruner did not write: choose another output")
     if path.is_file() and path.stat().st_size:
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
-                raise AdaPrunerError(f"{path} is something else than a GGUF file: choose another output")
-
-
-def _what_padding_costs(loaded: PreTrainedModel, padded: PreTrainedModel) -> str:
-    """A line for the user; empty where nothing was padded."""
-    if padded is loaded:
-        return ""
-    before, after = (each.get_memory_footprint() / 1e6 for each in (loaded, padded))
-    line = f"padding with zeros: {before:,.1f} MB of weights became {after:,.1f} MB"
-    if not is_as_large_as_dense(padded, loaded):
-        return line
-    return f"{line}, no smaller than without pruning; `layout` uniform prunes to a stock model that needs no padding"
+                raise AdaPrunerError(f"{path} is not a GGUF file: choose another output")

@@ -21,8 +21,7 @@ def inspect(
 
     Args:
         model: as for `load`, or a model in memory.
-        head_granularity: as in `PruneOptions`.
-        expert_granularity: the same.
+        head_granularity, expert_granularity: as in `PruneOptions`.
 
     Raises:
         AdaPrunerError: there is no such model, or its family is not known.
@@ -30,7 +29,7 @@ def inspect(
     if isinstance(model, str | Path):
         config = open_config(find_model(str(model)))
     else:
-        # Not imported for a model by name: it brings the readers of text.
+        # Not imported for a model by name: it imports the readers of text.
         from adapruner.run.given import check_model
 
         check_model(model)

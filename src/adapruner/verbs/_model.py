@@ -1,4 +1,4 @@
-"""One model: loading it, the memory that pruning it needs, and its size and speed."""
+"""Loading a model, and its size and speed."""
 
 from __future__ import annotations
 
@@ -15,12 +15,7 @@ from adapruner.errors import AdaPrunerError
 from adapruner.evaluation import Speed, measure_speed
 from adapruner.families import open_model
 from adapruner.files import write_atomically
-from adapruner.models import (
-    check_length,
-    empty_model,
-    find_model,
-    resolve_device,
-)
+from adapruner.models import check_length, empty_model, find_model, resolve_device
 from adapruner.paths import output_path
 from adapruner.progress import Reporter
 from adapruner.run.given import ModelGiven
@@ -32,7 +27,7 @@ def load(model: str | Path, dtype: Dtype = "auto", device: str = "auto") -> PreT
 
     Args:
         model: hub id, model folder (as in `RUN/model`), `.gguf` file, or `smollm2`.
-        dtype: `auto` keeps that of the checkpoint.
+        dtype: `auto` keeps the dtype of the checkpoint.
         device: `auto` uses the first GPU if there is one, else the CPU; over `cuda:0,cuda:1` the layers are spread.
 
     Raises:
@@ -64,10 +59,10 @@ def benchmark(
     device: str = "auto",
     output: str | Path | None = None,
 ) -> dict[str, Speed]:
-    """Size and speed of a model, and of another one beside it, measured alternately in this process.
+    """Size and speed of a model, and of a second one on request, measured alternately in this process.
 
     Args:
-        model: as for `load`; or a model in memory, which is measured where it is.
+        model: as for `load`; or a model in memory, which is measured on its device.
         against: the model to compare with, the dense one as a rule.
         batch_sizes: sequences at once.
         prompt: tokens that are read at once.

@@ -19,7 +19,7 @@ def write_reports(output: str | Path, watch: bool = False) -> Iterator[list[Path
 
     Args:
         output: the run folder.
-        watch: write them every few seconds as long as the run is in progress, and once more when it has ended.
+        watch: write them every few seconds while the run is in progress, and once more when it has ended.
 
     Raises:
         AdaPrunerError: the folder holds no run, or cannot be written.

@@ -18,10 +18,10 @@ from adapruner.run.given import ModelGiven, check_model, check_tokenizer
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model that is used where it is, or loaded.
+    """A model that a verb works on.
 
     Attributes:
-        given: the place of the model that is to be loaded, or a model in memory.
+        given: the location of a model to load, or a model in memory.
     """
 
     given: ModelLocation | PreTrainedModel
@@ -31,7 +31,7 @@ class ModelSource:
         """The model that a user named or gave.
 
         Raises:
-            AdaPrunerError: there is no such model, or it cannot be used as it is.
+            AdaPrunerError: there is no such model, or a model in memory cannot be used as it is.
         """
         if isinstance(model, str | Path):
             return cls(find_model(str(model)))
@@ -42,7 +42,7 @@ class ModelSource:
 
     @property
     def location(self) -> ModelLocation | None:
-        """None for a model in memory."""
+        """Location of the model; None for a model in memory."""
         return None if isinstance(self.given, PreTrainedModel) else self.given
 
     @property
@@ -50,10 +50,10 @@ class ModelSource:
         return self.given.config if isinstance(self.given, PreTrainedModel) else open_config(self.given)
 
     def tokenizer(self, given: Tokenizer | None) -> Tokenizer:
-        """The tokenizer: that beside the files, or the given one of a model in memory.
+        """The tokenizer in the files of the model, or the given one for a model in memory.
 
         Raises:
-            AdaPrunerError: it cannot be read, or it is given where there is another, or missing.
+            AdaPrunerError: it cannot be read, is missing, or is given for a model that has one in its files.
         """
         if self.location is None:
             return check_tokenizer(given)
@@ -65,7 +65,7 @@ class ModelSource:
     def loaded(
         self, dtype: Dtype = "auto", device: str = "auto", layer_wise: bool = False
     ) -> Iterator[PreTrainedModel]:
-        """The model in evaluation mode; one in memory is then in the mode in which it was."""
+        """The model in evaluation mode; a model in memory returns to its mode afterwards."""
         if not isinstance(self.given, PreTrainedModel):
             yield open_model(self.given, dtype, device, layer_wise)
             return

@@ -22,10 +22,10 @@ from adapruner.surgery import Compensation, CompensationForm, prune_model, refit
 def make_windows(
     documents: Iterable[str], tokenizer: Tokenizer, count: int = 64, seq_len: int = 128, seed: int = 0
 ) -> Tensor:
-    """Windows of tokens from documents, or from one: the beginnings, in random order, then the rest of long ones.
+    """Windows of tokens from one or several documents: the beginnings, in random order, then the rest of long ones.
 
     Args:
-        count: of windows.
+        count: number of windows.
         seq_len: tokens per window.
 
     Returns:
@@ -41,20 +41,20 @@ def make_windows(
 def measure(
     model: PreTrainedModel, structure: Structure, windows: Tensor, batch_size: int = 4, terms: Terms = "all"
 ) -> Statistics:
-    """Measures what importance terms are computed from: one forward and one backward pass; weights get no gradients.
+    """Statistics for importance terms, from one forward and one backward pass; weights get no gradients.
 
     Args:
         model: in evaluation mode, on its device, in any dtype.
         structure: the prunable parts of the model, from `inspect`.
         windows: [samples, tokens], int64.
         batch_size: samples per pass; bounds the memory.
-        terms: `vector-wise` leaves out what needs the gradients of single weights: a third of the work less.
+        terms: `vector-wise` omits statistics that need the gradients of single weights: a third of the work less.
 
     Returns:
         Statistics per sample, [samples, vectors] and [samples, inputs], on the CPU; `Statistics.select` takes a subset.
 
     Raises:
-        NonFiniteError: a sample gives numbers that are not finite; it is named.
+        NonFiniteError: a sample, which is named, gives numbers that are not finite.
     """
     return measurement.measure(model, structure, windows, batch_size, terms=terms)
 
@@ -65,12 +65,12 @@ def score(
     """The importance of every group: every head, channel or expert.
 
     Args:
-        metric: one of LLM-Pruner's by name (`vectorize`, `param_first`, `param_second`, `param_mix`), weights of
+        metric: a metric of LLM-Pruner by name (`vectorize`, `param_first`, `param_second`, `param_mix`), weights of
             importance terms by name, or a `MetricPoint`.
 
     Returns:
         [groups], float64, in the order of `structure.blocks`; larger is more important. Scores of your own have this
-        shape: `scores.split([block.groups for block in structure.blocks])` are those of each block.
+        shape: `scores.split([block.groups for block in structure.blocks])` gives the scores of each block.
 
     Raises:
         AdaPrunerError: there is no such metric, or a term needs statistics that were not measured.
@@ -95,7 +95,7 @@ def plan(
     layout: Layout = "per-layer",
     ratio_of: RatioOf = "parameters",
 ) -> PruningPlan:
-    """The groups to keep at a ratio: in every block those with the highest scores.
+    """The groups to keep at a ratio: in every block the groups with the highest scores.
 
     For an allocation that `Budget` describes in more detail, call `planning.kept_counts` and `planning.make_plan`.
 
@@ -105,7 +105,7 @@ def plan(
         round_to, protect_first, protect_last, head_share, layout, ratio_of: as in `PruneOptions`.
 
     Raises:
-        AdaPrunerError: the ratio cannot be reached; with the arithmetic.
+        AdaPrunerError: the ratio cannot be reached; the message has the arithmetic.
     """
     config = PruneConfig.from_options(
         model=structure.model_type,
@@ -122,10 +122,10 @@ def plan(
 
 
 def cut(model: PreTrainedModel, structure: Structure, plan: PruningPlan) -> PreTrainedModel:
-    """A new, smaller model without the groups that the plan removes, and nothing else changed.
+    """A new, smaller model without the groups that the plan removes.
 
     Weights from which nothing is removed are shared with the given model, which is not changed. Save it with its
-    tokenizer by `checkpoint.save_checkpoint`, or by `save_pretrained` where all layers are alike.
+    tokenizer by `checkpoint.save_checkpoint`, or by `save_pretrained` if all layers have the same sizes.
 
     Raises:
         AdaPrunerError: the plan is for another model.
@@ -145,18 +145,18 @@ def compensate(
 
     Args:
         model: the dense model, which is not changed.
-        windows: [windows, tokens], int64, at least 2; more text makes a better model.
+        windows: [windows, tokens], int64, at least 2; more text gives a better model.
         form: `bias`, `least-squares` or `least-squares-bias`; those with a bias add parameters.
         sequential: fit least squares layer by layer on the outputs of the pruned layers before, if the family allows.
 
     Raises:
-        AdaPrunerError: the plan is for another model, or there are less than two windows.
+        AdaPrunerError: the plan is for another model, or there are fewer than two windows.
         NonFiniteError: activations are not finite.
     """
     fast = in_fastest_dtype(model)
     compensation = Compensation(form, dict(measure_moments(fast, structure, windows)))
     pruned = prune_model(model, structure, plan, compensation)
-    possible = form == "least-squares" and architecture_of(model.config).has_plain_residual(model.config)
-    if sequential and possible:
+    allowed = form == "least-squares" and architecture_of(model.config).has_plain_residual(model.config)
+    if sequential and allowed:
         refit_sequentially(fast, pruned, structure, plan, compensation, windows)
     return pruned

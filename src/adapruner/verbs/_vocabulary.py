@@ -1,4 +1,4 @@
-"""Removing tokens from one model, and nothing else."""
+"""Removal of tokens from one model."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class PrunedVocabulary(BaseModel):
 
     Attributes:
         path: its folder.
-        vocabulary: what was removed.
+        vocabulary: summary of the removed tokens.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -65,13 +65,13 @@ def vocabulary(
         model: as for `load`.
         vocabulary: the datasets whose tokens are kept.
         output: the folder of the smaller model.
-        vocabulary_size: at most so many tokens are kept, the most frequent ones.
+        vocabulary_size: maximum number of tokens to keep, the most frequent ones.
         vocabulary_multiple: the number of kept tokens is rounded up to a multiple of this.
         overwrite: replace a folder that this package wrote.
         push_to_hub: upload the result to this repository.
-        hub_private: whether a new repository is private.
-        hub_revision: branch.
-        hub_token: by default that of the login.
+        hub_private: create a new repository as a private one.
+        hub_revision: branch to upload to, by default the main one.
+        hub_token: by default the token of `hf auth login`.
 
     Raises:
         AdaPrunerError: an option, a text, the model or its tokenizer is invalid or cannot be cut exactly; before the
