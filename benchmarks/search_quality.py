@@ -19,7 +19,8 @@ from typing import Annotated, Any
 import torch
 from cyclopts import Parameter, run
 
-from adapruner import PruneConfig, pipeline
+import adapruner
+from adapruner import PruneConfig
 from adapruner.calibration import parse_source, text_windows
 from adapruner.evaluation import measure_perplexity
 from adapruner.importance import LLM_PRUNER_METRICS, score_groups
@@ -110,7 +111,7 @@ def main(
             if (seed, variant) not in done:
                 if variant != "joint":
                     share(folder, output / f"joint-{seed}")
-                result = pipeline.prune(output=folder, **config.model_dump(exclude={"search_ratio"}))
+                result = adapruner.prune(output=folder, config=config)
                 report(seed, variant, result.plan)
             if variant == "joint":
                 for name, plan in baselines(config, folder):
