@@ -151,7 +151,7 @@ def breakage_table(models: Mapping[str, Numbers], verdicts: Mapping[str, str]) -
     ]
     caption = (
         f"Agreement: {AGREEMENT_PROTOCOL}. Repetition: {REPETITION_PROTOCOL}, mean over built-in openings. Arithmetic:"
-        " tables of sums and products. Code: common algorithms in Python."
+        " tables of sums and products. Code: Python."
     )
     return Table("breakage-table", "Signs of breakage", columns, rows, [caption])
 

@@ -32,7 +32,7 @@ _WINDOWS = 24
 
 def probe_texts(tokenizer: Tokenizer, seq_len: int) -> dict[str, EvaluationText]:
     """Text that every model has seen much of, and that breaks before prose does: sums and products (`arithmetic`), and
-    common algorithms in Python (`code`).
+    Python (`code`), parts of this package as they once were.
 
     Args:
         seq_len: tokens per window.
