@@ -62,7 +62,7 @@ def test_an_exported_file_that_cannot_be(command: Command, refused: Refused, tmp
     for output in ("file/model.gguf", "file", "full", "x" * 300 + ".gguf"):
         arguments = command("export", "--to", "gguf", output=tmp_path / output)
         refused(arguments)
-        refused([*arguments, "--overwrite"], "no file" if output == "full" else "")
+        refused([*arguments, "--overwrite"], "is not a file" if output == "full" else "")
 
 
 @pytest.mark.parametrize("verb", WRITING)
