@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from adapruner.config import PruneConfig, RatioOf
+from adapruner.config import Layout, PruneConfig, RatioOf
 from adapruner.errors import AdaPrunerError
 from adapruner.models import Whole
 from adapruner.structure import Block, Kind, Structure
@@ -207,19 +207,34 @@ def kept_counts(structure: Structure, budget: Budget, scores: Tensor | None = No
 
 
 def reference_budget(config: PruneConfig, structure: Structure, ratio: float) -> Budget:
-    """The budget that the options describe. By default, feed-forward channels of the middle layers are removed; more
-    layers and heads only if that would remove more than `MOST_CHANNELS` of the channels of a layer.
+    """The budget that the options of a config describe; see `default_budget`."""
+    shares = config.protect_first, config.protect_last, config.head_share
+    return default_budget(structure, ratio, config.layout, config.ratio_of, config.round_to, *shares)
+
+
+def default_budget(
+    structure: Structure,
+    ratio: float,
+    layout: Layout,
+    ratio_of: RatioOf,
+    round_to: int,
+    protect_first: int | None,
+    protect_last: int | None,
+    head_share: float | None,
+) -> Budget:
+    """The budget that options describe. By default, feed-forward channels of the middle layers are removed; more layers
+    and heads only if that would remove more than `MOST_CHANNELS` of the channels of a layer.
 
     Raises:
         AdaPrunerError: the ratio cannot be met; with the arithmetic.
     """
-    names = ("protect_first", "protect_last", "head_share")
-    given = {name: value for name in names if (value := getattr(config, name)) is not None}
     reachable: dict[Budget, float] = {}
-    for default in _DEFAULT_ALLOCATIONS:
-        first, last, heads = (dict(zip(names, default, strict=True)) | given).values()
-        allocation: Allocation = "uniform" if config.layout == "uniform" else Profile(int(first), int(last))
-        budget = Budget(ratio, allocation, heads, config.round_to, config.ratio_of)
+    for first, last, heads in _DEFAULT_ALLOCATIONS:
+        profile = Profile(
+            first if protect_first is None else protect_first, last if protect_last is None else protect_last
+        )
+        allocation: Allocation = "uniform" if layout == "uniform" else profile
+        budget = Budget(ratio, allocation, heads if head_share is None else head_share, round_to, ratio_of)
         try:
             largest = largest_channel_share(structure, kept_counts(structure, budget))
         except BudgetError as error:

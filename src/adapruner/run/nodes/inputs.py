@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -47,7 +46,7 @@ from adapruner.models import (
     trial_dtype,
     usable_devices,
 )
-from adapruner.planning import Amount, Budget, Speed, Target, amount_of, kept_counts, make_plan, reference_budget
+from adapruner.planning import Amount, Budget, Speed, Target, amount_of, default_budget, kept_counts, make_plan
 from adapruner.planning._amount import TIMED_TOKENS
 from adapruner.progress import Reporter
 from adapruner.run.nodes.declared import GRAPH
@@ -254,15 +253,8 @@ def budget_at(
         raise AdaPrunerError(
             f"the layers of a {family.model_type} cannot be cut differently: set `layout` to {family.layouts[0]}"
         )
-    options: Any = SimpleNamespace(
-        layout=layout,
-        ratio_of=ratio_of,
-        round_to=round_to,
-        protect_first=protect_first,
-        protect_last=protect_last,
-        head_share=head_share,
-    )
-    return lambda ratio: reference_budget(options, structure, ratio_of_blocks(ratio))
+    options = layout, ratio_of, round_to, protect_first, protect_last, head_share
+    return lambda ratio: default_budget(structure, ratio_of_blocks(ratio), *options)
 
 
 @GRAPH.kept(
