@@ -87,7 +87,7 @@ def test_a_model_that_does_not_fit_is_pruned_layer_by_layer(
     assert estimates["--layer-wise"] < estimates["--no-layer-wise"]
     memory = (estimates["--layer-wise"] + estimates["--no-layer-wise"]) // 2
     only_json(device.run(*arguments, memory=memory))
-    assert json.loads((tmp_path / "a/keys/search.json.json").read_text())["leaves"]["precision"]["layer_wise"] is True
+    assert json.loads((tmp_path / "a/keys/search.json.json").read_text())["leaves"]["placement"]["layer_wise"] is True
 
 
 def test_a_model_that_does_not_fit_is_evaluated_layer_by_layer(

@@ -109,7 +109,7 @@ def test_a_model_that_is_too_large_for_one_gpu_is_spread_over_two(
     outcome = two_devices.run(*pruning(model, text_file, tmp_path / "a", options, recovery={}), memory=memory)
     assert only_json(outcome)["recovery"]["steps"] == 3
     assert "p2p" in {kind for stage, kind, *_ in outcome.events if stage == "searching"}
-    assert json.loads((tmp_path / "a/keys/search.json.json").read_text())["leaves"]["precision"]["layer_wise"] is False
+    assert json.loads((tmp_path / "a/keys/search.json.json").read_text())["leaves"]["placement"]["layer_wise"] is False
 
 
 def test_evaluating_uses_as_many_gpus_as_the_weights_need(
