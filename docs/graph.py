@@ -5,13 +5,14 @@ What a run keeps stands from left to right, with arrows from what it is made of;
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 
 from adapruner.graph import Graph, Kept
 from adapruner.run.nodes import GRAPH
 
-_WIDTH, _HEIGHT, _BESIDE, _BELOW, _MARGIN = 142, 26, 44, 20, 16
+_WIDTH, _HEIGHT, _BESIDE, _BELOW, _MARGIN = 158, 26, 36, 18, 16
 _STYLE = (
     "rect{fill:#fff;stroke:#5b6b7b;rx:5}.result{fill:#e8f1fb;stroke:#2a6fb0}"
     "text{font:12px sans-serif;fill:#1c2833;text-anchor:middle}path{fill:none;stroke:#8a99a8;stroke-width:1}"
@@ -29,11 +30,29 @@ def columns(graph: Graph) -> list[list[Kept[object]]]:
     ]
 
 
+def arrows(graph: Graph) -> list[tuple[str, str]]:
+    """From every kept node to those that are made from it, where nothing in between says so already."""
+    kept = {node.name: graph.reach(node.name).kept for node in graph.kept_nodes}
+    behind = {
+        name: frozenset[str]().union(*(kept[each] | behind_of(each, kept) for each in kept[name])) for name in kept
+    }
+    return [(source, name) for name in kept for source in sorted(kept[name] - behind[name])]
+
+
+def behind_of(name: str, kept: Mapping[str, frozenset[str]]) -> frozenset[str]:
+    """All kept nodes that a kept node is made from, directly or not."""
+    return kept[name].union(*(behind_of(each, kept) for each in kept[name]))
+
+
 def draw(graph: Graph) -> str:
     """The picture as SVG."""
     placed = columns(graph)
+    tallest = max(map(len, placed))
     place = {
-        node.name: (_MARGIN + column * (_WIDTH + _BESIDE), _MARGIN + row * (_HEIGHT + _BELOW))
+        node.name: (
+            _MARGIN + column * (_WIDTH + _BESIDE),
+            _MARGIN + int((row + (tallest - len(nodes)) / 2) * (_HEIGHT + _BELOW)),
+        )
         for column, nodes in enumerate(placed)
         for row, node in enumerate(nodes)
     }
@@ -43,12 +62,10 @@ def draw(graph: Graph) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img">',
         f"<title>What a run keeps, and what each is made from</title><style>{_STYLE}</style>",
     ]
-    for node in graph.kept_nodes:
-        x, y = place[node.name]
-        for name in sorted(graph.reach(node.name).kept):
-            start, level = place[name][0] + _WIDTH, place[name][1] + _HEIGHT // 2
-            end, middle = y + _HEIGHT // 2, (start + x) // 2
-            lines.append(f'<path d="M{start} {level}C{middle} {level} {middle} {end} {x} {end}"/>')
+    for source, name in arrows(graph):
+        (x, y), start = place[name], place[source][0] + _WIDTH
+        level, end, middle = place[source][1] + _HEIGHT // 2, y + _HEIGHT // 2, (start + x) // 2
+        lines.append(f'<path d="M{start} {level}C{middle} {level} {middle} {end} {x} {end}"/>')
     for node in graph.kept_nodes:
         x, y = place[node.name]
         kind = ' class="result"' if node.is_result else ""

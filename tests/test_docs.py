@@ -29,6 +29,7 @@ from adapruner import PruneConfig, PruneOptions
 from adapruner.cli import app, main
 from adapruner.importance import TERMS
 from adapruner.models import Architecture, ModelLocation, known_architectures
+from adapruner.run.nodes import GRAPH
 from adapruner.testing import SMALL as SMALL_RUN
 from run_helpers import flags
 
@@ -277,3 +278,8 @@ def test_the_site_is_built_and_needs_nothing_from_elsewhere(tmp_path: Path) -> N
         assert name == "recovery" or f"--{name.replace('_', '-')}</code>" in options, name
     assert "--recovery.steps" in (tmp_path / "reference" / "cli" / "index.html").read_text()
     assert 'id="adapruner.prune"' in (tmp_path / "reference" / "python" / "index.html").read_text()
+
+
+def test_the_picture_of_the_graph_is_that_of_the_code() -> None:
+    draw = runpy.run_path(str(ROOT / "docs" / "graph.py"))["draw"]
+    assert (ROOT / "docs" / "images" / "graph.svg").read_text(encoding="utf-8") == draw(GRAPH)
