@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import doctest
 import json
 import os
 import signal
@@ -19,7 +20,7 @@ from safetensors.torch import save_file
 from adapruner import AdaPrunerError
 from adapruner.config import PruneConfig
 from adapruner.files import replace
-from adapruner.graph import Form, Graph, GraphError, Making, Record, RunFolder, make_all, refuse_outdated
+from adapruner.graph import Form, Graph, GraphError, Making, Record, RunFolder, declaring, make_all, refuse_outdated
 from adapruner.graph.records import are_as_written, stamps
 from adapruner.processes import Process
 from adapruner.progress import Reporter
@@ -161,6 +162,12 @@ def test_a_node_of_a_run_that_reads_the_config_another_way_is_an_error() -> None
     for function in (node, other):
         with pytest.raises(GraphError):
             graph.in_memory(function)
+
+
+def test_the_example_of_a_graph_runs() -> None:
+    outcome = doctest.testmod(declaring)
+    assert outcome.attempted > 3
+    assert not outcome.failed
 
 
 # Keys
