@@ -45,7 +45,7 @@ class InMemory(Node[T]):
 
     Attributes:
         is_costly: it is not made to find mistakes before the work begins, and is dropped once nothing needs it.
-        is_read_again_if: names something that says whether it is made again in no time, such as a model that is mapped
+        is_read_again_if: names a value that says whether it is rebuilt at no cost, such as a model that is mapped
             from files: then it is dropped as soon as the next node does not need it.
     """
 

@@ -237,8 +237,8 @@ class Making:
         folder.finish(node.path, self.record(node), node.beside)
 
     def forget_but(self, remaining: Sequence[str]) -> None:
-        """Drops values that were loaded or are costly if no remaining node needs them; what is read again in no time is
-        only kept for the next of them.
+        """Drops values that were loaded or are costly if no remaining node needs them. A value that is rebuilt at no
+        cost is only kept for the next of them.
 
         Args:
             remaining: the names of the nodes that are to be made, in this order.

@@ -102,7 +102,7 @@ def check_folder(folder: Path, config: dict[str, Any], overwrite: bool) -> Recov
         raise AdaPrunerError(f"{folder} exists and holds no recovery: choose another output")
     if overwrite:
         return None
-    # A finished recovery whose weights were deleted is trained again.
+    # A finished recovery whose weights were deleted is repeated.
     if record and record.config == config and any(folder.glob("*.safetensors")):
         return record
     # A recovery that has begun replaces a finished one.

@@ -180,6 +180,7 @@ def space_of_search(
     common = subsets, samples, seed, starting_budget, reduction, terms, search
     if space == "paper":
         return PaperSpace(*common, alignment)
+    # The space reads the registry itself: `importance_terms` puts its content into the key.
     allocation = {"protect_first": protect_first, "protect_last": protect_last, "head_share": head_share}
     return ExtendedSpace(
         *common,
@@ -321,7 +322,7 @@ def at_ratio(
 
 
 @GRAPH.in_memory
-def rounds(level_rounds: int | None, placement: Placement, objective_function: str | None) -> int:
+def rounds(level_rounds: int | None, placement: Placement) -> int:
     """The most rounds of levelling. Layer by layer every layer would be read again and again."""
     if not placement.layer_wise:
         return _LEVEL_ROUNDS if level_rounds is None else level_rounds

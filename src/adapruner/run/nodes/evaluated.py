@@ -184,6 +184,7 @@ def loaded_tasks(
     recovery_text: Any,
 ) -> Tasks:
     """Tasks of lm-eval, without the items whose text the model is calibrated or trained on."""
+    # The documents are read when they are needed: the three texts put their content into the key.
     return load_tasks(tasks, task_limit, used_documents())
 
 
