@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from adapruner.config import GgufType
 from adapruner.errors import AdaPrunerError
 from adapruner.gguf import llama_cpp
-from adapruner.models import architecture_of
+from adapruner.models import architecture_of, removed_parts
 
 # Families that llama.cpp's architectures `llama` and `deci` compute: Qwen 2 is Llama with biases on query, key, value.
 LLAMA_LIKE = ("llama", "mistral", "qwen2")
@@ -53,8 +51,12 @@ def check_gguf(model: PreTrainedModel, gguf_type: GgufType = "f16") -> None:
 
 def layer_counts(config: PreTrainedConfig) -> list[tuple[int, int, int]]:
     """Query heads, key/value heads and feed-forward channels of every layer."""
-    layers: list[Any] = [config.per_layer_config[index] for index in range(config.num_hidden_layers)]
-    return [(layer.num_attention_heads, layer.num_key_value_heads, layer.intermediate_size) for layer in layers]
+    counts = []
+    for layer in config.per_layer_config:
+        has_attention, has_feed_forward = (part not in removed_parts(layer) for part in ("attention", "mlp"))
+        heads = (layer.num_attention_heads, layer.num_key_value_heads) if has_attention else (0, 0)
+        counts.append((*heads, layer.intermediate_size if has_feed_forward else 0))
+    return counts
 
 
 def head_dim(config: PreTrainedConfig) -> int:

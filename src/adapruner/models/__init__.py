@@ -1,6 +1,7 @@
 """Models: their location, the architecture of their family, loading them, and their layers one at a time."""
 
 from adapruner.models._architecture import (
+    SKIPPED as SKIPPED,
     Architecture as Architecture,
     ProjectionNames as ProjectionNames,
     RowKind as RowKind,
@@ -15,7 +16,9 @@ from adapruner.models._architecture import (
     new_model as new_model,
     register_architectures as register_architectures,
     remember_family as remember_family,
+    removed_parts as removed_parts,
     stock_config as stock_config,
+    stock_fields as stock_fields,
     using_architecture as using_architecture,
 )
 from adapruner.models._config import check_config as check_config, load_config as load_config

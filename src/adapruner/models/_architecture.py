@@ -20,6 +20,9 @@ from adapruner.errors import AdaPrunerError, reason
 from adapruner.models.modeling_pruned import Family, Removable, register_family
 from adapruner.plain_yaml import PlainLoader
 
+# The name in a config of the part of a layer that has the groups of a kind, if a layer lacks it.
+SKIPPED = {"heads": "attention", "channels": "mlp"}
+
 
 class _Data(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -170,15 +173,10 @@ class Architecture(_Data):
         attention, channels = self.attention, self.feed_forward
         attention_output = attention.output if attention and self.fixed_attention_width else None
         feed_forward = (*channels.inputs, channels.output) if channels and self.fixed_channels else ()
-        names, removable = self.config_fields, list[Removable]()
-        if attention:
-            counts = (names.heads, *filter(None, [names.key_value_heads]))
-            removable.append(Removable(counts, attention.module, attention.returned))
-        if channels:
-            removable.append(Removable((names.channels,), channels.module, channels.returned))
-        return register_family(
-            Family(self.model_type, self.layers, attention_output, feed_forward, names.channels, tuple(removable))
-        )
+        parts = zip(SKIPPED.values(), (attention, channels), strict=True)
+        removable = tuple(Removable(name, part.module, part.returned) for name, part in parts if part)
+        width = self.config_fields.channels
+        return register_family(Family(self.model_type, self.layers, attention_output, feed_forward, width, removable))
 
     def module_of(self, kind: str) -> str:
         """Path, in a layer, of the attention (of `heads`) or the feed-forward (of `channels`)."""
@@ -348,12 +346,25 @@ def stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """The config itself; for a pruned model, the config of the dense model that it was made from."""
     if not is_pruned(config):
         return config
-    added = ("per_layer_config", "stock_per_layer_config", "auto_map", "added_biases", "model_type")
-    fields = {name: value for name, value in config.to_dict().items() if name not in added}
-    if stock_layers := getattr(config, "stock_per_layer_config", None):
-        fields["per_layer_config"] = stock_layers
+    fields = {name: value for name, value in stock_fields(config).items() if name not in ("added_biases", "model_type")}
     stock: PreTrainedConfig = CONFIG_MAPPING[config.model_type].from_dict(fields)
     return stock
+
+
+def stock_fields(config: PreTrainedConfig) -> dict[str, Any]:
+    """The fields of a config without remote code; for a pruned model, with the layers of the dense model."""
+    fields, omitted = config.to_dict(), {"auto_map", "model_file", "architectures"}
+    layers = fields.pop("per_layer_config", None)
+    if is_pruned(config):
+        layers = fields.pop("stock_per_layer_config", None)
+        omitted.add("allow_global_per_layer_attribute_access")
+    kept = {name: value for name, value in fields.items() if name not in omitted}
+    return kept | ({"per_layer_config": layers} if layers else {})
+
+
+def removed_parts(layer_config: PreTrainedConfig) -> list[str]:
+    """The names of the parts that a layer lacks, `attention` or `mlp`."""
+    return list(getattr(layer_config, "skip", ()))
 
 
 def fields_by_layer(per_layer_config: Mapping[Any, Mapping[str, Any]]) -> dict[int, Mapping[str, Any]]:

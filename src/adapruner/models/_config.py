@@ -13,7 +13,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from adapruner.errors import AdaPrunerError
-from adapruner.models._architecture import Architecture, family_named, is_pruned, stock_config
+from adapruner.models._architecture import SKIPPED, Architecture, family_named, is_pruned, stock_config
 from adapruner.models._gguf import refuse_what_is_not_read, without_tokens
 from adapruner.models._places import ModelLocation, quiet_transformers, reported_as_unloadable
 from adapruner.models._stored import has_own_output, stored_tensors
@@ -121,10 +121,12 @@ def _refuse_too_many_layers(fields: dict[str, Any], location: ModelLocation) -> 
 
 
 def _refuse_odd_layers(layers: Any, location: ModelLocation) -> None:
-    """Refuses values of `per_layer_config` that are neither counts nor lists of counts."""
+    """Refuses values of `per_layer_config` that are neither counts nor lists of counts, nor names of removed parts."""
     for layer, counts in layers.items() if isinstance(layers, dict) else ():
         for name, count in counts.items() if isinstance(counts, dict) else ():
             numbers = count if isinstance(count, list) else [count]
+            if name == "skip" and set(map(str, numbers)) <= set(SKIPPED.values()):
+                continue
             if not all(number is None or (isinstance(number, int) and number <= _LARGEST_WIDTH) for number in numbers):
                 raise AdaPrunerError(
                     f"the config of {str(location)!r} says {str(name)[:50]} of layer {str(layer)[:20]} in"
@@ -153,13 +155,9 @@ def check_config(config: PreTrainedConfig, location: ModelLocation) -> None:
         isinstance(biases, list) and len(biases) <= len(projections) and projections.issuperset(map(str, biases))
     ):
         refuse(f"says added_biases that are none of {', '.join(sorted(projections))}")
-    fields = architecture.config_fields
-    # A layer of a pruned model may have no attention or no feed-forward.
-    may_be_none = {fields.heads, fields.key_value_heads, fields.channels} if config.is_heterogeneous else set()
     for name, count in _counts(config, architecture).items():
         largest = _LARGEST_VOCABULARY if name == "vocab_size" else _LARGEST_WIDTH
-        least = int(name.partition(" ")[0] not in may_be_none)
-        if not isinstance(count, int) or not least <= count <= largest:
+        if not isinstance(count, int) or not 1 <= count <= largest:
             refuse(f"says {name}: {count!r}, which no model has")
 
 

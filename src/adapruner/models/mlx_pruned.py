@@ -30,7 +30,8 @@ class ModelArgs:
     def __init__(self, config: dict[str, Any]) -> None:
         self.config = config
         # transformers pads the numbers of layers with zeros: "04" if a layer after the tenth differs.
-        self.layers = {int(layer): fields for layer, fields in config["per_layer_config"].items()}
+        self.layers = {int(layer): dict(fields) for layer, fields in config["per_layer_config"].items()}
+        self.skipped = {layer: fields.pop("skip", []) for layer, fields in self.layers.items()}
         self.stock_class, self.stock_args = _get_classes(config)
         self.model_with = functools.cache(self._model_with)
 
@@ -52,20 +53,19 @@ class ModelArgs:
     def layer(self, index: int) -> nn.Module:
         """A layer in its sizes, without weights."""
         counts = self.layer_counts(index)
-        kept = {name: count for name, count in counts.items() if count}
-        layer = _layers(self.model_with(json.dumps(kept)))[index]
-        fields = self.config | kept
+        layer = _layers(self.model_with(json.dumps(counts)))[index]
+        fields = self.config | counts
         width = fields.get("num_attention_heads", 0) * (fields.get("head_dim") or 0)
         known = {field.name for field in dataclasses.fields(self.stock_args)}
         if width and "head_dim" not in known and width != fields.get("hidden_size"):
-            narrow = _layers(self.model_with(json.dumps(kept | {"hidden_size": width})))[index]
+            narrow = _layers(self.model_with(json.dumps(counts | {"hidden_size": width})))[index]
             _take_attention(layer, narrow, fields["hidden_size"])
         for path in self.config.get("added_biases") or ():
             projection = functools.reduce(lambda module, name: module[name], path.split("."), layer)
             if "bias" not in projection:
                 projection.bias = mx.zeros(projection.weight.shape[0])
-        # A layer has no attention or no feed-forward if its count is 0.
-        for name in [name for name, child in layer.children().items() if _is_removed(name, child, counts)]:
+        skipped = self.skipped.get(index, ())
+        for name in [name for name, child in layer.children().items() if _part(name, child) in skipped]:
             layer[name] = _Nothing()
         return layer
 
@@ -85,20 +85,18 @@ class _Nothing(nn.Module):
         return mx.zeros_like(x)
 
 
-def _is_removed(name: str, child: object, counts: dict[str, Any]) -> bool:
-    """True for an attention or feed-forward that the layer lacks."""
-    has_projections = isinstance(child, nn.Module) and any(
-        isinstance(module, nn.Linear) for module in child.children().values()
-    )
-    heads, channels = counts.get("num_attention_heads"), [counts[field] for field in counts if "head" not in field]
-    return has_projections and (heads == 0 if re.search("att", name) else 0 in channels)
+def _part(name: str, child: object) -> str | None:
+    """The name in `skip` of an attention or a feed-forward; None for norms."""
+    modules = child.children().values() if isinstance(child, nn.Module) else ()
+    has_projections = any(isinstance(module, nn.Linear) for module in modules)
+    return ("attention" if re.search("att", name) else "mlp") if has_projections else None
 
 
 class _PerLayer:
     """Mixin over the stock model."""
 
     def __init__(self, args: ModelArgs) -> None:
-        super().__init__(args.stock_arguments(**{name: count for name, count in args.layer_counts(0).items() if count}))
+        super().__init__(args.stock_arguments(**args.layer_counts(0)))
         self.pruned_args = args
         layers = _layers(self)
         layers[:] = [args.layer(index) for index in range(len(layers))]

@@ -4,9 +4,9 @@ This file is standalone: a pruned checkpoint has a copy of it, so that
 `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` works without adapruner.
 
 A checkpoint keeps its `model_type` (`llama`, …) and lists the reduced sizes of each layer in the config key
-`per_layer_config`, which transformers 5 defines. Here the layers of the stock model are rebuilt, each from
-`config.per_layer_config[i]`. Projections named in `added_biases` (paths within a layer) have a bias that the family
-lacks.
+`per_layer_config`, which transformers 5 defines, and the parts that a layer lacks under its `skip`. Here the layers of
+the stock model are rebuilt, each from `config.per_layer_config[i]`. Projections named in `added_biases` (paths within a
+layer) have a bias that the family lacks.
 """
 
 from __future__ import annotations
@@ -68,13 +68,13 @@ class Removable(NamedTuple):
     """A module that a layer may lack.
 
     Attributes:
-        fields: config fields that count its contents; the first is 0 in a layer without the module.
+        name: its name in the `skip` of a layer without it, `attention` or `mlp`.
         module: path in the layer.
         returned: number of values that it returns, the first of which is added to the hidden state; 0 if it returns a
             single tensor.
     """
 
-    fields: tuple[str, ...]
+    name: str
     module: str
     returned: int
 
@@ -160,12 +160,6 @@ def _stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 def _build_layer(layer_class: type[nn.Module], family: Family, config: PreTrainedConfig, index: int) -> nn.Module:
     layer_config, stock = config.per_layer_config[index], _stock_config(config)
-    stock_layer = stock.per_layer_config[index]
-    removed = [module for module in family.removable if getattr(layer_config, module.fields[0], None) == 0]
-    for field in (field for module in removed for field in module.fields):
-        # Stock classes cannot build an empty module: it is built as in the stock model, and replaced.
-        if hasattr(stock_layer, field):
-            setattr(layer_config, field, getattr(stock_layer, field))
     if family.attention_output is None:
         layer = layer_class(layer_config, index)
     else:
@@ -183,15 +177,16 @@ def _build_layer(layer_class: type[nn.Module], family: Family, config: PreTraine
         # Layers of a family may have different modules.
         if path in modules:
             _resize(layer, path, bias=True)
-    for module in removed:
-        layer.set_submodule(module.module, Nothing(module.returned))
+    for part in family.removable:
+        if part.name in layer_config.skip:
+            layer.set_submodule(part.module, Nothing(part.returned))
     return layer
 
 
 def _renumber_caches(layers: nn.ModuleList, family: Family, config: PreTrainedConfig) -> None:
     """Gives layers with attention the first places in the cache among the layers of their type, where transformers
     reads the length of the cache. Layers without attention have no cache."""
-    attention = next((module for module in family.removable if module.fields[0] == "num_attention_heads"), None)
+    attention = next((part for part in family.removable if part.name == "attention"), None)
     layers_by_type: dict[str | None, list[int]] = {}
     for index, layer in enumerate(layers):
         if attention and any(name == attention.module for name, _ in layer.named_modules()):
@@ -255,6 +250,22 @@ def _validate_stock_rope(self: PreTrainedConfig) -> None:
     self.stock_class.validate_rope(_stock_config(self))
 
 
+def _set_layers(self: PreTrainedConfig, layers: dict | None) -> None:
+    """Sets the sizes of the layers. Parts that a layer lacks have a count of 0 in folders from before `skip`."""
+    for index, fields in (layers or {}).items():
+        removed = {"attention" if "head" in name else "mlp" for name, count in fields.items() if _is_zero(count)}
+        if removed:
+            kept = {name: count for name, count in fields.items() if not _is_zero(count)}
+            layers = layers | {index: kept | {"skip": sorted(removed.union(fields.get("skip", ())))}}
+    PreTrainedConfig.per_layer_config.fset(self, layers)
+    # Written with the other fields: a stock config class may then read sizes in which layers differ, and so loads.
+    self.__dict__["allow_global_per_layer_attribute_access"] = layers is not None
+
+
+def _is_zero(count: object) -> bool:
+    return type(count) is int and count == 0
+
+
 def pruned_config_class(model_type: str) -> type[PreTrainedConfig]:
     """The config class for models of a family whose layers differ, which the stock config class refuses."""
     stock_config = CONFIG_MAPPING[model_type]
@@ -263,6 +274,9 @@ def pruned_config_class(model_type: str) -> type[PreTrainedConfig]:
         "stock_class": stock_config,
         "validate_architecture": _accept_any_heads,
         "validate_rope": _validate_stock_rope,
+        "per_layer_config": PreTrainedConfig.per_layer_config.setter(_set_layers),
+        # Here, reading such a size is an error.
+        "allow_global_per_layer_attribute_access": property(lambda config: False, lambda config, value: None),
     }
     return strict(type(f"Pruned{stock_config.__name__}", (stock_config,), members))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import product
 from typing import Any
 
 import torch
@@ -15,13 +14,14 @@ from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from adapruner.models import (
+    SKIPPED,
     fields_by_layer,
-    is_pruned,
     is_streamed,
     layer_devices,
     loaded_layer,
     move_resident,
     place_layers,
+    removed_parts,
     stream_from_memory,
     stream_layers,
 )
@@ -152,8 +152,8 @@ class _Cut:
         common: dict[str, Any] = {}
         for layer_fields in layers.values():
             common |= layer_fields
-        # A layer without heads has no fields for heads. No stock class supports a count of 0.
-        if state and all(common.values()) and all(given.items() <= common.items() for given in layers.values()):
+        # No stock class supports layers without a part.
+        if state and "skip" not in common and all(given.items() <= common.items() for given in layers.values()):
             shapes = {name: tensor.shape for name, tensor in state.items()}
             for stock in stock_models(architecture, fields | common):
                 if {name: tensor.shape for name, tensor in stock.state_dict().items()} == shapes:
@@ -179,6 +179,9 @@ class _Cut:
         layers: dict[int, dict[str, Any]] = {}
         for block, block_plan in zip(self.structure.blocks, self.plan.blocks, strict=True):
             fields = layers.setdefault(block.layer, {})
+            if not block_plan.kept and block.kind in SKIPPED:
+                fields["skip"] = [*fields.get("skip", ()), SKIPPED[block.kind]]
+                continue
             fields |= block.config_fields(len(block_plan.kept))
             numbered = architecture.config_fields.head_numbers
             if numbered and block.kind == "heads":
@@ -186,10 +189,10 @@ class _Cut:
                 if before or len(block_plan.kept) < block.groups:
                     fields[numbered] = [(before or range(block.groups))[group] for group in block_plan.kept]
         # Parts that were removed whole before have no block.
-        removable = architecture.pruned_class.family.removable if is_pruned(config) else ()
-        for layer, part in product(range(self.structure.layers), removable):
-            if getattr(config.per_layer_config[layer], part.fields[0], None) == 0:
-                layers.setdefault(layer, {}).update(dict.fromkeys(part.fields, 0))
+        for layer in range(self.structure.layers):
+            if before := removed_parts(config.per_layer_config[layer]):
+                fields = layers.setdefault(layer, {})
+                fields["skip"] = [*fields.get("skip", ()), *before]
         return layers
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from adapruner.errors import AdaPrunerError
-from adapruner.models import Architecture, architecture_of, fields_by_layer, is_pruned
+from adapruner.models import Architecture, architecture_of, fields_by_layer, is_pruned, stock_fields
 from adapruner.structure import Block, Kind, Structure, TensorSlice, build_structure
 
 # Config fields that list layers by number, and fields that count the first layers of another kind.
@@ -43,12 +43,8 @@ def stock_models(architecture: Architecture, fields: Mapping[str, Any]) -> Itera
 
 def fields_of_all(model: PreTrainedModel, architecture: Architecture) -> dict[str, Any]:
     """The config fields of the dense model: without the differences between pruned layers and without remote code."""
-    per_layer = ("per_layer_config", "stock_per_layer_config", architecture.config_fields.head_numbers)
-    fields = model.config.to_dict()
-    stock = fields.get("stock_per_layer_config" if is_pruned(model.config) else "per_layer_config")
-    omitted = {"auto_map", "model_file", "architectures", *per_layer}
-    kept = {name: value for name, value in fields.items() if name not in omitted}
-    return kept | ({"per_layer_config": stock} if stock else {})
+    numbers = architecture.config_fields.head_numbers
+    return {name: value for name, value in stock_fields(model.config).items() if name != numbers}
 
 
 def fields_of_layers(config: PreTrainedConfig, fields: Mapping[str, Any], kept: Sequence[int]) -> dict[str, Any]:

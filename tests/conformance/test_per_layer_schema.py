@@ -1,0 +1,142 @@
+"""Folders whose layers differ follow the schema of transformers: stock config classes read them today, and stock model
+classes will, with a loader that builds each layer from `per_layer_config` and leaves out what is in `skip`."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+
+import adapruner
+from adapruner.checkpoint import save_checkpoint
+from adapruner.families import learn
+from adapruner.families.tiny import random_model
+from adapruner.models import known_architectures
+from adapruner.planning import make_plan
+from adapruner.structure import build_structure
+from adapruner.surgery import prune_model
+from tiny_families import tiny_config
+
+LAYERS = 12
+ATTENTION = ("self_attn", "input_layernorm")
+# For each name in `skip`, the modules of a layer that do nothing then. Where the output is normalized too, that norm is
+# one of them.
+LLAMA_LIKE = {"attention": ATTENTION, "mlp": ("mlp", "post_attention_layernorm")}
+SKIPS = {
+    **{model_type: LLAMA_LIKE for model_type in ("llama", "mistral", "qwen3", "gpt_oss")},
+    "gemma3_text": {
+        "attention": (*ATTENTION, "post_attention_layernorm"),
+        "mlp": ("mlp", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    },
+}
+
+
+def pruned(model_type: str) -> PreTrainedModel:
+    """Of twelve layers, the third has no attention, the fifth no feed-forward, the eleventh neither heads nor channels
+    less; of all others, every second has lost heads, and each another number of channels and experts."""
+    sizes = {"num_hidden_layers": LAYERS, "n_layer": LAYERS, "n_layers": LAYERS}
+    config = tiny_config(model_type)
+    names = set(config.to_dict())
+    config = tiny_config(model_type, **{name: size for name, size in sizes.items() if name in names})
+    learn(config)
+    dense = random_model(config)
+    structure = build_structure(dense)
+    wholes = {"attention": (2, "heads"), "feed-forward": (4, "channels")}
+    removed = {place for whole, place in wholes.items() if whole in structure.whole}
+    lost = {"heads": lambda layer: layer % 2, "channels": lambda layer: 2 * layer, "experts": lambda layer: layer % 2}
+    counts = [
+        0
+        if (block.layer, block.kind) in removed
+        else block.groups - lost[block.kind](block.layer) * (block.layer != 10)
+        for block in structure.blocks
+    ]
+    return prune_model(dense, structure, make_plan(structure, torch.zeros(structure.group_offsets[-1]), counts))
+
+
+class Skipped(nn.Module):
+    """Returns zeros in place of an attention or a feed-forward, and its input in place of a norm."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, hidden_states: torch.Tensor, **inputs: object) -> object:
+        if "norm" in self.name:
+            return hidden_states
+        nothing = torch.zeros_like(hidden_states)
+        return (nothing, None) if self.name == "self_attn" else nothing
+
+
+def load_as_stock(folder: Path) -> PreTrainedModel:
+    """A stand-in of the loader that transformers will have: stock classes alone."""
+    config = AutoConfig.from_pretrained(folder)
+    alike = copy.deepcopy(config)
+    alike.per_layer_config = None
+    model = AutoModelForCausalLM.from_config(alike, dtype=torch.float32, attn_implementation="eager")
+    layers = model.model.layers
+    for index, dense_layer in enumerate(layers):
+        layer_config = config.per_layer_config[index]
+        layer_config._attn_implementation = "eager"
+        layers[index] = type(dense_layer)(layer_config, index)
+        for part in layer_config.skip:
+            for name in SKIPS[config.model_type][part]:
+                layers[index].set_submodule(name, Skipped(name))
+    missing, unexpected = model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+    assert set(missing) <= {"lm_head.weight"}
+    assert all("norm" in name for name in unexpected), unexpected
+    model.tie_weights()
+    return model.eval()
+
+
+@pytest.mark.parametrize("model_type", SKIPS)
+def test_the_coming_loader_needs_no_code_of_ours(
+    model_type: str, tokenizer: PreTrainedTokenizerFast, windows: torch.Tensor, tmp_path: Path
+) -> None:
+    model = pruned(model_type)
+    save_checkpoint(model, tokenizer, tmp_path / "model")
+    layers = json.loads((tmp_path / "model" / "config.json").read_text(encoding="utf-8"))["per_layer_config"]
+    assert layers["02"]["skip"] == ["attention"]
+    assert ("skip" in layers.get("04", {})) == (model_type != "gpt_oss")
+    assert not any(count == 0 for fields in layers.values() for count in fields.values())
+    with torch.no_grad():
+        expected = adapruner.load(tmp_path / "model")(windows, use_cache=False).logits
+        logits = load_as_stock(tmp_path / "model")(windows, use_cache=False).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", [*known_architectures(), "qwen3_moe", "gpt_oss"])
+def test_config_and_tokenizer_load_without_remote_code(
+    model_type: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    model = pruned(model_type)
+    save_checkpoint(model, tokenizer, tmp_path / "model")
+    config = AutoConfig.from_pretrained(tmp_path / "model")
+    assert type(config).__module__.startswith("transformers.")
+    assert config.is_heterogeneous
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "model")) == len(tokenizer)
+
+
+def test_folders_with_counts_of_zero_are_read(
+    tokenizer: PreTrainedTokenizerFast, windows: torch.Tensor, tmp_path: Path
+) -> None:
+    """So were removed parts written before transformers had `skip`."""
+    model = pruned("llama")
+    save_checkpoint(model, tokenizer, tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    zeros = {"attention": {"num_attention_heads": 0, "num_key_value_heads": 0}, "mlp": {"intermediate_size": 0}}
+    for layer in fields["per_layer_config"].values():
+        for part in layer.pop("skip", ()):
+            layer |= zeros[part]
+    del fields["allow_global_per_layer_attribute_access"]
+    path.write_text(json.dumps(fields), encoding="utf-8")
+    loaded = adapruner.load(tmp_path / "model")
+    assert loaded.config.per_layer_config[2].skip == ["attention"]
+    with torch.no_grad():
+        assert torch.equal(loaded(windows).logits, model(windows).logits)
