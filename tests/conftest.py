@@ -68,7 +68,8 @@ WITH_HEAD_DIM = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen3")
 
 
 def tiny_model(model_type: str = "llama", key_value_heads: int = 3, **fields: object) -> PreTrainedModel:
-    """A random model with 4 layers, 6 heads of 8 and 24 channels; every weight matters, biases too."""
+    """A random model with 4 layers, 6 heads of 8 and 24 channels, unless `fields` say otherwise; every weight matters,
+    biases too."""
     options = {
         "vocab_size": VOCABULARY,
         "hidden_size": 48,
@@ -87,6 +88,8 @@ def tiny_model(model_type: str = "llama", key_value_heads: int = 3, **fields: ob
         options[config_fields.channels] = 24
     if model_type in WITH_HEAD_DIM:
         options["head_dim"] = 8
+    if types := options.get("layer_types"):
+        options["layer_types"] = (types * options["num_hidden_layers"])[: options["num_hidden_layers"]]
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **options)).eval()
     with torch.no_grad():

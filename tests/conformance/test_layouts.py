@@ -17,7 +17,7 @@ from adapruner.families.inference import infer_architecture
 from adapruner.families.tiny import random_model
 from adapruner.measurement import measure_moments
 from adapruner.models import known_architectures, remember_family
-from adapruner.planning import Budget, Profile, kept_counts, make_plan
+from adapruner.planning import make_plan
 from adapruner.structure import build_structure
 from adapruner.surgery import Compensation, prune_model
 from tiny_families import random_plan, tiny_config
@@ -25,7 +25,7 @@ from tiny_families import random_plan, tiny_config
 
 @pytest.fixture(params=known_architectures())
 def dense(request: pytest.FixtureRequest, make_model: Callable[..., PreTrainedModel]) -> PreTrainedModel:
-    return make_model(request.param)
+    return make_model(request.param, num_hidden_layers=12)
 
 
 # What the stock classes of a family cannot have less of: their attention is as wide as the hidden size, or there is no
@@ -45,30 +45,29 @@ LLAMA3_ROPE = {
 
 
 def cut(
-    dense: PreTrainedModel, windows: torch.Tensor, head_share: float, form: str | None, layout: str = "uniform"
+    dense: PreTrainedModel, windows: torch.Tensor, loses_heads: bool, form: str | None, layout: str = "uniform"
 ) -> PreTrainedModel:
     structure = build_structure(dense)
-    budget = Budget(
-        0.25 if head_share else 0.12, Profile(0, 0) if layout == "per-layer" else "uniform", heads=head_share
-    )
-    plan = random_plan(structure, kept_counts(structure, budget))
+    more = 1 if layout == "per-layer" else 0
+    lost = {"heads": lambda _: int(loses_heads), "channels": lambda layer: 8 + more * layer}
+    plan = random_plan(structure, [block.groups - lost[block.kind](block.layer) for block in structure.blocks])
     moments = dict(measure_moments(dense, structure, windows))
     return prune_model(dense, structure, plan, Compensation(form, moments) if form else None)
 
 
-@pytest.mark.parametrize("head_share", [0.0, 1.0])
+@pytest.mark.parametrize("loses_heads", [False, True])
 @pytest.mark.parametrize("form", [None, "least-squares"])
 def test_a_uniform_layout_is_read_by_stock_transformers(
-    head_share: float,
+    loses_heads: bool,
     form: str | None,
     dense: PreTrainedModel,
     windows: torch.Tensor,
     tokenizer: PreTrainedTokenizerFast,
     tmp_path: Path,
 ) -> None:
-    pruned = cut(dense, windows, head_share, form)
+    pruned = cut(dense, windows, loses_heads, form)
     save_checkpoint(pruned, tokenizer, tmp_path / "model")
-    is_stock = not (NO_FEWER_HEADS if head_share else NO_FEWER_CHANNELS) & {dense.config.model_type}
+    is_stock = not (NO_FEWER_HEADS if loses_heads else NO_FEWER_CHANNELS) & {dense.config.model_type}
     assert is_stock == (type(pruned) is type(dense))
     assert is_stock != bool(list((tmp_path / "model").glob("*.py")))
     with torch.no_grad():
@@ -88,9 +87,9 @@ def test_added_biases_are_saved_and_loaded(
     tokenizer: PreTrainedTokenizerFast,
     tmp_path: Path,
 ) -> None:
-    pruned = cut(dense, windows, 1.0, form, layout)
+    pruned = cut(dense, windows, True, form, layout)
     biases = [pruned.get_submodule(block.row_wise.module).bias for block in build_structure(pruned).blocks]
-    assert len(biases) == 8
+    assert len(biases) == 24
     assert any(bias.any() for bias in biases)
     save_checkpoint(pruned, tokenizer, tmp_path / "model")
     with torch.no_grad():

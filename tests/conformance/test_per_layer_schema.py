@@ -29,7 +29,7 @@ ATTENTION = ("self_attn", "input_layernorm")
 # one of them.
 LLAMA_LIKE = {"attention": ATTENTION, "mlp": ("mlp", "post_attention_layernorm")}
 SKIPS = {
-    **{model_type: LLAMA_LIKE for model_type in ("llama", "mistral", "qwen3", "gpt_oss")},
+    **dict.fromkeys(("llama", "mistral", "qwen3", "gpt_oss"), LLAMA_LIKE),
     "gemma3_text": {
         "attention": (*ATTENTION, "post_attention_layernorm"),
         "mlp": ("mlp", "pre_feedforward_layernorm", "post_feedforward_layernorm"),

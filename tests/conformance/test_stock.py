@@ -46,7 +46,7 @@ def test_padded_equals_pruned(
     tmp_path: Path,
 ) -> None:
     """Also where no layer stays whole, so that the padded model is smaller than the dense one."""
-    dense = make_model(family, key_value_heads, **FIELDS.get(family, {}))
+    dense = make_model(family, key_value_heads, num_hidden_layers=12, **FIELDS.get(family, {}))
     structure = build_structure(dense, granularity)
     counts = [
         block.strata * max(1, block.groups // block.strata - least_lost - block.layer) for block in structure.blocks

@@ -25,7 +25,7 @@ RUN_IN_VLLM = ("llama", "qwen3")
 # As the released models are, which llama.cpp knows: without sliding windows, and Gemma 3 with a full attention in every
 # sixth layer.
 AS_RELEASED: dict[str, dict[str, object]] = {
-    "gemma3_text": {"layer_types": ["sliding_attention"] * 4, "query_pre_attn_scalar": 8},
+    "gemma3_text": {"layer_types": ["sliding_attention"] * 5 + ["full_attention"], "query_pre_attn_scalar": 8},
     "mistral": {"sliding_window": None},
     "qwen2": {"use_sliding_window": False, "sliding_window": None, "layer_types": None},
 }
@@ -33,8 +33,8 @@ AS_RELEASED: dict[str, dict[str, object]] = {
 LAYOUTS: dict[str, Callable[[str, int], int]] = {
     "uniform, fewer channels": lambda kind, layer: 8 * (kind == "channels"),
     "uniform, fewer heads too": lambda kind, layer: {"heads": 1, "channels": 8}[kind],
-    "per layer, fewer channels": lambda kind, layer: 4 * layer * (kind == "channels"),
-    "per layer, fewer heads too": lambda kind, layer: min(layer, 2) if kind == "heads" else 4 * layer,
+    "per layer, fewer channels": lambda kind, layer: 2 * layer * (kind == "channels"),
+    "per layer, fewer heads too": lambda kind, layer: min(layer, 2) if kind == "heads" else 2 * layer,
 }
 
 
@@ -56,7 +56,7 @@ def test_the_table_says_what_works(
 ) -> None:
     lines = []
     for number, (layout, lost) in enumerate(LAYOUTS.items()):
-        dense = make_model(family, vocab_size=300, **AS_RELEASED.get(family, {}))
+        dense = make_model(family, vocab_size=300, num_hidden_layers=12, **AS_RELEASED.get(family, {}))
         structure = build_structure(dense)
         counts = [block.groups - lost(block.kind, block.layer) for block in structure.blocks]
         pruned = prune_model(dense, structure, random_plan(structure, counts))
@@ -93,7 +93,7 @@ def loads_padded(
     save_checkpoint(padded, tokenizer, folder)
     with torch.no_grad():
         logits = AutoModelForCausalLM.from_pretrained(folder)(windows).logits
-        torch.testing.assert_close(logits, pruned(windows).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(logits, pruned(windows).logits, rtol=1e-3, atol=1e-3)
     return "works"
 
 
