@@ -45,8 +45,8 @@ def pruned_per_layer(dense: PreTrainedModel) -> PreTrainedModel:
 
 
 @pytest.fixture
-def pruned(model: PreTrainedModel) -> PreTrainedModel:
-    return pruned_per_layer(model)
+def pruned(make_model: Callable[..., PreTrainedModel]) -> PreTrainedModel:
+    return pruned_per_layer(make_model(num_hidden_layers=12))
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda folder: change_config(folder, attention_bias=False, mlp_bias=False),
         r"bias has no place",
     ),
-    "there are less weights than layers": (lambda folder: change_config(folder, num_hidden_layers=5), "is missing"),
+    "there are less weights than layers": (lambda folder: change_config(folder, num_hidden_layers=13), "is missing"),
     "there are more weights than layers": (
         lambda folder: change_config(folder, num_hidden_layers=2, per_layer_config=counts_of_two_layers(folder)),
         "has no place",
