@@ -55,7 +55,7 @@ def without_parts(model_type: str) -> PreTrainedModel:
 
 
 def read(folder: Path, trusted: bool = True) -> mlx_lm.models.llama.Model:
-    model, _ = mlx_lm.load(str(folder), tokenizer_config={"trust_remote_code": trusted}, trust_remote_code=trusted)
+    model, _ = mlx_lm.load(str(folder), trust_remote_code=trusted)
     return model
 
 

@@ -140,8 +140,12 @@ def _render(
 
 def _loading(config: PreTrainedConfig) -> dict[str, Any]:
     """The values in the section on loading."""
-    needs_code, transformers = is_pruned(config), version("transformers")
-    return {"needs_code": needs_code, "model_type": config.model_type, "transformers": transformers}
+    return {
+        "needs_code": is_pruned(config),
+        "added_biases": bool(getattr(config, "added_biases", ())),
+        "model_type": config.model_type,
+        "transformers": version("transformers"),
+    }
 
 
 def _what_was_removed(plan: PruningPlan, result: RunResult) -> str:
