@@ -46,7 +46,9 @@ def check_gguf(model: PreTrainedModel, gguf_type: GgufType = "f16") -> None:
     _check_attends_to_everything(config)
     _check_rope(config)
     if config.model_type == "qwen3":
-        _check_one_width(model)
+        _check_no_biases(model)
+        if not config.tie_word_embeddings:
+            _check_one_width(config)
 
 
 def layer_counts(config: PreTrainedConfig) -> list[tuple[int, int, int]]:
@@ -57,6 +59,11 @@ def layer_counts(config: PreTrainedConfig) -> list[tuple[int, int, int]]:
         heads = (layer.num_attention_heads, layer.num_key_value_heads) if has_attention else (0, 0)
         counts.append((*heads, layer.intermediate_size if has_feed_forward else 0))
     return counts
+
+
+def layers_differ(config: PreTrainedConfig) -> bool:
+    """True if layers differ in the number of heads or channels."""
+    return len(set(layer_counts(config))) > 1
 
 
 def head_dim(config: PreTrainedConfig) -> int:
@@ -90,7 +97,8 @@ def _check_rope(config: PreTrainedConfig) -> None:
 
 def _check_gemma3(model: PreTrainedModel) -> None:
     """llama.cpp's architecture `gemma3` has one width for all layers, and fixed values of many config fields."""
-    _check_one_width(model)
+    _check_no_biases(model)
+    _check_one_width(model.config)
     config, rope = model.config, model.config.rope_parameters
     # Every sixth layer attends to everything.
     layers = range(1, config.num_hidden_layers + 1)
@@ -110,14 +118,16 @@ def _check_gemma3(model: PreTrainedModel) -> None:
             raise AdaPrunerError(f"llama.cpp computes gemma3 with {name} {expected} only, not {value}")
 
 
-def _check_one_width(model: PreTrainedModel) -> None:
-    """llama.cpp's architectures other than `llama` and `deci` have one width for all layers, and no biases."""
-    way_out = (
-        "use `adapruner export --to stock`, which pads all layers to the widest, and llama.cpp's own converter on that,"
-        " or prune with `layout` uniform"
-    )
-    if len(set(layer_counts(model.config))) > 1:
-        raise AdaPrunerError(f"llama.cpp runs layers that differ in width in Llama, Mistral and Qwen 2 only; {way_out}")
+def _check_one_width(config: PreTrainedConfig) -> None:
+    if layers_differ(config):
+        raise AdaPrunerError(
+            "llama.cpp runs layers that differ in width in Llama, Mistral, Qwen 2 and Qwen 3 with tied embeddings only;"
+            " use `adapruner export --to stock`, which pads all layers to the widest, and llama.cpp's own converter on"
+            " that, or prune with `layout` uniform"
+        )
+
+
+def _check_no_biases(model: PreTrainedModel) -> None:
     biases = [name for name, _ in model.named_parameters() if name.endswith(".bias")]
     if biases:
         family = model.config.model_type
