@@ -365,10 +365,11 @@ def test_gguf_files_that_are_none(
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_gguf_files_that_are_another(verb: str, command: Command, refused: Refused, tmp_path: Path) -> None:
-    """One of layers that differ, and one that is a folder."""
-    model = write_gguf_file(tmp_path / "model.gguf", "deci")
-    said = ("transformers cannot read the GGUF architecture 'deci'", "give the safetensors folder")
-    refused(command(verb, model=model), *said)
+    """Those of layers that differ, and one that is a folder."""
+    for architecture in ("deci", "openelm"):
+        model = write_gguf_file(tmp_path / "model.gguf", architecture)
+        said = (f"transformers cannot read the GGUF architecture '{architecture}'", "give the safetensors folder")
+        refused(command(verb, model=model), *said)
     (tmp_path / "a.gguf").mkdir()
     refused(command(verb, model=tmp_path / "a.gguf"), "there is no GGUF file at")
 

@@ -22,11 +22,12 @@ from tiny_families import random_plan
 DOCUMENT = Path(__file__).parents[2] / "docs" / "checkpoints.md"
 # By benchmarks/vllm_folders.py, whose results are in the document; vLLM is not run here.
 RUN_IN_VLLM = ("llama", "qwen3")
-# As the released models are, which llama.cpp knows: without sliding windows, and Gemma 3 with a full attention in every
-# sixth layer.
+# As the released models are, which llama.cpp knows: without sliding windows, Gemma 3 with a full attention in every
+# sixth layer, and Qwen 3 with tied embeddings.
 AS_RELEASED: dict[str, dict[str, object]] = {
     "gemma3_text": {"layer_types": ["sliding_attention"] * 5 + ["full_attention"], "query_pre_attn_scalar": 8},
     "mistral": {"sliding_window": None},
+    "qwen3": {"tie_word_embeddings": True},
     "qwen2": {"use_sliding_window": False, "sliding_window": None, "layer_types": None},
 }
 # How many groups a layer loses, of 3 or 6 heads and of 24 or more channels.

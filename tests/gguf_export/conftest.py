@@ -47,6 +47,9 @@ class LlamaCpp:
         request = {"prompt": prompt, "n_predict": tokens, "temperature": 0, "ignore_eos": True, "return_tokens": True}
         return self._post("completion", request)["tokens"]
 
+    def apply_chat_template(self, message: str) -> str:
+        return self._post("apply-template", {"messages": [{"role": "user", "content": message}]})["prompt"]
+
     def next_token_log_probabilities(self, prompt: list[int], count: int) -> dict[int, float]:
         # A token whose text is no whole letter comes without probabilities: have it write one, which they do not show.
         request = {"prompt": prompt, "n_predict": 1, "n_probs": count, "logit_bias": [[self.tokenize("a")[-1], 1000]]}

@@ -79,7 +79,7 @@ def models(
     tiny: Callable[..., PreTrainedModel], bytes_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> tuple[Path, Path, Path]:
     """A dense model, a run folder with a pruned one whose layers differ, and a file."""
-    dense = tiny("llama", attention_bias=False, mlp_bias=False)
+    dense = tiny("llama", attention_bias=False, mlp_bias=False, num_hidden_layers=12)
     structure = build_structure(dense)
     counts = [max(1, block.groups - block.layer) for block in structure.blocks]
     scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(8))

@@ -42,6 +42,11 @@ GEMMA_3 = {
 LINEAR_SCALING = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 
 
+def layers(per_layer: bool) -> dict[str, object]:
+    """Enough for keys of `per_layer_config` with two digits."""
+    return {"num_hidden_layers": 12} if per_layer else {}
+
+
 def cut(
     model: PreTrainedModel, per_layer: bool, granularity: str = "kv-group", biases_from: torch.Tensor | None = None
 ) -> PreTrainedModel:
@@ -87,6 +92,14 @@ def generated_by_transformers(model: PreTrainedModel, prompt: list[int], tokens:
         ("qwen2", True, 6, {"tie_word_embeddings": True}, "deci"),
         ("qwen3", False, 3, {"rope_parameters": YARN, "max_position_embeddings": 256}, "qwen3"),
         ("qwen3", False, 6, {"rope_parameters": LINEAR_SCALING, "tie_word_embeddings": True}, "qwen3"),
+        ("qwen3", True, 3, {"tie_word_embeddings": True}, "openelm"),
+        (
+            "qwen3",
+            True,
+            6,
+            {"rope_parameters": YARN, "max_position_embeddings": 256, "tie_word_embeddings": True},
+            "openelm",
+        ),
         ("gemma3_text", False, 3, GEMMA_3 | {"tie_word_embeddings": True}, "gemma3"),
     ],
 )
@@ -101,20 +114,26 @@ def test_llama_cpp_generates_the_same(
     llama_cpp: LlamaCpp,
     tmp_path: Path,
 ) -> None:
-    pruned = cut(tiny(family, key_value_heads, **fields), per_layer)
+    pruned = cut(tiny(family, key_value_heads, **layers(per_layer) | fields), per_layer)
     path = tmp_path / "new" / "model.gguf"
     write_gguf(pruned, bytes_tokenizer, path, "f32")
     assert gguf.GGUFReader(path).fields["general.architecture"].contents() == architecture
     assert_computes_the_same(path, pruned, llama_cpp)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("without_attention", [{0}, {0, 1, 2, 11}, {5}])
 def test_layers_without_attention_or_feed_forward(
-    family: str, tiny: MakeModel, bytes_tokenizer: PreTrainedTokenizerFast, llama_cpp: LlamaCpp, tmp_path: Path
+    without_attention: set[int],
+    family: str,
+    tiny: MakeModel,
+    bytes_tokenizer: PreTrainedTokenizerFast,
+    llama_cpp: LlamaCpp,
+    tmp_path: Path,
 ) -> None:
-    dense = tiny(family)
+    dense = tiny(family, num_hidden_layers=12, tie_word_embeddings=family == "qwen3")
     structure = build_structure(dense)
-    gone = {(0, "heads"), (1, "channels"), (2, "heads")}
+    gone = {(4, "channels"), *((layer, "heads") for layer in without_attention)}
     counts = [0 if (block.layer, block.kind) in gone else block.groups for block in structure.blocks]
     plan = make_plan(structure, torch.zeros(structure.group_offsets[-1]), counts)
     pruned = prune_model(dense, structure, plan)
@@ -131,7 +150,7 @@ def test_biases_of_a_compensation(
     llama_cpp: LlamaCpp,
     tmp_path: Path,
 ) -> None:
-    dense = tiny(attention_bias=False, mlp_bias=False)
+    dense = tiny(attention_bias=False, mlp_bias=False, **layers(per_layer))
     pruned = cut(dense, per_layer, "query-head", biases_from=windows)
     write_gguf(pruned, bytes_tokenizer, tmp_path / "model.gguf", "f32")
     assert_computes_the_same(tmp_path / "model.gguf", pruned, llama_cpp)
@@ -165,19 +184,19 @@ def test_qwen2_with_all_heads_is_a_qwen2_file(
 
 
 def test_what_a_file_holds(tiny: MakeModel, bytes_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    pruned = cut(tiny(tie_word_embeddings=True), per_layer=True)
+    pruned = cut(tiny(tie_word_embeddings=True, num_hidden_layers=12), per_layer=True)
     write_gguf(pruned, bytes_tokenizer, tmp_path / "model.gguf", "f32")
     reader = gguf.GGUFReader(tmp_path / "model.gguf")
     fields = {name: field.contents() for name, field in reader.fields.items()}
-    assert fields["deci.attention.head_count"] == [6, 4, 4, 4]
-    assert fields["deci.attention.head_count_kv"] == [3, 2, 2, 2]
-    assert fields["deci.feed_forward_length"] == [24, 18, 15, 21]
+    assert fields["deci.attention.head_count"] == [6, *[4] * 11]
+    assert fields["deci.attention.head_count_kv"] == [3, *[2] * 11]
+    assert fields["deci.feed_forward_length"] == [24, 18, 15, *[21, 18, 15] * 3]
     assert fields["deci.attention.key_length"] == fields["deci.rope.dimension_count"] == 8
     assert fields["general.name"] == "model"
 
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     assert "output.weight" not in tensors
-    assert len(tensors) == 2 + 4 * (9 + 7)
+    assert len(tensors) == 2 + 12 * (9 + 7)
     state = pruned.state_dict()
     for theirs, ours in [
         ("attn_v", "self_attn.v_proj"),
@@ -192,6 +211,21 @@ def test_what_a_file_holds(tiny: MakeModel, bytes_tokenizer: PreTrainedTokenizer
         for pair in range(4):
             np.testing.assert_array_equal(query[8 * head + 2 * pair], expected[8 * head + pair])
             np.testing.assert_array_equal(query[8 * head + 2 * pair + 1], expected[8 * head + 4 + pair])
+
+
+def test_queries_keys_and_values_in_one_tensor(
+    tiny: MakeModel, bytes_tokenizer: PreTrainedTokenizerFast, llama_cpp: LlamaCpp, texts: list[str], tmp_path: Path
+) -> None:
+    pruned = cut(tiny("qwen3", tie_word_embeddings=True, num_hidden_layers=12), per_layer=True).to(torch.bfloat16)
+    bytes_tokenizer.chat_template = "{{ messages[0].content }}!"
+    write_gguf(pruned, bytes_tokenizer, tmp_path / "model.gguf", "q8_0")
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    attention = pruned.model.layers[11].self_attn
+    expected = torch.cat([projection.weight for projection in (attention.q_proj, attention.k_proj, attention.v_proj)])
+    np.testing.assert_array_equal(tensors["blk.11.attn_qkv.weight"].data, expected.detach().half().numpy())
+    opened = llama_cpp(tmp_path / "model.gguf")
+    assert [opened.tokenize(text) for text in texts] == [bytes_tokenizer.encode(text) for text in texts]
+    assert opened.apply_chat_template("Hello") == "Hello!"
 
 
 def test_types(tiny: MakeModel, bytes_tokenizer: PreTrainedTokenizerFast, llama_cpp: LlamaCpp, tmp_path: Path) -> None:
@@ -245,8 +279,9 @@ def test_refused_models(
 def test_refused_layouts_and_families(
     tiny: MakeModel, bytes_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    with pytest.raises(AdaPrunerError, match="--to stock"):
-        write_gguf(cut(tiny("qwen3"), per_layer=True), bytes_tokenizer, tmp_path / "model.gguf")
+    for family, fields in (("qwen3", {"num_hidden_layers": 12}), ("gemma3_text", GEMMA_3)):
+        with pytest.raises(AdaPrunerError, match=r"Qwen 3 with tied embeddings only; use .*--to stock"):
+            write_gguf(cut(tiny(family, **fields), per_layer=True), bytes_tokenizer, tmp_path / "model.gguf")
     config = AutoConfig.for_model("gpt2", vocab_size=400, n_embd=8, n_layer=1, n_head=1)
     with pytest.raises(AdaPrunerError, match="not 'gpt2'"):
         write_gguf(AutoModelForCausalLM.from_config(config), bytes_tokenizer, tmp_path / "model.gguf")

@@ -10,7 +10,7 @@ from typing import Any, get_args
 import gguf
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config
 
 from adapruner.config import GgufType
 from adapruner.errors import AdaPrunerError
@@ -26,24 +26,27 @@ VOCABULARY = 400
 TYPES: tuple[GgufType, ...] = get_args(GgufType)
 
 
-@pytest.fixture(params=["uniform", "per-layer"])
+@pytest.fixture(params=[(LlamaConfig, "uniform"), (LlamaConfig, "per-layer"), (Qwen3Config, "per-layer")])
 def pruned(request: pytest.FixtureRequest) -> PreTrainedModel:
     """Rows of 256 and of 512 weights, and of 300 in one matrix where layers differ."""
     torch.manual_seed(0)
-    dense = LlamaForCausalLM(
-        LlamaConfig(
+    config_class, layout = request.param
+    dense = AutoModelForCausalLM.from_config(
+        config_class(
             vocab_size=VOCABULARY,
             hidden_size=256,
             intermediate_size=600,
-            num_hidden_layers=2,
+            num_hidden_layers=12,
             num_attention_heads=4,
             num_key_value_heads=4,
+            head_dim=64,
             tie_word_embeddings=True,
             initializer_range=0.1,
         )
     ).eval()
     structure = build_structure(dense)
-    channels = {0: 300 if request.param == "per-layer" else 512, 1: 512}
+    first = 300 if layout == "per-layer" else 512
+    channels = [first, *[512] * 11]
     counts = [channels[block.layer] if block.kind == "channels" else block.groups for block in structure.blocks]
     return prune_model(dense, structure, make_plan(structure, torch.zeros(structure.group_offsets[-1]), counts))
 

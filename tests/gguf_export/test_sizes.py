@@ -33,11 +33,12 @@ def cut(model: PreTrainedModel, step: int) -> tuple[PreTrainedModel, list[int]]:
 
 
 @pytest.mark.parametrize("gguf_type", ["f32", "f16", "bf16", "q8_0"])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_sizes_are_those_of_files_that_are_written(
-    gguf_type: Any, tiny: MakeModel, bytes_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    family: str, gguf_type: Any, tiny: MakeModel, bytes_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     # Rows of 96 fit into blocks, those of 20 and 16 channels do not.
-    model = tiny(hidden_size=96)
+    model = tiny(family, hidden_size=96, num_hidden_layers=12, tie_word_embeddings=family == "qwen3")
     smaller, counts = cut(model, 4)
     write_gguf(smaller, bytes_tokenizer, tmp_path / "model.gguf", gguf_type)
     written = (tmp_path / "model.gguf").stat().st_size
@@ -49,14 +50,19 @@ def test_sizes_are_those_of_files_that_are_written(
     assert 0 <= written - costs(counts) < 200
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("family", "tied"), [("llama", True), ("llama", False), ("qwen3", True)])
 @pytest.mark.parametrize("hidden", [256, 288])
 def test_q4_k_m_is_as_large_as_llama_cpp_makes_it(
-    tied: bool, hidden: int, tiny: MakeModel, bytes_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    family: str, tied: bool, hidden: int, tiny: MakeModel, bytes_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     library = pytest.importorskip("cyllama.llama.llama_cpp")
     model = tiny(
-        key_value_heads=4, num_attention_heads=8, hidden_size=hidden, num_hidden_layers=9, tie_word_embeddings=tied
+        family,
+        key_value_heads=4,
+        num_attention_heads=8,
+        hidden_size=hidden,
+        num_hidden_layers=12,
+        tie_word_embeddings=tied,
     )
     smaller, _ = cut(widened(model, 768), 128)
     write_gguf(smaller, bytes_tokenizer, tmp_path / "model.gguf", "f32")
