@@ -46,8 +46,9 @@ def test_sizes_are_those_of_files_that_are_written(
     empty = empty_model(model.config)
     gguf: Any = f"gguf:{gguf_type}"
     costs = size_costs(empty, build_structure(empty), gguf, torch.float32, bytes_tokenizer)
-    # What the file says of layers that differ is a little more.
-    assert 0 <= written - costs(counts) < 200
+    # Costs count the header of the dense file. If layers differ, the header has lists, and in `openelm` two matrices
+    # fewer in each layer.
+    assert (0 if family == "llama" else -120 * 12) <= written - costs(counts) < 200
 
 
 @pytest.mark.parametrize(("family", "tied"), [("llama", True), ("llama", False), ("qwen3", True)])

@@ -101,6 +101,8 @@ def reported_as_unloadable(location: ModelLocation, part: str = "") -> Iterator[
     hint = "" if location.is_local else _similar(Path(location.path))
     if not location.is_local and is_offline_mode():
         hint += "; the Hub is not contacted in offline mode (HF_HUB_OFFLINE is set)"
+    if location.gguf_file:
+        hint += "; give the safetensors folder that the file was made from"
     with reported(f"cannot load {part}{str(location)!r}", hint), quiet_transformers():
         yield
 
