@@ -41,7 +41,7 @@ def _table(fields: dict[str, FieldInfo], prefix: str) -> str:
         defaults = field.default if isinstance(field.default, tuple) else (field.default,)
         default = ", ".join(f"`{one}`" for one in defaults if one not in (None, PydanticUndefined))
         values = " ".join([_values(field.annotation), *map(_limit, field.metadata)])
-        rows.append(f"| `--{prefix}{name.replace('_', '-')}` | {values} | {default} | {field.description} |")
+        rows.append(f"| `--{prefix}{name.strip('_').replace('_', '-')}` | {values} | {default} | {field.description} |")
     return "\n".join(rows)
 
 

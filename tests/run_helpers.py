@@ -72,7 +72,7 @@ def flags(options: Mapping[str, object], prefix: str = "") -> list[str]:
     """The options as arguments of the command line."""
     arguments: list[str] = []
     for name, value in options.items():
-        option = f"{prefix}{name.replace('_', '-')}"
+        option = f"{prefix}{name.strip('_').replace('_', '-')}"
         arguments += [f"--no-{option}"] if value is False else [f"--{option}", *([] if value is True else [str(value)])]
     return arguments
 

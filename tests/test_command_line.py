@@ -71,7 +71,7 @@ def test_completion_knows_all_options(shell: str, tmp_path: Path) -> None:
     run("--install-completion", "--shell", shell, "--output", str(script))
     text = script.read_text()
     for name in PruneOptions.model_fields:
-        option = name.replace("_", "-")
+        option = name.strip("_").replace("_", "-")
         assert f"--{option}" in text or f"-l {option}" in text or f"-l '{option}'" in text, option
     if shutil.which(shell):
         subprocess.run([shell, "-n", str(script)], check=True)

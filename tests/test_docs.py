@@ -174,7 +174,7 @@ def run_command(arguments: list[str]) -> None:
     if "--recipe" in arguments:
         options |= {"tasks": "piqa"}  # in place of seven
     for name, value in options.items():
-        if f"--{name.replace('_', '-')}" not in arguments:
+        if f"--{name.strip('_').replace('_', '-')}" not in arguments:
             arguments = [*arguments, *flags({name: value})]
     code: object = 0
     try:
@@ -275,7 +275,7 @@ def test_the_site_is_built_and_needs_nothing_from_elsewhere(tmp_path: Path) -> N
         assert not re.search(r"<(?:script|link|img|iframe)[^>]+(?:src|href)=\"?(?:https?:)?//", page.read_text()), page
     options = (tmp_path / "reference" / "options" / "index.html").read_text()
     for name in PruneOptions.model_fields:
-        assert name == "recovery" or f"--{name.replace('_', '-')}</code>" in options, name
+        assert name == "recovery" or f"--{name.strip('_').replace('_', '-')}</code>" in options, name
     assert "--recovery.steps" in (tmp_path / "reference" / "cli" / "index.html").read_text()
     assert 'id="adapruner.prune"' in (tmp_path / "reference" / "python" / "index.html").read_text()
 

@@ -48,6 +48,7 @@ RecoveryMethod = Literal["auto", "labels", "distillation"]
 Reduction = Literal["sum", "mean", "max", "prod"]
 Sampler = Literal["tpe", "random"]
 WholePart = Literal["attention", "feed-forward", "layer", "none"]
+ServingEngine = Literal["vllm", "sglang", "llama.cpp", "mlx", "transformers", "any"]
 Searched = Literal["joint", "calibration", "metric"]
 Selection = Literal["loss", "kl"]
 Space = Literal["paper", "extended"]
@@ -303,6 +304,11 @@ class PruneOptions(_Options):
     space: Space = Field(
         default="extended",
         description="paper mixes the Taylor terms; extended mixes all terms and searches the allocation.",
+    )
+    for_: Annotated[tuple[ServingEngine, ...], _OneOrMore] = Field(
+        default=(),
+        description="Engine that shall load the model, without code from its folder where that can be had: sets layout,"
+        " head_share and whole, and refuses what it cannot load; may be repeated; any is every engine.",
     )
     layout: Layout = Field(
         default="per-layer",

@@ -20,7 +20,7 @@ NAMED = 8
 
 
 def flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+    return f"--{name.strip('_').replace('_', '-')}"
 
 
 def out_of_range(options: Any, prefix: str = "") -> list[list[str]]:

@@ -127,7 +127,7 @@ def with_options(message: str) -> str:
     """Replaces every field in backticks, as the library names it, by its option; other text in backticks is kept."""
 
     def option(match: re.Match[str]) -> str:
-        name = f"--{match[1].replace('_', '-')}"
+        name = f"--{match[1].strip('_').replace('_', '-')}"
         return name if name in _known_options() else match[0]
 
     return re.sub("`([a-z][a-z0-9_.]*)`", option, message)

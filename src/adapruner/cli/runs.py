@@ -59,7 +59,7 @@ def prune(
         print_note(f"run folder: {output}")
     with starting():
         from adapruner.processes import this_process
-        from adapruner.run import api, preview
+        from adapruner.run import api, engines, preview
     if dry_run:
         previews = preview.preview_ratios(model, output=output, overwrite=overwrite, recipe=recipe, **chosen)
         print_output(_unwrapped(previews), json, preview_lines(previews))
@@ -69,7 +69,11 @@ def prune(
     if not this_process().leads:
         return
     print_advice([line for result in results for line in result.advice()])
-    print_output(_unwrapped([result.result for result in results]), json, result_lines(results))
+    serving = [
+        line for result in results for line in engines.serving_commands(result.result.config.for_, result.model_folder)
+    ]
+    shown = [*result_lines(results), *(f"serve: {line}" for line in serving)]
+    print_output(_unwrapped([result.result for result in results]), json, shown)
 
 
 def _default_output(model: str | None, recipe: str | None, options: dict[str, Any]) -> Path:

@@ -1,6 +1,10 @@
 """GGUF files for llama.cpp: checking that a model can be exported, writing it, its size, and llama.cpp itself."""
 
-from adapruner.gguf._check import check_gguf as check_gguf
+from adapruner.gguf._check import (
+    LLAMA_LIKE as LLAMA_LIKE,
+    check_gguf as check_gguf,
+    runs_layers_that_differ as runs_layers_that_differ,
+)
 from adapruner.gguf._size import gguf_shapes as gguf_shapes, gguf_tensor_bytes as gguf_tensor_bytes
 from adapruner.gguf._types import StoredTypes as StoredTypes, read_stored_types as read_stored_types
 from adapruner.gguf._write import (

@@ -47,8 +47,7 @@ def check_gguf(model: PreTrainedModel, gguf_type: GgufType = "f16") -> None:
     _check_rope(config)
     if config.model_type == "qwen3":
         _check_no_biases(model)
-        if not config.tie_word_embeddings:
-            _check_one_width(config)
+        _check_one_width(config)
 
 
 def layer_counts(config: PreTrainedConfig) -> list[tuple[int, int, int]]:
@@ -118,8 +117,13 @@ def _check_gemma3(model: PreTrainedModel) -> None:
             raise AdaPrunerError(f"llama.cpp computes gemma3 with {name} {expected} only, not {value}")
 
 
+def runs_layers_that_differ(config: PreTrainedConfig) -> bool:
+    """True if an architecture of llama.cpp computes such a model with layers that differ in heads and channels."""
+    return config.model_type in LLAMA_LIKE or (config.model_type == "qwen3" and config.tie_word_embeddings)
+
+
 def _check_one_width(config: PreTrainedConfig) -> None:
-    if layers_differ(config):
+    if layers_differ(config) and not runs_layers_that_differ(config):
         raise AdaPrunerError(
             "llama.cpp runs layers that differ in width in Llama, Mistral, Qwen 2 and Qwen 3 with tied embeddings only;"
             " use `adapruner export --to stock`, which pads all layers to the widest, and llama.cpp's own converter on"

@@ -67,7 +67,7 @@ def _options(values: BaseModel, prefix: str = "--") -> list[tuple[str, ...]]:
     options: list[tuple[str, ...]] = []
     for field, definition in type(values).model_fields.items():
         value = getattr(values, field)
-        name = prefix + field.replace("_", "-")
+        name = prefix + field.strip("_").replace("_", "-")
         if value == definition.default:
             continue
         if isinstance(value, BaseModel):

@@ -12,12 +12,14 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from adapruner.calibration import absolute_source, register_sources, source_names
 from adapruner.config import BUDGETS, FUNCTION, PruneConfig, PruneOptions, RecoveryOptions
 from adapruner.errors import AdaPrunerError
+from adapruner.families import open_config
 from adapruner.graph import RunFolder
-from adapruner.models import register_architectures
+from adapruner.models import find_model, register_architectures
 from adapruner.paths import given_path
 from adapruner.plugins import load_plugins
 from adapruner.processes import this_process
 from adapruner.recipe import override, read_recipe
+from adapruner.run.engines import options_for
 from adapruner.run.given import check_prunable, check_tokenizer, is_in_memory, write_model, write_text
 
 # The options whose values may be in memory.
@@ -40,7 +42,11 @@ def resolve(
     Raises:
         AdaPrunerError: an option is invalid, or what is in memory cannot be pruned.
     """
-    return _with_absolute_paths(_in_files(_given_options(recipe, config, options), tokenizer, run))
+    resolved = _with_absolute_paths(_in_files(_given_options(recipe, config, options), tokenizer, run))
+    if not resolved.for_:
+        return resolved
+    set_for_engines = options_for(resolved, open_config(find_model(resolved.model)))
+    return PruneConfig.from_options(**resolved.model_dump(exclude_unset=True) | set_for_engines)
 
 
 def run_folder(output: str | Path | None) -> RunFolder:

@@ -1,0 +1,124 @@
+"""Inference engines: what pruning may remove so that an engine loads the model, and the command that serves it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import reduce
+from pathlib import Path
+from typing import Any, NoReturn
+
+from transformers import PreTrainedConfig
+
+from adapruner.config import Layout, PruneOptions, ServingEngine, WholePart
+from adapruner.errors import AdaPrunerError
+from adapruner.gguf import LLAMA_LIKE, check_gguf, runs_layers_that_differ
+from adapruner.models import architecture_of, empty_model
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """What may be removed in a layout.
+
+    Attributes:
+        heads: heads as well as channels and experts.
+        whole: parts of a layer.
+        biases: biases may be added.
+    """
+
+    heads: bool = True
+    whole: frozenset[WholePart] = frozenset({"layer"})
+    biases: bool = False
+
+    def __and__(self, other: Cuts) -> Cuts:
+        return Cuts(self.heads and other.heads, self.whole & other.whole, self.biases and other.biases)
+
+
+# By layout; a layout that is missing cannot be loaded.
+Loads = Mapping[Layout, Cuts]
+
+_ALL = Cuts(whole=frozenset({"attention", "feed-forward", "layer"}), biases=True)
+# Families whose number of heads times their width may be less than the hidden size: vLLM's own classes read the width
+# from the config, as was tried with benchmarks/engines.py.
+_VLLM_READS_HEAD_WIDTH = ("gpt_oss", "llama", "mistral", "mixtral", "olmo3", "qwen3", "qwen3_moe", "smollm3")
+# The same in mlx-lm; and families for which it divides the hidden size by the heads if all layers are alike, where the
+# file for layers that differ does better.
+_MLX_READS_HEAD_WIDTH = (
+    *("gemma", "gemma2", "gemma3_text", "llama", "mistral", "olmo2", "olmoe", "qwen3", "qwen3_moe", "smollm3"),
+    "stablelm",
+)
+_MLX_DIVIDES = ("cohere", "granite", "mixtral", "phi3", "qwen2", "qwen2_moe", "starcoder2")
+
+
+def options_for(wanted: PruneOptions, config: PreTrainedConfig) -> dict[str, Any]:
+    """The options with which a run makes a model that all engines in `wanted.for_` load.
+
+    Args:
+        wanted: the options that are set in it are kept, or refused.
+        config: of the dense model.
+
+    Raises:
+        AdaPrunerError: an engine does not load pruned models of this family, or not with these options.
+    """
+    loads, given = reduce(_both, [_loads(engine, config) for engine in wanted.for_]), wanted.model_fields_set
+
+    def refuse(option: str, problem: str) -> NoReturn:
+        value = getattr(wanted, option)
+        shown = ", ".join(value) if isinstance(value, tuple) else value
+        engines = " and ".join("any engine" if engine == "any" else engine for engine in wanted.for_)
+        raise AdaPrunerError(f"`{option}` {shown}: {engines} would need {problem}; change it, or `for_`")
+
+    layout: Layout = wanted.layout if "layout" in given else "per-layer" if "per-layer" in loads else "uniform"
+    if layout not in loads:
+        refuse("layout", "layers of equal widths")
+    cuts, options = loads[layout], dict[str, Any](layout=layout)
+    if not cuts.heads:
+        if wanted.head_share:
+            refuse("head_share", f"all heads of a {config.model_type}")
+        options["head_share"] = 0.0
+    if set(wanted.whole or ()) - cuts.whole - {"none"}:
+        refuse("whole", f"every {' and '.join(sorted(set(wanted.whole or ()) - cuts.whole))}")
+    if wanted.whole is None and ("layer" if layout == "uniform" else "attention") not in cuts.whole:
+        options["whole"] = ("layer",) if "layer" in cuts.whole else ("none",)
+    if wanted.compensation.endswith("bias") and not cuts.biases:
+        refuse("compensation", "a model without added biases")
+    return options
+
+
+def _both(first: Loads, second: Loads) -> Loads:
+    return {layout: cuts & second[layout] for layout, cuts in first.items() if layout in second}
+
+
+def _loads(engine: ServingEngine, config: PreTrainedConfig) -> Loads:
+    """The pruned models of a family that an engine loads."""
+    family, architecture = config.model_type, architecture_of(config)
+    if engine == "transformers":
+        return {"per-layer": _ALL, "uniform": _ALL}
+    # llama.cpp and mlx-lm expect every sixth layer of a Gemma 3 to attend to everything.
+    whole = frozenset[WholePart]() if family == "gemma3_text" else Cuts.whole
+    if engine == "llama.cpp":
+        check_gguf(empty_model(config))
+        alike = Cuts(whole=whole, biases=family in LLAMA_LIKE)
+        differ = replace(_ALL, biases=family in LLAMA_LIKE)
+        return {"per-layer": differ, "uniform": alike} if runs_layers_that_differ(config) else {"uniform": alike}
+    if engine == "mlx":
+        if family not in _MLX_READS_HEAD_WIDTH + _MLX_DIVIDES:
+            raise AdaPrunerError(f"mlx-lm does not load a pruned {family}: choose another engine with `for_`")
+        differ = replace(_ALL, whole=_ALL.whole if whole else _ALL.whole - {"layer"})
+        return {"per-layer": differ, "uniform": Cuts(family in _MLX_READS_HEAD_WIDTH, whole)}
+    if "uniform" not in architecture.layouts or architecture.fixed_channels:
+        raise AdaPrunerError(f"{engine} would need a stock model, and no stock {family} has fewer channels")
+    return {"uniform": Cuts(heads=engine in ("vllm", "sglang") and family in _VLLM_READS_HEAD_WIDTH)}
+
+
+def serving_commands(engines: Iterable[ServingEngine], folder: Path) -> list[str]:
+    """The command that serves the model of a folder, for each engine that has one."""
+    trust = " --trust-remote-code" if any(folder.glob("*.py")) else ""
+    commands = {
+        "transformers": f"transformers serve {folder}{trust}",
+        "vllm": f"vllm serve {folder}",
+        "sglang": f"python -m sglang.launch_server --model-path {folder}",
+        "llama.cpp": f"adapruner export {folder} --to gguf -o {folder}.gguf && llama-server -m {folder}.gguf",
+        "mlx": f"mlx_lm.server --model {folder}{trust}",
+    }
+    return [commands[engine] for engine in engines if engine in commands]

@@ -1,0 +1,105 @@
+"""A run that is made for an engine leaves a model that the engine loads, or is refused before it begins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+import adapruner
+from adapruner.cli import main
+from adapruner.config import PruneConfig
+from adapruner.errors import AdaPrunerError
+from adapruner.families import learn
+from adapruner.run.engines import options_for, serving_commands
+from run_helpers import QUICK
+from tiny_families import tiny_config
+
+
+@pytest.mark.parametrize(
+    ("model_type", "engines", "options"),
+    [
+        ("llama", ("vllm",), {"layout": "uniform"}),
+        ("qwen2", ("vllm",), {"layout": "uniform", "head_share": 0.0}),
+        ("llama", ("any",), {"layout": "uniform", "head_share": 0.0}),
+        ("llama", ("llama.cpp", "mlx"), {"layout": "per-layer"}),
+        ("llama", ("mlx", "sglang"), {"layout": "uniform"}),
+        ("qwen2", ("mlx", "llama.cpp", "transformers"), {"layout": "per-layer"}),
+        ("qwen3", ("llama.cpp",), {"layout": "uniform"}),
+        ("gemma3_text", ("mlx", "vllm"), {"layout": "uniform", "head_share": 0.0, "whole": ("none",)}),
+        ("gpt_neox", ("transformers",), {"layout": "per-layer"}),
+    ],
+)
+def test_several_engines_get_what_all_of_them_load(
+    model_type: str, engines: tuple[str, ...], options: dict[str, Any]
+) -> None:
+    config = tiny_config(model_type)
+    learn(config)
+    assert options_for(PruneConfig.from_options(model="x", for_=engines), config) == options
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options", "message"),
+    [
+        ("llama", {"for_": "vllm", "layout": "per-layer"}, "layers of equal widths"),
+        ("llama", {"for_": "any", "head_share": 0.5}, "any engine would need all heads of a llama"),
+        ("llama", {"for_": "sglang", "whole": "attention"}, "would need every attention"),
+        ("llama", {"for_": "vllm", "compensation": "bias"}, "without added biases"),
+        ("gpt2", {"for_": "mlx"}, "mlx-lm does not load a pruned gpt2"),
+        ("gpt2", {"for_": "llama.cpp"}, "not 'gpt2'"),
+        ("bloom", {"for_": "any"}, "no stock bloom has fewer channels"),
+    ],
+)
+def test_what_an_engine_does_not_load_is_refused(model_type: str, options: dict[str, Any], message: str) -> None:
+    config = tiny_config(model_type)
+    learn(config)
+    with pytest.raises(AdaPrunerError, match=message):
+        options_for(PruneConfig.from_options(model="x", **options), config)
+
+
+@pytest.fixture(scope="module")
+def arguments(model_folder: Path, text_file: Path) -> list[str]:
+    left_out = ("protect_first", "protect_last", "tune_scales")
+    options = {name: value for name, value in QUICK.items() if name not in left_out}
+    named = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    return ["prune", str(model_folder), "--calibration", str(text_file), "--no-tune-scales", *named]
+
+
+def test_a_run_for_any_engine_is_a_stock_model(
+    arguments: list[str], windows: torch.Tensor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments, "--for", "any", "--for", "vllm", "-o", str(tmp_path / "run")])
+    assert ended.value.code == 0
+    folder = tmp_path / "run" / "model"
+    assert not list(folder.glob("*.py"))
+    stock = AutoModelForCausalLM.from_pretrained(folder)
+    assert stock.config.num_attention_heads == 6
+    assert stock.config.intermediate_size < 24
+    with torch.no_grad():
+        assert torch.equal(stock(windows).logits, adapruner.load(folder)(windows).logits)
+    assert f"serve: vllm serve {folder}" in capsys.readouterr().out
+
+
+def test_a_conflict_is_told_before_the_run(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([*arguments, "--for", "vllm", "--layout", "per-layer", "-o", str(tmp_path / "run")])
+    assert "--layout per-layer: vllm would need layers of equal widths; change it, or --for" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_code_in_the_folder_is_named_in_the_command(
+    make_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    (tmp_path / "modeling_pruned.py").touch()
+    commands = serving_commands(("transformers", "mlx", "any"), tmp_path)
+    assert commands == [
+        f"transformers serve {tmp_path} --trust-remote-code",
+        f"mlx_lm.server --model {tmp_path} --trust-remote-code",
+    ]
