@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
@@ -217,14 +218,15 @@ def test_queries_keys_and_values_in_one_tensor(
     tiny: MakeModel, bytes_tokenizer: PreTrainedTokenizerFast, llama_cpp: LlamaCpp, texts: list[str], tmp_path: Path
 ) -> None:
     pruned = cut(tiny("qwen3", tie_word_embeddings=True, num_hidden_layers=12), per_layer=True).to(torch.bfloat16)
-    bytes_tokenizer.chat_template = "{{ messages[0].content }}!"
-    write_gguf(pruned, bytes_tokenizer, tmp_path / "model.gguf", "q8_0")
+    tokenizer = copy.deepcopy(bytes_tokenizer)
+    tokenizer.chat_template = "{{ messages[0].content }}!"
+    write_gguf(pruned, tokenizer, tmp_path / "model.gguf", "q8_0")
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
     attention = pruned.model.layers[11].self_attn
     expected = torch.cat([projection.weight for projection in (attention.q_proj, attention.k_proj, attention.v_proj)])
     np.testing.assert_array_equal(tensors["blk.11.attn_qkv.weight"].data, expected.detach().half().numpy())
     opened = llama_cpp(tmp_path / "model.gguf")
-    assert [opened.tokenize(text) for text in texts] == [bytes_tokenizer.encode(text) for text in texts]
+    assert [opened.tokenize(text) for text in texts] == [tokenizer.encode(text) for text in texts]
     assert opened.apply_chat_template("Hello") == "Hello!"
 
 
