@@ -18,7 +18,7 @@ from markupsafe import Markup
 from transformers import PreTrainedConfig
 from transformers.utils.hub import cached_file
 
-from adapruner.models import ModelLocation, is_pruned, quiet_transformers
+from adapruner.models import ModelLocation, find_head, is_pruned, load_config, quiet_transformers
 from adapruner.numbers import Number, measured_table
 from adapruner.plain_yaml import PlainLoader
 from adapruner.planning import PruningPlan
@@ -134,7 +134,8 @@ def _render(
         model_name=name,
         eval_results=results or None,
     )
-    content |= _loading(config) | {"metadata": metadata.to_yaml(), "licence": licence}
+    head = find_head(location, load_config(location))
+    content |= _loading(config) | {"metadata": metadata.to_yaml(), "licence": licence, "head": head}
     return _TEMPLATES.get_template("card.md.jinja").render(content) + "\n"
 
 

@@ -6,20 +6,25 @@ import contextlib
 import copy
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import save_torch_state_dict
+from safetensors import safe_open
+from torch import Tensor
 from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 from transformers.utils.hub import cached_file
 
 from adapruner.files import replace, saying_what_cannot_be_written, write_atomically
-from adapruner.models import ModelLocation, quiet_transformers, whole_state
+from adapruner.models import ModelLocation, head_of, quiet_transformers, whole_state
+from adapruner.progress import Reporter
 
 # The origin of a checkpoint. The file also marks a folder as written by this package.
 _ORIGIN = "adapruner.json"
 _ORIGIN_FORMAT = 1
 _LONGEST_ORIGIN = 2**20
+_HEAD_FILES = "model-mtp{suffix}.safetensors"
 
 
 def save_checkpoint(
@@ -31,7 +36,7 @@ def save_checkpoint(
     record: dict[str, Any] | None = None,
 ) -> None:
     """Writes weights (safetensors), config, generation config, tokenizer and model card; for a model whose layers
-    differ, also the modelling code.
+    differ, also the modelling code; and the multi-token prediction head in the files that the model was loaded from.
 
     `adapruner.load(folder)` reads it. So does `AutoModelForCausalLM.from_pretrained(folder)` without this package, with
     `trust_remote_code=True` if layers differ. The folder appears whole or not at all.
@@ -45,9 +50,12 @@ def save_checkpoint(
     Raises:
         AdaPrunerError: it cannot be written.
     """
+    head = head_of(model)
     with _valid_generation_config(model), made_beside(folder) as made:
         with quiet_transformers():
             model.save_pretrained(made, max_shard_size=shard_size, state_dict=whole_state(model))
+        if head:
+            _add_tensors(made, head.tensors(model.config.num_hidden_layers), shard_size)
         tokenizer.save_pretrained(made)
         _add_older_keys(made / "config.json")
         origin = (record or {}) | {"format": _ORIGIN_FORMAT}
@@ -55,6 +63,8 @@ def save_checkpoint(
         if card is not None:
             write_card(made, card)
         replace(made, folder)
+    if head:
+        Reporter().note(head.sentence)
 
 
 @contextlib.contextmanager
@@ -129,6 +139,24 @@ def _is_valid(settings: GenerationConfig) -> bool:
 def write_card(folder: Path, card: str) -> None:
     """Writes the README.md of a checkpoint."""
     write_atomically(folder / "README.md", lambda partial: partial.write_text(card, encoding="utf-8"))
+
+
+def _add_tensors(folder: Path, tensors: Mapping[str, Tensor], shard_size: str) -> None:
+    """Adds tensors to the weights in a folder: in further files, which the index of all files lists."""
+    stock, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if stock.is_file():
+        # Loaders that find a file of this name read no index.
+        stock.rename(folder / "model-00001-of-00001.safetensors")
+    save_torch_state_dict(dict(tensors), folder, filename_pattern=_HEAD_FILES, max_shard_size=shard_size)
+    (folder / f"{_HEAD_FILES.format(suffix='')}.index.json").unlink(missing_ok=True)
+    weight_map: dict[str, str] = {}
+    size = 0
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            weight_map |= dict.fromkeys(opened.keys(), file.name)
+            size += sum(opened.get_tensor(name).nbytes for name in opened.keys())  # noqa: SIM118 - it is no mapping
+    content = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    index.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _add_older_keys(path: Path) -> None:

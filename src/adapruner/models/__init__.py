@@ -57,6 +57,12 @@ from adapruner.models._loading import (
     load_model as load_model,
     load_tokenizer as load_tokenizer,
 )
+from adapruner.models._multi_token import (
+    MultiTokenHead as MultiTokenHead,
+    find_head as find_head,
+    give_head as give_head,
+    head_of as head_of,
+)
 from adapruner.models._places import (
     ModelLocation as ModelLocation,
     find_model as find_model,

@@ -23,6 +23,7 @@ from adapruner.models._config import NO_REMOTE_CODE, check_config, clear_gguf_ma
 from adapruner.models._device import resolve_devices
 from adapruner.models._gguf import without_tokens
 from adapruner.models._layers import place_layers, share_out
+from adapruner.models._multi_token import find_head, give_head, is_of_head
 from adapruner.models._places import ModelLocation, reported, reported_as_unloadable
 from adapruner.models._stored import (
     StoredTensor,
@@ -125,6 +126,8 @@ def load_model(
             place_layers(model, target, share_out(model, devices))
         else:
             model.to(target)
+    with reported_as_unloadable(location):
+        give_head(model, find_head(location, config))
     for marked in (model, model.config):
         clear_gguf_marks(marked, location)
     for settings in (model.config, model.generation_config):
@@ -193,6 +196,7 @@ def _refuse_other_weights(location: ModelLocation, config: PreTrainedConfig, rep
         f"{name} has no place in the model"
         for name in sorted(report["unexpected_keys"])
         if known and name.startswith(f"{known.layers}.") and name.endswith((".weight", ".bias"))
+        if not is_of_head(name, config)
     ]
     if wrong:
         raise AdaPrunerError(

@@ -16,6 +16,8 @@ from transformers.initialization import no_init_weights
 from adapruner.models import (
     SKIPPED,
     fields_by_layer,
+    give_head,
+    head_of,
     is_streamed,
     layer_devices,
     loaded_layer,
@@ -53,6 +55,7 @@ def prune_model(
     pruned.load_state_dict(state, assign=True)
     pruned.tie_weights()
     pruned.generation_config = model.generation_config
+    give_head(pruned, head_of(model))
     if is_streamed(model):
         stream_from_memory(pruned, model.device)
     else:

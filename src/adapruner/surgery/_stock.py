@@ -14,7 +14,15 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from adapruner.errors import AdaPrunerError
-from adapruner.models import Architecture, architecture_of, fields_by_layer, is_pruned, stock_fields
+from adapruner.models import (
+    Architecture,
+    architecture_of,
+    fields_by_layer,
+    give_head,
+    head_of,
+    is_pruned,
+    stock_fields,
+)
 from adapruner.structure import Block, Kind, Structure, TensorSlice, build_structure
 
 # Config fields that list layers by number, and fields that count the first layers of another kind.
@@ -125,6 +133,7 @@ def _padded(model: PreTrainedModel, padded: Any) -> PreTrainedModel:
     padded.load_state_dict(state, assign=True)
     padded.tie_weights()
     padded.generation_config = model.generation_config
+    give_head(padded, head_of(model))
     moved: PreTrainedModel = padded.to(model.device).eval()
     return moved
 

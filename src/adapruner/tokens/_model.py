@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from adapruner.errors import AdaPrunerError
-from adapruner.models import ModelLocation, new_model, quiet_transformers
+from adapruner.models import ModelLocation, give_head, head_of, new_model, quiet_transformers
 from adapruner.tokens._choosing import Vocabulary
 
 # Fields of configs that hold a token, or lists of them.
@@ -67,6 +67,8 @@ def _renumber(settings: PreTrainedConfig | GenerationConfig, vocabulary: Vocabul
 def cut_vocabulary(model: PreTrainedModel, vocabulary: Vocabulary) -> None:
     """Removes the rows of all other tokens from a model, in place: of embeddings, output layer and bias, tied or not.
 
+    A multi-token prediction head loses the same rows of its copies of the embedding and the output layer.
+
     The tensors with rows for tokens are those whose shape changes with the size of the vocabulary in the config.
 
     Raises:
@@ -94,6 +96,8 @@ def cut_vocabulary(model: PreTrainedModel, vocabulary: Vocabulary) -> None:
                 setattr(module, name, count)
     model.config.__dict__.update(config.__dict__)
     _renumber(model.generation_config, vocabulary)
+    if head := head_of(model):
+        give_head(model, head.without_tokens(vocabulary.kept))
     model.tie_weights()
 
 
