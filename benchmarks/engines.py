@@ -1,12 +1,11 @@
 """Loads pruned folders in every engine, and prints the table of docs/checkpoints.md from what it saw.
 
-    python benchmarks/engines.py write runs/engines --model.demo runs/demo/model
+    python benchmarks/engine_folders.py runs/engines --model.demo runs/demo/model
     python benchmarks/engines.py compare runs/engines --python.vllm VENV/bin/python --python.oldest …
     python benchmarks/engines.py table runs/engines
 
-`write` prunes tiny random models of 12 layers in three layouts, and writes each as the folder of a run, padded to a
-stock model, as DeciLM and as GGUF, with the greedy tokens of transformers in float32. `compare` has every engine
-generate from every folder, in processes of their own with a log and a time limit, and ends with status 1 if an engine
+`compare` has every engine generate from every folder that engine_folders.py wrote, in processes of their own with a log
+and a time limit, and compares the tokens with those of transformers in float32. It ends with status 1 if an engine
 failed. Engines pin versions of their own: each runs in the Python that is given for it, where this package need not be
 installed. An engine that its Python lacks is not tried.
 """
@@ -29,27 +28,13 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "phi3", "olmo2", "gpt2", "gpt_neox")
-FAMILIES += ("mixtral", "qwen3_moe", "gpt_oss")
+FAMILIES = (
+    *("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "phi3", "olmo2", "gpt2", "gpt_neox"),
+    *("mixtral", "qwen3_moe", "gpt_oss"),
+)
 ALL, DECILM = frozenset(FAMILIES), "nemotron-nas"
-SIZES: dict[str, Any] = {
-    **{"hidden_size": 256, "intermediate_size": 768, "n_inner": 768, "num_hidden_layers": 12, "head_dim": 32},
-    **{"num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 128, "num_experts_per_tok": 2},
-    **{"num_experts": 4, "num_local_experts": 4, "moe_intermediate_size": 256, "query_pre_attn_scalar": 32},
-    **{"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "sliding_window": 128},
-}
-SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
-# The share of its groups that a layer loses, by kind: 6 of 8 heads do not divide the hidden size.
-LAYOUTS: dict[str, dict[str, Callable[[int], float]]] = {
-    "uniform": {"heads": lambda _: 1 / 4, "channels": lambda _: 1 / 3, "experts": lambda _: 1 / 4},
-    "per layer": {"heads": lambda layer: layer % 2 / 4, "channels": lambda layer: layer % 4 / 6},
-    "parts removed": {
-        "heads": lambda layer: layer in (2, 5, 10),
-        "channels": lambda layer: 1 if layer in (3, 7) else layer % 3 / 3,
-    },
-}
 PROMPT, NEW_TOKENS = "The capital of France is", 24
 RESULT = "result: "
 # The sentence of a modelling file that finds no way to build the model.
@@ -62,7 +47,7 @@ MARKS = {"equal tokens": "=", "refused": "refused", "not this layout": "–", "n
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder that `write` made, next to a file with these fields and to its GGUF file.
+    """A folder of engine_folders.py, next to a file with these fields and to its GGUF file.
 
     Attributes:
         form: `pruned` as a run writes it, `stock` padded, or `decilm`.
@@ -110,7 +95,7 @@ def in_pipeline(path: Path, prompt: list[int]) -> list[int]:
     import torch
     from transformers import pipeline
 
-    made = pipeline("text-generation", str(path), dtype=torch.float32, trust_remote_code=has_code(path))
+    made: Any = pipeline("text-generation", str(path), dtype=torch.float32, trust_remote_code=has_code(path))
     options = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "eos_token_id": -1, "return_tensors": True}
     tokens: list[int] = made(PROMPT, **options)[0]["generated_token_ids"]
     return tokens[len(prompt) :]
@@ -121,7 +106,8 @@ def in_peft(path: Path, prompt: list[int]) -> list[int]:
     import peft
     import torch
 
-    model = peft.get_peft_model(loaded(path), peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    adapter = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    model: Any = peft.get_peft_model(loaded(path), adapter)
     before, window = greedy(model, prompt), torch.tensor([prompt])
     optimizer = torch.optim.SGD((weight for weight in model.parameters() if weight.requires_grad), lr=1e-3)
     model(input_ids=window, labels=window).loss.backward()
@@ -312,97 +298,6 @@ def run(name: str, paths: list[Path]) -> None:
     os._exit(0)
 
 
-def write(work: Path, *, family: Sequence[str] = FAMILIES, model: dict[str, Path] | None = None) -> None:
-    """Writes tiny models of families, and given models under other names."""
-    import adapruner
-
-    for name in family:
-        for layout in LAYOUTS:
-            print(f"{name}, {layout}", flush=True)
-            write_forms(work, name, layout, *tiny(name, layout))
-    for name, path in (model or {}).items():
-        write_forms(work, name, "as given", adapruner.load(path), adapruner.load_tokenizer(path))
-
-
-def tiny(family: str, layout: str) -> tuple[Any, Any]:
-    """A pruned random model and a tokenizer. A uniform one keeps its heads in families whose stock class needs all."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import CONFIG_MAPPING, PreTrainedTokenizerFast
-
-    from adapruner.families import resolve
-    from adapruner.families.tiny import random_model
-    from adapruner.models import is_pruned, using_architecture
-    from adapruner.structure import build_structure
-    from adapruner.surgery import prune_model
-
-    letters, special = pre_tokenizers.ByteLevel.alphabet(), list(SPECIAL_TOKENS.values())
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=280, special_tokens=special, initial_alphabet=letters, show_progress=False)
-    backend.train_from_iterator([PROMPT] * 2, trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **SPECIAL_TOKENS)
-
-    config_class = CONFIG_MAPPING[family]
-    sizes = SIZES | {"vocab_size": len(tokenizer)}
-    sizes = {config_class.attribute_map.get(name, name): size for name, size in sizes.items()}
-    config = config_class(**{name: sizes[name] for name in config_class().to_dict() if name in sizes})
-    with using_architecture(resolve(config)):
-        model = random_model(config)
-        # Never generated: engines stop at them.
-        model.get_output_embeddings().weight.data[: len(special)] = 0
-        structure = build_structure(model)
-        pruned = prune_model(model, structure, plan_for(structure, LAYOUTS[layout]))
-        if layout == "uniform" and is_pruned(pruned.config):
-            with_heads = LAYOUTS[layout] | {"heads": lambda _: 0.0}
-            pruned = prune_model(model, structure, plan_for(structure, with_heads))
-    return pruned, tokenizer
-
-
-def plan_for(structure: Any, lost: dict[str, Callable[[int], float]]) -> Any:
-    """Random groups of every block; parts are removed only in families that can lose them."""
-    import torch
-
-    from adapruner.planning import make_plan
-
-    shares = [lost[block.kind](block.layer) if block.kind in lost else 0.0 for block in structure.blocks]
-    parts = {"heads": "attention", "channels": "feed-forward"}
-    counts = [
-        block.groups - round(block.groups * share)
-        if share < 1 or parts[block.kind] in structure.whole
-        else block.groups
-        for block, share in zip(structure.blocks, shares, strict=True)
-    ]
-    scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(0))
-    return make_plan(structure, scores, counts)
-
-
-def write_forms(work: Path, family: str, layout: str, model: Any, tokenizer: Any) -> None:
-    """Writes the folder of a model and its exports; a refusal is noted in place of the export."""
-    import adapruner
-    from adapruner.checkpoint import save_checkpoint
-    from adapruner.config import ExportFormat
-
-    prompt = tokenizer(PROMPT)["input_ids"]
-    tokens = greedy(model, prompt)
-    pruned = Folder(family, layout, "pruned", {}, prompt, tokens, tokenizer.decode(tokens))
-    save_checkpoint(model, tokenizer, work / pruned.name, record={"plan": ""})
-    for form in ("pruned", *(form for form in get_args(ExportFormat) if form != "gguf")):
-        folder = dataclasses.replace(pruned, form=form, refused={})
-        path = work / folder.name
-        exports = [(form, work / pruned.name, path)] if form != "pruned" else []
-        exports += [("gguf", path, work / f"{folder.name}.gguf")] if form != "decilm" else []
-        try:
-            for to, source, output in exports:
-                adapruner.export(source, to, output, gguf_type="f32", overwrite=True)
-                if form == "stock" and (path / "config.json").read_text() == (source / "config.json").read_text():
-                    shutil.rmtree(path)  # nothing was padded
-                    break
-        except adapruner.AdaPrunerError as refusal:
-            folder.refused[to] = str(refusal)
-        if path.is_dir() or folder.refused:
-            (work / f"{folder.name}.json").write_text(json.dumps(dataclasses.asdict(folder)), encoding="utf-8")
-
-
 def compare(work: Path, *, python: dict[str, str] | None = None, engine: Sequence[str] = tuple(ENGINES)) -> None:
     """Writes what engines made of all folders to results/ENGINE.json.
 
@@ -417,9 +312,7 @@ def compare(work: Path, *, python: dict[str, str] | None = None, engine: Sequenc
         results = dict(tried(work, name, (python or {}).get(name.removeprefix("config-"), default)))
         (work / "results" / f"{name}.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
         errors = {folder: cell for folder, cell in results.items() if str(cell).startswith("error")}
-        print(
-            f"{name}: {len(results) - 1} folders", *(f"{name}: {key}: {cell}" for key, cell in errors.items()), sep="\n"
-        )
+        print(f"{name}: {len(results) - 1} folders", *(f"- {key}: {cell}" for key, cell in errors.items()), sep="\n")
         failures += len(errors)
     sys.exit(int(failures > 0))
 
@@ -490,21 +383,23 @@ def judged(expects: str, path: Path, answer: dict[str, Any]) -> str:
 
 
 def table(work: Path) -> None:
-    """Prints versions, and rows: folders of the same layout that every engine treats the same share one."""
+    """Prints versions, and a table in which families, and engines, of which every cell is the same stand together."""
     results = {name: json.loads((work / "results" / f"{name}.json").read_text(encoding="utf-8")) for name in ENGINES}
     for name, cells in results.items():
         print(f"- {name}: {', '.join(f'{package} {version}' for package, version in cells['versions'].items())}")
+    folders = [Folder.read(path.with_suffix("")) for path in sorted(work.glob("*.json"))]
+    columns: dict[tuple[str, ...], list[str]] = {}
+    for name, cells in results.items():
+        column = tuple(cells.get(folder.name, "not tried").partition(":")[0] for folder in folders)
+        columns.setdefault(column, []).append(ENGINES[name].title)
     rows: dict[tuple[str, ...], list[str]] = {}
-    for path in sorted(work.glob("*.json")):
-        folder = Folder.read(path.with_suffix(""))
-        found = [cells.get(folder.name, "not tried").partition(":")[0] for cells in results.values()]
-        rows.setdefault((folder.layout, folder.form, *found), []).append(f"`{folder.family}`")
-    print("\n| layout | folder | families |", " | ".join(ENGINES[name].title for name in results), "|")
-    print("|---" * (3 + len(results)) + "|")
+    for folder, *found in zip(folders, *columns, strict=True):
+        form = "as written" if folder.form == "pruned" else f"`--to {folder.form}`"
+        rows.setdefault((folder.layout, form, *found), []).append(f"`{folder.family}`")
+    print("\n| layout | folder | families |", " | ".join(", ".join(titles) for titles in columns.values()), "|")
+    print("|---" * (3 + len(columns)) + "|")
     for (layout, form, *found), families in sorted(rows.items()):
-        print(
-            f"| {layout} | {form} | {', '.join(families)} |", " | ".join(MARKS.get(cell, cell) for cell in found), "|"
-        )
+        print(f"| {layout} | {form} | {', '.join(families)} | {' | '.join(MARKS.get(cell, cell) for cell in found)} |")
 
 
 if __name__ == "__main__":
@@ -513,6 +408,6 @@ if __name__ == "__main__":
     from cyclopts import App
 
     app = App(help=__doc__)
-    for command in (write, compare, table):
+    for command in (compare, table):
         app.command(command)
     app()
