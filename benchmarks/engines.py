@@ -394,12 +394,15 @@ def table(work: Path) -> None:
         columns.setdefault(column, []).append(ENGINES[name].title)
     rows: dict[tuple[str, ...], list[str]] = {}
     for folder, *found in zip(folders, *columns, strict=True):
-        form = "as written" if folder.form == "pruned" else f"`--to {folder.form}`"
-        rows.setdefault((folder.layout, form, *found), []).append(f"`{folder.family}`")
+        rows.setdefault((folder.layout, folder.form, *found), []).append(f"`{folder.family}`")
     print("\n| layout | folder | families |", " | ".join(", ".join(titles) for titles in columns.values()), "|")
     print("|---" * (3 + len(columns)) + "|")
-    for (layout, form, *found), families in sorted(rows.items()):
-        print(f"| {layout} | {form} | {', '.join(families)} | {' | '.join(MARKS.get(cell, cell) for cell in found)} |")
+    for row in sorted(sorted(rows), key=lambda row: row[0], reverse=True):
+        layout, form, *found = row
+        label = "as written" if form == "pruned" else f"`--to {form}`"
+        print(
+            f"| {layout} | {label} | {', '.join(rows[row])} | {' | '.join(MARKS.get(cell, cell) for cell in found)} |"
+        )
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from adapruner.surgery import pad_to_stock, prune_model
 from tiny_families import random_plan
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "checkpoints.md"
-# By benchmarks/vllm_folders.py, whose results are in the document; vLLM is not run here.
+# By benchmarks/engines.py, whose results are in the document; vLLM is not run here.
 RUN_IN_VLLM = ("llama", "qwen3")
 # As the released models are, which llama.cpp knows: without sliding windows, Gemma 3 with a full attention in every
 # sixth layer, and Qwen 3 with tied embeddings.
