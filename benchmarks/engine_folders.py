@@ -107,7 +107,7 @@ def write_forms(work: Path, family: str, layout: str, model: PreTrainedModel, to
     """Writes the folder of a model and its exports; a refusal is noted in place of the export."""
     prompt = tokenizer(PROMPT)["input_ids"]
     tokens = greedy(model, prompt)
-    pruned = Folder(family, layout, "pruned", {}, prompt, tokens, tokenizer.decode(tokens))
+    pruned = Folder(family, layout, "pruned", {}, prompt, tokens, str(tokenizer.decode(tokens)))
     save_checkpoint(model, tokenizer, work / pruned.name, record={"plan": ""})
     for form in ("pruned", *(form for form in get_args(ExportFormat) if form != "gguf")):
         folder = dataclasses.replace(pruned, form=form, refused={})
