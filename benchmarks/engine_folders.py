@@ -117,7 +117,7 @@ def write_forms(work: Path, family: str, layout: str, model: PreTrainedModel, to
         try:
             for to, source, output in exports:
                 adapruner.export(source, to, output, gguf_type="f32", overwrite=True)
-                if form == "stock" and (path / "config.json").read_text() == (source / "config.json").read_text():
+                if to == "stock" and (path / "config.json").read_text() == (source / "config.json").read_text():
                     shutil.rmtree(path)  # nothing was padded
                     break
         except adapruner.AdaPrunerError as refusal:
