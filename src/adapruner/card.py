@@ -192,17 +192,18 @@ def read_card(location: ModelLocation) -> str:
         return ""
 
 
-def card_of_export(card: str, config: PreTrainedConfig) -> str | None:
+def card_of_export(card: str, config: PreTrainedConfig, template: str = "loading.md.jinja") -> str | None:
     """The card of a pruned model for the same model in another form; None if this package did not write the card.
 
     Args:
         config: of the exported model.
+        template: of the section on loading.
     """
     before, heading, rest = card.partition(_LOADING)
     if not heading:
         return None
     _, next_heading, after = rest.partition("\n## ")
-    loading = _TEMPLATES.get_template("loading.md.jinja").render(_loading(config))
+    loading = _TEMPLATES.get_template(template).render(_loading(config))
     return f"{before}{heading}{loading}\n{next_heading}{after}"
 
 

@@ -1,6 +1,7 @@
 """Checkpoints: Hugging Face folders that load with and without this package, and uploads."""
 
 from adapruner.checkpoint._folder import (
+    add_older_keys as add_older_keys,
     is_replaceable as is_replaceable,
     made_beside as made_beside,
     read_origin as read_origin,

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,13 @@ _LONGEST_ORIGIN = 2**20
 _HEAD_FILES = "model-mtp{suffix}.safetensors"
 
 
+def write_model(model: PreTrainedModel, folder: Path, shard_size: str) -> None:
+    """Writes weights, config, generation config and, if layers differ, the modelling code."""
+    with quiet_transformers():
+        model.save_pretrained(folder, max_shard_size=shard_size, state_dict=whole_state(model))
+    add_older_keys(folder / "config.json")
+
+
 def save_checkpoint(
     model: PreTrainedModel,
     tokenizer: Tokenizer,
@@ -34,6 +41,7 @@ def save_checkpoint(
     card: str | None = None,
     shard_size: str = "2GB",
     record: dict[str, Any] | None = None,
+    write: Callable[[PreTrainedModel, Path, str], None] = write_model,
 ) -> None:
     """Writes weights (safetensors), config, generation config, tokenizer and model card; for a model whose layers
     differ, also the modelling code; and the multi-token prediction head in the files that the model was loaded from.
@@ -46,18 +54,18 @@ def save_checkpoint(
         card: the content of README.md.
         shard_size: larger models are split into files of at most this size; writing needs this much memory.
         record: the origin of the model, for `read_origin`: JSON values under `base_model`, `texts`, `plan`.
+        write: writes weights, config, generation config and code of the model into a new folder, in files of at most
+            `shard_size`.
 
     Raises:
         AdaPrunerError: it cannot be written.
     """
     head = head_of(model)
     with _valid_generation_config(model), made_beside(folder) as made:
-        with quiet_transformers():
-            model.save_pretrained(made, max_shard_size=shard_size, state_dict=whole_state(model))
+        write(model, made, shard_size)
         if head:
             _add_tensors(made, head.tensors(model.config.num_hidden_layers), shard_size)
         tokenizer.save_pretrained(made)
-        _add_older_keys(made / "config.json")
         origin = (record or {}) | {"format": _ORIGIN_FORMAT}
         (made / _ORIGIN).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
         if card is not None:
@@ -159,7 +167,7 @@ def _add_tensors(folder: Path, tensors: Mapping[str, Tensor], shard_size: str) -
     index.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _add_older_keys(path: Path) -> None:
+def add_older_keys(path: Path) -> None:
     """Adds the older names of config fields. transformers 4 and mlx-lm do not read `rope_parameters`, and would
     silently use a theta of 10,000; nor do they read the new name of the number of experts."""
     fields = json.loads(path.read_text(encoding="utf-8"))

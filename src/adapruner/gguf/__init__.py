@@ -3,6 +3,8 @@
 from adapruner.gguf._check import (
     LLAMA_LIKE as LLAMA_LIKE,
     check_gguf as check_gguf,
+    head_dim as head_dim,
+    layer_counts as layer_counts,
     runs_layers_that_differ as runs_layers_that_differ,
 )
 from adapruner.gguf._size import gguf_shapes as gguf_shapes, gguf_tensor_bytes as gguf_tensor_bytes

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 from adapruner.card import card_of_export, read_card
 from adapruner.checkpoint import check_push, is_replaceable, push, read_origin, save_checkpoint
 from adapruner.config import ExportFormat, GgufType
+from adapruner.decilm import check_decilm, write_decilm
 from adapruner.errors import AdaPrunerError
 from adapruner.gguf import StoredTypes, check_gguf, read_stored_types, write_gguf
 from adapruner.models import ModelLocation, empty_model
@@ -51,7 +52,8 @@ def export(
 
     Args:
         model: as for `load`; or a model in memory, which is not changed.
-        to: `gguf`: one file for llama.cpp; `stock`: a folder for any loader of the family (see `surgery.pad_to_stock`).
+        to: `gguf`: one file for llama.cpp; `stock`: a folder for any loader of the family (see `surgery.pad_to_stock`);
+            `decilm`: a folder for vLLM, SGLang, TensorRT-LLM and mlx-lm without padding (see `decilm.check_decilm`).
         output: the file or folder.
         gguf_type: type of the matrices in a GGUF file, see `gguf.write_gguf`.
         overwrite: replace an existing GGUF file, or a folder that this package wrote.
@@ -72,6 +74,8 @@ def export(
     empty = empty_model(source.config)
     if to == "gguf":
         check_gguf(empty, gguf_type)
+    elif to == "decilm":
+        check_decilm(empty.config)
     else:
         check_paddable(empty)
     tokenizer = source.tokenizer(tokenizer)
@@ -82,6 +86,8 @@ def export(
         with reporter.stage("writing"):
             if to == "gguf":
                 write_gguf(loaded, tokenizer, path, gguf_type)
+            elif to == "decilm":
+                _write_decilm(loaded, tokenizer, path, source.location)
             else:
                 reporter.note(_write_stock(loaded, tokenizer, path, source.location))
     if push_to_hub:
@@ -90,6 +96,12 @@ def export(
     is_quantized = to == "gguf" and gguf_type not in ("f32", "f16", "bf16")
     stored = read_stored_types(path, gguf_type) if is_quantized else None
     return Exported(path, sum(file.stat().st_size for file in files), stored)
+
+
+def _write_decilm(loaded: PreTrainedModel, tokenizer: Tokenizer, path: Path, location: ModelLocation | None) -> None:
+    origin = read_origin(location) if location else None
+    card = card_of_export(read_card(location), loaded.config, "loading_decilm.md.jinja") if location else None
+    save_checkpoint(loaded, tokenizer, path, card, record=origin, write=write_decilm)
 
 
 def _write_stock(loaded: PreTrainedModel, tokenizer: Tokenizer, path: Path, location: ModelLocation | None) -> str:
@@ -118,8 +130,8 @@ def check_output(path: Path, location: ModelLocation | None, to: ExportFormat, o
         return
     if not overwrite:
         raise AdaPrunerError(f"{path} exists: choose another output, or `overwrite` to replace it")
-    if path.is_dir() != (to == "stock"):
-        raise AdaPrunerError(f"{path} is not a {'folder' if to == 'stock' else 'file'}: choose another output")
+    if path.is_dir() == (to == "gguf"):
+        raise AdaPrunerError(f"{path} is not a {'file' if to == 'gguf' else 'folder'}: choose another output")
     if path.is_dir() and not is_replaceable(path):
         raise AdaPrunerError(f"{path} holds files that adapruner did not write: choose another output")
     if path.is_file() and path.stat().st_size:
