@@ -24,7 +24,7 @@ from adapruner.surgery import prune_model
 from tiny_families import random_plan, tiny_config
 
 LAYERS, HIDDEN, HEADS, GROUPS, HEAD_DIM = 12, 72, 6, 3, 12
-NO_ATTENTION, NO_FEED_FORWARD = {3, 10, 11}, {1, 10 - 1}
+NO_ATTENTION, NO_FEED_FORWARD = {3, 10, 11}, {1, 9}
 WIDTHS = [768, 512, 256, 768, 256, 512, 768, 512, 256, 256, 768, 512]
 Shape = tuple[int, ...]
 
@@ -47,7 +47,9 @@ def pruned(model_type: str = "llama", counts: Any = None, **fields: object) -> P
             return 0 if block.layer in NO_ATTENTION else block.groups
         return 0 if block.layer in NO_FEED_FORWARD else WIDTHS[block.layer]
 
-    return prune_model(model, structure, random_plan(structure, [(counts or kept)(block) for block in structure.blocks]))
+    return prune_model(
+        model, structure, random_plan(structure, [(counts or kept)(block) for block in structure.blocks])
+    )
 
 
 def exported(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> Path:
@@ -69,7 +71,11 @@ def layer_shapes(prefix: str, hidden: int, query: int, key_value: int, width: in
     """Shapes of the weights of a Llama layer; a part of size 0 has none, and no norm."""
     shapes: dict[str, Shape] = {}
     if query:
-        shapes |= {"input_layernorm": (hidden,), "self_attn.q_proj": (query, hidden), "self_attn.o_proj": (hidden, query)}
+        shapes |= {
+            "input_layernorm": (hidden,),
+            "self_attn.q_proj": (query, hidden),
+            "self_attn.o_proj": (hidden, query),
+        }
         shapes |= {f"self_attn.{name}_proj": (key_value, hidden) for name in "kv"}
     if width:
         shapes |= {"post_attention_layernorm": (hidden,), "mlp.down_proj": (hidden, width)}
@@ -78,7 +84,7 @@ def layer_shapes(prefix: str, hidden: int, query: int, key_value: int, width: in
 
 
 def shapes_in_mlx(folder: Path) -> dict[str, Shape]:
-    """As mlx-lm's `nemotron-nas` reads raw JSON: the head width is that of the hidden size, and the factor is rounded."""
+    """As mlx-lm reads raw JSON for `nemotron-nas`: heads fill the hidden size, and the factor is rounded."""
     config = json.loads((folder / "config.json").read_text())
     assert config["model_type"] == "nemotron-nas"
     assert len(config["block_configs"]) == config["num_hidden_layers"]

@@ -1,8 +1,8 @@
 """The config of a DeciLM (Nemotron-NAS) checkpoint for vLLM, SGLang and TensorRT-LLM.
 
-They run such checkpoints with code of their own, but read `block_configs[i].attention.no_op` from objects, and no config
-class of transformers makes objects of that part of a config.json. This file is standalone: the checkpoint has a copy of
-it, which `trust_remote_code=True` runs.
+They run such checkpoints with code of their own, but read `block_configs[i].attention.no_op` from objects, and no
+config class of transformers makes objects of that part of a config.json. This file is standalone: the checkpoint has a
+copy of it, which `trust_remote_code=True` runs.
 """
 
 from transformers import LlamaConfig
@@ -24,3 +24,5 @@ class DeciLMConfig(LlamaConfig):
     def __init__(self, block_configs: list[dict] | tuple = (), **fields: object) -> None:
         super().__init__(**fields)
         self.block_configs = [Block(block) for block in block_configs]
+        # Engines read it here, where transformers 5 has only `rope_parameters`.
+        self.rope_theta = fields.get("rope_theta", 10_000.0)
