@@ -383,7 +383,7 @@ def names_below(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
 
 
-@pytest.mark.parametrize("to", ["stock", "gguf"])
+@pytest.mark.parametrize("to", ["stock", "gguf", "decilm"])
 def test_only_what_was_written_here_is_replaced(to: str, folder: Path, model_folder: Path, tmp_path: Path) -> None:
     other = Path(shutil.copytree(model_folder, tmp_path / "other"))
     (tmp_path / "file.gguf").write_text("a thesis")
