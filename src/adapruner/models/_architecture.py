@@ -188,6 +188,11 @@ class Architecture(_Data):
         """Paths, in a layer, of the projections that read heads or channels."""
         return {names.output for names in (self.attention, self.feed_forward) if names}
 
+    def field_of(self, part: str) -> str:
+        """The config field that counts the contents of a part, `attention` or `mlp`."""
+        names = self.config_fields
+        return (names.key_value_heads or names.heads) if part == "attention" else names.channels
+
     @property
     def layer_fields(self) -> set[str | None]:
         """The config fields in which layers may differ."""
@@ -353,11 +358,11 @@ def stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 def stock_fields(config: PreTrainedConfig) -> dict[str, Any]:
     """The fields of a config without remote code; for a pruned model, with the layers of the dense model."""
-    fields, omitted = config.to_dict(), {"auto_map", "model_file", "architectures"}
+    fields = config.to_dict()
+    omitted = {"auto_map", "model_file", "architectures", "allow_global_per_layer_attribute_access"}
     layers = fields.pop("per_layer_config", None)
     if is_pruned(config):
         layers = fields.pop("stock_per_layer_config", None)
-        omitted.add("allow_global_per_layer_attribute_access")
     kept = {name: value for name, value in fields.items() if name not in omitted}
     return kept | ({"per_layer_config": layers} if layers else {})
 

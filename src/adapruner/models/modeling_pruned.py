@@ -125,6 +125,9 @@ class _PerLayer:
         """Saves as in transformers; the folder also gets this file, with a line that registers these classes, and the
         file for mlx-lm, if it is next to this one."""
         self.config.auto_map = dict(self.auto_map)
+        if not _loads_as_stock(self.config):
+            # The stock class then reads that size of the dense model.
+            self.config.__dict__["allow_global_per_layer_attribute_access"] = True
         for_mlx = Path(__file__).with_name(MLX_FILE_NAME)
         self.config.model_file = MLX_FILE_NAME if for_mlx.is_file() else None
         super().save_pretrained(save_directory, *arguments, **options)
@@ -253,17 +256,20 @@ def _validate_stock_rope(self: PreTrainedConfig) -> None:
 def _set_layers(self: PreTrainedConfig, layers: dict | None) -> None:
     """Sets the sizes of the layers. Parts that a layer lacks have a count of 0 in folders from before `skip`."""
     for index, fields in (layers or {}).items():
-        removed = {"attention" if "head" in name else "mlp" for name, count in fields.items() if _is_zero(count)}
-        if removed:
-            kept = {name: count for name, count in fields.items() if not _is_zero(count)}
-            layers = layers | {index: kept | {"skip": sorted(removed.union(fields.get("skip", ())))}}
+        zeros = [name for name, count in fields.items() if type(count) is int and count == 0]
+        if zeros:
+            removed = {"attention" if "head" in name else "mlp" for name in zeros}
+            layers = layers | {index: fields | dict.fromkeys(zeros, 1) | {"skip": sorted(removed)}}
     PreTrainedConfig.per_layer_config.fset(self, layers)
-    # Written with the other fields: a stock config class may then read sizes in which layers differ, and so loads.
-    self.__dict__["allow_global_per_layer_attribute_access"] = layers is not None
 
 
-def _is_zero(count: object) -> bool:
-    return type(count) is int and count == 0
+def _loads_as_stock(config: PreTrainedConfig) -> bool:
+    """True if the stock config class reads no size in which layers differ."""
+    try:
+        config.stock_class.from_dict(config.to_dict())
+    except RuntimeError:  # of transformers, for such a size
+        return False
+    return True
 
 
 def pruned_config_class(model_type: str) -> type[PreTrainedConfig]:

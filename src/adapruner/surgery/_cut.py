@@ -179,11 +179,11 @@ class _Cut:
     def layer_fields(self) -> dict[int, dict[str, Any]]:
         """The config fields of each layer."""
         architecture, config = self.structure.architecture, self.model.config
-        layers: dict[int, dict[str, Any]] = {}
+        layers, skipped = dict[int, dict[str, Any]](), list[tuple[int, str]]()
         for block, block_plan in zip(self.structure.blocks, self.plan.blocks, strict=True):
             fields = layers.setdefault(block.layer, {})
             if not block_plan.kept and block.kind in SKIPPED:
-                fields["skip"] = [*fields.get("skip", ()), SKIPPED[block.kind]]
+                skipped.append((block.layer, SKIPPED[block.kind]))
                 continue
             fields |= block.config_fields(len(block_plan.kept))
             numbered = architecture.config_fields.head_numbers
@@ -193,9 +193,12 @@ class _Cut:
                     fields[numbered] = [(before or range(block.groups))[group] for group in block_plan.kept]
         # Parts that were removed whole before have no block.
         for layer in range(self.structure.layers):
-            if before := removed_parts(config.per_layer_config[layer]):
-                fields = layers.setdefault(layer, {})
-                fields["skip"] = [*fields.get("skip", ()), *before]
+            skipped += [(layer, part) for part in removed_parts(config.per_layer_config[layer])]
+        for layer, part in skipped:
+            fields = layers.setdefault(layer, {})
+            # Stock classes that do not know `skip` refuse a size in which layers differ; without the count, they would
+            # initialise the missing weights at random.
+            fields |= {"skip": [*fields.get("skip", ()), part], architecture.field_of(part): 1}
         return layers
 
 
