@@ -40,7 +40,9 @@ Loads = Mapping[Layout, Cuts]
 _ALL = Cuts(whole=frozenset({"attention", "feed-forward", "layer"}), biases=True)
 # Families whose number of heads times their width may be less than the hidden size: vLLM's own classes read the width
 # from the config, as was tried with benchmarks/engines.py.
-_VLLM_READS_HEAD_WIDTH = ("gpt_oss", "llama", "mistral", "mixtral", "olmo3", "qwen3", "qwen3_moe", "smollm3")
+_VLLM_READS_HEAD_WIDTH = (
+    *("gpt_oss", "llama", "mistral", "mixtral", "olmo2", "olmo3", "phi3", "qwen3", "qwen3_moe", "smollm3"),
+)
 # The same in mlx-lm; and families for which it divides the hidden size by the heads if all layers are alike, where the
 # file for layers that differ does better.
 _MLX_READS_HEAD_WIDTH = (
