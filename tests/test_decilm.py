@@ -195,6 +195,11 @@ def test_every_width_is_read_as_it_is(hidden: int, multiple: int) -> None:
         ("llama", {"attention_bias": True}, "has no biases, this model has attention_bias"),
         ("llama", {"mlp_bias": True}, "has no biases, this model has mlp_bias"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "'dynamic'"),
+        (
+            "mistral",
+            {"hidden_size": 70, "num_attention_heads": 6, "sliding_window": None},
+            "the hidden size, 70, is no multiple of the 6 heads",
+        ),
         ("llama", {"intermediate_size": 700}, "layer 0 has 700 channels, in .* a multiple of 256: .* `round_to` 256"),
     ],
 )

@@ -55,7 +55,13 @@ def check_decilm(config: PreTrainedConfig) -> None:
             f"a DeciLM checkpoint has rotary embeddings of all of a head, of type {', '.join(_ROPE_TYPES)}; this model"
             f" has {rope}"
         )
-    _check_counts(layer_counts(config))
+    layers = layer_counts(config)
+    _check_counts(layers)
+    if config.hidden_size % layers[0][0]:
+        raise AdaPrunerError(
+            f"the hidden size, {config.hidden_size}, is no multiple of the {layers[0][0]} heads, which the config of a"
+            " DeciLM checkpoint refuses: prune with `head_share` 0"
+        )
 
 
 def _check_counts(layers: list[tuple[int, int, int]]) -> None:
