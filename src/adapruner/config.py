@@ -52,17 +52,7 @@ ServingEngine = Literal["vllm", "sglang", "llama.cpp", "mlx", "transformers", "a
 Searched = Literal["joint", "calibration", "metric"]
 Selection = Literal["loss", "kl"]
 Space = Literal["paper", "extended"]
-TargetFormat = Literal[
-    "auto",
-    "float32",
-    "bfloat16",
-    "float16",
-    "gguf:f32",
-    "gguf:f16",
-    "gguf:bf16",
-    "gguf:q8_0",
-    "gguf:q4_k_m",
-]
+TargetFormat = Literal[Dtype, "gguf:f32", "gguf:f16", "gguf:bf16", "gguf:q8_0", "gguf:q4_k_m"]
 TargetName = Literal["target_size", "target_memory", "target_speed"]
 Terms = Literal["all", "vector-wise"]
 Tracker = Literal["mlflow", "tensorboard", "trackio", "wandb"]
