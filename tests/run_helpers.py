@@ -20,7 +20,7 @@ import torch
 
 import adapruner
 from adapruner.cli import main
-from adapruner.evaluation import _breakage
+from adapruner.evaluation import _writing
 
 # Files that say how long something took, or show it.
 WITH_TIMES = ("result.json", "report.html", "recovery.json", "study.jsonl", "config.yaml")
@@ -48,8 +48,8 @@ QUICK: dict[str, Any] = RUN_OPTIONS | {
     "final_windows": 0,
 }
 
-# How far runs of tests continue the openings that breakage is looked for in: target, name and tokens in place of 64.
-CONTINUED = (_breakage, "_CONTINUED", 8)
+# How far models of tests continue the prompts that breakage is looked for in: target, name and tokens in place of 128.
+CONTINUED = (_writing, "_CONTINUED", 8)
 
 # Imported once, by the server that starts the processes of tests; what is not installed is left out.
 _PRELOADED = [

@@ -21,8 +21,8 @@ from packaging.version import Version
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from adapruner import AdaPrunerError, verbs
-from adapruner.calibration import _probes, probe_texts
+from adapruner import AdaPrunerError, calibration, verbs
+from adapruner.calibration import Question, _probes, probe_texts
 from adapruner.cli import app
 from adapruner.config import PruneConfig
 from adapruner.evaluation import (
@@ -30,16 +30,17 @@ from adapruner.evaluation import (
     Perplexity,
     _breakage,
     _losses,
-    agreement,
-    continue_greedily,
+    Writing,
+    _writing,
     count_macs,
     finite_windows,
     judge,
     may_overflow,
+    measure_breakage,
     measure_perplexity,
     measure_speed,
-    repetition,
     window_losses,
+    write,
 )
 from adapruner.memory import Placement, _placement
 from adapruner.models import find_model, is_streamed, load_model
@@ -68,54 +69,200 @@ def test_equals_the_loss_of_transformers(model: PreTrainedModel, monkeypatch: py
 
 @pytest.fixture
 def _continuations_are_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As those of users."""
-    monkeypatch.setattr(_breakage, "_CONTINUED", 64)
+    """Long enough to repeat themselves."""
+    monkeypatch.setattr(_writing, "_CONTINUED", 24)
+
+
+def ask(monkeypatch: pytest.MonkeyPatch, *prompts: str) -> None:
+    """Makes models continue these words instead of the built-in prompts."""
+    asked = {"openings": {prompt: [int(word[1:]) + 4 for word in prompt.split()] for prompt in prompts}}
+    for module in (_writing, _breakage):
+        monkeypatch.setattr(module, "prompts", lambda _: asked)
+
+
+def continued_alone(model: PreTrainedModel, tokens: list[int], count: int) -> list[int]:
+    """Greedy, without a cache, a batch or padding."""
+    written: list[int] = []
+    while len(written) < count and 2 not in written:
+        with torch.no_grad():
+            written.append(int(model(torch.tensor([tokens + written])).logits[0, -1].argmax()))
+    return written
 
 
 @pytest.mark.usefixtures("_continuations_are_long")
-def test_repetition_is_that_of_greedy_continuations(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    openings = ["w7 w8 w9", "w11 w12 w13 w14", "w20 w3 w4"]
-    shares, continued = [], []
-    for opening in openings:
-        tokens = tokenizer(opening).input_ids[:3]
-        for _ in range(64):
-            with torch.no_grad():
-                logits = model(torch.tensor([tokens])).logits[0, -1]
-            logits[2] = -math.inf  # a text that ends does not repeat itself
-            tokens.append(int(logits.argmax()))
-        pieces = [tuple(tokens[first : first + 4]) for first in range(3, len(tokens) - 3)]
-        shares.append(sum(piece in pieces[:place] for place, piece in enumerate(pieces)) / len(pieces))
-        continued.append(tokens)
-    assert 0 < statistics.fmean(shares) < 1
-    assert continue_greedily(model, tokenizer, openings).tolist() == continued
-    assert repetition(torch.tensor(continued)) == pytest.approx(statistics.fmean(shares))
+@pytest.mark.parametrize("family", ["llama", "bloom", "gemma3_text", "gpt2", "gpt_neox", "mistral", "opt", "qwen2"])
+def test_padded_prompts_are_continued_as_each_alone(
+    family: str,
+    make_model: Callable[..., PreTrainedModel],
+    tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, openings = make_model(family), ("w7 w8 w9", "w11", "w20 w3 w4 w50 w61 w2 w7 w30 w31 w70", "w5 w6")
+    ask(monkeypatch, *openings)
+    monkeypatch.setattr(_writing, "_PROMPTS_AT_ONCE", 3)
+    texts = _writing.texts_of(write(model, tokenizer)["openings, greedy"])
+    assert [" ".join(f"w{token - 4}" for token in text.prompt) for text in texts] == [*openings]
+    assert [text.continuation for text in texts] == [continued_alone(model, text.prompt, 24) for text in texts]
+
+
+@pytest.mark.usefixtures("_continuations_are_long")
+def test_text_is_written_without_the_settings_and_the_random_state_of_others(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask(monkeypatch, "w7 w8 w9", "w11")
+    state, expected = torch.get_rng_state(), write(model, tokenizer)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not torch.equal(*expected.values())
+    settings = {
+        "do_sample": True,
+        "temperature": 0.1,
+        "top_k": 1,
+        "num_beams": 3,
+        "repetition_penalty": 5.0,
+        "encoder_repetition_penalty": 5.0,
+        "suppress_tokens": [*range(3, 90)],
+        "sequence_bias": [[[7], 100.0]],
+        "forced_bos_token_id": 5,
+        "forced_eos_token_id": 5,
+        "guidance_scale": 3.0,
+        "max_time": 1e-9,
+        "max_length": 2,
+        "min_new_tokens": 3,
+        "stop_strings": ["w1"],
+        "return_dict_in_generate": True,
+        "prompt_lookup_num_tokens": 3,
+        "cache_implementation": "quantized",
+        "use_cache": False,
+        "no_repeat_ngram_size": 2,
+    }
+    model.generation_config = transformers.GenerationConfig(eos_token_id=2, **settings)
+    torch.manual_seed(5)
+    again = write(model, tokenizer)
+    assert model.generation_config.num_beams == 3
+    assert {way: tokens.tolist() for way, tokens in again.items()} == {
+        way: tokens.tolist() for way, tokens in expected.items()
+    }
+
+
+def test_samples_have_the_probabilities_at_the_temperature() -> None:
+    logits = torch.tensor([0.0, 1.0, -1.0, 2.0])
+    scores = _writing._Sampling()(None, logits.repeat(40_000, 1))
+    assert torch.equal(scores[:20_000], logits.repeat(20_000, 1))
+    shares = scores[20_000:].argmax(-1).bincount(minlength=4) / 20_000
+    torch.testing.assert_close(shares, (logits / 0.7).softmax(-1), atol=0.015, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_nothing_is_written_or_read_past_the_last_position(
+    family: str,
+    make_model: Callable[..., PreTrainedModel],
+    tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_writing, "_CONTINUED", 128)
+    model = make_model(family)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    for prompt, longest in (("w7 w8", 2), (" ".join(["w5 w6 w7"] * 20), 32)):
+        ask(monkeypatch, prompt)
+        [text] = _writing.texts_of(write(model, tokenizer)["openings, greedy"])
+        assert len(text.prompt) == longest
+        assert text.continuation == continued_alone(model, text.prompt, 64 - longest)
+    question = Question(" ".join(["w5"] * 80), ["w6", "w7"])
+    assert _breakage.share_answered(model, tokenizer, [question]) in (0, 1)
+
+
+def test_a_model_with_a_chat_template_is_asked(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert [*calibration.prompts(tokenizer)] == ["openings"]
+    chat = copy.deepcopy(tokenizer)
+    chat.chat_template = (
+        "{% for m in messages %}w7 {{ m.content }} w8{% endfor %}{% if add_generation_prompt %} w9{% endif %}"
+    )
+    openings, questions = calibration.prompts(chat).values()
+    assert (len(openings), len(questions)) == (16, 32)
+    assert all((tokens[0], *tokens[-2:]) == (11, 12, 13) for tokens in questions.values())
+    assert all(question[-1] in "?." for question in questions)
+
+
+def test_signs_of_writing_computed_by_hand(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask(monkeypatch, "w1", "w2", "w3")
+    rows = [
+        [5, 6, 5, 6, 5, 6, 5, 6],  # 5656 6565 5656 6565 5656: three of five were there before
+        [6, 5, 6, 5, 9, 2, -1, -1],  # 6565 5659 6592: the first one is in the first text too
+        [8, 2, -1, -1, -1, -1, -1, -1],  # no piece
+    ]
+    written = {"openings, greedy": torch.tensor([[prompt, *row] for prompt, row in zip((5, 6, 7), rows, strict=True)])}
+    signs = _breakage.judge_writing(tokenizer, written, [2], model)["openings, greedy"]
+    assert signs.repetition == pytest.approx((3 / 5 + 0) / 2)
+    assert signs.distinct == pytest.approx(4 / 8)
+    assert signs.ended == pytest.approx(2 / 3)
+    assert signs.texts == {"w1": "w1 w2 w1 w2 w1 w2 w1 w2", "w2": "w2 w1 w2 w1 w5", "w3": "w4"}
+    losses = []
+    for prompt, row in zip((5, 6, 7), rows, strict=True):
+        tokens = torch.tensor([[prompt, *(token for token in row if token >= 0)]])
+        with torch.no_grad():
+            losses += [float(model(tokens, labels=tokens).loss)] * (tokens.shape[1] - 1)
+    assert signs.loss_of_dense == pytest.approx(statistics.fmean(losses), rel=1e-5)
+    assert _breakage.judge_writing(tokenizer, written, [2], None)["openings, greedy"].loss_of_dense is None
 
 
 @pytest.mark.usefixtures("_continuations_are_long")
 def test_agreement_is_the_fraction_of_equal_next_tokens(
-    make_model: Callable[..., PreTrainedModel], model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+    make_model: Callable[..., PreTrainedModel],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Along the text of the one, whatever the other would have written before."""
-    continued = continue_greedily(model, tokenizer, ["w7 w8 w9", "w20 w3 w4"])
-    assert agreement(model, continued) == 1
-    model.generation_config.eos_token_id = [2, 50256]
-    assert agreement(model, continued) == 1
-    other = make_model("qwen2")
+    ask(monkeypatch, "w7 w8 w9", "w20 w3 w4 w5")
+    monkeypatch.setattr(_breakage, "questions", lambda: [Question("w1", ["w2", "w3"])])
+    written = write(model, tokenizer)
+    agreed = [
+        measure_breakage(other, tokenizer, {}, {}, written).agreement for other in (model, other := make_model("qwen2"))
+    ]
     equal = []
-    for tokens in continued.tolist():
-        for place in range(3, 67):
+    for prompt, continuation in _writing.texts_of(written["openings, greedy"]):
+        for place, token in enumerate(continuation):
             with torch.no_grad():
-                logits = other(torch.tensor([tokens[:place]])).logits[0, -1]
-            logits[2] = -math.inf
-            equal.append(int(logits.argmax()) == tokens[place])
-    assert agreement(other, continued) == statistics.fmean(equal)
+                logits = other(torch.tensor([[*prompt, *continuation[:place]]])).logits[0, -1]
+            equal.append(int(logits.argmax()) == token)
+    assert agreed == [1, statistics.fmean(equal)]
+
+
+def test_questions_are_answered_by_the_likelihood_of_each_choice(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    generator = torch.Generator().manual_seed(3)
+    draw = lambda count: " ".join(f"w{word}" for word in torch.randint(92, (count,), generator=generator).tolist())  # noqa: E731
+    asked = [Question(draw(3), [draw(1 + number % 3) for number in range(4)]) for _ in range(25)]
+    right = 0
+    for question, choices in asked:
+        likelihoods = []
+        for choice in choices:
+            before = tokenizer(f"Question: {question}\nAnswer:").input_ids
+            likelihoods.append(0.0)
+            for token in tokenizer(choice).input_ids:
+                with torch.no_grad():
+                    likelihoods[-1] += float(model(torch.tensor([before])).logits[0, -1].log_softmax(-1)[token])
+                before = [*before, token]
+        right += max(likelihoods) == likelihoods[0]
+    assert 0 < right < 25
+    assert _breakage.share_answered(model, tokenizer, asked) == right / 25
+    # A model that tells nothing apart knows nothing.
+    assert _breakage.share_answered(model, tokenizer, [Question("w1", ["w2", "w2"])]) == 0
+
+
+def test_built_in_questions_have_a_right_answer_and_others() -> None:
+    asked = calibration.questions()
+    assert len({question for question, _ in asked}) == 100
+    assert all(2 <= len(choices) == len(set(choices)) <= 4 for _, choices in asked)
 
 
 @pytest.mark.parametrize(
     ("agrees", "bits", "repeated", "expected"),
     [
-        (0.67, 1.279, 0.449, "usable"),
-        (0.66, 1.0, 0.2, "recover first"),
+        (0.49, 1.279, 0.449, "usable"),  # it learnt something else than the dense model knows
         (1.0, 1.281, 0.2, "recover first"),
         (1.0, 1.0, 0.451, "recover first"),
         (0.49, 1.799, 1.0, "recover first"),
@@ -137,7 +284,12 @@ def test_verdict_at_its_limits(
         return number.model_copy(update={"perplexity": 2.0 ** (bits or 1.0), "predicted_bytes": counted})
 
     def signs(repeated: float | None, agrees: float | None, *bits: float | None) -> Breakage:
-        return Breakage(repetition=repeated, agreement=agrees, texts=dict(zip("ab", map(text, bits), strict=True)))
+        writing = Writing(repetition=repeated or 0.0, distinct=1.0, ended=0.0, loss_of_dense=1.0, texts={})
+        texts = dict(zip(("arithmetic", "code"), map(text, bits), strict=True))
+        # Kinds on which no limit was drawn count for nothing.
+        texts["prose"] = text(64.0 * (bits[0] or 1.0) ** 3)
+        ways = {} if repeated is None else {"openings, greedy": writing}
+        return Breakage(writing=ways, agreement=agrees, texts=texts)
 
     # The mean of both kinds counts: twice the bits of the dense model for one, half of them for the other.
     dense = signs(0.2, 1.0, 1.0, 8.0)
@@ -148,13 +300,22 @@ def test_verdict_at_its_limits(
 def test_built_in_texts_are_the_same_everywhere(tokenizer: PreTrainedTokenizerFast) -> None:
     """They need no dataset, and nothing of the Python that runs."""
     texts = probe_texts(tokenizer, 32)
-    assert {name: (*text.windows.shape,) for name, text in texts.items()} == {"arithmetic": (24, 32), "code": (24, 32)}
+    assert {name: (*text.windows.shape,) for name, text in texts.items()} == {
+        "arithmetic": (24, 32),
+        "code": (24, 32),
+        "prose": (24, 32),
+        "dialogue": (24, 32),
+        "instructions": (24, 32),
+    }
     assert all(text.predicted_bytes for text in texts.values())
     assert {
         name: hashlib.sha256(text.encode()).hexdigest()[:12] for name, text in _probes.built_in_texts().items()
     } == {
         "arithmetic": "f6965518880b",
         "code": "55cec43a2237",
+        "prose": "78f19e7c2a51",
+        "dialogue": "e85fe13dcbb7",
+        "instructions": "ad0c0fa02812",
     }
     lines = re.findall(r"(\d+) ([+x]) (\d+) = (\d+)", _probes.built_in_texts()["arithmetic"])
     assert len(lines) > 400

@@ -21,7 +21,7 @@ from adapruner import AdaPrunerError, PruneConfig, verbs
 from adapruner.card import _what_was_removed, model_card
 from adapruner.checkpoint import save_checkpoint
 from adapruner.cli import with_options
-from adapruner.evaluation import Breakage
+from adapruner.evaluation import Breakage, Writing
 from adapruner.models import find_model
 from adapruner.planning import PruningPlan
 from adapruner.recovery import RecoveryRecord
@@ -82,7 +82,10 @@ def test_the_run_folder_holds_what_the_design_says(finished: adapruner.PruneResu
     folders = {"keys", "moments", "compensated", "model", "evaluation"}
     assert {path.name for path in finished.output.iterdir()} - {".lock"} == {*files.split()} | folders
     perplexities = {f"perplexity-{role}.json" for role in ("dense", "best_fixed", "searched")}
-    breakage = {f"breakage-{role}.json" for role in ("dense", "searched")} | {"continuations.safetensors"}
+    breakage = {f"breakage-{role}.json" for role in ("dense", "searched")} | {
+        *(f"written-{role}.safetensors" for role in ("dense", "searched")),
+        "writing.json",
+    }
     assert {path.name for path in (finished.output / "evaluation").iterdir()} == perplexities | breakage | {
         "texts.safetensors"
     }
@@ -356,7 +359,9 @@ def test_advice_names_what_should_not_go_unseen(
     def broken(repetition: float, bits: float) -> str:
         def of(role: Any, repetition: float, bits: float) -> ModelNumbers:
             text = known.model_copy(update={"perplexity": 2**bits, "predicted_bytes": known.predicted_tokens})
-            return ModelNumbers(role=role, parameters=1, breakage=Breakage(repetition=repetition, texts={"code": text}))
+            writing = Writing(repetition=repetition, distinct=1.0, ended=0.0, loss_of_dense=1.0, texts={})
+            breakage = Breakage(writing={"openings, greedy": writing}, texts={"code": text})
+            return ModelNumbers(role=role, parameters=1, breakage=breakage)
 
         models = (of("dense", 0.2, 1.0), of("searched", repetition, bits))
         result = finished.result.model_copy(update={"models": models})

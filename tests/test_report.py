@@ -102,6 +102,10 @@ class Page:
         """The rows below the head, by their first cell."""
         return {row[0].strip(): [" ".join(cell.split()) for cell in row[1:]] for row in self.tables[table][1:]}
 
+    def cells(self, table: str) -> list[list[str]]:
+        """All rows, with single spaces."""
+        return [[" ".join(cell.split()) for cell in row] for row in self.tables[table]]
+
     def drawn(self, identifier: str, kind: str) -> list[dict[str, float]]:
         """The percentages of every shape of a class in an element."""
         shapes = self.root.iterfind(f".//*[@id='{identifier}']//*[@class='{kind}']")
@@ -195,9 +199,8 @@ def test_terminal_page_and_card_show_the_same_cells(finished: adapruner.PruneRes
     console.print(*finished.tables(), sep="\n")
     printed, card = console.export_text(), (finished.model_folder / "README.md").read_text()
     lines = [[cell.strip() for cell in line.strip("│").split("│")] for line in printed.splitlines() if "│" in line]
-    on_page = {name: page.rows(name) for name in ("model-table", "breakage-table")}
-    assert lines == [[name, *cells] for rows in on_page.values() for name, cells in rows.items()]
-    for before, after in zip(*(list(on_page["model-table"].values())[place][1:] for place in (0, -1)), strict=True):
+    assert lines == [row for name in ("model-table", "breakage-table") for row in page.cells(name)[1:]]
+    for before, after in zip(*(page.cells("model-table")[place][2:] for place in (1, -1)), strict=True):
         assert f"| {before} | {after} |" in card
 
 
@@ -209,21 +212,35 @@ def test_rows_that_differ_in_their_names_alone_are_merged() -> None:
 
 
 def test_signs_of_breakage_are_those_of_the_result(finished: adapruner.PruneResult, page: Page) -> None:
-    models = content_of(finished, "result.json")["models"]
-    shown = {"dense": "dense", "searched": "pruned"}
-    expected = {
-        shown[model["role"]]: [
-            *(f"{model['breakage'][sign]:.2f}" for sign in ("agreement", "repetition")),
-            *(f"{text['bits_per_byte']:.4f}" for text in model["breakage"]["texts"].values()),
-            model["verdict"] or "",
-        ]
-        for model in models
-        if model["breakage"]
-    }
-    assert list(expected) == ["dense", "pruned"]
-    assert f"Verdict: {expected['pruned'][-1]}. It agrees with" in page.text
-    assert expected["pruned"][-1] in get_args(Verdict)
-    assert page.rows("breakage-table") == expected
+    models = [model for model in content_of(finished, "result.json")["models"] if model["breakage"]]
+    assert [model["role"] for model in models] == ["dense", "searched"]
+    signs = [model["breakage"] for model in models]
+    expected = [["agreement", "openings, greedy", *(f"{sign['agreement']:.2f}" for sign in signs)]]
+    metrics = ("repetition", "distinct", "ended", "loss_of_dense")
+    for way in ("openings, greedy", "openings, sampled"):
+        for metric, shown in zip(metrics, ("repetition", "distinct pieces", "ended", "loss of dense"), strict=True):
+            expected.append([shown, way, *(f"{sign['writing'][way][metric]:.2f}" for sign in signs)])
+    for text in ("arithmetic", "code", "prose", "dialogue", "instructions"):
+        expected.append(["bits per byte", text, *(f"{sign['texts'][text]['bits_per_byte']:.4f}" for sign in signs)])
+    expected.append(["answered", "questions with choices", *(f"{sign['answered']:.2f}" for sign in signs)])
+    verdict = models[-1]["verdict"]
+    expected.append(["verdict", "", "", verdict])
+    assert page.cells("breakage-table") == [["sign", "text", "dense", "pruned"], *expected]
+    assert f"Verdict: {verdict}. It agrees with" in page.text
+    assert verdict in get_args(Verdict)
+
+
+def test_texts_of_the_models_are_shown_side_by_side(finished: adapruner.PruneResult, page: Page) -> None:
+    models = [model["breakage"] for model in content_of(finished, "result.json")["models"] if model["breakage"]]
+    written = [model["writing"]["openings, greedy"]["texts"] for model in models]
+    assert all(len(texts) == 16 for texts in written)
+    header, *rows = page.cells("text-table")
+    assert header == ["prompt", "dense", "pruned"]
+    assert len(rows) == 5
+    assert rows == [
+        [" ".join(opening.split()), *(" ".join(texts[opening].split()) for texts in written)]
+        for opening in [*written[0]][:5]
+    ]
 
 
 def test_the_first_screen_is_of_the_result(finished: adapruner.PruneResult, page: Page) -> None:

@@ -7,14 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from adapruner.evaluation import (
-    AGREEMENT_PROTOCOL,
-    REPETITION_PROTOCOL,
-    Breakage,
-    Perplexity,
-    TaskScore,
-    mean_accuracies,
-)
+from adapruner.evaluation import PROTOCOLS_OF_SIGNS, Breakage, Perplexity, TaskScore, mean_accuracies
 from adapruner.tables import BARS, Cell, Cells, Column, Table, whiskers
 
 Kind = Literal["size", "text", "sign", "task", "mean"]
@@ -84,12 +77,22 @@ def _on_text(text: str, measured: Perplexity) -> Iterator[Number]:
 
 def _signs(breakage: Breakage) -> Iterator[Number]:
     if breakage.agreement is not None:
-        yield Number("sign", "agreement", "openings", breakage.agreement, 2, None, AGREEMENT_PROTOCOL)
-    if breakage.repetition is not None:
-        yield Number("sign", "repetition", "openings", breakage.repetition, 2, None, REPETITION_PROTOCOL)
+        yield _sign("agreement", "openings, greedy", breakage.agreement)
+    for way, writing in breakage.writing.items():
+        yield _sign("repetition", way, writing.repetition)
+        yield _sign("distinct pieces", way, writing.distinct)
+        yield _sign("ended", way, writing.ended)
+        if writing.loss_of_dense is not None:
+            yield _sign("loss of dense", way, writing.loss_of_dense)
     for text, measured in breakage.texts.items():
         if measured.bits_per_byte is not None:
             yield Number("sign", "bits per byte", text, measured.bits_per_byte, 4, None, measured.protocol)
+    if breakage.answered is not None:
+        yield _sign("answered", "questions with choices", breakage.answered)
+
+
+def _sign(metric: str, dataset: str, value: float) -> Number:
+    return Number("sign", metric, dataset, value, 2, None, PROTOCOLS_OF_SIGNS[metric])
 
 
 def _scores(tasks: Mapping[str, TaskScore]) -> Iterator[Number]:
@@ -138,22 +141,17 @@ def model_table(title: str, models: Mapping[str, Numbers]) -> Table:
 def breakage_table(models: Mapping[str, Numbers], verdicts: Mapping[str, str]) -> Table:
     """Signs of breakage and verdicts of the models whose signs are known."""
     shown = _of_kind(models, "sign")
-    titles = {"agreement": "agreement\nwith dense", "repetition": "repetition"}
-    columns = [
-        Column("model", is_number=False),
-        *(Column(titles.get(number.metric, f"{number.metric}\n{number.dataset}")) for number in shown.values()),
-        Column("verdict", is_number=False, no_wrap=True),
-    ]
+    signs = {name: numbers for name, numbers in models.items() if shown.keys() & numbers.keys()}
+    columns = [Column("sign", is_number=False), Column("text", is_number=False), *map(Column, signs)]
     rows: list[Cells] = [
-        [name, *(_cell(numbers, key) for key in shown), verdicts.get(name, "")]
-        for name, numbers in models.items()
-        if shown.keys() & numbers.keys()
+        [number.metric, number.dataset, *(_cell(numbers, key) for numbers in signs.values())]
+        for key, number in shown.items()
     ]
-    caption = (
-        f"Agreement: {AGREEMENT_PROTOCOL}. Repetition: {REPETITION_PROTOCOL}, mean over built-in openings. Arithmetic:"
-        " tables of sums and products. Code: Python."
-    )
-    return Table("breakage-table", "Signs of breakage", columns, rows, [caption])
+    if verdicts:
+        rows.append(["verdict", "", *(verdicts.get(name, "") for name in signs)])
+    protocols = {number.metric: f"{number.metric}: {number.protocol}" for number in shown.values()}
+    caption = [f"{line[0].upper()}{line[1:]}." for metric, line in protocols.items() if metric in PROTOCOLS_OF_SIGNS]
+    return Table("breakage-table", "Signs of breakage", columns, rows, [" ".join(caption)] if caption else [])
 
 
 def task_table(models: Mapping[str, Numbers]) -> Table:

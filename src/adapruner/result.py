@@ -122,7 +122,7 @@ class RunResult(_Content):
         target: the target that replaced the ratio, and how well it was met.
     """
 
-    schema_version: Literal[4] = 4
+    schema_version: Literal[5] = 5
     config: PruneConfig
     plan_hash: str
     search: SearchResult

@@ -12,7 +12,13 @@ from adapruner.calibration._pool import (
     text_windows as text_windows,
     upper_case_windows as upper_case_windows,
 )
-from adapruner.calibration._probes import OPENINGS as OPENINGS, probe_texts as probe_texts
+from adapruner.calibration._probes import (
+    PROBED_TOKENS as PROBED_TOKENS,
+    Question as Question,
+    probe_texts as probe_texts,
+    prompts as prompts,
+    questions as questions,
+)
 from adapruner.calibration._reading import (
     WINDOWS as WINDOWS,
     content_hash as content_hash,

@@ -1,8 +1,10 @@
-"""Built-in text that needs no dataset: openings for models to continue, and text that is not prose."""
+"""Built-in text that needs no dataset: openings and questions for models, and text of several kinds."""
 
 from __future__ import annotations
 
+import json
 from importlib import resources
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -27,12 +29,43 @@ OPENINGS = (
     "Here is a list of things to pack for a journey:\n1.",
     "def mean(numbers):\n    ",
 )
+# Tokens per window of the built-in texts, of which there is little.
+PROBED_TOKENS = 128
 _WINDOWS = 24
 
 
+class Question(NamedTuple):
+    """A question and the answers to choose from; the first one is right."""
+
+    question: str
+    choices: list[str]
+
+
+def prompts(tokenizer: Tokenizer) -> dict[str, dict[str, list[int]]]:
+    """The tokens of prompts by their text: `openings` to continue and, if the tokenizer has a chat template,
+    `questions` in the form in which the model is asked."""
+    tokens = {"openings": {opening: list(tokenizer(opening).input_ids) for opening in OPENINGS}}
+    if tokenizer.chat_template:
+        tokens["questions"] = {
+            question: list(tokenizer(_as_chat(tokenizer, question), add_special_tokens=False).input_ids)
+            for question in _read("questions_to_answer.txt").splitlines()
+        }
+    return tokens
+
+
+def _as_chat(tokenizer: Tokenizer, question: str) -> str:
+    chat = [{"role": "user", "content": question}]
+    return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+
+
+def questions() -> list[Question]:
+    """Simple questions of general knowledge with two to four choices."""
+    return [Question(**json.loads(line)) for line in _read("questions_to_choose.jsonl").splitlines()]
+
+
 def probe_texts(tokenizer: Tokenizer, seq_len: int) -> dict[str, EvaluationText]:
-    """Text that every model has seen much of, and that breaks before prose does: sums and products (`arithmetic`), and
-    Python (`code`), parts of this package as they once were.
+    """Texts that every model has seen the like of: sums and products (`arithmetic`), Python (`code`, parts of this
+    package as they once were), a story (`prose`), conversations (`dialogue`), and tasks with answers (`instructions`).
 
     Args:
         seq_len: tokens per window.
@@ -48,5 +81,9 @@ def built_in_texts() -> dict[str, str]:
         lines += [f"{first} + {second} = {first + second}" for second in range(1, 13)]
         lines += [f"{first} x {second} = {first * second}" for second in range(1, 13)]
         lines.append("")
-    code = (resources.files("adapruner.calibration") / "probe_code.txt").read_text(encoding="utf-8")
-    return {"arithmetic": "\n".join(lines), "code": code}
+    written = ("code", "prose", "dialogue", "instructions")
+    return {"arithmetic": "\n".join(lines), **{name: _read(f"probe_{name}.txt") for name in written}}
+
+
+def _read(name: str) -> str:
+    return (resources.files("adapruner.calibration") / name).read_text(encoding="utf-8")

@@ -72,14 +72,15 @@ def evaluate(
     dtype: Dtype = "auto",
     device: Device = "auto",
     layer_wise: bool | None = None,
+    against: str | None = None,
     json: Json = False,
 ) -> None:
-    """Perplexity of a model, dense or pruned, and its scores in tasks of lm-eval.
+    """Perplexity of a model, dense or pruned, its scores in tasks of lm-eval, and the verdict on a pruned model.
 
     Args:
         evaluate: Dataset to report perplexity on; may be repeated.
         protocol: Perplexity as others report it. llm-pruner: WikiText2 test and PTB validation, 128 tokens; the default
-            if no dataset and no task is named. 2048: WikiText2 test, 2048 tokens.
+            if no dataset, task or dense model is named. 2048: WikiText2 test, 2048 tokens.
         seq_len: Tokens per window of these datasets.
         stride: Tokens between the beginnings of these windows; by default they do not overlap.
         bos: Begin each of these windows with the token for the beginning of a text, if the tokenizer has one.
@@ -87,14 +88,16 @@ def evaluate(
             generative is GSM8K and IFEval.
         limit: Maximum number of windows of each dataset and of items of each task, evenly spaced.
         layer_wise: Keep one decoder layer in memory at a time; by default if the model does not fit.
+        against: The dense model, to compare with what both write; gives signs of breakage and the verdict.
     """
     with starting():
         from adapruner.verbs import evaluate as run
 
-    result = run(model, evaluate, protocol, seq_len, stride, bos, tasks, limit, dtype, device, layer_wise=layer_wise)
+    text = (evaluate, protocol, seq_len, stride, bos, tasks, limit)
+    result = run(model, *text, dtype, device, layer_wise=layer_wise, against=against)
     print_advice(result.overlaps)
     content = {"model": model, **to_jsonable_python(result), "task_means": result.mean_accuracies}
-    print_output(content, json, _tables_of_evaluation(result, model))
+    print_output(content, json, _tables_of_evaluation(result, model, against or ""))
 
 
 def benchmark(
@@ -197,11 +200,14 @@ def vocabulary(
     )
 
 
-def _tables_of_evaluation(result: Evaluation, model: str) -> Iterator[Table]:
-    from adapruner.numbers import measured_table, numbers_of, task_table
+def _tables_of_evaluation(result: Evaluation, model: str, dense: str) -> Iterator[Table]:
+    from adapruner.numbers import breakage_table, measured_table, numbers_of, task_table
 
     for perplexity in result.perplexity:
         yield measured_table({model: numbers_of({perplexity.text: perplexity})}, "text")
+    if result.verdict:
+        signs = {dense: numbers_of({}, result.dense), model: numbers_of({}, result.breakage)}
+        yield breakage_table(signs, {model: result.verdict})
     if result.tasks:
         yield task_table({model: numbers_of({}, tasks={score.task: score for score in result.tasks})})
 

@@ -1,12 +1,11 @@
 """Quality and speed of a model: perplexity, tasks of lm-eval, tokens per second, each with its protocol."""
 
 from adapruner.evaluation._breakage import (
-    AGREEMENT_PROTOCOL as AGREEMENT_PROTOCOL,
-    REPETITION_PROTOCOL as REPETITION_PROTOCOL,
+    PROTOCOLS_OF_SIGNS as PROTOCOLS_OF_SIGNS,
     Breakage as Breakage,
-    agreement as agreement,
-    continue_greedily as continue_greedily,
-    repetition as repetition,
+    Writing as Writing,
+    judge_writing as judge_writing,
+    measure_breakage as measure_breakage,
 )
 from adapruner.evaluation._losses import (
     Prefix as Prefix,
@@ -42,3 +41,4 @@ from adapruner.evaluation._tasks import (
     measure_tasks as measure_tasks,
 )
 from adapruner.evaluation._verdict import Verdict as Verdict, judge as judge
+from adapruner.evaluation._writing import Written as Written, end_tokens as end_tokens, write as write

@@ -84,6 +84,7 @@ def render_report(run: RunFolder, config: PruneConfig, refresh: int | None = Non
         advice=advice,
         next_commands=next_commands(contents) if result else {},
         model_tables=tables_of("Numbers of every model", contents.models, names),
+        texts=_tables.texts({names[model.role]: model for model in contents.models}),
         whole_layers=_whole_layers(plan) if plan else "",
         loss_name=loss_name,
         trials=_charts.trials(contents.history, best_trial, loss_name),

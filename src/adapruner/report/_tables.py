@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -15,6 +15,8 @@ from adapruner.result import ModelNumbers, Role
 from adapruner.search import KeptPart, Levelled, MovedChannels, SearchResult
 from adapruner.tables import BARS, Cell, Cells, Column, Table, whiskers
 
+# Prompts whose continuations are shown.
+_SHOWN_TEXTS = 5
 _STEPS = {
     "fixed metric": "same metric, compensated",
     "starting point": "best starting point",
@@ -47,7 +49,7 @@ def _losses(dense: Numbers, final: Numbers, tasks: Sequence[str], have_same_toke
         elif after.kind == "mean":
             about = f"{len(tasks)} tasks" if len(tasks) > 1 else tasks[0]
             label = f"mean {label}" if len(tasks) > 1 else label
-        elif after.kind == "sign" and after.metric == "repetition":
+        elif (after.metric, after.dataset) == ("repetition", "openings, greedy"):
             about = "of greedy text"
         elif after.kind != "text":
             continue
@@ -128,6 +130,24 @@ def ladder(contents: Contents, search: SearchResult, loss_name: str) -> Table:
             ]
         )
     return Table("ladder-table", "What each step is worth", columns, rows)
+
+
+def texts(models: Mapping[str, ModelNumbers]) -> Table:
+    """What the models wrote greedily after the first few prompts, side by side: their answers to questions if they were
+    asked, otherwise continuations of openings.
+
+    Args:
+        models: by the name that is shown.
+    """
+    writing = {name: model.breakage.writing for name, model in models.items() if model.breakage}
+    way = next(
+        (way for way in ("questions, greedy", "openings, greedy") if all(way in w for w in writing.values())), ""
+    )
+    written = {name: by_way[way].texts for name, by_way in writing.items()} if way else {}
+    shown = [*dict.fromkeys(prompt for texts in written.values() for prompt in texts)][:_SHOWN_TEXTS]
+    columns = [Column(title, is_number=False, style="written") for title in ("prompt", *written)]
+    rows = [[prompt, *(texts.get(prompt, "") for texts in written.values())] for prompt in shown]
+    return Table("text-table", "What the models write", columns, rows)
 
 
 class _Rung(NamedTuple):

@@ -1,4 +1,4 @@
-"""Perplexity and task scores of one model."""
+"""Perplexity and task scores of one model, and what it writes compared with the dense model."""
 
 from __future__ import annotations
 
@@ -9,18 +9,32 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
-from adapruner.calibration import EvaluationText, Source, evaluation_text, parse_source
+from adapruner.calibration import (
+    PROBED_TOKENS,
+    EvaluationText,
+    Source,
+    evaluation_text,
+    parse_source,
+    probe_texts,
+)
 from adapruner.checkpoint import read_origin
 from adapruner.config import Dtype
 from adapruner.errors import AdaPrunerError
 from adapruner.evaluation import (
     PROTOCOLS,
+    Breakage,
     Perplexity,
     TaskScore,
+    Verdict,
+    end_tokens,
+    judge,
+    judge_writing,
     load_tasks,
     mean_accuracies,
+    measure_breakage,
     measure_perplexity,
     measure_tasks,
+    write,
 )
 from adapruner.memory import Placement, place_weights
 from adapruner.models import (
@@ -30,6 +44,7 @@ from adapruner.models import (
     check_tokens,
     empty_model,
     family_named,
+    in_fastest_dtype,
     is_streamable,
     resolve_devices,
     usable_devices,
@@ -46,11 +61,16 @@ class Evaluation:
 
     Attributes:
         overlaps: a sentence for each evaluated dataset on which the model was also pruned or trained.
+        dense, breakage: signs of breakage of the model to compare with, and of the model; None without `against`.
+        verdict: on these signs.
     """
 
     perplexity: list[Perplexity]
     tasks: list[TaskScore]
     overlaps: list[str] = field(default_factory=list)
+    dense: Breakage | None = None
+    breakage: Breakage | None = None
+    verdict: Verdict | None = None
 
     @property
     def mean_accuracies(self) -> dict[str, float]:
@@ -71,8 +91,10 @@ def evaluate(
     device: str = "auto",
     tokenizer: Tokenizer | None = None,
     layer_wise: bool | None = None,
+    against: ModelGiven | None = None,
 ) -> Evaluation:
-    """Perplexity on texts and scores in tasks of any model, each with its protocol.
+    """Perplexity on texts and scores in tasks of any model, each with its protocol; with a dense model, signs of
+    breakage and the verdict.
 
     Args:
         model: as for `load`; or a model in memory, which is evaluated on its device and not changed.
@@ -88,13 +110,15 @@ def evaluate(
         device: `auto` uses as many GPUs as the weights need.
         layer_wise: keep one decoder layer in memory at a time; by default if the weights do not fit. Perplexity then
             reads the weights a few times, tasks once for every batch.
+        against: the dense model, as for `model`. Both models write text, layer by layer neither does. What compares
+            tokens is not measured if the two have different ones.
 
     Raises:
         AdaPrunerError: an option, the model, a text or a task is invalid; before the weights are loaded.
     """
     perplexity = [perplexity] if isinstance(perplexity, str) else perplexity
     tasks = [tasks] if isinstance(tasks, str) else list(tasks)
-    if protocol is None and not perplexity and not tasks:
+    if protocol is None and not perplexity and not tasks and against is None:
         protocol = "llm-pruner"
     if seq_len < 2:
         raise AdaPrunerError(f"`seq_len` {seq_len} is too short: windows need at least 2 tokens")
@@ -107,6 +131,7 @@ def evaluate(
     names, protocol_seq_len = PROTOCOLS[protocol] if protocol else ((), seq_len)
     published, given = _named_texts(names), _named_texts(perplexity)
     source = ModelSource.of(model, dtype, device)
+    dense = None if against is None else ModelSource.of(against, dtype, device)
     placement = _placement(source, dtype, device, layer_wise)
     config, tokenizer = source.config, source.tokenizer(tokenizer)
     texts = [(name, evaluation_text(text, tokenizer, protocol_seq_len, limit, bos=False)) for name, text in published]
@@ -119,7 +144,7 @@ def evaluate(
     reporter = Reporter()
     warnings = [check_length(config, text.windows.shape[1]) for _, text in texts]
     reporter.note("\n".join(filter(None, dict.fromkeys(warnings))))
-    scores = []
+    scores, signs = [], ()
     with contextlib.ExitStack() as using:
         with reporter.stage("loading"):
             loaded = using.enter_context(source.loaded(dtype, placement.device, placement.layer_wise))
@@ -127,7 +152,31 @@ def evaluate(
         if to_run:
             with reporter.stage("running tasks", len(to_run)) as advance:
                 scores = measure_tasks(loaded, tokenizer, to_run, advance)
-    return Evaluation(perplexities, scores, known_uses)
+        if dense:
+            of_dense = dense.tokenizer(None) if dense.location else tokenizer
+            with reporter.stage("loading"):
+                dense_loaded = using.enter_context(dense.loaded(dtype, placement.device, placement.layer_wise))
+            with reporter.stage("looking for breakage"):
+                signs = _compare((dense_loaded, of_dense), (loaded, tokenizer), placement.layer_wise)
+    return Evaluation(perplexities, scores, known_uses, *signs)
+
+
+def _compare(
+    dense: tuple[PreTrainedModel, Tokenizer], pruned: tuple[PreTrainedModel, Tokenizer], layer_wise: bool
+) -> tuple[Breakage, Breakage, Verdict]:
+    """Signs of breakage of two models with their tokenizers, and the verdict on the second."""
+    models = [(in_fastest_dtype(model), tokenizer) for model, tokenizer in (dense, pruned)]
+    written = [{} if layer_wise else write(*model) for model in models]
+    (reader, vocabulary), (_, tokenizer) = models
+    has_same_tokens = tokenizer.get_vocab() == vocabulary.get_vocab()
+    signs = []
+    for (model, own), texts in zip(models, written, strict=True):
+        seq_len = min(PROBED_TOKENS, getattr(model.config, "max_position_embeddings", None) or PROBED_TOKENS)
+        is_read = model is reader or has_same_tokens
+        writing = judge_writing(own, texts, end_tokens(model, own), reader if is_read else None)
+        by_dense = None if model is reader else written[0] if has_same_tokens else {}
+        signs.append(measure_breakage(model, own, probe_texts(own, seq_len), writing, by_dense))
+    return signs[0], signs[1], judge(*signs)
 
 
 def _placement(source: ModelSource, dtype: Dtype, device: str, layer_wise: bool | None) -> Placement:

@@ -9,18 +9,21 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
-from adapruner.calibration import OPENINGS, EvaluationText, probe_texts
+from adapruner.calibration import PROBED_TOKENS, EvaluationText, probe_texts
 from adapruner.evaluation import (
     Breakage,
     Perplexity,
     Tasks,
     TaskScore,
-    agreement,
-    continue_greedily,
+    Writing,
+    Written,
+    end_tokens,
+    judge_writing,
     load_tasks,
+    measure_breakage,
     measure_perplexity,
     measure_tasks,
-    repetition,
+    write,
 )
 from adapruner.graph import Kept
 from adapruner.measurement import Statistics
@@ -31,7 +34,7 @@ from adapruner.progress import Reporter
 from adapruner.result import Role
 from adapruner.run.nodes.chosen import AtRatio
 from adapruner.run.nodes.declared import GRAPH
-from adapruner.run.nodes.forms import TENSORS, Windows, json_form
+from adapruner.run.nodes.forms import TENSORS, json_form
 from adapruner.run.nodes.inputs import Precision
 from adapruner.run.nodes.models import scales_were_tuned
 from adapruner.search import SearchResult, plan_candidate
@@ -39,9 +42,6 @@ from adapruner.structure import Structure
 from adapruner.surgery import prune_model
 from adapruner.texts import Texts
 from adapruner.tokens import Vocabulary
-
-# Tokens per window of the built-in texts, of which there is little.
-_PROBED_TOKENS = 128
 
 # The models that are evaluated: by role, the node of the model; the dense one has all tokens.
 _MODELS: dict[Role, str] = {
@@ -131,39 +131,71 @@ def texts_of_dense(
     return report_texts if report_texts_dense is None else report_texts_dense
 
 
-# What the dense model would write
+# What the models write
 
 
-@GRAPH.kept("evaluation/continuations.safetensors", TENSORS, version=2)
-def continuations(
-    dense_fast: PreTrainedModel, tokenizer: Tokenizer, placement: Placement, reporter: Reporter
-) -> Windows:
-    """The dense model's continuations of the built-in openings, [openings, tokens], int64, in the tokens that are kept;
-    none layer by layer, where every generated token would read all weights."""
+def _is_wanted(role: Role) -> Callable[..., bool]:
+    """For the options of a run, true if it has the model of a role."""
+    if role == "compensated":
+        return lambda tune_scales, compensation, layer_wise: tunes_scales_by_default(
+            tune_scales, compensation, layer_wise
+        )
+    return (lambda recover: recover is not None) if role == "recovered" else lambda: True
+
+
+def written_text(model: PreTrainedModel, tokenizer: Tokenizer, placement: Placement, reporter: Reporter) -> Written:
+    """What a model writes after the built-in prompts, in the tokens that are kept; nothing layer by layer, where every
+    generated token would read all weights."""
     if placement.layer_wise:
         return {}
     with reporter.stage("looking for breakage"):
-        return {"dense": continue_greedily(dense_fast, tokenizer, OPENINGS)}
+        return write(model, tokenizer)
+
+
+for _role, _model in (_FAST_MODELS | {"dense": "dense_fast"}).items():
+    GRAPH.kept(
+        f"evaluation/written-{_role}.safetensors",
+        TENSORS,
+        name=f"written_{_role}",
+        needs={"model": _model},
+        is_wanted=_is_wanted(_role),
+    )(written_text)
+
+
+@GRAPH.kept("evaluation/writing.json", json_form(dict[Role, dict[str, Writing]]))
+def writing(
+    dense_fast: PreTrainedModel,
+    tokenizer: Tokenizer,
+    written_dense: Written,
+    written_searched: Written,
+    written_recovered: Written | None,
+    reporter: Reporter,
+) -> dict[Role, dict[str, Writing]]:
+    """Signs of what each model wrote, by role and way of writing; the dense model reads it."""
+    roles: tuple[Role, ...] = ("dense", "searched", "recovered")
+    all_written = (written_dense, written_searched, written_recovered or {})
+    ends = end_tokens(dense_fast, tokenizer)
+    with reporter.stage("looking for breakage"):
+        return {
+            role: judge_writing(tokenizer, written, ends, dense_fast)
+            for role, written in zip(roles, all_written, strict=True)
+        }
 
 
 def measured_breakage(
-    role: Role, model: PreTrainedModel, tokenizer: Tokenizer, continuations: Windows, seq_len: int, reporter: Reporter
+    role: Role,
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    written_dense: Written,
+    writing: dict[Role, dict[str, Writing]],
+    seq_len: int,
+    reporter: Reporter,
 ) -> Breakage:
-    """Signs that a model is broken, where the dense model's continuations were made with those of its own."""
-    written, agreed = continuations.get("dense"), None if not continuations else 1.0
-    texts = probe_texts(tokenizer, min(seq_len, _PROBED_TOKENS))
+    """Signs that a model is broken."""
+    texts = probe_texts(tokenizer, min(seq_len, PROBED_TOKENS))
+    by_dense = None if role == "dense" else written_dense
     with reporter.stage("looking for breakage", sum(len(text.windows) for text in texts.values())) as advance:
-        if written is not None and role != "dense":
-            agreed = agreement(model, written)
-            written = continue_greedily(model, tokenizer, OPENINGS)
-        return Breakage(
-            repetition=None if written is None else repetition(written),
-            agreement=agreed,
-            texts={
-                name: measure_perplexity(model, text.windows, name, advance, **text.about)
-                for name, text in texts.items()
-            },
-        )
+        return measure_breakage(model, tokenizer, texts, writing[role], by_dense, advance)
 
 
 # Tasks
@@ -206,15 +238,6 @@ def _kept_for(role: Role, what: str, content: Any, make: Callable[..., Any], **o
     return GRAPH.kept(path, json_form(content), name=f"{what}_{role}", needs=needs, **options)(make)
 
 
-def _is_wanted(role: Role) -> Callable[..., bool]:
-    """For the options of a run, true if it has the model of a role."""
-    if role == "compensated":
-        return lambda tune_scales, compensation, layer_wise: tunes_scales_by_default(
-            tune_scales, compensation, layer_wise
-        )
-    return (lambda recover: recover is not None) if role == "recovered" else lambda: True
-
-
 def _is_wanted_with_tasks(role: Role) -> Callable[..., bool]:
     if role == "recovered":
         return lambda tasks, recover: bool(tasks) and recover is not None
@@ -235,6 +258,6 @@ scores = {
     for role in _WHOLE
 }
 breakage = {
-    role: _kept_for(role, "breakage", Breakage, partial(measured_breakage, role), version=5, is_wanted=_is_wanted(role))
+    role: _kept_for(role, "breakage", Breakage, partial(measured_breakage, role), version=6, is_wanted=_is_wanted(role))
     for role in _WHOLE
 }

@@ -83,7 +83,7 @@ def foreign_vocabulary(
 @GRAPH.kept(
     "result.json",
     json_form(RunResult),
-    version=2,
+    version=3,
     is_result=True,
     is_record=True,
     beside=("model/README.md", "recovered/README.md"),

@@ -1,0 +1,144 @@
+"""Text that models write: greedy and sampled continuations, and the predictions of a model for them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase as Tokenizer,
+)
+
+from adapruner.calibration import prompts
+from adapruner.evaluation._losses import tokens_per_batch
+
+# The most tokens of every continuation.
+_CONTINUED = 128
+_TEMPERATURE, _SEED, _PROMPTS_AT_ONCE = 0.7, 0, 32
+WRITING_PROTOCOL = f"at most {_CONTINUED} tokens, greedy or sampled at temperature {_TEMPERATURE}"
+# Where a row has no token.
+_NONE = -1
+
+# Texts by the kind of their prompts and the way in which they were written, such as `openings, greedy`: [texts, tokens],
+# int64. The last `_CONTINUED` columns are what the model wrote, up to and including a token that ends the text.
+Written = dict[str, Tensor]
+
+
+class Text(NamedTuple):
+    """The tokens of a prompt and of its continuation."""
+
+    prompt: list[int]
+    continuation: list[int]
+
+
+class _Sampling(LogitsProcessor):
+    """Adds Gumbel noise to the logits of the second half of the rows: their most likely token is then a sample.
+
+    Both halves are generated in one batch, and the random state of the process stays as it is.
+    """
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(_SEED)
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        greedy, sampled = scores.chunk(2)
+        noise = -torch.empty(sampled.shape).exponential_(generator=self.generator).log()
+        return torch.cat([greedy, sampled + _TEMPERATURE * noise.to(sampled.device)])
+
+
+def write(model: PreTrainedModel, tokenizer: Tokenizer) -> Written:
+    """The texts that a model writes after the built-in prompts (`calibration.prompts`).
+
+    Prompts are padded on the left. Where the model has few positions, prompts take at most half of them, from which
+    they are cut on the left, and continuations end with the last position.
+
+    Returns:
+        The same for the same model on the same machine; of its generation settings, only the end tokens count.
+    """
+    written = {}
+    room = getattr(model.config, "max_position_embeddings", None) or math.inf
+    ends = end_tokens(model, tokenizer)
+    for kind, tokens in prompts(tokenizer).items():
+        longest = int(min(max(map(len, tokens.values())), room // 2))
+        cut = [torch.tensor(prompt[-longest:]) for prompt in tokens.values()]
+        rows = torch.stack([functional.pad(prompt, (longest - len(prompt), 0), value=_NONE) for prompt in cut])
+        new_tokens = int(min(_CONTINUED, room - longest))
+        parts = [_continue(model, part, new_tokens, ends) for part in rows.split(_PROMPTS_AT_ONCE)]
+        for way, continued in zip(("greedy", "sampled"), zip(*parts, strict=True), strict=True):
+            written[f"{kind}, {way}"] = torch.cat([rows, torch.cat(continued)], 1)
+    return written
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: Tokenizer) -> list[int]:
+    """The tokens that end a text, for the tokenizer or in the generation settings of the model."""
+    named: Any = getattr(model.generation_config, "eos_token_id", None)
+    ends = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}
+    # Configs of small models may name one that their vocabulary does not have.
+    return sorted(end for end in ends if end is not None and 0 <= end < model.config.vocab_size)
+
+
+def _continue(model: PreTrainedModel, prompts: Tensor, new_tokens: int, ends: list[int]) -> tuple[Tensor, Tensor]:
+    """Greedy and sampled continuations, [prompts, _CONTINUED] each, int64.
+
+    Args:
+        prompts: [prompts, tokens], int64.
+    """
+    rows = prompts.repeat(2, 1).to(model.device)
+    settings = GenerationConfig(max_new_tokens=new_tokens, eos_token_id=ends or None, pad_token_id=0)
+    generate: Any = model.generate
+    # What these settings leave open is taken from those of the model.
+    of_model, model.generation_config = model.generation_config, settings
+    try:
+        continued = generate(
+            rows.clamp(min=0),
+            attention_mask=(rows != _NONE).long(),
+            generation_config=settings,
+            logits_processor=LogitsProcessorList([_Sampling()]),
+        )[:, rows.shape[1] :].cpu()
+    finally:
+        model.generation_config = of_model
+    is_end = torch.isin(continued, torch.tensor(ends, dtype=torch.long)).long()
+    continued[is_end.cumsum(1) > is_end] = _NONE
+    greedy, sampled = functional.pad(continued, (0, _CONTINUED - continued.shape[1]), value=_NONE).chunk(2)
+    return greedy, sampled
+
+
+def texts_of(written: Tensor) -> list[Text]:
+    """The texts without padding."""
+    halves = written[:, :-_CONTINUED], written[:, -_CONTINUED:]
+    tokens = ([row[row != _NONE].tolist() for row in half] for half in halves)
+    return [Text(*pair) for pair in zip(*tokens, strict=True)]
+
+
+@torch.inference_mode()
+def read(model: PreTrainedModel, texts: Sequence[Text]) -> list[tuple[Tensor, Tensor]]:
+    """For every token of each continuation, given all tokens before: the negative log-likelihood in nats, float64, and
+    the token that the model predicts, int64.
+
+    Rows are padded on the right, which needs no mask, and cut on the left where the model has few positions. Texts that
+    differ in their last token alone are one row.
+    """
+    room = getattr(model.config, "max_position_embeddings", None) or 0
+    texts_of_row: dict[tuple[int, ...], list[int]] = {}
+    for number, (prompt, continuation) in enumerate(texts):
+        texts_of_row.setdefault((*prompt, *continuation[:-1])[-room:], []).append(number)
+    rows, readings = sorted(texts_of_row, key=len, reverse=True), {}
+    while rows:
+        at_once = max(1, tokens_per_batch(model.device) // len(rows[0]))
+        batch, rows = rows[:at_once], rows[at_once:]
+        tokens = torch.tensor([(*row, *[0] * (len(batch[0]) - len(row))) for row in batch], device=model.device)
+        for row, logits in zip(batch, model(input_ids=tokens, use_cache=False).logits, strict=True):
+            for number in texts_of_row[row]:
+                continuation = torch.tensor(texts[number].continuation, device=model.device)
+                predictions = logits[len(row) - len(continuation) : len(row)].float()
+                losses = functional.cross_entropy(predictions, continuation, reduction="none")
+                readings[number] = losses.double().cpu(), predictions.argmax(-1).cpu()
+    return [readings[number] for number in range(len(texts))]
