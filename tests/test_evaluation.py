@@ -21,6 +21,7 @@ from packaging.version import Version
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+import adapruner
 from adapruner import AdaPrunerError, calibration, verbs
 from adapruner.calibration import Question, _probes, probe_texts
 from adapruner.cli import app
@@ -28,9 +29,9 @@ from adapruner.config import PruneConfig
 from adapruner.evaluation import (
     Breakage,
     Perplexity,
+    Writing,
     _breakage,
     _losses,
-    Writing,
     _writing,
     count_macs,
     finite_windows,
@@ -135,7 +136,8 @@ def test_text_is_written_without_the_settings_and_the_random_state_of_others(
         "use_cache": False,
         "no_repeat_ngram_size": 2,
     }
-    model.generation_config = transformers.GenerationConfig(eos_token_id=2, **settings)
+    for name, value in settings.items():
+        setattr(model.generation_config, name, value)
     torch.manual_seed(5)
     again = write(model, tokenizer)
     assert model.generation_config.num_beams == 3
@@ -146,7 +148,7 @@ def test_text_is_written_without_the_settings_and_the_random_state_of_others(
 
 def test_samples_have_the_probabilities_at_the_temperature() -> None:
     logits = torch.tensor([0.0, 1.0, -1.0, 2.0])
-    scores = _writing._Sampling()(None, logits.repeat(40_000, 1))
+    scores = _writing._Sampling(0)(None, logits.repeat(40_000, 1))
     assert torch.equal(scores[:20_000], logits.repeat(20_000, 1))
     shares = scores[20_000:].argmax(-1).bincount(minlength=4) / 20_000
     torch.testing.assert_close(shares, (logits / 0.7).softmax(-1), atol=0.015, rtol=0)
@@ -218,9 +220,8 @@ def test_agreement_is_the_fraction_of_equal_next_tokens(
     ask(monkeypatch, "w7 w8 w9", "w20 w3 w4 w5")
     monkeypatch.setattr(_breakage, "questions", lambda: [Question("w1", ["w2", "w3"])])
     written = write(model, tokenizer)
-    agreed = [
-        measure_breakage(other, tokenizer, {}, {}, written).agreement for other in (model, other := make_model("qwen2"))
-    ]
+    other = make_model("qwen2")
+    agreed = [measure_breakage(judged, tokenizer, {}, {}, written).agreement for judged in (model, other)]
     equal = []
     for prompt, continuation in _writing.texts_of(written["openings, greedy"]):
         for place, token in enumerate(continuation):
@@ -257,6 +258,50 @@ def test_built_in_questions_have_a_right_answer_and_others() -> None:
     asked = calibration.questions()
     assert len({question for question, _ in asked}) == 100
     assert all(2 <= len(choices) == len(set(choices)) <= 4 for _, choices in asked)
+
+
+def test_two_models_are_compared_as_in_a_run(
+    finished: adapruner.PruneResult,
+    model: PreTrainedModel,
+    model_folder: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def without_texts(breakage: Breakage | None) -> dict[str, Any]:
+        assert breakage
+        assert len(breakage.texts) == 5  # in windows of the run's length there
+        return breakage.model_dump(exclude={"texts"})
+
+    result, run = verbs.evaluate(finished.model_folder, against=model_folder), finished.result
+    assert (result.perplexity, result.tasks) == ([], [])
+    assert without_texts(result.dense) == without_texts(run.model("dense").breakage)
+    assert without_texts(result.breakage) == without_texts(run.model("searched").breakage)
+    assert verbs.evaluate(model, against=model, tokenizer=tokenizer).verdict == "usable"
+    arguments = ["evaluate", str(finished.model_folder), "--against", str(model_folder)]
+    app([*arguments, "--json"], exit_on_error=False, result_action="return_value")
+    content = json.loads(capsys.readouterr().out)
+    assert content["breakage"] == json.loads(json.dumps(result.breakage.model_dump(mode="json")))
+    assert content["verdict"] == result.verdict
+    app(arguments, exit_on_error=False, result_action="return_value")
+    assert result.verdict in capsys.readouterr().out
+
+
+def test_of_models_with_other_tokens_only_what_compares_is_measured(
+    model: PreTrainedModel, model_folder: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens(["another"])
+    model.save_pretrained(tmp_path / "other")
+    other.save_pretrained(tmp_path / "other")
+    result = verbs.evaluate(tmp_path / "other", against=model_folder)
+    assert result.breakage
+    assert result.dense
+    assert (result.dense.agreement, result.breakage.agreement) == (1, None)
+    assert result.dense.writing["openings, greedy"].loss_of_dense
+    assert {signs.loss_of_dense for signs in result.breakage.writing.values()} == {None}
+    by_layer = verbs.evaluate(model_folder, against=model_folder, layer_wise=True)
+    assert by_layer.breakage
+    assert (by_layer.breakage.writing, by_layer.breakage.answered, by_layer.verdict) == ({}, None, "usable")
 
 
 @pytest.mark.parametrize(

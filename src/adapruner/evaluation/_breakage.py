@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
+from itertools import takewhile
 from statistics import fmean
 
 import torch
@@ -18,7 +18,7 @@ from adapruner.evaluation._writing import WRITING_PROTOCOL, Text, Written, read,
 _PIECE = 4
 # By the name of a sign.
 PROTOCOLS_OF_SIGNS = {
-    "agreement": "fraction of the tokens of the dense model's greedy continuations of openings that this model predicts too",
+    "agreement": "fraction of the tokens that the dense model writes which this model predicts too",
     "repetition": f"fraction of pieces of {_PIECE} tokens that were there before in the same text, mean",
     "distinct pieces": f"number of different pieces of {_PIECE} tokens in all texts, divided by that of all",
     "ended": f"fraction of texts that the model ends itself ({WRITING_PROTOCOL})",
@@ -147,7 +147,7 @@ def share_answered(model: PreTrainedModel, tokenizer: Tokenizer, questions: Sequ
         for choice in choices:
             tokens = tokenizer(f"{prompt} {choice}").input_ids
             # Some tokenizers put a token behind every text.
-            place = len(os.path.commonprefix([before, tokens]))
+            place = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(before, tokens, strict=False)))
             answers.append(Text(tokens[:place], tokens[place:]))
     losses = iter([float(losses.sum()) for losses, _ in read(model, answers)])
     right = 0

@@ -22,13 +22,15 @@ from adapruner.evaluation._losses import tokens_per_batch
 
 # The most tokens of every continuation.
 _CONTINUED = 128
-_TEMPERATURE, _SEED, _PROMPTS_AT_ONCE = 0.7, 0, 32
+_TEMPERATURE = 0.7
+# Processors need many rows to be fast; on a device, memory is scarcer.
+_PROMPTS_AT_ONCE, _PROMPTS_ON_DEVICE = 48, 16
 WRITING_PROTOCOL = f"at most {_CONTINUED} tokens, greedy or sampled at temperature {_TEMPERATURE}"
 # Where a row has no token.
 _NONE = -1
 
-# Texts by the kind of their prompts and the way in which they were written, such as `openings, greedy`: [texts, tokens],
-# int64. The last `_CONTINUED` columns are what the model wrote, up to and including a token that ends the text.
+# Texts by the kind of their prompts and the way of writing, such as `openings, greedy`: [texts, tokens], int64. The
+# last `_CONTINUED` columns are what the model wrote, up to and including a token that ends the text.
 Written = dict[str, Tensor]
 
 
@@ -40,18 +42,21 @@ class Text(NamedTuple):
 
 
 class _Sampling(LogitsProcessor):
-    """Adds Gumbel noise to the logits of the second half of the rows: their most likely token is then a sample.
+    """Leaves one token to each of the second half of the rows, a sample at the temperature.
 
-    Both halves are generated in one batch, and the random state of the process stays as it is.
+    So greedy and sampled texts are generated in one batch, and the random state of the process stays as it is.
     """
 
-    def __init__(self) -> None:
-        self.generator = torch.Generator().manual_seed(_SEED)
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
         greedy, sampled = scores.chunk(2)
-        noise = -torch.empty(sampled.shape).exponential_(generator=self.generator).log()
-        return torch.cat([greedy, sampled + _TEMPERATURE * noise.to(sampled.device)])
+        summed = (sampled / _TEMPERATURE).softmax(-1).cumsum(-1)
+        drawn = torch.rand(len(sampled), 1, generator=self.generator).to(summed.device) * summed[:, -1:]
+        # The sum may be a little more than its last term where the vocabulary is large, or no number.
+        chosen = torch.searchsorted(summed, drawn, right=True).clamp(max=sampled.shape[1] - 1)
+        return torch.cat([greedy, torch.full_like(sampled, -math.inf).scatter(1, chosen, 0.0)])
 
 
 def write(model: PreTrainedModel, tokenizer: Tokenizer) -> Written:
@@ -63,18 +68,24 @@ def write(model: PreTrainedModel, tokenizer: Tokenizer) -> Written:
     Returns:
         The same for the same model on the same machine; of its generation settings, only the end tokens count.
     """
-    written = {}
+    asked = prompts(tokenizer)
     room = getattr(model.config, "max_position_embeddings", None) or math.inf
-    ends = end_tokens(model, tokenizer)
-    for kind, tokens in prompts(tokenizer).items():
-        longest = int(min(max(map(len, tokens.values())), room // 2))
-        cut = [torch.tensor(prompt[-longest:]) for prompt in tokens.values()]
-        rows = torch.stack([functional.pad(prompt, (longest - len(prompt), 0), value=_NONE) for prompt in cut])
-        new_tokens = int(min(_CONTINUED, room - longest))
-        parts = [_continue(model, part, new_tokens, ends) for part in rows.split(_PROMPTS_AT_ONCE)]
-        for way, continued in zip(("greedy", "sampled"), zip(*parts, strict=True), strict=True):
-            written[f"{kind}, {way}"] = torch.cat([rows, torch.cat(continued)], 1)
-    return written
+    tokens = [prompt for by_text in asked.values() for prompt in by_text.values()]
+    longest = int(min(max(map(len, tokens)), room // 2))
+    cut = [torch.tensor(prompt[-longest:]) for prompt in tokens]
+    rows = torch.stack([functional.pad(prompt, (longest - len(prompt), 0), value=_NONE) for prompt in cut])
+    new_tokens, ends = int(min(_CONTINUED, room - longest)), end_tokens(model, tokenizer)
+    parts = [
+        _continue(model, part, new_tokens, ends, seed)
+        for seed, part in enumerate(rows.split(_PROMPTS_AT_ONCE if model.device.type == "cpu" else _PROMPTS_ON_DEVICE))
+    ]
+    greedy, sampled = (torch.cat([rows, torch.cat(continued)], 1) for continued in zip(*parts, strict=True))
+    counts = [len(by_text) for by_text in asked.values()]
+    return {
+        f"{kind}, {way}": texts.clone()
+        for way, written in (("greedy", greedy), ("sampled", sampled))
+        for kind, texts in zip(asked, written.split(counts), strict=True)
+    }
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: Tokenizer) -> list[int]:
@@ -85,7 +96,9 @@ def end_tokens(model: PreTrainedModel, tokenizer: Tokenizer) -> list[int]:
     return sorted(end for end in ends if end is not None and 0 <= end < model.config.vocab_size)
 
 
-def _continue(model: PreTrainedModel, prompts: Tensor, new_tokens: int, ends: list[int]) -> tuple[Tensor, Tensor]:
+def _continue(
+    model: PreTrainedModel, prompts: Tensor, new_tokens: int, ends: list[int], seed: int
+) -> tuple[Tensor, Tensor]:
     """Greedy and sampled continuations, [prompts, _CONTINUED] each, int64.
 
     Args:
@@ -101,7 +114,7 @@ def _continue(model: PreTrainedModel, prompts: Tensor, new_tokens: int, ends: li
             rows.clamp(min=0),
             attention_mask=(rows != _NONE).long(),
             generation_config=settings,
-            logits_processor=LogitsProcessorList([_Sampling()]),
+            logits_processor=LogitsProcessorList([_Sampling(seed)]),
         )[:, rows.shape[1] :].cpu()
     finally:
         model.generation_config = of_model
