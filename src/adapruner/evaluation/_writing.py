@@ -19,6 +19,7 @@ from transformers import (
 
 from adapruner.calibration import prompts
 from adapruner.evaluation._losses import tokens_per_batch
+from adapruner.evaluation._speed import new_cache
 
 # The most tokens of every continuation.
 _CONTINUED = 128
@@ -26,6 +27,8 @@ _TEMPERATURE = 0.7
 # Processors need many rows to be fast; on a device, memory is scarcer.
 _PROMPTS_AT_ONCE, _PROMPTS_ON_DEVICE = 48, 16
 WRITING_PROTOCOL = f"at most {_CONTINUED} tokens, greedy or sampled at temperature {_TEMPERATURE}"
+# Tokens after which texts that have ended are left.
+_AT_ONCE = 16
 # Where a row has no token.
 _NONE = -1
 
@@ -42,21 +45,22 @@ class Text(NamedTuple):
 
 
 class _Sampling(LogitsProcessor):
-    """Leaves one token to each of the second half of the rows, a sample at the temperature.
+    """Leaves one token to each of some rows, a sample at the temperature; others stay as they are.
 
     So greedy and sampled texts are generated in one batch, and the random state of the process stays as it is.
     """
 
-    def __init__(self, seed: int) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
+    def __init__(self, is_sampled: Tensor, generator: torch.Generator) -> None:
+        self.is_sampled, self.generator = is_sampled, generator
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
-        greedy, sampled = scores.chunk(2)
-        summed = (sampled / _TEMPERATURE).softmax(-1).cumsum(-1)
-        drawn = torch.rand(len(sampled), 1, generator=self.generator).to(summed.device) * summed[:, -1:]
+        summed = (scores[self.is_sampled] / _TEMPERATURE).softmax(-1).cumsum(-1)
+        drawn = torch.rand(len(summed), 1, generator=self.generator).to(summed.device) * summed[:, -1:]
         # The sum may be a little more than its last term where the vocabulary is large, or no number.
-        chosen = torch.searchsorted(summed, drawn, right=True).clamp(max=sampled.shape[1] - 1)
-        return torch.cat([greedy, torch.full_like(sampled, -math.inf).scatter(1, chosen, 0.0)])
+        chosen = torch.searchsorted(summed, drawn, right=True).clamp(max=summed.shape[1] - 1)
+        scores = scores.clone()
+        scores[self.is_sampled] = torch.full_like(summed, -math.inf).scatter(1, chosen, 0.0)
+        return scores
 
 
 def write(model: PreTrainedModel, tokenizer: Tokenizer) -> Written:
@@ -104,24 +108,53 @@ def _continue(
     Args:
         prompts: [prompts, tokens], int64.
     """
-    rows = prompts.repeat(2, 1).to(model.device)
-    settings = GenerationConfig(max_new_tokens=new_tokens, eos_token_id=ends or None, pad_token_id=0)
+    rows, is_sampled = prompts.repeat(2, 1), torch.arange(2 * len(prompts)) >= len(prompts)
+    written = torch.full((len(rows), _CONTINUED), _NONE)
+    [cache_name] = new_cache(model)
+    numbers, cache, generator = torch.arange(len(rows)), None, torch.Generator().manual_seed(seed)
+    for first in range(0, new_tokens, _AT_ONCE):
+        settings = GenerationConfig(
+            max_new_tokens=min(_AT_ONCE, new_tokens - first),
+            eos_token_id=ends or None,
+            pad_token_id=0,
+            return_dict_in_generate=True,
+        )
+        sampling = _Sampling(is_sampled[numbers], generator)
+        generated = _generate(model, rows, settings, sampling, {} if cache is None else {cache_name: cache})
+        continued, cache = generated.sequences[:, rows.shape[1] :].cpu(), generated.get(cache_name)
+        written[numbers, first : first + continued.shape[1]] = continued
+        rows = torch.cat([rows, continued], 1)
+        going_on = ~torch.isin(rows[:, -first - continued.shape[1] :], torch.tensor(ends)).any(1)
+        if not going_on.any():
+            break
+        # Caches of some hybrids cannot drop rows.
+        if cache is None or all(hasattr(layer, "batch_select_indices") for layer in cache.layers):
+            rows, numbers = rows[going_on], numbers[going_on]
+            if cache is not None:
+                cache.batch_select_indices(going_on.nonzero().flatten().to(model.device))
+    is_end = torch.isin(written, torch.tensor(ends, dtype=torch.long)).long()
+    written[is_end.cumsum(1) > is_end] = _NONE
+    greedy, sampled = written.chunk(2)
+    return greedy, sampled
+
+
+def _generate(
+    model: PreTrainedModel, rows: Tensor, settings: GenerationConfig, sampling: _Sampling, cache: dict[str, Any]
+) -> Any:
+    """What `generate` returns, with these settings alone."""
     generate: Any = model.generate
-    # What these settings leave open is taken from those of the model.
+    # What they leave open is taken from those of the model.
     of_model, model.generation_config = model.generation_config, settings
     try:
-        continued = generate(
-            rows.clamp(min=0),
-            attention_mask=(rows != _NONE).long(),
+        return generate(
+            rows.clamp(min=0).to(model.device),
+            attention_mask=(rows != _NONE).long().to(model.device),
             generation_config=settings,
-            logits_processor=LogitsProcessorList([_Sampling(seed)]),
-        )[:, rows.shape[1] :].cpu()
+            logits_processor=LogitsProcessorList([sampling]),
+            **cache,
+        )
     finally:
         model.generation_config = of_model
-    is_end = torch.isin(continued, torch.tensor(ends, dtype=torch.long)).long()
-    continued[is_end.cumsum(1) > is_end] = _NONE
-    greedy, sampled = functional.pad(continued, (0, _CONTINUED - continued.shape[1]), value=_NONE).chunk(2)
-    return greedy, sampled
 
 
 def texts_of(written: Tensor) -> list[Text]:
@@ -150,8 +183,8 @@ def read(model: PreTrainedModel, texts: Sequence[Text]) -> list[tuple[Tensor, Te
         tokens = torch.tensor([(*row, *[0] * (len(batch[0]) - len(row))) for row in batch], device=model.device)
         for row, logits in zip(batch, model(input_ids=tokens, use_cache=False).logits, strict=True):
             for number in texts_of_row[row]:
-                continuation = torch.tensor(texts[number].continuation, device=model.device)
-                predictions = logits[len(row) - len(continuation) : len(row)].float()
-                losses = functional.cross_entropy(predictions, continuation, reduction="none")
+                written = torch.tensor(texts[number].continuation, device=model.device)
+                predictions = logits[len(row) - len(written) : len(row)].float()
+                losses = functional.cross_entropy(predictions, written, reduction="none")
                 readings[number] = losses.double().cpu(), predictions.argmax(-1).cpu()
     return [readings[number] for number in range(len(texts))]

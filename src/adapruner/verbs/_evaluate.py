@@ -144,7 +144,8 @@ def evaluate(
     reporter = Reporter()
     warnings = [check_length(config, text.windows.shape[1]) for _, text in texts]
     reporter.note("\n".join(filter(None, dict.fromkeys(warnings))))
-    scores, signs = [], ()
+    scores = []
+    signs: tuple[Breakage, Breakage, Verdict] | tuple[()] = ()
     with contextlib.ExitStack() as using:
         with reporter.stage("loading"):
             loaded = using.enter_context(source.loaded(dtype, placement.device, placement.layer_wise))
