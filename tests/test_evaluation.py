@@ -198,8 +198,8 @@ def test_signs_of_writing_computed_by_hand(
         [6, 5, 6, 5, 9, 2, -1, -1],  # 6565 5659 6592: the first one is in the first text too
         [8, 2, -1, -1, -1, -1, -1, -1],  # no piece
     ]
-    written = {"openings, greedy": torch.tensor([[prompt, *row] for prompt, row in zip((5, 6, 7), rows, strict=True)])}
-    signs = _breakage.judge_writing(tokenizer, written, [2], model)["openings, greedy"]
+    written = {"openings, sampled": torch.tensor([[prompt, *row] for prompt, row in zip((5, 6, 7), rows, strict=True)])}
+    [signs] = _breakage.judge_writing(tokenizer, written, [2], model).values()
     assert signs.repetition == pytest.approx((3 / 5 + 0) / 2)
     assert signs.distinct == pytest.approx(4 / 8)
     assert signs.ended == pytest.approx(2 / 3)
@@ -210,7 +210,10 @@ def test_signs_of_writing_computed_by_hand(
         with torch.no_grad():
             losses += [float(model(tokens, labels=tokens).loss)] * (tokens.shape[1] - 1)
     assert signs.loss_of_dense == pytest.approx(statistics.fmean(losses), rel=1e-5)
-    assert _breakage.judge_writing(tokenizer, written, [2], None)["openings, greedy"].loss_of_dense is None
+    of_others = _breakage.judge_writing(tokenizer, written, [2], None)
+    greedy = _breakage.judge_writing(tokenizer, {"openings, greedy": written["openings, sampled"]}, [2], model)
+    expected = [signs.model_copy(update={"loss_of_dense": None})]
+    assert [*of_others.values()] == [*greedy.values()] == expected
 
 
 @pytest.mark.usefixtures("_continuations_are_long")
@@ -301,7 +304,7 @@ def test_of_models_with_other_tokens_only_what_compares_is_measured(
     assert result.breakage
     assert result.dense
     assert (result.dense.agreement, result.breakage.agreement) == (1, None)
-    assert result.dense.writing["openings, greedy"].loss_of_dense
+    assert result.dense.writing["openings, sampled"].loss_of_dense
     assert {signs.loss_of_dense for signs in result.breakage.writing.values()} == {None}
     by_layer = verbs.evaluate(model_folder, against=model_folder, layer_wise=True)
     assert by_layer.breakage

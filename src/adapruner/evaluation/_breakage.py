@@ -23,7 +23,7 @@ PROTOCOLS_OF_SIGNS = {
     "distinct pieces": f"number of different pieces of {_PIECE} tokens in all texts, divided by that of all",
     "ended": f"fraction of texts that the model ends itself ({WRITING_PROTOCOL})",
     "loss of dense": "nats per token of the dense model on these texts",
-    "answered": "fraction of built-in questions whose right answer is the most likely of two to four",
+    "answered": "fraction of built-in questions whose right answer is the most likely of the choices",
 }
 # The texts that the verdict is about.
 _JUDGED = "openings, greedy"
@@ -38,8 +38,8 @@ class Writing(BaseModel):
         distinct: the number of different pieces of 4 tokens in all texts together, divided by the number of all pieces
             (distinct-n of Li et al., arXiv 1510.03055, with n = 4).
         ended: the fraction of texts that end before the limit of tokens.
-        loss_of_dense: the mean negative log-likelihood of the texts for the dense model, in nats per token; None if its
-            tokens are others.
+        loss_of_dense: the mean negative log-likelihood of sampled texts for the dense model, in nats per token; None if
+            its tokens are others, and for greedy texts, whose loops are likely for every model.
         texts: what was written, by prompt.
     """
 
@@ -97,7 +97,9 @@ def judge_writing(
             repetition=fmean(repeated or [0.0]),
             distinct=len(set(together)) / max(1, len(together)),
             ended=fmean(text.continuation[-1] in ends for text in texts),
-            loss_of_dense=float(torch.cat([losses for losses, _ in read(dense, texts)]).mean()) if dense else None,
+            loss_of_dense=float(torch.cat([losses for losses, _ in read(dense, texts)]).mean())
+            if dense and way.endswith("sampled")
+            else None,
             texts={
                 prompt: str(tokenizer.decode(text.continuation, skip_special_tokens=True))
                 for prompt, text in zip(asked[way.partition(",")[0]], texts, strict=True)

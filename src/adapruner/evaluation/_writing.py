@@ -110,7 +110,7 @@ def _continue(
     """
     rows, is_sampled = prompts.repeat(2, 1), torch.arange(2 * len(prompts)) >= len(prompts)
     written = torch.full((len(rows), _CONTINUED), _NONE)
-    [cache_name] = new_cache(model)
+    [cache_name], last = new_cache(model), torch.tensor(ends, dtype=torch.long)
     numbers, cache, generator = torch.arange(len(rows)), None, torch.Generator().manual_seed(seed)
     for first in range(0, new_tokens, _AT_ONCE):
         settings = GenerationConfig(
@@ -124,7 +124,7 @@ def _continue(
         continued, cache = generated.sequences[:, rows.shape[1] :].cpu(), generated.get(cache_name)
         written[numbers, first : first + continued.shape[1]] = continued
         rows = torch.cat([rows, continued], 1)
-        going_on = ~torch.isin(rows[:, -first - continued.shape[1] :], torch.tensor(ends)).any(1)
+        going_on = ~torch.isin(rows[:, -first - continued.shape[1] :], last).any(1)
         if not going_on.any():
             break
         # Caches of some hybrids cannot drop rows.
@@ -132,7 +132,7 @@ def _continue(
             rows, numbers = rows[going_on], numbers[going_on]
             if cache is not None:
                 cache.batch_select_indices(going_on.nonzero().flatten().to(model.device))
-    is_end = torch.isin(written, torch.tensor(ends, dtype=torch.long)).long()
+    is_end = torch.isin(written, last).long()
     written[is_end.cumsum(1) > is_end] = _NONE
     greedy, sampled = written.chunk(2)
     return greedy, sampled
