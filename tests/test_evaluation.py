@@ -151,7 +151,7 @@ def test_text_is_written_without_the_settings_and_the_random_state_of_others(
 
 def test_samples_have_the_probabilities_at_the_temperature() -> None:
     logits = torch.tensor([0.0, 1.0, -1.0, 2.0])
-    sampling = _writing._Sampling(torch.arange(40_000) >= 20_000, torch.Generator().manual_seed(0))
+    sampling = _writing._Sampling(torch.arange(20_000, 40_000), torch.Generator().manual_seed(0))
     scores = sampling(None, logits.repeat(40_000, 1))
     assert torch.equal(scores[:20_000], logits.repeat(20_000, 1))
     shares = scores[20_000:].argmax(-1).bincount(minlength=4) / 20_000

@@ -97,7 +97,7 @@ def judge_writing(
             repetition=fmean(repeated or [0.0]),
             distinct=len(set(together)) / max(1, len(together)),
             ended=fmean(text.continuation[-1] in ends for text in texts),
-            loss_of_dense=float(torch.cat([losses for losses, _ in read(dense, texts)]).mean())
+            loss_of_dense=float(torch.cat([losses for losses, _ in read(dense, texts)]).double().mean())
             if dense and way.endswith("sampled")
             else None,
             texts={

@@ -50,17 +50,16 @@ class _Sampling(LogitsProcessor):
     So greedy and sampled texts are generated in one batch, and the random state of the process stays as it is.
     """
 
-    def __init__(self, is_sampled: Tensor, generator: torch.Generator) -> None:
-        self.is_sampled, self.generator = is_sampled, generator
+    def __init__(self, rows: Tensor, generator: torch.Generator) -> None:
+        self.rows, self.generator = rows, generator
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
-        summed = (scores[self.is_sampled] / _TEMPERATURE).softmax(-1).cumsum(-1)
-        drawn = torch.rand(len(summed), 1, generator=self.generator).to(summed.device) * summed[:, -1:]
+        rows = self.rows.to(scores.device, non_blocking=True)
+        summed = (scores[rows] / _TEMPERATURE).softmax(-1).cumsum(-1)
+        drawn = torch.rand(len(summed), 1, generator=self.generator).to(scores.device, non_blocking=True)
         # The sum may be a little more than its last term where the vocabulary is large, or no number.
-        chosen = torch.searchsorted(summed, drawn, right=True).clamp(max=summed.shape[1] - 1)
-        scores = scores.clone()
-        scores[self.is_sampled] = torch.full_like(summed, -math.inf).scatter(1, chosen, 0.0)
-        return scores
+        chosen = torch.searchsorted(summed, drawn * summed[:, -1:], right=True).clamp(max=summed.shape[1] - 1)
+        return scores.index_copy(0, rows, torch.full_like(summed, -math.inf).scatter(1, chosen, 0.0))
 
 
 def write(model: PreTrainedModel, tokenizer: Tokenizer) -> Written:
@@ -108,7 +107,7 @@ def _continue(
     Args:
         prompts: [prompts, tokens], int64.
     """
-    rows, is_sampled = prompts.repeat(2, 1), torch.arange(2 * len(prompts)) >= len(prompts)
+    rows = prompts.repeat(2, 1)
     written = torch.full((len(rows), _CONTINUED), _NONE)
     [cache_name], last = new_cache(model), torch.tensor(ends, dtype=torch.long)
     numbers, cache, generator = torch.arange(len(rows)), None, torch.Generator().manual_seed(seed)
@@ -119,7 +118,7 @@ def _continue(
             pad_token_id=0,
             return_dict_in_generate=True,
         )
-        sampling = _Sampling(is_sampled[numbers], generator)
+        sampling = _Sampling((numbers >= len(prompts)).nonzero().flatten(), generator)
         generated = _generate(model, rows, settings, sampling, {} if cache is None else {cache_name: cache})
         continued, cache = generated.sequences[:, rows.shape[1] :].cpu(), generated.get(cache_name)
         written[numbers, first : first + continued.shape[1]] = continued
@@ -166,7 +165,7 @@ def texts_of(written: Tensor) -> list[Text]:
 
 @torch.inference_mode()
 def read(model: PreTrainedModel, texts: Sequence[Text]) -> list[tuple[Tensor, Tensor]]:
-    """For every token of each continuation, given all tokens before: the negative log-likelihood in nats, float64, and
+    """For every token of each continuation, given all tokens before: the negative log-likelihood in nats, float32, and
     the token that the model predicts, int64.
 
     Rows are padded on the right, which needs no mask, and cut on the left where the model has few positions. Texts that
@@ -176,15 +175,25 @@ def read(model: PreTrainedModel, texts: Sequence[Text]) -> list[tuple[Tensor, Te
     texts_of_row: dict[tuple[int, ...], list[int]] = {}
     for number, (prompt, continuation) in enumerate(texts):
         texts_of_row.setdefault((*prompt, *continuation[:-1])[-room:], []).append(number)
-    rows, readings = sorted(texts_of_row, key=len, reverse=True), {}
+    rows = sorted(texts_of_row, key=len, reverse=True)
+    readings: dict[int, tuple[Tensor, Tensor]] = {}
     while rows:
         at_once = max(1, tokens_per_batch(model.device) // len(rows[0]))
         batch, rows = rows[:at_once], rows[at_once:]
         tokens = torch.tensor([(*row, *[0] * (len(batch[0]) - len(row))) for row in batch], device=model.device)
-        for row, logits in zip(batch, model(input_ids=tokens, use_cache=False).logits, strict=True):
-            for number in texts_of_row[row]:
-                written = torch.tensor(texts[number].continuation, device=model.device)
-                predictions = logits[len(row) - len(written) : len(row)].float()
-                losses = functional.cross_entropy(predictions, written, reduction="none")
-                readings[number] = losses.double().cpu(), predictions.argmax(-1).cpu()
+        numbers = [number for row in batch for number in texts_of_row[row]]
+        written = [torch.tensor(texts[number].continuation, dtype=torch.long) for number in numbers]
+        lengths = [len(continuation) for continuation in written]
+        predicted = model(input_ids=tokens, use_cache=False).logits
+        targets = iter(torch.cat(written).to(predicted.device).split(lengths))
+        losses, chosen = [], []
+        # Text by text: float32 logits of a batch are the largest thing in memory.
+        for row, logits in zip(batch, predicted, strict=True):
+            for _ in texts_of_row[row]:
+                target = next(targets)
+                predictions = logits[len(row) - len(target) : len(row)].float()
+                losses.append(functional.cross_entropy(predictions, target, reduction="none"))
+                chosen.append(predictions.argmax(-1))
+        both = (torch.cat(parts).cpu().split(lengths) for parts in (losses, chosen))
+        readings |= dict(zip(numbers, zip(*both, strict=True), strict=True))
     return [readings[number] for number in range(len(texts))]
