@@ -84,7 +84,7 @@ def test_the_run_folder_holds_what_the_design_says(finished: adapruner.PruneResu
     perplexities = {f"perplexity-{role}.json" for role in ("dense", "best_fixed", "searched")}
     breakage = {f"breakage-{role}.json" for role in ("dense", "searched")} | {
         *(f"written-{role}.safetensors" for role in ("dense", "searched")),
-        "writing.json",
+        *(f"writing-{role}.json" for role in ("dense", "searched")),
     }
     assert {path.name for path in (finished.output / "evaluation").iterdir()} == perplexities | breakage | {
         "texts.safetensors"

@@ -109,7 +109,7 @@ def test_a_change_rebuilds_what_depends_on_it_and_nothing_else(
     assert other.plan.ratio < 0.06
     assert other.result.search.ratio == 0.05
     after, new = written(run), stages_done(run)[len(stages) :]
-    dense = ("evaluation/perplexity-d", "evaluation/breakage-d")
+    dense = (*(f"evaluation/{what}-d" for what in ("perplexity", "written", "writing", "breakage")),)
     kept = {name for name in before if name.startswith(("windows", "self", "moments", "statistics", "whole", *dense))}
     assert len(kept) > 10
     assert all(after[name] == before[name] for name in kept)

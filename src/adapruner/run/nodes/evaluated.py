@@ -152,34 +152,25 @@ def written_text(model: PreTrainedModel, tokenizer: Tokenizer, placement: Placem
         return write(model, tokenizer)
 
 
-for _role, _model in (_FAST_MODELS | {"dense": "dense_fast"}).items():
-    GRAPH.kept(
-        f"evaluation/written-{_role}.safetensors",
-        TENSORS,
-        name=f"written_{_role}",
-        needs={"model": _model},
-        is_wanted=_is_wanted(_role),
-    )(written_text)
-
-
-@GRAPH.kept("evaluation/writing.json", json_form(dict[Role, dict[str, Writing]]))
-def writing(
-    dense_fast: PreTrainedModel,
-    tokenizer: Tokenizer,
-    written_dense: Written,
-    written_searched: Written,
-    written_recovered: Written | None,
-    reporter: Reporter,
-) -> dict[Role, dict[str, Writing]]:
-    """Signs of what each model wrote, by role and way of writing; the dense model reads it."""
-    roles: tuple[Role, ...] = ("dense", "searched", "recovered")
-    all_written = (written_dense, written_searched, written_recovered or {})
-    ends = end_tokens(dense_fast, tokenizer)
+def judged_writing(
+    dense_fast: PreTrainedModel, tokenizer: Tokenizer, written: Written, reporter: Reporter
+) -> dict[str, Writing]:
+    """Signs of what a model wrote, by the way of writing; the dense model reads it."""
     with reporter.stage("looking for breakage"):
-        return {
-            role: judge_writing(tokenizer, written, ends, dense_fast)
-            for role, written in zip(roles, all_written, strict=True)
-        }
+        return judge_writing(tokenizer, written, end_tokens(dense_fast, tokenizer), dense_fast)
+
+
+def _kept_text(role: Role, model: str) -> None:
+    """Declares what is kept of the text that the model of a role writes."""
+    options: dict[str, Any] = {"is_wanted": _is_wanted(role)}
+    path, needs = f"evaluation/written-{role}.safetensors", {"model": model}
+    GRAPH.kept(path, TENSORS, name=f"written_{role}", needs=needs, **options)(written_text)
+    path, needs, content = f"evaluation/writing-{role}.json", {"written": f"written_{role}"}, dict[str, Writing]
+    GRAPH.kept(path, json_form(content), name=f"writing_{role}", needs=needs, **options)(judged_writing)
+
+
+for _role, _model in (_FAST_MODELS | {"dense": "dense_fast"}).items():
+    _kept_text(_role, _model)
 
 
 def measured_breakage(
@@ -187,7 +178,7 @@ def measured_breakage(
     model: PreTrainedModel,
     tokenizer: Tokenizer,
     written_dense: Written,
-    writing: dict[Role, dict[str, Writing]],
+    writing: dict[str, Writing],
     seq_len: int,
     reporter: Reporter,
 ) -> Breakage:
@@ -195,7 +186,7 @@ def measured_breakage(
     texts = probe_texts(tokenizer, min(seq_len, PROBED_TOKENS))
     by_dense = None if role == "dense" else written_dense
     with reporter.stage("looking for breakage", sum(len(text.windows) for text in texts.values())) as advance:
-        return measure_breakage(model, tokenizer, texts, writing[role], by_dense, advance)
+        return measure_breakage(model, tokenizer, texts, writing, by_dense, advance)
 
 
 # Tasks
@@ -233,7 +224,8 @@ def _kept_for(role: Role, what: str, content: Any, make: Callable[..., Any], **o
     """Declares what is measured of the model of a role."""
     tokenizer = "given_tokenizer" if role == "dense" else "tokenizer"
     texts = "texts_of_dense" if role == "dense" else "report_texts"
-    needs = {"model": (_MODELS if what == "perplexity" else _FAST_MODELS)[role], "tokenizer": tokenizer, "texts": texts}
+    model = (_MODELS if what == "perplexity" else _FAST_MODELS)[role]
+    needs = {"model": model, "tokenizer": tokenizer, "texts": texts, "writing": f"writing_{role}"}
     path = f"evaluation/{what}-{role}.json"
     return GRAPH.kept(path, json_form(content), name=f"{what}_{role}", needs=needs, **options)(make)
 
