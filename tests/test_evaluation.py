@@ -187,6 +187,8 @@ def test_a_model_with_a_chat_template_is_asked(tokenizer: PreTrainedTokenizerFas
     assert (len(openings), len(questions)) == (16, 32)
     assert all((tokens[0], *tokens[-2:]) == (11, 12, 13) for tokens in questions.values())
     assert all(question[-1] in "?." for question in questions)
+    chat.chat_template = "{{ raise_exception('a system prompt is needed') }}"
+    assert [*calibration.prompts(chat)] == ["openings"]
 
 
 def test_signs_of_writing_computed_by_hand(

@@ -6,6 +6,7 @@ import json
 from importlib import resources
 from typing import NamedTuple
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.calibration._pool import EvaluationText, evaluation_text
@@ -42,20 +43,26 @@ class Question(NamedTuple):
 
 
 def prompts(tokenizer: Tokenizer) -> dict[str, dict[str, list[int]]]:
-    """The tokens of prompts by their text: `openings` to continue and, if the tokenizer has a chat template,
-    `questions` in the form in which the model is asked."""
+    """The tokens of prompts by their text: `openings` to continue and, if the tokenizer has a chat template that
+    takes a single question, `questions` in the form in which the model is asked."""
     tokens = {"openings": {opening: list(tokenizer(opening).input_ids) for opening in OPENINGS}}
-    if tokenizer.chat_template:
+    asked = {question: _as_chat(tokenizer, question) for question in _read("questions_to_answer.txt").splitlines()}
+    if all(asked.values()):
         tokens["questions"] = {
-            question: list(tokenizer(_as_chat(tokenizer, question), add_special_tokens=False).input_ids)
-            for question in _read("questions_to_answer.txt").splitlines()
+            question: list(tokenizer(chat, add_special_tokens=False).input_ids) for question, chat in asked.items()
         }
     return tokens
 
 
 def _as_chat(tokenizer: Tokenizer, question: str) -> str:
+    """The question in the chat template; empty if there is none, or it refuses the question."""
+    if not tokenizer.chat_template:
+        return ""
     chat = [{"role": "user", "content": question}]
-    return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+    try:
+        return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+    except (TemplateError, ValueError):
+        return ""
 
 
 def questions() -> list[Question]:
