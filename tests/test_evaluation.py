@@ -352,6 +352,15 @@ def test_verdict_at_its_limits(
     assert judge(dense, dense) == "usable"
 
 
+@pytest.mark.parametrize(("loss", "expected"), [(1.69, "usable"), (1.71, "recover first"), (9.0, "recover first")])
+def test_verdict_on_text_that_the_dense_model_would_not_write(loss: float, expected: str) -> None:
+    def signs(loss: float) -> Breakage:
+        writing = Writing(repetition=0.1, distinct=1.0, ended=0.0, loss_of_dense=loss, texts={})
+        return Breakage(texts={}, writing={"openings, sampled": writing})
+
+    assert judge(signs(1.4), signs(loss)) == expected
+
+
 def test_built_in_texts_are_the_same_everywhere(tokenizer: PreTrainedTokenizerFast) -> None:
     """They need no dataset, and nothing of the Python that runs."""
     texts = probe_texts(tokenizer, 32)

@@ -26,7 +26,7 @@ PROTOCOLS_OF_SIGNS = {
     "answered": "fraction of built-in questions whose right answer is the most likely of the choices",
 }
 # The texts that the verdict is about.
-_JUDGED = "openings, greedy"
+_JUDGED, _JUDGED_SAMPLES = "openings, greedy", "openings, sampled"
 
 
 class Writing(BaseModel):
@@ -76,6 +76,12 @@ class Breakage(BaseModel):
     def repetition(self) -> float | None:
         """That of the greedy continuations of openings, on which the verdict rests; None if there are none."""
         return self.writing[_JUDGED].repetition if _JUDGED in self.writing else None
+
+    @property
+    def loss_of_dense(self) -> float | None:
+        """That on the sampled continuations of openings, on which the verdict rests; None if there are none, or the
+        tokens of the dense model are others."""
+        return self.writing[_JUDGED_SAMPLES].loss_of_dense if _JUDGED_SAMPLES in self.writing else None
 
 
 def judge_writing(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from statistics import geometric_mean
 from typing import Literal, NamedTuple
 
@@ -20,11 +21,14 @@ class _Limits(NamedTuple):
         agreement: the least agreement.
         bits: the most bits per byte, as a multiple of the dense model's; geometric mean over arithmetic and code.
         repetition: the largest rise above the dense model's repetition.
+        loss: the largest rise, in nats per token, of the dense model's loss on sampled continuations above that on its
+            own.
     """
 
     agreement: float
     bits: float
     repetition: float
+    loss: float
 
     def hold(self, dense: Breakage, pruned: Breakage) -> bool:
         rises = [
@@ -37,14 +41,15 @@ class _Limits(NamedTuple):
             (pruned.agreement is None or pruned.agreement >= self.agreement)
             and (not rises or geometric_mean(rises) <= self.bits)
             and (pruned.repetition or 0.0) - (dense.repetition or 0.0) <= self.repetition
+            and (pruned.loss_of_dense or 0.0) - (dense.loss_of_dense or 0.0) <= self.loss
         )
 
 
 # Between models that clearly belong to one class and to the next: docs/benchmarks.md, "The verdict". A broken
 # model may repeat itself or babble, so repetition does not tell one.
 # A model that learnt something else than the dense model knows may be usable.
-_USABLE = _Limits(agreement=0.0, bits=1.28, repetition=0.25)
-_NOT_BROKEN = _Limits(agreement=0.49, bits=1.8, repetition=1.0)
+_USABLE = _Limits(agreement=0.0, bits=1.28, repetition=0.25, loss=0.3)
+_NOT_BROKEN = _Limits(agreement=0.49, bits=1.8, repetition=1.0, loss=math.inf)
 
 
 def judge(dense: Breakage, pruned: Breakage) -> Verdict:
