@@ -73,7 +73,7 @@ class Folder:
 
 
 def has_code(path: Path) -> bool:
-    return (path / "modeling_pruned.py").is_file()
+    return any(path.glob("*.py"))
 
 
 # Each engine: the tokens after a prompt. These functions run in another Python, and import nothing of this package.
@@ -238,8 +238,8 @@ class Engine:
     def reads(self, path: Path) -> bool:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         family = config["model_type"]
-        if has_code(path):
-            lacks = any("attention" in layer.get("skip", ()) for layer in config["per_layer_config"].values())
+        if layers := config.get("per_layer_config"):
+            lacks = any("attention" in layer.get("skip", ()) for layer in layers.values())
             return family in self.code and (self.lacking or not lacks)
         heads = config.get("num_attention_heads") or config["n_head"]
         hidden_size = config.get("hidden_size") or config["n_embd"]
