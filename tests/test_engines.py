@@ -97,9 +97,11 @@ def test_a_conflict_is_told_before_the_run(
 def test_code_in_the_folder_is_named_in_the_command(
     make_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    (tmp_path / "modeling_pruned.py").touch()
-    commands = serving_commands(("transformers", "mlx", "any"), tmp_path)
+    folder = tmp_path / "a model"
+    folder.mkdir()
+    (folder / "modeling_pruned.py").touch()
+    commands = serving_commands(("transformers", "mlx", "any"), folder)
     assert commands == [
-        f"transformers serve {tmp_path} --trust-remote-code",
-        f"mlx_lm.server --model {tmp_path} --trust-remote-code",
+        f"transformers serve '{folder}' --trust-remote-code",
+        f"mlx_lm.server --model '{folder}' --trust-remote-code",
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -95,7 +96,7 @@ def _loads(engine: ServingEngine, config: PreTrainedConfig) -> Loads:
     """The pruned models of a family that an engine loads."""
     family, architecture = config.model_type, architecture_of(config)
     if engine == "transformers":
-        return {"per-layer": _ALL, "uniform": _ALL}
+        return dict.fromkeys(architecture.layouts, _ALL)
     # llama.cpp and mlx-lm expect every sixth layer of a Gemma 3 to attend to everything.
     whole = frozenset[WholePart]() if family == "gemma3_text" else Cuts.whole
     if engine == "llama.cpp":
@@ -116,11 +117,12 @@ def _loads(engine: ServingEngine, config: PreTrainedConfig) -> Loads:
 def serving_commands(engines: Iterable[ServingEngine], folder: Path) -> list[str]:
     """The command that serves the model of a folder, for each engine that has one."""
     trust = " --trust-remote-code" if any(folder.glob("*.py")) else ""
+    path, file = shlex.quote(str(folder)), shlex.quote(f"{folder}.gguf")
     commands = {
-        "transformers": f"transformers serve {folder}{trust}",
-        "vllm": f"vllm serve {folder}",
-        "sglang": f"python -m sglang.launch_server --model-path {folder}",
-        "llama.cpp": f"adapruner export {folder} --to gguf -o {folder}.gguf && llama-server -m {folder}.gguf",
-        "mlx": f"mlx_lm.server --model {folder}{trust}",
+        "transformers": f"transformers serve {path}{trust}",
+        "vllm": f"vllm serve {path}",
+        "sglang": f"python -m sglang.launch_server --model-path {path}",
+        "llama.cpp": f"adapruner export {path} --to gguf -o {file} && llama-server -m {file}",
+        "mlx": f"mlx_lm.server --model {path}{trust}",
     }
     return [commands[engine] for engine in engines if engine in commands]
