@@ -33,7 +33,6 @@ from adapruner.recovery import (
     Examples,
     RecoveryRecord,
     check_device,
-    distillation_loss,
     instruction_examples,
     read_examples,
     read_record,
@@ -69,34 +68,6 @@ def held_out_loss(model: PreTrainedModel, examples: Examples) -> float:
     rows = torch.tensor([example["input_ids"] for example in examples.validation])
     with torch.no_grad():
         return float(model(rows, labels=rows).loss)
-
-
-def test_distillation_loss_is_the_divergence_that_torch_computes() -> None:
-    torch.manual_seed(0)
-    student, teacher = torch.randn(2, 5, 7), torch.randn(2, 5, 7)
-    labels = torch.tensor([[1, 2, 3, 4, 5], [-100, -100, -100, 6, 0]])
-    expected = []
-    for row, position in [(0, 0), (0, 1), (0, 2), (0, 3), (1, 2), (1, 3)]:
-        wanted, given = (
-            torch.distributions.Categorical(logits=logits[row, position] / 2.0) for logits in (teacher, student)
-        )
-        expected.append(4.0 * torch.distributions.kl_divergence(wanted, given))
-    loss = distillation_loss(student, teacher, labels, temperature=2.0, label_weight=0.0, count=None)
-    torch.testing.assert_close(loss, torch.stack(expected).mean())
-    likelihood = nn.functional.cross_entropy(student[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-    both = distillation_loss(student, teacher, labels, temperature=2.0, label_weight=0.25, count=None)
-    torch.testing.assert_close(both, 0.75 * loss + 0.25 * likelihood)
-    part = distillation_loss(student, teacher, labels, temperature=2.0, label_weight=0.0, count=60)
-    torch.testing.assert_close(part, loss * 6 / 60)
-
-
-def test_a_student_that_predicts_what_the_teacher_does_has_nothing_to_learn() -> None:
-    logits = torch.randn(2, 5, 7, requires_grad=True)
-    labels = torch.randint(0, 7, (2, 5))
-    loss = distillation_loss(logits, logits.detach(), labels, 1.5, 0.0, None)
-    loss.backward()
-    assert abs(float(loss.detach())) < 1e-6
-    assert float(logits.grad.abs().max()) < 1e-6
 
 
 def test_of_instructions_the_answer_alone_is_learnt(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -16,7 +16,6 @@ from adapruner.recovery._folder import (
     training_alone as training_alone,
     working_folder as working_folder,
 )
-from adapruner.recovery._trainers import distillation_loss as distillation_loss
 from adapruner.recovery._training import (
     RecoveryRecord as RecoveryRecord,
     check_batch_size as check_batch_size,

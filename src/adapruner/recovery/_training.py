@@ -9,7 +9,6 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -36,7 +35,7 @@ from adapruner.random_state import random_state_kept
 from adapruner.recovery._adapters import frozen, merge, take_off, with_adapters
 from adapruner.recovery._examples import IGNORED, Example, Examples
 from adapruner.recovery._sharding import gather, refuse_other_sharding, set_up_fsdp
-from adapruner.recovery._trainers import DistillationTrainer, TokenTrainer
+from adapruner.recovery._trainers import TokenTrainer
 
 # Times that the validation loss is measured and a checkpoint is saved; in long trainings every 200 steps, as in
 # LLM-Pruner.
@@ -95,7 +94,7 @@ def train(
         load: gives the model, whose weights change. Called a second time, to merge adapters, if they are trained on a
             copy: the two are never in memory together, unless they are held elsewhere.
         folder: for the Trainer's checkpoints.
-        teacher: learn its predictions (see `distillation_loss`) and not the labels alone; it is run in its own dtype.
+        teacher: learn its predictions (see `Objective`) and not the labels alone; it is run in its own dtype.
         progress: called with the number of steps done.
         track: called with the numbers that the Trainer logs: the losses and the learning rate of every step.
 
@@ -131,9 +130,11 @@ def _trained(
         warnings.simplefilter("ignore")
         set_seed(options.seed)
         trained: Any = model if options.train == "full" else with_adapters(model, options)
-        create = partial(DistillationTrainer, teacher, options) if teacher else TokenTrainer
         last = _last_whole_checkpoint(folder)
-        trainer = create(
+        trainer = TokenTrainer(
+            model,
+            teacher,
+            options,
             model=trained,
             args=_arguments(model, options, folder, total_steps(examples, options), evaluates_first=last is None),
             train_dataset=examples.training,
@@ -149,6 +150,7 @@ def _trained(
         trainer.train(resume_from_checkpoint=str(last) if last else None)
         if trainer.is_fsdp_enabled:
             gather(trainer)
+        trainer.give_back()
     if this_process().leads or not trainer.is_fsdp_enabled:
         if options.train != "full":
             adapters = take_off(trained)

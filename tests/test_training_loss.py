@@ -1,0 +1,176 @@
+"""The loss of training and its gradients, against those of all logits at once, in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from adapruner import RecoveryOptions
+from adapruner.families import resolve
+from adapruner.recovery import _loss
+from adapruner.recovery._adapters import with_adapters
+from adapruner.recovery._loss import Objective, Predictor, summed_loss
+from tiny_families import tiny_config
+
+# What families do around their heads: soft caps, scales, a bias, a projection before it.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"tie_word_embeddings": True},
+    "gemma2": {"final_logit_softcapping": 0.5},
+    "cohere": {"logit_scale": 3.0},
+    "granite": {"logits_scaling": 0.2},
+    "phi": {},
+    "opt": {"word_embed_proj_dim": 32},
+    "gpt2": {},
+    "mixtral": {"output_router_logits": True},
+    "gemma4_text": {},
+}
+OBJECTIVES = [Objective(), Objective(1.0, 0.0), Objective(2.0, 0.0), Objective(1.0, 0.25), Objective(1.5, 0.5)]
+
+
+@pytest.fixture(autouse=True)
+def _few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_loss, "_ROWS", 5)
+
+
+def double(family: str, seed: int) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    config = tiny_config(family, **FAMILIES[family])
+    resolve(config)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    head: Any = model.get_output_embeddings()
+    with torch.no_grad():
+        for weight in head.parameters():
+            weight.normal_(std=0.3)
+    return model.double()  # in training mode, without dropout below
+
+
+def batch() -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, mask and labels: of answers of different lengths, and padded."""
+    tokens = torch.randint(5, 60, (3, 12), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(tokens)
+    mask[1, 8:] = 0
+    labels = tokens.masked_fill(mask == 0, -100)
+    labels[0, :4] = labels[2] = -100
+    return tokens, mask, labels
+
+
+def naive_loss(student: Tensor, teacher: Tensor | None, labels: Tensor, objective: Objective) -> Tensor:
+    """By the distributions of torch, a token at a time."""
+    temperature, total = objective.temperature, student.new_zeros(())
+    for sequence, position in (labels[:, 1:] != -100).nonzero().tolist():
+        predicted = torch.distributions.Categorical(logits=student[sequence, position])
+        label_loss = -predicted.log_prob(labels[sequence, position + 1])
+        total = total + objective.label_weight * label_loss
+        if teacher is not None:
+            wanted, given = (
+                torch.distributions.Categorical(logits=logits[sequence, position] / temperature)
+                for logits in (teacher, student)
+            )
+            divergence = torch.distributions.kl_divergence(wanted, given)
+            total = total + (1 - objective.label_weight) * temperature**2 * divergence
+    return total
+
+
+def gradients(loss: Tensor, model: nn.Module) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+
+
+def our_loss(
+    student: PreTrainedModel, teacher: PreTrainedModel | None, objective: Objective, labels: Tensor | None = None
+) -> Tensor:
+    tokens, mask, all_labels = batch()
+    ours, theirs = Predictor(student), Predictor(teacher) if teacher else None
+    with torch.no_grad():
+        taught = theirs.hidden_states(tokens, mask) if theirs else None
+    hidden = ours.hidden_states(tokens, mask)
+    return summed_loss(ours, hidden, all_labels if labels is None else labels, objective, theirs, taught)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradients_are_those_of_all_logits(family: str, objective: Objective) -> None:
+    if family not in ("llama", "gemma2") and objective != OBJECTIVES[-1]:
+        pytest.skip("one mix is enough to see what a family does around its head")
+    student = double(family, 0).eval()
+    teacher = double(family, 1).eval() if objective.label_weight < 1 else None
+    tokens, mask, labels = batch()
+    with torch.no_grad():
+        taught = teacher(tokens, attention_mask=mask).logits if teacher else None
+    expected = naive_loss(student(tokens, attention_mask=mask).logits, taught, labels, objective)
+    expected_gradients = gradients(expected, student)
+    loss = our_loss(student, teacher, objective)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+    ours = gradients(loss, student)
+    assert ours.keys() == expected_gradients.keys()
+    for name, gradient in expected_gradients.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-6, atol=1e-7, msg=name)
+
+
+def test_a_gradient_that_is_passed_on_is_multiplied() -> None:
+    student = double("llama", 0)
+    once = gradients(our_loss(student, None, Objective()), student)
+    half = gradients(our_loss(student, None, Objective()) / 2, student)
+    assert all(torch.equal(half[name], gradient / 2) for name, gradient in once.items())
+
+
+def test_below_adapters_the_head_gets_no_gradient() -> None:
+    student, teacher = double("llama", 0), double("llama", 1)
+    adapted = with_adapters(student, RecoveryOptions(train="ia3")).double()
+    tokens, mask, labels = batch()
+    with torch.no_grad():
+        taught = teacher(tokens, attention_mask=mask).logits
+    expected = gradients(naive_loss(adapted(tokens, attention_mask=mask).logits, taught, labels, Objective()), adapted)
+    ours = gradients(our_loss(student, teacher, Objective()), adapted)
+    assert ours.keys() == expected.keys()
+    assert all("ia3" in name for name in ours)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-6, atol=1e-7)
+
+
+def test_a_student_that_predicts_what_the_teacher_does_has_nothing_to_learn() -> None:
+    student = double("llama", 0).float()
+    loss = our_loss(student, student, Objective(1.5, 0.0))
+    assert abs(float(loss.detach())) < 1e-5
+    assert max(float(gradient.abs().max()) for gradient in gradients(loss, student).values()) < 1e-4
+
+
+def test_a_batch_without_learnt_tokens_has_no_loss() -> None:
+    student = double("llama", 0)
+    loss = our_loss(student, None, Objective(), torch.full((3, 12), -100))
+    assert float(loss.detach()) == 0
+    assert not any(gradient.any() for gradient in gradients(loss, student).values())
+
+
+class _LargestLogits(TorchDispatchMode):
+    """The most rows of a tensor as wide as the vocabulary that any operation made."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.vocabulary, self.rows = vocabulary, 0
+
+    def __torch_dispatch__(self, operation: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        made = operation(*arguments, **(named or {}))
+        for tensor in made if isinstance(made, tuple | list) else [made]:
+            if isinstance(tensor, Tensor) and tensor.dim() and tensor.shape[-1] == self.vocabulary:
+                self.rows = max(self.rows, tensor.numel() // self.vocabulary)
+        return made
+
+
+def test_no_tensor_has_the_logits_of_more_than_some_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_loss, "_ROWS", 70)  # more than the width of the head, whose transpose is as wide
+    student, teacher = double("llama", 0), double("llama", 1)
+    tokens = torch.randint(5, 60, (4, 64))
+    with _LargestLogits(student.config.vocab_size) as largest:
+        ours, theirs = Predictor(student), Predictor(teacher)
+        with torch.no_grad():
+            taught = theirs.hidden_states(tokens, torch.ones_like(tokens))
+        hidden = ours.hidden_states(tokens, torch.ones_like(tokens))
+        summed_loss(ours, hidden, tokens, Objective(1.0, 0.5), theirs, taught).backward()
+    assert largest.rows == 70
