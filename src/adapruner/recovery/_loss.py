@@ -68,11 +68,14 @@ class Predictor:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model, self._forward = model, type(model).forward
-        # The parent of the decoder layers: some families have a module between it and the head.
         self._decoder: Any = model.get_submodule(architecture_of(model.config).layers.rpartition(".")[0])
         self._outputs: Any = None
-        head: Any = model.get_output_embeddings()
-        self.head_weights = [weight for weight in cast(nn.Module, head).parameters() if weight.requires_grad]
+
+    @property
+    def head_weights(self) -> list[nn.Parameter]:
+        """Those of the head that are trained. Within its forward pass, FSDP has other parameters than between them."""
+        head: Any = self._model.get_output_embeddings()
+        return [weight for weight in cast(nn.Module, head).parameters() if weight.requires_grad]
 
     def hidden_states(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
         """[sequences, tokens, width]: the output of the decoder, for tokens and mask of [sequences, tokens]."""
@@ -83,9 +86,8 @@ class Predictor:
     def logits(self, hidden: Tensor) -> Tensor:
         """[rows, vocabulary] of hidden states of [rows, width], by the model's own forward, with all that a family does
         around its head."""
-        tokens = torch.zeros(
-            (1, len(hidden)), dtype=torch.int64, device=hidden.device
-        )  # some families read their shape
+        # Some families read the shape of the tokens after their decoder.
+        tokens = torch.zeros((1, len(hidden)), dtype=torch.int64, device=hidden.device)
         with _returning(self._decoder, self._outputs(last_hidden_state=hidden[None])):
             return cast(Tensor, self._forward(self._model, tokens, use_cache=False).logits[0])
 
