@@ -38,8 +38,9 @@ class TokenTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # it counts the tokens of a whole batch
 
     def give_back(self) -> None:
-        """Gives the student its own forward pass back, without autocasts of the Trainer."""
-        vars(self._student).pop("forward", None)
+        """Gives the student its own forward pass back, without autocasts, and without references to this Trainer."""
+        for name in ("forward", "_original_forward"):
+            vars(self._student).pop(name, None)
 
     def compute_loss(
         self,
