@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from adapruner.models import architecture_of
 from adapruner.recovery._examples import IGNORED
@@ -69,7 +68,8 @@ class Predictor:
     def __init__(self, model: PreTrainedModel) -> None:
         self._model, self._forward = model, type(model).forward
         self._decoder: Any = model.get_submodule(architecture_of(model.config).layers.rpartition(".")[0])
-        self._outputs: Any = None
+        self._output_class: Any = None
+        self._others: dict[str, Any] = {}
 
     @property
     def head_weights(self) -> list[nn.Parameter]:
@@ -80,7 +80,8 @@ class Predictor:
     def hidden_states(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
         """[sequences, tokens, width]: the output of the decoder, for tokens and mask of [sequences, tokens]."""
         output = self._decoder(input_ids=tokens, attention_mask=attention_mask, use_cache=False)
-        self._outputs = partial(type(output), **{name: output[name] for name in output if name != "last_hidden_state"})
+        self._others = {name: value for name, value in output.items() if name != "last_hidden_state"}
+        self._output_class = type(output)
         return cast(Tensor, output.last_hidden_state)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -88,7 +89,8 @@ class Predictor:
         around its head."""
         # Some families read the shape of the tokens after their decoder.
         tokens = torch.zeros((1, len(hidden)), dtype=torch.int64, device=hidden.device)
-        with _returning(self._decoder, self._outputs(last_hidden_state=hidden[None])):
+        output = self._output_class(last_hidden_state=hidden[None], **self._others)
+        with _returning(self._decoder, output):
             return cast(Tensor, self._forward(self._model, tokens, use_cache=False).logits[0])
 
 
@@ -124,10 +126,9 @@ def summed_loss(
     labels = labels[:, 1:].to(hidden.device)
     learnt = labels != IGNORED
     wanted = None if taught is None else taught[:, :-1][learnt.to(taught.device)]
-    return cast(
-        Tensor,
-        _Loss.apply(student, hidden[:, :-1][learnt], labels[learnt], objective, teacher, wanted, *student.head_weights),
-    )
+    apply: Any = _Loss.apply
+    rows = hidden[:, :-1][learnt], labels[learnt]
+    return cast(Tensor, apply(student, *rows, objective, teacher, wanted, *student.head_weights))
 
 
 class _Loss(torch.autograd.Function):

@@ -66,6 +66,7 @@ class TokenTrainer(Trainer):
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *arguments: Any, **named: Any) -> Any:
         loss, *logits_and_labels = super().prediction_step(model, inputs, *arguments, **named)
+        assert loss is not None
         # The Trainer averages over examples. The sum over tokens was divided by the mean number per process.
         tokens = (inputs["labels"][:, 1:] != IGNORED).sum().to(self.args.device)
         mean = float(self.accelerator.gather(tokens).float().mean())
