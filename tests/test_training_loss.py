@@ -26,7 +26,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "phi": {},
     "opt": {"word_embed_proj_dim": 32},
     "gpt2": {},
-    "mixtral": {"output_router_logits": True},
+    "mixtral": {},
     "gemma4_text": {},
 }
 OBJECTIVES = [Objective(), Objective(1.0, 0.0), Objective(2.0, 0.0), Objective(1.0, 0.25), Objective(1.5, 0.5)]
@@ -93,11 +93,12 @@ def our_loss(
     return summed_loss(ours, hidden, all_labels if labels is None else labels, objective, theirs, taught)
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
-@pytest.mark.parametrize("family", FAMILIES)
+# One mix is enough to see what a family does around its head.
+CASES = [*((family, OBJECTIVES[-1]) for family in FAMILIES), *(("llama", objective) for objective in OBJECTIVES[:-1])]
+
+
+@pytest.mark.parametrize(("family", "objective"), CASES, ids=str)
 def test_loss_and_gradients_are_those_of_all_logits(family: str, objective: Objective) -> None:
-    if family not in ("llama", "gemma2") and objective != OBJECTIVES[-1]:
-        pytest.skip("one mix is enough to see what a family does around its head")
     student = double(family, 0).eval()
     teacher = double(family, 1).eval() if objective.label_weight < 1 else None
     tokens, mask, labels = batch()
