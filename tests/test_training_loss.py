@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -26,7 +27,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "phi": {},
     "opt": {"word_embed_proj_dim": 32},
     "gpt2": {},
-    "mixtral": {},
     "gemma4_text": {},
 }
 OBJECTIVES = [Objective(), Objective(1.0, 0.0), Objective(2.0, 0.0), Objective(1.0, 0.25), Objective(1.5, 0.5)]
@@ -123,12 +123,15 @@ def test_a_gradient_that_is_passed_on_is_multiplied() -> None:
 
 def test_below_adapters_the_head_gets_no_gradient() -> None:
     student, teacher = double("llama", 0), double("llama", 1)
-    adapted = with_adapters(student, RecoveryOptions(train="ia3")).double()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted = with_adapters(student, RecoveryOptions(train="ia3")).double()
+    objective = Objective(1.0, 0.5)
     tokens, mask, labels = batch()
     with torch.no_grad():
         taught = teacher(tokens, attention_mask=mask).logits
-    expected = gradients(naive_loss(adapted(tokens, attention_mask=mask).logits, taught, labels, Objective()), adapted)
-    ours = gradients(our_loss(student, teacher, Objective()), adapted)
+    expected = gradients(naive_loss(adapted(tokens, attention_mask=mask).logits, taught, labels, objective), adapted)
+    ours = gradients(our_loss(student, teacher, objective), adapted)
     assert ours.keys() == expected.keys()
     assert all("ia3" in name for name in ours)
     for name, gradient in expected.items():
@@ -167,7 +170,7 @@ class _LargestLogits(TorchDispatchMode):
 def test_no_tensor_has_the_logits_of_more_than_some_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_loss, "_ROWS", 70)  # more than the width of the head, whose transpose is as wide
     student, teacher = double("llama", 0), double("llama", 1)
-    tokens = torch.randint(5, 60, (4, 64))
+    tokens = torch.randint(5, 60, (4, 60))
     with _LargestLogits(student.config.vocab_size) as largest:
         ours, theirs = Predictor(student), Predictor(teacher)
         with torch.no_grad():
