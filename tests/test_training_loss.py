@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from adapruner import RecoveryOptions
 from adapruner.families import resolve
 from adapruner.recovery import _loss
 from adapruner.recovery._adapters import with_adapters
-from adapruner.recovery._loss import Objective, Predictor, summed_loss
+from adapruner.recovery._loss import Predictor, loss_of_batch
 from tiny_families import tiny_config
 
 # What families do around their heads: soft caps, scales, a bias, a projection before it.
@@ -29,7 +29,23 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": {},
     "gemma4_text": {},
 }
-OBJECTIVES = [Objective(), Objective(1.0, 0.0), Objective(2.0, 0.0), Objective(1.0, 0.25), Objective(1.5, 0.5)]
+
+
+class Objective(NamedTuple):
+    """Weights of the labels' loss for three sequences, and the temperature of the divergence."""
+
+    label_weights: tuple[float, float, float]
+    temperature: float = 1.0
+
+    @property
+    def needs_teacher(self) -> bool:
+        return min(self.label_weights) < 1
+
+
+LABELS, MIXED = Objective((1, 1, 1)), Objective((0.25, 0, 1), 1.5)
+OBJECTIVES = [LABELS, Objective((0, 0, 0)), Objective((0, 0, 0), 2.0), Objective((0.25, 1, 0)), MIXED]
+# Of the mean over the learnt tokens of several batches.
+SCALE = 0.3
 
 
 @pytest.fixture(autouse=True)
@@ -63,17 +79,16 @@ def naive_loss(student: Tensor, teacher: Tensor | None, labels: Tensor, objectiv
     """By the distributions of torch, a token at a time."""
     temperature, total = objective.temperature, student.new_zeros(())
     for sequence, position in (labels[:, 1:] != -100).nonzero().tolist():
+        weight = objective.label_weights[sequence]
         predicted = torch.distributions.Categorical(logits=student[sequence, position])
-        label_loss = -predicted.log_prob(labels[sequence, position + 1])
-        total = total + objective.label_weight * label_loss
+        total = total - weight * predicted.log_prob(labels[sequence, position + 1])
         if teacher is not None:
             wanted, given = (
                 torch.distributions.Categorical(logits=logits[sequence, position] / temperature)
                 for logits in (teacher, student)
             )
-            divergence = torch.distributions.kl_divergence(wanted, given)
-            total = total + (1 - objective.label_weight) * temperature**2 * divergence
-    return total
+            total = total + (1 - weight) * temperature**2 * torch.distributions.kl_divergence(wanted, given)
+    return SCALE * total
 
 
 def gradients(loss: Tensor, model: nn.Module) -> dict[str, Tensor]:
@@ -90,7 +105,9 @@ def our_loss(
     with torch.no_grad():
         taught = theirs.hidden_states(tokens, mask) if theirs else None
     hidden = ours.hidden_states(tokens, mask)
-    return summed_loss(ours, hidden, all_labels if labels is None else labels, objective, theirs, taught)
+    weights = torch.tensor(objective.label_weights)
+    used = all_labels if labels is None else labels
+    return loss_of_batch(ours, hidden, used, weights, SCALE, objective.temperature, theirs, taught)
 
 
 # One mix is enough to see what a family does around its head.
@@ -100,7 +117,7 @@ CASES = [*((family, OBJECTIVES[-1]) for family in FAMILIES), *(("llama", objecti
 @pytest.mark.parametrize(("family", "objective"), CASES, ids=str)
 def test_loss_and_gradients_are_those_of_all_logits(family: str, objective: Objective) -> None:
     student = double(family, 0).eval()
-    teacher = double(family, 1).eval() if objective.label_weight < 1 else None
+    teacher = double(family, 1).eval() if objective.needs_teacher else None
     tokens, mask, labels = batch()
     with torch.no_grad():
         taught = teacher(tokens, attention_mask=mask).logits if teacher else None
@@ -116,8 +133,8 @@ def test_loss_and_gradients_are_those_of_all_logits(family: str, objective: Obje
 
 def test_a_gradient_that_is_passed_on_is_multiplied() -> None:
     student = double("llama", 0)
-    once = gradients(our_loss(student, None, Objective()), student)
-    half = gradients(our_loss(student, None, Objective()) / 2, student)
+    once = gradients(our_loss(student, None, LABELS), student)
+    half = gradients(our_loss(student, None, LABELS) / 2, student)
     assert all(torch.equal(half[name], gradient / 2) for name, gradient in once.items())
 
 
@@ -126,7 +143,7 @@ def test_below_adapters_the_head_gets_no_gradient() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         adapted = with_adapters(student, RecoveryOptions(train="ia3")).double()
-    objective = Objective(1.0, 0.5)
+    objective = MIXED
     tokens, mask, labels = batch()
     with torch.no_grad():
         taught = teacher(tokens, attention_mask=mask).logits
@@ -140,14 +157,14 @@ def test_below_adapters_the_head_gets_no_gradient() -> None:
 
 def test_a_student_that_predicts_what_the_teacher_does_has_nothing_to_learn() -> None:
     student = double("llama", 0).float()
-    loss = our_loss(student, student, Objective(1.5, 0.0))
+    loss = our_loss(student, student, Objective((0, 0, 0), 1.5))
     assert abs(float(loss.detach())) < 1e-5
     assert max(float(gradient.abs().max()) for gradient in gradients(loss, student).values()) < 1e-4
 
 
 def test_a_batch_without_learnt_tokens_has_no_loss() -> None:
     student = double("llama", 0)
-    loss = our_loss(student, None, Objective(), torch.full((3, 12), -100))
+    loss = our_loss(student, None, LABELS, torch.full((3, 12), -100))
     assert float(loss.detach()) == 0
     assert not any(gradient.any() for gradient in gradients(loss, student).values())
 
@@ -176,5 +193,6 @@ def test_no_tensor_has_the_logits_of_more_than_some_rows(monkeypatch: pytest.Mon
         with torch.no_grad():
             taught = theirs.hidden_states(tokens, torch.ones_like(tokens))
         hidden = ours.hidden_states(tokens, torch.ones_like(tokens))
-        summed_loss(ours, hidden, tokens, Objective(1.0, 0.5), theirs, taught).backward()
+        weights = torch.full((4,), 0.5)
+        loss_of_batch(ours, hidden, tokens, weights, teacher=theirs, taught=taught).backward()
     assert largest.rows == 70

@@ -134,7 +134,7 @@ def test_a_killed_run_resumes(
     arguments = prune_command(model_folder, run, text_file, QUICK, recover=text_file, tasks="boolq")
     arguments += flags(OPTIONS["recovery"], "recovery.")
     environment = {"ADAPRUNER_DATA": str(data)}
-    run_killed("adapruner.recovery._trainers", "summed_loss", 27, arguments, tmp_path, **environment)
+    run_killed("adapruner.recovery._trainers", "loss_of_batch", 27, arguments, tmp_path, **environment)
     assert list(run.glob("unfinished/recovered-*/training/checkpoint-3"))
     run_killed_before_writing(f"{run}/evaluation/tasks-searched.json", arguments, tmp_path, **environment)
     assert (run / "evaluation/tasks-dense.json").is_file()

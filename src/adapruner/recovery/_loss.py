@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
@@ -19,47 +20,42 @@ from adapruner.recovery._examples import IGNORED
 _ROWS = 256
 
 
-@dataclass(frozen=True)
-class Objective:
-    """The weights of the two losses of a prediction: its negative log-likelihood, and its divergence from that of a
-    teacher, KL(teacher ‖ student) · T² (Hinton et al., arXiv 1503.02531).
+def loss_and_gradient(
+    student: Tensor, teacher: Tensor | None, labels: Tensor, label_weights: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """The negative log-likelihood of labels and the divergence from a teacher, KL(teacher ‖ student) · T² (Hinton et
+    al., arXiv 1503.02531), each with a weight.
 
-    Attributes:
+    `torch.nn.functional.linear_cross_entropy` and the kernels of others compute labels alone, or a divergence alone.
+
+    Args:
+        student, teacher: logits, [predictions, vocabulary], float32 or wider; without a teacher, labels alone.
+        labels: [predictions], int64.
+        label_weights: [predictions], from 0 to 1; the divergence has the rest.
         temperature: divides the logits of both models in the divergence.
-        label_weight: weight of the labels' loss, from 0 to 1; the divergence has the rest. Without a teacher, 1.
+
+    Returns:
+        A scalar, in nats, summed over the predictions; and its gradient with respect to the logits of the student.
     """
-
-    temperature: float = 1.0
-    label_weight: float = 1.0
-
-    def loss_and_gradient(self, student: Tensor, teacher: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """
-        Args:
-            student, teacher: logits, [predictions, vocabulary]; float32 or wider.
-            labels: [predictions], int64.
-
-        Returns:
-            A scalar, in nats, summed over the predictions; and its gradient with respect to the logits of the student.
-        """
-        weight, temperature = self.label_weight, self.temperature
-        likelihoods = student.log_softmax(-1)
-        total = -weight * likelihoods.gather(-1, labels[:, None]).sum()
-        if teacher is None or weight == 1:
-            gradient = likelihoods.exp_().mul_(weight)
+    weights, of_labels = label_weights[:, None].to(student), labels[:, None]
+    likelihoods = student.log_softmax(-1)
+    total = -(weights * likelihoods.gather(-1, of_labels)).sum()
+    if teacher is None:
+        gradient = likelihoods.exp_().mul_(weights)
+    else:
+        if temperature != 1:
+            student, teacher = student / temperature, teacher / temperature
+        softened = likelihoods if temperature == 1 else student.log_softmax(-1)
+        taught = teacher.log_softmax(-1)
+        probabilities = taught.exp()
+        divergences = torch.linalg.vecdot(probabilities, taught.sub_(softened))
+        total = total + temperature**2 * ((1 - label_weights.to(student)) * divergences).sum()
+        if temperature == 1:
+            gradient = likelihoods.exp_()
         else:
-            if temperature != 1:
-                student, teacher = student / temperature, teacher / temperature
-            softened = likelihoods if temperature == 1 else student.log_softmax(-1)
-            taught = teacher.log_softmax(-1)
-            probabilities = taught.exp()
-            divergence = torch.linalg.vecdot(probabilities, taught.sub_(softened)).sum()
-            total = total + (1 - weight) * temperature**2 * divergence
-            if temperature == 1:
-                gradient = likelihoods.exp_()
-            else:
-                gradient = softened.exp_().mul_((1 - weight) * temperature).add_(likelihoods.exp_(), alpha=weight)
-            gradient.sub_(probabilities, alpha=(1 - weight) * temperature)
-        return total, gradient.scatter_add_(-1, labels[:, None], student.new_full((len(labels), 1), -weight))
+            gradient = softened.exp_().mul_((1 - weights) * temperature).add_(likelihoods.exp_().mul_(weights))
+        gradient.sub_(probabilities.mul_((1 - weights) * temperature))
+    return total, gradient.scatter_add_(-1, of_labels, -weights)
 
 
 class Predictor:
@@ -72,10 +68,9 @@ class Predictor:
         self._others: dict[str, Any] = {}
 
     @property
-    def head_weights(self) -> list[nn.Parameter]:
-        """Those of the head that are trained. Within its forward pass, FSDP has other parameters than between them."""
-        head: Any = self._model.get_output_embeddings()
-        return [weight for weight in cast(nn.Module, head).parameters() if weight.requires_grad]
+    def head(self) -> nn.Module:
+        """The module that makes the logits."""
+        return cast(nn.Module, self._model.get_output_embeddings())
 
     def hidden_states(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
         """[sequences, tokens, width]: the output of the decoder, for tokens and mask of [sequences, tokens]."""
@@ -104,72 +99,104 @@ def _returning(module: nn.Module, output: ModelOutput) -> Iterator[None]:
         del cast(Any, module).forward
 
 
-def summed_loss(
+def loss_of_batch(
     student: Predictor,
     hidden: Tensor,
     labels: Tensor,
-    objective: Objective,
+    label_weights: Tensor,
+    scale: float = 1.0,
+    temperature: float = 1.0,
     teacher: Predictor | None = None,
     taught: Tensor | None = None,
 ) -> Tensor:
-    """The loss of a batch. Its gradients are computed at once, for some predictions at a time: no tensor of the size of
-    all tokens times the vocabulary is ever in memory, and no logits are computed twice.
+    """The loss of a batch: see `loss_and_gradient`. Logits are in memory for some predictions at a time.
 
     Args:
         hidden: of the student, [sequences, tokens, width].
         labels: [sequences, tokens], int64; -100 for tokens that are not learnt.
-        teacher: with `taught`, its hidden states; None learns the labels.
+        label_weights: [sequences], from 0 to 1.
+        scale: factor of the sum. In bfloat16, gradients depend in their last bits on where they are multiplied.
+        teacher: with `taught`, its hidden states; None learns the labels alone.
 
     Returns:
-        A scalar, nats, summed over the learnt tokens.
+        A scalar: nats, summed over the learnt tokens, times the scale.
     """
     labels = labels[:, 1:].to(hidden.device)
     learnt = labels != IGNORED
+    weights = label_weights[:, None].to(hidden.device).expand(labels.shape)[learnt]
+    rows, labels = hidden[:, :-1][learnt], labels[learnt]
     wanted = None if taught is None else taught[:, :-1][learnt.to(taught.device)]
-    apply: Any = _Loss.apply
-    rows = hidden[:, :-1][learnt], labels[learnt]
-    return cast(Tensor, apply(student, *rows, objective, teacher, wanted, *student.head_weights))
+
+    def loss_of(hidden: Tensor, start: int) -> Tensor:
+        chunk = slice(start, start + _ROWS)
+        logits = student.logits(hidden)
+        with torch.no_grad():
+            expected = None if teacher is None or wanted is None else teacher.logits(wanted[chunk])
+        apply: Any = _LossOfLogits.apply
+        return cast(Tensor, apply(logits, expected, labels[chunk], weights[chunk], scale, temperature))
+
+    chunks = [(chunk, number * _ROWS) for number, chunk in enumerate(rows.split(_ROWS))]
+    if isinstance(student.head, FSDPModule):
+        # Its weights are whole only while it runs.
+        losses = [checkpoint(loss_of, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+    elif not torch.is_grad_enabled():
+        losses = [loss_of(*chunk) for chunk in chunks]
+    else:
+        losses = [_with_gradients(loss_of, rows, chunks, [w for w in student.head.parameters() if w.requires_grad])]
+    return torch.stack(losses).sum()
 
 
-class _Loss(torch.autograd.Function):
-    """`summed_loss` of rows. `torch.nn.functional.linear_cross_entropy` does the same for labels alone, without a
-    teacher and without what some families do to their logits."""
+def _with_gradients(
+    loss_of: Any, rows: Tensor, chunks: list[tuple[Tensor, int]], weights: list[nn.Parameter]
+) -> Tensor:
+    """The sum of the losses of all chunks, whose gradients are computed now, so that no logits are computed twice.
+
+    Args:
+        rows: hidden states, [rows, width], which the chunks are cut from.
+        weights: of the head.
+    """
+    total = torch.zeros((), device=rows.device)
+    of_rows = []
+    of_weights = [
+        torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32)) for weight in weights
+    ]
+    for chunk, start in chunks:
+        inputs = chunk.detach().requires_grad_()
+        loss = loss_of(inputs, start)
+        total = total + loss.detach()
+        of_inputs, *further = torch.autograd.grad(loss, [inputs, *weights])
+        of_rows.append(of_inputs)
+        for accumulated, gradient in zip(of_weights, further, strict=True):
+            accumulated += gradient
+    # Linear in all that the loss depends on, with the gradients of the loss.
+    pairs = zip([rows, *weights], [torch.cat(of_rows), *of_weights], strict=True)
+    linear = torch.stack(
+        [torch.dot(value.flatten(), gradient.to(value).flatten()).to(total) for value, gradient in pairs]
+    )
+    return total + (linear.sum() - linear.sum().detach())
+
+
+class _LossOfLogits(torch.autograd.Function):
+    """`loss_and_gradient` of logits in any dtype, times a scale."""
 
     @staticmethod
     def forward(
         context: Any,
-        student: Predictor,
-        hidden: Tensor,
+        logits: Tensor,
+        expected: Tensor | None,
         labels: Tensor,
-        objective: Objective,
-        teacher: Predictor | None,
-        taught: Tensor | None,
-        *weights: Tensor,
+        weights: Tensor,
+        scale: float,
+        temperature: float,
     ) -> Tensor:
-        total = torch.zeros((), device=hidden.device, dtype=torch.promote_types(hidden.dtype, torch.float32))
-        learns = context.needs_input_grad[1]
-        of_weights = [torch.zeros_like(weight, dtype=total.dtype) for weight in weights if learns]
-        of_hidden = []
-        for start in range(0, len(labels), _ROWS):
-            rows = slice(start, start + _ROWS)
-            with torch.set_grad_enabled(learns):
-                inputs = hidden[rows].detach().requires_grad_(learns)
-                logits = student.logits(inputs)
-            with torch.autocast(logits.device.type, enabled=False):
-                expected = None if teacher is None or taught is None else teacher.logits(taught[rows]).to(total)
-                loss, gradient = objective.loss_and_gradient(logits.detach().to(total), expected, labels[rows])
-            total += loss
-            if learns:
-                of_inputs, *further = torch.autograd.grad(logits, [inputs, *weights], gradient.to(logits.dtype))
-                of_hidden.append(of_inputs)
-                for accumulated, gradient in zip(of_weights, further, strict=True):
-                    accumulated += gradient
-        if learns:
-            of_all = torch.cat(of_hidden) if of_hidden else torch.zeros_like(hidden)
-            context.save_for_backward(of_all, *(g.to(w.dtype) for g, w in zip(of_weights, weights, strict=True)))
-        return total
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        with torch.autocast(logits.device.type, enabled=False):
+            teacher = None if expected is None else expected.to(logits.device, wide)
+            loss, gradient = loss_and_gradient(logits.to(wide), teacher, labels, weights, temperature)
+        context.save_for_backward(gradient.mul_(scale).to(logits.dtype))
+        return loss * scale
 
     @staticmethod
     def backward(context: Any, *outer: Any) -> Any:
-        of_hidden, *of_weights = context.saved_tensors
-        return None, of_hidden * outer[0], None, None, None, None, *(gradient * outer[0] for gradient in of_weights)
+        (gradient,) = context.saved_tensors
+        return gradient * outer[0], None, None, None, None, None

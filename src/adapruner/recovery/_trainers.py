@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, Trainer
 
 from adapruner.config import RecoveryOptions
 from adapruner.recovery._examples import IGNORED, Example
-from adapruner.recovery._loss import Objective, Predictor, summed_loss
+from adapruner.recovery._loss import Predictor, loss_of_batch
 
 
 class TokenTrainer(Trainer):
@@ -31,7 +31,8 @@ class TokenTrainer(Trainer):
         """
         self._student, self._predictor = student, Predictor(student)
         self._teacher = Predictor(teacher) if teacher else None
-        self._objective = Objective(options.temperature, options.label_weight) if teacher else Objective()
+        self._temperature = options.temperature
+        self._label_weight = options.label_weight if teacher else 1.0
         self._taught: Tensor | None = None
         cast(Any, student).forward = MethodType(self._loss_of_batch, student)
         super().__init__(**parts)
@@ -52,17 +53,19 @@ class TokenTrainer(Trainer):
         if self._teacher:
             with torch.no_grad():
                 self._taught = self._teacher.hidden_states(inputs["input_ids"], inputs["attention_mask"])
+        # The Trainer counts the learnt tokens of all processes, and averages gradients over them.
+        self._scale = self.accelerator.num_processes / float(num_items_in_batch or 1)
         outputs = model(**inputs)
-        # The Trainer counts the tokens of all processes, and averages gradients over them.
-        loss = outputs["loss"] * self.accelerator.num_processes / num_items_in_batch
-        return (loss, outputs) if return_outputs else loss
+        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
     def _loss_of_batch(
         self, student: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, **_: Any
     ) -> dict[str, Tensor]:
         """Inside of what the Trainer wraps the model in: with FSDP, the weights of the head are whole there."""
         hidden = self._predictor.hidden_states(input_ids, attention_mask)
-        return {"loss": summed_loss(self._predictor, hidden, labels, self._objective, self._teacher, self._taught)}
+        weights = torch.full((len(labels),), self._label_weight)
+        parts = weights, self._scale, self._temperature, self._teacher, self._taught
+        return {"loss": loss_of_batch(self._predictor, hidden, labels, *parts)}
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *arguments: Any, **named: Any) -> Any:
         loss, *logits_and_labels = super().prediction_step(model, inputs, *arguments, **named)
