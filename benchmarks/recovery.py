@@ -15,10 +15,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter, run
 
-from adapruner import RecoveryOptions, verbs
-from adapruner.calibration import parse_source
-from adapruner.models import find_model, load_tokenizer
-from adapruner.recovery import read_examples
+from adapruner import verbs
 
 
 @dataclass(frozen=True)
@@ -58,7 +55,7 @@ def main(
     """Trains and evaluates what results.jsonl does not hold yet.
 
     Args:
-        tokens: of each training, those of prompts included; steps follow from it.
+        tokens: of each training, those of prompts included.
         limit: items of each task; 0 leaves the tasks out.
         windows: of each text.
         dtype: of the models while they are evaluated.
@@ -69,7 +66,7 @@ def main(
     for rate in learning_rates:
         for method in methods:
             folder = output / f"{method.replace(' ', '-')}-{rate:g}"
-            training = _training(method, text, instructions, dense, rate, tokens, pruned)
+            training = _training(method, text, instructions, dense, rate, tokens)
             record = verbs.recover(pruned, training.data, folder, training.teacher, **training.options)
             print(
                 method,
@@ -87,11 +84,11 @@ def main(
     _print_table(results)
 
 
-def _training(method: str, text: str, instructions: str, dense: str, rate: float, tokens: int, model: Path) -> Training:
+def _training(method: str, text: str, instructions: str, dense: str, rate: float, tokens: int) -> Training:
     how, _, what = method.partition(" on ")
     data = instructions if what == "instructions" else text
     options: dict[str, Any] = {
-        "method": how,
+        "tokens": tokens,
         "learning_rate": rate,
         "seq_len": 256 if what == "instructions" else 128,
         "batch_size": 16,
@@ -100,9 +97,7 @@ def _training(method: str, text: str, instructions: str, dense: str, rate: float
         # On a CPU, drawing the dropout of the adapters takes a third of a step.
         "lora_dropout": 0.0,
     }
-    examples = read_examples(parse_source(data), load_tokenizer(find_model(str(model))), RecoveryOptions(**options))
-    per_step = options["batch_size"] * examples.tokens / len(examples.training)
-    return Training(data, dense if how == "distillation" else None, options | {"steps": round(tokens / per_step)})
+    return Training(data, dense if how == "distillation" else None, options)
 
 
 def _evaluated(

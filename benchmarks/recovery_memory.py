@@ -70,7 +70,7 @@ def peak(layers: int, options: RecoveryOptions) -> int:
     windows = torch.randint(model.config.vocab_size, (3 * options.batch_size, options.seq_len))
     native.reset_peak(0)
     with tempfile.TemporaryDirectory() as folder:
-        train(lambda: model, window_examples(windows, "random tokens", options), options, Path(folder))
+        train(lambda: model, [window_examples(windows, "random tokens", options)], options, Path(folder))
     return int(native.peak(0) - before)
 
 

@@ -25,11 +25,12 @@ from transformers.pytorch_utils import Conv1D
 
 import adapruner
 from adapruner import AdaPrunerError, RecoveryOptions, verbs
-from adapruner.calibration import parse_source
+from adapruner.calibration import parse_blend
 from adapruner.card import card_of_recovered
 from adapruner.cli import main
 from adapruner.models import in_fastest_dtype
 from adapruner.recovery import (
+    Example,
     Examples,
     RecoveryRecord,
     check_device,
@@ -59,8 +60,8 @@ def recover(model_folder: Path, text_file: Path) -> Callable[..., RecoveryRecord
     return partial(verbs.recover, model_folder, str(text_file))
 
 
-def train_in_place(model: PreTrainedModel, *arguments: Any, **named: Any) -> RecoveryRecord:
-    return train(lambda: model, *arguments, **named)[1]
+def train_in_place(model: PreTrainedModel, examples: Examples, *arguments: Any, **named: Any) -> RecoveryRecord:
+    return train(lambda: model, [examples], *arguments, **named)[1]
 
 
 def held_out_loss(model: PreTrainedModel, examples: Examples) -> float:
@@ -76,7 +77,6 @@ def test_of_instructions_the_answer_alone_is_learnt(tokenizer: PreTrainedTokeniz
         {"instruction": "w6", "input": "", "output": "w7"},
     ]
     made = instruction_examples(records, "data", tokenizer, RecoveryOptions(seq_len=256))
-    assert made.instructions
     by_answer = {}
     for example in made.training + made.validation:
         learnt = [token for token in example["labels"] if token != -100]
@@ -291,19 +291,20 @@ def test_a_batch_is_made_of_whole_micro_batches(model: PreTrainedModel, examples
     assert (state["train_batch_size"], state["epoch"]) == (3, 1.0)
 
 
-@pytest.mark.parametrize(("steps", "seen"), [(None, 2 * 36), (7, 36 + 2 * 8)])
-def test_the_last_batch_of_an_epoch_is_what_is_left(
-    model: PreTrainedModel, examples: Examples, tmp_path: Path, steps: int | None, seen: int
+@pytest.mark.parametrize(("length", "steps", "seen"), [({"epochs": 1}, 5, 36), ({}, 9, 2 * 36), ({"steps": 7}, 7, 56)])
+def test_the_last_batch_is_what_is_left(
+    model: PreTrainedModel, examples: Examples, tmp_path: Path, length: dict[str, int], steps: int, seen: int
 ) -> None:
-    """36 windows are four batches of 8 and half of one."""
+    """36 windows are four batches of 8 and half of one; by default, there are two passes."""
     tokens: list[int] = []
     model.get_input_embeddings().register_forward_pre_hook(
         lambda module, inputs: tokens.append(inputs[0].numel() if module.training else 0)
     )
-    options = RecoveryOptions(**SHORT | {"batch_size": 8, "steps": steps, "epochs": 2})
+    options = RecoveryOptions(**SHORT | {"batch_size": 8, "steps": None} | length)
     recovered = train_in_place(model, examples, options, tmp_path / "work")
-    assert recovered.steps == (steps or 10)
+    assert recovered.steps == steps
     assert recovered.tokens == sum(tokens) == seen * 16
+    assert recovered.parts["text"].passes == round(seen / 36, 3)
 
 
 def test_a_call_that_was_killed_after_the_last_step(
@@ -509,8 +510,8 @@ def test_the_validation_loss_is_the_mean_over_tokens(distils: bool, model: PreTr
     made = []
     for number in range(12):
         tokens = torch.randint(4, 60, (6 + number,), generator=generator).tolist()
-        made.append({"input_ids": tokens, "labels": [-100] * 3 + tokens[3:]})
-    examples = Examples(made[:6], made[6:], True, 0)
+        made.append(Example(input_ids=tokens, labels=[-100] * 3 + tokens[3:], label_weight=0.5 if distils else 1.0))
+    examples = Examples("answers", made[:6], made[6:])
     losses = []
     for row in examples.validation:
         with torch.no_grad():
@@ -534,7 +535,9 @@ def test_the_teacher_writes_the_text_itself(model_folder: Path, tmp_path: Path) 
         teacher=str(model_folder),
         **SHORT | {"steps": 2, "records": 20, "label_weight": 0.0},
     )
+    # Two steps of four examples, and those for validation.
     assert (record.method, record.training_examples, record.validation_examples) == ("distillation", 18, 2)
+    assert record.parts["self"].learnt == 8
     assert record.loss_before < 1e-3
 
 
@@ -669,6 +672,8 @@ def test_text_and_instructions_are_told_apart(
 ) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(dict.fromkeys(fields, f"w{i} w3")) + "\n" for i in range(200)))
-    assert (
-        read_examples(parse_source(str(path)), tokenizer, RecoveryOptions(seq_len=128)).instructions == are_instructions
-    )
+    [made] = read_examples(parse_blend(str(path)), tokenizer, RecoveryOptions(seq_len=128), False)
+    assert isinstance(made, Examples)
+    assert made.name == str(path)
+    # A prompt is not learnt.
+    assert (made.training[0]["labels"][1] == -100) == are_instructions

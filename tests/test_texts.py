@@ -21,7 +21,8 @@ def assigned(**options: object) -> Texts:
 
 
 def as_text(texts: Texts) -> tuple[str, str, str, list[str]]:
-    return str(texts.pool), str(texts.objective), str(texts.recovery), list(texts.report)
+    recovery = [part.source for part in texts.recovery] or [None]
+    return str(texts.pool), str(texts.objective), ", ".join(map(str, recovery)), list(texts.report)
 
 
 @pytest.mark.parametrize(

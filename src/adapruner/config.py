@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
@@ -26,6 +27,7 @@ from adapruner.errors import AdaPrunerError, describe_invalid, reason
 from adapruner.option_rules import (
     CONFLICTS_OF_PRUNING,
     CONFLICTS_OF_RECOVERY,
+    CONFLICTS_OF_TRAINING,
     SCORING_WINDOWS,
     Conflict,
     searches_widths,
@@ -90,7 +92,19 @@ def _check_size(value: Any) -> str:
     return str(value)
 
 
+def _check_tokens(value: Any) -> str:
+    """A number of tokens in digits, of one such as 300k or 2M."""
+    text = str(value).strip()
+    number = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?)([kMB]?)", text)
+    if number is None or (tokens := float(number[1]) * _THOUSANDS[number[2]]) < 1:
+        raise ValueError("is not a number of tokens: expected one such as 300k, 2M or 1_000_000")
+    return str(round(tokens))
+
+
+_THOUSANDS = {"": 1, "k": 1_000, "M": 1_000_000, "B": 1_000_000_000}
+
 Count = Annotated[int, Field(ge=1)]
+Tokens = Annotated[str, BeforeValidator(_check_tokens)]
 Size = Annotated[str, BeforeValidator(_check_size)]
 Fraction = Annotated[float, AfterValidator(_check_fraction)]
 # One value stands for a tuple of one.
@@ -104,6 +118,8 @@ FUNCTION = "python:"
 # The options for the amount to remove; a run has one of them.
 TARGETS: tuple[TargetName, ...] = get_args(TargetName)
 BUDGETS = ("ratio", *TARGETS)
+# The options for the length of a training; it has at most one of them.
+TRAINING_BUDGETS = ("steps", "epochs", "tokens", "minutes")
 TARGET_OPTIONS = (*TARGETS, "target_format", "target_phase", "target_batch", "target_context")
 
 # The largest seed of NumPy; numbers of tokens, windows and steps are smaller.
@@ -150,16 +166,31 @@ class RecoveryOptions(_Options):
     method: RecoveryMethod = Field(
         default="auto",
         description="Train on the labels, or distil the predictions of the dense model; auto distils if a teacher is"
-        " given for plain text or the model generated the text.",
+        " given or the dense model writes some of the text.",
     )
     train: TrainedWeights = Field(
         default="lora",
         description="Train adapters, merged at the end: those of LoRA, or with ia3 a scale for each input of a linear"
         " layer; or all weights.",
     )
-    steps: int | None = Field(default=None, ge=1, description="Optimizer steps; replaces the epochs.")
-    epochs: Count = Field(default=2, description="Passes over the dataset.")
-    records: int | None = Field(default=None, ge=2, description="Maximum number of records, or windows of plain text.")
+    steps: int | None = Field(default=None, ge=1, description="Optimizer steps, in place of epochs.")
+    epochs: int | None = Field(
+        default=None, ge=1, description="Passes over all examples; by default 2, without steps, tokens or minutes."
+    )
+    tokens: Tokens | None = Field(
+        default=None, description="Tokens to train on, prompts included, such as 300k or 2M; in place of epochs."
+    )
+    minutes: float | None = Field(
+        default=None,
+        gt=0,
+        description="Minutes to train on this machine, in place of epochs: the number of steps follows from the time of"
+        " the first ones. Validation and saving are included, loading and writing text are not.",
+    )
+    records: int | None = Field(
+        default=None,
+        ge=2,
+        description="Maximum number of examples of each dataset; by default all, or 1024 that the dense model writes.",
+    )
     seq_len: int = Field(default=256, ge=2, description="Tokens per example; longer examples are truncated.")
     batch_size: Count = Field(default=64, description="Examples per optimizer step.")
     micro_batch_size: Count = Field(default=4, description="Examples per forward pass, limited by memory.")
@@ -173,18 +204,24 @@ class RecoveryOptions(_Options):
     lora_dropout: float = Field(default=0.05, ge=0, lt=1, description="Dropout on the input of the adapters.")
     temperature: float = Field(default=1.0, gt=0, description="Softmax temperature of distillation.")
     label_weight: float = Field(
-        default=0.5, ge=0, le=1, description="Weight of the label loss in distillation; the teacher has the rest."
+        default=0.5,
+        ge=0,
+        le=1,
+        description="Weight of the label loss in distillation; the teacher has the rest, and all of the text that it"
+        " wrote.",
     )
     validation: Count = Field(
-        default=2000, description="Examples held out to select the best weights, at most a tenth of all."
+        default=2000,
+        description="Maximum number of examples held out to select the best weights, at most a tenth of all; and so"
+        " few that validation takes little of the time, but not below 16.",
     )
     seed: int = Field(default=0, ge=0, description="Seed of the adapters and of the order of the examples.")
 
-    def learns_labels(self, instructions: bool, has_teacher: bool) -> bool:
-        """True if the model is trained on the labels, False if on the predictions of a teacher."""
-        if self.method == "auto":
-            return instructions or not has_teacher
-        return self.method == "labels"
+    _conflicts = CONFLICTS_OF_TRAINING
+
+    def learns_labels(self, has_teacher: bool) -> bool:
+        """True if the model is trained on the labels alone, False if on the predictions of a teacher."""
+        return not has_teacher if self.method == "auto" else self.method == "labels"
 
 
 class PruneOptions(_Options):
@@ -355,7 +392,8 @@ class PruneOptions(_Options):
     )
     recover: str | None = Field(
         default=None,
-        description="Dataset to fine-tune the pruned model on: instructions with answers, or any text.",
+        description="Dataset to fine-tune the pruned model on: instructions with answers, or any text; several with"
+        " their shares, as self:0.3,c4:0.3,answers:alpaca:0.4.",
     )
     recovery: RecoveryOptions = RecoveryOptions()
     tasks: Names = Field(

@@ -148,13 +148,19 @@ CONFLICTS_OF_PRUNING: tuple[Conflict, ...] = (
     ),
 )
 
+CONFLICTS_OF_TRAINING: tuple[Conflict, ...] = (
+    (
+        lambda steps, epochs, tokens, minutes: (
+            sum(budget is not None for budget in (steps, epochs, tokens, minutes)) > 1
+        ),
+        "`steps`, `epochs`, `tokens` and `minutes` each say how long the training is: give one",
+    ),
+)
+
 CONFLICTS_OF_RECOVERY: tuple[Conflict, ...] = (
+    *CONFLICTS_OF_TRAINING,
     (
         lambda method, teacher: method == "distillation" and teacher is None,
         "`method` distillation needs the dense model: add `teacher`",
-    ),
-    (
-        lambda method, teacher, data: method == "labels" and teacher is not None and data != "self",
-        "`method` labels needs no teacher: remove `teacher`",
     ),
 )

@@ -81,8 +81,9 @@ class Reporter:
             self.key = outer
 
     @contextlib.contextmanager
-    def stage(self, name: str, total: int = 1) -> Iterator[Advance]:
-        """Wraps one stage of `total` steps, all done at its end; yields the function that advances it."""
+    def stage(self, name: str, total: int | None = 1) -> Iterator[Advance]:
+        """Wraps one stage of `total` steps, all done at its end; yields the function that advances it. Without a total,
+        nobody knows yet how many there are."""
         started, outer, self.current = time.monotonic(), self.current, name
         reset_peak_memory()
         _reset_accelerator_peak()
@@ -130,7 +131,7 @@ class Reporter:
                         )
         return stages
 
-    def _with_bar(self, name: str, total: int) -> Iterator[Advance]:
+    def _with_bar(self, name: str, total: int | None) -> Iterator[Advance]:
         columns = (
             TextColumn("{task.description}", table_column=Column(min_width=_STAGE_WIDTH)),
             BarColumn(bar_width=None),

@@ -12,7 +12,17 @@ from dataclasses import dataclass, replace
 from itertools import combinations, product
 from typing import Any
 
-from adapruner.calibration import SELF_GENERATED, Source, content_hash, parse_source, read_documents, source_names
+from adapruner.calibration import (
+    SELF_GENERATED,
+    BlendPart,
+    Source,
+    blend_sources,
+    content_hash,
+    parse_blend,
+    parse_source,
+    read_documents,
+    source_names,
+)
 from adapruner.config import PruneConfig
 from adapruner.errors import AdaPrunerError
 
@@ -30,22 +40,23 @@ class Texts:
     Attributes:
         pool: for calibration; None if the model generates the text.
         objective: for judging trials; None if the model generates the text.
-        recovery: for training the pruned model; None if it is not trained or a model generates the text.
+        recovery: for training the pruned model; empty if it is not trained.
         report: for the reported perplexity, by the name shown in results.
         vocabulary: the sources whose tokens are kept; empty if all tokens are kept.
     """
 
     pool: Source | None
     objective: Source | None
-    recovery: Source | None
+    recovery: tuple[BlendPart, ...]
     report: dict[str, Source]
     vocabulary: tuple[Source, ...] = ()
 
     @property
-    def used(self) -> dict[str, Source]:
-        """The sources that change the model, by use: `pool`, `objective`, `recovery`."""
-        uses = {"pool": self.pool, "objective": self.objective, "recovery": self.recovery}
-        return {use: source for use, source in uses.items() if source is not None}
+    def used(self) -> list[tuple[str, Source]]:
+        """The sources that change the model, each with its use: `pool`, `objective`, `recovery`."""
+        uses = [("pool", self.pool), ("objective", self.objective)]
+        uses += [("recovery", source) for source in blend_sources(self.recovery)]
+        return [(use, source) for use, source in uses if source is not None]
 
     def used_documents(self) -> list[str]:
         """All documents of the used sources that are not empty; tasks leave out items that contain one of them. Windows
@@ -54,7 +65,7 @@ class Texts:
         Raises:
             AdaPrunerError: a source cannot be read.
         """
-        sources = [source for source in self.used.values() if not source.holds_windows]
+        sources = [source for _, source in self.used if not source.holds_windows]
         return [document for source in sources for document in read_documents(source) if document.strip()]
 
     def as_records(self) -> list[dict[str, str]]:
@@ -63,7 +74,7 @@ class Texts:
 
         A local file is recorded by its name and the hash of its content, without its folder.
         """
-        uses = [*self.used.items(), *(("vocabulary", source) for source in self.vocabulary)]
+        uses = [*self.used, *(("vocabulary", source) for source in self.vocabulary)]
         return [{"use": use} | record_of(source) for use, source in uses]
 
 
@@ -80,16 +91,21 @@ def assign_texts(config: PruneConfig, missing_ok: bool = False) -> Texts:
     def parse(text: str | None) -> Source | None:
         return None if text in (None, SELF_GENERATED) else parse_source(str(text), missing_ok=missing_ok)
 
-    pool, objective, recovery = map(parse, (config.calibration, config.objective_dataset, config.recover))
+    pool, objective = map(parse, (config.calibration, config.objective_dataset))
     pool, objective = pool and pool.restrict("calibration"), objective and objective.restrict("objective")
     reports = [parse_source(text, "report", missing_ok) for text in config.evaluate]
-    if recovery is not None and recovery.identity in _identities(pool, objective, *reports):
-        recovery = recovery.restrict("calibration")
-    identities = _identities(pool, objective, recovery, *reports)
+    identities = _identities(pool, objective, *reports)
+    recovery = tuple(
+        replace(part, source=part.source.restrict("calibration"))
+        if part.source and part.source.identity in identities
+        else part
+        for part in (parse_blend(config.recover, missing_ok) if config.recover is not None else ())
+    )
+    identities |= _identities(*blend_sources(recovery))
     named = (parse_source(text, missing_ok=missing_ok) for text in source_names(config.vocabulary))
     vocabulary = tuple(source.restrict("calibration") if source.identity in identities else source for source in named)
     texts = Texts(pool, objective, recovery, {}, vocabulary)
-    identities = _identities(*texts.used.values())
+    identities = _identities(*(source for _, source in texts.used))
     reports = [source.restrict("report") if source.identity in identities else source for source in reports]
     _refuse_overlaps(texts, reports)
     reports = reports or _default_reports(texts)
@@ -127,7 +143,7 @@ def record_of(source: Source) -> dict[str, str]:
 
 def _default_reports(texts: Texts) -> list[Source]:
     """The report part of the dataset for calibration, or else for the objective, unless another use takes it."""
-    taken = {(source.identity, source.part) for source in texts.used.values()}
+    taken = {(source.identity, source.part) for _, source in texts.used}
     source = texts.pool or texts.objective
     return [replace(source, part="report")] if source and (source.identity, "report") not in taken else []
 
@@ -142,7 +158,7 @@ def _refuse_reported_vocabulary(vocabulary: Sequence[Source], reports: Sequence[
 
 def _refuse_overlaps(texts: Texts, reports: list[Source]) -> None:
     """Compares every two uses. Recovery may take the part of calibration or of the objective."""
-    uses = [*texts.used.items(), *(("report", source) for source in reports)]
+    uses = [*texts.used, *(("report", source) for source in reports)]
     for (earlier_use, earlier), (use, source) in combinations(uses, 2):
         if source.identity != earlier.identity or use == earlier_use:
             continue

@@ -1,5 +1,12 @@
 """Text to calibrate on: sources, their disjoint parts, and windows of tokens."""
 
+from adapruner.calibration._blend import (
+    BlendPart as BlendPart,
+    absolute_blend as absolute_blend,
+    blend_sources as blend_sources,
+    has_written_part as has_written_part,
+    parse_blend as parse_blend,
+)
 from adapruner.calibration._pool import (
     EvaluationText as EvaluationText,
     draw_windows as draw_windows,
@@ -15,6 +22,7 @@ from adapruner.calibration._pool import (
 from adapruner.calibration._probes import (
     PROBED_TOKENS as PROBED_TOKENS,
     Question as Question,
+    as_chat as as_chat,
     probe_texts as probe_texts,
     prompts as prompts,
     questions as questions,
@@ -30,6 +38,7 @@ from adapruner.calibration._reading import (
     text_rows as text_rows,
 )
 from adapruner.calibration._sources import (
+    ANSWERS as ANSWERS,
     SELF_GENERATED as SELF_GENERATED,
     Source as Source,
     absolute_source as absolute_source,

@@ -20,6 +20,9 @@ from adapruner.calibration._sources import Source
 from adapruner.errors import AdaPrunerError
 from adapruner.random_state import random_state_kept
 
+# Tokens have fewer characters on average; and the number of places that pieces of a long text are from.
+_CHARACTERS, _PIECES = 8, 32
+
 
 def draw_windows(
     text: Source | Iterable[str],
@@ -76,7 +79,7 @@ def draw_windows(
     return torch.tensor(windows[:count])
 
 
-def text_windows(source: Source, tokenizer: Tokenizer, seq_len: int) -> Tensor:
+def text_windows(source: Source, tokenizer: Tokenizer, seq_len: int, limit: int | None = None) -> Tensor:
     """Cuts the running text of a source into windows that do not overlap; the tail is dropped.
 
     Documents are joined by an empty line and tokenized at once, as LLM-Pruner does (arXiv 2305.11627). But every window
@@ -91,10 +94,33 @@ def text_windows(source: Source, tokenizer: Tokenizer, seq_len: int) -> Tensor:
     """
     if source.holds_windows:
         return _given_windows(source, seq_len, 1)
-    start = _start_of_text(tokenizer, seq_len)
-    text = "\n\n".join(read_documents(source))
-    tokens = tokenizer(text, verbose=False, add_special_tokens=False).input_ids
-    return _starting_with(start, _cut_into_windows(torch.tensor(tokens), str(source), seq_len - len(start)))
+    start, documents = _start_of_text(tokenizer, seq_len), read_documents(source)
+    size = seq_len - len(start)
+    chosen = documents if limit is None else _pieces(documents, limit * size * _CHARACTERS)
+    tokens = _running_tokens(chosen, tokenizer)
+    if limit is not None and len(tokens) < limit * size and len(chosen) < len(documents):
+        tokens = _running_tokens(documents, tokenizer)
+    return _starting_with(start, _cut_into_windows(torch.tensor(tokens), str(source), size))
+
+
+def _running_tokens(documents: list[str], tokenizer: Tokenizer) -> list[int]:
+    tokens: list[int] = tokenizer("\n\n".join(documents), verbose=False, add_special_tokens=False).input_ids
+    return tokens
+
+
+def _pieces(documents: list[str], characters: int) -> list[str]:
+    """Evenly spaced runs of documents, about so many characters in all; all documents if they have no more."""
+    if sum(map(len, documents)) <= characters:
+        return documents
+    chosen = []
+    for number in range(_PIECES):
+        left = characters // _PIECES
+        for document in documents[len(documents) * number // _PIECES : len(documents) * (number + 1) // _PIECES]:
+            if left <= 0:
+                break
+            chosen.append(document)
+            left -= len(document)
+    return chosen
 
 
 def upper_case_windows(windows: Tensor, tokenizer: Tokenizer) -> Tensor:

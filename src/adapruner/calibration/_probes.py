@@ -46,7 +46,7 @@ def prompts(tokenizer: Tokenizer) -> dict[str, dict[str, list[int]]]:
     """The tokens of prompts by their text: `openings` to continue and, if the tokenizer has a chat template that
     takes a single question, `questions` in the form in which the model is asked."""
     tokens = {"openings": {opening: list(tokenizer(opening).input_ids) for opening in OPENINGS}}
-    asked = {question: _as_chat(tokenizer, question) for question in _read("questions_to_answer.txt").splitlines()}
+    asked = {question: as_chat(tokenizer, question) for question in _read("questions_to_answer.txt").splitlines()}
     if all(asked.values()):
         tokens["questions"] = {
             question: list(tokenizer(chat, add_special_tokens=False).input_ids) for question, chat in asked.items()
@@ -54,7 +54,7 @@ def prompts(tokenizer: Tokenizer) -> dict[str, dict[str, list[int]]]:
     return tokens
 
 
-def _as_chat(tokenizer: Tokenizer, question: str) -> str:
+def as_chat(tokenizer: Tokenizer, question: str) -> str:
     """The question in the chat template; empty if there is none, or it refuses the question."""
     if not tokenizer.chat_template:
         return ""

@@ -24,6 +24,8 @@ Purpose = Literal["train", "report"]
 Lines = Literal["keep", "strip", "paragraphs"]
 
 SELF_GENERATED = "self"
+# Before the name of a dataset of instructions: the model answers them.
+ANSWERS = "answers:"
 
 # Windows of tokens instead of text.
 _OF_WINDOWS = ".safetensors"
@@ -233,7 +235,7 @@ def register_sources(path: Path) -> None:
     for name, entry in entries.items():
         local = {split: str(folder / file) for split, file in entry.local.items()}
         source = entries[name] = entry.model_copy(update={"local": local})
-        if name in ("", "hf", SELF_GENERATED) or set(name) & set(":@/") or name.endswith(_FILES):
+        if name in ("", "hf", SELF_GENERATED, ANSWERS[:-1]) or set(name) & set(":@/") or name.endswith(_FILES):
             raise AdaPrunerError(f"{path}: {name!r} cannot name a source: choose letters and digits")
         if source.hub is None and not source.local:
             raise AdaPrunerError(f"{path}: {name} has neither `hub` nor `local`: say where its data is")

@@ -2,8 +2,9 @@
 
 from adapruner.recovery._adapters import check_adapters as check_adapters, scale_options as scale_options
 from adapruner.recovery._examples import (
-    DEFAULT_GENERATED_RECORDS as DEFAULT_GENERATED_RECORDS,
+    Example as Example,
     Examples as Examples,
+    Unwritten as Unwritten,
     instruction_examples as instruction_examples,
     read_examples as read_examples,
     window_examples as window_examples,

@@ -1,49 +1,73 @@
-"""Training examples: instructions with their answers, or windows of running text."""
+"""Training examples of a dataset: instructions with answers, windows of running text, or what the teacher writes."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from statistics import fmean
+from typing import TypedDict
 
 from torch import Tensor
-from transformers import BatchEncoding, PreTrainedTokenizerBase as Tokenizer
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
-from adapruner.calibration import Source, evenly_spaced, read_records, text_windows
+from adapruner.calibration import (
+    BlendPart,
+    as_chat,
+    evenly_spaced,
+    generate_windows,
+    read_records,
+    text_windows,
+)
 from adapruner.config import RecoveryOptions
 from adapruner.errors import AdaPrunerError
+from adapruner.evaluation import end_tokens
+from adapruner.recovery._answers import NONE, generate_answers
+from adapruner.recovery._length import most_examples, most_held_out
 
 IGNORED = -100
-# The default number of windows that a model writes for fine-tuning.
+# The default number of examples that a model writes for fine-tuning, for each dataset of a blend.
 DEFAULT_GENERATED_RECORDS = 1024
+# The largest part of an example that a prompt may be if the teacher answers it.
+_LONGEST_PROMPT = 0.75
 
 # The prompt of Stanford Alpaca, LLM-Pruner and the paper; other tools of this format expect it.
 _PROMPT = (
     "Below is an instruction that describes a task{and_input}. Write a response that appropriately completes the"
     " request.\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
 )
+Row = dict[str, str | None]
 
-Example = dict[str, list[int]]
+
+class Example(TypedDict):
+    """Tokens and labels of equal length (-100 for tokens that are not learnt), and the weight of the loss of the
+    labels; the divergence from the teacher has the rest."""
+
+    input_ids: list[int]
+    labels: list[int]
+    label_weight: float
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Training and validation examples: `input_ids` and `labels` of equal length (-100 for tokens that are not learnt).
+    """Examples of a dataset.
 
     Attributes:
-        instructions: True for instructions with answers, False for running text.
+        name: of the dataset.
+        share: the fraction of all examples that are learnt.
         skipped: records left out because their answer is empty or beyond the cut-off.
     """
 
-    training: list[Example]
-    validation: list[Example]
-    instructions: bool
+    name: str
+    training: Sequence[Example]
+    validation: Sequence[Example]
+    share: float = 1.0
     skipped: int = 0
 
     @property
-    def tokens(self) -> int:
-        """The number of tokens in the training examples, prompts included."""
-        return sum(len(example["input_ids"]) for example in self.training)
+    def mean_tokens(self) -> float:
+        """The mean number of tokens in a training example, prompts included."""
+        return fmean(len(example["input_ids"]) for example in self.training)
 
     @property
     def largest_token(self) -> int:
@@ -51,76 +75,197 @@ class Examples:
         return max(max(example["input_ids"]) for example in [*self.training, *self.validation])
 
 
-def read_examples(source: Source, tokenizer: Tokenizer, options: RecoveryOptions) -> Examples:
-    """Instructions if the source has the columns `instruction` and `output`, else windows of its text.
+@dataclass(frozen=True)
+class Unwritten:
+    """Examples that the teacher has yet to write.
+
+    Attributes:
+        count: the number of examples.
+        prompts: the tokens of the prompts that it answers; none for text without a prompt.
+        skipped: prompts left out because they are too long.
+    """
+
+    part: BlendPart
+    count: int
+    prompts: list[list[int]]
+    skipped: int = 0
+
+    @property
+    def name(self) -> str:
+        """The name of the dataset."""
+        return self.part.name
+
+    @property
+    def largest_token(self) -> int:
+        """The largest number of a token in any prompt."""
+        return max((max(prompt) for prompt in self.prompts), default=0)
+
+    def write(
+        self,
+        teacher: PreTrainedModel,
+        tokenizer: Tokenizer,
+        seq_len: int,
+        seed: int,
+        progress: Callable[[int], None] | None = None,
+    ) -> Tensor:
+        """[count, seq_len], int64: the prompts and the text that the teacher writes; -1 where there is none."""
+        if not self.prompts:
+            return generate_windows(teacher, self.count, seq_len, seed, progress=progress)
+        return generate_answers(teacher, self.prompts, end_tokens(teacher, tokenizer), seq_len, seed, progress)
+
+    def examples(self, written: Tensor, options: RecoveryOptions, distils: bool = True) -> Examples:
+        """The examples of a written text; the tokens of prompts are not learnt.
+
+        Args:
+            written: see `write`.
+            distils: True to learn the predictions of the teacher alone, False for the labels alone.
+        """
+        made = []
+        for number, row in enumerate(written):
+            tokens = row[row != NONE].tolist()
+            start = len(self.prompts[number]) if self.prompts else 1
+            made.append(_example(tokens, start, 0.0 if distils else 1.0))
+        return _split(made, self.part, options, self.skipped)
+
+
+def read_examples(
+    blend: Sequence[BlendPart], tokenizer: Tokenizer, options: RecoveryOptions, distils: bool
+) -> list[Examples | Unwritten]:
+    """The examples of every dataset of a blend: instructions if it has the columns `instruction` and `output`, else
+    windows of its text. No more are tokenized than the training needs, if it says how long it is.
+
+    Args:
+        distils: True if the predictions of a teacher are learnt.
 
     Raises:
-        AdaPrunerError: the source cannot be read, a field is missing, or there are too few records.
+        AdaPrunerError: a dataset cannot be read, a field is missing, or there are too few records.
     """
-    records = read_records(source)
+    return [_read(part, tokenizer, options, options.label_weight if distils else 1.0) for part in blend]
+
+
+def _read(part: BlendPart, tokenizer: Tokenizer, options: RecoveryOptions, label_weight: float) -> Examples | Unwritten:
+    default = DEFAULT_GENERATED_RECORDS if part.is_written else None
+    known = (options.records or default, most_examples(options, part.share, part.is_written))
+    limit = min((number for number in known if number is not None), default=None)
+    if part.source is None:
+        return Unwritten(part, limit or 0, [])
+    if part.is_written:
+        return _read_prompts(part, tokenizer, options, limit or 0)
+    options = options.model_copy(update={"records": limit})
+    records = read_records(part.source) if not part.source.holds_windows else []
     if records and {"instruction", "output"} <= records[0].keys():
-        return instruction_examples(records, str(source), tokenizer, options)
-    return window_examples(text_windows(source, tokenizer, options.seq_len), str(source), options)
+        return instruction_examples(records, part, tokenizer, options, label_weight)
+    return window_examples(text_windows(part.source, tokenizer, options.seq_len, limit), part, options, label_weight)
 
 
-def window_examples(windows: Tensor, name: str, options: RecoveryOptions) -> Examples:
+def window_examples(
+    windows: Tensor, part: BlendPart | str, options: RecoveryOptions, label_weight: float = 1.0
+) -> Examples:
     """Windows of running text, with every token learnt. The last windows are for validation.
 
     Args:
         windows: [windows, tokens], int64.
+        part: the dataset, or its name if there is no other.
     """
     windows = evenly_spaced(windows, options.records)
-    # Nothing predicts the first token; the Trainer would count it in some families.
-    examples = [{"input_ids": window, "labels": [IGNORED, *window[1:]]} for window in windows.tolist()]
-    return _split(examples, name, options, instructions=False, skipped=0)
+    return _split([_example(window, 1, label_weight) for window in windows.tolist()], part, options)
 
 
 def instruction_examples(
-    records: list[dict[str, str | None]], name: str, tokenizer: Tokenizer, options: RecoveryOptions
+    records: list[Row], part: BlendPart | str, tokenizer: Tokenizer, options: RecoveryOptions, label_weight: float = 1.0
 ) -> Examples:
     """Prompts in the form of Stanford Alpaca. Only the answers are learnt, each followed by the end token.
 
     Args:
         records: with `instruction`, `output` and perhaps `input`.
+        part: the dataset, or its name if there is no other.
 
     Raises:
         AdaPrunerError: a record has no instruction or no output, with its number; or there are too few.
     """
-    for number, record in enumerate(records, start=1):
-        for field in ("instruction", "output"):
-            if record[field] is None or (field == "instruction" and not str(record[field]).strip()):
-                raise AdaPrunerError(f"record {number} of {name} has no {field}")
-    shuffled = list(records)
-    random.Random(options.seed).shuffle(shuffled)
+    _refuse_missing_fields(records, part, ("instruction", "output"))
     examples: list[Example] = []
     skipped = 0
-    for record in shuffled:
+    for record in _shuffled(records, options):
         if len(examples) == options.records:
             break
-        if example := _instruction_example(record, tokenizer, options.seq_len):
+        if example := _instruction_example(record, tokenizer, options.seq_len, label_weight):
             examples.append(example)
         else:
             skipped += 1
-    return _split(examples, name, options, instructions=True, skipped=skipped)
+    return _split(examples, part, options, skipped)
 
 
-def _instruction_example(record: dict[str, Any], tokenizer: Tokenizer, seq_len: int) -> Example | None:
-    """None if nothing of an answer is left to learn."""
+def _read_prompts(part: BlendPart, tokenizer: Tokenizer, options: RecoveryOptions, limit: int) -> Unwritten:
+    """The prompts of a dataset of instructions: through the chat template of the tokenizer, or that of Alpaca."""
+    assert part.source is not None
+    records = [] if part.source.holds_windows else read_records(part.source)
+    if not records or "instruction" not in records[0]:
+        raise AdaPrunerError(f"{part.name} needs a dataset of instructions: {part.source} has no column instruction")
+    _refuse_missing_fields(records, part, ("instruction",))
+    prompts: list[list[int]] = []
+    skipped = 0
+    for record in _shuffled(records, options):
+        if len(prompts) == limit:
+            break
+        prompt = _prompt_to_answer(record, tokenizer)
+        if len(prompt) <= _LONGEST_PROMPT * options.seq_len:
+            prompts.append(prompt)
+        else:
+            skipped += 1
+    _refuse_too_few(len(prompts), part.name, options)
+    return Unwritten(part, len(prompts), prompts, skipped)
+
+
+def _prompt_to_answer(record: Row, tokenizer: Tokenizer) -> list[int]:
+    question = "\n\n".join(filter(None, (str(record["instruction"]).strip(), (record.get("input") or "").strip())))
+    if chat := as_chat(tokenizer, question):
+        return list(tokenizer(chat, add_special_tokens=False, verbose=False).input_ids)
+    return _prompt(record, tokenizer)
+
+
+def _refuse_missing_fields(records: list[Row], part: BlendPart | str, fields: tuple[str, ...]) -> None:
+    for number, record in enumerate(records, start=1):
+        for field in fields:
+            if record[field] is None or (field == "instruction" and not str(record[field]).strip()):
+                raise AdaPrunerError(f"record {number} of {_name(part)} has no {field}")
+
+
+def _shuffled(records: list[Row], options: RecoveryOptions) -> list[Row]:
+    shuffled = list(records)
+    random.Random(options.seed).shuffle(shuffled)
+    return shuffled
+
+
+def _prompt(record: Row, tokenizer: Tokenizer) -> list[int]:
+    """The tokens of a prompt in the form of Stanford Alpaca."""
     context = (record.get("input") or "").strip()
-    prompt = _PROMPT.format(
-        instruction=record["instruction"].strip(),
+    text = _PROMPT.format(
+        instruction=str(record["instruction"]).strip(),
         and_input=", paired with an input that provides further context" if context else "",
         input=f"### Input:\n{context}\n\n" if context else "",
     )
-    answer = record["output"].strip()
+    return _without_end(tokenizer(text, return_special_tokens_mask=True, verbose=False))
+
+
+def _instruction_example(record: Row, tokenizer: Tokenizer, seq_len: int, label_weight: float) -> Example | None:
+    """None if nothing of an answer is left to learn."""
+    answer = str(record["output"]).strip()
     if not answer:
         return None
-    start = _without_end(tokenizer(prompt, return_special_tokens_mask=True, verbose=False))
+    start = _prompt(record, tokenizer)
     if len(start) >= seq_len:
         return None
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     learnt = [*tokenizer(answer, add_special_tokens=False, verbose=False).input_ids, *end]
-    return {"input_ids": [*start, *learnt][:seq_len], "labels": [*[IGNORED] * len(start), *learnt][:seq_len]}
+    return _example([*start, *learnt][:seq_len], len(start), label_weight)
+
+
+def _example(tokens: list[int], start: int, label_weight: float) -> Example:
+    """An example of which the tokens from `start` on are learnt. Nothing predicts the first token of all; the Trainer
+    would count it in some families."""
+    labels = [*[IGNORED] * start, *tokens[start:]]
+    return {"input_ids": tokens, "labels": labels, "label_weight": label_weight}
 
 
 def _without_end(encoding: BatchEncoding) -> list[int]:
@@ -131,11 +276,23 @@ def _without_end(encoding: BatchEncoding) -> list[int]:
     return tokens
 
 
-def _split(examples: list[Example], name: str, options: RecoveryOptions, instructions: bool, skipped: int) -> Examples:
-    if len(examples) < 2:
+def _split(examples: list[Example], part: BlendPart | str, options: RecoveryOptions, skipped: int = 0) -> Examples:
+    """Holds the last examples back for validation."""
+    share = 1.0 if isinstance(part, str) else part.share
+    _refuse_too_few(len(examples), _name(part), options)
+    held_out = max(1, min(len(examples) // 10, round(most_held_out(options, len(examples) / share) * share)))
+    return Examples(_name(part), examples[:-held_out], examples[-held_out:], share, skipped)
+
+
+def _refuse_too_few(count: int, name: str, options: RecoveryOptions) -> None:
+    if count < 2:
         raise AdaPrunerError(
-            f"{name} gives {len(examples)} examples of at most {options.seq_len} tokens; 2 are needed, one to train on"
+            f"{name} gives {count} examples of at most {options.seq_len} tokens; 2 are needed, one to train on"
             " and one to validate on"
         )
-    kept_back = max(1, min(options.validation, len(examples) // 10))
-    return Examples(examples[:-kept_back], examples[-kept_back:], instructions, skipped)
+
+
+def _name(part: BlendPart | str) -> str:
+    if isinstance(part, str):
+        return part
+    return str(part.source) if part.source and not part.is_written else part.name

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ def recover_into(
     folder: Path,
     load: Callable[[], PreTrainedModel],
     tokenizer: Tokenizer,
-    examples: Examples,
+    blend: Sequence[Examples],
     options: RecoveryOptions,
     teacher: PreTrainedModel | None,
     config: dict[str, Any],
@@ -53,7 +53,7 @@ def recover_into(
     Raises:
         AdaPrunerError: see `train`; or the folder cannot be written.
     """
-    model, record = train(load, examples, options, work, teacher, progress, track)
+    model, record = train(load, blend, options, work, teacher, progress, track)
     record = record.model_copy(update={"config": config})
     if this_process().leads:
         save_checkpoint(model, tokenizer, folder, card(record), record=origin)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
-from adapruner.config import RecoveryOptions
 from adapruner.recovery._examples import IGNORED, Example
 from adapruner.recovery._loss import Predictor, loss_of_batch
 
@@ -22,7 +21,7 @@ class TokenTrainer(Trainer):
     loss_is_scaled_for_ga = True
 
     def __init__(
-        self, student: PreTrainedModel, teacher: PreTrainedModel | None, options: RecoveryOptions, **parts: Any
+        self, student: PreTrainedModel, teacher: PreTrainedModel | None, temperature: float, **parts: Any
     ) -> None:
         """
         Args:
@@ -31,8 +30,7 @@ class TokenTrainer(Trainer):
         """
         self._student, self._predictor = student, Predictor(student)
         self._teacher = Predictor(teacher) if teacher else None
-        self._temperature = options.temperature
-        self._label_weight = options.label_weight if teacher else 1.0
+        self._temperature = temperature
         self._taught: Tensor | None = None
         cast(Any, student).forward = MethodType(self._loss_of_batch, student)
         super().__init__(**parts)
@@ -59,12 +57,17 @@ class TokenTrainer(Trainer):
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
     def _loss_of_batch(
-        self, student: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, **_: Any
+        self,
+        student: PreTrainedModel,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        label_weight: Tensor,
+        **_: Any,
     ) -> dict[str, Tensor]:
         """Inside of what the Trainer wraps the model in: with FSDP, the weights of the head are whole there."""
         hidden = self._predictor.hidden_states(input_ids, attention_mask)
-        weights = torch.full((len(labels),), self._label_weight)
-        parts = weights, self._scale, self._temperature, self._teacher, self._taught
+        parts = label_weight, self._scale, self._temperature, self._teacher, self._taught
         return {"loss": loss_of_batch(self._predictor, hidden, labels, *parts)}
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *arguments: Any, **named: Any) -> Any:

@@ -8,7 +8,7 @@ import gc
 import json
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -34,14 +34,33 @@ from adapruner.progress import give_back_memory
 from adapruner.random_state import random_state_kept
 from adapruner.recovery._adapters import frozen, merge, take_off, with_adapters
 from adapruner.recovery._examples import IGNORED, Example, Examples
+from adapruner.recovery._length import UNKNOWN_STEPS, Pace, steps_between_validations
+from adapruner.recovery._mixing import MixedExamples, examples_to_learn
 from adapruner.recovery._sharding import gather, refuse_other_sharding, set_up_fsdp
 from adapruner.recovery._trainers import TokenTrainer
 
-# Times that the validation loss is measured and a checkpoint is saved; in long trainings every 200 steps, as in
-# LLM-Pruner.
-_VALIDATIONS, _MOST_STEPS_BETWEEN = 10, 200
 # The environment variables that select the visible accelerators.
 _VISIBLE = {"cuda": "CUDA_VISIBLE_DEVICES", "xpu": "ZE_AFFINITY_MASK"}
+
+
+class LearntPart(BaseModel):
+    """Examples of a dataset, in a recovery.
+
+    Attributes:
+        share: the fraction of all examples, as given.
+        examples: different training examples.
+        learnt: examples that were read.
+        tokens: tokens of these, prompts included.
+        passes: over the training examples.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    share: float
+    examples: int
+    learnt: int
+    tokens: int
+    passes: float
 
 
 class RecoveryRecord(BaseModel):
@@ -57,6 +76,7 @@ class RecoveryRecord(BaseModel):
         loss_after: the least validation loss, which is that of the kept weights.
         best_step: the step with that loss.
         seconds: of training, in the last call.
+        parts: by the name of the dataset.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
@@ -72,11 +92,12 @@ class RecoveryRecord(BaseModel):
     loss_after: float
     best_step: int
     seconds: float
+    parts: dict[str, LearntPart] = {}
 
 
 def train(
     load: Callable[[], PreTrainedModel],
-    examples: Examples,
+    blend: Sequence[Examples],
     options: RecoveryOptions,
     folder: Path,
     teacher: PreTrainedModel | None = None,
@@ -93,6 +114,7 @@ def train(
     Args:
         load: gives the model, whose weights change. Called a second time, to merge adapters, if they are trained on a
             copy: the two are never in memory together, unless they are held elsewhere.
+        blend: the examples of every dataset; each batch has them in their shares.
         folder: for the Trainer's checkpoints.
         teacher: learn its predictions (see `Objective`) and not the labels alone; it is run in its own dtype.
         progress: called with the number of steps done.
@@ -104,21 +126,22 @@ def train(
     Raises:
         NonFiniteError: the loss is not finite any more; earlier checkpoints are kept.
     """
-    model, state = _trained(load, examples, options, folder, teacher, _Watcher(progress, folder, track))
+    model, state, mixed = _trained(load, blend, options, folder, teacher, _Watcher(progress, folder, track))
     # The Trainer is part of reference cycles that hold the teacher and the trained copy.
     gc.collect()
-    return model, _record(state, examples, options, "distillation" if teacher else "labels")
+    return model, _record(state, mixed, blend, options, "distillation" if teacher else "labels")
 
 
 def _trained(
     load: Callable[[], PreTrainedModel],
-    examples: Examples,
+    blend: Sequence[Examples],
     options: RecoveryOptions,
     folder: Path,
     teacher: PreTrainedModel | None,
     watcher: TrainerCallback,
-) -> tuple[PreTrainedModel, TrainerState]:
-    """The model after training all of its weights, or adapters that are merged into them; and the Trainer's state."""
+) -> tuple[PreTrainedModel, TrainerState, MixedExamples]:
+    """The model after training all of its weights, or adapters that are merged into them; the Trainer's state; and
+    the examples."""
     model = load()
     dtype = model.dtype
     if options.train == "full":
@@ -130,17 +153,21 @@ def _trained(
         warnings.simplefilter("ignore")
         set_seed(options.seed)
         trained: Any = model if options.train == "full" else with_adapters(model, options)
-        last = _last_whole_checkpoint(folder)
+        paces = [Pace(options.minutes, options.warmup_steps, folder)] if options.minutes else []
+        steps = total_steps(blend, options) or paces[0].steps or UNKNOWN_STEPS
+        # As long as the length is not known, a checkpoint only measures how long it takes.
+        last = None if steps == UNKNOWN_STEPS else _last_whole_checkpoint(folder)
+        mixed = MixedExamples(blend, examples_to_learn(blend, options) or steps * options.batch_size, options.seed)
         trainer = TokenTrainer(
             model,
             teacher,
-            options,
+            options.temperature,
             model=trained,
-            args=_arguments(model, options, folder, total_steps(examples, options), evaluates_first=last is None),
-            train_dataset=examples.training,
-            eval_dataset=examples.validation,
+            args=_arguments(model, options, folder, steps, evaluates_first=last is None),
+            train_dataset=mixed,
+            eval_dataset=[example for examples in blend for example in examples.validation],
             data_collator=_batch,
-            callbacks=[watcher],
+            callbacks=[watcher, *paces],
         )
         trainer.remove_callback(PrinterCallback)
         if last:
@@ -161,30 +188,42 @@ def _trained(
             merge(adapters, model)
         model.tie_weights()
         cast(nn.Module, model).to(dtype).eval()
-    return model, trainer.state
+    return model, trainer.state, mixed
 
 
 def _record(
-    state: TrainerState, examples: Examples, options: RecoveryOptions, method: Literal["labels", "distillation"]
+    state: TrainerState,
+    mixed: MixedExamples,
+    blend: Sequence[Examples],
+    options: RecoveryOptions,
+    method: Literal["labels", "distillation"],
 ) -> RecoveryRecord:
-    count, steps = len(examples.training), total_steps(examples, options)
     # A call that was killed after the last step makes one more, at a learning rate of zero.
-    done = min(state.global_step, steps)
-    # The last batch of an epoch may be smaller.
-    epochs, further = divmod(done, math.ceil(count / options.batch_size))
-    seen = epochs * count + further * options.batch_size
+    done = min(state.global_step, state.max_steps)
+    learnt = mixed.learnt(min(done * options.batch_size, len(mixed)))
+    parts = {
+        examples.name: LearntPart(
+            share=examples.share,
+            examples=len(examples.training),
+            learnt=count,
+            tokens=round(examples.mean_tokens * count),
+            passes=round(count / len(examples.training), 3),
+        )
+        for examples, count in zip(blend, learnt, strict=True)
+    }
     return RecoveryRecord(
         config=options.model_dump(mode="json"),
         method=method,
-        training_examples=count,
-        validation_examples=len(examples.validation),
-        skipped_records=examples.skipped,
+        training_examples=sum(len(examples.training) for examples in blend),
+        validation_examples=sum(len(examples.validation) for examples in blend),
+        skipped_records=sum(examples.skipped for examples in blend),
         steps=done,
-        tokens=round(examples.tokens / count * seen),
+        tokens=sum(part.tokens for part in parts.values()),
         loss_before=next(entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry),
         loss_after=float(state.best_metric if state.best_metric is not None else math.nan),
-        best_step=min(int(state.best_global_step or done), steps),
+        best_step=min(int(state.best_global_step or done), state.max_steps),
         seconds=sum(entry.get("train_runtime", 0.0) for entry in state.log_history),
+        parts=parts,
     )
 
 
@@ -211,9 +250,10 @@ def check_batch_size(size: int) -> None:
         raise AdaPrunerError(f"`batch_size` {size} cannot be divided among {processes} processes")
 
 
-def total_steps(examples: Examples, options: RecoveryOptions) -> int:
-    """The number of steps of the optimizer."""
-    return options.steps or options.epochs * math.ceil(len(examples.training) / options.batch_size)
+def total_steps(blend: Sequence[Examples], options: RecoveryOptions) -> int | None:
+    """The number of steps of the optimizer; None if it is known only after the first ones."""
+    count = examples_to_learn(blend, options)
+    return count and math.ceil(count / options.batch_size)
 
 
 def _arguments(
@@ -224,10 +264,11 @@ def _arguments(
     per_process = options.batch_size // this_process().count
     # The largest size that divides a batch.
     micro_batch = next(size for size in range(options.micro_batch_size, 0, -1) if per_process % size == 0)
-    interval = max(1, min(_MOST_STEPS_BETWEEN, steps // _VALIDATIONS))
+    interval = steps_between_validations(steps)
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
+        train_sampling_strategy="sequential",  # the examples are in the order in which they are learnt
         per_device_train_batch_size=micro_batch,
         per_device_eval_batch_size=micro_batch,
         gradient_accumulation_steps=per_process // micro_batch,
@@ -265,16 +306,18 @@ def _arguments(
 
 
 def _batch(examples: list[Example]) -> dict[str, Tensor]:
-    """[examples, tokens of the longest]: padded tokens and labels, and the attention mask."""
+    """[examples, tokens of the longest]: padded tokens and labels, and the attention mask; and [examples], float32: the
+    weight of the labels."""
     columns = {
         "input_ids": (0, [example["input_ids"] for example in examples]),
         "labels": (IGNORED, [example["labels"] for example in examples]),
         "attention_mask": (0, [[1] * len(example["input_ids"]) for example in examples]),
     }
-    return {
+    batch = {
         name: pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=padding)
         for name, (padding, rows) in columns.items()
     }
+    return batch | {"label_weight": torch.tensor([example["label_weight"] for example in examples])}
 
 
 class _Watcher(TrainerCallback):

@@ -111,8 +111,11 @@ def render(template: str, **content: Any) -> str:
 
 def _used_texts(config: PruneConfig) -> dict[str, str]:
     """The texts on which the model depends, by use."""
-    used = assign_texts(config, missing_ok=True).used
-    return {use: str(text) for use, text in used.items() if use != "objective" or not config.objective_function}
+    used: dict[str, list[str]] = {}
+    for use, text in assign_texts(config, missing_ok=True).used:
+        if use != "objective" or not config.objective_function:
+            used.setdefault(use, []).append(str(text))
+    return {use: ", ".join(texts) for use, texts in used.items()}
 
 
 def _whole_layers(plan: PruningPlan) -> str:

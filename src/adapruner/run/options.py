@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from adapruner.calibration import absolute_source, register_sources, source_names
-from adapruner.config import BUDGETS, FUNCTION, PruneConfig, PruneOptions, RecoveryOptions
+from adapruner.calibration import absolute_blend, absolute_source, register_sources, source_names
+from adapruner.config import BUDGETS, FUNCTION, TRAINING_BUDGETS, PruneConfig, PruneOptions, RecoveryOptions
 from adapruner.errors import AdaPrunerError
 from adapruner.families import open_config
 from adapruner.graph import RunFolder
@@ -85,7 +85,9 @@ def _given_options(
     if isinstance(own.get("recovery"), RecoveryOptions):
         own["recovery"] = own["recovery"].model_dump(exclude_unset=True)
     if isinstance(base.get("recovery"), dict) and isinstance(own.get("recovery"), dict):
-        own["recovery"] = base["recovery"] | own["recovery"]
+        replaced = TRAINING_BUDGETS if own["recovery"].keys() & set(TRAINING_BUDGETS) else ()
+        kept = {name: value for name, value in base["recovery"].items() if name not in replaced}
+        own["recovery"] = kept | own["recovery"]
     given = override(base, own)
     if len(budgets := [name for name in BUDGETS if given.get(name) is not None]) > 1 and "ratio" in budgets:
         raise AdaPrunerError(f"`ratio` and `{budgets[1]}` both say how much is removed: give one")
@@ -129,9 +131,11 @@ def _with_absolute_paths(options: Mapping[str, Any]) -> PruneConfig:
     path = given_path(config.model)
     absolute = {
         name: absolute_source(value)
-        for name in ("calibration", "objective", "recover")
+        for name in ("calibration", "objective")
         if (value := getattr(config, name)) is not None and not value.startswith(FUNCTION)
     }
+    if config.recover is not None:
+        absolute["recover"] = absolute_blend(config.recover)
     return config.model_copy(
         update=absolute
         | {

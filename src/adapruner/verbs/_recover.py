@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from adapruner.calibration import SELF_GENERATED, Source, content_hash, generate_windows, parse_source
+from adapruner.calibration import BlendPart, blend_sources, content_hash, parse_blend
 from adapruner.card import card_of_recovered, read_card
 from adapruner.checkpoint import check_push, push, read_origin
 from adapruner.config import Dtype, RecoverConfig, Tracker
@@ -27,7 +28,7 @@ from adapruner.paths import given_path, output_path
 from adapruner.processes import this_process
 from adapruner.progress import Reporter
 from adapruner.recovery import (
-    DEFAULT_GENERATED_RECORDS,
+    Examples,
     RecoveryRecord,
     begin_training,
     check_adapters,
@@ -38,7 +39,6 @@ from adapruner.recovery import (
     recover_into,
     total_steps,
     training_alone,
-    window_examples,
     working_folder,
 )
 from adapruner.texts import record_of
@@ -65,7 +65,8 @@ def recover(
 
     Args:
         model: as for `load`.
-        data: instructions with answers, any text, or `self`: text that the teacher writes.
+        data: instructions with answers, any text, `self` (text that the teacher writes), or `answers:DATASET` (the
+            teacher answers these instructions); several with their shares, as `self:0.3,c4:0.3,alpaca:0.4`.
         output: the folder of the recovered model.
         teacher: the dense model, for distillation.
         overwrite: start again if the folder holds another recovery.
@@ -94,24 +95,28 @@ def _recover_into(
     folder: Path, config: RecoverConfig, overwrite: bool, device: str, track: Tracker | None
 ) -> RecoveryRecord:
     """Trains the model that the config names, unless the folder holds the result."""
-    data, teacher = config.data, config.teacher
-    for path in (given_path(name).resolve() for name in (config.model, teacher, data) if name):
+    blend, teacher = parse_blend(config.data), config.teacher
+    paths = [given_path(name) for name in (config.model, teacher) if name]
+    paths += [source.path or given_path(source.dataset) for source in blend_sources(blend)]
+    for path in (path.resolve() for path in paths):
         if path.exists() and folder.resolve() in (path, *path.parents):
             raise AdaPrunerError(f"{folder} is or contains {path}, which is read: choose another output")
-    source = None if data == SELF_GENERATED else parse_source(data)
-    if source is None and teacher is None:
-        raise AdaPrunerError("`data` self is text that the dense model writes: name it with `teacher`")
+    written = [part.name for part in blend if part.is_written]
+    if written and teacher is None:
+        raise AdaPrunerError(f"`data` {written[0]} is text that the dense model writes: name it with `teacher`")
+    if config.method == "labels" and teacher is not None and not written:
+        raise AdaPrunerError("`method` labels needs no teacher: remove `teacher`")
     check_device(resolve_device(device))
     check_batch_size(config.batch_size)
     check_tracker(track)
     student, dense = find_model(config.model), find_model(teacher) if teacher else None
     open_config(student)  # the commit of a Hub model is known then
     # Another model or text may have the same name in a later call.
-    content = [fingerprint(location) for location in (student, dense) if location] + [source and content_hash(source)]
+    content = [*map(fingerprint, filter(None, (student, dense))), *map(content_hash, blend_sources(blend))]
     resolved = config.model_dump(mode="json") | {"content": content}
     with training_alone(folder):
         finished = check_folder(folder, resolved, overwrite)
-        return finished or _train(folder, config, resolved, overwrite, student, dense, source, device, track)
+        return finished or _train(folder, config, resolved, overwrite, student, dense, blend, device, track)
 
 
 def _train(
@@ -121,11 +126,11 @@ def _train(
     overwrite: bool,
     location: ModelLocation,
     dense_location: ModelLocation | None,
-    source: Source | None,
+    blend: Sequence[BlendPart],
     device: str,
     track: Tracker | None,
 ) -> RecoveryRecord:
-    """Reads the data, loads the models and trains; without a source, on text that the teacher writes."""
+    """Reads the data, loads the models, lets the teacher write its parts of the data, and trains."""
     model_config, leads = open_config(location), this_process().leads
     if config.train != "full":
         check_adapters(empty_model(model_config), config)
@@ -139,9 +144,10 @@ def _train(
             )
         warnings.append(check_length(dense_config, config.seq_len))
     tokenizer = load_tokenizer(location)
-    examples = read_examples(source, tokenizer, config) if source else None
-    if examples:
-        check_tokens(model_config, examples.largest_token)
+    distils = not config.learns_labels(has_teacher=dense_location is not None)
+    parts = read_examples(blend, tokenizer, config, distils)
+    for part in parts:
+        check_tokens(model_config, part.largest_token)
     begin_training(folder, resolved, overwrite)
     Reporter().note("\n".join(filter(None, dict.fromkeys(warnings))))
     with Tracking(track if leads else None, folder.with_name(f"{folder.name}.tracking"), Reporter().note) as tracking:
@@ -150,15 +156,15 @@ def _train(
         if dense_location:
             with reporter.stage("loading"):
                 dense = open_model(dense_location, config.dtype, device)
-        if examples is None:
-            assert dense is not None
-            with reporter.stage("writing text"):
-                count = config.records or DEFAULT_GENERATED_RECORDS
-                windows = generate_windows(dense, count, config.seq_len, config.seed)
-            examples = window_examples(windows, SELF_GENERATED, config)
-        teacher = None
-        if dense is not None and not config.learns_labels(examples.instructions, has_teacher=True):
-            teacher = in_fastest_dtype(dense)
+        examples = []
+        for part in parts:
+            if not isinstance(part, Examples):
+                assert dense is not None
+                with reporter.stage(f"writing {part.name}", part.count) as advance:
+                    written = part.write(dense, tokenizer, config.seq_len, config.seed, advance)
+                part = part.examples(written, config, distils)
+            examples.append(part)
+        teacher = in_fastest_dtype(dense) if dense is not None and distils else None
         del dense  # if the teacher is a copy, the original weights are not needed
         with reporter.stage("recovering", total_steps(examples, config)) as advance:
             return recover_into(
@@ -170,14 +176,16 @@ def _train(
                 teacher,
                 resolved,
                 working_folder(folder),
-                _origin(location, source),
+                _origin(location, blend),
                 partial(card_of_recovered, read_card(location)),
                 advance,
                 tracking.on_numbers,
             )
 
 
-def _origin(location: ModelLocation, source: Source | None) -> dict[str, Any]:
-    """The origin of the checkpoint: that of the model, with the dataset of the training."""
+def _origin(location: ModelLocation, blend: Sequence[BlendPart]) -> dict[str, Any]:
+    """The origin of the checkpoint: that of the model, with the datasets of the training."""
     origin: dict[str, Any] = read_origin(location) or {"texts": []}
-    return origin | {"texts": origin["texts"] + ([{"use": "recovery"} | record_of(source)] if source else [])}
+    return origin | {
+        "texts": origin["texts"] + [{"use": "recovery"} | record_of(source) for source in blend_sources(blend)]
+    }

@@ -204,7 +204,7 @@ def loaded_tasks(
     used_documents: Callable[[], list[str]],
     pool_text: Any,
     objective_text: Any,
-    recovery_text: Any,
+    recovery_texts: Any,
 ) -> Tasks:
     """Tasks of lm-eval, without the items whose text the model is calibrated or trained on."""
     # The documents are read when they are needed: the three texts put their content into the key.

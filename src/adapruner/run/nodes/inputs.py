@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
-from adapruner.calibration import Source, fingerprint
+from adapruner.calibration import BlendPart, Source, fingerprint
 from adapruner.config import Layout, PruneConfig, RatioOf
 from adapruner.costs import (
     Latencies,
@@ -138,8 +138,8 @@ def objective_text(texts: Texts) -> Source | None:
     return texts.objective
 
 
-@GRAPH.leaf(content_of_text)
-def recovery_text(texts: Texts) -> Source | None:
+@GRAPH.leaf(lambda blend: [[part.is_written, part.share, content_of_text(part.source)] for part in blend])
+def recovery_texts(texts: Texts) -> tuple[BlendPart, ...]:
     return texts.recovery
 
 

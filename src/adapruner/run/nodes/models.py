@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
-from adapruner.calibration import SELF_GENERATED, Source, generate_windows
+from adapruner.calibration import BlendPart, has_written_part
 from adapruner.callbacks import Callback, tell
 from adapruner.checkpoint import save_checkpoint
 from adapruner.config import RecoveryOptions
@@ -30,8 +30,8 @@ from adapruner.planning import Memory, PruningPlan, Size, Speed, Target, TargetO
 from adapruner.processes import Process
 from adapruner.progress import Reporter
 from adapruner.recovery import (
-    DEFAULT_GENERATED_RECORDS,
     Examples,
+    Unwritten,
     check_adapters,
     check_device,
     read_examples,
@@ -205,10 +205,10 @@ def _tuned(
     """A saved model with its scales tuned, if that brings it nearer to the dense model on windows that are held out."""
     load = partial(load_model, find_model(str(compensated)), "auto", str(device))
     settings = scale_options(seed, device, process.count)
-    examples = window_examples(text, "the text of the compensation", settings)
-    with reporter.stage("tuning scales", total_steps(examples, settings)) as advance:
+    blend = [window_examples(text, "the text of the compensation", settings, label_weight=0.0)]
+    with reporter.stage("tuning scales", total_steps(blend, settings)) as advance:
         try:
-            tuned, record = train(load, examples, settings, work, teacher, advance)
+            tuned, record = train(load, blend, settings, work, teacher, advance)
         except NonFiniteError as error:
             why = str(error)
         else:
@@ -287,38 +287,49 @@ def _bytes_of_saved(amount: Size | Memory, model: Path, tokenizer: Tokenizer, we
 
 
 @GRAPH.in_memory
+def distils(recovery_texts: tuple[BlendPart, ...], recovery: RecoveryOptions) -> bool:
+    """True if the predictions of the dense model are learnt: on request, or if it writes some of the text."""
+    return not recovery.learns_labels(has_teacher=any(part.is_written for part in recovery_texts))
+
+
+@GRAPH.in_memory
 def examples(
-    recovery_text: Source | None,
+    recovery_texts: tuple[BlendPart, ...],
+    distils: bool,
     recovery: RecoveryOptions,
     tokenizer: Tokenizer,
     empty: PreTrainedModel,
     main_device: torch.device,
     process: Process,
-) -> Examples | None:
-    """The training examples of the pruned model; None where the dense model writes them."""
+) -> list[Examples | Unwritten]:
+    """The training examples of the pruned model, but for those that the dense model has yet to write."""
     check_device(main_device)
     if recovery.batch_size % process.count:
         raise AdaPrunerError(
             f"`recovery.batch_size` {recovery.batch_size} cannot be divided among {process.count} processes"
         )
-    if recovery_text is None:
-        return None
-    examples = read_examples(recovery_text, tokenizer, recovery)
-    check_tokens(empty.config, examples.largest_token)
-    return examples
+    parts = read_examples(recovery_texts, tokenizer, recovery, distils)
+    for part in parts:
+        check_tokens(empty.config, part.largest_token)
+    return parts
 
 
-@GRAPH.leaf(lambda is_written: is_written)
-def trains_on_written_text(recover: str | None) -> bool:
-    return recover == SELF_GENERATED
-
-
-@GRAPH.kept("recovery.safetensors", TENSORS, version=2, is_wanted=lambda recover: recover == SELF_GENERATED)
-def training_windows(dense: PreTrainedModel, recovery: RecoveryOptions, seed: int, reporter: Reporter) -> Windows:
-    """Text that the dense model writes for the pruned model to be fine-tuned on."""
-    with reporter.stage("writing recovery"):
-        count = recovery.records or DEFAULT_GENERATED_RECORDS
-        return {"recovery": generate_windows(dense, count, recovery.seq_len, 4 * seed + 3)}
+@GRAPH.kept("recovery.safetensors", TENSORS, version=3, is_wanted=lambda recover: recover and has_written_part(recover))
+def training_texts(
+    dense: PreTrainedModel,
+    examples: list[Examples | Unwritten],
+    tokenizer: Tokenizer,
+    recovery: RecoveryOptions,
+    seed: int,
+    reporter: Reporter,
+) -> Windows:
+    """Text that the dense model writes for the pruned model to be fine-tuned on, by the name of its dataset."""
+    written = {}
+    for part in examples:
+        if isinstance(part, Unwritten):
+            with reporter.stage(f"writing {part.name}", part.count) as advance:
+                written[part.name] = part.write(dense, tokenizer, recovery.seq_len, 4 * seed + 3, advance)
+    return written
 
 
 @GRAPH.leaf()
@@ -335,9 +346,9 @@ def recovered(
     plan: PruningPlan,
     dense_fast: PreTrainedModel,
     tokenizer: Tokenizer,
-    examples: Examples | None,
-    training_windows: Windows | None,
-    trains_on_written_text: bool,
+    examples: list[Examples | Unwritten],
+    training_texts: Windows | None,
+    distils: bool,
     recovery: RecoveryOptions,
     training_record: dict[str, Any],
     origin: dict[str, Any],
@@ -347,19 +358,19 @@ def recovered(
     work: Path,
 ) -> Path:
     """The saved model, fine-tuned on the text or on what the dense model predicts, by all processes together."""
-    if examples is None:
-        examples = window_examples((training_windows or {})["recovery"], SELF_GENERATED, recovery)
-    # Of text that the model wrote itself there is nothing to learn but its predictions.
-    learns_labels = recovery.learns_labels(examples.instructions, trains_on_written_text)
+    blend = [
+        part if isinstance(part, Examples) else part.examples((training_texts or {})[part.name], recovery, distils)
+        for part in examples
+    ]
     try:
-        with reporter.stage("recovering", total_steps(examples, recovery)) as advance:
+        with reporter.stage("recovering", total_steps(blend, recovery)) as advance:
             recover_into(
                 work / "model",
                 partial(load_model, find_model(str(pruned)), "auto", str(main_device)),
                 tokenizer,
-                examples,
+                blend,
                 recovery,
-                None if learns_labels else dense_fast,
+                dense_fast if distils else None,
                 training_record,
                 work=work / "training",
                 origin=origin | {"plan": plan.hash},
