@@ -269,10 +269,10 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_what_was_saved(
 
     monkeypatch.setattr(Trainer, "training_step", breaks)
     with pytest.raises(
-        AdaPrunerError, match=r"the loss is nan at step 4; the last checkpoint, .*checkpoint-3, is kept"
+        AdaPrunerError, match=r"the loss is nan at step 4; the last checkpoint, .*checkpoint-2, is kept"
     ):
         train_in_place(model, examples, RecoveryOptions(**SHORT), tmp_path / "work")
-    assert (tmp_path / "work" / "checkpoint-3" / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "work" / "checkpoint-2" / "adapter_model.safetensors").is_file()
     assert not (tmp_path / "work" / "checkpoint-4").exists()
 
 
@@ -398,8 +398,8 @@ def test_the_same_command_goes_on_after_a_kill(model_folder: Path, text_file: Pa
 
     main_or_exit(command(tmp_path / "undisturbed"))
     killed = tmp_path / "killed"
-    # Two calls of the training step are a step of the optimizer; every second step is saved.
-    for calls, saved in [(15, 6), (9, 10)]:
+    # Two calls of the training step are a step of the optimizer; every fourth step is saved.
+    for calls, saved in [(15, 4), (9, 8)]:
         run_killed("transformers.Trainer", "training_step", calls, command(killed), tmp_path)
         assert not killed.exists()
         assert (working_folder(killed) / f"checkpoint-{saved}").is_dir()

@@ -1,0 +1,365 @@
+"""Blends of datasets: how they are named and mixed, who learns what of them, and how long a training is."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+import adapruner
+from adapruner import AdaPrunerError, RecoveryOptions, verbs
+from adapruner.calibration import absolute_blend, parse_blend, parse_source, text_windows
+from adapruner.recovery import Example, Examples, Unwritten, read_examples, total_steps, working_folder
+from adapruner.recovery._answers import generate_answers
+from adapruner.recovery._length import Pace, learning_rate_factor, most_held_out
+from adapruner.recovery._mixing import MixedExamples
+from adapruner.recovery._training import _batch
+from run_helpers import exit_code, run_killed
+
+SHORT: dict[str, Any] = {"seq_len": 16, "batch_size": 4, "micro_batch_size": 2, "learning_rate": 3e-3}
+
+
+@pytest.fixture
+def instructions(tmp_path: Path) -> Path:
+    path = tmp_path / "instructions.jsonl"
+    records = [{"instruction": f"w{number} w2", "input": "", "output": f"w3 w{number}"} for number in range(60)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def dataset(name: str, count: int, share: float = 1.0, tokens: int = 8) -> Examples:
+    """Examples that begin with their number."""
+    made = [Example(input_ids=[number] * tokens, labels=[number] * tokens, label_weight=1.0) for number in range(count)]
+    return Examples(name, made, made[:1], share)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("c4", {"c4": 1}),
+        ("self:1", {"self": 1}),
+        ("wikitext2:validation", {"wikitext2:validation": 1}),
+        ("self:0.3,boolq-passages:0.3,answers:alpaca:0.4", {"self": 0.3, "boolq-passages": 0.3, "answers:alpaca": 0.4}),
+        ("c4,ptb", {"c4": 0.5, "ptb": 0.5}),
+        ("c4:1, ptb:3", {"c4": 0.25, "ptb": 0.75}),
+        ("c4:.5,ptb:0", {"c4": 1}),
+        (
+            "wikitext2:validation:30,hf:owner/name:20,ptb@report:50",
+            {"wikitext2:validation": 0.3, "hf:owner/name": 0.2, "ptb@report": 0.5},
+        ),
+        ("hf:owner/name:a:test:text:1,c4:1", {"hf:owner/name:a:test:text": 0.5, "c4": 0.5}),
+    ],
+)
+def test_a_share_is_the_number_after_the_last_colon(text: str, expected: dict[str, float]) -> None:
+    assert {part.name: part.share for part in parse_blend(text)} == pytest.approx(expected)
+
+
+def test_paths_may_have_colons_and_commas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("C:a.txt", "a,b.txt", "c.jsonl"):
+        Path(name).write_text("w1")
+    assert [part.name for part in parse_blend("C:a.txt:0.5,c.jsonl:text:0.5")] == ["C:a.txt", "c.jsonl:text"]
+    assert [part.name for part in parse_blend("a,b.txt")] == ["a,b.txt"]
+    [windows] = parse_blend(r"D:\data\a.txt", missing_ok=True)
+    assert windows.share == 1
+    here = tmp_path.absolute()
+    assert absolute_blend("self:0.5,C:a.txt:1,answers:c.jsonl:2") == (
+        f"self:0.5,{here}/C:a.txt:1,answers:{here}/c.jsonl:2"
+    )
+    Path("d.txt").write_text("w1")
+    Path("d.txt:2").write_text("w1")
+    with pytest.raises(AdaPrunerError, match=r"'d.txt:2' is a file, and 'd.txt' too"):
+        parse_blend("d.txt:2,c4:1")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "names no dataset"),
+        (":0.5,c4:0.5", "names no dataset"),
+        ("c4:2", "needs no share: remove :2; if that is part of the name, write c4:2:1"),
+        ("c4:0.5,ptb", "'ptb' has no share and others have one: write a share for each, ptb:SHARE"),
+        ("c4:0,ptb:0", "the shares .* are 0, 0: none may be negative, and one must be more than 0"),
+        ("c4:-1,ptb:2", "the shares .* are -1, 2"),
+        ("c4:1,ptb:1,c4:1", "'c4' is named twice"),
+        ("c4:0.5,c5:0.5", "unknown text source 'c5'.* Did you mean 'c4'"),
+        ("c4:nan,ptb:1", "has no share"),
+        ("answers:self", "holds no prompts"),
+        ("answers:", "unknown text source"),
+        ("self@report", "unknown"),
+    ],
+)
+def test_unclear_blends_are_refused(
+    text: str, message: str, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_code(["recover", str(model_folder), "--data", text, "-o", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert re.search(message, error), error
+    assert not working_folder(tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--steps", "3", "--minutes", "1"], "each say how long the training is: give one"),
+        (["--epochs", "1", "--tokens", "2M"], "each say how long the training is: give one"),
+        (["--tokens", "2X"], "is not a number of tokens: expected one such as 300k, 2M or 1_000_000"),
+        (["--tokens", "0"], "is not a number of tokens"),
+        (["--minutes", "0"], "--minutes 0"),
+    ],
+)
+def test_unclear_lengths_are_refused(
+    options: list[str],
+    message: str,
+    model_folder: Path,
+    text_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = ["recover", str(model_folder), "--data", str(text_file), "-o", str(tmp_path / "a"), *options]
+    assert exit_code(command) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("given", "tokens"), [("2M", 2_000_000), ("300k", 300_000), ("1_000_000", 10**6), (5, 5)])
+def test_numbers_of_tokens(given: str | int, tokens: int) -> None:
+    assert RecoveryOptions(tokens=given).tokens == str(tokens)
+
+
+def test_every_batch_has_the_shares_and_short_datasets_are_repeated() -> None:
+    blend = [dataset("a", 500, 0.3), dataset("b", 7, 0.2), dataset("c", 900, 0.5)]
+    places = {id(example): name.name for name in blend for example in name.training}
+    mixed = MixedExamples(blend, 10_000, seed=3)
+    names = [places[id(mixed[position])] for position in range(10_000)]
+    for first in range(0, 10_000, 10):
+        counts = Counter(names[first : first + 10])
+        assert all(abs(counts[name] - expected) <= 1 for name, expected in (("a", 3), ("b", 2), ("c", 5)))
+    assert mixed.learnt(10_000) == [names.count(name) for name in "abc"] == pytest.approx([3000, 2000, 5000], abs=2)
+    assert mixed.learnt(4321) == [names[:4321].count(name) for name in "abc"]
+    learnt = [mixed[position]["input_ids"][0] for position in range(10_000) if names[position] == "b"]
+    passes = [learnt[first : first + 7] for first in range(0, len(learnt) - 6, 7)]
+    assert all(sorted(one) == list(range(7)) for one in passes)
+    assert len(set(map(tuple, passes))) > 100
+    again, other = MixedExamples(blend, 10_000, seed=3), MixedExamples(blend, 10_000, seed=4)
+    assert [again[position] for position in range(99)] == [mixed[position] for position in range(99)]
+    assert [other[position] for position in range(99)] != [mixed[position] for position in range(99)]
+
+
+def test_the_length_of_a_training() -> None:
+    blend = [dataset("a", 30, 0.75, tokens=8), dataset("b", 10, 0.25, tokens=16)]
+    steps = partial(total_steps, blend)
+    # Ten tokens per example on average.
+    assert steps(RecoveryOptions(tokens="2k", batch_size=4)) == 50
+    assert steps(RecoveryOptions(tokens=1, batch_size=4)) == 1
+    assert steps(RecoveryOptions(batch_size=3)) == 27
+    assert steps(RecoveryOptions(epochs=1, batch_size=3)) == 14
+    assert steps(RecoveryOptions(steps=5)) == 5
+    assert steps(RecoveryOptions(minutes=5)) is None
+
+
+def test_validation_reads_a_fiftieth_of_the_examples_five_times() -> None:
+    for options, examples, expected in [
+        ({"steps": 1000, "batch_size": 8}, 10**6, 160),
+        ({"steps": 100, "batch_size": 8}, 10**6, 16),
+        ({"epochs": 2, "batch_size": 100}, 10_000, 400),
+        ({"tokens": "1M", "seq_len": 100}, 10**6, 200),
+        # Every 200 steps: twice as often.
+        ({"steps": 2000, "batch_size": 8}, 10**6, 160),
+        ({"steps": 1000, "batch_size": 8, "validation": 20}, 10**6, 20),
+        ({"minutes": 60}, 10**6, 60),
+    ]:
+        assert most_held_out(RecoveryOptions(**options), examples) == expected
+
+
+def test_no_more_is_tokenized_than_the_training_needs(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, instructions: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "long.txt"
+    path.write_text("\n\n".join(f"w{number % 90} " * 20 for number in range(5000)))
+    seen = []
+    original = PreTrainedTokenizerFast.__call__
+
+    def counting(self: PreTrainedTokenizerFast, text: str, *arguments: Any, **named: Any) -> Any:
+        seen.append(len(text))
+        return original(self, text, *arguments, **named)
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", counting)
+    windows = text_windows(parse_source(str(path)), tokenizer, 16, limit=100)
+    assert 100 <= len(windows) < 1000
+    assert sum(seen) < 0.1 * path.stat().st_size
+    # From the beginning to the end.
+    assert len(windows[:, 3].unique()) > 30
+    assert len(text_windows(parse_source(str(path)), tokenizer, 16)) == len(
+        text_windows(parse_source(str(path)), tokenizer, 16, limit=10**6)
+    )
+    seen.clear()
+    options = RecoveryOptions(seq_len=256, steps=2, batch_size=5)
+    [made] = read_examples(parse_blend(str(instructions)), tokenizer, options, True)
+    assert isinstance(made, Examples)
+    # Ten for the training, and at most as many for validation as the tenth of all.
+    assert 12 <= len(made.training) + len(made.validation) <= 28
+    assert len(seen) == 2 * (len(made.training) + len(made.validation))
+
+
+def test_the_weight_of_the_labels(
+    tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel, instructions: Path, text_file: Path
+) -> None:
+    blend = parse_blend(f"self:1,{text_file}:1,answers:{instructions}:1,{instructions}:1")
+    options = RecoveryOptions(seq_len=128, records=8, label_weight=0.4)
+    for distils, expected in ((True, [0, 0.4, 0, 0.4]), (False, [1, 1, 1, 1])):
+        weights = []
+        for part in read_examples(blend, tokenizer, options, distils):
+            if isinstance(part, Unwritten):
+                assert part.count == 8
+                part = part.examples(part.write(model, tokenizer, 128, 0), options, distils)
+            assert len(part.training) + len(part.validation) == 8
+            weights.append({example["label_weight"] for example in [*part.training, *part.validation]})
+            assert _batch(list(part.training))["label_weight"].tolist() == pytest.approx(
+                [*weights[-1]] * len(part.training)
+            )
+        assert weights == [{weight} for weight in expected]
+
+
+def test_the_teacher_answers_prompts(
+    tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel, instructions: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [part] = read_examples(
+        parse_blend(f"answers:{instructions}"), tokenizer, RecoveryOptions(seq_len=96, records=20), True
+    )
+    assert isinstance(part, Unwritten)
+    texts = [tokenizer.decode(prompt) for prompt in part.prompts]
+    assert len(texts) == 20
+    written = part.write(model, tokenizer, 96, seed=5)
+    assert written.equal(part.write(model, tokenizer, 96, seed=5))
+    made = part.examples(written, RecoveryOptions(seq_len=96))
+    for example, prompt in zip([*made.training, *made.validation], part.prompts, strict=True):
+        assert example["input_ids"][: len(prompt)] == prompt
+        learnt = [label for label in example["labels"] if label != -100]
+        assert example["input_ids"][len(prompt) :] == learnt
+        # An answer goes on until it ends.
+        assert len(example["input_ids"]) >= 90 or learnt[-1] == tokenizer.eos_token_id
+        assert tokenizer.eos_token_id not in learnt[:-1]
+    monkeypatch.setattr(tokenizer, "chat_template", "{% for m in messages %}w50 {{ m['content'] }} w51{% endfor %}")
+    [chat] = read_examples(
+        parse_blend(f"answers:{instructions}"), tokenizer, RecoveryOptions(seq_len=96, records=20), True
+    )
+    assert isinstance(chat, Unwritten)
+    assert all(re.fullmatch(r"w50 w\d+ w2 w51", tokenizer.decode(prompt)) for prompt in chat.prompts)
+
+
+def test_an_answer_ends_with_the_end_token(model: PreTrainedModel) -> None:
+    """Prompts of different lengths, whose answers a model that copies its last token ends at once or never."""
+    prompts = [[5, 6, 7], [8], [9, 2]]
+
+    def follow(input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
+        end = torch.where(input_ids[:, -1] == 2, 2, 4)
+        return torch.cat([input_ids, end[:, None].expand(-1, 12)], 1)
+
+    model.generate = follow
+    written = generate_answers(model, prompts, [2], 6, seed=0)
+    assert written.tolist() == [[5, 6, 7, 4, 4, 4], [8, 4, 4, 4, 4, 4], [9, 2, 2, -1, -1, -1]]
+
+
+def test_a_blend_is_learnt(model_folder: Path, text_file: Path, instructions: Path, tmp_path: Path) -> None:
+    record = verbs.recover(
+        model_folder,
+        f"self:0.25,{text_file}:0.5,{instructions}:0.25",
+        tmp_path / "a",
+        teacher=str(model_folder),
+        **SHORT | {"tokens": "3k", "seq_len": 64, "records": 12},
+    )
+    assert record.method == "distillation"
+    assert list(record.parts) == ["self", str(text_file), str(instructions)]
+    shares = {name: part.learnt / (record.steps * 4) for name, part in record.parts.items()}
+    assert [*shares.values()] == pytest.approx([0.25, 0.5, 0.25], abs=0.03)
+    assert record.tokens == sum(part.tokens for part in record.parts.values()) == pytest.approx(3000, rel=0.1)
+    for part in record.parts.values():
+        assert part.examples <= 11
+        assert part.passes == pytest.approx(part.learnt / part.examples, abs=0.01)
+    origin = json.loads((tmp_path / "a/adapruner.json").read_text())
+    assert [text["text"] for text in origin["texts"]][-2:] == [text_file.name, instructions.name]
+
+
+def test_what_the_teacher_writes_needs_one(model_folder: Path, instructions: Path, tmp_path: Path) -> None:
+    for data in ("self:0.5,c4:0.5", f"answers:{instructions}"):
+        with pytest.raises(AdaPrunerError, match="is text that the dense model writes: name it with `teacher`"):
+            verbs.recover(model_folder, data, tmp_path / "a", **SHORT)
+
+
+@pytest.mark.parametrize("warmup", [0, 3, 20, 100, 10**6])
+@pytest.mark.parametrize("steps", [7, 8, 12, 40, 300, 5000])
+def test_the_learning_rate_has_no_jump_where_the_length_becomes_known(warmup: int, steps: int) -> None:
+    before = [learning_rate_factor(step, None, warmup) for step in range(7)]
+    after = [learning_rate_factor(step, steps, warmup) for step in range(steps + 1)]
+    assert after[:7] == before
+    assert after[-1] == 0
+    known = after[6:]
+    assert max(later - earlier for earlier, later in pairwise(known)) < 0.18
+    if steps >= 40:
+        assert max(after) > 0.98
+        peak = after.index(max(after))
+        assert peak <= max(10, steps // 10)
+        assert all(later < earlier for earlier, later in pairwise(after[max(peak, 6) :]))
+
+
+def test_minutes_become_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first step takes longer; then each takes 2 s, a validation 3 s and a checkpoint 5 s."""
+    now = 100.0
+    monkeypatch.setattr("adapruner.recovery._length.time.monotonic", lambda: now)
+    tmp_path.mkdir(exist_ok=True)
+    pace = Pace(10, 100, tmp_path)
+    state = SimpleNamespace(global_step=0, max_steps=0, eval_steps=0, save_steps=0, is_world_process_zero=True)
+    control, scheduler = SimpleNamespace(should_save=False), SimpleNamespace(lr_lambdas=[None])
+    pace.on_train_begin(None, state, control, lr_scheduler=scheduler)
+    assert pace.steps is None
+    assert scheduler.lr_lambdas[0](3) == 3 / 20
+    now += 3
+    pace.on_evaluate(None, state, control)
+    for state.global_step in range(1, 7):
+        now += 20 if state.global_step == 1 else 2
+        pace.on_step_end(None, state, control)
+        assert control.should_save == (state.global_step == 6)
+    assert state.max_steps > 10**6
+    now += 5
+    pace.on_save(None, state, control)
+    # 38 s are over, and five times 8 s are for validation and saving.
+    assert pace.steps == state.max_steps == 6 + (600 - 38 - 40) // 2
+    assert state.eval_steps == state.save_steps == 53
+    assert scheduler.lr_lambdas[0](pace.steps) == 0
+    assert Pace(10, 100, tmp_path).steps == pace.steps
+
+
+def test_a_training_of_some_minutes_resumes_with_its_number_of_steps(
+    model_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    def command(output: Path) -> list[str]:
+        options = ["--seq-len", "16", "--batch-size", "4", "--micro-batch-size", "2", "--minutes", "0.02"]
+        return ["recover", str(model_folder), "--data", str(text_file), "-o", str(output), *options]
+
+    killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
+    # Two calls of the training step are a step of the optimizer; the number is known after six.
+    run_killed("transformers.Trainer", "training_step", 9, command(killed), tmp_path)
+    assert not (working_folder(killed) / "steps.json").exists()
+    run_killed("transformers.Trainer", "training_step", 15, command(killed), tmp_path)
+    known = (working_folder(killed) / "steps.json").read_text()
+    steps = json.loads(known)["steps"]
+    assert steps >= 7
+    working_folder(undisturbed).mkdir()
+    (working_folder(undisturbed) / "steps.json").write_text(known)
+    for folder in (killed, undisturbed):
+        assert exit_code(command(folder)) == 0
+        record = json.loads((folder / "recovery.json").read_text())
+        assert record["steps"] == steps
+    first, second = (adapruner.load(folder) for folder in (killed, undisturbed))
+    for (name, one), other in zip(first.named_parameters(), second.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6, msg=name)
