@@ -65,12 +65,12 @@ def test_a_share_is_the_number_after_the_last_colon(text: str, expected: dict[st
 
 def test_paths_may_have_colons_and_commas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("C:a.txt", "a,b.txt", "c.jsonl"):
+    for name in ("C:a.txt", r"D:\data\a.txt", "a,b.txt", "c.jsonl"):
         Path(name).write_text("w1")
     assert [part.name for part in parse_blend("C:a.txt:0.5,c.jsonl:text:0.5")] == ["C:a.txt", "c.jsonl:text"]
     assert [part.name for part in parse_blend("a,b.txt")] == ["a,b.txt"]
-    [windows] = parse_blend(r"D:\data\a.txt", missing_ok=True)
-    assert windows.share == 1
+    for blend in (r"D:\data\a.txt", r"D:\data\a.txt:0.5,self:0.5"):
+        assert parse_blend(blend)[0].name == r"D:\data\a.txt"
     here = tmp_path.absolute()
     assert absolute_blend("self:0.5,C:a.txt:1,answers:c.jsonl:2") == (
         f"self:0.5,{here}/C:a.txt:1,answers:{here}/c.jsonl:2"
@@ -91,11 +91,11 @@ def test_paths_may_have_colons_and_commas(tmp_path: Path, monkeypatch: pytest.Mo
         ("c4:0,ptb:0", "the shares .* are 0, 0: none may be negative, and one must be more than 0"),
         ("c4:-1,ptb:2", "the shares .* are -1, 2"),
         ("c4:1,ptb:1,c4:1", "'c4' is named twice"),
-        ("c4:0.5,c5:0.5", "unknown text source 'c5'.* Did you mean 'c4'"),
+        ("c4:0.5,alpac:0.5", "unknown text source 'alpac'.* Did you mean 'alpaca'"),
         ("c4:nan,ptb:1", "has no share"),
         ("answers:self", "holds no prompts"),
         ("answers:", "unknown text source"),
-        ("self@report", "unknown"),
+        ("self@report", "has no parts"),
     ],
 )
 def test_unclear_blends_are_refused(
@@ -343,7 +343,7 @@ def test_a_training_of_some_minutes_resumes_with_its_number_of_steps(
     model_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
     def command(output: Path) -> list[str]:
-        options = ["--seq-len", "16", "--batch-size", "4", "--micro-batch-size", "2", "--minutes", "0.02"]
+        options = ["--seq-len", "16", "--batch-size", "4", "--micro-batch-size", "2", "--minutes", "0.1"]
         return ["recover", str(model_folder), "--data", str(text_file), "-o", str(output), *options]
 
     killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"

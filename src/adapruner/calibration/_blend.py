@@ -110,10 +110,10 @@ def _split(text: str) -> list[tuple[str, str]]:
 
 
 def _with_share(text: str) -> tuple[str, str]:
-    name, _, number = text.rpartition(":")
-    if not name or not _SHARE.fullmatch(number):
+    name, colon, number = text.rpartition(":")
+    if not colon or not _SHARE.fullmatch(number):
         return text, ""
-    if not _is_file(text):
+    if not name or not _is_file(text):
         return name, number
     if _is_file(name):
         raise AdaPrunerError(f"{text!r} is a file, and {name!r} too: rename one of them")
