@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 import adapruner
 from adapruner import AdaPrunerError, RecoveryOptions, verbs
 from adapruner.calibration import absolute_blend, parse_blend, parse_source, text_windows
+from adapruner.card import trained_sentence
 from adapruner.recovery import Example, Examples, Unwritten, read_examples, total_steps, working_folder
 from adapruner.recovery._answers import generate_answers
 from adapruner.recovery._length import Pace, learning_rate_factor, most_held_out
@@ -286,6 +287,9 @@ def test_a_blend_is_learnt(model_folder: Path, text_file: Path, instructions: Pa
     for part in record.parts.values():
         assert part.examples <= 11
         assert part.passes == pytest.approx(part.learnt / part.examples, abs=0.01)
+    names = f"`self`, `{text_file.name}`, `answers:{instructions.name}`"
+    renamed = {"self": 0, str(text_file): 0, f"answers:{instructions}": 0}
+    assert f"It was fine-tuned on {names}: " in trained_sentence(record.model_copy(update={"parts": renamed}))
     origin = json.loads((tmp_path / "a/adapruner.json").read_text())
     assert [text["text"] for text in origin["texts"]][-2:] == [text_file.name, instructions.name]
 

@@ -242,8 +242,9 @@ def trained_sentence(record: RecoveryRecord) -> str:
     """The fine-tuning in one sentence."""
     how = {"lora": "LoRA, merged", "ia3": "IA3, merged", "full": "all weights"}[record.config["train"]]
     learnt = "the predictions of the dense model" if record.method == "distillation" else "the text itself"
+    names = [f"`{_escaped(_public(name))}`" for name in record.parts or [record.config["data"]]]
     return (
-        f"It was fine-tuned on `{_escaped(_public(record.config['data']))}`: {record.steps:,} steps,"
+        f"It was fine-tuned on {', '.join(names)}: {record.steps:,} steps,"
         f" {record.tokens:,} tokens, {how}, learning {learnt}."
     )
 
@@ -263,7 +264,7 @@ def card_of_recovered(card: str, record: RecoveryRecord) -> str | None:
 
 def _public(text: str) -> str:
     """A text without the folders of its paths, which are private."""
-    return re.sub(r"(?<!\S)(?:\.{0,2}|~)/(?:[^\s/]+/)*", "", text)
+    return re.sub(r"(?<!\S)((?:answers:)?)(?:\.{0,2}|~)/(?:[^\s/]+/)*", r"\1", text)
 
 
 def _escaped(text: str) -> str:

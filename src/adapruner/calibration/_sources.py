@@ -158,7 +158,7 @@ def _named(name: str, purpose: Purpose) -> Source:
         return Source(name, path.name, path, named_columns=(option,) if option else ())
     if name == SELF_GENERATED:
         raise AdaPrunerError(
-            f"{name!r} is text that the model generates; it can only be used to calibrate and to train, and has no parts"
+            f"{name!r} is text that the model generates; it can only be used to calibrate or to train, and has no parts"
         )
     close = difflib.get_close_matches(dataset, known_sources(), n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""

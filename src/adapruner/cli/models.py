@@ -38,7 +38,8 @@ def recover(
     Nothing is trained in float16: such weights are trained in another dtype, and saved in float16.
 
     Args:
-        data: Instructions with answers (columns instruction, output, input), any text, or self: the teacher writes it.
+        data: Instructions with answers (columns instruction, output, input), any text, self (the teacher writes it), or
+            answers:DATASET (the teacher answers instructions); several with shares, as self:0.3,c4:0.3,alpaca:0.4.
         output: Folder of the recovered model.
         teacher: The dense model, for distillation.
         track: Experiment tracker that gets the training curves; tensorboard writes into OUTPUT.tracking.
