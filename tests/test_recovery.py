@@ -234,7 +234,9 @@ def test_distillation_brings_a_model_nearer_to_its_teacher(
             return float((wanted.exp() * (wanted - predicted)).sum(-1).mean())
 
     before = divergence()
-    options = RecoveryOptions(**SHORT | {"steps": 30}, train=train_what, lora_dropout=0.0, label_weight=0.0)
+    options = RecoveryOptions(**SHORT | {"steps": 30}, train=train_what, lora_dropout=0.0)
+    for example in [*examples.training, *examples.validation]:
+        example["label_weight"] = 0.0
     recovered = train_in_place(student, examples, options, tmp_path / "work", in_fastest_dtype(teacher))
     assert math.isclose(recovered.loss_before, before, rel_tol=0.02)
     assert math.isclose(recovered.loss_after, divergence(), rel_tol=0.02)
@@ -533,7 +535,7 @@ def test_the_teacher_writes_the_text_itself(model_folder: Path, tmp_path: Path) 
         "self",
         tmp_path / "a",
         teacher=str(model_folder),
-        **SHORT | {"steps": 2, "records": 20, "label_weight": 0.0},
+        **SHORT | {"steps": 2, "records": 20},
     )
     # Two steps of four examples, and those for validation.
     assert (record.method, record.training_examples, record.validation_examples) == ("distillation", 18, 2)
