@@ -10,7 +10,7 @@ import math
 import re
 import shutil
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ from adapruner.surgery import prune_model
 from adapruner.texts import assign_texts
 from adapruner.verbs import _evaluate
 from adapruner.verbs._source import ModelSource
+from test_generation import SETTINGS, continued_alone
 
 TWO_DEVICES = (torch.device("cuda:0"), torch.device("cuda:1"))
 
@@ -81,34 +82,6 @@ def ask(monkeypatch: pytest.MonkeyPatch, *prompts: str) -> None:
         monkeypatch.setattr(module, "prompts", lambda _: asked)
 
 
-def continued_alone(model: PreTrainedModel, tokens: list[int], count: int, ends: Sequence[int] = (2,)) -> list[int]:
-    """Greedy, without a cache, a batch or padding."""
-    written: list[int] = []
-    while len(written) < count and not {*ends} & {*written}:
-        with torch.no_grad():
-            written.append(int(model(torch.tensor([tokens + written])).logits[0, -1].argmax()))
-    return written
-
-
-@pytest.mark.usefixtures("_continuations_are_long")
-@pytest.mark.parametrize("family", ["llama", "bloom", "gemma3_text", "gpt2", "gpt_neox", "mistral", "opt", "qwen2"])
-def test_padded_prompts_are_continued_as_each_alone(
-    family: str,
-    make_model: Callable[..., PreTrainedModel],
-    tokenizer: PreTrainedTokenizerFast,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    model, ends = make_model(family), [*range(2, 96, 8)]
-    model.generation_config.eos_token_id = ends
-    openings = ("w7 w8 w9", "w11", "w20 w3 w4 w50 w61 w2 w7 w30 w31 w70", "w5 w6")
-    ask(monkeypatch, *openings)
-    monkeypatch.setattr(_writing, "_PROMPTS_AT_ONCE", 3)
-    monkeypatch.setattr(_writing, "_AT_ONCE", 5)  # those that have ended are left
-    texts = _writing.texts_of(write(model, tokenizer)["openings, greedy"])
-    assert [" ".join(f"w{token - 4}" for token in text.prompt) for text in texts] == [*openings]
-    assert [text.continuation for text in texts] == [continued_alone(model, text.prompt, 24, ends) for text in texts]
-
-
 @pytest.mark.usefixtures("_continuations_are_long")
 def test_text_is_written_without_the_settings_and_the_random_state_of_others(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
@@ -117,45 +90,14 @@ def test_text_is_written_without_the_settings_and_the_random_state_of_others(
     state, expected = torch.get_rng_state(), write(model, tokenizer)
     assert torch.equal(torch.get_rng_state(), state)
     assert not torch.equal(*expected.values())
-    settings = {
-        "do_sample": True,
-        "temperature": 0.1,
-        "top_k": 1,
-        "num_beams": 3,
-        "repetition_penalty": 5.0,
-        "encoder_repetition_penalty": 5.0,
-        "suppress_tokens": [*range(3, 90)],
-        "sequence_bias": [[[7], 100.0]],
-        "forced_bos_token_id": 5,
-        "forced_eos_token_id": 5,
-        "guidance_scale": 3.0,
-        "max_time": 1e-9,
-        "max_length": 2,
-        "min_new_tokens": 3,
-        "stop_strings": ["w1"],
-        "return_dict_in_generate": True,
-        "prompt_lookup_num_tokens": 3,
-        "cache_implementation": "quantized",
-        "use_cache": False,
-        "no_repeat_ngram_size": 2,
-    }
-    for name, value in settings.items():
+    for name, value in SETTINGS.items():
         setattr(model.generation_config, name, value)
     torch.manual_seed(5)
     again = write(model, tokenizer)
-    assert model.generation_config.num_beams == 3
+    assert model.generation_config.num_beams == 2
     assert {way: tokens.tolist() for way, tokens in again.items()} == {
         way: tokens.tolist() for way, tokens in expected.items()
     }
-
-
-def test_samples_have_the_probabilities_at_the_temperature() -> None:
-    logits = torch.tensor([0.0, 1.0, -1.0, 2.0])
-    sampling = _writing._Sampling(torch.arange(20_000, 40_000), torch.Generator().manual_seed(0))
-    scores = sampling(None, logits.repeat(40_000, 1))
-    assert torch.equal(scores[:20_000], logits.repeat(20_000, 1))
-    shares = scores[20_000:].argmax(-1).bincount(minlength=4) / 20_000
-    torch.testing.assert_close(shares, (logits / 0.7).softmax(-1), atol=0.015, rtol=0)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt"])

@@ -238,7 +238,7 @@ def test_a_run_sums_them_over_its_text_and_over_what_the_model_writes(
     )
     assert len(written) == len(text) // 2 > 8
     model = load_model(find_model(str(model_folder)))
-    assert torch.equal(written, generate_windows(in_fastest_dtype(model), len(written), 16, seed=2, batch_size=64))
+    assert torch.equal(written, generate_windows(in_fastest_dtype(model), len(written), 16, seed=2))
     both = activations(in_fastest_dtype(model), build_structure(model), torch.cat([text, written]))
     for index, moments in StoredMoments(finished.output / "moments").items():
         expected = both[index].T @ both[index] / len(both[index])

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 from adapruner.calibration._reading import provenance, read_documents, read_windows
 from adapruner.calibration._sources import Source
 from adapruner.errors import AdaPrunerError
-from adapruner.random_state import random_state_kept
+from adapruner.models import continue_texts
 
 # Tokens have fewer characters on average; and the number of places that pieces of a long text are from.
 _CHARACTERS, _PIECES = 8, 32
@@ -299,57 +299,22 @@ def start_token(model: PreTrainedModel) -> int | None:
 
 
 def generate_windows(
-    model: PreTrainedModel,
-    count: int,
-    seq_len: int,
-    seed: int,
-    batch_size: int = 16,
-    progress: Callable[[int], None] | None = None,
+    model: PreTrainedModel, count: int, seq_len: int, seed: int, advance: Callable[[int], None] | None = None
 ) -> Tensor:
     """Text that the model writes, sampled at temperature 1 from its start token (as in LLM-QAT, arXiv 2305.17888).
 
     Args:
-        progress: called with the number of windows after every batch.
+        advance: called with the number of windows of each finished batch.
 
     Returns:
         [count, seq_len], int64; the same for the same seed on the same machine.
+
+    Raises:
+        AdaPrunerError: the model has no start token.
     """
     start = start_token(model)
     if start is None:
         raise AdaPrunerError(
             "the model names neither a start nor an end token: it cannot generate text without a prompt"
         )
-    generate: Any = model.generate
-    windows = []
-    generator = torch.default_generator
-    if model.device.type != "cpu":  # torch.manual_seed would seed the other accelerators too
-        generator = torch.get_device_module(model.device).default_generators[model.device.index]
-    with random_state_kept():
-        generator.manual_seed(seed)
-        for first in range(0, count, batch_size):
-            prompt = torch.full((min(batch_size, count - first), 1), start, device=model.device)
-            windows.append(
-                generate(
-                    prompt,
-                    attention_mask=torch.ones_like(prompt),
-                    do_sample=True,
-                    temperature=1.0,
-                    top_k=0,
-                    top_p=1.0,
-                    min_p=None,
-                    typical_p=1.0,
-                    epsilon_cutoff=0.0,
-                    eta_cutoff=0.0,
-                    num_beams=1,
-                    repetition_penalty=1.0,
-                    no_repeat_ngram_size=0,
-                    min_new_tokens=seq_len - 1,
-                    max_new_tokens=seq_len - 1,
-                    pad_token_id=start,
-                    # A model that breaks on its own text is found where the text is read.
-                    remove_invalid_values=True,
-                ).cpu()
-            )
-            if progress:
-                progress(len(prompt))
-    return torch.cat(windows)
+    return continue_texts(model, [[start]] * count, seq_len - 1, torch.ones(count), seed, advance=advance)

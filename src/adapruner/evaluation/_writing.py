@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as functional
 from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedModel,
-    PreTrainedTokenizerBase as Tokenizer,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.calibration import prompts
 from adapruner.evaluation._losses import tokens_per_batch
-from adapruner.evaluation._speed import new_cache
+from adapruner.models import NO_TOKEN, continue_texts
 
 # The most tokens of every continuation.
 _CONTINUED = 128
 _TEMPERATURE = 0.7
-# Processors need many rows to be fast; on a device, memory is scarcer.
-_PROMPTS_AT_ONCE, _PROMPTS_ON_DEVICE = 48, 16
 WRITING_PROTOCOL = f"at most {_CONTINUED} tokens, greedy or sampled at temperature {_TEMPERATURE}"
-# Tokens after which texts that have ended are left.
-_AT_ONCE = 16
-# Where a row has no token.
-_NONE = -1
 
 # Texts by the kind of their prompts and the way of writing, such as `openings, greedy`: [texts, tokens], int64. The
 # last `_CONTINUED` columns are what the model wrote, up to and including a token that ends the text.
@@ -44,24 +31,6 @@ class Text(NamedTuple):
     continuation: list[int]
 
 
-class _Sampling(LogitsProcessor):
-    """Leaves one token to each of some rows, a sample at the temperature; others stay as they are.
-
-    So greedy and sampled texts are generated in one batch, and the random state of the process stays as it is.
-    """
-
-    def __init__(self, rows: Tensor, generator: torch.Generator) -> None:
-        self.rows, self.generator = rows, generator
-
-    def __call__(self, input_ids: Any, scores: Any) -> Any:
-        rows = self.rows.to(scores.device, non_blocking=True)
-        summed = (scores[rows] / _TEMPERATURE).softmax(-1).cumsum(-1)
-        drawn = torch.rand(len(summed), 1, generator=self.generator).to(scores.device, non_blocking=True)
-        # The sum may be a little more than its last term where the vocabulary is large, or no number.
-        chosen = torch.searchsorted(summed, drawn * summed[:, -1:], right=True).clamp(max=summed.shape[1] - 1)
-        return scores.index_copy(0, rows, torch.full_like(summed, -math.inf).scatter(1, chosen, 0.0))
-
-
 def write(model: PreTrainedModel, tokenizer: Tokenizer) -> Written:
     """The texts that a model writes after the built-in prompts (`calibration.prompts`).
 
@@ -72,17 +41,13 @@ def write(model: PreTrainedModel, tokenizer: Tokenizer) -> Written:
         The same for the same model on the same machine; of its generation settings, only the end tokens count.
     """
     asked = prompts(tokenizer)
-    room = getattr(model.config, "max_position_embeddings", None) or math.inf
     tokens = [prompt for by_text in asked.values() for prompt in by_text.values()]
-    longest = int(min(max(map(len, tokens)), room // 2))
-    cut = [torch.tensor(prompt[-longest:]) for prompt in tokens]
-    rows = torch.stack([functional.pad(prompt, (longest - len(prompt), 0), value=_NONE) for prompt in cut])
-    new_tokens, ends = int(min(_CONTINUED, room - longest)), end_tokens(model, tokenizer)
-    parts = [
-        _continue(model, part, new_tokens, ends, seed)
-        for seed, part in enumerate(rows.split(_PROMPTS_AT_ONCE if model.device.type == "cpu" else _PROMPTS_ON_DEVICE))
-    ]
-    greedy, sampled = (torch.cat([rows, torch.cat(continued)], 1) for continued in zip(*parts, strict=True))
+    if room := getattr(model.config, "max_position_embeddings", None):
+        tokens = [prompt[-(room // 2) :] for prompt in tokens]
+    temperatures = torch.tensor([0.0, _TEMPERATURE]).repeat_interleave(len(tokens))
+    greedy, sampled = continue_texts(
+        model, tokens * 2, _CONTINUED, temperatures, seed=0, ends=end_tokens(model, tokenizer)
+    ).chunk(2)
     counts = [len(by_text) for by_text in asked.values()]
     return {
         f"{kind}, {way}": texts.clone()
@@ -99,67 +64,10 @@ def end_tokens(model: PreTrainedModel, tokenizer: Tokenizer) -> list[int]:
     return sorted(end for end in ends if end is not None and 0 <= end < model.config.vocab_size)
 
 
-def _continue(
-    model: PreTrainedModel, prompts: Tensor, new_tokens: int, ends: list[int], seed: int
-) -> tuple[Tensor, Tensor]:
-    """Greedy and sampled continuations, [prompts, _CONTINUED] each, int64.
-
-    Args:
-        prompts: [prompts, tokens], int64.
-    """
-    rows = prompts.repeat(2, 1)
-    written = torch.full((len(rows), _CONTINUED), _NONE)
-    [cache_name], last = new_cache(model), torch.tensor(ends, dtype=torch.long)
-    numbers, cache, generator = torch.arange(len(rows)), None, torch.Generator().manual_seed(seed)
-    for first in range(0, new_tokens, _AT_ONCE):
-        settings = GenerationConfig(
-            max_new_tokens=min(_AT_ONCE, new_tokens - first),
-            eos_token_id=ends or None,
-            pad_token_id=0,
-            return_dict_in_generate=True,
-        )
-        sampling = _Sampling((numbers >= len(prompts)).nonzero().flatten(), generator)
-        generated = _generate(model, rows, settings, sampling, {} if cache is None else {cache_name: cache})
-        continued, cache = generated.sequences[:, rows.shape[1] :].cpu(), generated.get(cache_name)
-        written[numbers, first : first + continued.shape[1]] = continued
-        rows = torch.cat([rows, continued], 1)
-        going_on = ~torch.isin(rows[:, -first - continued.shape[1] :], last).any(1)
-        if not going_on.any():
-            break
-        # Caches of some hybrids cannot drop rows.
-        if cache is None or all(hasattr(layer, "batch_select_indices") for layer in cache.layers):
-            rows, numbers = rows[going_on], numbers[going_on]
-            if cache is not None:
-                cache.batch_select_indices(going_on.nonzero().flatten().to(model.device))
-    is_end = torch.isin(written, last).long()
-    written[is_end.cumsum(1) > is_end] = _NONE
-    greedy, sampled = written.chunk(2)
-    return greedy, sampled
-
-
-def _generate(
-    model: PreTrainedModel, rows: Tensor, settings: GenerationConfig, sampling: _Sampling, cache: dict[str, Any]
-) -> Any:
-    """What `generate` returns, with these settings alone."""
-    generate: Any = model.generate
-    # What they leave open is taken from those of the model.
-    of_model, model.generation_config = model.generation_config, settings
-    try:
-        return generate(
-            rows.clamp(min=0).to(model.device),
-            attention_mask=(rows != _NONE).long().to(model.device),
-            generation_config=settings,
-            logits_processor=LogitsProcessorList([sampling]),
-            **cache,
-        )
-    finally:
-        model.generation_config = of_model
-
-
 def texts_of(written: Tensor) -> list[Text]:
     """The texts without padding."""
     halves = written[:, :-_CONTINUED], written[:, -_CONTINUED:]
-    tokens = ([row[row != _NONE].tolist() for row in half] for half in halves)
+    tokens = ([row[row != NO_TOKEN].tolist() for row in half] for half in halves)
     return [Text(*pair) for pair in zip(*tokens, strict=True)]
 
 

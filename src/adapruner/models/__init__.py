@@ -34,6 +34,7 @@ from adapruner.models._device import (
     usable_devices as usable_devices,
 )
 from adapruner.models._fingerprint import fingerprint as fingerprint
+from adapruner.models._generation import NO_TOKEN as NO_TOKEN, continue_texts as continue_texts
 from adapruner.models._layers import (
     LayerCall as LayerCall,
     decoder_layers as decoder_layers,

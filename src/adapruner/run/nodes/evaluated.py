@@ -164,7 +164,7 @@ def _kept_text(role: Role, model: str) -> None:
     """Declares what is kept of the text that the model of a role writes."""
     options: dict[str, Any] = {"is_wanted": _is_wanted(role)}
     path, needs = f"evaluation/written-{role}.safetensors", {"model": model}
-    GRAPH.kept(path, TENSORS, name=f"written_{role}", needs=needs, **options)(written_text)
+    GRAPH.kept(path, TENSORS, name=f"written_{role}", needs=needs, version=2, **options)(written_text)
     path, needs, content = f"evaluation/writing-{role}.json", {"written": f"written_{role}"}, dict[str, Writing]
     GRAPH.kept(path, json_form(content), name=f"writing_{role}", needs=needs, **options)(judged_writing)
 

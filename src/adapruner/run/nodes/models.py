@@ -314,7 +314,7 @@ def examples(
     return parts
 
 
-@GRAPH.kept("recovery.safetensors", TENSORS, version=3, is_wanted=lambda recover: recover and has_written_part(recover))
+@GRAPH.kept("recovery.safetensors", TENSORS, version=4, is_wanted=lambda recover: recover and has_written_part(recover))
 def training_texts(
     dense: PreTrainedModel,
     examples: list[Examples | Unwritten],

@@ -33,7 +33,6 @@ from adapruner.run.nodes.declared import GRAPH
 from adapruner.run.nodes.forms import TENSORS, Windows
 from adapruner.texts import DEFAULT_REPORT_WINDOWS
 
-_WRITTEN_AT_ONCE = 64
 REPORT_TEXTS: Form[dict[str, EvaluationText]] = Form(save_texts, load_texts)
 
 
@@ -87,7 +86,7 @@ def drawn(
     return windows
 
 
-@GRAPH.kept("windows.safetensors", TENSORS, version=3)
+@GRAPH.kept("windows.safetensors", TENSORS, version=4)
 def windows(
     dense: PreTrainedModel,
     dense_fast: PreTrainedModel,
@@ -151,6 +150,7 @@ def report_texts_dense(
 @GRAPH.kept(
     "self.safetensors",
     TENSORS,
+    version=2,
     is_wanted=lambda compensation, space, terms, self_windows: writes_text(compensation, space, terms, self_windows),
 )
 def self_written(
@@ -173,7 +173,7 @@ def self_written(
         return {"compensation": torch.empty(0, seq_len, dtype=torch.int64)}
     with reporter.stage("writing text", count) as advance:
         number = list(window_counts).index("compensation")
-        written = generate_windows(dense_fast, count, seq_len, 4 * seed + number, _WRITTEN_AT_ONCE, advance)
+        written = generate_windows(dense_fast, count, seq_len, 4 * seed + number, advance)
     return {"compensation": written[window_losses(dense_fast, written).isfinite()]}
 
 

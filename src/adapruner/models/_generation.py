@@ -1,0 +1,175 @@
+"""Text that a model writes: continuations of prompts, greedy and sampled ones in one batch."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from transformers import Cache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+
+# Where a row has no token.
+NO_TOKEN = -1
+# Tokens of all rows of a batch, whose keys and values are in memory. Processors need many rows to be fast; on a device,
+# memory is scarcer.
+_TOKENS_ON_CPU, _TOKENS_ON_DEVICE = 16384, 8192
+# Tokens after which rows that have ended are dropped.
+_CHECKED_EVERY = 16
+# Queries of one sequence and head that are attended together, at most, to be fewer than tokens of a long prompt.
+_FEW_QUERIES = 16
+
+
+def continue_texts(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    temperatures: Tensor,
+    seed: int,
+    ends: Sequence[int] = (),
+    advance: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Continues prompts with what a model predicts. Its generation settings and the random state of the process neither
+    count nor change. Where its positions end, so do the texts: with the longest prompt.
+
+    Args:
+        temperatures: [prompts], float32: divides the logits that a text is sampled from; 0 takes the largest.
+        ends: tokens that end a text.
+        advance: called with the number of prompts of each finished batch.
+
+    Returns:
+        [prompts, tokens of the longest prompt + `new_tokens`], int64, the same for the same seed on the same machine:
+        each prompt, padded on the left, and its continuation up to and including a token that ends it; `NO_TOKEN`
+        before and after. Logits that are not finite give any tokens.
+    """
+    longest = max(map(len, prompts))
+    padded = torch.full((len(prompts), longest + new_tokens), NO_TOKEN)
+    for row, prompt in zip(padded, prompts, strict=True):
+        row[longest - len(prompt) : longest] = torch.tensor(prompt)
+    length = int(min(longest + new_tokens, getattr(model.config, "max_position_embeddings", None) or math.inf))
+    at_once = max(1, (_TOKENS_ON_CPU if model.device.type == "cpu" else _TOKENS_ON_DEVICE) // length)
+    generator = torch.Generator().manual_seed(seed)
+    for numbers in torch.arange(len(prompts)).chunk(math.ceil(len(prompts) / at_once)):
+        rows = padded[numbers, :longest]
+        padded[numbers, :length] = _continue(model, rows, length, temperatures[numbers], generator, ends)
+        if advance:
+            advance(len(numbers))
+    return padded
+
+
+def _continue(
+    model: PreTrainedModel,
+    prompts: Tensor,
+    length: int,
+    temperatures: Tensor,
+    generator: torch.Generator,
+    ends: Sequence[int],
+) -> Tensor:
+    """[prompts, length], int64: prompts with their continuations.
+
+    Args:
+        prompts: [prompts, tokens], int64, padded on the left.
+    """
+    rows, numbers, longest = prompts, torch.arange(len(prompts)), prompts.shape[1]
+    written = functional.pad(prompts, (0, length - longest), value=NO_TOKEN)
+    last, caches = torch.tensor(ends, dtype=torch.int64), dict[str, Any]()
+    while rows.shape[1] < length:
+        left = length - rows.shape[1]
+        settings = GenerationConfig(
+            max_new_tokens=min(_CHECKED_EVERY, left) if ends else left,
+            eos_token_id=[*ends] or None,
+            pad_token_id=0,
+            return_dict_in_generate=True,
+        )
+        sampling = _Sampling(temperatures[numbers].to(model.device), generator)
+        generated = _generate(model, rows, settings, sampling, caches)
+        rows = torch.cat([rows, generated.sequences[:, rows.shape[1] :].cpu()], 1)
+        written[numbers, : rows.shape[1]] = rows
+        going_on = ~torch.isin(rows[:, longest:], last).any(1)
+        if not going_on.any():
+            break
+        caches = {name: value for name, value in generated.items() if isinstance(value, Cache)}
+        # Caches of some hybrids cannot drop rows.
+        if all(hasattr(layer, "batch_select_indices") for cache in caches.values() for layer in cache.layers):
+            rows, numbers = rows[going_on], numbers[going_on]
+            for cache in caches.values():
+                cache.batch_select_indices(going_on.nonzero().flatten().to(model.device))
+    is_end = torch.isin(written[:, longest:], last).long()
+    written[:, longest:][is_end.cumsum(1) > is_end] = NO_TOKEN
+    return written
+
+
+def _generate(
+    model: PreTrainedModel, rows: Tensor, settings: GenerationConfig, sampling: LogitsProcessor, caches: dict[str, Any]
+) -> Any:
+    """The output of `generate` with these settings alone."""
+    generate: Any = model.generate
+    # Settings that are left open are taken from those of the model.
+    settings_of_model, model.generation_config = model.generation_config, settings
+    try:
+        with _FastAttention() if model.device.type == "cpu" else contextlib.nullcontext():
+            return generate(
+                rows.clamp(min=0).to(model.device),
+                attention_mask=(rows != NO_TOKEN).long().to(model.device),
+                generation_config=settings,
+                logits_processor=LogitsProcessorList([sampling]),
+                **caches,
+            )
+    finally:
+        model.generation_config = settings_of_model
+
+
+class _Sampling(LogitsProcessor):
+    """Gives the largest logit to a token that is sampled, in rows whose temperature is not 0.
+
+    So greedy and sampled texts are generated in one batch, without the random state of the process or of a device, and
+    much faster than by `torch.multinomial`.
+    """
+
+    def __init__(self, temperatures: Tensor, generator: torch.Generator) -> None:
+        self.rows, self.generator = temperatures.nonzero().flatten(), generator
+        self.temperatures = temperatures[self.rows, None]
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        summed = (scores[self.rows] / self.temperatures).softmax(-1).cumsum(-1)
+        drawn = torch.rand(len(summed), 1, generator=self.generator).to(scores.device, non_blocking=True)
+        # The sum may be a little more than its last term where the vocabulary is large, or no number.
+        chosen = torch.searchsorted(summed, drawn * summed[:, -1:], right=True).clamp(max=summed.shape[1] - 1)
+        return scores.index_put((self.rows[:, None], chosen), scores.new_tensor(math.inf))
+
+
+class _FastAttention(TorchFunctionMode):
+    """On a processor, attention of few queries as two matrix products, like that of transformers' `eager`: the kernel
+    of PyTorch is made for many queries and takes five times as long."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        is_attention = func is functional.scaled_dot_product_attention and not kwargs.get("is_causal")
+        if is_attention and args[0].shape[-2] <= _FEW_QUERIES:
+            return _attend(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, scale: float | None = None, **_: Any
+) -> Tensor:
+    """The result of `scaled_dot_product_attention` without dropout, [batch, heads, queries, features].
+
+    Args:
+        query: [batch, heads, queries, features].
+        key, value: [batch, KV heads, keys, features].
+        attn_mask: [batch or 1, heads or 1, queries, keys]: true for the keys that are seen, or a bias.
+    """
+    batch, heads, queries, features = query.shape
+    grouped = query.reshape(batch, key.shape[1], -1, features)
+    scores = (grouped @ key.transpose(-1, -2)).view(batch, heads, queries, -1).float() * (scale or features**-0.5)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attn_mask, torch.finfo(scores.dtype).min)
+    elif attn_mask is not None:
+        scores = scores + attn_mask
+    weights = scores.softmax(-1).to(value.dtype).view(batch, key.shape[1], -1, key.shape[2])
+    return (weights @ value).view(batch, heads, queries, -1)
