@@ -15,9 +15,9 @@ from transformers import Cache, GenerationConfig, LogitsProcessor, LogitsProcess
 
 # Where a row has no token.
 NO_TOKEN = -1
-# Tokens of all rows of a batch, whose keys and values are in memory. Processors need many rows to be fast; on a device,
-# memory is scarcer.
-_TOKENS_ON_CPU, _TOKENS_ON_DEVICE = 16384, 8192
+# Rows of a batch: a processor is fastest with many (docs/benchmarks.md). Its tokens, whose keys and values are in
+# memory, which is scarcer on a device.
+_MOST_ROWS, _MOST_TOKENS, _MOST_TOKENS_ON_DEVICE = 128, 32768, 8192
 # Tokens after which rows that have ended are dropped.
 _CHECKED_EVERY = 16
 # Queries of one sequence and head that are attended together, at most, to be fewer than tokens of a long prompt.
@@ -51,7 +51,8 @@ def continue_texts(
     for row, prompt in zip(padded, prompts, strict=True):
         row[longest - len(prompt) : longest] = torch.tensor(prompt)
     length = int(min(longest + new_tokens, getattr(model.config, "max_position_embeddings", None) or math.inf))
-    at_once = max(1, (_TOKENS_ON_CPU if model.device.type == "cpu" else _TOKENS_ON_DEVICE) // length)
+    room = _MOST_TOKENS if model.device.type == "cpu" else _MOST_TOKENS_ON_DEVICE
+    at_once = max(1, min(_MOST_ROWS, room // length))
     generator = torch.Generator().manual_seed(seed)
     for numbers in torch.arange(len(prompts)).chunk(math.ceil(len(prompts) / at_once)):
         rows = padded[numbers, :longest]
@@ -93,11 +94,9 @@ def _continue(
         if not going_on.any():
             break
         caches = {name: value for name, value in generated.items() if isinstance(value, Cache)}
-        # Caches of some hybrids cannot drop rows.
-        if all(hasattr(layer, "batch_select_indices") for cache in caches.values() for layer in cache.layers):
-            rows, numbers = rows[going_on], numbers[going_on]
-            for cache in caches.values():
-                cache.batch_select_indices(going_on.nonzero().flatten().to(model.device))
+        for cache in caches.values():
+            cache.reorder_cache(going_on.nonzero().flatten().to(model.device))
+        rows, numbers = rows[going_on], numbers[going_on]
     is_end = torch.isin(written[:, longest:], last).long()
     written[:, longest:][is_end.cumsum(1) > is_end] = NO_TOKEN
     return written
