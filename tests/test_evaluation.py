@@ -90,8 +90,8 @@ def test_text_is_written_without_the_settings_and_the_random_state_of_others(
     state, expected = torch.get_rng_state(), write(model, tokenizer)
     assert torch.equal(torch.get_rng_state(), state)
     assert not torch.equal(*expected.values())
-    for name, value in SETTINGS.items():
-        setattr(model.generation_config, name, value)
+    for name in SETTINGS.keys() - {"eos_token_id"}:
+        setattr(model.generation_config, name, SETTINGS[name])
     torch.manual_seed(5)
     again = write(model, tokenizer)
     assert model.generation_config.num_beams == 2

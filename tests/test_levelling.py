@@ -40,7 +40,7 @@ def loud_model(make_model: Callable[..., PreTrainedModel]) -> PreTrainedModel:
 @pytest.fixture
 def text(loud_model: PreTrainedModel) -> Tensor:
     """The model's own, so that what diverges from it loses."""
-    return generate_windows(loud_model, 440, 12, seed=0)
+    return generate_windows(loud_model, 440, 12, seed=2)
 
 
 @pytest.fixture
