@@ -20,7 +20,7 @@ NO_TOKEN = -1
 _MOST_ROWS, _MOST_TOKENS, _MOST_TOKENS_ON_DEVICE = 128, 32768, 8192
 # Tokens after which rows that have ended are dropped.
 _CHECKED_EVERY = 16
-# Queries of one sequence and head that are attended together, at most, to be fewer than tokens of a long prompt.
+# The most queries of a head for which matrix products are used: those of a token, and not those of a prompt.
 _FEW_QUERIES = 16
 
 
@@ -134,11 +134,11 @@ class _Sampling(LogitsProcessor):
         self.temperatures = temperatures[self.rows, None]
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
-        summed = (scores[self.rows] / self.temperatures).softmax(-1).cumsum(-1)
+        summed = scores[self.rows].div_(self.temperatures).softmax(-1).cumsum(-1)
         drawn = torch.rand(len(summed), 1, generator=self.generator).to(scores.device, non_blocking=True)
         # The sum may be a little more than its last term where the vocabulary is large, or no number.
         chosen = torch.searchsorted(summed, drawn * summed[:, -1:], right=True).clamp(max=summed.shape[1] - 1)
-        return scores.index_put((self.rows[:, None], chosen), scores.new_tensor(math.inf))
+        return scores.index_put_((self.rows[:, None], chosen), scores.new_full((), math.inf))
 
 
 class _FastAttention(TorchFunctionMode):
@@ -165,10 +165,10 @@ def _attend(
     """
     batch, heads, queries, features = query.shape
     grouped = query.reshape(batch, key.shape[1], -1, features)
-    scores = (grouped @ key.transpose(-1, -2)).view(batch, heads, queries, -1).float() * (scale or features**-0.5)
+    scores = (grouped @ key.transpose(-1, -2)).reshape(batch, heads, queries, -1).float() * (scale or features**-0.5)
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         scores = scores.masked_fill(~attn_mask, torch.finfo(scores.dtype).min)
     elif attn_mask is not None:
         scores = scores + attn_mask
-    weights = scores.softmax(-1).to(value.dtype).view(batch, key.shape[1], -1, key.shape[2])
-    return (weights @ value).view(batch, heads, queries, -1)
+    weights = scores.softmax(-1).to(value.dtype).reshape(batch, key.shape[1], -1, key.shape[2])
+    return (weights @ value).reshape(batch, heads, queries, -1)
