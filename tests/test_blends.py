@@ -20,7 +20,6 @@ from adapruner import AdaPrunerError, RecoveryOptions, verbs
 from adapruner.calibration import absolute_blend, parse_blend, parse_source, text_windows
 from adapruner.card import trained_sentence
 from adapruner.recovery import Example, Examples, Unwritten, read_examples, total_steps, working_folder
-from adapruner.recovery._answers import generate_answers
 from adapruner.recovery._length import Pace, learning_rate_factor, most_held_out
 from adapruner.recovery._mixing import MixedExamples
 from adapruner.recovery._training import _batch
@@ -256,19 +255,6 @@ def test_the_teacher_answers_prompts(
     )
     assert isinstance(chat, Unwritten)
     assert all(re.fullmatch(r"w50 w\d+ w2 w51", tokenizer.decode(prompt)) for prompt in chat.prompts)
-
-
-def test_an_answer_ends_with_the_end_token(model: PreTrainedModel) -> None:
-    """Prompts of different lengths, whose answers a model that copies its last token ends at once or never."""
-    prompts = [[5, 6, 7], [8], [9, 2]]
-
-    def follow(input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
-        end = torch.where(input_ids[:, -1] == 2, 2, 4)
-        return torch.cat([input_ids, end[:, None].expand(-1, 12)], 1)
-
-    model.generate = follow
-    written = generate_answers(model, prompts, [2], 6, seed=0)
-    assert written.tolist() == [[5, 6, 7, 4, 4, 4], [8, 4, 4, 4, 4, 4], [9, 2, 2, -1, -1, -1]]
 
 
 def test_a_blend_is_learnt(model_folder: Path, text_file: Path, instructions: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TypedDict
 
+import torch
 from torch import Tensor
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
@@ -22,12 +23,16 @@ from adapruner.calibration import (
 from adapruner.config import RecoveryOptions
 from adapruner.errors import AdaPrunerError
 from adapruner.evaluation import end_tokens
-from adapruner.recovery._answers import NONE, generate_answers
+from adapruner.models import NO_TOKEN, continue_texts
 from adapruner.recovery._length import most_examples, most_held_out
 
 IGNORED = -100
+# What the columns of a batch are padded with.
+PADDING = {"input_ids": 0, "labels": IGNORED, "attention_mask": 0}
 # The default number of examples that a model writes for fine-tuning, for each dataset of a blend.
 DEFAULT_GENERATED_RECORDS = 1024
+# Greedy answers of small models repeat themselves; at temperature 1, they are often wrong.
+_TEMPERATURE, _ANSWERS_AT_ONCE = 0.7, 128
 # The largest part of an example that a prompt may be if the teacher answers it.
 _LONGEST_PROMPT = 0.75
 
@@ -108,10 +113,19 @@ class Unwritten:
         seed: int,
         progress: Callable[[int], None] | None = None,
     ) -> Tensor:
-        """[count, seq_len], int64: the prompts and the text that the teacher writes; -1 where there is none."""
+        """[count, seq_len], int64: the prompts and what the teacher writes, at temperature 0.7 after a prompt, else 1;
+        `NO_TOKEN` where there is none."""
         if not self.prompts:
-            return generate_windows(teacher, self.count, seq_len, seed, progress=progress)
-        return generate_answers(teacher, self.prompts, end_tokens(teacher, tokenizer), seq_len, seed, progress)
+            return generate_windows(teacher, self.count, seq_len, seed, progress)
+        rows = torch.empty((self.count, seq_len), dtype=torch.int64)
+        # Texts of a batch are as long as its longest prompt allows.
+        by_length = torch.tensor([len(prompt) for prompt in self.prompts]).argsort(stable=True)
+        for first, numbers in enumerate(by_length.split(_ANSWERS_AT_ONCE)):
+            prompts = [self.prompts[number] for number in numbers]
+            new_tokens, temperatures = seq_len - max(map(len, prompts)), torch.full((len(prompts),), _TEMPERATURE)
+            ends = end_tokens(teacher, tokenizer)
+            rows[numbers] = continue_texts(teacher, prompts, new_tokens, temperatures, seed + first, ends, progress)
+        return rows
 
     def examples(self, written: Tensor, options: RecoveryOptions, distils: bool = True) -> Examples:
         """The examples of a written text; the tokens of prompts are not learnt.
@@ -122,7 +136,7 @@ class Unwritten:
         """
         made = []
         for number, row in enumerate(written):
-            tokens = row[row != NONE].tolist()
+            tokens = row[row != NO_TOKEN].tolist()
             start = len(self.prompts[number]) if self.prompts else 1
             made.append(_example(tokens, start, 0.0 if distils else 1.0))
         return _split(made, self.part, options, self.skipped)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     PreTrainedModel,
+    PreTrainedTokenizerBase as Tokenizer,
     PrinterCallback,
     TrainerCallback,
     TrainerState,
@@ -27,15 +28,17 @@ from transformers import (
 
 from adapruner.config import RecoveryOptions
 from adapruner.errors import AdaPrunerError, NonFiniteError
+from adapruner.evaluation import end_tokens
 from adapruner.models import computes_bfloat16_natively, quiet_transformers
 from adapruner.models.modeling_pruned import Nothing
 from adapruner.processes import this_process
 from adapruner.progress import give_back_memory
 from adapruner.random_state import random_state_kept
 from adapruner.recovery._adapters import frozen, merge, take_off, with_adapters
-from adapruner.recovery._examples import IGNORED, Example, Examples
+from adapruner.recovery._examples import PADDING, Example, Examples
 from adapruner.recovery._length import UNKNOWN_STEPS, Pace, steps_between_validations
 from adapruner.recovery._mixing import MixedExamples, examples_to_learn
+from adapruner.recovery._own_writing import OwnWriting
 from adapruner.recovery._sharding import gather, refuse_other_sharding, set_up_fsdp
 from adapruner.recovery._trainers import TokenTrainer
 
@@ -103,6 +106,7 @@ def train(
     teacher: PreTrainedModel | None = None,
     progress: Callable[[int], None] | None = None,
     track: Callable[[Mapping[str, float]], None] = lambda values: None,
+    tokenizer: Tokenizer | None = None,
 ) -> tuple[PreTrainedModel, RecoveryRecord]:
     """Trains a model; a call that was killed resumes from its last saved step. Processes that were started together
     share every batch. The random state of the program is left as it was.
@@ -119,6 +123,7 @@ def train(
         teacher: learn its predictions (see `Objective`) and not the labels alone; it is run in its own dtype.
         progress: called with the number of steps done.
         track: called with the numbers that the Trainer logs: the losses and the learning rate of every step.
+        tokenizer: for `own_writing`: knows the tokens that end a text.
 
     Returns:
         The model in evaluation mode, and the record. With FSDP, the first process alone has all weights.
@@ -126,7 +131,7 @@ def train(
     Raises:
         NonFiniteError: the loss is not finite any more; earlier checkpoints are kept.
     """
-    model, state, mixed = _trained(load, blend, options, folder, teacher, _Watcher(progress, folder, track))
+    model, state, mixed = _trained(load, blend, options, folder, teacher, tokenizer, _Watcher(progress, folder, track))
     # The Trainer is part of reference cycles that hold the teacher and the trained copy.
     gc.collect()
     return model, _record(state, mixed, blend, options, "distillation" if teacher else "labels")
@@ -138,6 +143,7 @@ def _trained(
     options: RecoveryOptions,
     folder: Path,
     teacher: PreTrainedModel | None,
+    tokenizer: Tokenizer | None,
     watcher: TrainerCallback,
 ) -> tuple[PreTrainedModel, TrainerState, MixedExamples]:
     """The model after training all of its weights, or adapters that are merged into them; the Trainer's state; and
@@ -153,7 +159,13 @@ def _trained(
         warnings.simplefilter("ignore")
         set_seed(options.seed)
         trained: Any = model if options.train == "full" else with_adapters(model, options)
-        paces = [Pace(options.minutes, options.warmup_steps, folder)] if options.minutes else []
+        own_writing = None
+        if options.own_writing:
+            assert tokenizer
+            sources = [example for examples in blend for example in examples.training]
+            own_writing = OwnWriting.planned(sources, end_tokens(model, tokenizer), options, *micro_batches(options))
+        round_steps = own_writing.steps if own_writing else 1
+        paces = [Pace(options.minutes, options.warmup_steps, folder, round_steps)] if options.minutes else []
         steps = total_steps(blend, options) or paces[0].steps or UNKNOWN_STEPS
         # As long as the length is not known, a checkpoint only measures how long it takes.
         last = None if steps == UNKNOWN_STEPS else _last_whole_checkpoint(folder)
@@ -162,8 +174,9 @@ def _trained(
             model,
             teacher,
             options.temperature,
+            own_writing,
             model=trained,
-            args=_arguments(model, options, folder, steps, evaluates_first=last is None),
+            args=_arguments(model, options, folder, steps, round_steps, evaluates_first=last is None),
             train_dataset=mixed,
             eval_dataset=[example for examples in blend for example in examples.validation],
             data_collator=_batch,
@@ -173,6 +186,8 @@ def _trained(
         if last:
             refuse_other_sharding(last, trainer.is_fsdp_enabled)
         if trainer.is_fsdp_enabled:
+            if own_writing:
+                raise AdaPrunerError("a model that is sharded by FSDP cannot write text: leave `own_writing` out")
             set_up_fsdp(trainer)
         trainer.train(resume_from_checkpoint=str(last) if last else None)
         if trainer.is_fsdp_enabled:
@@ -256,22 +271,32 @@ def total_steps(blend: Sequence[Examples], options: RecoveryOptions) -> int | No
     return count and math.ceil(count / options.batch_size)
 
 
-def _arguments(
-    model: PreTrainedModel, options: RecoveryOptions, folder: Path, steps: int, evaluates_first: bool
-) -> TrainingArguments:
-    device = model.device
+def micro_batches(options: RecoveryOptions) -> tuple[int, int]:
+    """The examples of a forward pass, as many as divide a batch, and the passes of a step; of each process."""
     check_batch_size(options.batch_size)
     per_process = options.batch_size // this_process().count
-    # The largest size that divides a batch.
-    micro_batch = next(size for size in range(options.micro_batch_size, 0, -1) if per_process % size == 0)
-    interval = steps_between_validations(steps)
+    size = next(size for size in range(options.micro_batch_size, 0, -1) if per_process % size == 0)
+    return size, per_process // size
+
+
+def _arguments(
+    model: PreTrainedModel,
+    options: RecoveryOptions,
+    folder: Path,
+    steps: int,
+    round_steps: int,
+    evaluates_first: bool,
+) -> TrainingArguments:
+    device = model.device
+    micro_batch, passes = micro_batches(options)
+    interval = steps_between_validations(steps, round_steps)
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
         train_sampling_strategy="sequential",  # the examples are in the order in which they are learnt
         per_device_train_batch_size=micro_batch,
         per_device_eval_batch_size=micro_batch,
-        gradient_accumulation_steps=per_process // micro_batch,
+        gradient_accumulation_steps=passes,
         gradient_checkpointing=options.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
         learning_rate=options.learning_rate,
@@ -309,13 +334,13 @@ def _batch(examples: list[Example]) -> dict[str, Tensor]:
     """[examples, tokens of the longest]: padded tokens and labels, and the attention mask; and [examples], float32: the
     weight of the labels."""
     columns = {
-        "input_ids": (0, [example["input_ids"] for example in examples]),
-        "labels": (IGNORED, [example["labels"] for example in examples]),
-        "attention_mask": (0, [[1] * len(example["input_ids"]) for example in examples]),
+        "input_ids": [example["input_ids"] for example in examples],
+        "labels": [example["labels"] for example in examples],
+        "attention_mask": [[1] * len(example["input_ids"]) for example in examples],
     }
     batch = {
-        name: pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=padding)
-        for name, (padding, rows) in columns.items()
+        name: pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=PADDING[name])
+        for name, rows in columns.items()
     }
     return batch | {"label_weight": torch.tensor([example["label_weight"] for example in examples])}
 

@@ -1,0 +1,97 @@
+"""Text that a model writes while it is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from hypothesis import given, strategies as st
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from adapruner.families import resolve
+from adapruner.recovery._examples import IGNORED, Example
+from adapruner.recovery._own_writing import _FURTHER, _PIECE, OwnWriting, until_loop
+from tiny_families import tiny_config
+
+WINDOW: Example = {"input_ids": [*range(10, 50)], "labels": [IGNORED, *range(11, 50)], "label_weight": 0.5}
+ANSWER: Example = {"input_ids": [*range(5, 30)], "labels": [*[IGNORED] * 12, *range(17, 30)], "label_weight": 0.5}
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = tiny_config("llama")
+    resolve(config)
+    made: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return made.eval()
+
+
+class Lent:
+    """Gives a model, and counts how often."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model, self.times = model, 0
+
+    @contextmanager
+    def __call__(self) -> Iterator[PreTrainedModel]:
+        self.times += 1
+        yield self.model
+
+
+def own_writing(*sources: Example) -> OwnWriting:
+    return OwnWriting(sources or (WINDOW, ANSWER), ends=(2,), seq_len=40, seed=3, rows=2, passes=2, steps=3)
+
+
+def round_of(writing: OwnWriting, lent: Lent, first: int) -> list[Example]:
+    steps = range(first, first + writing.steps)
+    return [row for step in steps for number in range(2) for row in writing.examples(step, number, lent)]
+
+
+def test_a_round_is_written_once_and_each_example_is_learnt_once(model: PreTrainedModel) -> None:
+    lent, writing = Lent(model), own_writing()
+    first, second = round_of(writing, lent, 0), round_of(writing, lent, 3)
+    assert lent.times == 2
+    assert len(first) == len(second) == 12
+    assert first != second
+
+
+def test_a_step_has_the_same_examples_after_a_kill(model: PreTrainedModel) -> None:
+    lent = Lent(model)
+    undisturbed = own_writing()
+    round_of(undisturbed, lent, 0)
+    assert round_of(undisturbed, lent, 3) == round_of(own_writing(), lent, 3)
+
+
+def test_half_of_the_texts_are_what_the_model_predicts(model: PreTrainedModel) -> None:
+    are_greedy = []
+    for example in round_of(own_writing(), Lent(model), 0):
+        tokens, labels = torch.tensor(example["input_ids"]), torch.tensor(example["labels"])
+        with torch.inference_mode():
+            predicted = model(tokens[None]).logits[0, :-1].argmax(-1)
+        learnt = labels[1:] != IGNORED
+        assert torch.equal(labels[1:][learnt], tokens[1:][learnt])
+        are_greedy.append(bool((predicted[learnt] == tokens[1:][learnt]).all()))
+    assert are_greedy == [True, False] * 6
+
+
+def test_prompts_are_the_beginnings_of_text_and_the_prompts_of_answers(model: PreTrainedModel) -> None:
+    def prompts(source: Example) -> list[list[int]]:
+        examples = round_of(own_writing(source), Lent(model), 0)
+        assert {example["label_weight"] for example in examples} == {0.0}
+        return [row["input_ids"][: row["labels"].count(IGNORED)] for row in examples]
+
+    assert all(prompt == ANSWER["input_ids"][:12] for prompt in prompts(ANSWER))
+    beginnings = prompts(WINDOW)
+    assert all(prompt == WINDOW["input_ids"][: len(prompt)] for prompt in beginnings)
+    assert len({len(prompt) for prompt in beginnings}) > 1
+    assert all(8 <= len(prompt) <= 20 for prompt in beginnings)
+
+
+@given(st.lists(st.integers(0, 2), max_size=60))
+def test_a_text_is_learnt_up_to_its_first_loop(tokens: list[int]) -> None:
+    pieces = [tokens[start : start + _PIECE] for start in range(len(tokens) - _PIECE + 1)]
+    repeated = [start for start, piece in enumerate(pieces) if piece in pieces[:start]]
+    expected = tokens[: repeated[0] + _PIECE + _FURTHER] if repeated else tokens
+    assert until_loop(tokens) == expected
