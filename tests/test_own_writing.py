@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, strategies as st
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from adapruner import AdaPrunerError, recover
 from adapruner.families import resolve
 from adapruner.recovery._examples import IGNORED, Example
 from adapruner.recovery._own_writing import _FURTHER, _PIECE, OwnWriting, until_loop
+from run_helpers import flags, run_killed
 from tiny_families import tiny_config
 
 WINDOW: Example = {"input_ids": [*range(10, 50)], "labels": [IGNORED, *range(11, 50)], "label_weight": 0.5}
@@ -95,3 +100,53 @@ def test_a_text_is_learnt_up_to_its_first_loop(tokens: list[int]) -> None:
     repeated = [start for start, piece in enumerate(pieces) if piece in pieces[:start]]
     expected = tokens[: repeated[0] + _PIECE + _FURTHER] if repeated else tokens
     assert until_loop(tokens) == expected
+
+
+def test_a_training_with_own_writing_resumes_to_the_same_weights(
+    model_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {
+        "teacher": str(model_folder),
+        "own_writing": 0.5,
+        "steps": 48,
+        "train": "full",
+        "learning_rate": 1e-2,
+    }
+    options |= {"seq_len": 16, "batch_size": 4, "micro_batch_size": 2}
+    record = recover(model_folder, str(text_file), tmp_path / "undisturbed", **options)
+    assert record.loss_after < record.loss_before
+    arguments = [
+        "recover",
+        str(model_folder),
+        "--data",
+        str(text_file),
+        "-o",
+        str(tmp_path / "killed"),
+        *flags(options),
+    ]
+    run_killed("adapruner.recovery._trainers", "loss_of_batch", 70, arguments, tmp_path)
+    assert list((tmp_path / "killed.training").glob("checkpoint-*"))
+    recover(model_folder, str(text_file), tmp_path / "killed", **options)
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("undisturbed", "killed"))
+    assert all(torch.equal(weight, second[name]) for name, weight in first.items())
+    plain = recover(model_folder, str(text_file), tmp_path / "plain", **options | {"own_writing": 0.0})
+    assert plain.loss_after != record.loss_after
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"teacher": None}, "`own_writing` needs the dense model, which corrects it: add `teacher`"),
+        ({"method": "labels"}, "leave `own_writing` or `method` labels out"),
+    ],
+)
+def test_own_writing_without_a_teacher_is_refused(
+    model_folder: Path, text_file: Path, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(AdaPrunerError, match=message):
+        recover(
+            model_folder,
+            str(text_file),
+            tmp_path / "out",
+            **{"teacher": str(model_folder), "own_writing": 0.5} | options,
+        )
