@@ -34,6 +34,7 @@ from adapruner.recovery import (
     Examples,
     RecoveryRecord,
     check_device,
+    check_optimizer,
     instruction_examples,
     read_examples,
     read_record,
@@ -291,6 +292,17 @@ def test_a_batch_is_made_of_whole_micro_batches(model: PreTrainedModel, examples
     assert (recovered.steps, recovered.tokens) == (6, 36 * 16)
     state = json.loads((tmp_path / "work" / "checkpoint-6" / "trainer_state.json").read_text())
     assert (state["train_batch_size"], state["epoch"]) == (3, 1.0)
+
+
+def test_the_optimizer_is_one_of_the_trainer(model: PreTrainedModel, examples: Examples, tmp_path: Path) -> None:
+    check_optimizer("sgd")
+    train_in_place(model, examples, RecoveryOptions(**SHORT | {"optimizer": "adafactor"}), tmp_path / "work")
+    last = max((tmp_path / "work").glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
+    states = torch.load(last / "optimizer.pt", weights_only=True)["state"]
+    assert any("exp_avg_sq_row" in state for state in states.values())
+    for name, message in {"adam": "not a valid OptimizerNames", "apollo_adamw": "install `apollo_torch`"}.items():
+        with pytest.raises(AdaPrunerError, match=f"`optimizer` {name}: .*{message}"):
+            check_optimizer(name)
 
 
 @pytest.mark.parametrize(("length", "steps", "seen"), [({"epochs": 1}, 5, 36), ({}, 9, 2 * 36), ({"steps": 7}, 7, 56)])

@@ -197,6 +197,11 @@ class RecoveryOptions(_Options):
     gradient_checkpointing: bool = Field(
         default=False, description="Recompute activations in the backward pass: less memory, more time."
     )
+    optimizer: str = Field(
+        default="adamw_torch_fused",
+        description="Optimizer, by its name in the Trainer of transformers: adamw_8bit needs bitsandbytes, apollo_adamw"
+        " apollo-torch.",
+    )
     learning_rate: float = Field(default=1e-4, gt=0, description="Peak learning rate.")
     warmup_steps: int = Field(default=100, ge=0, description="Warm-up steps, at most a tenth of all steps.")
     lora_rank: Count = Field(default=8, description="Rank of the adapters.")

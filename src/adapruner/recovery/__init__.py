@@ -21,6 +21,7 @@ from adapruner.recovery._training import (
     RecoveryRecord as RecoveryRecord,
     check_batch_size as check_batch_size,
     check_device as check_device,
+    check_optimizer as check_optimizer,
     total_steps as total_steps,
     train as train,
 )

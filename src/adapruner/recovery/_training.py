@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase as Tokenizer,
     PrinterCallback,
+    Trainer,
     TrainerCallback,
     TrainerState,
     TrainingArguments,
@@ -27,7 +28,7 @@ from transformers import (
 )
 
 from adapruner.config import RecoveryOptions
-from adapruner.errors import AdaPrunerError, NonFiniteError
+from adapruner.errors import AdaPrunerError, NonFiniteError, reason
 from adapruner.evaluation import end_tokens
 from adapruner.models import computes_bfloat16_natively, quiet_transformers
 from adapruner.models.modeling_pruned import Nothing
@@ -265,6 +266,24 @@ def check_batch_size(size: int) -> None:
         raise AdaPrunerError(f"`batch_size` {size} cannot be divided among {processes} processes")
 
 
+def check_optimizer(name: str) -> None:
+    """Refuses an optimizer that the Trainer does not know, or whose package is not installed.
+
+    Raises:
+        AdaPrunerError: with the known names, or the package.
+    """
+    try:
+        known: Any = nn.Linear(1, 1)
+        Trainer.get_optimizer_cls_and_kwargs(TrainingArguments("unused", **_optimizer(name)), known)
+    except (ImportError, NotImplementedError, ValueError) as error:
+        raise AdaPrunerError(f"`optimizer` {name}: {reason(error)}") from None
+
+
+def _optimizer(name: str) -> dict[str, Any]:
+    """The arguments of the Trainer; GaLore and APOLLO project the gradients of all linear layers."""
+    return {"optim": name, "optim_target_modules": "all-linear"}
+
+
 def total_steps(blend: Sequence[Examples], options: RecoveryOptions) -> int | None:
     """The number of steps of the optimizer; None if it is known only after the first ones."""
     count = examples_to_learn(blend, options)
@@ -299,6 +318,7 @@ def _arguments(
         gradient_accumulation_steps=passes,
         gradient_checkpointing=options.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
+        **_optimizer(options.optimizer),
         learning_rate=options.learning_rate,
         # A short run would end before it is warm.
         warmup_steps=min(options.warmup_steps, steps // 10),

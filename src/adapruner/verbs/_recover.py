@@ -35,6 +35,7 @@ from adapruner.recovery import (
     check_batch_size,
     check_device,
     check_folder,
+    check_optimizer,
     read_examples,
     recover_into,
     total_steps,
@@ -108,6 +109,7 @@ def _recover_into(
         raise AdaPrunerError("`method` labels needs no teacher: remove `teacher`")
     check_device(resolve_device(device))
     check_batch_size(config.batch_size)
+    check_optimizer(config.optimizer)
     check_tracker(track)
     student, dense = find_model(config.model), find_model(teacher) if teacher else None
     open_config(student)  # the commit of a Hub model is known then

@@ -49,6 +49,7 @@ from adapruner.models import (
 from adapruner.planning import Amount, Budget, Speed, Target, amount_of, default_budget, kept_counts, make_plan
 from adapruner.planning._amount import TIMED_TOKENS
 from adapruner.progress import Reporter
+from adapruner.recovery import check_optimizer
 from adapruner.run.nodes.declared import GRAPH
 from adapruner.run.nodes.forms import json_form
 from adapruner.structure import Structure, build_structure
@@ -374,6 +375,8 @@ def placement(
 ) -> Placement:
     """The devices of the layers. How much memory is free decides only whether the run is refused."""
     check_length(empty.config, max(config.seq_len, config.recovery.seq_len if config.recover else 0))
+    if config.recover:
+        check_optimizer(config.recovery.optimizer)
     if layer_wise:
         check_streamable(location, empty.config)
     streamable = is_streamable(location, empty.config)
