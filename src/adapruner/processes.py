@@ -39,6 +39,11 @@ class Process:
         """True for the process that does the work of only one process."""
         return self.rank == 0
 
+    @property
+    def shares_weights(self) -> bool:
+        """True if the launcher asks for FSDP, which shares the weights of models out over several GPUs."""
+        return self.count > 1 and os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
+
     @contextlib.contextmanager
     def connected(self, device: torch.device) -> Iterator[None]:
         """Connects the processes while this lasts, so that they can wait for each other and train together."""

@@ -24,6 +24,7 @@ SHARDED = {
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
     "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
     "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
 }
 # Products in bfloat16 are rounded elsewhere with FSDP.
 EXACT = {"SIMULATED_NATIVE_BFLOAT16": "0"}
@@ -96,7 +97,8 @@ def killed(
     """On two GPUs, in the middle of eight steps."""
     train, saved = request.param
     folder = tmp_path_factory.mktemp("killed")
-    own = Killed(folder, family("llama"), counting, {"train": train, "steps": 8}, {"FSDP_STATE_DICT_TYPE": saved})
+    options = {"train": train, "steps": 8, "teacher": family("llama", num_hidden_layers=3)}
+    own = Killed(folder, family("llama"), counting, options, {"FSDP_STATE_DICT_TYPE": saved})
     state = folder / "a.training/checkpoint-4/trainer_state.json"
     outcome = two_devices.launch(*own.command(folder / "a"), environment=own.environment, killed_when=state.is_file)
     assert outcome.code == -KILLED, outcome.stderr

@@ -59,11 +59,15 @@ def open_config(location: ModelLocation) -> PreTrainedConfig:
 
 
 def open_model(
-    location: ModelLocation, dtype: str = "auto", device: str = "auto", layer_wise: bool = False
+    location: ModelLocation,
+    dtype: str = "auto",
+    device: str = "auto",
+    layer_wise: bool = False,
+    deferred: bool = False,
 ) -> PreTrainedModel:
     """Loads a model as `models.load_model` does, after `open_config`."""
     open_config(location)
-    return load_model(location, dtype, device, layer_wise)
+    return load_model(location, dtype, device, layer_wise, deferred)
 
 
 def resolve(config: PreTrainedConfig) -> Architecture:

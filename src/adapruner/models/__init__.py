@@ -22,6 +22,11 @@ from adapruner.models._architecture import (
     using_architecture as using_architecture,
 )
 from adapruner.models._config import check_config as check_config, load_config as load_config
+from adapruner.models._deferred import (
+    deferred_by_module as deferred_by_module,
+    read_all as read_all,
+    read_parts as read_parts,
+)
 from adapruner.models._device import (
     computes_bfloat16_natively as computes_bfloat16_natively,
     computing_repeatably as computing_repeatably,

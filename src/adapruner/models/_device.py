@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from adapruner.errors import AdaPrunerError, reason
+from adapruner.models._deferred import deferred_by_module, placeholder
 from adapruner.models._layers import ReadLayer, decoder_layers, is_streamed, stream_layers
 from adapruner.processes import this_process
 
@@ -147,12 +148,15 @@ def in_fastest_dtype(model: PreTrainedModel) -> PreTrainedModel:
 
 def copy_in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """A copy with parameters of another dtype; the frequencies of rotary embeddings keep their precision. Streamed
-    layers are read from the same files and converted each time."""
+    layers are read from the same files and converted each time, deferred weights when they are read."""
     # For deepcopy these are copied already: there is never a second copy in the first dtype.
+    deferred = deferred_by_module(model)
     known: dict[int, Any] = {
-        id(parameter): nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad)
+        id(parameter): placeholder(parameter, parameter.device, dtype)
+        if deferred
+        else nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad)
         for parameter in model.parameters()
-    }
+    } | {id(sources): sources for sources in deferred.values()}
     layers: list[Any] = list(decoder_layers(model)) if is_streamed(model) else []
     copied = copy.deepcopy(model, known | {id(layer.stream): layer.stream for layer in layers})
     if layers:

@@ -20,6 +20,7 @@ from transformers import (
 from adapruner.errors import AdaPrunerError
 from adapruner.models._architecture import architecture_of, family_named, is_pruned, new_model
 from adapruner.models._config import NO_REMOTE_CODE, check_config, clear_gguf_marks, drop_negative_tokens, load_config
+from adapruner.models._deferred import defer
 from adapruner.models._device import resolve_devices
 from adapruner.models._gguf import without_tokens
 from adapruner.models._layers import place_layers, share_out
@@ -30,6 +31,8 @@ from adapruner.models._stored import (
     are_stored_apart,
     differences,
     dtype_in_files,
+    has_own_output,
+    load_deferred,
     load_streamed,
     names_in_files,
     refuse_files_elsewhere,
@@ -76,7 +79,11 @@ def load_tokenizer(location: ModelLocation) -> Tokenizer:
 
 
 def load_model(
-    location: ModelLocation, dtype: str = "auto", device: str = "auto", layer_wise: bool = False
+    location: ModelLocation,
+    dtype: str = "auto",
+    device: str = "auto",
+    layer_wise: bool = False,
+    deferred: bool = False,
 ) -> PreTrainedModel:
     """Loads a dense or a pruned model, in evaluation mode.
 
@@ -86,6 +93,8 @@ def load_model(
             the decoder layers.
         layer_wise: leave the decoder layers in their files; each is in memory while it is in use (see
             `loaded_layer`), and the model can be run but not trained.
+        deferred: leave all weights in their files, until processes that share them read their parts (see `defer`). Of
+            a model that has to be read as a whole, they are in the memory of the CPU meanwhile.
 
     Weights are read from the files into place, without a second copy of the model.
 
@@ -102,9 +111,11 @@ def load_model(
     if not location.is_local:
         config = load_config(location)  # which sees the files once they are downloaded
     with reported_as_unloadable(location):
-        if layer_wise:
+        # Transformers compares two output matrices when it reads them.
+        if layer_wise or (deferred and files and not has_own_output(empty_model(config), files)):
             wanted: Any = (config.dtype or dtype_in_files(files)) if dtype == "auto" else getattr(torch, dtype)
-            model = load_streamed(location.path, config, files, wanted, target)
+            load = load_streamed if layer_wise else load_deferred
+            model = load(location.path, config, files, wanted, target)
         else:
             loader: Any = architecture_of(config).pruned_class if is_pruned(config) else AutoModelForCausalLM
             # Tensors that do not fit are refused below, all in one message.
@@ -120,12 +131,13 @@ def load_model(
                     **location.arguments,
                 )
             _refuse_other_weights(location, config, report)
-    if not layer_wise:
-        model = loaded.eval()
-        if others:
-            place_layers(model, target, share_out(model, devices))
-        else:
-            model.to(target)
+            model = loaded.eval()
+            if deferred:
+                defer(model, {name: weight.detach() for name, weight in model.named_parameters()}, target, None)
+            if others:
+                place_layers(model, target, share_out(model, devices))
+            else:
+                model.to(target)
     with reported_as_unloadable(location):
         give_head(model, find_head(location, config))
     for marked in (model, model.config):

@@ -18,6 +18,7 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from adapruner.errors import AdaPrunerError
 from adapruner.models._architecture import architecture_of, new_model
+from adapruner.models._deferred import StoredWeight, defer
 from adapruner.models._layers import ReadLayer, decoder_layers, move_resident, plain_weights, stream_layers
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -164,9 +165,7 @@ def load_streamed(
         files: the tensors in the files, which match the config (see `differences`).
         dtype: dtype of the weights.
     """
-    config.dtype = dtype
-    with init_empty_weights(include_buffers=False):
-        model = new_model(config)
+    model = _without_weights(path, config, dtype)
     names = names_in_files(model, files)
     layers_prefix = f"{architecture_of(config).layers}."
 
@@ -182,7 +181,34 @@ def load_streamed(
     count = len(decoder_layers(model))
     stream_layers(model, [reader(below(f"{layers_prefix}{index}.")) for index in range(count)])
     move_resident(model, device)
+    return model
+
+
+def load_deferred(
+    path: str, config: PreTrainedConfig, files: Mapping[str, StoredTensor], dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
+    """The model of a folder or hub id with placeholders for its weights, which are read later: see `defer`.
+
+    Args:
+        files, dtype: as for `load_streamed`.
+        device: of the placeholders and of the buffers.
+    """
+    model = _without_weights(path, config, dtype)
+    names = names_in_files(model, files)
+    model.tie_weights(missing_keys=model.state_dict().keys() - names.keys(), recompute_mapping=False)
+    weights = names.keys() & dict(model.named_parameters(remove_duplicate=False)).keys()
+    buffers = read_tensors({name: names[name] for name in names.keys() - weights}, files)
+    model.load_state_dict(buffers, strict=False, assign=True)
+    move_resident(model, device)
+    defer(model, {name: StoredWeight(files[names[name]].file, names[name]) for name in weights}, device, dtype)
+    return model
+
+
+def _without_weights(path: str, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with its weights on the meta device, in evaluation mode."""
+    config.dtype = dtype
+    with init_empty_weights(include_buffers=False):
+        model = new_model(config)
     if cached_file(path, "generation_config.json", _raise_exceptions_for_missing_entries=False):
         model.generation_config = GenerationConfig.from_pretrained(path)
-    model.eval()
-    return model
+    return model.eval()

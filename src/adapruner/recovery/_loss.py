@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from transformers.utils.generic import ModelOutput
 
 from adapruner.models import architecture_of
 from adapruner.recovery._examples import IGNORED
@@ -72,6 +71,11 @@ class Predictor:
         """The module that makes the logits."""
         return cast(nn.Module, self._model.get_output_embeddings())
 
+    def called(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
+        """`hidden_states` in a call of the model: with FSDP, its weights outside of layers are whole from then on."""
+        with _with_forward(self._model, self.hidden_states):
+            return cast(Tensor, self._model(tokens, attention_mask))
+
     def hidden_states(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
         """[sequences, tokens, width]: the output of the decoder, for tokens and mask of [sequences, tokens]."""
         output = self._decoder(input_ids=tokens, attention_mask=attention_mask, use_cache=False)
@@ -85,14 +89,14 @@ class Predictor:
         # Some families read the shape of the tokens after their decoder.
         tokens = torch.zeros((1, len(hidden)), dtype=torch.int64, device=hidden.device)
         output = self._output_class(last_hidden_state=hidden[None], **self._others)
-        with _returning(self._decoder, output):
+        with _with_forward(self._decoder, lambda *arguments, **named: output):
             return cast(Tensor, self._forward(self._model, tokens, use_cache=False).logits[0])
 
 
 @contextmanager
-def _returning(module: nn.Module, output: ModelOutput) -> Iterator[None]:
-    """The forward pass of a module gives an output that is known."""
-    cast(Any, module).forward = lambda *arguments, **named: output
+def _with_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """A module has another forward pass while this lasts."""
+    cast(Any, module).forward = forward
     try:
         yield
     finally:

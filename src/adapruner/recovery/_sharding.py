@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
-from transformers import Trainer
+from accelerate.utils import fsdp_utils
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer import FSDP_MODEL_NAME
 
 from adapruner.errors import AdaPrunerError
+from adapruner.models import decoder_layers, read_parts
 from adapruner.processes import this_process
 
 
@@ -30,10 +35,47 @@ def refuse_other_sharding(checkpoint: Path, sharded: bool) -> None:
         )
 
 
+def shard(model: PreTrainedModel) -> PreTrainedModel:
+    """Shares the weights of a model out over all processes, to be run and not trained; each reads its part. A layer has
+    its weights whole while it runs; all else is whole from the first call of the model on.
+
+    Args:
+        model: deferred; changed in place.
+    """
+    state, device = model.state_dict(), model.device
+    shares: Any = {"mesh": init_device_mesh(device.type, (this_process().count,))}
+    cast(nn.Module, model)._apply(lambda tensor: tensor.to("meta") if isinstance(tensor, nn.Parameter) else tensor)
+    model.tie_weights(recompute_mapping=False)
+    for layer in decoder_layers(model):
+        fully_shard(layer, **shares)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if embedding.weight is not head.weight:
+        fully_shard(embedding, **shares)
+    fully_shard(model, reshard_after_forward=False, **shares)
+    read_parts(model, state, device)
+    model.tie_weights(recompute_mapping=False)
+    return model
+
+
+@contextmanager
+def reading_parts() -> Iterator[None]:
+    """While it lasts, a model that accelerate shards reads its weights by parts, in every process. Otherwise the first
+    process would hold them all, and broadcast them."""
+
+    def load(accelerator: Any, model: nn.Module, state: Mapping[str, Tensor], cpu_offload: bool = False) -> None:
+        read_parts(model, state, torch.device("cpu") if cpu_offload else accelerator.device)
+
+    before, fsdp_utils.fsdp2_load_full_state_dict = fsdp_utils.fsdp2_load_full_state_dict, load
+    try:
+        yield
+    finally:
+        fsdp_utils.fsdp2_load_full_state_dict = before
+
+
 def set_up_fsdp(trainer: Trainer) -> None:
-    """Sets FSDP to compute the loss and to add up gradients in float32; its default is the dtype of the products.
-    Checkpoints are saved unsharded, whatever the launcher says: any number of processes can read them, without
-    unpickling.
+    """Sets FSDP to share weights out before they are read (see `reading_parts`), and to compute the loss and to add up
+    gradients in float32; its default is the dtype of the products. Checkpoints are saved unsharded, whatever the
+    launcher says: any number of processes can read them, without unpickling.
 
     Raises:
         AdaPrunerError: it is FSDP 1, whose weights `gather` cannot restore.
@@ -41,6 +83,7 @@ def set_up_fsdp(trainer: Trainer) -> None:
     plugin: Any = trainer.accelerator.state.fsdp_plugin
     if plugin.fsdp_version != 2:
         raise AdaPrunerError(f"FSDP version {plugin.fsdp_version} is not supported: launch with --fsdp_version 2")
+    plugin.cpu_ram_efficient_loading = True
     plugin.state_dict_config = plugin.optim_state_dict_config = None
     plugin.set_state_dict_type("FULL_STATE_DICT")
     if isinstance(plugin.mixed_precision_policy, MixedPrecisionPolicy):

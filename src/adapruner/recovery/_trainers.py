@@ -95,7 +95,7 @@ class TokenTrainer(Trainer):
     ) -> Any:
         if self._teacher:
             with torch.no_grad():
-                self._taught = self._teacher.hidden_states(inputs["input_ids"], inputs["attention_mask"])
+                self._taught = self._teacher.called(inputs["input_ids"], inputs["attention_mask"])
         # The Trainer counts the learnt tokens of all processes, and averages gradients over them.
         self._scale = self.accelerator.num_processes / float(num_items_in_batch or 1)
         outputs = model(**inputs)

@@ -30,7 +30,13 @@ from transformers import (
 from adapruner.config import RecoveryOptions
 from adapruner.errors import AdaPrunerError, NonFiniteError, reason
 from adapruner.evaluation import end_tokens
-from adapruner.models import computes_bfloat16_natively, quiet_transformers
+from adapruner.models import (
+    computes_bfloat16_natively,
+    copy_in_dtype,
+    deferred_by_module,
+    quiet_transformers,
+    read_all,
+)
 from adapruner.models.modeling_pruned import Nothing
 from adapruner.processes import this_process
 from adapruner.progress import give_back_memory
@@ -40,7 +46,7 @@ from adapruner.recovery._examples import PADDING, Example, Examples
 from adapruner.recovery._length import UNKNOWN_STEPS, Pace, steps_between_validations
 from adapruner.recovery._mixing import MixedExamples, examples_to_learn
 from adapruner.recovery._own_writing import OwnWriting
-from adapruner.recovery._sharding import gather, refuse_other_sharding, set_up_fsdp
+from adapruner.recovery._sharding import gather, reading_parts, refuse_other_sharding, set_up_fsdp
 from adapruner.recovery._trainers import TokenTrainer
 
 # The environment variables that select the visible accelerators.
@@ -151,10 +157,12 @@ def _trained(
     the examples."""
     model = load()
     dtype = model.dtype
-    if options.train == "full":
-        cast(nn.Module, model).float()
-    else:
+    if options.train != "full":
         model = frozen(model)
+    elif deferred_by_module(model):
+        model = copy_in_dtype(model, torch.float32)
+    else:
+        cast(nn.Module, model).float()
     with random_state_kept(), quiet_transformers(), warnings.catch_warnings():
         # PEFT, the Trainer and PyTorch warn about intended settings, and about each other.
         warnings.simplefilter("ignore")
@@ -190,7 +198,8 @@ def _trained(
             if own_writing:
                 raise AdaPrunerError("a model that is sharded by FSDP cannot write text: leave `own_writing` out")
             set_up_fsdp(trainer)
-        trainer.train(resume_from_checkpoint=str(last) if last else None)
+        with reading_parts() if trainer.is_fsdp_enabled else contextlib.nullcontext():
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
         if trainer.is_fsdp_enabled:
             gather(trainer)
         trainer.give_back()
@@ -201,6 +210,7 @@ def _trained(
                 cast(nn.Module, model).to("meta")  # nothing of the copy is needed any more
                 give_back_memory()
                 model = load()
+                read_all(model)
             merge(adapters, model)
         model.tie_weights()
         cast(nn.Module, model).to(dtype).eval()
@@ -313,6 +323,8 @@ def _arguments(
         output_dir=str(folder),
         max_steps=steps,
         train_sampling_strategy="sequential",  # the examples are in the order in which they are learnt
+        # Or every process would add up whole gradients until a step.
+        accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": this_process().shares_weights}},
         per_device_train_batch_size=micro_batch,
         per_device_eval_batch_size=micro_batch,
         gradient_accumulation_steps=passes,

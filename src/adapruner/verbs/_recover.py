@@ -38,6 +38,7 @@ from adapruner.recovery import (
     check_optimizer,
     read_examples,
     recover_into,
+    shard,
     total_steps,
     training_alone,
     working_folder,
@@ -134,6 +135,8 @@ def _train(
 ) -> RecoveryRecord:
     """Reads the data, loads the models, lets the teacher write its parts of the data, and trains."""
     model_config, leads = open_config(location), this_process().leads
+    # On a CPU, accelerate ignores FSDP.
+    shares = this_process().shares_weights and resolve_device(device).type != "cpu"
     if config.train != "full":
         check_adapters(empty_model(model_config), config)
     warnings = [check_length(model_config, config.seq_len)]
@@ -157,7 +160,9 @@ def _train(
         dense = None
         if dense_location:
             with reporter.stage("loading"):
-                dense = open_model(dense_location, config.dtype, device)
+                dense = open_model(dense_location, config.dtype, device, deferred=shares)
+                if shares:
+                    dense = shard(in_fastest_dtype(dense))
         examples = []
         for part in parts:
             if not isinstance(part, Examples):
@@ -171,7 +176,7 @@ def _train(
         with reporter.stage("recovering", total_steps(examples, config)) as advance:
             return recover_into(
                 folder,
-                partial(open_model, location, config.dtype, device),
+                partial(open_model, location, config.dtype, device, deferred=shares),
                 tokenizer,
                 examples,
                 config,

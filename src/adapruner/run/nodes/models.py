@@ -355,6 +355,7 @@ def recovered(
     training_record: dict[str, Any],
     origin: dict[str, Any],
     main_device: torch.device,
+    process: Process,
     callbacks: Sequence[Callback],
     reporter: Reporter,
     work: Path,
@@ -368,7 +369,13 @@ def recovered(
         with reporter.stage("recovering", total_steps(blend, recovery)) as advance:
             recover_into(
                 work / "model",
-                partial(load_model, find_model(str(pruned)), "auto", str(main_device)),
+                partial(
+                    load_model,
+                    find_model(str(pruned)),
+                    "auto",
+                    str(main_device),
+                    deferred=process.shares_weights and main_device.type != "cpu",
+                ),
                 tokenizer,
                 blend,
                 recovery,
