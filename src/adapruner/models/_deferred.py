@@ -74,6 +74,8 @@ def read_parts(model: nn.Module, others: Mapping[str, Tensor], device: torch.dev
         source = vars(model.get_submodule(module)).get(_ATTRIBUTE, {}).get(name, others.get(path))
         state[path] = _part(source, weight, device) if isinstance(weight, DTensor) else source.to(device)
     model.load_state_dict(state, assign=True)
+    for module in deferred_by_module(model):
+        del vars(module)[_ATTRIBUTE]
 
 
 def _part(source: Source, weight: DTensor, device: torch.device) -> DTensor:

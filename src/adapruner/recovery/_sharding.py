@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import fsdp_utils
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -42,6 +43,7 @@ def shard(model: PreTrainedModel) -> PreTrainedModel:
     Args:
         model: deferred; changed in place.
     """
+    PartialState()  # connects the processes, as the Trainer does later
     state, device = model.state_dict(), model.device
     shares: Any = {"mesh": init_device_mesh(device.type, (this_process().count,))}
     cast(nn.Module, model)._apply(lambda tensor: tensor.to("meta") if isinstance(tensor, nn.Parameter) else tensor)
