@@ -15,7 +15,7 @@ from adapruner import RecoveryOptions
 from adapruner.families import resolve
 from adapruner.recovery import _loss
 from adapruner.recovery._adapters import with_adapters
-from adapruner.recovery._loss import Predictor, loss_of_batch
+from adapruner.recovery._loss import Predictor, fill_teacher, loss_and_gradient, loss_of_batch
 from tiny_families import tiny_config
 
 # What families do around their heads: soft caps, scales, a bias, a projection before it.
@@ -196,3 +196,32 @@ def test_no_tensor_has_the_logits_of_more_than_some_rows(monkeypatch: pytest.Mon
         weights = torch.full((4,), 0.5)
         loss_of_batch(ours, hidden, tokens, weights, teacher=theirs, taught=taught).backward()
     assert largest.rows == 70
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("known", [1, 8, 256])
+def test_of_a_teacher_its_most_probable_tokens_suffice(known: int, temperature: float) -> None:
+    """The divergence over these and the class of all others, and its gradient; over all tokens, the full divergence."""
+    torch.manual_seed(0)
+    student, teacher = (3 * torch.randn(6, 256, dtype=torch.float64) for _ in range(2))
+    student.requires_grad_()
+    labels, weights = torch.zeros(6, dtype=torch.int64), torch.zeros(6, dtype=torch.float64)
+    taught = (teacher / temperature).log_softmax(-1)
+    top = taught.topk(known, -1)
+    filled = fill_teacher(student.detach(), top.indices, top.values, temperature)
+    loss, gradient = loss_and_gradient(student.detach(), filled, labels, weights, temperature)
+    predicted = (student / temperature).log_softmax(-1)
+    classes = [
+        [
+            log.gather(-1, top.indices).exp(),
+            (1 - log.gather(-1, top.indices).exp().sum(-1, keepdim=True)).clamp_min(1e-30),
+        ]
+        for log in (taught, predicted)
+    ]
+    of_teacher, of_student = (torch.cat(pair, -1) for pair in classes)
+    expected = temperature**2 * (of_teacher * (of_teacher.log() - of_student.log())).sum()
+    torch.testing.assert_close(loss, expected.detach())
+    (of_expected,) = torch.autograd.grad(expected, student)
+    torch.testing.assert_close(gradient, of_expected)
+    if known == 256:
+        torch.testing.assert_close(loss, loss_and_gradient(student.detach(), teacher, labels, weights, temperature)[0])

@@ -182,21 +182,28 @@ def test_a_model_whose_layers_differ_is_saved_whole(
     check_equal_weights(first, second)
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize(("train", "processes"), [("full", 2), ("full", 4), ("lora", 2)])
 def test_student_and_teacher_are_shared_out(
-    processes: int, launch: Callable[..., Outcome], family: Callable[..., Path], counting: Path, tmp_path: Path
+    train: str,
+    processes: int,
+    launch: Callable[..., Outcome],
+    family: Callable[..., Path],
+    counting: Path,
+    tmp_path: Path,
 ) -> None:
     """Neither is ever whole on a device, and the loss is that of one device."""
     student, teacher = (family("llama", num_hidden_layers=layers) for layers in (24, 32))
-    options = {"train": "full", "batch_size": processes, "micro_batch_size": 1, "gradient_checkpointing": True}
-    arguments = recovery(student, counting, tmp_path / "shared", teacher=teacher, **options)
-    outcome = launch(*arguments, environment=SHARDED | EXACT, processes=processes)
-    arguments = recovery(student, counting, tmp_path / "alone", teacher=teacher, **options)
-    alone = only_json(launch(*arguments, environment=EXACT, processes=1))
-    assert only_json(outcome)["loss_after"] == pytest.approx(alone["loss_after"], rel=1e-5)
     models = [empty_model(load_config(find_model(str(folder)))) for folder in (student, teacher)]
-    training = RecoveryOptions(**SMALL_RECOVERY | options)
-    terms = training_memory(*models, training, torch.float32, processes)
-    peaks = [int(held) for held in re.findall(r"rank \d held (\d+) bytes", outcome.stderr)]
-    assert len(peaks) == processes
-    assert peaks == pytest.approx([sum(terms.values())] * processes, rel=0.1), terms
+    options = {"train": train, "batch_size": 8, "micro_batch_size": 1, "gradient_checkpointing": True}
+    losses, peaks, estimates = [], [], []
+    for count, environment in ((processes, SHARDED | EXACT), (1, EXACT)):
+        arguments = recovery(student, counting, tmp_path / str(count), teacher=teacher, **options)
+        outcome = launch(*arguments, environment=environment, processes=count)
+        losses.append(only_json(outcome)["loss_after"])
+        held = [int(held) for held in re.findall(r"rank \d held (\d+) bytes", outcome.stderr)]
+        assert len(held) == count
+        peaks.append(max(held))
+        terms = training_memory(*models, RecoveryOptions(**SMALL_RECOVERY | options), torch.float32, count)
+        estimates.append(sum(terms.values()))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert peaks == pytest.approx(estimates, rel=0.1)

@@ -27,41 +27,48 @@ def training_memory(
     Args:
         student, teacher: on the meta device; None for training on labels.
         dtype: of frozen weights, and of products; bfloat16 where that is native.
-        options: the optimizer is AdamW, with two moments of each trained number, in float32 or in 8 bits.
+        options: the optimizer is AdamW, with two moments of each trained number, in float32 or in 8 bits. A step has
+            several micro-batches, so that there are gradients while the next one runs.
         processes: that share all weights with FSDP, each with a device.
     """
-    computing = dtype.itemsize
-    whole, of_layers = _count(student), [_count(layer) for layer in decoder_layers(student)]
-    trains_all = options.train == "full"
-    trained = whole if trains_all else sum(options.lora_rank * sum(shape) for shape in _linear_shapes(student))
-    moment = 1 if "8bit" in options.optimizer else _FLOAT32
+    trains_all, width = options.train == "full", dtype.itemsize
+    layers = decoder_layers(student)
+    weights, largest = _count(student), max(map(_count, layers))
+    trained = weights if trains_all else sum(options.lora_rank * sum(shape) for shape in _linear_shapes(student))
     terms = {
-        "student": trained * _FLOAT32 + (0 if trains_all else whole * computing),
+        "student": trained * _FLOAT32 + (0 if trains_all else weights * width),
         "gradients": trained * _FLOAT32,
-        "optimizer": 2 * trained * moment,
-        "teacher": 0 if teacher is None else _count(teacher) * computing,
+        "optimizer": 2 * trained * (1 if "8bit" in options.optimizer else _FLOAT32),
+        "teacher": 0 if teacher is None else _count(teacher) * width,
     }
-    if processes > 1:
-        terms = {term: size // processes for term, size in terms.items()}
-        # A layer that runs, one that is fetched ahead, and all outside of layers; of what is trained the gradients too.
-        terms["gathered"] = (1 + trains_all) * _gathered(student) * computing
-        terms["gathered"] += 0 if teacher is None else _gathered(teacher) * computing
-    elif trains_all and computing < _FLOAT32:
-        terms["cast weights"] = whole * computing
-    tokens = options.micro_batch_size * options.seq_len
-    vocabulary, width = student.get_input_embeddings().weight.shape
-    saved = saved_activations(student.config, dtype)
-    layers = width * computing * len(of_layers) + saved if options.gradient_checkpointing else saved * len(of_layers)
-    return terms | {
-        "activations": int(tokens * layers),
+    terms = {term: size // processes for term, size in terms.items()}
+    shares = processes > 1
+    if trains_all and width < _FLOAT32 and not shares:
+        terms["weights in products"] = weights * width
+    if teacher is not None and shares:
+        terms["head of the teacher"] = _outside(teacher) * width
+    vocabulary, hidden = student.get_input_embeddings().weight.shape
+    tokens, saved = options.micro_batch_size * options.seq_len, saved_activations(student.config, dtype)
+    kept = len(layers) * hidden * width + saved if options.gradient_checkpointing else len(layers) * saved
+    # Each gathered weight that is trained has a gradient, which is added up and scattered from a copy.
+    with_gradients = width * (2 if trains_all else 1)
+    loss_is_differentiated = {
+        "activations": int(tokens * kept),
         "predictions": min(_ROWS, tokens) * vocabulary * _FLOAT32 * _TENSORS,
+        "head": _outside(student) * with_gradients if shares else 0,
     }
+    first_layer_is_differentiated = {
+        "activations": int(tokens * saved),
+        "layers": 2 * largest * with_gradients if shares else 0,
+    }
+    return terms | max(loss_is_differentiated, first_layer_is_differentiated, key=lambda peak: sum(peak.values()))
 
 
-def _gathered(model: Any) -> int:
-    """Weights of a model that are whole on each device while it runs."""
-    of_layers = [_count(layer) for layer in decoder_layers(model)]
-    return _count(model) - sum(of_layers) + 2 * max(of_layers)
+def _outside(model: Any) -> int:
+    """Weights outside of layers, without an embedding that is not the output matrix too."""
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    separate = 0 if embedding is head else embedding.numel()
+    return _count(model) - sum(map(_count, decoder_layers(model))) - separate
 
 
 def _count(module: nn.Module) -> int:

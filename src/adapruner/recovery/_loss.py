@@ -57,6 +57,29 @@ def loss_and_gradient(
     return total, gradient.scatter_add_(-1, of_labels, -weights)
 
 
+def fill_teacher(student: Tensor, tokens: Tensor, log_probabilities: Tensor, temperature: float = 1.0) -> Tensor:
+    """Logits of a teacher whose most probable tokens are known: the mass of the others is distributed as the student
+    distributes its own. With them, `loss_and_gradient` computes the divergence over these tokens and one class of all
+    others, which is at most the full one.
+
+    Args:
+        student: logits, [predictions, vocabulary].
+        tokens: [predictions, tokens that are known], int64.
+        log_probabilities: of these at the temperature, in nats, float32.
+
+    Returns:
+        [predictions, vocabulary], in the dtype of the student.
+    """
+    filled = (student / temperature).log_softmax(-1)
+    smallest = torch.finfo(filled.dtype).tiny
+    of_teacher, of_student = (
+        (1 - known.to(filled).exp().sum(-1, keepdim=True)).clamp_min(smallest).log()
+        for known in (log_probabilities, filled.gather(-1, tokens))
+    )
+    filled += of_teacher - of_student
+    return filled.scatter_(-1, tokens, log_probabilities.to(filled)).mul_(temperature)
+
+
 class Predictor:
     """A model whose predictions are made from hidden states, some tokens at a time."""
 
