@@ -208,6 +208,12 @@ class RecoveryOptions(_Options):
     lora_alpha: Count = Field(default=16, description="Scale of the adapters, divided by their rank.")
     lora_dropout: float = Field(default=0.05, ge=0, lt=1, description="Dropout on the input of the adapters.")
     temperature: float = Field(default=1.0, gt=0, description="Softmax temperature of distillation.")
+    teacher_top: int | None = Field(
+        default=None,
+        ge=1,
+        description="Write this number of most probable tokens of the teacher to disk for every learnt token before"
+        " the training, for a teacher that does not fit beside the model; by default it runs in every step.",
+    )
     label_weight: float = Field(
         default=0.5,
         ge=0,

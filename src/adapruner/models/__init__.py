@@ -23,6 +23,7 @@ from adapruner.models._architecture import (
 )
 from adapruner.models._config import check_config as check_config, load_config as load_config
 from adapruner.models._deferred import (
+    StoredWeight as StoredWeight,
     deferred_by_module as deferred_by_module,
     read_all as read_all,
     read_parts as read_parts,

@@ -70,8 +70,8 @@ def read_parts(model: nn.Module, others: Mapping[str, Tensor], device: torch.dev
     """
     state = {}
     for path, weight in model.state_dict().items():
-        module, _, name = path.rpartition(".")
-        source = vars(model.get_submodule(module)).get(_ATTRIBUTE, {}).get(name, others.get(path))
+        parent, _, name = path.rpartition(".")
+        source = vars(model.get_submodule(parent)).get(_ATTRIBUTE, {}).get(name, others.get(path))
         state[path] = _part(source, weight, device) if isinstance(weight, DTensor) else source.to(device)
     model.load_state_dict(state, assign=True)
     for module in deferred_by_module(model):

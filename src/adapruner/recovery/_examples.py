@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import TypedDict
+from typing import NamedTuple, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from adapruner.calibration import (
 from adapruner.config import RecoveryOptions
 from adapruner.errors import AdaPrunerError
 from adapruner.evaluation import end_tokens
-from adapruner.models import NO_TOKEN, continue_texts
+from adapruner.models import NO_TOKEN, StoredWeight, continue_texts
 from adapruner.recovery._length import most_examples, most_held_out
 
 IGNORED = -100
@@ -44,13 +44,28 @@ _PROMPT = (
 Row = dict[str, str | None]
 
 
+class Taught(NamedTuple):
+    """The predictions of a teacher for the learnt tokens of an example: rows of the tensors in a file."""
+
+    file: str
+    begin: int
+    end: int
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """[learnt tokens, tokens that are known], int64, and their log-probabilities, float32."""
+        rows = (slice(self.begin, self.end), slice(None))
+        tokens, log_probabilities = (StoredWeight(self.file, name)[rows] for name in ("tokens", "log_probabilities"))
+        return tokens.long(), log_probabilities
+
+
 class Example(TypedDict):
     """Tokens and labels of equal length (-100 for tokens that are not learnt), and the weight of the loss of the
-    labels; the divergence from the teacher has the rest."""
+    labels; the divergence from the teacher, who is run or whose predictions are on disk, has the rest."""
 
     input_ids: list[int]
     labels: list[int]
     label_weight: float
+    taught: NotRequired[Taught]
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from adapruner.models import architecture_of
 from adapruner.recovery._examples import IGNORED
 
 # Predictions that are in memory at once, in float32.
-_ROWS = 256
+ROWS = 256
 
 
 def loss_and_gradient(
@@ -90,6 +90,11 @@ class Predictor:
         self._others: dict[str, Any] = {}
 
     @property
+    def device(self) -> torch.device:
+        """Of the tokens."""
+        return self._model.device
+
+    @property
     def head(self) -> nn.Module:
         """The module that makes the logits."""
         return cast(nn.Module, self._model.get_output_embeddings())
@@ -134,7 +139,7 @@ def loss_of_batch(
     scale: float = 1.0,
     temperature: float = 1.0,
     teacher: Predictor | None = None,
-    taught: Tensor | None = None,
+    taught: Tensor | tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """The loss of a batch: see `loss_and_gradient`. Logits are in memory for some predictions at a time.
 
@@ -143,7 +148,9 @@ def loss_of_batch(
         labels: [sequences, tokens], int64; -100 for tokens that are not learnt.
         label_weights: [sequences], from 0 to 1.
         scale: factor of the sum. In bfloat16, gradients depend in their last bits on where they are multiplied.
-        teacher: with `taught`, its hidden states; None learns the labels alone.
+        teacher: with `taught`, its hidden states.
+        taught: without a teacher, its most probable tokens and their log-probabilities for all learnt tokens, each
+            [learnt tokens, tokens that are known]; None learns the labels alone.
 
     Returns:
         A scalar: nats, summed over the learnt tokens, times the scale.
@@ -152,17 +159,22 @@ def loss_of_batch(
     learnt = labels != IGNORED
     weights = label_weights[:, None].to(hidden.device).expand(labels.shape)[learnt]
     rows, labels = hidden[:, :-1][learnt], labels[learnt]
-    wanted = None if taught is None else taught[:, :-1][learnt.to(taught.device)]
+    wanted = taught[:, :-1][learnt.to(taught.device)] if isinstance(taught, Tensor) else None
 
     def loss_of(hidden: Tensor, start: int) -> Tensor:
-        chunk = slice(start, start + _ROWS)
+        chunk = slice(start, start + ROWS)
         logits = student.logits(hidden)
         with torch.no_grad():
-            expected = None if teacher is None or wanted is None else teacher.logits(wanted[chunk])
+            expected = None
+            if teacher is not None and wanted is not None:
+                expected = teacher.logits(wanted[chunk])
+            elif isinstance(taught, tuple):
+                wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+                expected = fill_teacher(wide, *(known[chunk] for known in taught), temperature)
         apply: Any = _LossOfLogits.apply
         return cast(Tensor, apply(logits, expected, labels[chunk], weights[chunk], scale, temperature))
 
-    chunks = [(chunk, number * _ROWS) for number, chunk in enumerate(rows.split(_ROWS))]
+    chunks = [(chunk, number * ROWS) for number, chunk in enumerate(rows.split(ROWS))]
     if isinstance(student.head, FSDPModule):
         # Its weights are whole only while it runs.
         losses = [checkpoint(loss_of, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]

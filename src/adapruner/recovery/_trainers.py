@@ -41,7 +41,7 @@ class TokenTrainer(Trainer):
         self._student, self._predictor = student, Predictor(student)
         self._teacher = Predictor(teacher) if teacher else None
         self._temperature, self._own_writing = temperature, own_writing
-        self._taught: Tensor | None = None
+        self._taught: Tensor | tuple[Tensor, Tensor] | None = None
         cast(Any, student).forward = MethodType(self._loss_of_batch, student)
         super().__init__(**parts)
         self.model_accepts_loss_kwargs = True  # it counts the tokens of a whole batch
@@ -93,6 +93,8 @@ class TokenTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
+        # FSDP would round what its model is given.
+        self._label_weight, self._taught = inputs.pop("label_weight"), inputs.pop("taught", None)
         if self._teacher:
             with torch.no_grad():
                 self._taught = self._teacher.called(inputs["input_ids"], inputs["attention_mask"])
@@ -107,12 +109,11 @@ class TokenTrainer(Trainer):
         input_ids: Tensor,
         attention_mask: Tensor,
         labels: Tensor,
-        label_weight: Tensor,
         **_: Any,
     ) -> dict[str, Tensor]:
         """Inside of what the Trainer wraps the model in: with FSDP, the weights of the head are whole there."""
         hidden = self._predictor.hidden_states(input_ids, attention_mask)
-        parts = label_weight, self._scale, self._temperature, self._teacher, self._taught
+        parts = self._label_weight, self._scale, self._temperature, self._teacher, self._taught
         return {"loss": loss_of_batch(self._predictor, hidden, labels, *parts)}
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *arguments: Any, **named: Any) -> Any:

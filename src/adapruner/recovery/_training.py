@@ -14,7 +14,7 @@ from typing import Any, Literal, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     PreTrainedModel,
@@ -139,9 +139,10 @@ def train(
         NonFiniteError: the loss is not finite any more; earlier checkpoints are kept.
     """
     model, state, mixed = _trained(load, blend, options, folder, teacher, tokenizer, _Watcher(progress, folder, track))
+    distils = teacher is not None or "taught" in blend[0].training[0]
     # The Trainer is part of reference cycles that hold the teacher and the trained copy.
     gc.collect()
-    return model, _record(state, mixed, blend, options, "distillation" if teacher else "labels")
+    return model, _record(state, mixed, blend, options, "distillation" if distils else "labels")
 
 
 def _trained(
@@ -188,7 +189,7 @@ def _trained(
             args=_arguments(model, options, folder, steps, round_steps, evaluates_first=last is None),
             train_dataset=mixed,
             eval_dataset=[example for examples in blend for example in examples.validation],
-            data_collator=_batch,
+            data_collator=collate,
             callbacks=[watcher, *paces],
         )
         trainer.remove_callback(PrinterCallback)
@@ -362,9 +363,9 @@ def _arguments(
     return arguments
 
 
-def _batch(examples: list[Example]) -> dict[str, Tensor]:
+def collate(examples: Sequence[Example]) -> dict[str, Any]:
     """[examples, tokens of the longest]: padded tokens and labels, and the attention mask; and [examples], float32: the
-    weight of the labels."""
+    weight of the labels. From a teacher on disk, `taught` has its predictions for the learnt tokens of all examples."""
     columns = {
         "input_ids": [example["input_ids"] for example in examples],
         "labels": [example["labels"] for example in examples],
@@ -374,7 +375,10 @@ def _batch(examples: list[Example]) -> dict[str, Tensor]:
         name: pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=PADDING[name])
         for name, rows in columns.items()
     }
-    return batch | {"label_weight": torch.tensor([example["label_weight"] for example in examples])}
+    batch["label_weight"] = torch.tensor([example["label_weight"] for example in examples])
+    if taught := [example["taught"].read() for example in examples if "taught" in example]:
+        return batch | {"taught": tuple(map(torch.cat, zip(*taught, strict=True)))}
+    return batch
 
 
 class _Watcher(TrainerCallback):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from adapruner.checkpoint import check_push, push, read_origin
 from adapruner.config import Dtype, RecoverConfig, Tracker
 from adapruner.errors import AdaPrunerError
 from adapruner.families import open_config, open_model
+from adapruner.memory import place_weights
 from adapruner.models import (
     ModelLocation,
     check_length,
@@ -21,8 +23,10 @@ from adapruner.models import (
     find_model,
     fingerprint,
     in_fastest_dtype,
+    is_streamable,
     load_tokenizer,
     resolve_device,
+    usable_devices,
 )
 from adapruner.paths import given_path, output_path
 from adapruner.processes import this_process
@@ -42,6 +46,7 @@ from adapruner.recovery import (
     total_steps,
     training_alone,
     working_folder,
+    write_predictions,
 )
 from adapruner.texts import record_of
 from adapruner.tracking import Tracking, check_tracker
@@ -160,9 +165,16 @@ def _train(
         dense = None
         if dense_location:
             with reporter.stage("loading"):
-                dense = open_model(dense_location, config.dtype, device, deferred=shares)
                 if shares:
-                    dense = shard(in_fastest_dtype(dense))
+                    dense = shard(in_fastest_dtype(open_model(dense_location, config.dtype, device, deferred=True)))
+                elif config.teacher_top:
+                    may_stream = is_streamable(dense_location, dense_config)
+                    places = place_weights(
+                        empty_model(dense_config), config.dtype, usable_devices(device), 1, may_stream
+                    )
+                    dense = open_model(dense_location, config.dtype, places.device, places.layer_wise)
+                else:
+                    dense = open_model(dense_location, config.dtype, device)
         examples = []
         for part in parts:
             if not isinstance(part, Examples):
@@ -173,6 +185,12 @@ def _train(
             examples.append(part)
         teacher = in_fastest_dtype(dense) if dense is not None and distils else None
         del dense  # if the teacher is a copy, the original weights are not needed
+        if teacher is not None and config.teacher_top:
+            count = sum(len(part.training) + len(part.validation) for part in examples)
+            with reporter.stage("asking the teacher", count) as advance:
+                examples = write_predictions(teacher, examples, config, working_folder(folder) / "teacher", advance)
+            teacher = None
+            gc.collect()  # before the model is loaded
         with reporter.stage("recovering", total_steps(examples, config)) as advance:
             return recover_into(
                 folder,

@@ -40,6 +40,7 @@ from adapruner.recovery import (
     total_steps,
     train,
     window_examples,
+    write_predictions,
 )
 from adapruner.result import shown_name
 from adapruner.run.nodes.declared import GRAPH
@@ -365,7 +366,10 @@ def recovered(
         part if isinstance(part, Examples) else part.examples((training_texts or {})[part.name], recovery, distils)
         for part in examples
     ]
+    teacher = dense_fast if distils else None
     try:
+        if teacher is not None and recovery.teacher_top:
+            blend, teacher = write_predictions(teacher, blend, recovery, work / "training" / "teacher"), None
         with reporter.stage("recovering", total_steps(blend, recovery)) as advance:
             recover_into(
                 work / "model",
@@ -379,7 +383,7 @@ def recovered(
                 tokenizer,
                 blend,
                 recovery,
-                dense_fast if distils else None,
+                teacher,
                 training_record,
                 work=work / "training",
                 origin=origin | {"plan": plan.hash},

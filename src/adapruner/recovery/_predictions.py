@@ -1,0 +1,133 @@
+"""The most probable tokens of a teacher on disk, for a teacher that does not fit beside the model that is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from accelerate import PartialState
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from adapruner.config import RecoveryOptions
+from adapruner.files import write_atomically
+from adapruner.models import is_streamed
+from adapruner.processes import this_process
+from adapruner.recovery._examples import IGNORED, Example, Examples, Taught
+from adapruner.recovery._loss import ROWS, Predictor
+from adapruner.recovery._training import collate
+
+# Examples in a file. Layer by layer, they are computed together.
+_EXAMPLES = 64
+
+
+@dataclass(frozen=True)
+class TaughtExamples(Sequence[Example]):
+    """Examples with the predictions of a teacher, in numbered files of a folder."""
+
+    examples: Sequence[Example]
+    folder: Path
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    @overload
+    def __getitem__(self, number: int) -> Example: ...
+    @overload
+    def __getitem__(self, number: slice) -> Sequence[Example]: ...
+    def __getitem__(self, number: int | slice) -> Example | Sequence[Example]:
+        if isinstance(number, slice):
+            return [self[index] for index in range(len(self))[number]]
+        number = range(len(self))[number]
+        begins = self._begins
+        first = number - number % _EXAMPLES
+        rows = (begins[index] - begins[first] for index in (number, number + 1))
+        return {**self.examples[number], "taught": Taught(str(self.file(first)), *rows)}
+
+    @cached_property
+    def _begins(self) -> list[int]:
+        """The number of learnt tokens before every example, and that of all."""
+        learnt = (sum(label != IGNORED for label in example["labels"][1:]) for example in self.examples)
+        return [*accumulate(learnt, initial=0)]
+
+    @property
+    def firsts(self) -> range:
+        """The numbers of the first examples of all files."""
+        return range(0, len(self), _EXAMPLES)
+
+    def file(self, first: int) -> Path:
+        """The file for the example of this number and those after it."""
+        return self.folder / f"{first // _EXAMPLES:06}.safetensors"
+
+
+def write_predictions(
+    teacher: PreTrainedModel,
+    blend: Sequence[Examples],
+    options: RecoveryOptions,
+    folder: Path,
+    progress: Callable[[int], None] = lambda examples: None,
+) -> list[Examples]:
+    """Writes the most probable tokens of a teacher and their log-probabilities at the temperature of the options, for
+    every learnt token of all examples. Processes share the files out; those that exist are kept.
+
+    Args:
+        teacher: may be streamed, or sharded.
+        folder: of the files; the examples are the same in every call.
+        progress: called with numbers of examples.
+
+    Returns:
+        The examples with these predictions (see `TaughtExamples`).
+    """
+    sets: list[TaughtExamples] = []
+
+    def taught(examples: Sequence[Example]) -> TaughtExamples:
+        sets.append(TaughtExamples(examples, folder / str(len(sets))))
+        return sets[-1]
+
+    with_predictions = [
+        replace(part, training=taught(part.training), validation=taught(part.validation)) for part in blend
+    ]
+    files = {part.file(first): part.examples[first : first + _EXAMPLES] for part in sets for first in part.firsts}
+    _wait()
+    missing = [file for file in files if not file.exists()]
+    _wait()
+    progress(sum(len(examples) for file, examples in files.items() if file not in missing))
+    process, predictor = this_process(), Predictor(teacher)
+    for first in range(0, len(missing), process.count):
+        # All processes run a sharded teacher at once: at the end, some of them repeat the last file.
+        file = missing[min(first + process.rank, len(missing) - 1)]
+        at_once = _EXAMPLES if is_streamed(teacher) else options.micro_batch_size
+        batches = [collate(files[file][begin : begin + at_once]) for begin in range(0, len(files[file]), at_once)]
+        tensors = _most_probable(predictor, batches, options)
+        if first + process.rank < len(missing):
+            write_atomically(file, partial(save_file, tensors))
+        progress(sum(len(files[name]) for name in missing[first : first + process.count]))
+    _wait()
+    return with_predictions
+
+
+@torch.no_grad()
+def _most_probable(teacher: Predictor, batches: Sequence[Any], options: RecoveryOptions) -> dict[str, Tensor]:
+    """[learnt tokens, tokens that are known], int32, and their log-probabilities, float32."""
+    found = []
+    for batch in batches:
+        hidden = teacher.called(batch["input_ids"].to(teacher.device), batch["attention_mask"].to(teacher.device))
+        learnt = hidden[:, :-1][(batch["labels"][:, 1:] != IGNORED).to(hidden.device)]
+        for rows in learnt.split(ROWS):
+            predicted = (teacher.logits(rows).float() / options.temperature).log_softmax(-1)
+            found.append(predicted.topk(min(options.teacher_top or 1, predicted.shape[-1])))
+    return {
+        "tokens": torch.cat([top.indices for top in found]).int().cpu(),
+        "log_probabilities": torch.cat([top.values for top in found]).cpu(),
+    }
+
+
+def _wait() -> None:
+    if this_process().count > 1:
+        PartialState().wait_for_everyone()
