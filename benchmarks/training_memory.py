@@ -5,6 +5,8 @@ python benchmarks/training_memory.py
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import LlamaConfig
 
@@ -14,7 +16,7 @@ from adapruner.models import empty_model
 
 GB = 10**9
 # The config fields of the dense model; and the channels with which a fifth of its weights is removed.
-MODELS = {
+MODELS: dict[str, tuple[dict[str, Any], int]] = {
     "8B": (
         {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 14336},
         10240,
@@ -29,7 +31,7 @@ MODELS = {
 def main() -> None:
     """Prints a row for every model, way of training and number of GPUs: GB on each GPU."""
     for name, (fields, channels) in MODELS.items():
-        shared = {"num_key_value_heads": 8, "vocab_size": 128256}
+        shared: dict[str, Any] = {"num_key_value_heads": 8, "vocab_size": 128256}
         dense, pruned = (
             empty_model(LlamaConfig(**fields | shared | changes)) for changes in ({}, {"intermediate_size": channels})
         )

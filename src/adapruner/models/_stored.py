@@ -211,4 +211,5 @@ def _without_weights(path: str, config: PreTrainedConfig, dtype: torch.dtype) ->
         model = new_model(config)
     if cached_file(path, "generation_config.json", _raise_exceptions_for_missing_entries=False):
         model.generation_config = GenerationConfig.from_pretrained(path)
-    return model.eval()
+    model.eval()
+    return model
