@@ -207,3 +207,15 @@ def test_student_and_teacher_are_shared_out(
         estimates.append(sum(terms.values()))
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert peaks == pytest.approx(estimates, rel=0.1)
+
+
+def test_a_sharded_teacher_writes_what_it_predicts(
+    launch: Callable[..., Outcome], two_devices: Device, family: Callable[..., Path], counting: Path, tmp_path: Path
+) -> None:
+    """Of all tokens, so that the loss is the full one."""
+    teacher = family("llama", num_hidden_layers=3)
+    arguments = recovery(family("llama"), counting, tmp_path / "a", teacher=teacher, teacher_top=256)
+    stored = only_json(launch(*arguments, environment=SHARDED | EXACT))
+    arguments = recovery(family("llama"), counting, tmp_path / "b", teacher=teacher)
+    alone = only_json(two_devices.run(*arguments, native_bfloat16=False))
+    assert stored["loss_after"] == pytest.approx(alone["loss_after"], rel=1e-3)
