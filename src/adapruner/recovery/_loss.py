@@ -170,7 +170,8 @@ def loss_of_batch(
                 expected = teacher.logits(wanted[chunk])
             elif isinstance(taught, tuple):
                 wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-                expected = fill_teacher(wide, *(known[chunk] for known in taught), temperature)
+                tokens, log_probabilities = taught
+                expected = fill_teacher(wide, tokens[chunk], log_probabilities[chunk], temperature)
         apply: Any = _LossOfLogits.apply
         return cast(Tensor, apply(logits, expected, labels[chunk], weights[chunk], scale, temperature))
 
