@@ -14,7 +14,9 @@ from adapruner.models import find_model, load_tokenizer
 from adapruner.recovery._loss import fill_teacher, loss_and_gradient
 
 
-def main(*, pruned: str, dense: str = "smollm2", data: str = "boolq-passages", windows: int = 8, seq_len: int = 256) -> None:
+def main(
+    *, pruned: str, dense: str = "smollm2", data: str = "boolq-passages", windows: int = 8, seq_len: int = 256
+) -> None:
     """Prints, for numbers of known tokens: the divergence in nats per token, as a share of the full one, and the cosine
     between the two gradients with respect to the logits."""
     student, teacher = (adapruner.load(name, dtype="float32") for name in (pruned, dense))

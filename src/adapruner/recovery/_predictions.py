@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
-from itertools import accumulate
+from dataclasses import replace
+from functools import partial
+from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -27,45 +27,6 @@ from adapruner.recovery._training import collate
 _EXAMPLES = 64
 
 
-@dataclass(frozen=True)
-class TaughtExamples(Sequence[Example]):
-    """Examples with the predictions of a teacher, in numbered files of a folder."""
-
-    examples: Sequence[Example]
-    folder: Path
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    @overload
-    def __getitem__(self, number: int) -> Example: ...
-    @overload
-    def __getitem__(self, number: slice) -> Sequence[Example]: ...
-    def __getitem__(self, number: int | slice) -> Example | Sequence[Example]:
-        if isinstance(number, slice):
-            return [self[index] for index in range(len(self))[number]]
-        number = range(len(self))[number]
-        begins = self._begins
-        first = number - number % _EXAMPLES
-        rows = (begins[index] - begins[first] for index in (number, number + 1))
-        return {**self.examples[number], "taught": Taught(str(self.file(first)), *rows)}
-
-    @cached_property
-    def _begins(self) -> list[int]:
-        """The number of learnt tokens before every example, and that of all."""
-        learnt = (sum(label != IGNORED for label in example["labels"][1:]) for example in self.examples)
-        return [*accumulate(learnt, initial=0)]
-
-    @property
-    def firsts(self) -> range:
-        """The numbers of the first examples of all files."""
-        return range(0, len(self), _EXAMPLES)
-
-    def file(self, first: int) -> Path:
-        """The file for the example of this number and those after it."""
-        return self.folder / f"{first // _EXAMPLES:06}.safetensors"
-
-
 def write_predictions(
     teacher: PreTrainedModel,
     blend: Sequence[Examples],
@@ -82,18 +43,23 @@ def write_predictions(
         progress: called with numbers of examples.
 
     Returns:
-        The examples with these predictions (see `TaughtExamples`).
+        The examples, each with the place of its predictions.
     """
-    sets: list[TaughtExamples] = []
+    files: dict[Path, Sequence[Example]] = {}
 
-    def taught(examples: Sequence[Example]) -> TaughtExamples:
-        sets.append(TaughtExamples(examples, folder / str(len(sets))))
-        return sets[-1]
+    def taught(examples: Sequence[Example]) -> list[Example]:
+        placed: list[Example] = []
+        for first in range(0, len(examples), _EXAMPLES):
+            file = folder / f"{len(files):06}.safetensors"
+            files[file] = examples[first : first + _EXAMPLES]
+            learnt = [sum(label != IGNORED for label in example["labels"][1:]) for example in files[file]]
+            rows = pairwise(accumulate(learnt, initial=0))
+            placed += [
+                {**example, "taught": Taught(str(file), *row)} for example, row in zip(files[file], rows, strict=True)
+            ]
+        return placed
 
-    with_predictions = [
-        replace(part, training=taught(part.training), validation=taught(part.validation)) for part in blend
-    ]
-    files = {part.file(first): part.examples[first : first + _EXAMPLES] for part in sets for first in part.firsts}
+    placed = [replace(part, training=taught(part.training), validation=taught(part.validation)) for part in blend]
     _wait()
     missing = [file for file in files if not file.exists()]
     _wait()
@@ -109,7 +75,7 @@ def write_predictions(
             write_atomically(file, partial(save_file, tensors))
         progress(sum(len(files[name]) for name in missing[first : first + process.count]))
     _wait()
-    return with_predictions
+    return placed
 
 
 @torch.no_grad()
