@@ -497,7 +497,7 @@ def test_what_is_finished_stays_until_something_takes_its_place(
     recover(folder, **options)
     before = (folder / "model.safetensors").read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr("adapruner.verbs._recover.open_model", lambda *_: pytest.fail("no memory"))
+        patch.setattr("adapruner.verbs._recover.open_model", lambda *_, **__: pytest.fail("no memory"))
         with pytest.raises(pytest.fail.Exception):
             recover(folder, overwrite=True, **options | {"steps": 3})
     assert (folder / "model.safetensors").read_bytes() == before
