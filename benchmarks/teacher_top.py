@@ -36,10 +36,10 @@ def main(
             rest = 1 - top.values.exp().sum(-1).mean()
             for number, value in enumerate((float(loss), float(full), float(cosine), float(rest))):
                 sums.setdefault(known, [0.0] * 4)[number] += value
-    for known, (loss, full, cosine, rest) in sums.items():
-        nats = loss / (len(tokens) * (seq_len - 1))
+    for known, (found, whole, angle, mass) in sums.items():
+        nats = found / (len(tokens) * (seq_len - 1))
         print(
-            f"| {known} | {nats:.4f} | {loss / full:.3f} | {cosine / len(tokens):.4f} | {rest / len(tokens):.3f} |",
+            f"| {known} | {nats:.4f} | {found / whole:.3f} | {angle / len(tokens):.4f} | {mass / len(tokens):.3f} |",
             flush=True,
         )
 
