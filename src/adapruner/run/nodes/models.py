@@ -291,7 +291,8 @@ def _bytes_of_saved(amount: Size | Memory, model: Path, tokenizer: Tokenizer, we
 def distils(recovery_texts: tuple[BlendPart, ...], recovery: RecoveryOptions) -> bool:
     """True if the predictions of the dense model are learnt: on request, or if it writes some of the text, or corrects
     what the pruned model writes."""
-    needs_teacher = recovery.own_writing > 0 or any(part.is_written for part in recovery_texts)
+    asked = recovery.own_writing > 0 or recovery.teacher_top is not None
+    needs_teacher = asked or any(part.is_written for part in recovery_texts)
     return not recovery.learns_labels(has_teacher=needs_teacher)
 
 
