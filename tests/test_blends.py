@@ -22,7 +22,7 @@ from adapruner.card import trained_sentence
 from adapruner.recovery import Example, Examples, Unwritten, read_examples, total_steps, working_folder
 from adapruner.recovery._length import Pace, learning_rate_factor, most_held_out
 from adapruner.recovery._mixing import MixedExamples
-from adapruner.recovery._training import _batch
+from adapruner.recovery._training import collate
 from run_helpers import exit_code, run_killed
 
 SHORT: dict[str, Any] = {"seq_len": 16, "batch_size": 4, "micro_batch_size": 2, "learning_rate": 3e-3}
@@ -224,7 +224,7 @@ def test_the_weight_of_the_labels(
                 part = part.examples(part.write(model, tokenizer, 128, 0), options, distils)
             assert len(part.training) + len(part.validation) == 8
             weights.append({example["label_weight"] for example in [*part.training, *part.validation]})
-            assert _batch(list(part.training))["label_weight"].tolist() == pytest.approx(
+            assert collate(list(part.training))["label_weight"].tolist() == pytest.approx(
                 [*weights[-1]] * len(part.training)
             )
         assert weights == [{weight} for weight in expected]
