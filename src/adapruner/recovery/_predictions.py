@@ -7,7 +7,6 @@ from dataclasses import replace
 from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -66,10 +65,10 @@ def write_predictions(
     progress(sum(len(examples) for file, examples in files.items() if file not in missing))
     process, predictor = this_process(), Predictor(teacher)
     for first in range(0, len(missing), process.count):
-        # All processes run a sharded teacher at once: at the end, some of them repeat the last file.
+        # All processes run a sharded teacher together: in some, a file is repeated, or has fewer batches.
         file = missing[min(first + process.rank, len(missing) - 1)]
         at_once = _EXAMPLES if is_streamed(teacher) else options.micro_batch_size
-        batches = [collate(files[file][begin : begin + at_once]) for begin in range(0, len(files[file]), at_once)]
+        batches = [files[file][begin : begin + at_once] for begin in range(0, _EXAMPLES, at_once)]
         tensors = _most_probable(predictor, batches, options)
         if first + process.rank < len(missing):
             write_atomically(file, partial(save_file, tensors))
@@ -79,11 +78,17 @@ def write_predictions(
 
 
 @torch.no_grad()
-def _most_probable(teacher: Predictor, batches: Sequence[Any], options: RecoveryOptions) -> dict[str, Tensor]:
-    """[learnt tokens, tokens that are known], int32, and their log-probabilities, float32."""
+def _most_probable(
+    teacher: Predictor, batches: Sequence[Sequence[Example]], options: RecoveryOptions
+) -> dict[str, Tensor]:
+    """[learnt tokens, tokens that are known], int32, and their log-probabilities, float32. For an empty batch, the
+    teacher runs the first one again."""
     found = []
-    for batch in batches:
+    for examples in batches:
+        batch = collate(examples or batches[0])
         hidden = teacher.called(batch["input_ids"].to(teacher.device), batch["attention_mask"].to(teacher.device))
+        if not examples:
+            continue
         learnt = hidden[:, :-1][(batch["labels"][:, 1:] != IGNORED).to(hidden.device)]
         for rows in learnt.split(ROWS):
             predicted = (teacher.logits(rows).float() / options.temperature).log_softmax(-1)
