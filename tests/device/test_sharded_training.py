@@ -214,8 +214,10 @@ def test_a_sharded_teacher_writes_what_it_predicts(
 ) -> None:
     """Of all tokens, so that the loss is the full one."""
     teacher = family("llama", num_hidden_layers=3)
-    arguments = recovery(family("llama"), counting, tmp_path / "a", teacher=teacher, teacher_top=256)
+    arguments = recovery(
+        family("llama"), counting, tmp_path / "a", teacher=teacher, teacher_top=256, micro_batch_size=1
+    )
     stored = only_json(launch(*arguments, environment=SHARDED | EXACT))
-    arguments = recovery(family("llama"), counting, tmp_path / "b", teacher=teacher)
+    arguments = recovery(family("llama"), counting, tmp_path / "b", teacher=teacher, micro_batch_size=1)
     alone = only_json(two_devices.run(*arguments, native_bfloat16=False))
-    assert stored["loss_after"] == pytest.approx(alone["loss_after"], rel=1e-3)
+    assert stored["loss_after"] == pytest.approx(alone["loss_after"], rel=1e-4)
