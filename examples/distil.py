@@ -8,17 +8,17 @@ from inputs import given, model, options, seq_len, texts, tokenizer
 import adapruner
 
 settings = {"steps": 2 if given.small else 100, "batch_size": 4, "seq_len": seq_len, "learning_rate": 1e-3}
-for method in ("labels", "distillation"):
+for label_weight in (1.0, 0.0):
     result = adapruner.prune(
         *(model, texts),
         tokenizer=tokenizer,
         output="runs/distil",
         overwrite=True,
         recover=texts,
-        recovery={"method": method, "lora_dropout": 0.0, **settings},
+        recovery={"label_weight": label_weight, "lora_dropout": 0.0, **settings},
         **options,
     )
     [measured] = result.result.final.perplexity.values()
     record = result.result.recovery
-    print(f"{method}: validation loss {record.loss_before:.4f} → {record.loss_after:.4f} nats per token")
+    print(f"{record.method}: validation loss {record.loss_before:.4f} → {record.loss_after:.4f} nats per token")
     print(f"perplexity {measured.perplexity:.2f} on {measured.protocol}")

@@ -599,8 +599,8 @@ def test_malformed_data_are_refused_before_the_model_is_loaded(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--method", "distillation"], "add --teacher"),
-        (["--method", "labels", "--teacher", "smollm2"], "remove --teacher"),
+        (["--own-writing", "0.5"], "add --teacher"),
+        (["--label-weight", "1", "--teacher", "smollm2"], "remove --teacher"),
         (["--steps", "0"], "--steps 0"),
         (["--learning-rate", "-1"], "--learning-rate -1"),
         (["--teacher", "nowhere/at/all"], "no model at"),

@@ -46,7 +46,6 @@ HeadGranularity = Literal["kv-group", "query-head"]
 Layout = Literal["per-layer", "uniform"]
 Phase = Literal["prefill", "decode"]
 RatioOf = Literal["parameters", "groups"]
-RecoveryMethod = Literal["auto", "labels", "distillation"]
 Reduction = Literal["sum", "mean", "max", "prod"]
 Sampler = Literal["tpe", "random"]
 WholePart = Literal["attention", "feed-forward", "layer", "none"]
@@ -163,11 +162,6 @@ class _Options(BaseModel):
 class RecoveryOptions(_Options):
     """Options of fine-tuning a pruned model; the defaults are those of LLM-Pruner and the paper."""
 
-    method: RecoveryMethod = Field(
-        default="auto",
-        description="Train on the labels, or distil the predictions of the dense model; auto distils if a teacher is"
-        " given or the dense model writes some of the text.",
-    )
     train: TrainedWeights = Field(
         default="lora",
         description="Train adapters, merged at the end: those of LoRA, or with ia3 a scale for each input of a linear"
@@ -236,10 +230,6 @@ class RecoveryOptions(_Options):
     seed: int = Field(default=0, ge=0, description="Seed of the adapters and of the order of the examples.")
 
     _conflicts = CONFLICTS_OF_TRAINING
-
-    def learns_labels(self, has_teacher: bool) -> bool:
-        """True if the model is trained on the labels alone, False if on the predictions of a teacher."""
-        return not has_teacher if self.method == "auto" else self.method == "labels"
 
 
 class PruneOptions(_Options):

@@ -156,10 +156,6 @@ CONFLICTS_OF_TRAINING: tuple[Conflict, ...] = (
         "`steps`, `epochs`, `tokens` and `minutes` each say how long the training is: give one",
     ),
     (
-        lambda own_writing, method: own_writing and method == "labels",
-        "the dense model corrects what the model writes: leave `own_writing` or `method` labels out",
-    ),
-    (
         lambda own_writing, teacher_top: own_writing and teacher_top is not None,
         "the dense model corrects what the model writes in every step: leave `own_writing` or `teacher_top` out",
     ),
@@ -167,10 +163,6 @@ CONFLICTS_OF_TRAINING: tuple[Conflict, ...] = (
 
 CONFLICTS_OF_RECOVERY: tuple[Conflict, ...] = (
     *CONFLICTS_OF_TRAINING,
-    (
-        lambda method, teacher: method == "distillation" and teacher is None,
-        "`method` distillation needs the dense model: add `teacher`",
-    ),
     (
         lambda own_writing, teacher: own_writing and teacher is None,
         "`own_writing` needs the dense model, which corrects it: add `teacher`",

@@ -141,12 +141,10 @@ def test_all_errors_of_a_config_at_once() -> None:
         " `layout` round is not one of per-layer, uniform; `model` is missing;"
         " `learning_rate` is not an option: did you mean `recovery.learning_rate`?"
     )
-    assert refusal(RecoverConfig, data="d", method="labels", teacher="t", steps=0, stesp=1) == (
+    assert refusal(RecoverConfig, data="d", teacher_top=8, steps=0, stesp=1) == (
         "`steps` 0 must be at least 1; `model` is missing;"
-        " `method` labels needs no teacher: remove `teacher`; `stesp` is not an option: did you mean `steps`?"
+        " `teacher_top` needs the dense model: add `teacher`; `stesp` is not an option: did you mean `steps`?"
     )
-    # Where the teacher writes the text, it is needed all the same.
-    assert RecoverConfig.from_options(model="m", data="self", method="labels", teacher="t").teacher == "t"
 
 
 def test_many_errors_are_cut_short() -> None:

@@ -34,7 +34,7 @@ class Case:
         return "-".join([self.family, self.dtype, *how, *map(str, self.options)])
 
 
-FULL, DISTILLED = {"train": "full"}, {"method": "distillation"}
+FULL, DISTILLED = {"train": "full", "label_weight": 1}, {"label_weight": 0.5}
 SAMPLE = [Case("llama", "float32", recovery={})]
 # Whole experts, as many in every layer, are steps of the ratio.
 STEPS = {"mixtral": 0.1955, "qwen3_moe": 0.1872, "jamba": 0.1201, "granitemoehybrid": 0.1702, "qwen3_next": 0.1133}
@@ -47,7 +47,7 @@ CASES = [
     Case("phi3", "bfloat16", False, True, {"layout": "uniform"}, DISTILLED),
     Case("phi3", "float16", True, True, {"whole": "attention", "ratio": 0.3}),
     Case("gpt_neox", "float32", True, False, {"terms": "vector-wise"}, {}),
-    Case("gpt_neox", "float16", False, True, {"whole": "feed-forward", "ratio": 0.3}, DISTILLED | FULL),
+    Case("gpt_neox", "float16", False, True, {"whole": "feed-forward", "ratio": 0.3}, FULL | DISTILLED),
     Case("gpt2", "float32", False, False, {"space": "paper"}, {}),
     Case("gpt2", "bfloat16", True, True, {"compensation": "bias"}, {}),
     Case("mixtral", "float16", False, True, {}, {}),

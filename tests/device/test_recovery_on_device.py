@@ -63,7 +63,7 @@ def test_recover(
     losses = []
     for place in ("cuda", "cpu"):
         seq_len = 96 if kind == "instructions" else 16
-        arguments = command(model, data, tmp_path / place, place, train=train, method=method, seq_len=seq_len)
+        arguments = command(model, data, tmp_path / place, place, train=train, seq_len=seq_len)
         outcome = device.run(*arguments, *teacher, native_bfloat16=native)
         record = only_json(outcome)
         losses.append([record["loss_before"], record["loss_after"]])

@@ -185,7 +185,7 @@ def test_two_processes_recover(
     tmp_path: Path,
 ) -> None:
     teacher = ["--teacher", family("llama")] if method == "distillation" else []
-    command = recovering(family("llama"), text_file, tmp_path / "a", train=train, method=method)
+    command = recovering(family("llama"), text_file, tmp_path / "a", train=train)
     outcome = launch(*command, *teacher)
     assert only_json(outcome)["steps"] == 3
     assert all(peaks(outcome))

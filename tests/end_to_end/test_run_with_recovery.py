@@ -25,7 +25,6 @@ from run_helpers import (
 
 OPTIONS = QUICK | {
     "recovery": {
-        "method": "distillation",
         "seq_len": 16,
         "batch_size": 4,
         "micro_batch_size": 2,

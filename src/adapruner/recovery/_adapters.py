@@ -41,7 +41,6 @@ def scale_options(seed: int, device: torch.device, processes: int = 1) -> Recove
         processes: the number of processes that train together and share every batch.
     """
     return RecoveryOptions(
-        method="distillation",
         train="ia3",
         epochs=1,
         batch_size=max(1, _SCALES_BATCH // processes) * processes,

@@ -142,34 +142,33 @@ class Unwritten:
             rows[numbers] = continue_texts(teacher, prompts, new_tokens, temperatures, seed + first, ends, progress)
         return rows
 
-    def examples(self, written: Tensor, options: RecoveryOptions, distils: bool = True) -> Examples:
-        """The examples of a written text; the tokens of prompts are not learnt.
+    def examples(self, written: Tensor, options: RecoveryOptions) -> Examples:
+        """The examples of a written text, of which the predictions of the teacher are learnt, and none for the prompts.
 
         Args:
             written: see `write`.
-            distils: True to learn the predictions of the teacher alone, False for the labels alone.
         """
         made = []
         for number, row in enumerate(written):
             tokens = row[row != NO_TOKEN].tolist()
             start = len(self.prompts[number]) if self.prompts else 1
-            made.append(_example(tokens, start, 0.0 if distils else 1.0))
+            made.append(_example(tokens, start, 0.0))
         return _split(made, self.part, options, self.skipped)
 
 
 def read_examples(
-    blend: Sequence[BlendPart], tokenizer: Tokenizer, options: RecoveryOptions, distils: bool
+    blend: Sequence[BlendPart], tokenizer: Tokenizer, options: RecoveryOptions, label_weight: float
 ) -> list[Examples | Unwritten]:
     """The examples of every dataset of a blend: instructions if it has the columns `instruction` and `output`, else
     windows of its text. No more are tokenized than the training needs, if it says how long it is.
 
     Args:
-        distils: True if the predictions of a teacher are learnt.
+        label_weight: of text that nobody has yet to write; 1 without a teacher.
 
     Raises:
         AdaPrunerError: a dataset cannot be read, a field is missing, or there are too few records.
     """
-    return [_read(part, tokenizer, options, options.label_weight if distils else 1.0) for part in blend]
+    return [_read(part, tokenizer, options, label_weight) for part in blend]
 
 
 def _read(part: BlendPart, tokenizer: Tokenizer, options: RecoveryOptions, label_weight: float) -> Examples | Unwritten:

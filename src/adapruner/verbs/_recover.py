@@ -111,8 +111,8 @@ def _recover_into(
     written = [part.name for part in blend if part.is_written]
     if written and teacher is None:
         raise AdaPrunerError(f"`data` {written[0]} is text that the dense model writes: name it with `teacher`")
-    if config.method == "labels" and teacher is not None and not written:
-        raise AdaPrunerError("`method` labels needs no teacher: remove `teacher`")
+    if teacher is not None and config.label_weight == 1 and not written and not config.own_writing:
+        raise AdaPrunerError("with `label_weight` 1, nothing is learnt from a teacher: remove `teacher`, or lower it")
     check_device(resolve_device(device))
     check_batch_size(config.batch_size)
     check_optimizer(config.optimizer)
@@ -154,8 +154,7 @@ def _train(
             )
         warnings.append(check_length(dense_config, config.seq_len))
     tokenizer = load_tokenizer(location)
-    distils = not config.learns_labels(has_teacher=dense_location is not None)
-    parts = read_examples(blend, tokenizer, config, distils)
+    parts = read_examples(blend, tokenizer, config, config.label_weight if dense_location else 1.0)
     for part in parts:
         check_tokens(model_config, part.largest_token)
     begin_training(folder, resolved, overwrite)
@@ -181,9 +180,9 @@ def _train(
                 assert dense is not None
                 with reporter.stage(f"writing {part.name}", part.count) as advance:
                     written = part.write(dense, tokenizer, config.seq_len, config.seed, advance)
-                part = part.examples(written, config, distils)
+                part = part.examples(written, config)
             examples.append(part)
-        teacher = in_fastest_dtype(dense) if dense is not None and distils else None
+        teacher = None if dense is None else in_fastest_dtype(dense)
         del dense  # if the teacher is a copy, the original weights are not needed
         if teacher is not None and config.teacher_top:
             count = sum(len(part.training) + len(part.validation) for part in examples)

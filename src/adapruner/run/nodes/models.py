@@ -289,11 +289,9 @@ def _bytes_of_saved(amount: Size | Memory, model: Path, tokenizer: Tokenizer, we
 
 @GRAPH.in_memory
 def distils(recovery_texts: tuple[BlendPart, ...], recovery: RecoveryOptions) -> bool:
-    """True if the predictions of the dense model are learnt: on request, or if it writes some of the text, or corrects
-    what the pruned model writes."""
-    asked = recovery.own_writing > 0 or recovery.teacher_top is not None
-    needs_teacher = asked or any(part.is_written for part in recovery_texts)
-    return not recovery.learns_labels(has_teacher=needs_teacher)
+    """True if the predictions of the dense model are learnt."""
+    written = any(part.is_written for part in recovery_texts)
+    return written or recovery.label_weight < 1 or recovery.own_writing > 0
 
 
 @GRAPH.in_memory
@@ -312,7 +310,7 @@ def examples(
         raise AdaPrunerError(
             f"`recovery.batch_size` {recovery.batch_size} cannot be divided among {process.count} processes"
         )
-    parts = read_examples(recovery_texts, tokenizer, recovery, distils)
+    parts = read_examples(recovery_texts, tokenizer, recovery, recovery.label_weight)
     for part in parts:
         check_tokens(empty.config, part.largest_token)
     return parts
@@ -364,7 +362,7 @@ def recovered(
 ) -> Path:
     """The saved model, fine-tuned on the text or on what the dense model predicts, by all processes together."""
     blend = [
-        part if isinstance(part, Examples) else part.examples((training_texts or {})[part.name], recovery, distils)
+        part if isinstance(part, Examples) else part.examples((training_texts or {})[part.name], recovery)
         for part in examples
     ]
     teacher = dense_fast if distils else None
