@@ -72,7 +72,7 @@ def test_the_7b_recipes_leave_exactly_what_the_protocol_leaves(
     assert (kept[middle, "heads"], kept[middle, "channels"]) == (heads, channels)
     assert structure.total_parameters - structure.removed_parameters(counts) == left
     assert config.recover == "alpaca"
-    assert config.recovery.learns_labels(has_teacher=True)
+    assert config.recovery.label_weight == 1
 
 
 def test_options_go_before_those_of_the_recipe(tmp_path: Path, resolved: Resolved) -> None:
