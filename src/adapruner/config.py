@@ -3,23 +3,11 @@
 from __future__ import annotations
 
 import inspect
-import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ByteSize,
-    ConfigDict,
-    Field,
-    TypeAdapter,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 from typing_extensions import Self
 
@@ -33,6 +21,7 @@ from adapruner.option_rules import (
     searches_widths,
     tunes_scales_by_default,
 )
+from adapruner.option_values import ONE_OR_MORE, Count, Names, Ratios, Size, Tokens
 from adapruner.plain_yaml import UNREADABLE, parse_options
 
 Alignment = Literal["data", "paper"]
@@ -59,57 +48,6 @@ Terms = Literal["all", "vector-wise"]
 Tracker = Literal["mlflow", "tensorboard", "trackio", "wandb"]
 TrainedWeights = Literal["lora", "ia3", "full"]
 
-
-def _check_fraction(value: float) -> float:
-    if not 0 < value < 1:
-        percent = value if 1 < value < 100 else 20
-        raise ValueError(f"is not a fraction between 0 and 1: {percent / 100:g} removes {percent:g} %")
-    return value
-
-
-def _ascending(values: tuple[float, ...]) -> tuple[float, ...]:
-    if len(set(values)) < max(len(values), 1):
-        raise ValueError("must be one or more different fractions")
-    return tuple(sorted(values))
-
-
-def size_in_bytes(value: Any) -> int:
-    """Bytes of a size such as 400MB or 1.5GiB.
-
-    Raises:
-        ValueError: it is not a size.
-    """
-    try:
-        return int(TypeAdapter(ByteSize).validate_python(value))
-    except ValidationError:
-        raise ValueError("is not a size: expected a number with a unit, as 400MB or 1.5GiB") from None
-
-
-def _check_size(value: Any) -> str:
-    if not size_in_bytes(value):
-        raise ValueError("must be more than nothing")
-    return str(value)
-
-
-def _check_tokens(value: Any) -> str:
-    """A number of tokens in digits, of one such as 300k or 2M."""
-    text = str(value).strip()
-    number = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?)([kMB]?)", text)
-    if number is None or (tokens := float(number[1]) * _THOUSANDS[number[2]]) < 1:
-        raise ValueError("is not a number of tokens: expected one such as 300k, 2M or 1_000_000")
-    return str(round(tokens))
-
-
-_THOUSANDS = {"": 1, "k": 1_000, "M": 1_000_000, "B": 1_000_000_000}
-
-Count = Annotated[int, Field(ge=1)]
-Tokens = Annotated[str, BeforeValidator(_check_tokens)]
-Size = Annotated[str, BeforeValidator(_check_size)]
-Fraction = Annotated[float, AfterValidator(_check_fraction)]
-# One value stands for a tuple of one.
-_OneOrMore = BeforeValidator(lambda value: value if isinstance(value, list | tuple) else (value,))
-Ratios = Annotated[tuple[Fraction, ...], _OneOrMore, AfterValidator(_ascending)]
-Names = Annotated[tuple[str, ...], _OneOrMore]
 
 # The option `objective` begins with this if it names a function of the user.
 FUNCTION = "python:"
@@ -340,7 +278,7 @@ class PruneOptions(_Options):
         default="extended",
         description="paper mixes the Taylor terms; extended mixes all terms and searches the allocation.",
     )
-    for_: Annotated[tuple[ServingEngine, ...], _OneOrMore] = Field(
+    for_: Annotated[tuple[ServingEngine, ...], ONE_OR_MORE] = Field(
         default=(),
         description="Engine that shall load the model, without code from its folder where that can be had: sets layout,"
         " head_share and whole, and refuses what it cannot load; may be repeated; any is every engine.",
@@ -362,7 +300,7 @@ class PruneOptions(_Options):
     expert_granularity: ExpertGranularity = Field(
         default="expert", description="Of mixtures, remove whole experts, or the same number of channels from each."
     )
-    whole: Annotated[tuple[WholePart, ...], _OneOrMore] | None = Field(
+    whole: Annotated[tuple[WholePart, ...], ONE_OR_MORE] | None = Field(
         default=None,
         description="Part of a layer that may be removed whole, if the search finds that better: attention,"
         " feed-forward, layer, or none; may be repeated; by default attention, with layout uniform layer.",

@@ -10,7 +10,8 @@ from typing import ClassVar, Literal, TypeAlias
 
 from pydantic import BaseModel
 
-from adapruner.config import Phase, TargetFormat, TargetName, size_in_bytes
+from adapruner.config import Phase, TargetFormat, TargetName
+from adapruner.option_values import size_in_bytes
 from adapruner.planning._budget import BudgetError, UnreachableRatioError
 
 TARGET_TOLERANCE = 0.01
