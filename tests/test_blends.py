@@ -204,7 +204,7 @@ def test_no_more_is_tokenized_than_the_training_needs(
     )
     seen.clear()
     options = RecoveryOptions(seq_len=256, steps=2, batch_size=5)
-    [made] = read_examples(parse_blend(str(instructions)), tokenizer, options, True)
+    [made] = read_examples(parse_blend(str(instructions)), tokenizer, options, 0.5)
     assert isinstance(made, Examples)
     # Ten for the training, and at most as many for validation as the tenth of all.
     assert 12 <= len(made.training) + len(made.validation) <= 28
@@ -215,13 +215,13 @@ def test_the_weight_of_the_labels(
     tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel, instructions: Path, text_file: Path
 ) -> None:
     blend = parse_blend(f"self:1,{text_file}:1,answers:{instructions}:1,{instructions}:1")
-    options = RecoveryOptions(seq_len=128, records=8, label_weight=0.4)
-    for distils, expected in ((True, [0, 0.4, 0, 0.4]), (False, [1, 1, 1, 1])):
+    options = RecoveryOptions(seq_len=128, records=8)
+    for label_weight, expected in ((0.4, [0, 0.4, 0, 0.4]), (1.0, [0, 1, 0, 1])):
         weights = []
-        for part in read_examples(blend, tokenizer, options, distils):
+        for part in read_examples(blend, tokenizer, options, label_weight):
             if isinstance(part, Unwritten):
                 assert part.count == 8
-                part = part.examples(part.write(model, tokenizer, 128, 0), options, distils)
+                part = part.examples(part.write(model, tokenizer, 128, 0), options)
             assert len(part.training) + len(part.validation) == 8
             weights.append({example["label_weight"] for example in [*part.training, *part.validation]})
             assert collate(list(part.training))["label_weight"].tolist() == pytest.approx(
@@ -234,7 +234,7 @@ def test_the_teacher_answers_prompts(
     tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel, instructions: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     [part] = read_examples(
-        parse_blend(f"answers:{instructions}"), tokenizer, RecoveryOptions(seq_len=96, records=20), True
+        parse_blend(f"answers:{instructions}"), tokenizer, RecoveryOptions(seq_len=96, records=20), 0.5
     )
     assert isinstance(part, Unwritten)
     texts = [tokenizer.decode(prompt) for prompt in part.prompts]
@@ -251,7 +251,7 @@ def test_the_teacher_answers_prompts(
         assert tokenizer.eos_token_id not in learnt[:-1]
     monkeypatch.setattr(tokenizer, "chat_template", "{% for m in messages %}w50 {{ m['content'] }} w51{% endfor %}")
     [chat] = read_examples(
-        parse_blend(f"answers:{instructions}"), tokenizer, RecoveryOptions(seq_len=96, records=20), True
+        parse_blend(f"answers:{instructions}"), tokenizer, RecoveryOptions(seq_len=96, records=20), 0.5
     )
     assert isinstance(chat, Unwritten)
     assert all(re.fullmatch(r"w50 w\d+ w2 w51", tokenizer.decode(prompt)) for prompt in chat.prompts)

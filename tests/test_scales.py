@@ -17,7 +17,8 @@ from adapruner.recovery import scale_options
 from adapruner.run.nodes import models as _model
 from run_helpers import QUICK, assert_same_artifacts, flags, run_killed
 
-OPTIONS: dict[str, Any] = QUICK | {"tune_scales": True, "self_windows": 16}
+# Of a smaller cut, compensation leaves nothing for scales to bring back.
+OPTIONS: dict[str, Any] = QUICK | {"tune_scales": True, "self_windows": 16, "ratio": 0.3}
 
 
 @pytest.fixture(scope="module")

@@ -55,7 +55,7 @@ def test_its_structure() -> None:
 def test_pruned_for_real(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # All of them take half a minute, as the built-in texts do.
     monkeypatch.setattr("adapruner.calibration._probes.OPENINGS", ("The old bridge", "To bake a loaf of bread, first"))
-    monkeypatch.setattr("adapruner.calibration._probes._as_chat", lambda *_: "")
+    monkeypatch.setattr("adapruner.calibration._probes.as_chat", lambda *_: "")
     monkeypatch.setattr("adapruner.evaluation._breakage.questions", lambda: questions()[:2])
     monkeypatch.setattr("adapruner.calibration._probes._WINDOWS", 1)
     result = adapruner.prune(
