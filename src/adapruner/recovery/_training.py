@@ -127,7 +127,7 @@ def train(
             copy: the two are never in memory together, unless they are held elsewhere.
         blend: the examples of every dataset; each batch has them in their shares.
         folder: for the Trainer's checkpoints.
-        teacher: learn its predictions (see `Objective`) and not the labels alone; it is run in its own dtype.
+        teacher: its predictions are learnt, as the label weights of the examples say; it is run in its own dtype.
         progress: called with the number of steps done.
         track: called with the numbers that the Trainer logs: the losses and the learning rate of every step.
         tokenizer: for `own_writing`: knows the tokens that end a text.

@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from adapruner.calibration import BlendPart, blend_sources, content_hash, parse_blend
 from adapruner.card import card_of_recovered, read_card
 from adapruner.checkpoint import check_push, push, read_origin
@@ -164,16 +166,7 @@ def _train(
         dense = None
         if dense_location:
             with reporter.stage("loading"):
-                if shares:
-                    dense = shard(in_fastest_dtype(open_model(dense_location, config.dtype, device, deferred=True)))
-                elif config.teacher_top:
-                    may_stream = is_streamable(dense_location, dense_config)
-                    places = place_weights(
-                        empty_model(dense_config), config.dtype, usable_devices(device), 1, may_stream
-                    )
-                    dense = open_model(dense_location, config.dtype, places.device, places.layer_wise)
-                else:
-                    dense = open_model(dense_location, config.dtype, device)
+                dense = _load_teacher(dense_location, config, device, shares)
         examples = []
         for part in parts:
             if not isinstance(part, Examples):
@@ -205,6 +198,19 @@ def _train(
                 advance,
                 tracking.on_numbers,
             )
+
+
+def _load_teacher(location: ModelLocation, config: RecoverConfig, device: str, shares: bool) -> PreTrainedModel:
+    """The dense model: shared by all processes, or for `teacher_top` on several GPUs or layer by layer, or on the
+    device of the training."""
+    if shares:
+        return shard(in_fastest_dtype(open_model(location, config.dtype, device, deferred=True)))
+    if not config.teacher_top:
+        return open_model(location, config.dtype, device)
+    dense_config = open_config(location)
+    may_stream = is_streamable(location, dense_config)
+    places = place_weights(empty_model(dense_config), config.dtype, usable_devices(device), 1, may_stream)
+    return open_model(location, config.dtype, places.device, places.layer_wise)
 
 
 def _origin(location: ModelLocation, blend: Sequence[BlendPart]) -> dict[str, Any]:
