@@ -246,7 +246,7 @@ def test_the_teacher_answers_prompts(
         assert example["input_ids"][: len(prompt)] == prompt
         learnt = [label for label in example["labels"] if label != -100]
         assert example["input_ids"][len(prompt) :] == learnt
-        # An answer goes on until it ends.
+        # An answer has as many tokens as fit, or its end token.
         assert len(example["input_ids"]) >= 90 or learnt[-1] == tokenizer.eos_token_id
         assert tokenizer.eos_token_id not in learnt[:-1]
     monkeypatch.setattr(tokenizer, "chat_template", "{% for m in messages %}w50 {{ m['content'] }} w51{% endfor %}")
