@@ -50,7 +50,7 @@ SCALE = 0.3
 
 @pytest.fixture(autouse=True)
 def _few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_loss, "ROWS", 5)
+    monkeypatch.setattr(_loss, "PREDICTIONS_AT_ONCE", 5)
 
 
 def double(family: str, seed: int) -> PreTrainedModel:
@@ -185,7 +185,7 @@ class _LargestLogits(TorchDispatchMode):
 
 
 def test_no_tensor_has_the_logits_of_more_than_some_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_loss, "ROWS", 70)  # more than the width of the head, whose transpose is as wide
+    monkeypatch.setattr(_loss, "PREDICTIONS_AT_ONCE", 70)  # more than the width of the head, whose transpose is as wide
     student, teacher = double("llama", 0), double("llama", 1)
     tokens = torch.randint(5, 60, (4, 60))
     with _LargestLogits(student.config.vocab_size) as largest:

@@ -12,9 +12,10 @@ from adapruner.config import RecoveryOptions
 from adapruner.measurement import saved_activations
 from adapruner.memory._stages import Terms
 from adapruner.models import decoder_layers
+from adapruner.recovery import PREDICTIONS_AT_ONCE
 
-# Predictions whose losses are computed at once, and the float32 tensors of that size that are held meanwhile.
-_ROWS, _TENSORS = 256, 5
+# Float32 tensors that are held while losses are computed, each as large as the predictions at once.
+_TENSORS = 5
 _FLOAT32 = 4
 
 
@@ -54,7 +55,7 @@ def training_memory(
     with_gradients = width * (2 if trains_all else 1)
     loss_is_differentiated = {
         "activations": int(tokens * kept),
-        "predictions": min(_ROWS, tokens) * vocabulary * _FLOAT32 * _TENSORS,
+        "predictions": min(PREDICTIONS_AT_ONCE, tokens) * vocabulary * _FLOAT32 * _TENSORS,
         "head": _outside(student) * with_gradients if shares else 0,
     }
     first_layer_is_differentiated = {

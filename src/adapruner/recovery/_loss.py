@@ -16,7 +16,7 @@ from adapruner.models import architecture_of
 from adapruner.recovery._examples import IGNORED
 
 # Predictions that are in memory at once, in float32.
-ROWS = 256
+PREDICTIONS_AT_ONCE = 256
 
 
 def loss_and_gradient(
@@ -162,7 +162,7 @@ def loss_of_batch(
     wanted = taught[:, :-1][learnt.to(taught.device)] if isinstance(taught, Tensor) else None
 
     def loss_of(hidden: Tensor, start: int) -> Tensor:
-        chunk = slice(start, start + ROWS)
+        chunk = slice(start, start + PREDICTIONS_AT_ONCE)
         logits = student.logits(hidden)
         with torch.no_grad():
             expected = None
@@ -175,7 +175,7 @@ def loss_of_batch(
         apply: Any = _LossOfLogits.apply
         return cast(Tensor, apply(logits, expected, labels[chunk], weights[chunk], scale, temperature))
 
-    chunks = [(chunk, number * ROWS) for number, chunk in enumerate(rows.split(ROWS))]
+    chunks = [(chunk, number * PREDICTIONS_AT_ONCE) for number, chunk in enumerate(rows.split(PREDICTIONS_AT_ONCE))]
     if isinstance(student.head, FSDPModule):
         # Its weights are whole only while it runs.
         losses = [checkpoint(loss_of, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]

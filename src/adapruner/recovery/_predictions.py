@@ -19,7 +19,7 @@ from adapruner.files import write_atomically
 from adapruner.models import is_streamed
 from adapruner.processes import this_process
 from adapruner.recovery._examples import IGNORED, Example, Examples, Taught
-from adapruner.recovery._loss import ROWS, Predictor
+from adapruner.recovery._loss import PREDICTIONS_AT_ONCE, Predictor
 from adapruner.recovery._training import collate
 
 # Examples in a file. Layer by layer, they are computed together.
@@ -90,7 +90,7 @@ def _most_probable(
         if not examples:
             continue
         learnt = hidden[:, :-1][(batch["labels"][:, 1:] != IGNORED).to(hidden.device)]
-        for rows in learnt.split(ROWS):
+        for rows in learnt.split(PREDICTIONS_AT_ONCE):
             predicted = (teacher.logits(rows).float() / options.temperature).log_softmax(-1)
             found.append(predicted.topk(min(options.teacher_top or 1, predicted.shape[-1])))
     return {
