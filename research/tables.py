@@ -1,0 +1,125 @@
+"""The tables of `results.md`, made from the files in `results/`.
+
+`python research/tables.py` writes them; with `--check`, it fails if one differs from its file or is not shown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+HERE = Path(__file__).parent
+PLACE = re.compile(r"(<!--(?P<file>[\w-]+)/(?P<table>[\w-]+)-->\n).*?(<!--end-->)", re.DOTALL)
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Measured(Strict):
+    """The circumstances of a measurement; "not recorded" stands where one is unknown.
+
+    Attributes:
+        recorded: first commit of this repository that has the numbers, with its date.
+        script: script of the repository that repeats the measurement, or "by hand".
+    """
+
+    model: str
+    checkpoint_sha256: str
+    commit: str
+    recorded: str
+    versions: dict[str, str]
+    machine: str
+    windows: str
+    seeds: str
+    script: str
+
+    def markdown(self, file: str) -> str:
+        return (
+            f"*`results/{file}.json`: {self.model}; {self.windows}; seeds: {self.seeds}; machine {self.machine}; "
+            f"{self.script}; commit {self.commit}, numbers since {self.recorded}.*\n"
+        )
+
+
+class Column(Strict):
+    """A column of a table.
+
+    Attributes:
+        digits: decimal places of its numbers; as in the file if none.
+    """
+
+    key: str
+    title: str
+    digits: int | None = None
+
+
+class Table(Strict):
+    """Rows hold cells by the key of their column. Cells without a column are kept in the file alone."""
+
+    columns: list[Column]
+    rows: list[dict[str, Any]]
+
+    def markdown(self) -> str:
+        cells = [[cell(row.get(column.key), column.digits) for column in self.columns] for row in self.rows]
+        titles, *lines = (f"| {' | '.join(line)} |\n" for line in [[column.title for column in self.columns], *cells])
+        return "".join([titles, "|", "---|" * len(self.columns), "\n", *lines])
+
+
+class Results(Strict):
+    """A file in `results/`."""
+
+    question: str
+    measured: Measured
+    tables: dict[str, Table]
+
+    def markdown(self, file: str, table: str) -> str:
+        return self.measured.markdown(file) if table == "measured" else self.tables[table].markdown()
+
+
+def cell(value: Any, digits: int | None) -> str:
+    """A cell: text, a number, one number for each dataset, the mean and range of several seeds, or a gain with its
+    standard error and the number that it leads to."""
+    match value:
+        case None:
+            return ""
+        case str():
+            return value
+        case int():
+            return f"{value:,}"
+        case float():
+            return f"{value:,}" if digits is None else f"{value:,.{0 if value >= 100 else digits}f}"
+        case list():
+            return " / ".join(cell(number, digits) for number in value)
+        case {"mean": mean, "least": least, "greatest": greatest}:
+            return f"{cell(mean, digits)} ({cell(least, digits)}–{cell(greatest, digits)})"
+        case {"gain": gain, "error": error}:
+            change = f"{gain:+.3f} ± {error:.3f}".replace("-", "−")
+            return f"{cell(value['value'], digits)} ({change})" if "value" in value else change
+    raise TypeError(f"a table has no cells like {value!r}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a table is not that of its file")
+    check = parser.parse_args().check
+    page = HERE / "results.md"
+    results = {file.stem: Results.model_validate_json(file.read_bytes()) for file in HERE.glob("results/*.json")}
+    before = page.read_text(encoding="utf-8")
+    after = PLACE.sub(lambda place: place[1] + results[place["file"]].markdown(place["file"], place["table"]) + place[4], before)
+    shown = {(place["file"], place["table"]) for place in PLACE.finditer(before)}
+    missing = {(file, table) for file in results for table in ("measured", *results[file].tables)} - shown
+    if missing:
+        sys.exit(f"results.md does not show {sorted(missing)}")
+    if check and before != after:
+        sys.exit("results.md is not what its files say: run python research/tables.py")
+    if not check:
+        page.write_text(after, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
