@@ -106,7 +106,7 @@ class Comparison:
             objective_windows=self.objective_windows,
             trials=self.trials,
             sequential=False,
-            # As the tables of docs/benchmarks.md have it; ladder.py shows what these two are worth.
+            # As the tables of research/results.md have it; ladder.py shows what these two are worth.
             self_windows=0,
             level_rounds=0,
             compensation_windows=768,

@@ -1,12 +1,15 @@
-"""What the site is built with beside its plugins: tables of options, out of the classes that hold them."""
+"""Additions to the site: tables of options from the classes that hold them, and the pages of `research/`."""
 
 from __future__ import annotations
 
 import re
 import types
 import typing
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
@@ -16,9 +19,22 @@ from adapruner.cli._options import OPTION_GROUPS
 
 _DIRECTIVE = re.compile(r"^::: options (\w+)(?: prefix=(\S+))?$", re.MULTILINE)
 
+# On GitHub, links lead out of `docs/` to `research/`; in the site, `research/` is inside.
+_LINK_TO_RESEARCH = re.compile(r"\]\(\.\./(?=(?:\.\./)*research/)")
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Adds the pages of `research/`."""
+    root = Path(config.docs_dir).parent
+    for page in sorted((root / "research").rglob("*.md")):
+        files.append(File.generated(config, page.relative_to(root).as_posix(), abs_src_path=str(page)))
+    return files
+
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Replaces every line `::: options CLASS [prefix=…]` by a table of the options of that class."""
+    """Replaces every line `::: options CLASS [prefix=…]` by a table of the options of that class, and leads links to
+    `research/` to its pages in the site."""
+    markdown = _LINK_TO_RESEARCH.sub("](", markdown)
     return _DIRECTIVE.sub(lambda match: options_tables(getattr(config, match[1]), match[2] or ""), markdown)
 
 

@@ -41,7 +41,7 @@ class Measured(Strict):
 
     def markdown(self, file: str) -> str:
         return (
-            f"*`results/{file}.json`: {self.model}; {self.windows}; seeds: {self.seeds}; machine {self.machine}; "
+            f"*`{file}.json`: {self.model}; {self.windows}; seeds: {self.seeds}; machine {self.machine}; "
             f"{self.script}; commit {self.commit}, numbers since {self.recorded}.*\n"
         )
 
@@ -59,13 +59,17 @@ class Column(Strict):
 
 
 class Table(Strict):
-    """Rows hold cells by the key of their column. Cells without a column are kept in the file alone."""
+    """Rows hold cells by the key of their column, and "digits" if it has other decimal places. Cells without a column
+    are kept in the file alone."""
 
     columns: list[Column]
     rows: list[dict[str, Any]]
 
     def markdown(self) -> str:
-        cells = [[cell(row.get(column.key), column.digits) for column in self.columns] for row in self.rows]
+        cells = [
+            [cell(row.get(column.key), row.get("digits", column.digits)) for column in self.columns]
+            for row in self.rows
+        ]
         titles, *lines = (f"| {' | '.join(line)} |\n" for line in [[column.title for column in self.columns], *cells])
         return "".join([titles, "|", "---|" * len(self.columns), "\n", *lines])
 
@@ -110,7 +114,9 @@ def main() -> None:
     page = HERE / "results.md"
     results = {file.stem: Results.model_validate_json(file.read_bytes()) for file in HERE.glob("results/*.json")}
     before = page.read_text(encoding="utf-8")
-    after = PLACE.sub(lambda place: place[1] + results[place["file"]].markdown(place["file"], place["table"]) + place[4], before)
+    after = PLACE.sub(
+        lambda place: place[1] + results[place["file"]].markdown(place["file"], place["table"]) + place[4], before
+    )
     shown = {(place["file"], place["table"]) for place in PLACE.finditer(before)}
     missing = {(file, table) for file in results for table in ("measured", *results[file].tables)} - shown
     if missing:

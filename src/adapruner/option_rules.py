@@ -8,7 +8,8 @@ from typing import Any
 # A combination of fields that is refused: a test whose parameters are named after the fields, and a message.
 Conflict = tuple[Callable[..., Any], str]
 
-# Minimum and maximum number of windows that score a trial: results on few do not carry over (docs/experiments.md).
+# Minimum and maximum number of windows that score a trial: results on few do not carry over
+# (research/experiments/windows-and-trials.md).
 SCORING_WINDOWS = (64, 160)
 
 

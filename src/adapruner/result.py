@@ -32,7 +32,7 @@ _MUCH_WORSE, _FEW_WINDOWS, _FRIENDLY_MULTIPLE = 2.0, 256, 8
 # The growth of bits per byte, which are compared if the tokens of the two models differ.
 _MANY_MORE_BITS = 1.2
 # The rise of the repeated fraction of greedy text, and the growth of bits per byte of arithmetic and code. With a fifth
-# of SmolLM2-135M removed: 0.41 to 0.60, and 1.2 to 1.6 times (docs/benchmarks.md).
+# of SmolLM2-135M removed: 0.41 to 0.60, and 1.2 to 1.6 times.
 _MUCH_REPETITION, _MANY_MORE_PROBE_BITS = 0.25, 1.5
 # The fraction of all parameters in rows of tokens of other scripts.
 _MUCH_FOREIGN = 0.05

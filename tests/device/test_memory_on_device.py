@@ -187,7 +187,8 @@ def test_adapters_cost_what_their_shapes_say(
     device: Device, family: Callable[..., Path], text_file: Path, tmp_path: Path
 ) -> None:
     """With gradient checkpointing, a layer more is its weights, its adapters with their gradients and two moments, and
-    the hidden state in front of it; from three models one of any depth follows (docs/benchmarks.md)."""
+    the hidden state in front of it; from three models one of any depth follows
+    (research/experiments/memory-estimate.md)."""
     hidden, channels, heads, tokens = 128, 384, 64, 4 * 16  # two KV heads of 32 beside four query heads
     options = {"micro_batch_size": 4, "batch_size": 8, "gradient_checkpointing": True}
     # A vocabulary in whose logits the peak is, as in models for use.

@@ -45,7 +45,7 @@ class _Limits(NamedTuple):
         )
 
 
-# Between models that clearly belong to one class and to the next: docs/benchmarks.md, "The verdict". A broken
+# Between models that clearly belong to one class and to the next: research/experiments/verdict.md. A broken
 # model may repeat itself or babble, so repetition does not tell one.
 # A model that learnt something else than the dense model knows may be usable.
 _USABLE = _Limits(agreement=0.0, bits=1.28, repetition=0.25, loss=0.3)

@@ -23,7 +23,8 @@ from adapruner.structure import Structure
 # Samples measured at once. Layer-wise, the activations of one layer are kept, so more samples fit.
 MEASURED_AT_ONCE = {False: 4, True: 16}
 # Tokens of the pool on which parts are removed whole, and on which the costs of widths are measured: the hidden states
-# of all layers are kept for them. On fewer, attention is removed that other text needs (docs/experiments.md).
+# of all layers are kept for them. On fewer, attention is removed that other text needs
+# (research/experiments/whole-parts.md).
 TOKENS_FOR_WHOLE, TOKENS_FOR_COSTS, _FEWEST_WINDOWS = 4096, 8192, 8
 # Windows of a batch when a layer is fitted.
 _FITTED_AT_ONCE = 8

@@ -15,8 +15,8 @@ from transformers import Cache, GenerationConfig, LogitsProcessor, LogitsProcess
 
 # Where a row has no token.
 NO_TOKEN = -1
-# Rows of a batch: a processor is fastest with many (docs/benchmarks.md). Its tokens, whose keys and values are in
-# memory, which is scarcer on a device.
+# Rows of a batch: a processor is fastest with many (research/experiments/writing-speed.md). Its tokens, whose keys and
+# values are in memory, which is scarcer on a device.
 _MOST_ROWS, _MOST_TOKENS, _MOST_TOKENS_ON_DEVICE = 128, 32768, 8192
 # Tokens after which rows that have ended are dropped.
 _CHECKED_EVERY = 16

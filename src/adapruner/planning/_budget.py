@@ -16,7 +16,8 @@ from adapruner.models import Whole
 from adapruner.structure import Block, Kind, Structure
 
 RATIO_TOLERANCE = 0.005
-# Removing more of the channels of a layer hurts more than removing heads or pruning more layers (docs/experiments.md).
+# Removing more of the channels of a layer hurts more than removing heads or pruning more layers
+# (research/experiments/allocation.md).
 MOST_CHANNELS = 0.8
 # Protected layers at both ends and share of heads, from the least harmful to the one that reaches the highest ratio.
 _DEFAULT_ALLOCATIONS = ((4, 3, 0.0), (2, 2, 0.0), (1, 1, 0.0), (1, 1, 0.5), (2, 1, 1.0), (0, 0, 1.0))

@@ -33,8 +33,8 @@ _SCALES_BATCH = 16
 def scale_options(seed: int, device: torch.device, processes: int = 1) -> RecoveryOptions:
     """The options of the last step of pruning. With frozen weights, every input of every linear layer gets a scale
     (IA3, arXiv 2205.05638), which is learnt only from the predictions of the dense model, in one pass over the text of
-    the compensation. GRASPrune (arXiv 2604.19398) tunes scales of the kept groups; docs/experiments.md compares several
-    choices of scales.
+    the compensation. GRASPrune (arXiv 2604.19398) tunes scales of the kept groups;
+    research/experiments/scales.md compares several choices of scales.
 
     Args:
         device: of the model. On an accelerator, memory is short and gradient checkpointing is on.

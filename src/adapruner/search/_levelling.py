@@ -31,7 +31,7 @@ _DIVISORS = (1, 2, 4)
 _PROBED_SHARE = 0.15
 # A layer whose channels cost twice the mean gets 2 ** 0.4 times as many, and none more than 1.3 times or less than
 # 1 / 1.3 times in a round. The removal is then scaled to the ratio, which changes narrow layers by more: widths that
-# meet the ratio within the limit are worth the same (docs/experiments.md).
+# meet the ratio within the limit are worth the same (research/experiments/levelling.md).
 _EXPONENT, _MOST_PER_ROUND = 0.4, 1.3
 # Channels that cost nothing, or less: measured costs are noisy.
 _LEAST_COST = 0.05
@@ -144,7 +144,7 @@ def level(
     Until then, rounding decides how many heads each layer loses, because a layer has few of them. A layer regains a
     head if that gains more than channels with the same number of parameters cost on average. It loses another head if
     that costs less, as long as other layers regain one for it: other kinds of text need heads more than the text of the
-    objective does (docs/experiments.md).
+    objective does (research/experiments/levelling.md).
 
     The widths of all layers are then changed at once, by a part of what the costs suggest (with the heads before they
     were moved). This averages out noise, which accepting the best single moves would pick up. Costs are measured on

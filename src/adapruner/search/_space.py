@@ -235,7 +235,8 @@ class ExtendedSpace(SearchSpace):
 
     def _good_points(self) -> list[dict[str, Any]]:
         reference = self._reference_allocation()
-        # Router weight and output norm alone rank experts worse than how often they are used (docs/experiments.md).
+        # Router weight and output norm alone rank experts worse than how often they are used
+        # (research/experiments/experts.md).
         experts = {} if self.experts == "none" else {"taylor": 1.0}
         routing = {"routing": 0.5} if self.experts == "routing" else {}
         reconstruction = _mix(reconstruction=1.0, **experts) | reference
@@ -250,7 +251,7 @@ class ExtendedSpace(SearchSpace):
             reconstruction | {"allocation.bend": 0.8} | self._removed(layer=1),
         ]
         if self.budget.heads and "head_share" not in self.fixed:
-            # If channels alone do not suffice, this is far better on SmolLM2 (docs/experiments.md).
+            # If channels alone do not suffice, this is far better on SmolLM2 (research/experiments/start-at-half.md).
             points.append(
                 _mix(reconstruction=0.8, conditional_variance=0.2, **experts)
                 | reference

@@ -29,7 +29,8 @@ JudgeTogether = Callable[[Sequence[Candidate]], Sequence[Iterable[Tensor]]]
 Progress = Callable[[TriedPoint, float], None]
 
 # A trial is stopped once it is worse than the best one by this many standard errors of the mean difference, on at least
-# this many windows (docs/experiments.md). It may be as good, but others will follow, and its expected loss is recorded.
+# this many windows (research/experiments/early-stopping.md). It may be as good, but others will follow, and its
+# expected loss is recorded.
 # It is decided after every fourth window, for any batch size: the same on a GPU as on a CPU.
 _FEWEST_WINDOWS, _DECIDED_EVERY, _STANDARD_ERRORS = 8, 4, 0.5
 # Trials that a process judges together, if that is cheaper.

@@ -19,8 +19,8 @@ from adapruner.structure import Block, Structure
 from adapruner.surgery._compensation import Compensation
 from adapruner.surgery._cut import kept_indices, kept_layers
 
-# Share of the error of earlier layers that a layer makes up for (docs/experiments.md). With 1, a layer overfits to
-# errors that it cannot correct and is worse on other text; with 0, errors add up.
+# Share of the error of earlier layers that a layer makes up for (research/experiments/sequential-fit.md). With 1, a
+# layer overfits to errors that it cannot correct and is worse on other text; with 0, errors add up.
 CARRIED_SHARE = 0.5
 
 
