@@ -256,23 +256,22 @@ def test_of_models_with_other_tokens_only_what_compares_is_measured(
 
 
 @pytest.mark.parametrize(
-    ("agrees", "bits", "repeated", "expected"),
+    ("formal", "language", "repeated", "expected"),
     [
-        (0.49, 1.279, 0.449, "usable"),  # it learnt something else than the dense model knows
-        (1.0, 1.281, 0.2, "recover first"),
-        (1.0, 1.0, 0.451, "recover first"),
-        (0.49, 1.799, 1.0, "recover first"),
-        (0.48, 1.0, 0.2, "usable"),
-        (0.48, 1.3, 0.2, "broken"),
-        (1.0, 1.801, 0.2, "broken"),
-        (1.0, math.nan, 0.2, "broken"),
-        (None, 1.279, None, "usable"),  # layer by layer nothing is generated
-        (None, 1.801, None, "broken"),
-        (1.0, None, 0.2, "usable"),  # a tokenizer that does not say which bytes a token is
+        (1.279, 1.199, 0.299, "usable"),
+        (1.281, 1.0, 0.2, "recover first"),
+        (1.0, 1.0, 0.301, "recover first"),
+        (1.799, 1.199, 1.0, "recover first"),
+        (1.0, 1.201, 1.0, "broken"),
+        (1.801, 1.0, 0.2, "broken"),
+        (math.nan, 1.0, 0.2, "broken"),
+        (1.279, 1.199, None, "usable"),  # nothing is written where every token would read all weights
+        (1.801, 1.0, None, "broken"),
+        (None, None, 0.2, "usable"),  # a tokenizer that does not say which bytes a token is
     ],
 )
 def test_verdict_at_its_limits(
-    model: PreTrainedModel, agrees: float | None, bits: float | None, repeated: float | None, expected: str
+    model: PreTrainedModel, formal: float | None, language: float | None, repeated: float | None, expected: str
 ) -> None:
     number = measure_perplexity(model, torch.randint(3, 96, (2, 12)), "text")
 
@@ -280,17 +279,23 @@ def test_verdict_at_its_limits(
         counted = None if bits is None else number.predicted_tokens
         return number.model_copy(update={"perplexity": 2.0 ** (bits or 1.0), "predicted_bytes": counted})
 
-    def signs(repeated: float | None, agrees: float | None, *bits: float | None) -> Breakage:
+    def signs(repeated: float | None, **bits: float | None) -> Breakage:
         writing = Writing(repetition=repeated or 0.0, distinct=1.0, ended=0.0, loss_of_dense=1.0, texts={})
-        texts = dict(zip(("arithmetic", "code"), map(text, bits), strict=True))
-        # Kinds on which no limit was drawn count for nothing.
-        texts["prose"] = text(32.0)
         ways = {} if repeated is None else {"openings, greedy": writing}
-        return Breakage(writing=ways, agreement=agrees, texts=texts)
+        # Agreement with the dense model says nothing of one that learnt something else.
+        return Breakage(writing=ways, agreement=0.1, texts={name: text(value) for name, value in bits.items()})
 
-    # The mean of both kinds counts: twice the bits of the dense model for one, half of them for the other.
-    dense = signs(0.2, 1.0, 1.0, 8.0)
-    assert judge(dense, signs(repeated, agrees, bits and 2 * bits, bits and 4 * bits)) == expected
+    # The mean of the kinds counts: twice the bits of the dense model for one, half of them for the other.
+    dense = signs(0.2, arithmetic=1.0, code=8.0, prose=1.0, dialogue=8.0, instructions=3.0)
+    pruned = signs(
+        repeated,
+        arithmetic=formal and 2 * formal,
+        code=formal and 4 * formal,
+        prose=language and 2 * language,
+        dialogue=language and 4 * language,
+        instructions=language and 3 * language,
+    )
+    assert judge(dense, pruned) == expected
     assert judge(dense, dense) == "usable"
 
 

@@ -81,3 +81,16 @@ def test_options_go_before_those_of_the_recipe(tmp_path: Path, resolved: Resolve
     config = resolved(["prune", "c/d", "--recipe", str(recipe), "-o", "x", "--trials", "9", "--recovery.steps", "7"])
     assert (config.model, config.ratio, config.trials) == ("c/d", (0.3,), 9)
     assert (config.recovery.steps, config.recovery.seq_len) == (7, 64)
+
+
+def test_an_effort_sets_options_that_are_not_given(tmp_path: Path, resolved: Resolved) -> None:
+    plain = ["prune", "a/b", "-o", str(tmp_path / "run")]
+    assert resolved(plain).trials == resolved([*plain, "--effort", "standard"]).trials
+    quick = resolved([*plain, "--effort", "quick", "--trials", "30"])
+    assert (quick.trials, quick.level_rounds, quick.tunes_scales) == (30, 0, False)
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("model: a/b\neffort: quick\npool: 20\n")
+    of_recipe = resolved(["prune", "--recipe", str(recipe), "-o", str(tmp_path / "run")])
+    assert (of_recipe.pool, of_recipe.compensation_windows) == (20, quick.compensation_windows)
+    with pytest.raises(AdaPrunerError, match="`effort`"):
+        PruneConfig.from_options(model="a/b", effort="fast")

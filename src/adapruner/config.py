@@ -28,6 +28,7 @@ Alignment = Literal["data", "paper"]
 CompensationForm = Literal["none", "bias", "least-squares", "least-squares-bias"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Engine = Literal["transformers", "llama.cpp"]
+Effort = Literal["quick", "standard", "thorough"]
 ExpertGranularity = Literal["expert", "channel"]
 ExportFormat = Literal["gguf", "stock", "decilm"]
 GgufType = Literal["f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_k_s", "q3_k_m"]
@@ -176,6 +177,12 @@ class PruneOptions(_Options):
     ratio: Ratios = Field(
         default=(0.2,),
         description="Fraction of all parameters to remove, tied embeddings counted once; repeat it for several models.",
+    )
+    effort: Effort = Field(
+        default="standard",
+        description="How much work the choice and the correction are worth: quick tries the starting points of the"
+        " search alone, on less text, and corrects by least squares alone, to be fine-tuned; thorough searches twice as"
+        " long. Options that are given count.",
     )
     target_size: Size | None = Field(
         default=None, description="Size of the checkpoint in place of a ratio, as 400MB or 1.5GiB; see target_format."

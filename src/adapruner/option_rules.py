@@ -8,6 +8,20 @@ from typing import Any
 # A combination of fields that is refused: a test whose parameters are named after the fields, and a message.
 Conflict = tuple[Callable[..., Any], str]
 
+# Options that are set by `effort`, by its value: points on the frontier of quality and time (research/results.md).
+EFFORTS: dict[str, dict[str, Any]] = {
+    "quick": {
+        "pool": 32,
+        "objective_windows": 64,
+        "trials": 12,
+        "level_rounds": 0,
+        "compensation_windows": 128,
+        "tune_scales": False,
+    },
+    "standard": {},
+    "thorough": {"trials": 96},
+}
+
 # Minimum and maximum number of windows that score a trial: results on few do not carry over
 # (research/experiments/windows-and-trials.md).
 SCORING_WINDOWS = (64, 160)

@@ -23,7 +23,7 @@ Names = Annotated[tuple[str, ...], Parameter(negative="")]
 
 # Groups of the fields of `PruneOptions` in the command line and the documentation; most runs set the first group only.
 OPTION_GROUPS: dict[str, tuple[str, ...]] = {
-    "Most used": ("ratio", "calibration", "evaluate", "recover", "for_", "device"),
+    "Most used": ("ratio", "calibration", "evaluate", "recover", "effort", "for_", "device"),
     "What is removed": (
         *("ratio_of", "layout", "protect_first", "protect_last", "head_share", "head_granularity"),
         *("expert_granularity", "whole", "round_to", "vocabulary", "vocabulary_size", "vocabulary_multiple"),

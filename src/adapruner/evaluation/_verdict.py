@@ -3,53 +3,58 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from statistics import geometric_mean
 from typing import Literal, NamedTuple
 
 from adapruner.evaluation._breakage import Breakage
 
-# The built-in texts that the limits were drawn on.
-_JUDGED = ("arithmetic", "code")
+# The built-in texts that limits were drawn on: what damage shows in first, and the language itself.
+_FORMAL, _LANGUAGE = ("arithmetic", "code"), ("prose", "dialogue", "instructions")
 
 Verdict = Literal["usable", "recover first", "broken"]
 
 
 class _Limits(NamedTuple):
-    """The limits that a model must keep to.
+    """The most that a model may differ from the dense model.
 
     Attributes:
-        agreement: the least agreement.
-        bits: the most bits per byte, as a multiple of the dense model's; geometric mean over arithmetic and code.
-        repetition: the largest rise above the dense model's repetition.
-        loss: the largest rise, in nats per token, of the dense model's loss on sampled continuations above that on its
-            own.
+        formal: the bits per byte of arithmetic and code, as a multiple of the dense model's; geometric mean.
+        language: those of prose, dialogue and instructions.
+        repetition: the rise of the repetition.
+        loss: the rise, in nats per token, of the dense model's loss on sampled continuations above that on its own.
     """
 
-    agreement: float
-    bits: float
+    formal: float
+    language: float
     repetition: float
     loss: float
 
     def hold(self, dense: Breakage, pruned: Breakage) -> bool:
-        rises = [
-            number.bits_per_byte / before
-            for text, number in pruned.texts.items()
-            if text in _JUDGED and number.bits_per_byte is not None and (before := dense.texts[text].bits_per_byte)
-        ]
         # A comparison with NaN is false.
         return (
-            (pruned.agreement is None or pruned.agreement >= self.agreement)
-            and (not rises or geometric_mean(rises) <= self.bits)
+            _rise(_FORMAL, dense, pruned) <= self.formal
+            and _rise(_LANGUAGE, dense, pruned) <= self.language
             and (pruned.repetition or 0.0) - (dense.repetition or 0.0) <= self.repetition
             and (pruned.loss_of_dense or 0.0) - (dense.loss_of_dense or 0.0) <= self.loss
         )
 
 
-# Between models that clearly belong to one class and to the next: research/experiments/verdict.md. A broken
-# model may repeat itself or babble, so repetition does not tell one.
-# A model that learnt something else than the dense model knows may be usable.
-_USABLE = _Limits(agreement=0.0, bits=1.28, repetition=0.25, loss=0.3)
-_NOT_BROKEN = _Limits(agreement=0.49, bits=1.8, repetition=1.0, loss=math.inf)
+def _rise(kinds: Sequence[str], dense: Breakage, pruned: Breakage) -> float:
+    """The bits per byte of some texts as a multiple of the dense model's, geometric mean; 1 if they are not known."""
+    rises = [
+        number.bits_per_byte / before
+        for text, number in pruned.texts.items()
+        if text in kinds and number.bits_per_byte is not None and (before := dense.texts[text].bits_per_byte)
+    ]
+    return geometric_mean(rises) if rises else 1.0
+
+
+# Between models that read as one class and as the next: research/experiments/verdict.md. A broken model may repeat
+# itself or babble, so repetition does not tell one; and one that learnt something else than the dense model knows may
+# be usable, so agreement with it tells nothing.
+_USABLE = _Limits(formal=1.28, language=math.inf, repetition=0.1, loss=0.3)
+_NOT_BROKEN = _Limits(formal=1.8, language=1.2, repetition=1.0, loss=math.inf)
 
 
 def judge(dense: Breakage, pruned: Breakage) -> Verdict:

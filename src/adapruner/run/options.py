@@ -15,6 +15,7 @@ from adapruner.errors import AdaPrunerError
 from adapruner.families import open_config
 from adapruner.graph import RunFolder
 from adapruner.models import find_model, register_architectures
+from adapruner.option_rules import EFFORTS
 from adapruner.paths import given_path
 from adapruner.plugins import load_plugins
 from adapruner.processes import this_process
@@ -89,6 +90,7 @@ def _given_options(
         kept = {name: value for name, value in base["recovery"].items() if name not in replaced}
         own["recovery"] = kept | own["recovery"]
     given = override(base, own)
+    given = EFFORTS.get(str(given.get("effort")), {}) | given
     if len(budgets := [name for name in BUDGETS if given.get(name) is not None]) > 1 and "ratio" in budgets:
         raise AdaPrunerError(f"`ratio` and `{budgets[1]}` both say how much is removed: give one")
     if "model" not in given:
