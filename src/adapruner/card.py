@@ -11,7 +11,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -20,7 +19,7 @@ from transformers.utils.hub import cached_file
 
 from adapruner.models import ModelLocation, find_head, is_pruned, load_config, quiet_transformers
 from adapruner.numbers import Number, measured_table
-from adapruner.plain_yaml import PlainLoader
+from adapruner.plain_yaml import parse_yaml
 from adapruner.planning import PruningPlan
 from adapruner.recovery import RecoveryRecord
 from adapruner.result import Role, RunResult, shown_name
@@ -222,8 +221,8 @@ def _metadata(card: str) -> dict[Any, Any]:
     """The metadata at the beginning of a card; empty if there are none, or they are invalid."""
     front = re.match(r"\s*---[ \t]*\n(.*?)^---", card[:_LONGEST_METADATA], re.DOTALL | re.MULTILINE)
     try:
-        metadata = yaml.load(front[1], PlainLoader) if front else None
-    except (yaml.YAMLError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError, RecursionError):
+        metadata = parse_yaml(front[1]) if front else None
+    except ValueError:
         return {}
     return metadata if isinstance(metadata, dict) else {}
 

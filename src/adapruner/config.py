@@ -22,7 +22,7 @@ from adapruner.option_rules import (
     tunes_scales_by_default,
 )
 from adapruner.option_values import ONE_OR_MORE, Count, Names, Ratios, Size, Tokens
-from adapruner.plain_yaml import UNREADABLE, parse_options
+from adapruner.plain_yaml import parse_options
 
 Alignment = Literal["data", "paper"]
 CompensationForm = Literal["none", "bias", "least-squares", "least-squares-bias"]
@@ -433,5 +433,5 @@ class PruneConfig(PruneOptions):
         """
         try:
             return cls.from_options(**parse_options(path.read_text(encoding="utf-8")))
-        except (*UNREADABLE, AdaPrunerError) as error:
+        except (OSError, ValueError, AdaPrunerError) as error:
             raise AdaPrunerError(f"{path} is not the config of a run: {reason(error)}") from error

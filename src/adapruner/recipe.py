@@ -9,7 +9,7 @@ from typing import Any
 
 from adapruner.config import BUDGETS
 from adapruner.errors import AdaPrunerError, reason
-from adapruner.plain_yaml import UNREADABLE, parse_options
+from adapruner.plain_yaml import parse_options
 
 
 def recipes() -> dict[str, str]:
@@ -39,5 +39,5 @@ def read_recipe(name: str | Path) -> dict[str, Any]:
         if not Path(name).is_file():
             raise AdaPrunerError(f"no recipe {str(name)!r}: expected {', '.join(known)}, or a YAML file")
         return parse_options(Path(name).read_text(encoding="utf-8"))
-    except UNREADABLE as error:
+    except (OSError, ValueError) as error:
         raise AdaPrunerError(f"cannot read the recipe {name}: {reason(error)}") from None

@@ -51,6 +51,7 @@ BROKEN: dict[str, bytes] = {
     "a bomb of merges": merging_bomb(40).encode(),
     "endless nesting": b"model: " + b"[" * 500,
     "a date that is none": b"model: smollm2\nratio: 2024-13-45\n",
+    "no date of its type": b"model: smollm2\nratio: !!timestamp abc\n",
     "a number as name": b"1: 2\nmodel: smollm2\n",
     "a list as name": b"? [a, b]\n: 2\n",
     "no name": b"~: 2\nmodel: smollm2\n",
@@ -112,6 +113,14 @@ def test_recipes(name: str, refused: Refused, tmp_path: Path) -> None:
     message = refused(["prune", "--recipe", str(recipe), "-o", str(tmp_path / "run")], SAID.get(name, ""))
     assert len(message) < 1100
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("option", ["--sources", "--architectures"])
+@pytest.mark.parametrize("name", [name for name in BROKEN if "alias" in name or "bomb" in name or "date" in name])
+def test_other_files_of_yaml(name: str, option: str, command: Command, refused: Refused, tmp_path: Path) -> None:
+    file = tmp_path / "file.yaml"
+    file.write_bytes(BROKEN[name])
+    refused(command("prune", option, str(file)), str(file), "alias" if b"*a" in BROKEN[name] else "")
 
 
 # Both read a config by the same way: the cases take turns.

@@ -10,7 +10,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Literal, cast, get_args
 
-import yaml
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented, but not in __all__
 from pydantic import BaseModel, ConfigDict, TypeAdapter
@@ -18,6 +17,7 @@ from typing_extensions import TypedDict
 
 from adapruner.errors import AdaPrunerError, reason
 from adapruner.paths import find_local_data, given_path
+from adapruner.plain_yaml import parse_yaml
 
 Part = Literal["all", "calibration", "objective", "report"]
 Purpose = Literal["train", "report"]
@@ -230,8 +230,8 @@ def register_sources(path: Path) -> None:
         AdaPrunerError: the file cannot be read, or a name in it is known already or invalid.
     """
     try:
-        entries = _ENTRIES.validate_python(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
+        entries = _ENTRIES.validate_python(parse_yaml(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
         raise AdaPrunerError(f"cannot read the sources in {path}: {reason(error)}") from None
     folder = path.absolute().parent
     for name, entry in entries.items():
@@ -253,7 +253,7 @@ _registered: dict[str, KnownSource] = {}
 @cache
 def _shipped() -> dict[str, KnownSource]:
     text = (resources.files("adapruner.calibration") / "sources.yaml").read_text(encoding="utf-8")
-    return _ENTRIES.validate_python(yaml.safe_load(text))
+    return _ENTRIES.validate_python(parse_yaml(text))
 
 
 def _is_folder(path: str) -> bool:

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.errors import AdaPrunerError, reason
 from adapruner.paths import find_local_data
+from adapruner.plain_yaml import parse_yaml
 from adapruner.random_state import random_state_kept
 
 COMMONSENSE, GENERATIVE = "commonsense", "generative"
@@ -261,7 +262,7 @@ def _outermost(loaded: Any) -> list[Any]:
 def _local_tasks() -> dict[str, dict[str, Any]]:
     """The content of tasks.yaml, where its fields are explained."""
     text = (resources.files("adapruner.evaluation") / "tasks.yaml").read_text(encoding="utf-8")
-    tasks: dict[str, dict[str, Any]] = yaml.safe_load(text)
+    tasks: dict[str, dict[str, Any]] = parse_yaml(text)
     return tasks
 
 

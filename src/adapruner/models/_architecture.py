@@ -11,14 +11,13 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from adapruner.errors import AdaPrunerError, reason
 from adapruner.models.modeling_pruned import Family, Removable, register_family
-from adapruner.plain_yaml import PlainLoader
+from adapruner.plain_yaml import parse_yaml
 
 # The name in a config of the part of a layer that has the groups of a kind, if a layer lacks it.
 SKIPPED = {"heads": "attention", "channels": "mlp"}
@@ -234,7 +233,7 @@ _inferred: dict[str, Architecture | str] = {}
 def _shipped() -> dict[str, Architecture]:
     folder = resources.files("adapruner.models") / "architectures"
     files = sorted((file for file in folder.iterdir() if file.name.endswith(".yaml")), key=lambda file: file.name)
-    families = [Architecture.model_validate(yaml.safe_load(file.read_text(encoding="utf-8"))) for file in files]
+    families = [Architecture.model_validate(parse_yaml(file.read_text(encoding="utf-8"))) for file in files]
     return {family.model_type: family for family in families}
 
 
@@ -263,12 +262,12 @@ def register_architectures(path: Path) -> list[str]:
 
 def _register(file: Path) -> str:
     try:
-        family = Architecture.model_validate(yaml.load(file.read_text(encoding="utf-8"), PlainLoader))
+        family = Architecture.model_validate(parse_yaml(file.read_text(encoding="utf-8")))
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"]))
         raise AdaPrunerError(f"{file} describes no family: {f'`{field}`: ' if field else ''}{first['msg']}") from None
-    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise AdaPrunerError(f"{file} cannot be read: {reason(error)}") from None
     if known_architectures().get(family.model_type, family) != family:
         raise AdaPrunerError(f"{file}: there is another description of {family.model_type!r} already")
