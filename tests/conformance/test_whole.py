@@ -12,12 +12,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 
 from adapruner.checkpoint import save_checkpoint
+from adapruner.errors import AdaPrunerError
 from adapruner.evaluation import window_losses
 from adapruner.families import learn, resolve
 from adapruner.families.proof import masked, why_not_whole
 from adapruner.families.tiny import random_model, tiny_config
 from adapruner.measurement import measure_moments
-from adapruner.models import Whole, known_architectures
+from adapruner.models import Whole, find_model, known_architectures, load_model, using_architecture
 from adapruner.planning import Budget, BudgetError, Profile, PruningPlan, kept_counts
 from adapruner.search import RemovalOrders, removal_orders
 from adapruner.structure import Structure, build_structure, count_parameters
@@ -37,7 +38,7 @@ def test_what_a_family_says_can_go_whole_is_what_can(
     model_type: str, whole: Whole, make_model: Callable[..., PreTrainedModel]
 ) -> None:
     architecture = known_architectures()[model_type]
-    refusal = why_not_whole(make_model(model_type), architecture, whole)
+    refusal = why_not_whole(make_model(model_type), architecture.changed(whole=WHOLE), whole)
     assert (refusal is None) == (whole in architecture.whole), refusal
 
 
@@ -139,6 +140,32 @@ def test_what_cannot_go_whole_is_refused(make_model: Callable[..., PreTrainedMod
     ):
         with pytest.raises(BudgetError, match=r"of layer \d of this \w+ cannot be removed whole"):
             kept_counts(structure, budget)
+
+
+@pytest.mark.parametrize(("model_type", "kind"), [("bloom", "heads"), ("bloom", "channels"), ("opt", "channels")])
+def test_no_plan_removes_what_a_family_needs(
+    model_type: str, kind: str, make_model: Callable[..., PreTrainedModel], tmp_path: Path
+) -> None:
+    """The modules of BLOOM add the hidden state themselves: without one of them, it is lost."""
+    model = make_model(model_type)
+    structure = build_structure(model)
+    counts = [0 if block.layer == 1 and block.kind == kind else block.groups for block in structure.blocks]
+    with pytest.raises(AdaPrunerError, match=rf"of layer 1 of this {model_type} cannot be removed whole"):
+        random_plan(structure, counts)
+    whole = random_plan(structure, [block.groups for block in structure.blocks])
+    blocks = [
+        block.model_copy(update={"kept": block.kept[:count]}) for block, count in zip(whole.blocks, counts, strict=True)
+    ]
+    plan = whole.model_copy(update={"blocks": tuple(blocks)})
+    with pytest.raises(AdaPrunerError, match="cannot be removed whole"):
+        prune_model(model, structure, plan)
+    if model_type == "opt":  # whose layers are the module of their feed-forward
+        return
+    # A checkpoint of earlier versions.
+    with using_architecture(known_architectures()[model_type].changed(whole=WHOLE)):
+        prune_model(model, build_structure(model), plan).save_pretrained(tmp_path / "model")
+    with pytest.raises(AdaPrunerError, match=rf"layer 1 has no \w+, without which no {model_type} works"):
+        load_model(find_model(str(tmp_path / "model")))
 
 
 def test_the_rest_of_the_ratio_comes_from_what_stays(make_model: Callable[..., PreTrainedModel]) -> None:

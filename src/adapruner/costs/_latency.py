@@ -206,8 +206,7 @@ def _grids(structure: Structure) -> dict[Kind, list[int]]:
     grids: dict[Kind, list[int]] = {}
     for kind, block in {block.kind: block for block in structure.blocks}.items():
         step = block.strata * math.ceil(block.groups / block.strata / _STEPS[kind])
-        may_be_removed = ("attention" if kind == "heads" else "feed-forward") in structure.whole
-        grids[kind] = [*([0] if may_be_removed else []), *range(block.groups - step, 0, -step)]
+        grids[kind] = [*([0] if structure.is_removable(block) else []), *range(block.groups - step, 0, -step)]
     return grids
 
 

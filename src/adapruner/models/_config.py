@@ -13,7 +13,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from adapruner.errors import AdaPrunerError
-from adapruner.models._architecture import SKIPPED, Architecture, family_named, is_pruned, stock_config
+from adapruner.models._architecture import SKIPPED, Architecture, family_named, is_pruned, removed_parts, stock_config
 from adapruner.models._gguf import refuse_what_is_not_read, without_tokens
 from adapruner.models._places import ModelLocation, quiet_transformers, reported_as_unloadable
 from adapruner.models._stored import has_own_output, stored_tensors
@@ -138,7 +138,8 @@ def check_config(config: PreTrainedConfig, location: ModelLocation) -> None:
     """Refuses a config of a known family from which no model can be built.
 
     Raises:
-        AdaPrunerError: layers differ in fields that do not count groups, or a count is impossible.
+        AdaPrunerError: layers differ in fields that do not count groups, a layer lacks a part that it needs, or a count
+            is impossible.
     """
     architecture = family_named(config.model_type)
     if architecture is None:
@@ -155,6 +156,10 @@ def check_config(config: PreTrainedConfig, location: ModelLocation) -> None:
         isinstance(biases, list) and len(biases) <= len(projections) and projections.issuperset(map(str, biases))
     ):
         refuse(f"says added_biases that are none of {', '.join(sorted(projections))}")
+    for layer in range(config.num_hidden_layers) if is_pruned(config) else ():
+        for part in removed_parts(config.per_layer_config[layer]):
+            if part.replace("mlp", "feed-forward") not in architecture.whole:
+                refuse(f"says that layer {layer} has no {part}, without which no {config.model_type} works")
     for name, count in _counts(config, architecture).items():
         largest = _LARGEST_VOCABULARY if name == "vocab_size" else _LARGEST_WIDTH
         if not isinstance(count, int) or not 1 <= count <= largest:

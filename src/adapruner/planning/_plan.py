@@ -117,7 +117,7 @@ class PruningPlan(BaseModel):
                 every stratum of the block.
 
         Raises:
-            AdaPrunerError: these are not groups of the blocks.
+            AdaPrunerError: these are not groups of the blocks, or something cannot be removed whole.
         """
         try:
             blocks = tuple(
@@ -132,11 +132,13 @@ class PruningPlan(BaseModel):
                 raise AdaPrunerError(
                     f"layer {block.layer} keeps other numbers of {block.kind} in some of its {block.strata} strata"
                 )
+        counts = [len(block.kept) for block in blocks]
+        structure.check_removable(counts)
         return PruningPlan(
             model_type=structure.model_type,
             head_granularity=structure.head_granularity,
             total_parameters=structure.total_parameters,
-            removed_parameters=structure.removed_parameters([len(block.kept) for block in blocks]),
+            removed_parameters=structure.removed_parameters(counts),
             blocks=blocks,
         )
 
@@ -173,10 +175,11 @@ class PruningPlan(BaseModel):
         return Table("layer-table", title, columns, rows, [self.note] if self.note else [])
 
     def check_fits(self, structure: Structure) -> None:
-        """Raises AdaPrunerError if the plan was made for another model."""
+        """Raises AdaPrunerError if the plan was made for another model, or removes what cannot be removed whole."""
         mine = [(block.layer, block.kind, block.groups) for block in self.blocks]
         theirs = [(block.layer, block.kind, block.groups) for block in structure.blocks]
         if mine != theirs or self.total_parameters != structure.total_parameters:
+        structure.check_removable([len(block.kept) for block in self.blocks])
             raise AdaPrunerError(
                 f"this plan is for a {self.model_type} of {self.total_parameters:,} parameters in {len(mine)} blocks,"
                 f" the model is a {structure.model_type} of {structure.total_parameters:,} in {len(theirs)}"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from adapruner.config import HeadGranularity
+from adapruner.errors import AdaPrunerError
 from adapruner.models import Architecture, Whole
 
 Kind = Literal["heads", "channels", "experts"]
@@ -99,6 +100,11 @@ class Block:
     @property
     def matrices(self) -> tuple[TensorSlice, ...]:
         return tuple(tensor_slice for tensor_slice in self.slices if tensor_slice.is_matrix)
+
+    @property
+    def part(self) -> str:
+        """The part of the layer that has the groups."""
+        return {"heads": "attention", "channels": "feed-forward"}.get(self.kind, self.kind)
 
     @property
     def is_projected(self) -> bool:
@@ -215,15 +221,30 @@ class Structure:
             if block.kind == kind and not block.experts
         }
 
+    def check_removable(self, counts: Sequence[int]) -> None:
+        """Raises AdaPrunerError if a block keeps nothing, and neither it nor its layer can be removed whole.
+
+        Args:
+            counts: number of groups that each block keeps.
+        """
+        removed = self.removed_layers(counts)
+        for block, count in zip(self.blocks, counts, strict=True):
+            if not count and block.layer not in removed and not self.is_removable(block):
+                raise AdaPrunerError(
+                    f"the {block.part} of layer {block.layer} of this {self.model_type} cannot be removed whole"
+                )
+
+    def is_removable(self, block: Block) -> bool:
+        """True if a block can be removed whole from a layer that is kept."""
+        return block.part in self.whole and not block.experts
+
     @property
     def parts(self) -> dict[str, int]:
         """The parameters of the embedding with the output layer, attention, feed-forward, experts, and others (norms,
         routers, unprunable mixers); the sum is `total_parameters`."""
         parts = {"embedding": self.embedding_parameters, "attention": 0, "feed-forward": 0, "experts": 0}
         for block in self.blocks:
-            in_experts = block.kind == "experts" or block.experts
-            part = "experts" if in_experts else "attention" if block.kind == "heads" else "feed-forward"
-            parts[part] += block.groups * block.parameters_per_group + block.rest
+            parts["experts" if block.experts else block.part] += block.groups * block.parameters_per_group + block.rest
         return parts | {"other": self.total_parameters - sum(parts.values())}
 
     @property
