@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -177,6 +178,34 @@ def test_a_report_of_what_cannot_be_read_is_refused(run: Path, capsys: pytest.Ca
     truncate(run / "windows.safetensors")
     assert exit_code(["report", str(run)]) == 2
     assert "cannot read the run in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("result.json", '{"schema_version": 99}', "schema_version: Input should be 5"),
+        ("result.json", "[1]", "Input should be an object"),
+        ("search.json", "{}", "ratio: Field required"),
+        ("speed.json", "[1]", "Input should be an object"),
+    ],
+)
+def test_a_report_of_another_version_names_the_file(
+    name: str, content: str, problem: str, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / name).write_text(content)
+    assert exit_code(["report", str(run)]) == 2
+    said = capsys.readouterr().err
+    assert f"{run / name} is of another version of adapruner, or was changed ({problem}): rerun the command" in said
+
+
+def test_an_encoding_without_all_signs_stops_nothing(
+    finished: adapruner.PruneResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with LC_ALL=C and PYTHONUTF8=0."""
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    assert exit_code(["plan", str(finished.output), "--ratio", "0.05", "-o", str(tmp_path / "…")]) == 0
+    assert b"\\u2026" in written.getvalue()
 
 
 def test_another_ratio_is_not_made_from_damaged_measurements(

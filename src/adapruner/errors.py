@@ -82,6 +82,13 @@ def reason(error: BaseException) -> str:
 def describe_invalid(error: ValidationError, known: Collection[str] = ()) -> str:
     """All errors in some options, on one line of bounded length; fields are in backticks.
 
+def first_problem(error: ValidationError) -> str:
+    """The first invalid field in the content of a file, and its problem; others often follow from it."""
+    first = error.errors(include_url=False)[0]
+    place = ".".join(map(str, first["loc"]))
+    return f"{place}: {first['msg']}" if place else first["msg"]
+
+
     Args:
         known: names of fields, to suggest one if a field is unknown.
     """

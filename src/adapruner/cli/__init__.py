@@ -86,7 +86,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with handling_interrupts(end_by_interrupt):
             app.meta(arguments, exit_on_error=False, print_error=False)
             sys.stdout.flush()
-    except (AdaPrunerError, CycloptsError) as error:
+    except AdaPrunerError as error:
+        _say(with_options(str(error)))
+        sys.exit(USER_ERROR)
+    except CycloptsError as error:
         cause = error.__cause__
         _say(with_options(describe_invalid(cause) if isinstance(cause, ValidationError) else str(error)))
         sys.exit(USER_ERROR)

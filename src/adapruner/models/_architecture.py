@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from adapruner.errors import AdaPrunerError, reason
+from adapruner.errors import AdaPrunerError, first_problem, reason
 from adapruner.models.modeling_pruned import Family, Removable, register_family
 from adapruner.plain_yaml import parse_yaml
 
@@ -264,9 +264,7 @@ def _register(file: Path) -> str:
     try:
         family = Architecture.model_validate(parse_yaml(file.read_text(encoding="utf-8")))
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"]))
-        raise AdaPrunerError(f"{file} describes no family: {f'`{field}`: ' if field else ''}{first['msg']}") from None
+        raise AdaPrunerError(f"{file} describes no family: {first_problem(error)}") from None
     except (OSError, ValueError) as error:
         raise AdaPrunerError(f"{file} cannot be read: {reason(error)}") from None
     if known_architectures().get(family.model_type, family) != family:

@@ -14,7 +14,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from adapruner.config import HeadGranularity
-from adapruner.errors import AdaPrunerError, reason
+from adapruner.errors import AdaPrunerError, first_problem, reason
 from adapruner.structure import Block, Kind, Structure, layers_without_heads, note_on_mixers
 from adapruner.tables import Column, Table
 
@@ -156,11 +156,7 @@ class PruningPlan(BaseModel):
         try:
             return PruningPlan.model_validate_json(path.read_bytes())
         except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(str(part) for part in first["loc"])
-            raise AdaPrunerError(
-                f"{path} is not a pruning plan: {f'{place}: ' if place else ''}{first['msg']}"
-            ) from None
+            raise AdaPrunerError(f"{path} is not a pruning plan: {first_problem(error)}") from None
         except OSError as error:
             raise AdaPrunerError(f"cannot read {path}: {reason(error)}") from None
 
@@ -179,11 +175,11 @@ class PruningPlan(BaseModel):
         mine = [(block.layer, block.kind, block.groups) for block in self.blocks]
         theirs = [(block.layer, block.kind, block.groups) for block in structure.blocks]
         if mine != theirs or self.total_parameters != structure.total_parameters:
-        structure.check_removable([len(block.kept) for block in self.blocks])
             raise AdaPrunerError(
                 f"this plan is for a {self.model_type} of {self.total_parameters:,} parameters in {len(mine)} blocks,"
                 f" the model is a {structure.model_type} of {structure.total_parameters:,} in {len(theirs)}"
             )
+        structure.check_removable([len(block.kept) for block in self.blocks])
 
 
 def make_plan(structure: Structure, scores: Tensor, counts: Sequence[int]) -> PruningPlan:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from adapruner.config import PruneConfig
-from adapruner.errors import AdaPrunerError, reason
+from adapruner.errors import AdaPrunerError, first_problem, reason
 from adapruner.evaluation import Breakage, Perplexity, Speed, TaskScore
 from adapruner.graph import Record, RunFolder
 from adapruner.models import find_model, load_tokenizer
@@ -88,11 +88,6 @@ def read_contents(run: RunFolder, config: PruneConfig) -> Contents:
     made = _Artifacts(run, run.at_ratio(config.ratio[0], run.read_config()), config)
     try:
         return _read(made)
-    except ValidationError as error:
-        raise AdaPrunerError(
-            f"cannot read the run in {made.folder.path}: files are of another version of this package, or were changed;"
-            " rerun the command of the run"
-        ) from error
     except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
         raise AdaPrunerError(f"cannot read the run in {made.folder.path}: {reason(error)}") from error
 
@@ -136,7 +131,7 @@ class _Artifacts:
     def read(self, name: str, of: type[T]) -> T | None:
         """The content of a JSON file; None if it is not finished."""
         path = self.path(name)
-        return TypeAdapter(of).validate_json(path.read_bytes()) if path else None
+        return _read_json(path, of) if path else None
 
     def _is_current(self, record: Record) -> bool:
         # `adapruner plan` copies no input that only the search needs: an input without a record decides nothing.
@@ -206,8 +201,7 @@ def _models(made: _Artifacts, plan: PruningPlan | None) -> list[ModelNumbers]:
 def _speed(folder: RunFolder, models: tuple[ModelNumbers, ...]) -> tuple[Speed, Speed] | None:
     """The speed of the dense and the final model, which are identified by their numbers of parameters: the speed of an
     earlier pruned model is not shown."""
-    content = TypeAdapter(dict[str, Speed])
-    measured = content.validate_json(folder.speed.read_bytes()) if folder.speed.is_file() else {}
+    measured = _read_json(folder.speed, dict[str, Speed]) if folder.speed.is_file() else {}
     by_size = {speed.parameters: speed for speed in measured.values()}
     pair = [by_size.get(model.parameters) for model in (models[0], models[-1])] if len(models) > 1 else []
     dense, final = pair or (None, None)
@@ -221,6 +215,21 @@ def _samples(made: _Artifacts, numbers: tuple[int, ...]) -> dict[int, str | None
         return dict.fromkeys(numbers)
     pool, tokenizer = load_file(windows)["pool"], load_tokenizer(find_model(str(model)))
     return {number: str(tokenizer.decode(pool[number].tolist())) for number in numbers}
+
+
+def _read_json(path: Path, of: type[T]) -> T:
+    """The content of a JSON file.
+
+    Raises:
+        AdaPrunerError: it is of another version of this package, or was changed.
+    """
+    try:
+        return TypeAdapter(of).validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise AdaPrunerError(
+            f"{path} is of another version of adapruner, or was changed ({first_problem(error)}): rerun the command of"
+            " the run, or use the version that wrote it"
+        ) from None
 
 
 def _current_stage(log: Path) -> str | None:
