@@ -589,6 +589,30 @@ def test_a_damaged_file_is_refused(content: str, tmp_path: Path) -> None:
             read()
 
 
+@pytest.mark.parametrize(
+    ("attributes", "problem"),
+    [
+        ({}, "batch: Field required"),
+        ({"batch": 7, "losses": [1.0]}, "batch"),
+        ({"batch": [0, 1], "losses": {"a": 1}}, "losses"),
+        ({"batch": [0, 1], "losses": ["1"]}, "losses.0"),
+        ({"batch": [0, 1], "losses": [1.0], "fixed_metric": 3}, "fixed_metric"),
+        ({"batch": [0, 1], "losses": [1.0], "tuner": "another"}, "tuner"),
+        (None, "not finished"),
+    ],
+)
+def test_trials_of_others_are_refused(attributes: dict[str, object] | None, problem: str, tmp_path: Path) -> None:
+    study = study_in(tmp_path)
+    kept = study.opened()
+    if attributes is None:
+        kept.ask()
+    else:
+        kept.add_trial(optuna.create_trial(value=1.0, user_attrs=attributes))
+    for read in (study.opened, study.finished):
+        with pytest.raises(AdaPrunerError, match=rf"study.jsonl is damaged \(.*{problem}.*\): remove it"):
+            read()
+
+
 def test_optuna_speaks_as_before(subsets: SubsetFamily, tmp_path: Path) -> None:
     optuna.logging.set_verbosity(optuna.logging.DEBUG)
     try:

@@ -4,16 +4,42 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any
 
 import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from typing_extensions import NotRequired, TypedDict
 
-from adapruner.errors import AdaPrunerError, reason
+from adapruner.errors import AdaPrunerError, first_problem, reason
+
+
+class _Attributes(TypedDict):
+    """User attributes of a trial whose budget could not be met; other modules of this package name them."""
+
+    __pydantic_config__ = ConfigDict(strict=True, extra="forbid")  # type: ignore[misc]  # of pydantic
+
+    batch: Annotated[list[int], Field(min_length=2, max_length=2)]
+    start: NotRequired[int]
+    fixed_metric: NotRequired[str]
+
+
+class _AttributesOfJudged(_Attributes):
+    """User attributes of a judged trial."""
+
+    losses: list[float]
+    stopped: NotRequired[bool]
+
+
+_ATTRIBUTES: dict[TrialState, TypeAdapter[Any]] = {
+    TrialState.PRUNED: TypeAdapter(_Attributes),
+    TrialState.COMPLETE: TypeAdapter(_AttributesOfJudged),
+}
 
 
 @contextlib.contextmanager
@@ -51,7 +77,9 @@ class StudyFile:
             os.truncate(self.path, content.rfind(b"\n") + 1)
         storage = self._read()
         with quiet_optuna():
-            return optuna.create_study(storage=storage, study_name=self.name, load_if_exists=True)
+            study = optuna.create_study(storage=storage, study_name=self.name, load_if_exists=True)
+        self._check(study.get_trials(deepcopy=False))
+        return study
 
     def finished(self) -> list[FrozenTrial]:
         """The trials whose budget could be met, in the order in which they were proposed; none if the search has not
@@ -67,7 +95,9 @@ class StudyFile:
             study = storage.get_study_id_from_name(self.name)
         except KeyError:
             return []
-        return storage.get_all_trials(study, deepcopy=False, states=(TrialState.COMPLETE,))
+        trials = storage.get_all_trials(study, deepcopy=False)
+        self._check(trials)
+        return [trial for trial in trials if trial.state == TrialState.COMPLETE]
 
     def _read(self) -> JournalStorage:
         try:
@@ -76,4 +106,17 @@ class StudyFile:
         except OSError:
             raise
         except Exception as error:  # lines that are not JSON, or JSON of something else
-            raise AdaPrunerError(f"{self.path} is damaged ({reason(error)}): remove it to repeat the search") from None
+            raise self._damaged(reason(error)) from None
+
+    def _check(self, trials: Sequence[FrozenTrial]) -> None:
+        """Raises AdaPrunerError if trials have other attributes than those of a search."""
+        try:
+            for trial in trials:
+                _ATTRIBUTES[trial.state].validate_python(trial.user_attrs)
+        except KeyError:
+            raise self._damaged("a trial in it is not finished") from None
+        except ValidationError as error:
+            raise self._damaged(first_problem(error)) from None
+
+    def _damaged(self, problem: str) -> AdaPrunerError:
+        return AdaPrunerError(f"{self.path} is damaged ({problem}): remove it to repeat the search")
