@@ -21,8 +21,10 @@ import yaml
 import adapruner
 from adapruner import AdaPrunerError, verbs
 from adapruner.card import base_licence
+from adapruner.cli._output import plain_console
 from adapruner.models import find_model, load_model
 from adapruner.plain_yaml import _PlainLoader
+from adapruner.progress import Reporter
 
 SOURCES = sorted(Path(adapruner.__file__).parent.rglob("*.py"))
 # Modules that unpickle, or that run what they are given.
@@ -241,7 +243,7 @@ def test_a_tokenizer_elsewhere_is_not_read(folder: Path, tmp_path: Path, text_fi
             uses_of(folder, text_file)["evaluate"]()
 
 
-NASTY = "a]<script>x()</script>(javascript:x)`|*b*![c\n---\nlicense: evil\n# heading\n\\"
+NASTY = "a]<script>x()</script>(javascript:x)`|*b*![c\n---\nlicense: evil\n# heading\n\\\x1b[2J\u202e"
 
 
 @pytest.fixture(scope="module")
@@ -288,6 +290,19 @@ def test_a_model_card_shows_names_as_names(pruned: adapruner.PruneResult) -> Non
             assert not line.startswith("license:")
             assert not line.startswith("|") or line.count("|") in (4, 5)
         assert str(pruned.output) not in card
+
+
+def test_names_are_no_commands_for_a_terminal(
+    pruned: adapruner.PruneResult, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for table in pruned.tables():
+        plain_console().print(table)
+    Reporter().note(NASTY)
+    files = (pruned.output / name for name in ("report.html", "model/README.md", "recovered/README.md"))
+    for text in (*capsys.readouterr(), *(file.read_text() for file in files)):
+        assert "\x1b" not in text
+        assert "\u202e" not in text
+        assert "x1b" in text
 
 
 def split_card(card: str) -> tuple[str, str]:

@@ -192,7 +192,7 @@ def test_what_a_checkpoint_records(tmp_path: Path) -> None:
     for text in ("c4@report", "ptb:test", "wikitext2"):
         assert overlaps(records, parse_source(text)) == []
     broken = [{"use": "pool"}, records[0] | {"use": "magic"}, records[2] | {"text": "c4\x1b[2J"}]
-    assert overlaps(broken, parse_source("c4")) == ["trained on c4[2J"]
+    assert overlaps(broken, parse_source("c4")) == ["trained on c4\x1b[2J"]
 
 
 def test_a_text_that_nobody_named_is_reported_on_in_part(monkeypatch: pytest.MonkeyPatch) -> None:

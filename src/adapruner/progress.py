@@ -15,9 +15,10 @@ from typing import Any, Protocol
 
 import psutil
 from pydantic import BaseModel, ConfigDict
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column
+
+from adapruner.terminal import PlainConsole
 
 # At INFO, which the package sets, stages are shown; at DEBUG, what is recorded of them is logged too.
 _logger = logging.getLogger("adapruner")
@@ -62,7 +63,7 @@ class Reporter:
     def __init__(self, log: Path | None = None, quiet: bool = False, watchers: Sequence[StageWatcher] = ()) -> None:
         # Bound to stderr as it is now, so that a redirection for another library does not catch our bars.
         quiet = quiet or not _logger.isEnabledFor(logging.INFO)
-        self.console = Console(file=sys.stderr, markup=False, emoji=False, highlight=False, quiet=quiet)
+        self.console = PlainConsole(file=sys.stderr, quiet=quiet)
         self.shows_bars = self.console.is_terminal or (self.console.is_jupyter and find_spec("ipywidgets") is not None)
         self.log, self.watchers = log, tuple(watchers)
         self.current, self.key = "preparing", ""

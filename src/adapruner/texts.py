@@ -125,7 +125,7 @@ def overlaps(records: list[dict[str, Any]], source: Source) -> list[str]:
     """
     read = record_of(source)
     return [
-        f"{_DID[record['use']]} on {''.join(filter(str.isprintable, record['text']))}"
+        f"{_DID[record['use']]} on {record['text']}"
         for record in records
         if record.keys() >= read.keys() and all(isinstance(value, str) for value in record.values())
         if record.get("use") in _DID and record["identity"] == read["identity"]

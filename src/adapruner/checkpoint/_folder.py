@@ -19,6 +19,7 @@ from transformers.utils.hub import cached_file
 from adapruner.files import replace, saying_what_cannot_be_written, write_atomically
 from adapruner.models import ModelLocation, head_of, quiet_transformers, whole_state
 from adapruner.progress import Reporter
+from adapruner.terminal import printable
 
 # The origin of a checkpoint. The file also marks a folder as written by this package.
 _ORIGIN = "adapruner.json"
@@ -146,7 +147,7 @@ def _is_valid(settings: GenerationConfig) -> bool:
 
 def write_card(folder: Path, card: str) -> None:
     """Writes the README.md of a checkpoint."""
-    write_atomically(folder / "README.md", lambda partial: partial.write_text(card, encoding="utf-8"))
+    write_atomically(folder / "README.md", lambda partial: partial.write_text(printable(card), encoding="utf-8"))
 
 
 def _add_tensors(folder: Path, tensors: Mapping[str, Tensor], shard_size: str) -> None:

@@ -9,6 +9,7 @@ Exit codes: 0 success; 2 invalid input or insufficient resources (disk, memory, 
 from __future__ import annotations
 
 import functools
+import io
 import logging
 import os
 import re
@@ -82,6 +83,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     An error that the user can fix is one line on stderr; an unexpected failure is two, with the file that holds the
     traceback. See the module for the exit codes.
     """
+    # In other encodings than UTF-8, results have characters that cannot be written.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with handling_interrupts(end_by_interrupt):
             app.meta(arguments, exit_on_error=False, print_error=False)
@@ -149,9 +153,8 @@ def _known_options() -> frozenset[str]:
 
 
 def _say(message: str) -> None:
-    """Prints one line on stderr, without control characters, which could move the cursor of a terminal or colour it."""
+    """Prints one line on stderr."""
     line = " ".join(message.split())
     if len(line) > _LONGEST_MESSAGE:
         line = f"{line[:_LONGEST_MESSAGE]} …"
-    shown = "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in line)
-    plain_console(stderr=True).print("adapruner:", shown, style="red", soft_wrap=True)
+    plain_console(stderr=True).print("adapruner:", line, style="red", soft_wrap=True)

@@ -12,9 +12,10 @@ from json import dumps
 from typing import TYPE_CHECKING, Any
 
 from pydantic_core import to_jsonable_python
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 
 from adapruner.tables import Column, Table
+from adapruner.terminal import PlainConsole
 
 if TYPE_CHECKING:
     from adapruner.memory import Memory
@@ -27,7 +28,7 @@ GIB = 2**30
 CLOSED_OUTPUT = 141
 
 
-class _Console(Console):
+class _Console(PlainConsole):
     def on_broken_pipe(self) -> None:
         """Ends as other tools do if the reader of stdout has ended; rich drops the output, but exits with code 1.
         Output on stderr that nobody reads is dropped, and the command continues."""
@@ -39,9 +40,9 @@ class _Console(Console):
             sys.exit(CLOSED_OUTPUT)
 
 
-def plain_console(stderr: bool = False) -> Console:
-    """A console that shows text as it is: names of models, files and datasets may look like markup or emoji."""
-    return _Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+def plain_console(stderr: bool = False) -> PlainConsole:
+    """A console on stdout or stderr."""
+    return _Console(stderr=stderr)
 
 
 def print_output(content: Any, json: bool, shown: Iterable[RenderableType]) -> None:

@@ -19,6 +19,7 @@ from adapruner.report._command import command, next_commands
 from adapruner.report._contents import read_contents
 from adapruner.result import PruneResult, shown_name, tables_of, target_sentence, titles
 from adapruner.structure import show_layers
+from adapruner.terminal import printable
 from adapruner.texts import assign_texts
 
 # Whatever a text contains: nothing is run and nothing is fetched.
@@ -106,7 +107,7 @@ def _allocation(budget: Budget) -> dict[str, Any]:
 
 def render(template: str, **content: Any) -> str:
     """A page of this package."""
-    return _TEMPLATES.get_template(template).render(policy=_POLICY, **content)
+    return printable(_TEMPLATES.get_template(template).render(policy=_POLICY, **content))
 
 
 def _used_texts(config: PruneConfig) -> dict[str, str]:
