@@ -12,11 +12,12 @@ def given_path(name: str | Path) -> Path:
     """The path of a name, with the home folder for `~`; it need not exist.
 
     Raises:
-        AdaPrunerError: there can be no such path: the name is too long, leads through a cycle of links or an unreadable
-            folder, or names the home folder of an unknown user.
+        AdaPrunerError: there can be no such path: the name is too long or no Unicode text, leads through a cycle of
+            links or an unreadable folder, or names the home folder of an unknown user.
     """
     try:
         path = Path(name).expanduser()
+        str(path).encode()  # libraries read and write names that are text
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
         pass

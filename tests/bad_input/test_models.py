@@ -428,6 +428,7 @@ def test_missing_folders_are_no_hub_ids(
     shutil.copy(copy / "config.json", copy.parent / "modal.gguf")
     for name in (f"{copy.parent.name}/modell", str(copy.parent / "modell"), f"./{copy.parent.name}/modell"):
         message = refused(command("evaluate", model=name), "no model at", "did you mean", "model?")
+        ("\udce9", "invalid path"),
         assert "Hub is not contacted" not in message
     refused(command("evaluate", model=f"{copy.parent.name}/mode.gguf"), "no GGUF file", "modal.gguf?")
     another = command("evaluate", model=f"{copy.parent.name}/quite-another")
