@@ -19,6 +19,9 @@ _SAY_LITTLE = (LookupError, TypeError, AttributeError, ArithmeticError, Assertio
 # Signs in the plain RuntimeError that PyTorch raises if the memory of the CPU is exhausted; the last is from oneDNN.
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "bad_alloc", "could not create a primitive")
 _LONGEST_REASON = 300
+# These end a process, or a generator. All other exceptions are failures, also the panics of libraries in Rust, which
+# are no `Exception`.
+ENDINGS = (KeyboardInterrupt, SystemExit, GeneratorExit)
 _LONGEST_VALUE = 60
 _MOST_ERRORS = 8
 # Errors of pydantic, by the beginning of their type, in words that continue "`field` value".

@@ -22,6 +22,10 @@ from adapruner.progress import Reporter
 from bad_input.conftest import RunCli
 
 
+class Panic(BaseException):
+    """As libraries in Rust raise it."""
+
+
 def fail_with(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise error
@@ -38,10 +42,11 @@ def fail_with(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
         FileNotFoundError(errno.ENOENT, "No such file or directory", "a/b"),
         PermissionError(errno.EACCES, "Permission denied"),
         BrokenPipeError(errno.EPIPE, "Broken pipe"),
+        Panic("no entry found for key"),
     ],
 )
 def test_an_unexpected_failure(
-    error: Exception, run_cli: RunCli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    error: BaseException, run_cli: RunCli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     fail_with(error, monkeypatch)

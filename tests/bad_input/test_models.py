@@ -166,6 +166,21 @@ def with_fields(name: str, **fields: Any) -> Break:
     return lambda folder: change_json(folder / name, **fields)
 
 
+def with_model(**fields: Any) -> Break:
+    """Changes the model of a tokenizer."""
+
+    def change(folder: Path) -> None:
+        model = json.loads((folder / "tokenizer.json").read_text())["model"]
+        change_json(folder / "tokenizer.json", model=model | fields)
+
+    return change
+
+
+def with_pattern(pattern: str) -> Break:
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    return with_fields("tokenizer.json", pre_tokenizer=split)
+
+
 def with_template(name: str) -> Break:
     templates = [{"name": "default", "template": "x"}, {"name": name, "template": "x"}]
     return with_fields("tokenizer_config.json", chat_template=templates)
@@ -199,8 +214,24 @@ ADAPTER = replaced("adapter_config.json", b'{"base_model_name_or_path": "../else
 LAYER_WISE = "prune --layer-wise"
 WRITING = ("prune", "recover", "export")
 TOKENIZED = (*WRITING, "evaluate")
+TURNS = itertools.cycle(TOKENIZED)
 # All verbs read a config, weights and a GGUF file by the same way, or layer by layer: the cases take turns.
 IN_TURN = itertools.cycle(VERBS)
+NO_TOKEN = [{"SpecialToken": {"id": "<q>", "type_id": 0}}]
+OF_NO_TOKEN = {"type": "TemplateProcessing", "single": NO_TOKEN, "pair": NO_TOKEN, "special_tokens": {}}
+# Tokenizers on which their library panics, and tokenizers that load and fail on text.
+FAILING: dict[str, Break] = {
+    "a panic while loading": with_fields(
+        "tokenizer.json", normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    ),
+    "a prefix in the middle of a sign": with_model(
+        type="BPE", vocab={"a": 0, "é": 1, "aé": 2}, merges=["a é"], continuing_subword_prefix="éé", unk_token=None
+    ),
+    "a part of no length": with_fields("tokenizer.json", pre_tokenizer={"type": "FixedLength", "length": 0}),
+    "a pattern that backtracks": with_pattern("(?:a|aa)+c"),
+    "no unknown token": with_model(unk_token="<nope>"),
+    "a token that is none": with_fields("tokenizer.json", post_processor=OF_NO_TOKEN),
+}
 READ = itertools.cycle((verb, LAYER_WISE) for verb in READING)
 NO_NUMBERS = with_tensors(each(lambda tensor: torch.full_like(tensor, torch.nan)))
 # What is broken, the verbs that meet it, and what all of them say; FOLDER stands for the model.
@@ -215,6 +246,7 @@ BROKEN: list[tuple[str, Break, tuple[str, ...], str]] = [
     ("no numbers", NO_NUMBERS, ("prune",), "dtype"),
     ("no numbers", NO_NUMBERS, ("recover", "evaluate"), ""),
     *((f"tokenizer: {name}", replaced("tokenizer.json", v), TOKENIZED, "FOLDER") for name, v in TOKENIZERS.items()),
+    *((f"tokenizer: {name}", v, (verb,), "FOLDER") for (name, v), verb in zip(FAILING.items(), TURNS, strict=False)),
     ("no tokenizer", removed("tokenizer.json", "tokenizer_config.json"), TOKENIZED, "FOLDER"),
     ("tokens", with_tokens, TOKENIZED, "has 106 tokens, the embedding of the model only 96"),
     *((f"template: {name}", with_template(v), WRITING, "chat template") for name, v in CHAT_TEMPLATES.items()),

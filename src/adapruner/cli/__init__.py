@@ -100,11 +100,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt as interrupt:
         _say("interrupted; rerun the same command, without --overwrite, to resume")
         sys.exit(128 + next(iter(interrupt.args), signal.SIGINT))
-    except Exception as error:
+    except SystemExit:
+        raise
+    except BaseException as error:
         _fail(error)
 
 
-def _fail(error: Exception) -> NoReturn:
+def _fail(error: BaseException) -> NoReturn:
     """Ends after an error that is not of this package."""
     if isinstance(error, OSError) and _is_closed_for_output() and isinstance(error, BrokenPipeError):
         sys.exit(CLOSED_OUTPUT)

@@ -25,7 +25,7 @@ from adapruner.models._device import resolve_devices
 from adapruner.models._gguf import without_tokens
 from adapruner.models._layers import place_layers, share_out
 from adapruner.models._multi_token import find_head, give_head, is_of_head
-from adapruner.models._places import ModelLocation, reported, reported_as_unloadable
+from adapruner.models._places import ModelLocation, quiet_panics, reported, reported_as_unloadable
 from adapruner.models._stored import (
     StoredTensor,
     are_stored_apart,
@@ -39,15 +39,18 @@ from adapruner.models._stored import (
     stored_tensors,
 )
 
+# Texts on which broken tokenizers fail: other letters and signs, and runs on which patterns backtrack.
+_TRIED = ("", "The 1st word, or the 2nd?\n\tWörter – 词, слова; 🙂", "ab" * 64, "a" * 64, "7" * 64, " " * 64 + "!")
+
 
 def load_tokenizer(location: ModelLocation) -> Tokenizer:
     """Loads the tokenizer in the files of a model.
 
     Raises:
-        AdaPrunerError: it cannot be found or read, or belongs to another model.
+        AdaPrunerError: it cannot be found or read, fails on text, or belongs to another model.
     """
     config = load_config(location)
-    with reported_as_unloadable(location, "the tokenizer of "):
+    with reported_as_unloadable(location, "the tokenizer of "), quiet_panics():
         settings = Path(location.path) / "tokenizer_config.json"
         if settings.is_file():
             names = json.loads(settings.read_text(encoding="utf-8")).get("fast_tokenizer_files", [])
@@ -59,6 +62,8 @@ def load_tokenizer(location: ModelLocation) -> Tokenizer:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(location.path, **location.arguments)
         else:
             tokenizer = AutoTokenizer.from_pretrained(location.path, config=config, **NO_REMOTE_CODE)
+        for text in _TRIED:
+            tokenizer.decode(tokenizer(text).input_ids)
         embedded = config.vocab_size
     if isinstance(tokenizer.chat_template, dict):
         # Each template is saved as a file of that name.

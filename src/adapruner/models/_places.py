@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import importlib.util
 import logging
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from huggingface_hub.utils import logging as hub_logging
 from transformers import modeling_gguf_pytorch_utils
 from transformers.utils import logging as transformers_logging
 
-from adapruner.errors import AdaPrunerError, reason
+from adapruner.errors import ENDINGS, AdaPrunerError, reason
 from adapruner.paths import given_path
 
 
@@ -112,10 +113,23 @@ def reported(what: str, hint: str = "") -> Iterator[None]:
     """Turns errors of other libraries about a broken model into one line."""
     try:
         yield
-    except (AdaPrunerError, MemoryError):
+    except (AdaPrunerError, MemoryError, *ENDINGS):
         raise
-    except Exception as error:  # transformers, safetensors, tokenizers and gguf raise nearly every class
+    except BaseException as error:  # transformers, safetensors, tokenizers and gguf raise nearly every class
         raise AdaPrunerError(f"{what}: {reason(error).rstrip('.')}{hint}") from error
+
+
+@contextlib.contextmanager
+def quiet_panics() -> Iterator[None]:
+    """Silences the traces that libraries in Rust print before they raise a panic, past `sys.stderr`."""
+    with contextlib.ExitStack() as using:
+        with contextlib.suppress(OSError):  # a process without stderr
+            before = os.dup(2)
+            using.callback(os.close, before)
+            using.callback(os.dup2, before, 2)
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), 2)
+        yield
 
 
 @contextlib.contextmanager
