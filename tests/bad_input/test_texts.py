@@ -28,6 +28,8 @@ BROKEN: dict[str, tuple[str, bytes]] = {
     "jsonl of lists": ("a.jsonl", b"[1]\n[2]\n"),
     "jsonl with other fields": ("a.jsonl", b'{"question": "w1", "answer": "w2"}\n'),
     "jsonl with changing fields": ("a.jsonl", b'{"text": "w1"}\n{"text": {"a": 1}}\n'),
+    "jsonl with other names later": ("a.jsonl", b'{"text": "w1"}\n' * 300 + b'{"content": "w2"}\n'),
+    "jsonl with other names first": ("a.jsonl", b'{"content": "w1"}\n{"text": "w2"}\n' * 300),
     "jsonl without values": ("a.jsonl", b'{"text": null}\n{"text": null}\n'),
     "jsonl of nothing": ("a.jsonl", b"{}\n{}\n"),
     "jsonl in latin-1": ("a.jsonl", '{"text": "Füße"}\n'.encode("latin-1")),

@@ -251,7 +251,8 @@ def _rows_of_file(source: Source, path: Path) -> Iterator[Row]:
         if not names:
             raise ValueError("there is nothing in it")
         columns = _text_columns(list(names), str(path), source.named_columns)
-        yield from _texts(_json_records(path), columns, source.limit)
+        records = _json_records(path)
+        yield from _texts(records if source.named_columns else _alike(records, columns), columns, source.limit)
     elif source.holds_windows:
         raise ValueError("it holds windows of tokens, where text is needed")
     else:
@@ -365,7 +366,20 @@ def _rows_of_records(
     records = iter(records)
     for first in itertools.islice(records, 1):
         columns = _text_columns(list(first), name, wanted)
-        yield from _texts(itertools.chain([first], records), columns, limit)
+        records = itertools.chain([first], records)
+        yield from _texts(records if wanted else _alike(records, columns), columns, limit)
+
+
+def _alike(records: Iterable[dict[str, Any]], columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """Records, as they are read; refuses one that has none of the columns, but others."""
+    for number, record in enumerate(records, 1):
+        if record and record.keys().isdisjoint(columns):
+            lacking, present = (", ".join(names) for names in (columns, record))
+            raise ValueError(
+                f"record {number} has {present}, but no {lacking}: give all records the same columns, or name those to"
+                " read, which leaves other records out"
+            )
+        yield record
 
 
 def _texts(records: Iterable[dict[str, Any]], columns: tuple[str, ...], limit: int | None) -> Iterator[Row]:
