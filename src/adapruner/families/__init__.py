@@ -37,7 +37,7 @@ from adapruner.models import (
 from adapruner.progress import Reporter
 
 # Changes when families are inferred or proven in another way.
-_FORMAT = 4
+_FORMAT = 5
 # Fields of a config about its files.
 _FILE_FIELDS = ("_name_or_path", "architectures", "dtype", "transformers_version")
 

@@ -249,7 +249,8 @@ def _channels(layer: Layer, writer: Writer, counting: _Counting) -> _Kind | None
     """The feed-forward channels that a writer reads."""
     config = counting.config
     field = counting.width_field(writer.weight, writer.axis)
-    if field is None and writer.inputs <= config.hidden_size:
+    # As many inputs as the hidden size may be those of any mixer.
+    if field is None and writer.inputs == config.hidden_size:
         return None
     count, parts = layer.groups(writer, 0)
     if count != writer.inputs:

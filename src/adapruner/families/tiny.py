@@ -78,6 +78,9 @@ def tiny_config(config: PreTrainedConfig) -> PreTrainedConfig:
     fields |= {name: number for number, name in enumerate(_TOKENS) if fields.get(name) is not None}
     if heads == key_value_heads and "num_key_value_heads" in fields:
         fields["num_key_value_heads"] = _HEADS
+    # The heads of a state-space mixer times their width must equal its width.
+    if fields.get("mamba_n_heads") and not fields.get("mamba_d_ssm"):
+        fields["mamba_d_head"] = fields["mamba_expand"] * fields["hidden_size"] // fields["mamba_n_heads"]
     tiny = type(config)(**fields)
     if per_layer and getattr(tiny, "layer_types", None):
         # Gemma 4 changes the type of its last layer.
@@ -138,7 +141,7 @@ def _shrunk(name: str, value: Any, layers: int) -> Any:
     is_size = isinstance(value, int) and not isinstance(value, bool)
     if not is_size or name not in _SIZES:
         return value
-    # The heads of a state-space mixer times their width must equal its width.
+    # Sizes of state-space mixers depend on each other.
     return _SIZES[name] if name.startswith("mamba_") and value else min(value, _SIZES[name])
 
 
