@@ -28,6 +28,7 @@ from adapruner.calibration import (
     Source,
     _reading,
     _sources,
+    _tokenizing,
     draw_windows,
     evaluation_text,
     fingerprint,
@@ -44,6 +45,7 @@ from adapruner.calibration import (
 from adapruner.config import PruneConfig
 from adapruner.errors import AdaPrunerError
 from adapruner.texts import assign_texts
+from adapruner.tokens import count_tokens
 
 
 def source_of(folder: Path, content: str | bytes, name: str = "a.txt") -> Source:
@@ -403,3 +405,29 @@ def test_sources_that_cannot_be_added(content: str, message: str, tmp_path: Path
     (tmp_path / "a.yaml").write_text(content)
     with pytest.raises(AdaPrunerError, match=message):
         register_sources(tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize("characters", [40, 1000])
+def test_long_texts_are_tokenized_in_pieces(
+    characters: int, text_file: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A piece ends between two words."""
+    source, text = parse_source(str(text_file)), text_file.read_text().replace("\n\n", " ")
+    with_bos = copy.deepcopy(tokenizer)
+    with_bos._tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+
+    def tokenized() -> list[torch.Tensor]:
+        texts = [evaluation_text(text, made, 16, None, bos=bos) for made in (tokenizer, with_bos) for bos in (0, 1)]
+        return [
+            *(made.windows for made in texts),
+            torch.tensor([made.predicted_bytes for made in texts]),
+            draw_windows([text], with_bos, 20, 16, seed=0),
+            text_windows(source, with_bos, 16),
+            count_tokens(tokenizer, [text], 96)[0],
+        ]
+
+    whole = tokenized()
+    monkeypatch.setattr(_tokenizing, "_MOST_CHARACTERS", characters)
+    for before, after in zip(whole, tokenized(), strict=True):
+        assert torch.equal(before, after)
+    assert list(map(len, _tokenizing._pieces("x" * 2 * characters))) == [characters] * 2

@@ -82,15 +82,15 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if isinstance(error, _SAY_LITTLE) else text
 
 
-def describe_invalid(error: ValidationError, known: Collection[str] = ()) -> str:
-    """All errors in some options, on one line of bounded length; fields are in backticks.
-
 def first_problem(error: ValidationError) -> str:
     """The first invalid field in the content of a file, and its problem; others often follow from it."""
     first = error.errors(include_url=False)[0]
     place = ".".join(map(str, first["loc"]))
     return f"{place}: {first['msg']}" if place else first["msg"]
 
+
+def describe_invalid(error: ValidationError, known: Collection[str] = ()) -> str:
+    """All errors in some options, on one line of bounded length; fields are in backticks.
 
     Args:
         known: names of fields, to suggest one if a field is unknown.

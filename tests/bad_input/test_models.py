@@ -330,6 +330,19 @@ def test_settings_of_a_tokenizer_that_are_broken(content: str, copy: Path, comma
 
 
 @pytest.mark.parametrize("verb", ["prune", "recover", "evaluate"])
+def test_a_text_on_which_a_tokenizer_panics(
+    verb: str, copy: Path, command: Command, run_cli: RunCli, text_file: Path, tmp_path: Path
+) -> None:
+    with_pattern("(?:x|xx)+y")(copy)
+    text = tmp_path / "x.txt"
+    text.write_text(text_file.read_text().replace("w1", "x" * 64))
+    code, _, errors = run_cli(command(verb, model=copy, text=text))
+    assert code == 2
+    # The library has said so, too.
+    assert f"the tokenizer {copy} fails on a text: Onig: Regex search error" in errors.splitlines()[-1]
+
+
+@pytest.mark.parametrize("verb", ["prune", "recover", "evaluate"])
 def test_an_added_token_beyond_the_embedding_in_a_text(
     verb: str, copy: Path, command: Command, refused: Refused, text_file: Path, tmp_path: Path
 ) -> None:
@@ -415,6 +428,7 @@ def test_gguf_files_that_are_another(verb: str, command: Command, refused: Refus
         ("../../nothing", "no model at"),
         ("~nobody-of-this-name/model", "invalid path"),
         ("x" * 5000, "invalid path"),
+        ("\udce9", "invalid path"),
         ("http://example.org/model", "no model at"),
         ("model\n\x1b[2J", "cannot load"),
     ],
@@ -460,7 +474,6 @@ def test_missing_folders_are_no_hub_ids(
     shutil.copy(copy / "config.json", copy.parent / "modal.gguf")
     for name in (f"{copy.parent.name}/modell", str(copy.parent / "modell"), f"./{copy.parent.name}/modell"):
         message = refused(command("evaluate", model=name), "no model at", "did you mean", "model?")
-        ("\udce9", "invalid path"),
         assert "Hub is not contacted" not in message
     refused(command("evaluate", model=f"{copy.parent.name}/mode.gguf"), "no GGUF file", "modal.gguf?")
     another = command("evaluate", model=f"{copy.parent.name}/quite-another")

@@ -46,3 +46,4 @@ from adapruner.calibration._sources import (
     register_sources as register_sources,
     source_names as source_names,
 )
+from adapruner.calibration._tokenizing import tokenize as tokenize, tokens_of as tokens_of

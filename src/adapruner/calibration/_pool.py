@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.calibration._reading import provenance, read_documents, read_windows
 from adapruner.calibration._sources import Source
+from adapruner.calibration._tokenizing import start_tokens, tokenize, tokens_of, tokens_with_ends
 from adapruner.errors import AdaPrunerError
 from adapruner.models import continue_texts
 
@@ -55,19 +56,19 @@ def draw_windows(
     random.Random(seed).shuffle(documents)
     start = _start_of_text(tokenizer, seq_len)
     step = seq_len - len(start)
-    windows: list[list[int]] = []
-    rests: list[list[int]] = []
+    windows: list[Tensor] = []
+    rests: list[Tensor] = []
     for document in documents:
         if len(windows) == count:
             break
-        tokens = tokenizer(document, verbose=False).input_ids
+        tokens = tokens_of(tokenizer, document, special=True)
         if len(tokens) >= seq_len:
             windows.append(tokens[:seq_len])
             rests.append(tokens[seq_len:])
     long_documents = len(windows)
     while len(windows) < count and rests:
         rests = [rest for rest in rests if len(rest) >= step]
-        windows += [start + rest[:step] for rest in rests]
+        windows += [torch.cat([start, rest[:step]]) for rest in rests]
         rests = [rest[step:] for rest in rests]
     if len(windows) < needed:
         name = text if isinstance(text, Source) else "`documents`"
@@ -76,7 +77,7 @@ def draw_windows(
             f" tokens and give {len(windows)} windows, {needed} are needed; give more text, or lower `seq_len` or the"
             " number of windows (`pool`, `objective_windows`)"
         )
-    return torch.tensor(windows[:count])
+    return torch.stack(windows[:count])
 
 
 def text_windows(source: Source, tokenizer: Tokenizer, seq_len: int, limit: int | None = None) -> Tensor:
@@ -97,15 +98,10 @@ def text_windows(source: Source, tokenizer: Tokenizer, seq_len: int, limit: int 
     start, documents = _start_of_text(tokenizer, seq_len), read_documents(source)
     size = seq_len - len(start)
     chosen = documents if limit is None else _pieces(documents, limit * size * _CHARACTERS)
-    tokens = _running_tokens(chosen, tokenizer)
+    tokens = tokens_of(tokenizer, "\n\n".join(chosen))
     if limit is not None and len(tokens) < limit * size and len(chosen) < len(documents):
-        tokens = _running_tokens(documents, tokenizer)
-    return _starting_with(start, _cut_into_windows(torch.tensor(tokens), str(source), size))
-
-
-def _running_tokens(documents: list[str], tokenizer: Tokenizer) -> list[int]:
-    tokens: list[int] = tokenizer("\n\n".join(documents), verbose=False, add_special_tokens=False).input_ids
-    return tokens
+        tokens = tokens_of(tokenizer, "\n\n".join(documents))
+    return _starting_with(start, _cut_into_windows(tokens, str(source), size))
 
 
 def _pieces(documents: list[str], characters: int) -> list[str]:
@@ -134,12 +130,12 @@ def upper_case_windows(windows: Tensor, tokenizer: Tokenizer) -> Tensor:
     """
     count, seq_len = windows.shape
     start = _start_of_text(tokenizer, seq_len)
-    rests = [window[len(start) :] if window[: len(start)].tolist() == start else window for window in windows]
+    rests = [window[len(start) :] if window[: len(start)].equal(start) else window for window in windows]
     texts = [str(tokenizer.decode(rest, skip_special_tokens=True)) for rest in rests]
     changed = [text.upper() for text in texts]
     if changed == texts:
         return windows[:0]
-    tokens = [token for ids in tokenizer(changed, verbose=False, add_special_tokens=False).input_ids for token in ids]
+    tokens = [token for ids in tokenize(tokenizer, changed, add_special_tokens=False).input_ids for token in ids]
     size = seq_len - len(start)
     cut = torch.tensor(tokens[: len(tokens) // size * size], dtype=torch.int64).reshape(-1, size)
     return _starting_with(start, evenly_spaced(cut, count))
@@ -165,22 +161,20 @@ def _cut_into_windows(tokens: Tensor, name: str, size: int, stride: int | None =
     return tokens.unfold(0, size, stride or size).clone()
 
 
-def _start_of_text(tokenizer: Tokenizer, seq_len: int) -> list[int]:
-    """The special tokens that a tokenizer puts in front of a text; refuses windows that have no room for others."""
-    text = "a"
-    tokens = tokenizer(text).input_ids
-    bare = tokenizer(text, add_special_tokens=False).input_ids
-    length = next((first for first in range(len(tokens)) if tokens[first : first + len(bare)] == bare), 0)
-    if seq_len <= length:
+def _start_of_text(tokenizer: Tokenizer, seq_len: int) -> Tensor:
+    """[tokens], int64: the special tokens that a tokenizer puts in front of a text; refuses windows that have no room
+    for others."""
+    start = start_tokens(tokenizer)
+    if seq_len <= len(start):
         raise AdaPrunerError(
-            f"`seq_len` {seq_len} leaves no room for text: every window begins with {length} special tokens"
+            f"`seq_len` {seq_len} leaves no room for text: every window begins with {len(start)} special tokens"
         )
-    return list(tokens[:length])
+    return torch.tensor(start, dtype=torch.int64)
 
 
-def _starting_with(start: list[int], windows: Tensor) -> Tensor:
+def _starting_with(start: Tensor, windows: Tensor) -> Tensor:
     """Windows with the same tokens in front of each."""
-    return torch.cat([torch.tensor(start, dtype=torch.int64).expand(len(windows), -1), windows], 1)
+    return torch.cat([start.expand(len(windows), -1), windows], 1)
 
 
 def evenly_spaced(windows: Tensor, limit: int | None) -> Tensor:
@@ -244,20 +238,23 @@ def evaluation_text(
                 raise AdaPrunerError(f"{text} holds windows as they are: leave `stride` out")
             return EvaluationText(evenly_spaced(_given_windows(text, seq_len, 1), limit), seq_len, about)
         text = "\n\n".join(read_documents(text))
-    encoded = tokenizer(text, verbose=False, add_special_tokens=not bos, return_offsets_mapping=tokenizer.is_fast)
-    start = _start_of_text(tokenizer, seq_len) if bos else []
+    start = _start_of_text(tokenizer, seq_len) if bos else torch.tensor([], dtype=torch.int64)
     size = seq_len - len(start)
     stride = min(stride or size, size)
-    cut = _cut_into_windows(torch.tensor(encoded.input_ids), name or "the text", size, stride)
-    predicted_bytes = None
     if tokenizer.is_fast:
-        counted = _bytes_of_tokens(text, torch.tensor(encoded.offset_mapping)[:, 1]).unfold(0, size, stride)
-        counted, context = evenly_spaced(counted, limit), 0 if start else 1
+        tokens, ends = tokens_with_ends(tokenizer, text, special=not bos)
+    else:
+        tokens, ends = tokens_of(tokenizer, text, special=not bos), None
+    cut = _cut_into_windows(tokens, name or "the text", size, stride)
+    predicted_bytes = None
+    if ends is not None:
+        counted = _bytes_of_tokens(text, ends).unfold(0, size, stride)
+        counted, context = evenly_spaced(counted, limit), 0 if len(start) else 1
         predicted_bytes = int(counted[0, context:].sum() + counted[1:, max(size - stride, context) :].sum())
     tokenizer_name = Path(tokenizer.name_or_path).name or type(tokenizer).__name__
     about["tokenizer"] = f"{tokenizer_name}, {len(tokenizer):,} tokens"
-    if start:
-        about["every_window_after"] = "".join(tokenizer.convert_ids_to_tokens(start))
+    if len(start):
+        about["every_window_after"] = "".join(tokenizer.convert_ids_to_tokens(start.tolist()))
     windows = _starting_with(start, evenly_spaced(cut, limit))
     return EvaluationText(windows, stride, about, predicted_bytes, len(start))
 

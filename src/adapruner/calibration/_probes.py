@@ -10,6 +10,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.calibration._pool import EvaluationText, evaluation_text
+from adapruner.calibration._tokenizing import tokenize
 
 # Beginnings of texts of different kinds.
 OPENINGS = (
@@ -45,11 +46,12 @@ class Question(NamedTuple):
 def prompts(tokenizer: Tokenizer) -> dict[str, dict[str, list[int]]]:
     """The tokens of prompts by their text: `openings` to continue and, if the tokenizer has a chat template that
     takes a single question, `questions` in the form in which the model is asked."""
-    tokens = {"openings": {opening: list(tokenizer(opening).input_ids) for opening in OPENINGS}}
+    tokens = {"openings": {opening: list(tokenize(tokenizer, opening).input_ids) for opening in OPENINGS}}
     asked = {question: as_chat(tokenizer, question) for question in _read("questions_to_answer.txt").splitlines()}
     if all(asked.values()):
         tokens["questions"] = {
-            question: list(tokenizer(chat, add_special_tokens=False).input_ids) for question, chat in asked.items()
+            question: list(tokenize(tokenizer, chat, add_special_tokens=False).input_ids)
+            for question, chat in asked.items()
         }
     return tokens
 

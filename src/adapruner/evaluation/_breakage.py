@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
-from adapruner.calibration import EvaluationText, Question, prompts, questions
+from adapruner.calibration import EvaluationText, Question, prompts, questions, tokenize
 from adapruner.evaluation._perplexity import Perplexity, measure_perplexity
 from adapruner.evaluation._writing import WRITING_PROTOCOL, Text, Written, read, texts_of
 
@@ -151,9 +151,9 @@ def share_answered(model: PreTrainedModel, tokenizer: Tokenizer, questions: Sequ
     answers = []
     for question, choices in questions:
         prompt = f"Question: {question}\nAnswer:"
-        before = tokenizer(prompt).input_ids
+        before = tokenize(tokenizer, prompt).input_ids
         for choice in choices:
-            tokens = tokenizer(f"{prompt} {choice}").input_ids
+            tokens = tokenize(tokenizer, f"{prompt} {choice}").input_ids
             # Some tokenizers put a token behind every text.
             place = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(before, tokens, strict=False)))
             answers.append(Text(tokens[:place], tokens[place:]))

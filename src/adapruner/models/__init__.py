@@ -74,5 +74,6 @@ from adapruner.models._places import (
     ModelLocation as ModelLocation,
     find_model as find_model,
     quiet_transformers as quiet_transformers,
+    reported as reported,
     reported_as_unloadable as reported_as_unloadable,
 )

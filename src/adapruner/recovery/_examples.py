@@ -19,6 +19,7 @@ from adapruner.calibration import (
     generate_windows,
     read_records,
     text_windows,
+    tokenize,
 )
 from adapruner.config import RecoveryOptions
 from adapruner.errors import AdaPrunerError
@@ -248,7 +249,7 @@ def _read_prompts(part: BlendPart, tokenizer: Tokenizer, options: RecoveryOption
 def _prompt_to_answer(record: Row, tokenizer: Tokenizer) -> list[int]:
     question = "\n\n".join(filter(None, (str(record["instruction"]).strip(), (record.get("input") or "").strip())))
     if chat := as_chat(tokenizer, question):
-        return list(tokenizer(chat, add_special_tokens=False, verbose=False).input_ids)
+        return list(tokenize(tokenizer, chat, add_special_tokens=False).input_ids)
     return _prompt(record, tokenizer)
 
 
@@ -273,7 +274,7 @@ def _prompt(record: Row, tokenizer: Tokenizer) -> list[int]:
         and_input=", paired with an input that provides further context" if context else "",
         input=f"### Input:\n{context}\n\n" if context else "",
     )
-    return _without_end(tokenizer(text, return_special_tokens_mask=True, verbose=False))
+    return _without_end(tokenize(tokenizer, text, return_special_tokens_mask=True))
 
 
 def _instruction_example(record: Row, tokenizer: Tokenizer, seq_len: int, label_weight: float) -> Example | None:
@@ -285,7 +286,7 @@ def _instruction_example(record: Row, tokenizer: Tokenizer, seq_len: int, label_
     if len(start) >= seq_len:
         return None
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    learnt = [*tokenizer(answer, add_special_tokens=False, verbose=False).input_ids, *end]
+    learnt = [*tokenize(tokenizer, answer, add_special_tokens=False).input_ids, *end]
     return _example([*start, *learnt][:seq_len], len(start), label_weight)
 
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from adapruner.calibration import tokens_of
+
 # Characters that are encoded at once: long enough that its ends do not matter, short enough for any memory.
 _CHARACTERS_AT_ONCE = 1 << 17
 
@@ -29,7 +31,7 @@ def count_tokens(
     """
     counts, read = torch.zeros(size, dtype=torch.int64), 0
     for text, number in _chunks(documents):
-        tokens = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids, dtype=torch.int64)
+        tokens = tokens_of(tokenizer, text)
         counts += torch.bincount(tokens[tokens < size], minlength=size)
         read += len(text.encode())
         if progress:
