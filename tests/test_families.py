@@ -85,6 +85,7 @@ def test_the_families_with_a_file_are_inferred_to_the_same_structure(model_type:
         ("lfm2_moe", {"heads", "channels", "experts"}, [0, 2]),
         ("granitemoehybrid", {"heads", "experts"}, [0, 2]),
         ("mpt", {"channels"}, [0, 1, 2, 3]),
+        ("recurrent_gemma", {"channels"}, [0, 1, 2, 3]),
     ],
 )
 def test_a_family_without_a_file_is_inferred_and_proven(
@@ -97,6 +98,17 @@ def test_a_family_without_a_file_is_inferred_and_proven(
         structure = build_structure(empty_model(config))
     assert {block.kind for block in structure.blocks} == kinds
     assert structure.whole_mixers == whole_mixers
+
+
+@pytest.mark.parametrize("hidden_size", [32, 48])
+def test_a_state_space_mixer_of_any_size_is_made_small(hidden_size: int) -> None:
+    """Its heads times their width must equal a multiple of the hidden size."""
+    types = ["mamba", "mamba", "attention"] * 4
+    sizes = {"hidden_size": hidden_size, "mamba_n_heads": 4, "mamba_d_head": hidden_size // 2}
+    config = tiny_config("granitemoehybrid", num_hidden_layers=12, layer_types=types, mamba_n_groups=1, **sizes)
+    architecture = prove(config, infer_architecture(config))
+    assert architecture.attention
+    assert architecture.experts
 
 
 # A norm behind each block; behind the attention alone; a multiplier; nothing.
@@ -216,15 +228,19 @@ def test_a_layout_that_a_family_cannot_have_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("model_type", "reason"),
+    ("model_type", "fields", "reason"),
     [
-        ("mamba", "no heads, channels or experts were found"),
+        ("mamba", {}, "no heads, channels or experts were found"),
+        ("inkling_text", {"num_hidden_layers": 12}, "inkling_text"),
+        ("hrm_text", {"num_hidden_layers": 12}, "has no list of 4 decoder layers"),
+        # All are state-space mixers by default.
+        ("granitemoehybrid", {"num_hidden_layers": 12, "layer_types": None}, "transformers cannot run this"),
     ],
 )
 def test_what_cannot_be_pruned_is_refused_in_a_line(
-    model_type: str, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model_type: str, fields: dict[str, object], reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    random_model(tiny_config(model_type)).save_pretrained(tmp_path / "model")
+    random_model(tiny_config(model_type, **fields)).save_pretrained(tmp_path / "model")
     with pytest.raises(AdaPrunerError, match=reason):
         verbs.inspect(tmp_path / "model")
     run(["inspect", str(tmp_path / "model"), "--json"], code=2)

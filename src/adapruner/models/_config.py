@@ -80,7 +80,7 @@ def _read_config(location: ModelLocation) -> PreTrainedConfig:
     if location.gguf_file:
         has_biases = any(_BIAS_OF_LAYER.search(name) for name in _stock_model(config).state_dict())
         refuse_what_is_not_read(readers[-1], str(location), config, has_biases)
-    elif config.tie_word_embeddings:
+    elif getattr(config, "tie_word_embeddings", False):
         # Broken files are reported when they are loaded.
         with contextlib.suppress(Exception), quiet_transformers():
             stored = stored_tensors(location.path, config, local_files_only=True)
