@@ -234,7 +234,11 @@ def test_a_layout_that_a_family_cannot_have_is_refused(
         ("inkling_text", {"num_hidden_layers": 12}, "inkling_text"),
         ("hrm_text", {"num_hidden_layers": 12}, "has no list of 4 decoder layers"),
         # All are state-space mixers by default.
-        ("granitemoehybrid", {"num_hidden_layers": 12, "layer_types": None}, "transformers cannot run this"),
+        (
+            "granitemoehybrid",
+            {"num_hidden_layers": 12, "layer_types": None},
+            "transformers cannot run a small granitemoehybrid",
+        ),
     ],
 )
 def test_what_cannot_be_pruned_is_refused_in_a_line(

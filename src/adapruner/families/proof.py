@@ -58,14 +58,14 @@ def prove(config: PreTrainedConfig, architecture: Architecture) -> Architecture:
 
     Raises:
         ConformanceError: no kind passes; the message has the check that failed for each kind. Or transformers cannot
-            run such a model, for example because no layer has attention, whose cache counts tokens.
+            run such a model in a small size, for example because no layer has attention, whose cache counts tokens.
     """
     model = random_model(tiny_config(config))
     try:
         with torch.no_grad():
             model(torch.arange(3, 15)[None])
     except Exception as error:  # anything that a model class raises
-        raise ConformanceError(f"transformers cannot run this {config.model_type}: {reason(error)}") from error
+        raise ConformanceError(f"transformers cannot run a small {config.model_type}: {reason(error)}") from error
     proven = _proven_parts(model, architecture)
     experts = proven.experts
     if experts and experts.channels and failed_checks(model, proven, "channel").keys() & set(proven.layouts):
