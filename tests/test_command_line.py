@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
@@ -139,6 +140,7 @@ def test_a_dry_run_says_what_the_run_then_makes(
         (None, "mine.yaml", {}, "runs/of-mine-0.4"),
         ("other", "mine.yaml", {"ratio": (0.5,)}, "runs/other-0.5"),
         (None, "mine.yaml", {"target_size": "400MB"}, "runs/of-mine-400MB"),
+        ("smollm2", None, {"target_speed": 1.3}, "runs/smollm2-1.3x"),
     ],
 )
 def test_the_default_run_folder(
@@ -199,6 +201,33 @@ def test_the_level_of_the_logger_decides_what_is_shown(
     assert "looking: done in" in shown[("-v",)]
     assert "adapruner: a detail" in shown[("-v",)]
     assert '"event": "finished", "stage": "looking"' in shown[("-v",)]
+
+
+def test_lines_say_what_is_evaluated(capsys: pytest.CaptureFixture[str]) -> None:
+    reporter = Reporter()
+    with reporter.making("key", "perplexity-dense"), reporter.stage("evaluating"):
+        pass
+    with reporter.stage("saving"):
+        pass
+    assert [line.partition(":")[0] for line in capsys.readouterr().err.splitlines()] == [
+        "evaluating (perplexity-dense)",
+        "saving",
+    ]
+
+
+def test_help_has_examples_and_names_options(capsys: pytest.CaptureFixture[str]) -> None:
+    with contextlib.suppress(SystemExit):
+        main(["prune", "--help"])
+    text = capsys.readouterr().out
+    assert text.count("adapruner prune ") >= 4  # usage and three examples
+    assert "see --target-phase" in " ".join(text.replace("│", " ").split())
+    assert "--empty" not in text
+
+
+def test_a_misspelled_alias_is_named_before_the_hub_is_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["inspect", "smolm2"])
+    assert capsys.readouterr().err == "adapruner: no model at smolm2; did you mean smollm2?\n"
 
 
 def test_bars_stand_below_each_other() -> None:

@@ -16,6 +16,7 @@ from adapruner.families import learn, open_model
 from adapruner.models import _architecture, find_model, known_architectures, load_model, register_architectures
 from adapruner.structure import build_structure
 from adapruner.surgery import prune_model
+from run_helpers import exit_code
 from tiny_families import random_plan
 
 OLMO = """
@@ -140,3 +141,25 @@ def test_no_descriptions_at_all(tmp_path: Path) -> None:
         register_architectures(tmp_path)
     with pytest.raises(AdaPrunerError, match="cannot be read"):
         register_architectures(tmp_path / "missing.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (OLMO, ""),
+        (OLMO.replace("    mlp.up_proj: [channels]\n", ""), "the description of olmo in"),
+        (PHI, "describes phi, not olmo"),
+    ],
+)
+def test_inspect_checks_a_description(
+    text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(_architecture, "_registered", {})
+    tiny("olmo").config.save_pretrained(tmp_path)
+    file = tmp_path / "own.yaml"
+    file.write_text(text)
+    code = exit_code(["inspect", str(tmp_path), "--architectures", str(file)])
+    shown = capsys.readouterr()
+    assert code == (2 if message else 0)
+    assert message in shown.err
+    assert message or "olmo" in shown.out

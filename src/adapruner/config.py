@@ -106,17 +106,17 @@ class RecoveryOptions(_Options):
         description="Train adapters, merged at the end: those of LoRA, or with ia3 a scale for each input of a linear"
         " layer; or all weights.",
     )
-    steps: int | None = Field(default=None, ge=1, description="Optimizer steps, in place of epochs.")
+    steps: int | None = Field(default=None, ge=1, description="Optimizer steps, instead of epochs.")
     epochs: int | None = Field(
         default=None, ge=1, description="Passes over all examples; by default 2, without steps, tokens or minutes."
     )
     tokens: Tokens | None = Field(
-        default=None, description="Tokens to train on, prompts included, such as 300k or 2M; in place of epochs."
+        default=None, description="Tokens to train on, prompts included, such as 300k or 2M; instead of epochs."
     )
     minutes: float | None = Field(
         default=None,
         gt=0,
-        description="Minutes to train on this machine, in place of epochs: the number of steps follows from the time of"
+        description="Minutes to train on this machine, instead of epochs: the number of steps follows from the time of"
         " the first ones. Validation and saving are included, loading and writing text are not.",
     )
     records: int | None = Field(
@@ -145,7 +145,7 @@ class RecoveryOptions(_Options):
         default=None,
         ge=1,
         description="Write this number of most probable tokens of the teacher to disk for every learnt token before"
-        " the training, for a teacher that does not fit beside the model; by default it runs in every step.",
+        " the training, for a teacher that does not fit next to the model; by default it runs in every step.",
     )
     label_weight: float = Field(
         default=0.5,
@@ -185,16 +185,16 @@ class PruneOptions(_Options):
         " long. Options that are given count.",
     )
     target_size: Size | None = Field(
-        default=None, description="Size of the checkpoint in place of a ratio, as 400MB or 1.5GiB; see target_format."
+        default=None, description="Size of the checkpoint instead of a ratio, as 400MB or 1.5GiB; see target_format."
     )
     target_memory: Size | None = Field(
         default=None,
-        description="Memory of weights and KV cache in place of a ratio, at target_batch and target_context.",
+        description="Memory of weights and KV cache instead of a ratio, at target_batch and target_context.",
     )
     target_speed: float | None = Field(
         default=None,
         gt=1,
-        description="How many times as fast as the dense model on this machine, in place of a ratio, as 1.3; see"
+        description="How many times as fast as the dense model on this machine, instead of a ratio, as 1.3; see"
         " target_phase.",
     )
     target_format: TargetFormat = Field(
@@ -243,7 +243,7 @@ class PruneOptions(_Options):
         default=None,
         ge=1,
         description=f"Held-out windows that score every trial; by default {SCORING_WINDOWS[1]}, or down to"
-        f" {SCORING_WINDOWS[0]} if the text has no more beside final_windows.",
+        f" {SCORING_WINDOWS[0]} if the text has no more besides final_windows.",
     )
     final_windows: int = Field(
         default=64,
@@ -287,8 +287,8 @@ class PruneOptions(_Options):
     )
     for_: Annotated[tuple[ServingEngine, ...], ONE_OR_MORE] = Field(
         default=(),
-        description="Engine that shall load the model, without code from its folder where that can be had: sets layout,"
-        " head_share and whole, and refuses what it cannot load; may be repeated; any is every engine.",
+        description="Engine that shall load the model: sets layout, head_share and whole, and refuses what the engine"
+        " cannot load; may be repeated; any is every engine.",
     )
     layout: Layout = Field(
         default="per-layer",
@@ -309,7 +309,7 @@ class PruneOptions(_Options):
     )
     whole: Annotated[tuple[WholePart, ...], ONE_OR_MORE] | None = Field(
         default=None,
-        description="Part of a layer that may be removed whole, if the search finds that better: attention,"
+        description="Part of a layer that may be removed entirely, if the search finds that better: attention,"
         " feed-forward, layer, or none; may be repeated; by default attention, with layout uniform layer.",
     )
     head_share: float | None = Field(

@@ -33,7 +33,7 @@ _PACKAGES = (
     *("huggingface-hub", "gguf", "numpy", "lm-eval"),
 )
 # Engines that load a written model: modules, and programs on the path.
-_ENGINE_MODULES = ("llama_cpp", "xllamacpp", "mlx_lm", "vllm", "sglang")
+_ENGINE_MODULES = ("cyllama", "llama_cpp", "xllamacpp", "mlx_lm", "vllm", "sglang")
 _ENGINE_PROGRAMS = ("llama-cli", "llama-server", "ollama")
 # Enough for every stage to run, in minutes on two cores of a CPU.
 _SMALL: dict[str, Any] = {

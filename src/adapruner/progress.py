@@ -58,6 +58,7 @@ class Reporter:
     Attributes:
         current: the stage that is running, or that an error ended.
         key: of the artifact that is being made, if any.
+        subject: what the stages of this artifact are about, for the printed lines.
     """
 
     def __init__(self, log: Path | None = None, quiet: bool = False, watchers: Sequence[StageWatcher] = ()) -> None:
@@ -66,20 +67,21 @@ class Reporter:
         self.console = PlainConsole(file=sys.stderr, quiet=quiet)
         self.shows_bars = self.console.is_terminal or (self.console.is_jupyter and find_spec("ipywidgets") is not None)
         self.log, self.watchers = log, tuple(watchers)
-        self.current, self.key = "preparing", ""
+        self.current, self.key, self.subject = "preparing", "", ""
 
     @contextlib.contextmanager
-    def making(self, key: str) -> Iterator[None]:
+    def making(self, key: str, subject: str = "") -> Iterator[None]:
         """Records in the log that stages belong to an artifact, while this lasts.
 
         Args:
             key: of the artifact.
+            subject: printed with the stages, if several artifacts have the same ones.
         """
-        outer, self.key = self.key, key
+        outer, self.key, self.subject = (self.key, self.subject), key, subject
         try:
             yield
         finally:
-            self.key = outer
+            self.key, self.subject = outer
 
     @contextlib.contextmanager
     def stage(self, name: str, total: int | None = 1) -> Iterator[Advance]:
@@ -97,7 +99,7 @@ class Reporter:
             yield lambda steps=1, text="": None
         seconds, self.current = time.monotonic() - started, outer
         if not self.shows_bars:
-            self.note(f"{name}: done in {seconds:.1f} s")
+            self.note(f"{name}{f' ({self.subject})' if self.subject else ''}: done in {seconds:.1f} s")
         peaks = {"peak_memory_mib": peak_memory() // MIB, "peak_on_accelerator_mib": _accelerator_peak() // MIB}
         cost = StageCost(seconds=round(seconds, 2), **peaks)
         self._record(event="finished", stage=name, **cost.model_dump())

@@ -21,7 +21,7 @@ from transformers import (
 
 from adapruner.calibration import fingerprint, parse_source, read_documents
 from adapruner.families import learn, resolve
-from adapruner.families.proof import failed_checks
+from adapruner.families.proof import failed_layouts
 from adapruner.families.tiny import random_model, tiny_config
 from adapruner.importance import TERMS, MetricPoint, score_groups
 from adapruner.measurement import measure, measure_moments, removal_errors
@@ -122,10 +122,9 @@ def check_family(config: PreTrainedConfig | str, architecture: Architecture | No
         config: config of a stock model, or its `model_type`.
         architecture: the description; by default the registered or inferred one.
     """
-    tiny = tiny_config(AutoConfig.for_model(config) if isinstance(config, str) else config)
-    architecture = architecture or resolve(tiny)
-    failures = failed_checks(random_model(tiny), architecture)
-    wrong = {layout: failures[layout] for layout in architecture.layouts if layout in failures}
+    config = tiny_config(AutoConfig.for_model(config) if isinstance(config, str) else config)
+    architecture = architecture or resolve(config)
+    wrong = failed_layouts(config, architecture)
     assert not wrong, f"{architecture.model_type}: {wrong}"
 
 

@@ -23,12 +23,12 @@ Names = Annotated[tuple[str, ...], Parameter(negative="")]
 
 # Groups of the fields of `PruneOptions` in the command line and the documentation; most runs set the first group only.
 OPTION_GROUPS: dict[str, tuple[str, ...]] = {
-    "Most used": ("ratio", "calibration", "evaluate", "recover", "effort", "for_", "device"),
-    "What is removed": (
-        *("ratio_of", "layout", "protect_first", "protect_last", "head_share", "head_granularity"),
-        *("expert_granularity", "whole", "round_to", "vocabulary", "vocabulary_size", "vocabulary_multiple"),
-    ),
+    "Most used": ("ratio", "calibration", "evaluate", "recover", "effort", "for_", "layout", "whole", "device"),
     "A target instead of a ratio": config.TARGET_OPTIONS,
+    "What is removed": (
+        *("ratio_of", "protect_first", "protect_last", "head_share", "head_granularity"),
+        *("expert_granularity", "round_to", "vocabulary", "vocabulary_size", "vocabulary_multiple"),
+    ),
     "Datasets": ("objective", "pool", "samples", "objective_windows", "final_windows", "seq_len", "sources"),
     "Search": ("trials", "level_rounds", "selection", "search", "space", "sampler", "seed"),
     "Importance": ("terms", "alignment", "reduction"),
@@ -48,11 +48,17 @@ if TYPE_CHECKING:
     TargetOptions = config.PruneOptions
 else:
     _group_of = {field: _GROUPS[name] for name, fields in OPTION_GROUPS.items() for field in fields}
+    _names = "|".join(name for name in config.PruneOptions.model_fields if "_" in name.strip("_"))
+
+    def _help(description: str | None) -> str:
+        """The help of a field, with the options of the command line instead of the names of fields."""
+        return re.sub(rf"\b(?:{_names})\b", lambda name: f"--{name[0].replace('_', '-')}", description or "")
+
     _fields = {
-        name: (Annotated[field.annotation, Parameter(group=_group_of[name])], field)
+        name: (Annotated[field.annotation, Parameter(group=_group_of[name], help=_help(field.description))], field)
         for name, field in config.PruneOptions.model_fields.items()
     }
-    # The same fields, each with its panel.
+    # The same fields, each with its panel and its help.
     PruneOptions = create_model("PruneOptions", __base__=config.PruneOptions, **_fields)
     TargetOptions = create_model("TargetOptions", **{name: _fields[name] for name in config.TARGET_OPTIONS})
 

@@ -30,6 +30,12 @@ def compare(
 ) -> None:
     """Measure quality, size and speed of several models and quantizations, and say which are dominated.
 
+    ```console
+    adapruner compare Qwen/Qwen3-0.6B runs/a -o compare.html
+    adapruner compare Qwen/Qwen3-0.6B runs/a --types f16,q4_k_m --limit 64
+    adapruner compare Qwen/Qwen3-0.6B runs/a --engine transformers --tasks piqa
+    ```
+
     Args:
         types: Types of GGUF file that llama.cpp runs, comma-separated or repeated. A given .gguf file runs as it is.
         engine: What runs the models; may be repeated. transformers runs them in their dtype. llama.cpp runs GGUF files

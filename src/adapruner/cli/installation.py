@@ -34,6 +34,12 @@ def doctor(
 
     Paste the output into an issue.
 
+    ```console
+    adapruner doctor
+    adapruner doctor --benchmark
+    adapruner doctor --json
+    ```
+
     Args:
         benchmark: Prune the model twice with little text, on the CPU and on the accelerator, and compare; some minutes.
     """
@@ -90,7 +96,14 @@ recipes = App(name="recipes", help="List the recipes of the package, or copy one
 
 @recipes.default
 def list_recipes(*, json: Json = False) -> None:
-    """List the recipes of the package: options for adapruner prune --recipe NAME."""
+    """List the recipes of the package: options for adapruner prune --recipe NAME.
+
+    ```console
+    adapruner recipes
+    adapruner recipes copy smollm2-20 mine.yaml
+    adapruner prune --recipe mine.yaml -o runs/mine
+    ```
+    """
     purposes = {name: _purpose(text) for name, text in recipe.recipes().items()}
     table = Table("recipe", "", show_lines=True)
     for name, purpose in purposes.items():

@@ -37,13 +37,19 @@ def recover(
 
     Nothing is trained in float16: such weights are trained in another dtype, and saved in float16.
 
+    ```console
+    adapruner recover runs/a/model --data alpaca -o runs/a/tuned
+    adapruner recover runs/a/model --data c4 --teacher Qwen/Qwen3-0.6B -o runs/b
+    adapruner recover runs/a/model --data c4 --train full --minutes 60 -o runs/b
+    ```
+
     Args:
         data: Instructions with answers (columns instruction, output, input), any text, self (the teacher writes it), or
             answers:DATASET (the teacher answers instructions); several with shares, as self:0.3,c4:0.3,alpaca:0.4.
-        output: Folder of the recovered model.
+        output: Folder of the fine-tuned model.
         teacher: The dense model, for distillation.
         track: Experiment tracker that gets the training curves; tensorboard writes into OUTPUT.tracking.
-        overwrite: Start again if the folder holds another recovery.
+        overwrite: Start again if the folder holds another fine-tuned model.
     """
     with starting():
         from adapruner.processes import this_process
@@ -77,6 +83,12 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Perplexity of a model, dense or pruned, its scores in tasks of lm-eval, and the verdict on a pruned model.
+
+    ```console
+    adapruner evaluate runs/a/model --evaluate wikitext2 --evaluate ptb
+    adapruner evaluate runs/a/model --against Qwen/Qwen3-0.6B
+    adapruner evaluate runs/a/model --tasks commonsense --limit 200
+    ```
 
     Args:
         evaluate: Dataset to report perplexity on; may be repeated.
@@ -117,6 +129,12 @@ def benchmark(
 ) -> None:
     """Measure size, memory and tokens per second of a model, and compare it with another one.
 
+    ```console
+    adapruner benchmark runs/a/model --against Qwen/Qwen3-0.6B
+    adapruner benchmark runs/a/model --against Qwen/Qwen3-0.6B -o speed.json
+    adapruner benchmark runs/a/model --batch-size 32 --prompt 512
+    ```
+
     Args:
         against: The model to compare with, usually the dense one.
         batch_size: Sequences at once; may be repeated.
@@ -145,6 +163,12 @@ def export(
     json: Json = False,
 ) -> None:
     """Write a model, pruned or dense, in a form that other loaders read.
+
+    ```console
+    adapruner export runs/a/model --to gguf -o small.gguf
+    adapruner export runs/a/model --to gguf --gguf-type q4_k_m -o small-q4.gguf
+    adapruner export runs/a/model --to stock -o runs/a/stock
+    ```
 
     Args:
         to: gguf: one file for llama.cpp. stock: a folder for any loader of the family, padded with zeros: heads to
@@ -182,6 +206,12 @@ def vocabulary(
     json: Json = False,
 ) -> None:
     """Remove from a model the tokens that do not occur in the given datasets, and nothing else.
+
+    ```console
+    adapruner vocabulary Qwen/Qwen3-0.6B --vocabulary c4 -o runs/a
+    adapruner vocabulary Qwen/Qwen3-0.6B --vocabulary c4,my-text.txt -o runs/b
+    adapruner vocabulary smollm2 --vocabulary c4 --vocabulary-size 40960 -o runs/c
+    ```
 
     Args:
         vocabulary: Datasets whose tokens are kept, comma-separated or repeated.

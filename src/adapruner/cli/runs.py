@@ -43,6 +43,12 @@ def prune(
 
     For several ratios, --json prints a list.
 
+    ```console
+    adapruner prune Qwen/Qwen3-0.6B --calibration c4 -o runs/a --dry-run
+    adapruner prune Qwen/Qwen3-0.6B --ratio 0.2 --for llama.cpp -o runs/a
+    adapruner prune Qwen/Qwen3-0.6B --ratio 0.1 --ratio 0.2 --recover c4
+    ```
+
     Args:
         output: Run folder; the pruned model is saved in model/, the fine-tuned model in recovered/. By default
             runs/MODEL-RATIO.
@@ -84,7 +90,8 @@ def _default_output(model: str | None, recipe: str | None, options: dict[str, An
     name = Path(str(model)).resolve().name.removesuffix(".gguf")
     budget = config.PruneOptions.from_options(**{key: chosen[key] for key in chosen if key in config.BUDGETS})
     amounts = (getattr(budget, budget.target),) if budget.target else budget.ratio
-    shown = (f"{amount:g}" if isinstance(amount, float) else amount for amount in amounts)
+    unit = "x" if budget.target == "target_speed" else ""
+    shown = (f"{amount:g}{unit}" if isinstance(amount, float) else amount for amount in amounts)
     return Path("runs", "-".join([name, *shown]))
 
 
@@ -105,6 +112,12 @@ def plan(
 ) -> None:
     """Prune to another ratio or target with the statistics and the best trial of a finished run.
 
+    ```console
+    adapruner plan runs/a --ratio 0.3 -o runs/b
+    adapruner plan runs/a --target-size 400MB -o runs/small
+    adapruner plan runs/a --target-speed 1.3 -o runs/fast
+    ```
+
     Args:
         run: Folder of the finished run.
         output: Folder of the new run.
@@ -121,6 +134,12 @@ def plan(
 
 def report(run: Path, /, *, open: Flag = False, watch: Flag = False, json: Json = False) -> None:
     """Write the report of a run, a self-contained page: report.html in the run folder.
+
+    ```console
+    adapruner report runs/a
+    adapruner report runs/a --open
+    adapruner report runs/a --watch
+    ```
 
     Args:
         run: Run folder; the report of an unfinished run shows what is available.

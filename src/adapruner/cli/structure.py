@@ -30,13 +30,21 @@ def inspect(
 ) -> None:
     """List the prunable parts of a model, or estimate its memory use (--cost). Does not load weights.
 
+    With --architectures, check a file that describes the family of the model.
+
+    ```console
+    adapruner inspect Qwen/Qwen3-0.6B
+    adapruner inspect Qwen/Qwen3-8B --cost --ratio 0.2 --device cuda
+    adapruner inspect allenai/OLMo-1B-hf --architectures olmo.yaml
+    ```
+
     Args:
         architecture: Print how the family of the model is built, as YAML that --architectures reads.
         cost: Print the memory that adapruner prune needs with the options that follow, stage by stage.
     """
     pruning = given(options)
-    if pruning and not cost:
-        raise AdaPrunerError("pruning options are used with `cost` only")
+    if pruning.keys() - {"architectures"} and not cost:
+        raise AdaPrunerError("pruning options other than `architectures` are used with `cost` only")
     from adapruner import verbs
 
     if cost:
@@ -52,6 +60,8 @@ def inspect(
         print_output(content, json, [yaml.safe_dump(content, sort_keys=False, default_flow_style=None).rstrip()])
     else:
         with starting():
+            if architectures := pruning.get("architectures"):
+                verbs.check_described(model, architectures)
             structure = verbs.inspect(model)
         print_output(_content(structure, model), json, _lines(structure, model))
 

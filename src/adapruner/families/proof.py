@@ -121,6 +121,12 @@ def failed_checks(
     return {layout: failure for layout, failure in failures.items() if failure}
 
 
+def failed_layouts(config: PreTrainedConfig, architecture: Architecture) -> dict[Layout, str]:
+    """The failing check of each layout that a description of a family allows, on a tiny model of a config."""
+    failures = failed_checks(random_model(tiny_config(config)), architecture)
+    return {layout: failures[layout] for layout in architecture.layouts if layout in failures}
+
+
 def why_not_whole(model: PreTrainedModel, architecture: Architecture, *parts: Whole) -> str | None:
     """The check that fails, with the reason, for a model without some parts: the attention of a layer, the feed-forward
     of another, or a whole layer; None if all pass.

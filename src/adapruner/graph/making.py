@@ -212,7 +212,9 @@ class Making:
         self.process.wait()
         value: Any = self.value(node) if node.is_early else None
         if not node.is_early and (self.process.leads or node.is_shared):
-            with self.reporter.making(record.key):
+            # Every model is evaluated: a line says which, such as perplexity-dense.
+            subject = Path(node.path).stem if node.path.startswith("evaluation/") else ""
+            with self.reporter.making(record.key, subject):
                 value = self._called(node, work=folder.work(node.path, record.key), key=record.key)
         if self.process.leads:
             self._save(node, value)

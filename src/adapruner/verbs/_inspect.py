@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapruner.config import ExpertGranularity, HeadGranularity
+from adapruner.errors import AdaPrunerError
 from adapruner.families import open_config, resolve
-from adapruner.models import Architecture, empty_model, find_model, load_config
+from adapruner.families.proof import failed_layouts
+from adapruner.models import Architecture, empty_model, find_model, load_config, register_architectures
 from adapruner.structure import Structure, build_structure
 
 if TYPE_CHECKING:
@@ -44,3 +46,17 @@ def describe(model: str | Path) -> Architecture:
         AdaPrunerError: there is no such model, or its family cannot be pruned.
     """
     return resolve(load_config(find_model(str(model))))
+
+
+def check_described(model: str | Path, file: str | Path) -> None:
+    """Registers the families that a file or folder describes, and checks the family of a model on a tiny one.
+
+    Raises:
+        AdaPrunerError: the file is invalid, describes other families, or a check fails; with the layout and the reason.
+    """
+    families, config = register_architectures(Path(file)), load_config(find_model(str(model)))
+    if config.model_type not in families:
+        raise AdaPrunerError(f"{file} describes {', '.join(families)}, not {config.model_type}, the family of {model}")
+    if failures := failed_layouts(config, resolve(config)):
+        reasons = "; ".join(f"{layout}: {failure}" for layout, failure in failures.items())
+        raise AdaPrunerError(f"the description of {config.model_type} in {file} is wrong ({reasons})")
