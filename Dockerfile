@@ -2,7 +2,7 @@
 # For NVIDIA GPUs:   docker build --tag adapruner:cuda --build-arg TORCH_INDEX=https://pypi.org/simple .
 # Prune:             docker run --rm --volume "$PWD:/work" --volume "$HOME/.cache/huggingface:/cache" adapruner prune MODEL
 #                    (with --gpus all for a GPU)
-ARG PYTHON=3.12
+ARG PYTHON=3.11
 FROM python:${PYTHON}-slim
 
 # The index of PyTorch for the CPU; the package index itself has the builds for CUDA, with its libraries.

@@ -1,4 +1,4 @@
-"""Loads pruned folders in every engine, and prints the table of docs/checkpoints.md from what it saw.
+"""Loads pruned folders in every engine, and prints the table of docs/reference/engines.md from what it saw.
 
     python benchmarks/engine_folders.py runs/engines --model.demo runs/demo/model
     python benchmarks/engines.py compare runs/engines --python.vllm VENV/bin/python --python.oldest …

@@ -1,4 +1,4 @@
-"""The divergence from a teacher of which the most probable tokens are known (docs/guides/memory.md).
+"""The divergence from a teacher of which the most probable tokens are known (docs/guides/large-models.md).
 
 ADAPRUNER_DATA=.data:DATA python benchmarks/teacher_top.py --pruned runs/a/model
 """

@@ -1,4 +1,4 @@
-"""What fits where: the memory of training a pruned Llama 3.1 8B or 70B, by arithmetic (docs/guides/memory.md).
+"""What fits where: the memory of training a pruned Llama 3.1 8B or 70B, by arithmetic (docs/guides/large-models.md).
 
 python benchmarks/training_memory.py
 """

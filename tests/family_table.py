@@ -1,5 +1,5 @@
 """Which families can be pruned, and how: of every decoder of the installed transformers that builds tiny, a model is
-saved, and inspected as `adapruner inspect` does. Writes the table in docs/families.md.
+saved, and inspected as `adapruner inspect` does. Writes the table in docs/reference/families.md.
 
     python tests/family_table.py
 """
@@ -23,7 +23,7 @@ from adapruner.families.tiny import random_model
 from adapruner.models import known_architectures
 from tiny_families import OTHERS, decoder_families, tiny_config
 
-DOCUMENT = Path(__file__).parents[1] / "docs" / "families.md"
+DOCUMENT = Path(__file__).parents[1] / "docs" / "reference" / "families.md"
 START, END = "<!-- table -->\n", "<!-- end -->\n"
 COLUMNS = ("family", "from", "heads", "channels", "experts", "channels in experts", "whole", "layouts")
 
