@@ -34,7 +34,14 @@ from adapruner.testing import SMALL as SMALL_RUN
 from run_helpers import flags
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+README = ROOT / "README.md"
+PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+RESEARCH = sorted((ROOT / "research").rglob("*.md"))
+# The run that most pages go on with.
+FIRST_RUN = (
+    "adapruner prune HuggingFaceTB/SmolLM2-360M -o runs/a --ratio 0.2 --calibration c4"
+    " --evaluate wikitext2 --evaluate ptb"
+)
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 
 # Added to commands where they do not say otherwise, and put in place of what calls in Python say: less work, and widths
@@ -52,12 +59,16 @@ SMALL: dict[str, dict[str, Any]] = {
 MODELS = {
     "HuggingFaceTB/SmolLM2-360M": "llama",
     "Qwen/Qwen3-0.6B": "qwen3",
+    "Qwen/Qwen3-8B": "qwen3",
     "huggyllama/llama-7b": "llama",
     "my-model": "llama",
     "smollm2": "llama",
 }
 # Options in the docs that are not of this package.
 OF_OTHER_TOOLS = {"--no-deps", "--nproc-per-node", "--small", "--target", "--trust-remote-code"}
+# Where users look things up, and pages may be long; README is limited by its lines.
+LONG_PAGES = ("reference", "reliability.md")
+MOST_WORDS, MOST_LINES, FIRST_COMMAND, FRESH_CHECKOUT = 1500, 120, 250, 60
 WORDS = ["the", "a", "of", "and", "to", "in", "is", "was", "with", "from", "river", "city", "music", "game", "king"]
 WORDS += ["school", "water", "light", "house", "year", "people", "world", "state", "war", "film", "book", "stone"]
 
@@ -147,8 +158,7 @@ def _workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setattr("adapruner.models._places._find_smollm2", lambda: alias)
         for verb in ("prune", "recover", "evaluate", "vocabulary"):
             patch.setattr(adapruner, verb, in_small(verb, getattr(adapruner, verb)))
-        first = next(line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("adapruner pr"))
-        run_commands(first)
+        run_commands(FIRST_RUN)
         yield
 
 
@@ -236,12 +246,130 @@ def test_all_options_that_are_named_exist() -> None:
         assert not unknown, f"{page} names {unknown}"
 
 
-@pytest.mark.parametrize("page", PAGES[:2], ids=lambda page: page.name)
-def test_links_out_of_the_repository_lead_somewhere(page: Path) -> None:
-    """Those of the other pages are checked where the site is built."""
-    links = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text())
-    assert links
-    assert [link for link in links if not (ROOT / link).exists()] == []
+def commands_of(content: str) -> list[list[str]]:
+    """The commands of this package in a block, with their arguments."""
+    lines = (line.partition(" -m ")[2] or line for line in content.replace("\\\n", " ").splitlines())
+    found = (shlex.split(line, comments=True) for line in lines if line.strip().startswith("adapruner "))
+    return [command[1:] for command in found]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_that_are_not_run_are_accepted(page: Path) -> None:
+    """Also the examples of the help, which stand on the page of the command line."""
+    for block in blocks(page):
+        if block.info == "console":
+            for command in commands_of(block.content):
+                if "…" not in " ".join(command) and command[0] in app:
+                    app.parse_args(command, exit_on_error=False, print_error=False)
+
+
+def slug(heading: str) -> str:
+    """The anchor of a heading, on GitHub and on the site."""
+    text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).replace("`", "")
+    return re.sub(r"[^\w\- ]", "", text.strip().lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", [*PAGES, *RESEARCH], ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_and_anchors_lead_somewhere(page: Path) -> None:
+    """On GitHub; the site is built from the same links."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for target, anchor in re.findall(r"\]\((?!https?:|mailto:)([^)#\s]*)#?([^)\s]*)\)", text):
+        file = (page.parent / target).resolve() if target else page
+        assert file.exists(), f"{page} links to {target}"
+        if anchor:
+            headings = re.findall(
+                r"^#+ (.+)$", re.sub(r"```.*?```", "", file.read_text(), flags=re.DOTALL), re.MULTILINE
+            )
+            assert anchor in map(slug, headings), f"{page} links to {target}#{anchor}"
+
+
+def test_files_that_are_named_exist() -> None:
+    places = (ROOT, ROOT / "src" / "adapruner")
+    folders = "benchmarks|tests|examples|docs|research|src|models|families|checkpoint|importance|graph|run|recovery"
+    for page in PAGES:
+        named = re.findall(rf"`((?:{folders})/[\w/.-]+\.(?:py|md|sh|yaml|svg))`", page.read_text())
+        assert [name for name in named if not any((place / name).exists() for place in places)] == [], page
+
+
+def measured_triples() -> list[tuple[float, ...]]:
+    """Times dense on BoolQ, WikiText2 and PTB, of every row of the results."""
+
+    def main_number(value: Any) -> float:
+        return float(next(iter(value.values())) if isinstance(value, dict) else value)
+
+    found = []
+    for file in sorted((ROOT / "research" / "results").glob("*.json")):
+        for table in json.loads(file.read_text(encoding="utf-8"))["tables"].values():
+            rows = table["rows"]
+            found += [[row[text] for text in ("boolq", "wikitext2", "ptb")] for row in rows if "ptb" in row]
+            found += [cell for row in rows for cell in row.values() if isinstance(cell, list) and len(cell) == 3]
+            by_column = [row for row in rows if str(row.get("sign", "")).endswith("times dense")]
+            found += [[row[key] for row in by_column] for key in (by_column[0] if by_column else {}) if key != "sign"]
+    numbers = [triple for triple in found if all(isinstance(cell, float | int | dict) for cell in triple)]
+    return [tuple(map(main_number, triple)) for triple in numbers]
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/choose.md", "docs/steps/serve.md"])
+def test_perplexities_are_those_of_the_results(name: str) -> None:
+    measured = measured_triples()
+    shown = re.findall(r"\| (\d\.\d\d) \| (\d\.\d\d) \| (\d\.\d\d) \|", (ROOT / name).read_text().replace("**", ""))
+    assert shown
+    for row in shown:
+        close = [
+            all(abs(float(cell) - value) < 0.0051 for cell, value in zip(row, triple, strict=True))
+            for triple in measured
+        ]
+        assert any(close), row
+
+
+def words(markdown: str) -> list[str]:
+    """What is read of a page: without comments, targets of links, and rules of tables."""
+    text = re.sub(r"<!--.*?-->|\]\([^)]*\)|^\|[-|:]+\|$", "", markdown, flags=re.DOTALL | re.MULTILINE)
+    return [word for word in text.split() if re.search(r"\w", word)]
+
+
+def test_the_readme_is_short_and_begins_with_commands() -> None:
+    text = README.read_text()
+    lines = text.splitlines()
+    assert len(lines) <= MOST_LINES
+    assert len(words(text[: text.index("```")])) <= FIRST_COMMAND
+    for command in ("make demo", "make test"):
+        assert any(line.startswith(command) for line in lines[:FRESH_CHECKOUT]), command
+
+
+def test_no_page_is_long() -> None:
+    lengths = {str(page.relative_to(ROOT / "docs")): len(words(page.read_text())) for page in PAGES[2:]}
+    long = {page: count for page, count in lengths.items() if count > MOST_WORDS and not page.startswith(LONG_PAGES)}
+    assert long == {}
+
+
+def test_guides_do_not_link_to_experiments() -> None:
+    for folder in ("steps", "guides"):
+        for page in sorted((ROOT / "docs" / folder).glob("*.md")):
+            assert "research/experiments" not in page.read_text(), page
+
+
+@pytest.mark.parametrize("name", ["options.md", "cli.md", "python.md"])
+def test_the_reference_is_what_the_code_says(name: str) -> None:
+    pages = runpy.run_path(str(ROOT / "docs" / "reference.py"))["pages"]()
+    assert (ROOT / "docs" / "reference" / name).read_text(encoding="utf-8") == pages[name], (
+        "run python docs/reference.py"
+    )
+
+
+def test_printed_rows_are_those_of_the_code() -> None:
+    """Names of stages, of rows and of signs in the page that shows a run."""
+    text = (ROOT / "docs" / "first-run.md").read_text()
+    source = "".join(path.read_text() for path in sorted((ROOT / "src" / "adapruner").rglob("*.py")))
+    stages = re.findall(r"^([a-z ]+): done in", text, re.MULTILINE)
+    cells = [row.strip("│┃ ").split("│")[0].strip() for row in text.splitlines() if row.startswith("│")]
+    signs = [cell for cell in cells if cell and cell != "…" and not cell.endswith("compensated") and "(" not in cell]
+    assert len(stages) > 5
+    assert len(signs) > 5
+    missing = [
+        name for name in [*stages, *signs] if f'"{name}' not in source and f'"{name.split(" (")[0]}' not in source
+    ]
+    assert missing == []
 
 
 def test_the_inputs_of_the_examples_are_loaded_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,8 +404,24 @@ def test_the_site_is_built_and_needs_nothing_from_elsewhere(tmp_path: Path) -> N
     options = (tmp_path / "reference" / "options" / "index.html").read_text()
     for name in PruneOptions.model_fields:
         assert name == "recovery" or f"--{name.strip('_').replace('_', '-')}</code>" in options, name
-    assert "--recovery.steps" in (tmp_path / "reference" / "cli" / "index.html").read_text()
-    assert 'id="adapruner.prune"' in (tmp_path / "reference" / "python" / "index.html").read_text()
+    assert 'id="adaprunerprune"' in (tmp_path / "reference" / "python" / "index.html").read_text()
+
+
+def test_the_picture_in_the_readme_is_that_of_its_numbers() -> None:
+    draw = runpy.run_path(str(ROOT / "docs" / "tradeoff.py"))["draw"]
+    images = ROOT / "docs" / "images"
+    content = json.loads((images / "tradeoff.json").read_text(encoding="utf-8"))
+    assert (images / "tradeoff.svg").read_text(encoding="utf-8") == draw(content)
+    page = (ROOT / "docs" / "choose.md").read_text()
+    for point in (point for points in content["models"].values() for point in points.values()):
+        size, bits, *speeds = point.values()
+        assert f"| {size} | {bits:.4f} | {' | '.join(map(str, speeds))} |" in page
+
+
+def test_the_tables_of_results_are_those_of_their_files() -> None:
+    command = [sys.executable, "research/tables.py", "--check"]
+    checked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stderr
 
 
 def test_the_tables_of_results_are_those_of_their_files() -> None:
