@@ -53,7 +53,7 @@ def test_help_begins_with_what_most_runs_set_and_fits_a_narrow_terminal() -> Non
     assert max(map(len, shown.splitlines())) <= 80
     places = [shown.index(f"─ {name} ─") for name in (*OPTION_GROUPS, "Run folder", "Hub")]
     assert places == sorted(places)
-    assert places[0] < shown.index("--ratio") < shown.index("--device") < places[1]
+    assert places[0] < shown.index("--ratio", places[0]) < shown.index("--device", places[0]) < places[1]
 
 
 def test_no_colour_where_none_is_wanted() -> None:
