@@ -424,12 +424,6 @@ def test_the_tables_of_results_are_those_of_their_files() -> None:
     assert checked.returncode == 0, checked.stderr
 
 
-def test_the_tables_of_results_are_those_of_their_files() -> None:
-    command = [sys.executable, "research/tables.py", "--check"]
-    checked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert checked.returncode == 0, checked.stderr
-
-
 def test_the_picture_of_the_graph_is_that_of_the_code() -> None:
     draw = runpy.run_path(str(ROOT / "docs" / "graph.py"))["draw"]
     assert (ROOT / "docs" / "images" / "graph.svg").read_text(encoding="utf-8") == draw(GRAPH)
