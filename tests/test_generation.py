@@ -78,7 +78,7 @@ def test_greedy_and_sampled_texts_are_written_together(model: PreTrainedModel) -
 
 def test_samples_have_the_probabilities_at_the_temperature() -> None:
     logits, temperatures = torch.tensor([0.0, 1.0, -1.0, 2.0]), torch.tensor([0.0, 0.7]).repeat_interleave(20_000)
-    sampling = _generation._Sampling(temperatures, torch.Generator().manual_seed(0))
+    sampling = _generation._Sampling(temperatures, [torch.Generator().manual_seed(0)] * len(temperatures))
     scores = sampling(None, logits.repeat(40_000, 1))
     assert torch.equal(scores[:20_000], logits.repeat(20_000, 1))
     shares = scores[20_000:].argmax(-1).bincount(minlength=4) / 20_000

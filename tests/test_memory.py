@@ -228,6 +228,7 @@ def test_inspect_prints_memory(model_folder: Path, capsys: pytest.CaptureFixture
     stages = json.loads(capsys.readouterr().out)["stages"]
     assert [stage["stage"] for stage in stages] == [
         "loading",
+        "writing text",
         "reading activations",
         "measuring",
         "comparing removals",

@@ -21,7 +21,10 @@ from adapruner.families import open_model
 from adapruner.families.tiny import random_model
 from adapruner.measurement import measure, measure_moments
 from adapruner.models import (
+    _generation,
+    architecture_of,
     check_streamable,
+    continue_texts,
     decoder_layers,
     empty_model,
     enter_layers,
@@ -178,6 +181,27 @@ def test_many_batches_are_evaluated_with_one_reading(
             assert read == readings * with_one_reading
             expected = list(losses_by_batch(model, windows, **given))
             assert [torch.equal(own, other) for own, other in zip(losses, expected, strict=True)] == [True] * 3
+
+
+@pytest.mark.parametrize("family", known_architectures())
+def test_the_same_texts_are_written_with_one_reading_for_a_token(
+    family: str, make_model: Callable[..., PreTrainedModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches of three texts, some of which end early; at most two batches are continued together."""
+    monkeypatch.setattr(_generation, "_MOST_ROWS", 3)
+    monkeypatch.setattr(_generation, "_CHECKED_EVERY", 4)
+    model = make_model(family)
+    streamed = load_model(find_model(on_disk(model, tmp_path)), layer_wise=True)
+    batch_bytes = 3 * 13 * 4 * architecture_of(model.config).cached(model.config)
+    monkeypatch.setattr(_generation, "_MOST_CACHED", 2 * batch_bytes)
+    prompts, temperatures = [[11, 12], [15], [24]] * 3, torch.tensor([1.0, 0.0, 0.7] * 3)
+    for ends in ((), range(2, 96, 8)):
+        expected = continue_texts(model, prompts, 11, temperatures, 5, ends)
+        read, steps = noting_reads(streamed), list[int]()
+        assert torch.equal(continue_texts(streamed, prompts, 11, temperatures, 5, ends, steps.append), expected)
+        assert steps == [6, 3]
+        assert len(read) <= 2 * 11 * len(decoder_layers(model))
+    assert not torch.equal(expected[:3], expected[3:6])
 
 
 def test_a_cut_model_is_gone_with_its_last_reference(model: PreTrainedModel, windows: Tensor, tmp_path: Path) -> None:

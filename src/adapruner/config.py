@@ -330,7 +330,7 @@ class PruneOptions(_Options):
         default=None,
         ge=0,
         description="Windows that the model generates itself and that the compensation is fitted on as well, so that it"
-        " also holds for other text; by default half of compensation_windows, with layer_wise none.",
+        " also holds for other text; by default half of compensation_windows.",
     )
     sequential: bool | None = Field(
         default=None,

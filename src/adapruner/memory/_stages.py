@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,14 @@ from adapruner.errors import AdaPrunerError
 from adapruner.evaluation import tokens_per_batch
 from adapruner.importance import needs_moments, needs_removal_errors
 from adapruner.measurement import saved_activations
-from adapruner.models import architecture_of, decoder_layers, is_pruned, trial_dtype
+from adapruner.models import (
+    architecture_of,
+    batches_together,
+    decoder_layers,
+    is_pruned,
+    texts_at_once,
+    trial_dtype,
+)
 from adapruner.option_rules import fits_sequentially_by_default, may_remove_whole, scoring_bounds, written_count
 from adapruner.planning import Budget, kept_counts
 from adapruner.recovery import scale_options
@@ -101,6 +109,7 @@ class _Stages:
         projection: the largest projection that is compensated.
         matrix: the largest matrix of any block, in float32.
         vectors, inputs: numbers of rows and columns, and of inputs, that sums are kept for.
+        written: windows that the model writes for compensation.
         text: one number for every token that second moments are measured on.
         losses: the logits of a window and their log-softmax, in float32.
         states: the hidden states of a token before, between and after all layers.
@@ -136,8 +145,10 @@ class _Stages:
         self.projection = max(projected, default=0) * _FLOAT32
         self.matrix = max(matrix.elements * block.groups * matrix.width for matrix, block in matrices) * _FLOAT32
         self.vectors = sum(matrix.width * block.groups for matrix, block in matrices)
-        written = written_count(config.self_windows, config.compensation_windows, not by_layer)
-        self.text = (config.compensation_windows + written) * config.seq_len * self.trial
+        self.written = written_count(
+            config.self_windows, config.compensation_windows, can_write=config.calibration != "self"
+        )
+        self.text = (config.compensation_windows + self.written) * config.seq_len * self.trial
         self.losses = 2 * config.seq_len * self.vocabulary * _FLOAT32
         self.states = (structure.layers + 1) * self.hidden * self.trial
 
@@ -145,6 +156,7 @@ class _Stages:
         """The terms of every stage that runs, in order."""
         stages = {
             "loading": self._loading(),
+            "writing text": self._writing_text(),
             "reading activations": self._reading_activations(),
             "measuring": self._measuring(),
             "comparing removals": self._comparing_removals(),
@@ -158,6 +170,21 @@ class _Stages:
 
     def _loading(self) -> Terms:
         return {"weights": (self.held - self.layer) * self.dtype.itemsize}
+
+    def _writing_text(self) -> Terms:
+        config, length = self.config, self.config.seq_len
+        if not self.written or not needs_moments(config.compensation, config.space, config.terms):
+            return {}
+        dtype = trial_dtype(self.dtype, self.device)
+        texts = texts_at_once(self.written, length, self.device)
+        batches = math.ceil(self.written / texts)
+        together = batches_together(self.model.config, texts, length, dtype) if self.by_layer else 1
+        texts *= min(together, batches)
+        cached = architecture_of(self.model.config).cached(self.model.config)
+        return self._both_weights | {
+            "self_windows": texts * length * cached * dtype.itemsize // self.devices,
+            "logits": 3 * texts * self.vocabulary * _FLOAT32,
+        }
 
     def _reading_activations(self) -> Terms:
         if not needs_moments(self.config.compensation, self.config.space, self.config.terms):

@@ -40,7 +40,12 @@ from adapruner.models._device import (
     usable_devices as usable_devices,
 )
 from adapruner.models._fingerprint import fingerprint as fingerprint
-from adapruner.models._generation import NO_TOKEN as NO_TOKEN, continue_texts as continue_texts
+from adapruner.models._generation import (
+    NO_TOKEN as NO_TOKEN,
+    batches_together as batches_together,
+    continue_texts as continue_texts,
+    texts_at_once as texts_at_once,
+)
 from adapruner.models._layers import (
     LayerCall as LayerCall,
     decoder_layers as decoder_layers,

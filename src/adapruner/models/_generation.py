@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,13 +12,25 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from transformers import Cache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import (
+    Cache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from adapruner.models._architecture import architecture_of
+from adapruner.models._layers import is_streamed
 
 # Where a row has no token.
 NO_TOKEN = -1
 # Rows of a batch: a processor is fastest with many (research/experiments/writing-speed.md). Its tokens, whose keys and
 # values are in memory, which is scarcer on a device.
 _MOST_ROWS, _MOST_TOKENS, _MOST_TOKENS_ON_DEVICE = 128, 32768, 8192
+# Bytes of the keys and values of batches that a streamed model continues together.
+_MOST_CACHED = 8 * 2**30
 # Tokens after which rows that have ended are dropped.
 _CHECKED_EVERY = 16
 # The most queries of a head for which matrix products are used: those of a token, and not those of a prompt.
@@ -36,6 +49,9 @@ def continue_texts(
     """Continues prompts with what a model predicts. Its generation settings and the random state of the process neither
     count nor change. Where its positions end, so do the texts: with the longest prompt.
 
+    A streamed model continues many batches together, so that its layers are read once for a token of all of them. Each
+    batch has its own random numbers: the texts are those of a model in memory, but for rounding.
+
     Args:
         temperatures: [prompts], float32: divides the logits that a text is sampled from; 0 takes the largest.
         ends: tokens that end a text.
@@ -51,15 +67,41 @@ def continue_texts(
     for row, prompt in zip(padded, prompts, strict=True):
         row[longest - len(prompt) : longest] = torch.tensor(prompt)
     length = int(min(longest + new_tokens, getattr(model.config, "max_position_embeddings", None) or math.inf))
-    room = _MOST_TOKENS if model.device.type == "cpu" else _MOST_TOKENS_ON_DEVICE
-    at_once = max(1, min(_MOST_ROWS, room // length))
-    generator = torch.Generator().manual_seed(seed)
-    for numbers in torch.arange(len(prompts)).chunk(math.ceil(len(prompts) / at_once)):
-        rows = padded[numbers, :longest]
-        padded[numbers, :length] = _continue(model, rows, length, temperatures[numbers], generator, ends)
+    batches = torch.arange(len(prompts)).split(texts_at_once(len(prompts), length, model.device))
+    generators, generator = list[torch.Generator](), torch.Generator().manual_seed(seed)
+    for batch in batches:
+        generators += [generator.clone_state()] * len(batch)
+        # It moves on as if this batch drew a number for every token.
+        torch.rand(length - longest, int(temperatures[batch].count_nonzero()), generator=generator)
+    size = len(batches[0])
+    together = batches_together(model.config, size, length, model.dtype) if is_streamed(model) else 1
+    for first in range(0, len(batches), together):
+        numbers = torch.cat(batches[first : first + together])
+        generators_of_rows = [generators[number] for number in numbers]
+        padded[numbers, :length] = _continue(
+            model, padded[numbers, :longest], length, temperatures[numbers], generators_of_rows, ends
+        )
         if advance:
             advance(len(numbers))
     return padded
+
+
+def texts_at_once(count: int, length: int, device: torch.device) -> int:
+    """The number of texts in a batch, out of a number of texts with so many tokens."""
+    room = _MOST_TOKENS if device.type == "cpu" else _MOST_TOKENS_ON_DEVICE
+    batches = math.ceil(count / max(1, min(_MOST_ROWS, room // length)))
+    return math.ceil(count / batches)
+
+
+def batches_together(config: PreTrainedConfig, texts: int, length: int, dtype: torch.dtype) -> int:
+    """The number of batches that a streamed model continues together: at least one.
+
+    Args:
+        texts: of a batch.
+        length: tokens of a text.
+        dtype: of keys and values.
+    """
+    return max(1, _MOST_CACHED // (texts * length * architecture_of(config).cached(config) * dtype.itemsize))
 
 
 def _continue(
@@ -67,13 +109,14 @@ def _continue(
     prompts: Tensor,
     length: int,
     temperatures: Tensor,
-    generator: torch.Generator,
+    generators: Sequence[torch.Generator],
     ends: Sequence[int],
 ) -> Tensor:
     """[prompts, length], int64: prompts with their continuations.
 
     Args:
         prompts: [prompts, tokens], int64, padded on the left.
+        generators: of each prompt; see `_Sampling`.
     """
     rows, numbers, longest = prompts, torch.arange(len(prompts)), prompts.shape[1]
     written = functional.pad(prompts, (0, length - longest), value=NO_TOKEN)
@@ -86,7 +129,7 @@ def _continue(
             pad_token_id=0,
             return_dict_in_generate=True,
         )
-        sampling = _Sampling(temperatures[numbers].to(model.device), generator)
+        sampling = _Sampling(temperatures[numbers].to(model.device), [generators[number] for number in numbers])
         generated = _generate(model, rows, settings, sampling, caches)
         rows = torch.cat([rows, generated.sequences[:, rows.shape[1] :].cpu()], 1)
         written[numbers, : rows.shape[1]] = rows
@@ -127,15 +170,21 @@ class _Sampling(LogitsProcessor):
 
     So greedy and sampled texts are generated in one batch, without the random state of the process or of a device, and
     much faster than by `torch.multinomial`.
+
+    Args:
+        temperatures: [rows].
+        generators: of the random numbers of each row; rows that share one follow each other.
     """
 
-    def __init__(self, temperatures: Tensor, generator: torch.Generator) -> None:
-        self.rows, self.generator = temperatures.nonzero().flatten(), generator
+    def __init__(self, temperatures: Tensor, generators: Sequence[torch.Generator]) -> None:
+        self.rows = temperatures.nonzero().flatten()
+        self.counts = Counter(generators[row] for row in self.rows.tolist())
         self.temperatures = temperatures[self.rows, None]
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
         summed = scores[self.rows].div_(self.temperatures).softmax(-1).cumsum(-1)
-        drawn = torch.rand(len(summed), 1, generator=self.generator).to(scores.device, non_blocking=True)
+        numbers = [torch.rand(count, 1, generator=generator) for generator, count in self.counts.items()]
+        drawn = torch.cat([torch.empty(0, 1), *numbers]).to(scores.device, non_blocking=True)
         # The sum may be a little more than its last term where the vocabulary is large, or no number.
         chosen = torch.searchsorted(summed, drawn * summed[:, -1:], right=True).clamp(max=summed.shape[1] - 1)
         return scores.index_put_((self.rows[:, None], chosen), scores.new_full((), math.inf))

@@ -25,7 +25,6 @@ from adapruner.errors import AdaPrunerError
 from adapruner.evaluation import finite_windows, window_losses
 from adapruner.graph import Form
 from adapruner.importance import needs_moments
-from adapruner.memory import Placement
 from adapruner.models import check_length, check_tokens
 from adapruner.option_rules import scoring_bounds, written_count
 from adapruner.progress import Reporter
@@ -150,12 +149,11 @@ def report_texts_dense(
 @GRAPH.kept(
     "self.safetensors",
     TENSORS,
-    version=2,
+    version=3,
     is_wanted=lambda compensation, space, terms, self_windows: writes_text(compensation, space, terms, self_windows),
 )
 def self_written(
     dense_fast: PreTrainedModel,
-    placement: Placement,
     windows: Windows,
     window_counts: dict[str, int],
     pool_text: Source | None,
@@ -165,9 +163,8 @@ def self_written(
     reporter: Reporter,
 ) -> Windows:
     """Windows that the dense model writes for compensation, which is fitted on them as well: text of other kinds than
-    that of the calibration dataset. Those on which its loss is not finite are dropped. None layer by layer, where every
-    token would read all weights, unless the options ask for them."""
-    can_write = pool_text is not None and not placement.layer_wise and start_token(dense_fast) is not None
+    that of the calibration dataset. Those on which its loss is not finite are dropped."""
+    can_write = pool_text is not None and start_token(dense_fast) is not None
     count = written_count(self_windows, len(windows["compensation"]), can_write)
     if not count:
         return {"compensation": torch.empty(0, seq_len, dtype=torch.int64)}
