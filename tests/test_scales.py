@@ -152,7 +152,6 @@ def test_where_adapters_are_impossible_it_is_said_or_refused(
     ("options", "message"),
     [
         ({"compensation": "none"}, "`tune_scales` learns on the text of the compensation"),
-        ({"layer_wise": True}, "`tune_scales` needs all layers in memory"),
     ],
 )
 def test_what_cannot_be_tuned_is_refused(options: dict[str, Any], message: str, model_folder: Path) -> None:

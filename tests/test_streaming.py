@@ -6,6 +6,7 @@ import gc
 import json
 import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -29,14 +30,17 @@ from adapruner.models import (
     empty_model,
     enter_layers,
     find_model,
+    in_fastest_dtype,
     is_streamed,
     known_architectures,
     load_config,
     load_model,
     loaded_layer,
     skipping_layers,
+    whole_state,
 )
 from adapruner.planning import Budget, Profile, PruningPlan, kept_counts, make_plan
+from adapruner.recovery import scale_options, train, window_examples
 from adapruner.structure import Structure, build_structure
 from adapruner.surgery import Compensation, kept_layers, prune_model, prune_on_reading, refit_sequentially
 from tiny_families import tiny_config
@@ -202,6 +206,52 @@ def test_the_same_texts_are_written_with_one_reading_for_a_token(
         assert steps == [6, 3]
         assert len(read) <= 2 * 11 * len(decoder_layers(model))
     assert not torch.equal(expected[:3], expected[3:6])
+
+
+@pytest.mark.parametrize(("family", "native"), [("llama", False), ("llama", True), ("gpt2", False)])
+def test_scales_are_tuned_as_in_memory(
+    family: str,
+    native: bool,
+    make_model: Callable[..., PreTrainedModel],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of weights that were changed at random; in every step a layer is read twice."""
+    monkeypatch.setattr("adapruner.models._device.computes_bfloat16_natively", lambda _: native)
+    model = make_model(family)
+    dense = on_disk(model, tmp_path / "dense")
+    with torch.no_grad():
+        for weight in decoder_layers(model)[1].parameters():
+            weight *= 1 + 0.3 * torch.rand(weight.shape, generator=torch.Generator().manual_seed(0))
+    changed = on_disk(model, tmp_path / "changed")
+    settings = scale_options(0, torch.device("cpu"), layer_wise=True)
+    text = torch.randint(4, 90, (48, 16), generator=torch.Generator().manual_seed(1))
+    tuned, reads = [], list[list[int]]()
+
+    def load(layer_wise: bool) -> PreTrainedModel:
+        loaded = load_model(find_model(changed), layer_wise=layer_wise)
+        if layer_wise:
+            reads.append(noting_reads(loaded))
+        return loaded
+
+    for way in (False, True):
+        teacher = in_fastest_dtype(load_model(find_model(dense), layer_wise=way))
+        blend = [window_examples(text, "text", settings, label_weight=0.0)]
+        trained, record = train(partial(load, way), blend, settings, tmp_path / f"work-{way}", teacher)
+        counts = [read.count(0) for read in reads]
+        assert is_streamed(trained) == way
+        assert record.loss_after < record.loss_before
+        tuned.append((whole_state(trained), record))
+    (expected, record), (state, other) = tuned
+    assert record.steps == 3
+    # And once for each validation.
+    assert 2 * 3 + 2 <= counts[0] <= 2 * 3 + 4
+    assert counts[1:] in ([], [0])
+    assert other.loss_after == pytest.approx(record.loss_after, rel=1e-2 if native else 1e-5)
+    untouched = model.state_dict()
+    for name, weight in expected.items():
+        torch.testing.assert_close(state[name], weight, rtol=1e-2 if native else 1e-5, atol=1e-6)
+        assert state[name].equal(untouched[name]) == weight.equal(untouched[name])
 
 
 def test_a_cut_model_is_gone_with_its_last_reference(model: PreTrainedModel, windows: Tensor, tmp_path: Path) -> None:

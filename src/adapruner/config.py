@@ -394,7 +394,7 @@ class PruneOptions(_Options):
     @property
     def tunes_scales(self) -> bool:
         """True if the scales of the final model are tuned, if that is possible."""
-        return tunes_scales_by_default(self.tune_scales, self.compensation, self.layer_wise)
+        return tunes_scales_by_default(self.tune_scales, self.compensation)
 
 
 class RecoverConfig(RecoveryOptions):

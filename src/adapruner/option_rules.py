@@ -64,9 +64,9 @@ def fits_sequentially_by_default(sequential: bool | None, compensation: str) -> 
     return compensation == "least-squares" if sequential is None else sequential
 
 
-def tunes_scales_by_default(tune_scales: bool | None, compensation: str, layer_wise: bool | None) -> bool:
+def tunes_scales_by_default(tune_scales: bool | None, compensation: str) -> bool:
     """True if the scales of the final model are tuned, if that is possible."""
-    return (compensation == "least-squares" and not layer_wise) if tune_scales is None else tune_scales
+    return compensation == "least-squares" if tune_scales is None else tune_scales
 
 
 CONFLICTS_OF_PRUNING: tuple[Conflict, ...] = (
@@ -144,10 +144,6 @@ CONFLICTS_OF_PRUNING: tuple[Conflict, ...] = (
     (
         lambda tune_scales, compensation: tune_scales and compensation == "none",
         "`tune_scales` learns on the text of the compensation: set `compensation` to another form than none",
-    ),
-    (
-        lambda tune_scales, layer_wise: tune_scales and layer_wise,
-        "`tune_scales` needs all layers in memory: remove `layer_wise`",
     ),
     (
         lambda vocabulary, vocabulary_size: vocabulary_size is not None and not vocabulary,

@@ -276,17 +276,24 @@ class _Stages:
         }
 
     def _tuning_scales(self) -> Terms:
-        if not self.config.tunes_scales or self.by_layer or self.devices > 1:
+        if not self.config.tunes_scales or self.devices > 1:
             return {}
         removed = sum((block.groups - n) * block.parameters_per_group for block, n in self.blocks)
-        options = scale_options(self.config.seed, self.device)
+        options = scale_options(self.config.seed, self.device, 1, self.by_layer, self.config.seq_len)
         tokens = options.micro_batch_size * self.config.seq_len
         # Scales are multiplied in float32.
         saved = saved_activations(self.model.config, torch.float32)
-        layers = self.structure.layers
-        activations = saved + self.states if options.gradient_checkpointing else layers * saved
-        return self._both_weights | {
-            "pruned weights": (self.held - removed) * self.both,
+        checkpoints = options.gradient_checkpointing or self.by_layer
+        activations = saved + self.states if checkpoints else self.structure.layers * saved
+        pruned = {"pruned weights": (self.held - removed) * self.both}
+        if self.by_layer:  # all layers are in memory when they are saved
+            pruned = {
+                "a pruned layer": self.held * self.both,
+                "pruned weights": self._pruned_weights * self.dtype.itemsize,
+            }
+        return {
+            **self._both_weights,
+            **pruned,
             "seq_len": int(tokens * activations),
             "logits": 3 * tokens * self.vocabulary * self.trial + 2 * self.losses,
         }

@@ -48,8 +48,10 @@ from adapruner.models._generation import (
 )
 from adapruner.models._layers import (
     LayerCall as LayerCall,
+    change_weight as change_weight,
     decoder_layers as decoder_layers,
     enter_layers as enter_layers,
+    hold_places as hold_places,
     is_streamed as is_streamed,
     layer_devices as layer_devices,
     loaded_layer as loaded_layer,

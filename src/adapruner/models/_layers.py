@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from adapruner.models._architecture import Whole, architecture_of
@@ -184,15 +185,23 @@ class _Stream:
     """
 
     def __init__(self, layer: nn.Module, read: ReadLayer) -> None:
-        self.read, self._layer_reference, self._users = read, weakref.ref(layer), 0
+        self.read, self._layer, self._users = read, weakref.ref(layer), 0
         self._placeholders = {name: tensor.to("meta") for name, tensor in layer.state_dict().items()}
-
-    @property
-    def _layer(self) -> Any:
-        return self._layer_reference()
+        # Adapters change the paths of modules.
+        paths = {name: name.rpartition(".") for name in self._placeholders}
+        self._places = {
+            name: (weakref.ref(layer.get_submodule(module)), attribute)
+            for name, (module, _, attribute) in paths.items()
+        }
 
     def forward(self, *arguments: Any, **named: Any) -> Any:
-        layer = self._layer
+        if self._users or not torch.is_grad_enabled():
+            return self._run(*arguments, **named)
+        # The weights would be kept for the backward pass: the layer is read and run again when its gradient arrives.
+        return checkpoint(self._run, *arguments, use_reentrant=False, **named)
+
+    def _run(self, *arguments: Any, **named: Any) -> Any:
+        layer: Any = self._layer()
         with self.loaded():
             return type(layer).forward(layer, *arguments, **named)
 
@@ -211,7 +220,19 @@ class _Stream:
     def _put(self, weights: dict[str, Tensor]) -> None:
         # Assigned and not copied into place: a backward pass uses the tensors of its forward pass.
         with torch.inference_mode(False):
-            self._layer.load_state_dict(weights, assign=True)
+            for name, weight in weights.items():
+                reference, attribute = self._places[name]
+                module: Any = reference()
+                is_parameter = attribute in module._parameters
+                setattr(module, attribute, nn.Parameter(weight, requires_grad=False) if is_parameter else weight)
+
+    def hold_places(self, device: torch.device) -> None:
+        """See the function."""
+        self._placeholders = {
+            name: torch.zeros((), dtype=tensor.dtype, device=device).expand(tensor.shape)
+            for name, tensor in self._placeholders.items()
+        }
+        self._put(self._placeholders)
 
 
 def stream_layers(model: PreTrainedModel, readers: Sequence[ReadLayer]) -> None:
@@ -224,6 +245,14 @@ def stream_layers(model: PreTrainedModel, readers: Sequence[ReadLayer]) -> None:
         stream = _Stream(layer, read)
         layer.requires_grad_(False)
         layer.forward, layer.stream = stream.forward, stream  # type: ignore[assignment]  # for this layer alone
+
+
+def hold_places(model: PreTrainedModel) -> None:
+    """Gives the weights of streamed layers that are not in use the device of the model, each with one number in memory:
+    libraries look at it, and move models, before they train them."""
+    for layer in decoder_layers(model):
+        stream: Any = layer.stream
+        stream.hold_places(model.device)
 
 
 def stream_from_memory(model: PreTrainedModel, device: torch.device) -> None:
@@ -253,13 +282,40 @@ class _FromMemory:
 
 def overwrite_weight(model: PreTrainedModel, name: str, value: Tensor) -> None:
     """Sets a parameter in place, even in a layer that is streamed from memory."""
-    prefix = f"{architecture_of(model.config).layers}."
-    if is_streamed(model) and name.startswith(prefix):
-        index, _, name_in_layer = name.removeprefix(prefix).partition(".")
-        stream: Any = decoder_layers(model)[int(index)].stream
-        stream.read.weights[name_in_layer].copy_(value)
+    stream, name_in_layer = _stream_of(model, name)
+    weight = stream.read.weights[name_in_layer] if stream else model.get_parameter(name).data
+    weight.copy_(value)
+
+
+def change_weight(model: PreTrainedModel, name: str, change: Callable[[Tensor], Tensor]) -> None:
+    """Changes a parameter in place; that of a streamed layer, whenever it is read."""
+    stream, name_in_layer = _stream_of(model, name)
+    if stream:
+        stream.read = _Changed(stream.read, name_in_layer, change)
     else:
-        model.get_parameter(name).data.copy_(value)
+        weight = model.get_parameter(name).data
+        weight.copy_(change(weight))
+
+
+def _stream_of(model: PreTrainedModel, name: str) -> tuple[Any, str]:
+    """The stream of the layer of a parameter, None if there is none, and the name of the parameter in the layer."""
+    prefix = f"{architecture_of(model.config).layers}."
+    if not name.startswith(prefix):
+        return None, name
+    index, _, name_in_layer = name.removeprefix(prefix).partition(".")
+    return vars(decoder_layers(model)[int(index)]).get("stream"), name_in_layer
+
+
+@dataclass(frozen=True)
+class _Changed:
+    read: ReadLayer
+    name: str
+    change: Callable[[Tensor], Tensor]
+
+    def __call__(self) -> dict[str, Tensor]:
+        weights = self.read()
+        with torch.no_grad():
+            return weights | {self.name: self.change(weights[self.name]).to(weights[self.name].dtype)}
 
 
 def whole_state(model: PreTrainedModel) -> dict[str, Tensor]:

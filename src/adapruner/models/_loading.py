@@ -97,7 +97,7 @@ def load_model(
         device: `auto` uses the first GPU if there is one, else the CPU; several devices, separated by commas, share
             the decoder layers.
         layer_wise: leave the decoder layers in their files; each is in memory while it is in use (see
-            `loaded_layer`), and the model can be run but not trained.
+            `loaded_layer`), and its weights cannot be trained.
         deferred: leave all weights in their files, until processes that share them read their parts (see `defer`). Of
             a model that has to be read as a whole, they are in the memory of the CPU meanwhile.
 

@@ -11,7 +11,7 @@ import torch
 from peft import IA3Config, LoraConfig, PeftConfig, get_peft_model
 from peft.tuners.ia3 import IA3Layer
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -19,6 +19,7 @@ from adapruner.config import RecoveryOptions
 from adapruner.errors import AdaPrunerError, reason
 from adapruner.models import (
     architecture_of,
+    change_weight,
     computes_bfloat16_natively,
     copy_in_dtype,
     in_fastest_dtype,
@@ -26,11 +27,13 @@ from adapruner.models import (
 )
 from adapruner.random_state import random_state_kept
 
-# Examples in a batch for tuning scales, divided among processes.
-_SCALES_BATCH = 16
+# Examples in a batch for tuning scales, divided among processes; and tokens for which a streamed layer is read once.
+_SCALES_BATCH, _TOKENS_PER_READING = 16, 8192
 
 
-def scale_options(seed: int, device: torch.device, processes: int = 1) -> RecoveryOptions:
+def scale_options(
+    seed: int, device: torch.device, processes: int = 1, layer_wise: bool = False, seq_len: int = 128
+) -> RecoveryOptions:
     """The options of the last step of pruning. With frozen weights, every input of every linear layer gets a scale
     (IA3, arXiv 2205.05638), which is learnt only from the predictions of the dense model, in one pass over the text of
     the compensation. GRASPrune (arXiv 2604.19398) tunes scales of the kept groups;
@@ -39,12 +42,17 @@ def scale_options(seed: int, device: torch.device, processes: int = 1) -> Recove
     Args:
         device: of the model. On an accelerator, memory is short and gradient checkpointing is on.
         processes: the number of processes that train together and share every batch.
+        layer_wise: the layers of both models are streamed, which checkpoints by itself.
+        seq_len: tokens of an example.
     """
+    of_process = max(1, _SCALES_BATCH // processes)
+    micro_batch = RecoveryOptions().micro_batch_size
     return RecoveryOptions(
         train="ia3",
         epochs=1,
-        batch_size=max(1, _SCALES_BATCH // processes) * processes,
-        gradient_checkpointing=device.type != "cpu",
+        batch_size=of_process * processes,
+        micro_batch_size=min(of_process, max(1, _TOKENS_PER_READING // seq_len)) if layer_wise else micro_batch,
+        gradient_checkpointing=device.type != "cpu" and not layer_wise,
         learning_rate=5e-3,
         warmup_steps=5,
         label_weight=0.0,
@@ -123,11 +131,14 @@ def merge(adapters: Mapping[str, Any], model: PreTrainedModel) -> None:
     large as a model in bfloat16."""
     with torch.no_grad():
         for name, adapter in adapters.items():
-            layer: Any = model.get_submodule(name)
-            weight = layer.weight
-            if isinstance(adapter, IA3Layer):
-                scales = adapter.ia3_l["default"].to(weight.device)  # [1, inputs]
-                weight.copy_(weight.float() * (scales.T if isinstance(layer, Conv1D) else scales))
-            else:
-                merged = adapter.get_delta_weight("default").to(weight.device).float()
-                weight.copy_(merged.add_(weight))
+            is_transposed = isinstance(model.get_submodule(name), Conv1D)
+            change_weight(model, f"{name}.weight", partial(_merged, adapter, is_transposed))
+
+
+def _merged(adapter: Any, is_transposed: bool, weight: Tensor) -> Tensor:
+    """A weight with its adapter merged into it, in float32."""
+    if isinstance(adapter, IA3Layer):
+        scales = adapter.ia3_l["default"].to(weight.device)  # [1, inputs]
+        return weight.float() * (scales.T if is_transposed else scales)
+    merged: Tensor = adapter.get_delta_weight("default").to(weight.device).float()
+    return merged.add_(weight)

@@ -34,6 +34,8 @@ from adapruner.models import (
     computes_bfloat16_natively,
     copy_in_dtype,
     deferred_by_module,
+    hold_places,
+    is_streamed,
     quiet_transformers,
     read_all,
 )
@@ -124,7 +126,8 @@ def train(
 
     Args:
         load: gives the model, whose weights change. Called a second time, to merge adapters, if they are trained on a
-            copy: the two are never in memory together, unless they are held elsewhere.
+            copy: the two are never in memory together, unless they are held elsewhere. The layers may be streamed if
+            adapters are trained, in one process; the adapters are then merged whenever a layer is read.
         blend: the examples of every dataset; each batch has them in their shares.
         folder: for the Trainer's checkpoints.
         teacher: its predictions are learnt, as the label weights of the examples say; it is run in its own dtype.
@@ -160,6 +163,8 @@ def _trained(
     dtype = model.dtype
     if options.train != "full":
         model = frozen(model)
+        if is_streamed(model):
+            hold_places(model)
     elif deferred_by_module(model):
         model = copy_in_dtype(model, torch.float32)
     else:

@@ -89,18 +89,20 @@ class Tuning:
 def possible_tuning(
     tune_scales: bool | None,
     compensation: str,
-    layer_wise: bool | None,
     placement: Placement,
     main_device: torch.device,
     empty: PreTrainedModel,
     seed: int,
+    process: Process,
 ) -> Tuning:
-    """Scales can be tuned where all layers are on one device that can train."""
-    if not tunes_scales_by_default(tune_scales, compensation, layer_wise):
+    """Scales can be tuned on one device that can train; layer by layer, in one process."""
+    if not tunes_scales_by_default(tune_scales, compensation):
         return Tuning(False, None)
     try:
-        if not placement.on_one_device:
+        if len(placement.devices) > 1:
             raise AdaPrunerError("`tune_scales` needs all layers on one device: leave it out")
+        if placement.layer_wise and process.count > 1:
+            raise AdaPrunerError("`tune_scales` with `layer_wise` runs in one process: leave one of them out")
         check_device(main_device)
         check_adapters(empty_model(empty.config), scale_options(seed, main_device))
     except AdaPrunerError as error:
@@ -178,6 +180,7 @@ def pruned(
     save: Save,
     text_to_fit: Tensor | None,
     main_device: torch.device,
+    placement: Placement,
     seed: int,
     process: Process,
     reporter: Reporter,
@@ -189,23 +192,21 @@ def pruned(
             copy_folder(compensated, work / "model")
         return work / "model"
     assert text_to_fit is not None
-    model = _tuned(compensated, text_to_fit, dense_fast_later(), main_device, seed, process, reporter, work / "tuning")
+    load = partial(load_model, find_model(str(compensated)), "auto", str(main_device), placement.layer_wise)
+    settings = scale_options(seed, main_device, process.count, placement.layer_wise, text_to_fit.shape[1])
+    model = _tuned(load, text_to_fit, dense_fast_later(), settings, reporter, work / "tuning")
     return save(model, work / "model") if process.leads else work / "model"
 
 
 def _tuned(
-    compensated: Path,
+    load: Callable[[], PreTrainedModel],
     text: Tensor,
     teacher: PreTrainedModel,
-    device: torch.device,
-    seed: int,
-    process: Process,
+    settings: RecoveryOptions,
     reporter: Reporter,
     work: Path,
 ) -> PreTrainedModel:
     """A saved model with its scales tuned, if that brings it nearer to the dense model on windows that are held out."""
-    load = partial(load_model, find_model(str(compensated)), "auto", str(device))
-    settings = scale_options(seed, device, process.count)
     blend = [window_examples(text, "the text of the compensation", settings, label_weight=0.0)]
     with reporter.stage("tuning scales", total_steps(blend, settings)) as advance:
         try:
