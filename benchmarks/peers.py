@@ -296,7 +296,7 @@ def greedily(setting: Setting, model: PreTrainedModel, parts: Iterable[Part], go
     """Removes one part after another beside those that are gone, each time the one that leaves the lowest loss. 2SSP
     judges by one window of 2,048 tokens and BlockPruner by 256 samples of Alpaca, here both by the same windows."""
     removed, left = list(gone), [part for part in parts if part not in gone]
-    call = compute_prefix(model, setting.judging[:1], 0).calls[0]
+    call = compute_prefix(model, setting.judging[:1], 0).calls[0][0]
     while left:
         losses: dict[Part, float] = {}
         with ExitStack() as removals:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -17,8 +18,19 @@ from adapruner.calibration import generate_windows
 from adapruner.evaluation import log_probabilities, losses_by_batch, window_losses
 from adapruner.importance import LLM_PRUNER_METRICS
 from adapruner.measurement import measure
+from adapruner.models import decoder_layers, find_model, load_model
 from adapruner.planning import Budget, Profile, kept_counts, make_plan
-from adapruner.search import Candidate, Levelled, MovedHeads, Objective, _levelling, level, meet_budget, plan_candidate
+from adapruner.search import (
+    Candidate,
+    Levelled,
+    MovedHeads,
+    Objective,
+    _levelling,
+    _probe,
+    level,
+    meet_budget,
+    plan_candidate,
+)
 from adapruner.search._objective import scores_of
 from adapruner.search._probe import Probe
 from adapruner.structure import build_structure
@@ -139,7 +151,7 @@ def test_costs_are_those_of_narrower_models_that_are_run_whole(
         elif counts[number]:
             fewer = [*counts[:number], counts[number] - 1, *counts[number + 1 :]]
             expected = divergence(fewer) - before
-            added = probe.added(number, counts[number] - 1)
+            (added,) = probe.added([(number, counts[number] - 1)])
             assert added == pytest.approx((float(expected.mean()), float(expected.std() / 12**0.5)), rel=1e-3, abs=1e-6)
 
 
@@ -169,7 +181,7 @@ def test_heads_are_probed_whatever_the_attention_knows_of_them(
     fewer = probe.counts[number] - block.strata
     added = divergence([*probe.counts[:number], fewer, *probe.counts[number + 1 :]]) - divergence(probe.counts)
     expected = (float(added.mean()), float(added.std() / len(windows) ** 0.5))
-    assert probe.added(number, fewer) == pytest.approx(expected, rel=1e-4, abs=1e-7)
+    assert next(probe.added([(number, fewer)])) == pytest.approx(expected, rel=1e-4, abs=1e-7)
 
 
 def test_protected_layers_stay_as_they_are(objective: Objective, candidate: Candidate, text: Tensor) -> None:
@@ -241,6 +253,37 @@ def test_heads_move_to_the_layers_where_they_cost_most(
     gained = (losses_of(objective, candidate) - losses_of(objective, levelled.candidate)).mean()
     assert float(gained) == pytest.approx(sum(move.gain for move in levelled.moves if move.accepted), abs=1e-4)
     assert levelled_to_ratio(objective, text[400:], candidate, 1).candidate.budget.heads == (3, 2, 2, 3)
+
+
+def test_layer_by_layer_the_same_is_levelled(
+    deaf: PreTrainedModel,
+    objective: Objective,
+    candidate: Candidate,
+    text: Tensor,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every layer of the model is read once for two changes."""
+    deaf.save_pretrained(tmp_path)
+    streamed = replace(objective, model=load_model(find_model(str(tmp_path)), layer_wise=True))
+    monkeypatch.setattr(_probe, "JUDGED_TOGETHER", 2)
+    candidate = with_budget(candidate, heads=(3, 2, 2, 3))
+    expected = levelled_to_ratio(objective, text[400:], candidate, 2, moves_heads=True)
+    seen: list[int] = []
+    levelled = levelled_to_ratio(streamed, text[400:], candidate, 2, seen.append, moves_heads=True)
+    assert sum(seen) == 8 * 2
+    assert levelled.candidate == expected.candidate != candidate
+    for move, other in zip(levelled.moves, expected.moves, strict=True):
+        assert (move.accepted, move.gain) == (other.accepted, pytest.approx(other.gain, rel=1e-3, abs=1e-6))
+    probe = Probe(streamed, text[400:], log_probabilities(streamed.model, text[400:]), candidate)
+    read: list[int] = []
+    for number, layer in enumerate(decoder_layers(probe._model)):
+        monkeypatch.setattr(
+            layer.stream, "read", lambda number=number, of=layer.stream.read: (read.append(number), of())[1]
+        )
+    channels = [number for number, block in enumerate(probe.objective.structure.blocks) if block.kind == "channels"]
+    assert all(probe.added([(number, 16) for number in channels]))
+    assert read == [0, 1, 2, 3, 2, 3]
 
 
 def test_of_all_first_changes_none_takes_more_heads_than_it_gives_back(

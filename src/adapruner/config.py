@@ -268,7 +268,7 @@ class PruneOptions(_Options):
         default=None,
         ge=0,
         description="Maximum number of rounds after the search that move heads and channels to layers where they are"
-        " worth more; by default 2, none with layer_wise or where the allocation is not searched.",
+        " worth more; by default 2, none where the allocation is not searched.",
     )
     sampler: Sampler = Field(default="tpe", description="Sampler of the search; random is for comparison.")
     search: Searched = Field(
@@ -388,7 +388,7 @@ class PruneOptions(_Options):
 
     @property
     def levels_widths(self) -> bool:
-        """True if the widths are levelled after the search, if all layers are in memory."""
+        """True if the widths are levelled after the search."""
         return self.level_rounds != 0 and searches_widths(self.ratio_of, self.search, self.space, self.layout)
 
     @property

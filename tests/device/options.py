@@ -17,8 +17,7 @@ SMALL_RUN = RUN_OPTIONS | {
 }
 # Training on a device is tested here.
 del SMALL_RUN["tune_scales"]
-# Layer by layer nothing is written by the model, and no widths are levelled.
-LAYER_WISE = {"layer_wise": True, "self_windows": 0, "level_rounds": 0}
+LAYER_WISE = {"layer_wise": True}
 SMALL_RECOVERY = {"steps": 3, "batch_size": 4, "micro_batch_size": 2, "seq_len": 16, "warmup_steps": 0, "records": 40}
 
 

@@ -12,6 +12,7 @@ from adapruner.evaluation._losses import (
     compute_prefix as compute_prefix,
     finite_windows as finite_windows,
     log_probabilities as log_probabilities,
+    losses_after_layers as losses_after_layers,
     losses_by_batch as losses_by_batch,
     losses_in_step as losses_in_step,
     may_overflow as may_overflow,

@@ -29,15 +29,19 @@ class Prefix:
     Attributes:
         states: for each batch, the hidden state [windows, tokens, hidden] before the first layer, after it, after the
             second, and so on.
-        calls: for each batch, the arguments of a layer.
+        calls: for each batch, the arguments of every layer.
     """
 
     states: list[list[Tensor]]
-    calls: list[LayerCall]
+    calls: list[list[LayerCall]]
 
 
-def compute_prefix(model: PreTrainedModel, windows: Tensor, layers: int) -> Prefix:
-    """Runs the first layers of a model over windows, in the batches of `losses_by_batch`."""
+def compute_prefix(model: PreTrainedModel, windows: Tensor, layers: int, keep_all: bool = True) -> Prefix:
+    """Runs the first layers of a model over windows, in the batches of `losses_by_batch`.
+
+    Args:
+        keep_all: False to keep the last hidden state alone.
+    """
     with torch.inference_mode():
         entered = enter_layers(model, _batches(windows, model))
         states = [[state] for state, _ in entered]
@@ -45,7 +49,9 @@ def compute_prefix(model: PreTrainedModel, windows: Tensor, layers: int) -> Pref
             with loaded_layer(model, index) as layer:
                 for batch_states, (_, calls) in zip(states, entered, strict=True):
                     batch_states.append(calls[index].run(layer, batch_states[-1]))
-    return Prefix(states, [calls[0] for _, calls in entered])
+                    if not keep_all:
+                        del batch_states[0]
+    return Prefix(states, [calls for _, calls in entered])
 
 
 def losses_by_batch(
@@ -80,7 +86,7 @@ def losses_by_batch(
     for number, batch in enumerate(batches):
         with torch.inference_mode(), contextlib.ExitStack() as skipping:
             if prefix and known:
-                state, call = prefix.states[number][known], prefix.calls[number]
+                state, call = prefix.states[number][known], prefix.calls[number][0]
                 skipping.enter_context(skipping_layers(model, known, state, call))
             losses = _losses_of_batch(model, batch, targets[number], context)
         yield losses
@@ -173,7 +179,6 @@ def losses_in_step(
         prefix: of the dense model; its first `prefix_layers` layers are the same in all models.
     """
     batches = _batches(windows, dense)
-    targets = references or [None] * len(batches)
     known = min(prefix_layers, len(prefix.states[0]) - 1) if prefix else 0
     with torch.inference_mode():
         with loaded_layer(dense, 0):
@@ -190,12 +195,31 @@ def losses_in_step(
                         with loaded_layer(model, index) as module:
                             for number, (_, calls) in enumerate(model_batches):
                                 model_states[number] = calls[index].run(module, model_states[number])
-        losses = []
-        for (model, _), model_states, model_batches in zip(models, states, entered, strict=True):
-            losses.append(list[Tensor]())
-            for number, (batch, state, (_, calls)) in enumerate(zip(batches, model_states, model_batches, strict=True)):
-                with skipping_layers(model, len(decoder_layers(model)), state, calls[0]):
-                    losses[-1].append(_losses_of_batch(model, batch, targets[number], context))
+    return [
+        losses_after_layers(model, windows, model_states, [calls for _, calls in model_batches], references, context)
+        for (model, _), model_states, model_batches in zip(models, states, entered, strict=True)
+    ]
+
+
+def losses_after_layers(
+    model: PreTrainedModel,
+    windows: Tensor,
+    states: Sequence[Tensor],
+    calls: Sequence[Sequence[LayerCall]],
+    references: Sequence[Tensor | None] | None = None,
+    context: int = 1,
+) -> list[Tensor]:
+    """The losses of `losses_by_batch`, all at once.
+
+    Args:
+        states, calls: of every batch, the hidden state after the last layer, and the calls of the layers.
+        references, context: see `losses_by_batch`.
+    """
+    batches, losses = _batches(windows, model), list[Tensor]()
+    targets = references or [None] * len(batches)
+    for batch, state, (call, *_), target in zip(batches, states, calls, targets, strict=True):
+        with torch.inference_mode(), skipping_layers(model, len(decoder_layers(model)), state, call):
+            losses.append(_losses_of_batch(model, batch, target, context))
     return losses
 
 
@@ -217,8 +241,12 @@ def _losses_of_batch(model: PreTrainedModel, batch: Tensor, reference: Tensor | 
 
 def log_probabilities(model: PreTrainedModel, windows: Tensor) -> list[Tensor]:
     """[windows of one batch, tokens - 1, vocabulary], float16, for every batch: the predictions of the model."""
-    with torch.inference_mode():
-        return [_predictions(model, batch).float().log_softmax(-1).half().cpu() for batch in _batches(windows, model)]
+    layers, predictions = len(decoder_layers(model)), list[Tensor]()
+    prefix = compute_prefix(model, windows, layers, keep_all=False)
+    for batch, (state,), (call, *_) in zip(_batches(windows, model), prefix.states, prefix.calls, strict=True):
+        with torch.inference_mode(), skipping_layers(model, layers, state, call):
+            predictions.append(_predictions(model, batch).float().log_softmax(-1).half().cpu())
+    return predictions
 
 
 def tokens_per_batch(device: torch.device) -> int:

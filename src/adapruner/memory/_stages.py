@@ -243,14 +243,17 @@ class _Stages:
         }
 
     def _levelling(self) -> Terms:
-        if not self.config.levels_widths or self.by_layer:
+        if not self.config.levels_widths:
             return {}
         tokens = windows_of(TOKENS_FOR_COSTS, self.config.pool, self.config.seq_len) * self.config.seq_len
+        # Layer by layer, several candidates hold the hidden states of all windows.
+        together = self.by_layer * JUDGED_TOGETHER * self.hidden * self.trial
         return {
             **self._judging,
             "pruned weights": self._pruned_weights * self.trial + self.matrix,
+            "a pruned layer": 2 * self.layer * self.trial,
             "logits": self._logits_bytes(tokens),
-            "level_rounds": tokens * self.states,
+            "level_rounds": tokens * (self.states + together),
             "dense predictions": 2 * tokens * self.vocabulary,
         }
 

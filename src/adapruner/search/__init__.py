@@ -9,6 +9,7 @@ from adapruner.search._levelling import (
     level as level,
 )
 from adapruner.search._objective import (
+    JUDGED_TOGETHER as JUDGED_TOGETHER,
     ItemLosses as ItemLosses,
     Objective as Objective,
     meet_budget as meet_budget,
@@ -22,7 +23,7 @@ from adapruner.search._space import (
     SearchSpace as SearchSpace,
     reused_layers as reused_layers,
 )
-from adapruner.search._study import JUDGED_TOGETHER as JUDGED_TOGETHER, Search as Search
+from adapruner.search._study import Search as Search
 from adapruner.search._study_file import StudyFile as StudyFile
 from adapruner.search._subsets import SubsetFamily as SubsetFamily, build_subset_family as build_subset_family
 from adapruner.search._whole import (

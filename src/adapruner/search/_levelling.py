@@ -212,15 +212,18 @@ def paying_changes(probe: Probe, layers: range, price: float, progress: Progress
     }
 
     def gains(sign: int) -> Iterator[tuple[Change, float]]:
-        for number, block in blocks.items():
-            change = sign * block.strata
-            count = probe.counts[number] + change
-            if max(1, block.least) <= count <= block.groups and (added := probe.added(number, count)):
-                gain = -added[0] - price * change * block.parameters_per_group / 1e6
-                if gain > added[1]:
-                    yield (block.layer, change), gain
-            if progress and sign > 0:
-                progress(1)
+        counts = {number: probe.counts[number] + sign * block.strata for number, block in blocks.items()}
+        possible = [
+            (number, count)
+            for number, count in counts.items()
+            if max(1, blocks[number].least) <= count <= blocks[number].groups
+        ]
+        measured = _measured(probe, possible, len(blocks), progress if sign > 0 else None)
+        for number, (mean, error) in measured.items():
+            block, change = blocks[number], sign * blocks[number].strata
+            gain = -mean - price * change * block.parameters_per_group / 1e6
+            if gain > error:
+                yield (block.layer, change), gain
 
     paying = dict(gains(1))
     # No layer regains heads, so none may lose any.
@@ -258,14 +261,34 @@ def move_heads(
 
 def channel_costs(probe: Probe, layers: range, progress: Progress | None) -> Iterator[tuple[int, Measured]]:
     """By layer, the cost of its next channels (see `MovedChannels`)."""
-    for number, block in _levelled_blocks(probe.objective, layers).items():
+    blocks, fewer = _levelled_blocks(probe.objective, layers), dict[int, int]()
+    for number, block in blocks.items():
         count, step = probe.counts[number], probe.budget.round_to * block.strata
-        fewer = count - step * max(1, round(_PROBED_SHARE * count / step))
-        if fewer >= max(1, block.least) and (added := probe.added(number, fewer)):
-            millions = (count - fewer) * block.parameters_per_group / 1e6
-            yield block.layer, (added[0] / millions, added[1] / millions)
-        if progress:
-            progress(1)
+        left = count - step * max(1, round(_PROBED_SHARE * count / step))
+        if left >= max(1, block.least):
+            fewer[number] = left
+    for number, (mean, error) in _measured(probe, [*fewer.items()], len(blocks), progress).items():
+        millions = (probe.counts[number] - fewer[number]) * blocks[number].parameters_per_group / 1e6
+        yield blocks[number].layer, (mean / millions, error / millions)
+
+
+def _measured(
+    probe: Probe, changes: Sequence[tuple[int, int]], blocks: int, progress: Progress | None
+) -> dict[int, Measured]:
+    """By the number of the block, what is added by each change for which that is known.
+
+    Args:
+        blocks: of which some have no change.
+        progress: called with numbers of blocks.
+    """
+    measured = {}
+    report = progress or (lambda count: None)
+    report(blocks - len(changes))
+    for (number, _), added in zip(changes, probe.added(changes), strict=True):
+        if added:
+            measured[number] = added
+        report(1)
+    return measured
 
 
 def move_channels(

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TypeAlias
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
-from adapruner.evaluation import compute_prefix, losses_by_batch
-from adapruner.models import architecture_of
+from adapruner.evaluation import compute_prefix, losses_after_layers
+from adapruner.models import architecture_of, is_streamed, loaded_layer
 from adapruner.planning import kept_counts, make_plan
-from adapruner.search._objective import Objective, scores_of
+from adapruner.search._objective import JUDGED_TOGETHER, Objective, scores_of
 from adapruner.search._space import Candidate
-from adapruner.structure import Block
-from adapruner.surgery import kept_layers, prune_model
+from adapruner.surgery import kept_layers, prune_model, prune_on_reading
 
 # The mean over windows, and its standard error.
 Measured: TypeAlias = tuple[float, float]
@@ -42,49 +40,78 @@ class Probe:
         self._layers = kept_layers(structure, plan)
         self._model = prune_model(objective.model, structure, plan, objective.compensation)
         self._prefix = compute_prefix(self._model, windows, len(self._layers))
-        self._before = self._divergences(len(self._layers))
+        self._before = self._divergences([states[-1] for states in self._prefix.states])
 
-    def _divergences(self, same: int) -> Tensor:
-        """[windows], float64: divergences from the dense model; the first `same` layers are unchanged."""
-        batches = losses_by_batch(self._model, self._windows, self._references, prefix=self._prefix, prefix_layers=same)
-        return torch.cat(list(batches))
+    def _divergences(self, states: list[Tensor]) -> Tensor:
+        """[windows], float64: divergences from the dense model.
 
-    def added(self, number: int, count: int) -> Measured | None:
-        """Increase of the divergence if a block keeps `count` groups, in nats per predicted token; None if it is not
-        known."""
-        structure, compensation = self.objective.structure, self.objective.compensation
+        Args:
+            states: of every batch, after the last layer.
+        """
+        after = losses_after_layers(self._model, self._windows, states, self._prefix.calls, self._references)
+        return torch.cat(after)
+
+    def added(self, changes: Sequence[tuple[int, int]]) -> Iterator[Measured | None]:
+        """Increase of the divergence for each change alone, in nats per predicted token; None if it is not known.
+        Layers that are streamed are read once for several changes.
+
+        Args:
+            changes: the number of a block, and the number of groups that it keeps.
+        """
+        at_once = JUDGED_TOGETHER if is_streamed(self._model) else 1
+        for first in range(0, len(changes), at_once):
+            chosen = changes[first : first + at_once]
+            states = self._changed(chosen)
+            for number in range(len(chosen)):
+                added = self._divergences(states.pop(number)) - self._before if number in states else torch.empty(0)
+                is_known = len(added) > 1 and added.isfinite().all()
+                yield (float(added.mean()), float(added.std() / math.sqrt(len(added)))) if is_known else None
+
+    def _changed(self, changes: Sequence[tuple[int, int]]) -> dict[int, list[Tensor]]:
+        """By the number of the change, the hidden states of every batch after the last layer."""
+        blocks = [self.objective.structure.blocks[number] for number, _ in changes]
+        states: dict[int, list[Tensor]] = {}
+        for index, of_dense in enumerate(self._layers):
+            changed = [number for number, block in enumerate(blocks) if block.layer == of_dense]
+            if not states and not changed:
+                continue
+            with loaded_layer(self._model, index) as layer:
+                states = {number: self._after(index, layer, before) for number, before in states.items()}
+                for number in changed:
+                    with self._in_place(*changes[number], index):
+                        states[number] = self._after(index, layer, [known[index] for known in self._prefix.states])
+        return states
+
+    @torch.inference_mode()
+    def _after(self, index: int, layer: nn.Module, states: list[Tensor]) -> list[Tensor]:
+        """The hidden states of every batch after a layer."""
+        return [calls[index].run(layer, state) for calls, state in zip(self._prefix.calls, states, strict=True)]
+
+    @contextlib.contextmanager
+    def _in_place(self, number: int, count: int, index: int) -> Iterator[None]:
+        """While it lasts, a block of a loaded layer keeps so many groups: its projections are those of a model in which
+        it alone is cut. For heads, the whole attention module is replaced, because it may store its number of heads.
+
+        Args:
+            index: the number of the layer in the pruned model.
+        """
+        structure = self.objective.structure
         block, counts = structure.blocks[number], [block.groups for block in structure.blocks]
-        if block.layer not in self._layers:
-            return None
         counts[number] = count
-        alone = prune_model(self.objective.model, structure, make_plan(structure, self._scores, counts), compensation)
-        same = self._layers.index(block.layer)
-        with _in_place(self._model, alone, block, same):
-            added = self._divergences(same) - self._before
-        if len(added) < 2 or not added.isfinite().all():
-            return None
-        return float(added.mean()), float(added.std() / math.sqrt(len(added)))
-
-
-@contextlib.contextmanager
-def _in_place(model: PreTrainedModel, other: PreTrainedModel, block: Block, layer: int) -> Iterator[None]:
-    """While it lasts, the projections of a block are those of another model, which has all layers. For heads, the whole
-    attention module is replaced, because it may store its number of heads.
-
-    Args:
-        layer: the number of the layer of the block in the first model.
-    """
-    if block.kind == "heads":
-        names = architecture_of(other.config)
-        paths = {f"{names.layers}.{block.layer}.{names.module_of('heads')}"}
-    else:
-        paths = {name.rpartition(".")[0] for name in block.slices_by_parameter}
-    replaced = {path: path.replace(f".{block.layer}.", f".{layer}.", 1) for path in paths}
-    before = {path: model.get_submodule(replaced[path]) for path in paths}
-    try:
-        for path in paths:
-            model.set_submodule(replaced[path], other.get_submodule(path))
-        yield
-    finally:
-        for path in paths:
-            model.set_submodule(replaced[path], before[path])
+        plan = make_plan(structure, self._scores, counts)
+        alone = prune_on_reading(self.objective.model, structure, plan, self.objective.compensation)
+        if block.kind == "heads":
+            names = architecture_of(alone.config)
+            paths = {f"{names.layers}.{block.layer}.{names.module_of('heads')}"}
+        else:
+            paths = {name.rpartition(".")[0] for name in block.slices_by_parameter}
+        replaced = {path: path.replace(f".{block.layer}.", f".{index}.", 1) for path in paths}
+        before = {path: self._model.get_submodule(replaced[path]) for path in paths}
+        with loaded_layer(alone, block.layer):
+            try:
+                for path in paths:
+                    self._model.set_submodule(replaced[path], alone.get_submodule(path))
+                yield
+            finally:
+                for path in paths:
+                    self._model.set_submodule(replaced[path], before[path])

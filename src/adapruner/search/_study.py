@@ -21,6 +21,7 @@ from adapruner.interrupts import deferring_interrupts
 from adapruner.planning import BudgetError
 from adapruner.processes import Process
 from adapruner.search._history import LOSSES, STOPPED, TriedPoint, compare, loss_of, point_of
+from adapruner.search._objective import JUDGED_TOGETHER
 from adapruner.search._result import Judge, SearchResult, choose
 from adapruner.search._space import FIXED_METRIC, START, Candidate, SearchSpace
 from adapruner.search._study_file import StudyFile, quiet_optuna
@@ -33,8 +34,6 @@ Progress = Callable[[TriedPoint, float], None]
 # expected loss is recorded.
 # It is decided after every fourth window, for any batch size: the same on a GPU as on a CPU.
 _FEWEST_WINDOWS, _DECIDED_EVERY, _STANDARD_ERRORS = 8, 4, 0.5
-# Trials that a process judges together, if that is cheaper.
-JUDGED_TOGETHER = 4
 # A user attribute: the number of trials that were finished when the batch of a trial was proposed, and its size.
 _BATCH = "batch"
 

@@ -73,7 +73,7 @@ def _greedily(
     removed, losses = list[int](), list[float]()
     last_known = dict.fromkeys(candidates, 0.0)
     prefix = compute_prefix(model, windows, structure.layers)
-    call = prefix.calls[0]
+    call = prefix.calls[0][0]
     while last_known and len(removed) < MOST_WHOLE:
         if removed:
             del prefix  # two at once would be the largest thing in memory
@@ -81,7 +81,7 @@ def _greedily(
                 prefix = compute_prefix(model, windows, structure.layers)
         promising = sorted(last_known, key=last_known.__getitem__)[: _MEASURED_AGAIN if removed else None]
         for layer in promising:
-            with without_parts(model, part, [*removed, layer], prefix.calls[0]):
+            with without_parts(model, part, [*removed, layer], call):
                 batches = list(losses_by_batch(model, windows, prefix=prefix, prefix_layers=layer))
             loss = float(torch.cat(batches).mean())
             last_known[layer] = math.inf if math.isnan(loss) else loss

@@ -321,20 +321,10 @@ def at_ratio(
     return moved
 
 
-@GRAPH.in_memory
-def rounds(level_rounds: int | None, placement: Placement) -> int:
-    """The most rounds of levelling. Layer by layer every layer would be read again and again."""
-    if not placement.layer_wise:
-        return _LEVEL_ROUNDS if level_rounds is None else level_rounds
-    if level_rounds:
-        raise AdaPrunerError("levelling needs all layers in memory: set `level_rounds` 0 with `layer_wise`")
-    return 0
-
-
 @GRAPH.kept(
     "levelled.json",
     json_form(Levelled),
-    version=5,
+    version=6,
     is_wanted=lambda level_rounds, ratio_of, search, space, layout: (
         level_rounds != 0 and searches_widths(ratio_of, search, space, layout)
     ),
@@ -350,7 +340,7 @@ def levelled(
     meet: Meet,
     compensation_of: Any,
     item_losses: ItemLosses | None,
-    rounds: int,
+    level_rounds: int | None,
     prunable_layers: range,
     head_share: float | None,
     pool: int,
@@ -361,9 +351,7 @@ def levelled(
     """The chosen candidate at the ratio, with whole parts kept that are worth it and its widths levelled: costs are
     measured on the pool, and the windows of the objective decide what is accepted. A given share of heads is kept, and
     layers that the options protect are."""
-    candidate = at_ratio(found.best)
-    if not rounds:
-        return Levelled(candidate=candidate, moves=())
+    candidate, rounds = at_ratio(found.best), _LEVEL_ROUNDS if level_rounds is None else level_rounds
     text = windows["pool"][: windows_of(TOKENS_FOR_COSTS, pool, seq_len)]
     compensation = compensation_of(moments and StoredMoments(moments.folder, room_for("levelling widths")))
     objective = Objective(
