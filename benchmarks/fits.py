@@ -3,12 +3,13 @@
     python benchmarks/fits.py
 
 Memory is what `adapruner inspect --cost` prints. Minutes are arithmetic and no measurement. They count multiplications
-of the model and of second moments, and what is read from the disk or moved to the card, one after the other: no text
-that is written, no levelling of widths, no evaluation, no program.
+of the model and of second moments, and what is read from the disk or moved to the card, one after the other: no
+removal of whole parts, no evaluation, no program.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -20,10 +21,11 @@ from rich.table import Table
 from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen3Config
 
 from adapruner.config import PruneConfig
-from adapruner.memory import GIB, USABLE, Memory, estimate_memory
-from adapruner.models import decoder_layers, empty_model
-from adapruner.option_rules import scoring_bounds
+from adapruner.memory import GIB, TOKENS_FOR_COSTS, USABLE, Memory, estimate_memory, windows_of
+from adapruner.models import batches_together, decoder_layers, empty_model, texts_at_once
+from adapruner.option_rules import scoring_bounds, written_count
 from adapruner.planning import kept_counts, reference_budget
+from adapruner.search import JUDGED_TOGETHER
 from adapruner.structure import Structure, build_structure
 
 _llama = partial(LlamaConfig, num_key_value_heads=8, vocab_size=128_256, dtype="bfloat16", max_position_embeddings=8192)
@@ -88,7 +90,8 @@ def works(config: PruneConfig, model: PreTrainedModel, structure: Structure, by_
     embedding = sum(weight.numel() for weight in model.get_input_embeddings().parameters())
     size = sum(weight.numel() for weight in model.parameters()) * 2.0
     streamed = size if by_layer else 0.0
-    tokens = config.seq_len * (config.compensation_windows * (1.0 if by_layer else 1.5))
+    written = written_count(config.self_windows, config.compensation_windows, can_write=True)
+    tokens = config.seq_len * (config.compensation_windows + written)
     blocks = list(zip(structure.blocks, counts, strict=True))
     squares = float(sum(block.inputs**2 for block, _ in blocks))
     cubes = float(sum(block.inputs**3 for block, _ in blocks))
@@ -96,7 +99,19 @@ def works(config: PruneConfig, model: PreTrainedModel, structure: Structure, by_
     solved = sum(n**3 / 3 + 2 * n**2 * outputs for n, outputs in kept)
     of_token = 2.0 * layers
     judged = scoring_bounds(config.objective_windows)[1] * config.seq_len
+    at_once = texts_at_once(written, config.seq_len, torch.device("cuda"))
+    together = at_once * batches_together(model.config, at_once, config.seq_len, torch.bfloat16)
+    # Every change runs half of the layers of the pruned model; two rounds, in each of which heads are tried twice.
+    changes = 2 * sum(2 if block.kind == "heads" else 1 for block, _ in blocks)
+    probed = windows_of(TOKENS_FOR_COSTS, config.pool, config.seq_len) * config.seq_len
+    left = 1 - max(config.ratio)
+    # A step of 16 windows; the teacher runs forward once, the pruned model twice and backward.
+    steps = tokens / config.seq_len / 16
     return {
+        "writing text": Work(
+            written * config.seq_len * 2.0 * (layers + embedding),
+            weights=config.seq_len * math.ceil(written / together) * streamed,
+        ),
         "reading activations": Work(tokens * of_token, tokens * squares, streamed),
         # Three forward passes; layer by layer, each layer runs forward once more.
         "measuring": Work(
@@ -111,7 +126,14 @@ def works(config: PruneConfig, model: PreTrainedModel, structure: Structure, by_
             config.trials * 4 * squares,
             config.trials,
         ),
+        "levelling widths": Work(
+            changes * probed * (of_token * left / 2 + 2.0 * embedding),
+            changes / len(blocks) * solved,
+            changes * streamed * left / 2 / JUDGED_TOGETHER,
+            changes / len(blocks) * 4 * squares,
+        ),
         "compensating": Work(2 * tokens * of_token, tokens * squares + solved, 2 * streamed),
+        "tuning scales": Work(tokens * of_token * (1 + 3 * left), weights=steps * streamed * (1 + 2 * left)),
     }
 
 

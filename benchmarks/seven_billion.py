@@ -49,9 +49,10 @@ def main(*, folder: Path, calibration: str, layer_wise: bool = True, layers: int
         "final-windows": 0,
         "compensation-windows": 16,
         "trials": 2,
+        "self-windows": 0,
     }
     command += [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    command += ["--no-sequential", "--layer-wise" if layer_wise else "--no-layer-wise"]
+    command += ["--no-sequential", "--no-tune-scales", "--layer-wise" if layer_wise else "--no-layer-wise"]
     started = time.perf_counter()
     finished = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     result = json.loads(finished.stdout)

@@ -286,7 +286,7 @@ def test_layer_by_layer_leads_to_the_same_model(prune: Prune, text_file: Path, t
     """With everything in one dtype, and by a text that the model writes itself. It is what a run is told to do where
     memory gives out, and decides last digits: it is not mixed with what was made otherwise."""
     texts = {"calibration": "self", "objective": str(text_file)}
-    options = QUICK | texts | {"dtype": "bfloat16", "self_windows": None}
+    options = QUICK | texts | {"dtype": "bfloat16", "self_windows": None, "level_rounds": 1, "tune_scales": True}
     resident = prune(layer_wise=False, **options)
     with pytest.raises(
         AdaPrunerError, match=r"layer_wise\): windows.safetensors, self.safetensors, .* would be rebuilt"
@@ -296,6 +296,11 @@ def test_layer_by_layer_leads_to_the_same_model(prune: Prune, text_file: Path, t
     assert PruneConfig.load(result.output / "config.yaml").layer_wise
     assert result.plan.hash == resident.plan.hash
     assert result.result.search.best_loss == pytest.approx(resident.result.search.best_loss, rel=1e-3)
+    assert result.result.levelled
+    assert [model.role for model in result.result.models] == [model.role for model in resident.result.models]
+    for text, measured in result.result.final.perplexity.items():
+        assert measured.perplexity == pytest.approx(resident.result.final.perplexity[text].perplexity, rel=1e-2)
+    assert "write no text for the verdict" in (result.output / "model" / "README.md").read_text()
     with pytest.raises(AdaPrunerError, match="with all layers in memory"):
         adapruner.plan_again(result.output, tmp_path / "faster", target_speed=1.2)
 

@@ -74,6 +74,7 @@ def model_card(
         texts=result.config.vocabulary,
         plan=plan,
         verdict=model.verdict,
+        writes=bool(model.breakage and model.breakage.writing),
         cost=measured_table(numbers, "text", "sign", "task"),
         options=result.config,
         search=result.search,

@@ -151,6 +151,8 @@ def breakage_table(models: Mapping[str, Numbers], verdicts: Mapping[str, str]) -
         rows.append(["verdict", "", *(verdicts.get(name, "") for name in signs)])
     protocols = {number.metric: f"{number.metric}: {number.protocol}" for number in shown.values()}
     caption = [f"{line[0].upper()}{line[1:]}." for metric, line in protocols.items() if metric in PROTOCOLS_OF_SIGNS]
+    if verdicts and "repetition" not in protocols:
+        caption.append("Layer by layer, the models write no text for the verdict.")
     return Table("breakage-table", "Signs of breakage", columns, rows, [" ".join(caption)] if caption else [])
 
 

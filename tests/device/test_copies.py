@@ -40,9 +40,10 @@ IN_MEMORY = {
     "looking for breakage": Most(1, 1, 3),
 }
 # A layer is copied to the device whenever it is used.
-LAYER_BY_LAYER = {
-    name: most for name, most in IN_MEMORY.items() if name not in ("writing text", "levelling widths", "tuning scales")
-} | {
+LAYER_BY_LAYER = IN_MEMORY | {
+    "writing text": Most(0, 0, 0),
+    "levelling widths": Most(0, 0, 0),
+    "tuning scales": Most(0, 0, 0),
     "reading activations": Most(20, 6, 30),
     "measuring": Most(183, 39, 3),
     "comparing removals": Most(9, 3, 8),

@@ -89,8 +89,10 @@ def memory_table(stages: Mapping[str, Memory], device: str, layer_wise: bool) ->
         [stage, f"{memory.device / GIB:.2f}", f"{memory.host / GIB:.2f}" if memory.host else "", memory.largest]
         for stage, memory in stages.items()
     ]
-    caption = f"with {'one layer at a time' if layer_wise else 'all layers'} in memory"
-    return Table("memory", "", columns, rows, [caption])
+    where = "with all layers in memory"
+    if layer_wise:
+        where = "with one layer at a time in memory: the models write no text for the verdict, nothing else is left out"
+    return Table("memory", "", columns, rows, [where])
 
 
 def print_advice(lines: list[str]) -> None:
