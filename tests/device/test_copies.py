@@ -41,16 +41,16 @@ IN_MEMORY = {
 }
 # A layer is copied to the device whenever it is used.
 LAYER_BY_LAYER = IN_MEMORY | {
-    "writing text": Most(0, 0, 0),
-    "levelling widths": Most(0, 0, 0),
-    "tuning scales": Most(0, 0, 0),
+    "writing text": Most(105, 1, 7),
     "reading activations": Most(20, 6, 30),
     "measuring": Most(183, 39, 3),
     "comparing removals": Most(9, 3, 8),
     "removing parts whole": Most(40, 1, 2),
     "searching": Most(96, 3, 9),
+    "levelling widths": Most(270, 17, 8),
     "cutting": Most(72, 54, 3),
     "compensating": Most(25, 1, 2),
+    "tuning scales": Most(390, 170, 93),
     "evaluating": Most(10, 1, 1),
     "looking for breakage": Most(3, 1, 1),
 }

@@ -208,10 +208,10 @@ class Architecture(_Data):
     def cached(self, config: PreTrainedConfig) -> int:
         """Numbers that are kept of a token for the next ones, at most: its keys and values in all layers."""
         if self.attention is None:
-            return 2 * config.num_hidden_layers * config.hidden_size
+            return int(2 * config.num_hidden_layers * config.hidden_size)
         names = self.config_fields
         heads = getattr(config, names.key_value_heads or names.heads, None) or getattr(config, names.heads)
-        return 2 * config.num_hidden_layers * heads * self.head_dim(config)
+        return int(2 * config.num_hidden_layers * heads * self.head_dim(config))
 
     def has_plain_residual(self, config: PreTrainedConfig) -> bool:
         """True if the output of a block is added to the hidden state without being scaled or normalised."""

@@ -139,6 +139,7 @@ def _merged(adapter: Any, is_transposed: bool, weight: Tensor) -> Tensor:
     """A weight with its adapter merged into it, in float32."""
     if isinstance(adapter, IA3Layer):
         scales = adapter.ia3_l["default"].to(weight.device)  # [1, inputs]
-        return weight.float() * (scales.T if is_transposed else scales)
-    merged: Tensor = adapter.get_delta_weight("default").to(weight.device).float()
-    return merged.add_(weight)
+        merged: Tensor = weight.float() * (scales.T if is_transposed else scales)
+    else:
+        merged = adapter.get_delta_weight("default").to(weight.device).float().add_(weight)
+    return merged
