@@ -23,7 +23,7 @@ from adapruner.card import base_licence
 from adapruner.errors import AdaPrunerError
 from adapruner.gguf import write_gguf
 from adapruner.models import find_model, load_config, load_model, load_tokenizer
-from adapruner.models._gguf import refuse_what_is_not_read, without_tokens
+from adapruner.models._gguf import check_header, refuse_what_is_not_read, without_tokens
 
 
 @pytest.fixture
@@ -170,3 +170,68 @@ def test_the_licence_is_found_behind_other_fields(tmp_path: Path) -> None:
     for broken in (b"", content[:20], content[:60], content[:16] + struct.pack("<Q", 2**62) + content[24:60]):
         path.write_bytes(broken)
         assert base_licence(find_model(str(path))) is None
+
+
+def packed_file(tensors: list[tuple[str, tuple[int, ...], int, int]], fields: bytes = b"", data: int = 64) -> bytes:
+    """A GGUF file with these tensors (name, shape, type, offset), one field at most, and so many bytes of data."""
+    content = struct.pack("<4sIQQ", b"GGUF", 3, len(tensors), 1 if fields else 0) + fields
+    for name, shape, kind, offset in tensors:
+        content += struct.pack("<Q", len(name)) + name.encode() + struct.pack(f"<I{len(shape)}Q", len(shape), *shape)
+        content += struct.pack("<IQ", kind, offset)
+    return content + bytes(-len(content) % 32 + data)
+
+
+def packed_field(name: str, kind: int, value: bytes) -> bytes:
+    return struct.pack("<Q", len(name)) + name.encode() + struct.pack("<I", kind) + value
+
+
+F32 = 0
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (packed_file([("a", (8, 2), F32, 0)]), None),
+        (packed_file([("a", (8,), F32, 0), ("b", (8,), F32, 32)]), None),
+        (packed_file([("a", (8,), F32, 0), ("b", (8,), F32, 16)]), "'b' shares bytes with another"),
+        (packed_file([("a", (8,), F32, 0), ("a", (8,), F32, 32)]), "two tensors have the same name"),
+        (packed_file([("a", (17,), F32, 0)]), "its tensors need 132 bytes, and it has 128"),
+        (packed_file([("a", (2**32, 2**32), F32, 0)]), "its tensors need 73,786,976,294,838,206,560 bytes"),
+        (packed_file([("a", (1,), F32, 2**64 - 1)]), "its tensors need"),
+        (packed_file([("a", (1,) * 5, F32, 0)]), "it says 5 dimensions, more than 4"),
+        (packed_file([("a", (1,), 99, 0)]), "99 is not a valid GGMLQuantizationType"),
+        (packed_file([("a", (8,), F32, 0)])[:40], "it ends within its header"),
+        (packed_file([], packed_field("general.alignment", 4, bytes(4))), "its alignment is 0"),
+        (packed_file([], packed_field("a", 9, struct.pack("<IQIQ", 9, 1, 4, 0))), "it has a list of lists"),
+        (packed_file([], packed_field("a", 9, struct.pack("<IQ", 0, 2**40))), "it says 1,099,511,627,776 entries"),
+        (struct.pack("<4sIQQ", b"GGUF", 3, 2**40, 0), "it says 1,099,511,627,776 tensors"),
+        (b"GGML" + bytes(20), "it does not begin as a GGUF file"),
+        (b"", "cannot mmap an empty file"),
+    ],
+)
+def test_a_header_says_what_the_file_holds(content: bytes, message: str | None, tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
+        check_header(path)
+
+
+def test_a_file_with_fewer_weights_than_its_model_is_refused(file: Path) -> None:
+    """Transformers would allocate those that do not fit, and fill them at random."""
+    wide = packed_field("llama.feed_forward_length", 4, struct.pack("<I", 2**20))
+    narrow = packed_field("llama.feed_forward_length", 4, struct.pack("<I", 24))
+    content = file.read_bytes()
+    assert content.count(narrow) == 1
+    file.write_bytes(content.replace(narrow, wide))
+    with pytest.raises(
+        AdaPrunerError, match=r"holds \d+,\d+ weights, and its metadata describe a model of 604,\d+,\d+"
+    ):
+        load_config(find_model(str(file)))
+
+
+def test_a_family_that_transformers_reads_without_gguf_is_checked_too(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields, _ = PreTrainedConfig.get_config_dict(file.parent, gguf_file=file.name)
+    monkeypatch.setattr(PreTrainedConfig, "get_config_dict", lambda *_, **__: (fields, {}))
+    assert load_config(find_model(str(file))).hidden_size == 48

@@ -14,7 +14,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTr
 
 from adapruner.errors import AdaPrunerError
 from adapruner.models._architecture import SKIPPED, Architecture, family_named, is_pruned, removed_parts, stock_config
-from adapruner.models._gguf import refuse_what_is_not_read, without_tokens
+from adapruner.models._gguf import check_header, refuse_missing_weights, refuse_what_is_not_read, without_tokens
 from adapruner.models._places import ModelLocation, quiet_transformers, reported_as_unloadable
 from adapruner.models._stored import has_own_output, stored_tensors
 from adapruner.models.modeling_pruned import pruned_config_class
@@ -53,7 +53,10 @@ def _read_config_once(location: ModelLocation, state: frozenset[tuple[str, int, 
 
 def _read_config(location: ModelLocation) -> PreTrainedConfig:
     config: PreTrainedConfig
-    with without_tokens() as readers:
+    file = Path(location.path, location.gguf_file or "")
+    if location.gguf_file:
+        check_header(file)
+    with without_tokens() as read:
         fields, _ = PreTrainedConfig.get_config_dict(location.path, **location.arguments)
     model_type = fields.get("model_type")
     # transformers counts `deci`, which has layers of different widths, as supported and has no class for it.
@@ -78,8 +81,10 @@ def _read_config(location: ModelLocation) -> PreTrainedConfig:
     clear_gguf_marks(config, location)
     drop_negative_tokens(config)
     if location.gguf_file:
-        has_biases = any(_BIAS_OF_LAYER.search(name) for name in _stock_model(config).state_dict())
-        refuse_what_is_not_read(readers[-1], str(location), config, has_biases)
+        reader, model = read(str(file)), _stock_model(config)
+        refuse_missing_weights(reader, str(location), model.num_parameters())
+        has_biases = any(_BIAS_OF_LAYER.search(name) for name in model.state_dict())
+        refuse_what_is_not_read(reader, str(location), config, has_biases)
     elif getattr(config, "tie_word_embeddings", False):
         # Broken files are reported when they are loaded.
         with contextlib.suppress(Exception), quiet_transformers():

@@ -1,18 +1,26 @@
-"""Reading the metadata of a GGUF file, without its tokens."""
+"""Reading the metadata of a GGUF file, without its tokens, once its header is known to be sound."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
+import mmap
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, cast
 
 import gguf
 import numpy as np
+from gguf import GGMLQuantizationType, GGUFValueType
 from transformers import PreTrainedConfig
 
 from adapruner.errors import AdaPrunerError
 
+# More than any model has. Readers of others make objects of some hundred bytes of every entry.
+_MOST_FIELDS, _MOST_ENTRIES, _MOST_TENSORS, _MOST_DIMENSIONS = 2**12, 2**22, 2**14, 4
+_WIDTHS = {kind: np.dtype(scalar).itemsize for kind, scalar in gguf.GGUFReader.gguf_scalar_to_np.items()}
 # Longer than any list with an entry for each layer.
 _LONGEST_LIST = 2**12
 _ARRAY_HEADER = struct.Struct("<IQ")
@@ -20,27 +28,107 @@ _STRING_LENGTH = struct.Struct("<Q")
 _NOTHING = np.zeros(1, dtype=np.uint8)
 
 
+def check_header(path: Path) -> None:
+    """Reads the header of a GGUF file, in memory that does not depend on what it says.
+
+    Raises:
+        ValueError: the file does not hold what its header describes, or two tensors share bytes or a name.
+    """
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        _Header(content).check()
+
+
+class _Header:
+    """A position in the header of a GGUF file."""
+
+    def __init__(self, content: mmap.mmap) -> None:
+        self.content, self.place, self.entries = content, 0, 0
+
+    def check(self) -> None:
+        magic, _, tensors, fields = self._take("4sIQQ")
+        if magic != b"GGUF":
+            raise ValueError("it does not begin as a GGUF file")
+        _check_count("fields", fields, _MOST_FIELDS)
+        _check_count("tensors", tensors, _MOST_TENSORS)
+        alignment = gguf.GGUF_DEFAULT_ALIGNMENT
+        for _ in range(fields):
+            name, kind = self._text(), GGUFValueType(*self._take("I"))
+            if name == b"general.alignment" and kind == GGUFValueType.UINT32:
+                (alignment,) = struct.unpack_from("<I", self.content, self.place)
+            self._skip_value(kind)
+        if alignment.bit_count() != 1:
+            raise ValueError(f"its alignment is {alignment}, not a power of two")
+        spans = sorted(self._span() for _ in range(tensors))
+        if len({tensor for _, _, tensor in spans}) < tensors:
+            raise ValueError("two tensors have the same name")
+        free = start = -(-self.place // alignment) * alignment
+        for offset, size, tensor in spans:
+            if start + offset < free:
+                raise ValueError(f"the tensor {tensor!r} shares bytes with another")
+            free = start + offset + size
+        if free > len(self.content):
+            raise ValueError(f"its tensors need {free:,} bytes, and it has {len(self.content):,}")
+
+    def _span(self) -> tuple[int, int, str]:
+        """Offset, bytes and name of the next tensor."""
+        name, (count,) = self._text().decode(), self._take("I")
+        _check_count("dimensions", count, _MOST_DIMENSIONS)
+        shape, (kind, offset) = self._take(f"{count}Q"), self._take("IQ")
+        block, size = gguf.GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+        return offset, math.prod(shape) // block * size, name
+
+    def _skip_value(self, kind: GGUFValueType) -> None:
+        count = 1
+        if kind == GGUFValueType.ARRAY:
+            kind, count = self._take("IQ")
+            self.entries += count
+            _check_count("entries of lists", self.entries, _MOST_ENTRIES)
+        if kind == GGUFValueType.STRING:
+            for _ in range(count):
+                self._text()
+        elif kind in _WIDTHS:
+            self._skip(count * _WIDTHS[kind])
+        else:
+            raise ValueError("it has a list of lists")
+
+    def _text(self) -> bytes:
+        (length,) = self._take("Q")
+        self._skip(length)
+        return self.content[self.place - length : self.place]
+
+    def _take(self, layout: str) -> tuple[Any, ...]:
+        size = struct.calcsize(f"<{layout}")
+        self._skip(size)
+        return struct.unpack_from(f"<{layout}", self.content, self.place - size)
+
+    def _skip(self, size: int) -> None:
+        self.place += size
+        if self.place > len(self.content):
+            raise ValueError("it ends within its header")
+
+
+def _check_count(what: str, count: int, most: int) -> None:
+    if count > most:
+        raise ValueError(f"it says {count:,} {what}, more than {most:,}")
+
+
 class _WithoutTokens(gguf.GGUFReader):
     """Skips lists of tokens, their scores and merges. The base class makes a NumPy array of every entry, which takes
     seconds for a vocabulary; only the number of entries is kept, from which transformers counts the tokens."""
 
     def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list[Any], list[int], list[Any]]:
-        if raw_type == gguf.GGUFValueType.ARRAY and self.byte_order == "I":
-            data: Any = self.data
-            kind, count = _ARRAY_HEADER.unpack_from(data, orig_offs)
+        if raw_type == GGUFValueType.ARRAY and self.byte_order == "I":
+            kind, count = _ARRAY_HEADER.unpack_from(cast(Any, self.data), orig_offs)
             if count > _LONGEST_LIST:
-                start = orig_offs + _ARRAY_HEADER.size
-                end = self._end_of_list(start, gguf.GGUFValueType(kind), count)
-                if end > len(data):
-                    raise ValueError("a list is longer than the file")
-                entries = [0] * count if kind == gguf.GGUFValueType.STRING else []
-                return end - orig_offs, [_NOTHING], entries, [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT8]
+                end = self._end_of_list(orig_offs + _ARRAY_HEADER.size, GGUFValueType(kind), count)
+                entries = [0] * count if kind == GGUFValueType.STRING else []
+                return end - orig_offs, [_NOTHING], entries, [GGUFValueType.ARRAY, GGUFValueType.UINT8]
         parts: tuple[int, list[Any], list[int], list[Any]] = super()._get_field_parts(orig_offs, raw_type)
         return parts
 
-    def _end_of_list(self, start: int, kind: gguf.GGUFValueType, count: int) -> int:
-        if kind != gguf.GGUFValueType.STRING:
-            return int(start + count * np.dtype(self.gguf_scalar_to_np[kind]).itemsize)
+    def _end_of_list(self, start: int, kind: GGUFValueType, count: int) -> int:
+        if kind != GGUFValueType.STRING:
+            return start + count * _WIDTHS[kind]
         end, data = start, cast(Any, self.data)
         for _ in range(count):
             end += _STRING_LENGTH.size + _STRING_LENGTH.unpack_from(data, end)[0]
@@ -48,28 +136,35 @@ class _WithoutTokens(gguf.GGUFReader):
 
 
 @contextlib.contextmanager
-def without_tokens() -> Iterator[list[gguf.GGUFReader]]:
+def without_tokens() -> Iterator[Callable[[str], gguf.GGUFReader]]:
     """While it lasts, transformers, which imports the reader when it reads, skips the tokens of GGUF files.
 
     Yields:
-        The readers that transformers has made.
+        The function with which transformers reads a file; a file is read once.
     """
     module: Any = gguf
-    readers: list[gguf.GGUFReader] = []
-
-    def read(*arguments: Any, **options: Any) -> gguf.GGUFReader:
-        readers.append(_WithoutTokens(*arguments, **options))
-        return readers[-1]
-
-    reader_class, module.GGUFReader = module.GGUFReader, read
+    reader_class, module.GGUFReader = module.GGUFReader, functools.cache(_WithoutTokens)
     try:
-        yield readers
+        yield module.GGUFReader
     finally:
         module.GGUFReader = reader_class
 
 
 # Tensors that scale rotary embeddings, of Llama 3 and of longrope.
 _SCALED = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
+
+
+def refuse_missing_weights(reader: gguf.GGUFReader, name: str, parameters: int) -> None:
+    """Refuses a file with fewer weights than its model, before transformers allocates those.
+
+    Raises:
+        AdaPrunerError: with both numbers.
+    """
+    stored = sum(tensor.n_elements for tensor in reader.tensors)
+    if stored < parameters:
+        raise AdaPrunerError(
+            f"the GGUF file {name} holds {stored:,} weights, and its metadata describe a model of {parameters:,}"
+        )
 
 
 def refuse_what_is_not_read(reader: gguf.GGUFReader, name: str, config: PreTrainedConfig, has_biases: bool) -> None:
