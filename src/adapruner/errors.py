@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 _SAY_LITTLE = (LookupError, TypeError, AttributeError, ArithmeticError, AssertionError, RecursionError)
 # Signs in the plain RuntimeError that PyTorch raises if the memory of the CPU is exhausted; the last is from oneDNN.
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "bad_alloc", "could not create a primitive")
+# Users and passwords in URLs, tokens of the Hub, and tokens among the arguments of URLs.
+_SECRETS = re.compile(r"(?<=://)[^\s/@]+(?=@)|(?<=\bhf_)[A-Za-z0-9]{30,}|(?<=token=)[^&\s\"']+")
 _LONGEST_REASON = 300
 # These end a process, or a generator. All other exceptions are failures, also the panics of libraries in Rust, which
 # are no `Exception`.
@@ -68,6 +70,11 @@ def describe_failure(error: BaseException, takes_less: str) -> str | None:
     if path and number in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"{os.strerror(number).lower()} ({path})"
     return None
+
+
+def without_secrets(text: str) -> str:
+    """A text with an ellipsis in place of passwords and tokens."""
+    return _SECRETS.sub("…", text)
 
 
 def reason(error: BaseException) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 from transformers.utils.hub import cached_file
 
+from adapruner.errors import without_secrets
 from adapruner.files import replace, saying_what_cannot_be_written, write_atomically
 from adapruner.models import ModelLocation, head_of, quiet_transformers, whole_state
 from adapruner.progress import Reporter
@@ -69,6 +70,9 @@ def save_checkpoint(
         tokenizer.save_pretrained(made)
         origin = (record or {}) | {"format": _ORIGIN_FORMAT}
         (made / _ORIGIN).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
+        # Fields of the files of the base model are kept, whatever they are.
+        for fields in (made / _ORIGIN, *made.glob("*config.json")):
+            fields.write_text(without_secrets(fields.read_text(encoding="utf-8")), encoding="utf-8")
         if card is not None:
             write_card(made, card)
         replace(made, folder)

@@ -3,7 +3,7 @@
 A verb imports PyTorch and modules that need it when it is run: help and errors of the parser are immediate.
 
 Exit codes: 0 success; 2 invalid input or insufficient resources (disk, memory, permissions); 130 interrupted by Ctrl-C,
-143 by SIGTERM; 141 stdout was closed (SIGPIPE); 1 unexpected failure.
+143 by SIGTERM, 129 by SIGHUP; 141 stdout was closed (SIGPIPE); 1 unexpected failure.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from adapruner.cli.installation import doctor, recipes
 from adapruner.cli.models import benchmark, evaluate, export, recover, vocabulary
 from adapruner.cli.runs import plan, prune, report
 from adapruner.cli.structure import inspect
-from adapruner.errors import AdaPrunerError, describe_failure, describe_invalid, reason
+from adapruner.errors import AdaPrunerError, describe_failure, describe_invalid, reason, without_secrets
 from adapruner.interrupts import end_by_interrupt, handling_interrupts
 
 UNEXPECTED_FAILURE = 1
@@ -118,7 +118,7 @@ def _fail(error: BaseException) -> NoReturn:
     with tempfile.NamedTemporaryFile(
         "w", prefix="adapruner-", suffix=".log", delete=False, encoding="utf-8", errors="backslashreplace"
     ) as file:
-        file.write("".join(traceback.format_exception(error)))
+        file.write(without_secrets("".join(traceback.format_exception(error))))
     _say(f"the traceback is in {file.name}")
     sys.exit(UNEXPECTED_FAILURE)
 
@@ -156,8 +156,8 @@ def _known_options() -> frozenset[str]:
 
 
 def _say(message: str) -> None:
-    """Prints one line on stderr."""
-    line = " ".join(message.split())
+    """Prints one line on stderr, without secrets."""
+    line = without_secrets(" ".join(message.split()))
     if len(line) > _LONGEST_MESSAGE:
         line = f"{line[:_LONGEST_MESSAGE]} …"
     plain_console(stderr=True).print("adapruner:", line, style="red", soft_wrap=True)
