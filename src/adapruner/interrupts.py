@@ -1,4 +1,4 @@
-"""Handling of Ctrl-C (SIGINT) and of requests to terminate (SIGTERM)."""
+"""Handling of Ctrl-C (SIGINT), of requests to terminate (SIGTERM), and of a terminal that was closed (SIGHUP)."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
+_INTERRUPTS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
 
 @contextlib.contextmanager
 def handling_interrupts(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """Installs a handler of SIGINT and SIGTERM, and restores the earlier ones; does nothing outside the main thread."""
+    """Installs a handler of the interrupts that are not ignored, as `nohup` ignores some, and restores the earlier
+    ones; does nothing outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    heeded = [number for number in _INTERRUPTS if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, handler) for number in heeded}
     try:
         yield
     finally:
@@ -26,7 +30,7 @@ def handling_interrupts(handler: Callable[[int, Any], None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def deferring_interrupts(notice: str) -> Iterator[Callable[[], None]]:
-    """Defers SIGINT and SIGTERM in the main thread until a good moment; a second signal ends the process at once.
+    """Defers interrupts in the main thread until a good moment; a second signal ends the process at once.
 
     Args:
         notice: printed on stderr when a signal comes.
@@ -40,7 +44,8 @@ def deferring_interrupts(notice: str) -> Iterator[Callable[[], None]]:
         if heard:
             raise KeyboardInterrupt(number)
         heard.append(number)
-        sys.stderr.write(f"\n{notice}\n")
+        with contextlib.suppress(OSError):  # the terminal is closed
+            sys.stderr.write(f"\n{notice}\n")
 
     def raise_if_heard() -> None:
         if heard:
