@@ -1,0 +1,314 @@
+"""Causal language models whose layers differ in heads and feed-forward channels, or have no attention or feed-forward.
+
+This file is standalone: a pruned checkpoint has a copy of it, so that
+`AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` works without adapruner.
+
+A checkpoint keeps its `model_type` (`llama`, …) and lists the reduced sizes of each layer in the config key
+`per_layer_config`, which transformers 5 defines, and the parts that a layer lacks under its `skip`. Here the layers of
+the stock model are rebuilt, each from `config.per_layer_config[i]`. Projections named in `added_biases` (paths within a
+layer) have a bias that the family lacks.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import transformers
+from packaging.version import Version
+
+# Older ones would fail at the imports below, or build layers of the wrong sizes.
+if Version(transformers.__version__) < Version("5.14"):
+    raise ImportError(
+        "The layers of this model differ in size, which needs transformers 5.14 or newer; installed is"
+        f" {transformers.__version__}. Install a newer one: pip install --upgrade 'transformers>=5.14'"
+    )
+
+from huggingface_hub.dataclasses import strict
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import is_torch_available
+
+# Without PyTorch (mlx-lm), a tokenizer is loaded with the config class alone.
+if is_torch_available():
+    import torch
+    from torch import nn
+    from transformers.conversion_mapping import (
+        get_checkpoint_conversion_mapping,
+        register_checkpoint_conversion_mapping,
+    )
+    from transformers.pytorch_utils import Conv1D
+
+    class Nothing(nn.Module):
+        """Replaces an attention or a feed-forward: adds nothing to the hidden state, and has no cache."""
+
+        def __init__(self, returned: int) -> None:
+            super().__init__()
+            self.returned = returned
+
+        def forward(self, *args: object, **kwargs: object) -> torch.Tensor | tuple:
+            state = next(argument for argument in (*args, *kwargs.values()) if isinstance(argument, torch.Tensor))
+            nothing = torch.zeros_like(state)
+            return (nothing, *[None] * (self.returned - 1)) if self.returned else nothing
+
+
+FILE_NAME = "modeling_pruned.py"
+# The counterpart for mlx-lm, which the config names as `model_file`.
+MLX_FILE_NAME = "mlx_pruned.py"
+
+
+class Removable(NamedTuple):
+    """A module that a layer may lack.
+
+    Attributes:
+        name: its name in the `skip` of a layer without it, `attention` or `mlp`.
+        module: path in the layer.
+        returned: number of values that it returns, the first of which is added to the hidden state; 0 if it returns a
+            single tensor.
+    """
+
+    name: str
+    module: str
+    returned: int
+
+
+class Family(NamedTuple):
+    """The data that is needed to build the layers of a stock model in other sizes; paths are relative to a layer.
+
+    Attributes:
+        layers: path of the list of layers in the causal language model.
+        attention_output: output projection of the attention, in families whose attention is always as wide as the
+            hidden size.
+        feed_forward: feed-forward projections, in families whose config has no field for their width; the last one
+            reads the channels.
+        channels: config field for the width of the feed-forward projections.
+        removable: attention and feed-forward, if there are any.
+    """
+
+    model_type: str
+    layers: str
+    attention_output: str | None
+    feed_forward: tuple[str, ...]
+    channels: str
+    removable: tuple[Removable, ...] = ()
+
+
+class _PerLayer:
+    """Mixin over a stock model, with or without a language modelling head."""
+
+    family: Family
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(_stock_config(config))
+        config._attn_implementation = self.config._attn_implementation
+        layers = self.base_model.get_submodule(self.family.layers.removeprefix(f"{self.base_model_prefix}."))
+        # Modules that compute positions keep the config of the stock model: they read sizes in which layers may differ.
+        for module in self.modules():
+            if isinstance(module, PreTrainedModel):
+                module.config = config
+        for index, stock in enumerate(layers):
+            layers[index] = layer = _build_layer(type(stock), self.family, config, index)
+            for module in layer.modules():
+                if hasattr(module, "config"):
+                    module.config = _LayerConfig(config, index)
+        _renumber_caches(layers, self.family, config)
+        self.post_init()
+
+    def save_pretrained(self, save_directory: str | Path, *arguments: object, **options: object) -> None:
+        """Saves as in transformers; the folder also gets this file, with a line that registers these classes, and the
+        file for mlx-lm, if it is next to this one."""
+        self.config.auto_map = dict(self.auto_map)
+        if not _loads_as_stock(self.config):
+            # The stock class then reads that size of the dense model.
+            self.config.__dict__["allow_global_per_layer_attribute_access"] = True
+        for_mlx = Path(__file__).with_name(MLX_FILE_NAME)
+        self.config.model_file = MLX_FILE_NAME if for_mlx.is_file() else None
+        super().save_pretrained(save_directory, *arguments, **options)
+        if Path(save_directory).is_dir():
+            if for_mlx.is_file():
+                shutil.copyfile(for_mlx, Path(save_directory) / MLX_FILE_NAME)
+            text, line = Path(__file__).read_text(encoding="utf-8"), f"\n\nregister_family({self.family!r})\n"
+            (Path(save_directory) / FILE_NAME).write_text(text.removesuffix(line) + line, encoding="utf-8")
+
+
+class _LayerConfig:
+    """The config that a running layer reads: the counts of the layer, and everything else from the config of the model,
+    which `set_attn_implementation` changes."""
+
+    def __init__(self, config: PreTrainedConfig, index: int) -> None:
+        layer_config = config.per_layer_config[index]
+        self._counts = {name: getattr(layer_config, name) for name in config.per_layer_attributes or ()}
+        self._config = config
+
+    def __getattr__(self, name: str) -> object:
+        if name.startswith("__") or "_config" not in self.__dict__:
+            raise AttributeError(name)
+        return self._counts[name] if name in self._counts else getattr(self._config, name)
+
+
+def _stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A copy that the stock class accepts, without overrides."""
+    stock = copy.copy(config)
+    # In some families, layers already differ in the dense model.
+    stock.per_layer_config = getattr(config, "stock_per_layer_config", None)
+    return stock
+
+
+def _build_layer(layer_class: type[nn.Module], family: Family, config: PreTrainedConfig, index: int) -> nn.Module:
+    layer_config, stock = config.per_layer_config[index], _stock_config(config)
+    if family.attention_output is None:
+        layer = layer_class(layer_config, index)
+    else:
+        complete = copy.copy(layer_config)
+        for field in ("num_attention_heads", "num_key_value_heads"):
+            if hasattr(stock, field):
+                setattr(complete, field, getattr(stock, field))
+        layer = layer_class(complete, index)
+        _narrow_attention(layer, family.attention_output, layer_config, index)
+    for path in family.feed_forward:
+        reads_channels = path == family.feed_forward[-1]
+        _resize(layer, path, **{"inputs" if reads_channels else "outputs": getattr(layer_config, family.channels)})
+    modules = dict(layer.named_modules())
+    for path in getattr(config, "added_biases", ()):
+        # Layers of a family may have different modules.
+        if path in modules:
+            _resize(layer, path, bias=True)
+    for part in family.removable:
+        if part.name in layer_config.skip:
+            layer.set_submodule(part.module, Nothing(part.returned))
+    return layer
+
+
+def _renumber_caches(layers: nn.ModuleList, family: Family, config: PreTrainedConfig) -> None:
+    """Gives layers with attention the first places in the cache among the layers of their type, where transformers
+    reads the length of the cache. Layers without attention have no cache."""
+    attention = next((part for part in family.removable if part.name == "attention"), None)
+    layers_by_type: dict[str | None, list[int]] = {}
+    for index, layer in enumerate(layers):
+        if attention and any(name == attention.module for name, _ in layer.named_modules()):
+            types = getattr(config, "layer_types", None)
+            layers_by_type.setdefault(types[index] if types else None, []).append(index)
+    for places in layers_by_type.values():
+        modules = [layers[index].get_submodule(attention.module) for index in places]
+        kept = [module for module in modules if not isinstance(module, Nothing)]
+        if len(kept) == len(modules):
+            continue
+        # There are more places than attention layers: the last places are empty.
+        for place, attention_module in zip(places, kept, strict=False):
+            for module in attention_module.modules():
+                if hasattr(module, "layer_idx"):
+                    module.layer_idx = place
+
+
+def _narrow_attention(layer: nn.Module, output: str, layer_config: PreTrainedConfig, index: int) -> None:
+    """Gives a layer the attention of a narrower model, which has fewer heads, with projections widened to the hidden
+    size."""
+    path, _, output_name = output.rpartition(".")
+    narrow = copy.copy(layer_config)
+    narrow.hidden_size = layer_config.num_attention_heads * layer_config.head_dim
+    attention = type(layer.get_submodule(path))(narrow, layer_idx=index)
+    for name, child in list(attention.named_children()):
+        if isinstance(child, (nn.Linear, Conv1D)):
+            _resize(attention, name, **{"outputs" if name == output_name else "inputs": layer_config.hidden_size})
+    if getattr(layer_config, "alibi_heads", None) is not None:
+        attention.register_forward_pre_hook(_alibi_of(layer_config.alibi_heads), with_kwargs=True)
+    layer.set_submodule(path, attention)
+
+
+def _resize(
+    parent: nn.Module, path: str, inputs: int | None = None, outputs: int | None = None, bias: bool = False
+) -> None:
+    """Replaces a projection by one with another size, or with a bias."""
+    old = parent.get_submodule(path)
+    if isinstance(old, Conv1D):
+        new = Conv1D(outputs or old.nf, inputs or old.nx)
+    else:
+        new = nn.Linear(inputs or old.in_features, outputs or old.out_features, bias or old.bias is not None)
+    parent.set_submodule(path, new.to(old.weight.dtype))
+
+
+def _alibi_of(heads: list[int]):
+    """A hook that selects the slopes of the heads of an attention from the slopes of all heads of the model."""
+
+    def select(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        alibi = kwargs["alibi"]  # [batch * all heads, 1, keys]
+        return args, kwargs | {"alibi": alibi.unflatten(0, (len(args[0]), -1))[:, heads].flatten(0, 1)}
+
+    return select
+
+
+def _accept_any_heads(self: PreTrainedConfig) -> None:
+    """Accepts any number of heads: with head_dim, it need not divide the hidden size."""
+
+
+def _validate_stock_rope(self: PreTrainedConfig) -> None:
+    """Checks the positions of the stock model, with all its heads."""
+    self.stock_class.validate_rope(_stock_config(self))
+
+
+def _set_layers(self: PreTrainedConfig, layers: dict | None) -> None:
+    """Sets the sizes of the layers. Parts that a layer lacks have a count of 0 in folders from before `skip`."""
+    for index, fields in (layers or {}).items():
+        zeros = [name for name, count in fields.items() if type(count) is int and count == 0]
+        if zeros:
+            removed = {"attention" if "head" in name else "mlp" for name in zeros}
+            layers = layers | {index: fields | dict.fromkeys(zeros, 1) | {"skip": sorted(removed)}}
+    PreTrainedConfig.per_layer_config.fset(self, layers)
+
+
+def _loads_as_stock(config: PreTrainedConfig) -> bool:
+    """True if the stock config class reads no size in which layers differ."""
+    try:
+        config.stock_class.from_dict(config.to_dict())
+    except RuntimeError:  # of transformers, for such a size
+        return False
+    return True
+
+
+def pruned_config_class(model_type: str) -> type[PreTrainedConfig]:
+    """The config class for models of a family whose layers differ, which the stock config class refuses."""
+    stock_config = CONFIG_MAPPING[model_type]
+    members = {
+        "__module__": __name__,
+        "stock_class": stock_config,
+        "validate_architecture": _accept_any_heads,
+        "validate_rope": _validate_stock_rope,
+        "per_layer_config": PreTrainedConfig.per_layer_config.setter(_set_layers),
+        # Here, reading such a size is an error.
+        "allow_global_per_layer_attribute_access": property(lambda config: False, lambda config, value: None),
+    }
+    return strict(type(f"Pruned{stock_config.__name__}", (stock_config,), members))
+
+
+def register_family(family: Family) -> type[PreTrainedModel]:
+    """Makes the classes of a family whose layers differ (config, decoder and causal language model), adds them to this
+    module, and returns the last. Without PyTorch, makes the config alone, which suffices to load a tokenizer."""
+    config = pruned_config_class(family.model_type)
+    globals()[config.__name__] = config
+    if not is_torch_available():
+        return PreTrainedModel
+    stock_config = config.stock_class
+    stock_class = MODEL_FOR_CAUSAL_LM_MAPPING[stock_config]
+    name = f"Pruned{stock_class.__name__.removesuffix('ForCausalLM').removesuffix('LMHeadModel')}"
+    names = {"AutoConfig": config.__name__, "AutoModel": f"{name}Model", "AutoModelForCausalLM": f"{name}ForCausalLM"}
+    auto_map = {auto_class: f"{FILE_NAME.removesuffix('.py')}.{name}" for auto_class, name in names.items()}
+    members = {"__module__": __name__, "family": family, "auto_map": auto_map, "config_class": config}
+    decoder = type(names["AutoModel"], (_PerLayer, MODEL_MAPPING[stock_config]), members)
+    causal = type(names["AutoModelForCausalLM"], (_PerLayer, stock_class), members)
+    # A custom class does not get the conversions of its family by default. The causal model needs none: its decoder is
+    # a stock one.
+    stock_names = (MODEL_MAPPING[stock_config].__name__, family.model_type)
+    if mapping := next(filter(None, map(get_checkpoint_conversion_mapping, stock_names)), None):
+        register_checkpoint_conversion_mapping(decoder.__name__, mapping, overwrite=True)
+    globals().update({model_class.__name__: model_class for model_class in (decoder, causal)})
+    return causal
+
+
+register_family(Family(model_type='llama', layers='model.layers', attention_output=None, feed_forward=(), channels='intermediate_size', removable=(Removable(name='attention', module='self_attn', returned=2), Removable(name='mlp', module='mlp', returned=0))))
