@@ -302,3 +302,15 @@ def test_a_run_that_is_killed_again_and_again_ends_as_an_undisturbed_one(
     assert all("done in" in line for line in stages)
     named = dict.fromkeys(line.partition(":")[0] for line in stages)
     assert list(named) == ["loading", "looking for breakage", "evaluating"]
+
+
+def test_a_part_that_was_cut_off_is_measured_again(
+    finished: adapruner.PruneResult, model_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    arguments = prune_command(model_folder, run, text_file)
+    run_killed_before_writing(f"{run}/unfinished/statistics*/000008.safetensors", arguments, tmp_path)
+    [part] = run.glob("unfinished/statistics*/000004.safetensors")
+    part.write_bytes(part.read_bytes()[:-1])
+    assert exit_code(arguments) == 0
+    assert_same_artifacts(run, finished.output)

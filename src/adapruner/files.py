@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from adapruner.errors import AdaPrunerError
 
@@ -68,6 +68,15 @@ def replace(partial: Path, path: Path) -> None:
     os.replace(partial, path)
     shutil.rmtree(old, ignore_errors=True)
     _flush(path.parent)
+
+
+def is_whole(path: Path) -> bool:
+    """True if a safetensors file exists and is as long as its header says."""
+    try:
+        with safe_open(path, "pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
 
 
 @contextlib.contextmanager

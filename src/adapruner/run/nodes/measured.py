@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from adapruner.config import Space, Terms
-from adapruner.files import write_atomically
+from adapruner.files import is_whole, write_atomically
 from adapruner.graph import Form
 from adapruner.importance import needs_moments, needs_removal_errors
 from adapruner.measurement import (
@@ -42,7 +42,7 @@ def moments(
 ) -> StoredMoments:
     """Second moments of all blocks; those of finished blocks are kept."""
     moments = StoredMoments(work)
-    missing = [index for index in projected_blocks(structure) if not moments.path(index).is_file()]
+    missing = [index for index in projected_blocks(structure) if not is_whole(moments.path(index))]
     if missing:
         assert text_to_fit is not None
         with reporter.stage("reading activations", structure.layers) as advance:
@@ -74,7 +74,7 @@ def statistics(
     pool, size = windows["pool"], MEASURED_AT_ONCE[placement.layer_wise]
     parts = {start: work / f"{start:06}.safetensors" for start in range(0, len(pool), size)}
     share = list(parts)[process.rank :: process.count]
-    missing = [start for start in share if not parts[start].is_file()]
+    missing = [start for start in share if not is_whole(parts[start])]
     with reporter.stage("measuring", len(share)) as advance:
         advance(len(share) - len(missing))
         layer_wise = placement.layer_wise
