@@ -66,8 +66,8 @@ VARIANTS: dict[str, dict[str, object]] = {
 DAMAGED, OTHER_OPTIONS = "is damaged", "a run of another configuration"
 
 
-class Killed(BaseException):
-    """Stands for SIGKILL."""
+class Killed(SystemExit):
+    """Stands for SIGKILL; the command line lets nothing else pass."""
 
 
 @dataclass(frozen=True)
@@ -101,10 +101,10 @@ def call(arguments: list[str]) -> Outcome:
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
         try:
             adapruner.cli.main(arguments)
-        except SystemExit as stop:
-            code = int(stop.code or 0)
         except Killed:
             return Outcome(None, said.getvalue())
+        except SystemExit as stop:
+            code = int(stop.code or 0)
     outcome = Outcome(code, said.getvalue())
     assert code in (0, 2, 130), outcome
     assert code == 0 or outcome.last.startswith("adapruner: "), outcome
