@@ -17,7 +17,7 @@ from markupsafe import Markup
 from transformers import PreTrainedConfig
 from transformers.utils.hub import cached_file
 
-from adapruner.models import ModelLocation, find_head, is_pruned, load_config, quiet_transformers
+from adapruner.models import ModelLocation, Wrapper, find_head, find_wrapper, is_pruned, load_config, quiet_transformers
 from adapruner.numbers import Number, measured_table
 from adapruner.plain_yaml import parse_yaml
 from adapruner.planning import PruningPlan
@@ -122,29 +122,30 @@ def _render(
     results: list[EvalResult],
     **content: Any,
 ) -> str:
-    licence = base_licence(location) or {}
+    licence, wrapper = base_licence(location) or {}, find_wrapper(location)
     metadata = ModelCardData(
         license=licence.get("license", "other"),
         license_name=licence.get("license_name"),
         license_link=licence.get("license_link"),
         base_model=None if location.is_local else base_model,
         library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["adapruner", "pruned", config.model_type],
+        pipeline_tag="image-text-to-text" if wrapper else "text-generation",
+        tags=["adapruner", "pruned", wrapper.config.model_type if wrapper else config.model_type],
         model_name=name,
         eval_results=results or None,
     )
     head = find_head(location, load_config(location))
-    content |= _loading(config) | {"metadata": metadata.to_yaml(), "licence": licence, "head": head}
+    content |= _loading(config, wrapper) | {"metadata": metadata.to_yaml(), "licence": licence, "head": head}
     return _TEMPLATES.get_template("card.md.jinja").render(content) + "\n"
 
 
-def _loading(config: PreTrainedConfig) -> dict[str, Any]:
+def _loading(config: PreTrainedConfig, wrapper: Wrapper | None) -> dict[str, Any]:
     """The values in the section on loading."""
     return {
         "needs_code": is_pruned(config),
         "added_biases": bool(getattr(config, "added_biases", ())),
-        "model_type": config.model_type,
+        "model_type": wrapper.config.model_type if wrapper else config.model_type,
+        "is_multimodal": wrapper is not None,
         "transformers": version("transformers"),
     }
 
@@ -192,18 +193,21 @@ def read_card(location: ModelLocation) -> str:
         return ""
 
 
-def card_of_export(card: str, config: PreTrainedConfig, template: str = "loading.md.jinja") -> str | None:
+def card_of_export(
+    card: str, config: PreTrainedConfig, template: str = "loading.md.jinja", wrapper: Wrapper | None = None
+) -> str | None:
     """The card of a pruned model for the same model in another form; None if this package did not write the card.
 
     Args:
         config: of the exported model.
+        wrapper: the multimodal model that it is the decoder of.
         template: of the section on loading.
     """
     before, heading, rest = card.partition(_LOADING)
     if not heading:
         return None
     _, next_heading, after = rest.partition("\n## ")
-    loading = _TEMPLATES.get_template(template).render(_loading(config))
+    loading = _TEMPLATES.get_template(template).render(_loading(config, wrapper))
     return f"{before}{heading}{loading}\n{next_heading}{after}"
 
 

@@ -18,7 +18,7 @@ from transformers.utils.hub import cached_file
 
 from adapruner.errors import without_secrets
 from adapruner.files import replace, saying_what_cannot_be_written, write_atomically
-from adapruner.models import ModelLocation, head_of, quiet_transformers, whole_state
+from adapruner.models import ModelLocation, head_of, quiet_transformers, whole_state, wrapper_of
 from adapruner.progress import Reporter
 from adapruner.terminal import printable
 
@@ -26,14 +26,20 @@ from adapruner.terminal import printable
 _ORIGIN = "adapruner.json"
 _ORIGIN_FORMAT = 1
 _LONGEST_ORIGIN = 2**20
-_HEAD_FILES = "model-mtp{suffix}.safetensors"
+# Of multi-token prediction heads, and of the parts of a multimodal model other than its decoder.
+_HEAD_FILES, _OTHER_FILES = "model-mtp{suffix}.safetensors", "model-others{suffix}.safetensors"
 
 
 def write_model(model: PreTrainedModel, folder: Path, shard_size: str) -> None:
     """Writes weights, config, generation config and, if layers differ, the modelling code."""
     with quiet_transformers():
-        model.save_pretrained(folder, max_shard_size=shard_size, state_dict=whole_state(model))
-    add_older_keys(folder / "config.json")
+        wrapper = wrapper_of(model)
+        if wrapper:
+            wrapper.save(model, whole_state(model), folder, shard_size)
+            _add_tensors(folder, wrapper.other_tensors(), shard_size, _OTHER_FILES)
+        else:
+            model.save_pretrained(folder, max_shard_size=shard_size, state_dict=whole_state(model))
+    add_older_keys(folder / "config.json", wrapper.text if wrapper else None)
 
 
 def save_checkpoint(
@@ -66,7 +72,7 @@ def save_checkpoint(
     with _valid_generation_config(model), made_beside(folder) as made:
         write(model, made, shard_size)
         if head:
-            _add_tensors(made, head.tensors(model.config.num_hidden_layers), shard_size)
+            _add_tensors(made, head.tensors(model.config.num_hidden_layers), shard_size, _HEAD_FILES)
         tokenizer.save_pretrained(made)
         origin = (record or {}) | {"format": _ORIGIN_FORMAT}
         (made / _ORIGIN).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
@@ -154,14 +160,18 @@ def write_card(folder: Path, card: str) -> None:
     write_atomically(folder / "README.md", lambda partial: partial.write_text(printable(card), encoding="utf-8"))
 
 
-def _add_tensors(folder: Path, tensors: Mapping[str, Tensor], shard_size: str) -> None:
-    """Adds tensors to the weights in a folder: in further files, which the index of all files lists."""
+def _add_tensors(folder: Path, tensors: Mapping[str, Tensor], shard_size: str, pattern: str) -> None:
+    """Adds tensors to the weights in a folder: in further files, which the index of all files lists.
+
+    Args:
+        pattern: of the names of these files.
+    """
     stock, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if stock.is_file():
         # Loaders that find a file of this name read no index.
         stock.rename(folder / "model-00001-of-00001.safetensors")
-    save_torch_state_dict(dict(tensors), folder, filename_pattern=_HEAD_FILES, max_shard_size=shard_size)
-    (folder / f"{_HEAD_FILES.format(suffix='')}.index.json").unlink(missing_ok=True)
+    save_torch_state_dict(dict(tensors), folder, filename_pattern=pattern, max_shard_size=shard_size)
+    (folder / f"{pattern.format(suffix='')}.index.json").unlink(missing_ok=True)
     weight_map: dict[str, str] = {}
     size = 0
     for file in sorted(folder.glob("*.safetensors")):
@@ -172,10 +182,22 @@ def _add_tensors(folder: Path, tensors: Mapping[str, Tensor], shard_size: str) -
     index.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def add_older_keys(path: Path) -> None:
+def add_older_keys(path: Path, text: str | None = None) -> None:
     """Adds the older names of config fields. transformers 4 and mlx-lm do not read `rope_parameters`, and would
-    silently use a theta of 10,000; nor do they read the new name of the number of experts."""
+    silently use a theta of 10,000; nor do they read the new name of the number of experts.
+
+    Args:
+        text: name of the decoder's config in the config of a multimodal model.
+    """
     fields = json.loads(path.read_text(encoding="utf-8"))
+    if text:
+        fields[text] = _with_older_keys(fields[text])
+    else:
+        fields = _with_older_keys(fields)
+    path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _with_older_keys(fields: dict[str, Any]) -> dict[str, Any]:
     renamed = CONFIG_MAPPING[fields["model_type"]].attribute_map.get("num_experts")
     if renamed in fields:
         fields["num_experts"] = fields[renamed]
@@ -189,4 +211,4 @@ def add_older_keys(path: Path) -> None:
         scaling = {name: value for name, value in parameters.items() if name not in names}
         if scaling.get("rope_type", "default") != "default":
             fields["rope_scaling"] = scaling
-    path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return fields

@@ -62,11 +62,11 @@ def inspect(
         with starting():
             if architectures := pruning.get("architectures"):
                 verbs.check_described(model, architectures)
-            structure = verbs.inspect(model)
-        print_output(_content(structure, model), json, _lines(structure, model))
+            structure, around = verbs.inspect(model), verbs.multimodal(model)
+        print_output(_content(structure, model, around), json, _lines(structure, model, around))
 
 
-def _content(structure: Structure, model: str) -> dict[str, Any]:
+def _content(structure: Structure, model: str, around: tuple[str, int] | None) -> dict[str, Any]:
     names = ("layer", "kind", "groups", "parameters_per_group")
     return {
         "model": model,
@@ -76,12 +76,18 @@ def _content(structure: Structure, model: str) -> dict[str, Any]:
         "removable_parameters": structure.removable_parameters,
         "blocks": [{name: getattr(block, name) for name in names} for block in structure.blocks],
         "whole_mixers": structure.whole_mixers,
+        "multimodal": around and dict(zip(("model_type", "parameters"), around, strict=True)),
     }
 
 
-def _lines(structure: Structure, model: str) -> Iterator[RenderableType]:
+def _lines(structure: Structure, model: str, around: tuple[str, int] | None) -> Iterator[RenderableType]:
     total = structure.total_parameters
     yield f"{model}: {structure.model_type}, {total:,} parameters"
+    if around:
+        yield (
+            f"It is the decoder of a {around[0]}, with {total / around[1]:.1%} of its {around[1]:,} parameters. Ratios"
+            " are of the decoder; all other parts are kept as they are."
+        )
     yield _table_of_parts(structure)
     yield _table_of_layers(structure)
     yield (

@@ -14,18 +14,21 @@ import torch
 import transformers
 from huggingface_hub import constants
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from adapruner.errors import AdaPrunerError, reason
 from adapruner.families.inference import infer_architecture
-from adapruner.families.proof import prove
+from adapruner.families.proof import prove, prove_around
 from adapruner.families.tiny import tiny_config
 from adapruner.files import write_atomically
 from adapruner.models import (
     Architecture,
     ModelLocation,
+    Wrapper,
     architecture_of,
     check_config,
+    family_named,
+    find_wrapper,
+    has_causal_model,
     known_architectures,
     load_config,
     load_model,
@@ -43,6 +46,8 @@ _FILE_FIELDS = ("_name_or_path", "architectures", "dtype", "transformers_version
 
 # For this process only: another version of this package may be able to prune the family.
 _refused: dict[Path, str] = {}
+# Types of multimodal models around a family of decoders, for this process.
+_proven: set[tuple[str, Path]] = set()
 
 
 def open_config(location: ModelLocation) -> PreTrainedConfig:
@@ -55,6 +60,8 @@ def open_config(location: ModelLocation) -> PreTrainedConfig:
     with reported_as_unloadable(location):  # the config of the model refuses to give fields in which layers differ
         learn(config)
         check_config(config, location)
+        if wrapper := find_wrapper(location):
+            _check_around(wrapper, config)
     return config
 
 
@@ -68,6 +75,16 @@ def open_model(
     """Loads a model as `models.load_model` does, after `open_config`."""
     open_config(location)
     return load_model(location, dtype, device, layer_wise, deferred)
+
+
+@torch.inference_mode(False)
+def _check_around(wrapper: Wrapper, config: PreTrainedConfig) -> None:
+    """Proves, once for this process, that a multimodal model reads text as its decoder does."""
+    key = (wrapper.config.model_type, _file(stock_config(config)))
+    if key not in _proven:
+        family = family_named(config.model_type)
+        prove_around(wrapper, config, family.layouts if family else ())
+        _proven.add(key)
 
 
 def resolve(config: PreTrainedConfig) -> Architecture:
@@ -89,7 +106,7 @@ def learn(config: PreTrainedConfig) -> None:
     model_type = config.model_type
     if model_type in known_architectures() or getattr(config, "quantization_config", None):
         return
-    if config.is_encoder_decoder or not isinstance(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type), str):
+    if config.is_encoder_decoder or config.get_text_config() is not config or not has_causal_model(model_type):
         return
     remember_family(model_type, _describe(stock_config(config)))
 

@@ -48,10 +48,6 @@ def infer_architecture(config: PreTrainedConfig) -> Architecture:
     Raises:
         InferenceError: transformers cannot build or run such a model in a small size, or nothing is removable.
     """
-    if not hasattr(config, "num_hidden_layers") or config.get_text_config() is not config:
-        raise InferenceError(
-            f"a {config.model_type} has other models besides a text model: save its text model alone, and prune that"
-        )
     try:
         tiny = tiny_config(config)
         if (size := parameters_of(tiny)) > _MOST_PARAMETERS:

@@ -23,11 +23,14 @@ from adapruner.models import (
     Architecture,
     ModelLocation,
     Whole,
+    Wrapper,
     decoder_layers,
     enter_layers,
+    give_wrapper,
     load_model,
     quiet_transformers,
     skipping_layers,
+    stock_config,
     using_architecture,
 )
 from adapruner.planning import PruningPlan, make_plan
@@ -39,6 +42,8 @@ from adapruner.surgery import prune_model
 _TOLERANCE = 2e-3
 # Smallest change by masking, relative to the logits, that proves something.
 _EFFECT = 1e-4
+# Largest distance of the logits of a multimodal model from those of its decoder, relative to the logits.
+_ROUNDING = 1e-5
 _NEW_TOKENS = 8
 _NEVER_CHOSEN = -1e9
 _KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -75,6 +80,45 @@ def prove(config: PreTrainedConfig, architecture: Architecture) -> Architecture:
         alone = [whole for whole in proven.whole if not why_not_whole(model, proven, whole)]
         proven = proven.changed(whole=() if why_not_whole(model, proven, *alone) else tuple(alone))
     return proven
+
+
+def prove_around(wrapper: Wrapper, config: PreTrainedConfig, layouts: Sequence[Layout]) -> None:
+    """Checks that a multimodal model reads text alone as its decoder does, dense and pruned; with a tiny decoder, and
+    without weights in the other parts, which text must not reach.
+
+    Args:
+        config: of the decoder.
+        layouts: in which it is pruned; none if it cannot be.
+
+    Raises:
+        ConformanceError: it does not, or cannot be called with text alone.
+    """
+    model = random_model(tiny_config(stock_config(config)))
+    around, name = wrapper.with_decoder(model.config), wrapper.config.model_type
+    give_wrapper(model, around)
+    # Other tokens may stand for images.
+    text = sorted(set(range(3, model.config.vocab_size)) - {*filter(_is_number, vars(wrapper.config).values())})
+    tokens = torch.tensor(text)[torch.randint(len(text), (2, 12), generator=torch.Generator().manual_seed(4))]
+    for layout in (None, *layouts):
+        try:
+            with torch.no_grad(), quiet_transformers():
+                decoder = _pruned(model, layout) if layout else model
+                logits = around.holding(decoder)(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
+        except Exception as error:  # anything that a model class raises that needs more than text
+            raise ConformanceError(f"a {name} cannot be run with text alone: {reason(error)}") from error
+        expected = decoder(tokens).logits
+        if not (logits - expected).norm() <= _ROUNDING * expected.norm():
+            raise ConformanceError(f"a {name} does not read text alone as its decoder does, a {config.model_type}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int)
+
+
+def _pruned(model: PreTrainedModel, layout: Layout) -> PreTrainedModel:
+    structure = build_structure(model)
+    scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(3))
+    return prune_model(model, structure, make_plan(structure, scores, _counts_of(structure, layout)))
 
 
 def _proven_parts(model: PreTrainedModel, architecture: Architecture) -> Architecture:

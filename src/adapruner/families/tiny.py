@@ -136,7 +136,12 @@ def _shrunk(name: str, value: Any, layers: int) -> Any:
     if isinstance(value, Mapping) and name == "rope_parameters":
         if any(isinstance(parameters, Mapping) for parameters in value.values()):
             return {kind: _shrunk(name, parameters, layers) for kind, parameters in value.items()}
-        plain = {key: value[key] for key in value if key in ("rope_theta", "partial_rotary_factor")}
+        plain = {
+            key: value[key] for key in value if key in ("rope_theta", "partial_rotary_factor", "mrope_interleaved")
+        }
+        if "mrope_section" in value:
+            half = int(_WIDTH * value.get("partial_rotary_factor", 1)) // 2
+            plain["mrope_section"] = [half - 2 * (half // 4), half // 4, half // 4]
         return plain | {"rope_type": value["rope_type"] if value.get("rope_type") == "proportional" else "default"}
     is_size = isinstance(value, int) and not isinstance(value, bool)
     if not is_size or name not in _SIZES:

@@ -11,6 +11,7 @@ from adapruner.models._architecture import (
     check_tokens as check_tokens,
     family_named as family_named,
     fields_by_layer as fields_by_layer,
+    has_causal_model as has_causal_model,
     is_pruned as is_pruned,
     known_architectures as known_architectures,
     new_model as new_model,
@@ -21,7 +22,11 @@ from adapruner.models._architecture import (
     stock_fields as stock_fields,
     using_architecture as using_architecture,
 )
-from adapruner.models._config import check_config as check_config, load_config as load_config
+from adapruner.models._config import (
+    check_config as check_config,
+    find_wrapper as find_wrapper,
+    load_config as load_config,
+)
 from adapruner.models._deferred import (
     StoredWeight as StoredWeight,
     deferred_by_module as deferred_by_module,
@@ -83,4 +88,9 @@ from adapruner.models._places import (
     quiet_transformers as quiet_transformers,
     reported as reported,
     reported_as_unloadable as reported_as_unloadable,
+)
+from adapruner.models._wrapper import (
+    Wrapper as Wrapper,
+    give_wrapper as give_wrapper,
+    wrapper_of as wrapper_of,
 )

@@ -12,8 +12,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from adapruner.errors import AdaPrunerError, first_problem, reason
 from adapruner.models.modeling_pruned import Family, Removable, register_family
@@ -21,6 +26,9 @@ from adapruner.plain_yaml import parse_yaml
 
 # The name in a config of the part of a layer that has the groups of a kind, if a layer lacks it.
 SKIPPED = {"heads": "attention", "channels": "mlp"}
+# A config field of the decoder inside a multimodal model, in memory only: other parts read or change the state after
+# layers with certain numbers.
+NUMBERS_LAYERS = "layers_are_numbered"
 
 
 class _Data(BaseModel):
@@ -219,7 +227,8 @@ class Architecture(_Data):
 
     def removable_whole(self, config: PreTrainedConfig) -> frozenset[Whole]:
         """The parts of a layer of such a model that can be removed whole."""
-        return frozenset(self.whole) - ({"layer"} if _holds_any(config, self.numbers_layers_if) else set())
+        is_numbered = _holds_any(config, self.numbers_layers_if | {NUMBERS_LAYERS: True})
+        return frozenset(self.whole) - ({"layer"} if is_numbered else set())
 
     def channels(self, config: PreTrainedConfig) -> int:
         """Feed-forward width of a layer."""
@@ -277,10 +286,15 @@ def _register(file: Path) -> str:
         raise AdaPrunerError(f"{file} cannot be read: {reason(error)}") from None
     if known_architectures().get(family.model_type, family) != family:
         raise AdaPrunerError(f"{file}: there is another description of {family.model_type!r} already")
-    if not isinstance(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(family.model_type), str):
+    if not has_causal_model(family.model_type):
         raise AdaPrunerError(f"{file}: transformers has no causal language model {family.model_type!r}")
     _registered[family.model_type] = family
     return family.model_type
+
+
+def has_causal_model(model_type: str) -> bool:
+    """True if transformers has a causal language model of a family, or the decoder of a multimodal model was opened."""
+    return model_type in CONFIG_MAPPING and CONFIG_MAPPING[model_type] in MODEL_FOR_CAUSAL_LM_MAPPING
 
 
 def remember_family(model_type: str, answer: Architecture | str) -> None:
@@ -337,7 +351,9 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
 def _why_unknown(config: PreTrainedConfig) -> str:
     if config.is_encoder_decoder:
         return f"{config.model_type!r} is an encoder-decoder, only causal language models can be pruned"
-    if isinstance(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type), str):
+    if config.get_text_config() is not config:
+        return f"a {config.model_type} in memory has other models besides its decoder: save it, and give the folder"
+    if has_causal_model(config.model_type):
         return (
             f"no file describes the family {config.model_type!r}, and it was not inferred: call"
             " adapruner.families.resolve with the config of the model first"

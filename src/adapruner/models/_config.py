@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from adapruner.models._architecture import SKIPPED, Architecture, family_named, 
 from adapruner.models._gguf import check_header, refuse_missing_weights, refuse_what_is_not_read, without_tokens
 from adapruner.models._places import ModelLocation, quiet_transformers, reported_as_unloadable
 from adapruner.models._stored import has_own_output, stored_tensors
-from adapruner.models.modeling_pruned import pruned_config_class
+from adapruner.models._wrapper import Wrapper, decoder_config, find_text
+from adapruner.models.modeling_pruned import pruned_config_class, without_layers
 
 # By default, transformers asks on the terminal whether to run code from the folder.
 NO_REMOTE_CODE = {"trust_remote_code": False}
@@ -36,6 +37,19 @@ def load_config(location: ModelLocation) -> PreTrainedConfig:
     Raises:
         AdaPrunerError: it cannot be found or read; the message has the reason given by transformers.
     """
+    return _read(location)[0]
+
+
+def find_wrapper(location: ModelLocation) -> Wrapper | None:
+    """The multimodal model at a location, whose decoder `load_config` describes; None for a text model.
+
+    Raises:
+        AdaPrunerError: as for `load_config`.
+    """
+    return _read(location)[1]
+
+
+def _read(location: ModelLocation) -> tuple[PreTrainedConfig, Wrapper | None]:
     with reported_as_unloadable(location):
         if not location.is_local:
             return _read_config(location)
@@ -46,12 +60,14 @@ def load_config(location: ModelLocation) -> PreTrainedConfig:
 
 
 @lru_cache(maxsize=8)
-def _read_config_once(location: ModelLocation, state: frozenset[tuple[str, int, int]]) -> PreTrainedConfig:
+def _read_config_once(
+    location: ModelLocation, state: frozenset[tuple[str, int, int]]
+) -> tuple[PreTrainedConfig, Wrapper | None]:
     """Cached, because output matrices have to be compared, and lists of tokens in a GGUF file skipped."""
     return _read_config(location)
 
 
-def _read_config(location: ModelLocation) -> PreTrainedConfig:
+def _read_config(location: ModelLocation) -> tuple[PreTrainedConfig, Wrapper | None]:
     config: PreTrainedConfig
     file = Path(location.path, location.gguf_file or "")
     if location.gguf_file:
@@ -65,9 +81,18 @@ def _read_config(location: ModelLocation) -> PreTrainedConfig:
             f"transformers cannot read the GGUF architecture {model_type!r} of {str(location)!r}: give the"
             " safetensors folder that the file was made from"
         )
+    wrapper = None
     _refuse_too_many_layers(fields, location)
+    pruned_text = _pruned_text(fields)
     if location.gguf_file:
         config = CONFIG_MAPPING[str(model_type)].from_dict(fields)
+    elif pruned_text:
+        _refuse_odd_layers(fields[pruned_text]["per_layer_config"], location)
+        dense = without_layers(fields[pruned_text])
+        stock_fields = {name: value for name, value in fields.items() if name not in ("auto_map", "model_file")}
+        whole = CONFIG_MAPPING[str(model_type)].from_dict(stock_fields | {pruned_text: dense})
+        wrapper = Wrapper(location.path, whole, pruned_text)
+        config = decoder_config(wrapper, fields[pruned_text])
     elif _is_of_pruned(fields):
         _refuse_odd_layers(fields["per_layer_config"], location)
         if model_type not in CONFIG_MAPPING:
@@ -78,6 +103,9 @@ def _read_config(location: ModelLocation) -> PreTrainedConfig:
         config = pruned_config_class(str(model_type)).from_pretrained(location.path)
     else:
         config = AutoConfig.from_pretrained(location.path, **NO_REMOTE_CODE)
+        if text := find_text(config):
+            wrapper = Wrapper(location.path, config, text)
+            config = decoder_config(wrapper, None)
     clear_gguf_marks(config, location)
     drop_negative_tokens(config)
     if location.gguf_file:
@@ -88,9 +116,10 @@ def _read_config(location: ModelLocation) -> PreTrainedConfig:
     elif getattr(config, "tie_word_embeddings", False):
         # Broken files are reported when they are loaded.
         with contextlib.suppress(Exception), quiet_transformers():
-            stored = stored_tensors(location.path, config, local_files_only=True)
+            read = wrapper.stored if wrapper else partial(stored_tensors, location.path)
+            stored = read(config, local_files_only=True)
             config.tie_word_embeddings = not has_own_output(_stock_model(stock_config(config)), stored)
-    return config
+    return config, wrapper
 
 
 def _stock_model(config: PreTrainedConfig) -> PreTrainedModel:
@@ -98,6 +127,12 @@ def _stock_model(config: PreTrainedConfig) -> PreTrainedModel:
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     return model
+
+
+def _pruned_text(fields: dict[str, Any]) -> str | None:
+    """The name of the config of the decoder inside a multimodal model, if its layers differ."""
+    inside = {name: value for name, value in fields.items() if isinstance(value, dict)} if "auto_map" in fields else {}
+    return next((name for name, value in inside.items() if value.get("per_layer_config") is not None), None)
 
 
 def _is_of_pruned(fields: dict[str, Any]) -> bool:

@@ -19,7 +19,14 @@ from transformers import (
 
 from adapruner.errors import AdaPrunerError
 from adapruner.models._architecture import architecture_of, family_named, is_pruned, new_model
-from adapruner.models._config import NO_REMOTE_CODE, check_config, clear_gguf_marks, drop_negative_tokens, load_config
+from adapruner.models._config import (
+    NO_REMOTE_CODE,
+    check_config,
+    clear_gguf_marks,
+    drop_negative_tokens,
+    find_wrapper,
+    load_config,
+)
 from adapruner.models._deferred import defer
 from adapruner.models._device import resolve_devices
 from adapruner.models._gguf import without_tokens
@@ -38,6 +45,7 @@ from adapruner.models._stored import (
     refuse_files_elsewhere,
     stored_tensors,
 )
+from adapruner.models._wrapper import decoder_alone, give_wrapper
 
 # Texts on which broken tokenizers fail: other letters and signs, and runs on which patterns backtrack.
 _TRIED = ("", "The 1st word, or the 2nd?\n\tWörter – 词, слова; 🙂", "ab" * 64, "a" * 64, "7" * 64, " " * 64 + "!")
@@ -61,7 +69,9 @@ def load_tokenizer(location: ModelLocation) -> Tokenizer:
         if location.gguf_file:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(location.path, **location.arguments)
         else:
-            tokenizer = AutoTokenizer.from_pretrained(location.path, config=config, **NO_REMOTE_CODE)
+            wrapper = find_wrapper(location)
+            around = wrapper.config if wrapper else config
+            tokenizer = AutoTokenizer.from_pretrained(location.path, config=around, **NO_REMOTE_CODE)
         for text in _TRIED:
             tokenizer.decode(tokenizer(text).input_ids)
         embedded = config.vocab_size
@@ -115,6 +125,8 @@ def load_model(
     files = _matching_files(location, config)
     if not location.is_local:
         config = load_config(location)  # which sees the files once they are downloaded
+    wrapper = find_wrapper(location)
+    model: Any
     with reported_as_unloadable(location):
         # Transformers compares two output matrices when it reads them.
         if layer_wise or (deferred and files and not has_own_output(empty_model(config), files)):
@@ -123,11 +135,14 @@ def load_model(
             model = load(location.path, config, files, wanted, target)
         else:
             loader: Any = architecture_of(config).pruned_class if is_pruned(config) else AutoModelForCausalLM
+            in_files = config
+            if wrapper:
+                loader, in_files = wrapper.class_and_config(config)
             # Tensors that do not fit are refused below, all in one message.
             with without_tokens():
                 loaded, report = loader.from_pretrained(
                     location.path,
-                    config=config,
+                    config=in_files,
                     dtype=dtype,
                     use_safetensors=location.gguf_file is None or None,
                     ignore_mismatched_sizes=True,
@@ -136,7 +151,7 @@ def load_model(
                     **location.arguments,
                 )
             _refuse_other_weights(location, config, report)
-            model = loaded.eval()
+            model = decoder_alone(loaded, wrapper, config) if wrapper else loaded.eval()
             if deferred:
                 defer(model, {name: weight.detach() for name, weight in model.named_parameters()}, target, None)
             if others:
@@ -145,11 +160,13 @@ def load_model(
                 model.to(target)
     with reported_as_unloadable(location):
         give_head(model, find_head(location, config))
+    give_wrapper(model, wrapper)
     for marked in (model, model.config):
         clear_gguf_marks(marked, location)
     for settings in (model.config, model.generation_config):
         drop_negative_tokens(settings)
-    return model
+    finished: PreTrainedModel = model
+    return finished
 
 
 def _matching_files(location: ModelLocation, config: PreTrainedConfig) -> dict[str, StoredTensor]:
@@ -158,10 +175,17 @@ def _matching_files(location: ModelLocation, config: PreTrainedConfig) -> dict[s
     if not is_streamable(location, config):
         return {}
     with reported_as_unloadable(location):
-        stored, model = stored_tensors(location.path, config), empty_model(config)
+        stored, model = tensors_of(location, config), empty_model(config)
         report = differences(model, names_in_files(model, stored), stored)
     _refuse_other_weights(location, config, report)
     return stored
+
+
+def tensors_of(location: ModelLocation, config: PreTrainedConfig) -> dict[str, StoredTensor]:
+    """The tensors of a model in its safetensors files, by their names there; of the decoder inside a multimodal model,
+    by their names in the causal language model."""
+    wrapper = find_wrapper(location)
+    return wrapper.stored(config) if wrapper else stored_tensors(location.path, config)
 
 
 def is_streamable(location: ModelLocation, config: PreTrainedConfig) -> bool:
@@ -170,7 +194,8 @@ def is_streamable(location: ModelLocation, config: PreTrainedConfig) -> bool:
     is_quantized = getattr(config, "quantization_config", None) is not None
     if location.gguf_file or is_quantized or family_named(config.model_type) is None:
         return False
-    return not are_stored_apart(empty_model(config))
+    wrapper = find_wrapper(location)
+    return not are_stored_apart(wrapper.around(config) if wrapper else empty_model(config))
 
 
 def check_streamable(location: ModelLocation, config: PreTrainedConfig) -> None:

@@ -27,11 +27,12 @@ _FLOATING_POINT = {"F64": torch.float64, "F32": torch.float32, "F16": torch.floa
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """The file, shape and dtype of a tensor; the dtype is its name in safetensors."""
+    """The file, shape, dtype and name of a tensor in its file; the dtype is its name in safetensors."""
 
     file: str
     shape: tuple[int, ...]
     dtype: str
+    name: str
 
 
 def stored_tensors(path: str, config: PreTrainedConfig, local_files_only: bool = False) -> dict[str, StoredTensor]:
@@ -62,7 +63,7 @@ def stored_tensors(path: str, config: PreTrainedConfig, local_files_only: bool =
         with safe_open(shard, "pt") as opened:
             for name in opened.keys():  # noqa: SIM118 - it is no mapping
                 tensor = opened.get_slice(name)
-                stored[name] = StoredTensor(shard, tuple(tensor.get_shape()), tensor.get_dtype())
+                stored[name] = StoredTensor(shard, tuple(tensor.get_shape()), tensor.get_dtype(), name)
     return stored
 
 
@@ -81,7 +82,8 @@ def read_tensors(names: Mapping[str, str], stored: Mapping[str, StoredTensor]) -
     tensors: dict[str, torch.Tensor] = {}
     for file in {stored[key].file for key in names.values()}:
         with safe_open(file, "pt") as opened:
-            tensors |= {name: opened.get_tensor(key) for name, key in names.items() if stored[key].file == file}
+            here = {name: stored[key] for name, key in names.items() if stored[key].file == file}
+            tensors |= {name: opened.get_tensor(tensor.name) for name, tensor in here.items()}
     return tensors
 
 
@@ -200,7 +202,9 @@ def load_deferred(
     buffers = read_tensors({name: names[name] for name in names.keys() - weights}, files)
     model.load_state_dict(buffers, strict=False, assign=True)
     move_resident(model, device)
-    defer(model, {name: StoredWeight(files[names[name]].file, names[name]) for name in weights}, device, dtype)
+    defer(
+        model, {name: StoredWeight(files[names[name]].file, files[names[name]].name) for name in weights}, device, dtype
+    )
     return model
 
 

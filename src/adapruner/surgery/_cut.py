@@ -17,6 +17,7 @@ from adapruner.models import (
     SKIPPED,
     fields_by_layer,
     give_head,
+    give_wrapper,
     head_of,
     is_streamed,
     layer_devices,
@@ -26,6 +27,7 @@ from adapruner.models import (
     removed_parts,
     stream_from_memory,
     stream_layers,
+    wrapper_of,
 )
 from adapruner.planning import BlockPlan, PruningPlan
 from adapruner.structure import Block, Structure, TensorSlice
@@ -56,6 +58,7 @@ def prune_model(
     pruned.tie_weights()
     pruned.generation_config = model.generation_config
     give_head(pruned, head_of(model))
+    give_wrapper(pruned, wrapper_of(model))
     if is_streamed(model):
         stream_from_memory(pruned, model.device)
     else:
@@ -158,9 +161,11 @@ class _Cut:
         # No stock class supports layers without a part.
         if state and "skip" not in common and all(given.items() <= common.items() for given in layers.values()):
             shapes = {name: tensor.shape for name, tensor in state.items()}
-            for stock in stock_models(architecture, fields | common):
+            for stock in stock_models(model, fields | common):
                 if {name: tensor.shape for name, tensor in stock.state_dict().items()} == shapes:
-                    return stock
+                    wrapper = wrapper_of(model)
+                    if wrapper is None or wrapper.fits(stock.config):
+                        return stock
         if stock_config := fields.pop("per_layer_config", None):
             fields["stock_per_layer_config"] = stock_config
             stock_layers = fields_by_layer(stock_config)

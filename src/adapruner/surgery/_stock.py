@@ -19,9 +19,11 @@ from adapruner.models import (
     architecture_of,
     fields_by_layer,
     give_head,
+    give_wrapper,
     head_of,
     is_pruned,
     stock_fields,
+    wrapper_of,
 )
 from adapruner.structure import Block, Kind, Structure, TensorSlice, build_structure
 
@@ -30,15 +32,17 @@ _LAYER_NUMBERS = ("full_attn_idxs", "hybrid_layer_ids", "mlp_only_layers", "moe_
 _FIRST_LAYERS = ("first_k_dense_replace", "num_dense_layers")
 
 
-def stock_models(architecture: Architecture, fields: Mapping[str, Any]) -> Iterator[PreTrainedModel]:
+def stock_models(model: PreTrainedModel, fields: Mapping[str, Any]) -> Iterator[PreTrainedModel]:
     """Models of a config in stock classes that accept it: the class of the family, then an equivalent one whose config
-    accepts any number of heads.
+    accepts any number of heads. A multimodal model keeps the class of its decoder.
 
     Args:
+        model: of the family.
         fields: of the config.
     """
+    architecture = architecture_of(model.config)
     candidates = [(architecture.model_type, dict(fields))]
-    equivalent = architecture.equivalent
+    equivalent = None if wrapper_of(model) else architecture.equivalent
     if equivalent and not any(fields.get(field) for field in equivalent.without):
         common = {name: value for name, value in fields.items() if name not in ("model_type", *equivalent.without)}
         candidates.append((equivalent.model_type, common | equivalent.fields))
@@ -110,7 +114,7 @@ def is_as_large_as_dense(padded: PreTrainedModel, model: PreTrainedModel) -> boo
         return False
     architecture = architecture_of(model.config)
     with init_empty_weights(include_buffers=False):
-        dense = next(stock_models(architecture, fields_of_all(model, architecture)))
+        dense = next(stock_models(model, fields_of_all(model, architecture)))
     return _shapes(padded) == _shapes(dense)
 
 
@@ -134,6 +138,7 @@ def _padded(model: PreTrainedModel, padded: Any) -> PreTrainedModel:
     padded.tie_weights()
     padded.generation_config = model.generation_config
     give_head(padded, head_of(model))
+    give_wrapper(padded, wrapper_of(model))
     moved: PreTrainedModel = padded.to(model.device).eval()
     return moved
 
@@ -166,7 +171,7 @@ def _empty_padded(model: PreTrainedModel) -> PreTrainedModel:
             widest[field] = max(count, widest.get(field, 0))
     with init_empty_weights(include_buffers=False):
         for fields in (dense_fields | widest, dense_fields):
-            for padded in stock_models(architecture, fields):
+            for padded in stock_models(model, fields):
                 # Some families ignore numbers of heads or channels in their config.
                 with contextlib.suppress(AdaPrunerError):
                     wide, missing = _structure(padded), padded.state_dict().keys() ^ model.state_dict().keys()
@@ -200,7 +205,7 @@ def _empty_with_more_heads(model: PreTrainedModel) -> PreTrainedModel | None:
                 return None
         more[names.key_value_heads] = groups
     with init_empty_weights(include_buffers=False):
-        return next(stock_models(architecture, fields_of_all(model, architecture) | more), None)
+        return next(stock_models(model, fields_of_all(model, architecture) | more), None)
 
 
 def _structure(model: PreTrainedModel) -> Structure:

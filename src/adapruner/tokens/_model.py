@@ -12,7 +12,16 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from adapruner.errors import AdaPrunerError
-from adapruner.models import ModelLocation, give_head, head_of, new_model, quiet_transformers
+from adapruner.models import (
+    ModelLocation,
+    find_wrapper,
+    give_head,
+    give_wrapper,
+    head_of,
+    new_model,
+    quiet_transformers,
+    wrapper_of,
+)
 from adapruner.tokens._choosing import Vocabulary
 
 # Fields of configs that hold a token, or lists of them.
@@ -36,22 +45,28 @@ def named_tokens(settings: PreTrainedConfig | GenerationConfig) -> set[int]:
     return {token for _, _, value in _token_fields(settings) for token in _numbers(value) if token >= 0}
 
 
-def read_generation_config(location: ModelLocation, config: PreTrainedConfig) -> GenerationConfig:
-    """The generation config of a model, from its own file or else from its config; reads no weights."""
+def configs_with_tokens(
+    location: ModelLocation, config: PreTrainedConfig
+) -> tuple[PreTrainedConfig | GenerationConfig, ...]:
+    """The configs that name tokens: of the model, or the multimodal model around it, and its generation config, from
+    its own file or else from its config; reads no weights."""
+    wrapper = find_wrapper(location)
+    around = wrapper.config if wrapper else config
     if location.gguf_file is None:
         try:
             with quiet_transformers():
-                return GenerationConfig.from_pretrained(location.path)
+                return around, GenerationConfig.from_pretrained(location.path)
         except OSError:  # there is no such file
             pass
-    return GenerationConfig.from_model_config(config)
+    return around, GenerationConfig.from_model_config(config)
 
 
 def cut_config(config: PreTrainedConfig, vocabulary: Vocabulary) -> PreTrainedConfig:
     """A copy of a config for the smaller vocabulary, with the new tokens and sizes, also those of further tables."""
     cut = copy.deepcopy(config)
     _renumber(cut, vocabulary)
-    for settings in _configs(cut):
+    # Other models inside a multimodal one have vocabularies of their own.
+    for settings in {id(settings): settings for settings in (cut, cut.get_text_config(decoder=True))}.values():
         for name, rows in vars(settings).items():
             if _SIZES.fullmatch(name) and isinstance(rows, int) and rows > 0:
                 setattr(settings, name, sum(token < rows for token in vocabulary.kept))
@@ -98,6 +113,8 @@ def cut_vocabulary(model: PreTrainedModel, vocabulary: Vocabulary) -> None:
     _renumber(model.generation_config, vocabulary)
     if head := head_of(model):
         give_head(model, head.without_tokens(vocabulary.kept))
+    if wrapper := wrapper_of(model):
+        give_wrapper(model, wrapper.with_config(cut_config(wrapper.config, vocabulary)))
     model.tie_weights()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase as Tokenizer
@@ -22,7 +22,7 @@ from adapruner.tokens._tokenizer import TokenizerParts
 def select_vocabulary(
     tokenizer: Tokenizer,
     config: PreTrainedConfig,
-    generation_config: GenerationConfig,
+    naming: Iterable[PreTrainedConfig | GenerationConfig],
     sources: Sequence[Source],
     size: int | None = None,
     multiple: int = 64,
@@ -31,6 +31,7 @@ def select_vocabulary(
     """Counts the tokens of texts and chooses the tokens that a model keeps; reads no weights.
 
     Args:
+        naming: the configs whose tokens are kept.
         size, multiple: see `choose_tokens`.
         progress: called with the number of documents read.
 
@@ -39,7 +40,7 @@ def select_vocabulary(
             would be removed.
     """
     parts, rows = TokenizerParts.of(tokenizer), config.get_text_config().vocab_size
-    named = named_tokens(config) | named_tokens(generation_config)
+    named = set[int]().union(*map(named_tokens, naming))
     documents = itertools.chain.from_iterable(map(stream_documents, sources))
     counts, read = count_tokens(tokenizer, documents, rows, progress)
     kept = choose_tokens(parts, counts, {token for token in named if token < rows}, size, multiple)

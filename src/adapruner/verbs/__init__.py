@@ -14,7 +14,7 @@ _MODULES = {
         "adapruner.verbs._compare": "compare",
         "adapruner.verbs._evaluate": "Evaluation evaluate",
         "adapruner.verbs._export": "export",
-        "adapruner.verbs._inspect": "check_described describe inspect",
+        "adapruner.verbs._inspect": "check_described describe inspect multimodal",
         "adapruner.verbs._model": "benchmark load load_tokenizer",
         "adapruner.verbs._recover": "recover",
         "adapruner.verbs._report": "write_reports",
@@ -29,7 +29,12 @@ if TYPE_CHECKING:
     from adapruner.verbs._compare import compare as compare
     from adapruner.verbs._evaluate import Evaluation as Evaluation, evaluate as evaluate
     from adapruner.verbs._export import export as export
-    from adapruner.verbs._inspect import check_described as check_described, describe as describe, inspect as inspect
+    from adapruner.verbs._inspect import (
+        check_described as check_described,
+        describe as describe,
+        inspect as inspect,
+        multimodal as multimodal,
+    )
     from adapruner.verbs._model import benchmark as benchmark, load as load, load_tokenizer as load_tokenizer
     from adapruner.verbs._recover import recover as recover
     from adapruner.verbs._report import write_reports as write_reports

@@ -14,7 +14,7 @@ from adapruner.config import ExportFormat, GgufType
 from adapruner.decilm import check_decilm, write_decilm
 from adapruner.errors import AdaPrunerError
 from adapruner.gguf import StoredTypes, check_gguf, read_stored_types, write_gguf
-from adapruner.models import ModelLocation, empty_model
+from adapruner.models import ModelLocation, empty_model, find_wrapper, wrapper_of
 from adapruner.paths import output_path
 from adapruner.progress import Reporter
 from adapruner.run.given import ModelGiven
@@ -90,6 +90,11 @@ def export(
                 _write_decilm(loaded, tokenizer, path, source.location)
             else:
                 reporter.note(_write_stock(loaded, tokenizer, path, source.location))
+        if to != "stock" and wrapper_of(loaded):
+            reporter.note(
+                "it is the decoder alone: the projector file (mmproj) is that of the original model, which pruning does"
+                " not change"
+            )
     if push_to_hub:
         push(path, push_to_hub, hub_private, hub_revision, hub_token)
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
@@ -109,7 +114,7 @@ def _write_stock(loaded: PreTrainedModel, tokenizer: Tokenizer, path: Path, loca
     origin = read_origin(location) if location else None
     # Heads are missing after a plan, but not if only tokens were removed.
     padded = pad_to_stock(loaded, fills_heads=origin is not None and "plan" in origin)
-    card = card_of_export(read_card(location), padded.config) if location else None
+    card = card_of_export(read_card(location), padded.config, wrapper=find_wrapper(location)) if location else None
     save_checkpoint(padded, tokenizer, path, card, record=origin)
     if padded is loaded:
         return ""

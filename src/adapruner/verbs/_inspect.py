@@ -9,8 +9,8 @@ from adapruner.config import ExpertGranularity, HeadGranularity
 from adapruner.errors import AdaPrunerError
 from adapruner.families import open_config, resolve
 from adapruner.families.proof import failed_layouts
-from adapruner.models import Architecture, empty_model, find_model, load_config, register_architectures
-from adapruner.structure import Structure, build_structure
+from adapruner.models import Architecture, empty_model, find_model, find_wrapper, load_config, register_architectures
+from adapruner.structure import Structure, build_structure, count_parameters
 
 if TYPE_CHECKING:
     from adapruner.run.given import ModelGiven
@@ -37,6 +37,16 @@ def inspect(
         check_model(model)
         config = model.config
     return build_structure(empty_model(config), head_granularity, expert_granularity)
+
+
+def multimodal(model: str | Path) -> tuple[str, int] | None:
+    """The type and the number of parameters of the multimodal model whose decoder `inspect` shows; None for a text
+    model."""
+    location = find_model(str(model))
+    wrapper = find_wrapper(location)
+    if wrapper is None:
+        return None
+    return wrapper.config.model_type, count_parameters(wrapper.around(open_config(location)))
 
 
 def describe(model: str | Path) -> Architecture:

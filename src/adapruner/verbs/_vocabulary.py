@@ -22,9 +22,9 @@ from adapruner.texts import record_of
 from adapruner.tokens import (
     TokenizerParts,
     VocabularySummary,
+    configs_with_tokens,
     cut_tokenizer,
     cut_vocabulary,
-    read_generation_config,
     select_vocabulary,
 )
 from adapruner.verbs._export import check_output
@@ -89,8 +89,8 @@ def vocabulary(
         check_push(push_to_hub, hub_token)
     config, tokenizer, reporter = open_config(location), load_tokenizer(location), Reporter()
     with reporter.stage("counting tokens") as advance:
-        settings = read_generation_config(location, config)
-        chosen = select_vocabulary(tokenizer, config, settings, sources, vocabulary_size, vocabulary_multiple, advance)
+        naming = configs_with_tokens(location, config)
+        chosen = select_vocabulary(tokenizer, config, naming, sources, vocabulary_size, vocabulary_multiple, advance)
     cut = cut_tokenizer(tokenizer, TokenizerParts.of(tokenizer), chosen.new_ids)
     with reporter.stage("loading"):
         loaded = open_model(location, dtype, "cpu")

@@ -58,10 +58,10 @@ from adapruner.texts import Texts, assign_texts
 from adapruner.tokens import (
     TokenizerParts,
     Vocabulary,
+    configs_with_tokens,
     cut_config,
     cut_tokenizer,
     cut_vocabulary,
-    read_generation_config,
     select_vocabulary,
 )
 
@@ -168,10 +168,10 @@ def kept_tokens(
     reporter: Reporter,
 ) -> Vocabulary:
     """The tokens that are kept. Everything from here on is of the model and the tokenizer with these alone."""
-    settings = read_generation_config(location, given_config)
+    naming = configs_with_tokens(location, given_config)
     with reporter.stage("counting tokens") as advance:
         return select_vocabulary(
-            given_tokenizer, given_config, settings, counted_texts, vocabulary_size, vocabulary_multiple, advance
+            given_tokenizer, given_config, naming, counted_texts, vocabulary_size, vocabulary_multiple, advance
         )
 
 
