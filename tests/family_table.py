@@ -1,5 +1,6 @@
 """Which families can be pruned, and how: of every decoder of the installed transformers that builds tiny, a model is
-saved, and inspected as `adapruner inspect` does. Writes the table in docs/reference/families.md.
+saved, and inspected as `adapruner inspect` does; of every multimodal family, a model is also pruned, saved and loaded.
+Writes the tables in docs/reference/families.md.
 
     python tests/family_table.py
 """
@@ -12,20 +13,84 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import get_args
 
 import torch
 import transformers
+from transformers import AutoModelForMultimodalLM, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
 from adapruner import AdaPrunerError, verbs
+from adapruner.checkpoint._folder import write_model
+from adapruner.config import Layout
+from adapruner.errors import reason
+from adapruner.families import open_config
 from adapruner.families.tiny import random_model
-from adapruner.models import known_architectures
-from tiny_families import OTHERS, decoder_families, tiny_config
+from adapruner.models import architecture_of, find_model, known_architectures, load_model
+from adapruner.structure import Kind, Structure, build_structure
+from adapruner.surgery import prune_model
+from tiny_families import OTHERS, decoder_families, random_plan, tiny_config
+from tiny_wrappers import tiny_wrapper
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "reference" / "families.md"
-START, END = "<!-- table -->\n", "<!-- end -->\n"
 COLUMNS = ("family", "from", "heads", "channels", "experts", "channels in experts", "whole", "layouts")
+MULTIMODAL_COLUMNS = ("family", "decoder", "heads", "channels", "experts", "whole", "layouts")
+
+
+def multimodal_row(model_type: str) -> tuple[str, bool]:
+    """A line of the table of multimodal families, and whether the family can be pruned."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            dense = tiny_wrapper(model_type)
+        except Exception as error:  # anything that a class raises over sizes for which it was not made
+            return refused(model_type, f"not tried: no small one can be built: {reason(error)}", MULTIMODAL_COLUMNS)
+        dense.save_pretrained(folder)
+        try:
+            location = find_model(folder)
+            architecture = architecture_of(open_config(location))
+            decoder = load_model(location)
+            structure = build_structure(decoder)
+            for layout in architecture.layouts:
+                prune_and_load(decoder, structure, layout, Path(folder, layout))
+        except (AdaPrunerError, AssertionError) as error:
+            return refused(model_type, f"refused: {error}".replace(folder, ""), MULTIMODAL_COLUMNS)
+    whole = architecture.removable_whole(decoder.config)
+    cells = [f"`{model_type}`", f"`{decoder.config.model_type}`", *kinds_of(structure)]
+    cells += [", ".join(name for name in architecture.whole if name in whole), ", ".join(architecture.layouts)]
+    return f"| {' | '.join(cells)} |", True
+
+
+def prune_and_load(decoder: PreTrainedModel, structure: Structure, layout: Layout, folder: Path) -> None:
+    """Prunes in a layout, saves, and compares what the multimodal class loads."""
+    counts = [max(block.least, block.groups // 2, 1) for block in structure.blocks]
+    if layout == "per-layer":
+        counts = [
+            max(count, block.groups - 1 - block.layer % 2)
+            for count, block in zip(counts, structure.blocks, strict=True)
+        ]
+    pruned = prune_model(decoder, structure, random_plan(structure, counts))
+    write_model(pruned, folder, "2GB")
+    model = AutoModelForMultimodalLM.from_pretrained(folder, trust_remote_code=True)
+    tokens = torch.randint(3, 150, (2, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits, expected = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits, pruned(tokens).logits
+    assert torch.allclose(logits, expected, rtol=1e-4, atol=1e-4), "the loaded model differs"
+
+
+def refused(model_type: str, why: str, columns: tuple[str, ...]) -> tuple[str, bool]:
+    """The line of a family that cannot be pruned."""
+    line = " ".join(why.split()).replace("|", "/")
+    short = f"{line[:200]}…" if len(line) > 200 else line
+    return f"| `{model_type}` | {short}{' |' * (len(columns) - 1)}", False
+
+
+def kinds_of(structure: Structure) -> list[str]:
+    """The layers in which each kind of groups can be removed."""
+    layers = [{block.layer for block in structure.blocks if block.kind == kind} for kind in get_args(Kind)]
+    return ["" if not found else "yes" if len(found) == structure.layers else "some layers" for found in layers]
 
 
 def row(model_type: str) -> tuple[str, bool]:
@@ -39,13 +104,9 @@ def row(model_type: str) -> tuple[str, bool]:
         try:
             structure, architecture = verbs.inspect(folder), verbs.describe(folder)
         except AdaPrunerError as refusal:
-            reason = " ".join(str(refusal).replace(folder, "").split()).replace("|", "/")
-            short = f"{reason[:200]}…" if len(reason) > 200 else reason
-            return f"| `{model_type}` | refused: {short}{' |' * (len(COLUMNS) - 1)}", False
+            return refused(model_type, f"refused: {refusal}".replace(folder, ""), COLUMNS)
     cells = [f"`{model_type}`", "file" if model_type in known_architectures() else "inferred"]
-    for kind in ("heads", "channels", "experts"):
-        layers = len({block.layer for block in structure.blocks if block.kind == kind})
-        cells.append("" if not layers else "yes" if layers == config.num_hidden_layers else "some layers")
+    cells += kinds_of(structure)
     cells.append("yes" if architecture.experts and architecture.experts.channels else "")
     cells += [", ".join(architecture.whole), ", ".join(architecture.layouts)]
     return f"| {' | '.join(cells)} |", True
@@ -60,21 +121,27 @@ def quiet() -> None:
 
 
 def main() -> None:
-    families, rows, pruned = decoder_families(), [], 0
-    started = time.monotonic()
+    others = f" ({len(OTHERS)} encoders, state-space models and parts of other models were not tried)"
+    write_table("table", row, decoder_families(), COLUMNS, others)
+    write_table("multimodal", multimodal_row, sorted(MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES), MULTIMODAL_COLUMNS, "")
+
+
+def write_table(
+    name: str, make: Callable[[str], tuple[str, bool]], families: Sequence[str], columns: tuple[str, ...], others: str
+) -> None:
+    """Writes a table between its marks in the document."""
+    rows, pruned, started = [], 0, time.monotonic()
     with ProcessPoolExecutor(initializer=quiet, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for line, is_pruned in pool.map(row, families):
+        for line, is_pruned in pool.map(make, families):
             rows.append(line)
             pruned += is_pruned
             print(f"{time.monotonic() - started:.0f} s {line}", file=sys.stderr, flush=True)
-    before, _, rest = DOCUMENT.read_text(encoding="utf-8").partition(START)
-    count = (
-        f"transformers {transformers.__version__}: {pruned} of {len(families)} families can be pruned"
-        f" ({len(OTHERS)} encoders, state-space models and parts of other models were not tried).\n\n"
-    )
-    heading = f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|\n"
+    start, end = f"<!-- {name} -->\n", "<!-- end -->\n"
+    before, _, rest = DOCUMENT.read_text(encoding="utf-8").partition(start)
+    count = f"transformers {transformers.__version__}: {pruned} of {len(families)} families can be pruned{others}.\n\n"
+    heading = f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|\n"
     table = "\n".join(rows) + "\n"
-    DOCUMENT.write_text(before + START + count + heading + table + END + rest.partition(END)[2], encoding="utf-8")
+    DOCUMENT.write_text(before + start + count + heading + table + end + rest.partition(end)[2], encoding="utf-8")
 
 
 if __name__ == "__main__":

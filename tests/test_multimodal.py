@@ -1,0 +1,220 @@
+"""Multimodal models: the decoder inside is pruned, and everything else is written back as it was."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForMultimodalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+import adapruner
+from adapruner import AdaPrunerError, verbs
+from adapruner.checkpoint import save_checkpoint
+from adapruner.config import Layout
+from adapruner.families import open_model
+from adapruner.families.proof import masked
+from adapruner.models import architecture_of, find_model, find_wrapper, wrapper_of
+from adapruner.planning import PruningPlan
+from adapruner.structure import Structure, build_structure
+from adapruner.surgery import prune_model
+from adapruner.tokens import Vocabulary, VocabularySummary, configs_with_tokens, cut_vocabulary, named_tokens
+from run_helpers import QUICK, exit_code
+from tiny_families import random_plan
+from tiny_wrappers import IMAGE_TOKEN, tiny_wrapper, tiny_wrapper_config, with_image
+
+FAMILIES = (
+    *("gemma3", "llava", "vipllava", "mistral3", "smolvlm", "idefics3", "internvl"),
+    *("qwen2_vl", "qwen2_5_vl", "qwen3_vl"),
+)
+CASES = [*((family, "per-layer") for family in FAMILIES), ("gemma3", "uniform"), ("qwen2_5_vl", "uniform")]
+TOKENS = torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(6))
+PROCESSOR = {"processor_class": "Gemma3Processor", "image_seq_length": 4}
+
+
+def write(model_type: str, folder: Path, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """A tiny multimodal model in float64, as a user would have it on disk."""
+    model = tiny_wrapper(model_type, torch.float64)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for name in ("preprocessor_config.json", "processor_config.json", "chat_template.json"):
+        (folder / name).write_text(json.dumps(PROCESSOR | {"of": name}))
+    return model
+
+
+def tensors_in(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def counts_of(structure: Structure, layout: Layout) -> list[int]:
+    """Groups that blocks keep: half of them, or in every other layer all but one."""
+    fewer = {"uniform": lambda block: block.groups // 2, "per-layer": lambda block: block.groups - 1 - block.layer % 2}
+    return [max(block.least, 1, fewer[layout](block)) for block in structure.blocks]
+
+
+def loaded(folder: Path) -> PreTrainedModel:
+    model: PreTrainedModel = AutoModelForMultimodalLM.from_pretrained(folder, trust_remote_code=True)
+    return model.eval()
+
+
+def masked_around(decoder: PreTrainedModel, structure: Structure, plan: PruningPlan, dense: Any) -> Any:
+    """The dense multimodal model, whose decoder does not read the removed groups."""
+    wrapper = wrapper_of(decoder)
+    with masked(decoder, structure, plan) as silenced:
+        state = silenced.state_dict()
+        dense.load_state_dict(
+            {outer: state[name] for name, outer in wrapper.names(silenced, dense).items()}, strict=False
+        )
+    return dense
+
+
+@pytest.mark.parametrize(("model_type", "layout"), CASES)
+def test_the_pruned_model_is_the_masked_one_with_an_image_too(
+    model_type: str, layout: Layout, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    dense = write(model_type, tmp_path / "dense", tokenizer)
+    decoder = open_model(find_model(str(tmp_path / "dense")))
+    structure = build_structure(decoder)
+    plan = random_plan(structure, counts_of(structure, layout))
+    with torch.no_grad():
+        assert torch.equal(decoder(TOKENS).logits, dense(input_ids=TOKENS).logits)
+        pruned = prune_model(decoder, structure, plan)
+        save_checkpoint(pruned, tokenizer, tmp_path / "pruned")
+        model = loaded(tmp_path / "pruned")
+        # Qwen 2.5 VL divides the hidden size by the heads.
+        assert (type(model) is type(dense)) == ((model_type, layout) == ("gemma3", "uniform"))
+        assert isinstance(model, type(dense))
+        assert torch.equal(model(input_ids=TOKENS).logits, pruned(TOKENS).logits)
+        again = adapruner.load(tmp_path / "pruned")
+        assert torch.equal(again(TOKENS).logits, pruned(TOKENS).logits)
+        inputs = with_image(model_type, torch.float64)
+        before = dense(**inputs).logits
+        expected = masked_around(decoder, structure, plan, dense)(**inputs).logits
+        assert not torch.allclose(before, expected, rtol=0.01)
+        torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("model_type", ["gemma3", "qwen3_vl"])
+def test_everything_but_the_decoder_is_kept_byte_for_byte(
+    model_type: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    write(model_type, tmp_path / "dense", tokenizer)
+    decoder = open_model(find_model(str(tmp_path / "dense")), dtype="float32")
+    structure = build_structure(decoder)
+    save_checkpoint(
+        prune_model(decoder, structure, random_plan(structure, counts_of(structure, "per-layer"))),
+        tokenizer,
+        tmp_path / "pruned",
+        shard_size="100KB",
+    )
+    before, after = tensors_in(tmp_path / "dense"), tensors_in(tmp_path / "pruned")
+    others = find_wrapper(find_model(str(tmp_path / "dense"))).other_tensors()
+    assert before.keys() == after.keys()
+    assert others
+    assert not any("language_model" in name or "lm_head" in name for name in others)
+    for name in others:
+        assert before[name].dtype == after[name].dtype == torch.float64
+        assert torch.equal(before[name], after[name])
+    assert all(after[name].dtype == torch.float32 for name in after.keys() - others.keys())
+    for name in ("preprocessor_config.json", "processor_config.json", "chat_template.json"):
+        assert (tmp_path / "pruned" / name).read_text() == (tmp_path / "dense" / name).read_text()
+
+
+def test_layers_that_image_features_are_added_to_keep_their_numbers(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    whole = {}
+    for model_type in ("qwen3_vl", "gemma3"):
+        write(model_type, tmp_path / model_type, tokenizer)
+        config = open_model(find_model(str(tmp_path / model_type))).config
+        whole[model_type] = architecture_of(config).removable_whole(config)
+    assert whole["gemma3"] == {"attention", "feed-forward", "layer"}
+    assert whole["qwen3_vl"] == {"attention", "feed-forward"}
+
+
+def test_layers_are_read_one_by_one(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    write("gemma3", tmp_path, tokenizer)
+    location = find_model(str(tmp_path))
+    with torch.no_grad():
+        logits = open_model(location)(TOKENS).logits
+        assert torch.equal(open_model(location, layer_wise=True)(TOKENS).logits, logits)
+
+
+def test_a_run_prunes_the_decoder(
+    tokenizer: PreTrainedTokenizerFast, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write("gemma3", tmp_path / "dense", tokenizer)
+    result = adapruner.prune(str(tmp_path / "dense"), output=tmp_path / "run", calibration=str(text_file), **QUICK)
+    model = loaded(result.model_folder)
+    decoder = result.model
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=TOKENS).logits, decoder(TOKENS).logits)
+        assert model(**with_image("gemma3", torch.float64)).logits.isfinite().all()
+    card = (result.model_folder / "README.md").read_text()
+    assert "AutoModelForMultimodalLM.from_pretrained(FOLDER, trust_remote_code=True)" in card
+    assert "pipeline_tag: image-text-to-text" in card
+    assert exit_code(["inspect", str(result.model_folder)]) == 0
+    verbs.recover(result.model_folder, str(text_file), tmp_path / "recovered", steps=1, seq_len=16, device="cpu")
+    before, after = tensors_in(result.model_folder), tensors_in(tmp_path / "recovered")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all("language_model" in name for name in changed)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert f"of its {total:,} parameters" in " ".join(capsys.readouterr().out.split())
+
+
+def test_tokens_of_the_processor_are_kept(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    dense = write("gemma3", tmp_path / "dense", tokenizer)
+    location = find_model(str(tmp_path / "dense"))
+    decoder = open_model(location)
+    named = set[int]().union(*map(named_tokens, configs_with_tokens(location, decoder.config)))
+    assert IMAGE_TOKEN in named
+    inputs = with_image("gemma3", torch.float64)
+    rows = range(decoder.config.vocab_size)
+    kept = tuple(sorted({*inputs["input_ids"].flatten().tolist(), *named, *range(20)} & {*rows}))
+    summary = VocabularySummary(before=len(rows), after=len(kept), occurring=1, counted_bytes=1)
+    vocabulary = Vocabulary(kept=kept, summary=summary)
+    cut_vocabulary(decoder, vocabulary)
+    save_checkpoint(decoder, tokenizer, tmp_path / "cut")
+    model = loaded(tmp_path / "cut")
+    assert model.config.image_token_index == vocabulary.new_ids[IMAGE_TOKEN] < model.config.text_config.vocab_size
+    fewer = inputs | {"input_ids": inputs["input_ids"].clone().apply_(vocabulary.new_ids.get)}
+    with torch.no_grad():
+        torch.testing.assert_close(model(**fewer).logits, dense(**inputs).logits[..., list(kept)], rtol=1e-9, atol=1e-9)
+
+
+def test_an_export_is_the_decoder_alone(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_wrapper_config("llava")
+    config.text_config.intermediate_size = 256
+    AutoModelForMultimodalLM.from_config(config).save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    verbs.export(tmp_path / "dense", "decilm", tmp_path / "decoder")
+    assert not any("vision" in name for name in tensors_in(tmp_path / "decoder"))
+    assert "the projector file (mmproj) is that of the original model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("model_type", "message"),
+    [
+        ("t5gemma2", "'t5gemma2' is an encoder-decoder, only causal language models can be pruned"),
+        ("whisper", "'whisper' is an encoder-decoder"),
+        ("qwen2_5_omni", "a qwen2_5_omni has other models besides a text model"),
+        ("clip", "a clip has other models besides a text model"),
+    ],
+)
+def test_what_has_no_decoder_inside_is_refused_in_one_line(model_type: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    with pytest.raises(AdaPrunerError, match=message) as refusal:
+        verbs.inspect(tmp_path)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_model_in_memory_is_to_be_saved_first(tmp_path: Path) -> None:
+    with pytest.raises(AdaPrunerError, match="a gemma3 in memory has other models besides its decoder: save it"):
+        verbs.inspect(tiny_wrapper("gemma3"))
