@@ -116,8 +116,8 @@ def _read_config(location: ModelLocation) -> tuple[PreTrainedConfig, Wrapper | N
     elif getattr(config, "tie_word_embeddings", False):
         # Broken files are reported when they are loaded.
         with contextlib.suppress(Exception), quiet_transformers():
-            read = wrapper.stored if wrapper else partial(stored_tensors, location.path)
-            stored = read(config, local_files_only=True)
+            list_stored = wrapper.stored if wrapper else partial(stored_tensors, location.path)
+            stored = list_stored(config, local_files_only=True)
             config.tie_word_embeddings = not has_own_output(_stock_model(stock_config(config)), stored)
     return config, wrapper
 
