@@ -53,7 +53,7 @@ def _rise(kinds: Sequence[str], dense: Breakage, pruned: Breakage) -> float:
 # Between models that read as one class and as the next: research/experiments/verdict.md. A broken model may repeat
 # itself or babble, so repetition does not tell one; and one that learnt something else than the dense model knows may
 # be usable, so agreement with it tells nothing.
-_USABLE = _Limits(formal=1.28, language=math.inf, repetition=0.1, loss=0.3)
+_USABLE = _Limits(formal=1.28, language=1.1, repetition=0.1, loss=0.3)
 _NOT_BROKEN = _Limits(formal=1.8, language=1.2, repetition=1.0, loss=math.inf)
 
 
