@@ -353,7 +353,9 @@ class RandomUse(RuleBasedStateMachine):
 
 
 def assert_equal(numbers: dict[str, Any], expected: dict[str, Any]) -> None:
-    assert numbers.keys() == expected.keys(), numbers.keys() ^ expected.keys()
+    # What a run with other options fine-tuned stays, and nothing reads it.
+    left = {name for name in numbers.keys() - expected.keys() if name.startswith("recovered/")}
+    assert numbers.keys() - left == expected.keys(), numbers.keys() ^ expected.keys()
     for name, content in expected.items():
         assert numbers[name] == content, name
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -20,6 +21,10 @@ from adapruner.models import known_architectures
 from run_helpers import CONTINUED, RUN_OPTIONS
 
 VOCABULARY = 96
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # A shell starts jobs in the background so, and every process that a test starts would ignore Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # What a family has beyond the common fields, so that all of it is covered somewhere.
 FAMILY_FIELDS: dict[str, dict[str, object]] = {

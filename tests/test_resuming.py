@@ -300,7 +300,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_an_undisturbed_one(
     assert "\r" not in completed.err
     stages = [line for line in completed.err.splitlines() if not line.startswith("advice: ")]
     assert all("done in" in line for line in stages)
-    named = dict.fromkeys(line.partition(":")[0] for line in stages)
+    named = dict.fromkeys(line.partition(":")[0].partition(" (")[0] for line in stages)
     assert list(named) == ["loading", "looking for breakage", "evaluating"]
 
 

@@ -56,7 +56,7 @@ CONFIGS: dict[str, bytes] = {
 }
 # A field of a config of a Llama that makes it another, and what is said of that.
 OF_OTHERS: list[tuple[str, Any, str]] = [
-    ("model_type", "mistral3", "no causal language model 'mistral3'; did you mean 'mistral'?"),
+    ("model_type", "gte", "no causal language model 'gte'; did you mean 'granite'?"),
     ("model_type", "t5", "'t5' is an encoder-decoder"),
     ("hidden_size", "wide", "cannot load"),
     ("quantization_config", {"quant_method": "gptq", "bits": 4}, "this model is quantized"),

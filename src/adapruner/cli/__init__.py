@@ -46,7 +46,6 @@ app = App(
     version=__version__,
     console=plain_console(),
     suppress_keyboard_interrupt=False,
-    default_parameter=Parameter(negative_iterable=()),
 )
 
 for verb in (prune, report, plan, recover, vocabulary, evaluate, benchmark, compare, export, inspect, recipes, doctor):

@@ -55,7 +55,12 @@ else:
         return re.sub(rf"\b(?:{_names})\b", lambda name: f"--{name[0].replace('_', '-')}", description or "")
 
     _fields = {
-        name: (Annotated[field.annotation, Parameter(group=_group_of[name], help=_help(field.description))], field)
+        name: (
+            Annotated[
+                field.annotation, Parameter(group=_group_of[name], help=_help(field.description), negative_iterable=())
+            ],
+            field,
+        )
         for name, field in config.PruneOptions.model_fields.items()
     }
     # The same fields, each with its panel and its help.

@@ -212,8 +212,8 @@ class Making:
         self.process.wait()
         value: Any = self.value(node) if node.is_early else None
         if not node.is_early and (self.process.leads or node.is_shared):
-            # Every model is evaluated: a line says which, such as perplexity-dense.
-            subject = Path(node.path).stem if node.path.startswith("evaluation/") else ""
+            # Artifacts that are alike are named after what they are about, such as perplexity-dense: a line says it.
+            subject = Path(node.path).stem.partition("-")[2].replace("_", " ")
             with self.reporter.making(record.key, subject):
                 value = self._called(node, work=folder.work(node.path, record.key), key=record.key)
         if self.process.leads:
