@@ -54,7 +54,7 @@ def _rise(kinds: Sequence[str], dense: Breakage, pruned: Breakage) -> float:
 # itself or babble, so repetition does not tell one; and one that learnt something else than the dense model knows may
 # be usable, so agreement with it tells nothing.
 _USABLE = _Limits(formal=1.28, language=1.1, repetition=0.1, loss=0.3)
-_NOT_BROKEN = _Limits(formal=1.8, language=1.2, repetition=1.0, loss=math.inf)
+_NOT_BROKEN = _Limits(formal=1.8, language=1.21, repetition=1.0, loss=math.inf)
 
 
 def judge(dense: Breakage, pruned: Breakage) -> Verdict:
