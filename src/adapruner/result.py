@@ -262,9 +262,7 @@ def _verdict(final: ModelNumbers) -> Iterator[str]:
     """A line on the verdict, if the model is not usable."""
     if final.breakage is None or final.verdict in (None, "usable"):
         return
-    agreement = final.breakage.agreement
-    sign = "" if agreement is None else f": it predicts {agreement:.0%} of the tokens that the dense model would write"
-    yield ("the model is broken" if final.verdict == "broken" else "the model should be recovered before use") + sign
+    yield "the model is broken" if final.verdict == "broken" else "the model should be recovered before use"
 
 
 def _breakage(result: RunResult) -> Iterator[str]:
