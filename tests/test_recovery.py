@@ -29,12 +29,14 @@ from adapruner.calibration import parse_blend
 from adapruner.card import card_of_recovered
 from adapruner.cli import main
 from adapruner.models import in_fastest_dtype
+from adapruner.processes import Process
 from adapruner.recovery import (
     Example,
     Examples,
     RecoveryRecord,
     check_device,
     check_optimizer,
+    check_processes,
     instruction_examples,
     read_examples,
     read_record,
@@ -691,3 +693,14 @@ def test_text_and_instructions_are_told_apart(
     assert made.name == str(path)
     # A prompt is not learnt.
     assert (made.training[0]["labels"][1] == -100) == are_instructions
+
+
+def test_processes_that_cannot_train_together_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adapruner.recovery._checks.this_process", lambda: Process(count=2))
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    writing = RecoveryOptions(own_writing=0.25)
+    check_processes(writing, torch.device("cpu"))
+    with pytest.raises(AdaPrunerError, match="sharded by FSDP cannot write text"):
+        check_processes(writing, torch.device("cuda"))
+    with pytest.raises(AdaPrunerError, match="`batch_size` 5 cannot be divided among 2 processes"):
+        check_processes(RecoveryOptions(batch_size=5, micro_batch_size=1), torch.device("cpu"))

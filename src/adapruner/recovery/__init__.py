@@ -1,6 +1,11 @@
 """Recovery of a pruned model: fine-tuning or distillation, with LoRA or of all weights."""
 
 from adapruner.recovery._adapters import check_adapters as check_adapters, scale_options as scale_options
+from adapruner.recovery._checks import (
+    check_device as check_device,
+    check_optimizer as check_optimizer,
+    check_processes as check_processes,
+)
 from adapruner.recovery._examples import (
     Example as Example,
     Examples as Examples,
@@ -22,9 +27,6 @@ from adapruner.recovery._predictions import write_predictions as write_predictio
 from adapruner.recovery._sharding import shard as shard
 from adapruner.recovery._training import (
     RecoveryRecord as RecoveryRecord,
-    check_batch_size as check_batch_size,
-    check_device as check_device,
-    check_optimizer as check_optimizer,
     total_steps as total_steps,
     train as train,
 )

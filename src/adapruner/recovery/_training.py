@@ -20,7 +20,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase as Tokenizer,
     PrinterCallback,
-    Trainer,
     TrainerCallback,
     TrainerState,
     TrainingArguments,
@@ -28,7 +27,7 @@ from transformers import (
 )
 
 from adapruner.config import RecoveryOptions
-from adapruner.errors import AdaPrunerError, NonFiniteError, reason
+from adapruner.errors import NonFiniteError
 from adapruner.evaluation import end_tokens
 from adapruner.models import (
     computes_bfloat16_natively,
@@ -44,15 +43,13 @@ from adapruner.processes import this_process
 from adapruner.progress import give_back_memory
 from adapruner.random_state import random_state_kept
 from adapruner.recovery._adapters import frozen, merge, take_off, with_adapters
+from adapruner.recovery._checks import optimizer_arguments
 from adapruner.recovery._examples import PADDING, Example, Examples
 from adapruner.recovery._length import UNKNOWN_STEPS, Pace, steps_between_validations
 from adapruner.recovery._mixing import MixedExamples, examples_to_learn
 from adapruner.recovery._own_writing import OwnWriting
 from adapruner.recovery._sharding import gather, reading_parts, refuse_other_sharding, set_up_fsdp
 from adapruner.recovery._trainers import TokenTrainer
-
-# The environment variables that select the visible accelerators.
-_VISIBLE = {"cuda": "CUDA_VISIBLE_DEVICES", "xpu": "ZE_AFFINITY_MASK"}
 
 
 class LearntPart(BaseModel):
@@ -174,35 +171,8 @@ def _trained(
         warnings.simplefilter("ignore")
         set_seed(options.seed)
         trained: Any = model if options.train == "full" else with_adapters(model, options)
-        own_writing = None
-        if options.own_writing:
-            assert tokenizer
-            sources = [example for examples in blend for example in examples.training]
-            own_writing = OwnWriting.planned(sources, end_tokens(model, tokenizer), options, *micro_batches(options))
-        round_steps = own_writing.steps if own_writing else 1
-        paces = [Pace(options.minutes, options.warmup_steps, folder, round_steps)] if options.minutes else []
-        steps = total_steps(blend, options) or paces[0].steps or UNKNOWN_STEPS
-        # As long as the length is not known, a checkpoint only measures how long it takes.
-        last = None if steps == UNKNOWN_STEPS else _last_whole_checkpoint(folder)
-        mixed = MixedExamples(blend, examples_to_learn(blend, options) or steps * options.batch_size, options.seed)
-        trainer = TokenTrainer(
-            model,
-            teacher,
-            options.temperature,
-            own_writing,
-            model=trained,
-            args=_arguments(model, options, folder, steps, round_steps, evaluates_first=last is None),
-            train_dataset=mixed,
-            eval_dataset=[example for examples in blend for example in examples.validation],
-            data_collator=collate,
-            callbacks=[watcher, *paces],
-        )
-        trainer.remove_callback(PrinterCallback)
-        if last:
-            refuse_other_sharding(last, trainer.is_fsdp_enabled)
+        trainer, mixed, last = _trainer(model, trained, blend, options, folder, teacher, tokenizer, watcher)
         if trainer.is_fsdp_enabled:
-            if own_writing:
-                raise AdaPrunerError("a model that is sharded by FSDP cannot write text: leave `own_writing` out")
             set_up_fsdp(trainer)
         with reading_parts() if trainer.is_fsdp_enabled else contextlib.nullcontext():
             trainer.train(resume_from_checkpoint=str(last) if last else None)
@@ -221,6 +191,50 @@ def _trained(
         model.tie_weights()
         cast(nn.Module, model).to(dtype).eval()
     return model, trainer.state, mixed
+
+
+def _trainer(
+    model: PreTrainedModel,
+    trained: Any,
+    blend: Sequence[Examples],
+    options: RecoveryOptions,
+    folder: Path,
+    teacher: PreTrainedModel | None,
+    tokenizer: Tokenizer | None,
+    watcher: TrainerCallback,
+) -> tuple[TokenTrainer, MixedExamples, Path | None]:
+    """The Trainer, the examples, and the checkpoint from which an earlier call is resumed.
+
+    Args:
+        trained: the model, or the model with adapters.
+    """
+    own_writing = None
+    if options.own_writing:
+        assert tokenizer
+        sources = [example for examples in blend for example in examples.training]
+        own_writing = OwnWriting.planned(sources, end_tokens(model, tokenizer), options, *micro_batches(options))
+    round_steps = own_writing.steps if own_writing else 1
+    paces = [Pace(options.minutes, options.warmup_steps, folder, round_steps)] if options.minutes else []
+    steps = total_steps(blend, options) or paces[0].steps or UNKNOWN_STEPS
+    # As long as the length is not known, a checkpoint only measures how long it takes.
+    last = None if steps == UNKNOWN_STEPS else _last_whole_checkpoint(folder)
+    mixed = MixedExamples(blend, examples_to_learn(blend, options) or steps * options.batch_size, options.seed)
+    trainer = TokenTrainer(
+        model,
+        teacher,
+        options.temperature,
+        own_writing,
+        model=trained,
+        args=_arguments(model, options, folder, steps, round_steps, evaluates_first=last is None),
+        train_dataset=mixed,
+        eval_dataset=[example for examples in blend for example in examples.validation],
+        data_collator=collate,
+        callbacks=[watcher, *paces],
+    )
+    trainer.remove_callback(PrinterCallback)
+    if last:
+        refuse_other_sharding(last, trainer.is_fsdp_enabled)
+    return trainer, mixed, last
 
 
 def _record(
@@ -259,47 +273,6 @@ def _record(
     )
 
 
-def check_device(device: torch.device) -> None:
-    """Refuses a GPU that the Trainer does not train on: in a single process, any but the first.
-
-    Raises:
-        AdaPrunerError: with a way to use that GPU.
-    """
-    if device.type != "cpu" and device.index and this_process().count == 1:
-        raise AdaPrunerError(
-            f"training runs on the first accelerator and not on {device}: set"
-            f" {_VISIBLE.get(device.type, 'its variable for visible devices')}={device.index} and leave `device` out"
-        )
-
-
-def check_batch_size(size: int) -> None:
-    """Refuses a batch that cannot be divided among the processes.
-
-    Raises:
-        AdaPrunerError: with the numbers.
-    """
-    if size % (processes := this_process().count):
-        raise AdaPrunerError(f"`batch_size` {size} cannot be divided among {processes} processes")
-
-
-def check_optimizer(name: str) -> None:
-    """Refuses an optimizer that the Trainer does not know, or whose package is not installed.
-
-    Raises:
-        AdaPrunerError: with the known names, or the package.
-    """
-    try:
-        known: Any = nn.Linear(1, 1)
-        Trainer.get_optimizer_cls_and_kwargs(TrainingArguments("unused", **_optimizer(name)), known)
-    except (ImportError, NotImplementedError, ValueError) as error:
-        raise AdaPrunerError(f"`optimizer` {name}: {reason(error)}") from None
-
-
-def _optimizer(name: str) -> dict[str, Any]:
-    """The arguments of the Trainer; GaLore and APOLLO project the gradients of all linear layers."""
-    return {"optim": name, "optim_target_modules": "all-linear"}
-
-
 def total_steps(blend: Sequence[Examples], options: RecoveryOptions) -> int | None:
     """The number of steps of the optimizer; None if it is known only after the first ones."""
     count = examples_to_learn(blend, options)
@@ -308,7 +281,6 @@ def total_steps(blend: Sequence[Examples], options: RecoveryOptions) -> int | No
 
 def micro_batches(options: RecoveryOptions) -> tuple[int, int]:
     """The examples of a forward pass, as many as divide a batch, and the passes of a step; of each process."""
-    check_batch_size(options.batch_size)
     per_process = options.batch_size // this_process().count
     size = next(size for size in range(options.micro_batch_size, 0, -1) if per_process % size == 0)
     return size, per_process // size
@@ -336,7 +308,7 @@ def _arguments(
         gradient_accumulation_steps=passes,
         gradient_checkpointing=options.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
-        **_optimizer(options.optimizer),
+        **optimizer_arguments(options.optimizer),
         learning_rate=options.learning_rate,
         # A short run would end before it is warm.
         warmup_steps=min(options.warmup_steps, steps // 10),

@@ -38,10 +38,10 @@ from adapruner.recovery import (
     RecoveryRecord,
     begin_training,
     check_adapters,
-    check_batch_size,
     check_device,
     check_folder,
     check_optimizer,
+    check_processes,
     read_examples,
     recover_into,
     shard,
@@ -116,7 +116,7 @@ def _recover_into(
     if teacher is not None and config.label_weight == 1 and not written and not config.own_writing:
         raise AdaPrunerError("with `label_weight` 1, nothing is learnt from a teacher: remove `teacher`, or lower it")
     check_device(resolve_device(device))
-    check_batch_size(config.batch_size)
+    check_processes(config, resolve_device(device))
     check_optimizer(config.optimizer)
     check_tracker(track)
     student, dense = find_model(config.model), find_model(teacher) if teacher else None
@@ -141,26 +141,16 @@ def _train(
     track: Tracker | None,
 ) -> RecoveryRecord:
     """Reads the data, loads the models, lets the teacher write its parts of the data, and trains."""
-    model_config, leads = open_config(location), this_process().leads
+    leads = this_process().leads
     # On a CPU, accelerate ignores FSDP.
     shares = this_process().shares_weights and resolve_device(device).type != "cpu"
-    if config.train != "full":
-        check_adapters(empty_model(model_config), config)
-    warnings = [check_length(model_config, config.seq_len)]
-    if dense_location:
-        dense_config = open_config(dense_location)
-        if dense_config.vocab_size != model_config.vocab_size:
-            raise AdaPrunerError(
-                f"the teacher has a vocabulary of {dense_config.vocab_size:,} tokens, the model one of"
-                f" {model_config.vocab_size:,}"
-            )
-        warnings.append(check_length(dense_config, config.seq_len))
+    warnings = _check_models(config, location, dense_location)
     tokenizer = load_tokenizer(location)
     parts = read_examples(blend, tokenizer, config, config.label_weight if dense_location else 1.0)
     for part in parts:
-        check_tokens(model_config, part.largest_token)
+        check_tokens(open_config(location), part.largest_token)
     begin_training(folder, resolved, overwrite)
-    Reporter().note("\n".join(filter(None, dict.fromkeys(warnings))))
+    Reporter().note(warnings)
     with Tracking(track if leads else None, folder.with_name(f"{folder.name}.tracking"), Reporter().note) as tracking:
         reporter = Reporter(quiet=not leads, watchers=(tracking,))
         dense = None
@@ -198,6 +188,23 @@ def _train(
                 advance,
                 tracking.on_numbers,
             )
+
+
+def _check_models(config: RecoverConfig, location: ModelLocation, dense_location: ModelLocation | None) -> str:
+    """Refuses models that cannot be trained, or learn from each other; returns warnings."""
+    model_config = open_config(location)
+    if config.train != "full":
+        check_adapters(empty_model(model_config), config)
+    warnings = [check_length(model_config, config.seq_len)]
+    if dense_location:
+        dense_config = open_config(dense_location)
+        if dense_config.vocab_size != model_config.vocab_size:
+            raise AdaPrunerError(
+                f"the teacher has a vocabulary of {dense_config.vocab_size:,} tokens, the model one of"
+                f" {model_config.vocab_size:,}"
+            )
+        warnings.append(check_length(dense_config, config.seq_len))
+    return "\n".join(filter(None, dict.fromkeys(warnings)))
 
 
 def _load_teacher(location: ModelLocation, config: RecoverConfig, device: str, shares: bool) -> PreTrainedModel:

@@ -34,6 +34,7 @@ from adapruner.recovery import (
     Unwritten,
     check_adapters,
     check_device,
+    check_processes,
     read_examples,
     recover_into,
     scale_options,
@@ -303,14 +304,10 @@ def examples(
     tokenizer: Tokenizer,
     empty: PreTrainedModel,
     main_device: torch.device,
-    process: Process,
 ) -> list[Examples | Unwritten]:
     """The training examples of the pruned model, but for those that the dense model has yet to write."""
     check_device(main_device)
-    if recovery.batch_size % process.count:
-        raise AdaPrunerError(
-            f"`recovery.batch_size` {recovery.batch_size} cannot be divided among {process.count} processes"
-        )
+    check_processes(recovery, main_device)
     parts = read_examples(recovery_texts, tokenizer, recovery, recovery.label_weight)
     for part in parts:
         check_tokens(empty.config, part.largest_token)
