@@ -222,7 +222,7 @@ def test_a_container_bounds_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_inspect_prints_memory(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--pool", "6", "--samples", "3", "--seq-len", "16", "--protect-first", "1", "--protect-last", "1"]
+    options = ["--pool", "6", "--samples", "3", "--seq-len", "16", "--protect-first", "1", "--level-rounds", "1"]
     with contextlib.suppress(SystemExit):
         main(["inspect", str(model_folder), "--cost", *options, "--ratio", "0.1", "--round-to", "1", "--json"])
     stages = json.loads(capsys.readouterr().out)["stages"]

@@ -25,6 +25,7 @@ from adapruner.errors import AdaPrunerError
 from adapruner.importance import TERMS, needs_moments, needs_removal_errors, register_term, score_groups
 from adapruner.measurement import Statistics, measure, measure_moments, removal_errors
 from adapruner.models import empty_model
+from adapruner.option_rules import trials_of
 from adapruner.planning import Budget, BudgetError, Profile, Speed, Target, kept_counts
 from adapruner.search import (
     Candidate,
@@ -528,7 +529,6 @@ def test_a_result_is_the_same_when_read_again(subsets: SubsetFamily, tmp_path: P
     history = read_history(study_in(tmp_path))
     assert (history.points, history.ranges, history.importance) == (result.points, result.ranges, result.importance)
     assert history.searched == 24 - result.starting_points == 14
-    assert result.advice is None
     for study in (StudyFile(tmp_path / "none.jsonl", "study"), StudyFile(tmp_path / "study.jsonl", "another")):
         assert read_history(study) == History()
     assert not (tmp_path / "none.jsonl").exists()
@@ -570,9 +570,14 @@ def test_what_breaks_on_further_windows_is_no_step(subsets: SubsetFamily, tmp_pa
     assert result.best_fixed_loss == math.inf
 
 
-def test_a_search_of_starting_points_alone_says_so(subsets: SubsetFamily, tmp_path: Path) -> None:
-    result = search(ExtendedSpace(subsets, 4, 0, Budget(0.2)), a_smooth_objective, 9, 0, tmp_path)
-    assert result.advice == "nothing was searched: all 9 trials are starting points; raise `trials` above 10"
+def test_a_space_with_good_starting_points_is_not_searched_by_default(subsets: SubsetFamily, tmp_path: Path) -> None:
+    extended, paper = ExtendedSpace(subsets, 4, 0, Budget(0.2)), PaperSpace(subsets, 4, 0, Budget(0.2))
+    counts = [len(space.starting_points()) for space in (extended, paper)]
+    assert trials_of(None, "extended", "joint", counts[0]) == counts[0]
+    assert trials_of(None, "paper", "joint", counts[1]) == trials_of(None, "extended", "metric", 4) == 48
+    assert trials_of(5, "extended", "joint", counts[0]) == 5
+    result = search(extended, a_smooth_objective, counts[0], 0, tmp_path)
+    assert (len(result.points), result.searched) == (counts[0], 0)
 
 
 def test_nothing_finite_is_no_result(subsets: SubsetFamily, tmp_path: Path) -> None:

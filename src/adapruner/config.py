@@ -16,8 +16,11 @@ from adapruner.option_rules import (
     CONFLICTS_OF_PRUNING,
     CONFLICTS_OF_RECOVERY,
     CONFLICTS_OF_TRAINING,
+    LEVELLED_FROM,
     SCORING_WINDOWS,
+    SEARCH_TRIALS,
     Conflict,
+    level_rounds_of,
     searches_widths,
     tunes_scales_by_default,
 )
@@ -180,9 +183,8 @@ class PruneOptions(_Options):
     )
     effort: Effort = Field(
         default="standard",
-        description="How much work the choice and the correction are worth: quick tries the starting points of the"
-        " search alone, on less text, and corrects by least squares alone, to be fine-tuned; thorough searches twice as"
-        " long. Options that are given count.",
+        description="How much work the choice and the correction are worth: quick uses less text, thorough more,"
+        " and searches from the starting points on. Options that are given count.",
     )
     target_size: Size | None = Field(
         default=None, description="Size of the checkpoint instead of a ratio, as 400MB or 1.5GiB; see target_format."
@@ -263,12 +265,18 @@ class PruneOptions(_Options):
         " LLM-Pruner and the paper do not.",
     )
     seq_len: int = Field(default=128, ge=2, description="Tokens per window.")
-    trials: Count = Field(default=48, description="Trials of the search.")
+    trials: int | None = Field(
+        default=None,
+        ge=1,
+        description="Trials of the search; by default the starting points alone, which are good on most models, and"
+        f" {SEARCH_TRIALS} where space is paper or search is not joint.",
+    )
     level_rounds: int | None = Field(
         default=None,
         ge=0,
         description="Maximum number of rounds after the search that move heads and channels to layers where they are"
-        " worth more; by default 2, none where the allocation is not searched.",
+        f" worth more; by default 2 if a target is to be met or at least {LEVELLED_FROM:.0%} are removed, otherwise 0,"
+        " as where the allocation is not searched.",
     )
     sampler: Sampler = Field(default="tpe", description="Sampler of the search; random is for comparison.")
     search: Searched = Field(
@@ -389,7 +397,8 @@ class PruneOptions(_Options):
     @property
     def levels_widths(self) -> bool:
         """True if the widths are levelled after the search."""
-        return self.level_rounds != 0 and searches_widths(self.ratio_of, self.search, self.space, self.layout)
+        rounds = level_rounds_of(self.level_rounds, max(self.ratio), self.target)
+        return bool(rounds) and searches_widths(self.ratio_of, self.search, self.space, self.layout)
 
     @property
     def tunes_scales(self) -> bool:

@@ -10,21 +10,18 @@ Conflict = tuple[Callable[..., Any], str]
 
 # Options that are set by `effort`, by its value: points on the frontier of quality and time (research/results.md).
 EFFORTS: dict[str, dict[str, Any]] = {
-    "quick": {
-        "pool": 32,
-        "objective_windows": 64,
-        "trials": 12,
-        "level_rounds": 0,
-        "compensation_windows": 128,
-        "tune_scales": False,
-    },
+    "quick": {"pool": 32, "objective_windows": 64, "level_rounds": 0, "compensation_windows": 128},
     "standard": {},
-    "thorough": {"trials": 96},
+    "thorough": {"trials": 96, "compensation_windows": 1024},
 }
 
 # Minimum and maximum number of windows that score a trial: results on few do not carry over
 # (research/experiments/windows-and-trials.md).
 SCORING_WINDOWS = (64, 160)
+# Of a search that does not begin with points that are good on most models.
+SEARCH_TRIALS = 48
+# Below this ratio, levelling costs a quarter of a run and gains almost nothing (research/experiments/levelling.md).
+LEVELLED_FROM = 0.3
 
 
 def scoring_bounds(objective_windows: int | None) -> tuple[int, int]:
@@ -40,6 +37,27 @@ def scoring_count(objective_windows: int | None, final_windows: int, windows: in
     """
     fewest, most = scoring_bounds(objective_windows)
     return min(most, max(fewest, windows - final_windows))
+
+
+def trials_of(trials: int | None, space: str, search: str, starting_points: int) -> int:
+    """The number of trials: by default, where all is searched in the extended space, its starting points alone, which
+    the search does not improve on other text (research/experiments/windows-and-trials.md)."""
+    if trials is not None:
+        return trials
+    return starting_points if (space, search) == ("extended", "joint") else SEARCH_TRIALS
+
+
+def level_rounds_of(level_rounds: int | None, ratio: float, target: object) -> int:
+    """The maximum number of rounds that level widths: by default 2 from `LEVELLED_FROM` on, and for a target, whose
+    ratio is not known before.
+
+    Args:
+        ratio: of several, the largest.
+        target: a target that replaces the ratio, if any is given.
+    """
+    if level_rounds is not None:
+        return level_rounds
+    return 2 if target or ratio >= LEVELLED_FROM else 0
 
 
 def searches_widths(ratio_of: str, search: str, space: str, layout: str) -> bool:

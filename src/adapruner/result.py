@@ -207,8 +207,6 @@ class PruneResult:
                 f" ({', '.join(result.foreign.scripts)}): `vocabulary` with text of all languages that are needed"
                 f" removes them and others, {result.foreign.share:.0%} of all parameters or more"
             )
-        if result.search.advice:
-            lines.append(result.search.advice)
         odd = [block for block in self.plan.blocks if block.kind == "channels" and len(block.kept) % _FRIENDLY_MULTIPLE]
         if odd:
             lines.append(

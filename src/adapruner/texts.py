@@ -30,7 +30,7 @@ from adapruner.errors import AdaPrunerError
 _FIELDS = {"pool": "calibration", "objective": "objective", "recovery": "recover", "report": "evaluate"}
 _DID = {"pool": "calibrated", "objective": "selected", "recovery": "trained", "vocabulary": "given its tokens"}
 # Windows of the dataset that is reported on if none is named, which may be large.
-DEFAULT_REPORT_WINDOWS = 256
+DEFAULT_REPORT_WINDOWS = 128
 
 
 @dataclass(frozen=True)

@@ -59,16 +59,6 @@ class SearchResult(History):
     refused: tuple[int, ...] = ()
     steps: tuple[Step, ...] = ()
 
-    @property
-    def advice(self) -> str | None:
-        """Advice if nothing was searched."""
-        if self.searched:
-            return None
-        return (
-            f"nothing was searched: all {len(self.points)} trials are starting points; raise `trials` above"
-            f" {self.starting_points}"
-        )
-
 
 @dataclass(frozen=True)
 class _Contender:

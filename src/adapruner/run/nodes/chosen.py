@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.calibration import upper_case_windows
 from adapruner.callbacks import Callback
-from adapruner.config import FUNCTION, Layout, WholePart
+from adapruner.config import FUNCTION, Layout, Searched, Space, WholePart
 from adapruner.errors import AdaPrunerError
 from adapruner.evaluation import compute_prefix, log_probabilities
 from adapruner.graph import Form, RunFolder
@@ -21,7 +21,7 @@ from adapruner.importance import TERMS, Term
 from adapruner.measurement import InputMoments, Statistics, StoredMoments
 from adapruner.memory import TOKENS_FOR_COSTS, TOKENS_FOR_WHOLE, Placement, windows_of
 from adapruner.models import Whole
-from adapruner.option_rules import may_remove_whole, scoring_count, searches_widths
+from adapruner.option_rules import level_rounds_of, may_remove_whole, scoring_count, searches_widths, trials_of
 from adapruner.planning import MOST_CHANNELS, Budget, PruningPlan, Target, kept_counts, largest_channel_share
 from adapruner.processes import Process
 from adapruner.progress import Reporter
@@ -53,7 +53,6 @@ from adapruner.search import (
 from adapruner.structure import Structure
 from adapruner.surgery import Compensation
 
-_LEVEL_ROUNDS = 2
 PLAN: Form[PruningPlan] = Form(PruningPlan.save, PruningPlan.load)
 
 
@@ -234,6 +233,12 @@ def judging(
     return judge
 
 
+@GRAPH.costly
+def trial_count(space_of_search: SearchSpace, trials: int | None, space: Space, search: Searched) -> int:
+    """The number of trials."""
+    return trials_of(trials, space, search, len(space_of_search.starting_points()))
+
+
 @GRAPH.kept("search.json", json_form(SearchResult), version=8, is_result=True, is_shared=True)
 def found(
     judging: Judging,
@@ -243,7 +248,7 @@ def found(
     empty: PreTrainedModel,
     item_losses: ItemLosses | None,
     placement: Placement,
-    trials: int,
+    trial_count: int,
     sampler: Any,
     seed: int,
     selection: str,
@@ -262,14 +267,14 @@ def found(
     judge_together = judge.together if placement.layer_wise and not item_losses else None
     # A function of the user gives the losses of all items at once.
     study = StudyFile(run_folder.study, key)
-    search = Search(space_of_search, judge, trials, seed, study, sampler, not item_losses, judge_together, process)
+    search = Search(space_of_search, judge, trial_count, seed, study, sampler, not item_losses, judge_together, process)
 
     def report(trial: TriedPoint, best: float) -> None:
         advance(1, text=f"best {'objective' if item_losses else selection} {best:.4f}")
         for callback in callbacks:
             callback.on_trial(trial)
 
-    with reporter.stage("searching", trials) as advance:
+    with reporter.stage("searching", trial_count) as advance:
         search.run(report)
         further = text[scoring:]
         if not process.leads:
@@ -325,8 +330,9 @@ def at_ratio(
     "levelled.json",
     json_form(Levelled),
     version=6,
-    is_wanted=lambda level_rounds, ratio_of, search, space, layout: (
-        level_rounds != 0 and searches_widths(ratio_of, search, space, layout)
+    is_wanted=lambda level_rounds, ratio, target_size, target_memory, target_speed, ratio_of, search, space, layout: (
+        level_rounds_of(level_rounds, ratio, target_size or target_memory or target_speed)
+        and searches_widths(ratio_of, search, space, layout)
     ),
 )
 def levelled(
@@ -341,6 +347,8 @@ def levelled(
     compensation_of: Any,
     item_losses: ItemLosses | None,
     level_rounds: int | None,
+    ratio: float,
+    target: Target | None,
     prunable_layers: range,
     head_share: float | None,
     pool: int,
@@ -351,7 +359,7 @@ def levelled(
     """The chosen candidate at the ratio, with whole parts kept that are worth it and its widths levelled: costs are
     measured on the pool, and the windows of the objective decide what is accepted. A given share of heads is kept, and
     layers that the options protect are."""
-    candidate, rounds = at_ratio(found.best), _LEVEL_ROUNDS if level_rounds is None else level_rounds
+    candidate, rounds = at_ratio(found.best), level_rounds_of(level_rounds, ratio, target)
     text = windows["pool"][: windows_of(TOKENS_FOR_COSTS, pool, seq_len)]
     compensation = compensation_of(moments and StoredMoments(moments.folder, room_for("levelling widths")))
     objective = Objective(
