@@ -61,6 +61,8 @@ class Machine:
     cards: int = 1
 
 
+# Of the extended space, on most models.
+_STARTING_POINTS = 12
 MACHINES = [
     Machine("24 GB (RTX 4090)", 24, 165e12, 83e12, 128),
     Machine("48 GB (L40S)", 48, 362e12, 92e12, 256),
@@ -107,7 +109,8 @@ def works(config: PruneConfig, model: PreTrainedModel, structure: Structure, by_
     left = 1 - max(config.ratio)
     # A step of 16 windows; the teacher runs forward once, the pruned model twice and backward.
     steps = tokens / config.seq_len / 16
-    return {
+    trials = config.trials or _STARTING_POINTS
+    work = {
         "writing text": Work(
             written * config.seq_len * 2.0 * (layers + embedding),
             weights=config.seq_len * math.ceil(written / together) * streamed,
@@ -120,11 +123,11 @@ def works(config: PruneConfig, model: PreTrainedModel, structure: Structure, by_
         # A Cholesky factor, the inverse, and an elimination: 1/3, 2/3 and 2/3 of a cube, each product two operations.
         "comparing removals": Work(0.0, 10 / 3 * cubes, streamed, 4 * squares),
         "searching": Work(
-            config.trials * judged * 2.0 * (layers + embedding),
-            config.trials * solved,
-            config.trials * streamed,
-            config.trials * 4 * squares,
-            config.trials,
+            trials * judged * 2.0 * (layers + embedding),
+            trials * solved,
+            trials * streamed,
+            trials * 4 * squares,
+            trials,
         ),
         "levelling widths": Work(
             changes * probed * (of_token * left / 2 + 2.0 * embedding),
@@ -135,6 +138,9 @@ def works(config: PruneConfig, model: PreTrainedModel, structure: Structure, by_
         "compensating": Work(2 * tokens * of_token, tokens * squares + solved, 2 * streamed),
         "tuning scales": Work(tokens * of_token * (1 + 3 * left), weights=steps * streamed * (1 + 2 * left)),
     }
+    if not config.levels_widths:
+        del work["levelling widths"]
+    return work
 
 
 def minutes(stages: dict[str, Work], machine: Machine, needed: dict[str, Memory]) -> dict[str, float]:
