@@ -25,6 +25,8 @@ _logger = logging.getLogger("adapruner")
 MIB = 2**20
 # Width of the longest name of a stage, so that bars are aligned; and of numbers up to 9999.
 _STAGE_WIDTH, _COUNT_WIDTH = 20, 9
+# Seconds over which the remaining time is estimated: a step may take half a minute.
+_PERIOD = 300.0
 # Advances a stage by some steps; the text is shown next to the bar.
 Advance = Callable[..., None]
 
@@ -143,7 +145,7 @@ class Reporter:
             TimeRemainingColumn(),
             TextColumn("{task.fields[text]}"),
         )
-        with Progress(*columns, console=self.console) as bars:
+        with Progress(*columns, console=self.console, speed_estimate_period=_PERIOD) as bars:
             task = bars.add_task(name, total=total, text="")
             yield lambda steps=1, text="": bars.update(task, advance=steps, text=text)
             bars.update(task, completed=total)

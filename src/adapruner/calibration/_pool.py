@@ -296,12 +296,12 @@ def start_token(model: PreTrainedModel) -> int | None:
 
 
 def generate_windows(
-    model: PreTrainedModel, count: int, seq_len: int, seed: int, advance: Callable[[int], None] | None = None
+    model: PreTrainedModel, count: int, seq_len: int, seed: int, advance: Callable[[float], None] | None = None
 ) -> Tensor:
     """Text that the model writes, sampled at temperature 1 from its start token (as in LLM-QAT, arXiv 2305.17888).
 
     Args:
-        advance: called with the number of windows of each finished batch.
+        advance: called with fractions of the number of windows.
 
     Returns:
         [count, seq_len], int64; the same for the same seed on the same machine.

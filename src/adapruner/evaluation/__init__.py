@@ -30,6 +30,7 @@ from adapruner.evaluation._speed import (
     count_macs as count_macs,
     measure_speed as measure_speed,
     new_cache as new_cache,
+    now as now,
     rate as rate,
     seconds_in_turn as seconds_in_turn,
 )
@@ -42,4 +43,9 @@ from adapruner.evaluation._tasks import (
     measure_tasks as measure_tasks,
 )
 from adapruner.evaluation._verdict import Verdict as Verdict, judge as judge
-from adapruner.evaluation._writing import Written as Written, end_tokens as end_tokens, write as write
+from adapruner.evaluation._writing import (
+    Written as Written,
+    end_tokens as end_tokens,
+    texts_and_tokens as texts_and_tokens,
+    write as write,
+)

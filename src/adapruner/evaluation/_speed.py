@@ -170,12 +170,12 @@ def _run(model: PreTrainedModel, batch_size: int, prompt: int, new_tokens: int) 
     tokens = torch.randint(model.config.vocab_size, (batch_size, prompt), generator=generator).to(model.device)
     cache = new_cache(model)
     with torch.inference_mode():
-        started = _now(model.device)
+        started = now(model.device)
         logits = model(tokens, use_cache=True, logits_to_keep=1, **cache).logits
-        read = _now(model.device)
+        read = now(model.device)
         for _ in range(new_tokens):
             logits = model(logits[:, -1:].argmax(-1), use_cache=True, **cache).logits
-        return read - started, _now(model.device) - read
+        return read - started, now(model.device) - read
 
 
 def new_cache(model: PreTrainedModel, config: PreTrainedConfig | None = None) -> dict[str, DynamicCache]:
@@ -188,7 +188,8 @@ def new_cache(model: PreTrainedModel, config: PreTrainedConfig | None = None) ->
     return {name: DynamicCache(config=config)}
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
+    """Seconds of a clock, when all work on a device is done."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     return time.perf_counter()

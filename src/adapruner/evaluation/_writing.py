@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -31,11 +31,14 @@ class Text(NamedTuple):
     continuation: list[int]
 
 
-def write(model: PreTrainedModel, tokenizer: Tokenizer) -> Written:
+def write(model: PreTrainedModel, tokenizer: Tokenizer, progress: Callable[[float], None] | None = None) -> Written:
     """The texts that a model writes after the built-in prompts (`calibration.prompts`).
 
     Prompts are padded on the left. Where the model has few positions, prompts take at most half of them, from which
     they are cut on the left, and continuations end with the last position.
+
+    Args:
+        progress: called with fractions of the number of texts (see `texts_and_tokens`).
 
     Returns:
         The same for the same model on the same machine; of its generation settings, only the end tokens count.
@@ -46,7 +49,7 @@ def write(model: PreTrainedModel, tokenizer: Tokenizer) -> Written:
         tokens = [prompt[-(room // 2) :] for prompt in tokens]
     temperatures = torch.tensor([0.0, _TEMPERATURE]).repeat_interleave(len(tokens))
     greedy, sampled = continue_texts(
-        model, tokens * 2, _CONTINUED, temperatures, seed=0, ends=end_tokens(model, tokenizer)
+        model, tokens * 2, _CONTINUED, temperatures, seed=0, ends=end_tokens(model, tokenizer), advance=progress
     ).chunk(2)
     counts = [len(by_text) for by_text in asked.values()]
     return {
@@ -54,6 +57,11 @@ def write(model: PreTrainedModel, tokenizer: Tokenizer) -> Written:
         for way, written in (("greedy", greedy), ("sampled", sampled))
         for kind, texts in zip(asked, written.split(counts), strict=True)
     }
+
+
+def texts_and_tokens(tokenizer: Tokenizer) -> tuple[int, int]:
+    """The number of texts that `write` writes, and the most tokens of each."""
+    return 2 * sum(map(len, prompts(tokenizer).values())), _CONTINUED
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: Tokenizer) -> list[int]:

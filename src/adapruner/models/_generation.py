@@ -44,7 +44,7 @@ def continue_texts(
     temperatures: Tensor,
     seed: int,
     ends: Sequence[int] = (),
-    advance: Callable[[int], None] | None = None,
+    advance: Callable[[float], None] | None = None,
 ) -> Tensor:
     """Continues prompts with what a model predicts. Its generation settings and the random state of the process neither
     count nor change. Where its positions end, so do the texts: with the longest prompt.
@@ -55,7 +55,8 @@ def continue_texts(
     Args:
         temperatures: [prompts], float32: divides the logits that a text is sampled from; 0 takes the largest.
         ends: tokens that end a text.
-        advance: called with the number of prompts of each finished batch.
+        advance: called after every token of a batch, with the fraction of its continuations that this is, times the
+            number of its prompts.
 
     Returns:
         [prompts, tokens of the longest prompt + `new_tokens`], int64, the same for the same seed on the same machine:
@@ -78,11 +79,14 @@ def continue_texts(
     for first in range(0, len(batches), together):
         numbers = torch.cat(batches[first : first + together])
         generators_of_rows = [generators[number] for number in numbers]
+
+        def step(tokens: int, share: float = len(numbers) / max(1, length - longest)) -> None:
+            if advance:
+                advance(tokens * share)
+
         padded[numbers, :length] = _continue(
-            model, padded[numbers, :longest], length, temperatures[numbers], generators_of_rows, ends
+            model, padded[numbers, :longest], length, temperatures[numbers], generators_of_rows, ends, step
         )
-        if advance:
-            advance(len(numbers))
     return padded
 
 
@@ -111,12 +115,14 @@ def _continue(
     temperatures: Tensor,
     generators: Sequence[torch.Generator],
     ends: Sequence[int],
+    step: Callable[[int], None],
 ) -> Tensor:
     """[prompts, length], int64: prompts with their continuations.
 
     Args:
         prompts: [prompts, tokens], int64, padded on the left.
         generators: of each prompt; see `_Sampling`.
+        step: called with the number of tokens that all prompts have been continued by.
     """
     rows, numbers, longest = prompts, torch.arange(len(prompts)), prompts.shape[1]
     written = functional.pad(prompts, (0, length - longest), value=NO_TOKEN)
@@ -129,12 +135,13 @@ def _continue(
             pad_token_id=0,
             return_dict_in_generate=True,
         )
-        sampling = _Sampling(temperatures[numbers].to(model.device), [generators[number] for number in numbers])
+        sampling = _Sampling(temperatures[numbers].to(model.device), [generators[number] for number in numbers], step)
         generated = _generate(model, rows, settings, sampling, caches)
         rows = torch.cat([rows, generated.sequences[:, rows.shape[1] :].cpu()], 1)
         written[numbers, : rows.shape[1]] = rows
         going_on = ~torch.isin(rows[:, longest:], last).any(1)
         if not going_on.any():
+            step(length - rows.shape[1])
             break
         caches = {name: value for name, value in generated.items() if isinstance(value, Cache)}
         for cache in caches.values():
@@ -174,14 +181,19 @@ class _Sampling(LogitsProcessor):
     Args:
         temperatures: [rows].
         generators: of the random numbers of each row; rows that share one follow each other.
+        step: called with 1 for every token.
     """
 
-    def __init__(self, temperatures: Tensor, generators: Sequence[torch.Generator]) -> None:
+    def __init__(
+        self, temperatures: Tensor, generators: Sequence[torch.Generator], step: Callable[[int], Any] = lambda _: None
+    ) -> None:
+        self.step = step
         self.rows = temperatures.nonzero().flatten()
         self.counts = Counter(generators[row] for row in self.rows.tolist())
         self.temperatures = temperatures[self.rows, None]
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
+        self.step(1)
         summed = scores[self.rows].div_(self.temperatures).softmax(-1).cumsum(-1)
         numbers = [torch.rand(count, 1, generator=generator) for generator, count in self.counts.items()]
         drawn = torch.cat([torch.empty(0, 1), *numbers]).to(scores.device, non_blocking=True)

@@ -127,7 +127,7 @@ class Unwritten:
         tokenizer: Tokenizer,
         seq_len: int,
         seed: int,
-        progress: Callable[[int], None] | None = None,
+        progress: Callable[[float], None] | None = None,
     ) -> Tensor:
         """[count, seq_len], int64: the prompts and what the teacher writes, at temperature 0.7 after a prompt, else 1;
         `NO_TOKEN` where there is none."""

@@ -19,6 +19,7 @@ from adapruner.models import computing_repeatably, resolve_devices
 from adapruner.processes import this_process
 from adapruner.progress import Reporter
 from adapruner.result import PruneResult
+from adapruner.run.duration import described, expected_seconds
 from adapruner.run.given import ModelGiven, TextData, name_of_code
 from adapruner.run.makings import check, makings_of, saying_what_is_kept
 from adapruner.run.nodes import chosen, result as numbers
@@ -143,5 +144,6 @@ def make_run(
                 run.save_config(config)
                 run.remove_given_but(config)
             with tracking, saying_what_is_kept(makings[0]):
+                reporter.note(described(expected_seconds(makings)))
                 make_all(makings)
             return [PruneResult(it.folder.path, it.value(chosen.plan), it.value(numbers.result), run) for it in makings]

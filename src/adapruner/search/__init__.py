@@ -27,7 +27,7 @@ from adapruner.search._study import Search as Search
 from adapruner.search._study_file import StudyFile as StudyFile
 from adapruner.search._subsets import SubsetFamily as SubsetFamily, build_subset_family as build_subset_family
 from adapruner.search._whole import (
-    MOST_WHOLE as MOST_WHOLE,
     RemovalOrders as RemovalOrders,
+    measurements as measurements,
     removal_orders as removal_orders,
 )

@@ -16,7 +16,7 @@ from adapruner.models import Whole, without_parts
 from adapruner.structure import Structure
 
 # Maximum number of parts of a kind that are removed whole, and their maximum share of the parameters to remove.
-MOST_WHOLE, _LARGEST_PART = 6, 0.5
+_MOST_WHOLE, _LARGEST_PART = 6, 0.5
 # Number of remaining layers, those with the lowest loss before, that are measured again after every removal.
 _MEASURED_AGAIN = 4
 
@@ -40,6 +40,12 @@ class RemovalOrders(BaseModel, extra="forbid", frozen=True):
         return shortened
 
 
+def measurements(candidates: int) -> list[int]:
+    """For each removal of one of so many parts, the number of candidates that are measured before it."""
+    left = range(candidates, max(0, candidates - _MOST_WHOLE), -1)
+    return [count if count == candidates else min(_MEASURED_AGAIN, count) for count in left]
+
+
 def removal_orders(
     model: PreTrainedModel,
     structure: Structure,
@@ -54,7 +60,7 @@ def removal_orders(
     Args:
         windows: [windows, tokens], int64.
         candidates: for each part, the layers that can lose it.
-        progress: called with 1 after every removal.
+        progress: called with 1 after every candidate (see `measurements`).
     """
     layers, losses = dict[Whole, tuple[int, ...]](), dict[Whole, tuple[float, ...]]()
     for part, removable in candidates.items():
@@ -74,22 +80,22 @@ def _greedily(
     last_known = dict.fromkeys(candidates, 0.0)
     prefix = compute_prefix(model, windows, structure.layers)
     call = prefix.calls[0][0]
-    while last_known and len(removed) < MOST_WHOLE:
+    for measured in measurements(len(last_known)):
         if removed:
             del prefix  # two at once would be the largest thing in memory
             with without_parts(model, part, removed, call):
                 prefix = compute_prefix(model, windows, structure.layers)
-        promising = sorted(last_known, key=last_known.__getitem__)[: _MEASURED_AGAIN if removed else None]
+        promising = sorted(last_known, key=last_known.__getitem__)[:measured]
         for layer in promising:
             with without_parts(model, part, [*removed, layer], call):
                 batches = list(losses_by_batch(model, windows, prefix=prefix, prefix_layers=layer))
             loss = float(torch.cat(batches).mean())
             last_known[layer] = math.inf if math.isnan(loss) else loss
+            if progress:
+                progress(1)
         best = min(promising, key=last_known.__getitem__)
         if not math.isfinite(last_known[best]):
             break
         removed.append(best)
         losses.append(last_known.pop(best))
-        if progress:
-            progress(1)
     return tuple(removed), tuple(losses)

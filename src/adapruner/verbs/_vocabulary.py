@@ -88,7 +88,7 @@ def vocabulary(
     if push_to_hub:
         check_push(push_to_hub, hub_token)
     config, tokenizer, reporter = open_config(location), load_tokenizer(location), Reporter()
-    with reporter.stage("counting tokens") as advance:
+    with reporter.stage("counting tokens", None) as advance:
         naming = configs_with_tokens(location, config)
         chosen = select_vocabulary(tokenizer, config, naming, sources, vocabulary_size, vocabulary_multiple, advance)
     cut = cut_tokenizer(tokenizer, TokenizerParts.of(tokenizer), chosen.new_ids)

@@ -30,7 +30,6 @@ from adapruner.run.nodes.declared import GRAPH
 from adapruner.run.nodes.forms import Windows, json_form
 from adapruner.run.nodes.inputs import RatioOfBlocks, RoomFor
 from adapruner.search import (
-    MOST_WHOLE,
     Candidate,
     ExtendedSpace,
     ItemLosses,
@@ -45,12 +44,13 @@ from adapruner.search import (
     TriedPoint,
     build_subset_family,
     level,
+    measurements,
     meet_budget,
     plan_candidate,
     removal_orders,
     reused_layers,
 )
-from adapruner.structure import Structure
+from adapruner.structure import Block, Structure
 from adapruner.surgery import Compensation
 
 PLAN: Form[PruningPlan] = Form(PruningPlan.save, PruningPlan.load)
@@ -79,6 +79,12 @@ def prunable_layers(structure: Structure, protect_first: int | None, protect_las
     return range(protect_first or 0, structure.layers - (protect_last or 0))
 
 
+@GRAPH.in_memory
+def removable(structure: Structure, whole_parts: list[Whole], prunable_layers: range) -> dict[Whole, list[int]]:
+    """For each part of a layer that the search may remove whole, the layers that can lose it."""
+    return {part: sorted(structure.whole_parameters(part).keys() & set(prunable_layers)) for part in whole_parts}
+
+
 @GRAPH.kept(
     "whole.json",
     json_form(RemovalOrders),
@@ -89,17 +95,16 @@ def removal_order(
     dense_fast: PreTrainedModel,
     structure: Structure,
     windows: Windows,
-    whole_parts: list[Whole],
-    prunable_layers: range,
+    removable: dict[Whole, list[int]],
     pool: int,
     seq_len: int,
     reporter: Reporter,
 ) -> RemovalOrders:
     """The order in which attention layers, feed-forwards and layers are removed whole."""
-    candidates = {part: sorted(structure.whole_parameters(part).keys() & set(prunable_layers)) for part in whole_parts}
     text = windows["pool"][: windows_of(TOKENS_FOR_WHOLE, pool, seq_len)]
-    with reporter.stage("removing parts whole", MOST_WHOLE * len(whole_parts)) as advance:
-        return removal_orders(dense_fast, structure, text, candidates, advance)
+    measured = sum(sum(measurements(len(layers))) for layers in removable.values())
+    with reporter.stage("removing parts whole", measured) as advance:
+        return removal_orders(dense_fast, structure, text, removable, advance)
 
 
 # How a candidate is judged
@@ -326,6 +331,17 @@ def at_ratio(
     return moved
 
 
+@GRAPH.in_memory
+def levelled_blocks(structure: Structure, prunable_layers: range, head_share: float | None) -> list[Block]:
+    """The blocks whose groups are moved between layers, if that pays; heads not where their share is given."""
+    return [
+        block
+        for block in structure.blocks
+        if block.layer in prunable_layers
+        and (head_share is None if block.kind == "heads" else block.kind == "channels" and not block.experts)
+    ]
+
+
 @GRAPH.kept(
     "levelled.json",
     json_form(Levelled),
@@ -350,6 +366,7 @@ def levelled(
     ratio: float,
     target: Target | None,
     prunable_layers: range,
+    levelled_blocks: list[Block],
     head_share: float | None,
     pool: int,
     seq_len: int,
@@ -365,14 +382,8 @@ def levelled(
     objective = Objective(
         dense_fast, structure, statistics, windows["objective"], compensation, item_losses=item_losses
     )
-    moves_heads = head_share is None
-    measured = sum(
-        block.layer in prunable_layers
-        and (moves_heads if block.kind == "heads" else block.kind == "channels" and not block.experts)
-        for block in structure.blocks
-    )
-    with reporter.stage("levelling widths", measured * rounds) as advance:
-        return level(objective, text, candidate, rounds, meet, prunable_layers, moves_heads, advance)
+    with reporter.stage("levelling widths", len(levelled_blocks) * rounds) as advance:
+        return level(objective, text, candidate, rounds, meet, prunable_layers, head_share is None, advance)
 
 
 @GRAPH.kept("plan.json", PLAN, version=2, is_result=True)

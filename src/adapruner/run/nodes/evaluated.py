@@ -23,6 +23,7 @@ from adapruner.evaluation import (
     measure_breakage,
     measure_perplexity,
     measure_tasks,
+    texts_and_tokens,
     write,
 )
 from adapruner.graph import Kept
@@ -146,8 +147,8 @@ def written_text(model: PreTrainedModel, tokenizer: Tokenizer, placement: Placem
     generated token would read all weights."""
     if placement.layer_wise:
         return {}
-    with reporter.stage("looking for breakage"):
-        return write(model, tokenizer)
+    with reporter.stage("looking for breakage", texts_and_tokens(tokenizer)[0]) as advance:
+        return write(model, tokenizer, advance)
 
 
 def judged_writing(

@@ -169,7 +169,7 @@ def kept_tokens(
 ) -> Vocabulary:
     """The tokens that are kept. Everything from here on is of the model and the tokenizer with these alone."""
     naming = configs_with_tokens(location, given_config)
-    with reporter.stage("counting tokens") as advance:
+    with reporter.stage("counting tokens", None) as advance:
         return select_vocabulary(
             given_tokenizer, given_config, naming, counted_texts, vocabulary_size, vocabulary_multiple, advance
         )

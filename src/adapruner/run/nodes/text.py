@@ -102,8 +102,8 @@ def windows(
     windows = dict(drawn)
     for number, (use, count) in enumerate(window_counts.items()):
         if use not in windows:
-            with reporter.stage(f"writing {use}"):
-                windows[use] = generate_windows(dense, count, seq_len, 4 * seed + number)
+            with reporter.stage(f"writing {use}", count) as advance:
+                windows[use] = generate_windows(dense, count, seq_len, 4 * seed + number, advance)
     with reporter.stage("checking text"):
         finite, note = finite_windows(dense_fast, windows, {"pool": samples, "objective": 1, "compensation": 2})
     reporter.note(note)
@@ -171,7 +171,7 @@ def self_written(
     with reporter.stage("writing text", count) as advance:
         number = list(window_counts).index("compensation")
         written = generate_windows(dense_fast, count, seq_len, 4 * seed + number, advance)
-    return {"compensation": written[window_losses(dense_fast, written).isfinite()]}
+        return {"compensation": written[window_losses(dense_fast, written).isfinite()]}
 
 
 @GRAPH.in_memory
