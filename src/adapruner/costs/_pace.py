@@ -74,9 +74,9 @@ class Pace:
 
     @cached_property
     def measured(self) -> float:
-        """Of a window whose gradients are reduced to statistics."""
+        """Of a token in a window whose gradients are reduced to statistics."""
         run = partial(measure, self._dense, self._structure, self._few, len(self._few), terms=self._terms)
-        return self._time(run)[0] / len(self._few)
+        return self._time(run)[0] / self._few.numel()
 
     @cached_property
     def learnt(self) -> float:

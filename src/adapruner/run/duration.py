@@ -7,12 +7,16 @@ few seconds. Parts of a stage that an earlier call finished are counted again, b
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from itertools import groupby
 from typing import NamedTuple
 
+import torch
+
 from adapruner.calibration import PROBED_TOKENS, probe_texts, questions, tokenize
+from adapruner.config import RecoveryOptions
 from adapruner.costs import Pace
 from adapruner.evaluation import texts_and_tokens
 from adapruner.graph import Making
@@ -20,7 +24,14 @@ from adapruner.memory import TOKENS_FOR_COSTS, TOKENS_FOR_WHOLE, windows_of
 from adapruner.models import texts_at_once
 from adapruner.option_rules import scoring_count, written_count
 from adapruner.planning import kept_counts
-from adapruner.recovery import Examples, epochs, scale_options
+from adapruner.recovery import (
+    Examples,
+    Unwritten,
+    scale_options,
+    steps_between_validations,
+    total_steps,
+    window_examples,
+)
 from adapruner.result import Role
 from adapruner.run.nodes import chosen, evaluated, inputs, measured, models, text
 from adapruner.search import StudyFile, measurements, reused_layers
@@ -31,13 +42,14 @@ _STARTING_POINTS, _SEEN_BY_START, _SEEN_BY_OTHERS, _FINALISTS, _FURTHER = 12, 0.
 # Systems of equations of a block, relative to one in all of its inputs: to choose its damping, to compare its groups.
 _FOR_DAMPING, _FOR_REMOVALS = 1.0, 5.0
 # Candidates that levelling judges on the objective, before its rounds and in each of them.
-_JUDGED_BEFORE, _JUDGED_PER_ROUND = 3, 1
+_JUDGED_BEFORE, _JUDGED_PER_ROUND = 2, 1
 # Losses that compare distributions, relative to the loss of a text.
 _DIVERGENCE = 1.3
 # Passes through a dense and a pruned layer in the sequential fit, if nothing of it is cut, channels alone, or heads.
 _UNCUT, _CHANNELS, _HEADS = 2.0, 2.0, 6.0
-_VALIDATIONS = 6
 
+# Kinds of work whose amount is a number of tokens in all layers.
+_TOKENS = ("layers", "evaluated", "written", "measured", "learnt")
 # Of the printed line: the name of a unit, its seconds, and decimals.
 _UNITS = (("hours", 3600, 1), ("minutes", 60, 0), ("seconds", 1, 0))
 
@@ -65,6 +77,14 @@ def expected_seconds(makings: Sequence[Making]) -> dict[str, float]:
     for stage, kind, amount in work:
         seconds[stage] += amount * getattr(pace, kind)
     return seconds
+
+
+def tokens_of(work: Iterable[Work]) -> dict[str, int]:
+    """By stage, the tokens that pass through all layers of the dense model, or as many parameters."""
+    tokens = Counter[str]()
+    for stage, kind, amount in work:
+        tokens[stage] += round(amount) if kind in _TOKENS else 0
+    return dict(+tokens)
 
 
 def described(seconds: Mapping[str, float]) -> str:
@@ -129,7 +149,7 @@ class _Counted:
         return (self.windows.get("compensation", 0) + self.windows.get("self", 0)) * int(self.seq_len)
 
     def self_written(self) -> Iterator[Work]:
-        yield from self._writing("writing text", self.windows["self"], self.seq_len)
+        yield from self._writing("writing text", self.windows["self"], self.seq_len - 1)
         yield from _reading("writing text", self.windows["self"] * self.seq_len)
 
     def moments(self) -> Iterator[Work]:
@@ -139,7 +159,7 @@ class _Counted:
         yield Work("reading activations", "solved", _FOR_DAMPING * self.cubes)
 
     def statistics(self) -> Iterator[Work]:
-        yield Work("measuring", "measured", self.windows["pool"])
+        yield Work("measuring", "measured", self.windows["pool"] * self.seq_len)
         if self.making.value("compares_removals"):
             yield Work("comparing removals", "solved", _FOR_REMOVALS * self.cubes)
 
@@ -197,39 +217,40 @@ class _Counted:
         yield Work("compensating", "solved", self.solved)
 
     def pruned(self) -> Iterator[Work]:
-        if not self.making.value(models.tuning):
-            return
-        windows = self.fitted // self.seq_len
-        options = scale_options(self.config.seed, self.making.value(inputs.main_device))
-        held_out = options.validation
-        yield from self._learning("tuning scales", (windows - held_out) * self.seq_len, True)
-        yield from _reading("tuning scales", 2 * _VALIDATIONS * held_out * self.seq_len)
+        if self.making.value(models.tuning):
+            options = scale_options(self.config.seed, self.making.value(inputs.main_device))
+            windows = torch.zeros(self.fitted // self.seq_len, self.seq_len, dtype=torch.int64)
+            yield from self._training("tuning scales", [window_examples(windows, "the text", options)], options, True)
 
     def training_texts(self) -> Iterator[Work]:
         for part in self.making.value(models.examples):
-            if not isinstance(part, Examples):
+            if isinstance(part, Unwritten):
                 yield from self._writing(f"writing {part.name}", part.count, self.config.recovery.seq_len)
 
     def recovered(self) -> Iterator[Work]:
         options, parts = self.config.recovery, self.making.value(models.examples)
-        if options.minutes:
-            yield Work("recovering", "second", 60 * options.minutes)
-            return
-        counts = [len(part.training) if isinstance(part, Examples) else part.count for part in parts]
-        lengths = [part.mean_tokens if isinstance(part, Examples) else options.seq_len for part in parts]
-        tokens = sum(count * length for count, length in zip(counts, lengths, strict=True))
-        if options.tokens:
-            tokens = int(options.tokens)
-        elif options.steps:
-            tokens *= options.steps * options.batch_size / sum(counts)
-        else:
-            tokens *= epochs(options)
-        yield from self._learning("recovering", tokens, self.making.value(models.distils))
+        blend = [
+            part.examples(torch.zeros(part.count, options.seq_len, dtype=torch.int64), options)
+            if isinstance(part, Unwritten)
+            else part
+            for part in parts
+        ]
+        yield from self._training("recovering", blend, options, self.making.value(models.distils))
 
-    def _learning(self, stage: str, tokens: float, distils: bool) -> Iterator[Work]:
-        yield Work(stage, "learnt", tokens * self.kept)
+    def _training(
+        self, stage: str, blend: Sequence[Examples], options: RecoveryOptions, distils: bool
+    ) -> Iterator[Work]:
+        steps = total_steps(blend, options)
+        if steps is None:
+            yield Work(stage, "second", 60 * (options.minutes or 0.0))
+            return
+        learnt = steps * options.batch_size * sum(part.share * part.mean_tokens for part in blend)
+        held_out = sum(len(example["input_ids"]) for part in blend for example in part.validation)
+        validated = held_out * (1 + math.ceil(steps / steps_between_validations(steps)))
+        yield Work(stage, "learnt", learnt * self.kept)
+        yield from _reading(stage, validated, self.kept)
         if distils:
-            yield from _reading(stage, tokens)
+            yield from _reading(stage, learnt + validated)
 
     def _writing(self, stage: str, texts: int, tokens: int) -> Iterator[Work]:
         at_once = texts_at_once(max(1, texts), tokens, self.making.value(inputs.main_device))
@@ -252,7 +273,9 @@ class _Counted:
     def breakage(self, role: Role) -> Iterator[Work]:
         tokenizer = self.making.value(inputs.tokenizer)
         tokens = sum(it.windows.numel() for it in probe_texts(tokenizer, min(self.seq_len, PROBED_TOKENS)).values())
-        tokens += sum(len(tokenize(tokenizer, it.question).input_ids) * len(it.choices) for it in questions())
+        # Answers that differ in their last token alone are read once.
+        asked = (f"Question: {it.question}\nAnswer: {choice}" for it in questions() for choice in it.choices)
+        tokens += sum(map(len, {tuple(tokenize(tokenizer, answer).input_ids[:-1]) for answer in asked}))
         if role != "dense":
             texts, length = texts_and_tokens(tokenizer)
             tokens += texts // 2 * length
