@@ -39,7 +39,8 @@ class Pace:
         self._dense, self._fast, self._structure, self._terms = dense, fast, structure, terms
         size = max(1, tokens_per_batch(dense.device) // seq_len), seq_len
         generator = torch.Generator().manual_seed(0)
-        self._windows = torch.randint(dense.config.vocab_size, size, generator=generator)
+        # None of them is 0, which pads the text of many models: they would warn of it.
+        self._windows = torch.randint(1, dense.config.vocab_size, size, generator=generator)
         self._few = self._windows[: _WINDOWS_ON_CPU if dense.device.type == "cpu" else _WINDOWS]
         for model in (dense, fast):  # the first time, weights are read from files
             window_losses(model, self._windows[:1])

@@ -18,6 +18,7 @@ import torch
 from adapruner.calibration import PROBED_TOKENS, probe_texts, questions, tokenize
 from adapruner.config import RecoveryOptions
 from adapruner.costs import Pace
+from adapruner.errors import NonFiniteError
 from adapruner.evaluation import texts_and_tokens
 from adapruner.graph import Making
 from adapruner.memory import TOKENS_FOR_COSTS, TOKENS_FOR_WHOLE, windows_of
@@ -67,15 +68,18 @@ class Work(NamedTuple):
 
 
 def expected_seconds(makings: Sequence[Making]) -> dict[str, float]:
-    """The seconds of each stage that is missing; loads the dense model. Empty if nothing is, and for runs layer by
-    layer or of several processes."""
+    """The seconds of each stage that is missing; loads the dense model. Empty if nothing is, for runs layer by layer or
+    of several processes, and if the model gives numbers that are not finite."""
     work, making = missing_work(makings), makings[0]
     if not work or making.value(inputs.placement).layer_wise or making.process.count > 1:
         return {}
     values = ("dense", "dense_fast", "structure", "seq_len", "terms")
     pace, seconds = Pace(*map(making.value, values)), dict.fromkeys((stage for stage, *_ in work), 0.0)
-    for stage, kind, amount in work:
-        seconds[stage] += amount * getattr(pace, kind)
+    try:
+        for stage, kind, amount in work:
+            seconds[stage] += amount * getattr(pace, kind)
+    except NonFiniteError:  # on random tokens; on its text, it may be well
+        return {}
     return seconds
 
 
@@ -148,6 +152,12 @@ class _Counted:
         """The tokens that compensation is fitted on."""
         return (self.windows.get("compensation", 0) + self.windows.get("self", 0)) * int(self.seq_len)
 
+    def written_windows(self) -> Iterator[Work]:
+        drawn = self.making.value(text.drawn)
+        for use, count in self.making.value(text.window_counts).items():
+            if use not in drawn:
+                yield from self._writing(f"writing {use}", count, self.seq_len - 1)
+
     def self_written(self) -> Iterator[Work]:
         yield from self._writing("writing text", self.windows["self"], self.seq_len - 1)
         yield from _reading("writing text", self.windows["self"] * self.seq_len)
@@ -197,9 +207,9 @@ class _Counted:
         # Heads are measured where some are removed.
         loses_heads = any(block.kind == "heads" for block, _ in self.cut)
         changes = rounds * (blocks.count("channels") + loses_heads * blocks.count("heads"))
-        yield from _reading("levelling widths", tokens, 1.0, _DIVERGENCE)
-        yield from _reading("levelling widths", rounds * tokens, self.kept, _DIVERGENCE)
-        yield from _reading("levelling widths", changes * tokens, self.kept / 2, _DIVERGENCE)
+        # The layers before a change are not run again; the dense model is run once, the pruned one in every round.
+        yield Work("levelling widths", "layers", tokens * (1 + self.kept * (rounds + changes / 2)))
+        yield Work("levelling widths", "predictions", _DIVERGENCE * tokens * (1 + rounds + changes))
         yield Work("levelling widths", "solved", (judged + 2 * rounds) * self.solved)
 
     def compensated(self) -> Iterator[Work]:
@@ -266,20 +276,25 @@ class _Counted:
         yield from self._writing("looking for breakage", *texts_and_tokens(self.making.value(inputs.tokenizer)))
 
     def writing(self, role: Role) -> Iterator[Work]:
-        # The dense model reads the half of the texts that is sampled.
         texts, tokens = texts_and_tokens(self.making.value(inputs.tokenizer))
-        yield from _reading("looking for breakage", texts / 2 * tokens)
+        # The dense model reads the half of the texts that is sampled.
+        yield from _reading("looking for breakage", texts // 2 * tokens)
 
     def breakage(self, role: Role) -> Iterator[Work]:
+        texts, tokens = texts_and_tokens(self.making.value(inputs.tokenizer))
+        # The other half of those of the dense model is read by the others.
+        read = self._probed + (0 if role == "dense" else texts // 2 * tokens)
+        yield from _reading("looking for breakage", read, self._share(role))
+
+    @cached_property
+    def _probed(self) -> int:
+        """The tokens of built-in texts and questions."""
         tokenizer = self.making.value(inputs.tokenizer)
-        tokens = sum(it.windows.numel() for it in probe_texts(tokenizer, min(self.seq_len, PROBED_TOKENS)).values())
-        # Answers that differ in their last token alone are read once.
+        texts = probe_texts(tokenizer, min(self.seq_len, PROBED_TOKENS)).values()
         asked = (f"Question: {it.question}\nAnswer: {choice}" for it in questions() for choice in it.choices)
-        tokens += sum(map(len, {tuple(tokenize(tokenizer, answer).input_ids[:-1]) for answer in asked}))
-        if role != "dense":
-            texts, length = texts_and_tokens(tokenizer)
-            tokens += texts // 2 * length
-        yield from _reading("looking for breakage", tokens, self._share(role))
+        # Answers that differ in their last token alone are read once.
+        answers = {tuple(tokenize(tokenizer, answer).input_ids[:-1]) for answer in asked}
+        return sum(text.windows.numel() for text in texts) + sum(map(len, answers))
 
     def _share(self, role: Role) -> float:
         """The fraction of the parameters in layers that the model of a role has."""
@@ -298,6 +313,7 @@ def _reading(stage: str, tokens: float, layers: float = 1.0, predictions: float 
 
 
 _WORK: dict[str, Callable[[_Counted], Iterator[Work]]] = {
+    text.windows.name: _Counted.written_windows,
     text.self_written.name: _Counted.self_written,
     measured.moments.name: _Counted.moments,
     measured.statistics.name: _Counted.statistics,
