@@ -23,7 +23,7 @@ from adapruner.evaluation import texts_and_tokens
 from adapruner.graph import Making
 from adapruner.memory import TOKENS_FOR_COSTS, TOKENS_FOR_WHOLE, windows_of
 from adapruner.models import texts_at_once
-from adapruner.option_rules import scoring_count, written_count
+from adapruner.option_rules import level_rounds_of, scoring_count, trials_of, written_count
 from adapruner.planning import kept_counts
 from adapruner.recovery import (
     Examples,
@@ -39,7 +39,7 @@ from adapruner.search import StudyFile, measurements, reused_layers
 
 # The share of the windows of the objective that a trial sees: a starting point, and one that was proposed; the number
 # of candidates that are judged on further windows; and how often (research/experiments/duration.md).
-_STARTING_POINTS, _SEEN_BY_START, _SEEN_BY_OTHERS, _FINALISTS, _FURTHER = 12, 0.75, 0.2, 4, 1.25
+_STARTING_POINTS, _SEEN_BY_START, _SEEN_BY_OTHERS, _FINALISTS, _FURTHER = 11, 0.75, 0.2, 4, 1.25
 # Systems of equations of a block, relative to one in all of its inputs: to choose its damping, to compare its groups.
 _FOR_DAMPING, _FOR_REMOVALS = 1.0, 5.0
 # Candidates that levelling judges on the objective, before its rounds and in each of them.
@@ -187,7 +187,8 @@ class _Counted:
             return
         config, making = self.config, self.making
         file = StudyFile(making.given["run_folder"].study, making.record(chosen.found).key)
-        trials = range(len(file.finished()), config.trials)
+        count = trials_of(config.trials, config.space, config.search, _STARTING_POINTS)
+        trials = range(len(file.finished()), count)
         scoring = scoring_count(config.objective_windows, config.final_windows, self.windows["objective"])
         seen = sum(_SEEN_BY_START if trial < _STARTING_POINTS else _SEEN_BY_OTHERS for trial in trials)
         further = _FINALISTS * _FURTHER * (self.windows["objective"] - scoring)
@@ -199,7 +200,8 @@ class _Counted:
     def levelled(self) -> Iterator[Work]:
         if self.config.objective_function:
             return
-        rounds = chosen.LEVEL_ROUNDS if self.config.level_rounds is None else self.config.level_rounds
+        config = self.config
+        rounds = level_rounds_of(config.level_rounds, self.making.value("ratio"), config.target)
         judged = _JUDGED_BEFORE + _JUDGED_PER_ROUND * rounds
         yield from _reading("levelling widths", judged * self.windows["objective"] * self.seq_len, self.kept)
         tokens = windows_of(TOKENS_FOR_COSTS, self.windows["pool"], self.seq_len) * self.seq_len
