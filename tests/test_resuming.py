@@ -298,7 +298,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_an_undisturbed_one(
     assert_same_artifacts(run, finished.output)
     # In a log: one line per stage, no bars; and advice. Nothing that was finished is done twice.
     assert "\r" not in completed.err
-    stages = [line for line in completed.err.splitlines() if not line.startswith("advice: ")]
+    stages = [line for line in completed.err.splitlines() if not line.startswith(("advice: ", "about "))]
     assert all("done in" in line for line in stages)
     named = dict.fromkeys(line.partition(":")[0].partition(" (")[0] for line in stages)
     assert list(named) == ["loading", "looking for breakage", "evaluating"]
