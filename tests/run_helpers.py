@@ -32,6 +32,7 @@ RUN_OPTIONS: dict[str, Any] = {
     "objective_windows": 6,
     "seq_len": 16,
     "trials": 9,
+    "level_rounds": 2,
     "protect_first": 1,
     "protect_last": 1,
     "round_to": 1,

@@ -126,8 +126,8 @@ def test_parts_of_the_space_can_be_searched_alone(
 )
 def test_other_ways(changes: dict[str, object], prune: Prune, run: Path, model_folder: Path) -> None:
     """Every mode ends in a model that loads, meets the ratio, and has been found by a search of that mode."""
-    options = OPTIONS | {"trials": 12, "ratio": 0.12, "final_windows": 0, "overwrite": True} | changes
-    result = prune(**options if options.get("space") == "paper" else {"level_rounds": 0} | options)
+    shared = {"trials": 12, "ratio": 0.12, "final_windows": 0, "level_rounds": None, "overwrite": True}
+    result = prune(**OPTIONS | shared | changes)
     assert abs(result.plan.ratio - 0.12) <= 0.005
     model = adapruner.load(result.model_folder)
     dense = adapruner.load(model_folder)

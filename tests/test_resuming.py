@@ -63,7 +63,7 @@ def change_weights(model: Path) -> None:
         ({"trials": 11}, r"\(trials 9 → 11\): search.json, levelled.json, plan.json, .*report.html would be rebuilt"),
         ({"ratio": 0.05}, r"\(ratio 0.1 → 0.05\)"),
         # What is no longer made is a change too.
-        ({"level_rounds": 0}, r"\(level_rounds null → 0.*\): plan.json, "),
+        ({"level_rounds": 0}, r"\(level_rounds 2 → 0.*\): plan.json, "),
         ({"self_windows": 0}, r"\(self_windows null → 0.*\): moments, "),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
