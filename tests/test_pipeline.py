@@ -131,7 +131,7 @@ def test_other_ways(changes: dict[str, object], prune: Prune, run: Path, model_f
     assert abs(result.plan.ratio - 0.12) <= 0.005
     model = adapruner.load(result.model_folder)
     dense = adapruner.load(model_folder)
-    if options.get("layout") == "uniform":
+    if changes.get("layout") == "uniform":
         assert type(model) is type(dense)
         assert len({(block.kind, len(block.kept)) for block in result.plan.blocks}) == 2
 
