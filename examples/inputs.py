@@ -10,10 +10,12 @@ from adapruner.calibration import parse_source, read_documents
 parser = argparse.ArgumentParser()
 parser.add_argument("model", nargs="?", default="smollm2", help="Hub id, model folder, .gguf file, or smollm2")
 parser.add_argument("text", nargs="?", default="c4", help="a known dataset, hf:…, or a .txt, .jsonl or .parquet file")
-parser.add_argument("--small", action="store_true", help="a tiny random model and random words")
+parser.add_argument(
+    "--small", nargs="?", const="llama", help="a tiny random model, by default a Llama, and random words"
+)
 given = parser.parse_args()
 
-model = testing.tiny_model() if given.small else adapruner.load(given.model)
+model = testing.tiny_model(given.small) if given.small else adapruner.load(given.model)
 tokenizer = testing.tiny_tokenizer() if given.small else adapruner.load_tokenizer(given.model)
 texts = testing.tiny_texts() if given.small else read_documents(parse_source(given.text))
 # Of a run, and of single steps.

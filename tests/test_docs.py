@@ -22,7 +22,7 @@ import yaml
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, PreTrainedTokenizerFast
 
 import adapruner
 from adapruner import PruneConfig, PruneOptions
@@ -32,6 +32,7 @@ from adapruner.models import Architecture, ModelLocation, known_architectures
 from adapruner.run.nodes import GRAPH
 from adapruner.testing import SMALL as SMALL_RUN
 from run_helpers import flags
+from tiny_wrappers import tiny_wrapper_config
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -43,6 +44,9 @@ FIRST_RUN = (
     " --evaluate wikitext2 --evaluate ptb"
 )
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
+PROGRAMS = sorted(set((ROOT / "examples").glob("*.py")) - {ROOT / "examples" / "inputs.py"})
+SCRIPTS = sorted((ROOT / "examples").glob("*.sh"))
+LONGEST_EXAMPLE = 40
 
 # Added to commands where they do not say otherwise, and put in place of what calls in Python say: less work, and widths
 # that tiny models have.
@@ -103,6 +107,10 @@ def write_models(folder: Path) -> None:
         config = AutoConfig.for_model(family, **sizes, **numbers)
         AutoModelForCausalLM.from_config(config).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
+    config = tiny_wrapper_config("gemma3")
+    config.text_config.vocab_size, config.image_token_index = len(tokenizer) + 1, len(tokenizer)
+    AutoModelForMultimodalLM.from_config(config).save_pretrained(folder / "google" / "gemma-3-4b-it")
+    tokenizer.save_pretrained(folder / "google" / "gemma-3-4b-it")
 
 
 def write_texts(folder: Path) -> None:
@@ -378,6 +386,33 @@ def test_the_inputs_of_the_examples_are_loaded_by_name(monkeypatch: pytest.Monke
     names = runpy.run_path(str(ROOT / "examples" / "inputs.py"))
     tokens = names["tokenizer"](names["texts"][0], return_tensors="pt").input_ids
     assert names["model"](tokens).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.name)
+def test_an_example_runs(program: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    family = "mixtral" if program.stem == "mixture" else "llama"
+    monkeypatch.setattr(sys, "argv", [program.name, "--small", family])
+    monkeypatch.syspath_prepend(program.parent)
+    try:
+        runpy.run_path(str(program))
+    finally:
+        del sys.modules["inputs"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+def test_the_commands_of_an_example_run(script: Path) -> None:
+    content = script.read_text().replace('"$1"', "smollm2").replace('"$2"', "runs/given")
+    commands = commands_of(content)
+    assert commands
+    for command in commands:
+        run_command(command)
+
+
+@pytest.mark.parametrize("example", [*PROGRAMS, *SCRIPTS], ids=lambda example: example.name)
+def test_an_example_is_short_and_says_how_long_it_takes(example: Path) -> None:
+    text = example.read_text()
+    assert len(text.splitlines()) <= LONGEST_EXAMPLE
+    assert re.search(r"\d+ (second|minute)|[Nn]ot (run|tried)", text)
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +27,7 @@ from adapruner.planning import reference_budget
 from adapruner.run.nodes import models
 from adapruner.run.preview import estimate
 from adapruner.structure import build_structure
-from run_helpers import RUN_OPTIONS
+from run_helpers import RUN_OPTIONS, flags
 
 SMALL = {"pool": 6, "samples": 3, "objective_windows": 4, "seq_len": 16, "compensation_windows": 8, "trials": 4}
 TINY = SMALL | {"ratio": 0.05, "round_to": 1, "protect_first": 1, "protect_last": 1}
@@ -242,6 +243,34 @@ def test_inspect_prints_memory(model_folder: Path, capsys: pytest.CaptureFixture
     assert all(stage["device_bytes"] > 0 for stage in stages)
     with pytest.raises(SystemExit):
         main(["inspect", str(model_folder), "--pool", "6"])
+
+
+def test_inspect_says_if_a_model_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 48, "vocab_size": 1000}
+    LlamaConfig(**sizes, num_attention_heads=8).save_pretrained(tmp_path)
+    peak = max(memory.device for memory in estimate(tmp_path, device="cuda", **TINY).stages.values())
+
+    def verdict(*arguments: str) -> str:
+        with contextlib.suppress(SystemExit):
+            main(["inspect", str(tmp_path), "--cost", *flags(TINY), *arguments])
+        return capsys.readouterr().out.splitlines()[-1].removeprefix(f"{tmp_path} ")
+
+    assert verdict("--device", "cuda").startswith("fits: unknown")
+    assert verdict().startswith("fits this machine: yes, all layers in memory")
+    assert verdict("--memory", "24GB").startswith("fits 24GB: yes, all layers in memory; ")
+    # A quarter is left free, unless one layer at a time is in memory.
+    assert "yes, one layer at a time in memory, which leaves out the text" in verdict("--memory", f"{1.2 * peak:.0f}B")
+    assert "spread over 2 devices, which leaves out the training of scales" in verdict(
+        "--memory", f"2x{1.2 * peak:.0f}B"
+    )
+    assert re.search(
+        r"fits 1MiB: no\. Not enough memory: .* needs about .*; --ignore-memory", verdict("--memory", "1MiB")
+    )
+    for wrong in ("24", "much", "0x24GB"):
+        with pytest.raises(AdaPrunerError, match="such as 24GB or 4x80GB"):
+            estimate(tmp_path, wrong)
+    with pytest.raises(AdaPrunerError, match="leave `device` out"):
+        estimate(tmp_path, "24GB", device="cpu")
 
 
 def test_trials_run_in_one_dtype_layer_by_layer_and_not(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 import shlex
 from collections.abc import Callable
 from importlib import resources
@@ -9,13 +11,15 @@ from pathlib import Path
 
 import pytest
 import yaml
-from transformers import LlamaConfig
+from transformers import Gemma3Config, LlamaConfig, PreTrainedConfig, Qwen3Config, Qwen3MoeConfig
 
 from adapruner import AdaPrunerError, PruneConfig
 from adapruner.cli import app
+from adapruner.memory import GIB
 from adapruner.models import empty_model
 from adapruner.planning import kept_counts, reference_budget
-from adapruner.recipe import read_recipe
+from adapruner.recipe import read_recipe, recipes
+from adapruner.run.preview import estimate
 from adapruner.structure import build_structure
 
 Resolved = Callable[[list[str]], PruneConfig]
@@ -23,6 +27,50 @@ RECIPES = sorted((resources.files("adapruner") / "recipes").iterdir(), key=lambd
 LLAMA_7B = LlamaConfig(
     vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
 )
+
+QWEN_3 = {"head_dim": 128, "vocab_size": 151_936, "num_attention_heads": 32, "dtype": "bfloat16"}
+MODELS: dict[str, Callable[[], PreTrainedConfig]] = {
+    "qwen3-8b": lambda: Qwen3Config(
+        hidden_size=4096, intermediate_size=12_288, num_hidden_layers=36, num_key_value_heads=8, **QWEN_3
+    ),
+    "qwen3-30b-a3b": lambda: Qwen3MoeConfig(
+        hidden_size=2048,
+        num_hidden_layers=48,
+        num_key_value_heads=4,
+        num_experts=128,
+        moe_intermediate_size=768,
+        **QWEN_3,
+    ),
+    "gemma3-4b": lambda: Gemma3Config(
+        text_config={
+            "hidden_size": 2560,
+            "intermediate_size": 10_240,
+            "num_hidden_layers": 34,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "vocab_size": 262_208,
+        },
+        vision_config={
+            "hidden_size": 1152,
+            "intermediate_size": 4304,
+            "num_hidden_layers": 27,
+            "num_attention_heads": 16,
+            "image_size": 896,
+            "patch_size": 14,
+        },
+        dtype="bfloat16",
+    ),
+    "llama3-70b": lambda: LlamaConfig(
+        hidden_size=8192,
+        intermediate_size=28_672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        vocab_size=128_256,
+        dtype="bfloat16",
+    ),
+}
 
 
 @pytest.fixture
@@ -50,6 +98,34 @@ def test_a_recipe_is_valid_and_opens_with_its_command(recipe: Path, resolved: Re
     command = shlex.split(recipe.read_text().splitlines()[0].removeprefix("# "))
     assert command == ["adapruner", "prune", "--recipe", name, "-o", f"runs/{name}"]
     assert resolved(command[1:]) == PruneConfig.from_options(**yaml.safe_load(recipe.read_text()))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda file: file.name)
+def test_further_commands_of_a_recipe_are_accepted(recipe: Path) -> None:
+    for line in recipe.read_text().splitlines():
+        if line.startswith("# adapruner"):
+            app.parse_args(shlex.split(line.removeprefix("# adapruner ")), exit_on_error=False, print_error=False)
+
+
+@pytest.mark.parametrize("recipe", MODELS)
+def test_a_model_fits_as_its_recipe_says(recipe: str, tmp_path: Path) -> None:
+    """By shapes alone: the config of the released model, and no weights."""
+    MODELS[recipe]().save_pretrained(tmp_path)
+    text = recipes()[recipe].replace("\n# ", " ")
+    said = re.search(
+        r"on (one|two) GPUs? of (\d+) GB, (in memory|layer by layer): .* needs (\d+) GiB on (?:the|each) GPU"
+        r"(?: and (\d+) GiB of main memory)?",
+        text,
+    )
+    assert said
+    options = {name: value for name, value in read_recipe(recipe).items() if name != "model"}
+    estimated = estimate(tmp_path, f"{ {'one': 1, 'two': 2}[said[1]] }x{said[2]}GB", **options)
+    assert estimated.fits
+    assert estimated.placement.layer_wise == (said[3] == "layer by layer")
+    peaks = [max(values) for values in zip(*((it.device, it.host) for it in estimated.stages.values()), strict=True)]
+    assert [math.ceil(peak / GIB) for peak in peaks][: len(said.groups()) - 3] == [
+        int(it or 0) for it in said.groups()[3:]
+    ]
 
 
 @pytest.mark.parametrize(

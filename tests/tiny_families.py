@@ -56,6 +56,8 @@ OWN: dict[str, dict[str, object]] = {
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
+    "minicpm3": {"num_key_value_heads": 4},
+    "sarvam_mla": {"num_key_value_heads": 4},
     "youtu": {"num_key_value_heads": 4},
 }
 

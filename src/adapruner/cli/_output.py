@@ -76,10 +76,19 @@ def preview_lines(previews: Iterable[Preview]) -> Iterator[RenderableType]:
         if preview.tokens:
             yield f"tokens: {', '.join(f'{stage} {tokens:,}' for stage, tokens in preview.tokens.items())}"
         if preview.stages:
-            yield memory_table(preview.stages, preview.device, preview.layer_wise)
+            yield memory_table(preview.stages, preview.device, where(preview.device, preview.layer_wise))
 
 
-def memory_table(stages: Mapping[str, Memory], device: str, layer_wise: bool) -> Table:
+def where(device: str, layer_wise: bool) -> str:
+    """Which layers are in memory at a time, and what a run leaves out for that."""
+    if layer_wise:
+        return "one layer at a time in memory, which leaves out the text that the models write for the verdict"
+    if count := device.count(","):
+        return f"all layers in memory, spread over {count + 1} devices, which leaves out the training of scales"
+    return "all layers in memory"
+
+
+def memory_table(stages: Mapping[str, Memory], device: str, *captions: str) -> Table:
     """The memory of every stage, on the device of the model (on each, if there are several), and in main memory."""
     columns = [
         Column("stage", is_number=False),
@@ -91,10 +100,7 @@ def memory_table(stages: Mapping[str, Memory], device: str, layer_wise: bool) ->
         [stage, f"{memory.device / GIB:.2f}", f"{memory.host / GIB:.2f}" if memory.host else "", memory.largest]
         for stage, memory in stages.items()
     ]
-    where = "with all layers in memory"
-    if layer_wise:
-        where = "with one layer at a time in memory: the models write no text for the verdict, nothing else is left out"
-    return Table("memory", "", columns, rows, [where])
+    return Table("memory", "", columns, rows, captions)
 
 
 def print_advice(lines: list[str]) -> None:

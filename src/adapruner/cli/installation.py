@@ -53,10 +53,13 @@ def doctor(
 
 
 def _tables(diagnosis: Diagnosis) -> Iterator[Table]:
+    from adapruner.doctor import EXTRAS
+
+    extras = {package: f" (extra {extra})" for extra, packages in reversed(EXTRAS.items()) for package in packages}
     table = Table("", "", show_header=False)
     table.add_row("python", f"{diagnosis.python}, {diagnosis.platform}")
     for name, version in diagnosis.packages.items():
-        table.add_row(name, version or "not installed")
+        table.add_row(name, f"{version or 'not installed'}{extras.get(name, '')}")
     for device in diagnosis.devices:
         memory = f", {device.memory / 2**30:.1f} GiB" if device.memory else ""
         bfloat16 = "native" if device.native_bfloat16 else "emulated"
@@ -114,6 +117,12 @@ def list_recipes(*, json: Json = False) -> None:
 @recipes.command(name="copy")
 def copy_recipe(name: str, file: Path | None = None, /, *, overwrite: Flag = False) -> None:
     """Write a recipe of the package to a file, to edit it.
+
+    ```console
+    adapruner recipes copy qwen3-8b
+    adapruner recipes copy qwen3-8b mine.yaml
+    adapruner recipes copy qwen3-8b mine.yaml --overwrite
+    ```
 
     Args:
         name: A recipe of the list.

@@ -11,7 +11,7 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from adapruner.cli._options import Flag, Json, Model, PruneOptions, given
-from adapruner.cli._output import memory_table, print_output, starting
+from adapruner.cli._output import GIB, memory_table, print_output, starting, where
 from adapruner.errors import AdaPrunerError
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ def inspect(
     /,
     *,
     cost: Flag = False,
+    memory: str | None = None,
     architecture: Flag = False,
     options: Annotated[PruneOptions | None, Parameter(name="*")] = None,
     json: Json = False,
@@ -34,26 +35,30 @@ def inspect(
 
     ```console
     adapruner inspect Qwen/Qwen3-0.6B
-    adapruner inspect Qwen/Qwen3-8B --cost --ratio 0.2 --device cuda
+    adapruner inspect Qwen/Qwen3-8B --cost --memory 24GB
     adapruner inspect allenai/OLMo-1B-hf --architectures olmo.yaml
     ```
 
     Args:
         architecture: Print how the family of the model is built, as YAML that --architectures reads.
-        cost: Print the memory that adapruner prune needs with the options that follow, stage by stage.
+        cost: Print the memory that adapruner prune needs with the options that follow, stage by stage, and whether
+            it fits.
+        memory: Memory of the GPUs instead of that of this machine, for --cost, as 24GB or 4x80GB.
     """
     pruning = given(options)
+    if memory and not cost:
+        raise AdaPrunerError("`memory` is used with `cost` only")
     if pruning.keys() - {"architectures"} and not cost:
         raise AdaPrunerError("pruning options other than `architectures` are used with `cost` only")
     from adapruner import verbs
 
     if cost:
         with starting():
+            from adapruner.cli import with_options
             from adapruner.run.preview import estimate
-        estimated = estimate(model, **pruning)
-        place = estimated.placement
-        table = memory_table(estimated.stages, place.device, place.layer_wise)
-        print_output(_cost(estimated, model), json, [model, table])
+        estimated = estimate(model, memory, **pruning)
+        table = memory_table(estimated.stages, estimated.placement.device)
+        print_output(_cost(estimated, model), json, [table, with_options(f"{model} {_verdict(estimated, memory)}")])
     elif architecture:
         with starting():
             content = verbs.describe(model).model_dump(mode="json", exclude_defaults=True)
@@ -126,5 +131,18 @@ def _cost(estimate: Estimate, model: str) -> dict[str, Any]:
         {"stage": stage, "device_bytes": memory.device, "host_bytes": memory.host, "largest": memory.largest}
         for stage, memory in estimate.stages.items()
     ]
-    place = estimate.placement
-    return {"model": model, "device": place.device, "layer_wise": place.layer_wise, "stages": stages}
+    place, fits = estimate.placement, {"fits": estimate.fits, "refusal": estimate.refusal}
+    return {"model": model, "device": place.device, "layer_wise": place.layer_wise, **fits, "stages": stages}
+
+
+def _verdict(estimate: Estimate, memory: str | None) -> str:
+    """A line that says if the run fits into the stated memory, or into that of this machine."""
+    place, room = estimate.placement, memory or "this machine"
+    if estimate.fits is None:
+        return "fits: unknown, as no GPU is here; state its memory, as --memory 24GB"
+    if not estimate.fits:
+        return f"fits {room}: no. {estimate.refusal}"
+    host = max(stage.host for stage in estimate.stages.values()) / GIB
+    return f"fits {room}: yes, {where(place.device, place.layer_wise)}" + f"; {host:.0f} GiB of main memory" * (
+        host > 0
+    )

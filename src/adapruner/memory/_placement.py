@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,7 @@ def choose_placement(
     budget: Budget,
     devices: Sequence[torch.device],
     streamable: bool,
+    stated: int | None = None,
 ) -> Placement:
     """The devices of the layers of a model. By default, these are as few devices as hold all layers; if all devices
     together are too small and the layers are `streamable` (can be read one by one), one layer is held at a time. The
@@ -59,6 +61,7 @@ def choose_placement(
 
     Args:
         devices: the devices that may be used; all of them are used if the options name them.
+        stated: bytes of memory of each device, for GPUs that are not here. Main memory is not checked then.
 
     Raises:
         AdaPrunerError: a stage needs more memory than is free, and `ignore_memory` is not set.
@@ -67,7 +70,10 @@ def choose_placement(
     least = 1 if config.device == "auto" or by_layer else len(devices)
     if is_pruned(model.config):
         return Placement(tuple(devices[:least]), bool(by_layer))
-    (host_total, host_free), memories = _total_and_free(_CPU), [_total_and_free(device) for device in devices]
+    if stated is None:
+        (host_total, host_free), memories = _total_and_free(_CPU), [_total_and_free(device) for device in devices]
+    else:
+        host_total, host_free, memories = sys.maxsize, sys.maxsize, [(stated, stated)] * len(devices)
 
     def fits(count: int) -> bool:
         stages = estimate_memory(config, model, structure, budget, devices[0], False, count).values()

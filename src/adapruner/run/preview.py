@@ -12,8 +12,9 @@ from pydantic import BaseModel, ConfigDict
 from adapruner.config import PruneConfig
 from adapruner.errors import AdaPrunerError
 from adapruner.graph import Making, RunFolder
-from adapruner.memory import Memory, Placement, estimate_memory
-from adapruner.models import empty_model, is_pruned
+from adapruner.memory import Memory, Placement, choose_placement, estimate_memory
+from adapruner.models import empty_model, is_pruned, is_streamable
+from adapruner.option_values import size_in_bytes
 from adapruner.paths import given_path
 from adapruner.planning import Budget, kept_counts
 from adapruner.processes import Process
@@ -24,7 +25,7 @@ from adapruner.run.nodes import inputs, measured, models
 from adapruner.run.options import register_extensions, resolve
 from adapruner.structure import count_parameters
 
-_FLOAT32 = 4
+_FLOAT32, _MIB = 4, 2**20
 
 
 class Preview(BaseModel):
@@ -109,39 +110,72 @@ def _memory(making: Making, budget: Budget, placement: Placement) -> dict[str, M
 
 @dataclass(frozen=True)
 class Estimate:
-    """The memory of every stage of a run, and where the layers of its model are."""
+    """The memory of every stage of a run, and where the layers of its model are.
+
+    Attributes:
+        fits: None for a GPU that is not here and whose memory is not stated.
+        refusal: why a model that does not fit is refused.
+    """
 
     placement: Placement
     stages: dict[str, Memory]
+    fits: bool | None
+    refusal: str = ""
 
 
-def estimate(model: str | Path, **options: Any) -> Estimate:
+def estimate(model: str | Path, memory: str | None = None, **options: Any) -> Estimate:
     """The memory that `prune` would need with these options, from shapes: no weights are read, and of text only that of
     `vocabulary`.
 
     Args:
+        memory: of the GPUs that the run would have instead of this machine, as 24GB or 4x80GB.
         options: the fields of `PruneOptions`; `device` may be `cuda` where there is none.
 
     Raises:
         AdaPrunerError: there is no such model, or an option will not do.
     """
+    stated, gpus = _gpus(memory) if memory else (None, (torch.device("cuda"),))
     config = PruneConfig.from_options(model=str(model), **options)
     register_extensions(config)
+    if memory and config.device not in ("auto", "cuda"):
+        raise AdaPrunerError("`memory` is that of GPUs: leave `device` out")
     known: dict[str, Any] = {}
-    if config.device == "cuda" and not torch.cuda.is_available():
+    if memory or (config.device == "cuda" and not torch.cuda.is_available()):
         if config.target_speed:
             raise AdaPrunerError("`target_speed` is measured, and this machine has no `device` cuda: give a `ratio`")
-        device = torch.device("cuda")
-        known = {"main_device": device, "placement": Placement((device,), bool(config.layer_wise))}
+        known = {"main_device": gpus[0], "placement": Placement(gpus[:1], bool(config.layer_wise))}
     run, reporter = RunFolder.temporary(), Reporter()
-    making = makings_of(config, run, Process(), reporter, known=known)[0]
-    budget = making.value(inputs.largest_budget)
+
+    def placed(config: PruneConfig) -> tuple[Making, Placement]:
+        making = makings_of(config, run, Process(), reporter, known=known)[0]
+        if stated is None:
+            return making, making.value(inputs.placement)
+        empty, structure, budget = map(making.value, ("empty", "structure", "largest_budget"))
+        streamable = is_streamable(making.value(inputs.location), empty.config)
+        return making, choose_placement(config, empty, structure, budget, gpus, streamable, stated)
+
+    refusal = ""
     try:
-        placement = making.value(inputs.placement)
+        making, placement = placed(config)
     except AdaPrunerError as error:
         # Refused for another reason than memory, it is refused again.
-        config = config.model_copy(update={"ignore_memory": True})
-        making = makings_of(config, run, Process(), reporter, known=known)[0]
-        placement = making.value(inputs.placement)
-        reporter.note(str(error))
-    return Estimate(placement, _memory(making, budget, placement))
+        making, placement = placed(config.model_copy(update={"ignore_memory": True}))
+        refusal = str(error)
+    stages = _memory(making, making.value(inputs.largest_budget), placement)
+    return Estimate(placement, stages, None if known and stated is None else not refusal, refusal)
+
+
+def _gpus(memory: str) -> tuple[int, tuple[torch.device, ...]]:
+    """Bytes of one of several equal GPUs, and the GPUs, of a text such as 24GB or 4x80GB.
+
+    Raises:
+        AdaPrunerError: it is no such text.
+    """
+    count, _, size = memory.rpartition("x")
+    try:
+        stated, number = size_in_bytes(size), int(count or 1)
+    except ValueError:
+        stated = number = 0
+    if stated < _MIB or number < 1:  # without a unit, bytes
+        raise AdaPrunerError(f"`memory` {memory!r} is not the memory of GPUs: expected one such as 24GB or 4x80GB")
+    return stated, tuple(torch.device("cuda", n) for n in range(number))

@@ -1,0 +1,23 @@
+"""Prunes a mixture of experts in two ways, whole experts and channels inside each expert, and compares them.
+
+python examples/mixture.py --small mixtral        # 20 seconds
+python examples/mixture.py Qwen/Qwen3-30B-A3B     # not run: 61 GB of weights
+"""
+
+from inputs import model, options, seq_len, texts, tokenizer
+
+import adapruner
+
+held_out, calibration = texts[:50], texts[50:]
+pruned = {"dense": model}
+for granularity in ("expert", "channel"):
+    result = adapruner.prune(
+        model, calibration, tokenizer=tokenizer, ratio=0.2, expert_granularity=granularity, **options
+    )
+    pruned[granularity] = result.model
+    left = {block.kind: f"{len(block.kept)} of {block.groups}" for block in result.plan.blocks}
+    print(f"{granularity}: the last layer keeps {left}")
+
+for name, one in pruned.items():
+    [measured] = adapruner.evaluate(one, {"held out": held_out}, seq_len=seq_len, tokenizer=tokenizer).perplexity
+    print(f"{name:8} {one.num_parameters():,} parameters, perplexity {measured.perplexity:.2f}")
