@@ -1,6 +1,6 @@
 """What a run prints on a terminal, as a picture: stages and the first table, from the result of a finished run.
 
-    python docs/recording.py runs/demo    # writes docs/images/first-run.svg
+python docs/recording.py runs/demo    # writes docs/images/first-run.svg
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ _AXES = {
 _BITS = ((1.15, 1.31), (1.15, 1.20, 1.25, 1.30))
 _STYLE = (
     "text{font:12px sans-serif;fill:#1c2833}.middle{text-anchor:middle}.end{text-anchor:end}.grid{stroke:#d5dbe1}"
-    ".paper{fill:#fff}polyline{fill:none;stroke-width:2}"
+    ".paper{fill:#fff}polyline{fill:none;stroke-width:2}.mark{paint-order:stroke;stroke:#fff;stroke-width:3}"
 )
 
 
@@ -70,7 +70,8 @@ def _line(
     lines = [f'<polyline points="{path}" stroke="{colour}"/>']
     for name, (x, y) in places.items():
         lines.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{colour}"/>')
-        lines.append(f'<text class="middle" x="{x:.1f}" y="{y - 9:.1f}">{name.removesuffix(" bits")}</text>')
+        bits = name.removesuffix(" bits")
+        lines.append(f'<text class="mark middle" x="{x:.1f}" y="{y - 9:.1f}">{bits}</text>')
     return lines
 
 

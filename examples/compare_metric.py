@@ -1,4 +1,7 @@
-"""Importance metrics under one budget: cut alone and corrected, three seeds, three texts; writes metrics.json."""
+"""Importance metrics under one budget: cut alone and corrected, three seeds, three texts; writes metrics.json.
+
+`--small` took 43 seconds on a busy core.
+"""
 
 import json
 from pathlib import Path

@@ -1,6 +1,6 @@
 """Prunes a fifth of a model, and shows what it writes before and after.
 
-`--small` takes 10 seconds. SmolLM2-135M with all defaults takes about 90 minutes on one CPU core.
+`--small` took 48 seconds on a busy core; SmolLM2-135M with all defaults takes 91 minutes.
 """
 
 from inputs import given, model, options, texts, tokenizer

@@ -1,4 +1,7 @@
-"""Prunes a model in memory on a list of strings, then evaluates, benchmarks and exports it: nothing needs a path."""
+"""Prunes a model in memory on a list of strings, then evaluates, benchmarks and exports it: nothing needs a path.
+
+`--small` took 57 seconds on a busy core.
+"""
 
 from inputs import model, options, seq_len, texts, tokenizer
 

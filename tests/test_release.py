@@ -63,7 +63,7 @@ def test_an_installation_without_extras_needs_no_tool_of_developers(wheel: Path)
 
 def test_doctor_lists_what_the_extras_of_users_need(wheel: Path) -> None:
     required = [Requirement(line) for line in metadata(wheel).get_all("Requires-Dist", [])]
-    of_extras = {extra: {one.name for one in required if f"'{extra}'" in str(one)} for extra in EXTRAS}
+    of_extras = {extra: {one.name for one in required if f'"{extra}"' in str(one)} for extra in EXTRAS}
     assert {extra: {package} for extra, package in EXTRAS.items()} == of_extras
     named = set(metadata(wheel).get_all("Provides-Extra", []))
     assert named - EXTRAS.keys() == {"dev", "docs"}

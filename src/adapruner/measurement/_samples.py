@@ -101,7 +101,17 @@ def measure_in_parts(
 
 def saved_activations(config: PreTrainedConfig, dtype: torch.dtype) -> float:
     """Bytes per token that a decoder layer keeps for its backward pass and the gradients of its weights, counted by
-    running one layer on a few tokens."""
+    running one layer on a few tokens: once in a process, because a large layer takes seconds."""
+    key = type(config), config.to_json_string(), config._attn_implementation, dtype
+    if key not in _saved:
+        _saved[key] = _count_saved(config, dtype)
+    return _saved[key]
+
+
+_saved: dict[tuple[object, ...], float] = {}
+
+
+def _count_saved(config: PreTrainedConfig, dtype: torch.dtype) -> float:
     shortened = copy.deepcopy(config)
     shortened.num_hidden_layers = 1
     # Otherwise the tokens below might be padding, of which transformers warns.
