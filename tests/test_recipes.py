@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -28,7 +29,7 @@ LLAMA_7B = LlamaConfig(
     vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
 )
 
-QWEN_3 = {"head_dim": 128, "vocab_size": 151_936, "num_attention_heads": 32, "dtype": "bfloat16"}
+QWEN_3: dict[str, Any] = {"head_dim": 128, "vocab_size": 151_936, "num_attention_heads": 32, "dtype": "bfloat16"}
 MODELS: dict[str, Callable[[], PreTrainedConfig]] = {
     "qwen3-8b": lambda: Qwen3Config(
         hidden_size=4096, intermediate_size=12_288, num_hidden_layers=36, num_key_value_heads=8, **QWEN_3
