@@ -6,8 +6,8 @@
 set -euo pipefail
 
 adapruner inspect Qwen/Qwen3-0.6B --cost --memory 8GB
-adapruner prune Qwen/Qwen3-0.6B -o runs/qwen --ratio 0.2 --for llama.cpp --calibration c4 --evaluate wikitext2
-adapruner recover runs/qwen/model --data c4 --teacher Qwen/Qwen3-0.6B --minutes 60 -o runs/qwen/tuned
-adapruner evaluate runs/qwen/tuned --against Qwen/Qwen3-0.6B --evaluate wikitext2
-adapruner benchmark runs/qwen/tuned --against Qwen/Qwen3-0.6B -o runs/qwen/speed.json
-adapruner export runs/qwen/tuned --to gguf -o runs/qwen/small.gguf
+adapruner prune Qwen/Qwen3-0.6B -o runs/small-qwen --ratio 0.2 --for llama.cpp --calibration c4 --evaluate wikitext2
+adapruner recover runs/small-qwen/model --data c4 --teacher Qwen/Qwen3-0.6B --minutes 60 -o runs/small-qwen/tuned
+adapruner evaluate runs/small-qwen/tuned --against Qwen/Qwen3-0.6B --evaluate wikitext2
+adapruner benchmark runs/small-qwen/tuned --against Qwen/Qwen3-0.6B -o runs/small-qwen/speed.json
+adapruner export runs/small-qwen/tuned --to gguf -o runs/small-qwen/small.gguf
