@@ -454,6 +454,17 @@ def test_the_picture_in_the_readme_is_that_of_its_numbers() -> None:
         assert f"| {size} | {bits:.4f} | {' | '.join(map(str, speeds))} |" in page
 
 
+def test_messages_that_are_explained_are_those_of_the_code() -> None:
+    page = (ROOT / "docs" / "contribute" / "family-fails.md").read_text()
+    source = "".join(path.read_text() for path in sorted((ROOT / "src" / "adapruner").rglob("*.py")))
+    source = re.sub(r'"\s*f?"', "", source)
+    cells = re.findall(r"^\| (`[^|]*`) \|", page, re.MULTILINE)
+    messages = [message.removesuffix(" fails") for cell in cells for message in re.findall("`([^`]+)`", cell)]
+    assert len(messages) > 10
+    missing = [message for message in messages if not all(part.strip() in source for part in message.split("…"))]
+    assert missing == []
+
+
 def test_the_demo_prints_the_numbers_of_its_results() -> None:
     """In the text and in the picture of a terminal, which docs/recording.py draws of a finished run."""
     table = json.loads((ROOT / "research" / "results" / "demo.json").read_text())["tables"]["perplexity"]
