@@ -39,8 +39,12 @@ def draw(content: dict[str, Any]) -> str:
     for panel, (quantity, (title, reach, ticks)) in enumerate(_AXES.items()):
         left = _MARGIN + panel * (_PANEL + _GAP)
         lines += _grid(left, title, reach, ticks)
-        for points, colour in zip(models.values(), _COLOURS, strict=True):
-            lines += _line(left, quantity, reach, points, colour)
+        drawn = [
+            shape
+            for points, colour in zip(models.values(), _COLOURS, strict=True)
+            for shape in _line(left, quantity, reach, points, colour)
+        ]
+        lines += sorted(drawn, key=lambda shape: shape.startswith("<text"))  # numbers over all lines
     return "\n".join([*lines, "</svg>", ""])
 
 
