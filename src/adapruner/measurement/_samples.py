@@ -90,7 +90,8 @@ def measure_in_parts(
                     losses = _pass_layer_by_layer(model, structure, rows, reduction, folder)
                 else:
                     losses = _pass_at_once(model, structure, rows, reduction)
-                measured.append(_statistics(reduction, losses.view(samples, -1), columns))
+                is_predicted = (rows[:, 1:] >= 0).view(samples, -1)
+                measured.append(_statistics(reduction, losses.view(samples, -1), is_predicted, columns))
         finally:
             for name in required:
                 model.get_parameter(name).requires_grad_(True)
@@ -143,10 +144,11 @@ def _pass_at_once(model: PreTrainedModel, structure: Structure, batch: Tensor, r
     """[samples, tokens - 1], float32: the losses."""
     blocks = range(len(structure.blocks))
     with _expert_gradients(model, structure, blocks) as wanted, reduction.watching(model, blocks):
-        embedded = model.get_input_embeddings()(batch).requires_grad_()
-        logits = model(inputs_embeds=embedded, use_cache=False).logits
+        embedding, seen = model.get_input_embeddings(), list[Tensor]()
+        with embedding.register_forward_hook(lambda *call: seen.append(call[-1].requires_grad_())):
+            logits = model(batch, use_cache=False).logits
         losses = _replace_by_loss_gradient(logits.detach(), batch)
-        torch.autograd.backward(logits, logits.detach(), inputs=[embedded, *wanted])
+        torch.autograd.backward(logits, logits.detach(), inputs=[seen[0], *wanted])
     return losses
 
 
@@ -201,17 +203,21 @@ def _pass_layer_by_layer(
     return losses
 
 
-def _statistics(reduction: Reduction, losses: Tensor, columns: dict[str, Tensor]) -> Statistics:
+def _statistics(
+    reduction: Reduction, losses: Tensor, is_predicted: Tensor, columns: dict[str, Tensor]
+) -> Statistics:
     """Statistics of the mean loss, from sums over the gradient of the summed loss.
 
     Args:
-        losses: [samples, predicted tokens].
+        losses: [samples, tokens], 0 for tokens that are not predicted.
+        is_predicted: [samples, tokens], bool.
         columns: see `_column_sums`.
     """
-    tokens = losses.shape[1]
+    tokens: Any = losses.shape[1] if is_predicted.all() else is_predicted.sum(1, keepdim=True)
     divisors = {"taylor": tokens, "element_absolute": tokens, "element_squared": tokens**2}
     sums = {name: value.div_(divisors.get(name, 1)).cpu() for name, value in reduction.sums.items()}
-    return Statistics(loss=losses.mean(1).cpu(), **sums, **columns)
+    loss = losses.sum(1, keepdim=True).div_(tokens).flatten()
+    return Statistics(loss=loss.cpu(), **sums, **columns)
 
 
 def _column_sums(model: PreTrainedModel, structure: Structure) -> dict[str, Tensor]:
@@ -233,16 +239,18 @@ def _replace_by_loss_gradient(logits: Tensor, tokens: Tensor) -> Tensor:
     tokens, because the gradients of the mean would underflow in float16.
 
     Returns:
-        [samples, tokens - 1], float32: the losses.
+        [samples, tokens - 1], float32: the losses, 0 where the next token is that of an image.
     """
     losses = []
-    for window, targets in zip(logits, tokens[:, 1:, None], strict=True):
+    is_image = tokens[:, 1:, None] < 0
+    for window, targets, unpredicted in zip(logits, tokens[:, 1:, None].clamp_min(0), is_image, strict=True):
         scores = window[:-1].float()
         largest, of_target = scores.amax(-1, keepdim=True), scores.gather(-1, targets)
         gradient = torch.softmax(scores, -1, out=scores)
         # The largest probability never underflows, that of the target may.
-        losses.append((largest - gradient.amax(-1, keepdim=True).log() - of_target).squeeze(-1))
-        gradient.scatter_add_(-1, targets, torch.full_like(largest, -1.0))
+        loss = largest - gradient.amax(-1, keepdim=True).log() - of_target
+        losses.append(loss.masked_fill_(unpredicted, 0).squeeze(-1))
+        gradient.scatter_add_(-1, targets, torch.full_like(largest, -1.0)).masked_fill_(unpredicted, 0)
         if window.dtype != torch.float32:
             window[:-1] = gradient
         window[-1] = 0

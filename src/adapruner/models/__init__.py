@@ -82,6 +82,12 @@ from adapruner.models._multi_token import (
     give_head as give_head,
     head_of as head_of,
 )
+from adapruner.models._pictures import (
+    Pictures as Pictures,
+    pictures_of as pictures_of,
+    reading_pictures as reading_pictures,
+    show_pictures as show_pictures,
+)
 from adapruner.models._places import (
     ModelLocation as ModelLocation,
     find_model as find_model,
