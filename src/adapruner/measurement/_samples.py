@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -203,9 +203,7 @@ def _pass_layer_by_layer(
     return losses
 
 
-def _statistics(
-    reduction: Reduction, losses: Tensor, is_predicted: Tensor, columns: dict[str, Tensor]
-) -> Statistics:
+def _statistics(reduction: Reduction, losses: Tensor, is_predicted: Tensor, columns: dict[str, Tensor]) -> Statistics:
     """Statistics of the mean loss, from sums over the gradient of the summed loss.
 
     Args:

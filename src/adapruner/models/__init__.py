@@ -75,6 +75,7 @@ from adapruner.models._loading import (
     is_streamable as is_streamable,
     load_model as load_model,
     load_tokenizer as load_tokenizer,
+    load_whole as load_whole,
 )
 from adapruner.models._multi_token import (
     MultiTokenHead as MultiTokenHead,
@@ -84,8 +85,9 @@ from adapruner.models._multi_token import (
 )
 from adapruner.models._pictures import (
     Pictures as Pictures,
+    Seen as Seen,
     pictures_of as pictures_of,
-    reading_pictures as reading_pictures,
+    see as see,
     show_pictures as show_pictures,
 )
 from adapruner.models._places import (

@@ -82,7 +82,7 @@ def _enter(model: PreTrainedModel, batch: Tensor, known: list[LayerCall] | None)
         calls.append(LayerCall(arguments, named, others))
         return calls[-1].output(state)
 
-    with _other_forwards(dict.fromkeys(layers, note)):
+    with other_forwards(dict.fromkeys(layers, note)):
         model.base_model(batch.to(model.device), use_cache=False)
     return states[0], calls
 
@@ -96,7 +96,7 @@ def skipping_layers(model: PreTrainedModel, count: int, state: Tensor, call: Lay
         call: the call of any of the layers.
     """
     output = call.output(state)
-    with _other_forwards({layer: lambda *_, **__: output for layer in decoder_layers(model)[:count]}):
+    with other_forwards({layer: lambda *_, **__: output for layer in decoder_layers(model)[:count]}):
         yield
 
 
@@ -116,12 +116,13 @@ def without_parts(model: PreTrainedModel, whole: Whole, layers: Iterable[int], c
     else:
         nothing = Nothing(names.returned).forward
         forwards = dict.fromkeys((layer.get_submodule(names.module) for layer in modules), nothing)
-    with _other_forwards(forwards):
+    with other_forwards(forwards):
         yield
 
 
 @contextlib.contextmanager
-def _other_forwards(forwards: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+def other_forwards(forwards: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """While it lasts, modules have other forward passes."""
     before = {layer: layer.__dict__.get("forward") for layer in forwards}
     for layer, forward in forwards.items():
         layer.forward = forward

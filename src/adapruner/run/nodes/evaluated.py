@@ -29,7 +29,7 @@ from adapruner.evaluation import (
 from adapruner.graph import Kept
 from adapruner.measurement import Statistics
 from adapruner.memory import Placement
-from adapruner.models import ModelLocation, find_model, in_fastest_dtype, load_model
+from adapruner.models import ModelLocation, Pictures, find_model, in_fastest_dtype, load_model, show_pictures
 from adapruner.option_rules import tunes_scales_by_default
 from adapruner.progress import Reporter
 from adapruner.result import Role
@@ -105,11 +105,14 @@ def best_fixed_model(
 
 
 @GRAPH.costly
-def compensated_model(compensated: Path, pruned: Path, placement: Placement) -> PreTrainedModel | None:
+def compensated_model(
+    compensated: Path, pruned: Path, pictures: list[Pictures], placement: Placement
+) -> PreTrainedModel | None:
     """The pruned model before its scales are tuned; None if that changed nothing."""
     if not scales_were_tuned(compensated, pruned):
         return None
-    return load_model(find_model(str(compensated)), "auto", placement.device, placement.layer_wise)
+    model = load_model(find_model(str(compensated)), "auto", placement.device, placement.layer_wise)
+    return show_pictures(model, pictures)
 
 
 def measured_perplexity(

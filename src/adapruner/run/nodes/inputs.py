@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
-from adapruner.calibration import BlendPart, Source, fingerprint
+from adapruner.calibration import BlendPart, Source, fingerprint, read_pictures
 from adapruner.config import Layout, PruneConfig, RatioOf
 from adapruner.costs import (
     Latencies,
@@ -31,6 +31,7 @@ from adapruner.memory import Placement, choose_placement, dtype_of_weights, esti
 from adapruner.models import (
     Architecture,
     ModelLocation,
+    Pictures,
     check_length,
     check_streamable,
     copy_in_dtype,
@@ -43,6 +44,7 @@ from adapruner.models import (
     load_model,
     load_tokenizer,
     resolve_devices,
+    show_pictures,
     trial_dtype,
     usable_devices,
 )
@@ -418,9 +420,18 @@ def is_mapped(location: ModelLocation) -> bool:
     return location.gguf_file is None
 
 
+@GRAPH.leaf()
+def pictures(texts: Texts) -> list[Pictures]:
+    """The image features in all texts, which the windows of these stand for."""
+    sources = [*(source for _, source in texts.used), *texts.report.values()]
+    files = {source.identity: source for source in sources}
+    return [table for source in files.values() if (table := read_pictures(source))]
+
+
 @partial(GRAPH.costly, is_read_again_if="is_mapped")
 def dense(
     location: ModelLocation,
+    pictures: list[Pictures],
     precision: Precision,
     placement: Placement,
     kept_tokens: Vocabulary | None,
@@ -431,7 +442,7 @@ def dense(
         model = load_model(location, precision.asked, placement.device, placement.layer_wise)
         if kept_tokens:
             cut_vocabulary(model, kept_tokens)
-    return model
+    return show_pictures(model, pictures)
 
 
 @GRAPH.costly

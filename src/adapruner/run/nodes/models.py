@@ -24,7 +24,16 @@ from adapruner.files import copy_folder
 from adapruner.graph import Form
 from adapruner.measurement import StoredMoments
 from adapruner.memory import Placement
-from adapruner.models import Architecture, check_tokens, empty_model, find_model, load_config, load_model
+from adapruner.models import (
+    Architecture,
+    Pictures,
+    check_tokens,
+    empty_model,
+    find_model,
+    load_config,
+    load_model,
+    show_pictures,
+)
 from adapruner.option_rules import fits_sequentially_by_default, tunes_scales_by_default
 from adapruner.planning import Memory, PruningPlan, Size, Speed, Target, TargetOutcome
 from adapruner.processes import Process
@@ -180,6 +189,7 @@ def pruned(
     dense_fast_later: Callable[[], PreTrainedModel],
     save: Save,
     text_to_fit: Tensor | None,
+    pictures: list[Pictures],
     main_device: torch.device,
     placement: Placement,
     seed: int,
@@ -193,9 +203,11 @@ def pruned(
             copy_folder(compensated, work / "model")
         return work / "model"
     assert text_to_fit is not None
-    load = partial(load_model, find_model(str(compensated)), "auto", str(main_device), placement.layer_wise)
+    read = partial(load_model, find_model(str(compensated)), "auto", str(main_device), placement.layer_wise)
     settings = scale_options(seed, main_device, process.count, placement.layer_wise, text_to_fit.shape[1])
-    model = _tuned(load, text_to_fit, dense_fast_later(), settings, reporter, work / "tuning")
+    model = _tuned(
+        lambda: show_pictures(read(), pictures), text_to_fit, dense_fast_later(), settings, reporter, work / "tuning"
+    )
     return save(model, work / "model") if process.leads else work / "model"
 
 
@@ -235,8 +247,9 @@ def scales_were_tuned(compensated: Path, model: Path) -> bool:
 
 
 @GRAPH.costly
-def pruned_model(pruned: Path, placement: Placement) -> PreTrainedModel:
-    return load_model(find_model(str(pruned)), "auto", placement.device, placement.layer_wise)
+def pruned_model(pruned: Path, pictures: list[Pictures], placement: Placement) -> PreTrainedModel:
+    model = load_model(find_model(str(pruned)), "auto", placement.device, placement.layer_wise)
+    return show_pictures(model, pictures)
 
 
 # How well it meets a target
@@ -346,6 +359,7 @@ def recovered(
     plan: PruningPlan,
     dense_fast: PreTrainedModel,
     tokenizer: Tokenizer,
+    pictures: list[Pictures],
     examples: list[Examples | Unwritten],
     training_texts: Windows | None,
     distils: bool,
@@ -364,19 +378,15 @@ def recovered(
         for part in examples
     ]
     teacher = dense_fast if distils else None
+    shares_weights = process.shares_weights and main_device.type != "cpu"
+    read = partial(load_model, find_model(str(pruned)), "auto", str(main_device), deferred=shares_weights)
     try:
         if teacher is not None and recovery.teacher_top:
             blend, teacher = write_predictions(teacher, blend, recovery, work / "training" / "teacher"), None
         with reporter.stage("recovering", total_steps(blend, recovery)) as advance:
             recover_into(
                 work / "model",
-                partial(
-                    load_model,
-                    find_model(str(pruned)),
-                    "auto",
-                    str(main_device),
-                    deferred=process.shares_weights and main_device.type != "cpu",
-                ),
+                lambda: show_pictures(read(), pictures),
                 tokenizer,
                 blend,
                 recovery,
@@ -395,5 +405,6 @@ def recovered(
 
 
 @GRAPH.costly
-def recovered_model(recovered: Path | None, placement: Placement) -> PreTrainedModel:
-    return load_model(find_model(str(recovered)), "auto", placement.device, placement.layer_wise)
+def recovered_model(recovered: Path | None, pictures: list[Pictures], placement: Placement) -> PreTrainedModel:
+    model = load_model(find_model(str(recovered)), "auto", placement.device, placement.layer_wise)
+    return show_pictures(model, pictures)
