@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as functional
+from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForMultimodalLM, AutoProcessor, PreTrainedModel, PreTrainedTokenizerFast
 
-from adapruner import AdaPrunerError
+import adapruner
+from adapruner import AdaPrunerError, verbs
 from adapruner.evaluation import window_losses
 from adapruner.families import open_model
 from adapruner.measurement import measure, measure_moments
 from adapruner.models import Pictures, find_model, see, show_pictures
+from adapruner.run import pictures as run_pictures
 from adapruner.structure import build_structure
 from adapruner.surgery import prune_model
-from test_multimodal import counts_of, masked_around, write
+from run_helpers import QUICK
+from test_multimodal import counts_of, masked_around, tensors_in, write
 from tiny_families import random_plan
-from tiny_wrappers import IMAGE_TOKEN, with_image
+from tiny_wrappers import IMAGE_TOKEN, tiny_wrapper_config, with_image
 
 FAMILIES = ("gemma3", "llava", "mistral3", "smolvlm", "internvl", "qwen2_5_vl")
 FIRST = 1000
@@ -29,8 +36,9 @@ FIRST = 1000
 def inputs_of(model_type: str) -> dict[str, Tensor]:
     """Those with an image in float64, and two tokens more after it."""
     inputs = with_image(model_type, torch.float64)
+    shape = inputs["input_ids"].shape
     for name, value in inputs.items():
-        if value.shape == inputs["attention_mask"].shape:
+        if value.shape == shape:
             more = {"input_ids": [[31, 45]], "attention_mask": [[1, 1]]}.get(name, [[0, 0]])
             inputs[name] = torch.cat([value, torch.tensor(more)], 1)
     return inputs
@@ -107,3 +115,90 @@ def test_images_that_reach_layers_another_way_are_refused(tokenizer: PreTrainedT
     whole = write("qwen3_vl", tmp_path, tokenizer)
     with pytest.raises(AdaPrunerError, match="reach the decoder of a qwen3_vl as visual_pos_masks"):
         see(whole, inputs_of("qwen3_vl"), 12)
+
+
+def write_with_processor(folder: Path, tokenizer: PreTrainedTokenizerFast) -> Any:
+    """A tiny LLaVA with its processor, as a user would have it on disk."""
+    pytest.importorskip("PIL")
+    pytest.importorskip("torchvision")
+    from transformers import CLIPImageProcessor, LlavaProcessor
+
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.image_token = "<image>"
+    config = tiny_wrapper_config("llava")
+    config.image_token_index = config.image_token_id = tokenizer.convert_tokens_to_ids("<image>")
+    torch.manual_seed(0)
+    model = AutoModelForMultimodalLM.from_config(config)
+    size = {"height": 16, "width": 16}
+    images = CLIPImageProcessor(size=size, crop_size=size)
+    processor = LlavaProcessor(images, tokenizer, 4, "default", num_additional_image_tokens=1)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return model.eval()
+
+
+def write_pairs(folder: Path, count: int) -> Path:
+    """Records with pictures in files, half of them in the form of a conversation."""
+    from PIL import Image
+
+    generator = torch.Generator().manual_seed(3)
+    file = folder / "pairs.jsonl"
+    with file.open("w") as lines:
+        for number in range(count):
+            pixels = torch.randint(256, (20, 18, 3), generator=generator, dtype=torch.uint8)
+            Image.fromarray(pixels.numpy()).save(folder / f"{number}.png")
+            words = [f"w{token}" for token in torch.randint(90, (14,), generator=generator).tolist()]
+            lines.write(json.dumps({"image": f"{number}.png", "text": " ".join(words)}) + "\n")
+    return file
+
+
+def test_a_run_sees_the_images_of_its_dataset(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = write_with_processor(tmp_path / "dense", tokenizer)
+    pairs, length = write_pairs(tmp_path, 120), 28
+    options = QUICK | {"calibration": str(pairs), "output": tmp_path / "run", "seq_len": length}
+    result = adapruner.prune(str(tmp_path / "dense"), **options)
+    (file,) = (tmp_path / "run" / "given").iterdir()
+    content = load_file(file)
+    assert (content["windows"] < 0).any(1).all()
+    assert len(content["features"]) == (content["windows"] < 0).sum()
+    total = sum(parameter.numel() for parameter in dense.parameters())
+    assert result.plan.removed_parameters / total == pytest.approx(QUICK["ratio"], abs=0.005)
+
+    # The processor is in the folder of the pruned model, and gives what that of the dense model gives.
+    from PIL import Image
+
+    processors = [AutoProcessor.from_pretrained(folder) for folder in (tmp_path / "dense", result.model_folder)]
+    image = Image.open(tmp_path / "0.png")
+    before, after = (processor(images=image, text="<image> w3 w4", return_tensors="pt") for processor in processors)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    model = AutoModelForMultimodalLM.from_pretrained(result.model_folder, trust_remote_code=True).eval()
+    with torch.no_grad():
+        logits = model(**after).logits
+    assert not torch.allclose(logits, dense(**before).logits, rtol=0.01)
+
+    evaluated = verbs.evaluate(result.model_folder, f"{pairs}@report", seq_len=length, limit=20, device="cpu")
+    (measured,) = evaluated.perplexity
+    # Nothing predicts the first token of a window.
+    assert measured.image_tokens == 15 * measured.windows == 15 * 20
+    assert math.log(measured.perplexity) == pytest.approx(math.log(256), rel=0.2)
+    verbs.recover(result.model_folder, str(pairs), tmp_path / "recovered", steps=1, seq_len=length, device="cpu")
+    pruned, recovered = tensors_in(result.model_folder), tensors_in(tmp_path / "recovered")
+    changed = {name for name, tensor in pruned.items() if not torch.equal(tensor, recovered[name])}
+    assert changed
+    assert all("language_model" in name or "lm_head" in name for name in changed)
+
+    monkeypatch.setattr(run_pictures, "load_whole", lambda *_: pytest.fail("the images are looked at again"))
+    assert adapruner.prune(str(tmp_path / "dense"), **options).plan.hash == result.plan.hash
+    with pytest.raises(AdaPrunerError, match="`vocabulary` gives tokens other numbers"):
+        adapruner.prune(str(tmp_path / "dense"), **options, vocabulary=str(pairs))
+
+
+def test_images_that_leave_no_text_are_refused(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    write_with_processor(tmp_path / "dense", tokenizer)
+    pairs = write_pairs(tmp_path, 4)
+    with pytest.raises(AdaPrunerError, match="fills a window of 12 tokens, and leaves no text: raise `seq_len`"):
+        verbs.evaluate(tmp_path / "dense", str(pairs), seq_len=12, device="cpu")

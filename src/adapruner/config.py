@@ -38,7 +38,7 @@ GgufType = Literal["f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4
 HeadGranularity = Literal["kv-group", "query-head"]
 Layout = Literal["per-layer", "uniform"]
 Phase = Literal["prefill", "decode"]
-RatioOf = Literal["parameters", "groups"]
+RatioOf = Literal["parameters", "decoder", "groups"]
 Reduction = Literal["sum", "mean", "max", "prod"]
 Sampler = Literal["tpe", "random"]
 WholePart = Literal["attention", "feed-forward", "layer", "none"]
@@ -226,8 +226,8 @@ class PruneOptions(_Options):
     )
     ratio_of: RatioOf = Field(
         default="parameters",
-        description="What the ratio is a fraction of: all parameters, or the heads and channels of every layer that is"
-        " not protected, as in LLM-Pruner and the paper.",
+        description="What the ratio is a fraction of: all parameters; those of the decoder of a multimodal model; or"
+        " the heads and channels of every layer that is not protected, as in LLM-Pruner and the paper.",
     )
     calibration: str = Field(
         default="c4", description="Calibration dataset: a known name, a file, hf:…, or self (the model generates it)."

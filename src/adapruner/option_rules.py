@@ -62,7 +62,7 @@ def level_rounds_of(level_rounds: int | None, ratio: float, target: object) -> i
 
 def searches_widths(ratio_of: str, search: str, space: str, layout: str) -> bool:
     """True if the search decides how many channels each layer keeps."""
-    return (ratio_of, search, space, layout) == ("parameters", "joint", "extended", "per-layer")
+    return ratio_of != "groups" and (search, space, layout) == ("joint", "extended", "per-layer")
 
 
 def may_remove_whole(space: str, search: str, whole: tuple[str, ...] | None) -> bool:
@@ -93,7 +93,7 @@ CONFLICTS_OF_PRUNING: tuple[Conflict, ...] = (
             level_rounds and not searches_widths(ratio_of, search, space, layout)
         ),
         "`level_rounds` moves widths that the search chose: remove it, or set `space` extended, `search` joint,"
-        " `layout` per-layer and `ratio_of` parameters",
+        " `layout` per-layer and `ratio_of` parameters or decoder",
     ),
     (
         lambda calibration, self_windows: calibration == "self" and self_windows,

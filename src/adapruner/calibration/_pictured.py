@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from adapruner.calibration._reading import TENTHS, WINDOWS, json_records, reading, tenth_of
+from adapruner.calibration._reading import TENTHS, TENTHS_OF_PARTS, WINDOWS, json_records, reading, tenth_of
 from adapruner.calibration._sources import Source
 from adapruner.errors import AdaPrunerError
 from adapruner.models import Pictures, Seen, see
@@ -122,10 +122,12 @@ def read_pictures(source: Source) -> Pictures | None:
 
 
 def _grouped(source: Source, processor: Any, seq_len: int) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """The inputs of a model for one window after the other, of at least `seq_len` tokens, with their tenth."""
+    """The inputs of a model for each window of a part, of at least `seq_len` tokens, with the tenth of its records."""
     waiting: dict[int, list[Pictured]] = defaultdict(list)
     for record in _pictured(source):
         tenth = tenth_of(json.dumps(record.text))
+        if tenth not in TENTHS_OF_PARTS.get(source.part, range(10)):
+            continue
         group = waiting[tenth]
         group.append(record)
         inputs = _processed(group, processor)

@@ -26,7 +26,7 @@ from adapruner.calibration._sources import Lines, Part, Source, known_sources, s
 from adapruner.errors import AdaPrunerError, reason
 
 # Tenths of the documents, by hash, that belong to each part.
-_TENTHS: dict[str, range] = {"calibration": range(0, 4), "objective": range(4, 6), "report": range(6, 10)}
+TENTHS_OF_PARTS: dict[str, range] = {"calibration": range(0, 4), "objective": range(4, 6), "report": range(6, 10)}
 # Columns that are read if the user names none; the second entry is the form of Stanford Alpaca.
 _USUAL_COLUMNS = (("text",), ("instruction", "input", "output"), ("instruction", "output"))
 
@@ -99,7 +99,7 @@ def read_windows(source: Source) -> Tensor:
             raise ValueError(f"it holds {int(windows.min())}, which is not a token")
     if tenths is None:
         tenths = torch.tensor([tenth_of(str(window)) for window in windows.tolist()])
-    return windows[torch.isin(tenths, torch.tensor(_TENTHS.get(source.part, range(10))))]
+    return windows[torch.isin(tenths, torch.tensor(TENTHS_OF_PARTS.get(source.part, range(10))))]
 
 
 def provenance(source: Source) -> dict[str, str]:
@@ -426,7 +426,7 @@ def _joined(row: Row) -> str:
 
 def _is_of_part(document: str, part: Part) -> bool:
     """True for a document of a part, by the hash of its text."""
-    return part not in _TENTHS or tenth_of(document) in _TENTHS[part]
+    return part not in TENTHS_OF_PARTS or tenth_of(document) in TENTHS_OF_PARTS[part]
 
 
 def tenth_of(document: str) -> int:

@@ -90,8 +90,8 @@ def _lines(structure: Structure, model: str, around: tuple[str, int] | None) -> 
     yield f"{model}: {structure.model_type}, {total:,} parameters"
     if around:
         yield (
-            f"It is the decoder of a {around[0]}, with {total / around[1]:.1%} of its {around[1]:,} parameters. Ratios"
-            " are of the decoder; all other parts are kept as they are."
+            f"It is the decoder of a {around[0]}, with {total / around[1]:.1%} of its {around[1]:,} parameters; all"
+            " other parts are kept as they are. Ratios are of all parameters, or with --ratio-of decoder of its own."
         )
     yield _table_of_parts(structure)
     yield _table_of_layers(structure)

@@ -16,6 +16,7 @@ from adapruner.planning._budget import (
     Budget as Budget,
     BudgetError as BudgetError,
     Profile as Profile,
+    UnreachableRatioError as UnreachableRatioError,
     default_budget as default_budget,
     kept_counts as kept_counts,
     largest_channel_share as largest_channel_share,

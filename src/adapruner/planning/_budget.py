@@ -235,7 +235,8 @@ def default_budget(
             first if protect_first is None else protect_first, last if protect_last is None else protect_last
         )
         allocation: Allocation = "uniform" if layout == "uniform" else profile
-        budget = Budget(ratio, allocation, heads if head_share is None else head_share, round_to, ratio_of)
+        counted: RatioOf = "groups" if ratio_of == "groups" else "parameters"
+        budget = Budget(ratio, allocation, heads if head_share is None else head_share, round_to, counted)
         try:
             largest = largest_channel_share(structure, kept_counts(structure, budget))
         except BudgetError as error:

@@ -7,6 +7,7 @@ from adapruner.recovery._checks import (
     check_processes as check_processes,
 )
 from adapruner.recovery._examples import (
+    DEFAULT_GENERATED_RECORDS as DEFAULT_GENERATED_RECORDS,
     Example as Example,
     Examples as Examples,
     Unwritten as Unwritten,

@@ -13,6 +13,7 @@ import torch
 
 from adapruner.calibration import (
     SELF_GENERATED,
+    Source,
     content_hash,
     has_images,
     known_sources,
@@ -89,7 +90,7 @@ def as_windows(name: str, location: ModelLocation, seq_len: int, count: int, fol
     """
     if not may_have_images(name) or not has_images(source := parse_source(name)):
         return name
-    content = [fingerprint(location), source.identity, content_hash(source), seq_len, count]
+    content = [fingerprint(location), source.identity, source.part, content_hash(source), seq_len, count]
     key = hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()
     path = folder / f"{Path(source.dataset).stem}-{key[:12]}.safetensors"
     # Of several processes, one writes.
@@ -104,3 +105,13 @@ def as_windows(name: str, location: ModelLocation, seq_len: int, count: int, fol
         ):
             write_pictured(source, whole, processor, seq_len, count, int(key[:12], 16), partial, advance)
     return str(path) if source.part == "all" else f"{path}@{source.part}"
+
+
+def seen_by(
+    source: Source, location: ModelLocation | None, seq_len: int, count: int, folder: Path, device: torch.device
+) -> Source:
+    """A dataset with images as windows in a folder, where a multimodal model in files sees them; any other as it is."""
+    if location is None or find_wrapper(location) is None:
+        return source
+    name = as_windows(str(source), location, seq_len, count, folder, device)
+    return source if name == str(source) else parse_source(name)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import math
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
@@ -16,6 +18,7 @@ from adapruner.calibration import (
     evaluation_text,
     parse_source,
     probe_texts,
+    read_pictures,
 )
 from adapruner.checkpoint import read_origin
 from adapruner.config import Dtype
@@ -47,11 +50,13 @@ from adapruner.models import (
     in_fastest_dtype,
     is_streamable,
     resolve_devices,
+    show_pictures,
     usable_devices,
 )
 from adapruner.progress import Reporter
 from adapruner.run.given import ModelGiven
-from adapruner.texts import overlaps
+from adapruner.run.pictures import seen_by
+from adapruner.texts import DEFAULT_REPORT_WINDOWS, overlaps
 from adapruner.verbs._source import ModelSource
 
 
@@ -98,7 +103,8 @@ def evaluate(
 
     Args:
         model: as for `load`; or a model in memory, which is evaluated on its device and not changed.
-        perplexity: a dataset, or several; or documents in memory, one or several, by the name that is shown.
+        perplexity: a dataset, or several; or documents in memory, one or several, by the name that is shown. A
+            multimodal model sees the images of a dataset that has them.
         protocol: a protocol of the literature, see `PROTOCOLS`; `llm-pruner` if no dataset and no task is named.
         seq_len: tokens per window of the texts in `perplexity`.
         stride: tokens between the beginnings of these windows; by default they do not overlap.
@@ -135,7 +141,11 @@ def evaluate(
     placement = _placement(source, dtype, device, layer_wise)
     config, tokenizer = source.config, source.tokenizer(tokenizer)
     texts = [(name, evaluation_text(text, tokenizer, protocol_seq_len, limit, bos=False)) for name, text in published]
-    texts += [(name, evaluation_text(text, tokenizer, seq_len, limit, stride, bos, name)) for name, text in given]
+    with tempfile.TemporaryDirectory() as folder:
+        about = source.location, seq_len, limit or DEFAULT_REPORT_WINDOWS, Path(folder), placement.devices[0]
+        seen = [(name, seen_by(text, *about) if isinstance(text, Source) else text) for name, text in given]
+        texts += [(name, evaluation_text(text, tokenizer, seq_len, limit, stride, bos, name)) for name, text in seen]
+        tables = [read_pictures(text) for _, text in seen if isinstance(text, Source)]
     for _, text in texts:
         check_tokens(config, int(text.windows.max()))
     to_run = load_tasks(tasks, limit) if tasks else None
@@ -149,6 +159,8 @@ def evaluate(
     with contextlib.ExitStack() as using:
         with reporter.stage("loading"):
             loaded = using.enter_context(source.loaded(dtype, placement.device, placement.layer_wise))
+        if pictures := [table for table in tables if table]:
+            show_pictures(loaded, pictures)
         perplexities = _measure_texts(loaded, texts, reporter) if texts else []
         if to_run:
             with reporter.stage("running tasks", len(to_run)) as advance:

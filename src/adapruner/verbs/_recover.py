@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import gc
+import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from adapruner.calibration import BlendPart, blend_sources, content_hash, parse_blend
+from adapruner.calibration import BlendPart, blend_sources, content_hash, parse_blend, read_pictures
 from adapruner.card import card_of_recovered, read_card
 from adapruner.checkpoint import check_push, push, read_origin
 from adapruner.config import Dtype, RecoverConfig, Tracker
@@ -28,12 +30,14 @@ from adapruner.models import (
     is_streamable,
     load_tokenizer,
     resolve_device,
+    show_pictures,
     usable_devices,
 )
 from adapruner.paths import given_path, output_path
 from adapruner.processes import this_process
 from adapruner.progress import Reporter
 from adapruner.recovery import (
+    DEFAULT_GENERATED_RECORDS,
     Examples,
     RecoveryRecord,
     begin_training,
@@ -50,6 +54,7 @@ from adapruner.recovery import (
     working_folder,
     write_predictions,
 )
+from adapruner.run.pictures import seen_by
 from adapruner.texts import record_of
 from adapruner.tracking import Tracking, check_tracker
 
@@ -74,8 +79,9 @@ def recover(
 
     Args:
         model: as for `load`.
-        data: instructions with answers, any text, `self` (text that the teacher writes), or `answers:DATASET` (the
-            teacher answers these instructions); several with their shares, as `self:0.3,c4:0.3,alpaca:0.4`.
+        data: instructions with answers, any text, for a multimodal model also with images, `self` (text that the
+            teacher writes), or `answers:DATASET` (the teacher answers these instructions); several with their shares,
+            as `self:0.3,c4:0.3,alpaca:0.4`.
         output: the folder of the recovered model.
         teacher: the dense model, for distillation.
         overwrite: start again if the folder holds another recovery.
@@ -146,7 +152,15 @@ def _train(
     shares = this_process().shares_weights and resolve_device(device).type != "cpu"
     warnings = _check_models(config, location, dense_location)
     tokenizer = load_tokenizer(location)
-    parts = read_examples(blend, tokenizer, config, config.label_weight if dense_location else 1.0)
+    with tempfile.TemporaryDirectory() as place:
+        count = config.records or DEFAULT_GENERATED_RECORDS
+        about = location, config.seq_len, count, Path(place), resolve_device(device)
+        seen = [
+            part if part.source is None or part.is_written else replace(part, source=seen_by(part.source, *about))
+            for part in blend
+        ]
+        parts = read_examples(seen, tokenizer, config, config.label_weight if dense_location else 1.0)
+        pictures = [table for source in blend_sources(seen) if (table := read_pictures(source))]
     for part in parts:
         check_tokens(open_config(location), part.largest_token)
     begin_training(folder, resolved, overwrite)
@@ -156,7 +170,7 @@ def _train(
         dense = None
         if dense_location:
             with reporter.stage("loading"):
-                dense = _load_teacher(dense_location, config, device, shares)
+                dense = show_pictures(_load_teacher(dense_location, config, device, shares), pictures)
         examples = []
         for part in parts:
             if not isinstance(part, Examples):
@@ -176,7 +190,7 @@ def _train(
         with reporter.stage("recovering", total_steps(examples, config)) as advance:
             return recover_into(
                 folder,
-                partial(open_model, location, config.dtype, device, deferred=shares),
+                lambda: show_pictures(open_model(location, config.dtype, device, deferred=shares), pictures),
                 tokenizer,
                 examples,
                 config,

@@ -101,7 +101,7 @@ def plan(
 
     Args:
         scores: [groups], in the order of `structure.blocks`.
-        ratio: fraction of all parameters to remove.
+        ratio: fraction of all parameters to remove; of a multimodal model, of those of its decoder.
         round_to, protect_first, protect_last, head_share, layout, ratio_of: as in `PruneOptions`.
 
     Raises:

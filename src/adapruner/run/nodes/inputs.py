@@ -37,6 +37,7 @@ from adapruner.models import (
     copy_in_dtype,
     empty_model,
     find_model,
+    find_wrapper,
     fingerprint as fingerprint_of_model,
     is_pruned,
     is_streamable,
@@ -48,13 +49,23 @@ from adapruner.models import (
     trial_dtype,
     usable_devices,
 )
-from adapruner.planning import Amount, Budget, Speed, Target, amount_of, default_budget, kept_counts, make_plan
+from adapruner.planning import (
+    Amount,
+    Budget,
+    Speed,
+    Target,
+    UnreachableRatioError,
+    amount_of,
+    default_budget,
+    kept_counts,
+    make_plan,
+)
 from adapruner.planning._amount import TIMED_TOKENS
 from adapruner.progress import Reporter
 from adapruner.recovery import check_optimizer
 from adapruner.run.nodes.declared import GRAPH
 from adapruner.run.nodes.forms import json_form
-from adapruner.structure import Structure, build_structure
+from adapruner.structure import Structure, build_structure, count_parameters
 from adapruner.surgery import prune_model
 from adapruner.texts import Texts, assign_texts
 from adapruner.tokens import (
@@ -219,10 +230,26 @@ BudgetAt = Callable[[float], Budget]
 
 
 @GRAPH.in_memory
-def ratio_of_blocks(kept_tokens: Vocabulary | None, ratio_of: RatioOf) -> RatioOfBlocks:
+def share_of_decoder(location: ModelLocation, given_config: PreTrainedConfig) -> float:
+    """The share of the parameters of a multimodal model that its decoder has; 1 for a text model."""
+    wrapper = find_wrapper(location)
+    if wrapper is None:
+        return 1
+    return count_parameters(empty_model(given_config)) / count_parameters(wrapper.around(given_config))
+
+
+@GRAPH.in_memory
+def ratio_of_blocks(kept_tokens: Vocabulary | None, share_of_decoder: float, ratio_of: RatioOf) -> RatioOfBlocks:
     """For a ratio of all parameters of the given model, that of the remaining ones that blocks must lose."""
 
     def rest(ratio: float) -> float:
+        if ratio_of == "parameters" and ratio >= share_of_decoder:
+            raise UnreachableRatioError(
+                f"`ratio` {ratio} is not reachable: the decoder, which alone is pruned, has {share_of_decoder:.3f} of"
+                " the parameters"
+            )
+        if ratio_of == "parameters":
+            ratio = ratio / share_of_decoder
         if kept_tokens is None or ratio_of == "groups":
             return ratio
         summary = kept_tokens.summary

@@ -72,7 +72,7 @@ def foreign_vocabulary(
     """The tokens in scripts that the text has no letter of; None if tokens were removed."""
     if kept_tokens is not None:
         return None
-    used = torch.cat([tokens.flatten() for tokens in windows.values()]).unique().tolist()
+    used = torch.cat([tokens.flatten().clamp_min(0) for tokens in windows.values()]).unique().tolist()
     size = empty.config.vocab_size
     scripts = foreign_tokens(tokenizer, size, used)
     embeddings = sum(tensor.numel() for tensor in empty.parameters() if size in tensor.shape[:1])
