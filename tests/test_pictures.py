@@ -20,7 +20,7 @@ from adapruner import AdaPrunerError, verbs
 from adapruner.evaluation import window_losses
 from adapruner.families import open_model
 from adapruner.measurement import measure, measure_moments
-from adapruner.models import Pictures, find_model, see, show_pictures
+from adapruner.models import Pictures, find_model, see, show_pictures, with_text_alone
 from adapruner.run import pictures as run_pictures
 from adapruner.structure import build_structure
 from adapruner.surgery import prune_model
@@ -53,7 +53,7 @@ def windows_of(model_type: str, whole: PreTrainedModel) -> tuple[Tensor, Picture
     of_text = {name: torch.zeros_like(value) for name, value in inputs.items() if "type_ids" in name}
     text = torch.arange(5, 5 + length)[None]
     plain = see(whole, {"input_ids": text, **{name: value[:, :length] for name, value in of_text.items()}}, length)
-    arguments = {name: torch.stack([plain.arguments[name], value]) for name, value in seen.arguments.items()}
+    arguments = with_text_alone(plain, [seen])
     rows = int(seen.is_image.sum())
     pictures = Pictures(FIRST, seen.embedded[seen.is_image], torch.ones(rows, dtype=torch.int64), arguments)
     window = inputs["input_ids"][0, :length].clone()

@@ -12,15 +12,25 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
+from adapruner import verbs
+from adapruner.checkpoint import save_checkpoint
 from adapruner.errors import AdaPrunerError
+from adapruner.families import open_model
 from adapruner.gguf import write_gguf
 from adapruner.measurement import measure_moments
 from adapruner.models import find_model, load_model, load_tokenizer
 from adapruner.planning import make_plan
 from adapruner.structure import Block, build_structure, count_parameters
 from adapruner.surgery import Compensation, prune_model
+from tiny_wrappers import tiny_wrapper_config
 
 MakeModel = Callable[..., PreTrainedModel]
 LlamaCpp = Callable[[Path], Any]
@@ -182,6 +192,23 @@ def test_qwen2_with_all_heads_is_a_qwen2_file(
     write_gguf(dense, bytes_tokenizer, path, "f32")
     assert gguf.GGUFReader(path).fields["general.architecture"].contents() == "qwen2"
     assert_computes_the_same(path, dense, llama_cpp)
+
+
+def test_the_decoder_of_a_multimodal_model(
+    bytes_tokenizer: PreTrainedTokenizerFast, llama_cpp: LlamaCpp, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_wrapper_config("llava")
+    config.text_config.vocab_size = len(bytes_tokenizer)
+    AutoModelForMultimodalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path / "dense")
+    bytes_tokenizer.save_pretrained(tmp_path / "dense")
+    pruned = cut(open_model(find_model(str(tmp_path / "dense"))), per_layer=True)
+    save_checkpoint(pruned, bytes_tokenizer, tmp_path / "pruned")
+    path = tmp_path / "model.gguf"
+    verbs.export(tmp_path / "pruned", "gguf", path, gguf_type="f32")
+    assert "the projector file (mmproj) is that of the original model" in " ".join(capsys.readouterr().err.split())
+    tensors = {tensor.name for tensor in gguf.GGUFReader(path).tensors}
+    assert all(name.startswith(("blk.", "output", "token_embd", "rope_freqs")) for name in tensors)
+    assert_computes_the_same(path, pruned, llama_cpp)
 
 
 def test_what_a_file_holds(tiny: MakeModel, bytes_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

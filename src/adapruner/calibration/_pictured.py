@@ -20,7 +20,7 @@ from torch import Tensor
 from adapruner.calibration._reading import TENTHS, TENTHS_OF_PARTS, WINDOWS, json_records, reading, tenth_of
 from adapruner.calibration._sources import Source
 from adapruner.errors import AdaPrunerError
-from adapruner.models import Pictures, Seen, see
+from adapruner.models import Pictures, Seen, see, with_text_alone
 
 _IMAGES, _TEXTS = ("images", "image"), ("messages", "text")
 _ARGUMENT = "arguments."
@@ -99,8 +99,7 @@ def write_pictured(
         ordinary = int(windows[windows >= 0].mode().values)
         plain = {name: torch.zeros_like(value) if "type_ids" in name else value for name, value in plain.items()}
         of_text = see(whole, plain | {"input_ids": torch.full_like(plain["input_ids"], ordinary)}, seq_len)
-        for name in seen[0].arguments:
-            content[_ARGUMENT + name] = torch.stack([window.arguments[name] for window in (of_text, *seen)])
+        content |= {_ARGUMENT + name: value for name, value in with_text_alone(of_text, seen).items()}
     save_file({name: value.cpu().contiguous() for name, value in content.items()}, path)
 
 

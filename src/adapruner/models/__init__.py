@@ -89,6 +89,7 @@ from adapruner.models._pictures import (
     pictures_of as pictures_of,
     see as see,
     show_pictures as show_pictures,
+    with_text_alone as with_text_alone,
 )
 from adapruner.models._places import (
     ModelLocation as ModelLocation,

@@ -142,6 +142,19 @@ def see(whole: Any, inputs: Mapping[str, Tensor], seq_len: int) -> Seen:
     return Seen(embedded, (of_tokens != embedded).any(-1), _arguments(called, seq_len))
 
 
+def with_text_alone(of_text: Seen, seen: Sequence[Seen]) -> dict[str, Tensor]:
+    """The arguments of a table for windows, [1 + windows, ·], with those of a window of text alone at first."""
+    arguments = dict[str, Tensor]()
+    for name in seen[0].arguments:
+        values = torch.stack([window.arguments[name] for window in seen])
+        order = torch.arange(values.shape[-1], device=values.device)
+        # Without images, some models leave positions to the decoder.
+        ordinary = order if name == _POSITIONS else order <= order[:, None]
+        first = of_text.arguments.get(name, ordinary.to(values.dtype).expand(values.shape[1:]))
+        arguments[name] = torch.cat([first[None], values])
+    return arguments
+
+
 class _NotedError(Exception):
     """The decoder was called."""
 
