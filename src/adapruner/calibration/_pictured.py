@@ -95,7 +95,7 @@ def write_pictured(
     content = {WINDOWS: windows, TENTHS: torch.tensor(tenths)}
     content["features"] = torch.cat([window.embedded[window.is_image] for window in seen])
     content["window"] = (torch.arange(len(seen)) + 1).repeat_interleave(is_image.sum(1))
-    if seen[0].arguments:
+    if any(window.arguments for window in seen):
         ordinary = int(windows[windows >= 0].mode().values)
         plain = {name: torch.zeros_like(value) if "type_ids" in name else value for name, value in plain.items()}
         of_text = see(whole, plain | {"input_ids": torch.full_like(plain["input_ids"], ordinary)}, seq_len)

@@ -144,14 +144,13 @@ def see(whole: Any, inputs: Mapping[str, Tensor], seq_len: int) -> Seen:
 
 def with_text_alone(of_text: Seen, seen: Sequence[Seen]) -> dict[str, Tensor]:
     """The arguments of a table for windows, [1 + windows, ·], with those of a window of text alone at first."""
-    arguments = dict[str, Tensor]()
-    for name in seen[0].arguments:
-        values = torch.stack([window.arguments[name] for window in seen])
-        order = torch.arange(values.shape[-1], device=values.device)
+    windows, arguments = [of_text, *seen], dict[str, Tensor]()
+    for name, like in (argument for window in windows for argument in window.arguments.items()):
+        order = torch.arange(like.shape[-1], device=like.device)
         # Without images, some models leave positions to the decoder.
-        ordinary = order if name == _POSITIONS else order <= order[:, None]
-        first = of_text.arguments.get(name, ordinary.to(values.dtype).expand(values.shape[1:]))
-        arguments[name] = torch.cat([first[None], values])
+        ordinary = (order if name == _POSITIONS else order <= order[:, None]).to(like.dtype).expand(like.shape)
+        if name not in arguments:
+            arguments[name] = torch.stack([window.arguments.get(name, ordinary) for window in windows])
     return arguments
 
 
