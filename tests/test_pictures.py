@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as functional
+from datasets import Dataset
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForMultimodalLM, AutoProcessor, PreTrainedModel, PreTrainedTokenizerFast
 
 import adapruner
 from adapruner import AdaPrunerError, verbs
+from adapruner.calibration import has_images, parse_source, read_pictures, write_pictured
 from adapruner.evaluation import window_losses
 from adapruner.families import open_model
 from adapruner.measurement import measure, measure_moments
@@ -202,3 +206,56 @@ def test_images_that_leave_no_text_are_refused(tokenizer: PreTrainedTokenizerFas
     pairs = write_pairs(tmp_path, 4)
     with pytest.raises(AdaPrunerError, match="fills a window of 12 tokens, and leaves no text: raise `seq_len`"):
         verbs.evaluate(tmp_path / "dense", str(pairs), seq_len=12, device="cpu")
+
+
+CHAT = (
+    "{% for message in messages %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }} {% endif %}{% endfor %}{% endfor %}"
+)
+
+
+def test_conversations_with_and_without_images(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    whole = write_with_processor(tmp_path / "dense", tokenizer)
+    from PIL import Image
+
+    processor = AutoProcessor.from_pretrained(tmp_path / "dense")
+    processor.chat_template = CHAT
+    drawn = io.BytesIO()
+    Image.new("RGB", (20, 18), (200, 30, 90)).save(drawn, "PNG")
+
+    def said(role: str, *parts: str) -> dict[str, Any]:
+        kinds = {"image": {"type": "image", "text": None}}
+        return {"role": role, "content": [kinds.get(part, {"type": "text", "text": part}) for part in parts]}
+
+    words = [f"w{number}" for number in range(20)]
+    records = [
+        {"messages": [said("user", "image", "w1 w2"), said("assistant", "w3 w4")], "images": [drawn.getvalue()]},
+        {"messages": [said("user", " ".join(words))], "images": []},
+    ]
+    Dataset.from_list(records).to_parquet(tmp_path / "chats.parquet")
+    source, file = parse_source(str(tmp_path / "chats.parquet")), tmp_path / "windows.safetensors"
+    assert has_images(source)
+    assert not has_images(parse_source(f"{tmp_path / 'chats.parquet'}:messages"))
+    write_pictured(source, whole, processor, 20, 9, FIRST, file, lambda: None)
+    with_image_first, text = load_file(file)["windows"]
+    assert with_image_first.tolist() == [
+        *range(-1 - FIRST, -17 - FIRST, -1),
+        *tokenizer.convert_tokens_to_ids(words[1:5]),
+    ]
+    assert text.tolist() == tokenizer.convert_tokens_to_ids(words)
+    pictures = read_pictures(parse_source(str(file)))
+    assert pictures is not None
+    assert pictures.first == FIRST
+    assert pictures.window.tolist() == [1] * 16
+    image = processor(text=["<image>"], images=[Image.open(drawn)], return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        features = whole.get_image_features(image, return_dict=True).pooler_output
+    torch.testing.assert_close(pictures.features, features[0], rtol=1e-5, atol=1e-6)
+
+
+def test_images_need_pillow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    file = tmp_path / "pairs.jsonl"
+    file.write_text(json.dumps({"image": "0.png", "text": "w1"}) + "\n")
+    with pytest.raises(AdaPrunerError, match="images need Pillow: pip install pillow"):
+        write_pictured(parse_source(str(file)), None, None, 8, 1, 0, tmp_path / "windows.safetensors", lambda: None)
