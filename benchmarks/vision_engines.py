@@ -11,17 +11,20 @@ divides the hidden size by its heads.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor
 
 FAMILIES = ("qwen2_5_vl", "gemma3")
 NEW_TOKENS, SIDE = 16, 56
-WORDS = [f"word{number}" for number in range(200)]
+# vLLM's Gemma 3 needs tokens for up to four line ends.
+WORDS = [*("\n" * count for count in range(1, 5)), *(f"word{number}" for number in range(200))]
 SPECIAL = {
     "qwen2_5_vl": {
         **{"start_token": "<|vision_start|>", "image_token": "<|image_pad|>"},
@@ -84,8 +87,8 @@ def qwen() -> tuple[Any, Any]:
         vision_end_token_id=end,
         tie_word_embeddings=True,
     )
-    sizes = {"size": {"shortest_edge": 28 * 28, "longest_edge": SIDE * SIDE}}
-    images, videos = Qwen2VLImageProcessor(**sizes), Qwen2VLVideoProcessor(**sizes)
+    size: Any = {"shortest_edge": 28 * 28, "longest_edge": SIDE * SIDE}
+    images, videos = Qwen2VLImageProcessor(size=size), Qwen2VLVideoProcessor(size=size)
     return Qwen2_5_VLForConditionalGeneration(config), Qwen2_5_VLProcessor(images, tokenizer, videos)
 
 
@@ -126,6 +129,10 @@ def make(folder: Path) -> None:
                 weight.normal_(std=0.1).add_(weight.dim() == 1)
         model.save_pretrained(dense)
         processor.save_pretrained(dense)
+        # The names of released checkpoints of Gemma 3, which transformers reads and vLLM needs.
+        file = dense / "model.safetensors"
+        renamed = {re.sub("^vision_tower", "vision_tower.vision_model", name): t for name, t in load_file(file).items()}
+        save_file(renamed, file, {"format": "pt"})
         location = find_model(str(dense))
         decoder = open_model(location)
         structure = build_structure(decoder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from adapruner.families import open_model
 from adapruner.families.proof import masked
 from adapruner.models import architecture_of, find_model, find_wrapper, wrapper_of
 from adapruner.planning import PruningPlan
+from adapruner.run.nodes.inputs import ratio_of_blocks
 from adapruner.structure import Structure, build_structure
 from adapruner.surgery import prune_model
 from adapruner.tokens import Vocabulary, VocabularySummary, configs_with_tokens, cut_vocabulary, named_tokens
@@ -164,7 +166,16 @@ def test_a_run_prunes_the_decoder(
     assert changed
     assert all("language_model" in name for name in changed)
     total = sum(parameter.numel() for parameter in model.parameters())
+    before = total + result.plan.removed_parameters
+    assert result.plan.removed_parameters / before == pytest.approx(QUICK["ratio"], abs=0.005)
     assert f"of its {total:,} parameters" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_ratio_is_of_all_parameters_or_of_the_decoder() -> None:
+    assert ratio_of_blocks.make(None, 0.8, "parameters")(0.2) == 0.25
+    assert ratio_of_blocks.make(None, 0.8, "decoder")(0.2) == 0.2
+    with pytest.raises(AdaPrunerError, match=re.escape("`ratio` 0.8 is not reachable: the decoder, which alone is")):
+        ratio_of_blocks.make(None, 0.8, "parameters")(0.8)
 
 
 def test_tokens_of_the_processor_are_kept(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

@@ -173,7 +173,7 @@ def _pictured(source: Source) -> Iterator[Pictured]:
 def _opened(image: Any, folder: Path) -> Any:
     """An image of PIL, of which datasets hold the bytes, the path or the image itself."""
     try:
-        from PIL import Image  # type: ignore[import-not-found]
+        from PIL import Image
     except ImportError:
         raise AdaPrunerError("images need Pillow: pip install pillow torchvision") from None
     if isinstance(image, dict):
