@@ -16,7 +16,7 @@ from adapruner.models._architecture import architecture_of
 from adapruner.models._layers import other_forwards
 from adapruner.models._wrapper import TEXT_ARGUMENTS, inner_decoder
 
-_ATTRIBUTE = "pictures"
+_ATTRIBUTE = "adapruner_pictures"
 _EMBEDDED, _MASK, _POSITIONS = "inputs_embeds", "attention_mask", "position_ids"
 
 
@@ -68,6 +68,8 @@ class Pictures:
 
 def show_pictures(model: PreTrainedModel, tables: Sequence[Pictures]) -> PreTrainedModel:
     """Makes the decoder of a model read windows with rows of tables, instead of those that it read before."""
+    if not tables and not pictures_of(model):
+        return model
     decoder: Any = model.get_submodule(architecture_of(model.config).layers.rpartition(".")[0])
     if handle := vars(decoder).pop(_ATTRIBUTE, None):
         handle.remove()
