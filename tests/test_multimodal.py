@@ -21,7 +21,7 @@ from adapruner.families import open_model
 from adapruner.families.proof import masked
 from adapruner.models import architecture_of, find_model, find_wrapper, wrapper_of
 from adapruner.planning import PruningPlan
-from adapruner.run.nodes.inputs import ratio_of_blocks
+from adapruner.run.nodes.amount import ratio_of_blocks
 from adapruner.structure import Structure, build_structure
 from adapruner.surgery import prune_model
 from adapruner.tokens import Vocabulary, VocabularySummary, configs_with_tokens, cut_vocabulary, named_tokens

@@ -15,7 +15,7 @@ from adapruner.result import PruneResult
 from adapruner.run.api import make_run
 from adapruner.run.makings import makings_of
 from adapruner.run.nodes import chosen
-from adapruner.run.nodes.inputs import ratio_of_target
+from adapruner.run.nodes.amount import ratio_of_target
 from adapruner.run.options import register_extensions
 
 

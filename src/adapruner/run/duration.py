@@ -34,7 +34,7 @@ from adapruner.recovery import (
     window_examples,
 )
 from adapruner.result import Role
-from adapruner.run.nodes import chosen, evaluated, inputs, measured, models, text
+from adapruner.run.nodes import amount, chosen, evaluated, inputs, measured, models, placed, text
 from adapruner.search import StudyFile, measurements, reused_layers
 
 # The share of the windows of the objective that a trial sees: a starting point, and one that was proposed; the number
@@ -71,13 +71,13 @@ def expected_seconds(makings: Sequence[Making]) -> dict[str, float]:
     """The seconds of each stage that is missing; loads the dense model. Empty if nothing is, for runs layer by layer or
     of several processes, and if the model gives numbers that are not finite."""
     work, making = missing_work(makings), makings[0]
-    if not work or making.value(inputs.placement).layer_wise or making.process.count > 1:
+    if not work or making.value(placed.placement).layer_wise or making.process.count > 1:
         return {}
     values = ("dense", "dense_fast", "structure", "seq_len", "terms")
     pace, seconds = Pace(*map(making.value, values)), dict.fromkeys((stage for stage, *_ in work), 0.0)
     try:
-        for stage, kind, amount in work:
-            seconds[stage] += amount * getattr(pace, kind)
+        for stage, kind, count in work:
+            seconds[stage] += count * getattr(pace, kind)
     except NonFiniteError:  # on random tokens; on its text, it may be well
         return {}
     return seconds
@@ -86,8 +86,8 @@ def expected_seconds(makings: Sequence[Making]) -> dict[str, float]:
 def tokens_of(work: Iterable[Work]) -> dict[str, int]:
     """By stage, the tokens that pass through all layers of the dense model, or as many parameters."""
     tokens = Counter[str]()
-    for stage, kind, amount in work:
-        tokens[stage] += round(amount) if kind in _TOKENS else 0
+    for stage, kind, count in work:
+        tokens[stage] += round(count) if kind in _TOKENS else 0
     return dict(+tokens)
 
 
@@ -125,7 +125,7 @@ class _Counted:
     def __init__(self, making: Making) -> None:
         self.making, self.config = making, making.given["config"]
         self.structure, self.seq_len = making.value(inputs.structure), self.config.seq_len
-        counts = kept_counts(self.structure, making.value(inputs.starting_budget))
+        counts = kept_counts(self.structure, making.value(amount.starting_budget))
         blocks = list(zip(self.structure.blocks, counts, strict=True))
         self.cut = [(block, count / block.groups) for block, count in blocks if count < block.groups]
         self.kept = 1 - self.structure.removed_parameters(counts) / sum(self.structure.layer_parameters)

@@ -21,7 +21,7 @@ from adapruner.processes import Process
 from adapruner.progress import Reporter
 from adapruner.run.duration import missing_work, tokens_of
 from adapruner.run.makings import check, makings_of
-from adapruner.run.nodes import inputs, measured, models
+from adapruner.run.nodes import amount, inputs, measured, models, placed
 from adapruner.run.options import register_extensions, resolve
 from adapruner.structure import count_parameters
 
@@ -77,8 +77,8 @@ def preview_ratios(
 
 def _preview(making: Making) -> Preview:
     """The missing artifacts of one ratio of a run, from shapes and text: no weights are read."""
-    missing, placement, structure = making.missing(), making.value(inputs.placement), making.value(inputs.structure)
-    budget, empty = making.value(inputs.starting_budget), making.value(inputs.empty)
+    missing, placement, structure = making.missing(), making.value(placed.placement), making.value(inputs.structure)
+    budget, empty = making.value(amount.starting_budget), making.value(inputs.empty)
     after = structure.total_parameters - structure.removed_parameters(kept_counts(structure, budget))
     will_measure = measured.moments in missing
     return Preview(
@@ -98,7 +98,7 @@ def _preview(making: Making) -> Preview:
 
 def ratio_shown(making: Making) -> float:
     """The ratio that is asked for, or that the search starts with to meet a target."""
-    met: float | None = making.value(inputs.ratio_of_target)
+    met: float | None = making.value(amount.ratio_of_target)
     return float(making.options["ratio"]) if met is None else met
 
 
@@ -146,22 +146,22 @@ def estimate(model: str | Path, memory: str | None = None, **options: Any) -> Es
         known = {"main_device": gpus[0], "placement": Placement(gpus[:1], bool(config.layer_wise))}
     run, reporter = RunFolder.temporary(), Reporter()
 
-    def placed(config: PruneConfig) -> tuple[Making, Placement]:
+    def making_of(config: PruneConfig) -> tuple[Making, Placement]:
         making = makings_of(config, run, Process(), reporter, known=known)[0]
         if stated is None:
-            return making, making.value(inputs.placement)
+            return making, making.value(placed.placement)
         empty, structure, budget = map(making.value, ("empty", "structure", "largest_budget"))
         streamable = is_streamable(making.value(inputs.location), empty.config)
         return making, choose_placement(config, empty, structure, budget, gpus, streamable, stated)
 
     refusal = ""
     try:
-        making, placement = placed(config)
+        making, placement = making_of(config)
     except AdaPrunerError as error:
         # Refused for another reason than memory, it is refused again.
-        making, placement = placed(config.model_copy(update={"ignore_memory": True}))
+        making, placement = making_of(config.model_copy(update={"ignore_memory": True}))
         refusal = str(error)
-    stages = _memory(making, making.value(inputs.largest_budget), placement)
+    stages = _memory(making, making.value(placed.largest_budget), placement)
     return Estimate(placement, stages, None if known and stated is None else not refusal, refusal)
 
 

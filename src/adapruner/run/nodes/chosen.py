@@ -26,9 +26,10 @@ from adapruner.planning import MOST_CHANNELS, Budget, PruningPlan, Target, kept_
 from adapruner.processes import Process
 from adapruner.progress import Reporter
 from adapruner.run.given import name_of_code
+from adapruner.run.nodes.amount import RatioOfBlocks
 from adapruner.run.nodes.declared import GRAPH
 from adapruner.run.nodes.forms import Windows, json_form
-from adapruner.run.nodes.inputs import RatioOfBlocks, RoomFor
+from adapruner.run.nodes.placed import RoomFor
 from adapruner.search import (
     Candidate,
     ExtendedSpace,

@@ -1,0 +1,133 @@
+"""The dense model, where it is in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from transformers import PreTrainedModel
+
+from adapruner.calibration import read_pictures
+from adapruner.config import PruneConfig
+from adapruner.errors import AdaPrunerError
+from adapruner.memory import Placement, choose_placement, estimate_memory, room_for_moments
+from adapruner.models import (
+    ModelLocation,
+    Pictures,
+    check_length,
+    check_streamable,
+    copy_in_dtype,
+    is_pruned,
+    is_streamable,
+    load_model,
+    show_pictures,
+    usable_devices,
+)
+from adapruner.planning import (
+    Budget,
+)
+from adapruner.progress import Reporter
+from adapruner.recovery import check_optimizer
+from adapruner.run.nodes.amount import BudgetAt
+from adapruner.run.nodes.declared import GRAPH
+from adapruner.run.nodes.inputs import Precision
+from adapruner.structure import Structure
+from adapruner.texts import Texts
+from adapruner.tokens import (
+    Vocabulary,
+    cut_vocabulary,
+)
+
+
+@GRAPH.leaf()
+def largest_budget(budget_at: BudgetAt, ratio_of_target: float | None, largest_ratio_asked: float) -> Budget:
+    """The budget of the largest of several ratios: the placement of the model is the same for all."""
+    return budget_at(largest_ratio_asked if ratio_of_target is None else ratio_of_target)
+
+
+@GRAPH.leaf(lambda placement: {"layer_wise": placement.layer_wise})
+def placement(
+    config: PruneConfig,
+    location: ModelLocation,
+    empty: PreTrainedModel,
+    structure: Structure,
+    largest_budget: Budget,
+    device: str,
+    layer_wise: bool | None,
+    target_speed: float | None,
+) -> Placement:
+    """The devices of the layers. How much memory is free decides only whether the run is refused."""
+    check_length(empty.config, max(config.seq_len, config.recovery.seq_len if config.recover else 0))
+    if config.recover:
+        check_optimizer(config.recovery.optimizer)
+    if layer_wise:
+        check_streamable(location, empty.config)
+    streamable = is_streamable(location, empty.config)
+    chosen = choose_placement(config, empty, structure, largest_budget, usable_devices(device), streamable)
+    if target_speed and not chosen.on_one_device:
+        where = "in memory one at a time" if chosen.layer_wise else "on several devices"
+        raise AdaPrunerError(
+            f"`target_speed` is measured with all layers on one device, and here they are {where}: give a `ratio`"
+        )
+    return chosen
+
+
+RoomFor = Callable[[str], dict[torch.device, int]]
+
+
+@GRAPH.leaf()
+def room_for(
+    config: PruneConfig,
+    empty: PreTrainedModel,
+    structure: Structure,
+    largest_budget: Budget,
+    main_device: torch.device,
+    placement: Placement,
+) -> RoomFor:
+    """For a stage, the bytes that second moments may take on each device meanwhile; none where that cannot be told."""
+
+    def room(stage: str) -> dict[torch.device, int]:
+        if is_pruned(empty.config):
+            return {}
+        about = config, empty, structure, largest_budget, main_device, placement.layer_wise, len(placement.devices)
+        return room_for_moments(main_device, estimate_memory(*about)[stage])
+
+    return room
+
+
+@GRAPH.leaf()
+def is_mapped(location: ModelLocation) -> bool:
+    """True if weights are mapped from files, which takes no time and no memory of their own."""
+    return location.gguf_file is None
+
+
+@GRAPH.leaf()
+def pictures(texts: Texts) -> list[Pictures]:
+    """The image features in all texts, which the windows of these stand for."""
+    sources = [*(source for _, source in texts.used), *texts.report.values()]
+    files = {source.identity: source for source in sources}
+    return [table for source in files.values() if (table := read_pictures(source))]
+
+
+@partial(GRAPH.costly, is_read_again_if="is_mapped")
+def dense(
+    location: ModelLocation,
+    pictures: list[Pictures],
+    precision: Precision,
+    placement: Placement,
+    kept_tokens: Vocabulary | None,
+    reporter: Reporter,
+) -> PreTrainedModel:
+    """The dense model with the tokens that are kept."""
+    with reporter.stage("loading"):
+        model = load_model(location, precision.asked, placement.device, placement.layer_wise)
+        if kept_tokens:
+            cut_vocabulary(model, kept_tokens)
+    return show_pictures(model, pictures)
+
+
+@GRAPH.costly
+def dense_fast(dense: PreTrainedModel, precision: Precision) -> PreTrainedModel:
+    """The same in the dtype of trials."""
+    return dense if precision.trials == dense.dtype else copy_in_dtype(dense, precision.trials)
