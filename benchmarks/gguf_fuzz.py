@@ -230,7 +230,7 @@ def outcome(path: Path) -> str:
             limited_addresses(allowed + ADDRESSES),
             contextlib.redirect_stderr(said),
             contextlib.redirect_stdout(said),
-            warnings.catch_warnings(),
+            warnings.catch_warnings(record=True) as warned,
         ):
             warnings.simplefilter("always")
             base_licence(location)
@@ -245,8 +245,8 @@ def outcome(path: Path) -> str:
         raise ViolationError(repr(error)) from error
     if (grown := memory("VmHWM") - before) > allowed:
         raise ViolationError(f"{grown / MIB:.0f} MiB for {path.stat().st_size / MIB:.1f} MiB: {message}")
-    if said.getvalue():
-        raise ViolationError(f"printed: {said.getvalue()}")
+    if said.getvalue() or warned:
+        raise ViolationError(f"printed: {said.getvalue()} {[str(warning.message) for warning in warned]}")
     if time.monotonic() - started > LONGEST_SECONDS:
         raise ViolationError("too slow")
     return message

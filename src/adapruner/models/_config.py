@@ -109,6 +109,7 @@ def _read_config(location: ModelLocation) -> tuple[PreTrainedConfig, Wrapper | N
     clear_gguf_marks(config, location)
     drop_negative_tokens(config)
     if location.gguf_file:
+        check_config(config, location)
         reader, model = read(str(file)), _stock_model(config)
         refuse_missing_weights(reader, str(location), model.num_parameters())
         has_biases = any(_BIAS_OF_LAYER.search(name) for name in model.state_dict())
