@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -237,6 +238,34 @@ def test_several_ratios_share_what_was_measured(finished: adapruner.PruneResult,
         assert adapruner.load(result.model_folder).num_parameters() > 0
     with pytest.raises(AdaPrunerError, match="names 2 ratios"):
         adapruner.prune(str(model_folder), output=run, **options)
+
+
+def test_a_folder_has_the_ratios_of_its_last_command(
+    finished: adapruner.PruneResult, again: Prune, run: Path, model_folder: Path
+) -> None:
+    """What a further ratio would leave of an earlier layout is moved; what would be lost is refused."""
+    single, options = names_of_results(run), finished.result.config.model_dump(include={*RUN_OPTIONS, "calibration"})
+    with pytest.raises(AdaPrunerError, match=r"\(ratio 0.1 → 0.05\): search.json, .*model, .* would be removed"):
+        adapruner.prune_ratios(str(model_folder), output=run, **options | {"ratio": (0.05, 0.06)})
+    (run / "model/README.md").write_text("edited")
+    adapruner.prune_ratios(str(model_folder), output=run, **options | {"ratio": (0.05, 0.1)})
+    several = {f"{folder}/{name}" for folder in ("ratio-0.05", "ratio-0.1") for name in single}
+    assert names_of_results(run) == several
+    assert (run / "ratio-0.1/model/README.md").read_text() == "edited"
+    with pytest.raises(AdaPrunerError, match=r"\(ratio 0.05 → 0.1\): ratio-0.05/search.json, .* would be removed"):
+        again()
+    assert names_of_results(run) == several
+    (run / "ratio-0.05/speed.json").touch()
+    again(overwrite=True)
+    assert names_of_results(run) == single | {"ratio-0.05/speed.json"}
+
+
+def names_of_results(run: Path) -> set[str]:
+    """The files of a run that depend on its ratio."""
+    names = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
+    return {
+        name for name in names if re.match(r"(ratio-[^/]*/)?(search|plan|model|result|report|speed|compensated)", name)
+    }
 
 
 def test_plan_gives_another_ratio_without_measuring_or_searching(again: Prune, run: Path, tmp_path: Path) -> None:

@@ -64,6 +64,11 @@ class RunFolder:
         """The folder with the artifacts of one of several ratios."""
         return RunFolder(self.path / f"ratio-{ratio!r}")
 
+    @property
+    def with_ratios(self) -> list[RunFolder]:
+        """This folder, and those of several ratios in it."""
+        return [self, *map(RunFolder, sorted(self.path.glob("ratio-*")))]
+
     def read_config(self) -> PruneConfig:
         """The options of the run.
 
@@ -168,6 +173,17 @@ class RunFolder:
         own += [file for file in map(self.path.joinpath, beside) if file.is_file()]
         self._save(name, record.model_copy(update={"files": stamps(own, self.path)}))
         shutil.rmtree(self.work(name, record.key), ignore_errors=True)
+
+    def remove(self, name: str) -> None:
+        """Removes an artifact with its record, and folders in which nothing is left."""
+        path, record = self.path / name, self._record(name)
+        if path.is_dir():
+            shutil.rmtree(path)
+        for file in (path, record):
+            file.unlink(missing_ok=True)
+        for folder in (path.parent, record.parent, self.path):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
     def remove_given_but(self, config: PruneConfig) -> None:
         """Removes models and texts of earlier calls that the config does not name."""

@@ -289,21 +289,46 @@ def make_all(makings: Sequence[Making]) -> None:
         if process.leads:
             for folder in (making.root, making.folder):
                 folder.remove_unfinished()
+    if process.leads:
+        for folder, node in _left_over(makings):
+            folder.remove(node.path)
 
 
-def refuse_outdated(makings: Iterable[Making], path: Path) -> None:
-    """Refuses to replace what was made with other options, from another model or other text.
+def refuse_outdated(makings: Sequence[Making], path: Path) -> None:
+    """Refuses to replace or remove what was made with other options, from another model or other text.
 
     Raises:
-        AdaPrunerError: with what changed and what would be rebuilt.
+        AdaPrunerError: with what changed and what would be rebuilt or removed.
     """
-    outdated: dict[str, list[str]] = {}
+    rebuilt, removed = dict[str, list[str]](), dict[str, list[str]]()
     for making in makings:
         for name, changes in making.outdated().items():
-            outdated.setdefault(name, []).extend(changes)
+            rebuilt.setdefault(name, []).extend(changes)
+    keys = set[str]().union(*(making.keys() for making in makings))
+    for folder, node in _left_over(makings):
+        then = folder.record(node.path)
+        if then and then.key not in keys:
+            changes = then.changes(makings[0].record(node)) if makings[0].is_wanted(node) else [f"no {node.path}"]
+            removed.setdefault(str((folder.path / node.path).relative_to(path)), []).extend(changes)
     # What is made from outdated artifacts has no change of its own.
-    if changes := list(dict.fromkeys(change for all_changes in outdated.values() for change in all_changes)):
+    all_changes = (change for changes in (rebuilt | removed).values() for change in changes)
+    if changes := list(dict.fromkeys(all_changes)):
+        ends = ((rebuilt, "rebuilt"), (removed, "removed"))
+        losses = " and ".join(f"{', '.join(names)} would be {end}" for names, end in ends if names)
         raise AdaPrunerError(
-            f"{path} holds a run of another configuration ({', '.join(changes)}): {', '.join(outdated)} would be"
-            " rebuilt. Choose another `output`, or allow it with `overwrite`"
+            f"{path} holds a run of another configuration ({', '.join(changes)}): {losses}. Choose another `output`, or"
+            " allow it with `overwrite`"
         )
+
+
+def _left_over(makings: Sequence[Making]) -> list[tuple[RunFolder, Kept[Any]]]:
+    """The artifacts of other values of the options that vary, with their folders: of a ratio that the makings do not
+    have, or of one that has another folder where there are several."""
+    making, used = makings[0], {making.folder.path for making in makings}
+    return [
+        (folder, node)
+        for folder in making.root.with_ratios
+        if folder.path not in used
+        for node in making.graph.kept_nodes
+        if making.graph.depends_on(node.name, making.varying) and folder.record(node.path)
+    ]
