@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -38,3 +41,19 @@ def test_every_process_on_a_machine_uses_its_own_gpu(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch, "empty", lambda *_, device: SimpleNamespace(device=torch.device(device)))
     assert resolve_device("auto") == resolve_device("cuda") == torch.device("cuda:1")
     assert resolve_device("cuda:0") == torch.device("cuda:0") == current[-1]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="cannot fork")
+def test_a_process_ends_after_its_launcher_was_killed() -> None:
+    """It has the end of a pipe, which is closed when it ends."""
+    program = (
+        "import os, time; from adapruner.processes import end_with_parent\n"
+        "if not os.fork(): end_with_parent(); print('started', flush=True)\n"
+        "time.sleep(60)"
+    )
+    source = Path(__file__).parent.parent / "src"
+    launcher = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=source)
+    assert launcher.stdout
+    assert launcher.stdout.readline() == "started\n"
+    launcher.kill()
+    launcher.communicate(timeout=20)

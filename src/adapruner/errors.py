@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 _SAY_LITTLE = (LookupError, TypeError, AttributeError, ArithmeticError, AssertionError, RecursionError)
 # Signs in the plain RuntimeError that PyTorch raises if the memory of the CPU is exhausted; the last is from oneDNN.
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "bad_alloc", "could not create a primitive")
+# Signs in errors of gloo and NCCL if another process of the run has ended.
+_PROCESS_ENDED = ("closed by peer", "reset by peer", "remote process exited")
 # Users and passwords in URLs, tokens of the Hub, and tokens among the arguments of URLs.
 _SECRETS = re.compile(r"(?<=://)[^\s/@]+(?=@)|(?<=\bhf_)[A-Za-z0-9]{30,}|(?<=token=)[^&\s\"']+")
 _LONGEST_REASON = 300
@@ -56,7 +58,8 @@ class NonFiniteError(AdaPrunerError):
 
 
 def describe_failure(error: BaseException, takes_less: str) -> str | None:
-    """The missing resource and a remedy, if memory, disk space or a permission is missing; else None.
+    """The missing resource and a remedy, if memory, disk space, a permission or another process of the run is missing;
+    else None.
 
     Args:
         takes_less: a way to need less memory.
@@ -65,6 +68,8 @@ def describe_failure(error: BaseException, takes_less: str) -> str | None:
     text = str(error).lower() if isinstance(error, RuntimeError) else ""
     if isinstance(error, MemoryError) or number == errno.ENOMEM or any(sign in text for sign in _OUT_OF_MEMORY):
         return f"out of memory: {takes_less}"
+    if any(sign in text for sign in _PROCESS_ENDED):
+        return "another process of the run has ended"
     if number in (errno.ENOSPC, errno.EDQUOT):
         return f"no space left on the disk{f' ({path})' if path else ''}: free some"
     if path and number in (errno.EACCES, errno.EPERM, errno.EROFS):

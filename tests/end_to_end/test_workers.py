@@ -18,6 +18,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import adapruner
 from adapruner.cli import main
+from adapruner.errors import describe_failure
 from adapruner.planning import Budget, BudgetError
 from adapruner.processes import Process, this_process
 from adapruner.search import Candidate, ExtendedSpace, Search, SearchResult, StudyFile, SubsetFamily
@@ -100,6 +101,25 @@ def test_the_same_processes_find_the_same_after_any_kill(processes: int, tmp_pat
     other = result_in(folders[1])
     assert len(other.points) == len(undisturbed.points) == 22
     assert other != undisturbed
+
+
+def outlive(folder: Path) -> None:
+    """In each process; the second one is killed."""
+    process = this_process()
+    with process.connected(torch.device("cpu")):
+        process.wait()
+        if not process.leads:
+            os.kill(os.getpid(), signal.SIGKILL)
+        try:
+            process.gathered(None)
+        except RuntimeError as error:
+            (folder / "said.txt").write_text(str(describe_failure(error, "")))
+
+
+def test_a_process_says_that_another_one_has_ended(tmp_path: Path) -> None:
+    with pytest.raises(ChildFailedError):
+        launch(2, outlive, tmp_path)
+    assert (tmp_path / "said.txt").read_text() == "another process of the run has ended"
 
 
 def prune_in(folder: Path, arguments: list[str]) -> None:
