@@ -92,10 +92,10 @@ def main(*, layers: int = 28) -> None:
     print(f"{peak * MIB / weights:.2f} times the weights")
 
 
-def make_model(folder: Path, layers: int) -> int:
+def make_model(folder: Path, layers: int, **shape: int) -> int:
     """Writes a random model with its tokenizer; returns the bytes of its weights."""
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**SHAPE | {"num_hidden_layers": layers}))
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE | {"num_hidden_layers": layers} | shape))
     model.save_pretrained(folder)
     words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{number}" for number in range(VOCABULARY - 4))]
     backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -220,6 +221,20 @@ def test_a_container_bounds_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert _placement._total_and_free(cpu) == (1000, 650)
     (tmp_path / "memory.max").write_text("max\n")
     assert _placement._total_and_free(cpu)[0] == total
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="has no such limits")
+@pytest.mark.parametrize(("kind", "field"), [("RLIMIT_AS", "vms"), ("RLIMIT_DATA", "data")])
+def test_a_limit_of_the_process_bounds_memory(kind: str, field: str) -> None:
+    process, number = psutil.Process(), getattr(psutil, kind)
+    before, limit = process.rlimit(number), getattr(process.memory_info(), field) + GIB
+    process.rlimit(number, (limit, before[1]))
+    try:
+        total, free = _placement._total_and_free(torch.device("cpu"))
+    finally:
+        process.rlimit(number, before)
+    assert total == limit
+    assert 0.9 * GIB < free <= GIB
 
 
 def test_inspect_prints_memory(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -127,7 +127,7 @@ def room_for_moments(device: torch.device, needed: Memory) -> dict[torch.device,
 
 
 def _total_and_free(device: torch.device) -> tuple[int, int]:
-    """Total and free bytes of memory that this process may use. The limit of a container counts."""
+    """Total and free bytes of memory that this process may use. The limits of a container and of the process count."""
     if device.type != "cpu":
         free, total = torch.get_device_module(device).mem_get_info(device)
         return total, free
@@ -139,4 +139,12 @@ def _total_and_free(device: torch.device) -> tuple[int, int]:
         # Cached pages of files count as used, and are dropped when memory is needed.
         cached = int(parts["active_file"]) + int(parts["inactive_file"])
         total, free = min(total, limit), min(free, limit - used + cached)
-    return total // this_process().count_here, free // this_process().count_here
+    total, free = total // this_process().count_here, free // this_process().count_here
+    if sys.platform == "linux":
+        process = psutil.Process()
+        memory_info = process.memory_info()
+        for kind, used in ((psutil.RLIMIT_AS, memory_info.vms), (psutil.RLIMIT_DATA, memory_info.data)):
+            limit, _ = process.rlimit(kind)
+            if limit != psutil.RLIM_INFINITY:
+                total, free = min(total, limit), min(free, limit - used)
+    return total, free
