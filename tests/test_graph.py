@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import doctest
+import errno
 import json
 import os
 import signal
+import socket
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -440,6 +443,56 @@ def test_one_command_at_a_time_has_a_folder(tmp_path: Path) -> None:
             pass
         raise KeyError
     assert not run.is_running()
+
+
+@pytest.fixture
+def no_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system that grants a lock to everybody."""
+    lock = contextlib.nullcontext()
+    monkeypatch.setattr("adapruner.graph.folder.FileLock", lambda _: SimpleNamespace(acquire=lambda timeout: lock))
+    monkeypatch.setattr("adapruner.graph.folder._SECONDS_BETWEEN_BEATS", 0.05)
+
+
+@pytest.mark.usefixtures("no_locks")
+def test_one_command_at_a_time_has_a_folder_without_locks(tmp_path: Path) -> None:
+    run, again = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "run")
+    with run.locked(), pytest.raises(AdaPrunerError, match="another command is running in"), again.locked():
+        pass
+    # Killed commands: of this machine, of another one, and in the middle of writing.
+    for left in (f"{socket.gethostname()} {2**22 + 1}", "elsewhere 1", "elsew"):
+        (run.path / ".running").write_text(left)
+        with again.locked():
+            assert (run.path / ".running").read_text() == f"{socket.gethostname()} {os.getpid()}"
+        assert not (run.path / ".running").exists()
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOLCK, os.strerror(errno.ENOLCK)), NotImplementedError("no flock")])
+def test_a_file_system_that_cannot_lock_is_named(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(timeout: float) -> None:
+        raise error
+
+    monkeypatch.setattr("adapruner.graph.folder.FileLock", lambda _: SimpleNamespace(acquire=fail))
+    with pytest.raises(AdaPrunerError, match=f"cannot write to .*: .*{error.args[-1]}"), RunFolder(tmp_path).locked():
+        pass
+
+
+def test_what_is_seen_late_is_made_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On another machine, a record is visible before the artifact, whose rename is seen when it is made again."""
+    made(folder)
+    expected = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    for name in ("total.json", "doubled.json"):
+        (folder / name).rename(folder / f"late-{name}")
+
+    def replace_late(partial: Path, path: Path) -> None:
+        (folder / f"late-{path.name}").rename(path)
+        replace(partial, path)
+
+    monkeypatch.setattr("adapruner.graph.making.replace", replace_late)
+    assert made(folder) == ["doubled", "total"]
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == expected
+    assert made(folder) == []
 
 
 def test_records_that_a_kill_cut_off_are_of_nothing(folder: Path) -> None:

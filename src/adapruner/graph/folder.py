@@ -5,11 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import socket
 import tempfile
+import threading
+import time
 import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import psutil
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
@@ -20,6 +24,8 @@ from adapruner.graph.records import CARD, Record, are_as_written, stamps
 
 # Whoever asks whether a process is running here holds the lock for a moment.
 _SECONDS_TO_WAIT_FOR_PROBES = 2
+# Some network file systems grant a lock to everybody: a running command also touches a file, which others see.
+_SECONDS_BETWEEN_BEATS = 5
 
 
 class RunFolder:
@@ -38,6 +44,7 @@ class RunFolder:
         self.given = path / "given"
         self._keys = path / "keys"
         self._lock = path / ".lock"
+        self._running = path / ".running"
 
     @classmethod
     def temporary(cls) -> RunFolder:
@@ -106,17 +113,44 @@ class RunFolder:
         Raises:
             AdaPrunerError: another command is running in it, or it cannot be written.
         """
+        is_busy = AdaPrunerError(f"another command is running in {self.path}: wait for it, or choose another `output`")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = FileLock(self._lock).acquire(timeout=_SECONDS_TO_WAIT_FOR_PROBES)
         except Timeout:
-            raise AdaPrunerError(
-                f"another command is running in {self.path}: wait for it, or choose another `output`"
-            ) from None
-        except OSError as error:
+            raise is_busy from None
+        except (OSError, NotImplementedError) as error:
             raise AdaPrunerError(f"cannot write to {self.path}: {reason(error)}") from None
         with lock:
-            yield
+            if self._is_touched():
+                raise is_busy
+            with contextlib.suppress(OSError):  # a full disk is reported where it matters
+                self._running.write_text(f"{socket.gethostname()} {os.getpid()}", encoding="utf-8")
+            ended = threading.Event()
+            threading.Thread(target=self._touch_until, args=(ended,), daemon=True).start()
+            try:
+                yield
+            finally:
+                ended.set()
+                self._running.unlink(missing_ok=True)
+
+    def _touch_until(self, ended: threading.Event) -> None:
+        while not ended.wait(_SECONDS_BETWEEN_BEATS):
+            with contextlib.suppress(OSError):
+                os.utime(self._running)
+
+    def _is_touched(self) -> bool:
+        """True if another command, perhaps on another machine, touches the file of a running one; what a killed command
+        left is not touched."""
+        try:
+            host, process = self._running.read_text(encoding="utf-8").split()
+            before = self._running.stat().st_mtime_ns
+            if host == socket.gethostname() and not psutil.pid_exists(int(process)):
+                return False
+            time.sleep(3 * _SECONDS_BETWEEN_BEATS)
+            return self._running.stat().st_mtime_ns != before
+        except (FileNotFoundError, ValueError):
+            return False
 
     def is_running(self) -> bool:
         """True if a command is running in it."""
@@ -230,7 +264,7 @@ class RunFolder:
     def _is_empty(self) -> bool:
         """A command that was killed at its start leaves its lock, what was in memory, and perhaps an unfinished
         config."""
-        left = (self._lock.name, self.given.name, f"{self.config.name}.partial")
+        left = (self._lock.name, self._running.name, self.given.name, f"{self.config.name}.partial")
         return all(path.name in left for path in self.path.iterdir())
 
 
