@@ -255,6 +255,24 @@ def test_of_models_with_other_tokens_only_what_compares_is_measured(
     assert (by_layer.breakage.writing, by_layer.breakage.answered, by_layer.verdict) == ({}, None, "usable")
 
 
+@pytest.mark.parametrize("is_dense", [True, False])
+def test_the_texts_fit_a_model_with_fewer_positions(
+    is_dense: bool, model: PreTrainedModel, model_folder: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Than the texts that the other one writes have."""
+    shorter = copy.deepcopy(model)
+    shorter.config.max_position_embeddings = 24
+    shorter.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    models = (model_folder, tmp_path) if is_dense else (tmp_path, model_folder)
+    result = verbs.evaluate(models[0], against=models[1])
+    assert result.breakage
+    assert result.dense
+    assert result.breakage.agreement == 1
+    losses = [{name: text.perplexity for name, text in it.texts.items()} for it in (result.dense, result.breakage)]
+    assert losses[0] == losses[1]
+
+
 @pytest.mark.parametrize(
     ("formal", "language", "repeated", "expected"),
     [

@@ -31,26 +31,35 @@ class Text(NamedTuple):
     continuation: list[int]
 
 
-def write(model: PreTrainedModel, tokenizer: Tokenizer, progress: Callable[[float], None] | None = None) -> Written:
+def write(
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    progress: Callable[[float], None] | None = None,
+    positions: int | None = None,
+) -> Written:
     """The texts that a model writes after the built-in prompts (`calibration.prompts`).
 
-    Prompts are padded on the left. Where the model has few positions, prompts take at most half of them, from which
-    they are cut on the left, and continuations end with the last position.
+    Prompts are padded on the left. Where there are few positions, prompts take at most half of them, from which they
+    are cut on the left, and continuations end with the last position.
 
     Args:
         progress: called with fractions of the number of texts (see `texts_and_tokens`).
+        positions: of the model that reads the texts, if it may have fewer.
 
     Returns:
         The same for the same model on the same machine; of its generation settings, only the end tokens count.
     """
     asked = prompts(tokenizer)
     tokens = [prompt for by_text in asked.values() for prompt in by_text.values()]
-    if room := getattr(model.config, "max_position_embeddings", None):
+    new_tokens = _CONTINUED
+    if room := min(filter(None, (positions, getattr(model.config, "max_position_embeddings", None))), default=None):
         tokens = [prompt[-(room // 2) :] for prompt in tokens]
+        new_tokens = min(new_tokens, room - max(map(len, tokens)))
     temperatures = torch.tensor([0.0, _TEMPERATURE]).repeat_interleave(len(tokens))
-    greedy, sampled = continue_texts(
-        model, tokens * 2, _CONTINUED, temperatures, seed=0, ends=end_tokens(model, tokenizer), advance=progress
-    ).chunk(2)
+    continued = continue_texts(
+        model, tokens * 2, new_tokens, temperatures, seed=0, ends=end_tokens(model, tokenizer), advance=progress
+    )
+    greedy, sampled = functional.pad(continued, (0, _CONTINUED - new_tokens), value=NO_TOKEN).chunk(2)
     counts = [len(by_text) for by_text in asked.values()]
     return {
         f"{kind}, {way}": texts.clone()

@@ -179,16 +179,17 @@ def _compare(
 ) -> tuple[Breakage, Breakage, Verdict]:
     """Signs of breakage of two models with their tokenizers, and the verdict on the second."""
     models = [(in_fastest_dtype(model), tokenizer) for model, tokenizer in (dense, pruned)]
-    written = [{} if layer_wise else write(*model) for model in models]
+    rooms = (getattr(model.config, "max_position_embeddings", None) for model, _ in models)
+    positions = min(filter(None, rooms), default=PROBED_TOKENS)
+    written = [{} if layer_wise else write(*model, positions=positions) for model in models]
     (reader, vocabulary), (_, tokenizer) = models
     has_same_tokens = tokenizer.get_vocab() == vocabulary.get_vocab()
     signs = []
     for (model, own), texts in zip(models, written, strict=True):
-        seq_len = min(PROBED_TOKENS, getattr(model.config, "max_position_embeddings", None) or PROBED_TOKENS)
         is_read = model is reader or has_same_tokens
         writing = judge_writing(own, texts, end_tokens(model, own), reader if is_read else None)
         by_dense = None if model is reader else written[0] if has_same_tokens else {}
-        signs.append(measure_breakage(model, own, probe_texts(own, seq_len), writing, by_dense))
+        signs.append(measure_breakage(model, own, probe_texts(own, min(PROBED_TOKENS, positions)), writing, by_dense))
     return signs[0], signs[1], judge(*signs)
 
 
