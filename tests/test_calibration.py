@@ -40,12 +40,14 @@ from adapruner.calibration import (
     register_sources,
     stream_documents,
     text_windows,
+    tokens_of,
     upper_case_windows,
 )
 from adapruner.config import PruneConfig
 from adapruner.errors import AdaPrunerError
 from adapruner.texts import assign_texts
 from adapruner.tokens import count_tokens
+from machine import memory, reset_peak
 
 
 def source_of(folder: Path, content: str | bytes, name: str = "a.txt") -> Source:
@@ -427,7 +429,19 @@ def test_long_texts_are_tokenized_in_pieces(
         ]
 
     whole = tokenized()
-    monkeypatch.setattr(_tokenizing, "_MOST_CHARACTERS", characters)
+    for name in ("_MOST_CHARACTERS", "_OF_A_PIECE"):
+        monkeypatch.setattr(_tokenizing, name, characters)
     for before, after in zip(whole, tokenized(), strict=True):
         assert torch.equal(before, after)
     assert list(map(len, _tokenizing._pieces("x" * 2 * characters))) == [characters] * 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_long_line_takes_little_memory(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    words, path = "w1 w2 w3 w4 w5 " * 280_000, tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"text": words}))
+    reset_peak()
+    before = memory("VmRSS")
+    (document,) = read_documents(parse_source(str(path)))
+    assert len(tokens_of(tokenizer, document)) == 1_400_000
+    assert memory("VmHWM") - before < 30 * len(words)

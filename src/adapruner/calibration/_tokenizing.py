@@ -11,8 +11,8 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.models import reported
 
-# Characters that are tokenized at once: an encoding needs up to 300 bytes for each.
-_MOST_CHARACTERS = 1 << 22
+# A longer text is tokenized in pieces: an encoding needs up to 300 bytes for each character.
+_MOST_CHARACTERS, _OF_A_PIECE = 1 << 22, 1 << 18
 
 
 def tokenize(tokenizer: Tokenizer, text: str | list[str], **options: Any) -> BatchEncoding:
@@ -73,9 +73,9 @@ def _encodings(tokenizer: Tokenizer, text: str, special: bool, with_ends: bool) 
 
 def _pieces(text: str) -> Iterator[str]:
     """Consecutive parts of a text, which end before a space or a line end if there is one."""
-    start = 0
-    while len(text) - start > _MOST_CHARACTERS:
-        most = start + _MOST_CHARACTERS
+    start, characters = 0, len(text) if len(text) <= _MOST_CHARACTERS else _OF_A_PIECE
+    while len(text) - start > characters:
+        most = start + characters
         end = max(text.rfind(sign, start + 1, most) for sign in " \n")
         end = most if end < 0 else end
         yield text[start:end]
