@@ -6,7 +6,8 @@ Drawn at random: ratios from 0.001 to beyond the largest that is possible, one t
 on, float32, bfloat16 and float16, models of which a tensor is infinite, NaN, zero, huge or tiny in one place or
 altogether, and models whose logits are constant. Of a finished run, the share of removed parameters, the losses and the
 logits of the saved model are checked; `plan` at the ratio of the run gives its plan, and at another ratio, after a
-search with one trial, that of a run at that ratio.
+search with one trial, that of a run at that ratio, if both remove the same share from heads. In a fifth of the folders,
+another seed and then this one overwrite the run, which gives its plan again.
 """
 
 from __future__ import annotations
@@ -109,6 +110,8 @@ def check(case: Case, folder: Path, generator: random.Random) -> str:
         return outcome.last
     check_result(folder / "run", float(str(options["ratio"])))
     check_plans(model, folder, options)
+    if generator.random() < 0.2:
+        check_overwritten(model, folder / "run", options)
     return "pruned"
 
 
@@ -142,8 +145,21 @@ def check_plans(model: Path, folder: Path, options: dict[str, object]) -> None:
         call(command(model, folder / "pruned", options | {"ratio": other})),
     )
     assert planned.code == pruned.code, (planned, pruned)
-    if planned.code == 0:
+    # The share of heads is chosen at the ratio of the search.
+    if planned.code == 0 and head_share(folder / "planned") == head_share(folder / "pruned"):
         assert plan(folder / "planned") == plan(folder / "pruned"), other
+
+
+def head_share(run: Path) -> object:
+    return json.loads((run / "search.json").read_text())["best"]["budget"]["heads"]
+
+
+def check_overwritten(model: Path, run: Path, options: dict[str, object]) -> None:
+    before = plan(run)
+    for seed in (1, 0):
+        outcome = call([*command(model, run, options | {"seed": seed}), "--overwrite"])
+        assert outcome.code == 0, outcome
+    assert plan(run) == before
 
 
 def plan(run: Path) -> object:
