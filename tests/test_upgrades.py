@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -95,10 +94,10 @@ def test_another_ratio_of_a_run_of_a_release(release: Path, capsys: pytest.Captu
 
 
 def main() -> None:
-    """Writes the model, text and run of this version; in a temporary folder, whose path is in the files of the run."""
+    """Writes the model, text and run of this version; where they were made is in the files of the run."""
     _writing._CONTINUED = 8
-    with tempfile.TemporaryDirectory() as temporary:
-        made = Path(temporary, "release")
+    made = Path("/var/tmp/adapruner/release")
+    try:
         tokenizer = tiny_tokenizer()
         torch.manual_seed(0)
         LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **SIZES)).save_pretrained(made / "model")
@@ -111,6 +110,8 @@ def main() -> None:
             (made / "run" / name).unlink()
         shutil.rmtree(FOLDERS / adapruner.__version__, ignore_errors=True)
         shutil.copytree(made, FOLDERS / adapruner.__version__)
+    finally:
+        shutil.rmtree(made.parent)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
     MODEL_MAPPING,
     PreTrainedConfig,
     PreTrainedModel,
@@ -100,7 +101,48 @@ class Family(NamedTuple):
     removable: tuple[Removable, ...] = ()
 
 
-class _PerLayer:
+class Wrapper(NamedTuple):
+    """A multimodal model around a decoder.
+
+    Attributes:
+        text: name of the decoder's config in the config of the multimodal model.
+        layers: path of the list of decoder layers in the multimodal model.
+    """
+
+    model_type: str
+    text: str
+    layers: str
+
+
+class _Saved:
+    """Mixin that saves the code of a model with it.
+
+    Attributes:
+        registration: the line of code that makes the classes of the model.
+    """
+
+    registration: str
+
+    def save_pretrained(self, save_directory: str | Path, *arguments: object, **options: object) -> None:
+        """Saves as in transformers; the folder also gets this file, with a line that registers these classes, and the
+        file for mlx-lm, if it is next to this one and there are no other models beside the decoder."""
+        text = self.config.get_text_config(decoder=True)
+        self.config.auto_map = dict(self.auto_map)
+        if not _loads_as_stock(text):
+            # The stock class then reads that size of the dense model.
+            text.__dict__["allow_global_per_layer_attribute_access"] = True
+        for_mlx = Path(__file__).with_name(MLX_FILE_NAME)
+        is_for_mlx = for_mlx.is_file() and text is self.config
+        self.config.model_file = MLX_FILE_NAME if is_for_mlx else None
+        super().save_pretrained(save_directory, *arguments, **options)
+        if Path(save_directory).is_dir():
+            if is_for_mlx:
+                shutil.copyfile(for_mlx, Path(save_directory) / MLX_FILE_NAME)
+            code, line = Path(__file__).read_text(encoding="utf-8"), f"\n\n{self.registration}\n"
+            (Path(save_directory) / FILE_NAME).write_text(code.removesuffix(line) + line, encoding="utf-8")
+
+
+class _PerLayer(_Saved):
     """Mixin over a stock model, with or without a language modelling head."""
 
     family: Family
@@ -113,29 +155,38 @@ class _PerLayer:
         for module in self.modules():
             if isinstance(module, PreTrainedModel):
                 module.config = config
-        for index, stock in enumerate(layers):
-            layers[index] = layer = _build_layer(type(stock), self.family, config, index)
-            for module in layer.modules():
-                if hasattr(module, "config"):
-                    module.config = _LayerConfig(config, index)
-        _renumber_caches(layers, self.family, config)
+        _rebuild_layers(layers, self.family, config)
         self.post_init()
 
-    def save_pretrained(self, save_directory: str | Path, *arguments: object, **options: object) -> None:
-        """Saves as in transformers; the folder also gets this file, with a line that registers these classes, and the
-        file for mlx-lm, if it is next to this one."""
-        self.config.auto_map = dict(self.auto_map)
-        if not _loads_as_stock(self.config):
-            # The stock class then reads that size of the dense model.
-            self.config.__dict__["allow_global_per_layer_attribute_access"] = True
-        for_mlx = Path(__file__).with_name(MLX_FILE_NAME)
-        self.config.model_file = MLX_FILE_NAME if for_mlx.is_file() else None
-        super().save_pretrained(save_directory, *arguments, **options)
-        if Path(save_directory).is_dir():
-            if for_mlx.is_file():
-                shutil.copyfile(for_mlx, Path(save_directory) / MLX_FILE_NAME)
-            text, line = Path(__file__).read_text(encoding="utf-8"), f"\n\nregister_family({self.family!r})\n"
-            (Path(save_directory) / FILE_NAME).write_text(text.removesuffix(line) + line, encoding="utf-8")
+
+class _AroundPerLayer(_Saved):
+    """Mixin over a stock multimodal model, around a decoder whose layers differ."""
+
+    family: Family
+    wrapper: Wrapper
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        stock, text = copy.copy(config), getattr(config, self.wrapper.text)
+        setattr(stock, self.wrapper.text, _stock_text_config(text))
+        super().__init__(stock)
+        for module in self.modules():
+            if isinstance(module, PreTrainedModel) and isinstance(module.config, text.stock_class):
+                text._attn_implementation = module.config._attn_implementation
+                module.config = text
+            elif isinstance(module, PreTrainedModel) and isinstance(module.config, type(config)):
+                module.config = config
+        _rebuild_layers(self.get_submodule(self.wrapper.layers), self.family, text)
+        self.post_init()
+
+
+def _rebuild_layers(layers: nn.ModuleList, family: Family, config: PreTrainedConfig) -> None:
+    """Replaces the layers of a stock decoder by layers of the sizes in a config."""
+    for index, stock in enumerate(layers):
+        layers[index] = layer = _build_layer(type(stock), family, config, index)
+        for module in layer.modules():
+            if hasattr(module, "config"):
+                module.config = _LayerConfig(config, index)
+    _renumber_caches(layers, family, config)
 
 
 class _LayerConfig:
@@ -159,6 +210,20 @@ def _stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
     # In some families, layers already differ in the dense model.
     stock.per_layer_config = getattr(config, "stock_per_layer_config", None)
     return stock
+
+
+def _stock_text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config of the dense decoder, of a stock class: multimodal models choose the class of their decoder by it."""
+    stock = config.stock_class.from_dict(without_layers(config.to_dict()))
+    stock._attn_implementation = config._attn_implementation
+    return stock
+
+
+def without_layers(fields: dict) -> dict:
+    """The fields of a config with the layers of the dense model."""
+    layers = {"per_layer_config": fields.get("stock_per_layer_config")}
+    omitted = ("per_layer_config", "stock_per_layer_config", "allow_global_per_layer_attribute_access")
+    return {name: value for name, value in fields.items() if name not in omitted} | layers
 
 
 def _build_layer(layer_class: type[nn.Module], family: Family, config: PreTrainedConfig, index: int) -> nn.Module:
@@ -299,16 +364,57 @@ def register_family(family: Family) -> type[PreTrainedModel]:
     name = f"Pruned{stock_class.__name__.removesuffix('ForCausalLM').removesuffix('LMHeadModel')}"
     names = {"AutoConfig": config.__name__, "AutoModel": f"{name}Model", "AutoModelForCausalLM": f"{name}ForCausalLM"}
     auto_map = {auto_class: f"{FILE_NAME.removesuffix('.py')}.{name}" for auto_class, name in names.items()}
+    registration = f"register_family({family!r})"
     members = {"__module__": __name__, "family": family, "auto_map": auto_map, "config_class": config}
+    members |= {"registration": registration}
     decoder = type(names["AutoModel"], (_PerLayer, MODEL_MAPPING[stock_config]), members)
     causal = type(names["AutoModelForCausalLM"], (_PerLayer, stock_class), members)
-    # A custom class does not get the conversions of its family by default. The causal model needs none: its decoder is
-    # a stock one.
-    stock_names = (MODEL_MAPPING[stock_config].__name__, family.model_type)
-    if mapping := next(filter(None, map(get_checkpoint_conversion_mapping, stock_names)), None):
-        register_checkpoint_conversion_mapping(decoder.__name__, mapping, overwrite=True)
+    # The causal model needs no conversions: its decoder is a stock one.
+    _take_conversions(decoder, MODEL_MAPPING[stock_config], family.model_type)
     globals().update({model_class.__name__: model_class for model_class in (decoder, causal)})
     return causal
+
+
+def _take_conversions(model_class: type[PreTrainedModel], stock_class: type, model_type: str) -> None:
+    """Gives a custom class the conversions of weights of the stock class, which it does not get by default."""
+    names = (stock_class.__name__, model_type)
+    if mapping := next(filter(None, map(get_checkpoint_conversion_mapping, names)), None):
+        register_checkpoint_conversion_mapping(model_class.__name__, mapping, overwrite=True)
+
+
+def register_wrapper(family: Family, wrapper: Wrapper) -> type[PreTrainedModel]:
+    """Makes the classes of a multimodal model around a decoder whose layers differ (config and model), adds them to
+    this module, and returns the last. Without PyTorch, makes the config alone."""
+    stock_config, text_class = CONFIG_MAPPING[wrapper.model_type], pruned_config_class(family.model_type)
+
+    @classmethod
+    def from_dict(cls, fields: dict, **options: object):
+        text = fields[wrapper.text]
+        stock_text = text_class.stock_class.from_dict(without_layers(text)).to_dict()
+        made = super(cls, cls).from_dict(fields | {wrapper.text: stock_text}, **options)
+        setattr(made[0] if isinstance(made, tuple) else made, wrapper.text, text_class.from_dict(text))
+        return made
+
+    name = f"Pruned{stock_config.__name__}"
+    config = strict(type(name, (stock_config,), {"__module__": __name__, "from_dict": from_dict}))
+    globals()[name] = config
+    if not is_torch_available():
+        return PreTrainedModel
+    stock_class = MODEL_FOR_MULTIMODAL_LM_MAPPING[stock_config]
+    model_name = f"Pruned{stock_class.__name__}"
+    names = {"AutoConfig": name, "AutoModelForImageTextToText": model_name, "AutoModelForMultimodalLM": model_name}
+    members = {
+        "__module__": __name__,
+        "family": family,
+        "wrapper": wrapper,
+        "auto_map": {auto_class: f"{FILE_NAME.removesuffix('.py')}.{made}" for auto_class, made in names.items()},
+        "config_class": config,
+        "registration": f"register_wrapper({family!r}, {wrapper!r})",
+    }
+    model_class = type(model_name, (_AroundPerLayer, stock_class), members)
+    _take_conversions(model_class, stock_class, wrapper.model_type)
+    globals()[model_name] = model_class
+    return model_class
 
 
 register_family(Family(model_type='llama', layers='model.layers', attention_output=None, feed_forward=(), channels='intermediate_size', removable=(Removable(name='attention', module='self_attn', returned=2), Removable(name='mlp', module='mlp', returned=0))))
