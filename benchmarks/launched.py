@@ -18,8 +18,9 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import psutil
 from cyclopts import run as run_benchmark
@@ -59,8 +60,7 @@ def start(arguments: list[str], said: Path) -> int:
         config = LaunchConfig(
             1, 1, 2, rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="fork", max_restarts=0
         )
-        launch: Any = elastic_launch
-        launch(config, work)(arguments, str(said))
+        elastic_launch(config, work)(arguments, str(said))
         code = 0
     finally:
         os._exit(code)
@@ -122,9 +122,9 @@ def main(*, kills: int = 10, seed: int = 0) -> None:
         folder = shared()
         text = folder / "said.txt"
         undisturbed = {"prune": folder / "run", "recover": folder / "tuned"}
-        commands = {
-            "prune": lambda output: prune_command("recovered", output),
-            "recover": lambda output: recover_command(undisturbed["prune"], output),
+        commands: dict[str, Callable[[Path], list[str]]] = {
+            "prune": partial(prune_command, "recovered"),
+            "recover": partial(recover_command, undisturbed["prune"]),
         }
         seconds = {name: finish(command(undisturbed[name]), text) for name, command in commands.items()}
         print({name: round(time, 1) for name, time in seconds.items()}, flush=True)
