@@ -261,7 +261,7 @@ def test_the_texts_fit_a_model_with_fewer_positions(
 ) -> None:
     """Than the texts that the other one writes have."""
     shorter = copy.deepcopy(model)
-    shorter.config.max_position_embeddings = 24
+    shorter.config.max_position_embeddings = 4
     shorter.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     models = (model_folder, tmp_path) if is_dense else (tmp_path, model_folder)
