@@ -200,7 +200,7 @@ def kept_counts(structure: Structure, budget: Budget, scores: Tensor | None = No
     if not structure.removed_parameters(counts):
         raise BudgetError(
             f"a ratio of {budget.ratio:g} removes nothing: whole heads, experts and steps of {budget.round_to} channels"
-            " are more than that; lower `round_to` or raise `ratio`"
+            f" are more than that; {'lower `round_to` or ' if budget.round_to > 1 else ''}raise `ratio`"
         )
     if budget.ratio_of == "parameters":
         _refuse_missed_ratio(structure, budget, weights, counts)
@@ -405,7 +405,8 @@ def _refuse_missed_ratio(
             f"a ratio of {budget.ratio:g} is not met: whole experts, the same number in every layer, come in steps of"
             f" {step:.4f}, and here to {reached:.4f}; choose a `ratio` near a multiple of that"
         )
+    lower = "`round_to` or `head_share`" if budget.round_to > 1 else "`head_share`"
     raise BudgetError(
         f"a ratio of {budget.ratio:g} is not met: whole heads, experts and steps of {budget.round_to} channels come to"
-        f" {reached:.4f}, more than {RATIO_TOLERANCE} off; lower `round_to` or `head_share`"
+        f" {reached:.4f}, more than {RATIO_TOLERANCE} off; lower {lower}"
     )
