@@ -15,7 +15,7 @@ def test_a_damaged_file_is_loaded_or_refused_in_one_line_and_little_memory(tmp_p
     outcomes, violations = gguf_fuzz.fuzz(tmp_path, 40, 0)
     assert violations == []
     assert outcomes.total() >= 35
-    assert len(outcomes) > 8
+    assert len(outcomes) >= 8
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

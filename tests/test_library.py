@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import runpy
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,13 +15,11 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 import adapruner
 from adapruner import AdaPrunerError, PruneOptions
-from adapruner.importance import TERMS
 from adapruner.measurement import Statistics
 from adapruner.run.given import name_of_code
 from run_helpers import QUICK, RUN_OPTIONS
 
 Prune = Callable[..., adapruner.PruneResult]
-EXAMPLES = sorted(path for path in (Path(__file__).parents[1] / "examples").glob("*.py") if path.name != "inputs.py")
 
 
 @pytest.fixture
@@ -276,21 +272,3 @@ def test_the_steps_one_by_one_make_the_model_of_a_run(finished: adapruner.PruneR
         torch.testing.assert_close(compensated[name], tensor, rtol=1e-3, atol=1e-5)
     plain = adapruner.cut(loaded, structure, finished.plan).state_dict()
     assert any(not torch.equal(plain[name], tensor) for name, tensor in compensated.items())
-
-
-@pytest.mark.parametrize("script", EXAMPLES, ids=lambda script: script.stem)
-def test_an_example_is_short_and_runs_in_small(
-    script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert len(script.read_text().splitlines()) <= 25
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [script.name, "--small"])
-    monkeypatch.syspath_prepend(str(script.parent))
-    monkeypatch.delitem(sys.modules, "inputs", raising=False)
-    terms = dict(TERMS)
-    try:
-        runpy.run_path(str(script), run_name="__main__")
-    finally:
-        TERMS.clear()
-        TERMS.update(terms)
-    assert capsys.readouterr().out

@@ -43,6 +43,7 @@ OPTIONS = {
     "final_windows": 6,
     "seq_len": 16,
     "trials": 26,
+    "level_rounds": 2,
     "protect_first": 1,
     "protect_last": 0,
     "head_share": 1.0,

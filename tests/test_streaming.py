@@ -201,9 +201,9 @@ def test_the_same_texts_are_written_with_one_reading_for_a_token(
     prompts, temperatures = [[11, 12], [15], [24]] * 3, torch.tensor([1.0, 0.0, 0.7] * 3)
     for ends in ((), range(2, 96, 8)):
         expected = continue_texts(model, prompts, 11, temperatures, 5, ends)
-        read, steps = noting_reads(streamed), list[int]()
+        read, steps = noting_reads(streamed), list[float]()
         assert torch.equal(continue_texts(streamed, prompts, 11, temperatures, 5, ends, steps.append), expected)
-        assert steps == [6, 3]
+        assert sum(steps) == pytest.approx(len(prompts))
         assert len(read) <= 2 * 11 * len(decoder_layers(model))
     assert not torch.equal(expected[:3], expected[3:6])
 

@@ -254,7 +254,7 @@ def test_a_run_meets_a_speed_that_was_measured_before(
         channels = {0: -24.0, 24: 0.0}
         return Latencies(about=about, seconds=200.0, of_layer=30.0, added={"channels": channels, "heads": {3: 0.0}})
 
-    monkeypatch.setattr("adapruner.run.nodes.inputs.measure_latencies", measure)
+    monkeypatch.setattr("adapruner.run.nodes.amount.measure_latencies", measure)
     options = OPTIONS | {"calibration": str(text_file), "target_speed": 1.2, "target_context": 8, "whole": ("none",)}
     result = adapruner.prune(str(model_folder), output=tmp_path / "run", head_share=0.0, **options)
     removed = sum(block.groups - len(block.kept) for block in result.plan.blocks if block.kind == "channels")
@@ -263,7 +263,7 @@ def test_a_run_meets_a_speed_that_was_measured_before(
     assert outcome is not None
     assert outcome.predicted == pytest.approx(200 / (200 - removed))
     assert outcome.reached > 0
-    monkeypatch.delattr("adapruner.run.nodes.inputs.measure_latencies")
+    monkeypatch.delattr("adapruner.run.nodes.amount.measure_latencies")
     (tmp_path / "run" / "target.json").unlink()
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "empty"))
     assert adapruner.prune(str(model_folder), output=tmp_path / "run", head_share=0.0, **options).plan == result.plan
