@@ -178,7 +178,7 @@ def train(model: Any, data: Data, steps: int, learning_rate: float) -> None:
         for tokens, seen in ((captioned, {"pixel_values": pictures}), (data.passages(BATCH), {})):
             logits = model(input_ids=tokens, **seen).logits[:, :-1]
             losses.append(functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), ignore_index=IMAGE))
-        sum(losses).backward()  # type: ignore[union-attr]
+        torch.stack(losses).sum().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()

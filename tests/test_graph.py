@@ -479,7 +479,7 @@ def test_a_file_system_that_cannot_lock_is_named(
 
 
 def test_what_is_seen_late_is_made_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On another machine, a record is visible before the artifact, whose rename is seen when it is made again."""
+    """Another machine sees the record of an artifact before the artifact itself; the artifact is then rebuilt."""
     made(folder)
     expected = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     for name in ("total.json", "doubled.json"):

@@ -20,7 +20,7 @@ EFFORTS: dict[str, dict[str, Any]] = {
 SCORING_WINDOWS = (64, 160)
 # Of a search that does not begin with points that are good on most models.
 SEARCH_TRIALS = 48
-# Below this ratio, levelling costs a quarter of a run and gains almost nothing (research/experiments/levelling.md).
+# Below this ratio, levelling takes 30 % of a run and gains almost nothing (research/experiments/levelling.md).
 LEVELLED_FROM = 0.3
 
 

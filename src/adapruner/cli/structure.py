@@ -143,6 +143,5 @@ def _verdict(estimate: Estimate, memory: str | None) -> str:
     if not estimate.fits:
         return f"fits {room}: no. {estimate.refusal}"
     host = max(stage.host for stage in estimate.stages.values()) / GIB
-    return f"fits {room}: yes, {where(place.device, place.layer_wise)}" + f"; {host:.0f} GiB of main memory" * (
-        host > 0
-    )
+    main_memory = f"; {host:.0f} GiB of main memory" if host else ""
+    return f"fits {room}: yes, {where(place.device, place.layer_wise)}{main_memory}"
