@@ -59,6 +59,9 @@ def test_a_family_passes_and_a_wrong_description_does_not() -> None:
     wrong = right.changed(feed_forward=right.feed_forward.model_copy(update={"inputs": without_gate}))
     with pytest.raises(AssertionError, match=r"qwen2: .*per-layer"):
         testing.check_family("qwen2", wrong)
+    bloom = testing.tiny_model("bloom").config
+    with pytest.raises(AssertionError, match=r"bloom: .*whole attention"):
+        testing.check_family(bloom, architecture_of(bloom).changed(whole=("attention",)))
 
 
 def test_a_dataset_passes_and_one_without_three_parts_does_not(text_file: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from transformers import (
 
 from adapruner.calibration import fingerprint, parse_source, read_documents
 from adapruner.families import learn, resolve
-from adapruner.families.proof import failed_layouts
+from adapruner.families.proof import failed_parts
 from adapruner.families.tiny import random_model, tiny_config
 from adapruner.importance import TERMS, MetricPoint, score_groups
 from adapruner.measurement import measure, measure_moments, removal_errors
@@ -116,7 +116,8 @@ def check_term(name: str, family: str = "llama") -> None:
 
 def check_family(config: PreTrainedConfig | str, architecture: Architecture | None = None) -> None:
     """Checks the description of a family on a tiny random model: pruned equals dense with the removed groups masked,
-    saved equals loaded, generation is the same with and without a cache, and layer by layer equals at once.
+    saved equals loaded, generation is the same with and without a cache, and layer by layer equals at once; for every
+    layout that the description allows, channels in experts, and parts that are removed whole.
 
     Args:
         config: config of a stock model, or its `model_type`.
@@ -124,7 +125,7 @@ def check_family(config: PreTrainedConfig | str, architecture: Architecture | No
     """
     config = tiny_config(AutoConfig.for_model(config) if isinstance(config, str) else config)
     architecture = architecture or resolve(config)
-    wrong = failed_layouts(config, architecture)
+    wrong = failed_parts(config, architecture)
     assert not wrong, f"{architecture.model_type}: {wrong}"
 
 

@@ -165,10 +165,22 @@ def failed_checks(
     return {layout: failure for layout, failure in failures.items() if failure}
 
 
-def failed_layouts(config: PreTrainedConfig, architecture: Architecture) -> dict[Layout, str]:
-    """The failing check of each layout that a description of a family allows, on a tiny model of a config."""
-    failures = failed_checks(random_model(tiny_config(config)), architecture)
-    return {layout: failures[layout] for layout in architecture.layouts if layout in failures}
+def failed_parts(config: PreTrainedConfig, architecture: Architecture) -> dict[str, str]:
+    """The failing checks of what a description of a family allows, on a tiny model of a config: its layouts, and if
+    these pass, channels in experts and each part that is removed whole."""
+    model = random_model(tiny_config(config))
+    failed = failed_checks(model, architecture)
+    if wrong := {str(layout): failed[layout] for layout in architecture.layouts if layout in failed}:
+        return wrong
+    if architecture.experts and architecture.experts.channels:
+        failed = failed_checks(model, architecture, "channel")
+        wrong = {f"channels in experts, {layout}": failed[layout] for layout in architecture.layouts if layout in failed}
+    with using_architecture(architecture):
+        structure = build_structure(model)
+    for whole in architecture.whole:
+        if structure.whole_parameters(whole) and (why := why_not_whole(model, architecture, whole)):
+            wrong[f"whole {whole}"] = why
+    return wrong
 
 
 def why_not_whole(model: PreTrainedModel, architecture: Architecture, *parts: Whole) -> str | None:

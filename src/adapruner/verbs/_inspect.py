@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from adapruner.config import ExpertGranularity, HeadGranularity
 from adapruner.errors import AdaPrunerError
 from adapruner.families import open_config, resolve
-from adapruner.families.proof import failed_layouts
+from adapruner.families.proof import failed_parts
 from adapruner.models import Architecture, empty_model, find_model, find_wrapper, load_config, register_architectures
 from adapruner.structure import Structure, build_structure, count_parameters
 
@@ -62,11 +62,11 @@ def check_described(model: str | Path, file: str | Path) -> None:
     """Registers the families that a file or folder describes, and checks the family of a model on a tiny one.
 
     Raises:
-        AdaPrunerError: the file is invalid, describes other families, or a check fails; with the layout and the reason.
+        AdaPrunerError: the file is invalid, describes other families, or a check fails; with the part and the reason.
     """
     families, config = register_architectures(Path(file)), load_config(find_model(str(model)))
     if config.model_type not in families:
         raise AdaPrunerError(f"{file} describes {', '.join(families)}, not {config.model_type}, the family of {model}")
-    if failures := failed_layouts(config, resolve(config)):
-        reasons = "; ".join(f"{layout}: {failure}" for layout, failure in failures.items())
+    if failures := failed_parts(config, resolve(config)):
+        reasons = "; ".join(f"{part}: {failure}" for part, failure in failures.items())
         raise AdaPrunerError(f"the description of {config.model_type} in {file} is wrong ({reasons})")
