@@ -37,7 +37,7 @@ SIZES: dict[str, int] = {
     **dict.fromkeys(("mamba_d_state", "ssm_state_size", "mamba_chunk_size", "chunk_size"), 16),
     **dict.fromkeys(("linear_num_key_heads", "n_groups"), 4),
     "mamba_d_ssm": 128,
-    **dict.fromkeys(("vocab_size_per_layer_input",), 256),
+    **dict.fromkeys(("vocab_size_per_layer_input", "unpadded_vocab_size"), 256),
     "hidden_size_per_layer_input": 16,
 }
 # What a family needs beside sizes: a layer of every kind, as released models of it have them, or heads that each have

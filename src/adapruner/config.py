@@ -183,8 +183,8 @@ class PruneOptions(_Options):
     )
     effort: Effort = Field(
         default="standard",
-        description="How much work the choice and the correction are worth: quick uses less text, thorough more,"
-        " and searches from the starting points on. Options that are given count.",
+        description="Amount of text and of search: quick uses less text, thorough more, and searches after the starting"
+        " points. Options that are given count.",
     )
     target_size: Size | None = Field(
         default=None, description="Size of the checkpoint instead of a ratio, as 400MB or 1.5GiB; see target_format."
@@ -295,7 +295,7 @@ class PruneOptions(_Options):
     )
     for_: Annotated[tuple[ServingEngine, ...], ONE_OR_MORE] = Field(
         default=(),
-        description="Engine that shall load the model: sets layout, head_share and whole, and refuses what the engine"
+        description="Engine that will load the model: sets layout, head_share and whole, and refuses what the engine"
         " cannot load; may be repeated; any is every engine.",
     )
     layout: Layout = Field(

@@ -42,7 +42,7 @@ _SIZES: dict[str, int] = {
         "mamba_d_ssm max_position_embeddings n_positions": 128,
         "attn_layer_period expand mamba_expand num_kv_shared_layers": 2,
         "attn_layer_offset first_k_dense_replace moe_layer_start_index": 1,
-        "vocab_size vocab_size_per_layer_input": 256,
+        "vocab_size vocab_size_per_layer_input unpadded_vocab_size": 256,
         "hidden_size_per_layer_input": 16,
         "sliding_window": 8,
     }.items()
