@@ -174,7 +174,9 @@ def failed_parts(config: PreTrainedConfig, architecture: Architecture) -> dict[s
         return wrong
     if architecture.experts and architecture.experts.channels:
         failed = failed_checks(model, architecture, "channel")
-        wrong = {f"channels in experts, {layout}": failed[layout] for layout in architecture.layouts if layout in failed}
+        wrong = {
+            f"channels in experts, {layout}": failed[layout] for layout in architecture.layouts if layout in failed
+        }
     with using_architecture(architecture):
         structure = build_structure(model)
     for whole in architecture.whole:

@@ -182,7 +182,7 @@ def compensated(
     return save(pruned, work / "model")
 
 
-@GRAPH.kept("model", FOLDER, version=6, is_result=True, is_shared=True)
+@GRAPH.kept("model", FOLDER, version=7, is_result=True, is_shared=True)
 def pruned(
     compensated: Path,
     tuning: bool,
@@ -204,7 +204,8 @@ def pruned(
         return work / "model"
     assert text_to_fit is not None
     read = partial(load_model, find_model(str(compensated)), "auto", str(main_device), placement.layer_wise)
-    settings = scale_options(seed, main_device, process.count, placement.layer_wise, text_to_fit.shape[1])
+    windows, seq_len = text_to_fit.shape
+    settings = scale_options(seed, main_device, process.count, placement.layer_wise, seq_len, windows)
     model = _tuned(
         lambda: show_pictures(read(), pictures), text_to_fit, dense_fast_later(), settings, reporter, work / "tuning"
     )

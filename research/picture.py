@@ -1,4 +1,4 @@
-"""Draws time against quality: `python research/frontier.py` makes frontier.svg of results/effort.json.
+"""Draws time against quality: `python research/picture.py` makes frontier.svg of results/effort.json.
 
 A mark is a row: the minutes until its model is saved, and the geometric mean of its perplexities, relative to the dense
 model's. The line connects the rows that no other row beats in both.
@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 TEXTS = ("boolq", "wikitext2", "ptb")
 LEFT, TOP, WIDTH, HEIGHT = 60, 34, 560, 300
 MINUTES, TIMES = (8, 160), (1.1, 1.6)
-TICKS = ((10, 20, 40, 80), (1.1, 1.2, 1.3, 1.4, 1.5, 1.6))
+TICKS = ((10.0, 20.0, 40.0, 80.0), (1.1, 1.2, 1.3, 1.4, 1.5, 1.6))
 STYLE = (
     "text{font:12px sans-serif;fill:#1c2833}.middle{text-anchor:middle}.end{text-anchor:end}.paper{fill:#fff}"
     ".grid{stroke:#d5dbe1}.frontier{fill:none;stroke:#2a6fb0;stroke-width:2}.trained{fill:#3a8f4f}.pruned{fill:#2a6fb0}"
@@ -42,11 +42,11 @@ def draw(rows: list[dict[str, Any]]) -> str:
     for tick in TICKS[0]:
         x = across(tick)
         lines.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{TOP + HEIGHT}"/>')
-        lines.append(f'<text class="middle" x="{x:.1f}" y="{TOP + HEIGHT + 20}">{tick}</text>')
+        lines.append(f'<text class="middle" x="{x:.1f}" y="{TOP + HEIGHT + 20}">{tick:g}</text>')
     for tick in TICKS[1]:
         y = up(tick)
         lines.append(f'<line class="grid" x1="{LEFT}" x2="{LEFT + WIDTH}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        lines.append(f'<text class="end" x="{LEFT - 8}" y="{y + 4:.1f}">{tick}</text>')
+        lines.append(f'<text class="end" x="{LEFT - 8}" y="{y + 4:.1f}">{tick:g}</text>')
     # Lower on the page is better.
     best = [(x, y) for x, y in sorted(places) if all(y > other for before, other in places if before < x)]
     lines.append(f'<polyline class="frontier" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in best)}"/>')
