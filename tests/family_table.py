@@ -1,12 +1,14 @@
 """Which families can be pruned, and how: of every decoder of the installed transformers that builds tiny, a model is
-saved, and inspected as `adapruner inspect` does; of every multimodal family, a model is also pruned, saved and loaded.
-Writes the tables in docs/reference/families.md.
+saved, and inspected as `adapruner inspect` does; of every multimodal family, a model is also pruned, saved, loaded and
+given text and an image. Writes the tables in docs/reference/families.md.
 
     python tests/family_table.py
 """
 
 from __future__ import annotations
 
+import copy
+import inspect
 import logging
 import multiprocessing
 import sys
@@ -16,10 +18,11 @@ import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import torch
 import transformers
+from torch import Tensor
 from transformers import AutoModelForMultimodalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
@@ -33,15 +36,31 @@ from adapruner.models import architecture_of, find_model, known_architectures, l
 from adapruner.structure import Kind, Structure, build_structure
 from adapruner.surgery import prune_model
 from tiny_families import OTHERS, decoder_families, random_plan, tiny_config
+from tiny_images import masked_logits, with_image
 from tiny_wrappers import tiny_wrapper
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "reference" / "families.md"
 COLUMNS = ("family", "from", "heads", "channels", "experts", "channels in experts", "whole", "layouts")
-MULTIMODAL_COLUMNS = ("family", "decoder", "heads", "channels", "experts", "whole", "layouts")
+MULTIMODAL_COLUMNS = ("family", "decoder", "heads", "channels", "experts", "whole", "layouts", "image")
+# Largest distance of the pruned from the masked logits, relative to the change by masking.
+TOLERANCE = 1e-3
 
 
-def multimodal_row(model_type: str) -> tuple[str, bool]:
-    """A line of the table of multimodal families, and whether the family can be pruned."""
+class Row(NamedTuple):
+    """A line of a table.
+
+    Attributes:
+        pruned: the family can be pruned.
+        pictured: the pruned model was compared with the masked one, with an image.
+    """
+
+    line: str
+    pruned: bool = True
+    pictured: bool = False
+
+
+def multimodal_row(model_type: str) -> Row:
+    """The line of a multimodal family."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             dense = tiny_wrapper(model_type)
@@ -53,38 +72,69 @@ def multimodal_row(model_type: str) -> tuple[str, bool]:
             architecture = architecture_of(open_config(location))
             decoder = load_model(location)
             structure = build_structure(decoder)
+            inputs, image = image_inputs(dense)
             for layout in architecture.layouts:
-                prune_and_load(decoder, structure, layout, Path(folder, layout))
+                prune_and_load(decoder, structure, layout, Path(folder, layout), dense, inputs)
         except (AdaPrunerError, AssertionError) as error:
             return refused(model_type, f"refused: {error}".replace(folder, ""), MULTIMODAL_COLUMNS)
     whole = architecture.removable_whole(decoder.config)
     cells = [f"`{model_type}`", f"`{decoder.config.model_type}`", *kinds_of(structure)]
-    cells += [", ".join(name for name in architecture.whole if name in whole), ", ".join(architecture.layouts)]
-    return f"| {' | '.join(cells)} |", True
+    cells += [", ".join(name for name in architecture.whole if name in whole), ", ".join(architecture.layouts), image]
+    return Row(f"| {' | '.join(cells)} |", pictured=inputs is not None)
 
 
-def prune_and_load(decoder: PreTrainedModel, structure: Structure, layout: Layout, folder: Path) -> None:
-    """Prunes in a layout, saves, and compares what the multimodal class loads."""
+def image_inputs(dense: PreTrainedModel) -> tuple[dict[str, Tensor] | None, str]:
+    """Inputs with an image, if the model can be run with them, and the cell about it."""
+    if not any("pixel_values" in name for name in inspect.signature(dense.forward).parameters):
+        return None, "reads none"
+    try:
+        return with_image(dense), "yes"
+    except ValueError as error:
+        return None, f"not tried: {short(str(error))}"
+
+
+def prune_and_load(
+    decoder: PreTrainedModel,
+    structure: Structure,
+    layout: Layout,
+    folder: Path,
+    dense: PreTrainedModel,
+    inputs: dict[str, Tensor] | None,
+) -> None:
+    """Prunes in a layout, saves, and compares the model that the multimodal class loads with the decoder alone, and with
+    the dense model whose decoder does not read the removed groups."""
     counts = [max(block.least, block.groups // 2, 1) for block in structure.blocks]
     if layout == "per-layer":
         counts = [
             max(count, block.groups - 1 - block.layer % 2)
             for count, block in zip(counts, structure.blocks, strict=True)
         ]
-    pruned = prune_model(decoder, structure, random_plan(structure, counts))
+    plan = random_plan(structure, counts)
+    pruned = prune_model(decoder, structure, plan)
     write_model(pruned, folder, "2GB")
     model = AutoModelForMultimodalLM.from_pretrained(folder, trust_remote_code=True)
     tokens = torch.randint(3, 150, (2, 12), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         logits, expected = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits, pruned(tokens).logits
     assert torch.allclose(logits, expected, rtol=1e-4, atol=1e-4), "the loaded model differs"
+    if inputs:
+        with torch.no_grad():
+            before, logits = dense(**inputs).logits, model(**inputs).logits
+        expected = masked_logits(decoder, structure, plan, copy.deepcopy(dense), inputs)
+        effect, difference = (before - expected).norm(), (logits - expected).norm()
+        assert effect > 0.01 * before.norm(), "with an image, the removed groups had no effect"
+        assert difference <= TOLERANCE * effect, f"with an image, the loaded model differs by {difference / effect:.2g}"
 
 
-def refused(model_type: str, why: str, columns: tuple[str, ...]) -> tuple[str, bool]:
+def refused(model_type: str, why: str, columns: tuple[str, ...]) -> Row:
     """The line of a family that cannot be pruned."""
+    return Row(f"| `{model_type}` | {short(why)}{' |' * (len(columns) - 1)}", pruned=False)
+
+
+def short(why: str) -> str:
+    """A reason as the content of a cell."""
     line = " ".join(why.split()).replace("|", "/")
-    short = f"{line[:200]}…" if len(line) > 200 else line
-    return f"| `{model_type}` | {short}{' |' * (len(columns) - 1)}", False
+    return f"{line[:200]}…" if len(line) > 200 else line
 
 
 def kinds_of(structure: Structure) -> list[str]:
@@ -93,8 +143,8 @@ def kinds_of(structure: Structure) -> list[str]:
     return ["" if not found else "yes" if len(found) == structure.layers else "some layers" for found in layers]
 
 
-def row(model_type: str) -> tuple[str, bool]:
-    """A line of the table, and whether the family can be pruned."""
+def row(model_type: str) -> Row:
+    """The line of a family of text models."""
     config = tiny_config(model_type)
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -109,7 +159,7 @@ def row(model_type: str) -> tuple[str, bool]:
     cells += kinds_of(structure)
     cells.append("yes" if architecture.experts and architecture.experts.channels else "")
     cells += [", ".join(architecture.whole), ", ".join(architecture.layouts)]
-    return f"| {' | '.join(cells)} |", True
+    return Row(f"| {' | '.join(cells)} |")
 
 
 def quiet() -> None:
@@ -123,24 +173,26 @@ def quiet() -> None:
 def main() -> None:
     others = f" ({len(OTHERS)} encoders, state-space models and parts of other models were not tried)"
     write_table("table", row, decoder_families(), COLUMNS, others)
-    write_table("multimodal", multimodal_row, sorted(MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES), MULTIMODAL_COLUMNS, "")
+    write_table("multimodal", multimodal_row, sorted(MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES), MULTIMODAL_COLUMNS)
 
 
 def write_table(
-    name: str, make: Callable[[str], tuple[str, bool]], families: Sequence[str], columns: tuple[str, ...], others: str
+    name: str, make: Callable[[str], Row], families: Sequence[str], columns: tuple[str, ...], others: str = ""
 ) -> None:
     """Writes a table between its marks in the document."""
-    rows, pruned, started = [], 0, time.monotonic()
+    rows, started = list[Row](), time.monotonic()
     with ProcessPoolExecutor(initializer=quiet, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for line, is_pruned in pool.map(make, families):
-            rows.append(line)
-            pruned += is_pruned
-            print(f"{time.monotonic() - started:.0f} s {line}", file=sys.stderr, flush=True)
+        for written in pool.map(make, families):
+            rows.append(written)
+            print(f"{time.monotonic() - started:.0f} s {written.line}", file=sys.stderr, flush=True)
+    if pictured := sum(written.pictured for written in rows):
+        others = f", {pictured} of them were also run with an image"
     start, end = f"<!-- {name} -->\n", "<!-- end -->\n"
     before, _, rest = DOCUMENT.read_text(encoding="utf-8").partition(start)
+    pruned = sum(written.pruned for written in rows)
     count = f"transformers {transformers.__version__}: {pruned} of {len(families)} families can be pruned{others}.\n\n"
     heading = f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|\n"
-    table = "\n".join(rows) + "\n"
+    table = "".join(f"{written.line}\n" for written in rows)
     DOCUMENT.write_text(before + start + count + heading + table + end + rest.partition(end)[2], encoding="utf-8")
 
 

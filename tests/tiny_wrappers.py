@@ -1,11 +1,10 @@
-"""Tiny multimodal models of any family, and inputs with an image for some of them."""
+"""Tiny multimodal models of any family."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForMultimodalLM, PreTrainedConfig, PreTrainedModel
 
 from tiny_families import OWN, SIZES
@@ -26,7 +25,11 @@ TOWER: dict[str, Any] = {
     "num_position_embeddings": 16,
     "codebook_dim": 32,
     "text_hidden_size": 64,
-    **dict.fromkeys(("base_channels", "projection_dim"), 32),
+    "base_channels": 32,
+    "projection_dim": 64,
+    "mm_embed_dim": 32,
+    "output_proj_dims": 64,
+    "pooling_kernel_size": 2,
     "num_embeddings": 64,
 }
 IMAGE_TOKEN, VISION_START = 200, 201
@@ -60,11 +63,21 @@ _TEXTS: dict[str, dict[str, Any]] = {
     ]
 }
 _WRAPPERS: dict[str, dict[str, Any]] = {
+    "aria": {"projector_patch_to_query_dict": {16: 4}},
+    "deepseek_vl_hybrid": {
+        "high_res_vision_config": {"global_attn_indexes": [0, 1], "window_size": 2, "output_channels": 32}
+    },
     "fun_asr_nano": {"adaptor_config": {"hidden_size": 64, "intermediate_size": 16}},
     "gemma3": {"mm_tokens_per_image": 4},
     "vipllava": {"vision_feature_layer": [-2, -1]},
-    "granite4_vision": {"deepstack_layer_map": [[0, 0], [1, 1]], "vision_config": {"hidden_size": 64}},
+    "granite4_vision": {"deepstack_layer_map": [[0, 0], [1, 1]], "vision_config": {"hidden_size": 64}, "image_grid_pinpoints": [[16, 16]]},
+    "paligemma": {"projection_dim": 64},
     "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},
+    "kimi_k25": {"projection_hidden_size": 32},
+    **{
+        name: {"image_grid_pinpoints": [[16, 16]]}
+        for name in ("llava_next", "llava_next_video", "llava_onevision")
+    },
     "muse_spark": {"audio_config": {"num_hidden_layers": 4}},
     "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
     "qwen2_vl": {"vision_config": {"hidden_size": 64}},
@@ -74,7 +87,7 @@ _WRAPPERS: dict[str, dict[str, Any]] = {
     "qwen3_vl": {"vision_config": {"deepstack_visual_indexes": [0, 1]}},
     "qwen3_vl_moe": {"vision_config": {"deepstack_visual_indexes": [0, 1]}},
 }
-_TOKENS = {"image_token": IMAGE_TOKEN, "vision_start_token": VISION_START, "vision_end_token": 202, "video_token": 203}
+_TOKENS = {"image_token": IMAGE_TOKEN, "image_patch": IMAGE_TOKEN, "vision_start_token": VISION_START, "vision_end_token": 202, "video_token": 203}
 
 
 def _sized(config: PreTrainedConfig, sizes: dict[str, Any]) -> dict[str, Any]:
@@ -99,7 +112,11 @@ def tiny_wrapper_config(model_type: str) -> PreTrainedConfig:
     """A small config of a multimodal family."""
     config, changes = CONFIG_MAPPING[model_type](), _WRAPPERS.get(model_type, {})
     text, fields = config.get_text_config(decoder=True), dict[str, Any]()
-    for name, value in vars(config).items():
+    parts = dict(vars(config))
+    # Some families have no tower by default.
+    if parts.get("vision_config", config) is None:
+        parts["vision_config"] = config.sub_configs["vision_config"]()
+    for name, value in parts.items():
         if isinstance(value, PreTrainedConfig):
             fields[name] = _sized(value, TEXT if value is text else TOWER) | changes.get(name, {})
             if value is text:
@@ -123,28 +140,3 @@ def tiny_wrapper(model_type: str, dtype: torch.dtype = torch.float32) -> PreTrai
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.1
         parameter.data = (noise + (parameter.dim() == 1)).to(dtype)
     return model
-
-
-def with_image(model_type: str, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """The inputs of a model for a prompt with an image."""
-    generator = torch.Generator().manual_seed(5)
-    pixels = torch.randn(1, 3, 16, 16, generator=generator).to(dtype)
-    is_qwen = model_type.startswith("qwen")
-    count = 16 if model_type in ("llava", "vipllava") else 4
-    tokens = torch.tensor([[5, 9, VISION_START, *[IMAGE_TOKEN] * count, 202, 11, 12, 7]])
-    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-    if is_qwen:
-        patches = torch.randn(16, 3 * 2 * 4 * 4, generator=generator).to(dtype)
-        types = (tokens == IMAGE_TOKEN).long()
-        return inputs | {
-            "pixel_values": patches,
-            "image_grid_thw": torch.tensor([[1, 4, 4]]),
-            "mm_token_type_ids": types,
-        }
-    if model_type in ("smolvlm", "idefics3", "idefics2"):
-        pixels = pixels[None]
-    if model_type == "mistral3":
-        inputs["image_sizes"] = torch.tensor([[16, 16]])
-    if model_type == "gemma3":
-        inputs["token_type_ids"] = (tokens == IMAGE_TOKEN).long()
-    return inputs | {"pixel_values": pixels}
