@@ -29,9 +29,8 @@ _ARGUMENTS: dict[str, Tensor] = {
     "image_grids": torch.tensor([[2, 1, 2, 1]]),
     "image_num_crops": torch.tensor([1]),
 }
-# The size of the image, which some models need, and others pass to a tower that does not know it.
-_SIZES = ({"image_sizes": torch.tensor([[_SIDE, _SIDE]])}, {})
-_MASKS = ({}, {"pixel_attention_mask": torch.ones(1, _PATCHES**2, dtype=torch.long)})
+# Some models need the size of the image, and others pass it to a tower that does not know it.
+_SIZE = torch.tensor([[_SIDE, _SIDE]])
 
 
 def with_image(model: Any) -> dict[str, Tensor]:
@@ -45,7 +44,7 @@ def with_image(model: Any) -> dict[str, Tensor]:
         try:
             with torch.no_grad():
                 inputs = _with_prompt(model, images)
-                others = inputs | {"pixel_values": inputs["pixel_values"].flip(-1)}
+                others = inputs | {"pixel_values": inputs["pixel_values"].flip(-1) * 3}
                 logits, of_others = (model(**arguments).logits for arguments in (inputs, others))
         except Exception as error:  # anything that a model class raises over inputs for which it was not made
             refusals[reason(error)] = None
@@ -72,20 +71,20 @@ def masked_logits(
 
 def _kinds(model: Any) -> Iterator[dict[str, Tensor]]:
     """Images as arguments of a model, but the tokens: pixels in all shapes that families have for them."""
-    vision, names = getattr(model.config, "vision_config", model.config), inspect.signature(model.forward).parameters
-    patch, frames = getattr(vision, "patch_size", TOWER["patch_size"]), getattr(vision, "temporal_patch_size", 1)
-    width, generator = 3 * patch**2, torch.Generator().manual_seed(5)
+    names, patch = inspect.signature(model.forward).parameters, TOWER["patch_size"]
     fixed = {name: values for name, values in _ARGUMENTS.items() if name in names}
+    count, width, generator = _PATCHES**2, 3 * patch**2, torch.Generator().manual_seed(5)
+    # In some, patches have two frames, or four of them are a square.
     patches = [
-        *((_PATCHES**2, width * frames), (1, _PATCHES**2, width), (1, 3, patch, _PATCHES**2 * patch)),
-        # Four patches together have the rows and columns of a square.
-        *((_PATCHES**2, 3, patch, patch), (1, _PATCHES**2, 2 * 2 * width), (_PATCHES**2, 2 * patch, 2 * patch, 3)),
+        *((count, width), (count, 2 * width), (1, count, width), (1, 3, patch, count * patch)),
+        *((count, 3, patch, patch), (1, count, 4 * width), (count, 2 * patch, 2 * patch, 3)),
     ]
     # An image, the images of a prompt, and an image with a crop.
     squares = [(1, 3, _SIDE, _SIDE), (1, 1, 3, _SIDE, _SIDE), (1, 2, 3, _SIDE, _SIDE)]
     for shape in patches + squares if fixed else squares + patches:
         pixels = torch.randn(shape, generator=generator).to(model.dtype)
-        for others in (sizes | mask for sizes in _SIZES for mask in _MASKS):
+        mask = torch.ones((*shape[:2], *shape[3:])).long()
+        for others in ({"image_sizes": _SIZE}, {"pixel_attention_mask": mask}, {}):
             if others.keys() <= names.keys():
                 yield {"pixel_values": pixels} | fixed | others
 
@@ -96,7 +95,8 @@ def _with_prompt(model: Any, images: dict[str, Tensor]) -> dict[str, Tensor]:
     known = inspect.signature(around.get_image_features).parameters
     arguments = {name: value for name, value in images.items() if name in known or "args" in known}
     outputs = around.get_image_features(**arguments, return_dict=True)
-    features = outputs.last_hidden_state if outputs.get("pooler_output") is None else outputs.pooler_output
+    of_layers = outputs.get("deepstack_features") or [(0, outputs.get("last_hidden_state"))]
+    features = of_layers[0][1] if outputs.get("pooler_output") is None else outputs.pooler_output
     rows = sum(len(feature.flatten(0, -2)) for feature in (features if isinstance(features, list | tuple) else [features]))
     tokens = torch.tensor([[5, 9, VISION_START, *[IMAGE_TOKEN] * rows, 202, 11, 12, 7]])
     types = (tokens == IMAGE_TOKEN).long()

@@ -24,10 +24,13 @@ TOWER: dict[str, Any] = {
     "max_position_embeddings": 64,
     "num_position_embeddings": 16,
     "codebook_dim": 32,
+    "codebook_size": 32,
+    "latent_channels": 32,
+    "downsample_channels": 32,
     "text_hidden_size": 64,
     "base_channels": 32,
     "projection_dim": 64,
-    "mm_embed_dim": 32,
+    "mm_embed_dim": 64,
     "output_proj_dims": 64,
     "pooling_kernel_size": 2,
     "num_embeddings": 64,
@@ -41,12 +44,19 @@ _TEXTS: dict[str, dict[str, Any]] = {
     "cohere_compass": {"rope_parameters": {"full_attention": MROPE, "sliding_attention": MROPE}},
     "deepseek_ocr2": _SPARSE,
     "dots3_note": {"num_key_value_heads": 4},
-    "ernie4_5_vl_moe": {"moe_intermediate_size": [48, 48]},
+    "ernie4_5_vl_moe": {
+        "moe_intermediate_size": [48, 48],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]},
+    },
     "glm4v_moe": {"rope_parameters": MROPE | {"partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}},
-    "glm5_next": {"num_key_value_heads": 4},
+    "mistral4": {"num_key_value_heads": 4, "head_dim": 32},
+    "glm5_next": {"num_key_value_heads": 4, "qk_rope_head_dim": 0},
     **{name: {"unpadded_vocab_size": 256} for name in ("inkling2", "inkling2_loop")},
     "mistral_large4": {"num_key_value_heads": 4},
-    "qwen4_exp": {"indexer_budget": 8, "indexer_compress_ratio": 4},
+    "qwen4_exp": {
+        **{"indexer_budget": 8, "indexer_compress_ratio": 4},
+        **{"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16},
+    },
     "unlimited_ocr": _SPARSE,
 } | {
     name: {"rope_parameters": MROPE}
@@ -63,14 +73,19 @@ _TEXTS: dict[str, dict[str, Any]] = {
     ]
 }
 _WRAPPERS: dict[str, dict[str, Any]] = {
+    "apertus1p5": {"image_token_offset": 100, "audio_token_offset": 132},
     "aria": {"projector_patch_to_query_dict": {16: 4}},
     "deepseek_vl_hybrid": {
         "high_res_vision_config": {"global_attn_indexes": [0, 1], "window_size": 2, "output_channels": 32}
     },
+    "chameleon": {"vocabulary_map": {"<image>": IMAGE_TOKEN} | {f"IMGIMG{chr(65 + code // 10)}{chr(65 + code % 10)}Z": 100 + code for code in range(64)}},
+    "dots3_note": {"vision_config": {"mlp_layer_types": ["dense"] * 2, "adapter_in_dim": 32, "adapter_out_dim": 64}},
+    "emu3": {"vq_config": {"channel_multiplier": [1, 1], "attn_resolutions": [1]}, "vocabulary_map": {"<image>": IMAGE_TOKEN, "<|extra_200|>": 199} | {f"<|visual token {code:06}|>": 100 + code for code in range(32)}},
+    "fuyu": {"patch_size": 4},
     "fun_asr_nano": {"adaptor_config": {"hidden_size": 64, "intermediate_size": 16}},
     "gemma3": {"mm_tokens_per_image": 4},
     "vipllava": {"vision_feature_layer": [-2, -1]},
-    "granite4_vision": {"deepstack_layer_map": [[0, 0], [1, 1]], "vision_config": {"hidden_size": 64}, "image_grid_pinpoints": [[16, 16]]},
+    "granite4_vision": {"deepstack_layer_map": [[0, 0], [1, 1]], "vision_config": {"hidden_size": 64}, "image_grid_pinpoints": [[16, 16]], "downsample_rate": "2/4"},
     "paligemma": {"projection_dim": 64},
     "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},
     "kimi_k25": {"projection_hidden_size": 32},
@@ -78,7 +93,8 @@ _WRAPPERS: dict[str, dict[str, Any]] = {
         name: {"image_grid_pinpoints": [[16, 16]]}
         for name in ("llava_next", "llava_next_video", "llava_onevision")
     },
-    "muse_spark": {"audio_config": {"num_hidden_layers": 4}},
+    "muse_glimmer": {"projector_hidden_size": 64, "out_hidden_size": 128},
+    "muse_spark": {"projector_hidden_size": 64, "out_hidden_size": 128, "audio_config": {"num_hidden_layers": 4, "hidden_sizes": [8, 16, 32, 64]}},
     "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
     "qwen2_vl": {"vision_config": {"hidden_size": 64}},
     "qwen2_5_vl": {"vision_config": {"window_size": 16, "fullatt_block_indexes": [1]}},
@@ -105,7 +121,8 @@ def _sized(config: PreTrainedConfig, sizes: dict[str, Any]) -> dict[str, Any]:
     if "mrope_section" in parameters:
         half = int(sizes["head_dim"] * parameters.get("partial_rotary_factor", 1)) // 2
         fields["rope_parameters"] = parameters | {"mrope_section": [half - 2 * (half // 4), half // 4, half // 4]}
-    return {"model_type": config.model_type} | fields
+    inner = {name: _sized(value, sizes) for name, value in vars(config).items() if isinstance(value, PreTrainedConfig)}
+    return {"model_type": config.model_type} | fields | inner
 
 
 def tiny_wrapper_config(model_type: str) -> PreTrainedConfig:
@@ -121,6 +138,8 @@ def tiny_wrapper_config(model_type: str) -> PreTrainedConfig:
             fields[name] = _sized(value, TEXT if value is text else TOWER) | changes.get(name, {})
             if value is text:
                 fields[name] |= OWN.get(text.model_type, {}) | _TEXTS.get(model_type, {})
+    if text is config:
+        fields |= _sized(config, TEXT) | OWN.get(model_type, {}) | _TEXTS.get(model_type, {}) | fields
     for stem, token in _TOKENS.items():
         fields |= {name: token for name in (f"{stem}_id", f"{stem}_index") if name in config.to_dict()}
     fields |= {name: value for name, value in changes.items() if name not in fields}
@@ -136,7 +155,7 @@ def tiny_wrapper(model_type: str, dtype: torch.dtype = torch.float32) -> PreTrai
         raise ValueError(f"{size:,} parameters are left")
     generator = torch.Generator().manual_seed(0)
     model: PreTrainedModel = AutoModelForMultimodalLM.from_config(config, dtype=dtype).eval()
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.1
-        parameter.data = (noise + (parameter.dim() == 1)).to(dtype)
+        parameter.data = (noise + (parameter.dim() == 1 and not name.endswith("bias"))).to(dtype)
     return model
