@@ -79,7 +79,7 @@ _WRAPPERS: dict[str, dict[str, Any]] = {
         "high_res_vision_config": {"global_attn_indexes": [0, 1], "window_size": 2, "output_channels": 32}
     },
     "chameleon": {"vocabulary_map": {"<image>": IMAGE_TOKEN} | {f"IMGIMG{chr(65 + code // 10)}{chr(65 + code % 10)}Z": 100 + code for code in range(64)}},
-    "dots3_note": {"vision_config": {"mlp_layer_types": ["dense"] * 2, "adapter_in_dim": 32, "adapter_out_dim": 64}},
+    "dots3_note": {"vision_config": {"mlp_layer_types": ["dense"] * 2, "adapter_in_dim": 32, "adapter_out_dim": 64}, "audio_config": {"adapter_input_size": 32, "adapter_out_dim": 64}},
     "emu3": {"vq_config": {"channel_multiplier": [1, 1], "attn_resolutions": [1]}, "vocabulary_map": {"<image>": IMAGE_TOKEN, "<|extra_200|>": 199} | {f"<|visual token {code:06}|>": 100 + code for code in range(32)}},
     "fuyu": {"patch_size": 4},
     "fun_asr_nano": {"adaptor_config": {"hidden_size": 64, "intermediate_size": 16}},

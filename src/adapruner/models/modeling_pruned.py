@@ -376,10 +376,12 @@ def register_family(family: Family) -> type[PreTrainedModel]:
 
 
 def _take_conversions(model_class: type[PreTrainedModel], stock_class: type, model_type: str) -> None:
-    """Gives a custom class the conversions of weights of the stock class, which it does not get by default."""
-    names = (stock_class.__name__, model_type)
-    if mapping := next(filter(None, map(get_checkpoint_conversion_mapping, names)), None):
-        register_checkpoint_conversion_mapping(model_class.__name__, mapping, overwrite=True)
+    """Gives a custom class the conversions of weights of the stock class, which it does not get by default. Those of a
+    model type stay under its name: transformers applies them once, not again to a stock model of the type inside."""
+    for name, target in ((stock_class.__name__, model_class.__name__), (model_type, model_type)):
+        if mapping := get_checkpoint_conversion_mapping(name):
+            register_checkpoint_conversion_mapping(target, mapping, overwrite=True)
+            return
 
 
 def register_wrapper(family: Family, wrapper: Wrapper) -> type[PreTrainedModel]:
