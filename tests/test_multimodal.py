@@ -18,16 +18,15 @@ from adapruner import AdaPrunerError, verbs
 from adapruner.checkpoint import save_checkpoint
 from adapruner.config import Layout
 from adapruner.families import open_model
-from adapruner.families.proof import masked
-from adapruner.models import architecture_of, find_model, find_wrapper, wrapper_of
-from adapruner.planning import PruningPlan
+from adapruner.models import architecture_of, find_model, find_wrapper
 from adapruner.run.nodes.amount import ratio_of_blocks
 from adapruner.structure import Structure, build_structure
 from adapruner.surgery import prune_model
 from adapruner.tokens import Vocabulary, VocabularySummary, configs_with_tokens, cut_vocabulary, named_tokens
 from run_helpers import QUICK, exit_code
 from tiny_families import random_plan
-from tiny_wrappers import IMAGE_TOKEN, tiny_wrapper, tiny_wrapper_config, with_image
+from tiny_images import masked_logits, with_image
+from tiny_wrappers import IMAGE_TOKEN, tiny_wrapper, tiny_wrapper_config
 
 FAMILIES = (
     *("gemma3", "llava", "vipllava", "mistral3", "smolvlm", "idefics3", "internvl"),
@@ -63,17 +62,6 @@ def loaded(folder: Path) -> PreTrainedModel:
     return model.eval()
 
 
-def masked_around(decoder: PreTrainedModel, structure: Structure, plan: PruningPlan, dense: Any) -> Any:
-    """The dense multimodal model, whose decoder does not read the removed groups."""
-    wrapper = wrapper_of(decoder)
-    with masked(decoder, structure, plan) as silenced:
-        state = silenced.state_dict()
-        dense.load_state_dict(
-            {outer: state[name] for name, outer in wrapper.names(silenced, dense).items()}, strict=False
-        )
-    return dense
-
-
 @pytest.mark.parametrize(("model_type", "layout"), CASES)
 def test_the_pruned_model_is_the_masked_one_with_an_image_too(
     model_type: str, layout: Layout, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
@@ -93,9 +81,9 @@ def test_the_pruned_model_is_the_masked_one_with_an_image_too(
         assert torch.equal(model(input_ids=TOKENS).logits, pruned(TOKENS).logits)
         again = adapruner.load(tmp_path / "pruned")
         assert torch.equal(again(TOKENS).logits, pruned(TOKENS).logits)
-        inputs = with_image(model_type, torch.float64)
+        inputs = with_image(dense)
         before = dense(**inputs).logits
-        expected = masked_around(decoder, structure, plan, dense)(**inputs).logits
+        expected = masked_logits(decoder, structure, plan, dense, inputs)
         assert not torch.allclose(before, expected, rtol=0.01)
         torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-9, atol=1e-9)
 
@@ -149,13 +137,13 @@ def test_layers_are_read_one_by_one(tokenizer: PreTrainedTokenizerFast, tmp_path
 def test_a_run_prunes_the_decoder(
     tokenizer: PreTrainedTokenizerFast, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write("gemma3", tmp_path / "dense", tokenizer)
+    dense = write("gemma3", tmp_path / "dense", tokenizer)
     result = adapruner.prune(str(tmp_path / "dense"), output=tmp_path / "run", calibration=str(text_file), **QUICK)
     model = loaded(result.model_folder)
     decoder = result.model
     with torch.no_grad():
         assert torch.equal(model(input_ids=TOKENS).logits, decoder(TOKENS).logits)
-        assert model(**with_image("gemma3", torch.float64)).logits.isfinite().all()
+        assert model(**with_image(dense)).logits.isfinite().all()
     card = (result.model_folder / "README.md").read_text()
     assert "AutoModelForMultimodalLM.from_pretrained(FOLDER, trust_remote_code=True)" in card
     assert "pipeline_tag: image-text-to-text" in card
@@ -184,7 +172,7 @@ def test_tokens_of_the_processor_are_kept(tokenizer: PreTrainedTokenizerFast, tm
     decoder = open_model(location)
     named = set[int]().union(*map(named_tokens, configs_with_tokens(location, decoder.config)))
     assert IMAGE_TOKEN in named
-    inputs = with_image("gemma3", torch.float64)
+    inputs = with_image(dense)
     rows = range(decoder.config.vocab_size)
     kept = tuple(sorted({*inputs["input_ids"].flatten().tolist(), *named, *range(20)} & {*rows}))
     summary = VocabularySummary(before=len(rows), after=len(kept), occurring=1, counted_bytes=1)

@@ -83,8 +83,8 @@ def _kinds(model: Any) -> Iterator[dict[str, Tensor]]:
     squares = [(1, 3, _SIDE, _SIDE), (1, 1, 3, _SIDE, _SIDE), (1, 2, 3, _SIDE, _SIDE)]
     for shape in patches + squares if fixed else squares + patches:
         pixels = torch.randn(shape, generator=generator).to(model.dtype)
-        mask = torch.ones((*shape[:2], *shape[3:])).long()
-        for others in ({"image_sizes": _SIZE}, {"pixel_attention_mask": mask}, {}):
+        masks = (torch.ones((*shape[:2], *shape[3:])).long(), torch.ones(shape[:2], dtype=torch.bool))
+        for others in ({"image_sizes": _SIZE}, *({"pixel_attention_mask": mask} for mask in masks), {}):
             if others.keys() <= names.keys():
                 yield {"pixel_values": pixels} | fixed | others
 

@@ -43,7 +43,11 @@ _SPARSE = {"mlp_layer_types": ["dense", *["sparse"] * 3]}
 _TEXTS: dict[str, dict[str, Any]] = {
     "cohere_compass": {"rope_parameters": {"full_attention": MROPE, "sliding_attention": MROPE}},
     "deepseek_ocr2": _SPARSE,
-    "dots3_note": {"num_key_value_heads": 4},
+    "dots3_note": {
+        **dict.fromkeys(("num_key_value_heads", "swa_num_attention_heads", "swa_num_key_value_heads"), 4),
+        **dict.fromkeys(("swa_q_lora_rank", "swa_kv_lora_rank"), 24),
+        **{"swa_head_dim": 32, "swa_qk_nope_head_dim": 16, "swa_v_head_dim": 16},
+    },
     "ernie4_5_vl_moe": {
         "moe_intermediate_size": [48, 48],
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]},
@@ -95,7 +99,7 @@ _WRAPPERS: dict[str, dict[str, Any]] = {
     },
     "muse_glimmer": {"projector_hidden_size": 64, "out_hidden_size": 128},
     "muse_spark": {"projector_hidden_size": 64, "out_hidden_size": 128, "audio_config": {"num_hidden_layers": 4, "hidden_sizes": [8, 16, 32, 64]}},
-    "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
+    "nemotron_h_omni": {"vision_hidden_size": 32, "projector_hidden_size": 64, "vision_config": {"video_temporal_patch_size": 2}},
     "qwen2_vl": {"vision_config": {"hidden_size": 64}},
     "qwen2_5_vl": {"vision_config": {"window_size": 16, "fullatt_block_indexes": [1]}},
     **{name: {"vision_start_token_id": VISION_START} for name in ("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker")},

@@ -79,7 +79,12 @@ class _Causal:
         # Newer versions of transformers have another name for it.
         names = [name for name in ("cache", "past_key_values") if name in outputs][:1]
         cache = {name: outputs[name] for name in names}
-        return CausalLMOutputWithPast(logits=self.lm_head(outputs.last_hidden_state[:, kept]), **cache)
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        # Steps after the head, as multimodal models do them by the fields of the decoder's config; `prove_around` compares.
+        logits = logits * getattr(self.config, "output_multiplier", 1) / getattr(self.config, "logits_scaling", 1)
+        if cap := getattr(self.config, "final_logit_softcapping", None):
+            logits = cap * torch.tanh(logits / cap)
+        return CausalLMOutputWithPast(logits=logits, **cache)
 
 
 @dataclass(frozen=True)
@@ -248,7 +253,7 @@ def decoder_config(wrapper: Wrapper, pruned: Mapping[str, Any] | None) -> PreTra
     if type(dense) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         _register(type(dense), decoder, wrapper.config)
     text = copy.deepcopy(dense) if pruned is None else pruned_config_class(dense.model_type).from_dict(dict(pruned))
-    output = _path(whole, whole.get_output_embeddings())
+    output = _path(whole, _output_layer(whole))
     text.tie_word_embeddings = f"{output}.weight" in whole.all_tied_weights_keys
     text.dtype = text.dtype or wrapper.config.dtype
     if quantization := getattr(wrapper.config, "quantization_config", None):
@@ -310,6 +315,13 @@ def inner_decoder(model: Any) -> Any:
     return model
 
 
+def _output_layer(model: Any) -> nn.Module | None:
+    """The head of a multimodal model, or of the causal language model inside."""
+    while (output := model.get_output_embeddings()) is None and (inner := model.get_decoder()) is not model:
+        model = inner
+    return output
+
+
 def _path(model: PreTrainedModel, module: nn.Module | None) -> str:
     """The path of a module in a model."""
     for path, other in model.named_modules():
@@ -327,7 +339,7 @@ def _renamed(names: Any, model: PreTrainedModel, whole: PreTrainedModel) -> Iter
     """Names in a causal language model with those in the multimodal model: below the decoder, or in the head."""
     pairs = [
         (_below(model, inner_decoder(model)), _below(whole, inner_decoder(whole))),
-        (_below(model, model.get_output_embeddings()), _below(whole, whole.get_output_embeddings())),
+        (_below(model, model.get_output_embeddings()), _below(whole, _output_layer(whole))),
     ]
     for name in names:
         inner, outer = next((pair for pair in pairs if name.startswith(pair[0])), ("", ""))
