@@ -29,17 +29,18 @@ from adapruner.run import pictures as run_pictures
 from adapruner.structure import build_structure
 from adapruner.surgery import prune_model
 from run_helpers import QUICK
-from test_multimodal import counts_of, masked_around, tensors_in, write
+from test_multimodal import counts_of, tensors_in, write
 from tiny_families import random_plan
-from tiny_wrappers import IMAGE_TOKEN, tiny_wrapper_config, with_image
+from tiny_images import masked_logits, with_image
+from tiny_wrappers import IMAGE_TOKEN, tiny_wrapper_config
 
 FAMILIES = ("gemma3", "llava", "mistral3", "smolvlm", "internvl", "qwen2_5_vl")
 FIRST = 1000
 
 
-def inputs_of(model_type: str) -> dict[str, Tensor]:
-    """Those with an image in float64, and two tokens more after it."""
-    inputs = with_image(model_type, torch.float64)
+def inputs_of(whole: PreTrainedModel) -> dict[str, Tensor]:
+    """Inputs with an image, and two tokens more after it."""
+    inputs = with_image(whole)
     shape = inputs["input_ids"].shape
     for name, value in inputs.items():
         if value.shape == shape:
@@ -48,9 +49,9 @@ def inputs_of(model_type: str) -> dict[str, Tensor]:
     return inputs
 
 
-def windows_of(model_type: str, whole: PreTrainedModel) -> tuple[Tensor, Pictures, dict[str, Tensor]]:
+def windows_of(whole: PreTrainedModel) -> tuple[Tensor, Pictures, dict[str, Tensor]]:
     """A window of text and one with an image, the table of the image, and the inputs with the image."""
-    inputs = inputs_of(model_type)
+    inputs = inputs_of(whole)
     length = inputs["input_ids"].shape[1] - 1
     seen = see(whole, inputs, length)
     assert torch.equal(seen.is_image, inputs["input_ids"][0, :length] == IMAGE_TOKEN)
@@ -73,7 +74,7 @@ def test_a_decoder_reads_images_as_it_does_inside(
     model_type: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     whole: Any = write(model_type, tmp_path, tokenizer)
-    windows, pictures, inputs = windows_of(model_type, whole)
+    windows, pictures, inputs = windows_of(whole)
     assert bool(pictures.arguments) == (model_type in ("gemma3", "qwen2_5_vl"))
     decoder = show_pictures(open_model(find_model(str(tmp_path))), [pictures])
     structure = build_structure(decoder)
@@ -83,7 +84,7 @@ def test_a_decoder_reads_images_as_it_does_inside(
         torch.testing.assert_close(logits[1:], whole(**inputs).logits, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(logits[:1], whole(input_ids=windows[:1]).logits, rtol=1e-9, atol=1e-9)
         pruned = prune_model(decoder, structure, plan)(windows[1:]).logits
-        expected = masked_around(decoder, structure, plan, whole)(**inputs).logits
+        expected = masked_logits(decoder, structure, plan, whole, inputs)
         torch.testing.assert_close(pruned, expected, rtol=1e-9, atol=1e-9)
 
 
@@ -92,7 +93,7 @@ def test_measuring_reads_images_and_predicts_text_alone(
     model_type: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     whole: Any = write(model_type, tmp_path, tokenizer)
-    windows, pictures, inputs = windows_of(model_type, whole)
+    windows, pictures, inputs = windows_of(whole)
     decoder = show_pictures(open_model(find_model(str(tmp_path))), [pictures])
     structure = build_structure(decoder)
     with torch.no_grad():
@@ -118,7 +119,7 @@ def test_measuring_reads_images_and_predicts_text_alone(
 def test_images_that_reach_layers_another_way_are_refused(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     whole = write("qwen3_vl", tmp_path, tokenizer)
     with pytest.raises(AdaPrunerError, match="reach the decoder of a qwen3_vl as visual_pos_masks"):
-        see(whole, inputs_of("qwen3_vl"), 12)
+        see(whole, inputs_of(whole), 12)
 
 
 def write_with_processor(folder: Path, tokenizer: PreTrainedTokenizerFast) -> Any:

@@ -1,4 +1,4 @@
-"""Inputs with an image for tiny multimodal models of any family: the first of a few kinds that a model can be run with."""
+"""Inputs with an image for tiny multimodal models of any family: the first of a few kinds that a model runs with."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _kinds(model: Any) -> Iterator[dict[str, Tensor]]:
     for shape in patches + squares if fixed else squares + patches:
         pixels = torch.randn(shape, generator=generator).to(model.dtype)
         masks = (torch.ones((*shape[:2], *shape[3:])).long(), torch.ones(shape[:2], dtype=torch.bool))
-        for others in ({"image_sizes": _SIZE}, *({"pixel_attention_mask": mask} for mask in masks), {}):
+        for others in ({}, {"image_sizes": _SIZE}, *({"pixel_attention_mask": mask} for mask in masks)):
             if others.keys() <= names.keys():
                 yield {"pixel_values": pixels} | fixed | others
 
@@ -97,7 +97,9 @@ def _with_prompt(model: Any, images: dict[str, Tensor]) -> dict[str, Tensor]:
     outputs = around.get_image_features(**arguments, return_dict=True)
     of_layers = outputs.get("deepstack_features") or [(0, outputs.get("last_hidden_state"))]
     features = of_layers[0][1] if outputs.get("pooler_output") is None else outputs.pooler_output
-    rows = sum(len(feature.flatten(0, -2)) for feature in (features if isinstance(features, list | tuple) else [features]))
+    rows = sum(
+        len(feature.flatten(0, -2)) for feature in (features if isinstance(features, list | tuple) else [features])
+    )
     tokens = torch.tensor([[5, 9, VISION_START, *[IMAGE_TOKEN] * rows, 202, 11, 12, 7]])
     types = (tokens == IMAGE_TOKEN).long()
     by_name = {"mm_token_type_ids": types, "token_type_ids": types}

@@ -82,24 +82,44 @@ _WRAPPERS: dict[str, dict[str, Any]] = {
     "deepseek_vl_hybrid": {
         "high_res_vision_config": {"global_attn_indexes": [0, 1], "window_size": 2, "output_channels": 32}
     },
-    "chameleon": {"vocabulary_map": {"<image>": IMAGE_TOKEN} | {f"IMGIMG{chr(65 + code // 10)}{chr(65 + code % 10)}Z": 100 + code for code in range(64)}},
-    "dots3_note": {"vision_config": {"mlp_layer_types": ["dense"] * 2, "adapter_in_dim": 32, "adapter_out_dim": 64}, "audio_config": {"adapter_input_size": 32, "adapter_out_dim": 64}},
-    "emu3": {"vq_config": {"channel_multiplier": [1, 1], "attn_resolutions": [1]}, "vocabulary_map": {"<image>": IMAGE_TOKEN, "<|extra_200|>": 199} | {f"<|visual token {code:06}|>": 100 + code for code in range(32)}},
+    "chameleon": {
+        "vocabulary_map": {"<image>": IMAGE_TOKEN}
+        | {f"IMGIMG{chr(65 + code // 10)}{chr(65 + code % 10)}Z": 100 + code for code in range(64)}
+    },
+    "dots3_note": {
+        "vision_config": {"mlp_layer_types": ["dense"] * 2, "adapter_in_dim": 32, "adapter_out_dim": 64},
+        "audio_config": {"adapter_input_size": 32, "adapter_out_dim": 64},
+    },
+    "emu3": {
+        "vq_config": {"channel_multiplier": [1, 1], "attn_resolutions": [1]},
+        "vocabulary_map": {"<image>": IMAGE_TOKEN, "<|extra_200|>": 199}
+        | {f"<|visual token {code:06}|>": 100 + code for code in range(32)},
+    },
     "fuyu": {"patch_size": 4},
     "fun_asr_nano": {"adaptor_config": {"hidden_size": 64, "intermediate_size": 16}},
     "gemma3": {"mm_tokens_per_image": 4},
     "vipllava": {"vision_feature_layer": [-2, -1]},
-    "granite4_vision": {"deepstack_layer_map": [[0, 0], [1, 1]], "vision_config": {"hidden_size": 64}, "image_grid_pinpoints": [[16, 16]], "downsample_rate": "2/4"},
+    "granite4_vision": {
+        "deepstack_layer_map": [[0, 0], [1, 1]],
+        "vision_config": {"hidden_size": 64},
+        "image_grid_pinpoints": [[16, 16]],
+        "downsample_rate": "2/4",
+    },
     "paligemma": {"projection_dim": 64},
     "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},
     "kimi_k25": {"projection_hidden_size": 32},
-    **{
-        name: {"image_grid_pinpoints": [[16, 16]]}
-        for name in ("llava_next", "llava_next_video", "llava_onevision")
-    },
+    **{name: {"image_grid_pinpoints": [[16, 16]]} for name in ("llava_next", "llava_next_video", "llava_onevision")},
     "muse_glimmer": {"projector_hidden_size": 64, "out_hidden_size": 128},
-    "muse_spark": {"projector_hidden_size": 64, "out_hidden_size": 128, "audio_config": {"num_hidden_layers": 4, "hidden_sizes": [8, 16, 32, 64]}},
-    "nemotron_h_omni": {"vision_hidden_size": 32, "projector_hidden_size": 64, "vision_config": {"video_temporal_patch_size": 2}},
+    "muse_spark": {
+        "projector_hidden_size": 64,
+        "out_hidden_size": 128,
+        "audio_config": {"num_hidden_layers": 4, "hidden_sizes": [8, 16, 32, 64]},
+    },
+    "nemotron_h_omni": {
+        "vision_hidden_size": 32,
+        "projector_hidden_size": 64,
+        "vision_config": {"video_temporal_patch_size": 2},
+    },
     "qwen2_vl": {"vision_config": {"hidden_size": 64}},
     "qwen2_5_vl": {"vision_config": {"window_size": 16, "fullatt_block_indexes": [1]}},
     **{name: {"vision_start_token_id": VISION_START} for name in ("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker")},
@@ -107,7 +127,13 @@ _WRAPPERS: dict[str, dict[str, Any]] = {
     "qwen3_vl": {"vision_config": {"deepstack_visual_indexes": [0, 1]}},
     "qwen3_vl_moe": {"vision_config": {"deepstack_visual_indexes": [0, 1]}},
 }
-_TOKENS = {"image_token": IMAGE_TOKEN, "image_patch": IMAGE_TOKEN, "vision_start_token": VISION_START, "vision_end_token": 202, "video_token": 203}
+_TOKENS = {
+    "image_token": IMAGE_TOKEN,
+    "image_patch": IMAGE_TOKEN,
+    "vision_start_token": VISION_START,
+    "vision_end_token": 202,
+    "video_token": 203,
+}
 
 
 def _sized(config: PreTrainedConfig, sizes: dict[str, Any]) -> dict[str, Any]:

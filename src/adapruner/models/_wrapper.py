@@ -80,7 +80,7 @@ class _Causal:
         names = [name for name in ("cache", "past_key_values") if name in outputs][:1]
         cache = {name: outputs[name] for name in names}
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        # Steps after the head, as multimodal models do them by the fields of the decoder's config; `prove_around` compares.
+        # Steps after the head, which multimodal models do by these fields; `prove_around` compares.
         logits = logits * getattr(self.config, "output_multiplier", 1) / getattr(self.config, "logits_scaling", 1)
         if cap := getattr(self.config, "final_logit_softcapping", None):
             logits = cap * torch.tanh(logits / cap)
