@@ -23,7 +23,7 @@ from typing import NamedTuple, get_args
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoModelForMultimodalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
 from adapruner import AdaPrunerError, verbs
@@ -32,7 +32,7 @@ from adapruner.config import Layout
 from adapruner.errors import reason
 from adapruner.families import open_config
 from adapruner.families.tiny import random_model
-from adapruner.models import architecture_of, find_model, known_architectures, load_model
+from adapruner.models import architecture_of, find_model, known_architectures, load_model, wrapper_of
 from adapruner.structure import Kind, Structure, build_structure
 from adapruner.surgery import prune_model
 from tiny_families import OTHERS, decoder_families, random_plan, tiny_config
@@ -112,7 +112,9 @@ def prune_and_load(
         ]
     plan = random_plan(structure, counts)
     write_model(prune_model(decoder, structure, plan), folder, "2GB")
-    model = AutoModelForMultimodalLM.from_pretrained(folder, trust_remote_code=True)
+    # A few families are text models to transformers too.
+    auto_class = AutoModelForMultimodalLM if wrapper_of(decoder) else AutoModelForCausalLM
+    model = auto_class.from_pretrained(folder, trust_remote_code=True)
     tokens = torch.randint(3, 150, (2, 12), generator=torch.Generator().manual_seed(0))
     text = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     for name, arguments in (("text", text), ("an image", inputs)):

@@ -60,10 +60,9 @@ def masked_logits(
 ) -> Tensor:
     """The logits of a dense multimodal model, whose decoder does not read the groups that a plan removes."""
     wrapper = wrapper_of(decoder)
-    assert wrapper is not None
     with masked(decoder, structure, plan) as silenced, torch.no_grad():
         state = silenced.state_dict()
-        names = wrapper.names(silenced, dense)
+        names = wrapper.names(silenced, dense) if wrapper else {name: name for name in state}
         dense.load_state_dict({outer: state[name] for name, outer in names.items()}, strict=False, assign=True)
         logits: Tensor = dense(**inputs).logits
     return logits
@@ -91,7 +90,7 @@ def _kinds(model: Any) -> Iterator[dict[str, Tensor]]:
 
 def _with_prompt(model: Any, images: dict[str, Tensor]) -> dict[str, Tensor]:
     """The inputs of a model for a prompt with images: one token for every row of features that the tower returns."""
-    around = next(part for part in (getattr(model, "model", None), model) if hasattr(part, "get_image_features"))
+    around = model.model if hasattr(model.model, "get_image_features") else model
     known = inspect.signature(around.get_image_features).parameters
     arguments = {name: value for name, value in images.items() if name in known or "args" in known}
     outputs = around.get_image_features(**arguments, return_dict=True)

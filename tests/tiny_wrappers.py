@@ -54,7 +54,7 @@ _TEXTS: dict[str, dict[str, Any]] = {
     },
     "glm4v_moe": {"rope_parameters": MROPE | {"partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}},
     "mistral4": {"num_key_value_heads": 4, "head_dim": 32},
-    "glm5_next": {"num_key_value_heads": 4, "qk_rope_head_dim": 0},
+    "glm5_next": {"num_key_value_heads": 4, "qk_rope_head_dim": 0, "linear_num_heads": 4, "linear_head_dim": 16},
     **{name: {"unpadded_vocab_size": 256} for name in ("inkling2", "inkling2_loop")},
     "mistral_large4": {"num_key_value_heads": 4},
     "qwen4_exp": {
