@@ -90,7 +90,8 @@ def _kinds(model: Any) -> Iterator[dict[str, Tensor]]:
 
 def _with_prompt(model: Any, images: dict[str, Tensor]) -> dict[str, Tensor]:
     """The inputs of a model for a prompt with images: one token for every row of features that the tower returns."""
-    around = model.model if hasattr(model.model, "get_image_features") else model
+    inner = getattr(model, "model", model)
+    around = inner if hasattr(inner, "get_image_features") else model
     known = inspect.signature(around.get_image_features).parameters
     arguments = {name: value for name, value in images.items() if name in known or "args" in known}
     outputs = around.get_image_features(**arguments, return_dict=True)

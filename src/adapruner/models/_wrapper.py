@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
@@ -51,6 +51,7 @@ class _Causal:
     """Mixin: a decoder with a linear head, for decoders that have no causal language model of their own."""
 
     base_model_prefix = "model"
+    config: Any
     decoder_class: Any
 
     def __init__(self, config: PreTrainedConfig) -> None:
@@ -317,9 +318,9 @@ def inner_decoder(model: Any) -> Any:
 
 def _output_layer(model: Any) -> nn.Module | None:
     """The head of a multimodal model, or of the causal language model inside."""
-    while (output := model.get_output_embeddings()) is None and (inner := model.get_decoder()) is not model:
+    while model.get_output_embeddings() is None and (inner := model.get_decoder()) is not model:
         model = inner
-    return output
+    return cast(nn.Module | None, model.get_output_embeddings())
 
 
 def _path(model: PreTrainedModel, module: nn.Module | None) -> str:
