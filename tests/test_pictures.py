@@ -159,11 +159,13 @@ def write_pairs(folder: Path, count: int) -> Path:
 
 
 def test_a_run_sees_the_images_of_its_dataset(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tokenizer: PreTrainedTokenizerFast, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dense = write_with_processor(tmp_path / "dense", tokenizer)
     pairs, length = write_pairs(tmp_path, 120), 28
-    options = QUICK | {"calibration": str(pairs), "output": tmp_path / "run", "seq_len": length}
+    blend = f"{pairs}:0.5,{text_file}:0.5"
+    options = QUICK | {"calibration": str(pairs), "output": tmp_path / "run", "seq_len": length, "recover": blend}
+    options |= {"recovery": {"steps": 2, "seq_len": length, "batch_size": 2}}
     result = adapruner.prune(str(tmp_path / "dense"), **options)
     (file,) = (tmp_path / "run" / "given").iterdir()
     content = load_file(file)

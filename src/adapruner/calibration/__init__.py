@@ -3,7 +3,9 @@
 from adapruner.calibration._blend import (
     BlendPart as BlendPart,
     absolute_blend as absolute_blend,
+    blend_names as blend_names,
     blend_sources as blend_sources,
+    changed_blend as changed_blend,
     has_written_part as has_written_part,
     parse_blend as parse_blend,
 )

@@ -82,8 +82,12 @@ class _Causal:
         cache = {name: outputs[name] for name in names}
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         # Steps after the head, which multimodal models do by these fields; `prove_around` compares.
-        logits = logits * getattr(self.config, "output_multiplier", 1) / getattr(self.config, "logits_scaling", 1)
-        if cap := getattr(self.config, "final_logit_softcapping", None):
+        multiplier, divisor, cap = (
+            getattr(self.config, name, None)
+            for name in ("output_multiplier", "logits_scaling", "final_logit_softcapping")
+        )
+        logits = logits * (multiplier or 1) / (divisor or 1)
+        if cap:
             logits = cap * torch.tanh(logits / cap)
         return CausalLMOutputWithPast(logits=logits, **cache)
 

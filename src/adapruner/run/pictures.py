@@ -14,6 +14,8 @@ import torch
 from adapruner.calibration import (
     SELF_GENERATED,
     Source,
+    blend_names,
+    changed_blend,
     content_hash,
     has_images,
     known_sources,
@@ -43,8 +45,9 @@ def with_pictures(config: PruneConfig, run: RunFolder) -> PruneConfig:
     Raises:
         AdaPrunerError: images cannot be read, or do not go with other options.
     """
-    names = {"calibration": config.calibration, "objective": config.objective, "recover": config.recover}
-    named = [name for name in (*names.values(), *config.evaluate) if name and may_have_images(name)]
+    texts = {"calibration": config.calibration, "objective": config.objective}
+    blended = blend_names(config.recover) if config.recover else []
+    named = [name for name in (*texts.values(), *blended, *config.evaluate) if name and may_have_images(name)]
     location = find_model(config.model) if named else None
     if location is None or find_wrapper(location) is None:
         return config
@@ -53,21 +56,23 @@ def with_pictures(config: PruneConfig, run: RunFolder) -> PruneConfig:
     report = (config.evaluate_windows or DEFAULT_REPORT_WINDOWS) / _REPORT
     count, device = math.ceil(max(objective, calibration, report)), resolve_devices(config.device)[0]
 
-    def written(name: str | None, seq_len: int) -> str | None:
-        return name and as_windows(name, location, seq_len, count, run.given, device)
+    def written(name: str, seq_len: int) -> str:
+        return as_windows(name, location, seq_len, count, run.given, device)
 
-    texts = {name: written(text, config.seq_len) for name, text in names.items() if name != "recover"}
-    trained = written(config.recover, config.recovery.seq_len)
-    if trained != config.recover and "@" not in Path(str(trained)).name:
+    def trained(name: str) -> str:
+        windows = written(name, config.recovery.seq_len)
         # A file of windows of another length is another dataset.
-        trained = f"{trained}@calibration"
-    evaluated = tuple(as_windows(name, location, config.seq_len, count, run.given, device) for name in config.evaluate)
-    changed = config.model_copy(update={**texts, "recover": trained, "evaluate": evaluated})
-    if changed != config and config.vocabulary:
+        return windows if windows == name or "@" in Path(windows).name else f"{windows}@calibration"
+
+    changed = {name: text and written(text, config.seq_len) for name, text in texts.items()}
+    changed["recover"] = config.recover and changed_blend(config.recover, trained)
+    evaluated = tuple(written(name, config.seq_len) for name in config.evaluate)
+    seen = config.model_copy(update={**changed, "evaluate": evaluated})
+    if seen != config and config.vocabulary:
         raise AdaPrunerError(
             "`vocabulary` gives tokens other numbers, which windows with images do not have: leave it out"
         )
-    return changed
+    return seen
 
 
 def may_have_images(name: str) -> bool:
@@ -76,7 +81,7 @@ def may_have_images(name: str) -> bool:
         return False
     try:
         source = parse_source(name)
-    except AdaPrunerError:  # a blend
+    except AdaPrunerError:
         return False
     return source.path is None or source.path.suffix in (".parquet", ".json", ".jsonl")
 
