@@ -107,7 +107,7 @@ def prove_around(wrapper: Wrapper, config: PreTrainedConfig, layouts: Sequence[L
         except Exception as error:  # anything that a model class raises that needs more than text
             raise ConformanceError(f"a {name} cannot be run with text alone: {reason(error)}") from error
         # In multimodal models, transformers leaves out the factor of the logits that Cohere's decoders have.
-        expected, factor = decoder(tokens).logits, getattr(config, "logit_scale", 1)
+        expected, factor = decoder(tokens).logits, getattr(config, "logit_scale", None) or 1
         if not min((logits * scale - expected).norm() for scale in (1, factor)) <= _ROUNDING * expected.norm():
             raise ConformanceError(f"a {name} does not read text alone as its decoder does, a {config.model_type}")
 
