@@ -56,7 +56,7 @@ clean:
 
 .PHONY: docs test-families test-device test-matrix constraints audit soak
 
-# Tries every decoder of transformers, and writes the table in docs/reference/families.md (10 minutes).
+# Tries every decoder of transformers, and writes the table in docs/reference/families.md (half an hour).
 test-families: .venv/dev
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python tests/family_table.py
 

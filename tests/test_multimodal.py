@@ -30,6 +30,8 @@ from tiny_wrappers import IMAGE_TOKEN, tiny_wrapper, tiny_wrapper_config
 FAMILIES = (
     *("gemma3", "llava", "vipllava", "mistral3", "smolvlm", "idefics3", "internvl"),
     *("qwen2_vl", "qwen2_5_vl", "qwen3_vl"),
+    # Logits are scaled and capped after the head.
+    "muse_glimmer",
 )
 CASES = [*((family, "per-layer") for family in FAMILIES), ("gemma3", "uniform"), ("qwen2_5_vl", "uniform")]
 TOKENS = torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(6))
@@ -85,6 +87,17 @@ def test_the_pruned_model_is_the_masked_one_with_an_image_too(
         expected = masked_logits(decoder, structure, plan, dense, inputs)
         assert not torch.allclose(before, expected, rtol=0.01)
         torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_weights_with_other_names_in_files_are_loaded(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    tiny_wrapper("deepseek_ocr2").save_pretrained(tmp_path / "dense")
+    assert "model.layers.0.self_attn.q_proj.weight" in tensors_in(tmp_path / "dense")
+    decoder = open_model(find_model(str(tmp_path / "dense")))
+    structure = build_structure(decoder)
+    pruned = prune_model(decoder, structure, random_plan(structure, counts_of(structure, "per-layer")))
+    save_checkpoint(pruned, tokenizer, tmp_path / "pruned")
+    with torch.no_grad():
+        assert torch.equal(loaded(tmp_path / "pruned")(input_ids=TOKENS).logits, pruned(TOKENS).logits)
 
 
 @pytest.mark.parametrize("model_type", ["gemma3", "qwen3_vl"])
