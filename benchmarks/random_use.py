@@ -10,6 +10,7 @@ Commands run in this process; a kill is an exception that no code catches, raise
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import hashlib
@@ -63,6 +64,8 @@ VARIANTS: dict[str, dict[str, object]] = {
     "recovered": {"ratio": 0.1, **_RECOVERY},
     "not compensated": {"ratio": 0.1, "compensation": "none"},
 }
+# Sequences of one seed: hypothesis begins every series with the shortest sequence.
+_BATCH = 50
 DAMAGED, OTHER_OPTIONS = "is damaged", "a run of another configuration"
 
 
@@ -137,6 +140,7 @@ def ended_at(place: Any, name: str, count: int, error: BaseException) -> Iterato
 def shared() -> Path:
     """A folder with the model and the text of this process."""
     folder = Path(tempfile.mkdtemp(prefix="random-use-"))
+    atexit.register(shutil.rmtree, folder)
     write_model(folder / "model")
     write_text(folder / "text.txt")
     return folder
@@ -392,20 +396,19 @@ def use(sequences: int, seed: int, steps: int = 8, variants: Sequence[str] = sor
 
 
 def main(*, sequences: int = 500, seed: int = 0, steps: int = 8, minutes: float = math.inf) -> None:
-    """Prints what happened; ends with the steps of the first sequence that failed.
+    """Prints what happened after every batch; ends with the steps of the first sequence that failed.
 
     Args:
-        minutes: after which no further ten sequences begin.
+        minutes: after which no further batch begins.
     """
     print(describe(), flush=True)
     started = time.monotonic()
-    try:
-        for first in range(0, sequences, 10):
-            if time.monotonic() - started < 60 * minutes:
-                use(min(10, sequences - first), seed + first, steps)
-    finally:
-        print(f"{time.monotonic() - started:.0f} s: {dict(RandomUse.done)}", flush=True)
-        shutil.rmtree(shared())
+    for first in range(0, sequences, _BATCH):
+        if time.monotonic() - started < 60 * minutes:
+            try:
+                use(min(_BATCH, sequences - first), seed + first, steps)
+            finally:
+                print(f"{time.monotonic() - started:.0f} s: {dict(RandomUse.done)}", flush=True)
 
 
 if __name__ == "__main__":
