@@ -7,12 +7,16 @@ import io
 import json
 import logging
 import os
+import queue
 import re
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -212,6 +216,41 @@ def test_lines_say_what_is_evaluated(capsys: pytest.CaptureFixture[str]) -> None
     assert [line.partition(":")[0] for line in capsys.readouterr().err.splitlines()] == [
         "evaluating (perplexity-dense)",
         "saving",
+    ]
+
+
+def test_a_stage_prints_a_line_a_minute_without_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also within a step; a stage of less than a minute has the line at its end alone."""
+    seconds, is_over = [0.0], queue.Queue[bool]()
+
+    class Minutes:
+        def wait(self, timeout: float) -> bool:
+            seconds[0] += timeout
+            return is_over.get()
+
+        def set(self) -> None:
+            is_over.put(True)
+
+    monkeypatch.setattr("adapruner.progress.time", SimpleNamespace(monotonic=lambda: seconds[0], time=time.time))
+    monkeypatch.setattr("adapruner.progress.threading", SimpleNamespace(Thread=threading.Thread, Event=Minutes))
+    reporter = Reporter()
+    with reporter.stage("searching", 200) as advance:
+        for steps in (3, 0):
+            advance(steps, "best loss 2.5")
+            is_over.put(False)
+    with reporter.stage("saving"):
+        pass
+    with pytest.raises(RuntimeError, match="cannot be read"), reporter.stage("loading"):  # noqa: PT012
+        is_over.put(False)
+        raise RuntimeError("cannot be read")
+    assert [line.partition(": done")[0] for line in capsys.readouterr().err.splitlines()] == [
+        "searching: 3 of 200 after 1 min, best loss 2.5",
+        "searching: 3 of 200 after 2 min, best loss 2.5",
+        "searching",
+        "saving",
+        "loading: 1 min",
     ]
 
 

@@ -314,6 +314,12 @@ def test_what_is_read_again_in_no_time_is_only_held_for_the_next_node(folder: Pa
         assert run.given["calls"] == calls
         assert value(folder / device, "b") == held
         assert value(folder / device, "c") == 6
+        for name in ("b.json", "c.json"):
+            (folder / device / name).unlink()
+        resumed = making(folder / device, graph=graph, device=device)
+        resumed.given = {**resumed.given, "run": resumed}
+        make_all([resumed])
+        assert value(folder / device, "b") == held
 
 
 def test_mistakes_are_found_before_the_work(folder: Path) -> None:

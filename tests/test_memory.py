@@ -34,12 +34,15 @@ SMALL = {"pool": 6, "samples": 3, "objective_windows": 4, "seq_len": 16, "compen
 TINY = SMALL | {"ratio": 0.05, "round_to": 1, "protect_first": 1, "protect_last": 1}
 
 
-def memory_of(model_config: LlamaConfig, layer_wise: bool, device: str = "cpu", **options: object) -> dict[str, Memory]:
+def memory_of(
+    model_config: LlamaConfig, layer_wise: bool, device: str = "cpu", is_mapped: bool = True, **options: object
+) -> dict[str, Memory]:
     model = empty_model(model_config)
     structure = build_structure(model)
     config = PruneConfig(model="x", **options)
     budget = reference_budget(config, structure, config.ratio[0])
-    return estimate_memory(config, model, structure, budget, torch.device(device), layer_wise)
+    about = config, model, structure, budget, torch.device(device), layer_wise
+    return estimate_memory(*about, is_mapped=is_mapped)
 
 
 @pytest.mark.parametrize("family", known_architectures())
@@ -93,9 +96,12 @@ def test_a_7b_model_needs_what_its_shapes_say() -> None:
 
 
 def test_a_gpu_that_is_not_here_is_taken_for_one_with_bfloat16() -> None:
-    """Searching holds a copy there, of half the size."""
-    on_gpu = memory_of(LlamaConfig(), False, "cuda")
-    assert on_gpu["searching"].device > 1.5 * on_gpu["loading"].device
+    """Trials run a copy there, of half the size; a model that is not mapped from its files is held with it."""
+    on_gpu, weights = memory_of(LlamaConfig(), False, "cuda"), 4 * 6_738_415_616
+    assert on_gpu["measuring"].device > 1.5 * weights
+    assert 0.5 * weights < on_gpu["searching"].device < weights
+    not_mapped = memory_of(LlamaConfig(), False, "cuda", is_mapped=False)
+    assert not_mapped["searching"].device == on_gpu["searching"].device + weights
 
 
 def test_only_what_the_family_allows_is_counted(make_model: Callable[..., PreTrainedModel], tmp_path: Path) -> None:

@@ -95,7 +95,8 @@ def test_what_cannot_be_met_is_refused_with_the_numbers(structure: Structure) ->
     refused = {
         1e6 * dense: f"has {dense:,.2f} MB already",
         100e6: f"cannot be reached: {smallest:,.2f} MB at best, .* the dense model has {dense:,.2f} MB",
-        1e6 * (dense - 100): f"not met within 1%: .* come to {dense - 128:,.2f} MB; lower `round_to`",
+        1e6
+        * (dense - 100): f"not met within 1%: .* come to {dense - 128:,.2f} MB; choose that, or lower `round_to` if",
     }
     for most, message in refused.items():
         with pytest.raises(AdaPrunerError, match=message):

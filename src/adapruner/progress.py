@@ -1,4 +1,4 @@
-"""Progress: bars on a terminal and in a notebook, one line per stage elsewhere; and the log file of a run."""
+"""Progress: bars on a terminal and in a notebook, elsewhere a line per stage and minute; and the log file of a run."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import ctypes
 import json
 import logging
 import sys
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from importlib.util import find_spec
@@ -27,6 +28,8 @@ MIB = 2**20
 _STAGE_WIDTH, _COUNT_WIDTH = 20, 9
 # Seconds over which the remaining time is estimated: a step may take half a minute.
 _PERIOD = 300.0
+# Seconds after which a stage without a bar prints a line, again and again.
+_SILENCE = 60.0
 # Advances a stage by some steps; the text is shown next to the bar.
 Advance = Callable[..., None]
 
@@ -98,10 +101,10 @@ class Reporter:
         if self.shows_bars:
             yield from self._with_bar(name, total)
         else:
-            yield lambda steps=1, text="": None
+            yield from self._with_lines(name, total)
         seconds, self.current = time.monotonic() - started, outer
         if not self.shows_bars:
-            self.note(f"{name}{f' ({self.subject})' if self.subject else ''}: done in {seconds:.1f} s")
+            self.note(f"{self._title(name)}: done in {seconds:.1f} s")
         peaks = {"peak_memory_mib": peak_memory() // MIB, "peak_on_accelerator_mib": _accelerator_peak() // MIB}
         cost = StageCost(seconds=round(seconds, 2), **peaks)
         self._record(event="finished", stage=name, **cost.model_dump())
@@ -149,6 +152,30 @@ class Reporter:
             task = bars.add_task(name, total=total, text="")
             yield lambda steps=1, text="": bars.update(task, advance=steps, text=text)
             bars.update(task, completed=total)
+
+    def _with_lines(self, name: str, total: int | None) -> Iterator[Advance]:
+        """Prints how far the stage is about once a minute, from a thread: a single step may take longer than that."""
+        started, done, shown, ended = time.monotonic(), 0, "", threading.Event()
+
+        def advance(steps: int = 1, text: str = "") -> None:
+            nonlocal done, shown
+            done, shown = done + steps, f", {text}" if text else ""
+
+        def print_lines() -> None:
+            while not ended.wait(_SILENCE):
+                steps = f"{done} of {total} after " if total and total > 1 else ""
+                self.note(f"{self._title(name)}: {steps}{(time.monotonic() - started) / 60:.0f} min{shown}")
+
+        thread = threading.Thread(target=print_lines, daemon=True)
+        thread.start()
+        try:
+            yield advance
+        finally:
+            ended.set()
+            thread.join()
+
+    def _title(self, name: str) -> str:
+        return f"{name} ({self.subject})" if self.subject else name
 
     def _record(self, **entry: Any) -> None:
         _logger.debug("%s", json.dumps(entry))

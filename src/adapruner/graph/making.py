@@ -221,11 +221,17 @@ class Making:
         self.process.wait()
 
     def _called(self, node: Node[T], **of_kept: Any) -> T:
-        values: dict[str, Any] = {}
+        values, before = dict[str, Any](), self._values.keys() | self.shared.keys()
         for parameter, name in node.needs.items():
             is_later = parameter.endswith(LATER)
             values[parameter] = of_kept.get(name) or (partial(self.value, name) if is_later else self.value(name))
-        return node.make(**values)
+        made = node.make(**values)
+        if isinstance(node, InMemory):  # in a resumed run, nothing else may need what it was made from
+            for parameter, name in node.needs.items():
+                if name not in before and values[parameter] is not made and self._is_read_again(name):
+                    self._values.pop(name, None)
+                    self.shared.pop(name, None)
+        return made
 
     def _save(self, node: Kept[Any], value: Any) -> None:
         folder = self.folder_of(node)
@@ -259,7 +265,7 @@ class Making:
                 self.shared.pop(name, None)
 
     def _is_read_again(self, name: str) -> bool:
-        node = self.graph.nodes[name]
+        node = self.graph.nodes.get(name)
         return isinstance(node, InMemory) and node.is_read_again_if is not None and self.value(node.is_read_again_if)
 
     def keys(self) -> list[str]:

@@ -54,6 +54,7 @@ def choose_placement(
     devices: Sequence[torch.device],
     streamable: bool,
     stated: int | None = None,
+    is_mapped: bool = True,
 ) -> Placement:
     """The devices of the layers of a model. By default, these are as few devices as hold all layers; if all devices
     together are too small and the layers are `streamable` (can be read one by one), one layer is held at a time. The
@@ -62,6 +63,7 @@ def choose_placement(
     Args:
         devices: the devices that may be used; all of them are used if the options name them.
         stated: bytes of memory of each device, for GPUs that are not here. Main memory is not checked then.
+        is_mapped: True if the model is mapped from its files.
 
     Raises:
         AdaPrunerError: a stage needs more memory than is free, and `ignore_memory` is not set.
@@ -76,7 +78,7 @@ def choose_placement(
         host_total, host_free, memories = sys.maxsize, sys.maxsize, [(stated, stated)] * len(devices)
 
     def fits(count: int) -> bool:
-        stages = estimate_memory(config, model, structure, budget, devices[0], False, count).values()
+        stages = estimate_memory(config, model, structure, budget, devices[0], False, count, is_mapped).values()
         total = min(total for total, _ in memories[:count])
         return all(stage.device <= USABLE * total and stage.host <= USABLE * host_total for stage in stages)
 
@@ -85,7 +87,8 @@ def choose_placement(
         by_layer = streamable and count is None
     used = tuple(devices[: count or (1 if by_layer else len(devices))])
     free = min(free for _, free in memories[: len(used)])
-    for stage, memory in estimate_memory(config, model, structure, budget, used[0], by_layer, len(used)).items():
+    about = config, model, structure, budget, used[0], by_layer, len(used), is_mapped
+    for stage, memory in estimate_memory(*about).items():
         for needed, left, place in ((memory.device, free, ", ".join(map(str, used))), (memory.host, host_free, _CPU)):
             if needed > left and not config.ignore_memory:
                 value = getattr(config, memory.largest, None)

@@ -60,13 +60,16 @@ def estimate_memory(
     device: torch.device,
     layer_wise: bool,
     devices: int = 1,
+    is_mapped: bool = True,
 ) -> dict[str, Memory]:
-    """The memory of every stage up to the saved model, without the program itself (half a GiB).
+    """The memory of every stage up to the saved model, without the program itself (half a GiB, with what libraries keep
+    for later calls).
 
     Args:
         model: on the meta device.
         budget: the final budget, or the one that the search starts from.
         devices: number of devices that the layers are spread over.
+        is_mapped: True if the dense model is mapped from its files: stages that run the copy for trials do not hold it.
 
     Raises:
         AdaPrunerError: the layers of the model already differ.
@@ -74,7 +77,7 @@ def estimate_memory(
     if is_pruned(model.config):
         raise AdaPrunerError("the memory needed to prune a model whose layers differ already cannot be estimated")
     on_host = {"pool", "dense predictions"} | ({"pruned weights"} if layer_wise else set())
-    stages = _Stages(config, model, structure, kept_counts(structure, budget), device, layer_wise, devices)
+    stages = _Stages(config, model, structure, kept_counts(structure, budget), device, layer_wise, devices, is_mapped)
     memory = {}
     for stage, terms in stages.terms().items():
         host = sum(size for term, size in terms.items() if term in on_host and device.type != "cpu")
@@ -104,6 +107,7 @@ class _Stages:
         layer: weights of the largest layer if one layer is held at a time, else 0: it is held in one dtype, and weights
             outside of layers in both.
         held: weights of the dense model on a device.
+        share: largest share of inputs that a pruned block keeps.
         widest: largest number of inputs of a block.
         moments: the largest second moments.
         projection: the largest projection that is compensated.
@@ -124,8 +128,9 @@ class _Stages:
         device: torch.device,
         by_layer: bool,
         devices: int,
+        is_mapped: bool,
     ) -> None:
-        self.config, self.model, self.structure = config, model, structure
+        self.config, self.model, self.structure, self.is_mapped = config, model, structure, is_mapped
         self.device, self.by_layer, self.devices = device, by_layer, devices
         self.dtype = dtype_of_weights(model, config.dtype)
         trials = trial_dtype(self.dtype, device)
@@ -136,6 +141,7 @@ class _Stages:
         self.layer = max(self.layer_weights) if by_layer else 0
         self.held = self._weights_on_a_device()
         self.blocks = list(zip(structure.blocks, counts, strict=True))
+        self.share = max((n / block.groups for block, n in self.blocks if n < block.groups), default=0.0)
         blocks = structure.blocks
         matrices = [(matrix, block) for block in blocks for matrix in block.matrices]
         self.widest = max(block.inputs for block in blocks)
@@ -181,7 +187,7 @@ class _Stages:
         together = batches_together(self.model.config, texts, length, dtype) if self.by_layer else 1
         texts *= min(together, batches)
         cached = architecture_of(self.model.config).cached(self.model.config)
-        return self._both_weights | {
+        return self._trial_weights | {
             "self_windows": texts * length * cached * dtype.itemsize // self.devices,
             "logits": 3 * texts * self.vocabulary * _FLOAT32,
         }
@@ -192,7 +198,7 @@ class _Stages:
         sums_by_layer = Counter[int]()
         for block in self.structure.blocks:
             sums_by_layer[block.layer] += block.inputs * block.inputs_of_one * _FLOAT32
-        return self._both_weights | {
+        return self._trial_weights | {
             "compensation_windows": self.text * self.hidden,
             # Two sums for every block of a layer; for one block, both means, and two merged moments.
             "second moments": 2 * max(sums_by_layer.values()) + 4 * self.moments,
@@ -205,7 +211,7 @@ class _Stages:
         kept += self.vocabulary * self.dtype.itemsize
         # Layer by layer, the states before and after a layer and the gradient are held as well.
         going_back = 3 * (self.widest + self.by_layer * self.hidden) * self.dtype.itemsize
-        return self._weights | {
+        return self._both_weights | {
             "seq_len": int(at_once * config.seq_len * (kept + going_back)) + self.losses,
             "gradients": 3 * (self.matrix if structure.cuts_experts else self.projection),
             "sums": at_once * (3 * self.vectors + 2 * self.inputs) * _FLOAT32,
@@ -216,14 +222,14 @@ class _Stages:
             return {}
         # Twice the size in float32: some blocks need float64.
         moments = {"second moments": 8 * self.moments + 4 * self.projection}
-        return self._weights | self._pool | moments
+        return self._both_weights | self._pool | moments
 
     def _removing_whole(self) -> Terms:
         config = self.config
         if not may_remove_whole(config.space, config.search, config.whole):
             return {}
         tokens = windows_of(TOKENS_FOR_WHOLE, config.pool, config.seq_len) * config.seq_len
-        return self._both_weights | {"seq_len": tokens * self.states, "logits": self._logits_bytes(tokens)}
+        return self._trial_weights | {"seq_len": tokens * self.states, "logits": self._logits_bytes(tokens)}
 
     def _searching(self) -> Terms:
         config = self.config
@@ -236,6 +242,7 @@ class _Stages:
         pruned = "a pruned layer" if self.by_layer else "pruned weights"
         return {
             **self._judging,
+            **self._correction(self.share),
             pruned: (self.layer if self.by_layer else self._pruned_weights) * self.trial,
             "logits": self._logits_bytes(objective),
             "objective_windows": states,
@@ -250,6 +257,7 @@ class _Stages:
         together = self.by_layer * JUDGED_TOGETHER * self.hidden * self.trial
         return {
             **self._judging,
+            **self._correction(1.0),  # widths change block by block, down from the whole one
             "pruned weights": self._pruned_weights * self.trial + self.matrix,
             "a pruned layer": 2 * self.layer * self.trial,
             "logits": self._logits_bytes(tokens),
@@ -263,16 +271,13 @@ class _Stages:
             model_config
         ).has_plain_residual(model_config):
             return {}
-        # Only pruned blocks are fitted, in their kept inputs.
-        kept = (n / block.groups for block, n in self.blocks if n < block.groups)
-        share = max(kept, default=0.0)
         # One pruned layer at a time is copied to the dtype of trials.
         copied = max(self.layer_weights) * (self.both - self.dtype.itemsize)
         # The activations of a batch in a layer, and the outputs of up to three runs of it.
         batch = _FITTED_AT_ONCE * self.config.seq_len * 6 * (self.hidden + self.widest) * self.trial
         return {
             **self._both_weights,
-            "second moments": int(4 * self.moments * share**2 + 3 * self.projection * share),
+            "second moments": int(4 * self.moments * self.share**2 + 3 * self.projection * self.share),
             "compensation_windows": self.text * (2 * self.hidden + self.widest),
             "pruned weights": self._pruned_weights * self.dtype.itemsize + copied,
             "seq_len": batch,
@@ -295,7 +300,7 @@ class _Stages:
                 "pruned weights": self._pruned_weights * self.dtype.itemsize,
             }
         return {
-            **self._both_weights,
+            **self._trial_weights,
             **pruned,
             "seq_len": int(tokens * activations),
             "logits": 3 * tokens * self.vocabulary * self.trial + 2 * self.losses,
@@ -318,19 +323,29 @@ class _Stages:
         return weights // self.devices + max(self.layer_weights) if self.devices > 1 else weights
 
     @property
-    def _weights(self) -> Terms:
-        """The dense model."""
-        return {"weights": self.held * self.dtype.itemsize}
+    def _both_weights(self) -> Terms:
+        """The dense model and its copy for trials, which is made at the begin and kept."""
+        return {"weights": (self.held - self.layer) * self.both + self.layer * self.dtype.itemsize}
 
     @property
-    def _both_weights(self) -> Terms:
-        """The dense model and its copy for trials."""
-        return {"weights": (self.held - self.layer) * self.both + self.layer * self.trial}
+    def _trial_weights(self) -> Terms:
+        """The copy for trials, and the dense model if reading it again takes time."""
+        return {"weights": self.held * self.trial} if self.is_mapped else self._both_weights
 
     @property
     def _judging(self) -> Terms:
-        """Compensating a candidate: both models, the statistics of all samples, and the correction of one block."""
-        return self._both_weights | self._pool | {"second moments": 4 * self.moments + 3 * self.projection}
+        """Judging a candidate: the model for trials, and the statistics of all samples."""
+        return self._trial_weights | self._pool
+
+    def _correction(self, share: float) -> Terms:
+        """Compensating one block of a candidate: its second moments, those of kept with kept and with removed inputs,
+        the first of these scaled, and their factor.
+
+        Args:
+            share: of the inputs that are kept.
+        """
+        systems = 1 + 3 * share**2 + share * (1 - share)
+        return {"second moments": int(systems * self.moments + 3 * self.projection * share)}
 
     @property
     def _pool(self) -> Terms:

@@ -198,7 +198,7 @@ class Target:
         nearest = max(cost for cost in tried.values() if cost <= self.most)
         return BudgetError(
             f"{self._asked} is not met within {TARGET_TOLERANCE:.0%}: whole heads, experts and steps of channels come"
-            f" to {self._described(nearest)}; lower `round_to`, or choose that"
+            f" to {self._described(nearest)}; choose that, or lower `round_to` if it is above 1"
         )
 
     @property

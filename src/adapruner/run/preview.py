@@ -105,7 +105,8 @@ def ratio_shown(making: Making) -> float:
 def _memory(making: Making, budget: Budget, placement: Placement) -> dict[str, Memory]:
     empty, structure, device = map(making.value, ("empty", "structure", "main_device"))
     config, devices = making.given["config"], len(placement.devices)
-    return estimate_memory(config, empty, structure, budget, device, placement.layer_wise, devices)
+    is_mapped = making.value(placed.is_mapped)
+    return estimate_memory(config, empty, structure, budget, device, placement.layer_wise, devices, is_mapped)
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,8 @@ def estimate(model: str | Path, memory: str | None = None, **options: Any) -> Es
             return making, making.value(placed.placement)
         empty, structure, budget = map(making.value, ("empty", "structure", "largest_budget"))
         streamable = is_streamable(making.value(inputs.location), empty.config)
-        return making, choose_placement(config, empty, structure, budget, gpus, streamable, stated)
+        about = config, empty, structure, budget, gpus, streamable, stated, making.value(placed.is_mapped)
+        return making, choose_placement(*about)
 
     refusal = ""
     try:

@@ -46,6 +46,12 @@ def largest_budget(budget_at: BudgetAt, ratio_of_target: float | None, largest_r
     return budget_at(largest_ratio_asked if ratio_of_target is None else ratio_of_target)
 
 
+@GRAPH.leaf()
+def is_mapped(location: ModelLocation) -> bool:
+    """True if weights are mapped from files, which takes no time and no memory of their own."""
+    return location.gguf_file is None
+
+
 @GRAPH.leaf(lambda placement: {"layer_wise": placement.layer_wise})
 def placement(
     config: PruneConfig,
@@ -56,6 +62,7 @@ def placement(
     device: str,
     layer_wise: bool | None,
     target_speed: float | None,
+    is_mapped: bool,
 ) -> Placement:
     """The devices of the layers. How much memory is free decides only whether the run is refused."""
     check_length(empty.config, max(config.seq_len, config.recovery.seq_len if config.recover else 0))
@@ -64,7 +71,8 @@ def placement(
     if layer_wise:
         check_streamable(location, empty.config)
     streamable = is_streamable(location, empty.config)
-    chosen = choose_placement(config, empty, structure, largest_budget, usable_devices(device), streamable)
+    about = config, empty, structure, largest_budget, usable_devices(device), streamable
+    chosen = choose_placement(*about, is_mapped=is_mapped)
     if target_speed and not chosen.on_one_device:
         where = "in memory one at a time" if chosen.layer_wise else "on several devices"
         raise AdaPrunerError(
@@ -84,22 +92,18 @@ def room_for(
     largest_budget: Budget,
     main_device: torch.device,
     placement: Placement,
+    is_mapped: bool,
 ) -> RoomFor:
     """For a stage, the bytes that second moments may take on each device meanwhile; none where that cannot be told."""
 
     def room(stage: str) -> dict[torch.device, int]:
         if is_pruned(empty.config):
             return {}
-        about = config, empty, structure, largest_budget, main_device, placement.layer_wise, len(placement.devices)
-        return room_for_moments(main_device, estimate_memory(*about)[stage])
+        about = config, empty, structure, largest_budget, main_device, placement.layer_wise
+        needed = estimate_memory(*about, len(placement.devices), is_mapped)[stage]
+        return room_for_moments(main_device, needed)
 
     return room
-
-
-@GRAPH.leaf()
-def is_mapped(location: ModelLocation) -> bool:
-    """True if weights are mapped from files, which takes no time and no memory of their own."""
-    return location.gguf_file is None
 
 
 @GRAPH.leaf()
