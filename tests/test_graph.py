@@ -275,6 +275,17 @@ def test_what_is_taken_counts_whatever_it_was_made_from(folder: Path) -> None:
     assert run.record(GRAPH.nodes["total"]).key != making(other).record(GRAPH.nodes["total"]).key  # type: ignore[arg-type]
 
 
+def test_what_an_interrupted_run_with_other_options_made_is_removed(folder: Path) -> None:
+    """Results that are there already do not need it; the run would be refused next time."""
+    made(folder)
+    other = making(folder, size=5)
+    other.make(other.wanted[0])
+    assert making(folder).outdated().keys() == {"numbers.json"}
+    assert made(folder) == []
+    assert making(folder).outdated() == {}
+    assert value(folder) == 18
+
+
 def test_what_is_read_again_in_no_time_is_only_held_for_the_next_node(folder: Path) -> None:
     graph = Graph(Options, given=("calls", "run"))
 

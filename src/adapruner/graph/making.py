@@ -152,12 +152,17 @@ class Making:
         was_made = then is not None and then.key == key and then.files is not None
         return was_made and not folder.is_removed(node.path) and not folder.is_made(node.path, key)
 
+    def is_outdated(self, node: Kept[Any]) -> bool:
+        """True if it exists, finished or begun, and was made from other inputs."""
+        then = self.folder_of(node).record(node.path)
+        return then is not None and then.key != self.record(node).key
+
     def outdated(self) -> dict[str, list[str]]:
         """The existing artifacts, finished or begun, that were made from other inputs; by path, with what changed."""
         outdated = {}
         for node in self.wanted:
             then, now = self.folder_of(node).record(node.path), self.record(node)
-            if then is not None and then.key != now.key:
+            if then is not None and self.is_outdated(node):
                 outdated[node.path] = then.changes(now)
                 for path in then.inputs.keys() - now.inputs.keys():
                     dropped = self.folder.record(path) or self.root.record(path)
@@ -296,7 +301,9 @@ def make_all(makings: Sequence[Making]) -> None:
             for folder in (making.root, making.folder):
                 folder.remove_unfinished()
     if process.leads:
-        for folder, node in _left_over(makings):
+        # What an interrupted run with other options made, if these results do not need it any more.
+        outdated = [(each.folder_of(node), node) for each in makings for node in each.wanted if each.is_outdated(node)]
+        for folder, node in _left_over(makings) + outdated:
             folder.remove(node.path)
 
 
