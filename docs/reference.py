@@ -48,8 +48,8 @@ _CLI = """# Command line
 <!-- Written by docs/reference.py. -->
 
 Every command has `--help`, with examples. Results go to stdout, progress and messages to stderr. With `--json`, stdout
-is JSON alone. On a terminal there are progress bars, in a log one line for every stage. Lines that begin with
-`adapruner:` are errors, lines that begin with `advice:` are not.
+is JSON alone. On a terminal there are progress bars, in a log one line for every stage, and one a minute while it
+lasts. Lines that begin with `adapruner:` are errors, lines that begin with `advice:` are not.
 
 - `--quiet` prints only results, errors and advice. `-v` adds the memory and time of every stage, and the warnings of
   transformers and the Hub.

@@ -132,9 +132,17 @@ def test_other_commands_that_run_out_of_memory_say_so(
     assert "out of memory" in message
 
 
-# Stages that hold what their shapes say. In the others, systems are estimated as for models in which nothing is narrow,
-# and inverses as in float64, which some blocks need.
-FROM_SHAPES = {"loading", "reading activations", "measuring", "removing parts whole", "compensating", "tuning scales"}
+# Stages that hold what their shapes say. Of the others, comparing removals is estimated as in float64, which some blocks
+# need, and the systems of searching and levelling for the widest block that is compensated.
+FROM_SHAPES = {
+    "loading",
+    "writing text",
+    "reading activations",
+    "measuring",
+    "removing parts whole",
+    "compensating",
+    "tuning scales",
+}
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +181,9 @@ def test_estimates_are_what_is_needed(
     command = pruning(model, long_text_file, tmp_path / "a", options)
     outcome = device.run(*command, memory=6 * max(estimates.values()) // 5)
     only_json(outcome)
-    peaks = {name: max(one.peak for one in outcome.stages if one.name == name) for name in estimates}
+    # The loading of a later stage is on top of what is held.
+    stages = [stage for stage in outcome.stages if stage is outcome.stages[0] or stage.name != "loading"]
+    peaks = {name: max(stage.peak for stage in stages if stage.name == name) for name in estimates}
     assert peaks.keys() > FROM_SHAPES - {"tuning scales"}
     wrong = {
         name: (peak, estimates[name])

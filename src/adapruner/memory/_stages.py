@@ -24,7 +24,7 @@ from adapruner.models import (
 )
 from adapruner.option_rules import fits_sequentially_by_default, may_remove_whole, scoring_bounds, written_count
 from adapruner.planning import Budget, kept_counts
-from adapruner.recovery import scale_options
+from adapruner.recovery import PREDICTIONS_AT_ONCE, scale_options
 from adapruner.search import JUDGED_TOGETHER, reused_layers
 from adapruner.structure import Structure
 
@@ -36,6 +36,8 @@ MEASURED_AT_ONCE = {False: 4, True: 16}
 TOKENS_FOR_WHOLE, TOKENS_FOR_COSTS, _FEWEST_WINDOWS = 4096, 8192, 8
 # Windows of a batch when a layer is fitted.
 _FITTED_AT_ONCE = 8
+# Float32 tensors that are held while losses of training are computed, each as large as the predictions at once.
+_TENSORS = 5
 _FLOAT32 = 4
 
 # Bytes by purpose, named after the option that lowers them if there is one.
@@ -94,6 +96,15 @@ def dtype_of_weights(model: Any, dtype: Dtype) -> torch.dtype:
 def windows_of(tokens: int, pool: int, seq_len: int) -> int:
     """Number of windows of the pool that have about `tokens` tokens."""
     return min(pool, max(_FEWEST_WINDOWS, tokens // seq_len))
+
+
+def bytes_of_predictions(tokens: int, vocabulary: int) -> int:
+    """Memory while the losses of training are computed, of a part of the tokens at a time."""
+    return min(PREDICTIONS_AT_ONCE, tokens) * vocabulary * _FLOAT32 * _TENSORS
+
+
+def _total(terms: Terms) -> int:
+    return sum(terms.values())
 
 
 class _Stages:
@@ -187,10 +198,13 @@ class _Stages:
         together = batches_together(self.model.config, texts, length, dtype) if self.by_layer else 1
         texts *= min(together, batches)
         cached = architecture_of(self.model.config).cached(self.model.config)
-        return self._trial_weights | {
+        writing = {
             "self_windows": texts * length * cached * dtype.itemsize // self.devices,
             "logits": 3 * texts * self.vocabulary * _FLOAT32,
         }
+        # Then the cache is gone, and the losses of the text are computed.
+        judging = {"logits": self._logits_bytes(self.written * length)}
+        return self._trial_weights | max(writing, judging, key=_total)
 
     def _reading_activations(self) -> Terms:
         if not needs_moments(self.config.compensation, self.config.space, self.config.terms):
@@ -293,18 +307,13 @@ class _Stages:
         saved = saved_activations(self.model.config, torch.float32)
         checkpoints = options.gradient_checkpointing or self.by_layer
         activations = saved + self.states if checkpoints else self.structure.layers * saved
-        pruned = {"pruned weights": (self.held - removed) * self.both}
+        buffers = {"seq_len": int(tokens * activations), "logits": bytes_of_predictions(tokens, self.vocabulary)}
+        # The pruned model is converted to the dtype of trials, and trained in it.
+        name, pruned = ("a pruned layer", self.held) if self.by_layer else ("pruned weights", self.held - removed)
+        terms = max({name: pruned * self.both}, {name: pruned * self.trial} | buffers, key=_total)
         if self.by_layer:  # all layers are in memory when they are saved
-            pruned = {
-                "a pruned layer": self.held * self.both,
-                "pruned weights": self._pruned_weights * self.dtype.itemsize,
-            }
-        return {
-            **self._trial_weights,
-            **pruned,
-            "seq_len": int(tokens * activations),
-            "logits": 3 * tokens * self.vocabulary * self.trial + 2 * self.losses,
-        }
+            terms["pruned weights"] = self._pruned_weights * self.dtype.itemsize
+        return self._trial_weights | terms
 
     def _weights_on_a_device(self) -> int:
         weights: int = sum(weight.numel() for weight in self.model.parameters())

@@ -10,12 +10,9 @@ from transformers.pytorch_utils import Conv1D
 
 from adapruner.config import RecoveryOptions
 from adapruner.measurement import saved_activations
-from adapruner.memory._stages import Terms
+from adapruner.memory._stages import Terms, bytes_of_predictions
 from adapruner.models import decoder_layers
-from adapruner.recovery import PREDICTIONS_AT_ONCE
 
-# Float32 tensors that are held while losses are computed, each as large as the predictions at once.
-_TENSORS = 5
 _FLOAT32 = 4
 
 
@@ -55,7 +52,7 @@ def training_memory(
     with_gradients = width * (2 if trains_all else 1)
     loss_is_differentiated = {
         "activations": int(tokens * kept),
-        "predictions": min(PREDICTIONS_AT_ONCE, tokens) * vocabulary * _FLOAT32 * _TENSORS,
+        "predictions": bytes_of_predictions(tokens, vocabulary),
         "head": _outside(student) * with_gradients if shares else 0,
     }
     first_layer_is_differentiated = {
