@@ -42,6 +42,9 @@ from run_memory import OPTIONS, make_model, read_stages, write_text
 SMALL = OPTIONS | {"objective_windows": 16, "compensation_windows": 64, "self_windows": 8, "seq_len": 32, "ratio": 0.2}
 # A stage that takes less is not stopped: libraries and buffers of the allocator take as much.
 LEAST = 8 * MIB
+# Mapped weights are in memory once something runs. Some blocks of real models are compared in float64, those of random
+# models in float32.
+FROM_ABOVE = {"loading", "comparing removals"}
 _UNLIMITED = contextlib.nullcontext()
 
 
@@ -144,8 +147,8 @@ def compare(folder: Path, estimates: dict[str, int]) -> tuple[list[str], dict[st
         estimate = estimates.get(name, 0) / MIB
         far = f"{peak / estimate - 1:+.0%}" if estimate else ""
         rows.append(f"{name:<24}{estimate:>9.0f}{peak:>7}{took[name]:>7}  {far}")
-        # Weights are mapped: they are in memory once something runs.
-        if name != "loading" and estimate and abs(peak - estimate) > max(0.2 * estimate, LEAST / MIB):
+        is_above = name in FROM_ABOVE and peak < estimate
+        if estimate and not is_above and abs(peak - estimate) > max(0.2 * estimate, LEAST / MIB):
             wrong.append(f"{name}: {estimate:.0f} MiB estimated, {peak} MiB used")
     print(*rows, *wrong, sep="\n", flush=True)
     return wrong, {name: size * MIB for name, size in took.items()}

@@ -132,8 +132,8 @@ def test_other_commands_that_run_out_of_memory_say_so(
     assert "out of memory" in message
 
 
-# Stages that hold what their shapes say. Of the others, comparing removals is estimated as in float64, which some blocks
-# need, and the systems of searching and levelling for the widest block that is compensated.
+# Stages that hold what their shapes say. Of the others, comparing removals is estimated in float64, which some blocks
+# need, and the systems of searching and levelling are estimated for the widest block that is compensated.
 FROM_SHAPES = {
     "loading",
     "writing text",
