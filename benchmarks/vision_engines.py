@@ -113,8 +113,6 @@ def gemma() -> tuple[Any, Any]:
 
 
 def make(folder: Path) -> None:
-    from transformers import AutoModelForMultimodalLM
-
     from adapruner.checkpoint import save_checkpoint
     from adapruner.families import open_model
     from adapruner.models import find_model, load_tokenizer
@@ -141,36 +139,44 @@ def make(folder: Path) -> None:
         scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(0))
         plan = make_plan(structure, scores, kept_counts(structure, Budget(0.2, "uniform", round_to=2)))
         save_checkpoint(prune_model(decoder, structure, plan), load_tokenizer(location), pruned)
-        inputs = AutoProcessor.from_pretrained(pruned)(text=[PROMPTS[family]], images=[picture()], return_tensors="pt")
-        whole: Any = AutoModelForMultimodalLM.from_pretrained(pruned).eval()
-        options = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
-        causal = inputs | {name: torch.zeros_like(inputs[name]) for name in inputs if name == "token_type_ids"}
-        tokens = {
-            name: whole.generate(**given, **options)[0, inputs["input_ids"].shape[1] :].tolist()
-            for name, given in (("equal tokens", inputs), (CAUSAL, causal))
-        }
-        (folder / f"{family}.json").write_text(json.dumps(tokens), encoding="utf-8")
-        print(f"{family}: {type(whole).__name__}, {len(inputs['input_ids'][0])} tokens, then {tokens}", flush=True)
+        for model_folder in (dense, pruned):
+            note(model_folder, PROMPTS[family])
+
+
+def note(folder: Path, prompt: str) -> None:
+    """Writes what transformers generates beside the folder of a model."""
+    from transformers import AutoModelForMultimodalLM
+
+    inputs = AutoProcessor.from_pretrained(folder)(text=[prompt], images=[picture()], return_tensors="pt")
+    model: Any = AutoModelForMultimodalLM.from_pretrained(folder).eval()
+    options = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
+    causal = inputs | {name: torch.zeros_like(inputs[name]) for name in inputs if name == "token_type_ids"}
+    tokens = {
+        name: model.generate(**given, **options)[0, inputs["input_ids"].shape[1] :].tolist()
+        for name, given in (("equal tokens", inputs), (CAUSAL, causal))
+    }
+    folder.with_suffix(".json").write_text(json.dumps(tokens), encoding="utf-8")
+    print(f"{folder.name}: {type(model).__name__}, {len(inputs['input_ids'][0])} tokens, then {tokens}", flush=True)
 
 
 def compare(folder: Path) -> None:
     import vllm
 
-    for family in FAMILIES:
-        expected = json.loads((folder / f"{family}.json").read_text(encoding="utf-8"))
+    for name in [f"{family}{kind}" for family in FAMILIES for kind in ("-dense", "")]:
+        expected = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
         engine = vllm.LLM(
-            str(folder / family),
+            str(folder / name),
             dtype="float32",
             enforce_eager=True,
             max_model_len=256,
             limit_mm_per_prompt={"image": 1, "video": 0},
         )
         sampling = vllm.SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False)
-        request = {"prompt": PROMPTS[family], "multi_modal_data": {"image": picture()}}
+        request = {"prompt": PROMPTS[name.removesuffix("-dense")], "multi_modal_data": {"image": picture()}}
         [output] = engine.generate([request], sampling)
         tokens = list(output.outputs[0].token_ids)
-        verdict = next((name for name in expected if tokens == expected[name]), f"{tokens}, not {expected}")
-        print(f"{family} in vLLM {vllm.__version__}: {verdict}", flush=True)
+        verdict = next((kind for kind in expected if tokens == expected[kind]), f"{tokens}, not {expected}")
+        print(f"{name} in vLLM {vllm.__version__}: {verdict}", flush=True)
         del engine
 
 
