@@ -107,8 +107,8 @@ def works(config: PruneConfig, model: PreTrainedModel, structure: Structure, by_
     changes = 2 * sum(2 if block.kind == "heads" else 1 for block, _ in blocks)
     probed = windows_of(TOKENS_FOR_COSTS, config.pool, config.seq_len) * config.seq_len
     left = 1 - max(config.ratio)
-    # A step of 16 windows; the teacher runs forward once, the pruned model twice and backward.
-    steps = tokens / config.seq_len / 16
+    # A step of 4 windows; the teacher runs forward once, the pruned model twice and backward.
+    steps = tokens / config.seq_len / 4
     trials = config.trials or _STARTING_POINTS
     work = {
         "writing text": Work(
@@ -187,7 +187,10 @@ def rows() -> Iterator[tuple[str, ...]]:
             if not fits(needed, machine, 1.0):
                 yield name, machine.name, "no", *memory, "", ""
                 continue
-            spent = minutes(works(config, model, structure, by_layer), machine, needed)
+            stages = works(config, model, structure, by_layer)
+            if by_layer and machine.cards > 1:  # scales are not tuned then
+                del stages["tuning scales"]
+            spent = minutes(stages, machine, needed)
             slowest = max(spent, key=spent.__getitem__)
             how = "layer by layer" if by_layer else "in memory"
             total = sum(spent.values())

@@ -27,20 +27,13 @@ from adapruner.models import (
 )
 from adapruner.random_state import random_state_kept
 
-# Examples in a batch for tuning scales, divided among processes: fewer where the text is short, so that the steps are
-# not (research/experiments/scales.md). More steps of a streamed model would read its weights more often.
-_SCALES_BATCH, _SMALLEST_BATCH, _SCALES_STEPS = 16, 4, 44
-# Tokens for which a streamed layer is read once.
-_TOKENS_PER_READING = 8192
+# Examples in a batch for tuning scales, divided among processes (research/experiments/scales.md); tokens for which a
+# streamed layer is read once.
+_SCALES_BATCH, _TOKENS_PER_READING = 4, 8192
 
 
 def scale_options(
-    seed: int,
-    device: torch.device,
-    processes: int = 1,
-    layer_wise: bool = False,
-    seq_len: int = 128,
-    windows: int = _SCALES_BATCH * _SCALES_STEPS,
+    seed: int, device: torch.device, processes: int = 1, layer_wise: bool = False, seq_len: int = 128
 ) -> RecoveryOptions:
     """The options of the last step of pruning. With frozen weights, every input of every linear layer gets a scale
     (IA3, arXiv 2205.05638), which is learnt only from the predictions of the dense model, in one pass over the text of
@@ -52,10 +45,8 @@ def scale_options(
         processes: the number of processes that train together and share every batch.
         layer_wise: the layers of both models are streamed, which checkpoints by itself.
         seq_len: tokens of an example.
-        windows: the number of examples; by default, as many as the largest batch needs.
     """
-    batch = min(_SCALES_BATCH, max(_SMALLEST_BATCH, windows // _SCALES_STEPS))
-    of_process = max(1, batch // processes)
+    of_process = max(1, _SCALES_BATCH // processes)
     micro_batch = RecoveryOptions().micro_batch_size
     return RecoveryOptions(
         train="ia3",

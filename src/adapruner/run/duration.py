@@ -230,9 +230,8 @@ class _Counted:
 
     def pruned(self) -> Iterator[Work]:
         if self.making.value(models.tuning):
+            options = scale_options(self.config.seed, self.making.value(inputs.main_device))
             windows = torch.zeros(self.fitted // self.seq_len, self.seq_len, dtype=torch.int64)
-            device = self.making.value(inputs.main_device)
-            options = scale_options(self.config.seed, device, seq_len=self.seq_len, windows=len(windows))
             yield from self._training("tuning scales", [window_examples(windows, "the text", options)], options, True)
 
     def training_texts(self) -> Iterator[Work]:

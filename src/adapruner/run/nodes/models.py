@@ -204,8 +204,7 @@ def pruned(
         return work / "model"
     assert text_to_fit is not None
     read = partial(load_model, find_model(str(compensated)), "auto", str(main_device), placement.layer_wise)
-    windows, seq_len = text_to_fit.shape
-    settings = scale_options(seed, main_device, process.count, placement.layer_wise, seq_len, windows)
+    settings = scale_options(seed, main_device, process.count, placement.layer_wise, text_to_fit.shape[1])
     model = _tuned(
         lambda: show_pictures(read(), pictures), text_to_fit, dense_fast_later(), settings, reporter, work / "tuning"
     )
