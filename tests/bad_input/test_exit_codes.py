@@ -117,7 +117,9 @@ def test_errors_that_nobody_reads() -> None:
     reading, writing = os.pipe()
     os.close(reading)
     command = [sys.executable, "-m", "adapruner", "prune", "--trials", "0", "-o", "x"]
-    ended = subprocess.run(command, stderr=writing, stdout=subprocess.PIPE, check=False)
+    # As most users have it: what is printed waits in a buffer.
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    ended = subprocess.run(command, stderr=writing, stdout=subprocess.PIPE, check=False, env=buffered)
     os.close(writing)
     assert (ended.returncode, ended.stdout) == (2, b"")
 

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Sequence
-from typing import Annotated, NoReturn
+from typing import Annotated, NoReturn, TextIO
 
 from cyclopts import App, CycloptsError, Parameter
 from pydantic import ValidationError
@@ -104,11 +104,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise
     except BaseException as error:
         _fail(error)
+    finally:
+        _is_closed(sys.stderr)
 
 
 def _fail(error: BaseException) -> NoReturn:
     """Ends after an error that is not of this package."""
-    if isinstance(error, OSError) and _is_closed_for_output() and isinstance(error, BrokenPipeError):
+    if isinstance(error, OSError) and _is_closed(sys.stdout) and isinstance(error, BrokenPipeError):
         sys.exit(CLOSED_OUTPUT)
     if failure := describe_failure(error, "a narrower --dtype or smaller batches need less, if the command has them"):
         _say(failure)
@@ -122,12 +124,13 @@ def _fail(error: BaseException) -> NoReturn:
     sys.exit(UNEXPECTED_FAILURE)
 
 
-def _is_closed_for_output() -> bool:
-    """True if nothing can be written to stdout; output that waits is dropped, or Python would complain at its end."""
+def _is_closed(stream: TextIO) -> bool:
+    """True if nothing can be written to a stream; output that waits is dropped, or Python would end with another exit
+    code."""
     try:
-        sys.stdout.flush()
+        stream.flush()
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return True
     return False
 
