@@ -256,6 +256,7 @@ def test_a_folder_has_the_ratios_of_its_last_command(
         again()
     assert names_of_results(run) == several
     (run / "ratio-0.05/speed.json").touch()
+    (run / "ratio-0.05/keys/search.json.json").write_text("")
     again(overwrite=True)
     assert names_of_results(run) == single | {"ratio-0.05/speed.json"}
 

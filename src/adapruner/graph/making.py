@@ -320,8 +320,10 @@ def refuse_outdated(makings: Sequence[Making], path: Path) -> None:
     keys = set[str]().union(*(making.keys() for making in makings))
     for folder, node in _left_over(makings):
         then = folder.record(node.path)
-        if then and then.key not in keys:
-            changes = then.changes(makings[0].record(node)) if makings[0].is_wanted(node) else [f"no {node.path}"]
+        if then is None or then.key not in keys:
+            changes = [f"no {node.path}"]
+            if then and makings[0].is_wanted(node):
+                changes = then.changes(makings[0].record(node))
             removed.setdefault(str((folder.path / node.path).relative_to(path)), []).extend(changes)
     # What is made from outdated artifacts has no change of its own.
     all_changes = (change for changes in (rebuilt | removed).values() for change in changes)
@@ -336,12 +338,14 @@ def refuse_outdated(makings: Sequence[Making], path: Path) -> None:
 
 def _left_over(makings: Sequence[Making]) -> list[tuple[RunFolder, Kept[Any]]]:
     """The artifacts of other values of the options that vary, with their folders: of a ratio that the makings do not
-    have, or of one that has another folder where there are several."""
+    have, or of one that has another folder where there are several. In the folder of a ratio, also those whose record
+    is damaged."""
     making, used = makings[0], {making.folder.path for making in makings}
     return [
         (folder, node)
         for folder in making.root.with_ratios
         if folder.path not in used
         for node in making.graph.kept_nodes
-        if making.graph.depends_on(node.name, making.varying) and folder.record(node.path)
+        if making.graph.depends_on(node.name, making.varying)
+        and (folder.record(node.path) or (folder.path != making.root.path and (folder.path / node.path).exists()))
     ]
