@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Set
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
@@ -22,6 +19,7 @@ from adapruner.option_rules import (
     SCORING_WINDOWS,
     SEARCH_TRIALS,
     Conflict,
+    fields_of,
     level_rounds_of,
     searches_widths,
     tunes_scales_by_default,
@@ -69,11 +67,6 @@ TARGET_OPTIONS = (*TARGETS, "target_format", "target_phase", "target_batch", "ta
 _LARGEST_NUMBER = 2**32 - 1
 
 
-@cache
-def _parameters(function: Callable[..., bool]) -> Set[str]:
-    return inspect.signature(function).parameters.keys()
-
-
 class _Options(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
 
@@ -87,7 +80,7 @@ class _Options(BaseModel):
             raise ValueError(f"must be at most {_LARGEST_NUMBER}")
         known, conflicts = {**info.data, str(info.field_name): value}, []
         for test, message in cls._conflicts:
-            fields = _parameters(test)
+            fields = fields_of(test)
             if info.field_name in fields and fields <= known.keys() and test(*(known[name] for name in fields)):
                 conflicts.append(message.format(**known))
         if conflicts:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Set
+from functools import cache
 from typing import Any
 
 # A combination of fields that is refused: a test whose parameters are named after the fields, and a message.
@@ -22,6 +24,12 @@ SCORING_WINDOWS = (64, 160)
 SEARCH_TRIALS = 48
 # Below this ratio, levelling takes 30 % of a run and gains almost nothing (research/experiments/levelling.md).
 LEVELLED_FROM = 0.3
+
+
+@cache
+def fields_of(test: Callable[..., Any]) -> Set[str]:
+    """The fields that the test of a conflict reads."""
+    return inspect.signature(test).parameters.keys()
 
 
 def scoring_bounds(objective_windows: int | None) -> tuple[int, int]:

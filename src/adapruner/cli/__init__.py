@@ -105,12 +105,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BaseException as error:
         _fail(error)
     finally:
-        _is_closed(sys.stderr)
+        _drop_if_closed(sys.stderr)
 
 
 def _fail(error: BaseException) -> NoReturn:
     """Ends after an error that is not of this package."""
-    if isinstance(error, OSError) and _is_closed(sys.stdout) and isinstance(error, BrokenPipeError):
+    if isinstance(error, OSError) and _drop_if_closed(sys.stdout) and isinstance(error, BrokenPipeError):
         sys.exit(CLOSED_OUTPUT)
     if failure := describe_failure(error, "a narrower --dtype or smaller batches need less, if the command has them"):
         _say(failure)
@@ -124,9 +124,9 @@ def _fail(error: BaseException) -> NoReturn:
     sys.exit(UNEXPECTED_FAILURE)
 
 
-def _is_closed(stream: TextIO) -> bool:
-    """True if nothing can be written to a stream; output that waits is dropped, or Python would end with another exit
-    code."""
+def _drop_if_closed(stream: TextIO) -> bool:
+    """Drops the output that waits for a stream that nobody reads, or Python would end with another exit code; True if
+    there is nobody."""
     try:
         stream.flush()
     except OSError:
