@@ -359,9 +359,11 @@ class RandomUse(RuleBasedStateMachine):
 def assert_equal(numbers: dict[str, Any], expected: dict[str, Any]) -> None:
     # What a run with other options fine-tuned stays, and nothing reads it.
     left = {name for name in numbers.keys() - expected.keys() if name.startswith("recovered/")}
-    assert numbers.keys() - left == expected.keys(), numbers.keys() ^ expected.keys()
-    for name, content in expected.items():
-        assert numbers[name] == content, name
+    # The model before its scales are tuned is made only if something needs it.
+    unneeded = {name for name in expected.keys() - numbers.keys() if Path(name).parent.name == "compensated"}
+    assert numbers.keys() - left == expected.keys() - unneeded, numbers.keys() ^ expected.keys()
+    for name in expected.keys() - unneeded:
+        assert numbers[name] == expected[name], name
 
 
 @contextlib.contextmanager

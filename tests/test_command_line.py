@@ -222,7 +222,7 @@ def test_lines_say_what_is_evaluated(capsys: pytest.CaptureFixture[str]) -> None
 def test_a_stage_prints_a_line_a_minute_without_a_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also within a step; a stage of less than a minute has the line at its end alone."""
+    """In whole steps, also within one; a stage of less than a minute has the line at its end alone."""
     seconds, is_over = [0.0], queue.Queue[bool]()
 
     class Minutes:
@@ -237,7 +237,7 @@ def test_a_stage_prints_a_line_a_minute_without_a_terminal(
     monkeypatch.setattr("adapruner.progress.threading", SimpleNamespace(Thread=threading.Thread, Event=Minutes))
     reporter = Reporter()
     with reporter.stage("searching", 200) as advance:
-        for steps in (3, 0):
+        for steps in (3.4, 0):
             advance(steps, "best loss 2.5")
             is_over.put(False)
     with reporter.stage("saving"):

@@ -163,7 +163,7 @@ class Reporter:
 
         def print_lines() -> None:
             while not ended.wait(_SILENCE):
-                steps = f"{done} of {total} after " if total and total > 1 else ""
+                steps = f"{int(done)} of {total} after " if total and total > 1 else ""
                 self.note(f"{self._title(name)}: {steps}{(time.monotonic() - started) / 60:.0f} min{shown}")
 
         thread = threading.Thread(target=print_lines, daemon=True)

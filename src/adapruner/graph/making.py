@@ -162,7 +162,7 @@ class Making:
         outdated = {}
         for node in self.wanted:
             then, now = self.folder_of(node).record(node.path), self.record(node)
-            if then is not None and self.is_outdated(node):
+            if then is not None and then.key != now.key:
                 outdated[node.path] = then.changes(now)
                 for path in then.inputs.keys() - now.inputs.keys():
                     dropped = self.folder.record(path) or self.root.record(path)
