@@ -109,7 +109,7 @@ def check(case: Case, folder: Path, generator: random.Random) -> str:
         if most := re.search(r"at most ([\d.]+) of the", outcome.last):
             check_largest(model, folder / "largest", options, float(most[1]))
         return outcome.last
-    check_result(folder / "run", float(str(options["ratio"])))
+    check_result(folder / "run", float(str(options["ratio"])), case.where == "none")
     check_plans(model, folder, options)
     if generator.random() < 0.2:
         check_overwritten(model, folder / "run", options)
@@ -122,11 +122,12 @@ def check_largest(model: Path, output: Path, options: dict[str, object], largest
     assert "cannot be reached" not in outcome.last, (outcome, largest)
 
 
-def check_result(run: Path, ratio: float) -> None:
+def check_result(run: Path, ratio: float, is_sound: bool) -> None:
     result = json.loads((run / "result.json").read_text())
     dense, pruned = (next(it for it in result["models"] if it["role"] == role) for role in ("dense", "searched"))
     assert abs(1 - pruned["parameters"] / dense["parameters"] - ratio) <= RATIO_TOLERANCE, (pruned, dense, ratio)
-    assert "NaN" not in (run / "result.json").read_text()
+    # With a broken weight, the perplexity of text that needs it is no number.
+    assert not is_sound or "NaN" not in (run / "result.json").read_text()
     model = adapruner.load(run / "model")
     assert model.num_parameters() == pruned["parameters"]
     assert torch.isfinite(model(torch.arange(4, 90)[None]).logits).any()

@@ -2,10 +2,10 @@
 
     python benchmarks/seven_billion.py --folder runs/7b --calibration boolq-passages
 
-Writes the model once (13.5 GB, sharded, bfloat16), and prunes it with the default steps and little text. Prints what each
-stage took, the most memory that the process held, and how many times the weights of all layers were read; at last
-loads the saved folder and predicts a token. Weights are random, so nothing is said about quality here. Needs 55 GB of
-disk.
+Writes the model once (13.5 GB, sharded, bfloat16), and prunes it with the default steps and little text. Prints what
+each stage took, the most memory that the process held, and how many times the weights of all layers were read; at
+last loads the saved folder and predicts a token. Weights are random, so nothing is said about quality here. Needs
+55 GB of disk.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def main(*, folder: Path, calibration: str, layer_wise: bool = True, layers: int
         result = adapruner.prune(
             model, calibration, output=output, layer_wise=layer_wise, callbacks=[reads], **LITTLE_TEXT
         )
-    before, *_, after = (of_run.parameters for of_run in result.models)
+    before, *_, after = (of_run.parameters for of_run in result.result.models)
     print(f"all: {time.perf_counter() - started:.0f} s; {before:,} parameters, {after:,} kept")
     saved = load_model(find_model(str(output / "model")), layer_wise=True)
     with torch.no_grad():
