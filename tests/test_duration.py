@@ -196,11 +196,15 @@ def test_every_kind_of_work_is_timed(
 
     monkeypatch.setattr(api, "expected_seconds", note)
     with pytest.raises(KeyboardInterrupt):
-        prune(**OPTIONS, callbacks=[_Stopping("checking text")])
+        prune(
+            **OPTIONS | {"recovery": {"minutes": 0.1, "seq_len": 16, "records": 32}},
+            callbacks=[_Stopping("checking text")],
+        )
 
     assert "about 10 minutes on this machine: searching 10\n" in capfd.readouterr().err
     (seconds,) = said
-    stages = {"writing text", "measuring", "searching", "levelling widths", "tuning scales", "recovering"}
+    assert seconds.pop("recovering") == pytest.approx(6.0)
+    stages = {"writing text", "measuring", "searching", "levelling widths", "tuning scales"}
     assert stages <= seconds.keys()
     assert all(0 < amount < 60 for amount in seconds.values())
 
@@ -228,7 +232,7 @@ def test_layer_by_layer_nothing_is_predicted(
     said: list[dict[str, float]] = []
     predict = duration.expected_seconds
     monkeypatch.setattr(api, "expected_seconds", lambda makings: said.append(predict(makings)) or {})
-    monkeypatch.setattr(duration, "Pace", None)
+    monkeypatch.setattr(duration, "time_work", None)
     with pytest.raises(KeyboardInterrupt):
         prune(**RUN_OPTIONS, layer_wise=True, callbacks=[_Stopping()])
     assert said == [{}]

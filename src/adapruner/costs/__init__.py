@@ -17,5 +17,5 @@ from adapruner.costs._latency import (
     timer as timer,
     timings as timings,
 )
-from adapruner.costs._pace import Pace as Pace
+from adapruner.costs._pace import time_work as time_work
 from adapruner.costs._target import target_of as target_of

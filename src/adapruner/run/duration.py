@@ -10,19 +10,17 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
-from itertools import groupby
 from typing import NamedTuple
 
 import torch
 
 from adapruner.calibration import PROBED_TOKENS, probe_texts, questions, tokenize
 from adapruner.config import RecoveryOptions
-from adapruner.costs import Pace
+from adapruner.costs import time_work
 from adapruner.errors import NonFiniteError
 from adapruner.evaluation import texts_and_tokens
 from adapruner.graph import Making
 from adapruner.memory import TOKENS_FOR_COSTS, TOKENS_FOR_WHOLE, windows_of
-from adapruner.models import texts_at_once
 from adapruner.option_rules import level_rounds_of, scoring_count, trials_of, written_count
 from adapruner.planning import kept_counts
 from adapruner.recovery import (
@@ -46,8 +44,8 @@ _FOR_DAMPING, _FOR_REMOVALS = 1.0, 5.0
 _JUDGED_BEFORE, _JUDGED_PER_ROUND = 2, 1
 # Losses that compare distributions, relative to the loss of a text.
 _DIVERGENCE = 1.3
-# Passes through a dense and a pruned layer in the sequential fit, if nothing of it is cut, channels alone, or heads.
-_UNCUT, _CHANNELS, _HEADS = 2.0, 2.0, 6.0
+# Passes through a dense and a pruned layer in the sequential fit, and further ones if heads are cut.
+_PASSES, _FOR_HEADS = 2, 4
 
 # Kinds of work whose amount is a number of tokens in all layers.
 _TOKENS = ("layers", "evaluated", "written", "measured", "learnt")
@@ -59,7 +57,7 @@ class Work(NamedTuple):
     """A part of the work of a stage.
 
     Attributes:
-        kind: a property of `Pace`, the seconds of which are multiplied by the amount.
+        kind: see `time_work`; or `seconds`, which are known.
     """
 
     stage: str
@@ -74,12 +72,14 @@ def expected_seconds(makings: Sequence[Making]) -> dict[str, float]:
     if not work or making.value(placed.placement).layer_wise or making.process.count > 1:
         return {}
     values = ("dense", "dense_fast", "structure", "seq_len", "terms")
-    pace, seconds = Pace(*map(making.value, values)), dict.fromkeys((stage for stage, *_ in work), 0.0)
+    kinds = dict.fromkeys(kind for _, kind, _ in work if kind != "seconds")
     try:
-        for stage, kind, count in work:
-            seconds[stage] += count * getattr(pace, kind)
+        of_kind = time_work(kinds, *map(making.value, values)) | {"seconds": 1.0}
     except NonFiniteError:  # on random tokens; on its text, it may be well
         return {}
+    seconds = dict.fromkeys((stage for stage, *_ in work), 0.0)
+    for stage, kind, count in work:
+        seconds[stage] += count * of_kind[kind]
     return seconds
 
 
@@ -156,10 +156,10 @@ class _Counted:
         drawn = self.making.value(text.drawn)
         for use, count in self.making.value(text.window_counts).items():
             if use not in drawn:
-                yield from self._writing(f"writing {use}", count, self.seq_len - 1)
+                yield Work(f"writing {use}", "written", count * (self.seq_len - 1))
 
     def self_written(self) -> Iterator[Work]:
-        yield from self._writing("writing text", self.windows["self"], self.seq_len - 1)
+        yield Work("writing text", "written", self.windows["self"] * (self.seq_len - 1))
         yield from _reading("writing text", self.windows["self"] * self.seq_len)
 
     def moments(self) -> Iterator[Work]:
@@ -219,9 +219,8 @@ class _Counted:
         if not self.making.value(models.fits_sequentially):
             return
         hidden = self.making.value(inputs.empty).get_input_embeddings().weight.shape[1]
-        kinds = {layer: {block.kind for block, _ in cut} for layer, cut in groupby(self.cut, lambda it: it[0].layer)}
-        passes = sum(_HEADS if "heads" in cut else _CHANNELS for cut in kinds.values())
-        passes += _UNCUT * (max(kinds, default=-1) + 1 - len(kinds))
+        last = max((block.layer for block, _ in self.cut), default=-1)
+        passes = _PASSES * (last + 1) + _FOR_HEADS * sum(block.kind == "heads" for block, _ in self.cut)
         kept = [block.inputs * share for block, share in self.cut if not block.experts]
         yield Work("compensating", "layers", self.fitted * passes / self.structure.layers)
         # The sums of one triangle of the moments are half as much work as those of all products.
@@ -237,7 +236,7 @@ class _Counted:
     def training_texts(self) -> Iterator[Work]:
         for part in self.making.value(models.examples):
             if isinstance(part, Unwritten):
-                yield from self._writing(f"writing {part.name}", part.count, self.config.recovery.seq_len)
+                yield Work(f"writing {part.name}", "written", part.count * self.config.recovery.seq_len)
 
     def recovered(self) -> Iterator[Work]:
         options, parts = self.config.recovery, self.making.value(models.examples)
@@ -254,7 +253,7 @@ class _Counted:
     ) -> Iterator[Work]:
         steps = total_steps(blend, options)
         if steps is None:
-            yield Work(stage, "second", 60 * (options.minutes or 0.0))
+            yield Work(stage, "seconds", 60 * (options.minutes or 0.0))
             return
         learnt = steps * options.batch_size * sum(part.share * part.mean_tokens for part in blend)
         held_out = sum(len(example["input_ids"]) for part in blend for example in part.validation)
@@ -264,54 +263,37 @@ class _Counted:
         if distils:
             yield from _reading(stage, learnt + validated)
 
-    def _writing(self, stage: str, texts: int, tokens: int) -> Iterator[Work]:
-        at_once = texts_at_once(max(1, texts), tokens, self.making.value(inputs.main_device))
-        yield Work(stage, "steps", math.ceil(texts / at_once) * tokens)
-        yield Work(stage, "written", texts * tokens)
-
     def perplexity(self, role: Role) -> Iterator[Work]:
         node = text.report_texts if self.making.is_made(text.report_texts) else text.drawn_to_report
         tokens = sum(it.windows.numel() for it in self.making.value(node).values())
         yield Work("evaluating", "evaluated", tokens * self._share(role))
 
-    def written(self, role: Role) -> Iterator[Work]:
-        yield from self._writing("looking for breakage", *texts_and_tokens(self.making.value(inputs.tokenizer)))
-
-    def writing(self, role: Role) -> Iterator[Work]:
-        texts, tokens = texts_and_tokens(self.making.value(inputs.tokenizer))
-        # The dense model reads the half of the texts that is sampled.
-        yield from _reading("looking for breakage", texts // 2 * tokens)
-
     def breakage(self, role: Role) -> Iterator[Work]:
-        texts, tokens = texts_and_tokens(self.making.value(inputs.tokenizer))
-        # The other half of those of the dense model is read by the others.
-        read = self._probed + (0 if role == "dense" else texts // 2 * tokens)
-        yield from _reading("looking for breakage", read, self._share(role))
-
-    @cached_property
-    def _probed(self) -> int:
-        """The tokens of built-in texts and questions."""
+        """A model writes, and reads built-in texts and questions and the greedy texts of the dense model, which reads
+        the sampled ones."""
         tokenizer = self.making.value(inputs.tokenizer)
-        texts = probe_texts(tokenizer, min(self.seq_len, PROBED_TOKENS)).values()
-        asked = (f"Question: {it.question}\nAnswer: {choice}" for it in questions() for choice in it.choices)
+        texts, tokens = texts_and_tokens(tokenizer)
+        windows = sum(it.windows.numel() for it in probe_texts(tokenizer, min(self.seq_len, PROBED_TOKENS)).values())
+        answers = (f"Question: {it.question} Answer: {choice}" for it in questions() for choice in it.choices)
         # Answers that differ in their last token alone are read once.
-        answers = {tuple(tokenize(tokenizer, answer).input_ids[:-1]) for answer in asked}
-        return sum(text.windows.numel() for text in texts) + sum(map(len, answers))
+        asked = {tuple(tokenize(tokenizer, answer).input_ids[:-1]) for answer in answers}
+        yield Work("looking for breakage", "written", texts * tokens)
+        read = windows + sum(map(len, asked)) + texts * tokens // (2 if role == "dense" else 1)
+        yield from _reading("looking for breakage", read, self._share(role))
 
     def _share(self, role: Role) -> float:
         """The fraction of the parameters in layers that the model of a role has."""
         return 1.0 if role == "dense" else self.kept
 
 
-def _reading(stage: str, tokens: float, layers: float = 1.0, predictions: float = 1.0) -> Iterator[Work]:
+def _reading(stage: str, tokens: float, layers: float = 1.0) -> Iterator[Work]:
     """A forward pass.
 
     Args:
         layers: the fraction of the layers, relative to the dense model.
-        predictions: the work of the loss, relative to that of the loss of a text.
     """
     yield Work(stage, "layers", tokens * layers)
-    yield Work(stage, "predictions", tokens * predictions)
+    yield Work(stage, "predictions", tokens)
 
 
 _WORK: dict[str, Callable[[_Counted], Iterator[Work]]] = {
@@ -328,6 +310,4 @@ _WORK: dict[str, Callable[[_Counted], Iterator[Work]]] = {
     models.recovered.name: _Counted.recovered,
     **{node.name: partial(_Counted.perplexity, role=role) for role, node in evaluated.perplexity.items()},
     **{node.name: partial(_Counted.breakage, role=role) for role, node in evaluated.breakage.items()},
-    **{f"written_{role}": partial(_Counted.written, role=role) for role in evaluated.breakage},
-    **{f"writing_{role}": partial(_Counted.writing, role=role) for role in evaluated.breakage},
 }
