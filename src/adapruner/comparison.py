@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, computed_field
+from pydantic import BaseModel, computed_field
 
 from adapruner.config import Engine
 from adapruner.evaluation import Perplexity, Rate, TaskScore, mean_accuracies
@@ -17,11 +17,7 @@ AXES: dict[Axis, str] = {"size": "size", "prefill": "prompt tokens/s", "decode":
 _SPEED_TOLERANCE = 0.03
 
 
-class _Content(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
-
-
-class Point(_Content):
+class Point(BaseModel, extra="forbid", frozen=True, ser_json_inf_nan="constants"):
     """The numbers of one model, in one quantization and engine.
 
     Attributes:
@@ -57,7 +53,7 @@ class Point(_Content):
         return float(self.size) if axis == "size" else 1 / getattr(self, axis).median
 
 
-class Comparison(_Content):
+class Comparison(BaseModel, extra="forbid", frozen=True, ser_json_inf_nan="constants"):
     """Models side by side.
 
     Attributes:

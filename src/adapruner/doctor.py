@@ -18,7 +18,7 @@ import psutil
 import torch
 from huggingface_hub import is_offline_mode
 from huggingface_hub.constants import HF_HUB_CACHE
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from adapruner.config import Dtype
 from adapruner.models import computes_bfloat16_natively, describe_device, resolve_device
@@ -55,11 +55,7 @@ _SMALL: dict[str, Any] = {
 _SOURCES = ("argparse", "ast", "dataclasses", "difflib", "inspect", "random", "statistics", "tarfile")
 
 
-class _Facts(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Device(_Facts):
+class Device(BaseModel, extra="forbid", frozen=True):
     """The CPU or an accelerator.
 
     Attributes:
@@ -72,7 +68,7 @@ class Device(_Facts):
     native_bfloat16: bool
 
 
-class SmallRun(_Facts):
+class SmallRun(BaseModel, extra="forbid", frozen=True):
     """A small pruning run on one device.
 
     Attributes:
@@ -91,7 +87,7 @@ class SmallRun(_Facts):
     estimated: dict[str, int]
 
 
-class Comparison(_Facts):
+class Comparison(BaseModel, extra="forbid", frozen=True):
     """The same small run on the CPU and on the accelerator.
 
     Attributes:
@@ -104,7 +100,7 @@ class Comparison(_Facts):
     same_groups: float
 
 
-class Diagnosis(_Facts):
+class Diagnosis(BaseModel, extra="forbid", frozen=True):
     """The result of `adapruner doctor`.
 
     Attributes:

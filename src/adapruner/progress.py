@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import psutil
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column
 
@@ -34,10 +34,8 @@ _SILENCE = 60.0
 Advance = Callable[..., None]
 
 
-class StageCost(BaseModel):
+class StageCost(BaseModel, extra="forbid", frozen=True):
     """Seconds of a stage, and its peak memory: that of the process, and that of PyTorch on an accelerator."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     seconds: float
     peak_memory_mib: int

@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.config import PruneConfig
@@ -47,11 +47,7 @@ TITLES: dict[Role, str] = {
 }
 
 
-class _Content(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ModelNumbers(_Content):
+class ModelNumbers(BaseModel, extra="forbid", frozen=True):
     """The numbers of one model of a run.
 
     Attributes:
@@ -84,7 +80,7 @@ class ModelNumbers(_Content):
         return {("size", "parameters", ""): size, **numbers_of(self.perplexity, self.breakage, self.tasks)}
 
 
-class ForeignVocabulary(_Content):
+class ForeignVocabulary(BaseModel, extra="forbid", frozen=True):
     """Tokens in scripts of which the text of a run has no letter.
 
     Attributes:
@@ -103,7 +99,7 @@ def _versions() -> dict[str, str]:
     return packages | {"python": platform.python_version()}
 
 
-class RunResult(_Content):
+class RunResult(BaseModel, extra="forbid", frozen=True):
     """The content of `result.json`: every number, with the options and versions to reproduce it.
 
     Attributes:

@@ -12,7 +12,7 @@ from typing import Literal, cast, get_args
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented, but not in __all__
-from pydantic import BaseModel, ConfigDict, TypeAdapter
+from pydantic import BaseModel, TypeAdapter
 from typing_extensions import TypedDict
 
 from adapruner.errors import AdaPrunerError, reason
@@ -33,10 +33,8 @@ _FILES = (".txt", ".jsonl", ".json", ".parquet", _OF_WINDOWS)
 _FORMS = "a .txt, .jsonl, .parquet or .safetensors file, or hf:owner/name[:config][:split][:column]"
 
 
-class HubData(BaseModel):
+class HubData(BaseModel, extra="forbid", frozen=True):
     """Arguments of `datasets.load_dataset`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     path: str
     name: str | None = None
@@ -104,10 +102,8 @@ class _Splits(TypedDict):
     report: str
 
 
-class KnownSource(BaseModel):
+class KnownSource(BaseModel, extra="forbid", frozen=True):
     """An entry of sources.yaml, where its fields are explained."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     hub: HubData | None = None
     split: str | _Splits

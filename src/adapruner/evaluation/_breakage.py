@@ -7,7 +7,7 @@ from itertools import takewhile
 from statistics import fmean
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.calibration import EvaluationText, Question, prompts, questions, tokenize
@@ -29,7 +29,7 @@ PROTOCOLS_OF_SIGNS = {
 _JUDGED, _JUDGED_SAMPLES = "openings, greedy", "openings, sampled"
 
 
-class Writing(BaseModel):
+class Writing(BaseModel, extra="forbid", frozen=True, ser_json_inf_nan="constants"):
     """Signs of the texts that a model wrote after prompts of one kind, in one way.
 
     Attributes:
@@ -43,8 +43,6 @@ class Writing(BaseModel):
         texts: what was written, by prompt.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
-
     repetition: float
     distinct: float
     ended: float
@@ -52,7 +50,7 @@ class Writing(BaseModel):
     texts: dict[str, str]
 
 
-class Breakage(BaseModel):
+class Breakage(BaseModel, extra="forbid", frozen=True):
     """Signs of a broken model, to be compared with those of the dense model.
 
     Attributes:
@@ -64,8 +62,6 @@ class Breakage(BaseModel):
         answered: the fraction of built-in questions to which the right answer is more likely than the others; None if
             it was not measured.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     agreement: float | None = None
     texts: dict[str, Perplexity]

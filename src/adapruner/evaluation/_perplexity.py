@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from pydantic import BaseModel, ConfigDict, computed_field
+from pydantic import BaseModel, computed_field
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -16,7 +16,7 @@ from adapruner.evaluation._losses import window_losses
 PROTOCOLS = {"llm-pruner": (("wikitext2:test", "ptb:validation"), 128), "2048": (("wikitext2:test",), 2048)}
 
 
-class Perplexity(BaseModel):
+class Perplexity(BaseModel, frozen=True, ser_json_inf_nan="constants"):
     """A perplexity and how it was measured.
 
     Attributes:
@@ -37,8 +37,6 @@ class Perplexity(BaseModel):
             windows divided by the root of their number, which assumes that windows are independent; None if they
             overlap, or there is only one.
     """
-
-    model_config = ConfigDict(frozen=True, ser_json_inf_nan="constants")
 
     perplexity: float
     text: str

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
@@ -23,17 +23,15 @@ from adapruner.structure import build_structure
 _FRIENDLY_ON_CPU, _FRIENDLY_MULTIPLE = 8, 64
 
 
-class Rate(BaseModel):
+class Rate(BaseModel, frozen=True):
     """Tokens per second: the median over repetitions, the least and the greatest."""
-
-    model_config = ConfigDict(frozen=True)
 
     median: float
     least: float
     greatest: float
 
 
-class Speed(BaseModel):
+class Speed(BaseModel, frozen=True):
     """The cost of running a model.
 
     Attributes:
@@ -45,8 +43,6 @@ class Speed(BaseModel):
         prefill, decode: rates of reading a prompt and of generating after it, by batch size.
         unfriendly_widths: feed-forward widths that are not a multiple of `friendly_multiple`, by layer.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     parameters: int
     weight_bytes: int

@@ -22,7 +22,7 @@ import datasets
 import numpy as np
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, computed_field
+from pydantic import BaseModel, computed_field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.errors import AdaPrunerError, reason
@@ -43,7 +43,7 @@ _IMPOSSIBLE = {
 _BATCH_ON_CPU = 8
 
 
-class TaskScore(BaseModel):
+class TaskScore(BaseModel, frozen=True, ser_json_inf_nan="constants"):
     """The score of a model in a task of lm-eval, and how it was measured.
 
     Attributes:
@@ -58,8 +58,6 @@ class TaskScore(BaseModel):
         shots: examples in the prompt.
         dtype: the dtype of the model.
     """
-
-    model_config = ConfigDict(frozen=True, ser_json_inf_nan="constants")
 
     task: str
     metrics: dict[str, float]

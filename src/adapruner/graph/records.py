@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
 
 from adapruner.config import PruneConfig
@@ -30,7 +30,7 @@ class Form(Generic[T]):
     load: Callable[[Path], T]
 
 
-class Record(BaseModel):
+class Record(BaseModel, extra="forbid", frozen=True):
     """The inputs of an artifact. It is written last: an artifact that has a record with files is complete.
 
     Attributes:
@@ -42,8 +42,6 @@ class Record(BaseModel):
         files: what tells that each file is still as it was written, by its path in the run folder; None while the
             artifact is being made.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
     version: int

@@ -11,7 +11,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -31,10 +31,6 @@ SKIPPED = {"heads": "attention", "channels": "mlp"}
 NUMBERS_LAYERS = "layers_are_numbered"
 
 
-class _Data(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
 # The output of rows of a projection: all query heads, all key heads, all value heads; query, key and value of one head
 # after the other (only if every head has its own key and value); feed-forward channels.
 RowKind = Literal["query", "key", "value", "query-key-value", "channels"]
@@ -42,7 +38,7 @@ RowKind = Literal["query", "key", "value", "query-key-value", "channels"]
 Whole = Literal["attention", "feed-forward", "layer"]
 
 
-class ProjectionNames(_Data):
+class ProjectionNames(BaseModel, extra="forbid", frozen=True):
     """Paths, relative to a layer, of the projections that compute the groups of a block and the one that reads them.
 
     Attributes:
@@ -67,7 +63,7 @@ class ProjectionNames(_Data):
         return ".".join(names[0] for names in levels)
 
 
-class ExpertChannels(_Data):
+class ExpertChannels(BaseModel, extra="forbid", frozen=True):
     """The channels inside each expert; paths are relative to a layer, of parameters with one part for every expert.
 
     Attributes:
@@ -84,7 +80,7 @@ class ExpertChannels(_Data):
     count: str
 
 
-class ExpertNames(_Data):
+class ExpertNames(BaseModel, extra="forbid", frozen=True):
     """The experts of a layer.
 
     Attributes:
@@ -105,7 +101,7 @@ class ExpertNames(_Data):
     channels: ExpertChannels | None = None
 
 
-class ConfigFields(_Data):
+class ConfigFields(BaseModel, extra="forbid", frozen=True):
     """Names of the `PreTrainedConfig` fields that count heads and channels.
 
     Attributes:
@@ -120,7 +116,7 @@ class ConfigFields(_Data):
     head_numbers: str | None = None
 
 
-class Equivalent(_Data):
+class Equivalent(BaseModel, extra="forbid", frozen=True):
     """Another family that computes the same.
 
     Attributes:
@@ -133,7 +129,7 @@ class Equivalent(_Data):
     without: tuple[str, ...] = ()
 
 
-class Architecture(_Data):
+class Architecture(BaseModel, extra="forbid", frozen=True):
     """A model family as data: the paths of its layers and projections, and the config fields that count them.
 
     Attributes:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 from torch import Tensor
 from typing_extensions import Self
 
@@ -21,15 +21,11 @@ from adapruner.tables import Column, Table
 _KINDS: tuple[Kind, ...] = ("heads", "experts", "channels")
 # More than any model has; tables show a row for every layer.
 _MOST_LAYERS = 1 << 16
-# Strings are no numbers, even if they look like them.
-_STRICT = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class BlockPlan(BaseModel):
+class BlockPlan(BaseModel, extra="forbid", frozen=True, strict=True):
     """The numbers of the kept groups of one block, in ascending order; empty if the attention or feed-forward is
     removed whole."""
-
-    model_config = _STRICT
 
     layer: Annotated[int, Field(ge=0, lt=_MOST_LAYERS)]
     kind: Kind
@@ -49,10 +45,8 @@ class BlockPlan(BaseModel):
         return self
 
 
-class PruningPlan(BaseModel):
+class PruningPlan(BaseModel, extra="forbid", frozen=True, strict=True):
     """The kept groups of a model; stored as JSON, explainable, with a hash that is equal for equal cuts."""
-
-    model_config = _STRICT
 
     model_type: str
     head_granularity: HeadGranularity

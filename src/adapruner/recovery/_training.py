@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
@@ -52,7 +52,7 @@ from adapruner.recovery._sharding import gather, reading_parts, refuse_other_sha
 from adapruner.recovery._trainers import TokenTrainer
 
 
-class LearntPart(BaseModel):
+class LearntPart(BaseModel, extra="forbid", frozen=True):
     """Examples of a dataset, in a recovery.
 
     Attributes:
@@ -63,8 +63,6 @@ class LearntPart(BaseModel):
         passes: over the training examples.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     share: float
     examples: int
     learnt: int
@@ -72,7 +70,7 @@ class LearntPart(BaseModel):
     passes: float
 
 
-class RecoveryRecord(BaseModel):
+class RecoveryRecord(BaseModel, extra="forbid", frozen=True, ser_json_inf_nan="constants"):
     """The outcome of a recovery: the content of `recovery.json`.
 
     Attributes:
@@ -87,8 +85,6 @@ class RecoveryRecord(BaseModel):
         seconds: of training, in the last call.
         parts: by the name of the dataset.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
 
     config: dict[str, Any]
     method: Literal["labels", "distillation"]

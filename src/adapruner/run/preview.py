@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from adapruner.config import PruneConfig
 from adapruner.errors import AdaPrunerError
@@ -28,7 +28,7 @@ from adapruner.structure import count_parameters
 _FLOAT32, _MIB = 4, 2**20
 
 
-class Preview(BaseModel):
+class Preview(BaseModel, frozen=True):
     """A preview of a run for one ratio.
 
     Attributes:
@@ -43,8 +43,6 @@ class Preview(BaseModel):
         tokens: by missing stage, the tokens that pass through all layers; their seconds are known when a run has loaded
             the model.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     ratio: float
     folder: str

@@ -11,7 +11,7 @@ from typing import Literal
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 from typing_extensions import Self
 
 from adapruner.search._space import FIXED_METRIC, START, Candidate
@@ -27,11 +27,7 @@ Parameter = float | int | str
 StepName = Literal["fixed metric", "starting point", "searched"]
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
-
-
-class TriedPoint(_Record):
+class TriedPoint(BaseModel, extra="forbid", frozen=True, ser_json_inf_nan="constants"):
     """A finished trial.
 
     Attributes:
@@ -54,7 +50,7 @@ class TriedPoint(_Record):
     positions: dict[str, float]
 
 
-class Step(_Record):
+class Step(BaseModel, extra="forbid", frozen=True, ser_json_inf_nan="constants"):
     """A step from a choice without a search to the outcome of the search; all are compensated in the same way.
 
     Attributes:
@@ -79,7 +75,7 @@ class Step(_Record):
     standard_error: float | None = None
 
 
-class History(_Record):
+class History(BaseModel, extra="forbid", frozen=True, ser_json_inf_nan="constants"):
     """The finished trials of a search.
 
     Attributes:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 from torch import Tensor
 from typing_extensions import Self
 
@@ -51,7 +51,7 @@ class Judged:
     losses: list[float]
 
 
-class Tried(BaseModel):
+class Tried(BaseModel, extra="forbid", frozen=True):
     """The gain of a change.
 
     Attributes:
@@ -60,8 +60,6 @@ class Tried(BaseModel):
         accepted: True if the gain exceeds the number of standard errors that this kind of change needs; the change was
             then made.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     gain: float
     gain_standard_error: float | None
@@ -75,14 +73,14 @@ class Tried(BaseModel):
         return cls(gain=gain, gain_standard_error=known, accepted=gain > certain * (known or 0.0), **fields)
 
 
-class KeptPart(Tried):
+class KeptPart(Tried, frozen=True):
     """The gain of keeping a part that the search removed whole, at the same budget; two standard errors are needed."""
 
     layer: int
     part: Whole
 
 
-class MovedHeads(Tried):
+class MovedHeads(Tried, frozen=True):
     """Layers that keep other numbers of heads than before, with narrower or wider layers to make up for it. Two
     standard errors are needed.
 
@@ -94,7 +92,7 @@ class MovedHeads(Tried):
     changes: dict[int, int]
 
 
-class MovedChannels(Tried):
+class MovedChannels(Tried, frozen=True):
     """The costs of channels, and the gain of moving channels between layers. One standard error is needed.
 
     Attributes:

@@ -26,7 +26,7 @@ _FINALISTS = 3
 _STANDARD_ERRORS_TO_REFUSE, _FEWEST_WINDOWS_TO_REFUSE = 2.0, 8
 
 
-class SearchResult(History):
+class SearchResult(History, frozen=True):
     """The outcome of a search, with all finished trials.
 
     Attributes:

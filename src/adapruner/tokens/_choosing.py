@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import cached_property
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 from torch import Tensor
 
 from adapruner.errors import AdaPrunerError
 from adapruner.tokens._tokenizer import TokenizerParts
 
 
-class VocabularySummary(BaseModel):
+class VocabularySummary(BaseModel, extra="forbid", frozen=True):
     """The outcome of pruning a vocabulary.
 
     Attributes:
@@ -22,8 +22,6 @@ class VocabularySummary(BaseModel):
         scripts: the number of tokens before and after, by script.
         parameters_before, parameters_after: of the model, tied ones counted once, before anything else is removed.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     before: int
     after: int
@@ -46,7 +44,7 @@ class VocabularySummary(BaseModel):
         )
 
 
-class Vocabulary(BaseModel):
+class Vocabulary(BaseModel, extra="forbid", frozen=True):
     """The kept tokens.
 
     Attributes:
@@ -54,8 +52,6 @@ class Vocabulary(BaseModel):
         beyond: ids of added tokens that have no row in the embedding, ascending; their new ids follow those of the kept
             tokens.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     kept: tuple[int, ...]
     beyond: tuple[int, ...] = ()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from adapruner.calibration import parse_source, source_names
 from adapruner.card import vocabulary_card
@@ -30,15 +30,13 @@ from adapruner.tokens import (
 from adapruner.verbs._export import check_output
 
 
-class PrunedVocabulary(BaseModel):
+class PrunedVocabulary(BaseModel, frozen=True):
     """A model with fewer tokens.
 
     Attributes:
         path: its folder.
         vocabulary: summary of the removed tokens.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     path: Path
     vocabulary: VocabularySummary
