@@ -11,10 +11,8 @@ import pytest
 import torch
 
 import adapruner
-from adapruner.cli._output import preview_lines
 from adapruner.graph import Making
 from adapruner.run import api, duration
-from adapruner.run.preview import preview_ratios
 from conftest import tiny_model
 from run_helpers import RUN_OPTIONS, interrupt_before
 
@@ -27,6 +25,14 @@ OPTIONS: dict[str, Any] = RUN_OPTIONS | {
     "recover": "self",
     "recovery": {"steps": 4, "batch_size": 16, "seq_len": 16, "records": 32},
 }
+
+
+def tokens_of(work: list[duration.Work]) -> Counter[str]:
+    """By stage, the tokens that pass through all layers of the dense model, or as many parameters."""
+    tokens = Counter[str]()
+    for stage, kind, count in work:
+        tokens[stage] += round(count) if kind in ("layers", "evaluated", "written", "measured", "learnt") else 0
+    return +tokens
 
 
 class Passes(adapruner.Callback):
@@ -79,7 +85,7 @@ def test_counts_the_forward_passes_of_every_stage(
 ) -> None:
     prune(**OPTIONS, callbacks=[passes])
 
-    expected, true = Counter(duration.tokens_of(counted)), passes.tokens
+    expected, true = tokens_of(counted), passes.tokens
     print({stage: (round(expected[stage]), round(true[stage])) for stage in expected | true})
     for stage, tolerance in {
         "writing text": 0.02,
@@ -143,23 +149,11 @@ def test_finished_trials_of_a_search_do_not_count(
 ) -> None:
     with pytest.raises(RuntimeError, match="killed"):
         prune(**RUN_OPTIONS, callbacks=[_AfterTrials(6)])
-    before = Counter(duration.tokens_of(counted))["searching"]
+    before = tokens_of(counted)["searching"]
     counted.clear()
 
     prune(**RUN_OPTIONS)
-    assert 0 < Counter(duration.tokens_of(counted))["searching"] < before
-
-
-def test_a_dry_run_shows_the_tokens_of_the_run(
-    model_folder: Path, text_file: Path, tmp_path: Path, counted: list[duration.Work]
-) -> None:
-    about = {"model": str(model_folder), "output": tmp_path / "run", "calibration": str(text_file), **RUN_OPTIONS}
-    (preview,) = preview_ratios(**about)
-    with pytest.raises(KeyboardInterrupt):
-        adapruner.prune(**about, callbacks=[_Stopping()])
-    assert preview.tokens == duration.tokens_of(counted)
-    shown = [line for line in preview_lines([preview]) if str(line).startswith("tokens: ")]
-    assert shown == [f"tokens: {', '.join(f'{stage} {count:,}' for stage, count in preview.tokens.items())}"]
+    assert 0 < tokens_of(counted)["searching"] < before
 
 
 def test_ratios_share_what_is_measured(

@@ -73,8 +73,6 @@ def preview_lines(previews: Iterable[Preview]) -> Iterator[RenderableType]:
         yield f"{preview.folder}: {kept}"
         yield f"to make: {', '.join(preview.missing) or 'nothing'}"
         yield f"on disk: model {preview.model_bytes / 1e6:,.1f} MB, moments {preview.moments_bytes / 1e6:,.1f} MB"
-        if preview.tokens:
-            yield f"tokens: {', '.join(f'{stage} {tokens:,}' for stage, tokens in preview.tokens.items())}"
         if preview.stages:
             yield memory_table(preview.stages, preview.device, where(preview.device, preview.layer_wise))
 

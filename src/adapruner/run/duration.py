@@ -7,8 +7,7 @@ few seconds. Parts of a stage that an earlier call finished are counted again, b
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from typing import NamedTuple
 
@@ -47,8 +46,6 @@ _DIVERGENCE = 1.3
 # Passes through a dense and a pruned layer in the sequential fit, and further ones if heads are cut.
 _PASSES, _FOR_HEADS = 2, 4
 
-# Kinds of work whose amount is a number of tokens in all layers.
-_TOKENS = ("layers", "evaluated", "written", "measured", "learnt")
 # Of the printed line: the name of a unit, its seconds, and decimals.
 _UNITS = (("hours", 3600, 1), ("minutes", 60, 0), ("seconds", 1, 0))
 
@@ -81,14 +78,6 @@ def expected_seconds(makings: Sequence[Making]) -> dict[str, float]:
     for stage, kind, count in work:
         seconds[stage] += count * of_kind[kind]
     return seconds
-
-
-def tokens_of(work: Iterable[Work]) -> dict[str, int]:
-    """By stage, the tokens that pass through all layers of the dense model, or as many parameters."""
-    tokens = Counter[str]()
-    for stage, kind, count in work:
-        tokens[stage] += round(count) if kind in _TOKENS else 0
-    return dict(+tokens)
 
 
 def described(seconds: Mapping[str, float]) -> str:

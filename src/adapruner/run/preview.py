@@ -19,7 +19,6 @@ from adapruner.paths import given_path
 from adapruner.planning import Budget, kept_counts
 from adapruner.processes import Process
 from adapruner.progress import Reporter
-from adapruner.run.duration import missing_work, tokens_of
 from adapruner.run.makings import check, makings_of
 from adapruner.run.nodes import amount, inputs, measured, models, placed
 from adapruner.run.options import register_extensions, resolve
@@ -40,8 +39,6 @@ class Preview(BaseModel, frozen=True):
         moments_bytes: of the second moments, which the run folder keeps; 0 if they are not to be made.
         layer_wise: whether one decoder layer at a time would be in memory.
         stages: the memory of every stage, in bytes; empty if nothing is missing, or it cannot be estimated.
-        tokens: by missing stage, the tokens that pass through all layers; their seconds are known when a run has loaded
-            the model.
     """
 
     ratio: float
@@ -54,7 +51,6 @@ class Preview(BaseModel, frozen=True):
     device: str
     layer_wise: bool
     stages: dict[str, Memory]
-    tokens: dict[str, int]
 
 
 def preview_ratios(
@@ -90,7 +86,6 @@ def _preview(making: Making) -> Preview:
         device=placement.device,
         layer_wise=placement.layer_wise,
         stages=_memory(making, budget, placement) if models.pruned in missing and not is_pruned(empty.config) else {},
-        tokens=tokens_of(missing_work([making])),
     )
 
 
