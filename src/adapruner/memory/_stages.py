@@ -14,14 +14,7 @@ from adapruner.errors import AdaPrunerError
 from adapruner.evaluation import tokens_per_batch
 from adapruner.importance import needs_moments, needs_removal_errors
 from adapruner.measurement import saved_activations
-from adapruner.models import (
-    architecture_of,
-    batches_together,
-    decoder_layers,
-    is_pruned,
-    texts_at_once,
-    trial_dtype,
-)
+from adapruner.models import architecture_of, batches_together, decoder_layers, is_pruned, texts_at_once, trial_dtype
 from adapruner.option_rules import fits_sequentially_by_default, may_remove_whole, scoring_bounds, written_count
 from adapruner.planning import Budget, kept_counts
 from adapruner.recovery import PREDICTIONS_AT_ONCE, scale_options

@@ -8,7 +8,7 @@ from adapruner.planning._amount import (
     Speed as Speed,
     Target as Target,
     TargetOutcome as TargetOutcome,
-    amount_of as amount_of,
+    requested_amount as requested_amount,
 )
 from adapruner.planning._budget import (
     MOST_CHANNELS as MOST_CHANNELS,

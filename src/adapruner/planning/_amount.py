@@ -60,7 +60,7 @@ class Speed:
 Amount: TypeAlias = Size | Memory | Speed
 
 
-def amount_of(
+def requested_amount(
     target_size: str | None,
     target_memory: str | None,
     target_speed: float | None,

@@ -17,15 +17,7 @@ from adapruner.calibration import EvaluationText, evaluation_text, parse_source
 from adapruner.comparison import Comparison, Point
 from adapruner.config import Engine, GgufType
 from adapruner.errors import AdaPrunerError
-from adapruner.evaluation import (
-    Perplexity,
-    Tasks,
-    load_tasks,
-    measure_perplexity,
-    measure_speed,
-    measure_tasks,
-    rate,
-)
+from adapruner.evaluation import Perplexity, Tasks, load_tasks, measure_perplexity, measure_speed, measure_tasks, rate
 from adapruner.families import open_config, open_model
 from adapruner.gguf import check_gguf, llama_cpp, write_gguf
 from adapruner.graph import RunFolder

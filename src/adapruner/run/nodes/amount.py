@@ -25,22 +25,17 @@ from adapruner.costs import (
 )
 from adapruner.errors import AdaPrunerError
 from adapruner.gguf import check_gguf
-from adapruner.models import (
-    Architecture,
-    ModelLocation,
-    empty_model,
-    find_wrapper,
-)
+from adapruner.models import Architecture, ModelLocation, empty_model, find_wrapper
 from adapruner.planning import (
     Amount,
     Budget,
     Speed,
     Target,
     UnreachableRatioError,
-    amount_of,
     default_budget,
     kept_counts,
     make_plan,
+    requested_amount,
 )
 from adapruner.planning._amount import TIMED_TOKENS
 from adapruner.progress import Reporter
@@ -49,9 +44,7 @@ from adapruner.run.nodes.forms import json_form
 from adapruner.run.nodes.inputs import Precision
 from adapruner.structure import Structure, count_parameters
 from adapruner.surgery import prune_model
-from adapruner.tokens import (
-    Vocabulary,
-)
+from adapruner.tokens import Vocabulary
 
 RatioOfBlocks = Callable[[float], float]
 BudgetAt = Callable[[float], Budget]
@@ -147,19 +140,7 @@ def latencies(
     return read_latencies(about, measure)
 
 
-@GRAPH.in_memory
-def aim(
-    target_size: str | None,
-    target_memory: str | None,
-    target_speed: float | None,
-    target_format: Any,
-    target_phase: Any,
-    target_batch: int,
-    target_context: int | None,
-) -> Amount | None:
-    """The size, memory or speed that replaces the ratio, as the options say."""
-    target = target_size, target_memory, target_speed
-    return amount_of(*target, target_format, target_phase, target_batch, target_context)
+GRAPH.in_memory(requested_amount)
 
 
 @GRAPH.in_memory
@@ -169,12 +150,12 @@ def target(
     precision: Precision,
     tokenizer_later: Callable[[], Tokenizer],
     latencies: Latencies | None,
-    aim: Amount | None,
+    requested_amount: Amount | None,
 ) -> Target | None:
     """The cost that replaces the ratio, with what computes it."""
-    if aim is None:
+    if requested_amount is None:
         return None
-    return target_of(aim, empty, structure, precision.weights, tokenizer_later(), latencies)
+    return target_of(requested_amount, empty, structure, precision.weights, tokenizer_later(), latencies)
 
 
 @GRAPH.in_memory

@@ -90,7 +90,7 @@ def removable(structure: Structure, whole_parts: list[Whole], prunable_layers: r
     "whole.json",
     json_form(RemovalOrders),
     version=3,
-    is_wanted=lambda space, search, whole: may_remove_whole(space, search, whole),
+    is_wanted=may_remove_whole,
 )
 def removal_order(
     dense_fast: PreTrainedModel,

@@ -141,7 +141,7 @@ def texts_of_dense(
 def _is_wanted(role: Role) -> Callable[..., bool]:
     """For the options of a run, true if it has the model of a role."""
     if role == "compensated":
-        return lambda tune_scales, compensation: tunes_scales_by_default(tune_scales, compensation)
+        return tunes_scales_by_default
     return (lambda recover: recover is not None) if role == "recovered" else lambda: True
 
 

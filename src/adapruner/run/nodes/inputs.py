@@ -128,7 +128,7 @@ def counted_texts(texts: Texts) -> tuple[Source, ...]:
 # The tokens that are kept, and the model with these alone
 
 
-@GRAPH.kept("vocabulary.json", json_form(Vocabulary), is_wanted=lambda vocabulary: bool(vocabulary), is_early=True)
+@GRAPH.kept("vocabulary.json", json_form(Vocabulary), is_wanted=lambda vocabulary: vocabulary, is_early=True)
 def kept_tokens(
     location: ModelLocation,
     given_config: PreTrainedConfig,

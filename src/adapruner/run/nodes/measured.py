@@ -32,11 +32,7 @@ MOMENTS: Form[StoredMoments] = Form(lambda moments, path: shutil.move(moments.fo
 STATISTICS: Form[Statistics] = Form(Statistics.save, Statistics.load)
 
 
-@GRAPH.kept(
-    "moments",
-    MOMENTS,
-    is_wanted=lambda compensation, space, terms: needs_moments(compensation, space, terms),
-)
+@GRAPH.kept("moments", MOMENTS, is_wanted=needs_moments)
 def moments(
     dense_fast: PreTrainedModel, structure: Structure, text_to_fit: Tensor | None, reporter: Reporter, work: Path
 ) -> StoredMoments:

@@ -24,9 +24,7 @@ from adapruner.models import (
     show_pictures,
     usable_devices,
 )
-from adapruner.planning import (
-    Budget,
-)
+from adapruner.planning import Budget
 from adapruner.progress import Reporter
 from adapruner.recovery import check_optimizer
 from adapruner.run.nodes.amount import BudgetAt
@@ -34,10 +32,7 @@ from adapruner.run.nodes.declared import GRAPH
 from adapruner.run.nodes.inputs import Precision
 from adapruner.structure import Structure
 from adapruner.texts import Texts
-from adapruner.tokens import (
-    Vocabulary,
-    cut_vocabulary,
-)
+from adapruner.tokens import Vocabulary, cut_vocabulary
 
 
 @GRAPH.leaf()

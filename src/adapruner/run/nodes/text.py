@@ -138,7 +138,7 @@ def report_texts(drawn_to_report: dict[str, EvaluationText]) -> dict[str, Evalua
     return drawn_to_report
 
 
-@GRAPH.kept("evaluation/texts-dense.safetensors", REPORT_TEXTS, is_wanted=lambda vocabulary: bool(vocabulary))
+@GRAPH.kept("evaluation/texts-dense.safetensors", REPORT_TEXTS, is_wanted=lambda vocabulary: vocabulary)
 def report_texts_dense(
     evaluated_texts: dict[str, Source], given_tokenizer: Tokenizer, to_report: ToReport
 ) -> dict[str, EvaluationText]:
@@ -146,12 +146,7 @@ def report_texts_dense(
     return to_report(evaluated_texts, given_tokenizer)
 
 
-@GRAPH.kept(
-    "self.safetensors",
-    TENSORS,
-    version=3,
-    is_wanted=lambda compensation, space, terms, self_windows: writes_text(compensation, space, terms, self_windows),
-)
+@GRAPH.kept("self.safetensors", TENSORS, version=3, is_wanted=writes_text)
 def self_written(
     dense_fast: PreTrainedModel,
     windows: Windows,
