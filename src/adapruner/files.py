@@ -29,6 +29,12 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
         write(partial)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file in UTF-8 as `write_atomically` does."""
+    with being_written(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
 @contextlib.contextmanager
 def being_written(path: Path, writer: str = "") -> Iterator[Path]:
     """A path to write a file to. It is flushed to the disk and moved to its place if the block ends without an error.

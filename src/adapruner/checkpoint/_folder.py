@@ -17,7 +17,7 @@ from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedModel, PreT
 from transformers.utils.hub import cached_file
 
 from adapruner.errors import without_secrets
-from adapruner.files import replace, saying_what_cannot_be_written, write_atomically
+from adapruner.files import replace, saying_what_cannot_be_written, write_text
 from adapruner.models import ModelLocation, head_of, quiet_transformers, whole_state, wrapper_of
 from adapruner.progress import Reporter
 from adapruner.terminal import printable
@@ -157,7 +157,7 @@ def _is_valid(settings: GenerationConfig) -> bool:
 
 def write_card(folder: Path, card: str) -> None:
     """Writes the README.md of a checkpoint."""
-    write_atomically(folder / "README.md", lambda partial: partial.write_text(printable(card), encoding="utf-8"))
+    write_text(folder / "README.md", printable(card))
 
 
 def _add_tensors(folder: Path, tensors: Mapping[str, Tensor], shard_size: str, pattern: str) -> None:

@@ -14,7 +14,7 @@ from adapruner import recipe
 from adapruner.cli._options import Device, Dtype, Flag, Json, Model
 from adapruner.cli._output import plain_console, print_advice, print_output, starting
 from adapruner.errors import AdaPrunerError
-from adapruner.files import write_atomically
+from adapruner.files import write_text
 from adapruner.paths import output_path
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def copy_recipe(name: str, file: Path | None = None, /, *, overwrite: Flag = Fal
     target = output_path(file or f"{name}.yaml")
     if target.exists() and not overwrite:
         raise AdaPrunerError(f"{target} exists: name another file, or replace it with `overwrite`")
-    write_atomically(target, lambda partial: partial.write_text(known[name], encoding="utf-8"))
+    write_text(target, known[name])
     plain_console().print(f"{target}: adapruner prune --recipe {target}", soft_wrap=True)
 
 

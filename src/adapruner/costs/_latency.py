@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from adapruner.config import Phase
 from adapruner.errors import AdaPrunerError
 from adapruner.evaluation import seconds_in_turn
-from adapruner.files import write_atomically
+from adapruner.files import write_text
 from adapruner.models import describe_device
 from adapruner.planning import Costs, make_plan
 from adapruner.structure import Kind, Structure, build_structure
@@ -111,9 +111,7 @@ def read_latencies(about: dict[str, Any], measure: Callable[[], Latencies]) -> L
     measured = measure()
     # Without a writable cache, they are measured every time.
     with contextlib.suppress(OSError, AdaPrunerError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        content = measured.model_dump_json(indent=2)
-        write_atomically(file, lambda partial: partial.write_text(content, encoding="utf-8"))
+        write_text(file, measured.model_dump_json(indent=2))
     return measured
 
 

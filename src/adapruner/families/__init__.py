@@ -19,7 +19,7 @@ from adapruner.errors import AdaPrunerError, reason
 from adapruner.families.inference import infer_architecture
 from adapruner.families.proof import prove, prove_around
 from adapruner.families.tiny import tiny_config
-from adapruner.files import write_atomically
+from adapruner.files import write_text
 from adapruner.models import (
     Architecture,
     ModelLocation,
@@ -131,9 +131,7 @@ def _describe(config: PreTrainedConfig) -> Architecture | str:
         )
     # The cache is optional.
     with suppress(OSError, AdaPrunerError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        content = architecture.model_dump_json(indent=2)
-        write_atomically(file, lambda partial: partial.write_text(content, encoding="utf-8"))
+        write_text(file, architecture.model_dump_json(indent=2))
     return architecture
 
 

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from adapruner.config import PruneConfig
 from adapruner.errors import AdaPrunerError, reason
-from adapruner.files import link_or_copy, write_atomically
+from adapruner.files import link_or_copy, write_atomically, write_text
 from adapruner.graph.records import CARD, Record, are_as_written, stamps
 
 # Whoever asks whether a process is running here holds the lock for a moment.
@@ -258,8 +258,7 @@ class RunFolder:
         return self._keys / f"{_flat(name)}.json"
 
     def _save(self, name: str, record: Record) -> None:
-        content = record.model_dump_json(indent=2) + "\n"
-        write_atomically(self._record(name), lambda partial: partial.write_text(content, encoding="utf-8"))
+        write_text(self._record(name), record.model_dump_json(indent=2) + "\n")
 
     def _is_empty(self) -> bool:
         """A command that was killed at its start leaves its lock, what was in memory, and perhaps an unfinished

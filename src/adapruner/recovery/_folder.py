@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 from adapruner.checkpoint import save_checkpoint
 from adapruner.config import RecoveryOptions
 from adapruner.errors import AdaPrunerError, reason
-from adapruner.files import saying_what_cannot_be_written, write_atomically
+from adapruner.files import saying_what_cannot_be_written, write_text
 from adapruner.processes import this_process
 from adapruner.recovery._examples import Examples
 from adapruner.recovery._training import RecoveryRecord, train
@@ -57,8 +57,7 @@ def recover_into(
     record = record.model_copy(update={"config": config})
     if this_process().leads:
         save_checkpoint(model, tokenizer, folder, card(record), record=origin)
-        text = record.model_dump_json(indent=2) + "\n"
-        write_atomically(folder / RECORD, lambda partial: partial.write_text(text, encoding="utf-8"))
+        write_text(folder / RECORD, record.model_dump_json(indent=2) + "\n")
         shutil.rmtree(work, ignore_errors=True)
     return record
 
@@ -155,10 +154,10 @@ def training_alone(folder: Path) -> Iterator[None]:
 def begin_training(folder: Path, config: dict[str, Any], overwrite: bool) -> None:
     """Makes the working folder, which records what is trained. With `overwrite`, an earlier one is removed."""
     if this_process().leads:
-        work, text = working_folder(folder), json.dumps(config)
+        work = working_folder(folder)
         if overwrite:
             shutil.rmtree(work, ignore_errors=True)
-        write_atomically(work / _CONFIG, lambda partial: partial.write_text(text, encoding="utf-8"))
+        write_text(work / _CONFIG, json.dumps(config))
 
 
 def working_folder(folder: Path) -> Path:

@@ -12,7 +12,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
 from adapruner.config import RecoveryOptions
-from adapruner.files import write_atomically
+from adapruner.files import write_text
 
 _DEFAULT_EPOCHS = 2
 # Times that the validation loss is measured and a checkpoint is saved; in long trainings every 200 steps, as in
@@ -118,8 +118,7 @@ class Pace(TrainerCallback):
         many = left / (step + validation / _MOST_STEPS_BETWEEN)
         [self.steps] = broadcast_object_list([_MEASURED + max(1, int(min(few, many)))])
         if state.is_world_process_zero:
-            text = json.dumps({"steps": self.steps})
-            write_atomically(self._file, lambda partial: partial.write_text(text, encoding="utf-8"))
+            write_text(self._file, json.dumps({"steps": self.steps}))
         self._tell(state)
 
     def _tell(self, state: Any) -> None:

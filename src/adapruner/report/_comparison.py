@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from adapruner.comparison import AXES, Axis, Comparison, table
-from adapruner.files import being_written
+from adapruner.files import write_text
 from adapruner.numbers import shortened
 from adapruner.report._charts import Scatter, scatter
 from adapruner.report._page import render
@@ -17,8 +17,7 @@ def write_comparison(comparison: Comparison, path: Path) -> None:
     Raises:
         AdaPrunerError: it cannot be written.
     """
-    with being_written(path) as partial:
-        partial.write_text(render_comparison(comparison), encoding="utf-8")
+    write_text(path, render_comparison(comparison))
 
 
 def render_comparison(comparison: Comparison) -> str:

@@ -14,7 +14,7 @@ from adapruner.config import Dtype
 from adapruner.errors import AdaPrunerError
 from adapruner.evaluation import Speed, measure_speed
 from adapruner.families import open_model
-from adapruner.files import write_atomically
+from adapruner.files import write_text
 from adapruner.models import check_length, empty_model, find_model, resolve_device
 from adapruner.paths import output_path
 from adapruner.progress import Reporter
@@ -98,6 +98,5 @@ def benchmark(
         with reporter.stage("measuring", len(loaded) * (len(batch_sizes) * (repetitions + 1) + 1)) as advance:
             speeds = measure_speed(loaded, batch_sizes, prompt, new_tokens, repetitions, advance)
     if written is not None:
-        content = TypeAdapter(dict[str, Speed]).dump_json(speeds, indent=2)
-        write_atomically(written, lambda partial: partial.write_bytes(content))
+        write_text(written, TypeAdapter(dict[str, Speed]).dump_json(speeds, indent=2).decode())
     return speeds
