@@ -15,7 +15,7 @@ from adapruner.result import PruneResult
 from adapruner.run.api import make_run
 from adapruner.run.makings import makings_of
 from adapruner.run.nodes import chosen
-from adapruner.run.nodes.amount import ratio_of_target
+from adapruner.run.nodes.amount import starting_ratio
 from adapruner.run.options import register_extensions
 
 
@@ -66,8 +66,7 @@ def plan_again(
 
 def _ratio_of(config: PruneConfig, run: RunFolder, earlier: RunFolder) -> float:
     (making,) = makings_of(config, run, Process(), Reporter(), (earlier,))
-    met = making.value(ratio_of_target)
-    return config.ratio[0] if met is None else float(met)
+    return float(making.value(starting_ratio))
 
 
 def _record_of_search(folder: RunFolder, config: PruneConfig, earlier: RunFolder) -> Record:

@@ -76,7 +76,7 @@ def _preview(making: Making) -> Preview:
     after = structure.total_parameters - structure.removed_parameters(kept_counts(structure, budget))
     will_measure = measured.moments in missing
     return Preview(
-        ratio=ratio_shown(making),
+        ratio=making.value(amount.starting_ratio),
         folder=str(making.folder.path),
         missing=[node.path for node in missing],
         parameters_before=count_parameters(empty_model(making.value(inputs.given_config))),
@@ -87,12 +87,6 @@ def _preview(making: Making) -> Preview:
         layer_wise=placement.layer_wise,
         stages=_memory(making, budget, placement) if models.pruned in missing and not is_pruned(empty.config) else {},
     )
-
-
-def ratio_shown(making: Making) -> float:
-    """The ratio that is asked for, or that the search starts with to meet a target."""
-    met: float | None = making.value(amount.ratio_of_target)
-    return float(making.options["ratio"]) if met is None else met
 
 
 def _memory(making: Making, budget: Budget, placement: Placement) -> dict[str, Memory]:

@@ -186,6 +186,12 @@ def ratio_of_target(
 
 
 @GRAPH.in_memory
-def starting_budget(budget_at: BudgetAt, ratio_of_target: float | None, ratio: float) -> Budget:
+def starting_ratio(ratio_of_target: float | None, ratio: float) -> float:
+    """The ratio that is asked for, or that the search starts with to meet a target."""
+    return ratio if ratio_of_target is None else ratio_of_target
+
+
+@GRAPH.in_memory
+def starting_budget(budget_at: BudgetAt, starting_ratio: float) -> Budget:
     """The budget that the search starts from."""
-    return budget_at(ratio if ratio_of_target is None else ratio_of_target)
+    return budget_at(starting_ratio)

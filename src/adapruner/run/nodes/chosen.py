@@ -310,14 +310,13 @@ def at_ratio(
     meet: Meet,
     starting_budget: Budget,
     ratio_of_blocks: RatioOfBlocks,
-    ratio_of_target: float | None,
-    ratio: float,
+    starting_ratio: float,
 ) -> AtRatio:
     """A candidate at the ratio of the run, or at the one with which it meets the target. If its allocation cannot, or
     only by removing more than `MOST_CHANNELS` of a layer: with the allocation that the search starts from."""
 
     def moved(candidate: Candidate) -> Candidate:
-        wanted = ratio_of_blocks(ratio if ratio_of_target is None else ratio_of_target)
+        wanted = ratio_of_blocks(starting_ratio)
         there = candidate.model_copy(update={"budget": replace(candidate.budget, ratio=wanted)})
         with contextlib.suppress(AdaPrunerError):
             met = meet(there)
