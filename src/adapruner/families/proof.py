@@ -97,7 +97,8 @@ def prove_around(wrapper: Wrapper, config: PreTrainedConfig, layouts: Sequence[L
     around, name = wrapper.with_decoder(model.config), wrapper.config.model_type
     give_wrapper(model, around)
     # Other tokens may stand for images.
-    text = sorted(set(range(3, model.config.vocab_size)) - {*filter(_is_number, vars(wrapper.config).values())})
+    others = {value for value in vars(wrapper.config).values() if isinstance(value, int)}
+    text = sorted(set(range(3, model.config.vocab_size)) - others)
     tokens = torch.tensor(text)[torch.randint(len(text), (2, 12), generator=torch.Generator().manual_seed(4))]
     for layout in (None, *layouts):
         try:
@@ -110,10 +111,6 @@ def prove_around(wrapper: Wrapper, config: PreTrainedConfig, layouts: Sequence[L
         expected, factor = decoder(tokens).logits, getattr(config, "logit_scale", None) or 1
         if not min((logits * scale - expected).norm() for scale in (1, factor)) <= _ROUNDING * expected.norm():
             raise ConformanceError(f"a {name} does not read text alone as its decoder does, a {config.model_type}")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int)
 
 
 def _pruned(model: PreTrainedModel, layout: Layout) -> PreTrainedModel:

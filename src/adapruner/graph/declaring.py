@@ -224,7 +224,8 @@ class Graph:
         """
         needed = {name for node in self.nodes.values() for name in node.needs.values()}
         needed |= {node.is_read_again_if or "" for node in self.nodes.values() if isinstance(node, InMemory)}
-        unused = [name for name, node in self.nodes.items() if name not in needed and not _is_an_end(node)]
+        needed |= {name for name, node in self.nodes.items() if isinstance(node, Kept) and node.is_result}
+        unused = [name for name in self.nodes if name not in needed]
         if unused:
             raise GraphError(f"nothing needs {', '.join(unused)}")
 
@@ -267,7 +268,3 @@ def _named(
     parameters = inspect.signature(make).parameters
     named = {parameter: (needs or {}).get(parameter, parameter) for parameter in parameters}
     return name or make.__name__, make, {parameter: needed.removesuffix(LATER) for parameter, needed in named.items()}
-
-
-def _is_an_end(node: Node[Any]) -> bool:
-    return isinstance(node, Kept) and node.is_result
