@@ -45,7 +45,6 @@ from adapruner.calibration._reading import (
     text_rows as text_rows,
 )
 from adapruner.calibration._sources import (
-    ANSWERS as ANSWERS,
     SELF_GENERATED as SELF_GENERATED,
     Source as Source,
     absolute_source as absolute_source,

@@ -52,8 +52,12 @@ class Record(BaseModel, extra="forbid", frozen=True):
 
     def has_options_of(self, config: PruneConfig) -> bool:
         """True if it was made with the options of a config."""
+        values = config.model_dump(mode="json")
         # One of another version may have had others.
-        return all(hasattr(config, name) for name in self.options) and self.options == options_of(config, self.options)
+        return all(
+            hasattr(config, name) and value == values.get(name, getattr(config, name))
+            for name, value in self.options.items()
+        )
 
     @property
     def key(self) -> str:
@@ -67,12 +71,6 @@ class Record(BaseModel, extra="forbid", frozen=True):
             if name in self.leaves:
                 changed += _changes_of_leaf(name.replace("_", " "), self.leaves[name], leaf)
         return changed or ([f"format {self.version} → {now.version}"] if self.version != now.version else [])
-
-
-def options_of(config: PruneConfig, names: Iterable[str]) -> dict[str, Any]:
-    """Options by name, as JSON."""
-    values = config.model_dump(mode="json")
-    return {name: values.get(name, getattr(config, name)) for name in names}
 
 
 def changes_of_options(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

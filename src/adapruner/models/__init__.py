@@ -77,12 +77,7 @@ from adapruner.models._loading import (
     load_tokenizer as load_tokenizer,
     load_whole as load_whole,
 )
-from adapruner.models._multi_token import (
-    MultiTokenHead as MultiTokenHead,
-    find_head as find_head,
-    give_head as give_head,
-    head_of as head_of,
-)
+from adapruner.models._multi_token import find_head as find_head, give_head as give_head, head_of as head_of
 from adapruner.models._pictures import (
     Pictures as Pictures,
     Seen as Seen,

@@ -194,17 +194,12 @@ def _matching_files(location: ModelLocation, config: PreTrainedConfig) -> dict[s
     if not is_streamable(location, config):
         return {}
     with reported_as_unloadable(location):
-        stored, model = tensors_of(location, config), empty_model(config)
+        wrapper = find_wrapper(location)
+        stored = wrapper.stored(config) if wrapper else stored_tensors(location.path, config)
+        model = empty_model(config)
         report = differences(model, names_in_files(model, stored), stored)
     _refuse_other_weights(location, config, report)
     return stored
-
-
-def tensors_of(location: ModelLocation, config: PreTrainedConfig) -> dict[str, StoredTensor]:
-    """The tensors of a model in its safetensors files, by their names there; of the decoder inside a multimodal model,
-    by their names in the causal language model."""
-    wrapper = find_wrapper(location)
-    return wrapper.stored(config) if wrapper else stored_tensors(location.path, config)
 
 
 def is_streamable(location: ModelLocation, config: PreTrainedConfig) -> bool:

@@ -58,8 +58,16 @@ PLAN: Form[PruningPlan] = Form(PruningPlan.save, PruningPlan.load)
 
 
 @GRAPH.in_memory
-def whole_parts(structure: Structure, whole: tuple[WholePart, ...] | None, layout: Layout) -> list[Whole]:
-    """The parts of a layer that the search may remove whole.
+def prunable_layers(structure: Structure, protect_first: int | None, protect_last: int | None) -> range:
+    """The layers that the options do not protect."""
+    return range(protect_first or 0, structure.layers - (protect_last or 0))
+
+
+@GRAPH.in_memory
+def removable(
+    structure: Structure, whole: tuple[WholePart, ...] | None, layout: Layout, prunable_layers: range
+) -> dict[Whole, list[int]]:
+    """For each part of a layer that the search may remove whole, the layers that can lose it.
 
     Raises:
         AdaPrunerError: the options name a part that no layer of this model can lose.
@@ -71,27 +79,14 @@ def whole_parts(structure: Structure, whole: tuple[WholePart, ...] | None, layou
             raise AdaPrunerError(
                 f"`whole` {part}: models of the family {structure.model_type} cannot lose it; possible: {possible}"
             )
-    return [part for part in get_args(Whole) if part in structure.whole and part in (whole or by_default)]
+    return {
+        part: sorted(structure.whole_parameters(part).keys() & set(prunable_layers))
+        for part in get_args(Whole)
+        if part in structure.whole and part in (whole or by_default)
+    }
 
 
-@GRAPH.in_memory
-def prunable_layers(structure: Structure, protect_first: int | None, protect_last: int | None) -> range:
-    """The layers that the options do not protect."""
-    return range(protect_first or 0, structure.layers - (protect_last or 0))
-
-
-@GRAPH.in_memory
-def removable(structure: Structure, whole_parts: list[Whole], prunable_layers: range) -> dict[Whole, list[int]]:
-    """For each part of a layer that the search may remove whole, the layers that can lose it."""
-    return {part: sorted(structure.whole_parameters(part).keys() & set(prunable_layers)) for part in whole_parts}
-
-
-@GRAPH.kept(
-    "whole.json",
-    json_form(RemovalOrders),
-    version=3,
-    is_wanted=may_remove_whole,
-)
+@GRAPH.kept("whole.json", json_form(RemovalOrders), version=3, is_wanted=may_remove_whole)
 def removal_order(
     dense_fast: PreTrainedModel,
     structure: Structure,
