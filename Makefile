@@ -1,5 +1,5 @@
 # make demo   prunes a real model and prints what it cost; make test   runs every check; make bench   measures speed,
-# memory and scale (hours, and 45 GB of disk for the model of 7 billion parameters). All set up what they need.
+# memory and scale (hours, and 55 GB of disk for the model of 7 billion parameters). All set up what they need.
 # make screenshots   takes pictures of the report of RUN, with the Chromium of the system.
 PYTHON ?= python3
 BIN := .venv/bin
