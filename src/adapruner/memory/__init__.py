@@ -17,4 +17,3 @@ from adapruner.memory._stages import (
     estimate_memory as estimate_memory,
     windows_of as windows_of,
 )
-from adapruner.memory._training import training_memory as training_memory
