@@ -54,7 +54,7 @@ def scale_options(
         batch_size=of_process * processes,
         micro_batch_size=min(of_process, max(1, _TOKENS_PER_READING // seq_len)) if layer_wise else micro_batch,
         gradient_checkpointing=device.type != "cpu" and not layer_wise,
-        learning_rate=5e-3,
+        learning_rate=1e-2,
         warmup_steps=5,
         label_weight=0.0,
         validation=16,

@@ -182,7 +182,7 @@ def compensated(
     return save(pruned, work / "model")
 
 
-@GRAPH.kept("model", FOLDER, version=7, is_result=True, is_shared=True)
+@GRAPH.kept("model", FOLDER, version=8, is_result=True, is_shared=True)
 def pruned(
     compensated: Path,
     tuning: bool,
