@@ -192,6 +192,7 @@ def pruned(
     pictures: list[Pictures],
     main_device: torch.device,
     placement: Placement,
+    ratio: float,
     seed: int,
     process: Process,
     reporter: Reporter,
@@ -204,7 +205,8 @@ def pruned(
         return work / "model"
     assert text_to_fit is not None
     read = partial(load_model, find_model(str(compensated)), "auto", str(main_device), placement.layer_wise)
-    settings = scale_options(seed, main_device, process.count, placement.layer_wise, text_to_fit.shape[1])
+    layer_wise, seq_len = placement.layer_wise, text_to_fit.shape[1]
+    settings = scale_options(seed, main_device, process.count, layer_wise, seq_len, ratio)
     model = _tuned(
         lambda: show_pictures(read(), pictures), text_to_fit, dense_fast_later(), settings, reporter, work / "tuning"
     )
