@@ -21,6 +21,7 @@ from adapruner import AdaPrunerError, PruneConfig, verbs
 from adapruner.card import _what_was_removed, model_card
 from adapruner.checkpoint import save_checkpoint
 from adapruner.cli import with_options
+from adapruner.config import RecoveryOptions
 from adapruner.evaluation import Breakage, Writing
 from adapruner.models import find_model
 from adapruner.planning import PruningPlan
@@ -303,6 +304,21 @@ def test_layer_by_layer_leads_to_the_same_model(prune: Prune, text_file: Path, t
     assert "layer by layer, the models write no text for it" in (result.output / "model" / "README.md").read_text()
     with pytest.raises(AdaPrunerError, match="with all layers in memory"):
         adapruner.plan_again(result.output, tmp_path / "faster", target_speed=1.2)
+
+
+@pytest.mark.parametrize(("ratio", "rate"), [(0.25, 0.005), (0.3, 0.01)])
+def test_scales_move_faster_after_a_large_cut(
+    prune: Prune, monkeypatch: pytest.MonkeyPatch, ratio: float, rate: float
+) -> None:
+    rates = []
+
+    def tuned(load: Callable[[], Any], text: Any, teacher: Any, settings: RecoveryOptions, *rest: Any) -> Any:
+        rates.append(settings.learning_rate)
+        return load()
+
+    monkeypatch.setattr("adapruner.run.nodes.models._tuned", tuned)
+    prune(**QUICK | {"ratio": ratio, "tune_scales": True})
+    assert rates == [rate]
 
 
 def test_vector_wise_terms_alone(prune: Prune) -> None:
