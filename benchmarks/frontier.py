@@ -16,7 +16,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import Parameter, run as run_benchmark
 
@@ -24,7 +24,14 @@ import adapruner
 from machine import describe
 
 TEXTS = ("boolq-passages@report", "wikitext2:validation", "ptb:validation")
-TRAINING = "--train full --learning-rate 1.5e-4 --label-weight 0.4 --seq-len 128 --batch-size 16 --warmup-steps 20"
+TRAINING: dict[str, Any] = {
+    "train": "full",
+    "learning_rate": 1.5e-4,
+    "label_weight": 0.4,
+    "seq_len": 128,
+    "batch_size": 16,
+    "warmup_steps": 20,
+}
 Several = Parameter(consume_multiple=True)
 
 
@@ -66,7 +73,8 @@ def main(
                 trained, seconds = run / "model", used
                 if length:
                     trained = run / f"after-{length:g}"
-                    recovery = [*shlex.split(TRAINING), "--minutes", str(length), "--data", data, "--teacher", model]
+                    flags = (f"--{name.replace('_', '-')}={value}" for name, value in TRAINING.items())
+                    recovery = [*flags, "--minutes", length, "--data", data, "--teacher", model]
                     seconds = used + processor_seconds("recover", run / "model", "-o", trained, *recovery)
                 times = {text: value / dense[text] for text, value in perplexities(str(trained), windows).items()}
                 row = {"point": point, "seed": seed, "minutes": length, "seconds": round(seconds), "times dense": times}
