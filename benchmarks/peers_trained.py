@@ -58,13 +58,13 @@ def main(
     """
     output.mkdir(parents=True, exist_ok=True)
     made = make_models(output, methods, ratios, calibration_windows, samples)
-    unpruned = row(output, "smollm2", windows)
+    unpruned = perplexities_of(output, "smollm2", windows)
     for model in (*models, *made):
         tuned = output / "tuned" / "-".join(model.parts[-2:])
         if not tuned.exists():
             adapruner.recover(model, TEXT, tuned, "smollm2", tokens=tokens, **TRAINING)
         for stage in (model, tuned):
-            found = row(output, str(stage), windows)
+            found = perplexities_of(output, str(stage), windows)
             print(stage, " / ".join(f"{found[name] / unpruned[name]:.3f}" for name in unpruned), flush=True)
 
 
@@ -101,7 +101,7 @@ def llm_pruner(setting: Setting, ratio: float, samples: int) -> PreTrainedModel:
     return prune_model(dense, structure, make_plan(structure, scores, kept_counts(structure, budget, scores)))
 
 
-def row(output: Path, model: str, windows: int) -> dict[str, float]:
+def perplexities_of(output: Path, model: str, windows: int) -> dict[str, float]:
     """The perplexity of a model on each text, measured once."""
     file = output / "results.jsonl"
     found: dict[str, dict[str, float]] = {line["model"]: line["perplexity"] for line in read(file)}
