@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import math
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.calibration import (
@@ -42,6 +44,7 @@ from adapruner.evaluation import (
 from adapruner.memory import Placement, place_weights
 from adapruner.models import (
     ModelLocation,
+    Pictures,
     check_length,
     check_streamable,
     check_tokens,
@@ -126,14 +129,7 @@ def evaluate(
     tasks = [tasks] if isinstance(tasks, str) else list(tasks)
     if protocol is None and not perplexity and not tasks and against is None:
         protocol = "llm-pruner"
-    if seq_len < 2:
-        raise AdaPrunerError(f"`seq_len` {seq_len} is too short: windows need at least 2 tokens")
-    if limit is not None and limit < 1:
-        raise AdaPrunerError(f"`limit` {limit} leaves nothing to evaluate: choose at least 1")
-    if stride is not None and not 1 <= stride <= seq_len:
-        raise AdaPrunerError(f"`stride` {stride} skips text or does not advance: choose 1 to {seq_len}")
-    if protocol is not None and protocol not in PROTOCOLS:
-        raise AdaPrunerError(f"unknown protocol {protocol!r}; the protocols are {', '.join(PROTOCOLS)}")
+    _check_options(protocol, seq_len, stride, limit)
     names, protocol_seq_len = PROTOCOLS[protocol] if protocol else ((), seq_len)
     published, given = _named_texts(names), _named_texts(perplexity)
     source = ModelSource.of(model, dtype, device)
@@ -141,11 +137,9 @@ def evaluate(
     placement = _placement(source, dtype, device, layer_wise)
     config, tokenizer = source.config, source.tokenizer(tokenizer)
     texts = [(name, evaluation_text(text, tokenizer, protocol_seq_len, limit, bos=False)) for name, text in published]
-    with tempfile.TemporaryDirectory() as folder:
-        about = source.location, seq_len, limit or DEFAULT_REPORT_WINDOWS, Path(folder), placement.devices[0]
-        seen = [(name, seen_by(text, *about) if isinstance(text, Source) else text) for name, text in given]
-        texts += [(name, evaluation_text(text, tokenizer, seq_len, limit, stride, bos, name)) for name, text in seen]
-        tables = [read_pictures(text) for _, text in seen if isinstance(text, Source)]
+    in_windows = partial(evaluation_text, tokenizer=tokenizer, seq_len=seq_len, limit=limit, stride=stride, bos=bos)
+    windows, pictures = _as_seen(given, in_windows, source.location, seq_len, limit, placement.devices[0])
+    texts += windows
     for _, text in texts:
         check_tokens(config, int(text.windows.max()))
     to_run = load_tasks(tasks, limit) if tasks else None
@@ -159,7 +153,7 @@ def evaluate(
     with contextlib.ExitStack() as using:
         with reporter.stage("loading"):
             loaded = using.enter_context(source.loaded(dtype, placement.device, placement.layer_wise))
-        if pictures := [table for table in tables if table]:
+        if pictures:
             show_pictures(loaded, pictures)
         perplexities = _measure_texts(loaded, texts, reporter) if texts else []
         if to_run:
@@ -172,6 +166,33 @@ def evaluate(
             with reporter.stage("looking for breakage"):
                 signs = _compare((dense_loaded, of_dense), (loaded, tokenizer), placement.layer_wise)
     return Evaluation(perplexities, scores, known_uses, *signs)
+
+
+def _check_options(protocol: str | None, seq_len: int, stride: int | None, limit: int | None) -> None:
+    if seq_len < 2:
+        raise AdaPrunerError(f"`seq_len` {seq_len} is too short: windows need at least 2 tokens")
+    if limit is not None and limit < 1:
+        raise AdaPrunerError(f"`limit` {limit} leaves nothing to evaluate: choose at least 1")
+    if stride is not None and not 1 <= stride <= seq_len:
+        raise AdaPrunerError(f"`stride` {stride} skips text or does not advance: choose 1 to {seq_len}")
+    if protocol is not None and protocol not in PROTOCOLS:
+        raise AdaPrunerError(f"unknown protocol {protocol!r}; the protocols are {', '.join(PROTOCOLS)}")
+
+
+def _as_seen(
+    given: Sequence[tuple[str, Source | str]],
+    in_windows: Callable[..., EvaluationText],
+    location: ModelLocation | None,
+    seq_len: int,
+    limit: int | None,
+    device: torch.device,
+) -> tuple[list[tuple[str, EvaluationText]], list[Pictures]]:
+    """The windows of texts by name, as the model sees them, and their images."""
+    with tempfile.TemporaryDirectory() as folder:
+        about = location, seq_len, limit or DEFAULT_REPORT_WINDOWS, Path(folder), device
+        seen = [(name, seen_by(text, *about) if isinstance(text, Source) else text) for name, text in given]
+        pictures = [table for _, text in seen if isinstance(text, Source) and (table := read_pictures(text))]
+        return [(name, in_windows(text, name=name)) for name, text in seen], pictures
 
 
 def _compare(

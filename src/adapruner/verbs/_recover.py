@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import gc
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.calibration import BlendPart, blend_sources, content_hash, parse_blend, read_pictures
 from adapruner.card import card_of_recovered, read_card
@@ -21,6 +21,7 @@ from adapruner.families import open_config, open_model
 from adapruner.memory import place_weights
 from adapruner.models import (
     ModelLocation,
+    Pictures,
     check_length,
     check_tokens,
     empty_model,
@@ -40,6 +41,7 @@ from adapruner.recovery import (
     DEFAULT_GENERATED_RECORDS,
     Examples,
     RecoveryRecord,
+    Unwritten,
     begin_training,
     check_adapters,
     check_device,
@@ -152,41 +154,14 @@ def _train(
     shares = this_process().shares_weights and resolve_device(device).type != "cpu"
     warnings = _check_models(config, location, dense_location)
     tokenizer = load_tokenizer(location)
-    with tempfile.TemporaryDirectory() as place:
-        count = config.records or DEFAULT_GENERATED_RECORDS
-        about = location, config.seq_len, count, Path(place), resolve_device(device)
-        seen = [
-            part if part.source is None or part.is_written else replace(part, source=seen_by(part.source, *about))
-            for part in blend
-        ]
-        parts = read_examples(seen, tokenizer, config, config.label_weight if dense_location else 1.0)
-        pictures = [table for source in blend_sources(seen) if (table := read_pictures(source))]
-    for part in parts:
-        check_tokens(open_config(location), part.largest_token)
+    parts, pictures = _read(blend, location, tokenizer, config, config.label_weight if dense_location else 1.0, device)
     begin_training(folder, resolved, overwrite)
     Reporter().note(warnings)
     with Tracking(track if leads else None, folder.with_name(f"{folder.name}.tracking"), Reporter().note) as tracking:
         reporter = Reporter(quiet=not leads, watchers=(tracking,))
-        dense = None
-        if dense_location:
-            with reporter.stage("loading"):
-                dense = show_pictures(_load_teacher(dense_location, config, device, shares), pictures)
-        examples = []
-        for part in parts:
-            if not isinstance(part, Examples):
-                assert dense is not None
-                with reporter.stage(f"writing {part.name}", part.count) as advance:
-                    written = part.write(dense, tokenizer, config.seq_len, config.seed, advance)
-                part = part.examples(written, config)
-            examples.append(part)
-        teacher = None if dense is None else in_fastest_dtype(dense)
-        del dense  # if the teacher is a copy, the original weights are not needed
-        if teacher is not None and config.teacher_top:
-            count = sum(len(part.training) + len(part.validation) for part in examples)
-            with reporter.stage("asking the teacher", count) as advance:
-                examples = write_predictions(teacher, examples, config, working_folder(folder) / "teacher", advance)
-            teacher = None
-            gc.collect()  # before the model is loaded
+        load = partial(_load_teacher, dense_location, config, device, shares, pictures) if dense_location else None
+        examples, teacher = _taught(load, parts, tokenizer, config, working_folder(folder) / "teacher", reporter)
+        gc.collect()  # a teacher that is not needed is gone before the model is loaded
         with reporter.stage("recovering", total_steps(examples, config)) as advance:
             return recover_into(
                 folder,
@@ -202,6 +177,59 @@ def _train(
                 advance,
                 tracking.on_numbers,
             )
+
+
+def _read(
+    blend: Sequence[BlendPart],
+    location: ModelLocation,
+    tokenizer: Tokenizer,
+    config: RecoverConfig,
+    label_weight: float,
+    device: str,
+) -> tuple[list[Examples | Unwritten], list[Pictures]]:
+    """The examples of every dataset as the model sees them, and their images."""
+    with tempfile.TemporaryDirectory() as place:
+        count = config.records or DEFAULT_GENERATED_RECORDS
+        about = location, config.seq_len, count, Path(place), resolve_device(device)
+        seen = [
+            part if part.source is None or part.is_written else replace(part, source=seen_by(part.source, *about))
+            for part in blend
+        ]
+        parts = read_examples(seen, tokenizer, config, label_weight)
+        pictures = [table for source in blend_sources(seen) if (table := read_pictures(source))]
+    for part in parts:
+        check_tokens(open_config(location), part.largest_token)
+    return parts, pictures
+
+
+def _taught(
+    load_teacher: Callable[[], PreTrainedModel] | None,
+    parts: Sequence[Examples | Unwritten],
+    tokenizer: Tokenizer,
+    config: RecoverConfig,
+    predictions: Path,
+    reporter: Reporter,
+) -> tuple[list[Examples], PreTrainedModel | None]:
+    """The examples, with those that the teacher writes, and the teacher; None without one, or if what it predicts was
+    written to the folder of its predictions."""
+    if load_teacher is None:
+        return [part for part in parts if isinstance(part, Examples)], None
+    with reporter.stage("loading"):
+        dense = load_teacher()
+    examples = []
+    for part in parts:
+        if isinstance(part, Unwritten):
+            with reporter.stage(f"writing {part.name}", part.count) as advance:
+                written = part.write(dense, tokenizer, config.seq_len, config.seed, advance)
+            part = part.examples(written, config)
+        examples.append(part)
+    teacher = in_fastest_dtype(dense)
+    del dense  # if the teacher is a copy, the original weights are not needed
+    if not config.teacher_top:
+        return examples, teacher
+    count = sum(len(part.training) + len(part.validation) for part in examples)
+    with reporter.stage("asking the teacher", count) as advance:
+        return write_predictions(teacher, examples, config, predictions, advance), None
 
 
 def _check_models(config: RecoverConfig, location: ModelLocation, dense_location: ModelLocation | None) -> str:
@@ -221,17 +249,21 @@ def _check_models(config: RecoverConfig, location: ModelLocation, dense_location
     return "\n".join(filter(None, dict.fromkeys(warnings)))
 
 
-def _load_teacher(location: ModelLocation, config: RecoverConfig, device: str, shares: bool) -> PreTrainedModel:
+def _load_teacher(
+    location: ModelLocation, config: RecoverConfig, device: str, shares: bool, pictures: Sequence[Pictures]
+) -> PreTrainedModel:
     """The dense model: shared by all processes, or for `teacher_top` on several GPUs or layer by layer, or on the
     device of the training."""
     if shares:
-        return shard(in_fastest_dtype(open_model(location, config.dtype, device, deferred=True)))
-    if not config.teacher_top:
-        return open_model(location, config.dtype, device)
-    dense_config = open_config(location)
-    may_stream = is_streamable(location, dense_config)
-    places = place_weights(empty_model(dense_config), config.dtype, usable_devices(device), 1, may_stream)
-    return open_model(location, config.dtype, places.device, places.layer_wise)
+        model = shard(in_fastest_dtype(open_model(location, config.dtype, device, deferred=True)))
+    elif not config.teacher_top:
+        model = open_model(location, config.dtype, device)
+    else:
+        dense_config = open_config(location)
+        may_stream = is_streamable(location, dense_config)
+        places = place_weights(empty_model(dense_config), config.dtype, usable_devices(device), 1, may_stream)
+        model = open_model(location, config.dtype, places.device, places.layer_wise)
+    return show_pictures(model, pictures)
 
 
 def _origin(location: ModelLocation, blend: Sequence[BlendPart]) -> dict[str, Any]:
