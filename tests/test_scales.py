@@ -57,6 +57,18 @@ def test_the_steps_are_told_apart(tuned: adapruner.PruneResult) -> None:
     assert page.index("final compensation") < page.index("scales tuned, saved")
 
 
+def test_without_a_search_no_step_on_the_way_is_evaluated(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    options = OPTIONS | {"trials": None}
+    result = adapruner.prune(str(model_folder), output=tmp_path / "run", calibration=str(text_file), **options)
+    assert [model.role for model in result.result.models] == ["dense", "searched"]
+    folder = result.output / "evaluation"
+    assert {path.name for path in folder.glob("perplexity-*")} == {"perplexity-dense.json", "perplexity-searched.json"}
+    page = (result.output / "report.html").read_text()
+    assert "final compensation, scales tuned, saved" in page
+    assert "not compensated" not in page
+    assert "scales tuned" in (result.model_folder / "README.md").read_text()
+
+
 def test_a_run_without_it_forgets_the_step(
     tuned: adapruner.PruneResult, model_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:

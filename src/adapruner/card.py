@@ -81,7 +81,7 @@ def model_card(
         terms=[(name, weight) for name, weight in terms if weight],
         rounds=sum(isinstance(move, MovedChannels) for move in moves),
         moves_heads=any(isinstance(move, MovedHeads) for move in moves),
-        is_tuned=any(measured.role == "compensated" for measured in result.models),
+        is_tuned=result.tuned_scales,
         versions=result.versions,
     )
 

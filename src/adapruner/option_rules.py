@@ -55,6 +55,12 @@ def trials_of(trials: int | None, space: str, search: str, starting_points: int)
     return starting_points if (space, search) == ("extended", "joint") else SEARCH_TRIALS
 
 
+def measures_steps(trials: int | None, space: str, search: str) -> bool:
+    """True if the models on the way to the final one are evaluated too: where candidates are searched, whose gain they
+    show. They take as long as the others."""
+    return trials_of(trials, space, search, 0) > 0
+
+
 def level_rounds_of(level_rounds: int | None, ratio: float, target: object) -> int:
     """The maximum number of rounds that level widths: by default 2 from `LEVELLED_FROM` on, and for a target, whose
     ratio is not known before.

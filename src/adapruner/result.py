@@ -51,9 +51,9 @@ class ModelNumbers(BaseModel, extra="forbid", frozen=True):
     """The numbers of one model of a run.
 
     Attributes:
-        role: `dense`; `best_fixed`, pruned by the best of LLM-Pruner's metrics and not compensated; `compensated`, the
-            pruned model before its scales are tuned; `searched`, the pruned model; `recovered`, the same after
-            fine-tuning.
+        role: `dense`; `best_fixed`, pruned by the best of LLM-Pruner's metrics and not compensated, and `compensated`,
+            the pruned model before its scales are tuned, both only where candidates are searched; `searched`, the
+            pruned model; `recovered`, the same after fine-tuning.
         parameters: tied ones counted once.
         perplexity: by text.
         tasks: scores, by task.
@@ -116,6 +116,7 @@ class RunResult(BaseModel, extra="forbid", frozen=True):
         vocabulary: the outcome of pruning the vocabulary; None if all tokens are kept.
         foreign: tokens that could be removed, if all are kept.
         target: the target that replaced the ratio, and how well it was met.
+        tuned_scales: True if the scales of the pruned model were tuned.
     """
 
     schema_version: Literal[5] = 5
@@ -132,6 +133,7 @@ class RunResult(BaseModel, extra="forbid", frozen=True):
     vocabulary: VocabularySummary | None = None
     foreign: ForeignVocabulary | None = None
     target: TargetOutcome | None = None
+    tuned_scales: bool = False
 
     def model(self, role: Role) -> ModelNumbers:
         """The numbers of one of the models."""
@@ -277,8 +279,12 @@ def _breakage(result: RunResult) -> Iterator[str]:
 
 def roles_of(config: PruneConfig) -> list[Role]:
     """The models that a run with this config may have."""
-    left_out = {"compensated": not config.tunes_scales, "recovered": config.recover is None}
-    return [role for role in TITLES if not left_out.get(role)]
+    made: dict[Role, bool] = {
+        "best_fixed": config.measures_steps,
+        "compensated": config.measures_steps and config.tunes_scales,
+        "recovered": config.recover is not None,
+    }
+    return [role for role in TITLES if made.get(role, True)]
 
 
 def titles(config: PruneConfig, best_fixed_name: str | None) -> dict[Role, str]:

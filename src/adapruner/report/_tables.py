@@ -18,7 +18,6 @@ from adapruner.tables import BARS, Cell, Cells, Column, Table, whiskers
 # Prompts whose continuations are shown.
 _SHOWN_TEXTS = 5
 _STEPS = {
-    "fixed metric": "same metric, compensated",
     "starting point": "best starting point",
     "searched": "best point of the search",
 }
@@ -170,21 +169,24 @@ class _Rung(NamedTuple):
 def _rungs(contents: Contents, search: SearchResult) -> Iterator[_Rung]:
     is_compensated = contents.config.compensation != "none"
     fixed = f"best fixed metric ({search.best_fixed_name})"
-    if is_compensated:
+    measured = {model.role for model in contents.models if model.perplexity}
+    if is_compensated and "best_fixed" in measured:
         yield _Rung(f"{fixed}, not compensated", role="best_fixed")
+        fixed = "same metric"
+    names = _STEPS | {"fixed metric": f"{fixed}, compensated" if is_compensated else fixed}
     for step in search.steps:
         gain = None if step.gain is None else (step.gain, step.standard_error)
-        if step.name == "fixed metric" and not is_compensated:
-            yield _Rung(fixed, step.trial, step.loss, gain, "best_fixed")
-        else:
-            yield _Rung(_STEPS[step.name], step.trial, step.loss, gain)
+        role: Role | None = "best_fixed" if step.name == "fixed metric" and not is_compensated else None
+        yield _Rung(names[step.name], step.trial, step.loss, gain, role)
     if contents.levelled:
         yield from _levelling(contents.levelled)
-    if any(model.role == "compensated" and model.perplexity for model in contents.models):
+    if "compensated" in measured:
         yield _Rung("final compensation", role="compensated")
         yield _Rung("scales tuned, saved", role="searched")
     else:
-        yield _Rung("final compensation, saved" if is_compensated else "saved", role="searched")
+        is_tuned = contents.result is not None and contents.result.tuned_scales
+        done = {"final compensation": is_compensated, "scales tuned": is_tuned, "saved": True}
+        yield _Rung(", ".join(name for name, is_done in done.items() if is_done), role="searched")
     if contents.config.recover:
         yield _Rung("recovered", role="recovered")
     yield _Rung("dense, to compare with", role="dense")

@@ -35,7 +35,7 @@ PAGE: Form[str] = Form(
 @GRAPH.in_memory
 def perplexities(
     perplexity_dense: dict[str, Perplexity],
-    perplexity_best_fixed: dict[str, Perplexity],
+    perplexity_best_fixed: dict[str, Perplexity] | None,
     perplexity_compensated: dict[str, Perplexity] | None,
     perplexity_searched: dict[str, Perplexity],
     perplexity_recovered: dict[str, Perplexity] | None,
@@ -83,7 +83,7 @@ def foreign_vocabulary(
 @GRAPH.kept(
     "result.json",
     json_form(RunResult),
-    version=3,
+    version=4,
     is_result=True,
     is_record=True,
     beside=("model/README.md", "recovered/README.md"),
@@ -112,6 +112,7 @@ def result(
     """All numbers of a run; the model cards are written too, which show them."""
     config_after = load_config(find_model(str(pruned)))
     after = build_structure(empty_model(config_after)).total_parameters
+    tuned_scales = scales_were_tuned(compensated, pruned)
     chosen = kept_tokens.summary if kept_tokens else None
     before = chosen.parameters_before if chosen else plan.total_parameters
     numbers = [
@@ -124,7 +125,7 @@ def result(
             verdict=verdict_of(role, breakages),
         )
         for role in roles_of(config)
-        if role != "compensated" or scales_were_tuned(compensated, pruned)
+        if role != "compensated" or tuned_scales
     ]
     for model in numbers:
         by_text = {f"perplexity {model.role}/{text}": it.perplexity for text, it in model.perplexity.items()}
@@ -138,6 +139,7 @@ def result(
         recovery=read_record(recovered) if recovered else None,
         models=tuple(numbers),
         windows={use: len(tokens) for use, tokens in windows.items()} | written,
+        tuned_scales=tuned_scales,
         stages=stage_costs(),
         device=describe_device(main_device),
         vocabulary=chosen,
