@@ -168,9 +168,7 @@ def test_sequential_is_the_least_squares_of_what_layers_really_get(
     structure, plan = cut(model, 0.05 if head_share == 0 else 0.15, head_share)
     start = prune_model(model, structure, plan)
     pruned = prune_model(model, structure, plan)
-    refit_sequentially(
-        model, pruned, structure, plan, damped(structure, damping), windows, carried_share=share, batch_size=3
-    )
+    refit_sequentially(model, pruned, structure, plan, damped(structure, damping), windows, batch_size=3)
     before = dict(start.named_parameters())
     refitted = {name: weight for name, weight in pruned.named_parameters() if not weight.equal(before[name])}
     assert len(refitted) == (4 if head_share else 2)

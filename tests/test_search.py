@@ -40,7 +40,6 @@ from adapruner.search import (
     build_subset_family,
     meet_budget,
     plan_candidate,
-    read_history,
 )
 from adapruner.search._history import importance_of
 from adapruner.search._space import START
@@ -526,11 +525,11 @@ def test_a_result_is_the_same_when_read_again(subsets: SubsetFamily, tmp_path: P
     assert SearchResult.model_validate_json(result.model_dump_json()) == result
     assert (result.ratio, result.trials, result.best_loss, result.best_fixed_loss) == (0.2, 24, 3.0, float("inf"))
     assert [point.loss for point in result.points[:5]] == [None] * 4 + [3.0]
-    history = read_history(study_in(tmp_path))
+    history = History.of(study_in(tmp_path).finished())
     assert (history.points, history.ranges, history.importance) == (result.points, result.ranges, result.importance)
     assert history.searched == 24 - result.starting_points == 14
     for study in (StudyFile(tmp_path / "none.jsonl", "study"), StudyFile(tmp_path / "study.jsonl", "another")):
-        assert read_history(study) == History()
+        assert History.of(study.finished()) == History()
     assert not (tmp_path / "none.jsonl").exists()
 
 

@@ -21,7 +21,6 @@ from adapruner.option_rules import (
     Conflict,
     fields_of,
     level_rounds_of,
-    measures_steps,
     searches_widths,
     tunes_scales_by_default,
 )
@@ -400,11 +399,6 @@ class PruneOptions(_Options):
         """True if the widths are levelled after the search."""
         rounds = level_rounds_of(self.level_rounds, max(self.ratio), self.target)
         return bool(rounds) and searches_widths(self.ratio_of, self.search, self.space, self.layout)
-
-    @property
-    def measures_steps(self) -> bool:
-        """True if the models on the way to the final one are evaluated too."""
-        return measures_steps(self.trials, self.space, self.search)
 
     @property
     def tunes_scales(self) -> bool:

@@ -28,7 +28,7 @@ LEVELLED_FROM = 0.3
 
 @cache
 def fields_of(test: Callable[..., Any]) -> Set[str]:
-    """The fields that the test of a conflict reads."""
+    """The fields that a test reads, which are its parameters."""
     return inspect.signature(test).parameters.keys()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -20,6 +20,7 @@ from adapruner.families import open_model
 from adapruner.graph import RunFolder
 from adapruner.models import find_model, load_tokenizer
 from adapruner.numbers import Number, Numbers, breakage_table, model_table, numbers_of, task_table
+from adapruner.option_rules import fields_of, measures_steps, tunes_scales_by_default
 from adapruner.planning import PruningPlan, TargetOutcome
 from adapruner.progress import StageCost
 from adapruner.recovery import RecoveryRecord
@@ -44,6 +45,22 @@ TITLES: dict[Role, str] = {
     "compensated": "pruned, scales not tuned",
     "searched": "pruned",
     "recovered": "recovered",
+}
+
+
+def _measures_before_tuning(
+    trials: int | None, space: str, search: str, tune_scales: bool | None, compensation: str
+) -> bool:
+    return measures_steps(trials, space, search) and tunes_scales_by_default(tune_scales, compensation)
+
+
+# For options by name, true if a run with them has the model.
+IS_MADE: dict[Role, Callable[..., bool]] = {
+    "dense": lambda: True,
+    "best_fixed": measures_steps,
+    "compensated": _measures_before_tuning,
+    "searched": lambda: True,
+    "recovered": lambda recover: recover is not None,
 }
 
 
@@ -279,12 +296,7 @@ def _breakage(result: RunResult) -> Iterator[str]:
 
 def roles_of(config: PruneConfig) -> list[Role]:
     """The models that a run with this config may have."""
-    made: dict[Role, bool] = {
-        "best_fixed": config.measures_steps,
-        "compensated": config.measures_steps and config.tunes_scales,
-        "recovered": config.recover is not None,
-    }
-    return [role for role in TITLES if made.get(role, True)]
+    return [role for role, made in IS_MADE.items() if made(**{name: getattr(config, name) for name in fields_of(made)})]
 
 
 def titles(config: PruneConfig, best_fixed_name: str | None) -> dict[Role, str]:

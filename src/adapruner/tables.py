@@ -55,14 +55,12 @@ class Column:
         is_number: True to align to the right.
         style: on a page: `change` or `bar`.
         needs_width: True to show the column only on a page.
-        no_wrap: True to keep cells on one line on a terminal.
     """
 
     title: str
     is_number: bool = True
     style: str = ""
     needs_width: bool = False
-    no_wrap: bool = False
 
 
 BARS = Column("", is_number=False, style="bar", needs_width=True)
@@ -113,7 +111,7 @@ class Table:
             justify: Literal["left", "right"] = "right" if column.is_number else "left"
             # Names of datasets are long: their part is on a separate line.
             title = column.title.replace("@", "\n@")
-            shown.add_column(title, justify=justify, no_wrap=column.no_wrap, overflow="fold")
+            shown.add_column(title, justify=justify, overflow="fold")
         for row in self.rows:
             shown.add_row(*(str(row[place]) for place in columns))
         return shown

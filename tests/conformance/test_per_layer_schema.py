@@ -144,23 +144,3 @@ def test_stock_classes_of_today_refuse_missing_parts(
         pytest.skip("loads with random weights")
     with pytest.raises(RuntimeError, match=r"per-layer attribute|mismatched"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "model", trust_remote_code=False)
-
-
-def test_folders_with_counts_of_zero_are_read(
-    tokenizer: PreTrainedTokenizerFast, windows: torch.Tensor, tmp_path: Path
-) -> None:
-    """So were removed parts written before transformers had `skip`."""
-    model = pruned("llama")
-    save_checkpoint(model, tokenizer, tmp_path / "model")
-    path = tmp_path / "model" / "config.json"
-    fields = json.loads(path.read_text(encoding="utf-8"))
-    zeros = {"attention": {"num_attention_heads": 0, "num_key_value_heads": 0}, "mlp": {"intermediate_size": 0}}
-    for layer in fields["per_layer_config"].values():
-        for part in layer.pop("skip", ()):
-            layer |= zeros[part]
-    del fields["allow_global_per_layer_attribute_access"]
-    path.write_text(json.dumps(fields), encoding="utf-8")
-    loaded = adapruner.load(tmp_path / "model")
-    assert loaded.config.per_layer_config[2].skip == ["attention"]
-    with torch.no_grad():
-        assert torch.equal(loaded(windows).logits, model(windows).logits)

@@ -5,6 +5,8 @@ from adapruner.costs._bytes import (
     cache_bytes as cache_bytes,
     dtype_in as dtype_in,
     is_gguf as is_gguf,
+    memory_costs as memory_costs,
+    size_costs as size_costs,
 )
 from adapruner.costs._latency import (
     Latencies as Latencies,
@@ -18,4 +20,3 @@ from adapruner.costs._latency import (
     timings as timings,
 )
 from adapruner.costs._pace import time_work as time_work
-from adapruner.costs._target import target_of as target_of

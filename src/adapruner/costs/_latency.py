@@ -21,7 +21,7 @@ from adapruner.config import Phase
 from adapruner.errors import AdaPrunerError
 from adapruner.evaluation import seconds_in_turn
 from adapruner.files import write_text
-from adapruner.models import describe_device
+from adapruner.models import FILE_FIELDS, describe_device
 from adapruner.planning import Costs, make_plan
 from adapruner.structure import Kind, Structure, build_structure
 from adapruner.surgery import fields_of_layers, prune_model
@@ -32,8 +32,6 @@ _BYTES_OF_LAYERS = 2**29
 _STEPS: dict[Kind, int] = {"channels": 8, "heads": 4}
 # Tokens generated to measure the time of one.
 _NEW_TOKENS = 16
-# Config fields about files, which do not change the latency.
-_FILE_FIELDS = ("_name_or_path", "architectures", "dtype", "transformers_version")
 
 Timer = Callable[[Mapping[str, PreTrainedModel]], Mapping[str, float]]
 
@@ -92,7 +90,7 @@ def describe_measuring(
         "phase": phase,
         "batch": batch,
         "context": context,
-        "model": {name: value for name, value in config.to_dict().items() if name not in _FILE_FIELDS},
+        "model": {name: value for name, value in config.to_dict().items() if name not in FILE_FIELDS},
     }
     as_json: dict[str, Any] = json.loads(json.dumps(about, default=str))
     return as_json

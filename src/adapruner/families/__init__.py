@@ -21,6 +21,7 @@ from adapruner.families.proof import prove, prove_around
 from adapruner.families.tiny import tiny_config
 from adapruner.files import write_text
 from adapruner.models import (
+    FILE_FIELDS,
     Architecture,
     ModelLocation,
     Wrapper,
@@ -41,8 +42,6 @@ from adapruner.progress import Reporter
 
 # Changes when families are inferred or proven in another way.
 _FORMAT = 5
-# Fields of a config about its files.
-_FILE_FIELDS = ("_name_or_path", "architectures", "dtype", "transformers_version")
 
 # For this process only: another version of this package may be able to prune the family.
 _refused: dict[Path, str] = {}
@@ -141,7 +140,7 @@ def _file(config: PreTrainedConfig) -> Path:
         fields = tiny_config(config).to_dict()
     except Exception:  # anything that a config class raises over sizes; inference reports it
         fields = config.to_dict()
-    fields = {name: value for name, value in fields.items() if name not in _FILE_FIELDS}
+    fields = {name: value for name, value in fields.items() if name not in FILE_FIELDS}
     content = [_FORMAT, transformers.__version__, type(config).__name__, fields]
     key = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
     return Path(constants.HF_HOME) / "adapruner" / "families" / f"{config.model_type}-{key[:16]}.json"

@@ -23,6 +23,7 @@ from adapruner.models._architecture import (
     using_architecture as using_architecture,
 )
 from adapruner.models._config import (
+    FILE_FIELDS as FILE_FIELDS,
     check_config as check_config,
     find_wrapper as find_wrapper,
     load_config as load_config,
@@ -61,6 +62,7 @@ from adapruner.models._layers import (
     layer_devices as layer_devices,
     loaded_layer as loaded_layer,
     move_resident as move_resident,
+    other_forwards as other_forwards,
     overwrite_weight as overwrite_weight,
     place_layers as place_layers,
     skipping_layers as skipping_layers,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -76,10 +76,6 @@ class MultiTokenHead:
         if _NAMED.search(name):
             return name
         return _LAYER.sub(lambda layer: f"{layer[1]}layers.{int(layer[2]) - self.layers + layers}.", name, count=1)
-
-    def without_tokens(self, kept: tuple[int, ...]) -> MultiTokenHead:
-        """The head for a vocabulary of these tokens."""
-        return replace(self, kept_tokens=kept)
 
 
 def find_head(location: ModelLocation, config: PreTrainedConfig) -> MultiTokenHead | None:

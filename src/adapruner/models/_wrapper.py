@@ -157,10 +157,6 @@ class Wrapper:
         setattr(config, self.text, _in_files(decoder))
         for name in {"vocab_size", "hidden_size"} & vars(config).keys():
             setattr(config, name, getattr(decoder, name))
-        return self.with_config(config)
-
-    def with_config(self, config: PreTrainedConfig) -> Wrapper:
-        """The same with another config."""
         return replace(self, config=config)
 
     def _dense(self) -> Any:

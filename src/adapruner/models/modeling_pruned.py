@@ -318,16 +318,6 @@ def _validate_stock_rope(self: PreTrainedConfig) -> None:
     self.stock_class.validate_rope(_stock_config(self))
 
 
-def _set_layers(self: PreTrainedConfig, layers: dict | None) -> None:
-    """Sets the sizes of the layers. Parts that a layer lacks have a count of 0 in folders from before `skip`."""
-    for index, fields in (layers or {}).items():
-        zeros = [name for name, count in fields.items() if type(count) is int and count == 0]
-        if zeros:
-            removed = {"attention" if "head" in name else "mlp" for name in zeros}
-            layers = layers | {index: fields | dict.fromkeys(zeros, 1) | {"skip": sorted(removed)}}
-    PreTrainedConfig.per_layer_config.fset(self, layers)
-
-
 def _loads_as_stock(config: PreTrainedConfig) -> bool:
     """True if the stock config class reads no size in which layers differ."""
     try:
@@ -345,7 +335,6 @@ def pruned_config_class(model_type: str) -> type[PreTrainedConfig]:
         "stock_class": stock_config,
         "validate_architecture": _accept_any_heads,
         "validate_rope": _validate_stock_rope,
-        "per_layer_config": PreTrainedConfig.per_layer_config.setter(_set_layers),
         # Here, reading such a size is an error.
         "allow_global_per_layer_attribute_access": property(lambda config: False, lambda config, value: None),
     }

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -12,7 +10,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from adapruner.models import architecture_of
+from adapruner.models import architecture_of, other_forwards
 from adapruner.recovery._examples import IGNORED
 
 # Predictions that are in memory at once, in float32.
@@ -101,7 +99,7 @@ class Predictor:
 
     def called(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
         """`hidden_states` in a call of the model: with FSDP, its weights outside of layers are whole from then on."""
-        with _with_forward(self._model, self.hidden_states):
+        with other_forwards({self._model: self.hidden_states}):
             return cast(Tensor, self._model(tokens, attention_mask))
 
     def hidden_states(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
@@ -117,18 +115,8 @@ class Predictor:
         # Some families read the shape of the tokens after their decoder.
         tokens = torch.zeros((1, len(hidden)), dtype=torch.int64, device=hidden.device)
         output = self._output_class(last_hidden_state=hidden[None], **self._others)
-        with _with_forward(self._decoder, lambda *arguments, **named: output):
+        with other_forwards({self._decoder: lambda *arguments, **named: output}):
             return cast(Tensor, self._forward(self._model, tokens, use_cache=False).logits[0])
-
-
-@contextmanager
-def _with_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """A module has another forward pass while this lasts."""
-    cast(Any, module).forward = forward
-    try:
-        yield
-    finally:
-        del cast(Any, module).forward
 
 
 def loss_of_batch(

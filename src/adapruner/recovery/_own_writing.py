@@ -56,13 +56,11 @@ class OwnWriting:
     @classmethod
     def planned(
         cls, sources: Sequence[Example], ends: Sequence[int], options: RecoveryOptions, rows: int, passes: int
-    ) -> OwnWriting | None:
+    ) -> OwnWriting:
         """
         Args:
             rows: examples of the datasets in each forward pass of a process.
         """
-        if not options.own_writing:
-            return None
         process = this_process()
         added = max(1, round(rows * options.own_writing / (1 - options.own_writing)))
         steps = max(1, _AT_ONCE // (added * passes))

@@ -2,22 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from adapruner.comparison import AXES, Axis, Comparison, table
-from adapruner.files import write_text
 from adapruner.numbers import shortened
 from adapruner.report._charts import Scatter, scatter
 from adapruner.report._page import render
-
-
-def write_comparison(comparison: Comparison, path: Path) -> None:
-    """Writes a self-contained page.
-
-    Raises:
-        AdaPrunerError: it cannot be written.
-    """
-    write_text(path, render_comparison(comparison))
 
 
 def render_comparison(comparison: Comparison) -> str:

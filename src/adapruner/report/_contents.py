@@ -20,7 +20,7 @@ from adapruner.models import find_model, load_tokenizer
 from adapruner.planning import PruningPlan
 from adapruner.progress import Reporter, StageCost
 from adapruner.result import ModelNumbers, Role, RunResult, roles_of, verdict_of
-from adapruner.search import History, Levelled, SearchResult, StudyFile, read_history
+from adapruner.search import History, Levelled, SearchResult, StudyFile
 from adapruner.tokens import Vocabulary
 
 T = TypeVar("T")
@@ -148,7 +148,7 @@ def _read(made: _Artifacts) -> Contents:
     plan = PruningPlan.load(plan_path) if plan_path else None
     search, result = made.read("search.json", SearchResult), made.read("result.json", RunResult)
     search_record = made.record("search.json")
-    history = search or (read_history(StudyFile(run.study, search_record.key)) if search_record else History())
+    history = search or (History.of(StudyFile(run.study, search_record.key).finished()) if search_record else History())
     levelled = made.read("levelled.json", Levelled) if config.levels_widths else None
     is_running = result is None and run.is_running()
     models = result.models if result else tuple(_models(made, plan))

@@ -12,7 +12,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from adapruner.config import PruneConfig
 from adapruner.files import being_written
 from adapruner.graph import RunFolder
-from adapruner.numbers import shortened
 from adapruner.planning import Budget, PruningPlan
 from adapruner.report import _charts, _tables
 from adapruner.report._command import command, next_commands
@@ -34,7 +33,6 @@ _TEMPLATES = Environment(
 _TEMPLATES.filters |= {
     "described": _charts.described,
     "duration": _charts.duration,
-    "shortened": shortened,
     "show_layers": show_layers,
     "target_sentence": target_sentence,
 }

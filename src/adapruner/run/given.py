@@ -24,12 +24,10 @@ from adapruner.checkpoint import save_checkpoint
 from adapruner.errors import AdaPrunerError
 from adapruner.families import learn
 from adapruner.files import being_written
-from adapruner.models import architecture_of, whole_state
+from adapruner.models import FILE_FIELDS, architecture_of, whole_state
 from adapruner.processes import this_process
 
 _SECONDS_BETWEEN_LOOKS = 0.2
-# What `save_pretrained` writes into the config of a model in memory.
-_NOTED_ON_SAVING = ("_name_or_path", "architectures", "dtype", "transformers_version")
 # A dataset: its name; documents, one by one or as rows with columns (a `datasets.Dataset`); or windows of tokens,
 # [windows, tokens], int64.
 # A model: a name or path, or one in memory.
@@ -99,7 +97,7 @@ def write_model(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> P
 def _hash_of_model(model: PreTrainedModel, tokenizer: Tokenizer) -> str:
     settings = model.generation_config.to_dict() if model.generation_config else {}
     both = [
-        {name: value for name, value in fields.items() if name not in _NOTED_ON_SAVING}
+        {name: value for name, value in fields.items() if name not in FILE_FIELDS}
         for fields in (model.config.to_dict(), settings)
     ]
     digest = hashlib.sha256(json.dumps(both, sort_keys=True, default=str).encode())

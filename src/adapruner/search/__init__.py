@@ -1,6 +1,6 @@
 """The joint search over calibration samples, importance metrics and allocation."""
 
-from adapruner.search._history import History as History, TriedPoint as TriedPoint, read_history as read_history
+from adapruner.search._history import History as History, TriedPoint as TriedPoint
 from adapruner.search._levelling import (
     KeptPart as KeptPart,
     Levelled as Levelled,

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from typing_extensions import Self
 
 from adapruner.search._space import FIXED_METRIC, START, Candidate
-from adapruner.search._study_file import StudyFile, quiet_optuna
+from adapruner.search._study_file import quiet_optuna
 
 # User attributes of a trial: that it was stopped early, and the losses of the windows that it was judged on.
 STOPPED, LOSSES = "stopped", "losses"
@@ -104,15 +104,6 @@ class History(BaseModel, extra="forbid", frozen=True, ser_json_inf_nan="constant
             "importance": importance_of(finished),
         }
         return cls.model_validate(fields | further)
-
-
-def read_history(study: StudyFile) -> History:
-    """Reads the trials of a search that may be running; empty if there are none yet.
-
-    Raises:
-        AdaPrunerError: the file is damaged.
-    """
-    return History.of(study.finished())
 
 
 def point_of(number: int, trial: FrozenTrial) -> TriedPoint:

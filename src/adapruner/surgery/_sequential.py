@@ -32,7 +32,6 @@ def refit_sequentially(
     compensation: Compensation,
     windows: Tensor,
     progress: Callable[[int], None] | None = None,
-    carried_share: float = CARRIED_SHARE,
     batch_size: int = 8,
 ) -> None:
     """Refits the row-wise projections of a pruned model in place, layer after layer.
@@ -40,7 +39,7 @@ def refit_sequentially(
     With d the hidden state after a block in the dense model, u the output of the dense layer for the state that the
     pruned layers before produce, x' the input of the pruned projection W' and r' the hidden state that its output is
     added to, W' minimises, around its value W₀ before,
-    E‖(1 - s) u + s d - r' - W' x'‖² + damping · ‖W' - W₀‖².
+    E‖(1 - s) u + s d - r' - W' x'‖² + damping · ‖W' - W₀‖², where s is `CARRIED_SHARE`.
 
     Fitting x' to d alone would shrink the weights, because the errors of the pruned layers before are noise in x'; u
     has the same noise. The error of a cut attention is corrected by the feed-forward of its layer in full, because
@@ -58,7 +57,6 @@ def refit_sequentially(
         compensation: its moments have the damping of each block that was cut.
         windows: [windows, tokens], int64.
         progress: called with 1 after every layer.
-        carried_share: s.
     """
     cut = {
         number: block
@@ -84,7 +82,7 @@ def refit_sequentially(
                 blocks = {number: block for number, block in cut.items() if block.layer == index}
                 for number, block in blocks.items():
                     damping = compensation.moments[number].damping
-                    weight = _refit(before, after, block, damping, carried_share, _kept_inputs(structure, plan, number))
+                    weight = _refit(before, after, block, damping, _kept_inputs(structure, plan, number))
                     # The layer may be a copy, or a streamed one on another device.
                     name = block.row_wise.parameter.replace(f".{index}.", f".{new_number[index]}.", 1)
                     overwrite_weight(pruned, name, weight)
@@ -180,9 +178,7 @@ class _Layer:
         return _Seen(inputs, output, residual)
 
 
-def _refit(
-    dense: _Layer, pruned: _Layer, block: Block, damping: float, carried_share: float, kept: Tensor | None
-) -> Tensor:
+def _refit(dense: _Layer, pruned: _Layer, block: Block, damping: float, kept: Tensor | None) -> Tensor:
     """Sets the weight of the pruned projection to the least-squares solution. The feed-forward comes last in a layer:
     only its output then changes, so the hidden states are also replaced by those after the layer.
 
@@ -203,7 +199,7 @@ def _refit(
         wanted, possible = dense.watch(number, block), uncut.watch(number, block)
         given = pruned.watch(number, block) if kept is None else possible.narrowed(projection, kept)
         inputs = given.inputs.float()
-        missing = torch.lerp(possible.state_after, wanted.state_after, carried_share) - given.state_after
+        missing = torch.lerp(possible.state_after, wanted.state_after, CARRIED_SHARE) - given.state_after
         add_products(second, inputs)
         products.addmm_(missing.T, inputs)
         tokens += len(inputs)

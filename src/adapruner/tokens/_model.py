@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -112,9 +113,9 @@ def cut_vocabulary(model: PreTrainedModel, vocabulary: Vocabulary) -> None:
     model.config.__dict__.update(config.__dict__)
     _renumber(model.generation_config, vocabulary)
     if head := head_of(model):
-        give_head(model, head.without_tokens(vocabulary.kept))
+        give_head(model, replace(head, kept_tokens=vocabulary.kept))
     if wrapper := wrapper_of(model):
-        give_wrapper(model, wrapper.with_config(cut_config(wrapper.config, vocabulary)))
+        give_wrapper(model, replace(wrapper, config=cut_config(wrapper.config, vocabulary)))
     model.tie_weights()
 
 

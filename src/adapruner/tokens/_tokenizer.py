@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -130,7 +130,7 @@ class TokenizerParts:
         """Rank and result of every pair that is merged."""
         return {
             (self.ids[left], self.ids[right]): (rank, self.ids[left + right])
-            for rank, (left, right) in enumerate(_merge_pairs(self.model["merges"]))
+            for rank, (left, right) in enumerate(self.model["merges"])
         }
 
     def rewritten(self, new_ids: Mapping[int, int]) -> dict[str, Any]:
@@ -148,7 +148,7 @@ class TokenizerParts:
             model["vocab"] = dict(sorted(kept.items(), key=lambda item: item[1]))
             model["merges"] = [
                 [left, right]
-                for left, right in _merge_pairs(self.model["merges"])
+                for left, right in self.model["merges"]
                 if left in kept and right in kept and left + right in kept
             ]
         padding = self.definition["padding"]
@@ -309,10 +309,3 @@ def _flat(component: Any, parts: str) -> Iterator[dict[str, Any]]:
         return
     for step in component[parts]:
         yield from _flat(step, parts)
-
-
-def _merge_pairs(merges: Iterable[Any]) -> Iterator[tuple[str, str]]:
-    """The merges as pairs; older files write a merge as one string."""
-    for merge in merges:
-        left, right = merge.split(" ") if isinstance(merge, str) else merge
-        yield left, right

@@ -19,6 +19,7 @@ from adapruner.config import Engine, GgufType
 from adapruner.errors import AdaPrunerError
 from adapruner.evaluation import Perplexity, Tasks, load_tasks, measure_perplexity, measure_speed, measure_tasks, rate
 from adapruner.families import open_config, open_model
+from adapruner.files import write_text
 from adapruner.gguf import check_gguf, llama_cpp, write_gguf
 from adapruner.graph import RunFolder
 from adapruner.models import (
@@ -117,7 +118,7 @@ def compare(
             advance()
     comparison = Comparison(points=points, prompt=prompt, new_tokens=new_tokens, repetitions=repetitions, device=target)
     if page:
-        report.write_comparison(comparison, page)
+        write_text(page, report.render_comparison(comparison))
     return comparison
 
 

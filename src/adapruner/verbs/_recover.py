@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
@@ -213,7 +213,7 @@ def _taught(
     """The examples, with those that the teacher writes, and the teacher; None without one, or if what it predicts was
     written to the folder of its predictions."""
     if load_teacher is None:
-        return [part for part in parts if isinstance(part, Examples)], None
+        return cast(list[Examples], list(parts)), None  # parts that a teacher writes are refused without one
     with reporter.stage("loading"):
         dense = load_teacher()
     examples = []

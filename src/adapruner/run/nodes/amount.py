@@ -12,14 +12,17 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from adapruner.config import Layout, RatioOf
 from adapruner.costs import (
     Latencies,
+    cache_bytes,
     check_latencies,
     describe_measuring,
+    dtype_in,
     is_gguf,
     layers_to_measure,
     measure_latencies,
     measured_model,
+    memory_costs,
     read_latencies,
-    target_of,
+    size_costs,
     timer,
     timings,
 )
@@ -29,6 +32,7 @@ from adapruner.models import Architecture, ModelLocation, empty_model, find_wrap
 from adapruner.planning import (
     Amount,
     Budget,
+    Memory,
     Speed,
     Target,
     UnreachableRatioError,
@@ -152,10 +156,23 @@ def target(
     latencies: Latencies | None,
     requested_amount: Amount | None,
 ) -> Target | None:
-    """The cost that replaces the ratio, with what computes it."""
-    if requested_amount is None:
+    """The cost that replaces the ratio, with what computes it.
+
+    Raises:
+        AdaPrunerError: the model cannot be written in the format.
+    """
+    amount, dtype = requested_amount, precision.weights
+    if amount is None:
         return None
-    return target_of(requested_amount, empty, structure, precision.weights, tokenizer_later(), latencies)
+    if isinstance(amount, Speed):
+        assert latencies is not None
+        costs = latencies.costs(structure)
+    else:
+        costs = size_costs(empty, structure, amount.format, dtype, tokenizer_later())
+    if isinstance(amount, Memory):
+        caches = cache_bytes(empty, amount.batch, amount.context, dtype_in(amount.format, dtype))
+        costs = memory_costs(structure, costs, caches)
+    return Target(amount, costs, costs([block.groups for block in structure.blocks]))
 
 
 @GRAPH.in_memory

@@ -10,7 +10,6 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.calibration import PROBED_TOKENS, EvaluationText, probe_texts
-from adapruner.config import Searched, Space
 from adapruner.evaluation import (
     Breakage,
     Perplexity,
@@ -31,9 +30,8 @@ from adapruner.graph import Kept
 from adapruner.measurement import Statistics
 from adapruner.memory import Placement
 from adapruner.models import ModelLocation, Pictures, find_model, in_fastest_dtype, load_model, show_pictures
-from adapruner.option_rules import measures_steps, tunes_scales_by_default
 from adapruner.progress import Reporter
-from adapruner.result import Role
+from adapruner.result import IS_MADE, Role
 from adapruner.run.nodes.chosen import AtRatio
 from adapruner.run.nodes.declared import GRAPH
 from adapruner.run.nodes.forms import TENSORS, json_form
@@ -139,22 +137,6 @@ def texts_of_dense(
 # What the models write
 
 
-def _tunes_and_measures(
-    trials: int | None, space: Space, search: Searched, tune_scales: bool | None, compensation: str
-) -> bool:
-    return measures_steps(trials, space, search) and tunes_scales_by_default(tune_scales, compensation)
-
-
-# For the options of a run, true if it has the model of a role.
-_IS_WANTED: dict[Role, Callable[..., bool]] = {
-    "dense": lambda: True,
-    "best_fixed": measures_steps,
-    "compensated": _tunes_and_measures,
-    "searched": lambda: True,
-    "recovered": lambda recover: recover is not None,
-}
-
-
 def written_text(model: PreTrainedModel, tokenizer: Tokenizer, placement: Placement, reporter: Reporter) -> Written:
     """What a model writes after the built-in prompts, in the tokens that are kept; nothing layer by layer, where every
     generated token would read all weights."""
@@ -174,7 +156,7 @@ def judged_writing(
 
 def _kept_text(role: Role, model: str) -> None:
     """Declares what is kept of the text that the model of a role writes."""
-    options: dict[str, Any] = {"is_wanted": _IS_WANTED[role]}
+    options: dict[str, Any] = {"is_wanted": IS_MADE[role]}
     path, needs = f"evaluation/written-{role}.safetensors", {"model": model}
     GRAPH.kept(path, TENSORS, name=f"written_{role}", needs=needs, version=2, **options)(written_text)
     path, needs, content = f"evaluation/writing-{role}.json", {"written": f"written_{role}"}, dict[str, Writing]
@@ -249,9 +231,7 @@ def _is_wanted_with_tasks(role: Role) -> Callable[..., bool]:
 
 
 perplexity = {
-    role: _kept_for(
-        role, "perplexity", dict[str, Perplexity], measured_perplexity, version=2, is_wanted=_IS_WANTED[role]
-    )
+    role: _kept_for(role, "perplexity", dict[str, Perplexity], measured_perplexity, version=2, is_wanted=IS_MADE[role])
     for role in _MODELS
 }
 _WHOLE = [role for role in _MODELS if role not in _STEPS]
@@ -262,6 +242,6 @@ scores = {
     for role in _WHOLE
 }
 breakage = {
-    role: _kept_for(role, "breakage", Breakage, partial(measured_breakage, role), version=6, is_wanted=_IS_WANTED[role])
+    role: _kept_for(role, "breakage", Breakage, partial(measured_breakage, role), version=6, is_wanted=IS_MADE[role])
     for role in _WHOLE
 }
