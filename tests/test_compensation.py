@@ -18,6 +18,7 @@ from adapruner.models import copy_in_dtype
 from adapruner.planning import Budget, Profile, PruningPlan, kept_counts, make_plan
 from adapruner.structure import Structure, build_structure
 from adapruner.surgery import Compensation, compensate, prune_model, refit_sequentially
+from adapruner.surgery._sequential import CARRIED_SHARE
 from tiny_families import tiny_config
 
 KEPT = torch.tensor([0, 2, 3, 6])
@@ -162,7 +163,7 @@ def test_sequential_is_the_least_squares_of_what_layers_really_get(
     family: str, head_share: float, make_model: Callable[..., PreTrainedModel], windows: Tensor
 ) -> None:
     """Of every cut projection: its input in the finished model, and its target, by hooks in whole forward passes."""
-    share, damping = 0.5, 1e-3
+    share, damping = CARRIED_SHARE, 1e-3
     model = make_model(family) if family != "bitnet" else AutoModelForCausalLM.from_config(tiny_config(family)).eval()
     learn(model.config)
     structure, plan = cut(model, 0.05 if head_share == 0 else 0.15, head_share)

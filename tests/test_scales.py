@@ -13,7 +13,9 @@ from transformers import PreTrainedModel
 
 import adapruner
 from adapruner import AdaPrunerError
+from adapruner.option_rules import EFFORTS
 from adapruner.recovery import scale_options
+from adapruner.result import roles_of
 from adapruner.run.nodes import models as _model
 from run_helpers import QUICK, assert_same_artifacts, flags, run_killed
 
@@ -55,6 +57,23 @@ def test_the_steps_are_told_apart(tuned: adapruner.PruneResult) -> None:
     assert len(set(perplexities)) == 2
     page = (tuned.output / "report.html").read_text()
     assert page.index("final compensation") < page.index("scales tuned, saved")
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({}, []),
+        (EFFORTS["thorough"], ["best_fixed", "compensated"]),
+        ({"trials": 4, "tune_scales": False}, ["best_fixed"]),
+        ({"search": "metric"}, ["best_fixed", "compensated"]),
+        ({"space": "paper", "compensation": "none"}, ["best_fixed"]),
+    ],
+)
+def test_what_is_left_to_the_starting_points_has_no_models_on_the_way(
+    options: dict[str, Any], steps: list[str]
+) -> None:
+    config = adapruner.PruneConfig.from_options(model="m", calibration="mine", **options)
+    assert roles_of(config) == ["dense", *steps, "searched"]
 
 
 def test_without_a_search_no_step_on_the_way_is_evaluated(model_folder: Path, text_file: Path, tmp_path: Path) -> None:

@@ -56,9 +56,16 @@ def trials_of(trials: int | None, space: str, search: str, starting_points: int)
 
 
 def measures_steps(trials: int | None, space: str, search: str) -> bool:
-    """True if the models on the way to the final one are evaluated too: where candidates are searched, whose gain they
-    show. They take as long as the others."""
-    return trials_of(trials, space, search, 0) > 0
+    """True if the models on the way to the final one are evaluated too, which takes as long as for the final one: where
+    the run is not left to its starting points, and its steps are to be compared."""
+    return trials is not None or (space, search) != ("extended", "joint")
+
+
+def measures_before_tuning(
+    trials: int | None, space: str, search: str, tune_scales: bool | None, compensation: str
+) -> bool:
+    """The same for the model before its scales are tuned."""
+    return measures_steps(trials, space, search) and tunes_scales_by_default(tune_scales, compensation)
 
 
 def level_rounds_of(level_rounds: int | None, ratio: float, target: object) -> int:

@@ -1,4 +1,4 @@
-"""The random state of the process, which belongs to the calling program, and the accelerator that it uses."""
+"""The random state of the process, which belongs to the calling program; and which accelerator PyTorch uses."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from adapruner.families import open_model
 from adapruner.graph import RunFolder
 from adapruner.models import find_model, load_tokenizer
 from adapruner.numbers import Number, Numbers, breakage_table, model_table, numbers_of, task_table
-from adapruner.option_rules import fields_of, measures_steps, tunes_scales_by_default
+from adapruner.option_rules import fields_of, measures_before_tuning, measures_steps
 from adapruner.planning import PruningPlan, TargetOutcome
 from adapruner.progress import StageCost
 from adapruner.recovery import RecoveryRecord
@@ -48,17 +48,11 @@ TITLES: dict[Role, str] = {
 }
 
 
-def _measures_before_tuning(
-    trials: int | None, space: str, search: str, tune_scales: bool | None, compensation: str
-) -> bool:
-    return measures_steps(trials, space, search) and tunes_scales_by_default(tune_scales, compensation)
-
-
 # For options by name, true if a run with them has the model.
-IS_MADE: dict[Role, Callable[..., bool]] = {
+IS_WANTED: dict[Role, Callable[..., bool]] = {
     "dense": lambda: True,
     "best_fixed": measures_steps,
-    "compensated": _measures_before_tuning,
+    "compensated": measures_before_tuning,
     "searched": lambda: True,
     "recovered": lambda recover: recover is not None,
 }
@@ -69,8 +63,8 @@ class ModelNumbers(BaseModel, extra="forbid", frozen=True):
 
     Attributes:
         role: `dense`; `best_fixed`, pruned by the best of LLM-Pruner's metrics and not compensated, and `compensated`,
-            the pruned model before its scales are tuned, both only where candidates are searched; `searched`, the
-            pruned model; `recovered`, the same after fine-tuning.
+            the pruned model before its scales are tuned, both only where more than the starting points is tried;
+            `searched`, the pruned model; `recovered`, the same after fine-tuning.
         parameters: tied ones counted once.
         perplexity: by text.
         tasks: scores, by task.
@@ -133,7 +127,7 @@ class RunResult(BaseModel, extra="forbid", frozen=True):
         vocabulary: the outcome of pruning the vocabulary; None if all tokens are kept.
         foreign: tokens that could be removed, if all are kept.
         target: the target that replaced the ratio, and how well it was met.
-        tuned_scales: True if the scales of the pruned model were tuned.
+        tuned_scales: True if the scales of the pruned model were tuned; None in results of versions that did not say.
     """
 
     schema_version: Literal[5] = 5
@@ -150,7 +144,7 @@ class RunResult(BaseModel, extra="forbid", frozen=True):
     vocabulary: VocabularySummary | None = None
     foreign: ForeignVocabulary | None = None
     target: TargetOutcome | None = None
-    tuned_scales: bool = False
+    tuned_scales: bool | None = None
 
     def model(self, role: Role) -> ModelNumbers:
         """The numbers of one of the models."""
@@ -296,7 +290,9 @@ def _breakage(result: RunResult) -> Iterator[str]:
 
 def roles_of(config: PruneConfig) -> list[Role]:
     """The models that a run with this config may have."""
-    return [role for role, made in IS_MADE.items() if made(**{name: getattr(config, name) for name in fields_of(made)})]
+    return [
+        role for role, test in IS_WANTED.items() if test(**{name: getattr(config, name) for name in fields_of(test)})
+    ]
 
 
 def titles(config: PruneConfig, best_fixed_name: str | None) -> dict[Role, str]:

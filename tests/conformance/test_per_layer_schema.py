@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 import adapruner
 from adapruner.checkpoint import save_checkpoint
+from adapruner.errors import AdaPrunerError
 from adapruner.families import learn
 from adapruner.families.tiny import random_model
 from adapruner.models import known_architectures
@@ -144,3 +145,16 @@ def test_stock_classes_of_today_refuse_missing_parts(
         pytest.skip("loads with random weights")
     with pytest.raises(RuntimeError, match=r"per-layer attribute|mismatched"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "model", trust_remote_code=False)
+
+
+def test_a_count_of_zero_is_refused(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """A part that a layer lacks is named in `skip`."""
+    save_checkpoint(pruned("llama"), tokenizer, tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    for layer in fields["per_layer_config"].values():
+        if "mlp" in layer.pop("skip", ()):
+            layer["intermediate_size"] = 0
+    path.write_text(json.dumps(fields), encoding="utf-8")
+    with pytest.raises(AdaPrunerError, match=r"intermediate_size of layer \d: 0, which no model has"):
+        adapruner.load(tmp_path / "model")

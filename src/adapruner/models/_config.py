@@ -20,7 +20,7 @@ from adapruner.models._stored import has_own_output, stored_tensors
 from adapruner.models._wrapper import Wrapper, decoder_config, find_text
 from adapruner.models.modeling_pruned import pruned_config_class, without_layers
 
-# Fields about files, which change nothing that a model computes.
+# Fields that saving a model writes into its config. Keys leave them out; where the dtype counts, they have it besides.
 FILE_FIELDS = ("_name_or_path", "architectures", "dtype", "transformers_version")
 # By default, transformers asks on the terminal whether to run code from the folder.
 NO_REMOTE_CODE = {"trust_remote_code": False}

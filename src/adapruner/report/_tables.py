@@ -184,8 +184,8 @@ def _rungs(contents: Contents, search: SearchResult) -> Iterator[_Rung]:
         yield _Rung("final compensation", role="compensated")
         yield _Rung("scales tuned, saved", role="searched")
     else:
-        is_tuned = contents.result is not None and contents.result.tuned_scales
-        done = {"final compensation": is_compensated, "scales tuned": is_tuned, "saved": True}
+        is_tuned = contents.result.tuned_scales if contents.result else "tuning scales" in contents.stages
+        done = {"final compensation": is_compensated, "scales tuned": bool(is_tuned), "saved": True}
         yield _Rung(", ".join(name for name, is_done in done.items() if is_done), role="searched")
     if contents.config.recover:
         yield _Rung("recovered", role="recovered")

@@ -204,7 +204,7 @@ def _read(
 
 def _taught(
     load_teacher: Callable[[], PreTrainedModel] | None,
-    parts: Sequence[Examples | Unwritten],
+    parts: list[Examples | Unwritten],
     tokenizer: Tokenizer,
     config: RecoverConfig,
     predictions: Path,
@@ -213,7 +213,7 @@ def _taught(
     """The examples, with those that the teacher writes, and the teacher; None without one, or if what it predicts was
     written to the folder of its predictions."""
     if load_teacher is None:
-        return cast(list[Examples], list(parts)), None  # parts that a teacher writes are refused without one
+        return cast(list[Examples], parts), None  # parts that a teacher writes are refused without one
     with reporter.stage("loading"):
         dense = load_teacher()
     examples = []

@@ -31,7 +31,7 @@ from adapruner.measurement import Statistics
 from adapruner.memory import Placement
 from adapruner.models import ModelLocation, Pictures, find_model, in_fastest_dtype, load_model, show_pictures
 from adapruner.progress import Reporter
-from adapruner.result import IS_MADE, Role
+from adapruner.result import IS_WANTED, Role
 from adapruner.run.nodes.chosen import AtRatio
 from adapruner.run.nodes.declared import GRAPH
 from adapruner.run.nodes.forms import TENSORS, json_form
@@ -156,7 +156,7 @@ def judged_writing(
 
 def _kept_text(role: Role, model: str) -> None:
     """Declares what is kept of the text that the model of a role writes."""
-    options: dict[str, Any] = {"is_wanted": IS_MADE[role]}
+    options: dict[str, Any] = {"is_wanted": IS_WANTED[role]}
     path, needs = f"evaluation/written-{role}.safetensors", {"model": model}
     GRAPH.kept(path, TENSORS, name=f"written_{role}", needs=needs, version=2, **options)(written_text)
     path, needs, content = f"evaluation/writing-{role}.json", {"written": f"written_{role}"}, dict[str, Writing]
@@ -231,7 +231,9 @@ def _is_wanted_with_tasks(role: Role) -> Callable[..., bool]:
 
 
 perplexity = {
-    role: _kept_for(role, "perplexity", dict[str, Perplexity], measured_perplexity, version=2, is_wanted=IS_MADE[role])
+    role: _kept_for(
+        role, "perplexity", dict[str, Perplexity], measured_perplexity, version=2, is_wanted=IS_WANTED[role]
+    )
     for role in _MODELS
 }
 _WHOLE = [role for role in _MODELS if role not in _STEPS]
@@ -242,6 +244,6 @@ scores = {
     for role in _WHOLE
 }
 breakage = {
-    role: _kept_for(role, "breakage", Breakage, partial(measured_breakage, role), version=6, is_wanted=IS_MADE[role])
+    role: _kept_for(role, "breakage", Breakage, partial(measured_breakage, role), version=6, is_wanted=IS_WANTED[role])
     for role in _WHOLE
 }

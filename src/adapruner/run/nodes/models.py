@@ -242,7 +242,8 @@ def _tuned(
 
 def scales_were_tuned(compensated: Path, model: Path) -> bool:
     """True if the scales of a saved model differ from those before they were tuned; all other weights are the same."""
-    return not all(filecmp.cmp(file, model / file.name, shallow=False) for file in compensated.glob("*.safetensors"))
+    pairs = [(file, model / file.name) for file in compensated.glob("*.safetensors")]
+    return not all(file.samefile(other) or filecmp.cmp(file, other, shallow=False) for file, other in pairs)
 
 
 # The saved model, loaded
