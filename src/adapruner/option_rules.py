@@ -47,25 +47,17 @@ def scoring_count(objective_windows: int | None, final_windows: int, windows: in
     return min(most, max(fewest, windows - final_windows))
 
 
-def trials_of(trials: int | None, space: str, search: str, starting_points: int) -> int:
-    """The number of trials: by default, where all is searched in the extended space, its starting points alone, which
-    the search does not improve on other text (research/experiments/windows-and-trials.md)."""
-    if trials is not None:
-        return trials
-    return starting_points if (space, search) == ("extended", "joint") else SEARCH_TRIALS
-
-
-def measures_steps(trials: int | None, space: str, search: str) -> bool:
-    """True if the models on the way to the final one are evaluated too, which takes as long as for the final one: where
-    the run is not left to its starting points, and its steps are to be compared."""
+def searches(trials: int | None, space: str, search: str) -> bool:
+    """True if more than the starting points is tried: where a number of trials is given, and in spaces without points
+    that are good on most models (research/experiments/windows-and-trials.md)."""
     return trials is not None or (space, search) != ("extended", "joint")
 
 
-def measures_before_tuning(
-    trials: int | None, space: str, search: str, tune_scales: bool | None, compensation: str
-) -> bool:
-    """The same for the model before its scales are tuned."""
-    return measures_steps(trials, space, search) and tunes_scales_by_default(tune_scales, compensation)
+def trials_of(trials: int | None, space: str, search: str, starting_points: int) -> int:
+    """The number of trials."""
+    if trials is not None:
+        return trials
+    return SEARCH_TRIALS if searches(trials, space, search) else starting_points
 
 
 def level_rounds_of(level_rounds: int | None, ratio: float, target: object) -> int:
@@ -106,6 +98,13 @@ def fits_sequentially_by_default(sequential: bool | None, compensation: str) -> 
 def tunes_scales_by_default(tune_scales: bool | None, compensation: str) -> bool:
     """True if the scales of the final model are tuned, if that is possible."""
     return compensation == "least-squares" if tune_scales is None else tune_scales
+
+
+def searches_and_tunes(
+    trials: int | None, space: str, search: str, tune_scales: bool | None, compensation: str
+) -> bool:
+    """True if more is tried than the starting points, and scales are tuned."""
+    return searches(trials, space, search) and tunes_scales_by_default(tune_scales, compensation)
 
 
 CONFLICTS_OF_PRUNING: tuple[Conflict, ...] = (

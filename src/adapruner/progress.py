@@ -203,7 +203,7 @@ def _accelerator() -> Any:
     """The module of PyTorch for the accelerator in use. PyTorch is not imported for it, so that `--help` is fast."""
     if "torch" not in sys.modules:
         return None
-    from adapruner.random_state import accelerator_in_use
+    from adapruner.accelerators import accelerator_in_use
 
     in_use = accelerator_in_use()
     return in_use and in_use[1]

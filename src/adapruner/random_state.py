@@ -1,4 +1,4 @@
-"""The random state of the process, which belongs to the calling program; and which accelerator PyTorch uses."""
+"""The random state of the process, which belongs to the calling program."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from adapruner.accelerators import accelerator_in_use
 
 
 @contextlib.contextmanager
@@ -25,13 +27,3 @@ def random_state_kept() -> Iterator[None]:
         finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)
-
-
-def accelerator_in_use() -> tuple[str, Any] | None:
-    """Device type of the accelerator and the module of PyTorch for it; None if there is none, or if nothing has used it
-    yet, since any query would initialise it."""
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    module: Any = torch.get_device_module(device) if device else None
-    if device is None or not getattr(module, "is_initialized", lambda: False)():
-        return None
-    return device.type, module

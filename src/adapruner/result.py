@@ -20,7 +20,7 @@ from adapruner.families import open_model
 from adapruner.graph import RunFolder
 from adapruner.models import find_model, load_tokenizer
 from adapruner.numbers import Number, Numbers, breakage_table, model_table, numbers_of, task_table
-from adapruner.option_rules import fields_of, measures_before_tuning, measures_steps
+from adapruner.option_rules import fields_of, searches, searches_and_tunes
 from adapruner.planning import PruningPlan, TargetOutcome
 from adapruner.progress import StageCost
 from adapruner.recovery import RecoveryRecord
@@ -48,11 +48,12 @@ TITLES: dict[Role, str] = {
 }
 
 
-# For options by name, true if a run with them has the model.
+# For options by name, true if a run with them evaluates the model. That of a step on the way takes as long as the final
+# one, and shows what the search gained.
 IS_WANTED: dict[Role, Callable[..., bool]] = {
     "dense": lambda: True,
-    "best_fixed": measures_steps,
-    "compensated": measures_before_tuning,
+    "best_fixed": searches,
+    "compensated": searches_and_tunes,
     "searched": lambda: True,
     "recovered": lambda recover: recover is not None,
 }
