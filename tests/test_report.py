@@ -361,6 +361,13 @@ def test_the_ladder_tells_the_search_from_the_compensation(finished: adapruner.P
     assert all(not row[5].strip() for row in rows[1:-3])
 
 
+def test_the_ladder_of_an_unfinished_run_says_that_scales_were_tuned(run: RunFolder) -> None:
+    (run.path / "result.json").unlink()
+    (run.path / "evaluation" / "perplexity-compensated.json").unlink()
+    names = [row[0] for row in page_of(run).tables["ladder-table"]]
+    assert names[-2:] == ["final compensation, scales tuned, saved", "dense, to compare with"]
+
+
 def test_the_ladder_shows_parts_that_were_tried_again(run: RunFolder) -> None:
     tried = {"gain": 0.02, "gain_standard_error": 0.005}
     with edited(run, "result.json") as result:
