@@ -128,7 +128,7 @@ class RunResult(BaseModel, extra="forbid", frozen=True):
         vocabulary: the outcome of pruning the vocabulary; None if all tokens are kept.
         foreign: tokens that could be removed, if all are kept.
         target: the target that replaced the ratio, and how well it was met.
-        tuned_scales: True if the scales of the pruned model were tuned; None in results of versions that did not say.
+        tuned_scales: True if the scales of the pruned model were tuned.
     """
 
     schema_version: Literal[5] = 5
@@ -145,7 +145,7 @@ class RunResult(BaseModel, extra="forbid", frozen=True):
     vocabulary: VocabularySummary | None = None
     foreign: ForeignVocabulary | None = None
     target: TargetOutcome | None = None
-    tuned_scales: bool | None = None
+    tuned_scales: bool
 
     def model(self, role: Role) -> ModelNumbers:
         """The numbers of one of the models."""

@@ -185,7 +185,7 @@ def _rungs(contents: Contents, search: SearchResult) -> Iterator[_Rung]:
         yield _Rung("scales tuned, saved", role="searched")
     else:
         is_tuned = contents.result.tuned_scales if contents.result else "tuning scales" in contents.stages
-        done = {"final compensation": is_compensated, "scales tuned": bool(is_tuned), "saved": True}
+        done = {"final compensation": is_compensated, "scales tuned": is_tuned, "saved": True}
         yield _Rung(", ".join(name for name, is_done in done.items() if is_done), role="searched")
     if contents.config.recover:
         yield _Rung("recovered", role="recovered")
