@@ -187,8 +187,6 @@ def run_command(arguments: list[str]) -> None:
     options = dict(SMALL.get(verb, {}))
     if verb == "prune" and {"--recover", "--recipe"} & set(arguments):
         options |= {f"recovery.{name}": value for name, value in SHORT_TRAINING.items()}
-    if verb == "prune" and "--vocabulary" in arguments:
-        options |= SMALL["vocabulary"]
     if "--recipe" in arguments:
         options |= {"tasks": "piqa"}  # in place of seven
     for name, value in options.items():

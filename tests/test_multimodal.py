@@ -172,10 +172,10 @@ def test_a_run_prunes_the_decoder(
 
 
 def test_a_ratio_is_of_all_parameters_or_of_the_decoder() -> None:
-    assert ratio_of_blocks.make(None, 0.8, "parameters")(0.2) == 0.25
-    assert ratio_of_blocks.make(None, 0.8, "decoder")(0.2) == 0.2
+    assert ratio_of_blocks.make(0.8, "parameters")(0.2) == 0.25
+    assert ratio_of_blocks.make(0.8, "decoder")(0.2) == 0.2
     with pytest.raises(AdaPrunerError, match=re.escape("`ratio` 0.8 is not reachable: the decoder, which alone is")):
-        ratio_of_blocks.make(None, 0.8, "parameters")(0.8)
+        ratio_of_blocks.make(0.8, "parameters")(0.8)
 
 
 def test_tokens_of_the_processor_are_kept(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

@@ -224,7 +224,7 @@ def test_the_model_card_names_what_was_removed(kept: dict[str, list[int]], named
     blocks = [
         SimpleNamespace(kind=kind, groups=groups[kind], kept=range(count)) for kind in kept for count in kept[kind]
     ]
-    assert _what_was_removed(SimpleNamespace(blocks=blocks), SimpleNamespace(vocabulary=None)) == named
+    assert _what_was_removed(SimpleNamespace(blocks=blocks)) == named
 
 
 def test_the_licence_of_the_base_model_is_carried_over(

@@ -474,9 +474,7 @@ def test_the_next_commands_can_be_typed(page: Page, finished: adapruner.PruneRes
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"vocabulary": ("words.txt",)}, "--data text.txt -o"),
         ({"calibration": "self"}, "--data self --teacher"),
-        ({"calibration": "self", "vocabulary": ("words.txt",)}, None),
         ({"calibration": "windows.safetensors@calibration"}, None),
         ({"sources": "mine.yaml"}, None),
         ({}, "--data text.txt --teacher"),

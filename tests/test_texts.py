@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, strategies as st
 
-from adapruner.calibration import parse_source, read_documents
+from adapruner.calibration import EvaluationText, parse_source, read_documents
 from adapruner.config import PruneConfig
 from adapruner.errors import AdaPrunerError
-from adapruner.run.nodes.text import to_report
+from adapruner.run.nodes.text import drawn_to_report
 from adapruner.texts import DEFAULT_REPORT_WINDOWS, Texts, assign_texts, overlaps
 
 
@@ -196,12 +198,14 @@ def test_what_a_checkpoint_records(tmp_path: Path) -> None:
 
 
 def test_a_text_that_nobody_named_is_reported_on_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("adapruner.run.nodes.text.evaluation_text", lambda *arguments, bos: arguments[3])
+    limits = []
 
-    def windows(evaluate: tuple[str, ...], evaluate_windows: int | None = None) -> object:
-        cut: Any = to_report.make(128, evaluate, evaluate_windows, True)
-        return cut({"ptb": parse_source("ptb")}, None)["ptb"]
+    def note_limit(*arguments: Any, bos: bool) -> EvaluationText:
+        limits.append(arguments[3])
+        return EvaluationText(torch.zeros(1, 2, dtype=torch.int64), 2, {})
 
-    assert windows(("ptb",)) is None
-    assert windows(()) == DEFAULT_REPORT_WINDOWS
-    assert windows((), 7) == 7
+    monkeypatch.setattr("adapruner.run.nodes.text.evaluation_text", note_limit)
+    empty = SimpleNamespace(config=SimpleNamespace(vocab_size=1))
+    for evaluate, evaluate_windows in ((("ptb",), None), ((), None), ((), 7)):
+        drawn_to_report.make({"ptb": parse_source("ptb")}, None, empty, 128, evaluate, evaluate_windows, True)
+    assert limits == [None, DEFAULT_REPORT_WINDOWS, 7]

@@ -33,7 +33,6 @@ from adapruner.calibration import parse_source, read_documents, source_names
 from adapruner.cli import main
 from adapruner.errors import AdaPrunerError
 from adapruner.models import find_model, load_tokenizer
-from adapruner.run.preview import preview_ratios
 from adapruner.tokens import (
     TokenizerParts,
     Vocabulary,
@@ -42,10 +41,8 @@ from adapruner.tokens import (
     count_tokens,
     cut_tokenizer,
     cut_vocabulary,
-    foreign_tokens,
     named_tokens,
 )
-from adapruner.verbs import estimate
 from conftest import FAMILY_FIELDS, tiny_model
 from run_helpers import QUICK
 
@@ -478,18 +475,6 @@ def test_configs_follow(make_model: Callable[..., PreTrainedModel]) -> None:
         named_tokens(settings)
 
 
-def test_scripts_that_a_text_has_not_are_foreign() -> None:
-    tokenizer = byte_level()
-    used = tokenizer(ENGLISH[0]).input_ids
-    foreign = foreign_tokens(tokenizer, len(tokenizer), used)
-    assert {"CYRILLIC", "GREEK"} <= foreign.keys()
-    assert not {"LATIN", "OTHER"} & foreign.keys()
-    assert foreign_tokens(tokenizer, len(tokenizer), range(len(tokenizer))) == {}
-    tokens = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
-    cyrillic = sum(any("Ѐ" <= sign <= "ӿ" for sign in token) for token in tokens)
-    assert foreign["CYRILLIC"] == cyrillic
-
-
 WORDS = sorted({word for text in ENGLISH for word in text.split()})
 
 
@@ -565,57 +550,22 @@ def test_text_with_all_tokens_is_refused(folders: tuple[Path, Path, Path], tmp_p
         adapruner.vocabulary(folders[0], str(everything), tmp_path / "small", vocabulary_multiple=1024)
 
 
-def test_a_run_counts_the_vocabulary_in_its_ratio(folders: tuple[Path, Path, Path], tmp_path: Path) -> None:
+def test_a_model_with_fewer_tokens_is_pruned_like_any(folders: tuple[Path, Path, Path], tmp_path: Path) -> None:
     folder, text, other = folders
-    options: dict[str, Any] = {**QUICK, "vocabulary": (str(other),), "evaluate": (f"{text}@report",)}
-    alone = adapruner.vocabulary(folder, str(other), tmp_path / "alone").vocabulary
-    share = alone.removed_parameters / alone.parameters_before
-    with pytest.raises(
-        AdaPrunerError, match=rf"`ratio` 0.1 is less than what the vocabulary alone gives, {share:.3f} of"
-    ):
-        adapruner.prune(str(folder), output=tmp_path / "run", calibration=str(text), **options)
-    options |= {"ratio": round(share + 0.05, 3)}
-    (preview,) = preview_ratios(str(folder), output=tmp_path / "run", calibration=str(text), **options)
-    assert estimate(folder, calibration=str(text), **options).stages == preview.stages
-    result = adapruner.prune(str(folder), output=tmp_path / "run", calibration=str(text), **options)
-    numbers = result.result
-    assert numbers.vocabulary == alone
-    assert numbers.removed_share == pytest.approx(options["ratio"], abs=0.005)
+    fewer = adapruner.vocabulary(folder, str(other), tmp_path / "fewer")
+    options: dict[str, Any] = {**QUICK, "calibration": str(text), "evaluate": (f"{text}@report",)}
+    result = adapruner.prune(str(fewer.path), output=tmp_path / "run", **options)
+    assert result.result.model("dense").parameters == fewer.vocabulary.parameters_after
     saved = adapruner.load(result.model_folder)
-    assert numbers.final.parameters == sum(parameter.numel() for parameter in saved.parameters())
-    assert saved.config.vocab_size == alone.after
-    name = f"{text}@report"
-    dense = adapruner.evaluate(folder, [name], seq_len=16).perplexity[0]
-    assert numbers.model("dense").perplexity[name] == dense
-    again = adapruner.evaluate(result.model_folder, [name], seq_len=16).perplexity[0]
-    final = numbers.final.perplexity[name]
-    assert (final.perplexity, final.bits_per_byte) == pytest.approx((again.perplexity, again.bits_per_byte), rel=1e-4)
-    card = (result.model_folder / "README.md").read_text()
-    assert "OTHER LANGUAGES THAN" in card
-    assert "bits per byte on text.txt@report" in card
-    page = result.report.read_text()
-    for expected in ("CYRILLIC", "more tokens than before", "bits per byte", "are gone"):
-        assert expected in page
-    # Nothing is counted again, though the text is not there any more.
-    moved = other.rename(tmp_path / "moved.txt")
-    try:
-        (tmp_path / "run" / "plan.json").unlink()
-        resumed = adapruner.prune(str(folder), output=tmp_path / "run", calibration=str(text), **options)
-    finally:
-        moved.rename(other)
-    assert resumed.plan.hash == result.plan.hash
-
-
-def test_a_run_on_one_language_of_many_offers_to_prune_the_vocabulary(
-    folders: tuple[Path, Path, Path], tmp_path: Path
-) -> None:
-    folder, text, _ = folders
-    result = adapruner.prune(str(folder), output=tmp_path, calibration=str(text), **QUICK)
-    foreign = result.result.foreign
-    assert foreign is not None
-    assert "CYRILLIC" in foreign.scripts
-    tokens = sum(1 for line in result.advice() if "`vocabulary`" in line and "CYRILLIC" in line)
-    assert tokens == (foreign.share >= 0.05) == 1
+    assert saved.config.vocab_size == fewer.vocabulary.after
+    assert result.result.final.parameters == sum(parameter.numel() for parameter in saved.parameters())
+    tokenizers = [AutoTokenizer.from_pretrained(path) for path in (fewer.path, result.model_folder)]
+    assert tokenizers[0].get_vocab() == tokenizers[1].get_vocab()
+    # The text whose tokens were kept is still told.
+    assert adapruner.evaluate(result.model_folder, [str(other)], seq_len=16).overlaps == [
+        f"the perplexity on {other} is optimistic: the checkpoint was given its tokens on other.txt, which holds some"
+        " of the same documents"
+    ]
 
 
 @pytest.mark.parametrize("bos", [True, False])

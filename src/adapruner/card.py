@@ -68,10 +68,8 @@ def model_card(
         base=base,
         removed=dense.parameters - result.model("searched").parameters,
         parameters=dense.parameters,
-        parts=_what_was_removed(plan, result),
+        parts=_what_was_removed(plan),
         trained=trained_sentence(result.recovery) if of == "recovered" and result.recovery else _NOT_TRAINED,
-        vocabulary=result.vocabulary,
-        texts=result.config.vocabulary,
         plan=plan,
         verdict=model.verdict,
         writes=bool(model.breakage and model.breakage.writing),
@@ -150,9 +148,9 @@ def _loading(config: PreTrainedConfig, wrapper: Wrapper | None) -> dict[str, Any
     }
 
 
-def _what_was_removed(plan: PruningPlan, result: RunResult) -> str:
+def _what_was_removed(plan: PruningPlan) -> str:
     """The kinds of removed parts, separated by commas."""
-    removed = ["tokens"] if result.vocabulary else []
+    removed = list[str]()
     for kind, groups, blocks in (
         ("heads", "attention heads", "whole attention layers"),
         ("experts", "experts", "whole mixtures of experts"),

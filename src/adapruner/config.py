@@ -213,17 +213,6 @@ class PruneOptions(_Options):
         ge=1,
         description="Tokens of each sequence, for target_memory (by default 2048) and target_speed (by default 128).",
     )
-    vocabulary: Names = Field(
-        default=(),
-        description="Datasets whose tokens are kept, comma-separated or repeated; the others are removed and count"
-        " towards the ratio. By default all tokens are kept.",
-    )
-    vocabulary_size: int | None = Field(
-        default=None, ge=1, description="Maximum number of tokens to keep, the most frequent ones."
-    )
-    vocabulary_multiple: Count = Field(
-        default=64, description="The number of kept tokens is rounded up to a multiple of this."
-    )
     ratio_of: RatioOf = Field(
         default="parameters",
         description="What the ratio is a fraction of: all parameters; those of the decoder of a multimodal model; or"

@@ -184,10 +184,6 @@ CONFLICTS_OF_PRUNING: tuple[Conflict, ...] = (
         "`tune_scales` learns on the text of the compensation: set `compensation` to another form than none",
     ),
     (
-        lambda vocabulary, vocabulary_size: vocabulary_size is not None and not vocabulary,
-        "`vocabulary_size` needs text to count tokens in: add `vocabulary`",
-    ),
-    (
         lambda recover, recovery: recover is None and recovery != type(recovery)(),
         "options of the recovery need a dataset to fine-tune on: add `recover`",
     ),

@@ -26,17 +26,12 @@ from adapruner.progress import StageCost
 from adapruner.recovery import RecoveryRecord
 from adapruner.search import Levelled, SearchResult
 from adapruner.tables import Table
-from adapruner.tokens import VocabularySummary
 
 # Limits of advice: the growth of a perplexity, the number of windows, the multiple that widths should have.
 _MUCH_WORSE, _FEW_WINDOWS, _FRIENDLY_MULTIPLE = 2.0, 256, 8
-# The growth of bits per byte, which are compared if the tokens of the two models differ.
-_MANY_MORE_BITS = 1.2
 # The rise of the repeated fraction of greedy text, and the growth of bits per byte of arithmetic and code. With a fifth
 # of SmolLM2-135M removed: 0.41 to 0.60, and 1.2 to 1.6 times.
 _MUCH_REPETITION, _MANY_MORE_PROBE_BITS = 0.25, 1.5
-# The fraction of all parameters in rows of tokens of other scripts.
-_MUCH_FOREIGN = 0.05
 
 Role = Literal["dense", "best_fixed", "compensated", "searched", "recovered"]
 TITLES: dict[Role, str] = {
@@ -92,20 +87,6 @@ class ModelNumbers(BaseModel, extra="forbid", frozen=True):
         return {("size", "parameters", ""): size, **numbers_of(self.perplexity, self.breakage, self.tasks)}
 
 
-class ForeignVocabulary(BaseModel, extra="forbid", frozen=True):
-    """Tokens in scripts of which the text of a run has no letter.
-
-    Attributes:
-        tokens: their number.
-        scripts: the most frequent scripts.
-        share: the fraction of all parameters in their rows.
-    """
-
-    tokens: int
-    scripts: list[str]
-    share: float
-
-
 def _versions() -> dict[str, str]:
     packages = {name: version(name) for name in ("adapruner", "torch", "transformers", "optuna")}
     return packages | {"python": platform.python_version()}
@@ -125,8 +106,6 @@ class RunResult(BaseModel, extra="forbid", frozen=True):
         stages: seconds and peak memory of every stage.
         versions: of the packages that decide numbers.
         device: of the last call that added numbers.
-        vocabulary: the outcome of pruning the vocabulary; None if all tokens are kept.
-        foreign: tokens that could be removed, if all are kept.
         target: the target that replaced the ratio, and how well it was met.
         tuned_scales: True if the scales of the pruned model were tuned.
     """
@@ -142,8 +121,6 @@ class RunResult(BaseModel, extra="forbid", frozen=True):
     stages: dict[str, StageCost]
     versions: dict[str, str] = Field(default_factory=_versions)
     device: str = "cpu"
-    vocabulary: VocabularySummary | None = None
-    foreign: ForeignVocabulary | None = None
     target: TargetOutcome | None = None
     tuned_scales: bool
 
@@ -211,12 +188,6 @@ class PruneResult:
                 f"the remaining weights were fitted on {count} windows of text: more calibration text, or more"
                 " `compensation_windows`, makes a better model"
             )
-        if result.foreign and result.foreign.share >= _MUCH_FOREIGN:
-            lines.append(
-                f"{result.foreign.tokens:,} tokens are in scripts that the text of this run does not have"
-                f" ({', '.join(result.foreign.scripts)}): `vocabulary` with text of all languages that are needed"
-                f" removes them and others, {result.foreign.share:.0%} of all parameters or more"
-            )
         odd = [block for block in self.plan.blocks if block.kind == "channels" and len(block.kept) % _FRIENDLY_MULTIPLE]
         if odd:
             lines.append(
@@ -257,13 +228,9 @@ def verdict_of(role: Role, breakage: Mapping[Role, Breakage | None]) -> Verdict 
 def _rises(result: RunResult) -> Iterator[str]:
     """A line for every text on which the final model is much worse than the dense one."""
     for text, final in result.final.perplexity.items():
-        dense = result.model("dense").perplexity[text]
-        metric, most, digits, before, after = "perplexity", _MUCH_WORSE, 1, dense.perplexity, final.perplexity
-        if result.vocabulary:
-            metric, most, digits = "bits per byte", _MANY_MORE_BITS, 3
-            before, after = dense.bits_per_byte or 0.0, final.bits_per_byte or 0.0
-        if not after <= most * before:
-            yield f"{metric} on {text} rose from {before:.{digits}f} to {after:.{digits}f}"
+        before, after = result.model("dense").perplexity[text].perplexity, final.perplexity
+        if not after <= _MUCH_WORSE * before:
+            yield f"perplexity on {text} rose from {before:.1f} to {after:.1f}"
 
 
 def _verdict(final: ModelNumbers) -> Iterator[str]:

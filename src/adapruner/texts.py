@@ -7,9 +7,8 @@ trained on the same documents.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations, product
+from itertools import combinations
 from typing import Any
 
 from adapruner.calibration import (
@@ -21,7 +20,6 @@ from adapruner.calibration import (
     parse_blend,
     parse_source,
     read_documents,
-    source_names,
 )
 from adapruner.config import PruneConfig
 from adapruner.errors import AdaPrunerError
@@ -42,14 +40,12 @@ class Texts:
         objective: for judging trials; None if the model generates the text.
         recovery: for training the pruned model; empty if it is not trained.
         report: for the reported perplexity, by the name shown in results.
-        vocabulary: the sources whose tokens are kept; empty if all tokens are kept.
     """
 
     pool: Source | None
     objective: Source | None
     recovery: tuple[BlendPart, ...]
     report: dict[str, Source]
-    vocabulary: tuple[Source, ...] = ()
 
     @property
     def used(self) -> list[tuple[str, Source]]:
@@ -69,13 +65,12 @@ class Texts:
         return [document for source in sources for document in read_documents(source) if document.strip()]
 
     def as_records(self) -> list[dict[str, str]]:
-        """The records of the sources in `used` and `vocabulary` in a checkpoint: `use`, `text`, `identity`, `part` and
+        """The records of the sources in `used` in a checkpoint: `use`, `text`, `identity`, `part` and
         `columns`.
 
         A local file is recorded by its name and the hash of its content, without its folder.
         """
-        uses = [*self.used, *(("vocabulary", source) for source in self.vocabulary)]
-        return [{"use": use} | record_of(source) for use, source in uses]
+        return [{"use": use} | record_of(source) for use, source in self.used]
 
 
 def assign_texts(config: PruneConfig, missing_ok: bool = False) -> Texts:
@@ -101,15 +96,11 @@ def assign_texts(config: PruneConfig, missing_ok: bool = False) -> Texts:
         else part
         for part in (parse_blend(config.recover, missing_ok) if config.recover is not None else ())
     )
-    identities |= _identities(*blend_sources(recovery))
-    named = (parse_source(text, missing_ok=missing_ok) for text in source_names(config.vocabulary))
-    vocabulary = tuple(source.restrict("calibration") if source.identity in identities else source for source in named)
-    texts = Texts(pool, objective, recovery, {}, vocabulary)
+    texts = Texts(pool, objective, recovery, {})
     identities = _identities(*(source for _, source in texts.used))
     reports = [source.restrict("report") if source.identity in identities else source for source in reports]
     _refuse_overlaps(texts, reports)
     reports = reports or _default_reports(texts)
-    _refuse_reported_vocabulary(vocabulary, reports)
     return replace(texts, report={str(source): source for source in reports})
 
 
@@ -146,14 +137,6 @@ def _default_reports(texts: Texts) -> list[Source]:
     taken = {(source.identity, source.part) for _, source in texts.used}
     source = texts.pool or texts.objective
     return [replace(source, part="report")] if source and (source.identity, "report") not in taken else []
-
-
-def _refuse_reported_vocabulary(vocabulary: Sequence[Source], reports: Sequence[Source]) -> None:
-    for source, report in product(vocabulary, reports):
-        if source.identity == report.identity and (source.part == report.part or "all" in (source.part, report.part)):
-            raise AdaPrunerError(
-                f"`evaluate` would report on {report}, whose tokens `vocabulary` keeps: name another part or text"
-            )
 
 
 def _refuse_overlaps(texts: Texts, reports: list[Source]) -> None:

@@ -27,7 +27,7 @@ OPTION_GROUPS: dict[str, tuple[str, ...]] = {
     "A target instead of a ratio": config.TARGET_OPTIONS,
     "What is removed": (
         *("ratio_of", "protect_first", "protect_last", "head_share", "head_granularity"),
-        *("expert_granularity", "round_to", "vocabulary", "vocabulary_size", "vocabulary_multiple"),
+        *("expert_granularity", "round_to"),
     ),
     "Datasets": ("objective", "pool", "samples", "objective_windows", "final_windows", "seq_len", "sources"),
     "Search": ("trials", "level_rounds", "selection", "search", "space", "sampler", "seed"),

@@ -40,10 +40,9 @@ def next_commands(contents: Contents) -> dict[str, str]:
     config, folder, model = contents.config, contents.path, contents.final_folder
     commands: dict[str, tuple[str, ...]] = {}
     if not config.recover and _can_be_learnt(config):
-        # If the vocabulary was pruned, the dense model has other tokens.
-        teacher = () if config.vocabulary else ("--teacher", config.model)
         commands["Recover part of the loss by fine-tuning"] = (
-            *("recover", str(model), "--data", config.calibration, *teacher, "-o", str(folder / "better")),
+            *("recover", str(model), "--data", config.calibration, "--teacher", config.model),
+            *("-o", str(folder / "better")),
         )
     if not config.tasks:
         commands["Measure tasks"] = ("evaluate", str(model), "--tasks", "commonsense")
@@ -57,9 +56,9 @@ def next_commands(contents: Contents) -> dict[str, str]:
 
 def _can_be_learnt(config: PruneConfig) -> bool:
     """True if fine-tuning can read the dataset of the calibration: text, under a name that needs no file of sources; or
-    text that the dense model writes with the same tokens."""
+    text that the dense model writes."""
     if config.calibration == SELF_GENERATED:
-        return not config.vocabulary
+        return True
     return not config.sources and not parse_source(config.calibration, missing_ok=True).holds_windows
 
 

@@ -21,7 +21,6 @@ from adapruner.planning import PruningPlan
 from adapruner.progress import Reporter, StageCost
 from adapruner.result import ModelNumbers, Role, RunResult, roles_of, verdict_of
 from adapruner.search import History, Levelled, SearchResult, StudyFile
-from adapruner.tokens import Vocabulary
 
 T = TypeVar("T")
 
@@ -177,14 +176,12 @@ def _models(made: _Artifacts, plan: PruningPlan | None) -> list[ModelNumbers]:
     models = []
     breakage: dict[Role, Breakage | None] = {}
     saved = {"dense": True, "searched": made.path("model"), "recovered": made.path("recovered")}
-    vocabulary = made.read("vocabulary.json", Vocabulary) if made.config.vocabulary else None
-    removed_tokens = vocabulary.summary.removed_parameters if vocabulary else 0
     for role in roles_of(made.config):
         perplexity = made.read(f"evaluation/perplexity-{role}.json", dict[str, Perplexity]) or {}
         tasks = made.read(f"evaluation/tasks-{role}.json", dict[str, TaskScore]) or {}
         breakage[role] = made.read(f"evaluation/breakage-{role}.json", Breakage)
         if perplexity or tasks or saved.get(role):
-            removed = -removed_tokens if role == "dense" else plan.removed_parameters
+            removed = 0 if role == "dense" else plan.removed_parameters
             models.append(
                 ModelNumbers(
                     role=role,

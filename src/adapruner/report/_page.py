@@ -76,7 +76,7 @@ def render_report(run: RunFolder, config: PruneConfig, refresh: int | None = Non
         contents=contents,
         refresh=refresh if contents.state == "running" else None,
         name=shown_name(config.model),
-        losses=_tables.losses(contents, dense, final, names[final.role]) if dense and final else None,
+        losses=_tables.losses(dense, final, names[final.role]) if dense and final else None,
         gains=_tables.gains(contents, dense, final, names[final.role]) if dense and final else None,
         mean=next((number for number in final.numbers.values() if number.kind == "mean"), None) if final else None,
         used=_used_texts(config) if final and final.perplexity else {},

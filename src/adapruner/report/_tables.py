@@ -28,20 +28,17 @@ _KEPT = {
 }
 
 
-def losses(contents: Contents, dense: ModelNumbers, final: ModelNumbers, final_name: str) -> Table:
-    """The losses of quality against the dense model, as far as they were measured. Perplexities per token are left out
-    if the vocabulary was pruned: they are of other tokens."""
-    rows = _losses(dense.numbers, final.numbers, list(final.tasks), not contents.config.vocabulary)
+def losses(dense: ModelNumbers, final: ModelNumbers, final_name: str) -> Table:
+    """The losses of quality against the dense model, as far as they were measured."""
+    rows = _losses(dense.numbers, final.numbers, list(final.tasks))
     return _changes("loss-table", "Losses", final_name, rows)
 
 
-def _losses(dense: Numbers, final: Numbers, tasks: Sequence[str], have_same_tokens: bool) -> Iterator[Cells]:
+def _losses(dense: Numbers, final: Numbers, tasks: Sequence[str]) -> Iterator[Cells]:
     for before, after in ((dense[key], after) for key, after in final.items() if key in dense):
         label, about, (rise, error) = after.metric, after.dataset, difference(before, after)
         change, noise = signed(rise, None, after.digits).text, is_noise(rise, error)
         if after.kind == "text" and after.metric == "perplexity":
-            if not have_same_tokens:
-                continue
             # The loss is the logarithm of the perplexity; errors of the loss are symmetric.
             errors = (number.error and number.error / number.value for number in (before, after))
             change, noise = _times(before.value, after.value), is_noise(math.log(after.value / before.value), *errors)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from adapruner.calibration import absolute_blend, absolute_source, register_sources, source_names
+from adapruner.calibration import absolute_blend, absolute_source, register_sources
 from adapruner.config import BUDGETS, FUNCTION, TRAINING_BUDGETS, PruneConfig, PruneOptions, RecoveryOptions
 from adapruner.errors import AdaPrunerError
 from adapruner.families import open_config
@@ -145,6 +145,5 @@ def _with_absolute_paths(options: Mapping[str, Any]) -> PruneConfig:
         | {
             "model": str(path.absolute()) if path.exists() else config.model,
             "evaluate": tuple(map(absolute_source, config.evaluate)),
-            "vocabulary": tuple(map(absolute_source, source_names(config.vocabulary))),
         }
     )

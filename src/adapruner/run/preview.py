@@ -79,7 +79,7 @@ def _preview(making: Making) -> Preview:
         ratio=making.value(amount.starting_ratio),
         folder=str(making.folder.path),
         missing=[node.path for node in missing],
-        parameters_before=count_parameters(empty_model(making.value(inputs.given_config))),
+        parameters_before=count_parameters(empty_model(making.value(inputs.model_config))),
         parameters_after=after,
         model_bytes=after * making.value(inputs.precision).weights.itemsize,
         moments_bytes=sum(block.inputs * block.inputs_of_one for block in structure.blocks) * _FLOAT32 * will_measure,
@@ -112,8 +112,7 @@ class Estimate:
 
 
 def estimate(model: str | Path, memory: str | None = None, **options: Any) -> Estimate:
-    """The memory that `prune` would need with these options, from shapes: no weights are read, and of text only that of
-    `vocabulary`.
+    """The memory that `prune` would need with these options, from shapes: no weights and no text are read.
 
     Args:
         memory: of the GPUs that the run would have instead of this machine, as 24GB or 4x80GB.

@@ -5,7 +5,7 @@ from adapruner.tokens._choosing import (
     VocabularySummary as VocabularySummary,
     choose_tokens as choose_tokens,
 )
-from adapruner.tokens._counting import count_tokens as count_tokens, foreign_tokens as foreign_tokens
+from adapruner.tokens._counting import count_tokens as count_tokens
 from adapruner.tokens._model import (
     configs_with_tokens as configs_with_tokens,
     cut_config as cut_config,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import unicodedata
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 
@@ -63,16 +62,3 @@ def scripts_of(tokenizer: Tokenizer, tokens: Iterable[int]) -> list[str]:
     letters, as for parts of characters."""
     texts = tokenizer.batch_decode([[token] for token in tokens])
     return [next((script for sign in text if (script := _script(sign))), "OTHER") for text in texts]
-
-
-def foreign_tokens(tokenizer: Tokenizer, size: int, used: Iterable[int]) -> dict[str, int]:
-    """The number of tokens in each script of which a text has no letter; the most frequent script first.
-
-    Args:
-        size: of the vocabulary; only smaller ids are counted.
-        used: the tokens of the text.
-    """
-    familiar = set(scripts_of(tokenizer, set(used))) | {"OTHER"}
-    scripts = scripts_of(tokenizer, range(min(size, len(tokenizer))))
-    counts = Counter(script for script in scripts if script not in familiar)
-    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))

@@ -48,23 +48,22 @@ from adapruner.run.nodes.forms import json_form
 from adapruner.run.nodes.inputs import Precision
 from adapruner.structure import Structure, count_parameters
 from adapruner.surgery import prune_model
-from adapruner.tokens import Vocabulary
 
 RatioOfBlocks = Callable[[float], float]
 BudgetAt = Callable[[float], Budget]
 
 
 @GRAPH.in_memory
-def share_of_decoder(location: ModelLocation, given_config: PreTrainedConfig) -> float:
+def share_of_decoder(location: ModelLocation, model_config: PreTrainedConfig) -> float:
     """The share of the parameters of a multimodal model that its decoder has; 1 for a text model."""
     wrapper = find_wrapper(location)
     if wrapper is None:
         return 1
-    return count_parameters(empty_model(given_config)) / count_parameters(wrapper.around(given_config))
+    return count_parameters(empty_model(model_config)) / count_parameters(wrapper.around(model_config))
 
 
 @GRAPH.in_memory
-def ratio_of_blocks(kept_tokens: Vocabulary | None, share_of_decoder: float, ratio_of: RatioOf) -> RatioOfBlocks:
+def ratio_of_blocks(share_of_decoder: float, ratio_of: RatioOf) -> RatioOfBlocks:
     """For a ratio of all parameters of the given model, that of the remaining ones that blocks must lose."""
 
     def rest(ratio: float) -> float:
@@ -73,20 +72,7 @@ def ratio_of_blocks(kept_tokens: Vocabulary | None, share_of_decoder: float, rat
                 f"`ratio` {ratio} is not reachable: the decoder, which alone is pruned, has {share_of_decoder:.3f} of"
                 " the parameters"
             )
-        if ratio_of == "parameters":
-            ratio = ratio / share_of_decoder
-        if kept_tokens is None or ratio_of == "groups":
-            return ratio
-        summary = kept_tokens.summary
-        left = ratio * summary.parameters_before - summary.removed_parameters
-        if left <= 0:
-            share = summary.removed_parameters / summary.parameters_before
-            raise AdaPrunerError(
-                f"`ratio` {ratio} is less than what the vocabulary alone gives, {share:.3f} of the"
-                f" {summary.parameters_before:,} parameters: choose a larger ratio, or a larger `vocabulary_size`;"
-                " adapruner vocabulary removes tokens and nothing else"
-            )
-        return left / summary.parameters_after
+        return ratio / share_of_decoder if ratio_of == "parameters" else ratio
 
     return rest
 
@@ -181,7 +167,6 @@ def ratio_of_target(
     empty: PreTrainedModel,
     structure: Structure,
     budget_at: BudgetAt,
-    kept_tokens: Vocabulary | None,
 ) -> float | None:
     """The ratio that the search starts with to meet a target; None without one.
 
@@ -194,8 +179,7 @@ def ratio_of_target(
     def counts_at(ratio: float) -> list[int]:
         return kept_counts(structure, budget_at(ratio))
 
-    summary = kept_tokens.summary if kept_tokens else None
-    ratio = target.ratio(counts_at, summary.removed_parameters / summary.parameters_before if summary else 0.0)
+    ratio = target.ratio(counts_at)
     if not isinstance(target.amount, Speed) and is_gguf(target.amount.format):
         scores = torch.zeros(structure.group_offsets[-1])
         check_gguf(prune_model(empty, structure, make_plan(structure, scores, counts_at(ratio))))

@@ -29,59 +29,30 @@ from adapruner.evaluation import (
 from adapruner.graph import Kept
 from adapruner.measurement import Statistics
 from adapruner.memory import Placement
-from adapruner.models import ModelLocation, Pictures, find_model, in_fastest_dtype, load_model, show_pictures
+from adapruner.models import Pictures, find_model, in_fastest_dtype, load_model, show_pictures
 from adapruner.progress import Reporter
 from adapruner.result import IS_WANTED, Role
 from adapruner.run.nodes.chosen import AtRatio
 from adapruner.run.nodes.declared import GRAPH
 from adapruner.run.nodes.forms import TENSORS, json_form
-from adapruner.run.nodes.inputs import Precision
 from adapruner.run.nodes.models import scales_were_tuned
 from adapruner.search import SearchResult, plan_candidate
 from adapruner.structure import Structure
 from adapruner.surgery import prune_model
 from adapruner.texts import Texts
-from adapruner.tokens import Vocabulary
 
-# The models that are evaluated: by role, the node of the model; the dense one has all tokens.
+# The models that are evaluated: by role, the node of the model.
 _MODELS: dict[Role, str] = {
-    "dense": "dense_given",
+    "dense": "dense",
     "best_fixed": "best_fixed_model",
     "compensated": "compensated_model",
     "searched": "pruned_model",
     "recovered": "recovered_model",
 }
 # The same in the dtype of trials, in which text is written and tasks are run.
-_FAST_MODELS: dict[Role, str] = {"dense": "dense_given_fast", "searched": "pruned_fast", "recovered": "recovered_fast"}
+_FAST_MODELS: dict[Role, str] = {"dense": "dense_fast", "searched": "pruned_fast", "recovered": "recovered_fast"}
 # Of the steps on the way nothing but the perplexity is measured.
 _STEPS: tuple[Role, ...] = ("best_fixed", "compensated")
-
-
-@GRAPH.costly
-def given(location: ModelLocation, precision: Precision, placement: Placement, reporter: Reporter) -> PreTrainedModel:
-    """The model as it was given, loaded."""
-    with reporter.stage("loading"):
-        return load_model(location, precision.asked, placement.device, placement.layer_wise)
-
-
-@GRAPH.costly
-def dense_given(
-    dense_later: Callable[[], PreTrainedModel],
-    given_later: Callable[[], PreTrainedModel],
-    kept_tokens: Vocabulary | None,
-) -> PreTrainedModel:
-    """The given model with all of its tokens."""
-    return given_later() if kept_tokens else dense_later()
-
-
-@GRAPH.costly
-def dense_given_fast(
-    dense_fast_later: Callable[[], PreTrainedModel],
-    given_later: Callable[[], PreTrainedModel],
-    kept_tokens: Vocabulary | None,
-) -> PreTrainedModel:
-    """The same in the dtype of trials."""
-    return in_fastest_dtype(given_later()) if kept_tokens else dense_fast_later()
 
 
 @GRAPH.costly
@@ -126,19 +97,11 @@ def measured_perplexity(
         }
 
 
-@GRAPH.in_memory
-def texts_of_dense(
-    report_texts: dict[str, EvaluationText], report_texts_dense: dict[str, EvaluationText] | None
-) -> dict[str, EvaluationText]:
-    """The windows that are reported on in the tokens of the given model."""
-    return report_texts if report_texts_dense is None else report_texts_dense
-
-
 # What the models write
 
 
 def written_text(model: PreTrainedModel, tokenizer: Tokenizer, placement: Placement, reporter: Reporter) -> Written:
-    """What a model writes after the built-in prompts, in the tokens that are kept; nothing layer by layer, where every
+    """What a model writes after the built-in prompts; nothing layer by layer, where every
     generated token would read all weights."""
     if placement.layer_wise:
         return {}
@@ -163,7 +126,7 @@ def _kept_text(role: Role, model: str) -> None:
     GRAPH.kept(path, json_form(content), name=f"writing_{role}", needs=needs, **options)(judged_writing)
 
 
-for _role, _model in (_FAST_MODELS | {"dense": "dense_fast"}).items():
+for _role, _model in _FAST_MODELS.items():
     _kept_text(_role, _model)
 
 
@@ -216,10 +179,8 @@ def measured_tasks(
 
 def _kept_for(role: Role, what: str, content: Any, make: Callable[..., Any], **options: Any) -> Kept[Any]:
     """Declares what is measured of the model of a role."""
-    tokenizer = "given_tokenizer" if role == "dense" else "tokenizer"
-    texts = "texts_of_dense" if role == "dense" else "report_texts"
     model = (_MODELS if what == "perplexity" else _FAST_MODELS)[role]
-    needs = {"model": model, "tokenizer": tokenizer, "texts": texts, "writing": f"writing_{role}"}
+    needs = {"model": model, "texts": "report_texts", "writing": f"writing_{role}"}
     path = f"evaluation/{what}-{role}.json"
     return GRAPH.kept(path, json_form(content), name=f"{what}_{role}", needs=needs, **options)(make)
 

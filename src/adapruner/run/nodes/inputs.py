@@ -22,19 +22,9 @@ from adapruner.models import (
     resolve_devices,
     trial_dtype,
 )
-from adapruner.progress import Reporter
 from adapruner.run.nodes.declared import GRAPH
-from adapruner.run.nodes.forms import json_form
 from adapruner.structure import Structure, build_structure
 from adapruner.texts import Texts, assign_texts
-from adapruner.tokens import (
-    TokenizerParts,
-    Vocabulary,
-    configs_with_tokens,
-    cut_config,
-    cut_tokenizer,
-    select_vocabulary,
-)
 
 
 class Precision(NamedTuple):
@@ -76,20 +66,31 @@ def location(model: str) -> ModelLocation:
 
 
 @GRAPH.in_memory
-def given_config(location: ModelLocation) -> PreTrainedConfig:
-    """The config of the given model, with all of its tokens."""
+def model_config(location: ModelLocation) -> PreTrainedConfig:
     return open_config(location)
 
 
 @GRAPH.leaf(lambda family: family.model_dump_json())
-def family(given_config: PreTrainedConfig) -> Architecture:
-    return resolve(given_config)
+def family(model_config: PreTrainedConfig) -> Architecture:
+    return resolve(model_config)
 
 
 @GRAPH.in_memory
-def given_tokenizer(location: ModelLocation) -> Tokenizer:
-    """The tokenizer of the given model, with all of its tokens."""
+def tokenizer(location: ModelLocation) -> Tokenizer:
     return load_tokenizer(location)
+
+
+@GRAPH.in_memory
+def empty(model_config: PreTrainedConfig) -> PreTrainedModel:
+    """The dense model without weights."""
+    return empty_model(model_config)
+
+
+@GRAPH.in_memory
+def structure(
+    empty: PreTrainedModel, family: Architecture, head_granularity: Any, expert_granularity: Any
+) -> Structure:
+    return build_structure(empty, head_granularity, expert_granularity)
 
 
 # Which text is used for what
@@ -118,52 +119,6 @@ def recovery_texts(texts: Texts) -> tuple[BlendPart, ...]:
 @GRAPH.leaf(lambda sources: {name: content_of_text(source) for name, source in sources.items()})
 def evaluated_texts(texts: Texts) -> dict[str, Source]:
     return texts.report
-
-
-@GRAPH.leaf(lambda sources: {str(source): content_of_text(source) for source in sources})
-def counted_texts(texts: Texts) -> tuple[Source, ...]:
-    return texts.vocabulary
-
-
-# The tokens that are kept, and the model with these alone
-
-
-@GRAPH.kept("vocabulary.json", json_form(Vocabulary), is_wanted=lambda vocabulary: vocabulary, is_early=True)
-def kept_tokens(
-    location: ModelLocation,
-    given_config: PreTrainedConfig,
-    given_tokenizer: Tokenizer,
-    counted_texts: tuple[Source, ...],
-    vocabulary_size: int | None,
-    vocabulary_multiple: int,
-    reporter: Reporter,
-) -> Vocabulary:
-    """The tokens that are kept. Everything from here on is of the model and the tokenizer with these alone."""
-    naming = configs_with_tokens(location, given_config)
-    with reporter.stage("counting tokens", None) as advance:
-        return select_vocabulary(
-            given_tokenizer, given_config, naming, counted_texts, vocabulary_size, vocabulary_multiple, advance
-        )
-
-
-@GRAPH.in_memory
-def tokenizer(given_tokenizer: Tokenizer, kept_tokens: Vocabulary | None) -> Tokenizer:
-    if kept_tokens is None:
-        return given_tokenizer
-    return cut_tokenizer(given_tokenizer, TokenizerParts.of(given_tokenizer), kept_tokens.new_ids)
-
-
-@GRAPH.in_memory
-def empty(given_config: PreTrainedConfig, kept_tokens: Vocabulary | None) -> PreTrainedModel:
-    """The dense model without weights."""
-    return empty_model(cut_config(given_config, kept_tokens) if kept_tokens else given_config)
-
-
-@GRAPH.in_memory
-def structure(
-    empty: PreTrainedModel, family: Architecture, head_granularity: Any, expert_granularity: Any
-) -> Structure:
-    return build_structure(empty, head_granularity, expert_granularity)
 
 
 # Where it runs

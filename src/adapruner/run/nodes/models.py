@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.calibration import BlendPart, has_written_part
 from adapruner.callbacks import Callback, tell
-from adapruner.checkpoint import save_checkpoint
+from adapruner.checkpoint import read_origin, save_checkpoint
 from adapruner.config import RecoveryOptions
 from adapruner.costs import bytes_of_model, cache_bytes, dtype_in, is_gguf, timer
 from adapruner.errors import AdaPrunerError, NonFiniteError
@@ -26,6 +26,7 @@ from adapruner.measurement import StoredMoments
 from adapruner.memory import Placement
 from adapruner.models import (
     Architecture,
+    ModelLocation,
     Pictures,
     check_tokens,
     empty_model,
@@ -138,9 +139,10 @@ Save = Callable[[PreTrainedModel, Path], Path]
 
 
 @GRAPH.leaf()
-def origin(model: str, texts: Texts) -> dict[str, Any]:
-    """The record in a checkpoint of its base model and the texts that it was made with."""
-    return {"base_model": shown_name(model), "texts": texts.as_records()}
+def origin(model: str, location: ModelLocation, texts: Texts) -> dict[str, Any]:
+    """The record in a checkpoint of its base model and the texts that it was made with, or the base model was."""
+    earlier = read_origin(location) or {"texts": []}
+    return {"base_model": shown_name(model), "texts": earlier["texts"] + texts.as_records()}
 
 
 @GRAPH.in_memory
@@ -150,7 +152,7 @@ def save(tokenizer: Tokenizer, plan: PruningPlan, origin: dict[str, Any], report
     def save_model(pruned: PreTrainedModel, folder: Path) -> Path:
         with reporter.stage("saving"):
             # Another model is fine-tuned, or none yet.
-            texts = [text for text in origin["texts"] if text["use"] != "recovery"]
+            texts = [text for text in origin["texts"] if text.get("use") != "recovery"]
             save_checkpoint(pruned, tokenizer, folder, record=origin | {"texts": texts, "plan": plan.hash})
         return folder
 

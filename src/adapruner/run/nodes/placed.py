@@ -32,7 +32,6 @@ from adapruner.run.nodes.declared import GRAPH
 from adapruner.run.nodes.inputs import Precision
 from adapruner.structure import Structure
 from adapruner.texts import Texts
-from adapruner.tokens import Vocabulary, cut_vocabulary
 
 
 @GRAPH.leaf()
@@ -115,14 +114,10 @@ def dense(
     pictures: list[Pictures],
     precision: Precision,
     placement: Placement,
-    kept_tokens: Vocabulary | None,
     reporter: Reporter,
 ) -> PreTrainedModel:
-    """The dense model with the tokens that are kept."""
     with reporter.stage("loading"):
         model = load_model(location, precision.asked, placement.device, placement.layer_wise)
-        if kept_tokens:
-            cut_vocabulary(model, kept_tokens)
     return show_pictures(model, pictures)
 
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.callbacks import Callback, tell
 from adapruner.card import model_card
@@ -19,13 +18,12 @@ from adapruner.planning import PruningPlan, TargetOutcome
 from adapruner.progress import StageCost
 from adapruner.recovery import read_record
 from adapruner.report import render_report
-from adapruner.result import ForeignVocabulary, ModelNumbers, Role, RunResult, roles_of, verdict_of
+from adapruner.result import ModelNumbers, Role, RunResult, roles_of, verdict_of
 from adapruner.run.nodes.declared import GRAPH
 from adapruner.run.nodes.forms import Windows, json_form
 from adapruner.run.nodes.models import scales_were_tuned
 from adapruner.search import Levelled, SearchResult
-from adapruner.structure import Structure, build_structure
-from adapruner.tokens import Vocabulary, foreign_tokens
+from adapruner.structure import build_structure
 
 PAGE: Form[str] = Form(
     lambda page, path: path.write_text(page, encoding="utf-8"), lambda path: path.read_text(encoding="utf-8")
@@ -65,21 +63,6 @@ def breakages(
     return {"dense": breakage_dense, "searched": breakage_searched, "recovered": breakage_recovered}
 
 
-@GRAPH.costly
-def foreign_vocabulary(
-    windows: Windows, tokenizer: Tokenizer, empty: PreTrainedModel, structure: Structure, kept_tokens: Vocabulary | None
-) -> ForeignVocabulary | None:
-    """The tokens in scripts that the text has no letter of; None if tokens were removed."""
-    if kept_tokens is not None:
-        return None
-    used = torch.cat([tokens.flatten().clamp_min(0) for tokens in windows.values()]).unique().tolist()
-    size = empty.config.vocab_size
-    scripts = foreign_tokens(tokenizer, size, used)
-    embeddings = sum(tensor.numel() for tensor in empty.parameters() if size in tensor.shape[:1])
-    share = embeddings / size * sum(scripts.values()) / structure.total_parameters
-    return ForeignVocabulary(tokens=sum(scripts.values()), scripts=list(scripts)[:3], share=share)
-
-
 @GRAPH.kept(
     "result.json",
     json_form(RunResult),
@@ -103,8 +86,6 @@ def result(
     perplexities: dict[Role, dict[str, Perplexity] | None],
     task_scores: dict[Role, dict[str, TaskScore] | None],
     breakages: dict[Role, Breakage | None],
-    kept_tokens: Vocabulary | None,
-    foreign_vocabulary: ForeignVocabulary | None,
     main_device: torch.device,
     stage_costs: Callable[[], dict[str, StageCost]],
     callbacks: Sequence[Callback],
@@ -113,12 +94,10 @@ def result(
     config_after = load_config(find_model(str(pruned)))
     after = build_structure(empty_model(config_after)).total_parameters
     tuned_scales = scales_were_tuned(compensated, pruned)
-    chosen = kept_tokens.summary if kept_tokens else None
-    before = chosen.parameters_before if chosen else plan.total_parameters
     numbers = [
         ModelNumbers(
             role=role,
-            parameters=before if role == "dense" else after,
+            parameters=plan.total_parameters if role == "dense" else after,
             perplexity=perplexities[role] or {},
             tasks=task_scores.get(role) or {},
             breakage=breakages.get(role),
@@ -142,8 +121,6 @@ def result(
         tuned_scales=tuned_scales,
         stages=stage_costs(),
         device=describe_device(main_device),
-        vocabulary=chosen,
-        foreign=foreign_vocabulary,
         target=outcome_of_target,
     )
     folders: dict[Role, Path | None] = {"searched": pruned, "recovered": recovered}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
@@ -31,8 +29,6 @@ from adapruner.progress import Reporter
 from adapruner.run.nodes.declared import GRAPH
 from adapruner.run.nodes.forms import TENSORS, Windows
 from adapruner.texts import DEFAULT_REPORT_WINDOWS
-
-REPORT_TEXTS: Form[dict[str, EvaluationText]] = Form(save_texts, load_texts)
 
 
 def writes_text(compensation: str, space: Space, terms: Terms, self_windows: int | None) -> bool:
@@ -110,40 +106,31 @@ def windows(
     return finite
 
 
-ToReport = Callable[[dict[str, Source], Tokenizer], dict[str, EvaluationText]]
-
-
-@GRAPH.in_memory
-def to_report(seq_len: int, evaluate: tuple[str, ...], evaluate_windows: int | None, evaluate_bos: bool) -> ToReport:
-    """Cuts the windows that are reported on out of texts, by name."""
-    count = evaluate_windows or (None if evaluate else DEFAULT_REPORT_WINDOWS)
-    return lambda sources, tokenizer: {
-        name: evaluation_text(source, tokenizer, seq_len, count, bos=evaluate_bos) for name, source in sources.items()
-    }
-
-
 @GRAPH.in_memory
 def drawn_to_report(
-    evaluated_texts: dict[str, Source], tokenizer: Tokenizer, empty: PreTrainedModel, to_report: ToReport
+    evaluated_texts: dict[str, Source],
+    tokenizer: Tokenizer,
+    empty: PreTrainedModel,
+    seq_len: int,
+    evaluate: tuple[str, ...],
+    evaluate_windows: int | None,
+    evaluate_bos: bool,
 ) -> dict[str, EvaluationText]:
-    texts = to_report(evaluated_texts, tokenizer)
+    """The windows that are reported on, by the name of their text."""
+    count = evaluate_windows or (None if evaluate else DEFAULT_REPORT_WINDOWS)
+    texts = {
+        name: evaluation_text(source, tokenizer, seq_len, count, bos=evaluate_bos)
+        for name, source in evaluated_texts.items()
+    }
     for text in texts.values():
         check_tokens(empty.config, int(text.windows.max()))
     return texts
 
 
-@GRAPH.kept("evaluation/texts.safetensors", REPORT_TEXTS)
+@GRAPH.kept("evaluation/texts.safetensors", Form(save_texts, load_texts))
 def report_texts(drawn_to_report: dict[str, EvaluationText]) -> dict[str, EvaluationText]:
     """The windows that perplexity is reported on, by the name of their text; kept, so that no text is needed later."""
     return drawn_to_report
-
-
-@GRAPH.kept("evaluation/texts-dense.safetensors", REPORT_TEXTS, is_wanted=lambda vocabulary: vocabulary)
-def report_texts_dense(
-    evaluated_texts: dict[str, Source], given_tokenizer: Tokenizer, to_report: ToReport
-) -> dict[str, EvaluationText]:
-    """The same text in the tokens of the given model, where the pruned one has fewer."""
-    return to_report(evaluated_texts, given_tokenizer)
 
 
 @GRAPH.kept("self.safetensors", TENSORS, version=3, is_wanted=writes_text)
