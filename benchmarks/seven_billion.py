@@ -30,7 +30,7 @@ import adapruner
 from adapruner.calibration import parse_source, read_documents
 from adapruner.models import empty_model, find_model, load_model
 from adapruner.models._layers import _Stream
-from adapruner.progress import StageCost
+from adapruner.progress import Advance, Reporter
 
 LAYERS_PER_SHARD = 4
 LITTLE_TEXT: dict[str, Any] = {
@@ -46,7 +46,7 @@ LITTLE_TEXT: dict[str, Any] = {
 }
 
 
-class Reads(adapruner.Callback):
+class Reads:
     """Counts how many times every stage reads the weights of all layers.
 
     Args:
@@ -56,18 +56,18 @@ class Reads(adapruner.Callback):
     def __init__(self, weights: int) -> None:
         self.weights, self.begun, self.times = weights, list[str](), defaultdict[str, float](float)
 
-    def on_stage_begin(self, stage: str) -> None:
-        self.begun.append(stage)
-
-    def on_stage_end(self, stage: str, cost: StageCost) -> None:
-        self.begun.pop()
-        read = f"all layers read {self.times.pop(stage, 0):.1f} times"
-        print(f"{stage}: {cost.seconds:.0f} s, at most {cost.peak_memory_mib / 1024:.1f} GiB, {read}", flush=True)
-
     @contextmanager
     def counted(self) -> Iterator[None]:
         """While it lasts, what is read counts."""
-        put = _Stream._put
+        put, begin = _Stream._put, Reporter.stage
+
+        @contextmanager
+        def noted(reporter: Reporter, stage: str, total: int | None = 1) -> Iterator[Advance]:
+            self.begun.append(stage)
+            with begin(reporter, stage, total) as advance:
+                yield advance
+            self.begun.pop()
+            print(f"{stage}: all layers read {self.times.pop(stage, 0):.1f} times", flush=True)
 
         def counting(stream: _Stream, weights: dict[str, Tensor]) -> None:
             if weights is not stream._placeholders:
@@ -75,7 +75,7 @@ class Reads(adapruner.Callback):
                 self.times[self.begun[-1] if self.begun else ""] += read / self.weights
             put(stream, weights)
 
-        with patch.object(_Stream, "_put", counting):
+        with patch.object(_Stream, "_put", counting), patch.object(Reporter, "stage", noted):
             yield
 
 
@@ -88,10 +88,10 @@ def main(*, folder: Path, calibration: str, layer_wise: bool = True, layers: int
     reads = Reads(sum(weight.numel() for name, weight in empty.named_parameters() if ".layers." in name))
     started = time.perf_counter()
     with reads.counted():
-        result = adapruner.prune(
-            model, calibration, output=output, layer_wise=layer_wise, callbacks=[reads], **LITTLE_TEXT
-        )
+        result = adapruner.prune(model, calibration, output=output, layer_wise=layer_wise, **LITTLE_TEXT)
     before, *_, after = (of_run.parameters for of_run in result.result.models)
+    for stage, cost in result.result.stages.items():
+        print(f"{stage}: {cost.seconds:.0f} s, at most {cost.peak_memory_mib / 1024:.1f} GiB")
     print(f"all: {time.perf_counter() - started:.0f} s; {before:,} parameters, {after:,} kept")
     saved = load_model(find_model(str(output / "model")), layer_wise=True)
     with torch.no_grad():

@@ -77,7 +77,7 @@ _NAMES = {
         prune prune_ratios plan_again load load_tokenizer recover vocabulary evaluate benchmark compare export inspect
         verbs.estimate""",
     "Arguments and results": """
-        Callback TriedPoint StageCost PruneResult RunResult PruningPlan PruneConfig PrunedVocabulary Evaluation
+        TriedPoint StageCost PruneResult RunResult PruningPlan PruneConfig PrunedVocabulary Evaluation
         Perplexity TaskScore Speed Comparison AdaPrunerError""",
     "The steps, one by one": "make_windows measure score plan cut compensate",
     "Checks for extensions": """

@@ -8,12 +8,14 @@ import os
 import pkgutil
 import signal
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from fnmatch import fnmatch
 from multiprocessing import current_process, get_context
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ import torch
 import adapruner
 from adapruner.cli import main
 from adapruner.evaluation import _writing
+from adapruner.progress import Advance, Reporter
 
 # Files that say how long something took, or show it.
 WITH_TIMES = ("result.json", "report.html", "recovery.json", "study.jsonl", "config.yaml")
@@ -106,19 +109,17 @@ def stages_done(run: Path) -> list[str]:
     return [entry["stage"] for entry in entries if entry["event"] == "finished"]
 
 
-class _Interrupting(adapruner.Callback):
-    def __init__(self, stage: str) -> None:
-        self.stage = stage
-
-    def on_stage_begin(self, stage: str) -> None:
-        if stage == self.stage:
-            raise KeyboardInterrupt
-
-
 def interrupt_before(stage: str, model: Path, output: Path, **options: Any) -> None:
     """Prunes until a stage begins."""
-    with pytest.raises(KeyboardInterrupt):
-        adapruner.prune(str(model), output=output, callbacks=[_Interrupting(stage)], **options)
+    begin = Reporter.stage
+
+    def begin_or_stop(reporter: Reporter, name: str, total: int | None = 1) -> AbstractContextManager[Advance]:
+        if name == stage:
+            raise KeyboardInterrupt
+        return begin(reporter, name, total)
+
+    with patch.object(Reporter, "stage", begin_or_stop), pytest.raises(KeyboardInterrupt):
+        adapruner.prune(str(model), output=output, **options)
 
 
 def fast_starts() -> BaseContext:

@@ -20,7 +20,8 @@ from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, processors
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.pytorch_utils import Conv1D
 
 import adapruner
@@ -35,8 +36,8 @@ from adapruner.recovery import (
     Examples,
     RecoveryRecord,
     check_device,
-    check_optimizer,
     check_processes,
+    check_trainer_options,
     instruction_examples,
     read_examples,
     read_record,
@@ -297,14 +298,51 @@ def test_a_batch_is_made_of_whole_micro_batches(model: PreTrainedModel, examples
 
 
 def test_the_optimizer_is_one_of_the_trainer(model: PreTrainedModel, examples: Examples, tmp_path: Path) -> None:
-    check_optimizer("sgd")
+    check_trainer_options(RecoveryOptions(optimizer="sgd"))
     train_in_place(model, examples, RecoveryOptions(**SHORT | {"optimizer": "adafactor"}), tmp_path / "work")
     last = max((tmp_path / "work").glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
     states = torch.load(last / "optimizer.pt", weights_only=True)["state"]
     assert any("exp_avg_sq_row" in state for state in states.values())
     for name, message in {"adam": "not a valid OptimizerNames", "apollo_adamw": "install `apollo_torch`"}.items():
         with pytest.raises(AdaPrunerError, match=f"`optimizer` {name}: .*{message}"):
-            check_optimizer(name)
+            check_trainer_options(RecoveryOptions(optimizer=name))
+
+
+class Curves(TrainerCallback):
+    """Takes the place of an experiment tracker."""
+
+    logged: list[dict[str, float]] = []  # noqa: RUF012  # the Trainer makes the object
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        self.logged.append(dict(logs or {}))
+
+
+def test_the_curves_go_to_the_named_tracker(
+    model: PreTrainedModel, examples: Examples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "tensorboard", Curves)
+    monkeypatch.setattr(Curves, "logged", [])
+    train_in_place(model, examples, RecoveryOptions(**SHORT), tmp_path / "untold")
+    assert not Curves.logged
+
+    options = RecoveryOptions(**SHORT | {"report_to": "tensorboard"})
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    with pytest.raises(AdaPrunerError, match="`report_to` tensorboard: set the environment variable"):
+        check_trainer_options(options)
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "curves"))
+    check_trainer_options(options)
+    record = train_in_place(model, examples, options, tmp_path / "told")
+    assert Curves.logged[0]["eval_loss"] == record.loss_before
+    assert sum("loss" in logs for logs in Curves.logged) == record.steps
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("minicomputer", "not supported, only azure_ml"), ("comet_ml", "requires comet-ml")],
+)
+def test_a_tracker_that_cannot_be_used_is_refused(name: str, message: str) -> None:
+    with pytest.raises(AdaPrunerError, match=f"`report_to` {name}: .*{message}"):
+        check_trainer_options(RecoveryOptions(report_to=name))
 
 
 @pytest.mark.parametrize(("length", "steps", "seen"), [({"epochs": 1}, 5, 36), ({}, 9, 2 * 36), ({"steps": 7}, 7, 56)])

@@ -18,7 +18,6 @@ __version__ = "0.1.0"
 _MODULES = {
     name: module
     for module, names in {
-        "callbacks": "Callback",
         "comparison": "Comparison",
         "config": "PruneConfig PruneOptions RecoveryOptions",
         "errors": "AdaPrunerError",
@@ -37,7 +36,6 @@ _MODULES = {
 
 # The same for type checkers and documentation.
 if TYPE_CHECKING:
-    from adapruner.callbacks import Callback as Callback
     from adapruner.comparison import Comparison as Comparison
     from adapruner.config import (
         PruneConfig as PruneConfig,

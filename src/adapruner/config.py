@@ -49,7 +49,6 @@ Space = Literal["paper", "extended"]
 TargetFormat = Literal[Dtype, "gguf:f32", "gguf:f16", "gguf:bf16", "gguf:q8_0", "gguf:q4_k_m"]
 TargetName = Literal["target_size", "target_memory", "target_speed"]
 Terms = Literal["all", "vector-wise"]
-Tracker = Literal["mlflow", "tensorboard", "trackio", "wandb"]
 TrainedWeights = Literal["lora", "ia3", "full"]
 
 
@@ -168,6 +167,11 @@ class RecoveryOptions(_Options):
         default=2000,
         description="Maximum number of examples held out to select the best weights, at most a tenth of all; and so"
         " few that validation takes little of the time, but not below 16.",
+    )
+    report_to: str = Field(
+        default="none",
+        description="Experiment tracker for the training curves, by its name in the Trainer of transformers, as wandb;"
+        " tensorboard writes into the folder that the environment variable TENSORBOARD_LOGGING_DIR names.",
     )
     seed: int = Field(default=0, ge=0, description="Seed of the adapters and of the order of the examples.")
 

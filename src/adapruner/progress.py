@@ -9,10 +9,10 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import psutil
 from pydantic import BaseModel
@@ -42,21 +42,12 @@ class StageCost(BaseModel, extra="forbid", frozen=True):
     peak_on_accelerator_mib: int = 0
 
 
-class StageWatcher(Protocol):
-    """Methods that a reporter calls for every stage."""
-
-    def on_stage_begin(self, stage: str) -> None: ...
-
-    def on_stage_end(self, stage: str, cost: StageCost) -> None: ...
-
-
 class Reporter:
     """Reports stages on stderr and, where a file is given, as JSON lines in it.
 
     Args:
         log: the file.
         quiet: print nothing, as if the level of the logger `adapruner` were above INFO.
-        watchers: called for every stage.
 
     Attributes:
         current: the stage that is running, or that an error ended.
@@ -64,12 +55,12 @@ class Reporter:
         subject: what the stages of this artifact are about, for the printed lines.
     """
 
-    def __init__(self, log: Path | None = None, quiet: bool = False, watchers: Sequence[StageWatcher] = ()) -> None:
+    def __init__(self, log: Path | None = None, quiet: bool = False) -> None:
         # Bound to stderr as it is now, so that a redirection for another library does not catch our bars.
         quiet = quiet or not _logger.isEnabledFor(logging.INFO)
         self.console = PlainConsole(file=sys.stderr, quiet=quiet)
         self.shows_bars = self.console.is_terminal or (self.console.is_jupyter and find_spec("ipywidgets") is not None)
-        self.log, self.watchers = log, tuple(watchers)
+        self.log = log
         self.current, self.key, self.subject = "preparing", "", ""
 
     @contextlib.contextmanager
@@ -94,8 +85,6 @@ class Reporter:
         reset_peak_memory()
         _reset_accelerator_peak()
         self._record(event="started", stage=name, memory_mib=held_memory() // MIB)
-        for watcher in self.watchers:
-            watcher.on_stage_begin(name)
         if self.shows_bars:
             yield from self._with_bar(name, total)
         else:
@@ -104,10 +93,7 @@ class Reporter:
         if not self.shows_bars:
             self.note(f"{self._title(name)}: done in {seconds:.1f} s")
         peaks = {"peak_memory_mib": peak_memory() // MIB, "peak_on_accelerator_mib": _accelerator_peak() // MIB}
-        cost = StageCost(seconds=round(seconds, 2), **peaks)
-        self._record(event="finished", stage=name, **cost.model_dump())
-        for watcher in self.watchers:
-            watcher.on_stage_end(name, cost)
+        self._record(event="finished", stage=name, **StageCost(seconds=round(seconds, 2), **peaks).model_dump())
 
     def note(self, lines: str) -> None:
         """Prints lines, if there are any."""

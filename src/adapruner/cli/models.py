@@ -10,7 +10,7 @@ from pydantic_core import to_jsonable_python
 
 from adapruner.cli._options import Device, Dtype, Flag, Json, Model, Names, Output, UploadOptions, WholeNumber, given
 from adapruner.cli._output import print_advice, print_output, starting
-from adapruner.config import ExportFormat, GgufType, RecoveryOptions, Tracker
+from adapruner.config import ExportFormat, GgufType, RecoveryOptions
 from adapruner.tables import Column, Table
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ def recover(
     options: Annotated[RecoveryOptions | None, Parameter(name="*")] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
-    track: Tracker | None = None,
     overwrite: Flag = False,
     upload: UploadOptions = None,
     json: Json = False,
@@ -48,14 +47,13 @@ def recover(
             answers:DATASET (the teacher answers instructions); several with shares, as self:0.3,c4:0.3,alpaca:0.4.
         output: Folder of the fine-tuned model.
         teacher: The dense model, for distillation.
-        track: Experiment tracker that gets the training curves; tensorboard writes into OUTPUT.tracking.
         overwrite: Start again if the folder holds another fine-tuned model.
     """
     with starting():
         from adapruner.processes import this_process
         from adapruner.verbs import recover as run
 
-    record = run(model, data, output, teacher, overwrite, dtype, device, track, **given(options, upload))
+    record = run(model, data, output, teacher, overwrite, dtype, device, **given(options, upload))
     if not this_process().leads:
         return
     losses = f"validation loss {record.loss_before:.4f} → {record.loss_after:.4f} nats per token"

@@ -21,7 +21,6 @@ from adapruner.cli._options import (
     given,
 )
 from adapruner.cli._output import preview_lines, print_advice, print_note, print_output, result_lines, starting
-from adapruner.config import Tracker
 from adapruner.errors import AdaPrunerError
 from adapruner.recipe import override, read_recipe
 
@@ -36,7 +35,6 @@ def prune(
     options: Annotated[PruneOptions | None, Parameter(name="*")] = None,
     overwrite: Annotated[Flag, Parameter(group=RUN_FOLDER)] = False,
     upload: UploadOptions = None,
-    track: Annotated[Tracker | None, Parameter(group=RUN_FOLDER)] = None,
     json: Annotated[Json, Parameter(group=RUN_FOLDER)] = False,
 ) -> None:
     """Search, prune, save, fine-tune on request, and evaluate. Rerun the same command to resume.
@@ -56,8 +54,6 @@ def prune(
             line override them; the model may be that of the recipe.
         dry_run: Check the options and print the artifacts of the run, with sizes and memory; write nothing.
         overwrite: Rebuild artifacts of other options, another model or other text.
-        track: Experiment tracker that gets trials, training curves, stage times and perplexities during the run;
-            tensorboard writes into the run folder. By default nothing is sent.
     """
     chosen = given(options)
     if output is None:
@@ -71,7 +67,7 @@ def prune(
         print_output(_unwrapped(previews), json, preview_lines(previews))
         return
     chosen = given(options, upload)
-    results = api.prune_ratios(model, output=output, overwrite=overwrite, recipe=recipe, track=track, **chosen)
+    results = api.prune_ratios(model, output=output, overwrite=overwrite, recipe=recipe, **chosen)
     if not this_process().leads:
         return
     print_advice([line for result in results for line in result.advice()])

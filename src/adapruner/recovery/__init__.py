@@ -3,8 +3,8 @@
 from adapruner.recovery._adapters import check_adapters as check_adapters, scale_options as scale_options
 from adapruner.recovery._checks import (
     check_device as check_device,
-    check_optimizer as check_optimizer,
     check_processes as check_processes,
+    check_trainer_options as check_trainer_options,
 )
 from adapruner.recovery._examples import (
     DEFAULT_GENERATED_RECORDS as DEFAULT_GENERATED_RECORDS,

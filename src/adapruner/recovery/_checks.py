@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from adapruner.config import RecoveryOptions
 from adapruner.errors import AdaPrunerError, reason
@@ -43,19 +45,31 @@ def check_processes(options: RecoveryOptions, device: torch.device) -> None:
         raise AdaPrunerError("a model that is sharded by FSDP cannot write text: leave `own_writing` out")
 
 
-def check_optimizer(name: str) -> None:
-    """Refuses an optimizer that the Trainer does not know, or whose package is not installed.
+def check_trainer_options(options: RecoveryOptions) -> None:
+    """Refuses an optimizer or an experiment tracker that the Trainer does not know, or whose package is missing.
 
     Raises:
         AdaPrunerError: with the known names, or the package.
     """
     try:
-        known: Any = nn.Linear(1, 1)
-        Trainer.get_optimizer_cls_and_kwargs(TrainingArguments("unused", **optimizer_arguments(name)), known)
+        model: Any = nn.Linear(1, 1)
+        arguments: Any = TrainingArguments("unused", **trainer_options(options))
+        Trainer.get_optimizer_cls_and_kwargs(arguments, model)
     except (ImportError, NotImplementedError, ValueError) as error:
-        raise AdaPrunerError(f"`optimizer` {name}: {reason(error)}") from None
+        raise AdaPrunerError(f"`optimizer` {options.optimizer}: {reason(error)}") from None
+    try:
+        for tracker in get_reporting_integration_callbacks(arguments.report_to):
+            tracker()
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise AdaPrunerError(f"`report_to` {options.report_to}: {reason(error)}") from None
+    # The Trainer's default is a folder that is removed at the end of the training.
+    if "tensorboard" in arguments.report_to and "TENSORBOARD_LOGGING_DIR" not in os.environ:
+        raise AdaPrunerError(
+            "`report_to` tensorboard: set the environment variable TENSORBOARD_LOGGING_DIR to a folder"
+        )
 
 
-def optimizer_arguments(name: str) -> dict[str, Any]:
-    """The arguments of the Trainer; GaLore and APOLLO project the gradients of all linear layers."""
-    return {"optim": name, "optim_target_modules": "all-linear"}
+def trainer_options(options: RecoveryOptions) -> dict[str, Any]:
+    """The Trainer's arguments for the optimizer and the tracker; GaLore and APOLLO project the gradients of all linear
+    layers."""
+    return {"optim": options.optimizer, "optim_target_modules": "all-linear", "report_to": options.report_to}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,6 @@ def recover_into(
     origin: dict[str, Any] | None = None,
     card: Callable[[RecoveryRecord], str | None] = lambda record: None,
     progress: Callable[[int], None] | None = None,
-    track: Callable[[Mapping[str, float]], None] = lambda values: None,
 ) -> RecoveryRecord:
     """Trains a model and writes it as a normal checkpoint, with the record of the training in the same folder.
 
@@ -48,12 +47,11 @@ def recover_into(
         work: folder for the state from which the same call resumes; removed at the end.
         origin: the record of the checkpoint; see `checkpoint.save_checkpoint`.
         card: makes the model card from the record.
-        track: called with the losses and the learning rate of every step.
 
     Raises:
         AdaPrunerError: see `train`; or the folder cannot be written.
     """
-    model, record = train(load, blend, options, work, teacher, progress, track, tokenizer)
+    model, record = train(load, blend, options, work, teacher, progress, tokenizer)
     record = record.model_copy(update={"config": config})
     if this_process().leads:
         save_checkpoint(model, tokenizer, folder, card(record), record=origin)

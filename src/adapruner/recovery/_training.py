@@ -8,7 +8,7 @@ import gc
 import json
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -43,7 +43,7 @@ from adapruner.processes import this_process
 from adapruner.progress import give_back_memory
 from adapruner.random_state import random_state_kept
 from adapruner.recovery._adapters import frozen, merge, take_off, with_adapters
-from adapruner.recovery._checks import optimizer_arguments
+from adapruner.recovery._checks import trainer_options
 from adapruner.recovery._examples import PADDING, Example, Examples
 from adapruner.recovery._length import UNKNOWN_STEPS, Pace, steps_between_validations
 from adapruner.recovery._mixing import MixedExamples, examples_to_learn
@@ -107,7 +107,6 @@ def train(
     folder: Path,
     teacher: PreTrainedModel | None = None,
     progress: Callable[[int], None] | None = None,
-    track: Callable[[Mapping[str, float]], None] = lambda values: None,
     tokenizer: Tokenizer | None = None,
 ) -> tuple[PreTrainedModel, RecoveryRecord]:
     """Trains a model; a call that was killed resumes from its last saved step. Processes that were started together
@@ -125,7 +124,6 @@ def train(
         folder: for the Trainer's checkpoints.
         teacher: its predictions are learnt, as the label weights of the examples say; it is run in its own dtype.
         progress: called with the number of steps done.
-        track: called with the numbers that the Trainer logs: the losses and the learning rate of every step.
         tokenizer: for `own_writing`: knows the tokens that end a text.
 
     Returns:
@@ -134,7 +132,7 @@ def train(
     Raises:
         NonFiniteError: the loss is not finite any more; earlier checkpoints are kept.
     """
-    model, state, mixed = _trained(load, blend, options, folder, teacher, tokenizer, _Watcher(progress, folder, track))
+    model, state, mixed = _trained(load, blend, options, folder, teacher, tokenizer, _Watcher(progress, folder))
     distils = teacher is not None or "taught" in blend[0].training[0]
     # The Trainer is part of reference cycles that hold the teacher and the trained copy.
     gc.collect()
@@ -304,7 +302,7 @@ def _arguments(
         gradient_accumulation_steps=passes,
         gradient_checkpointing=options.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
-        **optimizer_arguments(options.optimizer),
+        **trainer_options(options),
         learning_rate=options.learning_rate,
         # A short run would end before it is warm.
         warmup_steps=min(options.warmup_steps, steps // 10),
@@ -326,7 +324,6 @@ def _arguments(
         label_names=["labels"],
         # The norms of removed attention and feed-forward parts. Finding them means a walk over the graph in every step.
         ddp_find_unused_parameters=any(isinstance(module, Nothing) for module in cast(nn.Module, model).modules()),
-        report_to="none",
         disable_tqdm=True,
         seed=options.seed,
     )
@@ -357,13 +354,8 @@ def collate(examples: Sequence[Example]) -> dict[str, Any]:
 class _Watcher(TrainerCallback):
     """Reports progress, and stops when the loss is not finite, before anything is saved."""
 
-    def __init__(
-        self,
-        progress: Callable[[int], None] | None,
-        folder: Path,
-        track: Callable[[Mapping[str, float]], None],
-    ) -> None:
-        self._progress, self._folder, self._track = progress, folder, track
+    def __init__(self, progress: Callable[[int], None] | None, folder: Path) -> None:
+        self._progress, self._folder = progress, folder
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         best = self._folder / f"checkpoint-{state.best_global_step}"
@@ -379,7 +371,6 @@ class _Watcher(TrainerCallback):
             control.should_evaluate = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        self._track({f"recovery/{name}": value for name, value in (logs or {}).items()})
         watched = {"loss": "the loss", "eval_loss": "the validation loss", "grad_norm": "the gradient"}
         for name, title in watched.items():
             value = (logs or {}).get(name, 0.0)

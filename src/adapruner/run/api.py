@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from adapruner.callbacks import Callback
 from adapruner.checkpoint import check_push, push
-from adapruner.config import FUNCTION, PruneConfig, PruneOptions, Tracker
+from adapruner.config import FUNCTION, PruneConfig, PruneOptions
 from adapruner.errors import AdaPrunerError
 from adapruner.graph import RunFolder, make_all, refuse_outdated
 from adapruner.models import computing_repeatably, resolve_devices
@@ -25,7 +24,6 @@ from adapruner.run.makings import check, makings_of, saying_what_is_kept
 from adapruner.run.nodes import chosen, result as numbers
 from adapruner.run.options import resolve, run_folder
 from adapruner.search import ItemLosses
-from adapruner.tracking import Tracking, check_tracker
 
 
 def prune(model: ModelGiven | None = None, calibration: TextData | None = None, **options: Any) -> PruneResult:
@@ -60,12 +58,10 @@ def prune_ratios(
     recipe: str | Path | None = None,
     overwrite: bool = False,
     objective_version: str | None = None,
-    callbacks: Sequence[Callback] = (),
     push_to_hub: str | None = None,
     hub_private: bool = True,
     hub_revision: str | None = None,
     hub_token: str | None = None,
-    track: Tracker | None = None,
     **options: Any,
 ) -> list[PruneResult]:
     """`prune` for several values of `ratio`: measures once, and searches for each.
@@ -79,10 +75,8 @@ def prune_ratios(
         overwrite: rebuild what was made with other options, from another model or other text.
         objective_version: of a function as `objective`: results of another version are not used. By default a hash of
             the file that the function is in.
-        callbacks: told of stages and trials.
         push_to_hub: upload the resulting model to this repository, `owner/name`, to the branch `hub_revision`. A new
             one is private unless `hub_private` is False. `hub_token` is by default that of the login.
-        track: experiment tracker that gets trials, training curves, stage times and perplexities; None sends nothing.
         options: the fields of `PruneOptions`. `objective` may be a function that is given a pruned model, in evaluation
             mode and on the device of the run, and returns its loss on each of the same items, [items]; lower is better.
             Call again with the same function to resume.
@@ -93,7 +87,6 @@ def prune_ratios(
     Raises:
         AdaPrunerError: an option, the model, the text or the folder is invalid; before any long work.
     """
-    check_tracker(track)
     run = run_folder(output)
     objective = options.get("objective")
     judge: ItemLosses | None = objective if callable(objective) else None
@@ -104,7 +97,7 @@ def prune_ratios(
         if len(resolved.ratio) > 1:
             raise AdaPrunerError("`push_to_hub` uploads one model: give one `ratio`")
         check_push(push_to_hub, hub_token)
-    results = make_run(resolved, run, overwrite, judge=judge, callbacks=callbacks, track=track)
+    results = make_run(resolved, run, overwrite, judge=judge)
     if push_to_hub and this_process().leads:
         push(results[0].model_folder, push_to_hub, hub_private, hub_revision, hub_token)
     return results
@@ -118,8 +111,6 @@ def make_run(
     others: Sequence[RunFolder] = (),
     taken: Mapping[str, RunFolder] | None = None,
     judge: ItemLosses | None = None,
-    callbacks: Sequence[Callback] = (),
-    track: Tracker | None = None,
 ) -> list[PruneResult]:
     """Makes what is missing of a run in its folder. What can be refused is refused before the work begins.
 
@@ -129,11 +120,9 @@ def make_run(
     process, device = this_process(), resolve_devices(config.device)[0]
     run.check_usable()
     leads = process.leads
-    tracking = Tracking(track if leads else None, run.path, Reporter(quiet=not leads).note)
-    told = (*callbacks, tracking) if leads else ()
-    reporter = Reporter(quiet=not leads, watchers=told)
+    reporter = Reporter(quiet=not leads)
     with process.connected(device), computing_repeatably(device):
-        makings = makings_of(config, run, process, reporter, others, taken or {}, judge, told)
+        makings = makings_of(config, run, process, reporter, others, taken or {}, judge)
         check(makings, overwrite)
         with run.locked() if leads else contextlib.nullcontext():
             if leads:
@@ -143,7 +132,7 @@ def make_run(
                 reporter.log = run.log
                 run.save_config(config)
                 run.remove_given_but(config)
-            with tracking, saying_what_is_kept(makings[0]):
+            with saying_what_is_kept(makings[0]):
                 reporter.note(described(expected_seconds(makings)))
                 make_all(makings)
             return [PruneResult(it.folder.path, it.value(chosen.plan), it.value(numbers.result), run) for it in makings]

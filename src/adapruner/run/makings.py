@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from adapruner.callbacks import Callback
 from adapruner.config import PruneConfig
 from adapruner.errors import AdaPrunerError, describe_failure
 from adapruner.evaluation import check_tasks
@@ -25,7 +24,6 @@ def makings_of(
     others: Sequence[RunFolder] = (),
     taken: Mapping[str, RunFolder] | None = None,
     judge: ItemLosses | None = None,
-    callbacks: Sequence[Callback] = (),
     known: Mapping[str, Any] | None = None,
 ) -> list[Making]:
     """One for each ratio, in ascending order. What does not depend on the ratio is in memory once.
@@ -41,7 +39,6 @@ def makings_of(
             return reporter.finished_stages(makings[number].keys())
 
         given = {
-            "callbacks": callbacks,
             "config": at_ratio,
             "judging_function": judge,
             "largest_ratio_asked": max(config.ratio),

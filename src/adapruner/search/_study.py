@@ -20,14 +20,14 @@ from adapruner.errors import NonFiniteError
 from adapruner.interrupts import deferring_interrupts
 from adapruner.planning import BudgetError
 from adapruner.processes import Process
-from adapruner.search._history import LOSSES, STOPPED, TriedPoint, compare, loss_of, point_of
+from adapruner.search._history import LOSSES, STOPPED, compare, loss_of
 from adapruner.search._objective import JUDGED_TOGETHER
 from adapruner.search._result import Judge, SearchResult, choose
 from adapruner.search._space import FIXED_METRIC, START, Candidate, SearchSpace
 from adapruner.search._study_file import StudyFile, quiet_optuna
 
 JudgeTogether = Callable[[Sequence[Candidate]], Sequence[Iterable[Tensor]]]
-Progress = Callable[[TriedPoint, float], None]
+Progress = Callable[[float], None]
 
 # A trial is stopped once it is worse than the best one by this many standard errors of the mean difference, on at least
 # this many windows (research/experiments/early-stopping.md). It may be as good, but others will follow, and its
@@ -86,7 +86,7 @@ class Search:
         """Runs trials until enough are finished; called by all processes. Ctrl-C stops it after a batch of trials.
 
         Args:
-            progress: called in the first process with every finished trial, earlier ones included, and the best loss so
+            progress: called in the first process for every finished trial, earlier ones included, with the best loss so
                 far.
         """
         with deferring_interrupts("stopping after this trial; once more to stop at once") as raise_if_interrupted:
@@ -187,8 +187,7 @@ class _Trials:
 
     def _report(self, number: int) -> None:
         if self.progress:
-            finished = self._finished[: number + 1]
-            self.progress(point_of(number, finished[number]), min(map(loss_of, finished)))
+            self.progress(min(map(loss_of, self._finished[: number + 1])))
 
 
 def _outcome(batches: Iterable[Tensor], best: FrozenTrial | None) -> _Outcome:

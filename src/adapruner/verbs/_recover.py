@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 from adapruner.calibration import BlendPart, blend_sources, content_hash, parse_blend, read_pictures
 from adapruner.card import card_of_recovered, read_card
 from adapruner.checkpoint import check_push, push, read_origin
-from adapruner.config import Dtype, RecoverConfig, Tracker
+from adapruner.config import Dtype, RecoverConfig
 from adapruner.errors import AdaPrunerError
 from adapruner.families import open_config, open_model
 from adapruner.memory import place_weights
@@ -46,8 +46,8 @@ from adapruner.recovery import (
     check_adapters,
     check_device,
     check_folder,
-    check_optimizer,
     check_processes,
+    check_trainer_options,
     read_examples,
     recover_into,
     shard,
@@ -58,7 +58,6 @@ from adapruner.recovery import (
 )
 from adapruner.run.pictures import seen_by
 from adapruner.texts import record_of
-from adapruner.tracking import Tracking, check_tracker
 
 
 def recover(
@@ -69,7 +68,6 @@ def recover(
     overwrite: bool = False,
     dtype: Dtype = "auto",
     device: str = "auto",
-    track: Tracker | None = None,
     push_to_hub: str | None = None,
     hub_private: bool = True,
     hub_revision: str | None = None,
@@ -87,7 +85,6 @@ def recover(
         output: the folder of the recovered model.
         teacher: the dense model, for distillation.
         overwrite: start again if the folder holds another recovery.
-        track: experiment tracker for the training curves; TensorBoard's files are in a folder next to the output.
         push_to_hub: upload the recovered model to this repository.
         hub_private: make a new repository private.
         hub_revision: branch.
@@ -102,15 +99,13 @@ def recover(
     if push_to_hub:
         check_push(push_to_hub, hub_token)
     folder = output_path(output)
-    record = _recover_into(folder, config, overwrite, device, track)
+    record = _recover_into(folder, config, overwrite, device)
     if push_to_hub and this_process().leads:
         push(folder, push_to_hub, hub_private, hub_revision, hub_token)
     return record
 
 
-def _recover_into(
-    folder: Path, config: RecoverConfig, overwrite: bool, device: str, track: Tracker | None
-) -> RecoveryRecord:
+def _recover_into(folder: Path, config: RecoverConfig, overwrite: bool, device: str) -> RecoveryRecord:
     """Trains the model that the config names, unless the folder holds the result."""
     blend, teacher = parse_blend(config.data), config.teacher
     paths = [given_path(name) for name in (config.model, teacher) if name]
@@ -125,8 +120,7 @@ def _recover_into(
         raise AdaPrunerError("with `label_weight` 1, nothing is learnt from a teacher: remove `teacher`, or lower it")
     check_device(resolve_device(device))
     check_processes(config, resolve_device(device))
-    check_optimizer(config.optimizer)
-    check_tracker(track)
+    check_trainer_options(config)
     student, dense = find_model(config.model), find_model(teacher) if teacher else None
     open_config(student)  # the commit of a Hub model is known then
     # Another model or text may have the same name in a later call.
@@ -134,7 +128,7 @@ def _recover_into(
     resolved = config.model_dump(mode="json") | {"content": content}
     with training_alone(folder):
         finished = check_folder(folder, resolved, overwrite)
-        return finished or _train(folder, config, resolved, overwrite, student, dense, blend, device, track)
+        return finished or _train(folder, config, resolved, overwrite, student, dense, blend, device)
 
 
 def _train(
@@ -146,10 +140,8 @@ def _train(
     dense_location: ModelLocation | None,
     blend: Sequence[BlendPart],
     device: str,
-    track: Tracker | None,
 ) -> RecoveryRecord:
     """Reads the data, loads the models, lets the teacher write its parts of the data, and trains."""
-    leads = this_process().leads
     # On a CPU, accelerate ignores FSDP.
     shares = this_process().shares_weights and resolve_device(device).type != "cpu"
     warnings = _check_models(config, location, dense_location)
@@ -157,26 +149,24 @@ def _train(
     parts, pictures = _read(blend, location, tokenizer, config, config.label_weight if dense_location else 1.0, device)
     begin_training(folder, resolved, overwrite)
     Reporter().note(warnings)
-    with Tracking(track if leads else None, folder.with_name(f"{folder.name}.tracking"), Reporter().note) as tracking:
-        reporter = Reporter(quiet=not leads, watchers=(tracking,))
-        load = partial(_load_teacher, dense_location, config, device, shares, pictures) if dense_location else None
-        examples, teacher = _taught(load, parts, tokenizer, config, working_folder(folder) / "teacher", reporter)
-        gc.collect()  # a teacher that is not needed is gone before the model is loaded
-        with reporter.stage("recovering", total_steps(examples, config)) as advance:
-            return recover_into(
-                folder,
-                lambda: show_pictures(open_model(location, config.dtype, device, deferred=shares), pictures),
-                tokenizer,
-                examples,
-                config,
-                teacher,
-                resolved,
-                working_folder(folder),
-                _origin(location, blend),
-                partial(card_of_recovered, read_card(location)),
-                advance,
-                tracking.on_numbers,
-            )
+    reporter = Reporter(quiet=not this_process().leads)
+    load = partial(_load_teacher, dense_location, config, device, shares, pictures) if dense_location else None
+    examples, teacher = _taught(load, parts, tokenizer, config, working_folder(folder) / "teacher", reporter)
+    gc.collect()  # a teacher that is not needed is gone before the model is loaded
+    with reporter.stage("recovering", total_steps(examples, config)) as advance:
+        return recover_into(
+            folder,
+            lambda: show_pictures(open_model(location, config.dtype, device, deferred=shares), pictures),
+            tokenizer,
+            examples,
+            config,
+            teacher,
+            resolved,
+            working_folder(folder),
+            _origin(location, blend),
+            partial(card_of_recovered, read_card(location)),
+            advance,
+        )
 
 
 def _read(

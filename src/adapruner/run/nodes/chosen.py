@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any, Literal, get_args
@@ -12,7 +12,6 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.calibration import upper_case_windows
-from adapruner.callbacks import Callback
 from adapruner.config import FUNCTION, Layout, Searched, Space, WholePart
 from adapruner.errors import AdaPrunerError
 from adapruner.evaluation import compute_prefix, log_probabilities
@@ -42,7 +41,6 @@ from adapruner.search import (
     SearchResult,
     SearchSpace,
     StudyFile,
-    TriedPoint,
     build_subset_family,
     level,
     measurements,
@@ -257,7 +255,6 @@ def found(
     final_windows: int,
     process: Process,
     reporter: Reporter,
-    callbacks: Sequence[Callback],
     run_folder: RunFolder,
     key: str,
 ) -> SearchResult | None:
@@ -270,10 +267,8 @@ def found(
     study = StudyFile(run_folder.study, key)
     search = Search(space_of_search, judge, trial_count, seed, study, sampler, not item_losses, judge_together, process)
 
-    def report(trial: TriedPoint, best: float) -> None:
+    def report(best: float) -> None:
         advance(1, text=f"best {'objective' if item_losses else selection} {best:.4f}")
-        for callback in callbacks:
-            callback.on_trial(trial)
 
     with reporter.stage("searching", trial_count) as advance:
         search.run(report)

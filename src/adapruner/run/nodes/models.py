@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import filecmp
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,6 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.calibration import BlendPart, has_written_part
-from adapruner.callbacks import Callback, tell
 from adapruner.checkpoint import read_origin, save_checkpoint
 from adapruner.config import RecoveryOptions
 from adapruner.costs import bytes_of_model, cache_bytes, dtype_in, is_gguf, timer
@@ -373,7 +372,6 @@ def recovered(
     origin: dict[str, Any],
     main_device: torch.device,
     process: Process,
-    callbacks: Sequence[Callback],
     reporter: Reporter,
     work: Path,
 ) -> Path:
@@ -400,7 +398,6 @@ def recovered(
                 work=work / "training",
                 origin=origin | {"plan": plan.hash},
                 progress=advance,
-                track=partial(tell, callbacks),
             )
     except AdaPrunerError as error:
         raise AdaPrunerError(

@@ -26,7 +26,7 @@ from adapruner.models import (
 )
 from adapruner.planning import Budget
 from adapruner.progress import Reporter
-from adapruner.recovery import check_optimizer
+from adapruner.recovery import check_trainer_options
 from adapruner.run.nodes.amount import BudgetAt
 from adapruner.run.nodes.declared import GRAPH
 from adapruner.run.nodes.inputs import Precision
@@ -61,7 +61,7 @@ def placement(
     """The devices of the layers. How much memory is free decides only whether the run is refused."""
     check_length(empty.config, max(config.seq_len, config.recovery.seq_len if config.recover else 0))
     if config.recover:
-        check_optimizer(config.recovery.optimizer)
+        check_trainer_options(config.recovery)
     if layer_wise:
         check_streamable(location, empty.config)
     streamable = is_streamable(location, empty.config)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from adapruner.callbacks import Callback, tell
 from adapruner.card import model_card
 from adapruner.checkpoint import write_card
 from adapruner.config import PruneConfig
@@ -88,7 +87,6 @@ def result(
     breakages: dict[Role, Breakage | None],
     main_device: torch.device,
     stage_costs: Callable[[], dict[str, StageCost]],
-    callbacks: Sequence[Callback],
 ) -> RunResult:
     """All numbers of a run; the model cards are written too, which show them."""
     config_after = load_config(find_model(str(pruned)))
@@ -106,9 +104,6 @@ def result(
         for role in roles_of(config)
         if role != "compensated" or tuned_scales
     ]
-    for model in numbers:
-        by_text = {f"perplexity {model.role}/{text}": it.perplexity for text, it in model.perplexity.items()}
-        tell(callbacks, by_text)
     written = {"self": len(self_written["compensation"])} if self_written else {}
     result = RunResult(
         config=config,
