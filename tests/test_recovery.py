@@ -639,7 +639,7 @@ def test_malformed_data_are_refused_before_the_model_is_loaded(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--own-writing", "0.5"], "add --teacher"),
+        (["--teacher-top", "8"], "add --teacher"),
         (["--label-weight", "1", "--teacher", "smollm2"], "remove --teacher"),
         (["--steps", "0"], "--steps 0"),
         (["--learning-rate", "-1"], "--learning-rate -1"),
@@ -735,10 +735,6 @@ def test_text_and_instructions_are_told_apart(
 
 def test_processes_that_cannot_train_together_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("adapruner.recovery._checks.this_process", lambda: Process(count=2))
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    writing = RecoveryOptions(own_writing=0.25)
-    check_processes(writing, torch.device("cpu"))
-    with pytest.raises(AdaPrunerError, match="sharded by FSDP cannot write text"):
-        check_processes(writing, torch.device("cuda"))
+    check_processes(RecoveryOptions(batch_size=4))
     with pytest.raises(AdaPrunerError, match="`batch_size` 5 cannot be divided among 2 processes"):
-        check_processes(RecoveryOptions(batch_size=5, micro_batch_size=1), torch.device("cpu"))
+        check_processes(RecoveryOptions(batch_size=5))

@@ -156,13 +156,6 @@ class RecoveryOptions(_Options):
         description="Weight of the label loss in distillation; the teacher has the rest, and all of the text that it"
         " wrote.",
     )
-    own_writing: float = Field(
-        default=0.0,
-        ge=0,
-        lt=1,
-        description="Fraction of the examples of each batch that the model writes itself during the training, for the"
-        " teacher to correct; against loops in what it writes.",
-    )
     validation: Count = Field(
         default=2000,
         description="Maximum number of examples held out to select the best weights, at most a tenth of all; and so"

@@ -200,18 +200,10 @@ CONFLICTS_OF_TRAINING: tuple[Conflict, ...] = (
         ),
         "`steps`, `epochs`, `tokens` and `minutes` each say how long the training is: give one",
     ),
-    (
-        lambda own_writing, teacher_top: own_writing and teacher_top is not None,
-        "the dense model corrects what the model writes in every step: leave `own_writing` or `teacher_top` out",
-    ),
 )
 
 CONFLICTS_OF_RECOVERY: tuple[Conflict, ...] = (
     *CONFLICTS_OF_TRAINING,
-    (
-        lambda own_writing, teacher: own_writing and teacher is None,
-        "`own_writing` needs the dense model, which corrects it: add `teacher`",
-    ),
     (
         lambda teacher_top, teacher: teacher_top is not None and teacher is None,
         "`teacher_top` needs the dense model: add `teacher`",

@@ -159,7 +159,7 @@ REFUSED: dict[str, list[tuple[str, str]]] = {
         ("--recipe no-such-recipe", ""),
     ],
     "recover": [
-        ("--own-writing 0.5", "add --teacher"),
+        ("--teacher-top 8", "add --teacher"),
         ("--label-weight 1 --teacher MODEL", "nothing is learnt from a teacher"),
         ("--label-weight 2 --teacher MODEL", ""),
         ("--teacher nowhere/at/all", ""),

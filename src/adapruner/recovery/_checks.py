@@ -31,18 +31,15 @@ def check_device(device: torch.device) -> None:
         )
 
 
-def check_processes(options: RecoveryOptions, device: torch.device) -> None:
-    """Refuses options with which the processes cannot train together.
+def check_processes(options: RecoveryOptions) -> None:
+    """Refuses a batch that the processes cannot share equally.
 
     Raises:
-        AdaPrunerError: with the reason, and the numbers.
+        AdaPrunerError: with both numbers.
     """
     size, processes = options.batch_size, this_process().count
     if size % processes:
         raise AdaPrunerError(f"`batch_size` {size} cannot be divided among {processes} processes")
-    # On a CPU, accelerate ignores FSDP.
-    if options.own_writing and this_process().shares_weights and device.type != "cpu":
-        raise AdaPrunerError("a model that is sharded by FSDP cannot write text: leave `own_writing` out")
 
 
 def check_trainer_options(options: RecoveryOptions) -> None:

@@ -51,7 +51,7 @@ def recover_into(
     Raises:
         AdaPrunerError: see `train`; or the folder cannot be written.
     """
-    model, record = train(load, blend, options, work, teacher, progress, tokenizer)
+    model, record = train(load, blend, options, work, teacher, progress)
     record = record.model_copy(update={"config": config})
     if this_process().leads:
         save_checkpoint(model, tokenizer, folder, card(record), record=origin)

@@ -63,9 +63,9 @@ def most_held_out(options: RecoveryOptions, examples: float) -> int:
     return min(options.validation, max(_FEWEST_HELD_OUT, int(few)))
 
 
-def steps_between_validations(steps: int, round_steps: int = 1) -> int:
-    """The number of steps between two validations, each at the end of a round of so many steps."""
-    return round_steps * math.ceil(max(1, min(_MOST_STEPS_BETWEEN, steps // _VALIDATIONS)) / round_steps)
+def steps_between_validations(steps: int) -> int:
+    """The number of steps between two validations, in a training of so many steps."""
+    return max(1, min(_MOST_STEPS_BETWEEN, steps // _VALIDATIONS))
 
 
 def epochs(options: RecoveryOptions) -> int:
@@ -83,9 +83,8 @@ class Pace(TrainerCallback):
         steps: the number of all steps; None if it is not known yet.
     """
 
-    def __init__(self, minutes: float, warmup_steps: int, folder: Path, round_steps: int = 1) -> None:
+    def __init__(self, minutes: float, warmup_steps: int, folder: Path) -> None:
         self._seconds, self._warmup, self._file = 60 * minutes, warmup_steps, folder / "steps.json"
-        self._round_steps = round_steps
         self.steps: int | None = None
         if self._file.is_file():
             self.steps = int(json.loads(self._file.read_text(encoding="utf-8"))["steps"])
@@ -123,7 +122,7 @@ class Pace(TrainerCallback):
 
     def _tell(self, state: Any) -> None:
         state.max_steps = self.steps or UNKNOWN_STEPS
-        state.eval_steps = state.save_steps = steps_between_validations(state.max_steps, self._round_steps)
+        state.eval_steps = state.save_steps = steps_between_validations(state.max_steps)
 
 
 def learning_rate_factor(step: int, steps: int | None, warmup_steps: int) -> float:

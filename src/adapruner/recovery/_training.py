@@ -18,7 +18,6 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     PreTrainedModel,
-    PreTrainedTokenizerBase as Tokenizer,
     PrinterCallback,
     TrainerCallback,
     TrainerState,
@@ -28,7 +27,6 @@ from transformers import (
 
 from adapruner.config import RecoveryOptions
 from adapruner.errors import NonFiniteError
-from adapruner.evaluation import end_tokens
 from adapruner.models import (
     computes_bfloat16_natively,
     copy_in_dtype,
@@ -47,7 +45,6 @@ from adapruner.recovery._checks import trainer_options
 from adapruner.recovery._examples import PADDING, Example, Examples
 from adapruner.recovery._length import UNKNOWN_STEPS, Pace, steps_between_validations
 from adapruner.recovery._mixing import MixedExamples, examples_to_learn
-from adapruner.recovery._own_writing import OwnWriting
 from adapruner.recovery._sharding import gather, reading_parts, refuse_other_sharding, set_up_fsdp
 from adapruner.recovery._trainers import TokenTrainer
 
@@ -107,7 +104,6 @@ def train(
     folder: Path,
     teacher: PreTrainedModel | None = None,
     progress: Callable[[int], None] | None = None,
-    tokenizer: Tokenizer | None = None,
 ) -> tuple[PreTrainedModel, RecoveryRecord]:
     """Trains a model; a call that was killed resumes from its last saved step. Processes that were started together
     share every batch. The random state of the program is left as it was.
@@ -124,7 +120,6 @@ def train(
         folder: for the Trainer's checkpoints.
         teacher: its predictions are learnt, as the label weights of the examples say; it is run in its own dtype.
         progress: called with the number of steps done.
-        tokenizer: for `own_writing`: knows the tokens that end a text.
 
     Returns:
         The model in evaluation mode, and the record. With FSDP, the first process alone has all weights.
@@ -132,7 +127,7 @@ def train(
     Raises:
         NonFiniteError: the loss is not finite any more; earlier checkpoints are kept.
     """
-    model, state, mixed = _trained(load, blend, options, folder, teacher, tokenizer, _Watcher(progress, folder))
+    model, state, mixed = _trained(load, blend, options, folder, teacher, _Watcher(progress, folder))
     distils = teacher is not None or "taught" in blend[0].training[0]
     # The Trainer is part of reference cycles that hold the teacher and the trained copy.
     gc.collect()
@@ -145,7 +140,6 @@ def _trained(
     options: RecoveryOptions,
     folder: Path,
     teacher: PreTrainedModel | None,
-    tokenizer: Tokenizer | None,
     watcher: TrainerCallback,
 ) -> tuple[PreTrainedModel, TrainerState, MixedExamples]:
     """The model after training all of its weights, or adapters that are merged into them; the Trainer's state; and
@@ -165,7 +159,7 @@ def _trained(
         warnings.simplefilter("ignore")
         set_seed(options.seed)
         trained: Any = model if options.train == "full" else with_adapters(model, options)
-        trainer, mixed, last = _trainer(model, trained, blend, options, folder, teacher, tokenizer, watcher)
+        trainer, mixed, last = _trainer(model, trained, blend, options, folder, teacher, watcher)
         if trainer.is_fsdp_enabled:
             set_up_fsdp(trainer)
         with reading_parts() if trainer.is_fsdp_enabled else contextlib.nullcontext():
@@ -194,7 +188,6 @@ def _trainer(
     options: RecoveryOptions,
     folder: Path,
     teacher: PreTrainedModel | None,
-    tokenizer: Tokenizer | None,
     watcher: TrainerCallback,
 ) -> tuple[TokenTrainer, MixedExamples, Path | None]:
     """The Trainer, the examples, and the checkpoint from which an earlier call is resumed.
@@ -202,13 +195,7 @@ def _trainer(
     Args:
         trained: the model, or the model with adapters.
     """
-    own_writing = None
-    if options.own_writing:
-        assert tokenizer
-        sources = [example for examples in blend for example in examples.training]
-        own_writing = OwnWriting.planned(sources, end_tokens(model, tokenizer), options, *micro_batches(options))
-    round_steps = own_writing.steps if own_writing else 1
-    paces = [Pace(options.minutes, options.warmup_steps, folder, round_steps)] if options.minutes else []
+    paces = [Pace(options.minutes, options.warmup_steps, folder)] if options.minutes else []
     steps = total_steps(blend, options) or paces[0].steps or UNKNOWN_STEPS
     # As long as the length is not known, a checkpoint only measures how long it takes.
     last = None if steps == UNKNOWN_STEPS else _last_whole_checkpoint(folder)
@@ -217,9 +204,8 @@ def _trainer(
         model,
         teacher,
         options.temperature,
-        own_writing,
         model=trained,
-        args=_arguments(model, options, folder, steps, round_steps, evaluates_first=last is None),
+        args=_arguments(model, options, folder, steps, evaluates_first=last is None),
         train_dataset=mixed,
         eval_dataset=[example for examples in blend for example in examples.validation],
         data_collator=collate,
@@ -281,16 +267,11 @@ def micro_batches(options: RecoveryOptions) -> tuple[int, int]:
 
 
 def _arguments(
-    model: PreTrainedModel,
-    options: RecoveryOptions,
-    folder: Path,
-    steps: int,
-    round_steps: int,
-    evaluates_first: bool,
+    model: PreTrainedModel, options: RecoveryOptions, folder: Path, steps: int, evaluates_first: bool
 ) -> TrainingArguments:
     device = model.device
     micro_batch, passes = micro_batches(options)
-    interval = steps_between_validations(steps, round_steps)
+    interval = steps_between_validations(steps)
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,

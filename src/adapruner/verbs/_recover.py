@@ -116,10 +116,10 @@ def _recover_into(folder: Path, config: RecoverConfig, overwrite: bool, device: 
     written = [part.name for part in blend if part.is_written]
     if written and teacher is None:
         raise AdaPrunerError(f"`data` {written[0]} is text that the dense model writes: name it with `teacher`")
-    if teacher is not None and config.label_weight == 1 and not written and not config.own_writing:
+    if teacher is not None and config.label_weight == 1 and not written:
         raise AdaPrunerError("with `label_weight` 1, nothing is learnt from a teacher: remove `teacher`, or lower it")
     check_device(resolve_device(device))
-    check_processes(config, resolve_device(device))
+    check_processes(config)
     check_trainer_options(config)
     student, dense = find_model(config.model), find_model(teacher) if teacher else None
     open_config(student)  # the commit of a Hub model is known then

@@ -309,8 +309,7 @@ def _bytes_of_saved(amount: Size | Memory, model: Path, tokenizer: Tokenizer, we
 @GRAPH.in_memory
 def distils(recovery_texts: tuple[BlendPart, ...], recovery: RecoveryOptions) -> bool:
     """True if the predictions of the dense model are learnt."""
-    written = any(part.is_written for part in recovery_texts)
-    return written or recovery.label_weight < 1 or recovery.own_writing > 0
+    return recovery.label_weight < 1 or any(part.is_written for part in recovery_texts)
 
 
 @GRAPH.in_memory
@@ -324,7 +323,7 @@ def examples(
 ) -> list[Examples | Unwritten]:
     """The training examples of the pruned model, but for those that the dense model has yet to write."""
     check_device(main_device)
-    check_processes(recovery, main_device)
+    check_processes(recovery)
     parts = read_examples(recovery_texts, tokenizer, recovery, recovery.label_weight)
     for part in parts:
         check_tokens(empty.config, part.largest_token)
