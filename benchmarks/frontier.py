@@ -1,10 +1,10 @@
-"""Quality against processor time: runs with different options, each from nothing, then fine-tuned for some minutes.
+"""Quality against processor time: runs with different options, each from nothing, then fine-tuned on some tokens.
 
     ADAPRUNER_DATA=.data:DATA OMP_NUM_THREADS=1 python benchmarks/frontier.py OUT --points quick standard --seeds 0 1 2
 
 A point is a value of `--effort`, or options in the form of the command line: `"--trials 12 --level-rounds 0"`. Every
 row is written to OUT/frontier.jsonl when it is done, and is not measured again: processor seconds of the run, and the
-perplexity of the pruned model on each text as a multiple of the dense model's; with `--minutes`, once more after that
+perplexity of the pruned model on each text as a multiple of the dense model's; with `--tokens`, once more after that
 much fine-tuning with the same data, options and teacher.
 """
 
@@ -41,7 +41,7 @@ def main(
     *,
     points: Annotated[tuple[str, ...], Several] = ("quick", "standard", "thorough"),
     seeds: Annotated[tuple[int, ...], Several] = (0,),
-    minutes: Annotated[tuple[float, ...], Several] = (),
+    tokens: Annotated[tuple[int, ...], Several] = (),
     model: str = "smollm2",
     ratio: float = 0.2,
     calibration: str = "boolq-passages",
@@ -51,7 +51,7 @@ def main(
     """Measures every point with every seed.
 
     Args:
-        minutes: of fine-tuning, for each of which the pruned model is trained from its start.
+        tokens: of fine-tuning, for each of which the pruned model is trained from its start.
         data: what is learnt.
         windows: of each text, evenly spaced.
     """
@@ -59,7 +59,7 @@ def main(
     output.mkdir(parents=True, exist_ok=True)
     results = output / "frontier.jsonl"
     rows = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
-    done = {(row["point"], row["seed"], row["minutes"]) for row in rows}
+    done = {(row["point"], row["seed"], row["tokens"]) for row in rows}
     dense = perplexities(model, windows)
     for seed in seeds:
         for number, point in enumerate(points):
@@ -67,17 +67,17 @@ def main(
             options = shlex.split(point if point.startswith("-") else f"--effort {point}")
             shared = ["--ratio", str(ratio), "--calibration", calibration, "--seed", str(seed)]
             used = processor_seconds("prune", model, "-o", run, *shared, *options)
-            for length in (0, *minutes):
+            for length in (0, *tokens):
                 if (point, seed, length) in done:
                     continue
                 trained, seconds = run / "model", used
                 if length:
-                    trained = run / f"after-{length:g}"
+                    trained = run / f"after-{length}"
                     flags = (f"--{name.replace('_', '-')}={value}" for name, value in TRAINING.items())
-                    recovery = [*flags, "--minutes", length, "--data", data, "--teacher", model]
+                    recovery = [*flags, "--tokens", length, "--data", data, "--teacher", model]
                     seconds = used + processor_seconds("recover", run / "model", "-o", trained, *recovery)
                 times = {text: value / dense[text] for text, value in perplexities(str(trained), windows).items()}
-                row = {"point": point, "seed": seed, "minutes": length, "seconds": round(seconds), "times dense": times}
+                row = {"point": point, "seed": seed, "tokens": length, "seconds": round(seconds), "times dense": times}
                 with results.open("a") as file:
                     print(json.dumps(row), file=file)
                 print(json.dumps(row), flush=True)

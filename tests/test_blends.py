@@ -6,24 +6,20 @@ import json
 import re
 from collections import Counter
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-import adapruner
 from adapruner import AdaPrunerError, RecoveryOptions, verbs
 from adapruner.calibration import absolute_blend, parse_blend, parse_source, text_windows
 from adapruner.card import trained_sentence
 from adapruner.recovery import Example, Examples, Unwritten, read_examples, total_steps, working_folder
-from adapruner.recovery._length import Pace, learning_rate_factor, most_held_out
+from adapruner.recovery._length import most_held_out
 from adapruner.recovery._mixing import MixedExamples
 from adapruner.recovery._training import collate
-from run_helpers import exit_code, run_killed
+from run_helpers import exit_code
 
 SHORT: dict[str, Any] = {"seq_len": 16, "batch_size": 4, "micro_batch_size": 2, "learning_rate": 3e-3}
 
@@ -111,11 +107,11 @@ def test_unclear_blends_are_refused(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--steps", "3", "--minutes", "1"], "each say how long the training is: give one"),
+        (["--steps", "3", "--epochs", "1"], "each say how long the training is: give one"),
         (["--epochs", "1", "--tokens", "2M"], "each say how long the training is: give one"),
         (["--tokens", "2X"], "is not a number of tokens: expected one such as 300k, 2M or 1_000_000"),
         (["--tokens", "0"], "is not a number of tokens"),
-        (["--minutes", "0"], "--minutes 0"),
+        (["--epochs", "0"], "--epochs 0"),
     ],
 )
 def test_unclear_lengths_are_refused(
@@ -164,7 +160,6 @@ def test_the_length_of_a_training() -> None:
     assert steps(RecoveryOptions(batch_size=3)) == 27
     assert steps(RecoveryOptions(epochs=1, batch_size=3)) == 14
     assert steps(RecoveryOptions(steps=5)) == 5
-    assert steps(RecoveryOptions(minutes=5)) is None
 
 
 def test_validation_reads_a_fiftieth_of_the_examples_five_times() -> None:
@@ -176,7 +171,6 @@ def test_validation_reads_a_fiftieth_of_the_examples_five_times() -> None:
         # Every 200 steps: twice as often.
         ({"steps": 2000, "batch_size": 8}, 10**6, 160),
         ({"steps": 1000, "batch_size": 8, "validation": 20}, 10**6, 20),
-        ({"minutes": 60}, 10**6, 60),
     ]:
         assert most_held_out(RecoveryOptions(**options), examples) == expected
 
@@ -284,72 +278,3 @@ def test_what_the_teacher_writes_needs_one(model_folder: Path, instructions: Pat
     for data in ("self:0.5,c4:0.5", f"answers:{instructions}"):
         with pytest.raises(AdaPrunerError, match="is text that the dense model writes: name it with `teacher`"):
             verbs.recover(model_folder, data, tmp_path / "a", **SHORT)
-
-
-@pytest.mark.parametrize("warmup", [0, 3, 20, 100, 10**6])
-@pytest.mark.parametrize("steps", [7, 8, 12, 40, 300, 5000])
-def test_the_learning_rate_has_no_jump_where_the_length_becomes_known(warmup: int, steps: int) -> None:
-    before = [learning_rate_factor(step, None, warmup) for step in range(7)]
-    after = [learning_rate_factor(step, steps, warmup) for step in range(steps + 1)]
-    assert after[:7] == before
-    assert after[-1] == 0
-    known = after[6:]
-    assert max(later - earlier for earlier, later in pairwise(known)) < 0.18
-    if steps >= 40:
-        assert max(after) > 0.98
-        peak = after.index(max(after))
-        assert peak <= max(10, steps // 10)
-        assert all(later < earlier for earlier, later in pairwise(after[max(peak, 6) :]))
-
-
-def test_minutes_become_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first step takes longer; then each takes 2 s, a validation 3 s and a checkpoint 5 s."""
-    now = 100.0
-    monkeypatch.setattr("adapruner.recovery._length.time.monotonic", lambda: now)
-    tmp_path.mkdir(exist_ok=True)
-    pace = Pace(10, 100, tmp_path)
-    state = SimpleNamespace(global_step=0, max_steps=0, eval_steps=0, save_steps=0, is_world_process_zero=True)
-    control, scheduler = SimpleNamespace(should_save=False), SimpleNamespace(lr_lambdas=[None])
-    pace.on_train_begin(None, state, control, lr_scheduler=scheduler)
-    assert pace.steps is None
-    assert scheduler.lr_lambdas[0](3) == 3 / 20
-    now += 3
-    pace.on_evaluate(None, state, control)
-    for state.global_step in range(1, 7):
-        now += 20 if state.global_step == 1 else 2
-        pace.on_step_end(None, state, control)
-        assert control.should_save == (state.global_step == 6)
-    assert state.max_steps > 10**6
-    now += 5
-    pace.on_save(None, state, control)
-    # 38 s are over, and five times 8 s are for validation and saving.
-    assert pace.steps == state.max_steps == 6 + (600 - 38 - 40) // 2
-    assert state.eval_steps == state.save_steps == 53
-    assert scheduler.lr_lambdas[0](pace.steps) == 0
-    assert Pace(10, 100, tmp_path).steps == pace.steps
-
-
-def test_a_training_of_some_minutes_resumes_with_its_number_of_steps(
-    model_folder: Path, text_file: Path, tmp_path: Path
-) -> None:
-    def command(output: Path) -> list[str]:
-        options = ["--seq-len", "16", "--batch-size", "4", "--micro-batch-size", "2", "--minutes", "0.1"]
-        return ["recover", str(model_folder), "--data", str(text_file), "-o", str(output), *options]
-
-    killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
-    # Two calls of the training step are a step of the optimizer; the number is known after six.
-    run_killed("transformers.Trainer", "training_step", 9, command(killed), tmp_path)
-    assert not (working_folder(killed) / "steps.json").exists()
-    run_killed("transformers.Trainer", "training_step", 15, command(killed), tmp_path)
-    known = (working_folder(killed) / "steps.json").read_text()
-    steps = json.loads(known)["steps"]
-    assert steps >= 7
-    working_folder(undisturbed).mkdir()
-    (working_folder(undisturbed) / "steps.json").write_text(known)
-    for folder in (killed, undisturbed):
-        assert exit_code(command(folder)) == 0
-        record = json.loads((folder / "recovery.json").read_text())
-        assert record["steps"] == steps
-    first, second = (adapruner.load(folder) for folder in (killed, undisturbed))
-    for (name, one), other in zip(first.named_parameters(), second.parameters(), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6, msg=name)

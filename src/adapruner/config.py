@@ -59,7 +59,7 @@ FUNCTION = "python:"
 TARGETS: tuple[TargetName, ...] = get_args(TargetName)
 BUDGETS = ("ratio", *TARGETS)
 # The options for the length of a training; it has at most one of them.
-TRAINING_BUDGETS = ("steps", "epochs", "tokens", "minutes")
+TRAINING_BUDGETS = ("steps", "epochs", "tokens")
 TARGET_OPTIONS = (*TARGETS, "target_format", "target_phase", "target_batch", "target_context")
 
 # The largest seed of NumPy; numbers of tokens, windows and steps are smaller.
@@ -110,16 +110,10 @@ class RecoveryOptions(_Options):
     )
     steps: int | None = Field(default=None, ge=1, description="Optimizer steps, instead of epochs.")
     epochs: int | None = Field(
-        default=None, ge=1, description="Passes over all examples; by default 2, without steps, tokens or minutes."
+        default=None, ge=1, description="Passes over all examples; by default 2, without steps or tokens."
     )
     tokens: Tokens | None = Field(
         default=None, description="Tokens to train on, prompts included, such as 300k or 2M; instead of epochs."
-    )
-    minutes: float | None = Field(
-        default=None,
-        gt=0,
-        description="Minutes to train on this machine, instead of epochs: the number of steps follows from the time of"
-        " the first ones. Validation and saving are included, loading and writing text are not.",
     )
     records: int | None = Field(
         default=None,

@@ -195,10 +195,8 @@ CONFLICTS_OF_PRUNING: tuple[Conflict, ...] = (
 
 CONFLICTS_OF_TRAINING: tuple[Conflict, ...] = (
     (
-        lambda steps, epochs, tokens, minutes: (
-            sum(budget is not None for budget in (steps, epochs, tokens, minutes)) > 1
-        ),
-        "`steps`, `epochs`, `tokens` and `minutes` each say how long the training is: give one",
+        lambda steps, epochs, tokens: sum(budget is not None for budget in (steps, epochs, tokens)) > 1,
+        "`steps`, `epochs` and `tokens` each say how long the training is: give one",
     ),
 )
 

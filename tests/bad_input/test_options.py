@@ -140,7 +140,7 @@ REFUSED: dict[str, list[tuple[str, str]]] = {
         ("--recovery.steps 5", ""),
         ("--recover self:1,TEXT", "has no share and others have one"),
         ("--recover answers:TEXT", "has no column instruction"),
-        ("--recover TEXT --recovery.minutes 1 --recovery.tokens 2M", "each say how long the training is"),
+        ("--recover TEXT --recovery.steps 1 --recovery.tokens 2M", "each say how long the training is"),
         ("--recover self --recovery.label-weight magic", ""),
         ("--head-granularity query-heads", ""),
         ("--layer-wise --no-layer-wise", ""),

@@ -39,7 +39,7 @@ def recover(
     ```console
     adapruner recover runs/a/model --data alpaca -o runs/a/tuned
     adapruner recover runs/a/model --data c4 --teacher Qwen/Qwen3-0.6B -o runs/b
-    adapruner recover runs/a/model --data c4 --train full --minutes 60 -o runs/b
+    adapruner recover runs/a/model --data c4 --train full --tokens 2M -o runs/b
     ```
 
     Args:

@@ -54,11 +54,8 @@ class MixedExamples(Dataset[Example]):
         return torch.randperm(count, generator=torch.Generator().manual_seed(self._seed + number))
 
 
-def examples_to_learn(blend: Sequence[Examples], options: RecoveryOptions) -> int | None:
-    """The number of examples that a training reads, some of them repeated; None if it is known only after its first
-    steps."""
-    if options.minutes is not None:
-        return None
+def examples_to_learn(blend: Sequence[Examples], options: RecoveryOptions) -> int:
+    """The number of examples that a training reads, some of them repeated."""
     if options.steps is not None:
         return options.steps * options.batch_size
     if options.tokens is None:

@@ -43,7 +43,7 @@ from adapruner.random_state import random_state_kept
 from adapruner.recovery._adapters import frozen, merge, take_off, with_adapters
 from adapruner.recovery._checks import trainer_options
 from adapruner.recovery._examples import PADDING, Example, Examples
-from adapruner.recovery._length import UNKNOWN_STEPS, Pace, steps_between_validations
+from adapruner.recovery._length import steps_between_validations
 from adapruner.recovery._mixing import MixedExamples, examples_to_learn
 from adapruner.recovery._sharding import gather, reading_parts, refuse_other_sharding, set_up_fsdp
 from adapruner.recovery._trainers import TokenTrainer
@@ -195,11 +195,8 @@ def _trainer(
     Args:
         trained: the model, or the model with adapters.
     """
-    paces = [Pace(options.minutes, options.warmup_steps, folder)] if options.minutes else []
-    steps = total_steps(blend, options) or paces[0].steps or UNKNOWN_STEPS
-    # As long as the length is not known, a checkpoint only measures how long it takes.
-    last = None if steps == UNKNOWN_STEPS else _last_whole_checkpoint(folder)
-    mixed = MixedExamples(blend, examples_to_learn(blend, options) or steps * options.batch_size, options.seed)
+    steps, last = total_steps(blend, options), _last_whole_checkpoint(folder)
+    mixed = MixedExamples(blend, examples_to_learn(blend, options), options.seed)
     trainer = TokenTrainer(
         model,
         teacher,
@@ -209,7 +206,7 @@ def _trainer(
         train_dataset=mixed,
         eval_dataset=[example for examples in blend for example in examples.validation],
         data_collator=collate,
-        callbacks=[watcher, *paces],
+        callbacks=[watcher],
     )
     trainer.remove_callback(PrinterCallback)
     if last:
@@ -253,10 +250,9 @@ def _record(
     )
 
 
-def total_steps(blend: Sequence[Examples], options: RecoveryOptions) -> int | None:
-    """The number of steps of the optimizer; None if it is known only after the first ones."""
-    count = examples_to_learn(blend, options)
-    return count and math.ceil(count / options.batch_size)
+def total_steps(blend: Sequence[Examples], options: RecoveryOptions) -> int:
+    """The number of steps of the optimizer."""
+    return math.ceil(examples_to_learn(blend, options) / options.batch_size)
 
 
 def micro_batches(options: RecoveryOptions) -> tuple[int, int]:

@@ -241,9 +241,6 @@ class _Counted:
         self, stage: str, blend: Sequence[Examples], options: RecoveryOptions, distils: bool
     ) -> Iterator[Work]:
         steps = total_steps(blend, options)
-        if steps is None:
-            yield Work(stage, "seconds", 60 * (options.minutes or 0.0))
-            return
         learnt = steps * options.batch_size * sum(part.share * part.mean_tokens for part in blend)
         held_out = sum(len(example["input_ids"]) for part in blend for example in part.validation)
         validated = held_out * (1 + math.ceil(steps / steps_between_validations(steps)))
