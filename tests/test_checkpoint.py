@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import HfApi
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -434,33 +433,3 @@ def test_a_failed_checkpoint_leaves_nothing(pruned: PreTrainedModel, folder: Pat
     with pytest.raises(AdaPrunerError, match="No space left"):
         save_checkpoint(pruned, Tokenizer(), folder)
     assert names_below(tmp_path) == before
-
-
-@pytest.mark.parametrize(
-    ("options", "private", "revision"),
-    [({}, True, None), ({"hub_private": False, "hub_revision": "half", "hub_token": "hf_secret"}, False, "half")],
-)
-def test_uploads_are_private_until_told_otherwise(
-    options: dict[str, Any],
-    private: bool,
-    revision: str | None,
-    folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    calls: list[tuple[str, dict[str, Any]]] = []
-    tokens = set()
-
-    def note(name: str, api: HfApi, *arguments: Any, **options: Any) -> None:
-        tokens.add(api.token)
-        calls.append((name, options))
-
-    for name in ("whoami", "create_repo", "create_branch", "upload_folder"):
-        monkeypatch.setattr(HfApi, name, lambda api, *given, _name=name, **own: note(_name, api, *given, **own))
-    verbs.export(folder, "stock", tmp_path / "stock", push_to_hub="me/small", **options)
-    made = dict(calls)
-    assert made["create_repo"] == {"private": private, "exist_ok": True}
-    assert made["upload_folder"] == {"repo_id": "me/small", "folder_path": tmp_path / "stock", "revision": revision}
-    assert made.get("create_branch") == (revision and {"branch": revision, "exist_ok": True})
-    assert tokens == {options.get("hub_token")}
-    assert not any(b"hf_secret" in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -267,20 +267,6 @@ def test_a_model_is_exported(
     assert "trust_remote_code" not in after
     assert before.partition("## Loading")[0] == after.partition("## Loading")[0]
     assert before.partition("## Licence")[2] == after.partition("## Licence")[2]
-
-
-def test_uploading(finished: adapruner.PruneResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The hub is asked who is there before any work, and gets the whole folder."""
-    calls = []
-    for name in ("whoami", "create_repo", "upload_folder", "upload_file"):
-        monkeypatch.setattr(HfApi, name, lambda self, *args, name=name, **options: calls.append((name, options)))
-    verbs.export(finished.model_folder, "stock", tmp_path / "stock", push_to_hub="me/small")
-    assert [name for name, _ in calls] == ["whoami", "create_repo", "upload_folder"]
-    assert calls[-1][1] == {
-        "repo_id": "me/small",
-        "folder_path": tmp_path / "stock",
-        "revision": None,
-    }
 
 
 def test_layer_by_layer_leads_to_the_same_model(prune: Prune, text_file: Path, tmp_path: Path) -> None:

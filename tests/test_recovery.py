@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, processors
 from torch import nn
@@ -684,23 +684,6 @@ RECORD = RecoveryRecord(
     best_step=10,
     seconds=1.0,
 )
-
-
-def test_the_recovered_model_is_uploaded(
-    model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The Hub is asked who is there before the training."""
-    calls: list[tuple[str, dict[str, Any]]] = []
-    for name in ("whoami", "create_repo", "create_branch", "upload_folder"):
-        monkeypatch.setattr(HfApi, name, lambda self, *_, name=name, **options: calls.append((name, options)))
-    monkeypatch.setattr("adapruner.verbs._recover._recover_into", lambda *_: calls.append(("train", {})) or RECORD)
-    (tmp_path / "a").mkdir()
-    upload = ["--push-to-hub", "me/small", "--hub-revision", "half"]
-    assert (
-        main_or_exit(["recover", str(model_folder), "--data", str(text_file), "-o", str(tmp_path / "a"), *upload]) == 0
-    )
-    assert [name for name, _ in calls] == ["whoami", "train", "create_repo", "create_branch", "upload_folder"]
-    assert calls[-1][1] == {"repo_id": "me/small", "folder_path": tmp_path / "a", "revision": "half"}
 
 
 def test_the_card_of_a_pruned_model_says_that_it_was_trained() -> None:

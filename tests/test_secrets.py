@@ -74,8 +74,6 @@ def test_nothing_that_is_made_has_secrets(
         ["evaluate", "MODEL", "--evaluate", URL],
         ["evaluate", "MODEL", "--evaluate", f"hf:{URL}"],
         ["prune", "MODEL", "--calibration", f"{URL}.jsonl", "-o", "OUT"],
-        ["prune", "MODEL", "-o", "OUT", "--push-to-hub", "owner/name", "--hub-token", SECRET],
-        ["export", "MODEL", "--to", "stock", "-o", "OUT", "--push-to-hub", f"owner/{SECRET}/x"],
         ["inspect", f"https://example.org/model?token={SECRET}"],
     ],
 )

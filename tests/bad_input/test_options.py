@@ -150,7 +150,6 @@ REFUSED: dict[str, list[tuple[str, str]]] = {
         ("--device ''", ""),
         ("--device cuda:99", ""),
         ("--device cpu:x", ""),
-        ("--push-to-hub a/b/c", ""),
         ("--no-such-option", ""),
         ("--no-such-option 3", ""),
         ("--trails 3", "Unknown option: --trails"),
@@ -180,8 +179,6 @@ REFUSED: dict[str, list[tuple[str, str]]] = {
         ("--to onnx", "onnx"),
         ("--to gguf", "llama"),  # biases, and a vocabulary of words
         ("--gguf-type q2", ""),
-        ("--push-to-hub a/b/c", ""),
-        ("--push-to-hub no//name", "--push-to-hub"),
     ],
     "inspect": [
         ("--ratio 0.2", ""),

@@ -1,4 +1,4 @@
-"""Checkpoints: Hugging Face folders that load with and without this package, and uploads."""
+"""Checkpoints: Hugging Face folders that load with and without this package."""
 
 from adapruner.checkpoint._folder import (
     add_older_keys as add_older_keys,
@@ -8,4 +8,3 @@ from adapruner.checkpoint._folder import (
     save_checkpoint as save_checkpoint,
     write_card as write_card,
 )
-from adapruner.checkpoint._hub import check_push as check_push, push as push

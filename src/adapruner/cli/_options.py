@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -41,7 +40,6 @@ OPTION_GROUPS: dict[str, tuple[str, ...]] = {
 _GROUPS = {name: Group(name, sort_key=number) for number, name in enumerate(OPTION_GROUPS)}
 MOST_USED = next(iter(_GROUPS.values()))
 RUN_FOLDER = Group("Run folder", sort_key=len(_GROUPS))
-HUB = Group("Hub", sort_key=len(_GROUPS) + 1)
 
 if TYPE_CHECKING:
     PruneOptions = config.PruneOptions
@@ -68,35 +66,9 @@ else:
     TargetOptions = create_model("TargetOptions", **{name: _fields[name] for name in config.TARGET_OPTIONS})
 
 
-@Parameter(group=HUB)
-@dataclass(frozen=True)
-class Upload:
-    """Upload of the resulting model.
-
-    Attributes:
-        push_to_hub: Upload the resulting model to this Hub repository, owner/name.
-        hub_private: Create that repository as a private one.
-        hub_revision: Branch to upload to, by default the main one.
-        hub_token: Hub token, by default the one of hf auth login.
-    """
-
-    push_to_hub: str | None = None
-    hub_private: bool = True
-    hub_revision: str | None = None
-    hub_token: str | None = None
-
-
-UploadOptions = Annotated[Upload | None, Parameter(name="*")]
-
-
-def given(*groups: BaseModel | Upload | None) -> dict[str, Any]:
+def given(options: BaseModel | None) -> dict[str, Any]:
     """The options that the command line sets, as keyword arguments."""
-    options: dict[str, Any] = {}
-    for group in groups:
-        options |= (
-            group.model_dump(exclude_unset=True) if isinstance(group, BaseModel) else vars(group) if group else {}
-        )
-    return options
+    return options.model_dump(exclude_unset=True) if options else {}
 
 
 def _whole_number(_: Any, tokens: Sequence[Token]) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 from pydantic_core import to_jsonable_python
 
-from adapruner.cli._options import Device, Dtype, Flag, Json, Model, Names, Output, UploadOptions, WholeNumber, given
+from adapruner.cli._options import Device, Dtype, Flag, Json, Model, Names, Output, WholeNumber, given
 from adapruner.cli._output import print_advice, print_output, starting
 from adapruner.config import ExportFormat, GgufType, RecoveryOptions
 from adapruner.tables import Column, Table
@@ -29,7 +29,6 @@ def recover(
     dtype: Dtype = "auto",
     device: Device = "auto",
     overwrite: Flag = False,
-    upload: UploadOptions = None,
     json: Json = False,
 ) -> None:
     """Fine-tune a pruned model, or distil the dense model into it. Rerun the same command to resume.
@@ -53,7 +52,7 @@ def recover(
         from adapruner.processes import this_process
         from adapruner.verbs import recover as run
 
-    record = run(model, data, output, teacher, overwrite, dtype, device, **given(options, upload))
+    record = run(model, data, output, teacher, overwrite, dtype, device, **given(options))
     if not this_process().leads:
         return
     losses = f"validation loss {record.loss_before:.4f} → {record.loss_after:.4f} nats per token"
@@ -157,7 +156,6 @@ def export(
     output: Output,
     gguf_type: GgufType = "f16",
     overwrite: Flag = False,
-    upload: UploadOptions = None,
     json: Json = False,
 ) -> None:
     """Write a model, pruned or dense, in a form that other loaders read.
@@ -179,7 +177,7 @@ def export(
     with starting():
         from adapruner.verbs import export as run
 
-    exported = run(model, to, output, gguf_type, overwrite, **given(upload))
+    exported = run(model, to, output, gguf_type, overwrite)
     stored = exported.stored_types
     content = {"model": model, "format": to, "path": exported.path, "bytes": exported.size}
     types = f"; {stored.sentence}" if stored and stored.sentence else ""
@@ -200,7 +198,6 @@ def vocabulary(
     vocabulary_multiple: WholeNumber = 64,
     overwrite: Flag = False,
     dtype: Dtype = "auto",
-    upload: UploadOptions = None,
     json: Json = False,
 ) -> None:
     """Remove from a model the tokens that do not occur in the given datasets, and nothing else.
@@ -221,7 +218,7 @@ def vocabulary(
     with starting():
         from adapruner.verbs import vocabulary as run
 
-    pruned = run(model, vocabulary, output, vocabulary_size, vocabulary_multiple, overwrite, dtype, **given(upload))
+    pruned = run(model, vocabulary, output, vocabulary_size, vocabulary_multiple, overwrite, dtype)
     removed, before = pruned.vocabulary.removed_parameters, pruned.vocabulary.parameters_before
     share = f"{removed:,} of {before:,} parameters were removed ({removed / before:.1%})"
     print_output(

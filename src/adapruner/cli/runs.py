@@ -17,7 +17,6 @@ from adapruner.cli._options import (
     Output,
     PruneOptions,
     TargetOptions,
-    UploadOptions,
     given,
 )
 from adapruner.cli._output import preview_lines, print_advice, print_note, print_output, result_lines, starting
@@ -34,7 +33,6 @@ def prune(
     dry_run: Annotated[Flag, Parameter(group=MOST_USED)] = False,
     options: Annotated[PruneOptions | None, Parameter(name="*")] = None,
     overwrite: Annotated[Flag, Parameter(group=RUN_FOLDER)] = False,
-    upload: UploadOptions = None,
     json: Annotated[Json, Parameter(group=RUN_FOLDER)] = False,
 ) -> None:
     """Search, prune, save, fine-tune on request, and evaluate. Rerun the same command to resume.
@@ -66,7 +64,6 @@ def prune(
         previews = preview.preview_ratios(model, output=output, overwrite=overwrite, recipe=recipe, **chosen)
         print_output(_unwrapped(previews), json, preview_lines(previews))
         return
-    chosen = given(options, upload)
     results = api.prune_ratios(model, output=output, overwrite=overwrite, recipe=recipe, **chosen)
     if not this_process().leads:
         return

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from adapruner.checkpoint import check_push, push
 from adapruner.config import FUNCTION, PruneConfig, PruneOptions
 from adapruner.errors import AdaPrunerError
 from adapruner.graph import RunFolder, make_all, refuse_outdated
@@ -58,10 +57,6 @@ def prune_ratios(
     recipe: str | Path | None = None,
     overwrite: bool = False,
     objective_version: str | None = None,
-    push_to_hub: str | None = None,
-    hub_private: bool = True,
-    hub_revision: str | None = None,
-    hub_token: str | None = None,
     **options: Any,
 ) -> list[PruneResult]:
     """`prune` for several values of `ratio`: measures once, and searches for each.
@@ -75,8 +70,6 @@ def prune_ratios(
         overwrite: rebuild what was made with other options, from another model or other text.
         objective_version: of a function as `objective`: results of another version are not used. By default a hash of
             the file that the function is in.
-        push_to_hub: upload the resulting model to this repository, `owner/name`, to the branch `hub_revision`. A new
-            one is private unless `hub_private` is False. `hub_token` is by default that of the login.
         options: the fields of `PruneOptions`. `objective` may be a function that is given a pruned model, in evaluation
             mode and on the device of the run, and returns its loss on each of the same items, [items]; lower is better.
             Call again with the same function to resume.
@@ -93,14 +86,7 @@ def prune_ratios(
     if judge:
         options["objective"] = FUNCTION + name_of_code(judge, objective_version)
     resolved = resolve({"model": model, "calibration": calibration, **options}, tokenizer, run, recipe, config)
-    if push_to_hub:
-        if len(resolved.ratio) > 1:
-            raise AdaPrunerError("`push_to_hub` uploads one model: give one `ratio`")
-        check_push(push_to_hub, hub_token)
-    results = make_run(resolved, run, overwrite, judge=judge)
-    if push_to_hub and this_process().leads:
-        push(results[0].model_folder, push_to_hub, hub_private, hub_revision, hub_token)
-    return results
+    return make_run(resolved, run, overwrite, judge=judge)
 
 
 @torch.inference_mode(False)  # measuring and training need gradients, whatever the caller does

@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.card import card_of_export, read_card
-from adapruner.checkpoint import check_push, is_replaceable, push, read_origin, save_checkpoint
+from adapruner.checkpoint import is_replaceable, read_origin, save_checkpoint
 from adapruner.config import ExportFormat, GgufType
 from adapruner.decilm import check_decilm, write_decilm
 from adapruner.errors import AdaPrunerError
@@ -42,10 +42,6 @@ def export(
     output: str | Path,
     gguf_type: GgufType = "f16",
     overwrite: bool = False,
-    push_to_hub: str | None = None,
-    hub_private: bool = True,
-    hub_revision: str | None = None,
-    hub_token: str | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> Exported:
     """Writes a model, pruned or dense, in a form that other loaders read.
@@ -57,10 +53,6 @@ def export(
         output: the file or folder.
         gguf_type: type of the matrices in a GGUF file, see `gguf.write_gguf`.
         overwrite: replace an existing GGUF file, or a folder that this package wrote.
-        push_to_hub: upload the result to this repository.
-        hub_private: create a new repository as a private one.
-        hub_revision: branch to upload to, by default the main one.
-        hub_token: by default the token of `hf auth login`.
         tokenizer: for a model in memory.
 
     Raises:
@@ -69,8 +61,6 @@ def export(
     path = output_path(output)
     source = ModelSource.of(model)
     check_output(path, source.location, to, overwrite)
-    if push_to_hub:
-        check_push(push_to_hub, hub_token)
     empty = empty_model(source.config)
     if to == "gguf":
         check_gguf(empty, gguf_type)
@@ -95,8 +85,6 @@ def export(
                 "it is the decoder alone: the projector file (mmproj) is that of the original model, which pruning does"
                 " not change"
             )
-    if push_to_hub:
-        push(path, push_to_hub, hub_private, hub_revision, hub_token)
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     is_quantized = to == "gguf" and gguf_type not in ("f32", "f16", "bf16")
     stored = read_stored_types(path, gguf_type) if is_quantized else None

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.calibration import BlendPart, blend_sources, content_hash, parse_blend, read_pictures
 from adapruner.card import card_of_recovered, read_card
-from adapruner.checkpoint import check_push, push, read_origin
+from adapruner.checkpoint import read_origin
 from adapruner.config import Dtype, RecoverConfig
 from adapruner.errors import AdaPrunerError
 from adapruner.families import open_config, open_model
@@ -68,10 +68,6 @@ def recover(
     overwrite: bool = False,
     dtype: Dtype = "auto",
     device: str = "auto",
-    push_to_hub: str | None = None,
-    hub_private: bool = True,
-    hub_revision: str | None = None,
-    hub_token: str | None = None,
     **options: Any,
 ) -> RecoveryRecord:
     """Fine-tunes a pruned model and writes it as a normal checkpoint with the record that is returned. A killed call
@@ -85,10 +81,6 @@ def recover(
         output: the folder of the recovered model.
         teacher: the dense model, for distillation.
         overwrite: start again if the folder holds another recovery.
-        push_to_hub: upload the recovered model to this repository.
-        hub_private: make a new repository private.
-        hub_revision: branch.
-        hub_token: by default the token of the login.
         options: the fields of `RecoveryOptions`.
 
     Raises:
@@ -96,18 +88,7 @@ def recover(
             loss is not finite any more.
     """
     config = RecoverConfig.from_options(model=str(model), data=data, teacher=teacher, dtype=dtype, **options)
-    if push_to_hub:
-        check_push(push_to_hub, hub_token)
-    folder = output_path(output)
-    record = _recover_into(folder, config, overwrite, device)
-    if push_to_hub and this_process().leads:
-        push(folder, push_to_hub, hub_private, hub_revision, hub_token)
-    return record
-
-
-def _recover_into(folder: Path, config: RecoverConfig, overwrite: bool, device: str) -> RecoveryRecord:
-    """Trains the model that the config names, unless the folder holds the result."""
-    blend, teacher = parse_blend(config.data), config.teacher
+    folder, blend = output_path(output), parse_blend(data)
     paths = [given_path(name) for name in (config.model, teacher) if name]
     paths += [source.path or given_path(source.dataset) for source in blend_sources(blend)]
     for path in (path.resolve() for path in paths):

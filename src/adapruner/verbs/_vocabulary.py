@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from adapruner.calibration import parse_source, source_names
 from adapruner.card import vocabulary_card
-from adapruner.checkpoint import check_push, push, read_origin, save_checkpoint
+from adapruner.checkpoint import read_origin, save_checkpoint
 from adapruner.config import Dtype
 from adapruner.errors import AdaPrunerError
 from adapruner.families import open_config, open_model
@@ -50,10 +50,6 @@ def vocabulary(
     vocabulary_multiple: int = 64,
     overwrite: bool = False,
     dtype: Dtype = "auto",
-    push_to_hub: str | None = None,
-    hub_private: bool = True,
-    hub_revision: str | None = None,
-    hub_token: str | None = None,
 ) -> PrunedVocabulary:
     """Removes the tokens that text does not have from a model, with their rows of the embedding and the output layer.
 
@@ -66,10 +62,6 @@ def vocabulary(
         vocabulary_size: maximum number of tokens to keep, the most frequent ones.
         vocabulary_multiple: the number of kept tokens is rounded up to a multiple of this.
         overwrite: replace a folder that this package wrote.
-        push_to_hub: upload the result to this repository.
-        hub_private: create a new repository as a private one.
-        hub_revision: branch to upload to, by default the main one.
-        hub_token: by default the token of `hf auth login`.
 
     Raises:
         AdaPrunerError: an option, a text, the model or its tokenizer is invalid or cannot be cut exactly; before the
@@ -83,8 +75,6 @@ def vocabulary(
     sources = [parse_source(name) for name in names]
     path, location = output_path(output), find_model(str(model))
     check_output(path, location, "stock", overwrite)
-    if push_to_hub:
-        check_push(push_to_hub, hub_token)
     config, tokenizer, reporter = open_config(location), load_tokenizer(location), Reporter()
     with reporter.stage("counting tokens", None) as advance:
         naming = configs_with_tokens(location, config)
@@ -98,6 +88,4 @@ def vocabulary(
         origin["texts"] = origin["texts"] + [{"use": "vocabulary"} | record_of(source) for source in sources]
         card = vocabulary_card(location, loaded.config, shown_name(str(model)), chosen.summary, names)
         save_checkpoint(loaded, cut, path, card, record=origin)
-    if push_to_hub:
-        push(path, push_to_hub, hub_private, hub_revision, hub_token)
     return PrunedVocabulary(path=path, vocabulary=chosen.summary)
