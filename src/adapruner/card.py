@@ -17,7 +17,15 @@ from markupsafe import Markup
 from transformers import PreTrainedConfig
 from transformers.utils.hub import cached_file
 
-from adapruner.models import ModelLocation, Wrapper, find_head, find_wrapper, is_pruned, load_config, quiet_transformers
+from adapruner.models import (
+    ModelLocation,
+    Wrapper,
+    find_wrapper,
+    has_multi_token_head,
+    is_pruned,
+    load_config,
+    quiet_transformers,
+)
 from adapruner.numbers import Number, measured_table
 from adapruner.plain_yaml import parse_yaml
 from adapruner.planning import PruningPlan
@@ -132,8 +140,9 @@ def _render(
         model_name=name,
         eval_results=results or None,
     )
-    head = find_head(location, load_config(location))
-    content |= _loading(config, wrapper) | {"metadata": metadata.to_yaml(), "licence": licence, "head": head}
+    had_head = has_multi_token_head(location, load_config(location))
+    content |= _loading(config, wrapper)
+    content |= {"metadata": metadata.to_yaml(), "licence": licence, "had_multi_token_head": had_head}
     return _TEMPLATES.get_template("card.md.jinja").render(content) + "\n"
 
 

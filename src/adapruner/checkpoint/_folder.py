@@ -18,16 +18,15 @@ from transformers.utils.hub import cached_file
 
 from adapruner.errors import without_secrets
 from adapruner.files import replace, saying_what_cannot_be_written, write_text
-from adapruner.models import ModelLocation, head_of, quiet_transformers, whole_state, wrapper_of
-from adapruner.progress import Reporter
+from adapruner.models import ModelLocation, quiet_transformers, whole_state, wrapper_of
 from adapruner.terminal import printable
 
 # The origin of a checkpoint. The file also marks a folder as written by this package.
 _ORIGIN = "adapruner.json"
 _ORIGIN_FORMAT = 1
 _LONGEST_ORIGIN = 2**20
-# Of multi-token prediction heads, and of the parts of a multimodal model other than its decoder.
-_HEAD_FILES, _OTHER_FILES = "model-mtp{suffix}.safetensors", "model-others{suffix}.safetensors"
+# Of the parts of a multimodal model other than its decoder.
+_OTHER_FILES = "model-others{suffix}.safetensors"
 
 
 def write_model(model: PreTrainedModel, folder: Path, shard_size: str) -> None:
@@ -36,7 +35,7 @@ def write_model(model: PreTrainedModel, folder: Path, shard_size: str) -> None:
         wrapper = wrapper_of(model)
         if wrapper:
             wrapper.save(model, whole_state(model), folder, shard_size)
-            _add_tensors(folder, wrapper.other_tensors(), shard_size, _OTHER_FILES)
+            _add_tensors(folder, wrapper.other_tensors(), shard_size)
         else:
             model.save_pretrained(folder, max_shard_size=shard_size, state_dict=whole_state(model))
     add_older_keys(folder / "config.json", wrapper.text if wrapper else None)
@@ -52,7 +51,7 @@ def save_checkpoint(
     write: Callable[[PreTrainedModel, Path, str], None] = write_model,
 ) -> None:
     """Writes weights (safetensors), config, generation config, tokenizer and model card; for a model whose layers
-    differ, also the modelling code; and the multi-token prediction head in the files that the model was loaded from.
+    differ, also the modelling code.
 
     `adapruner.load(folder)` reads it. So does `AutoModelForCausalLM.from_pretrained(folder)` without this package, with
     `trust_remote_code=True` if layers differ. The folder appears whole or not at all.
@@ -68,11 +67,8 @@ def save_checkpoint(
     Raises:
         AdaPrunerError: it cannot be written.
     """
-    head = head_of(model)
     with _valid_generation_config(model), made_beside(folder) as made:
         write(model, made, shard_size)
-        if head:
-            _add_tensors(made, head.tensors(model.config.num_hidden_layers), shard_size, _HEAD_FILES)
         tokenizer.save_pretrained(made)
         origin = (record or {}) | {"format": _ORIGIN_FORMAT}
         (made / _ORIGIN).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
@@ -82,8 +78,6 @@ def save_checkpoint(
         if card is not None:
             write_card(made, card)
         replace(made, folder)
-    if head:
-        Reporter().note(head.sentence)
 
 
 @contextlib.contextmanager
@@ -160,18 +154,14 @@ def write_card(folder: Path, card: str) -> None:
     write_text(folder / "README.md", printable(card))
 
 
-def _add_tensors(folder: Path, tensors: Mapping[str, Tensor], shard_size: str, pattern: str) -> None:
-    """Adds tensors to the weights in a folder: in further files, which the index of all files lists.
-
-    Args:
-        pattern: of the names of these files.
-    """
+def _add_tensors(folder: Path, tensors: Mapping[str, Tensor], shard_size: str) -> None:
+    """Adds tensors to the weights in a folder: in further files, which the index of all files lists."""
     stock, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if stock.is_file():
         # Loaders that find a file of this name read no index.
         stock.rename(folder / "model-00001-of-00001.safetensors")
-    save_torch_state_dict(dict(tensors), folder, filename_pattern=pattern, max_shard_size=shard_size)
-    (folder / f"{pattern.format(suffix='')}.index.json").unlink(missing_ok=True)
+    save_torch_state_dict(dict(tensors), folder, filename_pattern=_OTHER_FILES, max_shard_size=shard_size)
+    (folder / f"{_OTHER_FILES.format(suffix='')}.index.json").unlink(missing_ok=True)
     weight_map: dict[str, str] = {}
     size = 0
     for file in sorted(folder.glob("*.safetensors")):

@@ -79,7 +79,6 @@ from adapruner.models._loading import (
     load_tokenizer as load_tokenizer,
     load_whole as load_whole,
 )
-from adapruner.models._multi_token import find_head as find_head, give_head as give_head, head_of as head_of
 from adapruner.models._pictures import (
     Pictures as Pictures,
     Seen as Seen,
@@ -95,6 +94,7 @@ from adapruner.models._places import (
     reported as reported,
     reported_as_unloadable as reported_as_unloadable,
 )
+from adapruner.models._stored import has_multi_token_head as has_multi_token_head
 from adapruner.models._wrapper import (
     Wrapper as Wrapper,
     give_wrapper as give_wrapper,

@@ -32,7 +32,6 @@ from adapruner.models._deferred import defer
 from adapruner.models._device import resolve_devices
 from adapruner.models._gguf import without_tokens
 from adapruner.models._layers import place_layers, share_out
-from adapruner.models._multi_token import find_head, give_head, is_of_head
 from adapruner.models._places import ModelLocation, quiet_panics, reported, reported_as_unloadable
 from adapruner.models._stored import (
     StoredTensor,
@@ -40,6 +39,7 @@ from adapruner.models._stored import (
     differences,
     dtype_in_files,
     has_own_output,
+    is_of_multi_token_head,
     load_deferred,
     load_streamed,
     names_in_files,
@@ -159,8 +159,6 @@ def load_model(
                 place_layers(model, target, share_out(model, devices))
             else:
                 model.to(target)
-    with reported_as_unloadable(location):
-        give_head(model, find_head(location, config))
     give_wrapper(model, wrapper)
     for marked in (model, model.config):
         clear_gguf_marks(marked, location)
@@ -252,7 +250,7 @@ def _refuse_other_weights(location: ModelLocation, config: PreTrainedConfig, rep
         f"{name} has no place in the model"
         for name in sorted(report["unexpected_keys"])
         if known and name.startswith(f"{known.layers}.") and name.endswith((".weight", ".bias"))
-        if not is_of_head(name, config)
+        if not is_of_multi_token_head(name, config)
     ]
     if wrong:
         raise AdaPrunerError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,10 @@ from adapruner.errors import AdaPrunerError
 from adapruner.models._architecture import architecture_of, new_model
 from adapruner.models._deferred import StoredWeight, defer
 from adapruner.models._layers import ReadLayer, decoder_layers, move_resident, plain_weights, stream_layers
+from adapruner.models._places import ModelLocation
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_NAMED_HEAD, _LAYER = re.compile(r"(^|\.)mtp[._]"), re.compile(r"(^|\.)layers\.(\d+)\.")
 _FLOATING_POINT = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -65,6 +68,29 @@ def stored_tensors(path: str, config: PreTrainedConfig, local_files_only: bool =
                 tensor = opened.get_slice(name)
                 stored[name] = StoredTensor(shard, tuple(tensor.get_shape()), tensor.get_dtype(), name)
     return stored
+
+
+def is_of_multi_token_head(name: str, config: PreTrainedConfig) -> bool:
+    """True for a tensor of a multi-token prediction head, which transformers leaves out: its name has a part that
+    begins with `mtp`, or it belongs to one of the layers that follow the last decoder layer, as many as the config
+    counts.
+
+    Args:
+        name: in the files.
+        config: of the model in these files.
+    """
+    if _NAMED_HEAD.search(name):
+        return True
+    # transformers has one name, the files of most models the other.
+    count = getattr(config, "num_mtp_layers", None) or getattr(config, "num_nextn_predict_layers", None)
+    layer = _LAYER.search(name)
+    return bool(layer and isinstance(count, int) and 0 <= int(layer[2]) - config.num_hidden_layers < count)
+
+
+def has_multi_token_head(location: ModelLocation, config: PreTrainedConfig) -> bool:
+    """True if the safetensors files of a model have a multi-token prediction head."""
+    names = () if location.gguf_file else stored_tensors(location.path, config)
+    return any(is_of_multi_token_head(name, config) for name in names)
 
 
 def dtype_in_files(stored: Mapping[str, StoredTensor]) -> torch.dtype:

@@ -31,8 +31,7 @@ from transformers.utils.hub import cached_file
 
 from adapruner.errors import AdaPrunerError
 from adapruner.models._architecture import NUMBERS_LAYERS, architecture_of, is_pruned, new_model
-from adapruner.models._multi_token import is_of_head
-from adapruner.models._stored import StoredTensor, read_tensors, stored_tensors
+from adapruner.models._stored import StoredTensor, is_of_multi_token_head, read_tensors, stored_tensors
 from adapruner.models.modeling_pruned import Wrapper as WrapperNames, pruned_config_class, register_wrapper
 
 _ATTRIBUTE = "multimodal_wrapper"
@@ -216,7 +215,7 @@ class Wrapper:
             name, _ = rename_source_key(key, renamings, converters, whole.base_model_prefix, state)
             if name in names:
                 inside[names[name]] = replace(tensor, name=key)
-            elif not is_of_head(key, decoder):
+            elif not is_of_multi_token_head(key, decoder):
                 others[key] = tensor
         return inside, others
 

@@ -16,9 +16,7 @@ from transformers.initialization import no_init_weights
 from adapruner.models import (
     SKIPPED,
     fields_by_layer,
-    give_head,
     give_wrapper,
-    head_of,
     is_streamed,
     layer_devices,
     loaded_layer,
@@ -59,7 +57,6 @@ def prune_model(
     pruned.load_state_dict(state, assign=True)
     pruned.tie_weights()
     pruned.generation_config = model.generation_config
-    give_head(pruned, head_of(model))
     give_wrapper(pruned, wrapper_of(model))
     show_pictures(pruned, pictures_of(model))
     if is_streamed(model):

@@ -18,9 +18,7 @@ from adapruner.models import (
     Architecture,
     architecture_of,
     fields_by_layer,
-    give_head,
     give_wrapper,
-    head_of,
     is_pruned,
     stock_fields,
     wrapper_of,
@@ -137,7 +135,6 @@ def _padded(model: PreTrainedModel, padded: Any) -> PreTrainedModel:
     padded.load_state_dict(state, assign=True)
     padded.tie_weights()
     padded.generation_config = model.generation_config
-    give_head(padded, head_of(model))
     give_wrapper(padded, wrapper_of(model))
     moved: PreTrainedModel = padded.to(model.device).eval()
     return moved

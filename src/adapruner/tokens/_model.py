@@ -16,9 +16,7 @@ from adapruner.errors import AdaPrunerError
 from adapruner.models import (
     ModelLocation,
     find_wrapper,
-    give_head,
     give_wrapper,
-    head_of,
     new_model,
     quiet_transformers,
     wrapper_of,
@@ -83,8 +81,6 @@ def _renumber(settings: PreTrainedConfig | GenerationConfig, vocabulary: Vocabul
 def cut_vocabulary(model: PreTrainedModel, vocabulary: Vocabulary) -> None:
     """Removes the rows of all other tokens from a model, in place: of embeddings, output layer and bias, tied or not.
 
-    A multi-token prediction head loses the same rows of its copies of the embedding and the output layer.
-
     The tensors with rows for tokens are those whose shape changes with the size of the vocabulary in the config.
 
     Raises:
@@ -112,8 +108,6 @@ def cut_vocabulary(model: PreTrainedModel, vocabulary: Vocabulary) -> None:
                 setattr(module, name, count)
     model.config.__dict__.update(config.__dict__)
     _renumber(model.generation_config, vocabulary)
-    if head := head_of(model):
-        give_head(model, replace(head, kept_tokens=vocabulary.kept))
     if wrapper := wrapper_of(model):
         give_wrapper(model, replace(wrapper, config=cut_config(wrapper.config, vocabulary)))
     model.tie_weights()
