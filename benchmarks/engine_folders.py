@@ -2,19 +2,17 @@
 
     python benchmarks/engine_folders.py runs/engines --model.demo runs/demo/model
 
-Tiny random models of 12 layers are pruned in three layouts. Each is written as the folder of a run, padded to a stock
-model, as DeciLM and as GGUF, with the greedy tokens that transformers generates in float32. Given models are written in
-the same forms.
+Tiny random models of 12 layers are pruned in three layouts. Each is written as the folder of a run, as DeciLM
+and as GGUF, with the greedy tokens that transformers generates in float32. Given models are written in the same forms.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import cyclopts
 import torch
@@ -28,7 +26,6 @@ from transformers import (
 
 import adapruner
 from adapruner.checkpoint import save_checkpoint
-from adapruner.config import ExportFormat
 from adapruner.families import resolve
 from adapruner.families.tiny import random_model
 from adapruner.models import is_pruned, using_architecture
@@ -109,21 +106,13 @@ def write_forms(work: Path, family: str, layout: str, model: PreTrainedModel, to
     tokens = greedy(model, prompt)
     pruned = Folder(family, layout, "pruned", {}, prompt, tokens, str(tokenizer.decode(tokens)))
     save_checkpoint(model, tokenizer, work / pruned.name, record={"plan": ""})
-    for form in ("pruned", *(form for form in get_args(ExportFormat) if form != "gguf")):
-        folder = dataclasses.replace(pruned, form=form, refused={})
-        path = work / folder.name
-        exports = [(form, work / pruned.name, path)] if form != "pruned" else []
-        exports += [("gguf", path, work / f"{folder.name}.gguf")] if form != "decilm" else []
+    decilm = dataclasses.replace(pruned, form="decilm", refused={})
+    for folder, to, output in (pruned, "gguf", f"{pruned.name}.gguf"), (decilm, "decilm", decilm.name):
         try:
-            for to, source, output in exports:
-                adapruner.export(source, to, output, gguf_type="f32", overwrite=True)
-                if to == "stock" and (path / "config.json").read_text() == (source / "config.json").read_text():
-                    shutil.rmtree(path)  # nothing was padded
-                    break
+            adapruner.export(work / pruned.name, to, work / output, gguf_type="f32", overwrite=True)
         except adapruner.AdaPrunerError as refusal:
             folder.refused[to] = str(refusal)
-        if path.is_dir() or folder.refused:
-            (work / f"{folder.name}.json").write_text(json.dumps(dataclasses.asdict(folder)), encoding="utf-8")
+        (work / f"{folder.name}.json").write_text(json.dumps(dataclasses.asdict(folder)), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ class Folder:
     """A folder of engine_folders.py, next to a file with these fields and to its GGUF file.
 
     Attributes:
-        form: `pruned` as a run writes it, `stock` padded, or `decilm`.
+        form: `pruned` as a run writes it, or `decilm`.
         refused: by form or `gguf`, the sentence with which this package refuses to write it.
         tokens: those that transformers generates after the prompt.
     """

@@ -57,7 +57,9 @@ def commands(folder: Path) -> dict[str, Command]:
     return {
         "prune": Command(prune_command("a tenth", folder / "run"), folder / "run"),
         "recover": Command(COMMANDS["recover"](run, folder / "recovered"), folder / "recovered"),
-        "export": Command(COMMANDS["export"](run, folder / "stock"), folder / "stock"),
+        "export": Command(
+            ["export", str(shared() / "bytes"), "--to", "gguf", "-o", str(folder / "model.gguf")], folder / "model.gguf"
+        ),
         "vocabulary": Command(
             ["vocabulary", str(shared() / "bytes"), "-o", str(folder / "cut"), "--vocabulary", text, *small_vocabulary],
             folder / "cut",

@@ -19,6 +19,8 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 import adapruner
 from adapruner.cli import main
@@ -247,3 +249,14 @@ def _contents(run: Path) -> dict[str, object]:
         elif not name.endswith(WITH_TIMES):
             contents[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     return contents
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE, which can be written as GGUF."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, special_tokens=[*special.values()])
+    backend.train_from_iterator(["the river runs through the old town, past the mill and the market"] * 9, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)

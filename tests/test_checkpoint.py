@@ -32,7 +32,7 @@ from adapruner.families.tiny import random_model
 from adapruner.models import find_model, in_fastest_dtype, modeling_pruned
 from adapruner.planning import make_plan
 from adapruner.structure import build_structure
-from adapruner.surgery import pad_to_stock, prune_model
+from adapruner.surgery import prune_model
 from tiny_families import tiny_config
 
 
@@ -171,16 +171,15 @@ def test_settings_that_do_not_go_together_are_left_out(
 
 
 def test_no_code_of_others_is_named(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    """A uniform cut and a padded model are stock models, whatever the config of the dense model says."""
+    """A uniform cut is a stock model, whatever the config of the dense model says."""
     model.config.auto_map = {"AutoModelForCausalLM": "someone/else--modeling.Other"}
     model.config.model_file = "other_for_mlx.py"
     structure = build_structure(model)
     scores = torch.ones(structure.group_offsets[-1])
     uniform = prune_model(model, structure, make_plan(structure, scores, [b.groups - 1 for b in structure.blocks]))
-    for name, stock in (("uniform", uniform), ("padded", pad_to_stock(pruned_per_layer(model)))):
-        save_checkpoint(stock, tokenizer, tmp_path / name)
-        assert not {"auto_map", "model_file"} & json.loads((tmp_path / name / "config.json").read_text()).keys()
-        assert not list((tmp_path / name).glob("*.py"))
+    save_checkpoint(uniform, tokenizer, tmp_path / "uniform")
+    assert not {"auto_map", "model_file"} & json.loads((tmp_path / "uniform" / "config.json").read_text()).keys()
+    assert not list((tmp_path / "uniform").glob("*.py"))
 
 
 def test_the_config_names_the_file_for_mlx_where_it_is(folder: Path, tmp_path: Path) -> None:
@@ -321,11 +320,8 @@ ORIGIN = {
 def test_a_checkpoint_says_what_it_was_made_from(
     pruned: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    """And so does what is exported from it."""
     save_checkpoint(pruned, tokenizer, tmp_path / "model", record=ORIGIN)
-    verbs.export(tmp_path / "model", "stock", tmp_path / "stock")
-    for name in ("model", "stock"):
-        assert read_origin(find_model(str(tmp_path / name))) == ORIGIN | {"format": 1}
+    assert read_origin(find_model(str(tmp_path / "model"))) == ORIGIN | {"format": 1}
     save_checkpoint(pruned, tokenizer, tmp_path / "silent")
     assert read_origin(find_model(str(tmp_path / "silent"))) == {"format": 1, "texts": []}
 
@@ -370,19 +366,19 @@ def test_tokens_of_minus_one_are_none(
     for name in stored:
         fields = json.loads((tmp_path / "model" / name).read_text())
         (tmp_path / "model" / name).write_text(json.dumps(fields | {"pad_token_id": -1}))
-    verbs.export(tmp_path / "model", "stock", tmp_path / "stock")
-    exported = adapruner.load(tmp_path / "stock")
-    assert exported.config.pad_token_id is None
-    assert exported.generation_config.pad_token_id is None
-    assert not exported.generation_config.do_sample
-    assert torch.equal(exported(windows).logits, model(windows).logits)
+    save_checkpoint(adapruner.load(tmp_path / "model"), tokenizer, tmp_path / "saved")
+    saved = adapruner.load(tmp_path / "saved")
+    assert saved.config.pad_token_id is None
+    assert saved.generation_config.pad_token_id is None
+    assert not saved.generation_config.do_sample
+    assert torch.equal(saved(windows).logits, model(windows).logits)
 
 
 def names_below(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
 
 
-@pytest.mark.parametrize("to", ["stock", "gguf", "decilm"])
+@pytest.mark.parametrize("to", ["gguf", "decilm"])
 def test_only_what_was_written_here_is_replaced(to: str, folder: Path, model_folder: Path, tmp_path: Path) -> None:
     other = Path(shutil.copytree(model_folder, tmp_path / "other"))
     (tmp_path / "file.gguf").write_text("a thesis")
@@ -400,27 +396,6 @@ def test_only_what_was_written_here_is_replaced(to: str, folder: Path, model_fol
             verbs.export(folder, to, output, overwrite=True)
     assert names_below(tmp_path) == before
     assert (tmp_path / "file.gguf").read_text() == "a thesis"
-
-
-def test_what_a_link_leads_to_is_replaced(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "place").mkdir()
-    (tmp_path / "link").symlink_to(tmp_path / "place")
-    verbs.export(folder, "stock", tmp_path / "link", overwrite=True)
-    assert (tmp_path / "link").is_symlink()
-    assert adapruner.load(tmp_path / "place").num_parameters() > 0
-
-
-def test_overwriting_replaces_and_leaves_what_is_beside(folder: Path, model_folder: Path, tmp_path: Path) -> None:
-    for name in ("stock.partial", "empty"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "stock.partial" / "mine").touch()
-    before = names_below(tmp_path)
-    verbs.export(folder, "stock", tmp_path / "stock")
-    verbs.export(model_folder, "stock", tmp_path / "stock", overwrite=True)
-    assert json.loads((tmp_path / "stock" / "config.json").read_text())["intermediate_size"] == 24
-    verbs.export(folder, "stock", tmp_path / "empty", overwrite=True)
-    left = {name for name in names_below(tmp_path) if not name.startswith(("stock/", "empty/"))}
-    assert left == {*before, "stock"}
 
 
 def test_a_failed_checkpoint_leaves_nothing(pruned: PreTrainedModel, folder: Path, tmp_path: Path) -> None:

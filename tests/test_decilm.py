@@ -267,3 +267,24 @@ def test_mlx_computes_the_same_without_remote_code(
     tokens = model.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist()
     steps = generation.generate_step(mlx.array(prompt), in_mlx, max_tokens=24)
     assert [int(token) for token, _ in steps] == tokens
+
+
+def test_what_a_link_leads_to_is_replaced(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    save_checkpoint(pruned(), tokenizer, tmp_path / "model")
+    (tmp_path / "place").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "place")
+    verbs.export(tmp_path / "model", "decilm", tmp_path / "link", overwrite=True)
+    assert (tmp_path / "link").is_symlink()
+    assert len(stored(tmp_path / "place")) > 0
+
+
+def test_overwriting_replaces_and_leaves_what_is_beside(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    folder = exported(pruned(), tokenizer, tmp_path)
+    (tmp_path / "decilm.partial").mkdir()
+    (tmp_path / "decilm.partial" / "mine").touch()
+    save_checkpoint(pruned("mistral"), tokenizer, tmp_path / "other")
+    verbs.export(tmp_path / "other", "decilm", folder, overwrite=True)
+    fewer = {name: weight.shape for name, weight in stored(folder).items()}
+    assert fewer == {name: weight.shape for name, weight in pruned("mistral").state_dict().items()}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["decilm", "decilm.partial", "model", "other"]
+    assert [path.name for path in (tmp_path / "decilm.partial").iterdir()] == ["mine"]

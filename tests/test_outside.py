@@ -23,8 +23,7 @@ import gguf
 import pytest
 import torch
 from pydantic import BaseModel
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from typing_extensions import is_typeddict
 
 import adapruner
@@ -42,7 +41,7 @@ from adapruner.structure import Block, build_structure
 from adapruner.surgery import Compensation, prune_model
 from adapruner.testing import tiny_texts, tiny_tokenizer
 from conftest import tiny_model
-from run_helpers import RUN_OPTIONS
+from run_helpers import RUN_OPTIONS, byte_tokenizer
 from tiny_families import tiny_config
 
 ROOT = Path(__file__).parents[1]
@@ -260,29 +259,14 @@ def difference(one: PreTrainedModel, other: PreTrainedModel) -> float:
 
 
 def saved(layout: str, folder: Path) -> dict[str, Any]:
-    """Saves a layout, and loads it with and without this package; where layers differ, as a stock model too."""
+    """Saves a layout, and loads it with and without this package."""
     model, path = LAYOUTS[layout](), folder / "model"
     save_checkpoint(model, tiny_tokenizer(), path)
     assert difference(model, adapruner.load(path)) < 1e-6, layout
     assert difference(model, AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, dtype="auto")) < 1e-6, (
         layout
     )
-    found = {"saved": written(path)}
-    if (path / "modeling_pruned.py").is_file() and "experts" not in layout and "biases" not in layout:
-        adapruner.export(path, "stock", folder / "stock")
-        assert difference(model, AutoModelForCausalLM.from_pretrained(folder / "stock")) < 1e-4
-        found["exported as stock"] = written(folder / "stock")
-    return found
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, special_tokens=[*special.values()])
-    backend.train_from_iterator(["the river runs through the old town, past the mill and the market"] * 9, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+    return {"saved": written(path)}
 
 
 def in_gguf(gguf_type: GgufType, folder: Path) -> dict[str, Any]:

@@ -55,7 +55,6 @@ def test_nothing_that_is_made_has_secrets(
     assert exit_code([*prune_command(folder, made / "run", text_file, QUICK, **recovery), "--json"]) == 0
     run = made / "run"
     for command in (
-        ["export", str(run / "model"), "--to", "stock", "-o", str(made / "stock")],
         ["plan", str(run), "--ratio", "0.05", "-o", str(made / "plan")],
         ["report", str(run)],
         ["inspect", str(folder)],

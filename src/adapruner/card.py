@@ -200,21 +200,13 @@ def read_card(location: ModelLocation) -> str:
         return ""
 
 
-def card_of_export(
-    card: str, config: PreTrainedConfig, template: str = "loading.md.jinja", wrapper: Wrapper | None = None
-) -> str | None:
-    """The card of a pruned model for the same model in another form; None if this package did not write the card.
-
-    Args:
-        config: of the exported model.
-        wrapper: the multimodal model that it is the decoder of.
-        template: of the section on loading.
-    """
+def card_of_export(card: str) -> str | None:
+    """The card of a pruned model for the same model as a DeciLM; None if this package did not write the card."""
     before, heading, rest = card.partition(_LOADING)
     if not heading:
         return None
     _, next_heading, after = rest.partition("\n## ")
-    loading = _TEMPLATES.get_template(template).render(_loading(config, wrapper))
+    loading = _TEMPLATES.get_template("loading_decilm.md.jinja").render()
     return f"{before}{heading}{loading}\n{next_heading}{after}"
 
 

@@ -85,7 +85,7 @@ OPTIONS: dict[str, str] = {
     "recover": "--seq-len 16 --steps 1",
     "evaluate": "--seq-len 16 --limit 2",
     "benchmark": "--prompt 4 --new-tokens 2 --repetitions 1 --batch-size 1",
-    "export": "--to stock",
+    "export": "--to gguf",
     "inspect": "",
 }
 READS = {"prune": "--calibration", "recover": "--data", "evaluate": "--evaluate"}

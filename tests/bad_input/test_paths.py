@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 
 import adapruner
+from adapruner.checkpoint import save_checkpoint
 from bad_input.conftest import Command, Refused, RunCli
+from conftest import tiny_model
+from run_helpers import byte_tokenizer
 
 WRITING = ("prune", "recover", "export")
 
@@ -23,9 +26,12 @@ def test_spaces_and_letters_of_every_alphabet_will_do(
     model, text = home / "a model: 1@2", home / "some text @all.txt"
     shutil.copytree(model_folder, model)
     shutil.copy(text_file, text)
+    bytes_alone = home / "模型"
+    save_checkpoint(tiny_model(vocab_size=300), byte_tokenizer(), bytes_alone)
     outputs = {verb: home / "новый" / f"{verb} 📦" for verb in WRITING}
     for verb in (*WRITING, "evaluate", "benchmark", "inspect"):
-        arguments = command(verb, "--json", model=model, text=text, output=outputs.get(verb, ""))
+        source = bytes_alone if verb == "export" else model
+        arguments = command(verb, "--json", model=source, text=text, output=outputs.get(verb, ""))
         code, output, errors = run_cli(arguments)
         assert code == 0, errors
         assert json.loads(output)

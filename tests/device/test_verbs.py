@@ -101,10 +101,9 @@ def test_tasks(device: Device, run: Path, text_file: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.device_matrix
-@pytest.mark.parametrize("layout", ["gguf", "stock"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_export(layout: str, dtype: str, device: Device, with_bytes: Callable[[str], Path], tmp_path: Path) -> None:
-    outcome = device.run("export", with_bytes(dtype), "--to", layout, "-o", tmp_path / "exported", "--json")
+def test_export(dtype: str, device: Device, with_bytes: Callable[[str], Path], tmp_path: Path) -> None:
+    outcome = device.run("export", with_bytes(dtype), "--to", "gguf", "-o", tmp_path / "exported", "--json")
     assert only_json(outcome)["bytes"] > 0
     # Nothing is computed.
     assert not any(stage.peak for stage in outcome.stages)

@@ -163,13 +163,12 @@ def export(
     ```console
     adapruner export runs/a/model --to gguf -o small.gguf
     adapruner export runs/a/model --to gguf --gguf-type q4_k_m -o small-q4.gguf
-    adapruner export runs/a/model --to stock -o runs/a/stock
+    adapruner export runs/a/model --to decilm -o runs/a/decilm
     ```
 
     Args:
-        to: gguf: one file for llama.cpp. stock: a folder for any loader of the family, padded with zeros: heads to
-            their number in the dense model, channels to the widest layer. decilm: a folder for vLLM, SGLang,
-            TensorRT-LLM and mlx-lm without padding, of a Llama with equal heads and widths in multiples of 256.
+        to: gguf: one file for llama.cpp. decilm: a folder for vLLM, SGLang, TensorRT-LLM and mlx-lm, of a Llama with
+            equal heads and widths in multiples of 256.
         output: The file or folder to write.
         gguf_type: How a GGUF file stores matrices. Quantizations other than q8_0 need pip install '.[gguf]'.
         overwrite: Replace an existing GGUF file, or a folder that adapruner wrote.

@@ -126,8 +126,7 @@ def _check_one_width(config: PreTrainedConfig) -> None:
     if layers_differ(config) and not runs_layers_that_differ(config):
         raise AdaPrunerError(
             "llama.cpp runs layers that differ in width in Llama, Mistral, Qwen 2 and Qwen 3 with tied embeddings only;"
-            " use `adapruner export --to stock`, which pads all layers to the widest, and llama.cpp's own converter on"
-            " that, or prune with `layout` uniform"
+            " prune with `layout` uniform"
         )
 
 

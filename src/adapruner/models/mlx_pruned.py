@@ -173,7 +173,7 @@ def _check_shapes(model: nn.Module, weights: dict[str, mx.array]) -> None:
 
 def _cannot_build(args: ModelArgs, why: object) -> ValueError:
     model_type = args.config["model_type"]
-    return ValueError(f"mlx-lm cannot build this pruned {model_type}: {why} (`adapruner export --to stock` may help)")
+    return ValueError(f"mlx-lm cannot build this pruned {model_type}: {why}")
 
 
 def _build(args: ModelArgs) -> nn.Module:

@@ -11,9 +11,4 @@ from adapruner.surgery._cut import (
     prune_on_reading as prune_on_reading,
 )
 from adapruner.surgery._sequential import refit_sequentially as refit_sequentially
-from adapruner.surgery._stock import (
-    check_paddable as check_paddable,
-    fields_of_layers as fields_of_layers,
-    is_as_large_as_dense as is_as_large_as_dense,
-    pad_to_stock as pad_to_stock,
-)
+from adapruner.surgery._stock import fields_of_layers as fields_of_layers

@@ -14,11 +14,10 @@ from adapruner.config import ExportFormat, GgufType
 from adapruner.decilm import check_decilm, write_decilm
 from adapruner.errors import AdaPrunerError
 from adapruner.gguf import StoredTypes, check_gguf, read_stored_types, write_gguf
-from adapruner.models import ModelLocation, empty_model, find_wrapper, wrapper_of
+from adapruner.models import ModelLocation, empty_model, wrapper_of
 from adapruner.paths import output_path
 from adapruner.progress import Reporter
 from adapruner.run.given import ModelGiven
-from adapruner.surgery import check_paddable, is_as_large_as_dense, pad_to_stock
 from adapruner.verbs._source import ModelSource
 
 
@@ -48,8 +47,8 @@ def export(
 
     Args:
         model: as for `load`; or a model in memory, which is not changed.
-        to: `gguf`: one file for llama.cpp; `stock`: a folder for any loader of the family (see `surgery.pad_to_stock`);
-            `decilm`: a folder for vLLM, SGLang, TensorRT-LLM and mlx-lm without padding (see `decilm.check_decilm`).
+        to: `gguf`: one file for llama.cpp; `decilm`: a folder for vLLM, SGLang, TensorRT-LLM and mlx-lm (see
+            `decilm.check_decilm`).
         output: the file or folder.
         gguf_type: type of the matrices in a GGUF file, see `gguf.write_gguf`.
         overwrite: replace an existing GGUF file, or a folder that this package wrote.
@@ -60,14 +59,12 @@ def export(
     """
     path = output_path(output)
     source = ModelSource.of(model)
-    check_output(path, source.location, to, overwrite)
+    check_output(path, source.location, overwrite, is_file=to == "gguf")
     empty = empty_model(source.config)
     if to == "gguf":
         check_gguf(empty, gguf_type)
-    elif to == "decilm":
-        check_decilm(empty.config)
     else:
-        check_paddable(empty)
+        check_decilm(empty.config)
     tokenizer = source.tokenizer(tokenizer)
     reporter = Reporter()
     with contextlib.ExitStack() as using:
@@ -76,11 +73,9 @@ def export(
         with reporter.stage("writing"):
             if to == "gguf":
                 write_gguf(loaded, tokenizer, path, gguf_type)
-            elif to == "decilm":
-                _write_decilm(loaded, tokenizer, path, source.location)
             else:
-                reporter.note(_write_stock(loaded, tokenizer, path, source.location))
-        if to != "stock" and wrapper_of(loaded):
+                _write_decilm(loaded, tokenizer, path, source.location)
+        if wrapper_of(loaded):
             reporter.note(
                 "it is the decoder alone: the projector file (mmproj) is that of the original model, which pruning does"
                 " not change"
@@ -93,28 +88,16 @@ def export(
 
 def _write_decilm(loaded: PreTrainedModel, tokenizer: Tokenizer, path: Path, location: ModelLocation | None) -> None:
     origin = read_origin(location) if location else None
-    card = card_of_export(read_card(location), loaded.config, "loading_decilm.md.jinja") if location else None
+    card = card_of_export(read_card(location)) if location else None
     save_checkpoint(loaded, tokenizer, path, card, record=origin, write=write_decilm)
 
 
-def _write_stock(loaded: PreTrainedModel, tokenizer: Tokenizer, path: Path, location: ModelLocation | None) -> str:
-    """Pads, saves, and returns a line on the cost of padding; empty if nothing was padded."""
-    origin = read_origin(location) if location else None
-    # Heads are missing after a plan, but not if only tokens were removed.
-    padded = pad_to_stock(loaded, fills_heads=origin is not None and "plan" in origin)
-    card = card_of_export(read_card(location), padded.config, wrapper=find_wrapper(location)) if location else None
-    save_checkpoint(padded, tokenizer, path, card, record=origin)
-    if padded is loaded:
-        return ""
-    before, after = (model.get_memory_footprint() / 1e6 for model in (loaded, padded))
-    line = f"padding with zeros: {before:,.1f} MB of weights became {after:,.1f} MB"
-    if not is_as_large_as_dense(padded, loaded):
-        return line
-    return f"{line}, no smaller than without pruning; `layout` uniform prunes to a stock model that needs no padding"
+def check_output(path: Path, location: ModelLocation | None, overwrite: bool, is_file: bool = False) -> None:
+    """Refuses an output that overlaps the model, or that would replace files that this package did not write.
 
-
-def check_output(path: Path, location: ModelLocation | None, to: ExportFormat, overwrite: bool) -> None:
-    """Refuses an output that overlaps the model, or that would replace files that this package did not write."""
+    Args:
+        is_file: True for a GGUF file, False for a folder.
+    """
     if location and location.is_local:
         source, target = Path(location.path, location.gguf_file or "").resolve(), path.resolve()
         if source == target or source in target.parents or target in source.parents:
@@ -123,8 +106,8 @@ def check_output(path: Path, location: ModelLocation | None, to: ExportFormat, o
         return
     if not overwrite:
         raise AdaPrunerError(f"{path} exists: choose another output, or `overwrite` to replace it")
-    if path.is_dir() == (to == "gguf"):
-        raise AdaPrunerError(f"{path} is not a {'file' if to == 'gguf' else 'folder'}: choose another output")
+    if path.is_dir() == is_file:
+        raise AdaPrunerError(f"{path} is not a {'file' if is_file else 'folder'}: choose another output")
     if path.is_dir() and not is_replaceable(path):
         raise AdaPrunerError(f"{path} holds files that adapruner did not write: choose another output")
     if path.is_file() and path.stat().st_size:

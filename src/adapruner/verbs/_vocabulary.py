@@ -74,7 +74,7 @@ def vocabulary(
         raise AdaPrunerError("`vocabulary` names no text: give datasets or files in the languages to keep")
     sources = [parse_source(name) for name in names]
     path, location = output_path(output), find_model(str(model))
-    check_output(path, location, "stock", overwrite)
+    check_output(path, location, overwrite)
     config, tokenizer, reporter = open_config(location), load_tokenizer(location), Reporter()
     with reporter.stage("counting tokens", None) as advance:
         naming = configs_with_tokens(location, config)
