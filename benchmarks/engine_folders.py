@@ -72,8 +72,7 @@ def tiny(family: str, layout: str) -> tuple[PreTrainedModel, AnyTokenizer]:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **SPECIAL_TOKENS)
 
     config_class = CONFIG_MAPPING[family]
-    # As small Qwen 3 models are, which llama.cpp reads per layer.
-    sizes = SIZES | {"vocab_size": len(tokenizer)} | ({"tie_word_embeddings": True} if family == "qwen3" else {})
+    sizes = SIZES | {"vocab_size": len(tokenizer)}
     sizes = {config_class.attribute_map.get(name, name): size for name, size in sizes.items()}
     config = config_class(**{name: sizes[name] for name in config_class().to_dict() if name in sizes})
     with using_architecture(resolve(config)):

@@ -30,6 +30,7 @@ from tiny_families import tiny_config
         ("llama", ("mlx", "sglang"), {"layout": "uniform"}),
         ("qwen2", ("mlx", "llama.cpp", "transformers"), {"layout": "per-layer"}),
         ("qwen3", ("llama.cpp",), {"layout": "uniform"}),
+        ("qwen3", ("llama.cpp", "mlx"), {"layout": "uniform"}),
         ("gemma3_text", ("mlx", "vllm"), {"layout": "uniform", "head_share": 0.0, "whole": ("none",)}),
         ("gpt_neox", ("transformers",), {"layout": "per-layer"}),
     ],

@@ -27,7 +27,6 @@ RUN_IN_VLLM = ("llama", "qwen3")
 AS_RELEASED: dict[str, dict[str, object]] = {
     "gemma3_text": {"layer_types": ["sliding_attention"] * 5 + ["full_attention"], "query_pre_attn_scalar": 8},
     "mistral": {"sliding_window": None},
-    "qwen3": {"tie_word_embeddings": True},
     "qwen2": {"use_sliding_window": False, "sliding_window": None, "layer_types": None},
 }
 # How many groups a layer loses, of 3 or 6 heads and of 24 or more channels.

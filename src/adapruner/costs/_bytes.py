@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.config import GgufType, TargetFormat
 from adapruner.evaluation import new_cache
-from adapruner.gguf import gguf_bytes, gguf_header_bytes, gguf_names, gguf_shapes, gguf_tensor_bytes
+from adapruner.gguf import gguf_bytes, gguf_header_bytes, gguf_names, gguf_tensor_bytes
 from adapruner.models import architecture_of
 from adapruner.planning import Costs
 from adapruner.structure import Structure
@@ -99,21 +99,13 @@ def size_costs(
     if gguf_type is None:
         return lambda counts: safetensors_bytes(shapes_after(model, structure, counts), dtype_in(target_format, dtype))
     header = gguf_header_bytes(model, tokenizer)
-    names_by_layout = {differ: gguf_names(model, differ) for differ in (False, True)}
+    names = gguf_names(model)
 
     def gguf_costs(counts: Sequence[int]) -> float:
         shapes = shapes_after(model, structure, counts)
-        names = names_by_layout[_layers_differ(structure, counts)]
-        return header + gguf_tensor_bytes(gguf_shapes((names[path], shapes[path]) for path in shapes), gguf_type)
+        return header + gguf_tensor_bytes({names[path]: shape for path, shape in shapes.items()}, gguf_type)
 
     return gguf_costs
-
-
-def _layers_differ(structure: Structure, counts: Sequence[int]) -> bool:
-    layers: dict[int, list[int]] = {}
-    for block, count in zip(structure.blocks, counts, strict=True):
-        layers.setdefault(block.layer, []).append(count)
-    return len({tuple(kept) for kept in layers.values() if any(kept)}) > 1
 
 
 def bytes_of_model(

@@ -5,9 +5,8 @@ from adapruner.gguf._check import (
     check_gguf as check_gguf,
     head_dim as head_dim,
     layer_counts as layer_counts,
-    runs_layers_that_differ as runs_layers_that_differ,
 )
-from adapruner.gguf._size import gguf_shapes as gguf_shapes, gguf_tensor_bytes as gguf_tensor_bytes
+from adapruner.gguf._size import gguf_tensor_bytes as gguf_tensor_bytes
 from adapruner.gguf._types import StoredTypes as StoredTypes, read_stored_types as read_stored_types
 from adapruner.gguf._write import (
     gguf_bytes as gguf_bytes,

@@ -117,16 +117,11 @@ def _check_gemma3(model: PreTrainedModel) -> None:
             raise AdaPrunerError(f"llama.cpp computes gemma3 with {name} {expected} only, not {value}")
 
 
-def runs_layers_that_differ(config: PreTrainedConfig) -> bool:
-    """True if an architecture of llama.cpp computes such a model with layers that differ in heads and channels."""
-    return config.model_type in LLAMA_LIKE or (config.model_type == "qwen3" and config.tie_word_embeddings)
-
-
 def _check_one_width(config: PreTrainedConfig) -> None:
-    if layers_differ(config) and not runs_layers_that_differ(config):
+    if layers_differ(config):
         raise AdaPrunerError(
-            "llama.cpp runs layers that differ in width in Llama, Mistral, Qwen 2 and Qwen 3 with tied embeddings only;"
-            " prune with `layout` uniform"
+            "llama.cpp runs layers that differ in width in Llama, Mistral and Qwen 2 only, not in"
+            f" {config.model_type}: prune with `layout` uniform"
         )
 
 

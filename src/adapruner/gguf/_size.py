@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import gguf
 from gguf import GGMLQuantizationType
@@ -25,18 +25,6 @@ def gguf_tensor_bytes(shapes: Mapping[str, Sequence[int]], gguf_type: GgufType) 
     """
     types = _q4_k_m(shapes) if gguf_type == "q4_k_m" else dict.fromkeys(shapes, GGMLQuantizationType[gguf_type.upper()])
     return sum(aligned(tensor_bytes(shape, types[name])) for name, shape in shapes.items())
-
-
-def gguf_shapes(pieces: Iterable[tuple[str, Sequence[int]]]) -> dict[str, tuple[int, ...]]:
-    """The shapes of the tensors in a file, by their names in llama.cpp.
-
-    Args:
-        pieces: names and shapes; the rows of pieces with the same name follow one another.
-    """
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, (rows, *rest) in pieces:
-        shapes[name] = (rows + shapes.get(name, (0,))[0], *rest)
-    return shapes
 
 
 def tensor_bytes(shape: Sequence[int], matrix_type: GGMLQuantizationType) -> int:
@@ -61,13 +49,12 @@ def aligned(size: int) -> int:
 
 
 def _q4_k_m(shapes: Mapping[str, Sequence[int]]) -> dict[str, GGMLQuantizationType]:
-    """The mixture of llama.cpp's quantizer: six bits for the output, and for values (in `openelm`, for queries and keys
-    too) and down projections of the first and the last eighth of the layers and of every third between them
-    (`llama_tensor_get_type_impl`). Models of 70 billion parameters and of eight experts, which it treats in another
-    way, are not covered."""
+    """The mixture of llama.cpp's quantizer: six bits for the output, and for values and down projections of the first
+    and the last eighth of the layers and of every third between them (`llama_tensor_get_type_impl`). Models of 70
+    billion parameters and of eight experts, which it treats in another way, are not covered."""
     layers = sorted({int(name.split(".")[1]) for name in shapes if name.startswith("blk.")})
     six_bits = {"output.weight" if "output.weight" in shapes else "token_embd.weight"}
-    for projection in ("attn_v", "attn_qkv", "ffn_down"):
+    for projection in ("attn_v", "ffn_down"):
         names = [name for layer in layers if (name := f"blk.{layer}.{projection}.weight") in shapes]
         count = len(layers) if projection == "ffn_down" else len(names)
         first, last = count // 8, 7 * count // 8

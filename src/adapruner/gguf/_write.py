@@ -23,7 +23,7 @@ from adapruner.errors import AdaPrunerError
 from adapruner.files import being_written
 from adapruner.gguf import llama_cpp
 from adapruner.gguf._check import QUANTIZED_BY_LLAMA_CPP, check_gguf, head_dim, layer_counts, layers_differ
-from adapruner.gguf._size import aligned, gguf_shapes, gguf_tensor_bytes, stored_type, tensor_bytes
+from adapruner.gguf._size import aligned, gguf_tensor_bytes, stored_type, tensor_bytes
 from adapruner.gguf._tokenizer import add_tokenizer
 
 # Architectures of llama.cpp that rotate neighbouring rows.
@@ -39,7 +39,7 @@ _FEW_CHANNELS = 32
 def write_gguf(model: PreTrainedModel, tokenizer: Tokenizer, path: Path, gguf_type: GgufType = "f16") -> None:
     """Writes weights, hyperparameters and tokenizer into one file, which appears whole or not at all.
 
-    Layers may differ in heads and feed-forward channels in Llama, Mistral, Qwen 2, and in Qwen 3 with tied embeddings.
+    Layers may differ in heads and feed-forward channels in Llama, Mistral and Qwen 2.
     Tensors are converted one at a time: in addition to the model, only one tensor is in memory.
 
     Args:
@@ -71,8 +71,7 @@ def _write(model: PreTrainedModel, tokenizer: Tokenizer, path: Path, name: str, 
         writer.add_file_type(LlamaFileType["ALL_F32" if gguf_type == "f32" else f"MOSTLY_{matrix_type.name}"])
         tensors = _named_tensors(model)
         _write_header(writer, path, tensors, matrix_type)
-        for tensor_name, pieces in tensors.items():
-            tensor = torch.cat(pieces)
+        for tensor_name, tensor in tensors.items():
             if rotates_neighbours and re.search(r"attn_[qk]\.", tensor_name):
                 tensor = _interleaved(tensor, head_dim(model.config))
             values: NDArray[np.float32] = tensor.detach().to("cpu", torch.float32).numpy()
@@ -92,8 +91,8 @@ def _new_writer(model: PreTrainedModel, tokenizer: Tokenizer, name: str) -> GGUF
 
 def gguf_bytes(model: PreTrainedModel, tokenizer: Tokenizer, gguf_type: GgufType) -> int:
     """Bytes of the file that `write_gguf` writes or llama.cpp quantizes; the model needs no weights."""
-    header = gguf_header_bytes(model, tokenizer)
-    return header + gguf_tensor_bytes(_shapes(_named_tensors(model)), gguf_type)
+    shapes = {name: tuple(tensor.shape) for name, tensor in _named_tensors(model).items()}
+    return gguf_header_bytes(model, tokenizer) + gguf_tensor_bytes(shapes, gguf_type)
 
 
 def gguf_header_bytes(model: PreTrainedModel, tokenizer: Tokenizer) -> int:
@@ -111,12 +110,8 @@ def gguf_header_bytes(model: PreTrainedModel, tokenizer: Tokenizer) -> int:
         return aligned(path.stat().st_size)
 
 
-def gguf_names(model: PreTrainedModel, differ: bool) -> dict[str, str]:
-    """The name in llama.cpp of every parameter of a model, by its path. Parameters with the same name are stored as one
-    tensor, in which their rows follow one another.
-
-    Args:
-        differ: the names are those in files of models whose layers differ.
+def gguf_names(model: PreTrainedModel) -> dict[str, str]:
+    """The name in llama.cpp of every parameter of a model, by its path.
 
     Raises:
         AdaPrunerError: llama.cpp has no such parameter.
@@ -130,8 +125,7 @@ def gguf_names(model: PreTrainedModel, differ: bool) -> dict[str, str]:
         name = known.get_name(path, (".weight", ".bias"))
         if name is None:
             raise AdaPrunerError(f"GGUF export does not know the parameter {path}; merge adapters into the model first")
-        is_openelm = differ and config.model_type == "qwen3"
-        names[path] = re.sub(r"attn_[qkv]\.", "attn_qkv.", name) if is_openelm else name
+        names[path] = name
     return names
 
 
@@ -139,24 +133,21 @@ def _written_counts(config: PreTrainedConfig) -> list[tuple[int, int, int]]:
     """The counts of every layer in the file; where they are higher than those of the model, the weights are zeros.
 
     llama.cpp reads the width of heads from the first layer, which therefore has at least one head; and `deci` skips the
-    attention of a layer without a feed-forward, which therefore has a few channels. `openelm` needs both in each layer.
+    attention of a layer without a feed-forward, which therefore has a few channels.
     """
-    needs_both = _llama_cpp_architecture(config) == "openelm"
     counts = []
     for index, (heads, key_value_heads, channels) in enumerate(layer_counts(config)):
-        least_heads = int(needs_both or index == 0)
-        least_channels = _FEW_CHANNELS if needs_both or heads else 0
+        least_heads, least_channels = int(index == 0), _FEW_CHANNELS if heads else 0
         counts.append((heads or least_heads, key_value_heads or least_heads, channels or least_channels))
     return counts
 
 
 def _llama_cpp_architecture(config: PreTrainedConfig) -> str:
-    """Where layers differ, `deci` computes what `llama` computes, and `openelm` what `qwen3` computes with tied
-    embeddings."""
+    """Where layers differ, `deci` computes what `llama` computes."""
     if config.model_type == "gemma3_text":
         return "gemma3"
     if layers_differ(config):
-        return "openelm" if config.model_type == "qwen3" else "deci"
+        return "deci"
     if config.model_type == "qwen3" or (config.model_type == "qwen2" and _is_plain_qwen2(config)):
         return str(config.model_type)
     return "llama"
@@ -196,43 +187,38 @@ def _add_hyperparameters(writer: GGUFWriter, config: PreTrainedConfig) -> None:
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
 
 
-def _named_tensors(model: PreTrainedModel) -> dict[str, list[Tensor]]:
-    """Every tensor of the file by its name in llama.cpp, in pieces whose rows follow one another, with the values that
-    llama.cpp computes with; an output layer that shares the embedding has none."""
-    config, names = model.config, gguf_names(model, layers_differ(model.config))
+def _named_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Every tensor of the file by its name in llama.cpp, with the values that llama.cpp computes with; an output layer
+    that shares the embedding has none."""
+    config, names = model.config, gguf_names(model)
     # llama.cpp expects no norm in front of an attention that was removed.
     without_attention = [index for index, (heads, _, _) in enumerate(layer_counts(config)) if not heads]
     unread = tuple(f"model.layers.{index}.input_layernorm." for index in without_attention)
-    tensors: dict[str, list[Tensor]] = {}
+    tensors: dict[str, Tensor] = {}
     for path, parameter in model.named_parameters():
         if path.startswith(unread):
             continue
         # Weights of Gemma's norms are stored less one.
         is_less_one = config.model_type == "gemma3_text" and names[path].endswith("norm.weight")
-        tensors.setdefault(names[path], []).append(parameter + 1 if is_less_one else parameter)
+        tensors[names[path]] = parameter + 1 if is_less_one else parameter
     tensors |= _zeros(config)
     if config.rope_parameters.get("rope_type") == "llama3":
-        tensors["rope_freqs.weight"] = [_frequency_divisors(config)]
+        tensors["rope_freqs.weight"] = _frequency_divisors(config)
     return tensors
 
 
-def _zeros(config: PreTrainedConfig) -> dict[str, list[Tensor]]:
+def _zeros(config: PreTrainedConfig) -> dict[str, Tensor]:
     """Tensors of zeros for removed parts that llama.cpp requires."""
     hidden, width, shapes = config.hidden_size, head_dim(config), dict[str, tuple[int, ...]]()
-    is_openelm = _llama_cpp_architecture(config) == "openelm"
     counts = zip(layer_counts(config), _written_counts(config), strict=True)
     for index, ((heads, _, channels), (written_heads, _, written_channels)) in enumerate(counts):
         if heads != written_heads:
             shapes |= {f"blk.{index}.attn_norm": (hidden,), f"blk.{index}.attn_output": (hidden, width)}
-            if is_openelm:
-                shapes |= {f"blk.{index}.attn_{name}_norm": (width,) for name in "qk"}
-                shapes[f"blk.{index}.attn_qkv"] = (3 * width, hidden)
-            else:
-                shapes |= {f"blk.{index}.attn_{name}": (width, hidden) for name in "qkv"}
+            shapes |= {f"blk.{index}.attn_{name}": (width, hidden) for name in "qkv"}
         if channels != written_channels:
             shapes |= {f"blk.{index}.ffn_{name}": (written_channels, hidden) for name in ("gate", "up")}
             shapes |= {f"blk.{index}.ffn_norm": (hidden,), f"blk.{index}.ffn_down": (hidden, written_channels)}
-    return {f"{name}.weight": [torch.zeros(shape)] for name, shape in shapes.items()}
+    return {f"{name}.weight": torch.zeros(shape) for name, shape in shapes.items()}
 
 
 def _frequency_divisors(config: PreTrainedConfig) -> Tensor:
@@ -244,15 +230,11 @@ def _frequency_divisors(config: PreTrainedConfig) -> Tensor:
     return unscaled / scaled
 
 
-def _shapes(tensors: dict[str, list[Tensor]]) -> dict[str, tuple[int, ...]]:
-    """The shapes of the tensors in the file."""
-    return gguf_shapes((name, piece.shape) for name, pieces in tensors.items() for piece in pieces)
-
-
 def _write_header(
-    writer: GGUFWriter, path: Path, tensors: dict[str, list[Tensor]], matrix_type: GGMLQuantizationType
+    writer: GGUFWriter, path: Path, tensors: dict[str, Tensor], matrix_type: GGMLQuantizationType
 ) -> None:
-    for name, shape in _shapes(tensors).items():
+    for name, tensor in tensors.items():
+        shape = tuple(tensor.shape)
         size, stored = tensor_bytes(shape, matrix_type), stored_type(shape, matrix_type)
         writer.add_tensor_info(name, shape, np.dtype(np.float32), size, raw_dtype=stored)
     writer.write_header_to_file(path)

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 
 from adapruner.config import Layout, PruneOptions, ServingEngine, WholePart
 from adapruner.errors import AdaPrunerError
-from adapruner.gguf import LLAMA_LIKE, check_gguf, runs_layers_that_differ
+from adapruner.gguf import LLAMA_LIKE, check_gguf
 from adapruner.models import architecture_of, empty_model
 
 
@@ -102,8 +102,7 @@ def _loads(engine: ServingEngine, config: PreTrainedConfig) -> Loads:
     if engine == "llama.cpp":
         check_gguf(empty_model(config))
         alike = Cuts(whole=whole, biases=family in LLAMA_LIKE)
-        differ = replace(_ALL, biases=family in LLAMA_LIKE)
-        return {"per-layer": differ, "uniform": alike} if runs_layers_that_differ(config) else {"uniform": alike}
+        return {"per-layer": _ALL, "uniform": alike} if family in LLAMA_LIKE else {"uniform": alike}
     if engine == "mlx":
         if family not in _MLX_READS_HEAD_WIDTH + _MLX_DIVIDES:
             raise AdaPrunerError(f"mlx-lm does not load a pruned {family}: choose another engine with `for_`")
