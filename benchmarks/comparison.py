@@ -31,7 +31,6 @@ from adapruner.importance import ACTIVATION_METRICS, LLM_PRUNER_METRICS, MetricP
 from adapruner.measurement import Statistics, measure
 from adapruner.models import find_model, in_fastest_dtype, load_model, load_tokenizer
 from adapruner.planning import Budget, Profile, kept_counts, make_plan
-from adapruner.processes import Process
 from adapruner.progress import Reporter
 from adapruner.run.makings import makings_of
 from adapruner.search import PaperSpace, build_subset_family, plan_candidate
@@ -121,7 +120,7 @@ class Comparison:
             return searched.plan
         config = searched.result.config.model_copy(update=allocation(name, ratio) | {"ratio": (ratio,)})
         folder = RunFolder(searched.output)
-        (making,) = makings_of(config, folder, Process(), Reporter(quiet=True))
+        (making,) = makings_of(config, folder, Reporter(quiet=True))
         candidate = making.value("at_ratio")(searched.result.search.best)
         return plan_candidate(self.structure, making.value("statistics"), candidate)
 

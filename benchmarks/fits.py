@@ -50,7 +50,7 @@ MODELS: dict[str, PreTrainedConfig] = {
 
 @dataclass(frozen=True)
 class Machine:
-    """Cards of one kind in one machine, in GiB, and dense bfloat16 and float32 (without TF32) products per second as
+    """A card in a machine, in GiB, and dense bfloat16 and float32 (without TF32) products per second as
     their data sheets say."""
 
     name: str
@@ -58,7 +58,6 @@ class Machine:
     bfloat16: float
     float32: float
     host: int
-    cards: int = 1
 
 
 # Of the extended space, on most models.
@@ -67,7 +66,6 @@ MACHINES = [
     Machine("24 GB (RTX 4090)", 24, 165e12, 83e12, 128),
     Machine("48 GB (L40S)", 48, 362e12, 92e12, 256),
     Machine("80 GB (H100)", 80, 989e12, 67e12, 512),
-    Machine("8 × 80 GB (H100)", 80, 989e12, 67e12, 2048, 8),
 ]
 # Of the products of a data sheet, those that are reached; bytes per second from main memory to a card and from a disk.
 REACHED, TO_CARD, FROM_DISK = 0.4, 25e9, 5e9
@@ -76,13 +74,12 @@ REACHED, TO_CARD, FROM_DISK = 0.4, 25e9, 5e9
 @dataclass(frozen=True)
 class Work:
     """Of a stage: products in bfloat16 and in float32, bytes of weights and of second moments that are moved to the
-    card, and into how many cards it is split at most."""
+    card."""
 
     bfloat16: float
     float32: float = 0.0
     weights: float = 0.0
     moments: float = 0.0
-    split: int = 1
 
 
 def works(config: PruneConfig, model: PreTrainedModel, structure: Structure, by_layer: bool) -> dict[str, Work]:
@@ -117,9 +114,7 @@ def works(config: PruneConfig, model: PreTrainedModel, structure: Structure, by_
         ),
         "reading activations": Work(tokens * of_token, tokens * squares, streamed),
         # Three forward passes; layer by layer, each layer runs forward once more.
-        "measuring": Work(
-            config.pool * config.seq_len * of_token * (4 if by_layer else 3), 0.0, 2 * streamed, split=config.pool
-        ),
+        "measuring": Work(config.pool * config.seq_len * of_token * (4 if by_layer else 3), 0.0, 2 * streamed),
         # A Cholesky factor, the inverse, and an elimination: 1/3, 2/3 and 2/3 of a cube, each product two operations.
         "comparing removals": Work(0.0, 10 / 3 * cubes, streamed, 4 * squares),
         "searching": Work(
@@ -127,7 +122,6 @@ def works(config: PruneConfig, model: PreTrainedModel, structure: Structure, by_
             trials * solved,
             trials * streamed,
             trials * 4 * squares,
-            trials,
         ),
         "levelling widths": Work(
             changes * probed * (of_token * left / 2 + 2.0 * embedding),
@@ -148,7 +142,7 @@ def minutes(stages: dict[str, Work], machine: Machine, needed: dict[str, Memory]
     # As a run does: half of what is free beyond the need of the search holds second moments, first on the card.
     search, of_trial = needed["searching"], stages["comparing removals"].moments
     on_card = max(0.0, machine.memory * GIB - search.device) / 2 / of_trial
-    in_memory = on_card + max(0.0, machine.host / machine.cards * GIB - search.host) / 2 / of_trial
+    in_memory = on_card + max(0.0, machine.host * GIB - search.host) / 2 / of_trial
     spent = {}
     for name, work in stages.items():
         parts = {
@@ -159,13 +153,13 @@ def minutes(stages: dict[str, Work], machine: Machine, needed: dict[str, Memory]
             "second moments from disk": work.moments * max(0.0, 1 - in_memory) / FROM_DISK,
         }
         for part, seconds in parts.items():
-            spent[f"{name}: {part}"] = seconds / min(machine.cards, work.split) / 60
+            spent[f"{name}: {part}"] = seconds / 60
     return spent
 
 
 def fits(needed: dict[str, Memory], machine: Machine, share: float) -> bool:
     return all(
-        each.device <= share * machine.memory * GIB and each.host <= share * machine.host / machine.cards * GIB
+        each.device <= share * machine.memory * GIB and each.host <= share * machine.host * GIB
         for each in needed.values()
     )
 
@@ -182,14 +176,12 @@ def rows() -> Iterator[tuple[str, ...]]:
             by_layer = not fits(estimates[False], machine, USABLE)
             needed = estimates[by_layer]
             stage, most = max(needed.items(), key=lambda item: item[1].device)
-            host = max(each.host for each in needed.values()) * machine.cards
+            host = max(each.host for each in needed.values())
             memory = f"{most.device / GIB:.0f} GiB ({stage}, {most.largest})", f"{host / GIB:.0f} GiB"
             if not fits(needed, machine, 1.0):
                 yield name, machine.name, "no", *memory, "", ""
                 continue
             stages = works(config, model, structure, by_layer)
-            if by_layer and machine.cards > 1:  # scales are not tuned then
-                del stages["tuning scales"]
             spent = minutes(stages, machine, needed)
             slowest = max(spent, key=spent.__getitem__)
             how = "layer by layer" if by_layer else "in memory"

@@ -20,7 +20,6 @@ import machine
 from adapruner.config import PruneConfig
 from adapruner.costs import time_work
 from adapruner.graph import RunFolder
-from adapruner.processes import Process
 from adapruner.progress import Reporter
 from adapruner.run.duration import missing_work
 from adapruner.run.makings import makings_of
@@ -44,7 +43,7 @@ def main(run: Path) -> None:
     """Prints a row for each stage: seconds of the floor, seconds, and their ratio."""
     config = PruneConfig.load(run / "config.yaml")
     register_extensions(config)
-    making = makings_of(config, RunFolder.temporary(), Process(), Reporter())[0]
+    making = makings_of(config, RunFolder.temporary(), Reporter())[0]
     making.prepare(making.missing())
     work = missing_work([making])
     values = ("dense", "dense_fast", "structure", "seq_len", "terms")

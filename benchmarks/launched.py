@@ -2,11 +2,11 @@
 
     OMP_NUM_THREADS=1 python benchmarks/launched.py --kills 10
 
-`prune` and `recover` run on a tiny model as `torchrun --nproc-per-node 2` starts them, with the agent of PyTorch and
-gloo. At a moment drawn evenly from the time that an undisturbed command takes, the first process, the second one or the
-agent is killed by SIGKILL. Thirty seconds later, none of them may be left. The same command is then run again, to its
-end: the plan, the weights and the numbers must be those of an undisturbed one. Processes are forked from this one,
-which has loaded the libraries. Linux only.
+`recover` trains a tiny model as `torchrun --nproc-per-node 2` starts it, with the agent of PyTorch and gloo. At a
+moment drawn evenly from the time that an undisturbed command takes, the first process, the second one or the agent is
+killed by SIGKILL. Thirty seconds later, none of them may be left. The same command is then run again, to its
+end: the weights and the numbers must be those of an undisturbed one. Processes are forked from this one, which has
+loaded the libraries. Linux only.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import psutil
@@ -28,7 +26,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import adapruner.cli
 from machine import describe
-from random_use import numbers, prune_command, quickly, recover_command, shared
+from random_use import call, numbers, prune_command, quickly, recover_command, shared
 
 LONGEST_END = 30
 VICTIMS = ("first process", "second process", "agent")
@@ -111,36 +109,27 @@ def kill(arguments: list[str], said: Path, victim: str, moment: float) -> bool:
 
 
 def main(*, kills: int = 10, seed: int = 0) -> None:
-    """Prints what was killed when; ends with code 1 if something was left or a result was another.
-
-    Args:
-        kills: half of them of `prune`, the others of `recover`.
-    """
+    """Prints what was killed when; ends with code 1 if something was left or a result was another."""
     print(describe(), flush=True)
     generator, wrong, killed = random.Random(seed), 0, 0
     with quickly():
         folder = shared()
-        text = folder / "said.txt"
-        undisturbed = {"prune": folder / "run", "recover": folder / "tuned"}
-        commands: dict[str, Callable[[Path], list[str]]] = {
-            "prune": partial(prune_command, "recovered"),
-            "recover": partial(recover_command, undisturbed["prune"]),
-        }
-        seconds = {name: finish(command(undisturbed[name]), text) for name, command in commands.items()}
-        print({name: round(time, 1) for name, time in seconds.items()}, flush=True)
+        run, undisturbed = folder / "run", folder / "tuned"
+        assert call(prune_command("a tenth", run)).code == 0
+        seconds = finish(recover_command(run, undisturbed), folder / "said.txt")
+        print(f"undisturbed: {seconds:.1f} s", flush=True)
         for number in range(kills):
-            name, victim = ("prune", "recover")[number % 2], VICTIMS[number // 2 % 3]
-            moment = generator.uniform(0, 0.9 * seconds[name])
+            victim, moment = VICTIMS[number % 3], generator.uniform(0, 0.9 * seconds)
             place = Path(tempfile.mkdtemp(dir=folder))
-            arguments, said = commands[name](place / "output"), place / "said.txt"
-            title = f"{name}, {victim} killed after {moment:.1f} s"
+            arguments, said = recover_command(run, place / "output"), place / "said.txt"
+            title = f"{victim} killed after {moment:.1f} s"
             try:
                 was_killed = kill(arguments, said, victim, moment)
                 killed += was_killed
                 finish(arguments, said)
                 left = {path.name for path in place.iterdir()} - {"output", "said.txt", "said.agent"}
                 assert not left, left
-                assert numbers(place / "output") == numbers(undisturbed[name])
+                assert numbers(place / "output") == numbers(undisturbed)
                 print(f"{title}: {'resumed' if was_killed else 'had finished'}", flush=True)
             except AssertionError as error:
                 wrong += 1

@@ -1,13 +1,12 @@
 """Kills runs at random moments and resumes them, again and again: all must end as an undisturbed run does.
 
     OMP_NUM_THREADS=1 python benchmarks/soak.py --runs 100
-    OMP_NUM_THREADS=1 python benchmarks/soak.py --runs 50 --processes 2
 
 Every run prunes a tiny model, fine-tunes it, evaluates it and writes its report. It is killed one to five times, by
-SIGKILL, at moments drawn evenly from most of the time that an undisturbed run takes, counted over all its processes;
-then it is left alone. The keys of all artifacts, what was measured, the trials, the plan, both models and all numbers
-are compared with those of an undisturbed run with the same seed. Nothing unfinished may be left. Processes are forked
-from this one, which has loaded the libraries once.
+SIGKILL, at moments drawn evenly from most of the time that an undisturbed run takes; then it is left alone. The keys of
+all artifacts, what was measured, the trials, the plan, both models and all numbers are compared with those of an
+undisturbed run with the same seed. Nothing unfinished may be left. Processes are forked from this one, which has loaded
+the libraries once.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ import multiprocessing
 import os
 import random
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -59,12 +57,11 @@ OPTIONS = {
 }
 
 
-def main(*, runs: int = 100, most_kills: int = 5, workers: int = 2, processes: int = 1, seed: int = 0) -> None:
+def main(*, runs: int = 100, most_kills: int = 5, workers: int = 2, seed: int = 0) -> None:
     """Prints where runs were killed, and which did not end as they should; ends with code 1 if there are any.
 
     Args:
         workers: runs at once.
-        processes: of each run, as torchrun would start them.
     """
     print(describe())
     context = multiprocessing.get_context("fork")
@@ -72,8 +69,8 @@ def main(*, runs: int = 100, most_kills: int = 5, workers: int = 2, processes: i
         folder = Path(place)
         write_model(folder / "model")
         write_text(folder / "text.txt")
-        references = list(pool.map(partial(run_undisturbed, folder, processes), range(SEEDS)))
-        disturbed = partial(run_disturbed, folder, processes, references, most_kills, seed)
+        references = list(pool.map(partial(run_undisturbed, folder), range(SEEDS)))
+        disturbed = partial(run_disturbed, folder, references, most_kills, seed)
         outcomes = list(pool.map(disturbed, range(runs)))
     stages = Counter(stage for killed_in, _ in outcomes for stage in killed_in)
     wrong = [f"run {number}: {problem}" for number, (_, problem) in enumerate(outcomes) if problem]
@@ -84,58 +81,41 @@ def main(*, runs: int = 100, most_kills: int = 5, workers: int = 2, processes: i
     sys.exit(bool(wrong))
 
 
-def run_undisturbed(folder: Path, processes: int, seed: int) -> float:
+def run_undisturbed(folder: Path, seed: int) -> float:
     """Seconds that it took."""
     started = time.monotonic()
-    children = start(folder, folder / f"undisturbed{seed}", seed, processes)
-    assert not any(wait(children)), (folder / f"undisturbed{seed}.txt").read_text()
+    assert not wait(start(folder, folder / f"undisturbed{seed}", seed)), (folder / f"undisturbed{seed}.txt").read_text()
     return time.monotonic() - started
 
 
 def run_disturbed(
-    folder: Path, processes: int, seconds: list[float], most_kills: int, seed: int, number: int
+    folder: Path, seconds: list[float], most_kills: int, seed: int, number: int
 ) -> tuple[list[str], str | None]:
     """After which stages a run was killed, and what is wrong with its end."""
     own, of_model = random.Random(f"{seed}/{number}"), number % SEEDS
     output, killed_in = folder / f"run{number}", []
     moments = sorted(own.uniform(0, LATEST_KILL * seconds[of_model]) for _ in range(own.randint(1, most_kills)))
     for before, moment in itertools.pairwise([0.0, *moments]):
-        children = start(folder, output, of_model, processes)
+        child = start(folder, output, of_model)
         time.sleep(moment - before)
-        # A launcher ends all processes once one has died.
-        for child in own.sample(children, processes):
-            os.kill(child, signal.SIGKILL)
-        if signal.SIGKILL in wait(children):
+        os.kill(child, signal.SIGKILL)
+        if wait(child) == signal.SIGKILL:
             killed_in.append(last_stage(output))
-    if any(wait(start(folder, output, of_model, processes))):
+    if wait(start(folder, output, of_model)):
         return killed_in, (folder / f"{output.name}.txt").read_text()
     return killed_in, difference(output, folder / f"undisturbed{of_model}")
 
 
-def wait(children: list[int]) -> list[int]:
-    """The status with which each process has ended."""
-    return [os.waitpid(child, 0)[1] for child in children]
+def wait(child: int) -> int:
+    """The status with which a process has ended."""
+    return os.waitpid(child, 0)[1]
 
 
-def start(folder: Path, output: Path, seed: int, processes: int) -> list[int]:
-    """The numbers of the processes that run the command line together."""
-    if processes == 1:
-        return [start_one(folder, output, seed, {})]
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    together = {"TORCHELASTIC_RUN_ID": "soak", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    together |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(processes))
-    ranks = [dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank)) for rank in range(processes)]
-    return [start_one(folder, output, seed, together | rank) for rank in ranks]
-
-
-def start_one(folder: Path, output: Path, seed: int, environment: dict[str, str]) -> int:
+def start(folder: Path, output: Path, seed: int) -> int:
     """The number of a process that runs the command line."""
     child = os.fork()
     if child:
         return child
-    os.environ.update(environment)
     log = os.open(folder / f"{output.name}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)

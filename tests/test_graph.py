@@ -25,7 +25,6 @@ from adapruner.config import PruneConfig
 from adapruner.files import replace
 from adapruner.graph import Form, Graph, GraphError, Making, Record, RunFolder, declaring, make_all, refuse_outdated
 from adapruner.graph.records import are_as_written, stamps
-from adapruner.processes import Process
 from adapruner.progress import Reporter
 from run_helpers import fast_starts
 
@@ -107,7 +106,6 @@ def making(folder: Path, others: tuple[RunFolder, ...] = (), graph: Graph = GRAP
         {"calls": [], "config": values},
         root=run,
         folder=run,
-        process=Process(),
         reporter=Reporter(quiet=True),
         others=others,
     )

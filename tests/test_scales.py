@@ -188,10 +188,3 @@ def test_where_adapters_are_impossible_it_is_said_or_refused(
 def test_what_cannot_be_tuned_is_refused(options: dict[str, Any], message: str, model_folder: Path) -> None:
     with pytest.raises(AdaPrunerError, match=message):
         adapruner.prune(str(model_folder), output="unused", calibration="unused", **OPTIONS | options)
-
-
-def test_every_process_has_its_share_of_a_batch() -> None:
-    for processes in (1, 2, 3, 5, 16, 40):
-        options = scale_options(0, torch.device("cpu"), processes)
-        assert options.batch_size % processes == 0
-        assert 4 - processes < options.batch_size <= max(4, processes)

@@ -158,23 +158,6 @@ def test_one_process_of_two_gpus_uses_the_first(
     assert only_json(two_devices.run(*recovering(family("llama"), text_file, tmp_path / "a")))["steps"] == 3
 
 
-@pytest.mark.parametrize("train", ["lora", "full"])
-def test_two_processes_prune_and_train_together(
-    train: str, launch: Callable[..., Outcome], family: Callable[..., Path], text_file: Path, tmp_path: Path
-) -> None:
-    outcome = launch(*pruning(family("llama"), text_file, tmp_path / "a", recovery={"train": train}))
-    result = only_json(outcome)
-    assert result["recovery"]["steps"] == 3
-    assert all(peaks(outcome))
-    # Every stage is reported once, by the first process.
-    lines = [line for line in outcome.stderr.splitlines() if ": done in" in line]
-    assert sum(line.startswith("measuring: ") for line in lines) == 1
-    assert sum(line.startswith("recovering: ") for line in lines) == 1
-    advice = [line for line in outcome.stderr.splitlines() if line.startswith("advice: ")]
-    assert len(advice) == len(set(advice))
-    assert adapruner.load(tmp_path / "a/recovered").num_parameters() > 0
-
-
 @pytest.mark.parametrize(("train", "method"), [("lora", "distillation"), ("full", "labels")])
 def test_two_processes_recover(
     train: str,

@@ -58,15 +58,12 @@ def prune(
         output = _default_output(model, recipe, chosen)
         print_note(f"run folder: {output}")
     with starting():
-        from adapruner.processes import this_process
         from adapruner.run import api, engines, preview
     if dry_run:
         previews = preview.preview_ratios(model, output=output, overwrite=overwrite, recipe=recipe, **chosen)
         print_output(_unwrapped(previews), json, preview_lines(previews))
         return
     results = api.prune_ratios(model, output=output, overwrite=overwrite, recipe=recipe, **chosen)
-    if not this_process().leads:
-        return
     print_advice([line for result in results for line in result.advice()])
     serving = [
         line for result in results for line in engines.serving_commands(result.result.config.for_, result.model_folder)

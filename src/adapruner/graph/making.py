@@ -15,7 +15,6 @@ from adapruner.files import replace, saying_what_cannot_be_written
 from adapruner.graph.declaring import LATER, OF_KEPT, Graph, InMemory, Kept, Leaf, Node
 from adapruner.graph.folder import RunFolder
 from adapruner.graph.records import Record, at_hand, changes_of_options
-from adapruner.processes import Process
 from adapruner.progress import Reporter
 
 T = TypeVar("T")
@@ -32,7 +31,6 @@ class Making:
         given: what nodes may name beside the options; see `Graph`.
         root: the run folder, which holds what does not depend on the options that vary.
         folder: of this run; another one than `root` where several runs share that.
-        process: of those that make it together.
         reporter: shows stages and notes.
         others: run folders to take artifacts with the same key from.
         taken: by path, an artifact that is not made here but taken from another run, whatever it was made from.
@@ -46,7 +44,6 @@ class Making:
     given: Mapping[str, Any]
     root: RunFolder
     folder: RunFolder
-    process: Process
     reporter: Reporter
     others: Sequence[RunFolder] = ()
     taken: Mapping[str, RunFolder] = field(default_factory=dict)
@@ -82,14 +79,12 @@ class Making:
         values = self._values if self.graph.depends_on(name, self.varying) else self.shared
         if name in values:
             return values[name]
-        if not isinstance(found, Kept):
-            values[name] = self._called(found)
-        elif place := self._place_of(found):
+        if isinstance(found, Kept) and (place := self._place_of(found)):
             values[name] = found.form.load(place / found.path)
-        elif found.is_early:
-            values[name] = self.process.from_first(self._called(found) if self.process.leads else None)
-        else:
+        elif isinstance(found, Kept) and not found.is_early:
             raise LookupError(f"{found.path} is not made yet")
+        else:
+            values[name] = self._called(found)
         return values[name]
 
     def record(self, node: Kept[Any]) -> Record:
@@ -210,20 +205,17 @@ class Making:
                 folder.take_over(node.path, source)
 
     def make(self, node: Kept[Any]) -> None:
-        """Makes and saves what a node stands for; of several processes, the first saves it."""
+        """Makes and saves what a node stands for."""
         folder, record = self.folder_of(node), self.record(node)
-        if self.process.leads:
-            folder.begin(node.path, record)
-        self.process.wait()
-        value: Any = self.value(node) if node.is_early else None
-        if not node.is_early and (self.process.leads or node.is_shared):
+        folder.begin(node.path, record)
+        if node.is_early:
+            value = self.value(node)
+        else:
             # Artifacts that are alike are named after what they are about, such as perplexity-dense: a line says it.
             subject = Path(node.path).stem.partition("-")[2].replace("_", " ")
             with self.reporter.making(record.key, subject):
                 value = self._called(node, work=folder.work(node.path, record.key), key=record.key)
-        if self.process.leads:
-            self._save(node, value)
-        self.process.wait()
+        self._save(node, value)
 
     def _called(self, node: Node[T], **of_kept: Any) -> T:
         values, before = dict[str, Any](), self._values.keys() | self.shared.keys()
@@ -279,32 +271,27 @@ class Making:
 
 
 def make_all(makings: Sequence[Making]) -> None:
-    """Makes what is missing of runs that share a folder, one run after the other.
-
-    The processes of a run call it together.
-    """
-    process = makings[0].process
-    later = [process.from_first([node.name for node in making.missing()]) for making in makings]
+    """Makes what is missing of runs that share a folder, one run after the other."""
+    later = [[node.name for node in making.missing()] for making in makings]
     for number, making in enumerate(makings):
-        if process.leads:
-            making.take_over()
-            for node in making.wanted:
-                if not node.is_page and making.is_damaged(node):
-                    place = making.folder_of(node).path / node.path
-                    making.reporter.note(f"{place} was changed or damaged since it was written: rebuilding it")
-        while names := process.from_first([node.name for node in making.missing()]):
-            graph = making.graph
-            making.make(next(node for node in graph.kept_nodes if node.name == names[0]))
-            remaining = [*names[1:], *(name for names in later[number + 1 :] for name in names)]
+        making.take_over()
+        for node in making.wanted:
+            if not node.is_page and making.is_damaged(node):
+                place = making.folder_of(node).path / node.path
+                making.reporter.note(f"{place} was changed or damaged since it was written: rebuilding it")
+        while missing := making.missing():
+            making.make(missing[0])
+            remaining = [
+                *(node.name for node in missing[1:]),
+                *(name for names in later[number + 1 :] for name in names),
+            ]
             making.forget_but(remaining)
-        if process.leads:
-            for folder in (making.root, making.folder):
-                folder.remove_unfinished()
-    if process.leads:
-        # What an interrupted run with other options made, if these results do not need it any more.
-        outdated = [(each.folder_of(node), node) for each in makings for node in each.wanted if each.is_outdated(node)]
-        for folder, node in _left_over(makings) + outdated:
-            folder.remove(node.path)
+        for folder in (making.root, making.folder):
+            folder.remove_unfinished()
+    # What an interrupted run with other options made, if these results do not need it any more.
+    outdated = [(each.folder_of(node), node) for each in makings for node in each.wanted if each.is_outdated(node)]
+    for folder, node in _left_over(makings) + outdated:
+        folder.remove(node.path)
 
 
 def refuse_outdated(makings: Sequence[Making], path: Path) -> None:

@@ -294,7 +294,7 @@ class _Stages:
         if not self.config.tunes_scales or self.devices > 1:
             return {}
         removed = sum((block.groups - n) * block.parameters_per_group for block, n in self.blocks)
-        options = scale_options(self.config.seed, self.device, 1, self.by_layer, self.config.seq_len)
+        options = scale_options(self.config.seed, self.device, self.by_layer, self.config.seq_len)
         tokens = options.micro_batch_size * self.config.seq_len
         # Scales are multiplied in float32.
         saved = saved_activations(self.model.config, torch.float32)

@@ -9,7 +9,6 @@ from adapruner.config import BUDGETS, TARGET_OPTIONS, TARGETS, PruneConfig, Prun
 from adapruner.errors import AdaPrunerError
 from adapruner.graph import Record, RunFolder
 from adapruner.paths import given_path
-from adapruner.processes import Process
 from adapruner.progress import Reporter
 from adapruner.result import PruneResult
 from adapruner.run.api import make_run
@@ -65,7 +64,7 @@ def plan_again(
 
 
 def _ratio_of(config: PruneConfig, run: RunFolder, earlier: RunFolder) -> float:
-    (making,) = makings_of(config, run, Process(), Reporter(), (earlier,))
+    (making,) = makings_of(config, run, Reporter(), (earlier,))
     return float(making.value(starting_ratio))
 
 
@@ -79,7 +78,7 @@ def _record_of_search(folder: RunFolder, config: PruneConfig, earlier: RunFolder
     if record is not None and folder.is_made(record.name, record.key):
         by_layer = record.leaves["placement"]["layer_wise"]
         as_then = config.model_copy(update={"layer_wise": by_layer})
-        (making,) = makings_of(as_then, earlier, Process(), Reporter(quiet=True))
+        (making,) = makings_of(as_then, earlier, Reporter(quiet=True))
         now = making.record(chosen.found)
         # A search that was itself taken from another run was made with the options of that.
         is_taken = "taken" in record.leaves

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ def prune(model: ModelGiven | None = None, calibration: TextData | None = None, 
     """Prunes a causal language model: measures, searches, cuts, saves, optionally fine-tunes, and evaluates.
 
     Called again with the same output, it loads what an earlier call made from the same model, text and options, and
-    makes the rest. Started by `torchrun` or `accelerate launch`, all processes measure, search and train together.
+    makes the rest.
 
     Args:
         model: Hub id, model folder, `.gguf` file, `smollm2`, or a model in memory with its `tokenizer`, which is not
@@ -102,22 +101,27 @@ def make_run(
 
     Args:
         others, taken: see `Making`.
+
+    Raises:
+        AdaPrunerError: several processes were started, or the run is refused.
     """
-    process, device = this_process(), resolve_devices(config.device)[0]
+    if (count := this_process().count) > 1:
+        raise AdaPrunerError(
+            f"pruning runs in one process, and {count} were started: prune with one, then train the pruned model with"
+            " several by adapruner recover"
+        )
     run.check_usable()
-    leads = process.leads
-    reporter = Reporter(quiet=not leads)
-    with process.connected(device), computing_repeatably(device):
-        makings = makings_of(config, run, process, reporter, others, taken or {}, judge)
+    reporter = Reporter()
+    with computing_repeatably(resolve_devices(config.device)[0]):
+        makings = makings_of(config, run, reporter, others, taken or {}, judge)
         check(makings, overwrite)
-        with run.locked() if leads else contextlib.nullcontext():
-            if leads:
-                run.check_usable()
-                if not overwrite:
-                    refuse_outdated(makings, run.path)
-                reporter.log = run.log
-                run.save_config(config)
-                run.remove_given_but(config)
+        with run.locked():
+            run.check_usable()
+            if not overwrite:
+                refuse_outdated(makings, run.path)
+            reporter.log = run.log
+            run.save_config(config)
+            run.remove_given_but(config)
             with saying_what_is_kept(makings[0]):
                 reporter.note(described(expected_seconds(makings)))
                 make_all(makings)

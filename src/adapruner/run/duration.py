@@ -63,10 +63,10 @@ class Work(NamedTuple):
 
 
 def expected_seconds(makings: Sequence[Making]) -> dict[str, float]:
-    """The seconds of each stage that is missing; loads the dense model. Empty if nothing is, for runs layer by layer or
-    of several processes, and if the model gives numbers that are not finite."""
+    """The seconds of each stage that is missing; loads the dense model. Empty if nothing is, for runs layer by layer,
+    and if the model gives numbers that are not finite."""
     work, making = missing_work(makings), makings[0]
-    if not work or making.value(placed.placement).layer_wise or making.process.count > 1:
+    if not work or making.value(placed.placement).layer_wise:
         return {}
     values = ("dense", "dense_fast", "structure", "seq_len", "terms")
     kinds = dict.fromkeys(kind for _, kind, _ in work if kind != "seconds")

@@ -9,7 +9,6 @@ import inspect
 import json
 import os
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -25,9 +24,7 @@ from adapruner.errors import AdaPrunerError
 from adapruner.families import learn
 from adapruner.files import being_written
 from adapruner.models import FILE_FIELDS, architecture_of, whole_state
-from adapruner.processes import this_process
 
-_SECONDS_BETWEEN_LOOKS = 0.2
 # A dataset: its name; documents, one by one or as rows with columns (a `datasets.Dataset`); or windows of tokens,
 # [windows, tokens], int64.
 # A model: a name or path, or one in memory.
@@ -85,12 +82,8 @@ def write_model(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> P
     """
     name = Path(str(model.name_or_path)).name or model.config.model_type
     place = folder / f"{name}-{_hash_of_model(model, tokenizer)}"
-    # Of several processes, one writes; the folder appears whole.
-    while not place.is_dir():
-        if this_process().leads:
-            save_checkpoint(model, tokenizer, place)
-        else:
-            time.sleep(_SECONDS_BETWEEN_LOOKS)
+    if not place.is_dir():
+        save_checkpoint(model, tokenizer, place)
     return place
 
 

@@ -10,7 +10,6 @@ from adapruner.config import PruneConfig
 from adapruner.errors import AdaPrunerError, describe_failure
 from adapruner.evaluation import check_tasks
 from adapruner.graph import Making, RunFolder, refuse_outdated
-from adapruner.processes import Process
 from adapruner.progress import Reporter, StageCost
 from adapruner.run.nodes import GRAPH, inputs, placed
 from adapruner.search import ItemLosses
@@ -19,7 +18,6 @@ from adapruner.search import ItemLosses
 def makings_of(
     config: PruneConfig,
     run: RunFolder,
-    process: Process,
     reporter: Reporter,
     others: Sequence[RunFolder] = (),
     taken: Mapping[str, RunFolder] | None = None,
@@ -42,7 +40,6 @@ def makings_of(
             "config": at_ratio,
             "judging_function": judge,
             "largest_ratio_asked": max(config.ratio),
-            "process": process,
             "reporter": reporter,
             "run_folder": run,
             "stage_costs": stage_costs,
@@ -54,7 +51,6 @@ def makings_of(
             given=given,
             root=run,
             folder=run.at_ratio(ratio, config),
-            process=process,
             reporter=reporter,
             # What an earlier run for this ratio alone, or for others too, made is taken over.
             others=(*others, run, run.of_ratio(ratio)),

@@ -18,7 +18,6 @@ from adapruner.models import find_model, register_architectures
 from adapruner.option_rules import EFFORTS
 from adapruner.paths import given_path
 from adapruner.plugins import load_plugins
-from adapruner.processes import this_process
 from adapruner.recipe import override, read_recipe
 from adapruner.run.engines import options_for
 from adapruner.run.given import check_prunable, check_tokenizer, is_in_memory, write_model, write_text
@@ -54,11 +53,7 @@ def resolve(
 
 def run_folder(output: str | Path | None) -> RunFolder:
     """The folder that a user names, or a temporary one."""
-    if output is not None:
-        return RunFolder(given_path(output))
-    if this_process().count > 1:
-        raise AdaPrunerError("several processes share a run folder: name it with `output`")
-    return RunFolder.temporary()
+    return RunFolder.temporary() if output is None else RunFolder(given_path(output))
 
 
 def register_extensions(config: PruneConfig) -> None:

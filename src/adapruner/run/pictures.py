@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import os
-import time
 from pathlib import Path
 
 import torch
@@ -29,11 +28,9 @@ from adapruner.files import being_written
 from adapruner.graph import RunFolder
 from adapruner.models import ModelLocation, find_model, find_wrapper, fingerprint, load_whole, resolve_devices
 from adapruner.option_rules import scoring_bounds
-from adapruner.processes import this_process
 from adapruner.progress import Reporter
 from adapruner.texts import DEFAULT_REPORT_WINDOWS
 
-_SECONDS_BETWEEN_LOOKS = 0.2
 # The smallest parts of a dataset have these shares of it, with some room: parts are drawn by chance.
 _CALIBRATION, _OBJECTIVE, _REPORT = 0.35, 0.16, 0.35
 
@@ -93,11 +90,7 @@ def as_windows(name: str, location: ModelLocation, seq_len: int, count: int, fol
     content = [fingerprint(location), source.identity, source.part, content_hash(source), seq_len, count]
     key = hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()
     path = folder / f"{Path(source.dataset).stem}-{key[:12]}.safetensors"
-    # Of several processes, one writes.
-    while not path.is_file():
-        if not this_process().leads:
-            time.sleep(_SECONDS_BETWEEN_LOOKS)
-            continue
+    if not path.is_file():
         whole, processor = load_whole(location, device)
         with (
             Reporter().stage("looking at images", count) as advance,

@@ -17,7 +17,6 @@ from adapruner.models import empty_model, is_pruned, is_streamable
 from adapruner.option_values import size_in_bytes
 from adapruner.paths import given_path
 from adapruner.planning import Budget, kept_counts
-from adapruner.processes import Process
 from adapruner.progress import Reporter
 from adapruner.run.makings import check, makings_of
 from adapruner.run.nodes import amount, inputs, measured, models, placed
@@ -64,7 +63,7 @@ def preview_ratios(
     run = RunFolder(given_path(output))
     run.check_usable()
     config = resolve({"model": model, **options}, None, run, recipe, None)
-    makings = makings_of(config, run, Process(), Reporter())
+    makings = makings_of(config, run, Reporter())
     check(makings, overwrite)
     return [_preview(making) for making in makings]
 
@@ -134,7 +133,7 @@ def estimate(model: str | Path, memory: str | None = None, **options: Any) -> Es
     run, reporter = RunFolder.temporary(), Reporter()
 
     def making_of(config: PruneConfig) -> tuple[Making, Placement]:
-        making = makings_of(config, run, Process(), reporter, known=known)[0]
+        making = makings_of(config, run, reporter, known=known)[0]
         if stated is None:
             return making, making.value(placed.placement)
         empty, structure, budget = map(making.value, ("empty", "structure", "largest_budget"))

@@ -22,7 +22,7 @@ from adapruner.search._space import Candidate
 from adapruner.structure import Structure
 from adapruner.surgery import Compensation, kept_layers, prune_model, prune_on_reading
 
-# Candidates that are judged together by a process, if that is cheaper.
+# Candidates that are judged together, if that is cheaper.
 JUDGED_TOGETHER = 4
 # Given a pruned model, its loss on each of the same items, lower is better.
 ItemLosses: TypeAlias = Callable[[PreTrainedModel], Sequence[float] | Tensor]

@@ -7,8 +7,7 @@ import random
 import statistics
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import zip_longest
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import optuna
@@ -19,7 +18,6 @@ from adapruner.config import Sampler
 from adapruner.errors import NonFiniteError
 from adapruner.interrupts import deferring_interrupts
 from adapruner.planning import BudgetError
-from adapruner.processes import Process
 from adapruner.search._history import LOSSES, STOPPED, compare, loss_of
 from adapruner.search._objective import JUDGED_TOGETHER
 from adapruner.search._result import Judge, SearchResult, choose
@@ -56,10 +54,9 @@ class _Outcome(NamedTuple):
 class Search:
     """A search: its space, its judges and its trials.
 
-    Trials are proposed in batches, one for each process that judges them. All of a batch are proposed before any of
-    them is judged, each with those before it counted as bad (constant liar, Ginsbourger et al. 2010). What is proposed
-    depends on the seed, on the number of processes, and on the trials of finished batches: a search that was killed and
-    resumed proposes what an undisturbed one would have.
+    Trials are proposed in batches. All of a batch are proposed before any of them is judged, each with those before it
+    counted as bad (constant liar, Ginsbourger et al. 2010). What is proposed depends on the seed and on the trials of
+    finished batches: a search that was killed and resumed proposes what an undisturbed one would have.
 
     Attributes:
         judge: gives the losses of a candidate on held-out windows, batch by batch, the same windows for each. It is not
@@ -68,8 +65,7 @@ class Search:
         study: the file of finished trials.
         stops_early: True to stop bad trials before they have seen all windows.
         judge_together: gives the losses of several candidates on the same windows, if that is cheaper than one by one;
-            each process then judges four candidates at a time, and none is stopped.
-        process: this one of the processes that search together. The first proposes trials and keeps them.
+            a batch then has four candidates instead of one, and none is stopped.
     """
 
     space: SearchSpace
@@ -80,21 +76,17 @@ class Search:
     sampler: Sampler = "tpe"
     stops_early: bool = True
     judge_together: JudgeTogether | None = None
-    process: Process = field(default_factory=Process)
 
     def run(self, progress: Progress | None = None) -> None:
-        """Runs trials until enough are finished; called by all processes. Ctrl-C stops it after a batch of trials.
+        """Runs trials until enough are finished. Ctrl-C stops it after a batch of trials.
 
         Args:
-            progress: called in the first process for every finished trial, earlier ones included, with the best loss so
-                far.
+            progress: called for every finished trial, earlier ones included, with the best loss so far.
         """
         with deferring_interrupts("stopping after this trial; once more to stop at once") as raise_if_interrupted:
-            trials = _Trials(self, progress) if self.process.leads else None
-            while tasks := self.process.from_first(trials.propose() if trials else []):
-                outcomes = self.process.gathered(self._judge(tasks[self.process.rank :: self.process.count]))
-                if trials:
-                    trials.finish([outcome for row in zip_longest(*outcomes) for outcome in row if outcome])
+            trials = _Trials(self, progress)
+            while tasks := trials.propose():
+                trials.finish(self._judge(tasks))
                 raise_if_interrupted()
 
     def result(self, judge_further: Judge | None = None, judge_changed: Judge | None = None) -> SearchResult:
@@ -107,7 +99,7 @@ class Search:
 
     def _judge(self, tasks: Sequence[_Task]) -> list[_Outcome]:
         candidates = [task.candidate for task in tasks]
-        if self.judge_together and candidates:
+        if self.judge_together:
             losses = self.judge_together(candidates)
         else:
             losses = [self._judge_when_asked(candidate) for candidate in candidates]
@@ -119,12 +111,12 @@ class Search:
 
 
 class _Trials:
-    """The trials of a search in its first process: they are proposed in memory, and kept when they are finished.
+    """The trials of a search: they are proposed in memory, and kept when they are finished.
 
     Attributes:
         kept: the study in the file. If the search was killed while a batch was being kept, it ends with a part of it.
         study: the study in memory, of whole batches.
-        _interrupted: the size of a batch that was kept in part; it is proposed again, for any number of processes.
+        _interrupted: the size of a batch that was kept in part; it is proposed again.
     """
 
     def __init__(self, search: Search, progress: Progress | None) -> None:
@@ -155,7 +147,7 @@ class _Trials:
         # Proposals that could not be met count, or the same would be proposed again.
         counts = [len(finished), *filter(None, [refused])]
         seed = random.Random("/".join(map(str, [search.seed, *counts]))).getrandbits(32)
-        most = search.process.count * (JUDGED_TOGETHER if search.judge_together else 1)
+        most = JUDGED_TOGETHER if search.judge_together else 1
         size = self._interrupted or min(most, search.trials - len(finished))
         self._interrupted = 0
         for number, start in list(enumerate(search.space.starting_points()[: search.trials]))[before : before + size]:

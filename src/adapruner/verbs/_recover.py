@@ -35,7 +35,7 @@ from adapruner.models import (
     usable_devices,
 )
 from adapruner.paths import given_path, output_path
-from adapruner.processes import this_process
+from adapruner.processes import end_with_parent, this_process
 from adapruner.progress import Reporter
 from adapruner.recovery import (
     DEFAULT_GENERATED_RECORDS,
@@ -107,6 +107,8 @@ def recover(
     # Another model or text may have the same name in a later call.
     content = [*map(fingerprint, filter(None, (student, dense))), *map(content_hash, blend_sources(blend))]
     resolved = config.model_dump(mode="json") | {"content": content}
+    if this_process().count > 1:
+        end_with_parent()
     with training_alone(folder):
         finished = check_folder(folder, resolved, overwrite)
         return finished or _train(folder, config, resolved, overwrite, student, dense, blend, device)

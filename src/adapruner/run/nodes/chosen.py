@@ -22,7 +22,6 @@ from adapruner.memory import TOKENS_FOR_COSTS, TOKENS_FOR_WHOLE, Placement, wind
 from adapruner.models import Whole
 from adapruner.option_rules import level_rounds_of, may_remove_whole, scoring_count, searches_widths, trials_of
 from adapruner.planning import MOST_CHANNELS, Budget, PruningPlan, Target, kept_counts, largest_channel_share
-from adapruner.processes import Process
 from adapruner.progress import Reporter
 from adapruner.run.given import name_of_code
 from adapruner.run.nodes.amount import RatioOfBlocks
@@ -238,7 +237,7 @@ def trial_count(space_of_search: SearchSpace, trials: int | None, space: Space, 
     return trials_of(trials, space, search, len(space_of_search.starting_points()))
 
 
-@GRAPH.kept("search.json", json_form(SearchResult), version=8, is_result=True, is_shared=True)
+@GRAPH.kept("search.json", json_form(SearchResult), version=8, is_result=True)
 def found(
     judging: Judging,
     space_of_search: SearchSpace,
@@ -253,19 +252,18 @@ def found(
     selection: str,
     objective_windows: int | None,
     final_windows: int,
-    process: Process,
     reporter: Reporter,
     run_folder: RunFolder,
     key: str,
-) -> SearchResult | None:
-    """The outcome of the search; all processes judge candidates."""
+) -> SearchResult:
+    """The outcome of the search."""
     text = windows["objective"]
     scoring = scoring_count(objective_windows, final_windows, len(text))
     judge = judging(text[:scoring])
     judge_together = judge.together if placement.layer_wise and not item_losses else None
     # A function of the user gives the losses of all items at once.
     study = StudyFile(run_folder.study, key)
-    search = Search(space_of_search, judge, trial_count, seed, study, sampler, not item_losses, judge_together, process)
+    search = Search(space_of_search, judge, trial_count, seed, study, sampler, not item_losses, judge_together)
 
     def report(best: float) -> None:
         advance(1, text=f"best {'objective' if item_losses else selection} {best:.4f}")
@@ -273,8 +271,6 @@ def found(
     with reporter.stage("searching", trial_count) as advance:
         search.run(report)
         further = text[scoring:]
-        if not process.leads:
-            return None
         if not len(further) or item_losses:
             return search.result()
         changed = upper_case_windows(further, tokenizer)

@@ -22,7 +22,6 @@ from adapruner.measurement import (
     removal_errors,
 )
 from adapruner.memory import MEASURED_AT_ONCE, Placement
-from adapruner.processes import Process
 from adapruner.progress import Reporter
 from adapruner.run.nodes.declared import GRAPH
 from adapruner.run.nodes.forms import Windows
@@ -53,7 +52,7 @@ def compares_removals(space: Space, terms: Terms) -> bool:
     return needs_removal_errors(space, terms)
 
 
-@GRAPH.kept("statistics.safetensors", STATISTICS, is_shared=True, version=3)
+@GRAPH.kept("statistics.safetensors", STATISTICS, version=3)
 def statistics(
     dense: PreTrainedModel,
     structure: Structure,
@@ -62,26 +61,21 @@ def statistics(
     moments: StoredMoments | None,
     compares_removals: bool,
     terms: Terms,
-    process: Process,
     reporter: Reporter,
     work: Path,
-) -> Statistics | None:
-    """Statistics of the pool, measured part by part; of several processes, each measures its share."""
+) -> Statistics:
+    """Statistics of the pool, measured part by part; finished parts are kept."""
     pool, size = windows["pool"], MEASURED_AT_ONCE[placement.layer_wise]
     parts = {start: work / f"{start:06}.safetensors" for start in range(0, len(pool), size)}
-    share = list(parts)[process.rank :: process.count]
-    missing = [start for start in share if not is_whole(parts[start])]
-    with reporter.stage("measuring", len(share)) as advance:
-        advance(len(share) - len(missing))
+    missing = [start for start, path in parts.items() if not is_whole(path)]
+    with reporter.stage("measuring", len(parts)) as advance:
+        advance(len(parts) - len(missing))
         layer_wise = placement.layer_wise
         for start, part in measure_in_parts(
             dense, structure, pool, size, terms=terms, layer_wise=layer_wise, folder=work, starts=missing
         ):
             write_atomically(parts[start], part.save)
             advance()
-    process.wait()
-    if not process.leads:
-        return None
     statistics = Statistics.concatenate([Statistics.load(path) for path in parts.values()])
     if moments is not None and compares_removals:
         with reporter.stage("comparing removals", len(moments)) as advance:

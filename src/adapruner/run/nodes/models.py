@@ -36,14 +36,12 @@ from adapruner.models import (
 )
 from adapruner.option_rules import fits_sequentially_by_default, tunes_scales_by_default
 from adapruner.planning import Memory, PruningPlan, Size, Speed, Target, TargetOutcome
-from adapruner.processes import Process
 from adapruner.progress import Reporter
 from adapruner.recovery import (
     Examples,
     Unwritten,
     check_adapters,
     check_device,
-    check_processes,
     read_examples,
     recover_into,
     scale_options,
@@ -103,16 +101,13 @@ def possible_tuning(
     main_device: torch.device,
     empty: PreTrainedModel,
     seed: int,
-    process: Process,
 ) -> Tuning:
-    """Scales can be tuned on one device that can train; layer by layer, in one process."""
+    """Scales can be tuned on one device that can train."""
     if not tunes_scales_by_default(tune_scales, compensation):
         return Tuning(False, None)
     try:
         if len(placement.devices) > 1:
             raise AdaPrunerError("`tune_scales` needs all layers on one device: leave it out")
-        if placement.layer_wise and process.count > 1:
-            raise AdaPrunerError("`tune_scales` with `layer_wise` runs in one process: leave one of them out")
         check_device(main_device)
         check_adapters(empty_model(empty.config), scale_options(seed, main_device))
     except AdaPrunerError as error:
@@ -183,7 +178,7 @@ def compensated(
     return save(pruned, work / "model")
 
 
-@GRAPH.kept("model", FOLDER, version=8, is_result=True, is_shared=True)
+@GRAPH.kept("model", FOLDER, version=8, is_result=True)
 def pruned(
     compensated: Path,
     tuning: bool,
@@ -195,23 +190,21 @@ def pruned(
     placement: Placement,
     ratio: float,
     seed: int,
-    process: Process,
     reporter: Reporter,
     work: Path,
 ) -> Path:
-    """The compensated model, its scales tuned by all processes together."""
+    """The compensated model, its scales tuned."""
     if not tuning:
-        if process.leads:
-            copy_folder(compensated, work / "model")
+        copy_folder(compensated, work / "model")
         return work / "model"
     assert text_to_fit is not None
     read = partial(load_model, find_model(str(compensated)), "auto", str(main_device), placement.layer_wise)
     layer_wise, seq_len = placement.layer_wise, text_to_fit.shape[1]
-    settings = scale_options(seed, main_device, process.count, layer_wise, seq_len, ratio)
+    settings = scale_options(seed, main_device, layer_wise, seq_len, ratio)
     model = _tuned(
         lambda: show_pictures(read(), pictures), text_to_fit, dense_fast_later(), settings, reporter, work / "tuning"
     )
-    return save(model, work / "model") if process.leads else work / "model"
+    return save(model, work / "model")
 
 
 def _tuned(
@@ -323,7 +316,6 @@ def examples(
 ) -> list[Examples | Unwritten]:
     """The training examples of the pruned model, but for those that the dense model has yet to write."""
     check_device(main_device)
-    check_processes(recovery)
     parts = read_examples(recovery_texts, tokenizer, recovery, recovery.label_weight)
     for part in parts:
         check_tokens(empty.config, part.largest_token)
@@ -354,9 +346,7 @@ def training_record(model: str, recover: str | None, recovery: RecoveryOptions) 
     return {"model": model, "data": recover, **recovery.model_dump(mode="json")}
 
 
-@GRAPH.kept(
-    "recovered", FOLDER, version=3, is_result=True, is_shared=True, is_wanted=lambda recover: recover is not None
-)
+@GRAPH.kept("recovered", FOLDER, version=3, is_result=True, is_wanted=lambda recover: recover is not None)
 def recovered(
     pruned: Path,
     plan: PruningPlan,
@@ -370,18 +360,16 @@ def recovered(
     training_record: dict[str, Any],
     origin: dict[str, Any],
     main_device: torch.device,
-    process: Process,
     reporter: Reporter,
     work: Path,
 ) -> Path:
-    """The saved model, fine-tuned on the text or on what the dense model predicts, by all processes together."""
+    """The saved model, fine-tuned on the text or on what the dense model predicts."""
     blend = [
         part if isinstance(part, Examples) else part.examples((training_texts or {})[part.name], recovery)
         for part in examples
     ]
     teacher = dense_fast if distils else None
-    shares_weights = process.shares_weights and main_device.type != "cpu"
-    read = partial(load_model, find_model(str(pruned)), "auto", str(main_device), deferred=shares_weights)
+    read = partial(load_model, find_model(str(pruned)), "auto", str(main_device))
     try:
         if teacher is not None and recovery.teacher_top:
             blend, teacher = write_predictions(teacher, blend, recovery, work / "training" / "teacher"), None
