@@ -222,13 +222,16 @@ def test_lines_say_what_is_evaluated(capsys: pytest.CaptureFixture[str]) -> None
 def test_a_stage_prints_a_line_a_minute_without_a_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In whole steps, also within one; a stage of less than a minute has the line at its end alone."""
-    seconds, is_over = [0.0], queue.Queue[bool]()
+    """In whole steps, also within one, and with the remaining time by the pace since the first; a stage of less than a
+    minute has the line at its end alone."""
+    seconds, is_waiting, is_over = [0.0], queue.Queue[bool](), queue.Queue[bool]()
 
     class Minutes:
         def wait(self, timeout: float) -> bool:
+            is_waiting.put(True)
+            is_ended = is_over.get()
             seconds[0] += timeout
-            return is_over.get()
+            return is_ended
 
         def set(self) -> None:
             is_over.put(True)
@@ -237,7 +240,8 @@ def test_a_stage_prints_a_line_a_minute_without_a_terminal(
     monkeypatch.setattr("adapruner.progress.threading", SimpleNamespace(Thread=threading.Thread, Event=Minutes))
     reporter = Reporter()
     with reporter.stage("searching", 200) as advance:
-        for steps in (3.4, 0):
+        for steps in (3.4, 0, 49.6):
+            is_waiting.get()
             advance(steps, "best loss 2.5")
             is_over.put(False)
     with reporter.stage("saving"):
@@ -248,6 +252,7 @@ def test_a_stage_prints_a_line_a_minute_without_a_terminal(
     assert [line.partition(": done")[0] for line in capsys.readouterr().err.splitlines()] == [
         "searching: 3 of 200 after 1 min, best loss 2.5",
         "searching: 3 of 200 after 2 min, best loss 2.5",
+        "searching: 53 of 200 after 3 min, about 9 min left, best loss 2.5",
         "searching",
         "saving",
         "loading: 1 min",

@@ -138,17 +138,25 @@ class Reporter:
             bars.update(task, completed=total)
 
     def _with_lines(self, name: str, total: int | None) -> Iterator[Advance]:
-        """Prints how far the stage is about once a minute, from a thread: a single step may take longer than that."""
-        started, done, shown, ended = time.monotonic(), 0, "", threading.Event()
+        """Prints how far the stage is about once a minute, from a thread: a single step may take longer than that. The
+        remaining time follows from the pace since the first step, which a resumed stage makes at once."""
+        started, done, shown, ended = time.monotonic(), 0.0, "", threading.Event()
+        first: tuple[float, float] | None = None
 
-        def advance(steps: int = 1, text: str = "") -> None:
-            nonlocal done, shown
+        def advance(steps: float = 1, text: str = "") -> None:
+            nonlocal done, shown, first
             done, shown = done + steps, f", {text}" if text else ""
+            first = first or (time.monotonic(), done)
 
         def print_lines() -> None:
             while not ended.wait(_SILENCE):
-                steps = f"{int(done)} of {total} after " if total and total > 1 else ""
-                self.note(f"{self._title(name)}: {steps}{(time.monotonic() - started) / 60:.0f} min{shown}")
+                now, steps, left = time.monotonic(), "", ""
+                if total and total > 1:
+                    steps = f"{int(done)} of {total} after "
+                    if first and done > first[1]:
+                        seconds = (total - done) * (now - first[0]) / (done - first[1])
+                        left = f", about {seconds / 60:.0f} min left"
+                self.note(f"{self._title(name)}: {steps}{(now - started) / 60:.0f} min{left}{shown}")
 
         thread = threading.Thread(target=print_lines, daemon=True)
         thread.start()

@@ -19,4 +19,3 @@ from adapruner.costs._latency import (
     timer as timer,
     timings as timings,
 )
-from adapruner.costs._pace import time_work as time_work

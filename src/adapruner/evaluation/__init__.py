@@ -30,7 +30,6 @@ from adapruner.evaluation._speed import (
     count_macs as count_macs,
     measure_speed as measure_speed,
     new_cache as new_cache,
-    now as now,
     rate as rate,
     seconds_in_turn as seconds_in_turn,
 )
@@ -46,6 +45,6 @@ from adapruner.evaluation._verdict import Verdict as Verdict, judge as judge
 from adapruner.evaluation._writing import (
     Written as Written,
     end_tokens as end_tokens,
-    texts_and_tokens as texts_and_tokens,
+    number_of_texts as number_of_texts,
     write as write,
 )

@@ -43,7 +43,7 @@ def write(
     are cut on the left, and continuations end with the last position.
 
     Args:
-        progress: called with fractions of the number of texts (see `texts_and_tokens`).
+        progress: called with fractions of the number of texts (see `number_of_texts`).
         positions: of the model that reads the texts, if it may have fewer.
 
     Returns:
@@ -68,9 +68,9 @@ def write(
     }
 
 
-def texts_and_tokens(tokenizer: Tokenizer) -> tuple[int, int]:
-    """The number of texts that `write` writes, and the most tokens of each."""
-    return 2 * sum(map(len, prompts(tokenizer).values())), _CONTINUED
+def number_of_texts(tokenizer: Tokenizer) -> int:
+    """The number of texts that `write` writes."""
+    return 2 * sum(map(len, prompts(tokenizer).values()))
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: Tokenizer) -> list[int]:

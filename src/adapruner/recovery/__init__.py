@@ -23,7 +23,6 @@ from adapruner.recovery._folder import (
     training_alone as training_alone,
     working_folder as working_folder,
 )
-from adapruner.recovery._length import steps_between_validations as steps_between_validations
 from adapruner.recovery._loss import PREDICTIONS_AT_ONCE as PREDICTIONS_AT_ONCE
 from adapruner.recovery._predictions import write_predictions as write_predictions
 from adapruner.recovery._sharding import shard as shard

@@ -16,7 +16,6 @@ from adapruner.models import computing_repeatably, resolve_devices
 from adapruner.processes import this_process
 from adapruner.progress import Reporter
 from adapruner.result import PruneResult
-from adapruner.run.duration import described, expected_seconds
 from adapruner.run.given import ModelGiven, TextData, name_of_code
 from adapruner.run.makings import check, makings_of, saying_what_is_kept
 from adapruner.run.nodes import chosen, result as numbers
@@ -123,6 +122,5 @@ def make_run(
             run.save_config(config)
             run.remove_given_but(config)
             with saying_what_is_kept(makings[0]):
-                reporter.note(described(expected_seconds(makings)))
                 make_all(makings)
             return [PruneResult(it.folder.path, it.value(chosen.plan), it.value(numbers.result), run) for it in makings]

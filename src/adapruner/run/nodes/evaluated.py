@@ -23,7 +23,7 @@ from adapruner.evaluation import (
     measure_breakage,
     measure_perplexity,
     measure_tasks,
-    texts_and_tokens,
+    number_of_texts,
     write,
 )
 from adapruner.graph import Kept
@@ -105,7 +105,7 @@ def written_text(model: PreTrainedModel, tokenizer: Tokenizer, placement: Placem
     generated token would read all weights."""
     if placement.layer_wise:
         return {}
-    with reporter.stage("looking for breakage", texts_and_tokens(tokenizer)[0]) as advance:
+    with reporter.stage("looking for breakage", number_of_texts(tokenizer)) as advance:
         return write(model, tokenizer, advance)
 
 
