@@ -7,7 +7,7 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import gguf
 import numpy as np
@@ -19,7 +19,9 @@ from packaging.version import Version
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+import adapruner
 from adapruner.card import base_licence
+from adapruner.config import GgufType
 from adapruner.errors import AdaPrunerError
 from adapruner.gguf import write_gguf
 from adapruner.models import find_model, load_config, load_model, load_tokenizer
@@ -37,6 +39,24 @@ def file(make_model: object, tmp_path: Path) -> Path:
     model: PreTrainedModel = make_model("llama", vocab_size=len(vocabulary), attention_bias=False, mlp_bias=False)
     write_gguf(model, tokenizer, tmp_path / "model.gguf", "f32")
     return tmp_path / "model.gguf"
+
+
+@pytest.mark.parametrize("gguf_type", get_args(GgufType))
+def test_what_was_written_is_loaded(
+    gguf_type: GgufType, file: Path, make_model: Callable[..., PreTrainedModel], tmp_path: Path
+) -> None:
+    """Rows are multiples of 32, as the types in blocks need them."""
+    if "_k" in gguf_type:
+        pytest.importorskip("cyllama")
+    tokenizer = load_tokenizer(find_model(str(file)))
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 64, "num_attention_heads": 8, "intermediate_size": 64}
+    model = make_model("llama", 4, **sizes, attention_bias=False, mlp_bias=False)
+    write_gguf(model, tokenizer, tmp_path / "other.gguf", gguf_type)
+    tokens = torch.arange(3, 67).view(4, 16)
+    with torch.no_grad():
+        logits, expected = (each(tokens).logits for each in (adapruner.load(tmp_path / "other.gguf"), model))
+    tolerance = 1e-5 if gguf_type == "f32" else 0.5
+    assert (logits - expected).abs().max() < tolerance * expected.abs().max()
 
 
 @pytest.mark.parametrize(

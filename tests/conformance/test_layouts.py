@@ -13,8 +13,10 @@ from transformers import AutoModelForCausalLM, MistralForCausalLM, PreTrainedMod
 
 import adapruner
 from adapruner.checkpoint import save_checkpoint
+from adapruner.families import learn
 from adapruner.families.inference import infer_architecture
-from adapruner.families.tiny import random_model
+from adapruner.families.proof import masked
+from adapruner.families.tiny import random_model, tiny_config as shrunk_config
 from adapruner.measurement import measure_moments
 from adapruner.models import known_architectures, remember_family
 from adapruner.planning import make_plan
@@ -154,3 +156,25 @@ def masked_heads(dense: PreTrainedModel, heads: int, channels: int) -> PreTraine
         layer.self_attn.o_proj.weight.data[:, heads * 8 :] = 0
         layer.mlp.down_proj.weight.data[:, channels:] = 0
     return model
+
+
+def test_layers_that_differ_in_the_dense_model(
+    windows: torch.Tensor, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Of this Gemma 4, every sixth layer has other heads; transformers writes its number as "05" and "11"."""
+    others = {layer: {"head_dim": 32, "num_key_value_heads": 1} for layer in (5, 11)}
+    kinds = ["full_attention" if layer in others else "sliding_attention" for layer in range(12)]
+    layers = {"num_hidden_layers": 12, "num_kv_shared_layers": 0, "layer_types": kinds, "per_layer_config": others}
+    config = tiny_config("gemma4_text", **layers)
+    shrunk = shrunk_config(config)
+    assert shrunk.layer_types == ["sliding_attention", "full_attention"] * 2
+    assert shrunk.to_dict()["per_layer_config"] == {layer: {"num_key_value_heads": 1} for layer in "13"}
+    learn(config)
+    dense = random_model(config)
+    structure = build_structure(dense)
+    counts = [block.groups - block.layer * (block.kind == "channels") for block in structure.blocks]
+    plan = make_plan(structure, torch.zeros(structure.group_offsets[-1]), counts)
+    save_checkpoint(prune_model(dense, structure, plan), tokenizer, tmp_path)
+    with torch.no_grad(), masked(dense, structure, plan) as same:
+        logits = adapruner.load(tmp_path)(windows).logits
+        torch.testing.assert_close(logits, same(windows).logits, rtol=1e-3, atol=1e-3)
