@@ -7,7 +7,6 @@ import sys
 
 os.environ["SIMULATED_CUDA_DEVICES"] = os.environ["LOCAL_WORLD_SIZE"]
 
-import covered_lines
 import simulated_cuda
 
 simulated_cuda.install()
@@ -20,8 +19,6 @@ import simulated_nccl  # noqa: E402
 simulated_nccl.install()
 
 from adapruner.cli import main  # noqa: E402
-
-covered_lines.record()
 
 code: object = 0
 try:

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import covered_lines
 import simulated_cuda
 
 native = simulated_cuda.install()
@@ -26,8 +25,6 @@ import torch  # noqa: E402
 
 from adapruner.cli import main  # noqa: E402
 from adapruner.progress import Reporter  # noqa: E402
-
-covered_lines.record()
 
 KILLED = 9
 

@@ -1,4 +1,5 @@
-"""Every command runs on a GPU as it does on the CPU, for every kind of family, dtype and way of loading."""
+"""`prune` gives the plan of the CPU on a GPU: in every dtype, in memory and layer by layer, with every kind of
+layers."""
 
 from __future__ import annotations
 
@@ -7,14 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-import torch
 
 import adapruner
 from adapruner.planning import PruningPlan
 from device.client import Device
 from device.options import LAYER_WISE, SMALL_RUN, pruning
 from device.results import only_json
-from device.whole_run import compare
 
 
 @dataclass(frozen=True)
@@ -34,39 +33,18 @@ class Case:
         return "-".join([self.family, self.dtype, *how, *map(str, self.options)])
 
 
-FULL, DISTILLED = {"train": "full", "label_weight": 1}, {"label_weight": 0.5}
-SAMPLE = [Case("llama", "float32", recovery={})]
+SAMPLE = Case("llama", "float32", recovery={})
 # Whole experts, as many in every layer, are steps of the ratio.
-STEPS = {"mixtral": 0.1955, "qwen3_moe": 0.1872, "jamba": 0.1201, "granitemoehybrid": 0.1702, "qwen3_next": 0.1133}
-STEPS["deepseek_v3"] = 0.1327
-CHANNELS = {"expert_granularity": "channel", "ratio": 0.1}
+STEPS = {"mixtral": 0.1955, "jamba": 0.1201}
 CASES = [
-    Case("llama", "bfloat16", True, False, {"selection": "kl"}, FULL),
-    Case("llama", "float16", False, False, {"compensation": "least-squares-bias"}, {}),
-    Case("llama", "float32", True, True, {"head_granularity": "query-head"}, DISTILLED),
-    Case("phi3", "bfloat16", False, True, {"layout": "uniform"}, DISTILLED),
+    Case("llama", "bfloat16", True, False, {}, {"train": "full", "label_weight": 1}),
+    Case("llama", "float32", True, True, {"head_granularity": "query-head"}, {"label_weight": 0.5}),
+    Case("phi3", "bfloat16", False, True, {"layout": "uniform"}, {"label_weight": 0.5}),
     Case("phi3", "float16", True, True, {"whole": "attention", "ratio": 0.3}),
-    Case("gpt_neox", "float32", True, False, {"terms": "vector-wise"}, {}),
-    Case("gpt_neox", "float16", False, True, {"whole": "feed-forward", "ratio": 0.3}, FULL | DISTILLED),
     Case("gpt2", "float32", False, False, {"space": "paper"}, {}),
-    Case("gpt2", "bfloat16", True, True, {"compensation": "bias"}, {}),
-    Case("mixtral", "float16", False, True, {}, {}),
-    Case("mixtral", "bfloat16", False, False, CHANNELS, {}),
-    Case("qwen3_moe", "float32", False, True, {"whole": "layer"}),
-    Case("qwen3_moe", "bfloat16", False, False, CHANNELS, FULL),
+    Case("mixtral", "bfloat16", False, False, {"expert_granularity": "channel", "ratio": 0.1}, {}),
     Case("jamba", "float32", False, True, {}, {}),
-    Case("jamba", "bfloat16", False, False),
-    Case("granitemoehybrid", "float32", True, False, CHANNELS),
-    Case("granitemoehybrid", "float16", True, True),
-    Case("granitemoehybrid", "bfloat16", False, True, {}, {}),
-    # PEFT puts no adapters on it.
-    Case("qwen3_next", "float32", False, True, {}, FULL),
-    Case("qwen3_next", "float16", False, False, CHANNELS),
-    Case("lfm2", "bfloat16", False, True, {"whole": "attention"}, DISTILLED),
-    Case("lfm2", "float32", True, True),
-    Case("gemma2", "bfloat16", False, True, {}, {}),
-    Case("bloom", "float16", True, True),
-    Case("deepseek_v3", "float32", False, True),
+    Case("jamba", "float16", True, True),
 ]
 
 
@@ -81,7 +59,7 @@ def command(case: Case, model: Path, text: Path, output: Path, place: str) -> li
 
 
 @pytest.mark.parametrize(
-    "case", [*SAMPLE, *(pytest.param(case, marks=pytest.mark.device_matrix) for case in CASES)], ids=str
+    "case", [SAMPLE, *(pytest.param(case, marks=pytest.mark.device_matrix) for case in CASES)], ids=str
 )
 def test_pruning_on_a_gpu_gives_the_plan_of_the_cpu(
     case: Case, device: Device, family: Callable[..., Path], text_file: Path, tmp_path: Path
@@ -99,20 +77,3 @@ def test_pruning_on_a_gpu_gives_the_plan_of_the_cpu(
     if case.dtype == "float32":
         assert plans["cuda"] == plans["cpu"]
     assert adapruner.load(tmp_path / "cuda" / ("model" if case.recovery is None else "recovered")).num_parameters() > 0
-
-
-@pytest.mark.device_matrix
-@pytest.mark.timeout(1200)
-def test_a_whole_run_with_the_default_options_gives_the_plan_of_the_cpu(
-    device: Device, family: Callable[..., Path], tmp_path: Path
-) -> None:
-    """A model with enough layers and channels for them, and text for all windows, of which words follow each other as
-    in a random walk."""
-    model = family("llama", hidden_size=64, intermediate_size=256, num_hidden_layers=8, max_position_embeddings=512)
-    generator, text = torch.Generator().manual_seed(3), tmp_path / "text.txt"
-    walks = torch.randint(-4, 5, (900, 300), generator=generator).cumsum(1) % 90
-    text.write_text("\n\n".join(" ".join(f"w{word}" for word in walk) for walk in walks.tolist()))
-    agreement = compare(device, [model, "--calibration", text], tmp_path)
-    assert agreement["same_plan"]
-    for name, perplexity in agreement["perplexity"]["cpu"].items():
-        assert agreement["perplexity"]["cuda"][name] == pytest.approx(perplexity, rel=1e-4)

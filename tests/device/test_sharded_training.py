@@ -152,13 +152,12 @@ def test_a_recovery_without_fsdp_does_not_resume_with_it(
     assert "resumes only without FSDP" in refused.stderr
 
 
-@pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_that_fails_ends_all(
-    rank: int, launch: Callable[..., Outcome], family: Callable[..., Path], text_file: Path, tmp_path: Path
+    launch: Callable[..., Outcome], family: Callable[..., Path], text_file: Path, tmp_path: Path
 ) -> None:
-    """The other one waits for it in the middle of a step, or at its end."""
+    """The other one waits for it."""
     arguments = recovery(family("llama"), text_file, tmp_path / "a", train="full")
-    poor = {"SIMULATED_POOR_RANK": str(rank), "SIMULATED_POOR_BYTES": "600000"}
+    poor = {"SIMULATED_POOR_RANK": "1", "SIMULATED_POOR_BYTES": "600000"}
     outcome = launch(*arguments, environment=SHARDED | poor)
     assert outcome.code != 0
     # The launcher ends the other one, which may still say so, or that gloo lost the connection; NCCL would wait.
@@ -168,21 +167,20 @@ def test_a_process_that_fails_ends_all(
     assert not (tmp_path / "a").exists()
 
 
-@pytest.mark.parametrize("train", ["lora", "full"])
 def test_a_model_whose_layers_differ_is_saved_whole(
-    train: str, launch: Callable[..., Outcome], pruned: Path, text_file: Path, tmp_path: Path
+    launch: Callable[..., Outcome], pruned: Path, text_file: Path, tmp_path: Path
 ) -> None:
     """Against data parallel training."""
-    arguments = recovery(pruned, text_file, tmp_path / "a", train=train)
+    arguments = recovery(pruned, text_file, tmp_path / "a", train="full")
     record = only_json(launch(*arguments, environment=SHARDED | EXACT))
-    alone = only_json(launch(*recovery(pruned, text_file, tmp_path / "b", train=train), environment=EXACT))
+    alone = only_json(launch(*recovery(pruned, text_file, tmp_path / "b", train="full"), environment=EXACT))
     assert record["loss_after"] == pytest.approx(alone["loss_after"], rel=1e-5)
     first, second = (adapruner.load(tmp_path / name) for name in ("a", "b"))
     assert first.config.architectures == second.config.architectures
     check_equal_weights(first, second)
 
 
-@pytest.mark.parametrize(("train", "processes"), [("full", 2), ("full", 4), ("lora", 2)])
+@pytest.mark.parametrize(("train", "processes"), [("full", 4), ("lora", 2)])
 def test_student_and_teacher_are_shared_out(
     train: str,
     processes: int,

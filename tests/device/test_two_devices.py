@@ -12,7 +12,7 @@ import adapruner
 from device.client import Device, Outcome
 from device.options import LAYER_WISE, SMALL_RUN, pruning, recovering
 from device.results import only_json, only_line
-from device.test_commands import CASES, STEPS
+from device.test_commands import STEPS
 from run_helpers import flags
 
 pytestmark = pytest.mark.device_matrix
@@ -24,18 +24,17 @@ def peaks(outcome: Outcome) -> list[int]:
     return [int(line[3]) for line in sorted(lines)]
 
 
-@pytest.mark.parametrize("layer_wise", [False, True])
 def test_the_second_gpu_alone_is_used(
-    layer_wise: bool, two_devices: Device, family: Callable[..., Path], text_file: Path, tmp_path: Path
+    two_devices: Device, family: Callable[..., Path], text_file: Path, tmp_path: Path
 ) -> None:
-    options = SMALL_RUN | (LAYER_WISE if layer_wise else {})
+    options = SMALL_RUN | LAYER_WISE
     outcome = two_devices.run(*pruning(family("llama"), text_file, tmp_path / "a", options), "--device", "cuda:1")
     only_json(outcome)
     # Of the first device.
     assert {stage.name: stage.peak for stage in outcome.stages if stage.peak} == {}
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gpt2", "mixtral", "jamba", "gemma2", "lfm2"])
+@pytest.mark.parametrize("model_type", ["llama", "jamba"])
 def test_layers_on_two_gpus_give_the_plan_of_the_cpu(
     model_type: str, two_devices: Device, family: Callable[..., Path], text_file: Path, tmp_path: Path
 ) -> None:
@@ -85,7 +84,7 @@ def test_families_compute_the_same_on_two_gpus(
     two_devices: Device, family: Callable[..., Path], tmp_path: Path
 ) -> None:
     """To the last bit, with and without a cache, which holds what belongs to a layer where the layer is."""
-    families = sorted({case.family for case in CASES})
+    families = ("gemma2", "jamba", "llama", "mixtral")
     program = tmp_path / "program.py"
     program.write_text(PROGRAM.format(folders={name: str(family(name)) for name in families}))
     outcome = two_devices.run(file=program)
@@ -150,12 +149,6 @@ def test_training_on_the_second_gpu_alone_says_how(
 def test_there_is_no_third_gpu(two_devices: Device, family: Callable[..., Path], text_file: Path) -> None:
     outcome = two_devices.run("evaluate", family("llama"), "--evaluate", text_file, "--device", "cuda:2")
     assert only_line(outcome).startswith("--device cuda:2: CUDA error: invalid device ordinal")
-
-
-def test_one_process_of_two_gpus_uses_the_first(
-    two_devices: Device, family: Callable[..., Path], text_file: Path, tmp_path: Path
-) -> None:
-    assert only_json(two_devices.run(*recovering(family("llama"), text_file, tmp_path / "a")))["steps"] == 3
 
 
 @pytest.mark.parametrize(("train", "method"), [("lora", "distillation"), ("full", "labels")])

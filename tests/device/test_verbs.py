@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import datasets
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
 import adapruner
 from adapruner.checkpoint import save_checkpoint
@@ -22,7 +19,6 @@ from adapruner.surgery import prune_model
 from device.client import Device
 from device.options import SMALL_RUN, pruning
 from device.results import only_json
-from run_helpers import flags
 
 
 @pytest.fixture(scope="module")
@@ -34,26 +30,6 @@ def run(device: Device, family: Callable[..., Path], text_file: Path, tmp_path_f
     outcome = device.run(*pruning(family("llama"), text_file, output, others), *ratios)
     assert len(only_json(outcome)) == 2
     return output
-
-
-@pytest.fixture
-def with_bytes(family: Callable[..., Path], text_file: Path, tmp_path: Path) -> Callable[[str], Path]:
-    """Writes a model whose tokenizer is a BPE over bytes."""
-
-    def make(dtype: str) -> Path:
-        model = tmp_path / "model"
-        shutil.copytree(family("llama", dtype, vocab_size=384), model)
-        backend = Tokenizer(models.BPE())
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        backend.decoder = decoders.ByteLevel()
-        special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(vocab_size=384, initial_alphabet=alphabet, special_tokens=[*special.values()])
-        backend.train_from_iterator([text_file.read_text()], trainer)
-        PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(model)
-        return model
-
-    return make
 
 
 def model_of(run: Path) -> Path:
@@ -101,38 +77,15 @@ def test_tasks(device: Device, run: Path, text_file: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.device_matrix
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_export(dtype: str, device: Device, with_bytes: Callable[[str], Path], tmp_path: Path) -> None:
-    outcome = device.run("export", with_bytes(dtype), "--to", "gguf", "-o", tmp_path / "exported", "--json")
-    assert only_json(outcome)["bytes"] > 0
-    # Nothing is computed.
-    assert not any(stage.peak for stage in outcome.stages)
-
-
-@pytest.mark.device_matrix
-@pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float16"])
-def test_benchmark(dtype: str, device: Device, run: Path, family: Callable[..., Path]) -> None:
+def test_benchmark(device: Device, run: Path, family: Callable[..., Path]) -> None:
     outcome = device.run(
-        *("benchmark", model_of(run), "--against", family("llama"), "--dtype", dtype, "--json"),
+        *("benchmark", model_of(run), "--against", family("llama"), "--json"),
         *("--batch-size", 1, "--batch-size", 2, "--prompt", 8, "--new-tokens", 3, "--repetitions", 2),
     )
     for speed in only_json(outcome).values():
         assert speed["peak_memory_bytes"] > speed["weight_bytes"] > 0
         assert speed["friendly_multiple"] == 64
     assert outcome.count("measuring", "wait")
-
-
-@pytest.mark.device_matrix
-def test_inspect(device: Device, family: Callable[..., Path]) -> None:
-    plain = device.run("inspect", family("llama"), "--json")
-    assert only_json(plain)["parameters"] > 0
-    cost = device.run("inspect", family("llama"), "--cost", "--json", *flags(SMALL_RUN))
-    assert only_json(cost)["device"] == "cuda:0"
-    assert only_json(cost)["layer_wise"] is False
-    small = device.run("inspect", family("llama"), "--cost", "--json", *flags(SMALL_RUN), memory=1_000_000)
-    assert only_json(small)["layer_wise"] is True
-    for outcome in (plain, cost, small):
-        assert not any(stage.peak for stage in outcome.stages)
 
 
 @pytest.mark.device_matrix
@@ -147,19 +100,6 @@ def test_load_generates_on_the_gpu(device: Device, run: Path, tmp_path: Path) ->
     outcome = device.run(file=program)
     assert outcome.code == 0, outcome.stderr
     assert json.loads(outcome.stdout)[:2] == ["cuda:0", "cuda:0"]
-
-
-@pytest.mark.device_matrix
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_fewer_tokens(
-    dtype: str, device: Device, with_bytes: Callable[[str], Path], text_file: Path, tmp_path: Path
-) -> None:
-    model = with_bytes(dtype)
-    fewer = ["--vocabulary", text_file, "--vocabulary-size", 300, "--vocabulary-multiple", 4]
-    only_json(device.run("vocabulary", model, *fewer, "-o", tmp_path / "a", "--json"))
-    only_json(device.run(*pruning(model, text_file, tmp_path / "b", SMALL_RUN | {"ratio": 0.2}, recovery={}), *fewer))
-    for name in ("a", "b/recovered"):
-        assert adapruner.load(tmp_path / name).config.vocab_size == 300
 
 
 def test_doctor_compares_the_gpu_with_the_cpu(device: Device, family: Callable[..., Path]) -> None:
