@@ -30,22 +30,13 @@ from adapruner.errors import AdaPrunerError
 from adapruner.families import learn
 from adapruner.families.tiny import random_model
 from adapruner.models import find_model, in_fastest_dtype, modeling_pruned
-from adapruner.planning import make_plan
 from adapruner.structure import build_structure
-from adapruner.surgery import prune_model
-from tiny_families import tiny_config
-
-
-def pruned_per_layer(dense: PreTrainedModel) -> PreTrainedModel:
-    structure = build_structure(dense)
-    scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(7))
-    counts = [max(1, block.groups - block.layer) for block in structure.blocks]
-    return prune_model(dense, structure, make_plan(structure, scores, counts))
+from tiny_families import cut_to, tiny_config
 
 
 @pytest.fixture
 def pruned(make_model: Callable[..., PreTrainedModel]) -> PreTrainedModel:
-    return pruned_per_layer(make_model(num_hidden_layers=12))
+    return cut_to(make_model(num_hidden_layers=12))
 
 
 @pytest.fixture
@@ -69,7 +60,7 @@ def test_whoever_may_read_new_files_may_read_the_model(folder: Path, tmp_path: P
 def test_the_dtype_is_kept(
     dtype: torch.dtype, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    pruned = pruned_per_layer(model.to(dtype))
+    pruned = cut_to(model.to(dtype))
     save_checkpoint(pruned, tokenizer, tmp_path / "model")
     loaded = adapruner.load(tmp_path / "model").state_dict()
     for name, tensor in pruned.state_dict().items():
@@ -174,9 +165,7 @@ def test_no_code_of_others_is_named(model: PreTrainedModel, tokenizer: PreTraine
     """A uniform cut is a stock model, whatever the config of the dense model says."""
     model.config.auto_map = {"AutoModelForCausalLM": "someone/else--modeling.Other"}
     model.config.model_file = "other_for_mlx.py"
-    structure = build_structure(model)
-    scores = torch.ones(structure.group_offsets[-1])
-    uniform = prune_model(model, structure, make_plan(structure, scores, [b.groups - 1 for b in structure.blocks]))
+    uniform = cut_to(model, lambda block: block.groups - 1)
     save_checkpoint(uniform, tokenizer, tmp_path / "uniform")
     assert not {"auto_map", "model_file"} & json.loads((tmp_path / "uniform" / "config.json").read_text()).keys()
     assert not list((tmp_path / "uniform").glob("*.py"))

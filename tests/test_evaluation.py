@@ -45,13 +45,11 @@ from adapruner.evaluation import (
 )
 from adapruner.memory import Placement, _placement
 from adapruner.models import find_model, is_streamed, load_model
-from adapruner.planning import make_plan
-from adapruner.structure import build_structure
-from adapruner.surgery import prune_model
 from adapruner.texts import assign_texts
 from adapruner.verbs import _evaluate
 from adapruner.verbs._source import ModelSource
 from test_generation import SETTINGS, continued_alone
+from tiny_families import cut_to
 
 TWO_DEVICES = (torch.device("cuda:0"), torch.device("cuda:1"))
 
@@ -434,10 +432,7 @@ def test_a_loss_too_large_for_a_perplexity_is_infinite_in_json_too(model: PreTra
 
 
 def cut_some_channels(model: PreTrainedModel) -> PreTrainedModel:
-    structure = build_structure(model)
-    scores = torch.rand(sum(block.groups for block in structure.blocks), generator=torch.Generator().manual_seed(0))
-    counts = [7 if (block.layer, block.kind) == (1, "channels") else block.groups for block in structure.blocks]
-    return prune_model(model, structure, make_plan(structure, scores, counts))
+    return cut_to(model, lambda block: 7 if (block.layer, block.kind) == (1, "channels") else block.groups)
 
 
 @pytest.mark.parametrize("cut", [False, True])

@@ -19,7 +19,7 @@ from adapruner.measurement import measure_moments
 from adapruner.planning import make_plan
 from adapruner.structure import build_structure
 from adapruner.surgery import Compensation, prune_model
-from tiny_families import tiny_config
+from tiny_families import cut_to, tiny_config
 
 mlx = pytest.importorskip("mlx.core")
 mlx_lm = pytest.importorskip("mlx_lm")
@@ -47,11 +47,9 @@ def pruned(model_type: str, compensates: bool = False, **fields: object) -> PreT
 
 def without_parts(model_type: str) -> PreTrainedModel:
     """The first layer has no attention, the second no feed-forward, the third is gone."""
-    model = random_model(tiny_config(model_type, num_hidden_layers=LAYERS))
-    structure = build_structure(model)
     gone = {(0, "heads"), (1, "channels"), (2, "heads"), (2, "channels")}
-    counts = [0 if (block.layer, block.kind) in gone else block.groups for block in structure.blocks]
-    return prune_model(model, structure, make_plan(structure, torch.zeros(structure.group_offsets[-1]), counts))
+    model = random_model(tiny_config(model_type, num_hidden_layers=LAYERS))
+    return cut_to(model, lambda block: 0 if (block.layer, block.kind) in gone else block.groups)
 
 
 def read(folder: Path, trusted: bool = True) -> mlx_lm.models.llama.Model:

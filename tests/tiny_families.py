@@ -4,14 +4,15 @@ plans that remove groups at random."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from adapruner.planning import PruningPlan, make_plan
-from adapruner.structure import Structure
+from adapruner.structure import Block, Structure, build_structure
+from adapruner.surgery import prune_model
 
 SIZES: dict[str, int] = {
     "vocab_size": 256,
@@ -77,6 +78,15 @@ def random_plan(structure: Structure, counts: Sequence[int]) -> PruningPlan:
     """Each block keeps so many groups, whichever."""
     scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(0))
     return make_plan(structure, scores, counts)
+
+
+def cut_to(
+    dense: PreTrainedModel,
+    kept: Callable[[Block], int] = lambda block: max(1, block.groups - block.layer),
+) -> PreTrainedModel:
+    """The model of whose blocks so many groups are kept, whichever; by default fewer in every layer."""
+    structure = build_structure(dense)
+    return prune_model(dense, structure, random_plan(structure, [kept(block) for block in structure.blocks]))
 
 
 def decoder_families() -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,6 @@ from adapruner.families.proof import masked
 from adapruner.families.tiny import random_model, tiny_config as shrunk_config
 from adapruner.measurement import measure_moments
 from adapruner.models import known_architectures, remember_family
-from adapruner.planning import make_plan
 from adapruner.structure import build_structure
 from adapruner.surgery import Compensation, prune_model
 from tiny_families import random_plan, tiny_config
@@ -135,27 +133,17 @@ def test_numbers_of_heads_that_a_stock_config_refuses(
             "llama", 6, attention_bias=biases, mlp_bias=biases, rope_parameters=LLAMA3_ROPE, max_position_embeddings=64
         )
         structure = build_structure(dense)
-        counts = [5 if block.kind == "heads" else 20 for block in structure.blocks]
-        plan = make_plan(structure, torch.ones(structure.group_offsets[-1]), counts)
+        plan = random_plan(structure, [5 if block.kind == "heads" else 20 for block in structure.blocks])
         folder = tmp_path / model_type
         save_checkpoint(prune_model(dense, structure, plan), tokenizer, folder)
-        with torch.no_grad():
-            expected = masked_heads(dense, 5, 20)(windows).logits
+        with torch.no_grad(), masked(dense, structure, plan) as same:
+            expected = same(windows).logits
             torch.testing.assert_close(adapruner.load(folder)(windows).logits, expected, rtol=1e-4, atol=1e-4)
             if not biases:
                 stock = AutoModelForCausalLM.from_pretrained(folder)
                 assert type(stock) is MistralForCausalLM
                 assert torch.equal(stock(windows).logits, adapruner.load(folder)(windows).logits)
         assert json.loads((folder / "config.json").read_text())["model_type"] == model_type
-
-
-def masked_heads(dense: PreTrainedModel, heads: int, channels: int) -> PreTrainedModel:
-    """A Llama in which only the first heads and channels are read."""
-    model = copy.deepcopy(dense)
-    for layer in model.model.layers:
-        layer.self_attn.o_proj.weight.data[:, heads * 8 :] = 0
-        layer.mlp.down_proj.weight.data[:, channels:] = 0
-    return model
 
 
 def test_layers_that_differ_in_the_dense_model(
@@ -173,7 +161,7 @@ def test_layers_that_differ_in_the_dense_model(
     dense = random_model(config)
     structure = build_structure(dense)
     counts = [block.groups - block.layer * (block.kind == "channels") for block in structure.blocks]
-    plan = make_plan(structure, torch.zeros(structure.group_offsets[-1]), counts)
+    plan = random_plan(structure, counts)
     save_checkpoint(prune_model(dense, structure, plan), tokenizer, tmp_path)
     with torch.no_grad(), masked(dense, structure, plan) as same:
         logits = adapruner.load(tmp_path)(windows).logits

@@ -15,9 +15,7 @@ from adapruner.checkpoint import save_checkpoint
 from adapruner.errors import AdaPrunerError
 from adapruner.gguf import check_gguf, write_gguf
 from adapruner.models import known_architectures
-from adapruner.structure import build_structure
-from adapruner.surgery import prune_model
-from tiny_families import random_plan
+from tiny_families import cut_to
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "reference" / "engines.md"
 # By benchmarks/engines.py, whose results are in the document; vLLM is not run here.
@@ -57,9 +55,7 @@ def test_the_table_says_what_works(
     cells = []
     for number, lost in enumerate(LAYOUTS.values()):
         dense = make_model(family, vocab_size=300, num_hidden_layers=12, **AS_RELEASED.get(family, {}))
-        structure = build_structure(dense)
-        counts = [block.groups - lost(block.kind, block.layer) for block in structure.blocks]
-        pruned = prune_model(dense, structure, random_plan(structure, counts))
+        pruned = cut_to(dense, lambda block, lost=lost: block.groups - lost(block.kind, block.layer))
         folder = tmp_path / f"{number}"
         save_checkpoint(pruned, byte_tokenizer, folder)
         stock = loads_in_transformers(pruned, folder, windows)

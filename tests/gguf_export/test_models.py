@@ -30,6 +30,7 @@ from adapruner.models import find_model, load_model, load_tokenizer
 from adapruner.planning import make_plan
 from adapruner.structure import Block, build_structure, count_parameters
 from adapruner.surgery import Compensation, prune_model
+from tiny_families import cut_to
 from tiny_wrappers import tiny_wrapper_config
 
 MakeModel = Callable[..., PreTrainedModel]
@@ -135,11 +136,8 @@ def test_layers_without_attention_or_feed_forward(
     tmp_path: Path,
 ) -> None:
     dense = tiny(family, num_hidden_layers=12)
-    structure = build_structure(dense)
     gone = {(4, "channels"), *((layer, "heads") for layer in without_attention)}
-    counts = [0 if (block.layer, block.kind) in gone else block.groups for block in structure.blocks]
-    plan = make_plan(structure, torch.zeros(structure.group_offsets[-1]), counts)
-    pruned = prune_model(dense, structure, plan)
+    pruned = cut_to(dense, lambda block: 0 if (block.layer, block.kind) in gone else block.groups)
     write_gguf(pruned, bytes_tokenizer, tmp_path / "model.gguf", "f32")
     assert_computes_the_same(tmp_path / "model.gguf", pruned, llama_cpp)
 

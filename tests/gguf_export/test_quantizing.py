@@ -18,9 +18,7 @@ from adapruner.errors import AdaPrunerError
 from adapruner.evaluation import window_losses
 from adapruner.gguf import read_stored_types, write_gguf
 from adapruner.gguf.llama_cpp import LlamaCpp
-from adapruner.planning import make_plan
-from adapruner.structure import build_structure
-from adapruner.surgery import prune_model
+from tiny_families import cut_to
 
 # More than the tokenizer of these tests has.
 VOCABULARY = 400
@@ -45,11 +43,9 @@ def pruned(request: pytest.FixtureRequest) -> PreTrainedModel:
             initializer_range=0.05,
         )
     ).eval()
-    structure = build_structure(dense)
     first = 300 if layout == "per-layer" else 512
     channels = [first] * 6 + [512] * 6
-    counts = [channels[block.layer] if block.kind == "channels" else block.groups for block in structure.blocks]
-    return prune_model(dense, structure, make_plan(structure, torch.zeros(structure.group_offsets[-1]), counts))
+    return cut_to(dense, lambda block: channels[block.layer] if block.kind == "channels" else block.groups)
 
 
 def widths(model: PreTrainedModel) -> set[int]:
