@@ -21,7 +21,6 @@ from pydantic import BaseModel
 from safetensors.torch import save_file
 
 from adapruner import AdaPrunerError
-from adapruner.config import PruneConfig
 from adapruner.files import replace
 from adapruner.graph import Form, Graph, GraphError, Making, Record, RunFolder, declaring, make_all, refuse_outdated
 from adapruner.graph.records import are_as_written, stamps
@@ -149,20 +148,6 @@ def test_a_declaration_that_forgets_something_is_an_error(declare: Callable[[Gra
     graph = Graph(Options, unkeyed=("config",))
     with pytest.raises(GraphError, match=message):
         declare(graph)
-
-
-def test_a_node_of_a_run_that_reads_the_config_another_way_is_an_error() -> None:
-    graph = Graph(PruneConfig, unkeyed=("config",))
-
-    def node() -> int:
-        return PruneConfig(model="m").trials
-
-    def other(config: PruneConfig) -> int:
-        return config.trials
-
-    for function in (node, other):
-        with pytest.raises(GraphError):
-            graph.in_memory(function)
 
 
 def test_the_example_of_a_graph_runs() -> None:
@@ -491,23 +476,6 @@ def test_a_file_system_that_cannot_lock_is_named(
     monkeypatch.setattr("adapruner.graph.folder.FileLock", lambda _: SimpleNamespace(acquire=fail))
     with pytest.raises(AdaPrunerError, match=f"cannot write to .*: .*{error.args[-1]}"), RunFolder(tmp_path).locked():
         pass
-
-
-def test_what_is_seen_late_is_made_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another machine sees the record of an artifact before the artifact itself; the artifact is then rebuilt."""
-    made(folder)
-    expected = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-    for name in ("total.json", "doubled.json"):
-        (folder / name).rename(folder / f"late-{name}")
-
-    def replace_late(partial: Path, path: Path) -> None:
-        (folder / f"late-{path.name}").rename(path)
-        replace(partial, path)
-
-    monkeypatch.setattr("adapruner.graph.making.replace", replace_late)
-    assert made(folder) == ["doubled", "total"]
-    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == expected
-    assert made(folder) == []
 
 
 def test_records_that_a_kill_cut_off_are_of_nothing(folder: Path) -> None:

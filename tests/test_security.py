@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import io
 import json
 import os
 import pickle
@@ -133,29 +132,21 @@ def uses_of(folder: Path, text: Path) -> dict[str, Callable[[], Any]]:
 
 
 @pytest.mark.parametrize(
-    "name", ["pytorch_model.bin", "model.pt", "model.bin", "pytorch_model.pt", "model.safetensors"]
+    ("name", "by_torch"), [("pytorch_model.bin", True), ("pytorch_model.bin", False), ("model.safetensors", False)]
 )
 def test_pickled_weights_are_refused_and_do_not_run(
-    name: str, folder: Path, malicious: bytes, marker: Path, text_file: Path
+    name: str, by_torch: bool, folder: Path, malicious: bytes, marker: Path, text_file: Path
 ) -> None:
     (folder / "model.safetensors").unlink()
-    (folder / name).write_bytes(malicious)
-    if name == "pytorch_model.bin":
+    if by_torch:
+        torch.save(_Marks(marker), folder / name)
+    else:
+        (folder / name).write_bytes(malicious)
+    if not by_torch and name == "pytorch_model.bin":
         index = {"metadata": {}, "weight_map": {"model.embed_tokens.weight": name}}
         (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     for use in uses_of(folder, text_file).values():
         with pytest.raises(AdaPrunerError, match=r"safetensors|cannot load"):
-            use()
-    assert not marker.exists()
-
-
-def test_a_pickle_of_torch_is_refused_too(folder: Path, marker: Path, text_file: Path) -> None:
-    (folder / "model.safetensors").unlink()
-    written = io.BytesIO()
-    torch.save(_Marks(marker), written)
-    (folder / "pytorch_model.bin").write_bytes(written.getvalue())
-    for use in uses_of(folder, text_file).values():
-        with pytest.raises(AdaPrunerError, match="safetensors"):
             use()
     assert not marker.exists()
 

@@ -213,7 +213,9 @@ def adapter_alone(folder: Path) -> None:
 ADAPTER = replaced("adapter_config.json", b'{"base_model_name_or_path": "../elsewhere"}')
 LAYER_WISE = "prune --layer-wise"
 WRITING = ("prune", "recover", "export")
+OF_WRITING = itertools.cycle(WRITING)
 TOKENIZED = (*WRITING, "evaluate")
+# All of these read a tokenizer by the same way: the cases take turns.
 TURNS = itertools.cycle(TOKENIZED)
 # All verbs read a config, weights and a GGUF file by the same way, or layer by layer: the cases take turns.
 IN_TURN = itertools.cycle(VERBS)
@@ -245,11 +247,17 @@ BROKEN: list[tuple[str, Break, tuple[str, ...], str]] = [
     ("no weights", removed("model.safetensors"), READING, "FOLDER"),
     ("no numbers", NO_NUMBERS, ("prune",), "dtype"),
     ("no numbers", NO_NUMBERS, ("recover", "evaluate"), ""),
-    *((f"tokenizer: {name}", replaced("tokenizer.json", v), TOKENIZED, "FOLDER") for name, v in TOKENIZERS.items()),
+    *(
+        (f"tokenizer: {name}", replaced("tokenizer.json", v), (next(TURNS),), "FOLDER")
+        for name, v in TOKENIZERS.items()
+    ),
     *((f"tokenizer: {name}", v, (verb,), "FOLDER") for (name, v), verb in zip(FAILING.items(), TURNS, strict=False)),
     ("no tokenizer", removed("tokenizer.json", "tokenizer_config.json"), TOKENIZED, "FOLDER"),
     ("tokens", with_tokens, TOKENIZED, "has 106 tokens, the embedding of the model only 96"),
-    *((f"template: {name}", with_template(v), WRITING, "chat template") for name, v in CHAT_TEMPLATES.items()),
+    *(
+        (f"template: {name}", with_template(v), (next(OF_WRITING),), "chat template")
+        for name, v in CHAT_TEMPLATES.items()
+    ),
     ("an adapter beside", ADAPTER, VERBS, "merge it into its model first"),
     ("an adapter alone", adapter_alone, VERBS, "merge it into its model first"),
 ]
