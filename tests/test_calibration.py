@@ -292,13 +292,6 @@ def test_bytes_of_a_parquet_file_are_text(tmp_path: Path) -> None:
         read_documents(parse_source(str(path)))
 
 
-def test_half_a_character_is_refused(tmp_path: Path) -> None:
-    path = source_of(tmp_path, '{"text": "w1"}\n{"text": "w2 \\ud800"}', "a.jsonl").path
-    for part in ("", "@report"):
-        with pytest.raises(AdaPrunerError, match="text of record 2 is not valid Unicode text"):
-            read_documents(parse_source(f"{path}{part}"))
-
-
 def test_a_text_is_read_once_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     readings = []
     open_source = _reading._open

@@ -19,9 +19,7 @@ from adapruner.decilm import check_decilm
 from adapruner.errors import AdaPrunerError
 from adapruner.families.tiny import random_model
 from adapruner.models import find_model
-from adapruner.structure import build_structure
-from adapruner.surgery import prune_model
-from tiny_families import random_plan, tiny_config
+from tiny_families import cut_to, tiny_config
 
 LAYERS, HIDDEN, HEADS, GROUPS, HEAD_DIM = 12, 72, 6, 3, 12
 NO_ATTENTION, NO_FEED_FORWARD = {3, 10, 11}, {1, 9}
@@ -39,17 +37,13 @@ def pruned(model_type: str = "llama", counts: Any = None, **fields: object) -> P
     sizes |= {"num_attention_heads": HEADS, "num_key_value_heads": GROUPS}
     if model_type == "mistral":
         sizes["sliding_window"] = None
-    model = random_model(tiny_config(model_type, **sizes | fields))
-    structure = build_structure(model)
 
     def kept(block: Any) -> int:
         if block.kind == "heads":
             return 0 if block.layer in NO_ATTENTION else block.groups
         return 0 if block.layer in NO_FEED_FORWARD else WIDTHS[block.layer]
 
-    return prune_model(
-        model, structure, random_plan(structure, [(counts or kept)(block) for block in structure.blocks])
-    )
+    return cut_to(random_model(tiny_config(model_type, **sizes | fields)), counts or kept)
 
 
 def exported(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> Path:
