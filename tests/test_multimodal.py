@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from adapruner.run.nodes.amount import ratio_of_blocks
 from adapruner.structure import Structure, build_structure
 from adapruner.surgery import prune_model
 from adapruner.tokens import Vocabulary, VocabularySummary, configs_with_tokens, cut_vocabulary, named_tokens
-from run_helpers import QUICK, exit_code
+from run_helpers import QUICK, exit_code, flags
 from tiny_families import random_plan
 from tiny_images import masked_logits, with_image
 from tiny_wrappers import IMAGE_TOKEN, tiny_wrapper, tiny_wrapper_config
@@ -169,6 +170,25 @@ def test_a_run_prunes_the_decoder(
     before = total + result.plan.removed_parameters
     assert result.plan.removed_parameters / before == pytest.approx(QUICK["ratio"], abs=0.005)
     assert f"of its {total:,} parameters" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_dry_run_loads_no_weights_and_writes_nothing(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write("gemma3", tmp_path / "dense", tokenizer)
+    texts = (" ".join(f"w{(start + number) % 90}" for number in range(30)) for start in range(90))
+    (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps({"image": "a.png", "text": text}) for text in texts))
+
+    def refuse(*_: Any, **__: Any) -> None:
+        pytest.fail("weights are loaded")
+
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", refuse)
+    for module in ("_stored", "_wrapper"):
+        monkeypatch.setattr(f"adapruner.models.{module}.read_tensors", refuse)
+    before = sorted(tmp_path.rglob("*"))
+    command = ["prune", str(tmp_path / "dense"), "--calibration", str(tmp_path / "pairs.jsonl"), "--dry-run"]
+    assert exit_code([*command, *flags(QUICK), "-o", str(tmp_path / "run")]) == 0
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_ratio_is_of_all_parameters_or_of_the_decoder() -> None:

@@ -3,16 +3,9 @@
 from adapruner.calibration._blend import (
     BlendPart as BlendPart,
     absolute_blend as absolute_blend,
-    blend_names as blend_names,
     blend_sources as blend_sources,
-    changed_blend as changed_blend,
     has_written_part as has_written_part,
     parse_blend as parse_blend,
-)
-from adapruner.calibration._pictured import (
-    has_images as has_images,
-    read_pictures as read_pictures,
-    write_pictured as write_pictured,
 )
 from adapruner.calibration._pool import (
     EvaluationText as EvaluationText,
@@ -48,10 +41,8 @@ from adapruner.calibration._sources import (
     SELF_GENERATED as SELF_GENERATED,
     Source as Source,
     absolute_source as absolute_source,
-    known_sources as known_sources,
     parse_source as parse_source,
     register_sources as register_sources,
     source_names as source_names,
-    split_name as split_name,
 )
 from adapruner.calibration._tokenizing import tokenize as tokenize, tokens_of as tokens_of

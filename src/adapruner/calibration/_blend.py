@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from adapruner.calibration._sources import ANSWERS, SELF_GENERATED, Source, absolute_source, parse_source, source_names
@@ -72,7 +72,7 @@ def parse_blend(text: str, missing_ok: bool = False) -> tuple[BlendPart, ...]:
 
 def has_written_part(text: str) -> bool:
     """True if a model writes some of the text of a blend; see `BlendPart.is_written`."""
-    return any(map(_is_written, blend_names(text)))
+    return any(_is_written(name) for name, _ in _split(text))
 
 
 def blend_sources(blend: Sequence[BlendPart]) -> list[Source]:
@@ -80,19 +80,9 @@ def blend_sources(blend: Sequence[BlendPart]) -> list[Source]:
     return [part.source for part in blend if part.source]
 
 
-def changed_blend(text: str, change: Callable[[str], str]) -> str:
-    """The same blend with other names of its datasets."""
-    return ",".join(f"{change(name)}{number and f':{number}'}" for name, number in _split(text))
-
-
 def absolute_blend(text: str) -> str:
     """The same blend with absolute paths, which is valid in any working directory."""
-    return changed_blend(text, _absolute)
-
-
-def blend_names(text: str) -> list[str]:
-    """The names of the datasets of a blend, as they are written, without shares."""
-    return [name for name, _ in _split(text)]
+    return ",".join(f"{_absolute(name)}{number and f':{number}'}" for name, number in _split(text))
 
 
 def _is_written(name: str) -> bool:

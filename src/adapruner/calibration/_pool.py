@@ -123,12 +123,11 @@ def upper_case_windows(windows: Tensor, tokenizer: Tokenizer) -> Tensor:
     """The text of windows in upper case, which has more tokens: the windows are evenly spaced in it.
 
     Args:
-        windows: [windows, tokens], int64; those with images are left out.
+        windows: [windows, tokens], int64.
 
     Returns:
         [at most the number of given windows, tokens], int64; none if upper case changes nothing.
     """
-    windows = windows[(windows >= 0).all(1)]
     count, seq_len = windows.shape
     start = _start_of_text(tokenizer, seq_len)
     rests = [window[len(start) :] if window[: len(start)].equal(start) else window for window in windows]

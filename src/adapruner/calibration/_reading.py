@@ -26,12 +26,12 @@ from adapruner.calibration._sources import Lines, Part, Source, known_sources, s
 from adapruner.errors import AdaPrunerError, reason
 
 # Tenths of the documents, by hash, that belong to each part.
-TENTHS_OF_PARTS: dict[str, range] = {"calibration": range(0, 4), "objective": range(4, 6), "report": range(6, 10)}
+_TENTHS_OF_PARTS: dict[str, range] = {"calibration": range(0, 4), "objective": range(4, 6), "report": range(6, 10)}
 # Columns that are read if the user names none; the second entry is the form of Stanford Alpaca.
 _USUAL_COLUMNS = (("text",), ("instruction", "input", "output"), ("instruction", "output"))
 
-# The tensors in a file of windows: their tokens; and for windows with images, the tenth of the documents of each.
-WINDOWS, TENTHS = "windows", "tenths"
+# The tensor in a file of windows.
+WINDOWS = "windows"
 
 # Text by column.
 Row = dict[str, str | None]
@@ -55,7 +55,7 @@ def stream_documents(source: Source) -> Iterator[str]:
         AdaPrunerError: it cannot be read, or has no text.
     """
     has_text = False
-    with reading(source):
+    with _reading(source):
         for row in _open(source, streamed=True)[0]:
             document = _joined(row)
             if _is_of_part(document, source.part):
@@ -81,25 +81,24 @@ def read_records(source: Source) -> list[Row]:
 def read_windows(source: Source) -> Tensor:
     """[windows, tokens], int64: the windows of tokens in a `.safetensors` file (or of its part), in their order.
 
-    Windows are put into parts by the hash of their tokens, those of images as the file says.
+    Windows are put into parts by the hash of their tokens.
 
     Raises:
         AdaPrunerError: it cannot be read, or holds something else.
     """
     assert source.path is not None
-    with reading(source):
+    with _reading(source):
         try:
             tensors = load_file(source.path)
         except SafetensorError as error:
             raise ValueError(str(error)) from None
-        windows, tenths = tensors.get(WINDOWS), tensors.get(TENTHS)
+        windows = tensors.get(WINDOWS)
         if windows is None or windows.dtype != torch.int64 or windows.dim() != 2:
             raise ValueError(f"it holds no tensor {WINDOWS!r} of tokens, int64, of shape [windows, tokens]")
-        if tenths is None and windows.numel() and windows.min() < 0:
+        if windows.numel() and windows.min() < 0:
             raise ValueError(f"it holds {int(windows.min())}, which is not a token")
-    if tenths is None:
-        tenths = torch.tensor([tenth_of(str(window)) for window in windows.tolist()])
-    return windows[torch.isin(tenths, torch.tensor(TENTHS_OF_PARTS.get(source.part, range(10))))]
+    is_read = [_is_of_part(str(window), source.part) for window in windows.tolist()]
+    return windows[torch.tensor(is_read, dtype=torch.bool)]
 
 
 def provenance(source: Source) -> dict[str, str]:
@@ -172,7 +171,7 @@ def _files_in(path: Path) -> list[Path]:
 
 def _held(source: Source) -> tuple[list[Row], str]:
     """All rows of all parts, and their revision; read again only if the local files changed."""
-    with reading(source):
+    with _reading(source):
         local = source.path or Path(source.hub.path if source.hub else "")
         stamps = [(str(file.absolute()), file.stat()) for file in _files_in(local)]
         stamp = tuple((name, state.st_ino, state.st_size, state.st_mtime_ns) for name, state in stamps)
@@ -186,7 +185,7 @@ def _read(source: Source, stamp: tuple[object, ...]) -> tuple[list[Row], str]:
 
 
 @contextlib.contextmanager
-def reading(source: Source) -> Iterator[None]:
+def _reading(source: Source) -> Iterator[None]:
     """Turns errors of the libraries that read datasets into one line, and silences their logs, which say the same.
 
     Raises:
@@ -249,11 +248,11 @@ def _rows_of_file(source: Source, path: Path) -> Iterator[Row]:
             yield from _texts((record for batch in batches for record in batch.to_pylist()), columns, source.limit)
     elif path.suffix in (".jsonl", ".json"):
         # Read twice, because a record may have columns that the earlier ones do not have.
-        names = dict.fromkeys(name for record in json_records(path) for name in record)
+        names = dict.fromkeys(name for record in _json_records(path) for name in record)
         if not names:
             raise ValueError("there is nothing in it")
         columns = _text_columns(list(names), str(path), source.named_columns)
-        records = json_records(path)
+        records = _json_records(path)
         yield from _texts(records if source.named_columns else _alike(records, columns), columns, source.limit)
     elif source.holds_windows:
         raise ValueError("it holds windows of tokens, where text is needed")
@@ -277,7 +276,7 @@ def _opened(path: Path) -> Iterator[TextIO]:
             raise ValueError(f"it is not UTF-8 text: byte {place} is invalid") from None
 
 
-def json_records(path: Path) -> Iterator[dict[str, Any]]:
+def _json_records(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a file with one on each line, or of a .json file with a list of them.
 
     Raises:
@@ -426,8 +425,5 @@ def _joined(row: Row) -> str:
 
 def _is_of_part(document: str, part: Part) -> bool:
     """True for a document of a part, by the hash of its text."""
-    return part not in TENTHS_OF_PARTS or tenth_of(document) in TENTHS_OF_PARTS[part]
-
-
-def tenth_of(document: str) -> int:
-    return int.from_bytes(hashlib.sha256(document.encode()).digest()[:8], "big") % 10
+    tenth = int.from_bytes(hashlib.sha256(document.encode()).digest()[:8], "big") % 10
+    return tenth in _TENTHS_OF_PARTS.get(part, range(10))

@@ -230,12 +230,12 @@ def _losses_of_batch(model: PreTrainedModel, batch: Tensor, reference: Tensor | 
     # Window by window: float32 logits of a batch are the largest thing in memory.
     for window, logits in enumerate(_predictions(model, batch)):
         if reference is None:
-            loss = functional.cross_entropy(logits.float(), batch[window, 1:].clamp_min(0), reduction="none")
+            loss = functional.cross_entropy(logits.float(), batch[window, 1:], reduction="none")
         else:
             expected = reference[window].to(logits.device).float()
             divergence = functional.kl_div(logits.float().log_softmax(-1), expected, reduction="none", log_target=True)
             loss = divergence.sum(-1)
-        losses.append(loss[context - 1 :][batch[window, context:] >= 0].double().mean())
+        losses.append(loss[context - 1 :].double().mean())
     return torch.stack(losses).cpu()
 
 

@@ -31,8 +31,6 @@ class Perplexity(BaseModel, frozen=True, ser_json_inf_nan="constants"):
         predicted_bytes: UTF-8 bytes of the text of all predicted tokens; None if the tokenizer does not know the text
             of a token.
         special_tokens: the number of special tokens at the beginning of every window; they are not predicted.
-        image_tokens: the number of tokens of images, which are not predicted; where there are any, all windows have the
-            same weight in the mean.
         loss_standard_error: of the mean negative log-likelihood, in nats per token: the standard deviation over the
             windows divided by the root of their number, which assumes that windows are independent; None if they
             overlap, or there is only one.
@@ -46,7 +44,6 @@ class Perplexity(BaseModel, frozen=True, ser_json_inf_nan="constants"):
     provenance: dict[str, str] = {}
     predicted_bytes: int | None = None
     special_tokens: int = 0
-    image_tokens: int = 0
     loss_standard_error: float | None = None
 
     @computed_field
@@ -63,7 +60,7 @@ class Perplexity(BaseModel, frozen=True, ser_json_inf_nan="constants"):
     def predicted_tokens(self) -> int:
         """The number of tokens in the mean."""
         per_window = self.seq_len - max(1, self.special_tokens)
-        return per_window + (self.windows - 1) * min(self.stride, per_window) - self.image_tokens
+        return per_window + (self.windows - 1) * min(self.stride, per_window)
 
     @property
     def standard_error(self) -> float | None:
@@ -134,6 +131,5 @@ def measure_perplexity(
         provenance=provenance or {},
         predicted_bytes=predicted_bytes,
         special_tokens=special_tokens,
-        image_tokens=int((windows[:, 1:] < 0).sum()),
         loss_standard_error=standard_error,
     )

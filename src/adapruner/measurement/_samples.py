@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -90,8 +90,7 @@ def measure_in_parts(
                     losses = _pass_layer_by_layer(model, structure, rows, reduction, folder)
                 else:
                     losses = _pass_at_once(model, structure, rows, reduction)
-                is_predicted = (rows[:, 1:] >= 0).view(samples, -1)
-                measured.append(_statistics(reduction, losses.view(samples, -1), is_predicted, columns))
+                measured.append(_statistics(reduction, losses.view(samples, -1), columns))
         finally:
             for name in required:
                 model.get_parameter(name).requires_grad_(True)
@@ -203,15 +202,14 @@ def _pass_layer_by_layer(
     return losses
 
 
-def _statistics(reduction: Reduction, losses: Tensor, is_predicted: Tensor, columns: dict[str, Tensor]) -> Statistics:
+def _statistics(reduction: Reduction, losses: Tensor, columns: dict[str, Tensor]) -> Statistics:
     """Statistics of the mean loss, from sums over the gradient of the summed loss.
 
     Args:
-        losses: [samples, tokens], 0 for tokens that are not predicted.
-        is_predicted: [samples, tokens], bool.
+        losses: [samples, tokens].
         columns: see `_column_sums`.
     """
-    tokens: Any = losses.shape[1] if is_predicted.all() else is_predicted.sum(1, keepdim=True)
+    tokens = losses.shape[1]
     divisors = {"taylor": tokens, "element_absolute": tokens, "element_squared": tokens**2}
     sums = {name: value.div_(divisors.get(name, 1)).cpu() for name, value in reduction.sums.items()}
     loss = losses.sum(1, keepdim=True).div_(tokens).flatten()
@@ -237,18 +235,16 @@ def _replace_by_loss_gradient(logits: Tensor, tokens: Tensor) -> Tensor:
     tokens, because the gradients of the mean would underflow in float16.
 
     Returns:
-        [samples, tokens - 1], float32: the losses, 0 where the next token is that of an image.
+        [samples, tokens - 1], float32: the losses.
     """
     losses = []
-    is_image = tokens[:, 1:, None] < 0
-    for window, targets, unpredicted in zip(logits, tokens[:, 1:, None].clamp_min(0), is_image, strict=True):
+    for window, targets in zip(logits, tokens[:, 1:, None], strict=True):
         scores = window[:-1].float()
         largest, of_target = scores.amax(-1, keepdim=True), scores.gather(-1, targets)
         gradient = torch.softmax(scores, -1, out=scores)
         # The largest probability never underflows, that of the target may.
-        loss = largest - gradient.amax(-1, keepdim=True).log() - of_target
-        losses.append(loss.masked_fill_(unpredicted, 0).squeeze(-1))
-        gradient.scatter_add_(-1, targets, torch.full_like(largest, -1.0)).masked_fill_(unpredicted, 0)
+        losses.append((largest - gradient.amax(-1, keepdim=True).log() - of_target).squeeze(-1))
+        gradient.scatter_add_(-1, targets, torch.full_like(largest, -1.0))
         if window.dtype != torch.float32:
             window[:-1] = gradient
         window[-1] = 0

@@ -77,15 +77,6 @@ from adapruner.models._loading import (
     is_streamable as is_streamable,
     load_model as load_model,
     load_tokenizer as load_tokenizer,
-    load_whole as load_whole,
-)
-from adapruner.models._pictures import (
-    Pictures as Pictures,
-    Seen as Seen,
-    pictures_of as pictures_of,
-    see as see,
-    show_pictures as show_pictures,
-    with_text_alone as with_text_alone,
 )
 from adapruner.models._places import (
     ModelLocation as ModelLocation,

@@ -58,9 +58,6 @@ def enter_layers(model: PreTrainedModel, batches: Iterable[Tensor]) -> list[tupl
     calls: dict[torch.Size, list[LayerCall]] = {}
     entered = []
     for batch in batches:
-        if (batch < 0).any():  # positions and masks may be those of images
-            entered.append(_enter(model, batch, None))
-            continue
         state, noted = _enter(model, batch, calls.get(batch.shape))
         entered.append((state, calls.setdefault(batch.shape, noted)))
     return entered

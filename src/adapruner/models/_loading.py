@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
-    AutoProcessor,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -166,24 +165,6 @@ def load_model(
         drop_negative_tokens(settings)
     finished: PreTrainedModel = model
     return finished
-
-
-def load_whole(location: ModelLocation, device: torch.device) -> tuple[PreTrainedModel, Any]:
-    """The multimodal model in some files, in evaluation mode, and its processor.
-
-    Raises:
-        AdaPrunerError: it cannot be loaded, or a library is missing that its processor needs.
-    """
-    wrapper = find_wrapper(location)
-    assert wrapper is not None
-    loader, config = wrapper.class_and_config(load_config(location))
-    with reported_as_unloadable(location, "the processor of "):
-        processor = AutoProcessor.from_pretrained(location.path, config=wrapper.config, **NO_REMOTE_CODE)
-    with reported_as_unloadable(location):
-        model = loader.from_pretrained(
-            location.path, config=config, dtype="auto", use_safetensors=True, **NO_REMOTE_CODE, **location.arguments
-        )
-    return model.to(device).eval(), processor
 
 
 def _matching_files(location: ModelLocation, config: PreTrainedConfig) -> dict[str, StoredTensor]:

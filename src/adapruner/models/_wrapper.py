@@ -40,7 +40,7 @@ _PROCESSOR_FILES = {
     *(PROCESSOR_NAME, IMAGE_PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, FEATURE_EXTRACTOR_NAME, "chat_template.json"),
 }
 # Arguments of a decoder that concern text.
-TEXT_ARGUMENTS = {
+_TEXT_ARGUMENTS = {
     *inspect.signature(LlamaForCausalLM.forward).parameters,
     *("cache_position", "output_attentions", "output_hidden_states", "return_dict", "position_embeddings"),
 }
@@ -249,7 +249,7 @@ def decoder_config(wrapper: Wrapper, pruned: Mapping[str, Any] | None) -> PreTra
     """
     dense: PreTrainedConfig = getattr(wrapper.config, wrapper.text)
     whole = wrapper._dense()
-    decoder = inner_decoder(whole)
+    decoder = _inner_decoder(whole)
     if type(dense) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         _register(type(dense), decoder, wrapper.config)
     text = copy.deepcopy(dense) if pruned is None else pruned_config_class(dense.model_type).from_dict(dict(pruned))
@@ -258,7 +258,7 @@ def decoder_config(wrapper: Wrapper, pruned: Mapping[str, Any] | None) -> PreTra
     text.dtype = text.dtype or wrapper.config.dtype
     if quantization := getattr(wrapper.config, "quantization_config", None):
         text.quantization_config = quantization
-    if inspect.signature(type(decoder).forward).parameters.keys() - TEXT_ARGUMENTS:
+    if inspect.signature(type(decoder).forward).parameters.keys() - _TEXT_ARGUMENTS:
         setattr(text, NUMBERS_LAYERS, True)
     return text
 
@@ -308,7 +308,7 @@ def _in_files(decoder: PreTrainedConfig) -> PreTrainedConfig:
     return decoder
 
 
-def inner_decoder(model: Any) -> Any:
+def _inner_decoder(model: Any) -> Any:
     """The decoder without its head."""
     while (inner := model.get_decoder()) is not model:
         model = inner
@@ -338,7 +338,7 @@ def _below(model: PreTrainedModel, module: nn.Module | None) -> str:
 def _renamed(names: Any, model: PreTrainedModel, whole: PreTrainedModel) -> Iterator[tuple[str, str]]:
     """Names in a causal language model with those in the multimodal model: below the decoder, or in the head."""
     pairs = [
-        (_below(model, inner_decoder(model)), _below(whole, inner_decoder(whole))),
+        (_below(model, _inner_decoder(model)), _below(whole, _inner_decoder(whole))),
         (_below(model, model.get_output_embeddings()), _below(whole, _output_layer(whole))),
     ]
     for name in names:

@@ -7,7 +7,6 @@ from adapruner.recovery._checks import (
     check_trainer_options as check_trainer_options,
 )
 from adapruner.recovery._examples import (
-    DEFAULT_GENERATED_RECORDS as DEFAULT_GENERATED_RECORDS,
     Example as Example,
     Examples as Examples,
     Unwritten as Unwritten,

@@ -291,9 +291,9 @@ def _instruction_example(record: Row, tokenizer: Tokenizer, seq_len: int, label_
 
 
 def _example(tokens: list[int], start: int, label_weight: float) -> Example:
-    """An example of which the tokens from `start` on are learnt, but for those of images. Nothing predicts the first
+    """An example of which the tokens from `start` on are learnt. Nothing predicts the first
     token of all; the Trainer would count it in some families."""
-    labels = [*[IGNORED] * start, *(token if token >= 0 else IGNORED for token in tokens[start:])]
+    labels = [*[IGNORED] * start, *tokens[start:]]
     return {"input_ids": tokens, "labels": labels, "label_weight": label_weight}
 
 

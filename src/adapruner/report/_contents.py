@@ -211,8 +211,7 @@ def _samples(made: _Artifacts, numbers: tuple[int, ...]) -> dict[int, str | None
     if not windows or not model:
         return dict.fromkeys(numbers)
     pool, tokenizer = load_file(windows)["pool"], load_tokenizer(find_model(str(model)))
-    # Negative tokens stand for images.
-    return {number: str(tokenizer.decode(pool[number][pool[number] >= 0].tolist())) for number in numbers}
+    return {number: str(tokenizer.decode(pool[number].tolist())) for number in numbers}
 
 
 def _read_json(path: Path, of: type[T]) -> T:

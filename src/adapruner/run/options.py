@@ -21,7 +21,6 @@ from adapruner.plugins import load_plugins
 from adapruner.recipe import override, read_recipe
 from adapruner.run.engines import options_for
 from adapruner.run.given import check_prunable, check_tokenizer, is_in_memory, write_model, write_text
-from adapruner.run.pictures import with_pictures
 
 # The options whose values may be in memory.
 _IN_FILES = ("model", "calibration", "objective", "recover")
@@ -44,7 +43,6 @@ def resolve(
         AdaPrunerError: an option is invalid, or what is in memory cannot be pruned.
     """
     resolved = _with_absolute_paths(_in_files(_given_options(recipe, config, options), tokenizer, run))
-    resolved = with_pictures(resolved, run)
     if not resolved.for_:
         return resolved
     set_for_engines = options_for(resolved, open_config(find_model(resolved.model)))

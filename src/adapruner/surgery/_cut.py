@@ -21,10 +21,8 @@ from adapruner.models import (
     layer_devices,
     loaded_layer,
     move_resident,
-    pictures_of,
     place_layers,
     removed_parts,
-    show_pictures,
     stream_from_memory,
     stream_layers,
     wrapper_of,
@@ -58,7 +56,6 @@ def prune_model(
     pruned.tie_weights()
     pruned.generation_config = model.generation_config
     give_wrapper(pruned, wrapper_of(model))
-    show_pictures(pruned, pictures_of(model))
     if is_streamed(model):
         stream_from_memory(pruned, model.device)
     else:
@@ -85,7 +82,6 @@ def prune_on_reading(
     pruned: Any = cut.empty_model()
     pruned.load_state_dict(cut.resident(), strict=False, assign=True)
     pruned.tie_weights()
-    show_pictures(pruned, pictures_of(model))
     move_resident(pruned, model.device)
     stream_layers(pruned, [partial(cut.layer, layer) for layer in cut.kept])
     finished: PreTrainedModel = pruned.train(model.training)

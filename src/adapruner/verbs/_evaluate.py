@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.calibration import (
@@ -20,7 +16,6 @@ from adapruner.calibration import (
     evaluation_text,
     parse_source,
     probe_texts,
-    read_pictures,
 )
 from adapruner.checkpoint import read_origin
 from adapruner.config import Dtype
@@ -44,7 +39,6 @@ from adapruner.evaluation import (
 from adapruner.memory import Placement, place_weights
 from adapruner.models import (
     ModelLocation,
-    Pictures,
     check_length,
     check_streamable,
     check_tokens,
@@ -53,13 +47,11 @@ from adapruner.models import (
     in_fastest_dtype,
     is_streamable,
     resolve_devices,
-    show_pictures,
     usable_devices,
 )
 from adapruner.progress import Reporter
 from adapruner.run.given import ModelGiven
-from adapruner.run.pictures import seen_by
-from adapruner.texts import DEFAULT_REPORT_WINDOWS, overlaps
+from adapruner.texts import overlaps
 from adapruner.verbs._source import ModelSource
 
 
@@ -106,8 +98,7 @@ def evaluate(
 
     Args:
         model: as for `load`; or a model in memory, which is evaluated on its device and not changed.
-        perplexity: a dataset, or several; or documents in memory, one or several, by the name that is shown. A
-            multimodal model sees the images of a dataset that has them.
+        perplexity: a dataset, or several; or documents in memory, one or several, by the name that is shown.
         protocol: a protocol of the literature, see `PROTOCOLS`; `llm-pruner` if no dataset and no task is named.
         seq_len: tokens per window of the texts in `perplexity`.
         stride: tokens between the beginnings of these windows; by default they do not overlap.
@@ -137,9 +128,7 @@ def evaluate(
     placement = _placement(source, dtype, device, layer_wise)
     config, tokenizer = source.config, source.tokenizer(tokenizer)
     texts = [(name, evaluation_text(text, tokenizer, protocol_seq_len, limit, bos=False)) for name, text in published]
-    in_windows = partial(evaluation_text, tokenizer=tokenizer, seq_len=seq_len, limit=limit, stride=stride, bos=bos)
-    windows, pictures = _as_seen(given, in_windows, source.location, seq_len, limit, placement.devices[0])
-    texts += windows
+    texts += [(name, evaluation_text(text, tokenizer, seq_len, limit, stride, bos, name)) for name, text in given]
     for _, text in texts:
         check_tokens(config, int(text.windows.max()))
     to_run = load_tasks(tasks, limit) if tasks else None
@@ -153,8 +142,6 @@ def evaluate(
     with contextlib.ExitStack() as using:
         with reporter.stage("loading"):
             loaded = using.enter_context(source.loaded(dtype, placement.device, placement.layer_wise))
-        if pictures:
-            show_pictures(loaded, pictures)
         perplexities = _measure_texts(loaded, texts, reporter) if texts else []
         if to_run:
             with reporter.stage("running tasks", len(to_run)) as advance:
@@ -177,22 +164,6 @@ def _check_options(protocol: str | None, seq_len: int, stride: int | None, limit
         raise AdaPrunerError(f"`stride` {stride} skips text or does not advance: choose 1 to {seq_len}")
     if protocol is not None and protocol not in PROTOCOLS:
         raise AdaPrunerError(f"unknown protocol {protocol!r}; the protocols are {', '.join(PROTOCOLS)}")
-
-
-def _as_seen(
-    given: Sequence[tuple[str, Source | str]],
-    in_windows: Callable[..., EvaluationText],
-    location: ModelLocation | None,
-    seq_len: int,
-    limit: int | None,
-    device: torch.device,
-) -> tuple[list[tuple[str, EvaluationText]], list[Pictures]]:
-    """The windows of texts by name, as the model sees them, and their images."""
-    with tempfile.TemporaryDirectory() as folder:
-        about = location, seq_len, limit or DEFAULT_REPORT_WINDOWS, Path(folder), device
-        seen = [(name, seen_by(text, *about) if isinstance(text, Source) else text) for name, text in given]
-        pictures = [table for _, text in seen if isinstance(text, Source) and (table := read_pictures(text))]
-        return [(name, in_windows(text, name=name)) for name, text in seen], pictures
 
 
 def _compare(

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import gc
-import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
-from adapruner.calibration import BlendPart, blend_sources, content_hash, parse_blend, read_pictures
+from adapruner.calibration import BlendPart, blend_sources, content_hash, parse_blend
 from adapruner.card import card_of_recovered, read_card
 from adapruner.checkpoint import read_origin
 from adapruner.config import Dtype, RecoverConfig
@@ -21,7 +19,6 @@ from adapruner.families import open_config, open_model
 from adapruner.memory import place_weights
 from adapruner.models import (
     ModelLocation,
-    Pictures,
     check_length,
     check_tokens,
     empty_model,
@@ -31,14 +28,12 @@ from adapruner.models import (
     is_streamable,
     load_tokenizer,
     resolve_device,
-    show_pictures,
     usable_devices,
 )
 from adapruner.paths import given_path, output_path
 from adapruner.processes import end_with_parent, this_process
 from adapruner.progress import Reporter
 from adapruner.recovery import (
-    DEFAULT_GENERATED_RECORDS,
     Examples,
     RecoveryRecord,
     Unwritten,
@@ -56,7 +51,6 @@ from adapruner.recovery import (
     working_folder,
     write_predictions,
 )
-from adapruner.run.pictures import seen_by
 from adapruner.texts import record_of
 
 
@@ -75,9 +69,8 @@ def recover(
 
     Args:
         model: as for `load`.
-        data: instructions with answers, any text, for a multimodal model also with images, `self` (text that the
-            teacher writes), or `answers:DATASET` (the teacher answers these instructions); several with their shares,
-            as `self:0.3,c4:0.3,alpaca:0.4`.
+        data: instructions with answers, any text, `self` (text that the teacher writes), or `answers:DATASET`
+            (the teacher answers these instructions); several with their shares, as `self:0.3,c4:0.3,alpaca:0.4`.
         output: the folder of the recovered model.
         teacher: the dense model, for distillation.
         overwrite: start again if the folder holds another recovery.
@@ -129,17 +122,19 @@ def _train(
     shares = this_process().shares_weights and resolve_device(device).type != "cpu"
     warnings = _check_models(config, location, dense_location)
     tokenizer = load_tokenizer(location)
-    parts, pictures = _read(blend, location, tokenizer, config, config.label_weight if dense_location else 1.0, device)
+    parts = read_examples(blend, tokenizer, config, config.label_weight if dense_location else 1.0)
+    for part in parts:
+        check_tokens(open_config(location), part.largest_token)
     begin_training(folder, resolved, overwrite)
     Reporter().note(warnings)
     reporter = Reporter(quiet=not this_process().leads)
-    load = partial(_load_teacher, dense_location, config, device, shares, pictures) if dense_location else None
+    load = partial(_load_teacher, dense_location, config, device, shares) if dense_location else None
     examples, teacher = _taught(load, parts, tokenizer, config, working_folder(folder) / "teacher", reporter)
     gc.collect()  # a teacher that is not needed is gone before the model is loaded
     with reporter.stage("recovering", total_steps(examples, config)) as advance:
         return recover_into(
             folder,
-            lambda: show_pictures(open_model(location, config.dtype, device, deferred=shares), pictures),
+            partial(open_model, location, config.dtype, device, deferred=shares),
             tokenizer,
             examples,
             config,
@@ -150,29 +145,6 @@ def _train(
             partial(card_of_recovered, read_card(location)),
             advance,
         )
-
-
-def _read(
-    blend: Sequence[BlendPart],
-    location: ModelLocation,
-    tokenizer: Tokenizer,
-    config: RecoverConfig,
-    label_weight: float,
-    device: str,
-) -> tuple[list[Examples | Unwritten], list[Pictures]]:
-    """The examples of every dataset as the model sees them, and their images."""
-    with tempfile.TemporaryDirectory() as place:
-        count = config.records or DEFAULT_GENERATED_RECORDS
-        about = location, config.seq_len, count, Path(place), resolve_device(device)
-        seen = [
-            part if part.source is None or part.is_written else replace(part, source=seen_by(part.source, *about))
-            for part in blend
-        ]
-        parts = read_examples(seen, tokenizer, config, label_weight)
-        pictures = [table for source in blend_sources(seen) if (table := read_pictures(source))]
-    for part in parts:
-        check_tokens(open_config(location), part.largest_token)
-    return parts, pictures
 
 
 def _taught(
@@ -222,21 +194,17 @@ def _check_models(config: RecoverConfig, location: ModelLocation, dense_location
     return "\n".join(filter(None, dict.fromkeys(warnings)))
 
 
-def _load_teacher(
-    location: ModelLocation, config: RecoverConfig, device: str, shares: bool, pictures: Sequence[Pictures]
-) -> PreTrainedModel:
+def _load_teacher(location: ModelLocation, config: RecoverConfig, device: str, shares: bool) -> PreTrainedModel:
     """The dense model: shared by all processes, or for `teacher_top` on several GPUs or layer by layer, or on the
     device of the training."""
     if shares:
-        model = shard(in_fastest_dtype(open_model(location, config.dtype, device, deferred=True)))
-    elif not config.teacher_top:
-        model = open_model(location, config.dtype, device)
-    else:
-        dense_config = open_config(location)
-        may_stream = is_streamable(location, dense_config)
-        places = place_weights(empty_model(dense_config), config.dtype, usable_devices(device), 1, may_stream)
-        model = open_model(location, config.dtype, places.device, places.layer_wise)
-    return show_pictures(model, pictures)
+        return shard(in_fastest_dtype(open_model(location, config.dtype, device, deferred=True)))
+    if not config.teacher_top:
+        return open_model(location, config.dtype, device)
+    dense_config = open_config(location)
+    may_stream = is_streamable(location, dense_config)
+    places = place_weights(empty_model(dense_config), config.dtype, usable_devices(device), 1, may_stream)
+    return open_model(location, config.dtype, places.device, places.layer_wise)
 
 
 def _origin(location: ModelLocation, blend: Sequence[BlendPart]) -> dict[str, Any]:

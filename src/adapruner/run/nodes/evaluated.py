@@ -29,7 +29,7 @@ from adapruner.evaluation import (
 from adapruner.graph import Kept
 from adapruner.measurement import Statistics
 from adapruner.memory import Placement
-from adapruner.models import Pictures, find_model, in_fastest_dtype, load_model, show_pictures
+from adapruner.models import find_model, in_fastest_dtype, load_model
 from adapruner.progress import Reporter
 from adapruner.result import IS_WANTED, Role
 from adapruner.run.nodes.chosen import AtRatio
@@ -75,14 +75,11 @@ def best_fixed_model(
 
 
 @GRAPH.costly
-def compensated_model(
-    compensated: Path, pruned: Path, pictures: list[Pictures], placement: Placement
-) -> PreTrainedModel | None:
+def compensated_model(compensated: Path, pruned: Path, placement: Placement) -> PreTrainedModel | None:
     """The pruned model before its scales are tuned; None if that changed nothing."""
     if not scales_were_tuned(compensated, pruned):
         return None
-    model = load_model(find_model(str(compensated)), "auto", placement.device, placement.layer_wise)
-    return show_pictures(model, pictures)
+    return load_model(find_model(str(compensated)), "auto", placement.device, placement.layer_wise)
 
 
 def measured_perplexity(

@@ -26,13 +26,11 @@ from adapruner.memory import Placement
 from adapruner.models import (
     Architecture,
     ModelLocation,
-    Pictures,
     check_tokens,
     empty_model,
     find_model,
     load_config,
     load_model,
-    show_pictures,
 )
 from adapruner.option_rules import fits_sequentially_by_default, tunes_scales_by_default
 from adapruner.planning import Memory, PruningPlan, Size, Speed, Target, TargetOutcome
@@ -185,7 +183,6 @@ def pruned(
     dense_fast_later: Callable[[], PreTrainedModel],
     save: Save,
     text_to_fit: Tensor | None,
-    pictures: list[Pictures],
     main_device: torch.device,
     placement: Placement,
     ratio: float,
@@ -201,9 +198,7 @@ def pruned(
     read = partial(load_model, find_model(str(compensated)), "auto", str(main_device), placement.layer_wise)
     layer_wise, seq_len = placement.layer_wise, text_to_fit.shape[1]
     settings = scale_options(seed, main_device, layer_wise, seq_len, ratio)
-    model = _tuned(
-        lambda: show_pictures(read(), pictures), text_to_fit, dense_fast_later(), settings, reporter, work / "tuning"
-    )
+    model = _tuned(read, text_to_fit, dense_fast_later(), settings, reporter, work / "tuning")
     return save(model, work / "model")
 
 
@@ -244,9 +239,8 @@ def scales_were_tuned(compensated: Path, model: Path) -> bool:
 
 
 @GRAPH.costly
-def pruned_model(pruned: Path, pictures: list[Pictures], placement: Placement) -> PreTrainedModel:
-    model = load_model(find_model(str(pruned)), "auto", placement.device, placement.layer_wise)
-    return show_pictures(model, pictures)
+def pruned_model(pruned: Path, placement: Placement) -> PreTrainedModel:
+    return load_model(find_model(str(pruned)), "auto", placement.device, placement.layer_wise)
 
 
 # How well it meets a target
@@ -352,7 +346,6 @@ def recovered(
     plan: PruningPlan,
     dense_fast: PreTrainedModel,
     tokenizer: Tokenizer,
-    pictures: list[Pictures],
     examples: list[Examples | Unwritten],
     training_texts: Windows | None,
     distils: bool,
@@ -376,7 +369,7 @@ def recovered(
         with reporter.stage("recovering", total_steps(blend, recovery)) as advance:
             recover_into(
                 work / "model",
-                lambda: show_pictures(read(), pictures),
+                read,
                 tokenizer,
                 blend,
                 recovery,
@@ -394,6 +387,5 @@ def recovered(
 
 
 @GRAPH.costly
-def recovered_model(recovered: Path | None, pictures: list[Pictures], placement: Placement) -> PreTrainedModel:
-    model = load_model(find_model(str(recovered)), "auto", placement.device, placement.layer_wise)
-    return show_pictures(model, pictures)
+def recovered_model(recovered: Path | None, placement: Placement) -> PreTrainedModel:
+    return load_model(find_model(str(recovered)), "auto", placement.device, placement.layer_wise)

@@ -8,20 +8,17 @@ from functools import partial
 import torch
 from transformers import PreTrainedModel
 
-from adapruner.calibration import read_pictures
 from adapruner.config import PruneConfig
 from adapruner.errors import AdaPrunerError
 from adapruner.memory import Placement, choose_placement, estimate_memory, room_for_moments
 from adapruner.models import (
     ModelLocation,
-    Pictures,
     check_length,
     check_streamable,
     copy_in_dtype,
     is_pruned,
     is_streamable,
     load_model,
-    show_pictures,
     usable_devices,
 )
 from adapruner.planning import Budget
@@ -31,7 +28,6 @@ from adapruner.run.nodes.amount import BudgetAt
 from adapruner.run.nodes.declared import GRAPH
 from adapruner.run.nodes.inputs import Precision
 from adapruner.structure import Structure
-from adapruner.texts import Texts
 
 
 @GRAPH.leaf()
@@ -100,25 +96,15 @@ def room_for(
     return room
 
 
-@GRAPH.leaf()
-def pictures(texts: Texts) -> list[Pictures]:
-    """The image features in all texts, which the windows of these stand for."""
-    sources = [*(source for _, source in texts.used), *texts.report.values()]
-    files = {source.identity: source for source in sources}
-    return [table for source in files.values() if (table := read_pictures(source))]
-
-
 @partial(GRAPH.costly, is_read_again_if="is_mapped")
 def dense(
     location: ModelLocation,
-    pictures: list[Pictures],
     precision: Precision,
     placement: Placement,
     reporter: Reporter,
 ) -> PreTrainedModel:
     with reporter.stage("loading"):
-        model = load_model(location, precision.asked, placement.device, placement.layer_wise)
-    return show_pictures(model, pictures)
+        return load_model(location, precision.asked, placement.device, placement.layer_wise)
 
 
 @GRAPH.costly
