@@ -22,12 +22,8 @@ test: .venv/dev .data/ready
 
 bench: .venv/dev .data/ready
 	$(BIN)/python benchmarks/measuring.py
-	ADAPRUNER_DATA=$(DATA) $(BIN)/adapruner prune smollm2 --output runs/measured --calibration boolq-passages --trials 12
-	$(BIN)/python benchmarks/searching.py --run runs/measured
-	$(BIN)/python benchmarks/workers.py --measured runs/measured
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/run_memory.py
-	ADAPRUNER_DATA=$(DATA) $(BIN)/python benchmarks/cost.py --calibration boolq-passages
 	ADAPRUNER_DATA=$(DATA) $(BIN)/python benchmarks/seven_billion.py --folder runs/7b --calibration boolq-passages
 
 screenshots: .venv/dev

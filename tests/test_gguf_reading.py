@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 from gguf import GGUFWriter
+from hypothesis import HealthCheck, given, settings, strategies as st
 from packaging.version import Version
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -255,3 +256,52 @@ def test_a_family_that_transformers_reads_without_gguf_is_checked_too(
     fields, _ = PreTrainedConfig.get_config_dict(file.parent, gguf_file=file.name)
     monkeypatch.setattr(PreTrainedConfig, "get_config_dict", lambda *_, **__: (fields, {}))
     assert load_config(find_model(str(file))).hidden_size == 48
+
+
+SIZES = ("embedding_length", "block_count", "feed_forward_length", "context_length", "vocab_size")
+SIZES_OF_ATTENTION = ("attention.head_count", "attention.head_count_kv", "attention.key_length", "rope.dimension_count")
+
+
+def load_or_refuse(path: Path) -> str:
+    """The message that refuses a file, empty if it is loaded."""
+    location = find_model(str(path))
+    try:
+        base_licence(location)
+        load_config(location)
+        load_tokenizer(location)
+        load_model(location)(torch.tensor([[2, 3]]))
+    except AdaPrunerError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("name", SIZES + SIZES_OF_ATTENTION)
+def test_a_size_of_zero_gives_no_warning(name: str, file: Path) -> None:
+    content, field = file.read_bytes(), f"llama.{name}".encode() + struct.pack("<I", 4)
+    assert content.count(field) == 1
+    place = content.index(field) + len(field)
+    file.write_bytes(content[:place] + bytes(4) + content[place + 4 :])
+    assert "\n" not in load_or_refuse(file)
+
+
+@settings(
+    max_examples=60,
+    deadline=None,
+    database=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(st.data())
+def test_a_damaged_file_is_loaded_or_refused_in_one_line(file: Path, data: st.DataObject) -> None:
+    """Bytes of its header are replaced, or its end is missing."""
+    healthy = file.read_bytes()
+    damaged = bytearray(healthy)
+    first_tensor = healthy.index(b"output_norm.weight") - 1000
+    for place in data.draw(st.lists(st.integers(4, 23) | st.integers(first_tensor, first_tensor + 3000), max_size=4)):
+        damaged[place] = data.draw(st.integers(0, 255))
+    end = data.draw(st.just(len(damaged)) | st.integers(0, len(damaged)))
+    path = file.with_name("damaged.gguf")
+    path.write_bytes(damaged[:end])
+    message = load_or_refuse(path)
+    assert "\n" not in message
+    assert not message or path.read_bytes() != healthy

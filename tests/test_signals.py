@@ -1,4 +1,4 @@
-"""Signals outside the work of a command; `benchmarks/signals.py` sends them at random moments."""
+"""Signals outside the work of a command."""
 
 from __future__ import annotations
 
