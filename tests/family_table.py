@@ -32,7 +32,7 @@ from adapruner.config import Layout
 from adapruner.errors import reason
 from adapruner.families import open_config
 from adapruner.families.tiny import random_model
-from adapruner.models import architecture_of, find_model, known_architectures, load_model, wrapper_of
+from adapruner.models import architecture_of, find_model, load_model, wrapper_of
 from adapruner.structure import Kind, Structure, build_structure
 from adapruner.surgery import prune_model
 from tiny_families import OTHERS, decoder_families, random_plan, tiny_config
@@ -40,33 +40,36 @@ from tiny_images import masked_logits, with_image
 from tiny_wrappers import tiny_wrapper
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "reference" / "families.md"
-COLUMNS = ("family", "from", "heads", "channels", "experts", "channels in experts", "whole", "layouts")
-MULTIMODAL_COLUMNS = ("family", "decoder", "heads", "channels", "experts", "whole", "layouts", "image")
+COLUMNS = ("heads", "channels", "experts", "channels in experts", "whole", "layouts")
+MULTIMODAL_COLUMNS = ("heads", "channels", "experts", "whole", "layouts", "image")
 # Largest distance of the pruned from the masked logits, relative to the change by masking; and the smallest change,
 # relative to the logits.
 TOLERANCE, LEAST_EFFECT = 1e-3, 1e-2
+LONGEST_REASON = 80
 
 
 class Row(NamedTuple):
-    """A line of a table.
+    """What was found out about a family.
 
     Attributes:
-        pruned: the family can be pruned.
+        cells: what can be pruned, by column; empty if nothing can.
+        refusal: why nothing can be pruned.
         pictured: the pruned model was compared with the masked one, with an image.
     """
 
-    line: str
-    pruned: bool = True
+    family: str
+    cells: tuple[str, ...] = ()
+    refusal: str = ""
     pictured: bool = False
 
 
 def multimodal_row(model_type: str) -> Row:
-    """The line of a multimodal family."""
+    """A multimodal family."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             dense = tiny_wrapper(model_type)
         except Exception as error:  # anything that a class raises over sizes for which it was not made
-            return refused(model_type, f"not tried: no small one can be built: {reason(error)}", MULTIMODAL_COLUMNS)
+            return Row(model_type, refusal=short(f"not tried: no small one can be built: {reason(error)}"))
         dense.save_pretrained(folder)
         try:
             location = find_model(folder)
@@ -77,11 +80,10 @@ def multimodal_row(model_type: str) -> Row:
             for layout in architecture.layouts:
                 prune_and_load(decoder, structure, layout, Path(folder, layout), dense, inputs)
         except (AdaPrunerError, AssertionError) as error:
-            return refused(model_type, f"refused: {error}".replace(folder, ""), MULTIMODAL_COLUMNS)
+            return Row(model_type, refusal=short(str(error).replace(folder, "")))
     whole = architecture.removable_whole(decoder.config)
-    cells = [f"`{model_type}`", f"`{decoder.config.model_type}`", *kinds_of(structure)]
-    cells += [", ".join(name for name in architecture.whole if name in whole), ", ".join(architecture.layouts), image]
-    return Row(f"| {' | '.join(cells)} |", pictured=inputs is not None)
+    cells = [*kinds_of(structure), ", ".join(name for name in architecture.whole if name in whole)]
+    return Row(model_type, (*cells, ", ".join(architecture.layouts), image), pictured=inputs is not None)
 
 
 def image_inputs(dense: PreTrainedModel) -> tuple[dict[str, Tensor] | None, str]:
@@ -90,8 +92,8 @@ def image_inputs(dense: PreTrainedModel) -> tuple[dict[str, Tensor] | None, str]
         return None, "reads none"
     try:
         return with_image(dense), "yes"
-    except ValueError as error:
-        return None, f"not tried: {short(str(error))}"
+    except ValueError:
+        return None, "not tried"
 
 
 def prune_and_load(
@@ -128,15 +130,10 @@ def prune_and_load(
         assert difference <= TOLERANCE * effect, f"with {name}, the loaded model differs by {difference / effect:.2g}"
 
 
-def refused(model_type: str, why: str, columns: tuple[str, ...]) -> Row:
-    """The line of a family that cannot be pruned."""
-    return Row(f"| `{model_type}` | {short(why)}{' |' * (len(columns) - 1)}", pruned=False)
-
-
 def short(why: str) -> str:
-    """A reason as the content of a cell."""
+    """The beginning of a reason as the content of a cell; `adapruner inspect` prints all of it."""
     line = " ".join(why.split()).replace("|", "/")
-    return f"{line[:200]}…" if len(line) > 200 else line
+    return f"{line[:LONGEST_REASON]}…" if len(line) > LONGEST_REASON else line
 
 
 def kinds_of(structure: Structure) -> list[str]:
@@ -146,7 +143,7 @@ def kinds_of(structure: Structure) -> list[str]:
 
 
 def row(model_type: str) -> Row:
-    """The line of a family of text models."""
+    """A family of text models."""
     config = tiny_config(model_type)
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -156,12 +153,10 @@ def row(model_type: str) -> Row:
         try:
             structure, architecture = verbs.inspect(folder), verbs.describe(folder)
         except AdaPrunerError as refusal:
-            return refused(model_type, f"refused: {refusal}".replace(folder, ""), COLUMNS)
-    cells = [f"`{model_type}`", "file" if model_type in known_architectures() else "inferred"]
-    cells += kinds_of(structure)
-    cells.append("yes" if architecture.experts and architecture.experts.channels else "")
-    cells += [", ".join(architecture.whole), ", ".join(architecture.layouts)]
-    return Row(f"| {' | '.join(cells)} |")
+            return Row(model_type, refusal=short(str(refusal).replace(folder, "")))
+    in_experts = "yes" if architecture.experts and architecture.experts.channels else ""
+    cells = (*kinds_of(structure), in_experts, ", ".join(architecture.whole), ", ".join(architecture.layouts))
+    return Row(model_type, cells)
 
 
 def quiet() -> None:
@@ -184,18 +179,37 @@ def write_table(
     """Writes a table between its marks in the document."""
     rows, started = list[Row](), time.monotonic()
     with ProcessPoolExecutor(initializer=quiet, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for written in pool.map(make, families):
-            rows.append(written)
-            print(f"{time.monotonic() - started:.0f} s {written.line}", file=sys.stderr, flush=True)
-    if pictured := sum(written.pictured for written in rows):
+        for row_made in pool.map(make, families):
+            rows.append(row_made)
+            print(f"{time.monotonic() - started:.0f} s {row_made}", file=sys.stderr, flush=True)
+    if pictured := sum(row_made.pictured for row_made in rows):
         others = f", {pictured} of them were also run with an image"
     start, end = f"<!-- {name} -->\n", "<!-- end -->\n"
     before, _, rest = DOCUMENT.read_text(encoding="utf-8").partition(start)
-    pruned = sum(written.pruned for written in rows)
+    pruned = sum(not row_made.refusal for row_made in rows)
     count = f"transformers {transformers.__version__}: {pruned} of {len(families)} families can be pruned{others}.\n\n"
-    heading = f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|\n"
-    table = "".join(f"{written.line}\n" for written in rows)
-    DOCUMENT.write_text(before + start + count + heading + table + end + rest.partition(end)[2], encoding="utf-8")
+    DOCUMENT.write_text(
+        before + start + count + markdown(rows, columns) + end + rest.partition(end)[2], encoding="utf-8"
+    )
+
+
+def markdown(rows: Sequence[Row], columns: tuple[str, ...]) -> str:
+    """A table in which families with the same cells share a row, the most frequent first, and a table of refusals."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for family, cells, refusal, _ in rows:
+        groups.setdefault(cells or (refusal,), []).append(f"`{family}`")
+    lines = [
+        (*cells, ", ".join(families))
+        for cells, families in sorted(groups.items(), key=lambda group: -len(group[1]))
+        if len(cells) == len(columns)
+    ]
+    refusals = [(", ".join(families), *cells) for cells, families in groups.items() if len(cells) == 1]
+    return "\n".join(map(table, ((*columns, "families"), ("family", "not pruned because")), (lines, refusals)))
+
+
+def table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    """A table in Markdown."""
+    return "".join(f"| {' | '.join(line)} |\n" for line in (columns, ("---",) * len(columns), *rows))
 
 
 if __name__ == "__main__":
