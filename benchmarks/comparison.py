@@ -1,5 +1,8 @@
 """Every method at every ratio: LLM-Pruner, Wanda-sp, FLAP and optipfair against the paper's space and ours.
 
+Makes "Older methods" of research/results.md. Takes about a day: twelve searches, and some hundred pruned models to
+evaluate.
+
     python benchmarks/comparison.py --output runs/comparison
 
 Calibration is on one text, the report on others. For every seed: a pool, a draw of samples and a search of its own.
@@ -19,16 +22,17 @@ from typing import Annotated, Any
 import torch
 from cyclopts import Parameter, run
 from optipfair import prune_model as optipfair_prune
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 import adapruner
-from adapruner import PruneResult, PruningPlan
+from adapruner import PruneConfig, PruneResult, PruningPlan
 from adapruner.calibration import evenly_spaced, parse_source, text_windows
 from adapruner.evaluation import measure_perplexity
 from adapruner.graph import RunFolder
 from adapruner.importance import ACTIVATION_METRICS, LLM_PRUNER_METRICS, MetricPoint, score_groups
-from adapruner.measurement import Statistics, measure
+from adapruner.measurement import Statistics, StoredMoments, measure
 from adapruner.models import find_model, in_fastest_dtype, load_model, load_tokenizer
 from adapruner.planning import Budget, Profile, kept_counts, make_plan
 from adapruner.progress import Reporter
@@ -36,7 +40,6 @@ from adapruner.run.makings import makings_of
 from adapruner.search import PaperSpace, build_subset_family, plan_candidate
 from adapruner.structure import Structure, build_structure, count_parameters
 from adapruner.surgery import Compensation, prune_model, refit_sequentially
-from measured import Measured, share
 
 SEARCHED_RATIO = 0.2
 # Where feed-forward channels alone are not enough.
@@ -61,6 +64,42 @@ def peer_budget(ratio: float) -> Budget:
 def allocation(name: str, ratio: float) -> dict[str, Any]:
     """What is not searched of a method: the paper's space takes from where the peers take."""
     return peer_options(ratio) if name == "paper" else {}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The options and the measurements of a run.
+
+    Attributes:
+        windows: by use, [windows, tokens] each, int64.
+        moments: empty if the run has none.
+    """
+
+    config: PruneConfig
+    windows: dict[str, Tensor]
+    statistics: Statistics
+    moments: StoredMoments
+
+    @classmethod
+    def read(cls, run: Path) -> Measured:
+        """From the folder of a run."""
+        return cls(
+            RunFolder(run).read_config(),
+            load_file(run / "windows.safetensors"),
+            Statistics.load(run / "statistics.safetensors"),
+            StoredMoments(run / "moments"),
+        )
+
+
+def share(run: Path, source: Path) -> None:
+    """Gives a run what another one with the same inputs has measured, unless it has begun."""
+    folder, other = RunFolder(run), RunFolder(source)
+    if not folder.config.is_file():
+        # A folder with artifacts is taken for a run if it has a config.
+        folder.save_config(other.read_config())
+        for name in ("windows.safetensors", "self.safetensors", "moments", "statistics.safetensors"):
+            if other.record(name) is not None:
+                folder.take_over(name, other)
 
 
 @dataclass

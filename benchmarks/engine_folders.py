@@ -1,5 +1,7 @@
 """Writes the folders that benchmarks/engines.py loads.
 
+A first step to the table of engines.py. Takes minutes.
+
     python benchmarks/engine_folders.py runs/engines --model.demo runs/demo/model
 
 Tiny random models of 12 layers are pruned in three layouts. Each is written as the folder of a run, as DeciLM

@@ -1,5 +1,7 @@
 """Loads pruned folders in every engine, and prints the table of docs/reference/engines.md from what it saw.
 
+Takes hours: every engine loads some sixty folders.
+
     python benchmarks/engine_folders.py runs/engines --model.demo runs/demo/model
     python benchmarks/engines.py compare runs/engines --python.vllm VENV/bin/python --python.oldest …
     python benchmarks/engines.py table runs/engines

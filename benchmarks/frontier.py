@@ -1,5 +1,7 @@
 """Quality against processor time: runs with different options, each from nothing, then fine-tuned on some tokens.
 
+Makes "Less effort" of research/results.md. Takes 14 minutes (quick) to 73 (thorough) for each run.
+
     ADAPRUNER_DATA=.data:DATA OMP_NUM_THREADS=1 python benchmarks/frontier.py OUT --points quick standard --seeds 0 1 2
 
 A point is a value of `--effort`, or options in the form of the command line: `"--trials 12 --level-rounds 0"`. Every

@@ -1,5 +1,8 @@
 """What every part of a run is worth, on text that it never saw: from a fixed metric to the saved model.
 
+Makes "What each step gains" and rows of "What pruning costs" of research/results.md. Takes about 20 minutes for a
+run.
+
     python benchmarks/ladder.py RUN
 
 The steps that a finished run recorded are cut again, compensated in one shot, and run on windows of other texts; then

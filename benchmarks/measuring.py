@@ -1,5 +1,7 @@
 """What the measuring pass costs: its time and its peak memory, against a forward pass and against plain autograd.
 
+Makes "Measuring" of research/results.md. Takes about 15 minutes.
+
     python benchmarks/measuring.py
 
 Time: forward over the same windows without gradients, in the same process, taking turns. Memory: a process for each

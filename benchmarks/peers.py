@@ -1,5 +1,7 @@
 """Newer pruning methods, written anew from their formulas: SlimGPT, OSSCAR, MoDeGPT, 2SSP, BlockPruner and GRASPrune.
 
+Makes "Newer methods" and "A second model" of research/results.md. Takes about a day for all methods and ratios.
+
     python benchmarks/peers.py --output runs/peers
 
 All of them are calibrated on the windows of BoolQ passages that our runs take second moments from. Perplexities are

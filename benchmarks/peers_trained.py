@@ -1,5 +1,7 @@
 """Pruned models of several methods, before and after the same fine-tuning.
 
+Makes "fine-tuned" of "Newer methods" in research/results.md. Takes 9 to 12 minutes of training for each model.
+
     ADAPRUNER_DATA=.data:DATA python benchmarks/peers_trained.py OUT --models RUN/model
 
 The peers of peers.py, and LLM-Pruner with its best metric, are calibrated on the same windows of BoolQ passages, and

@@ -1,6 +1,8 @@
 """The memory that a whole run takes: a Llama of half a billion parameters in float32 is pruned on the CPU, and the peak
 of every stage is printed.
 
+Makes "Peak memory of a run" of research/results.md. Takes about half an hour.
+
     python benchmarks/run_memory.py
     PYTHONPATH=/path/to/another/version/src python benchmarks/run_memory.py
 

@@ -1,20 +1,19 @@
-"""How time and memory grow: with layers, width, samples; and what measuring layer by layer holds.
+"""How the memory of measuring grows with the number of layers, with all layers in memory and layer by layer.
+
+Makes "Growth" of research/results.md. Takes about 10 minutes.
 
     python benchmarks/scaling.py
 
-Random Llamas, float32, four channels to one hidden. Every point is a process of its own. Time is that of measuring with
-all terms, memory the peak beyond what the process held before the model was loaded; exponents are the slopes of
-straight lines through the logarithms. Statistics layer by layer are compared with those of the whole model.
+Random Llamas, float32. Every point is a process of its own; its memory is the peak beyond what the process held before
+the model was loaded. Statistics layer by layer are compared with those of the whole model.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -24,58 +23,45 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from adapruner.measurement import measure
 from adapruner.models import find_model, load_model
 from adapruner.structure import build_structure
-from machine import MIB, describe, memory, reset_peak, seconds
+from machine import MIB, describe, memory, reset_peak
 
-TOKENS = 128
+HIDDEN, SAMPLES, TOKENS = 1024, 4, 128
 
 
-def main(*, point: str | None = None) -> None:
-    """Prints exponents and peaks; `point` is for the processes that this one starts."""
+def main(*, layers: tuple[int, ...] = (8, 32), point: str | None = None) -> None:
+    """Prints peaks; `point` is for the processes that this one starts."""
     if point is not None:
         print(json.dumps(measure_point(**json.loads(point))))
         return
     print(describe())
-    base = {"layers": 8, "hidden": 256, "samples": 16, "layer_wise": False}
-    for name, values in {"layers": (8, 16, 32), "hidden": (256, 512, 1024), "samples": (16, 32, 64)}.items():
-        points = [in_a_process(base | {name: value}) for value in values]
-        times = [each["seconds"] for each in points]
-        print(
-            f"time with {name} {values}: {', '.join(f'{t:.1f} s' for t in times)}; exponent {slope(values, times):.2f}"
-        )
     for layer_wise in (False, True):
-        points = [
-            in_a_process({"layers": n, "hidden": 1024, "samples": 4, "layer_wise": layer_wise}) for n in (8, 16, 32)
-        ]
-        peaks = ", ".join(f"{each['peak'] / MIB:.0f} MiB" for each in points)
-        way = "layer by layer" if layer_wise else "all layers in memory"
-        print(f"peak with 8, 16, 32 layers, {way}: {peaks} (weights {points[-1]['weights'] / MIB:.0f} MiB with 32)")
+        for count in layers:
+            command = [sys.executable, __file__, "--point", json.dumps({"layers": count, "layer_wise": layer_wise})]
+            measured = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            way = "layer by layer" if layer_wise else "all layers in memory"
+            peak, weights = (measured[name] / MIB for name in ("peak", "weights"))
+            print(f"{count} layers, {way}: peak {peak:.0f} MiB, weights {weights:.0f} MiB", flush=True)
     print(f"largest relative difference of the statistics: {difference():.1e}")
 
 
-def in_a_process(point: Mapping[str, object]) -> dict[str, float]:
-    command = [sys.executable, __file__, "--point", json.dumps(point)]
-    measured: dict[str, float] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    return measured
-
-
-def measure_point(layers: int, hidden: int, samples: int, layer_wise: bool) -> dict[str, float]:
-    """Seconds and bytes."""
+def measure_point(layers: int, layer_wise: bool) -> dict[str, float]:
+    """The peak and the weights, in bytes."""
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
-        write(Path(folder), layers, hidden)
+        write(Path(folder), layers, HIDDEN)
         # Everything that is loaded once is there before the peak counts.
         measure_folder(Path(folder), 1, layer_wise)
         reset_peak()
         before = memory("VmRSS")
-        took, weights = measure_folder(Path(folder), samples, layer_wise)
-        return {"seconds": took, "peak": memory("VmHWM") - before, "weights": weights}
+        weights = measure_folder(Path(folder), SAMPLES, layer_wise)
+        return {"peak": memory("VmHWM") - before, "weights": weights}
 
 
-def measure_folder(folder: Path, samples: int, layer_wise: bool) -> tuple[float, int]:
+def measure_folder(folder: Path, samples: int, layer_wise: bool) -> int:
+    """Measures random tokens; returns the bytes of the weights."""
     model = load_model(find_model(str(folder)), layer_wise=layer_wise)
-    structure = build_structure(model)
     tokens = torch.randint(0, 1000, (samples, TOKENS), generator=torch.Generator().manual_seed(0))
-    took = seconds(lambda: measure(model, structure, tokens, layer_wise=layer_wise))
-    return took, sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    measure(model, build_structure(model), tokens, layer_wise=layer_wise)
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
 def difference() -> float:
@@ -104,12 +90,6 @@ def write(folder: Path, layers: int, hidden: int) -> None:
     )
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(folder)
-
-
-def slope(values: tuple[int, ...], times: list[float]) -> float:
-    x, y = [math.log(value) for value in values], [math.log(time) for time in times]
-    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
-    return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum((a - mean_x) ** 2 for a in x)
 
 
 if __name__ == "__main__":

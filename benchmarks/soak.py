@@ -1,5 +1,7 @@
 """Kills runs at random moments and resumes them, again and again: all must end as an undisturbed run does.
 
+Makes "Soak" of docs/reliability.md. Takes about an hour for 100 runs on two cores.
+
     OMP_NUM_THREADS=1 python benchmarks/soak.py --runs 100
 
 Every run prunes a tiny model, fine-tunes it, evaluates it and writes its report. It is killed one to five times, by

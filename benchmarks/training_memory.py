@@ -1,5 +1,7 @@
 """What fits where: the memory of training a pruned Llama 3.1 8B or 70B, by arithmetic (docs/guides/large-models.md).
 
+Takes seconds.
+
 python benchmarks/training_memory.py
 """
 
