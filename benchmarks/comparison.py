@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any
@@ -248,7 +248,7 @@ def peers(comparison: Comparison, seed: int, ratio: float) -> None:
 
     def plan(measured: Statistics, point: MetricPoint, budget: Budget) -> PruningPlan:
         scores = score_groups(measured, structure, point)
-        return make_plan(structure, scores, kept_counts(structure, budget, scores))
+        return make_plan(structure, scores, kept_counts(structure, budget))
 
     draw = PaperSpace(
         build_subset_family(statistics, structure, kept_counts(structure, budget)), 10, seed, budget
@@ -266,12 +266,28 @@ def peers(comparison: Comparison, seed: int, ratio: float) -> None:
         comparison.report(seed, ratio, f"LLM-Pruner {name}", cut(comparison, of_metric))
     wanda = plan(statistics, ACTIVATION_METRICS["wanda_sp"], budget)
     comparison.report(seed, ratio, "Wanda-sp", cut(comparison, wanda))
-    assert isinstance(budget.allocation, Profile)
-    everywhere = replace(budget, heads=1.0, allocation=replace(budget.allocation, ranking="global"))
-    flap = plan(statistics, ACTIVATION_METRICS["flap"], everywhere)
+    scores = score_groups(statistics, structure, ACTIVATION_METRICS["flap"])
+    flap = make_plan(structure, scores, ranked_counts(structure, profile, ratio, scores))
     bias = Compensation("bias", found.moments)
     comparison.report(seed, ratio, "FLAP", cut(comparison, flap, bias))
     comparison.report(seed, ratio, "optipfair", lambda: optipfair(comparison.dense, pool, ratio))
+
+
+def ranked_counts(structure: Structure, profile: Profile, ratio: float, scores: Tensor) -> list[int]:
+    """FLAP's counts: the groups of lowest score in all layers that are not protected are removed, heads and channels
+    together; each block keeps its best group."""
+    weights, sizes = profile.weights(structure.layers), [block.groups for block in structure.blocks]
+    owners = torch.tensor([number for number, size in enumerate(sizes) for _ in range(size)])
+    parameters = torch.tensor([block.parameters_per_group for block in structure.blocks])[owners]
+    keys = torch.cat(
+        [
+            own.where((own != own.max()) & bool(weights[block.layer]), torch.tensor(torch.inf))
+            for block, own in zip(structure.blocks, scores.double().split(sizes), strict=True)
+        ]
+    )
+    ascending = keys.argsort(stable=True)
+    removed = int((parameters[ascending].cumsum(0) <= ratio * structure.total_parameters).sum())
+    return [size - int((owners[ascending[:removed]] == number).sum()) for number, size in enumerate(sizes)]
 
 
 def optipfair(dense: PreTrainedModel, pool: Tensor, ratio: float) -> PreTrainedModel:

@@ -100,7 +100,7 @@ def llm_pruner(setting: Setting, ratio: float, samples: int) -> PreTrainedModel:
     dense, structure, budget = setting.dense, setting.structure, peer_budget(ratio)
     measured = measure(dense, structure, evenly_spaced(setting.windows, samples))
     scores = score_groups(measured, structure, LLM_PRUNER_METRICS["param_second"])
-    return prune_model(dense, structure, make_plan(structure, scores, kept_counts(structure, budget, scores)))
+    return prune_model(dense, structure, make_plan(structure, scores, kept_counts(structure, budget)))
 
 
 def perplexities_of(output: Path, model: str, windows: int) -> dict[str, float]:

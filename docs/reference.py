@@ -81,7 +81,7 @@ _NAMES = {
         Perplexity TaskScore Speed Comparison AdaPrunerError""",
     "The steps, one by one": "make_windows measure score plan cut compensate",
     "Checks for extensions": """
-        testing.check_term testing.check_family testing.check_source testing.check_objective testing.tiny_model
+        testing.check_term testing.check_family testing.check_source testing.tiny_model
         testing.tiny_tokenizer testing.tiny_texts""",
     "The parts": """
         structure.build_structure structure.Structure structure.Block measurement.measure measurement.measure_moments

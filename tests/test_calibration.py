@@ -41,7 +41,6 @@ from adapruner.calibration import (
     stream_documents,
     text_windows,
     tokens_of,
-    upper_case_windows,
 )
 from adapruner.config import PruneConfig
 from adapruner.errors import AdaPrunerError
@@ -198,23 +197,6 @@ def test_every_window_begins_as_a_text_does(tmp_path: Path, starting: PreTrained
     source = source_of(tmp_path, text)
     assert text_windows(source, starting, 4).tolist() == [[start, *ids[first : first + 3]] for first in (0, 3, 6)]
     assert draw_windows(source, starting, 3, 4, seed=0).tolist() == text_windows(source, starting, 4).tolist()
-
-
-def test_text_in_upper_case_fills_windows_that_begin_as_a_text_does(starting: PreTrainedTokenizerFast) -> None:
-    """A special token between is left out, so there is text for one window less."""
-    starting.add_tokens([f"W{number}" for number in range(1, 8)])
-    windows = torch.stack([torch.tensor(starting(text).input_ids) for text in ("w1 w2 w3", "w4 </s> w5", "w6 7 w7")])
-    upper = upper_case_windows(windows, starting)
-    start, *ids = starting("W1 W2 W3 W4 W5 W6 <unk> W7").input_ids
-    assert upper.tolist() == [[start, *ids[:3]], [start, *ids[3:6]]]
-    assert upper.dtype == torch.int64
-    assert upper_case_windows(windows[1:2], starting).shape == (0, 4)
-
-
-def test_where_upper_case_changes_nothing_there_are_no_windows(starting: PreTrainedTokenizerFast) -> None:
-    starting.add_tokens(["W1", "W2", "字"])
-    windows = torch.tensor([starting("W1 字 W2").input_ids] * 3)
-    assert upper_case_windows(windows, starting).shape == (0, 4)
 
 
 def test_special_tokens_in_front_of_windows_have_no_bytes(tmp_path: Path, starting: PreTrainedTokenizerFast) -> None:

@@ -88,7 +88,7 @@ def test_completion_knows_all_options(shell: str, tmp_path: Path) -> None:
     [
         ("adapruner pru", {"prune"}),
         ("adapruner prune MODEL --rat", {"--ratio", "--ratio-of"}),
-        ("adapruner prune MODEL --sampler ", {"random", "tpe"}),
+        ("adapruner prune MODEL --space ", {"extended", "paper"}),
         ("adapruner recipes co", {"copy"}),
     ],
 )

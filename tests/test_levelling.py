@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -75,7 +75,7 @@ def levelled_to_ratio(
     progress: Callable[[int], None] | None = None,
     moves_heads: bool = False,
 ) -> Levelled:
-    meet = partial(meet_budget, objective.structure, objective.statistics, None)
+    meet = partial(meet_budget, objective.structure, None)
     return level(objective, windows, candidate, rounds, meet, None, moves_heads, progress)
 
 
@@ -186,7 +186,7 @@ def test_heads_are_probed_whatever_the_attention_knows_of_them(
 
 def test_protected_layers_stay_as_they_are(objective: Objective, candidate: Candidate, text: Tensor) -> None:
     candidate = with_budget(candidate, allocation=Profile(1, 0))
-    meet = partial(meet_budget, objective.structure, objective.statistics, None)
+    meet = partial(meet_budget, objective.structure, None)
     costs = {layer: (float(layer), 0.01) for layer in (1, 2, 3)}
     changed = _levelling.with_moved_channels(objective, candidate, costs, range(1, 4), meet)
     assert changed
@@ -308,7 +308,7 @@ def test_of_the_changes_that_pay_the_best_part_is_taken(
     """All four together lose, because two of them are wrong."""
     monkeypatch.setattr(_levelling, "_DIVISORS", parts)
     candidate = with_budget(candidate, ratio=0.2)
-    meet = partial(meet_budget, objective.structure, objective.statistics, None)
+    meet = partial(meet_budget, objective.structure, None)
     best = _levelling.judge(objective, candidate)
     assert best
     changes = [(0, -1), (3, -1), (1, -1), (2, -1)]
@@ -363,16 +363,20 @@ def test_what_is_tried_meets_the_target(objective: Objective, candidate: Candida
     assert refused == Levelled(candidate=without, moves=())
 
 
-def test_losses_that_are_not_finite_change_nothing(objective: Objective, candidate: Candidate, text: Tensor) -> None:
+def test_losses_that_are_not_finite_change_nothing(
+    objective: Objective, candidate: Candidate, text: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     without = with_budget(candidate, without_attention=(1,))
     for broken in (0, 1):
         calls = iter(range(9))
 
-        def losses(model: PreTrainedModel, calls: Iterator[int] = calls, broken: int = broken) -> list[float]:
-            return [1.0, math.inf if next(calls) == broken else 1.0]
+        def losses(
+            objective: Objective, candidate: Candidate, calls: Any = calls, broken: int = broken
+        ) -> list[Tensor]:
+            return [torch.tensor([1.0, math.inf if next(calls) == broken else 1.0])]
 
-        judged = replace(objective, item_losses=losses)
-        assert levelled_to_ratio(judged, text[400:404], without, 0) == Levelled(candidate=without, moves=())
+        monkeypatch.setattr(Objective, "__call__", losses)
+        assert levelled_to_ratio(objective, text[400:404], without, 0) == Levelled(candidate=without, moves=())
 
 
 def test_a_layer_is_kept_as_a_whole() -> None:

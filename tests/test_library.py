@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 import adapruner
 from adapruner import AdaPrunerError, PruneOptions
 from adapruner.measurement import Statistics
-from adapruner.run.given import name_of_code
+from adapruner.run.nodes.chosen import _name_of_code
 from run_helpers import QUICK, RUN_OPTIONS
 
 Prune = Callable[..., adapruner.PruneResult]
@@ -127,33 +127,6 @@ def test_what_cannot_be_pruned_is_refused_before_anything_is_kept(
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_a_function_judges_the_trials(prune: Prune, tmp_path: Path) -> None:
-    """The function prefers candidates that keep the weights of the last layer; its numbers are those of the trials."""
-    given: list[list[float]] = []
-
-    def size_of_last(model: PreTrainedModel) -> list[float]:
-        assert not model.training
-        size = float(model.model.layers[-1].mlp.down_proj.weight.numel())
-        given.append([size, size + 1])
-        return given[-1]
-
-    options = QUICK | {"trials": 8, "protect_last": 0, "whole": "none", "level_rounds": 1}
-    result = prune(objective=size_of_last, **options)
-    losses = [sum(losses) / 2 for losses in given[: len(result.result.search.points)]]
-    assert [point.loss for point in result.result.search.points] == losses
-    assert result.result.search.best_loss == min(losses)
-
-    # Another version is another search; a dataset too. Another ratio needs no search, and is not
-    # levelled: the function is not needed.
-    with pytest.raises(AdaPrunerError, match=r"objective function python:.*size_of_last@"):
-        prune(objective=size_of_last, objective_version="2", **options)
-    with pytest.raises(AdaPrunerError, match="objective function python:size_of_last@"):
-        prune(**options)
-    calls = len(given)
-    assert adapruner.plan_again(tmp_path / "run", tmp_path / "other", 0.05).plan.removed_parameters
-    assert len(given) == calls
-
-
 def test_a_run_finds_its_gradients_whatever_the_caller_does(
     finished: adapruner.PruneResult, prune: Prune, tmp_path: Path
 ) -> None:
@@ -162,25 +135,18 @@ def test_a_run_finds_its_gradients_whatever_the_caller_does(
             assert prune(**RUN_OPTIONS, output=tmp_path / mode.__name__).plan == finished.plan
 
 
-def test_a_function_gives_a_loss_for_each_of_the_same_items(prune: Prune, run: Path) -> None:
-    counts = iter(range(2, 20))
-    with pytest.raises(AdaPrunerError, match=r"`objective` gave shape \[3\] and 2 or 3 losses"):
-        prune(**RUN_OPTIONS, objective=lambda model: [0.0] * next(counts), overwrite=True)
-
-
-def test_a_function_is_known_by_its_file_or_its_version(tmp_path: Path) -> None:
-    names: dict[str, Any] = {}
+def test_a_term_is_known_by_its_file(tmp_path: Path) -> None:
+    names = set[str]()
     path = tmp_path / "own.py"
-    for content in ("def judge(model): return [1.0]\n", "def judge(model): return [2.0]\n"):
+    for content in ("def term(statistics): return [1.0]\n", "def term(statistics): return [2.0]\n"):
         path.write_text(content)
         own: dict[str, Any] = {}
         exec(compile(content, str(path), "exec"), own)
-        names[name_of_code(own["judge"])] = own["judge"]
+        names.add(_name_of_code(own["term"]))
     assert len(names) == 2
-    assert {name_of_code(function, "3") for function in names.values()} == {"judge@3"}
-    exec("def unwritten(model): return [1.0]", own)
-    with pytest.raises(AdaPrunerError, match="source of unwritten cannot be read: give it a version"):
-        name_of_code(own["unwritten"])
+    exec("def unwritten(statistics): return [1.0]", own)
+    with pytest.raises(AdaPrunerError, match="source of unwritten cannot be read"):
+        _name_of_code(own["unwritten"])
 
 
 def test_a_model_in_memory_is_evaluated_measured_and_exported_as_its_files_are(

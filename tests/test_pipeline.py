@@ -119,7 +119,7 @@ def test_parts_of_the_space_can_be_searched_alone(
     [
         {"space": "paper", "compensation": "none"},
         {"space": "paper", "protect_first": None, "protect_last": None},
-        {"layout": "uniform", "protect_first": None, "protect_last": None, "selection": "kl"},
+        {"layout": "uniform", "protect_first": None, "protect_last": None},
         {"compensation": "least-squares-bias", "final_windows": 0},
         {"compensation": "bias", "head_share": 0.5},
     ],

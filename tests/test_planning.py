@@ -156,7 +156,7 @@ def test_an_impossible_ratio_names_the_largest(llama_7b: Structure) -> None:
         (Budget(0.0001, Profile(0, 0)), "are more than that; raise `ratio`"),
         (Budget(0.0001, Profile(0, 0), round_to=8), "are more than that; lower `round_to` or raise `ratio`"),
         (
-            Budget(0.9, Profile(0, 0, ranking="global"), without_feed_forward=(0, 1, 2, 3)),
+            Budget(0.9, Profile(0, 0), without_feed_forward=(0, 1, 2, 3)),
             r"a ratio of 0\.9 cannot be reached",
         ),
     ],
@@ -164,12 +164,12 @@ def test_an_impossible_ratio_names_the_largest(llama_7b: Structure) -> None:
 def test_what_cannot_be_met_is_refused(budget: Budget, message: str, model: PreTrainedModel) -> None:
     structure = build_structure(model)
     with pytest.raises(AdaPrunerError, match=message):
-        kept_counts(structure, budget, torch.rand(structure.group_offsets[-1]))
+        kept_counts(structure, budget)
 
 
 def test_a_budget_survives_json(llama_7b: Structure) -> None:
     """As part of the candidates in the files of a run."""
-    adapter, profile = TypeAdapter(Budget), Budget(0.2, Profile(2, 1, 0.5, ranking="global"), heads=0.5)
+    adapter, profile = TypeAdapter(Budget), Budget(0.2, Profile(2, 1, 0.5), heads=0.5)
     weighed = weigh_channels(llama_7b, replace(profile, heads=(3,) * 32, without_attention=(1,)), (1.0,) * 32)
     for budget in (profile, weighed, Budget(0.2, "uniform", round_to=32)):
         assert adapter.validate_json(adapter.dump_json(budget)) == budget
@@ -197,33 +197,6 @@ def test_a_depth_profile_says_how_shares_compare(llama_7b: Structure, ratio: flo
 
 
 @pytest.mark.parametrize("head_share", [0.0, 0.5, 1.0])
-def test_global_ranking_removes_the_least_of_all_layers(model: PreTrainedModel, head_share: float) -> None:
-    """By brute force: of the heads that go, none scores more than one that stays anywhere, and so for the channels,
-    which make up what whole heads leave of the budget; but the best of each block always stays."""
-    structure = build_structure(model)
-    scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(0)) + 0.1
-    budget = Budget(0.1, Profile(1, 0, ranking="global"), heads=head_share)
-    plan = make_plan(structure, scores, kept_counts(structure, budget, scores))
-    assert abs(plan.ratio - 0.1) <= 0.005
-    gone: dict[str, list[float]] = {"heads": [], "channels": []}
-    stayed: dict[str, list[float]] = {"heads": [], "channels": []}
-    for block, offset in zip(plan.blocks, structure.group_offsets, strict=False):
-        own = scores[offset : offset + block.groups]
-        if block.layer < 1 or (block.kind == "heads" and head_share == 0):
-            assert len(block.kept) == block.groups
-            continue
-        assert int(own.argmax()) in block.kept
-        for group in set(range(block.groups)) - {int(own.argmax())}:
-            (stayed if group in block.kept else gone)[block.kind].append(float(own[group]))
-    assert max(gone["channels"]) <= min(stayed["channels"])
-    assert bool(gone["heads"]) == (head_share > 0)
-    if head_share:
-        assert max(gone["heads"]) <= min(stayed["heads"])
-    with pytest.raises(AdaPrunerError, match="needs scores"):
-        kept_counts(structure, budget)
-
-
-@pytest.mark.parametrize("head_share", [0.0, 0.5, 1.0])
 def test_a_uniform_layout_is_the_same_in_every_layer(llama_7b: Structure, head_share: float) -> None:
     counts = kept_counts(llama_7b, Budget(0.3, "uniform", heads=head_share, round_to=32))
     assert abs(llama_7b.removed_parameters(counts) / llama_7b.total_parameters - 0.3) <= 0.005
@@ -236,18 +209,6 @@ def test_a_uniform_layout_is_the_same_in_every_layer(llama_7b: Structure, head_s
 def test_a_uniform_layout_that_steps_over_the_ratio_is_refused(llama_7b: Structure) -> None:
     with pytest.raises(AdaPrunerError, match="lower `round_to`"):
         kept_counts(llama_7b, Budget(0.3, "uniform", round_to=1024))
-
-
-def test_global_ranking_of_scores_below_zero(model: PreTrainedModel) -> None:
-    """As they come when scores are standardised: fewer heads go when heads shall give less."""
-    structure = build_structure(model)
-    scores = torch.randn(structure.group_offsets[-1], generator=torch.Generator().manual_seed(0))
-    removed = []
-    for head_share in (1.0, 0.5, 0.1):
-        counts = kept_counts(structure, Budget(0.12, Profile(0, 0, ranking="global"), heads=head_share), scores)
-        removed.append(sum(b.groups - c for b, c in zip(structure.blocks, counts, strict=True) if b.kind == "heads"))
-    assert removed == sorted(removed, reverse=True)
-    assert removed[0] > removed[-1]
 
 
 def test_layers_that_differ_cannot_be_cut_alike(model: PreTrainedModel) -> None:

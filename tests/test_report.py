@@ -417,15 +417,6 @@ def test_importance_is_shown_once_it_is_known(run: RunFolder) -> None:
     assert tilt[-1] == "50 %"
 
 
-def test_a_refused_trial_is_marked_wherever_it_is_shown(run: RunFolder) -> None:
-    with edited_search(run) as search:
-        search["refused"] = [refused := search["steps"][-1]["trial"]]
-    shown = page_of(run)
-    assert f"Refused, because they lose in upper case: {refused}." in shown.text
-    assert [name for name in shown.rows("ladder-table") if name.endswith(", refused")]
-    assert "refused" in shown.rows("trial-table")[str(refused)][1].split(", ")
-
-
 @pytest.mark.parametrize("values", [[3.0], [0.0, 0.0], [1e-6, 2e-6], [2.0, 7.5, 30.0], [-5.0, 1e6]])
 def test_ticks_are_round_and_in_their_places(values: list[float]) -> None:
     axis = Axis.over("", values)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -57,14 +57,12 @@ def search(
     trials: int,
     seed: int,
     folder: Path,
-    sampler: str = "tpe",
     judge_further: object = None,
-    judge_changed: object = None,
 ) -> SearchResult:
-    """The whole search by one process."""
-    asked = Search(space, judge, trials, seed, study_in(folder), sampler)
+    """The whole search."""
+    asked = Search(space, judge, trials, seed, study_in(folder))
     asked.run()
-    return asked.result(judge_further, judge_changed)
+    return asked.result(judge_further)
 
 
 @pytest.fixture
@@ -98,12 +96,11 @@ def test_never_worse_than_the_fixed_metrics_and_better_with_trials(subsets: Subs
     assert result.best_loss < few.best_loss
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "random"])
 @pytest.mark.parametrize("together", [False, True])
 def test_a_search_killed_at_any_moment_proposes_what_an_undisturbed_one_does(
-    sampler: str, together: bool, subsets: SubsetFamily, tmp_path: Path
+    together: bool, subsets: SubsetFamily, tmp_path: Path
 ) -> None:
-    """By one process, one trial at a time or four; a kill leaves a part of the file."""
+    """One trial at a time or four; a kill leaves a part of the file."""
     space, study = ExtendedSpace(subsets, 4, 3, Budget(0.2)), study_in(tmp_path)
     groups: list[list[Candidate]] = []
 
@@ -116,7 +113,7 @@ def test_a_search_killed_at_any_moment_proposes_what_an_undisturbed_one_does(
         groups.append(list(candidates))
         return list(map(judge, candidates))
 
-    asked = Search(space, judge, 26, 3, study, sampler, judge_together=judge_together if together else None)
+    asked = Search(space, judge, 26, 3, study, judge_together=judge_together if together else None)
     asked.run()
     undisturbed, written = asked.result(), study.path.read_bytes()
     states, attributes = zip(*((trial.state, trial.user_attrs) for trial in study.opened().trials), strict=True)
@@ -143,8 +140,7 @@ def test_a_trial_that_is_not_finite_is_not_the_best(subsets: SubsetFamily, tmp_p
 
 
 @pytest.mark.parametrize("alignment", ["data", "paper"])
-@pytest.mark.parametrize("sampler", ["tpe", "random"])
-def test_only_what_is_searched_changes(alignment: str, sampler: str, subsets: SubsetFamily, tmp_path: Path) -> None:
+def test_only_what_is_searched_changes(alignment: str, subsets: SubsetFamily, tmp_path: Path) -> None:
     for searched in ("joint", "calibration", "metric"):
         seen: list[Candidate] = []
         space = PaperSpace(subsets, 4, 0, Budget(0.2), alignment=alignment, searched=searched)
@@ -153,7 +149,7 @@ def test_only_what_is_searched_changes(alignment: str, sampler: str, subsets: Su
             seen.append(candidate)
             return a_smooth_objective(candidate)
 
-        search(space, objective, 14, 0, tmp_path / searched, sampler)
+        search(space, objective, 14, 0, tmp_path / searched)
         points = {candidate.point.model_dump_json() for candidate in seen[4:]}
         samples = {candidate.samples for candidate in seen[4:]}
         assert (len(points) > 1) == (searched != "calibration")
@@ -269,65 +265,6 @@ def test_the_best_few_are_judged_on_further_windows(subsets: SubsetFamily, tmp_p
     assert abs(result.best_loss - float(expected)) < 1e-9
 
 
-def searched_with_changed_text(
-    subsets: SubsetFamily, folder: Path, losses: Callable[[Candidate, SearchResult], Tensor]
-) -> tuple[SearchResult, SearchResult, list[Candidate]]:
-    """The result without changed text, with it, and the candidates that were judged on it."""
-    space = PaperSpace(subsets, 4, 0, Budget(0.2))
-    judged: list[Candidate] = []
-
-    def same(candidate: Candidate) -> Iterator[Tensor]:
-        return windowed(candidate, range(16))
-
-    def changed(candidate: Candidate) -> list[Tensor]:
-        judged.append(candidate)
-        noise = torch.randn(64, generator=torch.Generator().manual_seed(len(judged)), dtype=torch.float64)
-        return [0.1 * noise[: len(losses(candidate, plain))] + losses(candidate, plain)]
-
-    plain = search(space, same, 20, 0, folder, judge_further=same)
-    assert not plain.points[plain.best_trial].starting_point
-    assert plain.refused == ()
-    return plain, search(space, same, 20, 0, folder, judge_further=same, judge_changed=changed), judged
-
-
-@pytest.mark.parametrize(
-    ("rise", "windows", "is_refused"),
-    [(1.0, 64, True), (1.0, 4, False), (0.001, 64, False), (-1.0, 64, False), (math.inf, 64, True)],
-)
-def test_a_finalist_that_loses_in_changed_text_is_refused(
-    rise: float, windows: int, is_refused: bool, subsets: SubsetFamily, tmp_path: Path
-) -> None:
-    def losses(candidate: Candidate, plain: SearchResult) -> Tensor:
-        return torch.full((windows,), rise if candidate == plain.best else 0.0, dtype=torch.float64)
-
-    plain, result, judged = searched_with_changed_text(subsets, tmp_path, losses)
-    assert result.refused == ((plain.best_trial,) if is_refused else ())
-    assert (result.best != plain.best) == is_refused
-    assert result.best_loss >= plain.best_loss
-    # The best starting point and those that are ahead of it, each once.
-    assert len(judged) == len({candidate.model_dump_json() for candidate in judged}) <= 4
-
-
-def test_if_all_finalists_are_refused_the_best_starting_point_is_chosen(subsets: SubsetFamily, tmp_path: Path) -> None:
-    of_starts: set[str] = set()
-
-    def losses(candidate: Candidate, plain: SearchResult) -> Tensor:
-        of_starts.update(step.candidate.model_dump_json() for step in plain.steps if step.name != "searched")
-        return torch.full((64,), float(candidate.model_dump_json() not in of_starts), dtype=torch.float64)
-
-    _, result, judged = searched_with_changed_text(subsets, tmp_path, losses)
-    assert len(result.refused) == len(judged) - 1 > 0
-    assert not any(result.points[number].starting_point for number in result.refused)
-    assert result.points[result.best_trial].starting_point
-
-
-def test_a_starting_point_that_is_broken_in_changed_text_refuses_nothing(subsets: SubsetFamily, tmp_path: Path) -> None:
-    plain, result, _ = searched_with_changed_text(
-        subsets, tmp_path, lambda candidate, plain: torch.full((64,), math.inf, dtype=torch.float64)
-    )
-    assert (result.best, result.refused) == (plain.best, ())
-
-
 def test_budgets_that_cannot_be_met_are_proposed_again_and_do_not_count(subsets: SubsetFamily, tmp_path: Path) -> None:
     seen: list[Candidate] = []
 
@@ -357,10 +294,6 @@ def test_a_space_that_holds_hardly_anything_feasible_comes_to_an_end(subsets: Su
     assert 4 <= len(result.points) < 12
 
 
-def locally_ranked(budget: Budget) -> Budget:
-    return replace(budget, allocation=replace(budget.allocation, ranking="local"))
-
-
 def smollm2_in_shapes() -> Structure:
     return build_structure(
         empty_model(
@@ -383,8 +316,7 @@ def test_proposals_are_repaired_where_their_budget_cannot_be_met(ratio: float, s
     structure = smollm2_in_shapes()
 
     def can_meet(candidate: Candidate) -> bool:
-        budget = locally_ranked(candidate.budget)
-        return meet_budget(structure, None, None, candidate.model_copy(update={"budget": budget})) is not None
+        return meet_budget(structure, None, candidate) is not None
 
     plain = ExtendedSpace(subsets, 4, 0, Budget(ratio, Profile(0, 0), heads=1.0, round_to=32))
     repairing = replace(plain, meet=lambda candidate: candidate if can_meet(candidate) else None)
@@ -418,10 +350,7 @@ def test_proposals_meet_a_target_in_place_of_a_ratio(subsets: SubsetFamily) -> N
     dense = costs([block.groups for block in structure.blocks])
     target = Target(Speed(1.2), costs, dense)
 
-    def meet(candidate: Candidate) -> Candidate | None:
-        local = candidate.model_copy(update={"budget": locally_ranked(candidate.budget)})
-        return meet_budget(structure, None, target, local)
-
+    meet = partial(meet_budget, structure, target)
     space = ExtendedSpace(
         subsets, 4, 0, Budget(0.2, Profile(0, 0), round_to=32), meet=meet, whole={"attention": tuple(range(5, 13))}
     )
@@ -446,7 +375,7 @@ def test_the_extended_space_searches_all_terms_and_the_allocation(
         seen.append(candidate)
         return a_smooth_objective(candidate)
 
-    search(space, objective, 30, 0, tmp_path / "run", "random")
+    search(space, objective, 30, 0, tmp_path / "run")
     assert all(candidate.budget == reference for candidate in seen[:4])
     assert seen[4].budget == reference
     proposed = seen[len(space.starting_points()) :]

@@ -40,20 +40,15 @@ Layout = Literal["per-layer", "uniform"]
 Phase = Literal["prefill", "decode"]
 RatioOf = Literal["parameters", "decoder", "groups"]
 Reduction = Literal["sum", "mean", "max", "prod"]
-Sampler = Literal["tpe", "random"]
 WholePart = Literal["attention", "feed-forward", "layer", "none"]
 ServingEngine = Literal["vllm", "sglang", "llama.cpp", "mlx", "transformers", "any"]
 Searched = Literal["joint", "calibration", "metric"]
-Selection = Literal["loss", "kl"]
 Space = Literal["paper", "extended"]
 TargetFormat = Literal[Dtype, "gguf:f32", "gguf:f16", "gguf:bf16", "gguf:q8_0", "gguf:q4_k_m"]
 TargetName = Literal["target_size", "target_memory", "target_speed"]
 Terms = Literal["all", "vector-wise"]
 TrainedWeights = Literal["lora", "ia3", "full"]
 
-
-# The option `objective` begins with this if it names a function of the user.
-FUNCTION = "python:"
 
 # The options for the amount to remove; a run has one of them.
 TARGETS: tuple[TargetName, ...] = get_args(TargetName)
@@ -230,11 +225,7 @@ class PruneOptions(_Options):
     final_windows: int = Field(
         default=64,
         ge=0,
-        description="Further held-out windows, if available, that score the best trials again, as they are and in upper"
-        " case.",
-    )
-    selection: Selection = Field(
-        default="loss", description="Score trials by the loss, or by the KL divergence from the dense model."
+        description="Further held-out windows, if available, that score the best trials again.",
     )
     evaluate_windows: int | None = Field(
         default=None, ge=1, description="Maximum number of windows, evenly spaced, for the reported perplexity."
@@ -258,7 +249,6 @@ class PruneOptions(_Options):
         f" worth more; by default 2 if a target is to be met or at least {LEVELLED_FROM:.0%} are removed, otherwise 0,"
         " as where the allocation is not searched.",
     )
-    sampler: Sampler = Field(default="tpe", description="Sampler of the search; random is for comparison.")
     search: Searched = Field(
         default="joint", description="Search everything, only the samples, or only the metric; for comparison."
     )
@@ -359,15 +349,9 @@ class PruneOptions(_Options):
     seed: int = Field(default=0, ge=0, description="The same seed on the same machine gives the same plan.")
 
     @property
-    def objective_function(self) -> str | None:
-        """The name and version of the Python function that judges the trials; None for the loss on a dataset."""
-        is_function = self.objective is not None and self.objective.startswith(FUNCTION)
-        return self.objective if is_function else None
-
-    @property
     def objective_dataset(self) -> str:
         """The dataset of the windows of the objective."""
-        return self.calibration if self.objective is None or self.objective_function else self.objective
+        return self.calibration if self.objective is None else self.objective
 
     @property
     def target(self) -> TargetName | None:

@@ -26,10 +26,7 @@ from adapruner.families.tiny import random_model, tiny_config
 from adapruner.importance import TERMS, MetricPoint, score_groups
 from adapruner.measurement import measure, measure_moments, removal_errors
 from adapruner.models import Architecture
-from adapruner.planning import make_plan
-from adapruner.search import ItemLosses
 from adapruner.structure import build_structure
-from adapruner.surgery import prune_model
 
 _SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 _WORDS = (
@@ -143,28 +140,3 @@ def check_source(name: str) -> None:
     shared = set(parts[0]) & set(parts[1]) | set(parts[1]) & set(parts[2]) | set(parts[0]) & set(parts[2])
     assert not shared, f"the parts of {name} share {len(shared)} documents"
     assert fingerprint(parse_source(name)), f"the content of {name} has no fingerprint"
-
-
-def check_objective(item_losses: ItemLosses, model: PreTrainedModel | None = None) -> None:
-    """Checks a function that judges trials: it gives one finite loss per item, reproducibly, for the same items of a
-    dense and a pruned model, and does not change the model.
-
-    Args:
-        model: by default a tiny one, with the vocabulary of `tiny_tokenizer`.
-    """
-    model = (model or tiny_model()).eval()
-    learn(model.config)
-    structure = build_structure(model)
-    counts = [block.groups // 2 if block.kind == "channels" else block.groups for block in structure.blocks]
-    scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(0))
-    pruned = prune_model(model, structure, make_plan(structure, scores, counts))
-    before = {name: tensor.clone() for name, tensor in pruned.state_dict().items()}
-    with torch.no_grad():
-        dense_losses, losses, again = (torch.as_tensor(item_losses(judged)) for judged in (model, pruned, pruned))
-    assert losses.dim() == 1, f"shape {list(losses.shape)}, expected [items]"
-    assert len(dense_losses) == len(losses), f"{len(dense_losses)} losses of one model, {len(losses)} of another"
-    assert torch.cat([dense_losses, losses]).isfinite().all(), "losses are not finite"
-    assert torch.equal(losses, again), "losses differ when they are computed again"
-    after = pruned.state_dict()
-    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items()), "the model was changed"
-    assert not pruned.training, "the model was left in training mode"

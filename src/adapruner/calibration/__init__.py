@@ -17,7 +17,6 @@ from adapruner.calibration._pool import (
     save_texts as save_texts,
     start_token as start_token,
     text_windows as text_windows,
-    upper_case_windows as upper_case_windows,
 )
 from adapruner.calibration._probes import (
     PROBED_TOKENS as PROBED_TOKENS,

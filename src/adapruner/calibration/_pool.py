@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.calibration._reading import provenance, read_documents, read_windows
 from adapruner.calibration._sources import Source
-from adapruner.calibration._tokenizing import start_tokens, tokenize, tokens_of, tokens_with_ends
+from adapruner.calibration._tokenizing import start_tokens, tokens_of, tokens_with_ends
 from adapruner.errors import AdaPrunerError
 from adapruner.models import continue_texts
 
@@ -117,28 +117,6 @@ def _pieces(documents: list[str], characters: int) -> list[str]:
             chosen.append(document)
             left -= len(document)
     return chosen
-
-
-def upper_case_windows(windows: Tensor, tokenizer: Tokenizer) -> Tensor:
-    """The text of windows in upper case, which has more tokens: the windows are evenly spaced in it.
-
-    Args:
-        windows: [windows, tokens], int64.
-
-    Returns:
-        [at most the number of given windows, tokens], int64; none if upper case changes nothing.
-    """
-    count, seq_len = windows.shape
-    start = _start_of_text(tokenizer, seq_len)
-    rests = [window[len(start) :] if window[: len(start)].equal(start) else window for window in windows]
-    texts = [str(tokenizer.decode(rest, skip_special_tokens=True)) for rest in rests]
-    changed = [text.upper() for text in texts]
-    if changed == texts:
-        return windows[:0]
-    tokens = [token for ids in tokenize(tokenizer, changed, add_special_tokens=False).input_ids for token in ids]
-    size = seq_len - len(start)
-    cut = torch.tensor(tokens[: len(tokens) // size * size], dtype=torch.int64).reshape(-1, size)
-    return _starting_with(start, evenly_spaced(cut, count))
 
 
 def _given_windows(source: Source, seq_len: int, at_least: int) -> Tensor:

@@ -29,7 +29,7 @@ OPTION_GROUPS: dict[str, tuple[str, ...]] = {
         *("expert_granularity", "round_to"),
     ),
     "Datasets": ("objective", "pool", "samples", "objective_windows", "final_windows", "seq_len", "sources"),
-    "Search": ("trials", "level_rounds", "selection", "search", "space", "sampler", "seed"),
+    "Search": ("trials", "level_rounds", "search", "space", "seed"),
     "Importance": ("terms", "alignment", "reduction"),
     "Compensation": ("compensation", "compensation_windows", "self_windows", "sequential", "tune_scales"),
     "Fine-tuning": ("recovery",),

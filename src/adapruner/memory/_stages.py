@@ -240,8 +240,8 @@ class _Stages:
 
     def _searching(self) -> Terms:
         config = self.config
-        # Finalists are judged on the further windows, and on their text in upper case.
-        objective = (scoring_bounds(config.objective_windows)[1] + 2 * config.final_windows) * config.seq_len
+        # Finalists are judged on the further windows.
+        objective = (scoring_bounds(config.objective_windows)[1] + config.final_windows) * config.seq_len
         reused = reused_layers(config.layout, config.protect_first, self.structure.layers)
         known = reused + 1 if reused else 0
         # Layer by layer, trials hold one layer, and the hidden states of all windows.
@@ -253,7 +253,6 @@ class _Stages:
             pruned: (self.layer if self.by_layer else self._pruned_weights) * self.trial,
             "logits": self._logits_bytes(objective),
             "objective_windows": states,
-            "dense predictions": 2 * objective * self.vocabulary * (config.selection == "kl"),
         }
 
     def _levelling(self) -> Terms:

@@ -7,9 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias, get_args
 
-import torch
-from torch import Tensor
-
 from adapruner.config import Layout, PruneConfig, RatioOf
 from adapruner.errors import AdaPrunerError
 from adapruner.models import Whole
@@ -31,9 +28,6 @@ class UnreachableRatioError(BudgetError):
     """The ratio is higher than the allocation allows."""
 
 
-Ranking = Literal["local", "global"]
-
-
 @dataclass(frozen=True)
 class Profile:
     """Weights by depth: with z from -1 at the first unprotected layer to 1 at the last, exp(tilt · z - bend · z²).
@@ -41,16 +35,12 @@ class Profile:
     Attributes:
         protect_first: layers at the input that are kept whole.
         protect_last: layers at the output that are kept whole.
-        ranking: `local` removes in proportion to the weights; `global` removes the groups with the smallest score per
-            weight in all layers, of heads and channels together (as FLAP does, arXiv 2312.11983), whose scores must be
-            comparable between blocks.
     """
 
     protect_first: int = 4
     protect_last: int = 3
     tilt: float = 0.0
     bend: float = 0.0
-    ranking: Ranking = "local"
 
     def weights(self, layers: int) -> tuple[float, ...]:
         """The weight of every layer; 0 for protected layers.
@@ -119,12 +109,6 @@ class Budget:
         return 0.0 if isinstance(self.heads, tuple) else self.heads
 
     @property
-    def ranks_globally(self) -> bool:
-        """True if groups are ranked over all layers, which needs scores."""
-        ranking = self.allocation.ranking if isinstance(self.allocation, Profile) else "local"
-        return ranking == "global" and self.ratio_of == "parameters"
-
-    @property
     def removed_whole(self) -> dict[int, Whole]:
         """By layer, in ascending order, the part that is removed whole."""
         parts: dict[int, Whole] = dict.fromkeys(self.without_attention, "attention")
@@ -162,21 +146,18 @@ def weigh_channels(structure: Structure, budget: Budget, shares: Sequence[float]
     return replace(budget, allocation=LayerWeights(tuple(factor * share for share in shares), others))
 
 
-def kept_counts(structure: Structure, budget: Budget, scores: Tensor | None = None) -> list[int]:
+def kept_counts(structure: Structure, budget: Budget) -> list[int]:
     """Number of groups that each block keeps, in the order of `structure.blocks`.
 
     Only whole steps can be removed. The rounding error of a layer is passed on to the following layers, and that of
     heads to the channels.
-
-    Args:
-        scores: [groups], for the ranking `global`.
 
     Raises:
         UnreachableRatioError: the ratio cannot be reached; with the arithmetic.
         BudgetError: it cannot be met within 0.5 percentage points, or nothing would be removed.
         AdaPrunerError: the layout is uniform, but the layers differ in size.
     """
-    weights, ranked = _block_weights(structure, budget), _scores_to_rank(structure, budget, scores)
+    weights = _block_weights(structure, budget)
     _refuse_impossible_whole(structure, budget)
     given = {index: budget.given_count(block) for index, block in enumerate(structure.blocks)}
     kept = {index: structure.blocks[index].groups if count is None else count for index, count in given.items()}
@@ -185,7 +166,7 @@ def kept_counts(structure: Structure, budget: Budget, scores: Tensor | None = No
         """The counts of the blocks of the first kind, which shares the remaining removal with the other kinds."""
         rest = budget.ratio * structure.total_parameters - structure.removed_parameters(list(kept.values()))
         sharing = {index: weight for index, weight in weights.items() if structure.blocks[index].kind in kinds}
-        wanted = _wanted(structure, budget, sharing, rest, ranked)
+        wanted = _wanted(structure, budget, sharing, rest)
         return _in_steps(structure, budget, kinds[0], wanted)
 
     kept |= removing("heads", "experts", "channels") if budget.head_share else {}
@@ -276,18 +257,6 @@ def _is_plain(block: Block) -> bool:
     return block.kind == "channels" and not block.experts
 
 
-def _scores_to_rank(structure: Structure, budget: Budget, scores: Tensor | None) -> Sequence[Tensor] | None:
-    """The scores of each block if groups are ranked over all layers, else None."""
-    if not budget.ranks_globally:
-        return None
-    if scores is None:
-        raise AdaPrunerError("a global ranking needs scores")
-    # Standardised scores may be negative: dividing those by a weight would reverse their order.
-    scores = scores - scores.min().clamp_max(0)
-    by_block: Sequence[Tensor] = scores.split([block.groups for block in structure.blocks])
-    return by_block
-
-
 def _layer_weights(structure: Structure, allocation: Allocation) -> LayerWeights:
     if isinstance(allocation, LayerWeights):
         return allocation
@@ -300,15 +269,10 @@ def _layer_weights(structure: Structure, allocation: Allocation) -> LayerWeights
     return LayerWeights((1.0,) * structure.layers, (1.0,) * structure.layers)
 
 
-def _wanted(
-    structure: Structure, budget: Budget, weights: dict[int, float], target: float, ranked: Sequence[Tensor] | None
-) -> dict[int, float]:
+def _wanted(structure: Structure, budget: Budget, weights: dict[int, float], target: float) -> dict[int, float]:
     """Groups that each block would keep if fractions of them could be removed, `target` parameters in all."""
     blocks = {index: structure.blocks[index] for index in weights}
     relative = {index: budget.head_share if block.kind == "heads" else 1.0 for index, block in blocks.items()}
-    if ranked is not None:
-        keys = {index: weight * relative[index] for index, weight in weights.items()}
-        return _by_global_ranking(structure, keys, target, ranked)
 
     def shares(scale: float) -> dict[int, float]:
         return {index: relative[index] * min(1.0, scale * weight) for index, weight in weights.items()}
@@ -321,22 +285,6 @@ def _wanted(
         )
         low, high = (middle, high) if removed < target else (low, middle)
     return {index: (1 - share) * blocks[index].groups for index, share in shares(high).items()}
-
-
-def _by_global_ranking(
-    structure: Structure, weights: dict[int, float], target: float, scores: Sequence[Tensor]
-) -> dict[int, float]:
-    """Counts after removing the groups of lowest score / weight until the target is met; each block keeps its best."""
-    blocks = [structure.blocks[index] for index in weights]
-    keys = [torch.empty(0, dtype=torch.float64)] + [
-        torch.where(scores[index] == scores[index].max(), torch.inf, scores[index].double() / weight)
-        for index, weight in weights.items()
-    ]
-    owners = torch.tensor([index for index, block in zip(weights, blocks, strict=True) for _ in range(block.groups)])
-    sizes = torch.tensor([block.parameters_per_group for block in blocks for _ in range(block.groups)])
-    ascending = torch.cat(keys).argsort(stable=True)
-    removed = owners[ascending[: int((sizes[ascending].cumsum(0) <= target).sum())]]
-    return {index: float(structure.blocks[index].groups - (removed == index).sum()) for index in weights}
 
 
 def _in_steps(structure: Structure, budget: Budget, kind: Kind, wanted: dict[int, float]) -> dict[int, int]:

@@ -9,7 +9,7 @@ from itertools import accumulate
 
 from adapruner.search import History, TriedPoint
 
-LOSS_NAMES = {"loss": "loss, nats per token", "kl": "divergence from the dense model, nats per token"}
+LOSS_NAME = "loss, nats per token"
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def scatter(x: str, y: str, points: Mapping[str, Sequence[tuple[float, float, st
     return Scatter(across, up, marks)
 
 
-def trials(history: History, chosen: int | None, loss_name: str) -> Scatter | None:
+def trials(history: History, chosen: int | None) -> Scatter | None:
     """The loss of every trial in the order of their beginning, and the best so far; None if no trial has a loss."""
     known = [(point, point.loss) for point in history.points if point.loss is not None]
     if not known:
@@ -97,7 +97,7 @@ def trials(history: History, chosen: int | None, loss_name: str) -> Scatter | No
         kinds[kind].append(mark)
         if point.number == chosen:
             kinds["chosen"].append(mark)
-    plot = scatter("trial", loss_name, kinds)
+    plot = scatter("trial", LOSS_NAME, kinds)
     best = list(accumulate((math.inf if point.stopped else loss for point, loss in known), min))
     corners = [
         (plot.x.place(point.number), 100 - plot.y.place(loss))

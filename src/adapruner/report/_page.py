@@ -69,7 +69,6 @@ def render_report(run: RunFolder, config: PruneConfig, refresh: int | None = Non
     names = titles(config, search.best_fixed_name if search else None)
     best_trial = search.best_trial if search else None
     candidate = contents.levelled.candidate if contents.levelled else search and search.best
-    loss_name = "objective" if config.objective_function else _charts.LOSS_NAMES[config.selection]
     advice = PruneResult(contents.path, plan, result).advice() if plan and result else []
     return render(
         "report.html.jinja",
@@ -85,11 +84,10 @@ def render_report(run: RunFolder, config: PruneConfig, refresh: int | None = Non
         model_tables=tables_of("Numbers of every model", contents.models, names),
         texts=_tables.texts({names[model.role]: model for model in contents.models}),
         whole_layers=_whole_layers(plan) if plan else "",
-        loss_name=loss_name,
-        trials=_charts.trials(contents.history, best_trial, loss_name),
+        trials=_charts.trials(contents.history, best_trial),
         strips=_charts.strips(contents.history, best_trial),
         chosen=next((point for point in contents.history.points if point.number == best_trial), None),
-        ladder=_tables.ladder(contents, search, loss_name.partition(",")[0]) if search else None,
+        ladder=_tables.ladder(contents, search) if search else None,
         allocation=_allocation(candidate.budget) if candidate else {},
         command=command(config, contents.path),
         options=yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False),
@@ -112,8 +110,7 @@ def _used_texts(config: PruneConfig) -> dict[str, str]:
     """The texts on which the model depends, by use."""
     used: dict[str, list[str]] = {}
     for use, text in assign_texts(config, missing_ok=True).used:
-        if use != "objective" or not config.objective_function:
-            used.setdefault(use, []).append(str(text))
+        used.setdefault(use, []).append(str(text))
     return {use: ", ".join(texts) for use, texts in used.items()}
 
 

@@ -99,7 +99,7 @@ def _smaller(label: str, about: str, show: Callable[[int], str], before: int, af
     return _change(label, about, Cell(show(before)), Cell(show(after)), change)
 
 
-def ladder(contents: Contents, search: SearchResult, loss_name: str) -> Table:
+def ladder(contents: Contents, search: SearchResult) -> Table:
     """Steps from a fixed metric to the saved model: the loss on held-out windows, its gain over the row above on the
     same windows, and bits per byte of the first text that is reported on."""
     rungs = list(_rungs(contents, search))
@@ -107,7 +107,7 @@ def ladder(contents: Contents, search: SearchResult, loss_name: str) -> Table:
     bits = {model.role: model.numbers.get(("text", "bits per byte", text)) for model in contents.models}
     columns = [
         Column("step", is_number=False),
-        *map(Column, ("trial", loss_name)),
+        *map(Column, ("trial", "loss")),
         Column("gain over the row above", style="change"),
         BARS,
         Column(f"bits per byte\n{shortened(text)}" if text else "bits per byte"),
@@ -117,7 +117,7 @@ def ladder(contents: Contents, search: SearchResult, loss_name: str) -> Table:
         measured = bits.get(rung.role) if rung.role else None
         rows.append(
             [
-                f"{rung.name}, refused" if rung.trial in search.refused else rung.name,
+                rung.name,
                 "" if rung.trial is None else str(rung.trial),
                 "" if rung.loss is None else f"{rung.loss:.4f}",
                 replace(with_error(*rung.gain), is_noise=is_noise(*rung.gain)) if rung.gain else "",

@@ -21,8 +21,7 @@ from adapruner.run.options import register_extensions
 def plan_again(
     source: str | Path, output: str | Path, ratio: float | None = None, overwrite: bool = False, **target: Any
 ) -> PruneResult:
-    """Another ratio with the statistics and the best point of a finished search: no measuring, no search. Nothing is
-    levelled where a Python function judged the trials, as there is none here.
+    """Another ratio with the statistics and the best point of a finished search: no measuring, no search.
 
     Args:
         source: the folder of the earlier run.
@@ -44,8 +43,6 @@ def plan_again(
     # What the earlier run was to meet does not count any more.
     unset = {name: PruneOptions.model_fields[name].default for name in TARGET_OPTIONS}
     options = config.model_dump() | unset | target | ({} if ratio is None else {"ratio": ratio})
-    if config.objective_function:
-        options["level_rounds"] = 0
     again = PruneConfig.from_options(**options)
     nearest = min(config.ratio, key=lambda searched: abs(searched - _ratio_of(again, run, earlier)))
     folder = earlier.at_ratio(nearest, config)

@@ -9,18 +9,17 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from adapruner.config import FUNCTION, PruneConfig, PruneOptions
+from adapruner.config import PruneConfig, PruneOptions
 from adapruner.errors import AdaPrunerError
 from adapruner.graph import RunFolder, make_all, refuse_outdated
 from adapruner.models import computing_repeatably, resolve_devices
 from adapruner.processes import this_process
 from adapruner.progress import Reporter
 from adapruner.result import PruneResult
-from adapruner.run.given import ModelGiven, TextData, name_of_code
+from adapruner.run.given import ModelGiven, TextData
 from adapruner.run.makings import check, makings_of, saying_what_is_kept
 from adapruner.run.nodes import chosen, result as numbers
 from adapruner.run.options import resolve, run_folder
-from adapruner.search import ItemLosses
 
 
 def prune(model: ModelGiven | None = None, calibration: TextData | None = None, **options: Any) -> PruneResult:
@@ -54,7 +53,6 @@ def prune_ratios(
     config: PruneOptions | None = None,
     recipe: str | Path | None = None,
     overwrite: bool = False,
-    objective_version: str | None = None,
     **options: Any,
 ) -> list[PruneResult]:
     """`prune` for several values of `ratio`: measures once, and searches for each.
@@ -66,11 +64,7 @@ def prune_ratios(
         config: options to start from: a `PruneConfig` or `PruneOptions`; keyword arguments override them.
         recipe: the same, by the name of a shipped recipe or a YAML file.
         overwrite: rebuild what was made with other options, from another model or other text.
-        objective_version: of a function as `objective`: results of another version are not used. By default a hash of
-            the file that the function is in.
-        options: the fields of `PruneOptions`. `objective` may be a function that is given a pruned model, in evaluation
-            mode and on the device of the run, and returns its loss on each of the same items, [items]; lower is better.
-            Call again with the same function to resume.
+        options: the fields of `PruneOptions`.
 
     Returns:
         The results, one for each ratio in ascending order.
@@ -79,12 +73,8 @@ def prune_ratios(
         AdaPrunerError: an option, the model, the text or the folder is invalid; before any long work.
     """
     run = run_folder(output)
-    objective = options.get("objective")
-    judge: ItemLosses | None = objective if callable(objective) else None
-    if judge:
-        options["objective"] = FUNCTION + name_of_code(judge, objective_version)
     resolved = resolve({"model": model, "calibration": calibration, **options}, tokenizer, run, recipe, config)
-    return make_run(resolved, run, overwrite, judge=judge)
+    return make_run(resolved, run, overwrite)
 
 
 @torch.inference_mode(False)  # measuring and training need gradients, whatever the caller does
@@ -94,7 +84,6 @@ def make_run(
     overwrite: bool,
     others: Sequence[RunFolder] = (),
     taken: Mapping[str, RunFolder] | None = None,
-    judge: ItemLosses | None = None,
 ) -> list[PruneResult]:
     """Makes what is missing of a run in its folder. What can be refused is refused before the work begins.
 
@@ -112,7 +101,7 @@ def make_run(
     run.check_usable()
     reporter = Reporter()
     with computing_repeatably(resolve_devices(config.device)[0]):
-        makings = makings_of(config, run, reporter, others, taken or {}, judge)
+        makings = makings_of(config, run, reporter, others, taken or {})
         check(makings, overwrite)
         with run.locked():
             run.check_usable()

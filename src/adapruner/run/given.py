@@ -3,13 +3,11 @@ resumed, joined and repeated."""
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import inspect
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -165,26 +163,3 @@ def _write_windows(windows: Tensor, folder: Path, use: str) -> Path:
     with being_written(path, f"-{os.getpid()}") as partial:
         save_file({WINDOWS: content}, partial)
     return path
-
-
-def name_of_code(function: Callable[..., Any], version: str | None = None) -> str:
-    """`NAME@VERSION` of a function of the user, by which results that were made with another one are told apart.
-
-    Args:
-        version: by default a hash of the file that the function is from, or of its own source where that is no file.
-            What else it depends on, such as data that it has read, is not seen.
-
-    Raises:
-        AdaPrunerError: there is no source.
-    """
-    written = inspect.unwrap(function.func if isinstance(function, functools.partial) else function)
-    code = written if inspect.isroutine(written) else type(written)
-    name = getattr(code, "__name__", type(code).__name__)
-    if version is None:
-        try:
-            file = Path(inspect.getsourcefile(code) or "")
-            content = file.read_bytes() if file.is_file() else inspect.getsource(code).encode()
-        except (OSError, TypeError):
-            raise AdaPrunerError(f"the source of {name} cannot be read: give it a version") from None
-        version = hashlib.sha256(content).hexdigest()[:12]
-    return f"{name}@{version}"

@@ -12,7 +12,6 @@ from adapruner.evaluation import check_tasks
 from adapruner.graph import Making, RunFolder, refuse_outdated
 from adapruner.progress import Reporter, StageCost
 from adapruner.run.nodes import GRAPH, inputs, placed
-from adapruner.search import ItemLosses
 
 
 def makings_of(
@@ -21,7 +20,6 @@ def makings_of(
     reporter: Reporter,
     others: Sequence[RunFolder] = (),
     taken: Mapping[str, RunFolder] | None = None,
-    judge: ItemLosses | None = None,
     known: Mapping[str, Any] | None = None,
 ) -> list[Making]:
     """One for each ratio, in ascending order. What does not depend on the ratio is in memory once.
@@ -38,7 +36,6 @@ def makings_of(
 
         given = {
             "config": at_ratio,
-            "judging_function": judge,
             "largest_ratio_asked": max(config.ratio),
             "reporter": reporter,
             "run_folder": run,

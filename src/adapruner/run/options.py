@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.calibration import absolute_blend, absolute_source, register_sources
-from adapruner.config import BUDGETS, FUNCTION, TRAINING_BUDGETS, PruneConfig, PruneOptions, RecoveryOptions
+from adapruner.config import BUDGETS, TRAINING_BUDGETS, PruneConfig, PruneOptions, RecoveryOptions
 from adapruner.errors import AdaPrunerError
 from adapruner.families import open_config
 from adapruner.graph import RunFolder
@@ -129,7 +129,7 @@ def _with_absolute_paths(options: Mapping[str, Any]) -> PruneConfig:
     absolute = {
         name: absolute_source(value)
         for name in ("calibration", "objective")
-        if (value := getattr(config, name)) is not None and not value.startswith(FUNCTION)
+        if (value := getattr(config, name)) is not None
     }
     if config.recover is not None:
         absolute["recover"] = absolute_blend(config.recover)

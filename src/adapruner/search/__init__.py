@@ -10,7 +10,6 @@ from adapruner.search._levelling import (
 )
 from adapruner.search._objective import (
     JUDGED_TOGETHER as JUDGED_TOGETHER,
-    ItemLosses as ItemLosses,
     Objective as Objective,
     meet_budget as meet_budget,
     plan_candidate as plan_candidate,

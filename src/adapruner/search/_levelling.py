@@ -17,7 +17,7 @@ from adapruner.evaluation import log_probabilities
 from adapruner.models import Whole
 from adapruner.planning import kept_counts, weigh_channels
 from adapruner.search._history import compare
-from adapruner.search._objective import Objective, scores_of
+from adapruner.search._objective import Objective
 from adapruner.search._probe import Measured, Probe
 from adapruner.search._space import Candidate
 from adapruner.structure import Block
@@ -149,7 +149,7 @@ def level(
     other windows than those that decide what is accepted.
 
     Args:
-        objective: decides what is accepted; its windows are judged by the loss.
+        objective: decides what is accepted.
         windows: [windows, tokens], int64, to measure costs on.
         rounds: maximum number; the first round that gains nothing is the last.
         meet: gives a candidate the ratio that meets the budget or a target; None if its allocation cannot.
@@ -243,7 +243,7 @@ def move_heads(
     """The candidate with the number of paying changes that lowers the loss on the windows of the objective most, and
     all that was tried."""
     structure, candidate = objective.structure, best.candidate
-    counts = zip(structure.blocks, counts_of(objective, candidate), strict=True)
+    counts = zip(structure.blocks, kept_counts(structure, candidate.budget), strict=True)
     kept = {block.layer: count for block, count in counts if block.kind == "heads"}
     tried: list[tuple[Judged, MovedHeads]] = []
     for most in sorted({-(-len(paying) // divisor) for divisor in _DIVISORS} - {0}, reverse=True):
@@ -306,15 +306,14 @@ def with_moved_channels(
     objective: Objective, candidate: Candidate, costs: dict[int, Measured], layers: range, meet: Meet
 ) -> Candidate | None:
     """The candidate with the width of every layer changed according to its cost. None if the costs do not differ
-    measurably, the budget cannot be met with these widths, or heads and channels are ranked together."""
+    measurably, or the budget cannot be met with these widths."""
     structure, budget = objective.structure, candidate.budget
-    counts, by_layer = counts_of(objective, candidate), factors(costs)
+    counts, by_layer = kept_counts(structure, budget), factors(costs)
     shares = [0.0] * structure.layers
     for number, block in _levelled_blocks(objective, layers).items():
         if not budget.removes_whole(block):
             shares[block.layer] = 1 - min(1.0, counts[number] / block.groups * by_layer.get(block.layer, 1.0))
-    # Heads that are ranked with the channels have no share of their own.
-    if not by_layer or not any(shares) or (budget.ranks_globally and budget.head_share > 0):
+    if not by_layer or not any(shares):
         return None
     met = meet(candidate.with_budget(weigh_channels(structure, budget, shares)))
     return met if met and kept_counts(structure, met.budget) != counts else None
@@ -337,12 +336,6 @@ def factors(costs: dict[int, Measured]) -> dict[int, float]:
         return min(_MOST_PER_ROUND, max(1 / _MOST_PER_ROUND, math.pow(max(_LEAST_COST, shrunk / mean), _EXPONENT)))
 
     return {layer: factor(cost, error) for layer, (cost, error) in costs.items()}
-
-
-def counts_of(objective: Objective, candidate: Candidate) -> list[int]:
-    """Number of groups that each block keeps."""
-    scores = scores_of(objective.structure, objective.statistics, candidate)
-    return kept_counts(objective.structure, candidate.budget, scores)
 
 
 def _levelled_blocks(objective: Objective, layers: range) -> dict[int, Block]:

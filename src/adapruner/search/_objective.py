@@ -1,18 +1,14 @@
-"""The objective of the search: from a candidate to a plan, a cut model, and its loss on held-out windows or as judged
-by a function of the user."""
+"""The objective of the search: from a candidate to a plan, a cut model, and its loss on held-out windows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from adapruner.errors import AdaPrunerError
 from adapruner.evaluation import Prefix, losses_by_batch, losses_in_step
 from adapruner.importance import score_groups
 from adapruner.measurement import Statistics
@@ -24,8 +20,6 @@ from adapruner.surgery import Compensation, kept_layers, prune_model, prune_on_r
 
 # Candidates that are judged together, if that is cheaper.
 JUDGED_TOGETHER = 4
-# Given a pruned model, its loss on each of the same items, lower is better.
-ItemLosses: TypeAlias = Callable[[PreTrainedModel], Sequence[float] | Tensor]
 
 
 def plan_candidate(structure: Structure, statistics: Statistics, candidate: Candidate) -> PruningPlan:
@@ -38,22 +32,16 @@ def plan_candidate(structure: Structure, statistics: Statistics, candidate: Cand
         BudgetError: its budget cannot be met.
     """
     scores = scores_of(structure, statistics, candidate)
-    return make_plan(structure, scores, kept_counts(structure, candidate.budget, scores))
+    return make_plan(structure, scores, kept_counts(structure, candidate.budget))
 
 
-def meet_budget(
-    structure: Structure, statistics: Statistics, target: Target | None, candidate: Candidate
-) -> Candidate | None:
-    """The candidate itself, or with a target the candidate at the ratio that meets it; None if its allocation cannot.
-
-    Args:
-        statistics: of the whole pool.
-    """
+def meet_budget(structure: Structure, target: Target | None, candidate: Candidate) -> Candidate | None:
+    """The candidate itself, or with a target the candidate at the ratio that meets it; None if its allocation
+    cannot."""
     budget = candidate.budget
-    scores = scores_of(structure, statistics, candidate) if budget.ranks_globally else None
 
     def counts_at(ratio: float) -> list[int]:
-        return kept_counts(structure, replace(budget, ratio=ratio), scores)
+        return kept_counts(structure, replace(budget, ratio=ratio))
 
     try:
         if target is None:
@@ -77,9 +65,6 @@ class Objective:
         windows: [windows, tokens], int64, disjoint from the pool and from everything that is reported.
         compensation: how the cut model is compensated before it is judged.
         prefix: the outputs of the first layers of the model, which trials that do not cut these layers reuse.
-        references: for the selection by divergence, the dense model's log-probabilities, batch by batch (see
-            `evaluation.losses_by_batch`); None to select by the loss.
-        item_losses: the function that judges instead of the windows; None for the windows.
     """
 
     model: PreTrainedModel
@@ -88,20 +73,12 @@ class Objective:
     windows: Tensor
     compensation: Compensation | None = None
     prefix: Prefix | None = None
-    references: list[Tensor] | None = None
-    item_losses: ItemLosses | None = None
-    _counts: set[int] = field(default_factory=set, init=False)
     # By the hash of a plan: candidates may differ in values without effect, as the samples of unweighted terms.
     _judged: dict[str, list[Tensor]] = field(default_factory=dict, init=False)
 
     def __call__(self, candidate: Candidate) -> Iterator[Tensor]:
-        """[windows of one batch], float64, batch after batch: the loss of the cut model, or its divergence from the
-        dense one, in nats per predicted token; of a function of the user, [items] at once."""
+        """[windows of one batch], float64, batch after batch: the loss of the cut model in nats per predicted token."""
         plan = plan_candidate(self.structure, self.statistics, candidate)
-        if self.item_losses:
-            pruned = prune_model(self.model, self.structure, plan, self.compensation)
-            yield self._losses_of_items(pruned, self.item_losses)
-            return
         if is_streamed(self.model):
             yield from self._in_step([plan])[0]
             return
@@ -110,9 +87,7 @@ class Objective:
             return
         pruned = prune_model(self.model, self.structure, plan, self.compensation)
         judged = []
-        for losses in losses_by_batch(
-            pruned, self.windows, self.references, prefix=self.prefix, prefix_layers=_first_cut([plan])
-        ):
+        for losses in losses_by_batch(pruned, self.windows, prefix=self.prefix, prefix_layers=_first_cut([plan])):
             judged.append(losses)
             yield losses
         self._judged[plan.hash] = judged
@@ -132,23 +107,6 @@ class Objective:
             for plan in plans
         ]
         return losses_in_step(self.model, models, self.windows, self.references, self.prefix, _first_cut(plans))
-
-    def _losses_of_items(self, pruned: PreTrainedModel, item_losses: ItemLosses) -> Tensor:
-        """[items], float64.
-
-        Raises:
-            AdaPrunerError: it does not give one loss for each of the same items: candidates are compared item by item.
-        """
-        with torch.no_grad():
-            losses = torch.as_tensor(item_losses(pruned), dtype=torch.float64, device="cpu")
-        self._counts.add(losses.numel())
-        if losses.dim() != 1 or not len(losses) or len(self._counts) > 1:
-            before = f" and {min(self._counts)} or {max(self._counts)} losses" if len(self._counts) > 1 else ""
-            raise AdaPrunerError(
-                f"`objective` gave shape {list(losses.shape)}{before}: it must give one loss for each item, of the same"
-                " items for every model"
-            )
-        return losses
 
 
 def _first_cut(plans: Sequence[PruningPlan]) -> int:

@@ -35,7 +35,7 @@ class Probe:
         self._windows, self._references = windows, references
         structure = objective.structure
         self._scores = scores_of(structure, objective.statistics, candidate)
-        self.counts = kept_counts(structure, candidate.budget, self._scores)
+        self.counts = kept_counts(structure, candidate.budget)
         plan = make_plan(structure, self._scores, self.counts)
         self._layers = kept_layers(structure, plan)
         self._model = prune_model(objective.model, structure, plan, objective.compensation)

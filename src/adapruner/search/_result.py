@@ -21,9 +21,6 @@ Judge = Callable[[Candidate], Iterable[Tensor]]
 
 # Number of best trials that are judged further, in addition to the best fixed metric and the best starting point.
 _FINALISTS = 3
-# A finalist is refused if it is worse than the best starting point in changed text by this many standard errors, on at
-# least this many windows.
-_STANDARD_ERRORS_TO_REFUSE, _FEWEST_WINDOWS_TO_REFUSE = 2.0, 8
 
 
 class SearchResult(History, frozen=True):
@@ -32,16 +29,13 @@ class SearchResult(History, frozen=True):
     Attributes:
         ratio: of all parameters, to be removed; where trials meet a target, that of the starting allocation.
         trials: number of trials that were to be finished.
-        best: the best of the candidates that were not stopped; where finalists were judged further, the best of those
-            that were not refused.
+        best: the best of the candidates that were not stopped; where finalists were judged further, the best of those.
         best_loss: on the windows on which it was last judged; so is `best_fixed_loss`.
         best_trial: its number among `points`.
         best_fixed: the best of LLM-Pruner's metrics on the first random draw of samples.
         best_fixed_name: of that metric.
         stopped_early: number of trials that were stopped early.
         starting_points: number of points that the space tries before it searches.
-        refused: trials that are better than the best starting point over all windows, but clearly worse in changed
-            text; their numbers among `points`.
         steps: the best trial of each kind, picked on the windows of the search, and its gain over the kind before.
             Kinds whose trials were all stopped are missing. `best` may be another trial.
     """
@@ -56,13 +50,12 @@ class SearchResult(History, frozen=True):
     best_fixed_name: str
     stopped_early: int
     starting_points: int
-    refused: tuple[int, ...] = ()
     steps: tuple[Step, ...] = ()
 
 
 @dataclass(frozen=True)
 class _Contender:
-    """A trial that was not stopped. Its candidate is judged on other text when those losses are first read.
+    """A trial that was not stopped. Its candidate is judged on further windows when those losses are first read.
 
     Attributes:
         number: its place among the finished trials.
@@ -72,7 +65,6 @@ class _Contender:
     number: int
     space: SearchSpace
     judge_further: Judge | None
-    judge_changed: Judge | None
 
     @property
     def loss(self) -> float:
@@ -99,47 +91,31 @@ class _Contender:
     @cached_property
     def further(self) -> list[float]:
         """The loss on each further window."""
-        return self._losses_by(self.judge_further)
-
-    @cached_property
-    def changed(self) -> list[float]:
-        """The loss on each window of changed text."""
-        return self._losses_by(self.judge_changed)
+        batches = self.judge_further(self.candidate) if self.judge_further and math.isfinite(self.loss) else []
+        return [loss for batch in batches for loss in batch.tolist()]
 
     @property
     def final_loss(self) -> float:
         """The mean loss over the windows of the search and the further ones together."""
         return statistics.fmean([*self.losses, *self.further] or [math.inf])
 
-    def _losses_by(self, judge: Judge | None) -> list[float]:
-        batches = judge(self.candidate) if judge and math.isfinite(self.loss) else []
-        return [loss for batch in batches for loss in batch.tolist()]
-
 
 def choose(
-    finished: Sequence[FrozenTrial],
-    space: SearchSpace,
-    trials: int,
-    judge_further: Judge | None = None,
-    judge_changed: Judge | None = None,
+    finished: Sequence[FrozenTrial], space: SearchSpace, trials: int, judge_further: Judge | None = None
 ) -> SearchResult:
     """The best of the finished trials, judged on further windows.
-
-    If all finalists that are ahead of the best starting point are refused, the best starting point is chosen.
 
     Args:
         finished: in the order in which they were begun.
         trials: number of trials that were to be finished.
         judge_further: gives the losses of a candidate, batch by batch, as the judge of the search does, but on further
             windows. The best of many trials owes part of its loss to the windows it was chosen on; None accepts that.
-        judge_changed: the same on text in another form. A finalist that is better than the best starting point, but
-            clearly worse here, is refused: its gain holds for one kind of text only.
 
     Raises:
         AdaPrunerError: no trial ended with a finite loss.
     """
     contenders = [
-        _Contender(trial, number, space, judge_further, judge_changed)
+        _Contender(trial, number, space, judge_further)
         for number, trial in enumerate(finished)
         if STOPPED not in trial.user_attrs
     ]
@@ -152,11 +128,7 @@ def choose(
         )
     first = islice(_distinct(contenders), _FINALISTS if judge_further else 1)
     # The best fixed metric is judged further to compare with, and so is the best starting point.
-    finalists = list(_distinct([fixed[0], starts[0], *first]))
-    start = min((finalist for finalist in finalists if finalist.is_start), key=attrgetter("final_loss"))
-    better = [finalist for finalist in finalists if finalist.final_loss < start.final_loss]
-    refused = [finalist.number for finalist in better if _is_clearly_worse(finalist.changed, start.changed)]
-    best = min((finalist for finalist in finalists if finalist.number not in refused), key=attrgetter("final_loss"))
+    best = min(_distinct([fixed[0], starts[0], *first]), key=attrgetter("final_loss"))
     return SearchResult.of(
         finished,
         ratio=space.budget.ratio,
@@ -169,7 +141,6 @@ def choose(
         best_fixed_name=fixed[0].fixed_metric,
         stopped_early=len(finished) - len(contenders),
         starting_points=len(space.starting_points()),
-        refused=tuple(sorted(refused)),
         steps=tuple(_steps(contenders)),
     )
 
@@ -211,13 +182,3 @@ def _steps(contenders: Sequence[_Contender]) -> Iterator[Step]:
             standard_error=standard_error if math.isfinite(standard_error) else None,
         )
         before = losses
-
-
-def _is_clearly_worse(losses: Sequence[float], others: Sequence[float]) -> bool:
-    """True if losses are clearly higher than others on the same windows; False if there are too few to tell."""
-    if len(others) < _FEWEST_WINDOWS_TO_REFUSE or not all(map(math.isfinite, others)):
-        return False
-    if not all(map(math.isfinite, losses)):
-        return True
-    excess, standard_error = compare(losses, others)
-    return excess > _STANDARD_ERRORS_TO_REFUSE * standard_error

@@ -291,7 +291,6 @@ class ExtendedSpace(SearchSpace):
             changes: dict[str, Any] = {
                 "tilt": trial.suggest_float("allocation.tilt", -0.8, 0.8),
                 "bend": trial.suggest_float("allocation.bend", -0.5, 1.5),
-                "ranking": trial.suggest_categorical("allocation.ranking", ("local", "global")),
             }
             for name, most in (("protect_first", MOST_PROTECTED_FIRST), ("protect_last", MOST_PROTECTED_LAST)):
                 if name not in self.fixed:
@@ -344,7 +343,6 @@ class ExtendedSpace(SearchSpace):
             head_share=self.budget.head_share,
             tilt=profile.tilt,
             bend=profile.bend,
-            ranking=profile.ranking,
             protect_first=min(profile.protect_first, MOST_PROTECTED_FIRST),
             protect_last=min(profile.protect_last, MOST_PROTECTED_LAST),
         )

@@ -14,7 +14,6 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
 
-from adapruner.config import Sampler
 from adapruner.errors import NonFiniteError
 from adapruner.interrupts import deferring_interrupts
 from adapruner.planning import BudgetError
@@ -63,7 +62,6 @@ class Search:
             asked for more once the candidate is clearly worse than the best one so far, window by window.
         trials: number of trials to finish.
         study: the file of finished trials.
-        stops_early: True to stop bad trials before they have seen all windows.
         judge_together: gives the losses of several candidates on the same windows, if that is cheaper than one by one;
             a batch then has four candidates instead of one, and none is stopped.
     """
@@ -73,8 +71,6 @@ class Search:
     trials: int
     seed: int
     study: StudyFile
-    sampler: Sampler = "tpe"
-    stops_early: bool = True
     judge_together: JudgeTogether | None = None
 
     def run(self, progress: Progress | None = None) -> None:
@@ -89,13 +85,13 @@ class Search:
                 trials.finish(self._judge(tasks))
                 raise_if_interrupted()
 
-    def result(self, judge_further: Judge | None = None, judge_changed: Judge | None = None) -> SearchResult:
-        """The best of the finished trials; see `choose` for the judges.
+    def result(self, judge_further: Judge | None = None) -> SearchResult:
+        """The best of the finished trials; see `choose`.
 
         Raises:
             AdaPrunerError: no trial ended with a finite loss.
         """
-        return choose(self.study.finished(), self.space, self.trials, judge_further, judge_changed)
+        return choose(self.study.finished(), self.space, self.trials, judge_further)
 
     def _judge(self, tasks: Sequence[_Task]) -> list[_Outcome]:
         candidates = [task.candidate for task in tasks]
@@ -154,14 +150,16 @@ class _Trials:
             self.study.enqueue_trial(start.parameters, user_attrs=start.attributes | {START: number})
         self._running = []
         for number in range(size):
-            self.study.sampler = _sampler(search.sampler, (seed + number) % 2**32, beside_others=number > 0)
+            self.study.sampler = _sampler((seed + number) % 2**32, beside_others=number > 0)
             self._running.append(self.study.ask())
         for trial in self._running:
             trial.set_user_attr(_BATCH, [before, size])
         best = min((trial for trial in finished if math.isfinite(loss_of(trial))), key=loss_of, default=None)
-        stops = search.stops_early and not search.judge_together
         return [
-            _Task(search.space.suggest(trial), best if stops and FIXED_METRIC not in trial.user_attrs else None)
+            _Task(
+                search.space.suggest(trial),
+                best if not (search.judge_together or FIXED_METRIC in trial.user_attrs) else None,
+            )
             for trial in self._running
         ]
 
@@ -216,14 +214,12 @@ def _excess(losses: Sequence[float], best: Sequence[float]) -> float:
     return excess if excess > _STANDARD_ERRORS * standard_error else 0.0
 
 
-def _sampler(kind: Sampler, seed: int, beside_others: bool) -> optuna.samplers.BaseSampler:
+def _sampler(seed: int, beside_others: bool) -> optuna.samplers.TPESampler:
     """A sampler for one trial.
 
     Args:
         beside_others: True if other trials are running, which count as bad until they are finished.
     """
-    if kind == "random":
-        return optuna.samplers.RandomSampler(seed=seed)
     with warnings.catch_warnings():
         # Optuna calls these options experimental; without `group`, trials with few given parameters would switch
         # `multivariate` off.

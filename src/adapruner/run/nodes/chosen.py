@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
+from transformers import PreTrainedModel
 
-from adapruner.calibration import upper_case_windows
-from adapruner.config import FUNCTION, Layout, Searched, Space, WholePart
+from adapruner.config import Layout, Searched, Space, WholePart
 from adapruner.errors import AdaPrunerError
-from adapruner.evaluation import compute_prefix, log_probabilities
+from adapruner.evaluation import compute_prefix
 from adapruner.graph import Form, RunFolder
 from adapruner.importance import TERMS, Term
 from adapruner.measurement import InputMoments, Statistics, StoredMoments
@@ -23,7 +26,6 @@ from adapruner.models import Whole
 from adapruner.option_rules import level_rounds_of, may_remove_whole, scoring_count, searches_widths, trials_of
 from adapruner.planning import MOST_CHANNELS, Budget, PruningPlan, Target, kept_counts, largest_channel_share
 from adapruner.progress import Reporter
-from adapruner.run.given import name_of_code
 from adapruner.run.nodes.amount import RatioOfBlocks
 from adapruner.run.nodes.declared import GRAPH
 from adapruner.run.nodes.forms import Windows, json_form
@@ -31,7 +33,6 @@ from adapruner.run.nodes.placed import RoomFor
 from adapruner.search import (
     Candidate,
     ExtendedSpace,
-    ItemLosses,
     Levelled,
     Objective,
     PaperSpace,
@@ -103,23 +104,6 @@ def removal_order(
 # How a candidate is judged
 
 
-@GRAPH.leaf(lambda function: function and {"text": function, "content": ""})
-def objective_function(objective: str | None) -> str | None:
-    """The name and version of the Python function that judges the trials; None for the loss on a dataset."""
-    return objective if objective is not None and objective.startswith(FUNCTION) else None
-
-
-@GRAPH.in_memory
-def item_losses(objective_function: str | None, judging_function: ItemLosses | None) -> ItemLosses | None:
-    """The function that judges the trials, where one does."""
-    if objective_function and judging_function is None:
-        raise AdaPrunerError(
-            f"the trials of this run are judged by a Python function ({objective_function}): call adapruner.prune with"
-            " the same function as `objective`"
-        )
-    return judging_function if objective_function else None
-
-
 @GRAPH.in_memory
 def compensation_of(compensation: Any) -> Callable[[Mapping[int, InputMoments] | None], Compensation | None]:
     """For second moments, how the remaining weights are corrected; None if they are not."""
@@ -130,9 +114,9 @@ Meet = Callable[[Candidate], "Candidate | None"]
 
 
 @GRAPH.costly
-def meet(structure: Structure, statistics: Statistics, target: Target | None) -> Meet:
+def meet(structure: Structure, target: Target | None) -> Meet:
     """Gives a candidate the ratio that meets the target, if there is one; None if its allocation cannot."""
-    return partial(meet_budget, structure, statistics, target)
+    return partial(meet_budget, structure, target)
 
 
 # The search
@@ -143,8 +127,26 @@ def _content_of_term(term: Term) -> list[Any]:
     code = list[str]()
     if not term.function.__module__.startswith("adapruner."):
         with contextlib.suppress(AdaPrunerError):  # defined on a prompt, which no later run is from
-            code = [name_of_code(term.function)]
+            code = [_name_of_code(term.function)]
     return [term.family, term.share, sorted(term.needs), *code]
+
+
+def _name_of_code(function: Callable[..., Any]) -> str:
+    """`NAME@HASH` of a function of the user: of the file that it is from, or of its own source where that is no file.
+    What else it depends on, such as data that it has read, is not seen.
+
+    Raises:
+        AdaPrunerError: there is no source.
+    """
+    written = inspect.unwrap(function.func if isinstance(function, functools.partial) else function)
+    code = written if inspect.isroutine(written) else type(written)
+    name = getattr(code, "__name__", type(code).__name__)
+    try:
+        file = Path(inspect.getsourcefile(code) or "")
+        content = file.read_bytes() if file.is_file() else inspect.getsource(code).encode()
+    except (OSError, TypeError):
+        raise AdaPrunerError(f"the source of {name} cannot be read") from None
+    return f"{name}@{hashlib.sha256(content).hexdigest()[:12]}"
 
 
 @GRAPH.leaf(lambda terms: {name: _content_of_term(term) for name, term in terms.items()})
@@ -205,8 +207,6 @@ def judging(
     statistics: Statistics,
     moments: StoredMoments | None,
     compensation_of: Any,
-    item_losses: ItemLosses | None,
-    selection: Any,
     layout: Layout,
     protect_first: int | None,
     room_for: RoomFor,
@@ -216,17 +216,8 @@ def judging(
 
     def judge(windows: Tensor) -> Objective:
         compensation, reused = compensation_of(held), reused_layers(layout, protect_first, structure.layers)
-        if item_losses:
-            return Objective(dense_fast, structure, statistics, windows, compensation, item_losses=item_losses)
-        return Objective(
-            dense_fast,
-            structure,
-            statistics,
-            windows,
-            compensation,
-            compute_prefix(dense_fast, windows, reused) if reused else None,
-            log_probabilities(dense_fast, windows) if selection == "kl" else None,
-        )
+        prefix = compute_prefix(dense_fast, windows, reused) if reused else None
+        return Objective(dense_fast, structure, statistics, windows, compensation, prefix)
 
     return judge
 
@@ -242,14 +233,9 @@ def found(
     judging: Judging,
     space_of_search: SearchSpace,
     windows: Windows,
-    tokenizer: Tokenizer,
-    empty: PreTrainedModel,
-    item_losses: ItemLosses | None,
     placement: Placement,
     trial_count: int,
-    sampler: Any,
     seed: int,
-    selection: str,
     objective_windows: int | None,
     final_windows: int,
     reporter: Reporter,
@@ -260,27 +246,17 @@ def found(
     text = windows["objective"]
     scoring = scoring_count(objective_windows, final_windows, len(text))
     judge = judging(text[:scoring])
-    judge_together = judge.together if placement.layer_wise and not item_losses else None
-    # A function of the user gives the losses of all items at once.
+    judge_together = judge.together if placement.layer_wise else None
     study = StudyFile(run_folder.study, key)
-    search = Search(space_of_search, judge, trial_count, seed, study, sampler, not item_losses, judge_together)
+    search = Search(space_of_search, judge, trial_count, seed, study, judge_together)
 
     def report(best: float) -> None:
-        advance(1, text=f"best {'objective' if item_losses else selection} {best:.4f}")
+        advance(1, text=f"best loss {best:.4f}")
 
     with reporter.stage("searching", trial_count) as advance:
         search.run(report)
         further = text[scoring:]
-        if not len(further) or item_losses:
-            return search.result()
-        changed = upper_case_windows(further, tokenizer)
-        # Without tokens that the model has no embedding for, where a tokenizer has such.
-        changed = changed[changed.amax(1) < empty.config.vocab_size]
-        if not len(changed):
-            return search.result(judging(further))
-        # Only if a finalist is ahead of the best starting point.
-        objective = cache(partial(judging, changed))
-        return search.result(judging(further), lambda candidate: objective()(candidate))
+        return search.result(judging(further) if len(further) else None)
 
 
 # The candidate at the ratio of the run
@@ -347,7 +323,6 @@ def levelled(
     at_ratio: AtRatio,
     meet: Meet,
     compensation_of: Any,
-    item_losses: ItemLosses | None,
     level_rounds: int | None,
     ratio: float,
     target: Target | None,
@@ -365,9 +340,7 @@ def levelled(
     candidate, rounds = at_ratio(found.best), level_rounds_of(level_rounds, ratio, target)
     text = windows["pool"][: windows_of(TOKENS_FOR_COSTS, pool, seq_len)]
     compensation = compensation_of(moments and StoredMoments(moments.folder, room_for("levelling widths")))
-    objective = Objective(
-        dense_fast, structure, statistics, windows["objective"], compensation, item_losses=item_losses
-    )
+    objective = Objective(dense_fast, structure, statistics, windows["objective"], compensation)
     with reporter.stage("levelling widths", len(levelled_blocks) * rounds) as advance:
         return level(objective, text, candidate, rounds, meet, prunable_layers, head_share is None, advance)
 

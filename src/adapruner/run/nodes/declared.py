@@ -7,6 +7,6 @@ from adapruner.graph import Graph
 
 GRAPH = Graph(
     PruneConfig,
-    given=("judging_function", "reporter", "run_folder", "largest_ratio_asked", "stage_costs"),
+    given=("reporter", "run_folder", "largest_ratio_asked", "stage_costs"),
     unkeyed=("config",),
 )
