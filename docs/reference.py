@@ -84,11 +84,9 @@ _NAMES = {
         testing.check_term testing.check_family testing.check_source testing.tiny_model
         testing.tiny_tokenizer testing.tiny_texts""",
     "The parts": """
-        structure.build_structure structure.Structure structure.Block measurement.measure measurement.measure_moments
-        measurement.Statistics importance.MetricPoint importance.Term importance.register_term importance.score_groups
-        planning.Budget planning.Profile planning.kept_counts planning.make_plan tokens.select_vocabulary
-        tokens.Vocabulary tokens.VocabularySummary tokens.cut_tokenizer tokens.cut_vocabulary surgery.prune_model
-        surgery.Compensation""",
+        structure.build_structure structure.Structure structure.Block measurement.Statistics importance.MetricPoint
+        importance.Term importance.register_term importance.score_groups planning.Budget planning.Profile
+        planning.kept_counts planning.make_plan""",
 }
 
 
