@@ -105,9 +105,11 @@ def tiny_model(model_type: str = "llama", key_value_heads: int = 3, **fields: ob
 
 @pytest.fixture(autouse=True, scope="session")
 def _cache_of_families(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Families are checked once for all tests, and nothing is left with the user."""
+    """Families are checked once for all tests, also of other workers, and nothing is left with the user."""
+    folder = tmp_path_factory.getbasetemp()
+    shared = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path_factory.mktemp("hub")))
+        patch.setattr("huggingface_hub.constants.HF_HOME", str(shared / "hub"))
         yield
 
 

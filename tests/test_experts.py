@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from adapruner.families.proof import failed_checks
 from adapruner.families.tiny import random_model
 from adapruner.importance import TERMS, MetricPoint, score_groups
 from adapruner.measurement import InputMoments, Statistics, measure, measure_moments
-from adapruner.models import remember_family, using_architecture
+from adapruner.models import Architecture, remember_family, using_architecture
 from adapruner.planning import Budget, Profile, kept_counts, make_plan
 from adapruner.structure import Structure, build_structure
 from adapruner.surgery import Compensation, prune_model
@@ -28,10 +29,14 @@ from tiny_families import random_plan, tiny_config
 FAMILIES = ("mixtral", "gpt_oss", "deepseek_v3")
 
 
+@cache
+def described(family: str) -> Architecture:
+    return infer_architecture(tiny_config(family))
+
+
 def make_mixture(family: str) -> PreTrainedModel:
-    config = tiny_config(family)
-    remember_family(family, infer_architecture(config))
-    return random_model(config)
+    remember_family(family, described(family))
+    return random_model(tiny_config(family))
 
 
 @pytest.fixture(params=FAMILIES)

@@ -31,8 +31,7 @@ AS_RELEASED: dict[str, dict[str, object]] = {
 LAYOUTS: dict[str, Callable[[str, int], int]] = {
     "uniform, fewer channels": lambda kind, layer: 8 * (kind == "channels"),
     "uniform, fewer heads too": lambda kind, layer: {"heads": 1, "channels": 8}[kind],
-    "per layer, fewer channels": lambda kind, layer: 2 * layer * (kind == "channels"),
-    "per layer, fewer heads too": lambda kind, layer: min(layer, 2) if kind == "heads" else 2 * layer,
+    "per layer": lambda kind, layer: min(layer, 2) if kind == "heads" else 2 * layer,
 }
 
 
@@ -53,8 +52,10 @@ def test_the_table_says_what_works(
     tmp_path: Path,
 ) -> None:
     cells = []
-    for number, lost in enumerate(LAYOUTS.values()):
-        dense = make_model(family, vocab_size=300, num_hidden_layers=12, **AS_RELEASED.get(family, {}))
+    for number, (layout, lost) in enumerate(LAYOUTS.items()):
+        # Of layers that differ, the numbers in the config have two digits.
+        layers = 12 if layout == "per layer" else 6
+        dense = make_model(family, vocab_size=300, num_hidden_layers=layers, **AS_RELEASED.get(family, {}))
         pruned = cut_to(dense, lambda block, lost=lost: block.groups - lost(block.kind, block.layer))
         folder = tmp_path / f"{number}"
         save_checkpoint(pruned, byte_tokenizer, folder)
@@ -62,8 +63,7 @@ def test_the_table_says_what_works(
         cells.append(
             (stock, writes_gguf(pruned, byte_tokenizer, tmp_path / f"{number}.gguf"), loads_in_vllm(family, folder))
         )
-    equal, fewer_heads, different, different_heads = cells
-    assert different == different_heads
+    equal, fewer_heads, different = cells
     assert different[0] == "no"
     assert equal[1] == fewer_heads[1]
     row = [f"`{family}`", equal[0], fewer_heads[0], equal[1], different[1], equal[2], fewer_heads[2], different[2]]
